@@ -1,0 +1,21 @@
+"""reseed: would I have found these features with another seed?"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from reseed.runs import load_run
+    from reseed.sae.checkpoint import load_sae
+
+# Looked up on first use, so that `import reseed` and the command line stay light.
+_LAZY = {"load_sae": "reseed.sae.checkpoint", "load_run": "reseed.runs"}
+
+__all__ = ["__version__", "load_run", "load_sae"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'reseed' has no attribute '{name}'")

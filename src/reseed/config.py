@@ -1,0 +1,326 @@
+"""Frozen, typed configuration: the one place where values are checked.
+
+Every option group of ``conf/`` is described by a frozen dataclass that derives from `Config` and
+stands beside the class that it configures. Types and ranges are declared once, on the field, and
+checked when the object is made, so that a wrong value is refused before anything is computed.
+Nothing here imports hydra or torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Self, TypeVar
+
+SIGNATURE_LENGTH = 12
+"""Hexadecimal characters kept of a SHA-256: 48 bits, a collision among a million runs has odds 1e-3."""
+
+C = TypeVar("C", bound="Config")
+_MISSING = dataclasses.MISSING
+_TYPE_KEY = "type"
+
+
+class ReseedError(Exception):
+    """An error whose message is meant for the user: the command line prints it without a traceback."""
+
+
+class ConfigError(ReseedError, ValueError):
+    """A value that a configuration may not have.
+
+    Args:
+        message: what is wrong, naming the rule and the value, with ``{key}`` where the key goes.
+        key: dotted key relative to the object that raised, completed by the objects around it.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.key = key
+
+    def __str__(self) -> str:
+        return self.message.replace("{key}", f"`{self.key}`")
+
+    def within(self, parent: str) -> ConfigError:
+        """The same error seen from outside: ``k`` within ``sae`` is ``sae.k``."""
+        return ConfigError(self.message, ".".join(part for part in (parent, self.key) if part))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A clause `` Did you mean `x`?`` for the known name nearest to ``word``, or nothing."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{found[0]}`?" if found else ""
+
+
+def setting(
+    default: Any = _MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    choices: tuple[Any, ...] | None = None,
+    signed: bool = True,
+    neutral: Any = _MISSING,
+) -> Any:
+    """A dataclass field with a rule.
+
+    Args:
+        default: value where the configuration gives none.
+        at_least, above, at_most, below: bounds of a number, inclusive or strict.
+        choices: the values allowed.
+        signed: whether the value changes results, and so enters the signature.
+        neutral: for fields added after a release: the value at which the field is left out of the
+            signature, because results are those of the time before the field.
+    """
+    metadata = {
+        "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
+        "choices": choices,
+        "signed": signed,
+        "neutral": neutral,
+    }
+    if default is _MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Base of every configuration object.
+
+    A family (``class SAEConfig(Config, family="sae")``) holds the members of one option group by
+    their stable names (``class TopKConfig(SAEConfig, name="topk")``). Records on disk hold these
+    names, never class paths.
+    """
+
+    family: ClassVar[str] = ""
+    name: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    """Raised when code changes the results of this component: part of every signature."""
+    _members: ClassVar[dict[tuple[str, str], type[Config]]] = {}
+
+    def __init_subclass__(cls, *, family: str = "", name: str = "", **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if family:
+            cls.family = family
+        if name:
+            # Looked up before the dataclass decorator has run; it returns the same class object.
+            cls.name = name
+            known = Config._members.setdefault((cls.family, name), cls)
+            if known.__qualname__ != cls.__qualname__ or known.__module__ != cls.__module__:
+                raise TypeError(
+                    f"two classes call themselves {cls.family}={name}: {known.__module__}."
+                    f"{known.__qualname__} and {cls.__module__}.{cls.__qualname__}"
+                )
+            Config._members[cls.family, name] = cls
+
+    def __post_init__(self) -> None:
+        hints = _hints(type(self))
+        for f in dataclasses.fields(self):
+            value = _checked(getattr(self, f.name), hints[f.name], f)
+            object.__setattr__(self, f.name, value)
+        self.validate()
+
+    def validate(self) -> None:
+        """Rules that involve several fields. Raise `ConfigError` with the key of the guilty one."""
+
+    @classmethod
+    def member(cls, family: str, name: str) -> type[Config]:
+        """The class registered as ``family=name``."""
+        try:
+            return Config._members[family, name]
+        except KeyError:
+            known = sorted(n for f, n in Config._members if f == family)
+            raise ConfigError(
+                f"no {family} is called `{name}`.{nearest(name, known)} Known: {', '.join(known)}."
+            ) from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], key: str = "") -> Self:
+        """The inverse of `to_dict`. Unknown keys are refused."""
+        values = dict(values)
+        name = values.pop(_TYPE_KEY, None)
+        target = cls if name is None else Config.member(cls.family, name)
+        if not issubclass(target, cls):
+            raise ConfigError(f"{{key}} must be a {cls.__name__}, got {target.__name__}", key)
+        return make(target, values, key)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field in plain values, with the stable name of the class under ``type``."""
+        out: dict[str, Any] = {_TYPE_KEY: self.name} if self.name else {}
+        for f in dataclasses.fields(self):
+            out[f.name] = _plain(getattr(self, f.name))
+        return out
+
+    def signed(self) -> dict[str, Any]:
+        """The part of `to_dict` that changes results, with the component's version."""
+        out: dict[str, Any] = {_TYPE_KEY: self.name} if self.name else {}
+        if self.version != 1:
+            out["version"] = self.version
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            neutral = f.metadata.get("neutral", _MISSING)
+            if not f.metadata.get("signed", True) or (neutral is not _MISSING and value == neutral):
+                continue
+            out[f.name] = value.signed() if isinstance(value, Config) else _plain(value)
+        return out
+
+
+def digest(values: Any, length: int = SIGNATURE_LENGTH) -> str:
+    """SHA-256 over canonical JSON (sorted keys, shortest float), cut to ``length`` characters."""
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any:
+    """The object that a composed option group declares by its ``_target_``.
+
+    Args:
+        node: a plain mapping (no OmegaConf), ``_target_`` and the fields.
+        key: where the group stands in the whole, for messages (``sae``).
+        base: the class that the target has to derive from.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range; with the full key.
+    """
+    values = dict(node)
+    target = values.pop("_target_", None)
+    if not isinstance(target, str) or "." not in target:
+        raise ConfigError(f"{{key}} must name a class by `_target_`, got {target!r}", key)
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{{key}}: cannot find `_target_` {target}: {error}", key) from error
+    # Only our own kind of class is ever called, so a hostile `_target_` runs nothing.
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(f"{{key}}: `_target_` {target} is not a {base.__name__}", key)
+    return make(found, values, key)
+
+
+def make(target: type[C], values: Mapping[str, Any], key: str) -> C:
+    """``target(**values)`` with errors that carry the full key."""
+    fields = {f.name: f for f in dataclasses.fields(target)}
+    hints = _hints(target)
+    arguments = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise ConfigError(
+                f"there is no key {{key}}.{nearest(name, fields)} Keys of "
+                f"{key or target.__name__}{f'={target.name}' if target.name else ''}: "
+                f"{', '.join(fields)}.",
+                f"{key}.{name}" if key else name,
+            )
+        hint = hints[name]
+        if isinstance(value, Mapping) and isinstance(hint, type) and issubclass(hint, Config):
+            value = hint.from_dict(value, f"{key}.{name}" if key else name)
+        arguments[name] = value
+    for name, f in fields.items():
+        required = f.default is _MISSING and f.default_factory is _MISSING
+        if required and (name not in arguments or arguments[name] == "???"):
+            raise ConfigError("{key} is required: give it a value", f"{key}.{name}" if key else name)
+    try:
+        return target(**arguments)
+    except ConfigError as error:
+        raise error.within(key) from None
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return value
+
+
+def _checked(value: Any, hint: Any, f: dataclasses.Field) -> Any:
+    """``value`` converted to the declared type where that loses nothing, or `ConfigError`."""
+    converted, ok = _convert(value, hint)
+    bounds = f.metadata.get("bounds", {})
+    choices = f.metadata.get("choices")
+    if ok and choices is not None and converted is not None and converted not in choices:
+        listed = ", ".join(map(str, choices))
+        hint_text = nearest(str(converted), map(str, choices))
+        raise ConfigError(f"{{key}} must be one of {listed}; got {value!r}.{hint_text}", f.name)
+    rule = " ".join(
+        [_describe(hint)]
+        + [" and ".join(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)]
+    ).strip()
+    if not ok or (converted is not None and not _within(converted, bounds)):
+        raise ConfigError(f"{{key}} must be {rule}; got {value!r}", f.name)
+    return converted
+
+
+def _within(value: Any, bounds: Mapping[str, float | None]) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return True
+    low, above, high, below = (bounds.get(w) for w in ("at least", "above", "at most", "below"))
+    return (
+        (low is None or value >= low)
+        and (above is None or value > above)
+        and (high is None or value <= high)
+        and (below is None or value < below)
+    )
+
+
+def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return value, True
+    if origin in (typing.Union, types.UnionType):
+        for option in typing.get_args(hint):
+            converted, ok = _convert(value, option)
+            if ok:
+                return converted, True
+        return value, False
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return value, False
+        item = typing.get_args(hint)[0]
+        pairs = [_convert(v, item) for v in value]
+        return tuple(v for v, _ in pairs), all(ok for _, ok in pairs)
+    if origin in (dict, Mapping) or hint is dict:
+        return value, isinstance(value, Mapping)
+    if hint is type(None):
+        return value, value is None
+    if hint is bool:
+        return value, isinstance(value, bool)
+    if hint is int:
+        if isinstance(value, float) and value.is_integer():  # 1e6 in yaml is a float
+            return int(value), True
+        return value, isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        ok = isinstance(value, int | float) and not isinstance(value, bool)
+        return (float(value), math.isfinite(value)) if ok else (value, False)
+    return value, isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    """The type in a person's words: ``an integer``, ``a number or null``."""
+    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+    words[type(None)] = "null"
+    if hint in words:
+        return words[hint]
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if origin is tuple:
+        return f"a list ({_describe(typing.get_args(hint)[0])} each)"
+    if origin in (dict, Mapping) or hint is dict:
+        return "a mapping"
+    return f"a {getattr(hint, '__name__', hint)}"
