@@ -1,0 +1,1 @@
+"""Hydra plugins of reseed: the launcher of local sweeps, and a config folder of the user's own."""

@@ -1,0 +1,137 @@
+"""Hydra, as the sub-commands use it: composing, expanding and launching jobs.
+
+Every job of a command is composed and checked before the first one starts, and before anything is
+written; so errors come at once and in our words (`errors`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra import main as hydra_main
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from reseed.config import ConfigError
+
+CONFIG_NAME = "config"
+Task = Callable[[DictConfig], Any]
+
+
+def conf_dir() -> str:
+    """Where the options are: inside the installed package, or beside ``src`` in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "conf", package.parents[1] / "conf"):
+        if (folder / f"{CONFIG_NAME}.yaml").is_file():
+            return str(folder)
+    raise FileNotFoundError(f"the configuration is missing beside {package}: reinstall reseed")
+
+
+class CommandLine:
+    """The arguments of a sub-command: Hydra's flags and overrides."""
+
+    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+        self.command = command
+        parser = get_args_parser()
+        parser.prog = f"reseed {command}"
+        self.flags: argparse.Namespace = parser.parse_args(list(arguments))
+        self.overrides: list[str] = list(self.flags.overrides)
+        self.multirun = bool(self.flags.multirun)
+
+    @property
+    def only_shows(self) -> bool:
+        """Whether the line asks Hydra to show something (help, configuration, completion)."""
+        f = self.flags
+        return bool(f.help or f.hydra_help or f.cfg or f.info or f.shell_completion)
+
+    @property
+    def config_flags(self) -> list[str]:
+        """The flags that say where configuration comes from, to be handed on."""
+        flags = self.flags
+        pairs = (("--config-dir", flags.config_dir), ("--config-name", flags.config_name))
+        return [part for name, value in pairs if value is not None for part in (name, value)]
+
+    def show(self, task: Task, arguments: Sequence[str]) -> None:
+        """Let Hydra answer a line that only shows."""
+        with _argv(self.command, arguments):
+            hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(task)()
+
+    @contextmanager
+    def composer(self) -> Iterator[Callable[[Sequence[str]], dict[str, Any]]]:
+        """A function from overrides to the composed configuration, as plain values."""
+        extra: list[str] = []
+        if self.flags.config_dir is not None:
+            folder = Path(self.flags.config_dir).resolve()
+            if not folder.is_dir():
+                raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "--config-dir")
+            extra = [f"hydra.searchpath=[file://{folder}]"]
+        name = self.flags.config_name or CONFIG_NAME
+
+        def composed(overrides: Sequence[str]) -> dict[str, Any]:
+            # Hydra's own settings (launcher, sweep folder) decide nothing about a job.
+            own = [o for o in overrides if not o.lstrip("+~").startswith("hydra")]
+            config = compose(config_name=name, overrides=[*own, *extra])
+            values = OmegaConf.to_container(config, resolve=True)
+            assert isinstance(values, dict)
+            return {str(key): value for key, value in values.items()}
+
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+            yield composed
+
+    def launch(self, task: Task, overrides: Sequence[str], multirun: bool) -> None:
+        """Run ``task`` as Hydra jobs.
+
+        Raises:
+            whatever a job raised; unlike by itself, Hydra does not print and exit.
+        """
+        arguments = [*self.config_flags, *(["-m"] if multirun else []), *overrides]
+        GlobalHydra.instance().clear()
+        full = os.environ.get("HYDRA_FULL_ERROR")
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are printed once, by `errors.report`
+        try:
+            with _argv(self.command, arguments):
+                hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(
+                    task
+                )()
+        finally:
+            if full is None:
+                del os.environ["HYDRA_FULL_ERROR"]
+            else:
+                os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra understands them."""
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The jobs of a sweep: each a list of overrides without sweeps."""
+    return BasicSweeper.split_arguments(parse(overrides), max_batch_size=None)[0]
+
+
+def sweeps(overrides: Sequence[str]) -> list[str]:
+    """Keys over which ``overrides`` sweep."""
+    return [o.get_key_element() for o in parse(overrides) if o.is_sweep_override()]
+
+
+@contextmanager
+def _argv(command: str, arguments: Sequence[str]) -> Iterator[None]:
+    before = sys.argv
+    sys.argv = [f"reseed {command}", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,82 @@
+"""Errors as a person should see them: one message, no traceback, a non-zero exit status."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from reseed.config import ReseedError, nearest
+
+
+def reported(job: Callable[[], int | None]) -> int:
+    """Run ``job``; print what goes wrong.
+
+    Returns:
+        0, or what the job returned; 1 for an error of ours or of the configuration; 130 for Ctrl-C.
+        Anything else is a defect of reseed, and is shown with its traceback.
+    """
+    try:
+        return job() or 0
+    except ReseedError as error:
+        return _say(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        return _say(_in_our_words(error))
+    except KeyboardInterrupt:
+        return _say("interrupted; what was saved stands, the same command goes on") and 130
+    except Exception:
+        traceback.print_exc()
+        return _say("this is a defect of reseed: please report it with the traceback above")
+
+
+def _say(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _in_our_words(error: Exception) -> str:
+    text = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        options = ", ".join(sorted(error.options))
+        return (
+            f"`{group}` has no option `{option}`.{nearest(option, error.options)} "
+            f"Options: {options}."
+        )
+    missing = re.search(r"Key '([^']*)' is not in struct\s+full_key: (\S+)", text)
+    if missing:
+        key = missing[2]
+        return f"there is no key `{key}`.{nearest(key, _known_keys(key))}"
+    sweep = re.search(r"Ambiguous value for argument '(.*?)'", text)
+    if sweep:
+        return f"`{sweep[1]}` lists several values: add -m to sweep over them"
+    unused = re.search(r"Could not override '([^']*)'", text)
+    if unused:
+        return f"there is no key `{unused[1]}`.{nearest(unused[1], _known_keys(unused[1]))}"
+    mandatory = re.search(r"Missing mandatory value: (\S+)", text)
+    if mandatory:
+        return f"`{mandatory[1]}` is required: give it a value"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+def _known_keys(key: str) -> Iterable[str]:
+    """Keys beside ``key``: those of its group's default option, or those at the root."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import DictConfig, OmegaConf
+
+    from reseed.cli.app import CONFIG_NAME, conf_dir
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        config = compose(config_name=CONFIG_NAME)
+    parent, _, _ = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig):
+        node, parent = config, ""
+    names = [str(name) for name in node if not str(name).startswith("_")]
+    return [f"{parent}.{name}" if parent else name for name in names]

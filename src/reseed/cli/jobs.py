@@ -1,0 +1,91 @@
+"""From composed configuration to checked experiments. Imports torch, so: inside a command only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from reseed.activations.hookpoint import HookpointConfig
+from reseed.activations.language_model import ModelConfig
+from reseed.activations.text import DatasetConfig
+from reseed.cli.app import CommandLine, expand, sweeps
+from reseed.config import ConfigError, build, make, nearest
+from reseed.experiment import Experiment, Resolved, resolve_experiment
+from reseed.sae.base import SAEConfig
+from reseed.train.config import RuntimeConfig, TrainingConfig
+
+_GROUPS = {
+    "model": ModelConfig,
+    "hookpoint": HookpointConfig,
+    "dataset": DatasetConfig,
+    "sae": SAEConfig,
+    "training": TrainingConfig,
+}
+_ROOT = (*_GROUPS, "layer", "seed", "runtime", "comparison")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a command: what was asked for, and what it means."""
+
+    overrides: tuple[str, ...]
+    resolved: Resolved
+
+    def value(self, axis: str) -> str:
+        """The word that this job's overrides give for ``axis``."""
+        found = [o.partition("=")[2] for o in self.overrides if o.partition("=")[0] == axis]
+        return found[-1]
+
+
+def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfig]:
+    """The typed experiment of a composed configuration.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of range.
+    """
+    for key in values:
+        if key not in _ROOT:
+            raise ConfigError(f"there is no key {{key}}.{nearest(key, _ROOT)}", key)
+    parts = {group: build(values[group], group, base) for group, base in _GROUPS.items()}
+    scalars = {key: values[key] for key in ("layer", "seed")}
+    runtime = build(values["runtime"], "runtime", RuntimeConfig)
+    return make(Experiment, {**parts, **scalars}, ""), runtime
+
+
+def resolved_from(values: Mapping[str, Any] | DictConfig) -> tuple[Resolved, RuntimeConfig]:
+    """The checked experiment of a composed configuration."""
+    if isinstance(values, DictConfig):
+        values = OmegaConf.to_container(values, resolve=True)  # type: ignore[assignment]
+    experiment, runtime = experiment_from(values)
+    return resolve_experiment(experiment, runtime), runtime
+
+
+def check_jobs(
+    line: CommandLine, overrides: Sequence[str], multirun: bool
+) -> tuple[list[Job], RuntimeConfig]:
+    """Compose and check every job before the first one starts.
+
+    Raises:
+        ConfigError: naming the job where it is one of several.
+    """
+    if not multirun and (keys := sweeps(overrides)):
+        raise ConfigError(
+            f"`{keys[0]}` lists several values: add -m to sweep over them "
+            f"(reseed {line.command} -m ...)"
+        )
+    found: list[Job] = []
+    runtime: RuntimeConfig | None = None
+    each = expand(overrides) if multirun else [list(overrides)]
+    with line.composer() as composed:
+        for job in each:
+            try:
+                resolved, runtime = resolved_from(composed(job))
+            except ConfigError as error:
+                where = f" (in the job {' '.join(job)})" if len(each) > 1 else ""
+                raise ConfigError(str(error) + where) from error
+            found.append(Job(tuple(job), resolved))
+    assert runtime is not None
+    return found, runtime

@@ -1,0 +1,66 @@
+"""The command ``reseed``: picks a sub-command. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from reseed import __version__
+
+COMMANDS = {
+    "train": "train SAEs: one, or with -m a sweep",
+    "run": "train what a comparison lacks, compare, and print its tables",
+    "compare": "compare the trained runs of a comparison, train nothing",
+    "status": "list runs and sweeps, from files alone",
+    "completion": "print the shell code for tab completion (bash, zsh)",
+}
+
+_HELP = """\
+reseed - would I have found these features with another seed?
+
+usage: reseed COMMAND [KEY=VALUE ...] [-m]
+
+{commands}
+
+The five knobs:
+  model=embedded|path|pythia-160m|...   layer=2   dataset=docstrings|text_files|pile|...
+  sae=topk|relu   seed=0
+Every other key can be overridden too: `reseed train --cfg job` shows them all.
+
+  reseed run comparison=quickstart
+  reseed train model=pythia-160m layer=6 dataset=pile sae=topk seed=0
+  reseed train -m layer=3,6,9 sae=topk,relu seed=0,1,2
+  reseed run comparison=seeds model=path model.path=FOLDER \\
+             dataset=text_files dataset.path=FILE sae=topk,relu seed=0,1,2
+
+`reseed COMMAND --help` says more. Version {version}.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a sub-command and exit with its status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    command = arguments[0] if arguments else "--help"
+    if command in ("--help", "-h", "help"):
+        listed = "\n".join(f"  {name:11s} {text}" for name, text in COMMANDS.items())
+        print(_HELP.format(commands=listed, version=__version__))
+        sys.exit(0)
+    if command in ("--version", "-V"):
+        print(f"reseed {__version__}")
+        sys.exit(0)
+    if command not in COMMANDS:
+        from reseed.config import nearest
+
+        names = ", ".join(COMMANDS)
+        print(
+            f"error: there is no command `{command}`.{nearest(command, COMMANDS)} "
+            f"The commands are {names}.",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    # Idle OpenMP threads that spin cost more than they save, above all on a shared machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    module = import_module(f"reseed.cli.{command}")
+    sys.exit(module.main(arguments[1:]))

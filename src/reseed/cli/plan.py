@@ -1,0 +1,81 @@
+"""A comparison as a plan: its grid, with what the user overrides, as checked jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from reseed.cli.app import CommandLine, parse
+from reseed.cli.jobs import Job, check_jobs
+from reseed.compare.config import ComparisonConfig
+from reseed.config import ConfigError, build
+from reseed.runs import Run, RunStore
+from reseed.sweeps import Sweep
+from reseed.train.config import RuntimeConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a comparison needs, checked.
+
+    Attributes:
+        settings: the comparison, its grid as the user's overrides left it.
+        overrides: what Hydra is given with -m for all jobs.
+        axes: keys of the grid.
+        jobs: one per run.
+    """
+
+    settings: ComparisonConfig
+    overrides: tuple[str, ...]
+    axes: tuple[str, ...]
+    jobs: tuple[Job, ...]
+    runtime: RuntimeConfig
+
+    @property
+    def store(self) -> RunStore:
+        return RunStore(self.runtime.outputs)
+
+    @property
+    def runs(self) -> list[Run]:
+        """The distinct runs."""
+        found = {job.resolved.signature: job.resolved.run(self.store) for job in self.jobs}
+        return list(found.values())
+
+    @property
+    def sweep(self) -> Sweep:
+        signatures = [job.resolved.signature for job in self.jobs]
+        return Sweep.of(
+            self.runtime.sweeps, self.settings.name, signatures, self.settings.signed()
+        )
+
+
+def make_plan(line: CommandLine) -> Plan:
+    """Read the comparison that the command line names, and check all of its jobs.
+
+    Raises:
+        ConfigError: no comparison is named, or a job is wrong.
+    """
+    given = parse(line.overrides)
+    swept = {o.get_key_element(): list(o.sweep_string_iterator()) for o in given if o.is_sweep_override()}  # noqa: E501
+    fixed = [text for o, text in zip(given, line.overrides, strict=True) if not o.is_sweep_override()]
+    with line.composer() as composed:
+        node = composed(fixed).get("comparison")
+    if node is None:
+        raise ConfigError("{key} is required: comparison=quickstart, comparison=seeds", "comparison")
+    declared = {str(axis): _words(values) for axis, values in node["grid"].items()}
+    single = {o.get_key_element(): [str(o.get_value_element_as_str())] for o in given if not o.is_sweep_override()}  # noqa: E501
+    # What the user gives for an axis takes its place; a sweep over another key is one more axis.
+    grid = {axis: swept.get(axis, single.get(axis, values)) for axis, values in declared.items()}
+    grid |= {axis: values for axis, values in swept.items() if axis not in declared}
+    settings = build({**node, "grid": grid}, "comparison", ComparisonConfig)
+    others = [text for o, text in zip(given, line.overrides, strict=True) if o.get_key_element() not in grid]  # noqa: E501
+    overrides = (*others, *(f"{axis}={','.join(values)}" for axis, values in grid.items()))
+    jobs, runtime = check_jobs(line, overrides, multirun=True)
+    return Plan(settings, overrides, tuple(grid), tuple(jobs), runtime)
+
+
+def _words(values: Any) -> list[str]:
+    """Values of an axis as they stand on a command line."""
+    listed: Sequence[Any] = values if isinstance(values, list | tuple) else [values]
+    return [str(v).lower() if isinstance(v, bool) else str(v) for v in listed]

@@ -1,0 +1,26 @@
+"""``reseed run comparison=...``: train what is missing, compare, print and store the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reseed.cli import compare, train
+from reseed.cli.app import CommandLine
+from reseed.cli.errors import reported
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(CommandLine("run", arguments), arguments))
+
+
+def _main(line: CommandLine, arguments: Sequence[str]) -> int:
+    if line.only_shows:
+        line.show(train.task, arguments)
+        return 0
+    from reseed.cli.plan import make_plan
+
+    plan = make_plan(line)
+    plan.sweep.write_manifest(plan.jobs, plan.store, plan.axes)
+    status = train.train_jobs(line, plan.overrides, plan.jobs, plan.runtime, plan.sweep)
+    compare.compare_plan(line, plan)
+    return status

@@ -1,0 +1,73 @@
+"""``reseed status``: runs and sweeps as their files say, without a model or a lock."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from reseed.cli.app import CommandLine
+from reseed.cli.errors import reported
+
+
+def task(config: DictConfig) -> None:
+    """Print the runs and sweeps under runtime.outputs and runtime.sweeps."""
+    print_status(Path(config.runtime.outputs), Path(config.runtime.sweeps))
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(CommandLine("status", arguments), arguments))
+
+
+def _main(line: CommandLine, arguments: Sequence[str]) -> int:
+    if line.only_shows:
+        line.show(task, arguments)
+    else:
+        line.launch(task, line.overrides, line.multirun)
+    return 0
+
+
+def print_status(outputs: Path, sweeps: Path) -> None:
+    """Two tables: runs with their state and held-out measures; sweeps with how far they are."""
+    from rich.table import Table
+
+    from reseed.config import ReseedError
+    from reseed.console import console, say
+    from reseed.runs import RunStore
+    from reseed.sweeps import Sweep
+
+    table = Table(title=f"runs in {outputs}/", title_justify="left", box=None, pad_edge=False)
+    for name in ("run", "status", "tokens", "FVU", "L0", "dead"):
+        table.add_column(name, justify="left" if name in ("run", "status") else "right",
+                         overflow="fold")  # fmt: skip
+    runs = RunStore(outputs).runs()
+    errors: list[str] = []
+    for run in runs:
+        try:
+            status, record = run.status, run.record
+        except ReseedError as error:
+            errors.append(str(error))
+            table.add_row(run.id, "damaged")
+            continue
+        cells = [""] * 3
+        if status == "finished":
+            m = run.metrics
+            cells = [f"{m['fvu']:.3f}", f"{m['l0']:.1f}", f"{m['dead_fraction']:.1%}"]
+        elif status == "failed":
+            errors.append(f"{run.id}: {record['error']['message']}")
+        table.add_row(run.id, status, f"{record['tokens']:,}", *cells)
+    if runs:
+        console().print(table)
+    else:
+        say(f"no runs in {outputs}/")
+    for line in errors:
+        say(f"  {line}")
+    folders = sorted(p.parent for p in sweeps.glob("*/manifest.jsonl"))
+    for folder in folders:
+        found = Sweep(folder).runs()
+        counts = Counter(run.status for run in {run.path: run for run in found}.values())
+        listed = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+        tables = "summary.md" if (folder / "summary.md").is_file() else "not compared"
+        say(f"{folder}/: {listed}; {tables}")

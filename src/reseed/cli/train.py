@@ -1,0 +1,113 @@
+"""``reseed train``: one SAE, or with -m a sweep; runs that are there already are not trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig
+
+from reseed.cli.app import CommandLine
+from reseed.cli.errors import reported
+
+if TYPE_CHECKING:
+    from reseed.cli.jobs import Job
+    from reseed.sweeps import Sweep
+    from reseed.train.config import RuntimeConfig
+
+
+def task(config: DictConfig) -> None:
+    """Train one run in this process: the Hydra job."""
+    (outcome,) = train_many([config])
+    if isinstance(outcome, Exception):
+        raise outcome
+
+
+def train_many(configs: Sequence[DictConfig]) -> list[Any]:
+    """Train several; those that read the same activations together.
+
+    Returns:
+        for each configuration the run's folder, or the exception with which it failed.
+    """
+    from reseed.cli.jobs import resolved_from
+    from reseed.experiment import train_missing
+    from reseed.runs import RunStore
+
+    pairs = [resolved_from(config) for config in configs]
+    runtime = pairs[0][1]
+    failures = train_missing([resolved for resolved, _ in pairs], runtime)
+    runs = [resolved.run(RunStore(runtime.outputs)) for resolved, _ in pairs]
+    return [failures.get(run.id, str(run.path)) for run in runs]
+
+
+task.many = train_many  # type: ignore[attr-defined]  # what the fused launcher calls
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(CommandLine("train", arguments), arguments))
+
+
+def _main(line: CommandLine, arguments: Sequence[str]) -> int:
+    if line.only_shows:
+        line.show(task, arguments)
+        return 0
+    from reseed.cli.jobs import check_jobs
+    from reseed.runs import RunStore
+    from reseed.sweeps import Sweep
+
+    jobs, runtime = check_jobs(line, line.overrides, line.multirun)
+    sweep = None
+    if line.multirun:
+        signatures = [job.resolved.signature for job in jobs]
+        sweep = Sweep.of(runtime.sweeps, "train", signatures)
+        sweep.write_manifest(jobs, RunStore(runtime.outputs))
+    return train_jobs(line, line.overrides, jobs, runtime, sweep)
+
+
+def train_jobs(
+    line: CommandLine,
+    overrides: Sequence[str],
+    jobs: Sequence[Job],
+    runtime: RuntimeConfig,
+    sweep: Sweep | None,
+) -> int:
+    """Launch the training of checked jobs, and say how it ended.
+
+    Args:
+        overrides: what Hydra is given.
+        jobs: what that means, checked.
+        sweep: the folder of the sweep, or None for a single run.
+
+    Returns:
+        the exit status: 1 where a run failed.
+    """
+    from reseed.config import ReseedError
+    from reseed.console import say
+    from reseed.runs import RunStore
+
+    store = RunStore(runtime.outputs)
+    runs = {job.resolved.signature: job.resolved.run(store) for job in jobs}
+    done = [run for run in runs.values() if run.finished]
+    if len(done) == len(runs):
+        say(f"nothing to train: {_count(len(runs))} already finished")
+    else:
+        if done:
+            say(f"{len(done)} of {_count(len(runs))} already finished")
+        own = [f"hydra.sweep.dir={sweep.path}"] if sweep else []
+        try:
+            line.launch(task, [*overrides, *own], multirun=sweep is not None)
+        except ReseedError:
+            # A failed run is told of below, with the others; a stop is not a failure.
+            if sweep is None or any(run.status == "interrupted" for run in runs.values()):
+                raise
+    failed = [run for run in runs.values() if not run.finished]
+    for run in failed:
+        error = run.record["error"] if run.exists else None
+        say(f"{run.status}: {run.id}: {error['message'] if error else 'not trained'}")
+    if not failed:
+        say(f"{_count(len(runs))} in {runtime.outputs}/" if sweep else str(next(iter(runs.values())).path))
+    return 1 if failed else 0
+
+
+def _count(number: int) -> str:
+    return f"{number} run{'s' if number != 1 else ''}"

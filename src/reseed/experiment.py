@@ -1,0 +1,257 @@
+"""One experiment: what is declared, its signature, and the flow that turns it into a run.
+
+    declared  →  resolved (found, checked)  →  grouped by stream  →  trained  →  recorded
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from reseed.activations.chunks import batches_available, check_batch_size
+from reseed.activations.hookpoint import Hookpoint, HookpointConfig
+from reseed.activations.language_model import ModelConfig, ResolvedModel, resolve
+from reseed.activations.text import DatasetConfig, ResolvedText, resolve_text
+from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.config import Config, ConfigError, digest, setting
+from reseed.runs import Run, RunStore
+from reseed.sae.base import SAEConfig
+from reseed.train.config import RuntimeConfig, TrainingConfig
+
+SIGNATURE_VERSION = 1
+"""Raised when code changes the results of every run."""
+
+
+@dataclass(frozen=True)
+class Experiment(Config):
+    """One SAE to be trained: a field for each knob, and what stands beside the knobs."""
+
+    model: ModelConfig
+    layer: int = setting(at_least=0)
+    hookpoint: HookpointConfig
+    dataset: DatasetConfig
+    sae: SAEConfig
+    training: TrainingConfig
+    seed: int = setting(at_least=0)
+
+    def validate(self) -> None:
+        check_batch_size(self.dataset, self.training.batch_size)
+
+    @property
+    def hook(self) -> Hookpoint:
+        return Hookpoint.of(self.hookpoint, self.layer)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An experiment whose model, text and shapes are known and fit together.
+
+    Make it with `resolve_experiment`, which raises `ConfigError` where they do not.
+    """
+
+    experiment: Experiment
+    model: ResolvedModel
+    text: ResolvedText
+    d_in: int
+    num_latents: int
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that changes the result, in plain values: what the signature is made of."""
+        return {
+            "reseed": SIGNATURE_VERSION,
+            **self.experiment.signed(),
+            "fingerprints": {
+                "model": self.model.fingerprint,
+                "tokenizer": self.model.tokenizer_fingerprint,
+                "text": self.text.fingerprint,
+            },
+        }
+
+    @cached_property
+    def signature(self) -> str:
+        return digest(self.identity)
+
+    @cached_property
+    def init_seed(self) -> int:
+        """Seed of the weights: the declared seed, salted with the cell.
+
+        Two architectures, layers or data sets with the same ``seed`` must not be born alike, or
+        what looks like agreement is memory of the start (methods: "Initialisation is salted").
+        """
+        sha = hashlib.sha256(digest(self.identity, 64).encode()).digest()
+        return int.from_bytes(sha[:8], "big") >> 1
+
+    @cached_property
+    def stream(self) -> str:
+        """Digest of what determines the batches: runs with the same one can train together."""
+        signed = self.experiment
+        parts = [signed.model.signed(), signed.dataset.signed(), signed.training.batch_size]
+        return digest([parts, self.identity["fingerprints"]])
+
+    @property
+    def label(self) -> str:
+        """Readable part of the folder's name."""
+        e = self.experiment
+        hook = str(e.hook).replace("/", "_")
+        return f"{self.model.label}-{hook}-{self.text.label}-{e.sae.name}-{self.num_latents}-seed{e.seed}"
+
+    def run(self, store: RunStore) -> Run:
+        """Its folder in the store."""
+        return store.run(self.signature, self.label)
+
+    def stores(self, needed: int | None = None) -> tuple[TokenStore, TokenStore]:
+        """Training and held-out tokens; of a streamed text as much as ``needed`` activations."""
+        return token_stores(
+            self.text,
+            self.model.tokenizer,
+            self.model.tokenizer_fingerprint,
+            needed or self.experiment.training.tokens,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says of it from the start."""
+        e = self.experiment
+        return {
+            "name": self.label,
+            "labels": {"model": self.model.label, "dataset": self.text.label},
+            "experiment": e.to_dict(),
+            "identity": self.identity,
+            "fingerprints": self.identity["fingerprints"],
+            "d_in": self.d_in,
+            "num_latents": self.num_latents,
+            "init_seed": self.init_seed,
+            "peak_lr": e.training.peak_lr(e.sae, self.num_latents),
+            "dead_after_tokens": e.training.dead_after(),
+            "tokens": e.training.steps * e.training.batch_size,
+            "steps": e.training.steps,
+        }
+
+
+def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolved:
+    """Find model and text, and check that everything fits together.
+
+    Raises:
+        ConfigError: with the full key, the rule and the value; nothing has been written but what
+            is cached of the text (its tokens).
+    """
+    cache = cache_folder(runtime)
+    try:
+        model = _resolve_model(experiment.model, cache)
+    except ConfigError as error:
+        raise error.within("model") from None
+    model.check(experiment.hook)
+    try:
+        _check_context(experiment.dataset, model)
+        text = _resolve_text(experiment.dataset, cache)
+    except ConfigError as error:
+        raise error.within("dataset") from None
+    d_in = model.d_in(experiment.hook)
+    try:
+        experiment.sae.check(d_in)
+    except ConfigError as error:
+        raise error.within("sae") from None
+    resolved = Resolved(experiment, model, text, d_in, experiment.sae.width(d_in))
+    if not text.streamed:  # a streamed text is measured when it has been read
+        check_budget(resolved)
+    return resolved
+
+
+def check_budget(resolved: Resolved) -> None:
+    """Raise `ConfigError` where the text is too short for training or for the held-out metrics."""
+    e = resolved.experiment
+    try:
+        train, held_out = resolved.stores()
+    except ConfigError as error:
+        raise error.within("dataset") from None
+    for part, wanted, key, remedy in (
+        (train, e.training.tokens, "training.tokens", "set dataset.repeat=true, "),
+        (held_out, e.dataset.held_out_tokens, "dataset.held_out_tokens", ""),
+    ):
+        there = _activations(part, e.dataset)
+        if part is train:
+            batches = batches_available(there, e.dataset, e.training.batch_size)
+            usable = batches * e.training.batch_size
+            enough = e.dataset.repeat and usable > 0 or batches >= e.training.steps
+        else:
+            usable, enough = there, there >= wanted
+        if not enough:
+            name = "training documents" if part is train else "held-out documents"
+            raise ConfigError(
+                f"{{key}} (={wanted:,}) must not exceed the activations in the {name} of "
+                f"{resolved.text.label}: {usable:,}. {remedy.capitalize()}"
+                f"{'l' if remedy else 'L'}ower the number or give more text.",
+                key,
+            )
+
+
+def cache_folder(runtime: RuntimeConfig) -> Path:
+    """Where derived data are kept: tokens, extracted text, fingerprints."""
+    chosen = runtime.cache or os.environ.get("RESEED_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "reseed"
+
+
+def train_missing(
+    experiments: Sequence[Resolved], runtime: RuntimeConfig
+) -> dict[str, BaseException]:
+    """Train every experiment that has no finished run, those on one stream together.
+
+    Returns:
+        the error of each run that failed, by run id.
+    """
+    from reseed.console import say
+    from reseed.train.fit import fit_group
+
+    store = RunStore(runtime.outputs)
+    failures: dict[str, BaseException] = {}
+    for group in groups(experiments):
+        runs = [resolved.run(store) for resolved in group]
+        with store.locks(runs, waiting=say):
+            # Another process may have finished some of them while we waited.
+            missing = [r for r in group if not r.run(store).finished]
+            if missing:
+                failures |= fit_group(missing, store, runtime)
+    return failures
+
+
+def groups(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
+    """The distinct experiments, those that read the same stream together, in the order given."""
+    by_stream: dict[str, dict[str, Resolved]] = {}
+    for resolved in experiments:
+        by_stream.setdefault(resolved.stream, {}).setdefault(resolved.signature, resolved)
+    return [list(members.values()) for members in by_stream.values()]
+
+
+@lru_cache(maxsize=32)
+def _resolve_model(config: ModelConfig, cache: Path) -> ResolvedModel:
+    return resolve(config, cache)
+
+
+@lru_cache(maxsize=32)
+def _resolve_text(config: DatasetConfig, cache: Path) -> ResolvedText:
+    return resolve_text(config, cache)
+
+
+@lru_cache(maxsize=32)
+def _activations(store: TokenStore, config: DatasetConfig) -> int:
+    if len(store) < config.context_length:
+        return 0
+    packing = Packing(store, config)
+    return packing.guaranteed_activations if config.repeat else packing.num_activations
+
+
+def _check_context(config: DatasetConfig, model: ResolvedModel) -> None:
+    if config.context_length > model.context_length:
+        raise ConfigError(
+            f"{{key}} must not exceed the {model.context_length} positions of {model.label}; "
+            f"got {config.context_length}",
+            "context_length",
+        )

@@ -1,0 +1,273 @@
+"""The run store: one folder for each trained SAE, named by what determines it.
+
+    outputs/<readable>-<signature>/
+        run.json          the record: experiment, status, environment, timings, tokens, error
+        sae.safetensors   weights, for raw activations        sae.json   what they are
+        latents.safetensors   per latent: held-out firing counts, tokens since it last fired
+        metrics.json      held-out metrics                    training.csv   the curve
+        checkpoint.pt     while it trains
+
+Only the store owns these folders. A folder is written by one process at a time, the one that
+holds its lock; the operating system frees the lock of a process that died.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reseed.atomic import atomic_write_json
+from reseed.config import SIGNATURE_LENGTH, ReseedError, digest
+
+if TYPE_CHECKING:
+    from reseed.sae.base import SAE
+
+FORMAT = 1
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
+_FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
+
+
+class RunError(ReseedError):
+    """A run folder that is missing, damaged or not what it says."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One folder of the store."""
+
+    path: Path
+
+    @property
+    def signature(self) -> str:
+        found = _FOLDER.search(self.path.name)
+        if found is None:
+            raise RunError(f"{self.path} is not a run folder: its name ends in no signature")
+        return found[1]
+
+    @property
+    def id(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The contents of run.json.
+
+        Raises:
+            RunError: there is none, it cannot be read, or it disagrees with the folder's name.
+        """
+        try:
+            record = json.loads((self.path / "run.json").read_text())
+        except FileNotFoundError:
+            raise RunError(f"{self.path} holds no run: there is no run.json") from None
+        except ValueError as error:
+            raise RunError(f"{self.path / 'run.json'} is damaged: {error}") from None
+        signature = digest(record["identity"])
+        if signature != self.signature:
+            raise RunError(
+                f"{self.path}: the record's content has signature {signature}, the folder "
+                f"{self.signature}. The record was changed, or the folder renamed."
+            )
+        return record
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "run.json").is_file()
+
+    @property
+    def status(self) -> str:
+        """missing, running, interrupted, failed or finished."""
+        if not self.exists:
+            return "missing"
+        status = self.record["status"]
+        if status == "running" and not self.locked:
+            return "interrupted"  # its process is gone without a word
+        return status
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Held-out metrics."""
+        return json.loads((self.path / "metrics.json").read_text())
+
+    def sae(self, device: str = "cpu") -> SAE:
+        """The trained SAE, for raw activations."""
+        from reseed.sae.checkpoint import load_sae
+
+        return load_sae(self.path, device)
+
+    def latents(self) -> dict[str, Any]:
+        """Per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``."""
+        from safetensors.numpy import load_file
+
+        return load_file(self.path / "latents.safetensors")
+
+    def update(self, **changes: Any) -> None:
+        """Write the record with some entries changed."""
+        atomic_write_json(self.path / "run.json", {**self.record, **changes})
+
+    def begin(self, record: Mapping[str, Any]) -> None:
+        """The run has an owner and is about to be trained."""
+        now = _now()
+        started = self.record["started"] if self.exists else now
+        own = {
+            "format": FORMAT,
+            "signature": self.signature,
+            "status": "running",
+            "started": started,
+            "resumed": now if started != now else None,
+            "environment": environment(),
+            "error": None,
+        }
+        atomic_write_json(self.path / "run.json", {**record, **own})
+
+    def finish(self, metrics: Mapping[str, Any], **entries: Any) -> None:
+        """All results are in place: the last write of a run."""
+        atomic_write_json(self.path / "metrics.json", dict(metrics))
+        self.update(status="finished", ended=_now(), **entries)
+        (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+    def fail(self, error: BaseException, **entries: Any) -> None:
+        """The run cannot be finished; its record says why."""
+        text = "".join(traceback.format_exception(error))
+        described = {"type": type(error).__name__, "message": str(error), "traceback": text}
+        self.update(status="failed", ended=_now(), error=described, **entries)
+
+    @property
+    def locked(self) -> bool:
+        """Whether a live process owns this run."""
+        path = self.path / ".lock"
+        if not path.exists():
+            return False
+        with path.open("r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return True
+        return False
+
+    @property
+    def owner(self) -> str:
+        """Who holds, or last held, the lock."""
+        try:
+            return (self.path / ".lock").read_text().strip() or "another process"
+        except OSError:
+            return "another process"
+
+    @contextmanager
+    def lock(self, waiting: Callable[[str], None] = lambda message: None) -> Iterator[None]:
+        """Own the run; wait for the present owner, if there is one."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                waiting(f"waiting for {self.id}: held by {self.owner}")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
+            file.flush()
+            yield
+
+
+class RunStore:
+    """All runs under one folder (``outputs/``)."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def run(self, signature: str, readable: str) -> Run:
+        """The folder of ``signature``, there or to be made; the readable part may have changed."""
+        found = sorted(self.root.glob(f"*-{signature}")) if self.root.is_dir() else []
+        return Run(found[0] if found else self.root / f"{readable}-{signature}")
+
+    def runs(self) -> list[Run]:
+        """Every run there is, by name."""
+        if not self.root.is_dir():
+            return []
+        return [
+            Run(path) for path in sorted(self.root.iterdir()) if _FOLDER.search(path.name)
+        ]
+
+    @contextmanager
+    def locks(self, runs: list[Run], waiting: Callable[[str], None]) -> Iterator[None]:
+        """Own several runs. Taken in the order of signatures, so that no two sweeps deadlock."""
+        with ExitStack() as stack:
+            for run in sorted(runs, key=lambda r: r.signature):
+                stack.enter_context(run.lock(waiting))
+            yield
+
+
+def load_run(path: str | Path) -> Run:
+    """The run in folder ``path``, checked against its record.
+
+    Raises:
+        RunError: there is no run, or its record is damaged or belongs to another signature.
+    """
+    run = Run(Path(path).resolve())
+    _ = run.record
+    return run
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """What a run was made with."""
+    from reseed import __version__
+
+    versions = {"reseed": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+        "git_commit": _git_commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout that the code runs from, with ``+`` where files were changed."""
+    here = Path(__file__).parent
+    try:
+        arguments = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **arguments).stdout
+        tracked = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], check=True, **arguments
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + ("+" if tracked.strip() else "")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def seconds_since(start: float) -> float:
+    """Wall clock since ``start`` (time.perf_counter), in seconds, rounded to the millisecond."""
+    return round(time.perf_counter() - start, 3)

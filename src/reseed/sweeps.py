@@ -1,0 +1,81 @@
+"""The folder of a sweep: which runs belong to it, and what was made of them.
+
+    sweeps/<name>-<digest>/
+        manifest.jsonl    a line per run: its place in the grid, signature and folder
+        multirun.yaml     how Hydra was asked
+        cells/            what compare jobs wrote; then tables and figures
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reseed.atomic import atomic_write_text
+from reseed.config import ReseedError, digest
+from reseed.runs import Run, RunStore
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One folder under ``sweeps/``."""
+
+    path: Path
+
+    @classmethod
+    def of(
+        cls, root: Path | str, name: str, signatures: Sequence[str], settings: Any = None
+    ) -> Sweep:
+        """The sweep of certain runs under certain settings, whatever their order."""
+        return cls(Path(root) / f"{name}-{digest([sorted(set(signatures)), settings])}")
+
+    @property
+    def manifest(self) -> list[dict[str, Any]]:
+        """Rows of manifest.jsonl.
+
+        Raises:
+            ReseedError: there is none.
+        """
+        try:
+            lines = (self.path / "manifest.jsonl").read_text().splitlines()
+        except FileNotFoundError:
+            raise ReseedError(f"{self.path} is no sweep: there is no manifest.jsonl") from None
+        return [json.loads(line) for line in lines]
+
+    def write_manifest(self, jobs: Sequence[Any], store: RunStore, axes: Sequence[str] = ()) -> None:
+        """A line per job: overrides, values of the ``axes``, signature, folder."""
+        rows = []
+        for job in jobs:
+            run = job.resolved.run(store)
+            row = {
+                "axes": {axis: job.value(axis) for axis in axes},
+                "overrides": list(job.overrides),
+                "signature": run.signature,
+                "run": str(run.path),
+            }
+            rows.append(json.dumps(row))
+        atomic_write_text(self.path / "manifest.jsonl", "\n".join(rows) + "\n")
+
+    def runs(self, **axes: str) -> list[Run]:
+        """Its runs, or those at certain values of some axes, in the order of the manifest."""
+        return [Run(Path(row["run"])) for row in self.rows(axes)]
+
+    def rows(self, axes: dict[str, str]) -> list[dict[str, Any]]:
+        """Manifest rows at certain values of some axes."""
+        return [
+            row
+            for row in self.manifest
+            if all(row["axes"].get(axis) == value for axis, value in axes.items())
+        ]
+
+    def cell_folder(self, axes: dict[str, str]) -> Path:
+        """Where the cell with these values keeps its results."""
+        readable = ",".join(f"{axis}={value}" for axis, value in axes.items()) or "all"
+        if len(readable) > 80 or re.search(r"[^\w=,.+-]", readable):
+            plain = re.sub(r"[^\w=,.+-]+", "_", readable)
+            readable = f"{plain[:60]}-{digest(axes)}"
+        return self.path / "cells" / readable
