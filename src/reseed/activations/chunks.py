@@ -1,0 +1,197 @@
+"""Chunks of activations: a pure function of what is declared.
+
+    chunk(c) = run the model on the sequences that hold activations [c·M, (c+1)·M) of the text in
+               its order, gather the activations, deal them into 8 stripes, permute each stripe by
+               a generator seeded with (order seed, c, stripe)
+
+A batch takes the same number of tokens from every stripe. There is no buffer whose state would
+have to be saved: position s of training is (chunk, offset), computed from s.
+
+    M chunk_tokens · B batch · D d_in · L context_length
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.language_model import LanguageModel
+from reseed.activations.text import STRIPES, DatasetConfig
+from reseed.activations.tokens import Packing, TokenStore
+from reseed.config import ConfigError
+
+Batch = dict[Hookpoint, Float[Tensor, "batch d_in"]]
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the stream a batch stands."""
+
+    chunk: int
+    batch: int
+
+
+class ActivationStream:
+    """The endless or finite sequence of chunks of one text through one model.
+
+    Args:
+        model: the loaded language model.
+        store: the training documents.
+        config: packing, order, chunk size, repetition.
+        hookpoints: where activations are read, all in one pass.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        store: TokenStore,
+        config: DatasetConfig,
+        hookpoints: Sequence[Hookpoint],
+    ) -> None:
+        self.model = model
+        self.store = store
+        self.config = config
+        self.hookpoints = tuple(dict.fromkeys(hookpoints))
+        self._packing = Packing(store, config)
+        self._latest: tuple[int, dict[Hookpoint, Tensor]] = (-1, {})
+
+    @cached_property
+    def num_activations(self) -> int:
+        """Activations in one reading of the text, the same for every epoch of a repeated one."""
+        packing = Packing(self.store, self.config)
+        return packing.guaranteed_activations if self.config.repeat else packing.num_activations
+
+    def num_batches(self, batch_size: int) -> int | None:
+        """Batches that the text gives, or None where it is repeated for ever."""
+        return None if self.config.repeat else self._batches_per_epoch(batch_size)
+
+    def position(self, step: int, batch_size: int) -> Position:
+        """Where batch ``step`` (0-based) stands."""
+        epoch, step = divmod(step, self._batches_per_epoch(batch_size))
+        per_chunk = self.config.chunk_tokens // batch_size
+        return Position(epoch * self._chunks_per_epoch + step // per_chunk, step % per_chunk)
+
+    def chunk(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
+        """Chunk ``c``, dealt into stripes and permuted, in the model's dtype on its device.
+
+        The latest chunk is kept, as most are asked for many times; it is freed before the next
+        one is computed.
+        """
+        if self._latest[0] != c:
+            self._latest = (-1, {})
+            self._latest = (c, self._compute(c))
+        return self._latest[1]
+
+    def _compute(self, c: int) -> dict[Hookpoint, Tensor]:
+        epoch, within = divmod(c, self._chunks_per_epoch)
+        packing = self._epoch(epoch)
+        first = within * self.config.chunk_tokens
+        rows = min(self.config.chunk_tokens, self.num_activations - first) // STRIPES
+        found = gather(self.model, packing, first, first + rows * STRIPES, self.hookpoints)
+        order = self._permutation(c, rows).to(self.model.device)
+        return {h: x[order].view(STRIPES, rows, -1) for h, x in found.items()}
+
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """Batches from step ``start`` on; [B, D] for each hookpoint."""
+        part = batch_size // STRIPES
+        step, end = start, self.num_batches(batch_size)
+        while end is None or step < end:
+            at = self.position(step, batch_size)
+            rows = slice(at.batch * part, (at.batch + 1) * part)
+            chunk = self.chunk(at.chunk)
+            yield {h: x[:, rows].reshape(batch_size, -1) for h, x in chunk.items()}
+            del chunk
+            step += 1
+
+    @property
+    def _chunks_per_epoch(self) -> int:
+        return -(-self.num_activations // self.config.chunk_tokens)
+
+    def _batches_per_epoch(self, batch_size: int) -> int:
+        return batches_available(self.num_activations, self.config, batch_size)
+
+    def _epoch(self, epoch: int) -> Packing:
+        if epoch != self._packing.epoch:
+            self._packing = Packing(self.store, self.config, epoch)
+        return self._packing
+
+    def _permutation(self, c: int, rows: int) -> Tensor:
+        """Row order [STRIPES·rows]: stripe s stays the s-th part, permuted within."""
+        parts = []
+        for stripe in range(STRIPES):
+            seed = np.random.SeedSequence([self.config.order_seed, c, stripe])
+            order = np.random.Generator(np.random.PCG64(seed)).permutation(rows)
+            parts.append(stripe * rows + order)
+        return torch.from_numpy(np.concatenate(parts))
+
+
+def check_batch_size(config: DatasetConfig, batch_size: int) -> None:
+    """Raise `ConfigError` where batches do not tile a chunk."""
+    if batch_size % STRIPES or config.chunk_tokens % batch_size:
+        raise ConfigError(
+            f"{{key}} must be a multiple of {STRIPES} that divides dataset.chunk_tokens "
+            f"(={config.chunk_tokens}); got {batch_size}",
+            "training.batch_size",
+        )
+
+
+def batches_available(activations: int, config: DatasetConfig, batch_size: int) -> int:
+    """Whole batches in one reading of a text of so many activations."""
+    full, rest = divmod(activations, config.chunk_tokens)
+    last = (rest // STRIPES) // (batch_size // STRIPES)
+    return full * (config.chunk_tokens // batch_size) + last
+
+
+def gather(
+    model: LanguageModel, packing: Packing, first: int, last: int, hookpoints: Sequence[Hookpoint]
+) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
+    """Activations ``first`` to ``last`` (exclusive) of a packed text, in reading order."""
+    begin, end, skip = packing.covering(first, last)
+    sequences = packing.sequences(begin, end)
+    kept = packing.keep(sequences)
+    tokens = torch.from_numpy(sequences.astype(np.int64))
+    out: dict[Hookpoint, Tensor] = {}
+    filled, row, wanted = -skip, 0, last - first
+    for found in model.activations(tokens, hookpoints):
+        batch = next(iter(found.values())).shape[0]
+        mask = torch.from_numpy(kept[row : row + batch])
+        # One buffer for the whole chunk, filled batch by batch: a list to concatenate would need
+        # the memory twice.
+        low, high = filled, filled + int(mask.sum())
+        part = slice(max(low, 0), min(high, wanted))
+        for hookpoint, x in found.items():
+            rows = x[mask.to(x.device)]
+            buffer = out.setdefault(
+                hookpoint, torch.empty(wanted, rows.shape[1], dtype=rows.dtype, device=rows.device)
+            )
+            buffer[part] = rows[part.start - low : part.stop - low]
+        filled, row = high, row + batch
+    return out
+
+
+def held_out_chunks(
+    model: LanguageModel,
+    store: TokenStore,
+    config: DatasetConfig,
+    hookpoints: Sequence[Hookpoint],
+    tokens: int,
+) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
+    """The first ``tokens`` activations of the held-out documents, in pieces of a chunk's size."""
+    packing = held_out_packing(store, config)
+    for first in range(0, tokens, config.chunk_tokens):
+        last = min(first + config.chunk_tokens, tokens)
+        yield gather(model, packing, first, last, hookpoints)
+
+
+def held_out_packing(store: TokenStore, config: DatasetConfig) -> Packing:
+    """Held-out documents in an order that no seed of the experiment moves."""
+    from dataclasses import replace
+
+    return Packing(store, replace(config, order_seed=0))

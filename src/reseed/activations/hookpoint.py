@@ -1,0 +1,107 @@
+"""Where in a language model activations are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from reseed.config import Config, ConfigError, nearest, setting
+
+SITES = ("resid_post", "mlp_out", "attn_out", "module")
+_CHILDREN = {
+    "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+    "attn_out": ("self_attn", "attention", "attn", "self_attention"),
+}
+
+
+@dataclass(frozen=True)
+class HookpointConfig(Config, family="hookpoint"):
+    """The site within a layer.
+
+    ``resid_post`` is the residual stream after the block, ``mlp_out`` and ``attn_out`` what the
+    block's MLP and attention write to it, ``module`` the output of any module by its path.
+    """
+
+    site: str = setting("resid_post", choices=SITES)
+    module: str | None = None
+    """For ``site=module``: the module's path, with ``{layer}`` where the layer's number goes."""
+
+    def validate(self) -> None:
+        if (self.site == "module") != (self.module is not None):
+            rule = "is required with" if self.site == "module" else "is only for"
+            raise ConfigError(
+                f"{{key}} {rule} hookpoint.site=module; got {self.module!r} with "
+                f"site={self.site}",
+                "module",
+            )
+
+
+@dataclass(frozen=True)
+class Hookpoint:
+    """A site at a layer (0-based). Hashable: the key of a chunk's activations."""
+
+    site: str
+    layer: int
+    module: str | None = None
+
+    @classmethod
+    def of(cls, config: HookpointConfig, layer: int) -> Hookpoint:
+        return cls(config.site, layer, config.module)
+
+    def __str__(self) -> str:
+        if self.module is not None:
+            return self.module.replace("{layer}", str(self.layer))
+        return f"{self.site}.{self.layer}"
+
+
+def module_path(model: nn.Module, hookpoint: Hookpoint) -> str:
+    """Path of the module whose output ``hookpoint`` means.
+
+    Raises:
+        ConfigError: the model has no such module; names the nearest one.
+    """
+    if hookpoint.module is not None:
+        path = str(hookpoint)
+        names = [name for name, _ in model.named_modules() if name]
+        if path not in names:
+            raise ConfigError(
+                f"{{key}}: the model has no module `{path}`.{nearest(path, names)}",
+                "hookpoint.module",
+            )
+        return path
+    block = f"{_blocks(model)}.{hookpoint.layer}"
+    if hookpoint.site == "resid_post":
+        return block
+    children = [name for name, _ in model.get_submodule(block).named_children()]
+    for name in _CHILDREN[hookpoint.site]:
+        if name in children:
+            return f"{block}.{name}"
+    raise ConfigError(
+        f"{{key}}: cannot tell which module of {block} is {hookpoint.site}; its modules are "
+        f"{', '.join(children)}. Name it by hookpoint=module hookpoint.module=...",
+        "hookpoint.site",
+    )
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states of a module that returns them alone or first in a tuple."""
+    return output if isinstance(output, Tensor) else output[0]
+
+
+def _blocks(model: nn.Module) -> str:
+    """Path of the list of transformer blocks: the outermost ModuleList of the right length."""
+    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count
+    ]
+    if not lists:
+        raise ConfigError(
+            "{key}: cannot find the model's blocks; name the module by hookpoint=module "
+            "hookpoint.module=...",
+            "hookpoint.site",
+        )
+    return min(lists, key=lambda name: name.count("."))

@@ -1,0 +1,322 @@
+"""A language model as a source of activations: any transformers causal LM, stopped early.
+
+Resolving (`resolve`) is light: it reads the configuration and the tokenizer, so that a wrong layer
+or context length is refused before weights are touched. `LanguageModel` loads the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from reseed.activations.hookpoint import Hookpoint, first_tensor, module_path
+from reseed.atomic import atomic_write_json
+from reseed.config import Config, ConfigError, setting
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_LIGHT = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Config, family="model"):
+    """What every source of a language model shares."""
+
+    dtype: str = setting("float32", choices=tuple(DTYPES))
+    """Precision of the forward pass, and so of the activations: part of what is declared."""
+    batch_sequences: int = setting(16, at_least=1)
+    """Sequences in one forward pass; part of what is declared, as it can move the last bits."""
+    attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))
+
+
+@dataclass(frozen=True)
+class EmbeddedModelConfig(ModelConfig, name="embedded"):
+    """The small GPT-NeoX that ships with the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathModelConfig(ModelConfig, name="path"):
+    """A folder as `save_pretrained` writes it. The weights are identified by their content."""
+
+    path: str = setting(signed=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModelConfig(ModelConfig, name="hub"):
+    """A model of the Hugging Face hub, pinned to the commit that ``revision`` means at the time."""
+
+    repository: str = setting()
+    revision: str = setting("main", signed=False)
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A model found, but not loaded.
+
+    Attributes:
+        config: what was declared.
+        folder: where its files are.
+        fingerprint: identifies weights and architecture, whatever the folder is called.
+        label: short name for folders and tables.
+    """
+
+    config: ModelConfig
+    folder: Path
+    fingerprint: str
+    label: str
+
+    @cached_property
+    def transformers_config(self) -> Any:
+        """The architecture, as transformers describes it."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 over the files that decide how text becomes tokens."""
+        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+        names += ("merges.txt", "special_tokens_map.json", "added_tokens.json")
+        return _hash_files([self.folder / name for name in names])
+
+    @cached_property
+    def skeleton(self) -> nn.Module:
+        """The model without weights (meta device): module names and shapes, at no cost."""
+        return _from_config(self.transformers_config, "eager")
+
+    @property
+    def num_layers(self) -> int:
+        """Number of transformer blocks."""
+        return int(self.transformers_config.get_text_config().num_hidden_layers)
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence that the model's positions allow, in tokens."""
+        limit = getattr(
+            self.transformers_config.get_text_config(), "max_position_embeddings", None
+        )
+        return int(limit) if limit else 1 << 62
+
+    def check(self, hookpoint: Hookpoint) -> None:
+        """Raise `ConfigError` where the model has no such layer or module."""
+        if not 0 <= hookpoint.layer < self.num_layers:
+            raise ConfigError(
+                f"{{key}} must be from 0 to {self.num_layers - 1}: {self.label} has "
+                f"{self.num_layers} layers; got {hookpoint.layer}",
+                "layer",
+            )
+        module_path(self.skeleton, hookpoint)
+
+    def d_in(self, hookpoint: Hookpoint) -> int:
+        """Width of the activations at ``hookpoint``, by a forward pass without numbers."""
+        tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        with torch.no_grad():
+            # The explicit mask spares transformers a look at values, of which there are none.
+            found = _record(self.skeleton, tokens, [hookpoint], torch.ones_like(tokens))
+        return int(found[hookpoint].shape[-1])
+
+
+def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
+    """Find the model that ``config`` declares, without loading its weights.
+
+    Raises:
+        ConfigError: there is no such folder, it holds no transformers model, or the hub cannot be
+            reached and the model is not in the local cache.
+    """
+    if isinstance(config, EmbeddedModelConfig):
+        folder = Path(str(files("reseed") / "assets" / "model"))
+        return ResolvedModel(config, folder, _weights_fingerprint(folder, cache), "embedded")
+    if isinstance(config, PathModelConfig):
+        folder = Path(config.path).expanduser()
+        _check_folder(folder)
+        return ResolvedModel(
+            config, folder, _weights_fingerprint(folder, cache), folder.resolve().name
+        )
+    if isinstance(config, HubModelConfig):
+        folder = _snapshot(config, _LIGHT)
+        label = config.repository.rpartition("/")[2].lower()
+        return ResolvedModel(config, folder, f"{config.repository}@{folder.name}", label)
+    raise ConfigError(f"{{key}}: do not know how to load a {type(config).__name__}", "model")
+
+
+class LanguageModel:
+    """A loaded causal LM that yields activations.
+
+    Args:
+        resolved: the model as found by `resolve`.
+        device: where it runs.
+    """
+
+    def __init__(self, resolved: ResolvedModel, device: torch.device | str = "cpu") -> None:
+        from transformers import AutoModelForCausalLM
+
+        folder = resolved.folder
+        if isinstance(resolved.config, HubModelConfig):
+            folder = _snapshot(resolved.config, (*_LIGHT, *_WEIGHTS))
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES[resolved.config.dtype],
+                attn_implementation=resolved.config.attention,
+                local_files_only=True,
+                use_safetensors=True,  # a pickled checkpoint could run code
+            )
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.device = torch.device(device)
+        self.batch_sequences = resolved.config.batch_sequences
+
+    @torch.inference_mode()
+    def activations(
+        self, tokens: Int[Tensor, "sequences context"], hookpoints: Sequence[Hookpoint]
+    ) -> Iterator[dict[Hookpoint, Float[Tensor, "batch context d_in"]]]:
+        """Activations of consecutive batches of sequences, in the model's dtype, on its device.
+
+        The forward pass ends at the deepest hookpoint: blocks after it and the unembedding do not
+        run.
+        """
+        for start in range(0, len(tokens), self.batch_sequences):
+            batch = tokens[start : start + self.batch_sequences].to(self.device)
+            yield _record(self.model, batch, hookpoints)
+
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+class _Stop(Exception):
+    """Raised by the deepest hook: nothing after it is needed."""
+
+
+def _record(
+    model: nn.Module,
+    tokens: Int[Tensor, "batch context"],
+    hookpoints: Sequence[Hookpoint],
+    mask: Tensor | None = None,
+) -> dict[Hookpoint, Tensor]:
+    found: dict[Hookpoint, Tensor] = {}
+    waiting = set(hookpoints)
+
+    def hook_for(hookpoint: Hookpoint):  # noqa: ANN202 - the signature is torch's
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            found[hookpoint] = first_tensor(output)
+            waiting.discard(hookpoint)
+            if not waiting:
+                raise _Stop
+
+        return hook
+
+    handles = [
+        model.get_submodule(module_path(model, h)).register_forward_hook(hook_for(h))
+        for h in dict.fromkeys(hookpoints)
+    ]
+    try:
+        model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    if waiting:
+        missed = ", ".join(str(h) for h in waiting)
+        raise ConfigError(f"{{key}}: the forward pass never reached {missed}", "hookpoint")
+    return found
+
+
+def _from_config(config: Any, attention: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), _quiet():
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No weight-loading bars: the command has a progress display of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "path")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{{key}} must hold a transformers model: there is no config.json in {folder}", "path"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise ConfigError(f"{{key}} must hold weights as *.safetensors: none in {folder}", "path")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path") from None
+
+
+def _snapshot(config: HubModelConfig, patterns: Sequence[str]) -> Path:
+    """The local folder of a hub model, downloaded if needed; its name is the commit."""
+    from huggingface_hub import snapshot_download
+
+    arguments = {"repo_id": config.repository, "revision": config.revision}
+    try:
+        return Path(snapshot_download(**arguments, allow_patterns=list(patterns)))
+    except Exception as online:
+        try:  # without a network, what an earlier run has downloaded is as good
+            return Path(snapshot_download(**arguments, local_files_only=True))
+        except Exception:
+            raise ConfigError(
+                f"{{key}}: cannot get {config.repository} (revision {config.revision}) from the "
+                f"hub, and it is not in the local cache: {_first_line(online)}",
+                "repository",
+            ) from online
+
+
+def _weights_fingerprint(folder: Path, cache: Path) -> str:
+    """SHA-256 over architecture and weights; remembered by size and time, as weights can be big."""
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    stamp = json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths])
+    key = hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    remembered = cache / "fingerprints" / f"{key}.json"
+    if remembered.is_file():
+        return json.loads(remembered.read_text())["sha256"]
+    fingerprint = _hash_files(paths)
+    if sum(p.stat().st_size for p in paths) > 100_000_000:
+        atomic_write_json(remembered, {"sha256": fingerprint, "files": [p.name for p in paths]})
+    return fingerprint
+
+
+def _hash_files(paths: Sequence[Path]) -> str:
+    sha = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            sha.update(path.name.encode())
+            with path.open("rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:32]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

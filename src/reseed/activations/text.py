@@ -1,0 +1,266 @@
+"""Text: documents of a declared data set, in a declared order, identified by their content."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reseed.config import Config, ConfigError, setting
+
+STRIPES = 8
+"""Parts into which each chunk is dealt; a batch takes the same number of tokens from each."""
+
+
+@dataclass(frozen=True)
+class DatasetConfig(Config, family="dataset"):
+    """How text becomes sequences and chunks; members say where the text comes from."""
+
+    context_length: int = setting(256, at_least=2)
+    """Tokens in a sequence."""
+    order_seed: int = setting(0, at_least=0)
+    """Moves the order of the documents and of the tokens, and nothing else."""
+    chunk_tokens: int = setting(65_536, at_least=STRIPES)
+    """Activations that are computed, shuffled and dealt out together."""
+    exclude_first_position: bool = True
+    """The first position of a sequence has activations unlike all others."""
+    exclude_special_tokens: bool = True
+    repeat: bool = False
+    """Whether a text shorter than the budget is read again, in another order, or refused."""
+    held_out_fraction: float = setting(0.05, above=0, below=1)
+    """Share of the documents, chosen by their hash, on which no SAE is trained."""
+    held_out_tokens: int = setting(65_536, at_least=1)
+    """Activations on which every run is measured."""
+
+    def validate(self) -> None:
+        if self.chunk_tokens % STRIPES:
+            raise ConfigError(
+                f"{{key}} must be a multiple of {STRIPES}; got {self.chunk_tokens}", "chunk_tokens"
+            )
+
+
+@dataclass(frozen=True)
+class DocstringsConfig(DatasetConfig, name="docstrings"):
+    """The docstrings of the packages that every installation has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFilesConfig(DatasetConfig, name="text_files"):
+    """Local files: plain text (.txt, .md), .jsonl or .parquet; a file, a folder or a list."""
+
+    path: str | tuple[str, ...] = setting(signed=False)
+    separator: str | None = "<|endoftext|>"
+    """Plain text only: what stands between documents. null: a file is a document."""
+    field: str = "text"
+    """jsonl and parquet only: the key or column that holds the text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubTextConfig(DatasetConfig, name="hub"):
+    """A data set of the Hugging Face hub."""
+
+    repository: str = setting()
+    subset: str | None = None
+    split: str = "train"
+    revision: str = setting("main", signed=False)
+    field: str = "text"
+    streaming: bool = True
+    """Read only as much as the budget needs, in an order shuffled by shards and a buffer."""
+    shuffle_buffer: int = setting(10_000, at_least=1)
+
+
+@dataclass(frozen=True)
+class ResolvedText:
+    """Text found, but not tokenised.
+
+    Attributes:
+        config: what was declared.
+        fingerprint: identifies the documents and their natural order.
+        label: short name for folders and tables.
+        cache: folder for what is derived from it.
+    """
+
+    config: DatasetConfig
+    fingerprint: str
+    label: str
+    cache: Path
+
+    @property
+    def streamed(self) -> bool:
+        """Whether only a beginning of the text is read, in an order that is already shuffled."""
+        return isinstance(self.config, HubTextConfig) and self.config.streaming
+
+    def documents(self) -> Iterator[str]:
+        """The documents, blank ones left out."""
+        return (d for d in self._all_documents() if d.strip())
+
+    def _all_documents(self) -> Iterator[str]:
+        config = self.config
+        if isinstance(config, DocstringsConfig):
+            yield from _docstrings(self.cache)
+        elif isinstance(config, TextFilesConfig):
+            for path in text_paths(config):
+                yield from _file_documents(path, config)
+        elif isinstance(config, HubTextConfig):
+            yield from _hub_documents(config, self.fingerprint)
+
+
+def resolve_text(config: DatasetConfig, cache: Path) -> ResolvedText:
+    """Find the text that ``config`` declares and identify it by its content.
+
+    Raises:
+        ConfigError: unreadable, empty or missing files, or a hub that cannot be reached.
+    """
+    if isinstance(config, DocstringsConfig):
+        sha = hashlib.sha256()
+        for document in _docstrings(cache):
+            sha.update(hashlib.sha256(document.encode()).digest())
+        return ResolvedText(config, sha.hexdigest()[:32], "docstrings", cache)
+    if isinstance(config, TextFilesConfig):
+        paths = text_paths(config)
+        sha = hashlib.sha256()
+        for path in paths:
+            _check_readable(path, config)
+            with path.open("rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+        label = paths[0].stem if len(paths) == 1 else paths[0].parent.name
+        return ResolvedText(config, sha.hexdigest()[:32], label, cache)
+    if isinstance(config, HubTextConfig):
+        commit = _dataset_commit(config)
+        label = config.repository.rpartition("/")[2].lower()
+        return ResolvedText(config, f"{config.repository}@{commit}", label, cache)
+    raise ConfigError(f"{{key}}: do not know how to read a {type(config).__name__}")
+
+
+def text_paths(config: TextFilesConfig) -> list[Path]:
+    """The files that ``config.path`` names, folders expanded in sorted order."""
+    named = [config.path] if isinstance(config.path, str) else list(config.path)
+    paths: list[Path] = []
+    for name in named:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*")) if p.suffix in _READERS and p.is_file()]
+            if not found:
+                raise ConfigError(
+                    f"{{key}}: no {', '.join(sorted(_READERS))} file in the folder {path}", "path"
+                )
+            paths += found
+        elif path.is_file():
+            paths.append(path)
+        else:
+            raise ConfigError(f"{{key}} must be an existing file or folder; got {path}", "path")
+    if not paths:
+        raise ConfigError("{key} must name at least one file", "path")
+    return paths
+
+
+def _check_readable(path: Path, config: TextFilesConfig) -> None:
+    """A first document, or the reason why there is none."""
+    if path.suffix not in _READERS:
+        raise ConfigError(
+            f"{{key}}: cannot read {path.name}; the formats are {', '.join(sorted(_READERS))}",
+            "path",
+        )
+    try:
+        first = next((d for d in _file_documents(path, config) if d.strip()), None)
+    except ConfigError:
+        raise
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"{{key}}: cannot read {path}: {error}", "path") from error
+    if first is None:
+        raise ConfigError(f"{{key}}: the text in {path} is empty", "path")
+
+
+def _file_documents(path: Path, config: TextFilesConfig) -> Iterator[str]:
+    yield from _READERS[path.suffix](path, config)
+
+
+def _plain(path: Path, config: TextFilesConfig) -> Iterator[str]:
+    """Documents of a plain text, read line by line so that memory does not grow with the file."""
+    separator = config.separator
+    with path.open(encoding="utf-8") as file:
+        if not separator:
+            yield file.read()
+            return
+        held: list[str] = []
+        for line in file:
+            while separator in line:
+                before, _, line = line.partition(separator)
+                yield "".join([*held, before]).strip("\n")
+                held = []
+            held.append(line)
+        yield "".join(held).strip("\n")
+
+
+def _jsonl(path: Path, config: TextFilesConfig) -> Iterator[str]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield _field_of(json.loads(line), config.field, f"{path.name}, line {number}")
+
+
+def _parquet(path: Path, config: TextFilesConfig) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(path)
+    if config.field not in table.schema_arrow.names:
+        raise ConfigError(
+            f"{{key}} must be a column of {path.name}: {', '.join(table.schema_arrow.names)}; "
+            f"got {config.field}",
+            "field",
+        )
+    for batch in table.iter_batches(columns=[config.field]):
+        yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+_READERS = {".txt": _plain, ".md": _plain, ".jsonl": _jsonl, ".parquet": _parquet}
+
+
+def _field_of(row: Any, field: str, where: str) -> str:
+    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+        raise ConfigError(f"{{key}}: {where} has no text under `{field}`", "field")
+    return row[field]
+
+
+def _docstrings(cache: Path) -> Sequence[str]:
+    from reseed.activations.docstrings import docstring_documents
+
+    return docstring_documents(cache)
+
+
+def _dataset_commit(config: HubTextConfig) -> str:
+    from huggingface_hub import HfApi
+
+    if importlib.util.find_spec("datasets") is None:
+        raise ConfigError("{key}: hub data sets need the package `datasets`", "repository")
+    try:
+        sha = HfApi().dataset_info(config.repository, revision=config.revision, timeout=20).sha
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{{key}}: cannot find the data set {config.repository} (revision {config.revision}) "
+            f"on the hub: {first}",
+            "repository",
+        ) from error
+    return str(sha)
+
+
+def _hub_documents(config: HubTextConfig, fingerprint: str) -> Iterator[str]:
+    """Documents at the pinned commit; streamed ones by shuffled shards and a shuffled buffer."""
+    from datasets import load_dataset
+
+    rows = load_dataset(
+        config.repository,
+        config.subset,
+        split=config.split,
+        revision=fingerprint.rpartition("@")[2],
+        streaming=config.streaming,
+    )
+    if config.streaming:
+        rows = rows.shuffle(seed=config.order_seed, buffer_size=config.shuffle_buffer)
+    for row in rows:
+        yield _field_of(row, config.field, config.repository)

@@ -1,0 +1,265 @@
+"""Documents as tokens, packed into sequences.
+
+`TokenStore` keeps the tokens of all documents end to end, as a memory-mapped file where the text
+is large, with the documents' boundaries. An order of the documents is a permutation laid over it:
+sequence s of epoch e is positions [s·L, (s+1)·L) of the documents end to end in that order. No
+text is ever tokenised twice: stores are kept in the cache by what determines them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from reseed.activations.text import DatasetConfig, ResolvedText
+from reseed.atomic import atomic_write, atomic_write_json
+
+_VERSION = 1
+"""Raised when the same text would give other tokens."""
+_BATCH = 512
+
+
+@dataclass(frozen=True, eq=False)  # identity is enough, and makes a store hashable
+class TokenStore:
+    """Tokens of documents end to end.
+
+    Attributes:
+        tokens: int32 [total].
+        starts: int64 [documents + 1], where each document begins, and the end.
+        special: sorted ids of the special tokens.
+        natural_order: whether epoch 0 reads the documents as they stand (already shuffled).
+    """
+
+    tokens: Int[np.ndarray, " total"]
+    starts: Int[np.ndarray, " documents_plus_one"]
+    special: tuple[int, ...]
+    natural_order: bool = False
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.starts) - 1
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+
+@dataclass(frozen=True)
+class Packing:
+    """One order of the documents of a store, cut into sequences of equal length.
+
+    Args:
+        store: the tokens.
+        config: context length, what is excluded, the order's seed.
+        epoch: how often the text has been read before; each epoch has an order of its own.
+    """
+
+    store: TokenStore
+    config: DatasetConfig
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        order = self._order()
+        lengths = np.diff(self.store.starts)[order]
+        object.__setattr__(self, "_documents", order)
+        object.__setattr__(self, "_ends", np.cumsum(lengths))
+        kept = np.empty(self.num_sequences + 1, dtype=np.int64)
+        kept[0] = 0
+        step = max(1, 4_000_000 // self.config.context_length)
+        for first in range(0, self.num_sequences, step):
+            last = min(first + step, self.num_sequences)
+            kept[first + 1 : last + 1] = self.keep(self.sequences(first, last)).sum(1)
+        object.__setattr__(self, "_kept", np.cumsum(kept))
+
+    @property
+    def num_sequences(self) -> int:
+        """Whole sequences; the tokens left over at the end are not used."""
+        return len(self.store) // self.config.context_length
+
+    @property
+    def num_activations(self) -> int:
+        """Positions that an SAE sees: neither first in the sequence nor special."""
+        return int(self._kept[-1])  # type: ignore[attr-defined]
+
+    def sequences(self, first: int, last: int) -> Int[np.ndarray, "sequences context"]:
+        """Tokens of sequences ``first`` to ``last`` (exclusive)."""
+        length = self.config.context_length
+        positions = np.arange(first * length, last * length)
+        ends = self._ends  # type: ignore[attr-defined]
+        rank = np.searchsorted(ends, positions, side="right")
+        order = self._documents  # type: ignore[attr-defined]
+        begins = self.store.starts[:-1][order[rank]]
+        lengths = self.store.starts[1:][order[rank]] - begins
+        inside = positions - (ends[rank] - lengths)
+        return self.store.tokens[begins + inside].reshape(last - first, length)
+
+    def keep(self, tokens: Int[np.ndarray, "sequences context"]) -> Bool[np.ndarray, "s c"]:
+        """Which positions count as activations."""
+        kept = np.ones(tokens.shape, dtype=bool)
+        if self.config.exclude_first_position:
+            kept[:, 0] = False
+        if self.config.exclude_special_tokens:
+            kept &= ~np.isin(tokens, self.store.special)
+        return kept
+
+    @property
+    def guaranteed_activations(self) -> int:
+        """Activations in any order of the documents: what every epoch of a repeated text has."""
+        if not self.config.exclude_special_tokens:
+            return self.num_activations
+        special = int(np.isin(self.store.tokens, self.store.special).sum())
+        left_over = len(self.store) % self.config.context_length
+        lost = self.num_sequences * self.config.exclude_first_position
+        return max(0, len(self.store) - left_over - special - lost)
+
+    def covering(self, first: int, last: int) -> tuple[int, int, int]:
+        """Sequences that hold activations ``first`` to ``last`` (exclusive), counted in order.
+
+        Returns:
+            the first and the last (exclusive) sequence, and how many activations of the first
+            one come before ``first``.
+        """
+        kept = self._kept  # type: ignore[attr-defined]
+        begin = int(np.searchsorted(kept, first, side="right")) - 1
+        end = int(np.searchsorted(kept, last, side="left"))
+        return begin, end, first - int(kept[begin])
+
+    def _order(self) -> Int[np.ndarray, " documents"]:
+        if self.store.natural_order and self.epoch == 0:
+            return np.arange(self.store.num_documents)
+        seed = np.random.SeedSequence([self.config.order_seed, self.epoch])
+        return np.random.Generator(np.random.PCG64(seed)).permutation(self.store.num_documents)
+
+
+def token_stores(
+    text: ResolvedText, tokenizer: Any, tokenizer_fingerprint: str, needed: int
+) -> tuple[TokenStore, TokenStore]:
+    """The training documents and the held-out documents of a text, as tokens.
+
+    Args:
+        text: where the documents come from.
+        tokenizer: the model's.
+        tokenizer_fingerprint: identifies it.
+        needed: activations that training needs; a streamed text is read no further.
+    """
+    config = text.config
+    key: dict[str, Any] = {
+        "version": _VERSION,
+        "text": text.fingerprint,
+        "options": _text_options(config),
+        "tokenizer": tokenizer_fingerprint,
+        "held_out": config.held_out_fraction,
+    }
+    if text.streamed:
+        key |= {"needed": needed, "order_seed": config.order_seed}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    folder = text.cache / "tokens" / name
+    if not (folder / "store.json").is_file():
+        _tokenise(text, tokenizer, needed, folder, key)
+    return _read_stores(folder, text.streamed)
+
+
+def special_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that carry no text: beginning and end of text, padding and the like."""
+    return tuple(sorted(set(tokenizer.all_special_ids)))
+
+
+def is_held_out(document: str, fraction: float) -> bool:
+    """Whether a document is set aside, by its own hash: the same for every order and budget."""
+    value = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big")
+    return value < fraction * 2**64
+
+
+def _text_options(config: DatasetConfig) -> dict[str, Any]:
+    """The options that decide what the documents are, beside the bytes of the files."""
+    names = ("separator", "field", "subset", "split", "shuffle_buffer", "streaming")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+@lru_cache(maxsize=4)
+def _read_stores(folder: Path, natural_order: bool) -> tuple[TokenStore, TokenStore]:
+    special = tuple(json.loads((folder / "store.json").read_text())["special"])
+    stores = []
+    for part in ("train", "held_out"):
+        starts = np.load(folder / f"{part}-starts.npy")
+        path = folder / f"{part}.int32"
+        size = int(starts[-1])
+        tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)
+        stores.append(TokenStore(tokens, starts, special, natural_order and part == "train"))
+    return stores[0], stores[1]
+
+
+def _tokenise(
+    text: ResolvedText, tokenizer: Any, needed: int, folder: Path, key: dict[str, Any]
+) -> None:
+    """Write both stores as they are read; ``store.json`` comes last and makes them valid."""
+    config, special = text.config, special_ids(tokenizer)
+    folder.mkdir(parents=True, exist_ok=True)
+    # One position in context_length is lost, and as much again is kept as a margin.
+    enough = needed * (1 + 2 / config.context_length) + 2 * config.chunk_tokens
+    with _StoreWriter(folder, "train") as train, _StoreWriter(folder, "held_out") as held_out:
+        for documents in _batches(text.documents(), _BATCH):
+            for document, ids in zip(documents, _encode(tokenizer, documents), strict=True):
+                part = held_out if is_held_out(document, config.held_out_fraction) else train
+                part.add(ids, int(np.isin(ids, special).sum()))
+            measured = held_out.activations > 1.1 * config.held_out_tokens
+            if text.streamed and train.activations > enough and measured:
+                break
+    atomic_write_json(folder / "store.json", {"key": key, "special": list(special)})
+
+
+class _StoreWriter:
+    """Appends documents to one store; the files get their names when all is written."""
+
+    def __init__(self, folder: Path, part: str) -> None:
+        self.folder, self.part = folder, part
+        self.lengths: list[int] = []
+        self.activations = 0
+
+    def __enter__(self) -> _StoreWriter:
+        handle, self.temporary = tempfile.mkstemp(prefix=f".{self.part}-", dir=self.folder)
+        self.file = os.fdopen(handle, "wb")
+        return self
+
+    def add(self, ids: np.ndarray, special: int) -> None:
+        self.file.write(ids.tobytes())
+        self.lengths.append(len(ids))
+        self.activations += len(ids) - special
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        self.file.close()
+        if error is not None:
+            os.unlink(self.temporary)
+            return
+        os.replace(self.temporary, self.folder / f"{self.part}.int32")
+        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
+        atomic_write(self.folder / f"{self.part}-starts.npy", lambda path: np.save(path, starts))
+
+
+def _encode(tokenizer: Any, documents: list[str]) -> list[np.ndarray]:
+    """Token ids, each document opened by the token that opens documents for this model."""
+    opening = tokenizer.bos_token_id
+    if opening is None:
+        opening = tokenizer.eos_token_id
+    encoded = []
+    for ids in tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]:
+        if opening is not None and ids[:1] != [opening]:
+            ids = [opening, *ids]
+        encoded.append(np.asarray(ids, dtype=np.int32))
+    return encoded
+
+
+def _batches(items: Iterator[str], size: int) -> Iterator[list[str]]:
+    while batch := list(islice(items, size)):
+        yield batch
+

@@ -1,0 +1,176 @@
+"""What happens beside the steps: curves, checkpoints, progress, a stop that loses nothing."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from reseed.console import console, say
+from reseed.train.member import Member, NotFiniteError
+from reseed.train.module import GroupModule
+
+
+class Bookkeeper(L.Callback):
+    """Closes curve rows, and saves each member's state into its own folder.
+
+    A checkpoint belongs to a run, not to a group: whatever the next command groups together, a
+    run goes on from its own. Members saved at different steps wait for each other.
+    """
+
+    def __init__(
+        self, folders: Mapping[str, Path], log_every_steps: int, checkpoint_every_s: float
+    ) -> None:
+        self.folders = folders
+        self.log_every_steps = log_every_steps
+        self.checkpoint_every_s = checkpoint_every_s
+        self.started = self.saved = time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.started = self.saved = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        step = batch[0] + 1
+        for index, member in enumerate(pl_module.members):
+            last = member.step == step and step == member.training.steps
+            if member.error is None and member.step == step:
+                if last or step % self.log_every_steps == 0:
+                    self._log(trainer, member, index, now - self.started)
+            if last:
+                self._save(member)
+        if now - self.saved >= self.checkpoint_every_s:
+            self.save(pl_module)
+        if not pl_module.working:
+            trainer.should_stop = True
+
+    def save(self, module: GroupModule) -> None:
+        """Checkpoint every member that is still at work."""
+        for member in module.members:
+            if member.active:
+                self._save(member)
+        self.saved = time.perf_counter()
+
+    def _save(self, member: Member) -> None:
+        folder = self.folders[member.id]
+        member.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
+        member.write_curve(folder)
+
+    def _log(self, trainer: L.Trainer, member: Member, index: int, seconds: float) -> None:
+        try:
+            row = member.log(seconds)
+        except NotFiniteError as error:
+            member.error = error
+            say(f"failed: {member.id}: {error}")
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics({f"{member.id}/{k}": v for k, v in row.items()}, step=member.step)
+
+
+class StopAtBorder(L.Callback):
+    """SIGINT and SIGTERM end training between two batches, after a checkpoint.
+
+    A second SIGINT ends it at once; the last checkpoint stands.
+    """
+
+    def __init__(self, bookkeeper: Bookkeeper) -> None:
+        self.bookkeeper = bookkeeper
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.signal is not None:
+            self.bookkeeper.save(pl_module)
+            trainer.should_stop = True
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+class GroupProgress(ProgressBar):
+    """One line for the whole group: tokens/s, and the mean FVU, L0 and dead share of its members.
+
+    A bar on a terminal, a line every ten seconds elsewhere.
+    """
+
+    def __init__(self, total_steps: int, start: int, batch_size: int, shown: bool) -> None:
+        super().__init__()
+        self.total_steps, self.first, self.batch_size = total_steps, start, batch_size
+        self.shown = shown
+        self.bar: Progress | None = None
+        self.spoken = self.started = time.perf_counter()
+
+    def disable(self) -> None:
+        self.shown = False
+
+    def enable(self) -> None:
+        self.shown = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.spoken = self.started = time.perf_counter()
+        if self.shown and console().is_terminal:
+            columns = (BarColumn(24), TextColumn("{task.percentage:3.0f}%"))
+            columns += (TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+            self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(),
+                                console=console(), transient=True)  # fmt: skip
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total_steps, completed=self.first, text="")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not self.shown:
+            return
+        now, step = time.perf_counter(), batch[0] + 1
+        interval = 0.25 if self.bar is not None else 10.0
+        if now - self.spoken < interval:
+            return
+        self.spoken = now
+        rate = (step - self.first) * self.batch_size / max(now - self.started, 1e-9)
+        text = f"{rate:,.0f} tokens/s{_measures(pl_module.members)}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=step, text=text)
+        else:
+            say(f"  step {step:,} of {self.total_steps:,} · {text}")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def _measures(members: list[Member]) -> str:
+    rows = [member.curve[-1] for member in members if member.curve and member.error is None]
+    if not rows:
+        return ""
+    fvu, l0, dead = (
+        sum(row[name] for row in rows) / len(rows) for name in ("fvu", "l0", "dead_fraction")
+    )
+    return f" · FVU {fvu:.3f} · L0 {l0:.1f} · dead {dead:.0%}"

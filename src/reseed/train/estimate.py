@@ -1,0 +1,94 @@
+"""What a group will cost, from shapes, said before it starts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from reseed.activations.hookpoint import module_path
+from reseed.console import say
+
+if TYPE_CHECKING:
+    from reseed.activations.language_model import LanguageModel
+    from reseed.experiment import Resolved
+
+_STEP_EFFICIENCY = 0.35
+"""Share of the speed of a plain product that a training step reaches (sparse parts, optimiser)."""
+
+
+def announce(group: Sequence[Resolved], model: LanguageModel, device: torch.device) -> None:
+    """Say what will be trained, and about how long and how much memory it takes."""
+    flops, memory, parameters = cost(group, model)
+    seconds = flops / (_STEP_EFFICIENCY * product_speed(device))
+    e = group[0].experiment
+    tokens = max(r.experiment.training.steps * e.training.batch_size for r in group)
+    kinds = ", ".join(sorted({f"{r.experiment.sae.name} {r.num_latents:,}" for r in group}))
+    hooks = ", ".join(sorted({str(r.experiment.hook) for r in group}))
+    plural = "s" if len(group) > 1 else ""
+    say(
+        f"training {len(group)} SAE{plural} ({kinds}) on {group[0].model.label} {hooks}, "
+        f"text {group[0].text.label}\n"
+        f"  {tokens:,} tokens each, {parameters:,} parameters in all, on {device.type}; "
+        f"about {_duration(seconds)} and {memory / 2**30:.1f} GiB"
+    )
+
+
+def cost(group: Sequence[Resolved], model: LanguageModel) -> tuple[float, float, int]:
+    """Floating-point operations, bytes and SAE parameters of a group.
+
+    Counted are the products: 2·P per token for the P weights of the model up to the deepest
+    hookpoint; for an SAE its encoder product and twice the sparse rest. Bytes: weights, gradients
+    and two moments in float32, the model, a chunk with its permuted copy, a batch's work space.
+    """
+    first = group[0].experiment
+    tokens = max(r.experiment.training.steps for r in group) * first.training.batch_size
+    weights = model.parameters()
+    used = _weights_used(group, model)
+    flops = 2.0 * used * tokens * (1 + 1 / max(first.dataset.context_length - 1, 1))
+    memory = 4.0 * weights
+    parameters = 0
+    for r in group:
+        size = 2 * r.num_latents * r.d_in
+        parameters += size + r.num_latents + r.d_in
+        steps = r.experiment.training.steps
+        flops += steps * (2.0 * r.num_latents * r.d_in * first.training.batch_size + 12.0 * size)
+        memory += 16.0 * size
+    widths = {r.experiment.hook: r.d_in for r in group}
+    memory += 2 * 4.0 * first.dataset.chunk_tokens * sum(widths.values())
+    memory += 8.0 * first.training.batch_size * max(r.d_in for r in group)
+    return flops, memory, parameters
+
+
+def product_speed(device: torch.device) -> float:
+    """Floating-point operations per second of a float32 product here, measured in a blink."""
+    size = 2_048 if device.type == "cuda" else 512
+    a = torch.randn(size, size, device=device)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best
+
+
+def _weights_used(group: Sequence[Resolved], model: LanguageModel) -> int:
+    """Weights that multiply each token before the deepest hookpoint (no embeddings)."""
+    deepest = max(r.experiment.layer for r in group)
+    hook = group[0].experiment.hook
+    path = module_path(model.model, hook)
+    blocks, _, rest = path.partition(f".{hook.layer}")
+    if not rest and not path.endswith(f".{hook.layer}"):
+        return model.parameters()
+    layers = list(model.model.get_submodule(blocks).children())[: deepest + 1]
+    return sum(p.numel() for layer in layers for p in layer.parameters())
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,278 @@
+"""Train one group: SAEs that read the same stream, in one pass of the language model."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+
+from reseed.activations.chunks import ActivationStream, held_out_chunks
+from reseed.activations.language_model import LanguageModel
+from reseed.atomic import atomic_write
+from reseed.config import ConfigError, ReseedError
+from reseed.console import say
+from reseed.evaluate.reconstruction import Reconstruction, measure
+from reseed.runs import Run, RunStore, seconds_since
+from reseed.sae.checkpoint import save_sae
+from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder
+from reseed.train.config import RuntimeConfig
+from reseed.train.data import ActivationData
+from reseed.train.estimate import announce
+from reseed.train.member import Member
+from reseed.train.module import GroupModule
+
+if TYPE_CHECKING:
+    from reseed.experiment import Resolved
+
+
+class Interrupted(ReseedError):
+    """Training was asked to stop, and did so with everything saved."""
+
+
+def fit_group(
+    group: Sequence[Resolved], store: RunStore, runtime: RuntimeConfig
+) -> dict[str, BaseException]:
+    """Train, measure and record the runs of a group. The caller holds their locks.
+
+    Returns:
+        the error of each run that failed, by run id. One that fails does not stop the others.
+
+    Raises:
+        Interrupted: after SIGINT or SIGTERM; the same command goes on where this one stopped.
+    """
+    clock = time.perf_counter()
+    runs = [resolved.run(store) for resolved in group]
+    for resolved, run in zip(group, runs, strict=True):
+        run.begin(resolved.record() | {"group": [r.signature for r in group]})
+    try:
+        return _fit(group, runs, runtime, clock)
+    except (Interrupted, KeyboardInterrupt):
+        for run in runs:
+            if run.record["status"] == "running":
+                run.update(status="interrupted")
+        raise
+    except Exception as error:
+        # Members that were recorded already keep their own outcome.
+        for run in runs:
+            if run.record["status"] == "running":
+                run.fail(error)
+        raise
+
+
+def _fit(
+    group: Sequence[Resolved], runs: Sequence[Run], runtime: RuntimeConfig, clock: float
+) -> dict[str, BaseException]:
+    first = group[0]
+    device = pick_device(runtime.device)
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    needed = max(r.experiment.training.tokens for r in group)
+    train_store, held_out_store = first.stores(needed)
+    model = LanguageModel(first.model, device)
+    stream = ActivationStream(
+        model, train_store, first.experiment.dataset, [r.experiment.hook for r in group]
+    )
+    batch_size = first.experiment.training.batch_size
+    _check_length(stream, batch_size, group)
+    announce(group, model, device)
+
+    members = [_member(r, run, stream, device) for r, run in zip(group, runs, strict=True)]
+    started = time.perf_counter()
+    start = min((m.step for m in members if m.active), default=0)
+    stop = max(m.training.steps for m in members)
+    if any(m.active for m in members):
+        if start:
+            say(f"  going on at step {start:,} of {stop:,}")
+        _train(members, runs, stream, batch_size, start, stop, runtime)
+    training_s = seconds_since(started)
+
+    started = time.perf_counter()
+    sound = [m for m in members if m.error is None]
+    measured = _measure(sound, model, held_out_store, first)
+    timings = {"training_s": training_s, "held_out_s": seconds_since(started)}
+    failures: dict[str, BaseException] = {}
+    for member, resolved, run in zip(members, group, runs, strict=True):
+        if member.error is not None:
+            failures[run.id] = member.error
+            run.fail(member.error, failed_at_step=member.step)
+            continue
+        _record(member, resolved, run, measured[member.id], timings | {"group_runs": len(group)})
+    say(f"  {len(sound)} of {len(group)} runs finished in {seconds_since(clock):,.1f} s")
+    return failures
+
+
+def _train(
+    members: Sequence[Member],
+    runs: Sequence[Run],
+    stream: ActivationStream,
+    batch_size: int,
+    start: int,
+    stop: int,
+    runtime: RuntimeConfig,
+) -> None:
+    module = GroupModule(members)
+    folders = {run.id: run.path for run in runs}
+    books = Bookkeeper(folders, runtime.log_every_steps, runtime.checkpoint_every_s)
+    border = StopAtBorder(books)
+    progress = GroupProgress(stop, start, batch_size, runtime.progress)
+    device = stream.model.device
+    with _quiet_lightning():
+        trainer = L.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=[device.index or 0] if device.type == "cuda" else 1,
+            precision="bf16-mixed" if members[0].training.precision == "bfloat16" else "32-true",
+            max_epochs=1,
+            callbacks=[books, border, progress],
+            logger=_loggers(runtime),
+            enable_checkpointing=False,  # checkpoints belong to runs: see Bookkeeper
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        border.install()
+        try:
+            trainer.fit(module, datamodule=ActivationData(stream, batch_size, start, stop))
+        finally:
+            border.restore()
+    if border.signal is not None and module.working:
+        name = signal.Signals(border.signal).name
+        raise Interrupted(f"stopped by {name}; saved. The same command goes on from here.")
+
+
+def _member(resolved: Resolved, run: Run, stream: ActivationStream, device: torch.device) -> Member:
+    """The run's state: from its checkpoint, or from the first chunk of activations."""
+    e = resolved.experiment
+    member = Member(
+        run.id, e.hook, e.sae, e.training, resolved.d_in, resolved.init_seed, device
+    )
+    checkpoint = run.path / "checkpoint.pt"
+    if checkpoint.is_file():
+        try:
+            member.load(checkpoint)
+            return member
+        except Exception as error:
+            raise ReseedError(
+                f"{checkpoint} cannot be read ({error}); delete it to train this run anew"
+            ) from error
+    member.start(stream.chunk(0)[e.hook].flatten(0, 1))
+    return member
+
+
+def _measure(
+    members: Sequence[Member], model: LanguageModel, held_out: Any, first: Resolved
+) -> dict[str, Reconstruction]:
+    if not members:
+        return {}
+    dataset = first.experiment.dataset
+    hooks = [m.hookpoint for m in members]
+    chunks = held_out_chunks(model, held_out, dataset, hooks, dataset.held_out_tokens)
+    return measure({m.id: (m.hookpoint, m.sae.folded(m.scale)) for m in members}, chunks)
+
+
+def _record(
+    member: Member,
+    resolved: Resolved,
+    run: Run,
+    measured: Reconstruction,
+    timings: dict[str, Any],
+) -> None:
+    """Write the results; the record's status comes last."""
+    from safetensors.torch import save_file
+
+    e = resolved.experiment
+    metadata = {
+        "signature": resolved.signature,
+        "model": resolved.model.label,
+        "model_fingerprint": resolved.model.fingerprint,
+        "hookpoint": str(e.hook),
+        "site": e.hookpoint.site,
+        "layer": e.layer,
+        "dataset": resolved.text.label,
+        "context_length": e.dataset.context_length,
+        "tokens": e.training.steps * e.training.batch_size,
+        "seed": e.seed,
+        "input_scale": member.scale,
+    }
+    save_sae(measured.sae, run.path, metadata)
+    latents = {
+        "firing": measured.firing.cpu(),
+        "tokens_since_fired": member.tokens_since_fired.cpu(),
+    }
+    atomic_write(run.path / "latents.safetensors", lambda path: save_file(latents, path))
+    member.write_curve(run.path)
+    metrics = measured.metrics() | {"dead_fraction": float(member.dead.double().mean())}
+    run.finish(metrics, timings=timings | {"seconds": round(member.seconds, 3)})
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that ``runtime.device`` means.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{{key}} must be auto, cpu, cuda or cuda:N; got {name}", "runtime.device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"{{key}}: there are {torch.cuda.device_count()} CUDA devices here; got {name}",
+            "runtime.device",
+        )
+    return device
+
+
+def _check_length(stream: ActivationStream, batch_size: int, group: Sequence[Resolved]) -> None:
+    """Streamed texts show their length only now."""
+    there = stream.num_batches(batch_size)
+    for resolved in group:
+        steps = resolved.experiment.training.steps
+        if there is not None and there < steps:
+            raise ConfigError(
+                f"{{key}} (={steps * batch_size:,}) must not exceed the activations of "
+                f"{resolved.text.label}: {there * batch_size:,}",
+                "training.tokens",
+            )
+
+
+def _loggers(runtime: RuntimeConfig) -> list[Any]:
+    """TensorBoard and W&B on demand; training.csv is always written, by ourselves."""
+    from lightning.pytorch import loggers
+
+    made: list[Any] = []
+    try:
+        if "tensorboard" in runtime.loggers:
+            made.append(loggers.TensorBoardLogger(Path(runtime.outputs) / "tensorboard", name=""))
+        if "wandb" in runtime.loggers:
+            made.append(loggers.WandbLogger(project="reseed", save_dir=runtime.outputs))
+    except ModuleNotFoundError as error:
+        names = " ".join(f"reseed[{name}]" for name in runtime.loggers)
+        raise ReseedError(f"runtime.loggers needs a package: pip install {names}") from error
+    return made
+
+
+@contextmanager
+def _quiet_lightning():  # noqa: ANN202
+    """Lightning's hints on devices and workers say nothing that our own lines do not."""
+    found = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in found]
+    for logger in found:
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="lightning")
+        try:
+            yield
+        finally:
+            for logger, level in zip(found, levels, strict=True):
+                logger.setLevel(level)

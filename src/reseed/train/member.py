@@ -1,0 +1,215 @@
+"""One SAE in training: weights, optimiser, dead counters, curve, position."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.atomic import atomic_write, atomic_write_text
+from reseed.config import ReseedError
+from reseed.sae.base import SAE, SAEConfig, Step
+from reseed.train.config import TrainingConfig
+from reseed.train.optim import SAEAdam, learning_rate
+
+
+class NotFiniteError(ReseedError, ArithmeticError):
+    """The loss of a run became NaN or infinite."""
+
+
+@dataclass
+class Tally:
+    """Sums since the last row of the curve; tensors, so that a GPU is not waited for."""
+
+    steps: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, **values: Tensor) -> None:
+        self.steps += 1
+        for name, value in values.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def drain(self) -> tuple[int, dict[str, float]]:
+        steps, sums = self.steps, {name: float(value) for name, value in self.sums.items()}
+        self.steps, self.sums = 0, {}
+        return steps, sums
+
+
+class Member:
+    """A run of a group while it trains.
+
+    Args:
+        id: the run's folder name.
+        hookpoint: which activations of a batch it reads.
+        config: the architecture.
+        training: the recipe.
+        d_in: width of the activations.
+        init_seed: seed of the weights.
+        device: where it trains.
+    """
+
+    def __init__(
+        self,
+        id: str,
+        hookpoint: Hookpoint,
+        config: SAEConfig,
+        training: TrainingConfig,
+        d_in: int,
+        init_seed: int,
+        device: torch.device,
+    ) -> None:
+        self.id, self.hookpoint, self.training = id, hookpoint, training
+        generator = torch.Generator().manual_seed(init_seed)
+        self.sae: SAE = config.build(d_in, generator).to(device)
+        self.optimizer = SAEAdam(
+            self.sae,
+            lr=training.peak_lr(config, self.sae.num_latents),
+            betas=(training.beta1, training.beta2),
+            eps=training.eps,
+            encoder_weight_decay=training.encoder_weight_decay,
+            decoder_weight_decay=training.decoder_weight_decay,
+            max_grad_norm=training.gradient_clip,
+            train_b_dec=training.b_dec == "learned",
+        )
+        self.peak_lr = training.peak_lr(config, self.sae.num_latents)
+        self.tokens_since_fired: Int[Tensor, " num_latents"] = torch.zeros(
+            self.sae.num_latents, dtype=torch.int64, device=device
+        )
+        self.scale = 1.0
+        self.step = 0
+        self.seconds = 0.0
+        self.curve: list[dict[str, float]] = []
+        self.error: BaseException | None = None
+        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._tally = Tally()
+
+    @property
+    def active(self) -> bool:
+        """Whether it still has steps to make."""
+        return self.error is None and self.step < self.training.steps
+
+    @property
+    def dead(self) -> Tensor:
+        """Mask [num_latents] of the latents that have not fired for long."""
+        return self.tokens_since_fired >= self.training.dead_after()
+
+    def start(self, x: Float[Tensor, "tokens d_in"]) -> None:
+        """Input scale and b_dec from the first activations."""
+        x = x.to(self.sae.W_dec.device, torch.float32)
+        if self.training.normalize_activations:
+            norm = float(torch.linalg.vector_norm(x, dim=1).double().mean())
+            if not norm > 0:
+                raise ReseedError(f"{self.id}: the activations are all zero; nothing can be learnt")
+            self.scale = x.shape[1] ** 0.5 / norm
+        if self.training.b_dec_init == "mean":
+            self.sae.initialise_b_dec((x.double().mean(0) * self.scale).float())
+
+    def train(self, x: Float[Tensor, "batch d_in"], optimizer: Any) -> None:
+        """One optimiser step on raw activations ``x``.
+
+        Args:
+            x: [batch, d_in], in the model's dtype.
+            optimizer: this member's, as the trainer wraps it.
+        """
+        x = x.to(torch.float32) * self.scale
+        step = Step(self.step, self.training.steps)
+        self.optimizer.set_lr(self._rate(step))
+        loss = self.sae.training_loss(x, step, self.dead)
+        loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        self._count(x, loss)
+        self.step += 1
+
+    def log(self, seconds: float) -> dict[str, float]:
+        """Close a row of the curve: means since the last one.
+
+        Raises:
+            NotFiniteError: the loss was not finite at some step since then.
+        """
+        bad = int(self._first_bad)
+        if bad >= 0:
+            raise NotFiniteError(f"the loss is not finite at step {bad}")
+        steps, sums = self._tally.drain()
+        step = Step(max(self.step - 1, 0), self.training.steps)
+        row = {
+            "step": self.step,
+            "tokens": self.step * self.training.batch_size,
+            "fvu": sums.pop("squared_error") / max(sums.pop("variance"), 1e-30),
+            "dead_fraction": float(self.dead.double().mean()),
+            "lr": self._rate(step),
+            "seconds": round(self.seconds + seconds, 3),
+        }
+        row |= {name: value / steps for name, value in sums.items()}
+        self.curve.append(row)
+        return row
+
+    def write_curve(self, folder: Path) -> None:
+        """training.csv, whole."""
+        if self.curve:
+            text = io.StringIO()
+            names = list(dict.fromkeys(name for row in self.curve for name in row))
+            writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(
+                {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()}
+                for row in self.curve
+            )
+            atomic_write_text(folder / "training.csv", text.getvalue())
+
+    def save(self, path: Path, seconds: float) -> None:
+        """Everything needed to go on exactly."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds + seconds,
+            "scale": self.scale,
+            "sae": self.sae.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "tokens_since_fired": self.tokens_since_fired,
+            "first_bad": self._first_bad,
+            "curve": self.curve,
+            "tally": {"steps": self._tally.steps, "sums": self._tally.sums},
+        }
+        atomic_write(path, lambda temporary: torch.save(state, temporary))
+
+    def load(self, path: Path) -> None:
+        """Go on from `save`."""
+        state = torch.load(path, map_location=self.tokens_since_fired.device, weights_only=True)
+        self.step, self.seconds, self.scale = state["step"], state["seconds"], state["scale"]
+        self.sae.load_state_dict(state["sae"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        self._first_bad.copy_(state["first_bad"])
+        self.curve = state["curve"]
+        self._tally = Tally(**state["tally"])
+
+    def _rate(self, step: Step) -> float:
+        return learning_rate(
+            step,
+            self.peak_lr,
+            warmup_steps=round(self.training.warmup_fraction * step.total),
+            decay_fraction=self.training.decay_fraction,
+        )
+
+    def _count(self, x: Tensor, loss: Any) -> None:
+        self.tokens_since_fired += len(x)
+        self.tokens_since_fired.masked_fill_(loss.fired > 0, 0)
+        now = torch.full_like(self._first_bad, self.step)
+        is_first = ~torch.isfinite(loss.total.detach()) & (self._first_bad < 0)
+        self._first_bad = torch.where(is_first, now, self._first_bad)
+        variance = (x - x.mean(0)).square().sum()
+        self._tally.add(
+            loss=loss.total,
+            squared_error=loss.squared_error,
+            variance=variance,
+            l0=loss.l0,
+            **loss.parts,
+        )
