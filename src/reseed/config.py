@@ -22,7 +22,7 @@ from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
 
 SIGNATURE_LENGTH = 12
-"""Hexadecimal characters kept of a SHA-256: 48 bits, a collision among a million runs has odds 1e-3."""
+"""Hexadecimal characters kept of a SHA-256: among a million runs, two are alike with odds 1e-3."""
 
 C = TypeVar("C", bound="Config")
 _MISSING = dataclasses.MISSING
@@ -30,7 +30,7 @@ _TYPE_KEY = "type"
 
 
 class ReseedError(Exception):
-    """An error whose message is meant for the user: the command line prints it without a traceback."""
+    """An error whose message is meant for the user: the command line prints no traceback."""
 
 
 class ConfigError(ReseedError, ValueError):
@@ -213,24 +213,29 @@ def make(target: type[C], values: Mapping[str, Any], key: str) -> C:
     arguments = {}
     for name, value in values.items():
         if name not in fields:
+            known = [_dotted(key, other) for other in fields]
+            option = f"{key}={target.name}" if key and target.name else key or target.__name__
             raise ConfigError(
-                f"there is no key {{key}}.{nearest(name, fields)} Keys of "
-                f"{key or target.__name__}{f'={target.name}' if target.name else ''}: "
-                f"{', '.join(fields)}.",
-                f"{key}.{name}" if key else name,
+                f"there is no key {{key}}.{nearest(_dotted(key, name), known)} "
+                f"Keys of {option}: {', '.join(fields)}.",
+                _dotted(key, name),
             )
         hint = hints[name]
         if isinstance(value, Mapping) and isinstance(hint, type) and issubclass(hint, Config):
-            value = hint.from_dict(value, f"{key}.{name}" if key else name)
+            value = hint.from_dict(value, _dotted(key, name))
         arguments[name] = value
     for name, f in fields.items():
         required = f.default is _MISSING and f.default_factory is _MISSING
         if required and (name not in arguments or arguments[name] == "???"):
-            raise ConfigError("{key} is required: give it a value", f"{key}.{name}" if key else name)
+            raise ConfigError("{key} is required: give it a value", _dotted(key, name))
     try:
         return target(**arguments)
     except ConfigError as error:
         raise error.within(key) from None
+
+
+def _dotted(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
 
 
 @cache
@@ -257,10 +262,10 @@ def _checked(value: Any, hint: Any, f: dataclasses.Field) -> Any:
         listed = ", ".join(map(str, choices))
         hint_text = nearest(str(converted), map(str, choices))
         raise ConfigError(f"{{key}} must be one of {listed}; got {value!r}.{hint_text}", f.name)
-    rule = " ".join(
-        [_describe(hint)]
-        + [" and ".join(f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None)]
-    ).strip()
+    limits = " and ".join(
+        f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None
+    )
+    rule = ", ".join(part for part in (_describe(hint), limits) if part)
     if not ok or (converted is not None and not _within(converted, bounds)):
         raise ConfigError(f"{{key}} must be {rule}; got {value!r}", f.name)
     return converted

@@ -1,12 +1,13 @@
 """One experiment: what is declared, its signature, and the flow that turns it into a run.
 
-    declared  →  resolved (found, checked)  →  grouped by stream  →  trained  →  recorded
+declared  →  resolved (found, checked)  →  grouped by stream  →  trained  →  recorded
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -19,7 +20,7 @@ from reseed.activations.language_model import ModelConfig, ResolvedModel, resolv
 from reseed.activations.text import DatasetConfig, ResolvedText, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, token_stores
 from reseed.config import Config, ConfigError, digest, setting
-from reseed.runs import Run, RunStore
+from reseed.runs import Interrupted, Run, RunStore
 from reseed.sae.base import SAEConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
 
@@ -98,8 +99,8 @@ class Resolved:
     def label(self) -> str:
         """Readable part of the folder's name."""
         e = self.experiment
-        hook = str(e.hook).replace("/", "_")
-        return f"{self.model.label}-{hook}-{self.text.label}-{e.sae.name}-{self.num_latents}-seed{e.seed}"
+        what = (self.model.label, e.hook, self.text.label, e.sae.name, self.num_latents)
+        return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, f"seed{e.seed}"))))
 
     def run(self, store: RunStore) -> Run:
         """Its folder in the store."""
@@ -177,7 +178,7 @@ def check_budget(resolved: Resolved) -> None:
         if part is train:
             batches = batches_available(there, e.dataset, e.training.batch_size)
             usable = batches * e.training.batch_size
-            enough = e.dataset.repeat and usable > 0 or batches >= e.training.steps
+            enough = (e.dataset.repeat and usable > 0) or batches >= e.training.steps
         else:
             usable, enough = there, there >= wanted
         if not enough:
@@ -217,8 +218,12 @@ def train_missing(
         with store.locks(runs, waiting=say):
             # Another process may have finished some of them while we waited.
             missing = [r for r in group if not r.run(store).finished]
-            if missing:
-                failures |= fit_group(missing, store, runtime)
+            try:
+                failures |= fit_group(missing, store, runtime) if missing else {}
+            except Interrupted:
+                raise
+            except Exception as error:  # recorded in each run's folder; other groups go on
+                failures |= {r.run(store).id: error for r in missing}
     return failures
 
 

@@ -47,6 +47,10 @@ class RunError(ReseedError):
     """A run folder that is missing, damaged or not what it says."""
 
 
+class Interrupted(ReseedError):
+    """Training was asked to stop, and did so with everything saved."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One folder of the store."""
@@ -204,9 +208,7 @@ class RunStore:
         """Every run there is, by name."""
         if not self.root.is_dir():
             return []
-        return [
-            Run(path) for path in sorted(self.root.iterdir()) if _FOLDER.search(path.name)
-        ]
+        return [Run(path) for path in sorted(self.root.iterdir()) if _FOLDER.search(path.name)]
 
     @contextmanager
     def locks(self, runs: list[Run], waiting: Callable[[str], None]) -> Iterator[None]:

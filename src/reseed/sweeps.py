@@ -1,9 +1,9 @@
 """The folder of a sweep: which runs belong to it, and what was made of them.
 
-    sweeps/<name>-<digest>/
-        manifest.jsonl    a line per run: its place in the grid, signature and folder
-        multirun.yaml     how Hydra was asked
-        cells/            what compare jobs wrote; then tables and figures
+sweeps/<name>-<digest>/
+    manifest.jsonl    a line per run: its place in the grid, signature and folder
+    multirun.yaml     how Hydra was asked
+    cells/            what compare jobs wrote; then tables and figures
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class Sweep:
             raise ReseedError(f"{self.path} is no sweep: there is no manifest.jsonl") from None
         return [json.loads(line) for line in lines]
 
-    def write_manifest(self, jobs: Sequence[Any], store: RunStore, axes: Sequence[str] = ()) -> None:
+    def write_manifest(
+        self, jobs: Sequence[Any], store: RunStore, axes: Sequence[str] = ()
+    ) -> None:
         """A line per job: overrides, values of the ``axes``, signature, folder."""
         rows = []
         for job in jobs:

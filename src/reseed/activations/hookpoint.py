@@ -26,14 +26,13 @@ class HookpointConfig(Config, family="hookpoint"):
 
     site: str = setting("resid_post", choices=SITES)
     module: str | None = None
-    """For ``site=module``: the module's path, with ``{layer}`` where the layer's number goes."""
+    """For ``site=module``: the module's path, with ``*`` where the layer's number goes."""
 
     def validate(self) -> None:
         if (self.site == "module") != (self.module is not None):
             rule = "is required with" if self.site == "module" else "is only for"
             raise ConfigError(
-                f"{{key}} {rule} hookpoint.site=module; got {self.module!r} with "
-                f"site={self.site}",
+                f"{{key}} {rule} hookpoint.site=module; got {self.module!r} with site={self.site}",
                 "module",
             )
 
@@ -52,7 +51,7 @@ class Hookpoint:
 
     def __str__(self) -> str:
         if self.module is not None:
-            return self.module.replace("{layer}", str(self.layer))
+            return self.module.replace("*", str(self.layer))
         return f"{self.site}.{self.layer}"
 
 

@@ -74,7 +74,9 @@ class CommandLine:
         if self.flags.config_dir is not None:
             folder = Path(self.flags.config_dir).resolve()
             if not folder.is_dir():
-                raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "--config-dir")
+                raise ConfigError(
+                    f"{{key}} must be an existing folder; got {folder}", "--config-dir"
+                )
             extra = [f"hydra.searchpath=[file://{folder}]"]
         name = self.flags.config_name or CONFIG_NAME
 

@@ -1,7 +1,8 @@
-"""``reseed compare``: match the trained runs of a comparison, cell by cell, and write its tables."""
+"""``reseed compare``: match the trained runs of a comparison, cell by cell; write its tables."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,7 +52,8 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
             return
     except (FileNotFoundError, ValueError):
         pass
-    say(f"  comparing {name}: {len(finished)} runs, {len(finished) * (len(finished) - 1) // 2} pairs")
+    pairs = math.comb(len(finished), 2)
+    say(f"  comparing {name}: {len(finished)} runs, {pairs} pairs")
     trained, untrained = zip(
         *(dictionaries(run, row["axes"][settings.pair_by]) for row, run in finished), strict=True
     )

@@ -13,6 +13,7 @@ from reseed.activations.language_model import ModelConfig
 from reseed.activations.text import DatasetConfig
 from reseed.cli.app import CommandLine, expand, sweeps
 from reseed.config import ConfigError, build, make, nearest
+from reseed.devices import pick_device
 from reseed.experiment import Experiment, Resolved, resolve_experiment
 from reseed.sae.base import SAEConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
@@ -71,9 +72,10 @@ def check_jobs(
     Raises:
         ConfigError: naming the job where it is one of several.
     """
-    if not multirun and (keys := sweeps(overrides)):
+    swept = sweeps(overrides)
+    if swept and not multirun:
         raise ConfigError(
-            f"`{keys[0]}` lists several values: add -m to sweep over them "
+            f"`{swept[0]}` lists several values: add -m to sweep over them "
             f"(reseed {line.command} -m ...)"
         )
     found: list[Job] = []
@@ -84,8 +86,10 @@ def check_jobs(
             try:
                 resolved, runtime = resolved_from(composed(job))
             except ConfigError as error:
-                where = f" (in the job {' '.join(job)})" if len(each) > 1 else ""
+                own = [o for o in job if o.partition("=")[0] in swept]
+                where = f" (in the job {' '.join(own)})" if len(each) > 1 else ""
                 raise ConfigError(str(error) + where) from error
             found.append(Job(tuple(job), resolved))
     assert runtime is not None
+    pick_device(runtime.device)
     return found, runtime

@@ -45,9 +45,7 @@ class Plan:
     @property
     def sweep(self) -> Sweep:
         signatures = [job.resolved.signature for job in self.jobs]
-        return Sweep.of(
-            self.runtime.sweeps, self.settings.name, signatures, self.settings.signed()
-        )
+        return Sweep.of(self.runtime.sweeps, self.settings.name, signatures, self.settings.signed())
 
 
 def make_plan(line: CommandLine) -> Plan:
@@ -56,23 +54,25 @@ def make_plan(line: CommandLine) -> Plan:
     Raises:
         ConfigError: no comparison is named, or a job is wrong.
     """
-    given = parse(line.overrides)
-    swept = {o.get_key_element(): list(o.sweep_string_iterator()) for o in given if o.is_sweep_override()}  # noqa: E501
-    fixed = [text for o, text in zip(given, line.overrides, strict=True) if not o.is_sweep_override()]
+    given = [
+        (o.get_key_element(), text, o)
+        for o, text in zip(parse(line.overrides), line.overrides, strict=True)
+    ]
+    swept = {key: list(o.sweep_string_iterator()) for key, _, o in given if o.is_sweep_override()}
+    single = {key: [text.partition("=")[2]] for key, text, _ in given if key not in swept}
     with line.composer() as composed:
-        node = composed(fixed).get("comparison")
+        node = composed([text for key, text, _ in given if key not in swept]).get("comparison")
     if node is None:
-        raise ConfigError("{key} is required: comparison=quickstart, comparison=seeds", "comparison")
+        raise ConfigError("{key} is required, for example comparison=quickstart", "comparison")
     declared = {str(axis): _words(values) for axis, values in node["grid"].items()}
-    single = {o.get_key_element(): [str(o.get_value_element_as_str())] for o in given if not o.is_sweep_override()}  # noqa: E501
     # What the user gives for an axis takes its place; a sweep over another key is one more axis.
     grid = {axis: swept.get(axis, single.get(axis, values)) for axis, values in declared.items()}
     grid |= {axis: values for axis, values in swept.items() if axis not in declared}
     settings = build({**node, "grid": grid}, "comparison", ComparisonConfig)
-    others = [text for o, text in zip(given, line.overrides, strict=True) if o.get_key_element() not in grid]  # noqa: E501
-    overrides = (*others, *(f"{axis}={','.join(values)}" for axis, values in grid.items()))
+    overrides = [text for key, text, _ in given if key not in grid]
+    overrides += [f"{axis}={','.join(values)}" for axis, values in grid.items()]
     jobs, runtime = check_jobs(line, overrides, multirun=True)
-    return Plan(settings, overrides, tuple(grid), tuple(jobs), runtime)
+    return Plan(settings, tuple(overrides), tuple(grid), tuple(jobs), runtime)
 
 
 def _words(values: Any) -> list[str]:

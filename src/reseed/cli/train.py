@@ -81,9 +81,8 @@ def train_jobs(
     Returns:
         the exit status: 1 where a run failed.
     """
-    from reseed.config import ReseedError
     from reseed.console import say
-    from reseed.runs import RunStore
+    from reseed.runs import Interrupted, RunStore
 
     store = RunStore(runtime.outputs)
     runs = {job.resolved.signature: job.resolved.run(store) for job in jobs}
@@ -96,16 +95,24 @@ def train_jobs(
         own = [f"hydra.sweep.dir={sweep.path}"] if sweep else []
         try:
             line.launch(task, [*overrides, *own], multirun=sweep is not None)
-        except ReseedError:
-            # A failed run is told of below, with the others; a stop is not a failure.
-            if sweep is None or any(run.status == "interrupted" for run in runs.values()):
-                raise
+        except Interrupted:
+            raise
+        except Exception as error:
+            # Failed runs have recorded why, and are told of below; anything else is not theirs.
+            if not any(run.status == "failed" for run in runs.values()):
+                raise error
     failed = [run for run in runs.values() if not run.finished]
     for run in failed:
         error = run.record["error"] if run.exists else None
         say(f"{run.status}: {run.id}: {error['message'] if error else 'not trained'}")
+        if error:
+            say(f"  the traceback is in {run.path / 'run.json'}")
     if not failed:
-        say(f"{_count(len(runs))} in {runtime.outputs}/" if sweep else str(next(iter(runs.values())).path))
+        say(
+            f"{_count(len(runs))} in {runtime.outputs}/"
+            if sweep
+            else str(next(iter(runs.values())).path)
+        )
     return 1 if failed else 0
 
 

@@ -43,9 +43,9 @@ class Bookkeeper(L.Callback):
         step = batch[0] + 1
         for index, member in enumerate(pl_module.members):
             last = member.step == step and step == member.training.steps
-            if member.error is None and member.step == step:
-                if last or step % self.log_every_steps == 0:
-                    self._log(trainer, member, index, now - self.started)
+            due = last or step % self.log_every_steps == 0
+            if due and member.error is None and member.step == step:
+                self._log(trainer, member, index, now - self.started)
             if last:
                 self._save(member)
         if now - self.saved >= self.checkpoint_every_s:

@@ -19,8 +19,9 @@ from reseed.activations.language_model import LanguageModel
 from reseed.atomic import atomic_write
 from reseed.config import ConfigError, ReseedError
 from reseed.console import say
+from reseed.devices import pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
-from reseed.runs import Run, RunStore, seconds_since
+from reseed.runs import Interrupted, Run, RunStore, seconds_since
 from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder
 from reseed.train.config import RuntimeConfig
@@ -31,10 +32,6 @@ from reseed.train.module import GroupModule
 
 if TYPE_CHECKING:
     from reseed.experiment import Resolved
-
-
-class Interrupted(ReseedError):
-    """Training was asked to stop, and did so with everything saved."""
 
 
 def fit_group(
@@ -149,9 +146,7 @@ def _train(
 def _member(resolved: Resolved, run: Run, stream: ActivationStream, device: torch.device) -> Member:
     """The run's state: from its checkpoint, or from the first chunk of activations."""
     e = resolved.experiment
-    member = Member(
-        run.id, e.hook, e.sae, e.training, resolved.d_in, resolved.init_seed, device
-    )
+    member = Member(run.id, e.hook, e.sae, e.training, resolved.d_in, resolved.init_seed, device)
     checkpoint = run.path / "checkpoint.pt"
     if checkpoint.is_file():
         try:
@@ -211,28 +206,6 @@ def _record(
     run.finish(metrics, timings=timings | {"seconds": round(member.seconds, 3)})
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that ``runtime.device`` means.
-
-    Raises:
-        ConfigError: there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"{{key}} must be auto, cpu, cuda or cuda:N; got {name}", "runtime.device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"{{key}}: there are {torch.cuda.device_count()} CUDA devices here; got {name}",
-            "runtime.device",
-        )
-    return device
-
-
 def _check_length(stream: ActivationStream, batch_size: int, group: Sequence[Resolved]) -> None:
     """Streamed texts show their length only now."""
     there = stream.num_batches(batch_size)
@@ -263,7 +236,7 @@ def _loggers(runtime: RuntimeConfig) -> list[Any]:
 
 
 @contextmanager
-def _quiet_lightning():  # noqa: ANN202
+def _quiet_lightning():
     """Lightning's hints on devices and workers say nothing that our own lines do not."""
     found = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in found]
