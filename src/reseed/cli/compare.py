@@ -48,7 +48,8 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
         return
     ids = [run.id for _, run in finished]
     try:
-        if CellResult.read(folder).runs["run"].tolist() == ids:
+        done = CellResult.read(folder)
+        if done.runs["run"].tolist() == ids and done.settings.signed() == settings.signed():
             return
     except (FileNotFoundError, ValueError):
         pass

@@ -1,0 +1,153 @@
+"""Chunks are a pure function; everything else about the stream follows from that."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from reseed.activations.chunks import (
+    ActivationStream,
+    batches_available,
+    check_batch_size,
+    gather,
+    held_out_chunks,
+)
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
+from reseed.activations.text import STRIPES, TextFilesConfig, resolve_text
+from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.config import ConfigError
+
+HOOKS = [Hookpoint("resid_post", 0), Hookpoint("mlp_out", 2)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    return LanguageModel(
+        resolve(PathModelConfig(path=str(tiny_model)), tmp_path_factory.mktemp("c"))
+    )
+
+
+@pytest.fixture(scope="module")
+def config(tiny_text: Path) -> TextFilesConfig:
+    return TextFilesConfig(path=str(tiny_text), context_length=32, chunk_tokens=1024)
+
+
+@pytest.fixture(scope="module")
+def stores(
+    tiny_model: Path, config: TextFilesConfig, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TokenStore, TokenStore]:
+    cache = tmp_path_factory.mktemp("tokens")
+    found = resolve(PathModelConfig(path=str(tiny_model)), cache)
+    return token_stores(resolve_text(config, cache), found.tokenizer, "t", 0)
+
+
+def stream(model: LanguageModel, stores, config, hooks=HOOKS) -> ActivationStream:  # noqa: ANN001
+    return ActivationStream(model, stores[0], config, hooks)
+
+
+def test_a_chunk_does_not_depend_on_what_was_asked_before(model, stores, config) -> None:
+    forward, backward = stream(model, stores, config), stream(model, stores, config)
+    first = [forward.chunk(c)[HOOKS[0]].clone() for c in (0, 1, 2)]
+    second = [backward.chunk(c)[HOOKS[0]].clone() for c in (2, 0, 1)]
+    for a, b in zip(first, [second[1], second[2], second[0]], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_chunk_does_not_depend_on_the_other_hookpoints(model, stores, config) -> None:
+    both = stream(model, stores, config).chunk(1)
+    alone = stream(model, stores, config, HOOKS[:1]).chunk(1)
+    assert torch.equal(both[HOOKS[0]], alone[HOOKS[0]])
+
+
+def test_stripes_are_consecutive_parts_each_permuted(model, stores, config) -> None:
+    made = stream(model, stores, config)
+    packing = Packing(stores[0], config)
+    for c in (0, 3):
+        chunk = made.chunk(c)[HOOKS[0]]
+        plain = gather(model, packing, c * 1024, (c + 1) * 1024, HOOKS[:1])[HOOKS[0]]
+        plain = plain.view(STRIPES, 128, -1)
+        assert chunk.shape == plain.shape
+        for stripe, rows in zip(chunk, plain, strict=True):
+            assert not torch.equal(stripe, rows)
+            key = lambda t: t[np.lexsort(t.T.numpy())]  # noqa: E731
+            assert torch.equal(key(stripe), key(rows))
+
+
+def test_every_activation_of_the_text_is_seen_once(model, stores, config) -> None:
+    made = stream(model, stores, config, HOOKS[:1])
+    packing = Packing(stores[0], config)
+    assert 0 <= packing.num_activations - made.num_batches(64) * 64 < 64 + STRIPES
+    # The last chunk may lose some at its end; of the whole ones none is lost.
+    whole = packing.num_activations // 1024 * 1024
+    seen = torch.cat([batch[HOOKS[0]] for batch in made.batches(64)])[:whole]
+    plain = gather(model, packing, 0, whole, HOOKS[:1])[HOOKS[0]]
+    assert torch.allclose(seen.double().sum(0), plain.double().sum(0))
+    norms = [torch.linalg.vector_norm(t.double(), dim=1).sort().values for t in (seen, plain)]
+    assert torch.equal(*norms)
+
+
+def test_a_batch_takes_as_much_from_every_stripe(model, stores, config) -> None:
+    made = stream(model, stores, config, HOOKS[:1])
+    chunk = made.chunk(0)[HOOKS[0]]
+    batches = made.batches(64)
+    for index in range(3):
+        expected = chunk[:, index * 8 : (index + 1) * 8].reshape(64, -1)
+        assert torch.equal(next(batches)[HOOKS[0]], expected)
+
+
+@pytest.mark.parametrize("start", [1, 15, 16, 17, 40])
+def test_starting_late_is_the_same_as_having_skipped(model, stores, config, start: int) -> None:
+    made = stream(model, stores, config, HOOKS[:1])
+    late = next(stream(model, stores, config, HOOKS[:1]).batches(64, start))
+    at = made.position(start, 64)
+    assert (at.chunk, at.batch) == divmod(start, 16)
+    for index, batch in enumerate(made.batches(64)):
+        if index == start:
+            assert torch.equal(batch[HOOKS[0]], late[HOOKS[0]])
+            break
+
+
+def test_order_seed_moves_the_stream(model, stores, config) -> None:
+    a = stream(model, stores, config).chunk(0)[HOOKS[0]]
+    b = stream(model, stores, replace(config, order_seed=1)).chunk(0)[HOOKS[0]]
+    assert not torch.equal(a, b)
+
+
+def test_a_repeated_text_goes_on_in_another_order(model, stores, config) -> None:
+    repeated = replace(config, repeat=True, chunk_tokens=8192)
+    made = stream(model, stores, repeated, HOOKS[:1])
+    once = stream(model, stores, replace(config, chunk_tokens=8192), HOOKS[:1])
+    per_epoch = batches_available(made.num_activations, repeated, 64)
+    assert made.num_batches(64) is None
+    assert once.num_batches(64) is not None
+    batches = made.batches(64)
+    seen = [next(batches)[HOOKS[0]] for _ in range(2 * per_epoch + 1)]
+    assert all(batch.shape == (64, 16) for batch in seen)
+    assert not torch.equal(seen[0], seen[per_epoch])
+    assert made.position(per_epoch, 64).batch == 0
+
+
+def test_held_out_activations_in_any_pieces(model, stores, config) -> None:
+    whole = torch.cat([c[HOOKS[0]] for c in held_out_chunks(model, stores[1], config, HOOKS, 900)])
+    small = replace(config, chunk_tokens=128, order_seed=5)
+    parts = torch.cat([c[HOOKS[0]] for c in held_out_chunks(model, stores[1], small, HOOKS, 900)])
+    assert whole.shape == (900, 16)
+    # Other pieces run other batches through the model, which may round otherwise.
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_batches_tile_chunks() -> None:
+    config = TextFilesConfig(path="x", chunk_tokens=1024)
+    check_batch_size(config, 64)
+    for wrong in (60, 96, 2048):
+        with pytest.raises(ConfigError) as caught:
+            check_batch_size(config, wrong)
+        assert str(caught.value) == (
+            "`training.batch_size` must be a multiple of 8 that divides dataset.chunk_tokens "
+            f"(=1024); got {wrong}"
+        )

@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig
+from transformers import GPTNeoXForCausalLM
+
+from reseed.activations.hookpoint import Hookpoint, HookpointConfig, module_path
+from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
+from reseed.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def resolved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+    return resolve(
+        PathModelConfig(path=str(tiny_model), batch_sequences=2), tmp_path_factory.mktemp("c")
+    )
+
+
+def test_activations_are_those_of_the_whole_model(resolved, tiny_model: Path) -> None:
+    tokens = torch.randint(2, 15, (5, 12), generator=torch.Generator().manual_seed(0))
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    with torch.no_grad():
+        states = reference(tokens, output_hidden_states=True).hidden_states
+    hooks = [Hookpoint("resid_post", 0), Hookpoint("resid_post", 1)]
+    batches = list(LanguageModel(resolved).activations(tokens, hooks))
+    assert [len(b[hooks[0]]) for b in batches] == [2, 2, 1]
+    for hook in hooks:
+        found = torch.cat([b[hook] for b in batches])
+        assert torch.allclose(found, states[hook.layer + 1], atol=1e-5)
+
+
+def test_nothing_runs_after_the_deepest_hookpoint(resolved) -> None:
+    model = LanguageModel(resolved)
+    ran: list[str] = []
+    for name, module in model.model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    list(model.activations(torch.zeros(1, 4, dtype=torch.long), [Hookpoint("mlp_out", 1)]))
+    assert "model.layers.1.self_attn" in ran
+    assert not any(name.startswith(("model.layers.2", "model.norm", "lm_head")) for name in ran)
+    # The hooks are gone afterwards: a second pass is like the first.
+    assert (
+        len(list(model.activations(torch.zeros(1, 4, dtype=torch.long), [Hookpoint("mlp_out", 0)])))
+        == 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "blocks"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)),
+         {"resid_post": "transformer.h.1", "mlp_out": "transformer.h.1.mlp",
+          "attn_out": "transformer.h.1.attn"}),
+        (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=2, hidden_size=8,
+            num_attention_heads=2, intermediate_size=16, vocab_size=11)),
+         {"resid_post": "gpt_neox.layers.1", "mlp_out": "gpt_neox.layers.1.mlp",
+          "attn_out": "gpt_neox.layers.1.attention"}),
+    ],
+)  # fmt: skip
+def test_sites_of_other_families(build, blocks: dict[str, str]) -> None:
+    model = build()
+    for site, path in blocks.items():
+        assert module_path(model, Hookpoint(site, 1)) == path
+
+
+def test_sites_and_patterns(resolved) -> None:
+    hook = Hookpoint.of(HookpointConfig(site="module", module="model.layers.*.mlp.up_proj"), 2)
+    assert str(hook) == "model.layers.2.mlp.up_proj"
+    assert (resolved.d_in(hook), resolved.d_in(Hookpoint("attn_out", 0))) == (32, 16)
+    with pytest.raises(ConfigError) as caught:
+        resolved.check(Hookpoint("module", 1, "model.layers.*.mpl"))
+    assert str(caught.value) == (
+        "`hookpoint.module`: the model has no module `model.layers.1.mpl`. "
+        "Did you mean `model.layers.1.mlp`?"
+    )
+    with pytest.raises(ConfigError, match="`module` is required with hookpoint.site=module"):
+        HookpointConfig(site="module")
+    with pytest.raises(ConfigError, match="`module` is only for hookpoint.site=module"):
+        HookpointConfig(site="mlp_out", module="x")
+
+
+def test_a_layer_that_is_not_there(resolved) -> None:
+    for layer in (3, -1):
+        with pytest.raises(ConfigError) as caught:
+            resolved.check(Hookpoint("resid_post", layer))
+        assert str(caught.value) == (
+            f"`layer` must be from 0 to 2: tiny-llama has 3 layers; got {layer}"
+        )
+
+
+def test_the_fingerprint_is_of_the_weights_not_the_place(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(tiny_model, copy)
+    prints = [
+        resolve(PathModelConfig(path=str(p)), tmp_path).fingerprint for p in (tiny_model, copy)
+    ]
+    assert prints[0] == prints[1]
+    weights = load_file(copy / "model.safetensors")
+    next(iter(weights.values()))[0] += 1
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert resolve(PathModelConfig(path=str(copy)), tmp_path).fingerprint != prints[0]
+
+
+def test_folders_that_hold_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`path` must be an existing folder"):
+        resolve(PathModelConfig(path=str(tmp_path / "none")), tmp_path)
+    with pytest.raises(ConfigError, match=r"there is no config\.json"):
+        resolve(PathModelConfig(path=str(tmp_path)), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"must hold weights as \*\.safetensors"):
+        resolve(PathModelConfig(path=str(tmp_path)), tmp_path)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    ("name", "layers", "width"), [("stories260K", 5, 64), ("TinyStories-656K", 2, 128)]
+)
+def test_real_models(real_data: Path, tmp_path: Path, name: str, layers: int, width: int) -> None:
+    found = resolve(PathModelConfig(path=str(real_data / "models" / name)), tmp_path)
+    hook = Hookpoint("resid_post", layers - 1)
+    assert (found.num_layers, found.d_in(hook), found.context_length) == (layers, width, 512)
+    tokens = torch.tensor([found.tokenizer("Once upon a time there was a dog.")["input_ids"]])
+    model = LanguageModel(found)
+    (batch,) = model.activations(tokens, [hook])
+    with torch.no_grad():
+        logits = model.model.lm_head(model.model.model.norm(batch[hook]))
+        expected = model.model(tokens).logits
+    assert torch.allclose(logits, expected, atol=1e-4)

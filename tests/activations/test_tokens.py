@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reseed.activations.language_model import PathModelConfig, resolve
+from reseed.activations.text import TextFilesConfig, resolve_text
+from reseed.activations.tokens import Packing, TokenStore, is_held_out, token_stores
+
+CONFIG = TextFilesConfig(path="unused", context_length=5, chunk_tokens=8)
+
+
+def store(lengths: list[int], special: tuple[int, ...] = (0,)) -> TokenStore:
+    """Documents of given lengths, each opened by token 0, all other tokens distinct."""
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    tokens = np.arange(1, starts[-1] + 1, dtype=np.int32)
+    tokens[starts[:-1]] = 0
+    return TokenStore(tokens, starts, special)
+
+
+def test_packing_reads_documents_end_to_end_in_the_order_drawn() -> None:
+    made = store([4, 3, 6, 7])
+    packing = Packing(made, CONFIG)
+    flat = packing.sequences(0, packing.num_sequences).ravel()
+    order = packing._documents  # type: ignore[attr-defined]
+    expected = np.concatenate([made.tokens[made.starts[d] : made.starts[d + 1]] for d in order])
+    assert sorted(order) == [0, 1, 2, 3]
+    assert flat.tolist() == expected[: 5 * packing.num_sequences].tolist()
+    # A part of it is the part of the whole.
+    assert packing.sequences(2, 4).ravel().tolist() == flat[10:20].tolist()
+
+
+def test_order_seed_and_epoch_move_the_order_alone() -> None:
+    made = store([3] * 40)
+    orders = [
+        tuple(Packing(made, replace(CONFIG, order_seed=seed), epoch)._documents)  # type: ignore[attr-defined]
+        for seed, epoch in ((0, 0), (0, 0), (1, 0), (0, 1))
+    ]
+    assert orders[0] == orders[1]
+    assert len(set(orders)) == 3
+    assert all(sorted(order) == list(range(40)) for order in orders)
+
+
+def test_a_streamed_text_is_read_as_it_stands_the_first_time() -> None:
+    made = store([3] * 20)
+    natural = TokenStore(made.tokens, made.starts, made.special, natural_order=True)
+    assert Packing(natural, CONFIG)._documents.tolist() == list(range(20))  # type: ignore[attr-defined]
+    assert Packing(natural, CONFIG, 1)._documents.tolist() != list(range(20))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("special", [True, False])
+def test_what_counts_as_an_activation(first: bool, special: bool) -> None:
+    config = replace(CONFIG, exclude_first_position=first, exclude_special_tokens=special)
+    packing = Packing(store([4, 3, 6, 7, 9]), config)
+    tokens = packing.sequences(0, packing.num_sequences)
+    expected = sum(
+        not (first and position == 0) and not (special and token == 0)
+        for row in tokens.tolist()
+        for position, token in enumerate(row)
+    )
+    assert packing.num_activations == expected == int(packing.keep(tokens).sum())
+    assert packing.guaranteed_activations <= expected
+
+
+def test_covering_finds_every_range_of_activations() -> None:
+    packing = Packing(store([4, 3, 6, 7, 9, 2, 8]), CONFIG)
+    every = packing.sequences(0, packing.num_sequences)
+    activations = every[packing.keep(every)]
+    for low in range(packing.num_activations):
+        for high in range(low + 1, packing.num_activations + 1):
+            begin, end, skip = packing.covering(low, high)
+            part = packing.sequences(begin, end)
+            found = part[packing.keep(part)][skip : skip + high - low]
+            assert found.tolist() == activations[low:high].tolist()
+            assert end - begin <= (high - low) + 2  # not a sequence more than needed, nearly
+
+
+def test_guaranteed_activations_hold_for_every_order() -> None:
+    rng = np.random.default_rng(0)
+    made = store(rng.integers(2, 12, 60).tolist())
+    bound = Packing(made, CONFIG).guaranteed_activations
+    counts = [Packing(made, replace(CONFIG, order_seed=s)).num_activations for s in range(50)]
+    assert bound <= min(counts)
+    assert max(counts) - bound <= 60  # and it is not far off
+
+
+def test_stores_hold_every_document_once(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
+    model = resolve(PathModelConfig(path=str(tiny_model)), tmp_path)
+    text = resolve_text(TextFilesConfig(path=str(tiny_text)), tmp_path)
+    train, held_out = token_stores(text, model.tokenizer, "t", 0)
+    documents = list(text.documents())
+    expected = Counter(tuple(model.tokenizer(d)["input_ids"]) for d in documents)
+    found: Counter[tuple[int, ...]] = Counter()
+    for part in (train, held_out):
+        for a, b in zip(part.starts[:-1], part.starts[1:], strict=True):
+            found[tuple(part.tokens[a:b].tolist())] += 1
+    assert found == expected
+    assert held_out.num_documents == sum(is_held_out(d, 0.05) for d in documents)
+    assert 0.03 < held_out.num_documents / len(documents) < 0.07
+    assert all(part.tokens[a] == 0 for part in (train, held_out) for a in part.starts[:-1])
+
+
+def test_a_text_is_tokenised_once(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = resolve(PathModelConfig(path=str(tiny_model)), tmp_path)
+    text = resolve_text(TextFilesConfig(path=str(tiny_text)), tmp_path)
+    first = token_stores(text, model.tokenizer, "t", 0)
+
+    def broken(*_: object) -> None:
+        raise AssertionError("tokenised twice")
+
+    monkeypatch.setattr("reseed.activations.tokens._encode", broken)
+    assert token_stores(text, model.tokenizer, "t", 0) == first
+    # What determines the tokens is in the key: another tokenizer or split is another store.
+    with pytest.raises(AssertionError, match="tokenised twice"):
+        token_stores(text, model.tokenizer, "other", 0)
+    with pytest.raises(AssertionError, match="tokenised twice"):
+        other = TextFilesConfig(path=str(tiny_text), held_out_fraction=0.1)
+        token_stores(resolve_text(other, tmp_path), model.tokenizer, "t", 0)
+
+
+def test_a_tokenizer_without_bos_gets_its_end_of_text_as_opening(tmp_path: Path) -> None:
+    from reseed.activations.tokens import _encode
+
+    class GPTLike:
+        bos_token_id, eos_token_id = None, 7
+
+        def __call__(self, documents: list[str], **_: object) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[len(d)] for d in documents]}
+
+    assert [ids.tolist() for ids in _encode(GPTLike(), ["a", "bb"])] == [[7, 1], [7, 2]]

@@ -1,0 +1,90 @@
+"""A language model of a few thousand random weights, a text, and the real ones where they are."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+WORDS = "the cat sat on a mat and then one small dog ran home to tell its old friend why".split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing is read from, or left in, the user's cache."""
+    os.environ["RESEED_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real models and text, or a skip."""
+    folder = os.environ.get("RESEED_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("needs real models and text: set RESEED_TEST_DATA to their folder")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random 3-layer Llama, 16 wide, and a word tokenizer with a BOS token."""
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    vocabulary = {"<s>": 0, "<unk>": 1} | {word: i + 2 for i, word in enumerate(WORDS)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """1,500 documents of random words, about 45,000 tokens."""
+    chosen = random.Random(0)
+    documents = [" ".join(chosen.choices(WORDS, k=chosen.randint(5, 55))) for _ in range(1_500)]
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text("\n<|endoftext|>\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_overrides(tiny_model: Path, tiny_text: Path) -> list[str]:
+    """A command line that trains in a second."""
+    return [
+        "model=path",
+        f"model.path={tiny_model}",
+        "dataset=text_files",
+        f"dataset.path={tiny_text}",
+        "dataset.context_length=32",
+        "dataset.chunk_tokens=2048",
+        "dataset.held_out_tokens=1024",
+        "layer=1",
+        "sae.num_latents=64",
+        "sae.k=4",
+        "training.tokens=8192",
+        "training.batch_size=64",
+        "runtime.progress=false",
+        "runtime.log_every_steps=10",
+    ]

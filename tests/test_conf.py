@@ -1,0 +1,77 @@
+"""Every option of every group composes, is complete, and builds."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from reseed.cli.app import conf_dir
+from reseed.cli.jobs import experiment_from
+from reseed.config import ConfigError
+
+CONF = Path(__file__).parents[1] / "conf"
+TYPED = sorted(
+    path
+    for group in ("model", "hookpoint", "dataset", "sae", "training", "runtime")
+    for path in (CONF / group).glob("*.yaml")
+)
+REQUIRED = {"path": "x", "module": "model.layers.*.mlp"}
+
+
+def composed(*overrides: str) -> dict:
+    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        config = compose(config_name="config", overrides=list(overrides))
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("path", TYPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_option_lists_every_field_and_builds(path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    module, _, name = values.pop("_target_").rpartition(".")
+    target = getattr(import_module(module), name)
+    # A field that the yaml lacks could not be overridden from the command line.
+    assert set(values) == {f.name for f in dataclasses.fields(target)}
+    for key, value in values.items():
+        values[key] = REQUIRED[key] if value == "???" else value
+    target(**{key: OmegaConf.create({key: value})[key] if not isinstance(value, list) else value
+              for key, value in values.items()})  # fmt: skip
+
+
+def test_the_defaults_are_an_experiment() -> None:
+    experiment, _ = experiment_from(composed())
+    assert (experiment.model.name, experiment.dataset.name) == ("embedded", "docstrings")
+    assert (experiment.sae.name, experiment.layer, experiment.seed) == ("topk", 2, 0)
+
+
+@pytest.mark.parametrize("comparison", [p.stem for p in (CONF / "comparison").glob("*.yaml")])
+@pytest.mark.parametrize("sae", [p.stem for p in (CONF / "sae").glob("*.yaml")])
+def test_every_comparison_composes_with_every_architecture(comparison: str, sae: str) -> None:
+    values = composed(f"comparison={comparison}", f"sae={sae}")
+    experiment, _ = experiment_from(values)
+    assert values["comparison"]["name"] == comparison
+    assert experiment.sae.name == sae
+
+
+def test_what_the_user_says_wins_over_comparison_and_recipe() -> None:
+    values = composed("comparison=quickstart", "training=standard", "sae.k=5", "layer=0")
+    assert values["training"]["recipe"] == "standard"
+    assert (values["sae"]["k"], values["layer"]) == (5, 0)
+
+
+def test_a_recipe_sets_what_it_means_for_an_architecture() -> None:
+    short, standard = (
+        experiment_from(composed("sae=relu", f"training={t}"))[0] for t in ("short", "standard")
+    )
+    assert short.sae.unit_norm_decoder
+    assert not standard.sae.unit_norm_decoder
+
+
+def test_unknown_root_keys_are_refused() -> None:
+    with pytest.raises(ConfigError, match="there is no key `sed`. Did you mean `seed`"):
+        experiment_from(composed("+sed=1"))

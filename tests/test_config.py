@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from reseed.config import Config, ConfigError, build, digest, make, setting
+
+
+@dataclass(frozen=True)
+class Shape(Config, family="test-shape"):
+    sides: int = setting(3, at_least=3)
+
+
+@dataclass(frozen=True)
+class Coloured(Shape, name="coloured"):
+    colour: str = setting("red", choices=("red", "green"))
+    size: float = setting(1.0, above=0, below=10)
+    tags: tuple[str, ...] = ()
+    note: str | None = setting(None, signed=False)
+    added: int = setting(0, neutral=0)
+
+
+def test_round_trip_by_name() -> None:
+    made = Coloured(sides=4, colour="green", size=2, tags=("a", "b"))
+    assert made.to_dict()["type"] == "coloured"
+    assert Shape.from_dict(made.to_dict()) == made
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sides": "abc"}, "`shape.sides` must be an integer, at least 3; got 'abc'"),
+        ({"sides": 2}, "`shape.sides` must be an integer, at least 3; got 2"),
+        ({"sides": True}, "`shape.sides` must be an integer, at least 3; got True"),
+        ({"sides": 3.5}, "`shape.sides` must be an integer, at least 3; got 3.5"),
+        ({"size": 0}, "`shape.size` must be a number, above 0 and below 10; got 0"),
+        ({"size": float("nan")}, "`shape.size` must be a number, above 0 and below 10; got nan"),
+        ({"size": None}, "`shape.size` must be a number, above 0 and below 10; got None"),
+        (
+            {"colour": "gren"},
+            "`shape.colour` must be one of red, green; got 'gren'. Did you mean `green`?",
+        ),
+        ({"tags": "a"}, "`shape.tags` must be a list (a string each); got 'a'"),
+        ({"note": 3}, "`shape.note` must be a string or null; got 3"),
+        (
+            {"colur": "red"},
+            "there is no key `shape.colur`. Did you mean `shape.colour`? Keys of shape=coloured: "
+            "sides, colour, size, tags, note, added.",
+        ),
+    ],
+)
+def test_what_is_refused_and_how(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(Coloured, values, "shape")
+    assert str(caught.value) == message
+
+
+def test_whole_floats_are_integers_and_integers_are_floats() -> None:
+    made = make(Coloured, {"sides": 1e3, "size": 2}, "shape")
+    assert (made.sides, type(made.sides)) == (1000, int)
+    assert (made.size, type(made.size)) == (2.0, float)
+
+
+def test_signature_holds_what_changes_results_and_nothing_else() -> None:
+    base = Coloured()
+    assert digest(base.signed()) == digest(Coloured(note="elsewhere").signed())
+    assert digest(base.signed()) != digest(Coloured(sides=5).signed())
+    # A field added after a release is left out at the value that means "as before".
+    assert "added" not in base.signed()
+    assert Coloured(added=1).signed()["added"] == 1
+
+
+def test_a_new_version_of_a_component_moves_signatures() -> None:
+    @dataclass(frozen=True)
+    class Better(Coloured, name="coloured-better"):
+        version = 2
+
+    signed = Better().signed()
+    assert signed["version"] == 2
+    assert "version" not in Coloured().signed()
+
+
+def test_digest_is_of_the_content_not_the_order() -> None:
+    assert digest({"a": 1, "b": [1.0]}) == digest({"b": [1.0], "a": 1})
+    # SHA-256 of the canonical text, computed elsewhere: signatures may never move.
+    assert digest({"a": 1}) == "015abd7f5cc5"
+
+
+def test_unknown_member_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="Did you mean `coloured`"):
+        Config.member("test-shape", "colored")
+
+
+def test_two_classes_may_not_share_a_name() -> None:
+    with pytest.raises(TypeError, match="two classes call themselves test-shape=coloured"):
+
+        class Other(Shape, name="coloured"):
+            pass
+
+
+def test_build_calls_only_configurations() -> None:
+    target = f"{__name__}.Coloured"
+    assert build({"_target_": target, "sides": 4}, "shape", Shape) == Coloured(sides=4)
+    for hostile in ("os.system", "subprocess.run", "pickle.loads"):
+        with pytest.raises(ConfigError, match="is not a Shape"):
+            build({"_target_": hostile}, "shape", Shape)
+    with pytest.raises(ConfigError, match="cannot find `_target_` no_such.Thing"):
+        build({"_target_": "no_such.Thing"}, "shape", Shape)
+
+
+def test_required_fields() -> None:
+    @dataclass(frozen=True)
+    class Needy(Config):
+        path: str = setting()
+
+    for values in ({}, {"path": "???"}):
+        with pytest.raises(ConfigError) as caught:
+            make(Needy, values, "model")
+        assert str(caught.value) == "`model.path` is required: give it a value"
+
+
+def test_nothing_changes_a_configuration() -> None:
+    with pytest.raises(AttributeError):
+        Coloured().sides = 4  # type: ignore[misc]

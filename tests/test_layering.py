@@ -1,0 +1,84 @@
+"""Imports point one way: who may import what, read from the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[1] / "src"
+PACKAGE = SOURCE / "reseed"
+
+# What each part may import of ourselves. `config`, `atomic` and `console` are at the bottom.
+BOTTOM = {"config", "atomic", "console", "devices"}
+ALLOWED = {
+    "activations": {"activations"},
+    "sae": {"sae"},
+    "train": {"train", "activations", "sae", "evaluate", "runs"},
+    "evaluate": {"evaluate", "activations", "sae"},
+    "compare": {"compare", "runs"},
+    "report": {"report", "compare"},
+    "assets": {"assets", "activations"},
+    "runs": {"sae"},
+    "sweeps": {"runs"},
+    "experiment": {"activations", "sae", "train", "evaluate", "runs"},
+    "config": set(),
+    "atomic": set(),
+    "console": set(),
+    "devices": set(),
+}
+# Third-party packages that only some parts may import.
+ONLY = {
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
+    "lightning": {"train"},
+    "transformers": {"activations", "assets"},
+    "datasets": {"activations"},
+}
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        found.append((part, path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at the top, inside functions, or for type checking."""
+    tree = ast.parse(path.read_text())
+    checking = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    ]  # fmt: skip
+    ignored = {id(inner) for node in checking for inner in ast.walk(node)}
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if id(node) in ignored:
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("part", "path"), modules(), ids=lambda value: str(value).split("src/")[-1]
+)
+def test_imports_point_down(part: str, path: Path) -> None:
+    for name in imports(path):
+        root, *rest = name.split(".")
+        if root == "reseed" and part in ALLOWED and rest:
+            assert rest[0] in ALLOWED[part] | BOTTOM | {"__version__"}, f"{path}: {name}"
+        assert root not in ONLY or part in ONLY[root], f"{path}: only {ONLY[root]} imports {root}"
+
+
+def test_the_rule_can_fail(tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(
+        "def f():\n    from reseed.train.fit import fit_group\n    import hydra.core\n"
+    )
+    assert imports(wrong) == {"reseed.train.fit.fit_group", "hydra.core"}
