@@ -1,0 +1,93 @@
+"""A trained dictionary as a comparison sees it: rows of weights and how often they fire."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True, eq=False)
+class Dictionary:
+    """The rows of one SAE, with its firing on held-out tokens.
+
+    Attributes:
+        id: run id, unique among the dictionaries compared.
+        seed: value of the axis that pairs up (`ComparisonConfig.pair_by`).
+        encoder, decoder: a row per latent; a row may be zero or NaN (see `zero`).
+        firing: times that each latent fired in ``held_out_tokens`` tokens.
+        held_out_tokens: number of tokens counted; 0 if there was no count (untrained weights).
+        dead: latents that did not fire in the last ``dead_after_tokens`` tokens of training.
+        metrics: numbers of the run for the tables (``fvu``, ``l0``, ``dead_fraction``).
+
+    Raises:
+        ValueError: shapes that disagree, counts out of range.
+    """
+
+    id: str
+    seed: str
+    encoder: Float[np.ndarray, "num_latents d_in"]
+    decoder: Float[np.ndarray, "num_latents d_in"]
+    firing: Int[np.ndarray, " num_latents"]
+    held_out_tokens: int
+    dead: Bool[np.ndarray, " num_latents"]
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.id:
+            raise ValueError("`id` must not be empty")
+        self._convert("encoder", np.float32)
+        self._convert("decoder", np.float32)
+        self._convert("firing", np.int64)
+        self._convert("dead", np.bool_)
+        object.__setattr__(self, "seed", str(self.seed))
+        if self.encoder.ndim != 2 or 0 in self.encoder.shape:
+            self._refuse("`encoder` must have shape [num_latents, d_in]", self.encoder.shape)
+        if self.decoder.shape != self.encoder.shape:
+            rule = f"`decoder` must have the shape of `encoder` {list(self.encoder.shape)}"
+            self._refuse(rule, self.decoder.shape)
+        for name in ("firing", "dead"):
+            shape = getattr(self, name).shape
+            if shape != (self.num_latents,):
+                self._refuse(f"`{name}` must have one value per latent [{self.num_latents}]", shape)
+        low, high = int(self.firing.min()), int(self.firing.max())
+        if low < 0 or high > self.held_out_tokens:
+            raise ValueError(
+                f"{self.id}: `firing` must lie between 0 and `held_out_tokens` "
+                f"(={self.held_out_tokens}); it runs from {low} to {high}"
+            )
+
+    def _convert(self, name: str, dtype: Any) -> None:
+        value = np.asarray(getattr(self, name))
+        if dtype == np.int64 and value.dtype.kind not in "iu":
+            raise ValueError(f"{self.id}: `{name}` must be integers; got {value.dtype}")
+        if dtype == np.bool_ and value.dtype.kind != "b":
+            raise ValueError(f"{self.id}: `{name}` must be true or false; got {value.dtype}")
+        object.__setattr__(self, name, np.ascontiguousarray(value, dtype=dtype))
+
+    def _refuse(self, rule: str, shape: tuple[int, ...]) -> None:
+        raise ValueError(f"{self.id}: {rule}; got {list(shape)}")
+
+    @property
+    def num_latents(self) -> int:
+        return self.encoder.shape[0]
+
+    @property
+    def d_in(self) -> int:
+        return self.encoder.shape[1]
+
+    @property
+    def zero(self) -> Bool[np.ndarray, " num_latents"]:
+        """Latents whose encoder or decoder row is zero or not finite: they take no part."""
+        return ~(_has_direction(self.encoder) & _has_direction(self.decoder))
+
+    def live(self, at_least: int) -> Bool[np.ndarray, " num_latents"]:
+        """Latents that fire at least ``at_least`` times in the held-out tokens."""
+        return self.firing >= at_least
+
+
+def _has_direction(rows: Float[np.ndarray, "n d_in"]) -> Bool[np.ndarray, " n"]:
+    return np.isfinite(rows).all(axis=1) & (rows != 0).any(axis=1)

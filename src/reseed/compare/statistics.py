@@ -1,0 +1,137 @@
+"""Intervals over seeds.
+
+A mean over pairs of seeds is a U-statistic of degree 2: pairs that have a seed in common depend on
+each other, so that the spread of the pairs says too little and the bootstrap over seeds too little
+with few of them. Leaving one seed out at a time (the jackknife; Arvesen 1969) is right for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isnan, sqrt
+
+import numpy as np
+from jaxtyping import Float
+from scipy import optimize, special, stats
+
+MIN_SEEDS = 3
+"""With fewer there is nothing to leave out: two seeds make one pair."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its uncertainty over seeds.
+
+    Attributes:
+        mean: the estimate.
+        low, high: ends of the interval, None where there is none.
+        standard_error: on the scale of ``mean``, None where there is none.
+        n: number of seeds.
+        reason: why there is no interval; empty where there is one.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    standard_error: float | None
+    n: int
+    reason: str = ""
+
+
+def seed_interval(
+    values: Float[np.ndarray, "n n"], confidence: float = 0.95, *, logit: bool = True
+) -> Interval:
+    """Mean over pairs of seeds, with the leave-one-seed-out interval.
+
+    SE² = (n−1)/n · Σ_s (θ₋s − θ̄)², where θ₋s is the mean over the pairs without seed s, and the
+    interval is θ ± t(n−1)·SE. With ``logit`` (for fractions) it is taken on the logit scale, SE
+    carried there by the delta method, so that its ends stay within 0 and 1; an estimate of exactly
+    0 or 1 has no interval there, and the reason says so.
+
+    Args:
+        values: value of each pair; symmetric, the diagonal is not read.
+
+    Raises:
+        ValueError: values that are not a symmetric matrix, or a fraction out of range.
+    """
+    values = _symmetric(values)
+    n = len(values)
+    pairs = values[np.triu_indices(n, 1)]
+    mean = float(pairs.mean())
+    if isnan(mean):
+        return Interval(mean, None, None, None, n, "undefined in at least one pair")
+    if logit and (pairs.min() < 0 or pairs.max() > 1):
+        raise ValueError(f"fractions must lie between 0 and 1; got {pairs.min()} to {pairs.max()}")
+    if n < MIN_SEEDS:
+        return Interval(mean, None, None, None, n, f"fewer than {MIN_SEEDS} seeds: no interval")
+    off = np.where(np.eye(n, dtype=bool), 0.0, values)
+    without = (pairs.sum() - off.sum(axis=1)) / ((n - 1) * (n - 2) / 2)
+    error = sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    reach = _t(confidence, n - 1) * error
+    if not logit:
+        return Interval(mean, mean - reach, mean + reach, error, n)
+    if mean in (0.0, 1.0):
+        reason = f"every pair is {mean:g}: no interval on the logit scale"
+        return Interval(mean, None, None, error, n, reason)
+    centre, slope = special.logit(mean), 1 / (mean * (1 - mean))
+    low, high = special.expit([centre - reach * slope, centre + reach * slope])
+    return Interval(mean, float(low), float(high), error, n)
+
+
+def run_interval(
+    values: Sequence[float] | Float[np.ndarray, " n"], confidence: float = 0.95
+) -> Interval:
+    """Mean of one value per run (FVU, L0), with the ordinary t interval."""
+    array = np.asarray(values, dtype=np.float64)
+    n, mean = len(array), float(array.mean())
+    if isnan(mean):
+        return Interval(mean, None, None, None, n, "not known for every run")
+    if n < MIN_SEEDS:
+        return Interval(mean, None, None, None, n, f"fewer than {MIN_SEEDS} seeds: no interval")
+    error = float(array.std(ddof=1)) / sqrt(n)
+    reach = _t(confidence, n - 1) * error
+    return Interval(mean, mean - reach, mean + reach, error, n)
+
+
+def welch_difference(a: Interval, b: Interval, confidence: float = 0.95) -> Interval:
+    """The interval of ``a.mean − b.mean`` for cells with independent seeds (Welch 1947)."""
+    mean, n = a.mean - b.mean, min(a.n, b.n)
+    if a.standard_error is None or b.standard_error is None:
+        return Interval(mean, None, None, None, n, a.reason or b.reason)
+    variances = np.square([a.standard_error, b.standard_error])
+    error = sqrt(variances.sum())
+    if error == 0:
+        return Interval(mean, mean, mean, 0.0, n)
+    freedom = variances.sum() ** 2 / (np.square(variances) / [a.n - 1, b.n - 1]).sum()
+    reach = _t(confidence, freedom) * error
+    return Interval(mean, mean - reach, mean + reach, error, n)
+
+
+def visible_difference(n: int, power: float = 0.8, confidence: float = 0.95) -> float:
+    """The smallest difference of two cells of n seeds that is seen with the given power.
+
+    In units of the standard error of one cell, which both are taken to have: a two-sided t test
+    with 2(n−1) degrees of freedom, of a difference with √2 times that error.
+    """
+    freedom = 2 * (n - 1)
+    critical = _t(confidence, freedom)
+
+    def missing(shift: float) -> float:
+        return float(stats.nct.sf(critical, freedom, shift)) - power
+
+    return sqrt(2) * optimize.root_scalar(missing, bracket=(0.0, 100.0)).root
+
+
+def _t(confidence: float, freedom: float) -> float:
+    return float(special.stdtrit(freedom, 0.5 + confidence / 2))
+
+
+def _symmetric(values: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2 or values.shape[0] != values.shape[1] or len(values) < 2:
+        raise ValueError(f"pair values must be [n, n] with n ≥ 2; got {list(values.shape)}")
+    off = ~np.eye(len(values), dtype=bool)
+    if not np.allclose(values[off], values.T[off], rtol=1e-9, atol=1e-12, equal_nan=True):
+        raise ValueError("pair values must be symmetric: (s, t) and (t, s) are the same pair")
+    return values

@@ -1,0 +1,1 @@
+"""Tables and figures of a comparison, from what `reseed.compare` measured."""

@@ -1,0 +1,220 @@
+"""The tables of a comparison: files for programs and for people, and the summary on a terminal."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from reseed.atomic import atomic_write, atomic_write_text
+from reseed.compare.cell import CellResult
+from reseed.report.wording import Cell, Wording, details, label, notes, profiles, summary
+
+SUMMARY_COLUMNS = (
+    "n_seeds",
+    "shared_fraction",
+    "shared_fraction_low",
+    "shared_fraction_high",
+    "shared_fraction_live",
+    "coverage",
+    "cosine_encoder",
+    "cosine_decoder",
+    "null_cosine",
+    "null_shared_fraction",
+    "fvu",
+    "l0",
+    "dead_fraction",
+    "runs",
+)
+"""Columns of ``summary.csv`` after the knobs of the cell; others follow."""
+
+
+def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
+    """Write ``pairs.csv``, ``latents.parquet``, ``summary.csv`` and ``summary.md``.
+
+    Args:
+        cells: the knobs of each cell, and what was measured on it.
+
+    Returns:
+        The files written; each is whole or not there.
+    """
+    if not cells:
+        raise ValueError("there are no cells to write tables of")
+    names = ("pairs.csv", "latents.parquet", "summary.csv", "summary.md")
+    files = [Path(folder) / name for name in names]
+    pairs, latents, rows, text = files
+    atomic_write(pairs, lambda p: pair_frame(cells).to_csv(p, index=False))
+    atomic_write(latents, lambda p: pq.write_table(latent_table(cells), p, compression="zstd"))
+    atomic_write(rows, lambda p: summary_frame(cells).to_csv(p, index=False))
+    atomic_write_text(text, summary_markdown(cells))
+    return files
+
+
+def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """A row per cell: its knobs, `SUMMARY_COLUMNS`, and what else is useful."""
+    return pd.DataFrame([_summary_row(knobs, cell) for knobs, cell in cells])
+
+
+def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
+    """A fraction is a mean over pairs, a metric a mean over runs; empty where not known."""
+    estimates = cell.estimates
+    row = dict(knobs)
+    for name in SUMMARY_COLUMNS:
+        if name in estimates:
+            row[name] = estimates[name].mean
+        elif name in cell.pairs:
+            row[name] = cell.pair_mean(name)
+        else:
+            row[name] = None
+    row["n_seeds"] = cell.n_seeds
+    row["shared_fraction_low"] = estimates["shared_fraction"].low
+    row["shared_fraction_high"] = estimates["shared_fraction"].high
+    row["runs"] = " ".join(cell.runs["run"])
+    live, settings = estimates["shared_fraction_live"], cell.settings
+    extra = {
+        "shared_fraction_live_low": live.low,
+        "shared_fraction_live_high": live.high,
+        "ceiling_live": cell.pair_mean("ceiling_live"),
+        "shared_fraction_not_dead": estimates["shared_fraction_not_dead"].mean,
+        "shared_fraction_decoder": estimates["shared_fraction_decoder"].mean,
+        "shared_fraction_untrained": cell.pair_mean("untrained_shared_fraction"),
+        "kappa": cell.pair_mean("kappa"),
+        "cosine_encoder_live": estimates["cosine_encoder_live"].mean,
+        "cosine_decoder_live": estimates["cosine_decoder_live"].mean,
+        "null_coverage": cell.pair_mean("null_coverage"),
+        "null_simulated_latents": cell.null_simulated_latents,
+        "unshared_fraction": float(cell.u[-1]),
+        "num_latents": cell.num_latents,
+        "held_out_tokens": cell.held_out_tokens,
+        "threshold": settings.threshold,
+        "live_at_least": settings.live_at_least,
+        "confidence": settings.confidence,
+        "note": "; ".join(notes(cell)),
+    }
+    return row | {name: value for name, value in extra.items() if name not in row}
+
+
+def pair_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """A row per pair of runs, the knobs of its cell first."""
+    frames = []
+    for knobs, cell in cells:
+        frame = cell.pairs.copy()
+        for i, (name, value) in enumerate(knobs.items()):
+            frame.insert(i, name, value)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def latent_table(cells: Sequence[Cell]) -> pa.Table:
+    """A row per latent of each run, the knobs of its cell first."""
+    names = list(dict.fromkeys(name for knobs, _ in cells for name in knobs))
+    words = {name: _one_type([knobs.get(name) for knobs, _ in cells]) for name in names}
+    tables = []
+    for i, (_, cell) in enumerate(cells):
+        table = cell.latents
+        for position, name in enumerate(names):
+            column = pa.repeat(pa.scalar(words[name][i], words[name].type), len(table))
+            table = table.add_column(position, name, column)
+        tables.append(table)
+    return pa.concat_tables(tables)
+
+
+def _one_type(values: list[Any]) -> pa.Array:
+    """The values as they are where they have one type, as strings otherwise."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([None if value is None else str(value) for value in values])
+
+
+def summary_markdown(cells: Sequence[Cell]) -> str:
+    """``summary.md``: the summary of the terminal, then details, profiles and runs."""
+    first = summary(cells)
+    parts = ["# Summary", first.caption, _markdown(first), "## More measures"]
+    parts += [_markdown(details(cells)), "## Over seeds", _markdown(profiles(cells)), "## Runs"]
+    for knobs, cell in cells:
+        runs = ", ".join(f"`{run}`" for run in cell.runs["run"])
+        parts.append(f"- {label(cells, knobs)}: {runs}")
+    return re.sub(r"(\n- .*)\n(?=\n- )", r"\1", "\n\n".join(parts)) + "\n"
+
+
+def _markdown(words: Wording) -> str:
+    def line(entries: Sequence[str]) -> str:
+        escaped = (entry.replace("\n", " ").replace("|", "\\|") for entry in entries)
+        return "| " + " | ".join(escaped) + " |"
+
+    rule = [":--"] * words.num_knobs + ["--:"] * (len(words.header) - words.num_knobs)
+    table = [line(words.header), line(rule), *map(line, words.rows)]
+    return "\n".join(table) + "\n\n" + "\n".join(f"- {note}" for note in words.footnotes)
+
+
+def print_summary(
+    cells: Sequence[Cell],
+    *,
+    title: str = "",
+    folder: Path | str | None = None,
+    console: Console | None = None,
+) -> None:
+    """Print the summary table, its footnotes and the folder's name.
+
+    On a terminal it fits the window, cells as paragraphs where that is too narrow for a table. Into
+    a file or pipe it is as wide as it has to be, without colour, so that nothing is cut off.
+    """
+    words, console = summary(cells), console or Console()
+    table = _table(words)
+    wide = console.options.update(width=10_000, max_width=10_000)
+    needed = Measurement.get(console, wide, table)
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(100, needed.maximum), color_system=None)
+    if title:
+        console.print(Text(title, style="bold"))
+    console.print(Text(words.caption))
+    console.print(table if needed.minimum <= console.width else _paragraphs(words))
+    for note in words.footnotes:
+        console.print(_rich(note), width=min(console.width, 100), style="dim")
+    if folder is not None:
+        console.print(Text(f"\n{folder}"), soft_wrap=True)
+
+
+def _table(words: Wording) -> Table:
+    """A column may wrap between its words where the window is narrow, never within a number."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
+    table.collapse_padding, table.pad_edge = True, False
+    for i, name in enumerate(words.header):
+        entries = [name, *(row[i] for row in words.rows)]
+        longest = max(len(word) for entry in entries for word in (entry.split() or [""]))
+        if i < words.num_knobs:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", overflow="fold", min_width=longest)
+    for row in words.rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _paragraphs(words: Wording) -> Text:
+    """The table for a window that is too narrow for it."""
+    names = [name.replace("\n", " ") for name in words.header]
+    cells = [
+        " · ".join(f"{name} {entry}" for name, entry in zip(names, row, strict=True))
+        for row in words.rows
+    ]
+    return Text("\n" + "\n\n".join(cells) + "\n")
+
+
+def _rich(text: str) -> Text:
+    """``**bold**`` as the terminal has it."""
+    out = Text()
+    for i, part in enumerate(text.split("**")):
+        out.append(part, style="bold" if i % 2 else "")
+    return out

@@ -1,0 +1,232 @@
+"""The words of a summary: one compact row per cell, with a caption and footnotes.
+
+The terminal and ``summary.md`` show the same rows; only the typesetting differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isnan
+from typing import Any
+
+import numpy as np
+
+from reseed.compare.cell import CellResult
+from reseed.compare.statistics import Interval
+
+Cell = tuple[Mapping[str, Any], CellResult]
+"""The knobs of a cell (``{"sae": "topk", "layer": 2}``) and what was measured."""
+
+NOT_SHARED = "not converged or not shared"
+NULL_FACTOR = 10
+"""A shared fraction up to so many times its null is marked `NOT_SHARED`. A null of 0 counts as
+what the simulation could have seen: one latent in all its draws."""
+MISSING = "–"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A table in words.
+
+    Attributes:
+        header: column names; a line break where a column name may break.
+        rows: as many entries each as the header.
+        num_knobs: the first so many columns name the cell; the others are numbers.
+        caption: what all cells have in common.
+        footnotes: what the columns mean, and what is to be said about single cells.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_knobs: int
+    caption: str
+    footnotes: tuple[str, ...]
+
+
+def summary(cells: Sequence[Cell]) -> Wording:
+    """The table that a person reads first."""
+    knobs = varying(cells)
+    seeds = ("seeds",) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
+    header = (
+        *knobs,
+        *seeds,
+        f"shared\n[{_range(cells, lambda c: round(100 * c.settings.confidence))}%]",
+        "shared\nlive",
+        "shared\ndec",
+        "shared\nnull",
+        "cos\nenc",
+        "cos\ndec",
+        "cos\nnull",
+        "FVU",
+        "L0",
+        "dead",
+    )
+    rows = tuple(
+        (*_knob_values(knobs, k), *(str(cell.n_seeds) for _ in seeds), *_numbers(cell))
+        for k, cell in cells
+    )
+    return Wording(header, rows, len(knobs), _caption(cells), (*_legend(cells), *_remarks(cells)))
+
+
+def details(cells: Sequence[Cell]) -> Wording:
+    """What else was measured on each cell."""
+    knobs = varying(cells)
+    measures = {
+        "covered": "coverage",
+        "shared, dec": "shared_fraction_decoder",
+        "shared, not dead": "shared_fraction_not_dead",
+    }
+    header = (*knobs, "seeds", *measures, "shared, untrained", "κ", "ceiling, live")
+    rows = tuple(
+        (
+            *_knob_values(knobs, k),
+            str(cell.n_seeds),
+            *(with_interval(cell.estimates[name]) for name in measures.values()),
+            number(cell.pair_mean("untrained_shared_fraction")),
+            number(cell.pair_mean("kappa")),
+            number(cell.pair_mean("ceiling_live")),
+        )
+        for k, cell in cells
+    )
+    footnotes = (
+        "**covered**: some latent of the other run has both cosines at the threshold, whether or "
+        "not it is the match of another; mean of both directions.",
+        "**not dead**: counted over latents that fired at the end of training, both partners.",
+        "**untrained**: the strict shared fraction of the initial weights of the same pairs.",
+        "**κ** = (S − S₀)/(1 − S₀), S shared and S₀ its null. **ceiling**: the largest live shared "
+        "fraction that the numbers of live latents allow.",
+    )
+    return Wording(header, rows, len(knobs), "", footnotes)
+
+
+def profiles(cells: Sequence[Cell]) -> Wording:
+    """p_m and u_k of each cell."""
+    knobs, n = varying(cells), max(cell.n_seeds for _, cell in cells)
+    header = (*knobs, *(f"p_{m}" for m in range(n)), *(f"u_{k}" for k in range(2, n + 1)))
+    rows = tuple(
+        (*_knob_values(knobs, k), *_padded(cell.p, n), *_padded(cell.u, n - 1)) for k, cell in cells
+    )
+    footnotes = (
+        "**p_m**: fraction of latents shared with exactly m of the other seeds. **u_k**: fraction "
+        "that k−1 other seeds, drawn at random, all lack.",
+    )
+    return Wording(header, rows, len(knobs), "", footnotes)
+
+
+def notes(cell: CellResult) -> list[str]:
+    """What has to be said about the shared fraction of a cell."""
+    shared = cell.estimates["shared_fraction"]
+    simulated = cell.null_simulated_latents
+    null = max(_null(cell), 1 / (simulated * cell.settings.null_draws))
+    found = [NOT_SHARED] if shared.mean <= NULL_FACTOR * null else []
+    if simulated < cell.num_latents:
+        found.append(f"null of {simulated:,} latents, its cosine extended")
+    return found + ([shared.reason] if shared.reason else [])
+
+
+def varying(cells: Sequence[Cell]) -> list[str]:
+    """The knobs that differ between cells."""
+    names = dict.fromkeys(name for knobs, _ in cells for name in knobs)
+    return [n for n in names if len({str(knobs.get(n, MISSING)) for knobs, _ in cells}) > 1]
+
+
+def label(cells: Sequence[Cell], knobs: Mapping[str, Any]) -> str:
+    """A short name of one cell among the others."""
+    return ", ".join(_knob_values(varying(cells), knobs)) or str(knobs.get("sae", "all runs"))
+
+
+def number(value: float) -> str:
+    """Two decimals, or one digit where these would show nothing."""
+    if isnan(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    return f"{value:.2f}" if abs(value) >= 0.00995 else f"{value:.1g}"
+
+
+def with_interval(estimate: Interval) -> str:
+    if estimate.low is None or estimate.high is None:
+        return number(estimate.mean)
+    return f"{number(estimate.mean)} [{number(estimate.low)}, {number(estimate.high)}]"
+
+
+def _numbers(cell: CellResult) -> tuple[str, ...]:
+    estimates = cell.estimates
+
+    def mean(name: str) -> float:
+        return estimates[name].mean if name in estimates else float("nan")
+
+    null = _null(cell)
+    l0 = mean("l0")
+    return (
+        with_interval(estimates["shared_fraction"]),
+        number(mean("shared_fraction_live")),
+        number(mean("shared_fraction_decoder")),
+        number(null) if null else f"< 1/{cell.null_simulated_latents}",
+        number(mean("cosine_encoder")),
+        number(mean("cosine_decoder")),
+        number(cell.pair_mean("null_cosine")),
+        number(mean("fvu")),
+        MISSING if isnan(l0) else f"{l0:.1f}",
+        number(mean("dead_fraction")),
+    )
+
+
+def _null(cell: CellResult) -> float:
+    return cell.pair_mean("null_shared_fraction")
+
+
+def _padded(values: np.ndarray, length: int) -> list[str]:
+    return [number(float(v)) for v in values] + [""] * (length - len(values))
+
+
+def _knob_values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
+    return [str(knobs.get(name, MISSING)) for name in names]
+
+
+def _caption(cells: Sequence[Cell]) -> str:
+    changing = varying(cells)
+    constant = [f"{k}={v}" for k, v in cells[0][0].items() if k not in changing]
+    sizes = [f"{_range(cells, lambda c: c.num_latents)} latents"]
+    if any(name.endswith("num_latents") for name in cells[0][0]):
+        sizes = []
+    seeds = f"{_range(cells, lambda c: c.n_seeds)} seeds"
+    return " · ".join([*constant, *sizes, seeds])
+
+
+def _legend(cells: Sequence[Cell]) -> list[str]:
+    settings, seeds = cells[0][1].settings, _range(cells, lambda c: c.n_seeds)
+    pairs = _range(cells, lambda c: len(c.pairs))
+    tokens = _range(cells, lambda c: c.held_out_tokens)
+    return [
+        "**shared**: the exact matchings by encoder and by decoder give the latent the same "
+        f"partner, and both cosines are at least {settings.threshold:g} (Paulo & Belrose). Mean "
+        f"over the {pairs} pairs of n = {seeds} seeds, with the {settings.confidence:.0%} interval "
+        "over seeds (leave one seed out, t on the logit scale).",
+        f"**live**: counted over latents that fire at least {settings.live_at_least} times in "
+        f"{tokens} held-out tokens, both partners live. **dec**: the cosine of the decoder's own "
+        "match reaches the threshold; the encoder is not asked.",
+        "**null**: two random dictionaries of the same size, matched alike. **cos**: mean cosine "
+        "of all matched latents, by encoder and by decoder.",
+        "**FVU**: fraction of variance unexplained; **L0**: latents active per token; both held "
+        "out. **dead**: fraction that did not fire at the end of training.",
+    ]
+
+
+def _remarks(cells: Sequence[Cell]) -> list[str]:
+    """The notes, each once, with the cells that it is about."""
+    about: dict[str, list[str]] = {}
+    for knobs, cell in cells:
+        for note in notes(cell):
+            about.setdefault(note, []).append(label(cells, knobs))
+    return [
+        f"**{note}**" + ("" if len(who) == len(cells) else f": {'; '.join(who)}")
+        for note, who in about.items()
+    ]
+
+
+def _range(cells: Sequence[Cell], value: Any) -> str:
+    """One number, or the smallest and the largest."""
+    values = sorted({int(value(cell)) for _, cell in cells})
+    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,}–{values[-1]:,}"

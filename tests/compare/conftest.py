@@ -1,0 +1,54 @@
+"""Synthetic dictionaries whose answers are known."""
+
+import numpy as np
+import pytest
+
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.dictionary import Dictionary
+
+
+def make_dictionary(encoder, decoder=None, *, seed="0", firing=100, tokens=1000, **more):
+    """A dictionary of the given rows in which every latent fires ``firing`` times."""
+    encoder = np.asarray(encoder, dtype=np.float32)
+    decoder = encoder if decoder is None else np.asarray(decoder, dtype=np.float32)
+    counts = np.broadcast_to(np.asarray(firing), len(encoder)).copy()
+    values = {"dead": counts == 0, "id": f"run-{seed}"} | more
+    return Dictionary(
+        seed=seed,
+        encoder=encoder,
+        decoder=decoder,
+        firing=counts,
+        held_out_tokens=tokens,
+        **values,
+    )
+
+
+@pytest.fixture(scope="session")
+def dictionary():
+    return make_dictionary
+
+
+@pytest.fixture
+def partly_shared():
+    """``make(n, shared)``: n dictionaries, the first ``shared`` latents of each the same."""
+
+    def make(n, shared, num_latents=40, d_in=64):
+        common = np.random.default_rng(7).standard_normal((2, num_latents, d_in))
+        found = []
+        for s in range(n):
+            rng = np.random.default_rng(100 + s)
+            rows = rng.standard_normal((2, num_latents, d_in))
+            rows[:, :shared] = common[:, :shared]
+            order = rng.permutation(num_latents)
+            metrics = {"fvu": 0.1 + 0.01 * s, "l0": 8.0, "dead_fraction": 0.0}
+            found.append(
+                make_dictionary(rows[0, order], rows[1, order], seed=str(s), metrics=metrics)
+            )
+        return found
+
+    return make
+
+
+@pytest.fixture
+def settings():
+    return ComparisonConfig(name="trial", grid={"seed": [0, 1, 2]}, null_draws=1)

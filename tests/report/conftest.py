@@ -1,0 +1,47 @@
+"""Cells made of dictionaries that share a known part."""
+
+import numpy as np
+import pytest
+
+from reseed.compare.cell import compare_cell
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.dictionary import Dictionary
+
+NUM_LATENTS, D_IN = 48, 32
+
+
+def run(sae, seed, shared, trained=True):
+    """The first ``shared`` latents are those of every seed; latent i fires i times."""
+    rng = np.random.default_rng([len(sae), seed, trained])
+    rows = rng.standard_normal((2, NUM_LATENTS, D_IN))
+    rows[:, :shared] = np.random.default_rng(0).standard_normal((2, shared, D_IN))
+    return Dictionary(
+        id=f"{sae}-{seed}",
+        seed=str(seed),
+        encoder=rows[0],
+        decoder=rows[1] if trained else rows[0],
+        firing=np.arange(NUM_LATENTS),
+        held_out_tokens=5000,
+        dead=np.arange(NUM_LATENTS) < 2,
+        metrics={"fvu": 0.2 + 0.01 * seed, "l0": 8.25, "dead_fraction": 2 / NUM_LATENTS},
+    )
+
+
+@pytest.fixture(scope="session")
+def make_cell():
+    def make(sae="topk", n=3, shared=24, **knobs):
+        seeds = range(n)
+        cell = compare_cell(
+            [run(sae, s, shared) for s in seeds],
+            [run(sae, s, 0, trained=False) for s in seeds],
+            ComparisonConfig(name="trial", grid={"seed": list(range(max(2, n)))}),
+        )
+        return {"model": "embedded", "layer": 2, "sae": sae} | knobs, cell
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cells(make_cell):
+    """A cell that shares half, one that shares nothing, and one of two seeds."""
+    return [make_cell(), make_cell("relu", shared=0), make_cell("batch_topk", n=2, shared=12)]

@@ -1,0 +1,112 @@
+import sys
+import xml.etree.ElementTree as ET
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from reseed.report.figures import (
+    STYLE,
+    cosine_figure,
+    matched_cosines,
+    seeds_figure,
+    shared_figure,
+    write_figures,
+)
+
+
+def draw(figure_of, cells):
+    """The figure as it is laid out when it is written."""
+    with mpl.rc_context(STYLE):
+        figure = figure_of(cells)
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+    return figure
+
+
+def texts(figure):
+    return " ".join(t.get_text() for t in figure.findobj(mpl.text.Text))
+
+
+@pytest.fixture(scope="module")
+def twelve(make_cell):
+    return [
+        make_cell(sae, n=n, shared=shared, **{"sae.num_latents": width})
+        for sae, shared in (("topk", 30), ("relu", 10), ("batch_topk", 0))
+        for width, n in ((256, 2), (1024, 3), (4096, 5), (16384, 3))
+    ]
+
+
+def test_three_figures_as_png_and_svg(cells, tmp_path):
+    written = write_figures(cells, tmp_path)
+    names = {f"{n}.{k}" for n in ("shared_fraction", "seeds", "cosines") for k in ("png", "svg")}
+    assert {path.name for path in written} == names == {p.name for p in tmp_path.iterdir()}
+    for path in written:
+        if path.suffix == ".svg":
+            ET.parse(path)
+        else:
+            assert path.read_bytes().startswith(b"\x89PNG")
+    assert "matplotlib.pyplot" not in sys.modules, "pyplot would look for a display"
+
+
+def test_the_same_cells_give_the_same_svg(cells, tmp_path):
+    first, second = (write_figures(cells, tmp_path / name) for name in "ab")
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+
+
+@pytest.mark.parametrize("figure_of", [shared_figure, seeds_figure, cosine_figure])
+@pytest.mark.parametrize("count", [1, 2, 12])
+def test_panels_do_not_overlap_and_text_stays_inside(twelve, figure_of, count):
+    figure = draw(figure_of, twelve[:count])
+    renderer = figure.canvas.get_renderer()
+    boxes = [axes.get_tightbbox(renderer) for axes in figure.axes if axes.get_visible()]
+    for i, one in enumerate(boxes):
+        for other in boxes[:i]:
+            width = min(one.x1, other.x1) - max(one.x0, other.x0)
+            height = min(one.y1, other.y1) - max(one.y0, other.y0)
+            assert min(width, height) < 1, "panels overlap by more than a pixel"
+    for box in boxes:
+        assert box.x0 > -1
+        assert box.x1 < figure.bbox.x1 + 1
+
+
+def test_shared_figure_shows_every_pair_and_the_interval(make_cell):
+    knobs, cell = make_cell(n=4, shared=24)
+    axes = draw(shared_figure, [(knobs, cell)]).axes[0]
+    marks = [line for line in axes.lines if line.get_marker() == "|"]
+    assert np.allclose(marks[0].get_xdata(), cell.pairs["shared_fraction"])
+    found = cell.estimates["shared_fraction"]
+    assert any(np.allclose(line.get_xdata(), [found.low, found.high]) for line in axes.lines)
+
+
+def test_figures_say_n_and_the_interval(cells):
+    shared = texts(draw(shared_figure, cells))
+    assert "95% interval over n = 2–3 seeds" in shared
+    assert "n = 2, no interval" in shared
+    assert "n = 2–3 seeds" in texts(draw(seeds_figure, cells))
+
+
+def test_the_ring_is_p_and_the_line_is_u(make_cell):
+    knobs, cell = make_cell(n=5, shared=24)
+    ring, line = draw(seeds_figure, [(knobs, cell)]).axes
+    turns = [(w.theta1 - w.theta2) / 360 for w in ring.patches]
+    assert np.allclose(np.abs(turns), cell.p, atol=1e-6)
+    points = next(x for x in line.lines if x.get_marker() not in ("", "None", None))
+    assert np.allclose(points.get_xdata(), [2, 3, 4, 5])
+    assert np.allclose(points.get_ydata(), cell.u)
+
+
+def test_cosines_are_those_of_matched_latents(make_cell):
+    _, cell = make_cell(n=2, shared=24)
+    encoder, decoder, agrees = matched_cosines(cell)
+    assert len(encoder) == 2 * 48
+    both = (encoder >= 0.7) & (decoder >= 0.7) & agrees
+    assert both.sum() == 2 * 24
+    assert len(matched_cosines(cell, at_most=10)[0]) == 10
+
+
+def test_nothing_to_draw_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="there are no cells to draw figures of"):
+        write_figures([], tmp_path)

@@ -1,0 +1,184 @@
+import io
+import re
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from reseed.compare.statistics import Interval
+from reseed.report.tables import (
+    SUMMARY_COLUMNS,
+    print_summary,
+    summary_frame,
+    summary_markdown,
+    write_tables,
+)
+from reseed.report.wording import NOT_SHARED, notes, number, summary, varying, with_interval
+
+ISSUE_COLUMNS = [
+    *("n_seeds", "shared_fraction", "shared_fraction_low", "shared_fraction_high"),
+    *("shared_fraction_live", "coverage", "cosine_encoder", "cosine_decoder"),
+    *("null_cosine", "null_shared_fraction", "fvu", "l0", "dead_fraction", "runs"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(cells, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    write_tables(cells, folder)
+    return folder
+
+
+def printed(cells, **options):
+    file = io.StringIO()
+    print_summary(cells, console=Console(file=file, **options))
+    return file.getvalue()
+
+
+def test_summary_csv_has_the_knobs_and_the_promised_columns_first(folder):
+    frame = pd.read_csv(folder / "summary.csv")
+    assert list(frame.columns[:17]) == ["model", "layer", "sae", *ISSUE_COLUMNS]
+    assert list(SUMMARY_COLUMNS) == ISSUE_COLUMNS
+    assert len(frame) == 3
+
+
+def test_summary_csv_says_what_was_measured(folder):
+    frame = pd.read_csv(folder / "summary.csv").set_index("sae")
+    half, none, two = frame.loc["topk"], frame.loc["relu"], frame.loc["batch_topk"]
+    assert half["shared_fraction"] == pytest.approx(24 / 48)
+    # Latents 10 … 47 are live, of which 10 … 23 are shared; their firing is that of the partner.
+    assert half["shared_fraction_live"] == pytest.approx(14 / 38)
+    assert half["fvu"] == pytest.approx(0.21)
+    assert half["l0"] == 8.25
+    assert half["runs"] == "topk-0 topk-1 topk-2"
+    assert half["unshared_fraction"] == pytest.approx(0.5)
+    assert pd.isna(half["note"])
+    assert half["shared_fraction_untrained"] == 0
+    assert NOT_SHARED in none["note"]
+    assert two["note"] == "fewer than 3 seeds: no interval"
+    assert pd.isna(two["shared_fraction_low"])
+    assert two["n_seeds"] == 2
+
+
+def test_a_shared_fraction_near_its_null_is_marked(make_cell):
+    # 3 draws of 48 latents cannot see below 1/144: ten times that is .07.
+    assert notes(make_cell(shared=3)[1]) == [NOT_SHARED]
+    assert notes(make_cell(shared=4)[1]) == []
+
+
+def test_pairs_csv(folder, cells):
+    frame = pd.read_csv(folder / "pairs.csv")
+    assert frame.groupby("sae").size().to_dict() == {"topk": 3, "relu": 3, "batch_topk": 1}
+    assert list(frame.columns[:7]) == ["model", "layer", "sae", "a", "b", "seed_a", "seed_b"]
+    assert frame.columns[7:].tolist() == cells[0][1].pairs.columns[4:].tolist()
+
+
+def test_latents_parquet_has_a_row_per_latent_of_each_run(folder):
+    table = pq.read_table(folder / "latents.parquet")
+    frame = table.to_pandas()
+    assert len(frame) == 48 * (3 + 3 + 2)
+    assert not frame.duplicated(["run", "latent"]).any()
+    topk = frame[frame["sae"] == "topk"]
+    assert (topk["shared_with"] == topk["latent"].lt(24) * 2).all()
+    lists = ["others", "partner_encoder", "partner_decoder", "cosine_encoder", "cosine_decoder"]
+    for name in [*lists, "shared"]:
+        assert frame[name].map(len).tolist() == [2] * 48 * 6 + [1] * 48 * 2, name
+
+
+def test_knobs_of_different_kinds_share_a_column(make_cell, tmp_path):
+    write_tables([make_cell(k=8), make_cell("relu", k="free")], tmp_path)
+    values = pq.read_table(tmp_path / "latents.parquet")["k"].unique().to_pylist()
+    assert values == ["8", "free"]
+
+
+def test_a_knob_that_is_called_like_a_column_stays(make_cell):
+    row = summary_frame([make_cell(num_latents="wide")]).iloc[0]
+    assert row["num_latents"] == "wide"
+
+
+def test_only_what_varies_is_a_column(cells):
+    assert varying(cells) == ["sae"]
+    words = summary(cells)
+    assert words.caption.startswith("model=embedded · layer=2 · 48 latents · 2–3 seeds")
+    assert words.header[:2] == ("sae", "seeds")
+    assert varying(cells[:1]) == []
+    assert "sae=topk" in summary(cells[:1]).caption
+
+
+def test_printed_into_a_file_nothing_is_cut_off(make_cell):
+    wide = {f"training.option_{i}": "a-rather-long-value" * 3 for i in range(3)}
+    out = printed([make_cell(), make_cell("relu", n=4, **wide)])
+    assert "…" not in out
+    assert "\x1b" not in out, "no colour in a file"
+    rows = [line.split() for line in out.splitlines()]
+    for words in summary([make_cell(), make_cell("relu", n=4, **wide)]).rows:
+        assert " ".join(words).split() in rows, "each row of the table is one line"
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_on_a_terminal_no_number_is_cut_off(cells, width):
+    out = printed(cells, width=width, force_terminal=True, color_system=None)
+    assert "…" not in out
+    numbers = {word for row in summary(cells).rows for entry in row for word in entry.split()}
+    assert numbers <= set(out.split())
+
+
+def test_at_100_columns_a_row_is_a_line(cells):
+    out = printed(cells, width=100, force_terminal=True, color_system=None)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    for row in summary(cells).rows:
+        assert " ".join(row) in lines
+
+
+def test_the_summary_says_what_it_means(cells, tmp_path):
+    file = io.StringIO()
+    print_summary(cells, title="quickstart", folder=tmp_path, console=Console(file=file))
+    out = " ".join(file.getvalue().split())
+    assert "both cosines are at least 0.7" in out
+    assert "95% interval over seeds" in out
+    assert "the 1–3 pairs of n = 2–3 seeds" in out
+    assert "at least 10 times in 5,000 held-out tokens" in out
+    assert "< 1/48" in out, "a null that was not seen is not a null of 0"
+    assert f"{NOT_SHARED}: relu" in out
+    assert "fewer than 3 seeds: no interval: batch_topk" in out
+    assert out.startswith("quickstart")
+    assert file.getvalue().rstrip().endswith(str(tmp_path))
+
+
+def test_markdown_tables_are_whole_and_say_the_same(cells):
+    text = summary_markdown(cells)
+    tables = re.findall(r"(?:^\|.*\|$\n?)+", text, flags=re.MULTILINE)
+    assert len(tables) == 3
+    for table in tables:
+        lines = table.strip().splitlines()
+        assert len({line.count("|") for line in lines}) == 1
+        assert re.fullmatch(r"\|( :?--:? \|)+", lines[1])
+        assert len(lines) == 2 + len(cells)
+    for note in summary(cells).footnotes:
+        assert note in text
+    assert "- topk: `topk-0`, `topk-1`, `topk-2`\n- relu: " in text
+
+
+def test_a_bar_in_a_knob_does_not_break_the_table(make_cell):
+    text = summary_markdown([make_cell(hookpoint="a|b"), make_cell("relu", hookpoint="c")])
+    assert "| a\\|b |" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.0, "0"), (0.4239, "0.42"), (1.0, "1.00"), (0.0042, "0.004"), (0.00996, "0.01"),
+     (-0.5, "-0.50"), (float("nan"), "–")],
+)  # fmt: skip
+def test_numbers_in_words(value, text):
+    assert number(value) == text
+
+
+def test_an_interval_in_words():
+    assert with_interval(Interval(0.4, 0.3, 0.52, 0.1, 3)) == "0.40 [0.30, 0.52]"
+    assert with_interval(Interval(0.4, None, None, None, 2, "few")) == "0.40"
+
+
+def test_nothing_to_write_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="there are no cells to write tables of"):
+        write_tables([], tmp_path)
