@@ -82,7 +82,6 @@ def tiny_overrides(tiny_model: Path, tiny_text: Path) -> list[str]:
         "dataset.held_out_tokens=1024",
         "layer=1",
         "sae.num_latents=64",
-        "sae.k=4",
         "training.tokens=8192",
         "training.batch_size=64",
         "runtime.progress=false",

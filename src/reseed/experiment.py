@@ -64,9 +64,13 @@ class Resolved:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that changes the result, in plain values: what the signature is made of."""
+        signed = self.experiment.signed()
+        # However the width was given, what counts is what it came to.
+        width = {"num_latents": self.num_latents, "expansion_factor": None}
         return {
             "reseed": SIGNATURE_VERSION,
-            **self.experiment.signed(),
+            **signed,
+            "sae": signed["sae"] | width,
             "fingerprints": {
                 "model": self.model.fingerprint,
                 "tokenizer": self.model.tokenizer_fingerprint,

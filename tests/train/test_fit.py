@@ -1,0 +1,316 @@
+"""Training by groups: equal to training alone, resumed exactly, honest about failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import reseed
+from reseed.activations.hookpoint import Hookpoint
+from reseed.cli.app import CommandLine
+from reseed.cli.jobs import check_jobs
+from reseed.experiment import Resolved, groups, train_missing
+from reseed.runs import Run, RunStore
+from reseed.train.config import RuntimeConfig, TrainingConfig
+from reseed.train.member import Member
+
+Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
+
+
+@pytest.fixture
+def jobs(tiny_overrides: list[str], tmp_path: Path) -> Jobs:
+    """Checked experiments of a sweep that is written below tmp_path/<outputs>."""
+
+    def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
+        line = CommandLine("train", [])
+        where = f"runtime.outputs={tmp_path / outputs}"
+        found, runtime = check_jobs(line, [*tiny_overrides, where, *overrides], multirun=True)
+        return [job.resolved for job in found], runtime
+
+    return made
+
+
+def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:
+    return resolved.run(RunStore(runtime.outputs))
+
+
+def results(run: Run) -> dict[str, object]:
+    """Everything that a run leaves, but for times."""
+    weights = {name: t.clone() for name, t in run.sae().state_dict().items()}
+    curve = [line.split(",") for line in (run.path / "training.csv").read_text().splitlines()]
+    seconds = curve[0].index("seconds")
+    rows = [[c for i, c in enumerate(row) if i != seconds] for row in curve]
+    latents = {name: array.tolist() for name, array in run.latents().items()}
+    return {"weights": weights, "curve": rows, "latents": latents, "metrics": run.metrics}
+
+
+def assert_equal(a: dict[str, object], b: dict[str, object]) -> None:
+    first, second = a.pop("weights"), b.pop("weights")
+    for name, tensor in first.items():  # type: ignore[union-attr]
+        assert torch.equal(tensor, second[name]), name  # type: ignore[index]
+    assert a == b
+
+
+@pytest.mark.parametrize(
+    "sweep",
+    [
+        ["seed=0,1,2"],
+        ["sae=topk", "layer=0,2"],
+        ["training.tokens=2048,8192"],
+        ["hookpoint=resid_post,mlp_out"],
+    ],
+)
+def test_a_group_equals_its_members_trained_alone(jobs: Jobs, sweep: list[str]) -> None:
+    together, runtime = jobs(*sweep)
+    assert len(groups(together)) == 1
+    assert train_missing(together, runtime) == {}
+    for index, resolved in enumerate(together):
+        alone, other = jobs(*sweep, outputs=f"alone-{index}")
+        assert train_missing([alone[index]], other) == {}
+        assert_equal(results(run_of(resolved, runtime)), results(run_of(alone[index], other)))
+
+
+def test_architectures_train_together(jobs: Jobs) -> None:
+    topk, runtime = jobs()
+    relu, _ = jobs("sae=relu")
+    assert topk[0].stream == relu[0].stream
+    assert train_missing([*topk, *relu], runtime) == {}
+    alone, other = jobs("sae=relu", outputs="alone")
+    train_missing(alone, other)
+    assert_equal(results(run_of(relu[0], runtime)), results(run_of(alone[0], other)))
+
+
+def test_what_seeds_move(jobs: Jobs) -> None:
+    same, runtime = jobs("seed=0,1")
+    other_order, _ = jobs("dataset.order_seed=1")
+    assert same[0].stream == same[1].stream != other_order[0].stream
+    train_missing(same, runtime)
+    a, b = (run_of(r, runtime).sae() for r in same)
+    assert not torch.equal(a.W_dec, b.W_dec)
+    # Salted: with the same seed another cell starts elsewhere.
+    assert len({r.init_seed for r in [*same, *other_order]}) == 3
+
+
+def test_finished_runs_are_not_trained_again(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, runtime = jobs("seed=0,1")
+    train_missing(first, runtime)
+    before = [(run_of(r, runtime).path / "sae.safetensors").stat().st_mtime_ns for r in first]
+    more, _ = jobs("seed=0,1,2")
+    trained: list[str] = []
+    import reseed.train.fit as fit
+
+    original = fit.fit_group
+    monkeypatch.setattr(
+        fit, "fit_group", lambda g, *rest: trained.extend(r.signature for r in g) or original(g, *rest)
+    )
+    train_missing(more, runtime)
+    assert trained == [more[2].signature]
+    after = [(run_of(r, runtime).path / "sae.safetensors").stat().st_mtime_ns for r in first]
+    assert before == after
+    train_missing(more, runtime)
+    assert trained == [more[2].signature]
+
+
+def test_the_saved_sae_takes_raw_activations(jobs: Jobs) -> None:
+    (resolved,), runtime = jobs()
+    train_missing([resolved], runtime)
+    run = reseed.load_run(run_of(resolved, runtime).path)
+    record = json.loads((run.path / "sae.json").read_text())
+    sae = reseed.load_sae(run.path)
+    assert record["metadata"]["input_scale"] != 1
+    from reseed.activations.chunks import held_out_chunks
+    from reseed.activations.language_model import LanguageModel
+
+    e = resolved.experiment
+    (x,) = held_out_chunks(
+        LanguageModel(resolved.model), resolved.stores()[1], e.dataset, [e.hook], 1024
+    )
+    x = x[e.hook]
+    out = sae(x)
+    error = (x - out.reconstruction).double().square().sum()
+    variance = (x.double() - x.double().mean(0)).square().sum()
+    assert float(error / variance) == pytest.approx(run.metrics["fvu"], rel=1e-6)
+    assert float((out.latents != 0).sum(1).double().mean()) == pytest.approx(run.metrics["l0"])
+    assert (out.latents != 0).sum(0).tolist() == run.latents()["firing"].tolist()
+
+
+def test_the_record_says_what_was_done(jobs: Jobs) -> None:
+    (resolved,), runtime = jobs()
+    train_missing([resolved], runtime)
+    record = run_of(resolved, runtime).record
+    assert record["status"] == "finished"
+    assert record["tokens"] == 8192
+    assert record["steps"] == 128
+    assert record["experiment"]["sae"]["type"] == "topk"
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+    assert set(record["fingerprints"]) == {"model", "tokenizer", "text"}
+    # Steps 10, 20, … 120, and the last one.
+    lines = (run_of(resolved, runtime).path / "training.csv").read_text().splitlines()
+    steps = [int(line.split(",")[0]) for line in lines[1:]]
+    assert steps == [*range(10, 121, 10), 128]
+
+
+def test_a_loss_that_is_not_finite_ends_that_run_alone(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, runtime = jobs("seed=0,1")
+    bad = members[1].run(RunStore(runtime.outputs)).id
+    original = Member.train
+
+    def poisoned(self: Member, x: torch.Tensor, optimizer: object) -> None:
+        original(self, x * float("nan") if self.id == bad and self.step == 17 else x, optimizer)
+
+    monkeypatch.setattr(Member, "train", poisoned)
+    failures = train_missing(members, runtime)
+    good_run, bad_run = (run_of(r, runtime) for r in members)
+    assert good_run.finished
+    assert list(failures) == [bad]
+    assert bad_run.status == "failed"
+    assert bad_run.record["error"]["message"] == "the loss is not finite at step 17"
+    assert not (bad_run.path / "sae.safetensors").exists()
+    monkeypatch.setattr(Member, "train", original)
+    assert train_missing(members, runtime) == {}
+    alone, other = jobs("seed=1", outputs="alone")
+    train_missing(alone, other)
+    assert_equal(results(bad_run), results(run_of(alone[0], other)))
+
+
+def test_an_error_is_recorded_with_its_traceback(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, runtime = jobs("seed=0,1")
+    monkeypatch.setattr(Member, "train", lambda *_: 1 / 0)
+    failures = train_missing(members, runtime)
+    assert len(failures) == 2
+    for resolved in members:
+        error = run_of(resolved, runtime).record["error"]
+        assert error["type"] == "ZeroDivisionError"
+        assert "Traceback" in error["traceback"]
+
+
+def test_members_at_different_steps_go_on_together(jobs: Jobs) -> None:
+    """A checkpoint belongs to a run: what is grouped anew waits for the one that is behind."""
+    from reseed.train.callbacks import Bookkeeper
+
+    reference, other = jobs("seed=0,1", outputs="reference")
+    train_missing(reference, other)
+    members, runtime = jobs("seed=0,1")
+    with pytest.MonkeyPatch.context() as patch:
+        saved: list[int] = []
+
+        def save_one(self: Bookkeeper, module: object) -> None:
+            index = len(saved) % 2
+            member = module.members[index]  # type: ignore[attr-defined]
+            self._save(member)
+            saved.append(member.step)
+            if len(saved) == 4:
+                raise RuntimeError("power cut")
+
+        patch.setattr(Bookkeeper, "save", save_one)
+        slow = RuntimeConfig.from_dict(runtime.to_dict() | {"checkpoint_every_s": 1e-9})
+        train_missing(members, slow)
+    assert saved == [1, 2, 3, 4]
+    assert train_missing(members, runtime) == {}
+    for a, b in zip(members, reference, strict=True):
+        assert_equal(results(run_of(a, runtime)), results(run_of(b, other)))
+
+
+def test_input_scale_and_b_dec_come_from_the_first_activations() -> None:
+    from reseed.sae.topk import TopKConfig
+
+    config = TopKConfig(num_latents=8, k=2)
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
+    member = Member(
+        "m", Hookpoint("resid_post", 0), config, TrainingConfig(tokens=64, batch_size=64), 6, 0,
+        torch.device("cpu"),
+    )  # fmt: skip
+    member.start(x)
+    assert float((x * member.scale).norm(dim=1).mean()) == pytest.approx(6**0.5, rel=1e-5)
+    assert torch.allclose(member.sae.b_dec, x.mean(0) * member.scale, atol=1e-5)
+
+
+def _command(tiny_overrides: list[str], outputs: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "reseed.cli.main", "train", "-m", *tiny_overrides, "seed=0,1",
+        f"runtime.outputs={outputs}", f"runtime.sweeps={outputs}-sweeps", "runtime.threads=1",
+        "runtime.checkpoint_every_s=0.001", *more,
+    ]  # fmt: skip
+
+
+def _started(command: list[str], cwd: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_with_the_same_weights(
+    tiny_overrides: list[str], jobs: Jobs, tmp_path: Path
+) -> None:
+    longer = ("training.tokens=131072", "dataset.repeat=true")
+    reference = tmp_path / "reference"
+    subprocess.run(_command(tiny_overrides, reference, *longer), cwd=tmp_path, check=True)
+    outputs = tmp_path / "killed"
+    chosen = random.Random(time.time_ns())
+    kills = 0
+    while kills < 6:
+        process = _started(_command(tiny_overrides, outputs, *longer), tmp_path)
+        # Training has begun when a checkpoint is there; the kill falls somewhere after that.
+        while not list(outputs.glob("*/checkpoint.pt")) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(chosen.uniform(0, 1.5))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 1
+    assert {run.status for run in RunStore(outputs).runs()} <= {"interrupted", "finished"}
+    subprocess.run(_command(tiny_overrides, outputs, *longer), cwd=tmp_path, check=True)
+    pairs = list(zip(RunStore(reference).runs(), RunStore(outputs).runs(), strict=True))
+    assert len(pairs) == 2
+    for expected, found in pairs:
+        assert expected.id == found.id
+        assert_equal(results(found), results(expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(
+    tiny_overrides: list[str], tmp_path: Path, number: signal.Signals
+) -> None:
+    outputs = tmp_path / "outputs"
+    many = ("training.tokens=100000000", "dataset.repeat=true", "runtime.log_every_steps=100000")
+    process = _started(_command(tiny_overrides, outputs, *many), tmp_path)
+    while len(list(outputs.glob("*/checkpoint.pt"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"stopped by {number.name}; saved" in said.decode()
+    assert "Traceback" not in said.decode()
+    assert [run.status for run in RunStore(outputs).runs()] == ["interrupted"] * 2
+
+
+@pytest.mark.slow
+def test_two_that_want_the_same_run_train_it_once(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    outputs = tmp_path / "outputs"
+    longer = "training.tokens=32768"
+    pair = [_started(_command(tiny_overrides, outputs, longer), tmp_path) for _ in range(2)]
+    said = [process.communicate(timeout=300)[0].decode() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    assert all(run.finished for run in RunStore(outputs).runs())
+    assert sum("training 2 SAEs" in text for text in said) == 1, said
