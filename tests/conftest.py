@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-WORDS = "the cat sat on a mat and then one small dog ran home to tell its old friend why".split()
+WORDS = ("the cat sat on a mat and then one small dog ran home to tell its old friend why").split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session", autouse=True)

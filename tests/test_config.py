@@ -105,7 +105,7 @@ def test_build_calls_only_configurations() -> None:
     for hostile in ("os.system", "subprocess.run", "pickle.loads"):
         with pytest.raises(ConfigError, match="is not a Shape"):
             build({"_target_": hostile}, "shape", Shape)
-    with pytest.raises(ConfigError, match="cannot find `_target_` no_such.Thing"):
+    with pytest.raises(ConfigError, match="cannot find `_target_`"):
         build({"_target_": "no_such.Thing"}, "shape", Shape)
 
 

@@ -94,7 +94,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
         load_run(tmp_path / "plain")
 
 
-def _hold(path: Path, held, release) -> None:  # noqa: ANN001
+def _hold(path: Path, held, release) -> None:
     with Run(path).lock():
         held.set()
         release.wait(30)

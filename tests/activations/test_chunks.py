@@ -46,7 +46,7 @@ def stores(
     return token_stores(resolve_text(config, cache), found.tokenizer, "t", 0)
 
 
-def stream(model: LanguageModel, stores, config, hooks=HOOKS) -> ActivationStream:  # noqa: ANN001
+def stream(model: LanguageModel, stores, config, hooks=HOOKS) -> ActivationStream:
     return ActivationStream(model, stores[0], config, hooks)
 
 

@@ -4,8 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoXConfig
-from transformers import GPTNeoXForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+)
 
 from reseed.activations.hookpoint import Hookpoint, HookpointConfig, module_path
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
@@ -13,7 +18,7 @@ from reseed.config import ConfigError
 
 
 @pytest.fixture(scope="module")
-def resolved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):  # noqa: ANN201
+def resolved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
     return resolve(
         PathModelConfig(path=str(tiny_model), batch_sequences=2), tmp_path_factory.mktemp("c")
     )
@@ -75,9 +80,9 @@ def test_sites_and_patterns(resolved) -> None:
         "`hookpoint.module`: the model has no module `model.layers.1.mpl`. "
         "Did you mean `model.layers.1.mlp`?"
     )
-    with pytest.raises(ConfigError, match="`module` is required with hookpoint.site=module"):
+    with pytest.raises(ConfigError, match="`module` is required with"):
         HookpointConfig(site="module")
-    with pytest.raises(ConfigError, match="`module` is only for hookpoint.site=module"):
+    with pytest.raises(ConfigError, match="`module` is only for"):
         HookpointConfig(site="mlp_out", module="x")
 
 

@@ -120,9 +120,9 @@ def test_a_text_is_tokenised_once(
     # What determines the tokens is in the key: another tokenizer or split is another store.
     with pytest.raises(AssertionError, match="tokenised twice"):
         token_stores(text, model.tokenizer, "other", 0)
+    other = resolve_text(TextFilesConfig(path=str(tiny_text), held_out_fraction=0.1), tmp_path)
     with pytest.raises(AssertionError, match="tokenised twice"):
-        other = TextFilesConfig(path=str(tiny_text), held_out_fraction=0.1)
-        token_stores(resolve_text(other, tmp_path), model.tokenizer, "t", 0)
+        token_stores(other, model.tokenizer, "t", 0)
 
 
 def test_a_tokenizer_without_bos_gets_its_end_of_text_as_opening(tmp_path: Path) -> None:

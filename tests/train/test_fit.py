@@ -101,9 +101,7 @@ def test_what_seeds_move(jobs: Jobs) -> None:
     assert len({r.init_seed for r in [*same, *other_order]}) == 3
 
 
-def test_finished_runs_are_not_trained_again(
-    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_runs_are_not_trained_again(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     first, runtime = jobs("seed=0,1")
     train_missing(first, runtime)
     before = [(run_of(r, runtime).path / "sae.safetensors").stat().st_mtime_ns for r in first]
@@ -113,7 +111,9 @@ def test_finished_runs_are_not_trained_again(
 
     original = fit.fit_group
     monkeypatch.setattr(
-        fit, "fit_group", lambda g, *rest: trained.extend(r.signature for r in g) or original(g, *rest)
+        fit,
+        "fit_group",
+        lambda g, *rest: trained.extend(r.signature for r in g) or original(g, *rest),
     )
     train_missing(more, runtime)
     assert trained == [more[2].signature]
@@ -243,7 +243,7 @@ def test_input_scale_and_b_dec_come_from_the_first_activations() -> None:
 
 def _command(tiny_overrides: list[str], outputs: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "reseed.cli.main", "train", "-m", *tiny_overrides, "seed=0,1",
+        sys.executable, "-m", "reseed", "train", "-m", *tiny_overrides, "seed=0,1",
         f"runtime.outputs={outputs}", f"runtime.sweeps={outputs}-sweeps", "runtime.threads=1",
         "runtime.checkpoint_every_s=0.001", *more,
     ]  # fmt: skip

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from reseed.cli.app import CommandLine
 from reseed.cli.errors import reported
+
+if TYPE_CHECKING:
+    from reseed.runs import Run
 
 
 def task(config: DictConfig) -> None:
@@ -27,6 +31,15 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     else:
         line.launch(task, line.overrides, line.multirun)
     return 0
+
+
+def _state(run: Run) -> str:
+    from reseed.runs import RunError
+
+    try:
+        return run.status
+    except RunError:
+        return "damaged"
 
 
 def print_status(outputs: Path, sweeps: Path) -> None:
@@ -66,8 +79,8 @@ def print_status(outputs: Path, sweeps: Path) -> None:
         say(f"  {line}")
     folders = sorted(p.parent for p in sweeps.glob("*/manifest.jsonl"))
     for folder in folders:
-        found = Sweep(folder).runs()
-        counts = Counter(run.status for run in {run.path: run for run in found}.values())
+        found = {run.path: run for run in Sweep(folder).runs()}
+        counts = Counter(_state(run) for run in found.values())
         listed = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         tables = "summary.md" if (folder / "summary.md").is_file() else "not compared"
         say(f"{folder}/: {listed}; {tables}")

@@ -1,0 +1,5 @@
+"""``python -m reseed``."""
+
+from reseed.cli.main import main
+
+main()

@@ -1,0 +1,213 @@
+"""The commands as a person meets them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reseed.cli import compare, completion, run, status, train
+from reseed.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def replaced(overrides: list[str], **values: object) -> list[str]:
+    """The command line with some values changed; None takes a key away."""
+    keys = {key.replace("__", "."): value for key, value in values.items()}
+    kept = [o for o in overrides if o.partition("=")[0] not in keys]
+    return kept + [f"{key}={value}" for key, value in keys.items() if value is not None]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"], ["--version"], ["train", "--help"], ["run", "--help"], ["compare", "--help"],
+        ["status", "--help"], ["train", "--cfg", "job"],
+        ["run", "--cfg", "job", "comparison=quickstart"], ["completion", "bash"],
+        ["train", "-sc", "query=bash"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_only_shows_imports_nothing_heavy(arguments: list[str]) -> None:
+    code = f"""
+import sys
+from reseed.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = {{"torch", "lightning", "transformers", "datasets", "pandas", "scipy", "matplotlib"}}
+print("HEAVY", sorted(heavy & set(sys.modules)))
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env=os.environ | {"COMP_LINE": "reseed sae="},
+    )  # fmt: skip
+    assert found.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"  {name} " in said for name in COMMANDS)
+
+
+def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["trian"])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is no command `trian`. Did you mean `train`?")
+
+
+def test_completion_of_options() -> None:
+    script = f"""
+    reseed() {{ {sys.executable} -m reseed "$@"; }}
+    eval "$(reseed completion bash)"
+    ask() {{
+        COMP_LINE="$1"; COMP_WORDS=($1); COMP_CWORD=$2
+        _reseed_completion
+        echo "${{COMPREPLY[*]}}"
+    }}
+    ask "reseed tr" 1
+    ask "reseed train sae=" 2
+    ask "reseed train training=st" 2
+    """
+    found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines() == ["train", "sae=relu sae=topk", "training=standard"]
+
+
+CASES = [
+    (["sae.k=abc"], "`sae.k` must be an integer, at least 1; got 'abc'"),
+    (["sae.kk=3"], "there is no key `sae.kk`. Did you mean `sae.k`?"),
+    (["+sae.kk=3"], "there is no key `sae.kk`. Did you mean `sae.k`?"),
+    (["sae.k=4096"], "`sae.k` (=4096) must not exceed `num_latents` (=64)"),
+    (["layer=99"], "`layer` must be from 0 to 2: tiny-llama has 3 layers; got 99"),
+    (["sae=topkk"], "`sae` has no option `topkk`. Did you mean `topk`? Options: relu, topk."),
+    (["lyer=1"], "there is no key `lyer`. Did you mean `layer`?"),
+    (["dataset.path=no.txt"], "`dataset.path` must be an existing file or folder; got no.txt"),
+    (["dataset.path=empty.txt"], "`dataset.path`: the text in empty.txt is empty"),
+    (["dataset.path=short.txt"], "`training.tokens` (=8,192) must not exceed the activations"),
+    (["training.tokens=10000000"], "`training.tokens` (=10,000,000) must not exceed the"),
+    (["dataset.held_out_tokens=100000"], "`dataset.held_out_tokens` (=100,000) must not exceed"),
+    (["dataset.context_length=999"], "`dataset.context_length` must not exceed the 64 positions"),
+    (["training.batch_size=100"], "`training.batch_size` must be a multiple of 8 that divides"),
+    (["training.tokens=1"], "`training.tokens` must be at least one batch"),
+    (["model.path=nowhere"], "`model.path` must be an existing folder; got nowhere"),
+    (["runtime.device=tpu"], "`runtime.device` must be auto, cpu, cuda or cuda:N; got tpu"),
+    (["runtime.loggers=[papyrus]"], "`runtime.loggers` may hold tensorboard and wandb"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sweep", [False, True], ids=["one", "sweep"])
+@pytest.mark.parametrize(("wrong", "message"), CASES, ids=[" ".join(c[0]) for c in CASES])
+def test_bad_input_is_told_at_once_and_nothing_is_written(
+    tiny_overrides: list[str], wrong: list[str], message: str, sweep: bool,
+    capsys: pytest.CaptureFixture[str], tmp_path: Path,
+) -> None:  # fmt: skip
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the cat sat\n<|endoftext|>\n" * 20)
+    before = sorted(tmp_path.iterdir())
+    more = ["-m", "seed=0,1"] if sweep else []
+    assert train.main([*more, *tiny_overrides, *wrong]) == 1
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1
+    assert "Traceback" not in said.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_list_without_m(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*tiny_overrides, "seed=0,1"]) == 1
+    assert capsys.readouterr().err == (
+        "error: `seed` lists several values: add -m to sweep over them (reseed train -m ...)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ([], "`comparison` is required, for example comparison=quickstart"),
+        (["comparison=sedes"], "`comparison` has no option `sedes`. Did you mean `seeds`?"),
+        (["comparison=seeds", "comparison.pair_by=sed"],
+         "`comparison.pair_by` must be an axis of `grid` (seed); got 'sed'. Did you mean `seed`?"),
+        (["comparison=seeds", "seed=3"], "must have at least 2 values; got ['3']"),
+        (["comparison=seeds", "comparison.threshold=2"],
+         "`comparison.threshold` must be a number, above 0 and below 1; got 2"),
+    ],
+)  # fmt: skip
+def test_wrong_comparisons(
+    tiny_overrides: list[str], wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (run, compare):
+        assert command.main([*tiny_overrides, *wrong]) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_one_run(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(tiny_overrides) == 0
+    said = capsys.readouterr().out
+    assert "training 1 SAE (topk 64) on tiny-llama resid_post.1, text words" in said
+    (folder,) = Path("outputs").iterdir()
+    assert {p.name for p in folder.iterdir()} == {
+        ".lock", "run.json", "sae.safetensors", "sae.json", "metrics.json", "training.csv",
+        "latents.safetensors",
+    }  # fmt: skip
+    assert train.main(tiny_overrides) == 0
+    said = capsys.readouterr().out
+    assert said.splitlines() == ["nothing to train: 1 run already finished", str(folder)]
+
+
+def test_status(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert status.main([]) == 0
+    assert capsys.readouterr().out == "no runs in outputs/\n"
+    train.main(["-m", *tiny_overrides, "seed=0,1"])
+    (folder, other) = sorted(Path("outputs").iterdir())
+    (other / "run.json").write_text("{")
+    capsys.readouterr()
+    assert status.main([]) == 0
+    said = capsys.readouterr().out
+    assert folder.name in said.replace("\n", "").replace(" ", "") or folder.name in said
+    assert "finished" in said
+    assert "damaged" in said
+
+
+def test_comparing_needs_the_runs(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["comparison=seeds", *tiny_overrides]
+    assert compare.main(line) == 1
+    said = capsys.readouterr().err
+    assert "3 of 3 runs are not there yet" in said
+    assert not Path("outputs").exists()
+
+
+def test_user_options_from_a_folder_of_their_own(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    own = tmp_path / "own" / "sae"
+    own.mkdir(parents=True)
+    text = (ROOT / "conf" / "sae" / "topk.yaml").read_text().replace("k: 32", "k: 3")
+    (own / "mine.yaml").write_text(text)
+    assert train.main(["--config-dir", str(tmp_path / "own"), *tiny_overrides, "sae=mine"]) == 0
+    (folder,) = Path("outputs").iterdir()
+    assert '"k": 3' in (folder / "run.json").read_text()
+    capsys.readouterr()
+
+
+def test_completion_knows_two_shells(capsys: pytest.CaptureFixture[str]) -> None:
+    assert completion.main(["zsh"]) == 0
+    assert "bashcompinit" in capsys.readouterr().out
+    assert completion.main(["fish"]) == 2
