@@ -87,11 +87,13 @@ class StopAtBorder(L.Callback):
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
 
-    def install(self) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not earlier: Lightning installs a SIGTERM handler of its own when fit begins.
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._note)
 
     def restore(self) -> None:
+        """Give the signals back to whom they belonged."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -133,7 +133,6 @@ def _train(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        border.install()
         try:
             trainer.fit(module, datamodule=ActivationData(stream, batch_size, start, stop))
         finally:
