@@ -1,0 +1,193 @@
+"""What every sparse autoencoder has: its parameters, its faces, its part of the configuration.
+
+Letters of this package: B batch (tokens), D ``d_in``, F ``num_latents``; x activations, π
+pre-activations, f latents, x̂ reconstruction, e = x − x̂. ``W_enc`` and ``W_dec`` are both [F, D]: a
+row per latent.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor, nn
+
+from reseed.config import Config, ConfigError, setting
+from reseed.sae.init import random_directions
+
+
+@dataclass(frozen=True)
+class SAEOutput:
+    """What `SAE.forward` returns."""
+
+    latents: Float[Tensor, "*batch num_latents"]
+    reconstruction: Float[Tensor, "*batch d_in"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where training stands: ``index`` counts optimiser steps from 0, ``total`` is how many."""
+
+    index: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.total:
+            raise ValueError(f"`index` (={self.index}) must be in [0, total) (total={self.total})")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What one batch says.
+
+    Attributes:
+        total: the scalar to differentiate.
+        parts: its named terms, detached.
+        fired: on how many tokens of the batch each latent is active (int64).
+        squared_error: Σ‖e‖² over the batch, detached: sums over batches give an honest FVU.
+        l0: active latents per token, mean over the batch, detached.
+    """
+
+    total: Float[Tensor, ""]
+    parts: Mapping[str, Tensor]
+    fired: Int[Tensor, " num_latents"]
+    squared_error: Float[Tensor, ""]
+    l0: Float[Tensor, ""]
+
+
+@dataclass(frozen=True)
+class SAEConfig(Config, ABC, family="sae"):
+    """What all architectures have in common.
+
+    Args:
+        num_latents: F.
+        expansion_factor: F as a multiple of D; no effect (and null) beside `num_latents`.
+        decoder_init_norm: norm of every decoder row at the start.
+        encoder_init_scale: the encoder starts as this times the transpose of the decoder ("tied").
+        unit_norm_decoder: hold decoder rows at norm 1 during training (the optimiser does it).
+    """
+
+    num_latents: int | None = setting(None, at_least=1)
+    expansion_factor: int | None = setting(None, at_least=1)
+    decoder_init_norm: float = setting(1.0, above=0)
+    encoder_init_scale: float = setting(1.0, at_least=0)
+    unit_norm_decoder: bool = setting(True)
+
+    def validate(self) -> None:
+        if self.num_latents is None and self.expansion_factor is None:
+            raise ConfigError(
+                "{key} or `expansion_factor` must be given; both are null", "num_latents"
+            )
+        if self.num_latents is not None:
+            object.__setattr__(self, "expansion_factor", None)
+        if self.unit_norm_decoder and self.decoder_init_norm != 1:
+            raise ConfigError(
+                "{key} must be 1 with `unit_norm_decoder=true`; got "
+                f"{self.decoder_init_norm}. Set the one or the other.",
+                "decoder_init_norm",
+            )
+
+    def width(self, d_in: int) -> int:
+        """F of an SAE on activations of width ``d_in``."""
+        if self.num_latents is not None:
+            return self.num_latents
+        assert self.expansion_factor is not None
+        return self.expansion_factor * d_in
+
+    def check(self, d_in: int) -> None:
+        """The rules that need the width of the activations. Raises `ConfigError`."""
+
+    @abstractmethod
+    def published_lr(self, num_latents: int) -> float:
+        """The learning rate of the published recipe."""
+
+    @abstractmethod
+    def empty(self, d_in: int) -> SAE:
+        """The module with all parameters zero: what `build` and the checkpoint fill."""
+
+    def build(self, d_in: int, generator: Generator) -> SAE:
+        """A new SAE in float32 on the CPU; ``generator`` alone decides its weights."""
+        self.check(d_in)
+        sae = self.empty(d_in)
+        directions = random_directions(self.width(d_in), d_in, generator)
+        with torch.no_grad():
+            sae.W_dec.copy_(directions * self.decoder_init_norm)
+            sae.W_enc.copy_(sae.W_dec * self.encoder_init_scale)
+        return sae
+
+
+class SAE(nn.Module, ABC):
+    """A sparse autoencoder. Subclasses are final.
+
+    Attributes:
+        homogeneous: names of the parameters in units of the activations, which `folded` rescales.
+    """
+
+    homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
+
+    W_enc: Float[nn.Parameter, "num_latents d_in"]
+    b_enc: Float[nn.Parameter, " num_latents"]
+    W_dec: Float[nn.Parameter, "num_latents d_in"]
+    b_dec: Float[nn.Parameter, " d_in"]
+
+    def __init__(self, config: SAEConfig, d_in: int) -> None:
+        super().__init__()
+        self.config = config
+        self.d_in = d_in
+        self.num_latents = config.width(d_in)
+        self.W_enc = nn.Parameter(torch.zeros(self.num_latents, d_in))
+        self.b_enc = nn.Parameter(torch.zeros(self.num_latents))
+        self.W_dec = nn.Parameter(torch.zeros(self.num_latents, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    @abstractmethod
+    def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch num_latents"]:
+        """The latents f, dense. Activations of another dtype are read in the parameters' dtype."""
+
+    def decode(self, latents: Float[Tensor, "*batch num_latents"]) -> Float[Tensor, "*batch d_in"]:
+        """x̂ = f W_dec + b_dec."""
+        return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
+
+    def forward(self, x: Float[Tensor, "*batch d_in"]) -> SAEOutput:
+        latents = self.encode(x)
+        return SAEOutput(latents, self.decode(latents))
+
+    @abstractmethod
+    def training_loss(
+        self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
+    ) -> Loss:
+        """The loss of one batch.
+
+        Args:
+            x: activations, scaled as the recipe wants them.
+            step: where training stands; every schedule inside the loss is a function of it.
+            dead: latents that count as dead now.
+        """
+
+    @torch.no_grad()
+    def initialise_b_dec(self, mean: Float[Tensor, " d_in"]) -> None:
+        """Start the decoder's bias at the mean of (scaled) activations."""
+        self.b_dec.copy_(mean)
+
+    @torch.no_grad()
+    def folded(self, scale: float) -> Self:
+        """The SAE for raw activations x, of one trained on ``scale``·x.
+
+        Exact, because every architecture is homogeneous: with the biases (and thresholds) divided
+        by the scale, latents and reconstruction of x are those of ``scale``·x divided by it.
+        Weights stay, so unit rows stay unit and latents are in the units of the raw activations.
+        """
+        if not scale > 0:
+            raise ValueError(f"`scale` must be above 0, got {scale}")
+        sae = copy.deepcopy(self)
+        for name in self.homogeneous:
+            getattr(sae, name).div_(scale)
+        return sae
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.d_in}, num_latents={self.num_latents}"

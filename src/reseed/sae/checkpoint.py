@@ -1,0 +1,148 @@
+"""A trained SAE on disk: ``sae.safetensors`` (its parameters) and ``sae.json`` (what they are).
+
+Nothing in these files names a class to import: the architecture is looked up by its stable name
+among those that this program knows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+import reseed
+from reseed.atomic import atomic_write_bytes, atomic_write_json
+from reseed.config import ConfigError, ReseedError
+from reseed.sae import load_all
+from reseed.sae.base import SAE, SAEConfig
+
+FORMAT_VERSION = 1
+WEIGHTS_FILE = "sae.safetensors"
+DESCRIPTION_FILE = "sae.json"
+
+
+class CheckpointError(ReseedError):
+    """A saved SAE that cannot be read."""
+
+
+def save_sae(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write ``sae`` to ``folder`` (made if need be), each file atomically.
+
+    Args:
+        metadata: anything JSON can hold: where the SAE comes from.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in sae.state_dict().items()}
+    description = {
+        "format_version": FORMAT_VERSION,
+        "type": sae.config.name,
+        "config": sae.config.to_dict(),
+        "d_in": sae.d_in,
+        "num_latents": sae.num_latents,
+        "reseed_version": reseed.__version__,
+        "metadata": dict(metadata or {}),
+    }
+    # The weights first: a folder with a description is a whole one.
+    atomic_write_bytes(folder / WEIGHTS_FILE, to_safetensors(tensors))
+    atomic_write_json(folder / DESCRIPTION_FILE, description)
+
+
+def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
+    """The SAE saved in the folder ``path``: a run folder, or one that holds the two files.
+
+    Raises:
+        CheckpointError: the folder or a file is missing, truncated, or does not fit the other; or
+            the architecture is not known here.
+    """
+    folder = Path(path)
+    description = _read_description(folder)
+    sae = _empty(description, folder)
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != found:
+        difference = _difference(expected, found)
+        raise CheckpointError(
+            f"{folder / WEIGHTS_FILE} does not fit {DESCRIPTION_FILE}: {difference}"
+        )
+    # `assign` keeps the dtype that was saved, so that the round trip is exact.
+    sae.load_state_dict(tensors, assign=True)
+    return sae.to(device)
+
+
+def read_metadata(path: str | Path) -> dict[str, Any]:
+    """The ``metadata`` given to `save_sae`."""
+    return _read_description(Path(path)).get("metadata", {})
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    file = folder / DESCRIPTION_FILE
+    if not folder.exists():
+        raise CheckpointError(f"there is no folder {folder}")
+    if not file.is_file():
+        raise CheckpointError(f"{folder} holds no trained SAE: {DESCRIPTION_FILE} is missing")
+    try:
+        description = json.loads(file.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not valid JSON (truncated?): {error}") from error
+    missing = {"format_version", "type", "config", "d_in", "num_latents"} - set(description)
+    if missing:
+        raise CheckpointError(f"{file} lacks {', '.join(sorted(missing))}")
+    if description["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file} has format version {description['format_version']}; this program "
+            f"(reseed {reseed.__version__}) reads version {FORMAT_VERSION}"
+        )
+    return description
+
+
+def _empty(description: Mapping[str, Any], folder: Path) -> SAE:
+    """The module that the description declares, without weights."""
+    load_all()
+    file, d_in = folder / DESCRIPTION_FILE, description["d_in"]
+    try:
+        if not isinstance(d_in, int) or d_in < 1:
+            raise ConfigError(f"{{key}} must be a whole number of at least 1; got {d_in!r}", "d_in")
+        config = SAEConfig.from_dict(
+            {**description["config"], "type": description["type"]}, "config"
+        )
+        config.check(d_in)
+    except ConfigError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    if config.width(d_in) != description["num_latents"]:
+        raise CheckpointError(
+            f"{file}: num_latents is {description['num_latents']}, but its config says "
+            f"{config.width(d_in)}"
+        )
+    with torch.device("meta"):
+        return config.empty(d_in)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise CheckpointError(f"{file.parent} holds no trained SAE: {file.name} is missing")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read (truncated?): {error}") from error
+
+
+def _difference(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> str:
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            return f"`{name}` is missing"
+        if name not in expected:
+            return f"`{name}` is not expected"
+        if expected[name] != found[name]:
+            return f"`{name}` has shape {list(found[name])}, expected {list(expected[name])}"
+    raise AssertionError("no difference")

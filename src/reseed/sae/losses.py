@@ -1,0 +1,33 @@
+"""Pieces that several losses share."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Σ‖x − x̄‖² over the batch: the squared error of predicting the batch's own mean."""
+    return (x - x.mean(0)).square_().sum()
+
+
+def fvu(squared_error: Float[Tensor, ""], variance: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Fraction of variance unexplained: 0 for the identity, 1 for the mean."""
+    return squared_error / variance
+
+
+def ratio_or_zero(
+    numerator: Float[Tensor, ""], denominator: Float[Tensor, ""]
+) -> Float[Tensor, ""]:
+    """``numerator / denominator``, and 0 (with gradient 0, never NaN) where that is not finite."""
+    # Both sides of a `where` are differentiated, so the division itself must be made safe.
+    sound = (denominator > 0) & torch.isfinite(numerator) & torch.isfinite(denominator)
+    safe = torch.where(sound, denominator, 1.0)
+    return torch.where(sound, numerator / safe, 0.0)
+
+
+def warmed_up(index: int, total: int, fraction: float) -> float:
+    """Linear from 0 at step 0 to 1 after ``fraction`` of the steps, then 1."""
+    steps = fraction * total
+    return 1.0 if steps <= 0 else min(1.0, index / steps)

@@ -1,0 +1,207 @@
+"""The optimiser of one SAE, and its learning rate.
+
+One step, in this order, and the only place where the order is laid down:
+
+1. With a unit-norm decoder, the component of each decoder row's gradient that is parallel to the
+   row is taken out (Bricken et al. 2023).
+2. The global norm over all gradients of this SAE, as projected, is clipped.
+3. Weights decay (decoupled, as in AdamW), then Adam.
+4. With a unit-norm decoder, decoder rows are scaled back to norm 1.
+
+Projection comes before clipping, as in dictionary_learning: a component that will not be applied
+should not count in the norm. sparsify projects and does not clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.adam import adam
+
+from reseed.sae.base import SAE, Step
+
+BLOCK_BYTES = 4 * 2**20
+"""Rows of this many bytes are projected, updated and renormalised together, while in the cache."""
+
+
+def learning_rate(
+    step: Step, peak: float, *, warmup_steps: int = 0, decay_fraction: float = 0.2
+) -> float:
+    """Linear warm-up, constant, linear decay to 0 at the end; a pure function of the step.
+
+    Args:
+        peak: the constant.
+        warmup_steps: the rate of step i < warmup_steps is peak · (i + 1) / warmup_steps.
+        decay_fraction: over this last fraction of the steps the rate falls; it would reach 0 at
+            step ``total``, so that every step moves.
+    """
+    rising = (step.index + 1) / warmup_steps if step.index < warmup_steps else 1.0
+    decay_steps = decay_fraction * step.total
+    left = step.total - step.index
+    falling = left / decay_steps if left < decay_steps else 1.0
+    return peak * min(rising, 1.0) * falling
+
+
+class SAEAdam(torch.optim.Optimizer):
+    """Adam for one SAE: all its parameters that require a gradient, and no other's.
+
+    Bit for bit repeatable on the CPU, and so is a resume: `state_dict` is complete.
+
+    Args:
+        sae: the module whose parameters are updated.
+        lr: learning rate, also settable as ``param_groups[i]["lr"]`` or by `set_lr`.
+        encoder_weight_decay, decoder_weight_decay: decoupled decay of W_enc and of W_dec.
+        max_grad_norm: bound of the global norm of the gradients; None does not clip.
+        unit_norm_decoder: hold decoder rows at norm 1; None asks the SAE's config.
+        train_b_dec: False freezes the decoder's bias where it is.
+
+    Attributes:
+        grad_norm: global norm before clipping at the last step; None where nothing is clipped.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        encoder_weight_decay: float = 0.0,
+        decoder_weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        unit_norm_decoder: bool | None = None,
+        train_b_dec: bool = True,
+    ) -> None:
+        _check(lr, betas, eps, encoder_weight_decay, decoder_weight_decay, max_grad_norm)
+        if not train_b_dec:
+            sae.b_dec.requires_grad_(False)
+        decays = {"W_enc": encoder_weight_decay, "W_dec": decoder_weight_decay}
+        groups = [
+            {"params": [parameter], "name": name, "weight_decay": decays.get(name, 0.0)}
+            for name, parameter in sae.named_parameters()
+            if parameter.requires_grad
+        ]
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.max_grad_norm = max_grad_norm
+        if unit_norm_decoder is None:
+            unit_norm_decoder = sae.config.unit_norm_decoder
+        self.unit_norm_decoder = unit_norm_decoder
+        self.grad_norm: Tensor | None = None
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next steps."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
+        """One update from the gradients that are there; parameters without one are left alone."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        groups = [group for group in self.param_groups if group["params"][0].grad is not None]
+        if self.unit_norm_decoder:
+            for group in groups:
+                if group["name"] == "W_dec":
+                    _remove_parallel(group["params"][0])
+        self.grad_norm, factor = self._clip(groups)
+        for group in groups:
+            self._update(group, factor)
+        return result
+
+    def _clip(self, groups: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
+        """The global gradient norm, and the factor that brings it within bounds."""
+        if self.max_grad_norm is None or not groups:
+            return None, None
+        norms = [torch.linalg.vector_norm(group["params"][0].grad) for group in groups]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        return norm, (self.max_grad_norm / (norm + 1e-6)).clamp_max_(1.0)
+
+    def _update(self, group: dict[str, Any], factor: Tensor | None) -> None:
+        parameter = group["params"][0]
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        renormalise = self.unit_norm_decoder and group["name"] == "W_dec"
+        beta1, beta2 = group["betas"]
+        for rows in _blocks(parameter):
+            block, grad = parameter[rows], parameter.grad[rows]
+            if factor is not None:
+                grad.mul_(factor)
+            if group["weight_decay"]:
+                block.mul_(1 - group["lr"] * group["weight_decay"])
+            adam(
+                [block],
+                [grad],
+                [state["exp_avg"][rows]],
+                [state["exp_avg_sq"][rows]],
+                [],
+                [state["step"].clone()],  # `adam` counts on it, once for every block
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+            if renormalise:
+                normalise_rows(block)
+        state["step"] += 1
+
+
+@torch.no_grad()
+def normalise_rows(rows: Float[Tensor, "rows d_in"]) -> None:
+    """Scale each row to norm 1, in place. A zero row stays."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    rows.div_(norms.clamp_min_(torch.finfo(rows.dtype).tiny))
+
+
+def _remove_parallel(decoder: Tensor) -> None:
+    """g ← g − (g·d) d for rows d of norm 1, in place."""
+    assert decoder.grad is not None
+    for rows in _blocks(decoder):
+        block, grad = decoder[rows], decoder.grad[rows]
+        parallel = torch.linalg.vecdot(grad, block)[:, None]
+        grad.addcmul_(parallel, block, value=-1)
+
+
+def _blocks(parameter: Tensor) -> Iterator[slice]:
+    if parameter.device.type != "cpu" or parameter.ndim < 2:
+        yield slice(None)
+        return
+    rows = max(1, BLOCK_BYTES // (parameter.shape[1] * parameter.element_size()))
+    for start in range(0, len(parameter), rows):
+        yield slice(start, start + rows)
+
+
+def _check(
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    encoder_weight_decay: float,
+    decoder_weight_decay: float,
+    max_grad_norm: float | None,
+) -> None:
+    not_negative = {
+        "lr": lr,
+        "eps": eps,
+        "encoder_weight_decay": encoder_weight_decay,
+        "decoder_weight_decay": decoder_weight_decay,
+    }
+    for name, value in not_negative.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"`{name}` must be at least 0, got {value}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"`betas` must be in [0, 1), got {betas}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm}")

@@ -1,0 +1,46 @@
+"""With planted truth (orthogonal, independent, sparse) every architecture finds the features."""
+
+import pytest
+import torch
+
+from reseed.sae.base import Step
+from reseed.sae.relu import ReLUConfig
+from reseed.sae.topk import TopKConfig
+from reseed.train.optim import SAEAdam, learning_rate
+
+CONFIGS = {
+    "topk": TopKConfig(num_latents=64, k=4),
+    "topk, multi": TopKConfig(num_latents=64, k=4, multi_topk=True),
+    "relu": ReLUConfig(num_latents=64, l1_coefficient=1.0),
+    "relu, unit norm": ReLUConfig(
+        num_latents=64,
+        l1_coefficient=0.5,
+        unit_norm_decoder=True,
+        decoder_init_norm=1.0,
+        l1_weighted_by_decoder_norm=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_planted_features_are_recovered(name):
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    sae = CONFIGS[name].build(32, generator)
+    optimizer = SAEAdam(sae, 3e-3)
+    since_fired = torch.zeros(64, dtype=torch.int64)
+    steps = 400
+    for index in range(steps):
+        active = torch.rand(256, 32, generator=generator) < 0.1
+        x = (active * (1 + torch.rand(256, 32, generator=generator))) @ truth
+        step = Step(index, steps)
+        if index == 0:
+            sae.initialise_b_dec(x.mean(0))
+        optimizer.set_lr(learning_rate(step, 3e-3, warmup_steps=20))
+        optimizer.zero_grad()
+        loss = sae.training_loss(x, step, since_fired > 5_000)
+        loss.total.backward()
+        optimizer.step()
+        since_fired = torch.where(loss.fired > 0, 0, since_fired + 256)
+    cosine = torch.nn.functional.normalize(sae.W_dec.detach(), dim=1) @ truth.T
+    assert cosine.max(0).values.mean() > 0.95

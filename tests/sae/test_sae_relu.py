@@ -1,0 +1,198 @@
+"""ReLU + L1 by hand, and what all architectures share."""
+
+import pytest
+import torch
+
+from reseed.config import Config, ConfigError
+from reseed.sae import load_all
+from reseed.sae.base import SAE, Step
+from reseed.sae.losses import ratio_or_zero, warmed_up
+from reseed.sae.relu import ReLUConfig
+from reseed.sae.topk import TopKConfig
+
+CONFIGS = {
+    "topk": TopKConfig(num_latents=48, k=4),
+    "relu": ReLUConfig(num_latents=48),
+    "relu, centred": ReLUConfig(num_latents=48, subtract_b_dec=True),
+}
+
+
+def nobody(sae):
+    return torch.zeros(sae.num_latents, dtype=torch.bool)
+
+
+def by_hand(**options):
+    """One token x = (2, 1), two latents: f = (3, 0), x̂ = (1.5, 0), e = (.5, 1)."""
+    sae = ReLUConfig(num_latents=2, **options).build(2, torch.Generator())
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
+        sae.W_dec.copy_(torch.tensor([[0.5, 0.0], [3.0, 4.0]]))
+    return sae, torch.tensor([[2.0, 1.0]])
+
+
+def test_loss_by_hand():
+    sae, x = by_hand(l1_coefficient=10.0)
+    loss = sae.training_loss(x, Step(50, 100), nobody(sae))
+    assert loss.parts["mse"] == 1.25
+    assert loss.parts["l1"] == 1.5  # 3 · ‖(.5, 0)‖ + 0 · 5
+    assert loss.total == 1.25 + 15
+    assert loss.fired.tolist() == [1, 0]
+    assert loss.l0 == 1
+    assert loss.squared_error == 1.25
+
+
+def test_plain_l1_by_hand():
+    sae, x = by_hand(l1_coefficient=10.0, l1_weighted_by_decoder_norm=False)
+    assert sae.training_loss(x, Step(50, 100), nobody(sae)).total == 1.25 + 30
+
+
+def test_l1_warms_up_over_the_first_twentieth():
+    sae, x = by_hand(l1_coefficient=10.0)
+    penalty = [
+        sae.training_loss(x, Step(i, 100), nobody(sae)).total.item() - 1.25 for i in range(8)
+    ]
+    assert penalty == pytest.approx([0, 3, 6, 9, 12, 15, 15, 15])
+    assert warmed_up(0, 100, 0.0) == 1
+
+
+def test_means_over_the_batch():
+    """The same token twice has the same loss as once."""
+    sae, x = by_hand()
+    once = sae.training_loss(x, Step(9, 10), nobody(sae))
+    twice = sae.training_loss(x.repeat(2, 1), Step(9, 10), nobody(sae))
+    assert once.total == twice.total
+    assert twice.squared_error == 2 * once.squared_error
+
+
+def test_weighted_l1_cannot_be_evaded_by_scaling():
+    """d·c and (E, b)/c change nothing, which is why the norm weighs."""
+    sae = ReLUConfig(num_latents=16).build(5, torch.Generator().manual_seed(0))
+    x = torch.randn(20, 5)
+    before = sae.training_loss(x, Step(9, 10), nobody(sae)).total
+    with torch.no_grad():
+        factor = torch.rand(16) + 0.5
+        sae.W_dec *= factor[:, None]
+        sae.W_enc /= factor[:, None]
+        sae.b_enc /= factor
+    torch.testing.assert_close(sae.training_loss(x, Step(9, 10), nobody(sae)).total, before)
+
+
+def test_published_recipe():
+    config = ReLUConfig(num_latents=48)
+    assert config.published_lr(2**20) == 5e-5
+    assert (config.l1_coefficient, config.l1_warmup_fraction) == (5.0, 0.05)
+    sae = config.build(7, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((48,), 0.1))
+    assert not config.unit_norm_decoder
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_folded_sae_on_raw_activations_is_the_trained_one_on_scaled_ones(name):
+    sae = CONFIGS[name].build(9, torch.Generator().manual_seed(0)).double()
+    with torch.no_grad():
+        sae.b_enc.normal_()
+        sae.b_dec.normal_()
+    x, scale = torch.randn(30, 9, dtype=torch.float64) * 40, 0.037
+    trained, raw = sae(x * scale), sae.folded(scale)(x)
+    torch.testing.assert_close(raw.latents, trained.latents / scale)
+    torch.testing.assert_close(raw.reconstruction, trained.reconstruction / scale)
+    assert torch.equal(sae.folded(scale).W_dec, sae.W_dec)
+    with pytest.raises(ValueError, match="`scale` must be above 0, got 0"):
+        sae.folded(0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_generator_and_it_alone_decides_the_start(name):
+    """In one public library seeds do not reach the initialisation."""
+
+    def build(seed):
+        return CONFIGS[name].build(9, torch.Generator().manual_seed(seed))
+
+    torch.manual_seed(1)
+    a = build(0)
+    torch.manual_seed(2)
+    assert torch.equal(a.W_dec, build(0).W_dec)
+    assert torch.equal(a.W_enc, build(0).W_enc)
+    assert (a.W_dec - build(1).W_dec).norm(dim=1).min() > 0
+    norm = CONFIGS[name].decoder_init_norm
+    torch.testing.assert_close(a.W_dec.norm(dim=1), torch.full((48,), norm))
+    assert torch.equal(a.W_enc, a.W_dec)
+    assert a.b_enc.abs().max() == a.b_dec.abs().max() == 0
+
+
+def test_encoder_init_scale():
+    sae = ReLUConfig(num_latents=8, encoder_init_scale=0.5).build(4, torch.Generator())
+    assert torch.equal(sae.W_enc, 0.5 * sae.W_dec)
+
+
+def test_start_does_not_depend_on_a_default_device_or_dtype():
+    expected = CONFIGS["topk"].build(9, torch.Generator().manual_seed(0)).W_dec
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = CONFIGS["topk"].build(9, torch.Generator().manual_seed(0)).W_dec
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found.float(), expected)
+
+
+def test_directions_are_uniform_on_the_sphere():
+    sae = TopKConfig(num_latents=20_000, k=1).build(3, torch.Generator().manual_seed(0))
+    rows = sae.W_dec.detach()
+    assert rows.mean(0).abs().max() < 4 / (3 * 20_000) ** 0.5
+    torch.testing.assert_close(rows.T @ rows / 20_000, torch.eye(3) / 3, rtol=0, atol=0.01)
+
+
+def test_architectures_are_known_by_name():
+    load_all()
+    assert Config.member("sae", "topk") is TopKConfig
+    assert Config.member("sae", "relu") is ReLUConfig
+    with pytest.raises(ConfigError, match=r"no sae is called `tokp`. Did you mean `topk`\?"):
+        Config.member("sae", "tokp")
+
+
+def test_width():
+    assert ReLUConfig(expansion_factor=4).width(16) == 64
+    assert ReLUConfig(num_latents=5).width(16) == 5
+    both = ReLUConfig(num_latents=5, expansion_factor=4)
+    assert both.width(16) == 5
+    assert both.expansion_factor is None  # one SAE, one record of it
+
+
+def test_an_architecture_of_ones_own_needs_one_config_and_one_class(tmp_path):
+    """What a user's package does: nothing here lists the architectures."""
+    from dataclasses import dataclass
+
+    from reseed.sae.checkpoint import load_sae, save_sae
+
+    @dataclass(frozen=True)
+    class IdentityConfig(ReLUConfig, name="test_identity"):
+        def empty(self, d_in):
+            return Identity(self, d_in)
+
+    class Identity(SAE):
+        def encode(self, x):
+            return x @ self.W_enc.T
+
+        def training_loss(self, x, step, dead):
+            raise NotImplementedError
+
+    try:
+        sae = IdentityConfig(num_latents=4).build(3, torch.Generator())
+        save_sae(sae, tmp_path)
+        assert type(load_sae(tmp_path)) is Identity
+    finally:
+        del Config._members["sae", "test_identity"]
+
+
+def test_ratio_or_zero():
+    for top, bottom, expected in ((1.0, 2.0, 0.5), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0)):
+        a = torch.tensor(top, requires_grad=True)
+        ratio = ratio_or_zero(a, torch.tensor(bottom))
+        ratio.backward()
+        assert ratio == expected
+        assert a.grad == (1 / bottom if bottom else 0)
+
+
+def test_step_out_of_range():
+    with pytest.raises(ValueError, match=r"`index` \(=10\) must be in \[0, total\) \(total=10\)"):
+        Step(10, 10)
