@@ -110,9 +110,7 @@ class ResolvedModel:
     @property
     def context_length(self) -> int:
         """Longest sequence that the model's positions allow, in tokens."""
-        limit = getattr(
-            self.transformers_config.get_text_config(), "max_position_embeddings", None
-        )
+        limit = getattr(self.transformers_config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else 1 << 62
 
     def check(self, hookpoint: Hookpoint) -> None:
@@ -214,7 +212,7 @@ def _record(
     found: dict[Hookpoint, Tensor] = {}
     waiting = set(hookpoints)
 
-    def hook_for(hookpoint: Hookpoint):  # noqa: ANN202 - the signature is torch's
+    def hook_for(hookpoint: Hookpoint):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             found[hookpoint] = first_tensor(output)
             waiting.discard(hookpoint)
@@ -273,7 +271,9 @@ def _check_folder(folder: Path) -> None:
     try:
         json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise ConfigError(f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path") from None
+        raise ConfigError(
+            f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"
+        ) from None
 
 
 def _snapshot(config: HubModelConfig, patterns: Sequence[str]) -> Path:

@@ -262,4 +262,3 @@ def _encode(tokenizer: Any, documents: list[str]) -> list[np.ndarray]:
 def _batches(items: Iterator[str], size: int) -> Iterator[list[str]]:
     while batch := list(islice(items, size)):
         yield batch
-
