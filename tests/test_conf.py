@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from reseed.cli.app import conf_dir
 from reseed.cli.jobs import experiment_from
+from reseed.compare.config import ComparisonConfig
 from reseed.config import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -41,6 +42,14 @@ def test_every_option_lists_every_field_and_builds(path: Path) -> None:
         values[key] = REQUIRED[key] if value == "???" else value
     target(**{key: OmegaConf.create({key: value})[key] if not isinstance(value, list) else value
               for key, value in values.items()})  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted((CONF / "comparison").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_comparison_lists_every_field(path: Path) -> None:
+    values = yaml.safe_load(path.read_text())["comparison"]
+    assert values.pop("_target_") == "reseed.compare.config.ComparisonConfig"
+    assert set(values) == {f.name for f in dataclasses.fields(ComparisonConfig)}
+    assert values["name"] == path.stem
 
 
 def test_the_defaults_are_an_experiment() -> None:

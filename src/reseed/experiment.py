@@ -28,7 +28,7 @@ SIGNATURE_VERSION = 1
 """Raised when code changes the results of every run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment(Config):
     """One SAE to be trained: a field for each knob, and what stands beside the knobs."""
 
@@ -130,6 +130,7 @@ class Resolved:
             "fingerprints": self.identity["fingerprints"],
             "d_in": self.d_in,
             "num_latents": self.num_latents,
+            "sparsity": e.sae.sparsity,
             "init_seed": self.init_seed,
             "peak_lr": e.training.peak_lr(e.sae, self.num_latents),
             "dead_after_tokens": e.training.dead_after(),

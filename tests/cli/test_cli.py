@@ -158,7 +158,7 @@ def test_wrong_comparisons(
 def test_one_run(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(tiny_overrides) == 0
     said = capsys.readouterr().out
-    assert "training 1 SAE (topk 64) on tiny-llama resid_post.1, text words" in said
+    assert "training 1 SAE (topk 64 k=8) on tiny-llama resid_post.1, text words" in said
     (folder,) = Path("outputs").iterdir()
     assert {p.name for p in folder.iterdir()} == {
         ".lock", "run.json", "sae.safetensors", "sae.json", "metrics.json", "training.csv",

@@ -139,7 +139,7 @@ def test_the_saved_sae_takes_raw_activations(jobs: Jobs) -> None:
     )
     x = x[e.hook]
     out = sae(x)
-    error = (x - out.reconstruction).double().square().sum()
+    error = (x - out.reconstruction).detach().double().square().sum()
     variance = (x.double() - x.double().mean(0)).square().sum()
     assert float(error / variance) == pytest.approx(run.metrics["fvu"], rel=1e-6)
     assert float((out.latents != 0).sum(1).double().mean()) == pytest.approx(run.metrics["l0"])

@@ -170,15 +170,15 @@ class LanguageModel:
         if isinstance(resolved.config, HubModelConfig):
             folder = _snapshot(resolved.config, (*_LIGHT, *_WEIGHTS))
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=DTYPES[resolved.config.dtype],
                 attn_implementation=resolved.config.attention,
                 local_files_only=True,
                 use_safetensors=True,  # a pickled checkpoint could run code
             )
-        self.model = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
+        self.model = model.to(self.device).eval().requires_grad_(False)
         self.batch_sequences = resolved.config.batch_sequences
 
     @torch.inference_mode()
@@ -280,12 +280,12 @@ def _snapshot(config: HubModelConfig, patterns: Sequence[str]) -> Path:
     """The local folder of a hub model, downloaded if needed; its name is the commit."""
     from huggingface_hub import snapshot_download
 
-    arguments = {"repo_id": config.repository, "revision": config.revision}
+    name, revision = config.repository, config.revision
     try:
-        return Path(snapshot_download(**arguments, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as online:
         try:  # without a network, what an earlier run has downloaded is as good
-            return Path(snapshot_download(**arguments, local_files_only=True))
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
         except Exception:
             raise ConfigError(
                 f"{{key}}: cannot get {config.repository} (revision {config.revision}) from the "

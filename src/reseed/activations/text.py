@@ -253,7 +253,7 @@ def _hub_documents(config: HubTextConfig, fingerprint: str) -> Iterator[str]:
     """Documents at the pinned commit; streamed ones by shuffled shards and a shuffled buffer."""
     from datasets import load_dataset
 
-    rows = load_dataset(
+    rows: Any = load_dataset(
         config.repository,
         config.subset,
         split=config.split,

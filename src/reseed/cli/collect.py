@@ -51,6 +51,7 @@ def knobs(record: dict[str, Any], axes: dict[str, str]) -> dict[str, Any]:
         "dataset": record["labels"]["dataset"],
         "sae": e["sae"]["type"],
         "num_latents": record["num_latents"],
+        "sparsity": record["sparsity"],
         "tokens": record["tokens"],
         "training": e["training"]["recipe"],
     }

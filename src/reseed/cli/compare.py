@@ -28,7 +28,7 @@ def task(config: DictConfig) -> None:
     own = HydraConfig.get()
     sweep = Sweep(Path(own.sweep.dir))
     settings = build(_plain(config.comparison), "comparison", ComparisonConfig)
-    words = dict(o.partition("=")[::2] for o in own.overrides.task)
+    words = {key: value for key, _, value in (o.partition("=") for o in own.overrides.task)}
     axes = [axis for axis in sweep.manifest[0]["axes"] if axis != settings.pair_by]
     compare_cell_of(sweep, {axis: words[axis] for axis in axes}, settings)
 

@@ -20,8 +20,6 @@ class ComparisonConfig(Config, family="comparison"):
     Attributes:
         name: the comparison's name in folders and tables.
         grid: override key → values, as in ``{"sae": ["topk", "relu"], "seed": [0, 1, 2]}``.
-        overrides: fixed settings of the comparison, as overrides (``training=short``), under what
-            the user gives.
         pair_by: the axis of the grid whose values are compared; the other axes make the cells.
         threshold: both cosines of a shared latent reach it (Paulo & Belrose: 0.7).
         live_at_least: a latent is live if it fires at least so many times in the held-out tokens.
@@ -31,7 +29,6 @@ class ComparisonConfig(Config, family="comparison"):
 
     name: str = setting(signed=False)
     grid: Mapping[str, Any] = setting(signed=False)
-    overrides: tuple[str, ...] = setting((), signed=False)
     pair_by: str = setting("seed")
     threshold: float = setting(0.7, above=0, below=1)
     live_at_least: int = setting(10, at_least=1)

@@ -102,6 +102,11 @@ class SAEConfig(Config, ABC, family="sae"):
     def check(self, d_in: int) -> None:
         """The rules that need the width of the activations. Raises `ConfigError`."""
 
+    @property
+    @abstractmethod
+    def sparsity(self) -> str:
+        """What sets the sparsity, in a word for tables: ``k=32``."""
+
     @abstractmethod
     def published_lr(self, num_latents: int) -> float:
         """The learning rate of the published recipe."""

@@ -34,6 +34,10 @@ class ReLUConfig(SAEConfig, name="relu"):
     l1_weighted_by_decoder_norm: bool = setting(True)
     subtract_b_dec: bool = setting(False)
 
+    @property
+    def sparsity(self) -> str:
+        return f"λ={self.l1_coefficient:g}"
+
     def published_lr(self, num_latents: int) -> float:
         """5e-5 at every width."""
         return 5e-5

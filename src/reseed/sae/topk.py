@@ -44,6 +44,10 @@ class TopKConfig(SAEConfig, name="topk"):
                 f"{{key}} (={self.k}) must not exceed `num_latents` (={num_latents})", "k"
             )
 
+    @property
+    def sparsity(self) -> str:
+        return f"k={self.k}"
+
     def published_lr(self, num_latents: int) -> float:
         """2e-4 / √(F / 2¹⁴) for Adam (Gao et al. 2024, section 2.4, as sparsify has it)."""
         return 2e-4 / (num_latents / 2**14) ** 0.5

@@ -25,15 +25,20 @@ def announce(group: Sequence[Resolved], model: LanguageModel, device: torch.devi
     seconds = flops / (_STEP_EFFICIENCY * product_speed(device))
     e = group[0].experiment
     tokens = max(r.experiment.training.steps * e.training.batch_size for r in group)
-    kinds = ", ".join(sorted({f"{r.experiment.sae.name} {r.num_latents:,}" for r in group}))
+    kinds = ", ".join(sorted({_kind(r) for r in group}))
     hooks = ", ".join(sorted({str(r.experiment.hook) for r in group}))
     plural = "s" if len(group) > 1 else ""
     say(
         f"training {len(group)} SAE{plural} ({kinds}) on {group[0].model.label} {hooks}, "
         f"text {group[0].text.label}\n"
-        f"  {tokens:,} tokens each, {parameters:,} parameters in all, on {device.type}; "
+        f"  recipe {e.training.recipe}: {tokens:,} tokens each, {parameters:,} parameters in all, on {device.type}; "
         f"about {_duration(seconds)} and {memory / 2**30:.1f} GiB"
     )
+
+
+def _kind(resolved: Resolved) -> str:
+    sae = resolved.experiment.sae
+    return f"{sae.name} {resolved.num_latents:,} {sae.sparsity}"
 
 
 def cost(group: Sequence[Resolved], model: LanguageModel) -> tuple[float, float, int]:
