@@ -1,17 +1,19 @@
-"""Sparse autoencoders: tensors in, tensors out. One file per architecture.
-
-A new architecture is a new file here (a config that derives from `SAEConfig` with a ``name``, and a
-class that derives from `SAE`) and a yaml in ``conf/sae``. There is no list to extend.
-"""
+"""Sparse autoencoders: tensors in, tensors out. An architecture is one file here."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from importlib.metadata import entry_points
+
+ENTRY_POINTS = "reseed.sae"
+"""Packages that bring architectures of their own name their modules in this group."""
 
 
 def load_all() -> None:
-    """Import every module of this package, so that each architecture is known by its name."""
+    """Import every architecture, so that records that name one by its stable name can be read."""
     for module in pkgutil.iter_modules(__path__):
         if not module.ispkg:
             importlib.import_module(f"{__name__}.{module.name}")
+    for entry in entry_points(group=ENTRY_POINTS):
+        entry.load()

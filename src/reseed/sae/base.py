@@ -72,6 +72,10 @@ class SAEConfig(Config, ABC, family="sae"):
         unit_norm_decoder: hold decoder rows at norm 1 during training (the optimiser does it).
     """
 
+    dense_products: ClassVar[int] = 5
+    """Products of the size batch × num_latents × d_in in a step, for estimates of time: encoder
+    and decoder, and what their gradients take."""
+
     num_latents: int | None = setting(None, at_least=1)
     expansion_factor: int | None = setting(None, at_least=1)
     decoder_init_norm: float = setting(1.0, above=0)

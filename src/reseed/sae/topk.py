@@ -25,6 +25,8 @@ class TopKConfig(SAEConfig, name="topk"):
         multi_topk: add FVU at 4k, divided by 8 (section 4.2, as sparsify weights it).
     """
 
+    dense_products = 1  # the encoder's; all else follows the active latents
+
     k: int = setting(32, at_least=1)
     aux_alpha: float = setting(1 / 32, at_least=0)
     k_aux: int | None = setting(None, at_least=1)

@@ -31,8 +31,8 @@ def announce(group: Sequence[Resolved], model: LanguageModel, device: torch.devi
     say(
         f"training {len(group)} SAE{plural} ({kinds}) on {group[0].model.label} {hooks}, "
         f"text {group[0].text.label}\n"
-        f"  recipe {e.training.recipe}: {tokens:,} tokens each, {parameters:,} parameters in all, on {device.type}; "
-        f"about {_duration(seconds)} and {memory / 2**30:.1f} GiB"
+        f"  recipe {e.training.recipe}: {tokens:,} tokens each, {parameters:,} parameters in all\n"
+        f"  on {device.type}, about {_duration(seconds)} and {memory / 2**30:.1f} GiB"
     )
 
 
@@ -45,7 +45,7 @@ def cost(group: Sequence[Resolved], model: LanguageModel) -> tuple[float, float,
     """Floating-point operations, bytes and SAE parameters of a group.
 
     Counted are the products: 2·P per token for the P weights of the model up to the deepest
-    hookpoint; for an SAE its encoder product and twice the sparse rest. Bytes: weights, gradients
+    hookpoint, and those of each SAE's step; then 12 operations per weight for Adam. Bytes: weights, gradients
     and two moments in float32, the model, a chunk with its permuted copy, a batch's work space.
     """
     first = group[0].experiment
@@ -59,7 +59,8 @@ def cost(group: Sequence[Resolved], model: LanguageModel) -> tuple[float, float,
         size = 2 * r.num_latents * r.d_in
         parameters += size + r.num_latents + r.d_in
         steps = r.experiment.training.steps
-        flops += steps * (2.0 * r.num_latents * r.d_in * first.training.batch_size + 12.0 * size)
+        product = 2.0 * r.num_latents * r.d_in * first.training.batch_size
+        flops += steps * (r.experiment.sae.dense_products * product + 12.0 * size)
         memory += 16.0 * size
     widths = {r.experiment.hook: r.d_in for r in group}
     memory += 2 * 4.0 * first.dataset.chunk_tokens * sum(widths.values())
