@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.evaluate.reconstruction import Reconstruction, measure
+from reseed.sae.relu import ReLUConfig
+from reseed.sae.topk import TopKConfig
+
+
+def data(tokens: int = 1_000, d_in: int = 12) -> Tensor:
+    noise = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(0))
+    return noise * torch.linspace(0.1, 3, d_in) + 5
+
+
+def constant(value: Tensor):  # noqa: ANN201
+    """An SAE that always answers ``value``, with no latent active."""
+    sae = TopKConfig(num_latents=4, k=1).build(len(value), torch.Generator())
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.b_dec.copy_(value)
+    return sae
+
+
+def identity(d_in: int):  # noqa: ANN201
+    """An SAE that reconstructs positive activations exactly: a latent for every dimension."""
+    sae = ReLUConfig(num_latents=d_in).build(d_in, torch.Generator())
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(d_in))
+        sae.W_dec.copy_(torch.eye(d_in))
+    return sae
+
+
+def measured(sae, x: Tensor) -> Reconstruction:  # noqa: ANN001
+    found = Reconstruction(sae)
+    found.add(x)
+    return found
+
+
+def test_predicting_the_mean_has_fvu_1_and_the_identity_0() -> None:
+    x = data()
+    mean = measured(constant(x.double().mean(0).float()), x).metrics()
+    assert mean["fvu"] == pytest.approx(1, abs=1e-6)
+    assert mean["explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert (mean["l0"], mean["silent_fraction"]) == (0, 1)
+    x = x.abs()
+    exact = measured(identity(12), x).metrics()
+    assert exact["fvu"] == 0
+    assert exact["l0"] == 12
+    assert exact["cosine"] == pytest.approx(1)
+
+
+def test_the_mean_is_that_of_the_evaluation_set_not_of_the_batch() -> None:
+    """Two batches about different means: the mean of per-batch fractions would be 1, not 1/26."""
+    low, high = data() - 5, data() + 95
+    x = torch.cat([low, high])
+    sae = constant(x.double().mean(0).float())
+    whole = measured(sae, x)
+    pieces = Reconstruction(sae)
+    for part in x.split(7):
+        pieces.add(part)
+    assert whole.metrics()["fvu"] == pytest.approx(1, abs=1e-6)
+    assert pieces.metrics()["fvu"] == pytest.approx(whole.metrics()["fvu"], rel=1e-9)
+    variance = ((x.double() - x.double().mean(0)) ** 2).sum()
+    error = ((x.double() - 5) ** 2).sum()
+    assert measured(constant(torch.full((12,), 5.0)), x).metrics()["fvu"] == pytest.approx(
+        float(error / variance), rel=1e-6
+    )
+
+
+def test_firing_by_a_plain_count() -> None:
+    x = data(300)
+    sae = ReLUConfig(num_latents=20).build(12, torch.Generator().manual_seed(1))
+    found = measured(sae, x)
+    expected = [0] * 20
+    with torch.no_grad():
+        for token in x:
+            for j, value in enumerate(sae.encode(token[None])[0].tolist()):
+                expected[j] += value > 0
+    assert found.firing.tolist() == expected
+    metrics = found.metrics()
+    assert metrics["l0"] == pytest.approx(sum(expected) / 300)
+    assert metrics["live"] == {str(n): sum(count >= n for count in expected) for n in (1, 10, 100)}
+
+
+def test_many_at_once_each_by_its_hookpoint() -> None:
+    a, b = Hookpoint("resid_post", 0), Hookpoint("mlp_out", 1)
+    x, y = data(200), data(200, 8)
+    saes = {"one": (a, identity(12)), "two": (b, identity(8)), "three": (a, constant(x.mean(0)))}
+    pieces = [{a: x[:90], b: y[:90]}, {a: x[90:], b: y[90:]}]
+    together = measure(saes, pieces)
+    for name, (hook, sae) in saes.items():
+        alone = measured(sae, x if hook == a else y)
+        assert together[name].tokens == 200
+        assert together[name].metrics()["fvu"] == pytest.approx(alone.metrics()["fvu"], rel=1e-9)
+        assert together[name].firing.tolist() == alone.firing.tolist()
+
+
+def test_nothing_to_measure_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no activations were added"):
+        Reconstruction(identity(3)).metrics()
