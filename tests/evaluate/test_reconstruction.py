@@ -15,7 +15,7 @@ def data(tokens: int = 1_000, d_in: int = 12) -> Tensor:
     return noise * torch.linspace(0.1, 3, d_in) + 5
 
 
-def constant(value: Tensor):  # noqa: ANN201
+def constant(value: Tensor):
     """An SAE that always answers ``value``, with no latent active."""
     sae = TopKConfig(num_latents=4, k=1).build(len(value), torch.Generator())
     with torch.no_grad():
@@ -24,7 +24,7 @@ def constant(value: Tensor):  # noqa: ANN201
     return sae
 
 
-def identity(d_in: int):  # noqa: ANN201
+def identity(d_in: int):
     """An SAE that reconstructs positive activations exactly: a latent for every dimension."""
     sae = ReLUConfig(num_latents=d_in).build(d_in, torch.Generator())
     with torch.no_grad():
@@ -33,7 +33,7 @@ def identity(d_in: int):  # noqa: ANN201
     return sae
 
 
-def measured(sae, x: Tensor) -> Reconstruction:  # noqa: ANN001
+def measured(sae, x: Tensor) -> Reconstruction:
     found = Reconstruction(sae)
     found.add(x)
     return found
