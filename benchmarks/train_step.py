@@ -32,6 +32,7 @@ import statistics
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,16 +52,16 @@ INSTALL = "pip install -e '.[bench]' -c constraints.txt"
 RAISED = {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
 
 
-class Contender:
+class Contender(ABC):
     """A TopK SAE of some library and its training step."""
 
     needs: str | None = None
 
-    def __init__(self, d_in: int, num_latents: int) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def __init__(self, d_in: int, num_latents: int) -> None: ...
 
-    def step(self, x: Any) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def step(self, x: Any) -> None: ...
 
 
 class Reseed(Contender):
