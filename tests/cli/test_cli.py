@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from reseed.cli import compare, completion, run, status, train
+from reseed.cli.app import override, parse
 from reseed.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
@@ -211,3 +212,12 @@ def test_completion_knows_two_shells(capsys: pytest.CaptureFixture[str]) -> None
     assert completion.main(["zsh"]) == 0
     assert "bashcompinit" in capsys.readouterr().out
     assert completion.main(["fish"]) == 2
+
+
+@pytest.mark.parametrize(
+    "value", ["a b", "x=y", "a,b", "it's", "[1]", "/ü b/c=d", "a\\b", "{layer}", "plain", "1e-3"]
+)
+def test_values_of_any_kind_reach_hydra_as_they_are(value: str) -> None:
+    (parsed,) = parse([override("some.key", value)])
+    assert not parsed.is_sweep_override()
+    assert str(parsed.value()) in (value, str(float(value)) if value == "1e-3" else value)

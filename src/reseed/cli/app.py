@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ class CommandLine:
                 raise ConfigError(
                     f"{{key}} must be an existing folder; got {folder}", "--config-dir"
                 )
-            extra = [f"hydra.searchpath=[file://{folder}]"]
+            extra = [f"hydra.searchpath=[{override('', f'file://{folder}')[1:]}]"]
         name = self.flags.config_name or CONFIG_NAME
 
         def composed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -127,6 +128,14 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 def sweeps(overrides: Sequence[str]) -> list[str]:
     """Keys over which ``overrides`` sweep."""
     return [o.get_key_element() for o in parse(overrides) if o.is_sweep_override()]
+
+
+def override(key: str, value: object) -> str:
+    """``key=value``, the value quoted where Hydra's grammar would read it otherwise."""
+    text = str(value).lower() if isinstance(value, bool) else str(value)
+    if not re.fullmatch(r"[\w./+:%@?-]+", text):
+        text = "'" + text.replace("'", "\\'") + "'"
+    return f"{key}={text}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from reseed.cli.app import CommandLine, parse
+from reseed.cli.app import CommandLine, override, parse
 from reseed.cli.errors import reported
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def compare_plan(line: CommandLine, plan: Plan) -> None:
     plan.sweep.write_manifest(plan.jobs, plan.store, plan.axes)
     cells = [o for o in plan.overrides if parse([o])[0].get_key_element() != plan.settings.pair_by]
     # A sweep of one job is still a sweep: the job reads its folder from hydra.sweep.dir.
-    line.launch(task, [*cells, f"hydra.sweep.dir={plan.sweep.path}"], multirun=True)
+    line.launch(task, [*cells, override("hydra.sweep.dir", plan.sweep.path)], multirun=True)
     collect(plan.sweep, plan.settings)
 
 

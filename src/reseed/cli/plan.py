@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from reseed.cli.app import CommandLine, parse
+from reseed.cli.app import CommandLine, override, parse
 from reseed.cli.jobs import Job, check_jobs
 from reseed.compare.config import ComparisonConfig
 from reseed.config import ConfigError, build
@@ -78,4 +78,4 @@ def make_plan(line: CommandLine) -> Plan:
 def _words(values: Any) -> list[str]:
     """Values of an axis as they stand on a command line."""
     listed: Sequence[Any] = values if isinstance(values, list | tuple) else [values]
-    return [str(v).lower() if isinstance(v, bool) else str(v) for v in listed]
+    return [override("", value)[1:] for value in listed]

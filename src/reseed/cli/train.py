@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from reseed.cli.app import CommandLine
+from reseed.cli.app import CommandLine, override
 from reseed.cli.errors import reported
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def train_jobs(
     else:
         if done:
             say(f"{len(done)} of {_count(len(runs))} already finished")
-        own = [f"hydra.sweep.dir={sweep.path}"] if sweep else []
+        own = [override("hydra.sweep.dir", sweep.path)] if sweep else []
         try:
             line.launch(task, [*overrides, *own], multirun=sweep is not None)
         except Interrupted:
