@@ -101,7 +101,12 @@ def test_two_classes_may_not_share_a_name() -> None:
 
 def test_build_calls_only_configurations() -> None:
     target = f"{__name__}.Coloured"
-    assert build({"_target_": target, "sides": 4}, "shape", Shape) == Coloured(sides=4)
+    whole = Coloured(sides=4).to_dict()
+    whole.pop("type")
+    assert build({"_target_": target, **whole}, "shape", Shape) == Coloured(sides=4)
+    whole.pop("colour")
+    with pytest.raises(ConfigError, match=r"`shape\.colour` is required"):
+        build({"_target_": target, **whole}, "shape", Shape)
     for hostile in ("os.system", "subprocess.run", "pickle.loads"):
         with pytest.raises(ConfigError, match="is not a Shape"):
             build({"_target_": hostile}, "shape", Shape)

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import reseed
-from reseed.cli import compare, run
-from reseed.cli.compare import dictionaries
+from reseed.cli import compare, run, status
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary
+from reseed.compare.load import load_dictionaries
 from reseed.runs import RunStore
 from reseed.sae.topk import TopKConfig
 
@@ -88,7 +88,7 @@ def test_the_tables_agree_with_the_weights(line: list[str]) -> None:
 def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
     assert run.main(line) == 0
     found = RunStore("outputs").runs()[-1]
-    trained, _ = dictionaries(found, "0")
+    trained, _ = load_dictionaries(found, "0")
     order = np.random.default_rng(0).permutation(trained.num_latents)
     from dataclasses import replace
 
@@ -125,17 +125,43 @@ def test_an_incomplete_cell_is_told_of(
     assert "5 of 6 runs already finished" in said
 
 
-def test_the_sweep_survives_a_move(line: list[str], tmp_path: Path) -> None:
-    """What is stored names runs by relative paths, so that a project folder can be moved."""
+def test_a_project_can_be_moved_and_read_from_anywhere(
+    line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run.main(line) == 0
-    moved = tmp_path / "moved"
-    moved.mkdir()
+    moved = tmp_path / "elsewhere" / "project"
+    moved.mkdir(parents=True)
     for name in ("outputs", "sweeps"):
         shutil.move(tmp_path / name, moved / name)
-    import os
+    capsys.readouterr()
+    assert status.main([f"runtime.{n}={moved / n}" for n in ("outputs", "sweeps")]) == 0
+    assert "6 finished; summary.md" in capsys.readouterr().out
 
-    os.chdir(moved)
+
+def test_pairs_along_another_axis(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An axis given on the command line, whose values pair up; cells are the other axis'."""
+    assert run.main([*line, "seed=0,1", "comparison.pair_by=sae"]) == 0
+    (sweep,) = Path("sweeps").iterdir()
+    summary = pd.read_csv(sweep / "summary.csv")
+    assert summary["sae"].tolist() == ["topk|relu"] * 2
+    assert summary["seed"].tolist() == [0, 1]
+    assert summary["n_seeds"].tolist() == [2, 2]
+
+
+def test_a_finished_run_that_lost_a_file_is_made_again(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run.main(line) == 0
+    before = {p.name: p.read_bytes() for p in Path("outputs").glob("*/sae.safetensors")}
+    found = RunStore("outputs").runs()
+    (found[0].path / "sae.safetensors").unlink()
+    (found[1].path / "metrics.json").unlink()
+    (found[2].path / "run.json").write_text("{}")
+    assert [r.status for r in found[:3]] == ["damaged"] * 3
+    capsys.readouterr()
+    assert run.main(line) == 0
+    assert "3 of 6 runs already finished" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in Path("outputs").glob("*/sae.safetensors")} == before
 
 
 @pytest.mark.slow

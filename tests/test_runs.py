@@ -9,7 +9,7 @@ import pytest
 
 from reseed.atomic import atomic_write, atomic_write_json
 from reseed.config import digest
-from reseed.runs import Run, RunError, RunStore, load_run
+from reseed.runs import RESULTS, Run, RunError, RunStore, load_run
 
 IDENTITY = {"sae": {"k": 3}, "seed": 0}
 SIGNATURE = digest(IDENTITY)
@@ -30,6 +30,8 @@ def test_life_of_a_run(tmp_path: Path) -> None:
         assert run.status == "running"
     assert run.status == "interrupted"  # nobody holds it any more
     (run.path / "checkpoint.pt").write_bytes(b"x")
+    for name in RESULTS:
+        (run.path / name).touch()
     run.finish({"fvu": 0.1, "bad": float("nan")}, timings={"s": 1})
     assert run.status == "finished"
     assert run.metrics == {"fvu": 0.1, "bad": None}
@@ -89,7 +91,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"there is no run\.json"):
         load_run(tmp_path / f"x-{SIGNATURE}")
     (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "run.json").write_text(json.dumps(RECORD))
+    (tmp_path / "plain" / "run.json").write_text(json.dumps(RECORD | {"status": "x"}))
     with pytest.raises(RunError, match="its name ends in no signature"):
         load_run(tmp_path / "plain")
 

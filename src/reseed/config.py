@@ -191,6 +191,8 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
     Raises:
         ConfigError: an unknown key, a wrong type, a value out of range; with the full key.
     """
+    if not isinstance(node, Mapping):
+        raise ConfigError(f"{{key}} must be one of its options; got {node!r}", key)
     values = dict(node)
     target = values.pop("_target_", None)
     if not isinstance(target, str) or "." not in target:
@@ -203,6 +205,9 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
     # Only our own kind of class is ever called, so a hostile `_target_` runs nothing.
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{{key}}: `_target_` {target} is not a {base.__name__}", key)
+    for f in dataclasses.fields(found):
+        if f.name not in values:  # a default of the class is not what the yaml would have said
+            raise ConfigError("{key} is required, and was removed", _dotted(key, f.name))
     return make(found, values, key)
 
 
@@ -226,12 +231,17 @@ def make(target: type[C], values: Mapping[str, Any], key: str) -> C:
         arguments[name] = value
     for name, f in fields.items():
         required = f.default is _MISSING and f.default_factory is _MISSING
-        if required and (name not in arguments or arguments[name] == "???"):
+        if (required and name not in arguments) or _is_missing_mark(arguments.get(name)):
             raise ConfigError("{key} is required: give it a value", _dotted(key, name))
     try:
         return target(**arguments)
     except ConfigError as error:
         raise error.within(key) from None
+
+
+def _is_missing_mark(value: Any) -> bool:
+    """Whether a yaml left the value to the user."""
+    return isinstance(value, str) and value == "???"
 
 
 def _dotted(key: str, name: str) -> str:

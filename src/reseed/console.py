@@ -11,13 +11,14 @@ if TYPE_CHECKING:
 
 @cache
 def console() -> Console:
-    """The one console; 100 columns where the output is no terminal."""
+    """The one console."""
     from rich.console import Console
 
-    found = Console(highlight=False, soft_wrap=False)
-    return found if found.is_terminal else Console(highlight=False, width=100)
+    found = Console(highlight=False)
+    # Nothing is folded in a file: names that were cut in two can be neither searched nor copied.
+    return found if found.is_terminal else Console(highlight=False, width=250)
 
 
 def say(message: str) -> None:
     """Print a line; markup is not interpreted, as names may hold brackets."""
-    console().print(message, markup=False)
+    console().print(message, markup=False, soft_wrap=True)

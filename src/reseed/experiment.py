@@ -65,12 +65,13 @@ class Resolved:
     def identity(self) -> dict[str, Any]:
         """Everything that changes the result, in plain values: what the signature is made of."""
         signed = self.experiment.signed()
-        # However the width was given, what counts is what it came to.
+        # However width and budget were given, what counts is what they came to.
         width = {"num_latents": self.num_latents, "expansion_factor": None}
         return {
             "reseed": SIGNATURE_VERSION,
             **signed,
             "sae": signed["sae"] | width,
+            "training": signed["training"] | {"tokens": self.tokens},
             "fingerprints": {
                 "model": self.model.fingerprint,
                 "tokenizer": self.model.tokenizer_fingerprint,
@@ -87,17 +88,26 @@ class Resolved:
         """Seed of the weights: the declared seed, salted with the cell.
 
         Two architectures, layers or data sets with the same ``seed`` must not be born alike, or
-        what looks like agreement is memory of the start (methods: "Initialisation is salted").
+        what looks like agreement is memory of the start. The order of the data and the held-out
+        measures are left out: the one is a seed of its own, the other no part of training.
         """
-        sha = hashlib.sha256(digest(self.identity, 64).encode()).digest()
+        unsalted = ("order_seed", "held_out_tokens")
+        dataset = {k: v for k, v in self.identity["dataset"].items() if k not in unsalted}
+        sha = hashlib.sha256(digest(self.identity | {"dataset": dataset}, 64).encode()).digest()
         return int.from_bytes(sha[:8], "big") >> 1
 
     @cached_property
     def stream(self) -> str:
         """Digest of what determines the batches: runs with the same one can train together."""
-        signed = self.experiment
-        parts = [signed.model.signed(), signed.dataset.signed(), signed.training.batch_size]
+        e = self.experiment
+        # Precision belongs to it, as the trainer has one for the whole group.
+        parts = [e.model.signed(), e.dataset.signed(), e.training.batch_size, e.training.precision]
         return digest([parts, self.identity["fingerprints"]])
+
+    @property
+    def tokens(self) -> int:
+        """Activations that the SAE sees: whole batches."""
+        return self.experiment.training.steps * self.experiment.training.batch_size
 
     @property
     def label(self) -> str:
@@ -134,7 +144,7 @@ class Resolved:
             "init_seed": self.init_seed,
             "peak_lr": e.training.peak_lr(e.sae, self.num_latents),
             "dead_after_tokens": e.training.dead_after(),
-            "tokens": e.training.steps * e.training.batch_size,
+            "tokens": self.tokens,
             "steps": e.training.steps,
         }
 
@@ -175,9 +185,13 @@ def check_budget(resolved: Resolved) -> None:
         train, held_out = resolved.stores()
     except ConfigError as error:
         raise error.within("dataset") from None
+    repeat = "Lower it, give more text, or set dataset.repeat=true."
+    less = "Lower it, give more text, or raise dataset.held_out_fraction."
+    if train.num_documents + held_out.num_documents < 2:
+        repeat = less = "All of it is one document: dataset.separator says where documents end."
     for part, wanted, key, remedy in (
-        (train, e.training.tokens, "training.tokens", "set dataset.repeat=true, "),
-        (held_out, e.dataset.held_out_tokens, "dataset.held_out_tokens", ""),
+        (train, resolved.tokens, "training.tokens", repeat),
+        (held_out, e.dataset.held_out_tokens, "dataset.held_out_tokens", less),
     ):
         there = _activations(part, e.dataset)
         if part is train:
@@ -189,9 +203,8 @@ def check_budget(resolved: Resolved) -> None:
         if not enough:
             name = "training documents" if part is train else "held-out documents"
             raise ConfigError(
-                f"{{key}} (={wanted:,}) must not exceed the activations in the {name} of "
-                f"{resolved.text.label}: {usable:,}. {remedy.capitalize()}"
-                f"{'l' if remedy else 'L'}ower the number or give more text.",
+                f"{{key}} (={wanted:,}) must not exceed the activations in the "
+                f"{part.num_documents:,} {name} of {resolved.text.label}: {usable:,}. {remedy}",
                 key,
             )
 

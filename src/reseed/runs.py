@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from reseed.sae.base import SAE
 
 FORMAT = 1
+RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json", "training.csv")
+"""The files of a finished run, beside its record."""
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 _FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
 
@@ -47,8 +49,11 @@ class RunError(ReseedError):
     """A run folder that is missing, damaged or not what it says."""
 
 
-class Interrupted(ReseedError):
-    """Training was asked to stop, and did so with everything saved."""
+class Interrupted(KeyboardInterrupt):
+    """Training was asked to stop, and did so with everything saved.
+
+    A KeyboardInterrupt, so that nothing takes it for the failure of one job and starts the next.
+    """
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,8 @@ class Run:
             raise RunError(f"{self.path} holds no run: there is no run.json") from None
         except ValueError as error:
             raise RunError(f"{self.path / 'run.json'} is damaged: {error}") from None
+        if not isinstance(record, dict) or "identity" not in record or "status" not in record:
+            raise RunError(f"{self.path / 'run.json'} is damaged: it lacks what a record has")
         signature = digest(record["identity"])
         if signature != self.signature:
             raise RunError(
@@ -96,13 +103,26 @@ class Run:
 
     @property
     def status(self) -> str:
-        """missing, running, interrupted, failed or finished."""
+        """missing, running, interrupted, failed, damaged or finished."""
         if not self.exists:
             return "missing"
-        status = self.record["status"]
+        try:
+            status = self.record["status"]
+        except RunError:
+            return "damaged"
         if status == "running" and not self.locked:
             return "interrupted"  # its process is gone without a word
+        if status == "finished" and not all((self.path / name).is_file() for name in RESULTS):
+            return "damaged"
         return status
+
+    @property
+    def failure(self) -> dict[str, Any] | None:
+        """Why and when it failed, where it did."""
+        if self.status != "failed":
+            return None
+        record = self.record
+        return {**record["error"], "ended": record["ended"]}
 
     @property
     def finished(self) -> bool:
@@ -119,6 +139,18 @@ class Run:
 
         return load_sae(self.path, device)
 
+    def initial_sae(self) -> SAE:
+        """The SAE as it was born: a pure function of the record, so it is not stored."""
+        import torch
+
+        from reseed.sae import load_all
+        from reseed.sae.base import SAEConfig
+
+        load_all()
+        record = self.record
+        config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
+        return config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
+
     def latents(self) -> dict[str, Any]:
         """Per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``."""
         from safetensors.numpy import load_file
@@ -132,7 +164,7 @@ class Run:
     def begin(self, record: Mapping[str, Any]) -> None:
         """The run has an owner and is about to be trained."""
         now = _now()
-        started = self.record["started"] if self.exists else now
+        started = self.record["started"] if self.status not in ("missing", "damaged") else now
         own = {
             "format": FORMAT,
             "signature": self.signature,

@@ -2,6 +2,7 @@
 
 sweeps/<name>-<digest>/
     manifest.jsonl    a line per run: its place in the grid, signature and folder
+    comparison.json   the settings of the comparison, its grid as it was asked for
     multirun.yaml     how Hydra was asked
     cells/            what compare jobs wrote; then tables and figures
 """
@@ -9,13 +10,14 @@ sweeps/<name>-<digest>/
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reseed.atomic import atomic_write_text
+from reseed.atomic import atomic_write_json, atomic_write_text
 from reseed.config import ReseedError, digest
 from reseed.runs import Run, RunStore
 
@@ -57,14 +59,23 @@ class Sweep:
                 "axes": {axis: job.value(axis) for axis in axes},
                 "overrides": list(job.overrides),
                 "signature": run.signature,
-                "run": str(run.path),
+                "run": os.path.relpath(run.path, self.path),
             }
             rows.append(json.dumps(row))
         atomic_write_text(self.path / "manifest.jsonl", "\n".join(rows) + "\n")
 
+    def write_settings(self, settings: dict[str, Any]) -> None:
+        """What the comparison's jobs need to know: comparison.json."""
+        atomic_write_json(self.path / "comparison.json", settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return json.loads((self.path / "comparison.json").read_text())
+
     def runs(self, **axes: str) -> list[Run]:
         """Its runs, or those at certain values of some axes, in the order of the manifest."""
-        return [Run(Path(row["run"])) for row in self.rows(axes)]
+        # Relative to the sweep, so that both folders can be moved together and read from anywhere.
+        return [Run(Path(os.path.normpath(self.path / row["run"]))) for row in self.rows(axes)]
 
     def rows(self, axes: dict[str, str]) -> list[dict[str, Any]]:
         """Manifest rows at certain values of some axes."""

@@ -151,3 +151,10 @@ def test_batches_tile_chunks() -> None:
             "`training.batch_size` must be a multiple of 8 that divides dataset.chunk_tokens "
             f"(=1024); got {wrong}"
         )
+
+
+def test_more_than_the_text_holds_is_an_error(model, stores, config) -> None:
+    packing = Packing(stores[1], config)
+    end = packing.num_activations
+    with pytest.raises((ValueError, IndexError)):
+        gather(model, packing, end - 5, end + 500, HOOKS)

@@ -88,3 +88,15 @@ def test_missing_files_and_columns(tmp_path: Path) -> None:
         documents(tmp_path, tmp_path)
     with pytest.raises(ConfigError, match="`field` must be a column of"):
         documents(written(tmp_path, "parquet"), tmp_path, field="body")
+
+
+def test_the_kind_of_file_is_part_of_what_it_says(tmp_path: Path) -> None:
+    """The same bytes are other documents when they are read as another format."""
+    line = json.dumps({"text": "one"})
+    for name in ("a.jsonl", "a.txt"):
+        (tmp_path / name).write_text(line)
+    a, b = (
+        resolve_text(TextFilesConfig(path=str(tmp_path / n)), tmp_path)
+        for n in ("a.jsonl", "a.txt")
+    )
+    assert a.fingerprint != b.fingerprint

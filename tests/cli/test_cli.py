@@ -106,6 +106,14 @@ CASES = [
     (["training.tokens=1"], "`training.tokens` must be at least one batch"),
     (["model.path=nowhere"], "`model.path` must be an existing folder; got nowhere"),
     (["runtime.device=tpu"], "`runtime.device` must be auto, cpu, cuda or cuda:N; got tpu"),
+    (["~sae.k"], "`sae.k` is required, and was removed"),
+    (["~layer"], "`layer` is required, and was removed"),
+    (["sae=null"], "the configuration cannot be composed"),
+    (["hookpoint=module"], "`hookpoint.module` is required: give it a value"),
+    (["hookpoint=module", "hookpoint.module=model.rotary_emb"], "gives no vector for each token"),
+    (["model.attention=flash_attention_2"], "`model.attention`=flash_attention_2 needs the pack"),
+    (["runtime.loggers=[wandb]"], "wandb is not installed (pip install 'reseed[wandb]')"),
+    (["dataset.separator=null"], "dataset.separator says where documents end"),
     (["runtime.loggers=[papyrus]"], "`runtime.loggers` may hold tensorboard and wandb"),
 ]  # fmt: skip
 
@@ -190,7 +198,7 @@ def test_comparing_needs_the_runs(
     line = ["comparison=seeds", *tiny_overrides]
     assert compare.main(line) == 1
     said = capsys.readouterr().err
-    assert "3 of 3 runs are not there yet" in said
+    assert "none of the 3 runs is there: `reseed run` with the same arguments trains them" in said
     assert not Path("outputs").exists()
 
 

@@ -1,9 +1,7 @@
 import pytest
 
 from reseed.compare.config import ComparisonConfig
-from reseed.config import ConfigError, build
-
-TARGET = "reseed.compare.config.ComparisonConfig"
+from reseed.config import ConfigError, make
 
 
 def config(**values):
@@ -49,9 +47,9 @@ def test_name_and_grid_are_not_signed_but_what_changes_numbers_is():
     ],
 )
 def test_impossible_values_are_refused(values, message):
-    node = {"_target_": TARGET, "name": "trial", "grid": {"seed": [0, 1]}} | values
+    node = {"name": "trial", "grid": {"seed": [0, 1]}} | values
     with pytest.raises(ConfigError) as caught:
-        build(node, "comparison")
+        make(ComparisonConfig, node, "comparison")
     assert message in str(caught.value)
 
 

@@ -68,6 +68,7 @@ def assert_equal(a: dict[str, object], b: dict[str, object]) -> None:
         ["sae=topk", "layer=0,2"],
         ["training.tokens=2048,8192"],
         ["hookpoint=resid_post,mlp_out"],
+        ["training.lr_scale=1,7", "dataset.held_out_tokens=1024"],
     ],
 )
 def test_a_group_equals_its_members_trained_alone(jobs: Jobs, sweep: list[str]) -> None:
@@ -78,6 +79,33 @@ def test_a_group_equals_its_members_trained_alone(jobs: Jobs, sweep: list[str]) 
         alone, other = jobs(*sweep, outputs=f"alone-{index}")
         assert train_missing([alone[index]], other) == {}
         assert_equal(results(run_of(resolved, runtime)), results(run_of(alone[index], other)))
+
+
+def test_precision_is_no_matter_of_the_company(jobs: Jobs) -> None:
+    mixed, runtime = jobs("training.precision=float32,bfloat16")
+    assert len(groups(mixed)) == 2
+    train_missing(mixed, runtime)
+    alone, other = jobs("training.precision=bfloat16", outputs="alone")
+    train_missing(alone, other)
+    assert_equal(results(run_of(mixed[1], runtime)), results(run_of(alone[0], other)))
+
+
+def test_what_is_only_measured_does_not_move_the_weights(jobs: Jobs) -> None:
+    few, many = jobs("dataset.held_out_tokens=512,1024")[0]
+    assert few.signature != many.signature
+    assert few.init_seed == many.init_seed
+    # The same whole batches are the same budget.
+    a, b = jobs("training.tokens=8192,8200")[0]
+    assert a.signature == b.signature
+
+
+def test_weights_that_are_not_finite_are_a_failure(jobs: Jobs) -> None:
+    (resolved,), runtime = jobs("training.tokens=64", "training.lr=1e38")
+    assert list(train_missing([resolved], runtime))
+    run = run_of(resolved, runtime)
+    assert run.status == "failed"
+    assert run.record["error"]["message"] == "the weights are not finite at step 1"
+    assert run.record["failed_at_step"] == 1
 
 
 def test_architectures_train_together(jobs: Jobs) -> None:
@@ -97,8 +125,10 @@ def test_what_seeds_move(jobs: Jobs) -> None:
     train_missing(same, runtime)
     a, b = (run_of(r, runtime).sae() for r in same)
     assert not torch.equal(a.W_dec, b.W_dec)
+    # The order of the data is a seed of its own: it does not move the start.
+    assert other_order[0].init_seed == same[0].init_seed
     # Salted: with the same seed another cell starts elsewhere.
-    assert len({r.init_seed for r in [*same, *other_order]}) == 3
+    assert len({r.init_seed for r in jobs("layer=0,1,2")[0]}) == 3
 
 
 def test_finished_runs_are_not_trained_again(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +183,7 @@ def test_the_record_says_what_was_done(jobs: Jobs) -> None:
     assert record["status"] == "finished"
     assert record["tokens"] == 8192
     assert record["steps"] == 128
+    assert 0 < record["timings"]["seconds"] <= record["timings"]["training_s"]
     assert record["experiment"]["sae"]["type"] == "topk"
     assert record["environment"]["packages"]["torch"] == torch.__version__
     assert set(record["fingerprints"]) == {"model", "tokenizer", "text"}
@@ -179,6 +210,7 @@ def test_a_loss_that_is_not_finite_ends_that_run_alone(
     assert list(failures) == [bad]
     assert bad_run.status == "failed"
     assert bad_run.record["error"]["message"] == "the loss is not finite at step 17"
+    assert bad_run.record["failed_at_step"] == 17
     assert not (bad_run.path / "sae.safetensors").exists()
     monkeypatch.setattr(Member, "train", original)
     assert train_missing(members, runtime) == {}
@@ -297,7 +329,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
         time.sleep(0.02)
     os.kill(process.pid, number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 130
     assert f"stopped by {number.name}; saved" in said.decode()
     assert "Traceback" not in said.decode()
     assert [run.status for run in RunStore(outputs).runs()] == ["interrupted"] * 2

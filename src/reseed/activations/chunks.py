@@ -65,8 +65,8 @@ class ActivationStream:
     @cached_property
     def num_activations(self) -> int:
         """Activations in one reading of the text, the same for every epoch of a repeated one."""
-        packing = Packing(self.store, self.config)
-        return packing.guaranteed_activations if self.config.repeat else packing.num_activations
+        first = Packing(self.store, self.config)
+        return first.guaranteed_activations if self.config.repeat else first.num_activations
 
     def num_batches(self, batch_size: int) -> int | None:
         """Batches that the text gives, or None where it is repeated for ever."""
@@ -173,6 +173,10 @@ def gather(
             )
             buffer[part] = rows[part.start - low : part.stop - low]
         filled, row = high, row + batch
+    if filled < wanted:
+        raise ValueError(
+            f"activations {first} to {last} asked for; the text ends at {first + filled}"
+        )
     return out
 
 

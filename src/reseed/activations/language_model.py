@@ -10,9 +10,10 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +126,18 @@ class ResolvedModel:
 
     def d_in(self, hookpoint: Hookpoint) -> int:
         """Width of the activations at ``hookpoint``, by a forward pass without numbers."""
-        tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
         with torch.no_grad():
             # The explicit mask spares transformers a look at values, of which there are none.
             found = _record(self.skeleton, tokens, [hookpoint], torch.ones_like(tokens))
-        return int(found[hookpoint].shape[-1])
+        shape = tuple(found[hookpoint].shape)
+        if len(shape) != 3 or shape[:2] != (2, 3):
+            raise ConfigError(
+                f"{{key}}: {hookpoint} gives no vector for each token: of 2 sequences of 3 tokens "
+                f"it makes a tensor of shape {shape}",
+                "hookpoint.module",
+            )
+        return int(shape[-1])
 
 
 def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
@@ -139,6 +147,8 @@ def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
         ConfigError: there is no such folder, it holds no transformers model, or the hub cannot be
             reached and the model is not in the local cache.
     """
+    if config.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+        raise ConfigError("{key}=flash_attention_2 needs the package flash-attn", "attention")
     if isinstance(config, EmbeddedModelConfig):
         folder = Path(str(files("reseed") / "assets" / "model"))
         return ResolvedModel(config, folder, _weights_fingerprint(folder, cache), "embedded")
@@ -168,7 +178,9 @@ class LanguageModel:
 
         folder = resolved.folder
         if isinstance(resolved.config, HubModelConfig):
-            folder = _snapshot(resolved.config, (*_LIGHT, *_WEIGHTS))
+            # At the commit that was resolved: the branch may have moved since.
+            pinned = replace(resolved.config, revision=resolved.folder.name)
+            folder = _snapshot(pinned, (*_LIGHT, *_WEIGHTS))
         with _quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -266,14 +278,28 @@ def _check_folder(folder: Path) -> None:
         raise ConfigError(
             f"{{key}} must hold a transformers model: there is no config.json in {folder}", "path"
         )
-    if not list(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
         raise ConfigError(f"{{key}} must hold weights as *.safetensors: none in {folder}", "path")
+    for file in weights:
+        _check_weights(file)
     try:
         json.loads((folder / "config.json").read_text())
     except ValueError as error:
         raise ConfigError(
             f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"
         ) from None
+
+
+def _check_weights(file: Path) -> None:
+    """The header of a safetensors file says how long the file has to be."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{{key}}: {file} is damaged: {error}", "path") from None
 
 
 def _snapshot(config: HubModelConfig, patterns: Sequence[str]) -> Path:

@@ -94,11 +94,15 @@ class ResolvedText:
         """Whether only a beginning of the text is read, in an order that is already shuffled."""
         return isinstance(self.config, HubTextConfig) and self.config.streaming
 
-    def documents(self) -> Iterator[str]:
-        """The documents, blank ones left out."""
-        return (d for d in self._all_documents() if d.strip())
+    def documents(self, shuffled: bool = True) -> Iterator[str]:
+        """The documents, blank ones left out.
 
-    def _all_documents(self) -> Iterator[str]:
+        Args:
+            shuffled: of a streamed text, whether in the order of the order seed or as it stands.
+        """
+        return (d for d in self._all_documents(shuffled) if d.strip())
+
+    def _all_documents(self, shuffled: bool) -> Iterator[str]:
         config = self.config
         if isinstance(config, DocstringsConfig):
             yield from _docstrings(self.cache)
@@ -106,7 +110,7 @@ class ResolvedText:
             for path in text_paths(config):
                 yield from _file_documents(path, config)
         elif isinstance(config, HubTextConfig):
-            yield from _hub_documents(config, self.fingerprint)
+            yield from _hub_documents(config, self.fingerprint, shuffled)
 
 
 def resolve_text(config: DatasetConfig, cache: Path) -> ResolvedText:
@@ -125,6 +129,8 @@ def resolve_text(config: DatasetConfig, cache: Path) -> ResolvedText:
         sha = hashlib.sha256()
         for path in paths:
             _check_readable(path, config)
+            # The kind of file decides how its bytes are read.
+            sha.update(_READERS[path.suffix].__name__.encode())
             with path.open("rb") as file:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
         label = paths[0].stem if len(paths) == 1 else paths[0].parent.name
@@ -249,7 +255,7 @@ def _dataset_commit(config: HubTextConfig) -> str:
     return str(sha)
 
 
-def _hub_documents(config: HubTextConfig, fingerprint: str) -> Iterator[str]:
+def _hub_documents(config: HubTextConfig, fingerprint: str, shuffled: bool) -> Iterator[str]:
     """Documents at the pinned commit; streamed ones by shuffled shards and a shuffled buffer."""
     from datasets import load_dataset
 
@@ -260,7 +266,7 @@ def _hub_documents(config: HubTextConfig, fingerprint: str) -> Iterator[str]:
         revision=fingerprint.rpartition("@")[2],
         streaming=config.streaming,
     )
-    if config.streaming:
+    if config.streaming and shuffled:
         rows = rows.shuffle(seed=config.order_seed, buffer_size=config.shuffle_buffer)
     for row in rows:
         yield _field_of(row, config.field, config.repository)

@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -160,13 +161,17 @@ def token_stores(
         "tokenizer": tokenizer_fingerprint,
         "held_out": config.held_out_fraction,
     }
-    if text.streamed:
-        key |= {"needed": needed, "order_seed": config.order_seed}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    folder = text.cache / "tokens" / name
-    if not (folder / "store.json").is_file():
-        _tokenise(text, tokenizer, needed, folder, key)
-    return _read_stores(folder, text.streamed)
+    if not text.streamed:
+        folder = _tokenised(text, tokenizer, key, {"train": None, "held_out": None})
+        return _read_store(folder, "train", False), _read_store(folder, "held_out", False)
+    # Of a streamed text only a beginning is read. What is held out must not depend on the budget
+    # or on the order of training, so it is the beginning of the text as it stands.
+    lost = 1 + 2 / config.context_length  # first positions, and a margin as large
+    enough = {"train": int(needed * lost) + 2 * config.chunk_tokens}
+    train = _tokenised(text, tokenizer, key | {"order_seed": config.order_seed}, enough)
+    enough = {"held_out": int(config.held_out_tokens * lost) + config.context_length}
+    held_out = _tokenised(text, tokenizer, key, enough)
+    return _read_store(train, "train", True), _read_store(held_out, "held_out", True)
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -186,36 +191,45 @@ def _text_options(config: DatasetConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
-@lru_cache(maxsize=4)
-def _read_stores(folder: Path, natural_order: bool) -> tuple[TokenStore, TokenStore]:
+@lru_cache(maxsize=8)
+def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
     special = tuple(json.loads((folder / "store.json").read_text())["special"])
-    stores = []
-    for part in ("train", "held_out"):
-        starts = np.load(folder / f"{part}-starts.npy")
-        path = folder / f"{part}.int32"
-        size = int(starts[-1])
-        tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)
-        stores.append(TokenStore(tokens, starts, special, natural_order and part == "train"))
-    return stores[0], stores[1]
+    starts = np.load(folder / f"{part}-starts.npy")
+    size = int(starts[-1])
+    path = folder / f"{part}.int32"
+    tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)
+    return TokenStore(tokens, starts, special, natural_order)
 
 
-def _tokenise(
-    text: ResolvedText, tokenizer: Any, needed: int, folder: Path, key: dict[str, Any]
-) -> None:
-    """Write both stores as they are read; ``store.json`` comes last and makes them valid."""
-    config, special = text.config, special_ids(tokenizer)
+def _tokenised(
+    text: ResolvedText, tokenizer: Any, key: dict[str, Any], enough: Mapping[str, int | None]
+) -> Path:
+    """The folder with the parts named by ``enough``, written if it is not there.
+
+    Args:
+        enough: by part, after how many activations it needs no more documents; None takes all.
+    """
+    key = key | {"enough": dict(enough)}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    folder = text.cache / "tokens" / name
+    if (folder / "store.json").is_file():
+        return folder
     folder.mkdir(parents=True, exist_ok=True)
-    # One position in context_length is lost, and as much again is kept as a margin.
-    enough = needed * (1 + 2 / config.context_length) + 2 * config.chunk_tokens
-    with _StoreWriter(folder, "train") as train, _StoreWriter(folder, "held_out") as held_out:
-        for documents in _batches(text.documents(), _BATCH):
-            for document, ids in zip(documents, _encode(tokenizer, documents), strict=True):
-                part = held_out if is_held_out(document, config.held_out_fraction) else train
-                part.add(ids, int(np.isin(ids, special).sum()))
-            measured = held_out.activations > 1.1 * config.held_out_tokens
-            if text.streamed and train.activations > enough and measured:
+    special, fraction = special_ids(tokenizer), text.config.held_out_fraction
+    with ExitStack() as stack:
+        parts = {part: stack.enter_context(_StoreWriter(folder, part)) for part in enough}
+        for documents in _batches(text.documents(shuffled="train" in enough), _BATCH):
+            chosen = [(d, "held_out" if is_held_out(d, fraction) else "train") for d in documents]
+            wanted = [(d, part) for d, part in chosen if part in parts]
+            ids = _encode(tokenizer, [d for d, _ in wanted]) if wanted else []
+            for (_, part), tokens in zip(wanted, ids, strict=True):
+                limit = enough[part]
+                if limit is None or parts[part].activations < limit:
+                    parts[part].add(tokens, int(np.isin(tokens, special).sum()))
+            if all(n is not None and parts[p].activations >= n for p, n in enough.items()):
                 break
     atomic_write_json(folder / "store.json", {"key": key, "special": list(special)})
+    return folder
 
 
 class _StoreWriter:

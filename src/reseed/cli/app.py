@@ -23,7 +23,9 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from reseed.cli.main import COMMANDS
 from reseed.config import ConfigError
 
 CONFIG_NAME = "config"
@@ -47,6 +49,8 @@ class CommandLine:
         parser = get_args_parser()
         parser.prog = f"reseed {command}"
         self.flags: argparse.Namespace = parser.parse_args(list(arguments))
+        if self.flags.config_path is not None:
+            raise ConfigError("--config-path is not for reseed: --config-dir adds options of yours")
         self.overrides: list[str] = list(self.flags.overrides)
         self.multirun = bool(self.flags.multirun)
 
@@ -65,7 +69,8 @@ class CommandLine:
 
     def show(self, task: Task, arguments: Sequence[str]) -> None:
         """Let Hydra answer a line that only shows."""
-        with _argv(self.command, arguments):
+        header = override("hydra.help.header", f"reseed {self.command}: {COMMANDS[self.command]}")
+        with _argv(self.command, [*arguments, header] if self.flags.help else arguments):
             hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(task)()
 
     @contextmanager
@@ -84,7 +89,13 @@ class CommandLine:
         def composed(overrides: Sequence[str]) -> dict[str, Any]:
             # Hydra's own settings (launcher, sweep folder) decide nothing about a job.
             own = [o for o in overrides if not o.lstrip("+~").startswith("hydra")]
-            config = compose(config_name=name, overrides=[*own, *extra])
+            try:
+                config = compose(config_name=name, overrides=[*own, *extra])
+            except (AttributeError, TypeError, ValueError) as error:
+                if isinstance(error, OmegaConfBaseException):
+                    raise
+                # What Hydra did not expect (`sae=null`) it does not put into words either.
+                raise ConfigError(f"the configuration cannot be composed: {error}") from error
             values = OmegaConf.to_container(config, resolve=True)
             assert isinstance(values, dict)
             return {str(key): value for key, value in values.items()}
@@ -93,12 +104,21 @@ class CommandLine:
         with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
             yield composed
 
-    def launch(self, task: Task, overrides: Sequence[str], multirun: bool) -> None:
+    def launch(self, task: Task, overrides: Sequence[str], multirun: bool) -> list[Exception]:
         """Run ``task`` as Hydra jobs.
 
-        Raises:
-            whatever a job raised; unlike by itself, Hydra does not print and exit.
+        Returns:
+            the errors of the jobs, where they ran in this process: Hydra would raise the first
+            and print a line of its own. Other launchers' errors are raised.
         """
+        errors: list[Exception] = []
+        elsewhere = [o for o in overrides if o.partition("=")[0] == "hydra/launcher"]
+        if not elsewhere or elsewhere[-1].endswith("=fused"):
+            task = _collecting(task, errors)
+        self._launch(task, overrides, multirun)
+        return errors
+
+    def _launch(self, task: Task, overrides: Sequence[str], multirun: bool) -> None:
         arguments = [*self.config_flags, *(["-m"] if multirun else []), *overrides]
         GlobalHydra.instance().clear()
         full = os.environ.get("HYDRA_FULL_ERROR")
@@ -115,9 +135,35 @@ class CommandLine:
                 os.environ["HYDRA_FULL_ERROR"] = full
 
 
+def _collecting(task: Task, errors: list[Exception]) -> Task:
+    """``task``, which keeps what it raises in ``errors``."""
+
+    def collecting(config: DictConfig) -> Any:
+        try:
+            return task(config)
+        except Exception as error:
+            errors.append(error)
+            return None
+
+    many = getattr(task, "many", None)
+    if many is not None:
+
+        def collecting_many(configs: Sequence[DictConfig]) -> list[Any]:
+            outcomes = many(configs)
+            failed = [o for o in outcomes if isinstance(o, Exception)]
+            errors.extend(failed)
+            return [None if isinstance(o, Exception) else o for o in outcomes]
+
+        collecting.many = collecting_many  # type: ignore[attr-defined]
+    return collecting
+
+
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Overrides as Hydra understands them."""
-    return OverridesParser.create().parse_overrides(list(overrides))
+    instance = GlobalHydra.instance()
+    # The loader knows the options of a group, which `glob` asks for.
+    loader = instance.config_loader() if instance.is_initialized() else None
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import traceback
@@ -17,17 +18,26 @@ def reported(job: Callable[[], int | None]) -> int:
     """Run ``job``; print what goes wrong.
 
     Returns:
-        0, or what the job returned; 1 for an error of ours or of the configuration; 130 for Ctrl-C.
+        0, or what the job returned; 1 for an error of ours or of the configuration; 130 where a
+        signal asked for the end.
         Anything else is a defect of reseed, and is shown with its traceback.
     """
     try:
         return job() or 0
     except ReseedError as error:
         return _say(str(error))
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (HydraException, OmegaConfBaseException) as error:
         return _say(_in_our_words(error))
-    except KeyboardInterrupt:
-        return _say("interrupted; what was saved stands, the same command goes on") and 130
+    except OSError as error:
+        return _say(f"cannot read or write {error.filename}: {error.strerror}")
+    except MemoryError as error:
+        return _say(f"not enough memory: {error}")
+    except KeyboardInterrupt as stop:
+        _say(str(stop) or "interrupted; what was saved stands, and the same command goes on")
+        return 130
     except Exception:
         traceback.print_exc()
         return _say("this is a defect of reseed: please report it with the traceback above")

@@ -25,7 +25,8 @@ _GROUPS = {
     "sae": SAEConfig,
     "training": TrainingConfig,
 }
-_ROOT = (*_GROUPS, "layer", "seed", "runtime", "comparison")
+_REQUIRED = (*_GROUPS, "layer", "seed", "runtime")
+_ROOT = (*_REQUIRED, "comparison")
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfi
     for key in values:
         if key not in _ROOT:
             raise ConfigError(f"there is no key {{key}}.{nearest(key, _ROOT)}", key)
+    for key in _REQUIRED:
+        if key not in values:
+            raise ConfigError("{key} is required, and was removed", key)
     parts = {group: build(values[group], group, base) for group, base in _GROUPS.items()}
     scalars = {key: values[key] for key in ("layer", "seed")}
     runtime = build(values["runtime"], "runtime", RuntimeConfig)
@@ -80,8 +84,8 @@ def check_jobs(
         )
     found: list[Job] = []
     runtime: RuntimeConfig | None = None
-    each = expand(overrides) if multirun else [list(overrides)]
     with line.composer() as composed:
+        each = expand(overrides) if multirun else [list(overrides)]
         for job in each:
             try:
                 resolved, runtime = resolved_from(composed(job))

@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    # Idle OpenMP threads that spin cost more than they save, above all on a shared machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that spin for long while idle make a shared machine crawl; ones that sleep at
+    # once make a quiet one slow (measured: benchmarks/README.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     module = import_module(f"reseed.cli.{command}")
     sys.exit(module.main(arguments[1:]))

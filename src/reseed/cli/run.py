@@ -20,7 +20,6 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     from reseed.cli.plan import make_plan
 
     plan = make_plan(line)
-    plan.sweep.write_manifest(plan.jobs, plan.store, plan.axes)
+    plan.write()
     status = train.train_jobs(line, plan.overrides, plan.jobs, plan.runtime, plan.sweep)
-    compare.compare_plan(line, plan)
-    return status
+    return max(status, compare.compare_plan(line, plan))

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from reseed.cli.app import CommandLine
 from reseed.cli.errors import reported
-
-if TYPE_CHECKING:
-    from reseed.runs import Run
 
 
 def task(config: DictConfig) -> None:
@@ -33,20 +29,10 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _state(run: Run) -> str:
-    from reseed.runs import RunError
-
-    try:
-        return run.status
-    except RunError:
-        return "damaged"
-
-
 def print_status(outputs: Path, sweeps: Path) -> None:
     """Two tables: runs with their state and held-out measures; sweeps with how far they are."""
     from rich.table import Table
 
-    from reseed.config import ReseedError
     from reseed.console import console, say
     from reseed.runs import RunStore
     from reseed.sweeps import Sweep
@@ -54,20 +40,20 @@ def print_status(outputs: Path, sweeps: Path) -> None:
     table = Table(title=f"runs in {outputs}/", title_justify="left", box=None, pad_edge=False)
     for name in ("run", "status", "tokens", "FVU", "L0", "dead"):
         table.add_column(name, justify="left" if name in ("run", "status") else "right",
-                         overflow="fold")  # fmt: skip
+                         no_wrap=not console().is_terminal, overflow="fold")  # fmt: skip
     runs = RunStore(outputs).runs()
     errors: list[str] = []
     for run in runs:
-        try:
-            status, record = run.status, run.record
-        except ReseedError as error:
-            errors.append(str(error))
-            table.add_row(run.id, "damaged")
+        status = run.status
+        if status == "damaged":
+            table.add_row(run.id, status)
             continue
+        record = run.record
         cells = [""] * 3
         if status == "finished":
             m = run.metrics
-            cells = [f"{m['fvu']:.3f}", f"{m['l0']:.1f}", f"{m['dead_fraction']:.1%}"]
+            shown = ((m["fvu"], ".3f"), (m["l0"], ".1f"), (m["dead_fraction"], ".1%"))
+            cells = ["-" if value is None else format(value, how) for value, how in shown]
         elif status == "failed":
             errors.append(f"{run.id}: {record['error']['message']}")
         table.add_row(run.id, status, f"{record['tokens']:,}", *cells)
@@ -80,7 +66,7 @@ def print_status(outputs: Path, sweeps: Path) -> None:
     folders = sorted(p.parent for p in sweeps.glob("*/manifest.jsonl"))
     for folder in folders:
         found = {run.path: run for run in Sweep(folder).runs()}
-        counts = Counter(_state(run) for run in found.values())
+        counts = Counter(run.status for run in found.values())
         listed = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
         tables = "summary.md" if (folder / "summary.md").is_file() else "not compared"
         say(f"{folder}/: {listed}; {tables}")

@@ -82,7 +82,7 @@ def train_jobs(
         the exit status: 1 where a run failed.
     """
     from reseed.console import say
-    from reseed.runs import Interrupted, RunStore
+    from reseed.runs import RunStore
 
     store = RunStore(runtime.outputs)
     runs = {job.resolved.signature: job.resolved.run(store) for job in jobs}
@@ -93,17 +93,16 @@ def train_jobs(
         if done:
             say(f"{len(done)} of {_count(len(runs))} already finished")
         own = [override("hydra.sweep.dir", sweep.path)] if sweep else []
+        before = {run.id: run.failure for run in runs.values()}
         try:
             line.launch(task, [*overrides, *own], multirun=sweep is not None)
-        except Interrupted:
-            raise
-        except Exception as error:
+        except Exception:
             # Failed runs have recorded why, and are told of below; anything else is not theirs.
-            if not any(run.status == "failed" for run in runs.values()):
-                raise error
+            if before == {run.id: run.failure for run in runs.values()}:
+                raise
     failed = [run for run in runs.values() if not run.finished]
     for run in failed:
-        error = run.record["error"] if run.exists else None
+        error = run.failure
         say(f"{run.status}: {run.id}: {error['message'] if error else 'not trained'}")
         if error:
             say(f"  the traceback is in {run.path / 'run.json'}")

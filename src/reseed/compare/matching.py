@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
+from reseed.config import ConfigError
+
 MAX_LATENTS = 32_768
 """Largest side of a matching: the dense solver needs n·m·8 bytes (8.6 GB here) and cubic time."""
 
@@ -83,6 +85,20 @@ def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
     rows = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+
+
+def check_width(num_latents: int) -> None:
+    """Refuse a comparison that could not be matched, before its SAEs are trained.
+
+    Raises:
+        ConfigError: more than `MAX_LATENTS`.
+    """
+    if num_latents > MAX_LATENTS:
+        raise ConfigError(
+            f"{{key}} must not exceed {MAX_LATENTS:,} in a comparison: the matching needs a dense "
+            f"matrix; got {num_latents:,}",
+            "sae.num_latents",
+        )
 
 
 def check_memory(n: int, m: int) -> None:

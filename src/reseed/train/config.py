@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from reseed.config import Config, ConfigError, setting
@@ -103,4 +104,9 @@ class RuntimeConfig(Config, family="runtime"):
             if logger not in ("tensorboard", "wandb"):
                 raise ConfigError(
                     f"{{key}} may hold tensorboard and wandb; got {logger!r}", "loggers"
+                )
+            if find_spec(logger) is None:
+                raise ConfigError(
+                    f"{{key}}: {logger} is not installed (pip install 'reseed[{logger}]')",
+                    "loggers",
                 )

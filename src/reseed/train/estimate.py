@@ -45,8 +45,9 @@ def cost(group: Sequence[Resolved], model: LanguageModel) -> tuple[float, float,
     """Floating-point operations, bytes and SAE parameters of a group.
 
     Counted are the products: 2·P per token for the P weights of the model up to the deepest
-    hookpoint, and those of each SAE's step; then 12 operations per weight for Adam. Bytes: weights, gradients
-    and two moments in float32, the model, a chunk with its permuted copy, a batch's work space.
+    hookpoint, and those of each SAE's step; then 12 operations per weight for Adam. Bytes:
+    weights, gradients and two moments in float32, the model, a chunk with its permuted copy, a
+    batch's work space.
     """
     first = group[0].experiment
     tokens = max(r.experiment.training.steps for r in group) * first.training.batch_size

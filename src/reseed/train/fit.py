@@ -27,7 +27,7 @@ from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder
 from reseed.train.config import RuntimeConfig
 from reseed.train.data import ActivationData
 from reseed.train.estimate import announce
-from reseed.train.member import Member
+from reseed.train.member import Member, NotFiniteError
 from reseed.train.module import GroupModule
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def fit_group(
         run.begin(resolved.record() | {"group": [r.signature for r in group]})
     try:
         return _fit(group, runs, runtime, clock)
-    except (Interrupted, KeyboardInterrupt):
+    except KeyboardInterrupt:
         for run in runs:
             if run.record["status"] == "running":
                 run.update(status="interrupted")
@@ -92,6 +92,8 @@ def _fit(
     training_s = seconds_since(started)
 
     started = time.perf_counter()
+    for member in members:
+        _check(member)
     sound = [m for m in members if m.error is None]
     measured = _measure(sound, model, held_out_store, first)
     timings = {"training_s": training_s, "held_out_s": seconds_since(started)}
@@ -99,7 +101,8 @@ def _fit(
     for member, resolved, run in zip(members, group, runs, strict=True):
         if member.error is not None:
             failures[run.id] = member.error
-            run.fail(member.error, failed_at_step=member.step)
+            step = getattr(member.error, "step", member.step)
+            run.fail(member.error, failed_at_step=step)
             continue
         _record(member, resolved, run, measured[member.id], timings | {"group_runs": len(group)})
     say(f"  {len(sound)} of {len(group)} runs finished in {seconds_since(clock):,.1f} s")
@@ -170,6 +173,14 @@ def _measure(
     return measure({m.id: (m.hookpoint, m.sae.folded(m.scale)) for m in members}, chunks)
 
 
+def _check(member: Member) -> None:
+    if member.error is None:
+        try:
+            member.check_weights()
+        except NotFiniteError as error:
+            member.error = error
+
+
 def _record(
     member: Member,
     resolved: Resolved,
@@ -202,7 +213,7 @@ def _record(
     atomic_write(run.path / "latents.safetensors", lambda path: save_file(latents, path))
     member.write_curve(run.path)
     metrics = measured.metrics() | {"dead_fraction": float(member.dead.double().mean())}
-    run.finish(metrics, timings=timings | {"seconds": round(member.seconds, 3)})
+    run.finish(metrics, timings=timings | {"seconds": member.curve[-1]["seconds"]})
 
 
 def _check_length(stream: ActivationStream, batch_size: int, group: Sequence[Resolved]) -> None:
@@ -223,14 +234,10 @@ def _loggers(runtime: RuntimeConfig) -> list[Any]:
     from lightning.pytorch import loggers
 
     made: list[Any] = []
-    try:
-        if "tensorboard" in runtime.loggers:
-            made.append(loggers.TensorBoardLogger(Path(runtime.outputs) / "tensorboard", name=""))
-        if "wandb" in runtime.loggers:
-            made.append(loggers.WandbLogger(project="reseed", save_dir=runtime.outputs))
-    except ModuleNotFoundError as error:
-        names = " ".join(f"reseed[{name}]" for name in runtime.loggers)
-        raise ReseedError(f"runtime.loggers needs a package: pip install {names}") from error
+    if "tensorboard" in runtime.loggers:
+        made.append(loggers.TensorBoardLogger(Path(runtime.outputs) / "tensorboard", name=""))
+    if "wandb" in runtime.loggers:
+        made.append(loggers.WandbLogger(project="reseed", save_dir=runtime.outputs))
     return made
 
 

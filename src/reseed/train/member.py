@@ -21,7 +21,16 @@ from reseed.train.optim import SAEAdam, learning_rate
 
 
 class NotFiniteError(ReseedError, ArithmeticError):
-    """The loss of a run became NaN or infinite."""
+    """A run diverged: its loss, weights or measures are NaN or infinite.
+
+    Args:
+        what: which of them.
+        step: the first step at which that was so.
+    """
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"{what} not finite at step {step}")
+        self.step = step
 
 
 @dataclass
@@ -129,6 +138,11 @@ class Member:
         self._count(x, loss)
         self.step += 1
 
+    def check_weights(self) -> None:
+        """Raise `NotFiniteError` where the last update spoilt the weights."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.sae.parameters()):
+            raise NotFiniteError("the weights are", self.step)
+
     def log(self, seconds: float) -> dict[str, float]:
         """Close a row of the curve: means since the last one.
 
@@ -137,7 +151,7 @@ class Member:
         """
         bad = int(self._first_bad)
         if bad >= 0:
-            raise NotFiniteError(f"the loss is not finite at step {bad}")
+            raise NotFiniteError("the loss is", bad)
         steps, sums = self._tally.drain()
         step = Step(max(self.step - 1, 0), self.training.steps)
         row = {

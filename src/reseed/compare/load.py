@@ -1,0 +1,59 @@
+"""From runs of the store to what is compared: their trained and their untrained selves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from reseed.compare.dictionary import Dictionary
+from reseed.runs import Run
+
+
+def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
+    """A finished run, and the same with the weights that it started from.
+
+    Args:
+        run: the run.
+        value: its value of the axis that pairs up.
+    """
+    record, metrics, latents, sae = run.record, run.metrics, run.latents(), run.sae()
+    trained = Dictionary(
+        id=run.id,
+        seed=value,
+        encoder=sae.W_enc.detach().numpy(),
+        decoder=sae.W_dec.detach().numpy(),
+        firing=latents["firing"],
+        held_out_tokens=metrics["tokens"],
+        dead=latents["tokens_since_fired"] >= record["dead_after_tokens"],
+        metrics={name: metrics[name] for name in ("fvu", "l0", "cosine", "dead_fraction")},
+    )
+    start = run.initial_sae()
+    rows = {"encoder": start.W_enc.detach().numpy(), "decoder": start.W_dec.detach().numpy()}
+    return trained, replace(trained, **rows)
+
+
+def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
+    """What tells a cell apart, by the names of the command line; values that differ joined by |."""
+    rows = [_knobs(run.record) for run in runs]
+    out = {}
+    for name in rows[0]:
+        values = list(dict.fromkeys(row[name] for row in rows))
+        out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
+    out |= {axis: value for axis, value in axes.items() if axis not in out}
+    out.pop("sae.num_latents", None)  # it stands there as num_latents
+    return out
+
+
+def _knobs(record: dict[str, Any]) -> dict[str, Any]:
+    e = record["experiment"]
+    return {
+        "model": record["labels"]["model"],
+        "layer": e["layer"],
+        "hookpoint": e["hookpoint"]["module"] or e["hookpoint"]["site"],
+        "dataset": record["labels"]["dataset"],
+        "sae": e["sae"]["type"],
+        "num_latents": record["num_latents"],
+        "sparsity": record["sparsity"],
+        "tokens": record["tokens"],
+        "training": e["training"]["recipe"],
+    }
