@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 from reseed.atomic import atomic_write
 from reseed.compare.cell import CellResult
 from reseed.compare.stability import fit_power_law
-from reseed.report.wording import Cell, label, varying
+from reseed.report.wording import Cell, label, paired, varying
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -108,7 +108,9 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
     axes.grid(axis="x", color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)
     knobs, settings = varying(cells), cells[0][1].settings
-    axes.set_xlabel(f"fraction of latents shared with another seed, both cosines ≥ {_tau(cells)}")
+    axes.set_xlabel(
+        f"fraction of latents shared with another {paired(cells, False)}, both cosines ≥ {_tau(cells)}"
+    )
     axes.set_ylabel(", ".join(knobs))
     interval = f"mean over pairs, {settings.confidence:.0%} interval over {_seeds(cells)}"
     _legend_below(figure, [
@@ -192,8 +194,8 @@ def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
     axes.set_ylim(-0.02, 1.02)
     axes.grid(axis="y", color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)
-    axes.set_xlabel(f"number of seeds k, of {_seeds(cells)}")
-    axes.set_ylabel("fraction in one of k seeds only")
+    axes.set_xlabel(f"number k of {paired(cells)}, of {_seeds(cells)}")
+    axes.set_ylabel(f"fraction in one of k {paired(cells)} only")
     if any(fit_power_law(cell.u) for _, cell in cells):
         axes.set_title("lines: a·k$^{-b}$ + c fitted, limit c")
 
@@ -280,4 +282,4 @@ def _tau(cells: Sequence[Cell]) -> str:
 
 def _seeds(cells: Sequence[Cell]) -> str:
     counts = sorted({cell.n_seeds for _, cell in cells})
-    return f"n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") + " seeds"
+    return f"n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") + f" {paired(cells)}"

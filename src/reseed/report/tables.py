@@ -18,7 +18,7 @@ from rich.text import Text
 
 from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
-from reseed.report.wording import Cell, Wording, details, label, notes, profiles, summary
+from reseed.report.wording import Cell, Wording, details, label, notes, paired, profiles, summary
 
 SUMMARY_COLUMNS = (
     "n_seeds",
@@ -141,7 +141,12 @@ def summary_markdown(cells: Sequence[Cell]) -> str:
     """``summary.md``: the summary of the terminal, then details, profiles and runs."""
     first = summary(cells)
     parts = ["# Summary", first.caption, _markdown(first), "## More measures"]
-    parts += [_markdown(details(cells)), "## Over seeds", _markdown(profiles(cells)), "## Runs"]
+    parts += [
+        _markdown(details(cells)),
+        f"## Over {paired(cells)}",
+        _markdown(profiles(cells)),
+        "## Runs",
+    ]
     for knobs, cell in cells:
         runs = ", ".join(f"`{run}`" for run in cell.runs["run"])
         parts.append(f"- {label(cells, knobs)}: {runs}")

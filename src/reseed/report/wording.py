@@ -44,10 +44,18 @@ class Wording:
     footnotes: tuple[str, ...]
 
 
+def paired(cells: Sequence[Cell], plural: bool = True) -> str:
+    """What the pairs differ in, in words: seeds, or the values of another axis."""
+    axis = cells[0][1].settings.pair_by
+    if axis == "seed":
+        return "seeds" if plural else "seed"
+    return f"{'values' if plural else 'value'} of {axis}"
+
+
 def summary(cells: Sequence[Cell]) -> Wording:
     """The table that a person reads first."""
     knobs = varying(cells)
-    seeds = ("seeds",) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
+    seeds = (paired(cells),) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
     header = (
         *knobs,
         *seeds,
@@ -77,7 +85,7 @@ def details(cells: Sequence[Cell]) -> Wording:
         "shared, dec": "shared_fraction_decoder",
         "shared, not dead": "shared_fraction_not_dead",
     }
-    header = (*knobs, "seeds", *measures, "shared, untrained", "κ", "ceiling, live")
+    header = (*knobs, paired(cells), *measures, "shared, untrained", "κ", "ceiling, live")
     rows = tuple(
         (
             *_knob_values(knobs, k),
@@ -108,8 +116,8 @@ def profiles(cells: Sequence[Cell]) -> Wording:
         (*_knob_values(knobs, k), *_padded(cell.p, n), *_padded(cell.u, n - 1)) for k, cell in cells
     )
     footnotes = (
-        "**p_m**: fraction of latents shared with exactly m of the other seeds. **u_k**: fraction "
-        "that k−1 other seeds, drawn at random, all lack.",
+        f"**p_m**: fraction of latents shared with exactly m of the other {paired(cells)}. "
+        f"**u_k**: fraction that k−1 other {paired(cells)}, drawn at random, all lack.",
     )
     return Wording(header, rows, len(knobs), "", footnotes)
 
@@ -191,19 +199,25 @@ def _caption(cells: Sequence[Cell]) -> str:
     sizes = [f"{_range(cells, lambda c: c.num_latents)} latents"]
     if any(name.endswith("num_latents") for name in cells[0][0]):
         sizes = []
-    seeds = f"{_range(cells, lambda c: c.n_seeds)} seeds"
+    seeds = f"{_range(cells, lambda c: c.n_seeds)} {paired(cells)}"
     return " · ".join([*constant, *sizes, seeds])
 
 
 def _legend(cells: Sequence[Cell]) -> list[str]:
-    settings, seeds = cells[0][1].settings, _range(cells, lambda c: c.n_seeds)
+    settings, count = cells[0][1].settings, _range(cells, lambda c: c.n_seeds)
+    one = paired(cells, plural=False)
+    interval = (
+        f", with the {settings.confidence:.0%} interval over {paired(cells)} (leave one {one} out, "
+        "t on the logit scale)."
+    )
+    if max(cell.n_seeds for _, cell in cells) < 3:
+        interval = "."
     pairs = _range(cells, lambda c: len(c.pairs))
     tokens = _range(cells, lambda c: c.held_out_tokens)
     return [
         "**shared**: the exact matchings by encoder and by decoder give the latent the same "
         f"partner, and both cosines are at least {settings.threshold:g} (Paulo & Belrose). Mean "
-        f"over the {pairs} pairs of n = {seeds} seeds, with the {settings.confidence:.0%} interval "
-        "over seeds (leave one seed out, t on the logit scale).",
+        f"over the {pairs} pairs of n = {count} {paired(cells)}{interval}",
         f"**live**: counted over latents that fire at least {settings.live_at_least} times in "
         f"{tokens} held-out tokens, both partners live. **dec**: the cosine of the decoder's own "
         "match reaches the threshold; the encoder is not asked.",
