@@ -42,7 +42,7 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
     write_tables(cells, sweep.path)
     write_figures(cells, sweep.path)
-    print_summary(cells)
+    print_summary(cells, title=settings.name)
     say(f"{sweep.path}/: summary.md, summary.csv, pairs.csv, latents.parquet, figures (png, svg)")
     return not lacking
 

@@ -108,8 +108,9 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
     axes.grid(axis="x", color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)
     knobs, settings = varying(cells), cells[0][1].settings
+    other = paired(cells, plural=False)
     axes.set_xlabel(
-        f"fraction of latents shared with another {paired(cells, False)}, both cosines ≥ {_tau(cells)}"
+        f"fraction of latents shared with another {other}, both cosines ≥ {_tau(cells)}"
     )
     axes.set_ylabel(", ".join(knobs))
     interval = f"mean over pairs, {settings.confidence:.0%} interval over {_seeds(cells)}"

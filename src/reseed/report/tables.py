@@ -167,10 +167,9 @@ def print_summary(
     cells: Sequence[Cell],
     *,
     title: str = "",
-    folder: Path | str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print the summary table, its footnotes and the folder's name.
+    """Print the summary table and its footnotes.
 
     On a terminal it fits the window, cells as paragraphs where that is too narrow for a table. Into
     a file or pipe it is as wide as it has to be, without colour, so that nothing is cut off.
@@ -187,8 +186,6 @@ def print_summary(
     console.print(table if needed.minimum <= console.width else _paragraphs(words))
     for note in words.footnotes:
         console.print(_rich(note), width=min(console.width, 100), style="dim")
-    if folder is not None:
-        console.print(Text(f"\n{folder}"), soft_wrap=True)
 
 
 def _table(words: Wording) -> Table:

@@ -23,15 +23,16 @@ def announce(group: Sequence[Resolved], model: LanguageModel, device: torch.devi
     """Say what will be trained, and about how long and how much memory it takes."""
     flops, memory, parameters = cost(group, model)
     seconds = flops / (_STEP_EFFICIENCY * product_speed(device))
-    e = group[0].experiment
-    tokens = max(r.experiment.training.steps * e.training.batch_size for r in group)
+    budgets = sorted({r.tokens for r in group})
+    tokens = " to ".join(f"{budget:,}" for budget in dict.fromkeys((budgets[0], budgets[-1])))
+    recipes = ", ".join(sorted({r.experiment.training.recipe for r in group}))
     kinds = ", ".join(sorted({_kind(r) for r in group}))
     hooks = ", ".join(sorted({str(r.experiment.hook) for r in group}))
     plural = "s" if len(group) > 1 else ""
     say(
         f"training {len(group)} SAE{plural} ({kinds}) on {group[0].model.label} {hooks}, "
         f"text {group[0].text.label}\n"
-        f"  recipe {e.training.recipe}: {tokens:,} tokens each, {parameters:,} parameters in all\n"
+        f"  recipe {recipes}: {tokens} tokens each, {parameters:,} parameters in all\n"
         f"  on {device.type}, about {_duration(seconds)} and {memory / 2**30:.1f} GiB"
     )
 
