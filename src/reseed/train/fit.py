@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
-from reseed.activations.chunks import ActivationStream, held_out_chunks
+from reseed.activations.chunks import ActivationStream, held_out_chunks, held_out_packing
 from reseed.activations.language_model import LanguageModel
+from reseed.activations.tokens import TokenStore
 from reseed.atomic import atomic_write
 from reseed.config import ConfigError, ReseedError
 from reseed.console import say
@@ -78,7 +79,7 @@ def _fit(
         model, train_store, first.experiment.dataset, [r.experiment.hook for r in group]
     )
     batch_size = first.experiment.training.batch_size
-    _check_length(stream, batch_size, group)
+    _check_length(stream, held_out_store, batch_size, group)
     announce(group, model, device)
 
     members = [_member(r, run, stream, device) for r, run in zip(group, runs, strict=True)]
@@ -216,8 +217,18 @@ def _record(
     run.finish(metrics, timings=timings | {"seconds": member.curve[-1]["seconds"]})
 
 
-def _check_length(stream: ActivationStream, batch_size: int, group: Sequence[Resolved]) -> None:
+def _check_length(
+    stream: ActivationStream, held_out: TokenStore, batch_size: int, group: Sequence[Resolved]
+) -> None:
     """Streamed texts show their length only now."""
+    wanted = stream.config.held_out_tokens
+    measured = held_out_packing(held_out, stream.config).num_activations
+    if measured < wanted:
+        raise ConfigError(
+            f"{{key}} (={wanted:,}) must not exceed the activations of the held-out documents: "
+            f"{measured:,}",
+            "dataset.held_out_tokens",
+        )
     there = stream.num_batches(batch_size)
     for resolved in group:
         steps = resolved.experiment.training.steps
