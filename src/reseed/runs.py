@@ -289,13 +289,16 @@ def _git_commit() -> str | None:
     here = Path(__file__).parent
     try:
         arguments = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        # An installation may lie in somebody else's repository, whose commit says nothing of us.
+        tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, check=True, **arguments)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **arguments).stdout
-        tracked = subprocess.run(
+        changed = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"], check=True, **arguments
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.strip() + ("+" if tracked.strip() else "")
+    return commit.strip() + ("+" if changed.strip() else "")
 
 
 def _now() -> str:
