@@ -1,3 +1,4 @@
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 
@@ -47,7 +48,11 @@ def test_three_figures_as_png_and_svg(cells, tmp_path):
             ET.parse(path)
         else:
             assert path.read_bytes().startswith(b"\x89PNG")
-    assert "matplotlib.pyplot" not in sys.modules, "pyplot would look for a display"
+
+
+def test_no_display_is_looked_for():
+    code = "import sys, reseed.report.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_same_cells_give_the_same_svg(cells, tmp_path):
