@@ -22,6 +22,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 quickstart: env ## train 2 architectures x 3 seeds on the embedded model, compare, print the table
 	$(BIN)/reseed run comparison=quickstart
+	@echo "go on: source $(VENV)/bin/activate; reseed --help"
 
 test: env ## the tests, without the slow ones
 	$(PYTEST) -m 'not slow'

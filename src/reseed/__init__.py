@@ -15,6 +15,10 @@ _LAZY = {"load_sae": "reseed.sae.checkpoint", "load_run": "reseed.runs"}
 __all__ = ["__version__", "load_run", "load_sae"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)

@@ -113,7 +113,8 @@ class Resolved:
     def label(self) -> str:
         """Readable part of the folder's name."""
         e = self.experiment
-        what = (self.model.label, e.hook, self.text.label, e.sae.name, self.num_latents)
+        sparsity = e.sae.sparsity.replace("=", "").replace("λ", "l")
+        what = (self.model.label, e.hook, self.text.label, e.sae.name, self.num_latents, sparsity)
         return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, f"seed{e.seed}"))))
 
     def run(self, store: RunStore) -> Run:

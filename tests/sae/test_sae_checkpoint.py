@@ -62,9 +62,12 @@ def test_files_and_their_contents(saved):
     assert description["metadata"] == {"seed": 3}
 
 
-def test_a_loaded_sae_can_be_trained_and_saved_over(saved):
+def test_a_loaded_sae_is_for_reading_until_somebody_says_otherwise(saved):
     sae = load_sae(saved)
-    assert all(p.requires_grad and p.is_leaf for p in sae.parameters())
+    assert sae.W_enc.numpy().shape == (32, 6)
+    assert not sae(torch.zeros(2, 6)).reconstruction.requires_grad
+    sae.requires_grad_(True)
+    assert all(p.is_leaf for p in sae.parameters())
     save_sae(sae, saved)
 
 

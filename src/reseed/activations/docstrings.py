@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from reseed.activations import docstring_prose
+from reseed.console import say
 
 EXTRACTOR_VERSION = 1
 """Raise it with every change that alters the documents: it is part of the cache's name."""
@@ -102,6 +103,7 @@ def docstring_documents(cache_dir: Path) -> list[str]:
     path = cache_dir / f"docstrings-{_installation_digest()}.json"
     if path.exists():
         return json.loads(path.read_text(encoding="utf-8"))
+    say("reading the docstrings of the installed packages (once, about half a minute)")
     files = [file for package in PACKAGES for file in source_files(package_root(package))]
     documents = unique_documents(_read_in_processes(files))
     cache_dir.mkdir(parents=True, exist_ok=True)

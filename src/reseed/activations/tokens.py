@@ -25,6 +25,7 @@ from jaxtyping import Bool, Int
 
 from reseed.activations.text import DatasetConfig, ResolvedText
 from reseed.atomic import atomic_write, atomic_write_json
+from reseed.console import say
 
 _VERSION = 1
 """Raised when the same text would give other tokens."""
@@ -214,6 +215,7 @@ def _tokenised(
     folder = text.cache / "tokens" / name
     if (folder / "store.json").is_file():
         return folder
+    say(f"tokenising {text.label} (once)")
     folder.mkdir(parents=True, exist_ok=True)
     special, fraction = special_ids(tokenizer), text.config.held_out_fraction
     with ExitStack() as stack:

@@ -36,7 +36,8 @@ def reported(job: Callable[[], int | None]) -> int:
     except MemoryError as error:
         return _say(f"not enough memory: {error}")
     except KeyboardInterrupt as stop:
-        _say(str(stop) or "interrupted; what was saved stands, and the same command goes on")
+        what = str(stop) or "interrupted; what was saved stands, and the same command goes on"
+        print(what, file=sys.stderr)
         return 130
     except Exception:
         traceback.print_exc()

@@ -31,7 +31,7 @@ Every other key can be overridden too: `reseed train --cfg job` shows them all.
 
   reseed run comparison=quickstart
   reseed train model=pythia-160m layer=6 dataset=pile sae=topk seed=0
-  reseed train -m layer=3,6,9 sae=topk,relu seed=0,1,2
+  reseed train -m layer=0,1,2,3 sae=topk,relu seed=0,1,2
   reseed run comparison=seeds model=path model.path=FOLDER \\
              dataset=text_files dataset.path=FILE sae=topk,relu seed=0,1,2
 

@@ -39,9 +39,11 @@ def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
     for name in rows[0]:
         values = list(dict.fromkeys(row[name] for row in rows))
         out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
-    out |= {axis: value for axis, value in axes.items() if axis not in out}
-    out.pop("sae.num_latents", None)  # it stands there as num_latents
-    return out
+    # An axis that stands there under another name already is not shown twice.
+    told = {"sae.num_latents", "training.tokens"}
+    amount = str(out["sparsity"]).partition("=")[2]
+    told |= {axis for axis, value in axes.items() if axis.startswith("sae.") and value == amount}
+    return out | {axis: v for axis, v in axes.items() if axis not in told and axis not in out}
 
 
 def _knobs(record: dict[str, Any]) -> dict[str, Any]:

@@ -121,12 +121,21 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
     words = {name: _one_type([knobs.get(name) for knobs, _ in cells]) for name in names}
     tables = []
     for i, (_, cell) in enumerate(cells):
-        table = cell.latents
+        table = _with_numbers(cell.latents, "seed")
         for position, name in enumerate(names):
             column = pa.repeat(pa.scalar(words[name][i], words[name].type), len(table))
             table = table.add_column(position, name, column)
         tables.append(table)
     return pa.concat_tables(tables)
+
+
+def _with_numbers(table: pa.Table, name: str) -> pa.Table:
+    """The table with a column of words as integers, where they all are."""
+    words = table[name].to_pylist()
+    if not all(word.isdigit() for word in words):
+        return table
+    numbers = pa.array([int(word) for word in words])
+    return table.set_column(table.schema.get_field_index(name), name, numbers)
 
 
 def _one_type(values: list[Any]) -> pa.Array:

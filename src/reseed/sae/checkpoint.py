@@ -75,7 +75,8 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
         )
     # `assign` keeps the dtype that was saved, so that the round trip is exact.
     sae.load_state_dict(tensors, assign=True)
-    return sae.to(device)
+    # To be read: who trains it further says so.
+    return sae.to(device).requires_grad_(False)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -172,7 +172,8 @@ def _measures(members: list[Member]) -> str:
     rows = [member.curve[-1] for member in members if member.curve and member.error is None]
     if not rows:
         return ""
+    mean = f"mean of {len(rows)}: " if len(rows) > 1 else ""
     fvu, l0, dead = (
         sum(row[name] for row in rows) / len(rows) for name in ("fvu", "l0", "dead_fraction")
     )
-    return f" · FVU {fvu:.3f} · L0 {l0:.1f} · dead {dead:.0%}"
+    return f" · {mean}FVU {fvu:.3f} · L0 {l0:.1f} · dead {dead:.0%}"

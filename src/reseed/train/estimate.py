@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from reseed.activations.language_model import LanguageModel
     from reseed.experiment import Resolved
 
-_STEP_EFFICIENCY = 0.35
-"""Share of the speed of a plain product that a training step reaches (sparse parts, optimiser)."""
+_STEP_EFFICIENCY = 0.25
+"""Share of the speed of a plain product that model and training step reach (small products, sparse
+parts, optimiser): a rough figure, .2 to .4 in the runs of the README."""
 
 
 def announce(group: Sequence[Resolved], model: LanguageModel, device: torch.device) -> None:
