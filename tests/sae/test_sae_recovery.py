@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from reseed.sae.base import Step
+from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.train.optim import SAEAdam, learning_rate
@@ -11,6 +12,7 @@ from reseed.train.optim import SAEAdam, learning_rate
 CONFIGS = {
     "topk": TopKConfig(num_latents=64, k=4),
     "topk, multi": TopKConfig(num_latents=64, k=4, multi_topk=True),
+    "batch_topk": BatchTopKConfig(num_latents=64, k=4),
     "relu": ReLUConfig(num_latents=64, l1_coefficient=1.0),
     "relu, unit norm": ReLUConfig(
         num_latents=64,
