@@ -5,6 +5,7 @@ import torch
 
 from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
+from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
@@ -17,6 +18,7 @@ CONFIGS = {
     "jumprelu": JumpReLUConfig(
         num_latents=64, l0_coefficient=0.1, target_l0=4, threshold_init=0.1, bandwidth=0.1
     ),
+    "gated": GatedConfig(num_latents=64, l1_coefficient=1.0),
     "relu": ReLUConfig(num_latents=64, l1_coefficient=1.0),
     "relu, unit norm": ReLUConfig(
         num_latents=64,
