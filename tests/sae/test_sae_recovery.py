@@ -7,6 +7,7 @@ from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig
+from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.train.optim import SAEAdam, learning_rate
@@ -15,6 +16,7 @@ CONFIGS = {
     "topk": TopKConfig(num_latents=64, k=4),
     "topk, multi": TopKConfig(num_latents=64, k=4, multi_topk=True),
     "batch_topk": BatchTopKConfig(num_latents=64, k=4),
+    "matryoshka": MatryoshkaConfig(num_latents=64, k=4),
     "jumprelu": JumpReLUConfig(
         num_latents=64, l0_coefficient=0.1, target_l0=4, threshold_init=0.1, bandwidth=0.1
     ),
