@@ -71,6 +71,10 @@ def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("error: there is no command `trian`. Did you mean `train`?")
 
 
+ARCHITECTURES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "sae").glob("*.yaml"))
+LISTED = ", ".join(ARCHITECTURES)
+
+
 def test_completion_of_options() -> None:
     script = f"""
     reseed() {{ {sys.executable} -m reseed "$@"; }}
@@ -85,7 +89,8 @@ def test_completion_of_options() -> None:
     ask "reseed train training=st" 2
     """
     found = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert found.stdout.splitlines() == ["train", "sae=relu sae=topk", "training=standard"]
+    options = " ".join(f"sae={name}" for name in ARCHITECTURES)
+    assert found.stdout.splitlines() == ["train", options, "training=standard"]
 
 
 CASES = [
@@ -94,7 +99,7 @@ CASES = [
     (["+sae.kk=3"], "there is no key `sae.kk`. Did you mean `sae.k`?"),
     (["sae.k=4096"], "`sae.k` (=4096) must not exceed `num_latents` (=64)"),
     (["layer=99"], "`layer` must be from 0 to 2: tiny-llama has 3 layers; got 99"),
-    (["sae=topkk"], "`sae` has no option `topkk`. Did you mean `topk`? Options: relu, topk."),
+    (["sae=topkk"], f"`sae` has no option `topkk`. Did you mean `topk`? Options: {LISTED}."),
     (["lyer=1"], "there is no key `lyer`. Did you mean `layer`?"),
     (["dataset.path=no.txt"], "`dataset.path` must be an existing file or folder; got no.txt"),
     (["dataset.path=empty.txt"], "`dataset.path`: the text in empty.txt is empty"),

@@ -4,6 +4,10 @@ import pytest
 import torch
 
 from reseed.sae.base import Step
+from reseed.sae.batch_topk import BatchTopKConfig
+from reseed.sae.gated import GatedConfig
+from reseed.sae.jumprelu import JumpReLUConfig
+from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.train.optim import SAEAdam, learning_rate
@@ -11,6 +15,12 @@ from reseed.train.optim import SAEAdam, learning_rate
 CONFIGS = {
     "topk": TopKConfig(num_latents=64, k=4),
     "topk, multi": TopKConfig(num_latents=64, k=4, multi_topk=True),
+    "batch_topk": BatchTopKConfig(num_latents=64, k=4),
+    "matryoshka": MatryoshkaConfig(num_latents=64, k=4),
+    "jumprelu": JumpReLUConfig(
+        num_latents=64, l0_coefficient=0.1, target_l0=4, threshold_init=0.1, bandwidth=0.1
+    ),
+    "gated": GatedConfig(num_latents=64, l1_coefficient=1.0),
     "relu": ReLUConfig(num_latents=64, l1_coefficient=1.0),
     "relu, unit norm": ReLUConfig(
         num_latents=64,

@@ -26,7 +26,7 @@ usage: reseed COMMAND [KEY=VALUE ...] [-m]
 
 The five knobs:
   model=embedded|path|pythia-160m|...   layer=2   dataset=docstrings|text_files|pile|...
-  sae=topk|relu   seed=0
+  sae=topk|batch_topk|matryoshka|jumprelu|gated|relu   seed=0
 Every other key can be overridden too: `reseed train --cfg job` shows them all.
 
   reseed run comparison=quickstart

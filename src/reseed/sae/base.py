@@ -8,6 +8,7 @@ row per latent.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -134,10 +135,13 @@ class SAE(nn.Module, ABC):
     """A sparse autoencoder. Subclasses are final.
 
     Attributes:
-        homogeneous: names of the parameters in units of the activations, which `folded` rescales.
+        homogeneous: names of the parameters and buffers in units of the activations, which
+            `folded` rescales.
+        logarithmic: names of those that hold the logarithm of such a number.
     """
 
     homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
+    logarithmic: ClassVar[tuple[str, ...]] = ()
 
     W_enc: Float[nn.Parameter, "num_latents d_in"]
     b_enc: Float[nn.Parameter, " num_latents"]
@@ -196,6 +200,8 @@ class SAE(nn.Module, ABC):
         sae = copy.deepcopy(self)
         for name in self.homogeneous:
             getattr(sae, name).div_(scale)
+        for name in self.logarithmic:
+            getattr(sae, name).sub_(math.log(scale))
         return sae
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Which k latents are the largest, for every token, without a [B, F] tensor in float32."""
+"""Which latents are the largest, for every token or in the batch, without a [B, F] tensor."""
 
 from __future__ import annotations
 
@@ -34,3 +34,63 @@ def select(
         block = slice(start, start + size)
         values[block], indices[block] = largest(product(rows[block]), k, descending)
     return values, indices
+
+
+_FIRST_GUESS = 2
+"""In units of k: how many candidates each row sends to `select_in_batch` at first."""
+
+
+@torch.no_grad()
+def select_in_batch(
+    rows: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    k: int,
+) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """The k·B largest pre-activations of the batch that are positive.
+
+    Every row sends its largest few; the k·B-th of them is a lower bound of the k·B-th of all. A
+    row that sent nothing below that bound may hold more, and sends all that reach it: the choice
+    is exact.
+
+    Returns:
+        Values, rows and latents of the pairs, sorted by row and then by latent.
+    """
+    num_latents, count = len(W_enc), k * len(rows)
+    width = min(num_latents, _FIRST_GUESS * k)
+    values, latents = select(rows, W_enc, b_enc, width)
+    keys = latents + num_latents * torch.arange(len(rows), device=rows.device)[:, None]
+    if width < num_latents:
+        bound = values.flatten().topk(count, sorted=False).values.amin().clamp_min(0)
+        lowest = values.amin(1)
+        unsure = (lowest > bound).nonzero().squeeze(1)
+        if len(unsure):
+            more, more_keys = _at_least(bound, rows[unsure], W_enc, b_enc)
+            row = unsure[more_keys // num_latents]
+            more_keys = row * num_latents + more_keys % num_latents
+            sure = ~(lowest > bound)
+            values = torch.cat([values[sure].flatten(), more])
+            keys = torch.cat([keys[sure].flatten(), more_keys])
+    # Computed twice, a value may round to below the bound: one fewer, then.
+    values, places = values.flatten().topk(min(count, values.numel()), sorted=False)
+    positive = ~(values <= 0)  # NaN is to be seen
+    keys, order = keys.flatten()[places[positive]].sort()
+    return values[positive][order], keys // num_latents, keys % num_latents
+
+
+def _at_least(
+    bound: Float[Tensor, ""],
+    rows: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """Pre-activations that reach the bound, and where: row × F + latent."""
+    size = block_rows(rows, len(W_enc))
+    product = float32_product(min(size, len(rows)), W_enc, b_enc, repeats=len(rows) // size)
+    values, keys = [], []
+    for start in range(0, len(rows), size):
+        pre = product(rows[start : start + size]).flatten()
+        places = (pre >= bound).nonzero().squeeze(1)
+        values.append(pre[places])
+        keys.append(places + start * len(W_enc))
+    return torch.cat(values), torch.cat(keys)

@@ -1,11 +1,13 @@
-"""Top-k encoder and sparse decoder whose work and memory follow the k active latents.
+"""Top-k encoders and sparse decoder whose work and memory follow the k active latents.
 
 Neither pass ever holds a [B, F] tensor in full: the encoder's product is made and reduced in blocks
 of rows, and the gradient of a weight, SᵀG with S [B, F] sparse, is a sum of the rows of G over the
 (token, latent) pairs sorted by latent. On the CPU every result repeats bit for bit: each sum is
 taken by one thread in the order of the tokens.
 
-Letters: B batch, D d_in, F num_latents, k active latents per token.
+Letters: B batch, D d_in, F num_latents, k active latents per token. Pairs come in two layouts: a
+table [B, k] where every token has as many, or a flat list ("pairs"), sorted by token and then by
+latent, where numbers differ.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from reseed.sae.selection import select
+from reseed.sae.selection import select, select_in_batch
 
 
 @dataclass(frozen=True)
 class SparseLatents:
-    """k (value, index) pairs per token. Values are ≥ 0; a pair with value 0 is not active."""
+    """(value, latent) pairs per token. Values are ≥ 0; a pair with value 0 is not active."""
 
-    values: Float[Tensor, "batch k"]
-    indices: Int[Tensor, "batch k"]
+    values: Float[Tensor, "batch k"] | Float[Tensor, " pairs"]
+    indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"]
     by_latent: ByLatent
 
     def fired(self) -> Int[Tensor, " num_latents"]:
@@ -38,23 +40,50 @@ class SparseLatents:
 
     def dense(self) -> Float[Tensor, "batch num_latents"]:
         """The same as a full matrix."""
-        shape = (len(self.values), self.by_latent.num_latents)
-        return self.values.new_zeros(shape).scatter(1, self.indices, self.values)
+        empty = self.values.new_zeros(self.by_latent.batch, self.by_latent.num_latents)
+        if self.by_latent.owners is None:
+            return empty.scatter(1, self.indices, self.values)
+        return empty.index_put((self.by_latent.owners, self.indices), self.values)
 
     def first(self, k: int) -> SparseLatents:
-        """The first k pairs of each token."""
+        """The first k pairs of each token, of a table."""
         indices = self.indices[:, :k].contiguous()
         return SparseLatents(
             self.values[:, :k].contiguous(), indices, ByLatent(indices, self.by_latent.num_latents)
         )
 
+    def divided(self, ends: Int[Tensor, " groups"]) -> SparseLatents:
+        """A flat list as one of batch × groups shorter tokens, token by token.
+
+        Args:
+            ends: where each group of consecutive latents ends (exclusive); the last is F.
+        """
+        owners, num_latents = self.by_latent.owners, self.by_latent.num_latents
+        assert owners is not None, "needs a flat list"
+        groups = len(ends)
+        owners = owners * groups + torch.searchsorted(ends, self.indices, right=True)
+        split = ByLatent(self.indices, num_latents, owners, self.by_latent.batch * groups)
+        return SparseLatents(self.values, self.indices, split)
+
 
 @dataclass(frozen=True)
 class ByLatent:
-    """The (token, latent) pairs of a batch, sorted by latent, then by token. Sorted when asked."""
+    """The (token, latent) pairs of a batch, sorted by latent, then by token. Sorted when asked.
 
-    indices: Int[Tensor, "batch k"]
+    Attributes:
+        indices: the latent of each pair: a table, or a flat list.
+        owners: the token of each pair of a flat list, ascending; None for a table.
+        tokens_in_all: B for a flat list, whose last tokens may have no pair.
+    """
+
+    indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"]
     num_latents: int
+    owners: Int[Tensor, " pairs"] | None = None
+    tokens_in_all: int | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.indices) if self.tokens_in_all is None else self.tokens_in_all
 
     @cached_property
     def order(self) -> Int[Tensor, " pairs"]:
@@ -64,15 +93,32 @@ class ByLatent:
 
     @cached_property
     def tokens(self) -> Int[Tensor, " pairs"]:
-        return self.order // self.indices.shape[1]
+        if self.owners is None:
+            return self.order // self.indices.shape[1]
+        return self.owners[self.order]
 
     @cached_property
     def offsets(self) -> Int[Tensor, " num_latents"]:
-        counts = torch.bincount(self.indices.flatten(), minlength=self.num_latents)
-        return counts.cumsum(0) - counts
+        return _starts(self.indices.flatten(), self.num_latents)
+
+    @cached_property
+    def token_offsets(self) -> Int[Tensor, " batch"] | None:
+        return None if self.owners is None else _starts(self.owners, self.batch)
+
+    def per_token(
+        self,
+        weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
+        W: Float[Tensor, "num_latents d_in"],
+    ) -> Float[Tensor, "batch d_in"]:
+        """S W: for each token, Σ over its latents of weight × row of W."""
+        return nn_functional.embedding_bag(
+            self.indices, W, self.token_offsets, per_sample_weights=weights, mode="sum"
+        )
 
     def weighted_sum(
-        self, weights: Float[Tensor, "batch k"], rows: Float[Tensor, "batch d_in"]
+        self,
+        weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
+        rows: Float[Tensor, "batch d_in"],
     ) -> Float[Tensor, "num_latents d_in"]:
         """SᵀG: for each latent, Σ over its tokens of weight × row."""
         return nn_functional.embedding_bag(
@@ -83,11 +129,19 @@ class ByLatent:
             mode="sum",
         )
 
-    def sum(self, weights: Float[Tensor, "batch k"]) -> Float[Tensor, " num_latents"]:
+    def sum(
+        self, weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"]
+    ) -> Float[Tensor, " num_latents"]:
         """For each latent, Σ over its tokens of the weight."""
         return torch.bincount(
             self.indices.flatten(), weights=weights.flatten(), minlength=self.num_latents
         ).to(weights.dtype)
+
+
+def _starts(sorted_by: Int[Tensor, " pairs"], count: int) -> Int[Tensor, " count"]:
+    """Where each of ``count`` groups starts, once the pairs are sorted by group."""
+    counts = torch.bincount(sorted_by, minlength=count)
+    return counts.cumsum(0) - counts
 
 
 def topk_encode(
@@ -128,14 +182,34 @@ def topk_encode(
     return SparseLatents(values, indices, by_latent)
 
 
+def batch_topk_encode(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    k: int,
+    *,
+    b_dec: Float[Tensor, " d_in"],
+) -> SparseLatents:
+    """The k·B largest of ReLU(W_enc (x − b_dec) + b_enc) of the whole batch: a flat list.
+
+    Fewer where fewer are positive. Differentiable like `topk_encode`.
+    """
+    if not 1 <= k <= len(W_enc):
+        raise ValueError(f"`k` (={k}) must be between 1 and the number of latents (={len(W_enc)})")
+    with torch.no_grad():
+        rows = (x - b_dec).contiguous()
+        values, owners, indices = select_in_batch(rows, W_enc, b_enc, k)
+    by_latent = ByLatent(indices, len(W_enc), owners, len(rows))
+    values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
+    return SparseLatents(values, indices, by_latent)
+
+
 def sparse_decode(
     latents: SparseLatents, W_dec: Float[Tensor, "num_latents d_in"]
 ) -> Float[Tensor, "batch d_in"]:
     """f W_dec from the active pairs alone. Differentiable in the values and in W_dec."""
     # Autograd takes the values' gradient; the weight's would not repeat itself.
-    out = nn_functional.embedding_bag(
-        latents.indices, W_dec.detach(), per_sample_weights=latents.values, mode="sum"
-    )
+    out = latents.by_latent.per_token(latents.values, W_dec.detach())
     return _DecoderGradient.apply(out, W_dec, latents.values.detach(), latents.by_latent)
 
 
@@ -166,9 +240,7 @@ class _EncoderGradient(torch.autograd.Function):
         grad = torch.where(values > 0, grad_values, 0.0)
         grad_x = grad_b_dec = grad_W_enc = grad_b_enc = None
         if for_x:
-            grad_x = nn_functional.embedding_bag(
-                by_latent.indices, W_enc, per_sample_weights=grad, mode="sum"
-            )
+            grad_x = by_latent.per_token(grad, W_enc)
         if for_W_enc:
             grad_W_enc = by_latent.weighted_sum(grad, rows)
         if for_b_enc or for_b_dec:

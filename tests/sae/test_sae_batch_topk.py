@@ -1,0 +1,214 @@
+"""BatchTopK against a dense formulation; its running threshold."""
+
+import pytest
+import torch
+
+from reseed.config import ConfigError
+from reseed.sae.base import Step
+from reseed.sae.batch_topk import BatchTopKConfig
+from reseed.sae.checkpoint import load_sae, save_sae
+from reseed.sae.selection import select_in_batch
+from reseed.sae.sparse import batch_topk_encode
+
+STEP = Step(0, 10)
+
+
+def make(num_latents=24, k=3, d_in=6, seed=0, dtype=torch.float64, **options):
+    sae = BatchTopKConfig(num_latents=num_latents, k=k, **options).build(
+        d_in, torch.Generator().manual_seed(seed)
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return sae.to(dtype)
+
+
+def batch_of(count=16, d_in=6, seed=9, dtype=torch.float64):
+    """Some tokens far larger than others: they take most of the batch's latents."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = torch.randn(count, 1, generator=generator).exp()
+    return (torch.randn(count, d_in, generator=generator) * norms).to(dtype)
+
+
+def nobody(sae):
+    return torch.zeros(sae.num_latents, dtype=torch.bool)
+
+
+def dense_latents(sae, x):
+    pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
+    chosen = pre.flatten().topk(sae.config.k * len(x)).indices
+    mask = torch.zeros(pre.numel(), dtype=pre.dtype).scatter(0, chosen, 1.0)
+    return pre * mask.reshape(pre.shape)
+
+
+def dense_loss(sae, x, dead):
+    variance = (x - x.mean(0)).square().sum()
+    error = x - (dense_latents(sae, x) @ sae.W_dec + sae.b_dec)
+    loss = error.square().sum() / variance
+    if dead.any():
+        k_aux = sae.d_in // 2
+        pre = (x - sae.b_dec.detach()) @ sae.W_enc.T + sae.b_enc
+        pre = torch.where(dead, pre, -torch.inf)
+        chosen = pre.topk(min(k_aux, int(dead.sum())), dim=1).indices
+        e_hat = (torch.zeros_like(pre).scatter(1, chosen, 1.0) * pre.relu()) @ sae.W_dec
+        e = error.detach()
+        aux = (e_hat - e).square().sum() / (e - e.mean(0)).square().sum()
+        loss = loss + sae.config.aux_alpha * min(int(dead.sum()) / k_aux, 1.0) * aux
+    return loss
+
+
+@pytest.mark.parametrize("num_dead", [0, 2, 9])
+@pytest.mark.parametrize(("k", "num_latents"), [(3, 24), (24, 24), (1, 24), (1, 1)])
+def test_loss_and_gradients_are_those_of_the_dense_formulation(k, num_latents, num_dead):
+    sae, x = make(num_latents, k, aux_alpha=0.3), batch_of()
+    dead = nobody(sae)
+    dead[:num_dead] = True
+    ours, theirs = sae.training_loss(x, STEP, dead).total, dense_loss(sae, x, dead)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for (name, p), b in zip(
+        sae.named_parameters(), torch.autograd.grad(theirs, list(sae.parameters())), strict=True
+    ):
+        (a,) = torch.autograd.grad(ours, p, retain_graph=True)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradient_of_the_activations():
+    sae, x = make(), batch_of().requires_grad_()
+    latents = batch_topk_encode(x, sae.W_enc, sae.b_enc, 3, b_dec=sae.b_dec)
+    (ours,) = torch.autograd.grad(latents.dense().pow(3).sum(), x)
+    (theirs,) = torch.autograd.grad(dense_latents(sae, x).pow(3).sum(), x)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("k", [1, 5, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_choice_is_that_of_the_whole_batch(k, dtype):
+    """Also where one token holds nearly all of it, and in more than one block of rows."""
+    sae = make(num_latents=64, k=k, dtype=dtype)
+    x = batch_of(700, dtype=dtype)
+    x[5] *= 1e4
+    values, tokens, latents = select_in_batch(x, sae.W_enc.detach(), sae.b_enc.detach(), k)
+    pre = (x @ sae.W_enc.T + sae.b_enc).detach()
+    expected = pre.flatten().topk(k * 700).values
+    expected = expected[expected > 0]
+    torch.testing.assert_close(values.sort(descending=True).values, expected)
+    torch.testing.assert_close(values, pre[tokens, latents])
+    keys = tokens * 64 + latents
+    assert (keys.diff() > 0).all()  # sorted, and nothing twice
+
+
+def test_at_most_k_per_token_over_the_batch_and_what_the_loss_reports():
+    sae, x = make(num_latents=64, k=5), batch_of(100)
+    loss, latents = sae.training_loss(x, STEP, nobody(sae)), dense_latents(sae, x)
+    assert (latents > 0).sum() <= 500
+    assert (latents > 0).sum(1).max() > 5
+    assert torch.equal(loss.fired, (latents > 0).sum(0))
+    assert loss.l0 == (latents > 0).sum() / 100
+    error = x - sae.decode(latents)
+    torch.testing.assert_close(loss.squared_error, error.detach().square().sum())
+
+
+def test_fewer_than_k_where_fewer_are_positive():
+    sae = make()
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e6)
+    loss = sae.training_loss(batch_of(), STEP, nobody(sae))
+    loss.total.backward()
+    assert loss.l0 == 0
+    assert sae.threshold == 0  # nothing to learn it from
+    assert sae.W_enc.grad.abs().max() == 0
+
+
+def test_threshold_starts_at_the_first_value_and_follows_by_a_hundredth():
+    """In one public library it starts at 0, and is too low for hundreds of steps."""
+    sae = make()
+    assert sae.threshold == 0
+    smallest = []
+    for seed in range(3):
+        x = batch_of(seed=seed)
+        latents = dense_latents(sae, x)
+        smallest.append(latents[latents > 0].min().item())
+        sae.training_loss(x, STEP, nobody(sae))
+        if seed == 0:
+            assert sae.threshold.item() == pytest.approx(smallest[0], rel=1e-12)
+    expected = 0.99 * (0.99 * smallest[0] + 0.01 * smallest[1]) + 0.01 * smallest[2]
+    assert sae.threshold.item() == pytest.approx(expected, rel=1e-12)
+    assert not sae.threshold.requires_grad
+
+
+def test_calibrated_on_a_batch_it_reproduces_the_batch():
+    sae, x = make(num_latents=64, k=5), batch_of(100)
+    sae.training_loss(x, STEP, nobody(sae))
+    found = sae.encode(x)
+    expected = dense_latents(sae, x)
+    # Strictly above: the smallest of the batch falls out.
+    assert abs((found > 0).sum() - 500) <= 1
+    same = expected > sae.threshold
+    torch.testing.assert_close(found[same], expected[same])
+    assert found[~same].abs().max() == 0
+    # And a token's latents are then its own affair.
+    torch.testing.assert_close(sae.encode(x[7]), found[7])
+
+
+def test_folded_with_its_threshold():
+    sae, x, scale = make(), batch_of() * 40, 0.037
+    sae.training_loss(x * scale, STEP, nobody(sae))
+    trained, raw = sae(x * scale), sae.folded(scale)(x)
+    assert (trained.latents > 0).any()
+    assert ((trained.latents == 0) == (raw.latents == 0)).all()
+    torch.testing.assert_close(raw.latents, trained.latents / scale)
+    torch.testing.assert_close(raw.reconstruction, trained.reconstruction / scale)
+    torch.testing.assert_close(sae.folded(scale).threshold, sae.threshold / scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_and_loaded_with_its_threshold(dtype, tmp_path):
+    sae, x = make(dtype=torch.float32), batch_of(dtype=torch.float32)
+    sae.training_loss(x, STEP, nobody(sae))
+    sae = sae.to(dtype)
+    save_sae(sae, tmp_path)
+    loaded = load_sae(tmp_path)
+    assert sae.threshold > 0
+    assert loaded.state_dict().keys() == sae.state_dict().keys()
+    assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in sae.state_dict().items())
+    assert loaded.threshold.dtype == dtype
+    assert torch.equal(sae(x).latents, loaded(x).latents)
+
+
+def test_a_resume_goes_on_with_the_same_threshold():
+    whole, other = make(), make(seed=5)
+    for seed in range(4):
+        if seed == 2:
+            other.load_state_dict(whole.state_dict())
+        for sae in (whole, other)[: 1 if seed < 2 else 2]:
+            sae.training_loss(batch_of(seed=seed), STEP, nobody(sae))
+    assert torch.equal(whole.threshold, other.threshold)
+
+
+def test_shapes_and_dtypes():
+    sae = make(dtype=torch.float32)
+    x = batch_of(12, dtype=torch.bfloat16)
+    assert torch.equal(sae.encode(x), sae.encode(x.float()))
+    assert sae(x.reshape(3, 4, 6)).latents.shape == (3, 4, 24)
+    loss = sae.training_loss(x, STEP, nobody(sae))
+    assert loss.total.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_latents": 16, "k": 17}, r"`k` \(=17\) must not exceed `num_latents` \(=16\)"),
+        ({"num_latents": 16, "k": 0}, "`k` must be an integer, at least 1; got 0"),
+        ({"num_latents": 64, "threshold_rate": 0}, "`threshold_rate` must be .* above 0"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        BatchTopKConfig(**options)
+
+
+def test_k_out_of_range():
+    sae = make()
+    with pytest.raises(ValueError, match=r"`k` \(=25\) must be between 1 and .* \(=24\)"):
+        batch_topk_encode(batch_of(), sae.W_enc, sae.b_enc, 25, b_dec=sae.b_dec)

@@ -1,0 +1,197 @@
+"""JumpReLU by hand, against dense autograd, and its thresholds."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from reseed.config import ConfigError
+from reseed.sae.base import Step
+from reseed.sae.checkpoint import load_sae, save_sae
+from reseed.sae.jumprelu import JumpReLUConfig
+from reseed.train.optim import SAEAdam
+
+LAST = Step(9, 10)
+
+
+def make(num_latents=24, d_in=6, seed=0, dtype=torch.float64, **options):
+    options = {"threshold_init": 0.2, "bandwidth": 0.3, **options}
+    sae = JumpReLUConfig(num_latents=num_latents, **options).build(
+        d_in, torch.Generator().manual_seed(seed)
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return sae.to(dtype)
+
+
+def batch_of(count=16, d_in=6, seed=9):
+    return torch.randn(count, d_in, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def nobody(sae):
+    return torch.zeros(sae.num_latents, dtype=torch.bool)
+
+
+def by_hand(**options):
+    """D = 4 so that √D = 2: θ = 1, ε = 1. One token, π = (0.75, 1.25, 3, 0.25)."""
+    config = JumpReLUConfig(num_latents=4, threshold_init=0.5, bandwidth=0.5, **options)
+    sae = config.build(4, torch.Generator()).double()
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(4))
+        sae.W_dec.copy_(torch.eye(4))
+        sae.log_threshold.zero_()
+    return sae, torch.tensor([[0.75, 1.25, 3.0, 0.25]], dtype=torch.float64)
+
+
+def test_loss_and_gradients_by_hand():
+    sae, x = by_hand(l0_coefficient=2.0)
+    loss = sae.training_loss(x, LAST, nobody(sae))
+    # f = (0, 1.25, 3, 0), e = (.75, 0, 0, .25): ‖e‖²/D = .625/4; L0 = 2.
+    assert loss.parts["mse"] == 0.15625
+    assert loss.parts["penalty"] == loss.l0 == 2
+    assert loss.total == 0.15625 + 2 * 2
+    assert loss.squared_error == 0.625
+    assert loss.fired.tolist() == [0, 1, 1, 0]
+    loss.total.backward()
+    # The kernel sees latents 0 and 1, one below θ and one above, |π − θ| = ¼ < ½ both; not 2, 3.
+    # dL/df = −2e/D = (−.375, 0, 0, −.125); ∂f/∂θ = −θ/ε = −1; ∂L0/∂θ = −1/ε = −1; ∂θ/∂log θ = 1.
+    assert sae.log_threshold.grad.tolist() == pytest.approx([0.375 - 2, -2, 0, 0])
+    # Through f where it is on, and there the error is 0.
+    assert sae.b_enc.grad.tolist() == [0, 0, 0, 0]
+    assert sae.b_dec.grad.tolist() == pytest.approx([-0.375, 0, 0, -0.125])
+
+
+def test_the_kernel_sees_both_sides():
+    """One public library applies it after the jump, and loses the side below θ."""
+    sae, x = by_hand(l0_coefficient=0.0)
+    with torch.no_grad():
+        sae.b_dec.fill_(7.0)
+    sae.training_loss(x, LAST, nobody(sae)).total.backward()
+    assert (sae.log_threshold.grad != 0).tolist() == [True, True, False, False]
+
+
+def test_target_by_hand():
+    sae, x = by_hand(l0_coefficient=3.0, target_l0=8.0)
+    loss = sae.training_loss(x, LAST, nobody(sae))
+    assert loss.parts["penalty"] == (2 / 8 - 1) ** 2
+    assert loss.total == 0.15625 + 3 * 0.5625
+    loss.total.backward()
+    # d penalty / dL0 = 2 (L0/L0* − 1) / L0* = −.1875: too few are on, θ is to fall.
+    assert sae.log_threshold.grad[1].item() == pytest.approx(3 * 0.1875)
+
+
+def dense_loss(sae, x):
+    """Gradients of the surrogate: values of the jump, slopes of ramps of width ε."""
+    c = sae.config
+    width = c.bandwidth * sae.d_in**0.5
+    pre = (x - sae.b_dec * c.subtract_b_dec) @ sae.W_enc.T + sae.b_enc
+    theta = sae.log_threshold.exp()
+    hard = (pre > theta).double()
+    # In θ alone a ramp has the slope −1/ε within ε/2 of the jump, and none beyond.
+    ramp = ((pre.detach() - theta) / width).clamp(-0.5, 0.5)
+    step = hard + ramp - ramp.detach()
+    latents = pre * hard + theta.detach() * (ramp - ramp.detach())
+    error = x - (latents @ sae.W_dec + sae.b_dec)
+    l0 = step.sum(1).mean()
+    penalty = l0 if c.target_l0 is None else (l0 / c.target_l0 - 1) ** 2
+    return error.square().sum(1).mean() / sae.d_in + c.l0_coefficient * penalty
+
+
+@pytest.mark.parametrize("target", [None, 3.0])
+@pytest.mark.parametrize("centred", [False, True])
+def test_gradients_are_those_of_the_dense_formulation(target, centred):
+    sae, x = make(l0_coefficient=0.7, target_l0=target, subtract_b_dec=centred), batch_of(64)
+    ours, theirs = sae.training_loss(x, LAST, nobody(sae)).total, dense_loss(sae, x)
+    torch.testing.assert_close(ours, theirs)
+    for (name, p), b in zip(
+        sae.named_parameters(), torch.autograd.grad(theirs, list(sae.parameters())), strict=True
+    ):
+        (a,) = torch.autograd.grad(ours, p, retain_graph=True)
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_published_recipe():
+    config = JumpReLUConfig(num_latents=48)
+    assert config.published_lr(2**20) == 7e-5
+    assert (config.threshold_init, config.bandwidth) == (0.001, 0.001)
+    assert config.unit_norm_decoder
+    sae = config.build(49, torch.Generator().manual_seed(0))
+    # For E‖x‖² = 1; here E‖x‖ = √49.
+    torch.testing.assert_close(sae.threshold, torch.full((48,), 0.007))
+
+
+def test_penalty_warms_up():
+    sae, x = by_hand(l0_coefficient=10.0)
+    totals = [sae.training_loss(x, Step(i, 100), nobody(sae)).total.item() for i in (0, 1, 5, 50)]
+    assert totals == pytest.approx([0.15625, 4.15625, 20.15625, 20.15625])
+
+
+def test_means_over_the_batch():
+    sae, x = by_hand()
+    once = sae.training_loss(x, LAST, nobody(sae))
+    twice = sae.training_loss(x.repeat(2, 1), LAST, nobody(sae))
+    assert once.total == twice.total
+    assert twice.squared_error == 2 * once.squared_error
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_folded_with_its_thresholds(centred):
+    sae, x, scale = make(subtract_b_dec=centred), batch_of(100) * 40, 0.037
+    trained, raw = sae(x * scale), sae.folded(scale)(x)
+    assert (trained.latents > 0).any()
+    assert torch.equal(trained.latents == 0, raw.latents == 0)
+    torch.testing.assert_close(raw.latents, trained.latents / scale)
+    torch.testing.assert_close(raw.reconstruction, trained.reconstruction / scale)
+    torch.testing.assert_close(sae.folded(scale).threshold, sae.threshold / scale)
+
+
+def test_saved_and_loaded(tmp_path):
+    sae, x = make(dtype=torch.float32), batch_of().float()
+    save_sae(sae, tmp_path)
+    loaded = load_sae(tmp_path)
+    assert torch.equal(loaded.log_threshold, sae.log_threshold)
+    assert torch.equal(sae(x).latents, loaded(x).latents)
+
+
+def test_a_resume_is_exact():
+    def train(sae, optimizer, seeds):
+        for seed in seeds:
+            optimizer.zero_grad()
+            sae.training_loss(batch_of(seed=seed), LAST, nobody(sae)).total.backward()
+            optimizer.step()
+
+    whole, other = make(), make(seed=5)
+    first, second = SAEAdam(whole, 1e-2, betas=(0.0, 0.999)), SAEAdam(other, 1e-2)
+    train(whole, first, range(3))
+    other.load_state_dict(whole.state_dict())
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    before = whole.log_threshold.detach().clone()
+    train(whole, first, range(3, 6))
+    train(other, second, range(3, 6))
+    assert not torch.equal(before, whole.log_threshold)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True)
+    )
+
+
+def test_sparsity_in_a_word():
+    assert JumpReLUConfig(num_latents=8).sparsity == "λ=0.001"
+    assert JumpReLUConfig(num_latents=8, target_l0=32).sparsity == "L0*=32"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_l0": 0}, "`target_l0` must be a number or null, above 0; got 0"),
+        ({"bandwidth": 0}, "`bandwidth` must be a number, above 0; got 0"),
+        ({"threshold_init": -1}, "`threshold_init` must be a number, above 0; got -1"),
+        ({"l0_coefficient": math.nan}, "`l0_coefficient` must be a number, at least 0; got nan"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        JumpReLUConfig(num_latents=8, **options)
