@@ -270,7 +270,7 @@ def test_the_text_of_this_installation(tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    report = json.loads(other.stdout)
+    report = json.loads(other.stdout.splitlines()[-1])
     assert report["fingerprint"] == docstrings.docstring_fingerprint(documents)
     assert report["same"]
     assert report["imported"] == []
