@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _STEP_EFFICIENCY = 0.25
 """Share of the speed of a plain product that model and training step reach (small products, sparse
-parts, optimiser): a rough figure, .2 to .4 in the runs of the README."""
+parts, optimiser). A rough figure: what is announced can be off by a factor of two."""
 
 
 def announce(group: Sequence[Resolved], model: LanguageModel, device: torch.device) -> None:
