@@ -9,8 +9,8 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from reseed.activations.hookpoint import Hookpoint, HookpointConfig
 from reseed.activations.language_model import ModelConfig, ResolvedModel, resolve
 from reseed.activations.text import DatasetConfig, ResolvedText, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.calibration import calibrate
 from reseed.config import Config, ConfigError, digest, setting
 from reseed.runs import Interrupted, Run, RunStore
 from reseed.sae.base import SAEConfig
@@ -39,6 +40,9 @@ class Experiment(Config):
     sae: SAEConfig
     training: TrainingConfig
     seed: int = setting(at_least=0)
+    seed_scope: str = setting("cell", choices=("cell", "shared"), neutral="cell")
+    """What the weights' start is drawn from: the seed and everything else in the cell, or the seed
+    alone, so that runs of different cells with the same seed are born alike."""
 
     def validate(self) -> None:
         check_batch_size(self.dataset, self.training.batch_size)
@@ -53,6 +57,12 @@ class Resolved:
     """An experiment whose model, text and shapes are known and fit together.
 
     Make it with `resolve_experiment`, which raises `ConfigError` where they do not.
+
+    Attributes:
+        role: empty, or what a run of a calibration is for: ``steered``, ``calibration``.
+        penalty: the penalty weight, where the experiment asks for an L0 (`sae.target_l0`). Of a
+            compared run it is known once the cell is calibrated.
+        calibration: how it was found, for the record.
     """
 
     experiment: Experiment
@@ -60,6 +70,28 @@ class Resolved:
     text: ResolvedText
     d_in: int
     num_latents: int
+    role: str = ""
+    penalty: float | None = None
+    calibration: dict[str, Any] | None = None
+
+    @property
+    def sae(self) -> SAEConfig:
+        """The architecture, with the penalty weight that was found."""
+        declared = self.experiment.sae
+        return declared if self.penalty is None else declared.calibrated(self.penalty)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether its penalty weight is still to be found."""
+        return self.experiment.sae.needs_calibration and not self.role and self.penalty is None
+
+    def without_seeds(self) -> Resolved:
+        """The cell as its calibration sees it: no seed of the compared runs decides of λ."""
+        e = self.experiment
+        dataset = replace(e.dataset, order_seed=0)
+        cell = replace(e, seed=0, seed_scope="cell", dataset=dataset)
+        text = replace(self.text, config=dataset)
+        return replace(self, experiment=cell, text=text, penalty=None, calibration=None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -67,8 +99,11 @@ class Resolved:
         signed = self.experiment.signed()
         # However width and budget were given, what counts is what they came to.
         width = {"num_latents": self.num_latents, "expansion_factor": None}
+        # The weight of a compared run follows from what is declared; that of a round does not.
+        role = {"role": self.role, "penalty": self.penalty} if self.role else {}
         return {
             "reseed": SIGNATURE_VERSION,
+            **role,
             **signed,
             "sae": signed["sae"] | width,
             "training": signed["training"] | {"tokens": self.tokens},
@@ -89,11 +124,17 @@ class Resolved:
 
         Two architectures, layers or data sets with the same ``seed`` must not be born alike, or
         what looks like agreement is memory of the start. The order of the data and the held-out
-        measures are left out: the one is a seed of its own, the other no part of training.
+        measures are left out: the one is a seed of its own, the other no part of training. The
+        rounds of a calibration differ in the penalty alone.
         """
-        unsalted = ("order_seed", "held_out_tokens")
-        dataset = {k: v for k, v in self.identity["dataset"].items() if k not in unsalted}
-        sha = hashlib.sha256(digest(self.identity | {"dataset": dataset}, 64).encode()).digest()
+        if self.experiment.seed_scope == "shared":
+            salted: dict[str, Any] = {"seed": self.experiment.seed}
+        else:
+            unsalted = ("order_seed", "held_out_tokens")
+            dataset = {k: v for k, v in self.identity["dataset"].items() if k not in unsalted}
+            salted = {k: v for k, v in self.identity.items() if k != "penalty"}
+            salted["dataset"] = dataset
+        sha = hashlib.sha256(digest(salted, 64).encode()).digest()
         return int.from_bytes(sha[:8], "big") >> 1
 
     @cached_property
@@ -115,7 +156,8 @@ class Resolved:
         e = self.experiment
         sparsity = e.sae.sparsity.replace("=", "").replace("λ", "l")
         what = (self.model.label, e.hook, self.text.label, e.sae.name, self.num_latents, sparsity)
-        return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, f"seed{e.seed}"))))
+        last = self.role or f"seed{e.seed}"
+        return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, last))))
 
     def run(self, store: RunStore) -> Run:
         """Its folder in the store."""
@@ -142,6 +184,8 @@ class Resolved:
             "d_in": self.d_in,
             "num_latents": self.num_latents,
             "sparsity": e.sae.sparsity,
+            "penalty_weight": self.penalty,
+            "calibration": self.calibration,
             "init_seed": self.init_seed,
             "peak_lr": e.training.peak_lr(e.sae, self.num_latents),
             "dead_after_tokens": e.training.dead_after(),
@@ -227,10 +271,24 @@ def train_missing(
     Returns:
         the error of each run that failed, by run id.
     """
+    store = RunStore(runtime.outputs)
+    missing = [r for r in experiments if not r.run(store).finished]
+    # A weight is found for those that are trained: of finished runs it stands in the record.
+    ready, failures = calibrate(missing, store, partial(_train_groups, store, runtime))
+    for resolved in missing:
+        run = resolved.run(store)
+        if run.id in failures:
+            run.begin(resolved.record())
+            run.fail(failures[run.id])
+    return failures | _train_groups(store, runtime, ready)
+
+
+def _train_groups(
+    store: RunStore, runtime: RuntimeConfig, experiments: Sequence[Resolved]
+) -> dict[str, BaseException]:
     from reseed.console import say
     from reseed.train.fit import fit_group
 
-    store = RunStore(runtime.outputs)
     failures: dict[str, BaseException] = {}
     for group in groups(experiments):
         runs = [resolved.run(store) for resolved in group]

@@ -25,7 +25,8 @@ _GROUPS = {
     "sae": SAEConfig,
     "training": TrainingConfig,
 }
-_REQUIRED = (*_GROUPS, "layer", "seed", "runtime")
+_SCALARS = ("layer", "seed", "seed_scope")
+_REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
 _ROOT = (*_REQUIRED, "comparison")
 
 
@@ -55,7 +56,7 @@ def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfi
         if key not in values:
             raise ConfigError("{key} is required, and was removed", key)
     parts = {group: build(values[group], group, base) for group, base in _GROUPS.items()}
-    scalars = {key: values[key] for key in ("layer", "seed")}
+    scalars = {key: values[key] for key in _SCALARS}
     runtime = build(values["runtime"], "runtime", RuntimeConfig)
     return make(Experiment, {**parts, **scalars}, ""), runtime
 

@@ -149,7 +149,11 @@ def _train(
 def _member(resolved: Resolved, run: Run, stream: ActivationStream, device: torch.device) -> Member:
     """The run's state: from its checkpoint, or from the first chunk of activations."""
     e = resolved.experiment
-    member = Member(run.id, e.hook, e.sae, e.training, resolved.d_in, resolved.init_seed, device)
+    member = Member(
+        run.id, e.hook, resolved.sae, e.training, resolved.d_in, resolved.init_seed, device
+    )
+    if resolved.role == "steered":
+        member.steer()
     checkpoint = run.path / "checkpoint.pt"
     if checkpoint.is_file():
         try:
@@ -214,6 +218,8 @@ def _record(
     atomic_write(run.path / "latents.safetensors", lambda path: save_file(latents, path))
     member.write_curve(run.path)
     metrics = measured.metrics() | {"dead_fraction": float(member.dead.double().mean())}
+    if resolved.sae.penalty_field is not None:
+        metrics["penalty_weight"] = member.sae.penalty_weight
     run.finish(metrics, timings=timings | {"seconds": member.curve[-1]["seconds"]})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from reseed.config import ReseedError
 from reseed.sae.base import SAE, SAEConfig, Step
 from reseed.train.config import TrainingConfig
 from reseed.train.optim import SAEAdam, learning_rate
+from reseed.train.steering import Steering
 
 
 class NotFiniteError(ReseedError, ArithmeticError):
@@ -97,6 +99,7 @@ class Member:
         self.seconds = 0.0
         self.curve: list[dict[str, float]] = []
         self.error: BaseException | None = None
+        self.steering: Steering | None = None
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
         self._tally = Tally()
 
@@ -121,6 +124,12 @@ class Member:
         if self.training.b_dec_init == "mean":
             self.sae.initialise_b_dec((x.double().mean(0) * self.scale).float())
 
+    def steer(self) -> None:
+        """Move the penalty weight towards the architecture's `target_l0` while it trains."""
+        target = self.sae.config.target_l0
+        assert target is not None
+        self.steering = Steering(target, self.training.steps, math.log(self.sae.penalty_weight))
+
     def train(self, x: Float[Tensor, "batch d_in"], optimizer: Any) -> None:
         """One optimiser step on raw activations ``x``.
 
@@ -135,6 +144,9 @@ class Member:
         loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if self.steering is not None:
+            self.steering.observe(self.step, float(loss.l0))
+            self.sae.penalty_weight = self.steering.weight
         self._count(x, loss)
         self.step += 1
 
@@ -191,6 +203,7 @@ class Member:
             "first_bad": self._first_bad,
             "curve": self.curve,
             "tally": {"steps": self._tally.steps, "sums": self._tally.sums},
+            "steering": None if self.steering is None else self.steering.to_dict(),
         }
         atomic_write(path, lambda temporary: torch.save(state, temporary))
 
@@ -204,6 +217,10 @@ class Member:
         self._first_bad.copy_(state["first_bad"])
         self.curve = state["curve"]
         self._tally = Tally(**state["tally"])
+        steering = state.get("steering")
+        if steering is not None:
+            self.steering = Steering.from_dict(steering)
+            self.sae.penalty_weight = self.steering.weight
 
     def _rate(self, step: Step) -> float:
         return learning_rate(

@@ -1,0 +1,212 @@
+"""The penalty weight that gives a wanted L0, found once for all seeds of a cell.
+
+ReLU, Gated and JumpReLU SAEs have a penalty weight λ where a k-sparse one has k. To compare them at
+the same L0, ``sae.target_l0`` asks for the λ whose held-out L0, counted at inference, is the target:
+
+1. One run is *steered*: λ moves while it trains (`reseed.train.steering`), from the declared value.
+2. Rounds with a constant λ follow, a secant on log L0 over log λ, until one is within `ACCEPTED`.
+3. That λ is frozen for every seed of the cell. A penalty that moved with the seed would be a
+   confound.
+
+All of them are runs of the store with a start of their own, which no compared run shares; they are
+found again by their signatures, so that nothing is calibrated twice and a killed calibration goes
+on where it was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from reseed.config import ReseedError
+from reseed.console import say
+
+if TYPE_CHECKING:
+    from reseed.experiment import Resolved
+    from reseed.runs import RunStore
+
+ACCEPTED = 0.02
+"""A round is accepted when its L0 is within this fraction of the target: other seeds of the same λ
+differ by a few per cent, and shall be within five."""
+BOUND = 0.05
+"""After `MAX_ROUNDS`, the best round is taken if it is within this fraction."""
+MAX_ROUNDS = 8
+_ELASTICITY = (0.3, 1.0, 3.0)
+"""−d log L0 / d log λ: least, first guess, most."""
+
+Train = Callable[[Sequence["Resolved"]], dict[str, BaseException]]
+
+
+class CalibrationError(ReseedError):
+    """No penalty weight was found that gives the wanted L0."""
+
+
+@dataclass
+class Search:
+    """The search for one cell's λ.
+
+    Attributes:
+        base: the cell, without its seeds.
+        rounds: (λ, held-out L0, run id) of the rounds with a constant λ.
+    """
+
+    base: Resolved
+    rounds: list[tuple[float, float, str]] = field(default_factory=list)
+    steered: bool = False
+    next_log_weight: float = 0.0
+
+    @property
+    def target(self) -> float:
+        target = self.base.experiment.sae.target_l0
+        assert target is not None
+        return target
+
+    @property
+    def candidate(self) -> Resolved:
+        """The run that comes next."""
+        if not self.steered:
+            return replace(self.base, role="steered")
+        return replace(self.base, role="calibration", penalty=self._weight)
+
+    @property
+    def best(self) -> tuple[float, float, str] | None:
+        """The round nearest to the target."""
+        return min(self.rounds, key=lambda r: abs(self._deviation(r[1])), default=None)
+
+    @property
+    def found(self) -> bool:
+        """Whether the best round is good enough."""
+        best = self.best
+        bound = ACCEPTED if len(self.rounds) < MAX_ROUNDS else BOUND
+        return best is not None and abs(best[1] / self.target - 1) <= bound
+
+    @property
+    def ended(self) -> bool:
+        return self.found or len(self.rounds) >= MAX_ROUNDS
+
+    @property
+    def _weight(self) -> float:
+        # Four digits: what stands in records can be typed.
+        return float(f"{math.exp(self.next_log_weight):.4g}")
+
+    def observe(self, weight: float, l0: float, run: str) -> None:
+        """Take in what the `candidate` came to, and choose the next λ."""
+        if not self.steered:
+            self.steered = True
+            say(f"  calibration: steered to a weight of {weight:.4g}, L0 {l0:.2f} of {self._goal}")
+        else:
+            self.rounds.append((weight, l0, run))
+            say(f"  calibration: weight {weight:.4g} gives L0 {l0:.2f} of {self._goal}")
+        self.next_log_weight = self._propose(weight, l0)
+
+    @property
+    def _goal(self) -> str:
+        return f"{self.target:g} ({self.base.experiment.sae.name})"
+
+    def _deviation(self, l0: float) -> float:
+        return math.log(max(l0, 1e-6) / self.target)
+
+    def _propose(self, weight: float, l0: float) -> float:
+        """log λ of the next round: by the bracket if there is one, else by the secant."""
+        least, guess, most = _ELASTICITY
+        points = sorted((math.log(w), self._deviation(x)) for w, x, _ in self.rounds)
+        below = [p for p in points if p[1] > 0]  # too small a weight: too large an L0
+        above = [p for p in points if p[1] <= 0]
+        if below and above:
+            (u0, y0), (u1, y1) = below[-1], above[0]
+            if u0 < u1:
+                # Far ends say where the target is, not how far; and an end that has stood for two
+                # rounds counts half (Illinois), or a bracket can stop shrinking.
+                y0, y1 = min(y0, 1.0), max(y1, -1.0)
+                if (
+                    len(points) > 1
+                    and len({self._deviation(x) > 0 for _, x, _ in self.rounds[-2:]}) == 1
+                ):
+                    y0, y1 = (y0, y1 / 2) if self._deviation(l0) > 0 else (y0 / 2, y1)
+                return u0 + y0 / (y0 - y1) * (u1 - u0)
+        elasticity = guess
+        if len(points) > 1:
+            (u0, y0), (u1, y1) = points[0], points[-1]
+            elasticity = (y0 - y1) / (u1 - u0) if u1 > u0 else guess
+        elasticity = min(most, max(least, elasticity))
+        # At most a factor of ten at once: far from the target the slope says little.
+        step = max(-2.3, min(2.3, self._deviation(l0) / elasticity))
+        return math.log(weight) + step
+
+    def outcome(self) -> dict[str, Any]:
+        """What the records of the compared runs say of it.
+
+        Raises:
+            CalibrationError: no round was good enough.
+        """
+        best = self.best
+        if best is None or not self.found:
+            told = ", ".join(f"{w:.4g} gives {x:.3g}" for w, x, _ in self.rounds)
+            raise CalibrationError(
+                f"sae.target_l0 (={self.target:g}): no penalty weight gave a held-out L0 within "
+                f"{BOUND:.0%} in {len(self.rounds)} rounds: {told}. Give another start by "
+                f"sae.{self.base.experiment.sae.penalty_field}, or more tokens."
+            )
+        rounds = [{"weight": w, "l0": x, "run": run} for w, x, run in self.rounds]
+        return {"weight": best[0], "l0": best[1], "run": best[2], "rounds": rounds}
+
+
+def calibrate(
+    experiments: Sequence[Resolved], store: RunStore, train: Train
+) -> tuple[list[Resolved], dict[str, BaseException]]:
+    """Give every experiment that asks for an L0 its penalty weight.
+
+    The searches of all cells advance together: a round of all of them is one sweep, so that those
+    on one stream share its pass of the language model.
+
+    Args:
+        experiments: those that are to be trained.
+        train: trains what is missing, and returns the errors by run id.
+
+    Returns:
+        the experiments with their weights, those left out whose calibration failed; and the errors
+        of these, by run id.
+    """
+    searches: dict[str, Search] = {}
+    for resolved in experiments:
+        if resolved.needs_calibration:
+            base = resolved.without_seeds()
+            searches.setdefault(base.signature, Search(base))
+    errors: dict[str, BaseException] = {}
+    while at_work := {k: s for k, s in searches.items() if not s.ended and k not in errors}:
+        candidates = {key: search.candidate for key, search in at_work.items()}
+        failures = train(list(candidates.values()))
+        for key, candidate in candidates.items():
+            run = candidate.run(store)
+            if run.id in failures:
+                errors[key] = failures[run.id]
+            else:
+                weight = float(run.metrics["penalty_weight"])
+                at_work[key].observe(weight, run.metrics["l0"], run.id)
+    return _with_weights(experiments, searches, errors, store)
+
+
+def _with_weights(
+    experiments: Sequence[Resolved],
+    searches: dict[str, Search],
+    errors: dict[str, BaseException],
+    store: RunStore,
+) -> tuple[list[Resolved], dict[str, BaseException]]:
+    found: list[Resolved] = []
+    failed: dict[str, BaseException] = {}
+    for resolved in experiments:
+        if not resolved.needs_calibration:
+            found.append(resolved)
+            continue
+        key = resolved.without_seeds().signature
+        try:
+            if key in errors:
+                raise CalibrationError(f"the calibration failed: {errors[key]}") from errors[key]
+            outcome = searches[key].outcome()
+        except CalibrationError as error:
+            failed[resolved.run(store).id] = error
+        else:
+            found.append(replace(resolved, penalty=outcome["weight"], calibration=outcome))
+    return found, failed
