@@ -32,6 +32,7 @@ from reseed.compare.stability import (
     unshared_fractions,
 )
 from reseed.compare.statistics import Interval, run_interval, seed_interval
+from reseed.compare.truth import cell_truth, label_column
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,8 @@ class CellResult:
         pairs: a row per pair of runs: `stability.PairResult.row`, then the columns ``null_…``,
             ``kappa``, ``untrained_…`` (NaN where there were no untrained weights).
         latents: a row per latent of each run, with lists over the other runs (``others``).
-        estimates: fractions and cosines over pairs of seeds and metrics over runs, by name.
+        estimates: fractions and cosines over pairs of seeds and metrics over runs, by name; where
+            the truth is known, also those of `compare.truth` (``truth_…``).
         p: p_m, the fraction of latents shared with m = 0 … n−1 other runs.
     """
 
@@ -208,8 +210,8 @@ def compare_cell(
         settings=settings,
         runs=runs,
         pairs=pairs,
-        latents=pa.concat_tables(tables),
-        estimates=_estimates(pairs, runs, settings),
+        latents=label_column(pa.concat_tables(tables), trained),
+        estimates=_estimates(pairs, runs, settings) | cell_truth(trained, sides, settings),
         p=profile.p,
     )
 

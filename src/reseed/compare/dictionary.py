@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from reseed.compare.truth import checked_labels
+
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
@@ -22,6 +24,8 @@ class Dictionary:
         held_out_tokens: number of tokens counted; 0 if there was no count (untrained weights).
         dead: latents that did not fire in the last ``dead_after_tokens`` tokens of training.
         metrics: numbers of the run for the tables (``fvu``, ``l0``, ``dead_fraction``).
+        truth: label of each latent in a world whose features are known (index into
+            `compare.truth.LABELS`); None where the truth is not known.
 
     Raises:
         ValueError: shapes that disagree, counts out of range.
@@ -35,6 +39,7 @@ class Dictionary:
     held_out_tokens: int
     dead: Bool[np.ndarray, " num_latents"]
     metrics: Mapping[str, float] = field(default_factory=dict)
+    truth: Int[np.ndarray, " num_latents"] | None = None
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -53,6 +58,8 @@ class Dictionary:
             shape = getattr(self, name).shape
             if shape != (self.num_latents,):
                 self._refuse(f"`{name}` must have one value per latent [{self.num_latents}]", shape)
+        if self.truth is not None:
+            object.__setattr__(self, "truth", checked_labels(self.truth, self.num_latents, self.id))
         low, high = int(self.firing.min()), int(self.firing.max())
         if low < 0 or high > self.held_out_tokens:
             raise ValueError(

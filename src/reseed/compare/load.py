@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from reseed.compare.dictionary import Dictionary
+from reseed.compare.truth import truth_metrics
 from reseed.runs import Run
 
 
@@ -25,11 +26,13 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
         firing=latents["firing"],
         held_out_tokens=metrics["tokens"],
         dead=latents["tokens_since_fired"] >= record["dead_after_tokens"],
-        metrics={name: metrics[name] for name in ("fvu", "l0", "cosine", "dead_fraction")},
+        metrics={name: metrics[name] for name in ("fvu", "l0", "cosine", "dead_fraction")}
+        | truth_metrics(metrics),
+        truth=latents.get("truth_label"),
     )
     start = run.initial_sae()
     rows = {"encoder": start.W_enc.detach().numpy(), "decoder": start.W_dec.detach().numpy()}
-    return trained, replace(trained, **rows)
+    return trained, replace(trained, truth=None, **rows)
 
 
 def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:

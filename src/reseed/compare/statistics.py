@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan, sqrt
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -67,9 +68,39 @@ def seed_interval(
         return Interval(mean, None, None, None, n, f"fewer than {MIN_SEEDS} seeds: no interval")
     off = np.where(np.eye(n, dtype=bool), 0.0, values)
     without = (pairs.sum() - off.sum(axis=1)) / ((n - 1) * (n - 2) / 2)
-    error = sqrt((n - 1) / n * np.square(without - without.mean()).sum())
+    return leave_one_out_interval(mean, without, confidence, "logit" if logit else "linear")
+
+
+def leave_one_out_interval(
+    mean: float,
+    without: Sequence[float] | Float[np.ndarray, " n"],
+    confidence: float = 0.95,
+    scale: Literal["linear", "logit", "log"] = "linear",
+) -> Interval:
+    """The interval of an estimate from what it is without each of the n seeds.
+
+    SE² = (n−1)/n · Σ_s (θ₋s − θ̄)², interval θ ± t(n−1)·SE. On the logit scale SE is carried there
+    by the delta method; on the log scale (for ratios, which run from 0 to infinity) θ is the
+    logarithm throughout, and the standard error carried back. An estimate at an end of the scale
+    has no interval.
+    """
+    values, n = np.asarray(without, dtype=np.float64), len(without)
+    if isnan(mean) or n < MIN_SEEDS:
+        reason = "undefined" if isnan(mean) else f"fewer than {MIN_SEEDS} seeds: no interval"
+        return Interval(mean, None, None, None, n, reason)
+    if np.isnan(values).any():
+        return Interval(mean, None, None, None, n, "undefined without one of the seeds")
+    if scale == "log":
+        if mean == 0 or values.min() == 0:
+            which = "0" if mean == 0 else "0 without one of the seeds"
+            return Interval(mean, None, None, None, n, f"{which}: no interval on the log scale")
+        values = np.log(values)
+    error = sqrt((n - 1) / n * np.square(values - values.mean()).sum())
     reach = _t(confidence, n - 1) * error
-    if not logit:
+    if scale == "log":
+        low, high = np.exp([np.log(mean) - reach, np.log(mean) + reach])
+        return Interval(mean, float(low), float(high), mean * error, n)
+    if scale == "linear":
         return Interval(mean, mean - reach, mean + reach, error, n)
     if mean in (0.0, 1.0):
         reason = f"every pair is {mean:g}: no interval on the logit scale"
