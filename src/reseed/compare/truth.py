@@ -71,7 +71,7 @@ def truth_estimates(
     counts = _counts(labels, firing, live, shared)
     n = len(labels)
     without = [np.delete(np.arange(n), s) for s in range(n)] if n > 2 else []
-    everything = counts.sum((0, 1))
+    everything = counts.sum((0, 1))  # deciles stay those of all seeds when one is left out
     reduced = [counts[np.ix_(kept, kept)].sum((0, 1)) for kept in without]
     found = {}
     for name, (estimate, scale) in STATISTICS.items():

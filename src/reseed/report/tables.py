@@ -18,6 +18,7 @@ from rich.text import Text
 
 from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
+from reseed.report.truth import truth_row, truth_tables
 from reseed.report.wording import Cell, Wording, details, label, notes, paired, profiles, summary
 
 SUMMARY_COLUMNS = (
@@ -101,6 +102,7 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "confidence": settings.confidence,
         "note": "; ".join(notes(cell)),
     }
+    extra |= truth_row(cell)
     return row | {name: value for name, value in extra.items() if name not in row}
 
 
@@ -126,7 +128,8 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
             column = pa.repeat(pa.scalar(words[name][i], words[name].type), len(table))
             table = table.add_column(position, name, column)
         tables.append(table)
-    return pa.concat_tables(tables)
+    # Cells with and without known truth differ by a column.
+    return pa.concat_tables(tables, promote_options="default")
 
 
 def _with_numbers(table: pa.Table, name: str) -> pa.Table:
@@ -149,8 +152,11 @@ def _one_type(values: list[Any]) -> pa.Array:
 def summary_markdown(cells: Sequence[Cell]) -> str:
     """``summary.md``: the summary of the terminal, then details, profiles and runs."""
     first = summary(cells)
-    parts = ["# Summary", first.caption, _markdown(first), "## More measures"]
+    parts = ["# Summary", first.caption, _markdown(first)]
+    for words in truth_tables(cells):
+        parts += [f"## {words.caption}", _markdown(words)]
     parts += [
+        "## More measures",
         _markdown(details(cells)),
         f"## Over {paired(cells)}",
         _markdown(profiles(cells)),
@@ -178,12 +184,18 @@ def print_summary(
     title: str = "",
     console: Console | None = None,
 ) -> None:
-    """Print the summary table and its footnotes.
+    """Print the summary table and its footnotes, then `truth_tables` where there are any.
 
     On a terminal it fits the window, cells as paragraphs where that is too narrow for a table. Into
     a file or pipe it is as wide as it has to be, without colour, so that nothing is cut off.
     """
-    words, console = summary(cells), console or Console()
+    console = console or Console()
+    _print(summary(cells), console, title)
+    for words in truth_tables(cells):
+        _print(words, console)
+
+
+def _print(words: Wording, console: Console, title: str = "") -> None:
     table = _table(words)
     wide = console.options.update(width=10_000, max_width=10_000)
     needed = Measurement.get(console, wide, table)

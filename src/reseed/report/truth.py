@@ -1,0 +1,144 @@
+"""The tables "Is a shared latent true?": shown where the runs have labels of a known truth."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isnan
+from typing import Any
+
+from reseed.compare.cell import CellResult
+from reseed.compare.truth import PREFIX, STATISTICS, STRATA
+from reseed.report.wording import (
+    MISSING,
+    Cell,
+    Wording,
+    label,
+    number,
+    paired,
+    varying,
+    with_interval,
+)
+
+TITLE = "Is a shared latent true?"
+_MARK = PREFIX + "atom_given_shared"
+_WITH_INTERVAL = ("atom_given_shared", "difference", "difference_adjusted")
+_WORDS = ("atom", "composite", "group", "neither")
+_SHOWN = (*_WITH_INTERVAL, "atom_given_orphan", "likelihood_ratio")
+
+
+def truth_tables(cells: Sequence[Cell]) -> list[Wording]:
+    """What sharing says of the truth, then how true the SAEs are; nothing without labels.
+
+    Two tables, so that each fits a terminal of 120 columns. Cells without labels are left out.
+    """
+    labelled = [(knobs, cell) for knobs, cell in cells if _MARK in cell.estimates]
+    if not labelled:
+        return []
+    names = varying(cells)
+    return [_sharing(cells, labelled, names), _quality(labelled, names)]
+
+
+def truth_row(cell: CellResult) -> dict[str, float | None]:
+    """Columns of ``summary.csv``: every estimate ``truth_…``, and the ends of its interval."""
+    row: dict[str, float | None] = {}
+    for name, found in cell.estimates.items():
+        if name.startswith(PREFIX):
+            row[name] = found.mean
+            if name.removeprefix(PREFIX) in STATISTICS:
+                row |= {f"{name}_low": found.low, f"{name}_high": found.high}
+    return row
+
+
+def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[str]) -> Wording:
+    settings = labelled[0][1].settings
+    percent = f"[{settings.confidence:.0%}]"
+    header = (
+        *names,
+        "shared\nlive",
+        f"P(atom | shared)\n{percent}",
+        "P(atom |\norphan)",
+        f"difference\n{percent}",
+        f"adjusted\n{percent}",
+        "likelihood\nratio",
+    )
+    rows = tuple(
+        (
+            *_values(names, knobs),
+            number(cell.estimates["shared_fraction_live"].mean),
+            _shown(cell, "atom_given_shared"),
+            _shown(cell, "atom_given_orphan"),
+            _shown(cell, "difference"),
+            _shown(cell, "difference_adjusted"),
+            _shown(cell, "likelihood_ratio"),
+        )
+        for knobs, cell in labelled
+    )
+    one = paired(cells, plural=False)
+    footnotes = (
+        "**atom**: the decoder row has |cos| ≥ 0.9 with one true feature and fires with it (F1 ≥ "
+        "0.8). **composite**: no atom, but a non-negative sum of at most 3 features has cos ≥ 0.9 "
+        "with it. **group**: neither, but at least 0.9 of it lies in one group's subspace.",
+        "**P(atom | shared)**, **P(atom | orphan)**: fraction of atoms among live latents that "
+        f"another {one} shares and among those that it does not, counted over all ordered pairs.",
+        "**difference**: the first minus the second. **adjusted**: the same among latents of equal "
+        f"firing ({STRATA} deciles, Mantel–Haenszel).",
+        "**likelihood ratio**: P(shared | atom) / P(shared | no atom); 1 means that sharing says "
+        f"nothing of the truth. Intervals leave one {one} out.",
+        *_reasons(cells, labelled),
+    )
+    return Wording(header, rows, len(names), TITLE, footnotes)
+
+
+def _quality(labelled: Sequence[Cell], names: Sequence[str]) -> Wording:
+    metrics = {
+        "MCC": "mcc",
+        "F1": "f1",
+        "recall of\nenergetic": "recall_energetic",
+        "atoms": "atoms",
+        "composites": "composites",
+    }
+    given = {f"P(shared |\n{word})": f"shared_given_{word}" for word in _WORDS}
+    header = (*names, *metrics, *given)
+    rows = tuple(
+        (
+            *_values(names, knobs),
+            *(_shown(cell, name) for name in (*metrics.values(), *given.values())),
+        )
+        for knobs, cell in labelled
+    )
+    footnotes = (
+        "**MCC**: mean |cos| of decoder rows with the true features, matched one to one. **F1**: "
+        "of the live latents, each as a detector of its nearest feature.",
+        "**recall of energetic**: of the F features of most energy (mean square), F the number "
+        "of latents, the fraction that some live latent is an atom of. **atoms**, **composites**: "
+        "fractions of the live latents.",
+        "**P(shared | …)**: of the live latents with that label, the fraction that is shared.",
+    )
+    return Wording(
+        header, rows, len(names), "How true are the latents, and which are shared?", footnotes
+    )
+
+
+def _shown(cell: CellResult, name: str) -> str:
+    found = cell.estimates.get(PREFIX + name)
+    if found is None:
+        return MISSING
+    return with_interval(found) if name in _WITH_INTERVAL else number(found.mean)
+
+
+def _values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
+    return [str(knobs.get(name, MISSING)) for name in names]
+
+
+def _reasons(cells: Sequence[Cell], labelled: Sequence[Cell]) -> list[str]:
+    """Why a number or an interval is missing, each reason once, with its cells."""
+    about: dict[str, dict[str, None]] = {}
+    for knobs, cell in labelled:
+        for name in _SHOWN:
+            found = cell.estimates[PREFIX + name]
+            if found.reason and (name in _WITH_INTERVAL or isnan(found.mean)):
+                about.setdefault(found.reason, {})[label(cells, knobs)] = None
+    return [
+        f"**{reason}**" + ("" if len(who) == len(cells) else f": {'; '.join(who)}")
+        for reason, who in about.items()
+    ]
