@@ -271,6 +271,10 @@ def test_what_cannot_be_measured_is_refused() -> None:
     of = world()
     with pytest.raises(ValueError, match="no samples were given: there is nothing to measure"):
         measure_truth({"it": sae(torch.eye(D))}, of, [])
+    one = sample(drawn(), of)
+    one.token = one.token.flip(0)
+    with pytest.raises(ValueError, match="`token` of a sample must be sorted; it is not"):
+        measure_truth({"it": sae(torch.eye(D))}, of, [one])
     with pytest.raises(ValueError, match=r"it: `d_in` \(=4\) must be that of the world \(=8\)"):
         measure_truth({"it": sae(torch.eye(4))}, of, [sample(drawn(), of)])
     with pytest.raises(ValueError, match=r"`world\.dictionary` must have at least one feature"):

@@ -70,6 +70,9 @@ def truth_estimates(
     """
     counts = _counts(labels, firing, live, shared)
     n = len(labels)
+    if not counts.any():
+        nothing = Interval(float("nan"), None, None, None, n, "no latent is live")
+        return {PREFIX + name: nothing for name in STATISTICS}
     without = [np.delete(np.arange(n), s) for s in range(n)] if n > 2 else []
     everything = counts.sum((0, 1))  # deciles stay those of all seeds when one is left out
     reduced = [counts[np.ix_(kept, kept)].sum((0, 1)) for kept in without]

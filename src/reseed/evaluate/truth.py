@@ -95,7 +95,7 @@ def measure_truth(
         rules: thresholds.
 
     Raises:
-        ValueError: no true feature, no sample, or an SAE of another width.
+        ValueError: no true feature, no sample, pairs out of order, or an SAE of another width.
     """
     rules = rules or TruthRules()
     if len(world.dictionary) == 0:
@@ -138,6 +138,8 @@ def _blocks(samples: Iterable[Sample], size: int) -> Iterator[_Block]:
     for sample in samples:
         starts = torch.arange(0, len(sample.x) + size, size)
         token, feature, value = (t.cpu() for t in (sample.token, sample.feature, sample.value))
+        if (token[1:] < token[:-1]).any():
+            raise ValueError("`token` of a sample must be sorted; it is not")
         borders = torch.searchsorted(token, starts)
         for i, part in enumerate(sample.x.split(size)):
             pairs = slice(int(borders[i]), int(borders[i + 1]))
