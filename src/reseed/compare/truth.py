@@ -30,6 +30,8 @@ LABELS = ("neither", "composite", "atom", "group")
 """The labels, as ``truth_label`` counts them from 0."""
 PREFIX = "truth_"
 """Of the names of estimates and of the metrics of runs."""
+LABEL_COLUMN = "truth"
+"""The column of ``latents.parquet`` with the labels in words."""
 STRATA = 10
 
 Table = Int[np.ndarray, "strata labels 2"]
@@ -235,7 +237,7 @@ def label_column(table: pa.Table, trained: Sequence[Dictionary]) -> pa.Table:
     labels = _labels(trained)
     if labels is None:
         return table
-    return table.append_column("truth", pa.array(np.array(LABELS)[np.concatenate(labels)]))
+    return table.append_column(LABEL_COLUMN, pa.array(np.array(LABELS)[np.concatenate(labels)]))
 
 
 def _labels(trained: Sequence[Dictionary]) -> list[Int[np.ndarray, " num_latents"]] | None:

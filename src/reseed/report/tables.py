@@ -18,7 +18,7 @@ from rich.text import Text
 
 from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
-from reseed.report.truth import truth_row, truth_tables
+from reseed.report.truth import truth_row, truth_tables, with_labels_alike
 from reseed.report.wording import Cell, Wording, details, label, notes, paired, profiles, summary
 
 SUMMARY_COLUMNS = (
@@ -128,8 +128,7 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
             column = pa.repeat(pa.scalar(words[name][i], words[name].type), len(table))
             table = table.add_column(position, name, column)
         tables.append(table)
-    # Cells with and without known truth differ by a column.
-    return pa.concat_tables(tables, promote_options="default")
+    return pa.concat_tables(with_labels_alike(tables))
 
 
 def _with_numbers(table: pa.Table, name: str) -> pa.Table:

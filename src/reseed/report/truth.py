@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
+import pyarrow as pa
+
 from reseed.compare.cell import CellResult
-from reseed.compare.truth import PREFIX, STATISTICS, STRATA
+from reseed.compare.truth import LABEL_COLUMN, PREFIX, STATISTICS, STRATA
 from reseed.report.wording import (
     MISSING,
     Cell,
@@ -47,6 +49,18 @@ def truth_row(cell: CellResult) -> dict[str, float | None]:
             if name.removeprefix(PREFIX) in STATISTICS:
                 row |= {f"{name}_low": found.low, f"{name}_high": found.high}
     return row
+
+
+def with_labels_alike(tables: Sequence[pa.Table]) -> list[pa.Table]:
+    """Tables of latents, with a column ``truth`` in all of them (empty if need be) or in none."""
+    if not any(LABEL_COLUMN in table.column_names for table in tables):
+        return list(tables)
+    return [
+        table
+        if LABEL_COLUMN in table.column_names
+        else table.append_column(LABEL_COLUMN, pa.nulls(len(table), pa.string()))
+        for table in tables
+    ]
 
 
 def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[str]) -> Wording:
