@@ -8,8 +8,8 @@ learning rate, no AuxK, no warm-ups, each library by its own training step:
 - reseed: `SAE.training_loss`, `backward`, `SAEAdam.step`, as the product runs them;
 - sparsify (TopK only): `SparseCoder.forward` and what its `Trainer` does around it;
 - sae-lens: `SAETrainer.step`. It always clips gradients, and so does reseed here, but for TopK,
-  where the yardstick is sparsify's recipe without it. sae-lens does not hold decoder rows at norm 1,
-  which reseed does in these times but for ReLU, whose recipe leaves them free;
+  where the yardstick is sparsify's recipe. sae-lens does not hold decoder rows at norm 1, which
+  reseed does in these times but for ReLU, whose recipe leaves them free;
 - dictionary_learning (all but TopK): `update` of its trainers.
 
 All contenders of an architecture run in one process at one number of threads, on the same
