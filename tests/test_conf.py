@@ -84,3 +84,21 @@ def test_a_recipe_sets_what_it_means_for_an_architecture() -> None:
 def test_unknown_root_keys_are_refused() -> None:
     with pytest.raises(ConfigError, match="there is no key `sed`"):
         experiment_from(composed("+sed=1"))
+
+
+def test_what_recipes_set_for_jumprelu() -> None:
+    published, _ = experiment_from(composed("sae=jumprelu", "training=standard"))
+    assert (published.training.beta1, published.sae.penalty) == (0, "step")  # type: ignore[attr-defined]
+    short, _ = experiment_from(composed("sae=jumprelu", "training=short"))
+    assert short.sae.sparsity == "L0*=8"
+    assert not short.sae.needs_calibration
+
+
+@pytest.mark.parametrize("sae", ["topk", "batch_topk", "matryoshka"])
+def test_a_target_on_the_command_line_wins_over_the_recipes_k(sae: str) -> None:
+    by_target, by_k = (
+        experiment_from(composed(f"sae={sae}", override))[0].sae
+        for override in ("sae.target_l0=5", "sae.k=5")
+    )
+    assert by_target.sparsity == "k=5"
+    assert by_target.signed() == by_k.signed()

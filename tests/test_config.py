@@ -104,6 +104,8 @@ def test_build_calls_only_configurations() -> None:
     whole = Coloured(sides=4).to_dict()
     whole.pop("type")
     assert build({"_target_": target, **whole}, "shape", Shape) == Coloured(sides=4)
+    whole.pop("added")  # a file from before the field says what is neutral
+    assert build({"_target_": target, **whole}, "shape", Shape) == Coloured(sides=4)
     whole.pop("colour")
     with pytest.raises(ConfigError, match=r"`shape\.colour` is required"):
         build({"_target_": target, **whole}, "shape", Shape)

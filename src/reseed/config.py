@@ -206,7 +206,9 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{{key}}: `_target_` {target} is not a {base.__name__}", key)
     for f in dataclasses.fields(found):
-        if f.name not in values:  # a default of the class is not what the yaml would have said
+        # A default of the class is not what the yaml would have said; but one from before the
+        # field was added says what is neutral.
+        if f.name not in values and f.metadata.get("neutral", _MISSING) != f.default:
             raise ConfigError("{key} is required, and was removed", _dotted(key, f.name))
     return make(found, values, key)
 

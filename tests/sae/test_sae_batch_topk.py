@@ -199,7 +199,7 @@ def test_shapes_and_dtypes():
     ("options", "message"),
     [
         ({"num_latents": 16, "k": 17}, r"`k` \(=17\) must not exceed `num_latents` \(=16\)"),
-        ({"num_latents": 16, "k": 0}, "`k` must be an integer, at least 1; got 0"),
+        ({"num_latents": 16, "k": 0}, "`k` must be a number, above 0; got 0"),
         ({"num_latents": 64, "threshold_rate": 0}, "`threshold_rate` must be .* above 0"),
     ],
 )
@@ -210,5 +210,5 @@ def test_refused(options, message):
 
 def test_k_out_of_range():
     sae = make()
-    with pytest.raises(ValueError, match=r"`k` \(=25\) must be between 1 and .* \(=24\)"):
+    with pytest.raises(ValueError, match=r"`k` \(=25\) must be above 0 and at most .* \(=24\)"):
         batch_topk_encode(batch_of(), sae.W_enc, sae.b_enc, 25, b_dec=sae.b_dec)

@@ -118,6 +118,22 @@ def test_widths_that_disagree(saved):
     refused(saved, "num_latents is 31, but its config says 32")
 
 
+def test_no_latents_are_not_read_as_some(saved):
+    """One public library's config says 0 and means that the factor decides."""
+    description = json.loads((saved / "sae.json").read_text())
+    edit(saved, config={**description["config"], "num_latents": 0})
+    refused(saved, "`config.num_latents` must be an integer or null, at least 1; got 0")
+
+
+def test_a_transposed_decoder_is_refused(saved):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(saved / "sae.safetensors")
+    tensors["W_dec"] = tensors["W_dec"].T.contiguous()
+    save_file(tensors, saved / "sae.safetensors")
+    refused(saved, r"`W_dec` has shape \[6, 32\], expected \[32, 6\]")
+
+
 def test_other_contents(saved):
     edit(saved, d_in="six")
     refused(saved, "`d_in` must be a whole number of at least 1; got 'six'")

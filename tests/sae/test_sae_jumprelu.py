@@ -74,13 +74,36 @@ def test_the_kernel_sees_both_sides():
 
 
 def test_target_by_hand():
-    sae, x = by_hand(l0_coefficient=3.0, target_l0=8.0)
+    sae, x = by_hand(l0_coefficient=3.0, penalty="quadratic", target_l0=8.0)
     loss = sae.training_loss(x, LAST, nobody(sae))
     assert loss.parts["penalty"] == (2 / 8 - 1) ** 2
     assert loss.total == 0.15625 + 3 * 0.5625
     loss.total.backward()
     # d penalty / dL0 = 2 (L0/L0* − 1) / L0* = −.1875: too few are on, θ is to fall.
     assert sae.log_threshold.grad[1].item() == pytest.approx(3 * 0.1875)
+
+
+def test_tanh_by_hand():
+    sae, x = by_hand(l0_coefficient=3.0, penalty="tanh", tanh_scale=0.8)
+    with torch.no_grad():
+        sae.W_dec[1] *= 2  # ‖d‖ = 2
+        sae.b_dec[1] = -1.25  # and the reconstruction as it was
+    loss = sae.training_loss(x, LAST, nobody(sae))
+    # f = (0, 1.25, 3, 0): tanh(.8 · 1.25 · 2) + tanh(.8 · 3).
+    assert loss.parts["penalty"].item() == pytest.approx(math.tanh(2) + math.tanh(2.4))
+    assert loss.total.item() == pytest.approx(0.15625 + 3 * (math.tanh(2) + math.tanh(2.4)))
+    assert loss.l0 == 2
+    loss.total.backward()
+    # dP/df_j = c‖d_j‖ (1 − tanh²(c f_j‖d_j‖)): .8 where f = 0.
+    slopes = [0.8, 1.6 * (1 - math.tanh(2) ** 2), 0.8 * (1 - math.tanh(2.4) ** 2), 0.8]
+    # On where f is, and there the error is 0.
+    assert sae.b_enc.grad.tolist() == pytest.approx([0, 3 * slopes[1], 3 * slopes[2], 0])
+    # ∂f/∂θ = −θ/ε = −1 for latents 0 and 1; latent 0 has dL/df = −.375 from the reconstruction.
+    assert sae.log_threshold.grad.tolist() == pytest.approx(
+        [0.375 - 3 * slopes[0], -3 * slopes[1], 0, 0]
+    )
+    # dP/d‖d_1‖ = c f_1 (1 − tanh²), along the row.
+    assert sae.W_dec.grad[1, 1].item() == pytest.approx(3 * 0.8 * 1.25 * (1 - math.tanh(2) ** 2))
 
 
 def dense_loss(sae, x):
@@ -96,14 +119,21 @@ def dense_loss(sae, x):
     latents = pre * hard + theta.detach() * (ramp - ramp.detach())
     error = x - (latents @ sae.W_dec + sae.b_dec)
     l0 = step.sum(1).mean()
-    penalty = l0 if c.target_l0 is None else (l0 / c.target_l0 - 1) ** 2
+    penalty = {
+        "step": lambda: l0,
+        "quadratic": lambda: (l0 / c.target_l0 - 1) ** 2,
+        "tanh": lambda: (c.tanh_scale * latents * sae.W_dec.norm(dim=1)).tanh().sum(1).mean(),
+    }[c.penalty]()
     return error.square().sum(1).mean() / sae.d_in + c.l0_coefficient * penalty
 
 
-@pytest.mark.parametrize("target", [None, 3.0])
+@pytest.mark.parametrize(
+    ("penalty", "target"), [("step", None), ("quadratic", 3.0), ("tanh", None), ("step", 3.0)]
+)
 @pytest.mark.parametrize("centred", [False, True])
-def test_gradients_are_those_of_the_dense_formulation(target, centred):
-    sae, x = make(l0_coefficient=0.7, target_l0=target, subtract_b_dec=centred), batch_of(64)
+def test_gradients_are_those_of_the_dense_formulation(penalty, target, centred):
+    sae = make(l0_coefficient=0.7, penalty=penalty, target_l0=target, subtract_b_dec=centred)
+    x = batch_of(64)
     ours, theirs = sae.training_loss(x, LAST, nobody(sae)).total, dense_loss(sae, x)
     torch.testing.assert_close(ours, theirs)
     for (name, p), b in zip(
@@ -180,13 +210,16 @@ def test_a_resume_is_exact():
 
 def test_sparsity_in_a_word():
     assert JumpReLUConfig(num_latents=8).sparsity == "λ=0.001"
-    assert JumpReLUConfig(num_latents=8, target_l0=32).sparsity == "L0*=32"
+    assert JumpReLUConfig(num_latents=8, penalty="quadratic", target_l0=32).sparsity == "L0*=32"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"target_l0": 0}, "`target_l0` must be a number or null, above 0; got 0"),
+        ({"penalty": "quadratic"}, "`target_l0` must be given with `penalty=quadratic`"),
+        ({"penalty": "tanj"}, "`penalty` must be one of step, quadratic, tanh; .*`tanh`"),
+        ({"tanh_scale": 0}, "`tanh_scale` must be a number, above 0; got 0"),
         ({"bandwidth": 0}, "`bandwidth` must be a number, above 0; got 0"),
         ({"threshold_init": -1}, "`threshold_init` must be a number, above 0; got -1"),
         ({"l0_coefficient": math.nan}, "`l0_coefficient` must be a number, at least 0; got nan"),

@@ -14,11 +14,27 @@ from reseed.train.optim import SAEAdam, learning_rate
 
 CONFIGS = {
     "topk": TopKConfig(num_latents=64, k=4),
+    "topk, weighed, falling k": TopKConfig(
+        num_latents=64,
+        k=4,
+        weigh_by_decoder_norm=True,
+        unit_norm_decoder=False,
+        k_anneal_fraction=0.1,
+    ),
     "topk, multi": TopKConfig(num_latents=64, k=4, multi_topk=True),
     "batch_topk": BatchTopKConfig(num_latents=64, k=4),
+    "batch_topk, a fraction": BatchTopKConfig(num_latents=64, k=3.2),
     "matryoshka": MatryoshkaConfig(num_latents=64, k=4),
     "jumprelu": JumpReLUConfig(
-        num_latents=64, l0_coefficient=0.1, target_l0=4, threshold_init=0.1, bandwidth=0.1
+        num_latents=64,
+        l0_coefficient=0.1,
+        penalty="quadratic",
+        target_l0=4,
+        threshold_init=0.1,
+        bandwidth=0.1,
+    ),
+    "jumprelu, tanh": JumpReLUConfig(
+        num_latents=64, l0_coefficient=0.02, penalty="tanh", threshold_init=0.1, bandwidth=0.1
     ),
     "gated": GatedConfig(num_latents=64, l1_coefficient=1.0),
     "relu": ReLUConfig(num_latents=64, l1_coefficient=1.0),

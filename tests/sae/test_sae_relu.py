@@ -41,6 +41,45 @@ def test_loss_by_hand():
     assert loss.squared_error == 1.25
 
 
+def test_gradients_by_hand():
+    sae, x = by_hand(l1_coefficient=10.0)
+    sae.training_loss(x, Step(50, 100), nobody(sae)).total.backward()
+    # dL/df = −2 e·d + λ‖d‖ where f > 0: −2 · .5 · .5 + 10 · .5 for latent 0.
+    assert sae.b_enc.grad.tolist() == [4.5, 0]
+    assert sae.W_enc.grad.tolist() == [[9.0, 4.5], [0, 0]]
+    # −2 f e + λ f d/‖d‖: (−3 + 30, −6).
+    assert sae.W_dec.grad.tolist() == [[27.0, -6.0], [0, 0]]
+    assert sae.b_dec.grad.tolist() == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_gradients_are_those_of_the_dense_formulation(centred, weighed):
+    options = {"subtract_b_dec": centred, "l1_weighted_by_decoder_norm": weighed}
+    sae = ReLUConfig(num_latents=24, l1_coefficient=0.7, **options).build(
+        6, torch.Generator().manual_seed(0)
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    sae = sae.double()
+    x = torch.randn(32, 6, generator=generator).double()
+    pre = torch.einsum("bd,fd->bf", x - centred * sae.b_dec, sae.W_enc) + sae.b_enc
+    f = pre * (pre > 0)
+    norms = (sae.W_dec**2).sum(1).sqrt() if weighed else 1.0
+    error = x - torch.einsum("bf,fd->bd", f, sae.W_dec) - sae.b_dec
+    theirs = (error**2).sum(1).mean() + 0.7 * (f * norms).sum(1).mean()
+    ours = sae.training_loss(x, Step(9, 10), nobody(sae)).total
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(sae.parameters())
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters), torch.autograd.grad(theirs, parameters), strict=True
+    ):
+        assert a.abs().max() > 0
+        torch.testing.assert_close(a, b)
+
+
 def test_plain_l1_by_hand():
     sae, x = by_hand(l1_coefficient=10.0, l1_weighted_by_decoder_norm=False)
     assert sae.training_loss(x, Step(50, 100), nobody(sae)).total == 1.25 + 30

@@ -8,6 +8,7 @@ row per latent.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -69,19 +70,32 @@ class SAEConfig(Config, ABC, family="sae"):
         num_latents: F.
         expansion_factor: F as a multiple of D; no effect (and null) beside `num_latents`.
         decoder_init_norm: norm of every decoder row at the start.
-        encoder_init_scale: the encoder starts as this times the transpose of the decoder ("tied").
+        encoder_init_scale: norm of the encoder's rows at the start over that of the decoder's.
+        encoder_init: ``tied``: the encoder starts as the transpose of the decoder (scaled);
+            ``untied``: in random directions of its own.
         unit_norm_decoder: hold decoder rows at norm 1 during training (the optimiser does it).
+        target_l0: the L0 to reach, where the architecture can: k, the target of a penalty, or the
+            measure by which the weight of a penalty is found (`needs_calibration`).
+        aux_alpha: weight of the auxiliary loss of dead latents (`reseed.sae.auxk`), in units of
+            the variance of the inputs; 0 leaves it out.
+        k_aux: how many dead latents per token reconstruct the error; null is D/2.
     """
 
     dense_products: ClassVar[int] = 5
     """Products of the size batch × num_latents × d_in in a step, for estimates of time: encoder
     and decoder, and what their gradients take."""
+    penalty_field: ClassVar[str | None] = None
+    """The field that weighs the sparsity penalty; None where there is no penalty."""
 
     num_latents: int | None = setting(None, at_least=1)
     expansion_factor: int | None = setting(None, at_least=1)
     decoder_init_norm: float = setting(1.0, above=0)
     encoder_init_scale: float = setting(1.0, at_least=0)
+    encoder_init: str = setting("tied", choices=("tied", "untied"), neutral="tied")
     unit_norm_decoder: bool = setting(True)
+    target_l0: float | None = setting(None, above=0, neutral=None)
+    aux_alpha: float = setting(0.0, at_least=0, neutral=0.0)
+    k_aux: int | None = setting(None, at_least=1, neutral=None)
 
     def validate(self) -> None:
         if self.num_latents is None and self.expansion_factor is None:
@@ -95,6 +109,15 @@ class SAEConfig(Config, ABC, family="sae"):
                 "{key} must be 1 with `unit_norm_decoder=true`; got "
                 f"{self.decoder_init_norm}. Set the one or the other.",
                 "decoder_init_norm",
+            )
+        if self.target_l0 is not None:
+            self._heed_target(self.target_l0)
+
+    def _heed_target(self, target: float) -> None:
+        """Do with `target_l0` what is to be done at once, or refuse it."""
+        if self.penalty_field is None:
+            raise ConfigError(
+                f"{{key}} must be null: nothing in sae={self.name} heeds it", "target_l0"
             )
 
     def width(self, d_in: int) -> int:
@@ -110,7 +133,29 @@ class SAEConfig(Config, ABC, family="sae"):
     @property
     @abstractmethod
     def sparsity(self) -> str:
-        """What sets the sparsity, in a word for tables: ``k=32``."""
+        """What sets the sparsity, in a word for tables: ``k=32``, ``λ=5``, ``L0*=32``."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the weight of the penalty is to be found, such that L0 is `target_l0`."""
+        return self.target_l0 is not None and self.penalty_field is not None
+
+    def calibrated(self, coefficient: float) -> Self:
+        """The same with the weight of the penalty that was found. `target_l0` stays, as its reason.
+
+        Raises:
+            ValueError: the architecture has no penalty.
+        """
+        if self.penalty_field is None:
+            raise ValueError(f"sae={self.name} has no penalty to weigh")
+        return dataclasses.replace(self, **{self.penalty_field: coefficient})
+
+    def _penalised_sparsity(self) -> str:
+        """`sparsity` where there is a penalty."""
+        assert self.penalty_field is not None
+        if self.target_l0 is not None:
+            return f"L0*={self.target_l0:g}"
+        return f"λ={getattr(self, self.penalty_field):g}"
 
     @abstractmethod
     def published_lr(self, num_latents: int) -> float:
@@ -127,7 +172,12 @@ class SAEConfig(Config, ABC, family="sae"):
         directions = random_directions(self.width(d_in), d_in, generator)
         with torch.no_grad():
             sae.W_dec.copy_(directions * self.decoder_init_norm)
-            sae.W_enc.copy_(sae.W_dec * self.encoder_init_scale)
+            if self.encoder_init == "untied":
+                # Drawn after the decoder's, which are thus the same either way.
+                directions = random_directions(self.width(d_in), d_in, generator)
+                sae.W_enc.copy_(directions * self.decoder_init_norm * self.encoder_init_scale)
+            else:
+                sae.W_enc.copy_(sae.W_dec * self.encoder_init_scale)
         return sae
 
 

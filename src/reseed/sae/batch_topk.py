@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 
 from reseed.config import setting
-from reseed.sae.auxk import KSparseConfig, auxk_loss
+from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import SAE, Loss, Step
+from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
 from reseed.sae.sparse import SparseLatents, batch_topk_encode, sparse_decode
 
@@ -24,11 +25,24 @@ class BatchTopKConfig(KSparseConfig, name="batch_topk"):
     """f = the k·B largest of ReLU(W_enc (x − b_dec) + b_enc) in a batch; later, those above θ.
 
     Args:
-        k: active latents per token, on average.
+        k: active latents per token, on average; may be a fraction: k·B is rounded.
         threshold_rate: θ moves by this share of the way to each batch's smallest kept activation.
+        threshold_window: above 0, θ is a mean over about this fraction of the steps so far, and
+            never over more than 1/`threshold_rate` steps: the rate of step t is at least
+            1/(1 + window·t). In a run of some hundred steps the first batches would linger else:
+            their activations are far larger, so θ is too high and L0 below k.
     """
 
     threshold_rate: float = setting(0.01, above=0, at_most=1)
+    threshold_window: float = setting(0.0, at_least=0, at_most=1, neutral=0.0)
+
+    def threshold_rate_at(self, step: Step, d_in: int) -> float:
+        """How far θ moves at a training step."""
+        if self.k_at(step, d_in) != self.k:
+            return 1.0  # while k falls there is nothing to average yet
+        if self.threshold_window == 0:
+            return self.threshold_rate
+        return max(self.threshold_rate, 1 / (1 + self.threshold_window * step.index))
 
     def empty(self, d_in: int) -> BatchTopK:
         return BatchTopK(self, d_in)
@@ -39,6 +53,7 @@ class BatchSparse(SAE):
 
     Attributes:
         threshold: θ, the running mean of the smallest kept activation; 0 before the first batch.
+            With `weigh_by_decoder_norm`, of the smallest kept f_j‖d_j‖.
     """
 
     homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec", "threshold")
@@ -51,9 +66,12 @@ class BatchSparse(SAE):
         self.register_buffer("threshold", torch.zeros(()))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch num_latents"]:
-        """f = π·1[π > θ], whatever else is in the batch."""
+        """f = π·1[π > θ] (or π·1[π‖d‖ > θ]), whatever else is in the batch."""
         x = x.to(self.W_enc.dtype) - self.b_dec
         pre = nn_functional.linear(x, self.W_enc, self.b_enc)
+        weights = choice_weights(self)
+        if weights is not None:
+            return torch.where(pre * weights > self.threshold, pre, 0.0)
         return nn_functional.threshold(pre, float(self.threshold), 0.0)
 
     @abstractmethod
@@ -70,11 +88,15 @@ class BatchSparse(SAE):
     ) -> Loss:
         """The loss of reconstruction + α·AuxK, normalised like TopK's. Moves θ."""
         x = x.to(self.W_enc.dtype)
-        latents = batch_topk_encode(x, self.W_enc, self.b_enc, self.config.k, b_dec=self.b_dec)
-        self._follow(latents.values.detach())
+        k, weights = self.config.k_at(step, self.d_in), choice_weights(self)
+        latents = batch_topk_encode(x, self.W_enc, self.b_enc, k, b_dec=self.b_dec, weights=weights)
+        kept = latents.values.detach()
+        if weights is not None:
+            kept = kept * weights[latents.indices]
+        self._follow(kept, self.config.threshold_rate_at(step, self.d_in))
         total, error, parts = self._fit(x, latents, total_variance(x))
         if self.config.aux_alpha > 0:
-            aux = auxk_loss(self, x, error.detach(), dead, self.config.k_aux)
+            aux = auxk_loss(self, x, error.detach(), dead, weights=weights)
             total, parts = total + self.config.aux_alpha * aux, {**parts, "aux": aux}
         fired = latents.fired()
         return Loss(
@@ -86,11 +108,11 @@ class BatchSparse(SAE):
         )
 
     @torch.no_grad()
-    def _follow(self, kept: Float[Tensor, " pairs"]) -> None:
+    def _follow(self, kept: Float[Tensor, " pairs"], rate: float) -> None:
         """θ towards the smallest kept activation; at the first batch, all the way."""
         if len(kept):
             smallest = kept.min()
-            moved = torch.lerp(self.threshold, smallest, self.config.threshold_rate)
+            moved = torch.lerp(self.threshold, smallest, rate)
             self.threshold.copy_(torch.where(self.threshold > 0, moved, smallest))
 
 

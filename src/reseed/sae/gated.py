@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nn_functional
 
 from reseed.config import setting
+from reseed.sae.auxk import auxk_term
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.losses import warmed_up
 
@@ -29,12 +30,14 @@ class GatedConfig(SAEConfig, name="gated"):
 
     dense_products = 8  # two reconstructions: the second costs a product, and one for its gradient
 
+    penalty_field: ClassVar[str | None] = "l1_coefficient"
+
     l1_coefficient: float = setting(5.0, at_least=0)
     l1_warmup_fraction: float = setting(0.05, at_least=0, at_most=1)
 
     @property
     def sparsity(self) -> str:
-        return f"λ={self.l1_coefficient:g}"
+        return self._penalised_sparsity()
 
     def published_lr(self, num_latents: int) -> float:
         """3e-4 at every width (said by the authors beside the paper)."""
@@ -51,6 +54,7 @@ class Gated(SAE):
     Attributes:
         r_mag: log of each magnitude row over its gate row.
         b_mag: bias of the magnitudes.
+        penalty_weight: λ after the warm-up; may be set between steps. Not part of the state.
     """
 
     homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec", "b_mag")
@@ -61,6 +65,7 @@ class Gated(SAE):
 
     def __init__(self, config: GatedConfig, d_in: int) -> None:
         super().__init__(config, d_in)
+        self.penalty_weight: float = config.l1_coefficient
         self.r_mag = nn.Parameter(torch.zeros(self.num_latents))
         self.b_mag = nn.Parameter(torch.zeros(self.num_latents))
 
@@ -70,10 +75,11 @@ class Gated(SAE):
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """Sums over D (and F), means over B. ``dead`` plays no part."""
+        """Sums over D (and F), means over B. ``dead`` is for AuxK alone, by the gates' π."""
         x = x.to(self.W_enc.dtype)
         gate, latents = self._encode(x)
-        squared_error = (x - self.decode(latents)).square().sum()
+        error = x - self.decode(latents)
+        squared_error = error.square().sum()
         mse = squared_error / len(x)
         opened = gate.relu()
         l1 = opened.sum() / len(x)
@@ -81,12 +87,17 @@ class Gated(SAE):
         by_gate = opened @ self.W_dec.detach() + self.b_dec.detach()
         aux = (x - by_gate).square().sum() / len(x)
         warmup = warmed_up(step.index, step.total, self.config.l1_warmup_fraction)
+        total = mse + self.penalty_weight * warmup * l1 + aux
+        parts = {"mse": mse, "l1": l1, "aux": aux}
+        if self.config.aux_alpha > 0:
+            term, parts["auxk"] = auxk_term(self, x, error, dead, per=len(x), centred=True)
+            total = total + term
         with torch.no_grad():
             # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
             fired = latents.sign().sum(0).long()
         return Loss(
-            total=mse + self.config.l1_coefficient * warmup * l1 + aux,
-            parts={"mse": mse.detach(), "l1": l1.detach(), "aux": aux.detach()},
+            total=total,
+            parts={name: part.detach() for name, part in parts.items()},
             fired=fired,
             squared_error=squared_error.detach(),
             l0=fired.sum() / len(x),

@@ -12,14 +12,15 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nn_functional
 
-from reseed.config import setting
+from reseed.config import ConfigError, setting
+from reseed.sae.auxk import auxk_term
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.losses import warmed_up
 
 
 @dataclass(frozen=True)
 class JumpReLUConfig(SAEConfig, name="jumprelu"):
-    """f = π·H(π − θ), π = W_enc x + b_enc, L = ‖e‖²/D + λ·L0, for inputs with E‖x‖ = √D.
+    """f = π·H(π − θ), π = W_enc x + b_enc, L = ‖e‖²/D + λ·penalty, for inputs with E‖x‖ = √D.
 
     The paper's inputs have E‖x‖² = 1. Dividing ‖e‖² by D, and lengths by √D, makes its λ, θ and ε
     mean here what they mean there.
@@ -27,24 +28,40 @@ class JumpReLUConfig(SAEConfig, name="jumprelu"):
     Args:
         l0_coefficient: λ after the warm-up.
         l0_warmup_fraction: λ rises linearly from 0 over this fraction of the steps.
-        target_l0: L0*; the penalty is then λ (L0/L0* − 1)². Null: λ·L0.
+        penalty: ``step``: L0. ``quadratic``: (L0/L0* − 1)², L0* being `target_l0`. ``tanh``:
+            Σ_j tanh(c f_j‖d_j‖) (Anthropic, *Circuits Updates*, January 2025).
+        tanh_scale: c of the tanh penalty, for inputs with E‖x‖ = √D, which Anthropic's 4 is for.
         threshold_init: θ at the start, for inputs with E‖x‖² = 1.
         bandwidth: ε, the width of the kernel that stands for the derivative of the jump, ditto.
         subtract_b_dec: encode x − b_dec.
     """
 
+    penalty_field: ClassVar[str | None] = "l0_coefficient"
+
+    # Signed when null too, as it was before other architectures had it.
+    target_l0: float | None = setting(None, above=0)
     l0_coefficient: float = setting(1e-3, at_least=0)
     l0_warmup_fraction: float = setting(0.05, at_least=0, at_most=1)
-    target_l0: float | None = setting(None, above=0)
+    penalty: str = setting("step", choices=("step", "quadratic", "tanh"), neutral="step")
+    tanh_scale: float = setting(4.0, above=0, neutral=4.0)
     threshold_init: float = setting(1e-3, above=0)
     bandwidth: float = setting(1e-3, above=0)
     subtract_b_dec: bool = setting(False)
 
+    def validate(self) -> None:
+        super().validate()
+        if self.penalty == "quadratic" and self.target_l0 is None:
+            raise ConfigError(
+                "{key} must be given with `penalty=quadratic`; it is null", "target_l0"
+            )
+
+    @property
+    def needs_calibration(self) -> bool:
+        return super().needs_calibration and self.penalty != "quadratic"
+
     @property
     def sparsity(self) -> str:
-        if self.target_l0 is not None:
-            return f"L0*={self.target_l0:g}"
-        return f"λ={self.l0_coefficient:g}"
+        return self._penalised_sparsity()
 
     def published_lr(self, num_latents: int) -> float:
         """7e-5 at every width."""
@@ -66,6 +83,7 @@ class JumpReLU(SAE):
 
     Attributes:
         log_threshold: log θ of each latent.
+        penalty_weight: λ after the warm-up; may be set between steps. Not part of the state.
     """
 
     logarithmic: ClassVar[tuple[str, ...]] = ("log_threshold",)
@@ -75,6 +93,7 @@ class JumpReLU(SAE):
 
     def __init__(self, config: JumpReLUConfig, d_in: int) -> None:
         super().__init__(config, d_in)
+        self.penalty_weight: float = config.l0_coefficient
         self.log_threshold = nn.Parameter(torch.zeros(self.num_latents))
 
     @property
@@ -89,26 +108,43 @@ class JumpReLU(SAE):
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """‖e‖²/D and L0 as means over B. ``dead`` plays no part."""
+        """‖e‖²/D and the penalty as means over B. ``dead`` is for AuxK alone, which ignores θ."""
         x = x.to(self.W_enc.dtype)
         width = self.config.bandwidth * self.d_in**0.5
         latents, l0 = _Jump.apply(self._pre_activations(x), self.threshold, width)
         error = x - self.decode(latents)
         squared_error = error.square().sum()
         mse = squared_error / x.numel()
-        target = self.config.target_l0
-        penalty = l0 if target is None else (l0 / target - 1).square()
+        penalty = self._penalty(latents, l0)
         warmup = warmed_up(step.index, step.total, self.config.l0_warmup_fraction)
+        total = mse + self.penalty_weight * warmup * penalty
+        parts = {"mse": mse, "penalty": penalty}
+        if self.config.aux_alpha > 0:
+            centred = self.config.subtract_b_dec
+            term, parts["auxk"] = auxk_term(self, x, error, dead, per=x.numel(), centred=centred)
+            total = total + term
         with torch.no_grad():
             # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
             fired = latents.sign().sum(0).long()
         return Loss(
-            total=mse + self.config.l0_coefficient * warmup * penalty,
-            parts={"mse": mse.detach(), "penalty": penalty.detach()},
+            total=total,
+            parts={name: part.detach() for name, part in parts.items()},
             fired=fired,
             squared_error=squared_error.detach(),
             l0=l0.detach(),
         )
+
+    def _penalty(
+        self, latents: Float[Tensor, "batch num_latents"], l0: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        if self.config.penalty == "step":
+            return l0
+        if self.config.penalty == "quadratic":
+            assert self.config.target_l0 is not None
+            return (l0 / self.config.target_l0 - 1).square()
+        # By f, whose pseudo-derivative reaches θ.
+        scale = self.config.tanh_scale * self.W_dec.norm(dim=1)
+        return (latents * scale).tanh().sum() / len(latents)
 
     def _pre_activations(
         self, x: Float[Tensor, "*batch d_in"]

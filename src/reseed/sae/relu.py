@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import final
+from typing import ClassVar, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 
 from reseed.config import setting
+from reseed.sae.auxk import auxk_term
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.losses import warmed_up
 
@@ -27,6 +28,8 @@ class ReLUConfig(SAEConfig, name="relu"):
         subtract_b_dec: encode x − b_dec, as before April 2024.
     """
 
+    penalty_field: ClassVar[str | None] = "l1_coefficient"
+
     decoder_init_norm: float = setting(0.1, above=0)
     unit_norm_decoder: bool = setting(False)
     l1_coefficient: float = setting(5.0, at_least=0)
@@ -36,7 +39,7 @@ class ReLUConfig(SAEConfig, name="relu"):
 
     @property
     def sparsity(self) -> str:
-        return f"λ={self.l1_coefficient:g}"
+        return self._penalised_sparsity()
 
     def published_lr(self, num_latents: int) -> float:
         """5e-5 at every width."""
@@ -48,9 +51,17 @@ class ReLUConfig(SAEConfig, name="relu"):
 
 @final
 class ReLU(SAE):
-    """A ReLU sparse autoencoder."""
+    """A ReLU sparse autoencoder.
+
+    Attributes:
+        penalty_weight: λ after the warm-up; may be set between steps. Not part of the state.
+    """
 
     config: ReLUConfig
+
+    def __init__(self, config: ReLUConfig, d_in: int) -> None:
+        super().__init__(config, d_in)
+        self.penalty_weight: float = config.l1_coefficient
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch num_latents"]:
         x = x.to(self.W_enc.dtype)
@@ -61,7 +72,7 @@ class ReLU(SAE):
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """Sums over D (and F), means over B. ``dead`` plays no part."""
+        """Sums over D (and F), means over B. ``dead`` is for AuxK alone."""
         x = x.to(self.W_enc.dtype)
         latents = self.encode(x)
         error = x - self.decode(latents)
@@ -72,12 +83,18 @@ class ReLU(SAE):
             weights = weights * self.W_dec.norm(dim=1)
         l1 = weights.sum()
         warmup = warmed_up(step.index, step.total, self.config.l1_warmup_fraction)
+        total = mse + self.penalty_weight * warmup * l1
+        parts = {"mse": mse, "l1": l1}
+        if self.config.aux_alpha > 0:
+            centred = self.config.subtract_b_dec
+            term, parts["auxk"] = auxk_term(self, x, error, dead, per=len(x), centred=centred)
+            total = total + term
         with torch.no_grad():
             # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
             fired = latents.sign().sum(0).long()
         return Loss(
-            total=mse + self.config.l1_coefficient * warmup * l1,
-            parts={"mse": mse.detach(), "l1": l1.detach()},
+            total=total,
+            parts={name: part.detach() for name, part in parts.items()},
             fired=fired,
             squared_error=squared_error.detach(),
             l0=fired.sum() / len(x),

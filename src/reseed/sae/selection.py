@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -45,9 +47,9 @@ def select_in_batch(
     rows: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "num_latents d_in"],
     b_enc: Float[Tensor, " num_latents"],
-    k: int,
+    k: float,
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """The k·B largest pre-activations of the batch that are positive.
+    """The k·B (rounded, at least 1) largest pre-activations of the batch that are positive.
 
     Every row sends its largest few; the k·B-th of them is a lower bound of the k·B-th of all. A
     row that sent nothing below that bound may hold more, and sends all that reach it: the choice
@@ -56,8 +58,8 @@ def select_in_batch(
     Returns:
         Values, rows and latents of the pairs, sorted by row and then by latent.
     """
-    num_latents, count = len(W_enc), k * len(rows)
-    width = min(num_latents, _FIRST_GUESS * k)
+    num_latents, count = len(W_enc), max(1, round(k * len(rows)))
+    width = min(num_latents, math.ceil(_FIRST_GUESS * k))
     values, latents = select(rows, W_enc, b_enc, width)
     keys = latents + num_latents * torch.arange(len(rows), device=rows.device)[:, None]
     if width < num_latents:

@@ -152,6 +152,7 @@ def topk_encode(
     *,
     b_dec: Float[Tensor, " d_in"] | None = None,
     among: Int[Tensor, " candidates"] | None = None,
+    weights: Float[Tensor, " num_latents"] | None = None,
     descending: bool = False,
 ) -> SparseLatents:
     """The k largest of ReLU(W_enc (x − b_dec) + b_enc) of every token.
@@ -160,6 +161,8 @@ def topk_encode(
         k: at most the number of latents (or of candidates).
         b_dec: subtracted from x first, if given.
         among: choose among these latents only; indices stay those of all latents.
+        weights: constants ≥ 0: choose by weight × value. Values stay as they are, but for 0 where
+            the weight is 0.
         descending: the largest value first (costs a little); otherwise in no particular order.
 
     Differentiable in x, b_dec and the parameters. Ties are broken in one way or another, the same
@@ -172,11 +175,13 @@ def topk_encode(
     with torch.no_grad():
         rows = (x if b_dec is None else x - b_dec).contiguous()
         if among is None:
-            values, indices = select(rows, W_enc, b_enc, k, descending)
+            values, indices = select(rows, *_weighted(W_enc, b_enc, weights), k, descending)
         else:
-            values, indices = select(rows, W_enc[among], b_enc[among], k, descending)
+            some = None if weights is None else weights[among]
+            W, b = _weighted(W_enc[among], b_enc[among], some)
+            values, indices = select(rows, W, b, k, descending)
             indices = among[indices]
-        values.clamp_min_(0)
+        values = _unweighted(values.clamp_min_(0), indices, weights)
     by_latent = ByLatent(indices, num_latents)
     values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
     return SparseLatents(values, indices, by_latent)
@@ -186,22 +191,51 @@ def batch_topk_encode(
     x: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "num_latents d_in"],
     b_enc: Float[Tensor, " num_latents"],
-    k: int,
+    k: float,
     *,
     b_dec: Float[Tensor, " d_in"],
+    weights: Float[Tensor, " num_latents"] | None = None,
 ) -> SparseLatents:
     """The k·B largest of ReLU(W_enc (x − b_dec) + b_enc) of the whole batch: a flat list.
 
     Fewer where fewer are positive. Differentiable like `topk_encode`.
+
+    Args:
+        k: per token, on average: k·B is rounded (to even at a half), and is at least 1.
+        b_dec, weights: as in `topk_encode`.
     """
-    if not 1 <= k <= len(W_enc):
-        raise ValueError(f"`k` (={k}) must be between 1 and the number of latents (={len(W_enc)})")
+    if not 0 < k <= len(W_enc):
+        raise ValueError(
+            f"`k` (={k}) must be above 0 and at most the number of latents (={len(W_enc)})"
+        )
     with torch.no_grad():
         rows = (x - b_dec).contiguous()
-        values, owners, indices = select_in_batch(rows, W_enc, b_enc, k)
+        values, owners, indices = select_in_batch(rows, *_weighted(W_enc, b_enc, weights), k)
+        values = _unweighted(values, indices, weights)
     by_latent = ByLatent(indices, len(W_enc), owners, len(rows))
     values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
     return SparseLatents(values, indices, by_latent)
+
+
+def _weighted(
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    weights: Float[Tensor, " num_latents"] | None,
+) -> tuple[Float[Tensor, "num_latents d_in"], Float[Tensor, " num_latents"]]:
+    """The encoder of weight × pre-activation."""
+    return (W_enc, b_enc) if weights is None else (W_enc * weights[:, None], b_enc * weights)
+
+
+def _unweighted(
+    values: Float[Tensor, "*pairs"],
+    indices: Int[Tensor, "*pairs"],
+    weights: Float[Tensor, " num_latents"] | None,
+) -> Float[Tensor, "*pairs"]:
+    """What `_weighted` multiplied, divided again."""
+    if weights is None:
+        return values
+    weight = weights[indices]
+    return torch.where(weight == 0, 0.0, values / weight)
 
 
 def sparse_decode(

@@ -8,9 +8,10 @@ from typing import final
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reseed.config import setting
-from reseed.sae.auxk import KSparseConfig, auxk_loss
+from reseed.config import ConfigError, setting
+from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import SAE, Loss, SAEOutput, Step
+from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
 from reseed.sae.sparse import SparseLatents, sparse_decode, topk_encode
 
@@ -23,7 +24,15 @@ class TopKConfig(KSparseConfig, name="topk"):
         multi_topk: add FVU at 4k, divided by 8 (section 4.2, as sparsify weights it).
     """
 
+    k: int = setting(32, at_least=1)
     multi_topk: bool = setting(False)
+
+    def _heed_target(self, target: float) -> None:
+        if not target.is_integer():
+            raise ConfigError(
+                f"{{key}} is `k` in sae={self.name}, a whole number; got {target:g}", "target_l0"
+            )
+        super()._heed_target(target)
 
     def empty(self, d_in: int) -> TopK:
         return TopK(self, d_in)
@@ -56,7 +65,7 @@ class TopK(SAE):
         """
         x = x.to(self.W_enc.dtype)
         variance = total_variance(x)
-        latents, more = self._encode_for_loss(x)
+        latents, more = self._encode_for_loss(x, round(self.config.k_at(step, self.d_in)))
         error = x - (sparse_decode(latents, self.W_dec) + self.b_dec)
         squared_error = error.square().sum()
         parts = {"fvu": fvu(squared_error, variance)}
@@ -66,7 +75,8 @@ class TopK(SAE):
             parts["multi_topk"] = fvu(error_more.square().sum(), variance)
             total = total + parts["multi_topk"] / 8
         if self.config.aux_alpha > 0:
-            parts["aux"] = auxk_loss(self, x, error.detach(), dead, self.config.k_aux)
+            weights = choice_weights(self)
+            parts["aux"] = auxk_loss(self, x, error.detach(), dead, weights=weights)
             total = total + self.config.aux_alpha * parts["aux"]
         fired = latents.fired()
         return Loss(
@@ -78,15 +88,26 @@ class TopK(SAE):
         )
 
     def _encode(self, x: Float[Tensor, "*batch d_in"]) -> SparseLatents:
-        rows = x.to(self.W_enc.dtype).reshape(-1, self.d_in)
-        return topk_encode(rows, self.W_enc, self.b_enc, self.config.k, b_dec=self.b_dec)
+        return self._largest(x.to(self.W_enc.dtype).reshape(-1, self.d_in), self.config.k)
 
     def _encode_for_loss(
-        self, x: Float[Tensor, "batch d_in"]
+        self, x: Float[Tensor, "batch d_in"], k: int
     ) -> tuple[SparseLatents, SparseLatents | None]:
         """The k largest, and for Multi-TopK the 4k largest, from one pass of the encoder."""
         if not self.config.multi_topk:
-            return self._encode(x), None
-        k = min(4 * self.config.k, self.num_latents)
-        more = topk_encode(x, self.W_enc, self.b_enc, k, b_dec=self.b_dec, descending=True)
-        return more.first(self.config.k), more
+            return self._largest(x, k), None
+        more = self._largest(x, min(4 * k, self.num_latents), descending=True)
+        return more.first(k), more
+
+    def _largest(
+        self, rows: Float[Tensor, "batch d_in"], k: int, descending: bool = False
+    ) -> SparseLatents:
+        return topk_encode(
+            rows,
+            self.W_enc,
+            self.b_enc,
+            k,
+            b_dec=self.b_dec,
+            weights=choice_weights(self),
+            descending=descending,
+        )

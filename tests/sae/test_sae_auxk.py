@@ -1,0 +1,148 @@
+"""AuxK on architectures whose losses are sums: by masks over dense tensors, and whom it reaches."""
+
+import pytest
+import torch
+
+from reseed.sae.base import Step
+from reseed.sae.batch_topk import BatchTopKConfig
+from reseed.sae.gated import GatedConfig
+from reseed.sae.jumprelu import JumpReLUConfig
+from reseed.sae.matryoshka import MatryoshkaConfig
+from reseed.sae.relu import ReLUConfig
+from reseed.sae.topk import TopKConfig
+
+STEP = Step(9, 10)
+JUMP = {"threshold_init": 0.2, "bandwidth": 0.3}
+SUMS = {
+    "relu": (ReLUConfig, {}),
+    "relu, centred": (ReLUConfig, {"subtract_b_dec": True}),
+    "gated": (GatedConfig, {}),
+    "jumprelu": (JumpReLUConfig, JUMP),
+    "jumprelu, centred": (JumpReLUConfig, {"subtract_b_dec": True, **JUMP}),
+}
+ALL = SUMS | {
+    "topk": (TopKConfig, {"k": 3}),
+    "batch_topk": (BatchTopKConfig, {"k": 3}),
+    "matryoshka": (MatryoshkaConfig, {"k": 3, "prefixes": (0.25, 1.0)}),
+}
+
+
+def make(name, num_latents=24, d_in=6, **options):
+    cls, more = ALL[name]
+    sae = cls(num_latents=num_latents, **{**more, **options}).build(
+        d_in, torch.Generator().manual_seed(0)
+    )
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return sae.double()
+
+
+def batch_of(count=32, d_in=6, seed=9):
+    return torch.randn(count, d_in, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def mask(sae, count):
+    dead = torch.zeros(sae.num_latents, dtype=torch.bool)
+    dead[:count] = True
+    return dead
+
+
+def dense_term(sae, x, dead, centred):
+    """α · AuxK · variance per token, in the units of the loss."""
+    c = sae.config
+    k_aux = c.k_aux or sae.d_in // 2
+    e = (x - sae(x).reconstruction).detach()
+    pre = (x - sae.b_dec.detach() * centred) @ sae.W_enc.T + sae.b_enc
+    chosen = torch.where(dead, pre, -torch.inf).topk(min(k_aux, int(dead.sum())), dim=1).indices
+    e_hat = (torch.zeros_like(pre).scatter(1, chosen, 1.0) * pre.relu()) @ sae.W_dec
+    aux = (e_hat - e).square().sum() / (e - e.mean(0)).square().sum()
+    per_token = (x - x.mean(0)).square().sum(1).mean()
+    if isinstance(c, JumpReLUConfig):
+        per_token = per_token / sae.d_in
+    return c.aux_alpha * min(int(dead.sum()) / k_aux, 1.0) * aux * per_token
+
+
+@pytest.mark.parametrize("k_aux", [None, 5])
+@pytest.mark.parametrize("num_dead", [2, 9])
+@pytest.mark.parametrize("name", SUMS)
+def test_what_it_adds_is_the_dense_formulation(name, num_dead, k_aux):
+    sae, x = make(name, aux_alpha=0.3, k_aux=k_aux), batch_of()
+    dead = mask(sae, num_dead)
+    with_aux, without = (sae.training_loss(x, STEP, d) for d in (dead, mask(sae, 0)))
+    centred = name not in ("relu", "jumprelu")
+    theirs = dense_term(sae, x, dead, centred)
+    torch.testing.assert_close(with_aux.total - without.total, theirs)
+    assert with_aux.parts["auxk"] > 0 == without.parts["auxk"]
+    parameters = dict(sae.named_parameters())
+    ours = torch.autograd.grad(with_aux.total - without.total, parameters.values())
+    expected = torch.autograd.grad(theirs, parameters.values(), allow_unused=True)
+    for n, a, b in zip(parameters, ours, expected, strict=True):
+        b = torch.zeros_like(a) if b is None else b
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_reaches_the_rows_of_dead_latents_and_only_those(name):
+    """One public library loses the gradient of the encoder."""
+    sae, x = make(name, aux_alpha=1.0), batch_of()
+    rows = [sae.W_enc, sae.b_enc, sae.W_dec]
+
+    def gradients(dead):
+        total = sae.training_loss(x, STEP, dead).total
+        return torch.autograd.grad(total, [*rows, sae.b_dec])
+
+    *differences, of_b_dec = (
+        a - b for a, b in zip(gradients(mask(sae, 5)), gradients(mask(sae, 0)), strict=True)
+    )
+    for difference in differences:
+        moved = difference.abs().reshape(sae.num_latents, -1).sum(1)
+        assert (moved[:5] > 1e-6).all()
+        assert moved[5:].max() < 1e-12
+    assert of_b_dec.abs().max() < 1e-12  # the error, and what is subtracted, are constants
+
+
+@pytest.mark.parametrize("name", ["relu", "gated", "jumprelu"])
+def test_a_silent_latent_is_reached_where_its_pre_activation_is_above_zero(name):
+    """JumpReLU has such latents, between 0 and θ. A ReLU or a gate that is shut gets nothing."""
+    sae, x = make(name, aux_alpha=1.0), batch_of()
+    with torch.no_grad():
+        if name == "jumprelu":
+            sae.log_threshold[0] = 5.0
+        else:
+            sae.b_enc[0] = -100.0
+    loss = sae.training_loss(x, STEP, mask(sae, 1))
+    assert loss.fired[0] == 0
+    (grad,) = torch.autograd.grad(loss.total, sae.W_enc)
+    assert (grad[0].abs().max() > 0) == (name == "jumprelu")
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_it_is_off_by_default(name):
+    sae, x = make(name), batch_of()
+    a, b = (sae.training_loss(x, STEP, mask(sae, n)) for n in (0, 9))
+    assert sae.config.aux_alpha == 0
+    assert a.total == b.total
+    assert "auxk" not in a.parts
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_alpha_weighs_it_alike_at_every_scale_of_the_inputs(name):
+    """The term over the reconstruction's is that of the inputs times 10, with all lengths so."""
+    sae, x = make(name, aux_alpha=0.3), batch_of()
+    big = sae.folded(0.1)
+    shares = []
+    for s, y in ((sae, x), (big, 10 * x)):
+        with_aux, without = (s.training_loss(y, STEP, mask(s, n)) for n in (9, 0))
+        shares.append((with_aux.total - without.total) / without.parts["mse"])
+    torch.testing.assert_close(*shares)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_batch_without_variance_adds_nothing(name):
+    sae = make(name, aux_alpha=1.0)
+    loss = sae.training_loss(batch_of(1), STEP, mask(sae, 9))
+    loss.total.backward()
+    assert loss.parts["auxk"] == 0
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in sae.parameters())

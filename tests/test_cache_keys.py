@@ -1,0 +1,37 @@
+"""What is kept or shared is found by all that determines it, not by model and layer alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from reseed.activations import text as text_module
+from reseed.activations.text import HubTextConfig, resolve_text
+from reseed.cli.app import CommandLine
+from reseed.cli.jobs import check_jobs
+
+
+@pytest.mark.parametrize(
+    "axis",
+    ["dataset.context_length=16,32", "model.dtype=float32,bfloat16", "dataset.order_seed=0,1"],
+)
+def test_another_way_to_make_activations_is_another_stream(
+    axis: str, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    overrides = [*tiny_overrides, f"runtime.outputs={tmp_path}", axis]
+    jobs, _ = check_jobs(CommandLine("train", []), overrides, multirun=True)
+    first, second = (job.resolved for job in jobs)
+    assert first.stream != second.stream
+    assert first.signature != second.signature
+
+
+def test_another_revision_of_a_text_is_another_text(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(text_module, "_dataset_commit", lambda config: f"sha-of-{config.revision}")
+    found = [
+        resolve_text(HubTextConfig(repository="a/b", revision=revision), tmp_path).fingerprint
+        for revision in ("main", "v2", "main")
+    ]
+    assert found[0] == found[2] != found[1]
