@@ -108,6 +108,8 @@ def test_weighed_by_the_decoder_norm_a_latents_scale_changes_nothing(kind):
     x = batch_of(64)
 
     def look(sae, c):
+        for theta in sae.buffers():
+            theta.zero_()  # to be found anew
         loss = sae.training_loss(x, STEP, dead_of(sae))
         out = sae(x)
         return loss.total, loss.fired, out.reconstruction, out.latents * c
