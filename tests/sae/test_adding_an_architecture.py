@@ -75,7 +75,9 @@ def test_one_file_and_one_yaml(tiny_overrides: list[str], tmp_path: Path) -> Non
     (about / "entry_points.txt").write_text("[reseed.sae]\nabstopk = my_architecture\n")
     command = [sys.executable, "-m", "reseed", "run", "--config-dir", "my_conf"]
     command += ["comparison=seeds", *tiny_overrides, "sae=abstopk", "seed=0,1"]
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    # Before what is there: the package that is tested may itself be found by it.
+    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     found = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
