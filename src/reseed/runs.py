@@ -6,6 +6,7 @@
         latents.safetensors   per latent: held-out firing counts, tokens since it last fired
         metrics.json      held-out metrics                    training.csv   the curve
         checkpoint.pt     while it trains
+        initial.safetensors   the untrained weights, where the seed alone does not give them
 
 Only the store owns these folders. A folder is written by one process at a time, the one that
 holds its lock; the operating system frees the lock of a process that died.
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json", "training.csv")
 """The files of a finished run, beside its record."""
+INITIAL_FILE = "initial.safetensors"
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 _FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
 
@@ -140,8 +142,16 @@ class Run:
         return load_sae(self.path, device)
 
     def initial_sae(self) -> SAE:
-        """The SAE as it was born: a pure function of the record, so it is not stored."""
+        """The SAE as it was born: read where it was stored, drawn from the record's seed elsewhere.
+
+        Drawn, it has no b_dec and is for scaled activations; stored, it has the b_dec of its start
+        and is for raw ones. The rows are the same for both.
+
+        Raises:
+            RunError: its start depends on more than the seed, and the file of it is gone.
+        """
         import torch
+        from safetensors.torch import load_file
 
         from reseed.sae import load_all
         from reseed.sae.base import SAEConfig
@@ -149,7 +159,16 @@ class Run:
         load_all()
         record = self.record
         config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
-        return config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
+        sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
+        stored, training = self.path / INITIAL_FILE, record["experiment"]["training"]
+        if stored.is_file():
+            sae.load_state_dict(load_file(stored))
+        elif training.get("aligned") or training.get("decoder", "free") != "free":
+            raise RunError(
+                f"{self.path}: {INITIAL_FILE} is missing, and the seed alone does not give the "
+                "weights that this run started from"
+            )
+        return sae
 
     def latents(self) -> dict[str, Any]:
         """Per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``."""

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class TrainingConfig(Config, family="training"):
     """Budget, optimiser and constraints; every field enters the signature.
 
-    The architecture has a published learning rate of its own (`SAEConfig.published_lr`), which
-    falls as 1/√F; ``lr_law=width`` takes that of the TopK family for every architecture, and
-    ``lr_scale`` multiplies it. ``lr`` overrides both.
+    For Adam the architecture has a published learning rate of its own (`SAEConfig.published_lr`),
+    which may fall as 1/√F; ``lr_law=width`` takes that of the TopK family for every architecture.
+    The other optimisers have one law each, for every architecture. ``lr_scale`` multiplies any of
+    them; ``lr`` overrides all.
     """
 
     recipe: str = setting("standard", signed=False)
@@ -28,12 +29,17 @@ class TrainingConfig(Config, family="training"):
     """Activations that each SAE sees; rounded down to whole batches."""
     batch_size: int = setting(4_096, at_least=1)
     """Activations in a step."""
+    optimizer: str = setting("adam", choices=("adam", "sign_sgd", "muon"), neutral="adam")
+    """sign_sgd is schedule-free (its mean takes the place of a decay); muon is for W_enc and W_dec,
+    beside Adam for the rest."""
     lr: float | None = setting(None, above=0)
     lr_law: str = setting("published", choices=("published", "width"))
     lr_scale: float = setting(1.0, above=0)
     beta1: float = setting(0.9, at_least=0, below=1)
     beta2: float = setting(0.999, at_least=0, below=1)
     eps: float = setting(1e-8, above=0)
+    momentum: float = setting(0.95, at_least=0, below=1, neutral=0.95)
+    """Of sign_sgd and muon; beta1, beta2 and eps are Adam's."""
     warmup_fraction: float = setting(0.01, at_least=0, at_most=1)
     decay_fraction: float = setting(0.2, at_least=0, at_most=1)
     gradient_clip: float | None = setting(1.0, above=0)
@@ -41,9 +47,20 @@ class TrainingConfig(Config, family="training"):
     decoder_weight_decay: float = setting(0.0, at_least=0)
     normalize_activations: bool = True
     """Scale inputs by one number so that E‖x‖ = √D; the saved SAE takes raw activations."""
-    b_dec_init: str = setting("mean", choices=("mean", "zeros"))
+    b_dec_init: str = setting("mean", choices=("mean", "geometric_median", "zeros"))
     """Of the first chunk of activations."""
     b_dec: str = setting("learned", choices=("learned", "frozen"))
+    aligned: bool = setting(False, neutral=False)
+    """Hold E_j · d_j = 1 for every latent (2605.18629), from the start: along d_j it overrides
+    ``sae.encoder_init_scale``."""
+    decoder: str = setting("free", choices=("free", "archetypal"), neutral="free")
+    """archetypal: rows are mixtures of centroids of the first activations (2502.12892)."""
+    archetypes: int | None = setting(None, at_least=2, neutral=None)
+    """How many centroids; null: num_latents. Each step costs F × this × D more."""
+    archetype_seed: str = setting("shared", choices=("shared", "own"), neutral="shared")
+    """shared: the runs of a cell have the same centroids; own: each draws its k-means."""
+    archetype_relaxation: float = setting(1.0, at_least=0, neutral=1.0)
+    """How far a row may leave its mixture, in units of the scaled activations."""
     dead_after_tokens: int | None = setting(None, at_least=1)
     """A latent that has not fired for so many tokens is dead; null: min(10M, budget/10)."""
     precision: str = setting("float32", choices=("float32", "bfloat16"))
@@ -62,6 +79,23 @@ class TrainingConfig(Config, family="training"):
                 f"{self.warmup_fraction:g} + {self.decay_fraction:g}",
                 "warmup_fraction",
             )
+        if self.optimizer == "sign_sgd" and self.decay_fraction != 0:
+            raise ConfigError(
+                "{key} must be 0 with `optimizer=sign_sgd`, whose mean takes the place of a decay; "
+                f"got {self.decay_fraction:g}. training=sign_sgd sets what belongs together.",
+                "decay_fraction",
+            )
+        if self.decoder == "archetypal" and self.decoder_weight_decay != 0:
+            raise ConfigError(
+                "{key} must be 0 with `decoder=archetypal`, whose rows are mixtures; "
+                f"got {self.decoder_weight_decay:g}",
+                "decoder_weight_decay",
+            )
+
+    @property
+    def start_is_drawn(self) -> bool:
+        """Whether the weights of the start are those that the architecture draws from its seed."""
+        return self.decoder == "free" and not self.aligned
 
     @property
     def steps(self) -> int:
@@ -69,9 +103,20 @@ class TrainingConfig(Config, family="training"):
         return self.tokens // self.batch_size
 
     def peak_lr(self, sae: SAEConfig, num_latents: int) -> float:
-        """The learning rate after warm-up."""
+        """The learning rate after warm-up; muon's is that of its matrices.
+
+        sign_sgd: 5e-3 / √(F / 2¹⁴), muon: 2e-3 at every width, both as sparsify's trainer has them.
+        """
         if self.lr is not None:
             return self.lr
+        if self.optimizer == "sign_sgd":
+            return self.lr_scale * 5e-3 / math.sqrt(num_latents / 2**14)
+        if self.optimizer == "muon":
+            return self.lr_scale * 2e-3
+        return self.adam_lr(sae, num_latents)
+
+    def adam_lr(self, sae: SAEConfig, num_latents: int) -> float:
+        """Adam's law, which muon's biases follow too, whatever ``lr`` says of its matrices."""
         law = 2e-4 / math.sqrt(num_latents / 2**14)
         published = sae.published_lr(num_latents)
         return self.lr_scale * (law if self.lr_law == "width" else published)

@@ -10,6 +10,7 @@ import torch
 
 from reseed.activations.hookpoint import module_path
 from reseed.console import say
+from reseed.train.muon import STEPS
 
 if TYPE_CHECKING:
     from reseed.activations.language_model import LanguageModel
@@ -47,9 +48,9 @@ def cost(group: Sequence[Resolved], model: LanguageModel) -> tuple[float, float,
     """Floating-point operations, bytes and SAE parameters of a group.
 
     Counted are the products: 2·P per token for the P weights of the model up to the deepest
-    hookpoint, and those of each SAE's step; then 12 operations per weight for Adam. Bytes:
-    weights, gradients and two moments in float32, the model, a chunk with its permuted copy, a
-    batch's work space.
+    hookpoint, and those of each SAE's step (with what Muon or an archetypal decoder adds); then 12
+    operations per weight for Adam. Bytes: weights, gradients and two moments in float32, the model,
+    a chunk with its permuted copy, a batch's work space.
     """
     first = group[0].experiment
     tokens = max(r.experiment.training.steps for r in group) * first.training.batch_size
@@ -65,10 +66,27 @@ def cost(group: Sequence[Resolved], model: LanguageModel) -> tuple[float, float,
         product = 2.0 * r.num_latents * r.d_in * first.training.batch_size
         flops += steps * (r.experiment.sae.dense_products * product + 12.0 * size)
         memory += 16.0 * size
+        more_flops, more_weights = _beside_the_sae(r)
+        flops += steps * more_flops
+        memory += 16.0 * more_weights
     widths = {r.experiment.hook: r.d_in for r in group}
     memory += 2 * 4.0 * first.dataset.chunk_tokens * sum(widths.values())
     memory += 8.0 * first.training.batch_size * max(r.d_in for r in group)
     return flops, memory, parameters
+
+
+def _beside_the_sae(resolved: Resolved) -> tuple[float, int]:
+    """Operations per step and weights that Muon and an archetypal decoder add."""
+    training, rows, columns = resolved.experiment.training, resolved.num_latents, resolved.d_in
+    flops, weights = 0.0, 0
+    if training.optimizer == "muon":
+        short, long = min(rows, columns), max(rows, columns)
+        matrices = 1 if training.decoder == "archetypal" else 2
+        flops += matrices * STEPS * 2.0 * (2 * short**2 * long + short**3)
+    if training.decoder == "archetypal":
+        weights = rows * (training.archetypes or rows)
+        flops += 2 * 2.0 * weights * columns + 12.0 * weights  # the rows, their gradient, Adam
+    return flops, weights
 
 
 def product_speed(device: torch.device) -> float:

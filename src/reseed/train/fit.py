@@ -22,7 +22,7 @@ from reseed.config import ConfigError, ReseedError
 from reseed.console import say
 from reseed.devices import pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
-from reseed.runs import Interrupted, Run, RunStore, seconds_since
+from reseed.runs import INITIAL_FILE, Interrupted, Run, RunStore, seconds_since
 from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder
 from reseed.train.config import RuntimeConfig
@@ -164,6 +164,7 @@ def _member(resolved: Resolved, run: Run, stream: ActivationStream, device: torc
                 f"{checkpoint} cannot be read ({error}); delete it to train this run anew"
             ) from error
     member.start(stream.chunk(0)[e.hook].flatten(0, 1))
+    member.save_start(run.path / INITIAL_FILE)
     return member
 
 
@@ -175,7 +176,7 @@ def _measure(
     dataset = first.experiment.dataset
     hooks = [m.hookpoint for m in members]
     chunks = held_out_chunks(model, held_out, dataset, hooks, dataset.held_out_tokens)
-    return measure({m.id: (m.hookpoint, m.sae.folded(m.scale)) for m in members}, chunks)
+    return measure({m.id: (m.hookpoint, m.result()) for m in members}, chunks)
 
 
 def _check(member: Member) -> None:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from reseed.activations.hookpoint import Hookpoint
-from reseed.atomic import atomic_write, atomic_write_text
-from reseed.config import ReseedError
+from reseed.atomic import atomic_write, atomic_write_bytes, atomic_write_text
+from reseed.config import ReseedError, digest
 from reseed.sae.base import SAE, SAEConfig, Step
+from reseed.train.archetypes import begin, make_archetypal, plain
 from reseed.train.config import TrainingConfig
-from reseed.train.optim import SAEAdam, learning_rate
+from reseed.train.median import geometric_median
+from reseed.train.muon import SAEMuon
+from reseed.train.optim import SAEAdam, SAEOptimizer, learning_rate
+from reseed.train.sign_sgd import SAESignSGD
 from reseed.train.steering import Steering
 
 
@@ -54,6 +62,30 @@ class Tally:
         return steps, sums
 
 
+def make_optimizer(sae: SAE, training: TrainingConfig) -> SAEOptimizer:
+    """The optimiser that a recipe asks for."""
+    lr = training.peak_lr(sae.config, sae.num_latents)
+    options: dict[str, Any] = {
+        "encoder_weight_decay": training.encoder_weight_decay,
+        "decoder_weight_decay": training.decoder_weight_decay,
+        "max_grad_norm": training.gradient_clip,
+        "train_b_dec": training.b_dec == "learned",
+        "aligned": training.aligned,
+    }
+    if training.optimizer == "sign_sgd":
+        return SAESignSGD(sae, lr, momentum=training.momentum, **options)
+    options |= {"betas": (training.beta1, training.beta2), "eps": training.eps}
+    if training.optimizer == "muon":
+        adam_lr = training.adam_lr(sae.config, sae.num_latents)
+        return SAEMuon(sae, lr, adam_lr=adam_lr, momentum=training.momentum, **options)
+    return SAEAdam(sae, lr, **options)
+
+
+def _generator(purpose: str, seed: int) -> torch.Generator:
+    """A stream of its own for each purpose, not the one that the first weights came from."""
+    return torch.Generator().manual_seed(int(digest([purpose, seed]), 16))
+
+
 class Member:
     """A run of a group while it trains.
 
@@ -80,16 +112,11 @@ class Member:
         self.id, self.hookpoint, self.training = id, hookpoint, training
         generator = torch.Generator().manual_seed(init_seed)
         self.sae: SAE = config.build(d_in, generator).to(device)
-        self.optimizer = SAEAdam(
-            self.sae,
-            lr=training.peak_lr(config, self.sae.num_latents),
-            betas=(training.beta1, training.beta2),
-            eps=training.eps,
-            encoder_weight_decay=training.encoder_weight_decay,
-            decoder_weight_decay=training.decoder_weight_decay,
-            max_grad_norm=training.gradient_clip,
-            train_b_dec=training.b_dec == "learned",
-        )
+        self.init_seed = init_seed
+        if training.decoder == "archetypal":
+            count = training.archetypes or self.sae.num_latents
+            make_archetypal(self.sae, count, training.archetype_relaxation)
+        self.optimizer = make_optimizer(self.sae, training)
         self.peak_lr = training.peak_lr(config, self.sae.num_latents)
         self.tokens_since_fired: Int[Tensor, " num_latents"] = torch.zeros(
             self.sae.num_latents, dtype=torch.int64, device=device
@@ -114,8 +141,8 @@ class Member:
         return self.tokens_since_fired >= self.training.dead_after()
 
     def start(self, x: Float[Tensor, "tokens d_in"]) -> None:
-        """Input scale and b_dec from the first activations."""
-        x = x.to(self.sae.W_dec.device, torch.float32)
+        """Input scale, b_dec, and what else depends on the first activations."""
+        x = x.to(self.sae.b_dec.device, torch.float32)
         if self.training.normalize_activations:
             norm = float(torch.linalg.vector_norm(x, dim=1).double().mean())
             if not norm > 0:
@@ -123,6 +150,31 @@ class Member:
             self.scale = x.shape[1] ** 0.5 / norm
         if self.training.b_dec_init == "mean":
             self.sae.initialise_b_dec((x.double().mean(0) * self.scale).float())
+        elif self.training.b_dec_init == "geometric_median":
+            self.sae.initialise_b_dec((geometric_median(x) * self.scale).float())
+        if self.training.decoder == "archetypal":
+            own = self.init_seed if self.training.archetype_seed == "own" else 0
+            archetypes, weights = _generator("archetypes", own), _generator("W", self.init_seed)
+            begin(self.sae, x * self.scale, archetypes=archetypes, weights=weights)
+        self.optimizer.constraints.hold(dict(self.sae.named_parameters()))
+
+    def save_start(self, path: Path) -> None:
+        """The SAE before its first step, where its weights cannot be drawn anew from the seed."""
+        if not self.training.start_is_drawn:
+            state = plain(self.sae, {}).folded(self.scale).state_dict()
+            state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+            atomic_write_bytes(path, to_safetensors(state))
+
+    def result(self) -> SAE:
+        """The SAE as it is measured and stored: for raw activations, with a plain W_dec.
+
+        Of a schedule-free optimiser these are the mean weights, not those where it takes gradients
+        (which the curve is of). Running thresholds were followed at the latter.
+        """
+        weights = self.optimizer.evaluation_weights()
+        if weights or self.training.decoder != "free":
+            return plain(self.sae, weights).folded(self.scale)
+        return self.sae.folded(self.scale)
 
     def steer(self) -> None:
         """Move the penalty weight towards the architecture's `target_l0` while it trains."""
@@ -140,8 +192,9 @@ class Member:
         x = x.to(torch.float32) * self.scale
         step = Step(self.step, self.training.steps)
         self.optimizer.set_lr(self._rate(step))
-        loss = self.sae.training_loss(x, step, self.dead)
-        loss.total.backward()
+        with self._decoder_made_once():
+            loss = self.sae.training_loss(x, step, self.dead)
+            loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
         if self.steering is not None:
@@ -152,7 +205,8 @@ class Member:
 
     def check_weights(self) -> None:
         """Raise `NotFiniteError` where the last update spoilt the weights."""
-        if not all(bool(torch.isfinite(p).all()) for p in self.sae.parameters()):
+        weights = [*self.sae.parameters(), *self.optimizer.evaluation_weights().values()]
+        if not all(bool(torch.isfinite(p).all()) for p in weights):
             raise NotFiniteError("the weights are", self.step)
 
     def log(self, seconds: float) -> dict[str, float]:
@@ -221,6 +275,16 @@ class Member:
         if steering is not None:
             self.steering = Steering.from_dict(steering)
             self.sae.penalty_weight = self.steering.weight
+
+    @contextmanager
+    def _decoder_made_once(self) -> Iterator[None]:
+        """Within it an archetypal decoder is computed once, with its gradient."""
+        if self.training.decoder == "free":
+            yield
+            return
+        with parametrize.cached():
+            _ = self.sae.W_dec
+            yield
 
     def _rate(self, step: Step) -> float:
         return learning_rate(

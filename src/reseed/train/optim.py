@@ -5,25 +5,32 @@ One step, in this order, and the only place where the order is laid down:
 1. With a unit-norm decoder, the component of each decoder row's gradient that is parallel to the
    row is taken out (Bricken et al. 2023).
 2. The global norm over all gradients of this SAE, as projected, is clipped.
-3. Weights decay (decoupled, as in AdamW), then Adam.
+3. Weights decay (decoupled, as in AdamW), then the update: `SAEAdam` here, `SAESignSGD`
+   (``sign_sgd.py``), `SAEMuon` (``muon.py``).
 4. With a unit-norm decoder, decoder rows are scaled back to norm 1.
+5. What `Constraints` says further: mixtures of archetypes go back to the simplex and their
+   relaxation into its ball; in aligned training E_j · d_j goes back to 1, last, for it needs the
+   decoder as it will be used.
 
 Projection comes before clipping, as in dictionary_learning: a component that will not be applied
-should not count in the norm. sparsify projects and does not clip.
+should not count in the norm. sparsify projects and does not clip. An archetypal decoder is unit by
+construction: 1 and 4 pass it by. A schedule-free optimiser holds three sets of weights (see
+``sign_sgd.py``), and each of them goes through 4 and 5.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.optim.adam import adam
 
 from reseed.sae.base import SAE, Step
+from reseed.train.constraints import Constraints, normalise_rows
 
 BLOCK_BYTES = 4 * 2**20
 """Rows of this many bytes are projected, updated and renormalised together, while in the cache."""
@@ -47,18 +54,20 @@ def learning_rate(
     return peak * min(rising, 1.0) * falling
 
 
-class SAEAdam(torch.optim.Optimizer):
-    """Adam for one SAE: all its parameters that require a gradient, and no other's.
+class SAEOptimizer(torch.optim.Optimizer, ABC):
+    """The step for one SAE: all its parameters that require a gradient, and no other's.
 
     Bit for bit repeatable on the CPU, and so is a resume: `state_dict` is complete.
 
     Args:
         sae: the module whose parameters are updated.
-        lr: learning rate, also settable as ``param_groups[i]["lr"]`` or by `set_lr`.
+        lr: learning rate; `set_lr` moves it.
+        defaults: further entries of every group.
         encoder_weight_decay, decoder_weight_decay: decoupled decay of W_enc and of W_dec.
         max_grad_norm: bound of the global norm of the gradients; None does not clip.
         unit_norm_decoder: hold decoder rows at norm 1; None asks the SAE's config.
         train_b_dec: False freezes the decoder's bias where it is.
+        aligned: hold E_j · d_j = 1 for every latent.
 
     Attributes:
         grad_norm: global norm before clipping at the last step; None where nothing is clipped.
@@ -68,16 +77,16 @@ class SAEAdam(torch.optim.Optimizer):
         self,
         sae: SAE,
         lr: float,
+        defaults: dict[str, Any],
         *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
         encoder_weight_decay: float = 0.0,
         decoder_weight_decay: float = 0.0,
         max_grad_norm: float | None = 1.0,
         unit_norm_decoder: bool | None = None,
         train_b_dec: bool = True,
+        aligned: bool = False,
     ) -> None:
-        _check(lr, betas, eps, encoder_weight_decay, decoder_weight_decay, max_grad_norm)
+        _check(lr, encoder_weight_decay, decoder_weight_decay, max_grad_norm)
         if not train_b_dec:
             sae.b_dec.requires_grad_(False)
         decays = {"W_enc": encoder_weight_decay, "W_dec": decoder_weight_decay}
@@ -86,12 +95,25 @@ class SAEAdam(torch.optim.Optimizer):
             for name, parameter in sae.named_parameters()
             if parameter.requires_grad
         ]
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        super().__init__(groups, {"lr": lr, **defaults, "weight_decay": 0.0})
         self.max_grad_norm = max_grad_norm
         if unit_norm_decoder is None:
             unit_norm_decoder = sae.config.unit_norm_decoder
         self.unit_norm_decoder = unit_norm_decoder
+        self.constraints = Constraints(sae, aligned=aligned)
         self.grad_norm: Tensor | None = None
+
+    @abstractmethod
+    def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
+        """Points 3 and 4 for these groups, one parameter each.
+
+        Args:
+            factor: what clipping multiplies the gradients by; None leaves them.
+        """
+
+    def evaluation_weights(self) -> dict[str, Tensor]:
+        """By name, the weights to measure and to store where they are not the parameters."""
+        return {}
 
     def set_lr(self, lr: float) -> None:
         """The learning rate of the next steps."""
@@ -111,8 +133,9 @@ class SAEAdam(torch.optim.Optimizer):
                 if group["name"] == "W_dec":
                     _remove_parallel(group["params"][0])
         self.grad_norm, factor = self._clip(groups)
-        for group in groups:
-            self._update(group, factor)
+        self._update(groups, factor)
+        if groups:
+            self.constraints.hold({g["name"]: g["params"][0] for g in self.param_groups})
         return result
 
     def _clip(self, groups: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
@@ -123,14 +146,46 @@ class SAEAdam(torch.optim.Optimizer):
         norm = torch.linalg.vector_norm(torch.stack(norms))
         return norm, (self.max_grad_norm / (norm + 1e-6)).clamp_max_(1.0)
 
-    def _update(self, group: dict[str, Any], factor: Tensor | None) -> None:
+    def _renormalised(self, group: dict[str, Any]) -> bool:
+        return self.unit_norm_decoder and group["name"] == "W_dec"
+
+
+class SAEAdam(SAEOptimizer):
+    """Adam (Kingma & Ba 2015).
+
+    Args:
+        lr: learning rate, also settable as ``param_groups[i]["lr"]`` or by `set_lr`.
+        betas, eps: Adam's.
+        options: those of `SAEOptimizer`.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **options: Any,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"`betas` must be in [0, 1), got {betas}")
+        if not (math.isfinite(eps) and eps >= 0):
+            raise ValueError(f"`eps` must be at least 0, got {eps}")
+        super().__init__(sae, lr, {"betas": betas, "eps": eps}, **options)
+
+    def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
+        for group in groups:
+            self._adam(group, factor)
+
+    def _adam(self, group: dict[str, Any], factor: Tensor | None) -> None:
         parameter = group["params"][0]
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
-        renormalise = self.unit_norm_decoder and group["name"] == "W_dec"
+        renormalise = self._renormalised(group)
         beta1, beta2 = group["betas"]
         for rows in _blocks(parameter):
             block, grad = parameter[rows], parameter.grad[rows]
@@ -159,13 +214,6 @@ class SAEAdam(torch.optim.Optimizer):
         state["step"] += 1
 
 
-@torch.no_grad()
-def normalise_rows(rows: Float[Tensor, "rows d_in"]) -> None:
-    """Scale each row to norm 1, in place. A zero row stays."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    rows.div_(norms.clamp_min_(torch.finfo(rows.dtype).tiny))
-
-
 def _remove_parallel(decoder: Tensor) -> None:
     """g ← g − (g·d) d for rows d of norm 1, in place."""
     assert decoder.grad is not None
@@ -186,22 +234,17 @@ def _blocks(parameter: Tensor) -> Iterator[slice]:
 
 def _check(
     lr: float,
-    betas: tuple[float, float],
-    eps: float,
     encoder_weight_decay: float,
     decoder_weight_decay: float,
     max_grad_norm: float | None,
 ) -> None:
     not_negative = {
         "lr": lr,
-        "eps": eps,
         "encoder_weight_decay": encoder_weight_decay,
         "decoder_weight_decay": decoder_weight_decay,
     }
     for name, value in not_negative.items():
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"`{name}` must be at least 0, got {value}")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"`betas` must be in [0, 1), got {betas}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm}")

@@ -1,0 +1,167 @@
+"""Archetypal decoders: rows that are mixtures of k-means centroids of the activations.
+
+Fel et al. 2025, *Archetypal SAE*, 2502.12892, the relaxed kind (RA-SAE): D = W C + Λ, with C the
+centroids, W ≥ 0 with rows that sum to 1, and ‖Λ_j‖ ≤ δ. Then each row is normalised, or, where the
+decoder is free, multiplied by a positive scale of its own (the authors have one scale for all).
+
+Three choices where their setting differs from this one:
+
+- Their SAE has no b_dec, so that their hull is that of what the latents have to reconstruct. That
+  is x − b_dec here: the centroids are those of the first chunk less the b_dec of the start
+  (``b_dec_init=zeros`` gives the hull of the activations themselves).
+- They start from W = 1 with a random encoder. Here the encoder starts as the transpose of the
+  decoder, and W is what is drawn from the seed of the weights: each row lies between two
+  centroids, nearer to the one that it leads with, and every centroid leads equally often. With
+  shared archetypes and W = 1 all seeds would be one and the same run.
+- W is brought back to the simplex after each step as in their code: negative weights to 0, then
+  rows divided by their sum.
+
+The rows cost a product of F × K × D and its gradient in every step, and W and its moments take
+16·F·K bytes: with as many archetypes K as latents F, more than all the rest of a wide SAE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.nn import functional as nn_functional
+from torch.nn.utils import parametrize
+
+from reseed.config import ConfigError
+from reseed.sae.base import SAE
+from reseed.train.kmeans import kmeans
+
+_PREFIX = "parametrizations.W_dec"
+_RELAXATION, _WEIGHTS, _SCALE = f"{_PREFIX}.original", f"{_PREFIX}.0.weights", f"{_PREFIX}.0.scale"
+
+
+class ArchetypalDecoder(nn.Module):
+    """What stands for W_dec: a parametrisation of it, whose own parameter is Λ.
+
+    Args:
+        num_archetypes: K.
+        relaxation: δ, in units of the (scaled) activations.
+        unit_norm: rows of norm 1; else each has a scale.
+
+    Attributes:
+        archetypes: C, fixed.
+        weights: W.
+        scale: the logarithm of each row's scale; None with unit rows.
+    """
+
+    archetypes: Float[Tensor, "num_archetypes d_in"]
+
+    def __init__(
+        self, num_latents: int, d_in: int, num_archetypes: int, relaxation: float, unit_norm: bool
+    ) -> None:
+        super().__init__()
+        self.relaxation = relaxation
+        self.register_buffer("archetypes", torch.zeros(num_archetypes, d_in))
+        self.weights = nn.Parameter(torch.zeros(num_latents, num_archetypes))
+        self.scale = None if unit_norm else nn.Parameter(torch.zeros(num_latents))
+
+    def forward(self, relaxation: Float[Tensor, "num_latents d_in"]) -> Tensor:
+        """The decoder [num_latents, d_in] that a relaxation Λ gives, with the weights that are."""
+        return self._rows(self.weights, relaxation, self.scale)
+
+    def decoder(self, weights: Mapping[str, Tensor]) -> Float[Tensor, "num_latents d_in"]:
+        """The same of other weights, by the names that parameters have in the SAE."""
+        return self._rows(weights[_WEIGHTS], weights[_RELAXATION], weights.get(_SCALE))
+
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """W back to the simplex and Λ into its ball, in place."""
+        mixture, relaxation = weights[_WEIGHTS], weights[_RELAXATION]
+        mixture.clamp_min_(0)
+        totals = mixture.sum(1, keepdim=True)
+        mixture.div_(totals)
+        # A row that was negative throughout has no direction left: the middle of all archetypes.
+        mixture.masked_fill_(totals == 0, 1 / mixture.shape[1])
+        norms = torch.linalg.vector_norm(relaxation, dim=1, keepdim=True)
+        tiny = torch.finfo(norms.dtype).tiny
+        relaxation.mul_((self.relaxation / norms.clamp_min(tiny)).clamp_max(1))
+
+    def _rows(self, weights: Tensor, relaxation: Tensor, scale: Tensor | None) -> Tensor:
+        # Parameters are float32, whatever the precision of the SAE's own products.
+        with torch.autocast(weights.device.type, enabled=False):
+            rows = weights @ self.archetypes + relaxation
+        if scale is None:
+            return nn_functional.normalize(rows, dim=1)
+        return rows * scale.exp()[:, None]
+
+
+def make_archetypal(sae: SAE, num_archetypes: int, relaxation: float) -> None:
+    """Replace W_dec by a parametrisation, of zeros until `begin` or a checkpoint fills it."""
+    with torch.no_grad():
+        sae.W_dec.zero_()
+    unit_norm = sae.config.unit_norm_decoder
+    decoder = ArchetypalDecoder(sae.num_latents, sae.d_in, num_archetypes, relaxation, unit_norm)
+    parametrize.register_parametrization(sae, "W_dec", decoder.to(sae.b_dec.device))
+
+
+def archetypal_decoder(sae: SAE) -> ArchetypalDecoder | None:
+    """The parametrisation of W_dec, where there is one."""
+    if not parametrize.is_parametrized(sae, "W_dec"):
+        return None
+    (decoder,) = sae.get_submodule(_PREFIX).children()
+    assert isinstance(decoder, ArchetypalDecoder)
+    return decoder
+
+
+@torch.no_grad()
+def begin(
+    sae: SAE, x: Float[Tensor, "tokens d_in"], *, archetypes: Generator, weights: Generator
+) -> None:
+    """Archetypes, weights and the tied encoder from scaled activations; b_dec has its start.
+
+    Args:
+        archetypes: what k-means draws from.
+        weights: what W is drawn from.
+    """
+    decoder = archetypal_decoder(sae)
+    assert decoder is not None
+    num_archetypes = len(decoder.archetypes)
+    decoder.archetypes.copy_(kmeans(x - sae.b_dec, num_archetypes, archetypes))
+    decoder.weights.copy_(start_weights(sae.num_latents, num_archetypes, weights))
+    if decoder.scale is not None:
+        norms = torch.linalg.vector_norm(sae.W_dec, dim=1)
+        decoder.scale.copy_((sae.config.decoder_init_norm / norms).log())
+    sae.W_enc.copy_(sae.W_dec * sae.config.encoder_init_scale)
+
+
+def start_weights(
+    num_latents: int, num_archetypes: int, generator: Generator
+) -> Float[Tensor, "num_latents num_archetypes"]:
+    """Rows with a weight in (½, 1) on one archetype, and the rest on another, on the CPU."""
+    if num_archetypes < 2:
+        raise ConfigError(f"{{key}} must be at least 2; got {num_archetypes}", "archetypes")
+    rounds = -(-num_latents // num_archetypes)
+    turns = [torch.randperm(num_archetypes, generator=generator) for _ in range(rounds)]
+    leading = torch.cat(turns)[:num_latents]
+    away = torch.randint(1, num_archetypes, (num_latents,), generator=generator)
+    other = (leading + away) % num_archetypes
+    share = 0.5 + 0.5 * torch.rand(num_latents, generator=generator)
+    rows = torch.arange(num_latents)
+    weights = torch.zeros(num_latents, num_archetypes)
+    weights[rows, leading] = share
+    weights[rows, other] = 1 - share
+    return weights
+
+
+@torch.no_grad()
+def plain(sae: SAE, weights: Mapping[str, Tensor]) -> SAE:
+    """A copy with these weights in the place of its own, and a W_dec that is a plain parameter.
+
+    Made anew, for to remove a parametrisation is to change the class of all copies.
+    """
+    state = {**sae.state_dict(), **weights}
+    decoder = archetypal_decoder(sae)
+    if decoder is not None:
+        rows = decoder.decoder(state)
+        state = {name: t for name, t in state.items() if not name.startswith(_PREFIX)}
+        state["W_dec"] = rows
+    bare = sae.config.empty(sae.d_in).to(sae.b_dec)
+    bare.load_state_dict(state)
+    return bare

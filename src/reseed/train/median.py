@@ -1,0 +1,36 @@
+"""The geometric median: a centre that outliers do not drag along."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+TOLERANCE = 1e-6
+MAX_ROUNDS = 1_000
+
+
+@torch.no_grad()
+def geometric_median(points: Float[Tensor, "points d_in"]) -> Float[Tensor, " d_in"]:
+    """The y that minimises Σ ‖x_i − y‖, in float64, by Weiszfeld's iteration.
+
+    As Vardi & Zhang (2000) have it, so that it also ends, or moves on, where y meets a point. It
+    ends when the mean of the unit vectors from y to the points, 0 at the median, has a norm of at
+    most `TOLERANCE` (beyond what points at y itself may hold), or after `MAX_ROUNDS`.
+    """
+    points = points.double()
+    median = points.mean(0)
+    # Nearer than this is met: rounding of coordinates, which no distance can be below.
+    met_within = 1e-12 * float(torch.linalg.vector_norm(points - median, dim=1).mean())
+    for _ in range(MAX_ROUNDS):
+        offsets = points - median
+        distances = torch.linalg.vector_norm(offsets, dim=1)
+        met = distances <= met_within
+        weights = torch.where(met, 0.0, 1 / distances.clamp_min(torch.finfo(torch.float64).tiny))
+        pull = weights @ offsets  # the sum of the unit vectors
+        strength = float(torch.linalg.vector_norm(pull))
+        multiplicity = int(met.sum())
+        if strength <= multiplicity + TOLERANCE * len(points):
+            break
+        median = median + (1 - multiplicity / strength) * pull / weights.sum()
+    return median
