@@ -214,7 +214,7 @@ def test_it_learns():
     x = batch(77, 1000)
 
     def error(sae):
-        return float((x - sae(x).reconstruction).square().sum())
+        return (x - sae(x).reconstruction).square().sum().item()
 
     assert error(m.result()) < 0.8 * error(member().result())
 

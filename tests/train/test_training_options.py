@@ -1,0 +1,208 @@
+"""The options of training, from the command line to the files: equal alone, resumed, reread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from reseed.activations.chunks import held_out_chunks
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.language_model import LanguageModel
+from reseed.cli.app import CommandLine
+from reseed.cli.jobs import check_jobs
+from reseed.compare.load import load_dictionaries
+from reseed.experiment import Resolved, train_missing
+from reseed.runs import INITIAL_FILE, Run, RunError, RunStore
+from reseed.sae.base import Step
+from reseed.sae.topk import TopKConfig
+from reseed.train.callbacks import Bookkeeper
+from reseed.train.config import RuntimeConfig, TrainingConfig
+from reseed.train.median import geometric_median
+from reseed.train.member import Member, NotFiniteError, make_optimizer
+from reseed.train.optim import learning_rate
+
+Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
+
+OPTIONS = {
+    "sign_sgd": ["training=sign_sgd"],
+    "muon": ["training=muon"],
+    "aligned": ["training.aligned=true"],
+    "archetypal": ["training.decoder=archetypal", "training.archetypes=32"],
+    "all": [
+        "training=sign_sgd", "training.decoder=archetypal", "training.aligned=true",
+        "training.archetype_seed=own", "training.b_dec_init=geometric_median",
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def jobs(tiny_overrides: list[str], tmp_path: Path) -> Jobs:
+    def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
+        where = f"runtime.outputs={tmp_path / outputs}"
+        line = [*tiny_overrides, "training.tokens=2048", where, *overrides]
+        found, runtime = check_jobs(CommandLine("train", []), line, multirun=True)
+        return [job.resolved for job in found], runtime
+
+    return made
+
+
+def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:
+    return resolved.run(RunStore(runtime.outputs))
+
+
+def assert_equal(a: Run, b: Run) -> None:
+    first, second = a.sae().state_dict(), b.sae().state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert a.metrics == b.metrics
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_cut_and_resumed_in_company_equals_alone(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    alone, runtime = jobs(*OPTIONS[name], "seed=1", outputs="alone")
+    assert train_missing(alone, runtime) == {}
+    together, other = jobs(*OPTIONS[name], "seed=0,1")
+    with monkeypatch.context() as patch:
+        original = Bookkeeper.save
+
+        def saved_once(self: Bookkeeper, module: object) -> None:
+            original(self, module)  # type: ignore[arg-type]
+            if module.members[0].step == 9:  # type: ignore[attr-defined]
+                raise RuntimeError("power cut")
+
+        patch.setattr(Bookkeeper, "save", saved_once)
+        slow = RuntimeConfig.from_dict(other.to_dict() | {"checkpoint_every_s": 1e-9})
+        assert len(train_missing(together, slow)) == 2
+    assert train_missing(together, other) == {}
+    assert_equal(run_of(together[1], other), run_of(alone[0], runtime))
+    first, second = (run_of(r, other).sae().W_dec for r in together)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_measures_are_those_of_the_sae_that_is_stored(jobs: Jobs, name: str) -> None:
+    (resolved,), runtime = jobs(*OPTIONS[name])
+    train_missing([resolved], runtime)
+    run, e = run_of(resolved, runtime), resolved.experiment
+    (x,) = held_out_chunks(
+        LanguageModel(resolved.model), resolved.stores()[1], e.dataset, [e.hook], 1024
+    )
+    x = x[e.hook]
+    error = (x - run.sae()(x).reconstruction).double().square().sum()
+    variance = (x.double() - x.double().mean(0)).square().sum()
+    assert float(error / variance) == pytest.approx(run.metrics["fvu"], rel=1e-6)
+
+
+def test_a_start_that_the_seed_does_not_give_is_stored_and_read(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: dict[str, torch.nn.Module] = {}
+    original = Member.start
+
+    def noted(self: Member, x: torch.Tensor) -> None:
+        original(self, x)
+        starts[self.id] = self.result()
+
+    monkeypatch.setattr(Member, "start", noted)
+    for name in ("aligned", "archetypal"):
+        (resolved,), runtime = jobs(*OPTIONS[name], "sae=relu")
+        train_missing([resolved], runtime)
+        run = run_of(resolved, runtime)
+        found, expected = run.initial_sae().state_dict(), starts[run.id].state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in found)
+        trained, untrained = load_dictionaries(run, "0")
+        assert (untrained.encoder == expected["W_enc"].numpy()).all()
+        assert not (trained.encoder == untrained.encoder).all()
+        (run.path / INITIAL_FILE).unlink()
+        with pytest.raises(RunError, match=r"initial.safetensors is missing, and the seed alone"):
+            run.initial_sae()
+
+
+@pytest.mark.parametrize("name", ["sign_sgd", "muon"])
+def test_a_start_that_the_seed_gives_is_not_stored(jobs: Jobs, name: str) -> None:
+    (resolved,), runtime = jobs(*OPTIONS[name])
+    train_missing([resolved], runtime)
+    run = run_of(resolved, runtime)
+    assert not (run.path / INITIAL_FILE).exists()
+    assert torch.equal(run.initial_sae().W_enc, run.initial_sae().W_dec)
+
+
+def test_what_is_stored_is_the_mean_of_the_weights_and_not_where_gradients_are_taken(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members: list[Member] = []
+    original = Member.result
+    monkeypatch.setattr(Member, "result", lambda self: members.append(self) or original(self))
+    (resolved,), runtime = jobs("training=sign_sgd")
+    train_missing([resolved], runtime)
+    (member,) = members
+    stored = run_of(resolved, runtime).sae()
+    for name, parameter in member.sae.named_parameters():
+        mean = member.optimizer.state[parameter]["x"]
+        divisor = member.scale if name in member.sae.homogeneous else 1.0
+        assert torch.equal(stored.get_parameter(name), mean / divisor)
+        assert not torch.allclose(mean, parameter, rtol=0, atol=1e-5)
+
+
+def test_mean_weights_that_are_not_finite_are_seen() -> None:
+    member = made(TrainingConfig(tokens=64, batch_size=64, optimizer="sign_sgd", decay_fraction=0))
+    member.start(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)))
+    member.train(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), member.optimizer)
+    member.check_weights()
+    member.optimizer.state[member.sae.b_enc]["x"][0] = float("inf")
+    with pytest.raises(NotFiniteError, match="the weights are not finite at step 1"):
+        member.check_weights()
+
+
+def made(training: TrainingConfig) -> Member:
+    config, cpu = TopKConfig(num_latents=8, k=2), torch.device("cpu")
+    return Member("m", Hookpoint("resid_post", 0), config, training, 6, 0, cpu)
+
+
+def test_b_dec_starts_where_it_is_told() -> None:
+    x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).exp()
+    for name, expected in (
+        ("mean", x.mean(0)),
+        ("geometric_median", geometric_median(x).float()),
+        ("zeros", torch.zeros(6)),
+    ):
+        member = made(TrainingConfig(tokens=64, batch_size=64, b_dec_init=name))
+        member.start(x)
+        torch.testing.assert_close(member.result().b_dec.detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "lr", "aligned"),
+    [("sign_sgd", 1e-2, False), ("muon", 1e-2, False), ("adam", 3e-3, True), ("muon", 1e-2, True)],
+)
+def test_planted_features_are_recovered(optimizer: str, lr: float, aligned: bool) -> None:
+    """The world of ``tests/sae/test_sae_recovery.py``: orthogonal, independent, sparse."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
+    sae = TopKConfig(num_latents=64, k=4).build(32, generator)
+    decay = 0.0 if optimizer == "sign_sgd" else 0.2
+    training = TrainingConfig(optimizer=optimizer, lr=lr, aligned=aligned, decay_fraction=decay)
+    optimiser = make_optimizer(sae, training)
+    optimiser.constraints.hold(dict(sae.named_parameters()))
+    since_fired = torch.zeros(64, dtype=torch.int64)
+    for index in range(250):
+        active = torch.rand(256, 32, generator=generator) < 0.1
+        x = (active * (1 + torch.rand(256, 32, generator=generator))) @ truth
+        step = Step(index, 250)
+        if index == 0:
+            sae.initialise_b_dec(x.mean(0))
+        optimiser.set_lr(learning_rate(step, lr, warmup_steps=20, decay_fraction=decay))
+        optimiser.zero_grad()
+        loss = sae.training_loss(x, step, since_fired > 5_000)
+        loss.total.backward()
+        optimiser.step()
+        since_fired = torch.where(loss.fired > 0, 0, since_fired + 256)
+    decoder = optimiser.evaluation_weights().get("W_dec", sae.W_dec).detach()
+    cosine = torch.nn.functional.normalize(decoder, dim=1) @ truth.T
+    assert cosine.max(0).values.mean() > 0.95
