@@ -16,7 +16,8 @@ Three choices where their setting differs from this one:
 - W is brought back to the simplex after each step as in their code: negative weights to 0, then
   rows divided by their sum.
 
-The rows cost a product of F × K × D and its gradient in every step, and W and its moments take
+The rows cost a product of F × K × D and its gradient in every step (aligned training, which needs
+them after the step too, another product), and W and its moments take
 16·F·K bytes: with as many archetypes K as latents F, more than all the rest of a wide SAE.
 """
 
