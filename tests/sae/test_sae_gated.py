@@ -93,6 +93,22 @@ def test_gradients_are_those_of_the_dense_formulation():
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_blocks_of_tokens_add_up(dtype, near):
+    """The loss is made in blocks of 256 tokens: two whole ones and a rest."""
+    sae, x = make(num_latents=64, l1_coefficient=0.7), batch_of(2 * 256 + 44)
+    theirs = dense_loss(sae, x)
+    expected = torch.autograd.grad(theirs, list(sae.parameters()))
+    counted = (sae.encode(x) > 0).sum(0)
+    sae, x = sae.to(dtype), x.to(dtype)
+    ours = sae.training_loss(x, LAST, nobody(sae))
+    torch.testing.assert_close(ours.total.double(), theirs, rtol=near, atol=0)
+    torch.testing.assert_close(ours.fired, counted, rtol=0, atol=0 if near < 1e-6 else 1)
+    ours.total.backward()
+    for p, b in zip(sae.parameters(), expected, strict=True):
+        assert (p.grad - b).norm() <= near * b.norm()
+
+
 def test_penalty_warms_up():
     sae, x = make(), batch_of()
     for index, factor in ((0, 0.0), (1, 0.2), (5, 1.0), (50, 1.0)):

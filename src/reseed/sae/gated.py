@@ -13,6 +13,7 @@ from torch.nn import functional as nn_functional
 from reseed.config import setting
 from reseed.sae.auxk import auxk_term
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
+from reseed.sae.gated_loss import gated_loss
 from reseed.sae.losses import warmed_up
 
 
@@ -28,7 +29,8 @@ class GatedConfig(SAEConfig, name="gated"):
         l1_warmup_fraction: λ rises linearly from 0 over this fraction of the steps.
     """
 
-    dense_products = 8  # two reconstructions: the second costs a product, and one for its gradient
+    version: ClassVar[int] = 2
+    dense_products = 7  # two reconstructions: the second costs a product, and one for its gradient
 
     penalty_field: ClassVar[str | None] = "l1_coefficient"
 
@@ -77,29 +79,23 @@ class Gated(SAE):
     ) -> Loss:
         """Sums over D (and F), means over B. ``dead`` is for AuxK alone, by the gates' π."""
         x = x.to(self.W_enc.dtype)
-        gate, latents = self._encode(x)
-        error = x - self.decode(latents)
-        squared_error = error.square().sum()
-        mse = squared_error / len(x)
-        opened = gate.relu()
-        l1 = opened.sum() / len(x)
-        # The gate learns to reconstruct, and must not teach the decoder its shrunken values.
-        by_gate = opened @ self.W_dec.detach() + self.b_dec.detach()
-        aux = (x - by_gate).square().sum() / len(x)
         warmup = warmed_up(step.index, step.total, self.config.l1_warmup_fraction)
-        total = mse + self.penalty_weight * warmup * l1 + aux
-        parts = {"mse": mse, "l1": l1, "aux": aux}
+        parameters = (self.W_enc, self.b_enc, self.r_mag, self.b_mag, self.W_dec, self.b_dec)
+        # The gate learns to reconstruct, and must not teach the decoder its shrunken values.
+        total, squared_error, opened, by_gate, fired = gated_loss(
+            x, parameters, self.penalty_weight * warmup
+        )
+        parts = {"mse": squared_error / len(x), "l1": opened / len(x), "aux": by_gate / len(x)}
         if self.config.aux_alpha > 0:
+            with torch.no_grad():
+                error = x - self.decode(self.encode(x))
             term, parts["auxk"] = auxk_term(self, x, error, dead, per=len(x), centred=True)
             total = total + term
-        with torch.no_grad():
-            # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
-            fired = latents.sign().sum(0).long()
         return Loss(
             total=total,
             parts={name: part.detach() for name, part in parts.items()},
             fired=fired,
-            squared_error=squared_error.detach(),
+            squared_error=squared_error,
             l0=fired.sum() / len(x),
         )
 

@@ -1,0 +1,113 @@
+"""The gated SAE's loss and its gradient in one pass over blocks of tokens.
+
+Neither ever holds a [B, F] tensor in full: autograd would keep ten of them, and on a CPU a step
+would spend more time on fetching their pages than on products.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reseed.sae.product import block_rows, float32_product
+
+
+def gated_loss(
+    x: Float[Tensor, "batch d_in"],
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    l1_coefficient: float,
+) -> tuple[
+    Float[Tensor, ""],
+    Float[Tensor, ""],
+    Float[Tensor, ""],
+    Float[Tensor, ""],
+    Int[Tensor, " num_latents"],
+]:
+    """‖e‖² + λ Σ ReLU(π) + ‖e by the gate‖² as a mean over tokens, and what it is made of.
+
+    Args:
+        parameters: W_enc, b_enc (the gate's), r_mag, b_mag, W_dec, b_dec.
+
+    Returns:
+        The loss, differentiable in the parameters; then, detached, Σ‖e‖², Σ ReLU(π) and
+        Σ‖e by the gate‖² over the batch, and on how many tokens each latent is active.
+    """
+    return _GatedLoss.apply(x, *parameters, l1_coefficient)
+
+
+class _GatedLoss(torch.autograd.Function):
+    """The gradient is made with the loss, because the loss is a sum over tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        r_mag: Tensor,
+        b_mag: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        l1_coefficient: float,
+    ) -> tuple[Tensor, ...]:
+        batch, ratio = len(x), r_mag.exp()
+        rows = x - b_dec
+        size = min(block_rows(x, len(W_enc)), batch)
+        repeats = batch // size
+        nothing = torch.zeros_like(b_enc)
+        encode = float32_product(size, W_enc, nothing, repeats)
+        decode = float32_product(size, W_dec.t(), torch.zeros_like(b_dec), repeats)
+        into_latents = float32_product(size, W_dec, nothing, repeats)
+        grads = [torch.zeros_like(p) for p in (W_enc, b_enc, r_mag, b_mag, W_dec, b_dec)]
+        for_W_enc, for_b_enc, for_r_mag, for_b_mag, for_W_dec, for_b_dec = grads
+        through_rows = torch.zeros_like(b_enc)
+        squared_error, opened_sum, by_gate = x.new_zeros(3).unbind()
+        fired = torch.zeros_like(b_enc)
+        for start in range(0, batch, size):
+            block = rows[start : start + size]
+            shared = encode(block)
+            opened = (shared + b_enc).relu_()
+            latents = _where_positive(torch.addcmul(b_mag, shared, ratio).relu_(), opened)
+            fired += latents.sign().sum(0)
+            opened_sum += opened.sum()
+            # From here on gradients of sums over the batch, not of means.
+            error = block - decode(latents)
+            squared_error += error.square().sum()
+            error *= -2
+            for_W_dec.addmm_(latents.t(), error)
+            for_b_dec += error.sum(0)
+            magnitude = _where_positive(into_latents(error), latents)
+            for_b_mag += magnitude.sum(0)
+            for_r_mag += shared.mul_(magnitude).sum(0)
+            through_magnitude = torch.mul(magnitude, ratio, out=shared)
+            error = block - decode(opened)
+            by_gate += error.square().sum()
+            error *= -2
+            gate = _where_positive(into_latents(error).add_(l1_coefficient), opened)
+            for_b_enc += gate.sum(0)
+            gate += through_magnitude
+            for_W_enc.addmm_(gate.t(), block)
+            through_rows += gate.sum(0)
+        for_r_mag *= ratio
+        for_b_dec -= through_rows @ W_enc
+        for grad in grads:
+            grad /= batch
+        ctx.save_for_backward(*grads)
+        total = (squared_error + l1_coefficient * opened_sum + by_gate) / batch
+        detached = squared_error, opened_sum, by_gate, fired.long()
+        ctx.mark_non_differentiable(*detached)
+        return total, *detached
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(grad_total * grad for grad in ctx.saved_tensors), None
+
+
+def _where_positive(values: Tensor, key: Tensor) -> Tensor:
+    """``values`` where ``key`` is positive and 0 elsewhere, in place: ReLU's own derivative."""
+    return torch.ops.aten.threshold_backward.grad_input(values, key, 0, grad_input=values)
