@@ -144,6 +144,24 @@ def test_gradients_are_those_of_the_dense_formulation(penalty, target, centred):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_blocks_of_tokens_add_up(dtype, near, centred):
+    """The loss is made in blocks of 256 tokens: two whole ones and a rest."""
+    sae = make(num_latents=64, l0_coefficient=0.7, target_l0=3.0, subtract_b_dec=centred)
+    x = batch_of(2 * 256 + 44)
+    theirs = dense_loss(sae, x)
+    expected = torch.autograd.grad(theirs, list(sae.parameters()))
+    counted = (sae.encode(x) > 0).sum(0)
+    sae, x = sae.to(dtype), x.to(dtype)
+    ours = sae.training_loss(x, LAST, nobody(sae))
+    torch.testing.assert_close(ours.total.double(), theirs, rtol=near, atol=0)
+    torch.testing.assert_close(ours.fired, counted, rtol=0, atol=0 if near < 1e-6 else 1)
+    ours.total.backward()
+    for p, b in zip(sae.parameters(), expected, strict=True):
+        assert (p.grad - b).norm() <= near * b.norm()
+
+
 def test_published_recipe():
     config = JumpReLUConfig(num_latents=48)
     assert config.published_lr(2**20) == 7e-5

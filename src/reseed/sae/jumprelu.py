@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, final
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nn_functional
@@ -15,6 +15,7 @@ from torch.nn import functional as nn_functional
 from reseed.config import ConfigError, setting
 from reseed.sae.auxk import auxk_term
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
+from reseed.sae.jumprelu_loss import jumprelu_terms
 from reseed.sae.losses import warmed_up
 
 
@@ -36,6 +37,7 @@ class JumpReLUConfig(SAEConfig, name="jumprelu"):
         subtract_b_dec: encode x − b_dec.
     """
 
+    version: ClassVar[int] = 2
     penalty_field: ClassVar[str | None] = "l0_coefficient"
 
     # Signed when null too, as it was before other architectures had it.
@@ -110,22 +112,17 @@ class JumpReLU(SAE):
     ) -> Loss:
         """‖e‖²/D and the penalty as means over B. ``dead`` is for AuxK alone, which ignores θ."""
         x = x.to(self.W_enc.dtype)
-        width = self.config.bandwidth * self.d_in**0.5
-        latents, l0 = _Jump.apply(self._pre_activations(x), self.threshold, width)
-        error = x - self.decode(latents)
-        squared_error = error.square().sum()
+        squared_error, penalty, l0, fired = self._terms(x)
         mse = squared_error / x.numel()
-        penalty = self._penalty(latents, l0)
         warmup = warmed_up(step.index, step.total, self.config.l0_warmup_fraction)
         total = mse + self.penalty_weight * warmup * penalty
         parts = {"mse": mse, "penalty": penalty}
         if self.config.aux_alpha > 0:
+            with torch.no_grad():
+                error = x - self.decode(self.encode(x))
             centred = self.config.subtract_b_dec
             term, parts["auxk"] = auxk_term(self, x, error, dead, per=x.numel(), centred=centred)
             total = total + term
-        with torch.no_grad():
-            # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
-            fired = latents.sign().sum(0).long()
         return Loss(
             total=total,
             parts={name: part.detach() for name, part in parts.items()},
@@ -134,17 +131,26 @@ class JumpReLU(SAE):
             l0=l0.detach(),
         )
 
-    def _penalty(
-        self, latents: Float[Tensor, "batch num_latents"], l0: Float[Tensor, ""]
-    ) -> Float[Tensor, ""]:
+    def _terms(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[
+        Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""], Int[Tensor, " num_latents"]
+    ]:
+        """Σ‖e‖², the penalty, L0, and on how many tokens each latent is active."""
+        width = self.config.bandwidth * self.d_in**0.5
+        if self.config.penalty == "tanh":
+            latents, l0 = _Jump.apply(self._pre_activations(x), self.threshold, width)
+            # By f, whose pseudo-derivative reaches θ.
+            scale = self.config.tanh_scale * self.W_dec.norm(dim=1)
+            penalty = (latents * scale).tanh().sum() / len(latents)
+            fired = latents.detach().sign().sum(0).long()
+            return (x - self.decode(latents)).square().sum(), penalty, l0, fired
+        parameters = (self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec)
+        squared_error, l0, fired = jumprelu_terms(x, parameters, width, self.config.subtract_b_dec)
         if self.config.penalty == "step":
-            return l0
-        if self.config.penalty == "quadratic":
-            assert self.config.target_l0 is not None
-            return (l0 / self.config.target_l0 - 1).square()
-        # By f, whose pseudo-derivative reaches θ.
-        scale = self.config.tanh_scale * self.W_dec.norm(dim=1)
-        return (latents * scale).tanh().sum() / len(latents)
+            return squared_error, l0, l0, fired
+        assert self.config.target_l0 is not None
+        return squared_error, (l0 / self.config.target_l0 - 1).square(), l0, fired
 
     def _pre_activations(
         self, x: Float[Tensor, "*batch d_in"]
