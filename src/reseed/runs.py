@@ -4,6 +4,7 @@
         run.json          the record: experiment, status, environment, timings, tokens, error
         sae.safetensors   weights, for raw activations        sae.json   what they are
         latents.safetensors   per latent: held-out firing counts, tokens since it last fired
+        activations.safetensors   mean and covariance of the held-out activations
         metrics.json      held-out metrics                    training.csv   the curve
         checkpoint.pt     while it trains
         initial.safetensors   the untrained weights, where the seed alone does not give them
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json", "training.csv")
-"""The files of a finished run, beside its record."""
+"""The files of a finished run, beside its record. ``activations.safetensors`` is not among them:
+runs of the time before it are finished too."""
 INITIAL_FILE = "initial.safetensors"
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 _FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
@@ -175,6 +177,16 @@ class Run:
         from safetensors.numpy import load_file
 
         return load_file(self.path / "latents.safetensors")
+
+    def activations(self) -> dict[str, Any] | None:
+        """Of the held-out activations ``mean`` [d_in] and ``covariance`` [d_in, d_in], float32.
+
+        None for a run that was made before they were stored.
+        """
+        from safetensors.numpy import load_file
+
+        path = self.path / "activations.safetensors"
+        return load_file(path) if path.is_file() else None
 
     def update(self, **changes: Any) -> None:
         """Write the record with some entries changed."""

@@ -176,7 +176,7 @@ def test_one_run(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) 
     (folder,) = Path("outputs").iterdir()
     assert {p.name for p in folder.iterdir()} == {
         ".lock", "run.json", "sae.safetensors", "sae.json", "metrics.json", "training.csv",
-        "latents.safetensors",
+        "latents.safetensors", "activations.safetensors",
     }  # fmt: skip
     assert train.main(tiny_overrides) == 0
     said = capsys.readouterr().out

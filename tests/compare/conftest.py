@@ -41,9 +41,8 @@ def partly_shared():
             rows[:, :shared] = common[:, :shared]
             order = rng.permutation(num_latents)
             metrics = {"fvu": 0.1 + 0.01 * s, "l0": 8.0, "dead_fraction": 0.0}
-            found.append(
-                make_dictionary(rows[0, order], rows[1, order], seed=str(s), metrics=metrics)
-            )
+            more = {"metrics": metrics, "covariance": np.diag(np.linspace(0.1, 1, d_in))}
+            found.append(make_dictionary(rows[0, order], rows[1, order], seed=str(s), **more))
         return found
 
     return make

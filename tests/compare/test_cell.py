@@ -152,5 +152,5 @@ def test_a_cell_of_another_format_is_refused(cell, tmp_path):
     cell.write(tmp_path)
     record = json.loads((tmp_path / "cell.json").read_text())
     (tmp_path / "cell.json").write_text(json.dumps(record | {"format": 0}))
-    with pytest.raises(ValueError, match="has format 0; this version reads 1"):
+    with pytest.raises(ValueError, match="has format 0; this version reads 2"):
         CellResult.read(tmp_path)

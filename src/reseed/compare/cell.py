@@ -43,12 +43,20 @@ FRACTIONS = (
     "shared_fraction_not_dead",
     "shared_fraction_decoder",
     "shared_fraction_decoder_live",
+    "shared_fraction_correlation",
+    "shared_fraction_correlation_live",
     "index_agreement",
     "index_agreement_live",
     "coverage",
     "coverage_live",
 )
-COSINES = ("cosine_encoder", "cosine_decoder", "cosine_encoder_live", "cosine_decoder_live")
+COSINES = (
+    "cosine_encoder",
+    "cosine_decoder",
+    "cosine_encoder_live",
+    "cosine_decoder_live",
+    "cosine_correlation",
+)
 UNTRAINED = (
     "shared_fraction",
     "index_agreement",
@@ -67,7 +75,7 @@ RUN_COLUMNS = (
     "zero_latents",
 )
 """Columns of `CellResult.runs` that come before the metrics of the runs."""
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, eq=False)

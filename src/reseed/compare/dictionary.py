@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ class Dictionary:
         metrics: numbers of the run for the tables (``fvu``, ``l0``, ``dead_fraction``).
         truth: label of each latent in a world whose features are known (index into
             `compare.truth.LABELS`); None where the truth is not known.
+        covariance: of the held-out activations; None where it was not stored.
 
     Raises:
         ValueError: shapes that disagree, counts out of range.
@@ -40,6 +42,7 @@ class Dictionary:
     dead: Bool[np.ndarray, " num_latents"]
     metrics: Mapping[str, float] = field(default_factory=dict)
     truth: Int[np.ndarray, " num_latents"] | None = None
+    covariance: Float[np.ndarray, "d_in d_in"] | None = None
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -60,6 +63,9 @@ class Dictionary:
                 self._refuse(f"`{name}` must have one value per latent [{self.num_latents}]", shape)
         if self.truth is not None:
             object.__setattr__(self, "truth", checked_labels(self.truth, self.num_latents, self.id))
+        if self.covariance is not None and self.covariance.shape != (self.d_in, self.d_in):
+            rule = f"`covariance` must have shape [d_in, d_in] {[self.d_in, self.d_in]}"
+            self._refuse(rule, self.covariance.shape)
         low, high = int(self.firing.min()), int(self.firing.max())
         if low < 0 or high > self.held_out_tokens:
             raise ValueError(
@@ -91,9 +97,24 @@ class Dictionary:
         """Latents whose encoder or decoder row is zero or not finite: they take no part."""
         return ~(_has_direction(self.encoder) & _has_direction(self.decoder))
 
+    @cached_property
+    def covariance_root(self) -> Float[np.ndarray, "d_in d_in"] | None:
+        """R with R·Rᵀ = `covariance`, see `root`; None without a covariance."""
+        return None if self.covariance is None else root(self.covariance)
+
     def live(self, at_least: int) -> Bool[np.ndarray, " num_latents"]:
         """Latents that fire at least ``at_least`` times in the held-out tokens."""
         return self.firing >= at_least
+
+
+def root(covariance: Float[np.ndarray, "d_in d_in"]) -> Float[np.ndarray, "d_in d_in"]:
+    """R with R·Rᵀ = ``covariance``: x·R and y·R have the scalar product xᵀ·covariance·y.
+
+    Any root would do, as all give the same products; this one is by eigenvalues, those that
+    rounding made negative taken as 0.
+    """
+    values, vectors = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
+    return vectors * np.sqrt(np.maximum(values, 0.0))
 
 
 def _has_direction(rows: Float[np.ndarray, "n d_in"]) -> Bool[np.ndarray, " n"]:

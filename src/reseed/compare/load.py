@@ -18,6 +18,7 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
         value: its value of the axis that pairs up.
     """
     record, metrics, latents, sae = run.record, run.metrics, run.latents(), run.sae()
+    held_out = run.activations()
     trained = Dictionary(
         id=run.id,
         seed=value,
@@ -27,12 +28,15 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
         held_out_tokens=metrics["tokens"],
         dead=latents["tokens_since_fired"] >= record["dead_after_tokens"],
         metrics={name: metrics[name] for name in ("fvu", "l0", "cosine", "dead_fraction")}
+        | {"steps": record["steps"]}
         | truth_metrics(metrics),
         truth=latents.get("truth_label"),
+        covariance=None if held_out is None else held_out["covariance"],
     )
     start = run.initial_sae()
     rows = {"encoder": start.W_enc.detach().numpy(), "decoder": start.W_dec.detach().numpy()}
-    return trained, replace(trained, truth=None, **rows)
+    # Of the untrained selves no table shows the measures that need a covariance or labels.
+    return trained, replace(trained, truth=None, covariance=None, **rows)
 
 
 def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Source: Paulo & Belrose, *Sparse Autoencoders Trained on the Same Data Learn Dif
 (arXiv 2501.16615), with dead latents, one-sided coverage and both sides of a pair spelled out.
 
 Letters: A and B are two dictionaries, c_enc and c_dec the signed cosines of their encoder and
-decoder rows, σ_enc and σ_dec the exact matchings under each, τ the threshold.
+decoder rows, σ_enc and σ_dec the exact matchings under each, τ the threshold, Σ the covariance of
+the held-out activations.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, special
 
-from reseed.compare.dictionary import Dictionary
+from reseed.compare.dictionary import Dictionary, root
 from reseed.compare.matching import Matching, match, unit_rows
 
 LIVE_SHOWN = (1, 100)
@@ -112,7 +113,52 @@ def compare_pair(
             live_b,
         ),
     )
-    return PairResult(*sides, _measures(a, b, *sides, covered, threshold))
+    correlated = _match_by_correlation(a, b, rows_a, rows_b)
+    more = _correlation_measures(a, b, *sides, correlated, threshold)
+    return PairResult(*sides, _measures(a, b, *sides, covered, threshold) | more)
+
+
+def _match_by_correlation(
+    a: Dictionary, b: Dictionary, rows_a: UnitRows, rows_b: UnitRows
+) -> Matching | None:
+    """The matching by eᵀΣe' / √(eᵀΣe · e'ᵀΣe'), the correlation of pre-activations.
+
+    A direction of low variance hardly moves a pre-activation, so training does not identify it
+    and the encoder keeps there what it started with; in this metric it hardly counts. It is the
+    same matching on rows multiplied by a root of Σ. Two covariances (SAEs of two data sets) are
+    averaged; None where one is not known.
+    """
+    if a.covariance is None or b.covariance is None:
+        return None
+    if np.array_equal(a.covariance, b.covariance):
+        scale = a.covariance_root
+    else:
+        scale = root((a.covariance.astype(np.float64) + b.covariance) / 2)
+    return match(rows_a.encoder @ scale, rows_b.encoder @ scale)
+
+
+def _correlation_measures(
+    a: Dictionary,
+    b: Dictionary,
+    side_a: PairSide,
+    side_b: PairSide,
+    by_correlation: Matching | None,
+    threshold: float,
+) -> dict[str, float]:
+    """The strict rule with correlations in the place of the encoder's cosines; NaN without Σ."""
+    names = ("shared_fraction_correlation", "shared_fraction_correlation_live")
+    if by_correlation is None:
+        return dict.fromkeys((*names, "cosine_correlation"), float("nan"))
+    partner = by_correlation.assignment
+    near = (by_correlation.cosines >= threshold) & (side_a.cosine_decoder >= threshold)
+    shared = near & by_correlation.matched & (partner == side_a.partner_decoder)
+    every = Subset(np.ones(a.num_latents, dtype=bool), np.ones(b.num_latents, dtype=bool))
+    live = Subset(side_a.live, side_b.live)
+    fractions = (subset.fraction(shared, partner) for subset in (every, live))
+    return {
+        **dict(zip(names, fractions, strict=True)),
+        "cosine_correlation": every.mean(by_correlation.cosines, partner),
+    }
 
 
 class UnitRows(NamedTuple):

@@ -1,4 +1,5 @@
-"""How well an SAE reconstructs held-out activations, and how often its latents fire."""
+"""How well an SAE reconstructs held-out activations, how often its latents fire, and what these
+activations are like: their mean and covariance."""
 
 from __future__ import annotations
 
@@ -18,14 +19,43 @@ _BLOCK = 4_096
 
 
 @dataclass
+class Moments:
+    """Sums of activations and of their products, in float64: their mean and covariance."""
+
+    tokens: int = 0
+    total: Float[Tensor, " d_in"] | None = None
+    products: Float[Tensor, "d_in d_in"] | None = None
+
+    @torch.inference_mode()
+    def add(self, x: Float[Tensor, "tokens d_in"]) -> None:
+        """Count the activations of ``x``, on the device that they are on."""
+        for part in x.split(_BLOCK):
+            exact = part.double()
+            total, products = exact.sum(0), exact.T @ exact
+            self.tokens += len(part)
+            self.total = total if self.total is None else self.total + total
+            self.products = products if self.products is None else self.products.add_(products)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """``mean`` [d_in] and ``covariance`` [d_in, d_in] (divided by the tokens), float32, CPU."""
+        if self.total is None or self.products is None:
+            raise ValueError("no activations were added: they have no mean")
+        mean = self.total / self.tokens
+        covariance = self.products / self.tokens - torch.outer(mean, mean)
+        return {"mean": mean.float().cpu(), "covariance": covariance.float().cpu().contiguous()}
+
+
+@dataclass
 class Reconstruction:
     """Sums over the evaluation set, from which the measures are taken once at the end.
 
     The mean is that of the whole evaluation set: fractions of variance averaged over batches
-    would depend on the batch size.
+    would depend on the batch size. ``moments`` are those of the activations, where `measure` took
+    them: one object for all SAEs of a hookpoint.
     """
 
     sae: SAE
+    moments: Moments | None = None
     tokens: int = 0
     squared_error: float = 0.0
     squared_norm: float = 0.0
@@ -80,8 +110,11 @@ def measure(
     chunks: Iterable[dict[Hookpoint, Float[Tensor, "tokens d_in"]]],
 ) -> dict[str, Reconstruction]:
     """Measure many SAEs in one pass over held-out activations; each reads its own hookpoint."""
-    measured = {name: Reconstruction(sae) for name, (_, sae) in saes.items()}
+    moments = {hookpoint: Moments() for hookpoint, _ in saes.values()}
+    measured = {name: Reconstruction(sae, moments[hook]) for name, (hook, sae) in saes.items()}
     for chunk in chunks:
+        for hookpoint, found in moments.items():
+            found.add(chunk[hookpoint])
         for name, (hookpoint, _) in saes.items():
             measured[name].add(chunk[hookpoint])
     return measured

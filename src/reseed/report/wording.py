@@ -83,6 +83,8 @@ def details(cells: Sequence[Cell]) -> Wording:
     measures = {
         "covered": "coverage",
         "shared, dec": "shared_fraction_decoder",
+        "shared, corr": "shared_fraction_correlation",
+        "corr": "cosine_correlation",
         "shared, not dead": "shared_fraction_not_dead",
     }
     header = (*knobs, paired(cells), *measures, "shared, untrained", "κ", "ceiling, live")
@@ -100,6 +102,9 @@ def details(cells: Sequence[Cell]) -> Wording:
     footnotes = (
         "**covered**: some latent of the other run has both cosines at the threshold, whether or "
         "not it is the match of another; mean of both directions.",
+        "**corr**: encoders matched by the correlation of pre-activations on held-out activations, "
+        "in which directions of low variance hardly count: the strict rule with that matching in "
+        "the place of the encoder's, and the mean matched correlation.",
         "**not dead**: counted over latents that fired at the end of training, both partners.",
         "**untrained**: the strict shared fraction of the initial weights of the same pairs.",
         "**κ** = (S − S₀)/(1 − S₀), S shared and S₀ its null. **ceiling**: the largest live shared "

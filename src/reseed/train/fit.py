@@ -217,6 +217,9 @@ def _record(
         "tokens_since_fired": member.tokens_since_fired.cpu(),
     }
     atomic_write(run.path / "latents.safetensors", lambda path: save_file(latents, path))
+    if measured.moments is not None:
+        moments = measured.moments.tensors()
+        atomic_write(run.path / "activations.safetensors", lambda path: save_file(moments, path))
     member.write_curve(run.path)
     metrics = measured.metrics() | {"dead_fraction": float(member.dead.double().mean())}
     if resolved.sae.penalty_field is not None:
