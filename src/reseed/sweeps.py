@@ -49,14 +49,17 @@ class Sweep:
         return [json.loads(line) for line in lines]
 
     def write_manifest(
-        self, jobs: Sequence[Any], store: RunStore, axes: Sequence[str] = ()
+        self, jobs: Sequence[Any], store: RunStore, places: Sequence[dict[str, str]] | None = None
     ) -> None:
-        """A line per job: overrides, values of the ``axes``, signature, folder."""
+        """A line per job: its place in the grid (axis → value), overrides, signature, folder.
+
+        The arm of a comparison that has arms is an axis too, called ``arm``.
+        """
         rows = []
-        for job in jobs:
+        for job, place in zip(jobs, places or [{}] * len(jobs), strict=True):
             run = job.resolved.run(store)
             row = {
-                "axes": {axis: job.value(axis) for axis in axes},
+                "axes": place,
                 "overrides": list(job.overrides),
                 "signature": run.signature,
                 "run": os.path.relpath(run.path, self.path),

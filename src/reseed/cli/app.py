@@ -98,6 +98,10 @@ class CommandLine:
                 raise ConfigError(f"the configuration cannot be composed: {error}") from error
             values = OmegaConf.to_container(config, resolve=True)
             assert isinstance(values, dict)
+            # The overrides of an arm (`dataset.order_seed: ${seed}`) mean the values of its runs.
+            arms = OmegaConf.select(config, "comparison.arms")
+            if arms is not None:
+                values["comparison"]["arms"] = OmegaConf.to_container(arms, resolve=False)
             return {str(key): value for key, value in values.items()}
 
         GlobalHydra.instance().clear()

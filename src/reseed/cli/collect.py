@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from reseed.compare.cell import CellResult
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.load import knobs
 from reseed.config import ReseedError
 from reseed.console import say
+from reseed.report.axes import Cell, ordered
 from reseed.report.figures import write_figures
 from reseed.report.tables import print_summary, write_tables
 from reseed.sweeps import Sweep
@@ -23,9 +22,9 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
     Raises:
         ReseedError: no cell has been compared.
     """
-    cells: list[tuple[dict[str, Any], CellResult]] = []
+    cells: list[Cell] = []
     lacking: list[str] = []
-    for axes in _cells(sweep, settings.pair_by):
+    for axes in _cells(sweep, settings):
         rows = sweep.rows(axes)
         finished = [run for run in sweep.runs(**axes) if run.finished]
         if len(finished) < len(rows):
@@ -40,6 +39,7 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
         say(f"incomplete: {line}")
     if not cells:
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
+    cells = ordered(cells)
     write_tables(cells, sweep.path)
     write_figures(cells, sweep.path)
     print_summary(cells, title=settings.name)
@@ -47,9 +47,11 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
     return not lacking
 
 
-def _cells(sweep: Sweep, pair_by: str) -> list[dict[str, str]]:
+def _cells(sweep: Sweep, settings: ComparisonConfig) -> list[dict[str, str]]:
     """The distinct values of all axes but the one that pairs up, in the manifest's order."""
+    pair_by = {arm.name: arm.pair_by for arm in settings.each_arm()}
     found: dict[tuple[tuple[str, str], ...], None] = {}
     for row in sweep.manifest:
-        found[tuple((a, v) for a, v in row["axes"].items() if a != pair_by)] = None
+        other = pair_by[row["axes"].get("arm", "")]
+        found[tuple((a, v) for a, v in row["axes"].items() if a != other)] = None
     return [dict(cell) for cell in found]

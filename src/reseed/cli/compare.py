@@ -27,8 +27,11 @@ def task(config: DictConfig) -> None:
     sweep = Sweep(Path(own.sweep.dir))
     settings = ComparisonConfig.from_dict(sweep.settings, "comparison")
     words = {key: value for key, _, value in (o.partition("=") for o in own.overrides.task)}
-    axes = [axis for axis in sweep.manifest[0]["axes"] if axis != settings.pair_by]
-    compare_cell_of(sweep, {axis: words[axis] for axis in axes}, settings)
+    name = config.comparison.get("arm", "")
+    settings = settings.of_arm(name)
+    arm = {"arm": name} if name else {}
+    axes = [axis for axis in settings.grid if axis != settings.pair_by]
+    compare_cell_of(sweep, arm | {axis: words[axis] for axis in axes}, settings)
 
 
 def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
@@ -88,10 +91,14 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
     from reseed.console import say
 
     plan.write()
-    cells = [o for o in plan.overrides if parse([o])[0].key_or_group != plan.settings.pair_by]
     # A sweep of one job is still a sweep: the job reads its folder from hydra.sweep.dir.
     folder = override("hydra.sweep.dir", plan.sweep.path)
-    errors = line.launch(task, [*cells, folder], multirun=True)
+    errors: list[Exception] = []
+    for launch in plan.launches:
+        arm = launch.arm
+        cells = [o for o in launch.overrides if parse([o])[0].key_or_group != arm.pair_by]
+        which = [override("++comparison.arm", arm.name)] if arm.name else []
+        errors += line.launch(task, [*cells, *which, folder], multirun=True)
     for error in errors:
         say(f"not compared: {error}")
     complete = collect(plan.sweep, plan.settings)

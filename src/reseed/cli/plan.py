@@ -8,7 +8,7 @@ from typing import Any
 
 from reseed.cli.app import CommandLine, override, parse
 from reseed.cli.jobs import Job, check_jobs
-from reseed.compare.config import ComparisonConfig
+from reseed.compare.config import Arm, ComparisonConfig
 from reseed.compare.matching import check_width
 from reseed.config import ConfigError, build
 from reseed.runs import Run, RunStore
@@ -17,21 +17,43 @@ from reseed.train.config import RuntimeConfig
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One arm of a comparison (or all of one without arms) as Hydra gets it.
+
+    Attributes:
+        arm: its axes and what pairs up.
+        overrides: what Hydra is given with -m for all of its jobs.
+        jobs: one per run.
+    """
+
+    arm: Arm
+    overrides: tuple[str, ...]
+    jobs: tuple[Job, ...]
+
+    @property
+    def places(self) -> list[dict[str, str]]:
+        """Where each job stands in the grid."""
+        arm = {"arm": self.arm.name} if self.arm.name else {}
+        return [arm | {axis: job.value(axis) for axis in self.arm.grid} for job in self.jobs]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a comparison needs, checked.
 
     Attributes:
-        settings: the comparison, its grid as the user's overrides left it.
-        overrides: what Hydra is given with -m for all jobs.
-        axes: keys of the grid.
-        jobs: one per run.
+        settings: the comparison, grid and arms as the user's overrides left them.
+        launches: one for each arm.
     """
 
     settings: ComparisonConfig
-    overrides: tuple[str, ...]
-    axes: tuple[str, ...]
-    jobs: tuple[Job, ...]
+    launches: tuple[Launch, ...]
     runtime: RuntimeConfig
+
+    @property
+    def jobs(self) -> list[Job]:
+        """One per run and arm."""
+        return [job for launch in self.launches for job in launch.jobs]
 
     @property
     def store(self) -> RunStore:
@@ -45,7 +67,8 @@ class Plan:
 
     def write(self) -> None:
         """What belongs to the comparison, and by which rules, into its folder."""
-        self.sweep.write_manifest(self.jobs, self.store, self.axes)
+        places = [place for launch in self.launches for place in launch.places]
+        self.sweep.write_manifest(self.jobs, self.store, places)
         self.sweep.write_settings(self.settings.to_dict())
 
     @property
@@ -71,20 +94,55 @@ def make_plan(line: CommandLine) -> Plan:
         raise ConfigError("{key} is required, for example comparison=quickstart", "comparison")
     if not isinstance(node.get("grid"), dict):
         raise ConfigError("{key} must map axes to lists of values", "comparison.grid")
-    declared = {str(axis): _words(values) for axis, values in node["grid"].items()}
     # What the user gives for an axis takes its place; a sweep over another key is one more axis.
-    grid = {axis: swept.get(axis, single.get(axis, values)) for axis, values in declared.items()}
-    grid |= {axis: values for axis, values in swept.items() if axis not in declared}
-    for key, text, _ in given:
-        if key in grid and text[0] in "+~":
-            raise ConfigError(f"{{key}} is an axis: give its values as {key}=...; got {text}", key)
-    settings = build({**node, "grid": grid}, "comparison", ComparisonConfig)
-    overrides = [text for key, text, _ in given if key not in grid]
-    overrides += [f"{axis}={','.join(values)}" for axis, values in grid.items()]
-    jobs, runtime = check_jobs(line, overrides, multirun=True)
-    for job in jobs:
-        check_width(job.resolved.num_latents)
-    return Plan(settings, tuple(overrides), tuple(grid), tuple(jobs), runtime)
+    said = single | swept
+    grid = {str(axis): said.get(axis, _words(values)) for axis, values in node["grid"].items()}
+    arms = _arms(node.get("arms"), said)
+    own = {axis for entries in (arms or {}).values() for axis in entries}
+    grid |= {axis: values for axis, values in swept.items() if axis not in own}
+    settings = build({**node, "grid": grid, "arms": arms}, "comparison", ComparisonConfig)
+    launches, runtime = [], None
+    for arm in settings.each_arm():
+        for key, text, _ in given:
+            if key in arm.grid and text[0] in "+~":
+                rule = f"{{key}} is an axis: give its values as {key}=...; got {text}"
+                raise ConfigError(rule, key)
+        # A sweep over what is an axis of another arm alone is no axis here.
+        taken = {*arm.grid, *arm.fixed, *swept}
+        overrides = [text for key, text, _ in given if key not in taken]
+        overrides += [f"{key}={word}" for key, word in arm.fixed.items()]
+        overrides += [f"{axis}={','.join(words)}" for axis, words in arm.grid.items()]
+        try:
+            jobs, runtime = check_jobs(line, overrides, multirun=True)
+        except ConfigError as error:
+            where = f" (in the arm {arm.name!r})" if arm.name else ""
+            raise ConfigError(str(error) + where) from error
+        for job in jobs:
+            check_width(job.resolved.num_latents)
+        launches.append(Launch(arm, tuple(overrides), tuple(jobs)))
+    assert runtime is not None
+    return Plan(settings, tuple(launches), runtime)
+
+
+def _arms(declared: Any, said: dict[str, list[str]]) -> Any:
+    """The arms in words. What the user said for an axis of one takes its place there too; what an
+    arm fixes stays. Anything that is no mapping is left to be refused."""
+    if not isinstance(declared, dict):
+        return declared
+    arms: dict[str, Any] = {}
+    for name, entries in declared.items():
+        if not isinstance(entries, dict):
+            arms[str(name)] = entries
+            continue
+        arms[str(name)] = {
+            str(key): value
+            if key == "pair_by" or isinstance(value, dict)
+            else said.get(key, _words(value))
+            if isinstance(value, list | tuple)
+            else _word(value)
+            for key, value in entries.items()
+        }
+    return arms
 
 
 def _words(values: Any) -> list[str]:

@@ -21,5 +21,6 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
 
     plan = make_plan(line)
     plan.write()
-    status = train.train_jobs(line, plan.overrides, plan.jobs, plan.runtime, plan.sweep)
+    launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
+    status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
     return max(status, compare.compare_plan(line, plan))

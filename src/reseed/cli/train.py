@@ -61,21 +61,20 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         signatures = [job.resolved.signature for job in jobs]
         sweep = Sweep.of(runtime.sweeps, "train", signatures)
         sweep.write_manifest(jobs, RunStore(runtime.outputs))
-    return train_jobs(line, line.overrides, jobs, runtime, sweep)
+    return train_jobs(line, [(line.overrides, jobs)], runtime, sweep)
 
 
 def train_jobs(
     line: CommandLine,
-    overrides: Sequence[str],
-    jobs: Sequence[Job],
+    launches: Sequence[tuple[Sequence[str], Sequence[Job]]],
     runtime: RuntimeConfig,
     sweep: Sweep | None,
 ) -> int:
     """Launch the training of checked jobs, and say how it ended.
 
     Args:
-        overrides: what Hydra is given.
-        jobs: what that means, checked.
+        launches: what Hydra is given, and the jobs that this means, checked; one after the other.
+            A run that several of them ask for is trained once.
         sweep: the folder of the sweep, or None for a single run.
 
     Returns:
@@ -85,7 +84,8 @@ def train_jobs(
     from reseed.runs import RunStore
 
     store = RunStore(runtime.outputs)
-    runs = {job.resolved.signature: job.resolved.run(store) for job in jobs}
+    every = [job for _, jobs in launches for job in jobs]
+    runs = {job.resolved.signature: job.resolved.run(store) for job in every}
     done = [run for run in runs.values() if run.finished]
     if len(done) == len(runs):
         say(f"nothing to train: {_count(len(runs))} already finished")
@@ -94,12 +94,15 @@ def train_jobs(
             say(f"{len(done)} of {_count(len(runs))} already finished")
         own = [override("hydra.sweep.dir", sweep.path)] if sweep else []
         before = {run.id: run.failure for run in runs.values()}
-        try:
-            line.launch(task, [*overrides, *own], multirun=sweep is not None)
-        except Exception:
-            # Failed runs have recorded why, and are told of below; anything else is not theirs.
-            if before == {run.id: run.failure for run in runs.values()}:
-                raise
+        for overrides, jobs in launches:
+            if all(runs[job.resolved.signature].finished for job in jobs):
+                continue
+            try:
+                line.launch(task, [*overrides, *own], multirun=sweep is not None)
+            except Exception:
+                # Failed runs have recorded why, and are told of below; all else is not theirs.
+                if before == {run.id: run.failure for run in runs.values()}:
+                    raise
     failed = [run for run in runs.values() if not run.finished]
     for run in failed:
         error = run.failure

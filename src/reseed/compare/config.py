@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from reseed.config import Config, ConfigError, make, nearest, setting
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of several readings of a comparison's grid.
+
+    Attributes:
+        name: as declared; empty for a comparison without arms.
+        grid: its axes: those of the comparison, some replaced or taken away, and its own.
+        pair_by: the axis whose values are compared in it.
+        fixed: overrides that all of its runs have.
+    """
+
+    name: str
+    grid: Mapping[str, tuple[Any, ...]]
+    pair_by: str
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -21,6 +38,9 @@ class ComparisonConfig(Config, family="comparison"):
         name: the comparison's name in folders and tables.
         grid: override key → values, as in ``{"sae": ["topk", "relu"], "seed": [0, 1, 2]}``.
         pair_by: the axis of the grid whose values are compared; the other axes make the cells.
+        arms: name → overrides: the grid several times over, each time with some keys replaced or
+            added. A list is an axis of the arm, one value is what all its runs have (and takes an
+            axis of that name away), ``pair_by`` is its own. Cells of all arms stand in one table.
         threshold: both cosines of a shared latent reach it (Paulo & Belrose: 0.7).
         live_at_least: a latent is live if it fires at least so many times in the held-out tokens.
         confidence: level of the intervals over seeds.
@@ -30,6 +50,7 @@ class ComparisonConfig(Config, family="comparison"):
     name: str = setting(signed=False)
     grid: Mapping[str, Any] = setting(signed=False)
     pair_by: str = setting("seed")
+    arms: Mapping[str, Any] | None = setting(None, neutral=None)
     threshold: float = setting(0.7, above=0, below=1)
     live_at_least: int = setting(10, at_least=1)
     confidence: float = setting(0.95, above=0, below=1)
@@ -43,20 +64,45 @@ class ComparisonConfig(Config, family="comparison"):
             )
         if not self.grid:
             raise ConfigError("{key} must have at least one axis; it is empty", "grid")
-        axes = {str(axis): _axis(str(axis), values) for axis, values in self.grid.items()}
+        axes = {str(axis): _axis(f"grid.{axis}", values) for axis, values in self.grid.items()}
         object.__setattr__(self, "grid", axes)
-        if self.pair_by not in axes:
-            raise ConfigError(
-                f"{{key}} must be an axis of `grid` ({', '.join(axes)}); got {self.pair_by!r}."
-                f"{nearest(self.pair_by, axes)}",
-                "pair_by",
+        _check_pairs(axes, self.pair_by, "pair_by", f"grid.{self.pair_by}", "`grid`")
+        if self.arms is not None:
+            if not self.arms:
+                raise ConfigError(
+                    "{key} must have at least one arm or be null; it is empty", "arms"
+                )
+            arms = {str(name): _entries(str(name), values) for name, values in self.arms.items()}
+            object.__setattr__(self, "arms", arms)
+        for arm in self.each_arm() if self.arms else ():
+            own = f"arms.{arm.name}"
+            _check_pairs(
+                arm.grid, arm.pair_by, f"{own}.pair_by", f"{own}.{arm.pair_by}", "the arm's grid"
             )
-        if len(axes[self.pair_by]) < 2:
-            raise ConfigError(
-                f"{{key}} is the axis that pairs up (`pair_by`) and must have at least 2 values; "
-                f"got {list(axes[self.pair_by])}",
-                f"grid.{self.pair_by}",
-            )
+
+    def each_arm(self) -> tuple[Arm, ...]:
+        """The arms; of a comparison without, its grid as one arm that has no name."""
+        if self.arms is None:
+            return (Arm("", self.grid, self.pair_by),)
+        made = []
+        for name, entries in self.arms.items():
+            own = {key: value for key, value in entries.items() if key != "pair_by"}
+            fixed = {key: value for key, value in own.items() if not isinstance(value, tuple)}
+            axes = {key: value for key, value in own.items() if key not in fixed}
+            grid = {key: value for key, value in self.grid.items() if key not in fixed} | axes
+            made.append(Arm(name, grid, entries.get("pair_by", self.pair_by), fixed))
+        return tuple(made)
+
+    def of_arm(self, name: str) -> Self:
+        """The settings of the cells of one arm.
+
+        Raises:
+            ConfigError: there is no such arm.
+        """
+        found = {arm.name: arm for arm in self.each_arm()}
+        if name not in found:
+            raise ConfigError(f"{{key}} has no arm {name!r}.{nearest(name, found)}", "arms")
+        return replace(self, grid=found[name].grid, pair_by=found[name].pair_by, arms=None)
 
     # `Config` records a member of an option group under its class's name. This class has no
     # members, and its `name` is the user's word, so it is a field like the others.
@@ -76,9 +122,43 @@ class ComparisonConfig(Config, family="comparison"):
         return make(cls, values, key)
 
 
-def _axis(axis: str, values: Any) -> tuple[Any, ...]:
+def _check_pairs(
+    axes: Mapping[str, tuple[Any, ...]], pair_by: str, key: str, axis_key: str, where: str
+) -> None:
+    """What pairs up must be an axis of at least two values."""
+    if pair_by not in axes:
+        raise ConfigError(
+            f"{{key}} must be an axis of {where} ({', '.join(axes)}); got {pair_by!r}."
+            f"{nearest(pair_by, axes)}",
+            key,
+        )
+    if len(axes[pair_by]) < 2:
+        raise ConfigError(
+            f"{{key}} is the axis that pairs up (`pair_by`) and must have at least 2 values; "
+            f"got {list(axes[pair_by])}",
+            axis_key,
+        )
+
+
+def _entries(name: str, values: Any) -> dict[str, Any]:
+    """The overrides of one arm; lists, which are axes, as tuples."""
+    if not name:
+        raise ConfigError("{key} must give every arm a name; one is empty", "arms")
+    if not isinstance(values, Mapping | None):
+        raise ConfigError(f"{{key}} must map keys to values; got {values!r}", f"arms.{name}")
+    entries = {}
+    for key, value in (values or {}).items():
+        full = f"arms.{name}.{key}"
+        if isinstance(value, Mapping):
+            raise ConfigError(f"{{key}} must be one value or a list; got {value!r}", full)
+        if key == "pair_by" and not isinstance(value, str):
+            raise ConfigError(f"{{key}} must be the name of an axis; got {value!r}", full)
+        entries[str(key)] = _axis(full, value) if isinstance(value, list | tuple) else value
+    return entries
+
+
+def _axis(key: str, values: Any) -> tuple[Any, ...]:
     """The values of one axis, each once and at least one."""
-    key = f"grid.{axis}"
     if isinstance(values, str | Mapping) or not hasattr(values, "__iter__"):
         raise ConfigError(f"{{key}} must be a list of values; got {values!r}", key)
     values = tuple(values)

@@ -42,12 +42,14 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
 def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
     """What tells a cell apart, by the names of the command line; values that differ joined by |."""
     rows = [_knobs(run.record) for run in runs]
-    out = {}
+    out: dict[str, Any] = {"arm": axes["arm"]} if "arm" in axes else {}
     for name in rows[0]:
         values = list(dict.fromkeys(row[name] for row in rows))
         out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
     # An axis that stands there under another name already is not shown twice.
     told = {"sae.num_latents", "training.tokens"}
+    if str(out["sparsity"]).startswith("L0≈"):
+        told.add("sae.target_l0")
     amount = str(out["sparsity"]).partition("=")[2]
     told |= {axis for axis, value in axes.items() if axis.startswith("sae.") and value == amount}
     return out | {axis: v for axis, v in axes.items() if axis not in told and axis not in out}
@@ -55,6 +57,8 @@ def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
 
 def _knobs(record: dict[str, Any]) -> dict[str, Any]:
     e = record["experiment"]
+    # The penalty of one that is brought to an L0 is not what it was asked for.
+    target = e["sae"].get("target_l0")
     return {
         "model": record["labels"]["model"],
         "layer": e["layer"],
@@ -62,7 +66,7 @@ def _knobs(record: dict[str, Any]) -> dict[str, Any]:
         "dataset": record["labels"]["dataset"],
         "sae": e["sae"]["type"],
         "num_latents": record["num_latents"],
-        "sparsity": record["sparsity"],
+        "sparsity": record["sparsity"] if target is None else f"L0≈{target:g}",
         "tokens": record["tokens"],
         "training": e["training"]["recipe"],
     }

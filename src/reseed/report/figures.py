@@ -1,16 +1,11 @@
-"""The figures of a comparison, as png and svg, drawn without a display.
-
-Colours are those of Okabe & Ito, which colour-blind readers tell apart; a marker or a shade says
-the same as each colour, so that the figures can be read in grey.
-"""
+"""The figures of a comparison, as png and svg, drawn without a display."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -18,54 +13,32 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from reseed.atomic import atomic_write
 from reseed.compare.cell import CellResult
-from reseed.compare.stability import fit_power_law
-from reseed.report.wording import Cell, label, paired, varying
+from reseed.report.axes import Cell, label, naming, numeric_axes, row_labels, wrapped
+from reseed.report.axis_figures import axis_figure, axis_name
+from reseed.report.seed_figures import seeds_figure
+from reseed.report.style import BLUE, GREY, ORANGE, STYLE, WIDTH, counted, legend_below
+from reseed.report.wording import paired
 
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-MARKERS = "osD^vPX*<>hp"
-STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "legend.title_fontsize": 7.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.2,
-    "lines.markersize": 4,
-    "figure.constrained_layout.use": True,
-    "savefig.dpi": 200,
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.05,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "reseed",
-}
-WIDTH = 6.8
-"""Inches: a page's text width."""
 MAX_POINTS = 4000
 """Points drawn of one cell in the figure of cosines."""
 
 
 def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
-    """Write ``shared_fraction``, ``seeds`` and ``cosines``, each as png and svg.
+    """Write ``shared_fraction``, ``seeds`` and ``cosines``, each as png and svg; and where cells
+    differ in a number of at least 3 values, ``shared_fraction_by_<axis>``.
 
     Returns:
         The files written; each is whole or not there.
     """
     if not cells:
         raise ValueError("there are no cells to draw figures of")
+    drawings: dict[str, Callable[[Sequence[Cell]], Figure]]
     drawings = {"shared_fraction": shared_figure, "seeds": seeds_figure, "cosines": cosine_figure}
+    for axis in numeric_axes(cells):
+        drawings[f"shared_fraction_by_{axis_name(axis)}"] = partial(axis_figure, axis=axis)
     written = []
     for name, draw in drawings.items():
         with mpl.rc_context(STYLE):
@@ -79,15 +52,19 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
 
 def shared_figure(cells: Sequence[Cell]) -> Figure:
     """Shared fraction of each cell with its interval, its single pairs, live and untrained."""
-    figure = Figure(figsize=(WIDTH * 0.8, 1.35 + 0.42 * len(cells)))
+    names, rows = row_labels(cells)
+    height = 0.42 if len(cells) <= 8 else 0.32
+    figure = Figure(figsize=(WIDTH * 0.8, 1.35 + height * (rows[-1] + 1)))
     axes = figure.add_subplot()
-    for row, (_, cell) in enumerate(cells):
+    for row, (_, cell) in zip(rows, cells, strict=True):
         estimate = cell.estimates["shared_fraction"]
         if estimate.low is not None and estimate.high is not None:
             axes.plot([estimate.low, estimate.high], [row, row], color=BLUE, linewidth=2)
         else:
-            at = (estimate.mean, row - 0.2)
-            axes.text(*at, f"n = {estimate.n}, no interval", color=GREY, fontsize=6.5, ha="left")
+            left = estimate.mean <= 0.75  # beside the mark, and inside
+            at = (estimate.mean + (0.02 if left else -0.02), row - 0.2)
+            side = "left" if left else "right"
+            axes.text(*at, f"n = {estimate.n}, no interval", color=GREY, fontsize=6.5, ha=side)
         axes.plot(estimate.mean, row, "o", color=BLUE, markersize=6)
         axes.plot(
             cell.estimates["shared_fraction_live"].mean,
@@ -101,20 +78,21 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
         axes.plot(pairs, np.full(len(pairs), row + 0.26), "|", color=GREY, markersize=6)
         start = cell.pair_mean("untrained_shared_fraction")
         axes.plot(start, row, "x", color=ORANGE, markersize=5, markeredgewidth=1.4)
-    axes.set_yticks(range(len(cells)), [label(cells, knobs) for knobs, _ in cells])
-    axes.set_ylim(len(cells) - 0.45, -0.55)
+    axes.set_yticks(rows, names)
+    axes.set_ylim(rows[-1] + 0.55, -0.55)
     axes.set_xlim(-0.015, 1.015)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)
-    knobs, settings = varying(cells), cells[0][1].settings
+    settings = cells[0][1].settings
     other = paired(cells, plural=False)
+    broken = "\n" if max(map(len, names)) > 20 else " "  # long names leave little width
     axes.set_xlabel(
-        f"fraction of latents shared with another {other}, both cosines ≥ {_tau(cells)}"
+        f"fraction of latents shared with another {other},{broken}both cosines ≥ {_tau(cells)}"
     )
-    axes.set_ylabel(", ".join(knobs))
-    interval = f"mean over pairs, {settings.confidence:.0%} interval over {_seeds(cells)}"
-    _legend_below(figure, [
+    axes.set_ylabel(", ".join(naming(cells)))
+    interval = f"mean over pairs, {settings.confidence:.0%} interval over {counted(cells)}"
+    legend_below(figure, [
         Line2D([], [], color=BLUE, marker="o", markersize=6, linewidth=2, label=interval),
         Line2D([], [], color=GREY, marker="|", linestyle="", markersize=6, label="single pairs"),
         Line2D([], [], color=BLUE, marker="D", markerfacecolor="white", linestyle="",
@@ -123,82 +101,6 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
                label="untrained weights"),
     ], columns=2)  # fmt: skip
     return figure
-
-
-def seeds_figure(cells: Sequence[Cell]) -> Figure:
-    """The rings of p_m, one per cell, beside the lines of u_k."""
-    columns = 1 if len(cells) == 1 else 2 if len(cells) <= 6 else 3
-    rows = ceil(len(cells) / columns)
-    figure = Figure(figsize=(WIDTH, max(2.5, 1.25 * rows + 0.6)))
-    halves: Any = figure.subfigures(1, 2, width_ratios=[1.0, 1.25])
-    left, right = halves
-    grid = left.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[len(cells) :]:
-        axes.set_visible(False)
-    most = max(cell.n_seeds for _, cell in cells)
-    for axes, (knobs, cell) in zip(grid, cells, strict=False):
-        _ring(axes, cell, label(cells, knobs), most)
-    left.legend(
-        handles=[Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)],
-        loc="outside lower center",
-        ncols=min(most, 5),
-        title=f"shared with so many others of {_seeds(cells)}",
-        handlelength=1,
-        columnspacing=1,
-    )
-    axes = right.subplots()
-    _unshared_lines(axes, cells)
-    if len(cells) <= 4:
-        axes.legend(loc="best", title=", ".join(varying(cells)))
-    else:
-        right.legend(loc="outside lower center", ncols=2, columnspacing=1)
-    return figure
-
-
-def _ring(axes: Axes, cell: CellResult, title: str, most: int) -> None:
-    axes.pie(
-        cell.p,
-        colors=[_shade(m, most) for m in range(cell.n_seeds)],
-        startangle=90,
-        counterclock=False,
-        radius=1.2,
-        wedgeprops={"width": 0.42, "edgecolor": "white", "linewidth": 0.6},
-    )
-    axes.text(0, 0, f"{cell.p[0]:.0%}\nin none", ha="center", va="center", fontsize=7.5)
-    axes.set_title(title, pad=6)
-
-
-def _shade(m: int, n: int) -> tuple[float, float, float, float]:
-    """From light for latents of one seed to dark for those of all."""
-    return mpl.colormaps["Blues"](0.16 + 0.8 * m / max(1, n - 1))
-
-
-def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
-    for i, (knobs, cell) in enumerate(cells):
-        colour, k = COLOURS[i % len(COLOURS)], np.arange(2, cell.n_seeds + 1)
-        fit, name = fit_power_law(cell.u), label(cells, knobs)
-        if fit is not None:
-            smooth = np.linspace(2, cell.n_seeds, 100)
-            axes.plot(smooth, fit(smooth), color=colour, linewidth=0.9)
-            name += f" (limit {fit.c:.2f})"
-        axes.plot(
-            k,
-            cell.u,
-            linestyle="-" if fit is None else "",
-            color=colour,
-            marker=MARKERS[i % len(MARKERS)],
-            label=name,
-        )
-    most = max(cell.n_seeds for _, cell in cells)
-    axes.set_xticks(range(2, most + 1))
-    axes.set_xlim(1.7, most + 0.3)
-    axes.set_ylim(-0.02, 1.02)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.set_xlabel(f"number k of {paired(cells)}, of {_seeds(cells)}")
-    axes.set_ylabel(f"fraction in one of k {paired(cells)} only")
-    if any(fit_power_law(cell.u) for _, cell in cells):
-        axes.set_title("lines: a·k$^{-b}$ + c fitted, limit c")
 
 
 def cosine_figure(cells: Sequence[Cell]) -> Figure:
@@ -213,14 +115,14 @@ def cosine_figure(cells: Sequence[Cell]) -> Figure:
         axes.set_visible(False)
     for axes, (knobs, cell) in zip(grid.ravel(), cells, strict=False):
         _cosines(axes, cell)
-        axes.set_title(label(cells, knobs))
+        axes.set_title(wrapped(label(cells, knobs), round(13 * side)))
     for i, axes in enumerate(grid.ravel()[: len(cells)]):
         if i + columns >= len(cells):  # nothing below
             axes.set_xlabel("cosine by encoder")
             axes.tick_params(labelbottom=True)
         if i % columns == 0:
             axes.set_ylabel("cosine by decoder")
-    _legend_below(figure, [
+    legend_below(figure, [
         Line2D([], [], color=BLUE, marker="o", linestyle="", label="same match by both"),
         Line2D([], [], color=ORANGE, marker="+", linestyle="", label="different matches"),
         Line2D([], [], color="black", linestyle="--", linewidth=0.7,
@@ -273,14 +175,5 @@ def matched_cosines(
     return flat("cosine_encoder")[kept], flat("cosine_decoder")[kept], agrees
 
 
-def _legend_below(figure: Figure, handles: list[Line2D], columns: int) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, columnspacing=1.5)
-
-
 def _tau(cells: Sequence[Cell]) -> str:
     return f"{cells[0][1].settings.threshold:g}"
-
-
-def _seeds(cells: Sequence[Cell]) -> str:
-    counts = sorted({cell.n_seeds for _, cell in cells})
-    return f"n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") + f" {paired(cells)}"

@@ -18,8 +18,10 @@ from rich.text import Text
 
 from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
+from reseed.report.axes import FEW, Cell, label
+from reseed.report.differences import differences, verdicts
 from reseed.report.truth import truth_row, truth_tables, with_labels_alike
-from reseed.report.wording import Cell, Wording, details, label, notes, paired, profiles, summary
+from reseed.report.wording import Wording, details, notes, paired, profiles, summary
 
 SUMMARY_COLUMNS = (
     "n_seeds",
@@ -159,9 +161,11 @@ def summary_markdown(cells: Sequence[Cell]) -> str:
     parts = ["# Summary", first.caption, _markdown(first)]
     for words in truth_tables(cells):
         parts += [f"## {words.caption}", _markdown(words)]
+    between = differences(cells)
     parts += [
         "## More measures",
         _markdown(details(cells)),
+        *(["## Differences", _markdown(between)] if between else []),
         f"## Over {paired(cells)}",
         _markdown(profiles(cells)),
         "## Runs",
@@ -211,6 +215,8 @@ def _print(words: Wording, console: Console, title: str = "") -> None:
     console.print(table if needed.minimum <= console.width else _paragraphs(words))
     for note in words.footnotes:
         console.print(_rich(note), width=min(console.width, 100), style="dim")
+    for line in verdicts(cells):
+        console.print(_rich(line), width=min(console.width, 100))
 
 
 def _table(words: Wording) -> Table:
@@ -224,7 +230,11 @@ def _table(words: Wording) -> Table:
             table.add_column(name, overflow="fold")
         else:
             table.add_column(name, justify="right", overflow="fold", min_width=longest)
-    for row in words.rows:
+    first = [row[:1] for row in words.rows]
+    grouped = words.num_knobs > 1 and len(words.rows) > FEW
+    for i, row in enumerate(words.rows):
+        if grouped and i and first[i] != first[i - 1] and len(set(first)) < len(first):
+            table.add_section()
         table.add_row(*map(Text, row))
     return table
 

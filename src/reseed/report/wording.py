@@ -14,15 +14,12 @@ import numpy as np
 
 from reseed.compare.cell import CellResult
 from reseed.compare.statistics import Interval
-
-Cell = tuple[Mapping[str, Any], CellResult]
-"""The knobs of a cell (``{"sae": "topk", "layer": 2}``) and what was measured."""
+from reseed.report.axes import FEW, MISSING, Cell, label, varying
 
 NOT_SHARED = "not converged or not shared"
 NULL_FACTOR = 10
 """A shared fraction up to so many times its null is marked `NOT_SHARED`. A null of 0 counts as
 what the simulation could have seen: one latent in all its draws."""
-MISSING = "–"
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,9 @@ class Wording:
 
 def paired(cells: Sequence[Cell], plural: bool = True) -> str:
     """What the pairs differ in, in words: seeds, or the values of another axis."""
-    axis = cells[0][1].settings.pair_by
+    axis, *others = {cell.settings.pair_by for _, cell in cells}
+    if others:  # arms
+        return "runs" if plural else "run"
     if axis == "seed":
         return "seeds" if plural else "seed"
     return f"{'values' if plural else 'value'} of {axis}"
@@ -136,17 +135,6 @@ def notes(cell: CellResult) -> list[str]:
     if simulated < cell.num_latents:
         found.append(f"null of {simulated:,} latents, its cosine extended")
     return found + ([shared.reason] if shared.reason else [])
-
-
-def varying(cells: Sequence[Cell]) -> list[str]:
-    """The knobs that differ between cells."""
-    names = dict.fromkeys(name for knobs, _ in cells for name in knobs)
-    return [n for n in names if len({str(knobs.get(n, MISSING)) for knobs, _ in cells}) > 1]
-
-
-def label(cells: Sequence[Cell], knobs: Mapping[str, Any]) -> str:
-    """A short name of one cell among the others."""
-    return ", ".join(_knob_values(varying(cells), knobs)) or str(knobs.get("sae", "all runs"))
 
 
 def number(value: float) -> str:
@@ -239,10 +227,16 @@ def _remarks(cells: Sequence[Cell]) -> list[str]:
     for knobs, cell in cells:
         for note in notes(cell):
             about.setdefault(note, []).append(label(cells, knobs))
-    return [
-        f"**{note}**" + ("" if len(who) == len(cells) else f": {'; '.join(who)}")
-        for note, who in about.items()
-    ]
+    return [f"**{note}**" + _which(who, len(cells)) for note, who in about.items()]
+
+
+def _which(who: Sequence[str], of: int) -> str:
+    """The cells that a note is about, by name as long as that is read sooner than the table."""
+    if len(who) == of:
+        return ""
+    if len(who) > FEW:
+        return f": {len(who)} of the {of} rows (`note` in summary.csv says which)"
+    return f": {'; '.join(who)}"
 
 
 def _range(cells: Sequence[Cell], value: Any) -> str:

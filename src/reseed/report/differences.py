@@ -1,0 +1,142 @@
+"""Differences between architectures at each budget, and which of them are claimed.
+
+Which of two architectures is the more stable can change with the number of optimiser steps, so a
+difference is claimed only where its interval leaves out 0 at the last two budgets, on the same
+side. Each budget is a run of its own that has decayed to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from reseed.compare.statistics import Interval, welch_difference
+from reseed.report.axes import Cell, amounts, telling
+from reseed.report.wording import Wording, number, paired
+
+MEASURES = {
+    "shared": "shared_fraction",
+    "shared, dec": "shared_fraction_decoder",
+    "shared, corr": "shared_fraction_correlation",
+}
+BUDGETS = 2
+"""So many budgets, the last ones, have to agree."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Two architectures, equal in all else, at every budget that both were trained with.
+
+    Attributes:
+        first, second: the architectures.
+        place: what else tells their cells apart: arm, layer, …
+        budgets: tokens, ascending.
+        differences: measure → interval of first − second, for each budget.
+    """
+
+    first: str
+    second: str
+    place: tuple[str, ...]
+    budgets: tuple[float, ...]
+    differences: dict[str, tuple[Interval, ...]]
+
+    @property
+    def name(self) -> str:
+        where = f"{', '.join(self.place)}: " if self.place else ""
+        return f"{where}{self.first} − {self.second}"
+
+    def verdict(self) -> str:
+        """One line: what is claimed of the strict shared fraction, or why nothing is."""
+        found = self.differences["shared_fraction"]
+        last = list(zip(self.budgets, found, strict=True))[-BUDGETS:]
+        said = " and ".join(f"{signed(d)} at {b:,.0f}" for b, d in last) + " tokens"
+        without = next((d.reason for _, d in last if d.low is None), "")
+        sides = {side(d) for _, d in last}
+        if without:
+            claim = f"no difference claimed, as there is no interval ({without})"
+        elif sides == {1} or sides == {-1}:
+            first, second = (self.first, self.second)[:: sides.pop()]
+            claim = f"**{first} shares more than {second}**"
+        elif 0 in sides:
+            claim = "no difference claimed: not clear of 0 at both of the last two budgets"
+        else:
+            claim = "no difference claimed: it changes its sign between the last two budgets"
+        return f"{self.name}: {claim} ({said})"
+
+
+def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
+    """Every pair of architectures at two budgets or more, everything else equal."""
+    names = telling(cells)
+    if "sae" not in names or "tokens" not in names:
+        return []
+    try:
+        tokens = amounts(cells, "tokens")
+    except ValueError:  # runs of different budgets are paired up
+        return []
+    others = [name for name in names if name not in ("sae", "tokens")]
+    by_place: dict[tuple[str, ...], dict[str, dict[float, Cell]]] = {}
+    for cell, budget in zip(cells, tokens, strict=True):
+        place = tuple(str(cell[0].get(name)) for name in others)
+        by_place.setdefault(place, {}).setdefault(str(cell[0]["sae"]), {})[budget] = cell
+    found = []
+    for place, by_sae in by_place.items():
+        for first, second in combinations(by_sae, 2):
+            budgets = sorted(by_sae[first].keys() & by_sae[second].keys())
+            if len(budgets) >= BUDGETS:
+                pairs = [(by_sae[first][b][1], by_sae[second][b][1]) for b in budgets]
+                confidence = cells[0][1].settings.confidence
+                differences = {
+                    name: tuple(
+                        welch_difference(a.estimates[name], b.estimates[name], confidence)
+                        for a, b in pairs
+                    )
+                    for name in MEASURES.values()
+                }
+                found.append(Contrast(first, second, place, tuple(budgets), differences))
+    return found
+
+
+def differences(cells: Sequence[Cell]) -> Wording | None:
+    """The table of all contrasts, a row per budget; None where there are none."""
+    found = contrasts(cells)
+    if not found:
+        return None
+    rows = [
+        (contrast.name, f"{budget:,.0f}",
+         *(signed(contrast.differences[name][i]) for name in MEASURES.values()))
+        for contrast in found
+        for i, budget in enumerate(contrast.budgets)
+    ]  # fmt: skip
+    confidence = cells[0][1].settings.confidence
+    footnotes = (
+        *(contrast.verdict() for contrast in found),
+        f"Differences of cell means with the {confidence:.0%} interval over {paired(cells)} "
+        "(Welch); * where it leaves out 0. One is claimed only if that holds at the last two "
+        "budgets, on the same side: which of two architectures shares more can change with the "
+        "budget. Intervals are of one comparison each, not corrected for their number.",
+    )
+    header = ("difference", "tokens", *MEASURES)
+    return Wording(header, tuple(rows), 1, "", footnotes)
+
+
+def verdicts(cells: Sequence[Cell]) -> list[str]:
+    """A line for each pair of architectures."""
+    return [contrast.verdict() for contrast in contrasts(cells)]
+
+
+def side(difference: Interval) -> int:
+    """1 or −1 where the interval lies above or below 0, else 0."""
+    if difference.low is None or difference.high is None:
+        return 0
+    return int(difference.low > 0) - int(difference.high < 0)
+
+
+def signed(difference: Interval) -> str:
+    """``+0.12 [0.05, 0.19] *``."""
+    mean = number(difference.mean)
+    text = f"+{mean}" if difference.mean > 0 else mean
+    if difference.low is None or difference.high is None:
+        return text
+    star = " *" if side(difference) else ""
+    return f"{text} [{number(difference.low)}, {number(difference.high)}]{star}"

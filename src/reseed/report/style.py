@@ -1,0 +1,57 @@
+"""How all figures look.
+
+Colours are those of Okabe & Ito, which colour-blind readers tell apart; a marker or a shade says
+the same as each colour, so that the figures can be read in grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+
+from reseed.report.axes import Cell
+from reseed.report.wording import paired
+
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = "osD^vPX*<>hp"
+STYLE: Any = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7.5,
+    "ytick.labelsize": 7.5,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.title_fontsize": 7.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.2,
+    "lines.markersize": 4,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.05,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "reseed",
+}
+WIDTH = 6.8
+"""Inches: a page's text width."""
+
+
+def legend_below(figure: Figure, handles: Sequence[Artist], columns: int, **options: Any) -> None:
+    """A legend under everything else, where it covers nothing."""
+    options = {"ncols": columns, "columnspacing": 1.5} | options
+    figure.legend(handles=list(handles), loc="outside lower center", **options)
+
+
+def counted(cells: Sequence[Cell]) -> str:
+    """``n = 3 seeds``."""
+    counts = sorted({cell.n_seeds for _, cell in cells})
+    return f"n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") + f" {paired(cells)}"
