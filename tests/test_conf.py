@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from reseed.cli.app import conf_dir
 from reseed.cli.jobs import experiment_from
 from reseed.compare.config import ComparisonConfig
-from reseed.config import ConfigError
+from reseed.config import ConfigError, build
 
 CONF = Path(__file__).parents[1] / "conf"
 TYPED = sorted(
@@ -102,3 +102,31 @@ def test_a_target_on_the_command_line_wins_over_the_recipes_k(sae: str) -> None:
     )
     assert by_target.sparsity == "k=5"
     assert by_target.signed() == by_k.signed()
+
+
+COMPARISONS = sorted(path.stem for path in (CONF / "comparison").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("comparison", COMPARISONS)
+def test_the_axes_of_every_comparison_are_keys_and_its_options_are_there(comparison: str) -> None:
+    values = composed(f"comparison={comparison}")["comparison"]
+    made = build(values, "comparison", ComparisonConfig)
+    for arm in made.each_arm():
+        for key, listed in {**arm.grid, **{k: (v,) for k, v in arm.fixed.items()}}.items():
+            group = CONF / key
+            if group.is_dir():
+                assert {str(v) for v in listed} <= {p.stem for p in group.glob("*.yaml")}, key
+            else:
+                assert OmegaConf.select(OmegaConf.create(composed()), key, default="") != "", key
+
+
+@pytest.mark.parametrize("comparison", [c for c in COMPARISONS if c not in ("models", "datasets")])
+def test_a_comparison_runs_on_the_embedded_model(comparison: str) -> None:
+    """Its first and last values make experiments, whose budgets are whole and in range."""
+    made = build(composed(f"comparison={comparison}")["comparison"], "comparison", ComparisonConfig)
+    for end in (0, -1):
+        axes = [f"{k}={v[end]}" for k, v in made.grid.items()]
+        experiment, _ = experiment_from(composed(f"comparison={comparison}", *axes))
+        assert experiment.model.name == "embedded"
+        assert experiment.layer < 4
+        assert experiment.training.tokens <= 1_000_000

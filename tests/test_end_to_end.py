@@ -88,7 +88,9 @@ def test_the_tables_agree_with_the_weights(line: list[str]) -> None:
 def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
     assert run.main(line) == 0
     found = RunStore("outputs").runs()[-1]
-    trained, _ = load_dictionaries(found, "0")
+    trained, untrained = load_dictionaries(found, "0")
+    assert trained.covariance is not None
+    assert untrained.covariance is None, "no table shows it of untrained weights"
     order = np.random.default_rng(0).permutation(trained.num_latents)
     from dataclasses import replace
 
@@ -100,6 +102,11 @@ def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
     result = compare_cell([trained, copy], [], settings)
     assert result.pairs["shared_fraction"].tolist() == [1.0]
     assert result.pairs["cosine_encoder"].iloc[0] == pytest.approx(1)
+    assert result.pairs["shared_fraction_correlation"].tolist() == [1.0]
+    # Runs of the time before activations were described are finished, and compare.
+    (found.path / "activations.safetensors").unlink()
+    assert found.finished
+    assert load_dictionaries(found, "0")[0].covariance is None
 
 
 def test_an_incomplete_cell_is_told_of(

@@ -55,3 +55,71 @@ def test_impossible_values_are_refused(values, message):
 
 def test_true_is_not_one():
     assert config(grid={"seed": [0, 1], "flag": [True, 1]}).grid["flag"] == (True, 1)
+
+
+ARMED = {
+    "grid": {"sae": ["topk", "relu"], "seed": [0, 1]},
+    "arms": {
+        "plain": None,
+        "one order": {"seed": 0, "dataset.order_seed": [3, 4], "pair_by": "dataset.order_seed"},
+        "wider": {"sae.num_latents": 64, "seed": [5, 6, 7]},
+    },
+}
+
+
+def test_an_arm_is_the_grid_with_some_keys_replaced_or_added():
+    plain, one, wider = config(**ARMED).each_arm()
+    assert (plain.name, plain.pair_by, plain.fixed) == ("plain", "seed", {})
+    assert plain.grid == {"sae": ("topk", "relu"), "seed": (0, 1)}
+    assert one.grid == {"sae": ("topk", "relu"), "dataset.order_seed": (3, 4)}
+    assert (one.pair_by, one.fixed) == ("dataset.order_seed", {"seed": 0})
+    assert wider.grid == {"sae": ("topk", "relu"), "seed": (5, 6, 7)}
+    assert wider.fixed == {"sae.num_latents": 64}
+
+
+def test_without_arms_there_is_one_without_a_name():
+    made = config()
+    (arm,) = made.each_arm()
+    assert (arm.name, arm.grid, arm.pair_by, arm.fixed) == ("", made.grid, "seed", {})
+    assert made.of_arm("") == made
+    assert "arms" not in made.signed(), "comparisons of the time before arms keep their digests"
+
+
+def test_arms_are_signed_and_survive_the_record():
+    made = config(**ARMED)
+    assert ComparisonConfig.from_dict(made.to_dict()) == made
+    other = config(**ARMED | {"arms": ARMED["arms"] | {"wider": {"seed": [5, 6]}}})
+    assert made.signed() != other.signed()
+
+
+def test_the_settings_of_a_cell_are_those_of_its_arm():
+    made = config(**ARMED, threshold=0.6).of_arm("one order")
+    assert (made.pair_by, made.threshold, made.arms) == ("dataset.order_seed", 0.6, None)
+    assert made.grid == {"sae": ("topk", "relu"), "dataset.order_seed": (3, 4)}
+    with pytest.raises(ConfigError, match=r"has no arm 'widr'\. Did you mean `wider`"):
+        config(**ARMED).of_arm("widr")
+
+
+@pytest.mark.parametrize(
+    ("arms", "message"),
+    [
+        ({}, "`comparison.arms` must have at least one arm or be null; it is empty"),
+        ({"": {}}, "`comparison.arms` must give every arm a name"),
+        ({"a": 3}, "`comparison.arms.a` must map keys to values; got 3"),
+        ({"a": {"sae": {"k": 3}}}, "`comparison.arms.a.sae` must be one value or a list; got {"),
+        ({"a": {"sae": []}}, "`comparison.arms.a.sae` must have at least one value; it is empty"),
+        ({"a": {"sae.k": [3, 3]}}, "`comparison.arms.a.sae.k` must not repeat a value; 3 is there"),
+        (
+            {"a": {"seed": 0}},
+            "`comparison.arms.a.pair_by` must be an axis of the arm's grid (sae);",
+        ),
+        ({"a": {"seed": [4]}}, "`comparison.arms.a.seed` is the axis that pairs up (`pair_by`)"),
+        ({"a": {"pair_by": "sed"}}, "got 'sed'. Did you mean `seed`?"),
+        ({"a": {"pair_by": ["seed"]}}, "`comparison.arms.a.pair_by` must be the name of an axis"),
+    ],
+)
+def test_impossible_arms_are_refused(arms, message):
+    node = {"name": "trial", "grid": ARMED["grid"], "arms": arms}
+    with pytest.raises(ConfigError) as caught:
+        make(ComparisonConfig, node, "comparison")
+    assert message in str(caught.value)

@@ -100,7 +100,7 @@ class CommandLine:
             assert isinstance(values, dict)
             # The overrides of an arm (`dataset.order_seed: ${seed}`) mean the values of its runs.
             arms = OmegaConf.select(config, "comparison.arms")
-            if arms is not None:
+            if OmegaConf.is_config(arms):
                 values["comparison"]["arms"] = OmegaConf.to_container(arms, resolve=False)
             return {str(key): value for key, value in values.items()}
 

@@ -98,7 +98,7 @@ def make_plan(line: CommandLine) -> Plan:
     said = single | swept
     grid = {str(axis): said.get(axis, _words(values)) for axis, values in node["grid"].items()}
     arms = _arms(node.get("arms"), said)
-    own = {axis for entries in (arms or {}).values() for axis in entries}
+    own = {axis for entries in _mappings(arms) for axis in entries}
     grid |= {axis: values for axis, values in swept.items() if axis not in own}
     settings = build({**node, "grid": grid, "arms": arms}, "comparison", ComparisonConfig)
     launches, runtime = [], None
@@ -129,12 +129,11 @@ def _arms(declared: Any, said: dict[str, list[str]]) -> Any:
     arm fixes stays. Anything that is no mapping is left to be refused."""
     if not isinstance(declared, dict):
         return declared
-    arms: dict[str, Any] = {}
-    for name, entries in declared.items():
+    arms: dict[str, Any] = {str(name): entries for name, entries in declared.items()}
+    for name, entries in arms.items():
         if not isinstance(entries, dict):
-            arms[str(name)] = entries
             continue
-        arms[str(name)] = {
+        arms[name] = {
             str(key): value
             if key == "pair_by" or isinstance(value, dict)
             else said.get(key, _words(value))
@@ -143,6 +142,12 @@ def _arms(declared: Any, said: dict[str, list[str]]) -> Any:
             for key, value in entries.items()
         }
     return arms
+
+
+def _mappings(arms: Any) -> list[dict[str, Any]]:
+    """Those entries of the arms that are what they should be."""
+    values = arms.values() if isinstance(arms, dict) else ()
+    return [entries for entries in values if isinstance(entries, dict)]
 
 
 def _words(values: Any) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -97,11 +97,6 @@ class Dictionary:
         """Latents whose encoder or decoder row is zero or not finite: they take no part."""
         return ~(_has_direction(self.encoder) & _has_direction(self.decoder))
 
-    @cached_property
-    def covariance_root(self) -> Float[np.ndarray, "d_in d_in"] | None:
-        """R with R·Rᵀ = `covariance`, see `root`; None without a covariance."""
-        return None if self.covariance is None else root(self.covariance)
-
     def live(self, at_least: int) -> Bool[np.ndarray, " num_latents"]:
         """Latents that fire at least ``at_least`` times in the held-out tokens."""
         return self.firing >= at_least
@@ -113,8 +108,17 @@ def root(covariance: Float[np.ndarray, "d_in d_in"]) -> Float[np.ndarray, "d_in 
     Any root would do, as all give the same products; this one is by eigenvalues, those that
     rounding made negative taken as 0.
     """
-    values, vectors = np.linalg.eigh(np.asarray(covariance, dtype=np.float64))
-    return vectors * np.sqrt(np.maximum(values, 0.0))
+    exact = np.ascontiguousarray(covariance, dtype=np.float64)
+    return _root(exact.tobytes(), len(exact))
+
+
+@lru_cache(maxsize=1)
+def _root(covariance: bytes, d_in: int) -> Float[np.ndarray, "d_in d_in"]:
+    """The pairs of a cell have one covariance: its eigenvalues are found once."""
+    values, vectors = np.linalg.eigh(np.frombuffer(covariance).reshape(d_in, d_in))
+    found = vectors * np.sqrt(np.maximum(values, 0.0))
+    found.flags.writeable = False
+    return found
 
 
 def _has_direction(rows: Float[np.ndarray, "n d_in"]) -> Bool[np.ndarray, " n"]:

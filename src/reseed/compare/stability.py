@@ -130,10 +130,7 @@ def _match_by_correlation(
     """
     if a.covariance is None or b.covariance is None:
         return None
-    if np.array_equal(a.covariance, b.covariance):
-        scale = a.covariance_root
-    else:
-        scale = root((a.covariance.astype(np.float64) + b.covariance) / 2)
+    scale = root((a.covariance.astype(np.float64) + b.covariance) / 2)
     return match(rows_a.encoder @ scale, rows_b.encoder @ scale)
 
 

@@ -45,14 +45,14 @@ def varying(cells: Sequence[Cell]) -> list[str]:
 
 
 def telling(cells: Sequence[Cell]) -> list[str]:
-    """The varying knobs, without those that another one tells already (λ of each architecture)."""
+    """The varying knobs, without those that one before them tells already (λ of each
+    architecture, which has one)."""
     names = varying(cells)
-    kept = list(names)
-    for name in reversed(names):  # where two tell the same, the first stays
-        others = [other for other in kept if other != name]
-        if any(_follows(cells, name, other) for other in others):
-            kept = others
-    return kept
+    return [
+        name
+        for i, name in enumerate(names)
+        if not any(_follows(cells, name, before) for before in names[:i])
+    ]
 
 
 def naming(cells: Sequence[Cell]) -> list[str]:
