@@ -34,6 +34,10 @@ def composed(*overrides: str) -> dict:
 @pytest.mark.parametrize("path", TYPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_option_lists_every_field_and_builds(path: Path) -> None:
     values = yaml.safe_load(path.read_text())
+    if path.stem.startswith("world_"):  # which also select their dataset and layer
+        assert (values["defaults"], values["layer"]) == ([{"override /dataset": "generated"}], 0)
+        values = values["model"]
+        assert values["label"] == path.stem
     module, _, name = values.pop("_target_").rpartition(".")
     target = getattr(import_module(module), name)
     # A field that the yaml lacks could not be overridden from the command line.
@@ -56,6 +60,26 @@ def test_the_defaults_are_an_experiment() -> None:
     experiment, _ = experiment_from(composed())
     assert (experiment.model.name, experiment.dataset.name) == ("embedded", "docstrings")
     assert (experiment.sae.name, experiment.layer, experiment.seed) == ("topk", 2, 0)
+
+
+WORLDS = sorted(p.stem for p in (CONF / "model").glob("world_*.yaml"))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_world_brings_its_dataset_and_layer_and_builds(world: str) -> None:
+    experiment, _ = experiment_from(composed(f"model={world}"))
+    assert (experiment.model.name, experiment.dataset.name) == ("world", "generated")
+    assert (experiment.layer, experiment.hookpoint.site) == (0, "resid_post")
+    assert experiment.surrogate == "none"
+
+
+def test_what_the_user_says_wins_over_a_world() -> None:
+    values = composed("model=world_easy", "dataset=docstrings", "layer=1", "model.seed=4")
+    assert values["dataset"]["_target_"].endswith("DocstringsConfig")
+    assert (values["layer"], values["model"]["seed"]) == (1, 4)
+    values = composed("comparison=seeds", "model=world_easy", "sae=relu")
+    assert values["dataset"]["_target_"].endswith("GeneratedConfig")
+    assert values["sae"]["l1_coefficient"] == 3.6  # the recipe of training=short
 
 
 @pytest.mark.parametrize("comparison", [p.stem for p in (CONF / "comparison").glob("*.yaml")])

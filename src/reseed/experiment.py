@@ -14,11 +14,12 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from reseed.activations.chunks import batches_available, check_batch_size
+import torch
+
 from reseed.activations.hookpoint import Hookpoint, HookpointConfig
-from reseed.activations.language_model import ModelConfig, ResolvedModel, resolve
-from reseed.activations.text import DatasetConfig, ResolvedText, resolve_text
-from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource, SourceConfig
+from reseed.activations.stream import DatasetConfig, check_batch_size
+from reseed.activations.surrogate import SURROGATES, label_of, opened
 from reseed.calibration import calibrate
 from reseed.config import Config, ConfigError, digest, setting
 from reseed.runs import Interrupted, Run, RunStore
@@ -33,7 +34,7 @@ SIGNATURE_VERSION = 1
 class Experiment(Config):
     """One SAE to be trained: a field for each knob, and what stands beside the knobs."""
 
-    model: ModelConfig
+    model: SourceConfig
     layer: int = setting(at_least=0)
     hookpoint: HookpointConfig
     dataset: DatasetConfig
@@ -43,6 +44,8 @@ class Experiment(Config):
     seed_scope: str = setting("cell", choices=("cell", "shared"), neutral="cell")
     """What the weights' start is drawn from: the seed and everything else in the cell, or the seed
     alone, so that runs of different cells with the same seed are born alike."""
+    surrogate: str = setting("none", choices=tuple(SURROGATES), neutral="none")
+    """What takes the place of the source's activations: gaussian, draws with their moments."""
 
     def validate(self) -> None:
         check_batch_size(self.dataset, self.training.batch_size)
@@ -54,7 +57,7 @@ class Experiment(Config):
 
 @dataclass(frozen=True)
 class Resolved:
-    """An experiment whose model, text and shapes are known and fit together.
+    """An experiment whose source, data set and shapes are known and fit together.
 
     Make it with `resolve_experiment`, which raises `ConfigError` where they do not.
 
@@ -66,8 +69,8 @@ class Resolved:
     """
 
     experiment: Experiment
-    model: ResolvedModel
-    text: ResolvedText
+    model: ResolvedSource
+    text: ResolvedData
     d_in: int
     num_latents: int
     role: str = ""
@@ -107,11 +110,7 @@ class Resolved:
             **signed,
             "sae": signed["sae"] | width,
             "training": signed["training"] | {"tokens": self.tokens},
-            "fingerprints": {
-                "model": self.model.fingerprint,
-                "tokenizer": self.model.tokenizer_fingerprint,
-                "text": self.text.fingerprint,
-            },
+            "fingerprints": {**self.model.fingerprints, **self.text.fingerprints},
         }
 
     @cached_property
@@ -143,7 +142,7 @@ class Resolved:
         e = self.experiment
         # Precision belongs to it, as the trainer has one for the whole group.
         parts = [e.model.signed(), e.dataset.signed(), e.training.batch_size, e.training.precision]
-        return digest([parts, self.identity["fingerprints"]])
+        return digest([parts, e.surrogate, self.identity["fingerprints"]])
 
     @property
     def tokens(self) -> int:
@@ -151,11 +150,16 @@ class Resolved:
         return self.experiment.training.steps * self.experiment.training.batch_size
 
     @property
+    def model_label(self) -> str:
+        """Name of what the activations come from, for folders and tables."""
+        return label_of(self.model.label, self.experiment.surrogate)
+
+    @property
     def label(self) -> str:
         """Readable part of the folder's name."""
         e = self.experiment
         sparsity = e.sae.sparsity.replace("=", "").replace("λ", "l")
-        what = (self.model.label, e.hook, self.text.label, e.sae.name, self.num_latents, sparsity)
+        what = (self.model_label, e.hook, self.text.label, e.sae.name, self.num_latents, sparsity)
         last = self.role or f"seed{e.seed}"
         return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, last))))
 
@@ -163,21 +167,25 @@ class Resolved:
         """Its folder in the store."""
         return store.run(self.signature, self.label)
 
-    def stores(self, needed: int | None = None) -> tuple[TokenStore, TokenStore]:
-        """Training and held-out tokens; of a streamed text as much as ``needed`` activations."""
-        return token_stores(
-            self.text,
-            self.model.tokenizer,
-            self.model.tokenizer_fingerprint,
-            needed or self.experiment.training.tokens,
-        )
+    def open(
+        self, device: torch.device | str = "cpu", needed: int | None = None
+    ) -> ActivationSource:
+        """Load what computes the activations.
+
+        Args:
+            device: where they will be.
+            needed: activations to train on, by default the budget; a streamed text is read no
+                further.
+        """
+        needed = needed or self.experiment.training.tokens
+        return opened(self.text, self.experiment.surrogate, torch.device(device), needed)
 
     def record(self) -> dict[str, Any]:
         """What run.json says of it from the start."""
         e = self.experiment
         return {
             "name": self.label,
-            "labels": {"model": self.model.label, "dataset": self.text.label},
+            "labels": {"model": self.model_label, "dataset": self.text.label},
             "experiment": e.to_dict(),
             "identity": self.identity,
             "fingerprints": self.identity["fingerprints"],
@@ -195,7 +203,7 @@ class Resolved:
 
 
 def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolved:
-    """Find model and text, and check that everything fits together.
+    """Find source and data set, and check that everything fits together.
 
     Raises:
         ConfigError: with the full key, the rule and the value; nothing has been written but what
@@ -203,13 +211,12 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     """
     cache = cache_folder(runtime)
     try:
-        model = _resolve_model(experiment.model, cache)
+        model = _resolve_source(experiment.model, cache)
     except ConfigError as error:
         raise error.within("model") from None
     model.check(experiment.hook)
     try:
-        _check_context(experiment.dataset, model)
-        text = _resolve_text(experiment.dataset, cache)
+        text = model.data(experiment.dataset, cache)
     except ConfigError as error:
         raise error.within("dataset") from None
     d_in = model.d_in(experiment.hook)
@@ -217,41 +224,8 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
         experiment.sae.check(d_in)
     except ConfigError as error:
         raise error.within("sae") from None
-    resolved = Resolved(experiment, model, text, d_in, experiment.sae.width(d_in))
-    if not text.streamed:  # a streamed text is measured when it has been read
-        check_budget(resolved)
-    return resolved
-
-
-def check_budget(resolved: Resolved) -> None:
-    """Raise `ConfigError` where the text is too short for training or for the held-out metrics."""
-    e = resolved.experiment
-    try:
-        train, held_out = resolved.stores()
-    except ConfigError as error:
-        raise error.within("dataset") from None
-    repeat = "Lower it, give more text, or set dataset.repeat=true."
-    less = "Lower it, give more text, or raise dataset.held_out_fraction."
-    if train.num_documents + held_out.num_documents < 2:
-        repeat = less = "All of it is one document: dataset.separator says where documents end."
-    for part, wanted, key, remedy in (
-        (train, resolved.tokens, "training.tokens", repeat),
-        (held_out, e.dataset.held_out_tokens, "dataset.held_out_tokens", less),
-    ):
-        there = _activations(part, e.dataset)
-        if part is train:
-            batches = batches_available(there, e.dataset, e.training.batch_size)
-            usable = batches * e.training.batch_size
-            enough = (e.dataset.repeat and usable > 0) or batches >= e.training.steps
-        else:
-            usable, enough = there, there >= wanted
-        if not enough:
-            name = "training documents" if part is train else "held-out documents"
-            raise ConfigError(
-                f"{{key}} (={wanted:,}) must not exceed the activations in the "
-                f"{part.num_documents:,} {name} of {resolved.text.label}: {usable:,}. {remedy}",
-                key,
-            )
+    text.check_budget(experiment.training.steps, experiment.training.batch_size)
+    return Resolved(experiment, model, text, d_in, experiment.sae.width(d_in))
 
 
 def cache_folder(runtime: RuntimeConfig) -> Path:
@@ -313,27 +287,5 @@ def groups(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
 
 
 @lru_cache(maxsize=32)
-def _resolve_model(config: ModelConfig, cache: Path) -> ResolvedModel:
-    return resolve(config, cache)
-
-
-@lru_cache(maxsize=32)
-def _resolve_text(config: DatasetConfig, cache: Path) -> ResolvedText:
-    return resolve_text(config, cache)
-
-
-@lru_cache(maxsize=32)
-def _activations(store: TokenStore, config: DatasetConfig) -> int:
-    if len(store) < config.context_length:
-        return 0
-    packing = Packing(store, config)
-    return packing.guaranteed_activations if config.repeat else packing.num_activations
-
-
-def _check_context(config: DatasetConfig, model: ResolvedModel) -> None:
-    if config.context_length > model.context_length:
-        raise ConfigError(
-            f"{{key}} must not exceed the {model.context_length} positions of {model.label}; "
-            f"got {config.context_length}",
-            "context_length",
-        )
+def _resolve_source(config: SourceConfig, cache: Path) -> ResolvedSource:
+    return config.resolve(cache)

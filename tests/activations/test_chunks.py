@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from reseed.activations.chunks import (
-    ActivationStream,
-    batches_available,
-    check_batch_size,
-    gather,
-    held_out_chunks,
-)
+from reseed.activations.chunks import ActivationStream, gather, held_out_chunks
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
-from reseed.activations.text import STRIPES, TextFilesConfig, resolve_text
+from reseed.activations.stream import STRIPES, batches_available, check_batch_size
+from reseed.activations.text import TextFilesConfig, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, token_stores
 from reseed.config import ConfigError
 

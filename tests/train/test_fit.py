@@ -160,13 +160,8 @@ def test_the_saved_sae_takes_raw_activations(jobs: Jobs) -> None:
     record = json.loads((run.path / "sae.json").read_text())
     sae = reseed.load_sae(run.path)
     assert record["metadata"]["input_scale"] != 1
-    from reseed.activations.chunks import held_out_chunks
-    from reseed.activations.language_model import LanguageModel
-
     e = resolved.experiment
-    (x,) = held_out_chunks(
-        LanguageModel(resolved.model), resolved.stores()[1], e.dataset, [e.hook], 1024
-    )
+    (x,) = resolved.open().held_out([e.hook], 1024)
     x = x[e.hook]
     out = sae(x)
     error = (x - out.reconstruction).detach().double().square().sum()

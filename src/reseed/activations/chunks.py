@@ -1,19 +1,14 @@
-"""Chunks of activations: a pure function of what is declared.
+"""Activations of a language model on a text, chunk by chunk.
 
-    chunk(c) = run the model on the sequences that hold activations [c·M, (c+1)·M) of the text in
-               its order, gather the activations, deal them into 8 stripes, permute each stripe by
-               a generator seeded with (order seed, c, stripe)
+chunk(c) = run the model on the sequences that hold activations [c·M, (c+1)·M) of the text in
+           its order, gather the activations, then deal and permute them as every stream does
 
-A batch takes the same number of tokens from every stripe. There is no buffer whose state would
-have to be saved: position s of training is (chunk, offset), computed from s.
-
-    M chunk_tokens · B batch · D d_in · L context_length
+M chunk_tokens · B batch · D d_in · L context_length
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -23,22 +18,12 @@ from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.language_model import LanguageModel
-from reseed.activations.text import STRIPES, DatasetConfig
+from reseed.activations.stream import STRIPES, ChunkStream, Position, batches_available
+from reseed.activations.text import TextConfig
 from reseed.activations.tokens import Packing, TokenStore
-from reseed.config import ConfigError
-
-Batch = dict[Hookpoint, Float[Tensor, "batch d_in"]]
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where in the stream a batch stands."""
-
-    chunk: int
-    batch: int
-
-
-class ActivationStream:
+class ActivationStream(ChunkStream):
     """The endless or finite sequence of chunks of one text through one model.
 
     Args:
@@ -48,19 +33,19 @@ class ActivationStream:
         hookpoints: where activations are read, all in one pass.
     """
 
+    config: TextConfig
+
     def __init__(
         self,
         model: LanguageModel,
         store: TokenStore,
-        config: DatasetConfig,
+        config: TextConfig,
         hookpoints: Sequence[Hookpoint],
     ) -> None:
+        super().__init__(config, hookpoints, model.device)
         self.model = model
         self.store = store
-        self.config = config
-        self.hookpoints = tuple(dict.fromkeys(hookpoints))
         self._packing = Packing(store, config)
-        self._latest: tuple[int, dict[Hookpoint, Tensor]] = (-1, {})
 
     @cached_property
     def num_activations(self) -> int:
@@ -78,37 +63,12 @@ class ActivationStream:
         per_chunk = self.config.chunk_tokens // batch_size
         return Position(epoch * self._chunks_per_epoch + step // per_chunk, step % per_chunk)
 
-    def chunk(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
-        """Chunk ``c``, dealt into stripes and permuted, in the model's dtype on its device.
-
-        The latest chunk is kept, as most are asked for many times; it is freed before the next
-        one is computed.
-        """
-        if self._latest[0] != c:
-            self._latest = (-1, {})
-            self._latest = (c, self._compute(c))
-        return self._latest[1]
-
-    def _compute(self, c: int) -> dict[Hookpoint, Tensor]:
+    def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
         epoch, within = divmod(c, self._chunks_per_epoch)
         packing = self._epoch(epoch)
         first = within * self.config.chunk_tokens
         rows = min(self.config.chunk_tokens, self.num_activations - first) // STRIPES
-        found = gather(self.model, packing, first, first + rows * STRIPES, self.hookpoints)
-        order = self._permutation(c, rows).to(self.model.device)
-        return {h: x[order].view(STRIPES, rows, -1) for h, x in found.items()}
-
-    def batches(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """Batches from step ``start`` on; [B, D] for each hookpoint."""
-        part = batch_size // STRIPES
-        step, end = start, self.num_batches(batch_size)
-        while end is None or step < end:
-            at = self.position(step, batch_size)
-            rows = slice(at.batch * part, (at.batch + 1) * part)
-            chunk = self.chunk(at.chunk)
-            yield {h: x[:, rows].reshape(batch_size, -1) for h, x in chunk.items()}
-            del chunk
-            step += 1
+        return gather(self.model, packing, first, first + rows * STRIPES, self.hookpoints)
 
     @property
     def _chunks_per_epoch(self) -> int:
@@ -121,32 +81,6 @@ class ActivationStream:
         if epoch != self._packing.epoch:
             self._packing = Packing(self.store, self.config, epoch)
         return self._packing
-
-    def _permutation(self, c: int, rows: int) -> Tensor:
-        """Row order [STRIPES·rows]: stripe s stays the s-th part, permuted within."""
-        parts = []
-        for stripe in range(STRIPES):
-            seed = np.random.SeedSequence([self.config.order_seed, c, stripe])
-            order = np.random.Generator(np.random.PCG64(seed)).permutation(rows)
-            parts.append(stripe * rows + order)
-        return torch.from_numpy(np.concatenate(parts))
-
-
-def check_batch_size(config: DatasetConfig, batch_size: int) -> None:
-    """Raise `ConfigError` where batches do not tile a chunk."""
-    if batch_size % STRIPES or config.chunk_tokens % batch_size:
-        raise ConfigError(
-            f"{{key}} must be a multiple of {STRIPES} that divides dataset.chunk_tokens "
-            f"(={config.chunk_tokens}); got {batch_size}",
-            "training.batch_size",
-        )
-
-
-def batches_available(activations: int, config: DatasetConfig, batch_size: int) -> int:
-    """Whole batches in one reading of a text of so many activations."""
-    full, rest = divmod(activations, config.chunk_tokens)
-    last = (rest // STRIPES) // (batch_size // STRIPES)
-    return full * (config.chunk_tokens // batch_size) + last
 
 
 def gather(
@@ -183,7 +117,7 @@ def gather(
 def held_out_chunks(
     model: LanguageModel,
     store: TokenStore,
-    config: DatasetConfig,
+    config: TextConfig,
     hookpoints: Sequence[Hookpoint],
     tokens: int,
 ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
@@ -194,7 +128,7 @@ def held_out_chunks(
         yield gather(model, packing, first, last, hookpoints)
 
 
-def held_out_packing(store: TokenStore, config: DatasetConfig) -> Packing:
+def held_out_packing(store: TokenStore, config: TextConfig) -> Packing:
     """Held-out documents in an order that no seed of the experiment moves."""
     from dataclasses import replace
 

@@ -22,8 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reseed.activations.hookpoint import Hookpoint, first_tensor, module_path
+from reseed.activations.source import ResolvedData, ResolvedSource, SourceConfig
+from reseed.activations.stream import DatasetConfig
 from reseed.atomic import atomic_write_json
-from reseed.config import Config, ConfigError, setting
+from reseed.config import ConfigError, setting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -31,7 +33,7 @@ _LIGHT = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_m
 
 
 @dataclass(frozen=True)
-class ModelConfig(Config, family="model"):
+class ModelConfig(SourceConfig):
     """What every source of a language model shares."""
 
     dtype: str = setting("float32", choices=tuple(DTYPES))
@@ -39,6 +41,9 @@ class ModelConfig(Config, family="model"):
     batch_sequences: int = setting(16, at_least=1)
     """Sequences in one forward pass; part of what is declared, as it can move the last bits."""
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))
+
+    def resolve(self, cache: Path) -> ResolvedModel:
+        return resolve(self, cache)
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class HubModelConfig(ModelConfig, name="hub"):
 
 
 @dataclass(frozen=True)
-class ResolvedModel:
+class ResolvedModel(ResolvedSource):
     """A model found, but not loaded.
 
     Attributes:
@@ -138,6 +143,15 @@ class ResolvedModel:
                 "hookpoint.module",
             )
         return int(shape[-1])
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"model": self.fingerprint, "tokenizer": self.tokenizer_fingerprint}
+
+    def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
+        from reseed.activations.reading import find_text  # which stands above
+
+        return find_text(self, config, cache)
 
 
 def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:

@@ -10,22 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reseed.config import Config, ConfigError, setting
-
-STRIPES = 8
-"""Parts into which each chunk is dealt; a batch takes the same number of tokens from each."""
+from reseed.activations.stream import DatasetConfig
+from reseed.config import ConfigError, setting
 
 
 @dataclass(frozen=True)
-class DatasetConfig(Config, family="dataset"):
-    """How text becomes sequences and chunks; members say where the text comes from."""
+class TextConfig(DatasetConfig):
+    """How text becomes sequences; members say where the text comes from."""
 
     context_length: int = setting(256, at_least=2)
     """Tokens in a sequence."""
-    order_seed: int = setting(0, at_least=0)
-    """Moves the order of the documents and of the tokens, and nothing else."""
-    chunk_tokens: int = setting(65_536, at_least=STRIPES)
-    """Activations that are computed, shuffled and dealt out together."""
     exclude_first_position: bool = True
     """The first position of a sequence has activations unlike all others."""
     exclude_special_tokens: bool = True
@@ -33,23 +27,15 @@ class DatasetConfig(Config, family="dataset"):
     """Whether a text shorter than the budget is read again, in another order, or refused."""
     held_out_fraction: float = setting(0.05, above=0, below=1)
     """Share of the documents, chosen by their hash, on which no SAE is trained."""
-    held_out_tokens: int = setting(65_536, at_least=1)
-    """Activations on which every run is measured."""
-
-    def validate(self) -> None:
-        if self.chunk_tokens % STRIPES:
-            raise ConfigError(
-                f"{{key}} must be a multiple of {STRIPES}; got {self.chunk_tokens}", "chunk_tokens"
-            )
 
 
 @dataclass(frozen=True)
-class DocstringsConfig(DatasetConfig, name="docstrings"):
+class DocstringsConfig(TextConfig, name="docstrings"):
     """The docstrings of the packages that every installation has."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextFilesConfig(DatasetConfig, name="text_files"):
+class TextFilesConfig(TextConfig, name="text_files"):
     """Local files: plain text (.txt, .md), .jsonl or .parquet; a file, a folder or a list."""
 
     path: str | tuple[str, ...] = setting(signed=False)
@@ -60,7 +46,7 @@ class TextFilesConfig(DatasetConfig, name="text_files"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HubTextConfig(DatasetConfig, name="hub"):
+class HubTextConfig(TextConfig, name="hub"):
     """A data set of the Hugging Face hub."""
 
     repository: str = setting()
@@ -84,7 +70,7 @@ class ResolvedText:
         cache: folder for what is derived from it.
     """
 
-    config: DatasetConfig
+    config: TextConfig
     fingerprint: str
     label: str
     cache: Path
@@ -113,7 +99,7 @@ class ResolvedText:
             yield from _hub_documents(config, self.fingerprint, shuffled)
 
 
-def resolve_text(config: DatasetConfig, cache: Path) -> ResolvedText:
+def resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
     """Find the text that ``config`` declares and identify it by its content.
 
     Raises:

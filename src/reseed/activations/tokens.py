@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from reseed.activations.text import DatasetConfig, ResolvedText
+from reseed.activations.text import ResolvedText, TextConfig
 from reseed.atomic import atomic_write, atomic_write_json
 from reseed.console import say
 
@@ -67,7 +67,7 @@ class Packing:
     """
 
     store: TokenStore
-    config: DatasetConfig
+    config: TextConfig
     epoch: int = 0
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ def is_held_out(document: str, fraction: float) -> bool:
     return value < fraction * 2**64
 
 
-def _text_options(config: DatasetConfig) -> dict[str, Any]:
+def _text_options(config: TextConfig) -> dict[str, Any]:
     """The options that decide what the documents are, beside the bytes of the files."""
     names = ("separator", "field", "subset", "split", "shuffle_buffer", "streaming")
     return {name: getattr(config, name) for name in names if hasattr(config, name)}

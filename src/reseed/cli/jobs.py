@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.activations.hookpoint import HookpointConfig
-from reseed.activations.language_model import ModelConfig
-from reseed.activations.text import DatasetConfig
+from reseed.activations.source import SourceConfig
+from reseed.activations.stream import DatasetConfig
 from reseed.cli.app import CommandLine, expand, sweeps
 from reseed.config import ConfigError, build, make, nearest
 from reseed.devices import pick_device
@@ -19,13 +19,13 @@ from reseed.sae.base import SAEConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
 
 _GROUPS = {
-    "model": ModelConfig,
+    "model": SourceConfig,
     "hookpoint": HookpointConfig,
     "dataset": DatasetConfig,
     "sae": SAEConfig,
     "training": TrainingConfig,
 }
-_SCALARS = ("layer", "seed", "seed_scope")
+_SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
 _ROOT = (*_REQUIRED, "comparison")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from reseed.activations.chunks import ActivationStream, Batch
+from reseed.activations.stream import Batch, ChunkStream
 
 
 class StreamDataset(IterableDataset[tuple[int, Batch]]):
@@ -17,7 +17,7 @@ class StreamDataset(IterableDataset[tuple[int, Batch]]):
     after an interruption is to start at another number.
     """
 
-    def __init__(self, stream: ActivationStream, batch_size: int, start: int, stop: int) -> None:
+    def __init__(self, stream: ChunkStream, batch_size: int, start: int, stop: int) -> None:
         super().__init__()
         self.stream, self.batch_size = stream, batch_size
         self.start, self.stop = start, stop
@@ -34,7 +34,7 @@ class StreamDataset(IterableDataset[tuple[int, Batch]]):
 class ActivationData(L.LightningDataModule):
     """Feeds every SAE of a group from one stream."""
 
-    def __init__(self, stream: ActivationStream, batch_size: int, start: int, stop: int) -> None:
+    def __init__(self, stream: ChunkStream, batch_size: int, start: int, stop: int) -> None:
         super().__init__()
         self.dataset = StreamDataset(stream, batch_size, start, stop)
 

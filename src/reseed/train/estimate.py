@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reseed.activations.hookpoint import module_path
 from reseed.console import say
 from reseed.train.muon import STEPS
 
 if TYPE_CHECKING:
-    from reseed.activations.language_model import LanguageModel
+    from reseed.activations.source import ActivationSource
     from reseed.experiment import Resolved
 
 _STEP_EFFICIENCY = 0.25
@@ -21,9 +20,9 @@ _STEP_EFFICIENCY = 0.25
 parts, optimiser). A rough figure: what is announced can be off by a factor of two."""
 
 
-def announce(group: Sequence[Resolved], model: LanguageModel, device: torch.device) -> None:
+def announce(group: Sequence[Resolved], source: ActivationSource, device: torch.device) -> None:
     """Say what will be trained, and about how long and how much memory it takes."""
-    flops, memory, parameters = cost(group, model)
+    flops, memory, parameters = cost(group, source)
     seconds = flops / (_STEP_EFFICIENCY * product_speed(device))
     budgets = sorted({r.tokens for r in group})
     tokens = " to ".join(f"{budget:,}" for budget in dict.fromkeys((budgets[0], budgets[-1])))
@@ -32,8 +31,8 @@ def announce(group: Sequence[Resolved], model: LanguageModel, device: torch.devi
     hooks = ", ".join(sorted({str(r.experiment.hook) for r in group}))
     plural = "s" if len(group) > 1 else ""
     say(
-        f"training {len(group)} SAE{plural} ({kinds}) on {group[0].model.label} {hooks}, "
-        f"text {group[0].text.label}\n"
+        f"training {len(group)} SAE{plural} ({kinds}) on {group[0].model_label} {hooks}, "
+        f"{group[0].text.described}\n"
         f"  recipe {recipes}: {tokens} tokens each, {parameters:,} parameters in all\n"
         f"  on {device.type}, about {_duration(seconds)} and {memory / 2**30:.1f} GiB"
     )
@@ -44,20 +43,18 @@ def _kind(resolved: Resolved) -> str:
     return f"{sae.name} {resolved.num_latents:,} {sae.sparsity}"
 
 
-def cost(group: Sequence[Resolved], model: LanguageModel) -> tuple[float, float, int]:
+def cost(group: Sequence[Resolved], source: ActivationSource) -> tuple[float, float, int]:
     """Floating-point operations, bytes and SAE parameters of a group.
 
-    Counted are the products: 2·P per token for the P weights of the model up to the deepest
-    hookpoint, and those of each SAE's step (with what Muon or an archetypal decoder adds); then 12
-    operations per weight for Adam. Bytes: weights, gradients and two moments in float32, the model,
-    a chunk with its permuted copy, a batch's work space.
+    Counted are the products: those of the source, and those of each SAE's step (with what Muon or
+    an archetypal decoder adds); then 12 operations per weight for Adam. Bytes: weights, gradients
+    and two moments in float32, the source's weights, a chunk with its permuted copy, a batch's work
+    space.
     """
     first = group[0].experiment
     tokens = max(r.experiment.training.steps for r in group) * first.training.batch_size
-    weights = model.parameters()
-    used = _weights_used(group, model)
-    flops = 2.0 * used * tokens * (1 + 1 / max(first.dataset.context_length - 1, 1))
-    memory = 4.0 * weights
+    flops = source.flops_per_token([r.experiment.hook for r in group]) * tokens
+    memory = 4.0 * source.parameters
     parameters = 0
     for r in group:
         size = 2 * r.num_latents * r.d_in
@@ -99,18 +96,6 @@ def product_speed(device: torch.device) -> float:
         (a @ a)[0, 0].item()
         best = min(best, time.perf_counter() - started)
     return 2.0 * size**3 / best
-
-
-def _weights_used(group: Sequence[Resolved], model: LanguageModel) -> int:
-    """Weights that multiply each token before the deepest hookpoint (no embeddings)."""
-    deepest = max(r.experiment.layer for r in group)
-    hook = group[0].experiment.hook
-    path = module_path(model.model, hook)
-    blocks, _, rest = path.partition(f".{hook.layer}")
-    if not rest and not path.endswith(f".{hook.layer}"):
-        return model.parameters()
-    layers = list(model.model.get_submodule(blocks).children())[: deepest + 1]
-    return sum(p.numel() for layer in layers for p in layer.parameters())
 
 
 def _duration(seconds: float) -> str:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import torch
 
-from reseed.activations.chunks import ActivationStream, held_out_chunks, held_out_packing
-from reseed.activations.language_model import LanguageModel
-from reseed.activations.tokens import TokenStore
+from reseed.activations.source import ActivationSource
+from reseed.activations.stream import ChunkStream
 from reseed.atomic import atomic_write
-from reseed.config import ConfigError, ReseedError
+from reseed.config import ReseedError
 from reseed.console import say
 from reseed.devices import pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
@@ -73,14 +72,12 @@ def _fit(
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     needed = max(r.experiment.training.tokens for r in group)
-    train_store, held_out_store = first.stores(needed)
-    model = LanguageModel(first.model, device)
-    stream = ActivationStream(
-        model, train_store, first.experiment.dataset, [r.experiment.hook for r in group]
-    )
+    source = first.open(device, needed)
+    stream = source.stream([r.experiment.hook for r in group])
     batch_size = first.experiment.training.batch_size
-    _check_length(stream, held_out_store, batch_size, group)
-    announce(group, model, device)
+    steps = [r.experiment.training.steps for r in group]
+    source.check_length(stream, batch_size, steps, first.text.label)
+    announce(group, source, device)
 
     members = [_member(r, run, stream, device) for r, run in zip(group, runs, strict=True)]
     started = time.perf_counter()
@@ -96,7 +93,7 @@ def _fit(
     for member in members:
         _check(member)
     sound = [m for m in members if m.error is None]
-    measured = _measure(sound, model, held_out_store, first)
+    measured = _measure(sound, source, first)
     timings = {"training_s": training_s, "held_out_s": seconds_since(started)}
     failures: dict[str, BaseException] = {}
     for member, resolved, run in zip(members, group, runs, strict=True):
@@ -113,7 +110,7 @@ def _fit(
 def _train(
     members: Sequence[Member],
     runs: Sequence[Run],
-    stream: ActivationStream,
+    stream: ChunkStream,
     batch_size: int,
     start: int,
     stop: int,
@@ -124,7 +121,7 @@ def _train(
     books = Bookkeeper(folders, runtime.log_every_steps, runtime.checkpoint_every_s)
     border = StopAtBorder(books)
     progress = GroupProgress(stop, start, batch_size, runtime.progress)
-    device = stream.model.device
+    device = stream.device
     with _quiet_lightning():
         trainer = L.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
@@ -146,7 +143,7 @@ def _train(
         raise Interrupted(f"stopped by {name}; saved. The same command goes on from here.")
 
 
-def _member(resolved: Resolved, run: Run, stream: ActivationStream, device: torch.device) -> Member:
+def _member(resolved: Resolved, run: Run, stream: ChunkStream, device: torch.device) -> Member:
     """The run's state: from its checkpoint, or from the first chunk of activations."""
     e = resolved.experiment
     member = Member(
@@ -169,13 +166,13 @@ def _member(resolved: Resolved, run: Run, stream: ActivationStream, device: torc
 
 
 def _measure(
-    members: Sequence[Member], model: LanguageModel, held_out: Any, first: Resolved
+    members: Sequence[Member], source: ActivationSource, first: Resolved
 ) -> dict[str, Reconstruction]:
     if not members:
         return {}
     dataset = first.experiment.dataset
     hooks = [m.hookpoint for m in members]
-    chunks = held_out_chunks(model, held_out, dataset, hooks, dataset.held_out_tokens)
+    chunks = source.held_out(hooks, dataset.held_out_tokens)
     return measure({m.id: (m.hookpoint, m.result()) for m in members}, chunks)
 
 
@@ -200,13 +197,13 @@ def _record(
     e = resolved.experiment
     metadata = {
         "signature": resolved.signature,
-        "model": resolved.model.label,
+        "model": resolved.model_label,
         "model_fingerprint": resolved.model.fingerprint,
         "hookpoint": str(e.hook),
         "site": e.hookpoint.site,
         "layer": e.layer,
         "dataset": resolved.text.label,
-        "context_length": e.dataset.context_length,
+        "context_length": resolved.text.context_length,
         "tokens": e.training.steps * e.training.batch_size,
         "seed": e.seed,
         "input_scale": member.scale,
@@ -225,29 +222,6 @@ def _record(
     if resolved.sae.penalty_field is not None:
         metrics["penalty_weight"] = member.sae.penalty_weight
     run.finish(metrics, timings=timings | {"seconds": member.curve[-1]["seconds"]})
-
-
-def _check_length(
-    stream: ActivationStream, held_out: TokenStore, batch_size: int, group: Sequence[Resolved]
-) -> None:
-    """Streamed texts show their length only now."""
-    wanted = stream.config.held_out_tokens
-    measured = held_out_packing(held_out, stream.config).num_activations
-    if measured < wanted:
-        raise ConfigError(
-            f"{{key}} (={wanted:,}) must not exceed the activations of the held-out documents: "
-            f"{measured:,}",
-            "dataset.held_out_tokens",
-        )
-    there = stream.num_batches(batch_size)
-    for resolved in group:
-        steps = resolved.experiment.training.steps
-        if there is not None and there < steps:
-            raise ConfigError(
-                f"{{key}} (={steps * batch_size:,}) must not exceed the activations of "
-                f"{resolved.text.label}: {there * batch_size:,}",
-                "training.tokens",
-            )
 
 
 def _loggers(runtime: RuntimeConfig) -> list[Any]:

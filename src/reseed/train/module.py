@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from reseed.activations.chunks import Batch
+from reseed.activations.stream import Batch
 from reseed.train.member import Member
 
 

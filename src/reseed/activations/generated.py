@@ -1,0 +1,148 @@
+"""A world as a source of activations, in the language model's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource
+from reseed.activations.stream import ChunkStream, DatasetConfig, generator
+from reseed.activations.world_config import GeneratedConfig, WorldConfig, firing_given_parent
+from reseed.activations.worlds import Sample, World
+from reseed.config import ConfigError
+
+_TRAINING, _HELD_OUT = 0x746F6B656E, 0x746F6B656F  # what the seeds of either part begin with
+_BLOCK = 4_096
+"""Held-out tokens drawn at once; a fixed size, so that the first so many do not depend on how
+many are asked for."""
+_NORMAL = 30.0
+"""Operations that a normal draw costs, about."""
+
+
+@dataclass(frozen=True)
+class ResolvedWorld(ResolvedSource):
+    """A world that fits together: its configuration says everything."""
+
+    config: WorldConfig
+    label: str
+    fingerprint: str
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {}  # what was declared is signed already
+
+    def check(self, hookpoint: Hookpoint) -> None:
+        """Raise `ConfigError` for anything but the one site that a world has."""
+        if hookpoint.layer != 0:
+            raise ConfigError(
+                f"{{key}} must be 0: {self.label} is a world and has one layer; "
+                f"got {hookpoint.layer}",
+                "layer",
+            )
+        if hookpoint.site != "resid_post":
+            raise ConfigError(
+                f"{{key}} must be resid_post: {self.label} is a world and has one site; "
+                f"got {hookpoint.site}",
+                "hookpoint.site",
+            )
+
+    def d_in(self, hookpoint: Hookpoint) -> int:
+        return self.config.d_in
+
+    def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
+        if not isinstance(config, GeneratedConfig):
+            raise ConfigError(
+                f"{{key}}={config.name} is a text; model={self.label} is a world and makes its own "
+                "activations: dataset=generated"
+            )
+        return ResolvedGenerated(self.config, config)
+
+
+@dataclass(frozen=True)
+class ResolvedGenerated(ResolvedData):
+    """A world, and how what it makes is ordered and cut up."""
+
+    world: WorldConfig
+    config: GeneratedConfig
+
+    @property
+    def label(self) -> str:
+        return "generated"
+
+    @property
+    def described(self) -> str:
+        return "generated activations"
+
+    @property
+    def context_length(self) -> None:
+        return None
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def check_budget(self, steps: int, batch_size: int) -> None:
+        """There is always enough."""
+
+    def open(self, device: torch.device, needed: int) -> WorldSource:
+        return WorldSource(World(self.world), self.config, device)
+
+
+class WorldSource(ActivationSource):
+    """Draws from a world.
+
+    Training chunks are drawn by (world's seed, order seed, c), held-out tokens by the world's seed
+    alone.
+    """
+
+    world: World
+
+    def __init__(self, world: World, config: GeneratedConfig, device: torch.device) -> None:
+        self.world, self.config, self.device = world, config, device
+        self.parameters = world.dictionary.numel() + world.groups.numel()
+
+    def stream(self, hookpoints: Sequence[Hookpoint]) -> WorldStream:
+        return WorldStream(self.world, self.config, hookpoints, self.device)
+
+    def held_out(
+        self, hookpoints: Sequence[Hookpoint], tokens: int
+    ) -> Iterator[dict[Hookpoint, Tensor]]:
+        for sample in self.held_out_samples(tokens):
+            x = sample.x.to(self.device)
+            yield dict.fromkeys(hookpoints, x)
+
+    def held_out_samples(self, tokens: int) -> Iterator[Sample]:
+        for first in range(0, tokens, _BLOCK):
+            random = generator(_HELD_OUT, self.world.config.seed, first // _BLOCK)
+            yield self.world.sample(_BLOCK, random).first(tokens - first)
+
+    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """A normal draw per feature, its factors, and the rows of those that fire."""
+        config = self.world.config
+        active = float(firing_given_parent(config).sum()) + config.groups * config.group_rank
+        drawn = config.num_features * (_NORMAL + 2.0 * config.copula_rank)
+        return drawn + 2.0 * active * config.d_in
+
+
+class WorldStream(ChunkStream):
+    """Endless: chunk c is a sample of its own."""
+
+    def __init__(
+        self,
+        world: World,
+        config: GeneratedConfig,
+        hookpoints: Sequence[Hookpoint],
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, hookpoints, device)
+        self.world = world
+
+    def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
+        random = generator(_TRAINING, self.world.config.seed, self.config.order_seed, c)
+        x = self.world.sample(self.config.chunk_tokens, random).x.to(self.device)
+        return dict.fromkeys(self.hookpoints, x)

@@ -1,0 +1,166 @@
+"""A language model that reads a text: the source of activations that people study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from reseed.activations.chunks import ActivationStream, held_out_chunks, held_out_packing
+from reseed.activations.hookpoint import Hookpoint, module_path
+from reseed.activations.language_model import LanguageModel, ResolvedModel
+from reseed.activations.source import ActivationSource, ResolvedData
+from reseed.activations.stream import DatasetConfig, batches_available
+from reseed.activations.text import ResolvedText, TextConfig, resolve_text
+from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.config import ConfigError
+
+
+@dataclass(frozen=True)
+class ResolvedReading(ResolvedData):
+    """A text and the model that will read it."""
+
+    model: ResolvedModel
+    text: ResolvedText
+
+    @property
+    def config(self) -> TextConfig:
+        return self.text.config
+
+    @property
+    def label(self) -> str:
+        return self.text.label
+
+    @property
+    def described(self) -> str:
+        return f"text {self.text.label}"
+
+    @property
+    def context_length(self) -> int:
+        return self.config.context_length
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"text": self.text.fingerprint}
+
+    def stores(self, needed: int) -> tuple[TokenStore, TokenStore]:
+        """Training and held-out tokens; of a streamed text as much as ``needed`` activations."""
+        return token_stores(
+            self.text, self.model.tokenizer, self.model.tokenizer_fingerprint, needed
+        )
+
+    def open(self, device: torch.device, needed: int) -> Reading:
+        return Reading(self, device, needed)
+
+    def check_budget(self, steps: int, batch_size: int) -> None:
+        """Raise `ConfigError` where the text is too short for training or for the held-out part."""
+        if self.text.streamed:  # measured when it has been read
+            return
+        try:
+            train, held_out = self.stores(steps * batch_size)
+        except ConfigError as error:
+            raise error.within("dataset") from None
+        repeat = "Lower it, give more text, or set dataset.repeat=true."
+        less = "Lower it, give more text, or raise dataset.held_out_fraction."
+        if train.num_documents + held_out.num_documents < 2:
+            repeat = less = "All of it is one document: dataset.separator says where documents end."
+        for part, wanted, key, remedy in (
+            (train, steps * batch_size, "training.tokens", repeat),
+            (held_out, self.config.held_out_tokens, "dataset.held_out_tokens", less),
+        ):
+            there = _activations(part, self.config)
+            if part is train:
+                batches = batches_available(there, self.config, batch_size)
+                usable = batches * batch_size
+                enough = (self.config.repeat and usable > 0) or batches >= steps
+            else:
+                usable, enough = there, there >= wanted
+            if not enough:
+                name = "training documents" if part is train else "held-out documents"
+                raise ConfigError(
+                    f"{{key}} (={wanted:,}) must not exceed the activations in the "
+                    f"{part.num_documents:,} {name} of {self.label}: {usable:,}. {remedy}",
+                    key,
+                )
+
+
+class Reading(ActivationSource):
+    """A loaded language model and the tokens that it reads.
+
+    Args:
+        found: model and text.
+        device: where the model runs.
+        needed: activations that training needs; a streamed text is read no further.
+    """
+
+    def __init__(self, found: ResolvedReading, device: torch.device, needed: int) -> None:
+        self.config = found.config
+        self.train_store, self.held_out_store = found.stores(needed)
+        self.model = LanguageModel(found.model, device)
+        self.device = self.model.device
+        self.parameters = self.model.parameters()
+
+    def stream(self, hookpoints: Sequence[Hookpoint]) -> ActivationStream:
+        return ActivationStream(self.model, self.train_store, self.config, hookpoints)
+
+    def held_out(
+        self, hookpoints: Sequence[Hookpoint], tokens: int
+    ) -> Iterator[dict[Hookpoint, Tensor]]:
+        return held_out_chunks(self.model, self.held_out_store, self.config, hookpoints, tokens)
+
+    @property
+    def held_out_available(self) -> int:
+        return held_out_packing(self.held_out_store, self.config).num_activations
+
+    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """2·P for the P weights of the model up to the deepest hookpoint."""
+        unused = 1 + 1 / max(self.config.context_length - 1, 1)  # first positions
+        return 2.0 * self._weights_used(hookpoints) * unused
+
+    def _weights_used(self, hookpoints: Sequence[Hookpoint]) -> int:
+        """Weights that multiply each token before the deepest hookpoint (no embeddings)."""
+        deepest, hook = max(h.layer for h in hookpoints), hookpoints[0]
+        path = module_path(self.model.model, hook)
+        blocks, _, rest = path.partition(f".{hook.layer}")
+        if not rest and not path.endswith(f".{hook.layer}"):
+            return self.parameters
+        layers = list(self.model.model.get_submodule(blocks).children())[: deepest + 1]
+        return sum(p.numel() for layer in layers for p in layer.parameters())
+
+
+def find_text(model: ResolvedModel, config: DatasetConfig, cache: Path) -> ResolvedReading:
+    """Find the text that ``model`` shall read.
+
+    Raises:
+        ConfigError: with a key relative to ``dataset``; it is no text, cannot be read, or its
+            sequences are longer than the model's positions allow.
+    """
+    if not isinstance(config, TextConfig):
+        raise ConfigError(
+            f"{{key}}={config.name} is for model=world_*; model={model.label} is a language "
+            "model and reads a text, for example dataset=docstrings"
+        )
+    if config.context_length > model.context_length:
+        raise ConfigError(
+            f"{{key}} must not exceed the {model.context_length} positions of {model.label}; "
+            f"got {config.context_length}",
+            "context_length",
+        )
+    return ResolvedReading(model, _resolve_text(config, cache))
+
+
+@lru_cache(maxsize=32)
+def _resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
+    return resolve_text(config, cache)
+
+
+@lru_cache(maxsize=32)
+def _activations(store: TokenStore, config: TextConfig) -> int:
+    if len(store) < config.context_length:
+        return 0
+    packing = Packing(store, config)
+    return packing.guaranteed_activations if config.repeat else packing.num_activations

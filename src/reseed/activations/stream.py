@@ -1,0 +1,149 @@
+"""Chunks and batches: what is common to every stream of activations.
+
+A stream is a pure function of what is declared: chunk c does not depend on what was asked before.
+Its activations are dealt into 8 stripes, and each stripe is permuted by a generator seeded with
+(order seed, c, stripe). A batch takes the same number of tokens from every stripe. There is no
+buffer whose state would have to be saved: position s of training is (chunk, offset), computed
+from s.
+
+    M chunk_tokens · B batch · D d_in
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.config import Config, ConfigError, setting
+
+STRIPES = 8
+"""Parts into which each chunk is dealt; a batch takes the same number of tokens from each."""
+
+Batch = dict[Hookpoint, Float[Tensor, "batch d_in"]]
+
+
+@dataclass(frozen=True)
+class DatasetConfig(Config, family="dataset"):
+    """How activations are ordered and cut up; members say where they come from."""
+
+    order_seed: int = setting(0, at_least=0)
+    """Moves the order of the documents and of the tokens, and nothing else."""
+    chunk_tokens: int = setting(65_536, at_least=STRIPES)
+    """Activations that are computed, shuffled and dealt out together."""
+    held_out_tokens: int = setting(65_536, at_least=1)
+    """Activations on which every run is measured."""
+
+    def validate(self) -> None:
+        if self.chunk_tokens % STRIPES:
+            raise ConfigError(
+                f"{{key}} must be a multiple of {STRIPES}; got {self.chunk_tokens}", "chunk_tokens"
+            )
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the stream a batch stands."""
+
+    chunk: int
+    batch: int
+
+
+class ChunkStream(ABC):
+    """The endless or finite sequence of chunks of one source.
+
+    This base is endless, its chunks all full; a stream with an end overrides `num_batches` and
+    `position`.
+
+    Args:
+        config: order and chunk size.
+        hookpoints: where activations are read, all in one pass.
+        device: where they are.
+    """
+
+    def __init__(
+        self, config: DatasetConfig, hookpoints: Sequence[Hookpoint], device: torch.device
+    ) -> None:
+        self.config = config
+        self.hookpoints = tuple(dict.fromkeys(hookpoints))
+        self.device = device
+        self._latest: tuple[int, dict[Hookpoint, Tensor]] = (-1, {})
+
+    @abstractmethod
+    def _ordered(self, c: int) -> dict[Hookpoint, Float[Tensor, "rows d_in"]]:
+        """The activations of chunk ``c`` in the order of the source, a multiple of STRIPES."""
+
+    def num_batches(self, batch_size: int) -> int | None:
+        """Batches that there are, or None where they never end."""
+        return None
+
+    def position(self, step: int, batch_size: int) -> Position:
+        """Where batch ``step`` (0-based) stands."""
+        return Position(*divmod(step, self.config.chunk_tokens // batch_size))
+
+    def chunk(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
+        """Chunk ``c``, dealt into stripes and permuted, in the source's dtype on its device.
+
+        The latest chunk is kept, as most are asked for many times; it is freed before the next
+        one is computed.
+        """
+        if self._latest[0] != c:
+            self._latest = (-1, {})
+            self._latest = (c, self._dealt(c))
+        return self._latest[1]
+
+    def batches(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
+        """Batches from step ``start`` on; [B, D] for each hookpoint."""
+        part = batch_size // STRIPES
+        step, end = start, self.num_batches(batch_size)
+        while end is None or step < end:
+            at = self.position(step, batch_size)
+            rows = slice(at.batch * part, (at.batch + 1) * part)
+            chunk = self.chunk(at.chunk)
+            yield {h: x[:, rows].reshape(batch_size, -1) for h, x in chunk.items()}
+            del chunk
+            step += 1
+
+    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
+        found = self._ordered(c)
+        rows = len(next(iter(found.values()))) // STRIPES
+        order = self._permutation(c, rows).to(self.device)
+        return {h: x[order].view(STRIPES, rows, -1) for h, x in found.items()}
+
+    def _permutation(self, c: int, rows: int) -> Tensor:
+        """Row order [STRIPES·rows]: stripe s stays the s-th part, permuted within."""
+        parts = []
+        for stripe in range(STRIPES):
+            seed = np.random.SeedSequence([self.config.order_seed, c, stripe])
+            order = np.random.Generator(np.random.PCG64(seed)).permutation(rows)
+            parts.append(stripe * rows + order)
+        return torch.from_numpy(np.concatenate(parts))
+
+
+def check_batch_size(config: DatasetConfig, batch_size: int) -> None:
+    """Raise `ConfigError` where batches do not tile a chunk."""
+    if batch_size % STRIPES or config.chunk_tokens % batch_size:
+        raise ConfigError(
+            f"{{key}} must be a multiple of {STRIPES} that divides dataset.chunk_tokens "
+            f"(={config.chunk_tokens}); got {batch_size}",
+            "training.batch_size",
+        )
+
+
+def batches_available(activations: int, config: DatasetConfig, batch_size: int) -> int:
+    """Whole batches in one reading of so many activations."""
+    full, rest = divmod(activations, config.chunk_tokens)
+    last = (rest // STRIPES) // (batch_size // STRIPES)
+    return full * (config.chunk_tokens // batch_size) + last
+
+
+def generator(*key: int) -> torch.Generator:
+    """A CPU generator that is a pure function of ``key`` (non-negative integers)."""
+    state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)

@@ -1,0 +1,130 @@
+"""Gaussian activations with the mean and covariance of a real source: what has no features.
+
+What SAEs share that are trained on them, they share because of the first two moments alone: a null
+of stability.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.source import ActivationSource, ResolvedData
+from reseed.activations.stream import ChunkStream, DatasetConfig, generator
+
+_TRAINING, _HELD_OUT = 0x6761757373, 0x6761757374  # what the seeds of either part begin with
+_BLOCK = 4_096
+"""Activations drawn at once; a fixed size, so that the first so many do not depend on how many."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean [d_in] and symmetric square root of the covariance [d_in, d_in], float32."""
+
+    mean: Float[Tensor, " d_in"]
+    root: Float[Tensor, "d_in d_in"]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, x: Float[Tensor, "tokens d_in"]) -> Moments:
+        """Estimated in float64; eigenvalues that rounding made negative count as 0."""
+        parts = x.split(_BLOCK)  # a whole chunk in float64 may be large
+        mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(x)
+        squares = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+        for part in parts:
+            centred = part.double() - mean
+            squares += centred.T @ centred
+        values, vectors = torch.linalg.eigh(squares / len(x))
+        root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        return cls(mean.float(), root.float(), x.dtype)
+
+    def draw(self, tokens: int, random: torch.Generator) -> Float[Tensor, "tokens d_in"]:
+        """Independent draws. The noise is made on the CPU: every device sees the same."""
+        noise = torch.randn(tokens, len(self.mean), generator=random).to(self.mean.device)
+        return torch.addmm(self.mean, noise, self.root).to(self.dtype)
+
+
+class GaussianSource(ActivationSource):
+    """Draws with the moments of the first training chunk of a real source.
+
+    The real source computes that one chunk, and nothing else.
+    """
+
+    def __init__(self, real: ActivationSource) -> None:
+        self.real = real
+        self.device, self.parameters = real.device, real.parameters
+        self._moments: dict[Hookpoint, Moments] = {}
+
+    def stream(self, hookpoints: Sequence[Hookpoint]) -> GaussianStream:
+        stream = self.real.stream(hookpoints)
+        return GaussianStream(stream.config, self._learn(stream), self.device)
+
+    def held_out(
+        self, hookpoints: Sequence[Hookpoint], tokens: int
+    ) -> Iterator[dict[Hookpoint, Tensor]]:
+        moments = self._learn(self.real.stream(hookpoints))
+        for first in range(0, tokens, _BLOCK):
+            kept = min(_BLOCK, tokens - first)
+            drawn = _drawn(moments, _BLOCK, _HELD_OUT, first // _BLOCK)
+            yield {hookpoint: x[:kept] for hookpoint, x in drawn.items()}
+
+    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
+        widths = [len(self._moments[h].mean) for h in dict.fromkeys(hookpoints)]
+        return sum(2.0 * width**2 for width in widths)
+
+    def _learn(self, stream: ChunkStream) -> dict[Hookpoint, Moments]:
+        """The moments at the stream's hookpoints; a chunk is computed where one is new."""
+        if not set(stream.hookpoints) <= set(self._moments):
+            for hookpoint, x in stream.chunk(0).items():
+                self._moments[hookpoint] = Moments.of(x.flatten(0, 1))
+        return {hookpoint: self._moments[hookpoint] for hookpoint in stream.hookpoints}
+
+
+class GaussianStream(ChunkStream):
+    """Endless: chunk c is drawn by (order seed, c)."""
+
+    def __init__(
+        self, config: DatasetConfig, moments: Mapping[Hookpoint, Moments], device: torch.device
+    ) -> None:
+        super().__init__(config, list(moments), device)
+        self.moments = moments
+
+    def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
+        tokens = self.config.chunk_tokens
+        return _drawn(self.moments, tokens, _TRAINING, self.config.order_seed, c)
+
+
+def _drawn(
+    moments: Mapping[Hookpoint, Moments], tokens: int, *key: int
+) -> dict[Hookpoint, Float[Tensor, "tokens d_in"]]:
+    """Every hookpoint has draws of its own, whatever is read beside it."""
+    return {h: m.draw(tokens, generator(*key, _number(h))) for h, m in moments.items()}
+
+
+def _number(hookpoint: Hookpoint) -> int:
+    return int.from_bytes(hashlib.sha256(str(hookpoint).encode()).digest()[:8], "big")
+
+
+SURROGATES: dict[str, Callable[[ActivationSource], ActivationSource]] = {
+    "none": lambda real: real,
+    "gaussian": GaussianSource,
+}
+"""By the values of ``surrogate=``."""
+
+
+def opened(
+    data: ResolvedData, surrogate: str, device: torch.device, needed: int
+) -> ActivationSource:
+    """The opened source, or its surrogate."""
+    return SURROGATES[surrogate](data.open(device, needed))
+
+
+def label_of(label: str, surrogate: str) -> str:
+    """A source's name, with that of the surrogate: ``embedded+gaussian``."""
+    return label if surrogate == "none" else f"{label}+{surrogate}"
