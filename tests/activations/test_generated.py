@@ -62,7 +62,8 @@ def test_batches_go_on_where_they_were_left() -> None:
 
 def test_the_order_seed_moves_training_and_not_what_is_held_out() -> None:
     moved = replace(DATA, order_seed=1)
-    assert not torch.equal(chunks([0])[0], chunks([0], moved)[0])
+    rows = [set(map(tuple, chunks([0], d)[0].flatten(0, 1).tolist())) for d in (DATA, moved)]
+    assert len(rows[0] - rows[1]) > 10  # other draws, not only another order
     assert torch.equal(held_out(300), held_out(300, moved))
     assert torch.equal(held_out(300), held_out(300, replace(DATA, chunk_tokens=64)))
 
