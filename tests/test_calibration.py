@@ -1,4 +1,4 @@
-"""The search for a penalty weight, on responses that are known; and a calibration as it is stored."""
+"""The search for a penalty weight on known responses, and a calibration as it is stored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Response = Callable[[float], float]
 
 
 def searched(response: Response, target: float = 32.0, start: float = 1.0) -> Search:
-    """A search carried to its end on L0 = response(λ), from a steered run that ended at ``start``."""
+    """A search carried to its end on L0 = response(λ), after a steered run that ended at start."""
     sae = SimpleNamespace(target_l0=target, name="relu", penalty_field="l1_coefficient")
     base: Any = SimpleNamespace(experiment=SimpleNamespace(sae=sae))
     search = Search(base)
@@ -50,7 +50,8 @@ def test_a_curve_that_falls_off_a_cliff_is_bracketed() -> None:
 
 def test_a_silent_sae_is_no_end_of_the_search() -> None:
     search = searched(lambda w: 0.0 if w > 1 else 20 / w, start=50.0)
-    assert search.best is not None and abs(search.best[1] / 32 - 1) <= ACCEPTED
+    assert search.best is not None
+    assert abs(search.best[1] / 32 - 1) <= ACCEPTED
 
 
 def test_what_cannot_be_reached_is_said_with_what_was_tried() -> None:

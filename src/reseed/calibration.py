@@ -1,7 +1,7 @@
 """The penalty weight that gives a wanted L0, found once for all seeds of a cell.
 
-ReLU, Gated and JumpReLU SAEs have a penalty weight λ where a k-sparse one has k. To compare them at
-the same L0, ``sae.target_l0`` asks for the λ whose held-out L0, counted at inference, is the target:
+ReLU, Gated and JumpReLU SAEs have a penalty weight λ where a k-sparse one has k. To compare them
+at the same L0, ``sae.target_l0`` asks for the λ whose held-out L0, counted at inference, is it:
 
 1. One run is *steered*: λ moves while it trains (`reseed.train.steering`), from the declared value.
 2. Rounds with a constant λ follow, a secant on log L0 over log λ, until one is within `ACCEPTED`.
@@ -120,11 +120,11 @@ class Search:
                 # Far ends say where the target is, not how far; and an end that has stood for two
                 # rounds counts half (Illinois), or a bracket can stop shrinking.
                 y0, y1 = min(y0, 1.0), max(y1, -1.0)
-                if (
-                    len(points) > 1
-                    and len({self._deviation(x) > 0 for _, x, _ in self.rounds[-2:]}) == 1
-                ):
-                    y0, y1 = (y0, y1 / 2) if self._deviation(l0) > 0 else (y0 / 2, y1)
+                sides = [self._deviation(x) > 0 for _, x, _ in self.rounds[-2:]]
+                if sides == [True, True]:
+                    y1 /= 2
+                elif sides == [False, False]:
+                    y0 /= 2
                 return u0 + y0 / (y0 - y1) * (u1 - u0)
         elasticity = guess
         if len(points) > 1:

@@ -93,8 +93,8 @@ class Resolved:
         e = self.experiment
         dataset = replace(e.dataset, order_seed=0)
         cell = replace(e, seed=0, seed_scope="cell", dataset=dataset)
-        text = replace(self.text, config=dataset)
-        return replace(self, experiment=cell, text=text, penalty=None, calibration=None)
+        data = self.text.in_order(dataset.order_seed)
+        return replace(self, experiment=cell, text=data, penalty=None, calibration=None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -224,6 +224,7 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
         experiment.sae.check(d_in)
     except ConfigError as error:
         raise error.within("sae") from None
+    _check_start(experiment, model, experiment.sae.width(d_in))
     text.check_budget(experiment.training.steps, experiment.training.batch_size)
     return Resolved(experiment, model, text, d_in, experiment.sae.width(d_in))
 
@@ -284,6 +285,23 @@ def groups(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
     for resolved in experiments:
         by_stream.setdefault(resolved.stream, {}).setdefault(resolved.signature, resolved)
     return [list(members.values()) for members in by_stream.values()]
+
+
+def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int) -> None:
+    if experiment.training.start != "truth":
+        return
+    features = None if experiment.surrogate != "none" else model.num_features
+    if features is None:
+        raise ConfigError(
+            "{key}=truth needs activations whose features are known: model=world_*",
+            "training.start",
+        )
+    if num_latents > features:
+        raise ConfigError(
+            f"{{key}} (={num_latents}) must not exceed the {features} features of {model.label} "
+            "with training.start=truth",
+            "sae.num_latents",
+        )
 
 
 @lru_cache(maxsize=32)

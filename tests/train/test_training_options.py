@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reseed.activations.chunks import held_out_chunks
 from reseed.activations.hookpoint import Hookpoint
-from reseed.activations.language_model import LanguageModel
 from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
 from reseed.compare.load import load_dictionaries
@@ -89,9 +87,7 @@ def test_the_measures_are_those_of_the_sae_that_is_stored(jobs: Jobs, name: str)
     (resolved,), runtime = jobs(*OPTIONS[name])
     train_missing([resolved], runtime)
     run, e = run_of(resolved, runtime), resolved.experiment
-    (x,) = held_out_chunks(
-        LanguageModel(resolved.model), resolved.stores()[1], e.dataset, [e.hook], 1024
-    )
+    (x,) = resolved.open().held_out([e.hook], 1024)
     x = x[e.hook]
     error = (x - run.sae()(x).reconstruction).double().square().sum()
     variance = (x.double() - x.double().mean(0)).square().sum()
@@ -104,8 +100,8 @@ def test_a_start_that_the_seed_does_not_give_is_stored_and_read(
     starts: dict[str, torch.nn.Module] = {}
     original = Member.start
 
-    def noted(self: Member, x: torch.Tensor) -> None:
-        original(self, x)
+    def noted(self: Member, x: torch.Tensor, truth: torch.Tensor | None) -> None:
+        original(self, x, truth)
         starts[self.id] = self.result()
 
     monkeypatch.setattr(Member, "start", noted)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -31,6 +32,10 @@ class ResolvedWorld(ResolvedSource):
     config: WorldConfig
     label: str
     fingerprint: str
+
+    @property
+    def num_features(self) -> int:
+        return self.config.num_features
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -85,6 +90,9 @@ class ResolvedGenerated(ResolvedData):
     @property
     def fingerprints(self) -> Mapping[str, str]:
         return {}
+
+    def in_order(self, order_seed: int) -> Self:
+        return replace(self, config=replace(self.config, order_seed=order_seed))
 
     def check_budget(self, steps: int, batch_size: int) -> None:
         """There is always enough."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -34,6 +35,10 @@ class ResolvedReading(ResolvedData):
     @property
     def label(self) -> str:
         return self.text.label
+
+    def in_order(self, order_seed: int) -> Self:
+        config = replace(self.config, order_seed=order_seed)
+        return replace(self, text=replace(self.text, config=config))
 
     @property
     def described(self) -> str:

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import torch
 from jaxtyping import Float
@@ -51,6 +51,11 @@ class ResolvedSource(ABC):
 
     label: str
     fingerprint: str
+
+    @property
+    def num_features(self) -> int | None:
+        """How many features are known to make its activations; None where none are."""
+        return None
 
     @property
     @abstractmethod
@@ -97,6 +102,10 @@ class ResolvedData(ABC):
     @abstractmethod
     def fingerprints(self) -> Mapping[str, str]:
         """What enters a run's signature beside what was declared, by name."""
+
+    @abstractmethod
+    def in_order(self, order_seed: int) -> Self:
+        """The same data in the order of another seed."""
 
     @abstractmethod
     def check_budget(self, steps: int, batch_size: int) -> None:

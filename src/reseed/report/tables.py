@@ -192,13 +192,15 @@ def print_summary(
     title: str = "",
     console: Console | None = None,
 ) -> None:
-    """Print the summary table and its footnotes, then `truth_tables` where there are any.
+    """Print the summary table with its footnotes and `verdicts`, then `truth_tables`.
 
     On a terminal it fits the window, cells as paragraphs where that is too narrow for a table. Into
     a file or pipe it is as wide as it has to be, without colour, so that nothing is cut off.
     """
     console = console or Console()
     _print(summary(cells), console, title)
+    for line in verdicts(cells):
+        console.print(_rich(line), width=min(console.width, 100))
     for words in truth_tables(cells):
         _print(words, console)
 
@@ -215,8 +217,6 @@ def _print(words: Wording, console: Console, title: str = "") -> None:
     console.print(table if needed.minimum <= console.width else _paragraphs(words))
     for note in words.footnotes:
         console.print(_rich(note), width=min(console.width, 100), style="dim")
-    for line in verdicts(cells):
-        console.print(_rich(line), width=min(console.width, 100))
 
 
 def _table(words: Wording) -> Table:

@@ -112,6 +112,7 @@ class SAEConfig(Config, ABC, family="sae"):
             )
         if self.target_l0 is not None:
             self._heed_target(self.target_l0)
+            self._check_start_of_search()
 
     def _heed_target(self, target: float) -> None:
         """Do with `target_l0` what is to be done at once, or refuse it."""
@@ -134,6 +135,14 @@ class SAEConfig(Config, ABC, family="sae"):
     @abstractmethod
     def sparsity(self) -> str:
         """What sets the sparsity, in a word for tables: ``k=32``, ``λ=5``, ``L0*=32``."""
+
+    def _check_start_of_search(self) -> None:
+        """A weight of 0 is no place to start a search on a logarithmic scale."""
+        if self.needs_calibration and getattr(self, self.penalty_field or "") == 0:
+            raise ConfigError(
+                "{key} must be above 0 with `target_l0`: the search for it starts there; got 0",
+                self.penalty_field or "",
+            )
 
     @property
     def needs_calibration(self) -> bool:
@@ -188,11 +197,14 @@ class SAE(nn.Module, ABC):
         homogeneous: names of the parameters and buffers in units of the activations, which
             `folded` rescales.
         logarithmic: names of those that hold the logarithm of such a number.
+        penalty_weight: λ, where the architecture has a penalty (`SAEConfig.penalty_field`); may be
+            set between steps.
     """
 
     homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
     logarithmic: ClassVar[tuple[str, ...]] = ()
 
+    penalty_weight: float
     W_enc: Float[nn.Parameter, "num_latents d_in"]
     b_enc: Float[nn.Parameter, " num_latents"]
     W_dec: Float[nn.Parameter, "num_latents d_in"]

@@ -50,6 +50,11 @@ class TrainingConfig(Config, family="training"):
     b_dec_init: str = setting("mean", choices=("mean", "geometric_median", "zeros"))
     """Of the first chunk of activations."""
     b_dec: str = setting("learned", choices=("learned", "frozen"))
+    start: str = setting("random", choices=("random", "truth"), neutral="random")
+    """truth: latent i starts at feature i of a world (`model=world_*`), to see what training makes
+    of the right answer."""
+    start_noise: float = setting(0.1, at_least=0, neutral=0.1)
+    """Length of the noise that turns the rows of ``start=truth``."""
     aligned: bool = setting(False, neutral=False)
     """Hold E_j · d_j = 1 for every latent (2605.18629), from the start: along d_j it overrides
     ``sae.encoder_init_scale``."""
@@ -85,6 +90,10 @@ class TrainingConfig(Config, family="training"):
                 f"got {self.decay_fraction:g}. training=sign_sgd sets what belongs together.",
                 "decay_fraction",
             )
+        if self.decoder == "archetypal" and self.start == "truth":
+            raise ConfigError(
+                "{key} must be random with `decoder=archetypal`, whose rows are mixtures", "start"
+            )
         if self.decoder == "archetypal" and self.decoder_weight_decay != 0:
             raise ConfigError(
                 "{key} must be 0 with `decoder=archetypal`, whose rows are mixtures; "
@@ -95,7 +104,7 @@ class TrainingConfig(Config, family="training"):
     @property
     def start_is_drawn(self) -> bool:
         """Whether the weights of the start are those that the architecture draws from its seed."""
-        return self.decoder == "free" and not self.aligned
+        return self.decoder == "free" and not self.aligned and self.start == "random"
 
     @property
     def steps(self) -> int:

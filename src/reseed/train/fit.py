@@ -6,7 +6,7 @@ import logging
 import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from reseed.config import ReseedError
 from reseed.console import say
 from reseed.devices import pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
+from reseed.evaluate.truth import TruthResult, measure_truth
 from reseed.runs import INITIAL_FILE, Interrupted, Run, RunStore, seconds_since
 from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder
@@ -79,7 +80,7 @@ def _fit(
     source.check_length(stream, batch_size, steps, first.text.label)
     announce(group, source, device)
 
-    members = [_member(r, run, stream, device) for r, run in zip(group, runs, strict=True)]
+    members = [_member(r, run, source, stream) for r, run in zip(group, runs, strict=True)]
     started = time.perf_counter()
     start = min((m.step for m in members if m.active), default=0)
     stop = max(m.training.steps for m in members)
@@ -94,6 +95,7 @@ def _fit(
         _check(member)
     sound = [m for m in members if m.error is None]
     measured = _measure(sound, source, first)
+    truths = _measure_truth(measured, source, first)
     timings = {"training_s": training_s, "held_out_s": seconds_since(started)}
     failures: dict[str, BaseException] = {}
     for member, resolved, run in zip(members, group, runs, strict=True):
@@ -102,7 +104,8 @@ def _fit(
             step = getattr(member.error, "step", member.step)
             run.fail(member.error, failed_at_step=step)
             continue
-        _record(member, resolved, run, measured[member.id], timings | {"group_runs": len(group)})
+        own = measured[member.id], truths.get(member.id)
+        _record(member, resolved, run, *own, timings | {"group_runs": len(group)})
     say(f"  {len(sound)} of {len(group)} runs finished in {seconds_since(clock):,.1f} s")
     return failures
 
@@ -143,11 +146,11 @@ def _train(
         raise Interrupted(f"stopped by {name}; saved. The same command goes on from here.")
 
 
-def _member(resolved: Resolved, run: Run, stream: ChunkStream, device: torch.device) -> Member:
+def _member(resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream) -> Member:
     """The run's state: from its checkpoint, or from the first chunk of activations."""
     e = resolved.experiment
     member = Member(
-        run.id, e.hook, resolved.sae, e.training, resolved.d_in, resolved.init_seed, device
+        run.id, e.hook, resolved.sae, e.training, resolved.d_in, resolved.init_seed, source.device
     )
     if resolved.role == "steered":
         member.steer()
@@ -160,7 +163,8 @@ def _member(resolved: Resolved, run: Run, stream: ChunkStream, device: torch.dev
             raise ReseedError(
                 f"{checkpoint} cannot be read ({error}); delete it to train this run anew"
             ) from error
-    member.start(stream.chunk(0)[e.hook].flatten(0, 1))
+    truth = None if source.world is None else source.world.dictionary
+    member.start(stream.chunk(0)[e.hook].flatten(0, 1), truth)
     member.save_start(run.path / INITIAL_FILE)
     return member
 
@@ -176,6 +180,16 @@ def _measure(
     return measure({m.id: (m.hookpoint, m.result()) for m in members}, chunks)
 
 
+def _measure_truth(
+    measured: Mapping[str, Reconstruction], source: ActivationSource, first: Resolved
+) -> dict[str, TruthResult]:
+    """Against the features of a world, on the same held-out tokens; of a model nothing."""
+    if source.world is None or not measured:
+        return {}
+    samples = source.held_out_samples(first.experiment.dataset.held_out_tokens)
+    return measure_truth({id: m.sae for id, m in measured.items()}, source.world, samples)
+
+
 def _check(member: Member) -> None:
     if member.error is None:
         try:
@@ -189,6 +203,7 @@ def _record(
     resolved: Resolved,
     run: Run,
     measured: Reconstruction,
+    truth: TruthResult | None,
     timings: dict[str, Any],
 ) -> None:
     """Write the results; the record's status comes last."""
@@ -213,6 +228,8 @@ def _record(
         "firing": measured.firing.cpu(),
         "tokens_since_fired": member.tokens_since_fired.cpu(),
     }
+    if truth is not None:
+        latents |= truth.latents
     atomic_write(run.path / "latents.safetensors", lambda path: save_file(latents, path))
     if measured.moments is not None:
         moments = measured.moments.tensors()
@@ -221,6 +238,8 @@ def _record(
     metrics = measured.metrics() | {"dead_fraction": float(member.dead.double().mean())}
     if resolved.sae.penalty_field is not None:
         metrics["penalty_weight"] = member.sae.penalty_weight
+    if truth is not None:
+        metrics["truth"] = truth.metrics
     run.finish(metrics, timings=timings | {"seconds": member.curve[-1]["seconds"]})
 
 

@@ -140,8 +140,17 @@ class Member:
         """Mask [num_latents] of the latents that have not fired for long."""
         return self.tokens_since_fired >= self.training.dead_after()
 
-    def start(self, x: Float[Tensor, "tokens d_in"]) -> None:
-        """Input scale, b_dec, and what else depends on the first activations."""
+    def start(
+        self,
+        x: Float[Tensor, "tokens d_in"],
+        truth: Float[Tensor, "features d_in"] | None = None,
+    ) -> None:
+        """Input scale, b_dec, and what else depends on the first activations.
+
+        Args:
+            x: the first chunk.
+            truth: unit directions of a world's features, for ``training.start=truth``.
+        """
         x = x.to(self.sae.b_dec.device, torch.float32)
         if self.training.normalize_activations:
             norm = float(torch.linalg.vector_norm(x, dim=1).double().mean())
@@ -156,7 +165,21 @@ class Member:
             own = self.init_seed if self.training.archetype_seed == "own" else 0
             archetypes, weights = _generator("archetypes", own), _generator("W", self.init_seed)
             begin(self.sae, x * self.scale, archetypes=archetypes, weights=weights)
+        if self.training.start == "truth":
+            assert truth is not None
+            self._start_at(truth)
         self.optimizer.constraints.hold(dict(self.sae.named_parameters()))
+
+    @torch.no_grad()
+    def _start_at(self, truth: Float[Tensor, "features d_in"]) -> None:
+        """Both rows of latent i at feature i, turned by noise of a given length, norms kept."""
+        noise = torch.randn(self.sae.W_dec.shape, generator=_generator("start", self.init_seed)) * (
+            self.training.start_noise / truth.shape[1] ** 0.5
+        )
+        rows = truth[: len(noise)] + noise
+        rows = (rows / rows.norm(dim=1, keepdim=True)).to(self.sae.W_dec.device)
+        for weights in (self.sae.W_dec, self.sae.W_enc):
+            weights.copy_(rows * weights.norm(dim=1, keepdim=True))
 
     def save_start(self, path: Path) -> None:
         """The SAE before its first step, where its weights cannot be drawn anew from the seed."""
