@@ -114,8 +114,10 @@ def test_what_recipes_set_for_jumprelu() -> None:
     published, _ = experiment_from(composed("sae=jumprelu", "training=standard"))
     assert (published.training.beta1, published.sae.penalty) == (0, "step")  # type: ignore[attr-defined]
     short, _ = experiment_from(composed("sae=jumprelu", "training=short"))
-    assert short.sae.sparsity == "L0*=8"
+    assert short.sae.sparsity == "λ=0.011"
     assert not short.sae.needs_calibration
+    matched, _ = experiment_from(composed("sae=jumprelu", "training=short", "sae.target_l0=8"))
+    assert matched.sae.needs_calibration
 
 
 @pytest.mark.parametrize("sae", ["topk", "batch_topk", "matryoshka"])

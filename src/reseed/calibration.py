@@ -95,15 +95,16 @@ class Search:
         """Take in what the `candidate` came to, and choose the next λ."""
         if not self.steered:
             self.steered = True
-            say(f"  calibration: steered to a weight of {weight:.4g}, L0 {l0:.2f} of {self._goal}")
+            say(f"  {self._name}: steered to a weight of {weight:.4g}, which gave L0 {l0:.2f}")
         else:
             self.rounds.append((weight, l0, run))
-            say(f"  calibration: weight {weight:.4g} gives L0 {l0:.2f} of {self._goal}")
+            say(f"  {self._name}: weight {weight:.4g} gives L0 {l0:.2f}")
         self.next_log_weight = self._propose(weight, l0)
 
     @property
-    def _goal(self) -> str:
-        return f"{self.target:g} ({self.base.experiment.sae.name})"
+    def _name(self) -> str:
+        e = self.base.experiment
+        return f"{e.sae.name} at {self.base.tokens:,} tokens, target {self.target:g}"
 
     def _deviation(self, l0: float) -> float:
         return math.log(max(l0, 1e-6) / self.target)
@@ -174,6 +175,11 @@ def calibrate(
         if resolved.needs_calibration:
             base = resolved.without_seeds()
             searches.setdefault(base.signature, Search(base))
+    if searches:
+        plural = "s" if len(searches) > 1 else ""
+        say(
+            f"finding the penalty weight{plural} of {len(searches)} SAE{plural} by calibration runs"
+        )
     errors: dict[str, BaseException] = {}
     while at_work := {k: s for k, s in searches.items() if not s.ended and k not in errors}:
         candidates = {key: search.candidate for key, search in at_work.items()}

@@ -78,7 +78,9 @@ def _fit(
     batch_size = first.experiment.training.batch_size
     steps = [r.experiment.training.steps for r in group]
     source.check_length(stream, batch_size, steps, first.text.label)
-    announce(group, source, device)
+    calibrating = any(r.role for r in group)  # which says of itself what there is to say
+    if not calibrating:
+        announce(group, source, device)
 
     members = [_member(r, run, source, stream) for r, run in zip(group, runs, strict=True)]
     started = time.perf_counter()
@@ -106,7 +108,8 @@ def _fit(
             continue
         own = measured[member.id], truths.get(member.id)
         _record(member, resolved, run, *own, timings | {"group_runs": len(group)})
-    say(f"  {len(sound)} of {len(group)} runs finished in {seconds_since(clock):,.1f} s")
+    if not calibrating:
+        say(f"  {len(sound)} of {len(group)} runs finished in {seconds_since(clock):,.1f} s")
     return failures
 
 
