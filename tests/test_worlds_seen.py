@@ -1,0 +1,207 @@
+"""What the toy models of the papers show, shown again: worlds, trained and measured as users would.
+
+Several seeds each. Tolerances are those that the pages of the papers leave: signs and rough sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from reseed.activations.worlds import Sample, World
+from reseed.cli.app import CommandLine
+from reseed.cli.jobs import check_jobs
+from reseed.experiment import train_missing
+from reseed.runs import Run, RunStore
+
+Learned = Callable[..., tuple[World, list[Run]]]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def learned(tmp_path: Path) -> Learned:
+    """Trains SAEs on a world with several seeds: the world, and the runs."""
+
+    def train(*overrides: str, seeds: Sequence[int] = (0, 1, 2)) -> tuple[World, list[Run]]:
+        own = [f"runtime.outputs={tmp_path / 'outputs'}", "runtime.progress=false"]
+        given = [*overrides, f"seed={','.join(map(str, seeds))}", *own]
+        line = CommandLine("train", ["-m", *given])
+        jobs, runtime = check_jobs(line, line.overrides, multirun=True)
+        found = [job.resolved for job in jobs]
+        assert train_missing(found, runtime) == {}
+        world = found[0].open().world
+        assert world is not None
+        return world, [resolved.run(RunStore(runtime.outputs)) for resolved in found]
+
+    return train
+
+
+def cosines(rows: Tensor, world: World) -> Tensor:
+    """[latents, features]"""
+    return torch.nn.functional.normalize(rows, dim=1) @ world.dictionary.T
+
+
+def best(found: Tensor, feature: int) -> int:
+    """The latent whose decoder is nearest to a feature."""
+    return int(found[:, feature].argmax())
+
+
+def firing(sample: Sample, features: int) -> Tensor:
+    """Which features fire on which tokens."""
+    fires = torch.zeros(len(sample.x), features, dtype=torch.bool)
+    fires[sample.token, sample.feature] = True
+    return fires
+
+
+def recall_on(run: Run, world: World, latent: int, *features: int) -> float:
+    """How often a latent fires on tokens where all of ``features`` do."""
+    sample = world.sample(20_000, torch.Generator().manual_seed(1))
+    there = firing(sample, len(world.dictionary))[:, list(features)].all(1)
+    return float((run.sae().encode(sample.x[there])[:, latent] > 0).double().mean())
+
+
+def mcc(run: Run) -> float:
+    return run.metrics["truth"]["mcc"]
+
+
+EASY = {
+    "topk": [],
+    "batch_topk": [],
+    "matryoshka": [],
+    "jumprelu": [],
+    "gated": [],
+    "relu": [],
+}
+
+
+@pytest.mark.parametrize("sae", EASY)
+def test_every_architecture_finds_independent_features(learned: Learned, sae: str) -> None:
+    """64 orthogonal features, 3.2 of them a token, at that L0."""
+    _, runs = learned(
+        "model=world_easy", f"sae={sae}", "sae.num_latents=64", "sae.target_l0=3",
+        "training.lr=3e-3", "training.tokens=256000", seeds=(0, 1),
+    )  # fmt: skip
+    for run in runs:
+        assert mcc(run) > 0.95, run.id
+        assert run.metrics["l0"] == pytest.approx(3, rel=0.1)
+
+
+TOY = ["training=world", "sae=relu", "sae.num_latents=4"]
+
+
+def test_independent_features_are_found(learned: Learned) -> None:
+    """T1 (Chanin et al. 2024): four features, none above another."""
+    _, runs = learned("model=world_independent", *TOY)
+    assert min(map(mcc, runs)) > 0.99
+
+
+def test_a_child_absorbs_its_parent(learned: Learned) -> None:
+    """T1: child decoder ∝ u0 + u1, parent encoder ∝ u0 − u1, the parent silent on the child.
+
+    With 4 latents for 4 features one may never come to life: those runs say nothing here.
+    """
+    world, runs = learned("model=world_absorption", *TOY, seeds=range(5))
+    alive = [run for run in runs if run.metrics["live_fraction"] == 1]
+    assert len(alive) >= 3
+    for run in alive:
+        sae = run.sae()
+        decoder, encoder = cosines(sae.W_dec, world), cosines(sae.W_enc, world)
+        parent, child = best(decoder, 0), best(decoder, 1)
+        assert decoder[child, :2].tolist() == pytest.approx([0.71, 0.71], abs=0.1)
+        assert decoder[parent, 0] > 0.99
+        assert encoder[parent, 1] / encoder[parent, 0] == pytest.approx(-1, abs=0.2)
+        assert recall_on(run, world, parent, 0, 1) < 0.05
+        assert mcc(run) < 0.95
+
+
+def test_batch_topk_absorbs_too(learned: Learned) -> None:
+    """T2: f1 fires on 60% of f0's tokens; without the hierarchy both stand alone."""
+    options = ["training=world", "sae=batch_topk", "sae.num_latents=12", "sae.k=2"]
+    options += ["training.tokens=2048000"]
+    world, runs = learned("model=world_absorption_topk", *options)
+    for run in runs:
+        decoder, encoder = (cosines(rows, world) for rows in (run.sae().W_dec, run.sae().W_enc))
+        parent, child = best(decoder, 0), best(decoder, 1)
+        assert decoder[child, 0] > 0.4
+        assert encoder[parent, 1] < -0.3
+    flat = [0.4, 0.24, *[0.15] * 10]
+    world, runs = learned(
+        "model=world_absorption_topk", f"model.firing={flat}".replace(" ", ""),
+        "model.parents=null", *options,
+    )  # fmt: skip
+    for run in runs:
+        decoder, encoder = (cosines(rows, world) for rows in (run.sae().W_dec, run.sae().W_enc))
+        parent, child = best(decoder, 0), best(decoder, 1)
+        assert abs(float(decoder[child, 0])) < 0.1
+        assert abs(float(encoder[parent, 1])) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("independent", 0.0), ("hierarchical", 0.24), ("positive", 0.2), ("negative", -0.2)],
+)
+def test_a_narrow_sae_hedges(learned: Learned, kind: str, expected: float) -> None:
+    """T3 (2505.11756): one latent that starts at u0; its decoder's cosine with u1."""
+    world, runs = learned(
+        f"model=world_hedging_{kind}", "training=world", "sae=relu", "sae.num_latents=1",
+        "sae.l1_coefficient=0", "training.start=truth", "training.tokens=1536000",
+    )  # fmt: skip
+    for run in runs:
+        decoder = cosines(run.sae().W_dec, world)[0]
+        assert decoder[0] > 0.9
+        assert decoder[1] == pytest.approx(expected, abs=0.1)
+
+
+def test_balanced_matryoshka(learned: Learned) -> None:
+    """T4: a first prefix of one latent. Its encoder turns away from the children where it is
+    absorbed (inner multiplier 0), its decoder towards them where it hedges (1); at 0.25 it does
+    less of either."""
+    away, towards = {}, {}
+    for multiplier in (0, 0.25, 1):
+        world, runs = learned(
+            "model=world_balance", "training=world", "sae=matryoshka", "sae.num_latents=4",
+            "sae.k=0.4", "sae.prefixes=[0.25,1.0]", f"sae.multipliers=[{multiplier},1]",
+            "sae.aux_alpha=0", "training.start=truth", "training.tokens=1536000",
+        )  # fmt: skip
+        encoder = torch.stack([cosines(run.sae().W_enc, world)[0] for run in runs])
+        decoder = torch.stack([cosines(run.sae().W_dec, world)[0] for run in runs])
+        away[multiplier] = float(encoder[:, 1:].min(1).values.mean())
+        towards[multiplier] = float(decoder[:, 1:].mean())
+    assert away[0] < -0.2
+    assert abs(towards[0]) < 0.03
+    assert towards[1] > 0.07
+    assert away[1] > 0
+    assert away[0] < away[0.25] - 0.1
+    assert towards[0.25] < towards[1] - 0.03
+
+
+def test_too_small_an_l0_mixes_features(learned: Learned) -> None:
+    """T6 (2508.16560): five correlated features, two of them at a time."""
+    common = ["model=world_wrong_l0", "training=world", "sae=batch_topk", "sae.num_latents=5"]
+    common += ["training.tokens=1536000"]
+    found = {k: [mcc(run) for run in learned(*common, f"sae.k={k}")[1]] for k in (2.0, 1.8)}
+    assert sorted(found[2.0])[1] > 0.98  # the median: a seed may lose a latent
+    assert max(found[1.8]) < 0.98
+    assert sorted(found[1.8])[1] < sorted(found[2.0])[1] - 0.02
+
+
+def test_a_target_is_reached_by_every_seed_of_a_calibrated_cell(learned: Learned) -> None:
+    """One weight for all seeds, and the L0 of each within 5%."""
+    _, runs = learned(
+        "model=world_easy", "sae=relu", "sae.num_latents=64", "sae.target_l0=4",
+        "training.lr=3e-3", "training.tokens=128000",
+    )  # fmt: skip
+    weights: set[Any] = {run.record["penalty_weight"] for run in runs}
+    assert len(weights) == 1
+    assert weights == {run.record["calibration"]["weight"] for run in runs}
+    for run in runs:
+        assert run.metrics["l0"] == pytest.approx(4, rel=0.05)
+        assert run.sae().config.l1_coefficient in weights  # type: ignore[attr-defined]
+    rounds = runs[0].record["calibration"]["rounds"]
+    assert [r["run"] for r in rounds]
+    assert not {r["run"] for r in rounds} & {run.id for run in runs}
