@@ -130,6 +130,8 @@ def test_a_target_on_the_command_line_wins_over_the_recipes_k(sae: str) -> None:
     assert by_target.signed() == by_k.signed()
 
 
+ELSEWHERE = ("models", "datasets", "worlds")
+"""Comparisons of other models than the embedded one."""
 COMPARISONS = sorted(path.stem for path in (CONF / "comparison").glob("*.yaml"))
 
 
@@ -146,7 +148,7 @@ def test_the_axes_of_every_comparison_are_keys_and_its_options_are_there(compari
                 assert OmegaConf.select(OmegaConf.create(composed()), key, default="") != "", key
 
 
-@pytest.mark.parametrize("comparison", [c for c in COMPARISONS if c not in ("models", "datasets")])
+@pytest.mark.parametrize("comparison", [c for c in COMPARISONS if c not in ELSEWHERE])
 def test_a_comparison_runs_on_the_embedded_model(comparison: str) -> None:
     """Its first and last values make experiments, whose budgets are whole and in range."""
     made = build(composed(f"comparison={comparison}")["comparison"], "comparison", ComparisonConfig)
@@ -156,3 +158,12 @@ def test_a_comparison_runs_on_the_embedded_model(comparison: str) -> None:
         assert experiment.model.name == "embedded"
         assert experiment.layer < 4
         assert experiment.training.tokens <= 1_000_000
+
+
+def test_the_comparison_of_worlds_has_a_world_in_every_arm() -> None:
+    made = build(composed("comparison=worlds")["comparison"], "comparison", ComparisonConfig)
+    for arm in made.each_arm():
+        fixed = [f"{key}={value}" for key, value in arm.fixed.items()]
+        experiment, _ = experiment_from(composed("comparison=worlds", *fixed))
+        assert experiment.model.name == "world", arm
+        assert (experiment.dataset.name, experiment.layer) == ("generated", 0)

@@ -130,6 +130,12 @@ class SAEConfig(Config, ABC, family="sae"):
 
     def check(self, d_in: int) -> None:
         """The rules that need the width of the activations. Raises `ConfigError`."""
+        width = self.width(d_in)
+        if self.target_l0 is not None and self.target_l0 > width:
+            raise ConfigError(
+                f"{{key}} (={self.target_l0:g}) must not exceed `num_latents` (={width})",
+                "target_l0",
+            )
 
     @property
     @abstractmethod

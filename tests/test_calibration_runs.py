@@ -1,0 +1,132 @@
+"""A calibration as runs of the store: made once, for all seeds, and taken up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from reseed.calibration import ACCEPTED, CalibrationError
+from reseed.cli.app import CommandLine
+from reseed.cli.jobs import check_jobs
+from reseed.config import ConfigError
+from reseed.experiment import Resolved, train_missing
+from reseed.runs import Interrupted, Run, RunStore
+from reseed.train.config import RuntimeConfig
+from reseed.train.member import Member
+
+Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
+TARGET = ["sae=relu", "sae.target_l0=6"]
+
+
+@pytest.fixture
+def jobs(tiny_overrides: list[str], tmp_path: Path) -> Jobs:
+    def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
+        where = f"runtime.outputs={tmp_path / outputs}"
+        line = CommandLine("train", [])
+        found, runtime = check_jobs(line, [*tiny_overrides, where, *overrides], multirun=True)
+        return [job.resolved for job in found], runtime
+
+    return made
+
+
+def folders(runtime: RuntimeConfig) -> set[str]:
+    return {path.name for path in Path(runtime.outputs).iterdir() if path.is_dir()}
+
+
+def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:
+    return resolved.run(RunStore(runtime.outputs))
+
+
+def test_one_weight_for_all_seeds_found_once(jobs: Jobs) -> None:
+    first, runtime = jobs(*TARGET, "seed=0,1")
+    assert train_missing(first, runtime) == {}
+    runs = [run_of(r, runtime) for r in first]
+    (weight,) = {run.record["penalty_weight"] for run in runs}
+    calibration = runs[0].record["calibration"]
+    assert calibration == runs[1].record["calibration"]
+    assert (weight, weight) == (calibration["weight"], runs[0].sae().config.l1_coefficient)  # type: ignore[attr-defined]
+    accepted = Run(Path(runtime.outputs) / calibration["run"])
+    assert accepted.metrics["l0"] == pytest.approx(6, rel=ACCEPTED)
+    assert accepted.metrics["penalty_weight"] == weight
+    made = {name for name in folders(runtime) if "seed" not in name}
+    assert len(made) == 1 + len(calibration["rounds"])
+    # Another seed, another order of the data: the weight that was found is used again.
+    more, runtime = jobs(*TARGET, "seed=2", "dataset.order_seed=0,5")
+    assert train_missing(more, runtime) == {}
+    assert {name for name in folders(runtime) if "seed" not in name} == made
+    assert {run_of(r, runtime).record["penalty_weight"] for r in more} == {weight}
+
+
+def test_no_compared_run_is_born_like_a_calibration(jobs: Jobs) -> None:
+    (resolved,), runtime = jobs(*TARGET, "seed=0")
+    train_missing([resolved], runtime)
+    starts = {
+        json.loads((Path(runtime.outputs) / name / "run.json").read_text())["init_seed"]
+        for name in folders(runtime)
+    }
+    assert len(starts) == 3, "the compared run, the steered one, and one for all rounds"
+
+
+def test_a_calibration_goes_on_where_it_was_killed(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in its first round, and in the steered run: the same weight as without a stop."""
+    (whole,), runtime = jobs(*TARGET, outputs="whole")
+    train_missing([whole], runtime)
+    expected = run_of(whole, runtime).record["calibration"]
+    (again,), other = jobs(*TARGET, outputs="killed")
+    often = RuntimeConfig.from_dict(other.to_dict() | {"checkpoint_every_s": 1e-9})
+    original, count = Member.train, [0]
+
+    def killed(self: Member, *arguments: object) -> None:
+        count[0] += 1
+        if count[0] in (70, 200):
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Member, "train", killed)
+    for _ in range(2):
+        with pytest.raises(Interrupted):
+            train_missing([again], often)
+    assert train_missing([again], often) == {}
+    found = run_of(again, other).record["calibration"]
+    assert found == expected
+
+
+def test_an_l0_that_cannot_be_had_fails_the_run_and_says_why(jobs: Jobs) -> None:
+    """Of 64 latents, 63.9 shall be active: no penalty is small enough."""
+    (resolved,), runtime = jobs("sae=relu", "sae.target_l0=63.9")
+    failures = train_missing([resolved], runtime)
+    run = run_of(resolved, runtime)
+    assert isinstance(failures[run.id], CalibrationError)
+    assert run.status == "failed"
+    assert "no penalty weight gave a held-out L0 within 5% in 8 rounds" in str(run.failure)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["sae=relu", "sae.target_l0=65"],
+            r"`sae.target_l0` \(=65\) must not exceed `num_latents`",
+        ),
+        (
+            ["sae=topk", "sae.target_l0=65"],
+            r"`sae.target_l0` \(=65\) must not exceed `num_latents`",
+        ),
+        (
+            ["sae=gated", "sae.target_l0=4", "sae.l1_coefficient=0"],
+            "`sae.l1_coefficient` must be above 0 with `target_l0`",
+        ),
+    ],
+)
+def test_targets_that_make_no_sense_are_refused(
+    jobs: Jobs, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        jobs(*overrides)
