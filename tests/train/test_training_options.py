@@ -70,7 +70,7 @@ def test_cut_and_resumed_in_company_equals_alone(
 
         def saved_once(self: Bookkeeper, module: object) -> None:
             original(self, module)  # type: ignore[arg-type]
-            if module.members[0].step == 9:  # type: ignore[attr-defined]
+            if module.members[0].step >= 9:  # type: ignore[attr-defined]
                 raise RuntimeError("power cut")
 
         patch.setattr(Bookkeeper, "save", saved_once)

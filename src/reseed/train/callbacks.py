@@ -32,6 +32,7 @@ class Bookkeeper(L.Callback):
         self.log_every_steps = log_every_steps
         self.checkpoint_every_s = checkpoint_every_s
         self.started = self.saved = time.perf_counter()
+        self.cost = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.started = self.saved = time.perf_counter()
@@ -40,7 +41,7 @@ class Bookkeeper(L.Callback):
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        step = batch[0] + 1
+        step = batch[0] + len(batch[1])
         for index, member in enumerate(pl_module.members):
             last = member.step == step and step == member.training.steps
             due = last or step % self.log_every_steps == 0
@@ -48,17 +49,20 @@ class Bookkeeper(L.Callback):
                 self._log(trainer, member, index, now - self.started)
             if last:
                 self._save(member)
-        if now - self.saved >= self.checkpoint_every_s:
+        # Of a large group a checkpoint takes long; it shall not take more than a twentieth.
+        if now - self.saved >= max(self.checkpoint_every_s, 20 * self.cost):
             self.save(pl_module)
         if not pl_module.working:
             trainer.should_stop = True
 
     def save(self, module: GroupModule) -> None:
         """Checkpoint every member that is still at work."""
+        started = time.perf_counter()
         for member in module.members:
             if member.active:
                 self._save(member)
         self.saved = time.perf_counter()
+        self.cost = self.saved - started
 
     def _save(self, member: Member) -> None:
         folder = self.folders[member.id]
@@ -144,7 +148,7 @@ class GroupProgress(ProgressBar):
     ) -> None:
         if not self.shown:
             return
-        now, step = time.perf_counter(), batch[0] + 1
+        now, step = time.perf_counter(), batch[0] + len(batch[1])
         interval = 0.25 if self.bar is not None else 10.0
         if now - self.spoken < interval:
             return

@@ -26,7 +26,7 @@ from reseed.runs import INITIAL_FILE, Interrupted, Run, RunStore, seconds_since
 from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder
 from reseed.train.config import RuntimeConfig
-from reseed.train.data import ActivationData
+from reseed.train.data import BLOCK_STEPS, ActivationData, StreamDataset
 from reseed.train.estimate import announce
 from reseed.train.member import Member, NotFiniteError
 from reseed.train.module import GroupModule
@@ -140,8 +140,17 @@ def _train(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
+        dataset = StreamDataset(
+            stream,
+            batch_size,
+            start,
+            stop,
+            borders=[m.training.steps for m in members],
+            every=runtime.log_every_steps,
+            longest=BLOCK_STEPS if len(members) > 1 else 1,
+        )
         try:
-            trainer.fit(module, datamodule=ActivationData(stream, batch_size, start, stop))
+            trainer.fit(module, datamodule=ActivationData(dataset))
         finally:
             border.restore()
     if border.signal is not None and module.working:

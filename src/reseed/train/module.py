@@ -8,12 +8,12 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from reseed.activations.stream import Batch
+from reseed.train.data import Block
 from reseed.train.member import Member
 
 
 class GroupModule(L.LightningModule):
-    """Trains every member on each batch, each by its own optimiser.
+    """Trains every member on each batch, each by its own optimiser, a block of batches at a time.
 
     Members do not see each other: no sum and no random draw is shared between them, so that a
     member's numbers are those of the run trained alone.
@@ -28,14 +28,15 @@ class GroupModule(L.LightningModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [member.optimizer for member in self.members]
 
-    def training_step(self, batch: tuple[int, Batch], batch_idx: int) -> Tensor | None:
-        step, activations = batch
+    def training_step(self, batch: Block, batch_idx: int) -> Tensor | None:
+        first, block = batch
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for member, optimizer in zip(self.members, optimizers, strict=True):
-            # A member may be ahead of the stream, as it was saved later than another.
-            if member.active and member.step == step:
-                member.train(activations[member.hookpoint], optimizer)
+            for step, activations in enumerate(block, first):
+                # A member may be ahead of the stream, as it was saved later than another.
+                if member.active and member.step == step:
+                    member.train(activations[member.hookpoint], optimizer)
         return None
 
     @property
