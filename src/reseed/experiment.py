@@ -22,6 +22,7 @@ from reseed.activations.stream import DatasetConfig, check_batch_size
 from reseed.activations.surrogate import SURROGATES, label_of, opened
 from reseed.calibration import calibrate
 from reseed.config import Config, ConfigError, digest, setting
+from reseed.console import say
 from reseed.runs import Interrupted, Run, RunStore
 from reseed.sae.base import SAEConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
@@ -44,11 +45,19 @@ class Experiment(Config):
     seed_scope: str = setting("cell", choices=("cell", "shared"), neutral="cell")
     """What the weights' start is drawn from: the seed and everything else in the cell, or the seed
     alone, so that runs of different cells with the same seed are born alike."""
-    surrogate: str = setting("none", choices=tuple(SURROGATES), neutral="none")
+    surrogate: str = setting("none", choices=SURROGATES, neutral="none")
     """What takes the place of the source's activations: gaussian, draws with their moments."""
 
     def validate(self) -> None:
         check_batch_size(self.dataset, self.training.batch_size)
+        start = "decoder=archetypal" if self.training.decoder == "archetypal" else "start=truth"
+        made = self.training.decoder == "archetypal" or self.training.start == "truth"
+        if made and self.sae.encoder_init == "untied":
+            raise ConfigError(
+                f"{{key}} must be tied with training.{start}, which sets both rows of a latent; "
+                "got untied",
+                "sae.encoder_init",
+            )
 
     @property
     def hook(self) -> Hookpoint:
@@ -89,7 +98,11 @@ class Resolved:
         return self.experiment.sae.needs_calibration and not self.role and self.penalty is None
 
     def without_seeds(self) -> Resolved:
-        """The cell as its calibration sees it: no seed of the compared runs decides of λ."""
+        """The cell as its calibration sees it, whatever the seeds of the compared runs.
+
+        Its start is its own. Its data come in the order of seed 0, so that it shares the stream of
+        the runs whose order that is.
+        """
         e = self.experiment
         dataset = replace(e.dataset, order_seed=0)
         cell = replace(e, seed=0, seed_scope="cell", dataset=dataset)
@@ -252,16 +265,18 @@ def train_missing(
     ready, failures = calibrate(missing, store, partial(_train_groups, store, runtime))
     for resolved in missing:
         run = resolved.run(store)
-        if run.id in failures:
-            run.begin(resolved.record())
-            run.fail(failures[run.id])
+        with store.locks([run] if run.id in failures else [], waiting=say):
+            if run.id in failures and run.finished:  # by another process, meanwhile
+                del failures[run.id]
+            elif run.id in failures:
+                run.begin(resolved.record())
+                run.fail(failures[run.id])
     return failures | _train_groups(store, runtime, ready)
 
 
 def _train_groups(
     store: RunStore, runtime: RuntimeConfig, experiments: Sequence[Resolved]
 ) -> dict[str, BaseException]:
-    from reseed.console import say
     from reseed.train.fit import fit_group
 
     failures: dict[str, BaseException] = {}
@@ -288,7 +303,15 @@ def groups(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
 
 
 def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int) -> None:
-    if experiment.training.start != "truth":
+    training, there = experiment.training, experiment.dataset.chunk_tokens
+    wanted = training.archetypes or num_latents
+    if training.decoder == "archetypal" and wanted > there:
+        raise ConfigError(
+            f"{{key}} (={wanted:,}) must not exceed the activations of the first chunk, of which "
+            f"they are the centroids (dataset.chunk_tokens={there:,})",
+            "training.archetypes",
+        )
+    if training.start != "truth":
         return
     features = None if experiment.surrogate != "none" else model.num_features
     if features is None:

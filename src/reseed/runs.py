@@ -165,7 +165,11 @@ class Run:
         stored, training = self.path / INITIAL_FILE, record["experiment"]["training"]
         if stored.is_file():
             sae.load_state_dict(load_file(stored))
-        elif training.get("aligned") or training.get("decoder", "free") != "free":
+        elif (
+            training.get("aligned")
+            or training.get("decoder", "free") != "free"
+            or training.get("start", "random") != "random"
+        ):
             raise RunError(
                 f"{self.path}: {INITIAL_FILE} is missing, and the seed alone does not give the "
                 "weights that this run started from"

@@ -28,7 +28,7 @@ def real(data: GeneratedConfig = DATA) -> ActivationSource:
 
 
 def surrogate(data: GeneratedConfig = DATA) -> GaussianSource:
-    return GaussianSource(real(data))
+    return GaussianSource(real(data), data.order_seed)
 
 
 def close(x: torch.Tensor, reference: torch.Tensor) -> None:

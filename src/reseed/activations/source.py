@@ -103,6 +103,11 @@ class ResolvedData(ABC):
     def fingerprints(self) -> Mapping[str, str]:
         """What enters a run's signature beside what was declared, by name."""
 
+    @property
+    @abstractmethod
+    def order_seed(self) -> int:
+        """Seed of the order of its activations."""
+
     @abstractmethod
     def in_order(self, order_seed: int) -> Self:
         """The same data in the order of another seed."""

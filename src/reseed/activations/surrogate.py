@@ -7,8 +7,8 @@ of stability.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -54,16 +54,21 @@ class GaussianSource(ActivationSource):
     """Draws with the moments of the first training chunk of a real source.
 
     The real source computes that one chunk, and nothing else.
+
+    Args:
+        real: in the order of seed 0, so that no order of the draws moves what they are drawn from.
+        order_seed: of the draws.
     """
 
-    def __init__(self, real: ActivationSource) -> None:
-        self.real = real
+    def __init__(self, real: ActivationSource, order_seed: int) -> None:
+        self.real, self.order_seed = real, order_seed
         self.device, self.parameters = real.device, real.parameters
         self._moments: dict[Hookpoint, Moments] = {}
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> GaussianStream:
         stream = self.real.stream(hookpoints)
-        return GaussianStream(stream.config, self._learn(stream), self.device)
+        config = replace(stream.config, order_seed=self.order_seed)
+        return GaussianStream(config, self._learn(stream), self.device)
 
     def held_out(
         self, hookpoints: Sequence[Hookpoint], tokens: int
@@ -111,18 +116,17 @@ def _number(hookpoint: Hookpoint) -> int:
     return int.from_bytes(hashlib.sha256(str(hookpoint).encode()).digest()[:8], "big")
 
 
-SURROGATES: dict[str, Callable[[ActivationSource], ActivationSource]] = {
-    "none": lambda real: real,
-    "gaussian": GaussianSource,
-}
-"""By the values of ``surrogate=``."""
+SURROGATES = ("none", "gaussian")
+"""The values of ``surrogate=``."""
 
 
 def opened(
     data: ResolvedData, surrogate: str, device: torch.device, needed: int
 ) -> ActivationSource:
     """The opened source, or its surrogate."""
-    return SURROGATES[surrogate](data.open(device, needed))
+    if surrogate == "none":
+        return data.open(device, needed)
+    return GaussianSource(data.in_order(0).open(device, needed), data.order_seed)
 
 
 def label_of(label: str, surrogate: str) -> str:

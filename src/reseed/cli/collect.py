@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from reseed.compare.cell import CellResult
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.load import knobs
+from reseed.compare.load import knobs, named_alike
 from reseed.config import ReseedError
 from reseed.console import say
 from reseed.report.axes import Cell, ordered
@@ -40,6 +40,7 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
     if not cells:
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
     cells = ordered(cells)
+    cells = named_alike(cells)
     write_tables(cells, sweep.path)
     write_figures(cells, sweep.path)
     print_summary(cells, title=settings.name)

@@ -55,10 +55,25 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
             return
     except (FileNotFoundError, ValueError):
         pass
+    _check_weights([run for _, run in finished], settings.pair_by, name)
     say(f"  comparing {name}: {len(finished)} runs, {math.comb(len(finished), 2)} pairs")
     loaded = [load_dictionaries(run, value) for value, run in finished]
     trained, untrained = zip(*loaded, strict=True)
     compare_cell(trained, untrained, settings).write(folder)
+
+
+def _check_weights(runs: Sequence[Any], pair_by: str, cell: str) -> None:
+    """Raise `ReseedError` where seeds of one cell were given different penalty weights."""
+    from reseed.config import ReseedError
+
+    weights = {run.record.get("penalty_weight") for run in runs}
+    if pair_by in ("seed", "dataset.order_seed") and len(weights) > 1:
+        told = ", ".join(f"{w:.4g}" if w is not None else "none" for w in weights)
+        raise ReseedError(
+            f"{cell}: its runs were trained with different penalty weights ({told}), as their "
+            "calibration was lost or made elsewhere in between: what differs would not be the seed "
+            "alone. Delete the runs of one weight, to be trained again."
+        )
 
 
 def main(arguments: Sequence[str]) -> int:

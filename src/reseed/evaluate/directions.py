@@ -39,6 +39,10 @@ class Directions:
     mcc: float
 
 
+MAX_MATCHED = 32_768
+"""Beyond this the mean matched cosine is left out."""
+
+
 def directions(
     rows: Float[Tensor, "F D"],
     dictionary: Float[Tensor, "N D"],
@@ -78,8 +82,15 @@ def unit(rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
 
 
 def matched_cosine(cosines: Float[Tensor, "F N"]) -> float:
-    """The mean |cos| of the best assignment, of which unmatched rows or columns are no part."""
-    cost = cosines.abs().double().neg_().numpy()
+    """The mean |cos| of the best assignment, of which unmatched rows or columns are no part.
+
+    NaN where both sides have more than `MAX_MATCHED`: scipy's dense solver would take hours.
+    """
+    if min(cosines.shape) > MAX_MATCHED:
+        return float("nan")
+    # The solver copies what has more rows than columns.
+    square = cosines.T if len(cosines) > cosines.shape[1] else cosines
+    cost = square.double().abs_().neg_().numpy()
     i, j = linear_sum_assignment(cost)
     return -float(cost[i, j].mean())
 

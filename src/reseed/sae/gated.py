@@ -82,9 +82,10 @@ class Gated(SAE):
         warmup = warmed_up(step.index, step.total, self.config.l1_warmup_fraction)
         parameters = (self.W_enc, self.b_enc, self.r_mag, self.b_mag, self.W_dec, self.b_dec)
         # The gate learns to reconstruct, and must not teach the decoder its shrunken values.
-        total, squared_error, opened, by_gate, fired = gated_loss(
-            x, parameters, self.penalty_weight * warmup
-        )
+        with torch.autocast(x.device.type, enabled=False):  # a sum over tokens, whole in float32
+            total, squared_error, opened, by_gate, fired = gated_loss(
+                x, parameters, self.penalty_weight * warmup
+            )
         parts = {"mse": squared_error / len(x), "l1": opened / len(x), "aux": by_gate / len(x)}
         if self.config.aux_alpha > 0:
             with torch.no_grad():

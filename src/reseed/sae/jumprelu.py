@@ -143,10 +143,13 @@ class JumpReLU(SAE):
             # By f, whose pseudo-derivative reaches θ.
             scale = self.config.tanh_scale * self.W_dec.norm(dim=1)
             penalty = (latents * scale).tanh().sum() / len(latents)
-            fired = latents.detach().sign().sum(0).long()
+            fired = latents.detach().sign().sum(0, dtype=torch.float32).long()
             return (x - self.decode(latents)).square().sum(), penalty, l0, fired
         parameters = (self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec)
-        squared_error, l0, fired = jumprelu_terms(x, parameters, width, self.config.subtract_b_dec)
+        with torch.autocast(x.device.type, enabled=False):  # sums over tokens, whole in float32
+            squared_error, l0, fired = jumprelu_terms(
+                x, parameters, width, self.config.subtract_b_dec
+            )
         if self.config.penalty == "step":
             return squared_error, l0, l0, fired
         assert self.config.target_l0 is not None

@@ -91,7 +91,7 @@ class ReLU(SAE):
             total = total + term
         with torch.no_grad():
             # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
-            fired = latents.sign().sum(0).long()
+            fired = latents.sign().sum(0, dtype=torch.float32).long()
         return Loss(
             total=total,
             parts={name: part.detach() for name, part in parts.items()},

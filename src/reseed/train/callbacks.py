@@ -45,7 +45,8 @@ class Bookkeeper(L.Callback):
         for index, member in enumerate(pl_module.members):
             last = member.step == step and step == member.training.steps
             due = last or step % self.log_every_steps == 0
-            if due and member.error is None and member.step == step:
+            # One that was saved here, and waited for the others, has nothing new to tell.
+            if due and member.error is None and member.step == step and member.untold:
                 self._log(trainer, member, index, now - self.started)
             if last:
                 self._save(member)

@@ -69,7 +69,8 @@ class TrainingConfig(Config, family="training"):
     dead_after_tokens: int | None = setting(None, at_least=1)
     """A latent that has not fired for so many tokens is dead; null: min(10M, budget/10)."""
     precision: str = setting("float32", choices=("float32", "bfloat16"))
-    """Of the SAE's products; parameters and optimiser state stay in float32."""
+    """Of the SAE's products; parameters, updates and optimiser state stay in float32, and so do
+    the products of gated and jumprelu SAEs."""
 
     def validate(self) -> None:
         if self.tokens < self.batch_size:

@@ -136,6 +136,11 @@ class Member:
         return self.error is None and self.step < self.training.steps
 
     @property
+    def untold(self) -> bool:
+        """Whether steps were made since the last row of the curve."""
+        return self._tally.steps > 0
+
+    @property
     def dead(self) -> Tensor:
         """Mask [num_latents] of the latents that have not fired for long."""
         return self.tokens_since_fired >= self.training.dead_after()

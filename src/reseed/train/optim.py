@@ -128,15 +128,20 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 result = closure()
         groups = [group for group in self.param_groups if group["params"][0].grad is not None]
+        if groups:
+            # Lightning calls this where the loss is taken, under its precision: an update is not.
+            with torch.autocast(groups[0]["params"][0].device.type, enabled=False):
+                self._step(groups)
+        return result
+
+    def _step(self, groups: list[dict[str, Any]]) -> None:
         if self.unit_norm_decoder:
             for group in groups:
                 if group["name"] == "W_dec":
                     _remove_parallel(group["params"][0])
         self.grad_norm, factor = self._clip(groups)
         self._update(groups, factor)
-        if groups:
-            self.constraints.hold({g["name"]: g["params"][0] for g in self.param_groups})
-        return result
+        self.constraints.hold({g["name"]: g["params"][0] for g in self.param_groups})
 
     def _clip(self, groups: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
         """The global gradient norm, and the factor that brings it within bounds."""
