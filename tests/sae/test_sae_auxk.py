@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig
@@ -146,3 +147,21 @@ def test_a_batch_without_variance_adds_nothing(name):
     loss.total.backward()
     assert loss.parts["auxk"] == 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in sae.parameters())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("count", [2, 9])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_few_dead_latents_and_many_are_one_formula(name, count, weighed, monkeypatch):
+    """By plain products and by pairs: the same value and gradients, k_aux = 3 of 2 or 9 latents."""
+    sae, x = make(name, aux_alpha=1.0, k_aux=3), batch_of()
+    weights = sae.W_dec.detach().norm(dim=1) if weighed else None
+    found = []
+    for bound in (0, 10):
+        monkeypatch.setattr("reseed.sae.auxk.DENSE_UP_TO", bound)
+        sae.zero_grad()
+        loss = auxk_loss(sae, x, x.sin(), mask(sae, count), weights=weights)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec))])
+    for pairs, products in zip(*found, strict=True):
+        torch.testing.assert_close(pairs, products, rtol=1e-12, atol=1e-14)

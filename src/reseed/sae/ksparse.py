@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -27,6 +28,7 @@ class KSparseConfig(SAEConfig, ABC):
             instead of `unit_norm_decoder`, as a latent's scale is then no reason to choose it.
     """
 
+    version: ClassVar[int] = 2
     dense_products = 1  # the encoder's; all else follows the active latents
 
     # k says it all: not signed, so that runs by either name are one run.
