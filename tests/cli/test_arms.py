@@ -11,6 +11,7 @@ import pytest
 from reseed.cli import run
 from reseed.cli.app import CommandLine
 from reseed.cli.plan import Plan, make_plan
+from reseed.config import ConfigError
 
 ARMS = """
     other init: {}
@@ -91,7 +92,8 @@ def test_arms_belong_to_the_name_of_the_folder(own, tiny_overrides: list[str]) -
     ("arms", "message"),
     [
         ("\n    a: {sae.kk: 3}\n", "there is no key `sae.kk`"),
-        ("\n    a: {sae.num_latents: 4}\n", "(in the arm 'a')"),
+        ("\n    a: {sae.k: 400}\n", "(in the arm 'a')"),
+        ("\n    a: {runtime.threads: 2}\n", "`comparison.arms.a.runtime.threads` cannot differ"),
         ("\n    a: {seed: 3}\n", "`comparison.arms.a.pair_by` must be an axis of the arm's grid"),
         ("\n    a: {dataset.order_seed: '${sed}'}\n", "sed"),
         (" 3\n", "`comparison.arms` must be a mapping or null; got 3"),
@@ -107,6 +109,12 @@ def test_wrong_arms_are_told_of_before_anything_is_written(
     assert "Traceback" not in said
     assert not Path("outputs").exists()
     assert not Path("sweeps").exists()
+
+
+def test_a_key_that_every_arm_fixes_is_not_given_in_vain(own, tiny_overrides: list[str]) -> None:
+    arms = "\n    a: { sae.num_latents: 32 }\n    b: { sae.num_latents: 48 }\n"
+    with pytest.raises(ConfigError, match=r"`sae.num_latents` is fixed by every arm .* \(a, b\)"):
+        planned(*own(arms), *tiny_overrides)  # which say sae.num_latents=64
 
 
 def test_train_and_compare_in_arms(

@@ -234,3 +234,16 @@ def test_values_of_any_kind_reach_hydra_as_they_are(value: str) -> None:
     (parsed,) = parse([override("some.key", value)])
     assert not parsed.is_sweep_override()
     assert str(parsed.value()) in (value, str(float(value)) if value == "1e-3" else value)
+
+
+def test_sigterm_between_two_fits_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a launcher sends it: told of, and a status that says so."""
+    import os
+    import signal
+
+    from reseed.cli.errors import reported
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert reported(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 130
+    assert "stopped by SIGTERM; what was saved stands" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -74,13 +74,13 @@ def test_the_kernel_sees_both_sides():
 
 
 def test_target_by_hand():
-    sae, x = by_hand(l0_coefficient=3.0, penalty="quadratic", target_l0=8.0)
+    sae, x = by_hand(l0_coefficient=3.0, penalty="quadratic", target_l0=4.0)
     loss = sae.training_loss(x, LAST, nobody(sae))
-    assert loss.parts["penalty"] == (2 / 8 - 1) ** 2
-    assert loss.total == 0.15625 + 3 * 0.5625
+    assert loss.parts["penalty"] == (2 / 4 - 1) ** 2
+    assert loss.total == 0.15625 + 3 * 0.25
     loss.total.backward()
-    # d penalty / dL0 = 2 (L0/L0* − 1) / L0* = −.1875: too few are on, θ is to fall.
-    assert sae.log_threshold.grad[1].item() == pytest.approx(3 * 0.1875)
+    # d penalty / dL0 = 2 (L0/L0* − 1) / L0* = −.25: too few are on, θ is to fall.
+    assert sae.log_threshold.grad[1].item() == pytest.approx(3 * 0.25)
 
 
 def test_tanh_by_hand():

@@ -342,3 +342,11 @@ def test_two_that_want_the_same_run_train_it_once(
     assert [process.returncode for process in pair] == [0, 0], said
     assert all(run.finished for run in RunStore(outputs).runs())
     assert sum("training 2 SAEs" in text for text in said) == 1, said
+
+
+def test_signals_belong_to_whom_they_belonged_before(jobs: Jobs) -> None:
+    """Lightning's own handler, which notes SIGTERM and goes on, does not outlive a fit."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    (resolved,), runtime = jobs()
+    assert train_missing([resolved], runtime) == {}
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

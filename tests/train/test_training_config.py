@@ -58,8 +58,13 @@ def test_what_was_trained_before_these_options_keeps_its_signature():
     }  # fmt: skip
     assert not set(new) & set(signed)
     assert TrainingConfig(archetypes=None, momentum=0.95).signed() == signed
+    digests = {digest(signed)}
+    needed = {"momentum": {"optimizer": "muon"}} | {
+        name: {"decoder": "archetypal"} for name in new if name.startswith("archetype")
+    }
     for name, value in new.items():
-        assert digest(TrainingConfig(**{name: value}).signed()) != digest(signed)
+        digests.add(digest(TrainingConfig(**needed.get(name, {}), **{name: value}).signed()))
+    assert len(digests) == 1 + len(new)
 
 
 def test_the_estimate_counts_what_stands_beside_the_sae():
@@ -73,3 +78,32 @@ def test_the_estimate_counts_what_stands_beside_the_sae():
     # 8 × 3 weights: the product with 3 × 2 centroids and its gradient, Adam's 12 per weight.
     assert beside(decoder="archetypal", archetypes=3) == (2 * 2 * 24 * 2 + 12 * 24, 24)
     assert beside(decoder="archetypal")[1] == 64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"momentum": 0.5},
+            "`momentum` is for training.optimizer=sign_sgd and muon alone; got 0.5",
+        ),
+        ({"start_noise": 0.2}, "`start_noise` is for training.start=truth alone; got 0.2"),
+        ({"archetypes": 16}, "`archetypes` is for training.decoder=archetypal alone; got 16"),
+        ({"archetype_seed": "own"}, "`archetype_seed` is for training.decoder=archetypal alone"),
+        (
+            {"archetype_relaxation": 0.0},
+            "`archetype_relaxation` is for training.decoder=archetypal",
+        ),
+    ],
+)
+def test_options_that_nothing_heeds_are_refused(options, message):
+    """They would move the start, which is salted with the cell, and so seem to do something."""
+    with pytest.raises(ConfigError) as caught:
+        TrainingConfig(**options)
+    assert message in str(caught.value)
+
+
+def test_options_are_taken_where_they_are_heeded():
+    TrainingConfig(optimizer="muon", momentum=0.5)
+    TrainingConfig(start="truth", start_noise=0.2)
+    TrainingConfig(decoder="archetypal", archetypes=16, archetype_seed="own")

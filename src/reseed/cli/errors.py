@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
@@ -23,7 +27,8 @@ def reported(job: Callable[[], int | None]) -> int:
         Anything else is a defect of reseed, and is shown with its traceback.
     """
     try:
-        return job() or 0
+        with _terminable():
+            return job() or 0
     except ReseedError as error:
         return _say(str(error))
     except BrokenPipeError:  # the reader of a pipe has seen enough
@@ -42,6 +47,26 @@ def reported(job: Callable[[], int | None]) -> int:
     except Exception:
         traceback.print_exc()
         return _say("this is a defect of reseed: please report it with the traceback above")
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within it SIGTERM ends the command at once: what is written is written whole. Training has a
+    handler of its own, which saves first."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(
+            "stopped by SIGTERM; what was saved stands, and the same command goes on"
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _say(message: str) -> int:

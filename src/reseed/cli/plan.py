@@ -101,6 +101,7 @@ def make_plan(line: CommandLine) -> Plan:
     own = {axis for entries in _mappings(arms) for axis in entries}
     grid |= {axis: values for axis, values in swept.items() if axis not in own}
     settings = build({**node, "grid": grid, "arms": arms}, "comparison", ComparisonConfig)
+    _check_heeded(settings, said)
     launches, runtime = [], None
     for arm in settings.each_arm():
         for key, text, _ in given:
@@ -122,6 +123,19 @@ def make_plan(line: CommandLine) -> Plan:
         launches.append(Launch(arm, tuple(overrides), tuple(jobs)))
     assert runtime is not None
     return Plan(settings, tuple(launches), runtime)
+
+
+def _check_heeded(settings: ComparisonConfig, said: dict[str, list[str]]) -> None:
+    """Raise `ConfigError` where a key that the user gave is fixed by every arm."""
+    arms = settings.each_arm()
+    for key in said:
+        if all(key in arm.fixed for arm in arms):
+            names = ", ".join(arm.name for arm in arms)
+            raise ConfigError(
+                f"{{key}} is fixed by every arm of comparison={settings.name} ({names}), and would "
+                "change nothing: take another comparison (comparison=seeds), or a copy of this one",
+                key,
+            )
 
 
 def _arms(declared: Any, said: dict[str, list[str]]) -> Any:

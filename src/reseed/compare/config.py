@@ -151,6 +151,11 @@ def _entries(name: str, values: Any) -> dict[str, Any]:
         full = f"arms.{name}.{key}"
         if isinstance(value, Mapping):
             raise ConfigError(f"{{key}} must be one value or a list; got {value!r}", full)
+        group = str(key).partition(".")[0]
+        if group in ("comparison", "runtime", "hydra"):
+            raise ConfigError(
+                f"{{key}} cannot differ between arms: it is no part of a run; got {value!r}", full
+            )
         if key == "pair_by" and not isinstance(value, str):
             raise ConfigError(f"{{key}} must be the name of an axis; got {value!r}", full)
         entries[str(key)] = _axis(full, value) if isinstance(value, list | tuple) else value

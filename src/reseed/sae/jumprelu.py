@@ -52,6 +52,10 @@ class JumpReLUConfig(SAEConfig, name="jumprelu"):
 
     def validate(self) -> None:
         super().validate()
+        if self.penalty != "tanh" and self.tanh_scale != 4:
+            raise ConfigError(
+                f"{{key}} is for `penalty=tanh` alone; got {self.tanh_scale:g}", "tanh_scale"
+            )
         if self.penalty == "quadratic" and self.target_l0 is None:
             raise ConfigError(
                 "{key} must be given with `penalty=quadratic`; it is null", "target_l0"

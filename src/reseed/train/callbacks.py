@@ -90,12 +90,15 @@ class StopAtBorder(L.Callback):
     def __init__(self, bookkeeper: Bookkeeper) -> None:
         self.bookkeeper = bookkeeper
         self.signal: int | None = None
-        self._before: dict[int, Any] = {}
+        # Asked before fit begins, when Lightning installs a SIGTERM handler of its own, which
+        # would note the signal and go on.
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self._before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Not earlier: Lightning installs a SIGTERM handler of its own when fit begins.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._note)
+        # Not earlier: see above.
+        for number in self._before:
+            signal.signal(number, self._note)
 
     def restore(self) -> None:
         """Give the signals back to whom they belonged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -85,6 +86,7 @@ class TrainingConfig(Config, family="training"):
                 f"{self.warmup_fraction:g} + {self.decay_fraction:g}",
                 "warmup_fraction",
             )
+        self._check_heeded()
         if self.optimizer == "sign_sgd" and self.decay_fraction != 0:
             raise ConfigError(
                 "{key} must be 0 with `optimizer=sign_sgd`, whose mean takes the place of a decay; "
@@ -101,6 +103,22 @@ class TrainingConfig(Config, family="training"):
                 f"got {self.decoder_weight_decay:g}",
                 "decoder_weight_decay",
             )
+
+    def _check_heeded(self) -> None:
+        """Options that nothing heeds are refused: as part of the cell they would move the start,
+        and so seem to have an effect."""
+        rules = (
+            ("momentum", self.optimizer != "adam", "optimizer=sign_sgd and muon"),
+            ("start_noise", self.start == "truth", "start=truth"),
+            ("archetypes", self.decoder == "archetypal", "decoder=archetypal"),
+            ("archetype_seed", self.decoder == "archetypal", "decoder=archetypal"),
+            ("archetype_relaxation", self.decoder == "archetypal", "decoder=archetypal"),
+        )
+        neutral = {f.name: f.metadata.get("neutral") for f in dataclasses.fields(self)}
+        for name, heeded, by in rules:
+            value = getattr(self, name)
+            if not heeded and value != neutral[name]:
+                raise ConfigError(f"{{key}} is for training.{by} alone; got {value!r}", name)
 
     @property
     def start_is_drawn(self) -> bool:
