@@ -96,7 +96,7 @@ TOY = ["training=world", "sae=relu", "sae.num_latents=4"]
 
 def test_independent_features_are_found(learned: Learned) -> None:
     """T1 (Chanin et al. 2024): four features, none above another."""
-    _, runs = learned("model=world_independent", *TOY)
+    _, runs = learned("model=world_independent", *TOY, "training.tokens=2048000")
     assert min(map(mcc, runs)) > 0.99
 
 
