@@ -1,5 +1,7 @@
 """Cells made of dictionaries that share a known part."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -45,3 +47,19 @@ def make_cell():
 def cells(make_cell):
     """A cell that shares half, one that shares nothing, and one of two seeds."""
     return [make_cell(), make_cell("relu", shared=0), make_cell("batch_topk", n=2, shared=12)]
+
+
+@pytest.fixture(scope="session")
+def budgets(make_cell):
+    """Two architectures at four budgets in two arms; those of the second arm were born alike."""
+    found = []
+    for sae in ("topk", "relu"):
+        for tokens, shared in ((800, 4), (1600, 12), (3200, 20), (12800, 30)):
+            knobs, cell = make_cell(sae, shared=shared)
+            cell.runs["steps"] = tokens / 8
+            alike = dataclasses.replace(
+                cell, pairs=cell.pairs.assign(untrained_shared_fraction=1.0)
+            )
+            for arm, made in (("other init", cell), ("same init", alike)):
+                found.append(({"arm": arm} | knobs | {"tokens": tokens}, made))
+    return found

@@ -1,15 +1,12 @@
-import dataclasses
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from functools import partial
 
 import matplotlib as mpl
 import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from reseed.report.axis_figures import axis_figure
 from reseed.report.figures import (
     STYLE,
     cosine_figure,
@@ -118,70 +115,6 @@ def test_cosines_are_those_of_matched_latents(make_cell):
 def test_nothing_to_draw_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="there are no cells to draw figures of"):
         write_figures([], tmp_path)
-
-
-@pytest.fixture(scope="module")
-def budgets(make_cell):
-    """Two architectures at four budgets in two arms; those of the second arm were born alike."""
-    found = []
-    for sae in ("topk", "relu"):
-        for tokens, shared in ((800, 4), (1600, 12), (3200, 20), (12800, 30)):
-            knobs, cell = make_cell(sae, shared=shared)
-            cell.runs["steps"] = tokens / 8
-            alike = dataclasses.replace(
-                cell, pairs=cell.pairs.assign(untrained_shared_fraction=1.0)
-            )
-            for arm, made in (("other init", cell), ("same init", alike)):
-                found.append(({"arm": arm} | knobs | {"tokens": tokens}, made))
-    return found
-
-
-def lines(figure):
-    return [line for line in figure.axes[0].lines if len(line.get_xdata()) == 4]
-
-
-def test_over_a_number_each_line_is_what_is_equal_beside_it(budgets):
-    figure = draw(partial(axis_figure, axis="tokens"), budgets)
-    marked = [line for line in lines(figure) if line.get_marker() not in ("", "None", None)]
-    assert len(marked) == 4
-    steps = [100, 200, 400, 1600]
-    for line in marked:
-        assert np.allclose(line.get_xdata(), steps, rtol=0.04), "moved aside, but a little"
-        assert np.allclose(line.get_ydata(), np.array([4, 12, 20, 30]) / 48)
-    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in marked}
-    assert len(looks) == 4
-    untrained = [line.get_ydata()[0] for line in lines(figure) if line not in marked]
-    assert sorted(untrained) == [0] * 6 + [1] * 2, "a null and an untrained line for each"
-    axes = figure.axes[0]
-    assert axes.get_xscale() == "log"
-    assert axes.get_xlabel() == "optimiser steps of 8 tokens"
-    assert [t.get_text() for t in axes.get_xticklabels()] == ["100", "200", "400", "1,600"]
-    said = texts(figure)
-    for word in ("topk", "relu", "other init", "same init", "untrained", "null", "n = 3 seeds"):
-        assert word in said
-    assert axes.get_title() == "Stable, or just not moved?"
-
-
-def test_the_question_is_asked_of_starts_that_are_alike_and_not(budgets):
-    alone = [(knobs, cell) for knobs, cell in budgets if knobs["arm"] == "other init"]
-    figure = draw(partial(axis_figure, axis="tokens"), alone)
-    assert figure.axes[0].get_title() == ""
-    marked = [line for line in lines(figure) if line.get_marker() not in ("", "None", None)]
-    assert len({line.get_marker() for line in marked}) == 2, "in grey, too"
-
-
-def test_a_short_range_is_linear_and_text_stays_inside(budgets):
-    some = [(k | {"layer": k["tokens"] // 800}, c) for k, c in budgets if k["tokens"] < 4000]
-    for knobs, _ in some:
-        del knobs["tokens"]
-    figure = draw(partial(axis_figure, axis="layer"), some)
-    axes = figure.axes[0]
-    assert (axes.get_xscale(), axes.get_xlabel()) == ("linear", "layer")
-    box = axes.get_tightbbox(figure.canvas.get_renderer())
-    (legend,) = figure.legends
-    assert legend.get_window_extent().y1 < box.y0 + 1, "the legend covers nothing"
-    assert box.x0 > -1
-    assert box.x1 < figure.bbox.x1 + 1
 
 
 def test_a_number_of_three_values_has_a_figure(budgets, tmp_path, monkeypatch):

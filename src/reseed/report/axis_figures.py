@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from math import ceil, inf
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from reseed.report.axes import Cell, amounts, identities, telling
-from reseed.report.style import COLOURS, GREY, MARKERS, WIDTH, counted, legend_below
+from reseed.report.axes import Cell, amounts, identities, telling, wrapped
+from reseed.report.style import COLOURS, GREY, MARKERS, WIDTH, interval_handle, legend_below
 from reseed.report.wording import paired
 
-DASHES: Any = ("-", (0, (5, 2)), (0, (2, 1.5)), (0, (6, 1.5, 1, 1.5)))
+COLUMNS = 3
+"""Panels beside each other."""
 LOG_FROM = 8
-"""A range with so large a ratio of its ends is drawn on a logarithmic scale."""
+"""A larger ratio of the ends of a range is drawn on a logarithmic scale."""
 ALIKE = 0.5
 """Untrained SAEs that share so much were born alike."""
+DOTTED: Any = (0, (1, 2))
+DASHED: Any = (0, (5, 3))
 _NAMES = {"tokens": "optimiser steps", "num_latents": "latents", "sparsity": "latents active"}
+_TICKS = np.linspace(0, 1, 6)
+_LETTER = 0.065
+"""Inches that a letter of a label takes, at most."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What stands where: a value per cell, in the order of the cells.
+
+    Attributes:
+        at: place on the axis.
+        lines: what its line is called, the same in all panels.
+        panels: what its panel is called.
+    """
+
+    at: Sequence[float]
+    lines: Sequence[str]
+    panels: Sequence[str]
+
+    @property
+    def log(self) -> bool:
+        return min(self.at) > 0 and max(self.at) / min(self.at) > LOG_FROM
 
 
 def axis_name(axis: str) -> str:
@@ -29,89 +59,118 @@ def axis_name(axis: str) -> str:
 
 
 def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
-    """The strict shared fraction over ``axis``, one line for all that is equal beside it.
+    """The strict shared fraction over ``axis``: a line per arm and a panel for all else.
 
-    The budget is drawn in optimiser steps: these and not tokens are what moves weights. Colour
-    tells the architecture (or the first knob that differs), dashes and marker all others.
+    Without arms, a line per architecture (or the first knob that differs). The budget is drawn in
+    optimiser steps: these and not tokens are what moves weights.
     """
-    names = [name for name in telling(cells) if name != axis]
-    who = identities(cells, axis)
-    first = names.index("sae") if "sae" in names else 0
-    hues = list(dict.fromkeys(w[first] for w in who if w))
-    rests = list(dict.fromkeys(_without(w, first) for w in who))
-    figure = Figure(figsize=(WIDTH * 0.85, 3.9))
-    axes = figure.add_subplot()
-    at = _places(cells, axis)
-    lines = list(dict.fromkeys(who))
-    for i, line in enumerate(lines):
-        own = sorted(j for j, w in enumerate(who) if w == line)
-        own.sort(key=lambda j: at[j])
-        colour_index = hues.index(line[first]) if line else 0
-        colour = COLOURS[colour_index % len(COLOURS)]
-        style = rests.index(_without(line, first)) if len(rests) > 1 else colour_index
-        _line(axes, [cells[j] for j in own], [at[j] for j in own], colour, style,
-              shift=i - (len(lines) - 1) / 2, log=_log(at))  # fmt: skip
-    _scale(axes, at, _axis_label(cells, axis))
-    axes.set_ylim(-0.02, 1.02 if _highest(cells) > 0.5 else None)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.5)
-    axes.set_axisbelow(True)
-    settings = cells[0][1].settings
+    plan = _plan(cells, axis)
+    panels = list(dict.fromkeys(plan.panels))
+    columns = min(len(panels), COLUMNS)
+    rows = ceil(len(panels) / columns)
+    alone = len(panels) == 1
+    width, height = (WIDTH * 0.85, 2.6) if alone else (WIDTH / columns, 2.25)
+    handles = _handles(cells, plan)
+    below = 0.2 * ceil(len(handles) / _legend_columns(handles)) + 0.75
+    figure = Figure(figsize=(width * columns, height * rows + below))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    for axes, panel in zip(grid, panels, strict=False):
+        _panel(axes, cells, plan, [i for i, p in enumerate(plan.panels) if p == panel])
+        axes.set_title(wrapped(panel, int(width / _LETTER)))
+    threshold = f"{cells[0][1].settings.threshold:g}"
     one = paired(cells, plural=False)
-    axes.set_ylabel(f"fraction shared with another {one}, cosines ≥ {settings.threshold:g}")
-    if "arm" in names and _born_alike(cells):
-        axes.set_title("Stable, or just not moved?")
-    legend_below(figure, _handles(cells, hues, rests), columns=2)
+    words = wrapped(
+        f"fraction shared with another {one}, cosines ≥ {threshold}", int(height / _LETTER)
+    )
+    for i, axes in enumerate(grid[: len(panels)]):
+        if i + columns >= len(panels):  # nothing below
+            axes.set_xlabel(_axis_label(cells, axis))
+            axes.tick_params(labelbottom=True)
+        if i % columns == 0:
+            axes.set_ylabel(words)
+    _scale(grid[0], plan, room=width - (0.6 if alone else 0.35))
+    grid[0].set_yticks(_TICKS)
+    grid[0].set_ylim(-0.03, 1.03)
+    if "arm" in telling(cells) and _born_alike(cells):
+        figure.suptitle("Stable, or just not moved?", fontsize=10)
+    legend_below(figure, handles, columns=_legend_columns(handles))
     return figure
 
 
+def _plan(cells: Sequence[Cell], axis: str) -> _Plan:
+    names = [name for name in telling(cells) if name != axis]
+    who = identities(cells, axis)
+    of_line = next((names.index(name) for name in ("arm", "sae") if name in names), 0)
+    return _Plan(
+        at=_places(cells, axis),
+        lines=[w[of_line] if w else "" for w in who],
+        panels=[
+            ", ".join(
+                f"{int(word):,} tokens" if name == "tokens" and word.isdigit() else word
+                for i, (name, word) in enumerate(zip(names, w, strict=True))
+                if i != of_line
+            )
+            for w in who
+        ],
+    )
+
+
+def _panel(axes: Axes, cells: Sequence[Cell], plan: _Plan, own: Sequence[int]) -> None:
+    axes.grid(axis="y", color="#dddddd", linewidth=0.5)
+    axes.set_axisbelow(True)
+    for i, name in enumerate(dict.fromkeys(plan.lines)):
+        line = sorted((j for j in own if plan.lines[j] == name), key=lambda j: plan.at[j])
+        if line:
+            _line(axes, [cells[j] for j in line], np.array([plan.at[j] for j in line]), i, name)
+
+
 def _line(
-    axes: Axes,
-    cells: Sequence[Cell],
-    at: Sequence[float],
-    colour: str,
-    style: int,
-    shift: float,
-    log: bool,
+    axes: Axes, cells: Sequence[Cell], at: Float[np.ndarray, " n"], i: int, name: str
 ) -> None:
-    """One line with its intervals, moved a little aside so that they do not hide each other."""
     estimates = [cell.estimates["shared_fraction"] for _, cell in cells]
-    x = np.array(at) * 1.02**shift if log else np.array(at) + 0.004 * shift * np.ptp(at)
-    dash, marker = DASHES[style % len(DASHES)], MARKERS[style % len(MARKERS)]
-    axes.plot(x, [e.mean for e in estimates], color=colour, linestyle=dash, marker=marker)
-    for place, e in zip(x, estimates, strict=True):
-        if e.low is not None and e.high is not None:
-            axes.plot([place] * 2, [e.low, e.high], color=colour, linewidth=0.9, alpha=0.7)
+    axes.plot(at, [e.mean for e in estimates], **_look(i, name))
+    there = [(j, e) for j, e in enumerate(estimates) if e.low is not None and e.high is not None]
+    # A band over places that follow each other; where the neighbours have none, a bar.
+    for _, run in groupby(enumerate(there), key=lambda x: x[1][0] - x[0]):
+        stretch = [entry for _, entry in run]
+        places = at[[j for j, _ in stretch]]
+        low, high = np.array([(e.low, e.high) for _, e in stretch]).T
+        colour = _look(i, name)["color"]
+        if len(stretch) > 1:
+            faint, edge = (colour, 0.16), (colour, 0.45)  # edges tell bands apart that overlap
+            axes.fill_between(places, low, high, facecolor=faint, edgecolor=edge, linewidth=0.6)
+        else:
+            axes.vlines(places, low, high, color=colour, alpha=0.35, linewidth=3)
     untrained = [cell.pair_mean("untrained_shared_fraction") for _, cell in cells]
-    axes.plot(at, untrained, color=GREY, linestyle=(0, (1, 2)), linewidth=0.9, zorder=1)
+    axes.plot(at, untrained, color=GREY, linestyle=DOTTED, linewidth=1.4, zorder=1.5)
     null = [cell.pair_mean("null_shared_fraction") for _, cell in cells]
-    axes.plot(at, null, color="black", linestyle="-", linewidth=0.5, zorder=1)
+    axes.plot(at, null, color="black", linestyle=DASHED, linewidth=0.6, zorder=1.6)
 
 
-def _handles(
-    cells: Sequence[Cell], hues: Sequence[str], rests: Sequence[tuple[str, ...]]
-) -> list[Line2D]:
-    # In grey, too, lines have to be told apart: what colour alone says, marks say as well.
-    alone = len(rests) == 1
-    handles = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], linewidth=1.2 if alone else 2.5, label=hue,
-               linestyle=DASHES[i % len(DASHES)] if alone else "-",
-               marker=MARKERS[i % len(MARKERS)] if alone else "")
-        for i, hue in enumerate(hues)
-    ]  # fmt: skip
-    if not alone:
-        handles += [
-            Line2D([], [], color=GREY, linestyle=DASHES[i % len(DASHES)],
-                   marker=MARKERS[i % len(MARKERS)], label=", ".join(rest))
-            for i, rest in enumerate(rests)
-        ]  # fmt: skip
-    confidence = cells[0][1].settings.confidence
-    interval = f"{confidence:.0%} interval over {counted(cells)}"
+def _look(i: int, name: str) -> dict[str, Any]:
+    """Colour and marker, so that lines are told apart in grey, too. Gaussian surrogates, in which
+    there is nothing to find, are dashed like the null."""
+    return {
+        "color": COLOURS[i % len(COLOURS)],
+        "marker": MARKERS[i % len(MARKERS)],
+        "linestyle": DASHED if "surrogate" in name else "-",
+    }
+
+
+def _handles(cells: Sequence[Cell], plan: _Plan) -> list[Artist]:
+    names = list(dict.fromkeys(plan.lines))
     return [
-        *handles,
-        Line2D([], [], color=GREY, marker="|", markersize=9, linestyle="", label=interval),
-        Line2D([], [], color=GREY, linestyle=(0, (1, 2)), linewidth=0.9, label="untrained"),
-        Line2D([], [], color="black", linewidth=0.5, label="null: random rows"),
+        *(Line2D([], [], label=name, **_look(i, name)) for i, name in enumerate(names) if name),
+        interval_handle(cells, ["shared_fraction"], COLOURS[0] if len(names) == 1 else GREY),
+        Line2D([], [], color=GREY, linestyle=DOTTED, linewidth=1.4, label="untrained"),
+        Line2D([], [], color="black", linestyle=DASHED, linewidth=0.6, label="null: random rows"),
     ]
+
+
+def _legend_columns(handles: Sequence[Artist]) -> int:
+    return 3 if max(len(str(handle.get_label())) for handle in handles) <= 30 else 2
 
 
 def _places(cells: Sequence[Cell], axis: str) -> list[float]:
@@ -132,32 +191,42 @@ def _axis_label(cells: Sequence[Cell], axis: str) -> str:
     return _NAMES[axis] + of
 
 
-def _log(at: Sequence[float]) -> bool:
-    return min(at) > 0 and max(at) / min(at) > LOG_FROM
+def _scale(axes: Axes, plan: _Plan, room: float) -> None:
+    """A tick at every value, as long as they are few; else matplotlib's, in powers of 2 if
+    logarithmic.
 
-
-def _scale(axes: Axes, at: Sequence[float], text: str) -> None:
-    """A tick at every value, as long as they are few; else matplotlib's."""
-    values = sorted(set(at))
-    if _log(at):
-        axes.set_xscale("log")
+    Args:
+        room: inches that the axis is long.
+    """
+    values = sorted(set(plan.at))
+    if plan.log:
+        axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _amount(v)))
     if len(values) <= 9:
-        axes.set_xticks(values, [f"{v:,g}" if v < 1e6 else f"{v:,.0f}" for v in values])
-    axes.set_xlabel(text)
+        axes.xaxis.set_major_locator(FixedLocator(values))
+        named = _named(values, plan.log, room)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _amount(v) if v in named else ""))
 
 
-def _highest(cells: Sequence[Cell]) -> float:
-    found = (cell.estimates["shared_fraction"] for _, cell in cells)
-    return max(e.mean if e.high is None else e.high for e in found)
+def _amount(value: float) -> str:
+    return f"{value:,g}" if abs(value) < 1e6 else f"{value:,.0f}"
+
+
+def _named(values: Sequence[float], log: bool, room: float) -> set[float]:
+    """The values with room for their numbers, the largest first."""
+    at = np.log(values) if log else np.array(values)
+    inches = (at - at[0]) / max(np.ptp(at), 1e-300) * room
+    named, left = set(), inf
+    for value, place in list(zip(values, inches, strict=True))[::-1]:
+        half = _LETTER * (len(_amount(value)) + 1) / 2
+        if place + half <= left:
+            named.add(value)
+            left = place - half
+    return named
 
 
 def _born_alike(cells: Sequence[Cell]) -> bool:
     """Whether some cells started alike and others did not."""
     start = [cell.pair_mean("untrained_shared_fraction") > ALIKE for _, cell in cells]
     return any(start) and not all(start)
-
-
-def _without(identity: tuple[str, ...], index: int) -> tuple[str, ...]:
-    return identity[:index] + identity[index + 1 :]

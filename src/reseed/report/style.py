@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from reseed.report.axes import Cell
 from reseed.report.wording import paired
@@ -55,3 +56,13 @@ def counted(cells: Sequence[Cell]) -> str:
     """``n = 3 seeds``."""
     counts = sorted({cell.n_seeds for _, cell in cells})
     return f"n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") + f" {paired(cells)}"
+
+
+def interval_handle(cells: Sequence[Cell], estimates: Sequence[str], colour: str) -> Patch:
+    """What the bands of these estimates are; an invisible one where there are no intervals."""
+    found = [cell.estimates[name] for _, cell in cells for name in estimates]
+    if all(e.low is None for e in found):
+        return Patch(alpha=0, label=f"{counted(cells)}, no interval")
+    confidence = cells[0][1].settings.confidence
+    text = f"{confidence:.0%} interval over {counted(cells)}"
+    return Patch(facecolor=colour, alpha=0.3, label=text)
