@@ -20,6 +20,8 @@ from reseed.report.axes import Cell, label, naming, numeric_axes, row_labels, wr
 from reseed.report.axis_figures import axis_figure, axis_name
 from reseed.report.seed_figures import seeds_figure
 from reseed.report.style import BLUE, GREY, ORANGE, STYLE, WIDTH, counted, legend_below
+from reseed.report.truth import with_labels
+from reseed.report.truth_figure import truth_figure
 from reseed.report.wording import paired
 
 MAX_POINTS = 4000
@@ -28,7 +30,8 @@ MAX_POINTS = 4000
 
 def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     """Write ``shared_fraction``, ``seeds`` and ``cosines``, each as png and svg; and where cells
-    differ in a number of at least 3 values, ``shared_fraction_by_<axis>``.
+    differ in a number of at least 3 values, ``shared_fraction_by_<axis>``, and where the truth is
+    known, ``truth``.
 
     Returns:
         The files written; each is whole or not there.
@@ -39,6 +42,8 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     drawings = {"shared_fraction": shared_figure, "seeds": seeds_figure, "cosines": cosine_figure}
     for axis in numeric_axes(cells):
         drawings[f"shared_fraction_by_{axis_name(axis)}"] = partial(axis_figure, axis=axis)
+    if with_labels(cells):
+        drawings["truth"] = truth_figure
     written = []
     for name, draw in drawings.items():
         with mpl.rc_context(STYLE):

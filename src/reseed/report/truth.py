@@ -33,11 +33,16 @@ def truth_tables(cells: Sequence[Cell]) -> list[Wording]:
 
     Two tables, so that each fits a terminal of 120 columns. Cells without labels are left out.
     """
-    labelled = [(knobs, cell) for knobs, cell in cells if _MARK in cell.estimates]
-    if not labelled:
+    found = with_labels(cells)
+    if not found:
         return []
     names = varying(cells)
-    return [_sharing(cells, labelled, names), _quality(labelled, names)]
+    return [_sharing(cells, found, names), _quality(found, names)]
+
+
+def with_labels(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells whose runs have labels of a known truth."""
+    return [(knobs, cell) for knobs, cell in cells if _MARK in cell.estimates]
 
 
 def truth_row(cell: CellResult) -> dict[str, float | None]:
