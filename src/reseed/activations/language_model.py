@@ -131,6 +131,15 @@ class ResolvedModel(ResolvedSource):
 
     def d_in(self, hookpoint: Hookpoint) -> int:
         """Width of the activations at ``hookpoint``, by a forward pass without numbers."""
+        if hookpoint not in self._widths:  # the jobs of a sweep ask again and again
+            self._widths[hookpoint] = self._find_width(hookpoint)
+        return self._widths[hookpoint]
+
+    @cached_property
+    def _widths(self) -> dict[Hookpoint, int]:
+        return {}
+
+    def _find_width(self, hookpoint: Hookpoint) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
         with torch.no_grad():
             # The explicit mask spares transformers a look at values, of which there are none.

@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from reseed.cli.errors import in_our_words
+from reseed.cli.keys import about_missing
+from reseed.cli.loading import load_once
 from reseed.cli.main import COMMANDS
-from reseed.config import ConfigError
+from reseed.config import ConfigError, ReseedError
 
 CONFIG_NAME = "config"
 Task = Callable[[DictConfig], Any]
@@ -75,7 +80,10 @@ class CommandLine:
 
     @contextmanager
     def composer(self) -> Iterator[Callable[[Sequence[str]], dict[str, Any]]]:
-        """A function from overrides to the composed configuration, as plain values."""
+        """A function from overrides to the composed configuration, as plain values.
+
+        It raises `ReseedError`, with the options that the overrides choose.
+        """
         extra: list[str] = []
         if self.flags.config_dir is not None:
             folder = Path(self.flags.config_dir).resolve()
@@ -91,12 +99,15 @@ class CommandLine:
             own = [o for o in overrides if not o.lstrip("+~").startswith("hydra")]
             try:
                 config = compose(config_name=name, overrides=[*own, *extra])
+                values = OmegaConf.to_container(config, resolve=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                about = partial(
+                    about_missing, loader=loader, config_name=name, overrides=[*own, *extra]
+                )
+                raise ReseedError(in_our_words(error, about)) from error
             except (AttributeError, TypeError, ValueError) as error:
-                if isinstance(error, OmegaConfBaseException):
-                    raise
                 # What Hydra did not expect (`sae=null`) it does not put into words either.
                 raise ConfigError(f"the configuration cannot be composed: {error}") from error
-            values = OmegaConf.to_container(config, resolve=True)
             assert isinstance(values, dict)
             # The overrides of an arm (`dataset.order_seed: ${seed}`) mean the values of its runs.
             arms = OmegaConf.select(config, "comparison.arms")
@@ -106,6 +117,7 @@ class CommandLine:
 
         GlobalHydra.instance().clear()
         with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+            loader = load_once()
             yield composed
 
     def launch(self, task: Task, overrides: Sequence[str], multirun: bool) -> list[Exception]:

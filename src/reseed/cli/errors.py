@@ -8,13 +8,14 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
+from reseed.cli.keys import MissingKey
 from reseed.config import ReseedError, nearest
 
 
@@ -35,7 +36,7 @@ def reported(job: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (HydraException, OmegaConfBaseException) as error:
-        return _say(_in_our_words(error))
+        return _say(in_our_words(error))
     except OSError as error:
         return _say(f"cannot read or write {error.filename}: {error.strerror}")
     except MemoryError as error:
@@ -74,7 +75,12 @@ def _say(message: str) -> int:
     return 1
 
 
-def _in_our_words(error: Exception) -> str:
+def in_our_words(error: Exception, about: Callable[[MissingKey], str] = str) -> str:
+    """An error of Hydra or OmegaConf in one line.
+
+    Args:
+        about: what to say of a key that there is not.
+    """
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, option = error.missing_cfg_file.rpartition("/")
@@ -83,36 +89,13 @@ def _in_our_words(error: Exception) -> str:
             f"`{group}` has no option `{option}`.{nearest(option, error.options)} "
             f"Options: {options}."
         )
-    missing = re.search(r"Key '([^']*)' is not in struct\s+full_key: (\S+)", text)
+    missing = MissingKey.of(error)
     if missing:
-        key = missing[2]
-        return f"there is no key `{key}`.{nearest(key, _known_keys(key))}"
+        return about(missing)
     sweep = re.search(r"Ambiguous value for argument '(.*?)'", text)
     if sweep:
         return f"`{sweep[1]}` lists several values: add -m to sweep over them"
-    unused = re.search(r"Could not override '([^']*)'", text)
-    if unused:
-        return f"there is no key `{unused[1]}`.{nearest(unused[1], _known_keys(unused[1]))}"
     mandatory = re.search(r"Missing mandatory value: (\S+)", text)
     if mandatory:
         return f"`{mandatory[1]}` is required: give it a value"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
-
-
-def _known_keys(key: str) -> Iterable[str]:
-    """Keys beside ``key``: those of its group's default option, or those at the root."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import DictConfig, OmegaConf
-
-    from reseed.cli.app import CONFIG_NAME, conf_dir
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
-        config = compose(config_name=CONFIG_NAME)
-    parent, _, _ = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    if not isinstance(node, DictConfig):
-        node, parent = config, ""
-    names = [str(name) for name in node if not str(name).startswith("_")]
-    return [f"{parent}.{name}" if parent else name for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from reseed.activations.source import SourceConfig
 from reseed.activations.stream import DatasetConfig
 from reseed.cli.app import CommandLine, expand, sweeps
 from reseed.config import ConfigError, build, make, nearest
+from reseed.console import say
 from reseed.devices import pick_device
 from reseed.experiment import Experiment, Resolved, resolve_experiment
 from reseed.sae.base import SAEConfig
@@ -28,6 +30,7 @@ _GROUPS = {
 _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
 _ROOT = (*_REQUIRED, "comparison")
+_SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,11 @@ def check_jobs(
     runtime: RuntimeConfig | None = None
     with line.composer() as composed:
         each = expand(overrides) if multirun else [list(overrides)]
+        said, start = len(each) <= _SILENT_JOBS, time.monotonic()
         for job in each:
+            if not said and time.monotonic() - start > _SILENT_SECONDS:
+                say(f"checking {len(each)} jobs")
+                said = True
             try:
                 resolved, runtime = resolved_from(composed(job))
             except ConfigError as error:

@@ -1,0 +1,148 @@
+"""Hydra's configuration loader for many jobs: files are read once for each choice of options.
+
+The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which says what files
+are composed, hangs on the choices of options alone (``sae=relu``), as its interpolations are of
+choices. So what the choices compose is kept, and values are put into a copy of it, by Hydra's own
+function.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# What a wrong override can raise; not all of it is expected by Hydra (`sae=null`).
+_WRONG = (
+    HydraException, OmegaConfBaseException, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
+
+
+class OnceLoader(ConfigLoaderImpl):
+    """Composes as ``loader`` does, but every choice of options only once.
+
+    Files are taken as they were when first read: to be made anew for every command.
+    """
+
+    def __init__(self, loader: ConfigLoaderImpl) -> None:
+        # Not initialised: that would look for the same sources once more.
+        self.config_search_path = loader.config_search_path
+        self.repository = loader.repository
+        self._parsed: dict[str, Override] = {}
+        self._bases: dict[tuple[object, ...], DictConfig] = {}
+        self._is_group: dict[tuple[object, ...], Callable[[str], bool]] = {}
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """As Hydra's, with the same errors."""
+        if run_mode == RunMode.RUN:
+            try:
+                return self._quickly(config_name, overrides)
+            except _WRONG:
+                pass  # Hydra has an order in which errors are found, and words for them
+        return super().load_configuration(
+            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+        )
+
+    def base(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
+        """The configuration before the values of a job are put in; not to be changed."""
+        parsed = [self._parse(text) for text in overrides]
+        return self._base(config_name, self._split(config_name, parsed)[0])
+
+    def options_with(
+        self, key: str, config_name: str | None, overrides: Sequence[str]
+    ) -> list[str]:
+        """The options of a group that have a key, as in ``sae.k``."""
+        own = [o for o in overrides if self._parse(o).is_hydra_override()]
+        _, files = self._parse_overrides_and_create_caching_repo(config_name, own)
+        group, _, within = key.partition(".")
+        having = []
+        for option in files.get_group_options(group):
+            loaded = files.load_config(f"{group}/{option}")
+            assert loaded is not None
+            name = key if loaded.header["package"] == "_global_" else within
+            parent, _, last = name.rpartition(".")
+            node: Any = loaded.config
+            node = OmegaConf.select(node, parent) if parent else node
+            if isinstance(node, DictConfig) and last in node:
+                having.append(option)
+        return having
+
+    def _quickly(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
+        parsed = [self._parse(text) for text in overrides]
+        rest, values = self._split(config_name, parsed)
+        config = copy.deepcopy(self._base(config_name, rest))
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        task = [o for o in parsed if not o.is_hydra_override()]
+        config.hydra.overrides.task.clear()
+        config.hydra.overrides.task.extend([o.input_line for o in task])
+        words = config.hydra.job.config.override_dirname
+        config.hydra.job.override_dirname = get_overrides_dirname(
+            task, words.exclude_keys, words.item_sep, words.kv_sep
+        )
+        return config
+
+    def _base(self, config_name: str | None, rest: Sequence[Override]) -> DictConfig:
+        lines = [str(o.input_line) for o in rest]
+        key = (config_name, os.getcwd(), *lines)
+        if key not in self._bases:
+            self._bases[key] = super().load_configuration(config_name, lines, RunMode.RUN)
+        return self._bases[key]
+
+    def _parse(self, text: str) -> Override:
+        if text not in self._parsed:
+            (self._parsed[text],) = OverridesParser.create().parse_overrides([text])
+        return self._parsed[text]
+
+    def _split(
+        self, config_name: str | None, parsed: Sequence[Override]
+    ) -> tuple[list[Override], list[Override]]:
+        """Choices, and the values of the job, which Hydra applies after the composition.
+
+        Hydra's own settings count as choices, as they are those of the whole sweep, and say where
+        options are looked for.
+        """
+        is_group = self._groups(config_name, [o for o in parsed if o.is_hydra_override()])
+        choices, values = [], []
+        for o in parsed:
+            key = o.key_or_group
+            other = key == "hydra" or o.is_hydra_override() or o.is_sweep_override()
+            is_value = not other and (isinstance(o.value(), dict) or not is_group(key))
+            (values if is_value else choices).append(o)
+        return choices, values
+
+    def _groups(self, config_name: str | None, own: Sequence[Override]) -> Callable[[str], bool]:
+        """What tells groups from keys, where Hydra with these settings would look for options."""
+        lines = [str(o.input_line) for o in own]
+        key = (config_name, *lines)
+        if key not in self._is_group:
+            _, found = self._parse_overrides_and_create_caching_repo(config_name, lines)
+            self._is_group[key] = cache(found.group_exists)
+        return self._is_group[key]
+
+
+def load_once() -> OnceLoader:
+    """Let the Hydra that is initialised compose every choice of options once."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    assert isinstance(hydra.config_loader, ConfigLoaderImpl)
+    loader = OnceLoader(hydra.config_loader)
+    hydra.config_loader = loader
+    return loader
