@@ -12,6 +12,7 @@ from transformers import (
     GPTNeoXForCausalLM,
 )
 
+from reseed.activations import language_model
 from reseed.activations.hookpoint import Hookpoint, HookpointConfig, module_path
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
 from reseed.config import ConfigError
@@ -68,6 +69,22 @@ def test_sites_of_other_families(build, blocks: dict[str, str]) -> None:
     model = build()
     for site, path in blocks.items():
         assert module_path(model, Hookpoint(site, 1)) == path
+
+
+def test_each_width_is_found_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+    """Every job of a sweep asks for it."""
+    found = resolve(PathModelConfig(path=str(tiny_model)), tmp_path)
+    asked: list[list[Hookpoint]] = []
+    record = language_model._record
+
+    def counting(model, tokens, hookpoints, mask=None):
+        asked.append(list(hookpoints))
+        return record(model, tokens, hookpoints, mask)
+
+    monkeypatch.setattr(language_model, "_record", counting)
+    hooks = [Hookpoint("module", 2, "model.layers.2.mlp.up_proj"), Hookpoint("attn_out", 0)]
+    assert [found.d_in(hook) for hook in hooks * 3] == [32, 16] * 3
+    assert asked == [[hooks[0]], [hooks[1]]]
 
 
 def test_sites_and_patterns(resolved) -> None:
