@@ -241,6 +241,8 @@ HAVING = "sae=batch_topk, matryoshka, topk"
         (["comparison=seeds", "comparison.treshold=0.5"],
          "there is no key `comparison.treshold`. Did you mean `comparison.threshold`?"),
         (["foo.bar.baz=3"], "there is no key `foo.bar.baz`."),
+        (["recipe=relu_short"], "there is no key `recipe`."),
+        (["seed.inner=1"], "there is no key `seed.inner`."),
         (["comparison=memory_of_init", "comparison.arms={a:{seed:3}}"],
          "`comparison.arms` has no entry `a`: add one by +comparison.arms.a=..."),
         (["comparison=memory_of_init", "comparison.arms.a.seed=3"],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.config import nearest
@@ -55,7 +56,10 @@ def about_missing(
     missing: MissingKey, loader: OnceLoader, config_name: str, overrides: Sequence[str]
 ) -> str:
     """What to say of a key that is not in the options which ``overrides`` choose."""
-    base = loader.base(config_name, overrides)
+    try:
+        base = loader.base(config_name, overrides)
+    except HydraException:  # it is a group that is missing, not a key in one
+        return str(missing)
     parent = OmegaConf.select(base, missing.parent) if missing.parent else base
     if not isinstance(parent, DictConfig):
         return str(missing)
