@@ -42,7 +42,9 @@ def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:
     return resolved.run(RunStore(runtime.outputs))
 
 
-def test_one_weight_for_all_seeds_found_once(jobs: Jobs) -> None:
+def test_one_weight_for_all_seeds_found_once(
+    jobs: Jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
     first, runtime = jobs(*TARGET, "seed=0,1")
     assert train_missing(first, runtime) == {}
     runs = [run_of(r, runtime) for r in first]
@@ -55,11 +57,22 @@ def test_one_weight_for_all_seeds_found_once(jobs: Jobs) -> None:
     assert accepted.metrics["penalty_weight"] == weight
     made = {name for name in folders(runtime) if "seed" not in name}
     assert len(made) == 1 + len(calibration["rounds"])
+    said = capsys.readouterr().out
+    assert "finding the penalty weight of 1 SAE by calibration runs" in said
+    assert said.count(" gives L0 ") == len(calibration["rounds"])
+    assert "found again" not in said
     # Another seed, another order of the data: the weight that was found is used again.
     more, runtime = jobs(*TARGET, "seed=2", "dataset.order_seed=0,5")
     assert train_missing(more, runtime) == {}
     assert {name for name in folders(runtime) if "seed" not in name} == made
     assert {run_of(r, runtime).record["penalty_weight"] for r in more} == {weight}
+    said = capsys.readouterr().out
+    l0 = calibration["l0"]
+    told = f"found again: relu at 8,192 tokens, target 6: weight {weight:.4g} (L0 {l0:.2f})"
+    assert said.count(told) == 1
+    assert "finding the" not in said
+    assert " gives L0 " not in said
+    assert "steered to" not in said
 
 
 def test_no_compared_run_is_born_like_a_calibration(jobs: Jobs) -> None:

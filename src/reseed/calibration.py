@@ -25,7 +25,7 @@ from reseed.console import say
 
 if TYPE_CHECKING:
     from reseed.experiment import Resolved
-    from reseed.runs import RunStore
+    from reseed.runs import Run, RunStore
 
 ACCEPTED = 0.02
 """A round is accepted when its L0 is within this fraction of the target: other seeds of the same λ
@@ -91,15 +91,29 @@ class Search:
         # Four digits: what stands in records can be typed.
         return float(f"{math.exp(self.next_log_weight):.4g}")
 
-    def observe(self, weight: float, l0: float, run: str) -> None:
-        """Take in what the `candidate` came to, and choose the next λ."""
+    def observe(self, weight: float, l0: float, run: str, *, now: bool = True) -> None:
+        """Take in what the `candidate` came to, and choose the next λ.
+
+        Args:
+            now: whether it was computed now, so that there is something to tell.
+        """
         if not self.steered:
             self.steered = True
-            say(f"  {self._name}: steered to a weight of {weight:.4g}, which gave L0 {l0:.2f}")
+            told = f"steered to a weight of {weight:.4g}, which gave L0 {l0:.2f}"
         else:
             self.rounds.append((weight, l0, run))
-            say(f"  {self._name}: weight {weight:.4g} gives L0 {l0:.2f}")
+            told = f"weight {weight:.4g} gives L0 {l0:.2f}"
+        if now:
+            say(f"  {self._name}: {told}")
         self.next_log_weight = self._propose(weight, l0)
+
+    def take_up(self, store: RunStore) -> None:
+        """Take in the rounds that are finished already; one line where they are all there are."""
+        while not self.ended and (run := self.candidate.run(store)).finished:
+            self.observe(*_response(run), now=False)
+        if self.found:
+            weight, l0, _ = self.best or (0.0, 0.0, "")
+            say(f"found again: {self._name}: weight {weight:.4g} (L0 {l0:.2f})")
 
     @property
     def _name(self) -> str:
@@ -175,11 +189,11 @@ def calibrate(
         if resolved.needs_calibration:
             base = resolved.without_seeds()
             searches.setdefault(base.signature, Search(base))
-    if searches:
-        plural = "s" if len(searches) > 1 else ""
-        say(
-            f"finding the penalty weight{plural} of {len(searches)} SAE{plural} by calibration runs"
-        )
+    for search in searches.values():
+        search.take_up(store)
+    if left := sum(not search.ended for search in searches.values()):
+        plural = "s" if left > 1 else ""
+        say(f"finding the penalty weight{plural} of {left} SAE{plural} by calibration runs")
     errors: dict[str, BaseException] = {}
     while at_work := {k: s for k, s in searches.items() if not s.ended and k not in errors}:
         candidates = {key: search.candidate for key, search in at_work.items()}
@@ -189,9 +203,14 @@ def calibrate(
             if run.id in failures:
                 errors[key] = failures[run.id]
             else:
-                weight = float(run.metrics["penalty_weight"])
-                at_work[key].observe(weight, run.metrics["l0"], run.id)
+                at_work[key].observe(*_response(run))
     return _with_weights(experiments, searches, errors, store)
+
+
+def _response(run: Run) -> tuple[float, float, str]:
+    """What a finished run of a calibration came to: λ, held-out L0, run id."""
+    metrics = run.metrics
+    return float(metrics["penalty_weight"]), metrics["l0"], run.id
 
 
 def _with_weights(
