@@ -19,6 +19,11 @@ def console() -> Console:
     return found if found.is_terminal else Console(highlight=False, width=250)
 
 
+def counted(number: int, one: str) -> str:
+    """``1 run``, ``2 runs``."""
+    return f"{number:,} {one}{'' if number == 1 else 's'}"
+
+
 def say(message: str) -> None:
     """Print a line; markup is not interpreted, as names may hold brackets."""
     console().print(message, markup=False, soft_wrap=True)

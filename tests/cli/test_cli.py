@@ -6,12 +6,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
+from reseed.calibration import CalibrationError
 from reseed.cli import compare, completion, run, status, train
 from reseed.cli.app import override, parse
 from reseed.cli.main import COMMANDS, main
+from reseed.config import digest
+from reseed.runs import RESULTS, Run, RunStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -195,6 +200,92 @@ def test_status(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -
     assert folder.name in said.replace("\n", "").replace(" ", "") or folder.name in said
     assert "finished" in said
     assert "damaged" in said
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> list[str]:
+    """Two compared runs, one of which failed, and three of their calibration; their names."""
+    names = []
+    for i, role in enumerate(["", "", "steered", "calibration", "calibration"]):
+        identity = {"number": i} | ({"role": role} if role else {})
+        last = role or f"seed{i}"
+        name = f"a-rather-long-model-name-resid_post.2-text-relu-512-L08-{last}-{digest(identity)}"
+        run = Run(tmp_path / "outputs" / name)
+        record = {"identity": identity, "tokens": 64_000}
+        run.path.mkdir(parents=True)
+        run.begin(record)
+        if i == 1:
+            run.fail(ValueError("no such thing"))
+        else:
+            for file in RESULTS:
+                (run.path / file).touch()
+            run.finish({"fvu": 0.25, "l0": 8.0, "dead_fraction": 0.5})
+        names.append(name)
+    return names
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_status_never_breaks_a_name(
+    stored: list[str], width: int, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    wanted = Console(width=width, force_terminal=True, highlight=False)
+    monkeypatch.setattr("reseed.console.console", lambda: wanted)
+    assert status.main([]) == 0
+    said = capsys.readouterr().out
+    assert all(said.count(name) >= 1 for name in stored[:2])
+    assert not any(name in said for name in stored[2:])
+    assert "+ 3 calibration runs (--all lists them)" in said
+    line = "finished · tokens 64,000 · FVU 0.250 · L0 8.0 · dead 50.0%"
+    assert (line in said) == (width == 80)
+    assert f"{stored[1]}: no such thing" in said
+    assert status.main(["--all"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in stored)
+    assert "+ 3" not in said
+
+
+def test_status_says_what_state_calibrations_are_in(
+    stored: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path("outputs") / stored[4] / "metrics.json").unlink()
+    Run(Path("outputs") / stored[3]).update(status="running")
+    assert status.main([]) == 0
+    said = capsys.readouterr().out
+    assert "+ 2 calibration runs: 1 finished, 1 interrupted (--all lists them)" in said
+    assert f"{stored[4]}  damaged" in said, "what cannot be read may be anything"
+
+
+def failed(store: RunStore, label: str, seed: int, error: Exception) -> SimpleNamespace:
+    """A job whose run failed."""
+    identity = {"label": label, "seed": seed}
+    run = store.run(digest(identity), f"{label}-seed{seed}")
+    run.path.mkdir(parents=True)
+    run.begin({"identity": identity})
+    run.fail(error)
+    experiment = SimpleNamespace(seed=seed)
+    return SimpleNamespace(resolved=SimpleNamespace(
+        label=f"{label}-seed{seed}", experiment=experiment, run=lambda store: run))  # fmt: skip
+
+
+def test_runs_of_a_cell_that_fail_alike_are_told_of_once(tmp_path: Path) -> None:
+    store = RunStore(tmp_path / "outputs")
+    behind = CalibrationError("the calibration failed: a defect")
+    behind.__cause__ = ValueError("a defect")
+    jobs = [failed(store, "one", seed, CalibrationError("no weight")) for seed in range(3)]
+    jobs += [failed(store, "two", 0, CalibrationError("no weight"))]
+    jobs += [failed(store, "two", seed, ValueError("a defect")) for seed in (1, 2)]
+    jobs += [failed(store, "three", 0, behind)]
+    traceback = "  the traceback is in {}/run.json"
+    paths = [job.resolved.run(store).path for job in jobs]
+    assert train.failure_lines(jobs, store) == [  # type: ignore[arg-type]
+        "failed: one (3 seeds): no weight",
+        f"failed: {paths[3].name}: no weight",
+        "failed: two (2 seeds): a defect",
+        traceback.format(paths[4]),
+        f"failed: {paths[6].name}: the calibration failed: a defect",
+        traceback.format(paths[6]),
+    ]
 
 
 def test_comparing_needs_the_runs(

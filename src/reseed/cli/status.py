@@ -5,11 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from reseed.cli.app import CommandLine
+from reseed.cli.app import CommandLine, Task
 from reseed.cli.errors import reported
+
+if TYPE_CHECKING:
+    from reseed.runs import Run
+
+ALL = "--all"
+"""The one flag that is not Hydra's: list the runs of calibrations too."""
+COLUMNS = ("run", "status", "tokens", "FVU", "L0", "dead")
 
 
 def task(config: DictConfig) -> None:
@@ -17,56 +25,107 @@ def task(config: DictConfig) -> None:
     print_status(Path(config.runtime.outputs), Path(config.runtime.sweeps))
 
 
+def task_all(config: DictConfig) -> None:
+    """The same with the runs of calibrations."""
+    print_status(Path(config.runtime.outputs), Path(config.runtime.sweeps), everything=True)
+
+
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(CommandLine("status", arguments), arguments))
+    own = [word for word in arguments if word != ALL]
+    which = task if len(own) == len(arguments) else task_all
+    return reported(lambda: _main(CommandLine("status", own), own, which))
 
 
-def _main(line: CommandLine, arguments: Sequence[str]) -> int:
+def _main(line: CommandLine, arguments: Sequence[str], which: Task) -> int:
     if line.only_shows:
-        line.show(task, arguments)
+        line.show(which, arguments)
     else:
-        line.launch(task, line.overrides, line.multirun)
+        line.launch(which, line.overrides, line.multirun)
     return 0
 
 
-def print_status(outputs: Path, sweeps: Path) -> None:
-    """Two tables: runs with their state and held-out measures; sweeps with how far they are."""
-    from rich.table import Table
+def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:
+    """Runs with their state and held-out measures; sweeps with how far they are.
 
-    from reseed.console import console, say
+    Args:
+        everything: list the runs of calibrations, which are counted otherwise.
+    """
+    from reseed.console import counted, say
     from reseed.runs import RunStore
-    from reseed.sweeps import Sweep
 
-    table = Table(title=f"runs in {outputs}/", title_justify="left", box=None, pad_edge=False)
-    for name in ("run", "status", "tokens", "FVU", "L0", "dead"):
-        table.add_column(name, justify="left" if name in ("run", "status") else "right",
-                         no_wrap=not console().is_terminal, overflow="fold")  # fmt: skip
-    runs = RunStore(outputs).runs()
+    rows: list[tuple[str, ...]] = []
     errors: list[str] = []
-    for run in runs:
+    calibrations: Counter[str] = Counter()
+    for run in RunStore(outputs).runs():
         status = run.status
-        if status == "damaged":
-            table.add_row(run.id, status)
+        record = {} if status in ("damaged", "missing") else run.record
+        if record and record["identity"].get("role") and not everything:
+            calibrations[status] += 1
             continue
-        record = run.record
-        cells = [""] * 3
-        if status == "finished":
-            m = run.metrics
-            shown = ((m["fvu"], ".3f"), (m["l0"], ".1f"), (m["dead_fraction"], ".1%"))
-            cells = ["-" if value is None else format(value, how) for value, how in shown]
-        elif status == "failed":
+        rows.append(_row(run, status))
+        if status == "failed":
             errors.append(f"{run.id}: {record['error']['message']}")
-        table.add_row(run.id, status, f"{record['tokens']:,}", *cells)
-    if runs:
-        console().print(table)
-    else:
+    if rows:
+        _print_runs(rows, f"runs in {outputs}/")
+    elif not calibrations:
         say(f"no runs in {outputs}/")
+    if calibrations:
+        states = "" if set(calibrations) == {"finished"} else f": {_listed(calibrations)}"
+        say(f"+ {counted(calibrations.total(), 'calibration run')}{states} ({ALL} lists them)")
     for line in errors:
         say(f"  {line}")
-    folders = sorted(p.parent for p in sweeps.glob("*/manifest.jsonl"))
-    for folder in folders:
+    _print_sweeps(sweeps)
+
+
+def _row(run: Run, status: str) -> tuple[str, ...]:
+    """The entries of `COLUMNS`; empty where there is nothing to say."""
+    if status in ("damaged", "missing"):
+        return run.id, status, "", "", "", ""
+    cells = [""] * 3
+    if status == "finished":
+        m = run.metrics
+        shown = ((m["fvu"], ".3f"), (m["l0"], ".1f"), (m["dead_fraction"], ".1%"))
+        cells = ["-" if value is None else format(value, how) for value, how in shown]
+    return run.id, status, f"{run.record['tokens']:,}", *cells
+
+
+def _print_runs(rows: Sequence[tuple[str, ...]], title: str) -> None:
+    """A table; where the window is too narrow for the names, a name and a line below it."""
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    from reseed.console import console, say
+
+    table = Table(box=None, pad_edge=False)
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in ("run", "status") else "right",
+                         no_wrap=True)  # fmt: skip
+    for row in rows:
+        table.add_row(*map(Text, row))
+    say(title)
+    wide = console().options.update(width=10_000, max_width=10_000)
+    if Measurement.get(console(), wide, table).maximum <= console().width:
+        console().print(table)
+        return
+    for row in rows:
+        told = [row[1]] + [f"{name} {word}" for name, word in zip(COLUMNS[2:], row[2:], strict=True)
+                           if word]  # fmt: skip
+        # Not broken by us, so that it can be copied where the window is narrower still.
+        say(row[0])
+        say(f"    {' · '.join(told)}")
+
+
+def _print_sweeps(sweeps: Path) -> None:
+    from reseed.console import say
+    from reseed.sweeps import Sweep
+
+    for folder in sorted(p.parent for p in sweeps.glob("*/manifest.jsonl")):
         found = {run.path: run for run in Sweep(folder).runs()}
-        counts = Counter(run.status for run in found.values())
-        listed = ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))
+        listed = _listed(Counter(run.status for run in found.values()))
         tables = "summary.md" if (folder / "summary.md").is_file() else "not compared"
         say(f"{folder}/: {listed}; {tables}")
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{n} {status}" for status, n in sorted(counts.items()))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from reseed.cli.app import CommandLine, override
 from reseed.cli.errors import reported
+from reseed.config import ReseedError
+from reseed.console import counted
 
 if TYPE_CHECKING:
     from reseed.cli.jobs import Job
+    from reseed.runs import Run, RunStore
     from reseed.sweeps import Sweep
     from reseed.train.config import RuntimeConfig
 
@@ -88,10 +91,10 @@ def train_jobs(
     runs = {job.resolved.signature: job.resolved.run(store) for job in every}
     done = [run for run in runs.values() if run.finished]
     if len(done) == len(runs):
-        say(f"nothing to train: {_count(len(runs))} already finished")
+        say(f"nothing to train: {counted(len(runs), 'run')} already finished")
     else:
         if done:
-            say(f"{len(done)} of {_count(len(runs))} already finished")
+            say(f"{len(done)} of {counted(len(runs), 'run')} already finished")
         own = [override("hydra.sweep.dir", sweep.path)] if sweep else []
         before = {run.id: run.failure for run in runs.values()}
         for overrides, jobs in launches:
@@ -104,19 +107,46 @@ def train_jobs(
                 if before == {run.id: run.failure for run in runs.values()}:
                     raise
     failed = [run for run in runs.values() if not run.finished]
-    for run in failed:
-        error = run.failure
-        say(f"{run.status}: {run.id}: {error['message'] if error else 'not trained'}")
-        if error:
-            say(f"  the traceback is in {run.path / 'run.json'}")
+    for message in failure_lines(every, store):
+        say(message)
     if not failed:
         say(
-            f"{_count(len(runs))} in {runtime.outputs}/"
+            f"{counted(len(runs), 'run')} in {runtime.outputs}/"
             if sweep
             else str(next(iter(runs.values())).path)
         )
     return 1 if failed else 0
 
 
-def _count(number: int) -> str:
-    return f"{number} run{'s' if number != 1 else ''}"
+def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
+    """What became of the runs that are not finished: one line for those of a cell that failed
+    alike, and where the traceback is, unless the message says all."""
+    alike: dict[tuple[str, ...], dict[str, tuple[Run, int]]] = {}
+    for resolved in (job.resolved for job in jobs):
+        run = resolved.run(store)
+        if not run.finished:
+            error = run.failure
+            message = error["message"] if error else "not trained"
+            cell = resolved.label.removesuffix(f"-seed{resolved.experiment.seed}")
+            found = alike.setdefault((run.status, cell, message), {})
+            found[run.id] = run, resolved.experiment.seed
+    lines = []
+    for (status, cell, message), found in alike.items():
+        run, _ = next(iter(found.values()))
+        seeds = {seed for _, seed in found.values()}
+        kind = "seed" if len(seeds) == len(found) else "run"
+        who = run.id if len(found) == 1 else f"{cell} ({counted(len(found), kind)})"
+        lines.append(f"{status}: {who}: {message}")
+        if run.failure and not _says_all(run.failure):
+            lines.append(f"  the traceback is in {run.path / 'run.json'}")
+    return lines
+
+
+def _says_all(error: Mapping[str, Any]) -> bool:
+    """Whether a recorded error is one of ours, which explain themselves, with no other behind."""
+    ours, names = [ReseedError], set()
+    while ours:
+        kind = ours.pop()
+        names.add(kind.__name__)
+        ours += kind.__subclasses__()
+    return error["type"] in names and "the direct cause of" not in error["traceback"]
