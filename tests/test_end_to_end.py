@@ -123,8 +123,10 @@ def test_an_incomplete_cell_is_told_of(
     monkeypatch.setattr(Member, "train", poisoned)
     assert run.main(line) == 1
     said = capsys.readouterr().out
-    assert "incomplete: sae=topk: 2 of 3 runs" in said
-    assert "the loss is not finite at step 3" in said
+    told = "incomplete: sae=topk: 2 of 3 runs (the loss is not finite at step 3"
+    assert said.splitlines()[-1].startswith(told), "last, where it is seen"
+    (sweep,) = Path("sweeps").iterdir()
+    assert f"- {told}" in (sweep / "summary.md").read_text()
     monkeypatch.setattr(Member, "train", original)
     assert run.main(line) == 0
     said = capsys.readouterr().out

@@ -139,4 +139,6 @@ def test_train_and_compare_in_arms(
     pairs = pd.read_csv(sweep / "pairs.csv")
     assert pairs["arm"].tolist() == arms
     assert pairs["shared_fraction_correlation"].notna().all(), "every run has its covariance"
-    assert "| arm | num_latents |" in (sweep / "summary.md").read_text()
+    text = (sweep / "summary.md").read_text()
+    assert "| arm | shared [95%] |" in text
+    assert "- other init; other init, other order: 64 latents · same init: 32 latents\n" in text

@@ -4,6 +4,7 @@ import pytest
 
 from reseed.report.axes import (
     amounts,
+    columns,
     identities,
     label,
     naming,
@@ -11,6 +12,7 @@ from reseed.report.axes import (
     ordered,
     row_labels,
     telling,
+    told_by_arm,
     wrapped,
 )
 
@@ -44,6 +46,29 @@ def test_few_cells_are_called_by_all_that_varies():
     assert label(few, few[0][0]) == "other init, topk, k=8"
     assert label(SWEEP, SWEEP[0][0]) == "other init, topk, 4000"
     assert label(cells_of({"sae": "topk"}), {"sae": "topk"}) == "topk"
+
+
+def test_what_the_arm_determines_is_said_in_a_line_and_is_no_column():
+    easy = {"arm": "easy", "model": "world_easy", "num_latents": 64, "sparsity": "L0≈3"}
+    hard = {"arm": "hard", "model": "world_hard", "num_latents": 512, "sparsity": "L0≈10"}
+    cells = cells_of(*(arm | {"sae": sae} for arm in (easy, hard) for sae in ("topk", "relu")))
+    assert columns(cells) == ["arm", "sae"]
+    assert told_by_arm(cells) == (
+        "easy: model world_easy, 64 latents, L0≈3 · hard: model world_hard, 512 latents, L0≈10"
+    )
+    assert label(cells, cells[0][0]) == "easy, topk"
+    cells[0][0]["sparsity"] = "L0≈4"
+    assert columns(cells) == ["arm", "sparsity", "sae"], "two values in one arm"
+
+
+def test_arms_that_stand_for_the_same_are_said_together():
+    cells = cells_of(*({"arm": arm, "model": model, "sae": sae}
+        for arm, model in (("one", "m"), ("two", "m"), ("null", "gaussian(m)"))
+        for sae in ("topk", "relu")))  # fmt: skip
+    assert told_by_arm(cells) == "one; two: model m · null: model gaussian(m)"
+    # Without arms, what follows from the architecture stays a column.
+    plain = cells_of({"sae": "topk", "sparsity": "k=8"}, {"sae": "relu", "sparsity": "λ=3"})
+    assert (columns(plain), told_by_arm(plain)) == (["sae", "sparsity"], "")
 
 
 def test_names_group_as_declared_and_numbers_ascend():

@@ -1,5 +1,6 @@
 import io
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pyarrow.parquet as pq
@@ -14,7 +15,15 @@ from reseed.report.tables import (
     summary_markdown,
     write_tables,
 )
-from reseed.report.wording import NOT_SHARED, notes, number, summary, varying, with_interval
+from reseed.report.wording import (
+    NOT_SHARED,
+    OFF_TARGET,
+    notes,
+    number,
+    summary,
+    varying,
+    with_interval,
+)
 
 ISSUE_COLUMNS = [
     *("n_seeds", "shared_fraction", "shared_fraction_low", "shared_fraction_high"),
@@ -120,8 +129,100 @@ def test_printed_into_a_file_nothing_is_cut_off(make_cell):
 def test_on_a_terminal_no_number_is_cut_off(cells, width):
     out = printed(cells, width=width, force_terminal=True, color_system=None)
     assert "…" not in out
-    numbers = {word for row in summary(cells).rows for entry in row for word in entry.split()}
+    words = summary(cells)
+    for name in words.spare:
+        if f"in summary.md: {name}".replace("\n", " ") in out or f", {name}\n" in out:
+            words = words.without([name])
+    numbers = {word for row in words.rows for entry in row for word in entry.split()}
     assert numbers <= set(out.split())
+
+
+@pytest.fixture(scope="module")
+def worlds(make_cell):
+    """Cells as those of comparison=worlds: the arm fixes the model, the width and the L0."""
+    arms = (("easy", "world_easy", 3), ("hierarchy", "world_hierarchy_small", 10))
+    found = []
+    for arm, model, target in arms:
+        for sae in ("topk", "batch_topk", "matryoshka"):
+            more = {"num_latents": 64 * target, "sparsity": f"L0≈{target}"}
+            knobs, cell = make_cell(sae, model=model, **more)
+            found.append(({"arm": arm} | knobs, cell))
+    return found
+
+
+def on_terminal(cells, width):
+    return printed(cells, width=width, force_terminal=True, color_system=None)
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_arms_that_fix_the_model_leave_a_table_that_fits(worlds, width):
+    out = on_terminal(worlds, width)
+    assert max(len(line.rstrip()) for line in out.splitlines()) <= width
+    lines = [line.split() for line in out.splitlines()]
+    header = next(line for line in lines if line[:1] == ["arm"])
+    assert header[:2] == ["arm", "sae"]
+    assert "model" not in header
+    rows = [line for line in lines if line[:1] in (["easy"], ["hierarchy"])]
+    assert len(rows) == 6, "a table, no paragraphs"
+    told = "easy: model world_easy, 192 latents, L0≈3 · hierarchy: model world_hierarchy_small, 640"
+    assert told in " ".join(out.split())
+    assert ("not shown for want of room" in out) == (width == 80)
+
+
+def test_columns_of_least_use_go_before_the_table_does(worlds):
+    assert "in summary.md: cos null\n" in on_terminal(worlds, 84)
+    assert "in summary.md: shared null, cos null\n" in on_terminal(worlds, 80)
+    paragraphs = on_terminal(worlds, 60)
+    assert "arm easy · sae topk · " in paragraphs
+    for out in (paragraphs, on_terminal(worlds, 100), printed(worlds)):
+        assert "not shown" not in out
+
+
+def test_files_for_programs_keep_what_the_arm_determines(worlds):
+    assert {"arm", "model", "num_latents", "sparsity"} <= set(summary_frame(worlds).columns)
+    text = summary_markdown(worlds)
+    assert "| arm | sae | shared [95%] |" in text
+    assert "- easy: model world_easy, 192 latents, L0≈3 · hierarchy: " in text
+
+
+def test_incomplete_cells_stand_among_the_footnotes(cells, tmp_path):
+    line = "incomplete: sae=gated: 1 of 3 runs (the loss is not finite)"
+    write_tables(cells, tmp_path, [line])
+    text = (tmp_path / "summary.md").read_text()
+    assert f"- {line}\n" in text
+    assert text.index(line) < text.index("## More measures")
+    assert "incomplete" not in summary_markdown(cells)
+
+
+def test_an_l0_off_its_target_is_told_of_with_its_value(make_cell):
+    # Every run has an L0 of 8.25: 3.1% above 8, 5% below 8.6842, 5.2% below 8.7.
+    cells = [make_cell(sparsity="L0≈8"), make_cell("relu", sparsity="L0≈8.7")]
+    assert f"**{OFF_TARGET}**: relu, L0≈8.7 (8.2)" in summary(cells).footnotes
+    assert summary_frame(cells)["note"].tolist() == ["", OFF_TARGET]
+    assert OFF_TARGET not in summary_markdown([make_cell(sparsity="k=3")])
+    both = [make_cell(sparsity="L0≈3"), make_cell("relu", sparsity="L0≈3")]
+    assert f"**{OFF_TARGET}**: topk (8.2); relu (8.2)" in summary(both).footnotes
+
+
+def test_the_mark_says_its_rule():
+    assert NOT_SHARED == "shared at most 10 × its null: not converged or not shared"
+
+
+def test_one_pair_is_no_mean(make_cell):
+    text = " ".join(summary([make_cell(n=2)]).footnotes)
+    assert "One pair of n = 2 seeds." in text
+    assert "Mean over the 3 pairs of n = 3 seeds, with" in " ".join(
+        summary([make_cell()]).footnotes
+    )
+
+
+def test_a_single_latent_has_no_null(make_cell):
+    knobs, cell = make_cell()
+    alone = replace(cell, pairs=cell.pairs.assign(null_simulated_latents=1))
+    (row,) = summary([(knobs, alone)]).rows
+    assert row[3] == "–"
+    assert summary([(knobs, cell)]).rows[0][3] == "< 1/48"
+    assert NOT_SHARED not in notes(alone)
 
 
 def test_at_100_columns_a_row_is_a_line(cells):
@@ -167,7 +268,8 @@ def test_a_bar_in_a_knob_does_not_break_the_table(make_cell):
 @pytest.mark.parametrize(
     ("value", "text"),
     [(0.0, "0"), (0.4239, "0.42"), (1.0, "1.00"), (0.0042, "0.004"), (0.00996, "0.01"),
-     (-0.5, "-0.50"), (float("nan"), "–")],
+     (-0.5, "-0.50"), (float("nan"), "–"), (0.001, "0.001"), (0.00099, "< 0.001"),
+     (-2e-7, "> -0.001")],
 )  # fmt: skip
 def test_numbers_in_words(value, text):
     assert number(value) == text
@@ -175,6 +277,7 @@ def test_numbers_in_words(value, text):
 
 def test_an_interval_in_words():
     assert with_interval(Interval(0.4, 0.3, 0.52, 0.1, 3)) == "0.40 [0.30, 0.52]"
+    assert with_interval(Interval(0.001, 2e-7, 0.88, 3.0, 3)) == "0.001 [< 0.001, 0.88]"
     assert with_interval(Interval(0.4, None, None, None, 2, "few")) == "0.40"
 
 

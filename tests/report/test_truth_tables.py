@@ -135,6 +135,12 @@ def test_at_120_columns_a_row_is_a_line(mixed):
             assert " ".join(row) in lines
 
 
+def test_each_table_stands_apart_from_what_is_above(mixed):
+    lines = printed(mixed).splitlines()
+    for words in truth_tables(mixed):
+        assert lines[lines.index(words.caption) - 1] == ""
+
+
 @pytest.mark.parametrize("width", [40, 80])
 def test_in_a_narrow_window_no_number_is_cut_off(mixed, width):
     out = printed(mixed, width=width, force_terminal=True, color_system=None)

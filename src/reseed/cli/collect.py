@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
+
 from reseed.compare.cell import CellResult
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.load import knobs, named_alike
@@ -10,6 +13,7 @@ from reseed.console import say
 from reseed.report.axes import Cell, ordered
 from reseed.report.figures import write_figures
 from reseed.report.tables import print_summary, write_tables
+from reseed.runs import Run
 from reseed.sweeps import Sweep
 
 
@@ -29,23 +33,38 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
         finished = [run for run in sweep.runs(**axes) if run.finished]
         if len(finished) < len(rows):
             name = ", ".join(f"{axis}={value}" for axis, value in axes.items()) or "all runs"
-            lacking.append(f"{name}: {len(finished)} of {len(rows)} runs")
+            count = f"{len(finished)} of {len(rows)} runs"
+            lacking.append(f"incomplete: {name}: {count}{_why(sweep.runs(**axes))}")
         try:
             result = CellResult.read(sweep.cell_folder(axes))
         except FileNotFoundError:
             continue
         cells.append((knobs(finished, axes), result))
-    for line in lacking:
-        say(f"incomplete: {line}")
     if not cells:
+        _say_all(lacking)
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
     cells = ordered(cells)
     cells = named_alike(cells)
-    write_tables(cells, sweep.path)
+    write_tables(cells, sweep.path, lacking)
     write_figures(cells, sweep.path)
     print_summary(cells, title=settings.name)
     say(f"{sweep.path}/: summary.md, summary.csv, pairs.csv, latents.parquet, figures (png, svg)")
+    _say_all(lacking)  # last, where they are not overlooked
     return not lacking
+
+
+def _say_all(lines: Sequence[str]) -> None:
+    for line in lines:
+        say(line)
+
+
+def _why(runs: Sequence[Run]) -> str:
+    """The first sentence of the first failure, in brackets; empty where none has failed."""
+    messages = [failure["message"] for run in runs if (failure := run.failure)]
+    if not messages:
+        return ""
+    first = re.split(r"\.\s|\n", messages[0].strip())[0]
+    return f" ({first.rstrip('.')})"
 
 
 def _cells(sweep: Sweep, settings: ComparisonConfig) -> list[dict[str, str]]:

@@ -38,7 +38,7 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
     """Compare the finished runs of one cell, unless that has been done."""
     from reseed.compare.cell import CellResult, compare_cell
     from reseed.compare.load import load_dictionaries
-    from reseed.console import say
+    from reseed.console import counted, say
 
     rows = sweep.rows(axes)
     pairs = zip(rows, sweep.runs(**axes), strict=True)
@@ -56,7 +56,8 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
     except (FileNotFoundError, ValueError):
         pass
     _check_weights([run for _, run in finished], settings.pair_by, name)
-    say(f"  comparing {name}: {len(finished)} runs, {math.comb(len(finished), 2)} pairs")
+    pairs_up = counted(math.comb(len(finished), 2), "pair")
+    say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
     loaded = [load_dictionaries(run, value) for value, run in finished]
     trained, untrained = zip(*loaded, strict=True)
     compare_cell(trained, untrained, settings).write(folder)

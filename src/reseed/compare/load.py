@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,17 +56,19 @@ def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
     return out | {axis: v for axis, v in axes.items() if axis not in told and axis not in out}
 
 
-def named_alike(cells: list[tuple[dict[str, Any], Any]]) -> list[tuple[dict[str, Any], Any]]:
+def named_alike(
+    cells: Sequence[tuple[Mapping[str, Any], Any]],
+) -> list[tuple[Mapping[str, Any], Any]]:
     """Cells whose sparsity is said in one way: where some have a target L0, k is one too.
 
     A k-sparse run is the same run by whichever name its k was given, and its record has the first.
     """
     if not any("L0≈" in str(knobs["sparsity"]) for knobs, _ in cells):
-        return cells
-    alike = []
+        return list(cells)
+    alike: list[tuple[Mapping[str, Any], Any]] = []
     for knobs, cell in cells:
         words = str(knobs["sparsity"]).replace("k=", "L0≈").split("|")
-        alike.append((knobs | {"sparsity": "|".join(dict.fromkeys(words))}, cell))
+        alike.append(({**knobs, "sparsity": "|".join(dict.fromkeys(words))}, cell))
     return alike
 
 

@@ -55,9 +55,44 @@ def telling(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def columns(cells: Sequence[Cell]) -> list[str]:
+    """The varying knobs that tables show: without those that the arm determines, of which
+    `told_by_arm` speaks."""
+    left_out = _of_arm(cells)
+    return [name for name in varying(cells) if name not in left_out]
+
+
+def told_by_arm(cells: Sequence[Cell]) -> str:
+    """What each arm's name stands for, in one line, arms that are alike said together:
+    ``easy: model world_easy, 64 latents, L0≈3 · …``. Empty where no knob follows from the arm."""
+    names = _of_arm(cells)
+    if not names:
+        return ""
+    arms: dict[str, list[str]] = {}
+    for knobs in {_word(knobs, "arm"): knobs for knobs, _ in cells}.values():
+        said = ", ".join(_said(name, _word(knobs, name)) for name in names)
+        arms.setdefault(said, []).append(_word(knobs, "arm"))
+    return " · ".join(f"{'; '.join(who)}: {said}" for said, who in arms.items())
+
+
+def _of_arm(cells: Sequence[Cell]) -> list[str]:
+    """The varying knobs, other than the arm itself, that have one value in each arm."""
+    names = varying(cells)
+    if "arm" not in names:
+        return []
+    return [name for name in names if name != "arm" and _follows(cells, name, "arm")]
+
+
+def _said(name: str, word: str) -> str:
+    """A knob and its value: ``model world_easy``, ``64 latents``, ``L0≈3``."""
+    if name.endswith("num_latents"):
+        return f"{word} latents"
+    return word if name == "sparsity" else f"{name} {word}"
+
+
 def naming(cells: Sequence[Cell]) -> list[str]:
-    """The knobs that name a cell: all that vary, of many cells only the telling ones."""
-    return varying(cells) if len(cells) <= FEW else telling(cells)
+    """The knobs that name a cell: all that tables show, of many cells only the telling ones."""
+    return columns(cells) if len(cells) <= FEW else telling(cells)
 
 
 def label(cells: Sequence[Cell], knobs: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from reseed.compare.statistics import Interval, welch_difference
 from reseed.report.axes import Cell, amounts, telling
-from reseed.report.wording import Wording, number, paired
+from reseed.report.wording import LEAST, Wording, number, paired
 
 MEASURES = {
     "shared": "shared_fraction",
@@ -135,7 +135,7 @@ def side(difference: Interval) -> int:
 def signed(difference: Interval) -> str:
     """``+0.12 [0.05, 0.19] *``."""
     mean = number(difference.mean)
-    text = f"+{mean}" if difference.mean > 0 else mean
+    text = f"+{mean}" if difference.mean >= LEAST else mean
     if difference.low is None or difference.high is None:
         return text
     star = " *" if side(difference) else ""

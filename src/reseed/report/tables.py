@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,14 @@ SUMMARY_COLUMNS = (
 """Columns of ``summary.csv`` after the knobs of the cell; others follow."""
 
 
-def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
+def write_tables(
+    cells: Sequence[Cell], folder: Path | str, incomplete: Sequence[str] = ()
+) -> list[Path]:
     """Write ``pairs.csv``, ``latents.parquet``, ``summary.csv`` and ``summary.md``.
 
     Args:
         cells: the knobs of each cell, and what was measured on it.
+        incomplete: a line for each cell that lacks runs, whether or not it is among ``cells``.
 
     Returns:
         The files written; each is whole or not there.
@@ -59,7 +63,7 @@ def write_tables(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     atomic_write(pairs, lambda p: pair_frame(cells).to_csv(p, index=False))
     atomic_write(latents, lambda p: pq.write_table(latent_table(cells), p, compression="zstd"))
     atomic_write(rows, lambda p: summary_frame(cells).to_csv(p, index=False))
-    atomic_write_text(text, summary_markdown(cells))
+    atomic_write_text(text, summary_markdown(cells, incomplete))
     return files
 
 
@@ -107,7 +111,7 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "threshold": settings.threshold,
         "live_at_least": settings.live_at_least,
         "confidence": settings.confidence,
-        "note": "; ".join(notes(cell)),
+        "note": "; ".join(notes(cell, knobs)),
     }
     extra |= truth_row(cell)
     return row | {name: value for name, value in extra.items() if name not in row}
@@ -155,9 +159,13 @@ def _one_type(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values])
 
 
-def summary_markdown(cells: Sequence[Cell]) -> str:
-    """``summary.md``: the summary of the terminal, then details, profiles and runs."""
+def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> str:
+    """``summary.md``: the summary of the terminal, then details, profiles and runs.
+
+    What is ``incomplete`` stands among the footnotes of the first table.
+    """
     first = summary(cells)
+    first = replace(first, footnotes=(*first.footnotes, *incomplete))
     parts = ["# Summary", first.caption, _markdown(first)]
     for words in truth_tables(cells):
         parts += [f"## {words.caption}", _markdown(words)]
@@ -194,29 +202,49 @@ def print_summary(
 ) -> None:
     """Print the summary table with its footnotes and `verdicts`, then `truth_tables`.
 
-    On a terminal it fits the window, cells as paragraphs where that is too narrow for a table. Into
-    a file or pipe it is as wide as it has to be, without colour, so that nothing is cut off.
+    On a terminal it fits the window: first columns that can be spared are left out, then cells are
+    paragraphs. Into a file or pipe it is as wide as it has to be, without colour, so that nothing
+    is cut off.
     """
     console = console or Console()
     _print(summary(cells), console, title)
     for line in verdicts(cells):
         console.print(_rich(line), width=min(console.width, 100))
     for words in truth_tables(cells):
+        console.print()
         _print(words, console)
 
 
 def _print(words: Wording, console: Console, title: str = "") -> None:
-    table = _table(words)
-    wide = console.options.update(width=10_000, max_width=10_000)
-    needed = Measurement.get(console, wide, table)
     if not console.is_terminal:
-        console = Console(file=console.file, width=max(100, needed.maximum), color_system=None)
+        width = max(100, _needed(words, console).maximum)
+        console = Console(file=console.file, width=width, color_system=None)
     if title:
         console.print(Text(title, style="bold"))
     console.print(Text(words.caption))
-    console.print(table if needed.minimum <= console.width else _paragraphs(words))
+    fitting = _fitting(words, console)
+    console.print(_paragraphs(words) if fitting is None else _table(fitting))
+    spared = [] if fitting is None else [n for n in words.header if n not in fitting.header]
+    if spared:
+        names = ", ".join(name.replace("\n", " ") for name in spared)
+        note = f"not shown for want of room, but in summary.md: {names}"
+        console.print(Text(note), width=min(console.width, 100), style="dim")
     for note in words.footnotes:
         console.print(_rich(note), width=min(console.width, 100), style="dim")
+
+
+def _fitting(words: Wording, console: Console) -> Wording | None:
+    """The table with as few of its spare columns left out as the window allows, or None."""
+    for count in range(len(words.spare) + 1):
+        narrower = words.without(words.spare[:count])
+        if _needed(narrower, console).minimum <= console.width:
+            return narrower
+    return None
+
+
+def _needed(words: Wording, console: Console) -> Measurement:
+    wide = console.options.update(width=10_000, max_width=10_000)
+    return Measurement.get(console, wide, _table(words))
 
 
 def _table(words: Wording) -> Table:

@@ -14,10 +14,10 @@ from reseed.report.wording import (
     MISSING,
     Cell,
     Wording,
+    columns,
     label,
     number,
     paired,
-    varying,
     with_interval,
 )
 
@@ -36,7 +36,7 @@ def truth_tables(cells: Sequence[Cell]) -> list[Wording]:
     found = with_labels(cells)
     if not found:
         return []
-    names = varying(cells)
+    names = columns(cells)
     return [_sharing(cells, found, names), _quality(found, names)]
 
 
@@ -133,9 +133,9 @@ def _quality(labelled: Sequence[Cell], names: Sequence[str]) -> Wording:
         "fractions of the live latents.",
         "**P(shared | …)**: of the live latents with that label, the fraction that is shared.",
     )
-    return Wording(
-        header, rows, len(names), "How true are the latents, and which are shared?", footnotes
-    )
+    title = "How true are the latents, and which are shared?"
+    spare = ("P(shared |\nneither)", "P(shared |\ngroup)", "F1")
+    return Wording(header, rows, len(names), title, footnotes, spare)
 
 
 def _shown(cell: CellResult, name: str) -> str:

@@ -5,8 +5,9 @@ The terminal and ``summary.md`` show the same rows; only the typesetting differs
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isnan
 from typing import Any
 
@@ -14,12 +15,16 @@ import numpy as np
 
 from reseed.compare.cell import CellResult
 from reseed.compare.statistics import Interval
-from reseed.report.axes import FEW, MISSING, Cell, label, varying
+from reseed.report.axes import FEW, MISSING, Cell, columns, label, told_by_arm, varying
 
-NOT_SHARED = "not converged or not shared"
 NULL_FACTOR = 10
+NOT_SHARED = f"shared at most {NULL_FACTOR} × its null: not converged or not shared"
 """A shared fraction up to so many times its null is marked `NOT_SHARED`. A null of 0 counts as
 what the simulation could have seen: one latent in all its draws."""
+L0_BOUND = 0.05
+OFF_TARGET = f"L0 off its target by more than {L0_BOUND:.0%}"
+LEAST = 0.001
+"""Smaller numbers are said to be below it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Wording:
         num_knobs: the first so many columns name the cell; the others are numbers.
         caption: what all cells have in common.
         footnotes: what the columns mean, and what is to be said about single cells.
+        spare: columns that a narrow window can do without, those of least use first.
     """
 
     header: tuple[str, ...]
@@ -39,6 +45,13 @@ class Wording:
     num_knobs: int
     caption: str
     footnotes: tuple[str, ...]
+    spare: tuple[str, ...] = ()
+
+    def without(self, names: Sequence[str]) -> Wording:
+        """The table without some columns."""
+        keep = [i for i, name in enumerate(self.header) if name not in names]
+        rows = tuple(tuple(row[i] for i in keep) for row in self.rows)
+        return replace(self, header=tuple(self.header[i] for i in keep), rows=rows)
 
 
 def paired(cells: Sequence[Cell], plural: bool = True) -> str:
@@ -53,7 +66,7 @@ def paired(cells: Sequence[Cell], plural: bool = True) -> str:
 
 def summary(cells: Sequence[Cell]) -> Wording:
     """The table that a person reads first."""
-    knobs = varying(cells)
+    knobs = columns(cells)
     seeds = (paired(cells),) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
     header = (
         *knobs,
@@ -73,12 +86,15 @@ def summary(cells: Sequence[Cell]) -> Wording:
         (*_knob_values(knobs, k), *(str(cell.n_seeds) for _ in seeds), *_numbers(cell))
         for k, cell in cells
     )
-    return Wording(header, rows, len(knobs), _caption(cells), (*_legend(cells), *_remarks(cells)))
+    arms = told_by_arm(cells)
+    footnotes = (*([arms] if arms else []), *_legend(cells), *_remarks(cells))
+    spare = ("cos\nnull", "shared\nnull")
+    return Wording(header, rows, len(knobs), _caption(cells), footnotes, spare)
 
 
 def details(cells: Sequence[Cell]) -> Wording:
     """What else was measured on each cell."""
-    knobs = varying(cells)
+    knobs = columns(cells)
     measures = {
         "covered": "coverage",
         "shared, dec": "shared_fraction_decoder",
@@ -114,7 +130,7 @@ def details(cells: Sequence[Cell]) -> Wording:
 
 def profiles(cells: Sequence[Cell]) -> Wording:
     """p_m and u_k of each cell."""
-    knobs, n = varying(cells), max(cell.n_seeds for _, cell in cells)
+    knobs, n = columns(cells), max(cell.n_seeds for _, cell in cells)
     header = (*knobs, *(f"p_{m}" for m in range(n)), *(f"u_{k}" for k in range(2, n + 1)))
     rows = tuple(
         (*_knob_values(knobs, k), *_padded(cell.p, n), *_padded(cell.u, n - 1)) for k, cell in cells
@@ -126,23 +142,30 @@ def profiles(cells: Sequence[Cell]) -> Wording:
     return Wording(header, rows, len(knobs), "", footnotes)
 
 
-def notes(cell: CellResult) -> list[str]:
-    """What has to be said about the shared fraction of a cell."""
+def notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]:
+    """What has to be said about the shared fraction of a cell, and about the L0 it asked for."""
     shared = cell.estimates["shared_fraction"]
     simulated = cell.null_simulated_latents
     null = max(_null(cell), 1 / (simulated * cell.settings.null_draws))
-    found = [NOT_SHARED] if shared.mean <= NULL_FACTOR * null else []
+    # Of a single latent there is no null to speak of.
+    found = [NOT_SHARED] if simulated > 1 and shared.mean <= NULL_FACTOR * null else []
+    target = re.fullmatch(r"L0≈(\d[\d.e+-]*)", str((knobs or {}).get("sparsity")))
+    if target and "l0" in cell.estimates:
+        l0 = cell.estimates["l0"].mean
+        found += [OFF_TARGET] if abs(l0 / float(target[1]) - 1) > L0_BOUND else []
     if simulated < cell.num_latents:
         found.append(f"null of {simulated:,} latents, its cosine extended")
     return found + ([shared.reason] if shared.reason else [])
 
 
 def number(value: float) -> str:
-    """Two decimals, or one digit where these would show nothing."""
+    """Two decimals, or one digit where these would show nothing; not below `LEAST`."""
     if isnan(value):
         return MISSING
     if value == 0:
         return "0"
+    if abs(value) < LEAST:
+        return f"< {LEAST}" if value > 0 else f"> -{LEAST}"
     return f"{value:.2f}" if abs(value) >= 0.00995 else f"{value:.1g}"
 
 
@@ -158,13 +181,12 @@ def _numbers(cell: CellResult) -> tuple[str, ...]:
     def mean(name: str) -> float:
         return estimates[name].mean if name in estimates else float("nan")
 
-    null = _null(cell)
     l0 = mean("l0")
     return (
         with_interval(estimates["shared_fraction"]),
         number(mean("shared_fraction_live")),
         number(mean("shared_fraction_decoder")),
-        number(null) if null else f"< 1/{cell.null_simulated_latents}",
+        _null_in_words(cell),
         number(mean("cosine_encoder")),
         number(mean("cosine_decoder")),
         number(cell.pair_mean("null_cosine")),
@@ -176,6 +198,13 @@ def _numbers(cell: CellResult) -> tuple[str, ...]:
 
 def _null(cell: CellResult) -> float:
     return cell.pair_mean("null_shared_fraction")
+
+
+def _null_in_words(cell: CellResult) -> str:
+    null, simulated = _null(cell), cell.null_simulated_latents
+    if null:
+        return number(null) if null >= LEAST else f"{null:.1g}"
+    return f"< 1/{simulated}" if simulated > 1 else MISSING
 
 
 def _padded(values: np.ndarray, length: int) -> list[str]:
@@ -205,12 +234,14 @@ def _legend(cells: Sequence[Cell]) -> list[str]:
     )
     if max(cell.n_seeds for _, cell in cells) < 3:
         interval = "."
-    pairs = _range(cells, lambda c: len(c.pairs))
+    pairs = f"Mean over the {_range(cells, lambda c: len(c.pairs))} pairs"
+    if max(len(cell.pairs) for _, cell in cells) == 1:
+        pairs = "One pair"
     tokens = _range(cells, lambda c: c.held_out_tokens)
     return [
         "**shared**: the exact matchings by encoder and by decoder give the latent the same "
-        f"partner, and both cosines are at least {settings.threshold:g} (Paulo & Belrose). Mean "
-        f"over the {pairs} pairs of n = {count} {paired(cells)}{interval}",
+        f"partner, and both cosines are at least {settings.threshold:g} (Paulo & Belrose). "
+        f"{pairs} of n = {count} {paired(cells)}{interval}",
         f"**live**: counted over latents that fire at least {settings.live_at_least} times in "
         f"{tokens} held-out tokens, both partners live. **dec**: the cosine of the decoder's own "
         "match reaches the threshold; the encoder is not asked.",
@@ -225,14 +256,21 @@ def _remarks(cells: Sequence[Cell]) -> list[str]:
     """The notes, each once, with the cells that it is about."""
     about: dict[str, list[str]] = {}
     for knobs, cell in cells:
-        for note in notes(cell):
-            about.setdefault(note, []).append(label(cells, knobs))
-    return [f"**{note}**" + _which(who, len(cells)) for note, who in about.items()]
+        for note in notes(cell, knobs):
+            value = f" ({cell.estimates['l0'].mean:.1f})" if note == OFF_TARGET else ""
+            about.setdefault(note, []).append(label(cells, knobs) + value)
+    return [
+        f"**{note}**" + _which(who, len(cells), always=note == OFF_TARGET)
+        for note, who in about.items()
+    ]
 
 
-def _which(who: Sequence[str], of: int) -> str:
-    """The cells that a note is about, by name as long as that is read sooner than the table."""
-    if len(who) == of:
+def _which(who: Sequence[str], of: int, always: bool = False) -> str:
+    """The cells that a note is about, by name as long as that is read sooner than the table.
+
+    Where it is about all, they are not named, unless ``always``.
+    """
+    if len(who) == of and not (always and of <= FEW):
         return ""
     if len(who) > FEW:
         return f": {len(who)} of the {of} rows (`note` in summary.csv says which)"
