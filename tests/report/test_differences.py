@@ -117,4 +117,4 @@ def test_a_star_marks_what_leaves_out_0():
     assert signed(below) == "-0.20 [-0.30, -0.10] *"
     assert signed(around) == "+0.20 [-0.10, 0.50]"
     assert signed(none) == "+0.20"
-    assert signed(Interval(2e-7, -2e-7, 0.5, 0.1, 3)) == "< 0.001 [> -0.001, 0.50]"
+    assert signed(Interval(2e-7, -2e-7, 0.5, 0.1, 3)) == "< 0.001 [>-0.001, 0.50]"

@@ -141,6 +141,19 @@ def test_each_table_stands_apart_from_what_is_above(mixed):
         assert lines[lines.index(words.caption) - 1] == ""
 
 
+def test_two_knobs_leave_tables_at_80_columns(mixed):
+    """An arm and an architecture, as in comparison=worlds."""
+    arms = [
+        ({"arm": arm} | knobs | {"sae": sae}, cell)
+        for arm in ("hierarchy", "subspaces")
+        for sae, (knobs, cell) in zip(("matryoshka", "relu"), mixed[:2], strict=True)
+    ]
+    out = printed(arms, width=80, force_terminal=True, color_system=None)
+    assert "arm hierarchy · sae" not in out, "no paragraphs"
+    assert "in summary.md: shared live\n" in out
+    assert max(len(line.rstrip()) for line in out.splitlines()) <= 80
+
+
 @pytest.mark.parametrize("width", [40, 80])
 def test_in_a_narrow_window_no_number_is_cut_off(mixed, width):
     out = printed(mixed, width=width, force_terminal=True, color_system=None)

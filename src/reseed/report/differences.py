@@ -13,7 +13,7 @@ from itertools import combinations
 
 from reseed.compare.statistics import Interval, welch_difference
 from reseed.report.axes import Cell, amounts, telling
-from reseed.report.wording import LEAST, Wording, number, paired
+from reseed.report.wording import LEAST, Wording, bounds, number, paired
 
 MEASURES = {
     "shared": "shared_fraction",
@@ -139,4 +139,4 @@ def signed(difference: Interval) -> str:
     if difference.low is None or difference.high is None:
         return text
     star = " *" if side(difference) else ""
-    return f"{text} [{number(difference.low)}, {number(difference.high)}]{star}"
+    return f"{text} {bounds(difference.low, difference.high)}{star}"

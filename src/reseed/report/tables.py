@@ -12,6 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -217,13 +218,13 @@ def print_summary(
 
 def _print(words: Wording, console: Console, title: str = "") -> None:
     if not console.is_terminal:
-        width = max(100, _needed(words, console).maximum)
+        width = max(100, _needed(_table(words), console))
         console = Console(file=console.file, width=width, color_system=None)
     if title:
         console.print(Text(title, style="bold"))
     console.print(Text(words.caption))
     fitting = _fitting(words, console)
-    console.print(_paragraphs(words) if fitting is None else _table(fitting))
+    console.print(_paragraphs(words) if fitting is None else _fitted(fitting, console))
     spared = [] if fitting is None else [n for n in words.header if n not in fitting.header]
     if spared:
         names = ", ".join(name.replace("\n", " ") for name in spared)
@@ -237,27 +238,39 @@ def _fitting(words: Wording, console: Console) -> Wording | None:
     """The table with as few of its spare columns left out as the window allows, or None."""
     for count in range(len(words.spare) + 1):
         narrower = words.without(words.spare[:count])
-        if _needed(narrower, console).minimum <= console.width:
+        if _needed(_table(narrower, 0), console) <= console.width:
             return narrower
     return None
 
 
-def _needed(words: Wording, console: Console) -> Measurement:
+def _needed(table: Table, console: Console) -> int:
+    """Columns of the window that a table takes whose columns all have a width."""
     wide = console.options.update(width=10_000, max_width=10_000)
-    return Measurement.get(console, wide, _table(words))
+    return Measurement.get(console, wide, table).maximum
 
 
-def _table(words: Wording) -> Table:
-    """A column may wrap between its words where the window is narrow, never within a number."""
+def _fitted(words: Wording, console: Console) -> Table:
+    """The table with its columns as wide as the window allows."""
+    return _table(words, console.width - _needed(_table(words, 0), console))
+
+
+def _table(words: Wording, room: int = 10_000) -> Table:
+    """A column may wrap between words where the window is narrow, never within a word or number.
+
+    Args:
+        room: how much wider than the narrowest possible the table may be. (Left to itself, rich
+            takes from the widest column first, and breaks words of it while others have room.)
+    """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
     table.collapse_padding, table.pad_edge = True, False
     for i, name in enumerate(words.header):
         entries = [name, *(row[i] for row in words.rows)]
-        longest = max(len(word) for entry in entries for word in (entry.split() or [""]))
-        if i < words.num_knobs:
-            table.add_column(name, overflow="fold")
-        else:
-            table.add_column(name, justify="right", overflow="fold", min_width=longest)
+        least = max(cell_len(word) for entry in entries for word in (entry.split() or [""]))
+        full = max(cell_len(line) for entry in entries for line in (entry.splitlines() or [""]))
+        width = min(full, least + room)
+        room -= width - least
+        justify = "left" if i < words.num_knobs else "right"
+        table.add_column(name, justify=justify, overflow="fold", width=width)
     first = [row[:1] for row in words.rows]
     grouped = words.num_knobs > 1 and len(words.rows) > FEW
     for i, row in enumerate(words.rows):

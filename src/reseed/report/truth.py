@@ -105,7 +105,8 @@ def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[st
         f"nothing of the truth. Intervals leave one {one} out.",
         *_reasons(cells, labelled),
     )
-    return Wording(header, rows, len(names), TITLE, footnotes)
+    # The live fraction stands in the first table too.
+    return Wording(header, rows, len(names), TITLE, footnotes, ("shared\nlive",))
 
 
 def _quality(labelled: Sequence[Cell], names: Sequence[str]) -> Wording:
@@ -134,7 +135,7 @@ def _quality(labelled: Sequence[Cell], names: Sequence[str]) -> Wording:
         "**P(shared | …)**: of the live latents with that label, the fraction that is shared.",
     )
     title = "How true are the latents, and which are shared?"
-    spare = ("P(shared |\nneither)", "P(shared |\ngroup)", "F1")
+    spare = ("P(shared |\nneither)", "P(shared |\ngroup)", "composites")
     return Wording(header, rows, len(names), title, footnotes, spare)
 
 

@@ -88,7 +88,7 @@ def summary(cells: Sequence[Cell]) -> Wording:
     )
     arms = told_by_arm(cells)
     footnotes = (*([arms] if arms else []), *_legend(cells), *_remarks(cells))
-    spare = ("cos\nnull", "shared\nnull")
+    spare = ("cos\nnull", "shared\nnull", "shared\ndec")
     return Wording(header, rows, len(knobs), _caption(cells), footnotes, spare)
 
 
@@ -172,7 +172,12 @@ def number(value: float) -> str:
 def with_interval(estimate: Interval) -> str:
     if estimate.low is None or estimate.high is None:
         return number(estimate.mean)
-    return f"{number(estimate.mean)} [{number(estimate.low)}, {number(estimate.high)}]"
+    return f"{number(estimate.mean)} {bounds(estimate.low, estimate.high)}"
+
+
+def bounds(low: float, high: float) -> str:
+    """``[0.30, 0.52]``; a bound is one word, so that no line breaks within it."""
+    return "[" + ", ".join(number(bound).replace(" ", "") for bound in (low, high)) + "]"
 
 
 def _numbers(cell: CellResult) -> tuple[str, ...]:
