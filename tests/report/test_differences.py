@@ -93,7 +93,7 @@ def test_every_pair_in_every_arm_at_common_budgets(at):
     assert words is not None
     assert len(words.rows) == 4 * 3 + 2 * 2
     assert words.rows[0][:2] == ("one: topk − relu", "1,000")
-    assert all(line in words.footnotes for line in verdicts(cells))
+    assert all(c.verdict() in words.footnotes for c in found)
     assert "## Differences" in summary_markdown(cells)
 
 
@@ -118,3 +118,15 @@ def test_a_star_marks_what_leaves_out_0():
     assert signed(around) == "+0.20 [-0.10, 0.50]"
     assert signed(none) == "+0.20"
     assert signed(Interval(2e-7, -2e-7, 0.5, 0.1, 3)) == "< 0.001 [>-0.001, 0.50]"
+
+
+def test_of_many_pairs_a_line_says_the_order(at):
+    """Four architectures, of which a is above b and c, these above d: 5 of 6 pairs."""
+    levels = {"a": 0.9, "b": 0.5, "c": 0.5, "d": 0.1}
+    cells = [at(sae, tokens, mean) for tokens in (1000, 2000) for sae, mean in levels.items()]
+    order, rule = verdicts(cells)
+    assert order == (
+        "**a** shares more than b, c, d; **b** shares more than d; **c** shares more than d "
+        "(5 of 6 pairs)"
+    )
+    assert "summary.md" in rule

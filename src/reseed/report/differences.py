@@ -20,6 +20,8 @@ MEASURES = {
     "shared, dec": "shared_fraction_decoder",
     "shared, corr": "shared_fraction_correlation",
 }
+LISTED = 4
+"""Up to so many verdicts are given one by one on the terminal."""
 BUDGETS = 2
 """So many budgets, the last ones, have to agree."""
 
@@ -46,6 +48,12 @@ class Contrast:
         where = f"{', '.join(self.place)}: " if self.place else ""
         return f"{where}{self.first} − {self.second}"
 
+    @property
+    def claimed(self) -> int:
+        """1 or −1 where the first or the second shares more at the last budgets, else 0."""
+        sides = {side(d) for d in self.differences["shared_fraction"][-BUDGETS:]}
+        return sides.pop() if len(sides) == 1 else 0
+
     def verdict(self) -> str:
         """One line: what is claimed of the strict shared fraction, or why nothing is."""
         found = self.differences["shared_fraction"]
@@ -55,8 +63,8 @@ class Contrast:
         sides = {side(d) for _, d in last}
         if without:
             claim = f"no difference claimed, as there is no interval ({without})"
-        elif sides == {1} or sides == {-1}:
-            first, second = (self.first, self.second)[:: sides.pop()]
+        elif self.claimed:
+            first, second = (self.first, self.second)[:: self.claimed]
             claim = f"**{first} shares more than {second}**"
         elif 0 in sides:
             claim = "no difference claimed: not clear of 0 at both of the last two budgets"
@@ -121,8 +129,29 @@ def differences(cells: Sequence[Cell]) -> Wording | None:
 
 
 def verdicts(cells: Sequence[Cell]) -> list[str]:
-    """A line for each pair of architectures."""
-    return [contrast.verdict() for contrast in contrasts(cells)]
+    """A line for each pair of architectures; of many pairs a line for each place."""
+    found = contrasts(cells)
+    if len(found) <= LISTED:
+        return [contrast.verdict() for contrast in found]
+    places: dict[tuple[str, ...], list[Contrast]] = {}
+    for contrast in found:
+        places.setdefault(contrast.place, []).append(contrast)
+    told = [_order(place, pairs) for place, pairs in places.items()]
+    return [*told, "Claimed at the last two budgets; every difference stands in summary.md."]
+
+
+def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
+    """``L0≈8: relu shares more than gated, topk; gated more than topk``."""
+    below: dict[str, list[str]] = {}
+    for pair in pairs:
+        if pair.claimed:
+            first, second = (pair.first, pair.second)[:: pair.claimed]
+            below.setdefault(first, []).append(second)
+    ranked = sorted(below.items(), key=lambda entry: -len(entry[1]))
+    lines = [f"**{winner}** shares more than {', '.join(lost)}" for winner, lost in ranked]
+    where = f"{', '.join(place)}: " if place else ""
+    claims = sum(len(lost) for lost in below.values())
+    return f"{where}{'; '.join(lines) or 'no difference claimed'} ({claims} of {len(pairs)} pairs)"
 
 
 def side(difference: Interval) -> int:
