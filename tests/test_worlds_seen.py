@@ -73,9 +73,9 @@ EVERY = ["topk", "batch_topk", "matryoshka", "jumprelu", "gated", "relu"]
 
 @pytest.mark.parametrize("sae", EVERY)
 def test_every_architecture_finds_independent_features(learned: Learned, sae: str) -> None:
-    """64 orthogonal features, 3.2 of them a token, at that L0."""
+    """64 orthogonal features, 3.2 of them a token, at that L0; some latents to spare."""
     _, runs = learned(
-        "model=world_easy", f"sae={sae}", "sae.num_latents=64", "sae.target_l0=3",
+        "model=world_easy", f"sae={sae}", "sae.num_latents=128", "sae.target_l0=3",
         "training.lr=3e-3", "training.tokens=256000", seeds=(0, 1),
     )  # fmt: skip
     for run in runs:
@@ -112,15 +112,14 @@ def test_a_child_absorbs_its_parent(learned: Learned) -> None:
 
 
 def test_batch_topk_absorbs_too(learned: Learned) -> None:
-    """T2: f1 fires on 60% of f0's tokens, k is somewhat below the true L0. From the right answer,
-    as latents may die from random starts: most seeds absorb, and in none both stand alone, as they
-    do where f1 fires as often without f0."""
-    options = ["training=world", "sae=batch_topk", "sae.num_latents=12", "sae.k=2"]
+    """T2: f1 fires on 60% of f0's tokens; k is a little above the true L0 of 2.14, as below it any
+    features mix (T6). From the right answer, as latents may die from random starts."""
+    options = ["training=world", "sae=batch_topk", "sae.num_latents=12", "sae.k=2.2"]
     options += ["training.tokens=1024000", "training.start=truth"]
 
     def mixed(*more: str) -> list[tuple[float, float]]:
         """How much of f0 is in the child's decoder, and of f1 in the parent's encoder."""
-        world, runs = learned("model=world_absorption_topk", *options, *more, seeds=range(5))
+        world, runs = learned("model=world_absorption_topk", *options, *more)
         found = []
         for run in runs:
             decoder, encoder = (cosines(rows, world) for rows in (run.sae().W_dec, run.sae().W_enc))
@@ -128,12 +127,14 @@ def test_batch_topk_absorbs_too(learned: Learned) -> None:
             found.append((float(decoder[child, 0]), float(encoder[parent, 1])))
         return found
 
-    hierarchical = mixed()
-    assert sum(into > 0.4 and away < -0.3 for into, away in hierarchical) >= 3
-    assert all(abs(into) > 0.4 for into, _ in hierarchical)
+    for into, away in mixed():
+        assert into == pytest.approx(0.71, abs=0.1)
+        assert away < -0.5
+    # As often, but without f0 as well as with it: both stand alone.
     flat = [0.4, 0.24, *[0.15] * 10]
-    alone = mixed(f"model.firing={flat}".replace(" ", ""), "model.parents=null")
-    assert all(abs(into) < 0.1 and abs(away) < 0.1 for into, away in alone)
+    for into, away in mixed(f"model.firing={flat}".replace(" ", ""), "model.parents=null"):
+        assert abs(into) < 0.05
+        assert abs(away) < 0.05
 
 
 @pytest.mark.parametrize(
