@@ -114,7 +114,7 @@ def test_what_recipes_set_for_jumprelu() -> None:
     published, _ = experiment_from(composed("sae=jumprelu", "training=standard"))
     assert (published.training.beta1, published.sae.penalty) == (0, "step")  # type: ignore[attr-defined]
     short, _ = experiment_from(composed("sae=jumprelu", "training=short"))
-    assert short.sae.sparsity == "λ=0.011"
+    assert short.sae.sparsity == "λ=0.0088"
     assert not short.sae.needs_calibration
     matched, _ = experiment_from(composed("sae=jumprelu", "training=short", "sae.target_l0=8"))
     assert matched.sae.needs_calibration
