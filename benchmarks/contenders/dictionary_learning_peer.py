@@ -146,7 +146,7 @@ class JumpReLU(LearnsThreshold, DictionaryLearning):
             "paper (and reseed) has pre-activations"
         )
         return Matched(
-            sae={"target_l0": TARGET_L0},
+            sae={"target_l0": TARGET_L0, "penalty": "quadratic"},
             optimizer={"max_grad_norm": 1 / d_in, "eps": 1e-8 / d_in, "betas": (0.0, 0.999)},
             factor=d_in,
             differs={"log_threshold": kernel},
