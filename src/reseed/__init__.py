@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from reseed.compare.matching import match
     from reseed.runs import load_run
     from reseed.sae.checkpoint import load_sae
 
 # Looked up on first use, so that `import reseed` and the command line stay light.
-_LAZY = {"load_sae": "reseed.sae.checkpoint", "load_run": "reseed.runs"}
+_LAZY = {
+    "load_sae": "reseed.sae.checkpoint",
+    "load_run": "reseed.runs",
+    "match": "reseed.compare.matching",
+}
 
-__all__ = ["__version__", "load_run", "load_sae"]
+__all__ = ["__version__", "load_run", "load_sae", "match"]
 
 
 def __dir__() -> list[str]:

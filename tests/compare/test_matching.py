@@ -1,9 +1,12 @@
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 
 from reseed.compare import matching
 from reseed.compare.matching import match, unit_rows
@@ -21,6 +24,46 @@ def total_by_enumeration(a, b):
     )
 
 
+def check_certificate(a, b, found, absolute=False):
+    """What anyone can check who has the rows, the assignment and the prices, and nothing else.
+
+    Raises AssertionError unless they prove that the assignment is the best there is.
+    """
+    sides = []
+    for rows, prices in ((a, found.row_prices), (b, found.column_prices)):
+        rows = np.asarray(rows, dtype=np.float64)
+        directed = np.flatnonzero(np.isfinite(rows).all(axis=1) & rows.any(axis=1))
+        rows = rows[directed] / np.abs(rows[directed]).max(axis=1, keepdims=True, initial=0)
+        assert np.isfinite(prices[directed]).all()
+        assert np.isnan(np.delete(prices, directed)).all()
+        sides.append((directed, rows / np.linalg.norm(rows, axis=1, keepdims=True)))
+    (rows_a, unit_a), (rows_b, unit_b) = sides
+    row_prices, column_prices = found.row_prices[rows_a], found.column_prices[rows_b]
+    bound, worst = row_prices.sum() + column_prices.sum(), -np.inf
+    for start in range(0, len(unit_a), 1024):
+        cosine = unit_a[start : start + 1024] @ unit_b.T
+        cosine = np.abs(cosine) if absolute else cosine
+        worst = max(
+            worst,
+            (cosine - row_prices[start : start + 1024, None] - column_prices).max(initial=-np.inf),
+        )
+    assert worst < 1e-11, "a pair is worth more than its prices"
+    for few, many, prices in (
+        (rows_a, rows_b, column_prices),
+        (rows_b, rows_a, row_prices),
+    ):
+        if len(few) < len(many):
+            assert prices.min() >= 0, "a price of the longer side is negative"
+    pairs = np.flatnonzero(found.assignment >= 0)
+    partners = found.assignment[pairs]
+    assert len(set(partners.tolist())) == len(pairs) == min(len(rows_a), len(rows_b))
+    place_a, place_b = np.searchsorted(rows_a, pairs), np.searchsorted(rows_b, partners)
+    total = (unit_a[place_a] * unit_b[place_b]).sum(axis=1)
+    total = np.abs(total).sum() if absolute else total.sum()
+    assert abs(bound - total) < 1e-9 * max(1, len(pairs)), "the sum falls short of the bound"
+    assert found.gap == pytest.approx(bound - total, abs=1e-9)
+
+
 @given(n=st.integers(1, 6), m=st.integers(1, 6), d=st.integers(1, 4), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
 def test_the_assignment_is_one_to_one_and_the_best(n, m, d, seed):
@@ -30,6 +73,7 @@ def test_the_assignment_is_one_to_one_and_the_best(n, m, d, seed):
     partners = found.assignment[found.matched]
     assert len(set(partners.tolist())) == len(partners) == min(n, m)
     assert found.cosines.sum() == pytest.approx(total_by_enumeration(a, b), abs=1e-9)
+    check_certificate(a, b, found)
     for i in range(n):
         j = found.assignment[i]
         wanted = a[i] @ b[j] / np.linalg.norm(a[i]) / np.linalg.norm(b[j]) if j >= 0 else 0
@@ -41,7 +85,7 @@ def test_the_assignment_is_one_to_one_and_the_best(n, m, d, seed):
 def test_seen_from_the_other_side_it_is_the_inverse(n, m, seed):
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((n, 5)), rng.standard_normal((m, 5))
-    mirrored, inverse = match(b, a), match(a, b).inverse(m)
+    mirrored, inverse = match(b, a), match(a, b).inverse()
     assert np.array_equal(mirrored.assignment, inverse.assignment)
     assert np.allclose(mirrored.cosines, inverse.cosines)
 
@@ -96,17 +140,209 @@ def test_rows_of_different_length_are_refused():
         match(np.ones((2, 3)), np.ones((2, 4)))
 
 
-def test_too_many_latents_are_refused_with_the_memory_they_need():
-    a = np.broadcast_to(np.float32(1), (40_000, 1))
-    with pytest.raises(MemoryError, match=r"40,000 with 2 latents .* 0\.0 GB; .* is 32,768"):
-        match(a, a[:2])
+def test_a_planted_wrong_assignment_is_caught_by_the_certificate():
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 60, 8))
+    found = match(a, b)
+    check_certificate(a, b, found)
+    swapped = found.assignment.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    with pytest.raises(AssertionError, match="falls short"):
+        check_certificate(a, b, replace(found, assignment=swapped))
+    lowered = found.row_prices.copy()
+    lowered[7] -= 1e-6
+    with pytest.raises(AssertionError, match="worth more than its prices"):
+        check_certificate(a, b, replace(found, row_prices=lowered))
 
 
-def test_a_matrix_larger_than_the_free_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(matching, "free_memory", lambda: 79)
-    with pytest.raises(MemoryError, match=r"needs a dense matrix .* GB of memory are free"):
-        match(np.ones((5, 1)), np.ones((2, 1)))
-    monkeypatch.setattr(matching, "free_memory", lambda: 80)
-    match(np.ones((5, 1)), np.ones((2, 1)))
-    monkeypatch.setattr(matching, "free_memory", lambda: None)
-    match(np.ones((5, 1)), np.ones((2, 1)))
+def total_by_scipy(a, b, absolute=False):
+    """The largest sum of cosines, by scipy's dense solver."""
+    rows = [unit_rows(x) for x in (a, b)]
+    one, other = (x[x.any(axis=1)] for x in rows)
+    cosine = one @ other.T
+    cosine = np.abs(cosine) if absolute else cosine
+    i, j = linear_sum_assignment(cosine, maximize=True)
+    return cosine[i, j].sum()
+
+
+def orthogonal_blocks(rng):
+    """Two identical blocks of rows, each many times over."""
+    block = rng.standard_normal((7, 10))
+    return np.tile(block, (40, 1)), np.tile(block, (40, 1))
+
+
+def planted(rng, n=300, m=300, d=24, noise=0.4):
+    """Half of the rows have a like on the other side; the rest are in clusters."""
+    common = rng.standard_normal((min(n, m) // 2, d))
+    centres = rng.standard_normal((6, d))
+    sides = []
+    for size in (n, m):
+        rest = size - len(common)
+        tail = centres[rng.integers(0, 6, rest)] + 0.3 * rng.standard_normal((rest, d))
+        own = common + noise * rng.standard_normal(common.shape)
+        sides.append(np.r_[own, tail][rng.permutation(size)])
+    return sides
+
+
+def signs(rng, n=256):
+    return rng.choice([-0.25, 0.25], (n, 16))
+
+
+def one_hot(rng, n):
+    return np.eye(20)[rng.integers(0, 20, n)]
+
+
+FAMILIES = {
+    "identical blocks": orthogonal_blocks,
+    "A = B": lambda rng: [rng.standard_normal((300, 12))] * 2,
+    "permuted A": lambda rng: (lambda a: (a, a[rng.permutation(300)]))(
+        rng.standard_normal((300, 12))
+    ),
+    "signs in 16 dimensions": lambda rng: (signs(rng), signs(rng)),
+    "signs, n ≠ m": lambda rng: (signs(rng, 180), signs(rng, 256)),
+    "one-hot": lambda rng: (one_hot(rng, 250), one_hot(rng, 250)),
+    "one-hot, n ≠ m": lambda rng: (one_hot(rng, 150), one_hot(rng, 250)),
+    "rank 1": lambda rng: (
+        rng.standard_normal((300, 1)) * rng.standard_normal(9),
+        rng.standard_normal((300, 1)) * rng.standard_normal(9),
+    ),
+    "rank 3": lambda rng: (
+        rng.standard_normal((300, 3)) @ rng.standard_normal((3, 40)),
+        rng.standard_normal((300, 3)) @ rng.standard_normal((3, 40)),
+    ),
+    "A against −A": lambda rng: (lambda a: (a, -a))(rng.standard_normal((300, 12))),
+    "all rows the same": lambda rng: (np.ones((300, 4)), np.ones((280, 4))),
+    "one direction, other lengths": lambda rng: (
+        rng.uniform(0.1, 9, (300, 1)) * np.ones(5),
+        rng.uniform(0.1, 9, (300, 1)) * np.ones(5),
+    ),
+    "one row": lambda rng: (rng.standard_normal((1, 8)), rng.standard_normal((200, 8))),
+    "one row against itself reversed": lambda rng: (np.ones((1, 3)), -np.ones((1, 3))),
+    "one dimension": lambda rng: (rng.standard_normal((200, 1)), rng.standard_normal((150, 1))),
+    "half shared": planted,
+    "half shared, few more": lambda rng: planted(rng, 290, 300),
+    "half shared, many more": lambda rng: planted(rng, 100, 400),
+    "half shared, fewer": lambda rng: planted(rng, 330, 250),
+    "a hub that all want": lambda rng: (
+        np.ones(12) + 0.3 * rng.standard_normal((300, 12)),
+        np.r_[np.ones((3, 12)), rng.standard_normal((297, 12))],
+    ),
+    "repeated and rare": lambda rng: (
+        np.r_[np.repeat(rng.standard_normal((4, 12)), 50, axis=0), rng.standard_normal((100, 12))],
+        np.r_[rng.standard_normal((220, 12)), np.repeat(rng.standard_normal((2, 12)), 40, axis=0)],
+    ),
+    "with dead rows": lambda rng: (
+        rng.standard_normal((300, 12)) * (rng.random((300, 1)) > 0.4),
+        np.where(rng.random((300, 1)) > 0.3, rng.standard_normal((300, 12)), np.nan),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+@pytest.mark.parametrize("candidates", [3, 48])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_the_optimum_of_scipy(family, candidates, absolute):
+    a, b = FAMILIES[family](np.random.default_rng(1))
+    found = match(a, b, candidates=candidates, absolute=absolute)
+    check_certificate(a, b, found, absolute)
+    assert found.cosines.sum() == pytest.approx(total_by_scipy(a, b, absolute), abs=1e-9)
+
+
+@given(
+    n=st.integers(1, 60),
+    m=st.integers(1, 60),
+    d=st.integers(1, 6),
+    candidates=st.integers(1, 5),
+    levels=st.sampled_from([1, 2, 5, 0]),
+    absolute=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=300, deadline=None)
+def test_rows_with_many_ties_have_the_optimum_of_scipy(n, m, d, candidates, levels, absolute, seed):
+    """Numbers from a small set: ties, identical rows and zero rows are everywhere."""
+    rng = np.random.default_rng(seed)
+    a, b = (
+        rng.integers(-levels, levels + 1, (size, d)).astype(float)
+        if levels
+        else rng.standard_normal((size, d))
+        for size in (n, m)
+    )
+    found = match(a, b, candidates=candidates, absolute=absolute)
+    check_certificate(a, b, found, absolute)
+    if found.matched.any():
+        assert found.cosines.sum() == pytest.approx(total_by_scipy(a, b, absolute), abs=1e-9)
+
+
+def test_mutual_nearest_neighbours_are_not_always_matched():
+    """Row 1 of either side is the other's nearest, at cosine 1, and yet belongs elsewhere."""
+    up, down = np.array([0.5, np.sqrt(0.75)]), np.array([0.5, -np.sqrt(0.75)])
+    a, b = np.array([[1.0, 0], up]), np.array([[1.0, 0], down])
+    found = match(a, b)
+    assert found.assignment.tolist() == [1, 0]
+    assert found.cosines.sum() == pytest.approx(1.0)  # the identity has 1 − 0.5
+
+
+def test_how_many_latents_have_an_alternative():
+    rng = np.random.default_rng(0)
+    a = rng.standard_normal((40, 8))
+    assert match(a, a).ambiguous == 0
+    # Two rows that are alike may change places: with each other, and so do those that they match.
+    twice = np.r_[a, a[:1]]
+    assert match(twice, twice).ambiguous == 2
+    # Four directions of a plane and four between them: both ways round are as good.
+    angles = np.pi / 2 * np.arange(4)
+    cross = np.c_[np.cos(angles), np.sin(angles)]
+    between = np.c_[np.cos(angles + np.pi / 4), np.sin(angles + np.pi / 4)]
+    assert match(cross, between).ambiguous == 4
+    # One row, and two columns that are as near to it.
+    assert match(np.array([[1.0, 0]]), np.array([[1.0, 1], [1, -1]])).ambiguous == 1
+    assert match(np.array([[1.0, 0]]), np.array([[1.0, 1], [1, -2]])).ambiguous == 0
+
+
+def test_absolute_cosines():
+    a = np.random.default_rng(0).standard_normal((50, 6))
+    found = match(a, -a[::-1], absolute=True)
+    assert found.assignment.tolist() == list(range(49, -1, -1))
+    assert np.allclose(found.cosines, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_of_any_precision_are_taken(dtype):
+    a = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    found = match(a, a.flip(0))
+    assert found.assignment.tolist() == list(range(29, -1, -1))
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="real numbers; got complex128"):
+        match(np.ones((2, 3), dtype=complex), np.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"`candidates` must be at least 1; got 0"):
+        match(np.ones((2, 3)), np.ones((2, 3)), candidates=0)
+
+
+def test_a_matching_larger_than_the_free_memory_is_refused(monkeypatch):
+    needed = matching.needed_memory(5, 2, 3)
+    monkeypatch.setattr(matching, "free_memory", lambda: needed - 1)
+    message = r"matching of 5 with 2 rows of 3 needs about .* GB; .* GB of memory are free"
+    with pytest.raises(MemoryError, match=message):
+        match(np.ones((5, 3)), np.ones((2, 3)))
+    for free in (needed, None):
+        monkeypatch.setattr(matching, "free_memory", lambda free=free: free)
+        match(np.ones((5, 3)), np.ones((2, 3)))
+
+
+def test_it_tells_what_it_does():
+    said = []
+    a = np.random.default_rng(0).standard_normal((300, 6))
+    match(a, a[::-1], candidates=4, progress=said.append)
+    assert any(message.startswith("candidates 100%") for message in said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "m"), [(8192, 8192), (6000, 8192)])
+def test_thousands_of_rows_have_the_optimum_of_scipy(n, m):
+    a, b = planted(np.random.default_rng(0), n, m, d=64)
+    found = match(a.astype(np.float32), b.astype(np.float32))
+    check_certificate(a.astype(np.float32), b.astype(np.float32), found)
+    total = total_by_scipy(a.astype(np.float32), b.astype(np.float32))
+    assert found.cosines.sum() == pytest.approx(total, abs=1e-9)

@@ -9,7 +9,6 @@ from typing import Any
 from reseed.cli.app import CommandLine, override, parse
 from reseed.cli.jobs import Job, check_jobs
 from reseed.compare.config import Arm, ComparisonConfig
-from reseed.compare.matching import check_width
 from reseed.config import ConfigError, build
 from reseed.runs import Run, RunStore
 from reseed.sweeps import Sweep
@@ -118,8 +117,6 @@ def make_plan(line: CommandLine) -> Plan:
         except ConfigError as error:
             where = f" (in the arm {arm.name!r})" if arm.name else ""
             raise ConfigError(str(error) + where) from error
-        for job in jobs:
-            check_width(job.resolved.num_latents)
         launches.append(Launch(arm, tuple(overrides), tuple(jobs)))
     assert runtime is not None
     return Plan(settings, tuple(launches), runtime)

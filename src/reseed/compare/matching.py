@@ -1,79 +1,185 @@
 """One-to-one matching of the rows of two matrices by cosine.
 
 Paulo & Belrose (arXiv 2501.16615), section 3: rows are normalised, S = A·Bᵀ, and σ is the
-assignment that maximises Σ S[i, σ(i)], found exactly (the Hungarian problem).
+assignment that maximises Σ S[i, σ(i)], found exactly. How it is found without ever holding S is
+told in `reseed.compare.assignment`.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
-from scipy.optimize import linear_sum_assignment
+from torch import Tensor
 
-from reseed.config import ConfigError
+from reseed.compare.assignment.candidates import CANDIDATES
+from reseed.compare.assignment.rows import Rows, distinct_rows
+from reseed.compare.assignment.solve import Optimum, solve
+from reseed.compare.assignment.ties import exchangeable
 
-MAX_LATENTS = 32_768
-"""Largest side of a matching: the dense solver needs n·m·8 bytes (8.6 GB here) and cubic time."""
+VERSION = 1
+"""Of what a matching is: it changes where the same rows could get another result."""
 
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """The partner of each of n rows among m others.
+    """The partner of each of n rows among m others, and the proof that no other choice is better.
+
+    **The proof.** u_i + v_j ≥ S_ij for all pairs (to rounding, about 1e-12), and the prices of the
+    side with more rows are not negative; so no one-to-one assignment has a larger sum than Σu + Σv.
+    This one falls short of it by `gap`. Rows without direction take no part.
 
     Attributes:
         assignment: index of the partner, −1 where a row has none. No partner occurs twice.
-        cosines: cosine to the partner, 0 where there is none.
+        cosines: cosine to the partner (its absolute value, where that was matched), 0 where there
+            is none.
+        row_prices, column_prices: u [n] and v [m]; NaN for rows without direction.
+        gap: Σu + Σv − Σ cosines: by so much, at most, could another assignment be better.
+        ambiguous: matched rows to which another assignment, as good (to 1e-9), gives another
+            partner. Which of them is found is then an accident.
     """
 
     assignment: Int[np.ndarray, " n"]
     cosines: Float[np.ndarray, " n"]
+    row_prices: Float[np.ndarray, " n"]
+    column_prices: Float[np.ndarray, " m"]
+    gap: float
+    ambiguous: int
 
     @property
     def matched(self) -> Bool[np.ndarray, " n"]:
         return self.assignment >= 0
 
-    def inverse(self, m: int) -> Matching:
+    def inverse(self) -> Matching:
         """The same matching seen from the m others."""
+        m = len(self.column_prices)
         assignment = np.full(m, -1, dtype=np.int64)
         cosines = np.zeros(m)
         rows = np.flatnonzero(self.matched)
         assignment[self.assignment[rows]] = rows
         cosines[self.assignment[rows]] = self.cosines[rows]
-        return Matching(assignment, cosines)
+        return replace(
+            self,
+            assignment=assignment,
+            cosines=cosines,
+            row_prices=self.column_prices,
+            column_prices=self.row_prices,
+        )
 
 
-def match(a: Float[np.ndarray, "n d_in"], b: Float[np.ndarray, "m d_in"]) -> Matching:
+class Matcher(Protocol):
+    """What `match` is, for those who keep its results."""
+
+    def __call__(
+        self,
+        a: Float[np.ndarray, "n d_in"],
+        b: Float[np.ndarray, "m d_in"],
+        *,
+        absolute: bool = ...,
+    ) -> Matching: ...
+
+
+def match(
+    a: Float[np.ndarray, "n d_in"] | Tensor,
+    b: Float[np.ndarray, "m d_in"] | Tensor,
+    *,
+    absolute: bool = False,
+    device: torch.device | str = "cpu",
+    candidates: int = CANDIDATES,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Matching:
     """The exact assignment of rows of ``a`` to rows of ``b`` with the largest sum of cosines.
 
-    Cosines are signed, in float64, about the origin (no mean is taken off). Rows that are zero or
-    not finite stay unmatched; of n ≠ m rows the surplus does. Where rows are equal the assignment
-    is one of several that are as good. Memory: n·m·8 bytes.
+    Cosines are about the origin (no mean is taken off), of the rows as given, in float64. Rows that
+    are zero or not finite stay unmatched; of n ≠ m rows the surplus does. Every other row is
+    matched, whatever its cosine. The result does not depend on which side comes first.
+
+    No matrix of n × m is held: memory is that of the rows in bfloat16 and of about 80 candidates
+    a row (131,072 × 768 twice: 5 GB, of which the rows themselves are 0.8). The time is little more
+    than that of one pass of products in bfloat16, 2·n·m·d_in operations.
+
+    Args:
+        absolute: match by |cosine| instead.
+        device: where the products are made; the rest is done by the CPU.
+        candidates: how many are listed for each row at first. The result does not depend on it.
+        progress: is told now and then, in a few words, what is going on.
 
     Raises:
-        ValueError: rows of different length.
-        MemoryError: more than `MAX_LATENTS` rows, or than fit the memory that is free.
+        ValueError: rows of different length, or numbers that are not real.
+        MemoryError: more is needed than is free.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"rows must have equal length; got {list(a.shape)} and {list(b.shape)}")
-    check_memory(len(a), len(b))
-    unit_a, unit_b = unit_rows(a), unit_rows(b)
-    rows_a, rows_b = (np.flatnonzero(unit.any(axis=1)) for unit in (unit_a, unit_b))
-    swapped = len(rows_a) > len(rows_b)
-    short, long = (unit_b[rows_b], unit_a[rows_a]) if swapped else (unit_a[rows_a], unit_b[rows_b])
-    # The solver copies a matrix that it has to negate or to transpose: it is given neither.
-    cost = short @ -long.T
-    i, j = linear_sum_assignment(cost)
-    cosines = np.clip(-cost[i, j], -1.0, 1.0)
-    if swapped:
-        i, j = j, i
-    assignment = np.full(len(a), -1, dtype=np.int64)
-    assignment[rows_a[i]] = rows_b[j]
-    matched_cosines = np.zeros(len(a))
-    matched_cosines[rows_a[i]] = cosines
-    return Matching(assignment, matched_cosines)
+    rows_a, rows_b = _array(a), _array(b)
+    if rows_a.ndim != 2 or rows_b.ndim != 2 or rows_a.shape[1] != rows_b.shape[1]:
+        shapes = f"{list(rows_a.shape)} and {list(rows_b.shape)}"
+        raise ValueError(f"rows must have equal length; got {shapes}")
+    if candidates < 1:
+        raise ValueError(f"`candidates` must be at least 1; got {candidates}")
+    check_memory(len(rows_a), len(rows_b), rows_a.shape[1], candidates)
+    left, right = distinct_rows(rows_a), distinct_rows(rows_b)
+    if not left.count or not right.count:
+        return _nothing(left, right)
+    swapped = (left.count, left.key) > (right.count, right.key)
+    short, long = (right, left) if swapped else (left, right)
+    optimum = solve(
+        short, long, absolute=absolute, count=candidates, device=device, progress=progress
+    )
+    found = _matching(short, long, optimum)
+    return found.inverse() if swapped else found
+
+
+def _array(rows: np.ndarray | Tensor) -> np.ndarray:
+    """Rows as float32 or float64."""
+    if isinstance(rows, Tensor):
+        rows = rows.detach().cpu()
+        rows = (
+            rows.numpy() if rows.dtype in (torch.float32, torch.float64) else rows.float().numpy()
+        )
+    rows = np.asarray(rows)
+    if rows.dtype.kind not in "fiu":
+        raise ValueError(f"rows must be real numbers; got {rows.dtype}")
+    return rows if rows.dtype in (np.float32, np.float64) else rows.astype(np.float64)
+
+
+def _nothing(left: Rows, right: Rows) -> Matching:
+    """One side has no row with a direction: nothing is matched, and nothing has a price."""
+    n = len(left.group)
+    rows, columns = (np.where(side.group < 0, np.nan, 0.0) for side in (left, right))
+    return Matching(np.full(n, -1, dtype=np.int64), np.zeros(n), rows, columns, 0.0, 0)
+
+
+def _matching(short: Rows, long: Rows, optimum: Optimum) -> Matching:
+    """From distinct rows and their copies to the rows as they were given."""
+    state, edges = optimum.state, optimum.edges
+    # The copies of a row, and the slots of a column, in the order of the input.
+    given_row, given_column = (
+        np.argsort(np.where(side.group < 0, len(side.group), side.group), kind="stable")[
+            : side.count
+        ]
+        for side in (short, long)
+    )
+    assignment = np.full(len(short.group), -1, dtype=np.int64)
+    assignment[given_row] = given_column[state.slot_of]
+    cosines = np.zeros(len(short.group))
+    cosines[given_row] = edges.cosine_of(state.row_of, state.partner)
+    # With columns to spare no price is negative; rounding may have left −1e-17.
+    column_price = state.column_price if short.count == long.count else state.column_price.clip(0)
+    prices = [
+        np.where(side.group < 0, np.nan, price[np.maximum(side.group, 0)])
+        for side, price in ((short, state.row_price), (long, column_price))
+    ]
+    gap = np.nansum(prices[0]) + np.nansum(prices[1]) - cosines.sum()
+    return Matching(
+        assignment,
+        np.clip(cosines, -1.0, 1.0),
+        *prices,
+        gap=float(gap),
+        ambiguous=int(exchangeable(optimum).sum()),
+    )
 
 
 def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
@@ -87,37 +193,23 @@ def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
-def check_width(num_latents: int) -> None:
-    """Refuse a comparison that could not be matched, before its SAEs are trained.
-
-    Raises:
-        ConfigError: more than `MAX_LATENTS`.
-    """
-    if num_latents > MAX_LATENTS:
-        raise ConfigError(
-            f"{{key}} must not exceed {MAX_LATENTS:,} in a comparison: the matching needs a dense "
-            f"matrix; got {num_latents:,}",
-            "sae.num_latents",
-        )
+def needed_memory(n: int, m: int, d_in: int, candidates: int = CANDIDATES) -> int:
+    """Bytes that a matching takes beside its rows: they in bfloat16, lists and graph."""
+    listed = min(candidates, max(n, m))
+    return (n + m) * (2 * d_in + 2 * listed * (4 + 2) + listed * (4 + 8 + 4 + 16) + 200)
 
 
-def check_memory(n: int, m: int) -> None:
+def check_memory(n: int, m: int, d_in: int, candidates: int = CANDIDATES) -> None:
     """Refuse a matching that would be killed instead of ending.
 
     Raises:
-        MemoryError: more than `MAX_LATENTS` rows, or a matrix larger than the free memory.
+        MemoryError: it needs more than is free.
     """
-    needed = n * m * 8
-    if max(n, m) > MAX_LATENTS:
-        raise MemoryError(
-            f"an exact matching of {n:,} with {m:,} latents needs a dense matrix of "
-            f"{needed / 1e9:.1f} GB; the largest side allowed is {MAX_LATENTS:,} latents"
-        )
-    free = free_memory()
+    needed, free = needed_memory(n, m, d_in, candidates), free_memory()
     if free is not None and needed > free:
         raise MemoryError(
-            f"an exact matching of {n:,} with {m:,} latents needs a dense matrix of "
-            f"{needed / 1e9:.1f} GB; {free / 1e9:.1f} GB of memory are free"
+            f"a matching of {n:,} with {m:,} rows of {d_in:,} needs about {needed / 1e9:.1f} GB; "
+            f"{free / 1e9:.1f} GB of memory are free"
         )
 
 

@@ -106,8 +106,8 @@ def compare_pair(
         _side(a, by_encoder, by_decoder, threshold, covered.a, live_a),
         _side(
             b,
-            by_encoder.inverse(b.num_latents),
-            by_decoder.inverse(b.num_latents),
+            by_encoder.inverse(),
+            by_decoder.inverse(),
             threshold,
             covered.b,
             live_b,

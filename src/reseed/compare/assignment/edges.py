@@ -1,0 +1,219 @@
+"""The listed pairs as a sparse graph: for every row its columns, with cosines in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Float, Int
+from numba import njit
+
+from reseed.compare.assignment.rows import Rows
+from reseed.compare.assignment.threads import in_ranges
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """Pairs (i, j) in compressed rows, the columns of a row in rising order, each once.
+
+    Attributes:
+        start: the pairs of row i are ``start[i] : start[i + 1]``.
+        column: j of each pair.
+        cosine: S_ij of each pair.
+        columns: number of columns, m.
+    """
+
+    start: Int[np.ndarray, " n+1"]
+    column: Int[np.ndarray, " edges"]
+    cosine: Float[np.ndarray, " edges"]
+    columns: int
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    @property
+    def rows(self) -> int:
+        return len(self.start) - 1
+
+    @cached_property
+    def by_column(self) -> tuple[Int[np.ndarray, " m+1"], Int[np.ndarray, " edges"]]:
+        """``start`` per column, and the pairs of each column as places in `column`."""
+        start = np.zeros(self.columns + 1, dtype=np.int64)
+        np.cumsum(np.bincount(self.column, minlength=self.columns), out=start[1:])
+        place = np.empty(len(self), dtype=np.int32 if len(self) < 2**31 else np.int64)
+        _places_by_column(self.column, start[:-1].copy(), place)
+        return start, place
+
+    @cached_property
+    def row(self) -> Int[np.ndarray, " edges"]:
+        """i of each pair."""
+        return np.repeat(np.arange(self.rows, dtype=np.int32), np.diff(self.start))
+
+    def cosine_of(
+        self, row: Int[np.ndarray, " some"], column: Int[np.ndarray, " some"]
+    ) -> Float[np.ndarray, " some"]:
+        """Cosines of pairs that are listed."""
+        found = np.empty(len(row))
+        _look_up(self.start, self.column, self.cosine, row, column, found)
+        return found
+
+
+def no_edges(rows: int, columns: int) -> Edges:
+    """A graph without pairs."""
+    start, none = np.zeros(rows + 1, dtype=np.int64), np.empty(0, dtype=np.int32)
+    return Edges(start, none, np.empty(0), columns)
+
+
+def listed_edges(
+    a: Rows,
+    b: Rows,
+    row: Int[np.ndarray, " listed"],
+    column: Int[np.ndarray, " listed"],
+    *,
+    absolute: bool,
+    beside: Edges,
+) -> Edges:
+    """The pairs (row, column), in any order and also repeatedly, and those of ``beside``.
+
+    The cosine of a pair is the product of its rows in float64 with both norms divided out.
+    """
+    start, found, values = _merged(*_compressed(row, column, len(a)), beside)
+    in_ranges(
+        lambda first, last: _fill_cosines(
+            start, found, values, a.values, b.values, a.inverse_norms, b.inverse_norms,
+            absolute, first, last,
+        ),
+        len(a),
+    )  # fmt: skip
+    return Edges(start, found, values, len(b))
+
+
+def _compressed(
+    row: Int[np.ndarray, " listed"], column: Int[np.ndarray, " listed"], rows: int
+) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " edges"]]:
+    """Pairs by row, each once."""
+    start = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(np.bincount(row, minlength=rows), out=start[1:])
+    found = np.empty(len(row), dtype=np.int32)
+    _by_row(row, column, start[:-1].copy(), found)
+    kept = np.empty(rows, dtype=np.int64)
+    in_ranges(lambda first, last: _sort_once(start, found, kept, first, last), rows)
+    return _closed_up(start, kept, found)
+
+
+def _closed_up(
+    start: Int[np.ndarray, " n+1"], kept: Int[np.ndarray, " n"], found: np.ndarray
+) -> tuple[Int[np.ndarray, " n+1"], np.ndarray]:
+    """The first ``kept[i]`` entries of every row, without the gaps."""
+    ends = np.zeros(len(start), dtype=np.int64)
+    np.cumsum(kept, out=ends[1:])
+    if ends[-1] == len(found):
+        return start, found
+    closed = np.empty(ends[-1], dtype=found.dtype)
+    _close(start, ends, found, closed)
+    return ends, closed
+
+
+def _merged(
+    start: Int[np.ndarray, " n+1"], found: Int[np.ndarray, " new"], beside: Edges
+) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " edges"], Float[np.ndarray, " edges"]]:
+    """Sorted rows of two graphs; the cosines that one of them has, NaN elsewhere."""
+    rows = len(start) - 1
+    bounds = start + beside.start
+    column = np.empty(bounds[-1], dtype=np.int32)
+    cosine = np.empty(bounds[-1])
+    kept = np.empty(rows, dtype=np.int64)
+    in_ranges(
+        lambda first, last: _merge(
+            start, found, beside.start, beside.column, beside.cosine,
+            bounds, column, cosine, kept, first, last,
+        ),
+        rows,
+    )  # fmt: skip
+    ends, column = _closed_up(bounds, kept, column)
+    return ends, column, _closed_up(bounds, kept, cosine)[1]
+
+
+@njit(nogil=True, cache=True)
+def _look_up(start, column, cosine, rows, columns, found):  # pragma: no cover
+    for k in range(len(rows)):
+        i = rows[k]
+        e = start[i] + np.searchsorted(column[start[i] : start[i + 1]], columns[k])
+        found[k] = cosine[e]
+
+
+@njit(nogil=True, cache=True)
+def _by_row(row, column, cursor, found):  # pragma: no cover
+    for e in range(len(row)):
+        found[cursor[row[e]]] = column[e]
+        cursor[row[e]] += 1
+
+
+@njit(nogil=True, cache=True)
+def _places_by_column(column, cursor, place):  # pragma: no cover
+    for e in range(len(column)):
+        place[cursor[column[e]]] = e
+        cursor[column[e]] += 1
+
+
+@njit(nogil=True, cache=True)
+def _sort_once(start, found, kept, first, last):  # pragma: no cover
+    """Sort the columns of every row and count each once; the rest of the row is left over."""
+    for i in range(first, last):
+        own = found[start[i] : start[i + 1]]
+        own.sort()
+        count = 0
+        for e in range(len(own)):
+            if e == 0 or own[e] != own[e - 1]:
+                own[count] = own[e]
+                count += 1
+        kept[i] = count
+
+
+@njit(nogil=True, cache=True)
+def _close(start, ends, found, closed):  # pragma: no cover
+    for i in range(len(start) - 1):
+        count = ends[i + 1] - ends[i]
+        closed[ends[i] : ends[i + 1]] = found[start[i] : start[i] + count]
+
+
+@njit(nogil=True, cache=True)
+def _merge(
+    start, found, start2, found2, cosine2, bounds, column, cosine, kept, first, last
+):  # pragma: no cover
+    for i in range(first, last):
+        e, f, to = start[i], start2[i], bounds[i]
+        while e < start[i + 1] or f < start2[i + 1]:
+            if f == start2[i + 1] or (e < start[i + 1] and found[e] < found2[f]):
+                column[to], cosine[to] = found[e], np.nan
+                e += 1
+            else:
+                if e < start[i + 1] and found[e] == found2[f]:
+                    e += 1
+                column[to], cosine[to] = found2[f], cosine2[f]
+                f += 1
+            to += 1
+        kept[i] = to - bounds[i]
+
+
+@njit(nogil=True, cache=True)
+def _fill_cosines(
+    start, column, cosine, a, b, inverse_a, inverse_b, absolute, first, last
+):  # pragma: no cover
+    for i in range(first, last):
+        row = a[i]
+        for e in range(start[i], start[i + 1]):
+            if np.isnan(cosine[e]):
+                j = column[e]
+                value = _product(row, b[j]) * inverse_a[i] * inverse_b[j]
+                cosine[e] = abs(value) if absolute else value
+
+
+@njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
+def _product(x, y):  # pragma: no cover
+    """The scalar product in float64, in whatever order is fast."""
+    total = 0.0
+    for k in range(len(x)):
+        total += np.float64(x[k]) * np.float64(y[k])
+    return total

@@ -1,0 +1,397 @@
+"""The optimum on the graph: shortest augmenting paths, with exact prices.
+
+Prices are held such that u_i + v_j ≥ S_ij for every listed pair, with equality for matched ones
+("tight"). A row without a column looks for the nearest column with room, where the distance
+of a pair is u_i + v_j − S_ij and matched pairs are walked back at no cost (Dijkstra); along the
+path everybody moves up by one, and prices change by what is left of the distance, which keeps them
+as they have to be (Jonker & Volgenant 1987).
+
+Rows and columns are distinct ones and may stand for several copies: a column has a slot per copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numba import njit
+
+from reseed.compare.assignment.edges import Edges
+
+_AT_A_TIME = 512  # searches between two looks at the keyboard
+
+
+@dataclass(eq=False)
+class Assignment:
+    """A partial assignment and its prices; changed in place.
+
+    Attributes:
+        row_price, column_price: u and v.
+        row_of: row of each copy of a row.
+        slot_of: slot of each copy of a row, −1 where it has none.
+        column_of: column of each slot.
+        first_slot: the slots of column j are ``first_slot[j] : first_slot[j + 1]``.
+        owner: copy that has the slot, −1 where it is free.
+    """
+
+    row_price: Float[np.ndarray, " n"]
+    column_price: Float[np.ndarray, " m"]
+    row_of: Int[np.ndarray, " row_copies"]
+    slot_of: Int[np.ndarray, " row_copies"]
+    column_of: Int[np.ndarray, " slots"]
+    first_slot: Int[np.ndarray, " m+1"]
+    owner: Int[np.ndarray, " slots"]
+
+    @classmethod
+    def empty(
+        cls,
+        row_copies: Int[np.ndarray, " n"],
+        column_copies: Int[np.ndarray, " m"],
+        column_price: Float[np.ndarray, " m"],
+    ) -> Assignment:
+        """Nobody has anything."""
+        return cls(
+            row_price=np.zeros(len(row_copies)),
+            column_price=column_price.copy(),
+            row_of=np.repeat(np.arange(len(row_copies)), row_copies),
+            slot_of=np.full(row_copies.sum(), -1),
+            column_of=np.repeat(np.arange(len(column_copies)), column_copies),
+            first_slot=np.r_[0, np.cumsum(column_copies)],
+            owner=np.full(column_copies.sum(), -1),
+        )
+
+    @property
+    def without(self) -> Int[np.ndarray, " some"]:
+        """Copies of rows that have no column."""
+        return np.flatnonzero(self.slot_of < 0)
+
+    @property
+    def partner(self) -> Int[np.ndarray, " row_copies"]:
+        """Column of each copy of a row, −1 where it has none."""
+        return np.where(self.slot_of >= 0, self.column_of[self.slot_of], -1)
+
+    @property
+    def first_copy(self) -> Int[np.ndarray, " n+1"]:
+        """The copies of row i are ``first_copy[i] : first_copy[i + 1]``."""
+        return np.searchsorted(self.row_of, np.arange(len(self.row_price) + 1))
+
+    @property
+    def has_room(self) -> Bool[np.ndarray, " m"]:
+        """Columns with a free slot."""
+        room = np.zeros(len(self.column_price), dtype=bool)
+        room[self.column_of[self.owner < 0]] = True
+        return room
+
+    def take(self, copies: Int[np.ndarray, " some"], columns: Int[np.ndarray, " some"]) -> None:
+        """Give each of the copies the first slot of a column."""
+        slots = self.first_slot[columns]
+        self.slot_of[copies] = slots
+        self.owner[slots] = copies
+
+    def tighten(self, edges: Edges) -> None:
+        """Row prices that the graph asks for; who is not at its best column leaves it."""
+        _tighten(
+            edges.start, edges.column, edges.cosine, self.row_price, self.column_price,
+            self.row_of, self.slot_of, self.column_of, self.owner,
+        )  # fmt: skip
+
+
+def augment(
+    edges: Edges,
+    state: Assignment,
+    progress: Callable[[float], None] = lambda done: None,
+) -> Int[np.ndarray, " some"]:
+    """Give every copy of a row a column, as far as the graph has one for it.
+
+    Returns:
+        copies for which it has none: every column that they can reach is taken by others that
+        cannot do with any other.
+    """
+    todo = state.without
+    scratch = _Scratch.of(edges)
+    stuck = []
+    for first in range(0, len(todo), _AT_A_TIME):
+        batch = todo[first : first + _AT_A_TIME]
+        reached = np.ones(len(batch), dtype=np.bool_)
+        _augment(
+            edges.start, edges.column, edges.cosine, state.row_price, state.column_price,
+            state.row_of, state.slot_of, state.column_of, state.first_slot, state.owner,
+            batch, reached, *scratch.arrays,
+        )  # fmt: skip
+        stuck.append(batch[~reached])
+        progress((first + len(batch)) / len(todo))
+    return np.concatenate([*stuck, np.empty(0, dtype=np.int64)])
+
+
+def release(edges: Edges, state: Assignment) -> None:
+    """Bring the price of every column with room to 0, which a column that is not needed costs.
+
+    Its price falls until somebody wants it: that row leaves its own column, which then has room,
+    and so on along the shortest path to a column whose price reaches 0.
+    """
+    start, place = edges.by_column
+    scratch = _Scratch.of(edges)
+    while True:
+        # Again for columns of several copies, of which one search fills one.
+        todo = np.flatnonzero(state.has_room & (state.column_price > 0))
+        if not len(todo):
+            return
+        todo = todo[np.argsort(state.column_price[todo], kind="stable")]
+        for first in range(0, len(todo), _AT_A_TIME):
+            _release(
+                start, place, edges.row, edges.cosine, state.row_price, state.column_price,
+                state.row_of, state.slot_of, state.column_of, state.first_slot, state.owner,
+                state.first_copy, todo[first : first + _AT_A_TIME], *scratch.arrays,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Scratch:
+    """Work space of the searches, clean between them."""
+
+    distance: Float[np.ndarray, " m"]
+    place: Int[np.ndarray, " m"]  # in the heap; −1 not seen, −2 done
+    via: Int[np.ndarray, " m"]  # the copy by which a column was reached
+    heap: Int[np.ndarray, " m"]
+    seen: Int[np.ndarray, " m"]
+    row_distance: Float[np.ndarray, " n"]  # −1 where the row was not reached
+    rows_seen: Int[np.ndarray, " n"]
+
+    @classmethod
+    def of(cls, edges: Edges) -> _Scratch:
+        n, m = edges.rows, edges.columns
+        return cls(
+            np.zeros(m), np.full(m, -1), np.full(m, -1), np.zeros(m, dtype=np.int64),
+            np.zeros(m, dtype=np.int64), np.full(n, -1.0), np.zeros(n, dtype=np.int64),
+        )  # fmt: skip
+
+    @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        return (
+            self.distance, self.place, self.via, self.heap, self.seen, self.row_distance,
+            self.rows_seen,
+        )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def _tighten(start, column, cosine, u, v, row_of, slot_of, column_of, owner):  # pragma: no cover
+    for i in range(len(u)):
+        best = -np.inf
+        for e in range(start[i], start[i + 1]):
+            best = max(best, cosine[e] - v[column[e]])
+        u[i] = best
+    for copy in range(len(row_of)):
+        if slot_of[copy] < 0:
+            continue
+        i, j = row_of[copy], column_of[slot_of[copy]]
+        tight = False
+        for e in range(start[i], start[i + 1]):
+            if column[e] == j:
+                tight = cosine[e] - v[j] >= u[i] - 1e-15  # what moving prices rounds
+        if not tight:
+            owner[slot_of[copy]] = -1
+            slot_of[copy] = -1
+
+
+@njit(nogil=True, cache=True)
+def _augment(
+    start, column, cosine, u, v, row_of, slot_of, column_of, first_slot, owner,
+    todo, reached, distance, place, via, heap, seen, row_distance, rows_seen,
+):  # pragma: no cover  # fmt: skip
+    for t in range(len(todo)):
+        copy = todo[t]
+        size, columns, rows = 0, 0, 0
+        i, base = row_of[copy], 0.0
+        row_distance[i] = 0.0
+        rows_seen[rows] = i
+        rows += 1
+        by = copy
+        end = -1
+        while True:
+            for e in range(start[i], start[i + 1]):
+                j = column[e]
+                if place[j] == -2:
+                    continue
+                there = base + max(0.0, u[i] + v[j] - cosine[e])
+                if place[j] == -1:
+                    seen[columns] = j
+                    columns += 1
+                    distance[j], via[j] = there, by
+                    size = _heap_add(heap, place, distance, size, j)
+                elif there < distance[j]:
+                    distance[j], via[j] = there, by
+                    _heap_up(heap, place, distance, place[j])
+            # The nearest columns, until one of them leads to a row that was not there before.
+            onward = False
+            while not onward:
+                if size == 0:
+                    break
+                j = heap[0]
+                size = _heap_pop(heap, place, distance, size)
+                for s in range(first_slot[j], first_slot[j + 1]):
+                    if owner[s] < 0:
+                        end = s
+                        break
+                if end >= 0:
+                    break
+                for s in range(first_slot[j], first_slot[j + 1]):
+                    i = row_of[owner[s]]
+                    if row_distance[i] < 0:
+                        # A column of several copies is looked at again for its other rows.
+                        row_distance[i] = distance[j]
+                        rows_seen[rows] = i
+                        rows += 1
+                        by, base = owner[s], distance[j]
+                        onward = True
+                        more = False
+                        for r in range(s + 1, first_slot[j + 1]):
+                            more |= row_distance[row_of[owner[r]]] < 0
+                        if more:
+                            place[j] = -1
+                            size = _heap_add(heap, place, distance, size, j)
+                        break
+            if not onward:
+                break
+        if end >= 0:
+            last = distance[column_of[end]]
+            for r in range(rows):
+                i = rows_seen[r]
+                u[i] -= last - row_distance[i]
+            for c in range(columns):
+                j = seen[c]
+                if distance[j] < last:
+                    v[j] += last - distance[j]
+            s = end
+            while True:
+                by = via[column_of[s]]
+                before = slot_of[by]
+                owner[s], slot_of[by] = by, s
+                if by == copy:
+                    break
+                s = before
+        else:
+            reached[t] = False
+        for r in range(rows):
+            row_distance[rows_seen[r]] = -1.0
+        for c in range(columns):
+            place[seen[c]] = -1
+
+
+@njit(nogil=True, cache=True)
+def _release(
+    start, entry, row, cosine, u, v, row_of, slot_of, column_of, first_slot, owner, copies,
+    todo, distance, place, via, heap, seen, row_distance, rows_seen,
+):  # pragma: no cover  # fmt: skip
+    for first in todo:
+        if v[first] <= 0:
+            continue
+        size, columns, rows = 0, 1, 0
+        distance[first], via[first], seen[0] = 0.0, -1, first
+        size = _heap_add(heap, place, distance, size, first)
+        end, last = -1, np.inf
+        while size > 0:
+            j = heap[0]
+            base = distance[j]
+            if base >= last:
+                break
+            size = _heap_pop(heap, place, distance, size)
+            if base + v[j] < last:
+                end, last = j, base + v[j]
+            for c in range(start[j], start[j + 1]):
+                e = entry[c]
+                i = row[e]
+                there = base + max(0.0, u[i] + v[j] - cosine[e])
+                if there >= last:
+                    continue
+                if row_distance[i] < 0:
+                    rows_seen[rows] = i
+                    rows += 1
+                elif row_distance[i] <= there:
+                    continue
+                row_distance[i] = there
+                for copy in range(copies[i], copies[i + 1]):
+                    k = column_of[slot_of[copy]]
+                    if k == j or place[k] == -2:
+                        continue
+                    if place[k] == -1:
+                        seen[columns] = k
+                        columns += 1
+                        distance[k], via[k] = there, copy * len(v) + j
+                        size = _heap_add(heap, place, distance, size, k)
+                    elif there < distance[k]:
+                        distance[k], via[k] = there, copy * len(v) + j
+                        _heap_up(heap, place, distance, place[k])
+        for r in range(rows):
+            i = rows_seen[r]
+            if row_distance[i] < last:
+                u[i] += last - row_distance[i]
+            row_distance[i] = -1.0
+        for c in range(columns):
+            j = seen[c]
+            if distance[j] < last:
+                v[j] -= last - distance[j]
+            place[j] = -1
+        v[end] = 0.0
+        # Everybody on the path moves to the column before: into the slot of who moves next.
+        j = end
+        if via[j] >= 0:
+            owner[slot_of[via[j] // len(v)]] = -1
+        while via[j] >= 0:
+            copy, to = via[j] // len(v), via[j] % len(v)
+            via[j] = -1
+            if via[to] >= 0:
+                s = slot_of[via[to] // len(v)]
+            else:
+                s = first_slot[to]
+                while owner[s] >= 0:
+                    s += 1
+            owner[s], slot_of[copy] = copy, s
+            j = to
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _heap_add(heap, place, distance, size, j):  # pragma: no cover
+    heap[size], place[j] = j, size
+    _heap_up(heap, place, distance, size)
+    return size + 1
+
+
+@njit(nogil=True, cache=True)
+def _heap_up(heap, place, distance, k):  # pragma: no cover
+    j = heap[k]
+    d = distance[j]
+    while k > 0:
+        above = (k - 1) >> 1
+        if distance[heap[above]] <= d:
+            break
+        heap[k] = heap[above]
+        place[heap[k]] = k
+        k = above
+    heap[k], place[j] = j, k
+
+
+@njit(nogil=True, cache=True)
+def _heap_pop(heap, place, distance, size):  # pragma: no cover
+    """Take the nearest out; it counts as done."""
+    place[heap[0]] = -2
+    size -= 1
+    if size == 0:
+        return 0
+    j = heap[size]
+    d = distance[j]
+    k = 0
+    while True:
+        below = 2 * k + 1
+        if below >= size:
+            break
+        if below + 1 < size and distance[heap[below + 1]] < distance[heap[below]]:
+            below += 1
+        if distance[heap[below]] >= d:
+            break
+        heap[k] = heap[below]
+        place[heap[k]] = k
+        k = below
+    heap[k], place[j] = j, k
+    return size
