@@ -23,6 +23,7 @@ CANDIDATES = 48
 graph larger; from 32 to 64 the time hardly changes."""
 _TILE = (2048, 4096)
 _CHUNK = 64  # entries of a tile that are looked at together
+_COLUMNS_AT_ONCE = 256
 _NONE = np.int16(-32768)
 ROUNDING = 2.0**-8
 """What storing a number in bfloat16 takes from it or adds, in proportion, at most."""
@@ -167,44 +168,51 @@ def _ordered(bits):  # pragma: no cover
 @njit(nogil=True, cache=True)
 def _push_rows(tile, index, value, length, threshold, first, start, stop):  # pragma: no cover
     """Candidates of the rows ``start`` … ``stop`` of a tile; its columns begin at ``first``."""
-    width = tile.shape[1]
+    width, enough = tile.shape[1], index.shape[1] // 2
     for r in range(start, stop):
         row = tile[r]
         for c0 in range(0, width, _CHUNK):
             chunk = row[c0 : min(c0 + _CHUNK, width)]
             limit = threshold[r]
+            # Bits of numbers from 0 up have their order, and all others are below them: the loop
+            # is one comparison of whole registers. It will not do for a limit below 0.
             found = limit < 0
             if not found:
-                # Bits of numbers from 0 up have their order, and all others are below them: this
-                # loop is one comparison of whole registers.
                 for c in range(len(chunk)):
                     found |= chunk[c] > limit
             if found:
                 for c in range(len(chunk)):
-                    one = _ordered(chunk[c])
-                    if one > threshold[r] or length[r] < index.shape[1] // 2:
-                        _push(index, value, length, threshold, r, first + c0 + c, one)
+                    if limit < 0 or chunk[c] > limit:
+                        one = _ordered(chunk[c])
+                        if one > threshold[r] or length[r] < enough:
+                            _push(index, value, length, threshold, r, first + c0 + c, one)
 
 
 @njit(nogil=True, cache=True)
 def _push_columns(tile, index, value, length, threshold, first, start, stop):  # pragma: no cover
     """Candidates of the columns ``start`` … ``stop`` of a tile; its rows begin at ``first``."""
-    for c0 in range(start, stop, _CHUNK):
-        c1 = min(c0 + _CHUNK, stop)
-        limits = threshold[c0:c1].copy()
+    enough = index.shape[1] // 2
+    # The lists of some columns stay in the cache while the tile is read along its rows.
+    for b0 in range(start, stop, _COLUMNS_AT_ONCE):
+        b1 = min(b0 + _COLUMNS_AT_ONCE, stop)
+        limits = threshold[b0:b1].copy()
         slow = limits.min() < 0
         for r in range(tile.shape[0]):
-            chunk = tile[r, c0:c1]
-            found = slow
-            if not found:
-                for c in range(len(chunk)):
-                    found |= chunk[c] > limits[c]
-            if found:
-                for c in range(len(chunk)):
-                    one = _ordered(chunk[c])
-                    if one > threshold[c0 + c] or length[c0 + c] < index.shape[1] // 2:
-                        _push(index, value, length, threshold, c0 + c, first + r, one)
-                        limits[c] = threshold[c0 + c]
+            for c0 in range(b0, b1, _CHUNK):
+                chunk = tile[r, c0 : min(c0 + _CHUNK, b1)]
+                own = limits[c0 - b0 : c0 - b0 + len(chunk)]
+                found = slow
+                if not found:
+                    for c in range(len(chunk)):
+                        found |= chunk[c] > own[c]
+                if found:
+                    for c in range(len(chunk)):
+                        if slow or chunk[c] > own[c]:
+                            one = _ordered(chunk[c])
+                            if one > own[c] or length[c0 + c] < enough:
+                                _push(index, value, length, threshold, c0 + c, first + r, one)
+                                own[c] = threshold[c0 + c]
+            if slow:
                 slow = limits.min() < 0
 
 
