@@ -22,7 +22,19 @@ TYPED = sorted(
     for group in ("model", "hookpoint", "dataset", "sae", "training", "runtime")
     for path in (CONF / group).glob("*.yaml")
 )
-REQUIRED = {"path": "x", "module": "model.layers.*.mlp"}
+REQUIRED = {"path": "x", "module": "model.layers.*.mlp", "d_in": 3, "num_features": 2}
+COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml") if p.stem != "base")
+INHERITED = {  # what the files of a group that inherit have their lines from
+    "model": ("world", "reseed.activations.world_config.WorldConfig"),
+    "training": ("standard", "reseed.train.config.TrainingConfig"),
+    "comparison": ("base", "reseed.compare.config.ComparisonConfig"),
+}
+
+
+def written(group: str, option: str) -> dict:
+    """What an option's own file says of its group."""
+    values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
+    return values.get(group, values)
 
 
 def composed(*overrides: str) -> dict:
@@ -33,27 +45,46 @@ def composed(*overrides: str) -> dict:
 
 @pytest.mark.parametrize("path", TYPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_option_lists_every_field_and_builds(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())
-    if path.stem.startswith("world_"):  # which also select their dataset and layer
-        assert (values["defaults"], values["layer"]) == ([{"override /dataset": "generated"}], 0)
-        values = values["model"]
-        assert values["label"] == path.stem
+    group, option = path.parent.name, path.stem
+    # Without recipes, which could add what the option lacks.
+    values = composed(f"{group}={option}", "~recipe@_global_")[group]
     module, _, name = values.pop("_target_").rpartition(".")
     target = getattr(import_module(module), name)
     # A field that the yaml lacks could not be overridden from the command line.
     assert set(values) == {f.name for f in dataclasses.fields(target)}
     for key, value in values.items():
         values[key] = REQUIRED[key] if value == "???" else value
-    target(**{key: OmegaConf.create({key: value})[key] if not isinstance(value, list) else value
-              for key, value in values.items()})  # fmt: skip
+    target(**values)
 
 
-@pytest.mark.parametrize("path", sorted((CONF / "comparison").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_comparison_lists_every_field(path: Path) -> None:
-    values = yaml.safe_load(path.read_text())["comparison"]
+@pytest.mark.parametrize("option", [*COMPARISONS, "base"])
+def test_every_comparison_lists_every_field(option: str) -> None:
+    values = composed(f"comparison={option}")["comparison"]
     assert values.pop("_target_") == "reseed.compare.config.ComparisonConfig"
     assert set(values) == {f.name for f in dataclasses.fields(ComparisonConfig)}
-    assert values["name"] == path.stem
+    assert values["name"] == (option if option != "base" else "???")
+
+
+@pytest.mark.parametrize("option", COMPARISONS)
+def test_a_comparison_has_its_own_grid_and_arms_alone(option: str) -> None:
+    own, whole = written("comparison", option), composed(f"comparison={option}")["comparison"]
+    assert list(whole["grid"].items()) == list(own["grid"].items())
+    assert list(whole["arms"] or ()) == list(own.get("arms", ()))
+
+
+@pytest.mark.parametrize("group", INHERITED)
+def test_what_inherits_says_only_what_differs(group: str) -> None:
+    base, target = INHERITED[group]
+    inherited = written(group, base)
+    assert inherited["_target_"] == target
+    found = 0
+    for path in (CONF / group).glob("*.yaml"):
+        if base not in str(yaml.safe_load(path.read_text()).get("defaults", "")):
+            continue
+        found += 1
+        own = {k: v for k, v in written(group, path.stem).items() if k != "defaults"}
+        assert [k for k, v in own.items() if inherited.get(k, "") == v] == [], path
+    assert found >= 3
 
 
 def test_the_defaults_are_an_experiment() -> None:
@@ -62,12 +93,21 @@ def test_the_defaults_are_an_experiment() -> None:
     assert (experiment.sae.name, experiment.layer, experiment.seed) == ("topk", 2, 0)
 
 
+def test_a_world_of_ones_own() -> None:
+    experiment, _ = experiment_from(composed("model=world", "model.d_in=8", "model.num_features=4"))
+    assert (experiment.model.name, experiment.dataset.name) == ("world", "generated")
+    with pytest.raises(ConfigError, match=r"`model.num_features` is required: give it a value"):
+        experiment_from(composed("model=world", "model.d_in=8"))
+
+
 WORLDS = sorted(p.stem for p in (CONF / "model").glob("world_*.yaml"))
 
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_world_brings_its_dataset_and_layer_and_builds(world: str) -> None:
-    experiment, _ = experiment_from(composed(f"model={world}"))
+    values = composed(f"model={world}")
+    assert values["model"]["label"] == world
+    experiment, _ = experiment_from(values)
     assert (experiment.model.name, experiment.dataset.name) == ("world", "generated")
     assert (experiment.layer, experiment.hookpoint.site) == (0, "resid_post")
     assert experiment.surrogate == "none"
@@ -82,7 +122,7 @@ def test_what_the_user_says_wins_over_a_world() -> None:
     assert values["sae"]["l1_coefficient"] == 3.6  # the recipe of training=short
 
 
-@pytest.mark.parametrize("comparison", [p.stem for p in (CONF / "comparison").glob("*.yaml")])
+@pytest.mark.parametrize("comparison", COMPARISONS)
 @pytest.mark.parametrize("sae", [p.stem for p in (CONF / "sae").glob("*.yaml")])
 def test_every_comparison_composes_with_every_architecture(comparison: str, sae: str) -> None:
     values = composed(f"comparison={comparison}", f"sae={sae}")
@@ -132,7 +172,6 @@ def test_a_target_on_the_command_line_wins_over_the_recipes_k(sae: str) -> None:
 
 ELSEWHERE = ("models", "datasets", "worlds")
 """Comparisons of other models than the embedded one."""
-COMPARISONS = sorted(path.stem for path in (CONF / "comparison").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS)

@@ -13,10 +13,12 @@ from rich.console import Console
 
 from reseed.calibration import CalibrationError
 from reseed.cli import compare, completion, run, status, train
-from reseed.cli.app import override, parse
+from reseed.cli.app import CommandLine, override, parse
 from reseed.cli.main import COMMANDS, main
+from reseed.cli.plan import make_plan
 from reseed.config import digest
 from reseed.runs import RESULTS, Run, RunStore
+from reseed.sae.topk import TopKConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -310,6 +312,30 @@ def test_user_options_from_a_folder_of_their_own(
     (folder,) = Path("outputs").iterdir()
     assert '"k": 3' in (folder / "run.json").read_text()
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "head", ["defaults: [/sae/topk@_here_, _self_]\n", "defaults: [topk, _self_]\n"]
+)
+def test_an_option_of_the_users_inherits_from_ours(
+    head: str, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sae, comparison = tmp_path / "own" / "sae", tmp_path / "own" / "comparison"
+    sae.mkdir(parents=True)
+    (sae / "mine.yaml").write_text(head + "multi_topk: true\n")
+    comparison.mkdir()
+    ours = (ROOT / "conf" / "comparison" / "memory_of_init.yaml").read_text()
+    (comparison / "copy.yaml").write_text(ours.replace("name: memory_of_init", "name: copy"))
+    own = ["--config-dir", str(tmp_path / "own")]
+    plan = make_plan(CommandLine("run", [*own, "comparison=copy", *tiny_overrides, "sae=mine"]))
+    assert plan.settings.name == "copy"
+    saes = {job.resolved.experiment.sae for job in plan.jobs}
+    assert saes == {TopKConfig(num_latents=64, target_l0=8, multi_topk=True)}
+    assert [len(launch.jobs) for launch in plan.launches] == [5, 5, 5]
+    assert train.main([*own, "sae=relu", "sae.multi_topk=true"]) == 1
+    assert (
+        "sae=relu has no key `sae.multi_topk`. With it: sae=mine, topk." in capsys.readouterr().err
+    )
 
 
 def test_completion_knows_two_shells(capsys: pytest.CaptureFixture[str]) -> None:

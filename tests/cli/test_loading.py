@@ -21,7 +21,7 @@ from reseed.cli.jobs import check_jobs
 from reseed.cli.loading import OnceLoader
 
 CONF = Path(conf_dir())
-COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml"))
+COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml") if p.stem != "base")
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +238,12 @@ HAVING = "sae=batch_topk, matryoshka, topk"
         (["sae={kk:3}"], "there is no key `sae.kk`. Did you mean `sae.k`?"),
         (["model=world_easy", "model.attention=eager"],
          "model=world_easy has no key `model.attention`. With it: model=embedded, "),
+        (["model.copula_rank=3"],
+         "model=embedded has no key `model.copula_rank`. With it: model=world, world_absorption, "),
+        (["comparison=base"],
+         "`comparison.grid` must map axes to lists of values, as in {sae: [topk, relu], seed: "),
+        (["comparison=base", "comparison.grid={seed: [0, 1]}"],
+         "`comparison.name` is required: give it a value"),
         (["comparison=seeds", "comparison.treshold=0.5"],
          "there is no key `comparison.treshold`. Did you mean `comparison.threshold`?"),
         (["foo.bar.baz=3"], "there is no key `foo.bar.baz`."),

@@ -15,6 +15,8 @@ from functools import cache
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.config_repository import IConfigRepository
+from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -72,18 +74,8 @@ class OnceLoader(ConfigLoaderImpl):
         """The options of a group that have a key, as in ``sae.k``."""
         own = [o for o in overrides if self._parse(o).is_hydra_override()]
         _, files = self._parse_overrides_and_create_caching_repo(config_name, own)
-        group, _, within = key.partition(".")
-        having = []
-        for option in files.get_group_options(group):
-            loaded = files.load_config(f"{group}/{option}")
-            assert loaded is not None
-            name = key if loaded.header["package"] == "_global_" else within
-            parent, _, last = name.rpartition(".")
-            node: Any = loaded.config
-            node = OmegaConf.select(node, parent) if parent else node
-            if isinstance(node, DictConfig) and last in node:
-                having.append(option)
-        return having
+        group = key.partition(".")[0]
+        return [o for o in files.get_group_options(group) if _has(files, f"{group}/{o}", key)]
 
     def _quickly(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
         parsed = [self._parse(text) for text in overrides]
@@ -136,6 +128,26 @@ class OnceLoader(ConfigLoaderImpl):
             _, found = self._parse_overrides_and_create_caching_repo(config_name, lines)
             self._is_group[key] = cache(found.group_exists)
         return self._is_group[key]
+
+
+def _has(files: IConfigRepository, path: str, key: str) -> bool:
+    """Whether an option, as in ``sae/topk``, or one that it inherits from has a key."""
+    loaded = files.load_config(path)
+    if loaded is None:
+        return False
+    group, _, within = key.partition(".")
+    name = key if loaded.header["package"] == "_global_" else within
+    parent, _, last = name.rpartition(".")
+    node: Any = loaded.config
+    node = OmegaConf.select(node, parent) if parent else node
+    if isinstance(node, DictConfig) and last in node:
+        return True
+    inherited = [
+        d.path if d.path.startswith("/") else f"{group}/{d.path}"
+        for d in loaded.defaults_list or ()
+        if isinstance(d, ConfigDefault) and d.path not in (None, "_self_")
+    ]
+    return any(_has(files, path.removeprefix("/"), key) for path in inherited)
 
 
 def load_once() -> OnceLoader:

@@ -91,11 +91,14 @@ def make_plan(line: CommandLine) -> Plan:
         node = composed([text for key, text, _ in given if key not in swept]).get("comparison")
     if node is None:
         raise ConfigError("{key} is required, for example comparison=quickstart", "comparison")
-    if not isinstance(node.get("grid"), dict):
-        raise ConfigError("{key} must map axes to lists of values", "comparison.grid")
+    axes = node.get("grid")
+    if not isinstance(axes, dict):
+        got = "nothing" if axes == "???" else repr(axes)
+        rule = "must map axes to lists of values, as in {sae: [topk, relu], seed: [0, 1]}"
+        raise ConfigError(f"{{key}} {rule}; got {got}", "comparison.grid")
     # What the user gives for an axis takes its place; a sweep over another key is one more axis.
     said = single | swept
-    grid = {str(axis): said.get(axis, _words(values)) for axis, values in node["grid"].items()}
+    grid = {str(axis): said.get(axis, _words(values)) for axis, values in axes.items()}
     arms = _arms(node.get("arms"), said)
     own = {axis for entries in _mappings(arms) for axis in entries}
     grid |= {axis: values for axis, values in swept.items() if axis not in own}
