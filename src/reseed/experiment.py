@@ -79,7 +79,7 @@ class Resolved:
 
     experiment: Experiment
     model: ResolvedSource
-    text: ResolvedData
+    data: ResolvedData
     d_in: int
     num_latents: int
     role: str = ""
@@ -106,8 +106,8 @@ class Resolved:
         e = self.experiment
         dataset = replace(e.dataset, order_seed=0)
         cell = replace(e, seed=0, seed_scope="cell", dataset=dataset)
-        data = self.text.in_order(dataset.order_seed)
-        return replace(self, experiment=cell, text=data, penalty=None, calibration=None)
+        data = self.data.in_order(dataset.order_seed)
+        return replace(self, experiment=cell, data=data, penalty=None, calibration=None)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Resolved:
             **signed,
             "sae": signed["sae"] | width,
             "training": signed["training"] | {"tokens": self.tokens},
-            "fingerprints": {**self.model.fingerprints, **self.text.fingerprints},
+            "fingerprints": {**self.model.fingerprints, **self.data.fingerprints},
         }
 
     @cached_property
@@ -172,7 +172,7 @@ class Resolved:
         """Readable part of the folder's name."""
         e = self.experiment
         sparsity = e.sae.sparsity.replace("=", "").replace("λ", "l")
-        what = (self.model_label, e.hook, self.text.label, e.sae.name, self.num_latents, sparsity)
+        what = (self.model_label, e.hook, self.data.label, e.sae.name, self.num_latents, sparsity)
         last = self.role or f"seed{e.seed}"
         return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, last))))
 
@@ -191,14 +191,14 @@ class Resolved:
                 further.
         """
         needed = needed or self.experiment.training.tokens
-        return opened(self.text, self.experiment.surrogate, torch.device(device), needed)
+        return opened(self.data, self.experiment.surrogate, torch.device(device), needed)
 
     def record(self) -> dict[str, Any]:
         """What run.json says of it from the start."""
         e = self.experiment
         return {
             "name": self.label,
-            "labels": {"model": self.model_label, "dataset": self.text.label},
+            "labels": {"model": self.model_label, "dataset": self.data.label},
             "experiment": e.to_dict(),
             "identity": self.identity,
             "fingerprints": self.identity["fingerprints"],
@@ -229,7 +229,7 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
         raise error.within("model") from None
     model.check(experiment.hook)
     try:
-        text = model.data(experiment.dataset, cache)
+        data = model.data(experiment.dataset, cache)
     except ConfigError as error:
         raise error.within("dataset") from None
     d_in = model.d_in(experiment.hook)
@@ -238,8 +238,8 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     except ConfigError as error:
         raise error.within("sae") from None
     _check_start(experiment, model, experiment.sae.width(d_in))
-    text.check_budget(experiment.training.steps, experiment.training.batch_size)
-    return Resolved(experiment, model, text, d_in, experiment.sae.width(d_in))
+    data.check_budget(experiment.training.steps, experiment.training.batch_size)
+    return Resolved(experiment, model, data, d_in, experiment.sae.width(d_in))
 
 
 def cache_folder(runtime: RuntimeConfig) -> Path:

@@ -32,7 +32,7 @@ def announce(group: Sequence[Resolved], source: ActivationSource, device: torch.
     plural = "s" if len(group) > 1 else ""
     say(
         f"training {len(group)} SAE{plural} ({kinds}) on {group[0].model_label} {hooks}, "
-        f"{group[0].text.described}\n"
+        f"{group[0].data.described}\n"
         f"  recipe {recipes}: {tokens} tokens each, {parameters:,} parameters in all\n"
         f"  on {device.type}, about {_duration(seconds)} and {memory / 2**30:.1f} GiB"
     )

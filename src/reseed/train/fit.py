@@ -77,7 +77,7 @@ def _fit(
     stream = source.stream([r.experiment.hook for r in group])
     batch_size = first.experiment.training.batch_size
     steps = [r.experiment.training.steps for r in group]
-    source.check_length(stream, batch_size, steps, first.text.label)
+    source.check_length(stream, batch_size, steps, first.data.label)
     calibrating = any(r.role for r in group)  # which says of itself what there is to say
     if not calibrating:
         announce(group, source, device)
@@ -229,8 +229,8 @@ def _record(
         "hookpoint": str(e.hook),
         "site": e.hookpoint.site,
         "layer": e.layer,
-        "dataset": resolved.text.label,
-        "context_length": resolved.text.context_length,
+        "dataset": resolved.data.label,
+        "context_length": resolved.data.context_length,
         "tokens": e.training.steps * e.training.batch_size,
         "seed": e.seed,
         "input_scale": member.scale,
