@@ -116,6 +116,17 @@ def test_build_calls_only_configurations() -> None:
         build({"_target_": "no_such.Thing"}, "shape", Shape)
 
 
+@pytest.mark.parametrize(
+    ("group", "target"),
+    [("model", "activations.source.SourceConfig"), ("sae", "sae.base.SAEConfig")],
+)
+def test_what_is_abstract_is_no_option(group: str, target: str) -> None:
+    message = f"`{group}`: `_target_` reseed.{target} is abstract: name one of its kinds"
+    with pytest.raises(ConfigError) as caught:
+        build({"_target_": f"reseed.{target}"}, group)
+    assert str(caught.value) == message
+
+
 def test_required_fields() -> None:
     @dataclass(frozen=True)
     class Needy(Config):

@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import types
@@ -205,6 +206,8 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
     # Only our own kind of class is ever called, so a hostile `_target_` runs nothing.
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{{key}}: `_target_` {target} is not a {base.__name__}", key)
+    if inspect.isabstract(found):
+        raise ConfigError(f"{{key}}: `_target_` {target} is abstract: name one of its kinds", key)
     for f in dataclasses.fields(found):
         # A default of the class is not what the yaml would have said; but one from before the
         # field was added says what is neutral.

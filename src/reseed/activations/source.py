@@ -29,16 +29,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SourceConfig(Config, family="model"):
+class SourceConfig(Config, ABC, family="model"):
     """What ``model=`` may name; members are language models and worlds."""
 
+    @abstractmethod
     def resolve(self, cache: Path) -> ResolvedSource:
         """Find it, without loading weights.
 
         Raises:
             ConfigError: it is not there, or not what it should be.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is found")
 
 
 class ResolvedSource(ABC):
