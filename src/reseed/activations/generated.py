@@ -91,10 +91,6 @@ class ResolvedGenerated(ResolvedData):
     def fingerprints(self) -> Mapping[str, str]:
         return {}
 
-    @property
-    def order_seed(self) -> int:
-        return self.config.order_seed
-
     def in_order(self, order_seed: int) -> Self:
         return replace(self, config=replace(self.config, order_seed=order_seed))
 

@@ -36,10 +36,6 @@ class ResolvedReading(ResolvedData):
     def label(self) -> str:
         return self.text.label
 
-    @property
-    def order_seed(self) -> int:
-        return self.config.order_seed
-
     def in_order(self, order_seed: int) -> Self:
         config = replace(self.config, order_seed=order_seed)
         return replace(self, text=replace(self.text, config=config))

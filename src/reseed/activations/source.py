@@ -81,7 +81,13 @@ class ResolvedSource(ABC):
 
 
 class ResolvedData(ABC):
-    """A data set found and bound to its source, not opened."""
+    """A data set found and bound to its source, not opened.
+
+    Attributes:
+        config: what was declared.
+    """
+
+    config: DatasetConfig
 
     @property
     @abstractmethod
@@ -104,9 +110,9 @@ class ResolvedData(ABC):
         """What enters a run's signature beside what was declared, by name."""
 
     @property
-    @abstractmethod
     def order_seed(self) -> int:
         """Seed of the order of its activations."""
+        return self.config.order_seed
 
     @abstractmethod
     def in_order(self, order_seed: int) -> Self:
