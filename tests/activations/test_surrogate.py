@@ -11,7 +11,7 @@ import torch
 from reseed.activations.generated import WorldSource
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.source import ActivationSource
-from reseed.activations.surrogate import GaussianSource, GaussianStream, Moments
+from reseed.activations.surrogate import Gaussian, GaussianSource, GaussianStream
 from reseed.activations.world_config import GeneratedConfig, WorldConfig
 from reseed.activations.worlds import World
 from reseed.config import ReseedError
@@ -52,22 +52,11 @@ def test_the_moments_are_those_of_the_first_training_chunk() -> None:
     close(torch.cat([x[HOOK] for x in surrogate().held_out([HOOK], 10_000)]), first)
 
 
-def test_the_root_is_exact_where_the_covariance_is_singular() -> None:
-    x = torch.randn(5_000, 3, generator=torch.Generator().manual_seed(0))
-    x = torch.cat([x, x.sum(1, keepdim=True)], 1) + 2
-    moments = Moments.of(x)
-    assert torch.allclose(moments.mean.double(), x.double().mean(0), atol=1e-6)
-    expected = torch.cov(x.double().T, correction=0)
-    root = moments.root.double()
-    assert torch.allclose(root @ root.T, expected, atol=1e-5)
-    assert torch.allclose(root, root.T, atol=1e-6)
-
-
 def test_draws_are_in_the_sources_precision() -> None:
     x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
-    moments = Moments.of(x)
-    assert moments.draw(5, torch.Generator().manual_seed(0)).dtype == torch.bfloat16
-    assert moments.mean.dtype == moments.root.dtype == torch.float32
+    drawn = Gaussian.like(x)
+    assert drawn.draw(5, torch.Generator().manual_seed(0)).dtype == torch.bfloat16
+    assert drawn.mean.dtype == drawn.root.dtype == torch.float32
 
 
 def test_chunks_are_a_pure_function() -> None:
@@ -93,9 +82,9 @@ def test_what_is_held_out_is_a_beginning_with_draws_of_its_own() -> None:
 
 
 def test_the_order_seed_moves_the_draws() -> None:
-    moments = surrogate().stream([HOOK]).moments
+    gaussians = surrogate().stream([HOOK]).gaussians
     a, b = (
-        GaussianStream(replace(DATA, order_seed=seed), moments, torch.device("cpu"))
+        GaussianStream(replace(DATA, order_seed=seed), gaussians, torch.device("cpu"))
         for seed in (0, 1)
     )
     # Other draws, not only another order.

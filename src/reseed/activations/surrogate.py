@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.moments import Moments
 from reseed.activations.source import ActivationSource, ResolvedData
 from reseed.activations.stream import ChunkStream, DatasetConfig, generator
 
@@ -24,7 +25,7 @@ _BLOCK = 4_096
 
 
 @dataclass(frozen=True)
-class Moments:
+class Gaussian:
     """Mean [d_in] and symmetric square root of the covariance [d_in, d_in], float32."""
 
     mean: Float[Tensor, " d_in"]
@@ -32,17 +33,10 @@ class Moments:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, x: Float[Tensor, "tokens d_in"]) -> Moments:
-        """Estimated in float64; eigenvalues that rounding made negative count as 0."""
-        parts = x.split(_BLOCK)  # a whole chunk in float64 may be large
-        mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(x)
-        squares = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
-        for part in parts:
-            centred = part.double() - mean
-            squares += centred.T @ centred
-        values, vectors = torch.linalg.eigh(squares / len(x))
-        root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-        return cls(mean.float(), root.float(), x.dtype)
+    def like(cls, x: Float[Tensor, "tokens d_in"]) -> Gaussian:
+        """With the moments of ``x``, in its precision."""
+        moments = Moments.of(x)
+        return cls(moments.mean.float(), moments.root().float(), x.dtype)
 
     def draw(self, tokens: int, random: torch.Generator) -> Float[Tensor, "tokens d_in"]:
         """Independent draws. The noise is made on the CPU: every device sees the same."""
@@ -63,7 +57,7 @@ class GaussianSource(ActivationSource):
     def __init__(self, real: ActivationSource, order_seed: int) -> None:
         self.real, self.order_seed = real, order_seed
         self.device, self.parameters = real.device, real.parameters
-        self._moments: dict[Hookpoint, Moments] = {}
+        self._learned: dict[Hookpoint, Gaussian] = {}
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> GaussianStream:
         stream = self.real.stream(hookpoints)
@@ -73,43 +67,43 @@ class GaussianSource(ActivationSource):
     def held_out(
         self, hookpoints: Sequence[Hookpoint], tokens: int
     ) -> Iterator[dict[Hookpoint, Tensor]]:
-        moments = self._learn(self.real.stream(hookpoints))
+        gaussians = self._learn(self.real.stream(hookpoints))
         for first in range(0, tokens, _BLOCK):
             kept = min(_BLOCK, tokens - first)
-            drawn = _drawn(moments, _BLOCK, _HELD_OUT, first // _BLOCK)
+            drawn = _drawn(gaussians, _BLOCK, _HELD_OUT, first // _BLOCK)
             yield {hookpoint: x[:kept] for hookpoint, x in drawn.items()}
 
     def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        widths = [len(self._moments[h].mean) for h in dict.fromkeys(hookpoints)]
+        widths = [len(self._learned[h].mean) for h in dict.fromkeys(hookpoints)]
         return sum(2.0 * width**2 for width in widths)
 
-    def _learn(self, stream: ChunkStream) -> dict[Hookpoint, Moments]:
-        """The moments at the stream's hookpoints; a chunk is computed where one is new."""
-        if not set(stream.hookpoints) <= set(self._moments):
+    def _learn(self, stream: ChunkStream) -> dict[Hookpoint, Gaussian]:
+        """What there is at the stream's hookpoints; a chunk is computed where one is new."""
+        if not set(stream.hookpoints) <= set(self._learned):
             for hookpoint, x in stream.chunk(0).items():
-                self._moments[hookpoint] = Moments.of(x.flatten(0, 1))
-        return {hookpoint: self._moments[hookpoint] for hookpoint in stream.hookpoints}
+                self._learned[hookpoint] = Gaussian.like(x.flatten(0, 1))
+        return {hookpoint: self._learned[hookpoint] for hookpoint in stream.hookpoints}
 
 
 class GaussianStream(ChunkStream):
     """Endless: chunk c is drawn by (order seed, c)."""
 
     def __init__(
-        self, config: DatasetConfig, moments: Mapping[Hookpoint, Moments], device: torch.device
+        self, config: DatasetConfig, gaussians: Mapping[Hookpoint, Gaussian], device: torch.device
     ) -> None:
-        super().__init__(config, list(moments), device)
-        self.moments = moments
+        super().__init__(config, list(gaussians), device)
+        self.gaussians = gaussians
 
     def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
         tokens = self.config.chunk_tokens
-        return _drawn(self.moments, tokens, _TRAINING, self.config.order_seed, c)
+        return _drawn(self.gaussians, tokens, _TRAINING, self.config.order_seed, c)
 
 
 def _drawn(
-    moments: Mapping[Hookpoint, Moments], tokens: int, *key: int
+    gaussians: Mapping[Hookpoint, Gaussian], tokens: int, *key: int
 ) -> dict[Hookpoint, Float[Tensor, "tokens d_in"]]:
     """Every hookpoint has draws of its own, whatever is read beside it."""
-    return {h: m.draw(tokens, generator(*key, _number(h))) for h, m in moments.items()}
+    return {h: g.draw(tokens, generator(*key, _number(h))) for h, g in gaussians.items()}
 
 
 def _number(hookpoint: Hookpoint) -> int:

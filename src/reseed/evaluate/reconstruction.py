@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.moments import MomentSums
 from reseed.sae.base import SAE
 
 _BLOCK = 4_096
@@ -19,43 +20,16 @@ _BLOCK = 4_096
 
 
 @dataclass
-class Moments:
-    """Sums of activations and of their products, in float64: their mean and covariance."""
-
-    tokens: int = 0
-    total: Float[Tensor, " d_in"] | None = None
-    products: Float[Tensor, "d_in d_in"] | None = None
-
-    @torch.inference_mode()
-    def add(self, x: Float[Tensor, "tokens d_in"]) -> None:
-        """Count the activations of ``x``, on the device that they are on."""
-        for part in x.split(_BLOCK):
-            exact = part.double()
-            total, products = exact.sum(0), exact.T @ exact
-            self.tokens += len(part)
-            self.total = total if self.total is None else self.total + total
-            self.products = products if self.products is None else self.products.add_(products)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """``mean`` [d_in] and ``covariance`` [d_in, d_in] (divided by the tokens), float32, CPU."""
-        if self.total is None or self.products is None:
-            raise ValueError("no activations were added: they have no mean")
-        mean = self.total / self.tokens
-        covariance = self.products / self.tokens - torch.outer(mean, mean)
-        return {"mean": mean.float().cpu(), "covariance": covariance.float().cpu().contiguous()}
-
-
-@dataclass
 class Reconstruction:
     """Sums over the evaluation set, from which the measures are taken once at the end.
 
     The mean is that of the whole evaluation set: fractions of variance averaged over batches
-    would depend on the batch size. ``moments`` are those of the activations, where `measure` took
+    would depend on the batch size. ``moments`` has those of the activations, where `measure` took
     them: one object for all SAEs of a hookpoint.
     """
 
     sae: SAE
-    moments: Moments | None = None
+    moments: MomentSums | None = None
     tokens: int = 0
     squared_error: float = 0.0
     squared_norm: float = 0.0
@@ -110,7 +84,7 @@ def measure(
     chunks: Iterable[dict[Hookpoint, Float[Tensor, "tokens d_in"]]],
 ) -> dict[str, Reconstruction]:
     """Measure many SAEs in one pass over held-out activations; each reads its own hookpoint."""
-    moments = {hookpoint: Moments() for hookpoint, _ in saes.values()}
+    moments = {hookpoint: MomentSums() for hookpoint, _ in saes.values()}
     measured = {name: Reconstruction(sae, moments[hook]) for name, (hook, sae) in saes.items()}
     for chunk in chunks:
         for hookpoint, found in moments.items():

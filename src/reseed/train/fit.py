@@ -244,7 +244,7 @@ def _record(
         latents |= truth.latents
     atomic_write(run.path / "latents.safetensors", lambda path: save_file(latents, path))
     if measured.moments is not None:
-        moments = measured.moments.tensors()
+        moments = measured.moments.so_far().tensors()
         atomic_write(run.path / "activations.safetensors", lambda path: save_file(moments, path))
     member.write_curve(run.path)
     metrics = measured.metrics() | {"dead_fraction": float(member.dead.double().mean())}
