@@ -1,4 +1,8 @@
-"""Lloyd's k-means: float32, a fixed number of rounds, the same result at every call."""
+"""Lloyd's k-means: float32, a fixed number of rounds, the same result at every call.
+
+Not scipy's ``kmeans2``: it holds all points × k distances at once (of 20,000 points in 16
+dimensions and 8,000 centres its memory grew by 610 MiB) and is for the CPU alone.
+"""
 
 from __future__ import annotations
 

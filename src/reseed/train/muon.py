@@ -4,6 +4,11 @@ For W_enc and W_dec; biases, thresholds and all else go by Adam. As in sparsify'
 is orthogonalised Nesterov momentum times 0.2·√(longer side), which gives it the size of an Adam
 update (root mean square 0.2 per weight; Liu et al. 2025, 2502.16982), so that the rate does not
 depend on the width. Other than there the iteration runs in float32, not bfloat16.
+
+Not `torch.optim.Muon`, which has the same update (``adjust_lr_fn="match_rms_adamw"``): its
+iteration is in bfloat16 whatever the weights are in, which moves an update by about 1% of its
+length. It takes matrices alone, so that Adam would be a second optimiser with a clipping and a
+schedule to be kept in step.
 """
 
 from __future__ import annotations
