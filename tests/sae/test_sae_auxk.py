@@ -165,3 +165,28 @@ def test_few_dead_latents_and_many_are_one_formula(name, count, weighed, monkeyp
         found.append([loss.detach(), *(p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec))])
     for pairs, products in zip(*found, strict=True):
         torch.testing.assert_close(pairs, products, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("gated", {}), ("jumprelu", {}), ("jumprelu, centred", {}), ("jumprelu", {"penalty": "tanh"})],
+)
+def test_the_error_comes_with_the_loss(name, options, monkeypatch):
+    """Nothing is encoded a second time; tokens in blocks, of which the last is not full."""
+    monkeypatch.setattr("reseed.sae.product.CPU_ROWS", 5)
+    sae, x = make(name, aux_alpha=1.0, **options), batch_of()
+    expected, seen = x - sae(x).reconstruction, []
+
+    def auxk_loss(sae, x, error, dead, *, centred):
+        seen.append(error)
+        return error.new_zeros(())
+
+    def encode(x):
+        raise AssertionError("encoded once more")
+
+    monkeypatch.setattr("reseed.sae.auxk.auxk_loss", auxk_loss)
+    monkeypatch.setattr(sae, "encode", encode)
+    sae.training_loss(x, STEP, mask(sae, 3)).total.backward()
+    (error,) = seen
+    assert not error.requires_grad
+    torch.testing.assert_close(error, expected.detach(), rtol=1e-12, atol=1e-12)

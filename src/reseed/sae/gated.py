@@ -83,13 +83,11 @@ class Gated(SAE):
         parameters = (self.W_enc, self.b_enc, self.r_mag, self.b_mag, self.W_dec, self.b_dec)
         # The gate learns to reconstruct, and must not teach the decoder its shrunken values.
         with torch.autocast(x.device.type, enabled=False):  # a sum over tokens, whole in float32
-            total, squared_error, opened, by_gate, fired = gated_loss(
+            total, squared_error, opened, by_gate, fired, error = gated_loss(
                 x, parameters, self.penalty_weight * warmup
             )
         parts = {"mse": squared_error / len(x), "l1": opened / len(x), "aux": by_gate / len(x)}
         if self.config.aux_alpha > 0:
-            with torch.no_grad():
-                error = x - self.decode(self.encode(x))
             term, parts["auxk"] = auxk_term(self, x, error, dead, per=len(x), centred=True)
             total = total + term
         return Loss(

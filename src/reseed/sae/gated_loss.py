@@ -26,6 +26,7 @@ def gated_loss(
     Float[Tensor, ""],
     Float[Tensor, ""],
     Int[Tensor, " num_latents"],
+    Float[Tensor, "batch d_in"],
 ]:
     """‖e‖² + λ Σ ReLU(π) + ‖e by the gate‖² as a mean over tokens, and what it is made of.
 
@@ -34,7 +35,7 @@ def gated_loss(
 
     Returns:
         The loss, differentiable in the parameters; then, detached, Σ‖e‖², Σ ReLU(π) and
-        Σ‖e by the gate‖² over the batch, and on how many tokens each latent is active.
+        Σ‖e by the gate‖² over the batch, on how many tokens each latent is active, and e.
     """
     return _GatedLoss.apply(x, *parameters, l1_coefficient)
 
@@ -66,7 +67,7 @@ class _GatedLoss(torch.autograd.Function):
         for_W_enc, for_b_enc, for_r_mag, for_b_mag, for_W_dec, for_b_dec = grads
         through_rows = torch.zeros_like(b_enc)
         squared_error, opened_sum, by_gate = x.new_zeros(3).unbind()
-        fired = torch.zeros_like(b_enc)
+        fired, errors = torch.zeros_like(b_enc), torch.empty_like(rows)
         for start in range(0, batch, size):
             block = rows[start : start + size]
             shared = encode(block)
@@ -75,9 +76,9 @@ class _GatedLoss(torch.autograd.Function):
             fired += latents.sign().sum(0)
             opened_sum += opened.sum()
             # From here on gradients of sums over the batch, not of means.
-            error = block - decode(latents)
+            error = torch.sub(block, decode(latents), out=errors[start : start + size])
             squared_error += error.square().sum()
-            error *= -2
+            error = error * -2
             for_W_dec.addmm_(latents.t(), error)
             for_b_dec += error.sum(0)
             magnitude = _where_positive(into_latents(error), latents)
@@ -98,7 +99,7 @@ class _GatedLoss(torch.autograd.Function):
             grad /= batch
         ctx.save_for_backward(*grads)
         total = (squared_error + l1_coefficient * opened_sum + by_gate) / batch
-        detached = squared_error, opened_sum, by_gate, fired.long()
+        detached = squared_error, opened_sum, by_gate, fired.long(), errors
         ctx.mark_non_differentiable(*detached)
         return total, *detached
 

@@ -116,14 +116,12 @@ class JumpReLU(SAE):
     ) -> Loss:
         """‖e‖²/D and the penalty as means over B. ``dead`` is for AuxK alone, which ignores θ."""
         x = x.to(self.W_enc.dtype)
-        squared_error, penalty, l0, fired = self._terms(x)
+        squared_error, penalty, l0, fired, error = self._terms(x)
         mse = squared_error / x.numel()
         warmup = warmed_up(step.index, step.total, self.config.l0_warmup_fraction)
         total = mse + self.penalty_weight * warmup * penalty
         parts = {"mse": mse, "penalty": penalty}
         if self.config.aux_alpha > 0:
-            with torch.no_grad():
-                error = x - self.decode(self.encode(x))
             centred = self.config.subtract_b_dec
             term, parts["auxk"] = auxk_term(self, x, error, dead, per=x.numel(), centred=centred)
             total = total + term
@@ -138,9 +136,13 @@ class JumpReLU(SAE):
     def _terms(
         self, x: Float[Tensor, "batch d_in"]
     ) -> tuple[
-        Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""], Int[Tensor, " num_latents"]
+        Float[Tensor, ""],
+        Float[Tensor, ""],
+        Float[Tensor, ""],
+        Int[Tensor, " num_latents"],
+        Float[Tensor, "batch d_in"],
     ]:
-        """Σ‖e‖², the penalty, L0, and on how many tokens each latent is active."""
+        """Σ‖e‖², the penalty, L0, on how many tokens each latent is active, and e."""
         width = self.config.bandwidth * self.d_in**0.5
         if self.config.penalty == "tanh":
             latents, l0 = _Jump.apply(self._pre_activations(x), self.threshold, width)
@@ -148,16 +150,17 @@ class JumpReLU(SAE):
             scale = self.config.tanh_scale * self.W_dec.norm(dim=1)
             penalty = (latents * scale).tanh().sum() / len(latents)
             fired = latents.detach().sign().sum(0, dtype=torch.float32).long()
-            return (x - self.decode(latents)).square().sum(), penalty, l0, fired
+            error = x - self.decode(latents)
+            return error.square().sum(), penalty, l0, fired, error
         parameters = (self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec)
         with torch.autocast(x.device.type, enabled=False):  # sums over tokens, whole in float32
-            squared_error, l0, fired = jumprelu_terms(
+            squared_error, l0, fired, error = jumprelu_terms(
                 x, parameters, width, self.config.subtract_b_dec
             )
         if self.config.penalty == "step":
-            return squared_error, l0, l0, fired
+            return squared_error, l0, l0, fired, error
         assert self.config.target_l0 is not None
-        return squared_error, (l0 / self.config.target_l0 - 1).square(), l0, fired
+        return squared_error, (l0 / self.config.target_l0 - 1).square(), l0, fired, error
 
     def _pre_activations(
         self, x: Float[Tensor, "*batch d_in"]

@@ -20,8 +20,10 @@ def jumprelu_terms(
     parameters: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     width: float,
     subtract_b_dec: bool,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Int[Tensor, " num_latents"]]:
-    """Σ‖e‖² over the batch, the mean L0, and on how many tokens each latent is active.
+) -> tuple[
+    Float[Tensor, ""], Float[Tensor, ""], Int[Tensor, " num_latents"], Float[Tensor, "batch d_in"]
+]:
+    """Σ‖e‖² over the batch, the mean L0, on how many tokens each latent is active, and e.
 
     The first two are differentiable in the parameters, by the paper's pseudo-derivatives. With
     K((π − θ)/ε) = 1 where |π − θ| < ε/2, on both sides of θ:
@@ -50,7 +52,7 @@ class _Terms(torch.autograd.Function):
         b_dec: Tensor,
         width: float,
         subtract_b_dec: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch = len(x)
         rows = x - b_dec if subtract_b_dec else x
         size = min(block_rows(x, len(W_enc)), batch)
@@ -61,17 +63,18 @@ class _Terms(torch.autograd.Function):
         grads = [torch.zeros_like(p) for p in (W_enc, b_enc, threshold, W_dec, b_dec)]
         for_W_enc, for_b_enc, for_threshold, for_W_dec, for_b_dec = grads
         near_tokens, fired = torch.zeros_like(b_enc), torch.zeros_like(b_enc)
-        squared_error = x.new_zeros(())
+        squared_error, errors = x.new_zeros(()), torch.empty_like(x)
         for start in range(0, batch, size):
             pre = encode(rows[start : start + size])
             above = (pre > threshold).to(pre.dtype)
             near = ((pre - threshold).abs_() < width / 2).to(pre.dtype)
             latents = pre.mul_(above)
-            error = x[start : start + size] - decode(latents)
+            block = slice(start, start + size)
+            error = torch.sub(x[block], decode(latents), out=errors[block])
             squared_error += error.square().sum()
             fired += above.sum(0)
             near_tokens += near.sum(0)
-            error *= -2
+            error = error * -2
             for_W_dec.addmm_(latents.t(), error)
             for_b_dec += error.sum(0)
             through = into_latents(error)
@@ -84,13 +87,13 @@ class _Terms(torch.autograd.Function):
             for_b_dec -= for_b_enc @ W_enc
         ctx.save_for_backward(*grads, near_tokens.div_(-width * batch))
         counts = fired.long()
-        ctx.mark_non_differentiable(counts)
-        return squared_error, counts.sum().to(x.dtype) / batch, counts
+        ctx.mark_non_differentiable(counts, errors)
+        return squared_error, counts.sum().to(x.dtype) / batch, counts, errors
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_error: Tensor, grad_l0: Tensor, _: Tensor
+        ctx: Any, grad_error: Tensor, grad_l0: Tensor, *_: Tensor
     ) -> tuple[Tensor | None, ...]:
         *grads, for_l0 = ctx.saved_tensors
         scaled = [grad_error * grad for grad in grads]
