@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,7 +106,7 @@ def test_steering_goes_on_from_a_checkpoint() -> None:
     part = Steering(10.0, 100, 0.0)
     for index in range(60):
         part.observe(index, 20.0 - index / 10)
-    part = Steering.from_dict(part.to_dict())
+    part = Steering(**asdict(part))
     for index in range(60, 100):
         part.observe(index, 20.0 - index / 10)
     assert part == whole

@@ -263,12 +263,12 @@ def train_missing(
     missing = [r for r in experiments if not r.run(store).finished]
     # A weight is found for those that are trained: of finished runs it stands in the record.
     ready, failures = calibrate(missing, store, partial(_train_groups, store, runtime))
-    for resolved in missing:
-        run = resolved.run(store)
-        with store.locks([run] if run.id in failures else [], waiting=say):
-            if run.id in failures and run.finished:  # by another process, meanwhile
+    failed = {run: r for r in missing if (run := r.run(store)).id in failures}
+    for run, resolved in failed.items():
+        with run.lock(waiting=say):
+            if run.finished:  # by another process, meanwhile
                 del failures[run.id]
-            elif run.id in failures:
+            else:
                 run.begin(resolved.record())
                 run.fail(failures[run.id])
     return failures | _train_groups(store, runtime, ready)

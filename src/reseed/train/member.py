@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +285,7 @@ class Member:
             "first_bad": self._first_bad,
             "curve": self.curve,
             "tally": {"steps": self._tally.steps, "sums": self._tally.sums},
-            "steering": None if self.steering is None else self.steering.to_dict(),
+            "steering": None if self.steering is None else asdict(self.steering),
         }
         atomic_write(path, lambda temporary: torch.save(state, temporary))
 
@@ -301,7 +301,7 @@ class Member:
         self._tally = Tally(**state["tally"])
         steering = state.get("steering")
         if steering is not None:
-            self.steering = Steering.from_dict(steering)
+            self.steering = Steering(**steering)
             self.sae.penalty_weight = self.steering.weight
 
     @contextmanager

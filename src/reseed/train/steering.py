@@ -7,8 +7,7 @@ guess of a calibration (`reseed.calibration`), from wherever the weight stood.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
 
 BEGIN, HOLD = 0.1, 0.8
 """Fractions of the run between which the weight moves: after the warm-ups, before the decay."""
@@ -53,11 +52,3 @@ class Steering:
             self.count += 1
         if index == hold - 1 and self.count:
             self.log_weight = self.sum / self.count
-
-    def to_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        return cls(**values)
