@@ -50,8 +50,21 @@ def test_failure_is_told_with_its_traceback(tmp_path: Path) -> None:
     assert record["failed_at_step"] == 7
     assert record["error"]["message"] == "too hot"
     assert 'raise ValueError("too hot")' in record["error"]["traceback"]
+    assert run.failure == record["error"] | {"ended": record["ended"]}
     run.begin(RECORD)
     assert run.record["error"] is None
+
+
+def test_errors_of_ours_explain_themselves_unless_another_is_behind(tmp_path: Path) -> None:
+    run, behind = begun(tmp_path), RunError("lost")
+    behind.__cause__ = OSError("no such disk")
+    for error, explained in ((RunError("lost"), True), (behind, False), (OSError("full"), False)):
+        run.fail(error)
+        assert run.failure is not None
+        assert run.failure["explained"] is explained
+    old = {k: v for k, v in run.record["error"].items() if k != "explained"}
+    run.update(error=old)  # of the time before
+    assert run.failure == old | {"explained": False, "ended": run.record["ended"]}
 
 
 def test_a_run_is_found_by_its_signature_whatever_it_is_called(tmp_path: Path) -> None:

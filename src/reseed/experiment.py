@@ -208,6 +208,7 @@ class Resolved:
             "penalty_weight": self.penalty,
             "calibration": self.calibration,
             "init_seed": self.init_seed,
+            "start_is_drawn": e.training.start_is_drawn,
             "peak_lr": e.training.peak_lr(e.sae, self.num_latents),
             "dead_after_tokens": e.training.dead_after(),
             "tokens": self.tokens,

@@ -122,11 +122,12 @@ class Run:
 
     @property
     def failure(self) -> dict[str, Any] | None:
-        """Why and when it failed, where it did."""
+        """Why and when it failed, where it did; ``explained``: whether the message says all."""
         if self.status != "failed":
             return None
         record = self.record
-        return {**record["error"], "ended": record["ended"]}
+        # Records from before `explained` leave it to the traceback.
+        return {"explained": False, **record["error"], "ended": record["ended"]}
 
     @property
     def finished(self) -> bool:
@@ -162,14 +163,10 @@ class Run:
         record = self.record
         config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
         sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
-        stored, training = self.path / INITIAL_FILE, record["experiment"]["training"]
+        stored = self.path / INITIAL_FILE
         if stored.is_file():
             sae.load_state_dict(load_file(stored))
-        elif (
-            training.get("aligned")
-            or training.get("decoder", "free") != "free"
-            or training.get("start", "random") != "random"
-        ):
+        elif not record.get("start_is_drawn", _was_drawn(record["experiment"]["training"])):
             raise RunError(
                 f"{self.path}: {INITIAL_FILE} is missing, and the seed alone does not give the "
                 "weights that this run started from"
@@ -219,8 +216,13 @@ class Run:
 
     def fail(self, error: BaseException, **entries: Any) -> None:
         """The run cannot be finished; its record says why."""
-        text = "".join(traceback.format_exception(error))
-        described = {"type": type(error).__name__, "message": str(error), "traceback": text}
+        described = {
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": "".join(traceback.format_exception(error)),
+            # Ours say all that there is to say, unless another is behind them.
+            "explained": isinstance(error, ReseedError) and error.__cause__ is None,
+        }
         self.update(status="failed", ended=_now(), error=described, **entries)
 
     @property
@@ -284,6 +286,12 @@ class RunStore:
             for run in sorted(runs, key=lambda r: r.signature):
                 stack.enter_context(run.lock(waiting))
             yield
+
+
+def _was_drawn(training: Mapping[str, Any]) -> bool:
+    """What ``start_is_drawn`` would be in a record from the time before it was recorded."""
+    moved = training.get("aligned") or training.get("decoder", "free") != "free"
+    return not moved and training.get("start", "random") == "random"
 
 
 def load_run(path: str | Path) -> Run:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from reseed.activations.hookpoint import Hookpoint
+from reseed.atomic import atomic_write_json
 from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
 from reseed.compare.load import load_dictionaries
@@ -116,8 +117,12 @@ def test_a_start_that_the_seed_does_not_give_is_stored_and_read(
         assert (untrained.encoder == expected["W_enc"].numpy()).all()
         assert not (trained.encoder == untrained.encoder).all()
         (run.path / INITIAL_FILE).unlink()
-        with pytest.raises(RunError, match=r"initial.safetensors is missing, and the seed alone"):
-            run.initial_sae()
+        assert run.record["start_is_drawn"] is False
+        of_old = {k: v for k, v in run.record.items() if k != "start_is_drawn"}
+        for record in (run.record, of_old):
+            atomic_write_json(run.path / "run.json", record)
+            with pytest.raises(RunError, match=r"initial.safetensors is missing, and the seed "):
+                run.initial_sae()
 
 
 @pytest.mark.parametrize("name", ["sign_sgd", "muon"])
@@ -126,6 +131,7 @@ def test_a_start_that_the_seed_gives_is_not_stored(jobs: Jobs, name: str) -> Non
     train_missing([resolved], runtime)
     run = run_of(resolved, runtime)
     assert not (run.path / INITIAL_FILE).exists()
+    assert run.record["start_is_drawn"] is True
     assert torch.equal(run.initial_sae().W_enc, run.initial_sae().W_dec)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
 from reseed.cli.app import CommandLine, override
 from reseed.cli.errors import reported
-from reseed.config import ReseedError
 from reseed.console import counted
 
 if TYPE_CHECKING:
@@ -137,16 +136,6 @@ def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
         kind = "seed" if len(seeds) == len(found) else "run"
         who = run.id if len(found) == 1 else f"{cell} ({counted(len(found), kind)})"
         lines.append(f"{status}: {who}: {message}")
-        if run.failure and not _says_all(run.failure):
+        if run.failure and not run.failure["explained"]:
             lines.append(f"  the traceback is in {run.path / 'run.json'}")
     return lines
-
-
-def _says_all(error: Mapping[str, Any]) -> bool:
-    """Whether a recorded error is one of ours, which explain themselves, with no other behind."""
-    ours, names = [ReseedError], set()
-    while ours:
-        kind = ours.pop()
-        names.add(kind.__name__)
-        ours += kind.__subclasses__()
-    return error["type"] in names and "the direct cause of" not in error["traceback"]
