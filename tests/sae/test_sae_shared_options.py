@@ -1,5 +1,7 @@
 """Options that every architecture has: the encoder's start, a target for L0; and signatures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -98,15 +100,20 @@ def test_unknown_starts_are_refused():
 @pytest.mark.parametrize("cls", K_SPARSE)
 def test_the_target_is_k(cls):
     config = cls(num_latents=64, k=5, target_l0=12)
-    assert (config.k, config.target_l0, config.sparsity) == (12, 12, "k=12")
+    assert (config.k, config.target_l0, config.sparsity) == (12, None, "k=12")
     assert not config.needs_calibration
     assert config.penalty_field is None
-    # One run, by whichever name.
+    # One run with one record, by whichever name.
+    assert config == cls(num_latents=64, k=12)
     assert config.signed() == cls(num_latents=64, k=12).signed()
+    assert "target_l0" not in config.signed()
+    assert replace(config, k=7).k == 7
     assert repr(config.signed()["k"]) == "12"
     assert SAEConfig.from_dict(config.to_dict()) == config
     with pytest.raises(ConfigError, match=r"`target_l0` \(=65\) must not exceed `num_latents` \(="):
         cls(num_latents=64, target_l0=65)
+    with pytest.raises(ConfigError, match=r"`k` \(=65\) must not exceed `num_latents` \(=64\)"):
+        cls(expansion_factor=8, target_l0=65).check(d_in=8)
     with pytest.raises(ValueError, match=f"sae={cls.name} has no penalty to weigh"):
         config.calibrated(1.0)
 

@@ -43,8 +43,7 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
     if not cells:
         _say_all(lacking)
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
-    cells = ordered(cells)
-    cells = named_alike(cells)
+    cells = ordered(named_alike(cells))
     write_tables(cells, sweep.path, lacking)
     write_figures(cells, sweep.path)
     print_summary(cells, title=settings.name)

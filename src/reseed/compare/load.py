@@ -10,6 +10,9 @@ from reseed.compare.dictionary import Dictionary
 from reseed.compare.truth import truth_metrics
 from reseed.runs import Run
 
+_ABOUT = "L0≈"
+"""What the sparsity of a cell begins with that was brought to an L0 by calibration."""
+
 
 def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
     """A finished run, and the same with the weights that it started from.
@@ -48,9 +51,7 @@ def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
         values = list(dict.fromkeys(row[name] for row in rows))
         out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
     # An axis that stands there under another name already is not shown twice.
-    told = {"sae.num_latents", "training.tokens"}
-    if str(out["sparsity"]).startswith("L0≈"):
-        told.add("sae.target_l0")
+    told = {"sae.num_latents", "training.tokens", "sae.target_l0"}
     amount = str(out["sparsity"]).partition("=")[2]
     told |= {axis for axis, value in axes.items() if axis.startswith("sae.") and value == amount}
     return out | {axis: v for axis, v in axes.items() if axis not in told and axis not in out}
@@ -59,23 +60,20 @@ def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
 def named_alike(
     cells: Sequence[tuple[Mapping[str, Any], Any]],
 ) -> list[tuple[Mapping[str, Any], Any]]:
-    """Cells whose sparsity is said in one way: where some have a target L0, k is one too.
-
-    A k-sparse run is the same run by whichever name its k was given, and its record has the first.
-    """
-    if not any("L0≈" in str(knobs["sparsity"]) for knobs, _ in cells):
+    """Cells whose sparsity is said in one way: where some are brought to an L0, k is one too."""
+    if not any(_ABOUT in str(knobs["sparsity"]) for knobs, _ in cells):
         return list(cells)
     alike: list[tuple[Mapping[str, Any], Any]] = []
     for knobs, cell in cells:
-        words = str(knobs["sparsity"]).replace("k=", "L0≈").split("|")
+        words = str(knobs["sparsity"]).replace("k=", _ABOUT).split("|")
         alike.append(({**knobs, "sparsity": "|".join(dict.fromkeys(words))}, cell))
     return alike
 
 
 def _knobs(record: dict[str, Any]) -> dict[str, Any]:
     e = record["experiment"]
-    # The penalty of one that is brought to an L0 is not what it was asked for.
-    target = e["sae"].get("target_l0")
+    # The penalty of one that is brought to an L0 is not what it was asked for; a k is.
+    target = None if "k" in e["sae"] else e["sae"].get("target_l0")
     return {
         "model": record["labels"]["model"],
         "layer": e["layer"],
@@ -83,7 +81,7 @@ def _knobs(record: dict[str, Any]) -> dict[str, Any]:
         "dataset": record["labels"]["dataset"],
         "sae": e["sae"]["type"],
         "num_latents": record["num_latents"],
-        "sparsity": record["sparsity"] if target is None else f"L0≈{target:g}",
+        "sparsity": record["sparsity"] if target is None else f"{_ABOUT}{target:g}",
         "tokens": record["tokens"],
         "training": e["training"]["recipe"],
     }

@@ -18,7 +18,7 @@ class KSparseConfig(SAEConfig, ABC):
     """The options of these architectures.
 
     Args:
-        target_l0: another name for k, which takes its value.
+        target_l0: another name for k, which takes its value; null afterwards.
         aux_alpha: weight of the auxiliary loss; 0 leaves it out.
         k_aux: how many dead latents per token reconstruct the error; null is D/2 (App. A.2).
         k: active latents per token.
@@ -31,7 +31,7 @@ class KSparseConfig(SAEConfig, ABC):
     version: ClassVar[int] = 2
     dense_products = 1  # the encoder's; all else follows the active latents
 
-    # k says it all: not signed, so that runs by either name are one run.
+    # k says it all. Not signed: runs of the time when it was kept are those by the name of k.
     target_l0: float | None = setting(None, above=0, signed=False)
     aux_alpha: float = setting(1 / 32, at_least=0)
     k_aux: int | None = setting(None, at_least=1)
@@ -50,6 +50,7 @@ class KSparseConfig(SAEConfig, ABC):
                 "{key} needs `unit_norm_decoder=false`: where all norms are 1 it changes nothing",
                 "weigh_by_decoder_norm",
             )
+        object.__setattr__(self, "target_l0", None)  # by either name one configuration
 
     def _heed_target(self, target: float) -> None:
         object.__setattr__(self, "k", target)

@@ -1,0 +1,46 @@
+"""What tells cells apart, from the records of their runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from reseed.compare.load import knobs, named_alike
+
+
+def run(sae: dict[str, Any], sparsity: str) -> Any:
+    """A run with the record of an SAE."""
+    hookpoint = {"site": "resid_post", "module": None}
+    experiment = {"layer": 2, "hookpoint": hookpoint, "sae": sae, "training": {"recipe": "short"}}
+    return SimpleNamespace(record={
+        "experiment": experiment, "labels": {"model": "m", "dataset": "d"}, "num_latents": 64,
+        "sparsity": sparsity, "tokens": 1_000,
+    })  # fmt: skip
+
+
+def topk(k: int, **more: Any) -> Any:
+    return run({"type": "topk", "k": k, **more}, f"k={k}")
+
+
+def relu(target: float | None) -> Any:
+    return run({"type": "relu", "target_l0": target}, "λ=5" if target is None else f"L0*={target}")
+
+
+def test_k_is_k_by_whichever_name_it_was_given() -> None:
+    for one in (topk(8), topk(8, target_l0=None), topk(8, target_l0=8)):  # the last of old
+        assert knobs([one], {"sae": "topk"})["sparsity"] == "k=8"
+    assert knobs([topk(8, target_l0=8), topk(8)], {})["sparsity"] == "k=8"
+    assert knobs([topk(8)], {"sae.target_l0": "8"}) == knobs([topk(8)], {})
+    assert knobs([topk(8)], {"sae.k": "8"}) == knobs([topk(8)], {})
+    assert knobs([relu(8)], {"sae.target_l0": "8"})["sparsity"] == "L0≈8"
+
+
+def sparsities(*cells: list[Any]) -> list[str]:
+    return [k["sparsity"] for k, _ in named_alike([(knobs(runs, {}), None) for runs in cells])]
+
+
+def test_k_is_an_l0_beside_what_is_brought_to_one() -> None:
+    assert sparsities([topk(8)], [relu(8)]) == ["L0≈8", "L0≈8"]
+    assert sparsities([topk(8), relu(8)]) == ["L0≈8"]
+    assert sparsities([topk(8)], [relu(None)]) == ["k=8", "λ=5"]
+    assert sparsities([topk(8)], [topk(16)]) == ["k=8", "k=16"]
