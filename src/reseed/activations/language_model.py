@@ -6,11 +6,9 @@ or context length is refused before weights are touched. `LanguageModel` loads t
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from importlib.util import find_spec
@@ -22,14 +20,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reseed.activations.hookpoint import Hookpoint, first_tensor, module_path
+from reseed.activations.model_files import check_folder, hash_files, snapshot, weights_fingerprint
 from reseed.activations.source import ResolvedData, ResolvedSource, SourceConfig
 from reseed.activations.stream import DatasetConfig
-from reseed.atomic import atomic_write_json
 from reseed.config import ConfigError, setting
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_LIGHT = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class ResolvedModel(ResolvedSource):
         """SHA-256 over the files that decide how text becomes tokens."""
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         names += ("merges.txt", "special_tokens_map.json", "added_tokens.json")
-        return _hash_files([self.folder / name for name in names])
+        return hash_files([self.folder / name for name in names])
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -174,15 +170,15 @@ def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
         raise ConfigError("{key}=flash_attention_2 needs the package flash-attn", "attention")
     if isinstance(config, EmbeddedModelConfig):
         folder = Path(str(files("reseed") / "assets" / "model"))
-        return ResolvedModel(config, folder, _weights_fingerprint(folder, cache), "embedded")
+        return ResolvedModel(config, folder, weights_fingerprint(folder, cache), "embedded")
     if isinstance(config, PathModelConfig):
         folder = Path(config.path).expanduser()
-        _check_folder(folder)
+        check_folder(folder)
         return ResolvedModel(
-            config, folder, _weights_fingerprint(folder, cache), folder.resolve().name
+            config, folder, weights_fingerprint(folder, cache), folder.resolve().name
         )
     if isinstance(config, HubModelConfig):
-        folder = _snapshot(config, _LIGHT)
+        folder = snapshot(config.repository, config.revision)
         label = config.repository.rpartition("/")[2].lower()
         return ResolvedModel(config, folder, f"{config.repository}@{folder.name}", label)
     raise ConfigError(f"{{key}}: do not know how to load a {type(config).__name__}", "model")
@@ -202,8 +198,7 @@ class LanguageModel:
         folder = resolved.folder
         if isinstance(resolved.config, HubModelConfig):
             # At the commit that was resolved: the branch may have moved since.
-            pinned = replace(resolved.config, revision=resolved.folder.name)
-            folder = _snapshot(pinned, (*_LIGHT, *_WEIGHTS))
+            folder = snapshot(resolved.config.repository, resolved.folder.name, weights=True)
         with _quiet():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -292,80 +287,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "path")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{{key}} must hold a transformers model: there is no config.json in {folder}", "path"
-        )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(f"{{key}} must hold weights as *.safetensors: none in {folder}", "path")
-    for file in weights:
-        _check_weights(file)
-    try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ConfigError(
-            f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"
-        ) from None
-
-
-def _check_weights(file: Path) -> None:
-    """The header of a safetensors file says how long the file has to be."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{{key}}: {file} is damaged: {error}", "path") from None
-
-
-def _snapshot(config: HubModelConfig, patterns: Sequence[str]) -> Path:
-    """The local folder of a hub model, downloaded if needed; its name is the commit."""
-    from huggingface_hub import snapshot_download
-
-    name, revision = config.repository, config.revision
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except Exception as online:
-        try:  # without a network, what an earlier run has downloaded is as good
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
-        except Exception:
-            raise ConfigError(
-                f"{{key}}: cannot get {config.repository} (revision {config.revision}) from the "
-                f"hub, and it is not in the local cache: {_first_line(online)}",
-                "repository",
-            ) from online
-
-
-def _weights_fingerprint(folder: Path, cache: Path) -> str:
-    """SHA-256 over architecture and weights; remembered by size and time, as weights can be big."""
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
-    stamp = json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths])
-    key = hashlib.sha256(stamp.encode()).hexdigest()[:32]
-    remembered = cache / "fingerprints" / f"{key}.json"
-    if remembered.is_file():
-        return json.loads(remembered.read_text())["sha256"]
-    fingerprint = _hash_files(paths)
-    if sum(p.stat().st_size for p in paths) > 100_000_000:
-        atomic_write_json(remembered, {"sha256": fingerprint, "files": [p.name for p in paths]})
-    return fingerprint
-
-
-def _hash_files(paths: Sequence[Path]) -> str:
-    sha = hashlib.sha256()
-    for path in paths:
-        if path.is_file():
-            sha.update(path.name.encode())
-            with path.open("rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
-    return sha.hexdigest()[:32]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
