@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_examples import batch_of, dead_of, perturbed
 
 from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import Step
@@ -30,24 +31,7 @@ ALL = SUMS | {
 
 def make(name, num_latents=24, d_in=6, **options):
     cls, more = ALL[name]
-    sae = cls(num_latents=num_latents, **{**more, **options}).build(
-        d_in, torch.Generator().manual_seed(0)
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-    return sae.double()
-
-
-def batch_of(count=32, d_in=6, seed=9):
-    return torch.randn(count, d_in, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def mask(sae, count):
-    dead = torch.zeros(sae.num_latents, dtype=torch.bool)
-    dead[:count] = True
-    return dead
+    return perturbed(cls(num_latents=num_latents, **{**more, **options}), d_in, noise=0.2)
 
 
 def dense_term(sae, x, dead, centred):
@@ -69,9 +53,9 @@ def dense_term(sae, x, dead, centred):
 @pytest.mark.parametrize("num_dead", [2, 9])
 @pytest.mark.parametrize("name", SUMS)
 def test_what_it_adds_is_the_dense_formulation(name, num_dead, k_aux):
-    sae, x = make(name, aux_alpha=0.3, k_aux=k_aux), batch_of()
-    dead = mask(sae, num_dead)
-    with_aux, without = (sae.training_loss(x, STEP, d) for d in (dead, mask(sae, 0)))
+    sae, x = make(name, aux_alpha=0.3, k_aux=k_aux), batch_of(32)
+    dead = dead_of(sae, num_dead)
+    with_aux, without = (sae.training_loss(x, STEP, d) for d in (dead, dead_of(sae, 0)))
     centred = name not in ("relu", "jumprelu")
     theirs = dense_term(sae, x, dead, centred)
     torch.testing.assert_close(with_aux.total - without.total, theirs)
@@ -87,7 +71,7 @@ def test_what_it_adds_is_the_dense_formulation(name, num_dead, k_aux):
 @pytest.mark.parametrize("name", ALL)
 def test_it_reaches_the_rows_of_dead_latents_and_only_those(name):
     """One public library loses the gradient of the encoder."""
-    sae, x = make(name, aux_alpha=1.0), batch_of()
+    sae, x = make(name, aux_alpha=1.0), batch_of(32)
     rows = [sae.W_enc, sae.b_enc, sae.W_dec]
 
     def gradients(dead):
@@ -95,7 +79,7 @@ def test_it_reaches_the_rows_of_dead_latents_and_only_those(name):
         return torch.autograd.grad(total, [*rows, sae.b_dec])
 
     *differences, of_b_dec = (
-        a - b for a, b in zip(gradients(mask(sae, 5)), gradients(mask(sae, 0)), strict=True)
+        a - b for a, b in zip(gradients(dead_of(sae, 5)), gradients(dead_of(sae, 0)), strict=True)
     )
     for difference in differences:
         moved = difference.abs().reshape(sae.num_latents, -1).sum(1)
@@ -107,13 +91,13 @@ def test_it_reaches_the_rows_of_dead_latents_and_only_those(name):
 @pytest.mark.parametrize("name", ["relu", "gated", "jumprelu"])
 def test_a_silent_latent_is_reached_where_its_pre_activation_is_above_zero(name):
     """JumpReLU has such latents, between 0 and θ. A ReLU or a gate that is shut gets nothing."""
-    sae, x = make(name, aux_alpha=1.0), batch_of()
+    sae, x = make(name, aux_alpha=1.0), batch_of(32)
     with torch.no_grad():
         if name == "jumprelu":
             sae.log_threshold[0] = 5.0
         else:
             sae.b_enc[0] = -100.0
-    loss = sae.training_loss(x, STEP, mask(sae, 1))
+    loss = sae.training_loss(x, STEP, dead_of(sae, 1))
     assert loss.fired[0] == 0
     (grad,) = torch.autograd.grad(loss.total, sae.W_enc)
     assert (grad[0].abs().max() > 0) == (name == "jumprelu")
@@ -121,8 +105,8 @@ def test_a_silent_latent_is_reached_where_its_pre_activation_is_above_zero(name)
 
 @pytest.mark.parametrize("name", SUMS)
 def test_it_is_off_by_default(name):
-    sae, x = make(name), batch_of()
-    a, b = (sae.training_loss(x, STEP, mask(sae, n)) for n in (0, 9))
+    sae, x = make(name), batch_of(32)
+    a, b = (sae.training_loss(x, STEP, dead_of(sae, n)) for n in (0, 9))
     assert sae.config.aux_alpha == 0
     assert a.total == b.total
     assert "auxk" not in a.parts
@@ -131,11 +115,11 @@ def test_it_is_off_by_default(name):
 @pytest.mark.parametrize("name", SUMS)
 def test_alpha_weighs_it_alike_at_every_scale_of_the_inputs(name):
     """The term over the reconstruction's is that of the inputs times 10, with all lengths so."""
-    sae, x = make(name, aux_alpha=0.3), batch_of()
+    sae, x = make(name, aux_alpha=0.3), batch_of(32)
     big = sae.folded(0.1)
     shares = []
     for s, y in ((sae, x), (big, 10 * x)):
-        with_aux, without = (s.training_loss(y, STEP, mask(s, n)) for n in (9, 0))
+        with_aux, without = (s.training_loss(y, STEP, dead_of(s, n)) for n in (9, 0))
         shares.append((with_aux.total - without.total) / without.parts["mse"])
     torch.testing.assert_close(*shares)
 
@@ -143,7 +127,7 @@ def test_alpha_weighs_it_alike_at_every_scale_of_the_inputs(name):
 @pytest.mark.parametrize("name", SUMS)
 def test_a_batch_without_variance_adds_nothing(name):
     sae = make(name, aux_alpha=1.0)
-    loss = sae.training_loss(batch_of(1), STEP, mask(sae, 9))
+    loss = sae.training_loss(batch_of(1), STEP, dead_of(sae, 9))
     loss.total.backward()
     assert loss.parts["auxk"] == 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in sae.parameters())
@@ -154,13 +138,13 @@ def test_a_batch_without_variance_adds_nothing(name):
 @pytest.mark.parametrize("weighed", [False, True])
 def test_few_dead_latents_and_many_are_one_formula(name, count, weighed, monkeypatch):
     """By plain products and by pairs: the same value and gradients, k_aux = 3 of 2 or 9 latents."""
-    sae, x = make(name, aux_alpha=1.0, k_aux=3), batch_of()
+    sae, x = make(name, aux_alpha=1.0, k_aux=3), batch_of(32)
     weights = sae.W_dec.detach().norm(dim=1) if weighed else None
     found = []
     for bound in (0, 10):
         monkeypatch.setattr("reseed.sae.auxk.DENSE_UP_TO", bound)
         sae.zero_grad()
-        loss = auxk_loss(sae, x, x.sin(), mask(sae, count), weights=weights)
+        loss = auxk_loss(sae, x, x.sin(), dead_of(sae, count), weights=weights)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec))])
     for pairs, products in zip(*found, strict=True):
@@ -174,7 +158,7 @@ def test_few_dead_latents_and_many_are_one_formula(name, count, weighed, monkeyp
 def test_the_error_comes_with_the_loss(name, options, monkeypatch):
     """Nothing is encoded a second time; tokens in blocks, of which the last is not full."""
     monkeypatch.setattr("reseed.sae.product.CPU_ROWS", 5)
-    sae, x = make(name, aux_alpha=1.0, **options), batch_of()
+    sae, x = make(name, aux_alpha=1.0, **options), batch_of(32)
     expected, seen = x - sae(x).reconstruction, []
 
     def auxk_loss(sae, x, error, dead, *, centred):
@@ -186,7 +170,7 @@ def test_the_error_comes_with_the_loss(name, options, monkeypatch):
 
     monkeypatch.setattr("reseed.sae.auxk.auxk_loss", auxk_loss)
     monkeypatch.setattr(sae, "encode", encode)
-    sae.training_loss(x, STEP, mask(sae, 3)).total.backward()
+    sae.training_loss(x, STEP, dead_of(sae, 3)).total.backward()
     (error,) = seen
     assert not error.requires_grad
     torch.testing.assert_close(error, expected.detach(), rtol=1e-12, atol=1e-12)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from sae_examples import nobody, perturbed
+from sae_examples import uneven_batch_of as batch_of
 
 from reseed.config import ConfigError
 from reseed.sae.base import Step
@@ -14,25 +16,7 @@ STEP = Step(0, 10)
 
 
 def make(num_latents=24, k=3, d_in=6, seed=0, dtype=torch.float64, **options):
-    sae = BatchTopKConfig(num_latents=num_latents, k=k, **options).build(
-        d_in, torch.Generator().manual_seed(seed)
-    )
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return sae.to(dtype)
-
-
-def batch_of(count=16, d_in=6, seed=9, dtype=torch.float64):
-    """Some tokens far larger than others: they take most of the batch's latents."""
-    generator = torch.Generator().manual_seed(seed)
-    norms = torch.randn(count, 1, generator=generator).exp()
-    return (torch.randn(count, d_in, generator=generator) * norms).to(dtype)
-
-
-def nobody(sae):
-    return torch.zeros(sae.num_latents, dtype=torch.bool)
+    return perturbed(BatchTopKConfig(num_latents=num_latents, k=k, **options), d_in, seed, dtype)
 
 
 def dense_latents(sae, x):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from sae_examples import batch_of, nobody, perturbed
 
 from reseed.config import ConfigError
 from reseed.sae.base import Step
@@ -17,22 +18,7 @@ LAST = Step(9, 10)
 
 def make(num_latents=24, d_in=6, seed=0, dtype=torch.float64, **options):
     options = {"threshold_init": 0.2, "bandwidth": 0.3, **options}
-    sae = JumpReLUConfig(num_latents=num_latents, **options).build(
-        d_in, torch.Generator().manual_seed(seed)
-    )
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return sae.to(dtype)
-
-
-def batch_of(count=16, d_in=6, seed=9):
-    return torch.randn(count, d_in, generator=torch.Generator().manual_seed(seed)).double()
-
-
-def nobody(sae):
-    return torch.zeros(sae.num_latents, dtype=torch.bool)
+    return perturbed(JumpReLUConfig(num_latents=num_latents, **options), d_in, seed, dtype)
 
 
 def by_hand(**options):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from sae_examples import nobody, perturbed
+from sae_examples import uneven_batch_of as batch_of
 
 from reseed.config import ConfigError
 from reseed.sae.base import Step
@@ -14,24 +16,8 @@ THREE = {"prefixes": (0.25, 0.5, 1.0)}
 
 
 def make(num_latents=24, k=3, d_in=6, seed=0, dtype=torch.float64, **options):
-    sae = MatryoshkaConfig(num_latents=num_latents, k=k, **{**THREE, **options}).build(
-        d_in, torch.Generator().manual_seed(seed)
-    )
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return sae.to(dtype)
-
-
-def batch_of(count=16, d_in=6, seed=9):
-    generator = torch.Generator().manual_seed(seed)
-    norms = torch.randn(count, 1, generator=generator).exp()
-    return (torch.randn(count, d_in, generator=generator) * norms).double()
-
-
-def nobody(sae):
-    return torch.zeros(sae.num_latents, dtype=torch.bool)
+    config = MatryoshkaConfig(num_latents=num_latents, k=k, **{**THREE, **options})
+    return perturbed(config, d_in, seed, dtype)
 
 
 def dense_latents(sae, x):

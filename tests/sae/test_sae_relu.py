@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_examples import nobody
 
 from reseed.config import Config, ConfigError
 from reseed.sae import load_all
@@ -15,10 +16,6 @@ CONFIGS = {
     "relu": ReLUConfig(num_latents=48),
     "relu, centred": ReLUConfig(num_latents=48, subtract_b_dec=True),
 }
-
-
-def nobody(sae):
-    return torch.zeros(sae.num_latents, dtype=torch.bool)
 
 
 def by_hand(**options):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sae_examples import batch_of, nobody, perturbed
 
 from reseed.config import ConfigError
 from reseed.sae.base import Step
@@ -11,22 +12,7 @@ STEP = Step(0, 10)
 
 
 def make(num_latents=24, k=3, d_in=6, seed=0, dtype=torch.float64, **options):
-    sae = TopKConfig(num_latents=num_latents, k=k, **options).build(
-        d_in, torch.Generator().manual_seed(seed)
-    )
-    generator = torch.Generator().manual_seed(seed + 1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return sae.to(dtype)
-
-
-def batch_of(count=16, d_in=6, seed=9, dtype=torch.float64):
-    return torch.randn(count, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def nobody(sae):
-    return torch.zeros(sae.num_latents, dtype=torch.bool)
+    return perturbed(TopKConfig(num_latents=num_latents, k=k, **options), d_in, seed, dtype)
 
 
 def dense_loss(sae, x, dead):
