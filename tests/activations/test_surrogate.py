@@ -52,6 +52,14 @@ def test_the_moments_are_those_of_the_first_training_chunk() -> None:
     close(torch.cat([x[HOOK] for x in surrogate().held_out([HOOK], 10_000)]), first)
 
 
+def test_what_an_activation_costs_needs_no_stream_before() -> None:
+    """A product with the root for each hookpoint, counted once."""
+    assert surrogate().flops_per_token([HOOK]) == 2 * 6 * 6
+    opened = surrogate()
+    opened.stream([HOOK])
+    assert opened.flops_per_token([HOOK, OTHER, HOOK]) == 2 * (2 * 6 * 6)
+
+
 def test_draws_are_in_the_sources_precision() -> None:
     x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     drawn = Gaussian.like(x)

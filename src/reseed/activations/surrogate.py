@@ -60,29 +60,28 @@ class GaussianSource(ActivationSource):
         self._learned: dict[Hookpoint, Gaussian] = {}
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> GaussianStream:
-        stream = self.real.stream(hookpoints)
-        config = replace(stream.config, order_seed=self.order_seed)
-        return GaussianStream(config, self._learn(stream), self.device)
+        config = replace(self.real.stream(hookpoints).config, order_seed=self.order_seed)
+        return GaussianStream(config, self._learn(hookpoints), self.device)
 
     def held_out(
         self, hookpoints: Sequence[Hookpoint], tokens: int
     ) -> Iterator[dict[Hookpoint, Tensor]]:
-        gaussians = self._learn(self.real.stream(hookpoints))
+        gaussians = self._learn(hookpoints)
         for first in range(0, tokens, _BLOCK):
             kept = min(_BLOCK, tokens - first)
             drawn = _drawn(gaussians, _BLOCK, _HELD_OUT, first // _BLOCK)
             yield {hookpoint: x[:kept] for hookpoint, x in drawn.items()}
 
     def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        widths = [len(self._learned[h].mean) for h in dict.fromkeys(hookpoints)]
+        widths = [len(gaussian.mean) for gaussian in self._learn(hookpoints).values()]
         return sum(2.0 * width**2 for width in widths)
 
-    def _learn(self, stream: ChunkStream) -> dict[Hookpoint, Gaussian]:
-        """What there is at the stream's hookpoints; a chunk is computed where one is new."""
-        if not set(stream.hookpoints) <= set(self._learned):
-            for hookpoint, x in stream.chunk(0).items():
+    def _learn(self, hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Gaussian]:
+        """What there is at each of the hookpoints; a chunk is computed where one is new."""
+        if not set(hookpoints) <= set(self._learned):
+            for hookpoint, x in self.real.stream(hookpoints).chunk(0).items():
                 self._learned[hookpoint] = Gaussian.like(x.flatten(0, 1))
-        return {hookpoint: self._learned[hookpoint] for hookpoint in stream.hookpoints}
+        return {hookpoint: self._learned[hookpoint] for hookpoint in hookpoints}
 
 
 class GaussianStream(ChunkStream):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -55,10 +56,9 @@ class OnceLoader(ConfigLoaderImpl):
     ) -> DictConfig:
         """As Hydra's, with the same errors."""
         if run_mode == RunMode.RUN:
-            try:
+            # Hydra has an order in which errors are found, and words for them.
+            with suppress(*_WRONG):
                 return self._quickly(config_name, overrides)
-            except _WRONG:
-                pass  # Hydra has an order in which errors are found, and words for them
         return super().load_configuration(
             config_name, overrides, run_mode, from_shell, validate_sweep_overrides
         )
