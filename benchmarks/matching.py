@@ -2,7 +2,7 @@
 
     python benchmarks/matching.py                                  # up to 16,384 × 768, scipy too
     python benchmarks/matching.py --sizes 131072x768 131072x4096   # what scipy cannot do
-    python benchmarks/matching.py --runs outputs/a outputs/b       # two runs, by each of their sides
+    python benchmarks/matching.py --runs outputs/a outputs/b      # two runs: encoders, decoders
 
 The floor is one pass of products in bfloat16 over all pairs, timed on some tiles in the same
 process: whoever looks at every pair pays that. Every measurement has a process of its own, so that

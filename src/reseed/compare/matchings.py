@@ -93,7 +93,7 @@ def _read(path: Path) -> Matching | None:
     """The matching in a file, or None where there is none that can be read."""
     try:
         with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
             return Matching(**arrays, **json.loads(file.metadata()["matching"]))
     except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):
         return None

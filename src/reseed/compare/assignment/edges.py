@@ -89,6 +89,26 @@ def listed_edges(
     return Edges(start, found, values, len(b))
 
 
+def cosines(
+    a: Rows,
+    b: Rows,
+    row: Int[np.ndarray, " pairs"],
+    column: Int[np.ndarray, " pairs"],
+    *,
+    absolute: bool,
+) -> Float[np.ndarray, " pairs"]:
+    """The cosine of some pairs."""
+    found = np.empty(len(row))
+    in_ranges(
+        lambda first, last: _cosines(
+            row, column, found, a.values, b.values, a.inverse_norms, b.inverse_norms,
+            absolute, first, last,
+        ),
+        len(row),
+    )  # fmt: skip
+    return found
+
+
 def _compressed(
     row: Int[np.ndarray, " listed"], column: Int[np.ndarray, " listed"], rows: int
 ) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " edges"]]:
@@ -208,6 +228,16 @@ def _fill_cosines(
                 j = column[e]
                 value = _product(row, b[j]) * inverse_a[i] * inverse_b[j]
                 cosine[e] = abs(value) if absolute else value
+
+
+@njit(nogil=True, cache=True)
+def _cosines(
+    row, column, found, a, b, inverse_a, inverse_b, absolute, first, last
+):  # pragma: no cover
+    for k in range(first, last):
+        i, j = row[k], column[k]
+        value = _product(a[i], b[j]) * inverse_a[i] * inverse_b[j]
+        found[k] = abs(value) if absolute else value
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})

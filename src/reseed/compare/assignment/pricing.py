@@ -19,19 +19,14 @@ from numba import njit
 from torch import Tensor
 
 from reseed.compare.assignment.candidates import ROUNDING, product_error
-from reseed.compare.assignment.edges import Edges
+from reseed.compare.assignment.edges import Edges, cosines
 from reseed.compare.assignment.rows import Rows
 from reseed.compare.assignment.threads import in_ranges
 
 _ROWS, _COLUMNS = 1024, 4096
-_GUARD = 1e-6  # for comparisons that are made in float32
-
-
-class Pairs(NamedTuple):
-    """Some pairs (i, j), in no particular order."""
-
-    row: Int[np.ndarray, " pairs"]
-    column: Int[np.ndarray, " pairs"]
+_GUARD = 1e-6  # for what is added and compared in float32
+EXACT = 1e-12
+"""What rounding may leave of u_i + v_j − S_ij in float64."""
 
 
 @dataclass(eq=False)
@@ -68,20 +63,18 @@ class OpenBlock:
 
 
 def open_pairs(
-    bounds: Bounds,
-    u: Float[np.ndarray, " n"],
-    v: Float[np.ndarray, " m"],
-    margin: float,
+    bounds: Bounds, prices: Prices, rows: Int[np.ndarray, " some"] | None = None
 ) -> Iterator[OpenBlock]:
-    """All pairs whose every bound exceeds u_i + v_j − margin, in blocks."""
-    v = v - margin
+    """All pairs (of some rows) whose every bound exceeds u_i + v_j − margin, in blocks."""
+    u, v = prices.u, prices.v - prices.margin
     order = np.argsort(v, kind="stable")
     sorted_v = v[order]
     reach = np.searchsorted(sorted_v, bounds.row - u)
     by_column = np.stack([(bounds.column - v)[order], *((q - v)[order] for _, q in bounds.sums)])
     by_row = np.stack([u, *(u - p for p, _ in bounds.sums)])
-    rows = np.argsort(-reach, kind="stable")
-    rows = rows[: np.count_nonzero(reach)]
+    rows = np.arange(len(u)) if rows is None else rows
+    rows = rows[np.argsort(-reach[rows], kind="stable")]
+    rows = rows[: np.count_nonzero(reach[rows])]
     for start in range(0, len(rows), _ROWS):
         some = rows[start : start + _ROWS]
         count = np.zeros(reach[some[0]], dtype=np.int64)
@@ -115,96 +108,177 @@ def _count_open(reach, by_row, by_column, own, count, first, last):  # pragma: n
                 count[j] += not covered
 
 
-def suspects(
-    a: Rows,
-    b: Rows,
-    block: OpenBlock,
-    u: Float[np.ndarray, " n"],
-    v: Float[np.ndarray, " m"],
-    margin: float,
-    *,
-    absolute: bool,
-    device: torch.device,
-) -> Pairs:
-    """Pairs of a block that may have S_ij > u_i + v_j − margin; all that have it are among them."""
-    error = product_error(a, b).of_row
-    need = (u - error - margin - _GUARD).astype(np.float32)
-    left = a.rounded.values[torch.from_numpy(block.row)].to(device)
-    rows, columns = [], []
-    for start in range(0, len(block.column), _COLUMNS):
-        some = block.column[start : start + _COLUMNS]
-        right = b.rounded.values[torch.from_numpy(some)].to(device)
-        tile = left @ right.T
-        if absolute:
-            tile = tile.abs_()
-        tile = tile.float()
-        tile += ROUNDING * tile.abs()
-        found = _above(tile.cpu().numpy(), need[block.row], v[some].astype(np.float32))
-        rows.append(block.row[found[0]])
-        columns.append(some[found[1]])
-    return Pairs(np.concatenate(rows), np.concatenate(columns))
+class Found(NamedTuple):
+    """What a block of open pairs holds.
+
+    Attributes:
+        row, column: pairs that should become edges.
+        rest: for each row of the block: no other pair of it exceeds u_i + v_j by more.
+    """
+
+    row: Int[np.ndarray, " pairs"]
+    column: Int[np.ndarray, " pairs"]
+    rest: Float[np.ndarray, " rows"]
 
 
-def _above(
-    tile: Float[np.ndarray, "rows columns"],
-    row: Float[np.ndarray, " rows"],
-    column: Float[np.ndarray, " columns"],
-) -> tuple[np.ndarray, np.ndarray]:
-    counts = np.zeros(len(row), dtype=np.int64)
-    in_ranges(lambda a, b: _count_above(tile, row, column, counts, a, b), len(row), least=64)
-    ends = np.cumsum(counts)
-    found_row = np.repeat(np.arange(len(row)), counts)
-    found_column = np.empty(ends[-1] if len(ends) else 0, dtype=np.int64)
-    if len(found_column):
-        in_ranges(
-            lambda a, b: _find_above(tile, row, column, ends - counts, found_column, a, b),
-            len(row),
-            least=64,
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """u and v, and by which margin a pair has to stay below their sum to be left alone."""
+
+    u: Float[np.ndarray, " n"]
+    v: Float[np.ndarray, " m"]
+    margin: float
+
+
+@dataclass(frozen=True, eq=False)
+class Pricer:
+    """Computes open pairs.
+
+    Attributes:
+        a, b: the rows and the columns.
+        absolute: whether the sign of a cosine counts.
+        device: where products are made.
+    """
+
+    a: Rows
+    b: Rows
+    absolute: bool
+    device: torch.device
+
+    def look_at(self, block: OpenBlock, prices: Prices, count: int) -> Found:
+        """For every row of a block the ``count`` pairs that may exceed u_i + v_j most.
+
+        Only pairs that may exceed u_i + v_j − margin; and for every column two of them.
+        """
+        rows = _Best(len(block.row), 2 * count, -prices.margin)
+        found_row, found_column = [], []
+        for first, excess in self._excess(block, prices):
+            in_ranges(
+                lambda a, b, excess=excess, first=first: rows.push(excess, first, a, b),
+                len(block.row),
+                least=64,
+            )
+            at, to = _best_of_columns(excess, np.float32(-prices.margin))
+            found_row.append(block.row[at])
+            found_column.append(block.column[first + to])
+        at, to = rows.pairs()
+        return Found(
+            np.concatenate([block.row[at], *found_row]),
+            np.concatenate([block.column[to], *found_column]),
+            rows.threshold.astype(np.float64),
         )
-    return found_row, found_column
+
+    def prove(self, block: OpenBlock, prices: Prices) -> Found:
+        """All pairs of a block that exceed u_i + v_j, in float64: there may be none.
+
+        For where a great many pairs are so near to it that low precision cannot tell.
+        """
+        found_row, found_column = [], []
+        for first, excess in self._excess(block, prices):
+            at, to = np.nonzero(excess > 0)
+            row, column = block.row[at], block.column[first + to]
+            cosine = cosines(self.a, self.b, row, column, absolute=self.absolute)
+            above = cosine > prices.u[row] + prices.v[column] + EXACT
+            found_row.append(row[above])
+            found_column.append(column[above])
+        return Found(
+            np.concatenate(found_row), np.concatenate(found_column), np.full(len(block.row), EXACT)
+        )
+
+    def best_partners(
+        self,
+        some: Int[np.ndarray, " some"],
+        prices: Float[np.ndarray, " others"],
+        count: int,
+        *,
+        of_columns: bool = False,
+    ) -> Int[np.ndarray, "some count"]:
+        """For some rows (columns) the partners with the largest S − price, in low precision."""
+        of, others = (self.b, self.a) if of_columns else (self.a, self.b)
+        count = min(count, len(others))
+        right = others.rounded.values.to(self.device)
+        price = torch.from_numpy(prices).float().to(self.device)
+        found = np.empty((len(some), count), dtype=np.int64)
+        for start in range(0, len(some), _ROWS // 4):
+            part = slice(start, start + _ROWS // 4)
+            left = of.rounded.values[torch.from_numpy(some[part])].to(self.device)
+            product: Tensor = left @ right.T
+            profit = (product.abs_() if self.absolute else product).float() - price
+            found[part] = profit.topk(count, sorted=False).indices.cpu().numpy()
+        return found
+
+    def _excess(
+        self, block: OpenBlock, prices: Prices
+    ) -> Iterator[tuple[int, Float[np.ndarray, "rows columns"]]]:
+        """S_ij − u_i − v_j or more, tile by tile of a block's columns; the first column of each."""
+        error = product_error(self.a, self.b).of_row[block.row] + _GUARD
+        left = self.a.rounded.values[torch.from_numpy(block.row)].to(self.device)
+        own = torch.from_numpy(error - prices.u[block.row]).float().to(self.device)[:, None]
+        for first in range(0, len(block.column), _COLUMNS):
+            some = block.column[first : first + _COLUMNS]
+            right = self.b.rounded.values[torch.from_numpy(some)].to(self.device)
+            product = left @ right.T
+            excess = (product.abs_() if self.absolute else product).float()
+            excess.add_(excess.abs(), alpha=ROUNDING).add_(own)
+            excess.sub_(torch.from_numpy(prices.v[some]).float().to(self.device))
+            yield first, excess.cpu().numpy()
+
+
+class _Best:
+    """The largest entries of each row, in lists that are cut whenever they are full."""
+
+    def __init__(self, rows: int, length: int, least: float) -> None:
+        self.index = np.empty((rows, length), dtype=np.int64)
+        self.value = np.empty((rows, length), dtype=np.float32)
+        self.length = np.zeros(rows, dtype=np.int64)
+        self.threshold = np.full(rows, least, dtype=np.float32)
+
+    def push(self, tile: np.ndarray, first: int, start: int, stop: int) -> None:
+        _push_best(tile, self.index, self.value, self.length, self.threshold, first, start, stop)
+
+    def pairs(self) -> tuple[Int[np.ndarray, " found"], Int[np.ndarray, " found"]]:
+        kept = np.arange(self.index.shape[1]) < self.length[:, None]
+        return np.nonzero(kept)[0], self.index[kept]
 
 
 @njit(nogil=True, cache=True)
-def _count_above(tile, row, column, counts, first, last):  # pragma: no cover
-    for i in range(first, last):
-        found = 0
-        for j in range(len(column)):
-            found += tile[i, j] - row[i] > column[j]
-        counts[i] = found
+def _push_best(tile, index, value, length, threshold, first, start, stop):  # pragma: no cover
+    for r in range(start, stop):
+        for c in range(tile.shape[1]):
+            if tile[r, c] > threshold[r]:
+                index[r, length[r]], value[r, length[r]] = first + c, tile[r, c]
+                length[r] += 1
+                if length[r] == index.shape[1]:
+                    # The better half stays. What equals the worst of it may go or stay.
+                    order = np.argsort(-value[r])
+                    keep = index.shape[1] // 2
+                    index[r, :keep] = index[r][order[:keep]]
+                    threshold[r] = value[r, order[keep]]
+                    value[r, :keep] = value[r][order[:keep]]
+                    length[r] = keep
+
+
+def _best_of_columns(
+    tile: Float[np.ndarray, "rows columns"], least: np.float32
+) -> tuple[Int[np.ndarray, " found"], Int[np.ndarray, " found"]]:
+    """Rows and columns of the two largest entries of every column, where they are above least."""
+    best = np.full((2, tile.shape[1]), least, dtype=np.float32)
+    at = np.full((2, tile.shape[1]), -1)
+    in_ranges(lambda a, b: _two_best(tile, best, at, a, b), tile.shape[1], least=512)
+    found = at.ravel() >= 0
+    return at.ravel()[found], np.tile(np.arange(tile.shape[1]), 2)[found]
 
 
 @njit(nogil=True, cache=True)
-def _find_above(tile, row, column, cursor, found, first, last):  # pragma: no cover
-    for i in range(first, last):
-        at = cursor[i]
-        for j in range(len(column)):
-            if tile[i, j] - row[i] > column[j]:
-                found[at] = j
-                at += 1
-
-
-def best_partners(
-    some: Int[np.ndarray, " some"],
-    of: Rows,
-    others: Rows,
-    prices: Float[np.ndarray, " others"],
-    count: int,
-    *,
-    absolute: bool,
-    device: torch.device,
-) -> Int[np.ndarray, "some count"]:
-    """For some rows the partners with the largest S − price (about: in low precision)."""
-    count = min(count, len(others))
-    right = others.rounded.values.to(device)
-    price = torch.from_numpy(prices).float().to(device)
-    found = np.empty((len(some), count), dtype=np.int64)
-    for start in range(0, len(some), _ROWS // 4):
-        part = slice(start, start + _ROWS // 4)
-        left = of.rounded.values[torch.from_numpy(some[part])].to(device)
-        product: Tensor = left @ right.T
-        profit = (product.abs_() if absolute else product).float() - price
-        found[part] = profit.topk(count, sorted=False).indices.cpu().numpy()
-    return found
+def _two_best(tile, best, at, start, stop):  # pragma: no cover
+    for r in range(tile.shape[0]):
+        for c in range(start, stop):
+            if tile[r, c] > best[1, c]:
+                if tile[r, c] > best[0, c]:
+                    best[1, c], at[1, c] = best[0, c], at[0, c]
+                    best[0, c], at[0, c] = tile[r, c], r
+                else:
+                    best[1, c], at[1, c] = tile[r, c], r
 
 
 def centre(

@@ -16,11 +16,12 @@ from reseed.compare.assignment.candidates import CANDIDATES, candidates
 from reseed.compare.assignment.edges import Edges, listed_edges, no_edges
 from reseed.compare.assignment.paths import Assignment, augment, release
 from reseed.compare.assignment.pricing import (
+    EXACT,
     Bounds,
-    best_partners,
+    Pricer,
+    Prices,
     centre,
     open_pairs,
-    suspects,
 )
 from reseed.compare.assignment.rows import Rows
 
@@ -79,6 +80,7 @@ class _Solver:
     ) -> None:
         self.a, self.b, self.absolute, self.device = a, b, absolute, device
         self.count, self.say = count, progress
+        self.pricer = Pricer(a, b, absolute, device)
         self.surplus = b.count - a.count
         self.edges: Edges = no_edges(len(a), len(b))
         self.started = time.perf_counter()
@@ -152,12 +154,8 @@ class _Solver:
     ) -> None:
         """More edges for some rows and some columns: their best by price, and each other."""
         more = 2 * self.count
-        found = best_partners(
-            rows, self.a, self.b, column_price, more, absolute=self.absolute, device=self.device
-        )
-        back = best_partners(
-            columns, self.b, self.a, row_price, more, absolute=self.absolute, device=self.device
-        )
+        found = self.pricer.best_partners(rows, column_price, more)
+        back = self.pricer.best_partners(columns, row_price, more, of_columns=True)
         pairs = min(len(rows), len(columns))
         self.add(
             np.concatenate([np.repeat(rows, found.shape[1]), back.ravel(), rows[:pairs]]),
@@ -206,27 +204,54 @@ class _Solver:
         )
         centre(self.edges, u, v, partner, self.bounds, free_columns=self.surplus > 0)
         self.note("centred")
-        rows, columns, computed, total = [], [], 0, 0
-        for block in open_pairs(self.bounds, u, v, _NEAR):
-            total += block.count
-            computed += len(block.row) * len(block.column)
-            found = suspects(
-                self.a, self.b, block, u, v, _NEAR,
-                absolute=self.absolute, device=self.device,
-            )  # fmt: skip
-            rows.append(found.row)
-            columns.append(found.column)
-            self.say(f"prices: {total:,} open pairs")
-        size = len(self.a) * len(self.b)
-        self.note(f"open {total / size:.3%} computed {computed / size:.3%}")
-        if not rows:
-            return True
+        prices = Prices(u.copy(), v.copy(), _NEAR)
         before = len(self.edges)
-        self.add(np.concatenate(rows), np.concatenate(columns))
-        self.bounds.add(u, v - _NEAR)
-        worst = float((self.edges.cosine - u[self.edges.row] - v[self.edges.column]).max())
-        self.note(f"edges {before:,} -> {len(self.edges):,} worst {worst}")
-        return worst <= 1e-12
+        unclear, worst = self.looked(prices)
+        self.note(f"edges {before:,} -> {len(self.edges):,}, worst {worst:.1e}")
+        if worst > EXACT:
+            return False
+        if not len(unclear):
+            return True
+        worst = self.looked(prices, unclear)[1]
+        self.note(f"proved for {len(unclear):,} rows, worst {worst:.1e}")
+        return worst <= EXACT
+
+    def looked(
+        self, prices: Prices, rows: Int[np.ndarray, " some"] | None = None
+    ) -> tuple[Int[np.ndarray, " unclear"], float]:
+        """Compute what is open; list what should be listed, and know more about the rest.
+
+        Args:
+            rows: prove it in float64, for these.
+
+        Returns:
+            rows of which pairs that may exceed their prices were left out, and by how much a
+            pair that is listed exceeds them.
+        """
+        rest = np.full(len(self.a), -prices.margin)
+        found = []
+        total = 0
+        for block in open_pairs(self.bounds, prices, rows):
+            total += block.count
+            self.say(f"prices: {total:,} open pairs")
+            one = (
+                self.pricer.look_at(block, prices, self.count)
+                if rows is None
+                else self.pricer.prove(block, prices)
+            )
+            rest[block.row] = one.rest
+            found.append(one)
+        self.note(f"open {total / (len(self.a) * len(self.b)):.3%}")
+        if found:
+            self.add(
+                np.concatenate([one.row for one in found]),
+                np.concatenate([one.column for one in found]),
+            )
+        if rows is None:
+            self.bounds.add(prices.u + rest, prices.v)
+        edges = self.edges
+        worst = float((edges.cosine - prices.u[edges.row] - prices.v[edges.column]).max())
+        return np.flatnonzero(rest > 0), worst
 
 
 def _finite(bound: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
