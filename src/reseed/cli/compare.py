@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli.app import CommandLine, override, parse
 from reseed.cli.errors import reported
@@ -21,7 +21,9 @@ def task(config: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from reseed.compare.config import ComparisonConfig
+    from reseed.config import build
     from reseed.sweeps import Sweep
+    from reseed.train.config import RuntimeConfig
 
     own = HydraConfig.get()
     sweep = Sweep(Path(own.sweep.dir))
@@ -31,11 +33,13 @@ def task(config: DictConfig) -> None:
     settings = settings.of_arm(name)
     arm = {"arm": name} if name else {}
     axes = [axis for axis in settings.grid if axis != settings.pair_by]
-    compare_cell_of(sweep, arm | {axis: words[axis] for axis in axes}, settings)
+    runtime = build(OmegaConf.to_container(config.runtime), "runtime", RuntimeConfig)  # type: ignore[arg-type]
+    compare_cell_of(sweep, arm | {axis: words[axis] for axis in axes}, settings, runtime)
 
 
-def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
+def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: Any) -> None:
     """Compare the finished runs of one cell, unless that has been done."""
+    from reseed.cli.held_out import complete
     from reseed.compare.cell import CellResult, compare_cell
     from reseed.compare.load import load_dictionaries
     from reseed.console import counted, say
@@ -52,6 +56,7 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
         done = CellResult.read(folder)
         same_runs = done.runs["run"].tolist() == [run.id for _, run in finished]
         if same_runs and done.settings.signed() == settings.signed():
+            complete(done, [run for _, run in finished], folder, name, runtime)
             return
     except (FileNotFoundError, ValueError):
         pass
@@ -60,7 +65,8 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any) -> None:
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
     loaded = [load_dictionaries(run, value) for value, run in finished]
     trained, untrained = zip(*loaded, strict=True)
-    compare_cell(trained, untrained, settings).write(folder)
+    cell = compare_cell(trained, untrained, settings)
+    complete(cell, [run for _, run in finished], folder, name, runtime)
 
 
 def _check_weights(runs: Sequence[Any], pair_by: str, cell: str) -> None:

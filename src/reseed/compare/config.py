@@ -45,6 +45,8 @@ class ComparisonConfig(Config, family="comparison"):
         live_at_least: a latent is live if it fires at least so many times in the held-out tokens.
         confidence: level of the intervals over seeds.
         null_seed, null_draws: seed and number of the simulated random dictionaries.
+        activation_tokens: held-out tokens on which pairs are compared by what they do; at most
+            those on which every run was measured. 0: the weights alone are compared.
     """
 
     name: str = setting(signed=False)
@@ -56,6 +58,7 @@ class ComparisonConfig(Config, family="comparison"):
     confidence: float = setting(0.95, above=0, below=1)
     null_seed: int = setting(0, at_least=0)
     null_draws: int = setting(3, at_least=1)
+    activation_tokens: int = setting(32_768, at_least=0, neutral=32_768)
 
     def validate(self) -> None:
         if not self.name or "/" in self.name:

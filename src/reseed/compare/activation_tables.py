@@ -1,0 +1,224 @@
+"""The measures on activations as columns of a cell's tables, beside those of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Float
+
+from reseed.compare.activations import ActivationMeasures, LatentMeasures, Side, Sides
+from reseed.compare.cell import CellResult
+from reseed.compare.functional import bounded, quality_coverage
+from reseed.compare.statistics import seed_interval
+
+TOPS = (100, 2_000)
+"""Numbers of highest-ranking matches whose mean R is shown."""
+ESTIMATES = (
+    "agreement_pearson_shared",
+    "agreement_pearson_orphan",
+    "agreement_jaccard_shared",
+    "agreement_jaccard_orphan",
+    "cka_codes",
+    "cka_reconstructions",
+    "substitution",
+    "substitution_shared",
+    "substitution_orphan",
+    "substitution_pooled_shared",
+    "substitution_pooled_orphan",
+    "substitution_best_scale",
+    "substitution_second_best",
+    "substitution_random",
+    "substitution_area",
+    *(f"substitution_top_{top}" for top in TOPS),
+    "novel_fraction",
+)
+"""Numbers of a pair that are the same for (A, B) and (B, A): see `pair_measures`."""
+PAIR_COLUMNS = (*ESTIMATES, "novel_fraction_a", "novel_fraction_b")
+NOTE, TOKENS = "activation_note", "activation_tokens"
+"""Further columns of the pairs: why there are no measures (else empty), and of how many tokens."""
+LATENT_COLUMNS: dict[str, Callable[[LatentMeasures], Float[np.ndarray, " F"]]] = {
+    "pearson": lambda found: found.agreement.pearson,
+    "jaccard": lambda found: found.agreement.jaccard,
+    "match_cosine": lambda found: found.match_cosine,
+    "substitution": lambda found: found.substitution.quality,
+    "insertion": lambda found: found.insertion,
+}
+"""Lists over the other runs that the latents get, beside those of `cell`; see `LatentMeasures`.
+``substitution`` is R without bounds."""
+
+
+def sides_of(cell: CellResult) -> Sides:
+    """What the weights said of every ordered pair of the cell's runs."""
+    runs = cell.runs["run"].tolist()
+    found = {}
+    for s, run in enumerate(runs):
+        rows = cell.latents.filter(pc.field("run") == run)
+        others = rows["others"][0].as_py()
+        partners, shared = (_lists(rows, name) for name in ("partner_decoder", "shared"))
+        live, firing = (rows[name].to_numpy() for name in ("live", "firing"))
+        for i, other in enumerate(others):
+            partner = np.ascontiguousarray(partners[:, i], dtype=np.int64)
+            flags = np.ascontiguousarray(shared[:, i])
+            found[s, runs.index(other)] = Side(partner, flags, live.copy(), firing.copy())
+    return found
+
+
+def _lists(rows: pa.Table, name: str) -> np.ndarray:
+    """A column of lists of one length as an array [rows, length]."""
+    flat = rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(rows), -1)
+
+
+def pair_measures(
+    measured: ActivationMeasures, sides: Sides, s: int, t: int
+) -> dict[str, float | int]:
+    """The columns of one pair: `PAIR_COLUMNS`.
+
+    Over matched pairs whose latents are both live, from both sides; *orphan* are those that the
+    strict rule does not share.
+
+    - ``agreement_…``: mean Pearson correlation and Jaccard index.
+    - ``cka_…``: linear CKA of the latents and of the reconstructions.
+    - ``substitution…``: mean R, bounded to 0 … 1, of the match (``_shared``, ``_orphan``; with the
+      best scale), and of the same latents with the second-best or a random one of equal firing.
+      ``_pooled_…`` is Σ repaired / Σ damage, without bounds: latents count by what they explain.
+    - ``substitution_area``: the mean over r of the mean R of the r matches that rank highest by
+      the smaller of their cosines; ``substitution_top_…`` its value at one r.
+    - ``novel_fraction_a``: of the live latents of A, those that lower the error of B when put in;
+      ``_b`` the reverse, and their mean. (Where an SAE shrinks its reconstructions, as L1 has it,
+      anything that points along them lowers its error.)
+    """
+    two = [(measured.latents[p], sides[p]) for p in ((s, t), (t, s))]
+
+    def mean(column: Callable[[LatentMeasures], np.ndarray], of: str = "") -> float:
+        values = [column(found)[_kept(found, side, of)] for found, side in two]
+        return _mean(np.concatenate(values))
+
+    def pooled(of: str) -> float:
+        sums = [found.substitution.pooled(_kept(found, side, of)) for found, side in two]
+        repaired, damage = np.sum(sums, axis=0)
+        return float(repaired / damage) if damage > 0 else float("nan")
+
+    novel = [_mean((found.insertion[side.live] < 0).astype(float)) for found, side in two]
+    curves = [_curve(found) for found, _ in two]
+    return {
+        **{
+            f"agreement_{name}_{of}": mean(LATENT_COLUMNS[name], of)
+            for name in ("pearson", "jaccard")
+            for of in ("shared", "orphan")
+        },
+        "cka_codes": float(measured.cka_codes[s, t]),
+        "cka_reconstructions": float(measured.cka_reconstructions[s, t]),
+        "substitution": mean(lambda found: bounded(found.substitution.quality)),
+        "substitution_shared": mean(lambda f: bounded(f.substitution.quality), "shared"),
+        "substitution_orphan": mean(lambda f: bounded(f.substitution.quality), "orphan"),
+        "substitution_pooled_shared": pooled("shared"),
+        "substitution_pooled_orphan": pooled("orphan"),
+        "substitution_best_scale": mean(lambda f: bounded(f.substitution.quality_best)),
+        "substitution_second_best": mean(lambda f: bounded(f.second_best.quality)),
+        "substitution_random": mean(lambda f: bounded(f.random.quality)),
+        "substitution_area": _mean(np.array([_mean(curve) for curve in curves])),
+        **{
+            f"substitution_top_{top}": _mean(np.array([_at(curve, top) for curve in curves]))
+            for top in TOPS
+        },
+        "novel_fraction": sum(novel) / 2,
+        "novel_fraction_a": novel[0],
+        "novel_fraction_b": novel[1],
+    }
+
+
+def _kept(found: LatentMeasures, side: Side, of: str) -> Bool[np.ndarray, " F"]:
+    """The latents that count, all of them or the shared ones or the others."""
+    if not of:
+        return found.both_live
+    return found.both_live & (side.shared if of == "shared" else ~side.shared)
+
+
+def _curve(found: LatentMeasures) -> Float[np.ndarray, " known"]:
+    kept = found.both_live
+    return quality_coverage(bounded(found.substitution.quality[kept]), found.match_cosine[kept])
+
+
+def _at(curve: Float[np.ndarray, " known"], top: int) -> float:
+    return float(curve[top - 1]) if len(curve) >= top else float("nan")
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are there."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def with_activations(
+    cell: CellResult, measured: ActivationMeasures | None, note: str = ""
+) -> CellResult:
+    """The cell with `PAIR_COLUMNS`, `LATENT_COLUMNS` and estimates of the activations.
+
+    Args:
+        measured: of the cell's runs, in their order; None where they could not be measured: then
+            the columns are NaN.
+        note: why they could not.
+    """
+    n, sides = cell.n_seeds, sides_of(cell)
+    runs = cell.runs["run"].tolist()
+    pairs = cell.pairs.copy()
+    places = list(zip(map(runs.index, pairs["a"]), map(runs.index, pairs["b"]), strict=True))
+    nothing = dict.fromkeys(PAIR_COLUMNS, float("nan"))
+    rows = [pair_measures(measured, sides, *p) if measured else nothing for p in places]
+    for name in PAIR_COLUMNS:
+        pairs[name] = [float(row[name]) for row in rows]
+    pairs[TOKENS] = measured.tokens if measured else 0
+    pairs[NOTE] = note
+    estimates = {}
+    for name in ESTIMATES:
+        values = np.zeros((n, n))
+        for (s, t), value in zip(places, pairs[name], strict=True):
+            values[s, t] = values[t, s] = value
+        estimates[name] = seed_interval(
+            values, cell.settings.confidence, logit=name == "novel_fraction"
+        )
+    return replace(
+        cell,
+        pairs=pairs,
+        latents=_with_lists(cell, measured, sides),
+        estimates={**cell.estimates, **estimates},
+    )
+
+
+def _with_lists(cell: CellResult, measured: ActivationMeasures | None, sides: Sides) -> pa.Table:
+    n, table = cell.n_seeds, cell.latents
+    for name, column in LATENT_COLUMNS.items():
+        flat = [
+            np.stack(
+                [
+                    column(measured.latents[s, t])
+                    if measured
+                    else np.full(len(sides[s, t].partner), np.nan)
+                    for t in _others(s, n)
+                ],
+                axis=1,
+            ).ravel()
+            for s in range(n)
+        ]
+        values = pa.array(np.concatenate(flat).astype(np.float32))
+        offsets = pa.array(np.arange(len(table) + 1, dtype=np.int32) * (n - 1))
+        lists = pa.ListArray.from_arrays(offsets, values)
+        if name in table.column_names:
+            table = table.drop_columns([name])
+        # Before what only some cells have: the tables of all cells are put together.
+        table = table.add_column(table.column_names.index("shared") + 1, name, lists)
+    return table
+
+
+def _others(s: int, n: int) -> Iterator[int]:
+    return (t for t in range(n) if t != s)
+
+
+def lacks_activations(cell: CellResult) -> bool:
+    """Whether the cell was written without these measures, or they could not be made then."""
+    return NOTE not in cell.pairs or bool((cell.pairs[NOTE] != "").any())
