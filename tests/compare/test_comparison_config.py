@@ -23,8 +23,10 @@ def test_name_and_grid_are_not_signed_but_what_changes_numbers_is():
         "confidence": 0.9,
         "null_seed": 1,
         "null_draws": 1,
+        "activation_tokens": 0,
     }.items():
         assert config(**{field: value}).signed() != base, field
+    assert "activation_tokens" not in base, "comparisons of the time before it are found again"
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,7 @@ def test_name_and_grid_are_not_signed_but_what_changes_numbers_is():
         ({"pair_by": "sed"}, "Did you mean `seed`?"),
         ({"threshold": 1.0}, "above 0 and below 1; got 1.0"),
         ({"live_at_least": 0}, "at least 1; got 0"),
+        ({"activation_tokens": -1}, "`comparison.activation_tokens` must be an integer, at least"),
         ({"name": "a/b"}, "`comparison.name` must be a name that a folder can have"),
         ({"threshhold": 0.5}, "Did you mean `comparison.threshold`?"),
     ],

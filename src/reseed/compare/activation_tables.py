@@ -205,7 +205,8 @@ def _with_lists(cell: CellResult, measured: ActivationMeasures | None, sides: Si
             ).ravel()
             for s in range(n)
         ]
-        values = pa.array(np.concatenate(flat).astype(np.float32))
+        # NaN as null: what is not known.
+        values = pa.array(np.concatenate(flat).astype(np.float32), from_pandas=True)
         offsets = pa.array(np.arange(len(table) + 1, dtype=np.int32) * (n - 1))
         lists = pa.ListArray.from_arrays(offsets, values)
         if name in table.column_names:

@@ -1,0 +1,225 @@
+"""A cell's held-out activations: when all runs read the same ones, and when they are not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from reseed.activations.language_model import LanguageModel
+from reseed.cli import compare, run
+from reseed.cli.held_out import NotOffered, complete, differing, held_out_chunks
+from reseed.compare.activation_tables import LATENT_COLUMNS, NOTE, PAIR_COLUMNS, TOKENS
+from reseed.compare.cell import CellResult, compare_cell
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.load import load_dictionaries
+from reseed.runs import Run, RunStore
+from reseed.train.config import RuntimeConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two runs, compared on 500 tokens of the 1,024 that each was measured on."""
+    path = tmp_path_factory.mktemp("project")
+    line = ["comparison=seeds", *tiny_overrides, "sae.k=8", "seed=0,1", "comparison.null_draws=1"]
+    line += [f"runtime.{name}={path / name}" for name in ("outputs", "sweeps")]
+    assert run.main([*line, "comparison.activation_tokens=500"]) == 0
+    return path
+
+
+@pytest.fixture
+def runs(folder: Path) -> list[Run]:
+    return RunStore(folder / "outputs").runs()
+
+
+@pytest.fixture
+def compared(runs: list[Run]):
+    """``compared(tokens)``: the runs, compared by their weights."""
+
+    def compared(tokens: int = 32_768) -> CellResult:
+        settings = ComparisonConfig(
+            name="t", grid={"seed": [0, 1]}, null_draws=1, activation_tokens=tokens
+        )
+        return compare_cell([load_dictionaries(r, r.id[-14])[0] for r in runs], [], settings)
+
+    return compared
+
+
+def completed(cell: CellResult, runs: list[Run], path: Path) -> CellResult:
+    complete(cell, runs, path, "all runs", RuntimeConfig())
+    return CellResult.read(path)
+
+
+def test_the_numbers_are_those_of_the_activations(folder: Path, runs: list[Run]) -> None:
+    (sweep,) = (folder / "sweeps").iterdir()
+    (row,) = pd.read_csv(sweep / "pairs.csv").to_dict("records")
+    assert row[TOKENS] == 500
+    assert {row["a"], row["b"]} == {r.id for r in runs}
+    a, b = (Run(folder / "outputs" / str(row[key])) for key in ("a", "b"))
+    chunks, tokens = held_out_chunks([a, b], 500, RuntimeConfig())
+    x = torch.cat(list(chunks)).float()
+    assert (tokens, len(x)) == (500, 500)
+    f, g = (r.sae().encode(x).double().numpy() for r in (a, b))
+    latents = pd.read_parquet(sweep / "latents.parquet")
+    assert set(LATENT_COLUMNS) <= set(latents.columns)
+    of_a = latents[latents["run"] == row["a"]]
+    pairs = zip(of_a["partner_decoder"], of_a["pearson"], strict=True)
+    seen = 0
+    for i, ((j,), (found,)) in enumerate(pairs):
+        if min(f[:, i].std(), g[:, j].std()) > 0:
+            assert found == pytest.approx(np.corrcoef(f[:, i], g[:, j])[0, 1], abs=1e-5)
+            seen += 1
+    assert seen > 10
+
+
+def test_they_are_the_tokens_that_the_runs_were_measured_on_and_no_more(runs: list[Run]) -> None:
+    chunks, tokens = held_out_chunks(runs, 32_768, RuntimeConfig())
+    x = torch.cat(list(chunks)).float()
+    assert (tokens, len(x)) == (1024, 1024)
+    for found in runs:
+        firing = (found.sae().encode(x) != 0).sum(0)
+        assert np.array_equal(firing.numpy(), found.latents()["firing"])
+
+
+def test_switched_off_nothing_is_read(
+    runs: list[Run], compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reseed.cli.held_out.held_out_chunks", None)
+    cell = completed(compared(0), runs, tmp_path)
+    assert not {TOKENS, NOTE, "cka_codes"} & set(cell.pairs.columns)
+    assert "pearson" not in cell.latents.column_names
+
+
+def test_a_model_that_is_gone_costs_only_what_needs_it(
+    runs: list[Run],
+    compared: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object) -> None:
+        raise OSError("the hub cannot be reached\nTraceback")
+
+    weights = compared()
+    with monkeypatch.context() as patched:
+        patched.setattr(LanguageModel, "__init__", gone)
+        cell = completed(weights, runs, tmp_path)
+    told = "all runs: compared by weights alone, not by activations: the hub cannot be reached"
+    assert told in capsys.readouterr().out
+    assert cell.pairs[NOTE].tolist() == ["the hub cannot be reached"]
+    assert cell.pairs["shared_fraction"].equals(weights.pairs["shared_fraction"])
+    assert cell.pairs[list(PAIR_COLUMNS)].isna().to_numpy().all()
+    # With the model back it is made up for.
+    cell = completed(cell, runs, tmp_path)
+    assert "comparing 2 runs on 1,024 held-out activations" in capsys.readouterr().out
+    assert cell.pairs[NOTE].tolist() == [""]
+    assert cell.pairs["cka_codes"].between(-0.1, 1).all()
+    # And then it is done.
+    monkeypatch.setattr(LanguageModel, "__init__", gone)
+    complete(cell, runs, tmp_path, "all runs", RuntimeConfig())
+    assert capsys.readouterr().out == ""
+
+
+def test_what_the_weights_say_is_safe_while_the_model_runs(
+    runs: list[Run], compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reseed.cli.held_out.activation_measures", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        complete(compared(), runs, tmp_path, "all runs", RuntimeConfig())
+    assert CellResult.read(tmp_path).pairs[NOTE].tolist() == ["interrupted"]
+
+
+def changed(found: Run, **changes: Any) -> Any:
+    return SimpleNamespace(record=found.record | changes)
+
+
+def test_a_text_that_was_changed_is_not_the_text(runs: list[Run]) -> None:
+    other = runs[0].record["fingerprints"] | {"text": "another"}
+    with pytest.raises(NotOffered, match="the text is not the one that the runs were trained with"):
+        held_out_chunks([changed(r, fingerprints=other) for r in runs], 100, RuntimeConfig())
+
+
+def test_runs_on_other_activations_are_not_compared_on_them(runs: list[Run]) -> None:
+    elsewhere = changed(runs[1], identity=runs[1].record["identity"] | {"layer": 0})
+    told = "do not read the same held-out activations: they differ in layer"
+    with pytest.raises(NotOffered, match=told):
+        held_out_chunks([runs[0], elsewhere], 100, RuntimeConfig())
+
+
+@pytest.mark.slow
+def test_a_sweep_over_layers_says_why_there_is_none(
+    tiny_overrides: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = ["comparison=layers", *tiny_overrides, "layer=0,1", "seed=0,1"]
+    line = [o for o in line if o != "layer=1"]
+    assert run.main([*line, "comparison.pair_by=layer"]) == 0
+    reason = "its runs do not read the same held-out activations: they differ in layer"
+    assert f"seed=1: compared by weights alone, not by activations: {reason}" in (
+        capsys.readouterr().out
+    )
+    (sweep,) = Path("sweeps").iterdir()
+    assert pd.read_csv(sweep / "pairs.csv")[NOTE].tolist() == [reason] * 2
+    # The same seeds by the order of training, which held-out activations do not depend on.
+    line = [o for o in line if not o.startswith(("layer", "seed="))]
+    order = ["layer=1", "seed=0,1", "dataset.order_seed=0,1"]
+    assert run.main([*line, *order, "comparison.pair_by=dataset.order_seed"]) == 0
+    assert "seed=1: comparing 2 runs on 1,024 held-out activations" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_worlds_have_held_out_activations_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = [
+        "comparison=seeds", "model=world_easy", "sae.num_latents=32", "sae.k=4", "seed=0,1",
+        "training.tokens=8192", "training.batch_size=64", "dataset.held_out_tokens=1024",
+        "dataset.chunk_tokens=2048", "runtime.progress=false", "comparison.null_draws=1",
+    ]  # fmt: skip
+    assert run.main(line) == 0
+    (sweep,) = Path("sweeps").iterdir()
+    pairs = pd.read_csv(sweep / "pairs.csv")
+    assert pairs[TOKENS].tolist() == [1024]
+    assert pairs["cka_reconstructions"].between(0, 1).all()
+    before = (sweep / "pairs.csv").read_bytes()
+    assert compare.main(line) == 0
+    assert (sweep / "pairs.csv").read_bytes() == before
+
+
+IDENTITY = {
+    "model": {"type": "path"},
+    "layer": 1,
+    "hookpoint": {"site": "resid_post"},
+    "dataset": {"order_seed": 0, "held_out_tokens": 10, "context_length": 32},
+    "fingerprints": {"text": "x"},
+    "sae": {"k": 1},
+    "seed": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"sae": {"k": 2}, "seed": 3, "training": {"tokens": 1}}, ""),
+        ({"dataset": {"order_seed": 5, "held_out_tokens": 99, "context_length": 32}}, ""),
+        ({"dataset": {"order_seed": 0, "held_out_tokens": 10, "context_length": 64}}, "dataset"),
+        ({"fingerprints": {"text": "y"}}, "fingerprints"),
+        ({"surrogate": "gaussian"}, "surrogate"),
+        ({"hookpoint": {"site": "mlp_out"}}, "hookpoint"),
+        ({"layer": 2, "model": {"type": "hub"}}, "model"),
+    ],
+)
+def test_what_makes_held_out_activations_differ(change: dict, expected: str) -> None:
+    assert differing([IDENTITY, IDENTITY | change]) == expected
