@@ -59,6 +59,8 @@ def test_the_numbers_are_those_of_the_activations(folder: Path, runs: list[Run])
     (sweep,) = (folder / "sweeps").iterdir()
     (row,) = pd.read_csv(sweep / "pairs.csv").to_dict("records")
     assert row[TOKENS] == 500
+    summary = pd.read_csv(sweep / "summary.csv")
+    assert summary["cka_codes"].tolist() == pytest.approx([row["cka_codes"]])
     assert {row["a"], row["b"]} == {r.id for r in runs}
     a, b = (Run(folder / "outputs" / str(row[key])) for key in ("a", "b"))
     chunks, tokens = held_out_chunks([a, b], 500, RuntimeConfig())

@@ -1,6 +1,7 @@
 """All measures on activations in one pass, against each SAE run by itself with a latent changed."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -27,9 +28,10 @@ TOKENS, D = 300, 8
 
 
 def built(config, seed):
-    """An SAE that reconstructs something: a random one with its decoder scaled down."""
+    """A random SAE, whose decoder is short enough for it to reconstruct something, too long for
+    every latent that is added to do good."""
     sae = config.build(D, torch.Generator().manual_seed(seed)).requires_grad_(False)
-    sae.W_dec.mul_(0.3)
+    sae.W_dec.mul_(0.6)
     return sae
 
 
@@ -66,7 +68,8 @@ def cell_of(dictionary, saes, x, settings):
 
 @pytest.fixture
 def measured(saes, x, dictionary, settings):
-    cell = cell_of(dictionary, saes, x, settings)
+    """Some latents are live, some are not."""
+    cell = cell_of(dictionary, saes, x, replace(settings, live_at_least=60))
     return cell, activation_measures(saes, sides_of(cell), [x])
 
 
@@ -162,14 +165,41 @@ def test_the_pairs_columns_are_means_over_live_matches_of_both_sides(measured):
             quality = found.latents[s, t].substitution.quality[i]
             if j >= 0 and live[s][i] and live[t][j] and not np.isnan(quality):
                 values.append((min(max(quality, 0), 1), sides[s, t].shared[i]))
-    assert 5 < len(values) <= 40
+    assert 5 < len(values) < 30
+    assert not all(live[0])
     assert row["substitution"] == pytest.approx(np.mean([v for v, _ in values]))
     orphans = [v for v, shared in values if not shared]
     assert row["substitution_orphan"] == pytest.approx(np.mean(orphans))
-    novel = [np.mean(found.latents[p].insertion[live[p[0]]] < 0) for p in ((0, 2), (2, 0))]
+    two = ((0, 2), (2, 0))
+    novel = [np.mean(found.latents[s, t].insertion[live[s]] < 0) for s, t in two]
     assert (row["novel_fraction_a"], row["novel_fraction_b"]) == pytest.approx(tuple(novel))
     assert row["novel_fraction"] == pytest.approx(np.mean(novel))
+    assert 0 < row["novel_fraction"] < 1
     assert np.isnan(row["substitution_top_100"]), "there are not that many"
+
+
+def test_the_curve_is_over_live_matches_by_the_smaller_cosine(measured, monkeypatch):
+    cell, found = measured
+    sides = sides_of(cell)
+    ranked = []
+    for s, t in ((0, 2), (2, 0)):
+        latents, partner = found.latents[s, t], sides[s, t].partner
+        there = sides[s, t].live & (partner >= 0) & sides[t, s].live[partner]
+        rows = [
+            (latents.match_cosine[i], min(max(quality, 0), 1))
+            for i, quality in enumerate(latents.substitution.quality)
+            if there[i] and not np.isnan(quality)
+        ]
+        ranked.append([quality for _, quality in sorted(rows, reverse=True)])
+    areas = [np.mean([np.mean(q[:r]) for r in range(1, len(q) + 1)]) for q in ranked]
+    longest = max(map(len, ranked))
+    monkeypatch.setattr("reseed.compare.activation_tables.TOPS", (3, longest, longest + 1))
+    row = pair_measures(found, sides, 0, 2)
+    assert row["substitution_area"] == pytest.approx(np.mean(areas))
+    assert row["substitution_top_3"] == pytest.approx(np.mean([q[:3] for q in ranked]))
+    whole = np.mean([np.mean(q) for q in ranked if len(q) == longest])
+    assert row[f"substitution_top_{longest}"] == pytest.approx(whole)
+    assert np.isnan(row[f"substitution_top_{longest + 1}"])
 
 
 def test_a_pair_is_the_same_from_either_side(measured):

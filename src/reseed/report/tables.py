@@ -43,6 +43,9 @@ SUMMARY_COLUMNS = (
 )
 """Columns of ``summary.csv`` after the knobs of the cell; others follow."""
 
+_ON_ACTIVATIONS = ("agreement_", "cka_", "substitution", "novel_fraction")
+"""What the names of estimates from activations begin with: `compare.activation_tables`."""
+
 
 def write_tables(
     cells: Sequence[Cell], folder: Path | str, incomplete: Sequence[str] = ()
@@ -114,6 +117,7 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "confidence": settings.confidence,
         "note": "; ".join(notes(cell, knobs)),
     }
+    extra |= {n: found.mean for n, found in estimates.items() if n.startswith(_ON_ACTIVATIONS)}
     extra |= truth_row(cell)
     return row | {name: value for name, value in extra.items() if name not in row}
 
