@@ -192,7 +192,7 @@ def with_activations(
 
 def _with_lists(cell: CellResult, measured: ActivationMeasures | None, sides: Sides) -> pa.Table:
     n, table = cell.n_seeds, cell.latents
-    for name, column in LATENT_COLUMNS.items():
+    for name, column in reversed(LATENT_COLUMNS.items()):
         flat = [
             np.stack(
                 [
@@ -211,7 +211,8 @@ def _with_lists(cell: CellResult, measured: ActivationMeasures | None, sides: Si
         lists = pa.ListArray.from_arrays(offsets, values)
         if name in table.column_names:
             table = table.drop_columns([name])
-        # Before what only some cells have: the tables of all cells are put together.
+        # Each before the last one, and all before what only some cells have: the tables of all
+        # cells are put together.
         table = table.add_column(table.column_names.index("shared") + 1, name, lists)
     return table
 
