@@ -52,21 +52,22 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     if len(finished) < 2:
         say(f"  {name}: {len(finished)} of {len(rows)} runs finished, nothing to compare")
         return
+    runs = [run for _, run in finished]
     try:
         done = CellResult.read(folder)
-        same_runs = done.runs["run"].tolist() == [run.id for _, run in finished]
-        if same_runs and done.settings.signed() == settings.signed():
-            complete(done, [run for _, run in finished], folder, name, runtime)
-            return
     except (FileNotFoundError, ValueError):
-        pass
-    _check_weights([run for _, run in finished], settings.pair_by, name)
+        done = None
+    same_runs = done is not None and done.runs["run"].tolist() == [run.id for run in runs]
+    if done is not None and same_runs and done.settings.signed() == settings.signed():
+        complete(done, runs, folder, name, runtime)
+        return
+    _check_weights(runs, settings.pair_by, name)
     pairs_up = counted(math.comb(len(finished), 2), "pair")
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
     loaded = [load_dictionaries(run, value) for value, run in finished]
     trained, untrained = zip(*loaded, strict=True)
     cell = compare_cell(trained, untrained, settings)
-    complete(cell, [run for _, run in finished], folder, name, runtime)
+    complete(cell, runs, folder, name, runtime)
 
 
 def _check_weights(runs: Sequence[Any], pair_by: str, cell: str) -> None:
