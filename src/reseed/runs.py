@@ -174,7 +174,11 @@ class Run:
         return sae
 
     def latents(self) -> dict[str, Any]:
-        """Per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``."""
+        """Per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``.
+
+        Runs made since they are stored also have ``activation_sum`` and
+        ``activation_square_sum`` of the held-out tokens, float64.
+        """
         from safetensors.numpy import load_file
 
         return load_file(self.path / "latents.safetensors")

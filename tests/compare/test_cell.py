@@ -30,7 +30,9 @@ def test_pairs_are_those_of_compare_pair(partly_shared, settings, cell):
     runs = partly_shared(4, 12)
     alone = compare_pair(runs[1], runs[3], settings.threshold, settings.live_at_least).row()
     row = cell.pairs[(cell.pairs["a"] == "run-1") & (cell.pairs["b"] == "run-3")]
-    assert {name: row[name].item() for name in alone} == alone
+    # In the order of the columns; what is not known is NaN, which equals nothing.
+    same = {name: row[name].item() for name in alone}
+    assert repr(same) == repr(alone)
 
 
 def test_a_latent_row_says_who_shares_it(cell):
@@ -52,7 +54,7 @@ def test_written_and_read_again_it_is_the_same(cell, tmp_path):
     pd.testing.assert_frame_equal(again.pairs, cell.pairs)
     pd.testing.assert_frame_equal(again.runs, cell.runs)
     assert again.latents.equals(cell.latents)
-    assert again.estimates == cell.estimates
+    assert repr(again.estimates) == repr(cell.estimates)  # NaN equals nothing
     assert again.settings == cell.settings
     assert np.array_equal(again.p, cell.p)
     names = {"cell.json", "pairs.parquet", "latents.parquet"}
@@ -152,5 +154,5 @@ def test_a_cell_of_another_format_is_refused(cell, tmp_path):
     cell.write(tmp_path)
     record = json.loads((tmp_path / "cell.json").read_text())
     (tmp_path / "cell.json").write_text(json.dumps(record | {"format": 0}))
-    with pytest.raises(ValueError, match="has format 0; this version reads 2"):
+    with pytest.raises(ValueError, match="has format 0; this version reads 3"):
         CellResult.read(tmp_path)

@@ -120,3 +120,16 @@ def test_mean_and_covariance_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_to_measure_is_an_error() -> None:
     with pytest.raises(ValueError, match="no activations were added"):
         Reconstruction(identity(3)).metrics()
+
+
+def test_sums_of_activations_by_a_dense_pass() -> None:
+    x = data(5_000)
+    sae = ReLUConfig(num_latents=20).build(12, torch.Generator().manual_seed(0))
+    found = Reconstruction(sae)
+    for chunk in x.split(1_234):
+        found.add(chunk)
+    latents = sae(x).latents.double()
+    torch.testing.assert_close(found.activation_sum, latents.sum(0), rtol=1e-5, atol=1e-5)
+    squares = latents.square().sum(0)
+    torch.testing.assert_close(found.activation_square_sum, squares, rtol=1e-5, atol=1e-5)
+    assert (squares > 1).any()

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
@@ -23,14 +24,11 @@ from jaxtyping import Float, Int
 from reseed.atomic import atomic_write, atomic_write_json
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary
+from reseed.compare.matching import match
+from reseed.compare.measures import LIVE_SHOWN, THRESHOLDS
 from reseed.compare.nulls import isotropic_null, kappa
-from reseed.compare.stability import (
-    LIVE_SHOWN,
-    PairSide,
-    compare_pair,
-    seed_profile,
-    unshared_fractions,
-)
+from reseed.compare.profile import seed_profile, unshared_fractions
+from reseed.compare.stability import Matcher, PairSide, compare_pair
 from reseed.compare.statistics import Interval, run_interval, seed_interval
 from reseed.compare.truth import cell_truth, label_column
 
@@ -49,6 +47,20 @@ FRACTIONS = (
     "index_agreement_live",
     "coverage",
     "coverage_live",
+    *(f"shared_fraction_at_{tau}" for tau in THRESHOLDS),
+    *(f"shared_fraction_live_at_{tau}" for tau in THRESHOLDS),
+    "shared_fraction_joint",
+    "shared_fraction_joint_live",
+    "shared_fraction_by_firing",
+    "shared_fraction_by_variance",
+    "shared_fraction_dense",
+    "shared_fraction_sparse",
+    "split_fraction",
+    "split_fraction_live",
+    "mutual_nearest",
+    "mutual_nearest_live",
+    "mutual_nearest_decoder",
+    "mutual_nearest_decoder_live",
 )
 COSINES = (
     "cosine_encoder",
@@ -56,6 +68,10 @@ COSINES = (
     "cosine_encoder_live",
     "cosine_decoder_live",
     "cosine_correlation",
+    "mmcs",
+    "mmcs_live",
+    "pw_mcc_signed",
+    "pw_mcc_absolute",
 )
 UNTRAINED = (
     "shared_fraction",
@@ -75,7 +91,7 @@ RUN_COLUMNS = (
     "zero_latents",
 )
 """Columns of `CellResult.runs` that come before the metrics of the runs."""
-_FORMAT = 2
+_FORMAT = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +196,9 @@ def compare_cell(
     trained: Sequence[Dictionary],
     untrained: Sequence[Dictionary],
     settings: ComparisonConfig,
+    *,
+    matcher: Matcher = match,
+    device: str = "cpu",
 ) -> CellResult:
     """Compare all pairs of the runs of a cell.
 
@@ -187,20 +206,29 @@ def compare_cell(
         trained: the runs, in the order of the axis that pairs up.
         untrained: the same runs with their initial weights, in the same order; their firing is not
             looked at. May be empty: then the columns ``untrained_…`` are NaN.
+        matcher: makes every assignment of rows of two runs (those of nulls are made by `match`).
+        device: of passes over all pairs of latents.
 
     Raises:
         ValueError: fewer than 2 runs, a run or a value of the axis twice, different ``d_in``.
         MemoryError: more latents than an exact matching can take.
     """
     _check(trained, untrained, settings)
+    against_each = partial(
+        compare_pair,
+        threshold=settings.threshold,
+        live_at_least=settings.live_at_least,
+        matcher=matcher,
+        device=device,
+    )
     rows: list[dict[str, Any]] = []
     sides: dict[tuple[int, int], PairSide] = {}
     for s, t in combinations(range(len(trained)), 2):
         log.info("comparing %s with %s", trained[s].id, trained[t].id)
-        pair = compare_pair(trained[s], trained[t], settings.threshold, settings.live_at_least)
+        pair = against_each(trained[s], trained[t])
         sides[s, t], sides[t, s] = pair.a, pair.b
-        initial = (untrained[s], untrained[t]) if untrained else None
-        rows.append(pair.row() | _beside(pair.measures, trained[s], trained[t], initial, settings))
+        start = against_each(untrained[s], untrained[t], brief=True).measures if untrained else {}
+        rows.append(pair.row() | _beside(pair.measures, trained[s], trained[t], start, settings))
     pairs = pd.DataFrame(rows)
     against = [
         {other.id: sides[s, t] for t, other in enumerate(trained) if t != s}
@@ -254,15 +282,18 @@ def _beside(
     measures: dict[str, float],
     a: Dictionary,
     b: Dictionary,
-    initial: tuple[Dictionary, Dictionary] | None,
+    start: dict[str, float],
     settings: ComparisonConfig,
 ) -> dict[str, float]:
-    """The columns of a pair that put its numbers in proportion: null and untrained selves."""
+    """The columns of a pair that put its numbers in proportion: null and untrained selves.
+
+    Args:
+        start: the measures of the untrained pair; empty where there is none.
+    """
     tau = settings.threshold
     null = isotropic_null(
         a.num_latents, b.num_latents, a.d_in, tau, settings.null_seed, settings.null_draws
     )
-    start = compare_pair(*initial, tau, settings.live_at_least).measures if initial else {}
     return {
         "null_cosine": null.cosine,
         "null_shared_fraction": null.shared_fraction,
@@ -318,6 +349,7 @@ def _latent_table(
             "cosine_encoder": lists("cosine_encoder", np.float32),
             "cosine_decoder": lists("cosine_decoder", np.float32),
             "shared": lists("shared", np.bool_),
+            "within": lists("within", np.int32),
         }
     )
 

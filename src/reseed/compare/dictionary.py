@@ -28,6 +28,8 @@ class Dictionary:
         truth: label of each latent in a world whose features are known (index into
             `compare.truth.LABELS`); None where the truth is not known.
         covariance: of the held-out activations; None where it was not stored.
+        variance: of each latent's contribution to reconstructions, Var(a_i)·‖W_i‖² over the
+            held-out tokens; None where it was not stored.
 
     Raises:
         ValueError: shapes that disagree, counts out of range.
@@ -43,6 +45,7 @@ class Dictionary:
     metrics: Mapping[str, float] = field(default_factory=dict)
     truth: Int[np.ndarray, " num_latents"] | None = None
     covariance: Float[np.ndarray, "d_in d_in"] | None = None
+    variance: Float[np.ndarray, " num_latents"] | None = None
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -61,6 +64,9 @@ class Dictionary:
             shape = getattr(self, name).shape
             if shape != (self.num_latents,):
                 self._refuse(f"`{name}` must have one value per latent [{self.num_latents}]", shape)
+        if self.variance is not None and self.variance.shape != (self.num_latents,):
+            rule = f"`variance` must have one value per latent [{self.num_latents}]"
+            self._refuse(rule, self.variance.shape)
         if self.truth is not None:
             object.__setattr__(self, "truth", checked_labels(self.truth, self.num_latents, self.id))
         if self.covariance is not None and self.covariance.shape != (self.d_in, self.d_in):
@@ -91,6 +97,11 @@ class Dictionary:
     @property
     def d_in(self) -> int:
         return self.encoder.shape[1]
+
+    @property
+    def density(self) -> Float[np.ndarray, " num_latents"]:
+        """The part of the held-out tokens on which a latent fires; 0 where none were counted."""
+        return self.firing / max(self.held_out_tokens, 1)
 
     @property
     def zero(self) -> Bool[np.ndarray, " num_latents"]:

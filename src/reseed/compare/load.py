@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.truth import truth_metrics
 from reseed.runs import Run
@@ -36,11 +39,23 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
         | truth_metrics(metrics),
         truth=latents.get("truth_label"),
         covariance=None if held_out is None else held_out["covariance"],
+        variance=_variance(latents, sae.W_dec.detach().numpy(), metrics["tokens"]),
     )
     start = run.initial_sae()
     rows = {"encoder": start.W_enc.detach().numpy(), "decoder": start.W_dec.detach().numpy()}
     # Of the untrained selves no table shows the measures that need a covariance or labels.
-    return trained, replace(trained, truth=None, covariance=None, **rows)
+    return trained, replace(trained, truth=None, covariance=None, variance=None, **rows)
+
+
+def _variance(
+    latents: Mapping[str, np.ndarray], decoder: Float[np.ndarray, "num_latents d_in"], tokens: int
+) -> Float[np.ndarray, " num_latents"] | None:
+    """Var(a_i)·‖W_i‖²; None for a run that was made before its sums were stored."""
+    if "activation_sum" not in latents or "activation_square_sum" not in latents or not tokens:
+        return None
+    mean = latents["activation_sum"] / tokens
+    variance = np.maximum(latents["activation_square_sum"] / tokens - mean**2, 0.0)
+    return variance * np.linalg.norm(decoder, axis=1).astype(np.float64) ** 2
 
 
 def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:

@@ -37,10 +37,14 @@ class Reconstruction:
     active: int = 0
     cosine: float = 0.0
     firing: Int[Tensor, " num_latents"] = field(init=False)
+    activation_sum: Float[Tensor, " num_latents"] = field(init=False)
+    activation_square_sum: Float[Tensor, " num_latents"] = field(init=False)
 
     def __post_init__(self) -> None:
-        device = self.sae.W_dec.device
-        self.firing = torch.zeros(self.sae.num_latents, dtype=torch.int64, device=device)
+        zeros = {"size": (self.sae.num_latents,), "device": self.sae.W_dec.device}
+        self.firing = torch.zeros(**zeros, dtype=torch.int64)
+        self.activation_sum = torch.zeros(**zeros, dtype=torch.float64)
+        self.activation_square_sum = torch.zeros(**zeros, dtype=torch.float64)
 
     @torch.inference_mode()
     def add(self, x: Float[Tensor, "tokens d_in"]) -> None:
@@ -57,6 +61,9 @@ class Reconstruction:
             self.total = exact.sum(0) if self.total is None else self.total + exact.sum(0)
             self.active += int(fired.sum())
             self.firing += fired.sum(0)
+            # Sums of a block in float32: a double copy of dense latents would be large.
+            self.activation_sum += output.latents.sum(0)
+            self.activation_square_sum += torch.linalg.vector_norm(output.latents, dim=0) ** 2
             cosine = torch.cosine_similarity(part, output.reconstruction, dim=1)
             self.cosine += float(cosine.double().sum())
 

@@ -239,6 +239,8 @@ def _record(
     latents = {
         "firing": measured.firing.cpu(),
         "tokens_since_fired": member.tokens_since_fired.cpu(),
+        "activation_sum": measured.activation_sum.cpu(),
+        "activation_square_sum": measured.activation_square_sum.cpu(),
     }
     if truth is not None:
         latents |= truth.latents

@@ -1,0 +1,91 @@
+"""The rows of a dictionary that are compared, and exact cosines of chosen pairs of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from reseed.compare.dictionary import Dictionary
+from reseed.compare.matching import unit_rows
+
+_BLOCK_ENTRIES = 1 << 20
+"""Numbers of a matrix that are converted to float64 at a time: 8 MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Encoder and decoder rows; both are zero where one of them has no direction.
+
+    They have the lengths that they were trained to: whoever wants cosines normalises them. At
+    131,072 × 4,096 a copy in float64 would be 4.3 GB, so that none is kept.
+    """
+
+    encoder: Float[np.ndarray, "n d_in"]
+    decoder: Float[np.ndarray, "n d_in"]
+
+    @classmethod
+    def of(cls, x: Dictionary) -> Rows:
+        zero = x.zero
+        encoder = _without(x.encoder, zero)
+        if x.decoder is x.encoder or np.array_equal(x.encoder, x.decoder):
+            return cls(encoder, encoder)
+        return cls(encoder, _without(x.decoder, zero))
+
+    def __len__(self) -> int:
+        return len(self.encoder)
+
+    @property
+    def d_in(self) -> int:
+        return self.encoder.shape[1]
+
+    @property
+    def tied(self) -> bool:
+        """Encoder and decoder are the same rows: one matching is the other."""
+        return self.encoder is self.decoder
+
+    def joint(self) -> Float[np.ndarray, "n 2*d_in"]:
+        """[E, W]/√2 of unit rows, float32: their cosine is the mean of both cosines."""
+        halves = [unit32(self.encoder), unit32(self.decoder)]
+        return np.concatenate(halves, axis=1) / np.float32(np.sqrt(2))
+
+
+def _without(rows: Float[np.ndarray, "n d_in"], zero: np.ndarray) -> Float[np.ndarray, "n d_in"]:
+    return np.where(zero[:, None], np.float32(0), rows) if zero.any() else rows
+
+
+def unit32(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
+    """`unit_rows` in float32, made block by block."""
+    out = np.empty(rows.shape, dtype=np.float32)
+    step = max(1, _BLOCK_ENTRIES // rows.shape[1])
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
+        out[block] = unit_rows(rows[block])
+    return out
+
+
+def row_cosines(
+    a: Float[np.ndarray, "n d_in"],
+    b: Float[np.ndarray, "m d_in"],
+    i: Int[np.ndarray, " pairs"],
+    j: Int[np.ndarray, " pairs"],
+) -> Float[np.ndarray, " pairs"]:
+    """Cosines in float64 of rows ``i`` of ``a`` with rows ``j`` of ``b``, pair by pair."""
+    out = np.empty(len(i))
+    step = max(1, _BLOCK_ENTRIES // a.shape[1])
+    for start in range(0, len(i), step):
+        block = slice(start, start + step)
+        products = np.einsum("pd,pd->p", unit_rows(a[i[block]]), unit_rows(b[j[block]]))
+        out[block] = np.clip(products, -1.0, 1.0)
+    return out
+
+
+def both_cosines(
+    a: Rows, b: Rows, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]
+) -> Float[np.ndarray, " pairs"]:
+    """min(c_enc, c_dec) of pairs of latents, in float64."""
+    by_encoder = row_cosines(a.encoder, b.encoder, i, j)
+    if a.tied and b.tied:
+        return by_encoder
+    return np.minimum(by_encoder, row_cosines(a.decoder, b.decoder, i, j))

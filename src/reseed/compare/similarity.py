@@ -1,0 +1,172 @@
+"""What can be said of a pair without any assignment, from one pass over all pairs of latents.
+
+- *coverage*: has a latent one of the other side, taken or not, with both cosines ≥ τ? And how many
+  (``within``): two or more say that it was split.
+- MMCS, mean max cosine similarity (Sharkey et al. 2022; Huben et al., arXiv 2309.08600): the mean
+  over latents of max_j cos of decoder rows.
+- *mutual nearest neighbours*: i and j are each other's nearest, and near enough.
+
+Products of blocks of latents are taken in float32 and forgotten; a matrix of all pairs is never
+held. Only what lies so close to τ that float32 could be wrong about it is taken again in float64,
+so that thresholds are decided as if everything were. Of two neighbours that float32 cannot tell
+apart either may be the nearest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reseed.compare.rows import Rows, both_cosines, row_cosines, unit32
+
+BLOCK_ENTRIES = 1 << 22
+"""Pairs of latents looked at together: three float32 matrices of 17 MB."""
+_MOST_COLUMNS = 2048
+
+
+class Nearest(NamedTuple):
+    """The nearest latent of the other side.
+
+    Attributes:
+        a, b: the largest cosine of each latent of A, and of B (float32 products).
+        of_a: for each latent of A the index of its nearest.
+    """
+
+    a: Float[np.ndarray, " n"]
+    b: Float[np.ndarray, " m"]
+    of_a: Int[np.ndarray, " n"]
+
+    def mutual(self) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
+        """Pairs (i, j) that are each other's nearest; of equal rows one is taken."""
+        i = np.flatnonzero(self.a == self.b[self.of_a])
+        j, first = np.unique(self.of_a[i], return_index=True)
+        return i[first], j
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What the pass over all pairs found.
+
+    Attributes:
+        within_a, within_b: how many latents of the other side have both cosines ≥ τ.
+        live_within_a, live_within_b: how many live ones.
+        by_decoder, by_both: nearest by c_dec, and by min(c_enc, c_dec).
+        mutual_decoder, mutual_both: mutual nearest neighbours with that cosine ≥ τ, as (i, j).
+    """
+
+    within_a: Int[np.ndarray, " n"]
+    within_b: Int[np.ndarray, " m"]
+    live_within_a: Int[np.ndarray, " n"]
+    live_within_b: Int[np.ndarray, " m"]
+    by_decoder: Nearest
+    by_both: Nearest
+    mutual_decoder: tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]
+    mutual_both: tuple[Int[np.ndarray, " q"], Int[np.ndarray, " q"]]
+
+
+def survey(
+    a: Rows,
+    b: Rows,
+    threshold: float,
+    live_a: Bool[np.ndarray, " n"],
+    live_b: Bool[np.ndarray, " m"],
+    device: str = "cpu",
+) -> Survey:
+    """Look at every pair of latents once.
+
+    Memory: the rows of both sides in float32 on ``device``, and `BLOCK_ENTRIES` pairs.
+    """
+    n, m = len(a), len(b)
+    tied = a.tied and b.tied
+    (encoder_a, decoder_a), (encoder_b, decoder_b) = (_unit_pair(x, device) for x in (a, b))
+    within_a, within_b, live_within_a, live_within_b = (
+        np.zeros(size, dtype=np.int64) for size in (n, m, n, m)
+    )
+    by_decoder, by_both = _Running(n, m, device), _Running(n, m, device)
+    margin = guard(a.d_in)
+    for rows, columns in tiles(n, m):
+        c_dec = decoder_a[rows] @ decoder_b[columns].T
+        both = c_dec if tied else torch.minimum(c_dec, encoder_a[rows] @ encoder_b[columns].T)
+        by_decoder.look(c_dec, rows, columns)
+        by_both.look(both, rows, columns)
+        i, j = _entries(both >= threshold - margin)
+        close = both[i, j].cpu().numpy()
+        i, j = i + rows.start, j + columns.start
+        kept = close >= threshold + margin
+        unsure = ~kept
+        kept[unsure] = both_cosines(a, b, i[unsure], j[unsure]) >= threshold
+        i, j = i[kept], j[kept]
+        np.add.at(within_a, i, 1)
+        np.add.at(within_b, j, 1)
+        np.add.at(live_within_a, i, live_b[j])
+        np.add.at(live_within_b, j, live_a[i])
+    nearest_decoder, nearest_both = by_decoder.found(), by_both.found()
+    i, j = nearest_decoder.mutual()
+    kept = row_cosines(a.decoder, b.decoder, i, j) >= threshold
+    mutual_decoder = i[kept], j[kept]
+    i, j = nearest_both.mutual()
+    kept = both_cosines(a, b, i, j) >= threshold
+    return Survey(
+        within_a,
+        within_b,
+        live_within_a,
+        live_within_b,
+        nearest_decoder,
+        nearest_both,
+        mutual_decoder,
+        (i[kept], j[kept]),
+    )
+
+
+class _Running:
+    """Largest entries of the rows and columns of a matrix that is seen tile by tile."""
+
+    def __init__(self, n: int, m: int, device: str) -> None:
+        self.a = torch.full((n,), -torch.inf, device=device)
+        self.b = torch.full((m,), -torch.inf, device=device)
+        self.of_a = torch.zeros(n, dtype=torch.int64, device=device)
+
+    def look(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
+        value, index = tile.max(dim=1)
+        better = value > self.a[rows]  # of equal ones the first stays
+        self.a[rows] = torch.where(better, value, self.a[rows])
+        self.of_a[rows] = torch.where(better, index + columns.start, self.of_a[rows])
+        self.b[columns] = torch.maximum(self.b[columns], tile.amax(dim=0))
+
+    def found(self) -> Nearest:
+        return Nearest(*(x.cpu().numpy() for x in (self.a, self.b, self.of_a)))
+
+
+def tiles(n: int, m: int) -> list[tuple[slice, slice]]:
+    """Blocks of rows and columns that together are all pairs."""
+    columns = min(m, _MOST_COLUMNS, BLOCK_ENTRIES)
+    rows = max(1, BLOCK_ENTRIES // columns)
+    return [
+        (slice(r, min(r + rows, n)), slice(c, min(c + columns, m)))
+        for r in range(0, n, rows)
+        for c in range(0, m, columns)
+    ]
+
+
+def guard(d_in: int) -> float:
+    """How far a cosine of float32 rows may be from the true one: rounding grows as √d_in."""
+    return 1e-6 + 4 * float(np.finfo(np.float32).eps) * d_in**0.5
+
+
+def _unit_pair(x: Rows, device: str) -> tuple[Tensor, Tensor]:
+    encoder = torch.from_numpy(unit32(x.encoder)).to(device)
+    return (encoder, encoder if x.tied else torch.from_numpy(unit32(x.decoder)).to(device))
+
+
+def _entries(flags: Bool[Tensor, "rows columns"]) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the true entries; on the CPU numpy finds few among many faster than torch."""
+    if flags.device.type != "cpu":
+        i, j = flags.nonzero(as_tuple=True)
+        return i.cpu().numpy(), j.cpu().numpy()
+    i, j = np.divmod(np.flatnonzero(flags.numpy()), flags.shape[1])
+    return i, j
