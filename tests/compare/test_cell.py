@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reseed.compare.cell import FRACTIONS, CellResult, compare_cell
+from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.stability import compare_pair
+from reseed.compare.tables import FRACTIONS
 
 
 @pytest.fixture
@@ -54,10 +55,11 @@ def test_written_and_read_again_it_is_the_same(cell, tmp_path):
     pd.testing.assert_frame_equal(again.pairs, cell.pairs)
     pd.testing.assert_frame_equal(again.runs, cell.runs)
     assert again.latents.equals(cell.latents)
+    pd.testing.assert_frame_equal(again.strata, cell.strata)
     assert repr(again.estimates) == repr(cell.estimates)  # NaN equals nothing
     assert again.settings == cell.settings
     assert np.array_equal(again.p, cell.p)
-    names = {"cell.json", "pairs.parquet", "latents.parquet"}
+    names = {"cell.json", "pairs.parquet", "latents.parquet", "strata.parquet"}
     assert {path.name for path in (tmp_path / "cell").iterdir()} == names
 
 
@@ -88,7 +90,7 @@ def test_a_run_that_fails_leaves_no_half_file(cell, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         cell.write(tmp_path)
     assert (tmp_path / "pairs.parquet").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_untrained_firing_is_not_looked_at(partly_shared, settings, cell):

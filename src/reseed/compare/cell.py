@@ -19,78 +19,28 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from reseed.atomic import atomic_write, atomic_write_json
 from reseed.compare.config import ComparisonConfig
+from reseed.compare.cycles import cycle_estimates
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.matching import match
-from reseed.compare.measures import LIVE_SHOWN, THRESHOLDS
-from reseed.compare.nulls import isotropic_null, kappa
+from reseed.compare.measures import Subset
+from reseed.compare.nulls import covariance_null, isotropic_null, kappa
 from reseed.compare.profile import seed_profile, unshared_fractions
-from reseed.compare.stability import Matcher, PairSide, compare_pair
-from reseed.compare.statistics import Interval, run_interval, seed_interval
+from reseed.compare.repeats import Repeats, repeats
+from reseed.compare.reproducibility import reproducibility
+from reseed.compare.rows import Rows
+from reseed.compare.stability import Matcher, PairResult, PairSide, compare_pair
+from reseed.compare.statistics import Interval
+from reseed.compare.strata import strata_table
+from reseed.compare.subspaces import subspaces
+from reseed.compare.tables import UNTRAINED, latent_table, pair_estimates, run_table
 from reseed.compare.truth import cell_truth, label_column
 
 log = logging.getLogger(__name__)
 
-FRACTIONS = (
-    "shared_fraction",
-    "shared_fraction_live",
-    *(f"shared_fraction_live_{limit}" for limit in LIVE_SHOWN),
-    "shared_fraction_not_dead",
-    "shared_fraction_decoder",
-    "shared_fraction_decoder_live",
-    "shared_fraction_correlation",
-    "shared_fraction_correlation_live",
-    "index_agreement",
-    "index_agreement_live",
-    "coverage",
-    "coverage_live",
-    *(f"shared_fraction_at_{tau}" for tau in THRESHOLDS),
-    *(f"shared_fraction_live_at_{tau}" for tau in THRESHOLDS),
-    "shared_fraction_joint",
-    "shared_fraction_joint_live",
-    "shared_fraction_by_firing",
-    "shared_fraction_by_variance",
-    "shared_fraction_dense",
-    "shared_fraction_sparse",
-    "split_fraction",
-    "split_fraction_live",
-    "mutual_nearest",
-    "mutual_nearest_live",
-    "mutual_nearest_decoder",
-    "mutual_nearest_decoder_live",
-)
-COSINES = (
-    "cosine_encoder",
-    "cosine_decoder",
-    "cosine_encoder_live",
-    "cosine_decoder_live",
-    "cosine_correlation",
-    "mmcs",
-    "mmcs_live",
-    "pw_mcc_signed",
-    "pw_mcc_absolute",
-)
-UNTRAINED = (
-    "shared_fraction",
-    "index_agreement",
-    "coverage",
-    "cosine_encoder",
-    "cosine_decoder",
-)
-"""Measures that are also made on the initial weights: columns ``untrained_…`` of the pairs."""
-RUN_COLUMNS = (
-    "run",
-    "seed",
-    "num_latents",
-    "d_in",
-    "held_out_tokens",
-    "live_fraction",
-    "zero_latents",
-)
-"""Columns of `CellResult.runs` that come before the metrics of the runs."""
 _FORMAT = 3
 
 
@@ -100,12 +50,15 @@ class CellResult:
 
     Attributes:
         settings: the comparison that the cell belongs to.
-        runs: a row per run: `RUN_COLUMNS`, then its metrics.
+        runs: a row per run, see `tables.run_table`.
         pairs: a row per pair of runs: `stability.PairResult.row`, then the columns ``null_…``,
-            ``kappa``, ``untrained_…`` (NaN where there were no untrained weights).
-        latents: a row per latent of each run, with lists over the other runs (``others``).
-        estimates: fractions and cosines over pairs of seeds and metrics over runs, by name; where
-            the truth is known, also those of `compare.truth` (``truth_…``).
+            ``kappa``, ``untrained_…`` (NaN where there were no untrained weights) and
+            ``subspace_…``.
+        latents: a row per latent of each run, see `tables.latent_table`.
+        strata: numbers of latents and of shared ones by firing, see `strata.strata_table`.
+        estimates: fractions and cosines over pairs of seeds, metrics over runs and cycles over
+            triples, by name; where the truth is known, also those of `compare.truth`
+            (``truth_…``).
         p: p_m, the fraction of latents shared with m = 0 … n−1 other runs.
     """
 
@@ -113,6 +66,7 @@ class CellResult:
     runs: pd.DataFrame
     pairs: pd.DataFrame
     latents: pa.Table
+    strata: pd.DataFrame
     estimates: dict[str, Interval]
     p: Float[np.ndarray, " n"]
 
@@ -145,8 +99,10 @@ class CellResult:
         return float(self.pairs[column].to_numpy(dtype=np.float64).mean())
 
     def write(self, folder: Path | str) -> None:
-        """Write ``pairs.parquet``, ``latents.parquet`` and, last, ``cell.json``."""
+        """Write ``pairs.parquet``, ``strata.parquet``, ``latents.parquet`` and, last,
+        ``cell.json``."""
         folder = Path(folder)
+        atomic_write(folder / "strata.parquet", lambda p: self.strata.to_parquet(p, index=False))
         atomic_write(folder / "pairs.parquet", lambda p: self.pairs.to_parquet(p, index=False))
         atomic_write(
             folder / "latents.parquet",
@@ -187,6 +143,7 @@ class CellResult:
             runs=runs,
             pairs=pd.read_parquet(folder / "pairs.parquet"),
             latents=pq.read_table(folder / "latents.parquet"),
+            strata=pd.read_parquet(folder / "strata.parquet"),
             estimates={name: _interval(value) for name, value in record["estimates"].items()},
             p=np.array(record["shared_with_fraction"]),
         )
@@ -221,6 +178,7 @@ def compare_cell(
         matcher=matcher,
         device=device,
     )
+    repeated = [repeats(Rows.of(x), settings.threshold, device) for x in trained]
     rows: list[dict[str, Any]] = []
     sides: dict[tuple[int, int], PairSide] = {}
     for s, t in combinations(range(len(trained)), 2):
@@ -228,8 +186,8 @@ def compare_cell(
         pair = against_each(trained[s], trained[t])
         sides[s, t], sides[t, s] = pair.a, pair.b
         start = against_each(untrained[s], untrained[t], brief=True).measures if untrained else {}
-        rows.append(pair.row() | _beside(pair.measures, trained[s], trained[t], start, settings))
-    pairs = pd.DataFrame(rows)
+        beside = _beside(pair.measures, trained[s], trained[t], start, settings)
+        rows.append(pair.row() | _of_repeats(pair, repeated[s], repeated[t]) | beside)
     against = [
         {other.id: sides[s, t] for t, other in enumerate(trained) if t != s}
         for s in range(len(trained))
@@ -237,17 +195,26 @@ def compare_cell(
     profile = seed_profile(
         [np.stack([side.shared for side in row.values()], axis=1) for row in against]
     )
-    tables = [
-        _latent_table(x, row, shared_with)
-        for x, row, shared_with in zip(trained, against, profile.shared_with, strict=True)
+    chances = [
+        reproducibility(m, len(trained) - 1, ~x.zero, settings.confidence)
+        for x, m in zip(trained, profile.shared_with, strict=True)
     ]
-    runs = _run_table(trained, settings)
+    spanned = subspaces(trained, profile.shared_with, settings.live_at_least, settings.null_seed)
+    pairs = pd.DataFrame(rows).assign(**spanned.pairs)
+    tables = [
+        latent_table(*values)
+        for values in zip(trained, against, profile.shared_with, repeated, chances, strict=True)
+    ]
+    runs = run_table(trained, repeated, chances, spanned.runs, settings)
     return CellResult(
         settings=settings,
         runs=runs,
         pairs=pairs,
         latents=label_column(pa.concat_tables(tables), trained),
-        estimates=_estimates(pairs, runs, settings) | cell_truth(trained, sides, settings),
+        strata=strata_table(trained, sides, settings.live_at_least),
+        estimates=pair_estimates(pairs, runs, settings)
+        | cycle_estimates(sides, settings.confidence)
+        | cell_truth(trained, sides, settings),
         p=profile.p,
     )
 
@@ -285,96 +252,45 @@ def _beside(
     start: dict[str, float],
     settings: ComparisonConfig,
 ) -> dict[str, float]:
-    """The columns of a pair that put its numbers in proportion: null and untrained selves.
+    """The columns of a pair that put its numbers in proportion: the ladder of nulls.
+
+    ``null_…`` of isotropic rows, ``null_covariance_…`` of rows with the activations' covariance,
+    ``untrained_…`` of the weights at the start; κ against each rung. NaN where it is not known.
 
     Args:
         start: the measures of the untrained pair; empty where there is none.
     """
-    tau = settings.threshold
-    null = isotropic_null(
-        a.num_latents, b.num_latents, a.d_in, tau, settings.null_seed, settings.null_draws
-    )
+    sizes = a.num_latents, b.num_latents
+    drawn = settings.threshold, settings.null_seed, settings.null_draws
+    null = isotropic_null(*sizes, a.d_in, *drawn)
+    shared = measures["shared_fraction"]
+    correlated, unknown = None, float("nan")
+    if a.covariance is not None and b.covariance is not None:
+        covariance = (a.covariance.astype(np.float64) + b.covariance) / 2
+        correlated = covariance_null(*sizes, covariance, *drawn)
     return {
         "null_cosine": null.cosine,
         "null_shared_fraction": null.shared_fraction,
         "null_coverage": null.coverage,
         "null_simulated_latents": null.simulated_latents,
-        "kappa": kappa(measures["shared_fraction"], null.shared_fraction),
+        "kappa": kappa(shared, null.shared_fraction),
+        "null_covariance_cosine": correlated.cosine if correlated else unknown,
+        "null_covariance_shared_fraction": correlated.shared_fraction if correlated else unknown,
+        "null_covariance_coverage": correlated.coverage if correlated else unknown,
+        "kappa_covariance": kappa(shared, correlated.shared_fraction) if correlated else unknown,
+        "kappa_untrained": kappa(shared, start.get("shared_fraction", unknown)),
         **{f"untrained_{name}": start.get(name, float("nan")) for name in UNTRAINED},
     }
 
 
-def _run_table(trained: Sequence[Dictionary], settings: ComparisonConfig) -> pd.DataFrame:
-    return pd.DataFrame(
-        [
-            {
-                "run": x.id,
-                "seed": x.seed,
-                "num_latents": x.num_latents,
-                "d_in": x.d_in,
-                "held_out_tokens": x.held_out_tokens,
-                "live_fraction": float(x.live(settings.live_at_least).mean()),
-                "zero_latents": int(x.zero.sum()),
-                "dead_fraction": float(x.dead.mean()),
-                **{name: float(value) for name, value in x.metrics.items()},
-            }
-            for x in trained
-        ]
-    )
-
-
-def _latent_table(
-    x: Dictionary, against: dict[str, PairSide], shared_with: Int[np.ndarray, " num_latents"]
-) -> pa.Table:
-    """A row per latent; the lists have an entry per other run, in the order of ``others``."""
-    n, sides = x.num_latents, list(against.values())
-
-    def lists(name: str, dtype: Any) -> pa.ListArray:
-        values = np.stack([getattr(side, name) for side in sides], axis=1).astype(dtype)
-        return _list_array(pa.array(values.ravel()), n)
-
-    return pa.table(
-        {
-            "run": pa.array([x.id] * n),
-            "seed": pa.array([x.seed] * n),
-            "latent": np.arange(n),
-            "firing": x.firing,
-            "live": sides[0].live,
-            "dead": x.dead,
-            "zero": x.zero,
-            "shared_with": shared_with,
-            "others": _list_array(pa.array(list(against) * n), n),
-            "partner_encoder": lists("partner_encoder", np.int32),
-            "partner_decoder": lists("partner_decoder", np.int32),
-            "cosine_encoder": lists("cosine_encoder", np.float32),
-            "cosine_decoder": lists("cosine_decoder", np.float32),
-            "shared": lists("shared", np.bool_),
-            "within": lists("within", np.int32),
-        }
-    )
-
-
-def _list_array(flat: pa.Array, n: int) -> pa.ListArray:
-    offsets = np.arange(n + 1, dtype=np.int32) * (len(flat) // n)
-    return pa.ListArray.from_arrays(pa.array(offsets), flat)
-
-
-def _estimates(
-    pairs: pd.DataFrame, runs: pd.DataFrame, settings: ComparisonConfig
-) -> dict[str, Interval]:
-    """Fractions (logit) and cosines (linear) over pairs of seeds, metrics over runs."""
-    n = len(runs)
-    upper = np.triu_indices(n, 1)
-    estimates = {}
-    for name in (*FRACTIONS, *COSINES):
-        values = np.zeros((n, n))
-        values[upper] = pairs[name]
-        estimates[name] = seed_interval(
-            values + values.T, settings.confidence, logit=name in FRACTIONS
+def _of_repeats(pair: PairResult, a: Repeats, b: Repeats) -> dict[str, float]:
+    """The part of the latents with a duplicate, or with an antipodal one, that is shared."""
+    return {
+        f"shared_fraction_{word}": Subset(getattr(a, word), getattr(b, word)).of_sides(
+            pair.a.shared, pair.b.shared
         )
-    for name in runs.columns.difference(RUN_COLUMNS, sort=False):
-        estimates[name] = run_interval(runs[name].to_numpy(dtype=np.float64), settings.confidence)
-    return estimates
+        for word in ("duplicate", "antipodal")
+    }
 
 
 def _interval(record: dict[str, Any]) -> Interval:

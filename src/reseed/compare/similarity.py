@@ -83,11 +83,11 @@ def survey(
     """
     n, m = len(a), len(b)
     tied = a.tied and b.tied
-    (encoder_a, decoder_a), (encoder_b, decoder_b) = (_unit_pair(x, device) for x in (a, b))
+    (encoder_a, decoder_a), (encoder_b, decoder_b) = (unit_pair(x, device) for x in (a, b))
     within_a, within_b, live_within_a, live_within_b = (
         np.zeros(size, dtype=np.int64) for size in (n, m, n, m)
     )
-    by_decoder, by_both = _Running(n, m, device), _Running(n, m, device)
+    by_decoder, by_both = Running(n, m, device), Running(n, m, device)
     margin = guard(a.d_in)
     for rows, columns in tiles(n, m):
         c_dec = decoder_a[rows] @ decoder_b[columns].T
@@ -123,7 +123,7 @@ def survey(
     )
 
 
-class _Running:
+class Running:
     """Largest entries of the rows and columns of a matrix that is seen tile by tile."""
 
     def __init__(self, n: int, m: int, device: str) -> None:
@@ -158,7 +158,8 @@ def guard(d_in: int) -> float:
     return 1e-6 + 4 * float(np.finfo(np.float32).eps) * d_in**0.5
 
 
-def _unit_pair(x: Rows, device: str) -> tuple[Tensor, Tensor]:
+def unit_pair(x: Rows, device: str) -> tuple[Tensor, Tensor]:
+    """Unit encoder and decoder rows in float32 on the device; one tensor where they are tied."""
     encoder = torch.from_numpy(unit32(x.encoder)).to(device)
     return (encoder, encoder if x.tied else torch.from_numpy(unit32(x.decoder)).to(device))
 

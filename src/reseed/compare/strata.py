@@ -1,0 +1,201 @@
+"""Shared fractions by how often latents fire, and cells compared at equal firing.
+
+The rarest latents are mostly orphans and the most frequent mostly shared (Paulo & Belrose, arXiv
+2501.16615), so two cells may differ in what they share because their latents fire differently.
+Direct standardisation (of epidemiology's age-adjusted rates) averages the fractions that a cell has
+at each density with weights that are the same for all cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float, Int
+
+from reseed.compare.statistics import Interval, leave_one_out_interval
+
+if TYPE_CHECKING:
+    from reseed.compare.dictionary import Dictionary
+    from reseed.compare.stability import PairSide
+
+Kind = Literal["decile", "density"]
+DECILES = 10
+DENSITY_EDGES = 10.0 ** np.arange(-6, -0.9, 0.5)
+"""Half decades from 1e-6 to 0.1; a density at an edge belongs to the lower bin, so that the last
+one is that of dense latents (> 0.1)."""
+
+
+class Stratum(NamedTuple):
+    """Latents with a firing count (or density) from ``low`` to ``high``."""
+
+    name: str
+    low: float
+    high: float
+
+
+def strata_table(
+    trained: Sequence[Dictionary],
+    sides: Mapping[tuple[int, int], PairSide],
+    live_at_least: int,
+) -> pd.DataFrame:
+    """Numbers of latents and of shared ones, for each pair of runs and stratum.
+
+    Columns ``a``, ``b`` (run ids), ``kind``, ``stratum``, ``name``, ``low``, ``high``, ``latents``
+    and ``shared``: of both sides together, by the strict rule, whatever stratum the partner is in.
+
+    - kind ``decile``: latents that never fired; that did, but less often than ``live_at_least``;
+      and ten deciles of the firing counts of the live latents of all runs together (equal counts
+      stay together). ``low`` and ``high`` are firing counts.
+    - kind ``density``: latents that never fired, and bins that are the same for every cell
+      (`DENSITY_EDGES`). ``low`` and ``high`` are firings per token.
+    """
+    frames = []
+    for kind, (names, of_run) in {
+        "decile": _deciles(trained, live_at_least),
+        "density": _densities(trained),
+    }.items():
+        for s, t in sorted(pair for pair in sides if pair[0] < pair[1]):
+            latents, shared = (np.zeros(len(names), dtype=np.int64) for _ in range(2))
+            for x, y in ((s, t), (t, s)):
+                latents += np.bincount(of_run[x], minlength=len(names))
+                shared += np.bincount(of_run[x][sides[x, y].shared], minlength=len(names))
+            frame = pd.DataFrame(names, columns=list(Stratum._fields))
+            frame.insert(0, "stratum", np.arange(len(names)))
+            frame.insert(0, "kind", kind)
+            frame.insert(0, "b", trained[t].id)
+            frame.insert(0, "a", trained[s].id)
+            frames.append(frame.assign(latents=latents, shared=shared))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _deciles(
+    trained: Sequence[Dictionary], live_at_least: int
+) -> tuple[list[Stratum], list[Int[np.ndarray, " num_latents"]]]:
+    pooled = np.concatenate([x.firing[x.live(live_at_least)] for x in trained])
+    edges = np.quantile(pooled, np.arange(DECILES + 1) / DECILES) if pooled.size else np.zeros(11)
+    names = [Stratum("never fired", 0, 0), Stratum("not live", 1, live_at_least - 1)]
+    names += [
+        Stratum(f"decile {i + 1}", float(edges[i]), float(edges[i + 1])) for i in range(DECILES)
+    ]
+    of_run = [
+        np.where(
+            x.live(live_at_least),
+            2 + np.searchsorted(edges[1:-1], x.firing, side="right"),
+            (x.firing > 0).astype(np.int64),
+        )
+        for x in trained
+    ]
+    return names, of_run
+
+
+def _densities(
+    trained: Sequence[Dictionary],
+) -> tuple[list[Stratum], list[Int[np.ndarray, " num_latents"]]]:
+    edges = [0.0, *DENSITY_EDGES.tolist(), 1.0]
+    names = [Stratum("never fired", 0, 0)]
+    names += [Stratum(f"{low:.2g} to {high:.2g}", low, high) for low, high in pairwise(edges)]
+    of_run = [
+        np.where(x.firing > 0, 1 + np.searchsorted(DENSITY_EDGES, x.density, side="left"), 0)
+        for x in trained
+    ]
+    return names, of_run
+
+
+def by_stratum(table: pd.DataFrame, kind: Kind, confidence: float = 0.95) -> pd.DataFrame:
+    """The shared fraction of each stratum of a cell: a row per stratum.
+
+    Columns: ``stratum``, ``name``, ``low``, ``high``, ``latents`` (mean number in a run),
+    ``shared_fraction``, ``shared_low``, ``shared_high``. Counts are summed over pairs; intervals
+    leave one seed out, and are NaN where there is none (fewer than 3 seeds, a fraction of 0 or 1).
+    """
+    counts = _Counts.of(table, kind)
+    columns = ["stratum", "name", "low", "high"]
+    rows = table.loc[table["kind"] == kind, columns].iloc[: counts.latents.shape[1]]
+    found = [_interval(counts, np.eye(len(rows))[i], confidence) for i in range(len(rows))]
+    pairs = counts.latents.shape[0]
+    return rows.assign(
+        latents=counts.latents.sum(axis=0) / (2 * pairs),
+        shared_fraction=[x.mean for x in found],
+        shared_low=[np.nan if x.low is None else x.low for x in found],
+        shared_high=[np.nan if x.high is None else x.high for x in found],
+    ).reset_index(drop=True)
+
+
+@dataclass(frozen=True)
+class Standardised:
+    """The shared fraction that a cell would have at the reference distribution of densities.
+
+    Attributes:
+        estimate: with its interval over seeds; the reference is taken as given.
+        kept: the part of the reference that lies in bins where every cell has latents. What is
+            outside is left out, for all cells alike.
+    """
+
+    estimate: Interval
+    kept: float
+
+
+def standardised(tables: Sequence[pd.DataFrame], confidence: float = 0.95) -> list[Standardised]:
+    """Shared fractions of several cells at one distribution of firing densities.
+
+    Latents that never fired are left out. The reference is the mean of the distributions that the
+    cells have over the bins of `DENSITY_EDGES`.
+
+    Args:
+        tables: `strata_table` of each cell.
+    """
+    counts = [_Counts.of(table, "density") for table in tables]
+    totals = np.array([c.latents.sum(axis=0) for c in counts], dtype=np.float64)
+    totals[:, 0] = 0
+    sums = totals.sum(axis=1, keepdims=True)
+    shares = np.divide(totals, sums, out=np.zeros_like(totals), where=sums > 0)
+    reference = shares.mean(axis=0)
+    common = (totals > 0).all(axis=0)
+    kept = float(reference[common].sum())
+    weights = np.where(common, reference, 0.0)
+    return [Standardised(_interval(c, weights, confidence), kept) for c in counts]
+
+
+@dataclass(frozen=True, eq=False)
+class _Counts:
+    """Latents and shared ones by pair and stratum, and which runs a pair is of."""
+
+    runs: list[str]
+    pairs: list[tuple[str, str]]
+    latents: Int[np.ndarray, "pairs strata"]
+    shared: Int[np.ndarray, "pairs strata"]
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, kind: Kind) -> _Counts:
+        part = {name: table.loc[table["kind"] == kind, name].to_numpy() for name in table.columns}
+        pairs = list(dict.fromkeys(zip(part["a"], part["b"], strict=True)))
+        runs = list(dict.fromkeys(run for pair in pairs for run in pair))
+        latents, shared = (part[name].reshape(len(pairs), -1) for name in ("latents", "shared"))
+        return cls(runs, pairs, latents, shared)
+
+    def fraction(self, weights: Float[np.ndarray, " strata"], without: str | None = None) -> float:
+        """Weighted mean of the fractions of the strata, of the pairs without one run."""
+        kept = np.array([without not in pair for pair in self.pairs])
+        used = weights > 0
+        latents = self.latents[kept].sum(axis=0)[used]
+        if not used.any() or not latents.all():
+            return float("nan")
+        fractions = self.shared[kept].sum(axis=0)[used] / latents
+        return float(fractions @ weights[used] / weights[used].sum())
+
+
+def _interval(
+    counts: _Counts, weights: Float[np.ndarray, " strata"], confidence: float
+) -> Interval:
+    mean = counts.fraction(weights)
+    n = len(counts.runs)
+    if np.isnan(mean):
+        return Interval(mean, None, None, None, n, "no latents")
+    # Of two seeds there is one pair, and nothing is left without one of them.
+    without = [counts.fraction(weights, run) for run in counts.runs] if n > 2 else [mean] * n
+    return leave_one_out_interval(mean, without, confidence, "logit")

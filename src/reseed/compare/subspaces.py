@@ -1,0 +1,137 @@
+"""Do latents that no other seed has at least span the same directions?
+
+A group of latents that describes a subspace without preferred directions can come out turned in
+every seed: no latent has a partner, yet all of them together span what the others span. Groups are
+the orphans (live, shared with no other run), the shared (live, with one at least) and the dense.
+
+With more latents than dimensions a group spans everything, so that the plain span says nothing.
+Compared is the second moment of its unit decoder rows, M = WᵀW/F: *overlap* is ⟨M_A, M_B⟩ /
+(‖M_A‖·‖M_B‖), 1 for the same moments, 0 for orthogonal ones; it is high already where both are
+close to a multiple of the identity, so that it is read beside the overlap of random live latents,
+as many. *Angles* are those between the spans of the leading eigenvectors that hold 90% of each
+moment: the mean squared cosine of the principal angles, of which random spans have about k/D, k the
+larger number of directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from reseed.compare.dictionary import Dictionary
+from reseed.compare.matching import unit_rows
+from reseed.compare.measures import DENSE
+
+GROUPS = ("orphan", "shared", "dense")
+HELD = 0.9
+"""Part of a moment that its leading directions hold."""
+_BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Subspaces:
+    """What the decoder rows of groups of latents span.
+
+    Attributes:
+        pairs: columns of the table of pairs, a value per pair (s, t), s < t, in order:
+            ``subspace_overlap_<group>``, ``null_subspace_overlap_<group>``,
+            ``subspace_angles_<group>``, ``null_subspace_angles_<group>``. NaN where a group is
+            empty.
+        runs: columns of the table of runs: ``directions_<group>``, how many hold 90%.
+    """
+
+    pairs: dict[str, list[float]]
+    runs: dict[str, list[float]]
+
+
+def subspaces(
+    trained: Sequence[Dictionary],
+    shared_with: Sequence[Int[np.ndarray, " num_latents"]],
+    live_at_least: int,
+    seed: int = 0,
+) -> Subspaces:
+    """Compare the groups of every pair of runs; the moments of one group are held at a time."""
+    pairs: dict[str, list[float]] = {}
+    runs: dict[str, list[float]] = {}
+    which = list(combinations(range(len(trained)), 2))
+    for group in GROUPS:
+        spans, nulls = [], []
+        for s, (x, m) in enumerate(zip(trained, shared_with, strict=True)):
+            member = _members(x, m, live_at_least)[group]
+            spans.append(_Span.of(moment(x.decoder[member])))
+            live = np.flatnonzero(x.live(live_at_least) & ~x.zero)
+            drawn = np.random.default_rng([seed, s]).choice(live, member.sum(), replace=False)
+            nulls.append(moment(x.decoder[np.sort(drawn)]))
+        runs[f"directions_{group}"] = [span.directions for span in spans]
+        measured = {
+            "subspace_overlap": [overlap(spans[s].moment, spans[t].moment) for s, t in which],
+            "null_subspace_overlap": [overlap(nulls[s], nulls[t]) for s, t in which],
+            "subspace_angles": [angles(spans[s].basis, spans[t].basis) for s, t in which],
+            "null_subspace_angles": [_by_chance(spans[s], spans[t]) for s, t in which],
+        }
+        pairs |= {f"{name}_{group}": values for name, values in measured.items()}
+    return Subspaces(pairs, runs)
+
+
+def _by_chance(a: _Span, b: _Span) -> float:
+    """`angles` of two random spans with so many directions."""
+    fewer, more = sorted((a.directions, b.directions))
+    return more / len(a.moment) if fewer else float("nan")
+
+
+def _members(
+    x: Dictionary, shared_with: Int[np.ndarray, " num_latents"], live_at_least: int
+) -> Mapping[str, Bool[np.ndarray, " num_latents"]]:
+    live = x.live(live_at_least) & ~x.zero
+    return {
+        "orphan": live & (shared_with == 0),
+        "shared": live & (shared_with > 0),
+        "dense": live & (x.density > DENSE),
+    }
+
+
+def moment(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "d_in d_in"]:
+    """WᵀW/F of unit rows, float64; zero where there are none."""
+    total = np.zeros((rows.shape[1], rows.shape[1]))
+    for start in range(0, len(rows), _BLOCK_ROWS):
+        unit = unit_rows(rows[start : start + _BLOCK_ROWS])
+        total += unit.T @ unit
+    return total / max(len(rows), 1)
+
+
+def overlap(a: Float[np.ndarray, "d_in d_in"], b: Float[np.ndarray, "d_in d_in"]) -> float:
+    """⟨A, B⟩ / (‖A‖·‖B‖); NaN where one of them is zero."""
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(np.vdot(a, b)) / norms if norms else float("nan")
+
+
+def angles(a: Float[np.ndarray, "d_in j"], b: Float[np.ndarray, "d_in k"]) -> float:
+    """Mean squared cosine of the principal angles between the spans of orthonormal columns.
+
+    The squares sum to ‖aᵀb‖² (Björck & Golub 1973), so that the angles themselves are not needed.
+    """
+    number = min(a.shape[1], b.shape[1])
+    return float(np.square(a.T @ b).sum()) / number if number else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class _Span:
+    """A moment and the leading eigenvectors that hold `HELD` of its trace."""
+
+    moment: Float[np.ndarray, "d_in d_in"]
+    basis: Float[np.ndarray, "d_in directions"]
+
+    @classmethod
+    def of(cls, matrix: Float[np.ndarray, "d_in d_in"]) -> _Span:
+        values, vectors = np.linalg.eigh(matrix)
+        held = np.cumsum(np.maximum(values[::-1], 0.0))
+        number = int(np.searchsorted(held, HELD * held[-1] * (1 - 1e-12)) + 1) if held[-1] else 0
+        return cls(matrix, vectors[:, ::-1][:, :number])
+
+    @property
+    def directions(self) -> int:
+        return self.basis.shape[1]

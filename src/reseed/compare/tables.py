@@ -1,0 +1,186 @@
+"""The tables of a cell: a row per run, a row per latent, and estimates with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+from jaxtyping import Int
+
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.dictionary import Dictionary
+from reseed.compare.measures import LIVE_SHOWN, THRESHOLDS
+from reseed.compare.repeats import Repeats
+from reseed.compare.reproducibility import Reproducibility
+from reseed.compare.stability import PairSide
+from reseed.compare.statistics import Interval, run_interval, seed_interval
+from reseed.compare.subspaces import GROUPS
+
+FRACTIONS = (
+    "shared_fraction",
+    "shared_fraction_live",
+    *(f"shared_fraction_live_{limit}" for limit in LIVE_SHOWN),
+    "shared_fraction_not_dead",
+    "shared_fraction_decoder",
+    "shared_fraction_decoder_live",
+    "shared_fraction_correlation",
+    "shared_fraction_correlation_live",
+    "index_agreement",
+    "index_agreement_live",
+    "coverage",
+    "coverage_live",
+    *(f"shared_fraction_at_{tau}" for tau in THRESHOLDS),
+    *(f"shared_fraction_live_at_{tau}" for tau in THRESHOLDS),
+    "shared_fraction_joint",
+    "shared_fraction_joint_live",
+    "shared_fraction_by_firing",
+    "shared_fraction_by_variance",
+    "shared_fraction_dense",
+    "shared_fraction_sparse",
+    "split_fraction",
+    "split_fraction_live",
+    "mutual_nearest",
+    "mutual_nearest_live",
+    "mutual_nearest_decoder",
+    "mutual_nearest_decoder_live",
+    "shared_fraction_duplicate",
+    "shared_fraction_antipodal",
+)
+COSINES = (
+    "cosine_encoder",
+    "cosine_decoder",
+    "cosine_encoder_live",
+    "cosine_decoder_live",
+    "cosine_correlation",
+    "mmcs",
+    "mmcs_live",
+    "pw_mcc_signed",
+    "pw_mcc_absolute",
+    *(f"subspace_{measure}_{group}" for measure in ("overlap", "angles") for group in GROUPS),
+)
+UNTRAINED = (
+    "shared_fraction",
+    "index_agreement",
+    "coverage",
+    "cosine_encoder",
+    "cosine_decoder",
+)
+"""Measures that are also made on the initial weights: columns ``untrained_…`` of the pairs."""
+RUN_COLUMNS = (
+    "run",
+    "seed",
+    "num_latents",
+    "d_in",
+    "held_out_tokens",
+    "live_fraction",
+    "zero_latents",
+    "reproducibility_alpha",
+    "reproducibility_beta",
+)
+"""Columns of `CellResult.runs` that come before the metrics of the runs."""
+
+
+def run_table(
+    trained: Sequence[Dictionary],
+    repeated: Sequence[Repeats],
+    reproducible: Sequence[Reproducibility],
+    directions: Mapping[str, Sequence[float]],
+    settings: ComparisonConfig,
+) -> pd.DataFrame:
+    """A row per run: `RUN_COLUMNS`, then its metrics and what its weights alone show."""
+    table = pd.DataFrame(
+        [
+            {
+                "run": x.id,
+                "seed": x.seed,
+                "num_latents": x.num_latents,
+                "d_in": x.d_in,
+                "held_out_tokens": x.held_out_tokens,
+                "live_fraction": float(x.live(settings.live_at_least).mean()),
+                "zero_latents": int(x.zero.sum()),
+                "reproducibility_alpha": chance.prior.alpha,
+                "reproducibility_beta": chance.prior.beta,
+                "dead_fraction": float(x.dead.mean()),
+                **{name: float(value) for name, value in x.metrics.items()},
+                "duplicate_fraction": float(own.duplicate.mean()),
+                "antipodal_fraction": float(own.antipodal.mean()),
+            }
+            for x, own, chance in zip(trained, repeated, reproducible, strict=True)
+        ]
+    )
+    return table.assign(**directions)
+
+
+def latent_table(
+    x: Dictionary,
+    against: Mapping[str, PairSide],
+    shared_with: Int[np.ndarray, " num_latents"],
+    own: Repeats,
+    chance: Reproducibility,
+) -> pa.Table:
+    """The rows of one run in ``latents.parquet``, one per latent.
+
+    ``run``, ``seed``, ``latent``, ``firing``, ``live``, ``dead``, ``zero``; ``shared_with``, m_i;
+    ``reproducibility`` with ``_low`` and ``_high`` (`reseed.compare.reproducibility`);
+    ``duplicate``, ``antipodal`` with ``_product`` (`reseed.compare.repeats`); and lists with an
+    entry per other run, in the order of ``others``: ``partner_encoder``, ``partner_decoder``,
+    ``cosine_encoder``, ``cosine_decoder``, ``shared``, ``within`` (`stability.PairSide`).
+    """
+    n, sides = x.num_latents, list(against.values())
+
+    def lists(name: str, dtype: Any) -> pa.ListArray:
+        values = np.stack([getattr(side, name) for side in sides], axis=1).astype(dtype)
+        return _list_array(pa.array(values.ravel()), n)
+
+    return pa.table(
+        {
+            "run": pa.array([x.id] * n),
+            "seed": pa.array([x.seed] * n),
+            "latent": np.arange(n),
+            "firing": x.firing,
+            "live": sides[0].live,
+            "dead": x.dead,
+            "zero": x.zero,
+            "shared_with": shared_with,
+            "reproducibility": chance.mean,
+            "reproducibility_low": chance.low,
+            "reproducibility_high": chance.high,
+            "duplicate": own.duplicate,
+            "antipodal": own.antipodal,
+            "duplicate_product": own.duplicate_product.astype(np.float32),
+            "antipodal_product": own.antipodal_product.astype(np.float32),
+            "others": _list_array(pa.array(list(against) * n), n),
+            "partner_encoder": lists("partner_encoder", np.int32),
+            "partner_decoder": lists("partner_decoder", np.int32),
+            "cosine_encoder": lists("cosine_encoder", np.float32),
+            "cosine_decoder": lists("cosine_decoder", np.float32),
+            "shared": lists("shared", np.bool_),
+            "within": lists("within", np.int32),
+        }
+    )
+
+
+def _list_array(flat: pa.Array, n: int) -> pa.ListArray:
+    offsets = np.arange(n + 1, dtype=np.int32) * (len(flat) // n)
+    return pa.ListArray.from_arrays(pa.array(offsets), flat)
+
+
+def pair_estimates(
+    pairs: pd.DataFrame, runs: pd.DataFrame, settings: ComparisonConfig
+) -> dict[str, Interval]:
+    """Fractions (logit) and cosines (linear) over pairs of seeds, metrics over runs."""
+    n = len(runs)
+    upper = np.triu_indices(n, 1)
+    estimates = {}
+    for name in (*FRACTIONS, *COSINES):
+        values = np.zeros((n, n))
+        values[upper] = pairs[name]
+        estimates[name] = seed_interval(
+            values + values.T, settings.confidence, logit=name in FRACTIONS
+        )
+    for name in runs.columns.difference(RUN_COLUMNS, sort=False):
+        estimates[name] = run_interval(runs[name].to_numpy(dtype=np.float64), settings.confidence)
+    return estimates
