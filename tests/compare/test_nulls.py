@@ -1,8 +1,20 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
 from reseed.compare import nulls
-from reseed.compare.nulls import above, best_cosine, covered_by_chance, isotropic_null, kappa
+from reseed.compare.cell import compare_cell
+from reseed.compare.matching import match
+from reseed.compare.nulls import (
+    above,
+    best_cosine,
+    covariance_null,
+    covered_by_chance,
+    isotropic_null,
+    kappa,
+)
+from reseed.compare.rows import unit32
 from reseed.compare.stability import compare_pair
 
 
@@ -79,3 +91,104 @@ def test_kappa_is_zero_at_the_null_and_one_at_the_top():
     assert kappa(1.0, 0.2) == 1
     assert kappa(0.6, 0.2) == pytest.approx(0.5)
     assert np.isnan(kappa(1.0, 1.0))
+
+
+@pytest.mark.parametrize(("num_latents", "d_in"), [(512, 64), (512, 256)])
+def test_best_and_matched_cosine_of_the_null_by_simulation(num_latents, d_in):
+    rng = np.random.default_rng(9)
+    rows = [[rng.standard_normal((num_latents, d_in)) for _ in range(2)] for _ in range(5)]
+    found = [match(*pair).cosines.mean() for pair in rows]
+    best = [(unit32(a) @ unit32(b).T).max(axis=1).mean() for a, b in rows]
+    null = isotropic_null(num_latents, num_latents, d_in)
+    assert null.cosine == pytest.approx(np.mean(found), rel=0.01)
+    assert null.best == pytest.approx(np.mean(best), rel=0.01)
+
+
+def spectra(d_in):
+    k = np.arange(1, d_in + 1)
+    return {"1/k": np.diag(1.0 / k), "1/sqrt k": np.diag(k**-0.5)}
+
+
+@pytest.mark.parametrize("name", ["1/k", "1/sqrt k"])
+@pytest.mark.parametrize(("num_latents", "d_in"), [(512, 64), (400, 128)])
+def test_the_null_with_a_covariance_by_simulation(name, num_latents, d_in):
+    covariance = spectra(d_in)[name]
+    rng = np.random.default_rng(9)
+    half = np.sqrt(covariance)
+    rows = [[rng.standard_normal((num_latents, d_in)) @ half for _ in range(2)] for _ in range(6)]
+    found = np.mean([match(*pair).cosines.mean() for pair in rows])
+    best = np.mean([(unit32(a) @ unit32(b).T).max(axis=1).mean() for a, b in rows])
+    null = covariance_null(num_latents, num_latents, covariance)
+    assert null.cosine == pytest.approx(found, rel=0.01)
+    assert null.best == pytest.approx(best, rel=0.01)
+    assert null.cosine > isotropic_null(num_latents, num_latents, d_in).cosine + 0.02
+    # Turning the axes changes nothing.
+    axes, _ = np.linalg.qr(rng.standard_normal((d_in, d_in)))
+    again = covariance_null(num_latents, num_latents, axes @ covariance @ axes.T, draws=1)
+    assert again.cosine == pytest.approx(null.cosine, rel=0.015)
+
+
+def test_with_the_identity_it_is_the_isotropic_null():
+    null, other = isotropic_null(600, 400, 64), covariance_null(600, 400, 3 * np.eye(64))
+    assert other.cosine == pytest.approx(null.cosine, rel=0.01)
+    assert other.best == pytest.approx(null.best, rel=0.01)
+    assert other.shared_fraction == null.shared_fraction == 0
+    assert other.simulated_latents == null.simulated_latents == 600
+
+
+@pytest.mark.parametrize("name", ["1/k", pytest.param("1/sqrt k", marks=pytest.mark.slow)])
+def test_above_the_limit_it_is_carried_on(monkeypatch, name):
+    covariance = spectra(64)[name]
+    whole = covariance_null(768, 768, covariance, draws=4)
+    monkeypatch.setattr(nulls, "MAX_SIMULATED_LATENTS", 256)
+    nulls._covariance_null.cache_clear()
+    carried = [covariance_null(768, 768, covariance, seed=seed) for seed in range(3)]
+    nulls._covariance_null.cache_clear()
+    assert carried[0].simulated_latents == 256
+    assert np.mean([null.cosine for null in carried]) == pytest.approx(whole.cosine, rel=0.01)
+    assert np.mean([null.best for null in carried]) == pytest.approx(whole.best, rel=0.01)
+    # A smaller problem has another answer.
+    assert covariance_null(256, 256, covariance).cosine < 0.97 * whole.cosine
+
+
+def test_what_two_random_dictionaries_with_a_covariance_share(dictionary):
+    half = np.diag([2.0, 1.0])
+
+    def measured(seed):
+        rng = np.random.default_rng(seed)
+        a, b = (dictionary(*(rng.standard_normal((2, 8, 2)) @ half), seed=s) for s in "ab")
+        found = compare_pair(a, b, brief=True).measures
+        return found["shared_fraction"], found["coverage"]
+
+    shared, covered = np.mean([measured(seed) for seed in range(400)], axis=0)
+    null = covariance_null(8, 8, half**2, draws=400)
+    assert null.shared_fraction == pytest.approx(shared, abs=0.015)
+    assert null.coverage == pytest.approx(covered, abs=0.02)
+    assert null.shared_fraction > isotropic_null(8, 8, 2, draws=400).shared_fraction
+
+
+def test_the_null_with_a_covariance_is_deterministic_and_symmetric():
+    covariance = spectra(8)["1/k"]
+    first = covariance_null(40, 30, covariance, seed=1)
+    nulls._covariance_null.cache_clear()
+    assert covariance_null(30, 40, covariance, seed=1) == first
+    assert covariance_null(30, 40, covariance, seed=2) != first
+
+
+def test_the_ladder_of_a_pair(partly_shared, settings):
+    runs = partly_shared(2, 12)
+    cell = compare_cell(runs, partly_shared(2, 4), settings)
+    row = cell.pairs.iloc[0]
+    covariance = np.asarray(runs[0].covariance)
+    drawn = (settings.threshold, settings.null_seed, settings.null_draws)
+    null = covariance_null(40, 40, covariance, *drawn)
+    assert row["null_covariance_cosine"] == null.cosine
+    assert row["null_covariance_mmcs"] == null.best
+    assert row["null_covariance_coverage"] == null.coverage
+    assert row["kappa_covariance"] == kappa(0.3, null.shared_fraction)
+    assert row["kappa_untrained"] == pytest.approx((0.3 - 0.1) / 0.9)
+    assert row["null_mmcs"] == pytest.approx(best_cosine(40, 64))
+    without = [dataclasses.replace(x, covariance=None) for x in runs]
+    row = compare_cell(without, [], settings).pairs.iloc[0]
+    assert row.filter(like="covariance").isna().all()
+    assert np.isnan(row["kappa_untrained"])

@@ -270,11 +270,13 @@ def _beside(
         correlated = covariance_null(*sizes, covariance, *drawn)
     return {
         "null_cosine": null.cosine,
+        "null_mmcs": null.best,
         "null_shared_fraction": null.shared_fraction,
         "null_coverage": null.coverage,
         "null_simulated_latents": null.simulated_latents,
         "kappa": kappa(shared, null.shared_fraction),
         "null_covariance_cosine": correlated.cosine if correlated else unknown,
+        "null_covariance_mmcs": correlated.best if correlated else unknown,
         "null_covariance_shared_fraction": correlated.shared_fraction if correlated else unknown,
         "null_covariance_coverage": correlated.coverage if correlated else unknown,
         "kappa_covariance": kappa(shared, correlated.shared_fraction) if correlated else unknown,

@@ -45,7 +45,8 @@ def repeats(x: Rows, threshold: float, device: str = "cpu") -> Repeats:
     for rows, columns in tiles(n, n):
         c_enc = encoder[rows] @ encoder[columns].T
         product = c_enc * (c_enc if x.tied else decoder[rows] @ decoder[columns].T)
-        own = torch.arange(max(rows.start, columns.start), min(rows.stop, columns.stop))
+        first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
+        own = torch.arange(first, max(first, last))  # a latent is no other one
         product[own - rows.start, own - columns.start] = 0
         positive.look(product.where(c_enc > 0, 0), rows, columns)
         negative.look(product.where(c_enc < 0, 0), rows, columns)

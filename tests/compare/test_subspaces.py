@@ -1,0 +1,113 @@
+"""What groups of latents span."""
+
+import numpy as np
+import pytest
+from scipy.linalg import qr, subspace_angles
+
+from reseed.compare.cell import compare_cell
+from reseed.compare.subspaces import angles, moment, overlap, subspaces
+
+
+def basis(rng, d, k):
+    return qr(rng.standard_normal((d, k)), mode="economic")[0]
+
+
+def test_angles_are_the_principal_ones():
+    rng = np.random.default_rng(0)
+    a, b = basis(rng, 20, 4), basis(rng, 20, 7)
+    assert angles(a, b) == pytest.approx(np.mean(np.cos(subspace_angles(a, b)) ** 2))
+    assert angles(a, b) == pytest.approx(angles(b, a))
+    assert angles(b[:, :3], b) == pytest.approx(1)
+    assert np.isnan(angles(a, b[:, :0]))
+
+
+def test_random_spans_have_the_angles_that_chance_gives():
+    rng = np.random.default_rng(0)
+    found = [angles(basis(rng, 30, 5), basis(rng, 30, 12)) for _ in range(200)]
+    assert np.mean(found) == pytest.approx(12 / 30, abs=0.01)
+
+
+def test_the_moment_is_that_of_unit_rows():
+    rows = np.array([[2.0, 0, 0], [0, 3, 4], [0, 0, -5]])
+    wanted = (np.diag([1, 0, 0]) + np.outer([0, 0.6, 0.8], [0, 0.6, 0.8]) + np.diag([0, 0, 1])) / 3
+    assert moment(rows) == pytest.approx(wanted)
+    assert moment(-7 * rows) == pytest.approx(wanted)
+    many = np.random.default_rng(0).standard_normal((10_000, 3))
+    unit = many / np.linalg.norm(many, axis=1, keepdims=True)
+    assert moment(many) == pytest.approx(unit.T @ unit / 10_000)
+
+
+def test_overlap_of_moments():
+    a, b = np.diag([1.0, 1, 0, 0]), np.diag([0, 0, 2.0, 1])
+    assert overlap(a, 5 * a) == pytest.approx(1)
+    assert overlap(a, b) == 0
+    assert overlap(a, np.eye(4)) == pytest.approx(2 / np.sqrt(2 * 4))
+    assert np.isnan(overlap(a, 0 * a))
+
+
+def turned(dictionary, seeds=3, d=40, plane=5):
+    """Shared latents, and others that span one plane, turned in it for every seed."""
+    common = np.random.default_rng(0).standard_normal((30, d))
+    common[:, :plane] = 0
+    runs = []
+    for s in range(seeds):
+        own = np.zeros((60, d))
+        own[:, :plane] = np.random.default_rng([1, s]).standard_normal((60, plane))
+        decoder = np.concatenate([common, own])
+        # Encoders of the plane's latents have nothing in common, so that none is shared.
+        turned = np.random.default_rng([2, s]).standard_normal((60, d))
+        encoder = np.concatenate([common, turned])
+        firing = np.where(np.arange(90) < 4, 500, 50)
+        runs.append(dictionary(encoder, decoder, firing=firing, seed=str(s)))
+    return runs
+
+
+def test_orphans_may_span_one_subspace(dictionary, settings):
+    cell = compare_cell(turned(dictionary), [], settings)
+    assert (cell.pairs["shared_latents"] == 30).all()
+    assert (cell.runs["directions_orphan"] <= 5).all()
+    assert (cell.runs["directions_orphan"] >= 4).all()
+    assert (cell.pairs["subspace_overlap_orphan"] > 0.9).all()
+    assert (cell.pairs["subspace_angles_orphan"] > 0.75).all()
+    # Random spans so small hardly meet.
+    assert (cell.pairs["null_subspace_angles_orphan"] <= 5 / 40).all()
+    # Of random live latents, as many as the shared ones, two thirds are of the plane.
+    assert (cell.pairs["null_subspace_overlap_shared"] < 0.97).all()
+    assert cell.pairs["subspace_overlap_shared"].tolist() == pytest.approx([1] * 3)
+    assert cell.pairs["subspace_angles_shared"].tolist() == pytest.approx([1] * 3)
+    assert cell.pairs["subspace_overlap_dense"].tolist() == pytest.approx([1] * 3)
+    assert (cell.runs["directions_dense"] <= 4).all()
+    assert cell.estimates["subspace_overlap_orphan"].low is not None
+
+
+def test_orphans_without_anything_in_common_are_as_far_apart_as_random_ones(dictionary):
+    rng = np.random.default_rng(0)
+    runs = [dictionary(*rng.standard_normal((2, 400, 30)), seed=s) for s in "ab"]
+    found = subspaces(runs, [np.zeros(400, int)] * 2, 10).pairs
+    assert found["subspace_overlap_orphan"] == pytest.approx(
+        found["null_subspace_overlap_orphan"], abs=0.01
+    )
+
+
+def test_a_group_without_latents_is_not_known(dictionary):
+    rng = np.random.default_rng(0)
+    runs = [dictionary(rng.standard_normal((10, 6)), seed=s, firing=50) for s in "ab"]
+    found = subspaces(runs, [np.arange(10), np.full(10, 1)], 10)
+    assert np.isnan(
+        [value[0] for name, value in found.pairs.items() if name.endswith("dense")]
+    ).all()
+    assert np.isnan(found.pairs["subspace_overlap_orphan"]).all()
+    assert found.runs["directions_dense"] == [0, 0]
+    assert found.runs["directions_orphan"] == [1, 0]
+
+
+def test_latents_that_are_not_live_or_have_no_direction_are_in_no_group(dictionary):
+    rows = np.eye(6)
+    rows[2] = 0
+    runs = [dictionary(rows, seed=s, firing=[50, 50, 50, 0, 5, 900]) for s in "ab"]
+    found = subspaces(runs, [np.array([0, 0, 0, 0, 0, 1])] * 2, 10)
+    assert found.runs == {
+        "directions_orphan": [2, 2],
+        "directions_shared": [1, 1],
+        "directions_dense": [1, 1],
+    }
