@@ -3,7 +3,8 @@
     outputs/<readable>-<signature>/
         run.json          the record: experiment, status, environment, timings, tokens, error
         sae.safetensors   weights, for raw activations        sae.json   what they are
-        latents.safetensors   per latent: held-out firing counts, tokens since it last fired
+        latents.safetensors   per latent: held-out firing counts and sums of activations, tokens
+                          since it last fired
         activations.safetensors   mean and covariance of the held-out activations
         metrics.json      held-out metrics                    training.csv   the curve
         checkpoint.pt     while it trains

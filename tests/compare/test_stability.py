@@ -15,8 +15,16 @@ FRACTIONS = (
     "coverage",
     "coverage_live",
     "ceiling_live",
+    "shared_fraction_joint",
+    "shared_fraction_by_firing",
+    "mutual_nearest",
+    "mutual_nearest_decoder_live",
+    "shared_fraction_at_0.9",
 )
-COSINES = ("cosine_encoder", "cosine_decoder", "cosine_encoder_live", "cosine_decoder_live")
+COSINES = (
+    *("cosine_encoder", "cosine_decoder", "cosine_encoder_live", "cosine_decoder_live"),
+    *("mmcs", "mmcs_live", "pw_mcc_signed", "pw_mcc_absolute"),
+)
 
 
 def noisy_copy(rng, a_rows, noise):
@@ -43,7 +51,7 @@ def test_a_permuted_copy_shares_everything(dictionary):
     b = dictionary(*rows[:, order], firing=firing[order], seed="b")
     pair = compare_pair(a, b)
     assert {name: pair.measures[name] for name in FRACTIONS} == dict.fromkeys(FRACTIONS, 1.0)
-    assert [pair.measures[name] for name in COSINES] == pytest.approx([1] * 4)
+    assert [pair.measures[name] for name in COSINES] == pytest.approx([1] * 8)
     assert np.array_equal(pair.a.partner_encoder, np.argsort(order))
 
 
@@ -53,6 +61,8 @@ def test_two_random_dictionaries_share_nothing(dictionary):
     measures = compare_pair(a, b).measures
     assert measures["shared_latents"] == 0
     assert measures["coverage"] == 0
+    for name in ("shared_fraction_joint", "mutual_nearest", "split_fraction"):
+        assert measures[name] == 0
     # √(2 ln F/D) = .42 is an upper bound of the matched cosine.
     assert 0.2 < measures["cosine_encoder"] < 0.42
 
@@ -123,8 +133,10 @@ def test_both_orders_of_a_pair_are_one_pair(dictionary, n, m, d, seed):
     a = dictionary(*rows[:, :n], seed="a", firing=firing[:n])
     b = dictionary(*noisy_copy(rng, rows, 0.5)[:, :m], seed="b", firing=firing[:m])
     there, back = compare_pair(a, b), compare_pair(b, a)
-    for name in ("shared_latents", *FRACTIONS, *COSINES):
-        assert there.measures[name] == pytest.approx(back.measures[name], nan_ok=True), name
+    swapped = {"_a": "_b", "_b": "_a"}
+    for name, value in there.measures.items():
+        other = name[:-2] + swapped.get(name[-2:], name[-2:])
+        assert value == pytest.approx(back.measures[other], nan_ok=True, abs=1e-6), name
     assert there.a.shared.sum() == there.b.shared.sum() == there.measures["shared_latents"]
     assert np.array_equal(there.a.shared, back.b.shared)
     # A latent that is shared is covered, and its partner points back.

@@ -22,6 +22,20 @@ Columns of ``pairs.csv``, all over both sides together, so that (A, B) and (B, A
 | `cosine_encoder`, `cosine_decoder` | mean cosine of matched pairs |
 | `pw_mcc_signed`, `pw_mcc_absolute` | mean matched decoder cosine over min(F_A, F_B), unmatched as 0 |
 
+`reseed.compare.cell` puts beside them:
+
+| column | is |
+| :-- | :-- |
+| `shared_fraction_duplicate`, `…_antipodal` | among latents that their own dictionary has twice |
+| `null_…` | of two dictionaries of random isotropic rows: `cosine`, `mmcs`, `shared_fraction`, `coverage` |
+| `null_covariance_…` | of rows drawn with the covariance of the activations |
+| `untrained_…` | of the weights at the start |
+| `kappa`, `kappa_covariance`, `kappa_untrained` | (S − S₀)/(1 − S₀) against each of the three |
+| `subspace_overlap_…`, `subspace_angles_…` | do the `orphan`, `shared`, `dense` latents span the same (`compare.subspaces`) |
+| `null_subspace_overlap_…`, `null_subspace_angles_…` | random live latents, as many; random spans |
+
+A weighted fraction has the null of the plain one: what random rows share does not depend on firing.
+
 PW-MCC is of Song et al. (arXiv 2505.20254): the paper writes |cos|, its public code uses the signed
 cosine; here the assignment maximises what is averaged. Of the two, `pw_mcc_signed` is
 `cosine_decoder` wherever every latent has a direction.
