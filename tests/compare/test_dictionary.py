@@ -25,6 +25,10 @@ def test_live_counts_held_out_firings(dictionary):
         ({"firing": np.full(4, 1001)}, "between 0 and `held_out_tokens` (=1000); it runs from"),
         ({"dead": np.zeros(3, bool)}, "run-0: `dead` must have one value per latent [4]; got [3]"),
         ({"dead": np.zeros(4)}, "run-0: `dead` must be true or false; got float64"),
+        (
+            {"variance": np.ones(3)},
+            "run-0: `variance` must have one value per latent [4]; got [3]",
+        ),
         ({"id": ""}, "`id` must not be empty"),
     ],
 )

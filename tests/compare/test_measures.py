@@ -1,16 +1,19 @@
 """Measures of a pair beside the strict rule, by dense matrices and scipy's solver."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy.optimize import linear_sum_assignment
 
 from reseed.compare.cell import compare_cell
-from reseed.compare.load import _variance
+from reseed.compare.load import _variance, load_dictionaries
 from reseed.compare.matching import match
 from reseed.compare.measures import THRESHOLDS
 from reseed.compare.stability import compare_pair
+from reseed.sae.topk import TopKConfig
 
 
 def unit(rows):
@@ -114,6 +117,32 @@ def test_variance_of_a_contribution_by_its_definition():
     wanted = [np.cov((activations[:, [i]] * decoder[i]).T, bias=True).trace() for i in range(6)]
     assert _variance(sums, decoder, 500) == pytest.approx(wanted)
     assert _variance({}, decoder, 500) is None
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_run_is_loaded_with_the_variance_where_its_sums_are_stored(stored):
+    sae = TopKConfig(num_latents=6, k=2).build(4, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.arange(1.0, 7)[:, None])
+    latents = {"firing": np.full(6, 5), "tokens_since_fired": np.zeros(6, int)}
+    if stored:
+        latents |= {"activation_sum": np.full(6, 20.0), "activation_square_sum": np.full(6, 90.0)}
+    run = SimpleNamespace(
+        id="run",
+        record={"dead_after_tokens": 100, "steps": 1},
+        metrics={"fvu": 0.1, "l0": 2, "cosine": 0.9, "dead_fraction": 0, "tokens": 10},
+        latents=lambda: latents,
+        activations=lambda: None,
+        sae=lambda: sae,
+        initial_sae=lambda: sae,
+    )
+    trained, untrained = load_dictionaries(run, "0")
+    assert untrained.variance is None
+    if not stored:
+        assert trained.variance is None
+        return
+    squares = sae.W_dec.detach().double().square().sum(1)
+    assert trained.variance == pytest.approx((9 - 2**2) * squares.numpy(), rel=1e-6)
 
 
 class Counting:

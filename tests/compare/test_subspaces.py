@@ -111,3 +111,12 @@ def test_latents_that_are_not_live_or_have_no_direction_are_in_no_group(dictiona
         "directions_shared": [1, 1],
         "directions_dense": [1, 1],
     }
+
+
+def test_spans_of_different_size_by_chance(dictionary):
+    runs = [dictionary(np.eye(6)[:k], seed=s, firing=50) for k, s in ((2, "a"), (3, "b"))]
+    found = subspaces(runs, [np.zeros(2, int), np.zeros(3, int)], 10)
+    assert found.runs["directions_orphan"] == [2, 3]
+    assert found.pairs["null_subspace_angles_orphan"] == [3 / 6]
+    assert found.pairs["subspace_angles_orphan"] == pytest.approx([1])
+    assert found.pairs["subspace_overlap_orphan"] == pytest.approx([2 / np.sqrt(6)])
