@@ -25,14 +25,14 @@ from reseed.atomic import atomic_write, atomic_write_json
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.cycles import cycle_estimates
 from reseed.compare.dictionary import Dictionary
-from reseed.compare.matching import match
+from reseed.compare.matching import Matcher, match
 from reseed.compare.measures import Subset
 from reseed.compare.nulls import covariance_null, isotropic_null, kappa
 from reseed.compare.profile import seed_profile, unshared_fractions
 from reseed.compare.repeats import Repeats, repeats
 from reseed.compare.reproducibility import reproducibility
 from reseed.compare.rows import Rows
-from reseed.compare.stability import Matcher, PairResult, PairSide, compare_pair
+from reseed.compare.stability import PairResult, PairSide, compare_pair
 from reseed.compare.statistics import Interval
 from reseed.compare.strata import strata_table
 from reseed.compare.subspaces import subspaces

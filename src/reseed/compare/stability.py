@@ -12,13 +12,13 @@ several seeds in `reseed.compare.profile`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from reseed.compare.dictionary import Dictionary, root
-from reseed.compare.matching import Matching, match
+from reseed.compare.matching import Matcher, Matching, match
 from reseed.compare.measures import (
     Subset,
     correlation_measures,
@@ -28,21 +28,8 @@ from reseed.compare.measures import (
     threshold_measures,
     weighted_measures,
 )
-from reseed.compare.profile import fit_power_law as fit_power_law
 from reseed.compare.rows import Rows
 from reseed.compare.similarity import survey
-
-
-class Matcher(Protocol):
-    """What finds an assignment: `match`, or one that looks first whether it was found before."""
-
-    def __call__(
-        self,
-        a: Float[np.ndarray, "n d_in"],
-        b: Float[np.ndarray, "m d_in"],
-        *,
-        absolute: bool = False,
-    ) -> Matching: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +126,7 @@ def compare_pair(
     by_decoder = by_encoder if tied else matcher(rows_a.decoder, rows_b.decoder)
     found = survey(rows_a, rows_b, threshold, *live, device=device)
     within = (found.within_a, found.live_within_a), (found.within_b, found.live_within_b)
-    back = by_encoder.inverse(), by_decoder.inverse(b.num_latents)
+    back = by_encoder.inverse(), by_decoder.inverse()
     side_a = _side(a, by_encoder, by_decoder, threshold, *within[0], live.a)
     side_b = _side(b, *back, threshold, *within[1], live.b)
     correlated = _match_by_correlation(a, b, rows_a, rows_b, matcher)

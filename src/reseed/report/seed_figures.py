@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from reseed.compare.cell import CellResult
-from reseed.compare.stability import fit_power_law
+from reseed.compare.profile import fit_power_law
 from reseed.report.axes import Cell, label, naming, row_labels, wrapped
 from reseed.report.style import COLOURS, MARKERS, WIDTH, counted, legend_below
 from reseed.report.wording import paired
