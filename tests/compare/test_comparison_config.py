@@ -42,6 +42,13 @@ def test_name_and_grid_are_not_signed_but_what_changes_numbers_is():
         ({"grid": {"seed": [0]}}, "`comparison.grid.seed` is the axis that pairs up"),
         ({"pair_by": "sed"}, "`comparison.pair_by` must be an axis of `grid` (seed); got 'sed'."),
         ({"pair_by": "sed"}, "Did you mean `seed`?"),
+        ({"pair_by": ["seed", "lyer"]}, "`comparison.pair_by` must be an axis of `grid` (seed); "),
+        ({"pair_by": ["seed", "seed"]}, "`comparison.pair_by` must name every axis once; seed is"),
+        ({"pair_by": []}, "`comparison.pair_by` must name at least one axis; it is empty"),
+        ({"pair_by": 3}, "`comparison.pair_by` must be a string or a list (a string each); got 3"),
+        ({"primary": "covrage"}, "`comparison.primary` must be one of the fractions shared_frac"),
+        ({"primary": "covrage"}, "got 'covrage'. Did you mean `coverage`?"),
+        ({"primary": "cosine_encoder"}, "`comparison.primary` must be one of the fractions"),
         ({"threshold": 1.0}, "above 0 and below 1; got 1.0"),
         ({"live_at_least": 0}, "at least 1; got 0"),
         ({"activation_tokens": -1}, "`comparison.activation_tokens` must be an integer, at least"),
@@ -54,6 +61,33 @@ def test_impossible_values_are_refused(values, message):
     with pytest.raises(ConfigError) as caught:
         make(ComparisonConfig, node, "comparison")
     assert message in str(caught.value)
+
+
+def test_several_axes_pair_up_and_the_others_make_cells():
+    grid = {"sae": ["topk", "relu"], "layer": [1, 2], "seed": [0, 1]}
+    made = config(grid=grid, pair_by=["sae", "seed"])
+    (arm,) = made.each_arm()
+    assert (made.pair_by, arm.cell_axes) == (("sae", "seed"), ("layer",))
+    assert ComparisonConfig.from_dict(made.to_dict()) == made
+    assert made.signed() != config(grid=grid).signed()
+    assert not made.pairs_are_a_sample
+    assert not config(grid=grid, pair_by="layer").pairs_are_a_sample
+    assert made.pair_words == "sae and seed"
+
+
+def test_a_list_of_one_axis_is_that_axis():
+    made = config(pair_by=["seed"])
+    assert made == config()
+    assert made.signed() == config().signed()
+    assert made.pairs_are_a_sample
+    arms = {"a": {"pair_by": ["dataset.order_seed"], "dataset.order_seed": [0, 1]}}
+    (arm,) = config(arms=arms).each_arm()
+    assert (arm.pair_by, arm.cell_axes) == ("dataset.order_seed", ("seed",))
+
+
+def test_the_primary_measure_changes_no_number():
+    assert config(primary="coverage").signed() == config().signed()
+    assert ComparisonConfig.from_dict(config(primary="coverage").to_dict()).primary == "coverage"
 
 
 def test_true_is_not_one():
@@ -118,7 +152,9 @@ def test_the_settings_of_a_cell_are_those_of_its_arm():
         ),
         ({"a": {"seed": [4]}}, "`comparison.arms.a.seed` is the axis that pairs up (`pair_by`)"),
         ({"a": {"pair_by": "sed"}}, "got 'sed'. Did you mean `seed`?"),
-        ({"a": {"pair_by": ["seed"]}}, "`comparison.arms.a.pair_by` must be the name of an axis"),
+        ({"a": {"pair_by": [3]}}, "`comparison.arms.a.pair_by` must be the name of an axis, or a"),
+        ({"a": {"pair_by": ["sae", "sed"]}}, "got 'sed'. Did you mean `seed`?"),
+        ({"a": {"pair_by": ["sae", "seed"], "seed": [4]}}, "`comparison.arms.a.seed` is the axis"),
     ],
 )
 def test_impossible_arms_are_refused(arms, message):

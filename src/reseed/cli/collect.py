@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
 from reseed.compare.cell import CellResult
-from reseed.compare.config import ComparisonConfig
+from reseed.compare.config import ComparisonConfig, pair_axes
 from reseed.compare.load import knobs, named_alike
 from reseed.config import ReseedError
 from reseed.console import say
@@ -39,7 +40,9 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
             result = CellResult.read(sweep.cell_folder(axes))
         except FileNotFoundError:
             continue
-        cells.append((knobs(finished, axes), result))
+        # A cell that was compared before has the primary measure of that time.
+        own = replace(result.settings, primary=settings.primary)
+        cells.append((knobs(finished, axes), replace(result, settings=own)))
     if not cells:
         _say_all(lacking)
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
@@ -67,10 +70,10 @@ def _why(runs: Sequence[Run]) -> str:
 
 
 def _cells(sweep: Sweep, settings: ComparisonConfig) -> list[dict[str, str]]:
-    """The distinct values of all axes but the one that pairs up, in the manifest's order."""
-    pair_by = {arm.name: arm.pair_by for arm in settings.each_arm()}
+    """The distinct values of all axes but those that pair up, in the manifest's order."""
+    paired = {arm.name: pair_axes(arm.pair_by) for arm in settings.each_arm()}
     found: dict[tuple[tuple[str, str], ...], None] = {}
     for row in sweep.manifest:
-        other = pair_by[row["axes"].get("arm", "")]
-        found[tuple((a, v) for a, v in row["axes"].items() if a != other)] = None
+        others = paired[row["axes"].get("arm", "")]
+        found[tuple((a, v) for a, v in row["axes"].items() if a not in others)] = None
     return [dict(cell) for cell in found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from reseed.cli.errors import reported
 
 if TYPE_CHECKING:
     from reseed.cli.plan import Plan
+    from reseed.runs import Run
 
 
 def task(config: DictConfig) -> None:
@@ -32,21 +34,25 @@ def task(config: DictConfig) -> None:
     name = config.comparison.get("arm", "")
     settings = settings.of_arm(name)
     arm = {"arm": name} if name else {}
-    axes = [axis for axis in settings.grid if axis != settings.pair_by]
     runtime = build(OmegaConf.to_container(config.runtime), "runtime", RuntimeConfig)  # type: ignore[arg-type]
-    compare_cell_of(sweep, arm | {axis: words[axis] for axis in axes}, settings, runtime)
+    (own_arm,) = settings.each_arm()
+    axes = arm | {axis: words[axis] for axis in own_arm.cell_axes}
+    compare_cell_of(sweep, axes, settings, runtime)
 
 
 def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: Any) -> None:
     """Compare the finished runs of one cell, unless that has been done."""
     from reseed.cli.held_out import complete
     from reseed.compare.cell import CellResult, compare_cell
+    from reseed.compare.config import pair_axes
     from reseed.compare.load import load_dictionaries
+    from reseed.compare.pairing import place_label, with_places
     from reseed.console import counted, say
 
     rows = sweep.rows(axes)
     pairs = zip(rows, sweep.runs(**axes), strict=True)
-    finished = [(row["axes"][settings.pair_by], run) for row, run in pairs if run.finished]
+    paired = pair_axes(settings.pair_by)
+    finished = [({x: row["axes"][x] for x in paired}, run) for row, run in pairs if run.finished]
     folder = sweep.cell_folder(axes)
     name = ", ".join(f"{axis}={value}" for axis, value in axes.items()) or "all runs"
     if len(finished) < 2:
@@ -61,22 +67,47 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     if done is not None and same_runs and done.settings.signed() == settings.signed():
         complete(done, runs, folder, name, runtime)
         return
-    _check_weights(runs, settings.pair_by, name)
+    _check_weights(finished, name)
     pairs_up = counted(math.comb(len(finished), 2), "pair")
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
-    loaded = [load_dictionaries(run, value) for value, run in finished]
+    loaded = [load_dictionaries(run, place_label(place)) for place, run in finished]
     trained, untrained = zip(*loaded, strict=True)
-    cell = compare_cell(trained, untrained, settings)
-    complete(cell, runs, folder, name, runtime)
+    result = compare_cell(trained, untrained, settings, matcher=_matcher(sweep))
+    places = {run.id: place for place, run in finished}
+    complete(
+        replace(result, pairs=with_places(result.pairs, places, settings)),
+        runs,
+        folder,
+        name,
+        runtime,
+    )
 
 
-def _check_weights(runs: Sequence[Any], pair_by: str, cell: str) -> None:
-    """Raise `ReseedError` where seeds of one cell were given different penalty weights."""
+def _matcher(sweep: Sweep) -> MatchingStore:
+    """Matchings beside the sweeps, as several of them may have a pair in common."""
+    from reseed.compare.matchings import MatchingStore
+
+    return MatchingStore(sweep.path.parent / "matchings")
+
+
+def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> None:
+    """Raise `ReseedError` where seeds of one cell were given different penalty weights.
+
+    Args:
+        runs: with the place of each: the values of the axes that pair up.
+    """
+    from reseed.compare.config import REPLICATES
     from reseed.config import ReseedError
 
-    weights = {run.record.get("penalty_weight") for run in runs}
-    if pair_by in ("seed", "dataset.order_seed") and len(weights) > 1:
+    alike: dict[tuple[str, ...], set[float | None]] = {}
+    for place, run in runs:
+        chosen = tuple(value for axis, value in place.items() if axis not in REPLICATES)
+        alike.setdefault(chosen, set()).add(run.record.get("penalty_weight"))
+    for chosen, weights in alike.items():
+        if len(weights) == 1:
+            continue
         told = ", ".join(f"{w:.4g}" if w is not None else "none" for w in weights)
+        cell = ", ".join([cell, *chosen])
         raise ReseedError(
             f"{cell}: its runs were trained with different penalty weights ({told}), as their "
             "calibration was lost or made elsewhere in between: what differs would not be the seed "
@@ -111,6 +142,7 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
         the exit status: 1 where a cell is incomplete or could not be compared.
     """
     from reseed.cli.collect import collect
+    from reseed.compare.config import pair_axes
     from reseed.console import say
 
     plan.write()
@@ -119,7 +151,9 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
     errors: list[Exception] = []
     for launch in plan.launches:
         arm = launch.arm
-        cells = [o for o in launch.overrides if parse([o])[0].key_or_group != arm.pair_by]
+        # A cell is composed with one of the values that pair up: other keys may be of that option.
+        first = {axis: f"{axis}={arm.grid[axis][0]}" for axis in pair_axes(arm.pair_by)}
+        cells = [first.get(parse([o])[0].key_or_group, o) for o in launch.overrides]
         which = [override("++comparison.arm", arm.name)] if arm.name else []
         errors += line.launch(task, [*cells, *which, folder], multirun=True)
     for error in errors:

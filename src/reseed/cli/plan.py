@@ -8,7 +8,7 @@ from typing import Any
 
 from reseed.cli.app import CommandLine, override, parse
 from reseed.cli.jobs import Job, check_jobs
-from reseed.compare.config import Arm, ComparisonConfig
+from reseed.compare.config import Arm, ComparisonConfig, pair_axes
 from reseed.config import ConfigError, build
 from reseed.runs import Run, RunStore
 from reseed.sweeps import Sweep
@@ -121,8 +121,44 @@ def make_plan(line: CommandLine) -> Plan:
             where = f" (in the arm {arm.name!r})" if arm.name else ""
             raise ConfigError(str(error) + where) from error
         launches.append(Launch(arm, tuple(overrides), tuple(jobs)))
+        _check_pairs(launches[-1])
     assert runtime is not None
     return Plan(settings, tuple(launches), runtime)
+
+
+def _check_pairs(launch: Launch) -> None:
+    """Raise `ConfigError` where runs of a cell cannot be compared, or are one run twice."""
+    arm = launch.arm
+    key = f"comparison.arms.{arm.name}.pair_by" if arm.name else "comparison.pair_by"
+    cells: dict[tuple[str, ...], list[Job]] = {}
+    for job in launch.jobs:
+        cells.setdefault(tuple(job.value(axis) for axis in arm.cell_axes), []).append(job)
+    for jobs in cells.values():
+        seen: dict[str, Job] = {}
+        for job in jobs:
+            first = jobs[0].resolved
+            if job.resolved.d_in != first.d_in:
+                raise ConfigError(
+                    f"{{key}} pairs runs of different `d_in`: {_place(arm, jobs[0])} has "
+                    f"{first.d_in}, {_place(arm, job)} has {job.resolved.d_in}. Their rows are "
+                    "vectors of different spaces, between which there is no cosine, so neither "
+                    "matching nor any measure of weights is offered. What needs no common space "
+                    "(agreement of activations, CKA, on the same tokens) is not measured across "
+                    "them yet. Pair by what leaves `d_in` alone (comparison.pair_by=seed)",
+                    key,
+                )
+            other = seen.setdefault(job.resolved.signature, job)
+            if other is not job:
+                raise ConfigError(
+                    f"{{key}} pairs a run with itself: {_place(arm, other)} and "
+                    f"{_place(arm, job)} are the same run",
+                    key,
+                )
+
+
+def _place(arm: Arm, job: Job) -> str:
+    """The values of a job that pair up: ``sae=topk, seed=0``."""
+    return ", ".join(f"{axis}={job.value(axis)}" for axis in pair_axes(arm.pair_by))
 
 
 def _check_heeded(settings: ComparisonConfig, said: dict[str, list[str]]) -> None:

@@ -28,6 +28,7 @@ from reseed.compare.dictionary import Dictionary
 from reseed.compare.matching import Matcher, match
 from reseed.compare.measures import Subset
 from reseed.compare.nulls import covariance_null, isotropic_null, kappa
+from reseed.compare.pairing import without_intervals
 from reseed.compare.profile import seed_profile, unshared_fractions
 from reseed.compare.repeats import Repeats, repeats
 from reseed.compare.reproducibility import reproducibility
@@ -212,9 +213,12 @@ def compare_cell(
         pairs=pairs,
         latents=label_column(pa.concat_tables(tables), trained),
         strata=strata_table(trained, sides, settings.live_at_least),
-        estimates=pair_estimates(pairs, runs, settings)
-        | cycle_estimates(sides, settings.confidence)
-        | cell_truth(trained, sides, settings),
+        estimates=without_intervals(
+            pair_estimates(pairs, runs, settings)
+            | cycle_estimates(sides, settings.confidence)
+            | cell_truth(trained, sides, settings),
+            settings,
+        ),
         p=profile.p,
     )
 
@@ -226,7 +230,7 @@ def _check(
         raise ValueError(f"a comparison needs at least 2 runs in a cell; got {len(trained)}")
     for name, values in (
         ("run", [x.id for x in trained]),
-        (settings.pair_by, [x.seed for x in trained]),
+        (settings.pair_words, [x.seed for x in trained]),
     ):
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
@@ -240,7 +244,7 @@ def _check(
     if untrained and [x.seed for x in untrained] != [x.seed for x in trained]:
         raise ValueError(
             "`untrained` must hold the initial weights of `trained` in the same order; the values "
-            f"of {settings.pair_by} are {', '.join(x.seed for x in untrained)} and "
+            f"of {settings.pair_words} are {', '.join(x.seed for x in untrained)} and "
             f"{', '.join(x.seed for x in trained)}"
         )
 

@@ -8,6 +8,21 @@ from typing import Any, Self
 
 from reseed.config import Config, ConfigError, make, nearest, setting
 
+REPLICATES = ("seed", "dataset.order_seed")
+"""Axes whose values are draws: runs that differ in one of them alone are a sample, over which
+intervals can be taken. The values of all other axes were chosen."""
+PairBy = str | tuple[str, ...]
+
+
+def pair_axes(pair_by: PairBy) -> tuple[str, ...]:
+    """The axis, or axes, whose values pair up."""
+    return (pair_by,) if isinstance(pair_by, str) else pair_by
+
+
+def value_axes(pair_by: PairBy) -> tuple[str, ...]:
+    """Those whose values were chosen, and are told apart in tables."""
+    return tuple(axis for axis in pair_axes(pair_by) if axis not in REPLICATES)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -16,14 +31,19 @@ class Arm:
     Attributes:
         name: as declared; empty for a comparison without arms.
         grid: its axes: those of the comparison, some replaced or taken away, and its own.
-        pair_by: the axis whose values are compared in it.
+        pair_by: the axis, or axes, whose values are compared in it.
         fixed: overrides that all of its runs have.
     """
 
     name: str
     grid: Mapping[str, tuple[Any, ...]]
-    pair_by: str
+    pair_by: PairBy
     fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def cell_axes(self) -> tuple[str, ...]:
+        """The axes whose values make the cells: all that do not pair up."""
+        return tuple(axis for axis in self.grid if axis not in pair_axes(self.pair_by))
 
 
 @dataclass(frozen=True)
@@ -37,13 +57,16 @@ class ComparisonConfig(Config, family="comparison"):
     Attributes:
         name: the comparison's name in folders and tables.
         grid: override key → values, as in ``{"sae": ["topk", "relu"], "seed": [0, 1, 2]}``.
-        pair_by: the axis of the grid whose values are compared; the other axes make the cells.
+        pair_by: the axis of the grid whose values are compared, or several: then all runs that
+            differ in any of them are. The other axes make the cells.
         arms: name → overrides: the grid several times over, each time with some keys replaced or
             added. A list is an axis of the arm, one value is what all its runs have (and takes an
             axis of that name away), ``pair_by`` is its own. Cells of all arms stand in one table.
         threshold: both cosines of a shared latent reach it (Paulo & Belrose: 0.7).
         live_at_least: a latent is live if it fires at least so many times in the held-out tokens.
         confidence: level of the intervals over seeds.
+        primary: the measure that the comparison was made for, one of `cell.FRACTIONS`: it stands
+            first, and differences are claimed of it. It changes no number.
         null_seed, null_draws: seed and number of the simulated random dictionaries.
         activation_tokens: held-out tokens on which pairs are compared by what they do; at most
             those on which every run was measured. 0: the weights alone are compared.
@@ -51,11 +74,12 @@ class ComparisonConfig(Config, family="comparison"):
 
     name: str = setting(signed=False)
     grid: Mapping[str, Any] = setting(signed=False)
-    pair_by: str = setting("seed")
+    pair_by: str | tuple[str, ...] = setting("seed")
     arms: Mapping[str, Any] | None = setting(None, neutral=None)
     threshold: float = setting(0.7, above=0, below=1)
     live_at_least: int = setting(10, at_least=1)
     confidence: float = setting(0.95, above=0, below=1)
+    primary: str = setting("shared_fraction", signed=False, neutral="shared_fraction")
     null_seed: int = setting(0, at_least=0)
     null_draws: int = setting(3, at_least=1)
     activation_tokens: int = setting(32_768, at_least=0, neutral=32_768)
@@ -69,7 +93,9 @@ class ComparisonConfig(Config, family="comparison"):
             raise ConfigError("{key} must have at least one axis; it is empty", "grid")
         axes = {str(axis): _axis(f"grid.{axis}", values) for axis, values in self.grid.items()}
         object.__setattr__(self, "grid", axes)
-        _check_pairs(axes, self.pair_by, "pair_by", f"grid.{self.pair_by}", "`grid`")
+        object.__setattr__(self, "pair_by", _pair_by(self.pair_by, "pair_by"))
+        _check_pairs(axes, self.pair_by, "pair_by", "grid", "`grid`")
+        self._check_primary()
         if self.arms is not None:
             if not self.arms:
                 raise ConfigError(
@@ -79,9 +105,28 @@ class ComparisonConfig(Config, family="comparison"):
             object.__setattr__(self, "arms", arms)
         for arm in self.each_arm() if self.arms else ():
             own = f"arms.{arm.name}"
-            _check_pairs(
-                arm.grid, arm.pair_by, f"{own}.pair_by", f"{own}.{arm.pair_by}", "the arm's grid"
+            _check_pairs(arm.grid, arm.pair_by, f"{own}.pair_by", own, "the arm's grid")
+
+    def _check_primary(self) -> None:
+        from reseed.compare.cell import FRACTIONS  # which knows the measures, and imports us
+
+        if self.primary not in FRACTIONS:
+            raise ConfigError(
+                f"{{key}} must be one of the fractions {', '.join(FRACTIONS)}; got "
+                f"{self.primary!r}.{nearest(self.primary, FRACTIONS)}",
+                "primary",
             )
+
+    @property
+    def pairs_are_a_sample(self) -> bool:
+        """Whether runs of a cell are draws of one thing, so that leaving one out tells how much
+        their mean would move."""
+        return isinstance(self.pair_by, str) and self.pair_by in REPLICATES
+
+    @property
+    def pair_words(self) -> str:
+        """What pairs up, in words: ``layer``, ``sae and seed``."""
+        return " and ".join(pair_axes(self.pair_by))
 
     def each_arm(self) -> tuple[Arm, ...]:
         """The arms; of a comparison without, its grid as one arm that has no name."""
@@ -125,22 +170,34 @@ class ComparisonConfig(Config, family="comparison"):
         return make(cls, values, key)
 
 
+def _pair_by(value: PairBy, key: str) -> PairBy:
+    """An axis, or several, each once; a list of one is that one."""
+    named = pair_axes(value)
+    if not named:
+        raise ConfigError("{key} must name at least one axis; it is empty", key)
+    twice = [axis for i, axis in enumerate(named) if axis in named[:i]]
+    if twice:
+        raise ConfigError(f"{{key}} must name every axis once; {twice[0]} is there twice", key)
+    return named[0] if len(named) == 1 else named
+
+
 def _check_pairs(
-    axes: Mapping[str, tuple[Any, ...]], pair_by: str, key: str, axis_key: str, where: str
+    axes: Mapping[str, tuple[Any, ...]], pair_by: PairBy, key: str, grid_key: str, where: str
 ) -> None:
-    """What pairs up must be an axis of at least two values."""
-    if pair_by not in axes:
-        raise ConfigError(
-            f"{{key}} must be an axis of {where} ({', '.join(axes)}); got {pair_by!r}."
-            f"{nearest(pair_by, axes)}",
-            key,
-        )
-    if len(axes[pair_by]) < 2:
-        raise ConfigError(
-            f"{{key}} is the axis that pairs up (`pair_by`) and must have at least 2 values; "
-            f"got {list(axes[pair_by])}",
-            axis_key,
-        )
+    """What pairs up must be axes of at least two values each."""
+    for axis in pair_axes(pair_by):
+        if axis not in axes:
+            raise ConfigError(
+                f"{{key}} must be an axis of {where} ({', '.join(axes)}); got {axis!r}."
+                f"{nearest(axis, axes)}",
+                key,
+            )
+        if len(axes[axis]) < 2:
+            raise ConfigError(
+                f"{{key}} is the axis that pairs up (`pair_by`) and must have at least 2 values; "
+                f"got {list(axes[axis])}",
+                f"{grid_key}.{axis}",
+            )
 
 
 def _entries(name: str, values: Any) -> dict[str, Any]:
@@ -159,8 +216,13 @@ def _entries(name: str, values: Any) -> dict[str, Any]:
             raise ConfigError(
                 f"{{key}} cannot differ between arms: it is no part of a run; got {value!r}", full
             )
-        if key == "pair_by" and not isinstance(value, str):
-            raise ConfigError(f"{{key}} must be the name of an axis; got {value!r}", full)
+        if key == "pair_by":
+            listed = value if isinstance(value, list | tuple) else [value]
+            if not all(isinstance(axis, str) for axis in listed):
+                rule = f"{{key}} must be the name of an axis, or a list of names; got {value!r}"
+                raise ConfigError(rule, full)
+            entries[key] = _pair_by(tuple(listed), full)
+            continue
         entries[str(key)] = _axis(full, value) if isinstance(value, list | tuple) else value
     return entries
 

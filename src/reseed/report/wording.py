@@ -57,7 +57,7 @@ class Wording:
 def paired(cells: Sequence[Cell], plural: bool = True) -> str:
     """What the pairs differ in, in words: seeds, or the values of another axis."""
     axis, *others = {cell.settings.pair_by for _, cell in cells}
-    if others:  # arms
+    if others or not isinstance(axis, str):  # arms, or several axes
         return "runs" if plural else "run"
     if axis == "seed":
         return "seeds" if plural else "seed"

@@ -1,0 +1,273 @@
+"""Pairs by what their runs differ in: seeds are a sample, layers and architectures are not.
+
+A mean over pairs of runs that differ in the seed alone has an interval over seeds
+(`statistics.seed_interval`). Where pairs differ in something that was chosen (layer, width,
+architecture) their mean over a cell has none: four layers are no sample of layers. What has one is
+each *pair of values*, layer 1 with layer 2, over the seeds that both were trained with:
+`groups` makes these of the pairs of all cells that differ in the seed alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes, value_axes
+from reseed.compare.statistics import Interval, leave_one_out_interval, run_interval
+
+Place = Mapping[str, str]
+"""Where a run stands: axis → value, of every axis that pairs up."""
+JOINED = ", "
+"""Between the values of several axes."""
+DERIVED = ("shared_of_a", "shared_of_b", "shared_of_smaller")
+"""Shared latents as a fraction of the first dictionary's, the second's, the smaller one's."""
+
+
+def place_label(place: Place) -> str:
+    """The values of a place in one word, as `Dictionary.seed` has them."""
+    return JOINED.join(place.values())
+
+
+def with_places(
+    pairs: pd.DataFrame, places: Mapping[str, Place], settings: ComparisonConfig
+) -> pd.DataFrame:
+    """The pairs with what they differ in.
+
+    Adds the column ``differs_in``: the axes in which the two runs differ, joined by a comma; where
+    several axes pair up, or one whose values were chosen, also ``<axis>_a`` and ``<axis>_b``.
+
+    Args:
+        places: run id → its place.
+    """
+    axes, found = pair_axes(settings.pair_by), pairs.copy()
+    sides = {letter: [places[run] for run in pairs[letter]] for letter in ("a", "b")}
+    differ = [
+        JOINED.join(axis for axis in axes if a[axis] != b[axis])
+        for a, b in zip(*sides.values(), strict=True)
+    ]
+    at = list(found.columns).index("seed_b") + 1
+    found.insert(at, "differs_in", differ)
+    if not settings.pairs_are_a_sample:
+        for axis in axes:
+            for letter, side in sides.items():
+                name, values = f"{axis}_{letter}", [place[axis] for place in side]
+                if name in found:  # `seed_a`, which has been the label of the whole place
+                    found[name] = values
+                else:
+                    at += 1
+                    found.insert(at, name, values)
+    return found
+
+
+def without_intervals(
+    estimates: Mapping[str, Interval], settings: ComparisonConfig
+) -> dict[str, Interval]:
+    """The estimates of a cell: as they are where its runs are a sample, else without intervals."""
+    if settings.pairs_are_a_sample:
+        return dict(estimates)
+    reason = f"runs that differ in {settings.pair_words} are no sample: no interval over them"
+    return {
+        name: replace(found, low=None, high=None, standard_error=None, reason=reason)
+        for name, found in estimates.items()
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class PairGroup:
+    """The pairs of two values (layer 1 with layer 2) that differ in the same axes.
+
+    Attributes:
+        knobs: what their cells have in common, without the seed.
+        first, second: the two values, in the order of the axis; the same where pairs differ in the
+            seed alone.
+        differs_in: the axes in which the runs of each pair differ, joined by a comma.
+        pairs: their rows, turned so that side a has the first value.
+        unit: the axis over whose values intervals are; empty where there is none.
+        units: its value for a and for b of each pair.
+    """
+
+    knobs: Mapping[str, Any]
+    first: str
+    second: str
+    differs_in: str
+    pairs: pd.DataFrame
+    unit: str
+    units: tuple[tuple[str, str], ...]
+
+    @property
+    def within(self) -> bool:
+        return self.first == self.second
+
+    @property
+    def levels(self) -> list[str]:
+        """The distinct seeds (or what else is the unit) of the runs."""
+        return list(dict.fromkeys(unit for pair in self.units for unit in pair if unit))
+
+    def mean(self, column: str) -> float:
+        return float(self._values(column).mean())
+
+    def without(self, column: str) -> list[float]:
+        """The mean over the pairs that lack each of `levels`, NaN where there are none."""
+        values = self._values(column)
+        found = []
+        for level in self.levels:
+            kept = [level not in pair for pair in self.units]
+            found.append(float(values[kept].mean()) if any(kept) else float("nan"))
+        return found
+
+    def interval(self, column: str, confidence: float, *, fraction: bool = True) -> Interval:
+        """The mean with its interval over seeds: leave all runs of one seed out, t(n−1).
+
+        Where every seed makes one pair, as where layers pair up, that is the t interval of its n
+        values; where it makes several it is the one of a U-statistic, and allows for runs of one
+        seed that depend on each other (`seed_scope`).
+        """
+        if len(self.levels) < 2:
+            mean = self.mean(column)
+            reason = "one seed: chosen values are no sample, so there is no interval"
+            return Interval(mean, None, None, None, len(self.levels), reason)
+        scale = "logit" if fraction else "linear"
+        return leave_one_out_interval(self.mean(column), self.without(column), confidence, scale)
+
+    def _values(self, column: str) -> np.ndarray:
+        """A column of the pairs, or one of `DERIVED`, which follow from them."""
+        if column not in DERIVED:
+            return self.pairs[column].to_numpy(dtype=np.float64)
+        sizes = self.pairs[["num_latents_a", "num_latents_b"]].to_numpy(dtype=np.float64)
+        of = dict(zip(DERIVED, (sizes[:, 0], sizes[:, 1], sizes.min(axis=1)), strict=True))
+        return self.pairs["shared_latents"].to_numpy(dtype=np.float64) / of[column]
+
+
+def across_minus_within(
+    across: PairGroup, within: Sequence[PairGroup], column: str, confidence: float
+) -> Interval:
+    """How much less two values share with each other than each with itself over seeds:
+    S(v, w) − (S(v, v) + S(w, w))/2, leaving all runs of one seed out at a time."""
+    first, second = within
+    mean = across.mean(column) - (first.mean(column) + second.mean(column)) / 2
+    common = set(across.levels) == set(first.levels) == set(second.levels)
+    if not common:
+        return Interval(mean, None, None, None, 0, "not every seed is there for both values")
+    lacking = [dict(zip(g.levels, g.without(column), strict=True)) for g in (across, *within)]
+    without = [lacking[0][s] - (lacking[1][s] + lacking[2][s]) / 2 for s in across.levels]
+    return leave_one_out_interval(mean, without, confidence)
+
+
+def groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGroup]:
+    """The pairs of cells whose runs are no sample, by the values that they are of.
+
+    Args:
+        cells: knobs and `CellResult` of each; cells that differ in the seed alone are one family.
+    """
+    found = []
+    for knobs, family in _families(cells):
+        settings = family[0][1].settings
+        parts = [_placed(own, cell.pairs, settings) for own, cell in family]
+        pairs = pd.concat(parts, ignore_index=True)
+        order = _order(settings, [*pairs["value_a"], *pairs["value_b"]])
+        pairs = _oriented(pairs, order)
+        grouped: dict[tuple[str, str, str], list[int]] = {}
+        names = ("value_a", "value_b", "differs_in")
+        for i, (a, b, axes) in enumerate(zip(*(pairs[name] for name in names), strict=True)):
+            grouped.setdefault((a, b, axes), []).append(i)
+        for key in sorted(grouped, key=lambda k: (order[k[0]], order[k[1]], k[2].count(JOINED))):
+            rows = pairs.iloc[grouped[key]].reset_index(drop=True)
+            unit = _unit(rows, key[2])
+            units = zip(*(rows[f"at {unit}_{x}"] for x in "ab"), strict=True) if unit else ()
+            kept = rows.drop(columns=[c for c in rows if c.startswith(("at ", "value_"))])
+            a, b, axes = key
+            found.append(PairGroup(knobs, a, b, axes, kept, unit, tuple(units)))
+    return found
+
+
+def runs_by_value(
+    cells: Sequence[tuple[Mapping[str, Any], Any]], confidence: float
+) -> list[tuple[Mapping[str, Any], str, dict[str, Interval]]]:
+    """For each value its runs' metrics (FVU, L0) over seeds: knobs, value, estimates."""
+    found = []
+    for knobs, family in _families(cells):
+        runs = {}
+        for own, cell in family:
+            placed = _placed(own, cell.pairs, cell.settings)
+            value = {
+                run: v for x in "ab" for run, v in zip(placed[x], placed[f"value_{x}"], strict=True)
+            }
+            for row in cell.runs.to_dict("records"):
+                runs.setdefault(value[row["run"]], {})[row["run"]] = row
+        for value in sorted(runs, key=_order(family[0][1].settings, list(runs)).__getitem__):
+            frame = pd.DataFrame(runs[value].values()).drop(columns=["run", "seed"])
+            estimates = {name: run_interval(frame[name].to_numpy(), confidence) for name in frame}
+            found.append((knobs, value, estimates))
+    return found
+
+
+def _families(
+    cells: Sequence[tuple[Mapping[str, Any], Any]],
+) -> list[tuple[dict[str, Any], list[tuple[Mapping[str, Any], Any]]]]:
+    """Cells that are alike in all but the seed, and what they have in common."""
+    general = [(knobs, cell) for knobs, cell in cells if not cell.settings.pairs_are_a_sample]
+    # A knob that differs within a cell (`0|1|2`) is what pairs up or follows from it; cells that
+    # lack some runs have it in another wording.
+    paired = {name for knobs, _ in general for name, v in knobs.items() if "|" in str(v)}
+    found: dict[Any, tuple[dict[str, Any], list[tuple[Mapping[str, Any], Any]]]] = {}
+    for knobs, cell in general:
+        common = {name: v for name, v in knobs.items() if name not in (*paired, *REPLICATES)}
+        key = (cell.settings.pair_by, tuple(common.items()))
+        shown = {name: v for name, v in knobs.items() if name not in REPLICATES}
+        found.setdefault(key, (shown, []))[1].append((knobs, cell))
+    return list(found.values())
+
+
+def _placed(
+    knobs: Mapping[str, Any], pairs: pd.DataFrame, settings: ComparisonConfig
+) -> pd.DataFrame:
+    """The pairs of a cell with ``value_a`` (what was chosen of a), and ``at seed_a`` and the like:
+    which draw it is."""
+    axes, more = pair_axes(settings.pair_by), {}
+    chosen = value_axes(settings.pair_by)
+    for letter in "ab":
+        words = [pairs[f"{axis}_{letter}"].astype(str) for axis in chosen]
+        more[f"value_{letter}"] = [JOINED.join(row) for row in zip(*words, strict=True)] or ""
+        for axis in REPLICATES:
+            if axis in axes:
+                more[f"at {axis}_{letter}"] = pairs[f"{axis}_{letter}"].astype(str)
+            else:
+                more[f"at {axis}_{letter}"] = str(knobs.get(axis, ""))
+    return pairs.assign(**more)
+
+
+def _order(settings: ComparisonConfig, values: Sequence[str]) -> dict[str, int]:
+    """The place of each value: as the grid lists them."""
+    listed = [""]
+    for i, axis in enumerate(value_axes(settings.pair_by)):
+        words = [str(word) for word in settings.grid[axis]]
+        listed = [f"{before}{JOINED if i else ''}{word}" for before in listed for word in words]
+    return {value: i for i, value in enumerate(dict.fromkeys([*listed, *values]))}
+
+
+def _oriented(pairs: pd.DataFrame, order: Mapping[str, int]) -> pd.DataFrame:
+    """The pairs with the value that comes first on side a."""
+    turned = [order[a] > order[b] for a, b in zip(pairs["value_a"], pairs["value_b"], strict=True)]
+    other = {"a": "b", "b": "a"}
+    swap = {"a": "b", "b": "a"} | {
+        name: name[:-1] + other[name[-1]]
+        for name in pairs
+        if name[-2:] in ("_a", "_b") and name[:-1] + other[name[-1]] in pairs
+    }
+    backwards = pairs.loc[turned].rename(columns=swap)[list(pairs)]
+    return pd.concat([pairs.loc[np.logical_not(turned)], backwards]).sort_index()
+
+
+def _unit(rows: pd.DataFrame, differs_in: str) -> str:
+    """The axis of draws that the interval is over: one in which the pairs differ, else the one of
+    most values."""
+    counts = {
+        axis: len({*rows[f"at {axis}_a"], *rows[f"at {axis}_b"]} - {""}) for axis in REPLICATES
+    }
+    differing = [axis for axis in REPLICATES if axis in differs_in.split(JOINED)]
+    candidates = differing or [axis for axis in REPLICATES if counts[axis]]
+    return max(candidates, key=lambda axis: counts[axis], default="")
