@@ -151,9 +151,8 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
     errors: list[Exception] = []
     for launch in plan.launches:
         arm = launch.arm
-        # A cell is composed with one of the values that pair up: other keys may be of that option.
-        first = {axis: f"{axis}={arm.grid[axis][0]}" for axis in pair_axes(arm.pair_by)}
-        cells = [first.get(parse([o])[0].key_or_group, o) for o in launch.overrides]
+        paired = pair_axes(arm.pair_by)
+        cells = [o for o in launch.overrides if parse([o])[0].key_or_group not in paired]
         which = [override("++comparison.arm", arm.name)] if arm.name else []
         errors += line.launch(task, [*cells, *which, folder], multirun=True)
     for error in errors:

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from reseed.compare.statistics import Interval, welch_difference
 from reseed.report.axes import Cell, amounts, telling
-from reseed.report.wording import LEAST, Wording, bounds, number, paired
+from reseed.report.wording import LEAST, Wording, bounds, measure_name, number, paired
 
 MEASURES = {
     "shared": "shared_fraction",
@@ -35,6 +35,7 @@ class Contrast:
         place: what else tells their cells apart: arm, layer, …
         budgets: tokens, ascending.
         differences: measure → interval of first − second, for each budget.
+        primary: the measure that is claimed of.
     """
 
     first: str
@@ -42,6 +43,7 @@ class Contrast:
     place: tuple[str, ...]
     budgets: tuple[float, ...]
     differences: dict[str, tuple[Interval, ...]]
+    primary: str = "shared_fraction"
 
     @property
     def name(self) -> str:
@@ -50,13 +52,13 @@ class Contrast:
 
     @property
     def claimed(self) -> int:
-        """1 or −1 where the first or the second shares more at the last budgets, else 0."""
-        sides = {side(d) for d in self.differences["shared_fraction"][-BUDGETS:]}
+        """1 or −1 where the first or the second has more at the last budgets, else 0."""
+        sides = {side(d) for d in self.differences[self.primary][-BUDGETS:]}
         return sides.pop() if len(sides) == 1 else 0
 
     def verdict(self) -> str:
-        """One line: what is claimed of the strict shared fraction, or why nothing is."""
-        found = self.differences["shared_fraction"]
+        """One line: what is claimed of the primary measure, or why nothing is."""
+        found = self.differences[self.primary]
         last = list(zip(self.budgets, found, strict=True))[-BUDGETS:]
         said = " and ".join(f"{signed(d)} at {b:,.0f}" for b, d in last) + " tokens"
         without = next((d.reason for _, d in last if d.low is None), "")
@@ -65,7 +67,7 @@ class Contrast:
             claim = f"no difference claimed, as there is no interval ({without})"
         elif self.claimed:
             first, second = (self.first, self.second)[:: self.claimed]
-            claim = f"**{first} shares more than {second}**"
+            claim = f"**{first} {more(self.primary)} than {second}**"
         elif 0 in sides:
             claim = "no difference claimed: not clear of 0 at both of the last two budgets"
         else:
@@ -74,7 +76,11 @@ class Contrast:
 
 
 def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
-    """Every pair of architectures at two budgets or more, everything else equal."""
+    """Every pair of architectures at two budgets or more, everything else equal.
+
+    Of cells whose runs are a sample: the others have no intervals.
+    """
+    cells = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
     names = telling(cells)
     if "sae" not in names or "tokens" not in names:
         return []
@@ -93,16 +99,32 @@ def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
             budgets = sorted(by_sae[first].keys() & by_sae[second].keys())
             if len(budgets) >= BUDGETS:
                 pairs = [(by_sae[first][b][1], by_sae[second][b][1]) for b in budgets]
-                confidence = cells[0][1].settings.confidence
+                settings = cells[0][1].settings
                 differences = {
                     name: tuple(
-                        welch_difference(a.estimates[name], b.estimates[name], confidence)
+                        welch_difference(a.estimates[name], b.estimates[name], settings.confidence)
                         for a, b in pairs
                     )
-                    for name in MEASURES.values()
+                    for name in measures(settings.primary).values()
                 }
-                found.append(Contrast(first, second, place, tuple(budgets), differences))
+                found.append(
+                    Contrast(first, second, place, tuple(budgets), differences, settings.primary)
+                )
     return found
+
+
+def measures(primary: str) -> dict[str, str]:
+    """Name in the table → measure, the primary one first."""
+    own = {name: measure for name, measure in MEASURES.items() if measure == primary}
+    name = measure_name(primary).replace("\n", " ")
+    return (own or {name: primary}) | MEASURES
+
+
+def more(primary: str) -> str:
+    """What is said of the one that has the larger primary measure."""
+    if primary == "shared_fraction":
+        return "shares more"
+    return f"has more {measure_name(primary).replace(chr(10), ' ')}"
 
 
 def differences(cells: Sequence[Cell]) -> Wording | None:
@@ -110,9 +132,10 @@ def differences(cells: Sequence[Cell]) -> Wording | None:
     found = contrasts(cells)
     if not found:
         return None
+    shown = measures(found[0].primary)
     rows = [
         (contrast.name, f"{budget:,.0f}",
-         *(signed(contrast.differences[name][i]) for name in MEASURES.values()))
+         *(signed(contrast.differences[name][i]) for name in shown.values()))
         for contrast in found
         for i, budget in enumerate(contrast.budgets)
     ]  # fmt: skip
@@ -120,11 +143,12 @@ def differences(cells: Sequence[Cell]) -> Wording | None:
     footnotes = (
         *(contrast.verdict() for contrast in found),
         f"Differences of cell means with the {confidence:.0%} interval over {paired(cells)} "
-        "(Welch); * where it leaves out 0. One is claimed only if that holds at the last two "
-        "budgets, on the same side: which of two architectures shares more can change with the "
-        "budget. Intervals are of one comparison each, not corrected for their number.",
+        "(Welch); * where it leaves out 0. One is claimed, of the first measure, only if that "
+        "holds at the last two budgets, on the same side: which of two architectures shares more "
+        "can change with the budget. Intervals are of one comparison each, not corrected for "
+        "their number.",
     )
-    header = ("difference", "tokens", *MEASURES)
+    header = ("difference", "tokens", *shown)
     return Wording(header, tuple(rows), 1, "", footnotes)
 
 
@@ -141,14 +165,15 @@ def verdicts(cells: Sequence[Cell]) -> list[str]:
 
 
 def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
-    """``L0≈8: relu shares more than gated, topk; gated more than topk``."""
+    """``L0≈8: relu shares more than gated, topk; gated shares more than topk``."""
     below: dict[str, list[str]] = {}
     for pair in pairs:
         if pair.claimed:
             first, second = (pair.first, pair.second)[:: pair.claimed]
             below.setdefault(first, []).append(second)
     ranked = sorted(below.items(), key=lambda entry: -len(entry[1]))
-    lines = [f"**{winner}** shares more than {', '.join(lost)}" for winner, lost in ranked]
+    ahead = more(pairs[0].primary)
+    lines = [f"**{winner}** {ahead} than {', '.join(lost)}" for winner, lost in ranked]
     where = f"{', '.join(place)}: " if place else ""
     claims = sum(len(lost) for lost in below.values())
     return f"{where}{'; '.join(lines) or 'no difference claimed'} ({claims} of {len(pairs)} pairs)"

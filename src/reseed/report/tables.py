@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,16 @@ from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
 from reseed.report.axes import FEW, Cell, label
 from reseed.report.differences import differences, verdicts
+from reseed.report.pairings import (
+    by_value,
+    general,
+    matrices,
+    matrix_frame,
+    pairing_frame,
+    pairings,
+)
 from reseed.report.truth import truth_row, truth_tables, with_labels_alike
-from reseed.report.wording import Wording, details, notes, paired, profiles, summary
+from reseed.report.wording import Wording, details, notes, paired, profiles, summary, visible
 
 SUMMARY_COLUMNS = (
     "n_seeds",
@@ -52,6 +61,8 @@ def write_tables(
 ) -> list[Path]:
     """Write ``pairs.csv``, ``latents.parquet``, ``summary.csv`` and ``summary.md``.
 
+    Where runs pair up that differ in what was chosen, also ``pairings.csv`` and ``matrix.csv``.
+
     Args:
         cells: the knobs of each cell, and what was measured on it.
         incomplete: a line for each cell that lacks runs, whether or not it is among ``cells``.
@@ -64,6 +75,11 @@ def write_tables(
     names = ("pairs.csv", "latents.parquet", "summary.csv", "summary.md")
     files = [Path(folder) / name for name in names]
     pairs, latents, rows, text = files
+    if general(cells):
+        more = {"pairings.csv": pairing_frame(cells), "matrix.csv": matrix_frame(cells)}
+        for name, frame in more.items():
+            files.append(Path(folder) / name)
+            atomic_write(files[-1], partial(frame.to_csv, index=False))
     atomic_write(pairs, lambda p: pair_frame(cells).to_csv(p, index=False))
     atomic_write(latents, lambda p: pq.write_table(latent_table(cells), p, compression="zstd"))
     atomic_write(rows, lambda p: summary_frame(cells).to_csv(p, index=False))
@@ -115,6 +131,10 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "threshold": settings.threshold,
         "live_at_least": settings.live_at_least,
         "confidence": settings.confidence,
+        "primary": settings.primary,
+        "visible_difference": visible(
+            estimates[settings.primary], estimates[settings.primary], settings.confidence
+        ),
         "note": "; ".join(notes(cell, knobs)),
     }
     extra |= {n: found.mean for n, found in estimates.items() if n.startswith(_ON_ACTIVATIONS)}
@@ -169,11 +189,16 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
 
     What is ``incomplete`` stands among the footnotes of the first table.
     """
-    first = summary(cells)
+    first, *others = _first_tables(cells)
     first = replace(first, footnotes=(*first.footnotes, *incomplete))
     parts = ["# Summary", first.caption, _markdown(first)]
-    for words in truth_tables(cells):
+    for words in others:
+        parts += ["## Other pairs", words.caption, _markdown(words)]
+    for words in (*matrices(cells), *truth_tables(cells)):
         parts += [f"## {words.caption}", _markdown(words)]
+    alone = by_value(cells)
+    if alone:
+        parts += ["## Each by itself", _markdown(alone)]
     between = differences(cells)
     parts += [
         "## More measures",
@@ -189,6 +214,14 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     return re.sub(r"(\n- .*)\n(?=\n- )", r"\1", "\n\n".join(parts)) + "\n"
 
 
+def _first_tables(cells: Sequence[Cell]) -> list[Wording]:
+    """The table of the cells whose runs are a sample, and the one of the other pairs; either may
+    be all there is."""
+    sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
+    others = pairings(cells)
+    return [*([summary(sample)] if sample else []), *([others] if others else [])]
+
+
 def _markdown(words: Wording) -> str:
     def line(entries: Sequence[str]) -> str:
         escaped = (entry.replace("\n", " ").replace("|", "\\|") for entry in entries)
@@ -196,7 +229,7 @@ def _markdown(words: Wording) -> str:
 
     rule = [":--"] * words.num_knobs + ["--:"] * (len(words.header) - words.num_knobs)
     table = [line(words.header), line(rule), *map(line, words.rows)]
-    return "\n".join(table) + "\n\n" + "\n".join(f"- {note}" for note in words.footnotes)
+    return ("\n".join(table) + "\n\n" + "\n".join(f"- {n}" for n in words.footnotes)).strip()
 
 
 def print_summary(
@@ -212,10 +245,11 @@ def print_summary(
     is cut off.
     """
     console = console or Console()
-    _print(summary(cells), console, title)
+    first, *others = _first_tables(cells)
+    _print(first, console, title)
     for line in verdicts(cells):
         console.print(_rich(line), width=min(console.width, 100))
-    for words in truth_tables(cells):
+    for words in (*others, *matrices(cells), *truth_tables(cells)):
         console.print()
         _print(words, console)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isnan
+from itertools import combinations
+from math import hypot, isnan, sqrt
 from typing import Any
 
 import numpy as np
 
 from reseed.compare.cell import CellResult
-from reseed.compare.statistics import Interval
+from reseed.compare.statistics import Interval, visible_difference
 from reseed.report.axes import FEW, MISSING, Cell, columns, label, told_by_arm, varying
 
 NULL_FACTOR = 10
@@ -68,26 +69,18 @@ def summary(cells: Sequence[Cell]) -> Wording:
     """The table that a person reads first."""
     knobs = columns(cells)
     seeds = (paired(cells),) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
-    header = (
-        *knobs,
-        *seeds,
-        f"shared\n[{_range(cells, lambda c: round(100 * c.settings.confidence))}%]",
-        "shared\nlive",
-        "shared\ndec",
-        "shared\nnull",
-        "cos\nenc",
-        "cos\ndec",
-        "cos\nnull",
-        "FVU",
-        "L0",
-        "dead",
-    )
+    percent = f"[{_range(cells, lambda c: round(100 * c.settings.confidence))}%]"
+    made = [_numbers(cell, cells[0][1].settings.primary, percent) for _, cell in cells]
+    header = (*knobs, *seeds, *made[0])
     rows = tuple(
-        (*_knob_values(knobs, k), *(str(cell.n_seeds) for _ in seeds), *_numbers(cell))
-        for k, cell in cells
+        (*_knob_values(knobs, k), *(str(cell.n_seeds) for _ in seeds), *numbers.values())
+        for (k, cell), numbers in zip(cells, made, strict=True)
     )
     arms = told_by_arm(cells)
-    footnotes = (*([arms] if arms else []), *_legend(cells), *_remarks(cells))
+    settings = cells[0][1].settings
+    estimates = [cell.estimates[settings.primary] for _, cell in cells]
+    seen = visible_in_words(estimates, settings.primary, settings.confidence)
+    footnotes = (*([arms] if arms else []), *_legend(cells), *seen, *_remarks(cells))
     spare = ("cos\nnull", "shared\nnull", "shared\ndec")
     return Wording(header, rows, len(knobs), _caption(cells), footnotes, spare)
 
@@ -155,7 +148,8 @@ def notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]
         found += [OFF_TARGET] if abs(l0 / float(target[1]) - 1) > L0_BOUND else []
     if simulated < cell.num_latents:
         found.append(f"null of {simulated:,} latents, its cosine extended")
-    return found + ([shared.reason] if shared.reason else [])
+    reason = cell.estimates[cell.settings.primary].reason
+    return found + ([reason] if reason else [])
 
 
 def number(value: float) -> str:
@@ -180,24 +174,70 @@ def bounds(low: float, high: float) -> str:
     return "[" + ", ".join(number(bound).replace(" ", "") for bound in (low, high)) + "]"
 
 
-def _numbers(cell: CellResult) -> tuple[str, ...]:
+def measure_name(name: str) -> str:
+    """A fraction as the head of a column: ``shared\\nlive`` for `shared_fraction_live`."""
+    for long, short in (("shared_fraction", "shared"), ("decoder", "dec"), ("correlation", "corr"),
+                        ("coverage", "covered")):  # fmt: skip
+        name = name.replace(long, short)
+    first, _, rest = name.partition("_")
+    return f"{first}\n{rest.replace('_', ' ')}" if rest else first
+
+
+def _numbers(cell: CellResult, primary: str, percent: str) -> dict[str, str]:
+    """The numbers of a row by the heads of their columns, the primary measure first."""
     estimates = cell.estimates
 
     def mean(name: str) -> float:
         return estimates[name].mean if name in estimates else float("nan")
 
     l0 = mean("l0")
+    strict = {f"shared\n{percent}": with_interval(estimates["shared_fraction"])}
+    first = strict
+    if primary != "shared_fraction":
+        name = measure_name(primary).replace("\n", " ")
+        first = {f"{name}\n{percent}": with_interval(estimates[primary])} | strict
+    alone = ("shared_fraction_live", "shared_fraction_decoder")
+    return {
+        **first,
+        **{measure_name(name): number(mean(name)) for name in alone if name != primary},
+        "shared\nnull": null_in_words(_null(cell), cell.null_simulated_latents),
+        "cos\nenc": number(mean("cosine_encoder")),
+        "cos\ndec": number(mean("cosine_decoder")),
+        "cos\nnull": number(cell.pair_mean("null_cosine")),
+        "FVU": number(mean("fvu")),
+        "L0": MISSING if isnan(l0) else f"{l0:.1f}",
+        "dead": number(mean("dead_fraction")),
+    }
+
+
+def visible(a: Interval, b: Interval, confidence: float) -> float | None:
+    """The smallest difference between two estimates that is seen with 80% power
+    (`statistics.visible_difference`), on their scale; None where one has no spread to go by."""
+    if not a.standard_error or not b.standard_error:
+        return None
+    units = visible_difference(min(a.n, b.n), confidence=confidence)
+    return units * hypot(a.standard_error, b.standard_error) / sqrt(2)
+
+
+def visible_in_words(
+    estimates: Sequence[Interval], primary: str, confidence: float
+) -> tuple[str, ...]:
+    """What differences between rows the design could have seen; nothing without intervals."""
+    name = measure_name(primary).replace("\n", " ")
+    pairs = list(combinations(estimates, 2)) or [(e, e) for e in estimates]
+    seen = [x for a, b in pairs if (x := visible(a, b, confidence)) is not None]
+    if not seen:
+        return (f"Primary measure: **{name}**.",)
+    counts = sorted({e.n for e in estimates if e.standard_error})
+    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+    least, most = number(min(seen)), number(max(seen))
+    size = least if least == most else f"{least}–{most}"
+    between = "two rows" if len(estimates) > 1 else "this row and one like it"
+    rows = ", by the rows" if size != least else ""
     return (
-        with_interval(estimates["shared_fraction"]),
-        number(mean("shared_fraction_live")),
-        number(mean("shared_fraction_decoder")),
-        _null_in_words(cell),
-        number(mean("cosine_encoder")),
-        number(mean("cosine_decoder")),
-        number(cell.pair_mean("null_cosine")),
-        number(mean("fvu")),
-        MISSING if isnan(l0) else f"{l0:.1f}",
-        number(mean("dead_fraction")),
+        f"Primary measure: **{name}**. With n = {n} the smallest difference of it between "
+        f"{between} that this design could have seen is {size} (80% power, {confidence:.0%} "
+        f"level{rows}).",
     )
 
 
@@ -205,8 +245,8 @@ def _null(cell: CellResult) -> float:
     return cell.pair_mean("null_shared_fraction")
 
 
-def _null_in_words(cell: CellResult) -> str:
-    null, simulated = _null(cell), cell.null_simulated_latents
+def null_in_words(null: float, simulated: int) -> str:
+    """A shared fraction by chance; of none seen, what the simulated latents could have shown."""
     if null:
         return number(null) if null >= LEAST else f"{null:.1g}"
     return f"< 1/{simulated}" if simulated > 1 else MISSING

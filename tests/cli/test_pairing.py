@@ -1,0 +1,200 @@
+"""Comparisons whose pairs differ in something else than the seed, whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reseed.cli import compare, run
+from reseed.cli.app import CommandLine
+from reseed.cli.plan import make_plan
+from reseed.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+FEW = "training.tokens=1024"
+
+
+@pytest.fixture
+def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("reseed.cli.collect.write_figures", lambda cells, folder: [])
+    kept = [o for o in tiny_overrides if not o.startswith(("layer=", "training.tokens="))]
+    return ["comparison=seeds", *kept]
+
+
+def results(pattern: str = "*") -> Path:
+    (sweep,) = Path("sweeps").glob(pattern)
+    return sweep
+
+
+def test_layers_over_seeds(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*line, FEW, "layer=0,1,2", "seed=0,1,2", "comparison.pair_by=layer"]
+    assert run.main(line) == 0
+    said = capsys.readouterr().out
+    folder = results()
+    pairs = pd.read_csv(folder / "pairs.csv")
+    assert pairs["differs_in"].tolist() == ["layer"] * 9
+    assert sorted(pairs["seed"].unique()) == [0, 1, 2], "cells are seeds"
+    found = pd.read_csv(folder / "pairings.csv")
+    assert found[["first", "second"]].to_numpy().tolist() == [[0, 1], [0, 2], [1, 2]]
+    assert found["n_seeds"].tolist() == found["n_pairs"].tolist() == [3, 3, 3]
+    assert (found["interval_over"] == "seed").all()
+    for _, row in found.iterrows():
+        own = pairs[(pairs["layer_a"] == row["first"]) & (pairs["layer_b"] == row["second"])]
+        assert row["shared_fraction"] == pytest.approx(own["shared_fraction"].mean())
+        assert row["coverage_a"] == pytest.approx(own["coverage_a"].mean())
+    # Layers are no sample: their mean has no interval, and says so.
+    summary = pd.read_csv(folder / "summary.csv")
+    assert summary["shared_fraction_low"].isna().all()
+    assert summary["note"].str.contains("runs that differ in layer are no sample").all()
+    assert (pairs["untrained_shared_fraction"] < 0.5).all(), "salted: not born alike"
+    text = (folder / "summary.md").read_text()
+    assert "| layer | and | seeds | shared [95%] | 1st in 2nd [95%] | 2nd in 1st [95%] |" in text
+    assert "## Shared\n\n| layer | 0 | 1 | 2 |" in text
+    assert "## Covered: of the latents of the row, those that the column covers" in text
+    assert "## Each by itself" in text
+    assert "1st in 2nd" in said
+    matrix = pd.read_csv(folder / "matrix.csv")
+    covered = matrix[matrix["measure"] == "coverage"].set_index("of")
+    one_sided = found.set_index(["first", "second"])
+    assert covered.loc[0, "2"] == pytest.approx(one_sided.loc[(0, 2), "coverage_a"])
+    assert covered.loc[2, "0"] == pytest.approx(one_sided.loc[(0, 2), "coverage_b"])
+
+
+def test_architectures_and_seeds_together(line: list[str]) -> None:
+    line = [*line, FEW, "sae=topk,relu", "seed=0,1,2", "comparison.pair_by=[sae,seed]"]
+    assert run.main(line) == 0
+    pairs = pd.read_csv(results() / "pairs.csv")
+    counts = pairs["differs_in"].value_counts().to_dict()
+    assert counts == {"seed": 6, "sae": 3, "sae, seed": 6}
+    across = pairs[pairs["differs_in"] == "sae"]
+    assert (across["seed_a"] == across["seed_b"]).all()
+    assert set(across["sae_a"]) | set(across["sae_b"]) == {"topk", "relu"}
+    found = pd.read_csv(results() / "pairings.csv").set_index(["first", "second", "differs_in"])
+    assert found["n_pairs"].to_dict() == {
+        ("topk", "topk", "seed"): 3, ("topk", "relu", "sae"): 3,
+        ("topk", "relu", "sae, seed"): 6, ("relu", "relu", "seed"): 3,
+    }  # fmt: skip
+    s = found["shared_fraction"]
+    within = (s["topk", "topk", "seed"] + s["relu", "relu", "seed"]) / 2
+    row = found.loc[("topk", "relu", "sae, seed")]
+    assert row["minus_within"] == pytest.approx(row["shared_fraction"] - within)
+    text = (results() / "summary.md").read_text()
+    assert "| sae | and | differs in | seeds | shared [95%] |" in text
+    assert "| − within |" in text
+    latents = pd.read_parquet(results() / "latents.parquet")
+    assert set(latents["seed"]) == {f"{sae}, {seed}" for sae in ("topk", "relu") for seed in "012"}
+    assert latents["others"].map(len).eq(5).all()
+
+
+def test_widths_are_compared_both_ways(line: list[str]) -> None:
+    assert run.main([*line, FEW, "sae.num_latents=32,64", "seed=0,1,2",
+                     "comparison.pair_by=sae.num_latents"]) == 0  # fmt: skip
+    pairs = pd.read_csv(results() / "pairs.csv")
+    assert set(pairs["num_latents_a"]) == {32}
+    assert set(pairs["num_latents_b"]) == {64}
+    (row,) = pd.read_csv(results() / "pairings.csv").to_dict("records")
+    assert row["shared_of_smaller"] == pytest.approx((pairs["shared_latents"] / 32).mean())
+    assert row["shared_of_b"] == pytest.approx((pairs["shared_latents"] / 64).mean())
+    assert row["coverage_b"] == pytest.approx(pairs["coverage_b"].mean())
+    assert "| of the smaller [95%] | 1st in 2nd [95%] |" in (results() / "summary.md").read_text()
+
+
+def test_budgets_of_one_seed_have_no_interval(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main([*line, "training.tokens=1024,2048", "comparison.grid.seed=[0]", "seed=0",
+                     "comparison.pair_by=training.tokens"]) == 0  # fmt: skip
+    (row,) = pd.read_csv(results() / "pairings.csv").to_dict("records")
+    assert np.isnan(row["shared_fraction_low"])
+    reason = "one seed: chosen values are no sample, so there is no interval"
+    assert row["note"] == reason
+    assert reason in " ".join(capsys.readouterr().out.split())
+    born = {json.loads(p.read_text())["init_seed"] for p in Path("outputs").glob("*/run.json")}
+    assert len(born) == 2, "one seed, two starts: salted with the budget"
+
+
+@pytest.fixture
+def datasets(tmp_path: Path, tiny_text: Path) -> list[str]:
+    """Flags that add the data sets ``one`` and ``two``, the first and the last half of a text."""
+    folder = tmp_path / "own" / "dataset"
+    folder.mkdir(parents=True)
+    documents = tiny_text.read_text().split("\n<|endoftext|>\n")
+    for i, name in enumerate(("one", "two")):
+        half = documents[i * len(documents) // 2 : (i + 1) * len(documents) // 2]
+        (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(half))
+        option = (ROOT / "conf" / "dataset" / "text_files.yaml").read_text()
+        option = option.replace("path: ???", f"path: {tmp_path / name}.txt")
+        (folder / f"{name}.yaml").write_text(option)
+    return ["--config-dir", str(tmp_path / "own")]
+
+
+def test_data_sets(line: list[str], datasets: list[str]) -> None:
+    kept = [o for o in line if not o.startswith(("dataset=", "dataset.path="))]
+    line = [*datasets, *kept, FEW, "dataset=one,two", "seed=0,1", "comparison.pair_by=dataset"]
+    assert run.main(line) == 0
+    (row,) = pd.read_csv(results() / "pairings.csv").to_dict("records")
+    assert (row["first"], row["second"], row["n_seeds"]) == ("one", "two", 2)
+    assert row["note"] == "fewer than 3 seeds: no interval"
+
+
+def test_start_and_data_order_together(line: list[str]) -> None:
+    line = [*line, FEW, "seed=0,1", "dataset.order_seed=0,1,2",
+            "comparison.pair_by=[seed,dataset.order_seed]"]  # fmt: skip
+    assert run.main(line) == 0
+    found = pd.read_csv(results() / "pairings.csv").set_index("differs_in")
+    assert found["n_pairs"].to_dict() == {
+        "seed": 3, "dataset.order_seed": 6, "seed, dataset.order_seed": 6
+    }  # fmt: skip
+    same = found.loc["dataset.order_seed"]
+    assert same["untrained_shared_fraction"] == 1, "one start"
+    assert (same["interval_over"], same["n_seeds"]) == ("dataset.order_seed", 3)
+    assert found.loc["seed", "interval_over"] == "seed"
+    text = (results() / "summary.md").read_text()
+    assert "| differs in | seeds | shared [95%] |" in text
+
+
+def test_different_widths_of_activations_are_refused_before_training(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = [o for o in line if not o.startswith(("model", "dataset", "hookpoint"))]
+    line = ["model=world_easy,world_hierarchy", *kept, "comparison.pair_by=model"]
+    assert run.main([*line, "dataset.held_out_tokens=1024", FEW]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: `comparison.pair_by` pairs runs of different `d_in`: model=world_easy has "
+    )
+    assert "model=world_hierarchy has " in said
+    assert "between which there is no cosine" in said
+    assert "agreement of activations, CKA" in said
+    assert not Path("outputs").exists()
+    assert not Path("sweeps").exists()
+
+
+def test_a_run_is_not_paired_with_itself(line: list[str]) -> None:
+    line = [*line, FEW, "training.tokens=1024,1050", "comparison.pair_by=training.tokens"]
+    with pytest.raises(ConfigError) as caught:
+        make_plan(CommandLine("run", line))
+    assert str(caught.value) == (
+        "`comparison.pair_by` pairs a run with itself: training.tokens=1024 and "
+        "training.tokens=1050 are the same run"
+    )
+
+
+def test_the_primary_measure_stands_first_and_moves_no_folder(line: list[str]) -> None:
+    line = [*line, FEW, "seed=0,1"]
+    assert run.main(line) == 0
+    one = results()
+    assert compare.main([*line, "comparison.primary=coverage"]) == 0
+    assert results() == one
+    text = (one / "summary.md").read_text()
+    assert "| covered [95%] | shared [95%] | shared live |" in text
+    assert "Primary measure: **covered**" in text
+    (row,) = pd.read_csv(one / "summary.csv").to_dict("records")
+    assert row["primary"] == "coverage"
+    assert compare.main(line) == 0
+    assert "Primary measure: **shared**" in (one / "summary.md").read_text()
