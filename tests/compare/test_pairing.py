@@ -1,0 +1,238 @@
+"""Pairs by what their runs differ in, and intervals over seeds alone."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from reseed.compare.cell import compare_cell
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.pairing import (
+    PairGroup,
+    across_minus_within,
+    groups,
+    place_label,
+    runs_by_value,
+    with_places,
+)
+from reseed.compare.statistics import seed_interval
+
+ONE_SEED = "one seed: chosen values are no sample, so there is no interval"
+
+
+def cell(runs, values, pair_by, grid, **more):
+    """What `groups` reads of a cell: pairs of runs (dicts of places) with a measure of each.
+
+    ``values(a, b)`` is the shared fraction of a pair; coverage of a by b is ten times less.
+    """
+    settings = ComparisonConfig(name="t", grid=grid, pair_by=pair_by, **more)
+    rows, places = [], {place_label(run): run for run in runs}
+    for a, b in combinations(runs, 2):
+        row = {"a": place_label(a), "b": place_label(b)}
+        row |= {"seed_a": row["a"], "seed_b": row["b"], "shared_fraction": values(a, b)}
+        row |= {"coverage_a": values(a, b) / 10, "coverage_b": 0.5}
+        rows.append(row | {"num_latents_a": 4, "num_latents_b": 8, "shared_latents": 2})
+    pairs = with_places(pd.DataFrame(rows), places, settings)
+    table = pd.DataFrame({"run": list(places), "seed": list(places), "fvu": range(len(places))})
+    return SimpleNamespace(settings=settings, pairs=pairs, runs=table)
+
+
+LAYERS = {"layer": ["2", "0"], "seed": ["0", "1", "2"]}
+
+
+def layer_cells(values):
+    """A cell for each seed, in which layers pair up."""
+    found = []
+    for seed in LAYERS["seed"]:
+        runs = [{"layer": layer} for layer in LAYERS["layer"]]
+        made = cell(runs, lambda a, b, s=seed: values[int(s)], "layer", LAYERS)
+        found.append(({"sae": "topk", "layer": "2|0", "seed": seed}, made))
+    return found
+
+
+def test_chosen_values_pair_by_pair_with_the_t_interval_over_seeds():
+    values = [0.2, 0.3, 0.45]
+    (group,) = groups(layer_cells(values))
+    assert (group.first, group.second, group.differs_in) == ("2", "0", "layer")
+    assert (group.unit, group.levels) == ("seed", ["0", "1", "2"])
+    assert group.knobs == {"sae": "topk", "layer": "2|0"}
+    found = group.interval("shared_fraction", 0.9, fraction=False)
+    wanted = stats.ttest_1samp(values, 0).confidence_interval(0.9)
+    assert (found.mean, found.low, found.high) == pytest.approx((np.mean(values), *wanted))
+    assert group.mean("coverage_a") == pytest.approx(np.mean(values) / 10)
+
+
+def test_the_scale_of_fractions_keeps_the_interval_within_0_and_1():
+    (group,) = groups(layer_cells([0.01, 0.02, 0.3]))
+    found = group.interval("shared_fraction", 0.95)
+    assert found.low is not None
+    assert found.high is not None
+    assert 0 < found.low < found.mean < found.high < 1
+
+
+def test_a_pair_is_turned_to_the_order_of_the_grid():
+    """Cells that list the runs in another order are the same pairs."""
+    runs = [{"layer": "0"}, {"layer": "2"}]
+    made = cell(runs, lambda a, b: 0.4, "layer", LAYERS)
+    (group,) = groups([({"seed": "0"}, made)])
+    assert (group.first, group.second) == ("2", "0")
+    (row,) = group.pairs.to_dict("records")
+    assert (row["a"], row["b"], row["layer_a"], row["layer_b"]) == ("2", "0", "2", "0")
+    assert (row["coverage_a"], row["coverage_b"]) == (0.5, pytest.approx(0.04))
+    assert (row["num_latents_a"], row["num_latents_b"]) == (8, 4)
+    shared = ("shared_of_a", "shared_of_b", "shared_of_smaller")
+    assert [group.mean(name) for name in shared] == [2 / 8, 2 / 4, 2 / 4]
+
+
+def test_one_seed_or_two_have_no_interval():
+    (one,) = groups(layer_cells([0.2, 0.3, 0.4])[:1])
+    assert one.interval("shared_fraction", 0.95).reason == ONE_SEED
+    (two,) = groups(layer_cells([0.2, 0.3, 0.4])[:2])
+    found = two.interval("shared_fraction", 0.95)
+    assert (found.low, found.reason) == (None, "fewer than 3 seeds: no interval")
+
+
+def test_cells_that_lack_a_run_belong_to_the_others():
+    first, second, third = layer_cells([0.2, 0.3, 0.4])
+    lacking = ({**third[0], "layer": "0|2"}, third[1])
+    (group,) = groups([first, second, lacking])
+    assert len(group.pairs) == 3
+
+
+def test_cells_that_differ_in_more_than_the_seed_are_families_of_their_own():
+    one = layer_cells([0.2, 0.3, 0.4])
+    other = [({**knobs, "sae": "relu"}, made) for knobs, made in layer_cells([0.5, 0.6, 0.7])]
+    assert [g.knobs["sae"] for g in groups([*one, *other])] == ["topk", "relu"]
+    assert [g.mean("shared_fraction") for g in groups([*one, *other])] == pytest.approx([0.3, 0.6])
+
+
+GRID = {"sae": ["topk", "relu"], "seed": ["0", "1", "2", "3"]}
+RUNS = [{"sae": sae, "seed": seed} for sae in GRID["sae"] for seed in GRID["seed"]]
+
+
+def value(a, b):
+    """Anything that depends on both runs, the same for (a, b) and (b, a)."""
+    rng = np.random.default_rng(sorted([RUNS.index(a), RUNS.index(b)]))
+    return float(rng.uniform(0.2, 0.6))
+
+
+@pytest.fixture
+def both():
+    return cell(RUNS, value, ["sae", "seed"], GRID)
+
+
+def test_pairs_that_differ_in_one_axis_and_in_all_are_told_apart(both):
+    counts = both.pairs["differs_in"].value_counts().to_dict()
+    assert counts == {"seed": 12, "sae": 4, "sae, seed": 12}
+    across = both.pairs[both.pairs["differs_in"] == "sae"]
+    assert (across["seed_a"] == across["seed_b"]).all(), "the seed, no more the whole place"
+    found = [(g.first, g.second, g.differs_in, len(g.pairs)) for g in groups([({}, both)])]
+    assert found == [
+        ("topk", "topk", "seed", 6),
+        ("topk", "relu", "sae", 4),
+        ("topk", "relu", "sae, seed", 12),
+        ("relu", "relu", "seed", 6),
+    ]
+
+
+def test_within_one_value_the_interval_is_that_of_seeds(both):
+    within = groups([({}, both)])[0]
+    matrix = np.zeros((4, 4))
+    for i, j in combinations(range(4), 2):
+        matrix[i, j] = matrix[j, i] = value(RUNS[i], RUNS[j])
+    found, wanted = within.interval("shared_fraction", 0.95), seed_interval(matrix, 0.95)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+
+
+def test_across_less_within_by_leaving_seeds_out(both):
+    topk, _, across, relu = groups([({}, both)])
+
+    def difference(seeds):
+        def mean(x, y):
+            pairs = [
+                value({"sae": x, "seed": s}, {"sae": y, "seed": t})
+                for s in seeds for t in seeds if (s < t if x == y else s != t)
+            ]  # fmt: skip
+            return np.mean(pairs)
+
+        return mean("topk", "relu") - (mean("topk", "topk") + mean("relu", "relu")) / 2
+
+    seeds = GRID["seed"]
+    without = np.array([difference([s for s in seeds if s != out]) for out in seeds])
+    error = np.sqrt(3 / 4 * np.square(without - without.mean()).sum())
+    found = across_minus_within(across, (topk, relu), "shared_fraction", 0.95)
+    assert found.mean == pytest.approx(difference(seeds))
+    assert found.standard_error == pytest.approx(error)
+    assert found.high == pytest.approx(difference(seeds) + stats.t.ppf(0.975, 3) * error)
+
+
+def test_across_less_within_needs_the_same_seeds(both):
+    topk, _, across, relu = groups([({}, both)])
+    fewer = PairGroup({}, "relu", "relu", "seed", relu.pairs.head(1), "seed", relu.units[:1])
+    found = across_minus_within(across, (topk, fewer), "shared_fraction", 0.95)
+    assert found.reason == "not every seed is there for both values"
+
+
+@pytest.mark.parametrize("n", [3, 5])
+def test_the_interval_across_two_values_covers_the_truth(n):
+    """Simulated: runs of either value have effects of their own, pairs the sum and noise."""
+    rng, hits, trials = np.random.default_rng(n), 0, 400
+    units = tuple((str(s), str(t)) for s in range(n) for t in range(n) if s != t)
+    at = np.array(units, dtype=int)
+    for _ in range(trials):
+        x, y = rng.normal(0, 0.05, (2, n))
+        pairs = 0.5 + x[at[:, 0]] + y[at[:, 1]] + rng.normal(0, 0.02, len(at))
+        frame = pd.DataFrame({"shared_fraction": pairs})
+        group = PairGroup({}, "topk", "relu", "sae, seed", frame, "seed", units)
+        found = group.interval("shared_fraction", 0.95, fraction=False)
+        assert found.low is not None
+        assert found.high is not None
+        hits += found.low < 0.5 < found.high
+    assert 0.91 <= hits / trials <= 1.0
+
+
+def test_draws_that_pair_up_have_intervals_over_what_differs():
+    grid = {"seed": ["0", "1"], "dataset.order_seed": ["0", "1", "2"]}
+    runs = [{"seed": s, "dataset.order_seed": o} for s in grid["seed"] for o in ("0", "1", "2")]
+    made = cell(runs, lambda a, b: 0.3, ["seed", "dataset.order_seed"], grid)
+    found = {g.differs_in: (g.unit, len(g.levels)) for g in groups([({}, made)])}
+    assert found == {
+        "seed": ("seed", 2),
+        "dataset.order_seed": ("dataset.order_seed", 3),
+        "seed, dataset.order_seed": ("dataset.order_seed", 3),
+    }
+
+
+def test_the_metrics_of_each_value_over_its_runs(both):
+    found = runs_by_value([({}, both)], 0.95)
+    assert [(value, e["fvu"].mean, e["fvu"].n) for _, value, e in found] == [
+        ("topk", 1.5, 4),
+        ("relu", 5.5, 4),
+    ]
+
+
+def test_pairs_of_seeds_are_left_to_the_summary():
+    runs = [{"seed": str(s)} for s in range(3)]
+    made = cell(runs, lambda a, b: 0.5, "seed", {"seed": ["0", "1", "2"]})
+    assert made.pairs["differs_in"].tolist() == ["seed"] * 3
+    assert groups([({}, made)]) == []
+
+
+def test_a_cell_of_chosen_values_has_no_interval_over_them(partly_shared):
+    over_seeds, over_layers = (
+        compare_cell(
+            partly_shared(3, 12), [],
+            ComparisonConfig(name="t", grid={axis: ["0", "1", "2"]}, pair_by=axis, null_draws=1),
+        )
+        for axis in ("seed", "layer")
+    )  # fmt: skip
+    assert over_seeds.estimates["fvu"].low is not None
+    for name, found in over_layers.estimates.items():
+        assert (found.low, found.high, found.standard_error) == (None, None, None), name
+        assert found.reason == "runs that differ in layer are no sample: no interval over them"
+        assert found.mean == over_seeds.estimates[name].mean or np.isnan(found.mean)

@@ -1,0 +1,131 @@
+"""The primary measure of a comparison, and the differences that its design could have seen."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.statistics import Interval
+from reseed.report.differences import differences, verdicts
+from reseed.report.tables import summary_frame, summary_markdown
+from reseed.report.wording import measure_name, notes, summary, visible, visible_in_words
+
+
+def estimate(mean, se, n=3):
+    return Interval(mean, mean - 2 * se, mean + 2 * se, se, n)
+
+
+@pytest.fixture
+def measured(make_cell):
+    """``measured(sae, tokens, shared, covered)``: a cell of a comparison whose primary measure is
+    coverage; both have a standard error of .02."""
+    _, made = make_cell()
+    settings = ComparisonConfig(name="t", grid={"seed": [0, 1]}, primary="coverage")
+
+    def measured(sae, tokens, shared, covered):
+        own = {"shared_fraction": estimate(shared, 0.02), "coverage": estimate(covered, 0.02)}
+        cell = replace(made, estimates=made.estimates | own, settings=settings)
+        return {"sae": sae, "tokens": tokens}, cell
+
+    return measured
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("shared_fraction", "shared"), ("shared_fraction_live", "shared\nlive"),
+     ("shared_fraction_decoder_live", "shared\ndec live"), ("coverage", "covered"),
+     ("index_agreement", "index\nagreement")],
+)  # fmt: skip
+def test_the_head_of_a_column(name, words):
+    assert measure_name(name) == words
+
+
+def test_the_primary_measure_is_the_first_column_once(measured, make_cell):
+    cells = [measured("topk", 1000, 0.5, 0.7), measured("relu", 1000, 0.4, 0.6)]
+    words = summary(cells)
+    assert words.header[1:4] == ("covered\n[95%]", "shared\n[95%]", "shared\nlive")
+    assert words.rows[0][1].startswith("0.70 [")
+    assert words.rows[0][2].startswith("0.50 [")
+    live = [(k, replace(c, settings=replace(c.settings, primary="shared_fraction_live")))
+            for k, c in [make_cell(), make_cell("relu")]]  # fmt: skip
+    header = summary(live).header
+    assert header[1:4] == ("shared live\n[95%]", "shared\n[95%]", "shared\ndec")
+    assert "shared\nlive" not in header
+    plain = summary([make_cell(), make_cell("relu")]).header
+    assert plain[1:4] == ("shared\n[95%]", "shared\nlive", "shared\ndec")
+
+
+def test_why_it_has_no_interval_is_told_of_the_primary_measure(measured):
+    _, cell = measured("topk", 1000, 0.5, 1.0)
+    reason = "every pair is 1: no interval on the logit scale"
+    bare = replace(cell.estimates["coverage"], low=None, high=None, reason=reason)
+    cell = replace(cell, estimates=cell.estimates | {"coverage": bare})
+    assert notes(cell) == [reason]
+    assert notes(replace(cell, settings=replace(cell.settings, primary="shared_fraction"))) == []
+
+
+def test_differences_are_claimed_of_the_primary_measure(measured):
+    """TopK covers more and shares less."""
+    cells = [
+        cell
+        for tokens in (1000, 2000)
+        for cell in (measured("topk", tokens, 0.4, 0.8), measured("relu", tokens, 0.8, 0.4))
+    ]
+    (line,) = verdicts(cells)
+    assert line.startswith("topk − relu: **topk has more covered than relu** (+0.40 [")
+    words = differences(cells)
+    assert words is not None
+    assert words.header == ("difference", "tokens", "covered", "shared", "shared, dec",
+                            "shared, corr")  # fmt: skip
+    assert words.rows[0][2].startswith("+0.40 [")
+    assert words.rows[0][3].startswith("-0.40 [")
+    default = [(k, replace(c, settings=replace(c.settings, primary="shared_fraction")))
+               for k, c in cells]  # fmt: skip
+    assert "**relu shares more than topk**" in verdicts(default)[0]
+
+
+@pytest.mark.parametrize(("n", "units"), [(3, 5.3), (5, 4.5), (9, 4.2)])
+def test_what_two_cells_could_have_seen(n, units):
+    """In units of the standard error of one cell, as published for 80% power."""
+    found = visible(estimate(0.5, 0.01, n), estimate(0.4, 0.01, n), 0.95)
+    assert found == pytest.approx(units * 0.01, rel=0.015)
+
+
+def test_a_difference_of_that_size_is_seen_four_times_in_five():
+    rng, n, se = np.random.default_rng(0), 3, 0.02
+    shift = visible(estimate(0.5, se, n), estimate(0.5, se, n), 0.95)
+    a, b = rng.normal(0, se * np.sqrt(n), (2, 20_000, n))
+    found = stats.ttest_ind(a + shift, b, axis=1)
+    assert (found.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
+
+
+def test_without_spread_there_is_nothing_to_say_of_it():
+    bare = Interval(0.5, None, None, None, 2, "fewer than 3 seeds: no interval")
+    assert visible(estimate(0.5, 0.01), bare, 0.95) is None
+    assert visible(estimate(0.5, 0.0), estimate(0.5, 0.01), 0.95) is None
+    assert visible_in_words([bare], "coverage", 0.95) == ("Primary measure: **covered**.",)
+
+
+def test_the_table_says_what_it_could_have_seen(make_cell):
+    _, made = make_cell()
+    cells = []
+    for sae, se in (("topk", 0.01), ("relu", 0.02), ("gated", 0.03)):
+        own = made.estimates | {"shared_fraction": estimate(0.5, se)}
+        cells.append(({"sae": sae}, replace(made, estimates=own)))
+    (line,) = [note for note in summary(cells).footnotes if "could have seen" in note]
+    # 5.3/√2 · √(.01² + .02²) = .084 and 5.3/√2 · √(.02² + .03²) = .135
+    assert line == (
+        "Primary measure: **shared**. With n = 3 the smallest difference of it between two rows "
+        "that this design could have seen is 0.08–0.14 (80% power, 95% level, by the rows)."
+    )
+    assert line in summary_markdown(cells)
+    frame = summary_frame(cells).set_index("sae")
+    assert frame["visible_difference"].to_numpy() / (0.01, 0.02, 0.03) == pytest.approx(
+        [5.3] * 3, rel=0.015
+    )
+    assert (frame["primary"] == "shared_fraction").all()
+    (alone,) = [note for note in summary(cells[:1]).footnotes if "could have seen" in note]
+    assert "between this row and one like it" in alone
+    assert "is 0.05 (80% power, 95% level)." in alone
