@@ -50,7 +50,13 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
     write_tables(cells, sweep.path, lacking)
     write_figures(cells, sweep.path)
     print_summary(cells, title=settings.name)
-    say(f"{sweep.path}/: summary.md, summary.csv, pairs.csv, latents.parquet, figures (png, svg)")
+    more = (
+        "" if all(c.settings.pairs_are_a_sample for _, c in cells) else "pairings.csv, matrix.csv, "
+    )
+    say(
+        f"{sweep.path}/: summary.md, summary.csv, pairs.csv, latents.parquet, {more}"
+        "figures (png, svg)"
+    )
     _say_all(lacking)  # last, where they are not overlooked
     return not lacking
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": "train SAEs: one, or with -m a sweep",
     "run": "train what a comparison lacks, compare, and print its tables",
     "compare": "compare the trained runs of a comparison, train nothing",
+    "check": "do latents replicate? LATENTS.csv or --latents 3,17; with --train, --out FOLDER",
     "status": "list runs and sweeps, from files alone; with --all also calibrations",
     "completion": "print the shell code for tab completion (bash, zsh)",
 }

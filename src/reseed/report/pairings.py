@@ -183,8 +183,8 @@ def _footnotes(
             f"Shown are the pairs that differ in most; all {len(every)} groups are in pairings.csv."
         )
     notes += [f"**{reason}**" for reason in reasons]
-    said = visible_in_words(estimates, primary, confidence)
-    return (*notes, *said)
+    # Rows have runs in common: what differences between them could be seen is not known.
+    return (*notes, *visible_in_words((), primary, confidence))
 
 
 def matrices(cells: Sequence[Cell]) -> list[Wording]:

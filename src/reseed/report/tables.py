@@ -191,21 +191,21 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     """
     first, *others = _first_tables(cells)
     first = replace(first, footnotes=(*first.footnotes, *incomplete))
-    parts = ["# Summary", first.caption, _markdown(first)]
+    parts = ["# Summary", first.caption, markdown_table(first)]
     for words in others:
-        parts += ["## Other pairs", words.caption, _markdown(words)]
+        parts += ["## Other pairs", words.caption, markdown_table(words)]
     for words in (*matrices(cells), *truth_tables(cells)):
-        parts += [f"## {words.caption}", _markdown(words)]
+        parts += [f"## {words.caption}", markdown_table(words)]
     alone = by_value(cells)
     if alone:
-        parts += ["## Each by itself", _markdown(alone)]
+        parts += ["## Each by itself", markdown_table(alone)]
     between = differences(cells)
     parts += [
         "## More measures",
-        _markdown(details(cells)),
-        *(["## Differences", _markdown(between)] if between else []),
+        markdown_table(details(cells)),
+        *(["## Differences", markdown_table(between)] if between else []),
         f"## Over {paired(cells)}",
-        _markdown(profiles(cells)),
+        markdown_table(profiles(cells)),
         "## Runs",
     ]
     for knobs, cell in cells:
@@ -222,7 +222,9 @@ def _first_tables(cells: Sequence[Cell]) -> list[Wording]:
     return [*([summary(sample)] if sample else []), *([others] if others else [])]
 
 
-def _markdown(words: Wording) -> str:
+def markdown_table(words: Wording) -> str:
+    """The table and its footnotes for a markdown file."""
+
     def line(entries: Sequence[str]) -> str:
         escaped = (entry.replace("\n", " ").replace("|", "\\|") for entry in entries)
         return "| " + " | ".join(escaped) + " |"
@@ -246,15 +248,16 @@ def print_summary(
     """
     console = console or Console()
     first, *others = _first_tables(cells)
-    _print(first, console, title)
+    print_words(first, console, title)
     for line in verdicts(cells):
         console.print(_rich(line), width=min(console.width, 100))
     for words in (*others, *matrices(cells), *truth_tables(cells)):
         console.print()
-        _print(words, console)
+        print_words(words, console)
 
 
-def _print(words: Wording, console: Console, title: str = "") -> None:
+def print_words(words: Wording, console: Console, title: str = "") -> None:
+    """Print one table as `print_summary` says."""
     if not console.is_terminal:
         width = max(100, _needed(_table(words), console))
         console = Console(file=console.file, width=width, color_system=None)

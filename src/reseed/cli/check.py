@@ -1,0 +1,240 @@
+"""``reseed check LATENTS.csv sae=...``: are the latents that somebody names in the other seeds?"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from reseed.cli import train
+from reseed.cli.app import CommandLine
+from reseed.cli.errors import reported
+from reseed.config import ConfigError, ReseedError, nearest
+
+if TYPE_CHECKING:
+    from reseed.cli.plan import Launch, Plan
+    from reseed.compare.cell import CellResult
+    from reseed.compare.named import Named, Rows
+    from reseed.runs import Run
+
+DEFAULT = "comparison=seeds"
+FIRST_SEED = "0"
+
+
+class _Own(argparse.ArgumentParser):
+    """The arguments that are not Hydra's."""
+
+    def __init__(self) -> None:
+        super().__init__("reseed check", add_help=False, allow_abbrev=False)
+        self.add_argument("--latents")
+        self.add_argument("--out")
+        self.add_argument("--train", action="store_true")
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"reseed check: {message}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    own, rest = _Own().parse_known_args(list(arguments))
+    line = CommandLine("check", rest)
+    if line.only_shows:
+        line.show(train.task, rest)
+        return 0
+    files = [word for word in line.overrides if _is_file(word)]
+    line.overrides = [word for word in line.overrides if word not in files]
+    if not any(word.startswith("comparison=") for word in line.overrides):
+        line.overrides.insert(0, DEFAULT)
+    named = _named(files, own.latents)
+    source = Path(files[0]) if files else None
+    from reseed.cli.plan import make_plan
+
+    plan = make_plan(line)
+    folder = _folder(own.out, source, plan)
+    cell = _cell(plan, named)
+    named = [replace(one, run=cell.run_of(one).id) for one in named]
+    lacking = cell.missing()
+    if lacking and own.train:
+        plan.write()
+        jobs = [(launch.overrides, launch.jobs) for launch in plan.launches]
+        train.train_jobs(line, jobs, plan.runtime, plan.sweep)
+        lacking = cell.missing()
+    told = [_told(lacking, cell, line)] if lacking else []
+    own_runs = {one.run for one in named}
+    if lacking and (len(lacking) > len(cell.runs) - 2 or any(r.id in own_runs for r in lacking)):
+        raise ReseedError(told[0])
+    _check(plan, cell, named, folder, told)
+    return 1 if lacking else 0
+
+
+def _is_file(word: str) -> bool:
+    """Whether a word is no override, and so the list of latents."""
+    return Path(word).is_file() or ("=" not in word and not word.startswith(("~", "+")))
+
+
+def _named(files: Sequence[str], listed: str | None) -> list[Named]:
+    """The latents, from the file or from the line."""
+    from reseed.compare.named import Named, index_of, read_named
+
+    if len(files) > 1:
+        raise ConfigError(f"one list of latents at a time; got {', '.join(files)}")
+    if files and listed is not None:
+        raise ConfigError(f"the latents are given twice: by {files[0]} and by --latents {listed}")
+    if files:
+        return read_named(files[0])
+    if listed is None:
+        raise ConfigError(
+            "which latents? Give a csv file with a column `latent`, or --latents 3,17,250"
+        )
+    words = [word.strip() for word in listed.split(",")]
+    return [Named(index_of(word, "--latents"), "--latents") for word in words]
+
+
+def _folder(out: str | None, source: Path | None, plan: Plan) -> Path:
+    """Where results go: --out, else beside the list, else into the comparison's folder."""
+    from reseed.report.check import FILES
+
+    folder = Path(out) if out else source.parent if source else plan.sweep.path
+    if out and folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{{key}} must be a folder; got {out}, which is a file", "--out")
+    for name in FILES:
+        if source and (folder / name).resolve() == source.resolve():
+            raise ConfigError(
+                f"{{key}}: {folder / name} is the list of latents itself, and would be "
+                "overwritten: name another folder",
+                "--out",
+            )
+    return folder
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """The cell of a comparison that the named latents are in.
+
+    Attributes:
+        axes: its values, as the sweep has them.
+        runs: value of the axis that pairs up → run.
+    """
+
+    launch: Launch
+    axes: dict[str, str]
+    runs: dict[str, Run]
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{axis}={value}" for axis, value in self.axes.items()) or "all runs"
+
+    def missing(self) -> list[Run]:
+        return [run for run in self.runs.values() if not run.finished]
+
+    def run_of(self, one: Named) -> Run:
+        """The run that a named latent is of: the named one, else that of seed 0, else the first."""
+        axis = str(self.launch.arm.pair_by)
+        by_id = {run.id: run for run in self.runs.values()}
+        seeds = ", ".join(self.runs)
+        if one.seed and one.seed not in self.runs:
+            raise ReseedError(
+                f"{one.where}: there is no {axis} {one.seed} in the comparison; there are {seeds}"
+            )
+        if not one.run:
+            default = FIRST_SEED if FIRST_SEED in self.runs else next(iter(self.runs))
+            return self.runs[one.seed or default]
+        run = by_id[Path(one.run).name]
+        of_seed = self.runs[one.seed] if one.seed else run
+        if of_seed.id != run.id:
+            raise ReseedError(
+                f"{one.where}: the run of {axis} {one.seed} is {of_seed.id}; got {run.id}"
+            )
+        return run
+
+
+def _cell(plan: Plan, named: Sequence[Named]) -> _Cell:
+    """The one cell that all named latents are in."""
+    cells = _cells(plan)
+    runs = {run.id: cell for cell in cells for run in cell.runs.values()}
+    wanted: dict[int, _Cell] = {}
+    for one in named:
+        name = Path(one.run).name if one.run else ""
+        if name and name not in runs:
+            raise ReseedError(
+                f"{one.where}: there is no run {one.run} in the comparison."
+                f"{nearest(name, runs)} `reseed status` lists the runs that there are"
+            )
+        if name:
+            wanted[id(runs[name])] = runs[name]
+    if len(wanted) == 1 and all(one.run for one in named):
+        (cell,) = wanted.values()
+    elif len(cells) == 1:
+        (cell,) = cells
+    else:
+        names = "; ".join(cell.name for cell in cells)
+        raise ReseedError(
+            f"the comparison has {len(cells)} cells ({names}), and the latents must be of one: "
+            "give each axis one value, or name runs of one cell in a column `run`"
+        )
+    return cell
+
+
+def _cells(plan: Plan) -> list[_Cell]:
+    found: dict[tuple[tuple[str, str], ...], _Cell] = {}
+    for launch in plan.launches:
+        arm = launch.arm
+        settings = plan.settings.of_arm(arm.name)
+        if not settings.pairs_are_a_sample:
+            raise ConfigError(
+                "{key} must be seed (or dataset.order_seed) to check latents: it is among draws of "
+                f"one SAE that a latent replicates; got {settings.pair_words}",
+                "comparison.pair_by",
+            )
+        for job, place in zip(launch.jobs, launch.places, strict=True):
+            axis = str(arm.pair_by)
+            axes = {name: value for name, value in place.items() if name != axis}
+            cell = found.setdefault(tuple(axes.items()), _Cell(launch, axes, {}))
+            cell.runs[place[axis]] = job.resolved.run(plan.store)
+    return list(found.values())
+
+
+def _told(lacking: Sequence[Run], cell: _Cell, line: CommandLine) -> str:
+    """Which runs are missing, and what trains them."""
+    names = ", ".join(f"{run.id} ({run.status})" for run in lacking)
+    command = shlex.join(["reseed", "run", *line.config_flags, *line.overrides])
+    return (
+        f"{len(lacking)} of {len(cell.runs)} runs are not there: {names}. --train trains them, or "
+        f"this: {command}"
+    )
+
+
+def _check(
+    plan: Plan, cell: _Cell, named: Sequence[Named], folder: Path, told: Sequence[str]
+) -> None:
+    """Compare the cell unless that has been done; look the latents up; write and print."""
+    from reseed.cli.compare import compare_cell_of
+    from reseed.compare.cell import CellResult
+    from reseed.compare.load import knobs
+    from reseed.compare.named import replication
+    from reseed.console import say
+    from reseed.report.check import check_words, print_check, write_check
+
+    plan.write()
+    settings = plan.settings.of_arm(cell.launch.arm.name)
+    compare_cell_of(plan.sweep, cell.axes, settings)
+    result: CellResult = CellResult.read(plan.sweep.cell_folder(cell.axes))
+    runs = {run.id: run for run in cell.runs.values()}
+
+    def rows(run: str) -> Rows:
+        sae = runs[run].sae()
+        return sae.W_enc.detach().numpy(), sae.W_dec.detach().numpy()
+
+    frame = replication(result, named, rows)
+    finished = [run for run in runs.values() if run.finished]
+    words = check_words(frame, result, knobs(finished, cell.axes), told)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = write_check(frame, words, folder)
+    print_check(words)
+    say(f"{folder}/: {', '.join(file.name for file in files)}")
