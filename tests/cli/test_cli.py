@@ -39,7 +39,7 @@ def replaced(overrides: list[str], **values: object) -> list[str]:
     "arguments",
     [
         ["--help"], ["--version"], ["train", "--help"], ["run", "--help"], ["compare", "--help"],
-        ["status", "--help"], ["train", "--cfg", "job"],
+        ["status", "--help"], ["check", "--help"], ["train", "--cfg", "job"],
         ["run", "--cfg", "job", "comparison=quickstart"], ["completion", "bash"],
         ["train", "-sc", "query=bash"],
     ],
