@@ -30,6 +30,11 @@ def run(sae, seed, shared, trained=True):
 
 
 @pytest.fixture(scope="session")
+def make_run():
+    return run
+
+
+@pytest.fixture(scope="session")
 def make_cell():
     def make(sae="topk", n=3, shared=24, **knobs):
         seeds = range(n)

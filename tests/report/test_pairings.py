@@ -1,0 +1,194 @@
+"""Tables of pairs whose runs differ in what was chosen."""
+
+import dataclasses
+import io
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from reseed.compare.cell import compare_cell
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.pairing import place_label, with_places
+from reseed.report import pairings as module
+from reseed.report.pairings import by_value, matrices, pairing_frame, pairings
+from reseed.report.tables import print_summary, summary_markdown, write_tables
+
+
+@pytest.fixture(scope="module")
+def made(make_run):
+    """``made(places, pair_by, grid, shared)``: a cell of runs at these places, any two of which
+    share their first latents."""
+
+    def made(places, pair_by, grid, shared=24, tag=""):
+        config = ComparisonConfig(name="t", grid=grid, pair_by=pair_by, null_draws=1)
+        runs, named = [], {}
+        for i, place in enumerate(places):
+            one = make_run("x", i, shared)
+            label = place_label(place)
+            runs.append(dataclasses.replace(one, id=f"run-{tag}{label}", seed=label))
+            named[runs[-1].id] = place
+        cell = compare_cell(runs, [], config)
+        return dataclasses.replace(cell, pairs=with_places(cell.pairs, named, config))
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def over_seeds(made):
+    """A cell for each of three seeds, in which the values of an axis pair up."""
+
+    def over_seeds(values, axis="layer", shared=(12, 24, 30), **knobs):
+        grid = {axis: values, "seed": ["0", "1", "2"]}
+        found = []
+        for seed in range(3):
+            places = [{axis: v} for v in values]
+            cell = made(places, axis, grid, shared[seed], tag=f"{seed}-")
+            own = {"sae": "topk", axis: "|".join(values), "seed": str(seed)}
+            found.append((own | knobs, cell))
+        return found
+
+    return over_seeds
+
+
+def notes(words):
+    assert words is not None
+    return words.footnotes
+
+
+def test_a_row_for_each_two_values_in_the_order_of_the_grid(over_seeds):
+    words = pairings(over_seeds(["6", "3", "9"]))
+    assert words is not None
+    assert words.header[:4] == ("layer", "and", "seeds", "shared\n[95%]")
+    assert [row[:3] for row in words.rows] == [("6", "3", "3"), ("6", "9", "3"), ("3", "9", "3")]
+    assert all(row[3].startswith("0.46 [") for row in words.rows), "(12 + 24 + 30)/3 of 48"
+    assert words.num_knobs == 2
+    assert "pairs by layer" in words.caption
+    assert "sae=topk" in words.caption
+    assert words.footnotes[-1] == "Primary measure: **shared**."
+
+
+def test_families_are_told_apart_by_what_varies(over_seeds):
+    cells = [*over_seeds(["1", "2"]), *over_seeds(["1", "2"], sae="relu", shared=(6, 6, 6))]
+    words = pairings(cells)
+    assert words is not None
+    assert words.header[:3] == ("sae", "layer", "and")
+    assert [row[0] for row in words.rows] == ["topk", "relu"]
+    assert words.rows[1][4] == "0.12 [0.12, 0.12]"
+
+
+def test_the_matrix_is_the_table_seen_from_each_value(over_seeds):
+    cells = over_seeds(["1", "2", "3"])
+    shared, covered = matrices(cells)
+    assert shared.header == ("layer", "1", "2", "3")
+    assert [row[0] for row in shared.rows] == ["1", "2", "3"]
+    entries = [row[1:] for row in shared.rows]
+    assert [entries[i][i] for i in range(3)] == ["–"] * 3, "a layer's own needs seeds in pair_by"
+    assert all(entries[i][j] == entries[j][i] for i in range(3) for j in range(3))
+    assert shared.caption == "Shared"
+    assert covered.caption.startswith("Covered: of the latents of the row")
+    assert matrices(over_seeds(["1", "2"])) == [], "two values are one number"
+    two = [*cells, *over_seeds(["1", "2", "3"], sae="relu")]
+    assert [words.caption for words in matrices(two)][::2] == ["Shared (topk)", "Shared (relu)"]
+
+
+BOTH = {"sae": ["topk", "relu"], "seed": ["0", "1", "2"]}
+PLACES = [{"sae": sae, "seed": seed} for sae in BOTH["sae"] for seed in BOTH["seed"]]
+
+
+def test_within_and_across(made):
+    cells = [({"sae": "topk|relu"}, made(PLACES, ["sae", "seed"], BOTH))]
+    words = pairings(cells)
+    assert words is not None
+    assert words.header[:3] == ("sae", "and", "differs in")
+    assert [row[:3] for row in words.rows] == [
+        ("topk", "topk", "seed"), ("topk", "relu", "sae"), ("topk", "relu", "sae, seed"),
+        ("relu", "relu", "seed"),
+    ]  # fmt: skip
+    column = words.header.index("− within")
+    assert [row[column] for row in words.rows] == ["", "0 [0, 0]", "0 [0, 0]", ""]
+    assert any(note.startswith("**− within**") for note in words.footnotes)
+    (shared, _) = matrices(cells)
+    assert shared.rows == (("topk", "0.50", "0.50"), ("relu", "0.50", "0.50"))
+
+
+def test_of_many_rows_those_that_differ_in_most_are_shown(made, monkeypatch):
+    monkeypatch.setattr(module, "MANY_ROWS", 3)
+    cells = [({"sae": "topk|relu"}, made(PLACES, ["sae", "seed"], BOTH))]
+    words = pairings(cells)
+    assert words is not None
+    assert len(words.rows) == 3
+    assert "sae" not in [row[2] for row in words.rows]
+    assert any("all 4 groups are in pairings.csv" in note for note in words.footnotes)
+    assert len(pairing_frame(cells)) == 4
+
+
+def test_a_wide_and_a_narrow_one(over_seeds):
+    cells = over_seeds(["32", "48"], axis="sae.num_latents")
+    narrow = []
+    for knobs, cell in cells:
+        pairs = cell.pairs.assign(num_latents_a=32)
+        narrow.append((knobs, dataclasses.replace(cell, pairs=pairs)))
+    words = pairings(narrow)
+    assert words is not None
+    column = words.header.index("of the smaller\n[95%]")
+    assert words.rows[0][column].startswith("0.69 ["), "(12 + 24 + 30)/3 of 32"
+    (row,) = pairing_frame(narrow).to_dict("records")
+    assert row["shared_of_smaller"] == row["shared_of_a"] == pytest.approx(22 / 32)
+    assert row["shared_of_b"] == pytest.approx(22 / 48)
+    alike = pairings(cells)
+    assert alike is not None
+    assert "of the smaller\n[95%]" not in alike.header
+
+
+def test_the_primary_measure_is_the_first_and_its_interval_is_shown(over_seeds):
+    cells = over_seeds(["1", "2"])
+    own = [(k, dataclasses.replace(c, settings=dataclasses.replace(c.settings, primary="coverage")))
+           for k, c in cells]  # fmt: skip
+    words = pairings(own)
+    assert words is not None
+    assert words.header[3:5] == ("covered\n[95%]", "shared\n[95%]")
+
+
+def test_models_are_compared_with_a_warning(over_seeds):
+    models, layers = (pairings(over_seeds(["1", "2"], axis=x)) for x in ("model", "layer"))
+    assert sum("Rows of two models" in note for note in notes(models)) == 1
+    assert not any("Rows of two models" in note for note in notes(layers))
+
+
+def test_each_value_by_itself(over_seeds):
+    words = by_value(over_seeds(["1", "2"]))
+    assert words is not None
+    assert words.header == ("layer", "runs", "latents", "FVU", "L0", "dead", "live")
+    assert [row[:3] for row in words.rows] == [("1", "3", "48"), ("2", "3", "48")]
+    assert words.rows[0][4] == "8.25 [8.25, 8.25]"
+
+
+def test_files_and_terminal(over_seeds, tmp_path):
+    cells = over_seeds(["1", "2", "3"])
+    files = {path.name for path in write_tables(cells, tmp_path)}
+    assert files == {"pairs.csv", "latents.parquet", "summary.csv", "summary.md", "pairings.csv",
+                     "matrix.csv"}  # fmt: skip
+    matrix = pd.read_csv(tmp_path / "matrix.csv")
+    assert matrix["measure"].tolist() == ["shared_fraction"] * 3 + ["coverage"] * 3
+    assert matrix[["1", "2", "3"]].isna().to_numpy().sum() == 6, "the diagonals"
+    for width in (80, 120):
+        file = io.StringIO()
+        console = Console(file=file, width=width, force_terminal=True, color_system=None)
+        print_summary(cells, console=console)
+        assert "1st in 2nd" in " ".join(file.getvalue().split())
+        assert "…" not in file.getvalue()
+
+
+def test_arms_of_seeds_stand_beside_arms_of_values(over_seeds, make_cell):
+    cells = [({"arm": "seeds"} | make_cell()[0], make_cell()[1]),
+             *over_seeds(["1", "2"], arm="layers")]  # fmt: skip
+    text = summary_markdown(cells)
+    first, other = text.index("| shared [95%] | shared live |"), text.index("## Other pairs")
+    assert first < other < text.index("| layer | and | seeds | shared [95%] | 1st in 2nd [95%] |")
+
+
+def test_where_seeds_pair_up_there_is_none_of_this(make_cell, tmp_path):
+    cells = [make_cell(), make_cell("relu")]
+    assert (pairings(cells), matrices(cells), by_value(cells)) == (None, [], None)
+    assert "pairings.csv" not in {path.name for path in write_tables(cells, tmp_path)}
