@@ -18,6 +18,7 @@ from reseed.compare.pairing import (
     groups,
     place_label,
     runs_by_value,
+    seed_at,
     with_places,
 )
 from reseed.compare.statistics import seed_interval
@@ -214,6 +215,23 @@ def test_the_metrics_of_each_value_over_its_runs(both):
         ("topk", 1.5, 4),
         ("relu", 5.5, 4),
     ]
+
+
+@pytest.mark.parametrize(
+    ("pair_by", "label", "knobs", "seed"),
+    [
+        ("seed", "3", {}, "3"),
+        ("dataset.order_seed", "3", {}, "3"),
+        ("dataset.order_seed", "3", {"seed": "7"}, "7"),
+        ("sae", "topk", {}, None),
+        ("sae", "topk", {"seed": "7"}, "7"),
+        (["sae", "seed"], "topk, 2", {}, "2"),
+    ],
+)
+def test_the_seed_of_a_run(pair_by, label, knobs, seed):
+    grid = {name: ["0", "1"] for name in ("seed", "sae", "dataset.order_seed")}
+    settings = ComparisonConfig(name="t", grid=grid, pair_by=pair_by)
+    assert seed_at(label, settings, knobs) == seed
 
 
 def test_pairs_of_seeds_are_left_to_the_summary():

@@ -32,6 +32,19 @@ def place_label(place: Place) -> str:
     return JOINED.join(place.values())
 
 
+def seed_at(label: str, settings: ComparisonConfig, knobs: Mapping[str, Any]) -> str | None:
+    """The seed of a run that has this label in a cell with these knobs, where it is known.
+
+    Of runs that differ in the order of the data alone the order takes its place.
+    """
+    axes, words = pair_axes(settings.pair_by), label.split(JOINED)
+    if "seed" in axes and len(words) == len(axes):
+        return words[axes.index("seed")]
+    if "seed" in knobs:
+        return str(knobs["seed"])
+    return label if settings.pairs_are_a_sample else None
+
+
 def with_places(
     pairs: pd.DataFrame, places: Mapping[str, Place], settings: ComparisonConfig
 ) -> pd.DataFrame:

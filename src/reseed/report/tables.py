@@ -21,6 +21,7 @@ from rich.text import Text
 
 from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
+from reseed.compare.pairing import seed_at
 from reseed.report.axes import FEW, Cell, label
 from reseed.report.differences import differences, verdicts
 from reseed.report.pairings import (
@@ -154,26 +155,32 @@ def pair_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def latent_table(cells: Sequence[Cell]) -> pa.Table:
-    """A row per latent of each run, the knobs of its cell first."""
-    names = list(dict.fromkeys(name for knobs, _ in cells for name in knobs))
+    """A row per latent of each run, the knobs of its cell first.
+
+    Where other things than seeds pair up, ``place`` says of a run what it is among those that it
+    was compared with (``topk, 0``), and ``seed`` is its seed, empty where there was one only.
+    """
+    names = list(dict.fromkeys(name for knobs, _ in cells for name in knobs if name != "seed"))
     words = {name: _one_type([knobs.get(name) for knobs, _ in cells]) for name in names}
+    labels = [cell.latents["seed"].to_pylist() for _, cell in cells]
+    seeds = [
+        [seed_at(label, cell.settings, knobs) for label in own]
+        for own, (knobs, cell) in zip(labels, cells, strict=True)
+    ]
+    numbers = all(word is None or word.isdigit() for own in seeds for word in own)
     tables = []
     for i, (_, cell) in enumerate(cells):
-        table = _with_numbers(cell.latents, "seed")
+        found = [word if word is None or not numbers else int(word) for word in seeds[i]]
+        column = pa.array(found, pa.int64() if numbers else pa.string())
+        at = cell.latents.schema.get_field_index("seed")
+        table = cell.latents.set_column(at, "seed", column)
+        if labels != seeds:
+            table = table.add_column(at, "place", pa.array(labels[i]))
         for position, name in enumerate(names):
             column = pa.repeat(pa.scalar(words[name][i], words[name].type), len(table))
             table = table.add_column(position, name, column)
         tables.append(table)
     return pa.concat_tables(with_labels_alike(tables))
-
-
-def _with_numbers(table: pa.Table, name: str) -> pa.Table:
-    """The table with a column of words as integers, where they all are."""
-    words = table[name].to_pylist()
-    if not all(word.isdigit() for word in words):
-        return table
-    numbers = pa.array([int(word) for word in words])
-    return table.set_column(table.schema.get_field_index(name), name, numbers)
 
 
 def _one_type(values: list[Any]) -> pa.Array:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ import pytest
 from reseed.cli import compare, run
 from reseed.cli.app import CommandLine
 from reseed.cli.plan import make_plan
-from reseed.config import ConfigError
+from reseed.config import ConfigError, ReseedError
 
 ROOT = Path(__file__).parents[2]
 FEW = "training.tokens=1024"
@@ -52,6 +54,10 @@ def test_layers_over_seeds(line: list[str], capsys: pytest.CaptureFixture[str]) 
     assert summary["shared_fraction_low"].isna().all()
     assert summary["note"].str.contains("runs that differ in layer are no sample").all()
     assert (pairs["untrained_shared_fraction"] < 0.5).all(), "salted: not born alike"
+    latents = pd.read_parquet(folder / "latents.parquet")
+    assert set(zip(latents["place"], latents["seed"], strict=True)) == {
+        (layer, seed) for layer in "012" for seed in range(3)
+    }
     text = (folder / "summary.md").read_text()
     assert "| layer | and | seeds | shared [95%] | 1st in 2nd [95%] | 2nd in 1st [95%] |" in text
     assert "## Shared\n\n| layer | 0 | 1 | 2 |" in text
@@ -87,7 +93,8 @@ def test_architectures_and_seeds_together(line: list[str]) -> None:
     assert "| sae | and | differs in | seeds | shared [95%] |" in text
     assert "| − within |" in text
     latents = pd.read_parquet(results() / "latents.parquet")
-    assert set(latents["seed"]) == {f"{sae}, {seed}" for sae in ("topk", "relu") for seed in "012"}
+    assert set(latents["place"]) == {f"{sae}, {seed}" for sae in ("topk", "relu") for seed in "012"}
+    assert set(latents["seed"]) == {0, 1, 2}
     assert latents["others"].map(len).eq(5).all()
 
 
@@ -183,6 +190,18 @@ def test_a_run_is_not_paired_with_itself(line: list[str]) -> None:
         "`comparison.pair_by` pairs a run with itself: training.tokens=1024 and "
         "training.tokens=1050 are the same run"
     )
+
+
+def test_runs_of_one_value_that_differ_in_their_penalty_are_no_seeds() -> None:
+    def one(sae: str, seed: str, weight: float) -> tuple[dict[str, str], Any]:
+        return {"sae": sae, "seed": seed}, SimpleNamespace(record={"penalty_weight": weight})
+
+    fine = [one("relu", "0", 0.1), one("relu", "1", 0.1), one("gated", "0", 0.2)]
+    compare._check_weights(fine, "all runs")
+    with pytest.raises(
+        ReseedError, match=r"^all runs, relu: its runs were trained with different "
+    ):
+        compare._check_weights([*fine, one("relu", "2", 0.3)], "all runs")
 
 
 def test_the_primary_measure_stands_first_and_moves_no_folder(line: list[str]) -> None:
