@@ -138,6 +138,6 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
         listed = ", ".join(f"{latent:.0f}" for latent in silent)
         notes.append(
             f"**not live**: {listed}: fewer than {settings.live_at_least} firings in "
-            f"{result.held_out_tokens:,} held-out tokens; compared with the others that are not."
+            f"{result.held_out_tokens:,} held-out tokens; what is **alike** is not live either."
         )
     return notes
