@@ -9,9 +9,9 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from reseed.compare.cell import compare_cell
+from reseed.compare.columns import THRESHOLDS
 from reseed.compare.load import _variance, load_dictionaries
 from reseed.compare.matching import match
-from reseed.compare.measures import THRESHOLDS
 from reseed.compare.stability import compare_pair
 from reseed.sae.topk import TopKConfig
 

@@ -223,7 +223,7 @@ def _check(
 
     plan.write()
     settings = plan.settings.of_arm(cell.launch.arm.name)
-    compare_cell_of(plan.sweep, cell.axes, settings)
+    compare_cell_of(plan.sweep, cell.axes, settings, plan.runtime)
     result: CellResult = CellResult.read(plan.sweep.cell_folder(cell.axes))
     runs = {run.id: run for run in cell.runs.values()}
 

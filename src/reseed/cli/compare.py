@@ -15,7 +15,9 @@ from reseed.cli.errors import reported
 
 if TYPE_CHECKING:
     from reseed.cli.plan import Plan
+    from reseed.compare.matchings import MatchingStore
     from reseed.runs import Run
+    from reseed.sweeps import Sweep
 
 
 def task(config: DictConfig) -> None:

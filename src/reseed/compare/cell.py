@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from reseed.atomic import atomic_write, atomic_write_json
+from reseed.compare.columns import UNTRAINED
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.cycles import cycle_estimates
 from reseed.compare.dictionary import Dictionary
@@ -37,7 +38,7 @@ from reseed.compare.stability import PairResult, PairSide, compare_pair
 from reseed.compare.statistics import Interval
 from reseed.compare.strata import strata_table
 from reseed.compare.subspaces import subspaces
-from reseed.compare.tables import UNTRAINED, latent_table, pair_estimates, run_table
+from reseed.compare.tables import latent_table, pair_estimates, run_table
 from reseed.compare.truth import cell_truth, label_column
 
 log = logging.getLogger(__name__)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+from reseed.compare.columns import FRACTIONS
 from reseed.config import Config, ConfigError, make, nearest, setting
 
 REPLICATES = ("seed", "dataset.order_seed")
@@ -65,7 +66,7 @@ class ComparisonConfig(Config, family="comparison"):
         threshold: both cosines of a shared latent reach it (Paulo & Belrose: 0.7).
         live_at_least: a latent is live if it fires at least so many times in the held-out tokens.
         confidence: level of the intervals over seeds.
-        primary: the measure that the comparison was made for, one of `cell.FRACTIONS`: it stands
+        primary: the measure that the comparison was made for, one of `columns.FRACTIONS`: it stands
             first, and differences are claimed of it. It changes no number.
         null_seed, null_draws: seed and number of the simulated random dictionaries.
         activation_tokens: held-out tokens on which pairs are compared by what they do; at most
@@ -108,8 +109,6 @@ class ComparisonConfig(Config, family="comparison"):
             _check_pairs(arm.grid, arm.pair_by, f"{own}.pair_by", own, "the arm's grid")
 
     def _check_primary(self) -> None:
-        from reseed.compare.cell import FRACTIONS  # which knows the measures, and imports us
-
         if self.primary not in FRACTIONS:
             raise ConfigError(
                 f"{{key}} must be one of the fractions {', '.join(FRACTIONS)}; got "

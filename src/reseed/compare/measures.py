@@ -48,6 +48,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from reseed.compare.columns import LIVE_SHOWN, THRESHOLDS
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.matching import Matching
 from reseed.compare.rows import Rows, both_cosines
@@ -56,10 +57,6 @@ from reseed.compare.similarity import Survey
 if TYPE_CHECKING:
     from reseed.compare.stability import PairSide
 
-LIVE_SHOWN = (1, 100)
-"""Further limits of `live_at_least` at which the live shared fraction is shown."""
-THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""At which the strict rule is shown beside the comparison's own τ."""
 DENSE = 0.1
 """A latent that fires on more than this part of the tokens is dense."""
 

@@ -22,11 +22,11 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from reseed.compare.columns import GROUPS
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.matching import unit_rows
 from reseed.compare.measures import DENSE
 
-GROUPS = ("orphan", "shared", "dense")
 HELD = 0.9
 """Part of a moment that its leading directions hold."""
 _BLOCK_ROWS = 4096

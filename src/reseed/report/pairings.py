@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from reseed.compare.cell import FRACTIONS
+from reseed.compare.columns import FRACTIONS
 from reseed.compare.config import value_axes
 from reseed.compare.pairing import (
     JOINED,
