@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,20 @@ def console() -> Console:
 def counted(number: int, one: str) -> str:
     """``1 run``, ``2 runs``."""
     return f"{number:,} {one}{'' if number == 1 else 's'}"
+
+
+def now_and_then(every_s: float = 15.0) -> Callable[[str], None]:
+    """A `say` for those who report all the time: a line every ``every_s`` seconds, none before."""
+    last = time.monotonic()
+
+    def told(message: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= every_s:
+            last = now
+            say(f"    {message}")
+
+    return told
 
 
 def say(message: str) -> None:

@@ -15,9 +15,7 @@ from reseed.cli.errors import reported
 
 if TYPE_CHECKING:
     from reseed.cli.plan import Plan
-    from reseed.compare.matchings import MatchingStore
     from reseed.runs import Run
-    from reseed.sweeps import Sweep
 
 
 def task(config: DictConfig) -> None:
@@ -44,12 +42,16 @@ def task(config: DictConfig) -> None:
 
 def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: Any) -> None:
     """Compare the finished runs of one cell, unless that has been done."""
+    import torch
+
     from reseed.cli.held_out import complete
     from reseed.compare.cell import CellResult, compare_cell
     from reseed.compare.config import pair_axes
     from reseed.compare.load import load_dictionaries
+    from reseed.compare.matchings import MatchingStore
     from reseed.compare.pairing import place_label, with_places
-    from reseed.console import counted, say
+    from reseed.console import counted, now_and_then, say
+    from reseed.devices import pick_device
 
     rows = sweep.rows(axes)
     pairs = zip(rows, sweep.runs(**axes), strict=True)
@@ -60,6 +62,8 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     if len(finished) < 2:
         say(f"  {name}: {len(finished)} of {len(rows)} runs finished, nothing to compare")
         return
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
     runs = [run for _, run in finished]
     try:
         done = CellResult.read(folder)
@@ -74,7 +78,10 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
     loaded = [load_dictionaries(run, place_label(place)) for place, run in finished]
     trained, untrained = zip(*loaded, strict=True)
-    result = compare_cell(trained, untrained, settings, matcher=_matcher(sweep))
+    device = str(pick_device(runtime.device))
+    # Beside the sweeps, as several of them may have a pair in common.
+    store = MatchingStore(sweep.path.parent / "matchings", device=device, progress=now_and_then())
+    result = compare_cell(trained, untrained, settings, matcher=store, device=device)
     places = {run.id: place for place, run in finished}
     complete(
         replace(result, pairs=with_places(result.pairs, places, settings)),
@@ -83,13 +90,6 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
         name,
         runtime,
     )
-
-
-def _matcher(sweep: Sweep) -> MatchingStore:
-    """Matchings beside the sweeps, as several of them may have a pair in common."""
-    from reseed.compare.matchings import MatchingStore
-
-    return MatchingStore(sweep.path.parent / "matchings")
 
 
 def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -85,8 +84,6 @@ def held_out_chunks(
     for what, fingerprint in resolved.identity["fingerprints"].items():
         if fewest["fingerprints"].get(what) != fingerprint:
             raise NotOffered(f"the {what} is not the one that the runs were trained with")
-    if runtime.threads is not None:
-        torch.set_num_threads(runtime.threads)
     needed = max(record["tokens"] for record in records)
     source = resolved.open(pick_device(runtime.device), needed)
     tokens = min(tokens, experiment.dataset.held_out_tokens)

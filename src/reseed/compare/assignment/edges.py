@@ -50,6 +50,12 @@ class Edges:
         """i of each pair."""
         return np.repeat(np.arange(self.rows, dtype=np.int32), np.diff(self.start))
 
+    def profit(self, prices: Float[np.ndarray, " m"]) -> Float[np.ndarray, " n"]:
+        """What its best column is worth to each row: max_j S_ij − v_j, −inf without a column."""
+        profits = np.full(self.rows, -np.inf)
+        np.maximum.at(profits, self.row, self.cosine - prices[self.column])
+        return profits
+
     def cosine_of(
         self, row: Int[np.ndarray, " some"], column: Int[np.ndarray, " some"]
     ) -> Float[np.ndarray, " some"]:

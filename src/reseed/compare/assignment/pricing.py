@@ -168,10 +168,11 @@ class Pricer:
             rows.threshold.astype(np.float64),
         )
 
-    def prove(self, block: OpenBlock, prices: Prices) -> Found:
+    def prove(self, block: OpenBlock, prices: Prices, count: int) -> Found:
         """All pairs of a block that exceed u_i + v_j, in float64: there may be none.
 
-        For where a great many pairs are so near to it that low precision cannot tell.
+        For where a great many pairs are so near to it that low precision cannot tell. (``count``
+        is not heeded: all of them are found.)
         """
         found_row, found_column = [], []
         for first, excess in self._excess(block, prices):
