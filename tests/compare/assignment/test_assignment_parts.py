@@ -78,7 +78,7 @@ def test_no_pair_that_is_not_listed_exceeds_its_bounds(monkeypatch, shift, absol
             rest = np.delete(row, lists.best[i])
             assert rest.max() <= lists.bound[i]
             # The bound is not looser than low precision makes it.
-            assert lists.bound[i] <= np.sort(row)[-8] + 0.03
+            assert lists.bound[i] <= np.sort(row)[-7] + 0.02
 
 
 def test_all_are_listed_where_there_are_few():
