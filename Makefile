@@ -44,6 +44,7 @@ check: lint test ## what every commit should pass
 bench: env ## benchmarks against peers and limits, side by side (installs the peers)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/matching.py
 
 clean: ## remove the environment and caches; results stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
