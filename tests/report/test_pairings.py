@@ -11,7 +11,8 @@ from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.pairing import place_label, with_places
 from reseed.report import pairings as module
-from reseed.report.pairings import by_value, matrices, pairing_frame, pairings
+from reseed.report.matrices import matrices
+from reseed.report.pairings import by_value, pairing_frame, pairings
 from reseed.report.tables import print_summary, summary_markdown, write_tables
 
 

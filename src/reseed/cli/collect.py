@@ -54,7 +54,7 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
         "" if all(c.settings.pairs_are_a_sample for _, c in cells) else "pairings.csv, matrix.csv, "
     )
     say(
-        f"{sweep.path}/: summary.md, summary.csv, pairs.csv, latents.parquet, {more}"
+        f"{sweep.path}/: summary (md, csv, tex), pairs.csv, latents.parquet, strata.csv, {more}"
         "figures (png, svg)"
     )
     _say_all(lacking)  # last, where they are not overlooked

@@ -17,7 +17,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from reseed.report.axes import Cell, amounts, identities, telling, wrapped
-from reseed.report.style import COLOURS, GREY, MARKERS, WIDTH, interval_handle, legend_below
+from reseed.report.references import LAYERS_SOURCE, SOURCE, over
+from reseed.report.style import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    REFERENCE,
+    WIDTH,
+    interval_handle,
+    legend_below,
+)
 from reseed.report.wording import paired
 
 COLUMNS = 3
@@ -70,7 +79,11 @@ def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
     rows = ceil(len(panels) / columns)
     alone = len(panels) == 1
     width, height = (WIDTH * 0.85, 2.6) if alone else (WIDTH / columns, 2.25)
+    reference = over(cells, axis, plan.at)
+    source = LAYERS_SOURCE if axis_name(axis) == "layer" else SOURCE
     handles = _handles(cells, plan)
+    if reference:
+        handles.append(Line2D([], [], label=source, **REFERENCE))
     below = 0.2 * ceil(len(handles) / _legend_columns(handles)) + 0.75
     figure = Figure(figsize=(width * columns, height * rows + below))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
@@ -78,6 +91,7 @@ def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
         axes.set_visible(False)
     for axes, panel in zip(grid, panels, strict=False):
         _panel(axes, cells, plan, [i for i, p in enumerate(plan.panels) if p == panel])
+        axes.plot(list(reference), list(reference.values()), **REFERENCE)
         axes.set_title(wrapped(panel, int(width / _LETTER)))
     threshold = f"{cells[0][1].settings.threshold:g}"
     one = paired(cells, plural=False)

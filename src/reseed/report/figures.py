@@ -18,20 +18,32 @@ from reseed.atomic import atomic_write
 from reseed.compare.cell import CellResult
 from reseed.report.axes import Cell, label, naming, numeric_axes, row_labels, wrapped
 from reseed.report.axis_figures import axis_figure, axis_name
+from reseed.report.curves import (
+    coverage_figure,
+    decile_figure,
+    threshold_figure,
+    with_activations,
+)
+from reseed.report.firing_figure import firing_figure
+from reseed.report.matrices import value_matrices
+from reseed.report.matrix_figure import matrix_figure
 from reseed.report.seed_figures import seeds_figure
-from reseed.report.style import BLUE, GREY, ORANGE, STYLE, WIDTH, counted, legend_below
+from reseed.report.style import BLUE, GREY, ORANGE, STYLE, WIDTH, legend_below
 from reseed.report.truth import with_labels
 from reseed.report.truth_figure import truth_figure
-from reseed.report.wording import paired
+from reseed.report.wording import counted, paired
 
 MAX_POINTS = 4000
 """Points drawn of one cell in the figure of cosines."""
 
 
 def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
-    """Write ``shared_fraction``, ``seeds`` and ``cosines``, each as png and svg; and where cells
-    differ in a number of at least 3 values, ``shared_fraction_by_<axis>``, and where the truth is
-    known, ``truth``.
+    """Write ``shared_fraction``, ``seeds``, ``cosines``, ``firing``, ``threshold`` and
+    ``firing_deciles``, each as png and svg.
+
+    Where cells differ in a number of at least 3 values, also ``shared_fraction_by_<axis>``; where
+    they were measured on activations, ``quality_coverage``; where chosen values pair up,
+    ``matrix``; and where the truth is known, ``truth``.
 
     Returns:
         The files written; each is whole or not there.
@@ -39,9 +51,20 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     if not cells:
         raise ValueError("there are no cells to draw figures of")
     drawings: dict[str, Callable[[Sequence[Cell]], Figure]]
-    drawings = {"shared_fraction": shared_figure, "seeds": seeds_figure, "cosines": cosine_figure}
+    drawings = {
+        "shared_fraction": shared_figure,
+        "seeds": seeds_figure,
+        "cosines": cosine_figure,
+        "firing": firing_figure,
+        "threshold": threshold_figure,
+        "firing_deciles": decile_figure,
+    }
     for axis in numeric_axes(cells):
         drawings[f"shared_fraction_by_{axis_name(axis)}"] = partial(axis_figure, axis=axis)
+    if with_activations(cells):
+        drawings["quality_coverage"] = coverage_figure
+    if value_matrices(cells):
+        drawings["matrix"] = matrix_figure
     if with_labels(cells):
         drawings["truth"] = truth_figure
     written = []

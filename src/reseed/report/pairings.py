@@ -6,7 +6,7 @@ coverage both ways, and the same as a matrix of value by value.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -34,8 +34,6 @@ from reseed.report.wording import (
 
 MANY_ROWS = 30
 """In a longer table only the pairs that differ in most are shown; all are in pairings.csv."""
-MATRICES = 6
-"""So many families of cells (layers, say, for each of some models) have matrices in summary.md."""
 _ONE_SIDED = ("coverage_a", "coverage_b")
 
 
@@ -50,11 +48,11 @@ def pairings(cells: Sequence[Cell]) -> Wording | None:
     if not cells:
         return None
     every, settings = groups(cells), cells[0][1].settings
-    shown = every if len(every) <= MANY_ROWS else _fullest(every)
+    shown = every if len(every) <= MANY_ROWS else fullest(every)
     knobs = columns([(group.knobs, None) for group in every])  # type: ignore[misc]
     several = len({group.differs_in for group in every}) > 1
     primary, confidence = settings.primary, settings.confidence
-    value = _value_name(cells)
+    value = value_name(cells)
     chosen = [value, "and"] if value else []
     made = _columns(shown, primary, confidence)
     header = (*knobs, *chosen, *(["differs in"] if several else []), *made)
@@ -111,32 +109,33 @@ def _columns(
 
 def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> dict[int, Interval]:
     """Across minus within, by the id of the group across."""
-    own = {(_family(g), g.first): g for g in shown if g.within and g.first}
+    own = {(family(g), g.first): g for g in shown if g.within and g.first}
     found = {}
     for group in shown:
-        both = [own.get((_family(group), value)) for value in (group.first, group.second)]
+        both = [own.get((family(group), value)) for value in (group.first, group.second)]
         if not group.within and all(both):
             within = [g for g in both if g is not None]
             found[id(group)] = across_minus_within(group, within, column, confidence)
     return found
 
 
-def _family(group: PairGroup) -> tuple[tuple[str, Any], ...]:
+def family(group: PairGroup) -> tuple[tuple[str, Any], ...]:
+    """What the cells of a group have in common."""
     return tuple(group.knobs.items())
 
 
-def _fullest(every: Sequence[PairGroup]) -> list[PairGroup]:
+def fullest(every: Sequence[PairGroup]) -> list[PairGroup]:
     """Of each two values the pairs that differ in most axes."""
     found: dict[Any, PairGroup] = {}
     for group in every:
-        key = (_family(group), group.first, group.second)
+        key = (family(group), group.first, group.second)
         before = found.get(key)
         if before is None or group.differs_in.count(JOINED) >= before.differs_in.count(JOINED):
             found[key] = group
     return list(found.values())
 
 
-def _value_name(cells: Sequence[Cell]) -> str:
+def value_name(cells: Sequence[Cell]) -> str:
     """What the values are of: ``layer``; empty where seeds and data orders pair up."""
     names = {JOINED.join(value_axes(cell.settings.pair_by)) for _, cell in cells}
     return names.pop() if len(names) == 1 else "value"
@@ -187,68 +186,10 @@ def _footnotes(
     return (*notes, *visible_in_words((), primary, confidence))
 
 
-def matrices(cells: Sequence[Cell]) -> list[Wording]:
-    """Value by value, for each family of cells: the primary measure, and one-sided coverage.
-
-    None of fewer than 3 values, unless seeds pair up too, and of families too many to read.
-    """
-    cells = general(cells)
-    found = _fullest(groups(cells)) if cells else []
-    families: dict[Any, list[PairGroup]] = {}
-    for group in found:
-        if group.first:
-            families.setdefault(_family(group), []).append(group)
-    if len(families) > MATRICES:
-        return []
-    names = columns([(own[0].knobs, None) for own in families.values()])  # type: ignore[misc]
-    made, primary = [], cells[0][1].settings.primary if cells else ""
-    for own in families.values():
-        if len(_values(own)) < 3 and not any(group.within for group in own):
-            continue
-        where = ", ".join(str(own[0].knobs[name]) for name in names)
-        for symmetric in (True, False):
-            what = measure_name(primary).replace("\n", " ") if symmetric else "covered"
-            rule = "" if symmetric else ": of the latents of the row, those that the column covers"
-            made.append(
-                Wording(
-                    (_value_name(cells), *_values(own)),
-                    tuple(
-                        (value, *(number(x) for x in row))
-                        for value, row in _matrix(own, primary if symmetric else None).items()
-                    ),
-                    1,
-                    f"{what.capitalize()}{rule}" + (f" ({where})" if where else ""),
-                    (),
-                )
-            )
-    return made
-
-
-def _values(own: Sequence[PairGroup]) -> list[str]:
-    return list(dict.fromkeys([g.first for g in own] + [g.second for g in own]))
-
-
-def _matrix(own: Sequence[PairGroup], column: str | None) -> dict[str, list[float]]:
-    """Row value → an entry per value; NaN where there are no such pairs.
-
-    Args:
-        column: a symmetric measure, or None for the coverage of the row's latents by the column's.
-    """
-    at: dict[tuple[str, str], float] = {}
-    for group in own:
-        forth, back = (column, column) if column else _ONE_SIDED
-        if group.within and column is None:
-            forth = back = "coverage"
-        at[group.first, group.second] = group.mean(forth)
-        at[group.second, group.first] = group.mean(back)
-    values = _values(own)
-    return {a: [at.get((a, b), float("nan")) for b in values] for a in values}
-
-
 def by_value(cells: Sequence[Cell]) -> Wording | None:
     """How good the runs of each value are by themselves."""
     cells = general(cells)
-    if not cells or not _value_name(cells):
+    if not cells or not value_name(cells):
         return None
     confidence = cells[0][1].settings.confidence
     found = runs_by_value(cells, confidence)
@@ -264,7 +205,7 @@ def by_value(cells: Sequence[Cell]) -> Wording | None:
         )
         for own, value, estimates in found
     )
-    header = (*knobs, _value_name(cells), "runs", "latents", *shown)
+    header = (*knobs, value_name(cells), "runs", "latents", *shown)
     note = f"Means over the runs of each value, with the {confidence:.0%} t interval over them."
     return Wording(header, rows, len(knobs) + 1, "", (note,))
 
@@ -275,7 +216,7 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     cells = general(cells)
     confidence = cells[0][1].settings.confidence
     every = groups(cells)
-    contrasts = _contrasts(_fullest(every), cells[0][1].settings.primary, confidence)
+    contrasts = _contrasts(fullest(every), cells[0][1].settings.primary, confidence)
     rows = []
     for group in every:
         row: dict[str, Any] = {
@@ -307,19 +248,3 @@ def _one_sided(group: PairGroup, names: Sequence[str]) -> list[str]:
 def _ends(name: str, found: Interval | None) -> dict[str, float | None]:
     ends = (found.mean, found.low, found.high) if found else (None, None, None)
     return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))
-
-
-def matrix_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """``matrix.csv``: for each family of cells and measure a row per value, a column per value."""
-    cells = general(cells)
-    families: dict[Any, list[PairGroup]] = {}
-    for group in _fullest(groups(cells)):
-        families.setdefault(_family(group), []).append(group)
-    rows: list[Mapping[str, Any]] = []
-    measures = (*dict.fromkeys((cells[0][1].settings.primary, "shared_fraction")), None)
-    for own in families.values():
-        for column in measures:
-            for value, entries in _matrix(own, column).items():
-                named = dict(zip(_values(own), entries, strict=True))
-                rows.append({**own[0].knobs, "measure": column or "coverage", "of": value, **named})
-    return pd.DataFrame(rows)

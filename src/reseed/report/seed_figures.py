@@ -15,11 +15,15 @@ from matplotlib.patches import Patch
 from reseed.compare.cell import CellResult
 from reseed.compare.profile import fit_power_law
 from reseed.report.axes import Cell, label, naming, row_labels, wrapped
-from reseed.report.style import COLOURS, MARKERS, WIDTH, counted, legend_below
-from reseed.report.wording import paired
+from reseed.report.references import SOURCE, UNSHARED
+from reseed.report.style import COLOURS, MARKERS, REFERENCE, WIDTH, legend_below
+from reseed.report.wording import counted, paired
 
 MOST_RINGS = 8
 """Cells drawn as rings; more are bars, one under the other."""
+
+FEWEST_FOR_REFERENCE = 4
+"""With so many seeds there is a line to be seen beside that of the paper."""
 
 
 def seeds_figure(cells: Sequence[Cell]) -> Figure:
@@ -102,6 +106,10 @@ def _shade(m: int, n: int) -> tuple[float, float, float, float]:
 
 
 def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
+    most = max(cell.n_seeds for _, cell in cells)
+    if most >= FEWEST_FOR_REFERENCE:
+        known = {k: u for k, u in UNSHARED.items() if k <= most}
+        axes.plot(list(known), list(known.values()), label=SOURCE, **REFERENCE)
     for i, (knobs, cell) in enumerate(cells):
         colour, k = COLOURS[i % len(COLOURS)], np.arange(2, cell.n_seeds + 1)
         fit, name = fit_power_law(cell.u), label(cells, knobs)
@@ -117,7 +125,6 @@ def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
             marker=MARKERS[i % len(MARKERS)],
             label=name,
         )
-    most = max(cell.n_seeds for _, cell in cells)
     axes.set_xticks(range(2, most + 1))
     axes.set_xlim(1.7, most + 0.3)
     axes.set_ylim(-0.02, 1.02)

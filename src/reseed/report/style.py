@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from reseed.report.axes import Cell
-from reseed.report.wording import paired
+from reseed.report.wording import counted
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -42,6 +42,11 @@ STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "reseed",
 }
+REFERENCE: Any = {
+    "color": GREY, "linestyle": "--", "linewidth": 1.0, "marker": "x", "markersize": 4,
+    "zorder": 1.5,
+}  # fmt: skip
+"""How numbers of the paper look, in every figure."""
 WIDTH = 6.8
 """Inches: a page's text width."""
 
@@ -50,12 +55,6 @@ def legend_below(figure: Figure, handles: Sequence[Artist], columns: int, **opti
     """A legend under everything else, where it covers nothing."""
     options = {"ncols": columns, "columnspacing": 1.5} | options
     figure.legend(handles=list(handles), loc="outside lower center", **options)
-
-
-def counted(cells: Sequence[Cell]) -> str:
-    """``n = 3 seeds``."""
-    counts = sorted({cell.n_seeds for _, cell in cells})
-    return f"n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") + f" {paired(cells)}"
 
 
 def interval_handle(cells: Sequence[Cell], estimates: Sequence[str], colour: str) -> Patch:

@@ -22,18 +22,22 @@ from rich.text import Text
 from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
 from reseed.compare.pairing import seed_at
+from reseed.compare.statistics import Interval
+from reseed.compare.strata import standardised
 from reseed.report.axes import FEW, Cell, label
 from reseed.report.differences import differences, verdicts
+from reseed.report.firing_tables import strata_frame
+from reseed.report.latex import summary_latex
+from reseed.report.matrices import matrices, matrix_frame
 from reseed.report.pairings import (
     by_value,
     general,
-    matrices,
-    matrix_frame,
     pairing_frame,
     pairings,
 )
-from reseed.report.truth import truth_row, truth_tables, with_labels_alike
-from reseed.report.wording import Wording, details, notes, paired, profiles, summary, visible
+from reseed.report.sections import sections
+from reseed.report.truth import truth_tables, with_labels_alike
+from reseed.report.wording import Wording, notes, summary, visible
 
 SUMMARY_COLUMNS = (
     "n_seeds",
@@ -52,15 +56,14 @@ SUMMARY_COLUMNS = (
     "runs",
 )
 """Columns of ``summary.csv`` after the knobs of the cell; others follow."""
-
-_ON_ACTIVATIONS = ("agreement_", "cka_", "substitution", "novel_fraction")
-"""What the names of estimates from activations begin with: `compare.activation_tables`."""
+_WITHOUT_INTERVALS = ("null_", "kappa", "untrained_", "ceiling_")
+"""What the columns of the pairs begin with that are shown as means, without intervals."""
 
 
 def write_tables(
     cells: Sequence[Cell], folder: Path | str, incomplete: Sequence[str] = ()
 ) -> list[Path]:
-    """Write ``pairs.csv``, ``latents.parquet``, ``summary.csv`` and ``summary.md``.
+    """Write ``pairs.csv``, ``latents.parquet``, ``strata.csv`` and ``summary`` as csv, md and tex.
 
     Where runs pair up that differ in what was chosen, also ``pairings.csv`` and ``matrix.csv``.
 
@@ -73,9 +76,11 @@ def write_tables(
     """
     if not cells:
         raise ValueError("there are no cells to write tables of")
-    names = ("pairs.csv", "latents.parquet", "summary.csv", "summary.md")
+    names = ("pairs.csv", "latents.parquet", "strata.csv")
     files = [Path(folder) / name for name in names]
-    pairs, latents, rows, text = files
+    pairs, latents, strata = files
+    rows, text, tex = (Path(folder) / f"summary.{kind}" for kind in ("csv", "md", "tex"))
+    files += [rows, text, tex]
     if general(cells):
         more = {"pairings.csv": pairing_frame(cells), "matrix.csv": matrix_frame(cells)}
         for name, frame in more.items():
@@ -83,19 +88,33 @@ def write_tables(
             atomic_write(files[-1], partial(frame.to_csv, index=False))
     atomic_write(pairs, lambda p: pair_frame(cells).to_csv(p, index=False))
     atomic_write(latents, lambda p: pq.write_table(latent_table(cells), p, compression="zstd"))
+    atomic_write(strata, lambda p: strata_frame(cells).to_csv(p, index=False))
     atomic_write(rows, lambda p: summary_frame(cells).to_csv(p, index=False))
     atomic_write_text(text, summary_markdown(cells, incomplete))
+    atomic_write_text(tex, summary_latex(cells, _shown_tables(cells), cells[0][1].settings.name))
     return files
 
 
 def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """A row per cell: its knobs, `SUMMARY_COLUMNS`, and what else is useful."""
-    return pd.DataFrame([_summary_row(knobs, cell) for knobs, cell in cells])
+    """A row per cell: its knobs, `SUMMARY_COLUMNS`, what its settings were, then every estimate
+    with ``_low`` and ``_high``, and what has no interval.
+
+    ``shared_fraction_standardised`` is at the firing of all cells together, `strata.standardised`.
+    """
+    alike = standardised([cell.strata for _, cell in cells], cells[0][1].settings.confidence)
+    return pd.DataFrame(
+        [
+            _summary_row(knobs, cell)
+            | _ends("shared_fraction_standardised", one.estimate)
+            | {"standardised_kept": one.kept}
+            for (knobs, cell), one in zip(cells, alike, strict=True)
+        ]
+    )
 
 
 def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
     """A fraction is a mean over pairs, a metric a mean over runs; empty where not known."""
-    estimates = cell.estimates
+    estimates, settings = cell.estimates, cell.settings
     row = dict(knobs)
     for name in SUMMARY_COLUMNS:
         if name in estimates:
@@ -108,24 +127,7 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
     row["shared_fraction_low"] = estimates["shared_fraction"].low
     row["shared_fraction_high"] = estimates["shared_fraction"].high
     row["runs"] = " ".join(cell.runs["run"])
-    live, settings = estimates["shared_fraction_live"], cell.settings
     extra = {
-        "shared_fraction_live_low": live.low,
-        "shared_fraction_live_high": live.high,
-        "ceiling_live": cell.pair_mean("ceiling_live"),
-        "shared_fraction_not_dead": estimates["shared_fraction_not_dead"].mean,
-        "shared_fraction_decoder": estimates["shared_fraction_decoder"].mean,
-        "shared_fraction_correlation": estimates["shared_fraction_correlation"].mean,
-        "shared_fraction_correlation_low": estimates["shared_fraction_correlation"].low,
-        "shared_fraction_correlation_high": estimates["shared_fraction_correlation"].high,
-        "shared_fraction_correlation_live": estimates["shared_fraction_correlation_live"].mean,
-        "cosine_correlation": estimates["cosine_correlation"].mean,
-        "shared_fraction_untrained": cell.pair_mean("untrained_shared_fraction"),
-        "kappa": cell.pair_mean("kappa"),
-        "cosine_encoder_live": estimates["cosine_encoder_live"].mean,
-        "cosine_decoder_live": estimates["cosine_decoder_live"].mean,
-        "null_coverage": cell.pair_mean("null_coverage"),
-        "null_simulated_latents": cell.null_simulated_latents,
         "unshared_fraction": float(cell.u[-1]),
         "num_latents": cell.num_latents,
         "held_out_tokens": cell.held_out_tokens,
@@ -137,10 +139,17 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
             estimates[settings.primary], estimates[settings.primary], settings.confidence
         ),
         "note": "; ".join(notes(cell, knobs)),
+        # `untrained_shared_fraction` by the name that it had first.
+        "shared_fraction_untrained": cell.pair_mean("untrained_shared_fraction"),
     }
-    extra |= {n: found.mean for n, found in estimates.items() if n.startswith(_ON_ACTIVATIONS)}
-    extra |= truth_row(cell)
+    for name, found in estimates.items():
+        extra |= _ends(name, found)
+    extra |= {n: cell.pair_mean(n) for n in cell.pairs if n.startswith(_WITHOUT_INTERVALS)}
     return row | {name: value for name, value in extra.items() if name not in row}
+
+
+def _ends(name: str, found: Interval) -> dict[str, float | None]:
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def pair_frame(cells: Sequence[Cell]) -> pd.DataFrame:
@@ -192,7 +201,7 @@ def _one_type(values: list[Any]) -> pa.Array:
 
 
 def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> str:
-    """``summary.md``: the summary of the terminal, then details, profiles and runs.
+    """``summary.md``: the summary of the terminal, then differences, `sections` and runs.
 
     What is ``incomplete`` stands among the footnotes of the first table.
     """
@@ -207,14 +216,11 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     if alone:
         parts += ["## Each by itself", markdown_table(alone)]
     between = differences(cells)
-    parts += [
-        "## More measures",
-        markdown_table(details(cells)),
-        *(["## Differences", markdown_table(between)] if between else []),
-        f"## Over {paired(cells)}",
-        markdown_table(profiles(cells)),
-        "## Runs",
-    ]
+    if between:
+        parts += ["## Differences", markdown_table(between)]
+    for title, tables in sections(cells):
+        parts += [f"## {title}", *map(markdown_table, tables)]
+    parts.append("## Runs")
     for knobs, cell in cells:
         runs = ", ".join(f"`{run}`" for run in cell.runs["run"])
         parts.append(f"- {label(cells, knobs)}: {runs}")
@@ -227,6 +233,11 @@ def _first_tables(cells: Sequence[Cell]) -> list[Wording]:
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
     others = pairings(cells)
     return [*([summary(sample)] if sample else []), *([others] if others else [])]
+
+
+def _shown_tables(cells: Sequence[Cell]) -> list[Wording]:
+    """All tables that the terminal shows, and ``summary.tex``."""
+    return [*_first_tables(cells), *matrices(cells), *truth_tables(cells)]
 
 
 def markdown_table(words: Wording) -> str:
@@ -254,11 +265,11 @@ def print_summary(
     is cut off.
     """
     console = console or Console()
-    first, *others = _first_tables(cells)
+    first, *others = _shown_tables(cells)
     print_words(first, console, title)
     for line in verdicts(cells):
         console.print(_rich(line), width=min(console.width, 100))
-    for words in (*others, *matrices(cells), *truth_tables(cells)):
+    for words in others:
         console.print()
         print_words(words, console)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from reseed.compare.cell import CellResult
-from reseed.compare.truth import LABEL_COLUMN, PREFIX, STATISTICS, STRATA
+from reseed.compare.truth import LABEL_COLUMN, PREFIX, STRATA
 from reseed.report.wording import (
     MISSING,
     Cell,
@@ -43,17 +43,6 @@ def truth_tables(cells: Sequence[Cell]) -> list[Wording]:
 def with_labels(cells: Sequence[Cell]) -> list[Cell]:
     """The cells whose runs have labels of a known truth."""
     return [(knobs, cell) for knobs, cell in cells if _MARK in cell.estimates]
-
-
-def truth_row(cell: CellResult) -> dict[str, float | None]:
-    """Columns of ``summary.csv``: every estimate ``truth_…``, and the ends of its interval."""
-    row: dict[str, float | None] = {}
-    for name, found in cell.estimates.items():
-        if name.startswith(PREFIX):
-            row[name] = found.mean
-            if name.removeprefix(PREFIX) in STATISTICS:
-                row |= {f"{name}_low": found.low, f"{name}_high": found.high}
-    return row
 
 
 def with_labels_alike(tables: Sequence[pa.Table]) -> list[pa.Table]:

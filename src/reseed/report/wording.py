@@ -65,6 +65,12 @@ def paired(cells: Sequence[Cell], plural: bool = True) -> str:
     return f"{'values' if plural else 'value'} of {axis}"
 
 
+def counted(cells: Sequence[Cell]) -> str:
+    """``n = 3 seeds``."""
+    counts = sorted({cell.n_seeds for _, cell in cells})
+    return f"n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") + f" {paired(cells)}"
+
+
 def summary(cells: Sequence[Cell]) -> Wording:
     """The table that a person reads first."""
     knobs = columns(cells)
@@ -83,56 +89,6 @@ def summary(cells: Sequence[Cell]) -> Wording:
     footnotes = (*([arms] if arms else []), *_legend(cells), *seen, *_remarks(cells))
     spare = ("cos\nnull", "shared\nnull", "shared\ndec")
     return Wording(header, rows, len(knobs), _caption(cells), footnotes, spare)
-
-
-def details(cells: Sequence[Cell]) -> Wording:
-    """What else was measured on each cell."""
-    knobs = columns(cells)
-    measures = {
-        "covered": "coverage",
-        "shared, dec": "shared_fraction_decoder",
-        "shared, corr": "shared_fraction_correlation",
-        "corr": "cosine_correlation",
-        "shared, not dead": "shared_fraction_not_dead",
-    }
-    header = (*knobs, paired(cells), *measures, "shared, untrained", "κ", "ceiling, live")
-    rows = tuple(
-        (
-            *_knob_values(knobs, k),
-            str(cell.n_seeds),
-            *(with_interval(cell.estimates[name]) for name in measures.values()),
-            number(cell.pair_mean("untrained_shared_fraction")),
-            number(cell.pair_mean("kappa")),
-            number(cell.pair_mean("ceiling_live")),
-        )
-        for k, cell in cells
-    )
-    footnotes = (
-        "**covered**: some latent of the other run has both cosines at the threshold, whether or "
-        "not it is the match of another; mean of both directions.",
-        "**corr**: encoders matched by the correlation of pre-activations on held-out activations, "
-        "in which directions of low variance hardly count: the strict rule with that matching in "
-        "the place of the encoder's, and the mean matched correlation.",
-        "**not dead**: counted over latents that fired at the end of training, both partners.",
-        "**untrained**: the strict shared fraction of the initial weights of the same pairs.",
-        "**κ** = (S − S₀)/(1 − S₀), S shared and S₀ its null. **ceiling**: the largest live shared "
-        "fraction that the numbers of live latents allow.",
-    )
-    return Wording(header, rows, len(knobs), "", footnotes)
-
-
-def profiles(cells: Sequence[Cell]) -> Wording:
-    """p_m and u_k of each cell."""
-    knobs, n = columns(cells), max(cell.n_seeds for _, cell in cells)
-    header = (*knobs, *(f"p_{m}" for m in range(n)), *(f"u_{k}" for k in range(2, n + 1)))
-    rows = tuple(
-        (*_knob_values(knobs, k), *_padded(cell.p, n), *_padded(cell.u, n - 1)) for k, cell in cells
-    )
-    footnotes = (
-        f"**p_m**: fraction of latents shared with exactly m of the other {paired(cells)}. "
-        f"**u_k**: fraction that k−1 other {paired(cells)}, drawn at random, all lack.",
-    )
-    return Wording(header, rows, len(knobs), "", footnotes)
 
 
 def notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]:
@@ -252,7 +208,8 @@ def null_in_words(null: float, simulated: int) -> str:
     return f"< 1/{simulated}" if simulated > 1 else MISSING
 
 
-def _padded(values: np.ndarray, length: int) -> list[str]:
+def padded(values: np.ndarray, length: int) -> list[str]:
+    """The values in words, filled up with empty ones."""
     return [number(float(v)) for v in values] + [""] * (length - len(values))
 
 

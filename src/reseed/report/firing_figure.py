@@ -1,0 +1,120 @@
+"""The figure of how often latents fire against how alike their matches are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from reseed.compare.cell import CellResult
+from reseed.report.axes import Cell, label, wrapped
+from reseed.report.latents import Matched, matched
+from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below
+from reseed.report.wording import counted
+
+MAX_POINTS = 3000
+"""Points drawn of one cell; its histograms count all."""
+_KINDS = ((False, ORANGE, "+"), (True, BLUE, "o"))
+_BINS = 40
+
+
+def firing_figure(cells: Sequence[Cell]) -> Figure:
+    """Firing per ten million tokens against the matched decoder cosine, with both distributions.
+
+    A latent that never fired stands at the left end, apart.
+    """
+    columns = min(len(cells), 3)
+    rows = ceil(len(cells) / columns)
+    side = min(3.1, WIDTH / columns)
+    figure = Figure(figsize=(max(4.2, columns * side), rows * side + 0.7))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    for axes in grid[len(cells) :]:
+        axes.set_visible(False)
+    found = [matched(cell) for _, cell in cells]
+    most = max(float(m.rate.max(initial=1.0)) for m in found)
+    least = min((float(m.rate[m.rate > 0].min(initial=most)) for m in found), default=1.0)
+    low = min(min(0.0, float(m.cosine.min(initial=0.0))) for m in found)
+    never = least / 4
+    for i, (axes, (knobs, cell), own) in enumerate(zip(grid, cells, found, strict=False)):
+        axes.set_xscale("log")
+        axes.set(xlim=(never / 1.8, most * 1.6), ylim=(low - 0.04, 1.04))
+        _points(axes, own, never)
+        _ticks(axes, never, least, most)
+        title = wrapped(label(cells, knobs), round(11 * side))
+        _margins(axes, own, never, most, low, title)
+        axes.axhline(cell.settings.threshold, color="black", linestyle="--", linewidth=0.7)
+        if i + columns >= len(cells):  # nothing below
+            axes.set_xlabel("firing in 10M tokens" if columns > 2 else _below(cell))
+            axes.tick_params(labelbottom=True)
+        if i % columns == 0:
+            axes.set_ylabel("decoder cosine of the match")
+    threshold = f"{cells[0][1].settings.threshold:g}"
+    legend_below(figure, [
+        Line2D([], [], color=BLUE, marker="o", linestyle="", label="shared with that run"),
+        Line2D([], [], color=ORANGE, marker="+", linestyle="", label="orphan there"),
+        Line2D([], [], color="black", linestyle="--", linewidth=0.7,
+               label=f"threshold {threshold}, also for the encoder"),
+        Line2D([], [], linestyle="", label=f"all pairs of {counted(cells)}"),
+    ], columns=2)  # fmt: skip
+    return figure
+
+
+def _below(cell: CellResult) -> str:
+    return f"firing in 10M tokens (of {cell.held_out_tokens:,} held out)"
+
+
+def _points(axes: Axes, own: Matched, never: float) -> None:
+    kept = np.arange(len(own.rate))
+    if len(kept) > MAX_POINTS:
+        kept = np.random.default_rng(0).choice(kept, MAX_POINTS, replace=False)
+    rate, cosine, shared = (values[kept] for values in (own.rate, own.cosine, own.shared))
+    # Counts are whole numbers, which would stand in columns: moved within a tenth of a decade.
+    moved = 10 ** np.random.default_rng(1).uniform(-0.05, 0.05, len(rate))
+    at = np.where(rate > 0, rate, never) * moved
+    for flag, colour, marker in _KINDS:
+        which = shared == flag
+        axes.scatter(
+            at[which],
+            cosine[which],
+            s=9 if marker == "+" else 4,
+            c=colour,
+            marker=marker,
+            alpha=0.5,
+            linewidths=0.5 if marker == "+" else 0,
+            rasterized=True,
+        )
+
+
+def _ticks(axes: Axes, never: float, least: float, most: float) -> None:
+    """0, and the powers of ten that are more than half a decade away from it."""
+    powers = 10.0 ** np.arange(np.ceil(np.log10(least * 0.9)), np.log10(most) + 0.01)
+    powers = powers[powers > never * 3]
+    if len(powers) > 4:
+        powers = powers[len(powers) % 2 :: 2] if len(powers) % 2 else powers[1::2]
+    axes.xaxis.set_major_locator(FixedLocator([never, *powers]))
+    names = [f"10$^{{{round(float(np.log10(p)))}}}$" for p in powers]
+    axes.set_xticks([never, *powers], ["0", *names])
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _margins(axes: Axes, own: Matched, never: float, most: float, low: float, title: str) -> None:
+    """Histograms above and at the right, shared in front of orphans."""
+    above = axes.inset_axes((0, 1.02, 1, 0.16), sharex=axes)
+    right = axes.inset_axes((1.02, 0, 0.16, 1), sharey=axes)
+    at = np.where(own.rate > 0, own.rate, never)
+    for flag, colour, _ in _KINDS:
+        which = own.shared == flag
+        steps: dict[str, Any] = {"color": colour, "histtype": "stepfilled", "alpha": 0.45}
+        edges = np.geomspace(never / 1.3, most * 1.3, _BINS)
+        above.hist(at[which], bins=edges, **steps)  # type: ignore[arg-type]
+        sideways = np.linspace(low, 1, _BINS)
+        right.hist(own.cosine[which], bins=sideways, orientation="horizontal", **steps)  # type: ignore[arg-type]
+    for small in (above, right):
+        small.axis("off")
+    above.set_title(title)

@@ -1,0 +1,68 @@
+"""Values per latent and other run, taken out of a cell's table of latents for figures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Bool, Float, Int
+
+from reseed.compare.cell import CellResult
+from reseed.compare.functional import bounded, quality_coverage
+
+TEN_MILLION = 10_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """Every latent of every run against every other run, where the decoder gives it a match.
+
+    Attributes:
+        rate: how often it fires in ten million tokens (Paulo & Belrose's unit); 0 for never.
+        cosine: of its decoder row with the match's.
+        shared: by the strict rule, with that match.
+    """
+
+    rate: Float[np.ndarray, " n"]
+    cosine: Float[np.ndarray, " n"]
+    shared: Bool[np.ndarray, " n"]
+
+
+def matched(cell: CellResult) -> Matched:
+    """The rows of the figure of firing against cosine."""
+    table = cell.latents
+    partner, cosine, shared = (
+        lists(table, name) for name in ("partner_decoder", "cosine_decoder", "shared")
+    )
+    tokens = cell.runs.set_index("run")["held_out_tokens"]
+    seen = tokens.loc[table["run"].to_pylist()].to_numpy(dtype=np.float64)
+    rate = table["firing"].to_numpy() / seen * TEN_MILLION
+    kept = partner >= 0
+    every = np.broadcast_to(rate[:, None], partner.shape)
+    return Matched(every[kept], cosine[kept].astype(np.float64), shared[kept].astype(bool))
+
+
+def quality_by_rank(cell: CellResult) -> Float[np.ndarray, " ranks"]:
+    """Mean R (0 … 1) of the r matches that rank highest by cosine, for r = 1 …: the mean of the
+    curves of all ordered pairs of runs, as far as the shortest goes."""
+    runs = cell.runs["run"].tolist()
+    rows = {run: cell.latents.filter(pc.field("run") == run) for run in runs}
+    curves = []
+    for own in rows.values():
+        values = {n: lists(own, n) for n in ("partner_decoder", "substitution", "match_cosine")}
+        for i, other in enumerate(own["others"][0].as_py()):
+            partner: Int[np.ndarray, " F"] = values["partner_decoder"][:, i]
+            live = own["live"].to_numpy() & rows[other]["live"].to_numpy()[partner]
+            both = live & (partner >= 0)
+            quality = bounded(values["substitution"][both, i].astype(np.float64))
+            curves.append(quality_coverage(quality, values["match_cosine"][both, i]))
+    shortest = min(map(len, curves))
+    return np.mean([curve[:shortest] for curve in curves], axis=0)
+
+
+def lists(table: pa.Table, name: str) -> np.ndarray:
+    """A column of lists of one length as an array [rows, length]; null as NaN."""
+    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(table), -1)

@@ -1,0 +1,140 @@
+"""``summary.tex``: the tables of the terminal for a paper.
+
+What is written is `\\input` into a document that has ``\\usepackage{booktabs}`` and
+``\\usepackage{graphicx}`` (for ``\\resizebox``, which makes a table that is too wide as wide as the
+text), with any LaTeX of 2018 or later, which reads UTF-8.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from reseed.report.axes import Cell
+from reseed.report.wording import Wording, counted, paired
+
+PREAMBLE = r"% \usepackage{booktabs,graphicx}"
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    **{character: f"\\{character}" for character in "&%$#_"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    # After a line break [ and * would be read as its arguments.
+    "[": "{[}",
+    "]": "{]}",
+    "*": "{*}",
+    # What the old encoding of fonts shows as something else.
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+    '"': "''",
+    "–": "--",
+    "…": r"\ldots{}",
+    "−": "$-$",
+    "λ": r"$\lambda$",
+    "κ": r"$\kappa$",
+    "τ": r"$\tau$",
+    "σ": r"$\sigma$",
+    "Σ": r"$\Sigma$",
+    "≈": r"$\approx$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "≠": r"$\neq$",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+    "→": r"$\rightarrow$",
+    "₀": "$_0$",
+    "₁": "$_1$",
+    "₂": "$_2$",
+    "²": "$^2$",
+    "½": r"$\frac{1}{2}$",
+}
+_PATTERN = re.compile("|".join(map(re.escape, _SPECIAL)))
+
+
+def escaped(text: str) -> str:
+    """The text as LaTeX has it: every character stands for itself."""
+    return _PATTERN.sub(lambda found: _SPECIAL[found[0]], text)
+
+
+def summary_latex(cells: Sequence[Cell], tables: Sequence[Wording], name: str = "") -> str:
+    """Each table as a ``table`` with its caption and footnotes.
+
+    Args:
+        tables: those that the terminal shows, the first with the footnotes of the comparison.
+        name: what the labels begin with: ``tab:<name>``, ``tab:<name>-2``, …
+    """
+    label = re.sub(r"[^A-Za-z0-9-]+", "-", name or "summary").strip("-")
+    made = [
+        latex_table(words, _conditions(cells), f"tab:{label}" + (f"-{i}" if i > 1 else ""))
+        for i, words in enumerate(tables, 1)
+    ]
+    return "\n\n".join([PREAMBLE, *made]) + "\n"
+
+
+def latex_table(words: Wording, conditions: str, label: str) -> str:
+    """One table.
+
+    Args:
+        conditions: what the caption says beside the table's own: n, interval, tokens.
+    """
+    columns = "l" * words.num_knobs + "r" * (len(words.header) - words.num_knobs)
+    caption = ". ".join(text.rstrip(".") for text in (words.caption, conditions) if text)
+    body = [
+        r"\begin{table}[tbp]",
+        r"\centering",
+        rf"\caption{{{escaped(caption)}.}}",
+        rf"\label{{{label}}}",
+        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        _row([_stacked(name) for name in words.header]),
+        r"\midrule",
+        *(_row([escaped(entry) for entry in row]) for row in words.rows),
+        r"\bottomrule",
+        r"\end{tabular}}",
+    ]
+    if words.footnotes:
+        notes = " ".join(_bold(note) for note in words.footnotes)
+        body += [r"\par\medskip", rf"\parbox{{\linewidth}}{{\footnotesize {notes}}}"]
+    return "\n".join([*body, r"\end{table}"])
+
+
+def _row(entries: Sequence[str]) -> str:
+    return " & ".join(entries) + r" \\"
+
+
+def _stacked(name: str) -> str:
+    """A head in as many lines as it may break into."""
+    lines = [escaped(line) for line in name.split("\n")]
+    return lines[0] if len(lines) == 1 else r"\shortstack{" + r" \\ ".join(lines) + "}"
+
+
+def _bold(text: str) -> str:
+    """A footnote as a sentence, ``**bold**`` as LaTeX has it, ``code`` in its letters."""
+    parts = [
+        rf"\textbf{{{escaped(part)}}}" if i % 2 else _code(part)
+        for i, part in enumerate(text.split("**"))
+    ]
+    whole = "".join(parts)
+    return whole if whole.endswith((".", ".}")) else f"{whole}."
+
+
+def _code(text: str) -> str:
+    return "".join(
+        rf"\texttt{{{escaped(part)}}}" if i % 2 else escaped(part)
+        for i, part in enumerate(text.split("`"))
+    )
+
+
+def _conditions(cells: Sequence[Cell]) -> str:
+    """``Mean over pairs of n = 3 seeds with the 95% interval over seeds; 65,536 held-out …``."""
+    some = any(e.low is not None for _, cell in cells for e in cell.estimates.values())
+    confidence = cells[0][1].settings.confidence
+    over = "seeds" if any(not c.settings.pairs_are_a_sample for _, c in cells) else paired(cells)
+    interval = f" with the {confidence:.0%} interval over {over}" if some else ", no interval"
+    tokens = sorted({cell.held_out_tokens for _, cell in cells})
+    number = f"{tokens[0]:,}" + (f"–{tokens[-1]:,}" if len(tokens) > 1 else "")
+    return f"Mean over pairs of {counted(cells)}{interval}; {number} held-out tokens"

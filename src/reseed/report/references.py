@@ -1,0 +1,68 @@
+"""Numbers of the paper, to be seen beside one's own: another model, so never part of an estimate.
+
+Source: Paulo & Belrose (arXiv 2501.16615): TopK SAEs of the MLP output of layer 6 of Pythia-160M,
+k = 32, 32,768 latents, 8 billion tokens of the Pile, unless a factor says otherwise; the strict
+rule at a threshold of 0.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from reseed.report.axes import Cell
+
+SOURCE = "Paulo & Belrose, Pythia-160M MLP 6"
+LAYERS_SOURCE = "Paulo & Belrose, Pythia-160M MLP"
+BY_THRESHOLD: Mapping[float, float] = {
+    0.3: 0.73, 0.5: 0.60, 0.6: 0.52, 0.7: 0.42, 0.8: 0.29, 0.9: 0.11,
+}  # fmt: skip
+UNSHARED: Mapping[int, float] = {
+    2: 0.583, 3: 0.484, 4: 0.436, 5: 0.406, 6: 0.385, 7: 0.370, 8: 0.358, 9: 0.348,
+}  # fmt: skip
+"""u_k of their 9 seeds. As a mean over all choices of seeds, u_k is of the same thing whatever the
+number of seeds that it was made from."""
+BY_WIDTH: Mapping[float, float] = {
+    32: 0.81, 768: 0.79, 4_084: 0.70, 27_648: 0.43, 32_768: 0.42, 131_072: 0.28,
+}  # fmt: skip
+BY_K: Mapping[float, float] = {32: 0.42, 64: 0.31, 128: 0.23, 256: 0.18}
+BY_TOKENS: Mapping[float, float] = {0.8e9: 0.07, 8e9: 0.42, 80e9: 0.61}
+BY_LAYER: Mapping[float, float] = dict(
+    enumerate((0.00, 0.14, 0.16, 0.24, 0.45, 0.42, 0.42, 0.39, 0.42, 0.46, 0.41, 0.25))
+)
+NEAR = 4.0
+"""A reference is drawn up to so many times beyond the ends of one's own amounts."""
+FEWEST = 2
+"""So many of a factor's values have to be near; one alone shows no course."""
+
+
+def over(cells: Sequence[Cell], axis: str, at: Sequence[float]) -> dict[float, float]:
+    """The reference values of an axis that lie near one's own: amount → shared fraction.
+
+    Empty where the axis is none of the paper's factors, or its values are far from these: drawn
+    all the same they would squeeze what the figure is about. Of layers only those that the axis
+    has. The budget is theirs only on an axis in tokens: how many optimiser steps theirs were is not
+    known.
+
+    Args:
+        at: the places of the cells on the axis.
+    """
+    found = _values(cells, axis)
+    if not found or not at:
+        return {}
+    low, high = min(at), max(at)
+    if found is not BY_LAYER:
+        low, high = low / NEAR, high * NEAR
+    near = {amount: value for amount, value in found.items() if low <= amount <= high}
+    return near if len(near) >= FEWEST else {}
+
+
+def _values(cells: Sequence[Cell], axis: str) -> Mapping[float, float]:
+    last = axis.rpartition(".")[2]
+    if last == "sparsity":
+        words = [str(knobs.get(axis)) for knobs, _ in cells]
+        of_k = all(word.startswith(("k=", "L0≈")) for word in words)
+        return BY_K if of_k else {}
+    if last == "tokens" and all("steps" in cell.runs for _, cell in cells):
+        return {}
+    factors = {"num_latents": BY_WIDTH, "k": BY_K, "target_l0": BY_K, "tokens": BY_TOKENS}
+    return {**factors, "layer": BY_LAYER}.get(last, {})

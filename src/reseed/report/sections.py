@@ -1,0 +1,247 @@
+"""What else was measured on each cell: the tables of ``summary.md`` below the first one.
+
+``docs/measures.md`` says of every number what it is, by its head here and by its column in the
+files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reseed.compare.activation_tables import NOTE, TOKENS, TOPS
+from reseed.compare.columns import GROUPS, THRESHOLDS
+from reseed.report.axes import Cell, columns, label
+from reseed.report.cell_tables import (
+    Column,
+    beside_null,
+    cell_table,
+    chance,
+    kappa,
+    measured,
+    pair_mean,
+    run_mean,
+    shown,
+    values,
+)
+from reseed.report.firing_tables import by_decile, by_kind_of_firing
+from reseed.report.references import BY_THRESHOLD, SOURCE
+from reseed.report.wording import Wording, number, padded, paired
+
+
+def sections(cells: Sequence[Cell]) -> list[tuple[str, list[Wording]]]:
+    """Titles with their tables, in the order of ``summary.md``; what was not measured is left out.
+
+    The differences between architectures, which are not of single cells, are not among them.
+    """
+    found = [
+        ("More measures", [details(cells), cosines_and_cycles(cells)]),
+        (f"Over {paired(cells)}", [profiles(cells)]),
+        ("By threshold", [by_threshold(cells)]),
+        ("By firing", [by_decile(cells), by_kind_of_firing(cells)]),
+        ("On activations", on_activations(cells)),
+        ("Nulls", [nulls(cells)]),
+        ("Subspaces", [subspace_overlaps(cells)]),
+    ]
+    return [(title, tables) for title, tables in found if tables]
+
+
+def details(cells: Sequence[Cell]) -> Wording:
+    """Other rules for what is shared."""
+    made: dict[str, Column] = {paired(cells): lambda cell: str(cell.n_seeds)}
+    made |= measured(
+        {
+            "covered": "coverage",
+            "dec": "shared_fraction_decoder",
+            "corr": "shared_fraction_correlation",
+            "joint": "shared_fraction_joint",
+            "mutual": "mutual_nearest",
+            "mutual, dec": "mutual_nearest_decoder",
+            "split": "split_fraction",
+            "not dead": "shared_fraction_not_dead",
+        }
+    )
+    made["ceiling, live"] = pair_mean("ceiling_live")
+    return cell_table(
+        cells,
+        made,
+        "Fractions of latents with other rules than the strict one, at the same threshold.",
+        "**covered**: some latent of the other run has both cosines at the threshold, whether or "
+        "not it is the match of another; mean of both directions. **dec**: matched by the decoder, "
+        "the encoder is not asked.",
+        "**corr**: the strict rule with encoders matched by the correlation of pre-activations on "
+        "held-out activations, in which directions of low variance hardly count.",
+        "**joint**: one matching of encoder and decoder rows together, both cosines at the "
+        "threshold. **mutual**: nearest of each other, by the smaller of both cosines; **mutual, "
+        "dec**: by the decoder's.",
+        "**split**: two latents or more of the other run have both cosines at the threshold. "
+        "**not dead**: the strict rule over latents that fired at the end of training, both "
+        "partners. **ceiling, live**: the largest live shared fraction that the numbers of live "
+        "latents allow.",
+    )
+
+
+def cosines_and_cycles(cells: Sequence[Cell]) -> Wording:
+    """Mean cosines without a threshold, and whether the matchings of three runs close."""
+    made = measured(
+        {
+            "PW-MCC, signed": "pw_mcc_signed",
+            "PW-MCC, |cos|": "pw_mcc_absolute",
+            "MMCS": "mmcs",
+            "cos corr": "cosine_correlation",
+            "cycle, enc": "cycle_encoder",
+            "cycle, dec": "cycle_decoder",
+            "cycle, shared": "cycle_shared",
+        }
+    )
+    return cell_table(
+        cells,
+        made,
+        "**PW-MCC** (Song et al.): mean matched decoder cosine over the smaller dictionary, "
+        "**signed** as in their code, **|cos|** as in their paper; each with the matching that "
+        "maximises it. **MMCS**: mean over latents of the largest decoder cosine, of both "
+        "directions (each alone in pairs.csv). **cos corr**: mean matched correlation of "
+        "pre-activations.",
+        "**cycle**: of all latents, those for which the partner's partner in a third run is the "
+        "partner there, by encoder and by decoder; **shared**: of the chains in which i is shared "
+        "with j and j with k, those in which i is shared with k.",
+    )
+
+
+def profiles(cells: Sequence[Cell]) -> Wording:
+    """p_m and u_k of each cell."""
+    knobs, n = columns(cells), max(cell.n_seeds for _, cell in cells)
+    header = (*knobs, *(f"p_{m}" for m in range(n)), *(f"u_{k}" for k in range(2, n + 1)))
+    rows = tuple(
+        (*values(knobs, k), *padded(cell.p, n), *padded(cell.u, n - 1)) for k, cell in cells
+    )
+    footnotes = (
+        f"**p_m**: fraction of latents shared with exactly m of the other {paired(cells)}. "
+        f"**u_k**: fraction that k−1 other {paired(cells)}, drawn at random, all lack.",
+    )
+    return Wording(header, rows, len(knobs), "", footnotes)
+
+
+def by_threshold(cells: Sequence[Cell]) -> Wording:
+    """The strict rule at every threshold, and last what the paper found for another model."""
+    knobs = columns(cells)
+    header = (*(knobs or ["cell"]), *(f"≥ {tau}" for tau in THRESHOLDS))
+    rows = [
+        (
+            *(values(knobs, k) or [label(cells, k)]),
+            *(shown(cell, f"shared_fraction_at_{tau}") for tau in THRESHOLDS),
+        )
+        for k, cell in cells
+    ]
+    reference = [number(BY_THRESHOLD.get(tau, float("nan"))) for tau in THRESHOLDS]
+    rows.append((SOURCE, *[""] * (max(len(knobs), 1) - 1), *reference))
+    footnotes = (
+        "The strict rule, both cosines at least so large; the matchings are the same for all. The "
+        "same over live latents: `shared_fraction_live_at_…` in summary.csv.",
+        f"**{SOURCE}**: another model and budget (TopK, k=32, 32,768 latents, 8B tokens), for "
+        "orientation.",
+    )
+    return Wording(header, tuple(rows), max(len(knobs), 1), "", footnotes)
+
+
+def on_activations(cells: Sequence[Cell]) -> list[Wording]:
+    """What pairs do on held-out tokens; empty where no cell was asked for it."""
+    asked = [(knobs, cell) for knobs, cell in cells if NOTE in cell.pairs]
+    known = [(k, c) for k, c in asked if int(c.pairs[TOKENS].max()) > 0]
+    lacking = _not_measured(cells, [(k, c) for k, c in asked if int(c.pairs[TOKENS].max()) == 0])
+    if not known:
+        return lacking
+    tokens = sorted({int(cell.pairs[TOKENS].max()) for _, cell in known})
+    count = f"{tokens[0]:,}" + (f"–{tokens[-1]:,}" if len(tokens) > 1 else "")
+    agree = measured(
+        {
+            "Pearson, shared": "agreement_pearson_shared",
+            "Pearson, orphan": "agreement_pearson_orphan",
+            "Jaccard, shared": "agreement_jaccard_shared",
+            "Jaccard, orphan": "agreement_jaccard_orphan",
+            "CKA, latents": "cka_codes",
+            "CKA, output": "cka_reconstructions",
+            "novel": "novel_fraction",
+        }
+    )
+    replaced = measured(
+        {
+            "R, shared": "substitution_shared",
+            "R, orphan": "substitution_orphan",
+            "second best": "substitution_second_best",
+            "random": "substitution_random",
+            "best scale": "substitution_best_scale",
+            "area": "substitution_area",
+            **{f"top {top:,}": f"substitution_top_{top}" for top in TOPS},
+        }
+    )
+    return [
+        cell_table(
+            known,
+            agree,
+            f"On {count} held-out tokens, over pairs matched by the decoder whose latents are both "
+            "live. **Pearson**, **Jaccard**: correlation of activations and overlap of the tokens "
+            "on which they fire, mean over **shared** pairs and over the other ones (**orphan**).",
+            "**CKA**: linear CKA of latents and of reconstructions, without any matching; it "
+            "hardly tells SAEs apart. **novel**: live latents that lower the other run's error "
+            "when put into it.",
+        ),
+        cell_table(
+            known,
+            replaced,
+            "**R**: the part of the damage of taking a latent out that its match repairs in its "
+            "place, mean of R bounded to 0 … 1; beside it the same with the **second best** match, "
+            "with a **random** latent of equal firing, and with the match at its **best scale**.",
+            "**area**: mean over r of the mean R of the r matches that rank highest by cosine; "
+            "**top** its value at one r.",
+        ),
+        *lacking,
+    ]
+
+
+def _not_measured(cells: Sequence[Cell], lacking: Sequence[Cell]) -> list[Wording]:
+    """Why there are no numbers of some cells."""
+    rows = tuple((label(cells, knobs), str(cell.pairs[NOTE].iloc[0])) for knobs, cell in lacking)
+    return [Wording(("not measured", "why"), rows, 2, "", ())] if rows else []
+
+
+def nulls(cells: Sequence[Cell]) -> Wording:
+    """The ladder of nulls: what would be shared by chance, and κ against each."""
+    rungs = {"isotropic": "null_", "covariance": "null_covariance_", "untrained": "untrained_"}
+    made: dict[str, Column] = {"shared": lambda cell: shown(cell, "shared_fraction")}
+    for name, prefix in rungs.items():
+        made[f"{name} S₀"] = chance(f"{prefix}shared_fraction", drawn=name != "untrained")
+        made[f"κ, {name}"] = kappa(name, f"{prefix}shared_fraction")
+    made["cos, isotropic"] = pair_mean("null_cosine")
+    made["cos, covariance"] = pair_mean("null_covariance_cosine")
+    made["covered, isotropic"] = pair_mean("null_coverage")
+    made["covered, covariance"] = pair_mean("null_covariance_coverage")
+    return cell_table(
+        cells,
+        made,
+        "**κ** = (S − S₀)/(1 − S₀), S shared and S₀ the same of: two dictionaries of random "
+        "**isotropic** rows, of rows drawn with the **covariance** of the held-out activations, "
+        "and the **untrained** weights of the same pairs. The interval of κ is that of S, S₀ taken "
+        "as given.",
+        "**cos**, **covered**: mean matched cosine and coverage of these random dictionaries.",
+    )
+
+
+def subspace_overlaps(cells: Sequence[Cell]) -> Wording:
+    """Whether groups of latents span the same in two runs, each beside its null."""
+    made: dict[str, Column] = {}
+    for measure in ("overlap", "angles"):
+        for group in GROUPS:
+            name = f"subspace_{measure}_{group}"
+            made[f"{measure}, {group}"] = beside_null(name)
+    for group in GROUPS:
+        made[f"directions, {group}"] = run_mean(f"directions_{group}")
+    return cell_table(
+        cells,
+        made,
+        "**overlap**: of the second moments of the unit decoder rows of a group, in brackets with "
+        "a slash that of as many random live latents. **angles**: mean squared cosine of the "
+        "principal angles between the spans of the leading directions that hold 90% of it, beside "
+        "that of random spans. **directions**: how many these are.",
+        "**orphan**: live latents that no other run shares, **shared**: with one at least, "
+        "**dense**: that fire on more than a tenth of the tokens.",
+    )
