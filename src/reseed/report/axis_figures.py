@@ -57,10 +57,6 @@ class _Plan:
     lines: Sequence[str]
     panels: Sequence[str]
 
-    @property
-    def log(self) -> bool:
-        return min(self.at) > 0 and max(self.at) / min(self.at) > LOG_FROM
-
 
 def axis_name(axis: str) -> str:
     """The last word of a key, for the name of a file: ``aux_alpha`` of ``sae.aux_alpha``."""
@@ -104,7 +100,7 @@ def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
             axes.tick_params(labelbottom=True)
         if i % columns == 0:
             axes.set_ylabel(words)
-    _scale(grid[0], plan, room=width - (0.6 if alone else 0.35))
+    _scale(grid[0], [*plan.at, *reference], room=width - (0.6 if alone else 0.35))
     grid[0].set_yticks(_TICKS)
     grid[0].set_ylim(-0.03, 1.03)
     if "arm" in telling(cells) and _born_alike(cells):
@@ -205,21 +201,22 @@ def _axis_label(cells: Sequence[Cell], axis: str) -> str:
     return _NAMES[axis] + of
 
 
-def _scale(axes: Axes, plan: _Plan, room: float) -> None:
+def _scale(axes: Axes, at: Sequence[float], room: float) -> None:
     """A tick at every value, as long as they are few; else matplotlib's, in powers of 2 if
     logarithmic.
 
     Args:
         room: inches that the axis is long.
     """
-    values = sorted(set(plan.at))
-    if plan.log:
+    values = sorted(set(at))
+    log = values[0] > 0 and values[-1] / values[0] > LOG_FROM
+    if log:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _amount(v)))
     if len(values) <= 9:
         axes.xaxis.set_major_locator(FixedLocator(values))
-        named = _named(values, plan.log, room)
+        named = _named(values, log, room)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _amount(v) if v in named else ""))
 
 

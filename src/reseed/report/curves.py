@@ -18,15 +18,25 @@ from matplotlib.patches import Patch
 from reseed.compare.activation_tables import TOKENS
 from reseed.compare.cell import CellResult
 from reseed.compare.columns import THRESHOLDS
-from reseed.compare.strata import by_stratum
+from reseed.compare.strata import DECILES, by_stratum
 from reseed.report.axes import Cell, label, naming, wrapped
 from reseed.report.latents import quality_by_rank
 from reseed.report.references import BY_THRESHOLD, SOURCE
 from reseed.report.style import COLOURS, GREY, MARKERS, REFERENCE, WIDTH, legend_below
-from reseed.report.wording import counted, paired
+from reseed.report.wording import counted, paired, with_interval
 
+NOT_LIVE = 2
+"""Strata before the first decile: never fired, and not live."""
 MOST_LINES = 6
 """Lines of one panel; more cells are panels, by all but the last of the knobs that name them."""
+
+
+@dataclass(frozen=True)
+class _Said:
+    """Words of the legend: of one cell, and of what they are."""
+
+    of: Callable[[CellResult], str]
+    title: str
 
 
 @dataclass(frozen=True)
@@ -36,14 +46,16 @@ class Curve:
     Attributes:
         at, mean: the points; NaN where there is none.
         low, high: ends of the interval at each, NaN where there is none.
-        marked: whether the points have markers.
+        apart: whether the points stand for themselves, so that intervals are bars and not a band.
+        dense: whether they are too many for a marker each.
     """
 
     at: Float[np.ndarray, " points"]
     mean: Float[np.ndarray, " points"]
     low: Float[np.ndarray, " points"]
     high: Float[np.ndarray, " points"]
-    marked: bool = True
+    apart: bool = False
+    dense: bool = False
 
 
 def threshold_figure(cells: Sequence[Cell]) -> Figure:
@@ -77,11 +89,15 @@ def decile_figure(cells: Sequence[Cell]) -> Figure:
         table = by_stratum(cell.strata, "decile", cell.settings.confidence)
         columns = ("shared_fraction", "shared_low", "shared_high")
         mean, low, high = (table[name].to_numpy(dtype=np.float64) for name in columns)
-        return Curve(np.arange(len(table), dtype=np.float64), mean, low, high)
+        # Latents that are not live stand apart: no line leads from them to the deciles.
+        values = (np.insert(v, NOT_LIVE, np.nan) for v in (mean, low, high))
+        return Curve(np.insert(np.arange(float(len(table))), NOT_LIVE, NOT_LIVE - 0.5), *values,
+                     apart=True)  # fmt: skip
 
     def panel(axes: Axes) -> None:
-        axes.axvline(1.5, color="black", linewidth=0.6, linestyle=":")
-        axes.set_xticks(range(12), ["0", f"<{limit}", *map(str, range(1, 11))])
+        axes.axvline(NOT_LIVE - 0.5, color="black", linewidth=0.6, linestyle=":")
+        named = ["0", f"<{limit}", *map(str, range(1, DECILES + 1))]
+        axes.set_xticks(range(len(named)), named)
 
     return _figure(
         cells,
@@ -107,33 +123,32 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
 
     def curve(cell: CellResult) -> Curve:
         quality = quality_by_rank(cell)
+        at = np.arange(1, len(quality) + 1) / cell.num_latents
         nothing = np.full(len(quality), np.nan)
-        return Curve(np.arange(1.0, len(quality) + 1), quality, nothing, nothing, marked=False)
+        return Curve(at, quality, nothing, nothing, dense=True)
 
     def panel(axes: Axes) -> None:
-        axes.set_xscale("log")
+        axes.set_xlim(-0.02, 1.02)
 
-    def name(cell: CellResult) -> str:
-        area = cell.estimates["substitution_area"]
-        ends = "" if area.low is None else f" [{area.low:.2f}, {area.high:.2f}]"
-        return f", area {area.mean:.2f}{ends}"
+    def area(cell: CellResult) -> str:
+        return f": {with_interval(cell.estimates['substitution_area'])}"
 
-    tokens = sorted({int(cell.pairs[TOKENS].max()) for _, cell in cells})
+    tokens = sorted({int(cell.pairs[TOKENS].to_numpy().max()) for _, cell in cells})
     count = f"{tokens[0]:,}" + (f"–{tokens[-1]:,}" if len(tokens) > 1 else "")
     return _figure(
         cells,
         curve,
         panel,
-        f"matches taken, highest cosines first ({counted(cells)}, {count} tokens)",
-        "their mean R: damage that the match repairs",
+        f"part of the latents whose match is taken, highest cosines first ({count} tokens)",
+        "mean R: damage that these matches repair",
         [],
-        name,
+        _Said(area, f"area [{cells[0][1].settings.confidence:.0%} interval], {counted(cells)}"),
     )
 
 
 def with_activations(cells: Sequence[Cell]) -> list[Cell]:
     """The cells that were measured on activations."""
-    return [(k, c) for k, c in cells if TOKENS in c.pairs and int(c.pairs[TOKENS].max()) > 0]
+    return [(k, c) for k, c in cells if TOKENS in c.pairs and c.pairs[TOKENS].to_numpy().max() > 0]
 
 
 def _figure(
@@ -143,15 +158,15 @@ def _figure(
     below: str,
     beside: str,
     handles: Sequence[Artist],
-    more: Callable[[CellResult], str] | None = None,
+    more: _Said | None = None,
 ) -> Figure:
-    """Panels of lines with bands, and one legend.
+    """Panels of lines with intervals, and one legend.
 
     Args:
         panel: what else every panel has, and its ticks.
         below, beside: names of the axes.
         handles: of what ``panel`` draws.
-        more: what the legend says of a cell beside its name.
+        more: what the legend of a single panel says of a cell beside its name.
     """
     groups = _panels(cells)
     columns = min(len(groups), 3)
@@ -163,7 +178,7 @@ def _figure(
     legend: list[Artist] = []
     for i, name in enumerate(names):
         own = next(c for group in groups.values() for line, (_, c) in group if line == name)
-        said = more(own) if more and alone else ""
+        said = more.of(own) if more and alone else ""
         legend.append(Line2D([], [], label=name + said, **_look(i)))
     if any(not np.isnan(curve.low).all() for curve in curves.values()):
         confidence = cells[0][1].settings.confidence
@@ -173,7 +188,7 @@ def _figure(
         legend.append(Patch(alpha=0, label=f"{counted(cells)}, no interval"))
     legend += handles
     beside_each_other = 2 if max(len(str(h.get_label())) for h in legend) > 24 else 3
-    under = 0.2 * ceil(len(legend) / beside_each_other) + 0.5
+    under = 0.2 * ceil(len(legend) / beside_each_other) + 0.65
     figure = Figure(figsize=(width * columns, height * rows + under))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes in grid[len(groups) :]:
@@ -182,7 +197,7 @@ def _figure(
         axes.grid(axis="y", color="#dddddd", linewidth=0.5)
         axes.set_axisbelow(True)
         for name, (_, cell) in group:
-            _line(axes, curves[id(cell)], names.index(name))
+            _line(axes, curves[id(cell)], names.index(name), len(names))
         panel(axes)
         axes.set_ylim(-0.03, 1.03)
         axes.set_title(wrapped(title, round(width / 0.07)))
@@ -191,7 +206,10 @@ def _figure(
             axes.tick_params(labelbottom=True)
         if i % columns == 0:
             axes.set_ylabel(wrapped(beside, round(height / 0.065)))
-    legend_below(figure, legend, columns=beside_each_other)
+    title = ", ".join(naming(cells) if alone else naming(cells)[-1:])
+    if more and alone:
+        title = f"{title}: {more.title}" if title else more.title
+    legend_below(figure, legend, columns=beside_each_other, title=title)
     return figure
 
 
@@ -216,16 +234,19 @@ def _look(i: int) -> dict[str, Any]:
     }
 
 
-def _line(axes: Axes, curve: Curve, i: int) -> None:
+def _line(axes: Axes, curve: Curve, i: int, of: int) -> None:
     look = _look(i)
-    if curve.marked:
-        there = ~np.isnan(curve.mean)
-        axes.plot(curve.at[there], curve.mean[there], **look)
-    elif len(curve.at):
-        # Without markers at every point, some at places that are even on the axis of ranks.
-        some = np.unique(np.geomspace(1, len(curve.at), 8).round().astype(int)) - 1
-        axes.plot(curve.at, curve.mean, **look, markevery=some.tolist())
-    axes.fill_between(curve.at, curve.low, curve.high, color=look["color"], alpha=0.16, linewidth=0)
+    at = curve.at + ((i - (of - 1) / 2) * 0.5 / of if curve.apart else 0)
+    if curve.dense:
+        some = np.unique(np.linspace(0, len(at) - 1, 9).round().astype(int)).tolist()
+        axes.plot(at, curve.mean, markevery=some, **look)
+    else:
+        axes.plot(at, curve.mean, **look)
+    if curve.apart:
+        axes.vlines(at, curve.low, curve.high, color=look["color"], alpha=0.5, linewidth=1.4)
+    else:
+        faint, edge = (look["color"], 0.16), (look["color"], 0.45)
+        axes.fill_between(at, curve.low, curve.high, facecolor=faint, edgecolor=edge, linewidth=0.6)
 
 
 def _number(value: float | None) -> float:

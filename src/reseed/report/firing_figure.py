@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -55,12 +54,13 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
         if i % columns == 0:
             axes.set_ylabel("decoder cosine of the match")
     threshold = f"{cells[0][1].settings.threshold:g}"
+    whose = f"all pairs of {counted(cells)}; histograms scaled by kind"
     legend_below(figure, [
         Line2D([], [], color=BLUE, marker="o", linestyle="", label="shared with that run"),
         Line2D([], [], color=ORANGE, marker="+", linestyle="", label="orphan there"),
         Line2D([], [], color="black", linestyle="--", linewidth=0.7,
                label=f"threshold {threshold}, also for the encoder"),
-        Line2D([], [], linestyle="", label=f"all pairs of {counted(cells)}"),
+        Line2D([], [], linestyle="", label=whose),
     ], columns=2)  # fmt: skip
     return figure
 
@@ -104,17 +104,28 @@ def _ticks(axes: Axes, never: float, least: float, most: float) -> None:
 
 
 def _margins(axes: Axes, own: Matched, never: float, most: float, low: float, title: str) -> None:
-    """Histograms above and at the right, shared in front of orphans."""
+    """Histograms above and at the right, each kind as high as the other: orphans filled, shared
+    latents as a line."""
     above = axes.inset_axes((0, 1.02, 1, 0.16), sharex=axes)
     right = axes.inset_axes((1.02, 0, 0.16, 1), sharey=axes)
     at = np.where(own.rate > 0, own.rate, never)
+    bins = (np.geomspace(never / 1.3, most * 1.3, _BINS), np.linspace(low, 1, _BINS))
     for flag, colour, _ in _KINDS:
         which = own.shared == flag
-        steps: dict[str, Any] = {"color": colour, "histtype": "stepfilled", "alpha": 0.45}
-        edges = np.geomspace(never / 1.3, most * 1.3, _BINS)
-        above.hist(at[which], bins=edges, **steps)  # type: ignore[arg-type]
-        sideways = np.linspace(low, 1, _BINS)
-        right.hist(own.cosine[which], bins=sideways, orientation="horizontal", **steps)  # type: ignore[arg-type]
+        for small, values, edges, sideways in (
+            (above, at, bins[0], False),
+            (right, own.cosine, bins[1], True),
+        ):
+            counts = np.histogram(values[which], edges)[0]
+            small.stairs(
+                counts / max(int(counts.max(initial=0)), 1),
+                edges,
+                orientation="horizontal" if sideways else "vertical",
+                color=colour,
+                fill=not flag,
+                alpha=1.0 if flag else 0.45,
+                linewidth=1.0,
+            )
     for small in (above, right):
         small.axis("off")
     above.set_title(title)

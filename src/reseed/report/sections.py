@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reseed.compare.activation_tables import NOTE, TOKENS, TOPS
+from reseed.compare.cell import CellResult
 from reseed.compare.columns import GROUPS, THRESHOLDS
 from reseed.report.axes import Cell, columns, label
 from reseed.report.cell_tables import (
@@ -146,11 +147,11 @@ def by_threshold(cells: Sequence[Cell]) -> Wording:
 def on_activations(cells: Sequence[Cell]) -> list[Wording]:
     """What pairs do on held-out tokens; empty where no cell was asked for it."""
     asked = [(knobs, cell) for knobs, cell in cells if NOTE in cell.pairs]
-    known = [(k, c) for k, c in asked if int(c.pairs[TOKENS].max()) > 0]
-    lacking = _not_measured(cells, [(k, c) for k, c in asked if int(c.pairs[TOKENS].max()) == 0])
+    known = [(k, c) for k, c in asked if _tokens(c)]
+    lacking = _not_measured(cells, [(k, c) for k, c in asked if not _tokens(c)])
     if not known:
         return lacking
-    tokens = sorted({int(cell.pairs[TOKENS].max()) for _, cell in known})
+    tokens = sorted({_tokens(cell) for _, cell in known})
     count = f"{tokens[0]:,}" + (f"–{tokens[-1]:,}" if len(tokens) > 1 else "")
     agree = measured(
         {
@@ -165,6 +166,7 @@ def on_activations(cells: Sequence[Cell]) -> list[Wording]:
     )
     replaced = measured(
         {
+            "R": "substitution",
             "R, shared": "substitution_shared",
             "R, orphan": "substitution_orphan",
             "second best": "substitution_second_best",
@@ -189,13 +191,18 @@ def on_activations(cells: Sequence[Cell]) -> list[Wording]:
             known,
             replaced,
             "**R**: the part of the damage of taking a latent out that its match repairs in its "
-            "place, mean of R bounded to 0 … 1; beside it the same with the **second best** match, "
-            "with a **random** latent of equal firing, and with the match at its **best scale**.",
+            "place, mean of R bounded to 0 … 1: of all these latents, of **shared** and of "
+            "**orphan** ones; of all with the **second best** match, with a **random** latent of "
+            "equal firing, and with the match at its **best scale**.",
             "**area**: mean over r of the mean R of the r matches that rank highest by cosine; "
             "**top** its value at one r.",
         ),
         *lacking,
     ]
+
+
+def _tokens(cell: CellResult) -> int:
+    return int(cell.pairs[TOKENS].to_numpy().max())
 
 
 def _not_measured(cells: Sequence[Cell], lacking: Sequence[Cell]) -> list[Wording]:
@@ -238,10 +245,10 @@ def subspace_overlaps(cells: Sequence[Cell]) -> Wording:
     return cell_table(
         cells,
         made,
-        "**overlap**: of the second moments of the unit decoder rows of a group, in brackets with "
-        "a slash that of as many random live latents. **angles**: mean squared cosine of the "
-        "principal angles between the spans of the leading directions that hold 90% of it, beside "
-        "that of random spans. **directions**: how many these are.",
+        "**overlap**: of the second moments of the unit decoder rows of a group / of as many "
+        "random live latents. **angles**: mean squared cosine of the principal angles between the "
+        "spans of the leading directions that hold 90% of it / of random spans. **directions**: "
+        "how many these are.",
         "**orphan**: live latents that no other run shares, **shared**: with one at least, "
         "**dense**: that fire on more than a tenth of the tokens.",
     )
