@@ -19,7 +19,7 @@ import torch
 from reseed.activations.hookpoint import Hookpoint, HookpointConfig
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource, SourceConfig
 from reseed.activations.stream import DatasetConfig, check_batch_size
-from reseed.activations.surrogate import SURROGATES, label_of, opened
+from reseed.activations.surrogate import SURROGATES, label_of, opened, standing_in
 from reseed.calibration import calibrate
 from reseed.config import Config, ConfigError, digest, setting
 from reseed.console import say
@@ -46,7 +46,8 @@ class Experiment(Config):
     """What the weights' start is drawn from: the seed and everything else in the cell, or the seed
     alone, so that runs of different cells with the same seed are born alike."""
     surrogate: str = setting("none", choices=SURROGATES, neutral="none")
-    """What takes the place of the source's activations: gaussian, draws with their moments."""
+    """What takes the place of the source's activations: ``gaussian``, draws with their moments;
+    ``random_weights``, those of the same language model before any training."""
 
     def validate(self) -> None:
         check_batch_size(self.dataset, self.training.batch_size)
@@ -228,6 +229,7 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
         model = _resolve_source(experiment.model, cache)
     except ConfigError as error:
         raise error.within("model") from None
+    model = _standing_in(model, experiment.surrogate)
     model.check(experiment.hook)
     try:
         data = model.data(experiment.dataset, cache)
@@ -331,3 +333,8 @@ def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int
 @lru_cache(maxsize=32)
 def _resolve_source(config: SourceConfig, cache: Path) -> ResolvedSource:
     return config.resolve(cache)
+
+
+@lru_cache(maxsize=32)
+def _standing_in(source: ResolvedSource, surrogate: str) -> ResolvedSource:
+    return standing_in(source, surrogate)

@@ -7,8 +7,7 @@ or context length is refused before weights are touched. `LanguageModel` loads t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from importlib.util import find_spec
@@ -19,12 +18,22 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from reseed.activations import weights
 from reseed.activations.hookpoint import Hookpoint, first_tensor, module_path
-from reseed.activations.model_files import check_folder, hash_files, snapshot, weights_fingerprint
+from reseed.activations.model_files import (
+    check_folder,
+    hash_files,
+    random_fingerprint,
+    snapshot,
+    weights_fingerprint,
+)
 from reseed.activations.source import ResolvedData, ResolvedSource, SourceConfig
 from reseed.activations.stream import DatasetConfig
 from reseed.config import ConfigError, setting
 
+RANDOM_SEED = 1
+"""Of weights that stand in for trained ones (``surrogate=random_weights``). One for all runs, which
+then read one stream; it is part of the fingerprint, and so of what is signed."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,12 +80,18 @@ class ResolvedModel(ResolvedSource):
         folder: where its files are.
         fingerprint: identifies weights and architecture, whatever the folder is called.
         label: short name for folders and tables.
+        random_seed: of weights drawn anew in the place of the trained ones; None for these.
     """
 
     config: ModelConfig
     folder: Path
     fingerprint: str
     label: str
+    random_seed: int | None = None
+
+    def with_random_weights(self) -> ResolvedModel:
+        fingerprint = random_fingerprint(self.folder, RANDOM_SEED)
+        return replace(self, fingerprint=fingerprint, random_seed=RANDOM_SEED)
 
     @cached_property
     def transformers_config(self) -> Any:
@@ -102,7 +117,7 @@ class ResolvedModel(ResolvedSource):
     @cached_property
     def skeleton(self) -> nn.Module:
         """The model without weights (meta device): module names and shapes, at no cost."""
-        return _from_config(self.transformers_config, "eager")
+        return weights.skeleton(self.transformers_config)
 
     @property
     def num_layers(self) -> int:
@@ -193,19 +208,12 @@ class LanguageModel:
     """
 
     def __init__(self, resolved: ResolvedModel, device: torch.device | str = "cpu") -> None:
-        from transformers import AutoModelForCausalLM
-
-        folder = resolved.folder
-        if isinstance(resolved.config, HubModelConfig):
-            # At the commit that was resolved: the branch may have moved since.
-            folder = snapshot(resolved.config.repository, resolved.folder.name, weights=True)
-        with _quiet():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=DTYPES[resolved.config.dtype],
-                attn_implementation=resolved.config.attention,
-                local_files_only=True,
-                use_safetensors=True,  # a pickled checkpoint could run code
+        dtype, attention = DTYPES[resolved.config.dtype], resolved.config.attention
+        if resolved.random_seed is None:
+            model = weights.trained(_weights_folder(resolved), dtype, attention)
+        else:
+            model = weights.untrained(
+                resolved.transformers_config, resolved.random_seed, dtype, attention
             )
         self.device = torch.device(device)
         self.model = model.to(self.device).eval().requires_grad_(False)
@@ -227,6 +235,13 @@ class LanguageModel:
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.model.parameters())
+
+
+def _weights_folder(resolved: ResolvedModel) -> Path:
+    if not isinstance(resolved.config, HubModelConfig):
+        return resolved.folder
+    # At the commit that was resolved: the branch may have moved since.
+    return snapshot(resolved.config.repository, resolved.folder.name, weights=True)
 
 
 class _Stop(Exception):
@@ -266,24 +281,3 @@ def _record(
         missed = ", ".join(str(h) for h in waiting)
         raise ConfigError(f"{{key}}: the forward pass never reached {missed}", "hookpoint")
     return found
-
-
-def _from_config(config: Any, attention: str) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"), _quiet():
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No weight-loading bars: the command has a progress display of its own."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()

@@ -85,6 +85,12 @@ def weights_fingerprint(folder: Path, cache: Path) -> str:
     return fingerprint
 
 
+def random_fingerprint(folder: Path, seed: int) -> str:
+    """What says which weights drawn with ``seed`` are meant: the architecture, and no file of
+    weights."""
+    return f"random_weights-seed{seed}-{hash_files([folder / 'config.json'])}"
+
+
 def hash_files(paths: Sequence[Path]) -> str:
     """SHA-256 over names and contents of those that are there, 32 digits."""
     sha = hashlib.sha256()

@@ -62,6 +62,17 @@ class ResolvedSource(ABC):
     def fingerprints(self) -> Mapping[str, str]:
         """What enters a run's signature beside what was declared, by name."""
 
+    def with_random_weights(self) -> ResolvedSource:
+        """The same source with weights that were never trained.
+
+        Raises:
+            ConfigError: it has no weights.
+        """
+        raise ConfigError(
+            f"{{key}}=random_weights needs a language model; {self.label} has no weights",
+            "surrogate",
+        )
+
     @abstractmethod
     def check(self, hookpoint: Hookpoint) -> None:
         """Raise `ConfigError` where it has no such layer or module."""

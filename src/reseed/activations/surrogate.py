@@ -1,7 +1,10 @@
-"""Gaussian activations with the mean and covariance of a real source: what has no features.
+"""What may take the place of a source's activations: nulls of stability, by what they keep.
 
-What SAEs share that are trained on them, they share because of the first two moments alone: a null
-of stability.
+- ``gaussian``: draws with the mean and covariance of the real activations, which have no features.
+  What SAEs share that are trained on them, they share because of the first two moments alone.
+- ``random_weights``: the activations of the same architecture on the same text, with weights that
+  were never trained (`language_model`). What SAEs share of them is the text's and the
+  architecture's, and nothing that the model has learned.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.moments import Moments
-from reseed.activations.source import ActivationSource, ResolvedData
+from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource
 from reseed.activations.stream import ChunkStream, DatasetConfig, generator
 
 _TRAINING, _HELD_OUT = 0x6761757373, 0x6761757374  # what the seeds of either part begin with
@@ -109,15 +112,24 @@ def _number(hookpoint: Hookpoint) -> int:
     return int.from_bytes(hashlib.sha256(str(hookpoint).encode()).digest()[:8], "big")
 
 
-SURROGATES = ("none", "gaussian")
+SURROGATES = ("none", "gaussian", "random_weights")
 """The values of ``surrogate=``."""
+
+
+def standing_in(source: ResolvedSource, surrogate: str) -> ResolvedSource:
+    """The source whose data are opened: the declared one, or the same with random weights."""
+    return source.with_random_weights() if surrogate == "random_weights" else source
 
 
 def opened(
     data: ResolvedData, surrogate: str, device: torch.device, needed: int
 ) -> ActivationSource:
-    """The opened source, or its surrogate."""
-    if surrogate == "none":
+    """The opened source, or Gaussian draws with its moments.
+
+    Args:
+        data: of what `standing_in` gave.
+    """
+    if surrogate != "gaussian":
         return data.open(device, needed)
     return GaussianSource(data.in_order(0).open(device, needed), data.order_seed)
 
