@@ -7,6 +7,10 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GROUPS = ("orphan", "shared", "dense")
 """Latents whose spans are compared (`reseed.compare.subspaces`)."""
 
+SURROGATES = {"gaussian": "Gaussian activations", "random_weights": "random weights"}
+"""Nulls that SAEs are trained on, as a model's label ends (``embedded+gaussian``) and in words,
+from the one that keeps least of the model."""
+
 FRACTIONS = (
     "shared_fraction",
     "shared_fraction_live",

@@ -27,6 +27,7 @@ from reseed.compare.strata import standardised
 from reseed.report.axes import FEW, Cell, label
 from reseed.report.differences import differences, verdicts
 from reseed.report.firing_tables import strata_frame
+from reseed.report.ladder import ladder
 from reseed.report.latex import summary_latex
 from reseed.report.matrices import matrices, matrix_frame
 from reseed.report.pairings import (
@@ -210,7 +211,7 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     parts = ["# Summary", first.caption, markdown_table(first)]
     for words in others:
         parts += ["## Other pairs", words.caption, markdown_table(words)]
-    for words in (*matrices(cells), *truth_tables(cells)):
+    for words in _more_tables(cells):
         parts += [f"## {words.caption}", markdown_table(words)]
     alone = by_value(cells)
     if alone:
@@ -237,7 +238,13 @@ def _first_tables(cells: Sequence[Cell]) -> list[Wording]:
 
 def _shown_tables(cells: Sequence[Cell]) -> list[Wording]:
     """All tables that the terminal shows, and ``summary.tex``."""
-    return [*_first_tables(cells), *matrices(cells), *truth_tables(cells)]
+    return [*_first_tables(cells), *_more_tables(cells)]
+
+
+def _more_tables(cells: Sequence[Cell]) -> list[Wording]:
+    """Those that only some comparisons have."""
+    nulls = ladder(cells)
+    return [*([nulls] if nulls else []), *matrices(cells), *truth_tables(cells)]
 
 
 def markdown_table(words: Wording) -> str:

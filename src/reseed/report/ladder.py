@@ -1,0 +1,124 @@
+"""The table "What would chance share?": nulls that keep more and more of the experiment.
+
+    isotropic rows          the sizes alone
+    rows of the covariance  and which directions vary
+    untrained weights       and how the SAE's weights start
+    Gaussian activations    and training, on draws with the activations' mean and covariance
+    random weights          and the text, through a language model that has learned nothing
+    trained model           everything
+
+The first three are columns of every pair, the others cells of their own (``surrogate=``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isnan
+from typing import Any
+
+from reseed.compare.cell import CellResult
+from reseed.compare.columns import SURROGATES
+from reseed.compare.nulls import kappa
+from reseed.compare.statistics import Interval, welch_difference
+from reseed.report.axes import MISSING, Cell, columns
+from reseed.report.differences import signed
+from reseed.report.wording import Wording, null_in_words, number, with_interval
+
+TITLE = "What would chance share?"
+TRAINED = "trained model"
+_OF_WEIGHTS = {
+    "isotropic rows": "null_{}",
+    "rows of the covariance": "null_covariance_{}",
+    "untrained weights": "untrained_{}",
+}
+"""Rung → the columns of the pairs that it stands in."""
+_MOST = 6
+"""Of more ladders the table is too long to be read; their rows stand in the summary."""
+
+
+def ladder(cells: Sequence[Cell]) -> Wording | None:
+    """A row per null of each SAE, from the one that keeps least; None where none was trained."""
+    found = _families([(k, c) for k, c in cells if c.settings.pairs_are_a_sample])
+    if not found or len(found) > _MOST:
+        return None
+    confidence = cells[0][1].settings.confidence
+    percent = f"[{confidence:.0%}]"
+    names = columns([(knobs, None) for knobs, _ in found])  # type: ignore[misc]
+    header = (
+        *names, "what is shared by", f"shared\n{percent}", "cos\nenc", "cos\ndec", "κ",
+        f"trained − it\n{percent}",
+    )  # fmt: skip
+    rows = [
+        (*(str(knobs.get(name, MISSING)) for name in names), *row)
+        for knobs, rungs in found
+        for row in _rows(rungs, confidence)
+    ]
+    return Wording(header, tuple(rows), len(names) + 1, TITLE, _footnotes(confidence))
+
+
+def _families(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], dict[str, CellResult]]]:
+    """What the cells of a ladder have in common, and its cells by their rung (``""`` for the model
+    itself)."""
+    by_family: dict[Any, tuple[dict[str, Any], dict[str, CellResult]]] = {}
+    for knobs, cell in cells:
+        model, surrogate = _parted(str(knobs.get("model", "")))
+        common = {k: v for k, v in knobs.items() if k not in ("arm", "model")}
+        key = (model, cell.settings.pair_by, tuple(common.items()))
+        rungs = by_family.setdefault(key, ({"model": model} | common, {}))[1]
+        rungs.setdefault(surrogate, cell)
+    return [(knobs, rungs) for knobs, rungs in by_family.values() if len(rungs) > 1 and "" in rungs]
+
+
+def _parted(label: str) -> tuple[str, str]:
+    """``embedded+gaussian`` → ``embedded``, ``gaussian``; of a model itself the second is empty."""
+    for name in SURROGATES:
+        if label.endswith(f"+{name}"):
+            return label.removesuffix(f"+{name}"), name
+    return label, ""
+
+
+def _rows(rungs: Mapping[str, CellResult], confidence: float) -> list[tuple[str, ...]]:
+    trained = rungs[""]
+    shared = trained.estimates["shared_fraction"]
+    rows = [_of_weights(trained, rung, shared) for rung in _OF_WEIGHTS]
+    for surrogate, name in SURROGATES.items():
+        if surrogate in rungs:
+            own = rungs[surrogate].estimates
+            less = welch_difference(shared, own["shared_fraction"], confidence)
+            rows.append((*_of_cell(name, own), number(_kappa(shared, own)), signed(less)))
+    return [*rows, (*_of_cell(TRAINED, trained.estimates), "", "")]
+
+
+def _of_weights(cell: CellResult, rung: str, shared: Interval) -> tuple[str, ...]:
+    def mean(measure: str) -> float:
+        return cell.pair_mean(_OF_WEIGHTS[rung].format(measure))
+
+    null = mean("shared_fraction")
+    drawn = rung != "untrained weights"
+    simulated = drawn and not isnan(null)
+    said = null_in_words(null, cell.null_simulated_latents) if simulated else number(null)
+    cosines = [mean("cosine")] * 2 if drawn else [mean("cosine_encoder"), mean("cosine_decoder")]
+    return (rung, said, *map(number, cosines), number(kappa(shared.mean, null)), "")
+
+
+def _of_cell(name: str, estimates: Mapping[str, Interval]) -> tuple[str, ...]:
+    cosines = (number(estimates[f"cosine_{which}"].mean) for which in ("encoder", "decoder"))
+    return (name, with_interval(estimates["shared_fraction"]), *cosines)
+
+
+def _kappa(shared: Interval, own: Mapping[str, Interval]) -> float:
+    return kappa(shared.mean, own["shared_fraction"].mean)
+
+
+def _footnotes(confidence: float) -> tuple[str, ...]:
+    return (
+        "From the null that keeps least. **isotropic rows**: two random dictionaries of these "
+        "sizes; **rows of the covariance**: drawn with that of the activations; **untrained "
+        "weights**: the same pairs before training.",
+        "**Gaussian activations**: trained on draws with the activations' mean and covariance; "
+        "**random weights**: on the activations of the same language model before any training, "
+        "on the same text.",
+        "**κ** = (S − S₀)/(1 − S₀), S what the trained model's SAEs share and S₀ the row. "
+        f"**trained − it**: with the {confidence:.0%} interval over seeds (Welch); * where it "
+        "leaves out 0.",
+    )
