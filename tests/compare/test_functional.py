@@ -119,23 +119,38 @@ def test_row_products():
     assert found.tolist() == [4, 0, 11]
 
 
-def test_second_best_is_the_nearest_allowed_but_the_partner(monkeypatch):
+@pytest.mark.parametrize(("entries", "columns"), [(210, 11), (1, 1), (1 << 22, 2048)])
+def test_second_best_is_the_nearest_allowed_but_the_partner(monkeypatch, entries, columns):
+    """From both sides, whatever the tiles."""
     rng = np.random.default_rng(0)
     a, b = (torch.from_numpy(rng.standard_normal((n, 4))) for n in (50, 30))
     partner = rng.permutation(60)[:50]
     partner[partner >= 30] = -1
-    allowed = rng.random(30) < 0.6
-    monkeypatch.setattr("reseed.compare.functional._BLOCK_ENTRIES", 210)  # 7 rows at a time
-    found = second_best(a, b, torch.from_numpy(partner), torch.from_numpy(allowed))
+    allowed = rng.random(50) < 0.7, rng.random(30) < 0.6
+    monkeypatch.setattr("reseed.compare.similarity.BLOCK_ENTRIES", entries)
+    monkeypatch.setattr("reseed.compare.similarity._MOST_COLUMNS", columns)
+    found = second_best(a, b, torch.from_numpy(partner), *map(torch.from_numpy, allowed))
     cosines = (a @ b.T).numpy()
-    for i in range(50):
-        others = [j for j in range(30) if allowed[j] and j != partner[i]]
-        assert found[i] == max(others, key=lambda j: cosines[i, j])
+    back = np.full(30, -1)
+    back[partner[partner >= 0]] = np.flatnonzero(partner >= 0)
+    for seconds, table, taken, own, others in (
+        (found[0], cosines, partner, *allowed),
+        (found[1], cosines.T, back, *allowed[::-1]),
+    ):
+        assert (seconds.numpy()[~own] == -1).all()
+        for i in np.flatnonzero(own):
+            rest = [j for j in np.flatnonzero(others) if j != taken[i]]
+            assert seconds[i] == max(rest, key=lambda j, i=i: table[i, j])
 
 
 def test_no_second_where_there_is_no_other():
-    a, only = torch.eye(2), torch.tensor([True, False])
-    assert second_best(a, a, torch.tensor([0, 1]), only).tolist() == [-1, 0]
+    a, one, none = torch.eye(2), torch.tensor([True, False]), torch.zeros(2, dtype=torch.bool)
+    both = one | True
+    found = second_best(a, a, torch.tensor([0, 1]), both, one)
+    assert [x.tolist() for x in found] == [[-1, 0], [1, -1]]
+    for allowed in ((none, both), (both, none)):
+        found = second_best(a, a, torch.tensor([0, 1]), *allowed)
+        assert [x.tolist() for x in found] == [[-1, -1], [-1, -1]]
 
 
 def test_random_partners_fire_as_often_and_are_not_the_match():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
@@ -139,7 +139,7 @@ class _Sums:
     saes: Sequence[SAE]
     firing: list[Firing]
     along: dict[tuple[int, int], Tensor]
-    together: dict[tuple[int, int], tuple[Together, Together, Together]]
+    together: dict[tuple[int, int], Partners]
     cka_codes: CKA
     cka_reconstructions: CKA
     error: list[float]
@@ -159,8 +159,13 @@ class _Sums:
                 for s in range(n)
             },
             together={
-                (s, t): _partners(units[s], units[t], sides[s, t], sides[t, s], seed)
-                for s, t in permutations(range(n), 2)
+                ordered: found
+                for s, t in combinations(range(n), 2)
+                for ordered, found in zip(
+                    ((s, t), (t, s)),
+                    _partners(units[s], units[t], sides[s, t], sides[t, s], seed),
+                    strict=True,
+                )
             },
             cka_codes=CKA(n),
             cka_reconstructions=CKA(n),
@@ -218,17 +223,26 @@ class _Sums:
         )
 
 
+Partners = tuple[Together, Together, Together]
+"""Of the latents of A in B: the matched ones, and the hard negatives, second best and random."""
+
+
 def _partners(
     rows_a: Float[Tensor, "F_A D"],
     rows_b: Float[Tensor, "F_B D"],
     side_a: Side,
     side_b: Side,
     seed: int,
-) -> tuple[Together, Together, Together]:
-    """The partners of A's latents in B: the matched ones, and the hard negatives."""
+) -> tuple[Partners, Partners]:
+    """The partners of A's latents in B, and of B's in A."""
     device = rows_a.device
-    matched = torch.from_numpy(side_a.partner).to(device)
-    second = second_best(rows_a, rows_b, matched, torch.from_numpy(side_b.live).to(device))
-    random = random_alike(side_a.firing, side_b.firing, side_a.partner, side_b.live, seed)
-    lists = (matched, second, torch.from_numpy(random).to(device))
-    return tuple(Together.of(partner) for partner in lists)  # type: ignore[return-value]
+    matched, live_a, live_b = (
+        torch.from_numpy(x).to(device) for x in (side_a.partner, side_a.live, side_b.live)
+    )
+    second = second_best(rows_a, rows_b, matched, live_a, live_b)
+    found = []
+    for own, other, nearest in ((side_a, side_b, second[0]), (side_b, side_a, second[1])):
+        random = random_alike(own.firing, other.firing, own.partner, other.live, seed)
+        lists = (torch.from_numpy(own.partner), nearest, torch.from_numpy(random))
+        found.append(tuple(Together.of(partner.to(device)) for partner in lists))
+    return found[0], found[1]  # type: ignore[return-value]

@@ -29,10 +29,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reseed.compare.similarity import BothWays, tiles
+
 STRATA = 10
 """Deciles of firing, within which random partners are drawn."""
-_BLOCK_ENTRIES = 1 << 24
-"""Cosines held at a time."""
 
 
 class Contribution(NamedTuple):
@@ -139,25 +139,37 @@ def second_best(
     a: Float[Tensor, "F_A D"],
     b: Float[Tensor, "F_B D"],
     partner: Int[Tensor, " F_A"],
-    allowed: Bool[Tensor, " F_B"],
-) -> Int[Tensor, " F_A"]:
-    """For each latent of A the allowed one of B, its partner aside, with the largest cosine.
+    allowed_a: Bool[Tensor, " F_A"],
+    allowed_b: Bool[Tensor, " F_B"],
+) -> tuple[Int[Tensor, " F_A"], Int[Tensor, " F_B"]]:
+    """For each allowed latent the allowed one of the other side, its partner aside, with the
+    largest cosine; −1 for the others, and where there is no such latent.
 
-    In blocks of A: no matrix of all pairs is held. −1 where no other is allowed.
+    Both sides in one pass over all pairs, in float32 and in tiles: no matrix of them is held. Of
+    two that float32 cannot tell apart either may be found.
 
     Args:
         a, b: rows of length 1.
+        partner: of each latent of A, −1 where it has none; those of B are the same pairs.
     """
-    step = max(1, _BLOCK_ENTRIES // len(b))
-    found = []
-    for rows, taken in zip(a.split(step), partner.split(step), strict=True):
-        cosines = rows @ b.T
-        cosines[:, ~allowed] = -torch.inf
-        matched = taken >= 0
-        cosines[matched.nonzero()[:, 0], taken[matched]] = -torch.inf
-        best = cosines.max(dim=1)
-        found.append(torch.where(best.values > -torch.inf, best.indices, -1))
-    return torch.cat(found)
+    i, j = allowed_a.nonzero().squeeze(1), allowed_b.nonzero().squeeze(1)
+    of_a, of_b = torch.full_like(partner, -1), partner.new_full((len(b),), -1)
+    if not (len(i) and len(j)):
+        return of_a, of_b
+    place = partner.new_full((len(b),), -1)
+    place[j] = torch.arange(len(j), device=place.device)
+    taken = torch.where(partner[i] >= 0, place[partner[i].clamp(min=0)], -1)
+    rows_a, rows_b = a[i].float(), b[j].float()
+    best = BothWays(len(i), len(j), str(a.device))
+    for rows, columns in tiles(len(i), len(j)):
+        cosines = rows_a[rows] @ rows_b[columns].T
+        at = taken[rows] - columns.start
+        inside = ((at >= 0) & (at < cosines.shape[1])).nonzero().squeeze(1)
+        cosines[inside, at[inside]] = -torch.inf
+        best.look(cosines, rows, columns)
+    of_a[i] = torch.where(best.a > -torch.inf, j[best.of_a], -1)
+    of_b[j] = torch.where(best.b > -torch.inf, i[best.of_b], -1)
+    return of_a, of_b
 
 
 def random_alike(

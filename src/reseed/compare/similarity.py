@@ -142,6 +142,22 @@ class Running:
         return Nearest(*(x.cpu().numpy() for x in (self.a, self.b, self.of_a)))
 
 
+class BothWays(Running):
+    """`Running` that knows the row of each column's largest entry too (``of_b``)."""
+
+    def __init__(self, n: int, m: int, device: str) -> None:
+        super().__init__(n, m, device)
+        self.of_b = torch.zeros(m, dtype=torch.int64, device=device)
+
+    def look(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
+        before = self.b[columns].clone()
+        super().look(tile, rows, columns)
+        # Where is only asked of the columns that gained: ever fewer from tile to tile.
+        gained = (self.b[columns] > before).nonzero().squeeze(1)
+        there = tile[:, gained] == self.b[columns][gained]
+        self.of_b[columns.start + gained] = rows.start + there.to(torch.uint8).argmax(dim=0)
+
+
 def tiles(n: int, m: int) -> list[tuple[slice, slice]]:
     """Blocks of rows and columns that together are all pairs."""
     columns = min(m, _MOST_COLUMNS, BLOCK_ENTRIES)
