@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy.linalg import qr, subspace_angles
 
+from reseed.compare import subspaces as module
 from reseed.compare.cell import compare_cell
 from reseed.compare.subspaces import angles, moment, overlap, subspaces
 
@@ -120,3 +121,33 @@ def test_spans_of_different_size_by_chance(dictionary):
     assert found.pairs["null_subspace_angles_orphan"] == [3 / 6]
     assert found.pairs["subspace_angles_orphan"] == pytest.approx([1])
     assert found.pairs["subspace_overlap_orphan"] == pytest.approx([2 / np.sqrt(6)])
+
+
+@pytest.mark.parametrize("number", [3, 25, 400])
+def test_wide_rows_are_decomposed_in_float32_with_the_same_result(monkeypatch, dictionary, number):
+    """Of fewer latents than dimensions (40), of a few more, and of many."""
+    rng = np.random.default_rng(0)
+    scale = np.geomspace(1, 0.02, 40)
+    rows = [rng.standard_normal((2, number, 40)) * scale for _ in "ab"]
+    runs = [dictionary(*r, seed=s, firing=50) for r, s in zip(rows, "ab", strict=True)]
+    # Half of the latents are shared: all that can be are groups of both kinds.
+    shared_with = [np.arange(number) % 2] * 2
+    exact = subspaces(runs, shared_with, 10)
+    monkeypatch.setattr(module, "EXACT_WIDTH", 39)
+    wide = subspaces(runs, shared_with, 10)
+    assert wide.runs == exact.runs
+    for name, (value,) in exact.pairs.items():
+        assert wide.pairs[name] == pytest.approx([value], abs=1e-5, nan_ok=True), name
+    assert not np.isnan(wide.pairs["subspace_angles_orphan"]).any()
+
+
+def test_few_rows_that_depend_on_each_other(monkeypatch, dictionary):
+    """Six latents in one plane, no latent at all in the group of the others."""
+    rows = np.zeros((6, 20))
+    rows[:, :2] = np.random.default_rng(0).standard_normal((6, 2))
+    runs = [dictionary(rows, seed=s, firing=50) for s in "ab"]
+    monkeypatch.setattr(module, "EXACT_WIDTH", 19)
+    found = subspaces(runs, [np.zeros(6, int)] * 2, 10)
+    assert found.runs["directions_orphan"] == [2, 2]
+    assert found.pairs["subspace_angles_orphan"] == pytest.approx([1])
+    assert np.isnan(found.pairs["subspace_angles_shared"]).all()

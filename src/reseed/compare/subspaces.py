@@ -11,6 +11,10 @@ close to a multiple of the identity, so that it is read beside the overlap of ra
 as many. *Angles* are those between the spans of the leading eigenvectors that hold 90% of each
 moment: the mean squared cosine of the principal angles, of which random spans have about k/D, k the
 larger number of directions.
+
+Each group of each run takes one decomposition of a D × D matrix. Up to `EXACT_WIDTH` it is made in
+float64; above, moments and eigenvectors are made in float32, and those of a group of fewer latents
+than D from their products with each other, of which there are fewer.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from reseed.compare.measures import DENSE
 
 HELD = 0.9
 """Part of a moment that its leading directions hold."""
+EXACT_WIDTH = 1024
+"""Up to this width everything is float64."""
 _BLOCK_ROWS = 4096
 
 
@@ -62,7 +68,7 @@ def subspaces(
         spans, nulls = [], []
         for s, (x, m) in enumerate(zip(trained, shared_with, strict=True)):
             member = _members(x, m, live_at_least)[group]
-            spans.append(_Span.of(moment(x.decoder[member])))
+            spans.append(_Span.of(x.decoder[member]))
             live = np.flatnonzero(x.live(live_at_least) & ~x.zero)
             drawn = np.random.default_rng([seed, s]).choice(live, member.sum(), replace=False)
             nulls.append(moment(x.decoder[np.sort(drawn)]))
@@ -95,18 +101,31 @@ def _members(
 
 
 def moment(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "d_in d_in"]:
-    """WᵀW/F of unit rows, float64; zero where there are none."""
-    total = np.zeros((rows.shape[1], rows.shape[1]))
+    """WᵀW/F of unit rows; zero where there are none.
+
+    In float64 up to `EXACT_WIDTH`, else in float32 (products of each block; sums of blocks).
+    """
+    width = rows.shape[1]
+    dtype = np.float64 if width <= EXACT_WIDTH else np.float32
+    total = np.zeros((width, width), dtype=dtype)
     for start in range(0, len(rows), _BLOCK_ROWS):
-        unit = unit_rows(rows[start : start + _BLOCK_ROWS])
+        unit = unit_rows(rows[start : start + _BLOCK_ROWS]).astype(dtype, copy=False)
         total += unit.T @ unit
-    return total / max(len(rows), 1)
+    return total / dtype(max(len(rows), 1))
 
 
 def overlap(a: Float[np.ndarray, "d_in d_in"], b: Float[np.ndarray, "d_in d_in"]) -> float:
     """⟨A, B⟩ / (‖A‖·‖B‖); NaN where one of them is zero."""
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(np.vdot(a, b)) / norms if norms else float("nan")
+    if a.dtype == np.float64:
+        norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+        return float(np.vdot(a, b)) / norms if norms else float("nan")
+    norms = (_inner(a, a) * _inner(b, b)) ** 0.5
+    return _inner(a, b) / norms if norms else float("nan")
+
+
+def _inner(a: Float[np.ndarray, "d_in d_in"], b: Float[np.ndarray, "d_in d_in"]) -> float:
+    """⟨A, B⟩ of float32: of each row in float32, of the rows in float64."""
+    return float(np.einsum("ij,ij->i", a, b).sum(dtype=np.float64))
 
 
 def angles(a: Float[np.ndarray, "d_in j"], b: Float[np.ndarray, "d_in k"]) -> float:
@@ -126,12 +145,32 @@ class _Span:
     basis: Float[np.ndarray, "d_in directions"]
 
     @classmethod
-    def of(cls, matrix: Float[np.ndarray, "d_in d_in"]) -> _Span:
+    def of(cls, rows: Float[np.ndarray, "n d_in"]) -> _Span:
+        """Of the moment of ``rows``."""
+        matrix = moment(rows)
+        if rows.shape[1] > EXACT_WIDTH and len(rows) < rows.shape[1]:
+            return cls(matrix, _few_directions(rows))
         values, vectors = np.linalg.eigh(matrix)
-        held = np.cumsum(np.maximum(values[::-1], 0.0))
-        number = int(np.searchsorted(held, HELD * held[-1] * (1 - 1e-12)) + 1) if held[-1] else 0
-        return cls(matrix, vectors[:, ::-1][:, :number])
+        return cls(matrix, vectors[:, ::-1][:, : _number(values[::-1])])
 
     @property
     def directions(self) -> int:
         return self.basis.shape[1]
+
+
+def _number(values: Float[np.ndarray, " n"]) -> int:
+    """How many of the eigenvalues, the largest first, hold `HELD` of their sum; 0 of no sum."""
+    held = np.cumsum(np.maximum(values, 0.0), dtype=np.float64)
+    return int(np.searchsorted(held, HELD * held[-1] * (1 - 1e-12)) + 1) if held[-1] else 0
+
+
+def _few_directions(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "d_in directions"]:
+    """The leading eigenvectors of WᵀW from those of WWᵀ, for n < d_in unit rows W: u of the one is
+    Wᵀu/√λ of the other."""
+    if not len(rows):
+        return np.zeros((rows.shape[1], 0), dtype=np.float32)
+    unit = unit_rows(rows)
+    values, vectors = np.linalg.eigh(unit @ unit.T)
+    number = _number(values[::-1])
+    leading = slice(None, -number - 1, -1)
+    return (unit.T @ (vectors[:, leading] / np.sqrt(values[leading]))).astype(np.float32)
