@@ -130,3 +130,18 @@ def test_densities_that_one_cell_lacks_are_left_out_for_all(dictionary):
     assert first.kept == second.kept == 0.75
     nothing = strata_table(runs_of(dictionary, [[0, 0, 0, 0]] * 2), sides, 10)
     assert np.isnan(standardised([one, nothing])[0].estimate.mean)
+
+
+def test_cells_that_share_everything_have_a_fraction_of_one_and_no_interval(dictionary):
+    """A weighted mean of ones must not be 1.0000000000000002: that has no logit."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        tables = []
+        for _ in range(2):
+            firing = [10 ** rng.uniform(1, 4.5, 50) for _ in range(3)]
+            runs = runs_of(dictionary, [f.astype(int) for f in firing])
+            every = {(s, t): flags(*np.ones(50)) for s in range(3) for t in range(3) if s != t}
+            tables.append(strata_table(runs, every, 10))
+        for found in standardised(tables):
+            assert found.estimate.mean == 1
+            assert found.estimate.reason == "every pair is 1: no interval on the logit scale"

@@ -186,7 +186,9 @@ class _Counts:
         if not used.any() or not latents.all():
             return float("nan")
         fractions = self.shared[kept].sum(axis=0)[used] / latents
-        return float(fractions @ weights[used] / weights[used].sum())
+        mean = fractions @ weights[used] / weights[used].sum()
+        # Where all are 1, rounding must not make a mean of more.
+        return float(np.clip(mean, fractions.min(), fractions.max()))
 
 
 def _interval(
