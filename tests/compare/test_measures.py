@@ -182,3 +182,19 @@ def test_briefly_only_what_the_untrained_columns_need(pair, partly_shared, setti
     cell = compare_cell(partly_shared(3, 9), partly_shared(3, 0), settings, matcher=cell_matcher)
     assert len(cell_matcher.asked) == 3 * (5 + 3)
     assert cell.pairs["untrained_coverage"].notna().all()
+
+
+def test_weights_that_are_all_shared_make_one_and_no_more(dictionary):
+    """Sums of the same numbers in another order differ in the last digit, and a fraction above 1
+    would be refused where the interval is made."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        silent = rng.random(60) < 0.2
+        sides = []
+        for name in "ab":
+            rows = np.random.default_rng(99).standard_normal((2, 60, 128))
+            rows[:, silent] = rng.standard_normal((2, silent.sum(), 128))
+            weight = np.where(silent, 0.0, rng.random(60) ** 3)
+            sides.append(dictionary(*rows, seed=name, firing=60 * ~silent, variance=weight))
+        found = compare_pair(*sides, threshold=0.99).measures
+        assert 1 - 1e-12 < found["shared_fraction_by_variance"] <= 1

@@ -251,7 +251,8 @@ def weighted_measures(
 
 def _weighted(flags: tuple[np.ndarray, np.ndarray], weights: tuple[np.ndarray, np.ndarray]):
     total = sum(float(w.sum()) for w in weights)
-    return _divided(sum(float(w[f].sum()) for f, w in zip(flags, weights, strict=True)), total)
+    part = sum(float(w[f].sum()) for f, w in zip(flags, weights, strict=True))
+    return _divided(min(part, total), total)  # the same numbers in another order may sum to more
 
 
 def _every(a: Dictionary, b: Dictionary) -> Subset:
