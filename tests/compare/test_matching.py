@@ -273,6 +273,19 @@ def test_rows_with_many_ties_have_the_optimum_of_scipy(n, m, d, candidates, leve
         assert found.cosines.sum() == pytest.approx(total_by_scipy(a, b, absolute), abs=1e-9)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+def test_rows_that_outbid_each_other_leave_prices_that_prove_something(columns):
+    """1,000 rows want the copies of a few: prices had gone up to a million, and their digits lost."""
+    rng = np.random.default_rng(0)
+    a, few = rng.standard_normal((1000, 8)), rng.standard_normal((columns, 8))
+    b = few[np.arange(1000) % columns]
+    for scale in (1, 2, 4, 8):  # which side is taken first depends on the bits
+        found = match(scale * a.astype(np.float32), b.astype(np.float32))
+        check_certificate(a.astype(np.float32), b.astype(np.float32), found)
+        assert abs(found.gap) < 1e-10
+        assert max(np.abs(found.row_prices).max(), np.abs(found.column_prices).max()) < 8
+
+
 def test_mutual_nearest_neighbours_are_not_always_matched():
     """Row 1 of either side is the other's nearest, at cosine 1, and yet belongs elsewhere."""
     up, down = np.array([0.5, np.sqrt(0.75)]), np.array([0.5, -np.sqrt(0.75)])

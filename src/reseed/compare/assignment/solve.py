@@ -35,6 +35,9 @@ PARKED = 0.03
 _LOWERED = 0.01, 8  # by how much, and how often, what a row may be content with is lowered
 _BIDS = 40  # of an auction, for each row: where ties are many it could go on for long
 _NEAR = 1e-3  # pairs so near to u_i + v_j become edges as well, so that the next look is short
+SPREAD = 4.0
+"""Prices of columns differ at first by so much at most. Optimal ones differ by no more than 2, as
+cosines do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,7 +149,7 @@ class _Solver:
         least[single] = -np.inf
         for step in STEPS:
             bid(step)
-        self.state = Assignment.empty(self.a.copies, self.b.copies, prices)
+        self.state = Assignment.empty(self.a.copies, self.b.copies, _sober(prices))
         rows = np.flatnonzero(partner >= 0)
         self.state.take(self.state.first_copy[rows], partner[rows])
 
@@ -253,3 +256,15 @@ class _Solver:
 
     def note(self, what: str) -> None:
         log.debug("%7.2f s  %s", time.perf_counter() - self.started, what)
+
+
+def _sober(prices: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+    """Prices without what a bidding war made of them.
+
+    Where rows want fewer columns than they are (as where columns stand for many copies, of which
+    the auction sells one) they outbid each other until there are no bids left. At prices of a
+    million float64 has no 12 digits for a cosine, so that nothing could be proved. What all have in
+    common does not matter, and any prices will do for a start.
+    """
+    prices = prices - max(0.0, float(prices.min()) - 1.0)
+    return np.minimum(prices, prices.min() + SPREAD)
