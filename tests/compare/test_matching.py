@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from reseed.compare import matching
+from reseed.compare.assignment.pricing import OpenBlock, Pricer, Prices
+from reseed.compare.assignment.rows import distinct_rows
 from reseed.compare.matching import match, unit_rows
 
 
@@ -275,7 +277,7 @@ def test_rows_with_many_ties_have_the_optimum_of_scipy(n, m, d, candidates, leve
 
 @pytest.mark.parametrize("columns", [1, 2])
 def test_rows_that_outbid_each_other_leave_prices_that_prove_something(columns):
-    """1,000 rows want the copies of a few: prices had gone up to a million, and their digits lost."""
+    """1,000 rows want the copies of a few: prices had gone up to a million."""
     rng = np.random.default_rng(0)
     a, few = rng.standard_normal((1000, 8)), rng.standard_normal((columns, 8))
     b = few[np.arange(1000) % columns]
@@ -284,6 +286,26 @@ def test_rows_that_outbid_each_other_leave_prices_that_prove_something(columns):
         check_certificate(a.astype(np.float32), b.astype(np.float32), found)
         assert abs(found.gap) < 1e-10
         assert max(np.abs(found.row_prices).max(), np.abs(found.column_prices).max()) < 8
+
+
+@pytest.mark.parametrize("size", [0.0, 1e3, 1e6])
+def test_what_is_said_of_open_pairs_is_never_too_little(size):
+    """Float32 has few digits left of a cosine beside large prices, and a margin of its own."""
+    rng = np.random.default_rng(0)
+    a, b = (distinct_rows(rng.standard_normal((n, 8))) for n in (60, 80))
+    cosine = unit_rows(a.values) @ unit_rows(b.values).T
+    v = size + rng.uniform(0, 0.3, 80)
+    u = (cosine - v).max(axis=1) - rng.uniform(-0.1, 0.1, 60)
+    block, prices = OpenBlock(np.arange(60), np.arange(80), 4800), Prices(u, v, 1e-3)
+    pricer = Pricer(a, b, False, torch.device("cpu"))
+    excess = np.concatenate([tile for _, tile in pricer._excess(block, prices)], axis=1)
+    assert (excess >= cosine - u[:, None] - v).all()
+    found = pricer.look_at(block, prices, 2)
+    rest = cosine - u[:, None] - v
+    rest[found.row, found.column] = -np.inf
+    assert (rest.max(axis=1) <= found.rest).all()
+    # Pairs that were not open are only known to stay below the margin.
+    assert (found.rest >= -prices.margin).all()
 
 
 def test_mutual_nearest_neighbours_are_not_always_matched():

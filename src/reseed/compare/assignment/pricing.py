@@ -24,7 +24,7 @@ from reseed.compare.assignment.rows import Rows
 from reseed.compare.assignment.threads import in_ranges
 
 _ROWS, _COLUMNS = 1024, 4096
-_GUARD = 1e-6  # for what is added and compared in float32
+_GUARD = 1e-6  # for what is added and compared in float32, of prices that sum to 4 at most
 EXACT = 1e-12
 """What rounding may leave of u_i + v_j − S_ij in float64."""
 
@@ -165,7 +165,9 @@ class Pricer:
         return Found(
             np.concatenate([block.row[at], *found_row]),
             np.concatenate([block.column[to], *found_column]),
-            rows.threshold.astype(np.float64),
+            # The margin in float32 may be the larger one; of pairs that were not open it is the
+            # one in float64 that is known.
+            np.maximum(rows.threshold.astype(np.float64), -prices.margin),
         )
 
     def prove(self, block: OpenBlock, prices: Prices, count: int) -> Found:
@@ -212,7 +214,8 @@ class Pricer:
         self, block: OpenBlock, prices: Prices
     ) -> Iterator[tuple[int, Float[np.ndarray, "rows columns"]]]:
         """S_ij − u_i − v_j or more, tile by tile of a block's columns; the first column of each."""
-        error = product_error(self.a, self.b).of_row[block.row] + _GUARD
+        size = float(np.abs(prices.u).max() + np.abs(prices.v).max())
+        error = product_error(self.a, self.b).of_row[block.row] + _GUARD * max(1.0, size / 4)
         left = self.a.rounded.values[torch.from_numpy(block.row)].to(self.device)
         own = torch.from_numpy(error - prices.u[block.row]).float().to(self.device)[:, None]
         for first in range(0, len(block.column), _COLUMNS):
