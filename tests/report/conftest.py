@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from reseed.compare.activation_tables import sides_of, with_activations
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary
@@ -68,3 +69,29 @@ def budgets(make_cell):
             for arm, made in (("other init", cell), ("same init", alike)):
                 found.append(({"arm": arm} | knobs | {"tokens": tokens}, made))
     return found
+
+
+@pytest.fixture
+def acting(make_cell):
+    """A cell of three runs, in which R is known: of every latent its place among 48."""
+
+    class Found:
+        def __init__(self, side):
+            size = len(side.partner)
+            self.both_live = side.live & (side.partner >= 0)
+            nothing = np.zeros(size)
+            self.agreement = type("A", (), {"pearson": nothing, "jaccard": nothing + 0.25})()
+            self.match_cosine = np.linspace(1, 0, size)
+            values = np.arange(size) / size
+            made = {"quality": values, "quality_best": values}
+            pooled = {"pooled": lambda self, kept: (float(values[kept].sum()), float(kept.sum()))}
+            one = type("S", (), made | pooled)()
+            self.substitution = self.second_best = self.random = one
+            self.insertion = np.where(np.arange(size) < 24, -1.0, 1.0)
+
+    knobs, cell = make_cell()
+    measured = type("M", (), {})()
+    measured.tokens = 100
+    measured.latents = {pair: Found(side) for pair, side in sides_of(cell).items()}
+    measured.cka_codes = measured.cka_reconstructions = np.full((3, 3), 0.9)
+    return knobs, with_activations(cell, measured)

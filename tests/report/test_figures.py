@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from reseed.report.curves import decile_figure, threshold_figure
 from reseed.report.figures import (
     STYLE,
     cosine_figure,
@@ -15,6 +16,7 @@ from reseed.report.figures import (
     shared_figure,
     write_figures,
 )
+from reseed.report.firing_figure import firing_figure
 
 
 def draw(figure_of, cells):
@@ -39,9 +41,14 @@ def twelve(make_cell):
     ]
 
 
-def test_three_figures_as_png_and_svg(cells, tmp_path):
+FIGURES = [shared_figure, seeds_figure, cosine_figure, firing_figure, threshold_figure,
+           decile_figure]  # fmt: skip
+NAMES = ("shared_fraction", "seeds", "cosines", "firing", "threshold", "firing_deciles")
+
+
+def test_figures_as_png_and_svg(cells, tmp_path):
     written = write_figures(cells, tmp_path)
-    names = {f"{n}.{k}" for n in ("shared_fraction", "seeds", "cosines") for k in ("png", "svg")}
+    names = {f"{n}.{k}" for n in NAMES for k in ("png", "svg")}
     assert {path.name for path in written} == names == {p.name for p in tmp_path.iterdir()}
     for path in written:
         if path.suffix == ".svg":
@@ -61,7 +68,7 @@ def test_the_same_cells_give_the_same_svg(cells, tmp_path):
         assert a.read_bytes() == b.read_bytes(), a.name
 
 
-@pytest.mark.parametrize("figure_of", [shared_figure, seeds_figure, cosine_figure])
+@pytest.mark.parametrize("figure_of", FIGURES)
 @pytest.mark.parametrize("count", [1, 2, 12])
 def test_panels_do_not_overlap_and_text_stays_inside(twelve, figure_of, count):
     figure = draw(figure_of, twelve[:count])
@@ -127,7 +134,7 @@ def test_a_number_of_three_values_has_a_figure(budgets, tmp_path, monkeypatch):
     assert drawn[0] - drawn[1] == names
 
 
-@pytest.mark.parametrize("figure_of", [shared_figure, seeds_figure, cosine_figure])
+@pytest.mark.parametrize("figure_of", FIGURES)
 def test_names_of_many_cells_do_not_collide(budgets, figure_of):
     """16 cells with long names: no two texts of the panels lie on each other."""
     long = [(k | {"arm": f"{k['arm']}, another order of the data"}, c) for k, c in budgets]

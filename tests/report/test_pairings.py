@@ -3,8 +3,10 @@
 import dataclasses
 import io
 
+import matplotlib as mpl
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
 from reseed.compare.cell import compare_cell
@@ -12,7 +14,9 @@ from reseed.compare.config import ComparisonConfig
 from reseed.compare.pairing import place_label, with_places
 from reseed.report import pairings as module
 from reseed.report.matrices import matrices
+from reseed.report.matrix_figure import matrix_figure
 from reseed.report.pairings import by_value, pairing_frame, pairings
+from reseed.report.style import STYLE
 from reseed.report.tables import print_summary, summary_markdown, write_tables
 
 
@@ -165,11 +169,33 @@ def test_each_value_by_itself(over_seeds):
     assert words.rows[0][4] == "8.25 [8.25, 8.25]"
 
 
+def test_the_matrix_as_squares(over_seeds):
+    """The numbers in the squares are those of the tables, in its order; the darkest is the most."""
+    cells = over_seeds(["1", "2", "3"])
+    with mpl.rc_context(STYLE):
+        figure = matrix_figure(cells)
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+    panels = [axes for axes in figure.axes if axes.images]
+    for axes, words in zip(panels, matrices(cells), strict=True):
+        assert [t.get_text() for t in axes.texts] == [x for row in words.rows for x in row[1:]]
+        assert axes.get_title().replace("\n", " ") == words.caption
+        image = axes.images[0]
+        assert image.get_clim() == (0, pytest.approx(0.5)), "0.46, and up to the next tenth"
+        assert [t.get_text() for t in axes.get_yticklabels()] == ["1", "2", "3"]
+    assert "mean over 3 seeds" in figure.get_supxlabel()
+
+
+def test_without_a_matrix_there_is_no_figure(over_seeds):
+    with pytest.raises(ValueError, match="there is no matrix of values to draw"):
+        matrix_figure(over_seeds(["1", "2"]))
+
+
 def test_files_and_terminal(over_seeds, tmp_path):
     cells = over_seeds(["1", "2", "3"])
     files = {path.name for path in write_tables(cells, tmp_path)}
-    assert files == {"pairs.csv", "latents.parquet", "summary.csv", "summary.md", "pairings.csv",
-                     "matrix.csv"}  # fmt: skip
+    assert files == {"pairs.csv", "latents.parquet", "summary.csv", "summary.md",
+                     "summary.tex", "strata.csv", "pairings.csv", "matrix.csv"}  # fmt: skip
     matrix = pd.read_csv(tmp_path / "matrix.csv")
     assert matrix["measure"].tolist() == ["shared_fraction"] * 3 + ["coverage"] * 3
     assert matrix[["1", "2", "3"]].isna().to_numpy().sum() == 6, "the diagonals"

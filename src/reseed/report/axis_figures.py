@@ -87,7 +87,8 @@ def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
         axes.set_visible(False)
     for axes, panel in zip(grid, panels, strict=False):
         _panel(axes, cells, plan, [i for i, p in enumerate(plan.panels) if p == panel])
-        axes.plot(list(reference), list(reference.values()), **REFERENCE)
+        if reference:
+            axes.plot(list(reference), list(reference.values()), **REFERENCE)
         axes.set_title(wrapped(panel, int(width / _LETTER)))
     threshold = f"{cells[0][1].settings.threshold:g}"
     one = paired(cells, plural=False)

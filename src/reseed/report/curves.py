@@ -21,7 +21,7 @@ from reseed.compare.columns import THRESHOLDS
 from reseed.compare.strata import DECILES, by_stratum
 from reseed.report.axes import Cell, label, naming, wrapped
 from reseed.report.latents import quality_by_rank
-from reseed.report.references import BY_THRESHOLD, SOURCE
+from reseed.report.references import BY_THRESHOLD, SOURCE, of_seeds
 from reseed.report.style import COLOURS, GREY, MARKERS, REFERENCE, WIDTH, legend_below
 from reseed.report.wording import counted, paired, with_interval
 
@@ -66,18 +66,20 @@ def threshold_figure(cells: Sequence[Cell]) -> Figure:
         low, high = (np.array([_number(getattr(e, end)) for e in found]) for end in ("low", "high"))
         return Curve(np.array(THRESHOLDS), np.array([e.mean for e in found]), low, high)
 
-    def panel(axes: Axes) -> None:
-        axes.plot(list(BY_THRESHOLD), list(BY_THRESHOLD.values()), **REFERENCE)
+    def panel(axes: Axes, wide: bool) -> None:
+        if of_seeds(cells):
+            axes.plot(list(BY_THRESHOLD), list(BY_THRESHOLD.values()), **REFERENCE)
         axes.axvline(cells[0][1].settings.threshold, color="black", linewidth=0.6, linestyle=":")
         axes.set_xticks(THRESHOLDS)
 
+    whose = Line2D([], [], label=f"{SOURCE}, k=32, 32,768 latents", **REFERENCE)
     return _figure(
         cells,
         curve,
         panel,
         "threshold of both cosines",
         f"fraction shared with another {paired(cells, plural=False)}",
-        [Line2D([], [], label=f"{SOURCE}, k=32, 32,768 latents", **REFERENCE)],
+        [whose] if of_seeds(cells) else [],
     )
 
 
@@ -94,9 +96,12 @@ def decile_figure(cells: Sequence[Cell]) -> Figure:
         return Curve(np.insert(np.arange(float(len(table))), NOT_LIVE, NOT_LIVE - 0.5), *values,
                      apart=True)  # fmt: skip
 
-    def panel(axes: Axes) -> None:
+    def panel(axes: Axes, wide: bool) -> None:
         axes.axvline(NOT_LIVE - 0.5, color="black", linewidth=0.6, linestyle=":")
-        named = ["0", f"<{limit}", *map(str, range(1, DECILES + 1))]
+        named = ["0", f"<{limit}" if wide else "", *map(str, range(1, DECILES + 1))]
+        if not wide:
+            named = [n if i < NOT_LIVE or (i - NOT_LIVE) % 3 == 0 else "" for i, n in
+                     enumerate(named)]  # fmt: skip
         axes.set_xticks(range(len(named)), named)
 
     return _figure(
@@ -127,7 +132,7 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
         nothing = np.full(len(quality), np.nan)
         return Curve(at, quality, nothing, nothing, dense=True)
 
-    def panel(axes: Axes) -> None:
+    def panel(axes: Axes, wide: bool) -> None:
         axes.set_xlim(-0.02, 1.02)
 
     def area(cell: CellResult) -> str:
@@ -139,10 +144,10 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
         cells,
         curve,
         panel,
-        f"part of the latents whose match is taken, highest cosines first ({count} tokens)",
-        "mean R: damage that these matches repair",
-        [],
-        _Said(area, f"area [{cells[0][1].settings.confidence:.0%} interval], {counted(cells)}"),
+        "part of the latents taken, highest cosines first",
+        "mean R: damage that their matches repair",
+        [Patch(alpha=0, label=f"{counted(cells)}, {count} tokens")],
+        _Said(area, f"area [{cells[0][1].settings.confidence:.0%} interval]"),
     )
 
 
@@ -154,7 +159,7 @@ def with_activations(cells: Sequence[Cell]) -> list[Cell]:
 def _figure(
     cells: Sequence[Cell],
     curve_of: Callable[[CellResult], Curve],
-    panel: Callable[[Axes], None],
+    panel: Callable[[Axes, bool], None],
     below: str,
     beside: str,
     handles: Sequence[Artist],
@@ -163,13 +168,13 @@ def _figure(
     """Panels of lines with intervals, and one legend.
 
     Args:
-        panel: what else every panel has, and its ticks.
+        panel: draws what else every panel has, and its ticks; told whether it is wide.
         below, beside: names of the axes.
         handles: of what ``panel`` draws.
         more: what the legend of a single panel says of a cell beside its name.
     """
     groups = _panels(cells)
-    columns = min(len(groups), 3)
+    columns = 2 if len(groups) == 4 else min(len(groups), 3)
     rows = ceil(len(groups) / columns)
     alone = len(groups) == 1
     width, height = (WIDTH * 0.75, 2.7) if alone else (WIDTH / columns, 2.1)
@@ -198,9 +203,9 @@ def _figure(
         axes.set_axisbelow(True)
         for name, (_, cell) in group:
             _line(axes, curves[id(cell)], names.index(name), len(names))
-        panel(axes)
+        panel(axes, alone)
         axes.set_ylim(-0.03, 1.03)
-        axes.set_title(wrapped(title, round(width / 0.07)))
+        axes.set_title(wrapped(title, round(width / 0.085)))
         if i + columns >= len(groups):  # nothing below
             axes.set_xlabel(wrapped(below, round(width / 0.075)))
             axes.tick_params(labelbottom=True)
@@ -220,9 +225,14 @@ def _panels(cells: Sequence[Cell]) -> dict[str, list[tuple[str, Cell]]]:
     *first, last = naming(cells)
     found: dict[str, list[tuple[str, Cell]]] = {}
     for knobs, cell in cells:
-        title = ", ".join(str(knobs.get(name)) for name in first)
+        title = ", ".join(_named(name, str(knobs.get(name))) for name in first)
         found.setdefault(title, []).append((str(knobs.get(last)), (knobs, cell)))
     return found
+
+
+def _named(name: str, value: str) -> str:
+    """A number is nothing without what it is of: ``layer 2``, but ``topk``."""
+    return f"{name} {value}" if value.replace(".", "").isdigit() else value
 
 
 def _look(i: int) -> dict[str, Any]:

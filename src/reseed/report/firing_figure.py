@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,6 +33,9 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
     rows = ceil(len(cells) / columns)
     side = min(3.1, WIDTH / columns)
     figure = Figure(figsize=(max(4.2, columns * side), rows * side + 0.7))
+    engine: Any = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(w_pad=0.08)  # the histograms are not all counted
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes in grid[len(cells) :]:
         axes.set_visible(False)
@@ -52,7 +56,7 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
             axes.set_xlabel("firing in 10M tokens" if columns > 2 else _below(cell))
             axes.tick_params(labelbottom=True)
         if i % columns == 0:
-            axes.set_ylabel("decoder cosine of the match")
+            axes.set_ylabel("cosine by decoder")
     threshold = f"{cells[0][1].settings.threshold:g}"
     whose = f"all pairs of {counted(cells)}; histograms scaled by kind"
     legend_below(figure, [

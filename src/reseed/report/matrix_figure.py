@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
 
 from reseed.compare.pairing import groups
 from reseed.report.axes import Cell, wrapped
@@ -20,7 +21,7 @@ from reseed.report.wording import number
 _WRITTEN = 12
 """With so many values at most the numbers are written into the squares."""
 _LIGHT = 0.55
-"""On darker squares the number is white."""
+"""On squares darker than this part of the scale the number is white."""
 
 
 def matrix_figure(cells: Sequence[Cell]) -> Figure:
@@ -35,23 +36,26 @@ def matrix_figure(cells: Sequence[Cell]) -> Figure:
     columns = 2
     rows = ceil(len(found) / columns)
     side = WIDTH / columns
-    figure = Figure(figsize=(WIDTH, rows * side * 0.95 + 0.5))
+    figure = Figure(figsize=(WIDTH, rows * side * 0.9 + 0.3))
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid[len(found) :]:
         axes.set_visible(False)
-    image = None
-    for axes, matrix in zip(grid, found, strict=False):
-        image = _squares(axes, matrix, round(side / 0.075))
-    assert image is not None
-    bar = figure.colorbar(image, ax=grid[: len(found)].tolist(), shrink=0.6, pad=0.02)
+    most = max(float(np.nanmax(m.entries, initial=0.0)) for m in found)
+    top = max(0.2, ceil(most * 10 - 1e-9) / 10)  # small numbers are told apart, too
+    images = [
+        _squares(axes, matrix, round(side / 0.075), top)
+        for axes, matrix in zip(grid, found, strict=False)
+    ]
+    bar = figure.colorbar(images[0], ax=grid[: len(found)].tolist(), shrink=0.6, pad=0.02,
+                          ticks=MaxNLocator(5, steps=[1, 2, 5, 10]))  # fmt: skip
     bar.set_label("fraction of latents")
     bar.outline.set_visible(False)  # type: ignore[operator]
     figure.supxlabel(_below(cells, found), fontsize=7.5)
     return figure
 
 
-def _squares(axes: Axes, matrix: Matrix, letters: int) -> AxesImage:
-    image = axes.imshow(matrix.entries, cmap="Blues", vmin=0, vmax=1)
+def _squares(axes: Axes, matrix: Matrix, letters: int, top: float) -> AxesImage:
+    image = axes.imshow(matrix.entries, cmap="Blues", vmin=0, vmax=top)
     size = len(matrix.values)
     for side in ("top", "right", "left", "bottom"):
         axes.spines[side].set_visible(False)
@@ -64,7 +68,7 @@ def _squares(axes: Axes, matrix: Matrix, letters: int) -> AxesImage:
         axes.set_ylabel(matrix.axis)
     for i, j in np.ndindex(size, size) if size <= _WRITTEN else ():
         value = float(matrix.entries[i, j])
-        colour = GREY if isnan(value) else "white" if value > _LIGHT else "black"
+        colour = GREY if isnan(value) else "white" if value > _LIGHT * top else "black"
         axes.text(j, i, number(value), ha="center", va="center", color=colour, fontsize=7)
     return image
 

@@ -35,6 +35,11 @@ FEWEST = 2
 """So many of a factor's values have to be near; one alone shows no course."""
 
 
+def of_seeds(cells: Sequence[Cell]) -> bool:
+    """Whether some cells are of what the paper compared: runs that differ in the seed."""
+    return any(cell.settings.pair_by == "seed" for _, cell in cells)
+
+
 def over(cells: Sequence[Cell], axis: str, at: Sequence[float]) -> dict[float, float]:
     """The reference values of an axis that lie near one's own: amount → shared fraction.
 
@@ -47,7 +52,7 @@ def over(cells: Sequence[Cell], axis: str, at: Sequence[float]) -> dict[float, f
         at: the places of the cells on the axis.
     """
     found = _values(cells, axis)
-    if not found or not at:
+    if not found or not at or not of_seeds(cells):
         return {}
     low, high = min(at), max(at)
     if found is not BY_LAYER:

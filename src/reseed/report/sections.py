@@ -25,7 +25,7 @@ from reseed.report.cell_tables import (
     values,
 )
 from reseed.report.firing_tables import by_decile, by_kind_of_firing
-from reseed.report.references import BY_THRESHOLD, SOURCE
+from reseed.report.references import BY_THRESHOLD, SOURCE, of_seeds
 from reseed.report.wording import Wording, number, padded, paired
 
 
@@ -86,7 +86,7 @@ def cosines_and_cycles(cells: Sequence[Cell]) -> Wording:
     made = measured(
         {
             "PW-MCC, signed": "pw_mcc_signed",
-            "PW-MCC, |cos|": "pw_mcc_absolute",
+            "PW-MCC, absolute": "pw_mcc_absolute",
             "MMCS": "mmcs",
             "cos corr": "cosine_correlation",
             "cycle, enc": "cycle_encoder",
@@ -98,7 +98,7 @@ def cosines_and_cycles(cells: Sequence[Cell]) -> Wording:
         cells,
         made,
         "**PW-MCC** (Song et al.): mean matched decoder cosine over the smaller dictionary, "
-        "**signed** as in their code, **|cos|** as in their paper; each with the matching that "
+        "**signed** as in their code, **absolute** as in their paper; each with the matching that "
         "maximises it. **MMCS**: mean over latents of the largest decoder cosine, of both "
         "directions (each alone in pairs.csv). **cos corr**: mean matched correlation of "
         "pre-activations.",
@@ -133,14 +133,18 @@ def by_threshold(cells: Sequence[Cell]) -> Wording:
         )
         for k, cell in cells
     ]
-    reference = [number(BY_THRESHOLD.get(tau, float("nan"))) for tau in THRESHOLDS]
-    rows.append((SOURCE, *[""] * (max(len(knobs), 1) - 1), *reference))
-    footnotes = (
+    note = (
         "The strict rule, both cosines at least so large; the matchings are the same for all. The "
-        "same over live latents: `shared_fraction_live_at_…` in summary.csv.",
-        f"**{SOURCE}**: another model and budget (TopK, k=32, 32,768 latents, 8B tokens), for "
-        "orientation.",
+        "same over live latents: `shared_fraction_live_at_…` in summary.csv."
     )
+    other = (
+        f"**{SOURCE}**: another model and budget (TopK, k=32, 32,768 latents, 8B tokens), for "
+        "orientation."
+    )
+    reference = [number(BY_THRESHOLD.get(tau, float("nan"))) for tau in THRESHOLDS]
+    if of_seeds(cells):
+        rows.append((SOURCE, *[""] * (max(len(knobs), 1) - 1), *reference))
+    footnotes = (note, other) if of_seeds(cells) else (note,)
     return Wording(header, tuple(rows), max(len(knobs), 1), "", footnotes)
 
 

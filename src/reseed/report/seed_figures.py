@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from reseed.compare.cell import CellResult
 from reseed.compare.profile import fit_power_law
 from reseed.report.axes import Cell, label, naming, row_labels, wrapped
-from reseed.report.references import SOURCE, UNSHARED
+from reseed.report.references import SOURCE, UNSHARED, of_seeds
 from reseed.report.style import COLOURS, MARKERS, REFERENCE, WIDTH, legend_below
 from reseed.report.wording import counted, paired
 
@@ -107,9 +107,6 @@ def _shade(m: int, n: int) -> tuple[float, float, float, float]:
 
 def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
     most = max(cell.n_seeds for _, cell in cells)
-    if most >= FEWEST_FOR_REFERENCE:
-        known = {k: u for k, u in UNSHARED.items() if k <= most}
-        axes.plot(list(known), list(known.values()), label=SOURCE, **REFERENCE)
     for i, (knobs, cell) in enumerate(cells):
         colour, k = COLOURS[i % len(COLOURS)], np.arange(2, cell.n_seeds + 1)
         fit, name = fit_power_law(cell.u), label(cells, knobs)
@@ -125,6 +122,9 @@ def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
             marker=MARKERS[i % len(MARKERS)],
             label=name,
         )
+    if most >= FEWEST_FOR_REFERENCE and of_seeds(cells):
+        known = {k: u for k, u in UNSHARED.items() if k <= most}
+        axes.plot(list(known), list(known.values()), label=SOURCE, **REFERENCE)
     axes.set_xticks(range(2, most + 1))
     axes.set_xlim(1.7, most + 0.3)
     axes.set_ylim(-0.02, 1.02)
