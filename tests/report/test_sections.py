@@ -215,3 +215,8 @@ def test_every_column_of_the_files_is_explained(acting):
     between = re.compile(r".*_at_0\.[4-8]")
     kept = {n for n in pairs if not counts.fullmatch(n) and not between.fullmatch(n)}
     assert kept - told == set()
+
+
+def test_every_column_of_latents_is_explained(acting):
+    told = set(re.findall(r"`([A-Za-z_0-9.]+)`", MEASURES.read_text()))
+    assert set(acting[1].latents.column_names) - {"run", "seed", "latent"} - told == set()

@@ -196,6 +196,7 @@ def test_incomplete_cells_stand_among_the_footnotes(cells, tmp_path):
     text = (tmp_path / "summary.md").read_text()
     assert f"- {line}\n" in text
     assert text.index(line) < text.index("## More measures")
+    assert "incomplete: sae=gated: 1 of 3" in (tmp_path / "summary.tex").read_text()
     assert "incomplete" not in summary_markdown(cells)
 
 

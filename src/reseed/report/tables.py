@@ -92,7 +92,9 @@ def write_tables(
     atomic_write(strata, lambda p: strata_frame(cells).to_csv(p, index=False))
     atomic_write(rows, lambda p: summary_frame(cells).to_csv(p, index=False))
     atomic_write_text(text, summary_markdown(cells, incomplete))
-    atomic_write_text(tex, summary_latex(cells, _shown_tables(cells), cells[0][1].settings.name))
+    atomic_write_text(
+        tex, summary_latex(cells, _shown_tables(cells, incomplete), cells[0][1].settings.name)
+    )
     return files
 
 
@@ -206,8 +208,7 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
 
     What is ``incomplete`` stands among the footnotes of the first table.
     """
-    first, *others = _first_tables(cells)
-    first = replace(first, footnotes=(*first.footnotes, *incomplete))
+    first, *others = _first_tables(cells, incomplete)
     parts = ["# Summary", first.caption, markdown_table(first)]
     for words in others:
         parts += ["## Other pairs", words.caption, markdown_table(words)]
@@ -228,17 +229,18 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     return re.sub(r"(\n- .*)\n(?=\n- )", r"\1", "\n\n".join(parts)) + "\n"
 
 
-def _first_tables(cells: Sequence[Cell]) -> list[Wording]:
+def _first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
     """The table of the cells whose runs are a sample, and the one of the other pairs; either may
-    be all there is."""
+    be all there is. What is ``incomplete`` stands among the footnotes of the first."""
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
     others = pairings(cells)
-    return [*([summary(sample)] if sample else []), *([others] if others else [])]
+    first, *more = [*([summary(sample)] if sample else []), *([others] if others else [])]
+    return [replace(first, footnotes=(*first.footnotes, *incomplete)), *more]
 
 
-def _shown_tables(cells: Sequence[Cell]) -> list[Wording]:
+def _shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
     """All tables that the terminal shows, and ``summary.tex``."""
-    return [*_first_tables(cells), *_more_tables(cells)]
+    return [*_first_tables(cells, incomplete), *_more_tables(cells)]
 
 
 def _more_tables(cells: Sequence[Cell]) -> list[Wording]:
