@@ -155,7 +155,7 @@ def test_a_penalty_is_calibrated_on_it(tiny_overrides: list[str], tmp_path: Path
     runs = RunStore(tmp_path).runs()
     (run,) = [r for r in runs if not r.record["identity"].get("role")]
     assert run.record["penalty_weight"] == run.record["calibration"]["weight"]
-    assert run.metrics["l0"] == pytest.approx(4, rel=0.05)
+    assert run.metrics["l0"] == pytest.approx(4, rel=0.1)
     models = {r.record["fingerprints"]["model"] for r in runs}
     assert len(runs) > 1
     assert models == {job.resolved.identity["fingerprints"]["model"]}

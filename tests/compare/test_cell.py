@@ -133,10 +133,6 @@ def test_every_fraction_has_an_interval_within_its_range(partly_shared, settings
             lambda runs, make: ([runs[0], dataclasses.replace(runs[1], seed="0")], []),
             "every seed may occur once in a cell; 0 is there twice",
         ),
-        (
-            lambda runs, make: ([runs[0], make(np.ones((4, 3)), seed="9")], []),
-            "must have the same `d_in`; run-0 has 64, run-9 has 3",
-        ),
         (lambda runs, make: (runs, runs[::-1]), "in the same order; the values of seed are 1, 0"),
         (lambda runs, make: (runs, runs[:1]), "in the same order; the values of seed are 0 and"),
     ],

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from reseed.compare.activation_tables import lacks_activations, sides_of, with_activations
-from reseed.compare.activations import activation_measures
+from reseed.compare.activations import (
+    ActivationMeasures,
+    activation_measures,
+    measures_on_same_tokens,
+)
 from reseed.compare.cell import CellResult
 from reseed.config import ReseedError
 from reseed.console import say
@@ -20,10 +24,14 @@ from reseed.runs import Run
 from reseed.sae import load_all
 from reseed.train.config import RuntimeConfig
 
+if TYPE_CHECKING:
+    from reseed.sae.base import SAE
+
 _DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints")
 """What decides the held-out activations, among what a run's identity has."""
 _ELSEWHERE = ("order_seed", "held_out_tokens")
 """What does not, of the data set: the order is that of training, and the fewest tokens are read."""
+Chunks = Iterator[Float[Tensor, "n d_in"]]
 
 
 class NotOffered(ReseedError):
@@ -47,21 +55,77 @@ def complete(
         return
     with_activations(cell, None, "interrupted").write(folder)
     try:
-        chunks, tokens = held_out_chunks(runs, wanted, runtime)
+        tokens, measure = _measurement(cell, runs, wanted, runtime)
     except (ReseedError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         say(f"  {name}: compared by weights alone, not by activations: {reason}")
         with_activations(cell, None, reason).write(folder)
         return
     say(f"  {name}: comparing {len(runs)} runs on {tokens:,} held-out activations")
-    saes = [run.sae(str(pick_device(runtime.device))) for run in runs]
-    measured = activation_measures(saes, sides_of(cell), chunks, cell.settings.null_seed)
-    with_activations(cell, measured).write(folder)
+    with_activations(cell, measure()).write(folder)
 
 
-def held_out_chunks(
+def _measurement(
+    cell: CellResult, runs: Sequence[Run], wanted: int, runtime: RuntimeConfig
+) -> tuple[int, Callable[[], ActivationMeasures]]:
+    """How many activations are read, and what reads and measures them.
+
+    Raises: see `held_out_chunks`.
+    """
+    seed, device = cell.settings.null_seed, str(pick_device(runtime.device))
+
+    def saes() -> list[SAE]:
+        return [run.sae(device) for run in runs]
+
+    if len(set(cell.runs["d_in"])) == 1:
+        chunks, tokens = held_out_chunks(runs, wanted, runtime)
+        return tokens, lambda: activation_measures(saes(), sides_of(cell), chunks, seed)
+    streams, reads, tokens = held_out_streams(runs, wanted, runtime)
+    return tokens, lambda: measures_on_same_tokens(
+        saes(),
+        sides_of(cell),
+        streams,
+        reads,
+        tokens,
+        seed=seed,
+        threshold=cell.settings.threshold,
+    )
+
+
+def held_out_streams(
     runs: Sequence[Run], tokens: int, runtime: RuntimeConfig
-) -> tuple[Iterator[Float[Tensor, "n d_in"]], int]:
+) -> tuple[list[Chunks], list[int], int]:
+    """The activations of all models (or layers) of a cell on the same held-out tokens.
+
+    Returns:
+        the activations of each, which of them each run reads, and how many there are.
+
+    Raises:
+        NotOffered: the runs read other tokens, or what they read is not what it was.
+        ConfigError: a model or the data are not found.
+    """
+    records = [run.record for run in runs]
+    identities = [record["identity"] for record in records]
+    different = other_tokens(identities)
+    if different:
+        raise NotOffered(f"its runs do not read the same held-out tokens: {different}")
+    kinds: list[int] = []  # the first run of each
+    reads = []
+    for identity in identities:
+        known = [k for k, i in enumerate(kinds) if not differing([identities[i], identity])]
+        reads.append(known[0] if known else len(kinds))
+        if not known:
+            kinds.append(len(reads) - 1)
+    # As many as the run was measured on that was measured on the fewest.
+    tokens = min([tokens, *(r["experiment"]["dataset"]["held_out_tokens"] for r in records)])
+    streams = []
+    for kind in range(len(kinds)):
+        own = [run for run, which in zip(runs, reads, strict=True) if which == kind]
+        streams.append(held_out_chunks(own, tokens, runtime)[0])
+    return streams, reads, tokens
+
+
+def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) -> tuple[Chunks, int]:
     """The first held-out activations that all runs of a cell were measured on, and how many.
 
     Args:
@@ -91,12 +155,38 @@ def held_out_chunks(
     return (chunk[experiment.hook] for chunk in chunks), tokens
 
 
+def other_tokens(identities: Sequence[Mapping[str, Any]]) -> str:
+    """Why the activations of runs are not those of the same held-out tokens, or ""."""
+    prints = [identity["fingerprints"] for identity in identities]
+    if any("text" not in own for own in prints):
+        return "those of a world are draws, and have no tokens"
+    if any(identity.get("surrogate") == "gaussian" for identity in identities):
+        return "those of surrogate=gaussian are draws, and have no tokens"
+    for what, reason in (
+        ("text", "their texts differ"),
+        ("tokenizer", "their models have different tokenizers"),
+    ):
+        if len({own[what] for own in prints}) > 1:
+            return reason
+    first, *others = (_of_data(identity["dataset"]) for identity in identities)
+    for other in others:
+        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        if keys:
+            return f"they differ in dataset.{keys[0]}"
+    return ""
+
+
+def _of_data(declared: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the held-out activations, of what was declared of the data set."""
+    return {k: v for k, v in declared.items() if k not in _ELSEWHERE}
+
+
 def differing(identities: Sequence[Mapping[str, Any]]) -> str:
     """The first of the things that decide the held-out activations in which runs differ, or ""."""
     for name in _DECLARED:
         values = [identity.get(name) for identity in identities]
         if name == "dataset":
-            values = [{k: v for k, v in d.items() if k not in _ELSEWHERE} for d in values if d]
+            values = [_of_data(d) for d in values if d]
         if any(value != values[0] for value in values):
             return name
     return ""

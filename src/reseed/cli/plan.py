@@ -121,12 +121,12 @@ def make_plan(line: CommandLine) -> Plan:
             where = f" (in the arm {arm.name!r})" if arm.name else ""
             raise ConfigError(str(error) + where) from error
         launches.append(Launch(arm, tuple(overrides), tuple(jobs)))
-        _check_pairs(launches[-1])
+        _check_pairs(launches[-1], settings)
     assert runtime is not None
     return Plan(settings, tuple(launches), runtime)
 
 
-def _check_pairs(launch: Launch) -> None:
+def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
     """Raise `ConfigError` where runs of a cell cannot be compared, or are one run twice."""
     arm = launch.arm
     key = f"comparison.arms.{arm.name}.pair_by" if arm.name else "comparison.pair_by"
@@ -136,17 +136,8 @@ def _check_pairs(launch: Launch) -> None:
     for jobs in cells.values():
         seen: dict[str, Job] = {}
         for job in jobs:
-            first = jobs[0].resolved
-            if job.resolved.d_in != first.d_in:
-                raise ConfigError(
-                    f"{{key}} pairs runs of different `d_in`: {_place(arm, jobs[0])} has "
-                    f"{first.d_in}, {_place(arm, job)} has {job.resolved.d_in}. Their rows are "
-                    "vectors of different spaces, between which there is no cosine, so neither "
-                    "matching nor any measure of weights is offered. What needs no common space "
-                    "(agreement of activations, CKA, on the same tokens) is not measured across "
-                    "them yet. Pair by what leaves `d_in` alone (comparison.pair_by=seed)",
-                    key,
-                )
+            for apart in (x for x in jobs if x.resolved.d_in != job.resolved.d_in):
+                _check_tokens(arm, apart, job, settings, key)
             other = seen.setdefault(job.resolved.signature, job)
             if other is not job:
                 raise ConfigError(
@@ -154,6 +145,26 @@ def _check_pairs(launch: Launch) -> None:
                     f"{_place(arm, job)} are the same run",
                     key,
                 )
+
+
+def _check_tokens(arm: Arm, first: Job, other: Job, settings: ComparisonConfig, key: str) -> None:
+    """Raise `ConfigError` where two runs have neither a common space nor common tokens."""
+    from reseed.cli.held_out import other_tokens
+
+    reason = other_tokens([first.resolved.identity, other.resolved.identity])
+    if not reason and not settings.activation_tokens:
+        reason = "comparison.activation_tokens=0 asks for none"
+    if not reason:
+        return
+    said = [f"{_place(arm, job)} ({job.resolved.model_label})" for job in (first, other)]
+    raise ConfigError(
+        f"{{key}} pairs runs of different `d_in`: {said[0]} has {first.resolved.d_in}, {said[1]} "
+        f"has {other.resolved.d_in}. Their rows are vectors of different spaces, between which "
+        "there is no cosine: what can be compared is what they do on the same tokens (CKA, "
+        f"agreement of activations), and here {reason}. Pair by what leaves `d_in` alone "
+        "(comparison.pair_by=seed)",
+        key,
+    )
 
 
 def _place(arm: Arm, job: Job) -> str:

@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float
 from reseed.compare.activations import ActivationMeasures, LatentMeasures, Side, Sides
 from reseed.compare.cell import CellResult
 from reseed.compare.functional import bounded, quality_coverage
+from reseed.compare.pairing import without_intervals
+from reseed.compare.same_tokens import Matched
 from reseed.compare.statistics import seed_interval
 
 TOPS = (100, 2_000)
@@ -38,6 +40,8 @@ ESTIMATES = (
 )
 """Numbers of a pair that are the same for (A, B) and (B, A): see `pair_measures`."""
 PAIR_COLUMNS = (*ESTIMATES, "novel_fraction_a", "novel_fraction_b")
+MATCHED_COLUMNS = tuple(f"agreement_{name}_matched" for name in Matched._fields)
+"""Further columns where latents were matched by their activations: `same_tokens.Matched`."""
 NOTE, TOKENS = "activation_note", "activation_tokens"
 """Further columns of the pairs: why there are no measures (else empty), and of how many tokens."""
 LATENT_COLUMNS: dict[str, Callable[[LatentMeasures], Float[np.ndarray, " F"]]] = {
@@ -103,9 +107,12 @@ def pair_measures(
         repaired, damage = np.sum(sums, axis=0)
         return float(repaired / damage) if damage > 0 else float("nan")
 
-    novel = [_mean((found.insertion[side.live] < 0).astype(float)) for found, side in two]
+    novel = [_mean(_below_zero(found.insertion[side.live])) for found, side in two]
     curves = [_curve(found) for found, _ in two]
+    by_activations = measured.matched.get((min(s, t), max(s, t)))
+    matched = zip(MATCHED_COLUMNS, by_activations, strict=True) if by_activations else ()
     return {
+        **dict(matched),
         **{
             f"agreement_{name}_{of}": mean(LATENT_COLUMNS[name], of)
             for name in ("pearson", "jaccard")
@@ -130,6 +137,11 @@ def pair_measures(
         "novel_fraction_a": novel[0],
         "novel_fraction_b": novel[1],
     }
+
+
+def _below_zero(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """1 where it is, 0 where not, NaN where that is not known."""
+    return np.where(np.isnan(values), np.nan, values < 0)
 
 
 def _kept(found: LatentMeasures, side: Side, of: str) -> Bool[np.ndarray, " F"]:
@@ -170,18 +182,21 @@ def with_activations(
     places = list(zip(map(runs.index, pairs["a"]), map(runs.index, pairs["b"]), strict=True))
     nothing = dict.fromkeys(PAIR_COLUMNS, float("nan"))
     rows = [pair_measures(measured, sides, *p) if measured else nothing for p in places]
-    for name in PAIR_COLUMNS:
+    more = MATCHED_COLUMNS if measured and measured.matched else ()
+    for name in (*PAIR_COLUMNS, *more):
         pairs[name] = [float(row[name]) for row in rows]
     pairs[TOKENS] = measured.tokens if measured else 0
     pairs[NOTE] = note
     estimates = {}
-    for name in ESTIMATES:
+    for name in (*ESTIMATES, *more):
         values = np.zeros((n, n))
         for (s, t), value in zip(places, pairs[name], strict=True):
             values[s, t] = values[t, s] = value
         estimates[name] = seed_interval(
             values, cell.settings.confidence, logit=name == "novel_fraction"
         )
+    if not cell.settings.pairs_are_a_sample and more:
+        estimates = without_intervals(estimates, cell.settings)
     return replace(
         cell,
         pairs=pairs,

@@ -7,7 +7,7 @@ there are does not matter, and nothing is of the size F_A × F_B.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Self
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 
 from reseed.compare.agreement import Agreement, Firing, Together, agreement
-from reseed.compare.cka import CKA, centred_gram
+from reseed.compare.cka import CKA, MIN_TOKENS, centred_gram
 from reseed.compare.codes import along_rows, batches, encoded
 from reseed.compare.functional import (
     Contribution,
@@ -28,6 +28,7 @@ from reseed.compare.functional import (
     second_best,
     substitution,
 )
+from reseed.compare.same_tokens import ByActivations, Matched
 
 if TYPE_CHECKING:
     from reseed.sae.base import SAE
@@ -86,12 +87,15 @@ class ActivationMeasures:
         tokens: how many went by.
         latents: by ordered pair (s, t): the latents of s against t.
         cka_codes, cka_reconstructions: of every two SAEs.
+        matched: by pair (s, t), s < t, latents matched by their activations; empty where all SAEs
+            read the same ones, and are matched by their weights.
     """
 
     tokens: int
     latents: Mapping[tuple[int, int], LatentMeasures]
     cka_codes: Float[np.ndarray, "n n"]
     cka_reconstructions: Float[np.ndarray, "n n"]
+    matched: Mapping[tuple[int, int], Matched] = field(default_factory=dict)
 
 
 def activation_measures(
@@ -111,18 +115,50 @@ def activation_measures(
     Raises:
         ValueError: no token.
     """
-    state = _Sums.of(saes, sides, seed)
+    state = _Sums.of(saes, sides, [0] * len(saes), seed)
     device = saes[0].W_dec.device
     for x in batches(chunks, BATCH):
-        state.add(x.to(device, torch.float32))
-    if not state.tokens:
-        raise ValueError("no activations were given: there is nothing to measure")
-    return ActivationMeasures(
-        tokens=state.tokens,
-        latents={(s, t): state.measured(s, t, sides) for s, t in sides},
-        cka_codes=state.cka_codes.values(),
-        cka_reconstructions=state.cka_reconstructions.values(),
-    )
+        state.add([x.to(device, torch.float32)])
+    return state.all_measured(sides)
+
+
+def measures_on_same_tokens(
+    saes: Sequence[SAE],
+    sides: Sides,
+    streams: Sequence[Iterable[Float[Tensor, "tokens D"]]],
+    reads: Sequence[int],
+    tokens: int,
+    *,
+    seed: int = 0,
+    threshold: float = 0.7,
+) -> ActivationMeasures:
+    """Run SAEs of different activations once over the same tokens.
+
+    SAEs that read the same activations are measured as by `activation_measures`. Between the others
+    there is CKA, and latents of every two SAEs are matched by their activations too.
+
+    Args:
+        streams: of each kind of activations, in pieces of any size, row by row of the same tokens.
+        reads: which of them each SAE is for.
+        tokens: how many there will be.
+        threshold: of the correlation of matched latents that counts as agreement.
+
+    Raises:
+        ValueError: no token, or streams of different length.
+    """
+    state = _Sums.of(saes, sides, reads, seed)
+    live = [next(side.live for (s, _), side in sides.items() if s == i) for i in range(len(saes))]
+    state.by_activations = ByActivations(live, tokens, threshold)
+    # Few tokens in batches small enough for some to be left when others have given the matching.
+    size = min(BATCH, max(MIN_TOKENS, tokens // 4))
+    device = saes[0].W_dec.device
+    for xs in zip(*(batches(chunks, size) for chunks in streams), strict=True):
+        if len({len(x) for x in xs}) > 1:
+            raise ValueError(
+                f"not the same tokens: batches of {', '.join(str(len(x)) for x in xs)}"
+            )
+        state.add([x.to(device, torch.float32) for x in xs])
+    return state.all_measured(sides)
 
 
 @dataclass(eq=False)
@@ -131,36 +167,44 @@ class _Sums:
 
     Attributes:
         firing: of each SAE.
+        reads: which of the activations each SAE is for.
         along: by target t and source s: Σ g_j (r_t·v_j) of the latents of s. See `Contribution`.
+            Of those alone that read the same activations, as `together`.
         together: by ordered pair, with the partners, the second best and the random ones.
         error: Σ‖r‖² of each SAE.
+        by_activations: latents matched by them, where that is asked for.
     """
 
     saes: Sequence[SAE]
+    reads: Sequence[int]
     firing: list[Firing]
     along: dict[tuple[int, int], Tensor]
     together: dict[tuple[int, int], Partners]
     cka_codes: CKA
     cka_reconstructions: CKA
     error: list[float]
+    by_activations: ByActivations | None = None
     tokens: int = 0
 
     @classmethod
-    def of(cls, saes: Sequence[SAE], sides: Sides, seed: int) -> Self:
+    def of(cls, saes: Sequence[SAE], sides: Sides, reads: Sequence[int], seed: int) -> Self:
         """Before the first token."""
         n, device = len(saes), saes[0].W_dec.device
         units = [nn_functional.normalize(sae.W_dec.detach(), dim=1) for sae in saes]
         return cls(
             saes=saes,
+            reads=reads,
             firing=[Firing.of(sae.num_latents, device) for sae in saes],
             along={
                 (t, s): torch.zeros(saes[s].num_latents, dtype=torch.float64, device=device)
                 for t in range(n)
                 for s in range(n)
+                if reads[s] == reads[t]
             },
             together={
                 ordered: found
                 for s, t in combinations(range(n), 2)
+                if reads[s] == reads[t]
                 for ordered, found in zip(
                     ((s, t), (t, s)),
                     _partners(units[s], units[t], sides[s, t], sides[t, s], seed),
@@ -172,21 +216,45 @@ class _Sums:
             error=[0.0] * n,
         )
 
-    def add(self, x: Float[Tensor, "B D"]) -> None:
-        """Count a batch."""
-        made = [encoded(sae, x) for sae in self.saes]
-        residuals = [x - m.reconstruction for m in made]
+    def add(self, activations: Sequence[Float[Tensor, "B D"]]) -> None:
+        """Count a batch of tokens, by each of the activations that SAEs read."""
+        xs = [activations[which] for which in self.reads]
+        made = [encoded(sae, x) for sae, x in zip(self.saes, xs, strict=True)]
+        residuals = [x - m.reconstruction for x, m in zip(xs, made, strict=True)]
         for s, (sae, m) in enumerate(zip(self.saes, made, strict=True)):
             self.firing[s].add(m.codes)
             self.error[s] += float(residuals[s].double().square().sum())
-            for t, found in enumerate(along_rows(residuals, m.codes, sae.W_dec)):
+            alike = [t for t in range(len(made)) if (t, s) in self.along]
+            own = along_rows([residuals[t] for t in alike], m.codes, sae.W_dec)
+            for t, found in zip(alike, own, strict=True):
                 self.along[t, s] += found
         for (s, t), lists in self.together.items():
             for pairs in lists:
                 pairs.add(made[s].codes, made[t].codes)
         self.cka_codes.add([m.codes.gram() for m in made])
         self.cka_reconstructions.add([centred_gram(m.reconstruction) for m in made])
-        self.tokens += len(x)
+        if self.by_activations is not None:
+            self.by_activations.add([m.codes for m in made])
+        self.tokens += len(xs[0])
+
+    def all_measured(self, sides: Sides) -> ActivationMeasures:
+        """Everything, from the sums.
+
+        Raises:
+            ValueError: no token.
+        """
+        if not self.tokens:
+            raise ValueError("no activations were given: there is nothing to measure")
+        return ActivationMeasures(
+            tokens=self.tokens,
+            latents={
+                (s, t): self.measured(s, t, sides) if (s, t) in self.together else _unknown(side)
+                for (s, t), side in sides.items()
+            },
+            cka_codes=self.cka_codes.values(),
+            cka_reconstructions=self.cka_reconstructions.values(),
+            matched={} if self.by_activations is None else self.by_activations.measured(),
+        )
 
     def measured(self, s: int, t: int, sides: Sides) -> LatentMeasures:
         """The latents of s against t, from the sums."""
@@ -221,6 +289,14 @@ class _Sums:
         return substitution(
             self._contribution(s, s), self._contribution(s, t), *(x.cpu().numpy() for x in columns)
         )
+
+
+def _unknown(side: Side) -> LatentMeasures:
+    """Of latents without partners."""
+    nothing = np.full(len(side.partner), np.nan)
+    none = Substitution(nothing, nothing, nothing)
+    never = np.zeros(len(side.partner), dtype=bool)
+    return LatentMeasures(Agreement(nothing, nothing), nothing, none, none, none, nothing, never)
 
 
 Partners = tuple[Together, Together, Together]

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
+from math import isnan, nan
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,19 +23,26 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from reseed.atomic import atomic_write, atomic_write_json
-from reseed.compare.columns import UNTRAINED
+from reseed.compare.apart import (
+    NO_SPACE,
+    REASON,
+    any_apart,
+    apart,
+    chances,
+    in_one_space,
+    pair_apart,
+)
+from reseed.compare.beside import beside, of_repeats
 from reseed.compare.config import ComparisonConfig
+from reseed.compare.cycles import ESTIMATES as CYCLES
 from reseed.compare.cycles import cycle_estimates
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.matching import Matcher, match
-from reseed.compare.measures import Subset
-from reseed.compare.nulls import covariance_null, isotropic_null, kappa
 from reseed.compare.pairing import without_intervals
 from reseed.compare.profile import seed_profile, unshared_fractions
-from reseed.compare.repeats import Repeats, repeats
-from reseed.compare.reproducibility import reproducibility
+from reseed.compare.repeats import repeats
 from reseed.compare.rows import Rows
-from reseed.compare.stability import PairResult, PairSide, compare_pair
+from reseed.compare.stability import PairSide, compare_pair
 from reseed.compare.statistics import Interval
 from reseed.compare.strata import strata_table
 from reseed.compare.subspaces import subspaces
@@ -61,7 +69,8 @@ class CellResult:
         estimates: fractions and cosines over pairs of seeds, metrics over runs and cycles over
             triples, by name; where the truth is known, also those of `compare.truth`
             (``truth_…``).
-        p: p_m, the fraction of latents shared with m = 0 … n−1 other runs.
+        p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN where some runs are
+            of different ``d_in`` and cannot be compared (`compare.apart`).
     """
 
     settings: ComparisonConfig
@@ -94,7 +103,7 @@ class CellResult:
     @property
     def null_simulated_latents(self) -> int:
         """Larger side of the simulated null; below `num_latents` it was extended."""
-        return int(self.pairs["null_simulated_latents"].to_numpy().max())
+        return int(self.pairs["null_simulated_latents"].fillna(0).to_numpy().max())
 
     def pair_mean(self, column: str) -> float:
         """Mean over pairs of a column that has no interval (nulls, ceilings, untrained)."""
@@ -147,7 +156,7 @@ class CellResult:
             latents=pq.read_table(folder / "latents.parquet"),
             strata=pd.read_parquet(folder / "strata.parquet"),
             estimates={name: _interval(value) for name, value in record["estimates"].items()},
-            p=np.array(record["shared_with_fraction"]),
+            p=np.array(record["shared_with_fraction"], dtype=np.float64),
         )
 
 
@@ -161,6 +170,9 @@ def compare_cell(
 ) -> CellResult:
     """Compare all pairs of the runs of a cell.
 
+    Two of different ``d_in`` have no common space: of their weights nothing is compared, and their
+    columns are NaN (`compare.apart`).
+
     Args:
         trained: the runs, in the order of the axis that pairs up.
         untrained: the same runs with their initial weights, in the same order; their firing is not
@@ -169,7 +181,7 @@ def compare_cell(
         device: of passes over all pairs of latents.
 
     Raises:
-        ValueError: fewer than 2 runs, a run or a value of the axis twice, different ``d_in``.
+        ValueError: fewer than 2 runs, a run or a value of the axis twice.
         MemoryError: more latents than an exact matching can take.
     """
     _check(trained, untrained, settings)
@@ -185,11 +197,18 @@ def compare_cell(
     sides: dict[tuple[int, int], PairSide] = {}
     for s, t in combinations(range(len(trained)), 2):
         log.info("comparing %s with %s", trained[s].id, trained[t].id)
-        pair = against_each(trained[s], trained[t])
+        no_space = apart(trained[s], trained[t])
+        pair = (
+            pair_apart(trained[s], trained[t], settings.live_at_least)
+            if no_space
+            else against_each(trained[s], trained[t])
+        )
         sides[s, t], sides[t, s] = pair.a, pair.b
-        start = against_each(untrained[s], untrained[t], brief=True).measures if untrained else {}
-        beside = _beside(pair.measures, trained[s], trained[t], start, settings)
-        rows.append(pair.row() | _of_repeats(pair, repeated[s], repeated[t]) | beside)
+        started = untrained and not no_space
+        start = against_each(untrained[s], untrained[t], brief=True).measures if started else {}
+        more = beside(pair.measures, trained[s], trained[t], start, settings)
+        own = of_repeats(pair, repeated[s], repeated[t])
+        rows.append(pair.row() | own | more)
     against = [
         {other.id: sides[s, t] for t, other in enumerate(trained) if t != s}
         for s in range(len(trained))
@@ -197,30 +216,33 @@ def compare_cell(
     profile = seed_profile(
         [np.stack([side.shared for side in row.values()], axis=1) for row in against]
     )
-    chances = [
-        reproducibility(m, len(trained) - 1, ~x.zero, settings.confidence)
-        for x, m in zip(trained, profile.shared_with, strict=True)
-    ]
+    likely = chances(trained, profile.shared_with, settings.confidence)
     spanned = subspaces(trained, profile.shared_with, settings.live_at_least, settings.null_seed)
     pairs = pd.DataFrame(rows).assign(**spanned.pairs)
+    if any_apart(trained):
+        pairs[NO_SPACE] = [REASON if isnan(x) else "" for x in pairs["shared_fraction"]]
     tables = [
         latent_table(*values)
-        for values in zip(trained, against, profile.shared_with, repeated, chances, strict=True)
+        for values in zip(trained, against, profile.shared_with, repeated, likely, strict=True)
     ]
-    runs = run_table(trained, repeated, chances, spanned.runs, settings)
+    runs = run_table(trained, repeated, likely, spanned.runs, settings)
     return CellResult(
         settings=settings,
         runs=runs,
         pairs=pairs,
         latents=label_column(pa.concat_tables(tables), trained),
-        strata=strata_table(trained, sides, settings.live_at_least),
+        strata=strata_table(trained, in_one_space(trained, sides), settings.live_at_least),
         estimates=without_intervals(
             pair_estimates(pairs, runs, settings)
-            | cycle_estimates(sides, settings.confidence)
-            | cell_truth(trained, sides, settings),
+            | (
+                _no_cycles(trained)
+                if NO_SPACE in pairs
+                else cycle_estimates(sides, settings.confidence)
+            )
+            | ({} if NO_SPACE in pairs else cell_truth(trained, sides, settings)),
             settings,
         ),
-        p=profile.p,
+        p=np.full_like(profile.p, np.nan) if NO_SPACE in pairs else profile.p,
     )
 
 
@@ -236,12 +258,6 @@ def _check(
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
             raise ValueError(f"every {name} may occur once in a cell; {repeated[0]} is there twice")
-    for x in (*trained, *untrained):
-        if x.d_in != trained[0].d_in:
-            raise ValueError(
-                f"all runs of a cell must have the same `d_in`; {trained[0].id} has "
-                f"{trained[0].d_in}, {x.id} has {x.d_in}"
-            )
     if untrained and [x.seed for x in untrained] != [x.seed for x in trained]:
         raise ValueError(
             "`untrained` must hold the initial weights of `trained` in the same order; the values "
@@ -250,54 +266,8 @@ def _check(
         )
 
 
-def _beside(
-    measures: dict[str, float],
-    a: Dictionary,
-    b: Dictionary,
-    start: dict[str, float],
-    settings: ComparisonConfig,
-) -> dict[str, float]:
-    """The columns of a pair that put its numbers in proportion: the ladder of nulls.
-
-    ``null_…`` of isotropic rows, ``null_covariance_…`` of rows with the activations' covariance,
-    ``untrained_…`` of the weights at the start; κ against each rung. NaN where it is not known.
-
-    Args:
-        start: the measures of the untrained pair; empty where there is none.
-    """
-    sizes = a.num_latents, b.num_latents
-    drawn = settings.threshold, settings.null_seed, settings.null_draws
-    null = isotropic_null(*sizes, a.d_in, *drawn)
-    shared = measures["shared_fraction"]
-    correlated, unknown = None, float("nan")
-    if a.covariance is not None and b.covariance is not None:
-        covariance = (a.covariance.astype(np.float64) + b.covariance) / 2
-        correlated = covariance_null(*sizes, covariance, *drawn)
-    return {
-        "null_cosine": null.cosine,
-        "null_mmcs": null.best,
-        "null_shared_fraction": null.shared_fraction,
-        "null_coverage": null.coverage,
-        "null_simulated_latents": null.simulated_latents,
-        "kappa": kappa(shared, null.shared_fraction),
-        "null_covariance_cosine": correlated.cosine if correlated else unknown,
-        "null_covariance_mmcs": correlated.best if correlated else unknown,
-        "null_covariance_shared_fraction": correlated.shared_fraction if correlated else unknown,
-        "null_covariance_coverage": correlated.coverage if correlated else unknown,
-        "kappa_covariance": kappa(shared, correlated.shared_fraction) if correlated else unknown,
-        "kappa_untrained": kappa(shared, start.get("shared_fraction", unknown)),
-        **{f"untrained_{name}": start.get(name, float("nan")) for name in UNTRAINED},
-    }
-
-
-def _of_repeats(pair: PairResult, a: Repeats, b: Repeats) -> dict[str, float]:
-    """The part of the latents with a duplicate, or with an antipodal one, that is shared."""
-    return {
-        f"shared_fraction_{word}": Subset(getattr(a, word), getattr(b, word)).of_sides(
-            pair.a.shared, pair.b.shared
-        )
-        for word in ("duplicate", "antipodal")
-    }
+def _no_cycles(trained: Sequence[Dictionary]) -> dict[str, Interval]:
+    return dict.fromkeys(CYCLES, Interval(nan, None, None, None, len(trained), REASON))
 
 
 def _interval(record: dict[str, Any]) -> Interval:

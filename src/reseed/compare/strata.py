@@ -70,6 +70,9 @@ def strata_table(
             frame.insert(0, "b", trained[t].id)
             frame.insert(0, "a", trained[s].id)
             frames.append(frame.assign(latents=latents, shared=shared))
+    if not frames:  # no two runs whose rows can be compared
+        named = ("a", "b", "kind", "stratum", *Stratum._fields, "latents", "shared")
+        return pd.DataFrame(columns=list(named))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -35,6 +35,12 @@ HELD = 0.9
 """Part of a moment that its leading directions hold."""
 EXACT_WIDTH = 1024
 """Up to this width everything is float64."""
+_MEASURES = (
+    "subspace_overlap",
+    "null_subspace_overlap",
+    "subspace_angles",
+    "null_subspace_angles",
+)
 _BLOCK_ROWS = 4096
 
 
@@ -46,7 +52,7 @@ class Subspaces:
         pairs: columns of the table of pairs, a value per pair (s, t), s < t, in order:
             ``subspace_overlap_<group>``, ``null_subspace_overlap_<group>``,
             ``subspace_angles_<group>``, ``null_subspace_angles_<group>``. NaN where a group is
-            empty.
+            empty, and of runs of different ``d_in``.
         runs: columns of the table of runs: ``directions_<group>``, how many hold 90%.
     """
 
@@ -73,13 +79,19 @@ def subspaces(
             drawn = np.random.default_rng([seed, s]).choice(live, member.sum(), replace=False)
             nulls.append(moment(x.decoder[np.sort(drawn)]))
         runs[f"directions_{group}"] = [span.directions for span in spans]
-        measured = {
-            "subspace_overlap": [overlap(spans[s].moment, spans[t].moment) for s, t in which],
-            "null_subspace_overlap": [overlap(nulls[s], nulls[t]) for s, t in which],
-            "subspace_angles": [angles(spans[s].basis, spans[t].basis) for s, t in which],
-            "null_subspace_angles": [_by_chance(spans[s], spans[t]) for s, t in which],
-        }
-        pairs |= {f"{name}_{group}": values for name, values in measured.items()}
+        measured = [
+            (
+                overlap(spans[s].moment, spans[t].moment),
+                overlap(nulls[s], nulls[t]),
+                angles(spans[s].basis, spans[t].basis),
+                _by_chance(spans[s], spans[t]),
+            )
+            if trained[s].d_in == trained[t].d_in
+            else (float("nan"),) * len(_MEASURES)
+            for s, t in which
+        ]
+        columns = zip(_MEASURES, zip(*measured, strict=True), strict=True)
+        pairs |= {f"{name}_{group}": list(values) for name, values in columns}
     return Subspaces(pairs, runs)
 
 

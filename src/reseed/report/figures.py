@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from reseed.atomic import atomic_write
+from reseed.compare.apart import NO_SPACE
 from reseed.compare.cell import CellResult
 from reseed.report.axes import Cell, label, naming, numeric_axes, row_labels, wrapped
 from reseed.report.axis_figures import axis_figure, axis_name
@@ -50,6 +51,10 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     """
     if not cells:
         raise ValueError("there are no cells to draw figures of")
+    # Of runs without a common space there is no shared fraction to draw.
+    cells = [(knobs, cell) for knobs, cell in cells if NO_SPACE not in cell.pairs]
+    if not cells:
+        return []
     drawings: dict[str, Callable[[Sequence[Cell]], Figure]]
     drawings = {
         "shared_fraction": shared_figure,

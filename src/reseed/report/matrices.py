@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from reseed.compare.pairing import PairGroup, groups
 from reseed.report.axes import Cell, columns
-from reseed.report.pairings import family, fullest, general, value_name
+from reseed.report.pairings import apart, family, fullest, general, value_name
 from reseed.report.wording import Wording, measure_name, number
 
 MATRICES = 6
@@ -51,6 +51,8 @@ def value_matrices(cells: Sequence[Cell]) -> list[Matrix]:
     made = []
     for own in families:
         if len(_values(own)) < 3 and not any(group.within for group in own):
+            continue
+        if all(apart(group) for group in own):
             continue
         settings = cells[0][1].settings
         where = ", ".join(str(own[0].knobs[name]) for name in names)

@@ -7,10 +7,13 @@ coverage both ways, and the same as a matrix of value by value.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import isnan
 from typing import Any
 
 import pandas as pd
 
+from reseed.compare.activation_tables import NOTE
+from reseed.compare.apart import NO_SPACE, REASON
 from reseed.compare.columns import FRACTIONS
 from reseed.compare.config import value_axes
 from reseed.compare.pairing import (
@@ -35,6 +38,13 @@ from reseed.report.wording import (
 MANY_ROWS = 30
 """In a longer table only the pairs that differ in most are shown; all are in pairings.csv."""
 _ONE_SIDED = ("coverage_a", "coverage_b")
+SAME_TOKENS = {
+    "CKA\ncodes": "cka_codes",
+    "CKA\nrec": "cka_reconstructions",
+    "r of\nmatched": "agreement_pearson_matched",
+    "agree": "agreement_fraction_matched",
+}
+"""Columns where some runs have no common space; what they do on the same tokens needs none."""
 
 
 def general(cells: Sequence[Cell]) -> list[Cell]:
@@ -97,14 +107,30 @@ def _columns(
         made["− within"] = lambda group: (
             signed(contrasts[id(group)]) if id(group) in contrasts else ""
         )
+    if any(apart(group) for group in shown):
+        made |= {
+            head: mean(name)
+            for head, name in SAME_TOKENS.items()
+            if all(name in group.pairs for group in shown)
+        }
     return made | {
-        "null": lambda group: null_in_words(
-            group.mean("null_shared_fraction"), int(group.mean("null_simulated_latents"))
-        ),
+        "null": _null,
         "untrained": mean("untrained_shared_fraction"),
         "cos\nenc": mean("cosine_encoder"),
         "cos\ndec": mean("cosine_decoder"),
     }
+
+
+def _null(group: PairGroup) -> str:
+    null = group.mean("null_shared_fraction")
+    if isnan(null):
+        return MISSING
+    return null_in_words(null, int(group.mean("null_simulated_latents")))
+
+
+def apart(group: PairGroup) -> bool:
+    """Whether its runs have no common space (`compare.apart`)."""
+    return NO_SPACE in group.pairs and bool((group.pairs[NO_SPACE] != "").any())
 
 
 def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> dict[int, Interval]:
@@ -153,7 +179,7 @@ def _footnotes(
 ) -> tuple[str, ...]:
     settings = cells[0][1].settings
     primary, confidence = settings.primary, settings.confidence
-    estimates = [group.interval(primary, confidence) for group in shown]
+    estimates = [group.interval(primary, confidence) for group in shown if not apart(group)]
     reasons = list(dict.fromkeys(e.reason for e in estimates if e.reason))
     notes = [
         f"Each row is of the pairs of runs with these two values, turned so that the 1st is the "
@@ -172,7 +198,9 @@ def _footnotes(
             "**− within**: less the mean of what each of the two shares with itself over seeds; "
             "* where the interval leaves out 0."
         )
-    if any("model" in value_axes(cell.settings.pair_by) for _, cell in cells):
+    if any(apart(group) for group in shown):
+        notes.append(_on_same_tokens(shown, settings.threshold))
+    elif any("model" in value_axes(cell.settings.pair_by) for _, cell in cells):
         notes.append(
             "Rows of two models are compared as they stand: a cosine between them means something "
             "only where the models have one space, as checkpoints of one training have."
@@ -184,6 +212,24 @@ def _footnotes(
     notes += [f"**{reason}**" for reason in reasons]
     # Rows have runs in common: what differences between them could be seen is not known.
     return (*notes, *visible_in_words((), primary, confidence))
+
+
+def _on_same_tokens(shown: Sequence[PairGroup], threshold: float) -> str:
+    """Why columns are empty, and what those mean that are not."""
+    why = (
+        f"Where columns of the weights are empty (**{MISSING}**), the activations differ in width "
+        "(`d_in`): their rows have no common space, and there is no cosine between them. "
+    )
+    if not all("agreement_pearson_matched" in group.pairs for group in shown):
+        notes = [group.pairs[NOTE] for group in shown if NOTE in group.pairs]
+        reasons = dict.fromkeys(reason for own in notes for reason in own if reason)
+        return why + f"What they do on the same tokens was not measured: {'; '.join(reasons)}"
+    return why + (
+        "**CKA**: of latents and of reconstructions on the same held-out tokens. Latents are "
+        "matched by the correlation of their activations on some of these tokens; **r of "
+        f"matched**: its mean on the others; **agree**: live latents with r ≥ {threshold:g} "
+        "there, 2·#/(live₁ + live₂)."
+    )
 
 
 def by_value(cells: Sequence[Cell]) -> Wording | None:
@@ -233,9 +279,11 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
             row |= _ends(name, group.interval(name, confidence))
         row |= _ends("minus_within", contrasts.get(id(group)))
         for name in ("null_shared_fraction", "untrained_shared_fraction", "cosine_encoder",
-                     "cosine_decoder", "num_latents_a", "num_latents_b"):  # fmt: skip
-            row[name] = group.mean(name)
+                     "cosine_decoder", "num_latents_a", "num_latents_b",
+                     *(SAME_TOKENS.values() if NO_SPACE in group.pairs else ())):  # fmt: skip
+            row[name] = group.mean(name) if name in group.pairs else None
         reason = group.interval("shared_fraction", confidence).reason
+        reason = REASON if apart(group) else reason
         rows.append(row | {"note": reason})
     return pd.DataFrame(rows)
 

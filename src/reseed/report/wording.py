@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from reseed.compare.apart import NO_SPACE, REASON
 from reseed.compare.cell import CellResult
 from reseed.compare.statistics import Interval, visible_difference
 from reseed.report.axes import FEW, MISSING, Cell, columns, label, told_by_arm, varying
@@ -95,14 +96,16 @@ def notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]
     """What has to be said about the shared fraction of a cell, and about the L0 it asked for."""
     shared = cell.estimates["shared_fraction"]
     simulated = cell.null_simulated_latents
-    null = max(_null(cell), 1 / (simulated * cell.settings.null_draws))
+    null = max(_null(cell), 1 / (max(1, simulated) * cell.settings.null_draws))
     # Of a single latent there is no null to speak of.
     found = [NOT_SHARED] if simulated > 1 and shared.mean <= NULL_FACTOR * null else []
     target = re.fullmatch(r"L0≈(\d[\d.e+-]*)", str((knobs or {}).get("sparsity")))
     if target and "l0" in cell.estimates:
         l0 = cell.estimates["l0"].mean
         found += [OFF_TARGET] if abs(l0 / float(target[1]) - 1) > L0_BOUND else []
-    if simulated < cell.num_latents:
+    if NO_SPACE in cell.pairs:
+        found.append(REASON)
+    elif simulated < cell.num_latents:
         found.append(f"null of {simulated:,} latents, its cosine extended")
     reason = cell.estimates[cell.settings.primary].reason
     return found + ([reason] if reason else [])
