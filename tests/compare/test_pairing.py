@@ -254,3 +254,21 @@ def test_a_cell_of_chosen_values_has_no_interval_over_them(partly_shared):
         assert (found.low, found.high, found.standard_error) == (None, None, None), name
         assert found.reason == "runs that differ in layer are no sample: no interval over them"
         assert found.mean == over_seeds.estimates[name].mean or np.isnan(found.mean)
+
+
+def test_within_one_value_neither_run_is_the_first(both):
+    """The order in which seeds are listed says nothing: one fraction, with one interval."""
+    turned = cell(RUNS[::-1], value, ["sae", "seed"], GRID)
+    for made in (both, turned):
+        within = next(g for g in groups([({}, made)]) if g.within)
+        sides = [within.interval(f"coverage_{side}", 0.95) for side in "ab"]
+        assert sides[0] == sides[1]
+        mean = (within.pairs["coverage_a"] + within.pairs["coverage_b"]).mean() / 2
+        assert sides[0].mean == pytest.approx(mean)
+        # A kernel that is the same both ways, as an interval over seeds wants it.
+        matrix = np.zeros((4, 4))
+        for i, j in combinations(range(4), 2):
+            matrix[i, j] = matrix[j, i] = (value(RUNS[i], RUNS[j]) / 10 + 0.5) / 2
+        wanted = seed_interval(matrix, 0.95)
+        assert (sides[0].low, sides[0].high) == pytest.approx((wanted.low, wanted.high))
+        assert within.mean("shared_of_a") == within.mean("shared_of_b") == (2 / 4 + 2 / 8) / 2

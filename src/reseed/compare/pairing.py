@@ -25,6 +25,7 @@ JOINED = ", "
 """Between the values of several axes."""
 DERIVED = ("shared_of_a", "shared_of_b", "shared_of_smaller")
 """Shared latents as a fraction of the first dictionary's, the second's, the smaller one's."""
+_OTHER = {"a": "b", "b": "a"}
 
 
 def place_label(place: Place) -> str:
@@ -147,7 +148,18 @@ class PairGroup:
         return leave_one_out_interval(self.mean(column), self.without(column), confidence, scale)
 
     def _values(self, column: str) -> np.ndarray:
-        """A column of the pairs, or one of `DERIVED`, which follow from them."""
+        """A column of the pairs, or one of `DERIVED`, which follow from them.
+
+        Of pairs of one value neither side is the first: what is of one side is the mean of both.
+        (The order of the seeds would decide it, and a mean over pairs would be no U-statistic.)
+        """
+        stem, _, letter = column.rpartition("_")
+        if self.within and stem and letter in _OTHER:
+            both = (self._one_sided(f"{stem}_{side}") for side in _OTHER)
+            return np.mean([*both], axis=0)
+        return self._one_sided(column)
+
+    def _one_sided(self, column: str) -> np.ndarray:
         if column not in DERIVED:
             return self.pairs[column].to_numpy(dtype=np.float64)
         sizes = self.pairs[["num_latents_a", "num_latents_b"]].to_numpy(dtype=np.float64)
@@ -265,11 +277,10 @@ def _order(settings: ComparisonConfig, values: Sequence[str]) -> dict[str, int]:
 def _oriented(pairs: pd.DataFrame, order: Mapping[str, int]) -> pd.DataFrame:
     """The pairs with the value that comes first on side a."""
     turned = [order[a] > order[b] for a, b in zip(pairs["value_a"], pairs["value_b"], strict=True)]
-    other = {"a": "b", "b": "a"}
-    swap = {"a": "b", "b": "a"} | {
-        name: name[:-1] + other[name[-1]]
+    swap = _OTHER | {
+        name: name[:-1] + _OTHER[name[-1]]
         for name in pairs
-        if name[-2:] in ("_a", "_b") and name[:-1] + other[name[-1]] in pairs
+        if name[-2:] in ("_a", "_b") and name[:-1] + _OTHER[name[-1]] in pairs
     }
     backwards = pairs.loc[turned].rename(columns=swap)[list(pairs)]
     return pd.concat([pairs.loc[np.logical_not(turned)], backwards]).sort_index()

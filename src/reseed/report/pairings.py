@@ -186,7 +186,8 @@ def _footnotes(
         f"first of them. **shared**: the strict rule at {settings.threshold:g} (Paulo & Belrose), "
         "2·#/(F₁ + F₂). **1st in 2nd**: fraction of the first's latents for which some one latent "
         "of the second, taken or not, has both cosines at the threshold; **2nd in 1st**: the "
-        "reverse. **of the smaller**: shared latents as a fraction of the smaller dictionary.",
+        "reverse (of a value with itself, where neither is the first, the mean of both). **of the "
+        "smaller**: shared latents as a fraction of the smaller dictionary.",
         f"Intervals ({confidence:.0%}) are over seeds: all runs of one seed left out at a time, t "
         "on the logit scale; never over the values, which were chosen.",
         "**null**: two random dictionaries of these sizes. **untrained**: the initial weights of "
