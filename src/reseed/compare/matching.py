@@ -41,7 +41,8 @@ class Matching:
         row_prices, column_prices: u [n] and v [m]; NaN for rows without direction.
         gap: Σu + Σv − Σ cosines: by so much, at most, could another assignment be better.
         ambiguous: matched rows to which another assignment, as good (to 1e-9), gives another
-            partner. Which of them is found is then an accident.
+            partner. Which of them is found is then an accident. Seen among the pairs that were
+            listed: where a row has more equally good partners than `candidates`, at least so many.
     """
 
     assignment: Int[np.ndarray, " n"]
@@ -97,7 +98,8 @@ def match(
 
     Cosines are about the origin (no mean is taken off), of the rows as given, in float64. Rows that
     are zero or not finite stay unmatched; of n ≠ m rows the surplus does. Every other row is
-    matched, whatever its cosine. The result does not depend on which side comes first.
+    matched, whatever its cosine. The result does not depend on which side comes first, unless there
+    are ties (`Matching.ambiguous`) and both sides are made of the same rows.
 
     No matrix of n × m is held: memory is that of the rows in bfloat16 and of about 80 candidates
     a row (131,072 × 768 twice: 5 GB, of which the rows themselves are 0.8). The time is little more

@@ -46,8 +46,9 @@ class Optimum:
 
     Attributes:
         state: every copy of a row has a slot; prices are exact.
-        edges: the graph at the end. Every pair outside of it has S_ij < u_i + v_j, by a margin
-            (0.001) that leaves no doubt which pairs are tight.
+        edges: the graph at the end. Pairs outside of it have S_ij ≤ u_i + v_j (to 1e-12): less by
+            a margin (0.001), unless a row has more such near pairs than are listed for it, the
+            nearest of them first. So of very many ties some are not in it.
     """
 
     state: Assignment
