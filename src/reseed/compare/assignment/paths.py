@@ -223,6 +223,15 @@ def _augment(
                 elif there < distance[j]:
                     distance[j], via[j] = there, by
                     _heap_up(heap, place, distance, place[j])
+                else:
+                    continue
+                if there <= base:
+                    # None can be nearer; where ties are many, none of the others need be looked at.
+                    end = _free_slot(first_slot, owner, j)
+                    if end >= 0:
+                        break
+            if end >= 0:
+                break
             # The nearest columns, until one of them leads to a row that was not there before.
             onward = False
             while not onward:
@@ -230,10 +239,7 @@ def _augment(
                     break
                 j = heap[0]
                 size = _heap_pop(heap, place, distance, size)
-                for s in range(first_slot[j], first_slot[j + 1]):
-                    if owner[s] < 0:
-                        end = s
-                        break
+                end = _free_slot(first_slot, owner, j)
                 if end >= 0:
                     break
                 for s in range(first_slot[j], first_slot[j + 1]):
@@ -277,6 +283,15 @@ def _augment(
             row_distance[rows_seen[r]] = -1.0
         for c in range(columns):
             place[seen[c]] = -1
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _free_slot(first_slot, owner, j):  # pragma: no cover
+    """A free slot of column j, −1 where there is none."""
+    for s in range(first_slot[j], first_slot[j + 1]):
+        if owner[s] < 0:
+            return s
+    return -1
 
 
 @njit(nogil=True, cache=True)

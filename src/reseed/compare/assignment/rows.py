@@ -117,8 +117,12 @@ def _keys_and_norms(rows, weights, keys, norms, start, stop):  # pragma: no cove
         for k in range(rows.shape[1]):
             x = np.float64(rows[i, k])
             square += x * x
-            # Bits of the number; −0 is 0.
-            key += np.uint64(np.float64(x + 0.0).view(np.int64)) * weights[k]
+            # The bits of the number (−0 is 0), mixed (Steele et al. 2014, SplitMix): as they are,
+            # the lower half of those of small integers is empty.
+            bits = np.uint64(np.float64(x + 0.0).view(np.int64)) + weights[k]
+            bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            key += (bits ^ (bits >> np.uint64(31))) * weights[k]
         keys[i] = key
         norms[i] = np.sqrt(square)
 

@@ -35,6 +35,7 @@ PARKED = 0.03
 _LOWERED = 0.01, 8  # by how much, and how often, what a row may be content with is lowered
 _BIDS = 40  # of an auction, for each row: where ties are many it could go on for long
 _NEAR = 1e-3  # pairs so near to u_i + v_j become edges as well, so that the next look is short
+_MOST_EDGES = 1 << 26  # that a round may add
 SPREAD = 4.0
 """Prices of columns differ at first by so much at most. Optimal ones differ by no more than 2, as
 cosines do."""
@@ -92,6 +93,7 @@ class _Solver:
         self.pricer = Pricer(self.a, self.b, self.absolute, self.device)
         self.surplus = self.b.count - self.a.count
         self.started = time.perf_counter()
+        self.rounds = 0
 
     def solve(self) -> Optimum:
         self.list_candidates()
@@ -212,12 +214,16 @@ class _Solver:
             listed pair exceeds them.
         """
         look_at = self.pricer.look_at if rows is None else self.pricer.prove
+        # As a rule few pairs are found. Where rounds mount, as in clusters that are larger than
+        # the lists, they are let become more, as far as memory goes.
+        count = min(self.count << self.rounds, max(self.count, _MOST_EDGES // len(self.a)))
+        self.rounds += rows is None
         rest = np.full(len(self.a), -prices.margin)
         found, total = [], 0
         for block in open_pairs(self.bounds, prices, rows):
             total += block.count
             self.say(f"prices: {total:,} open pairs")
-            found.append(look_at(block, prices, self.count))
+            found.append(look_at(block, prices, count))
             rest[block.row] = found[-1].rest
         if found:
             self.add(
