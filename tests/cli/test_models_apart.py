@@ -168,8 +168,8 @@ def test_other_tokenizers_are_refused_before_training(
     told = refused(["--config-dir", str(tmp_path / "own"), *line[2:], "seed=0,1",
                     "comparison.pair_by=model"])  # fmt: skip
     assert told == (
-        "`comparison.pair_by` pairs runs of different `d_in`: model=wide (other-words) has 24, "
-        "model=narrow (tiny-llama) has 16. Their rows are vectors of different spaces, between "
+        "`comparison.pair_by` pairs runs of different `d_in`: model=narrow (tiny-llama) has 16, "
+        "model=wide (other-words) has 24. Their rows are vectors of different spaces, between "
         "which there is no cosine: what can be compared is what they do on the same tokens (CKA, "
         "agreement of activations), and here their models have different tokenizers. Pair by what "
         "leaves `d_in` alone (comparison.pair_by=seed)"

@@ -173,11 +173,11 @@ def test_different_widths_of_activations_are_refused_before_training(
     assert run.main([*line, "dataset.held_out_tokens=1024", FEW]) == 1
     said = capsys.readouterr().err
     assert said.startswith(
-        "error: `comparison.pair_by` pairs runs of different `d_in`: model=world_easy has "
+        "error: `comparison.pair_by` pairs runs of different `d_in`: model=world_easy (world_easy) "
     )
-    assert "model=world_hierarchy has " in said
+    assert "model=world_hierarchy (world_hierarchy) has " in said
     assert "between which there is no cosine" in said
-    assert "agreement of activations, CKA" in said
+    assert "those of a world are draws, and have no tokens" in said
     assert not Path("outputs").exists()
     assert not Path("sweeps").exists()
 

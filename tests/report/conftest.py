@@ -91,7 +91,7 @@ def acting(make_cell):
 
     knobs, cell = make_cell()
     measured = type("M", (), {})()
-    measured.tokens = 100
+    measured.tokens, measured.matched = 100, {}
     measured.latents = {pair: Found(side) for pair, side in sides_of(cell).items()}
     measured.cka_codes = measured.cka_reconstructions = np.full((3, 3), 0.9)
     return knobs, with_activations(cell, measured)

@@ -135,8 +135,8 @@ def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
         cells.setdefault(tuple(job.value(axis) for axis in arm.cell_axes), []).append(job)
     for jobs in cells.values():
         seen: dict[str, Job] = {}
-        for job in jobs:
-            for apart in (x for x in jobs if x.resolved.d_in != job.resolved.d_in):
+        for i, job in enumerate(jobs):
+            for apart in (x for x in jobs[:i] if x.resolved.d_in != job.resolved.d_in):
                 _check_tokens(arm, apart, job, settings, key)
             other = seen.setdefault(job.resolved.signature, job)
             if other is not job:

@@ -63,7 +63,7 @@ class CellResult:
         runs: a row per run, see `tables.run_table`.
         pairs: a row per pair of runs: `stability.PairResult.row`, then the columns ``null_…``,
             ``kappa``, ``untrained_…`` (NaN where there were no untrained weights) and
-            ``subspace_…``.
+            ``subspace_…``; and where some runs are of different ``d_in``, `apart.NO_SPACE`.
         latents: a row per latent of each run, see `tables.latent_table`.
         strata: numbers of latents and of shared ones by firing, see `strata.strata_table`.
         estimates: fractions and cosines over pairs of seeds, metrics over runs and cycles over

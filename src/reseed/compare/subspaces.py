@@ -13,8 +13,8 @@ moment: the mean squared cosine of the principal angles, of which random spans h
 larger number of directions.
 
 Each group of each run takes one decomposition of a D × D matrix. Up to `EXACT_WIDTH` it is made in
-float64; above, moments and eigenvectors are made in float32, and those of a group of fewer latents
-than D from their products with each other, of which there are fewer.
+float64; above, moments and eigenvectors are made in float32, half the memory, and those of a group
+of fewer latents than D from their products with each other, of which there are fewer.
 """
 
 from __future__ import annotations
