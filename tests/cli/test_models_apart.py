@@ -110,7 +110,7 @@ def _hsic(k: np.ndarray, m: np.ndarray) -> float:
 
 def test_the_tables_say_why_columns_are_empty(compared: Path) -> None:
     text = (compared / "summary.md").read_text()
-    assert "CKA codes | CKA rec | r of matched | agree |" in text
+    assert "CKA codes | CKA rec | r of matched | agree [95%] |" in text
     assert "the activations differ in width (`d_in`)" in text
     rows = pd.read_csv(compared / "pairings.csv").set_index(["first", "second", "differs_in"])
     row = rows.loc[("narrow", "wide", "model, seed")]
@@ -135,7 +135,9 @@ def test_models_alone_make_cells_of_one_seed(
 ) -> None:
     """No pair of these cells has a common space; there is nothing to draw."""
     assert compare.main([*line, "seed=0,1", "comparison.pair_by=model"]) == 0
-    assert "CKA" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "CKA" in said
+    assert said.rstrip().endswith("no figures")
     (sweep,) = (p for p in compared.parent.iterdir() if p.is_dir() and p != compared
                 and (p / "pairs.csv").is_file())  # fmt: skip
     found = pd.read_csv(sweep / "pairings.csv")

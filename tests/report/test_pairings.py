@@ -219,3 +219,39 @@ def test_where_seeds_pair_up_there_is_none_of_this(make_cell, tmp_path):
     cells = [make_cell(), make_cell("relu")]
     assert (pairings(cells), matrices(cells), by_value(cells)) == (None, [], None)
     assert "pairings.csv" not in {path.name for path in write_tables(cells, tmp_path)}
+
+
+def test_without_a_common_space_the_table_says_why_and_shows_what_there_is(make_run):
+    """Two models of different width, with and without measures on the same tokens."""
+    config = ComparisonConfig(
+        name="t", grid={"model": ["one", "two"]}, pair_by="model", null_draws=1
+    )
+    one, two = (make_run("x", i, 24) for i in range(2))
+    two = dataclasses.replace(two, encoder=two.encoder[:, :8], decoder=two.decoder[:, :8])
+    runs = [dataclasses.replace(r, seed=v) for r, v in ((one, "one"), (two, "two"))]
+    cell = compare_cell(runs, [], config)
+    places = {run.id: {"model": run.seed} for run in runs}
+    pairs = with_places(cell.pairs, places, config).assign(activation_note="the hub is gone")
+    knobs = {"sae": "x", "model": "one|two"}
+    words = pairings([(knobs, dataclasses.replace(cell, pairs=pairs))])
+    assert words is not None
+    assert "CKA\ncodes" not in words.header
+    (row,) = words.rows
+    assert row[:4] == ("one", "two", "1", "–")
+    said = " ".join(words.footnotes)
+    assert "the activations differ in width (`d_in`)" in said
+    assert said.count("was not measured: the hub is gone") == 1
+    assert "undefined" not in said
+    assert "cosine between them means something" not in said, "there is none"
+    assert matrices([(knobs, dataclasses.replace(cell, pairs=pairs))]) == []
+    made = {
+        "cka_codes": 0.5, "cka_reconstructions": 0.25, "agreement_pearson_matched": 0.125,
+        "agreement_fraction_matched": 0.75, "activation_note": "",
+    }  # fmt: skip
+    words = pairings([(knobs, dataclasses.replace(cell, pairs=pairs.assign(**made)))])
+    assert words is not None
+    (row,) = words.rows
+    shown = dict(zip(words.header, row, strict=True))
+    assert [shown[h] for h in ("CKA\ncodes", "CKA\nrec", "r of\nmatched", "agree\n[95%]")] == [
+        "0.50", "0.25", "0.12", "0.75"
+    ]  # fmt: skip

@@ -48,14 +48,14 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
     cells = ordered(named_alike(cells))
     write_tables(cells, sweep.path, lacking)
-    write_figures(cells, sweep.path)
+    drawn = write_figures(cells, sweep.path)
     print_summary(cells, title=settings.name)
     more = (
         "" if all(c.settings.pairs_are_a_sample for _, c in cells) else "pairings.csv, matrix.csv, "
     )
     say(
         f"{sweep.path}/: summary (md, csv, tex), pairs.csv, latents.parquet, strata.csv, {more}"
-        "figures (png, svg)"
+        + ("figures (png, svg)" if drawn else "no figures")
     )
     _say_all(lacking)  # last, where they are not overlooked
     return not lacking

@@ -86,6 +86,8 @@ def pair_measures(
     strict rule does not share.
 
     - ``agreement_…``: mean Pearson correlation and Jaccard index.
+    - ``agreement_…_matched``: of latents matched by their activations instead, in cells where some
+      runs have no common space; ``agreement_fraction_matched`` the part with r at the threshold.
     - ``cka_…``: linear CKA of the latents and of the reconstructions.
     - ``substitution…``: mean R, bounded to 0 … 1, of the match (``_shared``, ``_orphan``; with the
       best scale), and of the same latents with the second-best or a random one of equal firing.

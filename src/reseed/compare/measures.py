@@ -34,6 +34,9 @@ Columns of ``pairs.csv``, all over both sides together, so that (A, B) and (B, A
 | `subspace_overlap_…`, `subspace_angles_…` | do the `orphan`, `shared`, `dense` latents span the same (`compare.subspaces`) |
 | `null_subspace_overlap_…`, `null_subspace_angles_…` | random live latents, as many; random spans |
 
+Where some runs of a cell are of different `d_in`, `weights_note` says of which pairs, and all of the
+above is empty there (`reseed.compare.apart`).
+
 A weighted fraction has the null of the plain one: what random rows share does not depend on firing.
 
 PW-MCC is of Song et al. (arXiv 2505.20254): the paper writes |cos|, its public code uses the signed

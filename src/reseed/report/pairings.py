@@ -42,8 +42,8 @@ SAME_TOKENS = {
     "CKA\ncodes": "cka_codes",
     "CKA\nrec": "cka_reconstructions",
     "r of\nmatched": "agreement_pearson_matched",
-    "agree": "agreement_fraction_matched",
 }
+AGREE = "agreement_fraction_matched"
 """Columns where some runs have no common space; what they do on the same tokens needs none."""
 
 
@@ -108,11 +108,11 @@ def _columns(
             signed(contrasts[id(group)]) if id(group) in contrasts else ""
         )
     if any(apart(group) for group in shown):
-        made |= {
-            head: mean(name)
-            for head, name in SAME_TOKENS.items()
-            if all(name in group.pairs for group in shown)
-        }
+        named = (*SAME_TOKENS.values(), AGREE)
+        there = [name for name in named if all(name in group.pairs for group in shown)]
+        made |= {head: mean(name) for head, name in SAME_TOKENS.items() if name in there}
+        if AGREE in there:
+            made[f"agree\n{percent}"] = estimate(AGREE)
     return made | {
         "null": _null,
         "untrained": mean("untrained_shared_fraction"),
@@ -130,7 +130,7 @@ def _null(group: PairGroup) -> str:
 
 def apart(group: PairGroup) -> bool:
     """Whether its runs have no common space (`compare.apart`)."""
-    return NO_SPACE in group.pairs and bool((group.pairs[NO_SPACE] != "").any())
+    return NO_SPACE in group.pairs and bool((group.pairs[NO_SPACE].fillna("") != "").any())
 
 
 def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> dict[int, Interval]:
@@ -279,9 +279,9 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
         ):
             row |= _ends(name, group.interval(name, confidence))
         row |= _ends("minus_within", contrasts.get(id(group)))
+        on_tokens = (*SAME_TOKENS.values(), AGREE) if NO_SPACE in group.pairs else ()
         for name in ("null_shared_fraction", "untrained_shared_fraction", "cosine_encoder",
-                     "cosine_decoder", "num_latents_a", "num_latents_b",
-                     *(SAME_TOKENS.values() if NO_SPACE in group.pairs else ())):  # fmt: skip
+                     "cosine_decoder", "num_latents_a", "num_latents_b", *on_tokens):  # fmt: skip
             row[name] = group.mean(name) if name in group.pairs else None
         reason = group.interval("shared_fraction", confidence).reason
         reason = REASON if apart(group) else reason
