@@ -12,6 +12,11 @@ from reseed.report.cell_tables import Column, cell_table, measured, values
 from reseed.report.wording import Wording, number, with_interval
 
 
+def with_strata(cells: Sequence[Cell]) -> list[Cell]:
+    """Those whose runs have a common space: of others no latent is shared or not."""
+    return [(knobs, cell) for knobs, cell in cells if not cell.strata.empty]
+
+
 def by_decile(cells: Sequence[Cell]) -> Wording:
     """The shared fraction of latents by how often they fire."""
     knobs = columns(cells)
@@ -69,7 +74,7 @@ def by_kind_of_firing(cells: Sequence[Cell]) -> Wording:
 def strata_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     """``strata.csv``: a row per stratum of each cell, its knobs first; see `compare.strata`."""
     frames = []
-    for knobs, cell in cells:
+    for knobs, cell in with_strata(cells):
         for kind in ("decile", "density"):
             frame = by_stratum(cell.strata, kind, cell.settings.confidence)
             frame.insert(0, "kind", kind)
@@ -77,4 +82,4 @@ def strata_frame(cells: Sequence[Cell]) -> pd.DataFrame:
                 if name not in frame:
                     frame.insert(i, name, value)
             frames.append(frame)
-    return pd.concat(frames, ignore_index=True)
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()

@@ -24,7 +24,7 @@ from reseed.report.cell_tables import (
     shown,
     values,
 )
-from reseed.report.firing_tables import by_decile, by_kind_of_firing
+from reseed.report.firing_tables import by_decile, by_kind_of_firing, with_strata
 from reseed.report.references import BY_THRESHOLD, SOURCE, of_seeds
 from reseed.report.wording import Wording, number, padded, paired
 
@@ -34,11 +34,12 @@ def sections(cells: Sequence[Cell]) -> list[tuple[str, list[Wording]]]:
 
     The differences between architectures, which are not of single cells, are not among them.
     """
+    firing = with_strata(cells)
     found = [
         ("More measures", [details(cells), cosines_and_cycles(cells)]),
         (f"Over {paired(cells)}", [profiles(cells)]),
         ("By threshold", [by_threshold(cells)]),
-        ("By firing", [by_decile(cells), by_kind_of_firing(cells)]),
+        ("By firing", [by_decile(firing), by_kind_of_firing(firing)] if firing else []),
         ("On activations", on_activations(cells)),
         ("Nulls", [nulls(cells)]),
         ("Subspaces", [subspace_overlaps(cells)]),

@@ -26,7 +26,7 @@ from reseed.compare.statistics import Interval
 from reseed.compare.strata import standardised
 from reseed.report.axes import FEW, Cell, label
 from reseed.report.differences import differences, verdicts
-from reseed.report.firing_tables import strata_frame
+from reseed.report.firing_tables import strata_frame, with_strata
 from reseed.report.ladder import ladder
 from reseed.report.latex import summary_latex
 from reseed.report.matrices import matrices, matrix_frame
@@ -104,14 +104,16 @@ def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
     ``shared_fraction_standardised`` is at the firing of all cells together, `strata.standardised`.
     """
-    alike = standardised([cell.strata for _, cell in cells], cells[0][1].settings.confidence)
+    with_space = with_strata(cells)
+    confidence = cells[0][1].settings.confidence
+    alike = standardised([cell.strata for _, cell in with_space], confidence) if with_space else []
+    more = {
+        id(cell): _ends("shared_fraction_standardised", one.estimate)
+        | {"standardised_kept": one.kept}
+        for (_, cell), one in zip(with_space, alike, strict=True)
+    }
     return pd.DataFrame(
-        [
-            _summary_row(knobs, cell)
-            | _ends("shared_fraction_standardised", one.estimate)
-            | {"standardised_kept": one.kept}
-            for (knobs, cell), one in zip(cells, alike, strict=True)
-        ]
+        [_summary_row(knobs, cell) | more.get(id(cell), {}) for knobs, cell in cells]
     )
 
 
