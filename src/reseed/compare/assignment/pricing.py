@@ -293,7 +293,7 @@ def centre(
     bounds: Bounds,
     *,
     free_columns: bool,
-    sweeps: int = 20,
+    sweeps: int = 10,
 ) -> None:
     """Move prices between matched pairs, u_i up and v_j down or back, to where few pairs are open.
 

@@ -60,7 +60,8 @@ class Rows:
         errors = np.empty(len(self))
         for start in range(0, len(self), _BLOCK):
             block = slice(start, start + _BLOCK)
-            unit = torch.from_numpy(self.values[block] * self.inverse_norms[block, None])
+            rows = torch.from_numpy(self.values[block])
+            unit = rows * torch.from_numpy(self.inverse_norms[block, None])
             values[block] = unit.to(torch.float32).to(torch.bfloat16)
             errors[block] = torch.linalg.vector_norm(unit - values[block].double(), dim=1).numpy()
         return Rounded(values, errors)

@@ -72,6 +72,8 @@ def solve(
     """
     if a.count > b.count:
         raise ValueError(f"`a` must not have more rows than `b`; got {a.count} and {b.count}")
+    # The bounds take it that sums are accumulated in float32, which CUDA does only if told so.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return _Solver(a, b, absolute, count, torch.device(device), progress).solve()
 
 
