@@ -29,7 +29,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
-from reseed.compare.matching import match, unit_rows
+from reseed.compare.matching import match
+from reseed.compare.rows import unit_rows
 
 KINDS = ("half", "split", "random")
 

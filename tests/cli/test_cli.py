@@ -53,7 +53,9 @@ try:
     main({arguments!r})
 except SystemExit as end:
     assert not end.code, end.code
-heavy = {{"torch", "lightning", "transformers", "datasets", "pandas", "scipy", "matplotlib"}}
+heavy = {{
+    "torch", "lightning", "transformers", "datasets", "pandas", "scipy", "matplotlib", "numba",
+}}
 print("HEAVY", sorted(heavy & set(sys.modules)))
 """
     found = subprocess.run(

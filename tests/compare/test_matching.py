@@ -11,7 +11,8 @@ from scipy.optimize import linear_sum_assignment
 from reseed.compare import matching
 from reseed.compare.assignment.pricing import OpenBlock, Pricer, Prices
 from reseed.compare.assignment.rows import distinct_rows
-from reseed.compare.matching import match, unit_rows
+from reseed.compare.matching import match
+from reseed.compare.rows import unit_rows
 
 
 def total_by_enumeration(a, b):

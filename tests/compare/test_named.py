@@ -8,7 +8,6 @@ from scipy import stats
 
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.matching import unit_rows
 from reseed.compare.named import (
     Named,
     firing_decile,
@@ -17,6 +16,7 @@ from reseed.compare.named import (
     read_named,
     replication,
 )
+from reseed.compare.rows import unit_rows
 from reseed.config import ReseedError
 
 N, D = 40, 64

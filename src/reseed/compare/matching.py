@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.compare.assignment.candidates import CANDIDATES
-from reseed.compare.assignment.rows import Rows, distinct_rows
+from reseed.compare.assignment.rows import DistinctRows, distinct_rows
 from reseed.compare.assignment.solve import Optimum, solve
 from reseed.compare.assignment.ties import exchangeable
 
@@ -102,8 +102,8 @@ def match(
     are ties (`Matching.ambiguous`) and both sides are made of the same rows.
 
     No matrix of n × m is held: memory is that of the rows in bfloat16 and of about 80 candidates
-    a row (131,072 × 768 twice: 5 GB, of which the rows themselves are 0.8). The time is little more
-    than that of one pass of products in bfloat16, 2·n·m·d_in operations.
+    a row (131,072 × 768 twice: 2.4 GiB with the rows themselves). The time is that of one to two
+    passes of products in bfloat16, 2·n·m·d_in operations each (`benchmarks/matching.py`).
 
     Args:
         absolute: match by |cosine| instead.
@@ -147,14 +147,14 @@ def _array(rows: np.ndarray | Tensor) -> np.ndarray:
     return rows if rows.dtype in (np.float32, np.float64) else rows.astype(np.float64)
 
 
-def _nothing(left: Rows, right: Rows) -> Matching:
+def _nothing(left: DistinctRows, right: DistinctRows) -> Matching:
     """One side has no row with a direction: nothing is matched, and nothing has a price."""
     n = len(left.group)
     rows, columns = (np.where(side.group < 0, np.nan, 0.0) for side in (left, right))
     return Matching(np.full(n, -1, dtype=np.int64), np.zeros(n), rows, columns, 0.0, 0)
 
 
-def _matching(short: Rows, long: Rows, optimum: Optimum) -> Matching:
+def _matching(short: DistinctRows, long: DistinctRows, optimum: Optimum) -> Matching:
     """From distinct rows and their copies to the rows as they were given."""
     state, edges = optimum.state, optimum.edges
     # The copies of a row, and the slots of a column, in the order of the input.
@@ -182,17 +182,6 @@ def _matching(short: Rows, long: Rows, optimum: Optimum) -> Matching:
         gap=float(gap),
         ambiguous=int(exchangeable(optimum).sum()),
     )
-
-
-def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
-    """Rows of length 1 in float64; a row that is zero or not finite becomes zero."""
-    rows = np.asarray(rows, dtype=np.float64)
-    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
-    # The largest entry first, so that the squares of tiny or huge rows stay in range.
-    scale = np.abs(rows).max(axis=1, keepdims=True)
-    rows = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
 def needed_memory(n: int, m: int, d_in: int, candidates: int = CANDIDATES) -> int:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from scipy import special
 
 from reseed.compare.cell import CellResult
-from reseed.compare.matching import unit_rows
+from reseed.compare.rows import unit_rows
 from reseed.config import ReseedError, nearest
 
 COLUMNS = ("latent", "label", "run", "seed")

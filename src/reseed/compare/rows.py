@@ -8,7 +8,6 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from reseed.compare.dictionary import Dictionary
-from reseed.compare.matching import unit_rows
 
 _BLOCK_ENTRIES = 1 << 20
 """Numbers of a matrix that are converted to float64 at a time: 8 MB."""
@@ -53,6 +52,17 @@ class Rows:
 
 def _without(rows: Float[np.ndarray, "n d_in"], zero: np.ndarray) -> Float[np.ndarray, "n d_in"]:
     return np.where(zero[:, None], np.float32(0), rows) if zero.any() else rows
+
+
+def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
+    """Rows of length 1 in float64; a row that is zero or not finite becomes zero."""
+    rows = np.asarray(rows, dtype=np.float64)
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
+    # The largest entry first, so that the squares of tiny or huge rows stay in range.
+    scale = np.abs(rows).max(axis=1, keepdims=True)
+    rows = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
 
 def unit32(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:

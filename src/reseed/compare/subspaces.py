@@ -28,8 +28,8 @@ from jaxtyping import Bool, Float, Int
 
 from reseed.compare.columns import GROUPS
 from reseed.compare.dictionary import Dictionary
-from reseed.compare.matching import unit_rows
 from reseed.compare.measures import DENSE
+from reseed.compare.rows import unit_rows
 
 HELD = 0.9
 """Part of a moment that its leading directions hold."""

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from numba import njit
 from torch import Tensor
 
-from reseed.compare.assignment.rows import Rows
+from reseed.compare.assignment.rows import DistinctRows
 from reseed.compare.assignment.threads import in_ranges
 
 CANDIDATES = 48
@@ -49,8 +49,8 @@ class Lists:
 
 
 def candidates(
-    a: Rows,
-    b: Rows,
+    a: DistinctRows,
+    b: DistinctRows,
     *,
     absolute: bool,
     count: int = CANDIDATES,
@@ -101,7 +101,7 @@ class ProductError:
     of_column: Float[np.ndarray, " m"]
 
 
-def product_error(a: Rows, b: Rows) -> ProductError:
+def product_error(a: DistinctRows, b: DistinctRows) -> ProductError:
     """Rigorous: ‖a − â‖‖b‖ + ‖â‖‖b − b̂‖ by Cauchy and Schwarz, and γ = (D+2)u/(1 − (D+2)u)."""
     steps = (a.d_in + 2) * 2.0**-24
     gamma = steps / (1 - steps)

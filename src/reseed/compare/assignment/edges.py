@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numba import njit
 
-from reseed.compare.assignment.rows import Rows
+from reseed.compare.assignment.rows import DistinctRows
 from reseed.compare.assignment.threads import in_ranges
 
 
@@ -72,8 +72,8 @@ def no_edges(rows: int, columns: int) -> Edges:
 
 
 def listed_edges(
-    a: Rows,
-    b: Rows,
+    a: DistinctRows,
+    b: DistinctRows,
     row: Int[np.ndarray, " listed"],
     column: Int[np.ndarray, " listed"],
     *,
@@ -96,8 +96,8 @@ def listed_edges(
 
 
 def cosines(
-    a: Rows,
-    b: Rows,
+    a: DistinctRows,
+    b: DistinctRows,
     row: Int[np.ndarray, " pairs"],
     column: Int[np.ndarray, " pairs"],
     *,

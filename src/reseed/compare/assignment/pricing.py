@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reseed.compare.assignment.candidates import ROUNDING, product_error
 from reseed.compare.assignment.edges import Edges, cosines
-from reseed.compare.assignment.rows import Rows
+from reseed.compare.assignment.rows import DistinctRows
 from reseed.compare.assignment.threads import in_ranges
 
 _ROWS, _COLUMNS = 1024, 4096
@@ -140,8 +140,8 @@ class Pricer:
         device: where products are made.
     """
 
-    a: Rows
-    b: Rows
+    a: DistinctRows
+    b: DistinctRows
     absolute: bool
     device: torch.device
 

@@ -17,7 +17,7 @@ _BLOCK = 4096  # rows that are normalised at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class DistinctRows:
     """The distinct rows that have a direction.
 
     A row of weight zero or with an entry that is not finite has no direction and is left out. Of
@@ -80,7 +80,7 @@ class Rounded:
     errors: Float[np.ndarray, " groups"]
 
 
-def distinct_rows(rows: Float[np.ndarray, "rows d_in"]) -> Rows:
+def distinct_rows(rows: Float[np.ndarray, "rows d_in"]) -> DistinctRows:
     """The rows that have a direction, each once."""
     rows = np.ascontiguousarray(rows)
     if rows.dtype != np.float32:
@@ -96,7 +96,9 @@ def distinct_rows(rows: Float[np.ndarray, "rows d_in"]) -> Rows:
     group = np.full(len(rows), -1, dtype=np.int64)
     group[directed] = np.searchsorted(kept, first)
     values = rows if len(kept) == len(rows) else rows[kept]
-    return Rows(values, 1 / norms[kept], group, int(np.sum(keys[directed], dtype=np.uint64)))
+    return DistinctRows(
+        values, 1 / norms[kept], group, int(np.sum(keys[directed], dtype=np.uint64))
+    )
 
 
 def _scaled(rows: Float[np.ndarray, "rows d_in"]) -> Float[np.ndarray, "rows d_in"]:

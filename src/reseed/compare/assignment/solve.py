@@ -23,7 +23,7 @@ from reseed.compare.assignment.pricing import (
     centre,
     open_pairs,
 )
-from reseed.compare.assignment.rows import Rows
+from reseed.compare.assignment.rows import DistinctRows
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +57,8 @@ class Optimum:
 
 
 def solve(
-    a: Rows,
-    b: Rows,
+    a: DistinctRows,
+    b: DistinctRows,
     *,
     absolute: bool = False,
     count: int = CANDIDATES,
@@ -81,8 +81,8 @@ def solve(
 class _Solver:
     """The state of `solve`: the graph, what is known of the pairs outside, the assignment."""
 
-    a: Rows
-    b: Rows
+    a: DistinctRows
+    b: DistinctRows
     absolute: bool
     count: int
     device: torch.device
