@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
@@ -19,13 +20,20 @@ import torch
 from reseed.activations.hookpoint import Hookpoint, HookpointConfig
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource, SourceConfig
 from reseed.activations.stream import DatasetConfig, check_batch_size
-from reseed.activations.surrogate import SURROGATES, label_of, opened, standing_in
+from reseed.activations.surrogate import (
+    SURROGATES,
+    flops_per_token,
+    label_of,
+    opened,
+    standing_in,
+)
 from reseed.calibration import calibrate
 from reseed.config import Config, ConfigError, digest, setting
 from reseed.console import say
 from reseed.runs import Interrupted, Run, RunStore
 from reseed.sae.base import SAEConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
+from reseed.train.plan import Group, OutOfMemory, announce, make_plan
 
 SIGNATURE_VERSION = 1
 """Raised when code changes the results of every run."""
@@ -152,11 +160,16 @@ class Resolved:
 
     @cached_property
     def stream(self) -> str:
-        """Digest of what determines the batches: runs with the same one can train together."""
+        """Digest of what determines the activations and their order: runs with the same one can
+        train together, whatever their hookpoints, architectures, budgets and batch sizes."""
         e = self.experiment
-        # Precision belongs to it, as the trainer has one for the whole group.
-        parts = [e.model.signed(), e.dataset.signed(), e.training.batch_size, e.training.precision]
-        return digest([parts, e.surrogate, self.identity["fingerprints"]])
+        parts = [e.model.signed(), e.dataset.signed(), e.surrogate]
+        return digest([*parts, self.identity["fingerprints"]])
+
+    def source_flops(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """Operations that an activation at all of the hookpoints costs, about."""
+        widths = [self.model.d_in(hookpoint) for hookpoint in hookpoints]
+        return flops_per_token(self.data, self.experiment.surrogate, hookpoints, widths)
 
     @property
     def tokens(self) -> int:
@@ -264,6 +277,9 @@ def train_missing(
     """
     store = RunStore(runtime.outputs)
     missing = [r for r in experiments if not r.run(store).finished]
+    plan = make_plan(missing, runtime)
+    if len(plan.groups) > 1:
+        plan.say(finished=len({r.signature for r in experiments}) - plan.runs)
     # A weight is found for those that are trained: of finished runs it stands in the record.
     ready, failures = calibrate(missing, store, partial(_train_groups, store, runtime))
     failed = {run: r for r in missing if (run := r.run(store)).id in failures}
@@ -277,32 +293,56 @@ def train_missing(
     return failures | _train_groups(store, runtime, ready)
 
 
+def plan_missing(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> None:
+    """Print what `train_missing` would do."""
+    store = RunStore(runtime.outputs)
+    distinct = {r.signature: r for r in experiments}.values()
+    missing = [r for r in distinct if not r.run(store).finished]
+    make_plan(missing, runtime).say(finished=len(distinct) - len(missing))
+
+
 def _train_groups(
     store: RunStore, runtime: RuntimeConfig, experiments: Sequence[Resolved]
 ) -> dict[str, BaseException]:
+    """Train what is not finished, group by group.
+
+    Runs that another process holds are left for the end, and only then waited for: it may have
+    finished them by then. A group for which memory does not suffice goes on in halves.
+    """
     from reseed.train.fit import fit_group
 
+    plan = make_plan(experiments, runtime)
+    waiting = deque((group, False) for group in plan.groups)
     failures: dict[str, BaseException] = {}
-    for group in groups(experiments):
-        runs = [resolved.run(store) for resolved in group]
-        with store.locks(runs, waiting=say):
-            # Another process may have finished some of them while we waited.
-            missing = [r for r in group if not r.run(store).finished]
+    number = 0
+    while waiting:
+        group, patient = waiting.popleft()
+        members = {r.run(store): r for r in group.members}
+        with store.locks(list(members), say if patient else None) as owned:
+            others = [r for run, r in members.items() if run not in owned]
+            if others:
+                waiting.append((Group.of(others), True))
+            missing = [r for run, r in members.items() if run in owned and not run.finished]
+            if not missing:
+                continue
+            mine, number = Group.of(missing), number + 1
+            if not any(r.role for r in missing):  # a calibration tells of itself
+                announce(mine, plan.machine, number, of=number + len(waiting))
             try:
-                failures |= fit_group(missing, store, runtime) if missing else {}
+                failures |= fit_group(missing, store, runtime)
+            except OutOfMemory as error:
+                if len(missing) > 1:
+                    say(f"  {error}: going on with half of them")
+                    waiting.extendleft((half, True) for half in reversed(mine.halves()))
+                else:
+                    (run,) = (missing[0].run(store),)
+                    run.fail(error)
+                    failures[run.id] = error
             except Interrupted:
                 raise
             except Exception as error:  # recorded in each run's folder; other groups go on
                 failures |= {r.run(store).id: error for r in missing}
     return failures
-
-
-def groups(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
-    """The distinct experiments, those that read the same stream together, in the order given."""
-    by_stream: dict[str, dict[str, Resolved]] = {}
-    for resolved in experiments:
-        by_stream.setdefault(resolved.stream, {}).setdefault(resolved.signature, resolved)
-    return [list(members.values()) for members in by_stream.values()]
 
 
 def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int) -> None:

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -48,6 +48,9 @@ runs of the time before it are finished too."""
 INITIAL_FILE = "initial.safetensors"
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 _FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
+
+
+Waiting = Callable[[str], None]
 
 
 class RunError(ReseedError):
@@ -252,19 +255,29 @@ class Run:
             return "another process"
 
     @contextmanager
-    def lock(self, waiting: Callable[[str], None] = lambda message: None) -> Iterator[None]:
-        """Own the run; wait for the present owner, if there is one."""
+    def lock(self, waiting: Waiting | None = lambda message: None) -> Iterator[bool]:
+        """Own the run, as far as that can be had.
+
+        Args:
+            waiting: told of whom is waited for, where there is an owner; None does not wait.
+
+        Yields:
+            whether it is owned.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                if waiting is None:
+                    yield False
+                    return
                 waiting(f"waiting for {self.id}: held by {self.owner}")
                 fcntl.flock(file, fcntl.LOCK_EX)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
             file.flush()
-            yield
+            yield True
 
 
 class RunStore:
@@ -285,12 +298,18 @@ class RunStore:
         return [Run(path) for path in sorted(self.root.iterdir()) if _FOLDER.search(path.name)]
 
     @contextmanager
-    def locks(self, runs: list[Run], waiting: Callable[[str], None]) -> Iterator[None]:
-        """Own several runs. Taken in the order of signatures, so that no two sweeps deadlock."""
+    def locks(self, runs: Sequence[Run], waiting: Waiting | None) -> Iterator[set[Run]]:
+        """Own several runs. Taken in the order of signatures, so that no two sweeps deadlock.
+
+        Args:
+            waiting: as for `Run.lock`.
+
+        Yields:
+            those that are owned: all of them, unless ``waiting`` is None.
+        """
         with ExitStack() as stack:
-            for run in sorted(runs, key=lambda r: r.signature):
-                stack.enter_context(run.lock(waiting))
-            yield
+            ordered = sorted(runs, key=lambda r: r.signature)
+            yield {run for run in ordered if stack.enter_context(run.lock(waiting))}
 
 
 def _was_drawn(training: Mapping[str, Any]) -> bool:

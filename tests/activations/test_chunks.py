@@ -100,7 +100,8 @@ def test_starting_late_is_the_same_as_having_skipped(model, stores, config, star
     made = stream(model, stores, config, HOOKS[:1])
     late = next(stream(model, stores, config, HOOKS[:1]).batches(64, start))
     at = made.position(start, 64)
-    assert (at.chunk, at.batch) == divmod(start, 16)
+    assert (at.chunk, at.row) == (start // 16, start % 16 * 64 // STRIPES)
+    assert made.steps_before(at.chunk, 64) == start // 16 * 16
     for index, batch in enumerate(made.batches(64)):
         if index == start:
             assert torch.equal(batch[HOOKS[0]], late[HOOKS[0]])
@@ -124,7 +125,14 @@ def test_a_repeated_text_goes_on_in_another_order(model, stores, config) -> None
     seen = [next(batches)[HOOKS[0]] for _ in range(2 * per_epoch + 1)]
     assert all(batch.shape == (64, 16) for batch in seen)
     assert not torch.equal(seen[0], seen[per_epoch])
-    assert made.position(per_epoch, 64).batch == 0
+    second = made.position(per_epoch, 64)
+    assert second.row == 0
+    for size in (8, 64, 512):  # where the epoch ends, batches of every size end
+        per_epoch = batches_available(made.num_activations, repeated, size)
+        assert made.position(per_epoch, size) == second
+        assert made.steps_before(second.chunk, size) == per_epoch
+    last = made.rows(second.chunk - 1)
+    assert 0 <= made.num_activations - (second.chunk - 1) * 8192 - last * STRIPES < STRIPES
 
 
 def test_held_out_activations_in_any_pieces(model, stores, config) -> None:

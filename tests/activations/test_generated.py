@@ -11,7 +11,7 @@ import torch
 from reseed.activations.generated import WorldSource
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.source import ActivationSource
-from reseed.activations.stream import Position
+from reseed.activations.stream import STRIPES, Position
 from reseed.activations.text import DocstringsConfig
 from reseed.activations.world_config import GeneratedConfig, WorldConfig
 from reseed.config import ConfigError
@@ -49,7 +49,7 @@ def test_batches_go_on_where_they_were_left() -> None:
     stream = source().stream([HOOK])
     batches = stream.batches(32)
     first = [next(batches)[HOOK] for _ in range(6)]
-    assert stream.position(5, 32) == Position(1, 1)
+    assert stream.position(5, 32) == Position(1, 32 // STRIPES)
     assert stream.num_batches(32) is None
     again = source().stream([HOOK]).batches(32, start=5)
     assert torch.equal(next(again)[HOOK], first[5])

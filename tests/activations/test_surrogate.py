@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from reseed.activations.generated import WorldSource
+from reseed.activations.generated import ResolvedGenerated, WorldSource
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.source import ActivationSource
-from reseed.activations.surrogate import Gaussian, GaussianSource, GaussianStream
+from reseed.activations.surrogate import (
+    Gaussian,
+    GaussianSource,
+    GaussianStream,
+    flops_per_token,
+)
 from reseed.activations.world_config import GeneratedConfig, WorldConfig
 from reseed.activations.worlds import World
 from reseed.config import ReseedError
@@ -52,12 +57,12 @@ def test_the_moments_are_those_of_the_first_training_chunk() -> None:
     close(torch.cat([x[HOOK] for x in surrogate().held_out([HOOK], 10_000)]), first)
 
 
-def test_what_an_activation_costs_needs_no_stream_before() -> None:
+def test_what_an_activation_costs() -> None:
     """A product with the root for each hookpoint, counted once."""
-    assert surrogate().flops_per_token([HOOK]) == 2 * 6 * 6
-    opened = surrogate()
-    opened.stream([HOOK])
-    assert opened.flops_per_token([HOOK, OTHER, HOOK]) == 2 * (2 * 6 * 6)
+    data = ResolvedGenerated(WORLD, DATA)
+    assert flops_per_token(data, "gaussian", [HOOK], [6]) == 2 * 6 * 6
+    assert flops_per_token(data, "gaussian", [HOOK, OTHER, HOOK], [6, 6, 6]) == 2 * (2 * 6 * 6)
+    assert flops_per_token(data, "none", [HOOK], [6]) == data.flops_per_token([HOOK])
 
 
 def test_draws_are_in_the_sources_precision() -> None:

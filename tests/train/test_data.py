@@ -1,59 +1,98 @@
-"""Blocks of batches: together the batches of the stream, ended where something is to be done."""
+"""Blocks: together they are the stream, from one position to another, in whole batches."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
-from reseed.train.data import BLOCK_BYTES, StreamDataset
+from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, Position
+from reseed.train import data
+from reseed.train.data import LONGEST_BYTES, LONGEST_STEPS, Block, StreamDataset
 
 HOOK = Hookpoint("resid_post", 0)
+ROWS = 32
+"""In each stripe of a chunk."""
 
 
-class Counting:
-    """A stream whose batch s holds the number s, of a given size."""
+class Counting(ChunkStream):
+    """Chunk c holds c; every third one is shorter, as at the end of an epoch."""
 
-    def __init__(self, columns: int = 1, end: int = 10**9) -> None:
-        self.columns, self.end = columns, end
+    def __init__(self, columns: int = 1) -> None:
+        super().__init__(DatasetConfig(chunk_tokens=ROWS * STRIPES), [HOOK], torch.device("cpu"))
+        self.columns, self.asked = columns, list[int]()
 
-    def batches(self, batch_size: int, start: int) -> Iterator[dict[Hookpoint, Tensor]]:
-        for s in range(start, self.end):
-            yield {HOOK: torch.tensor([[float(s)]]).expand(batch_size, self.columns)}
+    def rows(self, c: int) -> int:
+        return 13 if c % 3 == 2 else ROWS
 
-
-def blocks(start: int, stop: int, **options: object) -> list[tuple[int, list[int]]]:
-    data = StreamDataset(Counting(), 8, start, stop, **options)  # type: ignore[arg-type]
-    return [(first, [int(x[HOOK][0, 0]) for x in block]) for first, block in data]
-
-
-@pytest.mark.parametrize(("start", "stop"), [(0, 100), (3, 40), (7, 8), (5, 5)])
-@pytest.mark.parametrize("every", [1, 10, 50])
-def test_blocks_are_the_batches_in_order(start: int, stop: int, every: int) -> None:
-    found = blocks(start, stop, every=every)
-    assert [s for _, block in found for s in block] == list(range(start, stop))
-    assert all(block[0] == first for first, block in found)
+    def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
+        self.asked.append(c)
+        return {HOOK: torch.full((STRIPES * self.rows(c), 1), float(c)).expand(-1, self.columns)}
 
 
-def test_blocks_end_at_borders_and_multiples() -> None:
-    ends = {first + len(block) for first, block in blocks(0, 60, borders=[13, 37], every=25)}
-    assert {13, 25, 37, 50, 60} <= ends
-    assert max(len(block) for _, block in blocks(0, 60, borders=[13, 37], every=25)) <= 16
+def blocks(sizes: list[int], start: Position, stop: Position) -> list[Block]:
+    return list(StreamDataset(Counting(), sizes, start, stop))
 
 
-def test_a_group_of_one_takes_one_batch_at_a_time() -> None:
-    assert {len(block) for _, block in blocks(0, 20, every=50, longest=1)} == {1}
+@pytest.mark.parametrize("sizes", [[8], [16, 64], [8, 32, 256]])
+@pytest.mark.parametrize("stop", [Position(0, 20), Position(2, 13), Position(7, 1)])
+def test_blocks_are_the_chunks_in_order(sizes: list[int], stop: Position) -> None:
+    rows = [
+        (block.chunk, row)
+        for block in blocks(sizes, Position(0, 0), stop)
+        for row in range(block.start, block.stop)
+    ]
+    stream = Counting()
+    everything = [(c, r) for c in range(stop.chunk + 1) for r in range(stream.rows(c))]
+    assert rows == everything[: len(rows)]
+    end = rows[-1]
+    assert end >= (stop.chunk, stop.row - 1)
+    # Not beyond the unit in which the last one stands.
+    assert end[1] - stop.row < max(sizes) // STRIPES * LONGEST_STEPS
 
 
-def test_large_batches_come_alone() -> None:
-    columns = BLOCK_BYTES // (4 * 8) + 1  # a batch of 8 float32 rows is above the bound
-    data = StreamDataset(Counting(columns), 8, 0, 5, every=50)  # type: ignore[arg-type]
-    assert [len(block) for _, block in data] == [1] * 5
+@pytest.mark.parametrize("sizes", [[8], [16, 64], [32, 256]])
+def test_edges_are_multiples_of_every_batch(sizes: list[int]) -> None:
+    unit = math.lcm(*sizes) // STRIPES
+    stream = Counting()
+    for block in StreamDataset(stream, sizes, Position(1, 5), Position(4, 3)):
+        assert block.start % unit == 0
+        assert block.stop % unit == 0 or block.stop == stream.rows(block.chunk)
+        x = block.activations[HOOK]
+        assert x.shape[:2] == (STRIPES, block.stop - block.start)
+        assert (x == block.chunk).all()
+    assert stream.asked == [1, 2, 3, 4], "each chunk once, and none beyond the end"
 
 
-def test_a_stream_that_ends_early_ends_the_blocks() -> None:
-    data = StreamDataset(Counting(end=5), 8, 0, 9, every=50)  # type: ignore[arg-type]
-    assert [len(block) for _, block in data] == [1, 4]
+def test_it_starts_where_a_block_of_this_company_begins() -> None:
+    first = blocks([8, 64], Position(1, 13), Position(2, 0))[0]
+    assert (first.chunk, first.start) == (1, 8)
+
+
+def test_a_rest_too_short_for_a_block_is_passed_over() -> None:
+    # A run that stands in the rest of a chunk goes on with the next one.
+    assert blocks([256], Position(0, ROWS), Position(1, ROWS))[0].chunk == 1
+
+
+def test_blocks_grow_as_long_as_they_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [b.stop - b.start for b in blocks([8], Position(0, 0), Position(0, ROWS))]
+    assert lengths == [1, 2, 4, 8, 16, 1], "each twice the last, up to the end of the chunk"
+    monkeypatch.setattr(data, "TURN_S", 0.0)
+    slow = [b.stop - b.start for b in blocks([8], Position(0, 0), Position(0, ROWS))]
+    assert slow == [1] * ROWS
+
+
+def test_blocks_are_bounded_in_batches_and_bytes() -> None:
+    class Long(Counting):
+        def rows(self, c: int) -> int:
+            return 1024
+
+    def longest(columns: int) -> int:
+        found = StreamDataset(Long(columns), [8], Position(0, 0), Position(0, 1024))
+        return max(block.stop - block.start for block in found)
+
+    assert longest(1) == LONGEST_STEPS
+    assert longest(LONGEST_BYTES // (STRIPES * 4 * 2)) == 2

@@ -19,10 +19,11 @@ import reseed
 from reseed.activations.hookpoint import Hookpoint
 from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
-from reseed.experiment import Resolved, groups, train_missing
+from reseed.experiment import Resolved, train_missing
 from reseed.runs import Run, RunStore
 from reseed.train.config import RuntimeConfig, TrainingConfig
 from reseed.train.member import Member
+from reseed.train.plan import by_stream
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
 
@@ -69,25 +70,19 @@ def assert_equal(a: dict[str, object], b: dict[str, object]) -> None:
         ["training.tokens=2048,8192"],
         ["hookpoint=resid_post,mlp_out"],
         ["training.lr_scale=1,7", "dataset.held_out_tokens=1024"],
+        ["training.batch_size=64,256,32"],
+        ["training.batch_size=32,512", "training.tokens=4096,8192", "sae=topk,relu"],
+        ["training.precision=float32,bfloat16", "sae=topk,relu"],
     ],
 )
 def test_a_group_equals_its_members_trained_alone(jobs: Jobs, sweep: list[str]) -> None:
     together, runtime = jobs(*sweep)
-    assert len(groups(together)) == 1
+    assert len(by_stream(together)) == 1
     assert train_missing(together, runtime) == {}
     for index, resolved in enumerate(together):
         alone, other = jobs(*sweep, outputs=f"alone-{index}")
         assert train_missing([alone[index]], other) == {}
         assert_equal(results(run_of(resolved, runtime)), results(run_of(alone[index], other)))
-
-
-def test_precision_is_no_matter_of_the_company(jobs: Jobs) -> None:
-    mixed, runtime = jobs("training.precision=float32,bfloat16")
-    assert len(groups(mixed)) == 2
-    train_missing(mixed, runtime)
-    alone, other = jobs("training.precision=bfloat16", outputs="alone")
-    train_missing(alone, other)
-    assert_equal(results(run_of(mixed[1], runtime)), results(run_of(alone[0], other)))
 
 
 def test_what_is_only_measured_does_not_move_the_weights(jobs: Jobs) -> None:

@@ -1,14 +1,11 @@
 """Laws of the learning rate, rules between options, signatures that stand."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from reseed.config import ConfigError, digest
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.train.config import TrainingConfig
-from reseed.train.estimate import _beside_the_sae
 from reseed.train.member import make_optimizer
 
 TOPK, RELU = TopKConfig(num_latents=2**12), ReLUConfig(num_latents=2**12)
@@ -65,19 +62,6 @@ def test_what_was_trained_before_these_options_keeps_its_signature():
     for name, value in new.items():
         digests.add(digest(TrainingConfig(**needed.get(name, {}), **{name: value}).signed()))
     assert len(digests) == 1 + len(new)
-
-
-def test_the_estimate_counts_what_stands_beside_the_sae():
-    def beside(**options):
-        experiment = SimpleNamespace(training=TrainingConfig(**options))
-        return _beside_the_sae(SimpleNamespace(experiment=experiment, num_latents=8, d_in=2))
-
-    assert beside() == (0.0, 0)
-    # Two matrices, five rounds, each 2·(2·2²·8 + 2³) operations.
-    assert beside(optimizer="muon") == (2 * 5 * 2 * (2 * 4 * 8 + 8), 0)
-    # 8 × 3 weights: the product with 3 × 2 centroids and its gradient, Adam's 12 per weight.
-    assert beside(decoder="archetypal", archetypes=3) == (2 * 2 * 24 * 2 + 12 * 24, 24)
-    assert beside(decoder="archetypal")[1] == 64
 
 
 @pytest.mark.parametrize(

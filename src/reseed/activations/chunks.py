@@ -58,17 +58,28 @@ class ActivationStream(ChunkStream):
         return None if self.config.repeat else self._batches_per_epoch(batch_size)
 
     def position(self, step: int, batch_size: int) -> Position:
-        """Where batch ``step`` (0-based) stands."""
+        """Where batch ``step`` (0-based) begins."""
         epoch, step = divmod(step, self._batches_per_epoch(batch_size))
-        per_chunk = self.config.chunk_tokens // batch_size
-        return Position(epoch * self._chunks_per_epoch + step // per_chunk, step % per_chunk)
+        within = super().position(step, batch_size)
+        return Position(epoch * self._chunks_per_epoch + within.chunk, within.row)
+
+    def rows(self, c: int) -> int:
+        """Activations in each stripe of chunk ``c``: fewer in the last one of an epoch."""
+        first = c % self._chunks_per_epoch * self.config.chunk_tokens
+        return min(self.config.chunk_tokens, self.num_activations - first) // STRIPES
+
+    def steps_before(self, c: int, batch_size: int) -> int:
+        """Batches before the first one of chunk ``c``."""
+        epoch, within = divmod(c, self._chunks_per_epoch)
+        return epoch * self._batches_per_epoch(batch_size) + super().steps_before(
+            within, batch_size
+        )
 
     def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
         epoch, within = divmod(c, self._chunks_per_epoch)
-        packing = self._epoch(epoch)
         first = within * self.config.chunk_tokens
-        rows = min(self.config.chunk_tokens, self.num_activations - first) // STRIPES
-        return gather(self.model, packing, first, first + rows * STRIPES, self.hookpoints)
+        last = first + self.rows(c) * STRIPES
+        return gather(self.model, self._epoch(epoch), first, last, self.hookpoints)
 
     @property
     def _chunks_per_epoch(self) -> int:

@@ -94,6 +94,18 @@ class ResolvedGenerated(ResolvedData):
     def in_order(self, order_seed: int) -> Self:
         return replace(self, config=replace(self.config, order_seed=order_seed))
 
+    @property
+    def weight_bytes(self) -> int:
+        rows = self.world.num_features + self.world.groups * self.world.group_rank
+        return 4 * rows * self.world.d_in
+
+    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """A normal draw per feature, its factors, and the rows of those that fire."""
+        config = self.world
+        active = float(firing_given_parent(config).sum()) + config.groups * config.group_rank
+        drawn = config.num_features * (_NORMAL + 2.0 * config.copula_rank)
+        return drawn + 2.0 * active * config.d_in
+
     def check_budget(self, steps: int, batch_size: int) -> None:
         """There is always enough."""
 
@@ -112,7 +124,6 @@ class WorldSource(ActivationSource):
 
     def __init__(self, world: World, config: GeneratedConfig, device: torch.device) -> None:
         self.world, self.config, self.device = world, config, device
-        self.parameters = world.dictionary.numel() + world.groups.numel()
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> WorldStream:
         return WorldStream(self.world, self.config, hookpoints, self.device)
@@ -128,13 +139,6 @@ class WorldSource(ActivationSource):
         for first in range(0, tokens, _BLOCK):
             random = generator(_HELD_OUT, self.world.config.seed, first // _BLOCK)
             yield self.world.sample(_BLOCK, random).first(tokens - first)
-
-    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """A normal draw per feature, its factors, and the rows of those that fire."""
-        config = self.world.config
-        active = float(firing_given_parent(config).sum()) + config.groups * config.group_rank
-        drawn = config.num_features * (_NORMAL + 2.0 * config.copula_rank)
-        return drawn + 2.0 * active * config.d_in
 
 
 class WorldStream(ChunkStream):

@@ -232,10 +232,6 @@ class LanguageModel:
             batch = tokens[start : start + self.batch_sequences].to(self.device)
             yield _record(self.model, batch, hookpoints)
 
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return sum(p.numel() for p in self.model.parameters())
-
 
 def _weights_folder(resolved: ResolvedModel) -> Path:
     if not isinstance(resolved.config, HubModelConfig):

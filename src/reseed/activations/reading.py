@@ -13,7 +13,7 @@ from torch import Tensor
 
 from reseed.activations.chunks import ActivationStream, held_out_chunks, held_out_packing
 from reseed.activations.hookpoint import Hookpoint, module_path
-from reseed.activations.language_model import LanguageModel, ResolvedModel
+from reseed.activations.language_model import DTYPES, LanguageModel, ResolvedModel
 from reseed.activations.source import ActivationSource, ResolvedData
 from reseed.activations.stream import DatasetConfig, batches_available
 from reseed.activations.text import ResolvedText, TextConfig, resolve_text
@@ -57,6 +57,26 @@ class ResolvedReading(ResolvedData):
         return token_stores(
             self.text, self.model.tokenizer, self.model.tokenizer_fingerprint, needed
         )
+
+    @property
+    def weight_bytes(self) -> int:
+        weights = sum(p.numel() for p in self.model.skeleton.parameters())
+        return weights * DTYPES[self.model.config.dtype].itemsize
+
+    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """2·P for the P weights of the model up to the deepest hookpoint."""
+        unused = 1 + 1 / max(self.config.context_length - 1, 1)  # first positions
+        return 2.0 * max(map(self._weights_used, hookpoints)) * unused
+
+    def _weights_used(self, hookpoint: Hookpoint) -> int:
+        """Weights that multiply each token before ``hookpoint`` (no embeddings)."""
+        model = self.model.skeleton
+        path = module_path(model, hookpoint)
+        blocks, _, rest = path.partition(f".{hookpoint.layer}")
+        if not rest and not path.endswith(f".{hookpoint.layer}"):  # outside the blocks
+            return sum(p.numel() for p in model.parameters())
+        layers = list(model.get_submodule(blocks).children())[: hookpoint.layer + 1]
+        return sum(p.numel() for layer in layers for p in layer.parameters())
 
     def open(self, device: torch.device, needed: int) -> Reading:
         return Reading(self, device, needed)
@@ -107,7 +127,6 @@ class Reading(ActivationSource):
         self.train_store, self.held_out_store = found.stores(needed)
         self.model = LanguageModel(found.model, device)
         self.device = self.model.device
-        self.parameters = self.model.parameters()
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> ActivationStream:
         return ActivationStream(self.model, self.train_store, self.config, hookpoints)
@@ -120,21 +139,6 @@ class Reading(ActivationSource):
     @property
     def held_out_available(self) -> int:
         return held_out_packing(self.held_out_store, self.config).num_activations
-
-    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """2·P for the P weights of the model up to the deepest hookpoint."""
-        unused = 1 + 1 / max(self.config.context_length - 1, 1)  # first positions
-        return 2.0 * self._weights_used(hookpoints) * unused
-
-    def _weights_used(self, hookpoints: Sequence[Hookpoint]) -> int:
-        """Weights that multiply each token before the deepest hookpoint (no embeddings)."""
-        deepest, hook = max(h.layer for h in hookpoints), hookpoints[0]
-        path = module_path(self.model.model, hook)
-        blocks, _, rest = path.partition(f".{hook.layer}")
-        if not rest and not path.endswith(f".{hook.layer}"):
-            return self.parameters
-        layers = list(self.model.model.get_submodule(blocks).children())[: deepest + 1]
-        return sum(p.numel() for layer in layers for p in layer.parameters())
 
 
 def find_text(model: ResolvedModel, config: DatasetConfig, cache: Path) -> ResolvedReading:

@@ -129,6 +129,15 @@ class ResolvedData(ABC):
     def in_order(self, order_seed: int) -> Self:
         """The same data in the order of another seed."""
 
+    @property
+    @abstractmethod
+    def weight_bytes(self) -> int:
+        """What its source keeps in memory once it is opened."""
+
+    @abstractmethod
+    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """Floating-point operations that an activation costs, about."""
+
     @abstractmethod
     def check_budget(self, steps: int, batch_size: int) -> None:
         """Raise `ConfigError`, with the full key, where there is known to be too little."""
@@ -148,12 +157,10 @@ class ActivationSource(ABC):
 
     Attributes:
         device: where the activations are.
-        parameters: weights that it keeps in memory.
         world: the features that the activations are made of, where they are known.
     """
 
     device: torch.device
-    parameters: int = 0
     world: World | None = None
 
     @abstractmethod
@@ -165,10 +172,6 @@ class ActivationSource(ABC):
         self, hookpoints: Sequence[Hookpoint], tokens: int
     ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
         """The first ``tokens`` activations that no SAE is trained on, in pieces."""
-
-    @abstractmethod
-    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """Floating-point operations that an activation costs, about."""
 
     @property
     def held_out_available(self) -> int | None:
@@ -184,24 +187,24 @@ class ActivationSource(ABC):
         raise ReseedError("only the activations of a world have known features")
 
     def check_length(
-        self, stream: ChunkStream, batch_size: int, steps: Sequence[int], label: str
+        self, stream: ChunkStream, wanted: Sequence[tuple[int, int]], label: str
     ) -> None:
         """Raise `ConfigError` where there is too little: streamed texts show it only now.
 
         Args:
             stream: the activations to train on.
-            steps: batches that each run wants.
+            wanted: batch size and number of batches of each run.
             label: name of the data set.
         """
-        wanted, measured = stream.config.held_out_tokens, self.held_out_available
-        if measured is not None and measured < wanted:
+        held_out, measured = stream.config.held_out_tokens, self.held_out_available
+        if measured is not None and measured < held_out:
             raise ConfigError(
-                f"{{key}} (={wanted:,}) must not exceed the activations of the held-out "
+                f"{{key}} (={held_out:,}) must not exceed the activations of the held-out "
                 f"documents: {measured:,}",
                 "dataset.held_out_tokens",
             )
-        there = stream.num_batches(batch_size)
-        for number in steps:
+        for batch_size, number in wanted:
+            there = stream.num_batches(batch_size)
             if there is not None and there < number:
                 raise ConfigError(
                     f"{{key}} (={number * batch_size:,}) must not exceed the activations of "

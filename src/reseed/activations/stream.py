@@ -47,19 +47,22 @@ class DatasetConfig(Config, family="dataset"):
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Position:
-    """Where in the stream a batch stands."""
+    """Where in the stream a batch begins: a chunk, and a row of each of its stripes.
+
+    The clock of a stream: batches of every size have one, and they compare by their order.
+    """
 
     chunk: int
-    batch: int
+    row: int
 
 
 class ChunkStream(ABC):
     """The endless or finite sequence of chunks of one source.
 
-    This base is endless, its chunks all full; a stream with an end overrides `num_batches` and
-    `position`.
+    This base is endless, its chunks all full; a stream with an end, or with chunks that are not
+    full, overrides `num_batches`, `rows`, `position` and `steps_before`.
 
     Args:
         config: order and chunk size.
@@ -83,9 +86,18 @@ class ChunkStream(ABC):
         """Batches that there are, or None where they never end."""
         return None
 
+    def rows(self, c: int) -> int:
+        """Activations in each stripe of chunk ``c``."""
+        return self.config.chunk_tokens // STRIPES
+
     def position(self, step: int, batch_size: int) -> Position:
-        """Where batch ``step`` (0-based) stands."""
-        return Position(*divmod(step, self.config.chunk_tokens // batch_size))
+        """Where batch ``step`` (0-based) begins."""
+        chunk, batch = divmod(step, self.config.chunk_tokens // batch_size)
+        return Position(chunk, batch * (batch_size // STRIPES))
+
+    def steps_before(self, c: int, batch_size: int) -> int:
+        """Batches before the first one of chunk ``c``."""
+        return c * (self.config.chunk_tokens // batch_size)
 
     def chunk(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
         """Chunk ``c``, dealt into stripes and permuted, in the source's dtype on its device.
@@ -104,7 +116,7 @@ class ChunkStream(ABC):
         step, end = start, self.num_batches(batch_size)
         while end is None or step < end:
             at = self.position(step, batch_size)
-            rows = slice(at.batch * part, (at.batch + 1) * part)
+            rows = slice(at.row, at.row + part)
             chunk = self.chunk(at.chunk)
             yield {h: x[:, rows].reshape(batch_size, -1) for h, x in chunk.items()}
             del chunk

@@ -59,7 +59,7 @@ class GaussianSource(ActivationSource):
 
     def __init__(self, real: ActivationSource, order_seed: int) -> None:
         self.real, self.order_seed = real, order_seed
-        self.device, self.parameters = real.device, real.parameters
+        self.device = real.device
         self._learned: dict[Hookpoint, Gaussian] = {}
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> GaussianStream:
@@ -74,10 +74,6 @@ class GaussianSource(ActivationSource):
             kept = min(_BLOCK, tokens - first)
             drawn = _drawn(gaussians, _BLOCK, _HELD_OUT, first // _BLOCK)
             yield {hookpoint: x[:kept] for hookpoint, x in drawn.items()}
-
-    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        widths = [len(gaussian.mean) for gaussian in self._learn(hookpoints).values()]
-        return sum(2.0 * width**2 for width in widths)
 
     def _learn(self, hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Gaussian]:
         """What there is at each of the hookpoints; a chunk is computed where one is new."""
@@ -132,6 +128,20 @@ def opened(
     if surrogate != "gaussian":
         return data.open(device, needed)
     return GaussianSource(data.in_order(0).open(device, needed), data.order_seed)
+
+
+def flops_per_token(
+    data: ResolvedData, surrogate: str, hookpoints: Sequence[Hookpoint], widths: Sequence[int]
+) -> float:
+    """Operations that an activation at all of the hookpoints costs, about.
+
+    Args:
+        data: of what `standing_in` gave.
+        widths: of the activations at each of the hookpoints.
+    """
+    if surrogate != "gaussian":
+        return data.flops_per_token(hookpoints)
+    return sum(2.0 * width**2 for width in dict(zip(hookpoints, widths, strict=True)).values())
 
 
 def label_of(label: str, surrogate: str) -> str:

@@ -29,7 +29,7 @@ _GROUPS = {
 }
 _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
-_ROOT = (*_REQUIRED, "comparison")
+_ROOT = (*_REQUIRED, "comparison", "plan_only")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
 
 

@@ -18,8 +18,12 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         line.show(train.task, arguments)
         return 0
     from reseed.cli.plan import make_plan
+    from reseed.experiment import plan_missing
 
     plan = make_plan(line)
+    if plan.runtime.plan_only:
+        plan_missing([job.resolved for job in plan.jobs], plan.runtime)
+        return 0
     plan.write()
     launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
     status = train.train_jobs(line, launches, plan.runtime, plan.sweep)

@@ -54,10 +54,14 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         line.show(task, arguments)
         return 0
     from reseed.cli.jobs import check_jobs
+    from reseed.experiment import plan_missing
     from reseed.runs import RunStore
     from reseed.sweeps import Sweep
 
     jobs, runtime = check_jobs(line, line.overrides, line.multirun)
+    if runtime.plan_only:
+        plan_missing([job.resolved for job in jobs], runtime)
+        return 0
     sweep = None
     if line.multirun:
         signatures = [job.resolved.signature for job in jobs]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -34,26 +34,26 @@ class Bookkeeper(L.Callback):
         self.started = self.saved = time.perf_counter()
         self.cost = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: GroupModule) -> None:
         self.started = self.saved = time.perf_counter()
+        self.trainer = trainer
+        pl_module.after_step = self.after_step
+
+    def after_step(self, member: Member) -> None:
+        """Close a row of the curve where one is due, and keep a member that has made its steps."""
+        last = not member.active
+        if last or member.step % self.log_every_steps == 0:
+            self._log(member)
+        if last and member.error is None:
+            self._save(member)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        now = time.perf_counter()
-        step = batch[0] + len(batch[1])
-        for index, member in enumerate(pl_module.members):
-            last = member.step == step and step == member.training.steps
-            due = last or step % self.log_every_steps == 0
-            # One that was saved here, and waited for the others, has nothing new to tell.
-            if due and member.error is None and member.step == step and member.untold:
-                self._log(trainer, member, index, now - self.started)
-            if last:
-                self._save(member)
         # Of a large group a checkpoint takes long; it shall not take more than a twentieth of the
         # time. Who asks for one more often than every second means it.
         spared = 20 * self.cost if self.checkpoint_every_s >= 1 else 0.0
-        if now - self.saved >= max(self.checkpoint_every_s, spared):
+        if time.perf_counter() - self.saved >= max(self.checkpoint_every_s, spared):
             self.save(pl_module)
         if not pl_module.working:
             trainer.should_stop = True
@@ -72,19 +72,19 @@ class Bookkeeper(L.Callback):
         member.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
         member.write_curve(folder)
 
-    def _log(self, trainer: L.Trainer, member: Member, index: int, seconds: float) -> None:
+    def _log(self, member: Member) -> None:
         try:
-            row = member.log(seconds)
+            row = member.log(time.perf_counter() - self.started)
         except NotFiniteError as error:
             member.error = error
             say(f"failed: {member.id}: {error}")
             return
-        for logger in trainer.loggers:
+        for logger in self.trainer.loggers:
             logger.log_metrics({f"{member.id}/{k}": v for k, v in row.items()}, step=member.step)
 
 
 class StopAtBorder(L.Callback):
-    """SIGINT and SIGTERM end training between two batches, after a checkpoint.
+    """SIGINT and SIGTERM end training between two steps, after a checkpoint.
 
     A second SIGINT ends it at once; the last checkpoint stands.
     """
@@ -97,7 +97,8 @@ class StopAtBorder(L.Callback):
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: GroupModule) -> None:
+        pl_module.stopping = lambda: self.signal is not None
         # Not earlier: see above.
         for number in self._before:
             signal.signal(number, self._note)
@@ -123,15 +124,22 @@ class StopAtBorder(L.Callback):
 class GroupProgress(ProgressBar):
     """One line for the whole group: tokens/s, and the mean FVU, L0 and dead share of its members.
 
-    A bar on a terminal, a line every ten seconds elsewhere.
+    Counted are the tokens that the member with the largest budget has seen. A bar on a terminal, a
+    line every ten seconds elsewhere.
     """
 
-    def __init__(self, total_steps: int, start: int, batch_size: int, shown: bool) -> None:
+    def __init__(self, members: Sequence[Member], shown: bool) -> None:
         super().__init__()
-        self.total_steps, self.first, self.batch_size = total_steps, start, batch_size
-        self.shown = shown
+        self.members, self.shown = members, shown
+        self.total = max(m.training.steps * m.training.batch_size for m in members)
+        self.first = self.tokens
         self.bar: Progress | None = None
         self.spoken = self.started = time.perf_counter()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stream that are dealt with."""
+        return max(m.step * m.training.batch_size for m in self.members)
 
     def disable(self) -> None:
         self.shown = False
@@ -147,24 +155,24 @@ class GroupProgress(ProgressBar):
             self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(),
                                 console=console(), transient=True)  # fmt: skip
             self.bar.start()
-            self.task = self.bar.add_task("", total=self.total_steps, completed=self.first, text="")
+            self.task = self.bar.add_task("", total=self.total, completed=self.first, text="")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not self.shown:
             return
-        now, step = time.perf_counter(), batch[0] + len(batch[1])
+        now, tokens = time.perf_counter(), self.tokens
         interval = 0.25 if self.bar is not None else 10.0
         if now - self.spoken < interval:
             return
         self.spoken = now
-        rate = (step - self.first) * self.batch_size / max(now - self.started, 1e-9)
-        text = f"{rate:,.0f} tokens/s{_measures(pl_module.members)}"
+        rate = (tokens - self.first) / max(now - self.started, 1e-9)
+        text = f"{rate:,.0f} tokens/s{_measures(self.members)}"
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, text=text)
+            self.bar.update(self.task, completed=tokens, text=text)
         else:
-            say(f"  step {step:,} of {self.total_steps:,} · {text}")
+            say(f"  {tokens:,} of {self.total:,} tokens · {text}")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
@@ -178,7 +186,7 @@ class GroupProgress(ProgressBar):
             self.bar = None
 
 
-def _measures(members: list[Member]) -> str:
+def _measures(members: Sequence[Member]) -> str:
     rows = [member.curve[-1] for member in members if member.curve and member.error is None]
     if not rows:
         return ""

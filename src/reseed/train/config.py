@@ -166,6 +166,12 @@ class RuntimeConfig(Config, family="runtime"):
     sweeps: str = setting("sweeps", signed=False)
     cache: str | None = setting(None, signed=False)
     """Tokens, extracted text, fingerprints; null: RESEED_CACHE or ~/.cache/reseed."""
+    plan_only: bool = setting(False, signed=False)
+    """Print what would be trained, in which groups, and what it takes; train nothing."""
+    memory_gib: float | None = setting(None, above=0, signed=False)
+    """What a group of runs may take; null: what is free on the device, but for a reserve."""
+    tflops: float | None = setting(None, above=0, signed=False)
+    """Speed of a plain product, to plan for another machine; null: measured here."""
     checkpoint_every_s: float = setting(30.0, above=0, signed=False)
     log_every_steps: int = setting(50, at_least=1, signed=False)
     progress: bool = setting(True, signed=False)

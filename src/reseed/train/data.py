@@ -2,73 +2,89 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+import math
+import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from typing import NamedTuple
 
 import lightning as L
+from jaxtyping import Float
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from reseed.activations.stream import Batch, ChunkStream
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.stream import STRIPES, ChunkStream, Position
 
-BLOCK_STEPS = 16
-"""At most so many batches are handed out together."""
-BLOCK_BYTES = 32 * 2**20
-"""And at most so many bytes of activations, but one batch always."""
+LONGEST_STEPS = 64
+"""A block holds at most so many batches of the smallest size, but one of every size always."""
+LONGEST_BYTES = 32 * 2**20
+"""And at most so many bytes of activations, with the same exception."""
+TURN_S = 0.5
+"""A block is made as long as the group takes about so many seconds for: what happens between blocks
+(checkpoints, progress) then costs nothing, and is not waited for either."""
 
-Block = tuple[int, list[Batch]]
-"""The number of the first batch, and consecutive batches."""
+
+class Block(NamedTuple):
+    """Rows ``start`` to ``stop`` (exclusive) of every stripe of a chunk."""
+
+    chunk: int
+    start: int
+    stop: int
+    activations: dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]
 
 
 class StreamDataset(IterableDataset[Block]):
-    """Batches ``start`` to ``stop`` (exclusive) of a stream, in blocks.
+    """A stream from one position to another, in blocks that hold whole batches of every size.
 
-    Nothing is remembered between batches: batch s is a pure function of s, so that to go on
-    after an interruption is to start at another number. A member of a group makes all the steps of
+    Nothing is remembered between blocks: they are pure functions of their positions, so that to go
+    on after an interruption is to start at another one. A member of a group makes all its steps of
     a block before the next member's turn: its weights and moments, which are far larger than its
-    batches, then come to the cache once in a block and not once in a step.
+    batches, then come to the cache once in a block and not once in a step. How long blocks are
+    moves no number.
 
     Args:
-        borders: numbers at which a block ends, as something is to be done there.
-        every: ditto for every multiple of this number.
-        longest: batches in a block at most.
+        batch_sizes: those of the members.
+        start: where the first batch begins that anybody lacks.
+        stop: where the last batch that anybody wants ends.
     """
 
     def __init__(
-        self,
-        stream: ChunkStream,
-        batch_size: int,
-        start: int,
-        stop: int,
-        *,
-        borders: Sequence[int] = (),
-        every: int = 1,
-        longest: int = BLOCK_STEPS,
+        self, stream: ChunkStream, batch_sizes: Sequence[int], start: Position, stop: Position
     ) -> None:
         super().__init__()
-        self.stream, self.batch_size = stream, batch_size
-        self.start, self.stop = start, stop
-        self.borders = sorted({*borders, stop})
-        self.every, self.longest = every, longest
+        self.stream, self.start, self.stop = stream, start, stop
+        parts = [size // STRIPES for size in batch_sizes]
+        self.unit = math.lcm(*parts)
+        self._most = max(1, LONGEST_STEPS * min(parts) // self.unit)
+        self._units = 1
 
     def __iter__(self) -> Iterator[Block]:
-        batches = self.stream.batches(self.batch_size, self.start)
-        first = self.start
-        longest = 1  # until a batch has shown its size
-        while first < self.stop:
-            block = list(islice(batches, self._end(first, longest) - first))
-            if not block:
-                return
-            yield first, block
-            first += len(block)
-            size = sum(x.numel() * x.element_size() for x in block[0].values())
-            longest = max(1, min(self.longest, BLOCK_BYTES // size))
+        # Down to where a block of this company begins: members that are further on wait.
+        chunk, row = self.start.chunk, self.start.row // self.unit * self.unit
+        while Position(chunk, row) < self.stop:
+            yield from self._blocks(chunk, row)
+            chunk, row = chunk + 1, 0
 
-    def _end(self, first: int, longest: int) -> int:
-        """Where the block that begins at ``first`` ends."""
-        border = self.borders[bisect_right(self.borders, first)]
-        multiple = (first // self.every + 1) * self.every
-        return min(first + longest, border, multiple)
+    def _blocks(self, chunk: int, row: int) -> Iterator[Block]:
+        rows = self.stream.rows(chunk)
+        if row >= rows:
+            return
+        dealt = self.stream.chunk(chunk)
+        row_bytes = STRIPES * sum(x.shape[2] * x.element_size() for x in dealt.values())
+        most = max(1, min(self._most, LONGEST_BYTES // (row_bytes * self.unit)))
+        while row < rows and Position(chunk, row) < self.stop:
+            end = min(row + min(self._units, most) * self.unit, rows)
+            started = time.perf_counter()
+            yield Block(chunk, row, end, {hook: x[:, row:end] for hook, x in dealt.items()})
+            self._pace(time.perf_counter() - started)
+            row = end
+
+    def _pace(self, seconds: float) -> None:
+        """Choose the length of the next block by what was done with the last one."""
+        if seconds < TURN_S / 2:
+            self._units = min(2 * self._units, self._most)
+        elif seconds > TURN_S:
+            self._units = max(1, self._units // 2)
 
 
 class ActivationData(L.LightningDataModule):

@@ -15,21 +15,21 @@ import lightning as L
 import torch
 
 from reseed.activations.source import ActivationSource
-from reseed.activations.stream import ChunkStream
+from reseed.activations.stream import STRIPES, ChunkStream, Position
 from reseed.atomic import atomic_write
 from reseed.config import ReseedError
-from reseed.console import say
-from reseed.devices import pick_device
+from reseed.console import counted, say
+from reseed.devices import free_memory, is_out_of_memory, pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.truth import TruthResult, measure_truth
 from reseed.runs import INITIAL_FILE, Interrupted, Run, RunStore, seconds_since
 from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder
 from reseed.train.config import RuntimeConfig
-from reseed.train.data import BLOCK_STEPS, ActivationData, StreamDataset
-from reseed.train.estimate import announce
+from reseed.train.data import ActivationData, StreamDataset
 from reseed.train.member import Member, NotFiniteError
 from reseed.train.module import GroupModule
+from reseed.train.plan import OutOfMemory
 
 if TYPE_CHECKING:
     from reseed.experiment import Resolved
@@ -45,6 +45,7 @@ def fit_group(
 
     Raises:
         Interrupted: after SIGINT or SIGTERM; the same command goes on where this one stopped.
+        OutOfMemory: so does it after this, but better with fewer of them.
     """
     clock = time.perf_counter()
     runs = [resolved.run(store) for resolved in group]
@@ -53,16 +54,26 @@ def fit_group(
     try:
         return _fit(group, runs, runtime, clock)
     except KeyboardInterrupt:
-        for run in runs:
-            if run.record["status"] == "running":
-                run.update(status="interrupted")
+        _interrupt(runs)
         raise
     except Exception as error:
-        # Members that were recorded already keep their own outcome.
-        for run in runs:
-            if run.record["status"] == "running":
-                run.fail(error)
-        raise
+        if not is_out_of_memory(error):
+            # Members that were recorded already keep their own outcome.
+            for run in runs:
+                if run.record["status"] == "running":
+                    run.fail(error)
+            raise
+        reason = str(error).splitlines()[0]
+    # Outside of the handler: the error holds on to every frame, and so to the memory.
+    _interrupt(runs)
+    free_memory()
+    raise OutOfMemory(f"out of memory with {counted(len(runs), 'SAE')} ({reason})")
+
+
+def _interrupt(runs: Sequence[Run]) -> None:
+    for run in runs:
+        if run.record["status"] == "running":
+            run.update(status="interrupted")
 
 
 def _fit(
@@ -75,21 +86,14 @@ def _fit(
     needed = max(r.experiment.training.tokens for r in group)
     source = first.open(device, needed)
     stream = source.stream([r.experiment.hook for r in group])
-    batch_size = first.experiment.training.batch_size
-    steps = [r.experiment.training.steps for r in group]
-    source.check_length(stream, batch_size, steps, first.data.label)
+    wanted = [(r.experiment.training.batch_size, r.experiment.training.steps) for r in group]
+    source.check_length(stream, wanted, first.data.label)
     calibrating = any(r.role for r in group)  # which says of itself what there is to say
-    if not calibrating:
-        announce(group, source, device)
 
     members = [_member(r, run, source, stream) for r, run in zip(group, runs, strict=True)]
     started = time.perf_counter()
-    start = min((m.step for m in members if m.active), default=0)
-    stop = max(m.training.steps for m in members)
     if any(m.active for m in members):
-        if start:
-            say(f"  going on at step {start:,} of {stop:,}")
-        _train(members, runs, stream, batch_size, start, stop, runtime)
+        _train(members, runs, stream, runtime)
     training_s = seconds_since(started)
 
     started = time.perf_counter()
@@ -114,25 +118,20 @@ def _fit(
 
 
 def _train(
-    members: Sequence[Member],
-    runs: Sequence[Run],
-    stream: ChunkStream,
-    batch_size: int,
-    start: int,
-    stop: int,
-    runtime: RuntimeConfig,
+    members: Sequence[Member], runs: Sequence[Run], stream: ChunkStream, runtime: RuntimeConfig
 ) -> None:
-    module = GroupModule(members)
+    module = GroupModule(members, stream)
     folders = {run.id: run.path for run in runs}
     books = Bookkeeper(folders, runtime.log_every_steps, runtime.checkpoint_every_s)
     border = StopAtBorder(books)
-    progress = GroupProgress(stop, start, batch_size, runtime.progress)
+    progress = GroupProgress(members, runtime.progress)
+    if progress.first:
+        say(f"  going on after {progress.first:,} of {progress.total:,} tokens")
     device = stream.device
     with _quiet_lightning():
         trainer = L.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=[device.index or 0] if device.type == "cuda" else 1,
-            precision="bf16-mixed" if members[0].training.precision == "bfloat16" else "32-true",
             max_epochs=1,
             callbacks=[books, border, progress],
             logger=_loggers(runtime),
@@ -140,15 +139,10 @@ def _train(
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        dataset = StreamDataset(
-            stream,
-            batch_size,
-            start,
-            stop,
-            borders=[m.training.steps for m in members],
-            every=runtime.log_every_steps,
-            longest=BLOCK_STEPS if len(members) > 1 else 1,
-        )
+        sizes = [m.training.batch_size for m in members]
+        start = min(stream.position(m.step, m.training.batch_size) for m in members if m.active)
+        stop = max(_end(stream, m) for m in members)
+        dataset = StreamDataset(stream, sizes, start, stop)
         try:
             trainer.fit(module, datamodule=ActivationData(dataset))
         finally:
@@ -156,6 +150,13 @@ def _train(
     if border.signal is not None and module.working:
         name = signal.Signals(border.signal).name
         raise Interrupted(f"stopped by {name}; saved. The same command goes on from here.")
+
+
+def _end(stream: ChunkStream, member: Member) -> Position:
+    """Where a member's last batch ends."""
+    size = member.training.batch_size
+    last = stream.position(member.training.steps - 1, size)
+    return Position(last.chunk, last.row + size // STRIPES)
 
 
 def _member(resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream) -> Member:

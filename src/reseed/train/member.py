@@ -136,11 +136,6 @@ class Member:
         return self.error is None and self.step < self.training.steps
 
     @property
-    def untold(self) -> bool:
-        """Whether steps were made since the last row of the curve."""
-        return self._tally.steps > 0
-
-    @property
     def dead(self) -> Tensor:
         """Mask [num_latents] of the latents that have not fired for long."""
         return self.tokens_since_fired >= self.training.dead_after()
@@ -220,7 +215,7 @@ class Member:
         x = x.to(torch.float32) * self.scale
         step = Step(self.step, self.training.steps)
         self.optimizer.set_lr(self._rate(step))
-        with self._decoder_made_once():
+        with self._precision(), self._decoder_made_once():
             loss = self.sae.training_loss(x, step, self.dead)
             loss.total.backward()
         optimizer.step()
@@ -303,6 +298,11 @@ class Member:
         if steering is not None:
             self.steering = Steering(**steering)
             self.sae.penalty_weight = self.steering.weight
+
+    def _precision(self) -> torch.autocast:
+        """The context of a step's products. One for each step: within one, casts are kept."""
+        low = self.training.precision == "bfloat16"
+        return torch.autocast(self.sae.b_dec.device.type, torch.bfloat16, enabled=low)
 
     @contextmanager
     def _decoder_made_once(self) -> Iterator[None]:

@@ -2,42 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import lightning as L
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from reseed.activations.stream import STRIPES, ChunkStream
+from reseed.console import say
+from reseed.devices import is_out_of_memory
 from reseed.train.data import Block
 from reseed.train.member import Member
 
 
 class GroupModule(L.LightningModule):
-    """Trains every member on each batch, each by its own optimiser, a block of batches at a time.
+    """Trains every member on each block of activations, each by its own optimiser and batch size.
 
     Members do not see each other: no sum and no random draw is shared between them, so that a
-    member's numbers are those of the run trained alone.
+    member's numbers are those of the run trained alone. One that fails is out; the others go on.
+
+    Attributes:
+        after_step: called with a member after each of its steps; may set its `error`.
+        stopping: asked between steps: whether to leave the block as it is.
     """
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], stream: ChunkStream) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.members = list(members)
         self.saes = nn.ModuleList(member.sae for member in members)
+        self.stream = stream
+        self.after_step: Callable[[Member], None] = lambda member: None
+        self.stopping: Callable[[], bool] = lambda: False
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [member.optimizer for member in self.members]
 
     def training_step(self, batch: Block, batch_idx: int) -> Tensor | None:
-        first, block = batch
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for member, optimizer in zip(self.members, optimizers, strict=True):
-            for step, activations in enumerate(block, first):
-                # A member may be ahead of the stream, as it was saved later than another.
-                if member.active and member.step == step:
-                    member.train(activations[member.hookpoint], optimizer)
+            for x in self._batches(member, batch):
+                self._step(member, x, optimizer)
+                if self.stopping():
+                    return None
         return None
+
+    def _batches(self, member: Member, block: Block) -> Iterator[Float[Tensor, "batch d_in"]]:
+        """The batches of a block that a member lacks: it may be ahead of the stream, as it was
+        saved later than another."""
+        size = member.training.batch_size
+        part = size // STRIPES
+        first = self.stream.steps_before(block.chunk, size) + block.start // part
+        x = block.activations[member.hookpoint]
+        for number in range((block.stop - block.start) // part):
+            if member.active and member.step == first + number:
+                yield x[:, number * part : (number + 1) * part].reshape(size, -1)
+
+    def _step(self, member: Member, x: Float[Tensor, "batch d_in"], optimizer: Any) -> None:
+        try:
+            member.train(x, optimizer)
+        except Exception as error:
+            if is_out_of_memory(error):  # which is not this member's alone
+                raise
+            member.error = error
+            say(f"failed: {member.id}: {error}")
+        else:
+            self.after_step(member)
 
     @property
     def working(self) -> bool:

@@ -1,0 +1,226 @@
+"""Which runs train together, and what that will take: made, and said, before anything starts.
+
+Runs that read the same activations form one group, whatever their hookpoints, architectures,
+budgets and batch sizes: one pass of the source feeds them all, down to the deepest hookpoint and as
+far as the largest budget. A group that would not fit into memory is split, into as few parts as do
+fit, as each of them needs a pass of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from reseed.config import ReseedError
+from reseed.console import counted, say
+from reseed.devices import available_memory, pick_device
+from reseed.train.cost import STEP_EFFICIENCY, Cost, cost, product_speed
+
+if TYPE_CHECKING:
+    from reseed.experiment import Resolved
+    from reseed.train.config import RuntimeConfig
+
+MEMORY_SHARE = 0.85
+"""Of the memory that is free, a group may take so much: estimates and neighbours err."""
+
+
+class OutOfMemory(ReseedError):
+    """A group did not fit after all. What was saved of its runs stands."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that train in one pass of their source."""
+
+    members: tuple[Resolved, ...]
+    cost: Cost
+
+    @classmethod
+    def of(cls, members: Sequence[Resolved]) -> Group:
+        return cls(tuple(members), cost(members))
+
+    def halves(self) -> tuple[Group, Group]:
+        """Two groups of about the same size. Needs two members."""
+        middle = len(self.members) // 2
+        return Group.of(self.members[:middle]), Group.of(self.members[middle:])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What training runs on.
+
+    Attributes:
+        device: where.
+        memory: bytes that a group may take.
+        speed: floating-point operations per second of a plain product.
+    """
+
+    device: torch.device
+    memory: float
+    speed: float
+
+    @classmethod
+    def of(cls, runtime: RuntimeConfig) -> Machine:
+        """This one, as far as the runtime does not describe another."""
+        device = pick_device(runtime.device)
+        if runtime.memory_gib is not None:
+            memory = runtime.memory_gib * 2**30
+        else:
+            memory = MEMORY_SHARE * available_memory(device)
+        speed = product_speed(device) if runtime.tflops is None else runtime.tflops * 1e12
+        return cls(device, memory, speed)
+
+    def seconds(self, cost: Cost) -> float:
+        """About how long something takes."""
+        return cost.flops / (STEP_EFFICIENCY * self.speed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command will train.
+
+    Attributes:
+        groups: one after the other.
+        calibrations: cells whose penalty weight is found first, by runs that are not counted here.
+    """
+
+    machine: Machine
+    groups: tuple[Group, ...]
+    calibrations: int = 0
+
+    @property
+    def runs(self) -> int:
+        return sum(len(group.members) for group in self.groups)
+
+    def say(self, finished: int = 0) -> None:
+        """Print it: a line for the whole, and one for each group.
+
+        Args:
+            finished: runs that are there already.
+        """
+        if not self.groups:
+            say(f"plan: nothing to train; {counted(finished, 'run')} finished")
+            return
+        costs = [group.cost for group in self.groups]
+        seconds = sum(map(self.machine.seconds, costs))
+        done = f" ({finished:,} more already finished)" if finished else ""
+        say(
+            f"plan: {counted(self.runs, 'run')} in {counted(len(costs), 'group')}{done}, on "
+            f"{self.machine.device.type} about {duration(seconds)}, at most "
+            f"{size(max(c.memory for c in costs))} of memory, weights of "
+            f"{size(sum(c.stored for c in costs))}"
+        )
+        for number, group in enumerate(self.groups, 1):
+            say(f"  {number:>{len(str(len(costs)))}}  {self._line(group)}")
+        if self.calibrations:
+            cells = counted(self.calibrations, "penalty weight")
+            say(f"  before that, {cells} found by calibration runs (2 to 9 for each)")
+
+    def _line(self, group: Group) -> str:
+        crowded = ""
+        if group.cost.memory > self.machine.memory:
+            crowded = f" (more than the {size(self.machine.memory)} that may be taken)"
+        return (
+            f"{counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
+            f"{_where(group.members)}: {_tokens(group.members)}, about "
+            f"{duration(self.machine.seconds(group.cost))}, {size(group.cost.memory)}{crowded}"
+        )
+
+
+def make_plan(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> Plan:
+    """Group the distinct experiments; those first that were given first."""
+    machine = Machine.of(runtime)
+    groups = [
+        Group.of(part)
+        for members in by_stream(experiments)
+        for part in fitting(members, machine.memory)
+    ]
+    cells = {r.without_seeds().signature for r in experiments if r.needs_calibration}
+    return Plan(machine, tuple(groups), len(cells))
+
+
+def by_stream(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
+    """The distinct experiments, those that read the same stream together, in the order given."""
+    streams: dict[str, dict[str, Resolved]] = {}
+    for resolved in experiments:
+        streams.setdefault(resolved.stream, {}).setdefault(resolved.signature, resolved)
+    return [list(members.values()) for members in streams.values()]
+
+
+def fitting(members: Sequence[Resolved], memory: float) -> list[list[Resolved]]:
+    """The members in as few parts as fit into so many bytes each; one that does not fit is alone.
+
+    Split by depth, and at one hookpoint by size, so that each part reads few hookpoints: their
+    chunks take room, and the pass of the model ends at the deepest.
+    """
+    if len(members) == 1 or cost(members).memory <= memory:
+        return [list(members)]
+    ordered = sorted(
+        members, key=lambda r: (r.experiment.layer, str(r.experiment.hook), r.num_latents)
+    )
+    parts: list[list[Resolved]] = []
+    for resolved in ordered:
+        if parts and cost([*parts[-1], resolved]).memory <= memory:
+            parts[-1].append(resolved)
+        else:
+            parts.append([resolved])
+    return parts
+
+
+def announce(group: Group, machine: Machine, number: int = 1, of: int = 1) -> None:
+    """Say that a group starts; one of several has its line in the plan already."""
+    if of > 1:
+        say(f"group {number} of {of}: {counted(len(group.members), 'SAE')} "
+            f"on {_where(group.members)}")  # fmt: skip
+        return
+    recipes = ", ".join(sorted({r.experiment.training.recipe for r in group.members}))
+    say(
+        f"training {counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
+        f"{_where(group.members)}\n"
+        f"  recipe {recipes}: {_tokens(group.members)}, "
+        f"{group.cost.parameters:,} parameters in all\n"
+        f"  on {machine.device.type}, about {duration(machine.seconds(group.cost))} and "
+        f"{size(group.cost.memory)}"
+    )
+
+
+def _where(members: Sequence[Resolved]) -> str:
+    hooks = ", ".join(sorted({str(r.experiment.hook) for r in members}))
+    return f"{members[0].model_label} {hooks}, {members[0].data.described}"
+
+
+def _kinds(members: Sequence[Resolved]) -> str:
+    found = {f"{r.experiment.sae.name} {r.num_latents:,} {r.experiment.sae.sparsity}"
+             for r in members}  # fmt: skip
+    return ", ".join(sorted(found))
+
+
+def _tokens(members: Sequence[Resolved]) -> str:
+    budgets = sorted({r.tokens for r in members})
+    told = " to ".join(f"{budget:,}" for budget in dict.fromkeys((budgets[0], budgets[-1])))
+    return f"{told} tokens each"
+
+
+def duration(seconds: float) -> str:
+    """In words: ``40 s``, ``12 min``, ``3.1 h``, ``5.0 days``."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5_400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds / 3_600:.1f} h"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def size(count: float) -> str:
+    """In words: ``80 KiB``, ``35 MiB``, ``0.3 GiB``, ``48.0 GiB``, ``1.2 TiB``."""
+    if count < 2**20:
+        return f"{count / 2**10:.0f} KiB"
+    if count < 100 * 2**20:
+        return f"{count / 2**20:.0f} MiB"
+    if count < 2**40:
+        return f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**40:.1f} TiB"

@@ -1,0 +1,290 @@
+"""What trains together, what it is said to take, and what happens where memory does not suffice."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from reseed.cli.app import CommandLine
+from reseed.cli.jobs import check_jobs
+from reseed.cli.main import main
+from reseed.devices import available_memory, is_out_of_memory
+from reseed.experiment import Resolved, train_missing
+from reseed.runs import Run, RunStore
+from reseed.train.config import RuntimeConfig, TrainingConfig
+from reseed.train.cost import _step_flops, _weights, cost
+from reseed.train.member import Member
+from reseed.train.plan import Group, Machine, by_stream, duration, fitting, make_plan, size
+
+Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
+
+
+@pytest.fixture
+def jobs(tiny_overrides: list[str], tmp_path: Path) -> Jobs:
+    def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
+        line = CommandLine("train", [])
+        where = f"runtime.outputs={tmp_path / outputs}"
+        found, runtime = check_jobs(line, [*tiny_overrides, where, *overrides], multirun=True)
+        return [job.resolved for job in found], runtime
+
+    return made
+
+
+def runs(members: list[Resolved], runtime: RuntimeConfig) -> list[Run]:
+    return [r.run(RunStore(runtime.outputs)) for r in members]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "groups"),
+    [
+        (
+            "seed=0,1 layer=0,2 sae=topk,relu training.batch_size=64,256 training.tokens=4096,8192",
+            1,
+        ),
+        ("training.precision=float32,bfloat16 hookpoint=mlp_out,attn_out", 1),
+        ("dataset.order_seed=0,1 seed=0,1", 2),
+        ("dataset.held_out_tokens=512,1024", 2),
+        ("model.dtype=float32,bfloat16", 2),
+        ("surrogate=none,gaussian,random_weights", 3),
+    ],
+)
+def test_what_reads_the_same_activations_trains_together(
+    jobs: Jobs, sweep: str, groups: int
+) -> None:
+    members, _ = jobs(*sweep.split())
+    assert len(by_stream(members)) == groups
+    # Asked for twice, trained once.
+    assert sum(map(len, by_stream([*members, *members]))) == len(members)
+
+
+def resolved(**options: object) -> Resolved:
+    training = TrainingConfig(tokens=64, batch_size=16, **options)  # type: ignore[arg-type]
+    sae = SimpleNamespace(dense_products=5)
+    experiment = SimpleNamespace(training=training, sae=sae)
+    return SimpleNamespace(experiment=experiment, num_latents=8, d_in=2)  # type: ignore[return-value]
+
+
+def test_the_operations_of_a_step_by_hand() -> None:
+    # Five products of 16 × 8 × 2, and 12 operations for each of two matrices' 16 weights.
+    plain = 5 * 2 * 16 * 8 * 2 + 12 * 32
+    assert (_step_flops(resolved()), _weights(resolved())) == (plain, 32)
+    # Two matrices, five rounds, each 2·(2·2²·8 + 2³) operations.
+    assert _step_flops(resolved(optimizer="muon")) == plain + 2 * 5 * 2 * (2 * 4 * 8 + 8)
+    # 8 × 3 weights more: the product with 3 × 2 centroids and its gradient, Adam's 12 per weight.
+    archetypal = resolved(decoder="archetypal", archetypes=3)
+    assert _weights(archetypal) == 32 + 24
+    assert _step_flops(archetypal) == plain + 2 * 2 * 24 * 2 + 12 * 24
+    assert _weights(resolved(decoder="archetypal")) == 32 + 64
+
+
+def test_costs_add_up(jobs: Jobs) -> None:
+    members, _ = jobs("seed=0,1", "layer=0,2")
+    each, together = [cost([r]) for r in members], cost(members)
+    assert together.parameters == sum(c.parameters for c in each)
+    # One pass of the model, to the deepest: four times the steps, the deeper of two passes.
+    steps = [r.experiment.training.steps * _step_flops(r) for r in members]
+    passes = [c.flops - s for c, s in zip(each, steps, strict=True)]
+    assert together.flops == pytest.approx(max(passes) + sum(steps))
+    by_layer = {r.experiment.layer: p for r, p in zip(members, passes, strict=True)}
+    # Up to layer 0 one of three blocks is run, up to layer 2 all.
+    assert by_layer[2] == pytest.approx(3 * by_layer[0])
+    # What does not depend on the number of SAEs is there once.
+    assert max(c.memory for c in each) < together.memory < sum(c.memory for c in each)
+
+
+def test_the_estimate_is_not_below_what_is_kept(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights, moments and gradients of all members, as they are when a step is over."""
+    members, runtime = jobs("seed=0,1", "sae=topk,relu", "sae.num_latents=512")
+    kept: dict[str, int] = {}
+    original = Member.train
+
+    def weighed(self: Member, *arguments: object) -> None:
+        original(self, *arguments)  # type: ignore[arg-type]
+        tensors = [*self.sae.parameters()]
+        tensors += [t for s in self.optimizer.state.values() for t in s.values()]
+        kept[self.id] = sum(t.numel() * t.element_size() for t in tensors)
+        assert all(p.grad is None for p in self.sae.parameters()), "freed before the next turn"
+
+    monkeypatch.setattr(Member, "train", weighed)
+    assert train_missing(members, runtime) == {}
+    assert len(kept) == 4
+    one = sum(kept.values()) / 4
+    # Each further SAE is counted with what it keeps and the copy that is stored.
+    more = (cost(members).memory - cost(members[:2]).memory) / 2
+    assert one <= more <= 1.5 * one
+
+
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_a_group_that_does_not_fit_is_split(jobs: Jobs, parts: int) -> None:
+    members, _ = jobs("seed=0,1,2,3", "layer=0,2")
+    single = cost(members[:1]).memory
+    slope = cost(members[:3]).memory - cost(members[:2]).memory
+    memory = {2: single + 3.5 * slope, 3: single + 2.5 * slope, 8: single - 1}[parts]
+    found = fitting(members, memory)
+    assert sorted(r.signature for part in found for r in part) == sorted(
+        r.signature for r in members
+    )
+    if parts < 8:
+        assert all(cost(part).memory <= memory for part in found)
+        assert len(found) == parts if parts == 2 else len(found) <= 4
+        if parts == 2:  # by depth: each part runs the model no further than it must
+            assert [{r.experiment.layer for r in part} for part in found] == [{0}, {2}]
+    else:
+        assert [len(part) for part in found] == [1] * 8, "what does not fit is tried alone"
+    assert fitting(members, 1e18) == [members]
+
+
+def test_a_split_sweep_gives_the_same_numbers(jobs: Jobs) -> None:
+    together, runtime = jobs("seed=0,1", "sae.num_latents=512")
+    train_missing(together, runtime)
+    apart, other = jobs("seed=0,1", "sae.num_latents=512", outputs="apart")
+    tight = dataclasses.replace(other, memory_gib=cost(apart[:1]).memory * 1.01 / 2**30)
+    assert len(make_plan(apart, tight).groups) == 2
+    assert train_missing(apart, tight) == {}
+    for a, b in zip(runs(together, runtime), runs(apart, other), strict=True):
+        assert a.record["group"] != b.record["group"]
+        assert torch.equal(a.sae().W_dec, b.sae().W_dec)
+
+
+def test_out_of_memory_goes_on_in_halves(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reference, other = jobs("seed=0,1,2", outputs="reference")
+    train_missing(reference, other)
+    members, runtime = jobs("seed=0,1,2")
+    greedy = runs(members, runtime)[2].id
+    original = Member.train
+    made: list[str] = []
+
+    def crowded(self: Member, *arguments: object) -> None:
+        made.append(self.id)
+        company = len({r.id for r in runs(members, runtime) if r.status == "running"})
+        if self.step == 40 and company > 1:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Member, "train", crowded)
+    saving = dataclasses.replace(runtime, checkpoint_every_s=1e-6)
+    assert train_missing(members, saving) == {}
+    said = capsys.readouterr().out
+    assert "out of memory with 3 SAEs" in said
+    assert "out of memory with 2 SAEs" in said
+    assert "going on with half of them" in said
+    # The last one, alone from then on, did not begin anew.
+    assert made.count(greedy) < 2 * members[2].experiment.training.steps
+    for a, b in zip(runs(reference, other), runs(members, runtime), strict=True):
+        assert b.finished
+        assert torch.equal(a.sae().W_dec, b.sae().W_dec)
+
+
+def test_one_for_which_memory_does_not_suffice_is_a_failure(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, runtime = jobs("seed=0,1")
+    bad = runs(members, runtime)[0].id
+    original = Member.train
+
+    def crowded(self: Member, *arguments: object) -> None:
+        if self.id == bad:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Member, "train", crowded)
+    failures = train_missing(members, runtime)
+    assert list(failures) == [bad]
+    first, second = runs(members, runtime)
+    assert first.status == "failed"
+    assert first.failure is not None
+    assert re.match(r"out of memory with 1 SAE \(CUDA out of memory", first.failure["message"])
+    assert first.failure["explained"]
+    assert second.finished
+
+
+def test_what_counts_as_out_of_memory() -> None:
+    assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**55)
+    assert is_out_of_memory(caught.value), "what the CPU's allocator says"
+    assert not is_out_of_memory(RuntimeError("shapes do not fit"))
+
+
+def test_free_memory_is_what_the_system_says() -> None:
+    there = available_memory(torch.device("cpu"))
+    assert 2**20 < there < 2**50
+
+
+def test_one_that_fails_does_not_stop_the_others(
+    jobs: Jobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members, runtime = jobs("seed=0,1,2")
+    bad = runs(members, runtime)[1].id
+    original = Member.train
+
+    def broken(self: Member, *arguments: object) -> None:
+        if self.id == bad and self.step == 7:
+            raise IndexError("no such thing")
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Member, "train", broken)
+    assert list(train_missing(members, runtime)) == [bad]
+    assert [run.status for run in runs(members, runtime)] == ["finished", "failed", "finished"]
+    record = runs(members, runtime)[1].record
+    assert record["failed_at_step"] == 7
+    assert "broken" in record["error"]["traceback"]
+    assert f"failed: {bad}: no such thing" in capsys.readouterr().out
+
+
+def test_plan_only_prints_and_trains_nothing(
+    tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train", "-m", *tiny_overrides, f"runtime.outputs={tmp_path / 'outputs'}"]
+    line += [f"runtime.sweeps={tmp_path / 'sweeps'}", "seed=0,1", "dataset.order_seed=0,1"]
+    with pytest.raises(SystemExit) as end:
+        main([*line, "plan_only=true", "runtime.tflops=1", "runtime.memory_gib=1e-4"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert re.search(r"plan: 4 runs in 4 groups, on cpu about \d+ s, at most \d+ KiB", said), said
+    assert "(more than the 105 KiB that may be taken)" in said
+    assert not (tmp_path / "outputs").exists()
+    assert not (tmp_path / "sweeps").exists()
+    with pytest.raises(SystemExit):
+        main([*line, "seed=0"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main([*line, "plan_only=true"])
+    assert "plan: 2 runs in 2 groups (2 more already finished)" in capsys.readouterr().out
+
+
+def test_a_plan_for_another_machine(jobs: Jobs) -> None:
+    members, runtime = jobs("seed=0,1")
+    there = dataclasses.replace(runtime, tflops=1e-3, memory_gib=2.0)
+    machine = Machine.of(there)
+    assert (machine.memory, machine.speed) == (2 * 2**30, 1e9)
+    group = Group.of(members)
+    assert machine.seconds(group.cost) == pytest.approx(group.cost.flops / 0.25e9)
+
+
+def test_calibrations_are_told_of(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+    members, runtime = jobs("sae=relu", "sae.target_l0=4,8", "seed=0,1")
+    plan = make_plan(members, runtime)
+    assert plan.calibrations == 2
+    plan.say()
+    assert "before that, 2 penalty weights found by calibration runs" in capsys.readouterr().out
+
+
+def test_words() -> None:
+    assert [duration(s) for s in (0.2, 89, 600, 7_200, 400_000)] == [
+        "1 s", "89 s", "10 min", "2.0 h", "4.6 days"
+    ]  # fmt: skip
+    assert [size(b) for b in (2**12, 5 * 2**20, 2**30, 3 * 2**40)] == [
+        "4 KiB", "5 MiB", "1.0 GiB", "3.0 TiB"
+    ]  # fmt: skip
