@@ -17,26 +17,22 @@ holds its lock; the operating system frees the lock of a process that died.
 from __future__ import annotations
 
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import re
 import socket
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reseed.atomic import atomic_write_json
 from reseed.config import SIGNATURE_LENGTH, ReseedError, digest
+from reseed.environment import environment
 
 if TYPE_CHECKING:
     from reseed.sae.base import SAE
@@ -46,7 +42,6 @@ RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json",
 """The files of a finished run, beside its record. ``activations.safetensors`` is not among them:
 runs of the time before it are finished too."""
 INITIAL_FILE = "initial.safetensors"
-_PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 _FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
 
 
@@ -327,45 +322,6 @@ def load_run(path: str | Path) -> Run:
     run = Run(Path(path).resolve())
     _ = run.record
     return run
-
-
-@cache
-def environment() -> dict[str, Any]:
-    """What a run was made with."""
-    from reseed import __version__
-
-    versions = {"reseed": __version__}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": socket.gethostname(),
-        "cpus": os.cpu_count(),
-        "packages": versions,
-        "git_commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }
-
-
-def _git_commit() -> str | None:
-    """Commit of the checkout that the code runs from, with ``+`` where files were changed."""
-    here = Path(__file__).parent
-    try:
-        arguments = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
-        # An installation may lie in somebody else's repository, whose commit says nothing of us.
-        tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
-        subprocess.run(tracked, check=True, **arguments)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **arguments).stdout
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--untracked-files=no"], check=True, **arguments
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return commit.strip() + ("+" if changed.strip() else "")
 
 
 def _now() -> str:
