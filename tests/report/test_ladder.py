@@ -11,7 +11,8 @@ from reseed.compare.columns import SURROGATES
 from reseed.compare.statistics import welch_difference
 from reseed.report.differences import signed
 from reseed.report.ladder import TITLE, ladder
-from reseed.report.tables import print_summary, summary_markdown
+from reseed.report.tables import summary_markdown
+from reseed.report.terminal import print_summary
 from reseed.report.wording import number, with_interval
 
 

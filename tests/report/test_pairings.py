@@ -17,7 +17,8 @@ from reseed.report.matrices import matrices
 from reseed.report.matrix_figure import matrix_figure
 from reseed.report.pairings import by_value, pairing_frame, pairings
 from reseed.report.style import STYLE
-from reseed.report.tables import print_summary, summary_markdown, write_tables
+from reseed.report.tables import summary_markdown, write_tables
+from reseed.report.terminal import print_summary
 
 
 @pytest.fixture(scope="module")

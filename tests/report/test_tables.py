@@ -8,13 +8,8 @@ import pytest
 from rich.console import Console
 
 from reseed.compare.statistics import Interval
-from reseed.report.tables import (
-    SUMMARY_COLUMNS,
-    print_summary,
-    summary_frame,
-    summary_markdown,
-    write_tables,
-)
+from reseed.report.tables import SUMMARY_COLUMNS, summary_frame, summary_markdown, write_tables
+from reseed.report.terminal import print_summary
 from reseed.report.wording import (
     NOT_SHARED,
     OFF_TARGET,

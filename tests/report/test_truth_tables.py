@@ -11,7 +11,8 @@ from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.truth import LABELS
-from reseed.report.tables import print_summary, summary_frame, summary_markdown, write_tables
+from reseed.report.tables import summary_frame, summary_markdown, write_tables
+from reseed.report.terminal import print_summary
 from reseed.report.truth import TITLE, truth_tables
 
 METRICS = {"mcc": 0.87, "f1": 0.76, "recall_energetic": 0.65, "atoms": 0.5, "composites": 0.5}

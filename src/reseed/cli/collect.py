@@ -13,7 +13,8 @@ from reseed.config import ReseedError
 from reseed.console import say
 from reseed.report.axes import Cell, ordered
 from reseed.report.figures import write_figures
-from reseed.report.tables import print_summary, write_tables
+from reseed.report.tables import write_tables
+from reseed.report.terminal import print_summary
 from reseed.runs import Run
 from reseed.sweeps import Sweep
 

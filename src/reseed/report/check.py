@@ -13,7 +13,8 @@ from rich.console import Console
 from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
 from reseed.compare.statistics import Interval
-from reseed.report.tables import markdown_table, print_words
+from reseed.report.tables import markdown_table
+from reseed.report.terminal import print_words
 from reseed.report.wording import Wording, null_in_words, number, with_interval
 
 FILES = ("check.csv", "check.md")

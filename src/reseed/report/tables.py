@@ -1,4 +1,4 @@
-"""The tables of a comparison: files for programs and for people, and the summary on a terminal."""
+"""The tables of a comparison as files, for programs and for people."""
 
 from __future__ import annotations
 
@@ -12,30 +12,19 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich import box
-from rich.cells import cell_len
-from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
-from rich.text import Text
 
 from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
 from reseed.compare.pairing import seed_at
 from reseed.compare.statistics import Interval
 from reseed.compare.strata import standardised
-from reseed.report.axes import FEW, Cell, label
-from reseed.report.differences import differences, verdicts
+from reseed.report.axes import Cell, label
+from reseed.report.differences import differences
 from reseed.report.firing_tables import strata_frame, with_strata
 from reseed.report.ladder import ladder
 from reseed.report.latex import summary_latex
 from reseed.report.matrices import matrices, matrix_frame
-from reseed.report.pairings import (
-    by_value,
-    general,
-    pairing_frame,
-    pairings,
-)
+from reseed.report.pairings import by_value, general, pairing_frame, pairings
 from reseed.report.sections import sections
 from reseed.report.truth import truth_tables, with_labels_alike
 from reseed.report.wording import Wording, notes, summary, visible
@@ -93,7 +82,7 @@ def write_tables(
     atomic_write(rows, lambda p: summary_frame(cells).to_csv(p, index=False))
     atomic_write_text(text, summary_markdown(cells, incomplete))
     atomic_write_text(
-        tex, summary_latex(cells, _shown_tables(cells, incomplete), cells[0][1].settings.name)
+        tex, summary_latex(cells, shown_tables(cells, incomplete), cells[0][1].settings.name)
     )
     return files
 
@@ -240,7 +229,7 @@ def _first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list
     return [replace(first, footnotes=(*first.footnotes, *incomplete)), *more]
 
 
-def _shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
+def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
     """All tables that the terminal shows, and ``summary.tex``."""
     return [*_first_tables(cells, incomplete), *_more_tables(cells)]
 
@@ -261,108 +250,3 @@ def markdown_table(words: Wording) -> str:
     rule = [":--"] * words.num_knobs + ["--:"] * (len(words.header) - words.num_knobs)
     table = [line(words.header), line(rule), *map(line, words.rows)]
     return ("\n".join(table) + "\n\n" + "\n".join(f"- {n}" for n in words.footnotes)).strip()
-
-
-def print_summary(
-    cells: Sequence[Cell],
-    *,
-    title: str = "",
-    console: Console | None = None,
-) -> None:
-    """Print the summary table with its footnotes and `verdicts`, then `truth_tables`.
-
-    On a terminal it fits the window: first columns that can be spared are left out, then cells are
-    paragraphs. Into a file or pipe it is as wide as it has to be, without colour, so that nothing
-    is cut off.
-    """
-    console = console or Console()
-    first, *others = _shown_tables(cells)
-    print_words(first, console, title)
-    for line in verdicts(cells):
-        console.print(_rich(line), width=min(console.width, 100))
-    for words in others:
-        console.print()
-        print_words(words, console)
-
-
-def print_words(words: Wording, console: Console, title: str = "") -> None:
-    """Print one table as `print_summary` says."""
-    if not console.is_terminal:
-        width = max(100, _needed(_table(words), console))
-        console = Console(file=console.file, width=width, color_system=None)
-    if title:
-        console.print(Text(title, style="bold"))
-    console.print(Text(words.caption))
-    fitting = _fitting(words, console)
-    console.print(_paragraphs(words) if fitting is None else _fitted(fitting, console))
-    spared = [] if fitting is None else [n for n in words.header if n not in fitting.header]
-    if spared:
-        names = ", ".join(name.replace("\n", " ") for name in spared)
-        note = f"not shown for want of room, but in summary.md: {names}"
-        console.print(Text(note), width=min(console.width, 100), style="dim")
-    for note in words.footnotes:
-        console.print(_rich(note), width=min(console.width, 100), style="dim")
-
-
-def _fitting(words: Wording, console: Console) -> Wording | None:
-    """The table with as few of its spare columns left out as the window allows, or None."""
-    for count in range(len(words.spare) + 1):
-        narrower = words.without(words.spare[:count])
-        if _needed(_table(narrower, 0), console) <= console.width:
-            return narrower
-    return None
-
-
-def _needed(table: Table, console: Console) -> int:
-    """Columns of the window that a table takes whose columns all have a width."""
-    wide = console.options.update(width=10_000, max_width=10_000)
-    return Measurement.get(console, wide, table).maximum
-
-
-def _fitted(words: Wording, console: Console) -> Table:
-    """The table with its columns as wide as the window allows."""
-    return _table(words, console.width - _needed(_table(words, 0), console))
-
-
-def _table(words: Wording, room: int = 10_000) -> Table:
-    """A column may wrap between words where the window is narrow, never within a word or number.
-
-    Args:
-        room: how much wider than the narrowest possible the table may be. (Left to itself, rich
-            takes from the widest column first, and breaks words of it while others have room.)
-    """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
-    table.collapse_padding, table.pad_edge = True, False
-    for i, name in enumerate(words.header):
-        entries = [name, *(row[i] for row in words.rows)]
-        least = max(cell_len(word) for entry in entries for word in (entry.split() or [""]))
-        full = max(cell_len(line) for entry in entries for line in (entry.splitlines() or [""]))
-        width = min(full, least + room)
-        room -= width - least
-        justify = "left" if i < words.num_knobs else "right"
-        table.add_column(name, justify=justify, overflow="fold", width=width)
-    first = [row[:1] for row in words.rows]
-    grouped = words.num_knobs > 1 and len(words.rows) > FEW
-    for i, row in enumerate(words.rows):
-        if grouped and i and first[i] != first[i - 1] and len(set(first)) < len(first):
-            table.add_section()
-        table.add_row(*map(Text, row))
-    return table
-
-
-def _paragraphs(words: Wording) -> Text:
-    """The table for a window that is too narrow for it."""
-    names = [name.replace("\n", " ") for name in words.header]
-    cells = [
-        " · ".join(f"{name} {entry}" for name, entry in zip(names, row, strict=True))
-        for row in words.rows
-    ]
-    return Text("\n" + "\n\n".join(cells) + "\n")
-
-
-def _rich(text: str) -> Text:
-    """``**bold**`` as the terminal has it."""
-    out = Text()
-    for i, part in enumerate(text.split("**")):
-        out.append(part, style="bold" if i % 2 else "")
-    return out
