@@ -8,11 +8,13 @@ from scipy.optimize import linear_sum_assignment
 from reseed.compare.assignment import candidates as listing
 from reseed.compare.assignment.auction import auction
 from reseed.compare.assignment.candidates import ROUNDING, candidates, product_error
+from reseed.compare.assignment.centre import centre
 from reseed.compare.assignment.edges import Edges, listed_edges, no_edges
-from reseed.compare.assignment.paths import Assignment, augment, release
-from reseed.compare.assignment.pricing import Bounds, Pricer, Prices, centre, open_pairs
+from reseed.compare.assignment.paths import augment, release
+from reseed.compare.assignment.pricing import Bounds, Pricer, Prices, open_pairs
 from reseed.compare.assignment.rows import distinct_rows
 from reseed.compare.assignment.solve import solve
+from reseed.compare.assignment.state import Assignment
 from reseed.compare.assignment.threads import in_ranges
 
 CPU = torch.device("cpu")

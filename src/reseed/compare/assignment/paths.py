@@ -6,7 +6,8 @@ of a pair is u_i + v_j − S_ij and matched pairs are walked back at no cost (Di
 path everybody moves up by one, and prices change by what is left of the distance, which keeps them
 as they have to be (Jonker & Volgenant 1987).
 
-Rows and columns are distinct ones and may stand for several copies: a column has a slot per copy.
+The heap of columns by distance is in this file because numba's cache of a function does not notice
+that another one, which it calls, has changed in another file.
 """
 
 from __future__ import annotations
@@ -15,87 +16,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numba import njit
 
 from reseed.compare.assignment.edges import Edges
+from reseed.compare.assignment.state import Assignment
 
 _AT_A_TIME = 512  # searches between two looks at the keyboard
-
-
-@dataclass(eq=False)
-class Assignment:
-    """A partial assignment and its prices; changed in place.
-
-    Attributes:
-        row_price, column_price: u and v.
-        row_of: row of each copy of a row.
-        slot_of: slot of each copy of a row, −1 where it has none.
-        column_of: column of each slot.
-        first_slot: the slots of column j are ``first_slot[j] : first_slot[j + 1]``.
-        owner: copy that has the slot, −1 where it is free.
-    """
-
-    row_price: Float[np.ndarray, " n"]
-    column_price: Float[np.ndarray, " m"]
-    row_of: Int[np.ndarray, " row_copies"]
-    slot_of: Int[np.ndarray, " row_copies"]
-    column_of: Int[np.ndarray, " slots"]
-    first_slot: Int[np.ndarray, " m+1"]
-    owner: Int[np.ndarray, " slots"]
-
-    @classmethod
-    def empty(
-        cls,
-        row_copies: Int[np.ndarray, " n"],
-        column_copies: Int[np.ndarray, " m"],
-        column_price: Float[np.ndarray, " m"],
-    ) -> Assignment:
-        """Nobody has anything."""
-        return cls(
-            row_price=np.zeros(len(row_copies)),
-            column_price=column_price.copy(),
-            row_of=np.repeat(np.arange(len(row_copies)), row_copies),
-            slot_of=np.full(row_copies.sum(), -1),
-            column_of=np.repeat(np.arange(len(column_copies)), column_copies),
-            first_slot=np.r_[0, np.cumsum(column_copies)],
-            owner=np.full(column_copies.sum(), -1),
-        )
-
-    @property
-    def without(self) -> Int[np.ndarray, " some"]:
-        """Copies of rows that have no column."""
-        return np.flatnonzero(self.slot_of < 0)
-
-    @property
-    def partner(self) -> Int[np.ndarray, " row_copies"]:
-        """Column of each copy of a row, −1 where it has none."""
-        return np.where(self.slot_of >= 0, self.column_of[self.slot_of], -1)
-
-    @property
-    def first_copy(self) -> Int[np.ndarray, " n+1"]:
-        """The copies of row i are ``first_copy[i] : first_copy[i + 1]``."""
-        return np.searchsorted(self.row_of, np.arange(len(self.row_price) + 1))
-
-    @property
-    def has_room(self) -> Bool[np.ndarray, " m"]:
-        """Columns with a free slot."""
-        room = np.zeros(len(self.column_price), dtype=bool)
-        room[self.column_of[self.owner < 0]] = True
-        return room
-
-    def take(self, copies: Int[np.ndarray, " some"], columns: Int[np.ndarray, " some"]) -> None:
-        """Give each of the copies the first slot of a column."""
-        slots = self.first_slot[columns]
-        self.slot_of[copies] = slots
-        self.owner[slots] = copies
-
-    def tighten(self, edges: Edges) -> None:
-        """Row prices that the graph asks for; who is not at its best column leaves it."""
-        _tighten(
-            edges.start, edges.column, edges.cosine, self.row_price, self.column_price,
-            self.row_of, self.slot_of, self.column_of, self.owner,
-        )  # fmt: skip
 
 
 def augment(
@@ -173,26 +100,6 @@ class _Scratch:
             self.distance, self.place, self.via, self.heap, self.seen, self.row_distance,
             self.rows_seen,
         )  # fmt: skip
-
-
-@njit(nogil=True, cache=True)
-def _tighten(start, column, cosine, u, v, row_of, slot_of, column_of, owner):  # pragma: no cover
-    for i in range(len(u)):
-        best = -np.inf
-        for e in range(start[i], start[i + 1]):
-            best = max(best, cosine[e] - v[column[e]])
-        u[i] = best
-    for copy in range(len(row_of)):
-        if slot_of[copy] < 0:
-            continue
-        i, j = row_of[copy], column_of[slot_of[copy]]
-        tight = False
-        for e in range(start[i], start[i + 1]):
-            if column[e] == j:
-                tight = cosine[e] - v[j] >= u[i] - 1e-15  # what moving prices rounds
-        if not tight:
-            owner[slot_of[copy]] = -1
-            slot_of[copy] = -1
 
 
 @njit(nogil=True, cache=True)

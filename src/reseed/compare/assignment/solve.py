@@ -13,17 +13,12 @@ from jaxtyping import Float, Int
 
 from reseed.compare.assignment.auction import auction
 from reseed.compare.assignment.candidates import CANDIDATES, candidates
+from reseed.compare.assignment.centre import centre
 from reseed.compare.assignment.edges import Edges, listed_edges, no_edges
-from reseed.compare.assignment.paths import Assignment, augment, release
-from reseed.compare.assignment.pricing import (
-    EXACT,
-    Bounds,
-    Pricer,
-    Prices,
-    centre,
-    open_pairs,
-)
+from reseed.compare.assignment.paths import augment, release
+from reseed.compare.assignment.pricing import EXACT, Bounds, Pricer, Prices, open_pairs
 from reseed.compare.assignment.rows import DistinctRows
+from reseed.compare.assignment.state import Assignment
 
 log = logging.getLogger(__name__)
 
