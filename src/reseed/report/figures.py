@@ -29,7 +29,7 @@ from reseed.report.firing_figure import firing_figure
 from reseed.report.matrices import value_matrices
 from reseed.report.matrix_figure import matrix_figure
 from reseed.report.seed_figures import seeds_figure
-from reseed.report.style import BLUE, GREY, ORANGE, STYLE, WIDTH, legend_below
+from reseed.report.style import BLUE, GREY, ORANGE, STYLE, WIDTH, legend_below, scatter_of_two
 from reseed.report.truth import with_labels
 from reseed.report.truth_figure import truth_figure
 from reseed.report.wording import counted, paired
@@ -167,17 +167,7 @@ def cosine_figure(cells: Sequence[Cell]) -> Figure:
 
 def _cosines(axes: Axes, cell: CellResult) -> None:
     encoder, decoder, agrees = matched_cosines(cell)
-    for which, colour, marker in ((~agrees, ORANGE, "+"), (agrees, BLUE, "o")):
-        axes.scatter(
-            encoder[which],
-            decoder[which],
-            s=9 if marker == "+" else 4,
-            c=colour,
-            marker=marker,
-            alpha=0.5,
-            linewidths=0.5 if marker == "+" else 0,
-            rasterized=True,
-        )
+    scatter_of_two(axes, encoder, decoder, agrees)
     for line in (axes.axvline, axes.axhline):
         line(cell.settings.threshold, color="black", linestyle="--", linewidth=0.7)
     null = cell.pair_mean("null_cosine")

@@ -15,12 +15,11 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from reseed.compare.cell import CellResult
 from reseed.report.axes import Cell, label, wrapped
 from reseed.report.latents import Matched, matched
-from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below
+from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, scatter_of_two
 from reseed.report.wording import counted
 
 MAX_POINTS = 3000
 """Points drawn of one cell; its histograms count all."""
-_KINDS = ((False, ORANGE, "+"), (True, BLUE, "o"))
 _BINS = 40
 
 
@@ -81,18 +80,7 @@ def _points(axes: Axes, own: Matched, never: float) -> None:
     # Counts are whole numbers, which would stand in columns: moved within a tenth of a decade.
     moved = 10 ** np.random.default_rng(1).uniform(-0.05, 0.05, len(rate))
     at = np.where(rate > 0, rate, never) * moved
-    for flag, colour, marker in _KINDS:
-        which = shared == flag
-        axes.scatter(
-            at[which],
-            cosine[which],
-            s=9 if marker == "+" else 4,
-            c=colour,
-            marker=marker,
-            alpha=0.5,
-            linewidths=0.5 if marker == "+" else 0,
-            rasterized=True,
-        )
+    scatter_of_two(axes, at, cosine, shared)
 
 
 def _ticks(axes: Axes, never: float, least: float, most: float) -> None:
@@ -114,7 +102,7 @@ def _margins(axes: Axes, own: Matched, never: float, most: float, low: float, ti
     right = axes.inset_axes((1.02, 0, 0.16, 1), sharey=axes)
     at = np.where(own.rate > 0, own.rate, never)
     bins = (np.geomspace(never / 1.3, most * 1.3, _BINS), np.linspace(low, 1, _BINS))
-    for flag, colour, _ in _KINDS:
+    for flag, colour in ((False, ORANGE), (True, BLUE)):
         which = own.shared == flag
         for small, values, edges, sideways in (
             (above, at, bins[0], False),

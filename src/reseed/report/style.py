@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Bool, Float
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -65,3 +68,19 @@ def interval_handle(cells: Sequence[Cell], estimates: Sequence[str], colour: str
     confidence = cells[0][1].settings.confidence
     text = f"{confidence:.0%} interval over {counted(cells)}"
     return Patch(facecolor=colour, alpha=0.3, label=text)
+
+
+def scatter_of_two(
+    axes: Axes,
+    x: Float[np.ndarray, " n"],
+    y: Float[np.ndarray, " n"],
+    holds: Bool[np.ndarray, " n"],
+) -> None:
+    """Points of two kinds: small blue dots, and orange crosses under them for those that are not
+    ``holds`` is false."""
+    for flag, colour, marker, size, line in ((False, ORANGE, "+", 9, 0.5), (True, BLUE, "o", 4, 0)):
+        which = holds == flag
+        axes.scatter(
+            x[which], y[which], s=size, c=colour, marker=marker, alpha=0.5, linewidths=line,
+            rasterized=True,
+        )  # fmt: skip
