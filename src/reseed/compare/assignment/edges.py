@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Float, Int
 from numba import njit
+from scipy import sparse
 
 from reseed.compare.assignment.rows import DistinctRows
 from reseed.compare.assignment.threads import in_ranges
@@ -38,7 +39,11 @@ class Edges:
 
     @cached_property
     def by_column(self) -> tuple[Int[np.ndarray, " m+1"], Int[np.ndarray, " edges"]]:
-        """``start`` per column, and the pairs of each column as places in `column`."""
+        """``start`` per column, and the pairs of each column as places in `column`.
+
+        scipy's ``tocsc`` of the places gives the same in twice the time (131,072 × 100 pairs), as
+        it moves the rows along.
+        """
         start = np.zeros(self.columns + 1, dtype=np.int64)
         np.cumsum(np.bincount(self.column, minlength=self.columns), out=start[1:])
         place = np.empty(len(self), dtype=np.int32 if len(self) < 2**31 else np.int64)
@@ -84,7 +89,7 @@ def listed_edges(
 
     The cosine of a pair is the product of its rows in float64 with both norms divided out.
     """
-    start, found, values = _merged(*_compressed(row, column, len(a)), beside)
+    start, found, values = _merged(*_compressed(row, column, len(a), len(b)), beside)
     in_ranges(
         lambda first, last: _fill_cosines(
             start, found, values, a.values, b.values, a.inverse_norms, b.inverse_norms,
@@ -116,16 +121,13 @@ def cosines(
 
 
 def _compressed(
-    row: Int[np.ndarray, " listed"], column: Int[np.ndarray, " listed"], rows: int
+    row: Int[np.ndarray, " listed"], column: Int[np.ndarray, " listed"], rows: int, columns: int
 ) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " edges"]]:
-    """Pairs by row, each once."""
-    start = np.zeros(rows + 1, dtype=np.int64)
-    np.cumsum(np.bincount(row, minlength=rows), out=start[1:])
-    found = np.empty(len(row), dtype=np.int32)
-    _by_row(row, column, start[:-1].copy(), found)
-    kept = np.empty(rows, dtype=np.int64)
-    in_ranges(lambda first, last: _sort_once(start, found, kept, first, last), rows)
-    return _closed_up(start, kept, found)
+    """Pairs by row, the columns in rising order, each once."""
+    listed = row.astype(np.int32), column.astype(np.int32)
+    graph = sparse.csr_array((np.ones(len(row), dtype=bool), listed), shape=(rows, columns))
+    graph.sum_duplicates()
+    return graph.indptr.astype(np.int64), graph.indices.astype(np.int32, copy=False)
 
 
 def _closed_up(
@@ -144,7 +146,10 @@ def _closed_up(
 def _merged(
     start: Int[np.ndarray, " n+1"], found: Int[np.ndarray, " new"], beside: Edges
 ) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " edges"], Float[np.ndarray, " edges"]]:
-    """Sorted rows of two graphs; the cosines that one of them has, NaN elsewhere."""
+    """Sorted rows of two graphs; the cosines that one of them has, NaN elsewhere.
+
+    (A sum of scipy's would not do: it leaves out pairs whose cosine is 0.)
+    """
     rows = len(start) - 1
     bounds = start + beside.start
     column = np.empty(bounds[-1], dtype=np.int32)
@@ -170,31 +175,10 @@ def _look_up(start, column, cosine, rows, columns, found):  # pragma: no cover
 
 
 @njit(nogil=True, cache=True)
-def _by_row(row, column, cursor, found):  # pragma: no cover
-    for e in range(len(row)):
-        found[cursor[row[e]]] = column[e]
-        cursor[row[e]] += 1
-
-
-@njit(nogil=True, cache=True)
 def _places_by_column(column, cursor, place):  # pragma: no cover
     for e in range(len(column)):
         place[cursor[column[e]]] = e
         cursor[column[e]] += 1
-
-
-@njit(nogil=True, cache=True)
-def _sort_once(start, found, kept, first, last):  # pragma: no cover
-    """Sort the columns of every row and count each once; the rest of the row is left over."""
-    for i in range(first, last):
-        own = found[start[i] : start[i + 1]]
-        own.sort()
-        count = 0
-        for e in range(len(own)):
-            if e == 0 or own[e] != own[e - 1]:
-                own[count] = own[e]
-                count += 1
-        kept[i] = count
 
 
 @njit(nogil=True, cache=True)
