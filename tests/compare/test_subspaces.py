@@ -1,5 +1,7 @@
 """What groups of latents span."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 from scipy.linalg import qr, subspace_angles
@@ -88,6 +90,25 @@ def test_orphans_without_anything_in_common_are_as_far_apart_as_random_ones(dict
     assert found["subspace_overlap_orphan"] == pytest.approx(
         found["null_subspace_overlap_orphan"], abs=0.01
     )
+
+
+@pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2)])
+def test_the_order_of_the_runs_does_not_matter(dictionary, order):
+    rng = np.random.default_rng(0)
+    firing = np.where(np.arange(60) < 20, 500, 50)
+    runs = [dictionary(*rng.standard_normal((2, 60, 12)), seed=s, firing=firing) for s in "abc"]
+    shared_with = [rng.integers(0, 3, 60) for _ in runs]
+
+    def rows(order):
+        found = subspaces([runs[i] for i in order], [shared_with[i] for i in order], 10, seed=3)
+        pairs = [frozenset(pair) for pair in combinations(order, 2)]
+        return [
+            {(name, who): columns[name][i] for name in columns for i, who in enumerate(named)}
+            for columns, named in ((found.runs, order), (found.pairs, pairs))
+        ]
+
+    for found, wanted in zip(rows(order), rows((0, 1, 2)), strict=True):
+        assert found == pytest.approx(wanted)
 
 
 def test_a_group_without_latents_is_not_known(dictionary):

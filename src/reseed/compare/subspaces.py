@@ -30,6 +30,7 @@ from reseed.compare.columns import GROUPS
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.measures import DENSE
 from reseed.compare.rows import unit_rows
+from reseed.config import digest
 
 HELD = 0.9
 """Part of a moment that its leading directions hold."""
@@ -72,11 +73,13 @@ def subspaces(
     which = list(combinations(range(len(trained)), 2))
     for group in GROUPS:
         spans, nulls = [], []
-        for s, (x, m) in enumerate(zip(trained, shared_with, strict=True)):
+        for x, m in zip(trained, shared_with, strict=True):
             member = _members(x, m, live_at_least)[group]
             spans.append(_Span.of(x.decoder[member]))
             live = np.flatnonzero(x.live(live_at_least) & ~x.zero)
-            drawn = np.random.default_rng([seed, s]).choice(live, member.sum(), replace=False)
+            # By the run and not by its place: the order of the runs must not matter.
+            rng = np.random.default_rng([seed, int(digest(x.id), 16)])
+            drawn = rng.choice(live, member.sum(), replace=False)
             nulls.append(moment(x.decoder[np.sort(drawn)]))
         runs[f"directions_{group}"] = [span.directions for span in spans]
         measured = [
