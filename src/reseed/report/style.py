@@ -76,8 +76,8 @@ def scatter_of_two(
     y: Float[np.ndarray, " n"],
     holds: Bool[np.ndarray, " n"],
 ) -> None:
-    """Points of two kinds: small blue dots, and orange crosses under them for those that are not
-    ``holds`` is false."""
+    """Points of two kinds: small blue dots, and under them orange crosses where ``holds`` is
+    false."""
     for flag, colour, marker, size, line in ((False, ORANGE, "+", 9, 0.5), (True, BLUE, "o", 4, 0)):
         which = holds == flag
         axes.scatter(
