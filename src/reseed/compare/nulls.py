@@ -29,7 +29,10 @@ from reseed.compare.matching import Matching, match
 from reseed.compare.rows import unit32
 
 MAX_SIMULATED_LATENTS = 4096
-"""Largest side that is simulated; six matchings of it take about 12 s on one core."""
+"""Largest side that is simulated. Of this size and d_in 768 the six matchings of the isotropic null
+take about 5 s of one core, and with a covariance, where the nearest are looked for too, 11 s. At
+16,384 it would be about 40 and 65 s, for each size and covariance (of every layer, say), and would
+better a mean cosine that is right within .001, and with a covariance within 1% on average."""
 _ROWS = 2048
 """Of which the mean best cosine of the covariance's null is taken."""
 _BLOCK, _LEAVES = 4096, 4096
