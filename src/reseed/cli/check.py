@@ -17,7 +17,7 @@ from reseed.config import ConfigError, ReseedError, nearest
 if TYPE_CHECKING:
     from reseed.cli.plan import Launch, Plan
     from reseed.compare.cell import CellResult
-    from reseed.compare.named import Named, Rows
+    from reseed.compare.named import BothRows, Named
     from reseed.runs import Run
 
 DEFAULT = "comparison=seeds"
@@ -227,7 +227,7 @@ def _check(
     result: CellResult = CellResult.read(plan.sweep.cell_folder(cell.axes))
     runs = {run.id: run for run in cell.runs.values()}
 
-    def rows(run: str) -> Rows:
+    def rows(run: str) -> BothRows:
         sae = runs[run].sae()
         return sae.W_enc.detach().numpy(), sae.W_dec.detach().numpy()
 

@@ -15,7 +15,8 @@ from reseed.compare.cell import CellResult
 from reseed.compare.functional import bounded, quality_coverage
 from reseed.compare.pairing import without_intervals
 from reseed.compare.same_tokens import Matched
-from reseed.compare.statistics import seed_interval
+from reseed.compare.statistics import known_mean, seed_interval
+from reseed.compare.tables import lists
 
 TOPS = (100, 2_000)
 """Numbers of highest-ranking matches whose mean R is shown."""
@@ -62,19 +63,13 @@ def sides_of(cell: CellResult) -> Sides:
     for s, run in enumerate(runs):
         rows = cell.latents.filter(pc.field("run") == run)
         others = rows["others"][0].as_py()
-        partners, shared = (_lists(rows, name) for name in ("partner_decoder", "shared"))
+        partners, shared = (lists(rows, name) for name in ("partner_decoder", "shared"))
         live, firing = (rows[name].to_numpy() for name in ("live", "firing"))
         for i, other in enumerate(others):
             partner = np.ascontiguousarray(partners[:, i], dtype=np.int64)
             flags = np.ascontiguousarray(shared[:, i])
             found[s, runs.index(other)] = Side(partner, flags, live.copy(), firing.copy())
     return found
-
-
-def _lists(rows: pa.Table, name: str) -> np.ndarray:
-    """A column of lists of one length as an array [rows, length]."""
-    flat = rows[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(rows), -1)
 
 
 def pair_measures(
@@ -102,14 +97,14 @@ def pair_measures(
 
     def mean(column: Callable[[LatentMeasures], np.ndarray], of: str = "") -> float:
         values = [column(found)[_kept(found, side, of)] for found, side in two]
-        return _mean(np.concatenate(values))
+        return known_mean(np.concatenate(values))
 
     def pooled(of: str) -> float:
         sums = [found.substitution.pooled(_kept(found, side, of)) for found, side in two]
         repaired, damage = np.sum(sums, axis=0)
         return float(repaired / damage) if damage > 0 else float("nan")
 
-    novel = [_mean(_below_zero(found.insertion[side.live])) for found, side in two]
+    novel = [known_mean(_below_zero(found.insertion[side.live])) for found, side in two]
     curves = [_curve(found) for found, _ in two]
     by_activations = measured.matched.get((min(s, t), max(s, t)))
     matched = zip(MATCHED_COLUMNS, by_activations, strict=True) if by_activations else ()
@@ -130,9 +125,9 @@ def pair_measures(
         "substitution_best_scale": mean(lambda f: bounded(f.substitution.quality_best)),
         "substitution_second_best": mean(lambda f: bounded(f.second_best.quality)),
         "substitution_random": mean(lambda f: bounded(f.random.quality)),
-        "substitution_area": _mean(np.array([_mean(curve) for curve in curves])),
+        "substitution_area": known_mean(np.array([known_mean(curve) for curve in curves])),
         **{
-            f"substitution_top_{top}": _mean(np.array([_at(curve, top) for curve in curves]))
+            f"substitution_top_{top}": known_mean(np.array([_at(curve, top) for curve in curves]))
             for top in TOPS
         },
         "novel_fraction": sum(novel) / 2,
@@ -160,12 +155,6 @@ def _curve(found: LatentMeasures) -> Float[np.ndarray, " known"]:
 
 def _at(curve: Float[np.ndarray, " known"], top: int) -> float:
     return float(curve[top - 1]) if len(curve) >= top else float("nan")
-
-
-def _mean(values: np.ndarray) -> float:
-    """Of those that are there."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")
 
 
 def with_activations(
@@ -225,12 +214,12 @@ def _with_lists(cell: CellResult, measured: ActivationMeasures | None, sides: Si
         # NaN as null: what is not known.
         values = pa.array(np.concatenate(flat).astype(np.float32), from_pandas=True)
         offsets = pa.array(np.arange(len(table) + 1, dtype=np.int32) * (n - 1))
-        lists = pa.ListArray.from_arrays(offsets, values)
+        made = pa.ListArray.from_arrays(offsets, values)
         if name in table.column_names:
             table = table.drop_columns([name])
         # Each before the last one, and all before what only some cells have: the tables of all
         # cells are put together.
-        table = table.add_column(table.column_names.index("shared") + 1, name, lists)
+        table = table.add_column(table.column_names.index("shared") + 1, name, made)
     return table
 
 

@@ -30,9 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.compare.similarity import BothWays, tiles
-
-STRATA = 10
-"""Deciles of firing, within which random partners are drawn."""
+from reseed.compare.strata import DECILES
 
 
 class Contribution(NamedTuple):
@@ -184,7 +182,7 @@ def random_alike(
     kept = np.flatnonzero(allowed)
     if not len(kept):
         return np.full(len(firing_a), -1)
-    edges = np.quantile(firing_b[kept], np.arange(1, STRATA) / STRATA)
+    edges = np.quantile(firing_b[kept], np.arange(1, DECILES) / DECILES)
     stratum_b = np.searchsorted(edges, firing_b[kept], side="right")
     order = np.argsort(stratum_b, kind="stable")
     kept, stratum_b = kept[order], stratum_b[order]

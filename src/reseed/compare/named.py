@@ -22,12 +22,12 @@ from scipy import special
 
 from reseed.compare.cell import CellResult
 from reseed.compare.rows import unit_rows
+from reseed.compare.strata import DECILES
 from reseed.config import ReseedError, nearest
 
 COLUMNS = ("latent", "label", "run", "seed")
-DECILES = 10
 REPRODUCIBILITY = ("reproducibility", "reproducibility_low", "reproducibility_high")
-Rows = tuple[Float[np.ndarray, "num_latents d_in"], Float[np.ndarray, "num_latents d_in"]]
+BothRows = tuple[Float[np.ndarray, "num_latents d_in"], Float[np.ndarray, "num_latents d_in"]]
 """Encoder and decoder rows of a run."""
 
 
@@ -103,7 +103,7 @@ def index_of(word: str, where: str) -> int:
 
 
 def replication(
-    result: CellResult, named: Sequence[Named], rows: Callable[[str], Rows]
+    result: CellResult, named: Sequence[Named], rows: Callable[[str], BothRows]
 ) -> pd.DataFrame:
     """A row per named latent, in their order.
 
@@ -215,10 +215,10 @@ def _add_reproducibility(found: list[dict[str, Any]], confidence: float) -> None
 
 def _add_partners(
     found: list[dict[str, Any]], by_run: dict[str, list[int]], seeds: dict[str, str],
-    rows: Callable[[str], Rows],
+    rows: Callable[[str], BothRows],
 ) -> None:  # fmt: skip
     """The columns of each other run, one of them in memory at a time beside the named rows."""
-    mine: dict[str, Rows] = {}
+    mine: dict[str, BothRows] = {}
     for run, places in by_run.items():
         latents = [found[i]["latent"] for i in places]
         encoder, decoder = rows(run)

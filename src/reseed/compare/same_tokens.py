@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float, Int
 from reseed.compare.agreement import Firing, Together, agreement
 from reseed.compare.codes import Codes
 from reseed.compare.matching import match
+from reseed.compare.statistics import known_mean
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,9 @@ class ByActivations:
         found = agreement(self._firing[s], self._firing[t], together)
         live = int(self.live[s].sum() + self.live[t].sum())
         near = int((found.pearson >= self.threshold).sum())
-        return Matched(_mean(found.pearson), _mean(found.jaccard), 2 * near / max(live, 1))
+        return Matched(
+            known_mean(found.pearson), known_mean(found.jaccard), 2 * near / max(live, 1)
+        )
 
     def _match(self) -> None:
         device = self._held[0][0].value.device
@@ -131,8 +134,3 @@ class ByActivations:
         rows = rows[kept]
         rows -= rows.mean(axis=1, keepdims=True)
         return rows, kept
-
-
-def _mean(values: Float[np.ndarray, " F"]) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if known.size else float("nan")

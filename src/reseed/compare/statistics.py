@@ -154,6 +154,12 @@ def visible_difference(n: int, power: float = 0.8, confidence: float = 0.95) -> 
     return sqrt(2) * optimize.root_scalar(missing, bracket=(0.0, 100.0)).root
 
 
+def known_mean(values: Float[np.ndarray, " n"]) -> float:
+    """The mean of those that are not NaN; NaN of none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
 def _t(confidence: float, freedom: float) -> float:
     return float(special.stdtrit(freedom, 0.5 + confidence / 2))
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["decile", "density"]
 DECILES = 10
+"""Parts of equally many latents by their firing, wherever latents of equal firing are compared."""
 DENSITY_EDGES = 10.0 ** np.arange(-6, -0.9, 0.5)
 """Half decades from 1e-6 to 0.1; a density at an edge belongs to the lower bin, so that the last
 one is that of dense latents (> 0.1)."""
@@ -80,7 +81,11 @@ def _deciles(
     trained: Sequence[Dictionary], live_at_least: int
 ) -> tuple[list[Stratum], list[Int[np.ndarray, " num_latents"]]]:
     pooled = np.concatenate([x.firing[x.live(live_at_least)] for x in trained])
-    edges = np.quantile(pooled, np.arange(DECILES + 1) / DECILES) if pooled.size else np.zeros(11)
+    edges = (
+        np.quantile(pooled, np.arange(DECILES + 1) / DECILES)
+        if pooled.size
+        else np.zeros(DECILES + 1)
+    )
     names = [Stratum("never fired", 0, 0), Stratum("not live", 1, live_at_least - 1)]
     names += [
         Stratum(f"decile {i + 1}", float(edges[i]), float(edges[i + 1])) for i in range(DECILES)

@@ -67,7 +67,7 @@ def latent_table(
     """
     n, sides = x.num_latents, list(against.values())
 
-    def lists(name: str, dtype: Any) -> pa.ListArray:
+    def listed(name: str, dtype: Any) -> pa.ListArray:
         values = np.stack([getattr(side, name) for side in sides], axis=1).astype(dtype)
         return _list_array(pa.array(values.ravel()), n)
 
@@ -89,12 +89,12 @@ def latent_table(
             "duplicate_product": own.duplicate_product.astype(np.float32),
             "antipodal_product": own.antipodal_product.astype(np.float32),
             "others": _list_array(pa.array(list(against) * n), n),
-            "partner_encoder": lists("partner_encoder", np.int32),
-            "partner_decoder": lists("partner_decoder", np.int32),
-            "cosine_encoder": lists("cosine_encoder", np.float32),
-            "cosine_decoder": lists("cosine_decoder", np.float32),
-            "shared": lists("shared", np.bool_),
-            "within": lists("within", np.int32),
+            "partner_encoder": listed("partner_encoder", np.int32),
+            "partner_decoder": listed("partner_decoder", np.int32),
+            "cosine_encoder": listed("cosine_encoder", np.float32),
+            "cosine_decoder": listed("cosine_decoder", np.float32),
+            "shared": listed("shared", np.bool_),
+            "within": listed("within", np.int32),
         }
     )
 
@@ -102,6 +102,12 @@ def latent_table(
 def _list_array(flat: pa.Array, n: int) -> pa.ListArray:
     offsets = np.arange(n + 1, dtype=np.int32) * (len(flat) // n)
     return pa.ListArray.from_arrays(pa.array(offsets), flat)
+
+
+def lists(table: pa.Table, name: str) -> np.ndarray:
+    """A column of lists of one length as an array [rows, length]; null as NaN."""
+    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.reshape(len(table), -1)
 
 
 def pair_estimates(

@@ -20,6 +20,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Int
 
 from reseed.compare.statistics import Interval, leave_one_out_interval
+from reseed.compare.strata import DECILES
 
 if TYPE_CHECKING:
     from reseed.compare.config import ComparisonConfig
@@ -32,7 +33,6 @@ PREFIX = "truth_"
 """Of the names of estimates and of the metrics of runs."""
 LABEL_COLUMN = "truth"
 """The column of ``latents.parquet`` with the labels in words."""
-STRATA = 10
 
 Table = Int[np.ndarray, "strata labels 2"]
 """Numbers of latents by firing decile, label and whether shared."""
@@ -100,9 +100,9 @@ def _counts(
 
     Deciles are of the firing counts of all seeds' live latents together.
     """
-    n, shape = len(labels), (STRATA, len(LABELS), 2)
+    n, shape = len(labels), (DECILES, len(LABELS), 2)
     pooled = np.concatenate([f[kept] for f, kept in zip(firing, live, strict=True)])
-    edges = np.quantile(pooled, np.arange(1, STRATA) / STRATA) if pooled.size else []
+    edges = np.quantile(pooled, np.arange(1, DECILES) / DECILES) if pooled.size else []
     counts = np.zeros((n, n, *shape), dtype=np.int64)
     for (s, t), flags in shared.items():
         kept = live[s]

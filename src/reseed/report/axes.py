@@ -97,14 +97,19 @@ def naming(cells: Sequence[Cell]) -> list[str]:
 
 def label(cells: Sequence[Cell], knobs: Mapping[str, Any]) -> str:
     """A short name of one cell among the others."""
-    return ", ".join(_word(knobs, n) for n in naming(cells)) or str(knobs.get("sae", "all runs"))
+    return ", ".join(knob_values(naming(cells), knobs)) or str(knobs.get("sae", "all runs"))
+
+
+def knob_values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
+    """The values of some knobs in words."""
+    return [_word(knobs, name) for name in names]
 
 
 def row_labels(cells: Sequence[Cell]) -> tuple[list[str], list[float]]:
     """Names of rows that stand under each other, what the row above said left out, and their
     places, with a gap before each group of more than one."""
     names = naming(cells)
-    words = [[_word(knobs, name) for name in names] for knobs, _ in cells]
+    words = [knob_values(names, knobs) for knobs, _ in cells]
     labels, rows = [], []
     at, before = 0.0, None
     grouped = len({tuple(w[:-1]) for w in words}) < len(cells)
@@ -143,7 +148,7 @@ def amounts(cells: Sequence[Cell], axis: str) -> list[float]:
 def identities(cells: Sequence[Cell], axis: str) -> list[tuple[str, ...]]:
     """What a cell is beside its place on an axis: the values of the other telling knobs."""
     others = [name for name in telling(cells) if name != axis]
-    return [tuple(_word(knobs, name) for name in others) for knobs, _ in cells]
+    return [tuple(knob_values(others, knobs)) for knobs, _ in cells]
 
 
 def _amounts(cells: Sequence[Cell], name: str) -> list[float] | None:

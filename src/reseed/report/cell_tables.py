@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from math import isnan
-from typing import Any
 
 from reseed.compare.cell import CellResult
 from reseed.compare.statistics import Interval
-from reseed.report.axes import MISSING, Cell, columns
+from reseed.report.axes import MISSING, Cell, columns, knob_values
 from reseed.report.wording import Wording, bounds, null_in_words, number, with_interval
 
 Column = Callable[[CellResult], str]
@@ -19,7 +18,7 @@ def cell_table(cells: Sequence[Cell], made: Mapping[str, Column], *footnotes: st
     """A row per cell: the knobs that tell cells apart, and head → what the column says."""
     knobs = columns(cells)
     rows = tuple(
-        (*values(knobs, k), *(column(cell) for column in made.values())) for k, cell in cells
+        (*knob_values(knobs, k), *(column(cell) for column in made.values())) for k, cell in cells
     )
     header = (*knobs, *made)
     return Wording(header, rows, len(knobs), "", footnotes)
@@ -94,8 +93,3 @@ def shown(cell: CellResult, name: str) -> str:
     """An estimate with its interval, where the cell has it."""
     found: Interval | None = cell.estimates.get(name)
     return MISSING if found is None else with_interval(found)
-
-
-def values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
-    """The values of some knobs in words."""
-    return [str(knobs.get(name, MISSING)) for name in names]

@@ -23,7 +23,7 @@ from reseed.report.axes import Cell, label, naming, wrapped
 from reseed.report.latents import quality_by_rank
 from reseed.report.references import BY_THRESHOLD, SOURCE, of_seeds
 from reseed.report.style import COLOURS, GREY, MARKERS, REFERENCE, WIDTH, legend_below
-from reseed.report.wording import counted, paired, with_interval
+from reseed.report.wording import counted, paired, span, with_interval
 
 NOT_LIVE = 2
 """Strata before the first decile: never fired, and not live."""
@@ -138,8 +138,7 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
     def area(cell: CellResult) -> str:
         return f": {with_interval(cell.estimates['substitution_area'])}"
 
-    tokens = sorted({int(cell.pairs[TOKENS].to_numpy().max()) for _, cell in cells})
-    count = f"{tokens[0]:,}" + (f"–{tokens[-1]:,}" if len(tokens) > 1 else "")
+    count = span(int(cell.pairs[TOKENS].to_numpy().max()) for _, cell in cells)
     return _figure(
         cells,
         curve,

@@ -17,6 +17,7 @@ from matplotlib.lines import Line2D
 from reseed.atomic import atomic_write
 from reseed.compare.apart import NO_SPACE
 from reseed.compare.cell import CellResult
+from reseed.compare.tables import lists
 from reseed.report.axes import Cell, label, naming, numeric_axes, row_labels, wrapped
 from reseed.report.axis_figures import axis_figure, axis_name
 from reseed.report.curves import (
@@ -188,7 +189,7 @@ def matched_cosines(
     """
 
     def flat(name: str) -> np.ndarray:
-        return cell.latents.column(name).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        return lists(cell.latents, name).ravel()
 
     by_encoder, by_decoder = flat("partner_encoder"), flat("partner_decoder")
     kept = np.flatnonzero((by_encoder >= 0) & (by_decoder >= 0))

@@ -14,7 +14,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from reseed.compare.cell import CellResult
 from reseed.report.axes import Cell, label, wrapped
-from reseed.report.latents import Matched, matched
+from reseed.report.latents import MatchedLatents, matched
 from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, scatter_of_two
 from reseed.report.wording import counted
 
@@ -72,7 +72,7 @@ def _below(cell: CellResult) -> str:
     return f"firing in 10M tokens (of {cell.held_out_tokens:,} held out)"
 
 
-def _points(axes: Axes, own: Matched, never: float) -> None:
+def _points(axes: Axes, own: MatchedLatents, never: float) -> None:
     kept = np.arange(len(own.rate))
     if len(kept) > MAX_POINTS:
         kept = np.random.default_rng(0).choice(kept, MAX_POINTS, replace=False)
@@ -95,7 +95,9 @@ def _ticks(axes: Axes, never: float, least: float, most: float) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _margins(axes: Axes, own: Matched, never: float, most: float, low: float, title: str) -> None:
+def _margins(
+    axes: Axes, own: MatchedLatents, never: float, most: float, low: float, title: str
+) -> None:
     """Histograms above and at the right, each kind as high as the other: orphans filled, shared
     latents as a line."""
     above = axes.inset_axes((0, 1.02, 1, 0.16), sharex=axes)

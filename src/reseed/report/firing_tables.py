@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pandas as pd
 
 from reseed.compare.strata import by_stratum, standardised
-from reseed.report.axes import Cell, columns
-from reseed.report.cell_tables import Column, cell_table, measured, values
+from reseed.report.axes import Cell, columns, knob_values
+from reseed.report.cell_tables import Column, cell_table, measured
 from reseed.report.wording import Wording, number, with_interval
 
 
@@ -23,7 +23,7 @@ def by_decile(cells: Sequence[Cell]) -> Wording:
     tables = [by_stratum(cell.strata, "decile", cell.settings.confidence) for _, cell in cells]
     names = [str(name).replace("decile ", "") for name in tables[0]["name"]]
     rows = tuple(
-        (*values(knobs, k), *(number(float(x)) for x in table["shared_fraction"]))
+        (*knob_values(knobs, k), *(number(float(x)) for x in table["shared_fraction"]))
         for (k, _), table in zip(cells, tables, strict=True)
     )
     limit = cells[0][1].settings.live_at_least

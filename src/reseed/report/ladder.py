@@ -20,7 +20,7 @@ from reseed.compare.cell import CellResult
 from reseed.compare.columns import SURROGATES
 from reseed.compare.nulls import kappa
 from reseed.compare.statistics import Interval, welch_difference
-from reseed.report.axes import MISSING, Cell, columns
+from reseed.report.axes import Cell, columns, knob_values
 from reseed.report.differences import signed
 from reseed.report.wording import Wording, null_in_words, number, with_interval
 
@@ -49,7 +49,7 @@ def ladder(cells: Sequence[Cell]) -> Wording | None:
         f"trained − it\n{percent}",
     )  # fmt: skip
     rows = [
-        (*(str(knobs.get(name, MISSING)) for name in names), *row)
+        (*knob_values(names, knobs), *row)
         for knobs, rungs in found
         for row in _rows(rungs, confidence)
     ]

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float, Int
 
 from reseed.compare.cell import CellResult
 from reseed.compare.functional import bounded, quality_coverage
+from reseed.compare.tables import lists
 
 TEN_MILLION = 10_000_000
 
 
 @dataclass(frozen=True, eq=False)
-class Matched:
+class MatchedLatents:
     """Every latent of every run against every other run, where the decoder gives it a match.
 
     Attributes:
@@ -30,7 +30,7 @@ class Matched:
     shared: Bool[np.ndarray, " n"]
 
 
-def matched(cell: CellResult) -> Matched:
+def matched(cell: CellResult) -> MatchedLatents:
     """The rows of the figure of firing against cosine."""
     table = cell.latents
     partner, cosine, shared = (
@@ -41,7 +41,7 @@ def matched(cell: CellResult) -> Matched:
     rate = table["firing"].to_numpy() / seen * TEN_MILLION
     kept = partner >= 0
     every = np.broadcast_to(rate[:, None], partner.shape)
-    return Matched(every[kept], cosine[kept].astype(np.float64), shared[kept].astype(bool))
+    return MatchedLatents(every[kept], cosine[kept].astype(np.float64), shared[kept].astype(bool))
 
 
 def quality_by_rank(cell: CellResult) -> Float[np.ndarray, " ranks"]:
@@ -60,9 +60,3 @@ def quality_by_rank(cell: CellResult) -> Float[np.ndarray, " ranks"]:
             curves.append(quality_coverage(quality, values["match_cosine"][both, i]))
     shortest = min(map(len, curves))
     return np.mean([curve[:shortest] for curve in curves], axis=0)
-
-
-def lists(table: pa.Table, name: str) -> np.ndarray:
-    """A column of lists of one length as an array [rows, length]; null as NaN."""
-    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return flat.reshape(len(table), -1)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from reseed.report.axes import Cell
-from reseed.report.wording import Wording, counted, paired
+from reseed.report.wording import Wording, counted, paired, span
 
 PREAMBLE = r"% \usepackage{booktabs,graphicx}"
 _SPECIAL = {
@@ -135,6 +135,5 @@ def _conditions(cells: Sequence[Cell]) -> str:
     confidence = cells[0][1].settings.confidence
     over = "seeds" if any(not c.settings.pairs_are_a_sample for _, c in cells) else paired(cells)
     interval = f" with the {confidence:.0%} interval over {over}" if some else ", no interval"
-    tokens = sorted({cell.held_out_tokens for _, cell in cells})
-    number = f"{tokens[0]:,}" + (f"–{tokens[-1]:,}" if len(tokens) > 1 else "")
-    return f"Mean over pairs of {counted(cells)}{interval}; {number} held-out tokens"
+    tokens = span(cell.held_out_tokens for _, cell in cells)
+    return f"Mean over pairs of {counted(cells)}{interval}; {tokens} held-out tokens"

@@ -24,7 +24,7 @@ from reseed.compare.pairing import (
     runs_by_value,
 )
 from reseed.compare.statistics import Interval
-from reseed.report.axes import MISSING, Cell, columns, varying
+from reseed.report.axes import MISSING, Cell, columns, knob_values, varying
 from reseed.report.differences import signed
 from reseed.report.wording import (
     Wording,
@@ -68,7 +68,7 @@ def pairings(cells: Sequence[Cell]) -> Wording | None:
     header = (*knobs, *chosen, *(["differs in"] if several else []), *made)
     rows = tuple(
         (
-            *(str(group.knobs.get(name, MISSING)) for name in knobs),
+            *knob_values(knobs, group.knobs),
             *([group.first, group.second] if value else []),
             *([group.differs_in] if several else []),
             *(make(group) for make in made.values()),
@@ -244,7 +244,7 @@ def by_value(cells: Sequence[Cell]) -> Wording | None:
     shown = {"FVU": "fvu", "L0": "l0", "dead": "dead_fraction", "live": "live_fraction"}
     rows = tuple(
         (
-            *(str(own.get(name, MISSING)) for name in knobs),
+            *knob_values(knobs, own),
             value,
             str(estimates["fvu"].n) if "fvu" in estimates else MISSING,
             f"{estimates['num_latents'].mean:,.0f}",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from reseed.compare.activation_tables import NOTE, TOKENS, TOPS
 from reseed.compare.cell import CellResult
 from reseed.compare.columns import GROUPS, THRESHOLDS
-from reseed.report.axes import Cell, columns, label
+from reseed.report.axes import Cell, columns, knob_values, label
 from reseed.report.cell_tables import (
     Column,
     beside_null,
@@ -22,11 +22,10 @@ from reseed.report.cell_tables import (
     pair_mean,
     run_mean,
     shown,
-    values,
 )
 from reseed.report.firing_tables import by_decile, by_kind_of_firing, with_strata
 from reseed.report.references import BY_THRESHOLD, SOURCE, of_seeds
-from reseed.report.wording import Wording, number, padded, paired
+from reseed.report.wording import Wording, number, padded, paired, span
 
 
 def sections(cells: Sequence[Cell]) -> list[tuple[str, list[Wording]]]:
@@ -114,7 +113,7 @@ def profiles(cells: Sequence[Cell]) -> Wording:
     knobs, n = columns(cells), max(cell.n_seeds for _, cell in cells)
     header = (*knobs, *(f"p_{m}" for m in range(n)), *(f"u_{k}" for k in range(2, n + 1)))
     rows = tuple(
-        (*values(knobs, k), *padded(cell.p, n), *padded(cell.u, n - 1)) for k, cell in cells
+        (*knob_values(knobs, k), *padded(cell.p, n), *padded(cell.u, n - 1)) for k, cell in cells
     )
     footnotes = (
         f"**p_m**: fraction of latents shared with exactly m of the other {paired(cells)}. "
@@ -129,7 +128,7 @@ def by_threshold(cells: Sequence[Cell]) -> Wording:
     header = (*(knobs or ["cell"]), *(f"≥ {tau}" for tau in THRESHOLDS))
     rows = [
         (
-            *(values(knobs, k) or [label(cells, k)]),
+            *(knob_values(knobs, k) or [label(cells, k)]),
             *(shown(cell, f"shared_fraction_at_{tau}") for tau in THRESHOLDS),
         )
         for k, cell in cells
@@ -156,8 +155,7 @@ def on_activations(cells: Sequence[Cell]) -> list[Wording]:
     lacking = _not_measured(cells, [(k, c) for k, c in asked if not _tokens(c)])
     if not known:
         return lacking
-    tokens = sorted({_tokens(cell) for _, cell in known})
-    count = f"{tokens[0]:,}" + (f"–{tokens[-1]:,}" if len(tokens) > 1 else "")
+    count = span(_tokens(cell) for _, cell in known)
     agree = measured(
         {
             "Pearson, shared": "agreement_pearson_shared",

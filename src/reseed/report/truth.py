@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isnan
-from typing import Any
 
 import pyarrow as pa
 
 from reseed.compare.cell import CellResult
-from reseed.compare.truth import LABEL_COLUMN, PREFIX, STRATA
-from reseed.report.wording import (
-    MISSING,
-    Cell,
-    Wording,
-    columns,
-    label,
-    number,
-    paired,
-    with_interval,
-)
+from reseed.compare.strata import DECILES
+from reseed.compare.truth import LABEL_COLUMN, PREFIX
+from reseed.report.axes import MISSING, Cell, columns, knob_values, label
+from reseed.report.wording import Wording, number, paired, with_interval
 
 TITLE = "Is a shared latent true?"
 _MARK = PREFIX + "atom_given_shared"
@@ -71,7 +63,7 @@ def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[st
     )
     rows = tuple(
         (
-            *_values(names, knobs),
+            *knob_values(names, knobs),
             number(cell.estimates["shared_fraction_live"].mean),
             _shown(cell, "atom_given_shared"),
             _shown(cell, "atom_given_orphan"),
@@ -89,7 +81,7 @@ def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[st
         "**P(atom | shared)**, **P(atom | orphan)**: fraction of atoms among live latents that "
         f"another {one} shares and among those that it does not, counted over all ordered pairs.",
         "**difference**: the first minus the second. **adjusted**: the same among latents of equal "
-        f"firing ({STRATA} deciles, Mantel–Haenszel).",
+        f"firing ({DECILES} deciles, Mantel–Haenszel).",
         "**likelihood ratio**: P(shared | atom) / P(shared | no atom); 1 means that sharing says "
         f"nothing of the truth. Intervals leave one {one} out.",
         *_reasons(cells, labelled),
@@ -110,7 +102,7 @@ def _quality(labelled: Sequence[Cell], names: Sequence[str]) -> Wording:
     header = (*names, *metrics, *given)
     rows = tuple(
         (
-            *_values(names, knobs),
+            *knob_values(names, knobs),
             *(_shown(cell, name) for name in (*metrics.values(), *given.values())),
         )
         for knobs, cell in labelled
@@ -133,10 +125,6 @@ def _shown(cell: CellResult, name: str) -> str:
     if found is None:
         return MISSING
     return with_interval(found) if name in _WITH_INTERVAL else number(found.mean)
-
-
-def _values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
-    return [str(knobs.get(name, MISSING)) for name in names]
 
 
 def _reasons(cells: Sequence[Cell], labelled: Sequence[Cell]) -> list[str]:

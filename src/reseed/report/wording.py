@@ -6,7 +6,7 @@ The terminal and ``summary.md`` show the same rows; only the typesetting differs
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from math import hypot, isnan, sqrt
@@ -17,7 +17,16 @@ import numpy as np
 from reseed.compare.apart import NO_SPACE, REASON
 from reseed.compare.cell import CellResult
 from reseed.compare.statistics import Interval, visible_difference
-from reseed.report.axes import FEW, MISSING, Cell, columns, label, told_by_arm, varying
+from reseed.report.axes import (
+    FEW,
+    MISSING,
+    Cell,
+    columns,
+    knob_values,
+    label,
+    told_by_arm,
+    varying,
+)
 
 NULL_FACTOR = 10
 NOT_SHARED = f"shared at most {NULL_FACTOR} × its null: not converged or not shared"
@@ -80,7 +89,7 @@ def summary(cells: Sequence[Cell]) -> Wording:
     made = [_numbers(cell, cells[0][1].settings.primary, percent) for _, cell in cells]
     header = (*knobs, *seeds, *made[0])
     rows = tuple(
-        (*_knob_values(knobs, k), *(str(cell.n_seeds) for _ in seeds), *numbers.values())
+        (*knob_values(knobs, k), *(str(cell.n_seeds) for _ in seeds), *numbers.values())
         for (k, cell), numbers in zip(cells, made, strict=True)
     )
     arms = told_by_arm(cells)
@@ -211,13 +220,15 @@ def null_in_words(null: float, simulated: int) -> str:
     return f"< 1/{simulated}" if simulated > 1 else MISSING
 
 
+def span(values: Iterable[int]) -> str:
+    """One number, or the smallest and the largest: ``1,024–4,096``."""
+    found = sorted(set(values))
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,}–{found[-1]:,}"
+
+
 def padded(values: np.ndarray, length: int) -> list[str]:
     """The values in words, filled up with empty ones."""
     return [number(float(v)) for v in values] + [""] * (length - len(values))
-
-
-def _knob_values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
-    return [str(knobs.get(name, MISSING)) for name in names]
 
 
 def _caption(cells: Sequence[Cell]) -> str:
@@ -282,7 +293,5 @@ def _which(who: Sequence[str], of: int, always: bool = False) -> str:
     return f": {'; '.join(who)}"
 
 
-def _range(cells: Sequence[Cell], value: Any) -> str:
-    """One number, or the smallest and the largest."""
-    values = sorted({int(value(cell)) for _, cell in cells})
-    return f"{values[0]:,}" if len(values) == 1 else f"{values[0]:,}–{values[-1]:,}"
+def _range(cells: Sequence[Cell], value: Callable[[CellResult], float]) -> str:
+    return span(int(value(cell)) for _, cell in cells)
