@@ -24,8 +24,11 @@ from reseed.report.style import (
     MARKERS,
     REFERENCE,
     WIDTH,
+    faint_grid,
     interval_handle,
     legend_below,
+    name_outer,
+    panels,
 )
 from reseed.report.wording import paired
 
@@ -70,10 +73,10 @@ def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
     optimiser steps: these and not tokens are what moves weights.
     """
     plan = _plan(cells, axis)
-    panels = list(dict.fromkeys(plan.panels))
-    columns = min(len(panels), COLUMNS)
-    rows = ceil(len(panels) / columns)
-    alone = len(panels) == 1
+    names = list(dict.fromkeys(plan.panels))
+    columns = min(len(names), COLUMNS)
+    rows = ceil(len(names) / columns)
+    alone = len(names) == 1
     width, height = (WIDTH * 0.85, 2.6) if alone else (WIDTH / columns, 2.25)
     reference = over(cells, axis, plan.at)
     source = LAYERS_SOURCE if axis_name(axis) == "layer" else SOURCE
@@ -82,25 +85,18 @@ def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
         handles.append(Line2D([], [], label=source, **REFERENCE))
     below = 0.2 * ceil(len(handles) / _legend_columns(handles)) + 0.75
     figure = Figure(figsize=(width * columns, height * rows + below))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axes in grid[len(panels) :]:
-        axes.set_visible(False)
-    for axes, panel in zip(grid, panels, strict=False):
-        _panel(axes, cells, plan, [i for i, p in enumerate(plan.panels) if p == panel])
+    grid = panels(figure, len(names), columns)
+    for axes, name in zip(grid, names, strict=True):
+        _panel(axes, cells, plan, [i for i, p in enumerate(plan.panels) if p == name])
         if reference:
             axes.plot(list(reference), list(reference.values()), **REFERENCE)
-        axes.set_title(wrapped(panel, int(width / _LETTER)))
+        axes.set_title(wrapped(name, int(width / _LETTER)))
     threshold = f"{cells[0][1].settings.threshold:g}"
     one = paired(cells, plural=False)
     words = wrapped(
         f"fraction shared with another {one}, cosines ≥ {threshold}", int(height / _LETTER)
     )
-    for i, axes in enumerate(grid[: len(panels)]):
-        if i + columns >= len(panels):  # nothing below
-            axes.set_xlabel(_axis_label(cells, axis))
-            axes.tick_params(labelbottom=True)
-        if i % columns == 0:
-            axes.set_ylabel(words)
+    name_outer(grid, columns, _axis_label(cells, axis), words)
     _scale(grid[0], [*plan.at, *reference], room=width - (0.6 if alone else 0.35))
     grid[0].set_yticks(_TICKS)
     grid[0].set_ylim(-0.03, 1.03)
@@ -129,8 +125,7 @@ def _plan(cells: Sequence[Cell], axis: str) -> _Plan:
 
 
 def _panel(axes: Axes, cells: Sequence[Cell], plan: _Plan, own: Sequence[int]) -> None:
-    axes.grid(axis="y", color="#dddddd", linewidth=0.5)
-    axes.set_axisbelow(True)
+    faint_grid(axes, "y")
     for i, name in enumerate(dict.fromkeys(plan.lines)):
         line = sorted((j for j in own if plan.lines[j] == name), key=lambda j: plan.at[j])
         if line:

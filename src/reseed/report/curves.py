@@ -22,7 +22,17 @@ from reseed.compare.strata import DECILES, by_stratum
 from reseed.report.axes import Cell, label, naming, wrapped
 from reseed.report.latents import quality_by_rank
 from reseed.report.references import BY_THRESHOLD, SOURCE, of_seeds
-from reseed.report.style import COLOURS, GREY, MARKERS, REFERENCE, WIDTH, legend_below
+from reseed.report.style import (
+    COLOURS,
+    GREY,
+    MARKERS,
+    REFERENCE,
+    WIDTH,
+    faint_grid,
+    legend_below,
+    name_outer,
+    panels,
+)
 from reseed.report.wording import counted, paired, span, with_interval
 
 NOT_LIVE = 2
@@ -194,22 +204,20 @@ def _figure(
     beside_each_other = 2 if max(len(str(h.get_label())) for h in legend) > 24 else 3
     under = 0.2 * ceil(len(legend) / beside_each_other) + 0.65
     figure = Figure(figsize=(width * columns, height * rows + under))
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axes in grid[len(groups) :]:
-        axes.set_visible(False)
-    for i, (axes, (title, group)) in enumerate(zip(grid, groups.items(), strict=False)):
-        axes.grid(axis="y", color="#dddddd", linewidth=0.5)
-        axes.set_axisbelow(True)
+    grid = panels(figure, len(groups), columns)
+    for axes, (title, group) in zip(grid, groups.items(), strict=True):
+        faint_grid(axes, "y")
         for name, (_, cell) in group:
             _line(axes, curves[id(cell)], names.index(name), len(names))
         panel(axes, alone)
         axes.set_ylim(-0.03, 1.03)
         axes.set_title(wrapped(title, round(width / 0.085)))
-        if i + columns >= len(groups):  # nothing below
-            axes.set_xlabel(wrapped(below, round(width / 0.075)))
-            axes.tick_params(labelbottom=True)
-        if i % columns == 0:
-            axes.set_ylabel(wrapped(beside, round(height / 0.065)))
+    name_outer(
+        grid,
+        columns,
+        wrapped(below, round(width / 0.075)),
+        wrapped(beside, round(height / 0.065)),
+    )
     title = ", ".join(naming(cells) if alone else naming(cells)[-1:])
     if more and alone:
         title = f"{title}: {more.title}" if title else more.title

@@ -30,7 +30,18 @@ from reseed.report.firing_figure import firing_figure
 from reseed.report.matrices import value_matrices
 from reseed.report.matrix_figure import matrix_figure
 from reseed.report.seed_figures import seeds_figure
-from reseed.report.style import BLUE, GREY, ORANGE, STYLE, WIDTH, legend_below, scatter_of_two
+from reseed.report.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    STYLE,
+    WIDTH,
+    faint_grid,
+    legend_below,
+    name_outer,
+    panels,
+    scatter_of_two,
+)
 from reseed.report.truth import with_labels
 from reseed.report.truth_figure import truth_figure
 from reseed.report.wording import counted, paired
@@ -116,8 +127,7 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
     axes.set_ylim(rows[-1] + 0.55, -0.55)
     axes.set_xlim(-0.015, 1.015)
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.5)
-    axes.set_axisbelow(True)
+    faint_grid(axes, "x")
     settings = cells[0][1].settings
     other = paired(cells, plural=False)
     broken = "\n" if max(map(len, names)) > 20 else " "  # long names leave little width
@@ -144,18 +154,11 @@ def cosine_figure(cells: Sequence[Cell]) -> Figure:
     side = min(2.9, WIDTH / columns)
     size = (max(4.2, columns * side), rows * side + 0.75)
     figure = Figure(figsize=size, layout="compressed")
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-    for axes in grid.ravel()[len(cells) :]:
-        axes.set_visible(False)
-    for axes, (knobs, cell) in zip(grid.ravel(), cells, strict=False):
+    grid = panels(figure, len(cells), columns)
+    for axes, (knobs, cell) in zip(grid, cells, strict=True):
         _cosines(axes, cell)
         axes.set_title(wrapped(label(cells, knobs), round(13 * side)))
-    for i, axes in enumerate(grid.ravel()[: len(cells)]):
-        if i + columns >= len(cells):  # nothing below
-            axes.set_xlabel("cosine by encoder")
-            axes.tick_params(labelbottom=True)
-        if i % columns == 0:
-            axes.set_ylabel("cosine by decoder")
+    name_outer(grid, columns, "cosine by encoder", "cosine by decoder")
     legend_below(figure, [
         Line2D([], [], color=BLUE, marker="o", linestyle="", label="same match by both"),
         Line2D([], [], color=ORANGE, marker="+", linestyle="", label="different matches"),

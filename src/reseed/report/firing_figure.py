@@ -15,7 +15,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from reseed.compare.cell import CellResult
 from reseed.report.axes import Cell, label, wrapped
 from reseed.report.latents import MatchedLatents, matched
-from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, scatter_of_two
+from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, panels, scatter_of_two
 from reseed.report.wording import counted
 
 MAX_POINTS = 3000
@@ -35,15 +35,13 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
     engine: Any = figure.get_layout_engine()
     if engine is not None:
         engine.set(w_pad=0.08)  # the histograms are not all counted
-    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
-    for axes in grid[len(cells) :]:
-        axes.set_visible(False)
+    grid = panels(figure, len(cells), columns)
     found = [matched(cell) for _, cell in cells]
     most = max(float(m.rate.max(initial=1.0)) for m in found)
     least = min((float(m.rate[m.rate > 0].min(initial=most)) for m in found), default=1.0)
     low = min(min(0.0, float(m.cosine.min(initial=0.0))) for m in found)
     never = least / 4
-    for i, (axes, (knobs, cell), own) in enumerate(zip(grid, cells, found, strict=False)):
+    for i, (axes, (knobs, cell), own) in enumerate(zip(grid, cells, found, strict=True)):
         axes.set_xscale("log")
         axes.set(xlim=(never / 1.8, most * 1.6), ylim=(low - 0.04, 1.04))
         _points(axes, own, never)

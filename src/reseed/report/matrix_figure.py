@@ -15,7 +15,7 @@ from reseed.compare.pairing import groups
 from reseed.report.axes import Cell, wrapped
 from reseed.report.matrices import Matrix, value_matrices
 from reseed.report.pairings import general
-from reseed.report.style import GREY, WIDTH
+from reseed.report.style import GREY, WIDTH, panels
 from reseed.report.wording import number
 
 _WRITTEN = 12
@@ -37,16 +37,14 @@ def matrix_figure(cells: Sequence[Cell]) -> Figure:
     rows = ceil(len(found) / columns)
     side = WIDTH / columns
     figure = Figure(figsize=(WIDTH, rows * side * 0.9 + 0.3))
-    grid = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[len(found) :]:
-        axes.set_visible(False)
+    grid = panels(figure, len(found), columns, shared=False)
     most = max(float(np.nanmax(m.entries, initial=0.0)) for m in found)
     top = max(0.2, ceil(most * 10 - 1e-9) / 10)  # small numbers are told apart, too
     images = [
         _squares(axes, matrix, round(side / 0.075), top)
-        for axes, matrix in zip(grid, found, strict=False)
+        for axes, matrix in zip(grid, found, strict=True)
     ]
-    bar = figure.colorbar(images[0], ax=grid[: len(found)].tolist(), shrink=0.6, pad=0.02,
+    bar = figure.colorbar(images[0], ax=grid, shrink=0.6, pad=0.02,
                           ticks=MaxNLocator(5, steps=[1, 2, 5, 10]))  # fmt: skip
     bar.set_label("fraction of latents")
     bar.outline.set_visible(False)  # type: ignore[operator]

@@ -16,7 +16,7 @@ from reseed.compare.cell import CellResult
 from reseed.compare.profile import fit_power_law
 from reseed.report.axes import Cell, label, naming, row_labels, wrapped
 from reseed.report.references import SOURCE, UNSHARED, of_seeds
-from reseed.report.style import COLOURS, MARKERS, REFERENCE, WIDTH, legend_below
+from reseed.report.style import COLOURS, MARKERS, REFERENCE, WIDTH, faint_grid, legend_below, panels
 from reseed.report.wording import counted, paired
 
 MOST_RINGS = 8
@@ -35,11 +35,9 @@ def seeds_figure(cells: Sequence[Cell]) -> Figure:
     figure = Figure(figsize=(WIDTH, max(2.5, 1.25 * rows + 0.6)))
     halves: Any = figure.subfigures(1, 2, width_ratios=[1.0, 1.25])
     left, right = halves
-    grid = left.subplots(rows, columns, squeeze=False).ravel()
-    for axes in grid[len(cells) :]:
-        axes.set_visible(False)
+    grid = panels(left, len(cells), columns, shared=False)
     most = max(cell.n_seeds for _, cell in cells)
-    for axes, (knobs, cell) in zip(grid, cells, strict=False):
+    for axes, (knobs, cell) in zip(grid, cells, strict=True):
         _ring(axes, cell, wrapped(label(cells, knobs), 48 // columns), most)
     left.legend(
         handles=[Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)],
@@ -128,8 +126,7 @@ def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
     axes.set_xticks(range(2, most + 1))
     axes.set_xlim(1.7, most + 0.3)
     axes.set_ylim(-0.02, 1.02)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.5)
-    axes.set_axisbelow(True)
+    faint_grid(axes, "y")
     axes.set_xlabel(f"number k of {paired(cells)}, of {counted(cells)}")
     axes.set_ylabel(f"fraction in one of k {paired(cells)} only")
     if any(fit_power_law(cell.u) for _, cell in cells):

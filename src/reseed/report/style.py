@@ -7,13 +7,14 @@ the same as each colour, so that the figures can be read in grey.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from math import ceil
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch
 
 from reseed.report.axes import Cell
@@ -52,6 +53,31 @@ REFERENCE: Any = {
 """How numbers of the paper look, in every figure."""
 WIDTH = 6.8
 """Inches: a page's text width."""
+
+
+def panels(figure: FigureBase, count: int, columns: int, *, shared: bool = True) -> list[Axes]:
+    """So many axes in rows of ``columns``, the last of which may be shorter."""
+    rows = ceil(count / columns)
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).ravel()
+    for axes in grid[count:]:
+        axes.set_visible(False)
+    return list(grid[:count])
+
+
+def name_outer(grid: Sequence[Axes], columns: int, below: str, beside: str) -> None:
+    """Names of axes that share their scales: below where nothing is, and at the left end."""
+    for i, axes in enumerate(grid):
+        if i + columns >= len(grid):
+            axes.set_xlabel(below)
+            axes.tick_params(labelbottom=True)
+        if i % columns == 0:
+            axes.set_ylabel(beside)
+
+
+def faint_grid(axes: Axes, axis: Literal["x", "y"]) -> None:
+    """Lines behind the data, to read values from."""
+    axes.grid(axis=axis, color="#dddddd", linewidth=0.5)
+    axes.set_axisbelow(True)
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], columns: int, **options: Any) -> None:

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from reseed.compare.statistics import Interval
 from reseed.compare.truth import PREFIX
 from reseed.report.axes import Cell, naming, row_labels
-from reseed.report.style import BLUE, GREY, ORANGE, WIDTH, interval_handle, legend_below
+from reseed.report.style import BLUE, GREY, ORANGE, WIDTH, faint_grid, interval_handle, legend_below
 from reseed.report.truth import TITLE, with_labels
 from reseed.report.wording import paired, with_interval
 
@@ -41,8 +41,7 @@ def truth_figure(cells: Sequence[Cell]) -> Figure:
     axes.set_ylim(rows[-1] + 0.6, -0.6)
     axes.set_xlim(-0.02, 1.02)
     axes.tick_params(axis="y", length=0)
-    axes.grid(axis="x", color="#dddddd", linewidth=0.5)
-    axes.set_axisbelow(True)
+    faint_grid(axes, "x")
     one = paired(cells, plural=False)
     percent = f"{cells[0][1].settings.confidence:.0%}"
     axes.set_xlabel("fraction of live latents that are atoms: one true feature each")
