@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import combinations
@@ -40,7 +40,7 @@ from reseed.compare.dictionary import Dictionary
 from reseed.compare.matching import Matcher, match
 from reseed.compare.pairing import without_intervals
 from reseed.compare.profile import seed_profile, unshared_fractions
-from reseed.compare.repeats import repeats
+from reseed.compare.repeats import Repeats, repeats
 from reseed.compare.rows import Rows
 from reseed.compare.stability import PairSide, compare_pair
 from reseed.compare.statistics import Interval
@@ -185,30 +185,8 @@ def compare_cell(
         MemoryError: more latents than an exact matching can take.
     """
     _check(trained, untrained, settings)
-    against_each = partial(
-        compare_pair,
-        threshold=settings.threshold,
-        live_at_least=settings.live_at_least,
-        matcher=matcher,
-        device=device,
-    )
     repeated = [repeats(Rows.of(x), settings.threshold, device) for x in trained]
-    rows: list[dict[str, Any]] = []
-    sides: dict[tuple[int, int], PairSide] = {}
-    for s, t in combinations(range(len(trained)), 2):
-        log.info("comparing %s with %s", trained[s].id, trained[t].id)
-        no_space = apart(trained[s], trained[t])
-        pair = (
-            pair_apart(trained[s], trained[t], settings.live_at_least)
-            if no_space
-            else against_each(trained[s], trained[t])
-        )
-        sides[s, t], sides[t, s] = pair.a, pair.b
-        started = untrained and not no_space
-        start = against_each(untrained[s], untrained[t], brief=True).measures if started else {}
-        more = beside(pair.measures, trained[s], trained[t], start, settings)
-        own = of_repeats(pair, repeated[s], repeated[t])
-        rows.append(pair.row() | own | more)
+    rows, sides = _pairs(trained, untrained, repeated, settings, matcher, device)
     against = [
         {other.id: sides[s, t] for t, other in enumerate(trained) if t != s}
         for s in range(len(trained))
@@ -232,18 +210,61 @@ def compare_cell(
         pairs=pairs,
         latents=label_column(pa.concat_tables(tables), trained),
         strata=strata_table(trained, in_one_space(trained, sides), settings.live_at_least),
-        estimates=without_intervals(
-            pair_estimates(pairs, runs, settings)
-            | (
-                _no_cycles(trained)
-                if NO_SPACE in pairs
-                else cycle_estimates(sides, settings.confidence)
-            )
-            | ({} if NO_SPACE in pairs else cell_truth(trained, sides, settings)),
-            settings,
-        ),
+        estimates=_estimates(trained, sides, pairs, runs, settings),
         p=np.full_like(profile.p, np.nan) if NO_SPACE in pairs else profile.p,
     )
+
+
+def _pairs(
+    trained: Sequence[Dictionary],
+    untrained: Sequence[Dictionary],
+    repeated: Sequence[Repeats],
+    settings: ComparisonConfig,
+    matcher: Matcher,
+    device: str,
+) -> tuple[list[dict[str, Any]], dict[tuple[int, int], PairSide]]:
+    """The row of every pair, and by ordered pair (s, t) what s has in t."""
+    against_each = partial(
+        compare_pair,
+        threshold=settings.threshold,
+        live_at_least=settings.live_at_least,
+        matcher=matcher,
+        device=device,
+    )
+    rows: list[dict[str, Any]] = []
+    sides: dict[tuple[int, int], PairSide] = {}
+    for s, t in combinations(range(len(trained)), 2):
+        log.info("comparing %s with %s", trained[s].id, trained[t].id)
+        no_space = apart(trained[s], trained[t])
+        pair = (
+            pair_apart(trained[s], trained[t], settings.live_at_least)
+            if no_space
+            else against_each(trained[s], trained[t])
+        )
+        sides[s, t], sides[t, s] = pair.a, pair.b
+        started = untrained and not no_space
+        start = against_each(untrained[s], untrained[t], brief=True).measures if started else {}
+        more = beside(pair.measures, trained[s], trained[t], start, settings)
+        own = of_repeats(pair, repeated[s], repeated[t])
+        rows.append(pair.row() | own | more)
+    return rows, sides
+
+
+def _estimates(
+    trained: Sequence[Dictionary],
+    sides: Mapping[tuple[int, int], PairSide],
+    pairs: pd.DataFrame,
+    runs: pd.DataFrame,
+    settings: ComparisonConfig,
+) -> dict[str, Interval]:
+    """What is measured over pairs, runs and triples; over triples not where some runs are apart."""
+    found = pair_estimates(pairs, runs, settings)
+    if NO_SPACE in pairs:
+        found |= dict.fromkeys(CYCLES, Interval(nan, None, None, None, len(trained), REASON))
+    else:
+        found |= cycle_estimates(sides, settings.confidence)
+        found |= cell_truth(trained, sides, settings)
+    return without_intervals(found, settings)
 
 
 def _check(
@@ -266,10 +287,6 @@ def _check(
         )
 
 
-def _no_cycles(trained: Sequence[Dictionary]) -> dict[str, Interval]:
-    return dict.fromkeys(CYCLES, Interval(nan, None, None, None, len(trained), REASON))
-
-
 def _interval(record: dict[str, Any]) -> Interval:
     mean = record.pop("mean")
-    return Interval(float("nan") if mean is None else mean, **record)
+    return Interval(nan if mean is None else mean, **record)

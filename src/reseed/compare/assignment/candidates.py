@@ -69,14 +69,15 @@ def candidates(
     with torch.inference_mode():
         for i in range(0, len(a), height):
             for j in range(0, len(b), width):
-                tile = _tile(left[i : i + height], right[j : j + width], absolute)
+                tile = products(left[i : i + height], right[j : j + width], absolute)
                 _list(tile, rows, columns, i, j)
             progress(min(1.0, (i + height) / len(a)))
     error = product_error(a, b)
     return rows.lists(len(b), error.of_row), columns.lists(len(a), error.of_column)
 
 
-def _tile(left: Tensor, right: Tensor, absolute: bool) -> Tensor:
+def products(left: Tensor, right: Tensor, absolute: bool) -> Tensor:
+    """Of every row of one side with every row of the other, or their absolute values."""
     product = left @ right.T
     return product.abs_() if absolute else product
 

@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from numba import njit
-from torch import Tensor
 
-from reseed.compare.assignment.candidates import ROUNDING, product_error
+from reseed.compare.assignment.candidates import ROUNDING, product_error, products
 from reseed.compare.assignment.edges import cosines
 from reseed.compare.assignment.rows import DistinctRows
 from reseed.compare.assignment.threads import in_ranges
@@ -205,8 +204,7 @@ class Pricer:
         for start in range(0, len(some), _ROWS // 4):
             part = slice(start, start + _ROWS // 4)
             left = of.rounded.values[torch.from_numpy(some[part])].to(self.device)
-            product: Tensor = left @ right.T
-            profit = (product.abs_() if self.absolute else product).float() - price
+            profit = products(left, right, self.absolute).float() - price
             found[part] = profit.topk(count, sorted=False).indices.cpu().numpy()
         return found
 
@@ -221,8 +219,7 @@ class Pricer:
         for first in range(0, len(block.column), _COLUMNS):
             some = block.column[first : first + _COLUMNS]
             right = self.b.rounded.values[torch.from_numpy(some)].to(self.device)
-            product = left @ right.T
-            excess = (product.abs_() if self.absolute else product).float()
+            excess = products(left, right, self.absolute).float()
             excess.add_(excess.abs(), alpha=ROUNDING).add_(own)
             excess.sub_(torch.from_numpy(prices.v[some]).float().to(self.device))
             yield first, excess.cpu().numpy()
