@@ -187,20 +187,16 @@ def _figure(
     rows = ceil(len(groups) / columns)
     alone = len(groups) == 1
     width, height = (WIDTH * 0.75, 2.7) if alone else (WIDTH / columns, 2.1)
-    names = list(dict.fromkeys(name for group in groups.values() for name, _ in group))
+    lines: dict[str, CellResult] = {}
+    for name, (_, cell) in (line for group in groups.values() for line in group):
+        lines.setdefault(name, cell)
+    names = list(lines)
     curves = {id(cell): curve_of(cell) for _, cell in cells}
     legend: list[Artist] = []
-    for i, name in enumerate(names):
-        own = next(c for group in groups.values() for line, (_, c) in group if line == name)
-        said = more.of(own) if more and alone else ""
+    for i, (name, cell) in enumerate(lines.items()):
+        said = more.of(cell) if more and alone else ""
         legend.append(Line2D([], [], label=name + said, **_look(i)))
-    if any(not np.isnan(curve.low).all() for curve in curves.values()):
-        confidence = cells[0][1].settings.confidence
-        text = f"{confidence:.0%} interval over {counted(cells)}"
-        legend.append(Patch(facecolor=GREY, alpha=0.3, label=text))
-    elif curves and more is None:
-        legend.append(Patch(alpha=0, label=f"{counted(cells)}, no interval"))
-    legend += handles
+    legend += [*_interval_handles(cells, list(curves.values()), silent=more is not None), *handles]
     beside_each_other = 2 if max(len(str(h.get_label())) for h in legend) > 24 else 3
     under = 0.2 * ceil(len(legend) / beside_each_other) + 0.65
     figure = Figure(figsize=(width * columns, height * rows + under))
@@ -223,6 +219,16 @@ def _figure(
         title = f"{title}: {more.title}" if title else more.title
     legend_below(figure, legend, columns=beside_each_other, title=title)
     return figure
+
+
+def _interval_handles(
+    cells: Sequence[Cell], curves: Sequence[Curve], *, silent: bool
+) -> list[Artist]:
+    """What the bands are; that there are none, unless ``silent``."""
+    if any(not np.isnan(curve.low).all() for curve in curves):
+        text = f"{cells[0][1].settings.confidence:.0%} interval over {counted(cells)}"
+        return [Patch(facecolor=GREY, alpha=0.3, label=text)]
+    return [] if silent else [Patch(alpha=0, label=f"{counted(cells)}, no interval")]
 
 
 def _panels(cells: Sequence[Cell]) -> dict[str, list[tuple[str, Cell]]]:

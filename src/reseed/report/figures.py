@@ -102,27 +102,7 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
     figure = Figure(figsize=(WIDTH * 0.8, 1.35 + height * (rows[-1] + 1)))
     axes = figure.add_subplot()
     for row, (_, cell) in zip(rows, cells, strict=True):
-        estimate = cell.estimates["shared_fraction"]
-        if estimate.low is not None and estimate.high is not None:
-            axes.plot([estimate.low, estimate.high], [row, row], color=BLUE, linewidth=2)
-        else:
-            left = estimate.mean <= 0.75  # beside the mark, and inside
-            at = (estimate.mean + (0.02 if left else -0.02), row - 0.2)
-            side = "left" if left else "right"
-            axes.text(*at, f"n = {estimate.n}, no interval", color=GREY, fontsize=6.5, ha=side)
-        axes.plot(estimate.mean, row, "o", color=BLUE, markersize=6)
-        axes.plot(
-            cell.estimates["shared_fraction_live"].mean,
-            row,
-            "D",
-            markerfacecolor="white",
-            markeredgecolor=BLUE,
-            markersize=4.5,
-        )
-        pairs = cell.pairs["shared_fraction"]
-        axes.plot(pairs, np.full(len(pairs), row + 0.26), "|", color=GREY, markersize=6)
-        start = cell.pair_mean("untrained_shared_fraction")
-        axes.plot(start, row, "x", color=ORANGE, markersize=5, markeredgewidth=1.4)
+        _shared_row(axes, row, cell)
     axes.set_yticks(rows, names)
     axes.set_ylim(rows[-1] + 0.55, -0.55)
     axes.set_xlim(-0.015, 1.015)
@@ -145,6 +125,31 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
                label="untrained weights"),
     ], columns=2)  # fmt: skip
     return figure
+
+
+def _shared_row(axes: Axes, row: float, cell: CellResult) -> None:
+    """One cell: mean with interval, live latents, single pairs, untrained weights."""
+    estimate = cell.estimates["shared_fraction"]
+    if estimate.low is not None and estimate.high is not None:
+        axes.plot([estimate.low, estimate.high], [row, row], color=BLUE, linewidth=2)
+    else:
+        left = estimate.mean <= 0.75  # beside the mark, and inside
+        at = (estimate.mean + (0.02 if left else -0.02), row - 0.2)
+        side = "left" if left else "right"
+        axes.text(*at, f"n = {estimate.n}, no interval", color=GREY, fontsize=6.5, ha=side)
+    axes.plot(estimate.mean, row, "o", color=BLUE, markersize=6)
+    axes.plot(
+        cell.estimates["shared_fraction_live"].mean,
+        row,
+        "D",
+        markerfacecolor="white",
+        markeredgecolor=BLUE,
+        markersize=4.5,
+    )
+    pairs = cell.pairs["shared_fraction"]
+    axes.plot(pairs, np.full(len(pairs), row + 0.26), "|", color=GREY, markersize=6)
+    start = cell.pair_mean("untrained_shared_fraction")
+    axes.plot(start, row, "x", color=ORANGE, markersize=5, markeredgewidth=1.4)
 
 
 def cosine_figure(cells: Sequence[Cell]) -> Figure:
