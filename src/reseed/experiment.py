@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from reseed.activations.cache import ActivationCache
 from reseed.activations.hookpoint import Hookpoint, HookpointConfig
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource, SourceConfig
 from reseed.activations.stream import DatasetConfig, check_batch_size
@@ -195,7 +196,10 @@ class Resolved:
         return store.run(self.signature, self.label)
 
     def open(
-        self, device: torch.device | str = "cpu", needed: int | None = None
+        self,
+        device: torch.device | str = "cpu",
+        needed: int | None = None,
+        cache: ActivationCache | None = None,
     ) -> ActivationSource:
         """Load what computes the activations.
 
@@ -203,9 +207,10 @@ class Resolved:
             device: where they will be.
             needed: activations to train on, by default the budget; a streamed text is read no
                 further.
+            cache: keeps activations on disk (`RuntimeConfig.open_cache`).
         """
         needed = needed or self.experiment.training.tokens
-        return opened(self.data, self.experiment.surrogate, torch.device(device), needed)
+        return opened(self.data, self.experiment.surrogate, torch.device(device), needed, cache)
 
     def record(self) -> dict[str, Any]:
         """What run.json says of it from the start."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from reseed.activations.chunks import ActivationStream, gather, held_out_chunks
+from reseed.activations.chunks import ActivationStream, Passage, held_out_chunks
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
 from reseed.activations.stream import STRIPES, batches_available, check_batch_size
@@ -43,6 +43,11 @@ def stores(
 
 def stream(model: LanguageModel, stores, config, hooks=HOOKS) -> ActivationStream:
     return ActivationStream(model, stores[0], config, hooks)
+
+
+def gather(model, packing, first: int, last: int, hooks) -> dict[Hookpoint, torch.Tensor]:
+    """Activations in reading order."""
+    return Passage.of(packing, first, last).read_by(model, hooks)
 
 
 def test_a_chunk_does_not_depend_on_what_was_asked_before(model, stores, config) -> None:
@@ -161,3 +166,22 @@ def test_more_than_the_text_holds_is_an_error(model, stores, config) -> None:
     end = packing.num_activations
     with pytest.raises((ValueError, IndexError)):
         gather(model, packing, end - 5, end + 500, HOOKS)
+
+
+def test_activations_are_those_of_the_whole_model_at_the_positions_kept(
+    model, stores, config
+) -> None:
+    """Against transformers' own output, position by position in Python."""
+    packing = Packing(stores[0], config)
+    begin, end, skip = packing.covering(100, 1000)
+    tokens = torch.from_numpy(packing.sequences(begin, end).astype(np.int64))
+    with torch.no_grad():
+        hidden = model.model(input_ids=tokens, output_hidden_states=True).hidden_states[1]
+    kept = [
+        hidden[s, p]
+        for s in range(len(tokens))
+        for p in range(32)
+        if p > 0 and int(tokens[s, p]) not in stores[0].special
+    ]
+    plain = gather(model, packing, 100, 1000, HOOKS[:1])[HOOKS[0]]
+    assert torch.allclose(plain, torch.stack(kept)[skip : skip + 900], atol=1e-5)

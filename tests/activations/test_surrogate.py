@@ -123,10 +123,10 @@ def test_the_language_model_runs_for_one_chunk_only(
     from reseed.experiment import train_missing
 
     asked: list[tuple[int, int]] = []
-    original = chunks.gather
+    original = chunks.Passage.of
     monkeypatch.setattr(
-        chunks, "gather", lambda m, p, first, last, h: asked.append((first, last))
-        or original(m, p, first, last, h),
+        chunks.Passage, "of", lambda packing, first, last: asked.append((first, last))
+        or original(packing, first, last),
     )  # fmt: skip
     line = [*tiny_overrides, "surrogate=gaussian", f"runtime.outputs={tmp_path}"]
     (job,), runtime = check_jobs(CommandLine("train", []), line, multirun=False)

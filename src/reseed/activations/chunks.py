@@ -1,36 +1,43 @@
 """Activations of a language model on a text, chunk by chunk.
 
 chunk(c) = run the model on the sequences that hold activations [c·M, (c+1)·M) of the text in
-           its order, gather the activations, then deal and permute them as every stream does
+           its order, and put each activation where the chunk's permutation wants it
 
 M chunk_tokens · B batch · D d_in · L context_length
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.language_model import LanguageModel
+from reseed.activations.shelf import Shelf
 from reseed.activations.stream import STRIPES, ChunkStream, Position, batches_available
 from reseed.activations.text import TextConfig
 from reseed.activations.tokens import Packing, TokenStore
+
+VERSION = 1
+"""Raised when code changes the activations of a chunk: those on disk are then not found."""
 
 
 class ActivationStream(ChunkStream):
     """The endless or finite sequence of chunks of one text through one model.
 
     Args:
-        model: the loaded language model.
+        model: the language model.
         store: the training documents.
         config: packing, order, chunk size, repetition.
         hookpoints: where activations are read, all in one pass.
+        shelf: where chunks are kept on disk.
     """
 
     config: TextConfig
@@ -41,10 +48,12 @@ class ActivationStream(ChunkStream):
         store: TokenStore,
         config: TextConfig,
         hookpoints: Sequence[Hookpoint],
+        shelf: Shelf | None = None,
     ) -> None:
         super().__init__(config, hookpoints, model.device)
         self.model = model
         self.store = store
+        self.shelf = shelf
         self._packing = Packing(store, config)
 
     @cached_property
@@ -75,11 +84,27 @@ class ActivationStream(ChunkStream):
             within, batch_size
         )
 
-    def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
+    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
+        epoch, first, rows = self._extent(c)
+        passage = Passage.of(self._epoch(epoch), first, first + rows * STRIPES)
+
+        def computed(hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Tensor]:
+            order = self._permutation(c, rows)
+            place = torch.empty_like(order)
+            place[order] = torch.arange(len(order))
+            return passage.read_by(self.model, hookpoints, place, self._check_wanted)
+
+        if self.shelf is None:
+            found = computed(self.hookpoints)
+        else:
+            found = self.shelf.get(c, passage.digest, self.hookpoints, computed, self.device)
+        return {h: x.view(STRIPES, rows, -1) for h, x in found.items()}
+
+    def _extent(self, c: int) -> tuple[int, int, int]:
+        """Epoch, first activation within it, and rows in a stripe of chunk ``c``."""
         epoch, within = divmod(c, self._chunks_per_epoch)
         first = within * self.config.chunk_tokens
-        last = first + self.rows(c) * STRIPES
-        return gather(self.model, self._epoch(epoch), first, last, self.hookpoints)
+        return epoch, first, self.rows(c)
 
     @property
     def _chunks_per_epoch(self) -> int:
@@ -94,35 +119,87 @@ class ActivationStream(ChunkStream):
         return self._packing
 
 
-def gather(
-    model: LanguageModel, packing: Packing, first: int, last: int, hookpoints: Sequence[Hookpoint]
-) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
-    """Activations ``first`` to ``last`` (exclusive) of a packed text, in reading order."""
-    begin, end, skip = packing.covering(first, last)
-    sequences = packing.sequences(begin, end)
-    kept = packing.keep(sequences)
-    tokens = torch.from_numpy(sequences.astype(np.int64))
-    out: dict[Hookpoint, Tensor] = {}
-    filled, row, wanted = -skip, 0, last - first
-    for found in model.activations(tokens, hookpoints):
-        batch = next(iter(found.values())).shape[0]
-        mask = torch.from_numpy(kept[row : row + batch])
-        # One buffer for the whole chunk, filled batch by batch: a list to concatenate would need
-        # the memory twice.
-        low, high = filled, filled + int(mask.sum())
-        part = slice(max(low, 0), min(high, wanted))
-        for hookpoint, x in found.items():
-            rows = x[mask.to(x.device)]
-            buffer = out.setdefault(
-                hookpoint, torch.empty(wanted, rows.shape[1], dtype=rows.dtype, device=rows.device)
+@dataclass(frozen=True)
+class Passage:
+    """Consecutive activations of a packed text, as the sequences that hold them.
+
+    Attributes:
+        sequences: what the model reads.
+        kept: which positions count as activations.
+        skip: activations of the first sequence that come before the passage.
+        wanted: activations in the passage.
+    """
+
+    sequences: Int[np.ndarray, "sequences context"]
+    kept: Bool[np.ndarray, "sequences context"]
+    skip: int
+    wanted: int
+
+    @classmethod
+    def of(cls, packing: Packing, first: int, last: int) -> Passage:
+        """Activations ``first`` to ``last`` (exclusive).
+
+        Raises:
+            ValueError: the text ends before.
+        """
+        begin, end, skip = packing.covering(first, last)
+        sequences = packing.sequences(begin, end)
+        kept = packing.keep(sequences)
+        there = int(kept.sum()) - skip
+        if there < last - first:
+            raise ValueError(
+                f"activations {first} to {last} asked for; the text ends at {first + there}"
             )
-            buffer[part] = rows[part.start - low : part.stop - low]
-        filled, row = high, row + batch
-    if filled < wanted:
-        raise ValueError(
-            f"activations {first} to {last} asked for; the text ends at {first + filled}"
-        )
-    return out
+        return cls(sequences, kept, skip, last - first)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the tokens and over which of their activations are meant."""
+        sha = hashlib.sha256(repr((self.sequences.shape, self.skip, self.wanted)).encode())
+        sha.update(np.ascontiguousarray(self.sequences, dtype="<i8").data)
+        sha.update(np.packbits(self.kept).data)
+        return sha.hexdigest()
+
+    def read_by(
+        self,
+        model: LanguageModel,
+        hookpoints: Sequence[Hookpoint],
+        place: Tensor | None = None,
+        between: Callable[[], None] = lambda: None,
+    ) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
+        """Its activations.
+
+        Args:
+            place: row of the result that each of them shall have; by default in reading order.
+            between: called before each forward pass.
+        """
+        tokens = torch.from_numpy(self.sequences.astype(np.int64, copy=False))
+        rows = self._rows(place).to(model.device)
+        out: dict[Hookpoint, Tensor] = {}
+        begin = 0
+        between()
+        for found in model.activations(tokens, hookpoints):
+            end = begin + next(iter(found.values())).shape[:2].numel()
+            for hookpoint, x in found.items():
+                buffer = out.get(hookpoint)
+                if buffer is None:
+                    buffer = torch.empty(
+                        self.wanted + 1, x.shape[-1], dtype=x.dtype, device=x.device
+                    )
+                    out[hookpoint] = buffer
+                # One copy, from where the model left it to where it stays.
+                buffer.index_copy_(0, rows[begin:end], x.flatten(0, 1))
+            begin = end
+            between()
+        return {hookpoint: buffer[: self.wanted] for hookpoint, buffer in out.items()}
+
+    def _rows(self, place: Tensor | None) -> Int[Tensor, " positions"]:
+        """Where the activation of each position goes; those not meant go to one row at the end."""
+        number = np.cumsum(self.kept.reshape(-1)) - 1 - self.skip
+        meant = self.kept.reshape(-1) & (number >= 0) & (number < self.wanted)
+        rows = np.full(len(number), self.wanted, dtype=np.int64)
+        rows[meant] = np.arange(self.wanted) if place is None else place.numpy()
+        return torch.from_numpy(rows)
 
 
 def held_out_chunks(
@@ -131,16 +208,21 @@ def held_out_chunks(
     config: TextConfig,
     hookpoints: Sequence[Hookpoint],
     tokens: int,
+    shelf: Shelf | None = None,
 ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
     """The first ``tokens`` activations of the held-out documents, in pieces of a chunk's size."""
     packing = held_out_packing(store, config)
-    for first in range(0, tokens, config.chunk_tokens):
+    hookpoints = tuple(dict.fromkeys(hookpoints))
+    for c, first in enumerate(range(0, tokens, config.chunk_tokens)):
         last = min(first + config.chunk_tokens, tokens)
-        yield gather(model, packing, first, last, hookpoints)
+        passage = Passage.of(packing, first, last)
+        if shelf is None:
+            yield passage.read_by(model, hookpoints)
+        else:
+            computed = partial(passage.read_by, model)
+            yield shelf.get(c, passage.digest, hookpoints, computed, model.device)
 
 
 def held_out_packing(store: TokenStore, config: TextConfig) -> Packing:
     """Held-out documents in an order that no seed of the experiment moves."""
-    from dataclasses import replace
-
     return Packing(store, replace(config, order_seed=0))

@@ -10,9 +10,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from reseed.activations.cache import ActivationCache
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource
-from reseed.activations.stream import ChunkStream, DatasetConfig, generator
+from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, dealt, generator
 from reseed.activations.world_config import GeneratedConfig, WorldConfig, firing_given_parent
 from reseed.activations.worlds import Sample, World
 from reseed.config import ConfigError
@@ -109,7 +110,9 @@ class ResolvedGenerated(ResolvedData):
     def check_budget(self, steps: int, batch_size: int) -> None:
         """There is always enough."""
 
-    def open(self, device: torch.device, needed: int) -> WorldSource:
+    def open(
+        self, device: torch.device, needed: int, cache: ActivationCache | None = None
+    ) -> WorldSource:
         return WorldSource(World(self.world), self.config, device)
 
 
@@ -154,7 +157,8 @@ class WorldStream(ChunkStream):
         super().__init__(config, hookpoints, device)
         self.world = world
 
-    def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
+    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
         random = generator(_TRAINING, self.world.config.seed, self.config.order_seed, c)
         x = self.world.sample(self.config.chunk_tokens, random).x.to(self.device)
-        return dict.fromkeys(self.hookpoints, x)
+        order = self._permutation(c, self.config.chunk_tokens // STRIPES)
+        return dict.fromkeys(self.hookpoints, dealt(x, order))

@@ -1,12 +1,13 @@
 """A language model as a source of activations: any transformers causal LM, stopped early.
 
 Resolving (`resolve`) is light: it reads the configuration and the tokenizer, so that a wrong layer
-or context length is refused before weights are touched. `LanguageModel` loads the weights.
+or context length is refused before weights are touched. `LanguageModel` loads the weights when they
+are first needed, which is never where all activations are on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -154,7 +155,8 @@ class ResolvedModel(ResolvedSource):
         tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
         with torch.no_grad():
             # The explicit mask spares transformers a look at values, of which there are none.
-            found = _record(self.skeleton, tokens, [hookpoint], torch.ones_like(tokens))
+            modules = _modules(self.skeleton, [hookpoint])
+            found = _record(self.skeleton, tokens, modules, torch.ones_like(tokens))
         shape = tuple(found[hookpoint].shape)
         if len(shape) != 3 or shape[:2] != (2, 3):
             raise ConfigError(
@@ -200,7 +202,7 @@ def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
 
 
 class LanguageModel:
-    """A loaded causal LM that yields activations.
+    """A causal LM that yields activations; its weights are loaded for the first of them.
 
     Args:
         resolved: the model as found by `resolve`.
@@ -208,16 +210,22 @@ class LanguageModel:
     """
 
     def __init__(self, resolved: ResolvedModel, device: torch.device | str = "cpu") -> None:
-        dtype, attention = DTYPES[resolved.config.dtype], resolved.config.attention
-        if resolved.random_seed is None:
-            model = weights.trained(_weights_folder(resolved), dtype, attention)
+        self.resolved = resolved
+        self.device = torch.device(device)
+        self.batch_sequences = resolved.config.batch_sequences
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The model with its weights, on the device."""
+        found = self.resolved
+        dtype, attention = DTYPES[found.config.dtype], found.config.attention
+        if found.random_seed is None:
+            model = weights.trained(_weights_folder(found), dtype, attention)
         else:
             model = weights.untrained(
-                resolved.transformers_config, resolved.random_seed, dtype, attention
+                found.transformers_config, found.random_seed, dtype, attention
             )
-        self.device = torch.device(device)
-        self.model = model.to(self.device).eval().requires_grad_(False)
-        self.batch_sequences = resolved.config.batch_sequences
+        return model.to(self.device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def activations(
@@ -228,9 +236,10 @@ class LanguageModel:
         The forward pass ends at the deepest hookpoint: blocks after it and the unembedding do not
         run.
         """
+        modules = _modules(self.model, hookpoints)
         for start in range(0, len(tokens), self.batch_sequences):
             batch = tokens[start : start + self.batch_sequences].to(self.device)
-            yield _record(self.model, batch, hookpoints)
+            yield _record(self.model, batch, modules)
 
 
 def _weights_folder(resolved: ResolvedModel) -> Path:
@@ -244,14 +253,19 @@ class _Stop(Exception):
     """Raised by the deepest hook: nothing after it is needed."""
 
 
+def _modules(model: nn.Module, hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, nn.Module]:
+    """The modules whose outputs are meant: a search through all of them."""
+    return {h: model.get_submodule(module_path(model, h)) for h in dict.fromkeys(hookpoints)}
+
+
 def _record(
     model: nn.Module,
     tokens: Int[Tensor, "batch context"],
-    hookpoints: Sequence[Hookpoint],
+    modules: Mapping[Hookpoint, nn.Module],
     mask: Tensor | None = None,
 ) -> dict[Hookpoint, Tensor]:
     found: dict[Hookpoint, Tensor] = {}
-    waiting = set(hookpoints)
+    waiting = set(modules)
 
     def hook_for(hookpoint: Hookpoint):
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -262,10 +276,7 @@ def _record(
 
         return hook
 
-    handles = [
-        model.get_submodule(module_path(model, h)).register_forward_hook(hook_for(h))
-        for h in dict.fromkeys(hookpoints)
-    ]
+    handles = [module.register_forward_hook(hook_for(h)) for h, module in modules.items()]
     try:
         model(input_ids=tokens, attention_mask=mask, use_cache=False)
     except _Stop:

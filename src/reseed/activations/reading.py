@@ -5,15 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from reseed.activations.chunks import ActivationStream, held_out_chunks, held_out_packing
+from reseed.activations.cache import ActivationCache
+from reseed.activations.chunks import (
+    VERSION,
+    ActivationStream,
+    held_out_chunks,
+    held_out_packing,
+)
 from reseed.activations.hookpoint import Hookpoint, module_path
 from reseed.activations.language_model import DTYPES, LanguageModel, ResolvedModel
+from reseed.activations.shelf import Shelf
 from reseed.activations.source import ActivationSource, ResolvedData
 from reseed.activations.stream import DatasetConfig, batches_available
 from reseed.activations.text import ResolvedText, TextConfig, resolve_text
@@ -78,8 +86,10 @@ class ResolvedReading(ResolvedData):
         layers = list(model.get_submodule(blocks).children())[: hookpoint.layer + 1]
         return sum(p.numel() for layer in layers for p in layer.parameters())
 
-    def open(self, device: torch.device, needed: int) -> Reading:
-        return Reading(self, device, needed)
+    def open(
+        self, device: torch.device, needed: int, cache: ActivationCache | None = None
+    ) -> Reading:
+        return Reading(self, device, needed, cache)
 
     def check_budget(self, steps: int, batch_size: int) -> None:
         """Raise `ConfigError` where the text is too short for training or for the held-out part."""
@@ -114,31 +124,81 @@ class ResolvedReading(ResolvedData):
 
 
 class Reading(ActivationSource):
-    """A loaded language model and the tokens that it reads.
+    """A language model and the tokens that it reads.
 
     Args:
         found: model and text.
         device: where the model runs.
         needed: activations that training needs; a streamed text is read no further.
+        cache: keeps chunks on disk.
     """
 
-    def __init__(self, found: ResolvedReading, device: torch.device, needed: int) -> None:
-        self.config = found.config
+    def __init__(
+        self,
+        found: ResolvedReading,
+        device: torch.device,
+        needed: int,
+        cache: ActivationCache | None = None,
+    ) -> None:
+        self.config, self.cache = found.config, cache
         self.train_store, self.held_out_store = found.stores(needed)
-        self.model = LanguageModel(found.model, device)
+        self.found, self.model = found, LanguageModel(found.model, device)
         self.device = self.model.device
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> ActivationStream:
-        return ActivationStream(self.model, self.train_store, self.config, hookpoints)
+        shelf = self._shelf("train")
+        return ActivationStream(self.model, self.train_store, self.config, hookpoints, shelf)
 
     def held_out(
         self, hookpoints: Sequence[Hookpoint], tokens: int
     ) -> Iterator[dict[Hookpoint, Tensor]]:
-        return held_out_chunks(self.model, self.held_out_store, self.config, hookpoints, tokens)
+        shelf = self._shelf("held_out")
+        return held_out_chunks(
+            self.model, self.held_out_store, self.config, hookpoints, tokens, shelf
+        )
+
+    def _shelf(self, part: str) -> Shelf | None:
+        """Where the chunks of one part of the text are kept on disk."""
+        if self.cache is None:
+            return None
+        key = chunk_key(self.found, part, self.device)
+        name = f"{self.found.model.label}-{{hookpoint}}-{self.found.label}"
+        order = f"order{self.config.order_seed}" if part == "train" else part
+        return Shelf(self.cache, key, f"{name}-{order}")
 
     @property
     def held_out_available(self) -> int:
         return held_out_packing(self.held_out_store, self.config).num_activations
+
+
+def chunk_key(found: ResolvedReading, part: str, device: torch.device) -> dict[str, Any]:
+    """All that decides the activations of a text, but for the hookpoint and a chunk's own tokens.
+
+    Args:
+        part: ``train`` or ``held_out``, which has no order.
+        device: where they are computed. On the CPU the number of torch's threads belongs to it,
+            as it can move the last bits.
+    """
+    model, config = found.model, found.config
+    left_out = {"held_out_tokens"} | (set() if part == "train" else {"order_seed", "repeat"})
+    where: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        where["device"] = torch.cuda.get_device_name(device)
+    else:
+        where["device"] = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+        where["threads"] = torch.get_num_threads()
+    return {
+        "version": VERSION,
+        "fingerprints": {**model.fingerprints, **found.fingerprints},
+        "model": model.config.signed(),
+        "dataset": {k: v for k, v in config.signed().items() if k not in left_out},
+        "part": part,
+        "computed": where,
+    }
 
 
 def find_text(model: ResolvedModel, config: DatasetConfig, cache: Path) -> ResolvedReading:

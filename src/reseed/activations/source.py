@@ -25,6 +25,7 @@ from reseed.activations.stream import ChunkStream, DatasetConfig
 from reseed.config import Config, ConfigError, ReseedError
 
 if TYPE_CHECKING:
+    from reseed.activations.cache import ActivationCache
     from reseed.activations.worlds import Sample, World
 
 
@@ -143,12 +144,15 @@ class ResolvedData(ABC):
         """Raise `ConfigError`, with the full key, where there is known to be too little."""
 
     @abstractmethod
-    def open(self, device: torch.device, needed: int) -> ActivationSource:
-        """Load what is needed to compute activations.
+    def open(
+        self, device: torch.device, needed: int, cache: ActivationCache | None = None
+    ) -> ActivationSource:
+        """Find what is needed to compute activations.
 
         Args:
             device: where they will be.
             needed: activations that training needs; a streamed text is read no further.
+            cache: keeps those of a language model on disk; draws are not worth it.
         """
 
 

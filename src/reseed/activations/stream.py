@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.prefetch import Prefetch, pays
 from reseed.config import Config, ConfigError, setting
 
 STRIPES = 8
@@ -77,10 +79,13 @@ class ChunkStream(ABC):
         self.hookpoints = tuple(dict.fromkeys(hookpoints))
         self.device = device
         self._latest: tuple[int, dict[Hookpoint, Tensor]] = (-1, {})
+        self._prefetch: Prefetch | None = None
+        self._end: tuple[Position, int] = (Position(0, 0), STRIPES)
+        self._looked_after = -1
 
     @abstractmethod
-    def _ordered(self, c: int) -> dict[Hookpoint, Float[Tensor, "rows d_in"]]:
-        """The activations of chunk ``c`` in the order of the source, a multiple of STRIPES."""
+    def _dealt(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
+        """Chunk ``c``, its activations dealt into stripes and permuted by `_permutation`."""
 
     def num_batches(self, batch_size: int) -> int | None:
         """Batches that there are, or None where they never end."""
@@ -103,12 +108,43 @@ class ChunkStream(ABC):
         """Chunk ``c``, dealt into stripes and permuted, in the source's dtype on its device.
 
         The latest chunk is kept, as most are asked for many times; it is freed before the next
-        one is computed.
+        one is computed, unless that is done ahead (`prefetching`).
         """
         if self._latest[0] != c:
             self._latest = (-1, {})
-            self._latest = (c, self._dealt(c))
+            made = self._dealt(c) if self._prefetch is None else self._prefetch.take(c)
+            self._latest = (c, made)
+        if self._prefetch is not None and self._looked_after != c:
+            self._looked_after = c
+            after = self._after(c)
+            if after is not None:
+                self._prefetch.start(after)
         return self._latest[1]
+
+    @contextmanager
+    def prefetching(
+        self, stop: Position, batch_size: int, wanted: bool | None = None
+    ) -> Iterator[None]:
+        """Within it a thread computes the next chunk while this one is used.
+
+        Nothing but the time changes; one chunk more is in memory.
+
+        Args:
+            stop: where the last batch ends that is wanted.
+            batch_size: the smallest that is taken: of a chunk with fewer activations there is
+                nothing to take.
+            wanted: None for where it pays.
+        """
+        if not (pays(self.device) if wanted is None else wanted):
+            yield
+            return
+        self._prefetch = Prefetch(self._dealt, self.device)
+        self._end, self._looked_after = (stop, batch_size), -1
+        try:
+            yield
+        finally:
+            self._prefetch.close()
+            self._prefetch = None
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
         """Batches from step ``start`` on; [B, D] for each hookpoint."""
@@ -122,11 +158,21 @@ class ChunkStream(ABC):
             del chunk
             step += 1
 
-    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
-        found = self._ordered(c)
-        rows = len(next(iter(found.values()))) // STRIPES
-        order = self._permutation(c, rows).to(self.device)
-        return {h: x[order].view(STRIPES, rows, -1) for h, x in found.items()}
+    def _after(self, c: int) -> int | None:
+        """The chunk that will be asked for after chunk ``c``; None where there is none."""
+        stop, batch_size = self._end
+        after = c + 1
+        while Position(after, 0) < stop:
+            if self.rows(after) >= batch_size // STRIPES:
+                return after
+            after += 1
+        return None
+
+    def _check_wanted(self) -> None:
+        """For streams that take long over a chunk, between two parts of it: end the thread that
+        computes ahead, where nobody waits for the chunk any more."""
+        if self._prefetch is not None:
+            self._prefetch.check()
 
     def _permutation(self, c: int, rows: int) -> Tensor:
         """Row order [STRIPES·rows]: stripe s stays the s-th part, permuted within."""
@@ -136,6 +182,11 @@ class ChunkStream(ABC):
             order = np.random.Generator(np.random.PCG64(seed)).permutation(rows)
             parts.append(stripe * rows + order)
         return torch.from_numpy(np.concatenate(parts))
+
+
+def dealt(x: Float[Tensor, "rows d_in"], order: Tensor) -> Float[Tensor, "stripes r d_in"]:
+    """Activations in the order of their source, put into that of a chunk."""
+    return x[order.to(x.device)].view(STRIPES, len(order) // STRIPES, -1)
 
 
 def check_batch_size(config: DatasetConfig, batch_size: int) -> None:

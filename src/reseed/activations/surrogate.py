@@ -17,10 +17,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reseed.activations.cache import ActivationCache
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.moments import Moments
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource
-from reseed.activations.stream import ChunkStream, DatasetConfig, generator
+from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, dealt, generator
 
 _TRAINING, _HELD_OUT = 0x6761757373, 0x6761757374  # what the seeds of either part begin with
 _BLOCK = 4_096
@@ -92,9 +93,11 @@ class GaussianStream(ChunkStream):
         super().__init__(config, list(gaussians), device)
         self.gaussians = gaussians
 
-    def _ordered(self, c: int) -> dict[Hookpoint, Tensor]:
+    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
         tokens = self.config.chunk_tokens
-        return _drawn(self.gaussians, tokens, _TRAINING, self.config.order_seed, c)
+        drawn = _drawn(self.gaussians, tokens, _TRAINING, self.config.order_seed, c)
+        order = self._permutation(c, tokens // STRIPES)
+        return {hookpoint: dealt(x, order) for hookpoint, x in drawn.items()}
 
 
 def _drawn(
@@ -118,7 +121,11 @@ def standing_in(source: ResolvedSource, surrogate: str) -> ResolvedSource:
 
 
 def opened(
-    data: ResolvedData, surrogate: str, device: torch.device, needed: int
+    data: ResolvedData,
+    surrogate: str,
+    device: torch.device,
+    needed: int,
+    cache: ActivationCache | None = None,
 ) -> ActivationSource:
     """The opened source, or Gaussian draws with its moments.
 
@@ -126,8 +133,8 @@ def opened(
         data: of what `standing_in` gave.
     """
     if surrogate != "gaussian":
-        return data.open(device, needed)
-    return GaussianSource(data.in_order(0).open(device, needed), data.order_seed)
+        return data.open(device, needed, cache)
+    return GaussianSource(data.in_order(0).open(device, needed, cache), data.order_seed)
 
 
 def flops_per_token(

@@ -149,7 +149,7 @@ def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) ->
         if fewest["fingerprints"].get(what) != fingerprint:
             raise NotOffered(f"the {what} is not the one that the runs were trained with")
     needed = max(record["tokens"] for record in records)
-    source = resolved.open(pick_device(runtime.device), needed)
+    source = resolved.open(pick_device(runtime.device), needed, runtime.open_cache())
     tokens = min(tokens, experiment.dataset.held_out_tokens)
     chunks = source.held_out([experiment.hook], tokens)
     return (chunk[experiment.hook] for chunk in chunks), tokens

@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "compare the trained runs of a comparison, train nothing",
     "check": "do latents replicate? LATENTS.csv or --latents 3,17; with --train, --out FOLDER",
     "status": "list runs and sweeps, from files alone; with --all also calibrations",
+    "cache": "list the activations in runtime.activation_cache; --clear [NAME] removes them",
     "completion": "print the shell code for tab completion (bash, zsh)",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,7 @@ def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:
         if status == "failed":
             errors.append(f"{run.id}: {record['error']['message']}")
     if rows:
-        _print_runs(rows, f"runs in {outputs}/")
+        print_rows(rows, f"runs in {outputs}/", COLUMNS, ("run", "status"))
     elif not calibrations:
         say(f"no runs in {outputs}/")
     if calibrations:
@@ -89,8 +89,15 @@ def _row(run: Run, status: str) -> tuple[str, ...]:
     return run.id, status, f"{run.record['tokens']:,}", *cells
 
 
-def _print_runs(rows: Sequence[tuple[str, ...]], title: str) -> None:
-    """A table; where the window is too narrow for the names, a name and a line below it."""
+def print_rows(
+    rows: Sequence[tuple[str, ...]], title: str, columns: Sequence[str], words: Collection[str]
+) -> None:
+    """A table; where the window is too narrow for the names, a name and a line below it.
+
+    Args:
+        columns: the first is the name, the second what is said of it without a heading.
+        words: the columns that hold words and not numbers.
+    """
     from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
@@ -98,9 +105,8 @@ def _print_runs(rows: Sequence[tuple[str, ...]], title: str) -> None:
     from reseed.console import console, say
 
     table = Table(box=None, pad_edge=False)
-    for name in COLUMNS:
-        table.add_column(name, justify="left" if name in ("run", "status") else "right",
-                         no_wrap=True)  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
     for row in rows:
         table.add_row(*map(Text, row))
     say(title)
@@ -109,7 +115,7 @@ def _print_runs(rows: Sequence[tuple[str, ...]], title: str) -> None:
         console().print(table)
         return
     for row in rows:
-        told = [row[1]] + [f"{name} {word}" for name, word in zip(COLUMNS[2:], row[2:], strict=True)
+        told = [row[1]] + [f"{name} {word}" for name, word in zip(columns[2:], row[2:], strict=True)
                            if word]  # fmt: skip
         # Not broken by us, so that it can be copied where the window is narrower still.
         say(row[0])

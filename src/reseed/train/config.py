@@ -6,11 +6,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reseed.config import Config, ConfigError, setting
 
 if TYPE_CHECKING:
+    from reseed.activations.cache import ActivationCache
     from reseed.sae.base import SAEConfig
 
 
@@ -166,6 +168,13 @@ class RuntimeConfig(Config, family="runtime"):
     sweeps: str = setting("sweeps", signed=False)
     cache: str | None = setting(None, signed=False)
     """Tokens, extracted text, fingerprints; null: RESEED_CACHE or ~/.cache/reseed."""
+    activation_cache: str | None = setting(None, signed=False, neutral=None)
+    """Folder for the activations of language models; null: they are not kept."""
+    activation_cache_gib: float = setting(50.0, above=0, signed=False, neutral=50.0)
+    """Most that is kept in that folder."""
+    prefetch: bool | None = setting(None, signed=False, neutral=None)
+    """Whether the next chunk is computed while SAEs train on this one; null: on a GPU, and where
+    torch has no more than half of the CPUs."""
     plan_only: bool = setting(False, signed=False)
     """Print what would be trained, in which groups, and what it takes; train nothing."""
     memory_gib: float | None = setting(None, above=0, signed=False)
@@ -178,7 +187,21 @@ class RuntimeConfig(Config, family="runtime"):
     loggers: tuple[str, ...] = setting((), signed=False)
     """Beside training.csv: tensorboard, wandb."""
 
+    def open_cache(self) -> ActivationCache | None:
+        """The folder of activations, where one is declared."""
+        from reseed.activations.cache import ActivationCache
+
+        if self.activation_cache is None:
+            return None
+        folder = Path(self.activation_cache).expanduser()
+        return ActivationCache(folder, int(self.activation_cache_gib * 2**30))
+
     def validate(self) -> None:
+        if self.activation_cache is not None and Path(self.activation_cache).is_file():
+            raise ConfigError(
+                f"{{key}} must be a folder; got {self.activation_cache}, which is a file",
+                "activation_cache",
+            )
         for logger in self.loggers:
             if logger not in ("tensorboard", "wandb"):
                 raise ConfigError(

@@ -19,7 +19,7 @@ STEP_EFFICIENCY = 0.25
 """Share of the speed of a plain product that model and training step reach (small products, sparse
 parts, optimiser). A rough figure: an announced time can be off by a factor of two."""
 _CHUNKS = 3
-"""Copies of a chunk: the one that is dealt out, and the next in the source's order and permuted."""
+"""That are in memory at the most: one that a block still refers to, the next, and one ahead."""
 _FLOAT = 4.0  # bytes of a float32
 
 

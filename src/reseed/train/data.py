@@ -54,8 +54,8 @@ class StreamDataset(IterableDataset[Block]):
         super().__init__()
         self.stream, self.start, self.stop = stream, start, stop
         parts = [size // STRIPES for size in batch_sizes]
-        self.unit = math.lcm(*parts)
-        self._most = max(1, LONGEST_STEPS * min(parts) // self.unit)
+        self.unit, self.smallest = math.lcm(*parts), min(parts)
+        self._most = max(1, LONGEST_STEPS * self.smallest // self.unit)
         self._units = 1
 
     def __iter__(self) -> Iterator[Block]:
@@ -67,7 +67,7 @@ class StreamDataset(IterableDataset[Block]):
 
     def _blocks(self, chunk: int, row: int) -> Iterator[Block]:
         rows = self.stream.rows(chunk)
-        if row >= rows:
+        if rows - row < self.smallest:  # of what is left nobody can make a batch
             return
         dealt = self.stream.chunk(chunk)
         row_bytes = STRIPES * sum(x.shape[2] * x.element_size() for x in dealt.values())

@@ -84,7 +84,7 @@ def _fit(
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     needed = max(r.experiment.training.tokens for r in group)
-    source = first.open(device, needed)
+    source = first.open(device, needed, runtime.open_cache())
     stream = source.stream([r.experiment.hook for r in group])
     wanted = [(r.experiment.training.batch_size, r.experiment.training.steps) for r in group]
     source.check_length(stream, wanted, first.data.label)
@@ -144,7 +144,8 @@ def _train(
         stop = max(_end(stream, m) for m in members)
         dataset = StreamDataset(stream, sizes, start, stop)
         try:
-            trainer.fit(module, datamodule=ActivationData(dataset))
+            with stream.prefetching(stop, min(sizes), runtime.prefetch):
+                trainer.fit(module, datamodule=ActivationData(dataset))
         finally:
             border.restore()
     if border.signal is not None and module.working:

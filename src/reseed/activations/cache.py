@@ -1,0 +1,318 @@
+"""A folder of activations that were computed: who may write, what is kept, what goes.
+
+    FOLDER/
+        .lock                          held for a moment by whoever adds or removes entries
+        <readable>-<digest>/           an entry: the chunks of one hookpoint, text, order and model
+            entry.json                 all that decides its activations; its time is the last use
+            .use                       locked (shared) by every process that uses the entry
+            .writer                    locked by the one process that writes chunks
+            000003-<digest>.safetensors    a chunk and its checksum (`chunk_file`)
+
+Files are whole or absent. When the budget is reached, entries that no live process uses go first,
+the one that was used longest ago before the others, and of an entry its last chunks before its
+first: a run reads from the front, so that what is left of an entry is still found. A chunk for
+which this makes no room is not kept. (To drop the oldest chunk of a run in its place would drop
+each one shortly before it is asked for again.)
+
+Nothing but the standard library is imported here: `reseed cache` lists and clears.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import os
+import re
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from reseed.atomic import atomic_write_json
+from reseed.config import digest
+from reseed.console import say
+
+DIGITS = 24
+_ENTRY = re.compile(rf"-[0-9a-f]{{{DIGITS}}}$")
+_CHUNK = re.compile(r"^(\d{6,})-[0-9a-f]{16}\.safetensors$")
+_UNFINISHED = ".unfinished-"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An entry as its folder shows it.
+
+    Attributes:
+        chunks: size in bytes by name, in the order of their numbers.
+        unfinished: bytes of files that are being written, or were when their process died.
+        last_used: seconds since 1970.
+    """
+
+    path: Path
+    chunks: Mapping[str, int]
+    unfinished: int
+    last_used: float
+
+    @property
+    def size(self) -> int:
+        """Bytes of its chunks, finished or not."""
+        return sum(self.chunks.values()) + self.unfinished
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a live process uses it."""
+        handle = _locked(self.path / ".use", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if handle is None:
+            return True
+        os.close(handle)
+        return False
+
+
+class ActivationCache:
+    """The folder. What goes wrong with it is said once and costs time, never a run.
+
+    Args:
+        folder: made when the first entry is.
+        budget: bytes that it may hold. Chunks that live processes use are never removed for it.
+    """
+
+    def __init__(self, folder: Path | str, budget: int) -> None:
+        self.folder, self.budget = Path(folder), budget
+        self._said: set[str] = set()
+
+    def entry(self, key: Mapping[str, Any], readable: str) -> Entry | None:
+        """The entry for what ``key`` declares, in use from now on until nobody refers to it.
+
+        Args:
+            key: plain values, all that decides the activations.
+            readable: what the folder's name begins with.
+
+        Returns:
+            None where the folder cannot be used.
+        """
+        name = re.sub(r"[^\w.+-]+", "_", readable)
+        path = self.folder / f"{name}-{digest(dict(key), DIGITS)}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                path.mkdir(exist_ok=True)
+                use = _locked(path / ".use", fcntl.LOCK_SH)
+                if (path / "entry.json").is_file():
+                    os.utime(path / "entry.json")
+                else:
+                    atomic_write_json(path / "entry.json", dict(key))
+                self._make_room(0)
+        except OSError as error:
+            self.say_once(f"the activation cache {self.folder} cannot be used: {error.strerror}")
+            return None
+        assert use is not None
+        return Entry(self, path, use)
+
+    def stored(self) -> list[Stored]:
+        """Every entry that is there, the one that was used last first."""
+        try:
+            folders = [p for p in self.folder.iterdir() if _ENTRY.search(p.name) and p.is_dir()]
+        except OSError:
+            return []
+        found = [entry for folder in sorted(folders) if (entry := _stored(folder)) is not None]
+        return sorted(found, key=lambda entry: -entry.last_used)
+
+    def clear(self, pattern: str = "*") -> tuple[list[Stored], list[Stored]]:
+        """Remove the entries whose name matches, a part of it or with wildcards.
+
+        Returns:
+            what was removed, and what was kept because a live process uses it.
+        """
+        removed, kept = [], []
+        if not self.folder.is_dir():
+            return [], []
+        with self._alone():
+            for entry in self.stored():
+                if fnmatchcase(entry.path.name, f"*{pattern}*"):
+                    gone = _if_idle(entry, lambda entry: shutil.rmtree(entry.path))
+                    (removed if gone else kept).append(entry)
+        return removed, kept
+
+    def say_once(self, message: str) -> None:
+        """Say what need not be said for every chunk."""
+        if message not in self._said:
+            self._said.add(message)
+            say(message)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Held for a moment, so it is waited for."""
+        handle = _locked(self.folder / ".lock", fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            os.close(handle)  # type: ignore[arg-type]
+
+    def _make_room(self, size: int) -> bool:
+        """Remove what has to go for ``size`` more bytes. To be called `_alone`.
+
+        Returns:
+            whether there is room now.
+        """
+        stored = self.stored()
+        over = sum(entry.size for entry in stored) + size - self.budget
+
+        def shorten(entry: Stored) -> None:
+            nonlocal over
+            for file in entry.path.glob(f"{_UNFINISHED}*"):  # its process is dead
+                over -= file.stat().st_size
+                file.unlink()
+            for name, taken in reversed(list(entry.chunks.items())):
+                if over <= 0:
+                    return
+                (entry.path / name).unlink()
+                over -= taken
+            shutil.rmtree(entry.path)
+
+        for entry in reversed(stored):
+            if over <= 0:
+                break
+            _if_idle(entry, shorten)
+        return over <= 0
+
+
+class Entry:
+    """An entry in use by this process.
+
+    Args:
+        use: handle of the shared lock, which is closed with this object.
+    """
+
+    def __init__(self, cache: ActivationCache, path: Path, use: int) -> None:
+        self.cache, self.path = cache, path
+        self._writer: int | None = None
+        self._full_disk = False
+        weakref.finalize(self, os.close, use)
+
+    def file(self, c: int, address: str) -> Path:
+        """Where chunk ``c`` is, or will be.
+
+        Args:
+            address: digest of all that decides it.
+        """
+        return self.path / f"{c:06d}-{address[:16]}.safetensors"
+
+    def write(self, path: Path, size: int, write: Callable[[Path], object]) -> bool:
+        """Let ``write`` make a file of about ``size`` bytes that then takes the name ``path``.
+
+        Returns:
+            whether it is there: not where another process writes this entry, where it does not
+            fit, or where the disk is full.
+        """
+        if self._full_disk or not self._writes():
+            return False
+        temporary = None
+        try:
+            temporary = self._reserved(size)
+            if temporary is None:
+                gib = self.cache.budget / 2**30
+                self.cache.say_once(
+                    f"the activation cache {self.cache.folder} is full "
+                    f"(runtime.activation_cache_gib={gib:g}): the rest is not kept"
+                )
+                return False
+            write(temporary)
+            os.replace(temporary, path)
+            return True
+        except OSError as error:
+            self._full_disk = True
+            self.cache.say_once(
+                f"cannot write to the activation cache {self.cache.folder} ({error.strerror}): "
+                "the rest is not kept"
+            )
+            return False
+        finally:
+            if temporary is not None:
+                temporary.unlink(missing_ok=True)
+
+    def discard(self, path: Path) -> None:
+        """Remove a file that is not what it should be, if this process is the one that writes."""
+        if self._writes():
+            with suppress(OSError):
+                path.unlink()
+
+    def _writes(self) -> bool:
+        """Whether this process is the one that writes; it stays so while it uses the entry."""
+        if self._writer is None:
+            try:
+                handle = _locked(self.path / ".writer", fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            if handle is None:
+                return False
+            self._writer = handle
+            weakref.finalize(self, os.close, handle)
+            for file in self.path.glob(f"{_UNFINISHED}*"):  # of a process that died
+                file.unlink(missing_ok=True)
+        return True
+
+    def _reserved(self, size: int) -> Path | None:
+        """An empty file that counts as ``size`` bytes already, or None where these do not fit."""
+        with self.cache._alone():
+            there = self.cache._make_room(size)
+            if not there and size <= self.cache.budget:
+                # What this process has used before may still hang in a cycle of references.
+                gc.collect()
+                there = self.cache._make_room(size)
+            if not there:
+                return None
+            handle, name = tempfile.mkstemp(
+                prefix=_UNFINISHED, suffix=".safetensors", dir=self.path
+            )
+            os.truncate(handle, size)
+            os.close(handle)
+            return Path(name)
+
+
+def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
+    """Do something to an entry that no live process uses; whether that was so."""
+    handle = _locked(entry.path / ".use", fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if handle is None:
+        return False
+    try:
+        act(entry)
+    finally:
+        os.close(handle)
+    return True
+
+
+def _locked(path: Path, how: int) -> int | None:
+    """Handle of a file, made if it is not there, with its lock; None where it is not to be had."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(handle, how)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _stored(folder: Path) -> Stored | None:
+    """What is in a folder; None where it is gone, or no entry."""
+    chunks: dict[str, int] = {}
+    unfinished = 0
+    try:
+        last_used = (folder / "entry.json").stat().st_mtime
+        for file in os.scandir(folder):
+            with suppress(FileNotFoundError):  # meanwhile it may have got its name
+                if _CHUNK.match(file.name):
+                    chunks[file.name] = file.stat().st_size
+                elif file.name.startswith(_UNFINISHED):
+                    unfinished += file.stat().st_size
+    except OSError:
+        return None
+    ordered = sorted(chunks, key=lambda name: (int(name.partition("-")[0]), name))
+    return Stored(folder, {name: chunks[name] for name in ordered}, unfinished, last_used)

@@ -1,0 +1,92 @@
+"""A chunk in a file: safetensors, with a checksum over what it is and what is in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_NAME = "activations"
+_LONGEST_HEADER = 1 << 20
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class Damaged(Exception):
+    """A file that is not what it should be; the message says in what."""
+
+
+def write_chunk(path: Path, x: Tensor, address: str) -> None:
+    """Write ``x``, in its own precision, as the chunk with this address.
+
+    The file is filled from its front, not emptied before, so that its size is reserved all the
+    time. It is not forced to the disk: after a power cut the checksum tells.
+
+    Args:
+        path: a file that is there, at least as long as what will be in it.
+    """
+    x = x.detach().cpu().contiguous()
+    payload = _bytes(x)
+    about = {
+        "__metadata__": {"address": address, "sha256": _checksum(x, address)},
+        _NAME: {
+            "dtype": _NAMES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [0, payload.nbytes],
+        },
+    }
+    header = json.dumps(about).encode()
+    header += b" " * (-len(header) % 8)  # what follows is aligned
+    with path.open("r+b") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        file.write(payload)
+        file.truncate()
+
+
+def read_chunk(path: Path, address: str) -> Tensor:
+    """The chunk with this address.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Damaged: the file is not whole, not what was written, or of another chunk.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= _LONGEST_HEADER:
+            raise Damaged("it has no header")
+        try:
+            header = json.loads(file.read(length))
+            metadata, about = header["__metadata__"], header[_NAME]
+            shape, dtype = [int(n) for n in about["shape"]], _DTYPES[about["dtype"]]
+            begin, end = (int(n) for n in about["data_offsets"])
+            address_there, checksum = metadata["address"], metadata["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise Damaged("its header cannot be read") from None
+        if address_there != address:
+            raise Damaged("it holds other activations than its name says")
+        size = path.stat().st_size - 8 - length
+        if begin != 0 or min(shape, default=0) < 0 or end != size:
+            raise Damaged("it is not whole")
+        # Checked against the file's size before the memory is taken.
+        if torch.Size(shape).numel() * dtype.itemsize != size:
+            raise Damaged("its header cannot be read")
+        x = torch.empty(shape, dtype=dtype)
+        if file.readinto(_bytes(x)) != size:
+            raise Damaged("it is not whole")
+    if _checksum(x, address) != checksum:
+        raise Damaged("its checksum is wrong")
+    return x
+
+
+def _checksum(x: Tensor, address: str) -> str:
+    sha = hashlib.sha256(json.dumps([address, str(x.dtype), list(x.shape)]).encode())
+    sha.update(_bytes(x))
+    return sha.hexdigest()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return x.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,95 @@
+"""Chunks from the disk where they are there, from the model where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reseed.activations.cache import ActivationCache, Entry
+from reseed.activations.chunk_file import Damaged, read_chunk, write_chunk
+from reseed.activations.hookpoint import Hookpoint
+from reseed.config import digest
+from reseed.console import say
+
+_MARGIN = 4_096
+"""Bytes of a file beside the activations, at most."""
+
+
+class Shelf:
+    """The entries of a cache for one part of a text, an entry for each hookpoint.
+
+    Stored is what the model gave, bit by bit in its own precision, in the order of the chunk.
+
+    Args:
+        cache: the folder.
+        key: all that decides the activations, but for the hookpoint.
+        readable: name of the entries, with ``{hookpoint}`` in it.
+    """
+
+    def __init__(self, cache: ActivationCache, key: Mapping[str, Any], readable: str) -> None:
+        self.cache, self.key, self.readable = cache, dict(key), readable
+        self._entries: dict[Hookpoint, Entry | None] = {}
+
+    def get(
+        self,
+        c: int,
+        tokens: str,
+        hookpoints: Sequence[Hookpoint],
+        compute: Callable[[Sequence[Hookpoint]], dict[Hookpoint, Tensor]],
+        device: torch.device,
+    ) -> dict[Hookpoint, Tensor]:
+        """Chunk ``c`` at each of the hookpoints.
+
+        Args:
+            tokens: digest of what the model reads for it.
+            compute: makes it at some hookpoints; called for those that are not there, if any.
+            device: where it shall be.
+        """
+        found: dict[Hookpoint, Tensor] = {}
+        for hookpoint in hookpoints:
+            x = self._read(hookpoint, c, tokens)
+            if x is not None:
+                found[hookpoint] = x.to(device)
+        missing = [hookpoint for hookpoint in hookpoints if hookpoint not in found]
+        if missing:
+            for hookpoint, x in compute(missing).items():
+                self._write(hookpoint, c, tokens, x)
+                found[hookpoint] = x
+        return {hookpoint: found[hookpoint] for hookpoint in hookpoints}
+
+    def _read(self, hookpoint: Hookpoint, c: int, tokens: str) -> Tensor | None:
+        entry = self._entry(hookpoint)
+        if entry is None:
+            return None
+        address = self._address(hookpoint, c, tokens)
+        path = entry.file(c, address)
+        try:
+            return read_chunk(path, address)
+        except FileNotFoundError:
+            return None
+        except (Damaged, OSError) as error:
+            say(f"a chunk of the activation cache is computed anew: {path}: {error}")
+            entry.discard(path)
+            return None
+
+    def _write(self, hookpoint: Hookpoint, c: int, tokens: str, x: Tensor) -> None:
+        entry = self._entry(hookpoint)
+        if entry is not None:
+            address = self._address(hookpoint, c, tokens)
+            size = x.numel() * x.element_size() + _MARGIN
+            entry.write(entry.file(c, address), size, lambda path: write_chunk(path, x, address))
+
+    def _entry(self, hookpoint: Hookpoint) -> Entry | None:
+        if hookpoint not in self._entries:
+            name = self.readable.replace("{hookpoint}", str(hookpoint))
+            self._entries[hookpoint] = self.cache.entry(self._key(hookpoint), name)
+        return self._entries[hookpoint]
+
+    def _key(self, hookpoint: Hookpoint) -> dict[str, Any]:
+        return {**self.key, "hookpoint": [hookpoint.site, hookpoint.layer, hookpoint.module]}
+
+    def _address(self, hookpoint: Hookpoint, c: int, tokens: str) -> str:
+        return digest([self._key(hookpoint), c, tokens], 64)

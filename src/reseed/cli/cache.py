@@ -1,0 +1,117 @@
+"""``reseed cache``: the activations that are kept on disk; with ``--clear`` they are removed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from reseed.cli.app import CommandLine
+from reseed.cli.errors import reported
+from reseed.cli.status import print_rows
+from reseed.config import ConfigError, ReseedError
+
+CLEAR = "--clear"
+"""The one flag that is not Hydra's; a word after it that is no override says which."""
+COLUMNS = ("activations", "used", "chunks", "size", "")
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(list(arguments)))
+
+
+def _main(arguments: list[str]) -> int:
+    pattern, rest = _cleared(arguments)
+    line = CommandLine("cache", rest)
+
+    def task(config: DictConfig) -> None:
+        chosen = config.runtime.activation_cache
+        if not chosen:
+            raise ReseedError(
+                "no activations are kept: runtime.activation_cache=FOLDER says where they are"
+            )
+        folder = Path(chosen).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"{{key}}: there is no folder {folder}", "runtime.activation_cache")
+        if pattern is None:
+            print_cache(folder, float(config.runtime.activation_cache_gib))
+        else:
+            clear(folder, pattern)
+
+    if line.only_shows:
+        line.show(task, rest)
+        return 0
+    errors = line.launch(task, line.overrides, line.multirun)
+    if errors:
+        raise errors[0]
+    return 0
+
+
+def _cleared(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Which entries shall go, or None, and the words that are Hydra's."""
+    rest: list[str] = []
+    patterns: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, given, pattern = word.partition("=")
+        if name != CLEAR:
+            rest.append(word)
+        elif given:
+            patterns.append(pattern)
+        else:
+            after = next(words, None)
+            named = after is not None and "=" not in after and not after.startswith("-")
+            patterns.append(str(after) if named else "*")
+            rest += [after] if after is not None and not named else []
+    if len(patterns) > 1:
+        raise ConfigError(f"one {CLEAR} at a time; got {len(patterns)}")
+    if patterns == [""]:
+        raise ConfigError(f"{CLEAR}= names nothing; {CLEAR} alone removes everything")
+    return (patterns[0] if patterns else None), rest
+
+
+def print_cache(folder: Path, gib: float) -> None:
+    """Every entry with its chunks, size, and when it was used last."""
+    from reseed.activations.cache import ActivationCache
+    from reseed.console import counted, say
+
+    found = ActivationCache(folder, 0).stored()
+    if not found:
+        say(f"no activations in {folder}/")
+        return
+    total = _size(sum(entry.size for entry in found))
+    title = f"{counted(len(found), 'set')} of activations in {folder}/: {total} of {gib:g} GiB"
+    rows = [
+        (
+            entry.path.name,
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.last_used)),
+            f"{len(entry.chunks):,}",
+            _size(entry.size),
+            "in use" if entry.in_use else "",
+        )
+        for entry in found
+    ]
+    print_rows(rows, title, COLUMNS, ("activations", "used", ""))
+
+
+def clear(folder: Path, pattern: str) -> None:
+    """Remove the entries whose name matches, and say which."""
+    from reseed.activations.cache import ActivationCache
+    from reseed.console import counted, say
+
+    removed, kept = ActivationCache(folder, 0).clear(pattern)
+    for entry in removed:
+        chunks = counted(len(entry.chunks), "chunk")
+        say(f"removed {entry.path.name} ({chunks}, {_size(entry.size)})")
+    for entry in kept:
+        say(f"kept {entry.path.name}: in use")
+    if not removed and not kept:
+        what = "" if pattern == "*" else f" have `{pattern}` in their name"
+        say(f"nothing to remove: no activations in {folder}/{what}")
+
+
+def _size(size: float) -> str:
+    """``12.3 MiB``, ``1.2 GiB``."""
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"
