@@ -84,6 +84,7 @@ class ActivationCache:
     def __init__(self, folder: Path | str, budget: int) -> None:
         self.folder, self.budget = Path(folder), budget
         self._said: set[str] = set()
+        self._collected = False
 
     def entry(self, key: Mapping[str, Any], readable: str) -> Entry | None:
         """The entry for what ``key`` declares, in use from now on until nobody refers to it.
@@ -260,8 +261,9 @@ class Entry:
         """An empty file that counts as ``size`` bytes already, or None where these do not fit."""
         with self.cache._alone():
             there = self.cache._make_room(size)
-            if not there and size <= self.cache.budget:
+            if not there and not self.cache._collected:
                 # What this process has used before may still hang in a cycle of references.
+                self.cache._collected = True
                 gc.collect()
                 there = self.cache._make_room(size)
             if not there:
@@ -269,8 +271,13 @@ class Entry:
             handle, name = tempfile.mkstemp(
                 prefix=_UNFINISHED, suffix=".safetensors", dir=self.path
             )
-            os.truncate(handle, size)
-            os.close(handle)
+            try:
+                os.truncate(handle, size)
+            except OSError:
+                os.unlink(name)
+                raise
+            finally:
+                os.close(handle)
             return Path(name)
 
 

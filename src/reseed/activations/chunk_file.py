@@ -55,8 +55,9 @@ def read_chunk(path: Path, address: str) -> Tensor:
         Damaged: the file is not whole, not what was written, or of another chunk.
     """
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= _LONGEST_HEADER:
+        begun = file.read(8)
+        length = int.from_bytes(begun, "little")
+        if len(begun) < 8 or not 2 <= length <= _LONGEST_HEADER:
             raise Damaged("it has no header")
         try:
             header = json.loads(file.read(length))

@@ -14,7 +14,7 @@ from reseed.activations.hookpoint import Hookpoint
 from reseed.config import digest
 from reseed.console import say
 
-_MARGIN = 4_096
+_MARGIN = 512
 """Bytes of a file beside the activations, at most."""
 
 

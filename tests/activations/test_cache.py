@@ -1,0 +1,399 @@
+"""Activations on disk: what is read is what was computed, or it is computed again."""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import json
+import os
+import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from reseed.activations.cache import ActivationCache, Entry
+from reseed.activations.chunk_file import Damaged, read_chunk, write_chunk
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.shelf import Shelf
+
+HOOK, OTHER = Hookpoint("resid_post", 0), Hookpoint("mlp_out", 2)
+CPU = torch.device("cpu")
+ROWS, WIDTH = 512, 16
+CHUNK = ROWS * WIDTH * 4
+FILE = CHUNK + 512
+"""Bytes that a chunk of the tests is counted as while it is written."""
+
+
+def activations(c: int, hookpoint: Hookpoint = HOOK, dtype=torch.float32) -> torch.Tensor:
+    """What a model would give, as a pure function."""
+    random = torch.Generator().manual_seed(1000 * c + hookpoint.layer)
+    return torch.randn(ROWS, WIDTH, generator=random).to(dtype)
+
+
+class Reader:
+    """Chunks through a shelf; counts what had to be computed."""
+
+    def __init__(
+        self, folder: Path, budget: int = 1 << 30, key: str = "a", name: str = "m"
+    ) -> None:
+        self.cache = ActivationCache(folder, budget)
+        self.shelf = Shelf(self.cache, {"what": key}, f"{name}-{{hookpoint}}")
+        self.computed: list[tuple[int, tuple[Hookpoint, ...]]] = []
+
+    def read(self, c: int, *hookpoints: Hookpoint, tokens: str = "t") -> dict:
+        hookpoints = hookpoints or (HOOK,)
+
+        def compute(missing):
+            self.computed.append((c, tuple(missing)))
+            return {h: activations(c, h) for h in missing}
+
+        found = self.shelf.get(c, tokens, hookpoints, compute, CPU)
+        for hookpoint, x in found.items():
+            assert torch.equal(x, activations(c, hookpoint))
+        assert tuple(found) == hookpoints
+        return found
+
+    def missed(self, chunks) -> list[int]:
+        """Which of the chunks, read in this order, had to be computed."""
+        self.computed.clear()
+        for c in chunks:
+            self.read(c)
+        return [c for c, _ in self.computed]
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/[0-9]*.safetensors"))
+
+
+def forked(job: Callable[[], object]) -> int:
+    """Run ``job`` in a process of its own; its number. It ends with 0 where nothing was raised."""
+    process = os.fork()
+    if process == 0:
+        code = 1
+        try:
+            job()
+            code = 0
+        finally:
+            os._exit(code)
+    return process
+
+
+def ended(process: int) -> int:
+    """Exit status of a forked process, negative where a signal ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_chunk_comes_back_bit_by_bit_in_its_own_precision(tmp_path: Path, dtype) -> None:
+    x = activations(3, dtype=dtype)
+    x.view(-1)[:3] = torch.tensor([float("nan"), -0.0, float("inf")]).to(dtype)
+    path = tmp_path / "x"
+    path.touch()
+    write_chunk(path, x, "address")
+    found = read_chunk(path, "address")
+    assert found.dtype == dtype
+    assert torch.equal(found.view(torch.uint8), x.view(torch.uint8))
+    # Anybody's safetensors reads it too.
+    assert torch.equal(load_file(path)["activations"].view(torch.uint8), x.view(torch.uint8))
+
+
+def test_every_kind_of_damage_is_noticed(tmp_path: Path) -> None:
+    good = tmp_path / "good"
+    good.touch()
+    write_chunk(good, activations(0), "address")
+    whole = good.read_bytes()
+    begin = len(whole) - CHUNK
+    bad = tmp_path / "bad"
+
+    def told(content: bytes, address: str = "address") -> str:
+        bad.write_bytes(content)
+        with pytest.raises(Damaged) as caught:
+            read_chunk(bad, address)
+        return str(caught.value)
+
+    for at in (begin, begin + CHUNK // 2, len(whole) - 1):  # one bit of one byte
+        flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+        assert told(flipped) == "its checksum is wrong"
+    assert told(whole[:-1]) == "it is not whole"
+    assert told(whole[: begin + 10]) == "it is not whole"
+    assert told(whole + b"x") == "it is not whole"
+    assert told(whole, "another") == "it holds other activations than its name says"
+    assert told(b"") == told(whole[:5]) == "it has no header"
+    assert told(b"\xff" * 4096) == "it has no header"
+    assert told(whole[:8] + b"x" * (len(whole) - 8)) == "its header cannot be read"
+    # The right number of bytes under another shape or precision is another tensor.
+    assert told(whole.replace(b"[512, 16]", b"[16, 512]")) == "its checksum is wrong"
+    assert told(whole.replace(b'"F32"', b'"F64"')) == "its header cannot be read"
+    huge = whole.replace(b"[512, 16]", b"[9999999]")
+    assert told(huge) == "its header cannot be read"
+    assert torch.equal(read_chunk(good, "address"), activations(0))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "swap", "foreign"])
+def test_a_damaged_chunk_is_said_computed_and_mended(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Reader(tmp_path).missed([0, 1])
+    first, second = files(tmp_path)
+    content = bytearray(first.read_bytes())
+    if damage == "flip":
+        content[-100] ^= 64
+    first.write_bytes(
+        {"flip": bytes(content), "truncate": bytes(content[:-7]), "empty": b"",
+         "swap": second.read_bytes(), "foreign": b"notes of mine\n" * 99}[damage]
+    )  # fmt: skip
+    gc.collect()
+    assert Reader(tmp_path).missed([0, 1]) == [0]
+    said = capsys.readouterr().out
+    assert said.startswith(f"a chunk of the activation cache is computed anew: {first}: it")
+    assert said.count("\n") == 1
+    assert Reader(tmp_path).missed([0, 1]) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_what_is_there_is_not_computed(tmp_path: Path) -> None:
+    assert Reader(tmp_path).missed(range(4)) == [0, 1, 2, 3]
+    assert Reader(tmp_path).missed([3, 0, 5, 1]) == [5]
+
+
+def test_hookpoints_have_entries_of_their_own(tmp_path: Path) -> None:
+    Reader(tmp_path).read(0, OTHER)
+    reader = Reader(tmp_path)
+    reader.read(0, HOOK, OTHER)
+    assert reader.computed == [(0, (HOOK,))]
+    again = Reader(tmp_path)
+    again.read(0, HOOK, OTHER)
+    again.read(0, HOOK)
+    assert again.computed == []
+
+
+def test_other_tokens_and_other_keys_are_other_chunks(tmp_path: Path) -> None:
+    reader = Reader(tmp_path)
+    reader.read(0)
+    reader.read(0, tokens="u")
+    assert len(reader.computed) == 2
+    assert Reader(tmp_path, key="b").missed([0]) == [0]
+    assert len(files(tmp_path)) == 3
+
+
+def test_one_process_writes_while_another_reads(tmp_path: Path) -> None:
+    mine = Reader(tmp_path)
+    mine.read(0)
+
+    def other() -> None:
+        reader = Reader(tmp_path)
+        assert reader.missed([0, 1]) == [1]
+        assert len(files(tmp_path)) == 1, "the other process is the one that writes"
+
+    assert ended(forked(other)) == 0
+    del mine
+    gc.collect()
+    assert ended(forked(lambda: Reader(tmp_path).read(1))) == 0
+    assert len(files(tmp_path)) == 2
+
+
+def test_two_processes_at_once_read_what_is_right(tmp_path: Path) -> None:
+    def job(order: list[int]) -> None:
+        reader = Reader(tmp_path, budget=12 * FILE)
+        for c in order * 3:
+            reader.read(c)  # which compares
+
+    orders = [list(range(16)), list(range(15, -1, -1)), [c * 5 % 16 for c in range(16)]]
+    processes = [forked(lambda order=order: job(order)) for order in orders]
+    assert [ended(process) for process in processes] == [0, 0, 0]
+    found = files(tmp_path)
+    assert 1 <= len(found) <= 12
+    assert not list(tmp_path.glob("*/.unfinished-*"))
+    assert set(Reader(tmp_path).missed(range(16))) == set(range(16)) - {
+        int(path.name[:6]) for path in found
+    }
+
+
+def killed_in_the_middle(folder: Path) -> None:
+    """A process that dies while it writes half of chunk 1."""
+    cache = ActivationCache(folder, 1 << 30)
+    entry = cache.entry({"what": "a", "hookpoint": ["resid_post", 0, None]}, "m-resid_post.0")
+    assert entry is not None
+
+    def half(path: Path) -> None:
+        with path.open("r+b") as file:
+            file.write(b"x" * (CHUNK // 2))
+            file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    entry.write(entry.file(1, "f" * 64), FILE, half)
+
+
+def test_a_killed_writer_leaves_nothing_half(tmp_path: Path) -> None:
+    Reader(tmp_path).read(0)
+    gc.collect()
+    assert ended(forked(lambda: killed_in_the_middle(tmp_path))) == -signal.SIGKILL
+    (entry,) = ActivationCache(tmp_path, 0).stored()
+    assert (len(entry.chunks), entry.unfinished) == (1, FILE)
+    assert not entry.in_use, "the locks of a dead process are free"
+    reader = Reader(tmp_path)
+    assert reader.missed([0, 1]) == [1]
+    (entry,) = reader.cache.stored()
+    assert (len(entry.chunks), entry.unfinished) == (2, 0)
+
+
+def test_the_budget_holds_and_what_is_read_in_turn_is_still_found(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    budget = 3 * FILE + FILE // 2
+    reader = Reader(tmp_path, budget)
+    assert reader.missed(range(6)) == list(range(6))
+    # To drop the chunk that was used longest ago would leave none that is asked for next.
+    for _ in range(2):
+        assert reader.missed(range(6)) == [3, 4, 5]
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= budget
+    assert capsys.readouterr().out == (
+        f"the activation cache {tmp_path} is full (runtime.activation_cache_gib="
+        f"{budget / 2**30:g}): the rest is not kept\n"
+    ), "said once"
+
+
+def used(folder: Path, name: str, seconds: int) -> None:
+    """Pretend that the entry was used so many seconds ago."""
+    (entry,) = folder.glob(f"{name}-*")
+    then = entry.stat().st_mtime - seconds
+    os.utime(entry / "entry.json", (then, then))
+
+
+def test_the_entry_used_longest_ago_goes_first_from_its_end(tmp_path: Path) -> None:
+    for name in ("old", "older", "live"):
+        Reader(tmp_path, key=name, name=name).missed(range(3))
+    gc.collect()
+    used(tmp_path, "old", 1000)
+    used(tmp_path, "older", 2000)
+    live = Reader(tmp_path, key="live", name="live")
+    live.read(0)
+    used(tmp_path, "live", 3000)  # in use, so that this does not matter
+    reader = Reader(tmp_path, 10 * FILE, key="new", name="new")
+    counts = lambda: {e.path.name.split("-")[0]: len(e.chunks) for e in reader.cache.stored()}  # noqa: E731
+    assert reader.missed(range(3)) == [0, 1, 2]
+    assert counts() == {"new": 3, "old": 3, "older": 1, "live": 3}
+    assert [p.name[:6] for p in files(tmp_path) if "older" in str(p)] == ["000000"]
+    reader.missed(range(7))
+    assert counts() == {"new": 7, "live": 3}, "what a process uses is not removed"
+    reader.missed(range(9))
+    assert counts() == {"new": 7, "live": 3}
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 10 * FILE
+
+
+def test_a_smaller_budget_is_kept_to_from_the_start(tmp_path: Path) -> None:
+    Reader(tmp_path).missed(range(6))
+    gc.collect()
+    # The entry itself is in use by then, but what is idle goes.
+    Reader(tmp_path, 2 * FILE, key="b", name="b").read(0)
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 2 * FILE
+
+
+def test_a_chunk_larger_than_the_budget_removes_nothing_in_use(tmp_path: Path) -> None:
+    reader = Reader(tmp_path, budget=10)
+    assert reader.missed([0, 0]) == [0, 0]
+    assert files(tmp_path) == []
+
+
+def test_a_full_disk_is_said_once_and_ends_the_writing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def job() -> None:
+        reader = Reader(tmp_path)
+        reader.read(0)
+        # Stands for a disk that takes no more.
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK // 2, CHUNK // 2))
+        assert reader.missed(range(4)) == [1, 2, 3]
+
+    assert ended(forked(job)) == 0
+    assert len(files(tmp_path)) == 1
+    assert not list(tmp_path.glob("*/.unfinished-*"))
+
+
+def test_what_is_said_of_a_full_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+
+    from reseed.activations import shelf
+
+    def full(path: Path, *rest: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shelf, "write_chunk", full)
+    assert Reader(tmp_path).missed(range(3)) == [0, 1, 2]
+    assert capsys.readouterr().out == (
+        f"cannot write to the activation cache {tmp_path} (No space left on device): "
+        "the rest is not kept\n"
+    )
+
+
+def test_a_folder_that_cannot_be_used_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    reader = Reader(tmp_path / "file" / "cache")
+    reader.read(0, HOOK, OTHER)
+    assert reader.missed([0, 1]) == [0, 1]
+    assert capsys.readouterr().out == (
+        f"the activation cache {tmp_path / 'file' / 'cache'} cannot be used: Not a directory\n"
+    )
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "notes-0123456789abcdef01234567"  # like an entry, but for its record
+    mine.mkdir()
+    for path in (mine / "000000-0123456789abcdef.safetensors", tmp_path / "thesis.tex"):
+        path.write_text("x" * 10_000)
+    reader = Reader(tmp_path, budget=FILE)
+    reader.missed([0, 1])
+    del reader
+    gc.collect()
+    removed, kept = ActivationCache(tmp_path, 0).clear()
+    assert (len(removed), kept) == (1, [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", mine.name, "thesis.tex"]
+    assert len(list(mine.iterdir())) == 1
+
+
+def test_clear_by_a_part_of_the_name_keeps_what_is_in_use(tmp_path: Path) -> None:
+    for name in ("gpt-docs", "gpt-pile", "llama-docs"):
+        Reader(tmp_path, key=name, name=name).read(0)
+    gc.collect()
+    cache = ActivationCache(tmp_path, 0)
+    live = Reader(tmp_path, key="gpt-pile", name="gpt-pile")
+    live.read(0)
+    removed, kept = cache.clear("gpt")
+    assert [e.path.name.split("-resid")[0] for e in removed] == ["gpt-docs"]
+    assert [e.path.name.split("-resid")[0] for e in kept] == ["gpt-pile"]
+    assert live.missed([0]) == []
+    assert cache.clear("*pile*order*") == ([], [])
+    del live
+    gc.collect()
+    assert [len(part) for part in cache.clear()] == [2, 0]
+    assert cache.stored() == []
+
+
+def test_the_record_of_an_entry_says_what_decides_it(tmp_path: Path) -> None:
+    Reader(tmp_path, key="all that").read(0)
+    (record,) = tmp_path.glob("*/entry.json")
+    assert json.loads(record.read_text()) == {
+        "what": "all that", "hookpoint": ["resid_post", 0, None],
+    }  # fmt: skip
+
+
+def test_an_entry_is_idle_when_nobody_refers_to_it(tmp_path: Path) -> None:
+    cache = ActivationCache(tmp_path, 0)
+    entry: Entry | None = cache.entry({}, "x")
+    assert [stored.in_use for stored in cache.stored()] == [True]
+    del entry
+    gc.collect()
+    assert [stored.in_use for stored in cache.stored()] == [False]
+    handle = os.open(next(tmp_path.glob("x-*")) / ".use", os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_SH)
+    assert [stored.in_use for stored in cache.stored()] == [True]
+    os.close(handle)

@@ -1,0 +1,220 @@
+"""Chunks computed ahead are the same chunks, no more of them, and no thread is left."""
+
+from __future__ import annotations
+
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.prefetch import Abandoned, pays
+from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, dealt, generator
+
+HOOK = Hookpoint("resid_post", 0)
+TOKENS = 64
+WAIT_S = 20.0
+
+
+class Counted(ChunkStream):
+    """Draws; keeps which chunks were begun, and by whom. Can be told to fail or to dawdle."""
+
+    def __init__(self, fails_at: int = -1, dawdles_at: int = -1) -> None:
+        config = DatasetConfig(chunk_tokens=TOKENS)
+        super().__init__(config, [HOOK], torch.device("cpu"))
+        self.begun: list[tuple[int, bool]] = []
+        self.threads: set[int] = set()
+        self.dawdling = threading.Event()
+        self.dropped = threading.Event()
+        self._fails_at, self._dawdles_at = fails_at, dawdles_at
+
+    def _dealt(self, c: int) -> dict[Hookpoint, torch.Tensor]:
+        ahead = threading.current_thread() is not threading.main_thread()
+        self.begun.append((c, ahead))
+        self.threads.add(torch.get_num_threads())
+        if c == self._fails_at:
+            raise ValueError(f"chunk {c} cannot be computed")
+        if c == self._dawdles_at:
+            self.dawdling.set()
+            try:
+                end = time.monotonic() + WAIT_S
+                while time.monotonic() < end:
+                    self._check_wanted()
+                    time.sleep(0.005)
+            except Abandoned:
+                self.dropped.set()
+                raise
+        x = torch.randn(TOKENS, 4, generator=generator(c))
+        return {HOOK: dealt(x, self._permutation(c, TOKENS // STRIPES))}
+
+
+def workers() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("reseed-prefetch")]
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    assert workers() == []
+    yield
+    assert workers() == []
+
+
+def read(stream: ChunkStream, steps: int, size: int = 32, start: int = 0) -> list[torch.Tensor]:
+    batches = stream.batches(size, start)
+    return [next(batches)[HOOK] for _ in range(steps - start)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_batches_are_the_same_and_each_chunk_is_computed_once(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        plain, ahead = Counted(), Counted()
+        expected = read(plain, 10)
+        with ahead.prefetching([(10, 32)], True):
+            found = read(ahead, 10)
+            assert len(workers()) == 1
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert plain.begun == [(c, False) for c in range(5)]
+    # Nothing beyond the end of training, and only the first is waited for.
+    assert ahead.begun == [(0, False)] + [(c, True) for c in range(1, 5)]
+    # Torch counts threads for each calling thread; the last bits may hang on them.
+    assert ahead.threads == {threads}
+
+
+def test_no_thread_before_the_first_chunk_and_none_without_a_second() -> None:
+    stream = Counted()
+    with stream.prefetching([(2, 32)], True):
+        assert workers() == []
+        read(stream, 2)
+        assert workers() == []
+    assert stream.begun == [(0, False)]
+
+
+def test_a_chunk_that_is_there_already_is_not_computed_again() -> None:
+    """As where training starts with the chunk that the weights' start was taken from."""
+    stream = Counted()
+    stream.chunk(0)
+    with stream.prefetching([(6, 32)], True):
+        read(stream, 6)
+    assert [c for c, _ in stream.begun] == [0, 1, 2]
+
+
+def test_going_on_in_the_middle() -> None:
+    stream = Counted()
+    with stream.prefetching([(10, 32)], True):
+        found = read(stream, 10, start=5)
+    assert [c for c, _ in stream.begun] == [2, 3, 4]
+    assert all(torch.equal(a, b) for a, b in zip(found, read(Counted(), 10)[5:], strict=True))
+
+
+def test_members_of_several_batch_sizes_and_budgets() -> None:
+    stream = Counted()
+    with stream.prefetching([(3, 64), (8, 16)], True):
+        for c in range(3):
+            stream.chunk(c)
+    assert [c for c, _ in stream.begun] == [0, 1, 2], "48 × 64 tokens are three chunks"
+
+
+def test_chunks_without_a_batch_are_not_computed() -> None:
+    """The rest of a text that is read again may be too short for one batch."""
+
+    class Short(Counted):
+        def batches_in(self, c: int, batch_size: int) -> int:
+            return 0 if c % 3 == 2 else 2
+
+        def position(self, step: int, batch_size: int):
+            at = super().position(step, batch_size)
+            return type(at)(at.chunk // 2 * 3 + at.chunk % 2, at.batch)
+
+    stream = Short()
+    with stream.prefetching([(8, 32)], True):
+        read(stream, 8)
+    assert [c for c, _ in stream.begun] == [0, 1, 3, 4]
+
+
+def test_an_error_comes_at_the_step_that_needs_the_chunk_with_its_traceback() -> None:
+    stream = Counted(fails_at=2)
+    with stream.prefetching([(10, 32)], True):
+        batches = stream.batches(32)
+        for _ in range(4):  # chunks 0 and 1
+            next(batches)
+        with pytest.raises(ValueError, match="chunk 2 cannot be computed") as caught:
+            next(batches)
+    names = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert "_dealt" in names
+    assert "_work" in names
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_ends_training_ends_the_thread_soon(error: type[BaseException]) -> None:
+    stream = Counted(dawdles_at=1)
+    started = time.monotonic()
+
+    def training() -> None:
+        with stream.prefetching([(10, 32)], True):
+            stream.chunk(0)
+            assert stream.dawdling.wait(WAIT_S)
+            raise error
+
+    with pytest.raises(error):
+        training()
+    assert stream.dropped.is_set()
+    assert time.monotonic() - started < WAIT_S / 2
+    # The stream itself is as good as before.
+    assert torch.equal(stream.chunk(2)[HOOK], Counted().chunk(2)[HOOK])
+
+
+def test_another_chunk_than_the_next_one_is_right_too() -> None:
+    stream = Counted(dawdles_at=1)
+    with stream.prefetching([(20, 32)], True):
+        stream.chunk(0)
+        assert stream.dawdling.wait(WAIT_S)
+        assert torch.equal(stream.chunk(4)[HOOK], Counted().chunk(4)[HOOK])
+        assert stream.dropped.is_set(), "one at a time reads the source"
+        assert torch.equal(stream.chunk(5)[HOOK], Counted().chunk(5)[HOOK])
+
+
+def test_one_chunk_more_is_in_memory() -> None:
+    """Chunks alive when the next one is begun: the one in use."""
+    import weakref
+
+    alive: list[int] = []
+    known: list[weakref.ref] = []
+
+    class Watched(Counted):
+        def _dealt(self, c: int) -> dict[Hookpoint, torch.Tensor]:
+            alive.append(sum(ref() is not None for ref in known))
+            found = super()._dealt(c)
+            known.append(weakref.ref(found[HOOK]))
+            return found
+
+    for wanted, most in ((False, 0), (True, 1)):
+        alive.clear()
+        known.clear()
+        stream = Watched()
+        with stream.prefetching([(12, 32)], wanted):
+            for _ in stream.batches(32, 0):
+                if len(alive) == 6:
+                    break
+        assert max(alive) == most
+
+
+def test_off_means_no_thread() -> None:
+    stream = Counted()
+    with stream.prefetching([(10, 32)], False):
+        read(stream, 10)
+    assert stream.begun == [(c, False) for c in range(5)]
+
+
+def test_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(4)), raising=False)
+    for threads, expected in ((1, True), (2, True), (3, False), (4, False)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert pays(torch.device("cpu")) == expected
+    assert pays(torch.device("cuda"))
