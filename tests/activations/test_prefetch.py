@@ -12,7 +12,14 @@ import torch
 
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.prefetch import Abandoned, pays
-from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, dealt, generator
+from reseed.activations.stream import (
+    STRIPES,
+    ChunkStream,
+    DatasetConfig,
+    Position,
+    dealt,
+    generator,
+)
 
 HOOK = Hookpoint("resid_post", 0)
 TOKENS = 64
@@ -62,6 +69,12 @@ def _no_thread_is_left() -> Iterator[None]:
     assert workers() == []
 
 
+def end(steps: int, size: int = 32) -> Position:
+    """Where so many batches end."""
+    last = Counted().position(steps - 1, size)
+    return Position(last.chunk, last.row + size // STRIPES)
+
+
 def read(stream: ChunkStream, steps: int, size: int = 32, start: int = 0) -> list[torch.Tensor]:
     batches = stream.batches(size, start)
     return [next(batches)[HOOK] for _ in range(steps - start)]
@@ -74,7 +87,7 @@ def test_batches_are_the_same_and_each_chunk_is_computed_once(threads: int) -> N
     try:
         plain, ahead = Counted(), Counted()
         expected = read(plain, 10)
-        with ahead.prefetching([(10, 32)], True):
+        with ahead.prefetching(end(10), 32, True):
             found = read(ahead, 10)
             assert len(workers()) == 1
     finally:
@@ -89,7 +102,7 @@ def test_batches_are_the_same_and_each_chunk_is_computed_once(threads: int) -> N
 
 def test_no_thread_before_the_first_chunk_and_none_without_a_second() -> None:
     stream = Counted()
-    with stream.prefetching([(2, 32)], True):
+    with stream.prefetching(end(2), 32, True):
         assert workers() == []
         read(stream, 2)
         assert workers() == []
@@ -100,14 +113,14 @@ def test_a_chunk_that_is_there_already_is_not_computed_again() -> None:
     """As where training starts with the chunk that the weights' start was taken from."""
     stream = Counted()
     stream.chunk(0)
-    with stream.prefetching([(6, 32)], True):
+    with stream.prefetching(end(6), 32, True):
         read(stream, 6)
     assert [c for c, _ in stream.begun] == [0, 1, 2]
 
 
 def test_going_on_in_the_middle() -> None:
     stream = Counted()
-    with stream.prefetching([(10, 32)], True):
+    with stream.prefetching(end(10), 32, True):
         found = read(stream, 10, start=5)
     assert [c for c, _ in stream.begun] == [2, 3, 4]
     assert all(torch.equal(a, b) for a, b in zip(found, read(Counted(), 10)[5:], strict=True))
@@ -115,32 +128,30 @@ def test_going_on_in_the_middle() -> None:
 
 def test_members_of_several_batch_sizes_and_budgets() -> None:
     stream = Counted()
-    with stream.prefetching([(3, 64), (8, 16)], True):
+    stop = max(end(3, 64), end(8, 16))
+    with stream.prefetching(stop, 16, True):
         for c in range(3):
             stream.chunk(c)
-    assert [c for c, _ in stream.begun] == [0, 1, 2], "48 × 64 tokens are three chunks"
+    assert [c for c, _ in stream.begun] == [0, 1, 2], "3 × 64 tokens are three chunks"
 
 
 def test_chunks_without_a_batch_are_not_computed() -> None:
     """The rest of a text that is read again may be too short for one batch."""
 
     class Short(Counted):
-        def batches_in(self, c: int, batch_size: int) -> int:
-            return 0 if c % 3 == 2 else 2
-
-        def position(self, step: int, batch_size: int):
-            at = super().position(step, batch_size)
-            return type(at)(at.chunk // 2 * 3 + at.chunk % 2, at.batch)
+        def rows(self, c: int) -> int:
+            return 3 if c % 3 == 2 else TOKENS // STRIPES
 
     stream = Short()
-    with stream.prefetching([(8, 32)], True):
-        read(stream, 8)
+    with stream.prefetching(Position(5, 0), 32, True):
+        for c in (0, 1, 3, 4):
+            stream.chunk(c)
     assert [c for c, _ in stream.begun] == [0, 1, 3, 4]
 
 
 def test_an_error_comes_at_the_step_that_needs_the_chunk_with_its_traceback() -> None:
     stream = Counted(fails_at=2)
-    with stream.prefetching([(10, 32)], True):
+    with stream.prefetching(end(10), 32, True):
         batches = stream.batches(32)
         for _ in range(4):  # chunks 0 and 1
             next(batches)
@@ -157,7 +168,7 @@ def test_what_ends_training_ends_the_thread_soon(error: type[BaseException]) -> 
     started = time.monotonic()
 
     def training() -> None:
-        with stream.prefetching([(10, 32)], True):
+        with stream.prefetching(end(10), 32, True):
             stream.chunk(0)
             assert stream.dawdling.wait(WAIT_S)
             raise error
@@ -172,7 +183,7 @@ def test_what_ends_training_ends_the_thread_soon(error: type[BaseException]) -> 
 
 def test_another_chunk_than_the_next_one_is_right_too() -> None:
     stream = Counted(dawdles_at=1)
-    with stream.prefetching([(20, 32)], True):
+    with stream.prefetching(end(20), 32, True):
         stream.chunk(0)
         assert stream.dawdling.wait(WAIT_S)
         assert torch.equal(stream.chunk(4)[HOOK], Counted().chunk(4)[HOOK])
@@ -198,7 +209,7 @@ def test_one_chunk_more_is_in_memory() -> None:
         alive.clear()
         known.clear()
         stream = Watched()
-        with stream.prefetching([(12, 32)], wanted):
+        with stream.prefetching(end(12), 32, wanted):
             for _ in stream.batches(32, 0):
                 if len(alive) == 6:
                     break
@@ -207,7 +218,7 @@ def test_one_chunk_more_is_in_memory() -> None:
 
 def test_off_means_no_thread() -> None:
     stream = Counted()
-    with stream.prefetching([(10, 32)], False):
+    with stream.prefetching(end(10), 32, False):
         read(stream, 10)
     assert stream.begun == [(c, False) for c in range(5)]
 
