@@ -1,32 +1,85 @@
-"""Files that are either whole or absent, whatever kills the process."""
+"""Files that are either whole or absent, whatever kills the process and however full the disk."""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from reseed.config import ReseedError
+
 PathLike = str | os.PathLike[str]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEMPORARY = ".part-"
+_PROBE = b"\0" * 2**20
+
+
+class DiskFullError(ReseedError):
+    """There is no room for a file; what was written before is whole.
+
+    No failure of the run whose file it is: once there is room, the same command goes on.
+    """
 
 
 def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file in the same folder, which then takes the name at once.
 
     The content is forced to the disk before, the name after. Missing folders are made.
+
+    Raises:
+        DiskFullError: there is no room. A file of that name is as it was before.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, write)
+
+
+@contextmanager
+def room_for(path: Path) -> Iterator[None]:
+    """Within it an error that says that the disk is full becomes `DiskFullError`.
+
+    Args:
+        path: what is being written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise DiskFullError(
+            f"no room for {path.name} in {path.parent} ({os.strerror(error.errno)}). All that was "
+            "written before is intact, results and checkpoints: free some space and give the same "
+            "command, which goes on from there."
+        ) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what writers that were killed left behind. Only who owns the folder may do so."""
+    for path in folder.glob(f".*{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
     # The suffix is kept, because writers choose a format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.stem}{_TEMPORARY}", suffix=path.suffix, dir=path.parent
+    )
     os.close(handle)
     temporary = Path(name)
     try:
-        write(temporary)
+        try:
+            write(temporary)
+        except Exception:
+            # Writers in C++ and Rust have errors of their own for a full disk.
+            _probe(temporary)
+            raise
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         # mkstemp makes files private to the user; results are shared like any other file.
@@ -36,6 +89,15 @@ def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+def _probe(temporary: Path) -> None:
+    """Raise `OSError` where the file, of which nothing is wanted any more, cannot grow."""
+    with temporary.open("ab", buffering=0) as file:
+        left = len(_PROBE)
+        while left:
+            left -= file.write(_PROBE[:left])
+        os.fsync(file.fileno())
 
 
 def atomic_write_bytes(path: PathLike, data: bytes) -> None:

@@ -28,10 +28,11 @@ from reseed.activations.surrogate import (
     opened,
     standing_in,
 )
+from reseed.atomic import DiskFullError
 from reseed.calibration import calibrate
 from reseed.config import Config, ConfigError, digest, setting
 from reseed.console import say
-from reseed.runs import Interrupted, Run, RunStore
+from reseed.runs import Run, RunStore
 from reseed.sae.base import SAEConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
 from reseed.train.plan import Group, OutOfMemory, announce, make_plan
@@ -340,10 +341,10 @@ def _train_groups(
                     say(f"  {error}: going on with half of them")
                     waiting.extendleft((half, True) for half in reversed(mine.halves()))
                 else:
-                    (run,) = (missing[0].run(store),)
+                    run = missing[0].run(store)
                     run.fail(error)
                     failures[run.id] = error
-            except Interrupted:
+            except DiskFullError:  # the next group would find it full too
                 raise
             except Exception as error:  # recorded in each run's folder; other groups go on
                 failures |= {r.run(store).id: error for r in missing}

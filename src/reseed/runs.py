@@ -20,17 +20,18 @@ import fcntl
 import json
 import os
 import re
+import signal
 import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reseed.atomic import atomic_write_json
+from reseed.atomic import atomic_write_json, remove_leftovers, room_for
 from reseed.config import SIGNATURE_LENGTH, ReseedError, digest
 from reseed.environment import environment
 
@@ -53,10 +54,18 @@ class RunError(ReseedError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was asked to stop, and did so with everything saved.
+    """A signal asked for the end, and nothing is lost.
 
     A KeyboardInterrupt, so that nothing takes it for the failure of one job and starts the next.
+
+    Args:
+        message: what was saved, and how to go on.
+        number: of the signal.
     """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -164,7 +173,7 @@ class Run:
         sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
         stored = self.path / INITIAL_FILE
         if stored.is_file():
-            sae.load_state_dict(load_file(stored))
+            sae.load_state_dict(_tensors(stored, load_file))
         elif not record.get("start_is_drawn", _was_drawn(record["experiment"]["training"])):
             raise RunError(
                 f"{self.path}: {INITIAL_FILE} is missing, and the seed alone does not give the "
@@ -180,7 +189,7 @@ class Run:
         """
         from safetensors.numpy import load_file
 
-        return load_file(self.path / "latents.safetensors")
+        return _tensors(self.path / "latents.safetensors", load_file)
 
     def activations(self) -> dict[str, Any] | None:
         """Of the held-out activations ``mean`` [d_in] and ``covariance`` [d_in, d_in], float32.
@@ -190,7 +199,7 @@ class Run:
         from safetensors.numpy import load_file
 
         path = self.path / "activations.safetensors"
-        return load_file(path) if path.is_file() else None
+        return _tensors(path, load_file) if path.is_file() else None
 
     def update(self, **changes: Any) -> None:
         """Write the record with some entries changed."""
@@ -215,6 +224,10 @@ class Run:
         """All results are in place: the last write of a run."""
         atomic_write_json(self.path / "metrics.json", dict(metrics))
         self.update(status="finished", ended=_now(), **entries)
+        self.drop_checkpoint()
+
+    def drop_checkpoint(self) -> None:
+        """Delete the checkpoint of a finished run."""
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
     def fail(self, error: BaseException, **entries: Any) -> None:
@@ -259,19 +272,22 @@ class Run:
         Yields:
             whether it is owned.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("a+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+        path = self.path / ".lock"
+        with room_for(path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+")
+        with file:
+            if not _taken(file.fileno()):
                 if waiting is None:
                     yield False
                     return
                 waiting(f"waiting for {self.id}: held by {self.owner}")
                 fcntl.flock(file, fcntl.LOCK_EX)
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n")
-            file.flush()
+            with suppress(OSError):  # who owns it is for people; a full disk may keep it back
+                file.truncate(0)
+                own = f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n"
+                os.write(file.fileno(), own.encode())
+            remove_leftovers(self.path)
             yield True
 
 
@@ -305,6 +321,31 @@ class RunStore:
         with ExitStack() as stack:
             ordered = sorted(runs, key=lambda r: r.signature)
             yield {run for run in ordered if stack.enter_context(run.lock(waiting))}
+
+
+def _tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The arrays of a safetensors file, which is data and never code.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise RunError(f"{path} cannot be read (truncated?): {error}") from error
+
+
+def _taken(handle: int) -> bool:
+    """Lock a file, unless another process holds it for longer than it takes to look at it."""
+    for patience in (0.05, 0.0):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(patience)
+    return False
 
 
 def _was_drawn(training: Mapping[str, Any]) -> bool:

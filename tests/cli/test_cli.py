@@ -280,7 +280,7 @@ def test_runs_of_a_cell_that_fail_alike_are_told_of_once(tmp_path: Path) -> None
     jobs += [failed(store, "two", 0, CalibrationError("no weight"))]
     jobs += [failed(store, "two", seed, ValueError("a defect")) for seed in (1, 2)]
     jobs += [failed(store, "three", 0, behind)]
-    traceback = "  the traceback is in {}/run.json"
+    traceback = "  the whole traceback is in {}/run.json"
     paths = [job.resolved.run(store).path for job in jobs]
     assert train.failure_lines(jobs, store) == [  # type: ignore[arg-type]
         "failed: one (3 seeds): no weight",
@@ -363,6 +363,6 @@ def test_sigterm_between_two_fits_ends_the_command(capsys: pytest.CaptureFixture
     from reseed.cli.errors import reported
 
     before = signal.getsignal(signal.SIGTERM)
-    assert reported(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 130
+    assert reported(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
     assert "stopped by SIGTERM; what was saved stands" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before

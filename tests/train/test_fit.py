@@ -320,7 +320,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(
         time.sleep(0.02)
     os.kill(process.pid, number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert f"stopped by {number.name}; saved" in said.decode()
     assert "Traceback" not in said.decode()
     assert [run.status for run in RunStore(outputs).runs()] == ["interrupted"] * 2

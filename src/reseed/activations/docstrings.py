@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from reseed.activations import docstring_prose
+from reseed.atomic import atomic_write_text
 from reseed.console import say
 
 EXTRACTOR_VERSION = 1
@@ -106,10 +107,7 @@ def docstring_documents(cache_dir: Path) -> list[str]:
     say("reading the docstrings of the installed packages (once, about half a minute)")
     files = [file for package in PACKAGES for file in source_files(package_root(package))]
     documents = unique_documents(_read_in_processes(files))
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(documents), encoding="utf-8")
-    os.replace(temporary, path)
+    atomic_write_text(path, json.dumps(documents))
     return documents
 
 

@@ -99,14 +99,14 @@ class ResolvedModel(ResolvedSource):
         """The architecture, as transformers describes it."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return _without_its_code(AutoConfig, self.folder)
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True)
+        return _without_its_code(AutoTokenizer, self.folder)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -240,6 +240,24 @@ class LanguageModel:
         for start in range(0, len(tokens), self.batch_sequences):
             batch = tokens[start : start + self.batch_sequences].to(self.device)
             yield _record(self.model, batch, modules)
+
+
+def _without_its_code(what: Any, folder: Path) -> Any:
+    """Configuration or tokenizer of a model folder; python files in it are never run.
+
+    Raises:
+        ConfigError: it cannot be had without.
+    """
+    try:
+        return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            f"{{key}}: {folder} needs python code of its own, which reseed does not run; the "
+            "architecture must be one of transformers",
+            "model",
+        ) from error
 
 
 def _weights_folder(resolved: ResolvedModel) -> Path:

@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from reseed.activations.text import ResolvedText, TextConfig
-from reseed.atomic import atomic_write, atomic_write_json
+from reseed.atomic import atomic_write, atomic_write_json, room_for
+from reseed.config import ReseedError
 from reseed.console import say
 
 _VERSION = 1
@@ -194,11 +195,17 @@ def _text_options(config: TextConfig) -> dict[str, Any]:
 
 @lru_cache(maxsize=8)
 def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
-    special = tuple(json.loads((folder / "store.json").read_text())["special"])
-    starts = np.load(folder / f"{part}-starts.npy")
-    size = int(starts[-1])
     path = folder / f"{part}.int32"
-    tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)
+    try:
+        special = tuple(json.loads((folder / "store.json").read_text())["special"])
+        starts = np.load(folder / f"{part}-starts.npy", allow_pickle=False)
+        size = int(starts[-1])
+        tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ReseedError(
+            f"{folder}: these tokens cannot be read ({error}): delete the folder, and they are "
+            "made again"
+        ) from error
     return TokenStore(tokens, starts, special, natural_order)
 
 
@@ -216,7 +223,8 @@ def _tokenised(
     if (folder / "store.json").is_file():
         return folder
     say(f"tokenising {text.label} (once)")
-    folder.mkdir(parents=True, exist_ok=True)
+    with room_for(folder / "store.json"):
+        folder.mkdir(parents=True, exist_ok=True)
     special, fraction = special_ids(tokenizer), text.config.held_out_fraction
     with ExitStack() as stack:
         parts = {part: stack.enter_context(_StoreWriter(folder, part)) for part in enough}
@@ -243,21 +251,30 @@ class _StoreWriter:
         self.activations = 0
 
     def __enter__(self) -> _StoreWriter:
-        handle, self.temporary = tempfile.mkstemp(prefix=f".{self.part}-", dir=self.folder)
+        with room_for(self.folder / f"{self.part}.int32"):
+            handle, self.temporary = tempfile.mkstemp(prefix=f".{self.part}-", dir=self.folder)
         self.file = os.fdopen(handle, "wb")
         return self
 
     def add(self, ids: np.ndarray, special: int) -> None:
-        self.file.write(ids.tobytes())
+        with room_for(self.folder / f"{self.part}.int32"):
+            self.file.write(ids.tobytes())
         self.lengths.append(len(ids))
         self.activations += len(ids) - special
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        self.file.close()
+        path = self.folder / f"{self.part}.int32"
+        try:
+            with room_for(path):
+                self.file.close()  # which writes what is left, and fails where there is no room
+                if error is None:
+                    with open(self.temporary, "rb") as file:
+                        os.fsync(file.fileno())
+                    os.replace(self.temporary, path)
+        finally:
+            Path(self.temporary).unlink(missing_ok=True)
         if error is not None:
-            os.unlink(self.temporary)
             return
-        os.replace(self.temporary, self.folder / f"{self.part}.int32")
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
         atomic_write(self.folder / f"{self.part}-starts.npy", lambda path: np.save(path, starts))
 

@@ -30,6 +30,7 @@ def trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,  # a pickled checkpoint could run code
+            trust_remote_code=False,  # so could python files beside the weights
         )
 
 

@@ -17,14 +17,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from reseed.cli.keys import MissingKey
 from reseed.config import ReseedError, nearest
+from reseed.runs import Interrupted
 
 
 def reported(job: Callable[[], int | None]) -> int:
     """Run ``job``; print what goes wrong.
 
     Returns:
-        0, or what the job returned; 1 for an error of ours or of the configuration; 130 where a
-        signal asked for the end.
+        0, or what the job returned; 1 for an error of ours or of the configuration; 130 or 143
+        where SIGINT (Ctrl-C) or SIGTERM asked for the end.
         Anything else is a defect of reseed, and is shown with its traceback.
     """
     try:
@@ -38,13 +39,12 @@ def reported(job: Callable[[], int | None]) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return _say(in_our_words(error))
     except OSError as error:
-        return _say(f"cannot read or write {error.filename}: {error.strerror}")
+        which = f"read or write {error.filename}" if error.filename else "read or write"
+        return _say(f"cannot {which}: {error.strerror or error}")
     except MemoryError as error:
         return _say(f"not enough memory: {error}")
     except KeyboardInterrupt as stop:
-        what = str(stop) or "interrupted; what was saved stands, and the same command goes on"
-        print(what, file=sys.stderr)
-        return 130
+        return interrupted(stop)
     except Exception:
         traceback.print_exc()
         return _say("this is a defect of reseed: please report it with the traceback above")
@@ -56,9 +56,9 @@ def _terminable() -> Iterator[None]:
     handler of its own, which saves first."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(
-            "stopped by SIGTERM; what was saved stands, and the same command goes on"
-        )
+        name = signal.Signals(number).name
+        message = f"stopped by {name}; what was saved stands, and the same command goes on"
+        raise Interrupted(message, number)
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -68,6 +68,13 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def interrupted(stop: KeyboardInterrupt) -> int:
+    """Say that a signal ended the command; its exit status, as a shell has it."""
+    what = str(stop) or "interrupted; what was saved stands, and the same command goes on"
+    print(what, file=sys.stderr)
+    return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
 
 
 def _say(message: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -65,5 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # OpenMP threads that spin for long while idle make a shared machine crawl; ones that sleep at
     # once make a quiet one slow (measured: benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    module = import_module(f"reseed.cli.{command}")
-    sys.exit(module.main(arguments[1:]))
+    sys.exit(_run(command, arguments[1:]))
+
+
+def _run(command: str, arguments: Sequence[str]) -> int:
+    try:
+        module = import_module(f"reseed.cli.{command}")
+        status = module.main(arguments)
+    except KeyboardInterrupt:  # before the command could see to it itself
+        print("interrupted; nothing was begun", file=sys.stderr)
+        status = 128 + signal.SIGINT
+    if status > 128:
+        # All is said. Who cannot wait for the interpreter's end gets it without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,7 @@ def train_jobs(
     Returns:
         the exit status: 1 where a run failed.
     """
+    from reseed.atomic import DiskFullError
     from reseed.console import say
     from reseed.runs import RunStore
 
@@ -93,6 +95,8 @@ def train_jobs(
     every = [job for _, jobs in launches for job in jobs]
     runs = {job.resolved.signature: job.resolved.run(store) for job in every}
     done = [run for run in runs.values() if run.finished]
+    for run in done:
+        run.drop_checkpoint()  # its process may have been killed before it could
     if len(done) == len(runs):
         say(f"nothing to train: {counted(len(runs), 'run')} already finished")
     else:
@@ -104,7 +108,12 @@ def train_jobs(
             if all(runs[job.resolved.signature].finished for job in jobs):
                 continue
             try:
-                line.launch(task, [*overrides, *own], multirun=sweep is not None)
+                errors = line.launch(task, [*overrides, *own], multirun=sweep is not None)
+                if full := [error for error in errors if isinstance(error, DiskFullError)]:
+                    raise full[0]
+            except (KeyboardInterrupt, DiskFullError):
+                say(_how_far(list(runs.values())))
+                raise
             except Exception:
                 # Failed runs have recorded why, and are told of below; all else is not theirs.
                 if before == {run.id: run.failure for run in runs.values()}:
@@ -121,9 +130,20 @@ def train_jobs(
     return 1 if failed else 0
 
 
+_STATES = {"missing": "not started", "running": "in the hands of another process"}
+
+
+def _how_far(runs: Sequence[Run]) -> str:
+    """What a command leaves that was stopped: how many runs are finished, begun, not started."""
+    found = Counter(_STATES.get(run.status, run.status) for run in runs)
+    finished = found.pop("finished", 0)
+    others = [f"{count:,} {state}" for state, count in sorted(found.items())]
+    return ", ".join([f"{finished:,} of {counted(len(runs), 'run')} finished", *others])
+
+
 def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
     """What became of the runs that are not finished: one line for those of a cell that failed
-    alike, and where the traceback is, unless the message says all."""
+    alike; and where it happened, and where the whole traceback is, unless the message says all."""
     alike: dict[tuple[str, ...], dict[str, tuple[Run, int]]] = {}
     for resolved in (job.resolved for job in jobs):
         run = resolved.run(store)
@@ -141,5 +161,16 @@ def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
         who = run.id if len(found) == 1 else f"{cell} ({counted(len(found), kind)})"
         lines.append(f"{status}: {who}: {message}")
         if run.failure and not run.failure["explained"]:
-            lines.append(f"  the traceback is in {run.path / 'run.json'}")
+            lines += [f"  {line}" for line in _last_frame(run.failure["traceback"])]
+            lines.append(f"  the whole traceback is in {run.path / 'run.json'}")
     return lines
+
+
+def _last_frame(traceback: str) -> list[str]:
+    """File, line and source where the error was raised."""
+    lines = [line.strip() for line in traceback.splitlines()]
+    files = [i for i, line in enumerate(lines) if line.startswith('File "')]
+    if not files:
+        return []
+    last = lines[files[-1] : files[-1] + 2]
+    return [last[0], *(f"  {line}" for line in last[1:] if line)]

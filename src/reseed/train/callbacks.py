@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from reseed.console import console, say
+from reseed.runs import Interrupted
 from reseed.train.member import Member, NotFiniteError
 from reseed.train.module import GroupModule
 
@@ -68,6 +69,8 @@ class Bookkeeper(L.Callback):
         self.cost = self.saved - started
 
     def _save(self, member: Member) -> None:
+        if member.broken:
+            return  # the last sound checkpoint stands
         folder = self.folders[member.id]
         member.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
         member.write_curve(folder)
@@ -83,30 +86,53 @@ class Bookkeeper(L.Callback):
             logger.log_metrics({f"{member.id}/{k}": v for k, v in row.items()}, step=member.step)
 
 
+class Stopped(BaseException):
+    """Raised by a signal, where training can be left at once.
+
+    No KeyboardInterrupt, on which Lightning ends the process by itself and without a word.
+    """
+
+
 class StopAtBorder(L.Callback):
     """SIGINT and SIGTERM end training between two steps, after a checkpoint.
 
-    A second SIGINT ends it at once; the last checkpoint stands.
+    While the next activations are computed, which may take long, that is at once. A second SIGINT
+    ends it without another checkpoint; the last one stands.
     """
 
     def __init__(self, bookkeeper: Bookkeeper) -> None:
         self.bookkeeper = bookkeeper
         self.signal: int | None = None
+        self.stepping = False
+        self.module: GroupModule | None = None
         # Asked before fit begins, when Lightning installs a SIGTERM handler of its own, which
         # would note the signal and go on.
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GroupModule) -> None:
-        pl_module.stopping = lambda: self.signal is not None
         # Not earlier: see above.
+        self.module = pl_module
         for number in self._before:
             signal.signal(number, self._note)
+
+    def check(self) -> None:
+        """Raise `Interrupted` where a signal asked for the end."""
+        if self.signal is not None:
+            name = signal.Signals(self.signal).name
+            raise Interrupted(
+                f"stopped by {name}; saved. The same command goes on from here.", self.signal
+            )
 
     def restore(self) -> None:
         """Give the signals back to whom they belonged."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.stepping = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
@@ -114,11 +140,24 @@ class StopAtBorder(L.Callback):
         if self.signal is not None:
             self.bookkeeper.save(pl_module)
             trainer.should_stop = True
+        self.stepping = False
+        if self.signal is not None and not trainer.should_stop:
+            raise Stopped  # it came between these lines
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        # Between batches every member is whole.
+        if isinstance(exception, Stopped) and not self.stepping:
+            self.bookkeeper.save(pl_module)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
+        again = self.signal is not None
+        if again and number != signal.SIGINT:
+            return
+        self.signal = self.signal or number
+        if self.module is not None:
+            self.module.stopping = True
+        if again or not self.stepping:
+            raise Stopped
 
 
 class GroupProgress(ProgressBar):

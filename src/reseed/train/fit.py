@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,15 @@ import torch
 
 from reseed.activations.source import ActivationSource
 from reseed.activations.stream import STRIPES, ChunkStream, Position
-from reseed.atomic import atomic_write
+from reseed.atomic import DiskFullError, atomic_write
 from reseed.config import ReseedError
 from reseed.console import counted, say
 from reseed.devices import free_memory, is_out_of_memory, pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.truth import TruthResult, measure_truth
-from reseed.runs import INITIAL_FILE, Interrupted, Run, RunStore, seconds_since
+from reseed.runs import INITIAL_FILE, Run, RunStore, seconds_since
 from reseed.sae.checkpoint import save_sae
-from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder
+from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder, Stopped
 from reseed.train.config import RuntimeConfig
 from reseed.train.data import ActivationData, StreamDataset
 from reseed.train.member import Member, NotFiniteError
@@ -46,6 +45,7 @@ def fit_group(
     Raises:
         Interrupted: after SIGINT or SIGTERM; the same command goes on where this one stopped.
         OutOfMemory: so does it after this, but better with fewer of them.
+        DiskFullError: no failure of these runs either.
     """
     clock = time.perf_counter()
     runs = [resolved.run(store) for resolved in group]
@@ -53,7 +53,7 @@ def fit_group(
         run.begin(resolved.record() | {"group": [r.signature for r in group]})
     try:
         return _fit(group, runs, runtime, clock)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, DiskFullError):
         _interrupt(runs)
         raise
     except Exception as error:
@@ -73,7 +73,8 @@ def fit_group(
 def _interrupt(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.record["status"] == "running":
-            run.update(status="interrupted")
+            with suppress(DiskFullError):  # then it is `running` without an owner: the same
+                run.update(status="interrupted")
 
 
 def _fit(
@@ -146,11 +147,15 @@ def _train(
         try:
             with stream.prefetching(stop, min(sizes), runtime.prefetch):
                 trainer.fit(module, datamodule=ActivationData(dataset))
+        except Stopped:
+            pass
+        except SystemExit as end:
+            # Lightning's way with a signal that comes before our handlers are in place.
+            signalled = end.__context__ if isinstance(end.__context__, KeyboardInterrupt) else end
+            raise signalled from None
         finally:
             border.restore()
-    if border.signal is not None and module.working:
-        name = signal.Signals(border.signal).name
-        raise Interrupted(f"stopped by {name}; saved. The same command goes on from here.")
+    border.check()
 
 
 def _end(stream: ChunkStream, member: Member) -> Position:
@@ -168,19 +173,24 @@ def _member(resolved: Resolved, run: Run, source: ActivationSource, stream: Chun
     )
     if resolved.role == "steered":
         member.steer()
+    with member.failing_alone():
+        _begin(member, run, source, stream)
+    return member
+
+
+def _begin(member: Member, run: Run, source: ActivationSource, stream: ChunkStream) -> None:
     checkpoint = run.path / "checkpoint.pt"
     if checkpoint.is_file():
         try:
             member.load(checkpoint)
-            return member
+            return
         except Exception as error:
             raise ReseedError(
                 f"{checkpoint} cannot be read ({error}); delete it to train this run anew"
             ) from error
     truth = None if source.world is None else source.world.dictionary
-    member.start(stream.chunk(0)[e.hook].flatten(0, 1), truth)
+    member.start(stream.chunk(0)[member.hookpoint].flatten(0, 1), truth)
     member.save_start(run.path / INITIAL_FILE)
-    return member
 
 
 def _measure(

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from reseed.activations.hookpoint import Hookpoint
-from reseed.atomic import atomic_write, atomic_write_bytes, atomic_write_text
+from reseed.atomic import DiskFullError, atomic_write, atomic_write_bytes, atomic_write_text
 from reseed.config import ReseedError, digest
+from reseed.console import say
+from reseed.devices import is_out_of_memory
 from reseed.sae.base import SAE, SAEConfig, Step
 from reseed.train.archetypes import begin, make_archetypal, plain
 from reseed.train.config import TrainingConfig
@@ -136,9 +138,27 @@ class Member:
         return self.error is None and self.step < self.training.steps
 
     @property
+    def broken(self) -> bool:
+        """Whether it failed, or its loss was not finite at some step."""
+        return self.error is not None or int(self._first_bad) >= 0
+
+    @property
     def dead(self) -> Tensor:
         """Mask [num_latents] of the latents that have not fired for long."""
         return self.tokens_since_fired >= self.training.dead_after()
+
+    @contextmanager
+    def failing_alone(self) -> Iterator[None]:
+        """An error within it is this run's, and does not stop the others of its group."""
+        try:
+            yield
+        except DiskFullError:
+            raise
+        except Exception as error:
+            if is_out_of_memory(error):  # of the machine, like the disk, which they share
+                raise
+            self.error = error
+            say(f"failed: {self.id}: {error}")
 
     def start(
         self,

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
-
 import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from reseed.activations.stream import STRIPES, ChunkStream
-from reseed.console import say
-from reseed.devices import is_out_of_memory
 from reseed.train.data import Block
 from reseed.train.member import Member
 
@@ -25,7 +21,7 @@ class GroupModule(L.LightningModule):
 
     Attributes:
         after_step: called with a member after each of its steps; may set its `error`.
-        stopping: asked between steps: whether to leave the block as it is.
+        stopping: whether to leave the block as it is after the present step.
     """
 
     def __init__(self, members: Sequence[Member], stream: ChunkStream) -> None:
@@ -35,7 +31,7 @@ class GroupModule(L.LightningModule):
         self.saes = nn.ModuleList(member.sae for member in members)
         self.stream = stream
         self.after_step: Callable[[Member], None] = lambda member: None
-        self.stopping: Callable[[], bool] = lambda: False
+        self.stopping = False
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [member.optimizer for member in self.members]
@@ -45,8 +41,10 @@ class GroupModule(L.LightningModule):
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for member, optimizer in zip(self.members, optimizers, strict=True):
             for x in self._batches(member, batch):
-                self._step(member, x, optimizer)
-                if self.stopping():
+                with member.failing_alone():
+                    member.train(x, optimizer)
+                    self.after_step(member)
+                if self.stopping:
                     return None
         return None
 
@@ -60,17 +58,6 @@ class GroupModule(L.LightningModule):
         for number in range((block.stop - block.start) // part):
             if member.active and member.step == first + number:
                 yield x[:, number * part : (number + 1) * part].reshape(size, -1)
-
-    def _step(self, member: Member, x: Float[Tensor, "batch d_in"], optimizer: Any) -> None:
-        try:
-            member.train(x, optimizer)
-        except Exception as error:
-            if is_out_of_memory(error):  # which is not this member's alone
-                raise
-            member.error = error
-            say(f"failed: {member.id}: {error}")
-        else:
-            self.after_step(member)
 
     @property
     def working(self) -> bool:

@@ -1,0 +1,190 @@
+"""Commands of reseed in forked children of one process that has imported everything.
+
+A kill test starts the same command a hundred times. Imports take seconds, a fork milliseconds. The
+parent never runs a parallel region: pools of OpenMP or numba threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a child ended: its exit status, negative where a signal killed it, and what it said."""
+
+    status: int
+    said: str
+    seconds: float
+
+    @property
+    def killed(self) -> bool:
+        return self.status == -signal.SIGKILL
+
+
+class Forks:
+    """The parent, as tests see it. Children run in ``folder``, where relative paths lead.
+
+    Args:
+        prepare: sweeps (overrides of `reseed train -m`) that the parent composes and checks, and
+            does not run. The command ``["trained", "0"]`` trains the first one; its children are
+            spared Hydra, and find tokenizer and tokens read.
+    """
+
+    def __init__(self, folder: Path, prepare: Sequence[Sequence[str]] = ()) -> None:
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, json.dumps([list(line) for line in prepare])],
+            cwd=folder, env=os.environ | ONE_THREAD, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert self._answer() == "ready"
+
+    def start(self, command: Sequence[str], fault: dict[str, Any] | None = None) -> int:
+        """Start a command; ``fault`` says what is to break in it (`_break`). Returns its pid."""
+        assert self._process.stdin is not None
+        print(json.dumps([list(command), fault]), file=self._process.stdin, flush=True)
+        return int(self._answer())
+
+    def end(self, pid: int, after: float | None = None, number: int = signal.SIGKILL) -> Ended:
+        """Wait for a child; send it a signal ``after`` so many seconds, if it is there still."""
+        assert self._process.stdin is not None
+        print(json.dumps([pid, after, int(number)]), file=self._process.stdin, flush=True)
+        status, seconds = json.loads(self._answer())
+        return Ended(status, self.said(pid), seconds)
+
+    def run(
+        self, command: Sequence[str], fault: dict[str, Any] | None = None,
+        after: float | None = None, number: int = signal.SIGKILL,
+    ) -> Ended:  # fmt: skip
+        """`start` and `end`."""
+        return self.end(self.start(command, fault), after, number)
+
+    def said(self, pid: int) -> str:
+        """What a child has printed so far."""
+        return (self.folder / f"{pid}.log").read_text()
+
+    def said_when(self, pid: int, ready: Callable[[str], bool], within_s: float = 60) -> str:
+        """What a child has printed once that is ``ready``."""
+        end = time.monotonic() + within_s
+        while not ready(said := self.said(pid)):
+            assert time.monotonic() < end, f"not within {within_s} s; so far: {said}"
+            time.sleep(0.005)
+        return said
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the parent of the forks has died"
+        return line.strip()
+
+
+_prepared: list[tuple[Any, Any]] = []
+
+
+def _trained(number: int) -> int:
+    """What `reseed train` does once everything is composed and checked."""
+    from reseed.experiment import train_missing
+
+    failures = train_missing(*_prepared[number])
+    for run, error in failures.items():
+        print(f"failed: {run}: {error}")
+    return 1 if failures else 0
+
+
+def _serve(prepare: list[list[str]]) -> None:
+    # What commands import when they come to it, before the first fork.
+    import matplotlib.pyplot
+    import torch
+    import transformers.models.llama  # noqa: F401
+
+    import reseed.cli.check
+    import reseed.cli.collect
+    import reseed.cli.run
+    import reseed.compare.cell
+    import reseed.train.fit  # noqa: F401
+    from reseed.cli.app import CommandLine
+    from reseed.cli.jobs import check_jobs
+
+    torch.set_num_threads(1)
+    matplotlib.use("agg")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is said while preparing is no answer
+    for line in prepare:
+        jobs, runtime = check_jobs(CommandLine("train", []), line, multirun=True)
+        _prepared.append(([job.resolved for job in jobs], runtime))
+    print("ready", file=answers, flush=True)
+    while line := sys.stdin.readline():
+        what, *rest = json.loads(line)
+        if isinstance(what, list):
+            pid = os.fork()
+            if not pid:
+                _child(what, *rest)
+            (Path(f"{pid}.log")).touch()
+            print(pid, file=answers, flush=True)
+        else:
+            print(json.dumps(_wait(what, *rest)), file=answers, flush=True)
+
+
+def _wait(pid: int, after: float | None, number: int) -> tuple[int, float]:
+    started = time.perf_counter()
+    while True:
+        found, status = os.waitpid(pid, 0 if after is None else os.WNOHANG)
+        seconds = time.perf_counter() - started
+        if found:
+            return os.waitstatus_to_exitcode(status), seconds
+        if after is not None and seconds >= after:
+            os.kill(pid, number)
+            after = None
+        else:
+            time.sleep(0.001)
+
+
+def _child(command: list[str], fault: dict[str, Any] | None) -> None:
+    log = os.open(f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.stdin = open(os.devnull)  # noqa: SIM115 (for the child's life)
+    status = 1
+    try:
+        if fault is not None:
+            import faults
+
+            faults.put(**fault)
+        if command[0] == "trained":
+            from reseed.cli.errors import reported
+
+            sys.exit(reported(lambda: _trained(int(command[1]))))
+        from reseed.cli.main import main
+
+        main(command)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _serve(json.loads(sys.argv[1]))

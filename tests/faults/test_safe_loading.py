@@ -1,0 +1,207 @@
+"""Nothing that lies in a folder is executed when it is read: payloads that would leave a file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import reseed
+from reseed.cli import train
+from reseed.compare.matchings import MatchingStore
+from reseed.runs import Run, RunError, RunStore
+from reseed.sae.checkpoint import CheckpointError
+
+
+class Payload:
+    """An object whose unpickling makes a file."""
+
+    def __init__(self, sign: Path) -> None:
+        self.sign = sign
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.sign),)
+
+
+@pytest.fixture
+def sign(tmp_path: Path):
+    """A folder that exists once a payload was executed; it must not."""
+    sign = tmp_path / "executed"
+    yield sign
+    assert not sign.exists(), "the payload was executed"
+
+
+@pytest.fixture
+def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return [*tiny_overrides, "runtime.cache=cache", "training.tokens=1024"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run."""
+    outputs = tmp_path_factory.mktemp("safe") / "outputs"
+    assert train.main([*tiny_overrides, "training.tokens=512", f"runtime.outputs={outputs}"]) == 0
+    (found,) = RunStore(outputs).runs()
+    return found.path
+
+
+def plain(sign: Path) -> bytes:
+    return pickle.dumps(Payload(sign))
+
+
+def saved_by_torch(sign: Path) -> bytes:
+    data = io.BytesIO()
+    torch.save({"step": Payload(sign)}, data)
+    return data.getvalue()
+
+
+def old_torch(sign: Path) -> bytes:
+    data = io.BytesIO()
+    torch.save({"step": Payload(sign)}, data, _use_new_zipfile_serialization=False)
+    return data.getvalue()
+
+
+def numpy_object(sign: Path) -> bytes:
+    data = io.BytesIO()
+    np.save(data, np.array([Payload(sign)], dtype=object), allow_pickle=True)
+    return data.getvalue()
+
+
+def test_the_payloads_work(sign: Path) -> None:
+    """Or the tests below would show nothing."""
+    for read in (
+        lambda: pickle.loads(plain(sign)),
+        lambda: torch.load(io.BytesIO(saved_by_torch(sign)), weights_only=False),
+        lambda: torch.load(io.BytesIO(old_torch(sign)), weights_only=False),
+        lambda: np.load(io.BytesIO(numpy_object(sign)), allow_pickle=True),
+    ):
+        read()
+        sign.rmdir()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("payload", [plain, saved_by_torch, old_torch])
+def test_a_checkpoint(
+    trained: Path,
+    line: list[str],
+    sign: Path,
+    payload: Callable[[Path], bytes],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    found = Run(Path("outputs") / trained.name)
+    shutil.copytree(trained, found.path)
+    (found.path / "metrics.json").unlink()  # so that it is trained again, from its checkpoint
+    (found.path / "checkpoint.pt").write_bytes(payload(sign))
+    assert train.main([*line, "training.tokens=512"]) == 1
+    assert "checkpoint.pt cannot be read" in capsys.readouterr().out
+    assert found.status == "failed"
+
+
+@pytest.mark.parametrize("payload", [plain, saved_by_torch])
+def test_a_run_folder(
+    trained: Path, tmp_path: Path, sign: Path, payload: Callable[[Path], bytes]
+) -> None:
+    path = tmp_path / trained.name
+    shutil.copytree(trained, path)
+    found = reseed.load_run(path)
+    for name, error, read in (
+        ("sae.safetensors", CheckpointError, lambda: reseed.load_sae(path)),
+        ("latents.safetensors", RunError, found.latents),
+        ("activations.safetensors", RunError, found.activations),
+        ("initial.safetensors", RunError, found.initial_sae),
+    ):
+        (path / name).write_bytes(payload(sign))
+        with pytest.raises(error, match=f"{name} cannot be read"):
+            read()
+    (path / "run.json").write_bytes(payload(sign))
+    with pytest.raises(RunError, match=r"run\.json is damaged"):
+        reseed.load_run(path)
+
+
+def test_a_record_names_no_class_to_import(
+    trained: Path, sign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "planted.py").write_text(f"import os\nos.mkdir({str(sign)!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / trained.name
+    shutil.copytree(trained, path)
+    description = json.loads((path / "sae.json").read_text())
+    description["type"] = "planted.Thing"
+    (path / "sae.json").write_text(json.dumps(description))
+    with pytest.raises(CheckpointError, match=r"planted\.Thing"):
+        reseed.load_sae(path)
+
+
+def test_tokens_in_the_cache(
+    line: list[str], sign: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from reseed.activations.tokens import _read_store
+
+    assert train.main([*line, "training.tokens=64"]) == 0
+    _read_store.cache_clear()  # as a new process begins
+    for starts in Path("cache").glob("tokens/*/train-starts.npy"):
+        starts.write_bytes(numpy_object(sign))
+    assert train.main([*line, "seed=1"]) == 1
+    assert "these tokens cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("payload", [plain, saved_by_torch])
+def test_the_store_of_matchings(
+    tmp_path: Path, sign: Path, payload: Callable[[Path], bytes]
+) -> None:
+    """Which makes again what it cannot read."""
+    store = MatchingStore(tmp_path / "matchings", least=1)
+    a, b = np.random.default_rng(0).normal(size=(2, 8, 4))
+    made = store(a, b)
+    (path,) = store.folder.iterdir()
+    path.write_bytes(payload(sign))
+    assert np.array_equal(store(a, b).assignment, made.assignment)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_the_weights_of_a_language_model(
+    line: list[str], tiny_model: Path, tmp_path: Path, sign: Path, name: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Pickled ones are refused, alone or under the name of others."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(tiny_model, folder)
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(saved_by_torch(sign))
+    assert train.main([*line, f"model.path={folder}"]) == 1
+    said = capsys.readouterr().err
+    assert ("must hold weights as *.safetensors" if name.endswith("bin") else "is damaged") in said
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_python_files_of_a_language_model(
+    line: list[str], tiny_model: Path, tmp_path: Path, sign: Path, known: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Those of a known architecture are passed over; a model that needs them is refused."""
+    folder = tmp_path / "foreign"
+    shutil.copytree(tiny_model, folder)
+    planted = f"import os\nos.mkdir({str(sign)!r})\nclass C:\n    pass\n"
+    (folder / "planted.py").write_text(planted)
+    config = json.loads((folder / "config.json").read_text())
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoModel")
+    config["auto_map"] = dict.fromkeys(names, "planted.C")
+    config["model_type"] = config["model_type"] if known else "planted"
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["planted.C", "planted.C"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    status = train.main([*line, f"model.path={folder}"])
+    said = capsys.readouterr()
+    assert status == (0 if known else 1), said
+    if not known:
+        assert "needs python code of its own, which reseed does not run" in said.err
