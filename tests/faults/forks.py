@@ -34,33 +34,31 @@ class Ended:
 
 
 class Forks:
-    """The parent, as tests see it. Children run in ``folder``, where relative paths lead.
+    """The parent, as tests see it. Children run in ``folder``, where relative paths lead."""
 
-    Args:
-        prepare: sweeps (overrides of `reseed train -m`) that the parent composes and checks, and
-            does not run. The command ``["trained", "0"]`` trains the first one; its children are
-            spared Hydra, and find tokenizer and tokens read.
-    """
-
-    def __init__(self, folder: Path, prepare: Sequence[Sequence[str]] = ()) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps([list(line) for line in prepare])],
-            cwd=folder, env=os.environ | ONE_THREAD, text=True,
+            [sys.executable, __file__], cwd=folder, env=os.environ | ONE_THREAD, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
-        assert self._answer() == "ready"
+
+    def prepare(self, overrides: Sequence[str]) -> list[str]:
+        """A command that trains this sweep, as `reseed train -m` does.
+
+        The parent composes and checks it; its children are spared Hydra.
+        """
+        self._ask("prepare", list(overrides))
+        return ["trained", self._answer()]
 
     def start(self, command: Sequence[str], fault: dict[str, Any] | None = None) -> int:
         """Start a command; ``fault`` says what is to break in it (`_break`). Returns its pid."""
-        assert self._process.stdin is not None
-        print(json.dumps([list(command), fault]), file=self._process.stdin, flush=True)
+        self._ask("start", list(command), fault)
         return int(self._answer())
 
     def end(self, pid: int, after: float | None = None, number: int = signal.SIGKILL) -> Ended:
         """Wait for a child; send it a signal ``after`` so many seconds, if it is there still."""
-        assert self._process.stdin is not None
-        print(json.dumps([pid, after, int(number)]), file=self._process.stdin, flush=True)
+        self._ask("end", pid, after, int(number))
         status, seconds = json.loads(self._answer())
         return Ended(status, self.said(pid), seconds)
 
@@ -88,6 +86,10 @@ class Forks:
         self._process.stdin.close()
         self._process.wait(30)
 
+    def _ask(self, *words: Any) -> None:
+        assert self._process.stdin is not None
+        print(json.dumps(words), file=self._process.stdin, flush=True)
+
     def _answer(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -108,7 +110,16 @@ def _trained(number: int) -> int:
     return 1 if failures else 0
 
 
-def _serve(prepare: list[list[str]]) -> None:
+def _prepare(overrides: list[str]) -> int:
+    from reseed.cli.app import CommandLine
+    from reseed.cli.jobs import check_jobs
+
+    jobs, runtime = check_jobs(CommandLine("train", []), overrides, multirun=True)
+    _prepared.append(([job.resolved for job in jobs], runtime))
+    return len(_prepared) - 1
+
+
+def _serve() -> None:
     # What commands import when they come to it, before the first fork.
     import matplotlib.pyplot
     import torch
@@ -119,27 +130,23 @@ def _serve(prepare: list[list[str]]) -> None:
     import reseed.cli.run
     import reseed.compare.cell
     import reseed.train.fit  # noqa: F401
-    from reseed.cli.app import CommandLine
-    from reseed.cli.jobs import check_jobs
 
     torch.set_num_threads(1)
     matplotlib.use("agg")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is said while preparing is no answer
-    for line in prepare:
-        jobs, runtime = check_jobs(CommandLine("train", []), line, multirun=True)
-        _prepared.append(([job.resolved for job in jobs], runtime))
-    print("ready", file=answers, flush=True)
+    doing = {"prepare": _prepare, "start": _start, "end": _wait}
     while line := sys.stdin.readline():
         what, *rest = json.loads(line)
-        if isinstance(what, list):
-            pid = os.fork()
-            if not pid:
-                _child(what, *rest)
-            (Path(f"{pid}.log")).touch()
-            print(pid, file=answers, flush=True)
-        else:
-            print(json.dumps(_wait(what, *rest)), file=answers, flush=True)
+        print(json.dumps(doing[what](*rest)), file=answers, flush=True)
+
+
+def _start(command: list[str], fault: dict[str, Any] | None) -> int:
+    pid = os.fork()
+    if not pid:
+        _child(command, fault)
+    Path(f"{pid}.log").touch()
+    return pid
 
 
 def _wait(pid: int, after: float | None, number: int) -> tuple[int, float]:
@@ -187,4 +194,4 @@ def _child(command: list[str], fault: dict[str, Any] | None) -> None:
 
 
 if __name__ == "__main__":
-    _serve(json.loads(sys.argv[1]))
+    _serve()

@@ -113,6 +113,8 @@ class CellResult:
         """Write ``pairs.parquet``, ``strata.parquet``, ``latents.parquet`` and, last,
         ``cell.json``."""
         folder = Path(folder)
+        # Of a cell that is there already no table may be read with the record of another.
+        (folder / "cell.json").unlink(missing_ok=True)
         atomic_write(folder / "strata.parquet", lambda p: self.strata.to_parquet(p, index=False))
         atomic_write(folder / "pairs.parquet", lambda p: self.pairs.to_parquet(p, index=False))
         atomic_write(

@@ -1,0 +1,176 @@
+"""Killed at any moment, the same command ends with the same files, bit for bit.
+
+Runs are killed at random times drawn over their whole duration, and once before every single
+write; so are the tables of a comparison.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from forks import Ended, Forks
+
+from reseed.runs import RESULTS, Run, RunStore
+from reseed.train.config import RuntimeConfig
+
+KILLS = {"single": 12, "fused": 14, "budgets": 14, "calibrated": 14, "cached": 14}
+"""At random times, in each case: more than 50 in one run of the slow tests."""
+SEED = int(os.environ.get("RESEED_KILL_SEED", time.time_ns()))
+"""Of these times. It stands in what a failing test says."""
+
+SMALL = [
+    "training.tokens=4096", "dataset.chunk_tokens=512", "dataset.held_out_tokens=512",
+    "sae.num_latents=32", "runtime.threads=1", "runtime.device=cpu", "runtime.log_every_steps=7",
+]  # fmt: skip
+OFTEN = "runtime.checkpoint_every_s=0.01"
+CASES = {
+    "single": ["sae=topk"],
+    "fused": ["sae=topk,batch_topk,matryoshka,jumprelu,gated,relu"],
+    "budgets": ["sae=topk,batch_topk", "training.tokens=1024,2048", "layer=0,2"],
+    "calibrated": ["sae=relu", "sae.target_l0=6", "seed=0,1", "training.tokens=2048"],
+    "cached": ["sae=topk,batch_topk", "seed=0,1"],
+}
+# Two runs, of which the first has one step and the other two, each with a checkpoint.
+SHORT = [*SMALL, "runtime.checkpoint_every_s=1e-9", "training.tokens=64,128", "sae=topk"]
+CACHE = "activation_cache"
+CAN_CACHE = CACHE in {field.name for field in fields(RuntimeConfig)}
+
+
+def contents(run: Run) -> dict[str, object]:
+    """The result files of a run, bit for bit but for the seconds in its curve."""
+    found: dict[str, object] = {
+        path.name: path.read_bytes()
+        for path in run.path.iterdir()
+        # A checkpoint of a finished run is dropped by the next command.
+        if path.name not in (".lock", "run.json", "training.csv", "checkpoint.pt")
+    }
+    assert set(RESULTS) <= {*found, "training.csv"}
+    rows = list(csv.DictReader(io.StringIO((run.path / "training.csv").read_text())))
+    found["curve"] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+    record = run.record
+    told = ("identity", "penalty_weight", "calibration", "init_seed", "tokens", "status")
+    found["record"] = json.dumps({key: record.get(key) for key in told})
+    return found
+
+
+def everything(outputs: Path) -> dict[str, dict[str, object]]:
+    """Of every run; equal where nothing was lost, nothing was left over and nothing moved."""
+    runs = RunStore(outputs).runs()
+    assert {run.status for run in runs} == {"finished"}
+    return {run.id: contents(run) for run in runs}
+
+
+def differences(found: dict[str, dict[str, object]], expected: dict[str, dict[str, object]]):
+    """Run and file of all that is not equal: what a failing test says."""
+    return [
+        (run, name)
+        for run in {*found, *expected}
+        for name in {*found.get(run, {}), *expected.get(run, {})}
+        if found.get(run, {}).get(name) != expected.get(run, {}).get(name)
+    ]
+
+
+class Case:
+    """A sweep, and what it comes to where nobody kills it."""
+
+    def __init__(self, forks: Forks, overrides: Sequence[str]) -> None:
+        self.forks = forks
+        self.command = forks.prepare([*overrides, "runtime.outputs=killed"])
+        self.outputs = forks.folder / "killed"
+        self.clean()
+        ended = self.run()
+        self.seconds, self.expected = ended.seconds, everything(self.outputs)
+        self.clean()
+
+    def run(self) -> Ended:
+        ended = self.forks.run(self.command)
+        assert ended.status == 0, ended.said
+        return ended
+
+    def clean(self) -> None:
+        for folder in (self.outputs, self.forks.folder / "activations"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_killed_at_random_times(name: str, forks: Forks, tiny_overrides: list[str]) -> None:
+    """Also between a chunk and a step, within a checkpoint's writing and within finishing."""
+    if name == "cached" and not CAN_CACHE:
+        pytest.skip("activations are not cached on disk yet")
+    cache = [f"runtime.{CACHE}=activations"] if name == "cached" else []
+    case = Case(forks, [*tiny_overrides, *SMALL, OFTEN, *CASES[name], *cache])
+    chosen = random.Random(f"{SEED} {name}")
+    kills = completed = 0
+    while kills < KILLS[name] or not completed:
+        last = kills >= KILLS[name]
+        ended = forks.run(case.command, after=None if last else chosen.uniform(0, case.seconds))
+        if ended.killed:
+            kills += 1
+            states = {run.status for run in RunStore(case.outputs).runs()}
+            assert states <= {"missing", "interrupted", "finished"}, f"seed {SEED}"
+            continue
+        assert ended.status == 0, f"seed {SEED}: {ended.said}"
+        assert differences(everything(case.outputs), case.expected) == [], f"seed {SEED}"
+        completed += 1
+        case.clean()
+
+
+@pytest.mark.slow
+def test_killed_before_every_write(forks: Forks, tiny_overrides: list[str]) -> None:
+    """The content that is being written is torn, too."""
+    case = Case(forks, [*tiny_overrides, *SHORT])
+    counted = forks.folder / "count"
+    ended = forks.run(case.command, {"kind": "count", "into": str(counted)})
+    assert ended.status == 0, ended.said
+    writes = int(counted.read_text())
+    assert writes > 40
+    for at in range(1, writes + 1):
+        case.clean()
+        assert forks.run(case.command, {"kind": "kill", "at": at}).killed, at
+        case.run()
+        assert differences(everything(case.outputs), case.expected) == [], at
+
+
+@pytest.mark.slow
+def test_a_comparison_is_killed_before_every_write(forks: Forks, tiny_overrides: list[str]) -> None:
+    """Each attempt comes a file further, until the cell is there with all its measures."""
+    line = [*tiny_overrides, *SMALL, "training.tokens=512", "comparison=seeds", "sae=topk"]
+    line += ["seed=0,1", "runtime.outputs=compared", "runtime.sweeps=tables"]
+    folder = forks.folder / "tables"
+    ended = forks.run(["run", *line])
+    assert ended.status == 0, ended.said
+    expected = tables(folder)
+    assert {"summary.csv", "pairs.csv", "latents.parquet", "cell.json"} <= {
+        Path(name).name for name in expected
+    }
+    shutil.rmtree(folder)
+    for at in range(1, 28, 2):  # a file is two writes: its content, and its name
+        assert forks.run(["compare", *line], {"kind": "kill", "at": at}).killed, at
+    ended = forks.run(["compare", *line])
+    assert ended.status == 0, ended.said
+    found = tables(folder)
+    assert [name for name in {*found, *expected} if found.get(name) != expected.get(name)] == []
+
+
+def tables(folder: Path) -> dict[str, object]:
+    """What a comparison wrote, but for what Hydra and killed writers leave."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
+    return {
+        str(path.relative_to(folder)): repr(pq.read_table(path).to_pydict())
+        if path.suffix == ".parquet"
+        else path.read_bytes()
+        for path in paths
+        if path.name != "multirun.yaml"
+    }

@@ -1,0 +1,220 @@
+"""Ctrl-C and SIGTERM: within seconds, with everything saved, and told how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from forks import Ended, Forks
+
+from reseed.activations.language_model import LanguageModel
+from reseed.cli import run, train
+from reseed.runs import RunStore
+from reseed.train.callbacks import Bookkeeper
+from reseed.train.member import Member
+
+BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+
+
+@pytest.fixture
+def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return [*tiny_overrides, "dataset.chunk_tokens=512", "training.tokens=2048"]
+
+
+def sent_at(
+    call: int, number: int, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
+) -> list[float]:
+    """Send this process a signal in the given call of a method; when that was."""
+    original, calls, times = getattr(owner, name), [0], []
+
+    def sending(*arguments: object, **options: object) -> object:
+        calls[0] += 1
+        if calls[0] == call:
+            times.append(time.perf_counter())
+            os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, sending)
+    return times
+
+
+def weights() -> dict[str, dict[str, torch.Tensor]]:
+    return {r.id: r.sae().state_dict() for r in RunStore("outputs").runs() if r.finished}
+
+
+def assert_goes_on(command: Callable[[], int]) -> None:
+    """The same command ends with what it would have come to without a stop."""
+    assert command() == 0
+    found = weights()
+    for path in Path("outputs").iterdir():
+        path.rename(path.with_name("." + path.name))
+    assert command() == 0
+    alone = weights()
+    assert found.keys() == alone.keys()
+    for name, state in alone.items():
+        assert all(torch.equal(state[key], found[name][key]) for key in state)
+
+
+@BOTH
+def test_between_steps_of_a_group(
+    line: list[str], number: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """In the middle of a block of steps: the first member is ahead of the second."""
+    line = ["-m", *line, "seed=0,1", "layer=0,1"]
+    with monkeypatch.context() as patch:
+        sent_at(40, number, Member, "train", patch)
+        assert train.main(line) == 128 + number
+    said = capsys.readouterr()
+    name = signal.Signals(number).name
+    assert f"stopped by {name}; saved. The same command goes on from here." in said.err
+    assert "0 of 4 runs finished, 4 interrupted" in said.out
+    assert [r.status for r in RunStore("outputs").runs()] == ["interrupted"] * 4
+    assert "Traceback" not in said.err
+    assert_goes_on(lambda: train.main(line))
+
+
+@BOTH
+def test_in_a_pass_of_the_language_model(
+    line: list[str], number: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Which may take minutes: it is left at once, and the step before it is saved."""
+    saved: list[int] = []
+    with monkeypatch.context() as patch:
+        sent_at(3, number, LanguageModel, "activations", patch)
+        patch.setattr(
+            Bookkeeper, "_save",
+            lambda self, member, then=Bookkeeper._save: (
+                saved.append(member.step), then(self, member),
+            ),
+        )  # fmt: skip
+        assert train.main(line) == 128 + number
+    # Chunks of 8 steps: the third pass comes after 16.
+    assert saved == [16]
+    assert "saved. The same command goes on" in capsys.readouterr().err
+    assert_goes_on(lambda: train.main(line))
+
+
+def test_in_the_last_step(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is left is to measure, and to train the next group: neither is begun."""
+    line = ["-m", *line, "dataset.order_seed=0,1"]
+    with monkeypatch.context() as patch:
+        sent_at(32, signal.SIGINT, Member, "train", patch)
+        assert train.main(line) == 130
+    assert "0 of 2 runs finished, 1 interrupted, 1 not started" in capsys.readouterr().out
+    trained: list[int] = []
+    original = Member.train
+    monkeypatch.setattr(Member, "train", lambda *a: (trained.append(1), original(*a)))
+    assert train.main(line) == 0
+    assert len(trained) == 32, "of the second run alone"
+
+
+@BOTH
+def test_in_the_held_out_measures(
+    line: list[str], number: int, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    with monkeypatch.context() as patch:
+        # Four chunks of training, then the held-out ones.
+        sent_at(5, number, LanguageModel, "activations", patch)
+        assert train.main(line) == 128 + number
+    assert "the same command goes on" in capsys.readouterr().err
+    (found,) = RunStore("outputs").runs()
+    assert found.status == "interrupted"
+    monkeypatch.setattr(Member, "train", lambda *_: pytest.fail("a step is made twice"))
+    assert train.main(line) == 0
+
+
+def test_a_second_ctrl_c_ends_it_without_another_checkpoint(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        sent_at(5, signal.SIGINT, Member, "train", patch)
+        sent_at(1, signal.SIGINT, Bookkeeper, "_save", patch)
+        assert train.main(line) == 130
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    assert "the same command goes on" in said.err.lower()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert train.main(line) == 0
+
+
+def test_in_a_comparison(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import reseed.compare.cell as cell
+
+    line = ["comparison=seeds", *line, "seed=0,1", "training.tokens=64", "sae=topk,relu"]
+
+    class Matching:
+        compare_pair = staticmethod(cell.compare_pair)
+
+    sent_at(2, signal.SIGTERM, Matching, "compare_pair", monkeypatch)
+    monkeypatch.setattr(cell, "compare_pair", lambda *a, **o: Matching.compare_pair(*a, **o))
+    assert run.main(line) == 143
+    said = capsys.readouterr()
+    assert "stopped by SIGTERM; what was saved stands, and the same command goes on" in said.err
+    assert said.out.count("  comparing ") == 1, "the next cell is not begun"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.05, 0.4, 1.0, 2.0])
+def test_ctrl_c_while_it_starts(tmp_path: Path, after: float) -> None:
+    """Imports take seconds, in which there is nothing to save: no traceback."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "reseed", "train", "model=nothing"], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_interruptible,
+    )  # fmt: skip
+    time.sleep(after)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    if after >= 0.4:  # Python itself has to be there
+        assert "Traceback" not in said
+    assert process.returncode in (130, -signal.SIGINT, 1)
+
+
+def _interruptible() -> None:
+    # A shell has its background jobs ignore SIGINT, and they hand that on.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "waited"),
+    [
+        ("reseed.activations.language_model:LanguageModel.activations", 4),
+        ("reseed.train.member:Member.train", 9),
+        ("reseed.train.member:Member.save", 0),
+    ],
+)
+@BOTH
+def test_a_calibration_ends_within_seconds(
+    forks: Forks, tiny_overrides: list[str], where: str, waited: int, number: int
+) -> None:
+    """Wherever it is, as a process of its own; and goes on."""
+    outputs = f"stopped-{where.rpartition('.')[2]}-{number}"
+    command = forks.prepare([
+        *tiny_overrides, "sae=relu", "sae.target_l0=6", "seed=0,1", "training.tokens=1024",
+        "runtime.checkpoint_every_s=0.01", "dataset.chunk_tokens=512",
+        f"runtime.outputs={outputs}",
+    ])  # fmt: skip
+    pid = forks.start(command, {"kind": "slow", "where": where, "seconds": 2.0, "after": waited})
+    forks.said_when(pid, lambda said: "slow: " in said)
+    started = time.monotonic()
+    ended: Ended = forks.end(pid, 0.1, number)
+    assert time.monotonic() - started < 10
+    assert ended.status == 128 + number
+    assert "the same command goes on" in ended.said.lower()
+    assert "Traceback" not in ended.said
+    assert forks.run(command).status == 0
