@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+
 import lightning as L
 import torch
 from jaxtyping import Float
