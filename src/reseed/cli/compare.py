@@ -34,7 +34,7 @@ def task(config: DictConfig) -> None:
     name = config.comparison.get("arm", "")
     settings = settings.of_arm(name)
     arm = {"arm": name} if name else {}
-    runtime = build(OmegaConf.to_container(config.runtime), "runtime", RuntimeConfig)  # type: ignore[arg-type]
+    runtime = build(OmegaConf.to_container(config.runtime, resolve=True), "runtime", RuntimeConfig)  # type: ignore[arg-type]
     (own_arm,) = settings.each_arm()
     axes = arm | {axis: words[axis] for axis in own_arm.cell_axes}
     compare_cell_of(sweep, axes, settings, runtime)
