@@ -276,9 +276,12 @@ def main() -> None:
     if options.draw:
         tables.draw(json.loads(options.draw.read_text()), options.figure)
         return
-    for line in missing([*{CONTENDERS[name][0] for name in options.contenders} & {"topk"}]):
-        print(line)
-    options.contenders = [name for name in options.contenders if tables.possible(name)]
+    there = [name for name in options.contenders if tables.possible(name)]
+    if there != options.contenders:
+        print("\n".join(missing(["topk"])))
+        options.contenders = there
+    if options.work is not None:
+        options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="sweep-", dir=options.work))
     try:
         results: dict[str, dict[str, Any]] = {}
@@ -292,7 +295,8 @@ def main() -> None:
     finally:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)
-    print("\n" + tables.NOTES)
+    print("\n" + tables.NOTES + "\n")
+    print("\n".join(tables.summary(each) for each in results.values() if "measured" in each))
     if options.figure:
         tables.draw([*results.values()], options.figure)
 

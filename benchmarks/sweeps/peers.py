@@ -39,7 +39,7 @@ def sparsify(plan: Plan, saes: Sequence[Sae], clock: Clock) -> dict[str, Weights
         save_dir=str(plan.folder("sparsify")),
     )
     # As its command line loads it for this loss: without the unembedding.
-    model = AutoModel.from_pretrained(_info(plan)["folder"], torch_dtype=torch.float32)
+    model = AutoModel.from_pretrained(_info(plan)["folder"], dtype=torch.float32)
     dataset: Any = load_from_disk(str(plan.folder("tokens"))).with_format("torch")
     trainer = Trainer(config, dataset, model)
     trainer.save = lambda: None  # the checkpoint at the end

@@ -10,6 +10,8 @@ SAME_FVU = 1.5
 """The FVU of a contender's SAEs may be so many times that of reseed's, or it is other work."""
 ALLOWED = 1.10
 """A fused sweep may cost so many times its parts."""
+GOALS = {"sae-lens": 3, "sparsify": 2}
+"""How many times a peer shall take."""
 NOTES = """\
 Notes
 - The same for all: tokens and their packing (first positions and special tokens are not left out,
@@ -64,6 +66,29 @@ def compared(result: dict[str, Any], contenders: dict[str, tuple[str, str]]) -> 
         if (found["groups"] or 1) > 1:
             lines.append(f"{'':8}(in {found['groups']:.0f} groups in a process)")
     return "\n".join([*lines, "", *same_work(result, contenders), *of_its_parts(result)])
+
+
+def summary(result: dict[str, Any]) -> str:
+    """A line: what the fused sweep is against the others, and what it was to be."""
+
+    def ratio(other: str, own: str) -> str:
+        ours, theirs = (result["measured"][name]["training"] for name in (own, other))
+        return f"{theirs['wall'] / ours['wall']:.2f}× (CPU {theirs['cpu'] / ours['cpu']:.2f}×)"
+
+    measured = result["measured"]
+    told = []
+    if {"fused", "separate"} <= set(measured):
+        told.append(f"{ratio('separate', 'fused')} separate runs")
+    runners = [name for name in ("saelens_multi", "saelens_single") if name in measured]
+    if runners and "fused" in measured:
+        better = min(runners, key=lambda name: measured[name]["training"]["wall"])
+        called = "runner of many" if better == "saelens_multi" else "single runs"
+        told.append(f"{ratio(better, 'fused')} sae-lens' {called} (goal {GOALS['sae-lens']}×)")
+    if {"fused_topk", "sparsify"} <= set(measured):
+        told.append(
+            f"TopK half {ratio('sparsify', 'fused_topk')} eai-sparsify (goal {GOALS['sparsify']}×)"
+        )
+    return f"{result['label']}: fused is {', '.join(told)}" if told else ""
 
 
 def same_work(result: dict[str, Any], contenders: dict[str, tuple[str, str]]) -> list[str]:
