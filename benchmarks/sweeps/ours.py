@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sweeps.plan import WARM_UP, Plan, Sae
+from sweeps.plan import START, WARM_UP, Plan, Sae
 from sweeps.processes import Clock
 
 
@@ -38,6 +38,7 @@ def arguments(plan: Plan, saes: Sequence[Sae], outputs: Path) -> list[str]:
         f"training.decay_fraction={1 - WARM_UP}",
         f"sae.num_latents={plan.num_latents}",
         "sae.aux_alpha=0",
+        f"sae.encoder_init_scale={START}",
         f"dataset.context_length={plan.context}",
         # The peers cannot leave out the same positions: every token counts.
         "dataset.exclude_first_position=false",

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from sweeps.plan import CHUNK, L1_WARM_UP, WARM_UP, Plan, Sae
+from sweeps.plan import CHUNK, L1_WARM_UP, START, WARM_UP, Plan, Sae
 from sweeps.processes import Clock
 
 Weights = dict[str, Any]
@@ -152,7 +152,11 @@ def _saelens_config(plan: Plan, sae: Sae, d_in: int) -> Any:
     }
     if sae.architecture == "topk":
         return TopKTrainingSAEConfig(
-            **shared, k=plan.k, rescale_acts_by_decoder_norm=False, use_sparse_activations=True
+            **shared,
+            k=plan.k,
+            decoder_init_norm=START**0.5,  # the encoder is tied to it
+            rescale_acts_by_decoder_norm=False,
+            use_sparse_activations=True,
         )
     return StandardTrainingSAEConfig(
         **shared,

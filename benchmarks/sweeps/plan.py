@@ -14,6 +14,9 @@ WARM_UP = 0.01
 one schedule that all contenders have."""
 L1_WARM_UP = 0.05
 """Of the steps, over which the L1 coefficient rises: reseed's default, told to sae-lens."""
+START = 3**-0.5
+"""Length of the encoder's rows at the start times the decoder's: sparsify's, which has no option
+for it. In a short run it decides how far TopK comes."""
 CHUNK = 65_536
 """Tokens that reseed computes together; of the first it takes the inputs' scale and b_dec, and
 sae-lens is told to take the scale of as many."""

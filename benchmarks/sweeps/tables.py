@@ -16,7 +16,8 @@ NOTES = """\
 Notes
 - The same for all: tokens and their packing (first positions and special tokens are not left out,
   as sparsify cannot leave out the former), Adam with a learning rate that rises and then falls
-  linearly, tokens in a step, no AuxK at work, threads (GOMP_SPINCOUNT=10000, as reseed sets it).
+  linearly, tokens in a step, no AuxK at work, TopK's gain at the start (sparsify's 1/√3, which has
+  no option for it), threads (GOMP_SPINCOUNT=10000, as reseed sets it).
 - Order: reseed shuffles within 65,536 tokens, sae-lens in its buffer (its default: 20 sequences),
   sparsify not at all.
 - sparsify runs the model to its last layer, has no ReLU, trains on unscaled activations, does not
