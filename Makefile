@@ -45,6 +45,7 @@ bench: env ## benchmarks against peers and limits, side by side (installs the pe
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/matching.py
+	$(BIN)/python benchmarks/harvest.py
 	$(BIN)/python benchmarks/sweep.py
 
 clean: ## remove the environment and caches; results stay

@@ -6,8 +6,10 @@ import fcntl
 import gc
 import json
 import os
+import random
 import resource
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,6 +241,31 @@ def test_a_killed_writer_leaves_nothing_half(tmp_path: Path) -> None:
     assert reader.missed([0, 1]) == [1]
     (entry,) = reader.cache.stored()
     assert (len(entry.chunks), entry.unfinished) == (2, 0)
+
+
+def test_killed_at_random_every_file_is_whole(tmp_path: Path) -> None:
+    chosen = random.Random(time.time_ns())
+    reader = Reader(tmp_path)
+
+    def job() -> None:
+        for c in range(10_000):
+            Reader(tmp_path).read(c % 40)
+            if c % 3 == 0:
+                for path in files(tmp_path)[:2]:
+                    path.unlink(missing_ok=True)
+
+    for _ in range(20):
+        process = forked(job)
+        time.sleep(chosen.uniform(0, 0.05))
+        os.kill(process, signal.SIGKILL)
+        assert ended(process) == -signal.SIGKILL
+        for path in files(tmp_path):
+            c = int(path.name[:6])
+            assert torch.equal(
+                read_chunk(path, reader.shelf._address(HOOK, c, "t")), activations(c)
+            )
+    assert reader.missed(range(40)) != list(range(40)), "something was written"
+    assert not list(tmp_path.glob("*/.unfinished-*"))
 
 
 def test_the_budget_holds_and_what_is_read_in_turn_is_still_found(

@@ -59,7 +59,7 @@ class ActivationStream(ChunkStream):
     @cached_property
     def num_activations(self) -> int:
         """Activations in one reading of the text, the same for every epoch of a repeated one."""
-        first = Packing(self.store, self.config)
+        first = self._epoch(0)
         return first.guaranteed_activations if self.config.repeat else first.num_activations
 
     def num_batches(self, batch_size: int) -> int | None:

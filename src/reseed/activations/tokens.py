@@ -78,7 +78,7 @@ class Packing:
         object.__setattr__(self, "_ends", np.cumsum(lengths))
         kept = np.empty(self.num_sequences + 1, dtype=np.int64)
         kept[0] = 0
-        step = max(1, 4_000_000 // self.config.context_length)
+        step = max(1, 500_000 // self.config.context_length)
         for first in range(0, self.num_sequences, step):
             last = min(first + step, self.num_sequences)
             kept[first + 1 : last + 1] = self.keep(self.sequences(first, last)).sum(1)
