@@ -23,8 +23,8 @@ import fcntl
 import gc
 import os
 import re
+import secrets
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -98,6 +98,7 @@ class ActivationCache:
         """
         name = re.sub(r"[^\w.+-]+", "_", readable)
         path = self.folder / f"{name}-{digest(dict(key), DIGITS)}"
+        use = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._alone():
@@ -110,6 +111,8 @@ class ActivationCache:
                 self._make_room(0)
         except OSError as error:
             self.say_once(f"the activation cache {self.folder} cannot be used: {error.strerror}")
+            if use is not None:
+                os.close(use)
             return None
         assert use is not None
         return Entry(self, path, use)
@@ -178,7 +181,8 @@ class ActivationCache:
         for entry in reversed(stored):
             if over <= 0:
                 break
-            _if_idle(entry, shorten)
+            with suppress(OSError):  # that of another user may not be ours to remove
+                _if_idle(entry, shorten)
         return over <= 0
 
 
@@ -268,17 +272,14 @@ class Entry:
                 there = self.cache._make_room(size)
             if not there:
                 return None
-            handle, name = tempfile.mkstemp(
-                prefix=_UNFINISHED, suffix=".safetensors", dir=self.path
-            )
+            path = self.path / f"{_UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}"
+            path.touch(exist_ok=False)
             try:
-                os.truncate(handle, size)
+                os.truncate(path, size)
             except OSError:
-                os.unlink(name)
+                path.unlink()
                 raise
-            finally:
-                os.close(handle)
-            return Path(name)
+            return path
 
 
 def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
@@ -295,7 +296,10 @@ def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
 
 def _locked(path: Path, how: int) -> int | None:
     """Handle of a file, made if it is not there, with its lock; None where it is not to be had."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:
+        handle = os.open(path, os.O_RDONLY)  # of another user
     try:
         fcntl.flock(handle, how)
     except BlockingIOError:
