@@ -54,8 +54,7 @@ def assert_goes_on(command: Callable[[], int]) -> None:
     """The same command ends with what it would have come to without a stop."""
     assert command() == 0
     found = weights()
-    for path in Path("outputs").iterdir():
-        path.rename(path.with_name("." + path.name))
+    Path("outputs").rename("stopped")
     assert command() == 0
     alone = weights()
     assert found.keys() == alone.keys()
@@ -98,8 +97,8 @@ def test_in_a_pass_of_the_language_model(
             ),
         )  # fmt: skip
         assert train.main(line) == 128 + number
-    # Chunks of 8 steps: the third pass comes after 16.
-    assert saved == [16]
+    # Chunks of 8 steps: the third pass comes after 16, of which the last one may wait for it.
+    assert saved in ([15], [16])
     assert "saved. The same command goes on" in capsys.readouterr().err
     assert_goes_on(lambda: train.main(line))
 

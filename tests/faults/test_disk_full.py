@@ -1,0 +1,213 @@
+"""A full disk: told of, no failure of any run, nothing lost, nothing left over."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from forks import Forks
+
+from reseed.atomic import DiskFullError, atomic_write, atomic_write_bytes, atomic_write_json
+from reseed.cli import run, train
+from reseed.runs import RunStore
+
+INTACT = "All that was written before is intact, results and checkpoints: free some space"
+
+
+@pytest.fixture
+def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return [*tiny_overrides, "training.tokens=512", "runtime.checkpoint_every_s=1e-9"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process grows beyond 100 kB, as the system itself holds."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def full_from(content: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the n-th content on the disk has no room."""
+    original, count = os.fsync, [0]
+
+    def fsync(handle: int) -> None:
+        if os.path.isfile(f"/proc/self/fd/{handle}"):
+            count[0] += 1
+            if count[0] >= content:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [str(p) for p in folder.rglob(".*") if p.name != ".lock" and p.is_file()]
+
+
+def of_torch(path: Path) -> None:
+    torch.save({"weights": torch.zeros(200_000)}, path)
+
+
+def of_safetensors(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weights": torch.zeros(200_000)}, path)
+
+
+def of_arrow(path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"x": torch.rand(200_000).numpy()}), path)
+
+
+def of_python(path: Path) -> None:
+    path.write_bytes(b"\0" * 200_000)
+
+
+@pytest.mark.parametrize("write", [of_torch, of_safetensors, of_arrow, of_python])
+def test_every_kind_of_writer_is_understood(tmp_path: Path, small_files: None, write) -> None:
+    """Each has an error of its own, and not all of them are an OSError."""
+    path = tmp_path / "run" / "file.bin"
+    atomic_write_bytes(path, b"before")
+    with pytest.raises(DiskFullError, match=r"no room for file\.bin in .*run \(") as found:
+        atomic_write(path, write)
+    assert INTACT in str(found.value)
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
+
+
+def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+    def broken(path: Path) -> None:
+        raise ValueError("no number")
+
+    with pytest.raises(ValueError, match="no number"):
+        atomic_write(tmp_path / "x.json", broken)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        atomic_write_json(tmp_path / "file" / "x.json", {})
+    assert leftovers(tmp_path) == []
+
+
+def test_in_a_sweep(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint before stands, and no other group is begun."""
+    line = ["-m", *line, "dataset.order_seed=0,1"]
+    with monkeypatch.context() as patch:
+        full_from(6, patch)
+        assert train.main(line) == 1
+    said = capsys.readouterr()
+    (first, *others) = RunStore("outputs").runs()
+    assert others == []
+    assert first.status == "interrupted"
+    assert f" in {first.path} (No space left on device). {INTACT}" in said.err
+    assert "0 of 2 runs finished, 1 interrupted, 1 not started" in said.out
+    assert "Traceback" not in said.err
+    assert (first.path / "checkpoint.pt").exists()
+    assert leftovers(Path()) == []
+    assert train.main(line) == 0
+    assert "going on at step " in capsys.readouterr().out
+
+
+def test_a_single_run(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        full_from(1, patch)
+        assert train.main(line) == 1
+    said = capsys.readouterr()
+    assert "no room for run.json in outputs/" in said.err
+    assert "failed" not in said.out
+    assert leftovers(Path()) == []
+    assert train.main(line) == 0
+
+
+@pytest.fixture
+def other_text(tiny_text: Path, tmp_path: Path) -> Path:
+    """One of which no tokens are there yet, 30,000 of them."""
+    path = tmp_path / "other.txt"
+    path.write_text("and then " + tiny_text.read_text())
+    return path
+
+
+def test_the_cache_of_tokens(
+    line: list[str], other_text: Path, small_files: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*line, f"dataset.path={other_text}", "runtime.cache=cache"]) == 1
+    said = capsys.readouterr().err
+    assert "no room for train.int32 in cache/tokens/" in said
+    assert INTACT in said
+    assert leftovers(Path("cache")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [1, 1000], ids=["for a moment", "for good"])
+def test_at_every_write(forks: Forks, tiny_overrides: list[str], times: int) -> None:
+    """Whatever was being written, there is one clear message, and the same command goes on."""
+    command = forks.prepare([
+        *tiny_overrides, "training.tokens=64,128", "sae=topk", "dataset.held_out_tokens=512",
+        "dataset.chunk_tokens=512", "runtime.checkpoint_every_s=1e-9", "runtime.outputs=full",
+    ])  # fmt: skip
+    outputs = forks.folder / "full"
+    shutil.rmtree(outputs, ignore_errors=True)
+    at, finished = 1, 0
+    while True:
+        ended = forks.run(command, {"kind": "full", "at": at, "times": times})
+        runs = RunStore(outputs).runs()
+        assert leftovers(outputs) == [], at
+        if ended.status == 0:
+            break
+        assert ended.status == 1, (at, ended.said)
+        assert INTACT in ended.said, (at, ended.said)
+        assert "Traceback" not in ended.said
+        assert {run.status for run in runs} <= {"missing", "interrupted", "finished"}, at
+        now = sum(run.finished for run in runs)
+        assert now >= finished, "a finished run is not touched again"
+        at, finished = at + 1, now
+    assert at > 10
+    assert all(run.finished for run in RunStore(outputs).runs())
+
+
+@pytest.mark.slow
+def test_a_small_file_system(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A real one, where this user may mount it."""
+    monkeypatch.chdir(tmp_path)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system")
+    try:
+        line = [
+            *tiny_overrides, "comparison=seeds", "sae=topk", "seed=0,1", "training.tokens=512",
+            f"runtime.outputs={disk}/outputs",
+        ]  # fmt: skip
+        (disk / "ballast").write_bytes(b"\0" * (2**20 - 40_000))
+        assert run.main(line) == 1
+        said = capsys.readouterr()
+        assert f"in {disk}/outputs" in said.err
+        assert INTACT in said.err
+        assert {r.status for r in RunStore(disk / "outputs").runs()} <= {"interrupted", "missing"}
+        assert leftovers(disk) == []
+        (disk / "ballast").unlink()
+        assert run.main(line) == 0
+        assert all(r.finished for r in RunStore(disk / "outputs").runs())
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

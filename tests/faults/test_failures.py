@@ -1,0 +1,132 @@
+"""A run that fails is recorded with its traceback and told of, and fails alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from reseed.cli import run, train
+from reseed.runs import RunStore
+from reseed.train.member import Member
+
+
+@pytest.fixture
+def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return [*tiny_overrides, "training.tokens=1024"]
+
+
+def by_seed() -> dict[int, object]:
+    return {r.record["experiment"]["seed"]: r for r in RunStore("outputs").runs()}
+
+
+def test_a_learning_rate_that_diverges(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["-m", *line, "training.lr=1e38,1e-3"]) == 1
+    said = capsys.readouterr().out
+    states = {r.record["experiment"]["training"]["lr"]: r for r in RunStore("outputs").runs()}
+    assert {lr: r.status for lr, r in states.items()} == {1e38: "failed", 1e-3: "finished"}
+    bad = states[1e38]
+    assert "Traceback" not in said, "the message says all"
+    assert f"failed: {bad.id}: the loss is not finite at step " in said
+    assert "NotFiniteError" in bad.record["error"]["traceback"]
+
+
+@pytest.mark.parametrize("where", ["start", "train", "load"])
+def test_an_error_in_one_member(
+    line: list[str], where: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Its traceback: whole in its folder, where it happened in the summary. Others go on, and so
+    does it when the error is gone."""
+    line = ["-m", *line, "seed=0,1,2"]
+    original = getattr(Member, where)
+
+    def broken(self: Member, *arguments: object) -> object:
+        if "seed1" in self.id and self.step == (where == "train") * 7:
+            raise ZeroDivisionError("by nothing at all")
+        return original(self, *arguments)
+
+    if where == "load":
+        assert train.main([*line, "runtime.checkpoint_every_s=1e-9"]) == 0
+        for found in RunStore("outputs").runs():
+            (found.path / "metrics.json").unlink()
+            state = {"step": 1}  # and nothing else
+            torch.save(state, found.path / "checkpoint.pt") if "seed1" in found.id else None
+        capsys.readouterr()
+    else:
+        monkeypatch.setattr(Member, where, broken)
+    assert train.main(line) == 1
+    said = capsys.readouterr().out
+    runs = by_seed()
+    assert [runs[seed].status for seed in range(3)] == ["finished", "failed", "finished"]
+    error = runs[1].record["error"]
+    assert error["traceback"].startswith("Traceback (most recent call last)")
+    summary = said[said.rindex("failed: ") :]
+    assert summary.startswith(f"failed: {runs[1].id}: {error['message']}")
+    assert f"the whole traceback is in {runs[1].path / 'run.json'}" in summary
+    assert 'File "' in summary
+    if where == "train":
+        assert runs[1].record["failed_at_step"] == 7
+        assert 'raise ZeroDivisionError("by nothing at all")' in summary
+    monkeypatch.setattr(Member, where, original)
+    (runs[1].path / "checkpoint.pt").unlink(missing_ok=True)
+    assert train.main(line) == 0
+
+
+def test_a_spoilt_state_is_no_checkpoint(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is made again after a failure starts from weights that were sound."""
+    line = [*line, "runtime.checkpoint_every_s=1e-9"]
+    original = Member.train
+
+    def poisoned(self: Member, x: torch.Tensor, optimizer: object) -> None:
+        original(self, x * float("nan") if self.step == 5 else x, optimizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "train", poisoned)
+        assert train.main(line) == 1
+    (found,) = RunStore("outputs").runs()
+    assert found.record["failed_at_step"] == 5
+    state = torch.load(found.path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 5
+    assert all(torch.isfinite(tensor).all() for tensor in state["sae"].values())
+    capsys.readouterr()
+    assert train.main(line) == 0
+    assert "going on at step 5 of 16" in capsys.readouterr().out
+
+
+def test_a_comparison_says_which_cells_are_incomplete(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the one cell the error, of the other the table."""
+    original = Member.train
+
+    def broken(self: Member, *arguments: object) -> None:
+        if "relu" in self.id and self.step == 3:
+            raise RuntimeError("no such thing")
+        original(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Member, "train", broken)
+    line = ["comparison=seeds", *line, "seed=0,1", "sae=topk,relu"]
+    assert run.main(line) == 1
+    said = capsys.readouterr().out
+    assert "failed: " in said
+    assert "(2 seeds): no such thing" in said
+    assert said.splitlines()[-1] == "incomplete: sae=relu: 0 of 2 runs (no such thing)"
+    (sweep,) = Path("sweeps").iterdir()
+    assert "incomplete: sae=relu: 0 of 2 runs" in (sweep / "summary.md").read_text()
+    rows = [json.loads(row) for row in (sweep / "manifest.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+
+
+def test_a_finished_run_keeps_no_checkpoint(line: list[str]) -> None:
+    """Not even where its process was killed before it could delete it."""
+    assert train.main(line) == 0
+    (found,) = RunStore("outputs").runs()
+    (found.path / "checkpoint.pt").write_bytes(b"old")
+    assert train.main(line) == 0
+    assert not (found.path / "checkpoint.pt").exists()
