@@ -12,7 +12,7 @@ PACKAGE = SOURCE / "reseed"
 
 # What each part may import of ourselves; `cli` may import everything.
 TOP = {"cli", "__init__", "__main__"}
-BOTTOM = {"config", "atomic", "console", "devices"}
+BOTTOM = {"config", "atomic", "compiling", "console", "devices"}
 ALLOWED = {
     "activations": {"activations"},
     "sae": {"sae"},
@@ -28,6 +28,7 @@ ALLOWED = {
     "experiment": {"activations", "calibration", "sae", "train", "evaluate", "runs"},
     "config": set(),
     "atomic": set(),
+    "compiling": set(),
     "console": set(),
     "devices": set(),
 }
