@@ -92,11 +92,12 @@ def test_a_spoilt_state_is_no_checkpoint(
     (found,) = RunStore("outputs").runs()
     assert found.record["failed_at_step"] == 5
     state = torch.load(found.path / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 5
+    assert 0 < state["step"] <= 5
     assert all(torch.isfinite(tensor).all() for tensor in state["sae"].values())
     capsys.readouterr()
     assert train.main(line) == 0
-    assert "going on at step 5 of 16" in capsys.readouterr().out
+    done = state["step"] * 64
+    assert f"going on after {done} of 1,024 tokens" in capsys.readouterr().out
 
 
 def test_a_comparison_says_which_cells_are_incomplete(

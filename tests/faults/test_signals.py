@@ -97,8 +97,10 @@ def test_in_a_pass_of_the_language_model(
             ),
         )  # fmt: skip
         assert train.main(line) == 128 + number
-    # Chunks of 8 steps: the third pass comes after 16, of which the last one may wait for it.
-    assert saved in ([15], [16])
+    # Chunks of 8 steps: the third pass is asked for when the second chunk is handed out, or with
+    # the first in hand where a thread computes ahead.
+    assert len(saved) == 1
+    assert 0 < saved[0] <= 16
     assert "saved. The same command goes on" in capsys.readouterr().err
     assert_goes_on(lambda: train.main(line))
 
