@@ -115,10 +115,8 @@ class Prefetch:
 
 
 def pays(device: torch.device) -> bool:
-    """Whether computing ahead saves time: on a GPU, and where torch leaves half of the CPUs idle.
-
-    Where both would share all CPUs nothing is gained: benchmarks/README.md.
-    """
+    """Whether computing ahead saves time: on a GPU, and where torch leaves half of the CPUs idle
+    (measured with one thread on two cores: benchmarks/README.md)."""
     if device.type != "cpu":
         return True
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
