@@ -17,7 +17,7 @@ from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import SAE, Loss, Step
 from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
-from reseed.sae.sparse import SparseLatents, batch_topk_encode, sparse_decode
+from reseed.sae.sparse import SparseLatents, batch_topk_encode, sparse_error
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,6 @@ class BatchTopK(BatchSparse):
         latents: SparseLatents,
         variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"], Mapping[str, Tensor]]:
-        error = x - (sparse_decode(latents, self.W_dec) + self.b_dec)
-        loss = fvu(error.square().sum(), variance)
+        squared_error, error = sparse_error(x, latents, self.W_dec, self.b_dec)
+        loss = fvu(squared_error, variance)
         return loss, error, {"fvu": loss}

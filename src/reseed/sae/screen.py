@@ -41,11 +41,11 @@ def screen_pays(rows: Float[Tensor, "batch d_in"], W_enc: Tensor) -> bool:
         and num_latents >= MIN_LATENTS
         and num_latents % 32 == 0
         and len(rows) >= MIN_ROWS
-        and _has_bfloat16()
+        and has_bfloat16()
     )
 
 
-def _has_bfloat16() -> bool:
+def has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 natively (emulated, it is slower than float32)."""
     try:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from reseed.sae import kernels
 from reseed.sae.product import block_rows, float32_product
 from reseed.sae.screen import screen_pays, screened_select
 from reseed.sae.tournament import largest
@@ -26,6 +27,10 @@ def select(
     Args:
         descending: the largest first (costs a little); otherwise in no particular order.
     """
+    if kernels.serve(rows, W_enc, b_enc):
+        from reseed.sae.kernels.select import select as compiled
+
+        return compiled(rows, W_enc, b_enc, k, descending)
     if screen_pays(rows, W_enc):
         return screened_select(rows, W_enc, b_enc, k, descending)
     values = rows.new_empty(len(rows), k)

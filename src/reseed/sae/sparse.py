@@ -3,7 +3,8 @@
 Neither pass ever holds a [B, F] tensor in full: the encoder's product is made and reduced in blocks
 of rows, and the gradient of a weight, SᵀG with S [B, F] sparse, is a sum of the rows of G over the
 (token, latent) pairs sorted by latent. On the CPU every result repeats bit for bit: each sum is
-taken by one thread in the order of the tokens.
+taken by one thread in the order of the tokens. What is here is plain PyTorch, and says what is
+computed; in float32 on the CPU compiled loops take its place (`reseed.sae.kernels`).
 
 Letters: B batch, D d_in, F num_latents, k active latents per token. Pairs come in two layouts: a
 table [B, k] where every token has as many, or a flat list ("pairs"), sorted by token and then by
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as nn_functional
@@ -22,7 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reseed.sae import kernels
 from reseed.sae.selection import select, select_in_batch
+
+if TYPE_CHECKING:
+    from reseed.sae.kernels.grouped import Grouped
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class SparseLatents:
 
     def fired(self) -> Int[Tensor, " num_latents"]:
         """On how many tokens each latent is active."""
+        if kernels.serve(self.values):
+            return self.by_latent.grouped.fired(self.values)
         active = self.indices[self.values.detach() > 0]
         return torch.bincount(active, minlength=self.by_latent.num_latents)
 
@@ -86,6 +93,13 @@ class ByLatent:
         return len(self.indices) if self.tokens_in_all is None else self.tokens_in_all
 
     @cached_property
+    def grouped(self) -> Grouped:
+        """The same for compiled loops."""
+        from reseed.sae.kernels.grouped import Grouped
+
+        return Grouped(self.indices, self.owners, self.batch, self.num_latents)
+
+    @cached_property
     def order(self) -> Int[Tensor, " pairs"]:
         # Radix sort: the narrower the key, the fewer the passes.
         narrow = torch.int16 if self.num_latents <= 2**15 else torch.int32
@@ -111,6 +125,8 @@ class ByLatent:
         W: Float[Tensor, "num_latents d_in"],
     ) -> Float[Tensor, "batch d_in"]:
         """S W: for each token, Σ over its latents of weight × row of W."""
+        if kernels.serve(weights, W):
+            return self.grouped.per_token(weights, W)
         return nn_functional.embedding_bag(
             self.indices, W, self.token_offsets, per_sample_weights=weights, mode="sum"
         )
@@ -121,13 +137,24 @@ class ByLatent:
         rows: Float[Tensor, "batch d_in"],
     ) -> Float[Tensor, "num_latents d_in"]:
         """SᵀG: for each latent, Σ over its tokens of weight × row."""
-        return nn_functional.embedding_bag(
+        return self.weighted_sums(weights, rows)[0]
+
+    def weighted_sums(
+        self,
+        weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
+        rows: Float[Tensor, "batch d_in"],
+    ) -> tuple[Float[Tensor, "num_latents d_in"], Float[Tensor, " num_latents"]]:
+        """SᵀG, and for each latent Σ over its tokens of the weight."""
+        if kernels.serve(weights, rows):
+            return self.grouped.per_latent(weights, rows)
+        total = nn_functional.embedding_bag(
             self.tokens,
             rows,
             self.offsets,
             per_sample_weights=weights.flatten()[self.order],
             mode="sum",
         )
+        return total, self.sum(weights)
 
     def sum(
         self, weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"]
@@ -242,9 +269,28 @@ def sparse_decode(
     latents: SparseLatents, W_dec: Float[Tensor, "num_latents d_in"]
 ) -> Float[Tensor, "batch d_in"]:
     """f W_dec from the active pairs alone. Differentiable in the values and in W_dec."""
+    if kernels.serve(latents.values, W_dec):
+        return _Decoder.apply(latents.values, W_dec, latents.by_latent)
     # Autograd takes the values' gradient; the weight's would not repeat itself.
     out = latents.by_latent.per_token(latents.values, W_dec.detach())
     return _DecoderGradient.apply(out, W_dec, latents.values.detach(), latents.by_latent)
+
+
+def sparse_error(
+    x: Float[Tensor, "batch d_in"],
+    latents: SparseLatents,
+    W_dec: Float[Tensor, "num_latents d_in"],
+    b_dec: Float[Tensor, " d_in"],
+) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"]]:
+    """Σ‖e‖², and e = x − (f W_dec + b_dec), detached.
+
+    The sum is differentiable in x, the values, W_dec and b_dec.
+    """
+    if kernels.serve(x, latents.values, W_dec, b_dec):
+        squared, error = _SquaredError.apply(x, latents.values, W_dec, b_dec, latents.by_latent)
+        return squared, error
+    error = x - (sparse_decode(latents, W_dec) + b_dec)
+    return error.square().sum(), error.detach()
 
 
 class _EncoderGradient(torch.autograd.Function):
@@ -276,12 +322,12 @@ class _EncoderGradient(torch.autograd.Function):
         if for_x:
             grad_x = by_latent.per_token(grad, W_enc)
         if for_W_enc:
-            grad_W_enc = by_latent.weighted_sum(grad, rows)
-        if for_b_enc or for_b_dec:
+            grad_W_enc, grad_b_enc = by_latent.weighted_sums(grad, rows)
+        elif for_b_enc or for_b_dec:
             grad_b_enc = by_latent.sum(grad)
         if for_b_dec:
             assert grad_b_enc is not None
-            grad_b_dec = -(grad_b_enc @ W_enc)
+            grad_b_dec = -_weighted_rows(grad_b_enc, W_enc)
         return None, grad_x, grad_b_dec, grad_W_enc, grad_b_enc, None, None
 
 
@@ -303,3 +349,67 @@ class _DecoderGradient(torch.autograd.Function):
         for_weight = ctx.needs_input_grad[1]
         weight = ctx.by_latent.weighted_sum(values, grad.contiguous()) if for_weight else None
         return grad, weight, None, None
+
+
+class _Decoder(torch.autograd.Function):
+    """`sparse_decode` by compiled loops."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, by_latent: ByLatent) -> Tensor:
+        ctx.save_for_backward(values, W_dec)
+        ctx.by_latent = by_latent
+        return by_latent.per_token(values, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, W_dec = ctx.saved_tensors
+        by_latent: ByLatent = ctx.by_latent
+        for_values, for_weight, _ = ctx.needs_input_grad
+        grad_values = grad_weight = None
+        if for_values:
+            grad_values = by_latent.grouped.inner_products(grad, W_dec).view(values.shape)
+        if for_weight:
+            grad_weight = by_latent.weighted_sum(values, grad)
+        return grad_values, grad_weight, None
+
+
+class _SquaredError(torch.autograd.Function):
+    """`sparse_error` by compiled loops: e · d_j, which the values' gradient is, on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor, by_latent: ByLatent
+    ) -> tuple[Tensor, Tensor]:
+        error, inner, squared = by_latent.grouped.error(values, x, W_dec, b_dec)
+        ctx.save_for_backward(values, error, inner)
+        ctx.by_latent = by_latent
+        ctx.mark_non_differentiable(error)
+        return squared, error
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        from reseed.sae.kernels.batch import column_sums
+
+        values, error, inner = ctx.saved_tensors
+        for_x, for_values, for_weight, for_bias, _ = ctx.needs_input_grad
+        factor = -2 * float(grad)
+        return (
+            error * -factor if for_x else None,
+            (inner * factor).view(values.shape) if for_values else None,
+            ctx.by_latent.grouped.per_latent(values, error, factor)[0] if for_weight else None,
+            column_sums(error) * factor if for_bias else None,
+            None,
+        )
+
+
+def _weighted_rows(
+    weights: Float[Tensor, " num_latents"], W: Float[Tensor, "num_latents d_in"]
+) -> Float[Tensor, " d_in"]:
+    """Σ over the latents of weight × row of W."""
+    if kernels.serve(weights, W):
+        from reseed.sae.kernels.batch import column_sums
+
+        return column_sums(W, weights)
+    return weights @ W

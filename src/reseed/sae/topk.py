@@ -13,7 +13,7 @@ from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import SAE, Loss, SAEOutput, Step
 from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
-from reseed.sae.sparse import SparseLatents, sparse_decode, topk_encode
+from reseed.sae.sparse import SparseLatents, sparse_decode, sparse_error, topk_encode
 
 
 @dataclass(frozen=True)
@@ -66,17 +66,16 @@ class TopK(SAE):
         x = x.to(self.W_enc.dtype)
         variance = total_variance(x)
         latents, more = self._encode_for_loss(x, round(self.config.k_at(step, self.d_in)))
-        error = x - (sparse_decode(latents, self.W_dec) + self.b_dec)
-        squared_error = error.square().sum()
+        squared_error, error = sparse_error(x, latents, self.W_dec, self.b_dec)
         parts = {"fvu": fvu(squared_error, variance)}
         total = parts["fvu"]
         if more is not None:
-            error_more = x - (sparse_decode(more, self.W_dec) + self.b_dec)
-            parts["multi_topk"] = fvu(error_more.square().sum(), variance)
+            squared_error_more, _ = sparse_error(x, more, self.W_dec, self.b_dec)
+            parts["multi_topk"] = fvu(squared_error_more, variance)
             total = total + parts["multi_topk"] / 8
         if self.config.aux_alpha > 0:
             weights = choice_weights(self)
-            parts["aux"] = auxk_loss(self, x, error.detach(), dead, weights=weights)
+            parts["aux"] = auxk_loss(self, x, error, dead, weights=weights)
             total = total + self.config.aux_alpha * parts["aux"]
         fired = latents.fired()
         return Loss(

@@ -23,6 +23,7 @@ from reseed.config import ReseedError, digest
 from reseed.console import say
 from reseed.devices import is_out_of_memory
 from reseed.sae.base import SAE, SAEConfig, Step
+from reseed.sae.losses import total_variance
 from reseed.train.archetypes import begin, make_archetypal, plain
 from reseed.train.config import TrainingConfig
 from reseed.train.median import geometric_median
@@ -348,7 +349,7 @@ class Member:
         now = torch.full_like(self._first_bad, self.step)
         is_first = ~torch.isfinite(loss.total.detach()) & (self._first_bad < 0)
         self._first_bad = torch.where(is_first, now, self._first_bad)
-        variance = (x - x.mean(0)).square().sum()
+        variance = total_variance(x)
         self._tally.add(
             loss=loss.total,
             squared_error=loss.squared_error,

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from reseed.sae import kernels
 from reseed.sae.base import SAE, Step
 from reseed.train.constraints import Constraints, normalise_rows
 
@@ -141,6 +142,9 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
                     _remove_parallel(group["params"][0])
         self.grad_norm, factor = self._clip(groups)
         self._update(groups, factor)
+        self._constrain()
+
+    def _constrain(self) -> None:
         self.constraints.hold({g["name"]: g["params"][0] for g in self.param_groups})
 
     def _clip(self, groups: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
@@ -179,17 +183,33 @@ class SAEAdam(SAEOptimizer):
             raise ValueError(f"`eps` must be at least 0, got {eps}")
         super().__init__(sae, lr, {"betas": betas, "eps": eps}, **options)
 
+    def _step(self, groups: list[dict[str, Any]]) -> None:
+        tensors = [tensor for g in groups for tensor in (g["params"][0], g["params"][0].grad)]
+        if kernels.serve(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
+            from reseed.train.adam import compiled_step
+
+            states = [self._state_of(group["params"][0]) for group in groups]
+            renormalised = [self._renormalised(group) for group in groups]
+            self.grad_norm = compiled_step(groups, states, renormalised, self.max_grad_norm)
+            self._constrain()
+        else:
+            super()._step(groups)
+
     def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
         for group in groups:
             self._adam(group, factor)
 
-    def _adam(self, group: dict[str, Any], factor: Tensor | None) -> None:
-        parameter = group["params"][0]
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _adam(self, group: dict[str, Any], factor: Tensor | None) -> None:
+        parameter = group["params"][0]
+        state = self._state_of(parameter)
         renormalise = self._renormalised(group)
         beta1, beta2 = group["betas"]
         for rows in _blocks(parameter):

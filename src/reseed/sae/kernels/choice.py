@@ -1,0 +1,142 @@
+"""The k largest of a row.
+
+Numbers are compared as integers of the same order. The k-th largest is found by halving the range
+between the least and the largest: a count for every bit that is left, each a pass of comparisons of
+whole registers. Rows are long, so first the maxima of disjoint groups: the k-th of them is a lower
+bound of the k-th of all, and few numbers reach it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from reseed.sae.kernels.lanes import LANES, first_one, ones, reached, without_first
+
+_WIDE = 16
+"""At least so many groups per number wanted."""
+_LARGEST = np.int32(2**31 - 1)
+
+
+@njit(nogil=True, cache=True, inline="always")
+def padded(count):  # pragma: no cover
+    """``count``, rounded up to whole registers."""
+    return (count + LANES - 1) // LANES * LANES
+
+
+@njit(nogil=True, cache=True)
+def kth_largest(keys, count, k):  # pragma: no cover
+    """Of the first ``count`` keys; what follows them up to a whole register is overwritten."""
+    low = high = keys[0]
+    for i in range(count):
+        low = min(low, keys[i])
+        high = max(high, keys[i])
+    for i in range(count, padded(count)):
+        keys[i] = low
+    # The fillers, being least, count only where the answer is the least anyway.
+    least, most = np.int64(low), np.int64(high)
+    while least < most:
+        middle = least + (most - least + 1) // 2
+        found = 0
+        for start in range(0, count, LANES):
+            found += ones(reached(keys, start, keys.dtype.type(middle)))
+        if found >= k:
+            least = middle
+        else:
+            most = middle - 1
+    return keys.dtype.type(least)
+
+
+@njit(nogil=True, cache=True)
+def group_maxima(row, width, k, maxima):  # pragma: no cover
+    """Maxima of disjoint groups of the row, and how many; a group is a strided set."""
+    groups = width
+    while groups // 2 >= _WIDE * k:
+        groups //= 2
+    for i in range(groups):
+        maxima[i] = row[i]
+    for start in range(groups, width, groups):
+        # A slice, so that no index can be negative: only then is the loop one of whole registers.
+        others = row[start : min(start + groups, width)]
+        for i in range(len(others)):
+            maxima[i] = others[i] if others[i] > maxima[i] else maxima[i]
+    return groups
+
+
+@njit(nogil=True, cache=True)
+def reaching(row, width, bound, places, most):  # pragma: no cover
+    """Places of the numbers that reach the bound, ascending, and how many; −1 if above ``most``."""
+    count = 0
+    whole = width // LANES * LANES
+    for start in range(0, whole, LANES):
+        bits = reached(row, start, bound)
+        while bits != 0:
+            if count == most:
+                return -1
+            places[count] = start + first_one(bits)
+            bits = without_first(bits)
+            count += 1
+    for i in range(whole, width):
+        if row[i] >= bound:
+            if count == most:
+                return -1
+            places[count] = i
+            count += 1
+    return count
+
+
+@njit(nogil=True, cache=True)
+def as_keys(values, count, keys):  # pragma: no cover
+    """Integers in the order of float32 numbers; NaN is the largest, as `torch.topk` has it."""
+    bits = values.view(np.int32)
+    for i in range(count):
+        one = bits[i]
+        key = one ^ ((one >> np.int32(31)) & _LARGEST)
+        keys[i] = _LARGEST if values[i] != values[i] else key
+
+
+@njit(nogil=True, cache=True)
+def keep_largest(scores, places, count, k, keys, values, indices, descending):  # pragma: no cover
+    """The k largest scores and their places; of equal ones the first."""
+    as_keys(scores, count, keys)
+    bound = kth_largest(keys, count, k)
+    above = 0
+    for i in range(count):
+        above += keys[i] > bound
+    equal, kept = k - above, 0
+    for i in range(count):
+        take = keys[i] > bound
+        if not take and keys[i] == bound and equal > 0:
+            take = True
+            equal -= 1
+        if take:
+            values[kept], indices[kept] = scores[i], places[i]
+            kept += 1
+    if descending:
+        _sort(values, indices, k, keys)
+
+
+@njit(nogil=True, cache=True)
+def _sort(values, indices, k, keys):  # pragma: no cover
+    """In place, the largest first; equal ones stay in their order."""
+    as_keys(values, k, keys)
+    order = np.argsort(-keys[:k].astype(np.int64), kind="mergesort")
+    values[:k], indices[:k] = values[order], indices[order]
+
+
+@njit(nogil=True, cache=True)
+def choose(rows, k, values, indices, start, stop, descending):  # pragma: no cover
+    """The k largest of rows of float32 numbers, for the rows ``start`` … ``stop``."""
+    width = rows.shape[1]
+    keys = np.empty(padded(width), dtype=np.int32)
+    scratch = np.empty(padded(width), dtype=np.int32)
+    places = np.empty(width, dtype=np.int64)
+    scores = np.empty(width, dtype=np.float32)
+    for i in range(start, stop):
+        as_keys(rows[i], width, keys)
+        groups = group_maxima(keys, width, k, scratch)
+        bound = kth_largest(scratch, groups, k)
+        count = reaching(keys, width, bound, places, width)
+        for c in range(count):
+            scores[c] = rows[i, places[c]]
+        keep_largest(scores, places, count, k, scratch, values[i], indices[i], descending)

@@ -1,0 +1,132 @@
+"""The float32 top k through a bfloat16 product, compiled; `reseed.sae.screen` has the bounds.
+
+For each row, while the rough product is in the cache:
+
+1. t, a lower bound of the k-th largest rough value, from maxima of groups;
+2. exact values of all that reach t: the k-th largest of them, τ, is a lower bound of the true one;
+3. exact values of the rest of those whose rough value leaves it open that they reach τ;
+4. the k largest of all these.
+
+Exact: a float32 dot product, always by the same loop, so that it does not depend on the block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from reseed.sae.kernels.choice import (
+    as_keys,
+    group_maxima,
+    keep_largest,
+    kth_largest,
+    padded,
+    reaching,
+)
+from reseed.sae.kernels.lanes import prefetch
+
+REORDER = {"reassoc", "contract", "nsz"}
+"""Sums by registers. NaN and infinities stay what they are."""
+_AHEAD = 1  # rows that are asked for before they are needed
+_SHRUNK = np.float32(1 - 2.0**-8)  # 1 − u
+_LEAST = np.float32(1e-30)  # where products may be flushed to 0
+
+
+@njit(nogil=True, cache=True, fastmath=REORDER, error_model="numpy")
+def rounded(exact, rough, norms, lost, start, stop):  # pragma: no cover
+    """Rows as bfloat16 bits (to the nearest, ties to even), the norms of that and of what is lost.
+
+    NaN and infinities give norms that are not finite; their bits then do not matter.
+    """
+    width = exact.shape[1]
+    bits = exact.view(np.uint32)
+    kept = np.empty(width, dtype=np.uint32)
+    numbers = kept.view(np.float32)
+    half, one, sixteen = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
+    for i in range(start, stop):
+        for c in range(width):
+            raw = bits[i, c]
+            high = np.uint32(raw + half + ((raw >> sixteen) & one)) >> sixteen
+            rough[i, c] = high
+            kept[c] = high << sixteen
+        norm, loss = np.float32(0.0), np.float32(0.0)
+        for c in range(width):
+            away = exact[i, c] - numbers[c]
+            norm += numbers[c] * numbers[c]
+            loss += away * away
+        norms[i], lost[i] = np.sqrt(norm), np.sqrt(loss)
+
+
+@njit(nogil=True, cache=True, fastmath=REORDER)
+def score(rows, i, W, b, places, start, stop, scores):  # pragma: no cover
+    """Pre-activations of row i at the latents places[start:stop], in float32."""
+    width = W.shape[1]
+    for c in range(start, min(start + _AHEAD, stop)):
+        for d in range(0, width, 16):
+            prefetch(W, places[c], d)
+    for c in range(start, stop):
+        j = places[c]
+        if c + _AHEAD < stop:
+            ahead = places[c + _AHEAD]
+            for d in range(0, width, 16):
+                prefetch(W, ahead, d)
+        total = np.float32(0.0)
+        for d in range(width):
+            total += rows[i, d] * W[j, d]
+        scores[c] = total + b[j]
+
+
+@njit(nogil=True, cache=True)
+def screen(
+    bits, error, first, rows, W, b, k, most, values, indices, unsure, descending
+):  # pragma: no cover
+    """The k largest of a block of rough products, the rows ``first`` … of the batch.
+
+    Args:
+        bits: non-negative bfloat16 numbers as integers.
+        error: ε of every row of the batch.
+        most: rows that have more candidates are marked ``unsure``, as are those where the bound
+            says nothing; nothing else is written for them.
+    """
+    width = bits.shape[1]
+    maxima = np.empty(padded(width), dtype=np.int16)
+    likely = np.empty(most, dtype=np.int64)
+    others = np.empty(most, dtype=np.int64)
+    places = np.empty(most, dtype=np.int64)
+    scores = np.empty(most, dtype=np.float32)
+    keys = np.empty(padded(most), dtype=np.int32)
+    word = np.empty(1, dtype=np.int32)
+    number = word.view(np.float32)
+    for r in range(bits.shape[0]):
+        i, row = first + r, bits[r]
+        unsure[i] = True
+        groups = group_maxima(row, width, k, maxima)
+        bound = kth_largest(maxima, groups, k)
+        if bound <= 0 or not np.isfinite(error[i]):
+            continue
+        count = reaching(row, width, bound, places, most)
+        if count < 0:
+            continue
+        score(rows, i, W, b, places, 0, count, scores)
+        as_keys(scores, count, keys)
+        word[0] = kth_largest(keys, count, k)  # of positive numbers, key and bits are the same
+        number[0] = _SHRUNK * (number[0] - error[i]) if word[0] > 0 else 0.0
+        if not number[0] > _LEAST:
+            continue
+        cut = np.int16(word[0] >> 16)
+        if cut < bound:
+            found = reaching(row, width, cut, likely, most)
+            if found < 0:
+                continue
+            # The rest of them, behind those that are computed.
+            left = 0
+            for c in range(found):
+                if row[likely[c]] < bound:
+                    others[left] = likely[c]
+                    left += 1
+            for c in range(left):
+                places[count + c] = others[c]
+            score(rows, i, W, b, places, count, count + left, scores)
+            count += left
+        keep_largest(scores, places, count, k, keys, values[i], indices[i], descending)
+        unsure[i] = False

@@ -1,0 +1,124 @@
+"""The k largest pre-activations of every row, from tensors to tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reseed.sae.kernels import buffers, choice, screening
+from reseed.sae.kernels.threads import in_blocks, in_ranges
+from reseed.sae.product import Product, prepacked_product
+from reseed.sae.screen import has_bfloat16
+
+BLOCK_ROWS = 128
+"""Rows of a block: the product of one thread stays in its cache until it has been read."""
+LEAST_CANDIDATES, MOST_CANDIDATES = 64, 8
+"""So many (the second in units of k) are computed again for a row, before it takes another way."""
+MIN_D_IN, MIN_LATENTS, MIN_ROWS = 64, 1024, 256
+"""Below these the float32 product costs less than the rough one and what comes with it."""
+
+Selected = tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]
+
+
+def select(
+    rows: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    k: int,
+    descending: bool,
+    screened: bool | None = None,
+) -> Selected:
+    """See `reseed.sae.selection.select`.
+
+    Args:
+        screened: through the bfloat16 product; None says where that is faster.
+    """
+    if screened is None:
+        screened = _screen_pays(rows, W_enc)
+    rows, W, b = (each.detach().contiguous() for each in (rows, W_enc, b_enc))
+    values, indices = torch.empty(len(rows), k), torch.empty(len(rows), k, dtype=torch.int64)
+    if not screened:
+        _exact(rows, W, b, k, descending, values, indices)
+        return values, indices
+    unsure = _screened(rows, W, b, k, descending, values, indices)
+    if len(unsure):
+        left = torch.from_numpy(unsure)
+        some, which = torch.empty(len(left), k), torch.empty(len(left), k, dtype=torch.int64)
+        _exact(rows[left], W, b, k, descending, some, which)
+        values[left], indices[left] = some, which
+    return values, indices
+
+
+def _screen_pays(rows: Tensor, W: Tensor) -> bool:
+    num_latents, d_in = W.shape
+    large = d_in >= MIN_D_IN and num_latents >= MIN_LATENTS and len(rows) >= MIN_ROWS
+    return large and has_bfloat16()
+
+
+def _exact(
+    rows: Tensor, W: Tensor, b: Tensor, k: int, descending: bool, values: Tensor, indices: Tensor
+) -> None:
+    """By the float32 product."""
+    product = prepacked_product(BLOCK_ROWS, W, b) if len(rows) >= 2 * BLOCK_ROWS else None
+    product = product or (lambda block: torch.addmm(b, block, W.t()))
+    out = values.numpy(), indices.numpy()
+
+    def task(start: int, stop: int) -> None:
+        pre = product(rows[start:stop]).contiguous().numpy()
+        choice.choose(pre, k, *(each[start:stop] for each in out), 0, stop - start, descending)
+
+    in_blocks(task, len(rows), BLOCK_ROWS)
+
+
+def _screened(
+    rows: Tensor, W: Tensor, b: Tensor, k: int, descending: bool, values: Tensor, indices: Tensor
+) -> Int[np.ndarray, " left"]:
+    """By the bfloat16 product; the rows for which that does not do."""
+    product, rough, error = rough_product(rows, W, b)
+    unsure = np.empty(len(rows), dtype=np.bool_)
+    given = rows.numpy(), W.numpy(), b.numpy()
+    most = min(len(W), max(LEAST_CANDIDATES, MOST_CANDIDATES * k))
+    out = values.numpy(), indices.numpy(), unsure, descending
+
+    def task(start: int, stop: int) -> None:
+        bits = product(rough[start:stop]).view(torch.int16).numpy()
+        screening.screen(bits, error, start, *given, k, most, *out)
+
+    in_blocks(task, len(rows), BLOCK_ROWS)
+    return np.flatnonzero(unsure)
+
+
+def rough_product(
+    rows: Tensor, W: Tensor, b: Tensor
+) -> tuple[Product, Tensor, Float[np.ndarray, " batch"]]:
+    """ReLU(W x + b) in bfloat16, the rows rounded for it, and ε for each of them."""
+    rough_rows, norm_x, lost_x = _rounded(rows)
+    rough_W, norms_W, losts_W = _rounded(W)
+    rough_b = b.bfloat16()
+    norm_W, lost_W = norms_W.max(), losts_W.max()
+    gamma = 2 * (rows.shape[1] + 2) * 2.0**-24
+    bias = float((b - rough_b).abs().max() + gamma * b.abs().max())
+    error = norm_x * lost_W + lost_x * (norm_W + lost_W)
+    error += gamma * (norm_x + lost_x) * (norm_W + lost_W)
+    product: Callable[[Tensor], Tensor] | None
+    product = prepacked_product(BLOCK_ROWS, rough_W, rough_b, "relu")
+    if product is None:
+        product = lambda block: torch.nn.functional.linear(block, rough_W, rough_b).relu_()  # noqa: E731
+    return product, rough_rows, (1.01 * (error + bias)).astype(np.float32)
+
+
+def _rounded(exact: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """As bfloat16, the norms of the rows of that and of what rounding took away."""
+    rough = buffers.empty(tuple(exact.shape), torch.int16)
+    norms, lost = np.empty(len(exact), dtype=np.float32), np.empty(len(exact), dtype=np.float32)
+    numbers, bits = exact.numpy(), rough.numpy().view(np.uint16)
+    in_ranges(
+        lambda start, stop: screening.rounded(numbers, bits, norms, lost, start, stop),
+        len(exact),
+        exact.shape[1],
+    )
+    return rough.view(torch.bfloat16), norms.astype(np.float64), lost.astype(np.float64)

@@ -1,0 +1,85 @@
+"""A step of Adam by compiled loops: what ``optim.py`` lays down, row by row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reseed.sae.kernels import update
+from reseed.sae.kernels.threads import in_ranges
+
+_COST = 8
+"""Of a number in Adam, in multiplications."""
+
+
+def compiled_step(
+    groups: Sequence[dict[str, Any]],
+    states: Sequence[dict[str, Tensor]],
+    unit: Sequence[bool],
+    max_grad_norm: float | None,
+) -> Tensor | None:
+    """One step of every group, which has one parameter; its gradient stays as it is.
+
+    Args:
+        states: Adam's, of each group.
+        unit: whether the rows of each group's parameter are held at norm 1.
+        max_grad_norm: None does not clip.
+
+    Returns:
+        the global norm of the gradients, projected where rows have norm 1; None without clipping.
+    """
+    norm, factor = None, 1.0
+    if max_grad_norm is not None:
+        squares = sum(_squared_norm(g["params"][0], u) for g, u in zip(groups, unit, strict=True))
+        norm = torch.tensor(math.sqrt(squares))  # NaN and infinities pass
+        factor = float((max_grad_norm / (norm + 1e-6)).clamp_max_(1.0))
+    for group, state, renormalise in zip(groups, states, unit, strict=True):
+        _adam(group, state, renormalise, factor)
+    return norm
+
+
+def _squared_norm(parameter: Tensor, project: bool) -> float:
+    grad, weight = _rows(parameter.grad), _rows(parameter)
+    squares = np.empty(len(grad), dtype=np.float32)
+    in_ranges(
+        lambda start, stop: update.squared_norms(grad, weight, project, squares, start, stop),
+        len(grad),
+        2 * grad.shape[1],
+    )
+    return float(squares.sum(dtype=np.float64))
+
+
+def _adam(
+    group: dict[str, Any], state: dict[str, Tensor], renormalise: bool, factor: float
+) -> None:
+    parameter = group["params"][0]
+    state["step"] += 1
+    step, (beta1, beta2) = float(state["step"]), group["betas"]
+    numbers = (
+        factor,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        1 - group["lr"] * group["weight_decay"],
+        group["lr"] / (1 - beta1**step),
+        math.sqrt(1 - beta2**step),
+        group["eps"],
+    )
+    weight, grad = _rows(parameter), _rows(parameter.grad)
+    moments = _rows(state["exp_avg"]), _rows(state["exp_avg_sq"])
+    given = weight, grad, *moments, renormalise, renormalise, np.array(numbers, dtype=np.float32)
+    in_ranges(
+        lambda start, stop: update.adam(*given, start, stop), len(weight), _COST * weight.shape[1]
+    )
+
+
+def _rows(tensor: Tensor | None) -> np.ndarray:
+    """As a contiguous matrix; a vector is one row."""
+    assert tensor is not None
+    tensor = tensor.detach()
+    return (tensor if tensor.ndim == 2 else tensor.reshape(1, -1)).numpy()
