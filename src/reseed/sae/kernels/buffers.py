@@ -30,8 +30,8 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
     if size < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype)
     with _lock:
-        for place, buffer in enumerate(_buffers):
-            if buffer.nbytes == size and _idle(place):
+        for place in range(len(_buffers)):  # a name for a buffer would be a reference to it
+            if _buffers[place].nbytes == size and _idle(place):
                 _buffers.append(_buffers.pop(place))
                 break
         else:
@@ -52,7 +52,7 @@ def _idle(place: int) -> bool:
 
 def _give_back() -> None:
     """The longest unused first."""
-    idle = sum(buffer.nbytes for place, buffer in enumerate(_buffers) if _idle(place))
+    idle = sum(_buffers[place].nbytes for place in range(len(_buffers)) if _idle(place))
     place = 0
     while idle > MOST_IDLE_BYTES and place < len(_buffers):
         if _idle(place):
