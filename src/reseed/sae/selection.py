@@ -64,6 +64,12 @@ def select_in_batch(
         Values, rows and latents of the pairs, sorted by row and then by latent.
     """
     num_latents, count = len(W_enc), max(1, round(k * len(rows)))
+    if kernels.serve(rows, W_enc, b_enc):
+        from reseed.sae.kernels.select_in_batch import select_in_batch as compiled
+
+        found = compiled(rows, W_enc, b_enc, count)
+        if found is not None:
+            return found
     width = min(num_latents, math.ceil(_FIRST_GUESS * k))
     values, latents = select(rows, W_enc, b_enc, width)
     keys = latents + num_latents * torch.arange(len(rows), device=rows.device)[:, None]

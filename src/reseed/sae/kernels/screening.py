@@ -130,3 +130,86 @@ def screen(
             count += left
         keep_largest(scores, places, count, k, keys, values[i], indices[i], descending)
         unsure[i] = False
+
+
+@njit(nogil=True, cache=True)
+def common_bound(bits, rank):  # pragma: no cover
+    """The rank-th largest of a whole block of rough products, as float32."""
+    numbers = bits.copy().reshape(-1)
+    keys = np.empty(padded(len(numbers)), dtype=np.int16)
+    keys[: len(numbers)] = numbers
+    word = np.empty(1, dtype=np.int32)
+    word[0] = np.int32(kth_largest(keys, len(numbers), rank)) << 16
+    return word.view(np.float32)[0]
+
+
+@njit(nogil=True, cache=True)
+def cuts(bound, error):  # pragma: no cover
+    """For each row, the least bits of a rough product whose exact one may reach the bound."""
+    out = np.empty(len(error), dtype=np.int16)
+    word = np.empty(1, dtype=np.int32)
+    number = word.view(np.float32)
+    for i in range(len(error)):
+        number[0] = _SHRUNK * (bound - error[i])
+        out[i] = np.int16(word[0] >> 16) if number[0] > _LEAST else np.int16(1)
+    return out
+
+
+@njit(nogil=True, cache=True)
+def gather(bits, cut, first, most):  # pragma: no cover
+    """Rough products that reach their row's cut: row, latent and bits of each, in this order.
+
+    Returns:
+        empty lists where there are more than ``most``.
+    """
+    width = bits.shape[1]
+    places = np.empty(width, dtype=np.int64)
+    owners = np.empty(most, dtype=np.int64)
+    latents = np.empty(most, dtype=np.int64)
+    found = np.empty(most, dtype=np.int16)
+    count = 0
+    for r in range(bits.shape[0]):
+        row = bits[r]
+        more = reaching(row, width, cut[first + r], places, min(width, most - count))
+        if more < 0:
+            return owners[:0], latents[:0], found[:0], True
+        for c in range(more):
+            owners[count + c], latents[count + c] = first + r, places[c]
+            found[count + c] = row[places[c]]
+        count += more
+    return owners[:count], latents[:count], found[:count], False
+
+
+@njit(nogil=True, cache=True, fastmath=REORDER)
+def score_pairs(rows, W, b, owners, latents, wanted, scores, start, stop):  # pragma: no cover
+    """Pre-activations in float32 of the pairs ``start`` … ``stop`` that are wanted."""
+    width = W.shape[1]
+    for p in range(start, stop):
+        if p + 1 < stop and wanted[p + 1]:
+            ahead = latents[p + 1]
+            for d in range(0, width, 16):
+                prefetch(W, ahead, d)
+        if wanted[p]:
+            i, j = owners[p], latents[p]
+            total = np.float32(0.0)
+            for d in range(width):
+                total += rows[i, d] * W[j, d]
+            scores[p] = total + b[j]
+
+
+@njit(nogil=True, cache=True)
+def kth_score(scores, k):  # pragma: no cover
+    """The k-th largest of positive numbers."""
+    keys = np.empty(padded(len(scores)), dtype=np.int32)
+    as_keys(scores, len(scores), keys)
+    word = np.empty(1, dtype=np.int32)
+    word[0] = kth_largest(keys, len(scores), k)
+    return word.view(np.float32)[0]
+
+
+@njit(nogil=True, cache=True)
+def kth_bits(bits, k):  # pragma: no cover
+    """The k-th largest of the bits of rough products."""
+    keys = np.empty(padded(len(bits)), dtype=np.int16)
+    keys[: len(bits)] = bits
+    return kth_largest(keys, len(bits), k)

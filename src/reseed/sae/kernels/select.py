@@ -38,7 +38,7 @@ def select(
         screened: through the bfloat16 product; None says where that is faster.
     """
     if screened is None:
-        screened = _screen_pays(rows, W_enc)
+        screened = screen_pays(rows, W_enc)
     rows, W, b = (each.detach().contiguous() for each in (rows, W_enc, b_enc))
     values, indices = torch.empty(len(rows), k), torch.empty(len(rows), k, dtype=torch.int64)
     if not screened:
@@ -53,7 +53,8 @@ def select(
     return values, indices
 
 
-def _screen_pays(rows: Tensor, W: Tensor) -> bool:
+def screen_pays(rows: Tensor, W: Tensor) -> bool:
+    """Whether the bfloat16 product is the faster way here."""
     num_latents, d_in = W.shape
     large = d_in >= MIN_D_IN and num_latents >= MIN_LATENTS and len(rows) >= MIN_ROWS
     return large and has_bfloat16()
