@@ -12,6 +12,7 @@ from torch import Tensor
 from reseed.sae.kernels import buffers, pairs
 from reseed.sae.kernels.threads import in_ranges
 
+
 def _numbers(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
@@ -131,5 +132,3 @@ class Grouped:
             2 * self._each * x.shape[1],
         )
         return error, inner, torch.tensor(squares.sum(dtype=np.float64), dtype=torch.float32)
-
-

@@ -88,6 +88,7 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 
 def _alone(together: Barrier) -> None:
     together.wait()  # each worker is to come here once
+    torch.get_num_threads()  # a thread's first question sets it to what the others have
     torch.set_num_threads(1)
 
 
