@@ -13,7 +13,9 @@ learning rate, no AuxK, no warm-ups, each library by its own training step:
 - dictionary_learning (all but TopK): `update` of its trainers.
 
 All contenders of an architecture run in one process at one number of threads, on the same
-activations, taking turns, and the median over the rounds counts. Before that, in another process,
+activations, taking turns, and the median over the rounds counts. reseed is there as its training
+runs it, with compiled loops (numba), and without them ("plain"); beside BatchTopK is its own TopK.
+Before that, in another process,
 each peer gets reseed's weights: the same loss, gradients, and weights after eight steps have to
 come out, so that the time is of the same work (`agreement.py`, which also says where libraries
 differ by design). Peak memory is taken in a process of its own for each contender: resident memory
@@ -36,7 +38,7 @@ import measuring
 from contenders import ARCHITECTURES, installed, missing
 from contenders.base import BATCH
 
-SIZES = ((128, 4_096), (768, 16_384))
+SIZES = ((128, 4_096), (768, 16_384), (768, 32_768))
 MALLOC = {
     "default": {},
     "raised": {"MALLOC_MMAP_THRESHOLD_": str(2**34), "MALLOC_TRIM_THRESHOLD_": str(2**34)},
@@ -79,7 +81,7 @@ def measure(
     architecture: str, size: tuple[int, int], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Everything about one architecture at one size."""
-    names = installed(architecture)
+    names = [name for name in installed(architecture) if name not in options.without]
     peers = [name for name in names if not name.startswith("reseed")]
     task = {"architecture": architecture, "size": size, "threads": options.threads}
     out: dict[str, Any] = {**task, "names": names, "peers": peers, "agreement": {}, "malloc": {}}
@@ -122,6 +124,13 @@ def summary(result: dict[str, Any]) -> str:
     lines = []
     for malloc, measured in result["malloc"].items():
         wall, cpu, memory = measured["wall"], measured["cpu"], measured["memory"]
+        for other in ("reseed, TopK", "reseed, plain"):
+            if other in wall:
+                lines.append(
+                    f"{_title(result)}, malloc {malloc}: a step is "
+                    f"{wall['reseed'] / wall[other]:.2f} of {other} "
+                    f"(CPU {cpu['reseed'] / cpu[other]:.2f})"
+                )
         if not result["peers"]:
             continue
         best = min(result["peers"], key=lambda name: wall[name])
@@ -150,6 +159,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contender")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps per contender")
     parser.add_argument("--sizes", type=_sizes, default=SIZES, help="such as 128x4096,768x16384")
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="contenders to leave out, by the names printed"
+    )
     parser.add_argument(
         "--malloc", choices=MALLOC, nargs="+", default=[*MALLOC], help="which settings (both)"
     )

@@ -16,12 +16,14 @@ ARCHITECTURES: dict[str, dict[str, type[Contender]]] = {
     "topk": {
         "reseed": ours.Reseed,
         "reseed, clipped": ours.ReseedClipped,
+        "reseed, plain": ours.ReseedPlain,
         "eai-sparsify": sparsify_peer.Sparsify,
         "sae-lens": saelens_peer.TopK,
         "sae-lens, sparse": saelens_peer.TopKSparse,
     },
     "batch_topk": {
         "reseed": ours.ReseedClipped,
+        "reseed, TopK": ours.ReseedTopK,
         "sae-lens": saelens_peer.BatchTopK,
         "dictionary_learning": dictionary_learning_peer.BatchTopK,
     },

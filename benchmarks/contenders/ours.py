@@ -75,10 +75,27 @@ class Reseed(Contender):
         return self.module.training_loss(x, Step(self.index, STEPS), self.dead)
 
 
+class ReseedPlain(Reseed):
+    """Without compiled loops."""
+
+    def step(self, x: Any) -> None:
+        from reseed.sae import kernels
+
+        with kernels.switched(False):
+            super().step(x)
+
+
 class ReseedClipped(Reseed):
     """With the gradient clipped, as reseed does by default."""
 
     max_grad_norm = 1.0
+
+
+class ReseedTopK(ReseedClipped):
+    """TopK, whatever the architecture that is compared: what choosing in the batch adds to it."""
+
+    def __init__(self, architecture: str, *size: Any) -> None:
+        super().__init__("topk", *size)
 
 
 def configuration(architecture: str, num_latents: int, options: Mapping[str, Any]) -> Any:

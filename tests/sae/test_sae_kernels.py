@@ -1,4 +1,4 @@
-"""The compiled loops: against float64 dense autograd, against plain PyTorch, and against threads."""
+"""The compiled loops beside float64 dense autograd, plain PyTorch, and other threads."""
 
 import os
 import subprocess
@@ -175,7 +175,7 @@ def test_a_first_block_that_misleads_leaves_the_choice_to_another_way(monkeypatc
     x[:128] *= 50  # the guess is far too high for what the other rows hold
     count = 400 * 64
     assert select_in_batch(x, W, b, count) is None
-    values, rows, latents = selection.select_in_batch(x, W, b, 64)
+    _, rows, latents = selection.select_in_batch(x, W, b, 64)
     exact = (x.double() @ W.double().T + b.double()).flatten()
     assert (rows * 1024 + latents).tolist() == exact.topk(count).indices.sort()[0].tolist()
 
@@ -231,12 +231,12 @@ def test_rows_that_are_not_contiguous():
     x, W_enc, b_enc, W_dec, b_dec = (leaf.detach() for leaf in drawn(6, 50, 24, 90))
     wide = x.repeat(1, 3)[:, 24:48]
     assert not wide.is_contiguous()
-    for given in (x, wide):
+    for rows in (x, wide):
         W = W_dec.T.contiguous().T
         assert not W.is_contiguous()
-        latents = topk_encode(given, W_enc, b_enc, 5, b_dec=b_dec)
-        squared, _ = sparse_error(given, latents, W, b_dec)
-        if given is x:
+        latents = topk_encode(rows, W_enc, b_enc, 5, b_dec=b_dec)
+        squared, _ = sparse_error(rows, latents, W, b_dec)
+        if rows is x:
             expected = squared
     assert torch.equal(squared, expected)
 
@@ -308,7 +308,8 @@ def test_a_buffer_is_taken_again_only_when_nobody_has_it():
 
 def test_the_switch_and_what_the_kernels_are_made_for(monkeypatch):
     one = torch.zeros(1)
-    assert kernels.serve(one) and not kernels.serve(one, one.double())
+    assert kernels.serve(one)
+    assert not kernels.serve(one, one.double())
     with kernels.switched(False):
         assert not kernels.serve(one)
     monkeypatch.setattr(kernels, "_switch", None)

@@ -1,7 +1,7 @@
 """Large results in memory that an earlier step had.
 
-Fresh memory costs a page fault for every 4 KiB, which for the gradients of a large SAE takes as long
-as making them. A buffer is taken again once no tensor is left that uses it.
+Fresh memory costs a page fault for every 4 KiB, which for the gradients of a large SAE takes as
+long as making them. A buffer is taken again once no tensor is left that uses it.
 """
 
 from __future__ import annotations

@@ -70,7 +70,8 @@ def _exact(
 
     def task(start: int, stop: int) -> None:
         pre = product(rows[start:stop]).contiguous().numpy()
-        choice.choose(pre, k, *(each[start:stop] for each in out), 0, stop - start, descending)
+        values, indices = out[0][start:stop], out[1][start:stop]
+        choice.choose(pre, k, values, indices, 0, stop - start, descending)
 
     in_blocks(task, len(rows), BLOCK_ROWS)
 

@@ -1,7 +1,7 @@
 """The largest pre-activations of a whole batch, from tensors to tensors.
 
-As in `reseed.sae.kernels.screening`, with one bound for all rows: what the first block says of it is
-a guess g, every row hands in what may reach g, and the result is exact if at least as many do
+As in `reseed.sae.kernels.screening`, with one bound for all rows: what the first block says of it
+is a guess g, every row hands in what may reach g, and the result is exact if at least as many do
 reach g as are wanted.
 """
 
@@ -19,7 +19,7 @@ from reseed.sae.kernels.threads import in_blocks, in_ranges
 _GUESS = 1.25
 """In units of k: how many of a row are guessed to be above g."""
 _MOST = 16
-"""In units of k: if a row has more that may reach g, on average over a block, there is no result."""
+"""In units of k: if more may reach g, on average over the rows of a block, there is no result."""
 
 Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray, bool]

@@ -15,7 +15,7 @@ from threading import Barrier, Lock
 
 import torch
 
-LEAST_WORK = 2**20
+LEAST_WORK = 2**22
 """Multiplications, about, that are worth waking another thread."""
 _CHUNKS = 8
 """Ranges per thread, so that one that is held up does not hold up the rest."""
