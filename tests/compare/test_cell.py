@@ -90,7 +90,10 @@ def test_a_run_that_fails_leaves_no_half_file(cell, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         cell.write(tmp_path)
     assert (tmp_path / "pairs.parquet").read_bytes() == before
-    assert len(list(tmp_path.iterdir())) == 4
+    # Without its record, lest tables of two writings be read as one cell: it is compared again.
+    assert len(list(tmp_path.iterdir())) == 3
+    with pytest.raises(FileNotFoundError, match="holds no compared cell"):
+        CellResult.read(tmp_path)
 
 
 def test_untrained_firing_is_not_looked_at(partly_shared, settings, cell):
