@@ -118,10 +118,23 @@ def keep_largest(scores, places, count, k, keys, values, indices, descending):  
 
 @njit(nogil=True, cache=True)
 def _sort(values, indices, k, keys):  # pragma: no cover
-    """In place, the largest first; equal ones stay in their order."""
+    """In place, the largest first, of equal ones the first place (Shell's sort)."""
     as_keys(values, k, keys)
-    order = np.argsort(-keys[:k].astype(np.int64), kind="mergesort")
-    values[:k], indices[:k] = values[order], indices[order]
+    gap = 1
+    while gap < k // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for i in range(gap, k):
+            key, value, index = keys[i], values[i], indices[i]
+            j = i
+            while j >= gap and (
+                keys[j - gap] < key or (keys[j - gap] == key and indices[j - gap] > index)
+            ):
+                keys[j], values[j] = keys[j - gap], values[j - gap]
+                indices[j] = indices[j - gap]
+                j -= gap
+            keys[j], values[j], indices[j] = key, value, index
+        gap //= 3
 
 
 @njit(nogil=True, cache=True)

@@ -133,17 +133,6 @@ def screen(
 
 
 @njit(nogil=True, cache=True)
-def common_bound(bits, rank):  # pragma: no cover
-    """The rank-th largest of a whole block of rough products, as float32."""
-    numbers = bits.copy().reshape(-1)
-    keys = np.empty(padded(len(numbers)), dtype=np.int16)
-    keys[: len(numbers)] = numbers
-    word = np.empty(1, dtype=np.int32)
-    word[0] = np.int32(kth_largest(keys, len(numbers), rank)) << 16
-    return word.view(np.float32)[0]
-
-
-@njit(nogil=True, cache=True)
 def cuts(bound, error):  # pragma: no cover
     """For each row, the least bits of a rough product whose exact one may reach the bound."""
     out = np.empty(len(error), dtype=np.int16)
@@ -208,8 +197,12 @@ def kth_score(scores, k):  # pragma: no cover
 
 
 @njit(nogil=True, cache=True)
-def kth_bits(bits, k):  # pragma: no cover
-    """The k-th largest of the bits of rough products."""
+def kth_rough(bits, k):  # pragma: no cover
+    """The k-th largest of a list of rough products, as bits and as float32."""
     keys = np.empty(padded(len(bits)), dtype=np.int16)
-    keys[: len(bits)] = bits
-    return kth_largest(keys, len(bits), k)
+    for i in range(len(bits)):
+        keys[i] = bits[i]
+    word = np.empty(1, dtype=np.int32)
+    least = kth_largest(keys, len(bits), k)
+    word[0] = np.int32(least) << 16
+    return least, word.view(np.float32)[0]

@@ -45,7 +45,7 @@ def select_in_batch(
     rank = round(_GUESS * count / len(rows) * len(first))
     if not 1 <= rank <= first.size:
         return None
-    guess = screening.common_bound(first, rank)
+    _, guess = screening.kth_rough(first.reshape(-1), rank)
     cut = screening.cuts(guess, error)
     most = int(_MOST * count / len(rows) * BLOCK_ROWS) + BLOCK_ROWS
     blocks: dict[int, _Block] = {0: screening.gather(first, cut, 0, most)}
@@ -87,7 +87,7 @@ def _largest(
             W.shape[1],
         )
 
-    early = bits >= screening.kth_bits(bits, count)
+    early = bits >= screening.kth_rough(bits, count)[0]
     compute(early)
     reached = screening.kth_score(scores[early], count)
     if not reached >= guess:
