@@ -57,5 +57,7 @@ def switched(on: bool) -> Iterator[None]:
 
 
 def serve(*tensors: Tensor) -> bool:
-    """Whether these are what the kernels are made for: float32 on the CPU."""
+    """Whether these are what the kernels are made for: float32 on the CPU, and meant to stay so."""
+    if torch.is_autocast_enabled("cpu"):
+        return False
     return enabled() and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
