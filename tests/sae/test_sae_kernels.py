@@ -159,7 +159,9 @@ def test_an_activation_that_is_not_finite_makes_a_loss_that_is_not(config):
 def test_the_choice_in_a_batch_is_that_of_float64(batch, d_in, num_latents, k, monkeypatch):
     monkeypatch.setattr("reseed.sae.kernels.select_in_batch.screen_pays", lambda *_: True)
     x, W, b, *_ = (leaf.detach() for leaf in drawn(4, batch, d_in, num_latents))
-    x *= torch.linspace(0.1, 2, batch)[:, None][torch.randperm(batch)]
+    x *= torch.linspace(0.1, 2, batch)[:, None][
+        torch.randperm(batch, generator=torch.Generator().manual_seed(0))
+    ]
     count = max(1, round(k * batch))
     found = select_in_batch(x, W / d_in**0.5, 0.1 * b, count)
     assert found is not None, "the rough product should decide this"

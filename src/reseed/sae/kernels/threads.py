@@ -58,8 +58,9 @@ def in_blocks(task: Callable[[int, int], object], count: int, size: int) -> None
 
     @torch.no_grad()
     def worker() -> None:
-        while (block := next(numbers)) < blocks:
-            task(block * size, min(count, (block + 1) * size))
+        with torch.autocast("cpu", enabled=False):  # which other threads do not know of anyway
+            while (block := next(numbers)) < blocks:
+                task(block * size, min(count, (block + 1) * size))
 
     threads = min(torch.get_num_threads(), blocks)
     if torch.get_num_threads() == 1:
