@@ -14,6 +14,7 @@ from reseed.config import setting
 from reseed.sae.auxk import auxk_term
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.losses import warmed_up
+from reseed.sae.relu_loss import ReLUTerms, relu_loss, served
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,32 @@ class ReLU(SAE):
     ) -> Loss:
         """Sums over D (and F), means over B. ``dead`` is for AuxK alone."""
         x = x.to(self.W_enc.dtype)
+        warmup = warmed_up(step.index, step.total, self.config.l1_warmup_fraction)
+        terms = self._terms(x, self.penalty_weight * warmup)
+        total, parts = terms.total, {"mse": terms.squared_error / len(x), "l1": terms.l1}
+        if self.config.aux_alpha > 0:
+            centred = self.config.subtract_b_dec
+            term, parts["auxk"] = auxk_term(self, x, terms.error, dead, per=len(x), centred=centred)
+            total = total + term
+        return Loss(
+            total=total,
+            parts={name: part.detach() for name, part in parts.items()},
+            fired=terms.fired,
+            squared_error=terms.squared_error.detach(),
+            l0=terms.fired.sum() / len(x),
+        )
+
+    def _terms(self, x: Float[Tensor, "batch d_in"], l1_coefficient: float) -> ReLUTerms:
+        """‖e‖² + λ Σ_j f_j‖d_j‖ and what it is made of."""
+        parameters = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
+        if served(x, *parameters):
+            return relu_loss(
+                x,
+                parameters,
+                l1_coefficient,
+                weighted=self.config.l1_weighted_by_decoder_norm,
+                centred=self.config.subtract_b_dec,
+            )
         latents = self.encode(x)
         error = x - self.decode(latents)
         squared_error = error.square().sum()
@@ -82,20 +109,7 @@ class ReLU(SAE):
         if self.config.l1_weighted_by_decoder_norm:
             weights = weights * self.W_dec.norm(dim=1)
         l1 = weights.sum()
-        warmup = warmed_up(step.index, step.total, self.config.l1_warmup_fraction)
-        total = mse + self.penalty_weight * warmup * l1
-        parts = {"mse": mse, "l1": l1}
-        if self.config.aux_alpha > 0:
-            centred = self.config.subtract_b_dec
-            term, parts["auxk"] = auxk_term(self, x, error, dead, per=len(x), centred=centred)
-            total = total + term
         with torch.no_grad():
             # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
             fired = latents.sign().sum(0, dtype=torch.float32).long()
-        return Loss(
-            total=total,
-            parts={name: part.detach() for name, part in parts.items()},
-            fired=fired,
-            squared_error=squared_error.detach(),
-            l0=fired.sum() / len(x),
-        )
+        return ReLUTerms(mse + l1_coefficient * l1, squared_error, l1, fired, error)

@@ -1,4 +1,4 @@
-"""Compiled loops (numba) for what a training step of a k-sparse SAE does on the CPU.
+"""Compiled loops (numba) for what a training step of an SAE does on the CPU.
 
     threads   ranges of rows, or blocks of them, on as many threads as torch may use
     buffers   large results in memory that an earlier step had
@@ -7,6 +7,8 @@
     screening the encoder's product in blocks, each chosen from while it is in the cache
     pairs     sums over (token, latent) pairs: decoder, error, gradients
     moments   sums over a batch
+    collect   pre-activations above a floor; from tensors to tensors: active
+    rectify   ReLU and its derivative, with their sums; from tensors to tensors: relu_blocks
     update    clipping, projection, Adam and renormalisation, a row at a time
 
 Each has a plain PyTorch path beside it, which is taken on other devices and dtypes and where the

@@ -83,3 +83,22 @@ def prefetch(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(array, types.int64, types.int64), generate
+
+
+@intrinsic
+def above(typingctx: Any, row: Any, start: Any, floors: Any) -> Any:
+    """Bit i says whether row[start + i] > floors[start + i] or is NaN, i < 32, for floats."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = ir.VectorType(context.get_value_type(signature.args[0].dtype), LANES)
+        loaded = []
+        for which in (0, 2):
+            array = context.make_array(signature.args[which])(context, builder, args[which])
+            place = builder.gep(array.data, [args[1]])
+            numbers = builder.load(builder.bitcast(place, lanes.as_pointer()))
+            numbers.align = signature.args[which].dtype.bitwidth // 8
+            loaded.append(numbers)
+        found = builder.fcmp_unordered(">", *loaded)
+        return builder.bitcast(found, ir.IntType(32))
+
+    return types.uint32(row, types.int64, floors), generate

@@ -1,0 +1,74 @@
+"""The active (token, latent) pairs of a batch where they are few, from tensors to tensors."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reseed.sae.kernels.collect import collect
+from reseed.sae.kernels.threads import in_blocks
+from reseed.sae.product import Product, prepacked_product
+
+BLOCK_ROWS = 128
+"""Rows of a block: what one thread makes stays in its cache until it has been read."""
+DENSEST = 1 / 8
+"""Above this share of active pairs, dense products are faster than sums over pairs."""
+_UNEVEN = 2
+"""Blocks may have so many times the pairs."""
+
+Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
+"""Values, tokens, latents; sorted by token and then by latent."""
+_Block = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def active_pairs(
+    rows: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    floors: Float[Tensor, " num_latents"],
+) -> Pairs | None:
+    """The pre-activations W_enc x + b_enc that are above their latent's floor, or NaN.
+
+    None where they are more than `DENSEST`: after the first block, if it is so there already. The
+    numbers alone decide this.
+    """
+    batch, num_latents = len(rows), len(W_enc)
+    product = row_product(BLOCK_ROWS, W_enc, b_enc)
+    bounds = floors.detach().contiguous().numpy()
+    blocks: dict[int, _Block | None] = {}
+
+    def task(start: int, stop: int) -> None:
+        if None in blocks.values():
+            return
+        share = DENSEST * (1 if start == 0 else _UNEVEN)
+        most = 1 + int(share * (stop - start) * num_latents)
+        pre = product(rows[start:stop]).numpy()
+        owners, latents, values, count = collect(pre, bounds, start, most)
+        found = owners[:count].copy(), latents[:count].copy(), values[:count].copy()
+        blocks[start] = found if count >= 0 else None
+
+    in_blocks(task, min(batch, BLOCK_ROWS), BLOCK_ROWS)
+    if blocks[0] is None:
+        return None
+    in_blocks(
+        lambda start, stop: task(start + BLOCK_ROWS, stop + BLOCK_ROWS),
+        max(0, batch - BLOCK_ROWS),
+        BLOCK_ROWS,
+    )
+    parts = [blocks[start] for start in sorted(blocks)]
+    found = [part for part in parts if part is not None]
+    pairs = sum(len(owners) for owners, *_ in found)
+    if len(found) < len(parts) or pairs > 1 + DENSEST * batch * num_latents:
+        return None
+    owners, latents, values = (np.concatenate(each) for each in zip(*found, strict=True))
+    return torch.from_numpy(values), torch.from_numpy(owners), torch.from_numpy(latents)
+
+
+def row_product(size: int, W: Tensor, b: Tensor | None) -> Product:
+    """W x + b for blocks of ``size`` rows; several threads may use it at once."""
+    W = W.detach()
+    b = W.new_zeros(len(W)) if b is None else b.detach().contiguous()
+    product = prepacked_product(size, W, b)
+    return product or (lambda block: torch.addmm(b, block, W.t()))

@@ -1,0 +1,42 @@
+"""ReLU and its derivative on a block, each with the sums over its tokens in the same pass."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+_TILE = 1024  # latents whose sums stay in the first cache
+
+
+@njit(nogil=True, cache=True)
+def rectify(pre, out, sums, fired):  # pragma: no cover
+    """out = max(pre, 0), NaN staying NaN; Σ out and on how many tokens it is above 0."""
+    rows, width = pre.shape
+    zero, one = np.float32(0.0), np.float32(1.0)
+    for left in range(0, width, _TILE):
+        right = min(width, left + _TILE)
+        sums[left:right] = zero
+        fired[left:right] = zero
+        for r in range(rows):
+            for j in range(left, right):
+                value = pre[r, j]
+                value = zero if value <= zero else value
+                out[r, j] = value
+                sums[j] += value
+                fired[j] += one if value > zero else zero
+
+
+@njit(nogil=True, cache=True)
+def through(grad, latents, added, out, sums):  # pragma: no cover
+    """out = grad + added of the latent where the latent is above 0, else 0; Σ out."""
+    rows, width = grad.shape
+    zero = np.float32(0.0)
+    for left in range(0, width, _TILE):
+        right = min(width, left + _TILE)
+        sums[left:right] = zero
+        for r in range(rows):
+            for j in range(left, right):
+                value = grad[r, j] + added[j]
+                value = value if latents[r, j] > zero else zero
+                out[r, j] = value
+                sums[j] += value

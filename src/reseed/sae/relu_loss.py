@@ -1,0 +1,181 @@
+"""The loss of a ReLU SAE and its gradient on the CPU, in blocks of tokens.
+
+Gradients flow through active latents alone. Where those are few, all that follows the encoder's
+product goes by (token, latent) pairs; else by products of blocks. Which of the two, the number of
+pairs says (`reseed.sae.kernels.active`). Plain PyTorch for both is `reseed.sae.relu`.
+
+Letters: g_j is the gradient of the sum over tokens with respect to f_j, w_j the weight of f_j in
+the penalty: λ‖d_j‖ or λ.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from reseed.sae import kernels
+from reseed.sae.sparse import ByLatent
+
+
+class ReLUTerms(NamedTuple):
+    """The first is differentiable in the parameters, the others are detached."""
+
+    total: Float[Tensor, ""]
+    """‖e‖² + λ Σ_j f_j‖d_j‖, a mean over tokens."""
+    squared_error: Float[Tensor, ""]
+    """Σ‖e‖² over the batch."""
+    l1: Float[Tensor, ""]
+    """Σ_j f_j‖d_j‖, a mean over tokens."""
+    fired: Int[Tensor, " num_latents"]
+    """On how many tokens each latent is active."""
+    error: Float[Tensor, "batch d_in"]
+
+
+def served(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether `relu_loss` is made for these: float32 on the CPU, as they are."""
+    if x.requires_grad or len(x) == 0 or torch.is_autocast_enabled(x.device.type):
+        return False
+    return kernels.serve(x, *parameters)
+
+
+def relu_loss(
+    x: Float[Tensor, "batch d_in"],
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    l1_coefficient: float,
+    *,
+    weighted: bool,
+    centred: bool,
+) -> ReLUTerms:
+    """The loss of one batch, float32 on the CPU.
+
+    Args:
+        parameters: W_enc, b_enc, W_dec, b_dec.
+        l1_coefficient: λ now.
+        weighted: f_j counts by ‖d_j‖, else by 1.
+        centred: encode x − b_dec.
+    """
+    from reseed.sae.kernels.active import active_pairs
+
+    W_enc, b_enc, W_dec, b_dec = (p.detach().contiguous() for p in parameters)
+    with torch.no_grad():
+        x = x.contiguous()
+        rows = x - b_dec if centred else x
+        norms = W_dec.norm(dim=1) if weighted else torch.ones_like(b_enc)
+        pairs = active_pairs(rows, W_enc, b_enc, torch.zeros_like(b_enc))
+    options = (rows, norms, l1_coefficient, weighted, centred)
+    if pairs is None:
+        return ReLUTerms(*_ByBlocks.apply(x, *parameters, *options))
+    return ReLUTerms(*_ByPairs.apply(x, *parameters, *options, pairs))
+
+
+class _ByPairs(torch.autograd.Function):
+    """Sums over the active pairs."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        rows: Tensor,
+        norms: Tensor,
+        l1_coefficient: float,
+        weighted: bool,
+        centred: bool,
+        pairs: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, ...]:
+        values, owners, latents = pairs
+        grouped = ByLatent(latents, len(W_enc), owners, len(x)).grouped
+        error, inner, squared_error = grouped.error(values, x, W_dec, b_dec)
+        sums = _sums(latents, values, len(W_enc))
+        l1 = ((sums * norms).sum() / len(x)).to(x.dtype)
+        total = squared_error / len(x) + l1_coefficient * l1
+        fired = grouped.fired(values)
+        ctx.save_for_backward(W_enc, W_dec, rows, norms, values, latents, error, inner, sums)
+        ctx.grouped, ctx.options = grouped, (l1_coefficient, weighted, centred)
+        detached = squared_error, l1, fired, error
+        ctx.mark_non_differentiable(*detached)
+        return total, *detached
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        from reseed.sae.kernels.batch import column_sums
+
+        W_enc, W_dec, rows, norms, values, latents, error, inner, sums = ctx.saved_tensors
+        l1_coefficient, weighted, centred = ctx.options
+        each = float(grad_total) / len(rows)
+        grad = torch.mul(inner, -2 * each).add_((each * l1_coefficient * norms)[latents])
+        for_W_enc, for_b_enc = ctx.grouped.per_latent(grad, rows)
+        for_W_dec, _ = ctx.grouped.per_latent(values, error, -2 * each)
+        for_b_dec = column_sums(error) * (-2 * each)
+        if weighted:
+            _add_norm_gradient(for_W_dec, W_dec, norms, each * l1_coefficient * sums)
+        if centred:
+            for_b_dec -= column_sums(W_enc, for_b_enc)
+        return None, for_W_enc, for_b_enc, for_W_dec, for_b_dec, *[None] * 6
+
+
+class _ByBlocks(torch.autograd.Function):
+    """Products of blocks. The gradient is made with the loss, which is a sum over tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        rows: Tensor,
+        norms: Tensor,
+        l1_coefficient: float,
+        weighted: bool,
+        centred: bool,
+    ) -> tuple[Tensor, ...]:
+        from reseed.sae.kernels.batch import column_sums
+        from reseed.sae.kernels.relu_blocks import relu_blocks
+
+        done = relu_blocks(x, rows, (W_enc, b_enc, W_dec, b_dec), l1_coefficient * norms)
+        for_b_dec = column_sums(done.error) * -2
+        if weighted:
+            _add_norm_gradient(done.for_W_dec, W_dec, norms, l1_coefficient * done.sums)
+        if centred:
+            for_b_dec -= column_sums(W_enc, done.for_b_enc)
+        l1 = ((done.sums * norms).sum() / len(x)).to(x.dtype)
+        total = done.squared_error / len(x) + l1_coefficient * l1
+        ctx.save_for_backward(done.for_W_enc, done.for_b_enc, done.for_W_dec, for_b_dec)
+        ctx.batch = len(x)
+        detached = done.squared_error, l1, done.fired, done.error
+        ctx.mark_non_differentiable(*detached)
+        return total, *detached
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        from reseed.sae.kernels import buffers
+
+        each = float(grad_total) / ctx.batch
+        grads = (torch.mul(g, each, out=buffers.empty_like(g)) for g in ctx.saved_tensors)
+        return None, *grads, *[None] * 5
+
+
+def _sums(latents: Tensor, values: Tensor, num_latents: int) -> Float[Tensor, " num_latents"]:
+    """Σ f_j over the batch, in float64 on the way."""
+    return torch.bincount(latents, weights=values.double(), minlength=num_latents).float()
+
+
+def _add_norm_gradient(
+    grad: Float[Tensor, "num_latents d_in"],
+    W_dec: Float[Tensor, "num_latents d_in"],
+    norms: Float[Tensor, " num_latents"],
+    into_norms: Float[Tensor, " num_latents"],
+) -> None:
+    """Add the gradient of norms, d_j/‖d_j‖ and 0 at 0, times what arrives at them."""
+    grad.addcmul_(W_dec, torch.where(norms == 0, 0.0, into_norms / norms)[:, None])
