@@ -45,7 +45,7 @@ def make(bias=-0.5, **options):
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-        sae.b_enc += bias
+        sae.b_enc.add_(bias)
     return sae
 
 
