@@ -1,7 +1,9 @@
 """The gated SAE's loss and its gradient in one pass over blocks of tokens.
 
 Neither ever holds a [B, F] tensor in full: autograd would keep ten of them, and on a CPU a step
-would spend more time on fetching their pages than on products.
+would spend more time on fetching their pages than on products. Gradients flow only where the gate
+is open: where that is so for few (token, latent) pairs (in float32 on the CPU), all but the
+encoder's product goes by these; see `reseed.sae.relu_loss`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from reseed.sae import kernels
 from reseed.sae.product import block_rows, float32_product
+from reseed.sae.sparse import ByLatent, Pairs
 
 
 def gated_loss(
@@ -37,7 +41,20 @@ def gated_loss(
         The loss, differentiable in the parameters; then, detached, Σ‖e‖², Σ ReLU(π) and
         Σ‖e by the gate‖² over the batch, on how many tokens each latent is active, and e.
     """
-    return _GatedLoss.apply(x, *parameters, l1_coefficient)
+    pairs = _pairs(x, parameters)
+    if pairs is None:
+        return _GatedLoss.apply(x, *parameters, l1_coefficient)
+    return _ByPairs.apply(x, *parameters, l1_coefficient, pairs)
+
+
+def _pairs(x: Tensor, parameters: tuple[Tensor, ...]) -> Pairs | None:
+    """Those whose gate is open, with the pre-activation before the biases."""
+    if not kernels.serve(x, *parameters) or len(x) == 0:
+        return None
+    from reseed.sae.kernels.active import active_pairs
+
+    W_enc, b_enc, *_, b_dec = (p.detach() for p in parameters)
+    return active_pairs(x.detach() - b_dec, W_enc, torch.zeros_like(b_enc), -b_enc)
 
 
 class _GatedLoss(torch.autograd.Function):
@@ -107,6 +124,63 @@ class _GatedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         return None, *(grad_total * grad for grad in ctx.saved_tensors), None
+
+
+class _ByPairs(torch.autograd.Function):
+    """Sums over the pairs whose gate is open."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        r_mag: Tensor,
+        b_mag: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        l1_coefficient: float,
+        pairs: Pairs,
+    ) -> tuple[Tensor, ...]:
+        from reseed.sae.kernels import jump
+
+        shared, owners, latents = pairs
+        batch, ratio, rows = len(x), r_mag.exp(), x - b_dec
+        opened, values = torch.empty_like(shared), torch.empty_like(shared)
+        fired = torch.zeros(len(W_enc), dtype=torch.int64)
+        given = (shared, latents, *(p.detach().contiguous() for p in (b_enc, ratio, b_mag)))
+        opened_sum = jump.gate(*(t.numpy() for t in (*given, opened, values, fired)))
+        grouped = ByLatent(latents, len(W_enc), owners, batch).grouped
+        nothing = torch.zeros_like(b_dec)
+        error, by_value, squared_error = grouped.error(values, rows, W_dec, nothing)
+        _, by_gate, gate_error = grouped.error(opened, rows, W_dec, nothing)
+        ctx.save_for_backward(W_enc, rows, ratio, shared, latents, values, error, by_value, by_gate)
+        ctx.grouped, ctx.l1_coefficient = grouped, l1_coefficient
+        opened_sum = torch.tensor(opened_sum, dtype=x.dtype)
+        total = (squared_error + l1_coefficient * opened_sum + gate_error) / batch
+        detached = squared_error, opened_sum, gate_error, fired, error
+        ctx.mark_non_differentiable(*detached)
+        return total, *detached
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        from reseed.sae.kernels import jump
+        from reseed.sae.kernels.batch import column_sums
+
+        W_enc, rows, ratio, shared, latents, values, error, by_value, by_gate = ctx.saved_tensors
+        each = float(grad_total) / len(rows)
+        by_value, by_gate = by_value * (-2 * each), by_gate * (-2 * each)
+        by_gate += each * ctx.l1_coefficient
+        grad = torch.empty_like(shared)
+        into_bias, into_ratio, into_gate = sums = torch.zeros(3, len(ratio), dtype=torch.float64)
+        given = (by_value, by_gate, values, shared, latents, ratio, grad, *sums)
+        jump.through_gate(*(t.numpy() for t in given))
+        for_W_enc, through_rows = ctx.grouped.per_latent(grad, rows)
+        for_W_dec, _ = ctx.grouped.per_latent(values, error, -2 * each)
+        for_b_dec = column_sums(error) * (-2 * each) - column_sums(W_enc, through_rows)
+        biases = (into_gate.float(), (into_ratio * ratio).float(), into_bias.float())
+        return None, for_W_enc, *biases, for_W_dec, for_b_dec, None, None
 
 
 def _where_positive(values: Tensor, key: Tensor) -> Tensor:

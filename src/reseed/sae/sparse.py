@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from reseed.sae.kernels.grouped import Grouped
 
 
+Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
+"""Values, tokens, latents of a flat list."""
+
+
 @dataclass(frozen=True)
 class SparseLatents:
     """(value, latent) pairs per token. Values are ≥ 0; a pair with value 0 is not active."""

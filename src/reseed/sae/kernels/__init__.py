@@ -8,6 +8,7 @@
     pairs     sums over (token, latent) pairs: decoder, error, gradients
     moments   sums over a batch
     collect   pre-activations above a floor; from tensors to tensors: active
+    jump      what JumpReLU and gates make of pairs
     rectify   ReLU and its derivative, with their sums; from tensors to tensors: relu_blocks
     update    clipping, projection, Adam and renormalisation, a row at a time
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from reseed.sae.kernels.collect import collect
 from reseed.sae.kernels.threads import in_blocks
 from reseed.sae.product import Product, prepacked_product
+from reseed.sae.sparse import Pairs
 
 BLOCK_ROWS = 128
 """Rows of a block: what one thread makes stays in its cache until it has been read."""
@@ -18,8 +19,6 @@ DENSEST = 1 / 8
 _UNEVEN = 2
 """Blocks may have so many times the pairs."""
 
-Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
-"""Values, tokens, latents; sorted by token and then by latent."""
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -32,7 +31,7 @@ def active_pairs(
     """The pre-activations W_enc x + b_enc that are above their latent's floor, or NaN.
 
     None where they are more than `DENSEST`: after the first block, if it is so there already. The
-    numbers alone decide this.
+    numbers alone decide this. Sorted by token and then by latent.
     """
     batch, num_latents = len(rows), len(W_enc)
     product = row_product(BLOCK_ROWS, W_enc, b_enc)
