@@ -20,6 +20,8 @@ POOL = 4
 """Batches of activations, used in turn."""
 WARM_UP = 2
 """Rounds before the first that counts."""
+ACTIVE = 0.03
+"""Share of active latents at which JumpReLU is measured after training."""
 
 
 def activations(architecture: str, d_in: int, count: int) -> list[Any]:
@@ -39,11 +41,17 @@ def activations(architecture: str, d_in: int, count: int) -> list[Any]:
 
 
 def measure_time(
-    architecture: str, size: tuple[int, int], names: list[str], rounds: int
+    architecture: str, size: tuple[int, int], names: list[str], rounds: int, trained: int
 ) -> dict[str, Any]:
-    """Seconds of wall and of CPU per step of every contender, taking turns."""
+    """Seconds of wall and of CPU per step of every contender, taking turns.
+
+    Args:
+        trained: steps that reseed makes before, and whose weights all contenders get.
+    """
     contenders = {name: ARCHITECTURES[architecture][name](architecture, *size) for name in names}
     batches = activations(architecture, size[0], POOL)
+    if trained:
+        train_first(contenders, batches, trained)
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-WARM_UP, rounds):
@@ -54,10 +62,37 @@ def measure_time(
                 wall[name].append(time.perf_counter() - started)
                 cpu[name].append(time.process_time() - started_cpu)
     median: Callable[[list[float]], float] = statistics.median
+    active = contenders["reseed"].module(batches[0][:512]).latents > 0
     return {
+        "active": float(active.double().mean()),
         "wall": {name: median(values) for name, values in wall.items()},
         "cpu": {name: median(values) for name, values in cpu.items()},
     }
+
+
+def train_first(contenders: dict[str, Any], batches: list[Any], steps: int) -> None:
+    """Bring all contenders to where reseed is after some steps at a high rate.
+
+    JumpReLU's thresholds, which move slowly, are put to where `ACTIVE` of the latents are active.
+    """
+    import torch
+    from contenders.base import LEARNING_RATE
+
+    ours = contenders["reseed"]
+    ours.optimizer.set_lr(10 * LEARNING_RATE)
+    for step in range(steps):
+        ours.step(batches[step % POOL])
+    ours.optimizer.set_lr(LEARNING_RATE)
+    sae = ours.module
+    with torch.no_grad():
+        if hasattr(sae, "log_threshold"):
+            pre = batches[0][:512] @ sae.W_enc.T + sae.b_enc
+            sae.log_threshold.fill_(float(pre.flatten()[:4_000_000].quantile(1 - ACTIVE).log()))
+        weights = {name: p.detach().clone() for name, p in sae.named_parameters()}
+        for name, contender in contenders.items():
+            if name != "reseed":
+                contender.start(batches[0]) if hasattr(contender, "start") else None
+                contender.copy_from(weights)
 
 
 def measure_memory(architecture: str, size: tuple[int, int], name: str) -> int:
