@@ -7,10 +7,9 @@ import signal
 import threading
 
 import pytest
-from numba import njit
 from numba.core import event
 
-import reseed.compare.assignment  # noqa: F401 (whoever compiles asks for it)
+from reseed.compiling import njit
 
 KIND = "numba:compiler_lock"
 

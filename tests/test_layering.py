@@ -39,6 +39,7 @@ ONLY = {
     "lightning": {"train"},
     "transformers": {"activations", "assets"},
     "datasets": {"activations"},
+    "numba": {"compiling", "sae"},  # sae: intrinsics of its own
 }
 
 

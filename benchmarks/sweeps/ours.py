@@ -46,6 +46,7 @@ def arguments(plan: Plan, saes: Sequence[Sae], outputs: Path) -> list[str]:
         f"dataset.held_out_tokens={plan.batch}",  # which cannot be turned off
         f"runtime.threads={plan.threads}",
         "runtime.progress=false",
+        "runtime.prefetch=false",  # no more threads than the others
         "runtime.device=cpu",
         "runtime.checkpoint_every_s=1000000",
         f"runtime.outputs='{outputs}'",

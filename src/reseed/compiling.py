@@ -1,4 +1,4 @@
-"""numba compiles to the end before a signal is heeded.
+"""numba, which every compiled loop comes from, compiles to the end before a signal is heeded.
 
 An exception that a signal raises inside the compiler is lost in a callback of LLVM, or leaves a
 function half compiled: the command would go on as if nothing had been asked, end with an error that
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from functools import cache
 from types import FrameType
 from typing import Any
 
+from numba import njit
 from numba.core import event
+
+__all__ = ["njit"]
 
 _HEEDED = (signal.SIGINT, signal.SIGTERM)
 
@@ -50,7 +52,5 @@ class _Deferring(event.Listener):
         self.noted.append(number)
 
 
-@cache
-def defer_signals() -> None:
-    """For whoever imports numba."""
-    event.register("numba:compiler_lock", _Deferring())
+# A module's first line runs once in a process: one listener.
+event.register("numba:compiler_lock", _Deferring())

@@ -24,7 +24,3 @@ have the price 0.
 The method is column generation; the auction is Bertsekas's (1988), the shortest paths are those of
 Jonker & Volgenant (1987).
 """
-
-from reseed.compiling import defer_signals
-
-defer_signals()

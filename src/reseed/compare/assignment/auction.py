@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import njit
 
 from reseed.compare.assignment.edges import Edges
+from reseed.compiling import njit
 
 
 def auction(

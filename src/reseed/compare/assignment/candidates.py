@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba import njit
 from torch import Tensor
 
 from reseed.compare.assignment.rows import DistinctRows
 from reseed.compare.assignment.threads import in_ranges
+from reseed.compiling import njit
 
 CANDIDATES = 48
 """Candidates listed for every row and every column. Fewer leave more pairs open, more make the

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import njit
 
 from reseed.compare.assignment.edges import Edges
 from reseed.compare.assignment.pricing import Bounds
 from reseed.compare.assignment.threads import in_ranges
+from reseed.compiling import njit
 
 
 def centre(

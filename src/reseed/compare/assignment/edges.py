@@ -7,11 +7,11 @@ from functools import cached_property
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import njit
 from scipy import sparse
 
 from reseed.compare.assignment.rows import DistinctRows
 from reseed.compare.assignment.threads import in_ranges
+from reseed.compiling import njit
 
 
 @dataclass(frozen=True, eq=False)

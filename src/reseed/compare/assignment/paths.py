@@ -17,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import njit
 
 from reseed.compare.assignment.edges import Edges
 from reseed.compare.assignment.state import Assignment
+from reseed.compiling import njit
 
 _AT_A_TIME = 512  # searches between two looks at the keyboard
 

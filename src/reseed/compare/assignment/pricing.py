@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba import njit
 
 from reseed.compare.assignment.candidates import ROUNDING, product_error, products
 from reseed.compare.assignment.edges import cosines
 from reseed.compare.assignment.rows import DistinctRows
 from reseed.compare.assignment.threads import in_ranges
+from reseed.compiling import njit
 
 _ROWS, _COLUMNS = 1024, 4096
 _GUARD = 1e-6  # for what is added and compared in float32, of prices that sum to 4 at most

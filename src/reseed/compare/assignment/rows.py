@@ -8,10 +8,10 @@ from functools import cached_property
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numba import njit
 from torch import Tensor
 
 from reseed.compare.assignment.threads import in_ranges
+from reseed.compiling import njit
 
 _BLOCK = 4096  # rows that are normalised at a time
 

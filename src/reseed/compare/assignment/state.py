@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from numba import njit
 
 from reseed.compare.assignment.edges import Edges
+from reseed.compiling import njit
 
 
 @dataclass(eq=False)

@@ -9,8 +9,8 @@ bound of the k-th of all, and few numbers reach it.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from reseed.compiling import njit
 from reseed.sae.kernels.lanes import LANES, first_one, ones, reached, without_first
 
 _WIDE = 16

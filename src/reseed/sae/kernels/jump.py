@@ -6,7 +6,8 @@ Sums go over the pairs in their order, in float64.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from reseed.compiling import njit
 
 
 @njit(nogil=True, cache=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from reseed.compiling import njit
 from reseed.sae.kernels.screening import REORDER
 
 PART = 64

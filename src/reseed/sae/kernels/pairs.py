@@ -7,8 +7,8 @@ pair whose weight is 0 adds nothing and costs nothing.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from reseed.compiling import njit
 from reseed.sae.kernels.lanes import prefetch
 from reseed.sae.kernels.screening import REORDER
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from reseed.compiling import njit
 
 _TILE = 1024  # latents whose sums stay in the first cache
 

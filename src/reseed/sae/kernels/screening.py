@@ -13,8 +13,8 @@ Exact: a float32 dot product, always by the same loop, so that it does not depen
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from reseed.compiling import njit
 from reseed.sae.kernels.choice import (
     as_keys,
     group_maxima,
