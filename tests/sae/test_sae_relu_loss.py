@@ -198,6 +198,28 @@ def test_which_way_the_number_of_pairs_says(monkeypatch):
     assert pairs(-0.1, some) is None
 
 
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("floor", [0.0, 0.7])
+def test_a_rough_product_finds_every_pair(monkeypatch, share, floor):
+    """One row far larger than the others, and floors of either sign."""
+    monkeypatch.setattr(active, "screen_pays", lambda *_: True)
+    monkeypatch.setattr(active, "SCREENED", 0.5)
+    x, generator = tokens(), torch.Generator().manual_seed(5)
+    x[7] *= 30
+    W, floors = torch.randn(F, D, generator=generator), floor * torch.randn(F, generator=generator)
+    exact = x.double() @ W.double().T - floors
+    bias = float(exact.flatten().quantile(1 - share)) + 1e-3
+    found = active.screened(x, W, torch.full((F,), -bias), floors)
+    assert found is not None
+    values, owners, latents = found
+    expected = exact > bias
+    assert expected.any() == (share > 0)
+    assert (owners * F + latents).tolist() == expected.flatten().nonzero().flatten().tolist()
+    near(values, (x.double() @ W.double().T - bias)[expected])
+    x[9, 1] = float("nan")
+    assert active.screened(x, W, torch.full((F,), -bias), floors) is None
+
+
 def test_an_archetypal_decoder_gets_its_gradient(way):
     sae = make(decoder_init_norm=1.0)
     make_archetypal(sae, 40, 0.5)

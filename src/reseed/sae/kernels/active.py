@@ -7,8 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reseed.sae.kernels import screening
 from reseed.sae.kernels.collect import collect
-from reseed.sae.kernels.threads import in_blocks
+from reseed.sae.kernels.select import rough_product, screen_pays
+from reseed.sae.kernels.threads import in_blocks, in_ranges
 from reseed.sae.product import Product, prepacked_product
 from reseed.sae.sparse import Pairs
 
@@ -16,6 +18,8 @@ BLOCK_ROWS = 128
 """Rows of a block: what one thread makes stays in its cache until it has been read."""
 DENSEST = 1 / 8
 """Above this share of active pairs, dense products are faster than sums over pairs."""
+SCREENED, WIDE = 0.02, 128
+"""Up to this share, and from this d_in on, a rough product and what it leaves open cost less."""
 _UNEVEN = 2
 """Blocks may have so many times the pairs."""
 
@@ -51,6 +55,10 @@ def active_pairs(
     in_blocks(task, min(batch, BLOCK_ROWS), BLOCK_ROWS)
     if blocks[0] is None:
         return None
+    if len(blocks[0][0]) <= SCREENED * BLOCK_ROWS * num_latents and W_enc.shape[1] >= WIDE:
+        found = screened(rows, W_enc, b_enc, floors)
+        if found is not None:
+            return found
     in_blocks(
         lambda start, stop: task(start + BLOCK_ROWS, stop + BLOCK_ROWS),
         max(0, batch - BLOCK_ROWS),
@@ -63,6 +71,53 @@ def active_pairs(
         return None
     owners, latents, values = (np.concatenate(each) for each in zip(*found, strict=True))
     return torch.from_numpy(values), torch.from_numpy(owners), torch.from_numpy(latents)
+
+
+def screened(
+    rows: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    floors: Float[Tensor, " num_latents"],
+) -> Pairs | None:
+    """The same by a bfloat16 product, and in float32 what that leaves open; None if it cannot.
+
+    The product is taken above the floors, moved up by more than it can be wrong, so that nothing
+    that counts is clipped.
+    """
+    if not screen_pays(rows, W_enc):
+        return None
+    rows, W, b, floors = (each.detach().contiguous() for each in (rows, W_enc, b_enc, floors))
+    above = b - floors
+    largest = rows.norm(dim=1).max() * W.norm(dim=1).max()
+    shift = 1.1 * float(2.0**-8 * largest + 2.0**-8 * above.abs().max()) + 1e-20
+    product, rough, error = rough_product(rows, W, above + shift)
+    if not (error < 0.99 * shift).all():  # NaN too
+        return None
+    cut = screening.cuts(np.float32(shift), error)
+    most = 1 + int(_UNEVEN * 2 * SCREENED * BLOCK_ROWS * len(W))
+    blocks: dict[int, tuple[np.ndarray, np.ndarray] | None] = {}
+
+    def task(start: int, stop: int) -> None:
+        if None not in blocks.values():
+            bits = product(rough[start:stop]).view(torch.int16).numpy()
+            owners, latents, _, too_many = screening.gather(bits, cut, start, most)
+            blocks[start] = None if too_many else (owners.copy(), latents.copy())
+
+    in_blocks(task, len(rows), BLOCK_ROWS)
+    parts = [blocks[start] for start in sorted(blocks)]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):
+        return None
+    owners, latents = (np.concatenate(each) for each in zip(*found, strict=True))
+    scores = np.empty(len(owners), dtype=np.float32)
+    wanted = np.ones(len(owners), dtype=np.bool_)
+    given = rows.numpy(), W.numpy(), b.numpy(), owners, latents, wanted, scores
+    in_ranges(
+        lambda start, stop: screening.score_pairs(*given, start, stop), len(scores), W.shape[1]
+    )
+    kept = np.flatnonzero(~(scores <= floors.numpy()[latents]))
+    values, owners, latents = (torch.from_numpy(each[kept]) for each in (scores, owners, latents))
+    return values, owners, latents
 
 
 def row_product(size: int, W: Tensor, b: Tensor | None) -> Product:
