@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reseed.sae import screen
+from reseed.sae.pairs import ByLatent
 from reseed.sae.screen import screened_select
-from reseed.sae.sparse import ByLatent, sparse_decode, topk_encode
+from reseed.sae.sparse import sparse_decode, topk_encode
 from reseed.sae.tournament import largest
 
 

@@ -17,7 +17,8 @@ from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import SAE, Loss, Step
 from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
-from reseed.sae.sparse import SparseLatents, batch_topk_encode, sparse_error
+from reseed.sae.pairs import SparseLatents
+from reseed.sae.sparse import batch_topk_encode, sparse_error
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reseed.sae import kernels
+from reseed.sae.pairs import ByLatent, Pairs
 from reseed.sae.product import block_rows, float32_product
-from reseed.sae.sparse import ByLatent, Pairs
 
 
 def gated_loss(

@@ -13,7 +13,8 @@ from torch import Tensor
 from reseed.config import ConfigError, setting
 from reseed.sae.batch_topk import BatchSparse, BatchTopKConfig
 from reseed.sae.losses import fvu
-from reseed.sae.sparse import SparseLatents, sparse_decode
+from reseed.sae.pairs import SparseLatents
+from reseed.sae.sparse import sparse_decode
 
 
 @dataclass(frozen=True)

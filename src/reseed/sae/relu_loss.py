@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reseed.sae import kernels
-from reseed.sae.sparse import ByLatent
+from reseed.sae.pairs import ByLatent
 
 
 class ReLUTerms(NamedTuple):

@@ -6,173 +6,22 @@ of rows, and the gradient of a weight, SᵀG with S [B, F] sparse, is a sum of t
 taken by one thread in the order of the tokens. What is here is plain PyTorch, and says what is
 computed; in float32 on the CPU compiled loops take its place (`reseed.sae.kernels`).
 
-Letters: B batch, D d_in, F num_latents, k active latents per token. Pairs come in two layouts: a
-table [B, k] where every token has as many, or a flat list ("pairs"), sorted by token and then by
-latent, where numbers differ.
+Letters: B batch, D d_in, F num_latents, k active latents per token; the layouts of pairs are those
+of `reseed.sae.pairs`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as nn_functional
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reseed.sae import kernels
+from reseed.sae.pairs import ByLatent, SparseLatents
 from reseed.sae.selection import select, select_in_batch
-
-if TYPE_CHECKING:
-    from reseed.sae.kernels.grouped import Grouped
-
-
-Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
-"""Values, tokens, latents of a flat list."""
-
-
-@dataclass(frozen=True)
-class SparseLatents:
-    """(value, latent) pairs per token. Values are ≥ 0; a pair with value 0 is not active."""
-
-    values: Float[Tensor, "batch k"] | Float[Tensor, " pairs"]
-    indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"]
-    by_latent: ByLatent
-
-    def fired(self) -> Int[Tensor, " num_latents"]:
-        """On how many tokens each latent is active."""
-        if kernels.serve(self.values):
-            return self.by_latent.grouped.fired(self.values)
-        active = self.indices[self.values.detach() > 0]
-        return torch.bincount(active, minlength=self.by_latent.num_latents)
-
-    def dense(self) -> Float[Tensor, "batch num_latents"]:
-        """The same as a full matrix."""
-        empty = self.values.new_zeros(self.by_latent.batch, self.by_latent.num_latents)
-        if self.by_latent.owners is None:
-            return empty.scatter(1, self.indices, self.values)
-        return empty.index_put((self.by_latent.owners, self.indices), self.values)
-
-    def first(self, k: int) -> SparseLatents:
-        """The first k pairs of each token, of a table."""
-        indices = self.indices[:, :k].contiguous()
-        return SparseLatents(
-            self.values[:, :k].contiguous(), indices, ByLatent(indices, self.by_latent.num_latents)
-        )
-
-    def divided(self, ends: Int[Tensor, " groups"]) -> SparseLatents:
-        """A flat list as one of batch × groups shorter tokens, token by token.
-
-        Args:
-            ends: where each group of consecutive latents ends (exclusive); the last is F.
-        """
-        owners, num_latents = self.by_latent.owners, self.by_latent.num_latents
-        assert owners is not None, "needs a flat list"
-        groups = len(ends)
-        owners = owners * groups + torch.searchsorted(ends, self.indices, right=True)
-        split = ByLatent(self.indices, num_latents, owners, self.by_latent.batch * groups)
-        return SparseLatents(self.values, self.indices, split)
-
-
-@dataclass(frozen=True)
-class ByLatent:
-    """The (token, latent) pairs of a batch, sorted by latent, then by token. Sorted when asked.
-
-    Attributes:
-        indices: the latent of each pair: a table, or a flat list.
-        owners: the token of each pair of a flat list, ascending; None for a table.
-        tokens_in_all: B for a flat list, whose last tokens may have no pair.
-    """
-
-    indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"]
-    num_latents: int
-    owners: Int[Tensor, " pairs"] | None = None
-    tokens_in_all: int | None = None
-
-    @property
-    def batch(self) -> int:
-        return len(self.indices) if self.tokens_in_all is None else self.tokens_in_all
-
-    @cached_property
-    def grouped(self) -> Grouped:
-        """The same for compiled loops."""
-        from reseed.sae.kernels.grouped import Grouped
-
-        return Grouped(self.indices, self.owners, self.batch, self.num_latents)
-
-    @cached_property
-    def order(self) -> Int[Tensor, " pairs"]:
-        # Radix sort: the narrower the key, the fewer the passes.
-        narrow = torch.int16 if self.num_latents <= 2**15 else torch.int32
-        return torch.sort(self.indices.flatten().to(narrow), stable=True).indices
-
-    @cached_property
-    def tokens(self) -> Int[Tensor, " pairs"]:
-        if self.owners is None:
-            return self.order // self.indices.shape[1]
-        return self.owners[self.order]
-
-    @cached_property
-    def offsets(self) -> Int[Tensor, " num_latents"]:
-        return _starts(self.indices.flatten(), self.num_latents)
-
-    @cached_property
-    def token_offsets(self) -> Int[Tensor, " batch"] | None:
-        return None if self.owners is None else _starts(self.owners, self.batch)
-
-    def per_token(
-        self,
-        weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
-        W: Float[Tensor, "num_latents d_in"],
-    ) -> Float[Tensor, "batch d_in"]:
-        """S W: for each token, Σ over its latents of weight × row of W."""
-        if kernels.serve(weights, W):
-            return self.grouped.per_token(weights, W)
-        return nn_functional.embedding_bag(
-            self.indices, W, self.token_offsets, per_sample_weights=weights, mode="sum"
-        )
-
-    def weighted_sum(
-        self,
-        weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
-        rows: Float[Tensor, "batch d_in"],
-    ) -> Float[Tensor, "num_latents d_in"]:
-        """SᵀG: for each latent, Σ over its tokens of weight × row."""
-        return self.weighted_sums(weights, rows)[0]
-
-    def weighted_sums(
-        self,
-        weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
-        rows: Float[Tensor, "batch d_in"],
-    ) -> tuple[Float[Tensor, "num_latents d_in"], Float[Tensor, " num_latents"]]:
-        """SᵀG, and for each latent Σ over its tokens of the weight."""
-        if kernels.serve(weights, rows):
-            return self.grouped.per_latent(weights, rows)
-        total = nn_functional.embedding_bag(
-            self.tokens,
-            rows,
-            self.offsets,
-            per_sample_weights=weights.flatten()[self.order],
-            mode="sum",
-        )
-        return total, self.sum(weights)
-
-    def sum(
-        self, weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"]
-    ) -> Float[Tensor, " num_latents"]:
-        """For each latent, Σ over its tokens of the weight."""
-        return torch.bincount(
-            self.indices.flatten(), weights=weights.flatten(), minlength=self.num_latents
-        ).to(weights.dtype)
-
-
-def _starts(sorted_by: Int[Tensor, " pairs"], count: int) -> Int[Tensor, " count"]:
-    """Where each of ``count`` groups starts, once the pairs are sorted by group."""
-    counts = torch.bincount(sorted_by, minlength=count)
-    return counts.cumsum(0) - counts
 
 
 def topk_encode(

@@ -13,7 +13,8 @@ from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import SAE, Loss, SAEOutput, Step
 from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
-from reseed.sae.sparse import SparseLatents, sparse_decode, sparse_error, topk_encode
+from reseed.sae.pairs import SparseLatents
+from reseed.sae.sparse import sparse_decode, sparse_error, topk_encode
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from reseed.sae.kernels import screening
 from reseed.sae.kernels.collect import collect
 from reseed.sae.kernels.select import rough_product, screen_pays
 from reseed.sae.kernels.threads import in_blocks, in_ranges
+from reseed.sae.pairs import Pairs
 from reseed.sae.product import Product, prepacked_product
-from reseed.sae.sparse import Pairs
 
 BLOCK_ROWS = 128
 """Rows of a block: what one thread makes stays in its cache until it has been read."""
