@@ -116,6 +116,18 @@ def atomic_write_json(path: PathLike, value: Any) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def hasty_write_json(path: PathLike, value: Any) -> None:
+    """Whole or absent for every reader, but not forced to the disk: for what is soon written anew.
+
+    What cannot be written is left out.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}{_TEMPORARY}{os.getpid()}{path.suffix}")
+    with suppress(OSError):
+        temporary.write_text(json.dumps(_finite(value)) + "\n")
+        os.replace(temporary, path)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -7,7 +7,7 @@
                           since it last fired
         activations.safetensors   mean and covariance of the held-out activations
         metrics.json      held-out metrics                    training.csv   the curve
-        checkpoint.pt     while it trains
+        checkpoint.pt     while it trains     progress.json     how far it is, now and then
         initial.safetensors   the untrained weights, where the seed alone does not give them
 
 Only the store owns these folders. A folder is written by one process at a time, the one that
@@ -43,6 +43,7 @@ RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json",
 """The files of a finished run, beside its record. ``activations.safetensors`` is not among them:
 runs of the time before it are finished too."""
 INITIAL_FILE = "initial.safetensors"
+PROGRESS_FILE = "progress.json"
 _FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
 
 
@@ -227,8 +228,10 @@ class Run:
         self.drop_checkpoint()
 
     def drop_checkpoint(self) -> None:
-        """Delete the checkpoint of a finished run."""
+        """Delete the checkpoint of a finished run, and what it said on the way."""
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
+        if (self.path / PROGRESS_FILE).exists():
+            (self.path / PROGRESS_FILE).unlink(missing_ok=True)
 
     def fail(self, error: BaseException, **entries: Any) -> None:
         """The run cannot be finished; its record says why."""

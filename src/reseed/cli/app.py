@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -84,14 +84,7 @@ class CommandLine:
 
         It raises `ReseedError`, with the options that the overrides choose.
         """
-        extra: list[str] = []
-        if self.flags.config_dir is not None:
-            folder = Path(self.flags.config_dir).resolve()
-            if not folder.is_dir():
-                raise ConfigError(
-                    f"{{key}} must be an existing folder; got {folder}", "--config-dir"
-                )
-            extra = [f"hydra.searchpath=[{override('', f'file://{folder}')[1:]}]"]
+        extra = self._search_path()
         name = self.flags.config_name or CONFIG_NAME
 
         def composed(overrides: Sequence[str]) -> dict[str, Any]:
@@ -119,6 +112,40 @@ class CommandLine:
         with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
             loader = load_once()
             yield composed
+
+    @cached_property
+    def launcher(self) -> tuple[str, dict[str, Any]]:
+        """The launcher that was chosen, and what it is told (of ours alone).
+
+        Raises:
+            ReseedError: there is no such launcher, or no such setting.
+        """
+        own = [o for o in self.overrides if o.lstrip("+~").startswith("hydra")]
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+            try:
+                config = compose(
+                    config_name=self.flags.config_name or CONFIG_NAME,
+                    overrides=[*own, *self._search_path()],
+                    return_hydra_config=True,
+                )
+                name = str(config.hydra.runtime.choices["hydra/launcher"])
+                if name != "slurm":  # another may hang on what the sweep is, and is Hydra's
+                    return name, {}
+                node = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise ReseedError(in_our_words(error)) from error
+        assert isinstance(node, dict)
+        return name, {str(key): value for key, value in node.items()}
+
+    def _search_path(self) -> list[str]:
+        """What adds --config-dir to where options are looked for."""
+        if self.flags.config_dir is None:
+            return []
+        folder = Path(self.flags.config_dir).resolve()
+        if not folder.is_dir():
+            raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "--config-dir")
+        return [f"hydra.searchpath=[{override('', f'file://{folder}')[1:]}]"]
 
     def launch(self, task: Task, overrides: Sequence[str], multirun: bool) -> list[Exception]:
         """Run ``task`` as Hydra jobs.

@@ -30,7 +30,7 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
     """
     cells: list[Cell] = []
     lacking: list[str] = []
-    for axes in _cells(sweep, settings):
+    for axes in cells_of(sweep, settings):
         rows = sweep.rows(axes)
         finished = [run for run in sweep.runs(**axes) if run.finished]
         if len(finished) < len(rows):
@@ -76,7 +76,7 @@ def _why(runs: Sequence[Run]) -> str:
     return f" ({first.rstrip('.')})"
 
 
-def _cells(sweep: Sweep, settings: ComparisonConfig) -> list[dict[str, str]]:
+def cells_of(sweep: Sweep, settings: ComparisonConfig) -> list[dict[str, str]]:
     """The distinct values of all axes but those that pair up, in the manifest's order."""
     paired = {arm.name: pair_axes(arm.pair_by) for arm in settings.each_arm()}
     found: dict[tuple[tuple[str, str], ...], None] = {}

@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli.app import CommandLine, override, parse
+from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import reported
 
 if TYPE_CHECKING:
     from reseed.cli.plan import Plan
+    from reseed.compare.cell import CellResult
     from reseed.runs import Run
+    from reseed.sweeps import Sweep
 
 
 def task(config: DictConfig) -> None:
@@ -45,7 +48,7 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     import torch
 
     from reseed.cli.held_out import complete
-    from reseed.compare.cell import CellResult, compare_cell
+    from reseed.compare.cell import compare_cell
     from reseed.compare.config import pair_axes
     from reseed.compare.load import load_dictionaries
     from reseed.compare.matchings import MatchingStore
@@ -65,12 +68,8 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     runs = [run for _, run in finished]
-    try:
-        done = CellResult.read(folder)
-    except (FileNotFoundError, ValueError):
-        done = None
-    same_runs = done is not None and done.runs["run"].tolist() == [run.id for run in runs]
-    if done is not None and same_runs and done.settings.signed() == settings.signed():
+    done = _done(folder, runs, settings)
+    if done is not None:
         complete(done, runs, folder, name, runtime)
         return
     _check_weights(finished, name)
@@ -90,6 +89,32 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
         name,
         runtime,
     )
+
+
+def _done(folder: Path, runs: Sequence[Run], settings: Any) -> CellResult | None:
+    """What is there of a cell, if it is of these runs and settings."""
+    from reseed.compare.cell import CellResult
+
+    try:
+        done = CellResult.read(folder)
+    except (FileNotFoundError, ValueError):
+        return None
+    same_runs = done.runs["run"].tolist() == [run.id for run in runs]
+    return done if same_runs and done.settings.signed() == settings.signed() else None
+
+
+def is_complete(sweep: Sweep, axes: dict[str, str], settings: Any) -> bool:
+    """Whether all runs of a cell are there, and compared."""
+    from reseed.compare.activation_tables import NOTE
+
+    runs = sweep.runs(**axes)
+    if not all(run.finished for run in runs):
+        return False
+    done = _done(sweep.cell_folder(axes), runs, settings)
+    if done is None or not settings.activation_tokens:
+        return done is not None
+    # Where they could not be measured it says why; a job that was stopped says that.
+    return NOTE in done.pairs and "interrupted" not in set(done.pairs[NOTE])
 
 
 def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> None:
@@ -134,6 +159,11 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
             f"none of the {len(plan.runs)} runs is there: `reseed run` with the same arguments "
             "trains them"
         )
+    if line.launcher[0] == SLURM:
+        from reseed.cli.cluster.command import launch
+
+        plan.write()
+        return launch(line, plan.jobs, plan.runtime, plan.sweep, plan.settings, trains=False)
     return compare_plan(line, plan)
 
 

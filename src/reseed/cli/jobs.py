@@ -13,6 +13,7 @@ from reseed.activations.hookpoint import HookpointConfig
 from reseed.activations.source import SourceConfig
 from reseed.activations.stream import DatasetConfig
 from reseed.cli.app import CommandLine, expand, sweeps
+from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.config import ConfigError, build, make, nearest
 from reseed.console import say
 from reseed.devices import pick_device
@@ -29,7 +30,7 @@ _GROUPS = {
 }
 _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
-_ROOT = (*_REQUIRED, "comparison", "plan_only")
+_ROOT = (*_REQUIRED, "comparison", "plan_only", "wait")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
 
 
@@ -103,5 +104,12 @@ def check_jobs(
                 raise ConfigError(str(error) + where) from error
             found.append(Job(tuple(job), resolved))
     assert runtime is not None
-    pick_device(runtime.device)
+    elsewhere = line.launcher[0] not in ("fused", "basic", "joblib")
+    if not elsewhere:  # a node of a cluster may have what is not here
+        pick_device(runtime.device)
+    if not runtime.wait and line.launcher[0] != SLURM:
+        raise ConfigError(
+            f"{{key}}=false needs hydra/launcher={SLURM}: nothing else goes on without the command",
+            "wait",
+        )
     return found, runtime

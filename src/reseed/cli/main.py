@@ -15,7 +15,8 @@ COMMANDS = {
     "run": "train what a comparison lacks, compare, and print its tables",
     "compare": "compare the trained runs of a comparison, train nothing",
     "check": "do latents replicate? LATENTS.csv or --latents 3,17; with --train, --out FOLDER",
-    "status": "list runs and sweeps, from files alone; with --all also calibrations",
+    "status": "list runs and sweeps, or with a SWEEP its runs (--watch: again and again)",
+    "cancel": "cancel the SLURM jobs of a SWEEP",
     "cache": "list the activations in runtime.activation_cache; --clear [NAME] removes them",
     "completion": "print the shell code for tab completion (bash, zsh)",
 }

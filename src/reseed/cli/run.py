@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from reseed.cli import compare, train
 from reseed.cli.app import CommandLine
+from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import reported
 
 
@@ -25,6 +26,10 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         plan_missing([job.resolved for job in plan.jobs], plan.runtime)
         return 0
     plan.write()
+    if line.launcher[0] == SLURM:
+        from reseed.cli.cluster.command import launch
+
+        return launch(line, plan.jobs, plan.runtime, plan.sweep, plan.settings)
     launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
     status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
     return max(status, compare.compare_plan(line, plan))

@@ -1,4 +1,7 @@
-"""``reseed status``: runs and sweeps as their files say, without a model or a lock."""
+"""``reseed status``: runs and sweeps as their files say, without a model or a lock.
+
+``reseed status SWEEP`` shows the runs of one sweep while it is at work (`reseed.cli.cluster.show`).
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,21 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from reseed.cli.app import CommandLine, Task
+from reseed.cli.app import CommandLine
 from reseed.cli.errors import reported
+from reseed.config import ConfigError
 
 if TYPE_CHECKING:
     from reseed.runs import Run
+    from reseed.sweeps import Sweep
 
 ALL = "--all"
-"""The one flag that is not Hydra's: list the runs of calibrations too."""
+"""A flag that is not Hydra's: list the runs of calibrations too."""
+WATCH = "--watch"
+"""Another: show a sweep again and again."""
+_TAKE_A_WORD = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp",
+                "--package", "-p", "--info", "-i", "--cfg", "-c")  # fmt: skip
+"""Hydra's flags that are followed by a word of theirs."""
 COLUMNS = ("run", "status", "tokens", "FVU", "L0", "dead")
 
 
@@ -31,17 +41,45 @@ def task_all(config: DictConfig) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    own = [word for word in arguments if word != ALL]
-    which = task if len(own) == len(arguments) else task_all
-    return reported(lambda: _main(CommandLine("status", own), own, which))
+    return reported(lambda: _main(arguments))
 
 
-def _main(line: CommandLine, arguments: Sequence[str], which: Task) -> int:
+def _main(arguments: Sequence[str]) -> int:
+    rest = [word for word in arguments if word not in (ALL, WATCH)]
+    which = task_all if ALL in arguments else task
+    words, rest = own_words(rest)
+    line = CommandLine("status", rest)
     if line.only_shows:
-        line.show(which, arguments)
-    else:
+        line.show(which, rest)
+        return 0
+    if len(words) > 1 or (WATCH in arguments and not words):
+        got = ", ".join(words) or "none"
+        raise ConfigError(f"reseed status {WATCH} takes one sweep; got {got}")
+    if not words:
         line.launch(which, line.overrides, line.multirun)
+        return 0
+    from reseed.cli.cluster.show import print_sweep, watch
+
+    (watch if WATCH in arguments else print_sweep)(sweep_called(words[0], line))
     return 0
+
+
+def own_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that are neither flags nor overrides, and the others."""
+    words, rest = [], []
+    for before, word in zip(("", *arguments), arguments, strict=False):
+        plain = "=" not in word and not word.startswith(("-", "~", "+"))
+        (words if plain and before not in _TAKE_A_WORD else rest).append(word)
+    return words, rest
+
+
+def sweep_called(word: str, line: CommandLine) -> Sweep:
+    """The sweep that a word means, under runtime.sweeps."""
+    from reseed.cli.cluster.states import find_sweep
+
+    with line.composer() as composed:
+        root = composed(line.overrides)["runtime"]["sweeps"]
+    return find_sweep(word, Path(str(root)))
 
 
 def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from reseed.cli.app import CommandLine, override
+from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import reported
 from reseed.console import counted
 
@@ -64,7 +65,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         plan_missing([job.resolved for job in jobs], runtime)
         return 0
     sweep = None
-    if line.multirun:
+    if line.multirun or line.launcher[0] == SLURM:
         signatures = [job.resolved.signature for job in jobs]
         sweep = Sweep.of(runtime.sweeps, "train", signatures)
         sweep.write_manifest(jobs, RunStore(runtime.outputs))
@@ -91,6 +92,10 @@ def train_jobs(
     from reseed.console import say
     from reseed.runs import RunStore
 
+    if sweep is not None and line.launcher[0] == SLURM:
+        from reseed.cli.cluster.command import launch
+
+        return launch(line, [job for _, jobs in launches for job in jobs], runtime, sweep)
     store = RunStore(runtime.outputs)
     every = [job for _, jobs in launches for job in jobs]
     runs = {job.resolved.signature: job.resolved.run(store) for job in every}

@@ -13,8 +13,9 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from reseed.atomic import hasty_write_json
 from reseed.console import console, say
-from reseed.runs import Interrupted
+from reseed.runs import PROGRESS_FILE, Interrupted
 from reseed.train.member import Member, NotFiniteError
 from reseed.train.module import GroupModule
 
@@ -158,6 +159,37 @@ class StopAtBorder(L.Callback):
             self.module.stopping = True
         if again or not self.stepping:
             raise Stopped
+
+
+class Heartbeat(L.Callback):
+    """Says in each member's folder, now and then, how far it is, for who looks from elsewhere."""
+
+    def __init__(
+        self, members: Sequence[Member], folders: Mapping[str, Path], every_s: float
+    ) -> None:
+        self.members, self.folders, self.every_s = members, folders, every_s
+        self.cost = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.spoken = self.started = time.perf_counter()
+        self.first = {member.id: member.step for member in self.members}
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        # On a slow shared file system a large group shall not be kept from its work.
+        if now - self.spoken < max(self.every_s, 20 * self.cost):
+            return
+        for member in self.members:
+            if member.active:
+                size = member.training.batch_size
+                made = (member.step - self.first[member.id]) * size
+                said = {"tokens": member.step * size, "tokens_per_s": made / (now - self.started),
+                        "at": time.time()}  # fmt: skip
+                hasty_write_json(self.folders[member.id] / PROGRESS_FILE, said)
+        self.spoken = time.perf_counter()
+        self.cost = self.spoken - now
 
 
 class GroupProgress(ProgressBar):

@@ -177,11 +177,15 @@ class RuntimeConfig(Config, family="runtime"):
     torch has no more than half of the CPUs."""
     plan_only: bool = setting(False, signed=False)
     """Print what would be trained, in which groups, and what it takes; train nothing."""
+    wait: bool = setting(True, signed=False, neutral=True)
+    """With hydra/launcher=slurm: whether the command waits for what it submitted."""
     memory_gib: float | None = setting(None, above=0, signed=False)
     """What a group of runs may take; null: what is free on the device, but for a reserve."""
     tflops: float | None = setting(None, above=0, signed=False)
     """Speed of a plain product, to plan for another machine; null: measured here."""
     checkpoint_every_s: float = setting(30.0, above=0, signed=False)
+    heartbeat_every_s: float = setting(5.0, above=0, signed=False, neutral=5.0)
+    """How often progress.json says how far a run is."""
     log_every_steps: int = setting(50, at_least=1, signed=False)
     progress: bool = setting(True, signed=False)
     loggers: tuple[str, ...] = setting((), signed=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from reseed.activations.source import ActivationSource
 from reseed.activations.stream import STRIPES, ChunkStream, Position
@@ -23,7 +24,7 @@ from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.truth import TruthResult, measure_truth
 from reseed.runs import INITIAL_FILE, Run, RunStore, seconds_since
 from reseed.sae.checkpoint import save_sae
-from reseed.train.callbacks import Bookkeeper, GroupProgress, StopAtBorder, Stopped
+from reseed.train.callbacks import Bookkeeper, GroupProgress, Heartbeat, StopAtBorder, Stopped
 from reseed.train.config import RuntimeConfig
 from reseed.train.data import ActivationData, StreamDataset
 from reseed.train.member import Member, NotFiniteError
@@ -126,6 +127,7 @@ def _train(
     books = Bookkeeper(folders, runtime.log_every_steps, runtime.checkpoint_every_s)
     border = StopAtBorder(books)
     progress = GroupProgress(members, runtime.progress)
+    heartbeat = Heartbeat(members, folders, runtime.heartbeat_every_s)
     if progress.first:
         say(f"  going on after {progress.first:,} of {progress.total:,} tokens")
     device = stream.device
@@ -134,7 +136,8 @@ def _train(
             accelerator="gpu" if device.type == "cuda" else "cpu",
             devices=[device.index or 0] if device.type == "cuda" else 1,
             max_epochs=1,
-            callbacks=[books, border, progress],
+            callbacks=[books, border, progress, heartbeat],
+            plugins=[LightningEnvironment()],  # under SLURM too: who submits also requeues
             logger=_loggers(runtime),
             enable_checkpointing=False,  # checkpoints belong to runs: see Bookkeeper
             enable_model_summary=False,

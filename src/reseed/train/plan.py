@@ -42,6 +42,14 @@ class Group:
     def of(cls, members: Sequence[Resolved]) -> Group:
         return cls(tuple(members), cost(members))
 
+    @property
+    def described(self) -> str:
+        """In words, but for the time, which hangs on the machine."""
+        return (
+            f"{counted(len(self.members), 'SAE')} ({_kinds(self.members)}) on "
+            f"{_where(self.members)}: {_tokens(self.members)}, {size(self.cost.memory)}"
+        )
+
     def halves(self) -> tuple[Group, Group]:
         """Two groups of about the same size. Needs two members."""
         middle = len(self.members) // 2

@@ -1,0 +1,41 @@
+"""`hydra/launcher=slurm`: a sweep as a plan of SLURM jobs.
+
+The commands of reseed read these settings and submit through submitit (`reseed.cli.cluster`): one
+array task for each group of runs that train together, then the comparisons, then the tables. That
+takes the whole command, of which a Hydra launcher sees the jobs of one arm alone; so what stands
+here is the declaration, and a word to who launches something else with it.
+"""
+
+# No postponed annotations here: see fused.py.
+from collections.abc import Sequence
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from reseed.cli.cluster.settings import NAME, defaults
+from reseed.config import ReseedError
+
+ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=defaults(), provider="reseed")
+
+
+class SlurmLauncher(Launcher):
+    """Launches nothing by itself: `reseed train`, `run` and `compare` submit."""
+
+    def __init__(self, **settings: object) -> None:
+        self.settings = settings
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
+    ) -> None:
+        pass
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        raise ReseedError(
+            "hydra/launcher=slurm is for `reseed train`, `reseed run` and `reseed compare`: of "
+            "anything else take hydra/launcher=submitit_slurm, a job for each run"
+        )

@@ -1,0 +1,36 @@
+"""``reseed cancel SWEEP``: cancel the SLURM jobs of a sweep. What was saved stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reseed.cli import status
+from reseed.cli.app import CommandLine
+from reseed.cli.errors import reported
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    from reseed.config import ConfigError
+    from reseed.console import counted, say
+
+    words, rest = status.own_words(arguments)
+    line = CommandLine("cancel", rest)
+    if line.only_shows:
+        line.show(status.task, rest)
+        return 0
+    if len(words) != 1:
+        got = ", ".join(words) or "nothing"
+        raise ConfigError(f"reseed cancel takes one sweep (`reseed status` lists them); got {got}")
+    sweep = status.sweep_called(words[0], line)
+    from reseed.cli.cluster.stop import cancel_sweep
+
+    ids = cancel_sweep(sweep)
+    if ids:
+        say(f"cancelled {counted(len(ids), 'job')} of {sweep.path}: {', '.join(ids)}")
+    else:
+        say(f"{sweep.path}: no job waits or runs")
+    return 0

@@ -1,0 +1,156 @@
+"""`reseed train`, `run` and `compare` with hydra/launcher=slurm: submit, wait, say how it ended."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from reseed.cli.app import CommandLine
+from reseed.cli.cluster.settings import SlurmSettings
+from reseed.cli.cluster.states import DONE, Seen, counts, failed_jobs, states
+from reseed.cli.cluster.stop import cancel_sweep
+from reseed.cli.cluster.submit import Work, check_slurm, submit
+from reseed.console import counted, say
+from reseed.runs import Interrupted, RunStore
+from reseed.sweeps import Sweep
+from reseed.train.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from reseed.cli.jobs import Job
+    from reseed.compare.config import ComparisonConfig
+
+_SPEAK_S = 30.0
+
+
+def launch(
+    line: CommandLine,
+    jobs: Sequence[Job],
+    runtime: RuntimeConfig,
+    sweep: Sweep,
+    comparison: ComparisonConfig | None = None,
+    trains: bool = True,
+) -> int:
+    """Submit what is neither done nor submitted; wait for all of it, unless asked not to.
+
+    Args:
+        jobs: every run of the sweep, whose manifest is written.
+        comparison: what is compared afterwards; None compares nothing.
+        trains: whether missing runs are trained.
+
+    Returns:
+        the exit status: 1 where a run failed or a cell is incomplete.
+    """
+    settings = SlurmSettings.of(line.launcher[1])
+    check_slurm()
+    cells, complete = None, set()
+    if comparison is not None:
+        cells = _cells(sweep, comparison)
+        complete = _complete(sweep, comparison, cells)
+    experiments = tuple(job.resolved for job in jobs)
+    work = Work(sweep, experiments, runtime, settings, cells, trains)
+    try:
+        active = submit(work, complete)
+    except KeyboardInterrupt as stop:
+        raise _stopped(stop, sweep) from None
+    if active and not runtime.wait:
+        say(
+            f"submitted; `reseed status {sweep.path}` shows how far it is (--watch), "
+            f"`reseed cancel {sweep.path}` cancels it, the same command with wait=true waits for it"
+        )
+        return 0
+    if active:
+        say(f"waiting for {counted(len(active), 'job')}; Ctrl-C cancels, wait=false would not wait")
+        try:
+            _follow(sweep, settings.poll_s)
+        except KeyboardInterrupt as stop:
+            raise _stopped(stop, sweep) from None
+    return _ended(jobs, runtime, sweep, comparison, waited=bool(active))
+
+
+def _follow(sweep: Sweep, poll_s: float) -> None:
+    """Return once no job of the sweep waits or runs; meanwhile say how far it is."""
+    said, spoken = "", time.monotonic()
+    while True:
+        seen = Seen.now(sweep)
+        told = counts(states(sweep, seen))
+        if seen.trouble:  # not for ever: a controller that restarts answers again
+            told = f"{told} ({seen.trouble})"
+        rough = told.partition("%")[0].rpartition(",")[0] if "%" in told else told
+        if rough != said or time.monotonic() - spoken > _SPEAK_S:
+            say(f"  {told}")
+            said, spoken = rough, time.monotonic()
+        if seen.queue is not None and not seen.active:
+            return
+        time.sleep(poll_s)
+
+
+def _stopped(stop: KeyboardInterrupt, sweep: Sweep) -> Interrupted:
+    """Cancel the jobs where Ctrl-C was given; what to say."""
+    number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
+    if number != signal.SIGINT:  # as when one is logged out
+        return Interrupted(
+            f"stopped by {signal.Signals(number).name}; the jobs go on: reseed status {sweep.path}",
+            number,
+        )
+    ids = cancel_sweep(sweep)
+    return Interrupted(
+        f"interrupted; cancelled {counted(len(ids), 'job')}. What was saved stands, and the same "
+        "command goes on",
+        number,
+    )
+
+
+def _cells(sweep: Sweep, comparison: ComparisonConfig) -> tuple[tuple[tuple[str, str], ...], ...]:
+    from reseed.cli.collect import cells_of
+
+    return tuple(tuple(axes.items()) for axes in cells_of(sweep, comparison))
+
+
+def _complete(
+    sweep: Sweep, comparison: ComparisonConfig, cells: Sequence[tuple[tuple[str, str], ...]]
+) -> set[tuple[tuple[str, str], ...]]:
+    from reseed.cli.compare import is_complete
+
+    found = set()
+    for cell in cells:
+        axes = dict(cell)
+        if is_complete(sweep, axes, comparison.of_arm(axes.get("arm", ""))):
+            found.add(cell)
+    return found
+
+
+def _ended(
+    jobs: Sequence[Job],
+    runtime: RuntimeConfig,
+    sweep: Sweep,
+    comparison: ComparisonConfig | None,
+    waited: bool,
+) -> int:
+    """Say what failed; print the tables."""
+    from reseed.cli.train import failure_lines
+
+    seen = Seen.now(sweep)
+    store = RunStore(runtime.outputs)
+    lacking = [state for state in states(sweep, seen) if state.state != DONE]
+    recorded = {run.id for run in sweep.runs() if run.failure}
+    failed = [job for job in jobs if job.resolved.run(store).id in recorded]
+    for message in failure_lines(failed, store):
+        say(message)
+    for state in lacking:
+        if state.id not in recorded:
+            say(f"{state.state}: {state.id}{': ' if state.note else ''}{state.note}")
+    if comparison is None:
+        runs = len(sweep.runs())
+        if not lacking:
+            said = "" if waited else "nothing to train: "
+            say(f"{said}{counted(runs, 'run')} in {runtime.outputs}/")
+        return 1 if lacking else 0
+    not_compared = failed_jobs(seen)
+    for message in not_compared:
+        say(message)
+    from reseed.cli.collect import collect
+
+    complete = collect(sweep, comparison)
+    return 0 if complete and not lacking and not not_compared else 1

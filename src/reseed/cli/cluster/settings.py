@@ -1,0 +1,86 @@
+"""What `hydra/launcher=slurm` can be told, by the names that submitit and SLURM have for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from reseed.config import Config, ConfigError, make, setting
+
+NAME = "slurm"
+TARGET = "hydra_plugins.reseed_plugins.slurm.SlurmLauncher"
+KEY = "hydra.launcher"
+_OURS = ("max_num_timeout", "requeue", "poll_s", "additional_parameters")
+_ALIKE = ("gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
+"""What submitit calls alike for every kind of cluster."""
+
+
+@dataclass(frozen=True)
+class SlurmSettings(Config):
+    """Resources of every job, training and comparison alike, and how they are followed."""
+
+    partition: str | None = setting(None)
+    account: str | None = setting(None)
+    qos: str | None = setting(None)
+    constraint: str | None = setting(None)
+    gres: str | None = setting(None)
+    gpus_per_node: int | None = setting(None, at_least=0)
+    cpus_per_task: int = setting(4, at_least=1)
+    mem_gb: float | None = setting(None, above=0)
+    """Memory of a job; null: the partition's default."""
+    timeout_min: int = setting(240, at_least=1)
+    """Time limit of a job. One that reaches it saves and is requeued."""
+    array_parallelism: int = setting(64, at_least=1)
+    """Most tasks of an array that run at once."""
+    setup: tuple[str, ...] = setting(())
+    """Shell lines before Python starts: ``module load cuda``, exports."""
+    signal_delay_s: int = setting(120, at_least=1)
+    """How long before its end a job is told of it: the time there is to save."""
+    max_num_timeout: int = setting(10, at_least=0)
+    """How many times a job that reached its time limit is requeued; pre-emption does not count."""
+    requeue: bool = setting(True)
+    """Whether SLURM may start a job again whose node was lost or given to another."""
+    additional_parameters: dict[str, Any] | None = setting(None)  # noqa: RUF009
+    """Further options of sbatch by their long names."""
+    poll_s: float = setting(10.0, above=0)
+    """How often a waiting command looks."""
+
+    def validate(self) -> None:
+        # SLURM sends the signal up to a minute early.
+        if self.signal_delay_s >= 60 * self.timeout_min:
+            raise ConfigError(
+                f"{{key}} (={self.signal_delay_s}) must be shorter than the time limit "
+                f"({KEY}.timeout_min={self.timeout_min})",
+                "signal_delay_s",
+            )
+
+    def submitit(self, name: str, dependency: str | None) -> dict[str, Any]:
+        """The parameters of submitit's AutoExecutor for a job called ``name``."""
+        given: dict[str, Any] = {"name": name}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.name not in _OURS and value not in (None, ()):
+                given[f.name if f.name in _ALIKE else f"slurm_{f.name}"] = value
+        if self.setup:
+            given["slurm_setup"] = list(self.setup)
+        more = {"requeue" if self.requeue else "no-requeue": True}
+        given["slurm_additional_parameters"] = more | dict(self.additional_parameters or {})
+        # What a job printed before it was requeued stays in its log.
+        given["slurm_srun_args"] = ["--open-mode=append"]
+        return given | ({"slurm_dependency": dependency} if dependency else {})
+
+    @classmethod
+    def of(cls, node: dict[str, Any]) -> SlurmSettings:
+        """From the composed ``hydra.launcher``."""
+        values = {key: value for key, value in node.items() if key != "_target_"}
+        return make(cls, values, KEY)
+
+
+def defaults() -> dict[str, Any]:
+    """The node of the launcher as Hydra's config store has it."""
+    found: dict[str, Any] = {"_target_": TARGET}
+    for f in fields(SlurmSettings):
+        value = f.default
+        found[f.name] = list(value) if isinstance(value, tuple) else value
+    found["additional_parameters"] = {}
+    return found

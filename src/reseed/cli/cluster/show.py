@@ -1,0 +1,71 @@
+"""``reseed status SWEEP``: its runs, from files and SLURM's queue; once, or again and again."""
+
+from __future__ import annotations
+
+import time
+
+from reseed.cli.cluster.record import COLLECT, COMPARE
+from reseed.cli.cluster.states import FAILED, RunState, Seen, counts, failed_jobs, states
+from reseed.sweeps import Sweep
+
+COLUMNS = ("run", "state", "tokens", "of", "%", "tokens/s")
+WATCH_S = 5.0
+_ON = ("running", "starting", "queued", "submitted")
+
+
+def print_sweep(sweep: Sweep) -> bool:
+    """Print every run of a sweep, and what its other jobs do.
+
+    Returns:
+        whether anything waits or runs.
+    """
+    from reseed.cli.status import print_rows
+    from reseed.console import say
+
+    seen = Seen.now(sweep)
+    found = states(sweep, seen)
+    title = f"{sweep.path}/: {counts(found)}"
+    print_rows([_row(state) for state in found], title, COLUMNS, ("run", "state"))
+    for state in found:
+        if state.state == FAILED:
+            say(f"  {state.id}: {state.note}")
+    for line in (*_others(seen), *failed_jobs(seen)):
+        say(f"  {line}")
+    if seen.trouble:
+        say(f"  SLURM was not asked: {seen.trouble}")
+    return bool(seen.active) or any(state.state in _ON for state in found)
+
+
+def watch(sweep: Sweep, every_s: float = WATCH_S) -> None:
+    """Print it again and again, on a terminal in place of the last; until nothing is at work."""
+    from reseed.console import console
+
+    while True:
+        if console().is_terminal:
+            console().clear()
+        if not print_sweep(sweep):
+            return
+        time.sleep(every_s)
+
+
+def _row(state: RunState) -> tuple[str, ...]:
+    """The entries of `COLUMNS`; empty where there is nothing to say."""
+    waits = f" ({state.note})" if state.note and state.state in ("queued", "submitted") else ""
+    share = f"{state.tokens / state.of:.0%}" if state.tokens is not None and state.of else ""
+    tokens = "" if state.tokens is None else f"{state.tokens:,}"
+    of = "" if state.of is None else f"{state.of:,}"
+    rate = "" if state.rate is None else f"{state.rate:,.0f}"
+    return state.id, state.state + waits, tokens, of, share, rate
+
+
+def _others(seen: Seen) -> list[str]:
+    """Jobs in the queue that train nothing."""
+    told = []
+    for kind, what in ((COMPARE, "comparisons"), (COLLECT, "tables")):
+        jobs = [job for job in seen.active if job.kind == kind]
+        running = sum((seen.queue or {})[job.job].running for job in jobs)
+        numbers = {"running": running, "queued": len(jobs) - running}
+        parts = [f"{number} {word}" for word, number in numbers.items() if number]
+        if parts:
+            told.append(f"{what}: {', '.join(parts)}")
+    return told

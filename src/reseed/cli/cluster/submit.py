@@ -1,0 +1,222 @@
+"""Submit a plan: an array of groups to train, then of cells to compare, then the tables."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reseed.cli.cluster.queue import queue
+from reseed.cli.cluster.record import COLLECT, COMPARE, TRAIN, Record, Submitted
+from reseed.cli.cluster.settings import SlurmSettings
+from reseed.cli.cluster.tasks import Collect, Compare, Task, Train, in_words
+from reseed.config import ReseedError
+from reseed.console import counted, say
+from reseed.experiment import Resolved, cache_folder
+from reseed.runs import RunStore
+from reseed.sweeps import Sweep
+from reseed.train.config import RuntimeConfig
+from reseed.train.plan import MEMORY_SHARE, Group, make_plan
+
+if TYPE_CHECKING:
+    from submitit import AutoExecutor
+
+_ANY_MEMORY_GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command wants done.
+
+    Attributes:
+        experiments: every run of the sweep.
+        cells: what to compare where it is lacking, in the sweep's axes; None compares nothing.
+        settings: how jobs are submitted.
+    """
+
+    sweep: Sweep
+    experiments: tuple[Resolved, ...]
+    runtime: RuntimeConfig
+    settings: SlurmSettings
+    cells: tuple[tuple[tuple[str, str], ...], ...] | None = None
+    trains: bool = True
+
+    @property
+    def record(self) -> Record:
+        return Record(self.sweep.path.resolve())
+
+    @property
+    def nodes_runtime(self) -> RuntimeConfig:
+        """The same for a job, whatever its environment: folders by their whole paths."""
+        r = self.runtime
+        kept = r.activation_cache
+        return replace(
+            r,
+            outputs=str(Path(r.outputs).resolve()),
+            sweeps=str(Path(r.sweeps).resolve()),
+            cache=str(cache_folder(r).resolve()),
+            activation_cache=str(Path(kept).expanduser().resolve()) if kept else None,
+            wait=True,
+        )
+
+
+def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submitted]:
+    """Submit what is neither done nor submitted already.
+
+    Args:
+        compared: the cells whose runs are all there, and compared.
+
+    Returns:
+        the jobs of the sweep that wait or run now.
+
+    Raises:
+        ReseedError: SLURM is not there, or refuses.
+    """
+    check_slurm()
+    record = work.record
+    with record.lock():
+        active = record.active(queue())
+        missing = _missing(work, active) if work.trains else []
+        new: list[Submitted] = []
+        stage = _Stage(work, record)
+        if missing:
+            groups = make_plan(missing, _planning(work)).groups
+            _say_plan(work, groups, active)
+            new += stage.submit([_train(work, group) for group in groups], TRAIN, [])
+        wanted = [c for c in work.cells or () if c not in compared]
+        # Tables that wait already will have what is trained until then.
+        if wanted and (missing or not any(job.kind == COLLECT for job in active)):
+            path, runtime = str(work.sweep.path.resolve()), work.nodes_runtime
+            here = os.getcwd()
+            cells: list[tuple[Task, Submitted]] = [
+                (Compare(here, path, axes, runtime), _entry(COMPARE, cell=in_words(axes)))
+                for axes in wanted
+            ]
+            compares = stage.submit(cells, COMPARE, [*active, *new])
+            table: list[tuple[Task, Submitted]] = [(Collect(here, path), _entry(COLLECT))]
+            new += compares
+            new += stage.submit(table, COLLECT, compares)
+        return [*active, *new]
+
+
+def check_slurm() -> None:
+    """Raise `ReseedError` where nothing can be submitted from here."""
+    try:
+        import submitit  # noqa: F401
+    except ImportError:
+        raise ReseedError(
+            "hydra/launcher=slurm needs submitit: pip install 'reseed[slurm]'"
+        ) from None
+    lacking = [name for name in ("sbatch", "squeue", "scancel") if shutil.which(name) is None]
+    if lacking:
+        raise ReseedError(
+            f"hydra/launcher=slurm submits from a machine with SLURM's commands: there is no "
+            f"`{lacking[0]}` here"
+        )
+
+
+def _missing(work: Work, active: Sequence[Submitted]) -> list[Resolved]:
+    """Distinct runs that are neither finished nor in a job that waits or runs."""
+    store = RunStore(work.runtime.outputs)
+    submitted = {signature for job in active for signature in job.runs}
+    distinct = {r.signature: r for r in work.experiments}
+    return [
+        resolved
+        for signature, resolved in distinct.items()
+        if signature not in submitted and not resolved.run(store).finished
+    ]
+
+
+def _planning(work: Work) -> RuntimeConfig:
+    """What groups are made for: a node, of which as much is known as was asked for.
+
+    Of a GPU nothing is known: then a job takes all runs of one stream, and splits them itself where
+    they do not fit, one part after the other.
+    """
+    s, r = work.settings, work.runtime
+    memory = r.memory_gib
+    if memory is None:
+        on_cpu = not s.gpus_per_node and s.gres is None and s.mem_gb is not None
+        memory = MEMORY_SHARE * s.mem_gb if on_cpu and s.mem_gb else _ANY_MEMORY_GIB
+    # Nothing is measured here: it says nothing of a node.
+    return replace(r, device="cpu", memory_gib=memory, tflops=r.tflops or 1.0)
+
+
+def _say_plan(work: Work, groups: Sequence[Group], active: Sequence[Submitted]) -> None:
+    runs = sum(len(group.members) for group in groups)
+    already = sum(len(job.runs) for job in active)
+    more = f" ({counted(already, 'run')} submitted before)" if already else ""
+    say(f"submitting {counted(runs, 'run')} in {counted(len(groups), 'job')}{more}")
+    for group in groups:
+        say(f"  {group.described}")
+
+
+def _train(work: Work, group: Group) -> tuple[Task, Submitted]:
+    experiments = tuple(r.experiment for r in group.members)
+    signatures = tuple(r.signature for r in group.members)
+    task = Train(os.getcwd(), experiments, signatures, work.nodes_runtime)
+    return task, _entry(TRAIN, runs=signatures)
+
+
+def _entry(kind: str, **more: Any) -> Submitted:
+    return Submitted("", kind, datetime.now(UTC).isoformat(timespec="seconds"), **more)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Submits the jobs of one kind as an array, and writes them down."""
+
+    work: Work
+    record: Record
+
+    def submit(
+        self,
+        tasks: Sequence[tuple[Task, Submitted]],
+        kind: str,
+        after: Sequence[Submitted],
+    ) -> list[Submitted]:
+        """Args:
+        after: jobs that have to be over before, however they end.
+        """
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        first = sorted({job.job.partition("_")[0] for job in after})
+        try:
+            executor = self._executor(kind, "afterany:" + ":".join(first) if first else None)
+            with executor.batch():
+                made = [executor.submit(task) for task, _ in tasks]
+        except (FailedJobError, FailedSubmissionError, OSError) as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise ReseedError(f"SLURM refuses the job: {lines[-1] if lines else error}") from error
+        pairs = zip(made, tasks, strict=True)
+        jobs = [replace(entry, job=str(job.job_id)) for job, (_, entry) in pairs]
+        self.record.add(jobs)
+        ids = jobs[0].job.partition("_")[0] + (
+            f" ({counted(len(jobs), 'task')})" if jobs[1:] else ""
+        )
+        later = f", after {', '.join(first)}" if first else ""
+        say(f"  {kind}: job {ids}{later}")
+        return jobs
+
+    def _executor(self, kind: str, dependency: str | None) -> AutoExecutor:
+        from submitit import AutoExecutor
+
+        settings = self.work.settings
+        executor = AutoExecutor(
+            self.record.folder, cluster="slurm", slurm_max_num_timeout=settings.max_num_timeout
+        )
+        name = f"reseed-{kind}-{self.work.sweep.path.name}"
+        executor.update_parameters(**settings.submitit(name, dependency))
+        return executor
+
+
+def how_to_look(sweep: Sweep) -> str:
+    """What to do after submitting."""
+    return (
+        f"`reseed status {sweep.path}` shows how far it is (--watch), `reseed cancel {sweep.path}` "
+        "cancels it, and the same command waits for it"
+    )

@@ -1,0 +1,207 @@
+"""What runs on a node: train a group of runs, compare a cell, make the tables.
+
+submitit pickles these objects and calls them in the job. Its handler of the signal that SLURM sends
+before a job's end requeues the job; ours lets training save at the border of a step first.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from reseed.config import ReseedError
+from reseed.runs import Interrupted, RunStore
+
+if TYPE_CHECKING:
+    from reseed.experiment import Experiment
+    from reseed.train.config import RuntimeConfig
+
+OUT_OF_RETRIES = "out of retries"
+
+
+class JobFailed(ReseedError):
+    """What a job ends with that did not do all it should, so that SLURM shows it as failed."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job.
+
+    Attributes:
+        folder: where the command was given: paths are relative to it.
+    """
+
+    folder: str
+
+    def __call__(self) -> None:
+        os.chdir(self.folder)
+        with preemption() as stopped:
+            try:
+                self.work()
+            except Interrupted as stop:
+                if not stopped.requeue:
+                    raise SystemExit(128 + stop.number) from None
+                stopped.again(self.give_up)
+            except Exception:
+                if stopped.requeue:  # an error on the way out is none of the job's
+                    stopped.again(self.give_up)
+                raise
+
+    def work(self) -> None:
+        raise NotImplementedError
+
+    def give_up(self, reason: str) -> None:
+        """The job will not be requeued any more."""
+
+    def checkpoint(self) -> Any:
+        """What submitit starts next time: the same, as everything is in the runs' folders."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@dataclass
+class Stop:
+    """What the signal before a job's end asked for.
+
+    Attributes:
+        requeue: whether it came.
+        handler: submitit's, which requeues.
+    """
+
+    number: int
+    handler: Callable[[int, FrameType | None], None]
+    requeue: bool = field(default=False)
+
+    def again(self, give_up: Callable[[str], None]) -> None:
+        """Requeue this job, and end; or tell ``give_up`` why it is not."""
+        from submitit.core.utils import UncompletedJobError
+
+        # SLURM ends a job that it requeues.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            self.handler(self.number, None)
+        except UncompletedJobError as error:
+            give_up(str(error))
+            raise
+
+
+@contextmanager
+def preemption() -> Iterator[Stop]:
+    """Within it SIGTERM and the signal before a job's end stop the work where nothing is lost."""
+    from submitit import JobEnvironment
+
+    number = int(JobEnvironment._usr_sig())
+    handler = signal.getsignal(number)
+    assert callable(handler)
+    stop = Stop(number, handler)
+
+    def warned(number: int, frame: FrameType | None) -> None:
+        # Training has a handler of SIGTERM of its own, which saves first.
+        stop.requeue = True
+        signal.raise_signal(signal.SIGTERM)
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
+
+    signal.signal(number, warned)
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        yield stop
+    finally:
+        if not stop.requeue:
+            signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(frozen=True)
+class Train(Task):
+    """Train the runs of one group.
+
+    Attributes:
+        experiments: as they were declared.
+        signatures: what they came to where the command was given.
+    """
+
+    experiments: tuple[Experiment, ...]
+    signatures: tuple[str, ...]
+    runtime: RuntimeConfig
+
+    def work(self) -> None:
+        from reseed.experiment import resolve_experiment, train_missing
+
+        resolved = [resolve_experiment(e, self.runtime) for e in self.experiments]
+        for signature, found in zip(self.signatures, resolved, strict=True):
+            if found.signature != signature:
+                raise ReseedError(
+                    f"{found.label} has signature {found.signature} here, and {signature} where it "
+                    "was submitted: code, model or text are not the same"
+                )
+        failures = train_missing(resolved, self.runtime)
+        if failures:
+            run, error = next(iter(failures.items()))
+            raise JobFailed(f"{len(failures)} of {len(resolved)} runs failed; {run}: {error}")
+
+    def give_up(self, reason: str) -> None:
+        from reseed.experiment import resolve_experiment
+
+        error = ReseedError(
+            f"{OUT_OF_RETRIES}: its job reached the time limit more often than "
+            "hydra.launcher.max_num_timeout allows. The same command goes on from the last "
+            "checkpoint"
+        )
+        for experiment in self.experiments:
+            resolved = resolve_experiment(experiment, self.runtime)
+            run = resolved.run(RunStore(self.runtime.outputs))
+            if run.status not in ("missing", "interrupted"):
+                continue
+            with run.lock(None) as owned:
+                if owned and run.status == "missing":
+                    run.begin(resolved.record())
+                if owned:
+                    run.fail(error)
+
+
+@dataclass(frozen=True)
+class Compare(Task):
+    """Compare one cell of a sweep."""
+
+    sweep: str
+    axes: tuple[tuple[str, str], ...]
+    runtime: RuntimeConfig
+
+    def work(self) -> None:
+        from reseed.cli.compare import compare_cell_of
+        from reseed.compare.config import ComparisonConfig
+        from reseed.sweeps import Sweep
+
+        sweep = Sweep(Path(self.sweep))
+        axes = dict(self.axes)
+        settings = ComparisonConfig.from_dict(sweep.settings, "comparison")
+        compare_cell_of(sweep, axes, settings.of_arm(axes.get("arm", "")), self.runtime)
+
+
+@dataclass(frozen=True)
+class Collect(Task):
+    """Make tables and figures of a sweep."""
+
+    sweep: str
+
+    def work(self) -> None:
+        from reseed.cli.collect import collect
+        from reseed.compare.config import ComparisonConfig
+        from reseed.sweeps import Sweep
+
+        sweep = Sweep(Path(self.sweep))
+        if not collect(sweep, ComparisonConfig.from_dict(sweep.settings, "comparison")):
+            raise JobFailed(f"{sweep.path}: incomplete")
+
+
+def in_words(axes: Sequence[tuple[str, str]]) -> str:
+    """``sae=topk, layer=2``."""
+    return ", ".join(f"{axis}={value}" for axis, value in axes) or "all runs"
