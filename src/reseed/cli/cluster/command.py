@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from reseed.cli.app import CommandLine
 from reseed.cli.cluster.settings import SlurmSettings
-from reseed.cli.cluster.states import DONE, Seen, counts, failed_jobs, states
+from reseed.cli.cluster.states import DONE, Seen, counts, failed_jobs, other_jobs, states
 from reseed.cli.cluster.stop import cancel_sweep
 from reseed.cli.cluster.submit import Work, check_slurm, submit
 from reseed.console import counted, say
@@ -74,7 +74,7 @@ def _follow(sweep: Sweep, poll_s: float) -> None:
     said, spoken = "", time.monotonic()
     while True:
         seen = Seen.now(sweep)
-        told = counts(states(sweep, seen))
+        told = "; ".join([counts(states(sweep, seen)), *other_jobs(seen)])
         if seen.trouble:  # not for ever: a controller that restarts answers again
             told = f"{told} ({seen.trouble})"
         rough = told.partition("%")[0].rpartition(",")[0] if "%" in told else told

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import time
 
-from reseed.cli.cluster.record import COLLECT, COMPARE
-from reseed.cli.cluster.states import FAILED, RunState, Seen, counts, failed_jobs, states
+from reseed.cli.cluster.states import (
+    FAILED,
+    RunState,
+    Seen,
+    counts,
+    failed_jobs,
+    other_jobs,
+    states,
+)
 from reseed.sweeps import Sweep
 
 COLUMNS = ("run", "state", "tokens", "of", "%", "tokens/s")
@@ -29,7 +36,9 @@ def print_sweep(sweep: Sweep) -> bool:
     for state in found:
         if state.state == FAILED:
             say(f"  {state.id}: {state.note}")
-    for line in (*_others(seen), *failed_jobs(seen)):
+    for traceback in dict.fromkeys(state.traceback for state in found if state.traceback):
+        say("\n".join(f"    {line}" for line in traceback.splitlines()))
+    for line in (*other_jobs(seen), *failed_jobs(seen)):
         say(f"  {line}")
     if seen.trouble:
         say(f"  SLURM was not asked: {seen.trouble}")
@@ -56,16 +65,3 @@ def _row(state: RunState) -> tuple[str, ...]:
     of = "" if state.of is None else f"{state.of:,}"
     rate = "" if state.rate is None else f"{state.rate:,.0f}"
     return state.id, state.state + waits, tokens, of, share, rate
-
-
-def _others(seen: Seen) -> list[str]:
-    """Jobs in the queue that train nothing."""
-    told = []
-    for kind, what in ((COMPARE, "comparisons"), (COLLECT, "tables")):
-        jobs = [job for job in seen.active if job.kind == kind]
-        running = sum((seen.queue or {})[job.job].running for job in jobs)
-        numbers = {"running": running, "queued": len(jobs) - running}
-        parts = [f"{number} {word}" for word, number in numbers.items() if number]
-        if parts:
-            told.append(f"{what}: {', '.join(parts)}")
-    return told

@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reseed.cli.cluster.queue import InQueue, QueueError, last_states, queue, there_is_slurm
-from reseed.cli.cluster.record import COMPARE, TRAIN, Record, Submitted
+from reseed.cli.cluster.record import COLLECT, COMPARE, TRAIN, Record, Submitted
 from reseed.runs import PROGRESS_FILE, Run
 from reseed.sweeps import Sweep
 
@@ -29,6 +30,7 @@ class RunState:
         note: why it waits or failed; may be empty.
         tokens, of: how far it is, and its budget, where that is known.
         rate: tokens per second, while it runs.
+        traceback: of an error that does not say all.
     """
 
     id: str
@@ -37,6 +39,7 @@ class RunState:
     tokens: int | None = None
     of: int | None = None
     rate: float | None = None
+    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,8 @@ def _state(run: Run, jobs: list[Submitted], seen: Seen) -> RunState:
         return RunState(run.id, DONE, tokens=of, of=of)
     failure = run.failure
     if failure is not None and (waits is None or last is None or failure["ended"] >= last.at):
-        return RunState(run.id, FAILED, last_line(failure["message"]), tokens, of)
+        where = "" if failure["explained"] else failure["traceback"]
+        return RunState(run.id, FAILED, _said(failure), tokens, of, traceback=where)
     if status == "running":
         return RunState(run.id, RUNNING, "", tokens, of, rate)
     if last is None:
@@ -128,6 +132,19 @@ def gone(job: Submitted, seen: Seen) -> str:
     return f"{told}; {log} ends: {line}" if line else told
 
 
+def other_jobs(seen: Seen) -> list[str]:
+    """Jobs in the queue that train nothing."""
+    told = []
+    for kind, what in ((COMPARE, "comparisons"), (COLLECT, "tables")):
+        jobs = [job for job in seen.active if job.kind == kind]
+        running = sum((seen.queue or {})[job.job].running for job in jobs)
+        numbers = {"running": running, "queued": len(jobs) - running}
+        parts = [f"{number} {word}" for word, number in numbers.items() if number]
+        if parts:
+            told.append(f"{what}: {', '.join(parts)}")
+    return told
+
+
 def failed_jobs(seen: Seen) -> list[str]:
     """A line for each job that compares, or makes the tables, and did not; the last of its kind."""
     last = {(job.kind, job.cell): job for job in seen.record.jobs if job.kind != TRAIN}
@@ -145,6 +162,12 @@ def last_line(text: str) -> str:
     """The last line that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
+
+
+def _said(failure: Mapping[str, Any]) -> str:
+    """The last line of an error; with its type where the message does not say all."""
+    line = last_line(failure["message"])
+    return line if failure["explained"] else f"{failure['type']}: {line}"
 
 
 def _progress(run: Run) -> tuple[int | None, int | None, float | None]:

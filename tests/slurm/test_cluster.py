@@ -1,0 +1,194 @@
+"""Sweeps on a real SLURM: submitted, killed, stopped at the time limit, cancelled."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from one_node import HERE, Desk, local
+
+from reseed.cli import cancel, run, status, train
+from reseed.runs import RunStore
+from reseed.sweeps import Sweep
+
+pytestmark = pytest.mark.slow
+
+
+def assert_same_weights(one: str = "outputs", other: str = "local/outputs") -> None:
+    """Bit for bit, of the same runs."""
+    found, alone = RunStore(one).runs(), RunStore(other).runs()
+    assert [run.id for run in found] == [run.id for run in alone]
+    for mine, its in zip(found, alone, strict=True):
+        state = its.sae().state_dict()
+        assert all(torch.equal(state[key], value) for key, value in mine.sae().state_dict().items())
+
+
+def test_a_comparison_is_submitted_once_and_ends_as_the_local_one(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*desk.line, "comparison=seeds", "sae=topk,relu", "seed=0,1"]
+    assert run.main([*line, "wait=false"]) == 0
+    said = capsys.readouterr().out
+    assert "submitting 4 runs in 1 job" in said
+    jobs = desk.jobs
+    assert [job.kind for job in jobs] == ["train", "compare", "compare", "collect"]
+    assert f"`reseed status {desk.sweep.path}` shows how far it is" in said
+    assert {state.state for state in desk.states} <= {"queued", "starting", "running"}
+
+    assert run.main(line) == 0  # the same sweep again: it waits for what was submitted
+    said = capsys.readouterr().out
+    assert "waiting for 4 jobs" in said
+    assert "submitting" not in said
+    assert desk.jobs == jobs
+    assert {state.state for state in desk.states} == {"done"}
+
+    assert run.main(line) == 0  # and once more, with nothing left to do
+    assert "waiting" not in capsys.readouterr().out
+    assert desk.jobs == jobs
+    assert local(line, monkeypatch, run) == 0
+    assert_same_weights()
+    (other,) = Path("local/sweeps").iterdir()
+    for name in ("summary.md", "pairs.csv"):
+        assert (desk.sweep.path / name).read_text() == (other / name).read_text()
+
+
+def test_a_killed_job_is_failed_and_not_waited_for(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kill() -> None:
+        desk.cluster.wait_for(lambda: list(Path("sweeps").glob("*/slurm/jobs.json")))
+        desk.cluster.wait_for(desk.trains)
+        owner = RunStore("outputs").runs()[0].owner
+        os.kill(int(owner.split()[1]), signal.SIGKILL)
+
+    line = ["-m", *desk.breaking("slow:0.3"), "seed=0,1", "runtime.checkpoint_every_s=0.3"]
+    killer = threading.Thread(target=kill)
+    killer.start()
+    assert train.main(line) == 1
+    killer.join()
+    said = capsys.readouterr().out
+    (job,) = desk.jobs
+    assert said.count(f"its job {job.job} is gone (failed)") == 2
+    assert "Killed" in said
+    assert [state.state for state in desk.states] == ["failed", "failed"]
+    assert status.main([desk.sweep.path.name]) == 0
+    assert "2 failed" in capsys.readouterr().out
+
+    assert train.main(["-m", *desk.line, "seed=0,1"]) == 0  # a new job, from the checkpoints
+    assert len(desk.jobs) == 2
+    assert (
+        "going on after"
+        in Path(desk.sweep.path / f"slurm/{desk.jobs[1].job}_0_log.out").read_text()
+    )
+    assert local(["-m", *desk.line, "seed=0,1"], monkeypatch, train) == 0
+    assert_same_weights()
+
+
+def test_a_time_limit_requeues_and_ends_bit_identical(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real limit: SLURM's signal comes some 40 s before it, and would be followed by a kill."""
+    line = ["-m", *desk.breaking("slow:2"), "seed=0", "wait=false", "hydra.launcher.timeout_min=1"]
+    assert (
+        train.main([*line, "hydra.launcher.signal_delay_s=10", "hydra.launcher.requeue=true"]) == 0
+    )
+    (job,) = desk.jobs
+    desk.cluster.wait_for(lambda: desk.states[0].note == "requeued", 90)
+    (state,) = desk.states
+    assert state.state == "queued"
+    assert state.tokens
+    assert state.tokens < state.of
+    desk.cluster.start_now(job.job)
+    desk.cluster.wait_for(lambda: desk.states[0].state == "done")
+    assert desk.jobs == [job]
+    log = (desk.sweep.path / f"slurm/{job.job}_0_log.out").read_text()
+    assert "going on after" in log
+    assert local(["-m", *desk.line, "seed=0"], monkeypatch, train) == 0
+    assert_same_weights()
+
+
+def test_out_of_retries(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["-m", *desk.breaking("slow:0.5"), "seed=0,1", "wait=false"]
+    assert train.main([*line, "hydra.launcher.max_num_timeout=0"]) == 0
+    desk.cluster.wait_for(desk.trains)
+    (job,) = desk.jobs
+    subprocess.run(["scancel", "--signal=USR2", job.job], check=True)
+    desk.cluster.wait_for(lambda: not desk.queue())
+    assert all(state.note.startswith("out of retries: ") for state in desk.states)
+    assert status.main([desk.sweep.path.name]) == 0
+    assert "2 failed" in capsys.readouterr().out
+    assert train.main(["-m", *desk.line, "seed=0,1"]) == 0  # which is asked for anew
+
+
+def test_cancel(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*desk.breaking("slow:0.5"), "comparison=seeds", "seed=0,1", "wait=false"]
+    assert run.main(line) == 0
+    desk.cluster.wait_for(desk.trains)
+    assert status.main([desk.sweep.path.name]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"running +[\d,]+ +4,096 +\d+% +\d+", said)
+    assert "comparisons: 1 queued" in said
+    assert cancel.main(["seeds"]) == 0
+    assert f"cancelled 3 jobs of {desk.sweep.path}" in capsys.readouterr().out
+    desk.cluster.wait_for(lambda: not desk.queue())
+    assert {state.state for state in desk.states} == {"cancelled"}
+    # They were told in time: their state is that of the last step, not of an earlier checkpoint.
+    assert [run.record["status"] for run in RunStore("outputs").runs()] == ["interrupted"] * 2
+    assert cancel.main(["seeds"]) == 0
+    assert "no job waits or runs" in capsys.readouterr().out
+
+
+def test_interrupting_who_waits_cancels(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        desk.cluster.wait_for(lambda: list(Path("sweeps").glob("*/slurm/jobs.json")))
+        desk.cluster.wait_for(desk.trains)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    assert train.main(["-m", *desk.breaking("slow:0.5"), "seed=0,1"]) == 130
+    thread.join()
+    assert "interrupted; cancelled 1 job." in capsys.readouterr().err
+    desk.cluster.wait_for(lambda: not desk.queue())
+
+
+def test_a_failing_member_is_told_of_with_its_traceback(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["-m", *desk.breaking("fail:seed1"), "seed=0,1,2"]) == 1
+    said = capsys.readouterr().out
+    assert "(1 run failed" not in said
+    assert "failed: tiny-llama" in said
+    assert status.main([desk.sweep.path.name]) == 0
+    said = capsys.readouterr().out
+    assert "1 failed" in said
+    assert "2 done" in said
+    assert "RuntimeError: in two lines" in said
+    assert "Traceback (most recent call last):" in said
+    assert 'raise RuntimeError("made to fail\\nin two lines")' in said
+
+
+def test_what_slurm_refuses_is_told(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["-m", *desk.line, "seed=0", "hydra.launcher.partition=nowhere"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: SLURM refuses the job: ")
+    assert "invalid partition" in said
+    assert not Sweep(desk.sweep.path).path.joinpath("slurm/jobs.json").exists()
+
+
+def test_hydras_own_slurm_launcher_runs_a_job_for_each(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("PATH", f"{HERE / 'standin'}:{os.environ['PATH']}")
+    own = [word for word in desk.line if "hydra" not in word]
+    more = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5"]
+    more += ["hydra.launcher.cpus_per_task=1", "hydra.launcher.mem_gb=1"]
+    assert train.main(["-m", *own, *more, "seed=0,1"]) == 0
+    assert [len(run.record["group"]) for run in RunStore("outputs").runs()] == [1, 1]
