@@ -15,7 +15,6 @@ from one_node import HERE, Desk, local
 
 from reseed.cli import cancel, run, status, train
 from reseed.runs import RunStore
-from reseed.sweeps import Sweep
 
 pytestmark = pytest.mark.slow
 
@@ -163,7 +162,6 @@ def test_a_failing_member_is_told_of_with_its_traceback(
 ) -> None:
     assert train.main(["-m", *desk.breaking("fail:seed1"), "seed=0,1,2"]) == 1
     said = capsys.readouterr().out
-    assert "(1 run failed" not in said
     assert "failed: tiny-llama" in said
     assert status.main([desk.sweep.path.name]) == 0
     said = capsys.readouterr().out
@@ -177,9 +175,10 @@ def test_a_failing_member_is_told_of_with_its_traceback(
 def test_what_slurm_refuses_is_told(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["-m", *desk.line, "seed=0", "hydra.launcher.partition=nowhere"]) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: SLURM refuses the job: ")
+    # (sbatch's own words come before.)
+    assert said.splitlines()[-1].startswith("error: SLURM refuses the job: sbatch: error: ")
     assert "invalid partition" in said
-    assert not Sweep(desk.sweep.path).path.joinpath("slurm/jobs.json").exists()
+    assert not (desk.sweep.path / "slurm/jobs.json").exists()
 
 
 def test_hydras_own_slurm_launcher_runs_a_job_for_each(

@@ -31,6 +31,7 @@ _GROUPS = {
 _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
 _ROOT = (*_REQUIRED, "comparison", "plan_only", "wait")
+_LOCAL = ("fused", "basic", "joblib", "submitit_local")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
 
 
@@ -104,8 +105,7 @@ def check_jobs(
                 raise ConfigError(str(error) + where) from error
             found.append(Job(tuple(job), resolved))
     assert runtime is not None
-    elsewhere = line.launcher[0] not in ("fused", "basic", "joblib")
-    if not elsewhere:  # a node of a cluster may have what is not here
+    if line.launcher[0] in _LOCAL:  # a node of a cluster may have what is not here
         pick_device(runtime.device)
     if not runtime.wait and line.launcher[0] != SLURM:
         raise ConfigError(

@@ -161,12 +161,18 @@ def print_rows(
 
 
 def _print_sweeps(sweeps: Path) -> None:
+    from reseed.cli.cluster.record import Record
+    from reseed.cli.cluster.states import Seen, counts, states
     from reseed.console import say
     from reseed.sweeps import Sweep
 
     for folder in sorted(p.parent for p in sweeps.glob("*/manifest.jsonl")):
-        found = {run.path: run for run in Sweep(folder).runs()}
-        listed = _listed(Counter(run.status for run in found.values()))
+        sweep = Sweep(folder)
+        if Record(folder).jobs:
+            listed = counts(states(sweep, Seen.now(sweep)))
+        else:
+            found = {run.path: run for run in sweep.runs()}
+            listed = _listed(Counter(run.status for run in found.values()))
         tables = "summary.md" if (folder / "summary.md").is_file() else "not compared"
         say(f"{folder}/: {listed}; {tables}")
 

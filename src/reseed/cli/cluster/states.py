@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -126,9 +127,11 @@ def gone(job: Submitted, seen: Seen) -> str:
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - _TAIL))
-            line = last_line(file.read().decode(errors="replace"))
+            text = file.read().decode(errors="replace")
     except OSError:
-        line = ""
+        return told
+    # What srun says at last says nothing.
+    line = last_line(re.sub(r"(?m)^srun: .*(Exited with exit code|Force Terminated).*$", "", text))
     return f"{told}; {log} ends: {line}" if line else told
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,7 +88,7 @@ def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submi
         stage = _Stage(work, record)
         if missing:
             groups = make_plan(missing, _planning(work)).groups
-            _say_plan(work, groups, active)
+            _say_plan(groups, active)
             new += stage.submit([_train(work, group) for group in groups], TRAIN, [])
         wanted = [c for c in work.cells or () if c not in compared]
         # Tables that wait already will have what is trained until then.
@@ -146,7 +149,7 @@ def _planning(work: Work) -> RuntimeConfig:
     return replace(r, device="cpu", memory_gib=memory, tflops=r.tflops or 1.0)
 
 
-def _say_plan(work: Work, groups: Sequence[Group], active: Sequence[Submitted]) -> None:
+def _say_plan(groups: Sequence[Group], active: Sequence[Submitted]) -> None:
     runs = sum(len(group.members) for group in groups)
     already = sum(len(job.runs) for job in active)
     more = f" ({counted(already, 'run')} submitted before)" if already else ""
@@ -185,21 +188,21 @@ class _Stage:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         first = sorted({job.job.partition("_")[0] for job in after})
-        try:
-            executor = self._executor(kind, "afterany:" + ":".join(first) if first else None)
-            with executor.batch():
-                made = [executor.submit(task) for task, _ in tasks]
-        except (FailedJobError, FailedSubmissionError, OSError) as error:
-            lines = [line for line in str(error).splitlines() if line.strip()]
-            raise ReseedError(f"SLURM refuses the job: {lines[-1] if lines else error}") from error
-        pairs = zip(made, tasks, strict=True)
-        jobs = [replace(entry, job=str(job.job_id)) for job, (_, entry) in pairs]
-        self.record.add(jobs)
-        ids = jobs[0].job.partition("_")[0] + (
-            f" ({counted(len(jobs), 'task')})" if jobs[1:] else ""
-        )
+        with _unbroken():  # a job that is not written down would be submitted again
+            try:
+                executor = self._executor(kind, "afterany:" + ":".join(first) if first else None)
+                with executor.batch():
+                    made = [executor.submit(task) for task, _ in tasks]
+                ids = [str(one.job_id) for one in made]
+            except (FailedJobError, FailedSubmissionError, OSError) as error:
+                lines = [line for line in str(error).splitlines() if line.strip()]
+                last = lines[-1] if lines else error
+                raise ReseedError(f"SLURM refuses the job: {last}") from error
+            jobs = [replace(entry, job=id_) for id_, (_, entry) in zip(ids, tasks, strict=True)]
+            self.record.add(jobs)
+        many = f" ({counted(len(jobs), 'task')})" if len(jobs) > 1 else ""
         later = f", after {', '.join(first)}" if first else ""
-        say(f"  {kind}: job {ids}{later}")
+        say(f"  {kind}: job {ids[0].partition('_')[0]}{many}{later}")
         return jobs
 
     def _executor(self, kind: str, dependency: str | None) -> AutoExecutor:
@@ -214,9 +217,21 @@ class _Stage:
         return executor
 
 
-def how_to_look(sweep: Sweep) -> str:
-    """What to do after submitting."""
-    return (
-        f"`reseed status {sweep.path}` shows how far it is (--watch), `reseed cancel {sweep.path}` "
-        "cancels it, and the same command waits for it"
-    )
+@contextmanager
+def _unbroken() -> Iterator[None]:
+    """Signals that would end the command wait until its end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
