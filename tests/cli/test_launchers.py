@@ -12,6 +12,7 @@ import pytest
 
 from reseed.cli import cancel, status, train
 from reseed.cli.app import CommandLine
+from reseed.cli.cluster import show
 from reseed.cli.cluster.queue import InQueue, QueueError, last_states, queue
 from reseed.cli.cluster.record import Record, Submitted
 from reseed.cli.cluster.settings import SlurmSettings
@@ -204,6 +205,15 @@ def test_what_a_run_is_said_to_be(
     assert "1 done, 1 failed" in said
     assert "task 0: Killed" in said
     with record.lock():
+        record.add([Submitted("8", "compare", "", cell="sae=topk"), Submitted("9", "collect", "")])
+    commands(monkeypatch, squeue="echo '9|PENDING|Dependency'", sacct="echo '8|FAILED'")
+    record.log("8").write_text("ReseedError: no weights\nsrun: Exited with exit code 1\n")
+    assert status.main(["train-a"]) == 0
+    said = capsys.readouterr().out
+    assert "tables: 1 queued" in said
+    assert "not compared: sae=topk: its job 8 is gone (failed)" in said
+    assert "ends: ReseedError: no weights" in said
+    with record.lock():
         record.mark_cancelled(["7"])
     assert seen_as(sweep, {}, job7="CANCELLED")[1].state == "cancelled"
 
@@ -251,6 +261,24 @@ def test_cancelling(sweep: Sweep, monkeypatch: pytest.MonkeyPatch,
     assert [job.cancelled for job in record.jobs] == [False, True, True]
     assert cancel.main([]) == 1
     assert "reseed cancel takes one sweep" in capsys.readouterr().err
+
+
+def test_watching_ends_when_nothing_is_at_work(
+    sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two looks: at a job that waits, and at one that is gone."""
+    with Record(sweep.path).lock():
+        Record(sweep.path).add([Submitted("7", "train", "", (sweep.runs()[1].signature,))])
+    once = "[ -f seen ] || echo '7|PENDING|Priority'; touch seen"
+    commands(monkeypatch, squeue=once, sacct="echo '7|TIMEOUT'")
+    monkeypatch.setattr(show.time, "sleep", lambda seconds: None)
+    assert status.main([sweep.path.name, "--watch"]) == 0
+    said = capsys.readouterr().out
+    assert said.count(f"{sweep.path}/: ") == 2
+    assert "queued (Priority)" in said
+    assert "its job 7 is gone (timeout)" in said
+    assert status.main(["--watch"]) == 1
+    assert "reseed status --watch takes one sweep; got none" in capsys.readouterr().err
 
 
 def test_sweeps_by_name() -> None:

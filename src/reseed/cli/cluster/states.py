@@ -71,7 +71,9 @@ class Seen:
             found = queue()
         except QueueError as error:
             return cls(record, None, {}, str(error))
-        return cls(record, found, last_states(j.job for j in jobs if j.job not in found))
+        # Of jobs that were submitted again nobody wants to know.
+        last = {key: j.job for j in jobs for key in (j.runs or [(j.kind, j.cell)])}
+        return cls(record, found, last_states(job for job in last.values() if job not in found))
 
     @property
     def active(self) -> list[Submitted]:
