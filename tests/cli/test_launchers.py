@@ -148,6 +148,26 @@ def test_the_queue_and_how_jobs_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         queue()
 
 
+def test_what_is_submitted_is_not_submitted_again(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("submitit")
+    sbatch = 'cat "$1" >> asked; echo "Submitted batch job $(grep -c partition asked)"'
+    commands(monkeypatch, sbatch=sbatch, srun="exit 1", scancel="exit 1", sacct="exit 1",
+             squeue="echo '1|PENDING|Priority'", scontrol="exit 1")  # fmt: skip
+    line = [*tiny_overrides, "hydra/launcher=slurm", "hydra.launcher.partition=gpu", "wait=false"]
+    assert train.main(["-m", *line, "layer=1", "seed=0,1"]) == 0
+    assert train.main(["-m", *line, "layer=1", "seed=1,0"]) == 0  # the same sweep
+    assert Path("asked").read_text().count("#SBATCH --partition=gpu") == 1
+    assert "submitting 2 runs in 1 job" in capsys.readouterr().out
+    # Its job is gone without having done anything: then it is submitted again, and only then.
+    commands(monkeypatch, squeue="echo '2|PENDING|Priority'")
+    assert train.main(["-m", *line, "layer=1", "seed=0,1"]) == 0
+    assert train.main(["-m", *line, "layer=1", "seed=0,1"]) == 0
+    assert Path("asked").read_text().count("#SBATCH --partition=gpu") == 2
+    assert not Path("outputs").exists()
+
+
 @pytest.fixture
 def sweep(tiny_overrides: list[str]) -> Sweep:
     """Two runs: one finished, one not begun."""
@@ -257,7 +277,7 @@ def test_cancelling(sweep: Sweep, monkeypatch: pytest.MonkeyPatch,
     commands(monkeypatch, squeue=waiting, sacct="exit 1", scontrol="exit 1", scancel=asked)
     assert cancel.main([str(sweep.path)]) == 0
     assert f"cancelled 2 jobs of {sweep.path}: 7_1, 8" in capsys.readouterr().out
-    assert Path("asked").read_text() == "--quiet 7_1 8\n"
+    assert Path("asked").read_text() == "--quiet 8 7_1\n"
     assert [job.cancelled for job in record.jobs] == [False, True, True]
     assert cancel.main([]) == 1
     assert "reseed cancel takes one sweep" in capsys.readouterr().err

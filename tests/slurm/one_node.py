@@ -136,6 +136,10 @@ class Desk:
         ours = {job.job for job in self.jobs}
         return {job: found for job, found in queue().items() if job in ours}
 
+    def printed(self, job: Submitted) -> str:
+        """What a job said, in all of its lives."""
+        return (self.sweep.path / f"slurm/{job.job}_0_log.out").read_text()
+
     def trains(self) -> bool:
         """Whether every run has told how far it is."""
         return all(state.tokens for state in self.states)

@@ -81,10 +81,7 @@ def test_a_killed_job_is_failed_and_not_waited_for(
 
     assert train.main(["-m", *desk.line, "seed=0,1"]) == 0  # a new job, from the checkpoints
     assert len(desk.jobs) == 2
-    assert (
-        "going on after"
-        in Path(desk.sweep.path / f"slurm/{desk.jobs[1].job}_0_log.out").read_text()
-    )
+    assert "going on after" in desk.printed(desk.jobs[1])
     assert local(["-m", *desk.line, "seed=0,1"], monkeypatch, train) == 0
     assert_same_weights()
 
@@ -106,10 +103,24 @@ def test_a_time_limit_requeues_and_ends_bit_identical(
     desk.cluster.start_now(job.job)
     desk.cluster.wait_for(lambda: desk.states[0].state == "done")
     assert desk.jobs == [job]
-    log = (desk.sweep.path / f"slurm/{job.job}_0_log.out").read_text()
-    assert "going on after" in log
+    assert "going on after" in desk.printed(job)
     assert local(["-m", *desk.line, "seed=0"], monkeypatch, train) == 0
     assert_same_weights()
+
+
+def test_a_job_that_slurm_takes_away_and_starts_again_goes_on(desk: Desk) -> None:
+    """As by pre-emption with PreemptMode=REQUEUE: SIGTERM, and no word from us."""
+    line = ["-m", *desk.breaking("slow:0.5"), "seed=0", "wait=false"]
+    assert train.main(line) == 0
+    desk.cluster.wait_for(desk.trains)
+    (job,) = desk.jobs
+    subprocess.run(["scontrol", "requeue", job.job], check=True)
+    desk.cluster.wait_for(lambda: desk.states[0].state == "queued")
+    assert train.main(line) == 0  # it is in the queue: nothing is submitted
+    desk.cluster.start_now(job.job)
+    desk.cluster.wait_for(lambda: desk.states[0].state == "done")
+    assert desk.jobs == [job]
+    assert "going on after" in desk.printed(job)
 
 
 def test_out_of_retries(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +134,7 @@ def test_out_of_retries(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert status.main([desk.sweep.path.name]) == 0
     assert "2 failed" in capsys.readouterr().out
     assert train.main(["-m", *desk.line, "seed=0,1"]) == 0  # which is asked for anew
+    assert "going on after" in desk.printed(desk.jobs[1])
 
 
 def test_cancel(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,8 +149,10 @@ def test_cancel(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"cancelled 3 jobs of {desk.sweep.path}" in capsys.readouterr().out
     desk.cluster.wait_for(lambda: not desk.queue())
     assert {state.state for state in desk.states} == {"cancelled"}
-    # They were told in time: their state is that of the last step, not of an earlier checkpoint.
-    assert [run.record["status"] for run in RunStore("outputs").runs()] == ["interrupted"] * 2
+    runs = RunStore("outputs").runs()
+    assert [run.record["status"] for run in runs] == ["interrupted"] * 2
+    # There was time to save: no checkpoint was due within the first half minute.
+    assert all((run.path / "checkpoint.pt").is_file() for run in runs)
     assert cancel.main(["seeds"]) == 0
     assert "no job waits or runs" in capsys.readouterr().out
 

@@ -81,12 +81,12 @@ def last_states(jobs: Iterable[str]) -> dict[str, str]:
 
 
 def cancel(jobs: Iterable[str]) -> None:
-    """Cancel jobs. They are sent SIGTERM, and some seconds later SIGKILL.
+    """Cancel jobs, in this order. They are sent SIGTERM, and some seconds later SIGKILL.
 
     Raises:
         QueueError: SLURM does not answer.
     """
-    wanted = sorted(jobs)
+    wanted = list(jobs)
     if wanted:
         _asked("scancel", "--quiet", *wanted)
 

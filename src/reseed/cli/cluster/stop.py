@@ -23,5 +23,5 @@ def cancel_sweep(sweep: Sweep) -> list[str]:
             raise QueueError(f"nothing was cancelled: {seen.trouble}")
         ids = [job.job for job in seen.active]
         record.mark_cancelled(ids)
-        cancel(ids)
+        cancel(reversed(ids))  # those that wait for others first, before their turn comes
     return ids
