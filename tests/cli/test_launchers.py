@@ -148,6 +148,19 @@ def test_the_queue_and_how_jobs_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         queue()
 
 
+def test_the_plan_is_that_of_a_node(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which may have a device that is not here, and as much memory as was asked for."""
+    line = ["-m", *tiny_overrides, "seed=0,1", "hydra/launcher=slurm", "plan_only=true"]
+    assert train.main([*line, "runtime.device=cuda:7", "hydra.launcher.gpus_per_node=8"]) == 0
+    assert "plan: 2 runs in 1 job; runtime.tflops=" in capsys.readouterr().out
+    assert train.main([*line, "hydra.launcher.mem_gb=0.0001"]) == 0
+    assert "plan: 2 runs in 2 jobs; runtime.tflops=" in capsys.readouterr().out
+    assert train.main([*line, "runtime.tflops=400"]) == 0
+    assert "plan: 2 runs in 1 group, on cpu about 1 s" in capsys.readouterr().out
+
+
 def test_what_is_submitted_is_not_submitted_again(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -22,6 +22,11 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     from reseed.experiment import plan_missing
 
     plan = make_plan(line)
+    if plan.runtime.plan_only and line.launcher[0] == SLURM:
+        from reseed.cli.cluster.command import show_plan
+
+        show_plan(line, plan.jobs, plan.runtime)
+        return 0
     if plan.runtime.plan_only:
         plan_missing([job.resolved for job in plan.jobs], plan.runtime)
         return 0

@@ -61,6 +61,11 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     from reseed.sweeps import Sweep
 
     jobs, runtime = check_jobs(line, line.overrides, line.multirun)
+    if runtime.plan_only and line.launcher[0] == SLURM:
+        from reseed.cli.cluster.command import show_plan
+
+        show_plan(line, jobs, runtime)
+        return 0
     if runtime.plan_only:
         plan_missing([job.resolved for job in jobs], runtime)
         return 0

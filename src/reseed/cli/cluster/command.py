@@ -11,11 +11,12 @@ from reseed.cli.app import CommandLine
 from reseed.cli.cluster.settings import SlurmSettings
 from reseed.cli.cluster.states import DONE, Seen, counts, failed_jobs, other_jobs, states
 from reseed.cli.cluster.stop import cancel_sweep
-from reseed.cli.cluster.submit import Work, check_slurm, submit
+from reseed.cli.cluster.submit import Work, check_slurm, planning, submit
 from reseed.console import counted, say
 from reseed.runs import Interrupted, RunStore
 from reseed.sweeps import Sweep
 from reseed.train.config import RuntimeConfig
+from reseed.train.plan import make_plan
 
 if TYPE_CHECKING:
     from reseed.cli.jobs import Job
@@ -67,6 +68,24 @@ def launch(
         except KeyboardInterrupt as stop:
             raise _stopped(stop, sweep) from None
     return _ended(jobs, runtime, sweep, comparison, waited=bool(active))
+
+
+def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
+    """Print what would be submitted."""
+    settings = SlurmSettings.of(line.launcher[1])
+    store = RunStore(runtime.outputs)
+    distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
+    missing = [r for r in distinct if not r.run(store).finished]
+    plan = make_plan(missing, planning(settings, runtime))
+    if runtime.tflops is not None or not missing:  # else nothing is known of time on a node
+        plan.say(finished=len(distinct) - len(missing))
+        return
+    finished = len(distinct) - len(missing)
+    done = f" ({finished:,} more already finished)" if finished else ""
+    jobs_told = f"{counted(len(missing), 'run')} in {counted(len(plan.groups), 'job')}"
+    say(f"plan: {jobs_told}{done}; runtime.tflops=... would give hours")
+    for group in plan.groups:
+        say(f"  {group.described}")
 
 
 def _follow(sweep: Sweep, poll_s: float) -> None:

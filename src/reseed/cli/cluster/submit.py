@@ -87,7 +87,7 @@ def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submi
         new: list[Submitted] = []
         stage = _Stage(work, record)
         if missing:
-            groups = make_plan(missing, _planning(work)).groups
+            groups = make_plan(missing, planning(work.settings, work.runtime)).groups
             _say_plan(groups, active)
             new += stage.submit([_train(work, group) for group in groups], TRAIN, [])
         wanted = [c for c in work.cells or () if c not in compared]
@@ -134,13 +134,12 @@ def _missing(work: Work, active: Sequence[Submitted]) -> list[Resolved]:
     ]
 
 
-def _planning(work: Work) -> RuntimeConfig:
+def planning(s: SlurmSettings, r: RuntimeConfig) -> RuntimeConfig:
     """What groups are made for: a node, of which as much is known as was asked for.
 
     Of a GPU nothing is known: then a job takes all runs of one stream, and splits them itself where
     they do not fit, one part after the other.
     """
-    s, r = work.settings, work.runtime
     memory = r.memory_gib
     if memory is None:
         on_cpu = not s.gpus_per_node and s.gres is None and s.mem_gb is not None
