@@ -72,7 +72,9 @@ def _adam(
     )
     weight, grad = _rows(parameter), _rows(parameter.grad)
     moments = _rows(state["exp_avg"]), _rows(state["exp_avg_sq"])
-    given = weight, grad, *moments, renormalise, renormalise, np.array(numbers, dtype=np.float32)
+    with np.errstate(over="ignore"):  # a rate beyond float32 makes a run fail by its own check
+        scalars = np.array(numbers, dtype=np.float32)
+    given = weight, grad, *moments, renormalise, renormalise, scalars
     in_ranges(
         lambda start, stop: update.adam(*given, start, stop), len(weight), _COST * weight.shape[1]
     )
