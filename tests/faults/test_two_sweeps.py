@@ -67,7 +67,7 @@ def test_a_dead_owner_is_succeeded(forks: Forks, command: list[str]) -> None:
     ended = forks.end(other)
     assert ended.status == 0, ended.said
     assert TRAINED in ended.said
-    assert re.search(r"going on at step \d+ of 16", ended.said)
+    assert re.search(r"going on after [\d,]+ of 1,024 tokens", ended.said)
     assert found.finished
     assert (found.path / "sae.safetensors").read_bytes() == expected
     assert [name for name in os.listdir(found.path) if ".part-" in name] == []
@@ -102,6 +102,7 @@ def test_sweeps_that_overlap(forks: Forks, tiny_overrides: list[str]) -> None:
     slowly = SLOWLY | {"seconds": 0.02}
     ended = [forks.end(pid) for pid in [forks.start(sweep, slowly) for sweep in sweeps]]
     assert [end.status for end in ended] == [0, 0, 0], [end.said for end in ended]
-    counts = [int(n) for end in ended for n in re.findall(r"training (\d+) SAE", end.said)]
+    begun = r"(?:training|group \d+ of \d+:) (\d+) SAE"
+    counts = [int(n) for end in ended for n in re.findall(begun, end.said)]
     assert sum(counts) == 6
     assert all(run.finished for run in RunStore(folder).runs())
