@@ -14,7 +14,8 @@ from reseed.calibration import ACCEPTED, CalibrationError
 from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
 from reseed.config import ConfigError
-from reseed.experiment import Resolved, train_missing
+from reseed.experiment import Resolved
+from reseed.missing import train_missing
 from reseed.runs import Interrupted, Run, RunStore
 from reseed.train.config import RuntimeConfig
 from reseed.train.member import Member

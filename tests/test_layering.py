@@ -12,7 +12,7 @@ PACKAGE = SOURCE / "reseed"
 
 # What each part may import of ourselves; `cli` may import everything.
 TOP = {"cli", "__init__", "__main__"}
-BOTTOM = {"config", "atomic", "compiling", "console", "devices"}
+BOTTOM = {"config", "atomic", "compiling", "console", "devices", "locks", "ranks"}
 ALLOWED = {
     "activations": {"activations"},
     "sae": {"sae"},
@@ -25,12 +25,15 @@ ALLOWED = {
     "environment": set(),
     "sweeps": {"runs"},
     "calibration": set(),
-    "experiment": {"activations", "calibration", "sae", "train", "evaluate", "runs"},
+    "experiment": {"activations", "sae", "train", "runs"},
+    "missing": {"experiment", "calibration", "train", "runs"},
     "config": set(),
     "atomic": set(),
     "compiling": set(),
     "console": set(),
     "devices": set(),
+    "locks": set(),
+    "ranks": set(),
 }
 # Third-party packages that only some parts may import.
 ONLY = {

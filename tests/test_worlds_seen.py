@@ -15,7 +15,7 @@ from torch import Tensor
 from reseed.activations.worlds import Sample, World
 from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
-from reseed.experiment import train_missing
+from reseed.missing import train_missing
 from reseed.runs import Run, RunStore
 
 Learned = Callable[..., tuple[World, list[Run]]]

@@ -1,17 +1,13 @@
-"""One experiment: what is declared, its signature, and the flow that turns it into a run.
-
-declared  →  resolved (found, checked)  →  grouped by stream  →  trained  →  recorded
-"""
+"""One experiment: what is declared, what it resolves to, and the signature of its run."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +24,10 @@ from reseed.activations.surrogate import (
     opened,
     standing_in,
 )
-from reseed.atomic import DiskFullError
-from reseed.calibration import calibrate
 from reseed.config import Config, ConfigError, digest, setting
-from reseed.console import say
 from reseed.runs import Run, RunStore
 from reseed.sae.base import SAEConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
-from reseed.train.plan import Group, OutOfMemory, announce, make_plan
 
 SIGNATURE_VERSION = 1
 """Raised when code changes the results of every run."""
@@ -271,84 +263,6 @@ def cache_folder(runtime: RuntimeConfig) -> Path:
         return Path(chosen).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "reseed"
-
-
-def train_missing(
-    experiments: Sequence[Resolved], runtime: RuntimeConfig
-) -> dict[str, BaseException]:
-    """Train every experiment that has no finished run, those on one stream together.
-
-    Returns:
-        the error of each run that failed, by run id.
-    """
-    store = RunStore(runtime.outputs)
-    missing = [r for r in experiments if not r.run(store).finished]
-    plan = make_plan(missing, runtime)
-    if len(plan.groups) > 1:
-        plan.say(finished=len({r.signature for r in experiments}) - plan.runs)
-    # A weight is found for those that are trained: of finished runs it stands in the record.
-    ready, failures = calibrate(missing, store, partial(_train_groups, store, runtime))
-    failed = {run: r for r in missing if (run := r.run(store)).id in failures}
-    for run, resolved in failed.items():
-        with run.lock(waiting=say):
-            if run.finished:  # by another process, meanwhile
-                del failures[run.id]
-            else:
-                run.begin(resolved.record())
-                run.fail(failures[run.id])
-    return failures | _train_groups(store, runtime, ready)
-
-
-def plan_missing(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> None:
-    """Print what `train_missing` would do."""
-    store = RunStore(runtime.outputs)
-    distinct = {r.signature: r for r in experiments}.values()
-    missing = [r for r in distinct if not r.run(store).finished]
-    make_plan(missing, runtime).say(finished=len(distinct) - len(missing))
-
-
-def _train_groups(
-    store: RunStore, runtime: RuntimeConfig, experiments: Sequence[Resolved]
-) -> dict[str, BaseException]:
-    """Train what is not finished, group by group.
-
-    Runs that another process holds are left for the end, and only then waited for: it may have
-    finished them by then. A group for which memory does not suffice goes on in halves.
-    """
-    from reseed.train.fit import fit_group
-
-    plan = make_plan(experiments, runtime)
-    waiting = deque((group, False) for group in plan.groups)
-    failures: dict[str, BaseException] = {}
-    number = 0
-    while waiting:
-        group, patient = waiting.popleft()
-        members = {r.run(store): r for r in group.members}
-        with store.locks(list(members), say if patient else None) as owned:
-            others = [r for run, r in members.items() if run not in owned]
-            if others:
-                waiting.append((Group.of(others), True))
-            missing = [r for run, r in members.items() if run in owned and not run.finished]
-            if not missing:
-                continue
-            mine, number = Group.of(missing), number + 1
-            if not any(r.role for r in missing):  # a calibration tells of itself
-                announce(mine, plan.machine, number, of=number + len(waiting))
-            try:
-                failures |= fit_group(missing, store, runtime)
-            except OutOfMemory as error:
-                if len(missing) > 1:
-                    say(f"  {error}: going on with half of them")
-                    waiting.extendleft((half, True) for half in reversed(mine.halves()))
-                else:
-                    run = missing[0].run(store)
-                    run.fail(error)
-                    failures[run.id] = error
-            except DiskFullError:  # the next group would find it full too
-                raise
-            except Exception as error:  # recorded in each run's folder; other groups go on
-                failures |= {r.run(store).id: error for r in missing}
-    return failures
 
 
 def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int) -> None:

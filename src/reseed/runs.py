@@ -16,13 +16,11 @@ holds its lock; the operating system frees the lock of a process that died.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import signal
 import socket
-import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,6 +32,7 @@ from typing import TYPE_CHECKING, Any
 from reseed.atomic import atomic_write_json, remove_leftovers, room_for
 from reseed.config import SIGNATURE_LENGTH, ReseedError, digest
 from reseed.environment import environment
+from reseed.locks import take
 
 if TYPE_CHECKING:
     from reseed.sae.base import SAE
@@ -250,12 +249,10 @@ class Run:
         path = self.path / ".lock"
         if not path.exists():
             return False
-        with path.open("r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return True
-        return False
+        handle = take(path, shared=True, wait_s=0)
+        if handle is not None:
+            os.close(handle)
+        return handle is None
 
     @property
     def owner(self) -> str:
@@ -278,20 +275,24 @@ class Run:
         path = self.path / ".lock"
         with room_for(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        with file:
-            if not _taken(file.fileno()):
-                if waiting is None:
-                    yield False
-                    return
-                waiting(f"waiting for {self.id}: held by {self.owner}")
-                fcntl.flock(file, fcntl.LOCK_EX)
+            handle = take(path, wait_s=0.05)  # who only looks whether it is held is soon done
+        if handle is None and waiting is None:
+            yield False
+            return
+        if handle is None:
+            assert waiting is not None
+            waiting(f"waiting for {self.id}: held by {self.owner}")
+            handle = take(path)
+            assert handle is not None
+        try:
             with suppress(OSError):  # who owns it is for people; a full disk may keep it back
-                file.truncate(0)
+                os.truncate(handle, 0)
                 own = f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n"
-                os.write(file.fileno(), own.encode())
+                os.write(handle, own.encode())
             remove_leftovers(self.path)
             yield True
+        finally:
+            os.close(handle)
 
 
 class RunStore:
@@ -340,17 +341,6 @@ def _tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[st
         raise RunError(f"{path} cannot be read (truncated?): {error}") from error
 
 
-def _taken(handle: int) -> bool:
-    """Lock a file, unless another process holds it for longer than it takes to look at it."""
-    for patience in (0.05, 0.0):
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            time.sleep(patience)
-    return False
-
-
 def _was_drawn(training: Mapping[str, Any]) -> bool:
     """What ``start_is_drawn`` would be in a record from the time before it was recorded."""
     moved = training.get("aligned") or training.get("decoder", "free") != "free"
@@ -370,8 +360,3 @@ def load_run(path: str | Path) -> Run:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def seconds_since(start: float) -> float:
-    """Wall clock since ``start`` (time.perf_counter), in seconds, rounded to the millisecond."""
-    return round(time.perf_counter() - start, 3)

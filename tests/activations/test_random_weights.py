@@ -22,7 +22,8 @@ from reseed.activations.surrogate import standing_in
 from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
 from reseed.config import ConfigError
-from reseed.experiment import Resolved, train_missing
+from reseed.experiment import Resolved
+from reseed.missing import train_missing
 from reseed.runs import RunStore
 
 HOOK = Hookpoint("resid_post", 1)

@@ -120,7 +120,7 @@ def test_the_language_model_runs_for_one_chunk_only(
     from reseed.activations import chunks
     from reseed.cli.app import CommandLine
     from reseed.cli.jobs import check_jobs
-    from reseed.experiment import train_missing
+    from reseed.missing import train_missing
 
     asked: list[tuple[int, int]] = []
     original = chunks.Passage.of

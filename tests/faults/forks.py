@@ -102,7 +102,7 @@ _prepared: list[tuple[Any, Any]] = []
 
 def _trained(number: int) -> int:
     """What `reseed train` does once everything is composed and checked."""
-    from reseed.experiment import train_missing
+    from reseed.missing import train_missing
 
     failures = train_missing(*_prepared[number])
     for run, error in failures.items():

@@ -5,9 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reseed.sae import screen
+from reseed.sae.kernels import select as compiled
 from reseed.sae.pairs import ByLatent
-from reseed.sae.screen import screened_select
 from reseed.sae.sparse import sparse_decode, topk_encode
 from reseed.sae.tournament import largest
 
@@ -234,7 +233,7 @@ def screening_case(name):
 @pytest.mark.parametrize("k", [1, 8, 64])
 def test_the_bfloat16_screen_keeps_the_float32_top_k(name, k):
     x, W, b = screening_case(name)
-    values, indices = screened_select(x, W, b, k, descending=True)
+    values, indices = compiled.select(x, W, b, k, descending=True, screened=True)
     pre = x.double() @ W.double().T + b.double()
     # To float32's rounding: D + 2 roundings of sums of terms of this size.
     slack = 34 * 2.0**-23 * (x.norm(dim=1)[:, None] * W.norm(dim=1).max() + b.abs().max()).double()
@@ -247,7 +246,7 @@ def test_the_bfloat16_screen_keeps_the_float32_top_k(name, k):
 def test_the_bfloat16_screen_passes_nan_on():
     x, W, b = screening_case("plain")
     x[7, 3] = torch.nan
-    values, _ = screened_select(x, W, b, 4)
+    values, _ = compiled.select(x, W, b, 4, descending=False, screened=True)
     assert values[7].isnan().all()
     assert torch.isfinite(values[8]).all()
 
@@ -256,17 +255,17 @@ def test_the_screen_does_not_give_up_on_ordinary_rows(monkeypatch):
     """Else it would be slow, and never tested."""
     x, W, b = screening_case("plain")
 
-    def unexpected(*args, **kwargs):
+    def unexpected(*args):
         raise AssertionError("took the float32 product")
 
-    monkeypatch.setattr(screen, "float32_product", lambda *args, **kwargs: unexpected)
-    screened_select(x, W, b, 8)
+    monkeypatch.setattr(compiled, "_exact", unexpected)
+    compiled.select(x, W, b, 8, descending=False, screened=True)
 
 
 def test_the_error_bound_bounds_the_error():
     x, W, b = screening_case("heavy tails")
+    *_, bound = compiled.rough_product(x, W, b)
     rough = x.bfloat16().double() @ W.bfloat16().double().T + b.bfloat16().double()
-    error = (rough - (x.double() @ W.double().T + b.double())).abs().amax(1)
-    bound = screen._error_bound(x, x.bfloat16(), W, W.bfloat16(), b, b.bfloat16())
+    error = (rough - (x.double() @ W.double().T + b.double())).abs().amax(1).numpy()
     assert (error <= bound).all()
     assert error.max() > bound.max() / 100  # and is not absurdly wide

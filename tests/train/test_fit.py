@@ -19,7 +19,8 @@ import reseed
 from reseed.activations.hookpoint import Hookpoint
 from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
-from reseed.experiment import Resolved, train_missing
+from reseed.experiment import Resolved
+from reseed.missing import train_missing
 from reseed.runs import Run, RunStore
 from reseed.train.config import RuntimeConfig, TrainingConfig
 from reseed.train.member import Member

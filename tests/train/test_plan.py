@@ -15,7 +15,8 @@ from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
 from reseed.cli.main import main
 from reseed.devices import available_memory, is_out_of_memory
-from reseed.experiment import Resolved, train_missing
+from reseed.experiment import Resolved
+from reseed.missing import train_missing
 from reseed.runs import Run, RunStore
 from reseed.train.config import RuntimeConfig, TrainingConfig
 from reseed.train.cost import _step_flops, _weights, cost
@@ -147,7 +148,7 @@ def test_a_split_sweep_gives_the_same_numbers(jobs: Jobs) -> None:
     train_missing(together, runtime)
     apart, other = jobs("seed=0,1", "sae.num_latents=512", outputs="apart")
     tight = dataclasses.replace(other, memory_gib=cost(apart[:1]).memory * 1.01 / 2**30)
-    assert len(make_plan(apart, tight).groups) == 2
+    assert len(make_plan(apart, Machine.of(tight)).groups) == 2
     assert train_missing(apart, tight) == {}
     for a, b in zip(runs(together, runtime), runs(apart, other), strict=True):
         assert a.record["group"] != b.record["group"]
@@ -275,7 +276,7 @@ def test_a_plan_for_another_machine(jobs: Jobs) -> None:
 
 def test_calibrations_are_told_of(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
     members, runtime = jobs("sae=relu", "sae.target_l0=4,8", "seed=0,1")
-    plan = make_plan(members, runtime)
+    plan = make_plan(members, Machine.of(runtime))
     assert plan.calibrations == 2
     plan.say()
     assert "before that, 2 penalty weights found by calibration runs" in capsys.readouterr().out

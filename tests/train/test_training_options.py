@@ -13,7 +13,8 @@ from reseed.atomic import atomic_write_json
 from reseed.cli.app import CommandLine
 from reseed.cli.jobs import check_jobs
 from reseed.compare.load import load_dictionaries
-from reseed.experiment import Resolved, train_missing
+from reseed.experiment import Resolved
+from reseed.missing import train_missing
 from reseed.runs import INITIAL_FILE, Run, RunError, RunStore
 from reseed.sae.base import Step
 from reseed.sae.topk import TopKConfig

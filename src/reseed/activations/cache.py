@@ -19,7 +19,6 @@ Nothing but the standard library is imported here: `reseed cache` lists and clea
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import os
 import re
@@ -36,6 +35,7 @@ from typing import Any
 from reseed.atomic import atomic_write_json
 from reseed.config import digest
 from reseed.console import say
+from reseed.locks import take
 
 DIGITS = 24
 _ENTRY = re.compile(rf"-[0-9a-f]{{{DIGITS}}}$")
@@ -66,7 +66,7 @@ class Stored:
     @property
     def in_use(self) -> bool:
         """Whether a live process uses it."""
-        handle = _locked(self.path / ".use", fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = take(self.path / ".use", wait_s=0)
         if handle is None:
             return True
         os.close(handle)
@@ -103,7 +103,7 @@ class ActivationCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 path.mkdir(exist_ok=True)
-                use = _locked(path / ".use", fcntl.LOCK_SH)
+                use = take(path / ".use", shared=True)
                 if (path / "entry.json").is_file():
                     os.utime(path / "entry.json")
                 else:
@@ -151,7 +151,7 @@ class ActivationCache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Held for a moment, so it is waited for."""
-        handle = _locked(self.folder / ".lock", fcntl.LOCK_EX)
+        handle = take(self.folder / ".lock")
         try:
             yield
         finally:
@@ -250,7 +250,7 @@ class Entry:
         """Whether this process is the one that writes; it stays so while it uses the entry."""
         if self._writer is None:
             try:
-                handle = _locked(self.path / ".writer", fcntl.LOCK_EX | fcntl.LOCK_NB)
+                handle = take(self.path / ".writer", wait_s=0)
             except OSError:
                 return False
             if handle is None:
@@ -284,7 +284,7 @@ class Entry:
 
 def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
     """Do something to an entry that no live process uses; whether that was so."""
-    handle = _locked(entry.path / ".use", fcntl.LOCK_EX | fcntl.LOCK_NB)
+    handle = take(entry.path / ".use", wait_s=0)
     if handle is None:
         return False
     try:
@@ -292,23 +292,6 @@ def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
     finally:
         os.close(handle)
     return True
-
-
-def _locked(path: Path, how: int) -> int | None:
-    """Handle of a file, made if it is not there, with its lock; None where it is not to be had."""
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError:
-        handle = os.open(path, os.O_RDONLY)  # of another user
-    try:
-        fcntl.flock(handle, how)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
 
 
 def _stored(folder: Path) -> Stored | None:

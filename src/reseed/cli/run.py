@@ -19,16 +19,10 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         line.show(train.task, arguments)
         return 0
     from reseed.cli.plan import make_plan
-    from reseed.experiment import plan_missing
 
     plan = make_plan(line)
-    if plan.runtime.plan_only and line.launcher[0] == SLURM:
-        from reseed.cli.cluster.command import show_plan
-
-        show_plan(line, plan.jobs, plan.runtime)
-        return 0
     if plan.runtime.plan_only:
-        plan_missing([job.resolved for job in plan.jobs], plan.runtime)
+        train.show_plan(line, plan.jobs, plan.runtime)
         return 0
     plan.write()
     if line.launcher[0] == SLURM:

@@ -34,7 +34,7 @@ def train_many(configs: Sequence[DictConfig]) -> list[Any]:
         for each configuration the run's folder, or the exception with which it failed.
     """
     from reseed.cli.jobs import resolved_from
-    from reseed.experiment import train_missing
+    from reseed.missing import train_missing
     from reseed.runs import RunStore
 
     pairs = [resolved_from(config) for config in configs]
@@ -56,18 +56,12 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         line.show(task, arguments)
         return 0
     from reseed.cli.jobs import check_jobs
-    from reseed.experiment import plan_missing
     from reseed.runs import RunStore
     from reseed.sweeps import Sweep
 
     jobs, runtime = check_jobs(line, line.overrides, line.multirun)
-    if runtime.plan_only and line.launcher[0] == SLURM:
-        from reseed.cli.cluster.command import show_plan
-
-        show_plan(line, jobs, runtime)
-        return 0
     if runtime.plan_only:
-        plan_missing([job.resolved for job in jobs], runtime)
+        show_plan(line, jobs, runtime)
         return 0
     sweep = None
     if line.multirun or line.launcher[0] == SLURM:
@@ -75,6 +69,18 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         sweep = Sweep.of(runtime.sweeps, "train", signatures)
         sweep.write_manifest(jobs, RunStore(runtime.outputs))
     return train_jobs(line, [(line.overrides, jobs)], runtime, sweep)
+
+
+def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
+    """Print what would be trained; with hydra/launcher=slurm, what would be submitted."""
+    if line.launcher[0] == SLURM:
+        from reseed.cli.cluster import command
+
+        command.show_plan(line, jobs, runtime)
+    else:
+        from reseed.missing import plan_missing
+
+        plan_missing([job.resolved for job in jobs], runtime)
 
 
 def train_jobs(

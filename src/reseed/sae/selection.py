@@ -10,7 +10,6 @@ from torch import Tensor
 
 from reseed.sae import kernels
 from reseed.sae.product import block_rows, float32_product
-from reseed.sae.screen import screen_pays, screened_select
 from reseed.sae.tournament import largest
 
 
@@ -31,8 +30,6 @@ def select(
         from reseed.sae.kernels.select import select as compiled
 
         return compiled(rows, W_enc, b_enc, k, descending)
-    if screen_pays(rows, W_enc):
-        return screened_select(rows, W_enc, b_enc, k, descending)
     values = rows.new_empty(len(rows), k)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
     size = block_rows(rows, len(W_enc))

@@ -22,7 +22,7 @@ from reseed.console import counted, say
 from reseed.devices import free_memory, is_out_of_memory, pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.truth import TruthResult, measure_truth
-from reseed.runs import INITIAL_FILE, Run, RunStore, seconds_since
+from reseed.runs import INITIAL_FILE, Run, RunStore
 from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, Heartbeat, StopAtBorder, Stopped
 from reseed.train.config import RuntimeConfig
@@ -96,7 +96,7 @@ def _fit(
     started = time.perf_counter()
     if any(m.active for m in members):
         _train(members, runs, stream, runtime)
-    training_s = seconds_since(started)
+    training_s = _seconds_since(started)
 
     started = time.perf_counter()
     for member in members:
@@ -104,7 +104,7 @@ def _fit(
     sound = [m for m in members if m.error is None]
     measured = _measure(sound, source, first)
     truths = _measure_truth(measured, source, first)
-    timings = {"training_s": training_s, "held_out_s": seconds_since(started)}
+    timings = {"training_s": training_s, "held_out_s": _seconds_since(started)}
     failures: dict[str, BaseException] = {}
     for member, resolved, run in zip(members, group, runs, strict=True):
         if member.error is not None:
@@ -115,7 +115,7 @@ def _fit(
         own = measured[member.id], truths.get(member.id)
         _record(member, resolved, run, *own, timings | {"group_runs": len(group)})
     if not calibrating:
-        say(f"  {len(sound)} of {len(group)} runs finished in {seconds_since(clock):,.1f} s")
+        say(f"  {len(sound)} of {len(group)} runs finished in {_seconds_since(clock):,.1f} s")
     return failures
 
 
@@ -159,6 +159,11 @@ def _train(
         finally:
             border.restore()
     border.check()
+
+
+def _seconds_since(started: float) -> float:
+    """Wall clock, rounded to the millisecond."""
+    return round(time.perf_counter() - started, 3)
 
 
 def _end(stream: ChunkStream, member: Member) -> Position:

@@ -138,9 +138,8 @@ class Plan:
         )
 
 
-def make_plan(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> Plan:
+def make_plan(experiments: Sequence[Resolved], machine: Machine) -> Plan:
     """Group the distinct experiments; those first that were given first."""
-    machine = Machine.of(runtime)
     groups = [
         Group.of(part)
         for members in by_stream(experiments)

@@ -16,7 +16,7 @@ from reseed.console import counted, say
 from reseed.runs import Interrupted, RunStore
 from reseed.sweeps import Sweep
 from reseed.train.config import RuntimeConfig
-from reseed.train.plan import make_plan
+from reseed.train.plan import Machine, make_plan
 
 if TYPE_CHECKING:
     from reseed.cli.jobs import Job
@@ -76,7 +76,7 @@ def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) ->
     store = RunStore(runtime.outputs)
     distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
     missing = [r for r in distinct if not r.run(store).finished]
-    plan = make_plan(missing, planning(settings, runtime))
+    plan = make_plan(missing, Machine.of(planning(settings, runtime)))
     if runtime.tflops is not None or not missing:  # else nothing is known of time on a node
         plan.say(finished=len(distinct) - len(missing))
         return

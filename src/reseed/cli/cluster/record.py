@@ -8,8 +8,8 @@ sweeps/<sweep>/slurm/
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +18,7 @@ from pathlib import Path
 from reseed.atomic import atomic_write_json
 from reseed.cli.cluster.queue import InQueue
 from reseed.config import ReseedError
+from reseed.locks import take
 
 TRAIN, COMPARE, COLLECT = "train", "compare", "collect"
 
@@ -88,6 +89,9 @@ class Record:
     def lock(self) -> Iterator[None]:
         """Within it no other process submits or cancels jobs of this sweep."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / ".lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        handle = take(self.folder / ".lock")
+        assert handle is not None
+        try:
             yield
+        finally:
+            os.close(handle)

@@ -23,7 +23,7 @@ from reseed.experiment import Resolved, cache_folder
 from reseed.runs import RunStore
 from reseed.sweeps import Sweep
 from reseed.train.config import RuntimeConfig
-from reseed.train.plan import MEMORY_SHARE, Group, make_plan
+from reseed.train.plan import MEMORY_SHARE, Group, Machine, make_plan
 
 if TYPE_CHECKING:
     from submitit import AutoExecutor
@@ -87,7 +87,7 @@ def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submi
         new: list[Submitted] = []
         stage = _Stage(work, record)
         if missing:
-            groups = make_plan(missing, planning(work.settings, work.runtime)).groups
+            groups = make_plan(missing, Machine.of(planning(work.settings, work.runtime))).groups
             _say_plan(groups, active)
             new += stage.submit([_train(work, group) for group in groups], TRAIN, [])
         wanted = [c for c in work.cells or () if c not in compared]

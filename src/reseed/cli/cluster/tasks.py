@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class JobFailed(ReseedError):
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """A job.
 
     Attributes:
@@ -53,10 +54,11 @@ class Task:
                     stopped.again(self.give_up)
                 raise
 
+    @abstractmethod
     def work(self) -> None:
-        raise NotImplementedError
+        """What the job is for."""
 
-    def give_up(self, reason: str) -> None:
+    def give_up(self, reason: str) -> None:  # noqa: B027 (nothing, unless a job has runs)
         """The job will not be requeued any more."""
 
     def checkpoint(self) -> Any:
@@ -133,7 +135,8 @@ class Train(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
-        from reseed.experiment import resolve_experiment, train_missing
+        from reseed.experiment import resolve_experiment
+        from reseed.missing import train_missing
 
         resolved = [resolve_experiment(e, self.runtime) for e in self.experiments]
         for signature, found in zip(self.signatures, resolved, strict=True):

@@ -1,4 +1,14 @@
-"""The float32 top k through a bfloat16 product, compiled; `reseed.sae.screen` has the bounds.
+"""The float32 top k through a bfloat16 product, compiled: half the time on CPUs that have one.
+
+The rough product p̃ (inputs, weight and bias rounded, accumulated in float32, stored in bfloat16)
+differs from the true pre-activation p by at most ε in sum and a relative u in storage:
+
+    ε = ‖x̂‖‖δe‖ + ‖δx‖(‖ê‖ + ‖δe‖) + γ(‖x̂‖ + ‖δx‖)(‖ê‖ + ‖δe‖) + |δb| + γ|b|
+
+with hats for rounded values, δ for what rounding took away, and γ = 2(D + 2)2⁻²⁴ for both float32
+sums (Cauchy-Schwarz; the largest norm over the latents stands for each). If t is a lower bound of
+the k-th largest p̃ of a row, k latents have p ≥ t/(1 + u) − ε, so every member of the true top k has
+p̃ ≥ (1 − u)(t/(1 + u) − 2ε). Those are computed again in float32, and the k largest of them kept.
 
 For each row, while the rough product is in the cache:
 

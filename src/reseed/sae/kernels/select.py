@@ -12,7 +12,6 @@ from torch import Tensor
 from reseed.sae.kernels import buffers, choice, screening
 from reseed.sae.kernels.threads import in_blocks, in_ranges
 from reseed.sae.product import Product, prepacked_product
-from reseed.sae.screen import has_bfloat16
 
 BLOCK_ROWS = 128
 """Rows of a block: the product of one thread stays in its cache until it has been read."""
@@ -57,7 +56,15 @@ def screen_pays(rows: Tensor, W: Tensor) -> bool:
     """Whether the bfloat16 product is the faster way here."""
     num_latents, d_in = W.shape
     large = d_in >= MIN_D_IN and num_latents >= MIN_LATENTS and len(rows) >= MIN_ROWS
-    return large and has_bfloat16()
+    return large and _has_bfloat16()
+
+
+def _has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 natively (emulated, it is slower than float32)."""
+    try:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    except AttributeError:
+        return False
 
 
 def _exact(

@@ -1,0 +1,98 @@
+"""Train what is missing: experiments in, finished runs in the store.
+
+declared  →  resolved (`reseed.experiment`)  →  grouped (`reseed.train.plan`)  →
+calibrated, trained (`reseed.calibration`, `reseed.train.fit`)  →  recorded (`reseed.runs`)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+
+from reseed.atomic import DiskFullError
+from reseed.calibration import calibrate
+from reseed.console import say
+from reseed.experiment import Resolved
+from reseed.runs import RunStore
+from reseed.train.config import RuntimeConfig
+from reseed.train.plan import Group, Machine, OutOfMemory, announce, make_plan
+
+
+def train_missing(
+    experiments: Sequence[Resolved], runtime: RuntimeConfig
+) -> dict[str, BaseException]:
+    """Train every experiment that has no finished run, those on one stream together.
+
+    Returns:
+        the error of each run that failed, by run id.
+    """
+    store, machine = RunStore(runtime.outputs), Machine.of(runtime)
+    missing = [r for r in experiments if not r.run(store).finished]
+    plan = make_plan(missing, machine)
+    if len(plan.groups) > 1:
+        plan.say(finished=len({r.signature for r in experiments}) - plan.runs)
+    train = partial(_train_groups, store, runtime, machine)
+    # A weight is found for those that are trained: of finished runs it stands in the record.
+    ready, failures = calibrate(missing, store, train)
+    failed = {run: r for r in missing if (run := r.run(store)).id in failures}
+    for run, resolved in failed.items():
+        with run.lock(waiting=say):
+            if run.finished:  # by another process, meanwhile
+                del failures[run.id]
+            else:
+                run.begin(resolved.record())
+                run.fail(failures[run.id])
+    return failures | train(ready)
+
+
+def plan_missing(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> None:
+    """Print what `train_missing` would do."""
+    store = RunStore(runtime.outputs)
+    distinct = {r.signature: r for r in experiments}.values()
+    missing = [r for r in distinct if not r.run(store).finished]
+    make_plan(missing, Machine.of(runtime)).say(finished=len(distinct) - len(missing))
+
+
+def _train_groups(
+    store: RunStore, runtime: RuntimeConfig, machine: Machine, experiments: Sequence[Resolved]
+) -> dict[str, BaseException]:
+    """Train what is not finished, group by group.
+
+    Runs that another process holds are left for the end, and only then waited for: it may have
+    finished them by then. A group for which memory does not suffice goes on in halves.
+    """
+    from reseed.train.fit import fit_group
+
+    groups = make_plan(experiments, machine).groups
+    waiting = deque((group, False) for group in groups)
+    failures: dict[str, BaseException] = {}
+    number = 0
+    while waiting:
+        group, patient = waiting.popleft()
+        members = {r.run(store): r for r in group.members}
+        with store.locks(list(members), say if patient else None) as owned:
+            others = [r for run, r in members.items() if run not in owned]
+            if others:
+                waiting.append((Group.of(others), True))
+            missing = [r for run, r in members.items() if run in owned and not run.finished]
+            if not missing:
+                continue
+            mine, number = Group.of(missing), number + 1
+            if not any(r.role for r in missing):  # a calibration tells of itself
+                announce(mine, machine, number, of=number + len(waiting))
+            try:
+                failures |= fit_group(missing, store, runtime)
+            except OutOfMemory as error:
+                if len(missing) > 1:
+                    say(f"  {error}: going on with half of them")
+                    waiting.extendleft((half, True) for half in reversed(mine.halves()))
+                else:
+                    run = missing[0].run(store)
+                    run.fail(error)
+                    failures[run.id] = error
+            except DiskFullError:  # the next group would find it full too
+                raise
+            except Exception as error:  # recorded in each run's folder; other groups go on
+                failures |= {r.run(store).id: error for r in missing}
+    return failures
