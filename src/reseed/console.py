@@ -40,6 +40,11 @@ def now_and_then(every_s: float = 15.0) -> Callable[[str], None]:
     return told
 
 
+def mute() -> None:
+    """From here on `say` says nothing: another process says the same."""
+    console().quiet = True
+
+
 def say(message: str) -> None:
     """Print a line; markup is not interpreted, as names may hold brackets."""
     console().print(message, markup=False, soft_wrap=True)

@@ -33,9 +33,18 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def cpus() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that memory ran out, of a device or of the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if getattr(error, "out_of_memory", False):  # of another process of the team
         return True
     # The CPU's allocator has no exception of its own.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -11,18 +11,21 @@ from collections.abc import Sequence
 from functools import partial
 
 from reseed.atomic import DiskFullError
-from reseed.calibration import calibrate
+from reseed.calibration import Train, calibrate
 from reseed.console import say
 from reseed.experiment import Resolved
 from reseed.runs import RunStore
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import Group, Machine, OutOfMemory, announce, make_plan
+from reseed.train.team import Team, team_of
 
 
 def train_missing(
     experiments: Sequence[Resolved], runtime: RuntimeConfig
 ) -> dict[str, BaseException]:
     """Train every experiment that has no finished run, those on one stream together.
+
+    With ``runtime=ddp`` or ``spread`` by a team of processes, of which this one is the first.
 
     Returns:
         the error of each run that failed, by run id.
@@ -32,7 +35,14 @@ def train_missing(
     plan = make_plan(missing, machine)
     if len(plan.groups) > 1:
         plan.say(finished=len({r.signature for r in experiments}) - plan.runs)
-    train = partial(_train_groups, store, runtime, machine)
+    with team_of(runtime) as team:
+        train = partial(_train_groups, store, runtime, machine, team)
+        return _calibrate_and_train(missing, store, train)
+
+
+def _calibrate_and_train(
+    missing: Sequence[Resolved], store: RunStore, train: Train
+) -> dict[str, BaseException]:
     # A weight is found for those that are trained: of finished runs it stands in the record.
     ready, failures = calibrate(missing, store, train)
     failed = {run: r for r in missing if (run := r.run(store)).id in failures}
@@ -55,13 +65,18 @@ def plan_missing(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> Non
 
 
 def _train_groups(
-    store: RunStore, runtime: RuntimeConfig, machine: Machine, experiments: Sequence[Resolved]
+    store: RunStore,
+    runtime: RuntimeConfig,
+    machine: Machine,
+    team: Team,
+    experiments: Sequence[Resolved],
 ) -> dict[str, BaseException]:
     """Train what is not finished, group by group.
 
     Runs that another process holds are left for the end, and only then waited for: it may have
     finished them by then. A group for which memory does not suffice goes on in halves.
     """
+    from reseed.follow import Order, Part
     from reseed.train.fit import fit_group
 
     groups = make_plan(experiments, machine).groups
@@ -82,8 +97,10 @@ def _train_groups(
             if not any(r.role for r in missing):  # a calibration tells of itself
                 announce(mine, machine, number, of=number + len(waiting))
             try:
-                failures |= fit_group(missing, store, runtime)
+                order = Order(tuple(Part.of(r) for r in missing), runtime)
+                failures |= fit_group(missing, store, runtime, team, order)
             except OutOfMemory as error:
+                team.end(unheard=True)
                 if len(missing) > 1:
                     say(f"  {error}: going on with half of them")
                     waiting.extendleft((half, True) for half in reversed(mine.halves()))
@@ -94,5 +111,6 @@ def _train_groups(
             except DiskFullError:  # the next group would find it full too
                 raise
             except Exception as error:  # recorded in each run's folder; other groups go on
+                team.end(unheard=True)
                 failures |= {r.run(store).id: error for r in missing}
     return failures

@@ -186,6 +186,49 @@ def test_a_failing_member_is_told_of_with_its_traceback(
     assert 'raise RuntimeError("made to fail\\nin two lines")' in said
 
 
+TOGETHER = ["hydra.launcher.tasks_per_node=2", "runtime.device=cpu"]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "spread"])
+def test_tasks_of_a_job_train_together(
+    strategy: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Started by SLURM, they are the same as those that a command starts: bit for bit."""
+    line = ["-m", *desk.line, "sae=topk,batch_topk", "seed=0", f"runtime={strategy}"]
+    assert train.main([*line, *TOGETHER]) == 0
+    (job,) = desk.jobs
+    assert "2 of 2 runs finished" in desk.printed(job)
+    assert local([*line, "runtime.device=cpu", "runtime.ranks=2"], monkeypatch, train) == 0
+    assert_same_weights()
+
+
+def test_tasks_of_a_job_that_is_requeued_go_on_together(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["-m", *desk.breaking("slow:0.3"), "seed=0", "runtime=ddp", *TOGETHER, "wait=false"]
+    assert train.main(line) == 0
+    desk.cluster.wait_for(desk.trains)
+    (job,) = desk.jobs
+    subprocess.run(["scancel", "--signal=USR2", job.job], check=True)
+    desk.cluster.wait_for(lambda: desk.states[0].note == "requeued", 90)
+    desk.cluster.start_now(job.job)
+    desk.cluster.wait_for(lambda: desk.states[0].state == "done")
+    assert "going on after" in desk.printed(job)
+    own = ["runtime=ddp", "runtime.ranks=2", "runtime.device=cpu"]
+    assert local(["-m", *desk.line, "seed=0", *own], monkeypatch, train) == 0
+    assert_same_weights()
+
+
+def test_several_tasks_need_a_way_to_train_together(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main(["-m", *desk.line, "seed=0", "hydra.launcher.nodes=2"]) == 2
+    assert (
+        "`hydra.launcher.nodes` (=2) needs runtime=ddp or runtime=spread: with "
+        "runtime.strategy=single one process trains" in capsys.readouterr().err
+    )
+
+
 def test_what_slurm_refuses_is_told(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["-m", *desk.line, "seed=0", "hydra.launcher.partition=nowhere"]) == 1
     said = capsys.readouterr().err

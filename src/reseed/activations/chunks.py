@@ -9,9 +9,10 @@ M chunk_tokens · B batch · D d_in · L context_length
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from reseed.activations.shelf import Shelf
 from reseed.activations.stream import STRIPES, ChunkStream, Position, batches_available
 from reseed.activations.text import TextConfig
 from reseed.activations.tokens import Packing, TokenStore
+from reseed.ranks import ALONE, Ranks
 
 VERSION = 1
 """Raised when code changes the activations of a chunk: those on disk are then not found."""
@@ -89,16 +91,45 @@ class ActivationStream(ChunkStream):
         passage = Passage.of(self._epoch(epoch), first, first + rows * STRIPES)
 
         def computed(hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Tensor]:
-            order = self._permutation(c, rows)
-            place = torch.empty_like(order)
-            place[order] = torch.arange(len(order))
-            return passage.read_by(self.model, hookpoints, place, self._check_wanted)
+            place = self._places(c, rows, slice(0, STRIPES))
+            return passage.read_by(
+                self.model, hookpoints, place, self._check_wanted, self._together
+            )
 
         if self.shelf is None:
             found = computed(self.hookpoints)
         else:
-            found = self.shelf.get(c, passage.digest, self.hookpoints, computed, self.device)
+            found = self.shelf.get(
+                c, passage.digest, self.hookpoints, computed, self.device, self._together
+            )
         return {h: x.view(STRIPES, rows, -1) for h, x in found.items()}
+
+    def _own(self, c: int) -> dict[Hookpoint, Tensor]:
+        """The model reads the sequences of these stripes alone, unless the cache has the chunk."""
+        if self.stripes == slice(0, STRIPES):
+            return self._dealt(c)
+        epoch, first, rows = self._extent(c)
+        packing = self._epoch(epoch)
+        found = None
+        if self.shelf is not None:
+            whole = Passage.of(packing, first, first + rows * STRIPES)
+            found = self.shelf.find(c, whole.digest, self.hookpoints, self.device)
+        if found is not None:
+            return {h: x.view(STRIPES, rows, -1)[self.stripes].clone() for h, x in found.items()}
+        begin, end = first + self.stripes.start * rows, first + self.stripes.stop * rows
+        place = self._places(c, rows, self.stripes)
+        found = Passage.of(packing, begin, end).read_by(
+            self.model, self.hookpoints, place, self._check_wanted
+        )
+        return {h: x.view(-1, rows, x.shape[-1]) for h, x in found.items()}
+
+    def _places(self, c: int, rows: int, stripes: slice) -> Tensor:
+        """The row, among those of some stripes, where each of their activations goes."""
+        order = self._permutation(c, rows)[stripes.start * rows : stripes.stop * rows]
+        order = order - stripes.start * rows
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order))
+        return place
 
     def _extent(self, c: int) -> tuple[int, int, int]:
         """Epoch, first activation within it, and rows in a stripe of chunk ``c``."""
@@ -166,32 +197,40 @@ class Passage:
         hookpoints: Sequence[Hookpoint],
         place: Tensor | None = None,
         between: Callable[[], None] = lambda: None,
+        ranks: Ranks = ALONE,
     ) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
         """Its activations.
 
         Args:
             place: row of the result that each of them shall have; by default in reading order.
             between: called before each forward pass.
+            ranks: those that share the forward passes. Each has all activations in the end, the
+                same as one alone would have.
         """
         tokens = torch.from_numpy(self.sequences.astype(np.int64, copy=False))
-        rows = self._rows(place).to(model.device)
-        out: dict[Hookpoint, Tensor] = {}
-        begin = 0
+        filling = _Filling(self._rows(place).to(model.device), self.wanted)
+        shares = _shares(len(tokens), model.batch_sequences, ranks.count)
+        begin = shares[ranks.index].start * tokens.shape[1]
+        read: list[dict[Hookpoint, Tensor]] = []
         between()
-        for found in model.activations(tokens, hookpoints):
-            end = begin + next(iter(found.values())).shape[:2].numel()
-            for hookpoint, x in found.items():
-                buffer = out.get(hookpoint)
-                if buffer is None:
-                    buffer = torch.empty(
-                        self.wanted + 1, x.shape[-1], dtype=x.dtype, device=x.device
-                    )
-                    out[hookpoint] = buffer
-                # One copy, from where the model left it to where it stays.
-                buffer.index_copy_(0, rows[begin:end], x.flatten(0, 1))
-            begin = end
+        for found in model.activations(tokens[shares[ranks.index]], hookpoints):
+            filling.put(found, begin)
+            begin += next(iter(found.values())).shape[:2].numel()
+            if ranks.several:
+                read.append(found)
             between()
-        return {hookpoint: buffer[: self.wanted] for hookpoint, buffer in out.items()}
+        for source, share in enumerate(shares) if ranks.several else ():
+            for hookpoint in dict.fromkeys(hookpoints) if share.stop > share.start else ():
+                positions = (share.stop - share.start) * tokens.shape[1]
+                if source == ranks.index:
+                    x = torch.cat([found[hookpoint].flatten(0, 1) for found in read])
+                else:
+                    width = model.resolved.d_in(hookpoint)
+                    x = torch.empty(positions, width, dtype=model.dtype, device=model.device)
+                ranks.copy_(x, source, between)
+                if source != ranks.index:
+                    filling.put({hookpoint: x}, share.start * tokens.shape[1])
+        return filling.done
 
     def _rows(self, place: Tensor | None) -> Int[Tensor, " positions"]:
         """Where the activation of each position goes; those not meant go to one row at the end."""
@@ -200,6 +239,39 @@ class Passage:
         rows = np.full(len(number), self.wanted, dtype=np.int64)
         rows[meant] = np.arange(self.wanted) if place is None else place.numpy()
         return torch.from_numpy(rows)
+
+
+class _Filling:
+    """Activations on their way to their rows.
+
+    Args:
+        rows: of each position that the model reads; `wanted` for those that are not meant.
+        wanted: how many rows there are.
+    """
+
+    def __init__(self, rows: Int[Tensor, " positions"], wanted: int) -> None:
+        self.rows, self.wanted = rows, wanted
+        self._out: dict[Hookpoint, Tensor] = {}
+
+    def put(self, found: Mapping[Hookpoint, Tensor], begin: int) -> None:
+        """Those of consecutive positions from ``begin`` on."""
+        for hookpoint, x in found.items():
+            x = x.flatten(0, -2)
+            if hookpoint not in self._out:
+                self._out[hookpoint] = x.new_empty(self.wanted + 1, x.shape[-1])
+            # One copy, from where the model left it to where it stays.
+            self._out[hookpoint].index_copy_(0, self.rows[begin : begin + len(x)], x)
+
+    @property
+    def done(self) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
+        return {hookpoint: buffer[: self.wanted] for hookpoint, buffer in self._out.items()}
+
+
+def _shares(sequences: int, at_once: int, count: int) -> list[slice]:
+    """Which sequences each of several ranks reads: whole passes, the same as one alone makes."""
+    passes = -(-sequences // at_once)
+    bounds = [min(passes * r // count * at_once, sequences) for r in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(bounds)]
 
 
 def held_out_chunks(

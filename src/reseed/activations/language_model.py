@@ -213,12 +213,13 @@ class LanguageModel:
         self.resolved = resolved
         self.device = torch.device(device)
         self.batch_sequences = resolved.config.batch_sequences
+        self.dtype = DTYPES[resolved.config.dtype]
 
     @cached_property
     def model(self) -> nn.Module:
         """The model with its weights, on the device."""
         found = self.resolved
-        dtype, attention = DTYPES[found.config.dtype], found.config.attention
+        dtype, attention = self.dtype, found.config.attention
         if found.random_seed is None:
             model = weights.trained(_weights_folder(found), dtype, attention)
         else:

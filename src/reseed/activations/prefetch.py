@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from reseed.devices import cpus
 
 Chunk = dict[Any, Tensor]
 
@@ -119,5 +120,4 @@ def pays(device: torch.device) -> bool:
     (measured with one thread on two cores: benchmarks/README.md)."""
     if device.type != "cpu":
         return True
-    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 2 * torch.get_num_threads() <= (there or 1)
+    return 2 * torch.get_num_threads() <= cpus()

@@ -13,6 +13,7 @@ from reseed.activations.chunk_file import Damaged, read_chunk, write_chunk
 from reseed.activations.hookpoint import Hookpoint
 from reseed.config import digest
 from reseed.console import say
+from reseed.ranks import ALONE, Ranks
 
 _MARGIN = 512
 """Bytes of a file beside the activations, at most."""
@@ -40,6 +41,7 @@ class Shelf:
         hookpoints: Sequence[Hookpoint],
         compute: Callable[[Sequence[Hookpoint]], dict[Hookpoint, Tensor]],
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> dict[Hookpoint, Tensor]:
         """Chunk ``c`` at each of the hookpoints.
 
@@ -47,18 +49,34 @@ class Shelf:
             tokens: digest of what the model reads for it.
             compute: makes it at some hookpoints; called for those that are not there, if any.
             device: where it shall be.
+            ranks: those that compute it together, where one of them does not find it.
         """
         found: dict[Hookpoint, Tensor] = {}
         for hookpoint in hookpoints:
             x = self._read(hookpoint, c, tokens)
             if x is not None:
                 found[hookpoint] = x.to(device)
-        missing = [hookpoint for hookpoint in hookpoints if hookpoint not in found]
+        lacking = torch.tensor([hookpoint not in found for hookpoint in hookpoints]).int()
+        lacks = ranks.largest_(lacking.to(ranks.device)).tolist()
+        missing = [h for h, lacked in zip(hookpoints, lacks, strict=True) if lacked]
         if missing:
             for hookpoint, x in compute(missing).items():
-                self._write(hookpoint, c, tokens, x)
+                if ranks.leads:
+                    self._write(hookpoint, c, tokens, x)
                 found[hookpoint] = x
         return {hookpoint: found[hookpoint] for hookpoint in hookpoints}
+
+    def find(
+        self, c: int, tokens: str, hookpoints: Sequence[Hookpoint], device: torch.device
+    ) -> dict[Hookpoint, Tensor] | None:
+        """Chunk ``c``, if it is there at all of the hookpoints."""
+        found: dict[Hookpoint, Tensor] = {}
+        for hookpoint in hookpoints:
+            x = self._read(hookpoint, c, tokens)
+            if x is None:
+                return None
+            found[hookpoint] = x.to(device)
+        return found
 
     def _read(self, hookpoint: Hookpoint, c: int, tokens: str) -> Tensor | None:
         entry = self._entry(hookpoint)

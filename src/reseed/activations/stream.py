@@ -24,6 +24,7 @@ from torch import Tensor
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.prefetch import Prefetch, pays
 from reseed.config import Config, ConfigError, setting
+from reseed.ranks import ALONE, Ranks
 
 STRIPES = 8
 """Parts into which each chunk is dealt; a batch takes the same number of tokens from each."""
@@ -70,6 +71,9 @@ class ChunkStream(ABC):
         config: order and chunk size.
         hookpoints: where activations are read, all in one pass.
         device: where they are.
+
+    Attributes:
+        stripes: those that this rank reads.
     """
 
     def __init__(
@@ -78,6 +82,8 @@ class ChunkStream(ABC):
         self.config = config
         self.hookpoints = tuple(dict.fromkeys(hookpoints))
         self.device = device
+        self.stripes = slice(0, STRIPES)
+        self._together = ALONE
         self._latest: tuple[int, dict[Hookpoint, Tensor]] = (-1, {})
         self._prefetch: Prefetch | None = None
         self._end: tuple[Position, int] = (Position(0, 0), STRIPES)
@@ -86,6 +92,37 @@ class ChunkStream(ABC):
     @abstractmethod
     def _dealt(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
         """Chunk ``c``, its activations dealt into stripes and permuted by `_permutation`."""
+
+    def _own(self, c: int) -> dict[Hookpoint, Float[Tensor, "own rows d_in"]]:
+        """Those stripes of chunk ``c`` that this rank reads. A source that can compute them alone
+        overrides this."""
+        if self.stripes == slice(0, STRIPES):
+            return self._dealt(c)
+        # A copy, so that the rest is freed.
+        return {hook: x[self.stripes].clone() for hook, x in self._dealt(c).items()}
+
+    def divide(self, ranks: Ranks) -> None:
+        """From here on read an equal share of the stripes of each chunk.
+
+        Args:
+            ranks: of which each reads stripes of its own; their number divides `STRIPES`.
+        """
+        if STRIPES % ranks.count:
+            raise ValueError(f"`ranks.count` (={ranks.count}) must divide the {STRIPES} stripes")
+        if ranks.several:
+            share = STRIPES // ranks.count
+            self.stripes = slice(ranks.index * share, (ranks.index + 1) * share)
+            self._latest = (-1, {})
+
+    def compute_together(self, ranks: Ranks) -> None:
+        """From here on share the work of making each chunk, which every rank then has whole.
+
+        All ranks ask for the same chunks in the same order. Sources that are cheap to compute are
+        computed by each.
+        """
+        if ranks.several:
+            self._together = ranks.channel()
+            self._latest = (-1, {})  # not every rank may have it
 
     def num_batches(self, batch_size: int) -> int | None:
         """Batches that there are, or None where they never end."""
@@ -107,12 +144,13 @@ class ChunkStream(ABC):
     def chunk(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
         """Chunk ``c``, dealt into stripes and permuted, in the source's dtype on its device.
 
+        Of the stripes those that this rank reads (`divide`): all of them, unless said otherwise.
         The latest chunk is kept, as most are asked for many times; it is freed before the next
         one is computed, unless that is done ahead (`prefetching`).
         """
         if self._latest[0] != c:
             self._latest = (-1, {})
-            made = self._dealt(c) if self._prefetch is None else self._prefetch.take(c)
+            made = self._own(c) if self._prefetch is None else self._prefetch.take(c)
             self._latest = (c, made)
         if self._prefetch is not None and self._looked_after != c:
             self._looked_after = c
@@ -138,7 +176,7 @@ class ChunkStream(ABC):
         if not (pays(self.device) if wanted is None else wanted):
             yield
             return
-        self._prefetch = Prefetch(self._dealt, self.device)
+        self._prefetch = Prefetch(self._own, self.device)
         self._end, self._looked_after = (stop, batch_size), -1
         try:
             yield
@@ -154,7 +192,7 @@ class ChunkStream(ABC):
             at = self.position(step, batch_size)
             rows = slice(at.row, at.row + part)
             chunk = self.chunk(at.chunk)
-            yield {h: x[:, rows].reshape(batch_size, -1) for h, x in chunk.items()}
+            yield {h: x[:, rows].flatten(0, 1) for h, x in chunk.items()}
             del chunk
             step += 1
 

@@ -18,6 +18,7 @@ from reseed.sae.base import SAE, Loss, Step
 from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
 from reseed.sae.pairs import SparseLatents
+from reseed.sae.shared_batch import smallest_of
 from reseed.sae.sparse import batch_topk_encode, sparse_error
 
 
@@ -111,10 +112,10 @@ class BatchSparse(SAE):
     @torch.no_grad()
     def _follow(self, kept: Float[Tensor, " pairs"], rate: float) -> None:
         """θ towards the smallest kept activation; at the first batch, all the way."""
-        if len(kept):
-            smallest = kept.min()
-            moved = torch.lerp(self.threshold, smallest, rate)
-            self.threshold.copy_(torch.where(self.threshold > 0, moved, smallest))
+        smallest = smallest_of(kept)
+        moved = torch.lerp(self.threshold, smallest, rate)
+        moved = torch.where(self.threshold > 0, moved, smallest)
+        self.threshold.copy_(torch.where(smallest == torch.inf, self.threshold, moved))
 
 
 @final

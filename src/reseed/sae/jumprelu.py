@@ -17,6 +17,7 @@ from reseed.sae.auxk import auxk_term
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.jumprelu_loss import jumprelu_terms
 from reseed.sae.losses import warmed_up
+from reseed.sae.shared_batch import batch_mean
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ class JumpReLU(SAE):
         if self.config.penalty == "step":
             return squared_error, l0, l0, fired, error
         assert self.config.target_l0 is not None
-        return squared_error, (l0 / self.config.target_l0 - 1).square(), l0, fired, error
+        off = batch_mean(l0) / self.config.target_l0 - 1
+        return squared_error, off.square(), l0, fired, error
 
     def _pre_activations(
         self, x: Float[Tensor, "*batch d_in"]

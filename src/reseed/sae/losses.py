@@ -7,15 +7,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.sae import kernels
+from reseed.sae.shared_batch import shared_variance
 
 
 def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Σ‖x − x̄‖² over the batch: the squared error of predicting the batch's own mean."""
+    """Σ‖x − x̄‖² over the batch: the squared error of predicting the batch's own mean.
+
+    Where ranks share the batch, an equal share of that of the whole (`reseed.sae.shared_batch`).
+    """
     if kernels.serve(x) and not x.requires_grad and len(x):
         from reseed.sae.kernels import batch
 
-        return batch.total_variance(x)
-    return (x - x.mean(0)).square_().sum()
+        own = batch.total_variance(x)
+    else:
+        own = (x - x.mean(0)).square_().sum()
+    return shared_variance(x, own)
 
 
 def fvu(squared_error: Float[Tensor, ""], variance: Float[Tensor, ""]) -> Float[Tensor, ""]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reseed.sae import kernels
 from reseed.sae.product import block_rows, float32_product
+from reseed.sae.shared_batch import sharing
 from reseed.sae.tournament import largest
 
 
@@ -42,6 +43,8 @@ def select(
 
 _FIRST_GUESS = 2
 """In units of k: how many candidates each row sends to `select_in_batch` at first."""
+_FIRST_SHARE = 1.25
+"""In units of k: how many candidates for each of its rows a rank sends at first."""
 
 
 @torch.no_grad()
@@ -53,21 +56,66 @@ def select_in_batch(
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
     """The k·B (rounded, at least 1) largest pre-activations of the batch that are positive.
 
-    Every row sends its largest few; the k·B-th of them is a lower bound of the k·B-th of all. A
-    row that sent nothing below that bound may hold more, and sends all that reach it: the choice
-    is exact.
+    Where ranks share the batch, those of them that are among this rank's rows.
 
     Returns:
         Values, rows and latents of the pairs, sorted by row and then by latent.
     """
-    num_latents, count = len(W_enc), max(1, round(k * len(rows)))
+    ranks = sharing()
+    if not ranks.several:
+        return _largest_in_batch(rows, W_enc, b_enc, max(1, round(k * len(rows))))
+    whole = max(1, round(k * len(rows) * ranks.count))
+    wanted = math.ceil(_FIRST_SHARE * whole / ranks.count)
+    while True:
+        wanted = min(wanted, whole, len(rows) * len(W_enc))
+        values, owners, latents = _largest_in_batch(rows, W_enc, b_enc, wanted)
+        bound, before, equal = _cut(ranks.gather(values), whole, ranks.index)
+        # One that sent nothing below the cut may hold more.
+        short = len(values) == wanted < min(whole, len(rows) * len(W_enc))
+        short = short and bool(values.min() > bound)
+        if not int(ranks.largest_(torch.tensor(int(short), device=rows.device))):
+            break
+        wanted *= 2
+    kept = ~(values <= bound)  # NaN is to be seen
+    at_bound = (values == bound).nonzero().squeeze(1)
+    kept[at_bound[: max(0, equal - before)]] = True
+    return values[kept], owners[kept], latents[kept]
+
+
+def _cut(everyones: list[Tensor], count: int, index: int) -> tuple[Tensor, int, int]:
+    """The ``count``-th largest of what all ranks have, or 0 where there are no more.
+
+    Returns:
+        it; how many equal to it ranks before ``index`` have; how many of these are to be taken.
+    """
+    values = torch.cat(everyones)
+    if len(values) <= count:
+        return values.new_zeros(()), 0, 0
+    bound = values.topk(count, sorted=False).values.amin()
+    before = sum(int((each == bound).sum()) for each in everyones[:index])
+    return bound, before, count - int((~(values <= bound)).sum())
+
+
+def _largest_in_batch(
+    rows: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    count: int,
+) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
+    """The ``count`` largest of these rows.
+
+    Every row sends its largest few; the k·B-th of them is a lower bound of the k·B-th of all. A
+    row that sent nothing below that bound may hold more, and sends all that reach it: the choice
+    is exact.
+    """
+    num_latents = len(W_enc)
     if kernels.serve(rows, W_enc, b_enc):
         from reseed.sae.kernels.select_in_batch import select_in_batch as compiled
 
         found = compiled(rows, W_enc, b_enc, count)
         if found is not None:
             return found
-    width = min(num_latents, math.ceil(_FIRST_GUESS * k))
+    width = min(num_latents, math.ceil(_FIRST_GUESS * count / len(rows)))
     values, latents = select(rows, W_enc, b_enc, width)
     keys = latents + num_latents * torch.arange(len(rows), device=rows.device)[:, None]
     if width < num_latents:

@@ -25,12 +25,22 @@ class Bookkeeper(L.Callback):
 
     A checkpoint belongs to a run, not to a group: whatever the next command groups together, a
     run goes on from its own. Members saved at different steps wait for each other.
+
+    Args:
+        folders: of the members, by id.
+        keeps: whether anything is written: of ranks that train the same SAEs, one does.
+        waits: whether others need this rank to read the stream to its end.
     """
 
     def __init__(
-        self, folders: Mapping[str, Path], log_every_steps: int, checkpoint_every_s: float
+        self,
+        folders: Mapping[str, Path],
+        log_every_steps: int,
+        checkpoint_every_s: float,
+        keeps: bool = True,
+        waits: bool = False,
     ) -> None:
-        self.folders = folders
+        self.folders, self.keeps, self.waits = folders, keeps, waits
         self.log_every_steps = log_every_steps
         self.checkpoint_every_s = checkpoint_every_s
         self.started = self.saved = time.perf_counter()
@@ -57,7 +67,7 @@ class Bookkeeper(L.Callback):
         spared = 20 * self.cost if self.checkpoint_every_s >= 1 else 0.0
         if time.perf_counter() - self.saved >= max(self.checkpoint_every_s, spared):
             self.save(pl_module)
-        if not pl_module.working:
+        if not (pl_module.working or self.waits):
             trainer.should_stop = True
 
     def save(self, module: GroupModule) -> None:
@@ -70,7 +80,7 @@ class Bookkeeper(L.Callback):
         self.cost = self.saved - started
 
     def _save(self, member: Member) -> None:
-        if member.broken:
+        if member.broken or not self.keeps:
             return  # the last sound checkpoint stands
         folder = self.folders[member.id]
         member.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
@@ -99,10 +109,14 @@ class StopAtBorder(L.Callback):
 
     While the next activations are computed, which may take long, that is at once. A second SIGINT
     ends it without another checkpoint; the last one stands.
+
+    Args:
+        agrees: whether several ranks make each step together, and so end after the same one. Then
+            the activations are waited for.
     """
 
-    def __init__(self, bookkeeper: Bookkeeper) -> None:
-        self.bookkeeper = bookkeeper
+    def __init__(self, bookkeeper: Bookkeeper, agrees: bool = False) -> None:
+        self.bookkeeper, self.agrees = bookkeeper, agrees
         self.signal: int | None = None
         self.stepping = False
         self.module: GroupModule | None = None
@@ -138,16 +152,17 @@ class StopAtBorder(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.signal is not None:
+        if pl_module.stopping if self.agrees else self.signal is not None:
+            self.signal = self.signal or signal.SIGTERM  # another rank had it
             self.bookkeeper.save(pl_module)
             trainer.should_stop = True
         self.stepping = False
-        if self.signal is not None and not trainer.should_stop:
+        if self.signal is not None and not (trainer.should_stop or self.agrees):
             raise Stopped  # it came between these lines
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # Between batches every member is whole.
-        if isinstance(exception, Stopped) and not self.stepping:
+        if isinstance(exception, Stopped) and not (self.stepping or self.agrees):
             self.bookkeeper.save(pl_module)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -155,9 +170,11 @@ class StopAtBorder(L.Callback):
         if again and number != signal.SIGINT:
             return
         self.signal = self.signal or number
-        if self.module is not None:
+        if self.module is not None and self.agrees:
+            self.module.wish = True
+        elif self.module is not None:
             self.module.stopping = True
-        if again or not self.stepping:
+        if again or not (self.stepping or self.agrees):
             raise Stopped
 
 

@@ -156,6 +156,9 @@ class TrainingConfig(Config, family="training"):
         return self.dead_after_tokens or max(1, min(10_000_000, self.tokens // 10))
 
 
+STRATEGIES = ("single", "ddp", "spread")
+
+
 @dataclass(frozen=True)
 class RuntimeConfig(Config, family="runtime"):
     """Where and how, never what: no field enters a signature."""
@@ -163,7 +166,13 @@ class RuntimeConfig(Config, family="runtime"):
     device: str = setting("auto", signed=False)
     """auto, cpu, cuda or cuda:N."""
     threads: int | None = setting(None, at_least=1, signed=False)
-    """CPU threads of torch; null: torch's own choice."""
+    """CPU threads of torch, in each process; null: torch's own choice, an equal share of the CPUs
+    where several processes train together on them."""
+    strategy: str = setting("single", choices=STRATEGIES, signed=False, neutral="single")
+    """How several processes train a group: ``ddp``, each a part of every batch; ``spread``, each
+    some of its SAEs; ``single``: there is one."""
+    ranks: int | None = setting(None, at_least=1, signed=False, neutral=None)
+    """How many processes train together on this machine; null: one on each GPU."""
     outputs: str = setting("outputs", signed=False)
     sweeps: str = setting("sweeps", signed=False)
     cache: str | None = setting(None, signed=False)
@@ -201,6 +210,26 @@ class RuntimeConfig(Config, family="runtime"):
         return ActivationCache(folder, int(self.activation_cache_gib * 2**30))
 
     def validate(self) -> None:
+        if self.strategy == "single" and self.ranks not in (None, 1):
+            raise ConfigError(
+                f"{{key}} (={self.ranks}) needs runtime=ddp or runtime=spread: with "
+                "runtime.strategy=single one process trains",
+                "ranks",
+            )
+        from reseed.activations.stream import STRIPES
+
+        if self.strategy == "ddp" and self.ranks is not None and STRIPES % self.ranks:
+            raise ConfigError(
+                f"{{key}} must divide {STRIPES} with runtime=ddp: each chunk is dealt into "
+                f"{STRIPES} stripes, of which every process reads whole ones; got {self.ranks}",
+                "ranks",
+            )
+        if self.strategy != "single" and ":" in self.device:
+            raise ConfigError(
+                f"{{key}} must be auto, cpu or cuda with runtime={self.strategy}, where each "
+                f"process has a device of its own; got {self.device}",
+                "device",
+            )
         if self.activation_cache is not None and Path(self.activation_cache).is_file():
             raise ConfigError(
                 f"{{key}} must be a folder; got {self.activation_cache}, which is a file",

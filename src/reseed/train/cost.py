@@ -43,16 +43,20 @@ class Cost:
         return _FLOAT * self.parameters
 
 
-def cost(group: Sequence[Resolved]) -> Cost:
+def cost(group: Sequence[Resolved], beside: Sequence[Resolved] = ()) -> Cost:
     """What a group takes that trains in one pass of its source.
+
+    Args:
+        beside: further runs whose hookpoints are read too, as other processes train them.
 
     Counted are the products: those of the source, and those of each SAE's step (with what Muon or
     an archetypal decoder adds); then 12 operations per weight for Adam. Bytes: the source's
     weights; of each SAE weights, two moments and the copy that is measured and stored; gradients of
     one of them, as they are freed before the next one's turn; chunks; the work space of a step.
     """
-    hooks = [r.experiment.hook for r in group]
-    widths = {r.experiment.hook: r.d_in for r in group}
+    read = [*group, *beside]
+    hooks = [r.experiment.hook for r in read]
+    widths = {r.experiment.hook: r.d_in for r in read}
     flops = max(r.tokens for r in group) * group[0].source_flops(hooks)
     memory = float(group[0].data.weight_bytes)
     memory += _CHUNKS * _FLOAT * group[0].data.config.chunk_tokens * sum(widths.values())
@@ -61,7 +65,7 @@ def cost(group: Sequence[Resolved]) -> Cost:
     for r in group:
         parameters += 2 * r.num_latents * r.d_in + r.num_latents + r.d_in
         memory += 4 * _FLOAT * _weights(r)
-        flops += r.experiment.training.steps * _step_flops(r)
+        flops += r.experiment.training.steps * step_flops(r)
     return Cost(flops, memory, parameters)
 
 
@@ -74,7 +78,8 @@ def _weights(resolved: Resolved) -> int:
     return weights
 
 
-def _step_flops(resolved: Resolved) -> float:
+def step_flops(resolved: Resolved) -> float:
+    """Floating-point operations of one training step, about."""
     e, rows, columns = resolved.experiment, resolved.num_latents, resolved.d_in
     product = 2.0 * rows * columns * e.training.batch_size
     flops = e.sae.dense_products * product + 12.0 * _weights(resolved)

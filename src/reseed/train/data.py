@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import lightning as L
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.stream import STRIPES, ChunkStream, Position
+from reseed.ranks import ALONE, Ranks
 
 LONGEST_STEPS = 64
 """A block holds at most so many batches of the smallest size, but one of every size always."""
@@ -46,13 +48,19 @@ class StreamDataset(IterableDataset[Block]):
         batch_sizes: those of the members.
         start: where the first batch begins that anybody lacks.
         stop: where the last batch that anybody wants ends.
+        ranks: those that make each step together, and so take the same blocks.
     """
 
     def __init__(
-        self, stream: ChunkStream, batch_sizes: Sequence[int], start: Position, stop: Position
+        self,
+        stream: ChunkStream,
+        batch_sizes: Sequence[int],
+        start: Position,
+        stop: Position,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
-        self.stream, self.start, self.stop = stream, start, stop
+        self.stream, self.start, self.stop, self.ranks = stream, start, stop, ranks
         parts = [size // STRIPES for size in batch_sizes]
         self.unit, self.smallest = math.lcm(*parts), min(parts)
         self._most = max(1, LONGEST_STEPS * self.smallest // self.unit)
@@ -70,7 +78,7 @@ class StreamDataset(IterableDataset[Block]):
         if rows - row < self.smallest:  # of what is left nobody can make a batch
             return
         dealt = self.stream.chunk(chunk)
-        row_bytes = STRIPES * sum(x.shape[2] * x.element_size() for x in dealt.values())
+        row_bytes = sum(len(x) * x.shape[2] * x.element_size() for x in dealt.values())
         most = max(1, min(self._most, LONGEST_BYTES // (row_bytes * self.unit)))
         while row < rows and Position(chunk, row) < self.stop:
             end = min(row + min(self._units, most) * self.unit, rows)
@@ -81,6 +89,8 @@ class StreamDataset(IterableDataset[Block]):
 
     def _pace(self, seconds: float) -> None:
         """Choose the length of the next block by what was done with the last one."""
+        if self.ranks.several:
+            seconds = float(self.ranks.largest_(torch.tensor(seconds)))
         if seconds < TURN_S / 2:
             self._units = min(2 * self._units, self._most)
         elif seconds > TURN_S:

@@ -7,38 +7,49 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from reseed.activations.source import ActivationSource
 from reseed.activations.stream import STRIPES, ChunkStream, Position
 from reseed.atomic import DiskFullError, atomic_write
 from reseed.config import ReseedError
 from reseed.console import counted, say
-from reseed.devices import free_memory, is_out_of_memory, pick_device
+from reseed.devices import cpus, free_memory, is_out_of_memory, pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.truth import TruthResult, measure_truth
+from reseed.ranks import ALONE, Ranks
 from reseed.runs import INITIAL_FILE, Run, RunStore
 from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, Heartbeat, StopAtBorder, Stopped
 from reseed.train.config import RuntimeConfig
 from reseed.train.data import ActivationData, StreamDataset
-from reseed.train.member import Member, NotFiniteError
+from reseed.train.member import Member
 from reseed.train.module import GroupModule
-from reseed.train.plan import OutOfMemory
+from reseed.train.plan import OutOfMemory, spread
+from reseed.train.strategy import trainer_options
+from reseed.train.team import Team
 
 if TYPE_CHECKING:
     from reseed.experiment import Resolved
 
 
 def fit_group(
-    group: Sequence[Resolved], store: RunStore, runtime: RuntimeConfig
+    group: Sequence[Resolved],
+    store: RunStore,
+    runtime: RuntimeConfig,
+    team: Team | None = None,
+    order: Any = None,
 ) -> dict[str, BaseException]:
     """Train, measure and record the runs of a group. The caller holds their locks.
+
+    Args:
+        team: the processes that train; by default this one alone.
+        order: what its followers are told (`reseed.follow`).
 
     Returns:
         the error of each run that failed, by run id. One that fails does not stop the others.
@@ -53,7 +64,9 @@ def fit_group(
     for resolved, run in zip(group, runs, strict=True):
         run.begin(resolved.record() | {"group": [r.signature for r in group]})
     try:
-        return _fit(group, runs, runtime, clock)
+        ranks = Ranks(device=pick_device(runtime.device)) if team is None else team.ranks
+        ranks.tell(order)
+        failures = fit_share(group, runs, runtime, ranks)
     except (KeyboardInterrupt, DiskFullError):
         _interrupt(runs)
         raise
@@ -65,6 +78,11 @@ def fit_group(
                     run.fail(error)
             raise
         reason = str(error).splitlines()[0]
+    else:
+        if not any(r.role for r in group):  # a calibration says of itself what there is to say
+            sound, took = len(runs) - len(failures), _seconds_since(clock)
+            say(f"  {sound} of {len(runs)} runs finished in {took:,.1f} s")
+        return failures
     # Outside of the handler: the error holds on to every frame, and so to the memory.
     _interrupt(runs)
     free_memory()
@@ -78,75 +96,152 @@ def _interrupt(runs: Sequence[Run]) -> None:
                 run.update(status="interrupted")
 
 
-def _fit(
-    group: Sequence[Resolved], runs: Sequence[Run], runtime: RuntimeConfig, clock: float
+def fit_share(
+    group: Sequence[Resolved], runs: Sequence[Run], runtime: RuntimeConfig, ranks: Ranks
 ) -> dict[str, BaseException]:
-    first = group[0]
-    device = pick_device(runtime.device)
+    """What one process does of a group: all of it, unless it has company.
+
+    With ``runtime=ddp`` every rank trains all SAEs on its stripes of each chunk, and the first one
+    records; with ``runtime=spread`` each trains and records SAEs of its own, and all make the
+    chunks together. All ranks call it together.
+
+    Returns:
+        the error of each run of the group that failed, by run id.
+    """
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    elif ranks.several and ranks.device.type == "cpu":
+        torch.set_num_threads(max(1, cpus() // ranks.local_count))
+    share = Share.of(group, runs, runtime, ranks)
+    first = group[0]
     needed = max(r.experiment.training.tokens for r in group)
-    source = first.open(device, needed, runtime.open_cache())
+    source = first.open(ranks.device, needed, runtime.open_cache())
     stream = source.stream([r.experiment.hook for r in group])
     wanted = [(r.experiment.training.batch_size, r.experiment.training.steps) for r in group]
     source.check_length(stream, wanted, first.data.label)
-    calibrating = any(r.role for r in group)  # which says of itself what there is to say
 
-    members = [_member(r, run, source, stream) for r, run in zip(group, runs, strict=True)]
+    members = [_member(r, run, source, stream, share.of_batch) for r, run in share.own]
+    if runtime.strategy == "ddp":
+        stream.divide(ranks)
+    else:
+        stream.compute_together(ranks)
     started = time.perf_counter()
-    if any(m.active for m in members):
-        _train(members, runs, stream, runtime)
+    _train(members, wanted, share, stream, runtime)
     training_s = _seconds_since(started)
-
-    started = time.perf_counter()
     for member in members:
         _check(member)
-    sound = [m for m in members if m.error is None]
-    measured = _measure(sound, source, first)
-    truths = _measure_truth(measured, source, first)
-    timings = {"training_s": training_s, "held_out_s": _seconds_since(started)}
     failures: dict[str, BaseException] = {}
-    for member, resolved, run in zip(members, group, runs, strict=True):
+    if share.keeps:
+        timings = {"training_s": training_s, "group_runs": len(group)}
+        failures = _finish(members, share.own, source, timings)
+    if not ranks.several:
+        return failures
+    # Errors as words: not every exception can be sent.
+    told = ranks.collect({run: str(error) for run, error in failures.items()})
+    return {run: ReseedError(words) for each in told for run, words in each.items()} | failures
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank does of a group.
+
+    Attributes:
+        ranks: this one among all.
+        own: the runs that it trains.
+        keeps: whether it writes checkpoints and results.
+        of_batch: those that share each batch.
+    """
+
+    ranks: Ranks
+    own: tuple[tuple[Resolved, Run], ...]
+    keeps: bool
+    of_batch: Ranks
+
+    @classmethod
+    def of(
+        cls, group: Sequence[Resolved], runs: Sequence[Run], runtime: RuntimeConfig, ranks: Ranks
+    ) -> Share:
+        pairs = tuple(zip(group, runs, strict=True))
+        if runtime.strategy == "ddp":
+            return cls(ranks, pairs, ranks.leads, ranks)
+        own = spread(group, ranks.count)[ranks.index]
+        return cls(ranks, tuple(pairs[i] for i in own), True, ALONE)
+
+    @property
+    def waits(self) -> bool:
+        """Whether others need it for every chunk, whatever it has left to do."""
+        return self.ranks.several and not self.of_batch.several
+
+
+def _finish(
+    members: Sequence[Member],
+    own: Sequence[tuple[Resolved, Run]],
+    source: ActivationSource,
+    timings: dict[str, Any],
+) -> dict[str, BaseException]:
+    """Measure and record; the errors of those that failed."""
+    started = time.perf_counter()
+    sound = [m for m in members if m.error is None]
+    measured = _measure(sound, source, [resolved for resolved, _ in own])
+    truths = _measure_truth(measured, source, [resolved for resolved, _ in own])
+    timings = timings | {"held_out_s": _seconds_since(started)}
+    failures: dict[str, BaseException] = {}
+    for member, (resolved, run) in zip(members, own, strict=True):
         if member.error is not None:
             failures[run.id] = member.error
             step = getattr(member.error, "step", member.step)
             run.fail(member.error, failed_at_step=step)
-            continue
-        own = measured[member.id], truths.get(member.id)
-        _record(member, resolved, run, *own, timings | {"group_runs": len(group)})
-    if not calibrating:
-        say(f"  {len(sound)} of {len(group)} runs finished in {_seconds_since(clock):,.1f} s")
+        else:
+            truth = truths.get(member.id)
+            _record(member, resolved, run, measured[member.id], truth, timings)
     return failures
 
 
 def _train(
-    members: Sequence[Member], runs: Sequence[Run], stream: ChunkStream, runtime: RuntimeConfig
+    members: Sequence[Member],
+    wanted: Sequence[tuple[int, int]],
+    share: Share,
+    stream: ChunkStream,
+    runtime: RuntimeConfig,
 ) -> None:
-    module = GroupModule(members, stream)
-    folders = {run.id: run.path for run in runs}
-    books = Bookkeeper(folders, runtime.log_every_steps, runtime.checkpoint_every_s)
-    border = StopAtBorder(books)
-    progress = GroupProgress(members, runtime.progress)
-    heartbeat = Heartbeat(members, folders, runtime.heartbeat_every_s)
-    if progress.first:
-        say(f"  going on after {progress.first:,} of {progress.total:,} tokens")
-    device = stream.device
+    """Make the steps that are lacking.
+
+    Args:
+        members: those of this rank.
+        wanted: batch size and steps of each run of the group.
+    """
+    begin = [stream.position(m.step, m.training.batch_size) for m in members if m.active]
+    starts = [at for at in share.ranks.collect(min(begin, default=None)) if at is not None]
+    if not starts:
+        return
+    module = GroupModule(members, stream, share.of_batch)
+    folders = {run.id: run.path for _, run in share.own}
+    books = Bookkeeper(
+        folders, runtime.log_every_steps, runtime.checkpoint_every_s, share.keeps, share.waits
+    )
+    border = StopAtBorder(books, agrees=share.of_batch.several)
+    callbacks: list[L.Callback] = [books, border]
+    if members:
+        progress = GroupProgress(members, runtime.progress and share.ranks.leads)
+        callbacks.append(progress)
+        if progress.first and share.ranks.leads:
+            say(f"  going on after {progress.first:,} of {progress.total:,} tokens")
+    if share.keeps:
+        callbacks.append(Heartbeat(members, folders, runtime.heartbeat_every_s))
     with _quiet_lightning():
         trainer = L.Trainer(
-            accelerator="gpu" if device.type == "cuda" else "cpu",
-            devices=[device.index or 0] if device.type == "cuda" else 1,
             max_epochs=1,
-            callbacks=[books, border, progress, heartbeat],
-            plugins=[LightningEnvironment()],  # under SLURM too: who submits also requeues
-            logger=_loggers(runtime),
+            callbacks=callbacks,
+            logger=_loggers(runtime) if share.keeps else False,
             enable_checkpointing=False,  # checkpoints belong to runs: see Bookkeeper
             enable_model_summary=False,
+            enable_progress_bar=bool(members),
             use_distributed_sampler=False,
+            **trainer_options(share.ranks, stream.device),
         )
-        sizes = [m.training.batch_size for m in members]
-        start = min(stream.position(m.step, m.training.batch_size) for m in members if m.active)
-        stop = max(_end(stream, m) for m in members)
-        dataset = StreamDataset(stream, sizes, start, stop)
+        sizes = [size for size, _ in wanted]
+        stop = max(_end(stream, size, steps) for size, steps in wanted)
+        dataset = StreamDataset(stream, sizes, min(starts), stop, share.of_batch)
         try:
             with stream.prefetching(stop, min(sizes), runtime.prefetch):
                 trainer.fit(module, datamodule=ActivationData(dataset))
@@ -166,19 +261,19 @@ def _seconds_since(started: float) -> float:
     return round(time.perf_counter() - started, 3)
 
 
-def _end(stream: ChunkStream, member: Member) -> Position:
-    """Where a member's last batch ends."""
-    size = member.training.batch_size
-    last = stream.position(member.training.steps - 1, size)
+def _end(stream: ChunkStream, size: int, steps: int) -> Position:
+    """Where the last of so many batches ends."""
+    last = stream.position(steps - 1, size)
     return Position(last.chunk, last.row + size // STRIPES)
 
 
-def _member(resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream) -> Member:
+def _member(
+    resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream, ranks: Ranks
+) -> Member:
     """The run's state: from its checkpoint, or from the first chunk of activations."""
     e = resolved.experiment
-    member = Member(
-        run.id, e.hook, resolved.sae, e.training, resolved.d_in, resolved.init_seed, source.device
-    )
+    given = (run.id, e.hook, resolved.sae, e.training, resolved.d_in, resolved.init_seed)
+    member = Member(*given, source.device, ranks)
     if resolved.role == "steered":
         member.steer()
     with member.failing_alone():
@@ -198,27 +293,28 @@ def _begin(member: Member, run: Run, source: ActivationSource, stream: ChunkStre
             ) from error
     truth = None if source.world is None else source.world.dictionary
     member.start(stream.chunk(0)[member.hookpoint].flatten(0, 1), truth)
-    member.save_start(run.path / INITIAL_FILE)
+    if member.ranks.leads:
+        member.save_start(run.path / INITIAL_FILE)
 
 
 def _measure(
-    members: Sequence[Member], source: ActivationSource, first: Resolved
+    members: Sequence[Member], source: ActivationSource, group: Sequence[Resolved]
 ) -> dict[str, Reconstruction]:
     if not members:
         return {}
-    dataset = first.experiment.dataset
+    dataset = group[0].experiment.dataset
     hooks = [m.hookpoint for m in members]
     chunks = source.held_out(hooks, dataset.held_out_tokens)
     return measure({m.id: (m.hookpoint, m.result()) for m in members}, chunks)
 
 
 def _measure_truth(
-    measured: Mapping[str, Reconstruction], source: ActivationSource, first: Resolved
+    measured: Mapping[str, Reconstruction], source: ActivationSource, group: Sequence[Resolved]
 ) -> dict[str, TruthResult]:
     """Against the features of a world, on the same held-out tokens; of a model nothing."""
     if source.world is None or not measured:
         return {}
-    samples = source.held_out_samples(first.experiment.dataset.held_out_tokens)
+    samples = source.held_out_samples(group[0].experiment.dataset.held_out_tokens)
     return measure_truth({id: m.sae for id, m in measured.items()}, source.world, samples)
 
 
@@ -226,7 +322,7 @@ def _check(member: Member) -> None:
     if member.error is None:
         try:
             member.check_weights()
-        except NotFiniteError as error:
+        except ReseedError as error:
             member.error = error
 
 

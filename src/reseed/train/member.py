@@ -22,8 +22,10 @@ from reseed.atomic import DiskFullError, atomic_write, atomic_write_bytes, atomi
 from reseed.config import ReseedError, digest
 from reseed.console import say
 from reseed.devices import is_out_of_memory
-from reseed.sae.base import SAE, SAEConfig, Step
+from reseed.ranks import ALONE, Ranks
+from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.losses import total_variance
+from reseed.sae.shared_batch import batch_shared_by
 from reseed.train.archetypes import begin, make_archetypal, plain
 from reseed.train.config import TrainingConfig
 from reseed.train.median import geometric_median
@@ -100,6 +102,7 @@ class Member:
         d_in: width of the activations.
         init_seed: seed of the weights.
         device: where it trains.
+        ranks: those that each train it on their part of every batch, all in the same way.
     """
 
     def __init__(
@@ -111,8 +114,9 @@ class Member:
         d_in: int,
         init_seed: int,
         device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.id, self.hookpoint, self.training = id, hookpoint, training
+        self.id, self.hookpoint, self.training, self.ranks = id, hookpoint, training, ranks
         generator = torch.Generator().manual_seed(init_seed)
         self.sae: SAE = config.build(d_in, generator).to(device)
         self.init_seed = init_seed
@@ -158,6 +162,8 @@ class Member:
         except Exception as error:
             if is_out_of_memory(error):  # of the machine, like the disk, which they share
                 raise
+            if self.ranks.several and not isinstance(error, ReseedError):
+                raise  # the others may not know of it, and would wait
             self.error = error
             say(f"failed: {self.id}: {error}")
 
@@ -230,15 +236,17 @@ class Member:
         """One optimiser step on raw activations ``x``.
 
         Args:
-            x: [batch, d_in], in the model's dtype.
+            x: [batch, d_in], in the model's dtype; this rank's part where several share the batch.
             optimizer: this member's, as the trainer wraps it.
         """
         x = x.to(torch.float32) * self.scale
         step = Step(self.step, self.training.steps)
         self.optimizer.set_lr(self._rate(step))
-        with self._precision(), self._decoder_made_once():
+        with batch_shared_by(self.ranks), self._precision(), self._decoder_made_once():
             loss = self.sae.training_loss(x, step, self.dead)
             loss.total.backward()
+        if self.ranks.several:
+            loss = self._over_ranks(loss)
         optimizer.step()
         optimizer.zero_grad()
         if self.steering is not None:
@@ -247,11 +255,38 @@ class Member:
         self._count(x, loss)
         self.step += 1
 
+    def _over_ranks(self, loss: Loss) -> Loss:
+        """What the whole batch says: the mean of gradients and terms, the sum of counts."""
+        gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
+        self.ranks.mean_(gradients)
+        means = [loss.total.detach(), loss.l0, *loss.parts.values()]
+        sums = torch.cat([loss.fired.double(), torch.stack([loss.squared_error, *means]).double()])
+        self.ranks.sum_(sums)
+        fired, (squared_error, *means) = sums[: len(loss.fired)], sums[len(loss.fired) :]
+        total, l0, *parts = (mean / self.ranks.count for mean in means)
+        return Loss(
+            total=total,
+            parts=dict(zip(loss.parts, parts, strict=True)),
+            fired=fired.long(),
+            squared_error=squared_error,
+            l0=l0,
+        )
+
     def check_weights(self) -> None:
-        """Raise `NotFiniteError` where the last update spoilt the weights."""
+        """Raise `NotFiniteError` where the last update spoilt the weights.
+
+        Where several ranks train it, also `ReseedError` where they have not come to the same.
+        """
         weights = [*self.sae.parameters(), *self.optimizer.evaluation_weights().values()]
         if not all(bool(torch.isfinite(p).all()) for p in weights):
             raise NotFiniteError("the weights are", self.step)
+        if self.ranks.several:
+            own = [float(p.detach().double().sum()) for p in weights]
+            if any(other != own for other in self.ranks.collect(own)):
+                raise ReseedError(
+                    f"{self.id}: the ranks that trained it together hold different weights: are "
+                    "their devices and versions the same?"
+                )
 
     def log(self, seconds: float) -> dict[str, float]:
         """Close a row of the curve: means since the last one.
@@ -343,13 +378,14 @@ class Member:
             decay_fraction=self.training.decay_fraction,
         )
 
-    def _count(self, x: Tensor, loss: Any) -> None:
-        self.tokens_since_fired += len(x)
+    def _count(self, x: Tensor, loss: Loss) -> None:
+        self.tokens_since_fired += len(x) * self.ranks.count
         self.tokens_since_fired.masked_fill_(loss.fired > 0, 0)
         now = torch.full_like(self._first_bad, self.step)
         is_first = ~torch.isfinite(loss.total.detach()) & (self._first_bad < 0)
         self._first_bad = torch.where(is_first, now, self._first_bad)
-        variance = total_variance(x)
+        with batch_shared_by(self.ranks):
+            variance = total_variance(x) * self.ranks.count
         self._tally.add(
             loss=loss.total,
             squared_error=loss.squared_error,

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from reseed.activations.stream import STRIPES, ChunkStream
+from reseed.ranks import ALONE, Ranks
 from reseed.train.data import Block
 from reseed.train.member import Member
 
@@ -20,19 +21,26 @@ class GroupModule(L.LightningModule):
     Members do not see each other: no sum and no random draw is shared between them, so that a
     member's numbers are those of the run trained alone. One that fails is out; the others go on.
 
+    Args:
+        ranks: those that share each batch, and make each step together.
+
     Attributes:
         after_step: called with a member after each of its steps; may set its `error`.
         stopping: whether to leave the block as it is after the present step.
+        wish: whether this rank wants to stop; where ranks share each batch, they stop together.
     """
 
-    def __init__(self, members: Sequence[Member], stream: ChunkStream) -> None:
+    def __init__(
+        self, members: Sequence[Member], stream: ChunkStream, ranks: Ranks = ALONE
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.members = list(members)
         self.saes = nn.ModuleList(member.sae for member in members)
         self.stream = stream
         self.after_step: Callable[[Member], None] = lambda member: None
-        self.stopping = False
+        self.ranks = ranks
+        self.stopping = self.wish = False
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         return [member.optimizer for member in self.members]
@@ -45,6 +53,8 @@ class GroupModule(L.LightningModule):
                 with member.failing_alone():
                     member.train(x, optimizer)
                     self.after_step(member)
+                if self.ranks.several:
+                    self.stopping = bool(self.ranks.largest_(torch.tensor(int(self.wish))))
                 if self.stopping:
                     return None
         return None
@@ -58,7 +68,7 @@ class GroupModule(L.LightningModule):
         x = block.activations[member.hookpoint]
         for number in range((block.stop - block.start) // part):
             if member.active and member.step == first + number:
-                yield x[:, number * part : (number + 1) * part].reshape(size, -1)
+                yield x[:, number * part : (number + 1) * part].flatten(0, 1)
 
     @property
     def working(self) -> bool:

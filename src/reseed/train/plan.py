@@ -8,7 +8,7 @@ fit, as each of them needs a pass of its own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,8 @@ import torch
 from reseed.config import ReseedError
 from reseed.console import counted, say
 from reseed.devices import available_memory, pick_device
-from reseed.train.cost import STEP_EFFICIENCY, Cost, cost, product_speed
+from reseed.train.cost import STEP_EFFICIENCY, Cost, cost, product_speed, step_flops
+from reseed.train.team import team_size
 
 if TYPE_CHECKING:
     from reseed.experiment import Resolved
@@ -50,6 +51,10 @@ class Group:
             f"{_where(self.members)}: {_tokens(self.members)}, {size(self.cost.memory)}"
         )
 
+    def needs(self, machine: Machine) -> float:
+        """Bytes that it takes in each process, at the most."""
+        return machine.needs(self.members)
+
     def halves(self) -> tuple[Group, Group]:
         """Two groups of about the same size. Needs two members."""
         middle = len(self.members) // 2
@@ -62,28 +67,51 @@ class Machine:
 
     Attributes:
         device: where.
-        memory: bytes that a group may take.
-        speed: floating-point operations per second of a plain product.
+        memory: bytes that a group may take, in each process that trains it.
+        speed: floating-point operations per second of a plain product, in each.
+        strategy: how several processes train a group (`RuntimeConfig.strategy`).
+        ranks: how many there are.
     """
 
     device: torch.device
     memory: float
     speed: float
+    strategy: str = "single"
+    ranks: int = 1
 
     @classmethod
     def of(cls, runtime: RuntimeConfig) -> Machine:
         """This one, as far as the runtime does not describe another."""
         device = pick_device(runtime.device)
+        ranks = team_size(runtime)
+        shared = ranks if device.type == "cpu" else 1  # processes share the host, not a GPU
         if runtime.memory_gib is not None:
             memory = runtime.memory_gib * 2**30
         else:
-            memory = MEMORY_SHARE * available_memory(device)
-        speed = product_speed(device) if runtime.tflops is None else runtime.tflops * 1e12
-        return cls(device, memory, speed)
+            memory = MEMORY_SHARE * available_memory(device) / shared
+        if runtime.tflops is not None:
+            speed = runtime.tflops * 1e12
+        else:
+            speed = product_speed(device) / shared
+        return cls(device, memory, speed, runtime.strategy, ranks)
+
+    @property
+    def described(self) -> str:
+        """``cpu``; ``4 processes (cuda, ddp)``."""
+        if self.ranks == 1:
+            return self.device.type
+        return f"{self.ranks} processes ({self.device.type}, {self.strategy})"
 
     def seconds(self, cost: Cost) -> float:
         """About how long something takes."""
-        return cost.flops / (STEP_EFFICIENCY * self.speed)
+        return cost.flops / (STEP_EFFICIENCY * self.speed * self.ranks)
+
+    def needs(self, members: Sequence[Resolved]) -> float:
+        """Bytes that a group takes in the process that has the most of it."""
+        if self.strategy != "spread" or self.ranks == 1:
+            return cost(members).memory
+        parts = [[members[i] for i in part] for part in spread(members, self.ranks)]
+        return max(cost(part, members).memory for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -117,8 +145,9 @@ class Plan:
         done = f" ({finished:,} more already finished)" if finished else ""
         say(
             f"plan: {counted(self.runs, 'run')} in {counted(len(costs), 'group')}{done}, on "
-            f"{self.machine.device.type} about {duration(seconds)}, at most "
-            f"{size(max(c.memory for c in costs))} of memory, weights of "
+            f"{self.machine.described} about {duration(seconds)}, at most "
+            f"{size(max(group.needs(self.machine) for group in self.groups))} of memory"
+            f"{' in each' if self.machine.ranks > 1 else ''}, weights of "
             f"{size(sum(c.stored for c in costs))}"
         )
         for number, group in enumerate(self.groups, 1):
@@ -128,13 +157,13 @@ class Plan:
             say(f"  before that, {cells} found by calibration runs (2 to 9 for each)")
 
     def _line(self, group: Group) -> str:
-        crowded = ""
-        if group.cost.memory > self.machine.memory:
+        crowded, needs = "", group.needs(self.machine)
+        if needs > self.machine.memory:
             crowded = f" (more than the {size(self.machine.memory)} that may be taken)"
         return (
             f"{counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
             f"{_where(group.members)}: {_tokens(group.members)}, about "
-            f"{duration(self.machine.seconds(group.cost))}, {size(group.cost.memory)}{crowded}"
+            f"{duration(self.machine.seconds(group.cost))}, {size(needs)}{crowded}"
         )
 
 
@@ -143,7 +172,7 @@ def make_plan(experiments: Sequence[Resolved], machine: Machine) -> Plan:
     groups = [
         Group.of(part)
         for members in by_stream(experiments)
-        for part in fitting(members, machine.memory)
+        for part in fitting(members, machine.memory, machine.needs)
     ]
     cells = {r.without_seeds().signature for r in experiments if r.needs_calibration}
     return Plan(machine, tuple(groups), len(cells))
@@ -157,20 +186,39 @@ def by_stream(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
     return [list(members.values()) for members in streams.values()]
 
 
-def fitting(members: Sequence[Resolved], memory: float) -> list[list[Resolved]]:
+def spread(members: Sequence[Resolved], ranks: int) -> list[list[int]]:
+    """Which members each of several processes trains: about as much work for each.
+
+    The costliest first, each to who has the least to do. The same on every rank.
+    """
+    work = [step_flops(r) * r.experiment.training.steps for r in members]
+    parts: list[list[int]] = [[] for _ in range(ranks)]
+    load = [0.0] * ranks
+    for i in sorted(range(len(members)), key=lambda i: (-work[i], i)):
+        least = min(range(ranks), key=load.__getitem__)
+        parts[least].append(i)
+        load[least] += work[i]
+    return [sorted(part) for part in parts]
+
+
+def fitting(
+    members: Sequence[Resolved],
+    memory: float,
+    needs: Callable[[Sequence[Resolved]], float] = lambda members: cost(members).memory,
+) -> list[list[Resolved]]:
     """The members in as few parts as fit into so many bytes each; one that does not fit is alone.
 
     Split by depth, and at one hookpoint by size, so that each part reads few hookpoints: their
     chunks take room, and the pass of the model ends at the deepest.
     """
-    if len(members) == 1 or cost(members).memory <= memory:
+    if len(members) == 1 or needs(members) <= memory:
         return [list(members)]
     ordered = sorted(
         members, key=lambda r: (r.experiment.layer, str(r.experiment.hook), r.num_latents)
     )
     parts: list[list[Resolved]] = []
     for resolved in ordered:
-        if parts and cost([*parts[-1], resolved]).memory <= memory:
+        if parts and needs([*parts[-1], resolved]) <= memory:
             parts[-1].append(resolved)
         else:
             parts.append([resolved])
@@ -189,8 +237,8 @@ def announce(group: Group, machine: Machine, number: int = 1, of: int = 1) -> No
         f"{_where(group.members)}\n"
         f"  recipe {recipes}: {_tokens(group.members)}, "
         f"{group.cost.parameters:,} parameters in all\n"
-        f"  on {machine.device.type}, about {duration(machine.seconds(group.cost))} and "
-        f"{size(group.cost.memory)}"
+        f"  on {machine.described}, about {duration(machine.seconds(group.cost))} and "
+        f"{size(group.needs(machine))}{' in each' if machine.ranks > 1 else ''}"
     )
 
 

@@ -44,6 +44,7 @@ def launch(
         the exit status: 1 where a run failed or a cell is incomplete.
     """
     settings = SlurmSettings.of(line.launcher[1])
+    settings.check(runtime.strategy)
     check_slurm()
     cells, complete = None, set()
     if comparison is not None:
@@ -73,6 +74,7 @@ def launch(
 def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
     """Print what would be submitted."""
     settings = SlurmSettings.of(line.launcher[1])
+    settings.check(runtime.strategy)
     store = RunStore(runtime.outputs)
     distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
     missing = [r for r in distinct if not r.run(store).finished]

@@ -10,8 +10,10 @@ from reseed.config import Config, ConfigError, make, setting
 NAME = "slurm"
 TARGET = "hydra_plugins.reseed_plugins.slurm.SlurmLauncher"
 KEY = "hydra.launcher"
+_TEAM = ("nodes", "tasks_per_node")
+"""What is asked for training alone."""
 _OURS = ("max_num_timeout", "requeue", "poll_s", "additional_parameters")
-_ALIKE = ("gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
+_ALIKE = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
 """What submitit calls alike for every kind of cluster."""
 
 
@@ -24,6 +26,11 @@ class SlurmSettings(Config):
     qos: str | None = setting(None)
     constraint: str | None = setting(None)
     gres: str | None = setting(None)
+    nodes: int = setting(1, at_least=1)
+    """Of each training job; with more than one, or more tasks, runtime=ddp or runtime=spread."""
+    tasks_per_node: int = setting(1, at_least=1)
+    """Processes that SLURM starts on each node of a training job: as many as it has GPUs. With one
+    node and one task the job starts the others itself."""
     gpus_per_node: int | None = setting(None, at_least=0)
     cpus_per_task: int = setting(4, at_least=1)
     mem_gb: float | None = setting(None, above=0)
@@ -54,11 +61,26 @@ class SlurmSettings(Config):
                 "signal_delay_s",
             )
 
-    def submitit(self, name: str, dependency: str | None) -> dict[str, Any]:
+    @property
+    def tasks(self) -> int:
+        """Processes of a training job that SLURM starts."""
+        return self.nodes * self.tasks_per_node
+
+    def check(self, strategy: str) -> None:
+        """Raise `ConfigError` where several processes are asked for, and ``strategy`` has one."""
+        if strategy == "single" and self.tasks > 1:
+            key = "nodes" if self.nodes > 1 else "tasks_per_node"
+            raise ConfigError(
+                f"{{key}} (={getattr(self, key)}) needs runtime=ddp or runtime=spread: with "
+                "runtime.strategy=single one process trains",
+                f"{KEY}.{key}",
+            )
+
+    def submitit(self, name: str, dependency: str | None, trains: bool = True) -> dict[str, Any]:
         """The parameters of submitit's AutoExecutor for a job called ``name``."""
         given: dict[str, Any] = {"name": name}
         for f in fields(self):
-            value = getattr(self, f.name)
+            value = 1 if f.name in _TEAM and not trains else getattr(self, f.name)
             if f.name not in _OURS and value not in (None, ()):
                 given[f.name if f.name in _ALIKE else f"slurm_{f.name}"] = value
         if self.setup:
@@ -66,7 +88,8 @@ class SlurmSettings(Config):
         more = {"requeue" if self.requeue else "no-requeue": True}
         given["slurm_additional_parameters"] = more | dict(self.additional_parameters or {})
         # What a job printed before it was requeued stays in its log.
-        given["slurm_srun_args"] = ["--open-mode=append"]
+        # One process that fails ends its job: the others would wait for it.
+        given["slurm_srun_args"] = ["--open-mode=append", "--kill-on-bad-exit=1"]
         return given | ({"slurm_dependency": dependency} if dependency else {})
 
     @classmethod

@@ -144,8 +144,11 @@ def planning(s: SlurmSettings, r: RuntimeConfig) -> RuntimeConfig:
     if memory is None:
         on_cpu = not s.gpus_per_node and s.gres is None and s.mem_gb is not None
         memory = MEMORY_SHARE * s.mem_gb if on_cpu and s.mem_gb else _ANY_MEMORY_GIB
+    ranks = None
+    if r.strategy != "single":
+        ranks = s.tasks if s.tasks > 1 else r.ranks or s.gpus_per_node
     # Nothing is measured here: it says nothing of a node.
-    return replace(r, device="cpu", memory_gib=memory, tflops=r.tflops or 1.0)
+    return replace(r, device="cpu", memory_gib=memory, tflops=r.tflops or 1.0, ranks=ranks)
 
 
 def _say_plan(groups: Sequence[Group], active: Sequence[Submitted]) -> None:
@@ -212,7 +215,7 @@ class _Stage:
             self.record.folder, cluster="slurm", slurm_max_num_timeout=settings.max_num_timeout
         )
         name = f"reseed-{kind}-{self.work.sweep.path.name}"
-        executor.update_parameters(**settings.submitit(name, dependency))
+        executor.update_parameters(**settings.submitit(name, dependency, kind == TRAIN))
         return executor
 
 

@@ -46,6 +46,8 @@ class Task(ABC):
             try:
                 self.work()
             except Interrupted as stop:
+                if not stopped.requeue and follows():
+                    return  # one that ends with an error ends them all, and the first may be saving
                 if not stopped.requeue:
                     raise SystemExit(128 + stop.number) from None
                 stopped.again(self.give_up)
@@ -94,6 +96,13 @@ class Stop:
             raise
 
 
+def follows() -> bool:
+    """Whether this process is a task of a job with several, and not the first, which leads."""
+    from submitit import JobEnvironment
+
+    return JobEnvironment().global_rank > 0
+
+
 @contextmanager
 def preemption() -> Iterator[Stop]:
     """Within it SIGTERM and the signal before a job's end stop the work where nothing is lost."""
@@ -138,6 +147,13 @@ class Train(Task):
         from reseed.experiment import resolve_experiment
         from reseed.missing import train_missing
 
+        if follows():
+            from reseed.devices import pick_device
+            from reseed.follow import follow
+            from reseed.train.team import join_slurm
+
+            follow(join_slurm(pick_device(self.runtime.device).type))
+            return
         resolved = [resolve_experiment(e, self.runtime) for e in self.experiments]
         for signature, found in zip(self.signatures, resolved, strict=True):
             if found.signature != signature:
@@ -151,6 +167,7 @@ class Train(Task):
             raise JobFailed(f"{len(failures)} of {len(resolved)} runs failed; {run}: {error}")
 
     def give_up(self, reason: str) -> None:
+        """The runs are failed, and say why."""
         from reseed.experiment import resolve_experiment
 
         error = ReseedError(

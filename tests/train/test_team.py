@@ -1,0 +1,270 @@
+"""runtime=ddp and runtime=spread: several processes train one group."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from reseed.config import ConfigError
+from reseed.ranks import RankLost
+from reseed.runs import Run, RunStore
+from reseed.train.config import RuntimeConfig
+from reseed.train.team import OUT_OF_MEMORY, Alone, LocalTeam, lost, team_of
+
+SMALL = ["runtime.device=cpu", "runtime.threads=1"]
+MIXED = ["sae=topk,batch_topk,relu", "seed=0", "training.tokens=4096"]
+
+
+def command(line: Sequence[str], outputs: Path) -> list[str]:
+    own = [f"runtime.outputs={outputs}", f"runtime.sweeps={outputs.parent}/sweeps"]
+    return [sys.executable, "-m", "reseed", "train", "-m", *SMALL, *line, *own]
+
+
+def trained(line: Sequence[str], outputs: Path) -> dict[str, Run]:
+    done = subprocess.run(command(line, outputs), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {run.signature: run for run in RunStore(outputs).runs()}
+
+
+def differences(found: dict[str, Run], expected: dict[str, Run]) -> dict[str, float]:
+    """The largest by which weights differ, relative to the largest weight, of each run."""
+    assert found.keys() == expected.keys()
+    off = {}
+    for signature, run in found.items():
+        mine, its = run.sae().state_dict(), expected[signature].sae().state_dict()
+        scale = {name: float(its[name].abs().max()) + 1e-6 for name in its}
+        off[run.id] = max(float((mine[n] - its[n]).abs().max()) / scale[n] for n in its)
+    return off
+
+
+def curve(run: Run) -> list[str]:
+    rows = (run.path / "training.csv").read_text().splitlines()
+    place = rows[0].split(",").index("seconds")
+    return [",".join(r.split(",")[:place] + r.split(",")[place + 1 :]) for r in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_spread_runs_are_those_of_one_process(
+    ranks: int, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """Bit for bit; with 4 processes one has no SAE, and reads for the others."""
+    line = [*tiny_overrides, *MIXED]
+    one = trained(line, tmp_path / "one" / "outputs")
+    cached = f"runtime.activation_cache={tmp_path}/cache"
+    several = ["runtime=spread", f"runtime.ranks={ranks}"]
+    spread = trained([*line, *several, cached], tmp_path / "spread" / "outputs")
+    again = trained([*line, *several, cached], tmp_path / "again" / "outputs")  # from the cache
+    for found in (spread, again):
+        assert set(differences(found, one).values()) == {0.0}
+        for signature, run in found.items():
+            assert run.metrics == one[signature].metrics
+            assert curve(run) == curve(one[signature])
+
+
+@pytest.mark.slow
+def test_shared_batches_make_the_run_of_one_process(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """To rounding: sums are taken in another order. More steps would let it grow."""
+    line = [*tiny_overrides, "sae=topk,batch_topk,relu,gated,jumprelu,matryoshka", "seed=0"]
+    line += ["runtime.log_every_steps=2", "sae.aux_alpha=0.03"]
+    short = ["training.tokens=512"]  # 8 steps
+    one = trained([*line, *short], tmp_path / "one" / "outputs")
+    cached = f"runtime.activation_cache={tmp_path}/cache"
+    trained([*tiny_overrides, "sae=topk", *short, cached], tmp_path / "first" / "outputs")
+    several = [*line, *short, "runtime=ddp", "runtime.ranks=2"]
+    for more, name in (([], "ddp"), ([cached], "cached")):
+        ddp = trained([*several, *more], tmp_path / name / "outputs")
+        assert max(differences(ddp, one).values()) < 2e-5
+        for signature, run in ddp.items():
+            metrics, expected = run.metrics, one[signature].metrics
+            assert metrics["fvu"] == pytest.approx(expected["fvu"], rel=1e-4)
+            assert metrics["l0"] == pytest.approx(expected["l0"], rel=1e-3)
+            mine, its = curve(run), curve(one[signature])
+            assert mine[0] == its[0]
+            for row, other in zip(mine[1:], its[1:], strict=True):
+                numbers, others = ([float(v) for v in r.split(",") if v] for r in (row, other))
+                assert numbers == pytest.approx(others, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_penalties_are_calibrated_by_a_team(tiny_overrides: list[str], tmp_path: Path) -> None:
+    line = [*tiny_overrides, "sae=relu", "sae.target_l0=6", "seed=0", "training.tokens=8192"]
+    ddp = trained([*line, "runtime=ddp", "runtime.ranks=2"], tmp_path / "ddp" / "outputs")
+    (run,) = [run for run in ddp.values() if "seed0" in run.id]
+    assert run.metrics["l0"] == pytest.approx(6, rel=0.2)
+
+
+def wait_for(true: Callable[[], object], seconds: float = 90) -> None:
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def followers(leader: int) -> list[int]:
+    told = subprocess.run(["pgrep", "-P", str(leader)], capture_output=True, text=True)
+    return [int(pid) for pid in told.stdout.split()]
+
+
+def begun(outputs: Path) -> bool:
+    return any(outputs.glob("*/checkpoint.pt"))
+
+
+SLOW = [*MIXED, "training.tokens=49152", "dataset.repeat=true", "runtime.checkpoint_every_s=0.2"]
+STRATEGIES = ["ddp", "spread"]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Run]]:
+    """The runs of a team that nobody disturbs."""
+    made: dict[str, dict[str, Run]] = {}
+
+    def of(strategy: str) -> dict[str, Run]:
+        if strategy not in made:
+            line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
+            made[strategy] = trained(line, tmp_path_factory.mktemp(strategy) / "outputs")
+        return made[strategy]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("strategy", "number"), [("ddp", signal.SIGTERM), ("ddp", signal.SIGINT),
+                             ("spread", signal.SIGINT)]
+)  # fmt: skip
+def test_a_team_that_is_stopped_goes_on_exactly(
+    strategy: str,
+    number: int,
+    whole: Callable[[str], dict[str, Run]],
+    tiny_overrides: list[str],
+    tmp_path: Path,
+) -> None:
+    line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
+    outputs = tmp_path / "outputs"
+    leader = subprocess.Popen(
+        command(line, outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(lambda: begun(outputs))
+    theirs = followers(leader.pid)
+    assert len(theirs) == 1
+    os.kill(leader.pid, number)
+    said, _ = leader.communicate(timeout=100)
+    assert leader.returncode == 128 + number, said
+    assert f"stopped by {signal.Signals(number).name}; saved." in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in theirs)
+    assert "finished" not in {run.status for run in RunStore(outputs).runs()}
+    found = trained(line, outputs)
+    expected = whole(strategy)
+    assert set(differences(found, expected).values()) == {0.0}
+    assert [curve(run) for run in found.values()] == [curve(expected[s]) for s in found]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_follower_that_dies_fails_the_group_and_not_its_checkpoints(
+    strategy: str,
+    whole: Callable[[str], dict[str, Run]],
+    tiny_overrides: list[str],
+    tmp_path: Path,
+) -> None:
+    line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
+    outputs = tmp_path / "outputs"
+    leader = subprocess.Popen(
+        command(line, outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    wait_for(lambda: begun(outputs))
+    (follower,) = followers(leader.pid)
+    os.kill(follower, signal.SIGKILL)
+    said, _ = leader.communicate(timeout=100)
+    assert leader.returncode == 1, said
+    assert "rank 1 of the team ended by SIGKILL" in said
+    assert all(run.status == "failed" for run in RunStore(outputs).runs())
+    assert begun(outputs)
+    assert set(differences(trained(line, outputs), whole(strategy)).values()) == {0.0}
+
+
+@pytest.mark.slow
+def test_followers_end_with_a_leader_that_is_killed(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    """Its locks are free then, and nobody else may write into its folders."""
+    outputs = tmp_path / "outputs"
+    line = [*tiny_overrides, *SLOW, "runtime=spread", "runtime.ranks=3"]
+    leader = subprocess.Popen(command(line, outputs), stdout=subprocess.DEVNULL)
+    wait_for(lambda: begun(outputs))
+    theirs = followers(leader.pid)
+    assert len(theirs) == 2
+    leader.kill()
+    leader.wait()
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in theirs), 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_run_that_diverges_fails_alone(
+    strategy: str, tiny_overrides: list[str], tmp_path: Path
+) -> None:
+    outputs = tmp_path / "outputs"
+    line = [*tiny_overrides, "sae=topk", "seed=0,1", "training.lr=1e-3,1e30",
+            f"runtime={strategy}", "runtime.ranks=2"]  # fmt: skip
+    done = subprocess.run(command(line, outputs), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    failed = [run for run in RunStore(outputs).runs() if run.status == "failed"]
+    assert len(failed) == 2
+    assert all("not finite at step" in run.record["error"]["message"] for run in failed)
+    assert sum(run.finished for run in RunStore(outputs).runs()) == 2
+    assert "2 of 4 runs finished" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ranks": 2}, "`ranks` (=2) needs runtime=ddp or runtime=spread: with "
+                       "runtime.strategy=single one process trains"),
+        ({"strategy": "ddp", "ranks": 3}, "`ranks` must divide 8 with runtime=ddp: each chunk is "
+         "dealt into 8 stripes, of which every process reads whole ones; got 3"),
+        ({"strategy": "spread", "device": "cuda:1"}, "`device` must be auto, cpu or cuda with "
+         "runtime=spread, where each process has a device of its own; got cuda:1"),
+        ({"strategy": "dpp"}, "`strategy` must be one of single, ddp, spread; got 'dpp'. Did you "
+         "mean `ddp`?"),
+    ],
+)  # fmt: skip
+def test_a_wrong_runtime_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        RuntimeConfig(**settings)  # pyright: ignore
+    assert str(refused.value) == message
+
+
+def test_on_the_cpu_somebody_has_to_say_how_many() -> None:
+    with pytest.raises(ConfigError, match=r"`runtime\.ranks` is required with runtime=spread on"):
+        team_of(RuntimeConfig(strategy="spread", device="cpu"))
+
+
+def test_nothing_is_started_before_it_is_needed() -> None:
+    team = team_of(RuntimeConfig(strategy="ddp", ranks=2, device="cpu"))
+    assert isinstance(team, LocalTeam)
+    team.end()
+    assert isinstance(team_of(RuntimeConfig(strategy="ddp", ranks=1, device="cpu")), Alone)
+    assert team_of(RuntimeConfig(device="cpu")).ranks.device == torch.device("cpu")
+
+
+def test_what_is_said_of_a_rank_that_is_lost() -> None:
+    from reseed.devices import is_out_of_memory
+
+    assert str(lost(2, -9)) == "rank 2 of the team ended by SIGKILL; what it said stands above"
+    assert str(lost(1, 1)).startswith("rank 1 of the team ended with status 1")
+    assert is_out_of_memory(lost(1, OUT_OF_MEMORY))
+    assert not is_out_of_memory(RankLost("another process of the team is gone"))
