@@ -120,7 +120,7 @@ def begun(outputs: Path) -> bool:
     return any(outputs.glob("*/checkpoint.pt"))
 
 
-SLOW = [*MIXED, "training.tokens=49152", "dataset.repeat=true", "runtime.checkpoint_every_s=0.2"]
+SLOW = ["sae=topk,batch_topk", "seed=0", "training.tokens=16384", "runtime.checkpoint_every_s=0.1"]
 STRATEGIES = ["ddp", "spread"]
 
 

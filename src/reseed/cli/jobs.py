@@ -30,7 +30,7 @@ _GROUPS = {
 }
 _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
-_ROOT = (*_REQUIRED, "comparison", "plan_only", "wait")
+_ROOT = (*_REQUIRED, "comparison", "plan_only", "wait", "objective")
 _LOCAL = ("fused", "basic", "joblib", "submitit_local")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
 
@@ -60,6 +60,8 @@ def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfi
     for key in _REQUIRED:
         if key not in values:
             raise ConfigError("{key} is required, and was removed", key)
+    if values.get("objective") is not None:
+        raise ConfigError("{key} is for hydra/sweeper=optuna, which optimises it", "objective")
     parts = {group: build(values[group], group, base) for group, base in _GROUPS.items()}
     scalars = {key: values[key] for key in _SCALARS}
     runtime = build(values["runtime"], "runtime", RuntimeConfig)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
+from reseed.cli import tune
 from reseed.cli.app import CommandLine, override
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import reported
@@ -55,20 +56,45 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     if line.only_shows:
         line.show(task, arguments)
         return 0
+    if tune.searches(line):
+        return tune.tune(line, trial)
     from reseed.cli.jobs import check_jobs
-    from reseed.runs import RunStore
-    from reseed.sweeps import Sweep
 
     jobs, runtime = check_jobs(line, line.overrides, line.multirun)
     if runtime.plan_only:
         show_plan(line, jobs, runtime)
         return 0
-    sweep = None
-    if line.multirun or line.launcher[0] == SLURM:
-        signatures = [job.resolved.signature for job in jobs]
-        sweep = Sweep.of(runtime.sweeps, "train", signatures)
-        sweep.write_manifest(jobs, RunStore(runtime.outputs))
+    together = line.multirun or line.launcher[0] == SLURM
+    sweep = sweep_of(jobs, runtime) if together else None
     return train_jobs(line, [(line.overrides, jobs)], runtime, sweep)
+
+
+def sweep_of(jobs: Sequence[Job], runtime: RuntimeConfig) -> Sweep:
+    """The folder of a sweep that is trained and not compared, with its manifest."""
+    from reseed.runs import RunStore
+    from reseed.sweeps import Sweep
+
+    sweep = Sweep.of(runtime.sweeps, "train", [job.resolved.signature for job in jobs])
+    sweep.write_manifest(jobs, RunStore(runtime.outputs))
+    return sweep
+
+
+def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
+    """Train what the overrides declare; the means of some metrics over the runs.
+
+    Raises:
+        ReseedError: a run failed.
+    """
+    from reseed.cli.jobs import check_jobs
+    from reseed.config import ReseedError
+    from reseed.runs import RunStore
+
+    line = CommandLine("train", ["-m", *overrides])
+    jobs, runtime = check_jobs(line, line.overrides, multirun=True)
+    if train_jobs(line, [(line.overrides, jobs)], runtime, sweep_of(jobs, runtime)):
+        raise ReseedError("a run of this trial failed; nothing further is tried")
+    store = RunStore(runtime.outputs)
+    return tune.of_runs([job.resolved.run(store).metrics for job in jobs], names)
 
 
 def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
