@@ -97,10 +97,8 @@ class Machine:
 
     @property
     def described(self) -> str:
-        """``cpu``; ``4 processes (cuda, ddp)``."""
-        if self.ranks == 1:
-            return self.device.type
-        return f"{self.ranks} processes ({self.device.type}, {self.strategy})"
+        """``cpu``; ``4 processes (ddp)``."""
+        return self.device.type if self.ranks == 1 else f"{self.ranks} processes ({self.strategy})"
 
     def seconds(self, cost: Cost) -> float:
         """About how long something takes."""
