@@ -80,7 +80,10 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     device = str(pick_device(runtime.device))
     # Beside the sweeps, as several of them may have a pair in common.
     store = MatchingStore(sweep.path.parent / "matchings", device=device, progress=now_and_then())
-    result = compare_cell(trained, untrained, settings, matcher=store, device=device)
+    # One that was trained elsewhere has no start, and pairs with it none to compare.
+    started = [one for one in untrained if one is not None]
+    started = started if len(started) == len(trained) else []
+    result = compare_cell(trained, started, settings, matcher=store, device=device)
     places = {run.id: place for place, run in finished}
     complete(
         replace(result, pairs=with_places(result.pairs, places, settings)),

@@ -43,6 +43,8 @@ def _main(arguments: Sequence[str]) -> None:
     run = load_run(given.run)
     if not run.finished:
         raise ReseedError(f"{run.path} is {run.status}: only a finished run is pushed")
+    if found := run.record.get("pretrained"):
+        raise ReseedError(f"{run.path} was not trained here, but read from {found['source']}")
     if given.dry_run:
         out = Path(given.dry_run)
         check_new(out)

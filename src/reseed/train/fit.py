@@ -16,20 +16,21 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from reseed.activations.source import ActivationSource
 from reseed.activations.stream import STRIPES, ChunkStream, Position
-from reseed.atomic import DiskFullError, atomic_write
+from reseed.atomic import DiskFullError
 from reseed.config import ReseedError
 from reseed.console import counted, say
 from reseed.devices import free_memory, is_out_of_memory, pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.truth import TruthResult, measure_truth
 from reseed.runs import INITIAL_FILE, Run, RunStore, seconds_since
-from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, Heartbeat, StopAtBorder, Stopped
 from reseed.train.config import RuntimeConfig
 from reseed.train.data import ActivationData, StreamDataset
+from reseed.train.imported import ImportedMember
 from reseed.train.member import Member, NotFiniteError
 from reseed.train.module import GroupModule
 from reseed.train.plan import OutOfMemory
+from reseed.train.record import AnyMember, record
 
 if TYPE_CHECKING:
     from reseed.experiment import Resolved
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 def fit_group(
     group: Sequence[Resolved], store: RunStore, runtime: RuntimeConfig
 ) -> dict[str, BaseException]:
-    """Train, measure and record the runs of a group. The caller holds their locks.
+    """Train, measure and record the runs of a group. The caller holds their locks. What was
+    trained elsewhere is measured and recorded with them.
 
     Returns:
         the error of each run that failed, by run id. One that fails does not stop the others.
@@ -88,14 +90,16 @@ def _fit(
     needed = max(r.experiment.training.tokens for r in group)
     source = first.open(device, needed, runtime.open_cache())
     stream = source.stream([r.experiment.hook for r in group])
-    wanted = [(r.experiment.training.batch_size, r.experiment.training.steps) for r in group]
+    training = [r.experiment.training for r in group if r.pretrained is None]
+    wanted = [(recipe.batch_size, recipe.steps) for recipe in training]
     source.check_length(stream, wanted, first.data.label)
     calibrating = any(r.role for r in group)  # which says of itself what there is to say
 
     members = [_member(r, run, source, stream) for r, run in zip(group, runs, strict=True)]
     started = time.perf_counter()
-    if any(m.active for m in members):
-        _train(members, runs, stream, runtime)
+    trained = [m for m in members if isinstance(m, Member)]
+    if any(m.active for m in trained):
+        _train(trained, runs, stream, runtime)
     training_s = seconds_since(started)
 
     started = time.perf_counter()
@@ -113,7 +117,7 @@ def _fit(
             run.fail(member.error, failed_at_step=step)
             continue
         own = measured[member.id], truths.get(member.id)
-        _record(member, resolved, run, *own, timings | {"group_runs": len(group)})
+        record(member, resolved, run, *own, timings | {"group_runs": len(group)})
     if not calibrating:
         say(f"  {len(sound)} of {len(group)} runs finished in {seconds_since(clock):,.1f} s")
     return failures
@@ -123,7 +127,8 @@ def _train(
     members: Sequence[Member], runs: Sequence[Run], stream: ChunkStream, runtime: RuntimeConfig
 ) -> None:
     module = GroupModule(members, stream)
-    folders = {run.id: run.path for run in runs}
+    own = {member.id for member in members}
+    folders = {run.id: run.path for run in runs if run.id in own}
     books = Bookkeeper(folders, runtime.log_every_steps, runtime.checkpoint_every_s)
     border = StopAtBorder(books)
     progress = GroupProgress(members, runtime.progress)
@@ -168,9 +173,13 @@ def _end(stream: ChunkStream, member: Member) -> Position:
     return Position(last.chunk, last.row + size // STRIPES)
 
 
-def _member(resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream) -> Member:
-    """The run's state: from its checkpoint, or from the first chunk of activations."""
+def _member(
+    resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream
+) -> AnyMember:
+    """The run's state: from its checkpoint, from the first chunk of activations, or as it is."""
     e = resolved.experiment
+    if resolved.pretrained is not None:
+        return ImportedMember(run.id, e.hook, resolved.pretrained, source.device)
     member = Member(
         run.id, e.hook, resolved.sae, e.training, resolved.d_in, resolved.init_seed, source.device
     )
@@ -197,7 +206,7 @@ def _begin(member: Member, run: Run, source: ActivationSource, stream: ChunkStre
 
 
 def _measure(
-    members: Sequence[Member], source: ActivationSource, first: Resolved
+    members: Sequence[AnyMember], source: ActivationSource, first: Resolved
 ) -> dict[str, Reconstruction]:
     if not members:
         return {}
@@ -217,59 +226,12 @@ def _measure_truth(
     return measure_truth({id: m.sae for id, m in measured.items()}, source.world, samples)
 
 
-def _check(member: Member) -> None:
+def _check(member: AnyMember) -> None:
     if member.error is None:
         try:
             member.check_weights()
         except NotFiniteError as error:
             member.error = error
-
-
-def _record(
-    member: Member,
-    resolved: Resolved,
-    run: Run,
-    measured: Reconstruction,
-    truth: TruthResult | None,
-    timings: dict[str, Any],
-) -> None:
-    """Write the results; the record's status comes last."""
-    from safetensors.torch import save_file
-
-    e = resolved.experiment
-    metadata = {
-        "signature": resolved.signature,
-        "model": resolved.model_label,
-        "model_fingerprint": resolved.model.fingerprint,
-        "hookpoint": str(e.hook),
-        "site": e.hookpoint.site,
-        "layer": e.layer,
-        "dataset": resolved.data.label,
-        "context_length": resolved.data.context_length,
-        "tokens": e.training.steps * e.training.batch_size,
-        "seed": e.seed,
-        "input_scale": member.scale,
-    }
-    save_sae(measured.sae, run.path, metadata)
-    latents = {
-        "firing": measured.firing.cpu(),
-        "tokens_since_fired": member.tokens_since_fired.cpu(),
-        "activation_sum": measured.activation_sum.cpu(),
-        "activation_square_sum": measured.activation_square_sum.cpu(),
-    }
-    if truth is not None:
-        latents |= truth.latents
-    atomic_write(run.path / "latents.safetensors", lambda path: save_file(latents, path))
-    if measured.moments is not None:
-        moments = measured.moments.so_far().tensors()
-        atomic_write(run.path / "activations.safetensors", lambda path: save_file(moments, path))
-    member.write_curve(run.path)
-    metrics = measured.metrics() | {"dead_fraction": float(member.dead.double().mean())}
-    if resolved.sae.penalty_field is not None:
-        metrics["penalty_weight"] = member.sae.penalty_weight
-    if truth is not None:
-        metrics["truth"] = truth.metrics
-    run.finish(metrics, timings=timings | {"seconds": member.curve[-1]["seconds"]})
 
 
 def _loggers(runtime: RuntimeConfig) -> list[Any]:
