@@ -153,9 +153,12 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     if line.only_shows:
         line.show(task, arguments)
         return 0
+    from reseed.cli import sources
     from reseed.cli.plan import make_plan
     from reseed.config import ReseedError
 
+    if sources.named_in(line):
+        return sources.compare_sources(line)
     plan = make_plan(line)
     if not any(run.finished for run in plan.runs):
         raise ReseedError(
