@@ -47,7 +47,7 @@ def composed(*overrides: str) -> dict:
 def test_every_option_lists_every_field_and_builds(path: Path) -> None:
     group, option = path.parent.name, path.stem
     # Without recipes, which could add what the option lacks.
-    values = composed(f"{group}={option}", "~recipe@_global_")[group]
+    values = composed(f"{group}={option}", "source=x", "~recipe@_global_")[group]
     module, _, name = values.pop("_target_").rpartition(".")
     target = getattr(import_module(module), name)
     # A field that the yaml lacks could not be overridden from the command line.
@@ -125,7 +125,7 @@ def test_what_the_user_says_wins_over_a_world() -> None:
 @pytest.mark.parametrize("comparison", COMPARISONS)
 @pytest.mark.parametrize("sae", [p.stem for p in (CONF / "sae").glob("*.yaml")])
 def test_every_comparison_composes_with_every_architecture(comparison: str, sae: str) -> None:
-    values = composed(f"comparison={comparison}", f"sae={sae}")
+    values = composed(f"comparison={comparison}", f"sae={sae}", "source=x")
     experiment, _ = experiment_from(values)
     assert values["comparison"]["name"] == comparison
     assert experiment.sae.name == sae
