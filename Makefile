@@ -1,12 +1,13 @@
 # The README's two commands are `make quickstart` and `make test`.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 BIN := $(VENV)/bin
 # Two test processes of one thread each are faster than one of two.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-slow check lint format bench clean
+.PHONY: help env quickstart test test-slow test-peers check lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -30,6 +31,18 @@ test: env ## the tests, without the slow ones
 test-slow: env ## the slow tests: kills, wheel, end to end
 	$(PYTEST) -m slow
 
+test-peers: $(PEERS)/.installed ## saved SAEs against the libraries that save them (installs these)
+	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q tests/peers
+
+# An environment of their own on top of .venv's, which stays as it is.
+$(PEERS)/.installed: $(VENV)/.installed
+	$(BIN)/python -m venv $(PEERS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(PEERS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/below.pth
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[peers]'
+	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
+	@touch $@
+
 lint: env ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,4 +63,4 @@ bench: env ## benchmarks against peers and limits, side by side (installs the pe
 	$(BIN)/python benchmarks/stacked.py
 
 clean: ## remove the environment and caches; results stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build dist

@@ -24,6 +24,7 @@ TYPED = sorted(
 )
 REQUIRED = {"path": "x", "module": "model.layers.*.mlp", "d_in": 3, "num_features": 2}
 COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml") if p.stem != "base")
+ARCHITECTURES = sorted(p.stem for p in (CONF / "sae").glob("*.yaml") if p.stem != "pretrained")
 INHERITED = {  # what the files of a group that inherit have their lines from
     "model": ("world", "reseed.activations.world_config.WorldConfig"),
     "training": ("standard", "reseed.train.config.TrainingConfig"),
@@ -47,7 +48,7 @@ def composed(*overrides: str) -> dict:
 def test_every_option_lists_every_field_and_builds(path: Path) -> None:
     group, option = path.parent.name, path.stem
     # Without recipes, which could add what the option lacks.
-    values = composed(f"{group}={option}", "~recipe@_global_")[group]
+    values = composed(f"{group}={option}", "source=x", "~recipe@_global_")[group]
     module, _, name = values.pop("_target_").rpartition(".")
     target = getattr(import_module(module), name)
     # A field that the yaml lacks could not be overridden from the command line.
@@ -123,12 +124,22 @@ def test_what_the_user_says_wins_over_a_world() -> None:
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS)
-@pytest.mark.parametrize("sae", [p.stem for p in (CONF / "sae").glob("*.yaml")])
+@pytest.mark.parametrize("sae", ARCHITECTURES)
 def test_every_comparison_composes_with_every_architecture(comparison: str, sae: str) -> None:
     values = composed(f"comparison={comparison}", f"sae={sae}")
     experiment, _ = experiment_from(values)
     assert values["comparison"]["name"] == comparison
     assert experiment.sae.name == sae
+
+
+def test_a_source_has_two_names() -> None:
+    by_root, by_group = (
+        experiment_from(composed("sae=pretrained", override))[0]
+        for override in ("source=x", "sae.source=x")
+    )
+    assert by_root == by_group
+    with pytest.raises(ConfigError, match=r"`sae\.source` is required with sae=pretrained"):
+        experiment_from(composed("sae=pretrained"))
 
 
 def test_what_the_user_says_wins_over_comparison_and_recipe() -> None:

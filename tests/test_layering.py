@@ -27,7 +27,7 @@ ALLOWED = {
     "calibration": set(),
     "experiment": {"activations", "sae", "train", "runs"},
     "missing": {"experiment", "calibration", "follow", "train", "runs"},
-    "follow": {"experiment", "train", "runs"},
+    "follow": {"experiment", "sae", "train", "runs"},
     "config": set(),
     "atomic": set(),
     "compiling": set(),

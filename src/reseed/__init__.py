@@ -8,11 +8,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from reseed.compare.matching import match
     from reseed.runs import load_run
-    from reseed.sae.checkpoint import load_sae
+    from reseed.sae.formats import load_sae
 
 # Looked up on first use, so that `import reseed` and the command line stay light.
 _LAZY = {
-    "load_sae": "reseed.sae.checkpoint",
+    "load_sae": "reseed.sae.formats",
     "load_run": "reseed.runs",
     "match": "reseed.compare.matching",
 }

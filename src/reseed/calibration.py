@@ -59,7 +59,7 @@ class Search:
 
     @property
     def target(self) -> float:
-        target = self.base.experiment.sae.target_l0
+        target = self.base.experiment.architecture.target_l0
         assert target is not None
         return target
 
@@ -118,7 +118,7 @@ class Search:
     @property
     def _name(self) -> str:
         e = self.base.experiment
-        return f"{e.sae.name} at {self.base.tokens:,} tokens, target {self.target:g}"
+        return f"{e.architecture.name} at {self.base.tokens:,} tokens, target {self.target:g}"
 
     def _deviation(self, l0: float) -> float:
         return math.log(max(l0, 1e-6) / self.target)
@@ -162,7 +162,7 @@ class Search:
             raise CalibrationError(
                 f"sae.target_l0 (={self.target:g}): no penalty weight gave a held-out L0 within "
                 f"{BOUND:.0%} in {len(self.rounds)} rounds: {told}. Give another start by "
-                f"sae.{self.base.experiment.sae.penalty_field}, or more tokens."
+                f"sae.{self.base.experiment.architecture.penalty_field}, or more tokens."
             )
         rounds = [{"weight": w, "l0": x, "run": run} for w, x, run in self.rounds]
         return {"weight": best[0], "l0": best[1], "run": best[2], "rounds": rounds}

@@ -26,7 +26,8 @@ from reseed.activations.surrogate import (
 )
 from reseed.config import Config, ConfigError, digest, setting
 from reseed.runs import Run, RunStore
-from reseed.sae.base import SAEConfig
+from reseed.sae.base import SAEConfig, SAEOption
+from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
 
 SIGNATURE_VERSION = 1
@@ -41,7 +42,7 @@ class Experiment(Config):
     layer: int = setting(at_least=0)
     hookpoint: HookpointConfig
     dataset: DatasetConfig
-    sae: SAEConfig
+    sae: SAEOption
     training: TrainingConfig
     seed: int = setting(at_least=0)
     seed_scope: str = setting("cell", choices=("cell", "shared"), neutral="cell")
@@ -55,7 +56,7 @@ class Experiment(Config):
         check_batch_size(self.dataset, self.training.batch_size)
         start = "decoder=archetypal" if self.training.decoder == "archetypal" else "start=truth"
         made = self.training.decoder == "archetypal" or self.training.start == "truth"
-        if made and self.sae.encoder_init == "untied":
+        if made and isinstance(self.sae, SAEConfig) and self.sae.encoder_init == "untied":
             raise ConfigError(
                 f"{{key}} must be tied with training.{start}, which sets both rows of a latent; "
                 "got untied",
@@ -65,6 +66,25 @@ class Experiment(Config):
     @property
     def hook(self) -> Hookpoint:
         return Hookpoint.of(self.hookpoint, self.layer)
+
+    @property
+    def architecture(self) -> SAEConfig:
+        """That of the SAE, which of a pretrained one is known once it was read."""
+        assert isinstance(self.sae, SAEConfig)
+        return self.sae
+
+    def of_pretrained(self, found: Pretrained) -> Experiment:
+        """The same for an SAE that is there: with its architecture, and nothing that hangs on
+        training. A budget of one batch is the least that there is; none of it is used."""
+        size = self.training.batch_size
+        return replace(
+            self,
+            sae=found.config,
+            training=TrainingConfig(recipe="none", tokens=size, batch_size=size),
+            dataset=replace(self.dataset, order_seed=0),
+            seed=0,
+            seed_scope="cell",
+        )
 
 
 @dataclass(frozen=True)
@@ -78,6 +98,7 @@ class Resolved:
         penalty: the penalty weight, where the experiment asks for an L0 (`sae.target_l0`). Of a
             compared run it is known once the cell is calibrated.
         calibration: how it was found, for the record.
+        pretrained: the SAE that takes the place of training, where there is one.
     """
 
     experiment: Experiment
@@ -88,17 +109,22 @@ class Resolved:
     role: str = ""
     penalty: float | None = None
     calibration: dict[str, Any] | None = None
+    pretrained: Pretrained | None = None
 
     @property
     def sae(self) -> SAEConfig:
         """The architecture, with the penalty weight that was found."""
-        declared = self.experiment.sae
+        declared = self.experiment.architecture
         return declared if self.penalty is None else declared.calibrated(self.penalty)
 
     @property
     def needs_calibration(self) -> bool:
         """Whether its penalty weight is still to be found."""
-        return self.experiment.sae.needs_calibration and not self.role and self.penalty is None
+        return (
+            self.experiment.architecture.needs_calibration
+            and not self.role
+            and self.penalty is None
+        )
 
     def without_seeds(self) -> Resolved:
         """The cell as its calibration sees it, whatever the seeds of the compared runs.
@@ -115,6 +141,8 @@ class Resolved:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that changes the result, in plain values: what the signature is made of."""
+        if self.pretrained is not None:
+            return self._pretrained_identity(self.pretrained)
         signed = self.experiment.signed()
         # However width and budget were given, what counts is what they came to.
         width = {"num_latents": self.num_latents, "expansion_factor": None}
@@ -126,6 +154,18 @@ class Resolved:
             **signed,
             "sae": signed["sae"] | width,
             "training": signed["training"] | {"tokens": self.tokens},
+            "fingerprints": {**self.model.fingerprints, **self.data.fingerprints},
+        }
+
+    def _pretrained_identity(self, found: Pretrained) -> dict[str, Any]:
+        """The weights, and what they are measured on."""
+        signed = self.experiment.signed()
+        for name in ("training", "seed"):
+            del signed[name]
+        return {
+            "reseed": SIGNATURE_VERSION,
+            **signed,
+            "sae": {"type": PretrainedConfig.name, "fingerprint": found.fingerprint},
             "fingerprints": {**self.model.fingerprints, **self.data.fingerprints},
         }
 
@@ -168,7 +208,11 @@ class Resolved:
     @property
     def tokens(self) -> int:
         """Activations that the SAE sees: whole batches."""
-        return self.experiment.training.steps * self.experiment.training.batch_size
+        return (
+            0
+            if self.pretrained
+            else self.experiment.training.steps * self.experiment.training.batch_size
+        )
 
     @property
     def model_label(self) -> str:
@@ -176,13 +220,20 @@ class Resolved:
         return label_of(self.model.label, self.experiment.surrogate)
 
     @property
+    def sparsity(self) -> str:
+        """What sets the sparsity, in a word for tables."""
+        declared = self.experiment.architecture
+        # The penalty that a finished SAE was trained with is not known.
+        return "as is" if self.pretrained and declared.penalty_field else declared.sparsity
+
+    @property
     def label(self) -> str:
         """Readable part of the folder's name."""
         e = self.experiment
-        sparsity = e.sae.sparsity.replace("=", "").replace("λ", "l")
-        what = (self.model_label, e.hook, self.data.label, e.sae.name, self.num_latents, sparsity)
-        last = self.role or f"seed{e.seed}"
-        return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, last))))
+        sparsity = self.sparsity.replace("=", "").replace("λ", "l")
+        what = (self.model_label, e.hook, self.data.label, self.sae.name, self.num_latents)
+        last = self.role or ("pretrained" if self.pretrained else f"seed{e.seed}")
+        return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, sparsity, last))))
 
     def run(self, store: RunStore) -> Run:
         """Its folder in the store."""
@@ -207,8 +258,12 @@ class Resolved:
 
     def record(self) -> dict[str, Any]:
         """What run.json says of it from the start."""
-        e = self.experiment
+        e, found = self.experiment, self.pretrained
+        own = {} if found is None else {"pretrained": found.record()}
+        recipe, training = e.training, found is None
+        dead_after = recipe.dead_after() if training else e.dataset.held_out_tokens
         return {
+            **own,
             "name": self.label,
             "labels": {"model": self.model_label, "dataset": self.data.label},
             "experiment": e.to_dict(),
@@ -216,15 +271,15 @@ class Resolved:
             "fingerprints": self.identity["fingerprints"],
             "d_in": self.d_in,
             "num_latents": self.num_latents,
-            "sparsity": e.sae.sparsity,
+            "sparsity": self.sparsity,
             "penalty_weight": self.penalty,
             "calibration": self.calibration,
-            "init_seed": self.init_seed,
-            "start_is_drawn": e.training.start_is_drawn,
-            "peak_lr": e.training.peak_lr(e.sae, self.num_latents),
-            "dead_after_tokens": e.training.dead_after(),
+            "init_seed": self.init_seed if training else None,
+            "start_is_drawn": training and recipe.start_is_drawn,
+            "peak_lr": recipe.peak_lr(e.architecture, self.num_latents) if training else None,
+            "dead_after_tokens": dead_after,
             "tokens": self.tokens,
-            "steps": e.training.steps,
+            "steps": recipe.steps if training else 0,
         }
 
 
@@ -236,6 +291,13 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
             is cached of the text (its tokens).
     """
     cache = cache_folder(runtime)
+    found = None
+    if isinstance(experiment.sae, PretrainedConfig):
+        try:
+            found = experiment.sae.found()
+        except ConfigError as error:
+            raise error.within("sae") from None
+        experiment = experiment.of_pretrained(found)
     try:
         model = _resolve_source(experiment.model, cache)
     except ConfigError as error:
@@ -247,13 +309,16 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     except ConfigError as error:
         raise error.within("dataset") from None
     d_in = model.d_in(experiment.hook)
+    architecture = experiment.architecture
     try:
-        experiment.sae.check(d_in)
+        if found is not None:
+            found.check(d_in)
+        architecture.check(d_in)
     except ConfigError as error:
         raise error.within("sae") from None
-    _check_start(experiment, model, experiment.sae.width(d_in))
+    _check_start(experiment, model, architecture.width(d_in))
     data.check_budget(experiment.training.steps, experiment.training.batch_size)
-    return Resolved(experiment, model, data, d_in, experiment.sae.width(d_in))
+    return Resolved(experiment, model, data, d_in, architecture.width(d_in), pretrained=found)
 
 
 def cache_folder(runtime: RuntimeConfig) -> Path:

@@ -21,6 +21,7 @@ from reseed.devices import is_out_of_memory
 from reseed.experiment import Experiment, Resolved, resolve_experiment
 from reseed.ranks import Ranks
 from reseed.runs import Interrupted, RunStore
+from reseed.sae.pretrained import Pretrained
 from reseed.train.config import RuntimeConfig
 from reseed.train.team import ADDRESS, OUT_OF_MEMORY, join
 
@@ -33,12 +34,13 @@ class Part:
     role: str
     penalty: float | None
     calibration: dict[str, Any] | None
+    pretrained: Pretrained | None
     signature: str
 
     @classmethod
     def of(cls, resolved: Resolved) -> Part:
         r = resolved
-        return cls(r.experiment, r.role, r.penalty, r.calibration, r.signature)
+        return cls(r.experiment, r.role, r.penalty, r.calibration, r.pretrained, r.signature)
 
     def resolve(self, runtime: RuntimeConfig) -> Resolved:
         """The same here.
@@ -47,7 +49,13 @@ class Part:
             ReseedError: it is not the same here.
         """
         found = resolve_experiment(self.experiment, runtime)
-        found = replace(found, role=self.role, penalty=self.penalty, calibration=self.calibration)
+        found = replace(
+            found,
+            role=self.role,
+            penalty=self.penalty,
+            calibration=self.calibration,
+            pretrained=self.pretrained,
+        )
         if found.signature != self.signature:
             raise ReseedError(
                 f"{found.label} has signature {found.signature} on this node, and "

@@ -159,7 +159,8 @@ class Run:
         and is for raw ones. The rows are the same for both.
 
         Raises:
-            RunError: its start depends on more than the seed, and the file of it is gone.
+            RunError: its start depends on more than the seed, and the file of it is gone; or it was
+                not trained here.
         """
         import torch
         from safetensors.torch import load_file
@@ -169,6 +170,8 @@ class Run:
 
         load_all()
         record = self.record
+        if record.get("pretrained"):
+            raise RunError(f"{self.path} was not trained here: its start is not known")
         config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
         sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
         stored = self.path / INITIAL_FILE

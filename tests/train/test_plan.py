@@ -67,7 +67,7 @@ def test_what_reads_the_same_activations_trains_together(
 def resolved(**options: object) -> Resolved:
     training = TrainingConfig(tokens=64, batch_size=16, **options)  # type: ignore[arg-type]
     sae = SimpleNamespace(dense_products=5)
-    experiment = SimpleNamespace(training=training, sae=sae)
+    experiment = SimpleNamespace(training=training, architecture=sae)
     return SimpleNamespace(experiment=experiment, num_latents=8, d_in=2)  # type: ignore[return-value]
 
 

@@ -80,7 +80,10 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     device = str(pick_device(runtime.device))
     # Beside the sweeps, as several of them may have a pair in common.
     store = MatchingStore(sweep.path.parent / "matchings", device=device, progress=now_and_then())
-    result = compare_cell(trained, untrained, settings, matcher=store, device=device)
+    # One that was trained elsewhere has no start, and pairs with it none to compare.
+    started = [one for one in untrained if one is not None]
+    started = started if len(started) == len(trained) else []
+    result = compare_cell(trained, started, settings, matcher=store, device=device)
     places = {run.id: place for place, run in finished}
     complete(
         replace(result, pairs=with_places(result.pairs, places, settings)),
@@ -150,9 +153,12 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     if line.only_shows:
         line.show(task, arguments)
         return 0
+    from reseed.cli import sources
     from reseed.cli.plan import make_plan
     from reseed.config import ReseedError
 
+    if sources.named_in(line):
+        return sources.compare_sources(line)
     plan = make_plan(line)
     if not any(run.finished for run in plan.runs):
         raise ReseedError(

@@ -18,19 +18,19 @@ from reseed.config import ConfigError, build, make, nearest
 from reseed.console import say
 from reseed.devices import pick_device
 from reseed.experiment import Experiment, Resolved, resolve_experiment
-from reseed.sae.base import SAEConfig
+from reseed.sae.base import SAEOption
 from reseed.train.config import RuntimeConfig, TrainingConfig
 
 _GROUPS = {
     "model": SourceConfig,
     "hookpoint": HookpointConfig,
     "dataset": DatasetConfig,
-    "sae": SAEConfig,
+    "sae": SAEOption,
     "training": TrainingConfig,
 }
 _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
-_ROOT = (*_REQUIRED, "comparison", "plan_only", "wait", "objective")
+_ROOT = (*_REQUIRED, "source", "comparison", "plan_only", "wait", "objective")
 _LOCAL = ("fused", "basic", "joblib", "submitit_local")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
 
@@ -107,6 +107,11 @@ def check_jobs(
                 raise ConfigError(str(error) + where) from error
             found.append(Job(tuple(job), resolved))
     assert runtime is not None
+    given = [o for o in overrides if o.partition("=")[0] == "source"]
+    if given and not any(job.resolved.pretrained for job in found):
+        raise ConfigError(
+            f"{{key}} is for sae=pretrained, which is not there; got {given[0]}", "source"
+        )
     if line.launcher[0] in _LOCAL:  # a node of a cluster may have what is not here
         pick_device(runtime.device)
     if not runtime.wait and line.launcher[0] != SLURM:

@@ -15,6 +15,8 @@ COMMANDS = {
     "run": "train what a comparison lacks, compare, and print its tables",
     "compare": "compare the trained runs of a comparison, train nothing",
     "check": "do latents replicate? LATENTS.csv or --latents 3,17; with --train, --out FOLDER",
+    "convert": "an SAE from one library's format to another's: SOURCE --to FORMAT OUT",
+    "push": "a run's SAE to the hub, with a card: RUN OWNER/NAME; --dry-run OUT",
     "status": "list runs and sweeps, or with a SWEEP its runs (--watch: again and again)",
     "cancel": "cancel the SLURM jobs of a SWEEP",
     "cache": "list the activations in runtime.activation_cache; --clear [NAME] removes them",

@@ -120,10 +120,23 @@ def make_plan(line: CommandLine) -> Plan:
         except ConfigError as error:
             where = f" (in the arm {arm.name!r})" if arm.name else ""
             raise ConfigError(str(error) + where) from error
-        launches.append(Launch(arm, tuple(overrides), tuple(jobs)))
+        launches.append(Launch(arm, tuple(overrides), tuple(_without_repeats(arm, jobs))))
         _check_pairs(launches[-1], settings)
     assert runtime is not None
     return Plan(settings, tuple(launches), runtime)
+
+
+def _without_repeats(arm: Arm, jobs: Sequence[Job]) -> list[Job]:
+    """The jobs without those of a pretrained SAE that is in its cell already: it has no seed, and
+    the other values of one mean nothing to it."""
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for job in jobs:
+        place = (*(job.value(axis) for axis in arm.cell_axes), job.resolved.signature)
+        if job.resolved.pretrained is None or place not in seen:
+            kept.append(job)
+        seen.add(place)
+    return kept
 
 
 def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
@@ -134,6 +147,13 @@ def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
     for job in launch.jobs:
         cells.setdefault(tuple(job.value(axis) for axis in arm.cell_axes), []).append(job)
     for jobs in cells.values():
+        if len(jobs) == 1 and jobs[0].resolved.pretrained:
+            raise ConfigError(
+                f"{{key}} leaves sae=pretrained alone in its cell: it is one SAE, whatever the "
+                f"{' and '.join(pair_axes(arm.pair_by))}. Pair it with others by source, or by "
+                "[sae,seed]",
+                key,
+            )
         seen: dict[str, Job] = {}
         for i, job in enumerate(jobs):
             for apart in (x for x in jobs[:i] if x.resolved.d_in != job.resolved.d_in):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ def tune(line: CommandLine, trial: Callable[[Sequence[str], Sequence[str]], list
         raise ReseedError(f"{SWEEPER}=optuna is not installed: pip install 'reseed[optuna]'")
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(logging.WARNING)
     names, sweeps = _objectives(line)
     hydras = [o for o in line.overrides if o.lstrip("+~").startswith("hydra")]
     given = [o for o in line.overrides if o not in hydras]

@@ -17,8 +17,9 @@ _ABOUT = "L0≈"
 """What the sparsity of a cell begins with that was brought to an L0 by calibration."""
 
 
-def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
-    """A finished run, and the same with the weights that it started from.
+def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | None]:
+    """A finished run, and the same with the weights that it started from, unless it was trained
+    elsewhere.
 
     Args:
         run: the run.
@@ -41,6 +42,8 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary]:
         covariance=None if held_out is None else held_out["covariance"],
         variance=_variance(latents, sae.W_dec.detach().numpy(), metrics["tokens"]),
     )
+    if record.get("pretrained"):
+        return trained, None
     start = run.initial_sae()
     rows = {"encoder": start.W_enc.detach().numpy(), "decoder": start.W_dec.detach().numpy()}
     # Of the untrained selves no table shows the measures that need a covariance or labels.
@@ -94,7 +97,7 @@ def _knobs(record: dict[str, Any]) -> dict[str, Any]:
         "layer": e["layer"],
         "hookpoint": e["hookpoint"]["module"] or e["hookpoint"]["site"],
         "dataset": record["labels"]["dataset"],
-        "sae": e["sae"]["type"],
+        "sae": "pretrained " * bool(record.get("pretrained")) + e["sae"]["type"],
         "num_latents": record["num_latents"],
         "sparsity": record["sparsity"] if target is None else f"{_ABOUT}{target:g}",
         "tokens": record["tokens"],

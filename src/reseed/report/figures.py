@@ -55,7 +55,8 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     ``firing_deciles``, each as png and svg.
 
     Where cells differ in a number of at least 3 values, also ``shared_fraction_by_<axis>``; where
-    they were measured on activations, ``quality_coverage``; where chosen values pair up,
+    they were measured on activations, ``quality_coverage``; where nothing is known of firing, none
+    of it; where chosen values pair up,
     ``matrix``; and where the truth is known, ``truth``.
 
     Returns:
@@ -84,6 +85,11 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
         drawings["matrix"] = matrix_figure
     if with_labels(cells):
         drawings["truth"] = truth_figure
+    if not all(
+        cell.held_out_tokens for _, cell in cells
+    ):  # weights alone: nothing is known to fire
+        for name in ("firing", "firing_deciles"):
+            del drawings[name]
     written = []
     for name, draw in drawings.items():
         with mpl.rc_context(STYLE):

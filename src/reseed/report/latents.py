@@ -38,7 +38,7 @@ def matched(cell: CellResult) -> MatchedLatents:
     )
     tokens = cell.runs.set_index("run")["held_out_tokens"]
     seen = tokens.loc[table["run"].to_pylist()].to_numpy(dtype=np.float64)
-    rate = table["firing"].to_numpy() / seen * TEN_MILLION
+    rate = table["firing"].to_numpy() / np.maximum(seen, 1) * TEN_MILLION
     kept = partner >= 0
     every = np.broadcast_to(rate[:, None], partner.shape)
     return MatchedLatents(every[kept], cosine[kept].astype(np.float64), shared[kept].astype(bool))

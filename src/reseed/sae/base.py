@@ -63,7 +63,13 @@ class Loss:
 
 
 @dataclass(frozen=True)
-class SAEConfig(Config, ABC, family="sae"):
+class SAEOption(Config, ABC, family="sae"):
+    """What ``sae=`` may name: an architecture to be trained (`SAEConfig`), or an SAE that is there
+    already (`reseed.sae.pretrained`)."""
+
+
+@dataclass(frozen=True)
+class SAEConfig(SAEOption, ABC):
     """What all architectures have in common.
 
     Args:

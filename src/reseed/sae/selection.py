@@ -41,6 +41,26 @@ def select(
     return values, indices
 
 
+@torch.no_grad()
+def select_in_groups(
+    rows: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    k: int,
+) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """The largest pre-activation in each of k groups of neighbouring latents, and which it is."""
+    values = rows.new_empty(len(rows), k)
+    indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
+    first = torch.arange(0, len(W_enc), len(W_enc) // k, device=rows.device)
+    size = block_rows(rows, len(W_enc))
+    product = float32_product(min(size, len(rows)), W_enc, b_enc, repeats=len(rows) // size)
+    for start in range(0, len(rows), size):
+        block = slice(start, start + size)
+        largest_of_each = product(rows[block]).unflatten(1, (k, -1)).max(dim=2)
+        values[block], indices[block] = largest_of_each.values, largest_of_each.indices + first
+    return values, indices
+
+
 _FIRST_GUESS = 2
 """In units of k: how many candidates each row sends to `select_in_batch` at first."""
 _FIRST_SHARE = 1.25

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from reseed.sae import kernels
 from reseed.sae.pairs import ByLatent, SparseLatents
-from reseed.sae.selection import select, select_in_batch
+from reseed.sae.selection import select, select_in_batch, select_in_groups
 
 
 def topk_encode(
@@ -93,6 +93,30 @@ def batch_topk_encode(
         values, owners, indices = select_in_batch(rows, *_weighted(W_enc, b_enc, weights), k)
         values = _unweighted(values, indices, weights)
     by_latent = ByLatent(indices, len(W_enc), owners, len(rows))
+    values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
+    return SparseLatents(values, indices, by_latent)
+
+
+def group_max_encode(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "num_latents d_in"],
+    b_enc: Float[Tensor, " num_latents"],
+    k: int,
+    *,
+    b_dec: Float[Tensor, " d_in"],
+) -> SparseLatents:
+    """The largest of ReLU(W_enc (x − b_dec) + b_enc) in each of k groups of neighbouring latents.
+
+    Args:
+        k: a divisor of the number of latents.
+
+    Differentiable like `topk_encode`.
+    """
+    with torch.no_grad():
+        rows = (x - b_dec).contiguous()
+        values, indices = select_in_groups(rows, W_enc, b_enc, k)
+        values.clamp_min_(0)
+    by_latent = ByLatent(indices, len(W_enc))
     values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
     return SparseLatents(values, indices, by_latent)
 

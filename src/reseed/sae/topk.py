@@ -14,7 +14,7 @@ from reseed.sae.base import SAE, Loss, SAEOutput, Step
 from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
 from reseed.sae.pairs import SparseLatents
-from reseed.sae.sparse import sparse_decode, sparse_error, topk_encode
+from reseed.sae.sparse import group_max_encode, sparse_decode, sparse_error, topk_encode
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,32 @@ class TopKConfig(KSparseConfig, name="topk"):
 
     Args:
         multi_topk: add FVU at 4k, divided by 8 (section 4.2, as sparsify weights it).
+        activation: ``topk``; ``groupmax``: the latents are k groups of the same size, one after the
+            other, and the largest of each is active (as sparsify has it).
     """
 
     k: int = setting(32, at_least=1)
     multi_topk: bool = setting(False)
+    activation: str = setting("topk", choices=("topk", "groupmax"), neutral="topk")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.activation != "groupmax":
+            return
+        for name in ("multi_topk", "weigh_by_decoder_norm", "k_anneal_fraction"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{{key}} is for `activation=topk` alone; got {getattr(self, name)}", name
+                )
+
+    def _check_k(self, num_latents: int) -> None:
+        super()._check_k(num_latents)
+        if self.activation == "groupmax" and num_latents % self.k:
+            raise ConfigError(
+                f"{{key}} (={self.k}) must divide `num_latents` (={num_latents}) with "
+                "`activation=groupmax`",
+                "k",
+            )
 
     def _heed_target(self, target: float) -> None:
         if not target.is_integer():
@@ -102,6 +124,8 @@ class TopK(SAE):
     def _largest(
         self, rows: Float[Tensor, "batch d_in"], k: int, descending: bool = False
     ) -> SparseLatents:
+        if self.config.activation == "groupmax":
+            return group_max_encode(rows, self.W_enc, self.b_enc, k, b_dec=self.b_dec)
         return topk_encode(
             rows,
             self.W_enc,

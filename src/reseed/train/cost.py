@@ -53,6 +53,7 @@ def cost(group: Sequence[Resolved], beside: Sequence[Resolved] = ()) -> Cost:
     an archetypal decoder adds); then 12 operations per weight for Adam. Bytes: the source's
     weights; of each SAE weights, two moments and the copy that is measured and stored; gradients of
     one of them, as they are freed before the next one's turn; chunks; the work space of a step.
+    Of what was trained elsewhere, the weights alone.
     """
     read = [*group, *beside]
     hooks = [r.experiment.hook for r in read]
@@ -64,6 +65,9 @@ def cost(group: Sequence[Resolved], beside: Sequence[Resolved] = ()) -> Cost:
     parameters = 0
     for r in group:
         parameters += 2 * r.num_latents * r.d_in + r.num_latents + r.d_in
+        if r.pretrained is not None:
+            memory += _FLOAT * _weights(r)
+            continue
         memory += 4 * _FLOAT * _weights(r)
         flops += r.experiment.training.steps * step_flops(r)
     return Cost(flops, memory, parameters)
@@ -82,7 +86,7 @@ def step_flops(resolved: Resolved) -> float:
     """Floating-point operations of one training step, about."""
     e, rows, columns = resolved.experiment, resolved.num_latents, resolved.d_in
     product = 2.0 * rows * columns * e.training.batch_size
-    flops = e.sae.dense_products * product + 12.0 * _weights(resolved)
+    flops = e.architecture.dense_products * product + 12.0 * _weights(resolved)
     if e.training.optimizer == "muon":
         short, long = min(rows, columns), max(rows, columns)
         matrices = 1 if e.training.decoder == "archetypal" else 2
@@ -95,7 +99,7 @@ def step_flops(resolved: Resolved) -> float:
 def _work_space(resolved: Resolved) -> float:
     """Bytes of a step beside weights and gradients: latents in full where products are dense."""
     e = resolved.experiment
-    latents = (e.sae.dense_products - 1) * resolved.num_latents
+    latents = (e.architecture.dense_products - 1) * resolved.num_latents
     return _FLOAT * e.training.batch_size * (latents + 6 * resolved.d_in)
 
 

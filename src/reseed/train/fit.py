@@ -16,7 +16,7 @@ import torch
 
 from reseed.activations.source import ActivationSource
 from reseed.activations.stream import STRIPES, ChunkStream, Position
-from reseed.atomic import DiskFullError, atomic_write
+from reseed.atomic import DiskFullError
 from reseed.config import ReseedError
 from reseed.console import counted, say
 from reseed.devices import cpus, free_memory, is_out_of_memory, pick_device
@@ -24,13 +24,14 @@ from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.truth import TruthResult, measure_truth
 from reseed.ranks import ALONE, Ranks
 from reseed.runs import INITIAL_FILE, Run, RunStore
-from reseed.sae.checkpoint import save_sae
 from reseed.train.callbacks import Bookkeeper, GroupProgress, Heartbeat, StopAtBorder, Stopped
 from reseed.train.config import RuntimeConfig
 from reseed.train.data import ActivationData, StreamDataset
+from reseed.train.imported import ImportedMember
 from reseed.train.member import Member
 from reseed.train.module import GroupModule
 from reseed.train.plan import OutOfMemory, spread
+from reseed.train.record import AnyMember, record
 from reseed.train.strategy import trainer_options
 from reseed.train.team import Team
 
@@ -45,7 +46,8 @@ def fit_group(
     team: Team | None = None,
     order: Any = None,
 ) -> dict[str, BaseException]:
-    """Train, measure and record the runs of a group. The caller holds their locks.
+    """Train, measure and record the runs of a group. The caller holds their locks. What was
+    trained elsewhere is measured and recorded with them.
 
     Args:
         team: the processes that train; by default this one alone.
@@ -117,7 +119,8 @@ def fit_share(
     needed = max(r.experiment.training.tokens for r in group)
     source = first.open(ranks.device, needed, runtime.open_cache())
     stream = source.stream([r.experiment.hook for r in group])
-    wanted = [(r.experiment.training.batch_size, r.experiment.training.steps) for r in group]
+    training = [r.experiment.training for r in group if r.pretrained is None]
+    wanted = [(recipe.batch_size, recipe.steps) for recipe in training]
     source.check_length(stream, wanted, first.data.label)
 
     members = [_member(r, run, source, stream, share.of_batch) for r, run in share.own]
@@ -126,7 +129,8 @@ def fit_share(
     else:
         stream.compute_together(ranks)
     started = time.perf_counter()
-    _train(members, wanted, share, stream, runtime)
+    trained = [member for member in members if isinstance(member, Member)]
+    _train(trained, wanted, share, stream, runtime)
     training_s = _seconds_since(started)
     for member in members:
         _check(member)
@@ -174,7 +178,7 @@ class Share:
 
 
 def _finish(
-    members: Sequence[Member],
+    members: Sequence[AnyMember],
     own: Sequence[tuple[Resolved, Run]],
     source: ActivationSource,
     timings: dict[str, Any],
@@ -193,7 +197,7 @@ def _finish(
             run.fail(member.error, failed_at_step=step)
         else:
             truth = truths.get(member.id)
-            _record(member, resolved, run, measured[member.id], truth, timings)
+            record(member, resolved, run, measured[member.id], truth, timings)
     return failures
 
 
@@ -215,7 +219,8 @@ def _train(
     if not starts:
         return
     module = GroupModule(members, stream, share.of_batch)
-    folders = {run.id: run.path for _, run in share.own}
+    own = {member.id for member in members}
+    folders = {run.id: run.path for _, run in share.own if run.id in own}
     books = Bookkeeper(
         folders, runtime.log_every_steps, runtime.checkpoint_every_s, share.keeps, share.waits
     )
@@ -269,9 +274,11 @@ def _end(stream: ChunkStream, size: int, steps: int) -> Position:
 
 def _member(
     resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream, ranks: Ranks
-) -> Member:
-    """The run's state: from its checkpoint, or from the first chunk of activations."""
+) -> AnyMember:
+    """The run's state: from its checkpoint, from the first chunk of activations, or as it is."""
     e = resolved.experiment
+    if resolved.pretrained is not None:
+        return ImportedMember(run.id, e.hook, resolved.pretrained, source.device)
     given = (run.id, e.hook, resolved.sae, e.training, resolved.d_in, resolved.init_seed)
     member = Member(*given, source.device, ranks)
     if resolved.role == "steered":
@@ -298,7 +305,7 @@ def _begin(member: Member, run: Run, source: ActivationSource, stream: ChunkStre
 
 
 def _measure(
-    members: Sequence[Member], source: ActivationSource, group: Sequence[Resolved]
+    members: Sequence[AnyMember], source: ActivationSource, group: Sequence[Resolved]
 ) -> dict[str, Reconstruction]:
     if not members:
         return {}
@@ -318,59 +325,12 @@ def _measure_truth(
     return measure_truth({id: m.sae for id, m in measured.items()}, source.world, samples)
 
 
-def _check(member: Member) -> None:
+def _check(member: AnyMember) -> None:
     if member.error is None:
         try:
             member.check_weights()
         except ReseedError as error:
             member.error = error
-
-
-def _record(
-    member: Member,
-    resolved: Resolved,
-    run: Run,
-    measured: Reconstruction,
-    truth: TruthResult | None,
-    timings: dict[str, Any],
-) -> None:
-    """Write the results; the record's status comes last."""
-    from safetensors.torch import save_file
-
-    e = resolved.experiment
-    metadata = {
-        "signature": resolved.signature,
-        "model": resolved.model_label,
-        "model_fingerprint": resolved.model.fingerprint,
-        "hookpoint": str(e.hook),
-        "site": e.hookpoint.site,
-        "layer": e.layer,
-        "dataset": resolved.data.label,
-        "context_length": resolved.data.context_length,
-        "tokens": e.training.steps * e.training.batch_size,
-        "seed": e.seed,
-        "input_scale": member.scale,
-    }
-    save_sae(measured.sae, run.path, metadata)
-    latents = {
-        "firing": measured.firing.cpu(),
-        "tokens_since_fired": member.tokens_since_fired.cpu(),
-        "activation_sum": measured.activation_sum.cpu(),
-        "activation_square_sum": measured.activation_square_sum.cpu(),
-    }
-    if truth is not None:
-        latents |= truth.latents
-    atomic_write(run.path / "latents.safetensors", lambda path: save_file(latents, path))
-    if measured.moments is not None:
-        moments = measured.moments.so_far().tensors()
-        atomic_write(run.path / "activations.safetensors", lambda path: save_file(moments, path))
-    member.write_curve(run.path)
-    metrics = measured.metrics() | {"dead_fraction": float(member.dead.double().mean())}
-    if resolved.sae.penalty_field is not None:
-        metrics["penalty_weight"] = member.sae.penalty_weight
-    if truth is not None:
-        metrics["truth"] = truth.metrics
-    run.finish(metrics, timings=timings | {"seconds": member.curve[-1]["seconds"]})
 
 
 def _loggers(runtime: RuntimeConfig) -> list[Any]:

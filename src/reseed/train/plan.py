@@ -229,7 +229,12 @@ def announce(group: Group, machine: Machine, number: int = 1, of: int = 1) -> No
         say(f"group {number} of {of}: {counted(len(group.members), 'SAE')} "
             f"on {_where(group.members)}")  # fmt: skip
         return
-    recipes = ", ".join(sorted({r.experiment.training.recipe for r in group.members}))
+    trained = [r for r in group.members if r.pretrained is None]
+    if not trained:
+        say(f"measuring {counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
+            f"{_where(group.members)}")  # fmt: skip
+        return
+    recipes = ", ".join(sorted({r.experiment.training.recipe for r in trained}))
     say(
         f"training {counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
         f"{_where(group.members)}\n"
@@ -246,13 +251,13 @@ def _where(members: Sequence[Resolved]) -> str:
 
 
 def _kinds(members: Sequence[Resolved]) -> str:
-    found = {f"{r.experiment.sae.name} {r.num_latents:,} {r.experiment.sae.sparsity}"
+    found = {f"{r.sae.name} {r.num_latents:,} {r.sparsity}"
              for r in members}  # fmt: skip
     return ", ".join(sorted(found))
 
 
 def _tokens(members: Sequence[Resolved]) -> str:
-    budgets = sorted({r.tokens for r in members})
+    budgets = sorted({r.tokens for r in members if r.pretrained is None} or {0})
     told = " to ".join(f"{budget:,}" for budget in dict.fromkeys((budgets[0], budgets[-1])))
     return f"{told} tokens each"
 

@@ -1,0 +1,100 @@
+"""The card (README.md) of an SAE on the hub, from what its run recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import reseed
+
+if TYPE_CHECKING:
+    from reseed.runs import Run
+    from reseed.sae.base import SAE
+
+_METRICS = {
+    "fvu": "fraction of variance unexplained",
+    "l0": "latents active per token",
+    "cosine": "cosine of reconstruction and activation",
+    "live_fraction": "latents that fire at least 10 times",
+    "dead_fraction": "latents dead at the end of training",
+}
+_USAGE = {
+    "sparsify": (
+        'from sparsify import SparseCoder\n\nsae = SparseCoder.load_from_hub("{repo}"{path})'
+    ),
+    "saelens": 'from sae_lens import SAE\n\nsae = SAE.load_from_disk("FOLDER")',
+    "dictionary_learning": (
+        "from dictionary_learning.utils import load_dictionary\n\n"
+        'sae, config = load_dictionary("FOLDER", device="cpu")'
+    ),
+    "gemma_scope": 'import numpy as np\n\nparams = np.load("FOLDER/params.npz")',
+    "reseed": "",
+}
+
+
+def model_card(run: Run, sae: SAE, place: str, format: str) -> str:
+    """What it is, how well it does, how it was made and how it is loaded.
+
+    Args:
+        place: ``OWNER/NAME[/path]``, where it will be.
+        format: in which its files are.
+    """
+    record = run.record
+    e, labels = record["experiment"], record["labels"]
+    repo, _, path = place.partition("/")[2].partition("/")
+    repo = f"{place.partition('/')[0]}/{repo}"
+    own = _USAGE[format].format(repo=repo, path=f', hookpoint="{path}"' if path else "")
+    again = f"\n\nIn the format of {format}:\n\n```python\n{own}\n```" if own else ""
+    hook = e["hookpoint"]["module"] or e["hookpoint"]["site"]
+    return f"""\
+---
+library_name: reseed
+tags:
+- sparse-autoencoder
+- interpretability
+---
+# {sae.config.name} on {labels["model"]}, {hook} of layer {e["layer"]}
+
+A sparse autoencoder with {sae.num_latents:,} latents for activations of width {sae.d_in:,} \
+({record["sparsity"]}), trained on {record["tokens"]:,} tokens of {labels["dataset"]} with seed \
+{e["seed"]}. It takes raw activations. The signature of its run is `{run.signature}`.
+
+```python
+import reseed
+
+sae = reseed.load_sae("hub:{place}")
+out = sae(x)  # out.latents, out.reconstruction; x: [..., {sae.d_in}]
+```{again}
+
+Another seed would have found other latents: how many of these it would have found, `reseed run
+comparison=seeds` says.
+
+## On {run.metrics["tokens"]:,} held-out tokens
+
+{_table(_METRICS, run.metrics)}
+
+## How it was made
+
+| | |
+| :-- | :-- |
+{_settings("sae", record["identity"]["sae"])}
+{_settings("training", record["identity"]["training"])}
+| dataset.context_length | {e["dataset"].get("context_length", "–")} |
+
+By reseed {reseed.__version__}.
+"""
+
+
+def _table(names: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name} | {metrics[name]:.4g} | {what} |"
+        for name, what in names.items()
+        if metrics.get(name) is not None
+    ]
+    return "\n".join(["| | | |", "| :-- | --: | :-- |", *rows])
+
+
+def _settings(group: str, values: Mapping[str, Any]) -> str:
+    """The settings that enter the signature and have a value, a row each."""
+    shown = {key: value for key, value in values.items() if value is not None and key != "type"}
+    return "\n".join(f"| {group}.{key} | {value} |" for key, value in shown.items())

@@ -1,0 +1,106 @@
+"""``reseed convert SOURCE --to FORMAT OUT``: an SAE from one library's format into another's."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from reseed.cli.errors import reported
+from reseed.config import ConfigError, ReseedError
+
+if TYPE_CHECKING:
+    from reseed.sae.base import SAE
+
+FORMATS = ("reseed", "sparsify", "saelens", "dictionary_learning", "gemma_scope")
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(arguments))
+
+
+def parser() -> Parser:
+    """The arguments of the command."""
+    made = Parser("reseed convert", description=__doc__, allow_abbrev=False)
+    made.add_argument("source", help="a folder, a file, or hub:OWNER/NAME[@revision][/path]")
+    made.add_argument("out", help="folder to be made")
+    made.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    made.add_argument("--format", help="of the source; recognised by its files otherwise")
+    made.add_argument("--revision", help="of a source on the hub")
+    return made
+
+
+def _main(arguments: Sequence[str]) -> None:
+    given = parser().parse_args(list(arguments))
+    check_new(Path(given.out))
+    from reseed.console import say
+    from reseed.sae.formats import recognised
+    from reseed.sae.formats.source import found_at
+
+    path = found_at(given.source, revision=given.revision)
+    source = recognised(path, given.format)
+    found = source.load(path)
+    if found.transcoder:
+        raise ReseedError(
+            f"{given.source} is a transcoder: written as an SAE, it would pass for one that "
+            "reconstructs its input"
+        )
+    notes = written(found.sae, Path(given.out), given.to, found.metadata)
+    say(f"{given.out}: {found.sae.config.name}, {found.sae.num_latents:,} latents of width "
+        f"{found.sae.d_in:,}, from {source.name} to {given.to}")  # fmt: skip
+    for note in (*found.notes, *notes):
+        say(f"  {note}")
+
+
+def check_new(out: Path) -> None:
+    """Raise `ConfigError` where something would be overwritten."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is there already, and is not overwritten: name a new folder")
+
+
+def written(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write an SAE in a format, and read it again to see that it is the same.
+
+    Returns:
+        what is not kept.
+
+    Raises:
+        ReseedError: the format holds nothing that is equal to it; nothing is left behind.
+    """
+    from reseed.sae.formats import export_sae, import_sae
+    from reseed.sae.formats.agreement import differ
+
+    there = out.exists()
+    try:
+        notes = export_sae(sae, out, format, metadata)
+        again = import_sae(out, format).sae
+        difference = differ(sae, again)
+        if difference:
+            raise ReseedError(
+                f"as {format} it would not be the same SAE: what is written differs in {difference}"
+            )
+    except BaseException:
+        if not there:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    return (*notes, *_forgotten(sae, again))
+
+
+def _forgotten(sae: SAE, again: SAE) -> tuple[str, ...]:
+    """The settings that a reader of the new files does not learn."""
+    before, after = sae.config.to_dict(), again.config.to_dict()
+    # Widths are written in one of two ways, and of another architecture all that counts is k.
+    unsaid = ("type", "num_latents", "expansion_factor", "decoder_init_norm")
+    lost = [key for key, value in before.items() if key not in unsaid and after.get(key) != value]
+    if not lost:
+        return ()
+    return (f"how it was trained is not kept: sae.{', sae.'.join(lost)}",)

@@ -1,0 +1,183 @@
+"""``reseed compare sources=[a,b,c]``: SAEs that are there, by their weights; no language model.
+
+With ``model=``, ``dataset=``, ``layer=`` or ``hookpoint=`` they are measured on activations too: as
+runs of `sae=pretrained`, which the same command makes where they are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reseed.cli.app import CommandLine, override, parse
+from reseed.config import ConfigError
+
+if TYPE_CHECKING:
+    from reseed.compare.cell import CellResult
+    from reseed.compare.config import ComparisonConfig
+    from reseed.compare.dictionary import Dictionary
+    from reseed.train.config import RuntimeConfig
+
+KEY = "sources"
+_ACTIVATIONS = ("model", "dataset", "layer", "hookpoint")
+"""Groups that say whose activations: any of them asks for the comparison on activations."""
+_MEASURED = ("fvu", "l0", "cosine", "dead_fraction")
+"""What runs have on held-out tokens, and weights alone do not."""
+
+
+def named_in(line: CommandLine) -> bool:
+    """Whether a command line lists sources."""
+    return any(word.partition("=")[0] == KEY for word in line.overrides)
+
+
+def compare_sources(line: CommandLine) -> int:
+    """Compare the SAEs that ``sources=`` lists, two or more.
+
+    Returns:
+        the exit status.
+
+    Raises:
+        ConfigError: fewer, one twice, or keys that mean nothing here.
+    """
+    with line.composer() as composed:
+        parsed = list(zip(parse(line.overrides), line.overrides, strict=True))
+        given = [o.value() for o, _ in parsed if o.key_or_group == KEY]
+        rest = {o.key_or_group: text for o, text in parsed if o.key_or_group != KEY}
+        sources = _checked(given)
+        for key in ("comparison", "sae", "source", "seed"):
+            if key in rest:
+                raise ConfigError(f"{{key}} is not for {KEY}=[…]; got {rest[key]}", key)
+        words = [override("", source)[1:] for source in sources]
+        own = [
+            "comparison=base",
+            "comparison.name=sources",
+            f"comparison.grid={{sae: [pretrained], source: [{', '.join(words)}]}}",
+            "comparison.pair_by=source",
+            *rest.values(),
+        ]
+        wanted = {key.partition(".")[0] for key in rest}
+        values = {} if wanted & set(_ACTIVATIONS) else composed(own)
+    if not values:
+        line.overrides = own
+        return _on_activations(line)
+    unheeded = sorted(key for key in rest if key.partition(".")[0] not in ("comparison", "runtime"))
+    if unheeded:
+        raise ConfigError(
+            f"{{key}} changes nothing where weights alone are compared; got {rest[unheeded[0]]}",
+            unheeded[0],
+        )
+    return _by_weights(sources, values)
+
+
+def _checked(given: Sequence[Any]) -> list[str]:
+    if len(given) != 1 or not isinstance(given[0], list):
+        got = given[0] if len(given) == 1 else given
+        raise ConfigError(
+            f"{{key}} must be one list, as in {KEY}=[FOLDER,hub:OWNER/NAME]; got {got}", KEY
+        )
+    sources = [str(source) for source in given[0]]
+    if len(sources) < 2:
+        raise ConfigError(f"{{key}} must list at least 2 SAEs; got {len(sources)}", KEY)
+    if twice := [s for i, s in enumerate(sources) if s in sources[:i]]:
+        raise ConfigError(f"{{key}} must list every SAE once; {twice[0]} is there twice", KEY)
+    return sources
+
+
+def _on_activations(line: CommandLine) -> int:
+    """As a comparison of pretrained runs."""
+    from reseed.cli import compare, train
+    from reseed.cli.plan import make_plan
+
+    plan = make_plan(line)
+    plan.write()
+    launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
+    status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
+    return max(status, compare.compare_plan(line, plan))
+
+
+def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
+    from reseed.compare.config import ComparisonConfig
+    from reseed.config import build
+    from reseed.console import say
+    from reseed.report.figures import write_figures
+    from reseed.report.tables import write_tables
+    from reseed.report.terminal import print_summary
+    from reseed.train.config import RuntimeConfig
+
+    declared = values["comparison"] | {"activation_tokens": 0}
+    settings = build(declared, "comparison", ComparisonConfig)
+    runtime = build(values["runtime"], "runtime", RuntimeConfig)
+    read = [_dictionary(source) for source in sources]
+    for i, (one, _) in enumerate(read):
+        same = [sources[k] for k, (other, _) in enumerate(read[:i]) if other.id == one.id]
+        if same:
+            raise ConfigError(f"{{key}}: {same[0]} and {sources[i]} are the same SAE", KEY)
+    result, folder = _compared([one for one, _ in read], settings, runtime)
+    knobs = {
+        "sae": "|".join(dict.fromkeys(kind for _, kind in read)),
+        "num_latents": "|".join(dict.fromkeys(f"{one.num_latents}" for one, _ in read)),
+    }
+    cells = [(knobs, result)]
+    write_tables(cells, folder)
+    drawn = write_figures(cells, folder)
+    print_summary(cells, title="sources")
+    say(f"{folder}/: summary (md, csv, tex), pairs.csv, latents.parquet, pairings.csv, matrix.csv"
+        + (", figures (png, svg)" if drawn else ""))  # fmt: skip
+    return 0
+
+
+def _dictionary(source: str) -> tuple[Dictionary, str]:
+    """The rows of an SAE, and the name of its architecture. Of its firing nothing is known."""
+    import numpy as np
+
+    from reseed.compare.dictionary import Dictionary
+    from reseed.sae.checkpoint import CheckpointError
+    from reseed.sae.formats import import_sae
+    from reseed.sae.formats.source import found_at
+    from reseed.sae.pretrained import fingerprint_of
+
+    try:
+        sae = import_sae(found_at(source)).sae
+    except CheckpointError as error:
+        raise ConfigError(f"{{key}}: {error}", KEY) from error
+    nothing = np.zeros(sae.num_latents, dtype=np.int64)
+    rows = {"encoder": sae.W_enc.detach().numpy(), "decoder": sae.W_dec.detach().numpy()}
+    unknown: dict[str, float] = {name: float("nan") for name in _MEASURED}
+    made = Dictionary(
+        id=f"{sae.config.name}-{sae.num_latents}-{fingerprint_of(sae)}",
+        seed=source,
+        firing=nothing,
+        held_out_tokens=0,
+        dead=nothing.astype(bool),
+        metrics=unknown,
+        **rows,
+    )
+    return made, sae.config.name
+
+
+def _compared(
+    found: Sequence[Dictionary], settings: ComparisonConfig, runtime: RuntimeConfig
+) -> tuple[CellResult, Path]:
+    """Match all pairs, and write what comes out into a folder of these SAEs and settings."""
+    import torch
+
+    from reseed.compare.cell import compare_cell
+    from reseed.compare.matchings import MatchingStore
+    from reseed.compare.pairing import with_places
+    from reseed.console import counted, now_and_then, say
+    from reseed.devices import pick_device
+    from reseed.sweeps import Sweep
+
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    sweep = Sweep.of(runtime.sweeps, "sources", [one.id for one in found], settings.signed())
+    say(f"comparing {counted(len(found), 'SAE')} by their weights")
+    device = str(pick_device(runtime.device))
+    store = MatchingStore(sweep.path.parent / "matchings", device=device, progress=now_and_then())
+    result = compare_cell(found, (), settings, matcher=store, device=device)
+    places = {one.id: {"source": one.seed} for one in found}
+    result = replace(result, pairs=with_places(result.pairs, places, settings))
+    result.write(sweep.cell_folder({}))
+    return result, sweep.path

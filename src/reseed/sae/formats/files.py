@@ -1,0 +1,225 @@
+"""Reading foreign files: data and never code, with errors that name the file and what is wrong."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from reseed.sae.checkpoint import CheckpointError
+
+MISSING: Any = object()
+"""That a setting has no default."""
+
+
+class Tensors:
+    """The tensors of one file, taken out by name with the shapes that they have to have.
+
+    Args:
+        file: for messages.
+        tensors: all that it holds.
+        sizes: what is known of the named sizes (``d_in``, ``num_latents``) beforehand.
+    """
+
+    def __init__(
+        self, file: Path, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None
+    ) -> None:
+        self.file = file
+        self.sizes = dict(sizes or {})
+        self._left = dict(tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._left
+
+    @property
+    def names(self) -> list[str]:
+        """What was not taken yet."""
+        return sorted(self._left)
+
+    def take(self, name: str, *shape: str) -> Tensor:
+        """A tensor as float32 on the CPU.
+
+        Args:
+            shape: names of its sizes; one that was not seen before takes the size found here.
+
+        Raises:
+            CheckpointError: it is missing, of another shape, no numbers, or not finite.
+        """
+        tensor = self.raw(name)
+        known = [
+            self.sizes.setdefault(size, n) for size, n in zip(shape, tensor.shape, strict=False)
+        ]
+        if list(tensor.shape) != known or len(tensor.shape) != len(shape):
+            expected = ", ".join(
+                f"{size}={self.sizes[size]}" if size in self.sizes else size for size in shape
+            )
+            raise CheckpointError(
+                f"{self.file}: `{name}` has shape {list(tensor.shape)}, expected [{expected}]"
+            )
+        if 0 in tensor.shape:
+            raise CheckpointError(f"{self.file}: `{name}` is empty")
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{self.file}: `{name}` must hold floats; got {tensor.dtype}")
+        tensor = tensor.to("cpu", torch.float32)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{self.file}: `{name}` holds values that are not finite")
+        return tensor
+
+    def raw(self, name: str) -> Tensor:
+        """A tensor as it is."""
+        if name not in self._left:
+            there = ", ".join(self.names) or "nothing"
+            raise CheckpointError(f"{self.file}: `{name}` is missing; there is {there}")
+        return self._left.pop(name)
+
+    def number(self, name: str) -> float:
+        """The one element of a tensor.
+
+        Raises:
+            CheckpointError: it is missing, or has more elements than one.
+        """
+        tensor = self.raw(name)
+        if tensor.numel() != 1:
+            raise CheckpointError(
+                f"{self.file}: `{name}` must be one number; it has shape {list(tensor.shape)}"
+            )
+        return float(tensor)
+
+    def finish(self) -> None:
+        """Raise `CheckpointError` where a tensor was not heeded: it could change what comes out."""
+        if self._left:
+            raise CheckpointError(
+                f"{self.file}: `{self.names[0]}` is not known in this format, and may change what "
+                "the SAE computes"
+            )
+
+
+class Settings:
+    """The entries of a JSON file."""
+
+    def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
+        self.file = file
+        self.values = values
+
+    def get(self, key: str, kind: type, default: Any = MISSING) -> Any:
+        """An entry of a type; ``null`` counts as missing.
+
+        Raises:
+            CheckpointError: it is missing and there is no default, or of another type.
+        """
+        value = self.values.get(key)
+        if value is None:
+            if default is MISSING:
+                raise CheckpointError(f"{self.file}: `{key}` is missing")
+            return default
+        # True is an int to Python, and 32 is a float to people.
+        ok = isinstance(value, (int, float) if kind is float else kind)
+        if not ok or (kind is not bool and isinstance(value, bool)):
+            wanted = {int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+            raise CheckpointError(
+                f"{self.file}: `{key}` must be {wanted.get(kind, 'true or false')}; got {value!r}"
+            )
+        return value
+
+    def size(self, key: str, default: Any = MISSING) -> Any:
+        """A whole number of at least 1, or the default."""
+        value = self.get(key, int, default)
+        if value is not None and value < 1:
+            raise CheckpointError(f"{self.file}: `{key}` must be at least 1; got {value}")
+        return value
+
+    def choice(self, key: str, known: tuple[str, ...], default: str) -> str:
+        """A word out of some; any other would mean another SAE.
+
+        Raises:
+            CheckpointError: another word.
+        """
+        value = self.get(key, str, default)
+        if value not in known:
+            listed = ", ".join(known)
+            raise CheckpointError(
+                f"{self.file}: `{key}` is {value!r}, which no architecture here is equal to; read "
+                f"is {listed}"
+            )
+        return value
+
+    def refuse(self, key: str, reason: str) -> None:
+        """Raise `CheckpointError` where a switch is on that no architecture here has."""
+        if self.get(key, bool, False):
+            raise CheckpointError(f"{self.file}: `{key}` is true: {reason}")
+
+
+def read_settings(file: Path) -> Settings:
+    """A JSON file that holds a mapping.
+
+    Raises:
+        CheckpointError: it cannot be read, or holds something else.
+    """
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not valid JSON (truncated?): {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} must hold a mapping; got {type(values).__name__}")
+    return Settings(file, values)
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    return _read(file, load_file, (SafetensorError, OSError, ValueError))
+
+
+def read_npz(file: Path) -> dict[str, Tensor]:
+    """The arrays of an npz file; pickled objects are refused, as they could run code.
+
+    Raises:
+        CheckpointError: it is damaged, or holds objects.
+    """
+
+    def arrays(file: Path) -> dict[str, Tensor]:
+        with np.load(file, allow_pickle=False) as found:
+            if not isinstance(found, np.lib.npyio.NpzFile):
+                raise ValueError("it is no archive of arrays")
+            return {name: torch.from_numpy(found[name]) for name in found.files}
+
+    kinds = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, MemoryError)
+    return _read(file, arrays, kinds)
+
+
+def read_pt(file: Path) -> Any:
+    """What torch saved: tensors and plain values alone (``weights_only``).
+
+    Raises:
+        CheckpointError: it is damaged, or holds objects, which could run code.
+    """
+
+    def saved(file: Path) -> Any:
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+    kinds = (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError)
+    return _read(file, saved, (*kinds, AttributeError, IndexError, TypeError))
+
+
+def _read(file: Path, read: Callable[[Path], Any], kinds: tuple[type[BaseException], ...]) -> Any:
+    if not file.is_file():
+        raise CheckpointError(f"there is no file {file}")
+    try:
+        return read(file)
+    except kinds as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{file} cannot be read (truncated, or not data?): {reason}"
+        ) from error

@@ -1,0 +1,192 @@
+"""``sae=pretrained`` and ``reseed compare sources=[…]``: SAEs that were trained elsewhere."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from reseed.cli import compare, convert, run, status, train
+from reseed.compare.matching import match
+from reseed.runs import RunError, RunStore
+from reseed.sae.checkpoint import load_sae, save_sae
+from reseed.sae.topk import TopKConfig
+
+QUIET = ["comparison.activation_tokens=0", "runtime.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_overrides: list[str]) -> list[str]:
+    return [o for o in tiny_overrides if not o.startswith("sae.")]
+
+
+@pytest.fixture(scope="module")
+def trained(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seeds trained here, and the first two of them in others' formats."""
+    folder = tmp_path_factory.mktemp("trained")
+    outputs, sweeps = f"runtime.outputs={folder}/outputs", f"runtime.sweeps={folder}/sweeps"
+    line = [*overrides, "sae=topk", "sae.num_latents=64", "seed=0,1,2", outputs, sweeps]
+    assert train.main(["-m", *line]) == 0
+    for seed, format in ((0, "sparsify"), (0, "saelens"), (1, "dictionary_learning")):
+        (source,) = (folder / "outputs").glob(f"*seed{seed}-*")
+        assert convert.main([str(source), f"{folder}/{format}", "--to", format]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _with_what_was_trained(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def of(kind: str):
+    """The one run whose name holds a word."""
+    (found,) = (one for one in RunStore("outputs").runs() if kind in one.id)
+    return found
+
+
+def test_a_pretrained_run_measures_what_the_trained_one_did(
+    overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train.main([*overrides, "sae=pretrained", "sae.source=sparsify"]) == 0
+    ours, theirs = of("seed0"), of("pretrained")
+    assert theirs.finished
+    for name in ("fvu", "l0", "cosine", "live", "silent_fraction"):
+        assert ours.metrics[name] == theirs.metrics[name]
+    assert torch.equal(load_sae(ours.path).W_dec, load_sae(theirs.path).W_dec)
+    assert (ours.latents()["firing"] == theirs.latents()["firing"]).all()
+    dead = theirs.latents()["tokens_since_fired"] >= theirs.record["dead_after_tokens"]
+    assert dead.mean() == theirs.metrics["silent_fraction"] == theirs.metrics["dead_fraction"]
+    record = theirs.record
+    assert record["pretrained"]["format"] == "sparsify"
+    assert record["pretrained"]["metadata"]["seed"] == 0
+    assert (record["tokens"], record["experiment"]["sae"]["type"]) == (0, "topk")
+    with pytest.raises(RunError, match="was not trained here: its start is not known"):
+        theirs.initial_sae()
+    said = capsys.readouterr().out
+    assert "measuring 1 SAE (topk 64 k=8) on" in said
+    assert status.main([]) == 0
+    assert f"{theirs.id}" in capsys.readouterr().out
+
+
+def test_one_sae_is_one_run_whatever_its_format_seed_and_training(overrides: list[str]) -> None:
+    line = [*overrides, "sae=pretrained", "source=sparsify,saelens", "seed=0,1"]
+    assert train.main(["-m", *line, "training.lr=1e-3,2e-3"]) == 0
+    assert len([one for one in RunStore("outputs").runs() if "pretrained" in one.id]) == 1
+    before = of("pretrained").record["ended"]
+    assert train.main([*overrides, "sae=pretrained", "source=saelens"]) == 0
+    assert of("pretrained").record["ended"] == before
+    # Other held-out text is another run.
+    assert train.main([*overrides, "sae=pretrained", "source=saelens", "layer=0"]) == 0
+    assert len([one for one in RunStore("outputs").runs() if "pretrained" in one.id]) == 2
+
+
+@pytest.mark.slow
+def test_in_one_comparison_with_trained_ones(
+    overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [
+        *overrides, *QUIET, "comparison=seeds", "comparison.pair_by=[sae,seed]", "seed=0,1,2",
+        "source=dictionary_learning",
+    ]  # fmt: skip
+    at_one_width = [*line, "sae=topk,pretrained"]
+    # sae.num_latents is no key of sae=pretrained: ours must have theirs by their own default.
+    assert run.main([*at_one_width, "sae.num_latents=64"]) == 1
+    assert "sae.num_latents" in capsys.readouterr().err
+    assert run.main(at_one_width) == 0
+    (sweep,) = Path("sweeps").glob("seeds-*")
+    pairs = pd.read_csv(sweep / "pairs.csv")
+    # 3 seeds and the one SAE, once: 4 runs, 6 pairs.
+    assert len(pairs) == 6
+    assert len(set(pairs["a"]) | set(pairs["b"])) == 4
+
+
+def test_sources_by_their_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ["sources=[sparsify,dictionary_learning]", "runtime.threads=1"]
+    assert compare.main(line) == 0
+    (sweep,) = Path("sweeps").glob("sources-*")
+    pairs = pd.read_csv(sweep / "pairs.csv")
+    a, b = load_sae(of("seed0").path), load_sae(of("seed1").path)
+    by_encoder, by_decoder = match(a.W_enc, b.W_enc), match(a.W_dec, b.W_dec)
+    same = by_encoder.assignment == by_decoder.assignment
+    both = (by_encoder.cosines >= 0.7) & (by_decoder.cosines >= 0.7) & same
+    assert pairs["shared_fraction"].tolist() == pytest.approx([both.mean()])
+    assert pairs["cosine_decoder"].tolist() == pytest.approx([by_decoder.cosines.mean()])
+    assert "comparing 2 SAEs by their weights" in capsys.readouterr().out
+    assert len(RunStore("outputs").runs()) == 3  # nothing was measured
+
+
+@pytest.mark.slow
+def test_sources_on_activations(overrides: list[str]) -> None:
+    line = ["sources=[sparsify,dictionary_learning]", *overrides, *QUIET]
+    plain = [o for o in line if not o.startswith("training.")]
+    assert compare.main(plain) == 0
+    (sweep,) = Path("sweeps").glob("sources-*")
+    by_weights = Path("elsewhere")
+    assert compare.main([line[0], f"runtime.sweeps={by_weights}", "runtime.threads=1"]) == 0
+    (other,) = by_weights.glob("sources-*")
+    found, alone = (pd.read_csv(folder / "pairs.csv") for folder in (sweep, other))
+    assert found["shared_fraction"].tolist() == alone["shared_fraction"].tolist()
+    assert found["shared_fraction_live"].notna().all()
+    assert len([one for one in RunStore("outputs").runs() if "pretrained" in one.id]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["sources=[sparsify]"], "`sources` must list at least 2 SAEs; got 1"),
+        (["sources=[sparsify,sparsify]"], "must list every SAE once; sparsify is there twice"),
+        (["sources=[sparsify,saelens]"], "sparsify and saelens are the same SAE"),
+        (["sources=sparsify"], "`sources` must be one list, as in sources=[FOLDER,"),
+        (["sources=[sparsify,nowhere]"], "`sources`: there is no folder nowhere"),
+        (["sources=[sparsify,saelens]", "sae=topk"], "`sae` is not for sources=[…]; got sae=topk"),
+        (["sources=[sparsify,saelens]", "training.lr=1"], "`training.lr` changes nothing where"),
+    ],
+)
+def test_sources_that_cannot_be_compared(
+    line: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert compare.main(line) == 1
+    assert message in capsys.readouterr().err
+    assert not list(Path("sweeps").glob("sources-*"))
+
+
+def test_what_cannot_be_is_refused_before_anything_starts(
+    overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*overrides, "sae=pretrained"]
+
+    def refused(arguments: list[str], message: str, command=train.main) -> None:
+        assert command(arguments) == 1
+        assert message in capsys.readouterr().err
+
+    refused(line, "`sae.source` is required with sae=pretrained: give it a value")
+    refused([*line, "source=nowhere"], "`sae.source`: there is no folder nowhere")
+    refused([*line, "sae.format=sae_lens", "source=saelens"], "Did you mean `saelens`?")
+    refused([*overrides, "source=saelens"], "`source` is for sae=pretrained, which is not there")
+    save_sae(TopKConfig(num_latents=8, k=2).empty(9), "wide", {"layer": 7})
+    refused(
+        [*line, "source=wide"],
+        "`sae.source` takes activations of width 9, and those at the hookpoint have 16. Its files "
+        "say: layer: 7.",
+    )
+    refused(
+        [*line, "comparison=seeds", "source=saelens"],
+        "`comparison.pair_by` leaves sae=pretrained alone in its cell",
+        run.main,
+    )
+    assert len(RunStore("outputs").runs()) == 3
+
+
+def test_what_changes_under_the_hands_fails_alone(overrides: list[str]) -> None:
+    from reseed.sae import pretrained
+
+    config = pretrained.PretrainedConfig(source="saelens")
+    found = config.found()
+    shutil.rmtree("saelens")
+    shutil.copytree("dictionary_learning", "saelens")
+    with pytest.raises(Exception, match=r"cfg.json is not valid JSON|has changed since"):
+        found.load()

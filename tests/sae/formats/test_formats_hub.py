@@ -1,0 +1,87 @@
+"""Places on the hub: what is asked of it, and what happens without it."""
+
+import foreign
+import pytest
+from foreign import D, draws
+
+import reseed
+from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.formats.source import HubPlace, download, place_of
+
+COMMIT = "0123456789abcdef"
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of one repository, whose snapshots are folders named by the commit."""
+    import huggingface_hub
+
+    root, asked = tmp_path / "snapshots" / COMMIT, []
+    foreign.sparsify(root / "layers.3", draws())
+    foreign.gemma_scope(root / "layer_1", draws())
+
+    def snapshot_download(repo_id, *, local_files_only=False, **wanted):
+        asked.append((repo_id, local_files_only, wanted))
+        if not local_files_only and hub.offline:
+            raise OSError("no route\nto host")
+        if local_files_only and not hub.cached:
+            raise FileNotFoundError("not in the cache")
+        return str(root)
+
+    hub = type("Hub", (), {"asked": asked, "offline": False, "cached": True})
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    return hub
+
+
+def test_only_what_is_needed_is_downloaded(hub):
+    assert reseed.load_sae("hub:me/saes@v1/layers.3").d_in == D
+    wanted = {"revision": "v1", "allow_patterns": ["layers.3", "layers.3/*"]}
+    assert hub.asked == [("me/saes", False, wanted)]
+    reseed.load_sae(repo="me/saes", path="layer_1/params.npz")
+    assert hub.asked[-1][2]["revision"] == "main"
+
+
+def test_the_commit_is_known(hub):
+    folder, commit = download(HubPlace("me/saes", path="layers.3"))
+    assert (folder.name, commit) == ("layers.3", COMMIT)
+
+
+def test_without_a_network_the_cache_will_do(hub):
+    hub.offline = True
+    assert reseed.load_sae("hub:me/saes/layers.3").d_in == D
+    assert [local for _, local, _ in hub.asked] == [False, True]
+
+
+def test_without_either_it_says_so(hub):
+    hub.offline, hub.cached = True, False
+    with pytest.raises(CheckpointError) as error:
+        reseed.load_sae("hub:me/saes/layers.3")
+    assert str(error.value) == (
+        "cannot get hub:me/saes@main/layers.3 from the hub, and it is not in the local cache: "
+        "no route"
+    )
+
+
+def test_what_the_repository_does_not_have(hub):
+    with pytest.raises(CheckpointError, match=r"me/saes \(revision main\) has no layers.9"):
+        reseed.load_sae("hub:me/saes/layers.9")
+    with pytest.raises(CheckpointError, match=r"Below it are layer_1 \(gemma_scope\), layers.3"):
+        reseed.load_sae("hub:me/saes")
+
+
+@pytest.mark.parametrize(
+    ("source", "place"),
+    [
+        ("hub:a/b", HubPlace("a/b")),
+        ("hub:a/b@main", HubPlace("a/b")),
+        ("hub:a/b.c@v1.0/layers.3/seed1/", HubPlace("a/b.c", "v1.0", "layers.3/seed1")),
+    ],
+)
+def test_spelling(source, place):
+    assert place_of(source) == place
+
+
+def test_a_revision_beside_a_source():
+    assert place_of("hub:a/b/c", revision="v2") == HubPlace("a/b", "v2", "c")
+    with pytest.raises(CheckpointError, match="hub:a/b@v1 is of v1, and `revision` is v2"):
+        place_of("hub:a/b@v1", revision="v2")

@@ -1,0 +1,243 @@
+"""Damaged, hostile, unfinished and foreign files: a clear word, nothing run, nothing half read."""
+
+import json
+import pickle
+import re
+
+import foreign
+import numpy as np
+import pytest
+import torch
+from foreign import D, F, K, draws
+
+import reseed
+from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.formats import import_sae
+
+
+def refused(source, message, **options):
+    with pytest.raises(CheckpointError) as error:
+        reseed.load_sae(source, **options)
+    assert message in str(error.value), str(error.value)
+
+
+class Hostile:
+    """Pickled, it would make a file when it is read."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return open, (str(self.target), "w")
+
+
+def dictionary(folder, **more):
+    p = draws()
+    tensors = foreign.linear(p, encoder__bias="b_enc", bias="b_dec") | more
+    return foreign.dictionary(folder, tensors, "AutoEncoder")
+
+
+LAYOUTS = {
+    "sparsify": lambda folder: foreign.sparsify(folder, draws()) / "sae.safetensors",
+    "saelens": lambda folder: (
+        foreign.saelens(folder, draws(), "jumprelu") / "sae_weights.safetensors"
+    ),
+    "dictionary_learning": lambda folder: dictionary(folder) / "ae.pt",
+    "gemma_scope": lambda folder: foreign.gemma_scope(folder, draws()) / "params.npz",
+    "gemma_scope_2": lambda folder: foreign.gemma_scope_2(folder, draws()) / "params.safetensors",
+    "llama_scope": lambda folder: (
+        foreign.llama_scope(folder, draws(), {"blocks.9.hook_resid_post": 3.0})
+        / "sae_weights.safetensors"
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("part", [0, 0.001, 0.3, 0.7, 0.999])
+def test_a_truncated_file_is_refused(layout, part, tmp_path):
+    file = LAYOUTS[layout](tmp_path / "sae")
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(part * len(whole))])
+    refused(tmp_path / "sae", f"{file} cannot be read (truncated, or not data?)")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_noise_in_the_place_of_weights_is_refused(layout, tmp_path):
+    file = LAYOUTS[layout](tmp_path / "sae")
+    file.write_bytes(np.random.default_rng(0).bytes(5_000))
+    refused(tmp_path / "sae", f"{file} cannot be read (truncated, or not data?)")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_is_not_run(tmp_path):
+    target = tmp_path / "made"
+    folder = dictionary(tmp_path / "sae")
+    torch.save({"bias": Hostile(target)}, folder / "ae.pt")
+    refused(folder, "cannot be read")
+    (folder / "ae.pt").write_bytes(pickle.dumps(Hostile(target)))
+    refused(folder, "cannot be read")
+    assert not target.exists()
+
+
+def test_objects_in_an_npz_are_not_run(tmp_path):
+    target = tmp_path / "made"
+    folder = foreign.gemma_scope(tmp_path / "sae", draws())
+    np.savez(folder / "params.npz", W_enc=np.array([Hostile(target)], dtype=object))
+    refused(folder, "cannot be read")
+    (folder / "params.npz").write_bytes(pickle.dumps(Hostile(target)))
+    refused(folder, "cannot be read")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "[" * 100_000])
+def test_a_damaged_configuration_is_refused(text, tmp_path):
+    folder = foreign.sparsify(tmp_path, draws())
+    (folder / "cfg.json").write_text(text)
+    refused(folder, "cfg.json")
+
+
+def test_an_interrupted_training_is_said_to_be_one(tmp_path):
+    folder = dictionary(tmp_path)
+    state = {"step": 300, "ae": {"bias": torch.zeros(D)}, "optimizer": {}, "config": {}}
+    torch.save(state, folder / "ae.pt")
+    refused(
+        folder,
+        "is the state of a training that was interrupted at step 300 (it holds ae, config, "
+        "optimizer, step), not a finished SAE",
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"W_dec": torch.zeros(F, D + 1)}, f"`W_dec` has shape [{F}, {D + 1}], expected "),
+        ({"W_dec": torch.zeros(D, F)}, f"expected [num_latents={F}, d_in={D}]"),
+        ({"b_dec": torch.zeros(D, dtype=torch.int64)}, "`b_dec` must hold floats; got torch.int64"),
+        ({"b_enc": torch.full((F,), torch.nan)}, "`encoder.bias` holds values that are not finite"),
+        ({"W_skip": torch.ones(D, D)}, "`W_skip` adds a linear map of the input"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change, message, tmp_path):
+    refused(foreign.sparsify(tmp_path, draws() | change), message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k": F + 1}, f"`k` (={F + 1}) must not exceed `num_latents` (={F})"),
+        ({"k": "4"}, "`k` must be a whole number; got '4'"),
+        ({"k": 0}, "`k` must be at least 1; got 0"),
+        ({"k": None}, "`k` is missing"),
+        ({"d_in": True}, "`d_in` must be a whole number; got True"),
+        ({"num_latents": F + 1}, f"`encoder.weight` has shape [{F}, {D}]"),
+        ({"activation": "relu"}, "`activation` is 'relu', which no architecture here is equal to"),
+        ({"activation": "groupmax", "k": 7}, f"`k` (=7) must divide `num_latents` (={F})"),
+        ({"signed": True}, "latents of either sign are no architecture here"),
+    ],
+)
+def test_settings_of_sparsify_that_cannot_be_are_refused(change, message, tmp_path):
+    refused(foreign.sparsify(tmp_path, draws(), **change), message)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "message"),
+    [
+        ("standard", {"normalize_activations": "layer_norm"}, "rescales each token by its own"),
+        ("standard", {"normalize_activations": "constant_norm_rescale"}, "by its own norm"),
+        (
+            "standard",
+            {"normalize_activations": "expected_average_only_in"},
+            "neither folded in nor in a file activation_scaler.json",
+        ),
+        ("temporal", {}, "`architecture` is 'temporal', which no architecture here is equal to"),
+        ("standard", {"activation_fn": "tanh-relu"}, "`activation_fn` 'tanh-relu'"),
+        ("transcoder", {"d_out": D + 1}, f"it maps {D} activations to {D + 1}"),
+        ("topk", {"k": F + 1}, "must not exceed `num_latents`"),
+    ],
+)
+def test_settings_of_saelens_that_cannot_be_are_refused(architecture, change, message, tmp_path):
+    refused(foreign.saelens(tmp_path, draws(), architecture, **change), message)
+
+
+@pytest.mark.parametrize(
+    ("norms", "change", "message"),
+    [
+        (None, {}, "`dataset_average_activation_norm` must be above 0 at blocks.9.hook_resid_post"),
+        ({"blocks.9.hook_resid_post": 0.0}, {}, "got 0.0"),
+        (None, {"norm_activation": "token-wise"}, "`norm_activation` is 'token-wise'"),
+        (None, {"norm_activation": "inference", "act_fn": "batchtopk"}, "no threshold is stored"),
+        (None, {"norm_activation": "inference", "use_glu_encoder": True}, "`use_glu_encoder`"),
+        (None, {"sae_type": "crosscoder"}, "`sae_type` is 'crosscoder'"),
+    ],
+)
+def test_settings_of_llama_scope_that_cannot_be_are_refused(norms, change, message, tmp_path):
+    refused(foreign.llama_scope(tmp_path, draws(), norms, **change), message)
+
+
+def test_a_tensor_that_nobody_knows_is_not_passed_over(tmp_path):
+    folder = dictionary(tmp_path, ghost=torch.zeros(3))
+    refused(folder, "`ghost` is not known in this format, and may change what the SAE computes")
+
+
+def test_k_of_weights_and_configuration_must_agree(tmp_path):
+    tensors = foreign.linear(draws(), encoder__bias="b_enc", b_dec="b_dec")
+    folder = foreign.dictionary(
+        tmp_path, tensors | {"k": torch.tensor(K)}, "AutoEncoderTopK", k=K + 1
+    )
+    refused(folder, f"`k` is {K}, and config.json says {K + 1}")
+
+
+def test_what_is_not_recognised_is_told_with_what_would_have_been(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    refused(tmp_path, "holds no SAE of a known format; it holds notes.txt. Recognised is reseed: ")
+    refused(tmp_path, "sparsify: cfg.json with sae.safetensors; ", format=None)
+    refused(tmp_path, "Recognised is gemma_scope: params.npz or ", format="gemma_scope")
+    refused(tmp_path / "nowhere", "there is no folder")
+    refused(tmp_path, "no format is called `sparsfy`. Did you mean `sparsify`?", format="sparsfy")
+
+
+def test_a_folder_of_several_says_which_there_are(tmp_path):
+    for layer in (0, 1):
+        foreign.sparsify(tmp_path / f"layers.{layer}", draws())
+    refused(tmp_path, "Below it are layers.0 (sparsify), layers.1 (sparsify): name one.")
+
+
+def test_a_file_without_what_belongs_beside_it(tmp_path):
+    folder = dictionary(tmp_path)
+    (folder / "config.json").unlink()
+    refused(folder / "ae.pt", "is no file of a known format, or lacks what belongs beside it")
+
+
+def test_a_named_format_is_held_to(tmp_path):
+    folder = foreign.sparsify(tmp_path, draws())
+    assert import_sae(folder, "sparsify").sae.num_latents == F
+    refused(
+        folder, "Recognised is saelens: cfg.json with sae_weights.safetensors", format="saelens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hub:x", "a place on the hub is hub:OWNER/NAME[@revision][/path]; got hub:x"),
+        ("hub:a/b/../../c", "a place on the hub is"),
+        ("EleutherAI/sae-pythia", "on the hub it would be hub:EleutherAI/sae-pythia"),
+    ],
+)
+def test_a_place_on_the_hub_is_spelt_in_one_way(source, message):
+    refused(source, message)
+
+
+def test_what_is_named_must_be_one_thing():
+    refused(None, "name either a source or `repo`")
+    with pytest.raises(CheckpointError, match=re.escape("name either a source or `repo`")):
+        reseed.load_sae("x", repo="a/b")
+    with pytest.raises(CheckpointError, match="`revision` and `path` are for the hub"):
+        reseed.load_sae("x", revision="main")
+
+
+def test_settings_are_read_from_json_alone(tmp_path):
+    folder = foreign.sparsify(tmp_path, draws())
+    values = json.loads((folder / "cfg.json").read_text())
+    assert import_sae(folder).reads == (folder / "cfg.json", folder / "sae.safetensors")
+    assert values["k"] == K

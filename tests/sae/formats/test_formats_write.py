@@ -1,0 +1,154 @@
+"""What is written is read again, bit for bit where nothing is folded; the rest is refused."""
+
+import foreign
+import pytest
+import torch
+from foreign import D, F, K, assert_same, draws, tokens
+
+import reseed
+from reseed.sae.base import SAEConfig
+from reseed.sae.batch_topk import BatchTopKConfig
+from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.formats import FORMATS, export_sae, import_sae
+from reseed.sae.formats.files import read_npz
+from reseed.sae.formats.parts import exact_log
+from reseed.sae.gated import GatedConfig
+from reseed.sae.jumprelu import JumpReLUConfig
+from reseed.sae.matryoshka import MatryoshkaConfig
+from reseed.sae.relu import ReLUConfig
+from reseed.sae.topk import TopKConfig
+
+CONFIGS = {
+    "topk": TopKConfig(num_latents=F, k=K),
+    "groupmax": TopKConfig(num_latents=F, k=K, activation="groupmax"),
+    "relu": ReLUConfig(num_latents=F),
+    "relu_centred": ReLUConfig(num_latents=F, subtract_b_dec=True),
+    "jumprelu": JumpReLUConfig(num_latents=F),
+    "jumprelu_centred": JumpReLUConfig(num_latents=F, subtract_b_dec=True),
+    "gated": GatedConfig(num_latents=F),
+    "batch_topk": BatchTopKConfig(num_latents=F, k=K),
+    "matryoshka": MatryoshkaConfig(num_latents=F, k=K, prefixes=(0.25, 1.0)),
+}
+METADATA = {"model": "pythia", "site": "resid_post", "layer": 3, "hookpoint": "resid_post.3"}
+FOLDED = {
+    ("gemma_scope", "relu_centred"), ("gemma_scope", "jumprelu_centred"),
+    ("gemma_scope", "batch_topk"), ("gemma_scope", "matryoshka"),
+    ("dictionary_learning", "jumprelu_centred"),
+}  # fmt: skip
+"""Pairs where b_dec goes into b_enc, which rounds."""
+
+
+def trained(config: SAEConfig):
+    """An SAE of an architecture with parameters as training may leave them."""
+    sae, p = config.empty(D), draws(4)
+    with torch.no_grad():
+        for name, parameter in (*sae.named_parameters(), *sae.named_buffers()):
+            source = {"log_threshold": p["threshold"].log(), "threshold": torch.tensor(0.55)}
+            parameter.copy_(source[name] if name in source else p[name])
+    return sae.requires_grad_(False)
+
+
+PAIRS = [
+    (format, name)
+    for format, one in FORMATS.items()
+    for name, config in CONFIGS.items()
+    if (config.name in one.exports or format == "reseed")
+    and not (name == "groupmax" and format in ("saelens", "dictionary_learning"))
+]
+
+
+@pytest.mark.parametrize(("format", "name"), PAIRS, ids=lambda v: v)
+def test_written_and_read_it_is_the_same(format, name, tmp_path):
+    sae, x = trained(CONFIGS[name]), tokens()
+    export_sae(sae, tmp_path / "out", format, METADATA)
+    found = reseed.load_sae(tmp_path / "out")
+    before, after = sae(x), found(x)
+    if (format, name) in FOLDED:
+        assert_same(found, x, before.latents, before.reconstruction)
+    else:
+        assert torch.equal(before.latents, after.latents)
+        close = {"rtol": 0, "atol": 0 if found.config.name == sae.config.name else 1e-5}
+        torch.testing.assert_close(after.reconstruction, before.reconstruction, **close)
+        for parameter in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            assert torch.equal(getattr(sae, parameter), getattr(found, parameter))
+    # And once more: what was read is written as it was.
+    export_sae(found, tmp_path / "again", format, METADATA)
+    assert torch.equal(reseed.load_sae(tmp_path / "again")(x).latents, after.latents)
+
+
+def test_written_tensors_are_bit_equal_to_those_that_were_read(tmp_path):
+    p = draws()
+    first = foreign.gemma_scope(tmp_path / "first", p) / "params.npz"
+    export_sae(reseed.load_sae(first), tmp_path / "second", "gemma_scope")
+    for key, tensor in read_npz(first).items():
+        assert torch.equal(tensor, read_npz(tmp_path / "second" / "params.npz")[key]), key
+
+
+def test_where_it_comes_from_goes_along(tmp_path):
+    sae = trained(CONFIGS["topk"])
+    for format in ("reseed", "sparsify", "dictionary_learning"):
+        export_sae(sae, tmp_path / format, format, METADATA)
+        assert METADATA.items() <= import_sae(tmp_path / format).metadata.items()
+    export_sae(sae, tmp_path / "saelens", "saelens", METADATA)
+    found = import_sae(tmp_path / "saelens").metadata
+    assert (found["hook_name"], found["reseed"]) == ("blocks.3.hook_resid_post", METADATA)
+    notes = export_sae(trained(CONFIGS["batch_topk"]), tmp_path / "npz", "gemma_scope", METADATA)
+    assert notes == (
+        "params.npz has no room for where the SAE comes from",
+        "sae=batch_topk is a JumpReLU there, and its k is not kept",
+    )
+
+
+def test_a_threshold_is_kept_to_the_last_bit():
+    threshold = torch.cat([draws(s)["threshold"] for s in range(50)] + [torch.tensor([1e-30, 1e8])])
+    reached = exact_log(threshold).exp()
+    after = torch.nextafter(threshold, torch.tensor(torch.inf))
+    assert bool((reached >= threshold).all())
+    assert bool((reached < after).all())
+    assert bool((exact_log(torch.tensor([0.0, -1.0])) == -torch.inf).all())
+
+
+def test_a_pre_activation_at_its_threshold_is_held_back_and_the_next_is_not(tmp_path):
+    p = draws()
+    p |= {"W_enc": torch.eye(F, D), "b_enc": torch.zeros(F), "b_dec": torch.zeros(D)}
+    sae = reseed.load_sae(foreign.saelens(tmp_path, p, "jumprelu"))
+    at = p["threshold"][:D]
+    assert not bool(sae.encode(at)[:D].any())
+    above = torch.nextafter(at, torch.tensor(torch.inf))
+    assert torch.equal(sae.encode(above)[:D], above)
+
+
+def test_a_threshold_of_decoder_norms_is_one_for_each_latent(tmp_path):
+    config = BatchTopKConfig(
+        num_latents=F, k=K, weigh_by_decoder_norm=True, unit_norm_decoder=False
+    )
+    sae, x = trained(config), tokens()
+    export_sae(sae, tmp_path, "saelens")
+    out = sae(x)
+    assert_same(reseed.load_sae(tmp_path), x, out.latents, out.reconstruction)
+
+
+@pytest.mark.parametrize(
+    ("format", "config", "message"),
+    [
+        ("sparsify", CONFIGS["relu"], "sparsify cannot hold sae=relu: it holds topk"),
+        ("gemma_scope", CONFIGS["topk"], "gemma_scope cannot hold sae=topk: it holds jumprelu, "),
+        ("saelens", CONFIGS["groupmax"], "saelens cannot hold `activation=groupmax`"),
+        ("llama_scope", CONFIGS["relu"], "reseed reads it, and does not write it"),
+        (
+            "dictionary_learning",
+            BatchTopKConfig(num_latents=F, k=2.5),
+            "dictionary_learning cannot hold k=2.5: its k is a whole number",
+        ),
+        (
+            "sparsify",
+            TopKConfig(num_latents=F, k=2, weigh_by_decoder_norm=True, unit_norm_decoder=False),
+            "it chooses latents by f, not by f‖d‖",
+        ),
+    ],
+)
+def test_what_a_format_cannot_hold_is_refused(format, config, message, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        export_sae(trained(config), tmp_path / "out", format)
+    assert message in str(error.value)
+    assert not (tmp_path / "out").exists()
