@@ -28,7 +28,14 @@ def hub(tmp_path, monkeypatch):
             raise FileNotFoundError("not in the cache")
         return str(root)
 
-    hub = type("Hub", (), {"asked": asked, "offline": False, "cached": True})
+    class Api:
+        def list_repo_files(self, repo, revision):
+            if hub.offline:
+                raise OSError("no route")
+            return [str(f.relative_to(root)) for f in sorted(root.rglob("*")) if f.is_file()]
+
+    hub = type("Hub", (), {"asked": asked, "offline": False, "cached": True, "root": root})
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     return hub
 
@@ -65,8 +72,19 @@ def test_without_either_it_says_so(hub):
 def test_what_the_repository_does_not_have(hub):
     with pytest.raises(CheckpointError, match=r"me/saes \(revision main\) has no layers.9"):
         reseed.load_sae("hub:me/saes/layers.9")
-    with pytest.raises(CheckpointError, match=r"Below it are layer_1 \(gemma_scope\), layers.3"):
+
+
+def test_a_repository_of_many_is_not_downloaded_whole(hub):
+    with pytest.raises(CheckpointError) as error:
         reseed.load_sae("hub:me/saes")
+    assert str(error.value) == (
+        "hub:me/saes@main has no SAE at its top. Name a folder, as in hub:me/saes/layer_1; with "
+        "weights are layer_1, layers.3"
+    )
+    assert hub.asked == []
+    foreign.sparsify(hub.root, draws())
+    assert reseed.load_sae("hub:me/saes").d_in == D
+    assert hub.asked[-1][2]["allow_patterns"] == ["cfg.json", "sae.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ MAIN = "main"
 _HUB = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@\s]+))?(?:/(?P<path>[^\s]+?))?/?"
 )
-_FILES = ("*.safetensors", "*.json", "*.npz", "*.pt")
-"""What formats are made of. Anything else (text, code, logs) is left where it is."""
+_WEIGHTS = (".safetensors", ".npz", ".pt")
+_SHOWN = 8  # folders in a message
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,15 @@ def download(place: HubPlace) -> tuple[Path, str]:
     """
     from huggingface_hub import snapshot_download
 
-    inside = (place.path, f"{place.path}/*") if place.path else _FILES
-    wanted = {"revision": place.revision, "allow_patterns": list(inside)}
+    wanted = {"revision": place.revision, "allow_patterns": [place.path, f"{place.path}/*"]}
     try:
+        if not place.path:  # some repositories hold thousands of SAEs
+            wanted["allow_patterns"] = _top(place)
         root = Path(snapshot_download(place.repo, **wanted))  # type: ignore[arg-type]
+    except CheckpointError:
+        raise
     except Exception as online:
+        wanted.pop("allow_patterns")
         try:  # without a network, what was downloaded before is as good
             root = Path(snapshot_download(place.repo, local_files_only=True, **wanted))  # type: ignore[arg-type]
         except Exception:
@@ -116,6 +120,28 @@ def download(place: HubPlace) -> tuple[Path, str]:
     if not found.exists():
         raise CheckpointError(f"{place.repo} (revision {place.revision}) has no {place.path}")
     return found, root.name
+
+
+def _top(place: HubPlace) -> list[str]:
+    """The files at the top of a repository.
+
+    Raises:
+        CheckpointError: no weights are among them; with the folders that have some.
+    """
+    from huggingface_hub import HfApi
+
+    names = HfApi().list_repo_files(place.repo, revision=place.revision)
+    top = [name for name in names if "/" not in name]
+    if not any(name.endswith(_WEIGHTS) for name in top):
+        weights = (name for name in names if name.endswith(_WEIGHTS))
+        folders = list(dict.fromkeys(name.rpartition("/")[0] for name in weights))
+        listed = ", ".join(folders[:_SHOWN]) or "none"
+        more = f" and {len(folders) - _SHOWN:,} more" if len(folders) > _SHOWN else ""
+        raise CheckpointError(
+            f"{place} has no SAE at its top. Name a folder, as in {HUB}{place.repo}/"
+            f"{folders[0] if folders else 'FOLDER'}; with weights are {listed}{more}"
+        )
+    return top
 
 
 def _hint(source: str) -> str:
