@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reseed.activations.hookpoint import Hookpoint, first_tensor, module_path
+from reseed.activations.language_model import LanguageModel
 
 Edit = Callable[[Tensor], Tensor]
 """From the activations [sequences, context, d_in] at a hookpoint to those that go on from there."""
@@ -39,3 +42,20 @@ def spliced(model: nn.Module, hookpoint: Hookpoint, edit: Edit) -> Iterator[None
         yield
     finally:
         handle.remove()
+
+
+@torch.inference_mode()
+def logits(
+    model: LanguageModel,
+    tokens: Int[Tensor, "sequences context"],
+    edits: Mapping[Hookpoint, Edit] | None = None,
+) -> Float[Tensor, "sequences context vocabulary"]:
+    """What the model says of the next token, in one forward pass, in the model's dtype.
+
+    Args:
+        edits: what takes the place of the activations at some hookpoints.
+    """
+    with ExitStack() as stack:
+        for hookpoint, edit in (edits or {}).items():
+            stack.enter_context(spliced(model.model, hookpoint, edit))
+        return model.model(input_ids=tokens.to(model.device), use_cache=False).logits

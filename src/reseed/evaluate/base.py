@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -94,7 +94,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class EvaluationConfig(Config, ABC, family="evaluation"):
-    """What ``evaluation=`` may name."""
+    """What ``evaluation=`` may name.
+
+    Attributes:
+        with_untrained: whether subjects shall come with their untrained selves.
+    """
+
+    with_untrained: ClassVar[bool] = True
 
     def check(self, resolved: Resolved) -> None:
         """Refuse what cannot be evaluated before anything is computed.
