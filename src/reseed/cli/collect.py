@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from reseed.compare.cell import CellResult
 from reseed.compare.config import ComparisonConfig, pair_axes
 from reseed.compare.load import knobs, named_alike
 from reseed.config import ReseedError
 from reseed.console import say
+from reseed.evaluations import FOLDER, Stored, folder_of
 from reseed.report.axes import Cell, ordered
+from reseed.report.evaluation_tables import evaluation_tables, run_tables
+from reseed.report.evaluations import EvaluatedRun, joined, write_evaluations
 from reseed.report.figures import write_figures
 from reseed.report.tables import write_tables
-from reseed.report.terminal import print_summary
+from reseed.report.terminal import print_summary, print_tables
 from reseed.runs import Run
 from reseed.sweeps import Sweep
 
+if TYPE_CHECKING:
+    from reseed.evaluate.base import EvaluationConfig
 
-def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
+
+def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = False) -> bool:
     """Read the cells of a sweep; write tables and figures beside them; print the summary.
+
+    Args:
+        only_evaluations: print the tables of evaluations alone; all are written.
 
     Returns:
         whether every cell has all of its runs.
@@ -47,19 +59,71 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
     if not cells:
         _say_all(lacking)
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
-    cells = ordered(named_alike(cells))
+    runs = evaluated_runs(sweep)
+    cells = joined(ordered(named_alike(cells)), runs)
     write_tables(cells, sweep.path, lacking)
     drawn = write_figures(cells, sweep.path)
-    print_summary(cells, title=settings.name)
-    more = (
-        "" if all(c.settings.pairs_are_a_sample for _, c in cells) else "pairings.csv, matrix.csv, "
-    )
-    say(
-        f"{sweep.path}/: summary (md, csv, tex), pairs.csv, latents.parquet, strata.csv, {more}"
-        + ("figures (png, svg)" if drawn else "no figures")
-    )
+    more = write_evaluations(runs, sweep.path)
+    if only_evaluations:
+        print_tables(evaluation_tables(cells), title=settings.name)
+    else:
+        print_summary(cells, title=settings.name)
+    if not all(c.settings.pairs_are_a_sample for _, c in cells):
+        more = ["pairings.csv", "matrix.csv", *more]
+    files = ["summary (md, csv, tex)", "pairs.csv", "latents.parquet", "strata.csv", *more]
+    files.append("figures (png, svg)" if drawn else "no figures")
+    say(f"{sweep.path}/: {', '.join(files)}")
     _say_all(lacking)  # last, where they are not overlooked
     return not lacking
+
+
+def collect_evaluated(
+    folders: Sequence[Path], sweeps: Sequence[Sweep], configs: Sequence[EvaluationConfig]
+) -> None:
+    """Show what evaluations found: in the tables of the sweeps that have been compared, else in
+    tables of their own with a row per run.
+
+    Args:
+        folders: of all SAEs that were evaluated.
+        configs: the evaluations that were asked for.
+    """
+    for sweep in sweeps:
+        if sweep.compared:
+            settings = ComparisonConfig.from_dict(sweep.settings, "comparison")
+            collect(sweep, settings, only_evaluations=True)
+        else:
+            runs = evaluated_runs(sweep)
+            print_tables(run_tables(runs), title=sweep.path.name)
+            files = ", ".join(write_evaluations(runs, sweep.path))
+            say(f"{sweep.path}/: {files}; its runs have not been compared")
+    told = {run.path for sweep in sweeps for run in sweep.runs()}
+    alone = [Run(folder) for folder in folders if folder not in told]
+    if alone:
+        asked = {c.name: {"signed": c.signed()} for c in configs}
+        print_tables(run_tables({run.id: _evaluated(run, asked) for run in alone}))
+        for run in alone:
+            say(f"{run.path}/{FOLDER}/")
+
+
+def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
+    """The runs of a sweep, with the results that its tables shall have."""
+    asked = sweep.evaluations
+    if not asked:
+        return {}
+    distinct = {run.id: run for run in sweep.runs() if run.finished}
+    return {name: _evaluated(run, asked) for name, run in distinct.items()}
+
+
+def _evaluated(run: Run, asked: Mapping[str, Mapping[str, Any]]) -> EvaluatedRun:
+    """A run, or an SAE that is none, with what is there of some evaluations."""
+    about: dict[str, Any] = {"sae": str(run.path)}
+    if run.exists:
+        about = knobs([run], {}) | {"seed": run.record["experiment"]["seed"], "run": run.id}
+    results = {}
+    for name, of in asked.items():
+        with suppress(FileNotFoundError):
+            results[name] = Stored.read(folder_of(run.path, name, of["signed"]))
+    return EvaluatedRun(about, results)
 
 
 def _say_all(lines: Sequence[str]) -> None:

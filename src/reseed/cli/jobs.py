@@ -30,7 +30,7 @@ _GROUPS = {
 }
 _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
-_ROOT = (*_REQUIRED, "comparison", "plan_only", "wait")
+_ROOT = (*_REQUIRED, "comparison", "evaluation", "plan_only", "wait")
 _LOCAL = ("fused", "basic", "joblib", "submitit_local")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": "train SAEs: one, or with -m a sweep",
     "run": "train what a comparison lacks, compare, and print its tables",
     "compare": "compare the trained runs of a comparison, train nothing",
+    "evaluate": "what SAEs cost and hide: RUN, SWEEP or SAE folders, evaluation=reconstruction,...",
     "check": "do latents replicate? LATENTS.csv or --latents 3,17; with --train, --out FOLDER",
     "status": "list runs and sweeps, or with a SWEEP its runs (--watch: again and again)",
     "cancel": "cancel the SLURM jobs of a SWEEP",

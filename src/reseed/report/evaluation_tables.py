@@ -1,0 +1,166 @@
+"""The tables of evaluations: one for each, a row per cell of a comparison or per run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from reseed.report.axes import Cell
+from reseed.report.cell_tables import Column, cell_table, measured
+from reseed.report.evaluations import ORPHAN, SHARED, Runs
+from reseed.report.wording import Wording, number, paired
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a table of one evaluation shows.
+
+    Attributes:
+        title: the question that it answers.
+        heads: head of a column → column of the runs.
+        with_interval: the heads whose interval is shown, too; it is in summary.csv for all.
+        footnotes: how to read it.
+        spare: heads that a narrow window can do without, those of least use first.
+        latents: head → column of the latents, whose mean among shared ones and among orphans is
+            shown.
+    """
+
+    title: str
+    heads: Mapping[str, str]
+    with_interval: tuple[str, ...] = ()
+    footnotes: tuple[str, ...] = ()
+    spare: tuple[str, ...] = ()
+    latents: Mapping[str, str] = field(default_factory=dict)
+
+
+SPECS: dict[str, Spec] = {
+    "reconstruction": Spec(
+        "What is lost of the activations?",
+        {
+            "FVU": "reconstruction_fvu",
+            "EV\nuncentred": "reconstruction_explained_variance_uncentred",
+            "cosine": "reconstruction_cosine",
+            "L0": "reconstruction_l0",
+            "L1": "reconstruction_l1",
+            "never\nfired": "reconstruction_silent_fraction",
+            "dense": "reconstruction_dense_fraction",
+            "‖x̂‖/‖x‖": "reconstruction_shrinkage",
+            "relative\nbias": "reconstruction_relative_bias",
+        },
+        with_interval=("FVU",),
+        footnotes=(
+            "**FVU**: fraction of variance unexplained; **EV uncentred**: 1 − squared error / "
+            "Σ‖x‖², which a large mean alone brings near 1. **cosine** of x and x̂.",
+            "**never fired**, **dense** (on over a tenth of the tokens): fractions of latents.",
+            "**‖x̂‖/‖x‖**: mean over tokens, below 1 where reconstructions are too short. "
+            "**relative bias**: E‖x̂‖²/E[x̂·x], below 1 where x̂ should be longer (Rajamanoharan et "
+            "al.).",
+        ),
+        spare=("L1", "relative\nbias", "EV\nuncentred", "dense"),
+    ),
+    "faithfulness": Spec(
+        "What does the model lose?",
+        {
+            "CE\nclean": "faithfulness_ce_clean",
+            "CE\nspliced": "faithfulness_ce",
+            "increase": "faithfulness_ce_increase",
+            "recovered,\nzero": "faithfulness_ce_recovered_zero",
+            "recovered,\nmean": "faithfulness_ce_recovered_mean",
+            "KL": "faithfulness_kl",
+            "KL recovered,\nzero": "faithfulness_kl_recovered_zero",
+            "KL recovered,\nmean": "faithfulness_kl_recovered_mean",
+        },
+        with_interval=("increase",),
+        footnotes=(
+            "**CE**: cross-entropy of the next token in nats, of the **clean** model and with the "
+            "SAE's reconstruction **spliced** in at the hookpoint; **KL**: of the clean prediction "
+            "to that one. Put in, and counted, at the positions that SAEs are trained on.",
+            "**recovered**: the part of what ablating the activations costs that the SAE gives "
+            "back; ablated to **zero**, or to their **mean**, which is the harder of the two.",
+        ),
+        spare=("KL recovered,\nzero", "CE\nspliced", "recovered,\nzero"),
+    ),
+}
+
+
+def evaluation_tables(cells: Sequence[Cell]) -> list[Wording]:
+    """The tables of all evaluations that cells have results of, in the order of `SPECS`."""
+    made = []
+    for name in _names([cell.evaluated for _, cell in cells]):
+        own = [(knobs, cell) for knobs, cell in cells if name in cell.evaluated]
+        spec = _spec(name, {c: None for _, cell in own for c in cell.evaluated[name]})
+        made.append(_table(own, spec))
+        if spec.latents:
+            made.append(_among(own, spec))
+    return made
+
+
+def run_tables(runs: Runs) -> list[Wording]:
+    """The same for runs that are in no comparison: a row per run."""
+    made = []
+    for name in _names([run.results for run in runs.values()]):
+        own = [run for run in runs.values() if name in run.results]
+        spec = _spec(name, {c: None for run in own for c in run.metrics if c.startswith(name)})
+        knobs = _telling([run.about for run in own])
+        rows = tuple(
+            (
+                *(str(run.about.get(knob, "")) for knob in knobs),
+                *(number(run.metrics.get(of, float("nan"))) for of in spec.heads.values()),
+            )
+            for run in own
+        )
+        header = (*knobs, *spec.heads)
+        made.append(Wording(header, rows, len(knobs), spec.title, spec.footnotes, spec.spare))
+    return made
+
+
+def _names(each: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The evaluations, those of ours first."""
+    found = dict.fromkeys(name for names in each for name in names)
+    return [name for name in SPECS if name in found] + [n for n in found if n not in SPECS]
+
+
+def _spec(name: str, columns: Mapping[str, None]) -> Spec:
+    """Of an evaluation that is not ours all columns are shown."""
+    if name in SPECS:
+        return SPECS[name]
+    return Spec(name, {c.removeprefix(f"{name}_").replace("_", " "): c for c in columns})
+
+
+def _table(cells: Sequence[Cell], spec: Spec) -> Wording:
+    made: dict[str, Column] = {}
+    for head, name in spec.heads.items():
+        made |= measured({head: name}) if head in spec.with_interval else {head: _mean(name)}
+    words = cell_table(cells, made, *spec.footnotes)
+    return replace(words, caption=spec.title, spare=spec.spare)
+
+
+def _among(cells: Sequence[Cell], spec: Spec) -> Wording:
+    """Means over latents among those that others share and among orphans."""
+    made: dict[str, Column] = {}
+    for head, name in spec.latents.items():
+        made |= measured({f"{head},\nshared": name + SHARED, f"{head},\norphan": name + ORPHAN})
+    one = paired(cells, plural=False)
+    words = cell_table(
+        cells,
+        made,
+        f"Of live latents: of those that another {one} **shares**, and of **orphans**, which none "
+        "does; mean over runs.",
+    )
+    return replace(words, caption=f"{spec.title} Among shared latents and orphans")
+
+
+def _mean(name: str) -> Column:
+    def column(cell: Any) -> str:
+        found = cell.estimates.get(name)
+        return number(float("nan") if found is None else found.mean)
+
+    return column
+
+
+def _telling(about: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What differs between runs; their names where nothing does."""
+    names = dict.fromkeys(name for own in about for name in own if name != "run")
+    found = [n for n in names if len({str(own.get(n)) for own in about}) > 1]
+    return found or ["run"]
