@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reseed.cli.absorbed import with_overlaps
 from reseed.compare.cell import CellResult
 from reseed.compare.config import ComparisonConfig, pair_axes
 from reseed.compare.load import knobs, named_alike
@@ -16,6 +17,7 @@ from reseed.config import ReseedError
 from reseed.console import say
 from reseed.evaluations import FOLDER, Stored, folder_of
 from reseed.report.axes import Cell, ordered
+from reseed.report.evaluation_figures import write_evaluation_figures
 from reseed.report.evaluation_tables import evaluation_tables, run_tables
 from reseed.report.evaluations import EvaluatedRun, joined, write_evaluations
 from reseed.report.figures import write_figures
@@ -60,9 +62,9 @@ def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = F
         _say_all(lacking)
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
     runs = evaluated_runs(sweep)
-    cells = joined(ordered(named_alike(cells)), runs)
+    cells = with_overlaps(joined(ordered(named_alike(cells)), runs), runs)
     write_tables(cells, sweep.path, lacking)
-    drawn = write_figures(cells, sweep.path)
+    drawn = write_figures(cells, sweep.path) + write_evaluation_figures(cells, runs, sweep.path)
     more = write_evaluations(runs, sweep.path)
     if only_evaluations:
         print_tables(evaluation_tables(cells), title=settings.name)
@@ -117,13 +119,15 @@ def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
 def _evaluated(run: Run, asked: Mapping[str, Mapping[str, Any]]) -> EvaluatedRun:
     """A run, or an SAE that is none, with what is there of some evaluations."""
     about: dict[str, Any] = {"sae": str(run.path)}
+    quality: dict[str, float] = {}
     if run.exists:
         about = knobs([run], {}) | {"seed": run.record["experiment"]["seed"], "run": run.id}
+        quality = {name: run.metrics[name] for name in ("fvu", "l0", "dead_fraction")}
     results = {}
     for name, of in asked.items():
         with suppress(FileNotFoundError):
             results[name] = Stored.read(folder_of(run.path, name, of["signed"]))
-    return EvaluatedRun(about, results)
+    return EvaluatedRun(about, results, quality)
 
 
 def _say_all(lines: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from reseed.config import ConfigError
 if TYPE_CHECKING:
     from reseed.cli.subjects import Chosen, Target
     from reseed.evaluate.base import EvaluationConfig
+    from reseed.experiment import Resolved
     from reseed.train.config import RuntimeConfig
 
 GROUP = "evaluation"
@@ -99,14 +100,18 @@ class Asked:
             each = [composed(job) for job in expand(mine)] if mine else []
         return cls(tuple(mine), tuple(evaluation_from(values) for values in each))
 
-    def check(self, targets: Sequence[Target]) -> None:
-        """Raise `ConfigError` where an SAE cannot be evaluated so."""
+    def check(self, declared: Mapping[str, Resolved]) -> None:
+        """Raise `ConfigError` where an SAE cannot be evaluated so.
+
+        Args:
+            declared: what SAEs were trained on, by their names.
+        """
         for config in self.configs:
-            for target in targets:
+            for name, resolved in declared.items():
                 try:
-                    config.check(target.resolved)
+                    config.check(resolved)
                 except ConfigError as error:
-                    raise ConfigError(f"{error.within(GROUP)} ({target.id})") from error
+                    raise ConfigError(f"{error.within(GROUP)} ({name})") from error
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -158,7 +163,8 @@ def evaluate_chosen(line: CommandLine, asked: Asked, chosen: Chosen) -> int:
 
     with line.composer() as composed:
         values = composed(_handed_on(line, chosen))
-    asked.check(_targets(chosen.folders, chosen.runtime, values))
+    targets = _targets(chosen.folders, chosen.runtime, values)
+    asked.check({target.id: target.resolved for target in targets})
     for sweep in chosen.sweeps:
         sweep.ask_for({config.name: config for config in asked.configs})
     place = (chosen.sweeps[0].path if chosen.sweeps else chosen.folders[0]) / FOLDER
@@ -184,9 +190,9 @@ def _targets(
     """The SAEs in folders; of those that are no runs ``values`` declares what they are for."""
     from reseed.cli.jobs import experiment_from
     from reseed.cli.subjects import target_of
-    from reseed.experiment import Resolved, resolve_experiment
+    from reseed.experiment import resolve_experiment
 
     def declared() -> Resolved:
-        return resolve_experiment(experiment_from(values)[0], runtime)
+        return resolve_experiment(experiment_from({**values, GROUP: None})[0], runtime)
 
     return [target_of(folder, runtime, declared) for folder in folders]

@@ -57,6 +57,11 @@ def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfi
     for key in values:
         if key not in _ROOT:
             raise ConfigError(f"there is no key {{key}}.{nearest(key, _ROOT)}", key)
+    if values.get("evaluation") is not None:
+        raise ConfigError(
+            "{key} is for `reseed evaluate` and `reseed run`; here it would change nothing",
+            "evaluation",
+        )
     for key in _REQUIRED:
         if key not in values:
             raise ConfigError("{key} is required, and was removed", key)

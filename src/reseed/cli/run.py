@@ -1,13 +1,18 @@
-"""``reseed run comparison=...``: train what is missing, compare, print and store the tables."""
+"""``reseed run comparison=...``: train what is missing, evaluate the runs where that is asked for,
+compare, print and store the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from reseed.cli import compare, train
+from reseed.cli import compare, evaluate, train
 from reseed.cli.app import CommandLine
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import reported
+
+if TYPE_CHECKING:
+    from reseed.cli.plan import Plan
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,7 +26,11 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     from reseed.cli.plan import make_plan
     from reseed.experiment import plan_missing
 
+    asked = evaluate.Asked.split_off(line)
     plan = make_plan(line)
+    if asked.configs:
+        evaluate.refuse_slurm(line)
+        asked.check({job.resolved.label: job.resolved for job in plan.jobs})
     if plan.runtime.plan_only and line.launcher[0] == SLURM:
         from reseed.cli.cluster.command import show_plan
 
@@ -37,4 +46,14 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         return launch(line, plan.jobs, plan.runtime, plan.sweep, plan.settings)
     launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
     status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
+    if asked.configs:
+        status = max(status, _evaluate(line, asked, plan))
     return max(status, compare.compare_plan(line, plan))
+
+
+def _evaluate(line: CommandLine, asked: evaluate.Asked, plan: Plan) -> int:
+    """Evaluate the runs that are there; those that failed have been told of."""
+    from reseed.cli.subjects import chosen_of
+
+    chosen = chosen_of(plan)
+    return evaluate.evaluate_chosen(line, asked, chosen) if chosen.folders else 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from reseed.cli.app import CommandLine
 from reseed.cli.held_out import as_trained, of_data
@@ -18,6 +18,9 @@ from reseed.sae.base import SAE
 from reseed.sae.checkpoint import DESCRIPTION_FILE, load_sae, read_metadata
 from reseed.sweeps import Sweep
 from reseed.train.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from reseed.cli.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -127,10 +130,15 @@ def _of_comparison(line: CommandLine) -> Chosen:
     from reseed.cli.plan import make_plan
 
     plan = make_plan(line)
-    found = _finished(plan.runs, plan.runtime)
+    found = chosen_of(plan)
     if found.folders:
         plan.write()
-    return replace(found, sweeps=(plan.sweep,))
+    return found
+
+
+def chosen_of(plan: Plan) -> Chosen:
+    """The runs of a comparison that are there."""
+    return replace(_finished(plan.runs, plan.runtime), sweeps=(plan.sweep,))
 
 
 def _declared(line: CommandLine) -> Chosen:

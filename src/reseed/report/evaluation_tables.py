@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+
+from reseed.compare.cell import CellResult
 from reseed.report.axes import Cell
-from reseed.report.cell_tables import Column, cell_table, measured
-from reseed.report.evaluations import ORPHAN, SHARED, Runs
+from reseed.report.cell_tables import Column, cell_table, measured, run_mean
+from reseed.report.evaluations import ORPHAN, OVERLAP, SHARED, Runs
 from reseed.report.wording import Wording, number, paired
 
 
@@ -21,6 +24,7 @@ class Spec:
         heads: head of a column → column of the runs.
         with_interval: the heads whose interval is shown, too; it is in summary.csv for all.
         footnotes: how to read it.
+        counts: the heads that are numbers of things.
         spare: heads that a narrow window can do without, those of least use first.
         latents: head → column of the latents, whose mean among shared ones and among orphans is
             shown.
@@ -30,6 +34,7 @@ class Spec:
     heads: Mapping[str, str]
     with_interval: tuple[str, ...] = ()
     footnotes: tuple[str, ...] = ()
+    counts: tuple[str, ...] = ("letters", "L0", "L1")
     spare: tuple[str, ...] = ()
     latents: Mapping[str, str] = field(default_factory=dict)
 
@@ -81,6 +86,55 @@ SPECS: dict[str, Spec] = {
         ),
         spare=("KL recovered,\nzero", "CE\nspliced", "recovered,\nzero"),
     ),
+    "splitting": Spec(
+        "How many latents stand for a letter?",
+        {
+            "letters": "splitting_letters",
+            "splits": "splitting_splits",
+            "probe\nF1": "splitting_probe_f1",
+            "latent\nF1": "splitting_f1",
+            "precision": "splitting_precision",
+            "recall": "splitting_recall",
+            "L0": "l0",
+        },
+        with_interval=("splits", "latent\nF1"),
+        footnotes=(
+            "**letters**: classes of words of which the model's activations tell (probe F1 above "
+            "its gate); all means are over these. **splits**: latents that stand for a letter, "
+            "less one (k-sparse probing).",
+            "**latent F1**, **precision**, **recall**: of the firing of its first latent on words "
+            "that it was not chosen by, beside the **probe** on the activations themselves. Low "
+            "recall at high precision is what absorption looks like from here.",
+        ),
+        spare=("L0",),
+    ),
+    "absorption": Spec(
+        "How much is hidden by absorption?",
+        {
+            "letters": "absorption_letters",
+            "fraction": "absorption_fraction",
+            "full": "absorption_full",
+            "permuted": "absorption_fraction_null",
+            "untrained": "absorption_fraction_untrained",
+            "derived": "absorption_fraction_derived",
+            "derived,\npermuted": "absorption_fraction_derived_null",
+            "FVU": "fvu",
+            "L0": "l0",
+        },
+        with_interval=("fraction", "derived"),
+        footnotes=(
+            "**fraction**: of what the probe finds of a letter in words of it, the part that other "
+            "latents carry in the place of the letter's own; **full**: words on which these are "
+            "silent and one other does it. Chanin et al., with their thresholds, over **letters** "
+            "whose probe is good enough. Lower is better.",
+            "**permuted**: the same of letters given to words at random; **untrained**: of the SAE "
+            "as it was born. What is no higher than these is no absorption. **derived**: with "
+            "thresholds that directions without meaning do not reach in this dictionary. An SAE "
+            "that reconstructs little may score well: read it beside **FVU**.",
+        ),
+        spare=("derived,\npermuted", "L0", "full", "FVU"),
+        latents={"absorbers": "absorption_is_absorber"},
+    ),
 }
 
 
@@ -93,7 +147,7 @@ def evaluation_tables(cells: Sequence[Cell]) -> list[Wording]:
         made.append(_table(own, spec))
         if spec.latents:
             made.append(_among(own, spec))
-    return made
+    return [*made, *_overlaps(cells)]
 
 
 def run_tables(runs: Runs) -> list[Wording]:
@@ -106,7 +160,7 @@ def run_tables(runs: Runs) -> list[Wording]:
         rows = tuple(
             (
                 *(str(run.about.get(knob, "")) for knob in knobs),
-                *(number(run.metrics.get(of, float("nan"))) for of in spec.heads.values()),
+                *(number(run.numbers.get(of, float("nan"))) for of in spec.heads.values()),
             )
             for run in own
         )
@@ -131,7 +185,10 @@ def _spec(name: str, columns: Mapping[str, None]) -> Spec:
 def _table(cells: Sequence[Cell], spec: Spec) -> Wording:
     made: dict[str, Column] = {}
     for head, name in spec.heads.items():
-        made |= measured({head: name}) if head in spec.with_interval else {head: _mean(name)}
+        if head in spec.with_interval:
+            made |= measured({head: name})
+        else:
+            made[head] = run_mean(name) if head in spec.counts else _mean(name)
     words = cell_table(cells, made, *spec.footnotes)
     return replace(words, caption=spec.title, spare=spec.spare)
 
@@ -149,6 +206,32 @@ def _among(cells: Sequence[Cell], spec: Spec) -> Wording:
         "does; mean over runs.",
     )
     return replace(words, caption=f"{spec.title} Among shared latents and orphans")
+
+
+def _overlaps(cells: Sequence[Cell]) -> list[Wording]:
+    """Whether runs of a cell absorb the same words; nothing where that was not asked."""
+    own = [(knobs, cell) for knobs, cell in cells if OVERLAP in cell.estimates]
+    if not own:
+        return []
+    made: dict[str, Column] = measured({"same words": OVERLAP})
+    made |= {
+        "by\nchance": lambda cell: number(cell.pair_mean(f"{OVERLAP}_expected")),
+        "pairs\np < .05": _significant,
+        "letters": lambda cell: f"{cell.pair_mean('absorbed_classes'):.1f}",
+    }
+    words = cell_table(
+        own,
+        made,
+        f"**same words**: absorbed in both of two {paired(cells)} / in either, over **letters** "
+        "whose latents are matched by the decoder; mean over pairs. **by chance**: words of the "
+        "same letter and about the same frequency permuted; **p** of each pair against that.",
+    )
+    return [replace(words, caption="Do they absorb the same words?")]
+
+
+def _significant(cell: CellResult) -> str:
+    p = cell.pairs["absorbed_p"].dropna().to_numpy(dtype=np.float64)
+    return f"{np.count_nonzero(p < 0.05)} of {len(p)}"
 
 
 def _mean(name: str) -> Column:

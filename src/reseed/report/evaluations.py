@@ -8,7 +8,7 @@ runs and its interval as FVU and L0 have them; what it says of each latent becom
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from jaxtyping import Bool, Float
 
 from reseed.atomic import atomic_write
 from reseed.compare.cell import CellResult
+from reseed.compare.pairing import without_intervals
 from reseed.compare.statistics import Interval, run_interval
 from reseed.evaluations import Stored, column
 from reseed.report.axes import Cell
 
 LETTERS = "letters"
 """The table of a result that has a row per class of words."""
+OVERLAP = "absorbed_overlap"
+"""Of pairs: words absorbed in both over those absorbed in either (`reseed.cli.absorbed`)."""
 SHARED, ORPHAN = "_shared", "_orphan"
 """What the names of means over latents that others share, and that none does, end in."""
 
@@ -37,10 +40,12 @@ class EvaluatedRun:
     Attributes:
         about: what tells it apart: its knobs, ``seed`` and ``run``.
         results: by the name of the evaluation.
+        quality: what was measured at the end of training: ``fvu``, ``l0``, ``dead_fraction``.
     """
 
     about: Mapping[str, Any]
     results: Mapping[str, Stored]
+    quality: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -50,6 +55,11 @@ class EvaluatedRun:
             for name, result in self.results.items()
             for metric, value in result.metrics.items()
         }
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """All of both kinds."""
+        return {**self.quality, **self.metrics}
 
     @property
     def latents(self) -> dict[str, np.ndarray]:
@@ -89,12 +99,12 @@ def _joined(cell: CellResult, runs: Runs, types: Mapping[str, pa.DataType]) -> C
     }
     level = cell.settings.confidence
     estimates = {name: run_interval(values, level) for name, values in columns.items()}
-    latents = _with_latents(cell, own, types)
+    estimates |= _by_sharing(cell, own, level)
     return replace(
         cell,
         runs=cell.runs.assign(**columns),
-        latents=latents,
-        estimates=cell.estimates | estimates | _by_sharing(cell, own, level),
+        latents=_with_latents(cell, own, types),
+        estimates=cell.estimates | without_intervals(estimates, cell.settings),
         evaluated={name: tuple(of) for name, of in names.items()},
     )
 
@@ -152,7 +162,7 @@ def _mean(values: Float[np.ndarray, " F"], kept: Bool[np.ndarray, " F"]) -> floa
 
 def run_frame(runs: Runs) -> pd.DataFrame:
     """``evaluations.csv``: a row per run, what it is first, then every metric."""
-    return pd.DataFrame([{**run.about, **run.metrics} for run in runs.values()])
+    return pd.DataFrame([{**run.about, **run.numbers} for run in runs.values()])
 
 
 def letter_frame(runs: Runs) -> pd.DataFrame:
