@@ -48,7 +48,7 @@ def rank_latents(
     ratio, classes = positive_weight(member), member.shape[1]
     weight = torch.zeros(compact.num_latents, classes, device=live.device)
     bias = torch.zeros(classes, device=live.device)
-    optimizer = torch.optim.Adam([weight, bias], lr=rate(0), weight_decay=_RIDGE)
+    optimizer = torch.optim.Adam([weight, bias], lr=rate(0), weight_decay=_RIDGE, fused=True)
     for epoch in range(EPOCHS):
         optimizer.param_groups[0]["lr"] = rate(epoch)
         for batch in torch.randperm(len(parts), generator=random).tolist():

@@ -138,7 +138,7 @@ def _result(found: Found, config: WordTaskConfig) -> Result:
     repetitions = [probed for probed, _, _ in found]
     quality = probe_quality(repetitions)
     letters = letter_table(found, quality, evaluable(repetitions, quality, config.probe_f1))
-    kept = letters[letters.reason == ""]
+    kept = letters.loc[letters["reason"] == ""]
     columns = {
         "splits": "splits",
         "splitting_f1": "f1",

@@ -173,7 +173,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         for probed, fold, _, splits in measured.splits:
             records = measured.records
             here = (records.prompt_seed == probed.prompt_seed) & (records.fold == fold)
-            missed = _missed(records[here], probed, fold, splits)
+            missed = _missed(records.loc[here], probed, fold, splits)
             alignment = Alignment.of(subject.sae.W_dec, probed.probes["weight"][fold])
             found = causal_absorption(
                 evaluated.model, subject.hook, subject.sae, probed, alignment, missed,

@@ -54,10 +54,12 @@ def absorbed_overlap(
         seed: of the permutations.
     """
     matched = _matched_classes(first[0], second[0], partner)
-    both = _flags(first[1]).join(_flags(second[1]), lsuffix="_1", rsuffix="_2", how="inner")
+    flags = (_flags(table) for _, table in (first, second))
+    both = pd.merge(*flags, left_index=True, right_index=True, suffixes=("_1", "_2"))
     by_class = _by_class(both, matched)
-    used = both[both.index.get_level_values("class").isin([c for c, m in matched.items() if m])]
-    a, b = used["absorbed_1"].to_numpy(bool), used["absorbed_2"].to_numpy(bool)
+    kept = [name for name, there in matched.items() if there]
+    used = both.loc[both.index.get_level_values("class").isin(kept)]
+    a, b = (np.asarray(used[f"absorbed_{i}"], dtype=bool) for i in (1, 2))
     shared, either = int((a & b).sum()), int((a | b).sum())
     there = sum(matched.values())
     if not either:
@@ -103,7 +105,7 @@ def _by_chance(
         rank = some["frequency_1"].rank(method="average", pct=True)
         stratum = np.minimum((rank * FREQUENCY_BINS).astype(int), FREQUENCY_BINS - 1)
         for _, part in some.groupby(stratum):
-            mine, theirs = int(part["absorbed_1"].sum()), int(part["absorbed_2"].sum())
+            mine, theirs = (int(np.sum(part[f"absorbed_{i}"])) for i in (1, 2))
             total += random.hypergeometric(mine, len(part) - mine, theirs, permutations)
     return total
 
@@ -111,8 +113,8 @@ def _by_chance(
 def _by_class(both: pd.DataFrame, matched: dict[str, bool]) -> pd.DataFrame:
     rows = []
     for name, there in matched.items():
-        some = both[both.index.get_level_values("class") == name]
-        a, b = some["absorbed_1"].to_numpy(bool), some["absorbed_2"].to_numpy(bool)
+        some = both.loc[both.index.get_level_values("class") == name]
+        a, b = (np.asarray(some[f"absorbed_{i}"], dtype=bool) for i in (1, 2))
         counts = {"first": int(a.sum()), "second": int(b.sum()), "both": int((a & b).sum())}
         rows.append({"class": name, "matched": there, "words": len(some), **counts})
     names = ["class", "matched", "words", "first", "second", "both"]

@@ -14,7 +14,7 @@ from math import sqrt
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy.special import stdtrit
 from torch import Tensor
 
@@ -124,24 +124,40 @@ def mean_over_classes(
         bootstrap: number of draws.
         seed: of the draws.
     """
-    records = records[records["class"].isin(list(kept))]
+    number, word, run = (records[name].to_numpy() for name in ("class", "word", "prompt_seed"))
+    value = records[column].to_numpy(dtype=np.float64)
     ends = [(1 - confidence) / 2, (1 + confidence) / 2]
     random = np.random.default_rng([0x626F6F74, seed])
-    rows, draws = {}, []
-    for name, some in records.groupby("class"):
-        by_word = some.groupby("word")[column].agg(["sum", "count"]).to_numpy(dtype=np.float64)
-        drawn = _drawn_means(by_word, bootstrap, random)
+    rows: dict[int, tuple[float, float, float]] = {}
+    draws, by_seed = [], []
+    for each in kept:
+        here = number == each
+        if not here.any():
+            continue
+        drawn = _drawn_means(_by_word(word[here], value[here]), bootstrap, random)
         low, high = np.quantile(drawn, ends)
-        rows[name] = {"mean": by_word[:, 0].sum() / by_word[:, 1].sum(), "low": low, "high": high}
+        rows[each] = (float(value[here].mean()), float(low), float(high))
         draws.append(drawn)
+        by_seed.append([_mean(value[here & (run == s)]) for s in np.unique(run)])
     classes = pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high"])
     if not rows:
-        return Mean(*[float("nan")] * 5, classes)
+        return Mean(*[float("nan")] * 5, classes=classes)
+    mean = float(np.mean([row[0] for row in rows.values()]))
     low, high = np.quantile(np.mean(draws, axis=0), ends)
-    by_seed = records.groupby(["prompt_seed", "class"])[column].mean().groupby("prompt_seed").mean()
-    mean = float(classes["mean"].mean())
-    reach = _reach(by_seed.to_numpy(), confidence)
+    reach = _reach(np.nanmean(by_seed, axis=0), confidence)
     return Mean(mean, float(low), float(high), mean - reach, mean + reach, classes)
+
+
+def _by_word(
+    word: Int[np.ndarray, " records"], value: Float[np.ndarray, " records"]
+) -> Float[np.ndarray, "n 2"]:
+    """Sum and number of the records of each word."""
+    _, place = np.unique(word, return_inverse=True)
+    return np.stack([np.bincount(place, weights=value), np.bincount(place)], axis=1)
+
+
+def _mean(values: Float[np.ndarray, " n"]) -> float:
+    return float(values.mean()) if len(values) else float("nan")
 
 
 def _drawn_means(

@@ -88,11 +88,12 @@ def make_result(
     if "causal" in records:
         means["causal"] = mean(records, "causal")
     words = _word_table(records, repetitions[0], frequency)
-    absorbers = absorber_table(records, repetitions, sae, kept)
+    cosine = _cosines(repetitions, sae)
+    absorbers = absorber_table(records, repetitions, cosine, kept)
     return Result(
         _metrics(means, null, len(kept)),
         {
-            "letters": _letter_table(means, measured, repetitions[0], quality, reasons),
+            "letters": _letter_table(means, measured, repetitions[0], quality, reasons, cosine),
             "words": words,
             "absorbers": absorbers,
         },
@@ -126,10 +127,12 @@ def _letter_table(
     probed: Probed,
     quality: Scores,
     reasons: list[str],
+    cosine: np.ndarray,
 ) -> pd.DataFrame:
-    """A row for each class, evaluable or not."""
+    """A row for each class, evaluable or not; ``main_cosine`` is that of its first main latents
+    with the probe."""
     counts = np.bincount(probed.words.labels.numpy(), minlength=probed.num_classes)
-    rights = measured.records["class"].value_counts()
+    rights = np.bincount(measured.records["class"].to_numpy(), minlength=probed.num_classes)
     main = defaultdict(list)
     for _, _, _, splits in measured.splits:
         for number, split in enumerate(splits):
@@ -141,16 +144,15 @@ def _letter_table(
             "words": int(counts[number]),
             "reason": reasons[number],
             "probe_f1": float(quality.f1[number]),
-            "right": int(rights.get(number, 0)),
+            "right": int(rights[number]),
             "main": main[number],
+            "main_cosine": _mean_cosine(cosine[number], main[number]),
         }
         for what, mean in means.items():
-            known = mean.classes.index
-            row[what] = float(mean.classes["mean"][number]) if number in known else np.nan
+            known = mean.classes.to_dict("index").get(number, {})
+            row[what] = known.get("mean", np.nan)
             if what in ("fraction", "full", "causal"):
-                for end in ("low", "high"):
-                    value = mean.classes[end][number] if number in known else np.nan
-                    row[f"{what}_{end}"] = float(value)
+                row |= {f"{what}_{end}": known.get(end, np.nan) for end in ("low", "high")}
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -167,8 +169,23 @@ def _word_table(records: pd.DataFrame, probed: Probed, frequency: np.ndarray) ->
     return table
 
 
+def _mean_cosine(cosine: np.ndarray, main: list[list[int]]) -> float:
+    """Of the first main latent of each fold and repetition; NaN where there is none."""
+    first = [latents[0] for latents in main if latents]
+    return float(cosine[first].mean()) if first else float("nan")
+
+
+def _cosines(repetitions: list[Probed], sae: SAE) -> np.ndarray:
+    """Of every class and latent with the probe, [C, F]: mean over folds and repetitions."""
+    return np.mean(
+        [Alignment.of(sae.W_dec, weight).cosine.cpu().numpy()
+         for probed in repetitions for weight in probed.probes["weight"]],
+        axis=0,
+    )  # fmt: skip
+
+
 def absorber_table(
-    records: pd.DataFrame, repetitions: list[Probed], sae: SAE, kept: list[int]
+    records: pd.DataFrame, repetitions: list[Probed], cosine: np.ndarray, kept: list[int]
 ) -> pd.DataFrame:
     """For every evaluable class the latents that absorb words of it, those of most words first.
 
@@ -177,16 +194,11 @@ def absorber_table(
     ``share`` (its mean contribution over P), ``examples``.
     """
     words = repetitions[0].words
-    cosine = np.mean(
-        [Alignment.of(sae.W_dec, weight).cosine.cpu().numpy()
-         for probed in repetitions for weight in probed.probes["weight"]],
-        axis=0,
-    )  # fmt: skip
-    absorbed = records[(records.fraction > 0) & records["class"].isin(kept)]
+    absorbed = records.loc[(records["fraction"] > 0) & records["class"].isin(kept)]
     shares: dict[tuple[int, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     first: Counter[tuple[int, int, int]] = Counter()
     columns = ("class", "word", "projection", "absorbers", "contributions")
-    for number, word, whole, latents, parts in absorbed[list(columns)].itertuples(index=False):
+    for number, word, whole, latents, parts in zip(*(absorbed[c] for c in columns), strict=True):
         for rank, (latent, part) in enumerate(zip(latents, parts, strict=True)):
             if latent >= 0:
                 shares[number, latent][word].append(part / whole)

@@ -45,7 +45,9 @@ def train_probe(
     x = x.float()
     weight = torch.zeros(member.shape[1], x.shape[1], device=x.device)
     bias = torch.zeros(member.shape[1], device=x.device)
-    optimizer = torch.optim.Adam([weight, bias], lr=FIRST_RATE, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.Adam(
+        [weight, bias], lr=FIRST_RATE, weight_decay=WEIGHT_DECAY, fused=True
+    )
     target, ratio = member.to(x.device), positive_weight(member).to(x.device)
     for epoch in range(EPOCHS):
         optimizer.param_groups[0]["lr"] = rate(epoch)

@@ -6,7 +6,6 @@ First letters are one task (Chanin et al. 2024); any other is a table of tokens 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +87,9 @@ def labelled_words(tokenizer: Any, file: str) -> Words:
         raise ConfigError(f"{{key}} names the token {twice!r} more than once", "task_file")
     classes = tuple(sorted({label for _, label in rows}))
     if len(classes) < 2:
-        raise ConfigError(f"{{key}} must have at least two labels; got {classes[0]!r}", "task_file")
+        raise ConfigError(
+            f"{{key}} must have at least two labels; got {', '.join(classes)}", "task_file"
+        )
     labels = [classes.index(label) for _, label in rows]
     order = sorted(range(len(found)), key=lambda i: found[i][0])
     columns = _columns([found[i] for i in order], [labels[i] for i in order])
@@ -115,7 +116,7 @@ def _read(path: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def _vocabulary(tokenizer: Any) -> Mapping[int, str]:
+def _vocabulary(tokenizer: Any) -> dict[int, str]:
     """Text of every token but the special ones, by id."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(len(tokenizer)) if i not in special]
