@@ -27,6 +27,7 @@ from reseed.runs import Run
 from reseed.sweeps import Sweep
 
 if TYPE_CHECKING:
+    from reseed.cli.subjects import Target
     from reseed.evaluate.base import EvaluationConfig
 
 
@@ -80,13 +81,13 @@ def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = F
 
 
 def collect_evaluated(
-    folders: Sequence[Path], sweeps: Sequence[Sweep], configs: Sequence[EvaluationConfig]
+    targets: Sequence[Target], sweeps: Sequence[Sweep], configs: Sequence[EvaluationConfig]
 ) -> None:
     """Show what evaluations found: in the tables of the sweeps that have been compared, else in
     tables of their own with a row per run.
 
     Args:
-        folders: of all SAEs that were evaluated.
+        targets: all SAEs that were evaluated.
         configs: the evaluations that were asked for.
     """
     for sweep in sweeps:
@@ -98,13 +99,17 @@ def collect_evaluated(
             print_tables(run_tables(runs), title=sweep.path.name)
             files = ", ".join(write_evaluations(runs, sweep.path))
             say(f"{sweep.path}/: {files}; its runs have not been compared")
-    told = {run.path for sweep in sweeps for run in sweep.runs()}
-    alone = [Run(folder) for folder in folders if folder not in told]
+    told = {run.path.resolve() for sweep in sweeps for run in sweep.runs()}
+    alone = [target for target in targets if target.folder.resolve() not in told]
     if alone:
-        asked = {c.name: {"signed": c.signed()} for c in configs}
-        print_tables(run_tables({run.id: _evaluated(run, asked) for run in alone}))
-        for run in alone:
-            say(f"{run.path}/{FOLDER}/")
+        print_tables(
+            run_tables(
+                {t.id: _evaluated(t.folder, {c.name: t.result_folder(c) for c in configs})
+                 for t in alone}
+            )
+        )  # fmt: skip
+    for target in alone:
+        say(f"{target.folder / FOLDER}/")
 
 
 def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
@@ -113,21 +118,27 @@ def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
     if not asked:
         return {}
     distinct = {run.id: run for run in sweep.runs() if run.finished}
-    return {name: _evaluated(run, asked) for name, run in distinct.items()}
+    return {
+        name: _evaluated(
+            run.path, {e: folder_of(run.path, e, of["signed"]) for e, of in asked.items()}
+        )
+        for name, run in distinct.items()
+    }
 
 
-def _evaluated(run: Run, asked: Mapping[str, Mapping[str, Any]]) -> EvaluatedRun:
+def _evaluated(folder: Path, results: Mapping[str, Path]) -> EvaluatedRun:
     """A run, or an SAE that is none, with what is there of some evaluations."""
-    about: dict[str, Any] = {"sae": str(run.path)}
+    run = Run(folder)
+    about: dict[str, Any] = {"run": str(folder)}
     quality: dict[str, float] = {}
     if run.exists:
         about = knobs([run], {}) | {"seed": run.record["experiment"]["seed"], "run": run.id}
         quality = {name: run.metrics[name] for name in ("fvu", "l0", "dead_fraction")}
-    results = {}
-    for name, of in asked.items():
+    found = {}
+    for name, path in results.items():
         with suppress(FileNotFoundError):
-            results[name] = Stored.read(folder_of(run.path, name, of["signed"]))
-    return EvaluatedRun(about, results, quality)
+            found[name] = Stored.read(path)
+    return EvaluatedRun(about, found, quality)
 
 
 def _say_all(lines: Sequence[str]) -> None:

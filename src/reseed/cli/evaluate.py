@@ -137,8 +137,9 @@ def _main(arguments: Sequence[str]) -> int:
     chosen = chosen_by(words, line)
     for told in of_lacking(chosen.lacking):
         say(told)
-    status = evaluate_chosen(line, asked, chosen)
-    collect_evaluated(chosen.folders, chosen.sweeps, asked.configs)
+    targets = targets_of(line, chosen)
+    status = evaluate_all(line, asked, chosen, targets)
+    collect_evaluated(targets, chosen.sweeps, asked.configs)
     return 1 if chosen.lacking else status
 
 
@@ -152,7 +153,18 @@ def refuse_slurm(line: CommandLine) -> None:
         )
 
 
-def evaluate_chosen(line: CommandLine, asked: Asked, chosen: Chosen) -> int:
+def targets_of(line: CommandLine, chosen: Chosen) -> list[Target]:
+    """The SAEs that were chosen, with what they were trained on.
+
+    Raises:
+        ReseedError: that is not there, or not what it was.
+    """
+    with line.composer() as composed:
+        values = composed(_handed_on(line, chosen))
+    return _targets(chosen.folders, chosen.runtime, values)
+
+
+def evaluate_all(line: CommandLine, asked: Asked, chosen: Chosen, targets: Sequence[Target]) -> int:
     """Check, then launch the evaluations of SAEs, one job for each; say what failed.
 
     Returns:
@@ -161,20 +173,23 @@ def evaluate_chosen(line: CommandLine, asked: Asked, chosen: Chosen) -> int:
     from reseed.console import say
     from reseed.evaluations import FOLDER
 
-    with line.composer() as composed:
-        values = composed(_handed_on(line, chosen))
-    targets = _targets(chosen.folders, chosen.runtime, values)
     asked.check({target.id: target.resolved for target in targets})
     for sweep in chosen.sweeps:
         sweep.ask_for({config.name: config for config in asked.configs})
     place = (chosen.sweeps[0].path if chosen.sweeps else chosen.folders[0]) / FOLDER
     listed = ",".join(override("", folder.absolute())[1:] for folder in chosen.folders)
     own = [f"++{SUBJECTS}=[{listed}]", override("hydra.sweep.dir", place)]
-    overrides = [*asked.overrides, *_handed_on(line, chosen), *own]
+    overrides = [*map(_forced, asked.overrides), *_handed_on(line, chosen), *own]
     errors = line.launch(task, overrides, multirun=True)
     for error in errors:
         say(f"failed: {error}")
     return 1 if errors else 0
+
+
+def _forced(text: str) -> str:
+    """An override that needs no key to be there: Hydra composes a multirun without its axes first,
+    and so without an evaluation. That the keys are there has been checked."""
+    return f"++{text}" if text.startswith(f"{GROUP}.") else text
 
 
 def _handed_on(line: CommandLine, chosen: Chosen) -> list[str]:

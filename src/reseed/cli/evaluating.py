@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
@@ -16,7 +15,7 @@ from reseed.console import counted, say
 from reseed.devices import free_memory, pick_device
 from reseed.evaluate.base import Evaluated, EvaluationConfig, Result
 from reseed.evaluate.shared import SharedResults
-from reseed.evaluations import EvaluationError, Stored, folder_of, write_failure
+from reseed.evaluations import EvaluationError, Stored, write_failure
 from reseed.experiment import cache_folder
 from reseed.runs import seconds_since
 from reseed.train.config import RuntimeConfig
@@ -83,7 +82,7 @@ class Bench:
             failed = self._one_by_one(source, list(left.values()), config)
         for target in targets:
             if target.id in failed:
-                write_failure(_folder(target, config), failed[target.id])
+                write_failure(target.result_folder(config), failed[target.id])
         done = f"{len(targets) - len(failed)} of {counted(len(targets), 'SAE')}"
         say(f"  {config.name}: {done} in {seconds_since(start):,.1f} s")
         return failed
@@ -124,14 +123,10 @@ class Bench:
         return self._opened[source]
 
 
-def _folder(target: Target, config: EvaluationConfig) -> Path:
-    return folder_of(target.folder, config.name, config.signed())
-
-
 def _is_done(target: Target, config: EvaluationConfig) -> bool:
     """Whether there is a result that can be read."""
     try:
-        Stored.read(_folder(target, config))
+        Stored.read(target.result_folder(config))
     except (FileNotFoundError, EvaluationError):
         return False
     return True
@@ -139,4 +134,4 @@ def _is_done(target: Target, config: EvaluationConfig) -> bool:
 
 def _write(target: Target, config: EvaluationConfig, result: Result, seconds: float) -> None:
     stored = Stored(config.name, config.to_dict(), result.metrics, result.tables, result.latents)
-    stored.write(_folder(target, config), subject=target.id, seconds=seconds)
+    stored.write(target.result_folder(config), subject=target.id, seconds=seconds)

@@ -56,4 +56,6 @@ def _evaluate(line: CommandLine, asked: evaluate.Asked, plan: Plan) -> int:
     from reseed.cli.subjects import chosen_of
 
     chosen = chosen_of(plan)
-    return evaluate.evaluate_chosen(line, asked, chosen) if chosen.folders else 0
+    if not chosen.folders:
+        return 0
+    return evaluate.evaluate_all(line, asked, chosen, evaluate.targets_of(line, chosen))

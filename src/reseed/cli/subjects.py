@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,12 @@ from reseed.cli.app import CommandLine
 from reseed.cli.held_out import as_trained, of_data
 from reseed.config import ConfigError, ReseedError, build, digest, nearest
 from reseed.console import counted
-from reseed.evaluate.base import Subject
+from reseed.evaluate.base import EvaluationConfig, Subject
+from reseed.evaluations import folder_of
 from reseed.experiment import Resolved
 from reseed.runs import INITIAL_FILE, Run, RunError, RunStore
 from reseed.sae.base import SAE
-from reseed.sae.checkpoint import DESCRIPTION_FILE, load_sae, read_metadata
+from reseed.sae.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE, load_sae, read_metadata
 from reseed.sweeps import Sweep
 from reseed.train.config import RuntimeConfig
 
@@ -47,23 +49,26 @@ class Target:
         parts = [identity["model"], of_data(identity["dataset"]), identity.get("surrogate")]
         return digest([*parts, identity["fingerprints"]])
 
+    def result_folder(self, config: EvaluationConfig) -> Path:
+        """Where the result of an evaluation lies. What a run was trained on follows from the run;
+        of another SAE its weights, and what it is evaluated on, are part of what was asked."""
+        signed = config.signed()
+        if not Run(self.folder).exists:
+            hook = str(self.resolved.experiment.hook)
+            weights = sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+            signed |= {"source": self.source, "hookpoint": hook, "weights": weights}
+        return folder_of(self.folder, config.name, signed)
+
     def subject(self, device: str, with_untrained: bool) -> Subject:
         """The SAE, loaded.
 
         Raises:
-            ReseedError: it cannot be loaded, or is for activations of another width.
+            CheckpointError: it cannot be.
         """
         sae = load_sae(self.folder, device)
-        if sae.d_in != self.resolved.d_in:
-            e = self.resolved.experiment
-            raise ReseedError(
-                f"{self.folder}: its `d_in` (={sae.d_in}) must be that of {e.hook} of "
-                f"{self.resolved.model_label} (={self.resolved.d_in})"
-            )
         born = _untrained(Run(self.folder)) if with_untrained else None
-        return Subject(
-            self.id, sae, self.resolved.experiment.hook, born.to(device) if born else None
-        )
+        hook = self.resolved.experiment.hook
+        return Subject(self.id, sae, hook, born.to(device) if born else None)
 
 
 def target_of(
@@ -75,13 +80,20 @@ def target_of(
         declared: what the command line says of an SAE that is no run.
 
     Raises:
-        ReseedError: what a run was trained on is gone, or not what it was.
+        ReseedError: what a run was trained on is gone, or not what it was; or an SAE is for
+            activations of another width than is declared.
     """
     run = Run(folder)
     if run.exists:
         return Target(folder, as_trained(run.record, runtime))
     assert declared is not None
-    return Target(folder, declared())
+    resolved, d_in = declared(), load_sae(folder).d_in
+    if d_in != resolved.d_in:
+        raise ReseedError(
+            f"{folder}: its `d_in` (={d_in}) must be that of {resolved.experiment.hook} of "
+            f"{resolved.model_label} (={resolved.d_in})"
+        )
+    return Target(folder, resolved)
 
 
 @dataclass(frozen=True)

@@ -246,4 +246,5 @@ def _telling(about: Sequence[Mapping[str, Any]]) -> list[str]:
     """What differs between runs; their names where nothing does."""
     names = dict.fromkeys(name for own in about for name in own if name != "run")
     found = [n for n in names if len({str(own.get(n)) for own in about}) > 1]
-    return found or ["run"]
+    # An SAE that is no run has nothing but its folder.
+    return found if found and all(own.keys() >= set(found) for own in about) else ["run"]
