@@ -28,6 +28,7 @@ class Spec:
         spare: heads that a narrow window can do without, those of least use first.
         latents: head → column of the latents, whose mean among shared ones and among orphans is
             shown.
+        about_latents: what these are.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Spec:
     counts: tuple[str, ...] = ("letters", "L0", "L1")
     spare: tuple[str, ...] = ()
     latents: Mapping[str, str] = field(default_factory=dict)
+    about_latents: str = ""
 
 
 SPECS: dict[str, Spec] = {
@@ -56,7 +58,8 @@ SPECS: dict[str, Spec] = {
         with_interval=("FVU",),
         footnotes=(
             "**FVU**: fraction of variance unexplained; **EV uncentred**: 1 − squared error / "
-            "Σ‖x‖², which a large mean alone brings near 1. **cosine** of x and x̂.",
+            "Σ‖x‖², which a large mean alone brings near 1. **cosine** of x and x̂. **L0**, **L1**: "
+            "latents active per token, and the sum of their activations.",
             "**never fired**, **dense** (on over a tenth of the tokens): fractions of latents.",
             "**‖x̂‖/‖x‖**: mean over tokens, below 1 where reconstructions are too short. "
             "**relative bias**: E‖x̂‖²/E[x̂·x], below 1 where x̂ should be longer (Rajamanoharan et "
@@ -79,8 +82,9 @@ SPECS: dict[str, Spec] = {
         with_interval=("increase",),
         footnotes=(
             "**CE**: cross-entropy of the next token in nats, of the **clean** model and with the "
-            "SAE's reconstruction **spliced** in at the hookpoint; **KL**: of the clean prediction "
-            "to that one. Put in, and counted, at the positions that SAEs are trained on.",
+            "SAE's reconstruction **spliced** in; **increase**: the difference. **KL**: of the "
+            "clean prediction to that one. Put in, and counted, at the positions that SAEs are "
+            "trained on.",
             "**recovered**: the part of what ablating the activations costs that the SAE gives "
             "back; ablated to **zero**, or to their **mean**, which is the harder of the two.",
         ),
@@ -104,7 +108,7 @@ SPECS: dict[str, Spec] = {
             "less one (k-sparse probing).",
             "**latent F1**, **precision**, **recall**: of the firing of its first latent on words "
             "that it was not chosen by, beside the **probe** on the activations themselves. Low "
-            "recall at high precision is what absorption looks like from here.",
+            "recall at high precision is what absorption looks like from here; both hang on **L0**.",
         ),
         spare=("L0",),
     ),
@@ -130,10 +134,11 @@ SPECS: dict[str, Spec] = {
             "**permuted**: the same of letters given to words at random; **untrained**: of the SAE "
             "as it was born. What is no higher than these is no absorption. **derived**: with "
             "thresholds that directions without meaning do not reach in this dictionary. An SAE "
-            "that reconstructs little may score well: read it beside **FVU**.",
+            "that reconstructs little may score well: read it beside **FVU** and **L0**.",
         ),
         spare=("derived,\npermuted", "L0", "full", "FVU"),
         latents={"absorbers": "absorption_is_absorber"},
+        about_latents="**absorbers**: the fraction that has a part in absorbing some word.",
     ),
 }
 
@@ -202,8 +207,8 @@ def _among(cells: Sequence[Cell], spec: Spec) -> Wording:
     words = cell_table(
         cells,
         made,
-        f"Of live latents: of those that another {one} **shares**, and of **orphans**, which none "
-        "does; mean over runs.",
+        f"{spec.about_latents} Of live latents that another {one} has, too (**shared**), and of "
+        "those that none has (**orphan**); mean over runs.",
     )
     return replace(words, caption=f"{spec.title} Among shared latents and orphans")
 
