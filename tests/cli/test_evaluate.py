@@ -177,6 +177,22 @@ def test_a_stopped_evaluation_goes_on_with_the_next_subject(
     assert all(path.read_bytes() == text for path, text in kept.items())
 
 
+def test_what_does_not_fit_at_once_goes_in_parts(
+    line: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sizes = ReconstructionConfig.evaluate, []
+
+    def counted(self: Any, subjects: Sequence[Subject], evaluated: Evaluated) -> Any:
+        sizes.append(len(subjects))
+        return whole(self, subjects, evaluated)
+
+    monkeypatch.setattr(ReconstructionConfig, "evaluate", counted)
+    monkeypatch.setattr("reseed.cli.evaluating.AT_ONCE", 3 * 8 * 64 * 16)
+    assert evaluate.main([*line, "evaluation=reconstruction", "evaluation.tokens=500"]) == 0
+    assert sizes == [3, 1]
+    assert len(results()) == 4
+
+
 def test_one_that_fails_does_not_stop_the_others(
     line: list[str], monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:

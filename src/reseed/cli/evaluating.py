@@ -20,6 +20,9 @@ from reseed.experiment import cache_folder
 from reseed.runs import seconds_since
 from reseed.train.config import RuntimeConfig
 
+AT_ONCE = 8 * 2**30
+"""Bytes of trained SAEs that are evaluated in one pass; more go in several."""
+
 
 class Bench:
     """SAEs, with the sources that they read. A source is opened for the first evaluation that needs
@@ -102,15 +105,15 @@ class Bench:
 
     def _evaluate(self, source: str, left: dict[str, Target], config: EvaluationConfig) -> None:
         """Evaluate those that are ``left``, and take away each that is done."""
-        device = str(self.device)
-        subjects = [t.subject(device, config.with_untrained) for t in left.values()]
         cache = SharedResults(cache_folder(self.runtime))
         evaluated = Evaluated(self._open(source), cache, lambda message: say(f"    {message}"))
-        start = time.perf_counter()
-        for name, result in config.evaluate(subjects, evaluated):
-            _write(left[name], config, result, seconds_since(start))
-            del left[name]
+        for part in _parts(list(left.values())):
+            subjects = [t.subject(str(self.device), config.with_untrained) for t in part]
             start = time.perf_counter()
+            for name, result in config.evaluate(subjects, evaluated):
+                _write(left[name], config, result, seconds_since(start))
+                del left[name]
+                start = time.perf_counter()
 
     def _open(self, source: str) -> ActivationSource:
         if source not in self._opened:
@@ -121,6 +124,20 @@ class Bench:
             resolved = targets[0].resolved
             self._opened[source] = resolved.open(self.device, needed, self.runtime.open_cache())
         return self._opened[source]
+
+
+def _parts(targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets in lists whose weights fit into `AT_ONCE`; each list has one at least."""
+    parts: list[list[Target]] = []
+    size = 0
+    for target in targets:
+        own = 8 * target.resolved.num_latents * target.resolved.d_in  # two matrices in float32
+        if not parts or size + own > AT_ONCE:
+            parts.append([])
+            size = 0
+        parts[-1].append(target)
+        size += own
+    return parts
 
 
 def _is_done(target: Target, config: EvaluationConfig) -> bool:

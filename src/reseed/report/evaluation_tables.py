@@ -108,7 +108,7 @@ SPECS: dict[str, Spec] = {
             "less one (k-sparse probing).",
             "**latent F1**, **precision**, **recall**: of the firing of its first latent on words "
             "that it was not chosen by, beside the **probe** on the activations themselves. Low "
-            "recall at high precision is what absorption looks like from here; both hang on **L0**.",
+            "recall at high precision is what absorption looks like here. Compare at one **L0**.",
         ),
         spare=("L0",),
     ),
