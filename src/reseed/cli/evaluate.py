@@ -174,6 +174,9 @@ def evaluate_all(line: CommandLine, asked: Asked, chosen: Chosen, targets: Seque
     from reseed.evaluations import FOLDER
 
     asked.check({target.id: target.resolved for target in targets})
+    names = [config.name for config in asked.configs]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        say(f"tables show {GROUP}={name} with the last of its settings; all are in runs' folders")
     for sweep in chosen.sweeps:
         sweep.ask_for({config.name: config for config in asked.configs})
     place = (chosen.sweeps[0].path if chosen.sweeps else chosen.folders[0]) / FOLDER
