@@ -22,6 +22,7 @@ from reseed.report.evaluations import (
     run_frame,
     write_evaluations,
 )
+from reseed.report.latex import summary_latex
 from reseed.report.style import STYLE
 from reseed.report.tables import latent_table, summary_frame, summary_markdown
 
@@ -149,6 +150,13 @@ def test_the_tables_say_how_to_read_them(evaluated) -> None:
     assert "| topk | 0.50 [-0.12, 1.00] |" not in text  # no logit scale: a t interval
     loss = next(w for w in evaluation_tables(evaluated[0]) if "model lose" in w.caption)
     assert [row[0] for row in loss.rows] == ["topk", "relu"], "both cells have that one"
+
+
+def test_what_stands_in_the_tables_has_a_form_in_latex(evaluated) -> None:
+    tables = evaluation_tables(evaluated[0])
+    text = summary_latex(evaluated[0], tables)
+    assert r"$\|$$\hat{x}$$\|$/$\|$x$\|$" in text
+    assert not [c for c in text if ord(c) > 0x24F]
 
 
 def test_without_evaluations_nothing_changes(cells) -> None:
