@@ -54,8 +54,8 @@ def absorbed_overlap(
         seed: of the permutations.
     """
     matched = _matched_classes(first[0], second[0], partner)
-    flags = (_flags(table) for _, table in (first, second))
-    both = pd.merge(*flags, left_index=True, right_index=True, suffixes=("_1", "_2"))
+    mine, theirs = _flags(first[1]), _flags(second[1])
+    both = pd.merge(mine, theirs, left_index=True, right_index=True, suffixes=("_1", "_2"))
     by_class = _by_class(both, matched)
     kept = [name for name, there in matched.items() if there]
     used = both.loc[both.index.get_level_values("class").isin(kept)]
