@@ -19,7 +19,7 @@ from reseed.config import ConfigError, build
 CONF = Path(__file__).parents[1] / "conf"
 TYPED = sorted(
     path
-    for group in ("model", "hookpoint", "dataset", "sae", "training", "runtime")
+    for group in ("model", "hookpoint", "dataset", "sae", "training", "runtime", "evaluation")
     for path in (CONF / group).glob("*.yaml")
 )
 REQUIRED = {"path": "x", "module": "model.layers.*.mlp", "d_in": 3, "num_features": 2}

@@ -26,6 +26,11 @@ def counted(number: int, one: str) -> str:
     return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
+def seconds_since(started: float) -> float:
+    """Wall clock since ``started`` (time.perf_counter), rounded to the millisecond."""
+    return round(time.perf_counter() - started, 3)
+
+
 def now_and_then(every_s: float = 15.0) -> Callable[[str], None]:
     """A `say` for those who report all the time: a line every ``every_s`` seconds, none before."""
     last = time.monotonic()

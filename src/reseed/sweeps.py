@@ -3,6 +3,7 @@
 sweeps/<name>-<digest>/
     manifest.jsonl    a line per run: its place in the grid, signature and folder
     comparison.json   the settings of the comparison, its grid as it was asked for
+    evaluations.json  which evaluations of its runs its tables show
     multirun.yaml     how Hydra was asked
     cells/            what compare jobs wrote; then tables and figures
 """
@@ -12,13 +13,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from reseed.atomic import atomic_write_json, atomic_write_text
-from reseed.config import ReseedError, digest
+from reseed.config import Config, ReseedError, digest
 from reseed.runs import Run, RunStore
 
 
@@ -74,6 +75,26 @@ class Sweep:
     @property
     def settings(self) -> dict[str, Any]:
         return json.loads((self.path / "comparison.json").read_text())
+
+    def ask_for(self, evaluations: Mapping[str, Config]) -> None:
+        """The tables shall show these evaluations of its runs, by name, beside those that were
+        asked for before; of one name the last."""
+        own = {
+            name: {"settings": config.to_dict(), "signed": config.signed()}
+            for name, config in evaluations.items()
+        }
+        atomic_write_json(self.path / "evaluations.json", self.evaluations | own)
+
+    @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """Of each evaluation that was asked for its ``settings`` and what of them is ``signed``."""
+        path = self.path / "evaluations.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    @property
+    def compared(self) -> bool:
+        """Whether any cell of it has been compared."""
+        return any((self.path / "cells").glob("*/cell.json"))
 
     def runs(self, **axes: str) -> list[Run]:
         """Its runs, or those at certain values of some axes, in the order of the manifest."""

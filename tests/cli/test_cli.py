@@ -40,6 +40,8 @@ def replaced(overrides: list[str], **values: object) -> list[str]:
     [
         ["--help"], ["--version"], ["train", "--help"], ["run", "--help"], ["compare", "--help"],
         ["status", "--help"], ["check", "--help"], ["train", "--cfg", "job"],
+        ["evaluate", "--help"], ["evaluate", "--cfg", "job", "evaluation=absorption"],
+        ["evaluate", "-sc", "query=bash"],
         ["run", "--cfg", "job", "comparison=quickstart"], ["completion", "bash"],
         ["train", "-sc", "query=bash"],
     ],

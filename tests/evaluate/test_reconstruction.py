@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
-from reseed.evaluate.reconstruction import Reconstruction, measure
+from reseed.config import ConfigError
+from reseed.evaluate.base import Evaluated, Subject
+from reseed.evaluate.reconstruction import (
+    Reconstruction,
+    ReconstructionConfig,
+    density_table,
+    measure,
+)
+from reseed.evaluate.shared import SharedResults
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 
@@ -133,3 +144,59 @@ def test_sums_of_activations_by_a_dense_pass() -> None:
     squares = latents.square().sum(0)
     torch.testing.assert_close(found.activation_square_sum, squares, rtol=1e-5, atol=1e-5)
     assert (squares > 1).any()
+
+
+def test_lengths_and_sums_by_hand() -> None:
+    """x = (3, 4) and (0, 2), x̂ = x/2: half as long, the best scale is 2, L1 the sum of latents."""
+    sae = identity(2)
+    with torch.no_grad():
+        sae.W_dec.mul_(0.5)
+    found = measured(sae, torch.tensor([[3.0, 4.0], [0.0, 2.0]])).metrics()
+    assert found["shrinkage"] == pytest.approx(0.5)
+    assert found["relative_bias"] == pytest.approx(0.5)  # ‖x/2‖² / (x/2 · x)
+    assert found["l1"] == pytest.approx((3 + 4 + 2) / 2)
+    assert found["explained_variance_uncentred"] == pytest.approx(1 - 0.25)
+    assert found["dense_fraction"] == 1  # latent 0 on half of the tokens, latent 1 on all
+
+
+def test_of_nothing_there_is_no_shrinkage() -> None:
+    found = measured(constant(torch.zeros(3)), torch.zeros(5, 3)).metrics()
+    assert found["shrinkage"] is None
+    assert found["relative_bias"] is None
+    assert found["explained_variance_uncentred"] is None
+
+
+def test_the_histogram_of_density_counts_every_latent_once() -> None:
+    density = np.array([0.0, 0.0, 1e-9, 0.1, 0.5, 1.0])
+    table = density_table(density)
+    assert table["latents"].sum() == len(density)
+    assert table["latents"][0] == 2
+    assert table["latents"][1] == 1, "below the first edge"
+    by_low = dict(zip(table["low"], table["latents"], strict=True))
+    assert by_low[-1.0] == 1
+    assert by_low[-0.5] == 1
+    assert by_low[-0.25] == 1, "1 is in the last bin"
+
+
+def test_the_evaluation_is_the_measure_on_so_many_tokens() -> None:
+    x, hook = data(64), Hookpoint("resid_post", 0)
+    source = SimpleNamespace(
+        held_out=lambda hooks, tokens: iter([{hook: x[:40]}, {hook: x[40:tokens]}]),
+        held_out_available=64,
+        device=torch.device("cpu"),
+    )
+    evaluated = Evaluated(source, SharedResults(Path("/nowhere")))  # type: ignore[arg-type]
+    sae = TopKConfig(num_latents=6, k=2).build(12, torch.Generator().manual_seed(0))
+    ((name, result),) = ReconstructionConfig(tokens=50).evaluate(
+        [Subject("a", sae, hook)], evaluated
+    )
+    alone = measured(sae, x[:50])
+    assert name == "a"
+    assert result.metrics["fvu"] == pytest.approx(alone.metrics()["fvu"])
+    assert result.metrics["tokens"] == 50
+    fired = (sae.encode(x[:50]) != 0).float()
+    assert result.latents["density"] == pytest.approx(fired.mean(0).numpy())
+    mean = sae.encode(x[:50]).sum(0) / fired.sum(0)
+    assert result.latents["mean_activation"] == pytest.approx(mean.detach().numpy(), nan_ok=True)
+    with pytest.raises(ConfigError, match=r"`tokens` \(=65,536\) must not exceed .* documents: 64"):
+        next(ReconstructionConfig().evaluate([Subject("a", sae, hook)], evaluated))

@@ -19,7 +19,7 @@ from reseed.experiment import Resolved
 from reseed.missing import train_missing
 from reseed.runs import Run, RunStore
 from reseed.train.config import RuntimeConfig, TrainingConfig
-from reseed.train.cost import _step_flops, _weights, cost
+from reseed.train.cost import _weights, cost, step_flops
 from reseed.train.member import Member
 from reseed.train.plan import Group, Machine, by_stream, duration, fitting, make_plan, size
 
@@ -74,13 +74,13 @@ def resolved(**options: object) -> Resolved:
 def test_the_operations_of_a_step_by_hand() -> None:
     # Five products of 16 × 8 × 2, and 12 operations for each of two matrices' 16 weights.
     plain = 5 * 2 * 16 * 8 * 2 + 12 * 32
-    assert (_step_flops(resolved()), _weights(resolved())) == (plain, 32)
+    assert (step_flops(resolved()), _weights(resolved())) == (plain, 32)
     # Two matrices, five rounds, each 2·(2·2²·8 + 2³) operations.
-    assert _step_flops(resolved(optimizer="muon")) == plain + 2 * 5 * 2 * (2 * 4 * 8 + 8)
+    assert step_flops(resolved(optimizer="muon")) == plain + 2 * 5 * 2 * (2 * 4 * 8 + 8)
     # 8 × 3 weights more: the product with 3 × 2 centroids and its gradient, Adam's 12 per weight.
     archetypal = resolved(decoder="archetypal", archetypes=3)
     assert _weights(archetypal) == 32 + 24
-    assert _step_flops(archetypal) == plain + 2 * 2 * 24 * 2 + 12 * 24
+    assert step_flops(archetypal) == plain + 2 * 2 * 24 * 2 + 12 * 24
     assert _weights(resolved(decoder="archetypal")) == 32 + 64
 
 
@@ -89,7 +89,7 @@ def test_costs_add_up(jobs: Jobs) -> None:
     each, together = [cost([r]) for r in members], cost(members)
     assert together.parameters == sum(c.parameters for c in each)
     # One pass of the model, to the deepest: four times the steps, the deeper of two passes.
-    steps = [r.experiment.training.steps * _step_flops(r) for r in members]
+    steps = [r.experiment.training.steps * step_flops(r) for r in members]
     passes = [c.flops - s for c, s in zip(each, steps, strict=True)]
     assert together.flops == pytest.approx(max(passes) + sum(steps))
     by_layer = {r.experiment.layer: p for r, p in zip(members, passes, strict=True)}

@@ -28,6 +28,17 @@ def command(line: Sequence[str], outputs: Path) -> list[str]:
     return [sys.executable, "-m", "reseed", "train", "-m", *SMALL, *line, *own]
 
 
+def begin(line: Sequence[str], outputs: Path) -> subprocess.Popen[str]:
+    """The command, at work; it heeds Ctrl-C also where these tests do not."""
+    return subprocess.Popen(
+        command(line, outputs),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
 def trained(line: Sequence[str], outputs: Path) -> dict[str, Run]:
     done = subprocess.run(command(line, outputs), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -154,9 +165,7 @@ def test_a_team_that_is_stopped_goes_on_exactly(
 ) -> None:
     line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
     outputs = tmp_path / "outputs"
-    leader = subprocess.Popen(
-        command(line, outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    leader = begin(line, outputs)
     wait_for(lambda: begun(outputs))
     theirs = followers(leader.pid)
     assert len(theirs) == 1
@@ -182,9 +191,7 @@ def test_a_follower_that_dies_fails_the_group_and_not_its_checkpoints(
 ) -> None:
     line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
     outputs = tmp_path / "outputs"
-    leader = subprocess.Popen(
-        command(line, outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    leader = begin(line, outputs)
     wait_for(lambda: begun(outputs))
     (follower,) = followers(leader.pid)
     os.kill(follower, signal.SIGKILL)

@@ -218,15 +218,16 @@ class LanguageModel:
     @cached_property
     def model(self) -> nn.Module:
         """The model with its weights, on the device."""
+        # Loaded for the first activations, inside `inference_mode`: gradients go through later.
+        with torch.inference_mode(False):
+            return self._loaded().to(self.device).eval().requires_grad_(False)
+
+    def _loaded(self) -> nn.Module:
         found = self.resolved
         dtype, attention = self.dtype, found.config.attention
         if found.random_seed is None:
-            model = weights.trained(_weights_folder(found), dtype, attention)
-        else:
-            model = weights.untrained(
-                found.transformers_config, found.random_seed, dtype, attention
-            )
-        return model.to(self.device).eval().requires_grad_(False)
+            return weights.trained(_weights_folder(found), dtype, attention)
+        return weights.untrained(found.transformers_config, found.random_seed, dtype, attention)
 
     @torch.inference_mode()
     def activations(

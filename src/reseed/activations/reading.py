@@ -9,7 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reseed.activations.cache import ActivationCache
@@ -22,7 +24,7 @@ from reseed.activations.chunks import (
 from reseed.activations.hookpoint import Hookpoint, module_path
 from reseed.activations.language_model import DTYPES, LanguageModel, ResolvedModel
 from reseed.activations.shelf import Shelf
-from reseed.activations.source import ActivationSource, ResolvedData
+from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
 from reseed.activations.stream import DatasetConfig, batches_available
 from reseed.activations.text import ResolvedText, TextConfig, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, token_stores
@@ -156,6 +158,22 @@ class Reading(ActivationSource):
         return held_out_chunks(
             self.model, self.held_out_store, self.config, hookpoints, tokens, shelf
         )
+
+    def held_out_sequences(
+        self, tokens: int
+    ) -> tuple[Int[Tensor, "sequences context"], Bool[Tensor, "sequences context"]]:
+        """The first held-out sequences, so many that they have ``tokens`` activations at least; and
+        at which positions these are (not first, not special tokens; see the data set's options).
+
+        Raises:
+            ConfigError: there are not so many.
+        """
+        check_held_out(self, tokens)
+        packing = held_out_packing(self.held_out_store, self.config)
+        _, end, _ = packing.covering(0, tokens)
+        sequences = packing.sequences(0, end)
+        kept = packing.keep(sequences)
+        return torch.from_numpy(sequences.astype(np.int64)), torch.from_numpy(kept)
 
     def _shelf(self, part: str) -> Shelf | None:
         """Where the chunks of one part of the text are kept on disk."""

@@ -215,3 +215,14 @@ class ActivationSource(ABC):
                     f"{label}: {there * batch_size:,}",
                     "training.tokens",
                 )
+
+
+def check_held_out(source: ActivationSource, tokens: int) -> None:
+    """Raise `ConfigError`, with the key ``tokens``, where a source has fewer held-out ones."""
+    there = source.held_out_available
+    if there is not None and there < tokens:
+        raise ConfigError(
+            f"{{key}} (={tokens:,}) must not exceed the activations of the held-out documents: "
+            f"{there:,}",
+            "tokens",
+        )

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from reseed.cli.absorbed import with_overlaps
 from reseed.compare.cell import CellResult
 from reseed.compare.config import ComparisonConfig, pair_axes
 from reseed.compare.load import knobs, named_alike
 from reseed.config import ReseedError
 from reseed.console import say
+from reseed.evaluations import FOLDER, Stored, folder_of
 from reseed.report.axes import Cell, ordered
+from reseed.report.evaluation_figures import write_evaluation_figures
+from reseed.report.evaluation_tables import evaluation_tables, run_tables
+from reseed.report.evaluations import EvaluatedRun, joined, write_evaluations
 from reseed.report.figures import write_figures
 from reseed.report.tables import write_tables
-from reseed.report.terminal import print_summary
+from reseed.report.terminal import print_summary, print_tables
 from reseed.runs import Run
 from reseed.sweeps import Sweep
 
+if TYPE_CHECKING:
+    from reseed.cli.subjects import Target
+    from reseed.evaluate.base import EvaluationConfig
 
-def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
+
+def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = False) -> bool:
     """Read the cells of a sweep; write tables and figures beside them; print the summary.
+
+    Args:
+        only_evaluations: print the tables of evaluations alone; all are written.
 
     Returns:
         whether every cell has all of its runs.
@@ -47,19 +62,83 @@ def collect(sweep: Sweep, settings: ComparisonConfig) -> bool:
     if not cells:
         _say_all(lacking)
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
-    cells = ordered(named_alike(cells))
+    runs = evaluated_runs(sweep)
+    cells = with_overlaps(joined(ordered(named_alike(cells)), runs), runs)
     write_tables(cells, sweep.path, lacking)
-    drawn = write_figures(cells, sweep.path)
-    print_summary(cells, title=settings.name)
-    more = (
-        "" if all(c.settings.pairs_are_a_sample for _, c in cells) else "pairings.csv, matrix.csv, "
-    )
-    say(
-        f"{sweep.path}/: summary (md, csv, tex), pairs.csv, latents.parquet, strata.csv, {more}"
-        + ("figures (png, svg)" if drawn else "no figures")
-    )
+    drawn = write_figures(cells, sweep.path) + write_evaluation_figures(cells, runs, sweep.path)
+    more = write_evaluations(runs, sweep.path)
+    if only_evaluations:
+        print_tables(evaluation_tables(cells), title=settings.name)
+    else:
+        print_summary(cells, title=settings.name)
+    if not all(c.settings.pairs_are_a_sample for _, c in cells):
+        more = ["pairings.csv", "matrix.csv", *more]
+    files = ["summary (md, csv, tex)", "pairs.csv", "latents.parquet", "strata.csv", *more]
+    files.append("figures (png, svg)" if drawn else "no figures")
+    say(f"{sweep.path}/: {', '.join(files)}")
     _say_all(lacking)  # last, where they are not overlooked
     return not lacking
+
+
+def collect_evaluated(
+    targets: Sequence[Target], sweeps: Sequence[Sweep], configs: Sequence[EvaluationConfig]
+) -> None:
+    """Show what evaluations found: in the tables of the sweeps that have been compared, else in
+    tables of their own with a row per run.
+
+    Args:
+        targets: all SAEs that were evaluated.
+        configs: the evaluations that were asked for.
+    """
+    for sweep in sweeps:
+        if sweep.compared:
+            settings = ComparisonConfig.from_dict(sweep.settings, "comparison")
+            collect(sweep, settings, only_evaluations=True)
+        else:
+            runs = evaluated_runs(sweep)
+            print_tables(run_tables(runs), title=sweep.path.name)
+            files = ", ".join(write_evaluations(runs, sweep.path))
+            say(f"{sweep.path}/: {files}; its runs have not been compared")
+    told = {run.path.resolve() for sweep in sweeps for run in sweep.runs()}
+    alone = [target for target in targets if target.folder.resolve() not in told]
+    if alone:
+        print_tables(
+            run_tables(
+                {t.id: _evaluated(t.folder, {c.name: t.result_folder(c) for c in configs})
+                 for t in alone}
+            )
+        )  # fmt: skip
+    for target in alone:
+        say(f"{target.folder / FOLDER}/")
+
+
+def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
+    """The runs of a sweep, with the results that its tables shall have."""
+    asked = sweep.evaluations
+    if not asked:
+        return {}
+    distinct = {run.id: run for run in sweep.runs() if run.finished}
+    return {
+        name: _evaluated(
+            run.path, {e: folder_of(run.path, e, of["signed"]) for e, of in asked.items()}
+        )
+        for name, run in distinct.items()
+    }
+
+
+def _evaluated(folder: Path, results: Mapping[str, Path]) -> EvaluatedRun:
+    """A run, or an SAE that is none, with what is there of some evaluations."""
+    run = Run(folder)
+    about: dict[str, Any] = {"run": str(folder)}
+    quality: dict[str, float] = {}
+    if run.exists:
+        about = knobs([run], {}) | {"seed": run.record["experiment"]["seed"], "run": run.id}
+        quality = {name: run.metrics[name] for name in ("fvu", "l0", "dead_fraction")}
+    found = {}
+    for name, path in results.items():
+        with suppress(FileNotFoundError):
+            found[name] = Stored.read(path)
+    return EvaluatedRun(about, found, quality)
 
 
 def _say_all(lines: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from reseed.compare.cell import CellResult
 from reseed.config import ReseedError
 from reseed.console import say
 from reseed.devices import pick_device
-from reseed.experiment import Experiment, resolve_experiment
+from reseed.experiment import Experiment, Resolved, resolve_experiment
 from reseed.runs import Run
 from reseed.sae import load_all
 from reseed.train.config import RuntimeConfig
@@ -135,7 +135,6 @@ def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) ->
         NotOffered: the runs read different ones, or what they read is not what it was.
         ConfigError: model or data are not found.
     """
-    load_all()
     records = [run.record for run in runs]
     different = differing([record["identity"] for record in records])
     if different:
@@ -143,16 +142,27 @@ def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) ->
             f"its runs do not read the same held-out activations: they differ in {different}"
         )
     fewest = min(records, key=lambda r: r["experiment"]["dataset"]["held_out_tokens"])
-    experiment = _experiment(fewest)
-    resolved = resolve_experiment(experiment, runtime)
-    for what, fingerprint in resolved.identity["fingerprints"].items():
-        if fewest["fingerprints"].get(what) != fingerprint:
-            raise NotOffered(f"the {what} is not the one that the runs were trained with")
+    resolved = as_trained(fewest, runtime)
+    experiment = resolved.experiment
     needed = max(record["tokens"] for record in records)
     source = resolved.open(pick_device(runtime.device), needed, runtime.open_cache())
     tokens = min(tokens, experiment.dataset.held_out_tokens)
     chunks = source.held_out([experiment.hook], tokens)
     return (chunk[experiment.hook] for chunk in chunks), tokens
+
+
+def as_trained(record: Mapping[str, Any], runtime: RuntimeConfig) -> Resolved:
+    """What a run was trained on, found again.
+
+    Raises:
+        NotOffered: it is not what it was.
+        ConfigError: model or data are not found.
+    """
+    resolved = resolve_experiment(_experiment(record), runtime)
+    for what, fingerprint in resolved.identity["fingerprints"].items():
+        if record["fingerprints"].get(what) != fingerprint:
+            raise NotOffered(f"the {what} is not the one that the runs were trained with")
+    return resolved
 
 
 def other_tokens(identities: Sequence[Mapping[str, Any]]) -> str:
@@ -168,7 +178,7 @@ def other_tokens(identities: Sequence[Mapping[str, Any]]) -> str:
     ):
         if len({own[what] for own in prints}) > 1:
             return reason
-    first, *others = (_of_data(identity["dataset"]) for identity in identities)
+    first, *others = (of_data(identity["dataset"]) for identity in identities)
     for other in others:
         keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
         if keys:
@@ -176,7 +186,7 @@ def other_tokens(identities: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
-def _of_data(declared: Mapping[str, Any]) -> dict[str, Any]:
+def of_data(declared: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the held-out activations, of what was declared of the data set."""
     return {k: v for k, v in declared.items() if k not in _ELSEWHERE}
 
@@ -186,7 +196,7 @@ def differing(identities: Sequence[Mapping[str, Any]]) -> str:
     for name in _DECLARED:
         values = [identity.get(name) for identity in identities]
         if name == "dataset":
-            values = [_of_data(d) for d in values if d]
+            values = [of_data(d) for d in values if d]
         if any(value != values[0] for value in values):
             return name
     return ""
@@ -198,4 +208,5 @@ def _experiment(record: Mapping[str, Any]) -> Experiment:
     import reseed.activations.text
     import reseed.activations.world_config  # noqa: F401
 
+    load_all()
     return Experiment.from_dict(record["experiment"])

@@ -30,7 +30,7 @@ _GROUPS = {
 }
 _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
-_ROOT = (*_REQUIRED, "source", "comparison", "plan_only", "wait", "objective")
+_ROOT = (*_REQUIRED, "source", "comparison", "evaluation", "plan_only", "wait", "objective")
 _LOCAL = ("fused", "basic", "joblib", "submitit_local")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
 
@@ -57,6 +57,11 @@ def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfi
     for key in values:
         if key not in _ROOT:
             raise ConfigError(f"there is no key {{key}}.{nearest(key, _ROOT)}", key)
+    if values.get("evaluation") is not None:
+        raise ConfigError(
+            "{key} is for `reseed evaluate` and `reseed run`; here it would change nothing",
+            "evaluation",
+        )
     for key in _REQUIRED:
         if key not in values:
             raise ConfigError("{key} is required, and was removed", key)

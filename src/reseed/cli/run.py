@@ -1,11 +1,12 @@
-"""``reseed run comparison=...``: train what is missing, compare, print and store the tables."""
+"""``reseed run comparison=...``: train what is missing, evaluate the runs where that is asked for,
+compare, print and store the tables."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from reseed.cli import compare, train, tune
+from reseed.cli import compare, evaluate, train, tune
 from reseed.cli.app import CommandLine
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import reported
@@ -26,7 +27,11 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         return tune.tune(line, trial)
     from reseed.cli.plan import make_plan
 
+    asked = evaluate.Asked.split_off(line)
     plan = make_plan(line)
+    if asked.configs:
+        evaluate.refuse_slurm(line)
+        asked.check({job.resolved.label: job.resolved for job in plan.jobs})
     if plan.runtime.plan_only:
         train.show_plan(line, plan.jobs, plan.runtime)
         return 0
@@ -35,13 +40,25 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         from reseed.cli.cluster.command import launch
 
         return launch(line, plan.jobs, plan.runtime, plan.sweep, plan.settings)
-    return _train_and_compare(line, plan)
+    return _train_and_compare(line, plan, asked)
 
 
-def _train_and_compare(line: CommandLine, plan: Plan) -> int:
+def _train_and_compare(line: CommandLine, plan: Plan, asked: evaluate.Asked) -> int:
     launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
     status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
+    if asked.configs:
+        status = max(status, _evaluate(line, asked, plan))
     return max(status, compare.compare_plan(line, plan))
+
+
+def _evaluate(line: CommandLine, asked: evaluate.Asked, plan: Plan) -> int:
+    """Evaluate the runs that are there; those that failed have been told of."""
+    from reseed.cli.subjects import chosen_of
+
+    chosen = chosen_of(plan)
+    if not chosen.folders:
+        return 0
+    return evaluate.evaluate_all(line, asked, chosen, evaluate.targets_of(line, chosen))
 
 
 def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
@@ -56,9 +73,10 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
     from reseed.config import ReseedError
 
     line = CommandLine("run", list(overrides))
+    asked = evaluate.Asked.split_off(line)
     plan = make_plan(line)
     plan.write()
-    if _train_and_compare(line, plan):
+    if _train_and_compare(line, plan, asked):
         raise ReseedError("a run of this trial failed; nothing further is tried")
     rows = pd.read_csv(plan.sweep.path / "summary.csv").to_dict("records")
     if len(rows) != 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import combinations
 from math import isnan, nan
@@ -71,6 +71,8 @@ class CellResult:
             (``truth_…``).
         p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN where some runs are
             of different ``d_in`` and cannot be compared (`compare.apart`).
+        evaluated: evaluation → the columns that it added to ``runs`` and ``estimates``. They are
+            no part of the comparison, and not written with it: `reseed.report.evaluations`.
     """
 
     settings: ComparisonConfig
@@ -80,6 +82,7 @@ class CellResult:
     strata: pd.DataFrame
     estimates: dict[str, Interval]
     p: Float[np.ndarray, " n"]
+    evaluated: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def u(self) -> Float[np.ndarray, " n-1"]:

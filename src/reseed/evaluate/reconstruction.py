@@ -1,22 +1,35 @@
 """How well an SAE reconstructs held-out activations, how often its latents fire, and what these
-activations are like: their mean and covariance."""
+activations are like: their mean and covariance.
+
+`Reconstruction` measures every run at the end of its training, `ReconstructionConfig` any SAE on as
+many tokens as are asked for.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from reseed.activations.hookpoint import Hookpoint
 from reseed.activations.moments import MomentSums
+from reseed.activations.source import check_held_out
+from reseed.config import setting
+from reseed.evaluate.base import Evaluated, EvaluationConfig, Result, Subject
 from reseed.sae.base import SAE
 
+DENSE = 0.1
+"""A latent that fires on more of the tokens is dense."""
 _BLOCK = 4_096
 """Activations encoded at once: dense latents are [block, num_latents]."""
+_BINS = np.linspace(-7, 0, 29)
+"""Edges of the histogram of firing: quarters of a decade of the density."""
 
 
 @dataclass
@@ -36,6 +49,11 @@ class Reconstruction:
     total: Float[Tensor, " d_in"] | None = None
     active: int = 0
     cosine: float = 0.0
+    l1: float = 0.0
+    norm_ratio: float = 0.0
+    not_zero: int = 0
+    output_square: float = 0.0
+    output_product: float = 0.0
     firing: Int[Tensor, " num_latents"] = field(init=False)
     activation_sum: Float[Tensor, " num_latents"] = field(init=False)
     activation_square_sum: Float[Tensor, " num_latents"] = field(init=False)
@@ -66,9 +84,31 @@ class Reconstruction:
             self.activation_square_sum += torch.linalg.vector_norm(output.latents, dim=0) ** 2
             cosine = torch.cosine_similarity(part, output.reconstruction, dim=1)
             self.cosine += float(cosine.double().sum())
+            self.l1 += float(output.latents.abs().sum(dtype=torch.float64))
+            self._add_lengths(exact, output.reconstruction.double())
+
+    def _add_lengths(
+        self, x: Float[Tensor, "block d_in"], reconstruction: Float[Tensor, "block d_in"]
+    ) -> None:
+        length = x.norm(dim=1)
+        there = length > 0
+        self.norm_ratio += float((reconstruction.norm(dim=1)[there] / length[there]).sum())
+        self.not_zero += int(there.sum())
+        self.output_square += float(reconstruction.square().sum())
+        self.output_product += float((reconstruction * x).sum())
 
     def metrics(self, live_at_least: int = 10) -> dict[str, Any]:
-        """FVU, L0, cosine and the numbers of live latents over everything that was added."""
+        """What is measured over everything that was added.
+
+        - ``fvu``: squared error / variance; ``explained_variance``: 1 − FVU;
+          ``explained_variance_uncentred``: 1 − squared error / Σ‖x‖², nearly 1 wherever the
+          activations have a large mean;
+        - ``cosine`` of x and x̂, ``l0`` latents and ``l1`` Σ|f| per token;
+        - ``shrinkage``: mean ‖x̂‖/‖x‖ over x ≠ 0; ``relative_bias``: E‖x̂‖² / E[x̂·x], below 1 where
+          x̂ should be scaled up to be nearest to x (Rajamanoharan et al. 2024, 2404.16014);
+        - numbers of ``live`` latents by the least they fire; ``live_fraction``,
+          ``silent_fraction`` (never), ``dense_fraction`` (on more than a tenth of the tokens).
+        """
         if self.tokens == 0 or self.total is None:
             raise ValueError("no activations were added: there is nothing to measure")
         variance = self.squared_norm - float(self.total.square().sum()) / self.tokens
@@ -83,7 +123,19 @@ class Reconstruction:
             "live": {str(n): int((fired >= n).sum()) for n in (1, live_at_least, 100)},
             "live_fraction": float((fired >= live_at_least).double().mean()),
             "silent_fraction": float((fired == 0).double().mean()),
+            "dense_fraction": float((fired > DENSE * self.tokens).double().mean()),
+            "explained_variance_uncentred": _part(self.squared_error, self.squared_norm, less=True),
+            "l1": self.l1 / self.tokens,
+            "shrinkage": _part(self.norm_ratio, self.not_zero),
+            "relative_bias": _part(self.output_square, self.output_product),
         }
+
+
+def _part(part: float, whole: float, less: bool = False) -> float | None:
+    """part/whole, or what is left of 1; None of nothing."""
+    if whole == 0:
+        return None
+    return 1 - part / whole if less else part / whole
 
 
 def measure(
@@ -99,3 +151,53 @@ def measure(
         for name, (hookpoint, _) in saes.items():
             measured[name].add(chunk[hookpoint])
     return measured
+
+
+@dataclass(frozen=True)
+class ReconstructionConfig(EvaluationConfig, name="reconstruction"):
+    """How well SAEs reconstruct, and how their latents fire."""
+
+    with_untrained: ClassVar[bool] = False
+
+    tokens: int = setting(65_536, at_least=1)
+    """Held-out activations, the first so many: the same for every SAE of one model."""
+
+    def evaluate(
+        self, subjects: Sequence[Subject], evaluated: Evaluated
+    ) -> Iterator[tuple[str, Result]]:
+        check_held_out(evaluated.source, self.tokens)
+        saes = {subject.id: (subject.hook, subject.sae) for subject in subjects}
+        chunks = evaluated.source.held_out([hook for hook, _ in saes.values()], self.tokens)
+        for name, measured in measure(saes, chunks).items():
+            yield name, _result(measured)
+
+
+def _result(measured: Reconstruction) -> Result:
+    metrics = measured.metrics()
+    left_out = ("num_latents", "live", "live_fraction")  # the run's own metrics have them
+    density = measured.firing.double().cpu().numpy() / measured.tokens
+    sums, fired = measured.activation_sum.cpu().numpy(), measured.firing.cpu().numpy()
+    mean = np.divide(sums, fired, out=np.full(len(sums), np.nan), where=fired > 0)
+    return Result(
+        metrics={name: value for name, value in metrics.items() if name not in left_out},
+        tables={"density": density_table(density)},
+        latents={
+            "density": density.astype(np.float32),
+            "mean_activation": mean.astype(np.float32),
+        },
+    )
+
+
+def density_table(density: Float[np.ndarray, " num_latents"]) -> pd.DataFrame:
+    """The histogram of log10 density: ``low``, ``high``, ``latents``; the first row, without ends,
+    has those that never fired, the second also what is below 10^-7."""
+    fires = np.log10(density[density > 0])
+    counts, _ = np.histogram(fires.clip(_BINS[0], _BINS[-1]), _BINS)
+    never = int((density == 0).sum())
+    return pd.DataFrame(
+        {
+            "low": [np.nan, *_BINS[:-1]],
+            "high": [np.nan, *_BINS[1:]],
+            "latents": [never, *counts.tolist()],
+        }
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -85,15 +85,22 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
         drawings["matrix"] = matrix_figure
     if with_labels(cells):
         drawings["truth"] = truth_figure
-    if not all(
-        cell.held_out_tokens for _, cell in cells
-    ):  # weights alone: nothing is known to fire
+    if not all(cell.held_out_tokens for _, cell in cells):  # weights alone: nothing fires
         for name in ("firing", "firing_deciles"):
             del drawings[name]
+    return save_figures({name: partial(draw, cells) for name, draw in drawings.items()}, folder)
+
+
+def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path | str) -> list[Path]:
+    """Draw each in the style of all, and write it as png and svg under its name.
+
+    Returns:
+        The files written; each is whole or not there.
+    """
     written = []
     for name, draw in drawings.items():
         with mpl.rc_context(STYLE):
-            figure = draw(cells)
+            figure = draw()
             for kind, metadata in (("png", {}), ("svg", {"Date": None})):
                 path = Path(folder) / f"{name}.{kind}"
                 atomic_write(path, partial(figure.savefig, metadata=metadata))

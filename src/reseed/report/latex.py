@@ -50,6 +50,8 @@ _SPECIAL = {
     "₂": "$_2$",
     "²": "$^2$",
     "½": r"$\frac{1}{2}$",
+    "x\u0302": r"$\hat{x}$",
+    "‖": r"$\|$",
 }
 _PATTERN = re.compile("|".join(map(re.escape, _SPECIAL)))
 

@@ -20,6 +20,7 @@ from reseed.compare.statistics import Interval
 from reseed.compare.strata import standardised
 from reseed.report.axes import Cell, label
 from reseed.report.differences import differences
+from reseed.report.evaluation_tables import evaluation_tables
 from reseed.report.firing_tables import strata_frame, with_strata
 from reseed.report.ladder import ladder
 from reseed.report.latex import summary_latex
@@ -237,7 +238,8 @@ def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
 def _more_tables(cells: Sequence[Cell]) -> list[Wording]:
     """Those that only some comparisons have."""
     nulls = ladder(cells)
-    return [*([nulls] if nulls else []), *matrices(cells), *truth_tables(cells)]
+    others = [*matrices(cells), *truth_tables(cells), *evaluation_tables(cells)]
+    return [*([nulls] if nulls else []), *others]
 
 
 def markdown_table(words: Wording) -> str:

@@ -39,6 +39,17 @@ def print_summary(
         print_words(words, console)
 
 
+def print_tables(
+    tables: Sequence[Wording], *, title: str = "", console: Console | None = None
+) -> None:
+    """Print some tables, one below the other, as `print_summary` says."""
+    console = console or Console()
+    for i, words in enumerate(tables):
+        if i:
+            console.print()
+        print_words(words, console, "" if i else title)
+
+
 def print_words(words: Wording, console: Console, title: str = "") -> None:
     """Print one table as `print_summary` says."""
     if not console.is_terminal:

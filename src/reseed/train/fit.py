@@ -18,7 +18,7 @@ from reseed.activations.source import ActivationSource
 from reseed.activations.stream import STRIPES, ChunkStream, Position
 from reseed.atomic import DiskFullError
 from reseed.config import ReseedError
-from reseed.console import counted, say
+from reseed.console import counted, say, seconds_since
 from reseed.devices import cpus, free_memory, is_out_of_memory, pick_device
 from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.truth import TruthResult, measure_truth
@@ -82,7 +82,7 @@ def fit_group(
         reason = str(error).splitlines()[0]
     else:
         if not any(r.role for r in group):  # a calibration says of itself what there is to say
-            sound, took = len(runs) - len(failures), _seconds_since(clock)
+            sound, took = len(runs) - len(failures), seconds_since(clock)
             say(f"  {sound} of {len(runs)} runs finished in {took:,.1f} s")
         return failures
     # Outside of the handler: the error holds on to every frame, and so to the memory.
@@ -131,7 +131,7 @@ def fit_share(
     started = time.perf_counter()
     trained = [member for member in members if isinstance(member, Member)]
     _train(trained, wanted, share, stream, runtime)
-    training_s = _seconds_since(started)
+    training_s = seconds_since(started)
     for member in members:
         _check(member)
     failures: dict[str, BaseException] = {}
@@ -188,7 +188,7 @@ def _finish(
     sound = [m for m in members if m.error is None]
     measured = _measure(sound, source, [resolved for resolved, _ in own])
     truths = _measure_truth(measured, source, [resolved for resolved, _ in own])
-    timings = timings | {"held_out_s": _seconds_since(started)}
+    timings = timings | {"held_out_s": seconds_since(started)}
     failures: dict[str, BaseException] = {}
     for member, (resolved, run) in zip(members, own, strict=True):
         if member.error is not None:
@@ -259,11 +259,6 @@ def _train(
         finally:
             border.restore()
     border.check()
-
-
-def _seconds_since(started: float) -> float:
-    """Wall clock, rounded to the millisecond."""
-    return round(time.perf_counter() - started, 3)
 
 
 def _end(stream: ChunkStream, size: int, steps: int) -> Position:

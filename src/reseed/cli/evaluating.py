@@ -1,0 +1,153 @@
+"""Evaluations at work: SAEs with what they read, results written as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from reseed.activations.source import ActivationSource
+from reseed.atomic import DiskFullError
+from reseed.cli.subjects import Target
+from reseed.config import ConfigError, ReseedError
+from reseed.console import counted, say, seconds_since
+from reseed.devices import free_memory, pick_device
+from reseed.evaluate.base import Evaluated, EvaluationConfig, Result
+from reseed.evaluate.shared import SharedResults
+from reseed.evaluations import EvaluationError, Stored, write_failure
+from reseed.experiment import cache_folder
+from reseed.train.config import RuntimeConfig
+
+AT_ONCE = 8 * 2**30
+"""Bytes of trained SAEs that are evaluated in one pass; more go in several."""
+
+
+class Bench:
+    """SAEs, with the sources that they read. A source is opened for the first evaluation that needs
+    it, and kept for the next.
+
+    Args:
+        targets: the SAEs.
+        runtime: where and how.
+    """
+
+    def __init__(self, targets: Sequence[Target], runtime: RuntimeConfig) -> None:
+        self.runtime, self.device = runtime, pick_device(runtime.device)
+        self.groups: dict[str, list[Target]] = {}
+        for target in targets:
+            self.groups.setdefault(target.source, []).append(target)
+        self._opened: dict[str, ActivationSource] = {}
+        if runtime.threads is not None:
+            torch.set_num_threads(runtime.threads)
+
+    def outcome(self, config: EvaluationConfig) -> Exception | None:
+        """Evaluate what has no result yet; one SAE that fails does not stop the others.
+
+        Returns:
+            None, or what went wrong.
+        """
+        failed: dict[str, Exception] = {}
+        for source, targets in self.groups.items():
+            missing = [t for t in targets if not _is_done(t, config)]
+            done = len(targets) - len(missing)
+            if done:
+                say(f"  {config.name}: {counted(done, 'SAE')} already evaluated")
+            if missing:
+                failed |= self._evaluate_all(source, missing, config)
+        if not failed:
+            return None
+        (first, error), *others = failed.items()
+        more = f" (and {len(others)} more)" if others else ""
+        return ReseedError(f"evaluation={config.name}: {first}: {error}{more}")
+
+    def _evaluate_all(
+        self, source: str, targets: Sequence[Target], config: EvaluationConfig
+    ) -> dict[str, Exception]:
+        """Together; where that fails, those that are left one by one."""
+        resolved = targets[0].resolved
+        on = f"{resolved.model_label} and {resolved.data.label}"
+        say(f"  {config.name}: evaluating {counted(len(targets), 'SAE')} on {on}")
+        start = time.perf_counter()
+        left = {target.id: target for target in targets}
+        try:
+            self._evaluate(source, left, config)
+        except DiskFullError:  # no failure of the SAEs: the next one would find it full too
+            raise
+        except Exception as error:
+            alone = len(left) == 1 or isinstance(error, ConfigError)
+            failed = dict.fromkeys(left, error) if alone else {}
+        else:
+            failed = {}
+        if left and not failed:  # outside of the handler, whose error holds on to memory
+            free_memory()
+            failed = self._one_by_one(source, list(left.values()), config)
+        for target in targets:
+            if target.id in failed:
+                write_failure(target.result_folder(config), failed[target.id])
+        done = f"{len(targets) - len(failed)} of {counted(len(targets), 'SAE')}"
+        say(f"  {config.name}: {done} in {seconds_since(start):,.1f} s")
+        return failed
+
+    def _one_by_one(
+        self, source: str, targets: Sequence[Target], config: EvaluationConfig
+    ) -> dict[str, Exception]:
+        failed: dict[str, Exception] = {}
+        for target in targets:
+            try:
+                self._evaluate(source, {target.id: target}, config)
+            except DiskFullError:
+                raise
+            except Exception as error:
+                failed[target.id] = error
+        return failed
+
+    def _evaluate(self, source: str, left: dict[str, Target], config: EvaluationConfig) -> None:
+        """Evaluate those that are ``left``, and take away each that is done."""
+        cache = SharedResults(cache_folder(self.runtime))
+        evaluated = Evaluated(self._open(source), cache, lambda message: say(f"    {message}"))
+        for part in _parts(list(left.values())):
+            subjects = [t.subject(str(self.device), config.with_untrained) for t in part]
+            start = time.perf_counter()
+            for name, result in config.evaluate(subjects, evaluated):
+                _write(left[name], config, result, seconds_since(start))
+                del left[name]
+                start = time.perf_counter()
+
+    def _open(self, source: str) -> ActivationSource:
+        if source not in self._opened:
+            self._opened.clear()  # one model at a time
+            free_memory()
+            targets = self.groups[source]
+            needed = max(t.resolved.tokens for t in targets)
+            resolved = targets[0].resolved
+            self._opened[source] = resolved.open(self.device, needed, self.runtime.open_cache())
+        return self._opened[source]
+
+
+def _parts(targets: Sequence[Target]) -> list[list[Target]]:
+    """The targets in lists whose weights fit into `AT_ONCE`; each list has one at least."""
+    parts: list[list[Target]] = []
+    size = 0
+    for target in targets:
+        own = 8 * target.resolved.num_latents * target.resolved.d_in  # two matrices in float32
+        if not parts or size + own > AT_ONCE:
+            parts.append([])
+            size = 0
+        parts[-1].append(target)
+        size += own
+    return parts
+
+
+def _is_done(target: Target, config: EvaluationConfig) -> bool:
+    """Whether there is a result that can be read."""
+    try:
+        Stored.read(target.result_folder(config))
+    except (FileNotFoundError, EvaluationError):
+        return False
+    return True
+
+
+def _write(target: Target, config: EvaluationConfig, result: Result, seconds: float) -> None:
+    stored = Stored(config.name, config.to_dict(), result.metrics, result.tables, result.latents)
+    stored.write(target.result_folder(config), subject=target.id, seconds=seconds)

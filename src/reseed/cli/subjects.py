@@ -1,0 +1,259 @@
+"""Which SAEs a command evaluates: those of runs, sweeps and folders, or of declared runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reseed.cli.app import CommandLine
+from reseed.cli.held_out import as_trained, of_data
+from reseed.config import ConfigError, ReseedError, build, digest, nearest
+from reseed.console import counted
+from reseed.evaluate.base import EvaluationConfig, Subject
+from reseed.evaluations import folder_of
+from reseed.experiment import Resolved
+from reseed.runs import INITIAL_FILE, Run, RunError, RunStore
+from reseed.sae.base import SAE
+from reseed.sae.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE, load_sae, read_metadata
+from reseed.sweeps import Sweep
+from reseed.train.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from reseed.cli.plan import Plan
+
+
+@dataclass(frozen=True)
+class Target:
+    """An SAE to be evaluated.
+
+    Attributes:
+        folder: of the run, or of the SAE where it is no run.
+        resolved: what it was trained on.
+    """
+
+    folder: Path
+    resolved: Resolved
+
+    @property
+    def id(self) -> str:
+        return self.folder.name if Run(self.folder).exists else str(self.folder)
+
+    @property
+    def source(self) -> str:
+        """Digest of what decides the held-out activations, but for the hookpoint: all that have the
+        same one are evaluated together."""
+        identity = self.resolved.identity
+        parts = [identity["model"], of_data(identity["dataset"]), identity.get("surrogate")]
+        return digest([*parts, identity["fingerprints"]])
+
+    def result_folder(self, config: EvaluationConfig) -> Path:
+        """Where the result of an evaluation lies. What a run was trained on follows from the run;
+        of another SAE its weights, and what it is evaluated on, are part of what was asked."""
+        signed = config.signed()
+        if not Run(self.folder).exists:
+            hook = str(self.resolved.experiment.hook)
+            weights = sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+            signed |= {"source": self.source, "hookpoint": hook, "weights": weights}
+        return folder_of(self.folder, config.name, signed)
+
+    def subject(self, device: str, with_untrained: bool) -> Subject:
+        """The SAE, loaded.
+
+        Raises:
+            CheckpointError: it cannot be.
+        """
+        sae = load_sae(self.folder, device)
+        born = _untrained(Run(self.folder)) if with_untrained else None
+        hook = self.resolved.experiment.hook
+        return Subject(self.id, sae, hook, born.to(device) if born else None)
+
+
+def target_of(
+    folder: Path, runtime: RuntimeConfig, declared: Callable[[], Resolved] | None = None
+) -> Target:
+    """The SAE in a folder, and what it was trained on.
+
+    Args:
+        declared: what the command line says of an SAE that is no run.
+
+    Raises:
+        ReseedError: what a run was trained on is gone, or not what it was; or an SAE is for
+            activations of another width than is declared.
+    """
+    run = Run(folder)
+    if run.exists:
+        return Target(folder, as_trained(run.record, runtime))
+    assert declared is not None
+    resolved, d_in = declared(), load_sae(folder).d_in
+    if d_in != resolved.d_in:
+        raise ReseedError(
+            f"{folder}: its `d_in` (={d_in}) must be that of {resolved.experiment.hook} of "
+            f"{resolved.model_label} (={resolved.d_in})"
+        )
+    return Target(folder, resolved)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a command line means.
+
+    Attributes:
+        folders: of the SAEs that are there.
+        lacking: of each run that is not finished, what is the matter.
+        sweeps: the tables of which shall have the results.
+    """
+
+    runtime: RuntimeConfig
+    folders: tuple[Path, ...]
+    lacking: tuple[str, ...] = ()
+    sweeps: tuple[Sweep, ...] = field(default=())
+
+    @property
+    def are_runs(self) -> bool:
+        """Whether the folders say themselves what their SAEs were trained on."""
+        return all(Run(folder).exists for folder in self.folders)
+
+
+def chosen_by(words: Sequence[str], line: CommandLine) -> Chosen:
+    """The SAEs that a command line names.
+
+    Args:
+        words: folders and names; where there are none, the overrides of ``line`` say which runs.
+
+    Raises:
+        ReseedError: there are none, or a word means nothing.
+    """
+    if words:
+        found = _named(words, line)
+    elif any(o.partition("=")[0] == "comparison" for o in line.overrides):
+        found = _of_comparison(line)
+    else:
+        found = _declared(line)
+    if not found.folders:
+        missing = "; ".join(found.lacking)
+        raise ReseedError(f"there is nothing to evaluate: no run is finished ({missing})")
+    return found
+
+
+def _of_comparison(line: CommandLine) -> Chosen:
+    from reseed.cli.plan import make_plan
+
+    plan = make_plan(line)
+    found = chosen_of(plan)
+    if found.folders:
+        plan.write()
+    return found
+
+
+def chosen_of(plan: Plan) -> Chosen:
+    """The runs of a comparison that are there."""
+    return replace(_finished(plan.runs, plan.runtime), sweeps=(plan.sweep,))
+
+
+def _declared(line: CommandLine) -> Chosen:
+    from reseed.cli.jobs import check_jobs
+
+    jobs, runtime = check_jobs(line, line.overrides, multirun=True)
+    runs = {job.resolved.signature: job.resolved.run(RunStore(runtime.outputs)) for job in jobs}
+    return _finished(list(runs.values()), runtime)
+
+
+def _named(words: Sequence[str], line: CommandLine) -> Chosen:
+    with line.composer() as composed:
+        values = composed(line.overrides)
+    runtime = build(values["runtime"], "runtime", RuntimeConfig)
+    runs: dict[Path, Run] = {}
+    saes: list[Path] = []
+    sweeps: list[Sweep] = []
+    for word in words:
+        meant = _meant(word, runtime)
+        if isinstance(meant, Sweep):
+            sweeps.append(meant)
+            runs |= {run.path: run for run in meant.runs()}
+        elif isinstance(meant, Run):
+            runs[meant.path] = meant
+        else:
+            saes.append(meant)
+    found = _finished(list(runs.values()), runtime)
+    if not saes:
+        _check_heeded(line)
+    return replace(found, folders=(*found.folders, *saes), sweeps=tuple(sweeps))
+
+
+def _meant(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
+    """A run, a sweep, or the folder of an SAE that is neither; by path, name, or begin of one."""
+    for folder in (Path(word), Path(runtime.outputs) / word, Path(runtime.sweeps) / word):
+        if Run(folder).exists:
+            return Run(folder)
+        if (folder / "manifest.jsonl").is_file():
+            return Sweep(folder)
+        if (folder / DESCRIPTION_FILE).is_file():
+            return folder
+    known: dict[str, Run | Sweep] = {run.id: run for run in RunStore(runtime.outputs).runs()}
+    sweeps = Path(runtime.sweeps).glob("*/manifest.jsonl")
+    known |= {path.parent.name: Sweep(path.parent) for path in sorted(sweeps)}
+    found = [name for name in known if name.startswith(word)]
+    if len(found) == 1:
+        return known[found[0]]
+    if found:
+        raise ReseedError(f"{word} may be any of {', '.join(found)}: say more of the name")
+    raise ReseedError(
+        f"there is no run, sweep or SAE {word}: no such folder, and nothing of that name in "
+        f"{runtime.outputs}/ and {runtime.sweeps}/.{nearest(word, known)}"
+    )
+
+
+def _check_heeded(line: CommandLine) -> None:
+    """Raise `ConfigError` for what would change nothing: runs say what they were trained on."""
+    for text in line.overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0].partition("/")[0] not in ("runtime", "hydra"):
+            raise ConfigError(
+                f"{{key}} is not for runs and sweeps that are named: they say themselves what they "
+                f"were trained on; got {text}",
+                key,
+            )
+
+
+def _finished(runs: Sequence[Run], runtime: RuntimeConfig) -> Chosen:
+    lacking = tuple(f"{run.id}: {_state(run)}" for run in runs if not run.finished)
+    return Chosen(runtime, tuple(run.path for run in runs if run.finished), lacking)
+
+
+def _state(run: Run) -> str:
+    words = {"missing": "not trained"}
+    failure = run.failure
+    return f"failed ({failure['message']})" if failure else words.get(run.status, run.status)
+
+
+def of_lacking(lacking: Sequence[str]) -> list[str]:
+    """What to say of runs that are not there."""
+    if not lacking:
+        return []
+    return [
+        f"not evaluated, as not finished: {counted(len(lacking), 'run')}",
+        *(f"  {x}" for x in lacking),
+    ]
+
+
+def _untrained(run: Run) -> SAE | None:
+    """The SAE as it was born, for raw activations; None where that is not known."""
+    if not run.exists:
+        return None
+    try:
+        sae = run.initial_sae()
+    except RunError:
+        return None
+    if (run.path / INITIAL_FILE).is_file():  # as it was at the first step
+        return sae
+    record, moments = run.record, run.activations()
+    scale: Mapping[str, Any] = read_metadata(run.path)
+    sae = sae.folded(scale["input_scale"])
+    if moments is not None and record["experiment"]["training"]["b_dec_init"] != "zeros":
+        import torch
+
+        sae.initialise_b_dec(torch.from_numpy(moments["mean"]))
+    return sae

@@ -1,0 +1,204 @@
+"""The evaluation ``absorption``: which settings, and from one SAE to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from reseed.activations.reading import Reading
+from reseed.activations.stream import generator
+from reseed.config import setting
+from reseed.evaluate.absorption.causal import CausalRules, causal_absorption
+from reseed.evaluate.absorption.null import NullCosines, null_cosines
+from reseed.evaluate.absorption.projection import Alignment, Thresholds
+from reseed.evaluate.absorption.records import main_of, word_records
+from reseed.evaluate.absorption.result import DERIVED, Measured, make_result
+from reseed.evaluate.base import Evaluated, Result, Subject
+from reseed.evaluate.codes import Codes, encode
+from reseed.evaluate.first_letter.probes import Scores
+from reseed.evaluate.first_letter.task import Probed, WordTaskConfig, probe_quality
+from reseed.evaluate.splitting import Split, evaluable, find_splits
+from reseed.sae.base import SAE
+
+_RANKING, _DIRECTIONS = 0x72616E6B, 0x64697265
+_COUNTED = 10_000_000
+"""Tokens of the training text in which words are counted."""
+
+
+@dataclass(frozen=True)
+class AbsorptionConfig(WordTaskConfig, name="absorption"):
+    """How far latents that stand for a class are silent because others have absorbed them.
+
+    Args:
+        cosine, full_cosine, share, absorbers: the published thresholds
+            (`reseed.evaluate.absorption.projection.Thresholds`). The measure is made a second time
+            with both cosines at what directions without meaning have.
+        null_directions: random directions, drawn with the covariance of the activations.
+        null_quantile: of the cosines of latents with them, and with probes of permuted labels.
+        causal: also measure the effect on the model's answer, which takes passes of all of it.
+        causal_sample: words of each class that this looks at.
+        bootstrap: draws of words for the intervals.
+        confidence: of the intervals.
+        seed: of these draws and of the random directions.
+    """
+
+    cosine: float = setting(0.1, at_least=-1, at_most=1)
+    full_cosine: float = setting(0.025, at_least=-1, at_most=1)
+    share: float = setting(0.4, above=0, at_most=1)
+    absorbers: int = setting(3, at_least=1)
+    null_directions: int = setting(128, at_least=1)
+    null_quantile: float = setting(0.999, above=0, below=1)
+    causal: bool = False
+    causal_sample: int = setting(200, at_least=1)
+    bootstrap: int = setting(1_000, at_least=1)
+    confidence: float = setting(0.95, above=0, below=1)
+    seed: int = setting(0, at_least=0)
+
+    def check(self, resolved: Any) -> None:
+        super().check(resolved)
+        if self.causal:
+            tokenizer = resolved.model.tokenizer
+            self.template(tokenizer, self.words(tokenizer)).check_answers()
+
+    @property
+    def thresholds(self) -> Thresholds:
+        return Thresholds(self.cosine, self.full_cosine, self.share, self.absorbers)
+
+    def evaluate(
+        self, subjects: Sequence[Subject], evaluated: Evaluated
+    ) -> Iterator[tuple[str, Result]]:
+        frequency = word_frequency(evaluated, self.words(evaluated.tokenizer).tokens.numpy())
+        for hook in dict.fromkeys(subject.hook for subject in subjects):
+            repetitions = list(self.repetitions(evaluated, hook))
+            quality = probe_quality(repetitions)
+            for subject in subjects:
+                if subject.hook == hook:
+                    evaluated.note(f"absorption of {subject.id}")
+                    yield (
+                        subject.id,
+                        self._evaluated(subject, evaluated, repetitions, quality, frequency),
+                    )
+
+    def _evaluated(
+        self,
+        subject: Subject,
+        evaluated: Evaluated,
+        repetitions: list[Probed],
+        quality: Scores,
+        frequency: np.ndarray,
+    ) -> Result:
+        measured = self.measured(subject.sae, repetitions)
+        untrained = None
+        if subject.untrained is not None:
+            untrained = self.measured(subject.untrained, repetitions, null=False).records
+        if self.causal:
+            self._add_causal(measured, subject, evaluated, repetitions)
+        reasons = evaluable(repetitions, quality, self.probe_f1)
+        return make_result(
+            self, repetitions, measured, untrained, subject.sae, quality, reasons, frequency
+        )
+
+    def measured(self, sae: SAE, repetitions: list[Probed], null: bool = True) -> Measured:
+        """Every word in every repetition, from one encoding of each.
+
+        Args:
+            null: also of permuted labels, and with the thresholds that the null gives.
+        """
+        codes = [encode(sae, probed.x) for probed in repetitions]
+        thresholds = {"": self.thresholds}
+        cosines = None
+        if null:
+            cosines = self._null_cosines(sae, codes, repetitions)
+            level = cosines.threshold
+            thresholds[DERIVED] = Thresholds(level, level, self.share, self.absorbers)
+        records, permuted, splits = [], [], []
+        for probed, code in zip(repetitions, codes, strict=True):
+            for fold in range(len(probed.folds)):
+                mine, others = self._splits(code, probed, fold, null)
+                splits.append((probed, fold, code, mine))
+                records.append(word_records(sae, probed, fold, code, mine, thresholds))
+                if null:
+                    permuted.append(
+                        word_records(sae, probed, fold, code, others, thresholds, permuted=True)
+                    )
+        return Measured(
+            records=pd.concat(records, ignore_index=True),
+            permuted=pd.concat(permuted, ignore_index=True) if null else None,
+            splits=splits,
+            null=cosines,
+        )
+
+    def _splits(
+        self, codes: Codes, probed: Probed, fold: int, null: bool
+    ) -> tuple[list[Split | None], list[Split | None]]:
+        """Main latents of the classes, and of the permuted labels' classes, ranked in one fit."""
+        member = probed.members
+        if null:
+            member = torch.cat([member, probed.permuted_members(fold)], dim=1)
+        random = generator(_RANKING, probed.prompt_seed, fold)
+        found = find_splits(
+            codes, member, probed.folds[fold],
+            most=self.max_latents, step=self.f1_step, l1=self.l1, random=random,
+        )  # fmt: skip
+        return found[: probed.num_classes], found[probed.num_classes :]
+
+    def _null_cosines(self, sae: SAE, codes: list[Codes], repetitions: list[Probed]) -> NullCosines:
+        return null_cosines(
+            sae.W_dec,
+            torch.unique(torch.cat([code.live for code in codes])),
+            repetitions[0].x,
+            torch.cat([p.probes["permuted_weight"].flatten(0, 1) for p in repetitions]),
+            directions=self.null_directions,
+            quantile=self.null_quantile,
+            random=generator(_DIRECTIONS, self.seed),
+        )
+
+    def _add_causal(
+        self,
+        measured: Measured,
+        subject: Subject,
+        evaluated: Evaluated,
+        repetitions: list[Probed],
+    ) -> None:
+        """A column ``causal`` for the records: of absorbed words, how many each stands for."""
+        assert evaluated.model is not None
+        rules = CausalRules(self.causal_sample, self.full_cosine, self.icl_words)
+        measured.records["causal"] = 0.0
+        measured.records["candidate"] = False
+        for probed, fold, _, splits in measured.splits:
+            records = measured.records
+            here = (records.prompt_seed == probed.prompt_seed) & (records.fold == fold)
+            missed = _missed(records.loc[here], probed, fold, splits)
+            alignment = Alignment.of(subject.sae.W_dec, probed.probes["weight"][fold])
+            found = causal_absorption(
+                evaluated.model, subject.hook, subject.sae, probed, alignment, missed,
+                main_of(splits), rules,
+            )  # fmt: skip
+            words = records.loc[here, "word"]
+            records.loc[here, "causal"] = words.map(found).fillna(0.0)
+            records.loc[here, "candidate"] = words.isin(list(found))
+
+
+def _missed(
+    records: pd.DataFrame, probed: Probed, fold: int, splits: list[Split | None]
+) -> np.ndarray:
+    """Words that the probe gets right and the regression on the main latents does not."""
+    place = {word: i for i, word in enumerate(probed.folds[fold].test.tolist())}
+    missed = []
+    for word, number in zip(records["word"].tolist(), records["class"].tolist(), strict=True):
+        split = splits[number]
+        if split is not None and split.scores[place[word], len(split.main) - 1] <= 0:
+            missed.append(word)
+    return np.array(missed, dtype=np.int64)
+
+
+def word_frequency(evaluated: Evaluated, tokens: np.ndarray) -> np.ndarray:
+    """How often each token occurs at the beginning of the training text."""
+    assert isinstance(evaluated.source, Reading)
+    text = np.asarray(evaluated.source.train_store.tokens[:_COUNTED])
+    return np.bincount(text, minlength=int(tokens.max()) + 1)[tokens]

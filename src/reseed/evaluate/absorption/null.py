@@ -1,0 +1,77 @@
+"""What cosines a decoder has with directions that mean nothing.
+
+.1 and .025 were made for 2,304 dimensions; in 128 of them every eighth random pair is beyond .1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from reseed.evaluate.absorption.projection import Alignment
+
+
+@dataclass(frozen=True)
+class NullCosines:
+    """A high percentile of the cosines of decoder rows with directions without meaning.
+
+    Attributes:
+        random: directions drawn with the covariance of the activations.
+        permuted: probes of permuted labels.
+    """
+
+    random: float
+    permuted: float
+
+    @property
+    def threshold(self) -> float:
+        """The larger one: a cosine that neither explains."""
+        return max(self.random, self.permuted)
+
+
+def null_cosines(
+    W_dec: Float[Tensor, "F D"],
+    live: Int[Tensor, " some"],
+    x: Float[Tensor, "n D"],
+    permuted: Float[Tensor, "probes D"],
+    *,
+    directions: int,
+    quantile: float,
+    random: torch.Generator,
+) -> NullCosines:
+    """Over all pairs of a direction and a live latent.
+
+    Args:
+        live: latents that fire on some word.
+        x: the words' activations.
+        permuted: probes of permuted labels.
+        directions: how many are drawn at random.
+        random: on the CPU.
+    """
+    rows = W_dec[live.to(W_dec.device)]
+    drawn = random_directions(x, directions, random)
+    return NullCosines(
+        random=_percentile(rows, drawn, quantile), permuted=_percentile(rows, permuted, quantile)
+    )
+
+
+def random_directions(
+    x: Float[Tensor, "n D"], number: int, random: torch.Generator
+) -> Float[Tensor, "number D"]:
+    """Draws from N(0, Σ), Σ the covariance of x: sums of the centred rows with normal weights,
+    which needs no Σ."""
+    weights = torch.randn(number, len(x), generator=random)
+    return (weights @ (x - x.mean(0))) / len(x) ** 0.5
+
+
+def _percentile(
+    rows: Float[Tensor, "some D"], directions: Float[Tensor, "m D"], quantile: float
+) -> float:
+    if not len(rows):
+        return float("nan")
+    cosines = Alignment.of(rows, directions).cosine.flatten().cpu().numpy()
+    return float(np.quantile(cosines, quantile))

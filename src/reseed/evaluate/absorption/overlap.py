@@ -1,0 +1,121 @@
+"""Do two SAEs absorb the same words? Of latents that were matched, against chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Int
+
+FREQUENCY_BINS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """How far the words agree that two SAEs absorb, over the classes with matched main latents.
+
+    Attributes:
+        classes: how many these are.
+        words: words of theirs that both probes get right.
+        jaccard: words absorbed in both over those absorbed in either; NaN where there are none.
+        expected: its mean over permutations.
+        p: share of permutations with at least as many words in both (one-sided).
+        by_class: ``class``, ``matched``, ``words``, ``first``, ``second``, ``both``.
+    """
+
+    classes: int
+    words: int
+    jaccard: float
+    expected: float
+    p: float
+    by_class: pd.DataFrame = field(repr=False)
+
+
+def absorbed_overlap(
+    first: tuple[pd.DataFrame, pd.DataFrame],
+    second: tuple[pd.DataFrame, pd.DataFrame],
+    partner: Int[np.ndarray, " num_latents"],
+    *,
+    permutations: int = 1_000,
+    seed: int = 0,
+) -> Overlap:
+    """Compare the words absorbed in two SAEs of the same model and hookpoint.
+
+    A class counts where a main latent of the first has one of the second as its partner. A word is
+    absorbed where its fraction is above 0 in at least half of its records. Chance: which words are
+    absorbed in the second is permuted among those of the same class and about the same frequency
+    (quarters of the class), which comes to a hypergeometric draw for each of these strata.
+
+    Args:
+        first, second: the tables ``letters`` and ``words`` of each one's absorption.
+        partner: of each latent of the first, −1 for none.
+        seed: of the permutations.
+    """
+    matched = _matched_classes(first[0], second[0], partner)
+    mine, theirs = _flags(first[1]), _flags(second[1])
+    both = pd.merge(mine, theirs, left_index=True, right_index=True, suffixes=("_1", "_2"))
+    by_class = _by_class(both, matched)
+    kept = [name for name, there in matched.items() if there]
+    used = both.loc[both.index.get_level_values("class").isin(kept)]
+    a, b = (np.asarray(used[f"absorbed_{i}"], dtype=bool) for i in (1, 2))
+    shared, either = int((a & b).sum()), int((a | b).sum())
+    there = sum(matched.values())
+    if not either:
+        nan = float("nan")
+        return Overlap(there, len(used), nan, nan, nan, by_class)
+    drawn = _by_chance(used, permutations, np.random.default_rng([0x6F7665, seed]))
+    jaccards = drawn / (a.sum() + b.sum() - drawn)
+    p = (1 + int((drawn >= shared).sum())) / (1 + permutations)
+    return Overlap(there, len(used), shared / either, float(jaccards.mean()), p, by_class)
+
+
+def _matched_classes(
+    first: pd.DataFrame, second: pd.DataFrame, partner: Int[np.ndarray, " num_latents"]
+) -> dict[str, bool]:
+    """Of each class evaluable in both, whether a pair of main latents is matched."""
+    mains = [dict(zip(t["class"], t["main"], strict=True)) for t in (first, second)]
+    good = [set(t.loc[t["reason"] == "", "class"]) for t in (first, second)]
+    return {
+        name: any(int(partner[j]) in usual(mains[1][name]) for j in usual(mains[0][name]))
+        for name in sorted(good[0] & good[1])
+    }
+
+
+def usual(main: list[list[int]]) -> set[int]:
+    """Latents that are main in at least half of the folds and repetitions."""
+    counts = Counter(int(j) for each in main for j in each)
+    return {j for j, count in counts.items() if 2 * count >= len(main)}
+
+
+def _flags(words: pd.DataFrame) -> pd.DataFrame:
+    """By class and token whether it is absorbed, and how frequent it is."""
+    table = words.assign(absorbed=words["fraction"] > 0).groupby(["class", "token"])
+    found = table.agg(absorbed=("absorbed", "mean"), frequency=("frequency", "first"))
+    return found.assign(absorbed=found["absorbed"] >= 0.5)
+
+
+def _by_chance(
+    used: pd.DataFrame, permutations: int, random: np.random.Generator
+) -> Int[np.ndarray, " permutations"]:
+    """Words absorbed in both, with the flags of the second permuted within the strata."""
+    total = np.zeros(permutations, dtype=np.int64)
+    for _, some in used.groupby("class"):
+        rank = some["frequency_1"].rank(method="average", pct=True)
+        stratum = np.minimum((rank * FREQUENCY_BINS).astype(int), FREQUENCY_BINS - 1)
+        for _, part in some.groupby(stratum):
+            mine, theirs = (int(np.sum(part[f"absorbed_{i}"])) for i in (1, 2))
+            total += random.hypergeometric(mine, len(part) - mine, theirs, permutations)
+    return total
+
+
+def _by_class(both: pd.DataFrame, matched: dict[str, bool]) -> pd.DataFrame:
+    rows = []
+    for name, there in matched.items():
+        some = both.loc[both.index.get_level_values("class") == name]
+        a, b = (np.asarray(some[f"absorbed_{i}"], dtype=bool) for i in (1, 2))
+        counts = {"first": int(a.sum()), "second": int(b.sum()), "both": int((a & b).sum())}
+        rows.append({"class": name, "matched": there, "words": len(some), **counts})
+    names = ["class", "matched", "words", "first", "second", "both"]
+    return pd.DataFrame(rows, columns=names)

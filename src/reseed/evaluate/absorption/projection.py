@@ -1,0 +1,155 @@
+"""Absorption by projections on a probe's direction: at every layer, from one encoding of the words.
+
+Of a word with activation a and the unit direction p of its class: P = a·p, proj_j = f_j·(d_j·p)
+what latent j contributes to it, cos_j = cos(d_j, p), S the main latents of the class and
+M = Σ_{j∈S} proj_j. Chanin et al. 2024, App. A.9; SAEBench.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from reseed.evaluate.codes import Codes, at_pairs
+
+SILENT = 1e-8
+"""A latent below it does not fire."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """What counts.
+
+    Attributes:
+        cosine: at least that of an absorbing latent, for the fraction.
+        full_cosine: at least that of the latent that contributes most, for full absorption.
+        share: at least what absorbing latents contribute, of P.
+        absorbers: so many latents can absorb a word together, those that contribute most.
+    """
+
+    cosine: float = 0.1
+    full_cosine: float = 0.025
+    share: float = 0.4
+    absorbers: int = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Absorption:
+    """A value for each word, in float64.
+
+    Attributes:
+        fraction: 0 to 1, of the direction that absorbing latents took over.
+        full: the main latents are silent and a single other contributes enough.
+        projection: P.
+        main: M.
+        absorbing: A, what the absorbing latents contribute.
+        absorbers: these latents, the largest contribution first; −1 where there are fewer. They
+            are candidates: they absorb where ``fraction`` is above 0.
+        contributions: of each of them.
+        top: the latent with the largest contribution of all, for `full`; −1 where none is active.
+    """
+
+    fraction: Float[Tensor, " n"]
+    full: Bool[Tensor, " n"]
+    projection: Float[Tensor, " n"]
+    main: Float[Tensor, " n"]
+    absorbing: Float[Tensor, " n"]
+    absorbers: Int[Tensor, "n absorbers"]
+    contributions: Float[Tensor, "n absorbers"]
+    top: Int[Tensor, " n"]
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """Decoder rows against the direction of each class.
+
+    Attributes:
+        along: d_j·p_c.
+        cosine: the same of unit rows; 0 of a row without length.
+    """
+
+    along: Float[Tensor, "C F"]
+    cosine: Float[Tensor, "C F"]
+
+    @classmethod
+    def of(cls, W_dec: Float[Tensor, "F D"], directions: Float[Tensor, "C D"]) -> Alignment:
+        """Args: ``directions``: of any length."""
+        unit = F.normalize(directions.to(W_dec.device).float(), dim=1)
+        rows = W_dec.detach().float()
+        along = unit @ rows.T
+        length = rows.norm(dim=1)
+        return cls(along, torch.where(length > 0, along / length, 0.0))
+
+
+def absorption(
+    codes: Codes,
+    x: Float[Tensor, "n D"],
+    classes: Int[Tensor, " n"],
+    directions: Float[Tensor, "C D"],
+    alignment: Alignment,
+    main: Sequence[Int[Tensor, " S"]],
+    thresholds: Thresholds,
+) -> Absorption:
+    """How far each word is absorbed. Only pairs of a word and an active latent are looked at.
+
+    Args:
+        codes: of the words.
+        x: their activations.
+        classes: of the words.
+        directions: of the probe of each class, of any length.
+        alignment: of the decoder with them.
+        main: S of each class.
+
+    Returns:
+        on the device of the codes.
+    """
+    device, n = codes.value.device, len(codes)
+    classes, word = classes.to(device), codes.token
+    unit = F.normalize(directions.double(), dim=1).to(device)
+    projection = (x.to(device).double() * unit[classes]).sum(1)
+
+    owner = classes[word]
+    contribution = codes.value.double() * alignment.along[owner, codes.latent].double()
+    cosine = alignment.cosine[owner, codes.latent]
+    is_main = torch.zeros(len(directions), codes.num_latents, dtype=torch.bool, device=device)
+    for number, latents in enumerate(main):
+        is_main[number, latents.to(device)] = True
+    of_main = is_main[owner, codes.latent]
+
+    zeros = torch.zeros(n, dtype=torch.float64, device=device)
+    by_main = zeros.index_add(0, word, torch.where(of_main, contribution, 0.0))
+    speaks = of_main & (codes.value >= SILENT)
+    main_fires = torch.zeros(n, dtype=torch.int64, device=device).index_add(0, word, speaks.long())
+
+    candidate = ~of_main & (cosine >= thresholds.cosine) & (contribution > 0)
+    absorbers = codes.largest(contribution, thresholds.absorbers, candidate)
+    contributions = at_pairs(contribution, absorbers, 0.0)
+    top = codes.largest(contribution, 1)[:, 0]
+    top_contribution, top_cosine = (at_pairs(v, top, 0.0) for v in (contribution, cosine))
+
+    absorbing = contributions.sum(1)
+    # Compared by products: P may be 0.
+    present = projection > 0
+    enough = present & (absorbing >= thresholds.share * projection)
+    missing = projection - by_main
+    taken = torch.minimum(absorbing, missing)
+    partly = taken / torch.where(by_main > 0, taken + by_main, 1.0)
+    fraction = torch.where(by_main > 0, partly, 1.0)
+    return Absorption(
+        fraction=torch.where(enough & (missing > 0), fraction, 0.0),
+        full=present
+        & (main_fires == 0)
+        & (top_cosine >= thresholds.full_cosine)
+        & (top_contribution >= thresholds.share * projection),
+        projection=projection,
+        main=by_main,
+        absorbing=absorbing,
+        absorbers=at_pairs(codes.latent, absorbers, -1),
+        contributions=contributions,
+        top=at_pairs(codes.latent, top, -1),
+    )

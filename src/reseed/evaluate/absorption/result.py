@@ -1,0 +1,252 @@
+"""From records to what is reported: metrics, and tables in which a person sees the phenomenon."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from reseed.evaluate.absorption.null import NullCosines
+from reseed.evaluate.absorption.projection import Alignment
+from reseed.evaluate.absorption.records import Mean, mean_over_classes
+from reseed.evaluate.base import Result
+from reseed.evaluate.codes import Codes
+from reseed.evaluate.first_letter.probes import Scores
+from reseed.evaluate.first_letter.task import Probed
+from reseed.evaluate.splitting import Split
+from reseed.sae.base import SAE
+
+if TYPE_CHECKING:
+    from reseed.evaluate.absorption.config import AbsorptionConfig
+
+DERIVED = "_derived"
+"""Ends the names of what is measured with the thresholds that the null gives."""
+_EXAMPLES = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """One SAE, over all repetitions.
+
+    Attributes:
+        records: `word_records`.
+        permuted: those of permuted labels.
+        splits: the main latents of each class, in each repetition and fold.
+        null: cosines of the decoder with directions without meaning.
+    """
+
+    records: pd.DataFrame
+    permuted: pd.DataFrame | None
+    splits: list[tuple[Probed, int, Codes, list[Split | None]]]
+    null: NullCosines | None
+
+
+def make_result(
+    config: AbsorptionConfig,
+    repetitions: list[Probed],
+    measured: Measured,
+    untrained: pd.DataFrame | None,
+    sae: SAE,
+    quality: Scores,
+    reasons: list[str],
+    frequency: np.ndarray,
+) -> Result:
+    """All that is told of one SAE.
+
+    Args:
+        untrained: records of the SAE as it was born.
+        reasons: why each class cannot be evaluated; empty where it can.
+        frequency: how often each word occurs in the text.
+    """
+    records, permuted, null = measured.records, measured.permuted, measured.null
+    assert permuted is not None
+    assert null is not None
+    with_records = set(records["class"])
+    reasons = [
+        reason or ("" if number in with_records else "too few words to choose latents by")
+        for number, reason in enumerate(reasons)
+    ]
+    kept = [number for number, reason in enumerate(reasons) if not reason]
+
+    def mean(of: pd.DataFrame, column: str) -> Mean:
+        return mean_over_classes(
+            of, column, kept,
+            bootstrap=config.bootstrap, confidence=config.confidence, seed=config.seed,
+        )  # fmt: skip
+
+    means = {
+        f"{what}{rule}{whose}": mean(table, f"{what}{rule}")
+        for whose, table in (("", records), ("_null", permuted))
+        for rule in ("", DERIVED)
+        for what in ("fraction", "full")
+    }
+    if untrained is not None:
+        means |= {f"{what}_untrained": mean(untrained, what) for what in ("fraction", "full")}
+    if "causal" in records:
+        means["causal"] = mean(records, "causal")
+    words = _word_table(records, repetitions[0], frequency)
+    cosine = _cosines(repetitions, sae)
+    absorbers = absorber_table(records, repetitions, cosine, kept)
+    return Result(
+        _metrics(means, null, len(kept)),
+        {
+            "letters": _letter_table(means, measured, repetitions[0], quality, reasons, cosine),
+            "words": words,
+            "absorbers": absorbers,
+        },
+        _latent_columns(measured, absorbers, repetitions[0].words.classes, kept, sae.num_latents),
+    )
+
+
+def _metrics(
+    means: dict[str, Mean], null: NullCosines, letters: int
+) -> dict[str, float | int | None]:
+    found: dict[str, float | int | None] = {"absorption_letters": letters}
+    for name, mean in means.items():
+        found[f"absorption_{name}"] = _known(mean.mean)
+        if name in ("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}", "causal"):
+            found[f"absorption_{name}_low"] = _known(mean.low)
+            found[f"absorption_{name}_high"] = _known(mean.high)
+            found[f"absorption_{name}_prompts_low"] = _known(mean.seeds_low)
+            found[f"absorption_{name}_prompts_high"] = _known(mean.seeds_high)
+    for name in ("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}"):
+        excess = means[name].mean - means[f"{name}_null"].mean
+        found[f"absorption_{name}_excess"] = _known(excess)
+    found["absorption_cosine_derived"] = _known(null.threshold)
+    found["absorption_cosine_random"] = _known(null.random)
+    found["absorption_cosine_permuted"] = _known(null.permuted)
+    return found
+
+
+def _letter_table(
+    means: dict[str, Mean],
+    measured: Measured,
+    probed: Probed,
+    quality: Scores,
+    reasons: list[str],
+    cosine: np.ndarray,
+) -> pd.DataFrame:
+    """A row for each class, evaluable or not; ``main_cosine`` is that of its first main latents
+    with the probe."""
+    counts = np.bincount(probed.words.labels.numpy(), minlength=probed.num_classes)
+    rights = np.bincount(measured.records["class"].to_numpy(), minlength=probed.num_classes)
+    main = defaultdict(list)
+    for _, _, _, splits in measured.splits:
+        for number, split in enumerate(splits):
+            main[number].append([] if split is None else split.main.tolist())
+    rows = []
+    for number, name in enumerate(probed.words.classes):
+        row: dict[str, object] = {
+            "class": name,
+            "words": int(counts[number]),
+            "reason": reasons[number],
+            "probe_f1": float(quality.f1[number]),
+            "right": int(rights[number]),
+            "main": main[number],
+            "main_cosine": _mean_cosine(cosine[number], main[number]),
+        }
+        for what, mean in means.items():
+            known = mean.classes.to_dict("index").get(number, {})
+            row[what] = known.get("mean", np.nan)
+            if what in ("fraction", "full", "causal"):
+                row |= {f"{what}_{end}": known.get(end, np.nan) for end in ("low", "high")}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _word_table(records: pd.DataFrame, probed: Probed, frequency: np.ndarray) -> pd.DataFrame:
+    """Every record, with the word as text."""
+    words = probed.words
+    index = records["word"].to_numpy()
+    table = records.drop(columns="word")
+    table.insert(0, "text", [words.texts[i] for i in index])
+    table.insert(0, "token", words.tokens.numpy()[index])
+    table["class"] = [words.classes[i] for i in records["class"]]
+    table["frequency"] = frequency[index]
+    return table
+
+
+def _mean_cosine(cosine: np.ndarray, main: list[list[int]]) -> float:
+    """Of the first main latent of each fold and repetition; NaN where there is none."""
+    first = [latents[0] for latents in main if latents]
+    return float(cosine[first].mean()) if first else float("nan")
+
+
+def _cosines(repetitions: list[Probed], sae: SAE) -> np.ndarray:
+    """Of every class and latent with the probe, [C, F]: mean over folds and repetitions."""
+    return np.mean(
+        [Alignment.of(sae.W_dec, weight).cosine.cpu().numpy()
+         for probed in repetitions for weight in probed.probes["weight"]],
+        axis=0,
+    )  # fmt: skip
+
+
+def absorber_table(
+    records: pd.DataFrame, repetitions: list[Probed], cosine: np.ndarray, kept: list[int]
+) -> pd.DataFrame:
+    """For every evaluable class the latents that absorb words of it, those of most words first.
+
+    Columns: ``class``, ``latent``, ``words`` (distinct ones that it has a part in absorbing),
+    ``strongest`` (those where no other has a larger one), ``cosine`` with the probe,
+    ``share`` (its mean contribution over P), ``examples``.
+    """
+    words = repetitions[0].words
+    absorbed = records.loc[(records["fraction"] > 0) & records["class"].isin(kept)]
+    shares: dict[tuple[int, int], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    first: Counter[tuple[int, int, int]] = Counter()
+    columns = ("class", "word", "projection", "absorbers", "contributions")
+    for number, word, whole, latents, parts in zip(*(absorbed[c] for c in columns), strict=True):
+        for rank, (latent, part) in enumerate(zip(latents, parts, strict=True)):
+            if latent >= 0:
+                shares[number, latent][word].append(part / whole)
+                first[number, latent, word] += rank == 0
+    rows = []
+    for (number, latent), by_word in shares.items():
+        average = {word: float(np.mean(values)) for word, values in by_word.items()}
+        best = sorted(average, key=lambda word: -average[word])
+        rows.append(
+            {
+                "class": words.classes[number],
+                "latent": latent,
+                "words": len(average),
+                "strongest": sum(first[number, latent, word] > 0 for word in average),
+                "cosine": float(cosine[number, latent]),
+                "share": float(np.mean(list(average.values()))),
+                "examples": [words.texts[word] for word in best[:_EXAMPLES]],
+            }
+        )
+    names = ["class", "latent", "words", "strongest", "cosine", "share", "examples"]
+    table = pd.DataFrame(rows, columns=names)
+    order = ["class", "words", "latent"]
+    return table.sort_values(order, ascending=[True, False, True], ignore_index=True)
+
+
+def _latent_columns(
+    measured: Measured,
+    absorbers: pd.DataFrame,
+    classes: tuple[str, ...],
+    kept: list[int],
+    num_latents: int,
+) -> dict[str, np.ndarray]:
+    """The class that each latent is a main latent of (−1: none), and how many words it absorbs."""
+    votes = np.zeros((num_latents, len(classes)), dtype=np.int32)
+    for _, _, _, splits in measured.splits:
+        for number in kept:
+            split = splits[number]
+            if split is not None:
+                votes[split.main.numpy(), number] += 1
+    counts = np.zeros(num_latents, dtype=np.int64)
+    np.add.at(counts, absorbers["latent"].to_numpy(dtype=np.int64), absorbers["words"].to_numpy())
+    return {
+        "absorption_class": np.where(votes.any(1), votes.argmax(1), -1).astype(np.int32),
+        "absorption_is_absorber": counts > 0,
+        "absorption_words": counts,
+    }
+
+
+def _known(value: float) -> float | None:
+    """None where it cannot be evaluated."""
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,132 @@
+"""Latents of many activations, encoded once and kept where they are not 0.
+
+n tokens, F latents; a pair is a token and a latent that is active on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+from torch.nn import functional
+
+from reseed.sae.base import SAE
+
+_BLOCK_BYTES = 1 << 27
+"""Of dense latents that are held at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Codes:
+    """Active pairs, by token.
+
+    Attributes:
+        starts: where each token's pairs begin, and the end.
+        latent: of each pair; ascending within a token.
+        value: how active it is, in float32.
+        num_latents: F.
+    """
+
+    starts: Int[Tensor, " n_plus_1"]
+    latent: Int[Tensor, " pairs"]
+    value: Float[Tensor, " pairs"]
+    num_latents: int
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @cached_property
+    def token(self) -> Int[Tensor, " pairs"]:
+        """The token of each pair."""
+        tokens = torch.arange(len(self), device=self.starts.device)
+        return tokens.repeat_interleave(self.starts.diff())
+
+    def rows(self, chosen: Int[Tensor | np.ndarray, " m"]) -> Codes:
+        """The codes of some tokens, in the order given."""
+        chosen = torch.as_tensor(chosen, device=self.starts.device)
+        counts = self.starts.diff()[chosen]
+        starts = _ends(counts)
+        shift = self.starts[chosen] - starts[:-1]
+        pairs = torch.arange(int(starts[-1]), device=starts.device)
+        pairs = pairs + shift.repeat_interleave(counts)
+        return Codes(starts, self.latent[pairs], self.value[pairs], self.num_latents)
+
+    def columns(self, latents: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:
+        """Some latents, dense."""
+        latents = latents.to(self.latent.device)
+        place = torch.full((self.num_latents,), -1, device=self.latent.device)
+        place[latents] = torch.arange(len(latents), device=place.device)
+        column = place[self.latent]
+        chosen = (column >= 0).nonzero()[:, 0]
+        dense = torch.zeros(len(self), len(latents), device=self.value.device)
+        dense[self.token[chosen], column[chosen]] = self.value[chosen]
+        return dense
+
+    def transposed(self) -> Codes:
+        """By latent: the codes of the latents, whose "latents" are the tokens."""
+        order = self.latent.argsort(stable=True)
+        counts = torch.bincount(self.latent, minlength=self.num_latents)
+        return Codes(_ends(counts), self.token[order], self.value[order], len(self))
+
+    def times(self, matrix: Float[Tensor, "F C"]) -> Float[Tensor, "n C"]:
+        """The product of the codes and a matrix, from the active pairs alone."""
+        return functional.embedding_bag(
+            self.latent, matrix, self.starts[:-1], mode="sum", per_sample_weights=self.value
+        )
+
+    def largest(
+        self, value: Float[Tensor, " pairs"], k: int, among: Bool[Tensor, " pairs"] | None = None
+    ) -> Int[Tensor, "n k"]:
+        """Of each token the k pairs of largest value, the largest first; −1 where there are fewer.
+
+        Args:
+            value: of every pair.
+            among: consider these pairs only.
+        """
+        order = value.argsort(descending=True, stable=True)
+        order = order if among is None else order[among[order]]
+        order = order[self.token[order].argsort(stable=True)]
+        token = self.token[order]
+        counts = torch.bincount(token, minlength=len(self))
+        rank = torch.arange(len(order), device=value.device) - (counts.cumsum(0) - counts)[token]
+        kept = rank < k
+        found = torch.full((len(self), k), -1, device=value.device)
+        found[token[kept], rank[kept]] = order[kept]
+        return found
+
+    @cached_property
+    def live(self) -> Int[Tensor, " some"]:
+        """Latents that are active on some token."""
+        return torch.unique(self.latent)
+
+
+def at_pairs(
+    value: Shaped[Tensor, " pairs"], pairs: Int[Tensor, "n k"], otherwise: float
+) -> Shaped[Tensor, "n k"]:
+    """A value of each of the pairs; ``otherwise`` where there is none (−1)."""
+    if not len(value):
+        return torch.full(pairs.shape, otherwise, dtype=value.dtype, device=value.device)
+    return torch.where(pairs >= 0, value[pairs.clamp(min=0)], otherwise)
+
+
+@torch.inference_mode()
+def _encode_block(sae: SAE, x: Float[Tensor, "b D"]) -> tuple[Tensor, Tensor, Tensor]:
+    dense = sae.encode(x.to(sae.W_dec.device, sae.W_dec.dtype))
+    token, latent = dense.nonzero(as_tuple=True)
+    return (dense != 0).sum(1), latent, dense[token, latent].float()
+
+
+def encode(sae: SAE, x: Float[Tensor, "n D"]) -> Codes:
+    """The latents of raw activations, on the SAE's device."""
+    block = max(1, _BLOCK_BYTES // (4 * sae.num_latents))
+    parts = [_encode_block(sae, part) for part in x.split(block)]
+    counts, latent, value = (torch.cat([p[i] for p in parts]).clone() for i in range(3))
+    return Codes(_ends(counts), latent, value, sae.num_latents)
+
+
+def _ends(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:
+    return functional.pad(counts.cumsum(0), (1, 0))

@@ -1,0 +1,235 @@
+"""What a language model loses when an SAE's reconstruction takes the place of its activations.
+
+The reconstruction is put in at every position that the SAE is made for: not the first of a
+sequence, and no special token, unless the data set's options say otherwise. There the model goes on
+from its own activations. Counted are the predictions made at those same positions, of whatever
+token comes next; the last position of a sequence has none.
+
+S sequences · L context · V vocabulary · n counted predictions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.language_model import LanguageModel
+from reseed.activations.reading import Reading
+from reseed.activations.splicing import Edit, logits
+from reseed.config import setting
+from reseed.evaluate.base import (
+    Evaluated,
+    EvaluationConfig,
+    Result,
+    Subject,
+    needs_language_model,
+)
+from reseed.sae.base import SAE
+
+if TYPE_CHECKING:
+    from reseed.experiment import Resolved
+
+_TOGETHER = 8
+"""SAEs that share a forward pass of the clean model; their results are kept after it."""
+_LOGITS = 2**26
+"""Most logits of one forward pass, where a batch can be made smaller: 256 MiB in float32."""
+_MEAN, _ZERO = "mean", "zero"
+
+
+@dataclass(frozen=True)
+class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
+    """Cross-entropy and KL with the SAE in the model, beside ablations of the same activations."""
+
+    with_untrained: ClassVar[bool] = False
+
+    tokens: int = setting(16_384, at_least=1)
+    """Held-out activations; rounded up to whole sequences, the same for every SAE of one model."""
+
+    def check(self, resolved: Resolved) -> None:
+        needs_language_model(self, resolved)
+
+    def evaluate(
+        self, subjects: Sequence[Subject], evaluated: Evaluated
+    ) -> Iterator[tuple[str, Result]]:
+        source = evaluated.source
+        assert isinstance(source, Reading)
+        passage = _Passage(source.model, *source.held_out_sequences(self.tokens))
+        evaluated.note(f"mean activations of {passage.activations:,} positions")
+        means = passage.means([subject.hook for subject in subjects])
+        for first in range(0, len(subjects), _TOGETHER):
+            some = subjects[first : first + _TOGETHER]
+            evaluated.note(f"SAEs {first + 1}-{first + len(some)} of {len(subjects)}")
+            edits: dict[tuple[Hookpoint, str], Edit] = {}
+            for subject in some:
+                edits[subject.hook, _ZERO] = torch.zeros_like
+                edits[subject.hook, _MEAN] = partial(_constant, means[subject.hook])
+                edits[subject.hook, f"sae {subject.id}"] = partial(_reconstructed, subject.sae)
+            losses = passage.losses(edits)
+            for subject in some:
+                yield subject.id, _result(losses, subject, passage)
+
+
+@dataclass
+class _Losses:
+    """Of each sequence the sums over its counted predictions, float64: cross-entropy, and
+    KL(clean ‖ edited), both in nats."""
+
+    ce: list[Float[Tensor, " some"]] = field(default_factory=list)
+    kl: list[Float[Tensor, " some"]] = field(default_factory=list)
+
+    def mean(self, of: str, counted: int) -> float:
+        """Per prediction."""
+        return float(torch.cat(getattr(self, of)).sum()) / counted
+
+
+_CLEAN = None
+"""The key of the clean model's losses among those of edits."""
+_All = Mapping[tuple[Hookpoint, str] | None, _Losses]
+
+
+@dataclass(frozen=True, eq=False)
+class _Passage:
+    """What the model reads, and where the SAE stands in.
+
+    Attributes:
+        kept: positions of activations.
+    """
+
+    model: LanguageModel
+    sequences: Int[Tensor, "S L"]
+    kept: Bool[Tensor, "S L"]
+
+    @property
+    def activations(self) -> int:
+        return int(self.kept.sum())
+
+    @property
+    def predictions(self) -> int:
+        return int(self.kept[:, :-1].sum())
+
+    def means(self, hooks: Sequence[Hookpoint]) -> dict[Hookpoint, Float[Tensor, " d_in"]]:
+        """The mean activation at each hookpoint, over the positions where SAEs stand in."""
+        sums: dict[Hookpoint, Tensor] = {}
+        first = 0
+        for found in self.model.activations(self.sequences, hooks):
+            last = first + len(next(iter(found.values())))
+            kept = self.kept[first:last].to(self.model.device)
+            for hook, x in found.items():
+                own = x[kept].double().sum(0)
+                sums[hook] = sums[hook] + own if hook in sums else own
+            first = last
+        return {hook: (total / self.activations).float() for hook, total in sums.items()}
+
+    def losses(self, edits: Mapping[tuple[Hookpoint, str], Edit]) -> _All:
+        """The losses of the clean model, and of the model with each of the edits."""
+        found: dict[tuple[Hookpoint, str] | None, _Losses] = {_CLEAN: _Losses()}
+        for tokens, kept in self._batches():
+            clean = _log_probabilities(logits(self.model, tokens), kept)
+            _add(found[_CLEAN], clean, clean, tokens, kept)
+            for (hook, name), edit in edits.items():
+                inside = partial(_where, kept, edit)
+                edited = _log_probabilities(logits(self.model, tokens, {hook: inside}), kept)
+                _add(found.setdefault((hook, name), _Losses()), edited, clean, tokens, kept)
+        return found
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Sequences and kept positions, on the device."""
+        vocabulary = self.model.resolved.transformers_config.get_text_config().vocab_size
+        fitting = max(1, _LOGITS // (vocabulary * self.sequences.shape[1]))
+        size = min(self.model.batch_sequences, fitting)
+        for tokens, kept in zip(self.sequences.split(size), self.kept.split(size), strict=True):
+            yield tokens.to(self.model.device), kept.to(self.model.device)
+
+
+def _log_probabilities(
+    said: Float[Tensor, "S L V"], kept: Bool[Tensor, "S L"]
+) -> Float[Tensor, "n V"]:
+    """In float32, of the counted predictions alone."""
+    return F.log_softmax(said[:, :-1][kept[:, :-1]].float(), dim=-1)
+
+
+def _add(
+    losses: _Losses,
+    edited: Float[Tensor, "n V"],
+    clean: Float[Tensor, "n V"],
+    tokens: Int[Tensor, "S L"],
+    kept: Bool[Tensor, "S L"],
+) -> None:
+    """Add a batch to the losses, sequence by sequence."""
+    counted = kept[:, :-1]
+    following = tokens[:, 1:][counted]
+    ce = -edited.gather(1, following[:, None])[:, 0]
+    kl = (clean.exp() * (clean - edited)).sum(1)
+    of_sequence = counted.nonzero()[:, 0]
+    for found, values in ((losses.ce, ce), (losses.kl, kl)):
+        zeros = torch.zeros(len(tokens), dtype=torch.float64, device=values.device)
+        found.append(zeros.index_add(0, of_sequence, values.double()).cpu())
+
+
+def _where(
+    kept: Bool[Tensor, "S L"], edit: Callable[[Tensor], Tensor], x: Float[Tensor, "S L d_in"]
+) -> Float[Tensor, "S L d_in"]:
+    """``x`` with what ``edit`` makes of it at the kept positions."""
+    out = x.clone()
+    out[kept] = edit(x[kept]).to(x.dtype)
+    return out
+
+
+def _constant(value: Float[Tensor, " d_in"], x: Float[Tensor, "some d_in"]) -> Tensor:
+    return value.expand(x.shape)
+
+
+def _reconstructed(sae: SAE, x: Float[Tensor, "some d_in"]) -> Tensor:
+    return sae(x.to(sae.W_dec.device, torch.float32)).reconstruction.to(x.device)
+
+
+def _result(losses: _All, subject: Subject, passage: _Passage) -> Result:
+    counted = passage.predictions
+    own = losses[subject.hook, f"sae {subject.id}"]
+    clean = losses[_CLEAN]
+    ce, ce_clean = own.mean("ce", counted), clean.mean("ce", counted)
+    metrics: dict[str, float | int | None] = {
+        "tokens": passage.activations,
+        "ce_clean": ce_clean,
+        "ce": ce,
+        "ce_increase": ce - ce_clean,
+        "kl": own.mean("kl", counted),
+    }
+    for ablation in (_ZERO, _MEAN):
+        worst = losses[subject.hook, ablation]
+        ce_worst, kl_worst = worst.mean("ce", counted), worst.mean("kl", counted)
+        metrics |= {
+            f"ce_{ablation}": ce_worst,
+            f"kl_{ablation}": kl_worst,
+            f"ce_recovered_{ablation}": _recovered(ce, ce_clean, ce_worst),
+            f"kl_recovered_{ablation}": _recovered(metrics["kl"], 0.0, kl_worst),
+        }
+    table = pd.DataFrame(
+        {
+            "sequence": range(len(passage.sequences)),
+            "predictions": passage.kept[:, :-1].sum(1).numpy(),
+            "ce_clean": torch.cat(clean.ce).numpy(),
+            "ce": torch.cat(own.ce).numpy(),
+            "kl": torch.cat(own.kl).numpy(),
+        }
+    )
+    return Result(metrics, {"sequences": table})
+
+
+def _recovered(value: float | int | None, clean: float, worst: float) -> float | None:
+    """(worst − value)/(worst − clean): 1 where nothing is lost, 0 where as much as by the ablation.
+
+    None where the ablation does no harm, of which no part can be recovered.
+    """
+    if value is None or worst <= clean:
+        return None
+    return (worst - value) / (worst - clean)

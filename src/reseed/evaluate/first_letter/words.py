@@ -1,0 +1,147 @@
+"""The words of a task: tokens of a vocabulary, each with its class.
+
+First letters are one task (Chanin et al. 2024); any other is a table of tokens and labels.
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from string import ascii_letters, ascii_lowercase
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from reseed.config import ConfigError
+
+_SHOWN = 5
+_STARTS, _ENDS = ("▁", "Ġ"), ("▁", "</w>")
+"""Marks of raw tokens that begin or end a word."""
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Words of one token each, sorted by token id.
+
+    Attributes:
+        tokens: their ids.
+        texts: as they stand in a text, with a leading (or trailing) space where the token has one.
+        labels: index of each one's class.
+        classes: names, which may have no word: of first letters always all 26.
+        answers: what a prompt says of a word of each class.
+    """
+
+    tokens: Int[Tensor, " n"]
+    texts: tuple[str, ...]
+    labels: Int[Tensor, " n"]
+    classes: tuple[str, ...]
+    answers: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def spellings(self) -> tuple[str, ...]:
+        """Without space and case: what two words must not share to stand in one prompt."""
+        return tuple(text.strip().lower() for text in self.texts)
+
+
+def first_letter_words(tokenizer: Any) -> Words:
+    """Every token that is a word of letters only, by its first letter."""
+    found = [(i, text) for i, text in _vocabulary(tokenizer).items() if _is_word(text)]
+    if not found:
+        raise ConfigError("no token of the model's vocabulary is a word of the letters A to Z")
+    letters = [ascii_lowercase.index(text.strip()[0].lower()) for _, text in found]
+    classes = tuple(ascii_lowercase)
+    return Words(*_columns(found, letters), classes, tuple(c.upper() for c in classes))
+
+
+def labelled_words(tokenizer: Any, file: str) -> Words:
+    """The tokens that a csv file (columns ``token``, ``label``) names, by its labels.
+
+    A token is named by its text, with its leading space where it has one; where only the text with
+    a leading space is a token, that one is meant.
+
+    Raises:
+        ConfigError: the file is not there, has other columns, names a text that is no token, or a
+            token twice.
+    """
+    rows = _read(Path(file).expanduser())
+    known = {text: i for i, text in reversed(_vocabulary(tokenizer).items())}
+    chosen = {text: next((t for t in (text, f" {text}") if t in known), None) for text, _ in rows}
+    unknown = [text for text, token in chosen.items() if token is None]
+    if unknown:
+        shown = ", ".join(repr(text) for text in unknown[:_SHOWN])
+        raise ConfigError(
+            f"{{key}}: {len(unknown)} of {len(rows)} are no single token of this model: {shown}",
+            "task_file",
+        )
+    found = [(known[chosen[text] or ""], chosen[text] or "") for text, _ in rows]
+    if len({i for i, _ in found}) < len(found):
+        seen = [i for i, _ in found]
+        twice = next(text for i, text in found if seen.count(i) > 1)
+        raise ConfigError(f"{{key}} names the token {twice!r} more than once", "task_file")
+    classes = tuple(sorted({label for _, label in rows}))
+    if len(classes) < 2:
+        raise ConfigError(
+            f"{{key}} must have at least two labels; got {', '.join(classes)}", "task_file"
+        )
+    labels = [classes.index(label) for _, label in rows]
+    order = sorted(range(len(found)), key=lambda i: found[i][0])
+    columns = _columns([found[i] for i in order], [labels[i] for i in order])
+    return Words(*columns, classes, classes)
+
+
+def _read(path: Path) -> list[tuple[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not {"token", "label"} <= set(reader.fieldnames or ()):
+                found = ", ".join(reader.fieldnames or ()) or "none"
+                raise ConfigError(
+                    f"{{key}} must have the columns token and label; {path} has {found}",
+                    "task_file",
+                )
+            rows = [(row["token"] or "", (row["label"] or "").strip()) for row in reader]
+    except OSError as error:
+        raise ConfigError(f"{{key}}: cannot read {path}: {error.strerror}", "task_file") from error
+    incomplete = next((i for i, row in enumerate(rows) if not all(row)), None)
+    if incomplete is not None or not rows:
+        what = "no rows" if incomplete is None else f"no token or no label in row {incomplete + 1}"
+        raise ConfigError(f"{{key}}: {path} has {what}", "task_file")
+    return rows
+
+
+def _vocabulary(tokenizer: Any) -> dict[int, str]:
+    """Text of every token but the special ones, by id."""
+    special = set(tokenizer.all_special_ids)
+    ids = [i for i in range(len(tokenizer)) if i not in special]
+    raw = tokenizer.convert_ids_to_tokens(ids)
+    return {i: _decoded(tokenizer, t) for i, t in zip(ids, raw, strict=True) if t is not None}
+
+
+def _decoded(tokenizer: Any, raw: str) -> str:
+    """A token's text. Some tokenizers drop the space that its mark means: it is put back."""
+    text = tokenizer.convert_tokens_to_string([raw])
+    if raw.startswith(_STARTS) and not text.startswith(" "):
+        text = f" {text}"
+    # The other way round, where it is the ends of words that are marked.
+    if len(raw) > 1 and raw.endswith(_ENDS) and not text.endswith(" "):
+        text = f"{text} "
+    return text
+
+
+def _is_word(text: str) -> bool:
+    """Letters A to Z alone, but for one space before them (or after, where ends are marked)."""
+    word = text[1:] if text.startswith(" ") else text.removesuffix(" ")
+    return bool(word) and set(word) <= set(ascii_letters)
+
+
+def _columns(
+    found: list[tuple[int, str]], labels: list[int]
+) -> tuple[Tensor, tuple[str, ...], Tensor]:
+    return torch.tensor([i for i, _ in found]), tuple(t for _, t in found), torch.tensor(labels)

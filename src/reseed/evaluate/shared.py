@@ -1,0 +1,76 @@
+"""Results about a language model, made once for all SAEs: probes, activations of words.
+
+<cache>/evaluations/<what>-<digest of key>.safetensors
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from reseed.atomic import atomic_write, room_for
+from reseed.config import digest
+
+_DIGITS = 24
+
+
+@dataclass(frozen=True)
+class SharedResults:
+    """A folder of tensors, found again by what determines them.
+
+    Attributes:
+        cache: where derived data are kept; results are in its folder ``evaluations``.
+    """
+
+    cache: Path
+
+    def get(
+        self, what: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """The tensors that ``key`` determines, on the CPU: read where they are there, else computed
+        and kept. Of two processes that want them one computes.
+
+        Args:
+            what: short name for the file.
+            key: everything that determines them, in plain values: fingerprints of model and
+                tokenizer, dtype and attention, hookpoint, settings, seeds, a version.
+            compute: makes them.
+        """
+        path = self.cache / "evaluations" / f"{what}-{digest(dict(key), _DIGITS)}.safetensors"
+        found = _read(path)
+        if found is None:
+            with _locked(path.with_suffix(".lock")):
+                found = _read(path)  # another process may have made it meanwhile
+                if found is None:
+                    found = {n: t.detach().cpu().contiguous() for n, t in compute().items()}
+                    about = {"key": json.dumps(dict(key), sort_keys=True)}
+                    atomic_write(path, lambda part: save_file(found, part, about))
+        return found
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """None where there is nothing, or nothing that can be read: it is made again."""
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Alone among processes. The system frees the lock of one that dies."""
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

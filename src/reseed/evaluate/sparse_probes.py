@@ -1,0 +1,166 @@
+"""Probes on few latents: which latents tell a class, and how well the best k of them do.
+
+n words, F latents, C classes; recipe of Gurnee et al. 2023 as Chanin et al. 2024 use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+from reseed.evaluate.codes import Codes
+from reseed.evaluate.first_letter.probes import (
+    EPOCHS,
+    batch_size,
+    loss_gradient,
+    positive_weight,
+    rate,
+)
+
+_RIDGE = 1e-6
+"""L2 penalty beside the L1, as published."""
+_TOLERANCE, _MAX_STEPS = 1e-9, 100
+
+
+def rank_latents(
+    codes: Codes, member: Bool[Tensor, "n C"], l1: float, most: int, random: torch.Generator
+) -> Int[Tensor, "C most"]:
+    """The latents of largest (signed) weight in an L1-penalised probe of each class, best first.
+
+    Minimises the mean weighted cross-entropy + ``l1``·‖w‖₁ of each class by Adam. The words are
+    dealt into batches once, whose order changes from epoch to epoch: so the pairs of each batch
+    are sorted once, and an epoch costs what they cost. Latents that no word activates keep the
+    weight 0 that all start at.
+    """
+    member = member.to(codes.value.device)
+    live = codes.live
+    compact = Codes(
+        codes.starts, torch.searchsorted(live, codes.latent), codes.value, max(1, len(live))
+    )
+    dealt = torch.randperm(len(codes), generator=random).split(batch_size(len(codes)))
+    parts = [compact.rows(rows.to(live.device)) for rows in dealt]
+    turned = [part.transposed() for part in parts]
+    targets = [member[rows.to(live.device)] for rows in dealt]
+    ratio, classes = positive_weight(member), member.shape[1]
+    weight = torch.zeros(compact.num_latents, classes, device=live.device)
+    bias = torch.zeros(classes, device=live.device)
+    optimizer = torch.optim.Adam([weight, bias], lr=rate(0), weight_decay=_RIDGE, fused=True)
+    for epoch in range(EPOCHS):
+        optimizer.param_groups[0]["lr"] = rate(epoch)
+        for batch in torch.randperm(len(parts), generator=random).tolist():
+            error = loss_gradient(parts[batch].times(weight) + bias, targets[batch], ratio)
+            # The loss is the mean over classes, and so is the penalty.
+            weight.grad = turned[batch].times(error).add_(weight.sign(), alpha=l1 / classes)
+            bias.grad = error.sum(0)
+            optimizer.step()
+    full = torch.zeros(codes.num_latents, classes, device=live.device)
+    full[live] = weight[: len(live)]
+    # Stable: of latents that are alike (weight 0) the first are taken.
+    return full.T.sort(descending=True, stable=True).indices[:, :most].cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class NestedProbe:
+    """Logistic regressions on the first 1, 2, … K of some latents.
+
+    Attributes:
+        weight: in row k−1 that on the first k latents, 0 beyond.
+        bias: of each.
+    """
+
+    weight: Float[Tensor, "K K"]
+    bias: Float[Tensor, " K"]
+
+    def score(self, columns: Float[Tensor, "n K"]) -> Float[Tensor, "n K"]:
+        """Score of each word by each regression; above 0 it is of the class."""
+        return columns.double() @ self.weight.T + self.bias
+
+
+def fit_nested(columns: Float[Tensor, "n K"], member: Bool[Tensor, " n"]) -> NestedProbe:
+    """Balanced logistic regressions (classes of equal weight), with the penalty ½‖w‖².
+
+    Minimises ½‖w‖² + Σ_i s_i·log(1 + exp(−y_i·(w·f_i + b))), s_i = n/(2·size of i's class): what
+    scikit-learn's ``LogisticRegression(class_weight="balanced")`` does. All K are solved together,
+    exactly, by Newton's method; words without any of the latents count as one of each class.
+
+    Raises:
+        ValueError: there are no words of the class, or no others.
+    """
+    if not 0 < int(member.sum()) < len(member):
+        raise ValueError("a regression needs words of the class and words of others")
+    x, y, weights = _merged(columns.double().cpu(), member.cpu())
+    total = columns.shape[1]
+    inputs = functional.pad(x, (0, 1), value=1.0)
+    # Row k−1 sees the first k columns, and the constant.
+    used = torch.ones(total, total + 1, dtype=torch.bool).tril()
+    used[:, -1] = True
+    penalty = used.double()
+    penalty[:, -1] = 0
+    solution = torch.zeros(total, total + 1, dtype=torch.float64)
+    value = _objective(solution, inputs, y, weights, penalty)
+    for _ in range(_MAX_STEPS):
+        slope = torch.sigmoid(solution @ inputs.T)
+        gradient = ((slope - y) * weights) @ inputs + penalty * solution
+        gradient = gradient * used
+        if float(gradient.abs().max()) <= _TOLERANCE * float(weights.sum()):
+            break
+        curvature = weights * slope * (1 - slope)
+        hessian = torch.einsum("kn,ni,nj->kij", curvature, inputs, inputs)
+        hessian = hessian * (used[:, :, None] & used[:, None, :])
+        # 1 where nothing is used, so that the system has a solution; a trace on the constant.
+        hessian += torch.diag_embed(torch.where(used, penalty, 1.0))
+        hessian[:, -1, -1] += 1e-12
+        step = torch.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
+        solution, value = _descend(solution, step, value, inputs, y, weights, penalty)
+    return NestedProbe(solution[:, :-1].contiguous(), solution[:, -1].contiguous())
+
+
+def _merged(
+    x: Float[Tensor, "n K"], member: Bool[Tensor, " n"]
+) -> tuple[Float[Tensor, "m K"], Float[Tensor, " m"], Float[Tensor, " m"]]:
+    """Inputs, targets and weights with all words without a latent as two: exact, and few."""
+    n, positive = len(member), int(member.sum())
+    each = torch.where(member, n / (2 * positive), n / (2 * (n - positive))).double()
+    some = x.any(1)
+    none = torch.stack([each[~some & member].sum(), each[~some & ~member].sum()])
+    return (
+        torch.cat([x[some], x.new_zeros(2, x.shape[1])]),
+        torch.cat([member[some].double(), torch.tensor([1.0, 0.0], dtype=torch.float64)]),
+        torch.cat([each[some], none]),
+    )
+
+
+def _objective(
+    solution: Tensor, inputs: Tensor, y: Tensor, weights: Tensor, penalty: Tensor
+) -> Float[Tensor, " K"]:
+    signed = (1 - 2 * y) * (solution @ inputs.T)
+    loss = (weights * functional.softplus(signed)).sum(1)
+    return loss + (penalty * solution.square()).sum(1) / 2
+
+
+def _descend(
+    solution: Tensor,
+    step: Tensor,
+    value: Tensor,
+    inputs: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    penalty: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A Newton step for each regression, halved until it is none upwards."""
+    length = torch.ones(len(solution), 1, dtype=torch.float64)
+    for _ in range(40):
+        tried = solution - length * step
+        found = _objective(tried, inputs, y, weights, penalty)
+        worse = found > value
+        if not worse.any():
+            break
+        length = torch.where(worse[:, None], length / 2, length)
+    else:
+        tried = torch.where(worse[:, None], solution, tried)
+        found = torch.where(worse, value, found)
+    return tried, found

@@ -1,0 +1,226 @@
+"""Feature splitting: how many latents stand for one concept (Chanin et al. 2024, section 4).
+
+k-sparse probing: the latents that an L1 probe ranks first, a logistic regression on the first k of
+them for every k, and the main latents S as far as F1 grows. C classes; S of each fold and seed of
+the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from reseed.activations.stream import generator
+from reseed.evaluate.base import Evaluated, Result, Subject
+from reseed.evaluate.codes import Codes, encode
+from reseed.evaluate.first_letter.folds import Fold
+from reseed.evaluate.first_letter.probes import Scores, agreement
+from reseed.evaluate.first_letter.task import Probed, WordTaskConfig, probe_quality
+from reseed.evaluate.sparse_probes import fit_nested, rank_latents
+
+_RANKING = 0x72616E6B
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The latents of one class in one fold.
+
+    Attributes:
+        ranked: the latents tried, best first.
+        main: S, the first of them.
+        scores: of every test word by the regression on the first k latents.
+    """
+
+    ranked: Int[Tensor, " K"]
+    main: Int[Tensor, " S"]
+    scores: Float[Tensor, "test K"]
+
+
+def choose_main(f1: Sequence[float], step: float) -> int:
+    """How many latents are main: F1 must grow by more than ``step`` with each; at least 1."""
+    size = 1
+    while size < len(f1) and f1[size] > f1[size - 1] + step:
+        size += 1
+    return size
+
+
+def find_splits(
+    codes: Codes,
+    member: Bool[Tensor, "n C"],
+    fold: Fold,
+    *,
+    most: int = 10,
+    step: float = 0.03,
+    l1: float = 0.01,
+    random: torch.Generator,
+) -> list[Split | None]:
+    """The main latents of every class; None of one that has no word to fit, or to choose by."""
+    most = min(most, codes.num_latents)
+    fit, validation, test = (codes.rows(part) for part in (fold.fit, fold.validation, fold.test))
+    ranked = rank_latents(fit, member[fold.fit], l1, most, random)
+    splits: list[Split | None] = []
+    for number, latents in enumerate(ranked):
+        here, chosen = member[fold.fit, number], member[fold.validation, number]
+        if not (0 < int(here.sum()) < len(here) and bool(chosen.any())):
+            splits.append(None)
+            continue
+        probe = fit_nested(fit.columns(latents), here)
+        found = probe.score(validation.columns(latents).cpu()) > 0
+        f1 = agreement(found, chosen[:, None].expand_as(found)).f1
+        size = choose_main(f1.tolist(), step)
+        splits.append(Split(latents, latents[:size], probe.score(test.columns(latents).cpu())))
+    return splits
+
+
+def splits_of(config: WordTaskConfig, probed: Probed, codes: Codes) -> list[list[Split | None]]:
+    """`find_splits` for every fold of a repetition."""
+    return [
+        find_splits(
+            codes,
+            probed.members,
+            fold,
+            most=config.max_latents,
+            step=config.f1_step,
+            l1=config.l1,
+            random=generator(_RANKING, probed.prompt_seed, number),
+        )
+        for number, fold in enumerate(probed.folds)
+    ]
+
+
+@dataclass(frozen=True)
+class SplittingConfig(WordTaskConfig, name="splitting"):
+    """How many latents stand for each class of words, and how well one of them does."""
+
+    def evaluate(
+        self, subjects: Sequence[Subject], evaluated: Evaluated
+    ) -> Iterator[tuple[str, Result]]:
+        for hook in dict.fromkeys(subject.hook for subject in subjects):
+            repetitions = list(self.repetitions(evaluated, hook))
+            for subject in subjects:
+                if subject.hook == hook:
+                    yield subject.id, self.measured(subject, repetitions)
+
+    def measured(self, subject: Subject, repetitions: list[Probed]) -> Result:
+        """Of one SAE."""
+        found = []
+        for probed in repetitions:
+            codes = encode(subject.sae, probed.x)
+            found.append((probed, codes, splits_of(self, probed, codes)))
+        return _result(found, self)
+
+
+def evaluable(repetitions: list[Probed], quality: Scores, gate: float) -> list[str]:
+    """Why each class cannot be evaluated; empty where it can."""
+    words = repetitions[0].words
+    counts = np.bincount(words.labels.numpy(), minlength=len(words.classes))
+    reasons = []
+    for count, f1 in zip(counts, quality.f1.tolist(), strict=True):
+        if not count:
+            reasons.append("no word")
+        elif f1 <= gate:
+            reasons.append(f"F1 of the probe {f1:.2f}, not above {gate:g}")
+        else:
+            reasons.append("")
+    return reasons
+
+
+Found = list[tuple[Probed, Codes, list[list[Split | None]]]]
+
+
+def _result(found: Found, config: WordTaskConfig) -> Result:
+    repetitions = [probed for probed, _, _ in found]
+    quality = probe_quality(repetitions)
+    letters = letter_table(found, quality, evaluable(repetitions, quality, config.probe_f1))
+    kept = letters.loc[letters["reason"] == ""]
+    columns = {
+        "splits": "splits",
+        "splitting_f1": "f1",
+        "splitting_precision": "precision",
+        "splitting_recall": "recall",
+        "splitting_probe_f1": "probe_f1",
+    }
+    metrics: dict[str, float | int | None] = {
+        name: float(kept[column].mean()) if len(kept) else None for name, column in columns.items()
+    }
+    curves = pd.DataFrame(
+        [
+            {"class": row["class"], "k": k + 1, "f1": f1}
+            for row in letters.to_dict("records")
+            for k, f1 in enumerate(row["f1_by_k"])
+        ],
+        columns=["class", "k", "f1"],
+    )
+    tables = {"letters": letters.drop(columns="f1_by_k"), "f1_by_k": curves}
+    main = main_classes(found, kept.index.tolist())
+    return Result({"splitting_letters": len(kept), **metrics}, tables, {"splitting_class": main})
+
+
+def letter_table(found: Found, quality: Scores, reasons: list[str]) -> pd.DataFrame:
+    """A row for each class: splits, the first latent as a detector of it, beside the probe.
+
+    ``precision``, ``recall`` and ``f1`` are of the firing of the first main latent on test words,
+    ``f1_by_k`` of the regressions on the first k latents.
+    """
+    words = found[0][0].words
+    rows = []
+    for number, name in enumerate(words.classes):
+        row: dict[str, object] = {
+            "class": name,
+            "words": int((words.labels == number).sum()),
+            "reason": reasons[number],
+            "probe_precision": float(quality.precision[number]),
+            "probe_recall": float(quality.recall[number]),
+            "probe_f1": float(quality.f1[number]),
+        }
+        rows.append(row | _of_latents(found, number))
+        if not reasons[number] and np.isnan(rows[-1]["splits"]):
+            rows[-1]["reason"] = "too few words to choose latents by"
+    return pd.DataFrame(rows)
+
+
+def _of_latents(found: Found, number: int) -> dict[str, object]:
+    sizes, fired, by_k, member, mains = [], [], [], [], []
+    for probed, codes, splits in found:
+        for fold, each in zip(probed.folds, splits, strict=True):
+            split = each[number]
+            if split is None:
+                continue
+            fired.append(codes.rows(fold.test).columns(split.main[:1])[:, 0].cpu() > 0)
+            by_k.append(split.scores > 0)
+            member.append(probed.members[fold.test, number])
+            sizes.append(len(split.main))
+            mains.append(split.main.tolist())
+    if not sizes:
+        nothing = dict.fromkeys(("splits", "precision", "recall", "f1"), float("nan"))
+        return {**nothing, "main": [], "f1_by_k": []}
+    there = torch.cat(member)
+    scores = agreement(torch.cat(fired), there)
+    curve = torch.cat(by_k)
+    return {
+        "splits": float(np.mean(sizes)) - 1,
+        "precision": float(scores.precision),
+        "recall": float(scores.recall),
+        "f1": float(scores.f1),
+        "main": mains,
+        "f1_by_k": agreement(curve, there[:, None].expand_as(curve)).f1.tolist(),
+    }
+
+
+def main_classes(found: Found, kept: list[int]) -> Int[np.ndarray, " F"]:
+    """The class that each latent is a main latent of, most often over folds and seeds; −1: none."""
+    num_latents = found[0][1].num_latents
+    votes = np.zeros((num_latents, found[0][0].num_classes), dtype=np.int32)
+    for _, _, splits in found:
+        for each in splits:
+            for number in kept:
+                split = each[number]
+                if split is not None:
+                    votes[split.main.numpy(), number] += 1
+    return np.where(votes.any(1), votes.argmax(1), -1).astype(np.int32)

@@ -1,0 +1,148 @@
+"""What evaluations found of a run, in the run's folder; read by tables and figures.
+
+<run>/evaluations/<name>-<digest of the signed settings>/
+    result.json       evaluation, settings, metrics; the last to be written
+    <table>.parquet   long tables          latents.parquet   a row per latent
+    failed.json       in their place: why there is no result
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from reseed.atomic import atomic_write, atomic_write_json
+from reseed.config import ReseedError, digest
+from reseed.environment import environment
+
+FORMAT = 1
+FOLDER = "evaluations"
+_LATENTS = "latents"
+
+
+class EvaluationError(ReseedError):
+    """Results that cannot be read or written."""
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The result of one evaluation of one SAE.
+
+    Attributes:
+        evaluation: its name (``faithfulness``).
+        settings: what was asked for, as `Config.to_dict` has it.
+        metrics: numbers by name; None where it cannot be evaluated.
+        tables: long tables by name.
+        latents: arrays [num_latents] by name.
+    """
+
+    evaluation: str
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, float | int | None]
+    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    latents: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def write(self, folder: Path, **entries: Any) -> None:
+        """Write it to ``folder``, which is then whole or not there.
+
+        Args:
+            entries: further ones of the record: whom it is about, how long it took.
+        """
+        if _LATENTS in self.tables:
+            raise EvaluationError(f"no table may be called `{_LATENTS}`: it is that of the columns")
+        # A result of another time may not be read with the tables of this one.
+        (folder / "result.json").unlink(missing_ok=True)
+        for name, table in self.tables.items():
+            _write_table(folder / f"{name}.parquet", table)
+        if self.latents:
+            _write_table(folder / f"{_LATENTS}.parquet", pd.DataFrame(dict(self.latents)))
+        record = {
+            "format": FORMAT,
+            "evaluation": self.evaluation,
+            "settings": dict(self.settings),
+            "metrics": {name: _plain(value) for name, value in self.metrics.items()},
+            "tables": sorted(self.tables),
+            "latents": sorted(self.latents),
+            "ended": _now(),
+            "environment": environment(),
+            **entries,
+        }
+        atomic_write_json(folder / "result.json", record)
+        (folder / "failed.json").unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> Stored:
+        """The inverse of `write`.
+
+        Raises:
+            FileNotFoundError: there is no result.
+            EvaluationError: it is damaged, or of another format.
+        """
+        path = folder / "result.json"
+        text = path.read_text()
+        try:
+            record = json.loads(text)
+            if record["format"] != FORMAT:
+                raise ValueError(f"its format is {record['format']}, this version reads {FORMAT}")
+            tables = {n: pd.read_parquet(folder / f"{n}.parquet") for n in record["tables"]}
+            latents: dict[str, np.ndarray] = {}
+            if record["latents"]:
+                frame = pd.read_parquet(folder / f"{_LATENTS}.parquet")
+                latents = {name: frame[name].to_numpy() for name in record["latents"]}
+            return cls(record["evaluation"], record["settings"], record["metrics"], tables, latents)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{path} cannot be read ({error}): delete the folder, and it is evaluated again"
+            ) from error
+
+
+def folder_of(subject: Path, evaluation: str, signed: Mapping[str, Any]) -> Path:
+    """Where the result of a subject lies, by the signed settings of the evaluation.
+
+    Args:
+        subject: the folder of a run, or of an SAE.
+    """
+    return subject / FOLDER / f"{evaluation}-{digest(dict(signed))}"
+
+
+def is_there(folder: Path) -> bool:
+    """Whether the folder holds a finished result."""
+    return (folder / "result.json").is_file()
+
+
+def write_failure(folder: Path, error: BaseException) -> None:
+    """Record why there is no result."""
+    described = {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "ended": _now(),
+    }
+    atomic_write_json(folder / "failed.json", described)
+
+
+def column(evaluation: str, name: str) -> str:
+    """What a metric is called in the tables of a sweep: ``faithfulness_kl``; and
+    ``absorption_fraction``, whether the evaluation calls it that or ``fraction``."""
+    return name if name.startswith(f"{evaluation}_") else f"{evaluation}_{name}"
+
+
+def _write_table(path: Path, table: pd.DataFrame) -> None:
+    atomic_write(path, lambda part: table.to_parquet(part, index=False))
+
+
+def _plain(value: Any) -> float | int | None:
+    """A number of numpy or torch as Python's own."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,93 @@
+"""Do two SAEs absorb the same words?"""
+
+from __future__ import annotations
+
+from itertools import permutations as orders
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reseed.evaluate.absorption.overlap import absorbed_overlap, usual
+
+Tables = tuple[pd.DataFrame, pd.DataFrame]
+
+
+def tables(absorbed: dict[str, list[float]], main: dict[str, list[int]], **more: str) -> Tables:
+    """``letters`` and ``words`` of an SAE: fractions of the words of each class, by order."""
+    letters = pd.DataFrame(
+        [{"class": name, "reason": more.get(name, ""), "main": [[j] for j in mains]}
+         for name, mains in main.items()]
+    )  # fmt: skip
+    words = pd.DataFrame(
+        [{"class": name, "token": 100 * i + t, "fraction": fraction, "frequency": 10 * (t % 7)}
+         for i, (name, fractions) in enumerate(absorbed.items())
+         for t, fraction in enumerate(fractions)]
+    )  # fmt: skip
+    return letters, words
+
+
+def test_the_same_words_by_hand() -> None:
+    flags = [1.0, 0.6, 0.0, 0.0, 0.0, 0.0]
+    first = tables({"a": flags, "b": flags}, {"a": [4], "b": [5]})
+    second = tables({"a": flags, "b": [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]}, {"a": [7], "b": [8]})
+    partner = np.full(10, -1)
+    partner[4] = 7  # of b nothing is matched
+    found = absorbed_overlap(first, second, partner)
+    assert (found.classes, found.words, found.jaccard) == (1, 6, 1.0)
+    rows = found.by_class.set_index("class")
+    assert rows.loc["a"].to_dict() == {
+        "matched": True, "words": 6, "first": 2, "second": 2, "both": 2
+    }  # fmt: skip
+    assert not rows.loc["b", "matched"]
+    partner[5] = 8
+    both = absorbed_overlap(first, second, partner)
+    assert both.classes == 2
+    assert both.jaccard == pytest.approx(2 / 6)
+
+
+def test_chance_is_a_permutation_within_frequency() -> None:
+    """Two strata of three words: all permutations by hand."""
+    first = tables({"a": [1, 0, 0, 1, 1, 0]}, {"a": [0]})
+    second = tables({"a": [1, 0, 0, 0, 1, 0]}, {"a": [0]})
+    for _, words in (first, second):
+        words["frequency"] = [1, 1, 1, 9, 9, 9]
+    found = absorbed_overlap(first, second, np.array([0]), permutations=40_000)
+    a, b = np.array([1, 0, 0, 1, 1, 0]), np.array([1, 0, 0, 0, 1, 0])
+    shared = [
+        int((a[:3] * b[list(left)]).sum() + (a[3:] * b[list(right)]).sum())
+        for left in orders([0, 1, 2])
+        for right in orders([3, 4, 5])
+    ]
+    jaccards = [s / (a.sum() + b.sum() - s) for s in shared]
+    assert found.expected == pytest.approx(np.mean(jaccards), abs=0.01)
+    assert found.p == pytest.approx(np.mean([s >= 2 for s in shared]), abs=0.01)
+
+
+def test_independent_words_are_no_overlap_and_the_same_ones_are() -> None:
+    random = np.random.default_rng(0)
+    mine, other = (list((random.random(400) < 0.3).astype(float)) for _ in range(2))
+    first, unlike = tables({"a": mine}, {"a": [0]}), tables({"a": other}, {"a": [0]})
+    by_chance = absorbed_overlap(first, unlike, np.array([0]))
+    assert by_chance.p > 0.05
+    assert by_chance.jaccard == pytest.approx(by_chance.expected, abs=0.05)
+    assert absorbed_overlap(first, first, np.array([0])).p < 0.01
+
+
+def test_a_word_counts_where_most_of_its_records_do_and_a_class_where_both_can_be_evaluated() -> (
+    None
+):
+    letters, words = tables({"a": [1.0, 0.0]}, {"a": [0]})
+    twice = pd.concat([words, words.assign(fraction=0.0), words.assign(fraction=0.0)])
+    found = absorbed_overlap((letters, twice), (letters, words), np.array([0]))
+    assert found.by_class.loc[0, "first"] == 0
+    assert found.jaccard == 0
+    refused = tables({"a": [1.0, 0.0]}, {"a": [0]}, a="no word")
+    nothing = absorbed_overlap(refused, (letters, words), np.array([0]))
+    assert (nothing.classes, nothing.words) == (0, 0)
+    assert np.isnan([nothing.jaccard, nothing.expected, nothing.p]).all()
+
+
+def test_latents_that_are_usually_main() -> None:
+    assert usual([[3], [3, 5], [5], [9]]) == {3, 5}
+    assert usual([]) == set()

@@ -1,0 +1,322 @@
+"""The evaluations by words from end to end: a hundred words, and the embedded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.language_model import LanguageModel
+from reseed.cli.app import CommandLine
+from reseed.cli.jobs import check_jobs
+from reseed.config import ConfigError
+from reseed.evaluate.absorption.config import AbsorptionConfig
+from reseed.evaluate.absorption.records import mean_over_classes
+from reseed.evaluate.base import Evaluated, Result, Subject
+from reseed.evaluate.first_letter.prompts import make_prompts
+from reseed.evaluate.first_letter.task import Probed, WordTaskConfig, word_activations
+from reseed.evaluate.shared import SharedResults
+from reseed.evaluate.splitting import SplittingConfig
+from reseed.sae.topk import TopKConfig
+
+HOOK = Hookpoint("resid_post", 1)
+
+
+@pytest.fixture(scope="module")
+def resolved(tiny_text: Path) -> Any:
+    line = CommandLine("train", [
+        "model=embedded", "dataset=text_files", f"dataset.path={tiny_text}", "layer=1",
+        "dataset.context_length=32", "dataset.chunk_tokens=2048", "dataset.held_out_tokens=1024",
+        "training.tokens=8192", "training.batch_size=64",
+    ])  # fmt: skip
+    jobs, _ = check_jobs(line, line.overrides, multirun=False)
+    return jobs[0].resolved
+
+
+@pytest.fixture(scope="module")
+def evaluated(resolved: Any, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+    source = resolved.open("cpu", needed=1_000)
+    return Evaluated(source, SharedResults(tmp_path_factory.mktemp("shared")))
+
+
+@pytest.fixture(scope="module")
+def table(evaluated: Evaluated, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Words by what they look like, which a model tells easily; and a class of three words."""
+    texts = WordTaskConfig.words(AbsorptionConfig(), evaluated.tokenizer).texts
+    spaced = [t for t in texts if t.startswith(" ") and t.islower() and len(t) > 4]
+    capital = [t for t in texts if t[0].isupper() and len(t) > 2]
+    chosen = [*((t, "word") for t in spaced[:60]), *((t, "name") for t in capital[:50])]
+    chosen += [(t, "rare") for t in spaced[100:103]]
+    path = tmp_path_factory.mktemp("table") / "kinds.csv"
+    pd.DataFrame(chosen, columns=["token", "label"]).to_csv(path, index=False)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def settings(table: str) -> dict[str, Any]:
+    return {
+        "task": "labelled", "task_file": table, "icl_words": 3, "folds": 2, "prompt_seeds": (0, 1)
+    }  # fmt: skip
+
+
+def sae(seed: int, k: int = 8):
+    return TopKConfig(num_latents=200, k=k).build(128, torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def result(evaluated: Evaluated, settings: dict[str, Any]) -> Result:
+    config = AbsorptionConfig(**settings, causal=True, bootstrap=100)
+    subject = Subject("one", sae(0), HOOK, untrained=sae(1))
+    [(name, found)] = config.evaluate([subject], evaluated)
+    assert name == "one"
+    return found
+
+
+def test_a_class_that_cannot_be_evaluated_has_a_record_of_why(result: Result) -> None:
+    letters = result.tables["letters"].set_index("class")
+    assert list(letters.index) == ["name", "rare", "word"]
+    assert result.metrics["absorption_letters"] == 2
+    assert letters.loc["rare", "reason"].startswith("F1 of the probe")
+    assert np.isnan(letters.loc["rare", "fraction"])
+    kept = letters[letters["reason"] == ""]
+    assert list(kept.index) == ["name", "word"]
+    assert kept["fraction"].mean() == pytest.approx(result.metrics["absorption_fraction"])
+    assert kept["causal"].between(0, 1).all()
+    for what in ("fraction", "full", "causal"):
+        low, mean, high = (kept[f"{what}{end}"] for end in ("_low", "", "_high"))
+        assert ((low <= mean) & (mean <= high)).all()
+
+
+def test_the_first_letters_are_26_classes_with_or_without_words(evaluated: Evaluated) -> None:
+    words = AbsorptionConfig().words(evaluated.tokenizer)
+    assert len(words.classes) == 26
+
+
+def test_metrics_are_numbers_or_none(result: Result) -> None:
+    wanted = {
+        f"absorption_{name}"
+        for what in ("fraction", "full")
+        for name in (
+            what, f"{what}_derived", f"{what}_null", f"{what}_excess", f"{what}_untrained",
+            f"{what}_low", f"{what}_prompts_low", f"{what}_derived_excess",
+        )
+    }  # fmt: skip
+    wanted |= {f"absorption_{n}" for n in ("letters", "causal", "cosine_derived")}
+    assert wanted <= set(result.metrics)
+    for name, value in result.metrics.items():
+        if name.endswith(("prompts_low", "prompts_high")):
+            assert value is None  # two seeds of the prompts make no interval
+        else:
+            assert isinstance(value, int | float), name
+            assert np.isfinite(value), name
+    m = result.metrics
+    assert m["absorption_fraction_excess"] == pytest.approx(
+        m["absorption_fraction"] - m["absorption_fraction_null"]  # type: ignore[operator]
+    )
+
+
+def test_tables_and_columns_tell_of_the_same_words(result: Result) -> None:
+    words, absorbers = result.tables["words"], result.tables["absorbers"]
+    kept = result.tables["letters"].query("reason == ''")["class"]
+    absorbed = words[(words["fraction"] > 0) & words["class"].isin(kept)]
+    assert len(absorbed) > 0
+    named = {
+        (row["class"], latent, row.token)
+        for _, row in absorbed.iterrows()
+        for latent in row.absorbers
+        if latent >= 0
+    }
+    counts = absorbers.set_index(["class", "latent"])["words"]
+    assert len(named) == counts.sum()
+    assert {key[:2] for key in named} == set(counts.index)
+    columns = result.latents
+    assert {name: c.shape for name, c in columns.items()} == dict.fromkeys(
+        ["absorption_class", "absorption_is_absorber", "absorption_words"], (200,)
+    )
+    assert columns["absorption_words"].sum() == counts.sum()
+    assert (columns["absorption_is_absorber"] == (columns["absorption_words"] > 0)).all()
+    assert (absorbers["share"] > 0).all()
+    assert (absorbers["cosine"] > 0).all()
+    mains = result.tables["letters"].query("reason == ''")["main"]
+    listed = {j for each in mains for main in each for j in main}
+    assert set(np.flatnonzero(columns["absorption_class"] >= 0)) == listed
+    assert (words["frequency"] >= 0).all()
+
+
+def test_without_words_left_nothing_can_be_evaluated(
+    evaluated: Evaluated, settings: dict[str, Any]
+) -> None:
+    config = AbsorptionConfig(**settings, probe_f1=0.9999999)
+    [(_, found)] = config.evaluate([Subject("one", sae(0), HOOK)], evaluated)
+    reasons = found.tables["letters"]["reason"]
+    if (reasons != "").all():  # the probes are not perfect
+        assert found.metrics["absorption_letters"] == 0
+        assert found.metrics["absorption_fraction"] is None
+        assert len(found.tables["absorbers"]) == 0
+
+
+def test_the_model_is_read_once_for_each_seed_of_the_prompts(
+    evaluated: Evaluated, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    list(SplittingConfig(**settings).repetitions(evaluated, HOOK))
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(LanguageModel, "activations", never)
+    again = list(AbsorptionConfig(**settings).repetitions(evaluated, HOOK))
+    assert [p.prompt_seed for p in again] == [0, 1]
+    assert not again[0].x.equal(again[1].x)
+    other = SplittingConfig(**(settings | {"prompt_seeds": (7,)}))
+    with pytest.raises(AssertionError, match="read again"):
+        list(other.repetitions(evaluated, HOOK))
+    with pytest.raises(AssertionError, match="read again"):
+        list(AbsorptionConfig(**settings).repetitions(evaluated, Hookpoint("resid_post", 0)))
+
+
+def repetition(evaluated: Evaluated, settings: dict[str, Any]) -> Probed:
+    return next(iter(SplittingConfig(**settings).repetitions(evaluated, HOOK)))
+
+
+def test_activations_are_those_at_the_words_token_at_the_hookpoint(
+    evaluated: Evaluated, settings: dict[str, Any]
+) -> None:
+    """Against transformers' own hidden states of the whole prompt: what follows changes nothing."""
+    model, probed = evaluated.model, repetition(evaluated, settings)
+    assert model is not None
+    chosen = np.array([0, 5, 60, 112])
+    prompts = make_prompts(
+        probed.words, probed.template, chosen, probed.part, 3, np.random.default_rng(2), ask=True
+    )
+    with torch.no_grad():
+        states = model.model(prompts.tokens, output_hidden_states=True).hidden_states
+    found = word_activations(model, HOOK, prompts)
+    for i in range(len(chosen)):
+        assert prompts.tokens[i, prompts.at[i]] == probed.words.tokens[chosen[i]]
+        assert torch.allclose(found[i], states[HOOK.layer + 1][i, prompts.at[i]], atol=1e-4)
+        assert not torch.allclose(found[i], states[HOOK.layer][i, prompts.at[i]], atol=1e-2)
+
+
+def test_every_word_is_tested_by_probes_that_have_not_seen_it(
+    evaluated: Evaluated, settings: dict[str, Any]
+) -> None:
+    probed = repetition(evaluated, settings)
+    assert probed.tested.all()
+    weight, bias = probed.probes["weight"][1], probed.probes["bias"][1]
+    test = probed.folds[1].test
+    assert torch.allclose(probed.test_scores[test], probed.x[test] @ weight.T + bias)
+    for fold, permuted in zip(probed.folds, probed.probes["permuted"], strict=True):
+        for part in (fold.train, fold.test):
+            assert permuted[part].sort().values.equal(probed.words.labels[part].sort().values)
+    assert not probed.probes["permuted"][0].equal(probed.words.labels)
+
+
+def test_the_same_twice(evaluated: Evaluated, settings: dict[str, Any], result: Result) -> None:
+    config = AbsorptionConfig(**settings, bootstrap=100)
+    [(_, again)] = config.evaluate([Subject("one", sae(0), HOOK, untrained=sae(1))], evaluated)
+    for name, value in again.metrics.items():
+        assert value == result.metrics[name], name
+
+
+def test_splitting_of_a_latent_that_is_the_class(
+    evaluated: Evaluated, settings: dict[str, Any]
+) -> None:
+    """An SAE whose first latent is the probe: as good as the probe, and no splits."""
+    probed = repetition(evaluated, settings)
+    made = sae(0, k=40)
+    word = probed.words.classes.index("word")
+    with torch.no_grad():
+        weight, bias = (probed.probes[n].mean(0)[word] for n in ("weight", "bias"))
+        made.W_enc[0], made.b_enc[0] = weight, bias + weight @ made.b_dec
+    [(_, found)] = SplittingConfig(**settings).evaluate([Subject("one", made, HOOK)], evaluated)
+    row = found.tables["letters"].set_index("class").loc["word"]
+    assert row["f1"] > row["probe_f1"] - 0.1
+    assert row["splits"] < 1
+    assert row["main"][0][0] == 0
+    assert found.latents["splitting_class"][0] == word
+    curve = found.tables["f1_by_k"].query("`class` == 'word'")
+    assert curve["k"].tolist() == list(range(1, 11))
+    assert found.metrics["splitting_letters"] == 2
+    assert found.metrics["splitting_f1"] == pytest.approx(
+        found.tables["letters"].query("reason == ''")["f1"].mean()
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "labelled"}, "`task_file` is required with task=labelled"),
+        ({"task_file": "x.csv"}, "`task_file` is only for task=labelled"),
+        ({"prompt_seeds": ()}, "`prompt_seeds` must be one or more distinct seeds"),
+        ({"prompt_seeds": (1, 1)}, "`prompt_seeds` must be one or more distinct seeds"),
+        ({"prompt_seeds": (-1,)}, "`prompt_seeds` must be at least 0; got -1"),
+        ({"line": "first letter of {word}: {answer}"}, "`line` must begin with {word} and hold"),
+        ({"share": 0}, "`share` must be a number, above 0"),
+    ],
+)
+def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        AbsorptionConfig(**changes)
+    assert message in str(caught.value)
+
+
+def test_worlds_and_answers_alike_are_refused_before_anything_is_computed(
+    resolved: Any, tmp_path: Path
+) -> None:
+    line = CommandLine("train", ["model=world_easy"])
+    jobs, _ = check_jobs(line, line.overrides, multirun=False)
+    with pytest.raises(ConfigError, match="evaluation=absorption needs a language model"):
+        AbsorptionConfig().check(jobs[0].resolved)
+    AbsorptionConfig(causal=True).check(resolved)
+    path = tmp_path / "alike.csv"
+    path.write_text("token,label\n the,return\n a,return it\n")
+    alike = AbsorptionConfig(task="labelled", task_file=str(path))
+    alike.check(resolved)
+    with pytest.raises(ConfigError, match="`causal` needs answers that differ"):
+        replace(alike, causal=True).check(resolved)
+
+
+# Means over classes.
+
+
+def records(values: Callable[[int, int, int], float], classes: int = 3) -> pd.DataFrame:
+    rows = [
+        {"class": c, "word": 10 * c + w, "prompt_seed": s, "value": values(c, w, s)}
+        for c in range(classes) for w in range(10) for s in range(3)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_means_and_intervals_by_hand() -> None:
+    found = mean_over_classes(records(lambda c, w, s: c + 0.1 * s), "value", [0, 2])
+    assert found.mean == pytest.approx(1.1)
+    assert (found.low, found.high) == (pytest.approx(1.1), pytest.approx(1.1))  # words are alike
+    # Seeds give 1.0, 1.1, 1.2: t(2 d.f.) = 4.303, SE = 0.1/√3.
+    assert found.seeds_high - found.mean == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
+    assert found.classes["mean"].to_dict() == pytest.approx({0: 0.1, 2: 2.1})
+
+
+def test_the_bootstrap_draws_words_with_all_their_records() -> None:
+    """Its standard error is that of the words' own means: σ/√n of 10 words in each of 3 classes."""
+    found = mean_over_classes(
+        records(lambda c, w, s: float(w % 2)), "value", [0, 1, 2], bootstrap=20_000
+    )
+    error = 0.5 / 30**0.5
+    assert found.high - found.low == pytest.approx(2 * 1.96 * error, rel=0.1)
+    again = mean_over_classes(records(lambda c, w, s: float(w % 2)), "value", [0, 1, 2])
+    more = mean_over_classes(records(lambda c, w, s: float(w % 2)), "value", [0, 1, 2], seed=1)
+    assert again.mean == more.mean
+    assert (again.low, again.high) != (more.low, more.high)
+
+
+def test_the_mean_of_no_class_is_no_number() -> None:
+    found = mean_over_classes(records(lambda c, w, s: 1.0), "value", [])
+    assert np.isnan([found.mean, found.low, found.seeds_low]).all()
+    assert len(found.classes) == 0

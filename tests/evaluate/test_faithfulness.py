@@ -1,0 +1,197 @@
+"""An SAE in a model: against ablations that it equals, and against an independent loop."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
+from reseed.activations.reading import Reading, find_text
+from reseed.activations.splicing import logits, spliced
+from reseed.activations.text import TextFilesConfig
+from reseed.config import ConfigError
+from reseed.evaluate.base import Evaluated, Result, Subject
+from reseed.evaluate.faithfulness import FaithfulnessConfig
+from reseed.evaluate.shared import SharedResults
+from reseed.sae.base import SAE
+from reseed.sae.relu import ReLUConfig
+from reseed.sae.topk import TopKConfig
+
+D = 16
+HOOKS = [Hookpoint("resid_post", 1), Hookpoint("mlp_out", 0), Hookpoint("attn_out", 2)]
+
+
+@pytest.fixture(scope="module")
+def source(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reading:
+    cache = tmp_path_factory.mktemp("cache")
+    config = PathModelConfig(path=str(tiny_model), batch_sequences=4)
+    text = TextFilesConfig(
+        path=(str(tiny_text),), context_length=32, chunk_tokens=2048, held_out_tokens=1024,
+    )  # fmt: skip
+    found = find_text(resolve(config, cache), text, cache)
+    return Reading(found, torch.device("cpu"), 4096)
+
+
+def evaluated(source: Reading, tmp_path: Path) -> Evaluated:
+    return Evaluated(source, SharedResults(tmp_path))
+
+
+def results(source: Reading, tmp_path: Path, saes: dict[str, tuple[Hookpoint, SAE]]):
+    subjects = [Subject(name, sae, hook) for name, (hook, sae) in saes.items()]
+    config = FaithfulnessConfig(tokens=300)
+    return dict(config.evaluate(subjects, evaluated(source, tmp_path)))
+
+
+def constant(value: torch.Tensor) -> SAE:
+    sae = TopKConfig(num_latents=4, k=1).build(D, torch.Generator())
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.b_dec.copy_(value)
+    return sae
+
+
+def identity() -> SAE:
+    """A latent for either sign of every dimension."""
+    sae = ReLUConfig(num_latents=2 * D).build(D, torch.Generator())
+    with torch.no_grad():
+        rows = torch.cat([torch.eye(D), -torch.eye(D)])
+        sae.W_enc.copy_(rows)
+        sae.W_dec.copy_(rows)
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae
+
+
+def mean_at(source: Reading, hook: Hookpoint) -> torch.Tensor:
+    """Of the positions where the SAE stands in, position by position."""
+    sequences, kept = source.held_out_sequences(300)
+    x = torch.cat([found[hook] for found in source.model.activations(sequences, [hook])])
+    return torch.stack([x[s, t] for s, t in kept.nonzero().tolist()]).double().mean(0).float()
+
+
+@pytest.mark.parametrize("hook", HOOKS, ids=str)
+def test_the_identity_loses_nothing_and_constants_are_ablations(
+    source: Reading, tmp_path: Path, hook: Hookpoint
+) -> None:
+    found = results(
+        source, tmp_path,
+        {
+            "identity": (hook, identity()),
+            "zero": (hook, constant(torch.zeros(D))),
+            "mean": (hook, constant(mean_at(source, hook))),
+        },
+    )  # fmt: skip
+    exact, zero, mean = (found[name].metrics for name in ("identity", "zero", "mean"))
+    assert exact["ce"] == pytest.approx(exact["ce_clean"], abs=1e-6)
+    assert exact["kl"] == pytest.approx(0, abs=1e-6)
+    assert exact["kl_recovered_zero"] == pytest.approx(1, abs=1e-4)
+    for ablation, own in (("zero", zero), ("mean", mean)):
+        assert own["ce"] == pytest.approx(own[f"ce_{ablation}"], abs=1e-6)
+        assert own["kl"] == pytest.approx(own[f"kl_{ablation}"], abs=1e-6)
+        assert own[f"kl_recovered_{ablation}"] == pytest.approx(0, abs=1e-4)
+        assert own["kl"] > 1e-4, "the ablation changes something"
+    assert zero["ce_zero"] == mean["ce_zero"], "the same tokens for all"
+
+
+@torch.no_grad()
+def test_against_a_loop_over_sequences_in_double(source: Reading, tmp_path: Path) -> None:
+    """One sequence at a time, hooks set by hand, cross-entropy and KL summed in float64."""
+    hook, sae = HOOKS[0], TopKConfig(num_latents=32, k=3).build(D, torch.Generator().manual_seed(1))
+    result = results(source, tmp_path, {"a": (hook, sae)})["a"]
+    sequences, kept = source.held_out_sequences(300)
+    model = source.model.model
+    ce_clean, ce, kl = [], [], []
+    for tokens, inside in zip(sequences, kept, strict=True):
+        clean = model(input_ids=tokens[None]).logits[0].double()
+
+        def swapped(module, inputs, output, inside=inside):
+            x = (output if isinstance(output, torch.Tensor) else output[0]).clone()
+            for t in range(len(inside)):
+                if inside[t]:
+                    x[0, t] = sae(x[0, t][None]).reconstruction[0]
+            return x if isinstance(output, torch.Tensor) else (x, *output[1:])
+
+        handle = model.model.layers[1].register_forward_hook(swapped)
+        edited = model(input_ids=tokens[None]).logits[0].double()
+        handle.remove()
+        for t in range(len(tokens) - 1):
+            if inside[t]:
+                p, q = F.log_softmax(clean[t], -1), F.log_softmax(edited[t], -1)
+                ce_clean.append(-p[tokens[t + 1]])
+                ce.append(-q[tokens[t + 1]])
+                kl.append((p.exp() * (p - q)).sum())
+    for name, values in (("ce_clean", ce_clean), ("ce", ce), ("kl", kl)):
+        assert result.metrics[name] == pytest.approx(float(sum(values)) / len(values), rel=1e-4)
+    assert result.tables["sequences"]["predictions"].sum() == len(kl)
+    assert not kept[:, 0].any(), "the first position is left out"
+    assert result.metrics["tokens"] == int(kept.sum()) >= 300
+
+
+def test_together_or_alone_and_however_batched_the_losses_are_the_same(
+    source: Reading, tmp_path: Path
+) -> None:
+    saes: dict[str, tuple[Hookpoint, SAE]] = {
+        str(i): (HOOKS[i % 3], TopKConfig(num_latents=8, k=2).build(D, torch.Generator()))
+        for i in range(10)  # more than share a pass
+    }
+    together = results(source, tmp_path, saes)
+    assert list(together) == list(saes)
+    source.model.batch_sequences = 1
+    try:
+        alone: Result = results(source, tmp_path, {"9": saes["9"]})["9"]
+    finally:
+        source.model.batch_sequences = 4
+    known = {name: value for name, value in alone.metrics.items() if value is not None}
+    assert len(known) >= 9
+    assert known == pytest.approx({n: together["9"].metrics[n] for n in known}, rel=1e-4)
+
+
+def test_more_tokens_than_there_are_is_refused(source: Reading, tmp_path: Path) -> None:
+    config = FaithfulnessConfig(tokens=10**6)
+    with pytest.raises(ConfigError, match=r"`tokens` \(=1,000,000\) must not exceed the activatio"):
+        next(iter(config.evaluate([], evaluated(source, tmp_path))))
+
+
+def test_an_ablation_that_does_no_harm_recovers_nothing() -> None:
+    from reseed.evaluate.faithfulness import _recovered
+
+    assert _recovered(1.0, clean=2.0, worst=2.0) is None
+    assert _recovered(3.0, clean=2.0, worst=6.0) == 0.75
+
+
+def test_what_is_spliced_in_has_the_shape_of_what_was_there(source: Reading) -> None:
+    tokens = source.held_out_sequences(300)[0][:1]
+    with pytest.raises(ValueError, match=r"resid_post\.1: what takes the place of activations of"):
+        logits(source.model, tokens, {HOOKS[0]: lambda x: x[:, :1]})
+    model: LanguageModel = source.model
+    before = logits(model, tokens)
+    with spliced(model.model, HOOKS[0], torch.zeros_like):
+        assert not torch.equal(logits(model, tokens), before)
+    assert torch.equal(logits(model, tokens), before), "the hook is gone"
+
+
+def test_gaussian_draws_and_worlds_have_no_tokens() -> None:
+    from types import SimpleNamespace
+
+    from reseed.evaluate.base import needs_language_model
+
+    model = SimpleNamespace(fingerprints={"world": "x"})
+    resolved = SimpleNamespace(model=model, model_label="world_easy")
+    with pytest.raises(ConfigError, match="evaluation=faithfulness needs a language model; world_"):
+        needs_language_model(FaithfulnessConfig(), resolved)  # type: ignore[arg-type]
+    model.fingerprints = {"model": "x", "tokenizer": "y"}
+    resolved.experiment = SimpleNamespace(surrogate="gaussian")
+    with pytest.raises(ConfigError, match="activations of surrogate=gaussian are draws, without"):
+        needs_language_model(FaithfulnessConfig(), resolved)  # type: ignore[arg-type]
+
+
+def test_without_exclusions_every_position_is_replaced(source: Reading) -> None:
+    config = replace(source.config, exclude_first_position=False, exclude_special_tokens=False)
+    other = Reading.__new__(Reading)
+    other.__dict__ |= source.__dict__ | {"config": config}
+    assert bool(other.held_out_sequences(300)[1].all())

@@ -1,0 +1,253 @@
+"""Results of evaluations beside those of comparisons: columns, tables, files, figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from reseed.cli.absorbed import with_overlaps
+from reseed.evaluations import Stored
+from reseed.report.evaluation_figures import absorption_figure, write_evaluation_figures
+from reseed.report.evaluation_tables import evaluation_tables, run_tables
+from reseed.report.evaluations import (
+    EvaluatedRun,
+    joined,
+    letter_frame,
+    run_frame,
+    write_evaluations,
+)
+from reseed.report.latex import summary_latex
+from reseed.report.style import STYLE
+from reseed.report.tables import latent_table, summary_frame, summary_markdown
+
+F = 48
+
+
+def absorption(run: int) -> Stored:
+    """Of two letters one can be evaluated; latent 20 stands for it, in the last run 21, and 1
+    absorbs its words."""
+    fraction = 0.25 + 0.25 * run
+    main = 20 + (run == 2)
+    letters = pd.DataFrame(
+        {
+            "class": ["a", "b"], "reason": ["", "no word"], "fraction": [fraction, math.nan],
+            "main": [[[main], [main]], []], "main_cosine": [0.8, math.nan],
+        }
+    )  # fmt: skip
+    words = pd.DataFrame(
+        {
+            "token": range(40), "class": "a", "frequency": range(40),
+            "fraction": [float(i % 4 == 0) for i in range(40)],
+        }
+    )  # fmt: skip
+    absorbers = pd.DataFrame({"class": ["a"], "latent": [1], "words": [10], "cosine": [0.3]})
+    return Stored(
+        "absorption",
+        {"type": "absorption"},
+        {"absorption_letters": 1, "absorption_fraction": fraction,
+         "absorption_fraction_null": 0.1, "absorption_fraction_untrained": None},
+        {"letters": letters, "words": words, "absorbers": absorbers},
+        {"absorption_is_absorber": np.arange(F) < 24, "absorption_words": np.arange(F)},
+    )  # fmt: skip
+
+
+def reconstruction() -> Stored:
+    density = np.geomspace(1e-4, 0.5, F).astype(np.float32)
+    metrics = {"fvu": 0.2, "l0": 8.0, "shrinkage": None}
+    return Stored("reconstruction", {}, metrics, {}, {"density": density})
+
+
+def faithfulness(run: int) -> Stored:
+    values = {"ce_clean": 3.0, "ce": 3.5, "ce_increase": 0.5 + run, "kl_recovered_mean": 0.75}
+    return Stored("faithfulness", {"tokens": 5}, values)
+
+
+def splitting(run: int) -> Stored:
+    letters = absorption(run).tables["letters"].assign(probe_f1=0.9, f1=0.5)
+    return Stored("splitting", {}, {"splits": 1.0}, {"letters": letters})
+
+
+@pytest.fixture(scope="module")
+def evaluated(cells):
+    """The first cell with all evaluations, the second with that of the loss alone."""
+    (first, second) = cells[:2]
+    runs = {}
+    for i, run in enumerate(first[1].runs["run"]):
+        found = (absorption(i), reconstruction(), faithfulness(i), splitting(i))
+        about = {"sae": "topk", "seed": i, "run": run}
+        own = {s.evaluation: s for s in found}
+        runs[run] = EvaluatedRun(about, own, {"fvu": 0.25, "l0": 8.0})
+    for i, run in enumerate(second[1].runs["run"]):
+        about = {"sae": "relu", "seed": i, "run": run}
+        runs[run] = EvaluatedRun(about, {"faithfulness": faithfulness(i)})
+    return with_overlaps(joined([first, second], runs), runs), runs
+
+
+def test_metrics_are_columns_with_the_mean_over_runs(evaluated) -> None:
+    cells, _ = evaluated
+    (_, first), (_, second) = cells
+    assert first.runs["absorption_fraction"].tolist() == [0.25, 0.5, 0.75]
+    found = first.estimates["absorption_fraction"]
+    # t(2) at 97.5% is 4.3027, the standard error .25/√3.
+    assert (found.mean, found.n) == (0.5, 3)
+    assert found.high == pytest.approx(0.5 + 4.302653 * 0.25 / math.sqrt(3))
+    assert math.isnan(first.estimates["absorption_fraction_untrained"].mean)
+    assert "reconstruction_fvu" in first.estimates
+    assert "fvu" in first.estimates, "the run's own stays"
+    assert set(second.evaluated) == {"faithfulness"}
+    frame = summary_frame(cells).set_index("sae")
+    assert frame.loc["topk", "faithfulness_ce_increase"] == 1.5
+    assert math.isnan(frame.loc["relu", "absorption_fraction"])
+
+
+def test_latents_have_columns_of_one_type_in_all_cells(evaluated) -> None:
+    table = latent_table(evaluated[0])
+    own = table.to_pandas()
+    topk = own[own["sae"] == "topk"]
+    assert topk["absorption_words"].tolist() == [*range(F)] * 3
+    assert own[own["sae"] == "relu"]["absorption_is_absorber"].isna().all()
+
+
+def test_means_among_shared_latents_and_orphans(evaluated) -> None:
+    """The first 24 latents are those of every seed; those that fire at least 10 times are live."""
+    cell = evaluated[0][0][1]
+    shared = np.array(cell.latents["shared_with"][:F]) > 0
+    live = np.arange(F) >= 10
+    flags = np.arange(F) < 24
+    for end, group in (("shared", shared & live), ("orphan", ~shared & live)):
+        mean = cell.estimates[f"absorption_is_absorber_{end}"].mean
+        assert mean == pytest.approx(flags[group].mean())
+    assert cell.estimates["absorption_is_absorber_shared"].mean == 1
+    assert cell.estimates["absorption_is_absorber_orphan"].mean == 0
+    assert "absorption_words_shared" not in cell.estimates, "of whole numbers there is no mean"
+
+
+def test_the_tables_say_how_to_read_them(evaluated) -> None:
+    titles = [words.caption for words in evaluation_tables(evaluated[0])]
+    assert titles == [
+        "What is lost of the activations?",
+        "What does the model lose?",
+        "How many latents stand for a letter?",
+        "How much is hidden by absorption?",
+        "How much is hidden by absorption? Among shared latents and orphans",
+        "Do they absorb the same words?",
+    ]
+    for words in evaluation_tables(evaluated[0]):
+        notes = " ".join(words.footnotes)
+        assert notes
+        for head in words.header[words.num_knobs :]:
+            named = head.replace("\n", " ").partition(",")[0]
+            known = (named, named.split()[-1], named.split()[0])
+            assert any(name in notes for name in known), head
+    text = summary_markdown(evaluated[0])
+    assert "## How much is hidden by absorption?" in text
+    assert "| topk | 0.50 [-0.12, 1.00] |" not in text  # no logit scale: a t interval
+    loss = next(w for w in evaluation_tables(evaluated[0]) if "model lose" in w.caption)
+    assert [row[0] for row in loss.rows] == ["topk", "relu"], "both cells have that one"
+
+
+def test_what_stands_in_the_tables_has_a_form_in_latex(evaluated) -> None:
+    tables = evaluation_tables(evaluated[0])
+    text = summary_latex(evaluated[0], tables)
+    assert r"$\|$$\hat{x}$$\|$/$\|$x$\|$" in text
+    assert not [c for c in text if ord(c) > 0x24F]
+
+
+def test_without_evaluations_nothing_changes(cells) -> None:
+    assert joined(cells, {}) == list(cells)
+    assert evaluation_tables(cells) == []
+
+
+def test_an_evaluation_that_is_not_ours_shows_all_its_numbers(cells) -> None:
+    knobs, cell = cells[0]
+    runs = {
+        run: EvaluatedRun({"run": run}, {"mine": Stored("mine", {}, {"score": 0.5, "size": 3})})
+        for run in cell.runs["run"]
+    }
+    (words,) = evaluation_tables(joined([(knobs, cell)], runs))
+    assert words.caption == "mine"
+    assert words.header[-2:] == ("score", "size")
+    (alone,) = run_tables(runs)
+    assert alone.header == ("run", "score", "size")
+    assert len(alone.rows) == 3
+
+
+def test_files_have_a_row_per_run_and_per_letter(evaluated, tmp_path) -> None:
+    _, runs = evaluated
+    assert write_evaluations(runs, tmp_path) == ["evaluations.csv", "letters.csv"]
+    rows = pd.read_csv(tmp_path / "evaluations.csv")
+    assert rows["run"].tolist() == list(runs)
+    assert rows["faithfulness_ce_increase"].tolist() == [0.5, 1.5, 2.5] * 2
+    assert rows["fvu"].tolist()[:3] == [0.25] * 3
+    letters = pd.read_csv(tmp_path / "letters.csv")
+    assert len(letters) == 3 * 2 * 2
+    own = letters[(letters["evaluation"] == "absorption") & (letters["seed"] == 1)]
+    assert own["main"].tolist()[0] == "20; 20"
+    assert own["reason"].fillna("").tolist() == ["", "no word"]
+    pd.testing.assert_frame_equal(letter_frame(runs)[["seed"]], letters[["seed"]])
+    assert len(run_frame(runs)) == 6
+    assert write_evaluations({}, tmp_path) == []
+
+
+def test_the_same_words_where_main_latents_are_matched(evaluated) -> None:
+    """All runs absorb the same 10 of 40 words. Latent 20 is that of every seed, and matched to
+    itself; in the last run another stands for the letter."""
+    cell = evaluated[0][0][1]
+    last = cell.runs["run"].iloc[-1]
+    for _, row in cell.pairs.iterrows():
+        if last in (row["a"], row["b"]):
+            assert row["absorbed_classes"] == 0
+            assert math.isnan(row["absorbed_overlap"])
+        else:
+            assert row["absorbed_classes"] == 1
+            assert row["absorbed_overlap"] == 1
+            assert row["absorbed_overlap_expected"] < 0.5
+            assert row["absorbed_p"] < 0.05
+    found = cell.estimates["absorbed_overlap"]
+    assert (found.n, found.low) == (3, None), "undefined in some pairs"
+    assert "absorbed_overlap" not in evaluated[0][1][1].pairs, "that cell has no absorption"
+
+
+def test_figures_are_drawn_of_what_there_is(evaluated, tmp_path, monkeypatch) -> None:
+    cells, runs = evaluated
+    written = write_evaluation_figures(cells[1:], runs, tmp_path)
+    assert written == [tmp_path / f"faithfulness.{kind}" for kind in ("png", "svg")]
+    assert all(path.stat().st_size > 1000 for path in written)
+
+    def drawn(drawings, folder):
+        with mpl.rc_context(STYLE):
+            for draw in drawings.values():
+                FigureCanvasAgg(draw()).figure.draw_without_rendering()
+        return list(drawings)
+
+    monkeypatch.setattr("reseed.report.evaluation_figures.save_figures", drawn)
+    names = ["density", "faithfulness", "probe_f1", "absorption", "absorption_letters", "absorbers"]
+    assert write_evaluation_figures(cells, runs, tmp_path) == names
+
+
+def test_absorption_is_drawn_against_l0_and_where_it_differs_against_width(evaluated) -> None:
+    knobs, cell = evaluated[0][0]
+    sweep = []
+    for k, width in ((4, F), (8, F), (8, 2 * F)):
+        runs = cell.runs.assign(l0=float(k), num_latents=width)
+        own = {**knobs, "num_latents": width, "sparsity": f"k={k}"}
+        sweep.append((own, dataclasses.replace(cell, runs=runs)))
+    with mpl.rc_context(STYLE):
+        figure = absorption_figure(sweep)
+        FigureCanvasAgg(figure)
+        figure.draw_without_rendering()
+        (alone,) = absorption_figure(sweep[:2]).axes
+    by_l0, by_width = figure.axes
+    assert (by_l0.get_xlabel(), by_width.get_xlabel()) == ("L0", "latents")
+    joined_at = [line.get_xdata().tolist() for line in by_l0.lines if line.get_linestyle() == "-"]
+    assert joined_at == [[4, 8]], "cells that differ in k alone"
+    assert [
+        line.get_xdata().tolist() for line in by_width.lines if line.get_linestyle() == "-"
+    ] == [[F, 2 * F]]
+    assert alone.get_xlabel() == "L0"

@@ -1,0 +1,83 @@
+"""Results of evaluations on disk: whole or not there, and found by their signed settings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reseed.evaluate.reconstruction import ReconstructionConfig
+from reseed.evaluations import EvaluationError, Stored, column, folder_of, write_failure
+
+
+def stored() -> Stored:
+    return Stored(
+        "trial",
+        {"type": "trial", "tokens": 5},
+        {"fraction": np.float32(0.25), "count": np.int64(3), "unknown": None, "nan": float("nan")},
+        {"letters": pd.DataFrame({"class": ["a", "b"], "main": [[[1], [2, 3]], []]})},
+        {"density": np.array([0.5, 0.25], dtype=np.float32)},
+    )
+
+
+def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluations" / "trial-1"
+    stored().write(folder, subject="run", seconds=1.5)
+    again = Stored.read(folder)
+    assert again.metrics == {"fraction": 0.25, "count": 3, "unknown": None, "nan": None}
+    assert again.settings == {"type": "trial", "tokens": 5}
+    assert again.tables["letters"]["class"].tolist() == ["a", "b"]
+    assert [x.tolist() for x in again.tables["letters"]["main"][0]] == [[1], [2, 3]]
+    assert again.latents["density"].tolist() == [0.5, 0.25]
+    record = json.loads((folder / "result.json").read_text())
+    assert (record["subject"], record["seconds"]) == ("run", 1.5)
+    assert record["environment"]["packages"]["torch"]
+
+
+def test_one_that_is_half_written_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored().write(tmp_path)
+
+    def killed(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", killed)
+    with pytest.raises(KeyboardInterrupt):
+        stored().write(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        Stored.read(tmp_path)
+
+
+def test_what_is_damaged_is_said_to_be(tmp_path: Path) -> None:
+    stored().write(tmp_path)
+    (tmp_path / "letters.parquet").write_bytes(b"cut")
+    with pytest.raises(EvaluationError, match=r"result\.json cannot be read .*: delete the folder"):
+        Stored.read(tmp_path)
+    (tmp_path / "result.json").write_text('{"format": 99}')
+    with pytest.raises(EvaluationError, match="its format is 99, this version reads 1"):
+        Stored.read(tmp_path)
+
+
+def test_a_result_takes_the_place_of_a_failure(tmp_path: Path) -> None:
+    write_failure(tmp_path, ValueError("no such thing"))
+    assert json.loads((tmp_path / "failed.json").read_text())["message"] == "no such thing"
+    stored().write(tmp_path)
+    assert not (tmp_path / "failed.json").exists()
+
+
+def test_a_folder_is_that_of_the_settings(tmp_path: Path) -> None:
+    folders = {
+        folder_of(tmp_path, "reconstruction", ReconstructionConfig(tokens=n).signed())
+        for n in (5, 5, 6)
+    }
+    assert len(folders) == 2
+    assert {f.name.partition("-")[0] for f in folders} == {"reconstruction"}
+
+
+def test_a_column_has_the_name_of_its_evaluation_once() -> None:
+    assert column("absorption", "absorption_fraction") == "absorption_fraction"
+    assert column("faithfulness", "kl") == "faithfulness_kl"
