@@ -19,7 +19,7 @@ Response = Callable[[float], float]
 def searched(response: Response, target: float = 32.0, start: float = 1.0) -> Search:
     """A search carried to its end on L0 = response(λ), after a steered run that ended at start."""
     sae = SimpleNamespace(target_l0=target, name="relu", penalty_field="l1_coefficient")
-    base: Any = SimpleNamespace(experiment=SimpleNamespace(sae=sae), tokens=1_000)
+    base: Any = SimpleNamespace(experiment=SimpleNamespace(architecture=sae), tokens=1_000)
     search = Search(base)
     search.observe(start, response(start), "steered")
     while not search.ended:
