@@ -86,6 +86,7 @@ def test_no_compared_run_is_born_like_a_calibration(jobs: Jobs) -> None:
     assert len(starts) == 3, "the compared run, the steered one, and one for all rounds"
 
 
+@pytest.mark.slow
 def test_a_calibration_goes_on_where_it_was_killed(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +113,7 @@ def test_a_calibration_goes_on_where_it_was_killed(
     assert found == expected
 
 
+@pytest.mark.slow
 def test_an_l0_that_cannot_be_had_fails_the_run_and_says_why(jobs: Jobs) -> None:
     """Of 64 latents, 63.9 shall be active: no penalty is small enough."""
     (resolved,), runtime = jobs("sae=relu", "sae.target_l0=63.9")

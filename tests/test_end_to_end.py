@@ -85,6 +85,7 @@ def test_the_tables_agree_with_the_weights(line: list[str]) -> None:
         assert row["shared_fraction"] == pytest.approx(shared / 64)
 
 
+@pytest.mark.slow
 def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
     assert run.main(line) == 0
     found = RunStore("outputs").runs()[-1]
@@ -109,6 +110,7 @@ def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
     assert load_dictionaries(found, "0")[0].covariance is None
 
 
+@pytest.mark.slow
 def test_an_incomplete_cell_is_told_of(
     line: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +136,7 @@ def test_an_incomplete_cell_is_told_of(
     assert "5 of 6 runs already finished" in said
 
 
+@pytest.mark.slow
 def test_a_project_can_be_moved_and_read_from_anywhere(
     line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +160,7 @@ def test_pairs_along_another_axis(line: list[str], capsys: pytest.CaptureFixture
     assert summary["n_seeds"].tolist() == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_finished_run_that_lost_a_file_is_made_again(
     line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,6 +117,7 @@ def test_a_key_that_every_arm_fixes_is_not_given_in_vain(own, tiny_overrides: li
         planned(*own(arms), *tiny_overrides)  # which say sae.num_latents=64
 
 
+@pytest.mark.slow
 def test_train_and_compare_in_arms(
     own, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

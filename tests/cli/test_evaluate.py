@@ -126,6 +126,7 @@ def test_runs_that_are_declared_as_for_train(line: list[str], said: Said) -> Non
     assert "there is nothing to evaluate: no run is finished (tiny-llama" in said()
 
 
+@pytest.mark.slow
 def test_an_sae_that_is_no_run(line: list[str], said: Said) -> None:
     source = RunStore("outputs").runs()[0]
     folder = Path("mine")
@@ -147,6 +148,7 @@ def test_an_sae_that_is_no_run(line: list[str], said: Said) -> None:
     assert "mine: its `d_in` (=16) must be that of model.layers.0.mlp.up_proj" in said()
 
 
+@pytest.mark.slow
 def test_a_stopped_evaluation_goes_on_with_the_next_subject(
     line: list[str], monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:
@@ -177,6 +179,7 @@ def test_a_stopped_evaluation_goes_on_with_the_next_subject(
     assert all(path.read_bytes() == text for path, text in kept.items())
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_at_once_goes_in_parts(
     line: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +196,7 @@ def test_what_does_not_fit_at_once_goes_in_parts(
     assert len(results()) == 4
 
 
+@pytest.mark.slow
 def test_one_that_fails_does_not_stop_the_others(
     line: list[str], monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:
@@ -222,6 +226,7 @@ def test_one_that_fails_does_not_stop_the_others(
     assert not failure.exists()
 
 
+@pytest.mark.slow
 def test_runs_that_are_not_finished_are_said_and_the_others_evaluated(
     line: list[str], said: Said
 ) -> None:
@@ -282,6 +287,7 @@ def test_other_commands_refuse_what_they_would_not_heed(line: list[str], said: S
     assert "`evaluation` is for `reseed evaluate` and `reseed run`; here it would" in said()
 
 
+@pytest.mark.slow
 def test_run_evaluates_before_its_tables(line: list[str], said: Said) -> None:
     assert run.main([*line, *BOTH]) == 0
     shown = said()

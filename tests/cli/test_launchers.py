@@ -104,10 +104,12 @@ def test_settings_by_the_names_of_submitit_and_slurm() -> None:
     name, node = line.launcher
     assert name == "slurm"
     assert SlurmSettings.of(node).submitit("a", "afterany:3") == {
-        "name": "a", "slurm_partition": "gpu", "gpus_per_node": 1, "mem_gb": 32.0,
+        "name": "a", "slurm_partition": "gpu", "nodes": 1, "tasks_per_node": 1,
+        "gpus_per_node": 1, "mem_gb": 32.0,
         "cpus_per_task": 4, "timeout_min": 240, "slurm_array_parallelism": 64,
         "slurm_signal_delay_s": 120, "slurm_setup": ["module load cuda"],
-        "slurm_dependency": "afterany:3", "slurm_srun_args": ["--open-mode=append"],
+        "slurm_dependency": "afterany:3",
+        "slurm_srun_args": ["--open-mode=append", "--kill-on-bad-exit=1"],
         "slurm_additional_parameters": {"requeue": True, "nice": 100},
     }  # fmt: skip
 

@@ -53,6 +53,7 @@ def test_a_trial_is_the_mean_over_its_runs_and_is_trained_once(
     assert trials() == found
 
 
+@pytest.mark.slow
 def test_a_trial_of_a_comparison_has_its_summary(line: list[str]) -> None:
     words = [*line, "comparison=seeds", "seed=0,1", "comparison.activation_tokens=0", *SEARCH]
     words += ["objective=[shared_fraction,fvu]", "hydra.sweeper.direction=[maximize,minimize]"]

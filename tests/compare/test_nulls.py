@@ -35,6 +35,7 @@ def test_two_random_dictionaries_measure_the_null(dictionary):
         assert measures[name] == pytest.approx(null.cosine, abs=0.01)
 
 
+@pytest.mark.slow
 def test_in_few_dimensions_random_dictionaries_do_share(dictionary):
     def measured(seed, name):
         rng = np.random.default_rng(seed)
@@ -151,6 +152,7 @@ def test_above_the_limit_it_is_carried_on(monkeypatch, name):
     assert covariance_null(256, 256, covariance).cosine < 0.97 * whole.cosine
 
 
+@pytest.mark.slow
 def test_what_two_random_dictionaries_with_a_covariance_share(dictionary):
     half = np.diag([4.0, 1, 1])
 

@@ -20,7 +20,7 @@ from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresho
 from reseed.evaluate.codes import encode
 from reseed.evaluate.first_letter.folds import make_folds, parts
 from reseed.evaluate.splitting import find_splits
-from reseed.experiment import train_missing
+from reseed.missing import train_missing
 from reseed.runs import Run, RunStore
 from reseed.sae.base import SAE
 from reseed.sae.relu import ReLUConfig

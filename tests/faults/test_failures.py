@@ -100,6 +100,7 @@ def test_a_spoilt_state_is_no_checkpoint(
     assert f"going on after {done} of 1,024 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_comparison_says_which_cells_are_incomplete(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

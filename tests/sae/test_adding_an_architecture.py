@@ -14,6 +14,8 @@ from typing import final
 
 import torch
 
+import pytest
+
 from reseed.config import setting
 from reseed.sae.base import SAE, Loss, SAEConfig
 
@@ -64,6 +66,7 @@ k: 4
 """
 
 
+@pytest.mark.slow
 def test_one_file_and_one_yaml(tiny_overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "my_architecture.py").write_text(MODULE)
     (tmp_path / "my_conf" / "sae").mkdir(parents=True)

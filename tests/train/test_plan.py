@@ -155,6 +155,7 @@ def test_a_split_sweep_gives_the_same_numbers(jobs: Jobs) -> None:
         assert torch.equal(a.sae().W_dec, b.sae().W_dec)
 
 
+@pytest.mark.slow
 def test_out_of_memory_goes_on_in_halves(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
