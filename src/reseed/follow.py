@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,14 +85,21 @@ def follow(ranks: Ranks) -> None:
         fit_share(group, runs, order.runtime, ranks)
 
 
-def main() -> int:
+def main() -> None:
     """Follow the process that started this one."""
     # Ctrl-C on a terminal reaches all processes; the first one says what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    host, port, index, count, kind = os.environ[ADDRESS].split(":")
-    store = TCPStore(host, int(port), is_master=False)
+    status = _followed(*os.environ[ADDRESS].split(":"))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # an exchange that nobody will answer is not waited for
+
+
+def _followed(host: str, port: str, index: str, count: str, kind: str) -> int:
+    """Follow until told to end; the exit status."""
     try:
+        store = TCPStore(host, int(port), is_master=False)
         follow(join(store, int(index), int(count), kind))
     except Interrupted as stop:
         return 128 + stop.number
@@ -99,7 +107,8 @@ def main() -> int:
         if is_out_of_memory(error):
             print(f"rank {index}: {error}", file=sys.stderr)
             return OUT_OF_MEMORY
-        raise
+        traceback.print_exc()
+        return 1
     return 0
 
 
@@ -111,4 +120,4 @@ def _end_with(leader: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -100,7 +100,7 @@ def _train_groups(
                 order = Order(tuple(Part.of(r) for r in missing), runtime)
                 failures |= fit_group(missing, store, runtime, team, order)
             except OutOfMemory as error:
-                team.end(unheard=True)
+                team.broken()
                 if len(missing) > 1:
                     say(f"  {error}: going on with half of them")
                     waiting.extendleft((half, True) for half in reversed(mine.halves()))
@@ -111,6 +111,6 @@ def _train_groups(
             except DiskFullError:  # the next group would find it full too
                 raise
             except Exception as error:  # recorded in each run's folder; other groups go on
-                team.end(unheard=True)
+                team.broken()
                 failures |= {r.run(store).id: error for r in missing}
     return failures

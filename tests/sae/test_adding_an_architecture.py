@@ -8,13 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 MODULE = '''
 from dataclasses import dataclass
 from typing import final
 
 import torch
-
-import pytest
 
 from reseed.config import setting
 from reseed.sae.base import SAE, Loss, SAEConfig

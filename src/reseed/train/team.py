@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from reseed.config import ConfigError
+from reseed.console import say
 from reseed.devices import pick_device
 from reseed.ranks import PATIENCE, RankLost, Ranks
 from reseed.train.config import RuntimeConfig
@@ -55,6 +56,10 @@ class Team(ABC):
         Args:
             unheard: they may be in the middle of something, and are not told but stopped.
         """
+
+    def broken(self) -> None:
+        """A group failed, and followers may be in the middle of it: the next one has a new team."""
+        self.end(unheard=True)
 
     def __enter__(self) -> Self:
         return self
@@ -152,6 +157,13 @@ class SlurmTeam(Team):
         if self._ranks is None:
             self._ranks = join_slurm(self.kind)
         return self._ranks
+
+    def broken(self) -> None:
+        if self._ranks is not None:
+            say("the processes of this job have lost each other, and it ends; the same command "
+                "submits what is left")  # fmt: skip
+            sys.stdout.flush()
+            os._exit(1)  # which ends the others; nothing else would
 
     def end(self, unheard: bool = False) -> None:
         # Unheard, they end with the job.
