@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -126,6 +127,32 @@ def hasty_write_json(path: PathLike, value: Any) -> None:
     with suppress(OSError):
         temporary.write_text(json.dumps(_finite(value)) + "\n")
         os.replace(temporary, path)
+
+
+def atomic_folder(path: PathLike, fill: Callable[[Path], object]) -> None:
+    """Let ``fill`` fill a temporary folder beside it, which then takes the place of ``path``.
+
+    A reader sees the earlier folder, for a moment none, then the new one; never a part of it.
+
+    Raises:
+        DiskFullError: there is no room. The earlier folder stands.
+    """
+    path = Path(path)
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
+        try:
+            fill(temporary)
+            temporary.chmod(0o777 & ~_umask())
+            earlier = temporary.with_name(f"{temporary.name}-earlier")
+            if path.exists():
+                os.replace(path, earlier)
+            os.replace(temporary, path)
+            shutil.rmtree(earlier, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def _finite(value: Any) -> Any:

@@ -1,11 +1,11 @@
-"""Collect what compare jobs wrote: tables, figures, and the summary on the terminal."""
+"""Collect what compare jobs wrote: tables, figures, the report, and the summary on the terminal."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,15 @@ from reseed.compare.config import ComparisonConfig, pair_axes
 from reseed.compare.load import knobs, named_alike
 from reseed.config import ReseedError
 from reseed.console import say
+from reseed.contexts import Contexts
 from reseed.evaluations import FOLDER, Stored, folder_of
 from reseed.report.axes import Cell, ordered
 from reseed.report.evaluation_figures import write_evaluation_figures
 from reseed.report.evaluation_tables import evaluation_tables, run_tables
 from reseed.report.evaluations import EvaluatedRun, joined, write_evaluations
 from reseed.report.figures import write_figures
+from reseed.report.page.content import Material
+from reseed.report.page.write import numbers_of, write_report
 from reseed.report.tables import write_tables
 from reseed.report.terminal import print_summary, print_tables
 from reseed.runs import Run
@@ -30,15 +33,27 @@ if TYPE_CHECKING:
     from reseed.cli.subjects import Target
     from reseed.evaluate.base import EvaluationConfig
 
+REPORT = "report"
+"""The folder of a sweep's report, in that of the sweep."""
 
-def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = False) -> bool:
-    """Read the cells of a sweep; write tables and figures beside them; print the summary.
 
-    Args:
-        only_evaluations: print the tables of evaluations alone; all are written.
+@dataclass(frozen=True, eq=False)
+class Gathered:
+    """What the files of a sweep say.
 
-    Returns:
-        whether every cell has all of its runs.
+    Attributes:
+        cells: those that were compared, with the results of evaluations.
+        runs: those that were evaluated, by their ids.
+        lacking: a line for each cell that lacks runs.
+    """
+
+    cells: list[Cell]
+    runs: dict[str, EvaluatedRun]
+    lacking: list[str]
+
+
+def gather(sweep: Sweep, settings: ComparisonConfig) -> Gathered:
+    """Read the cells of a sweep and the evaluations of its runs.
 
     Raises:
         ReseedError: no cell has been compared.
@@ -64,6 +79,23 @@ def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = F
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
     runs = evaluated_runs(sweep)
     cells = with_overlaps(joined(ordered(named_alike(cells)), runs), runs)
+    return Gathered(cells, runs, lacking)
+
+
+def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = False) -> bool:
+    """Read the cells of a sweep; write tables, figures and report beside them; print the summary.
+
+    Args:
+        only_evaluations: print the tables of evaluations alone; all are written.
+
+    Returns:
+        whether every cell has all of its runs.
+
+    Raises:
+        ReseedError: no cell has been compared.
+    """
+    found = gather(sweep, settings)
+    cells, runs, lacking = found.cells, found.runs, found.lacking
     write_tables(cells, sweep.path, lacking)
     drawn = write_figures(cells, sweep.path) + write_evaluation_figures(cells, runs, sweep.path)
     more = write_evaluations(runs, sweep.path)
@@ -76,8 +108,32 @@ def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = F
     files = ["summary (md, csv, tex)", "pairs.csv", "latents.parquet", "strata.csv", *more]
     files.append("figures (png, svg)" if drawn else "no figures")
     say(f"{sweep.path}/: {', '.join(files)}")
+    figures = dict.fromkeys(path.stem for path in drawn)
+    say(f"report: {report_of(sweep, found, figures, sweep.path / REPORT)}")
     _say_all(lacking)  # last, where they are not overlooked
     return not lacking
+
+
+def report_of(
+    sweep: Sweep,
+    found: Gathered,
+    figures: Iterable[str],
+    out: Path,
+    format: str = "html",
+) -> Path:
+    """Write the report of a sweep whose tables and figures are there.
+
+    Args:
+        figures: names of those that it shows.
+        out: its folder.
+
+    Returns:
+        the file to be opened.
+    """
+    data = numbers_of(sweep.path, found.cells, found.runs)
+    contexts = {run.id: read for run in sweep.runs() if (read := Contexts.of(run.path))}
+    of = Material(sweep, found.cells, found.runs, found.lacking, tuple(figures), data, contexts)
+    return write_report(of, out, format)
 
 
 def collect_evaluated(

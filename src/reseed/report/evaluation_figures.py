@@ -48,6 +48,11 @@ def write_evaluation_figures(cells: Sequence[Cell], runs: Runs, folder: Path | s
     Returns:
         The files written; each is whole or not there.
     """
+    return save_figures(evaluation_drawings(cells, runs), folder)
+
+
+def evaluation_drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure]]:
+    """Name → what draws it, for the figures that `write_evaluation_figures` writes."""
     drawings: dict[str, Callable[[], Figure]] = {}
 
     def draw(name: str, evaluation: str, figure: Callable[[Sequence[Cell]], Figure]) -> None:
@@ -61,7 +66,7 @@ def write_evaluation_figures(cells: Sequence[Cell], runs: Runs, folder: Path | s
     draw("absorption", "absorption", absorption_figure)
     draw("absorption_letters", "absorption", partial(letters_figure, runs=runs))
     draw("absorbers", "absorption", partial(absorbers_figure, runs=runs))
-    return save_figures(drawings, folder)
+    return drawings
 
 
 def density_figure(cells: Sequence[Cell]) -> Figure:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -46,6 +47,8 @@ from reseed.report.truth import with_labels
 from reseed.report.truth_figure import truth_figure
 from reseed.report.wording import counted, paired
 
+_UNDATED: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+"""Of equal data the files are equal."""
 MAX_POINTS = 4000
 """Points drawn of one cell in the figure of cosines."""
 
@@ -62,12 +65,18 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     Returns:
         The files written; each is whole or not there.
     """
+    return save_figures(comparison_drawings(cells), folder)
+
+
+def comparison_drawings(cells: Sequence[Cell]) -> dict[str, Callable[[], Figure]]:
+    """Name → what draws it, for the figures that `write_figures` writes; none without a common
+    space."""
     if not cells:
         raise ValueError("there are no cells to draw figures of")
     # Of runs without a common space there is no shared fraction to draw.
     cells = [(knobs, cell) for knobs, cell in cells if NO_SPACE not in cell.pairs]
     if not cells:
-        return []
+        return {}
     drawings: dict[str, Callable[[Sequence[Cell]], Figure]]
     drawings = {
         "shared_fraction": shared_figure,
@@ -88,11 +97,18 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     if not all(cell.held_out_tokens for _, cell in cells):  # weights alone: nothing fires
         for name in ("firing", "firing_deciles"):
             del drawings[name]
-    return save_figures({name: partial(draw, cells) for name, draw in drawings.items()}, folder)
+    return {name: partial(draw, cells) for name, draw in drawings.items()}
 
 
-def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path | str) -> list[Path]:
-    """Draw each in the style of all, and write it as png and svg under its name.
+def save_figures(
+    drawings: Mapping[str, Callable[[], Figure]],
+    folder: Path | str,
+    kinds: Sequence[str] = ("png", "svg"),
+) -> list[Path]:
+    """Draw each in the style of all, and write it under its name.
+
+    Args:
+        kinds: png, svg, pdf.
 
     Returns:
         The files written; each is whole or not there.
@@ -101,9 +117,9 @@ def save_figures(drawings: Mapping[str, Callable[[], Figure]], folder: Path | st
     for name, draw in drawings.items():
         with mpl.rc_context(STYLE):
             figure = draw()
-            for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+            for kind in kinds:
                 path = Path(folder) / f"{name}.{kind}"
-                atomic_write(path, partial(figure.savefig, metadata=metadata))
+                atomic_write(path, partial(figure.savefig, metadata=_UNDATED.get(kind)))
                 written.append(path)
     return written
 

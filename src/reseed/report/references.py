@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from reseed.report.axes import Cell
+from reseed.report.wording import Wording, number
 
 SOURCE = "Paulo & Belrose, Pythia-160M MLP 6"
 LAYERS_SOURCE = "Paulo & Belrose, Pythia-160M MLP"
@@ -29,6 +30,8 @@ BY_TOKENS: Mapping[float, float] = {0.8e9: 0.07, 8e9: 0.42, 80e9: 0.61}
 BY_LAYER: Mapping[float, float] = dict(
     enumerate((0.00, 0.14, 0.16, 0.24, 0.45, 0.42, 0.42, 0.39, 0.42, 0.46, 0.41, 0.25))
 )
+LLAMA = 0.30
+"""Shared of the SAEs of Llama 3 8B, 131,072 latents, as they state it."""
 NEAR = 4.0
 """A reference is drawn up to so many times beyond the ends of one's own amounts."""
 FEWEST = 2
@@ -71,3 +74,36 @@ def _values(cells: Sequence[Cell], axis: str) -> Mapping[float, float]:
         return {}
     factors = {"num_latents": BY_WIDTH, "k": BY_K, "target_l0": BY_K, "tokens": BY_TOKENS}
     return {**factors, "layer": BY_LAYER}.get(last, {})
+
+
+def reference_table(cells: Sequence[Cell]) -> Wording | None:
+    """What the paper found of the measures that some cell has, beside their range here; None where
+    cells are not of seeds."""
+    own = [cell for _, cell in cells if cell.settings.pair_by == "seed"]
+    if not own:
+        return None
+    rows = [
+        (
+            f"shared, threshold {tau:g}",
+            number(value),
+            _between([cell.estimates[f"shared_fraction_at_{tau}"].mean for cell in own]),
+        )
+        for tau, value in BY_THRESHOLD.items()
+    ]
+    for k, value in UNSHARED.items():
+        here = [float(cell.u[k - 2]) for cell in own if cell.n_seeds >= k]
+        if here:
+            rows.append(
+                (f"u_{k}: of k = {k} seeds, all others lack it", number(value), _between(here))
+            )
+    note = (
+        f"**{SOURCE}**: TopK, k = 32, 32,768 latents, 8B tokens. Another model, width and budget: "
+        "for orientation, no part of any estimate. Of Llama 3 8B with 131,072 latents they report "
+        f"{LLAMA:.2f} shared."
+    )
+    return Wording(("measure", SOURCE, "here"), tuple(rows), 1, "", (note,))
+
+
+def _between(values: Sequence[float]) -> str:
+    low, high = number(min(values)), number(max(values))
+    return low if low == high else f"{low} to {high}"

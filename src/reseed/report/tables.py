@@ -200,11 +200,11 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
 
     What is ``incomplete`` stands among the footnotes of the first table.
     """
-    first, *others = _first_tables(cells, incomplete)
+    first, *others = first_tables(cells, incomplete)
     parts = ["# Summary", first.caption, markdown_table(first)]
     for words in others:
         parts += ["## Other pairs", words.caption, markdown_table(words)]
-    for words in _more_tables(cells):
+    for words in more_tables(cells):
         parts += [f"## {words.caption}", markdown_table(words)]
     alone = by_value(cells)
     if alone:
@@ -221,7 +221,7 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     return re.sub(r"(\n- .*)\n(?=\n- )", r"\1", "\n\n".join(parts)) + "\n"
 
 
-def _first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
+def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
     """The table of the cells whose runs are a sample, and the one of the other pairs; either may
     be all there is. What is ``incomplete`` stands among the footnotes of the first."""
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
@@ -232,10 +232,10 @@ def _first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list
 
 def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
     """All tables that the terminal shows, and ``summary.tex``."""
-    return [*_first_tables(cells, incomplete), *_more_tables(cells)]
+    return [*first_tables(cells, incomplete), *more_tables(cells)]
 
 
-def _more_tables(cells: Sequence[Cell]) -> list[Wording]:
+def more_tables(cells: Sequence[Cell]) -> list[Wording]:
     """Those that only some comparisons have."""
     nulls = ladder(cells)
     others = [*matrices(cells), *truth_tables(cells), *evaluation_tables(cells)]

@@ -1,0 +1,69 @@
+"""``reseed report SWEEP``: the report of a sweep as a folder to send, made from files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reseed.cli.app import CommandLine
+from reseed.cli.convert import Parser
+from reseed.cli.errors import reported
+from reseed.cli.status import own_words, sweep_called
+from reseed.cli.status import task as shown
+from reseed.config import ConfigError
+
+if TYPE_CHECKING:
+    from reseed.cli.collect import Gathered
+    from reseed.sweeps import Sweep
+
+FORMATS = ("html", "md", "tex")
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(arguments))
+
+
+def parser() -> Parser:
+    """The flags that are not Hydra's."""
+    made = Parser("reseed report", add_help=False, allow_abbrev=False)
+    made.add_argument("--format", default="html", choices=FORMATS)
+    made.add_argument("--out")
+    return made
+
+
+def _main(arguments: Sequence[str]) -> int:
+    given, rest = parser().parse_known_args(list(arguments))
+    words, rest = own_words(rest)
+    line = CommandLine("report", rest)
+    if line.only_shows:
+        line.show(shown, rest)
+        return 0
+    if len(words) != 1:
+        got = ", ".join(words) or "none"
+        raise ConfigError(f"reseed report takes one sweep; got {got}")
+    sweep = sweep_called(words[0], line)
+    from reseed.cli.collect import REPORT, gather, report_of
+    from reseed.compare.config import ComparisonConfig
+    from reseed.console import say
+
+    found = gather(sweep, ComparisonConfig.from_dict(sweep.settings, "comparison"))
+    own = REPORT if given.format == "html" else f"{REPORT}-{given.format}"
+    out = Path(given.out) if given.out else sweep.path / own
+    say(f"{report_of(sweep, found, drawn(sweep, found), out, given.format)}")
+    return 0
+
+
+def drawn(sweep: Sweep, found: Gathered) -> list[str]:
+    """Names of the sweep's figures; those that are not beside its tables are drawn there."""
+    from reseed.report.figures import save_figures
+    from reseed.report.page.write import drawings
+
+    made = drawings(found.cells, found.runs)
+    lacking = {name: draw for name, draw in made.items() if not _is_there(sweep.path, name)}
+    save_figures(lacking, sweep.path)
+    return list(made)
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    return all((folder / f"{name}.{kind}").is_file() for kind in ("svg", "png"))

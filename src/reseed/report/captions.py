@@ -1,0 +1,166 @@
+"""What is said below each figure: what it shows, n, and what its intervals are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from reseed.report.axes import Cell
+from reseed.report.wording import counted, paired, span
+
+BY_AXIS = "shared_fraction_by_"
+"""What the names of figures over an axis begin with."""
+_LATENTS = ("latents.parquet",)
+_RUNS = ("evaluations.csv",)
+
+
+def title(name: str) -> str:
+    """What a figure shows, in a few words."""
+    if name.startswith(BY_AXIS):
+        return f"Shared latents by {name.removeprefix(BY_AXIS).replace('_', ' ')}"
+    return _TITLES.get(name, name.replace("_", " "))
+
+
+def caption(name: str, cells: Sequence[Cell]) -> str:
+    """How a figure is read."""
+    key = BY_AXIS if name.startswith(BY_AXIS) else name
+    return _CAPTIONS[key](cells) if key in _CAPTIONS else f"{_sample(cells)}."
+
+
+def data_files(name: str) -> tuple[str, ...]:
+    """The files of the sweep that hold the numbers of a figure."""
+    return ("summary.csv",) if name.startswith(BY_AXIS) else _DATA.get(name, ("summary.csv",))
+
+
+def _sample(cells: Sequence[Cell]) -> str:
+    """``n = 3 seeds; 95% interval over seeds``."""
+    if not any(e.low is not None for _, cell in cells for e in cell.estimates.values()):
+        return f"{counted(cells)}; no interval"
+    return f"{counted(cells)}; {_level(cells)} interval over {paired(cells)}"
+
+
+def _level(cells: Sequence[Cell]) -> str:
+    return f"{cells[0][1].settings.confidence:.0%}"
+
+
+def _tau(cells: Sequence[Cell]) -> str:
+    return f"{cells[0][1].settings.threshold:g}"
+
+
+def _tokens(cells: Sequence[Cell]) -> str:
+    return f"{span(cell.held_out_tokens for _, cell in cells)} held-out tokens"
+
+
+def _other(cells: Sequence[Cell]) -> str:
+    return paired(cells, plural=False)
+
+
+_TITLES = {
+    "shared_fraction": "Shared latents",
+    "seeds": "By how many a latent is shared",
+    "cosines": "Matched latents, by encoder and by decoder",
+    "firing": "Cosine of matched latents by how often they fire",
+    "threshold": "Shared latents by threshold",
+    "firing_deciles": "Shared latents by how often they fire",
+    "quality_coverage": "What matched latents do in each other's place",
+    "matrix": "Shared latents of each pair of values",
+    "truth": "Latents against the true directions",
+    "density": "On what part of the tokens latents fire",
+    "faithfulness": "What the model loses",
+    "probe_f1": "What latents tell of what probes do",
+    "absorption": "Absorption",
+    "absorption_letters": "Absorption by letter",
+    "absorbers": "Who absorbs",
+}
+
+_CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
+    "shared_fraction": lambda cells: (
+        f"Fraction of latents that another {_other(cells)} has, too: the same match by encoder and "
+        f"by decoder, both cosines at least {_tau(cells)}. Dots and bars: mean over pairs with its "
+        f"interval; {_sample(cells)}. Ticks: single pairs; diamonds: live latents only; crosses: "
+        "the same SAEs untrained."
+    ),
+    "seeds": lambda cells: (
+        f"Left: the fraction of latents shared with exactly m of the other {paired(cells)}, darker "
+        f"for more. Right: the fraction that k − 1 other {paired(cells)} all lack, against k; "
+        f"{counted(cells)}, a mean over all choices of them, without interval."
+    ),
+    "cosines": lambda cells: (
+        "A point for each latent and other run (a random part of them where they are many); "
+        f"{counted(cells)}. Dots: encoder and decoder give it the same match; plus signs: not the "
+        f"same. What is right of and above the dashed lines ({_tau(cells)}) with one match is "
+        "shared. Cross: random rows, matched alike."
+    ),
+    "firing": lambda cells: (
+        f"Decoder cosine with the match against firing in ten million tokens, from "
+        f"{_tokens(cells)}; every latent against every other run, {counted(cells)}. Dots: shared; "
+        "plus signs: not."
+    ),
+    "threshold": lambda cells: (
+        f"The strict shared fraction against its threshold; {_sample(cells)} (bands). Dotted: the "
+        f"threshold of the tables. Dashed grey: Paulo & Belrose, another model."
+    ),
+    "firing_deciles": lambda cells: (
+        "The strict shared fraction of latents that never fired, that are not live, and of the "
+        f"deciles of live latents by firing in {_tokens(cells)}; {_sample(cells)} (bars)."
+    ),
+    BY_AXIS: lambda cells: (
+        f"Fraction of latents shared with another {_other(cells)}, both cosines at least "
+        f"{_tau(cells)}; {_sample(cells)} (bands). Dashed grey: Paulo & Belrose, another model; "
+        "what the nulls and untrained SAEs share is drawn below."
+    ),
+    "quality_coverage": lambda cells: (
+        "Mean R, the part of the damage of ablating a latent that its match repairs, of the best r "
+        f"matches by cosine, against r; {counted(cells)}, area with its {_level(cells)} interval."
+    ),
+    "matrix": lambda cells: (
+        "The strict shared fraction of runs with these values, a mean over pairs; "
+        f"{counted(cells)}."
+    ),
+    "truth": lambda cells: (
+        f"What is found of the directions that the activations were made of; {_sample(cells)}."
+    ),
+    "density": lambda cells: (
+        "Histogram of the part of the evaluated tokens on which a latent fires, over all runs of a "
+        f"cell; {counted(cells)}, no interval. Right of the dashed line latents are dense."
+    ),
+    "faithfulness": lambda cells: (
+        "A point for each run: the increase of the model's cross-entropy with the SAE spliced in, "
+        f"and the KL divergence that it recovers, against L0; {counted(cells)}, no interval. Grey "
+        "lines join the means of cells that differ in sparsity alone."
+    ),
+    "probe_f1": lambda cells: (
+        "A point for each letter and run: F1 of its first latent against F1 of the probe on the "
+        f"activations; {counted(cells)}, no interval. Below the diagonal the SAE lost what the "
+        "activations tell."
+    ),
+    "absorption": lambda cells: (
+        "A point for each run, filled for the SAE and beside its nulls, against L0 and width; "
+        f"{counted(cells)}. Lower is better."
+    ),
+    "absorption_letters": lambda cells: (
+        "Absorption of each letter: bars are means over runs, dashes single runs; "
+        f"{counted(cells)}, no interval. Crosses: letters whose probe is not good enough."
+    ),
+    "absorbers": lambda cells: (
+        "Cosine with the probe of a letter of the latents that stand for it (diamonds), and of "
+        f"those that absorb words of it (dots, larger for more words), of all runs; "
+        f"{counted(cells)}."
+    ),
+}  # fmt: skip
+
+_DATA: dict[str, tuple[str, ...]] = {
+    "shared_fraction": ("summary.csv", "pairs.csv"),
+    "seeds": ("seeds.csv",),
+    "cosines": ("cosines.csv", *_LATENTS),
+    "firing": _LATENTS,
+    "firing_deciles": ("strata.csv",),
+    "quality_coverage": _LATENTS,
+    "matrix": ("matrix.csv",),
+    "truth": ("summary.csv", "pairs.csv"),
+    "density": _LATENTS,
+    "faithfulness": _RUNS,
+    "probe_f1": ("letters.csv",),
+    "absorption": _RUNS,
+    "absorption_letters": ("letters.csv",),
+    "absorbers": ("absorbers.csv", "letters.csv"),
+}

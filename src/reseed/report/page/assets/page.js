@@ -1,0 +1,53 @@
+// What every page has: the theme's button, and where data files register.
+"use strict";
+
+const reseed = (() => {
+  const values = new Map();
+  const waiting = new Map();
+
+  /** What a data file calls. */
+  function data(key, value) {
+    values.set(key, value);
+  }
+
+  /** The value of a data file, which is loaded the first time that it is asked for. */
+  function load(key, file) {
+    if (values.has(key)) return Promise.resolve(values.get(key));
+    if (!waiting.has(key)) {
+      waiting.set(
+        key,
+        new Promise((resolve, reject) => {
+          const script = document.createElement("script");
+          script.src = file;
+          script.onload = () => resolve(values.get(key));
+          script.onerror = () => reject(new Error(`${file} is missing from the report's folder`));
+          document.head.append(script);
+        }),
+      );
+    }
+    return waiting.get(key);
+  }
+
+  function toggleTheme() {
+    const root = document.documentElement;
+    const dark = matchMedia("(prefers-color-scheme: dark)").matches;
+    const now = root.dataset.theme ?? (dark ? "dark" : "light");
+    root.dataset.theme = now === "dark" ? "light" : "dark";
+    try {
+      localStorage.setItem("reseed-theme", root.dataset.theme);
+    } catch {
+      // Then it holds for this page alone.
+    }
+  }
+
+  /** Whether a key belongs to what is being written in. */
+  function typing(event) {
+    return event.target.closest?.("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey;
+  }
+
+  document.getElementById("theme").addEventListener("click", toggleTheme);
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "t" && !typing(event)) toggleTheme();
+  });
+  return { data, load, typing };
+})();

@@ -1,0 +1,130 @@
+"""What a report is made of, whatever it is written as.
+
+Text is plain but for ``**bold**``, ```code``` and ``[words](target)``; whatever else stands in it
+stands for itself, so that renderers can escape all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from reseed.report.wording import Wording
+
+_SPAN = re.compile(
+    r"\*\*(?P<bold>.+?)\*\*|`(?P<code>[^`]+)`|\[(?P<link>[^\]\n]+)\]\((?P<target>\S+?)\)"
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of text of one kind.
+
+    Attributes:
+        target: of a link, a path in the report or an address.
+    """
+
+    kind: Literal["plain", "bold", "code", "link"]
+    text: str
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Items:
+    """A list.
+
+    Attributes:
+        warns: whether each item is something to be warned of.
+    """
+
+    texts: tuple[str, ...]
+    warns: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with its caption and footnotes.
+
+    Attributes:
+        folded: whether its footnotes are shown on demand only.
+    """
+
+    words: Wording
+    folded: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure.
+
+    Attributes:
+        name: of its files under ``figures/``.
+        title: what it shows, in a few words.
+        caption: how to read it, with n and the interval.
+        data: files of ``data/`` that hold its numbers.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines to be typed, or read as they are."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that are shown on demand, where the format can hide anything."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+Block = Paragraph | Items | Table | Picture | Code | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a heading.
+
+    Attributes:
+        name: of its anchor.
+    """
+
+    name: str
+    title: str
+    blocks: tuple[Block, ...]
+
+
+def spans(text: str) -> list[Span]:
+    """The pieces of a text, in order; none is empty."""
+    found: list[Span] = []
+    at = 0
+    for match in _SPAN.finditer(text):
+        found.append(Span("plain", text[at : match.start()]))
+        if match["bold"]:
+            found.append(Span("bold", match["bold"]))
+        elif match["code"]:
+            found.append(Span("code", match["code"]))
+        else:
+            found.append(Span("link", match["link"], match["target"]))
+        at = match.end()
+    found.append(Span("plain", text[at:]))
+    return [span for span in found if span.text]
+
+
+def pictures(sections: Sequence[Section]) -> list[Picture]:
+    """All figures, in order."""
+    return [block for section in sections for block in section.blocks if isinstance(block, Picture)]

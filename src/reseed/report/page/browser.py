@@ -1,0 +1,269 @@
+"""The data of the browser of latents: files of JavaScript, as a page on a disk cannot fetch others.
+
+Each is one call, ``reseed.data(key, value)``, and is loaded when it is looked at:
+
+    latents/runs.js            which runs there are, and what is known of them
+    latents/<run>.js           of a run, arrays with an entry per latent
+    latents/<run>/<shard>.js   contexts of `SHARD` latents, where they were evaluated
+    latents/tokens-<i>.js      texts of the tokens of runs with one tokenizer
+
+A run is called by its place in ``runs.js``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from reseed.compare.cell import CellResult
+from reseed.compare.tables import lists
+from reseed.contexts import LATENTS_PER_GROUP, Context, Contexts, LatentContexts
+from reseed.report.axes import Cell, label
+from reseed.report.wording import paired
+
+SHARD = LATENTS_PER_GROUP
+"""Latents whose contexts are in one file: those that are read together."""
+ABOUT = 8
+"""Tokens on each side of the one that a latent is shown by in the list."""
+_DIGITS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """A run in a cell; in two cells it is there twice, as it has other partners.
+
+    Attributes:
+        name: what it is among all.
+        cell: by its number.
+        rows: of the cell's latents, the run's.
+    """
+
+    run: str
+    name: str
+    seed: str
+    cell: int
+    tokens: int
+    rows: pa.Table
+
+
+def entries(cells: Sequence[Cell]) -> list[Entry]:
+    """The runs of all cells, in order."""
+    found = []
+    for number, (knobs, cell) in enumerate(cells):
+        for _, run in cell.runs.iterrows():
+            rows = cell.latents.filter(pc.field("run") == run["run"])
+            what = label(cells, knobs)
+            name = f"{what}, {_place(cell, str(run['seed']), cells)}"
+            tokens = int(run["held_out_tokens"])
+            found.append(Entry(run["run"], name, str(run["seed"]), number, tokens, rows))
+    return found
+
+
+def write_browser(
+    cells: Sequence[Cell], contexts: Mapping[str, Contexts], folder: Path
+) -> list[Entry]:
+    """Write the files of the browser under ``folder / "latents"``.
+
+    Args:
+        contexts: of runs by their ids, where they were evaluated.
+    """
+    found = entries(cells)
+    root = folder / "latents"
+    root.mkdir(parents=True)
+    words = _Vocabularies()
+    listed = []
+    for i, entry in enumerate(found):
+        own = contexts.get(entry.run)
+        seen: dict[str, Any] = {}
+        if own is not None:
+            seen = _write_contexts(root / str(i), i, own, words)
+        _write(root / f"{i}.js", f"run/{i}", columns(entry, found) | seen.pop("columns", {}))
+        listed.append(_about(entry, found) | seen)
+    for i, texts in enumerate(words.texts):
+        _write(root / f"tokens-{i}.js", f"tokens/{i}", texts)
+    _write(root / "runs.js", "runs", {"shard": SHARD, "runs": listed})
+    return found
+
+
+def columns(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
+    """What is known of every latent of a run: name → a value per latent, or, of what there is with
+    each other run, → a list per other run."""
+    rows = entry.rows
+    live = rows["live"].to_numpy(zero_copy_only=False)
+    found: dict[str, Any] = {
+        "firing": rows["firing"].to_pylist(),
+        "shared_with": rows["shared_with"].to_pylist(),
+        "state": np.where(_true(rows, "dead"), 2, np.where(live, 0, 1)).tolist(),
+    }
+    for name in ("reproducibility", "reproducibility_low", "reproducibility_high"):
+        found[name] = rounded(rows[name])
+    for name in (
+        "partner_encoder",
+        "partner_decoder",
+        "cosine_encoder",
+        "cosine_decoder",
+        "shared",
+    ):
+        values = lists(rows, name).T
+        found[name] = [_numbers(own) for own in values]
+    for name in ("cosine_encoder", "cosine_decoder"):
+        found[f"best_{name}"] = _numbers(_best(lists(rows, name)))
+    for name in _evaluated(rows):
+        found[name] = rounded(rows[name])
+    return found
+
+
+def _about(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
+    """What the list of runs says of one: ``others`` are the places of the runs it was matched
+    with."""
+    place = {(e.cell, e.run): i for i, e in enumerate(among)}
+    others = entry.rows["others"][0].as_py() if len(entry.rows) else []
+    return {
+        "id": entry.run,
+        "name": entry.name,
+        "seed": entry.seed,
+        "cell": entry.cell,
+        "tokens": entry.tokens,
+        "latents": len(entry.rows),
+        "others": [place[entry.cell, other] for other in others],
+    }
+
+
+def _evaluated(rows: pa.Table) -> list[str]:
+    """Columns that evaluations of absorption added."""
+    known = ("absorption_class", "absorption_is_absorber", "absorption_words")
+    return [name for name in known if name in rows.column_names and rows[name].null_count == 0]
+
+
+def _place(cell: CellResult, seed: str, cells: Sequence[Cell]) -> str:
+    """``seed 0``; what pairs up otherwise says itself what it is."""
+    what = paired(cells, plural=False)
+    return f"{what} {seed}" if what == "seed" else seed
+
+
+def _true(rows: pa.Table, name: str) -> np.ndarray:
+    return rows[name].to_numpy(zero_copy_only=False).astype(bool)
+
+
+def _best(values: np.ndarray) -> np.ndarray:
+    """The largest of each row; NaN where none is known."""
+    known = np.where(np.isnan(values), -np.inf, values).max(axis=1, initial=-np.inf)
+    return np.where(np.isinf(known), np.nan, known)
+
+
+def rounded(column: pa.ChunkedArray) -> list[Any]:
+    """A column as JSON has it."""
+    return _numbers(column.to_numpy())
+
+
+def _numbers(values: np.ndarray) -> list[Any]:
+    """Of numbers with a fraction so many digits; of NaN None; of truth 0 and 1."""
+    if values.dtype.kind == "b":
+        return values.astype(int).tolist()
+    if values.dtype.kind != "f":
+        return values.tolist()
+    return [None if value != value else float(f"{value:.{_DIGITS}g}") for value in values.tolist()]
+
+
+class _Vocabularies:
+    """Texts of tokens; runs of one tokenizer have them together."""
+
+    def __init__(self) -> None:
+        self.texts: list[dict[int, str]] = []
+
+    def add(self, contexts: Contexts, ids: Sequence[int]) -> int:
+        """The number of the vocabulary that the texts of ``ids`` are in."""
+        own = dict(zip(ids, contexts.text(ids), strict=True))
+        for i, texts in enumerate(self.texts):
+            if all(texts.get(token, text) == text for token, text in own.items()):
+                texts.update(own)
+                return i
+        self.texts.append(own)
+        return len(self.texts) - 1
+
+
+def _write_contexts(
+    folder: Path, place: int, contexts: Contexts, words: _Vocabularies
+) -> dict[str, Any]:
+    """The shards of a run; what its entry in ``runs.js`` says of them, and ``columns`` more of its
+    list: ``peak``, ``before`` and ``after`` of the best context."""
+    folder.mkdir()
+    used: set[int] = set()
+    best: list[Context | None] = []
+    for begin in range(0, contexts.num_latents, SHARD):
+        shard = []
+        for found in contexts.latents(begin, min(begin + SHARD, contexts.num_latents)):
+            shard.append(_packed(found))
+            best.append(found.contexts[0] if found.contexts else None)
+            used |= _tokens_of(found)
+        _write(folder / f"{begin // SHARD}.js", f"contexts/{place}/{begin // SHARD}", shard)
+    ids = sorted(used)
+    vocabulary = words.add(contexts, ids)
+    text = words.texts[vocabulary]
+    parts = [_around(context, text) for context in best]
+    listed = zip(("before", "peak", "after"), zip(*parts, strict=True), strict=True)
+    return {
+        "columns": {name: list(values) for name, values in listed},
+        "vocabulary": vocabulary,
+        "evaluated": contexts.tokens,
+    }
+
+
+def _packed(found: LatentContexts) -> dict[str, Any]:
+    """A latent as short as it can be said: activations that are not 0 as place, value, place, …"""
+    return {
+        "n": found.firing,
+        "d": _short(found.density),
+        "max": _short(found.largest),
+        "mean": _short(found.mean),
+        "up": _pairs(found.promoted),
+        "down": _pairs(found.suppressed),
+        "near": _pairs(found.neighbours),
+        "c": [_packed_context(context) for context in found.contexts],
+    }
+
+
+def _packed_context(context: Context) -> list[Any]:
+    """[quantile or null, place of the peak, position in the text, ids, activations]."""
+    active = np.flatnonzero(context.activations).tolist()
+    values = context.activations[active].tolist()
+    flat = [part for at, value in zip(active, values, strict=True) for part in (at, _short(value))]
+    quantile = None if context.quantile is None else _short(context.quantile)
+    return [quantile, int(context.peak), int(context.position), context.tokens.tolist(), flat]
+
+
+def _pairs(found: Sequence[tuple[int, float]]) -> list[Any]:
+    return [part for which, value in found for part in (int(which), _short(value))]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _tokens_of(found: LatentContexts) -> set[int]:
+    logits = {int(token) for token, _ in (*found.promoted, *found.suppressed)}
+    return logits.union(*(context.tokens.tolist() for context in found.contexts))
+
+
+def _around(context: Context | None, text: Mapping[int, str]) -> tuple[str, str, str]:
+    """What is before the token that a context was chosen for, it, and what is after."""
+    if context is None:
+        return "", "", ""
+    ids, peak = context.tokens.tolist(), int(context.peak)
+    before = "".join(text[i] for i in ids[max(0, peak - ABOUT) : peak])
+    after = "".join(text[i] for i in ids[peak + 1 : peak + 1 + ABOUT])
+    return before, text[ids[peak]], after
+
+
+def _write(path: Path, key: str, value: Any) -> None:
+    """One call of ``reseed.data``. U+2028 and U+2029 end lines in old JavaScript."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    path.write_text(f"reseed.data({json.dumps(key)},{text})\n", encoding="utf-8")

@@ -1,0 +1,127 @@
+"""What a reader of a report must be warned of, each with its rule and its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from reseed.report.axes import Cell, label
+from reseed.report.wording import number, paired
+from reseed.runs import Run
+
+LEAST_SEEDS = 3
+DEAD = 0.1
+DENSE_FIRING = 0.1
+"""A latent that fires on more than this part of the tokens is dense."""
+DENSE = 0.05
+STILL_FALLING = 0.02
+PART = 10
+"""The last of so many equal parts of training is held against the one before."""
+FEWEST_ROWS = 2 * PART
+"""Rows of a curve that this needs; of fewer nothing can be said."""
+
+
+def warnings(
+    cells: Sequence[Cell], runs: Sequence[Run], incomplete: Sequence[str] = ()
+) -> list[str]:
+    """A line for each thing to be warned of; empty where there is none.
+
+    Args:
+        runs: those of the sweep, whatever became of them.
+        incomplete: a line for each cell that lacks runs.
+    """
+    # The notes of a cell (L0 off its target, shared as by chance) stand below the first table.
+    return [
+        *(f"**Incomplete.** {line}" for line in incomplete),
+        *_few_seeds(cells),
+        *_not_converged({run.id: run.path for run in runs if run.finished}),
+        *_many("dead latents", "did not fire at the end of training", DEAD, dead_fraction(cells)),
+        *_many(
+            "dense latents",
+            f"fire on more than {DENSE_FIRING:.0%} of the held-out tokens",
+            DENSE,
+            dense_fraction(cells),
+        ),
+    ]
+
+
+def fall(curve: pd.DataFrame) -> float | None:
+    """By what part the FVU fell from the last but one tenth of training to the last.
+
+    Args:
+        curve: ``training.csv``.
+
+    Returns:
+        None where the curve is too short, or has no FVU.
+    """
+    if "fvu" not in curve or len(curve) < FEWEST_ROWS:
+        return None
+    values = curve["fvu"].to_numpy(dtype=np.float64)
+    size = len(values) // PART
+    before, last = values[-2 * size : -size].mean(), values[-size:].mean()
+    return float(1 - last / before) if before > 0 else None
+
+
+def dead_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
+    """Of each cell, by its name."""
+    return {
+        label(cells, knobs): cell.estimates["dead_fraction"].mean
+        for knobs, cell in cells
+        if "dead_fraction" in cell.estimates
+    }
+
+
+def dense_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
+    """Of each cell, by its name; without those of which no firing is known."""
+    found = {}
+    for knobs, cell in cells:
+        if cell.held_out_tokens:
+            tokens = cell.runs.set_index("run")["held_out_tokens"]
+            seen = tokens.loc[cell.latents["run"].to_pylist()].to_numpy(dtype=np.float64)
+            dense = cell.latents["firing"].to_numpy() > DENSE_FIRING * seen
+            found[label(cells, knobs)] = float(dense.mean())
+    return found
+
+
+def _few_seeds(cells: Sequence[Cell]) -> list[str]:
+    few = [
+        f"{label(cells, knobs)} (n = {cell.n_seeds})"
+        for knobs, cell in cells
+        if cell.settings.pairs_are_a_sample and cell.n_seeds < LEAST_SEEDS
+    ]
+    if not few:
+        return []
+    what = paired(cells)
+    return [
+        f"**Few {what}.** With fewer than {LEAST_SEEDS} {what} there is no interval: "
+        f"{'; '.join(few)}."
+    ]
+
+
+def _not_converged(folders: Mapping[str, Path]) -> list[str]:
+    """The runs whose FVU was still falling."""
+    falling = {}
+    for name, folder in folders.items():
+        path = folder / "training.csv"
+        found = fall(pd.read_csv(path)) if path.is_file() and path.stat().st_size else None
+        if found is not None and found > STILL_FALLING:
+            falling[name] = found
+    if not falling:
+        return []
+    worst = max(falling, key=lambda name: falling[name])
+    return [
+        f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell by "
+        f"more than {STILL_FALLING:.0%} from the last but one tenth of the steps to the last (most "
+        f"in `{worst}`: {falling[worst]:.1%}). What seeds share may still grow with the budget."
+    ]
+
+
+def _many(name: str, what: str, limit: float, fractions: Mapping[str, float]) -> list[str]:
+    found = {who: value for who, value in fractions.items() if value > limit}
+    if not found:
+        return []
+    listed = "; ".join(f"{who} ({number(value)})" for who, value in found.items())
+    return [f"**Many {name}.** More than {limit:.0%} of the latents {what}: {listed}."]

@@ -1,0 +1,160 @@
+"""A report as a folder that stands alone: nothing in it is loaded from elsewhere.
+
+report/
+    index.html  latents.html     (html)     or   report.md   or   report.tex
+    figures/<name>.svg, .png     (html, md)      figures/<name>.pdf (tex)
+    data/                        the numbers of figures and tables
+    latents/                     (html) what the browser of latents loads, `page.browser`
+    style.css  *.js              (html)
+    report.json                  of which sweep, and in which format
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from reseed.atomic import atomic_folder
+from reseed.config import ReseedError
+from reseed.report.axes import Cell
+from reseed.report.evaluation_figures import evaluation_drawings
+from reseed.report.evaluations import Runs
+from reseed.report.figure_data import figure_tables
+from reseed.report.figures import comparison_drawings, save_figures
+from reseed.report.page.blocks import Section
+from reseed.report.page.browser import write_browser
+from reseed.report.page.content import BROWSER, Material, report_sections
+from reseed.report.page.html import Html, document, joined, section_html, tag
+from reseed.report.page.markdown import markdown
+from reseed.report.page.tex import tex
+
+RECORD = "report.json"
+_NUMBERS = ("summary.csv", "pairs.csv", "latents.parquet", "strata.csv", "pairings.csv",
+            "matrix.csv", "evaluations.csv", "letters.csv")  # fmt: skip
+"""Files of a sweep's folder that a report takes along."""
+
+
+def write_report(of: Material, out: Path, format: str = "html") -> Path:
+    """Write the report in place of an earlier one; it is whole, or the earlier one stands.
+
+    Args:
+        format: html, md or tex.
+
+    Returns:
+        the file to be opened.
+
+    Raises:
+        ReseedError: ``out`` holds something that is no report.
+    """
+    _check_replaceable(out)
+    writer = {"html": _write_html, "md": _write_markdown, "tex": _write_tex}[format]
+
+    def fill(folder: Path) -> None:
+        _write_data(of, folder / "data")
+        writer(of, folder)
+        record = {"sweep": of.sweep.path.name, "format": format}
+        (folder / RECORD).write_text(json.dumps(record) + "\n")
+
+    atomic_folder(out, fill)
+    return out / {"html": "index.html", "md": "report.md", "tex": "report.tex"}[format]
+
+
+def drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure]]:
+    """Name → what draws it, of all figures of a sweep."""
+    return comparison_drawings(cells) | evaluation_drawings(cells, runs)
+
+
+def _write_html(of: Material, folder: Path) -> None:
+    _copy_figures(of, folder)
+    sections = report_sections(of, browser=True)
+    (folder / "index.html").write_text(_index(of, sections), encoding="utf-8")
+    write_browser(of.cells, of.contexts, folder)
+    (folder / BROWSER).write_text(_browser_page(of), encoding="utf-8")
+    with as_file(files("reseed.report.page") / "assets") as assets:
+        for asset in assets.iterdir():
+            shutil.copyfile(asset, folder / asset.name)
+
+
+def _write_markdown(of: Material, folder: Path) -> None:
+    _copy_figures(of, folder)
+    text = markdown(_title(of), report_sections(of, browser=False))
+    (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def _write_tex(of: Material, folder: Path) -> None:
+    drawn = {n: draw for n, draw in drawings(of.cells, of.runs).items() if n in of.figures}
+    save_figures(drawn, folder / "figures", kinds=("pdf",))
+    text = tex(_title(of), report_sections(of, browser=False))
+    (folder / "report.tex").write_text(text, encoding="utf-8")
+
+
+def _copy_figures(of: Material, folder: Path) -> None:
+    (folder / "figures").mkdir()
+    for name in of.figures:
+        for kind in ("svg", "png"):
+            shutil.copyfile(of.sweep.path / f"{name}.{kind}", folder / "figures" / f"{name}.{kind}")
+
+
+def _write_data(of: Material, folder: Path) -> None:
+    folder.mkdir()
+    made: dict[str, Callable[[], pd.DataFrame]] = figure_tables(of.cells, of.runs)
+    for name in of.data:
+        if name in made:
+            made[name]().to_csv(folder / name, index=False)
+        else:
+            shutil.copyfile(of.sweep.path / name, folder / name)
+
+
+def numbers_of(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[str, ...]:
+    """The files of ``data/``: those of the sweep's folder that are there, and those to be made."""
+    there = [name for name in _NUMBERS if (folder / name).is_file()]
+    return (*there, *figure_tables(cells, runs))
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise ReseedError(
+            f"{out} holds no report, as there is no {RECORD}: it is not overwritten. Name another "
+            "folder, or remove it"
+        )
+    if out.exists() and not out.is_dir():
+        raise ReseedError(f"{out} is a file, and a report is a folder: name another")
+
+
+def _title(of: Material) -> str:
+    return f"{of.name}: would another seed have found the same latents?"
+
+
+def _index(of: Material, sections: Sequence[Section]) -> Html:
+    links = [tag("a", section.title, href=f"#{section.name}") for section in sections]
+    body = [
+        _header(of, tag("a", "Browse latents", href=BROWSER, class_="button")),
+        tag("nav", *links, aria_label="Sections", class_="sections"),
+        tag("main", *map(section_html, sections), id="main"),
+    ]
+    return document(f"reseed: {of.name}", body, ["page.js"], "index")
+
+
+def _browser_page(of: Material) -> Html:
+    """The frame that ``browser.js`` fills."""
+    silent = tag("noscript", tag("p", "The browser of latents needs JavaScript; the numbers are in "
+                                 "data/latents.parquet, too."))  # fmt: skip
+    body = [
+        _header(of, tag("a", "Report", href="index.html", class_="button")),
+        tag("main", silent, id="main", tabindex="-1"),
+    ]
+    return document(f"Latents of {of.name}", body, ["page.js", "latents/runs.js", "browser.js"],
+                    "browser")  # fmt: skip
+
+
+def _header(of: Material, link: Html) -> Html:
+    skip = tag("a", "Skip to content", href="#main", class_="skip")
+    theme = tag("button", "Theme", type="button", id="theme", title="light or dark (t)")
+    name = tag("h1", of.name, " ", tag("span", of.sweep.path.name, class_="of"))
+    return tag("header", skip, name, tag("div", joined([link, theme], " "), class_="actions"))
