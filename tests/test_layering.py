@@ -17,7 +17,7 @@ ALLOWED = {
     "activations": {"activations"},
     "sae": {"sae"},
     "train": {"train", "activations", "sae", "evaluate", "runs"},
-    "evaluate": {"evaluate", "activations", "sae"},
+    "evaluate": {"evaluate", "activations", "sae", "evaluations", "contexts"},
     "compare": {"compare", "runs"},
     "report": {"report", "compare", "evaluations", "contexts", "runs", "sweeps"},
     "assets": {"assets", "activations"},

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from reseed.atomic import atomic_write, atomic_write_json
 from reseed.config import ReseedError, digest
@@ -33,6 +35,28 @@ class EvaluationError(ReseedError):
 
 
 @dataclass(frozen=True, eq=False)
+class RowGroups:
+    """A table too large to be held: written piece by piece, and each piece read by itself.
+
+    Attributes:
+        schema: its columns.
+        pieces: its rows, a row group each; gone through once.
+    """
+
+    schema: pa.Schema
+    pieces: Iterable[pa.Table]
+
+    def write(self, path: Path) -> None:
+        with pq.ParquetWriter(path, self.schema, compression="zstd") as writer:
+            for piece in self.pieces:
+                writer.write_table(piece, row_group_size=len(piece))
+
+
+Table = pd.DataFrame | RowGroups
+"""What is written as a long table; it is read as a frame, or by row groups where it lies."""
+
+
+@dataclass(frozen=True, eq=False)
 class Stored:
     """The result of one evaluation of one SAE.
 
@@ -40,14 +64,14 @@ class Stored:
         evaluation: its name (``faithfulness``).
         settings: what was asked for, as `Config.to_dict` has it.
         metrics: numbers by name; None where it cannot be evaluated.
-        tables: long tables by name.
+        tables: long tables by name; those of a result that was read are frames, read when asked.
         latents: arrays [num_latents] by name.
     """
 
     evaluation: str
     settings: Mapping[str, Any]
     metrics: Mapping[str, float | int | None]
-    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    tables: Mapping[str, Any] = field(default_factory=dict)
     latents: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def write(self, folder: Path, **entries: Any) -> None:
@@ -92,7 +116,7 @@ class Stored:
             record = json.loads(text)
             if record["format"] != FORMAT:
                 raise ValueError(f"its format is {record['format']}, this version reads {FORMAT}")
-            tables = {n: pd.read_parquet(folder / f"{n}.parquet") for n in record["tables"]}
+            tables = _LazyTables(folder, record["tables"])
             latents: dict[str, np.ndarray] = {}
             if record["latents"]:
                 frame = pd.read_parquet(folder / f"{_LATENTS}.parquet")
@@ -102,6 +126,28 @@ class Stored:
             raise EvaluationError(
                 f"{path} cannot be read ({error}): delete the folder, and it is evaluated again"
             ) from error
+
+
+class _LazyTables(Mapping[str, pd.DataFrame]):
+    """The tables in a folder, each read when it is asked for.
+
+    Raises:
+        OSError, ValueError: one is not there, or no parquet: found without reading its rows.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._paths = {name: folder / f"{name}.parquet" for name in names}
+        for path in self._paths.values():
+            pq.read_metadata(path)
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        return pd.read_parquet(self._paths[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
 
 
 def folder_of(subject: Path, evaluation: str, signed: Mapping[str, Any]) -> Path:
@@ -135,8 +181,11 @@ def column(evaluation: str, name: str) -> str:
     return name if name.startswith(f"{evaluation}_") else f"{evaluation}_{name}"
 
 
-def _write_table(path: Path, table: pd.DataFrame) -> None:
-    atomic_write(path, lambda part: table.to_parquet(part, index=False))
+def _write_table(path: Path, table: Table) -> None:
+    if isinstance(table, RowGroups):
+        atomic_write(path, table.write)
+    else:
+        atomic_write(path, lambda part: table.to_parquet(part, index=False))
 
 
 def _plain(value: Any) -> float | int | None:

@@ -26,6 +26,7 @@ from reseed.compare.cell import CellResult
 from reseed.compare.tables import lists
 from reseed.contexts import LATENTS_PER_GROUP, Context, Contexts, LatentContexts
 from reseed.report.axes import Cell, label
+from reseed.report.evaluations import LETTERS, EvaluatedRun, Runs
 from reseed.report.wording import paired
 
 SHARD = LATENTS_PER_GROUP
@@ -67,7 +68,7 @@ def entries(cells: Sequence[Cell]) -> list[Entry]:
 
 
 def write_browser(
-    cells: Sequence[Cell], contexts: Mapping[str, Contexts], folder: Path
+    cells: Sequence[Cell], runs: Runs, contexts: Mapping[str, Contexts], folder: Path
 ) -> list[Entry]:
     """Write the files of the browser under ``folder / "latents"``.
 
@@ -84,18 +85,17 @@ def write_browser(
         seen: dict[str, Any] = {}
         if own is not None:
             seen = _write_contexts(root / str(i), i, own, words)
-        _write(root / f"{i}.js", f"run/{i}", columns(entry, found) | seen.pop("columns", {}))
-        listed.append(_about(entry, found) | seen)
+        _write(root / f"{i}.js", f"run/{i}", columns(entry.rows) | seen.pop("columns", {}))
+        listed.append(_about(entry, found) | _classes(runs.get(entry.run)) | seen)
     for i, texts in enumerate(words.texts):
         _write(root / f"tokens-{i}.js", f"tokens/{i}", texts)
     _write(root / "runs.js", "runs", {"shard": SHARD, "runs": listed})
     return found
 
 
-def columns(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
+def columns(rows: pa.Table) -> dict[str, Any]:
     """What is known of every latent of a run: name → a value per latent, or, of what there is with
     each other run, → a list per other run."""
-    rows = entry.rows
     live = rows["live"].to_numpy(zero_copy_only=False)
     found: dict[str, Any] = {
         "firing": rows["firing"].to_pylist(),
@@ -134,6 +134,12 @@ def _about(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
         "latents": len(entry.rows),
         "others": [place[entry.cell, other] for other in others],
     }
+
+
+def _classes(run: EvaluatedRun | None) -> dict[str, list[str]]:
+    """The letters that ``absorption_class`` counts, where absorption was evaluated."""
+    found = run.results.get("absorption") if run else None
+    return {"classes": found.tables[LETTERS]["class"].tolist()} if found else {}
 
 
 def _evaluated(rows: pa.Table) -> list[str]:

@@ -35,6 +35,7 @@ from reseed.report.page.markdown import markdown
 from reseed.report.page.tex import tex
 
 RECORD = "report.json"
+_SCRIPTS = ("page.js", "dom.js", "latents/runs.js", "list.js", "latent.js", "browser.js")
 _NUMBERS = ("summary.csv", "pairs.csv", "latents.parquet", "strata.csv", "pairings.csv",
             "matrix.csv", "evaluations.csv", "letters.csv")  # fmt: skip
 """Files of a sweep's folder that a report takes along."""
@@ -74,7 +75,7 @@ def _write_html(of: Material, folder: Path) -> None:
     _copy_figures(of, folder)
     sections = report_sections(of, browser=True)
     (folder / "index.html").write_text(_index(of, sections), encoding="utf-8")
-    write_browser(of.cells, of.contexts, folder)
+    write_browser(of.cells, of.runs, of.contexts, folder)
     (folder / BROWSER).write_text(_browser_page(of), encoding="utf-8")
     with as_file(files("reseed.report.page") / "assets") as assets:
         for asset in assets.iterdir():
@@ -149,7 +150,7 @@ def _browser_page(of: Material) -> Html:
         _header(of, tag("a", "Report", href="index.html", class_="button")),
         tag("main", silent, id="main", tabindex="-1"),
     ]
-    return document(f"Latents of {of.name}", body, ["page.js", "latents/runs.js", "browser.js"],
+    return document(f"Latents of {of.name}", body, _SCRIPTS,
                     "browser")  # fmt: skip
 
 

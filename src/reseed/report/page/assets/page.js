@@ -49,5 +49,5 @@ const reseed = (() => {
   document.addEventListener("keydown", (event) => {
     if (event.key === "t" && !typing(event)) toggleTheme();
   });
-  return { data, load, typing };
+  return { data, load, typing, value: (key) => values.get(key) };
 })();

@@ -1,0 +1,214 @@
+"""What a latent fires on: its contexts, lens and neighbours, as ``evaluation=contexts`` keeps them.
+
+<run>/evaluations/contexts-<digest>/
+    contexts.parquet   a row per latent, `SCHEMA`; `LATENTS_PER_GROUP` of them in a row group, so
+                       that one latent is found by reading few
+    texts.parquet      token, text: of every token that may be shown
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float, Int
+
+from reseed.config import ReseedError
+from reseed.evaluations import FOLDER, Stored, is_there
+
+EVALUATION = "contexts"
+TOP, SAMPLED = "top", "sampled"
+LATENTS_PER_GROUP = 128
+"""Latents in a row group: some 100 KiB of contexts."""
+
+
+def _pairs(first: str, second: str) -> pa.DataType:
+    return pa.list_(pa.struct([(first, pa.int32()), (second, pa.float32())]))
+
+
+CONTEXT = pa.struct(
+    [
+        ("quantile", pa.float32()),  # null: one of the top
+        ("position", pa.int64()),
+        ("peak", pa.int32()),
+        ("tokens", pa.list_(pa.int32())),
+        ("active", pa.list_(pa.int32())),  # where in the window it fires
+        ("activations", pa.list_(pa.float32())),  # how much, there
+    ]
+)
+SCHEMA = pa.schema(
+    [
+        ("firing", pa.int64()),
+        ("largest", pa.float32()),
+        ("mean", pa.float32()),
+        ("contexts", pa.list_(CONTEXT)),
+        ("promoted", _pairs("token", "logit")),
+        ("suppressed", _pairs("token", "logit")),
+        ("neighbours", _pairs("latent", "cosine")),
+    ]
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """A passage that a latent fires in.
+
+    Attributes:
+        kind: ``top``: one of the sequences where it fires most; ``sampled``: of the tokens that it
+            fires on, drawn uniformly.
+        quantile: of a sampled one, its place among those that were drawn, by activation: 1 is the
+            largest.
+        tokens: ids.
+        activations: of the latent on each token.
+        peak: index of the token that the passage was chosen for.
+        position: of that token in the held-out text: sequence × context length + place in it.
+    """
+
+    kind: str
+    quantile: float | None
+    tokens: Int[np.ndarray, " window"]
+    activations: Float[np.ndarray, " window"]
+    peak: int
+    position: int
+
+
+@dataclass(frozen=True, eq=False)
+class LatentContexts:
+    """What is known of one latent.
+
+    Attributes:
+        latent: which.
+        firing: tokens that it fired on; ``density`` of all that were read.
+        largest, mean: its activation, over the tokens that it fired on; 0 where there are none.
+        contexts: first the top ones, best first, then those sampled, from the highest quantile on.
+        promoted, suppressed: tokens and logits of its direction through the unembedding, the most
+            extreme first; empty where there is no lens.
+        neighbours: latents, and cosines of their decoder rows with its own, the nearest first.
+    """
+
+    latent: int
+    firing: int
+    density: float
+    largest: float
+    mean: float
+    contexts: tuple[Context, ...]
+    promoted: tuple[tuple[int, float], ...]
+    suppressed: tuple[tuple[int, float], ...]
+    neighbours: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Contexts:
+    """The contexts of a run's latents, read a row group at a time.
+
+    Attributes:
+        folder: of the evaluation's result.
+        tokens: held-out activations that were read.
+        settings: of the evaluation.
+    """
+
+    folder: Path
+    tokens: int
+    settings: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, run_folder: Path) -> Contexts | None:
+        """Those of a run: of several evaluations the one that ended last; None where there is none.
+
+        Raises:
+            EvaluationError: the result is damaged.
+        """
+        found = [f for f in (run_folder / FOLDER).glob(f"{EVALUATION}-*") if is_there(f)]
+        if not found:
+            return None
+        return cls.read(max(found, key=lambda f: (f / "result.json").stat().st_mtime_ns))
+
+    @classmethod
+    def read(cls, folder: Path) -> Contexts:
+        """Those in the folder of a result.
+
+        Raises:
+            EvaluationError: it is damaged.
+        """
+        stored = Stored.read(folder)
+        tokens = stored.metrics["tokens"]
+        assert isinstance(tokens, int)
+        return cls(folder, tokens, stored.settings)
+
+    @property
+    def num_latents(self) -> int:
+        return self._file.metadata.num_rows
+
+    def latent(self, latent: int) -> LatentContexts:
+        """One of them.
+
+        Raises:
+            ReseedError: there is no such latent.
+        """
+        if not 0 <= latent < self.num_latents:
+            raise ReseedError(
+                f"latent must be from 0 to {self.num_latents - 1} in {self.folder}; got {latent}"
+            )
+        (found,) = self.latents(latent, latent + 1)
+        return found
+
+    def latents(self, begin: int, end: int) -> Iterator[LatentContexts]:
+        """Those from ``begin`` to ``end`` (exclusive), in order."""
+        for group in range(begin // LATENTS_PER_GROUP, -(-end // LATENTS_PER_GROUP)):
+            first = group * LATENTS_PER_GROUP
+            table = self._file.read_row_group(group)
+            low = max(begin - first, 0)
+            part = table.slice(low, min(end - first, len(table)) - low)
+            for latent, row in enumerate(part.to_pylist(), first + low):
+                yield _latent(latent, row, self.tokens)
+
+    def text(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> list[str]:
+        """What tokens stand for in a text, spaces before them and all."""
+        return [self._texts[int(i)] for i in ids]
+
+    @cached_property
+    def _file(self) -> pq.ParquetFile:
+        return pq.ParquetFile(self.folder / "contexts.parquet")
+
+    @cached_property
+    def _texts(self) -> dict[int, str]:
+        table = pq.read_table(self.folder / "texts.parquet")
+        return dict(zip(table["token"].to_pylist(), table["text"].to_pylist(), strict=True))
+
+
+def _latent(latent: int, row: Mapping[str, Any], tokens: int) -> LatentContexts:
+    return LatentContexts(
+        latent,
+        row["firing"],
+        row["firing"] / tokens,
+        row["largest"],
+        row["mean"],
+        tuple(map(_context, row["contexts"])),
+        *(
+            tuple((pair[of], pair[how]) for pair in row[name])
+            for name, of, how in (
+                ("promoted", "token", "logit"),
+                ("suppressed", "token", "logit"),
+                ("neighbours", "latent", "cosine"),
+            )
+        ),
+    )
+
+
+def _context(row: Mapping[str, Any]) -> Context:
+    activations = np.zeros(len(row["tokens"]), dtype=np.float32)
+    activations[row["active"]] = row["activations"]
+    return Context(
+        TOP if row["quantile"] is None else SAMPLED,
+        row["quantile"],
+        np.array(row["tokens"], dtype=np.int32),
+        activations,
+        row["peak"],
+        row["position"],
+    )

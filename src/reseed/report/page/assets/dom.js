@@ -1,0 +1,37 @@
+// Elements and words. Text is always put in as text, so that no token can be taken for markup.
+"use strict";
+
+/** An element; `on…` attributes are listeners, null and false are left out. */
+function element(name, attributes = {}, ...children) {
+  const made = document.createElement(name);
+  for (const [key, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+    else if (key === "style") made.style.cssText = value;
+    else made.setAttribute(key, value === true ? "" : value);
+  }
+  made.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
+  return made;
+}
+
+const words = {
+  /** A fraction or a cosine. */
+  number(value) {
+    if (value === null || value === undefined) return "–";
+    if (value === 0) return "0";
+    return Math.abs(value) < 0.001 ? value.toExponential(0) : value.toPrecision(2).replace(/^(-?)0\./, "$1.");
+  },
+  /** A part of the tokens. */
+  density(value) {
+    if (value === 0) return "never";
+    return value < 0.0001 ? value.toExponential(1) : `${+(100 * value).toPrecision(2)}%`;
+  },
+  /** Something counted. */
+  count(value) {
+    return value.toLocaleString("en");
+  },
+  /** Line breaks and tabs of a token as signs, so that they are seen. */
+  visible(text) {
+    return text.replace(/\r?\n/g, "↵").replace(/\t/g, "→");
+  },
+};
