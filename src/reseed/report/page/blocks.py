@@ -69,12 +69,14 @@ class Picture:
         title: what it shows, in a few words.
         caption: how to read it, with n and the interval.
         data: files of ``data/`` that hold its numbers.
+        size: width and height, of which the ratio counts.
     """
 
     name: str
     title: str
     caption: str
     data: tuple[str, ...]
+    size: tuple[float, float]
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from reseed.config import ReseedError
 from reseed.contexts import Contexts
 from reseed.report.axes import Cell
 from reseed.report.captions import caption, data_files, title
@@ -21,6 +24,7 @@ from reseed.sweeps import Sweep
 
 STABILITY, ABSORPTION = "https://arxiv.org/abs/2501.16615", "https://arxiv.org/abs/2409.14507"
 BROWSER = "latents.html"
+_SIZE = re.compile(r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"')
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,9 @@ def report_sections(of: Material, browser: bool) -> list[Section]:
         Section("measures", "More measures", tuple(_measures(of.cells))),
         Section("papers", "Beside the papers", tuple(_papers(of.cells))),
         Section("latents", "Latents", (Paragraph(_browser(of)),) if browser else ()),
-        Section("provenance", "Protocol and provenance", (*_protocol(), *provenance(of.sweep))),
+        Section(
+            "provenance", "Protocol and provenance", (*_protocol(), *provenance(of.sweep, of.cells))
+        ),
     ]
     return [section for section in found if section.blocks]
 
@@ -84,10 +90,24 @@ def _warnings(of: Material) -> Block:
 
 def _pictures(of: Material) -> list[Block]:
     return [
-        Picture(name, title(name), caption(name, of.cells),
-                tuple(file for file in data_files(name) if file in of.data))
+        Picture(
+            name,
+            title(name),
+            caption(name, of.cells),
+            tuple(file for file in data_files(name) if file in of.data),
+            svg_size(of.sweep.path / f"{name}.svg"),
+        )
         for name in of.figures
-    ]  # fmt: skip
+    ]
+
+
+def svg_size(path: Path) -> tuple[float, float]:
+    """Width and height in points of a figure as matplotlib writes it."""
+    with path.open(encoding="utf-8") as file:
+        found = _SIZE.search(file.read(2000))
+    if found is None:
+        raise ReseedError(f"{path} is no figure of ours: it does not say how large it is")
+    return float(found[1]), float(found[2])
 
 
 def _measures(cells: Sequence[Cell]) -> list[Block]:

@@ -20,6 +20,8 @@ from reseed.report.page.blocks import (
 )
 from reseed.report.wording import Wording
 
+_SCALE = 1.15
+"""Pixels for a point, in which figures have letters of 8: as large as notes."""
 _VOID = {"img", "input", "link", "meta"}
 
 
@@ -144,8 +146,16 @@ def _lines(text: str) -> list[str]:
 
 def _picture(picture: Picture) -> Html:
     files = f"figures/{picture.name}"
-    image = tag("img", src=f"{files}.svg", alt=f"{picture.title}. {picture.caption}",
-                loading="lazy")  # fmt: skip
+    width, height = (round(side * _SCALE) for side in picture.size)
+    # Told how large it is, nothing moves when it is there.
+    image = tag(
+        "img",
+        src=f"{files}.svg",
+        alt=f"{picture.title}. {picture.caption}",
+        width=width,
+        height=height,
+        loading="lazy",
+    )
     data = [tag("a", name, href=f"data/{name}") for name in picture.data]
     links = [tag("a", kind, href=f"{files}.{kind}") for kind in ("svg", "png")]
     caption = tag(

@@ -6,40 +6,44 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reseed.report.axes import MISSING
+from reseed.report.axes import MISSING, Cell, label
 from reseed.report.page.blocks import Block, Code, Folded, Items, Paragraph, Table
 from reseed.report.wording import Wording
 from reseed.runs import Run
 from reseed.sweeps import Sweep
 
-_NOT_SHOWN = ("experiment.comparison", "experiment.runtime")
-"""Said once for all runs, or without influence on results."""
+_WITHOUT_EFFECT = ("runtime.", "hydra.", "hydra/")
+_MANY = 8
+"""So many cells have a column each; more have a row."""
 
 
-def provenance(sweep: Sweep) -> list[Block]:
+def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
     """The blocks of the section."""
     runs = list({run.path: run for run in sweep.runs()}.values())
     records = {run.id: run.record for run in runs if run.status not in ("missing", "damaged")}
-    settings = sweep.settings if (sweep.path / "comparison.json").is_file() else {}
     blocks: list[Block] = [Paragraph(_origin(sweep, records))]
-    commands = dict.fromkeys(_command(record) for record in records.values())
-    blocks.append(Folded("Commands", (Code("\n".join(filter(None, commands))),)))
-    common, differing = parted({name: flat(r["experiment"]) for name, r in records.items()})
+    commands = dict.fromkeys(command(record) for record in records.values())
+    blocks.append(Code("\n".join(filter(None, commands))))
+    common, differing = parted(
+        {
+            label(cells, knobs): [flat(records[run]["experiment"]) for run in cell.runs["run"]]
+            for knobs, cell in cells
+        }
+    )
     if differing:
         blocks.append(Table(differing))
-    if common:
-        same = Code("\n".join(f"{key}: {_word(value)}" for key, value in common.items()))
-        blocks.append(Folded(f"Configuration that all runs share ({len(common)} keys)", (same,)))
-    if settings:
-        lines = [f"{key}: {_word(value)}" for key, value in flat(settings).items()]
-        blocks.append(Folded("Settings of the comparison", (Code("\n".join(lines)),)))
+    blocks.append(_settings(f"Configuration that all cells share ({len(common)} keys)", common))
+    blocks.append(_settings("Settings of the comparison", flat(sweep.settings)))
     if sweep.evaluations:
         asked = {name: of["settings"] for name, of in sweep.evaluations.items()}
-        lines = [f"{key}: {_word(value)}" for key, value in flat(asked).items()]
-        blocks.append(Folded("Settings of the evaluations", (Code("\n".join(lines)),)))
+        blocks.append(_settings("Settings of the evaluations", flat(asked)))
     blocks.append(Table(_runs(runs, records)))
     blocks.append(Items(tuple(_versions(records))))
     return blocks
+
+
+def _settings(title: str, values: Mapping[str, Any]) -> Folded:
+    return Folded(title, (Code("\n".join(f"{k}: {_word(v)}" for k, v in values.items())),))
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -54,29 +58,32 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def parted(each: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], Wording | None]:
-    """What all runs have in common, and a table of what they differ in; None where in nothing.
+def parted(
+    each: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> tuple[dict[str, str], Wording | None]:
+    """What all cells have in common, and a table of what they differ in; None where in nothing.
 
     Args:
-        each: flat settings by the names of runs.
+        each: flat settings of the runs of each cell, by its name. Of what differs within a cell all
+            values are given: ``0, 1, 2``.
     """
-    keys = dict.fromkeys(key for values in each.values() for key in values)
-    common: dict[str, Any] = {}
-    differing: list[str] = []
-    for key in keys:
-        words = {_word(values.get(key, MISSING)) for values in each.values()}
-        if len(words) > 1:
-            differing.append(key)
-        else:
-            common[key] = next(iter(each.values()))[key]
+    keys = dict.fromkeys(key for runs in each.values() for values in runs for key in values)
+    said = {
+        key: [
+            ", ".join(dict.fromkeys(_word(values.get(key, MISSING)) for values in runs))
+            for runs in each.values()
+        ]
+        for key in keys
+    }
+    common = {key: words[0] for key, words in said.items() if len(set(words)) == 1}
+    differing = {key: words for key, words in said.items() if key not in common}
     if not differing:
         return common, None
-    rows = tuple(
-        (name, *(_word(values.get(key, MISSING)) for key in differing))
-        for name, values in each.items()
-    )
-    caption = "What runs differ in"
-    return common, Wording(("run", *differing), rows, 1, caption, ())
+    header, rows = list(each), [(key, *words) for key, words in differing.items()]
+    if len(each) > _MANY:
+        header, columns = list(differing), list(differing.values())
+        rows = [(name, *(c[i] for c in columns)) for i, name in enumerate(each)]
+    return common, Wording(("", *header), tuple(rows), 1, "What cells differ in", ())
 
 
 def _runs(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> Wording:
@@ -125,10 +132,14 @@ def _origin(sweep: Sweep, records: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
-def _command(record: Mapping[str, Any]) -> str:
-    command = str(record.get("environment", {}).get("command", ""))
-    name, _, rest = command.partition(" ")
-    return f"reseed {rest}" if name in ("__main__.py", "reseed") and rest else command
+def command(record: Mapping[str, Any]) -> str:
+    """What was typed, as far as it decides about results: without folders, threads, launchers."""
+    told = str(record.get("environment", {}).get("command", "")).split(" ")
+    if told[0] not in ("reseed", "__main__.py") or len(told) < 2:
+        return " ".join(told)
+    multirun = ["-m"] if told[1] == "train" and "-m" in told else []
+    kept = [w for w in told[2:] if w != "-m" and not w.lstrip("+~").startswith(_WITHOUT_EFFECT)]
+    return " ".join(["reseed", told[1], *multirun, *kept])
 
 
 def _versions(records: Mapping[str, Mapping[str, Any]]) -> list[str]:

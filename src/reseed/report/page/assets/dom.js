@@ -19,12 +19,12 @@ const words = {
   number(value) {
     if (value === null || value === undefined) return "–";
     if (value === 0) return "0";
-    return Math.abs(value) < 0.001 ? value.toExponential(0) : value.toPrecision(2).replace(/^(-?)0\./, "$1.");
+    return Math.abs(value) >= 0.00995 ? value.toFixed(2) : value.toPrecision(1);
   },
   /** A part of the tokens. */
   density(value) {
     if (value === 0) return "never";
-    return value < 0.0001 ? value.toExponential(1) : `${+(100 * value).toPrecision(2)}%`;
+    return value < 0.0001 ? value.toExponential(1) : `${(100 * value).toPrecision(2)}%`;
   },
   /** Something counted. */
   count(value) {

@@ -89,7 +89,7 @@ const latent = (() => {
     const tokens = (flat) => pairs(flat).map(([token, logit]) =>
       element("span", { class: "token", title: `logit ${logit}` }, words.visible(text[token] ?? "?")));
     const near = pairs(own.near).map(([i, cosine]) =>
-      [element("a", { href: address(r, i) }, String(i)), ` ${words.number(cosine)}  `]);
+      element("span", { class: "near" }, element("a", { href: address(r, i) }, String(i)), ` ${words.number(cosine)}`));
     const fact = (title, content) => (content.length
       ? element("div", {}, element("h3", {}, title), element("div", { class: "tokens" }, content)) : null);
     return element("div", { class: "facts" },

@@ -18,9 +18,9 @@ const list = (() => {
 
   const COLUMNS = [
     { key: "latent", head: "latent", width: "5.5rem", of: (c, i) => i },
-    { key: "run", head: "run", width: "12rem", of: (c, i, r) => r, named: true },
+    { key: "run", head: "run", width: "13rem", of: (c, i, r) => r, named: true },
     { key: "density", head: "density", width: "5.5rem", of: (c, i, r) => c.firing[i] / Math.max(1, runs()[r].tokens), down: true },
-    { key: "reproducibility", head: "reproducible", width: "8rem", of: (c, i) => c.reproducibility[i], down: true },
+    { key: "reproducibility", head: "reproducible", width: "9rem", of: (c, i) => c.reproducibility[i], down: true },
     { key: "shared", head: "shared", width: "5rem", of: (c, i) => c.shared_with[i], down: true },
     { key: "encoder", head: "cos enc", width: "5rem", of: (c, i) => c.best_cosine_encoder[i], down: true },
     { key: "decoder", head: "cos dec", width: "5rem", of: (c, i) => c.best_cosine_decoder[i], down: true },
