@@ -58,7 +58,7 @@ def entries(cells: Sequence[Cell]) -> list[Entry]:
     """The runs of all cells, in order."""
     found = []
     for number, (knobs, cell) in enumerate(cells):
-        for _, run in cell.runs.iterrows():
+        for run in cell.runs.to_dict("records"):
             rows = cell.latents.filter(pc.field("run") == run["run"])
             what = label(cells, knobs)
             name = f"{what}, {_place(cell, str(run['seed']), cells)}"
