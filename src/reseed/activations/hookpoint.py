@@ -70,7 +70,7 @@ def module_path(model: nn.Module, hookpoint: Hookpoint) -> str:
                 "hookpoint.module",
             )
         return path
-    block = f"{_blocks(model)}.{hookpoint.layer}"
+    block = f"{blocks_path(model)}.{hookpoint.layer}"
     if hookpoint.site == "resid_post":
         return block
     children = [name for name, _ in model.get_submodule(block).named_children()]
@@ -89,7 +89,7 @@ def first_tensor(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def _blocks(model: nn.Module) -> str:
+def blocks_path(model: nn.Module) -> str:
     """Path of the list of transformer blocks: the outermost ModuleList of the right length."""
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
     lists = [

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import pandas as pd
 import torch
 
 from reseed.activations.hookpoint import Hookpoint
@@ -23,6 +22,7 @@ from reseed.activations.reading import Reading
 from reseed.activations.source import ActivationSource
 from reseed.config import Config, ConfigError
 from reseed.evaluate.shared import SharedResults
+from reseed.evaluations import Table
 from reseed.sae.base import SAE
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Result:
     """
 
     metrics: Mapping[str, float | int | None]
-    tables: Mapping[str, pd.DataFrame] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
     latents: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 

@@ -16,9 +16,6 @@ from torch.nn import functional
 
 from reseed.sae.base import SAE
 
-_BLOCK_BYTES = 1 << 27
-"""Of dense latents that are held at once."""
-
 
 @dataclass(frozen=True, eq=False)
 class Codes:
@@ -113,19 +110,14 @@ def at_pairs(
     return torch.where(pairs >= 0, value[pairs.clamp(min=0)], otherwise)
 
 
-@torch.inference_mode()
-def _encode_block(sae: SAE, x: Float[Tensor, "b D"]) -> tuple[Tensor, Tensor, Tensor]:
-    dense = sae.encode(x.to(sae.W_dec.device, sae.W_dec.dtype))
-    token, latent = dense.nonzero(as_tuple=True)
-    return (dense != 0).sum(1), latent, dense[token, latent].float()
-
-
+@torch.no_grad()
 def encode(sae: SAE, x: Float[Tensor, "n D"]) -> Codes:
     """The latents of raw activations, on the SAE's device."""
-    block = max(1, _BLOCK_BYTES // (4 * sae.num_latents))
-    parts = [_encode_block(sae, part) for part in x.split(block)]
-    counts, latent, value = (torch.cat([p[i] for p in parts]).clone() for i in range(3))
-    return Codes(_ends(counts), latent, value, sae.num_latents)
+    found = sae.encode_sparse(x.to(sae.W_dec.device, sae.W_dec.dtype))
+    values, token, latent = found.active()
+    order = token.argsort(stable=True)  # by token, then by latent
+    counts = torch.bincount(token, minlength=len(x))
+    return Codes(_ends(counts), latent[order], values[order].float(), sae.num_latents)
 
 
 def _ends(counts: Int[Tensor, " n"]) -> Int[Tensor, " n_plus_1"]:

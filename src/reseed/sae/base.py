@@ -21,6 +21,10 @@ from torch import Generator, Tensor, nn
 
 from reseed.config import Config, ConfigError, setting
 from reseed.sae.init import random_directions
+from reseed.sae.pairs import ByLatent, SparseLatents
+
+DENSE_BYTES = 1 << 27
+"""Of dense latents that `SAE.encode_sparse` holds at once."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,21 @@ class SAE(nn.Module, ABC):
     @abstractmethod
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch num_latents"]:
         """The latents f, dense. Activations of another dtype are read in the parameters' dtype."""
+
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
+        """The same latents where they are not 0, without a [batch, num_latents] tensor."""
+        size = max(1, DENSE_BYTES // (4 * self.num_latents))
+        values, tokens, latents = [], [], []
+        for start in range(0, len(x), size):
+            dense = self.encode(x[start : start + size])
+            token, latent = dense.nonzero(as_tuple=True)
+            values.append(dense[token, latent])
+            tokens.append(token + start)
+            latents.append(latent)
+        owners, indices = torch.cat(tokens), torch.cat(latents)
+        return SparseLatents(
+            torch.cat(values), indices, ByLatent(indices, self.num_latents, owners, len(x))
+        )
 
     def decode(self, latents: Float[Tensor, "*batch num_latents"]) -> Float[Tensor, "*batch d_in"]:
         """x̂ = f W_dec + b_dec."""

@@ -43,6 +43,13 @@ class SparseLatents:
         active = self.indices[self.values.detach() > 0]
         return torch.bincount(active, minlength=self.by_latent.num_latents)
 
+    def active(self) -> Pairs:
+        """The active pairs, sorted by latent, then by token."""
+        order = self.by_latent.order
+        values, latents = self.values.flatten()[order], self.indices.flatten()[order]
+        active = values != 0
+        return values[active], self.by_latent.tokens[active], latents[active]
+
     def dense(self) -> Float[Tensor, "batch num_latents"]:
         """The same as a full matrix."""
         empty = self.values.new_zeros(self.by_latent.batch, self.by_latent.num_latents)

@@ -70,6 +70,9 @@ class TopK(SAE):
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch num_latents"]:
         return self._encode(x).dense().reshape(*x.shape[:-1], self.num_latents)
 
+    def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
+        return self._encode(x)
+
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> SAEOutput:
         # By the sparse decoder: equal to `decode(encode(x))` up to rounding, and many times faster.
         latents = self._encode(x)

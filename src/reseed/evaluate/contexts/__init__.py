@@ -1,0 +1,1 @@
+"""The contexts of latents: what they fire on, promote, and lie beside."""
