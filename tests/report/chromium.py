@@ -123,7 +123,8 @@ class Chromium:
                   deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
         value = "dark" if dark else "light"
         self.send(
-            "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}]
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": value}],
         )
 
     def screenshot(self, path: Path) -> None:

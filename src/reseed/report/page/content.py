@@ -67,7 +67,7 @@ def report_sections(of: Material, browser: bool) -> list[Section]:
         Section("figures", "Figures", tuple(_pictures(of))),
         Section("tables", "What else was asked", tuple(map(Table, more_tables(of.cells)))),
         Section("differences", "Differences", (Table(between),) if between else ()),
-        Section("measures", "More measures", tuple(_measures(of.cells))),
+        Section("measures", "All measures", tuple(_measures(of.cells))),
         Section("papers", "Beside the papers", tuple(_papers(of.cells))),
         Section("latents", "Latents", (Paragraph(_browser(of)),) if browser else ()),
         Section(
@@ -83,8 +83,9 @@ def _warnings(of: Material) -> Block:
     if found:
         return Items(tuple(found), warns=True)
     return Paragraph(
-        "None: every cell is complete and has three runs or more, no curve was still falling, and "
-        "few latents are dead or dense."
+        "None: every cell is complete and has three runs or more, shares more than chance does and "
+        "has the L0 it was asked for; no curve was still falling, and few latents are dead or "
+        "dense."
     )
 
 

@@ -19,7 +19,6 @@ from reseed.report.page.blocks import (
 )
 
 _PREAMBLE = r"""\documentclass[11pt]{article}
-\usepackage[T1]{fontenc}
 \usepackage[utf8]{inputenc}
 \usepackage[margin=2.5cm]{geometry}
 \usepackage{booktabs,graphicx,hyperref}
@@ -50,7 +49,7 @@ def _block(block: Block, numbers: count[int]) -> str:
             items = "\n".join(rf"\item {_inline(text)}" for text in texts)
             return f"\\begin{{itemize}}\n{items}\n\\end{{itemize}}"
         case Table(words):
-            return latex_table(words, "", f"tab:{next(numbers)}") + "\n" + r"\clearpage"
+            return latex_table(words, "", f"tab:{next(numbers)}")
         case Picture():
             return _figure(block)
         case Code(text):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from reseed.console import counted
 from reseed.report.axes import Cell, label
-from reseed.report.wording import number, paired
+from reseed.report.wording import NOT_SHARED, OFF_TARGET, notes, number, paired
 from reseed.runs import Run
 
 LEAST_SEEDS = 3
@@ -33,10 +34,10 @@ def warnings(
         runs: those of the sweep, whatever became of them.
         incomplete: a line for each cell that lacks runs.
     """
-    # The notes of a cell (L0 off its target, shared as by chance) stand below the first table.
     return [
-        *(f"**Incomplete.** {line}" for line in incomplete),
-        *_few_seeds(cells),
+        *(f"**Incomplete.** {line.removeprefix('incomplete: ')}." for line in incomplete),
+        *_few(cells),
+        *_noted(cells),
         *_not_converged({run.id: run.path for run in runs if run.finished}),
         *_many("dead latents", "did not fire at the end of training", DEAD, dead_fraction(cells)),
         *_many(
@@ -86,7 +87,7 @@ def dense_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
     return found
 
 
-def _few_seeds(cells: Sequence[Cell]) -> list[str]:
+def _few(cells: Sequence[Cell]) -> list[str]:
     few = [
         f"{label(cells, knobs)} (n = {cell.n_seeds})"
         for knobs, cell in cells
@@ -101,22 +102,46 @@ def _few_seeds(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
+def _noted(cells: Sequence[Cell]) -> list[str]:
+    """What the summary's footnotes say of single cells, too."""
+    found = []
+    for note in (NOT_SHARED, OFF_TARGET):
+        about = [
+            f"{label(cells, knobs)} (shared {number(cell.estimates['shared_fraction'].mean)}, L0 "
+            f"{cell.estimates['l0'].mean:.1f})"
+            for knobs, cell in cells
+            if note in notes(cell, knobs)
+        ]
+        if about:
+            found.append(f"**{note[0].upper()}{note[1:]}.** {'; '.join(about)}.")
+    return found
+
+
 def _not_converged(folders: Mapping[str, Path]) -> list[str]:
-    """The runs whose FVU was still falling."""
-    falling = {}
-    for name, folder in folders.items():
-        path = folder / "training.csv"
-        found = fall(pd.read_csv(path)) if path.is_file() and path.stat().st_size else None
-        if found is not None and found > STILL_FALLING:
-            falling[name] = found
-    if not falling:
-        return []
-    worst = max(falling, key=lambda name: falling[name])
-    return [
-        f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell by "
-        f"more than {STILL_FALLING:.0%} from the last but one tenth of the steps to the last (most "
-        f"in `{worst}`: {falling[worst]:.1%}). What seeds share may still grow with the budget."
-    ]
+    """The runs whose FVU was still falling, and those of which that cannot be said."""
+    curves = {
+        name: pd.read_csv(path)
+        for name, folder in folders.items()
+        if (path := folder / "training.csv").is_file() and path.stat().st_size
+    }
+    falls = {name: fall(curve) for name, curve in curves.items()}
+    falling = {name: value for name, value in falls.items() if value and value > STILL_FALLING}
+    found = []
+    if falling:
+        worst = max(falling, key=lambda name: falling[name])
+        found.append(
+            f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell "
+            f"by more than {STILL_FALLING:.0%} from the last but one tenth of the steps to the "
+            f"last (most in `{worst}`: {falling[worst]:.1%}). What is shared may still grow with the "
+            "budget."
+        )
+    if unknown := list(falls.values()).count(None):
+        found.append(
+            f"**Convergence not known.** {counted(unknown, 'curve')} of {len(folders)} "
+            f"{'has' if unknown == 1 else 'have'} fewer than {FEWEST_ROWS} points, too few to see "
+            "whether the FVU was still falling (`runtime.log_every_steps`)."
+        )
+    return found
 
 
 def _many(name: str, what: str, limit: float, fractions: Mapping[str, float]) -> list[str]:
