@@ -1,0 +1,248 @@
+"""The parts of a report: escaping, warnings, provenance, data of the browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from reseed.atomic import atomic_folder
+from reseed.report.captions import caption, data_files, title
+from reseed.report.figure_data import cosines_frame, figure_tables, seeds_frame
+from reseed.report.figures import comparison_drawings
+from reseed.report.page.blocks import Code, Items, Paragraph, Section, Span, spans
+from reseed.report.page.browser import columns, entries, write_browser
+from reseed.report.page.html import Html, inline, table_html, tag
+from reseed.report.page.provenance import command, flat, parted
+from reseed.report.page.tex import tex
+from reseed.report.page.warnings import fall, warnings
+from reseed.report.references import UNSHARED, reference_table
+from reseed.report.wording import Wording
+
+HOSTILE = (
+    """</script><script>alert("1")</script><img src=x onerror='alert(2)'>&amp;\u2028**a** `b`"""
+)
+
+
+class Text(HTMLParser):
+    """The text of HTML, and its elements."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.elements = "", []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_text_is_text_whatever_it_holds():
+    found = Text(tag("p", HOSTILE, title=HOSTILE))
+    assert found.text == HOSTILE
+    assert found.elements == ["p"]
+    assert found.attributes == [("title", HOSTILE)]
+    assert Text(tag("p", tag("b", "x"))).elements == ["p", "b"]
+
+
+def test_words_of_a_table_are_text():
+    words = Wording((HOSTILE, "n"), ((HOSTILE, "0.5 [0.4, 0.6]"),), 1, HOSTILE, (HOSTILE,))
+    found = Text(table_html(words))
+    assert "script" not in found.elements
+    assert "img" not in found.elements
+    assert found.text.count("</script>") == 4 * 2
+
+
+def test_attributes_that_are_false_are_left_out():
+    assert tag("a", class_="x", hidden=True, id=None, open=False) == '<a class="x" hidden></a>'
+    assert isinstance(tag("a"), Html)
+
+
+def test_spans_of_a_text():
+    assert spans("a **b** `c` [d e](f.csv)") == [
+        Span("plain", "a "), Span("bold", "b"), Span("plain", " "), Span("code", "c"),
+        Span("plain", " "), Span("link", "d e", "f.csv"),
+    ]  # fmt: skip
+    # An interval is no link, and a lone star stands for itself.
+    assert spans("[0.3, 0.5] (n = 3) 2 * 3") == [Span("plain", "[0.3, 0.5] (n = 3) 2 * 3")]
+    assert inline("**x < y**") == "<strong>x &lt; y</strong>"
+
+
+def test_tex_escapes_names_and_lists():
+    made = tex("a_b", [Section("s", "50%", (Paragraph("**x_y** & `k=8`"), Items(("1 #",)),
+                                           Code("a_b\nc")))])  # fmt: skip
+    for said in (r"\title{a\_b}", r"\section{50\%}", r"\textbf{x\_y} \& ", r"\item 1 \#"):
+        assert said in made
+
+
+def curve(values):
+    return pd.DataFrame({"fvu": values})
+
+
+def test_the_fall_of_a_curve_is_that_of_its_last_tenth():
+    # 40 points: the last four are 0.9 of the four before.
+    assert fall(curve([1.0] * 36 + [0.9] * 4)) == pytest.approx(0.1)
+    assert fall(curve([3.0] * 20 + [1.0] * 20)) == pytest.approx(0)
+    assert fall(curve([1.0] * 19)) is None
+    assert fall(pd.DataFrame({"loss": [1.0] * 40})) is None
+
+
+class Finished:
+    """A run as warnings need it."""
+
+    finished = True
+
+    def __init__(self, path: Path, values):
+        self.path, self.id = path, path.name
+        path.mkdir()
+        curve(values).to_csv(path / "training.csv")
+
+
+def test_warnings_name_the_rule_and_the_numbers(make_cell, tmp_path):
+    good = make_cell(n=3, shared=24)
+    # 48 latents that fire i times in 5,000 tokens: none is dense, 2 of 48 are dead.
+    assert warnings([good], [Finished(tmp_path / "a", [1.0] * 40)]) == []
+
+    found = warnings(
+        [good], [Finished(tmp_path / "b", np.geomspace(1, 0.1, 40))], ["incomplete: x"]
+    )
+    assert found[0] == "**Incomplete.** x."
+    # Each point is 0.1 ** (1/39) of the one before, so the last four are that to the fourth.
+    assert f"`b`: {1 - 0.1 ** (4 / 39):.1%}" in found[1]
+    assert "In 1 of 1 runs the FVU of training fell by more than 2%" in found[1]
+
+    (short,) = warnings([good], [Finished(tmp_path / "c", [1.0] * 5)])
+    assert "1 curve of 1 has fewer than 20 points" in short
+    (few,) = warnings([make_cell(n=2, shared=24)], [])
+    assert "With fewer than 3 seeds there is no interval" in few
+    assert "(n = 2)" in few
+
+
+def test_dead_and_dense_latents_are_warned_of(make_cell):
+    knobs, cell = make_cell(n=3, shared=24)
+    firing = np.tile(np.where(np.arange(48) < 12, 501, 0), 3)  # a quarter on over a tenth of 5,000
+    at = cell.latents.schema.get_field_index("firing")
+    latents = cell.latents.set_column(at, "firing", [firing])
+    estimates = dict(cell.estimates)
+    estimates["dead_fraction"] = dataclasses.replace(estimates["dead_fraction"], mean=0.25)
+    dead, dense = warnings([(knobs, dataclasses.replace(cell, latents=latents,
+                                                        estimates=estimates))], [])  # fmt: skip
+    assert dead.startswith("**Many dead latents.** More than 10% of the latents")
+    assert dead.endswith("(0.25).")
+    assert "fire on more than 10% of the held-out tokens: topk (0.25)." in dense
+
+
+def test_chance_and_targets_are_warned_of(make_cell):
+    knobs, cell = make_cell(n=3, shared=0)
+    told = warnings([(knobs | {"sparsity": "L0≈4"}, cell)], [])
+    assert [line.partition(".**")[0] for line in told] == [
+        "**Shared at most 10 × its null: not converged or not shared",
+        "**L0 off its target by more than 5%",
+    ]
+    assert "L0 8.2" in told[1]
+
+
+def test_what_cells_have_in_common_and_what_they_differ_in():
+    def run(sae, seed):
+        return flat({"model": {"type": "m"}, "sae": {"type": sae, sae: 1}, "seed": seed})
+
+    common, words = parted({"A": [run("x", 0), run("x", 1)], "B": [run("y", 0), run("y", 1)]})
+    assert common == {"model.type": "m", "seed": "0, 1"}
+    assert words is not None
+    assert words.header == ("", "A", "B")
+    assert words.rows == (("sae.type", "x", "y"), ("sae.x", "1", "–"), ("sae.y", "–", "1"))
+    assert (
+        parted({"A": [run("x", 0)]}) == (run("x", "0"), None)
+        or parted({"A": [run("x", 0)]})[1] is None
+    )
+    many = {f"c{i}": [{"k": i}] for i in range(9)}
+    assert parted(many)[1].rows[3] == ("c3", "3")  # type: ignore[union-attr]
+
+
+def test_a_command_is_what_decides_about_results():
+    def typed(text):
+        return command({"environment": {"command": text}})
+
+    assert typed("reseed run -m comparison=quickstart runtime.threads=1 sae=topk hydra.sweep.dir=x"
+                 ) == "reseed run comparison=quickstart sae=topk"  # fmt: skip
+    assert typed("__main__.py train -m seed=0,1") == "reseed train -m seed=0,1"
+    assert typed("study.py --mine") == "study.py --mine"
+
+
+def test_every_figure_has_a_title_a_caption_and_data(cells):
+    for name in comparison_drawings(cells):
+        assert title(name) != name
+        assert "n = 2–3 seeds" in caption(name, cells)
+        assert data_files(name)
+
+
+def test_numbers_of_figures(cells):
+    knobs, cell = cells[0]
+    frame = seeds_frame([(knobs, cell)])
+    assert frame[frame["measure"] == "p"]["fraction"].tolist() == cell.p.tolist()
+    assert frame[frame["measure"] == "u"]["count"].tolist() == [2, 3]
+    assert set(cosines_frame(cells)["sae"]) == {"topk", "relu", "batch_topk"}
+    assert set(figure_tables(cells, {})) == {"seeds.csv", "cosines.csv"}
+
+
+def test_the_paper_beside_what_was_found(cells):
+    words = reference_table(cells)
+    assert words is not None
+    rows = {row[0]: row[1:] for row in words.rows}
+    assert rows["shared, threshold 0.7"][0] == "0.42"
+    own = [cell.estimates["shared_fraction_at_0.7"].mean for _, cell in cells]
+    assert rows["shared, threshold 0.7"][1] == f"0 to {max(own):.2f}"
+    # u_3 is known of the cells with three seeds; of nine nobody knows here.
+    assert [name for name in rows if name.startswith("u_")] == [
+        f"u_{k}: of k = {k} seeds, all others lack it" for k in (2, 3)
+    ]
+    assert rows["u_3: of k = 3 seeds, all others lack it"][0] == f"{UNSHARED[3]:.2f}"
+
+
+def test_columns_of_the_browser_are_those_of_the_cell(cells):
+    found = entries(cells)
+    assert [entry.name for entry in found[:2]] == ["topk, seed 0", "topk, seed 1"]
+    own = columns(found[0].rows)
+    assert own["firing"] == list(range(48))
+    assert own["state"] == [2, 2, *[1] * 8, *[0] * 38]
+    assert own["shared_with"][:24] == [2] * 24
+    assert [len(values) for values in own["partner_decoder"]] == [48, 48]
+    best = np.maximum(*(np.array(values) for values in own["cosine_decoder"]))
+    assert np.allclose(own["best_cosine_decoder"], best)
+    assert all(isinstance(value, int) for value in own["shared"][0])
+
+
+def test_files_of_the_browser_are_calls(cells, tmp_path):
+    write_browser(cells, {}, {}, tmp_path)
+    names = sorted(path.name for path in (tmp_path / "latents").iterdir())
+    assert names == sorted(["runs.js", *(f"{i}.js" for i in range(8))])
+    text = (tmp_path / "latents" / "runs.js").read_text()
+    assert text.startswith('reseed.data("runs",{')
+    found = json.loads(text.removeprefix('reseed.data("runs",').removesuffix(")\n"))
+    assert [run["others"] for run in found["runs"]][-3:] == [[3, 4], [7], [6]]
+
+
+def test_a_folder_is_whole_or_as_it_was(tmp_path):
+    out = tmp_path / "report"
+    atomic_folder(out, lambda folder: (folder / "a").write_text("1"))
+
+    def fail(folder):
+        (folder / "b").write_text("2")
+        raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        atomic_folder(out, fail)
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+    assert [p.name for p in out.iterdir()] == ["a"]
+    atomic_folder(out, lambda folder: (folder / "c").write_text("3"))
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+    assert [p.name for p in out.iterdir()] == ["c"]
