@@ -75,6 +75,11 @@ def _write_html(of: Material, folder: Path) -> None:
     _copy_figures(of, folder)
     sections = report_sections(of, browser=True)
     (folder / "index.html").write_text(_index(of, sections), encoding="utf-8")
+    write_browser_page(of, folder)
+
+
+def write_browser_page(of: Material, folder: Path) -> None:
+    """The browser of latents, with its data, and what all pages load."""
     write_browser(of.cells, of.runs, of.contexts, folder)
     (folder / BROWSER).write_text(_browser_page(of), encoding="utf-8")
     with as_file(files("reseed.report.page") / "assets") as assets:

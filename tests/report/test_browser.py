@@ -1,0 +1,356 @@
+"""The report in a browser: it is filtered, sorted, opened, without an error and without a network.
+
+Under ``REPORT_SCREENSHOTS`` pictures of it are left, to be looked at.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from chromium import Chromium
+
+from reseed.cli import run
+from reseed.contexts import LATENTS_PER_GROUP, SCHEMA, Contexts
+from reseed.report.page.content import Material
+from reseed.report.page.write import write_browser_page
+from reseed.sweeps import Sweep
+
+pytestmark = pytest.mark.slow
+
+WIDTHS = (1400, 390)
+ROWS = "document.querySelectorAll('.list tbody tr')"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    found = Chromium(tmp_path_factory.mktemp("profile"))
+    yield found
+    found.close()
+
+
+def report_of(folder: Path, line: list[str]) -> Path:
+    """Train, compare and evaluate in a folder; the report."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert run.main([*line, "evaluation=contexts", "runtime.progress=false"]) == 0
+    (report,) = folder.glob("sweeps/*/report")
+    return report
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    line = ["comparison=quickstart", "training.tokens=65536", "dataset.held_out_tokens=16384",
+            "sae.num_latents=256", "comparison.activation_tokens=2048",
+            "evaluation.tokens=16384"]  # fmt: skip
+    return report_of(tmp_path_factory.mktemp("quickstart"), line)
+
+
+@pytest.fixture(scope="module")
+def stories(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> Path:
+    line = ["comparison=seeds", "model=path", f"model.path={real_data}/models/stories260K",
+            "dataset=text_files", f"dataset.path={real_data}/text/tinystories_valid.txt", "layer=2",
+            "training.tokens=65536", "dataset.held_out_tokens=8192", "sae.num_latents=256",
+            "sae=topk", "seed=0,1,2", "comparison.activation_tokens=2048",
+            "evaluation.tokens=8192"]  # fmt: skip
+    return report_of(tmp_path_factory.mktemp("stories"), line)
+
+
+def test_the_quickstart(chromium: Chromium, quickstart: Path) -> None:
+    used(chromium, quickstart, "quickstart")
+
+
+@pytest.mark.real
+def test_a_model_of_others(chromium: Chromium, stories: Path) -> None:
+    used(chromium, stories, "stories")
+
+
+def used(chromium: Chromium, report: Path, name: str) -> None:
+    """Do what a reader does; nothing may go wrong, and nothing come from elsewhere."""
+    chromium.troubles.clear()
+    chromium.requests.clear()
+    chromium.window(1400, 900)
+    chromium.open(report / "index.html")
+    chromium.evaluate("for (const i of document.images) i.loading = 'eager'")
+    chromium.wait("[...document.images].every((i) => i.complete && i.naturalWidth)")
+    filtered_and_sorted(chromium, report)
+    opened_with_its_partner(chromium, report)
+    by_keyboard(chromium, report)
+    for width in WIDTHS:
+        for dark in (False, True):
+            looked_at(chromium, report, width, dark, name)
+    assert chromium.troubles == []
+    elsewhere = [a for a in chromium.requests if not a.startswith(("file:", "about:", "data:"))]
+    assert elsewhere == []
+
+
+def listed(chromium: Chromium, report: Path, fragment: str = "") -> None:
+    chromium.open(report / "latents.html", fragment)
+    chromium.wait(f"{ROWS}.length")
+
+
+def column(chromium: Chromium, head: str) -> list[str]:
+    """What stands in a column of the list."""
+    chromium.wait("document.getElementById('main').dataset.ready === location.hash")
+    return chromium.evaluate(
+        "(() => { const heads = [...document.querySelectorAll('.list thead th')];"
+        f"const at = heads.findIndex((h) => h.textContent === '{head}');"
+        f"return [...{ROWS}].map((row) => row.cells[at].textContent) }})()"
+    )
+
+
+def choose(chromium: Chromium, name: str, value: str) -> None:
+    chromium.evaluate(
+        f"(() => {{ const s = document.getElementById('{name}'); s.value = '{value}';"
+        "s.dispatchEvent(new Event('change')) })()"
+    )
+    chromium.wait(f"location.hash.includes('{name}={value}')")
+
+
+def click_head(chromium: Chromium, head: str, sort: str) -> None:
+    chromium.evaluate(
+        "[...document.querySelectorAll('.list thead button')]"
+        f".find((b) => b.textContent === '{head}').click()"
+    )
+    chromium.wait(f"document.querySelector('th[aria-sort]').textContent === '{head}'")
+    chromium.wait(f"document.querySelector('th[aria-sort={sort}]')")
+
+
+def filtered_and_sorted(chromium: Chromium, report: Path) -> None:
+    listed(chromium, report)
+    table = pd.read_parquet(report / "data" / "latents.parquet")
+    others = table["others"].map(len).max()
+    count = "document.querySelector('.count').textContent"
+    assert chromium.evaluate(count) == f"{len(table):,} latents"
+    choose(chromium, "kind", "orphan")
+    shared = column(chromium, "shared")
+    assert set(shared) == {f"0 of {others}"}
+    orphans = int((table["live"] & (table["shared_with"] == 0)).sum())
+    assert chromium.evaluate(count) == f"{orphans:,} latents"
+
+    choose(chromium, "kind", "all")
+    click_head(chromium, "density", "descending")
+    densest = column(chromium, "latent")[0]
+    firing = table["firing"] / (table["firing"].max())
+    assert int(densest) in set(table[firing == firing.max()]["latent"])
+    click_head(chromium, "density", "ascending")
+    assert column(chromium, "density")[0] == "never" or firing.min() > 0
+
+    # Of the words that somebody looks for, every passage has some.
+    listed(chromium, report, "#list?kind=shared")
+    word = chromium.evaluate("document.querySelector('.list mark').textContent").strip(" ↵→")
+    chromium.evaluate(
+        "(() => { const s = document.getElementById('text');"
+        f"s.value = {word!r}; s.dispatchEvent(new Event('input')) }})()"
+    )
+    chromium.wait("location.hash.includes('text=')")
+    found = column(chromium, "fires most on")
+    assert found
+    assert all(word.lower() in passage.lower() for passage in found)
+
+
+def opened_with_its_partner(chromium: Chromium, report: Path) -> None:
+    table = pd.read_parquet(report / "data" / "latents.parquet")
+    own = table[table["shared_with"] == table["shared_with"].max()].iloc[0]
+    chromium.open(report / "latents.html", f"#latent/{own['run']}/{own['latent']}")
+    chromium.wait("document.querySelector('.columns')")
+    heads = "[...document.querySelectorAll('.column > h3')].map((h) => h.textContent)"
+    shown = chromium.evaluate(heads)
+    assert len(shown) == 1 + len(own["others"])
+    for head, partner, is_shared in zip(
+        shown[1:], own["partner_decoder"], own["shared"], strict=True
+    ):
+        assert head.removesuffix(" *").endswith(f": {partner}")
+        assert head.endswith(" *") == is_shared
+    assert chromium.evaluate("document.querySelectorAll('.context mark.peak').length") > 2
+    chromium.evaluate("document.querySelector('.column > h3 a').click()")
+    partner = own["partner_decoder"][0]
+    chromium.wait(f"location.hash === '#latent/{own['others'][0]}/{partner}'")
+    chromium.wait(f"document.querySelector('h2').textContent === 'Latent {partner}'")
+
+
+def by_keyboard(chromium: Chromium, report: Path) -> None:
+    listed(chromium, report)
+    first, second, third = column(chromium, "latent")[:3]
+    chromium.press("j")
+    chromium.press("Enter")
+    chromium.wait(f"document.querySelector('h2')?.textContent === 'Latent {second}'")
+    chromium.press("j")
+    chromium.wait(f"document.querySelector('h2')?.textContent === 'Latent {third}'")
+    chromium.press("k")
+    chromium.press("k")
+    chromium.wait(f"document.querySelector('h2')?.textContent === 'Latent {first}'")
+    chromium.press("Escape")
+    chromium.wait(f"{ROWS}.length")
+    chromium.press("?")
+    chromium.wait("document.querySelector('dialog[open]')")
+    chromium.evaluate("document.querySelector('dialog button').click()")
+    chromium.press("/")
+    chromium.wait("document.activeElement.id === 'text'")
+    chromium.press("Escape")
+    chromium.press("t")
+    chromium.wait("document.documentElement.dataset.theme")
+    chromium.press("t")
+    chromium.evaluate("localStorage.clear()")
+
+
+def looked_at(chromium: Chromium, report: Path, width: int, dark: bool, name: str) -> None:
+    """Nothing is wider than the window, and what is written can be read on what is behind it."""
+    chromium.window(width, 900 if width > 600 else 844, dark)
+    places = {"index": ("index.html", ""), "list": ("latents.html", ""), "latent": ("", "")}
+    for what, (page, _) in places.items():
+        if page:
+            chromium.open(report / page)
+        else:
+            chromium.press("Enter")
+            chromium.wait("document.querySelector('.columns')")
+        if page == "latents.html":
+            chromium.wait(f"{ROWS}.length")
+        assert chromium.evaluate("document.documentElement.scrollWidth") <= width
+        assert contrast(chromium) > 4.5
+        if folder := os.environ.get("REPORT_SCREENSHOTS"):
+            colours = "dark" if dark else "light"
+            chromium.screenshot(Path(folder) / f"{name}-{what}-{width}-{colours}.png")
+
+
+def contrast(chromium: Chromium) -> float:
+    """The least contrast of ink on paper, by the formula of WCAG 2."""
+    pairs = chromium.evaluate(
+        "(() => { const s = getComputedStyle(document.documentElement);"
+        "const of = (n) => s.getPropertyValue(n).trim();"
+        "return ['--ink', '--soft', '--accent'].map((n) => [of(n), of('--paper')]) })()"
+    )
+
+    def luminance(colour: str) -> float:
+        parts = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    found = [sorted(map(luminance, pair)) for pair in pairs]
+    return min((high + 0.05) / (low + 0.05) for low, high in found)
+
+
+LATENTS, SEEDS = 4_096, 8
+TEXTS = ["</script>", '"quoted"', "<b>bold</b>", " the", "\n", "\t", " caf\u00e9", "\u2028"]
+
+
+def large_cell(make_cell, num_latents: int, seeds: int):
+    """Seeds with partners drawn at random; what matters here is how many there are."""
+    knobs, cell = make_cell(n=2)
+    rng = np.random.default_rng(0)
+    names = [f"large-seed{seed}" for seed in range(seeds)]
+    n, m = num_latents * seeds, seeds - 1
+
+    def lists(values):
+        offsets = np.arange(n + 1, dtype=np.int32) * m
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
+
+    partners = rng.integers(0, num_latents, (n, m), dtype=np.int32)
+    cosines = rng.random((n, m), dtype=np.float32)
+    shared = cosines > 0.7
+    others = [[o for o in names if o != name] for name in names]
+    latents = pa.table(
+        {
+            "run": np.repeat(names, num_latents),
+            "seed": np.repeat([str(s) for s in range(seeds)], num_latents),
+            "latent": np.tile(np.arange(num_latents), seeds),
+            "firing": rng.integers(0, 5000, n),
+            "live": np.ones(n, bool),
+            "dead": np.zeros(n, bool),
+            "shared_with": shared.sum(1),
+            "reproducibility": rng.random(n),
+            "reproducibility_low": np.zeros(n),
+            "reproducibility_high": np.ones(n),
+            "others": pa.array([o for o in others for _ in range(num_latents)]),
+            "partner_encoder": lists(partners),
+            "partner_decoder": lists(partners),
+            "cosine_encoder": lists(cosines),
+            "cosine_decoder": lists(cosines),
+            "shared": lists(shared),
+        }
+    )
+    runs = pd.DataFrame(
+        {"run": names, "seed": [str(s) for s in range(seeds)], "held_out_tokens": 65_536}
+    )
+    return knobs, dataclasses.replace(cell, runs=runs, latents=latents)
+
+
+def hostile_contexts(folder: Path, num_latents: int) -> Contexts:
+    """Fifteen contexts of each latent, of tokens that would break a page that took them for more
+    than text."""
+    rng = np.random.default_rng(1)
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "firing": 9,
+            "largest": 2.0,
+            "mean": 1.0,
+            "contexts": [
+                {"quantile": None if j < 10 else 0.5, "position": j, "peak": 16,
+                 "tokens": rng.integers(0, len(TEXTS), 33), "active": [16, 20],
+                 "activations": [2.0, 0.5]}
+                for j in range(15)
+            ],
+            "promoted": [{"token": 0, "logit": 1.0}],
+            "suppressed": [{"token": 1, "logit": -1.0}],
+            "neighbours": [{"latent": 1, "cosine": 0.5}],
+        }
+        for _ in range(num_latents)
+    ]  # fmt: skip
+    pq.write_table(
+        pa.Table.from_pylist(rows, schema=SCHEMA),
+        folder / "contexts.parquet",
+        row_group_size=LATENTS_PER_GROUP,
+    )
+    ids = pa.array(range(len(TEXTS)), pa.int32())
+    pq.write_table(pa.table({"token": ids, "text": TEXTS}), folder / "texts.parquet")
+    return Contexts(folder, 65_536, {})
+
+
+def test_eight_saes_of_4096_latents_are_quick_and_tokens_are_text(
+    chromium: Chromium, make_cell, tmp_path: Path
+) -> None:
+    knobs, cell = large_cell(make_cell, LATENTS, SEEDS)
+    contexts = hostile_contexts(tmp_path / "contexts", LATENTS)
+    own = dict.fromkeys(cell.runs["run"], contexts)
+    sweep = Sweep(tmp_path / "large-0123")
+    of = Material(sweep, [(knobs, cell)], {}, (), (), (), own)
+    report = tmp_path / "report"
+    report.mkdir()
+    begun = time.perf_counter()
+    write_browser_page(of, report)
+    written = time.perf_counter() - begun
+    chromium.troubles.clear()
+    chromium.window(1400, 900)
+    begun = time.perf_counter()
+    listed(chromium, report)
+    opened = time.perf_counter() - begun
+    count = f"{LATENTS * SEEDS:,} latents"
+    assert chromium.evaluate("document.querySelector('.count').textContent") == count
+    begun = time.perf_counter()
+    chromium.press("n")
+    chromium.wait("location.hash.includes('page=2')")
+    chromium.wait("document.getElementById('main').dataset.ready === location.hash")
+    turned = time.perf_counter() - begun
+    begun = time.perf_counter()
+    chromium.press("Enter")
+    chromium.wait("document.querySelector('.columns')")
+    read = time.perf_counter() - begun
+    print(f"written {written:.1f} s, list {opened:.2f} s, page {turned:.2f} s, latent {read:.2f} s")
+    size = sum(path.stat().st_size for path in report.rglob("*") if path.is_file())
+    print(f"{size / 2**20:.0f} MiB")
+    assert opened < 5  # a second where nothing else runs
+    assert turned < 1
+    shown = chromium.evaluate("document.querySelector('.columns').textContent")
+    assert "</script>" in shown
+    assert "<b>bold</b>" in shown
+    assert chromium.evaluate("document.querySelectorAll('.columns b, .columns script').length") == 0
+    assert chromium.troubles == []
