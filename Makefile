@@ -21,8 +21,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-quickstart: env ## train 2 architectures x 3 seeds on the embedded model, compare, print the table
-	$(BIN)/reseed run comparison=quickstart
+quickstart: env ## train 2 architectures x 3 seeds on the embedded model, compare, write table and report
+	$(BIN)/reseed run comparison=quickstart evaluation=contexts
 	@echo "go on: source $(VENV)/bin/activate; reseed --help"
 
 test: env ## the tests, without the slow ones

@@ -23,6 +23,8 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "reseed/conf/config.yaml" in names
     assert "reseed/assets/model/model.safetensors" in names
+    for asset in ("style.css", "theme.js", "page.js", "dom.js", "list.js", "latent.js", "browser.js"):
+        assert f"reseed/report/page/assets/{asset}" in names
     assert "hydra_plugins/reseed_plugins/fused.py" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
@@ -42,4 +44,5 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     (sweep,) = (empty / "sweeps").iterdir()
     for name in ("manifest.jsonl", "summary.csv", "summary.md", "pairs.csv", "latents.parquet"):
         assert (sweep / name).is_file(), name
+    assert (sweep / "report" / "browser.js").is_file()
     assert len(list((empty / "outputs").iterdir())) == 6
