@@ -23,7 +23,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert "reseed/conf/config.yaml" in names
     assert "reseed/assets/model/model.safetensors" in names
-    for asset in ("style.css", "theme.js", "page.js", "dom.js", "list.js", "latent.js", "browser.js"):
+    for asset in ("style.css", "theme.js", "page.js", "list.js", "latent.js", "browser.js"):
         assert f"reseed/report/page/assets/{asset}" in names
     assert "hydra_plugins/reseed_plugins/fused.py" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
