@@ -34,6 +34,7 @@ SHARD = LATENTS_PER_GROUP
 ABOUT = 8
 """Tokens on each side of the one that a latent is shown by in the list."""
 _DIGITS = 4
+_OF_OTHERS = ("partner_encoder", "partner_decoder", "cosine_encoder", "cosine_decoder", "shared")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,6 @@ class Entry:
 
     run: str
     name: str
-    seed: str
     cell: int
     tokens: int
     rows: pa.Table
@@ -63,13 +63,13 @@ def entries(cells: Sequence[Cell]) -> list[Entry]:
             what = label(cells, knobs)
             name = f"{what}, {_place(cell, str(run['seed']), cells)}"
             tokens = int(run["held_out_tokens"])
-            found.append(Entry(run["run"], name, str(run["seed"]), number, tokens, rows))
+            found.append(Entry(run["run"], name, number, tokens, rows))
     return found
 
 
 def write_browser(
     cells: Sequence[Cell], runs: Runs, contexts: Mapping[str, Contexts], folder: Path
-) -> list[Entry]:
+) -> None:
     """Write the files of the browser under ``folder / "latents"``.
 
     Args:
@@ -90,7 +90,6 @@ def write_browser(
     for i, texts in enumerate(words.texts):
         _write(root / f"tokens-{i}.js", f"tokens/{i}", texts)
     _write(root / "runs.js", "runs", {"shard": SHARD, "runs": listed})
-    return found
 
 
 def columns(rows: pa.Table) -> dict[str, Any]:
@@ -104,15 +103,8 @@ def columns(rows: pa.Table) -> dict[str, Any]:
     }
     for name in ("reproducibility", "reproducibility_low", "reproducibility_high"):
         found[name] = rounded(rows[name])
-    for name in (
-        "partner_encoder",
-        "partner_decoder",
-        "cosine_encoder",
-        "cosine_decoder",
-        "shared",
-    ):
-        values = lists(rows, name).T
-        found[name] = [_numbers(own) for own in values]
+    for name in _OF_OTHERS:
+        found[name] = [_numbers(own) for own in lists(rows, name).T]
     for name in ("cosine_encoder", "cosine_decoder"):
         found[f"best_{name}"] = _numbers(_best(lists(rows, name)))
     for name in _evaluated(rows):
@@ -128,8 +120,6 @@ def _about(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
     return {
         "id": entry.run,
         "name": entry.name,
-        "seed": entry.seed,
-        "cell": entry.cell,
         "tokens": entry.tokens,
         "latents": len(entry.rows),
         "others": [place[entry.cell, other] for other in others],
@@ -218,15 +208,12 @@ def _write_contexts(
     return {
         "columns": {name: list(values) for name, values in listed},
         "vocabulary": vocabulary,
-        "evaluated": contexts.tokens,
     }
 
 
 def _packed(found: LatentContexts) -> dict[str, Any]:
-    """A latent as short as it can be said: activations that are not 0 as place, value, place, …"""
+    """What its page shows of a latent, as short as it can be said."""
     return {
-        "n": found.firing,
-        "d": _short(found.density),
         "max": _short(found.largest),
         "mean": _short(found.mean),
         "up": _pairs(found.promoted),
@@ -237,7 +224,8 @@ def _packed(found: LatentContexts) -> dict[str, Any]:
 
 
 def _packed_context(context: Context) -> list[Any]:
-    """[quantile or null, place of the peak, position in the text, ids, activations]."""
+    """[quantile or null, place of the peak, position in the text, ids, activations]; of these those
+    that are not 0, as place, value, place, …"""
     active = np.flatnonzero(context.activations).tolist()
     values = context.activations[active].tolist()
     flat = [part for at, value in zip(active, values, strict=True) for part in (at, _short(value))]

@@ -55,12 +55,11 @@ def _attribute(key: str, value: Any) -> str:
     return f" {name}" if value is True else f' {name}="{escape(str(value))}"'
 
 
-def document(title: str, body: Sequence[Html], scripts: Sequence[str], page: str) -> Html:
+def document(title: str, body: Sequence[Html], scripts: Sequence[str]) -> Html:
     """A whole file.
 
     Args:
         scripts: files of the report that it loads, in order.
-        page: a class of its body, for the style.
     """
     head = [
         tag("meta", charset="utf-8"),
@@ -72,7 +71,7 @@ def document(title: str, body: Sequence[Html], scripts: Sequence[str], page: str
         tag("script", src="theme.js"),
     ]
     scripted = [tag("script", src=name, defer=True) for name in scripts]
-    whole = tag("html", tag("head", *head, *scripted), tag("body", *body, class_=page), lang="en")
+    whole = tag("html", tag("head", *head, *scripted), tag("body", *body), lang="en")
     return Html(f"<!doctype html>\n{whole}\n")
 
 
@@ -120,7 +119,7 @@ def table_html(words: Wording, folded: bool = False) -> Html:
 
     def cell(name: str, i: int, text: str) -> Html:
         named = i < words.num_knobs
-        scope = ("col" if not named or name == "th" else "row") if name == "th" else None
+        scope = "col" if name == "th" else None
         return tag(name, *_lines(text), scope=scope, class_="name" if named else "number")
 
     head = tag("tr", *(cell("th", i, text) for i, text in enumerate(words.header)))

@@ -26,7 +26,9 @@ def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
     blocks.append(Code("\n".join(filter(None, commands))))
     common, differing = parted(
         {
-            label(cells, knobs): [flat(records[run]["experiment"]) for run in cell.runs["run"]]
+            label(cells, knobs): [
+                flat(records[run]["experiment"]) for run in cell.runs["run"] if run in records
+            ]
             for knobs, cell in cells
         }
     )

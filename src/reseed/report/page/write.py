@@ -144,7 +144,7 @@ def _index(of: Material, sections: Sequence[Section]) -> Html:
         tag("nav", *links, aria_label="Sections", class_="sections"),
         tag("main", *map(section_html, sections), id="main"),
     ]
-    return document(f"reseed: {of.name}", body, ["page.js"], "index")
+    return document(f"reseed: {of.name}", body, ["page.js"])
 
 
 def _browser_page(of: Material) -> Html:
@@ -155,8 +155,7 @@ def _browser_page(of: Material) -> Html:
         _header(of, tag("a", "Report", href="index.html", class_="button")),
         tag("main", silent, id="main", tabindex="-1"),
     ]
-    return document(f"Latents of {of.name}", body, _SCRIPTS,
-                    "browser")  # fmt: skip
+    return document(f"Latents of {of.name}", body, _SCRIPTS)
 
 
 def _header(of: Material, link: Html) -> Html:

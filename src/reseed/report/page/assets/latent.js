@@ -131,7 +131,7 @@ const latent = (() => {
     return element("div", {}, part("Where it fires most", top), part("Sampled, from the highest quantile on", sampled));
   }
 
-  function passage(r, [quantile, peak, , ids, flat], largest) {
+  function passage(r, [quantile, peak, position, ids, flat], largest) {
     const text = reseed.value(`tokens/${runs()[r].vocabulary}`);
     const activations = new Map(pairs(flat));
     const tokens = ids.map((id, at) => {
@@ -144,7 +144,7 @@ const latent = (() => {
     const value = words.number(activations.get(peak) ?? null);
     const where = quantile === null ? value : `${value} · ${Math.round(100 * quantile)}%`;
     return element("div", { class: "context" },
-      element("div", { class: "value", title: quantile === null ? "activation" : "activation, quantile" }, where),
+      element("div", { class: "value", title: `${quantile === null ? "activation" : "activation, quantile"}; token ${words.count(position)} of the held-out text` }, where),
       element("div", { class: "passage-text" }, tokens));
   }
 
