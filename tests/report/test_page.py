@@ -211,7 +211,8 @@ def test_columns_of_the_browser_are_those_of_the_cell(cells):
     assert [entry.name for entry in found[:2]] == ["topk, seed 0", "topk, seed 1"]
     own = columns(found[0].rows)
     assert own["firing"] == list(range(48))
-    assert own["state"] == [2, 2, *[1] * 8, *[0] * 38]
+    assert own["dead"] == [1, 1, *[0] * 46]
+    assert own["live"] == [*[0] * 10, *[1] * 38]
     assert own["shared_with"][:24] == [2] * 24
     assert [len(values) for values in own["partner_decoder"]] == [48, 48]
     best = np.maximum(*(np.array(values) for values in own["cosine_decoder"]))

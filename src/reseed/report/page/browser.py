@@ -95,11 +95,11 @@ def write_browser(
 def columns(rows: pa.Table) -> dict[str, Any]:
     """What is known of every latent of a run: name → a value per latent, or, of what there is with
     each other run, → a list per other run."""
-    live = rows["live"].to_numpy(zero_copy_only=False)
     found: dict[str, Any] = {
         "firing": rows["firing"].to_pylist(),
         "shared_with": rows["shared_with"].to_pylist(),
-        "state": np.where(_true(rows, "dead"), 2, np.where(live, 0, 1)).tolist(),
+        "live": rounded(rows["live"]),
+        "dead": rounded(rows["dead"]),
     }
     for name in ("reproducibility", "reproducibility_low", "reproducibility_high"):
         found[name] = rounded(rows[name])
@@ -144,10 +144,6 @@ def _place(cell: CellResult, seed: str, cells: Sequence[Cell]) -> str:
     return f"{what} {seed}" if what == "seed" else seed
 
 
-def _true(rows: pa.Table, name: str) -> np.ndarray:
-    return rows[name].to_numpy(zero_copy_only=False).astype(bool)
-
-
 def _best(values: np.ndarray) -> np.ndarray:
     """The largest of each row; NaN where none is known."""
     known = np.where(np.isnan(values), -np.inf, values).max(axis=1, initial=-np.inf)
@@ -156,7 +152,7 @@ def _best(values: np.ndarray) -> np.ndarray:
 
 def rounded(column: pa.ChunkedArray) -> list[Any]:
     """A column as JSON has it."""
-    return _numbers(column.to_numpy())
+    return _numbers(column.to_numpy(zero_copy_only=False))
 
 
 def _numbers(values: np.ndarray) -> list[Any]:

@@ -12,7 +12,7 @@ const browser = (() => {
 
   async function show() {
     const mine = ++turn;
-    const [, name, number] = location.hash.match(/^#latent\/(.+)\/(\d+)$/) ?? [];
+    const [, name, number] = location.hash.match(latent.ADDRESS) ?? [];
     try {
       if (name !== undefined) {
         const frame = element("div");
@@ -55,10 +55,9 @@ const browser = (() => {
     if (reseed.typing(event)) return;
     const onControl = event.target.closest("a, button, summary");
     const inLatent = location.hash.startsWith("#latent/");
-    const step = (which) => document.querySelectorAll(".steps button")[which]?.click();
     const does = {
-      j: () => (inLatent ? step(2) : list.move(1)),
-      k: () => (inLatent ? step(1) : list.move(-1)),
+      j: () => (inLatent ? latent.step(1) : list.move(1)),
+      k: () => (inLatent ? latent.step(-1) : list.move(-1)),
       n: () => inLatent || list.turn(1),
       p: () => inLatent || list.turn(-1),
       "/": () => search?.focus(),

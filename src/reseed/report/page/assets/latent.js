@@ -2,6 +2,7 @@
 "use strict";
 
 const latent = (() => {
+  const ADDRESS = /^#latent\/(.+)\/(\d+)$/;
   const runs = () => reseed.runs;
 
   /** A run that is in two cells is there twice: then its place tells which is meant. */
@@ -56,20 +57,32 @@ const latent = (() => {
   }
 
   function head(r, i) {
-    const { before, after } = list.beside(r, i);
-    const step = (row, words_, key) => element("button", {
-      type: "button", disabled: !row, title: `${words_} (${key})`,
-      onclick: () => (location.hash = address(row.r, row.i)),
-    }, words_);
+    const turn = (steps, name, key) => element("button", {
+      type: "button", disabled: !beside(r, i, steps), title: `${name} (${key})`, onclick: () => step(steps),
+    }, name);
     return element("div", { class: "latent-head" },
       element("h2", {}, `Latent ${i}`), element("span", { class: "state" }, runs()[r].name),
       element("div", { class: "steps" },
         element("button", { type: "button", title: "to the list (Esc)", onclick: () => browser.back() }, "Back to the list"),
-        step(before, "previous", "k"), step(after, "next", "j")));
+        turn(-1, "previous", "k"), turn(1, "next", "j")));
+  }
+
+  /** The latent so many steps on in the list; where that was not opened yet, in the run. */
+  function beside(r, i, steps) {
+    const found = list.beside(r, i, steps);
+    if (found !== undefined) return found;
+    return i + steps >= 0 && i + steps < runs()[r].latents ? { r, i: i + steps } : null;
+  }
+
+  /** Go on from the latent of the address, which may be ahead of what is shown. */
+  function step(steps) {
+    const [, name, number] = location.hash.match(ADDRESS);
+    const next = beside(place(decodeURIComponent(name)), Number(number), steps);
+    if (next) location.hash = address(next.r, next.i);
   }
 
   function stats(run, c, i, own) {
-    const live = ["live", "not live", "dead"][c.state[i]];
+    const state = c.live[i] ? "live" : "not live";
     const about = (name, value, more = "") => element("div", {}, element("dt", {}, name),
       element("dd", {}, value, more ? element("small", {}, ` ${more}`) : null));
     const known = c.reproducibility[i] !== null;
@@ -79,7 +92,7 @@ const latent = (() => {
       about("reproducibility", words.number(c.reproducibility[i]), bounds),
       about("shared with", `${c.shared_with[i]} of ${run.others.length}`, "others"),
       about("density", words.density(c.firing[i] / Math.max(1, run.tokens)), `${words.count(c.firing[i])} of ${words.count(run.tokens)} tokens`),
-      about("state", live),
+      about("state", state, c.dead[i] ? "dead at the end of training" : ""),
       own ? about("activation", words.number(own.max), `largest; mean ${words.number(own.mean)}`) : null,
       absorption === null ? null : about("absorption", absorption));
   }
@@ -157,5 +170,5 @@ const latent = (() => {
     return Array.from({ length: flat.length / 2 }, (_, k) => [flat[2 * k], flat[2 * k + 1]]);
   }
 
-  return { show, address };
+  return { show, address, step, ADDRESS };
 })();

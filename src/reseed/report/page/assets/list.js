@@ -9,9 +9,9 @@ const list = (() => {
     all: ["all latents", () => true],
     shared: ["shared with every other", (c, i, n) => c.shared_with[i] === n],
     some: ["shared with some", (c, i) => c.shared_with[i] > 0],
-    orphan: ["orphan: live, shared with none", (c, i) => c.state[i] === 0 && c.shared_with[i] === 0],
-    silent: ["not live", (c, i) => c.state[i] > 0],
-    dead: ["dead", (c, i) => c.state[i] === 2],
+    orphan: ["orphan: live, shared with none", (c, i) => c.live[i] && c.shared_with[i] === 0],
+    silent: ["not live", (c, i) => !c.live[i]],
+    dead: ["dead at the end of training", (c, i) => c.dead[i]],
     letter: ["stands for a letter", (c, i) => c.absorption_class?.[i] >= 0],
     absorbs: ["absorbs words", (c, i) => c.absorption_words?.[i] > 0],
   };
@@ -164,7 +164,7 @@ const list = (() => {
       run: () => run.name,
       density: () => words.density(c.firing[i] / Math.max(1, run.tokens)),
       reproducibility: () => [bar(c.reproducibility[i]), words.number(c.reproducibility[i])],
-      shared: () => (c.state[i] === 2 ? element("span", { class: "state" }, "dead") : `${c.shared_with[i]} of ${run.others.length}`),
+      shared: () => (c.dead[i] && !c.live[i] ? element("span", { class: "state" }, "dead") : `${c.shared_with[i]} of ${run.others.length}`),
       encoder: () => words.number(c.best_cosine_encoder[i]),
       decoder: () => words.number(c.best_cosine_decoder[i]),
       absorption: () => absorbed(run, c, i),
@@ -232,11 +232,11 @@ const list = (() => {
     if (row) location.hash = latent.address(row.r, row.i);
   }
 
-  /** The latents before and after one in the order of the list; null beyond its ends. */
-  function beside(r, i) {
+  /** The latent so many steps from one in the order of the list; null beyond its ends, undefined
+   * where it is not listed. */
+  function beside(r, i, steps) {
     const place = order.findIndex((row) => row.r === r && row.i === i);
-    const next = (steps) => (place < 0 ? null : order[place + steps] ?? null);
-    return { before: next(-1), after: next(1) };
+    return place < 0 ? undefined : order[place + steps] ?? null;
   }
 
   function turn(steps) {
