@@ -132,8 +132,8 @@ def _not_converged(folders: Mapping[str, Path]) -> list[str]:
         found.append(
             f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell "
             f"by more than {STILL_FALLING:.0%} from the last but one tenth of the steps to the "
-            f"last (most in `{worst}`: {falling[worst]:.1%}). What is shared may grow with the "
-            "budget."
+            f"last (most in `{worst}`: {falling[worst]:.1%}); where the learning rate decays "
+            "there, a part of it is that. What is shared may grow with the budget."
         )
     if unknown := list(falls.values()).count(None):
         found.append(

@@ -21,6 +21,10 @@ const words = {
     if (value === 0) return "0";
     return Math.abs(value) >= 0.00995 ? value.toFixed(2) : value.toPrecision(1);
   },
+  /** An activation. */
+  amount(value) {
+    return value === undefined ? "–" : String(Number(value.toPrecision(3)));
+  },
   /** A part of the tokens. */
   density(value) {
     if (value === 0) return "never";

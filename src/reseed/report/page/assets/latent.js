@@ -93,7 +93,7 @@ const latent = (() => {
       about("shared with", `${c.shared_with[i]} of ${run.others.length}`, "others"),
       about("density", words.density(c.firing[i] / Math.max(1, run.tokens)), `${words.count(c.firing[i])} of ${words.count(run.tokens)} tokens`),
       about("state", state, c.dead[i] ? "dead at the end of training" : ""),
-      own ? about("activation", words.number(own.max), `largest; mean ${words.number(own.mean)}`) : null,
+      own ? about("activation", words.amount(own.max), `largest; mean ${words.amount(own.mean)}`) : null,
       absorption === null ? null : about("absorption", absorption));
   }
 
@@ -154,7 +154,7 @@ const latent = (() => {
       const strength = Math.min(1, (value ?? 0) / (largest || 1));
       return element("mark", { class: at === peak ? "peak" : null, style: `--a:${(0.12 + 0.68 * strength).toFixed(2)}`, title: value === undefined ? null : String(value) }, shown);
     });
-    const value = words.number(activations.get(peak) ?? null);
+    const value = words.amount(activations.get(peak));
     const where = quantile === null ? value : `${value} · ${Math.round(100 * quantile)}%`;
     return element("div", { class: "context" },
       element("div", { class: "value", title: `${quantile === null ? "activation" : "activation, quantile"}; token ${words.count(position)} of the held-out text` }, where),
