@@ -47,7 +47,7 @@ def shown(found: Gathering) -> list:
     for kept in (found.top, found.drawn):
         order = kept.in_order(slice(None))
         out += [
-            kept.there.tolist(),
+            kept.there().tolist(),
             kept.position.gather(1, order).tolist(),
             kept.window[torch.arange(F)[:, None], order].tolist(),
         ]
@@ -72,9 +72,9 @@ def test_few_firings_are_all_kept_and_none_is_no_firing() -> None:
     dense = torch.zeros(3, CONTEXT, F)
     dense[1, 4, 2] = dense[1, 6, 2] = dense[2, 0, 2] = 1.5
     found = gathered(dense, [1, 1, 1])
-    assert found.top.there.tolist() == [0, 0, 2, *[0] * (F - 3)]
+    assert found.top.there().tolist() == [0, 0, 2, *[0] * (F - 3)]
     drawn = found.drawn.position[2][found.drawn.in_order(slice(None))[2]]
-    assert drawn[: found.drawn.there[2]].tolist() == [12, 14, 16]
+    assert drawn[: found.drawn.there()[2]].tolist() == [12, 14, 16]
     kept = found.top.window[2][found.top.in_order(slice(None))[2]]
     assert kept[0].tolist() == [0, 0, 1.5, 0, 1.5]
     assert kept[1].tolist() == [0, 0, 1.5, 0, 0]  # what came before is another sequence's
