@@ -39,8 +39,10 @@ from reseed.sae.topk import TopKConfig
 CONTEXT, BLOCK = 256, 4_096
 """Tokens of a sequence, and of a block: what the evaluation takes at once."""
 SETTINGS = ContextsConfig()
-SAMPLE = 4_096
+SAMPLE = 2_048
 """Rows of which neighbours and lens are measured."""
+PATTERNS = 16
+"""Blocks of drawn firings, used in turn with other activations: to draw them takes longest."""
 
 
 @dataclass(frozen=True)
@@ -101,28 +103,32 @@ def blocks(sae: SAE, gathering: Gathering, count: int) -> tuple[list[Spent], lis
     return alone, gathered
 
 
-def drawn(
-    density: torch.Tensor, k: int, first: int, generator: torch.Generator, device: torch.device
-) -> Firings:
+def drawn(density: torch.Tensor, k: int, generator: torch.Generator) -> Firings:
     """Firings of a block, each latent as often as it fires."""
     latent = torch.multinomial(density, BLOCK * k, replacement=True, generator=generator)
     key = (latent * BLOCK + torch.arange(BLOCK).repeat_interleave(k)).unique()
-    value = torch.rand(len(key), generator=generator) + 0.1
-    each = (key // BLOCK, key % BLOCK, value)
-    return Firings(*(part.to(device) for part in each), first, CONTEXT)
+    return Firings(key // BLOCK, key % BLOCK, torch.rand(len(key)), 0, CONTEXT)
+
+
+def at(firings: Firings, block: int, generator: torch.Generator, device: torch.device) -> Firings:
+    """The same with other activations, in another block."""
+    value = torch.rand(len(firings.value), generator=generator).clamp(min=1e-6)
+    each = (firings.latent, firings.place, value)
+    return Firings(*(part.to(device) for part in each), block * BLOCK, CONTEXT)
 
 
 @torch.inference_mode()
 def passing(gathering: Gathering, k: int, tokens: int, begin: int) -> tuple[Spent, list[str]]:
-    """Firings of further tokens: what counting them takes, and memory at ten places."""
+    """Firings of further tokens: what counting them takes, and memory on the way."""
     generator = torch.Generator().manual_seed(2)
     density = gathering.firing.cpu().double() + 0.01
     device = gathering.firing.device
     wall = cpu = 0.0
     lines = []
-    marks = {round(tokens * tenth / 10 / BLOCK) for tenth in (1, 2, 5, 10)}
+    marks = {round(tokens * tenth / 10 / BLOCK) for tenth in (1, 2, 5)}
+    patterns = [drawn(density, k, generator) for _ in range(PATTERNS)]
     for i in range(begin, -(-tokens // BLOCK)):
-        firings = drawn(density, k, i * BLOCK, generator, device)
+        firings = at(patterns[i % PATTERNS], i, generator, device)
         spent = timed(lambda f=firings: gathering.count(f), device)
         wall, cpu = wall + spent.wall, cpu + spent.cpu
         if i + 1 in marks or (i + 1) * BLOCK >= tokens:
@@ -164,7 +170,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=131_072)
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=6, help="that are encoded")
+    parser.add_argument("--blocks", type=int, default=3, help="that are encoded")
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--vocabulary", type=int, default=50_304)
     options = parser.parse_args()

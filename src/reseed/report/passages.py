@@ -19,7 +19,7 @@ _SHADES = ("#12261c", "#164a2f", "#1a6e43", "#1f9357", "#2ec27e")
 _DARK = 3
 """So many of them have light letters."""
 _WIDEST = 120
-"""Columns of a line where there is no terminal to ask."""
+"""Columns of a passage in a file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +121,7 @@ def _listed(name: str, items: Iterable[str], between: str = "  ") -> Text:
 
 def _print_contexts(shown: Shown, contexts: Sequence[Context], console: Console) -> None:
     marked = console.color_system is None or console.no_color
+    width = console.width if console.is_terminal else min(console.width, _WIDEST)
     for i, context in enumerate(contexts):
         if i == 0 or context.kind != contexts[i - 1].kind:
             drawn = "most" if context.kind == TOP else "on some of all, by quantile of activation"
@@ -128,8 +129,8 @@ def _print_contexts(shown: Shown, contexts: Sequence[Context], console: Console)
         place = "" if context.quantile is None else f"{context.quantile:.2f}"
         head = f"{place:>6}{context.activations[context.peak]:>8.3g}  "
         tokens = _tokens(shown, context, marked)
-        width = (console.width if console.is_terminal else _WIDEST) - cell_len(head)
-        _say(console, Text.assemble((head, "dim"), _around(tokens, context.peak, width)))
+        around = _around(tokens, context.peak, width - cell_len(head))
+        _say(console, Text.assemble((head, "dim"), around))
 
 
 def _tokens(shown: Shown, context: Context, marked: bool) -> list[Text]:
