@@ -76,7 +76,7 @@ def test_all_that_is_known_is_said(contexts: Contexts, sweep: Path) -> None:
         "neighbours  1 (0.50)",
     ]
     heads = [lines[7], lines[9]]
-    assert heads == ["fires most", "fires on some of all, by quantile of activation"]
+    assert heads == ["fires most", "sampled, by quantile of activation"]
     assert lines[8].split(maxsplit=1) == ["4", "The «cat·4» «sat·0.5»↵ on�"]
     assert lines[10].split(maxsplit=2) == ["0.25", "2", "«sat·2» on"]
 

@@ -124,8 +124,8 @@ def _print_contexts(shown: Shown, contexts: Sequence[Context], console: Console)
     width = console.width if console.is_terminal else min(console.width, _WIDEST)
     for i, context in enumerate(contexts):
         if i == 0 or context.kind != contexts[i - 1].kind:
-            drawn = "most" if context.kind == TOP else "on some of all, by quantile of activation"
-            _say(console, Text(f"fires {drawn}", style="bold"))
+            head = "fires most" if context.kind == TOP else "sampled, by quantile of activation"
+            _say(console, Text(head, style="bold"))
         place = "" if context.quantile is None else f"{context.quantile:.2f}"
         head = f"{place:>6}{context.activations[context.peak]:>8.3g}  "
         tokens = _tokens(shown, context, marked)
