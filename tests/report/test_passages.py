@@ -70,7 +70,7 @@ def test_all_that_is_known_is_said(contexts: Contexts, sweep: Path) -> None:
         "run0  latent 0",
         "fires on 2 of 200 tokens (1.00%), at most 4, on average 3",
         "reproducibility 0.50 [0.25, 0.75]",
-        "shared with 1 of 2  seed 1: 7 (0.80 enc, 0.90 dec) *;  seed 2: none",
+        "shared with 1 of 2  seed 1: 7 (0.80 enc, 0.90 dec) *  seed 2: none",
         "promotes  ' cat' 1.50",
         "suppresses  '↵' -0.25",
         "neighbours  1 (0.50)",

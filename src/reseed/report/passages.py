@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -42,19 +42,13 @@ def print_latent(shown: Shown, console: Console) -> None:
     latent = shown.latent
     _say(console, Text.assemble((shown.run, "bold"), "  latent ", (str(latent.latent), "bold")))
     _say(console, _fires(shown))
-    for line in _elsewhere(shown.replicas):
-        _say(console, line)
+    _print_elsewhere(shown.replicas, console)
     for name, pairs in (("promotes", latent.promoted), ("suppresses", latent.suppressed)):
-        if pairs:
-            tokens = shown.contexts.text([token for token, _ in pairs])
-            _say(console, _listed(name, (
-                f"{quoted(text)} {value:.2f}"
-                for text, (_, value) in zip(tokens, pairs, strict=True)
-            )))  # fmt: skip
-    if latent.neighbours:
-        _say(console, _listed("neighbours", (
-            f"{other} ({number(cosine)})" for other, cosine in latent.neighbours
-        )))  # fmt: skip
+        texts = shown.contexts.text([token for token, _ in pairs])
+        items = (f"{quoted(t)} {value:.2f}" for t, (_, value) in zip(texts, pairs, strict=True))
+        _print_list(name, list(items), console)
+    near = [f"{other} ({number(cosine)})" for other, cosine in latent.neighbours]
+    _print_list("neighbours", near, console)
     _print_contexts(shown, latent.contexts, console)
 
 
@@ -95,14 +89,14 @@ def _fires(shown: Shown) -> Text:
     )
 
 
-def _elsewhere(replicas: Replicas | None) -> Iterable[Text]:
+def _print_elsewhere(replicas: Replicas | None, console: Console) -> None:
     if replicas is None:
-        yield Text("in no comparison yet")
+        _say(console, Text("in no comparison yet"))
         return
     if replicas.reproducibility is not None:
-        yield Text(f"reproducibility {with_interval(replicas.reproducibility)}")
+        _say(console, Text(f"reproducibility {with_interval(replicas.reproducibility)}"))
     count = f"shared with {replicas.shared_with} of {len(replicas.partners)}"
-    yield _listed(count, (f"{p.name}: {_in_words(p)}" for p in replicas.partners), ";  ")
+    _print_list(count, [f"{p.name}: {_in_words(p)}" for p in replicas.partners], console)
 
 
 def _in_words(partner: Partner) -> str:
@@ -115,8 +109,16 @@ def _in_words(partner: Partner) -> str:
     return f"{words} *" if partner.shared else words
 
 
-def _listed(name: str, items: Iterable[str], between: str = "  ") -> Text:
-    return Text.assemble((f"{name}  ", "bold"), between.join(items))
+def _print_list(name: str, items: Sequence[str], console: Console) -> None:
+    """A name and what belongs to it, if anything does; no item is cut in two."""
+    line = Text(name, style="bold")
+    for item in items:
+        if line.cell_len + 2 + cell_len(item) > console.width:
+            _say(console, line)
+            line = Text()
+        line = Text.assemble(line, "  ", item)
+    if items:
+        _say(console, line)
 
 
 def _print_contexts(shown: Shown, contexts: Sequence[Context], console: Console) -> None:
