@@ -9,7 +9,6 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
-from reseed.evaluate import codes as codes_module
 from reseed.evaluate.codes import Codes, encode
 from reseed.evaluate.first_letter.folds import Fold, make_folds, parts
 from reseed.evaluate.first_letter.probes import (
@@ -22,6 +21,7 @@ from reseed.evaluate.first_letter.probes import (
 )
 from reseed.evaluate.sparse_probes import fit_nested, rank_latents
 from reseed.evaluate.splitting import choose_main, find_splits
+from reseed.sae import base
 from reseed.sae.relu import ReLUConfig
 
 
@@ -51,7 +51,7 @@ def test_codes_are_what_the_sae_encodes(monkeypatch: pytest.MonkeyPatch) -> None
     dense = sae.encode(x)
     whole = encode(sae, x)
     assert whole.columns(torch.arange(30)).equal(dense)
-    monkeypatch.setattr(codes_module, "_BLOCK_BYTES", 4 * 30 * 8)
+    monkeypatch.setattr(base, "DENSE_BYTES", 4 * 30 * 8)
     in_blocks = encode(sae, x)
     assert in_blocks.latent.equal(whole.latent)
     assert in_blocks.starts.equal(whole.starts)

@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sae_examples import batch_of, perturbed
 
 from reseed.config import ConfigError
+from reseed.sae import base
 from reseed.sae.base import SAEConfig, Step
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig
@@ -187,3 +189,23 @@ def test_the_weight_of_the_penalty_can_be_steered_between_steps(cls):
         assert penalty > 0
         torch.testing.assert_close(total(3.0, step) - free, 3.0 * warm * penalty)
     assert sae.config == config
+
+
+# Latents where they are not 0
+
+
+@pytest.mark.parametrize("cls", EVERY)
+@torch.no_grad()
+def test_sparse_latents_are_the_dense_ones(cls, monkeypatch):
+    sae = perturbed(cls(num_latents=24, **({"k": 3} if cls in K_SPARSE else {})), d_in=6)
+    x = batch_of(40, d_in=6)
+    x[3] = -100 * sae.W_enc[0]
+    dense = sae.encode(x)
+    assert 0 < (dense != 0).double().mean() < 1
+    monkeypatch.setattr(base, "DENSE_BYTES", 4 * 24 * 7)  # several blocks
+    found = sae.encode_sparse(x)
+    assert torch.allclose(found.dense(), dense)
+    values, tokens, latents = found.active()
+    assert (values != 0).all()
+    assert torch.equal(latents * len(x) + tokens, (dense.t() != 0).flatten().nonzero()[:, 0])
+    assert torch.allclose(dense[tokens, latents], values)

@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "train what a comparison lacks, compare, and print its tables",
     "compare": "compare the trained runs of a comparison, train nothing",
     "evaluate": "what SAEs cost and hide: RUN, SWEEP or SAE folders, evaluation=reconstruction,...",
+    "show": "what a latent fires on, and where other seeds have it: RUN 3,17; --partners",
     "report": "the report of a SWEEP as a folder to send: --format html|md|tex, --out FOLDER",
     "check": "do latents replicate? LATENTS.csv or --latents 3,17; with --train, --out FOLDER",
     "convert": "an SAE from one library's format to another's: SOURCE --to FORMAT OUT",

@@ -162,14 +162,12 @@ def _declared(line: CommandLine) -> Chosen:
 
 
 def _named(words: Sequence[str], line: CommandLine) -> Chosen:
-    with line.composer() as composed:
-        values = composed(line.overrides)
-    runtime = build(values["runtime"], "runtime", RuntimeConfig)
+    runtime = _runtime(line)
     runs: dict[Path, Run] = {}
     saes: list[Path] = []
     sweeps: list[Sweep] = []
     for word in words:
-        meant = _meant(word, runtime)
+        meant = meant_by(word, runtime)
         if isinstance(meant, Sweep):
             sweeps.append(meant)
             runs |= {run.path: run for run in meant.runs()}
@@ -183,7 +181,24 @@ def _named(words: Sequence[str], line: CommandLine) -> Chosen:
     return replace(found, folders=(*found.folders, *saes), sweeps=tuple(sweeps))
 
 
-def _meant(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
+def runtime_of(line: CommandLine) -> RuntimeConfig:
+    """Where a command that names runs finds them.
+
+    Raises:
+        ConfigError: the command line says more, which such runs say themselves.
+    """
+    runtime = _runtime(line)
+    _check_heeded(line)
+    return runtime
+
+
+def _runtime(line: CommandLine) -> RuntimeConfig:
+    with line.composer() as composed:
+        values = composed(line.overrides)
+    return build(values["runtime"], "runtime", RuntimeConfig)
+
+
+def meant_by(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
     """A run, a sweep, or the folder of an SAE that is neither; by path, name, or begin of one."""
     for folder in (Path(word), Path(runtime.outputs) / word, Path(runtime.sweeps) / word):
         if Run(folder).exists:

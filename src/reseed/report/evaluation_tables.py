@@ -140,6 +140,14 @@ SPECS: dict[str, Spec] = {
         latents={"absorbers": "absorption_is_absorber"},
         about_latents="**absorbers**: the fraction that has a part in absorbing some word.",
     ),
+    "contexts": Spec(
+        "What do latents fire on?",
+        {"never\nfired": "contexts_silent_fraction"},
+        footnotes=(
+            "**never fired**: the fraction of latents that were silent on all tokens that were "
+            "read. The others have contexts: `reseed show RUN LATENT`.",
+        ),
+    ),
 }
 
 

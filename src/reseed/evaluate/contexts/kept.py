@@ -72,10 +72,9 @@ class Kept:
         self.window = torch.zeros(num_latents, size, 2 * reach + 1, device=device)
         self._least = torch.full((num_latents,), _NONE, device=device)
 
-    @property
-    def there(self) -> Int[Tensor, " F"]:
+    def there(self, latents: slice = slice(None)) -> Int[Tensor, " some"]:
         """How many are kept of each latent."""
-        return (self.rank != _NONE).sum(1)
+        return (self.rank[latents] != _NONE).sum(1)
 
     @property
     def value(self) -> Float[Tensor, "F K"]:

@@ -107,14 +107,14 @@ class _Chosen:
     @classmethod
     def ranked(cls, kept: Kept, rows: slice, count: int) -> _Chosen:
         """The ``count`` with the largest activation."""
-        there = kept.there[rows]
+        there = kept.there(rows)
         place = torch.arange(count, device=there.device).expand(len(there), -1)
         return cls._of(kept, rows, place, place < there[:, None], sampled=False)
 
     @classmethod
     def spread(cls, kept: Kept, rows: slice, count: int) -> _Chosen:
         """``count`` at even distances in the order of activation; all where there are fewer."""
-        there = kept.there[rows][:, None]
+        there = kept.there(rows)[:, None]
         step = torch.arange(count, device=there.device)
         place = ((2 * step + 1) * there) // (2 * count)
         # Where there are fewer than are wanted, some would come twice.
@@ -134,7 +134,7 @@ class _Chosen:
         row, order = wanted.nonzero(as_tuple=True)
         at = place[row, order]
         slot = kept.in_order(rows)[row, at]
-        share = 1 - (at + 0.5) / kept.there[rows][row] if sampled else at * torch.nan
+        share = 1 - (at + 0.5) / kept.there(rows)[row] if sampled else at * torch.nan
         each = row, order, share, kept.position[rows][row, slot], kept.window[rows][row, slot]
         return cls(*(values.cpu().numpy() for values in each))
 

@@ -1,0 +1,209 @@
+"""Contexts of a wide SAE against the pass that encodes the same activations: time and memory.
+
+    python benchmarks/contexts.py
+    python benchmarks/contexts.py --device cuda --d-in 4096
+
+1. Blocks of activations are encoded alone, then with contexts gathered, in turns. The first blocks
+   cost most: nearly every firing is kept.
+2. So many firings as 10 million tokens have go through what is kept, drawn instead of encoded, as
+   often by latent as in 1: seconds, and resident memory on the way, which must not grow.
+3. What comes once, at the end: neighbours and lens (of some rows, scaled up) and the files.
+
+All of it together over the encoding of 10 million tokens is the ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from measuring import _peak, _reset_peak, _resident
+
+from reseed.evaluate.contexts.config import ContextsConfig
+from reseed.evaluate.contexts.directions import Ranked, lens, neighbours
+from reseed.evaluate.contexts.firings import Firings
+from reseed.evaluate.contexts.gathering import Gathering
+from reseed.evaluate.contexts.result import Described
+from reseed.evaluations import Stored
+from reseed.sae.base import SAE
+from reseed.sae.selection import select
+from reseed.sae.topk import TopKConfig
+
+CONTEXT, BLOCK = 256, 4_096
+"""Tokens of a sequence, and of a block: what the evaluation takes at once."""
+SETTINGS = ContextsConfig()
+SAMPLE = 2_048
+"""Rows of which neighbours and lens are measured."""
+PATTERNS = 16
+"""Blocks of drawn firings, used in turn with other activations: to draw them takes longest."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds by the clock, and of CPU."""
+
+    wall: float
+    cpu: float
+
+    def times(self, factor: float) -> Spent:
+        return Spent(self.wall * factor, self.cpu * factor)
+
+
+def timed(what: Callable[[], object], device: torch.device) -> Spent:
+    wall, cpu = time.perf_counter(), time.process_time()
+    what()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Spent(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def median(each: list[Spent]) -> Spent:
+    return Spent(
+        statistics.median(one.wall for one in each), statistics.median(one.cpu for one in each)
+    )
+
+
+def made_up(d_in: int, num_latents: int, k: int, device: torch.device) -> SAE:
+    """An SAE with random rows, whose latents differ in how often they fire by orders."""
+    generator = torch.Generator().manual_seed(0)
+    sae = TopKConfig(num_latents=num_latents, k=k).build(d_in, generator)
+    with torch.no_grad():
+        sae.b_enc.copy_(0.3 * torch.randn(num_latents, generator=generator))
+    return sae.to(device)
+
+
+def gathering_of(sae: SAE) -> Gathering:
+    return Gathering(sae, SETTINGS.top, SETTINGS.reservoir, SETTINGS.window, SETTINGS.seed)
+
+
+@torch.inference_mode()
+def blocks(sae: SAE, gathering: Gathering, count: int) -> tuple[list[Spent], list[Spent]]:
+    """Of each block the encoding alone, and with contexts."""
+    generator = torch.Generator().manual_seed(1)
+    kept = torch.ones(BLOCK // CONTEXT, CONTEXT, dtype=torch.bool)
+    kept[:, 0] = False
+    alone, gathered = [], []
+    device = sae.W_dec.device
+    for i in range(-1, count):  # the first one compiles
+        x = torch.randn(*kept.shape, sae.d_in, generator=generator).to(device)
+        rows = x[kept.to(device)]
+        target = gathering if i >= 0 else gathering_of(sae)
+        encoding = timed(lambda rows=rows: sae.encode_sparse(rows), device)
+        both = timed(lambda x=x, t=target, i=i: t.add(x, kept, max(i, 0) * BLOCK), device)
+        if i >= 0:
+            alone.append(encoding)
+            gathered.append(both)
+    return alone, gathered
+
+
+def drawn(density: torch.Tensor, k: int, generator: torch.Generator) -> Firings:
+    """Firings of a block, each latent as often as it fires."""
+    latent = torch.multinomial(density, BLOCK * k, replacement=True, generator=generator)
+    key = (latent * BLOCK + torch.arange(BLOCK).repeat_interleave(k)).unique()
+    return Firings(key // BLOCK, key % BLOCK, torch.rand(len(key)), 0, CONTEXT)
+
+
+def at(firings: Firings, block: int, generator: torch.Generator, device: torch.device) -> Firings:
+    """The same with other activations, in another block."""
+    value = torch.rand(len(firings.value), generator=generator).clamp(min=1e-6)
+    each = (firings.latent, firings.place, value)
+    return Firings(*(part.to(device) for part in each), block * BLOCK, CONTEXT)
+
+
+@torch.inference_mode()
+def passing(gathering: Gathering, k: int, tokens: int, begin: int) -> tuple[Spent, list[str]]:
+    """Firings of further tokens: what counting them takes, and memory on the way."""
+    generator = torch.Generator().manual_seed(2)
+    density = gathering.firing.cpu().double() + 0.01
+    device = gathering.firing.device
+    wall = cpu = 0.0
+    lines = []
+    marks = {round(tokens * tenth / 10 / BLOCK) for tenth in (1, 2, 5)}
+    patterns = [drawn(density, k, generator) for _ in range(PATTERNS)]
+    for i in range(begin, -(-tokens // BLOCK)):
+        firings = at(patterns[i % PATTERNS], i, generator, device)
+        spent = timed(lambda f=firings: gathering.count(f), device)
+        wall, cpu = wall + spent.wall, cpu + spent.cpu
+        if i + 1 in marks or (i + 1) * BLOCK >= tokens:
+            lines.append(f"| {(i + 1) * BLOCK:,} | {wall:.1f} | {_resident() / 2**30:.2f} |")
+    return Spent(wall, cpu), lines
+
+
+def at_the_end(sae: SAE, gathering: Gathering, vocabulary: int) -> dict[str, Spent]:
+    """What comes once for an SAE."""
+    device, rows = sae.W_dec.device, sae.W_dec.detach()
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    share = len(rows) / SAMPLE
+    zeros = rows.new_zeros(len(rows))
+    near = timed(lambda: select(unit[:SAMPLE], unit, zeros, SETTINGS.neighbours + 1), device)
+    matrix = torch.randn(vocabulary, sae.d_in, device=device)
+    logits = timed(lambda: lens(rows[:SAMPLE], matrix, SETTINGS.lens), device)
+    found = [Ranked.empty(len(rows))] * 2
+    few = neighbours(rows[: 2 * SETTINGS.neighbours], SETTINGS.neighbours)
+    index = few.index[:1].expand(len(rows), -1)
+    last = int(torch.stack([gathering.top.position.max(), gathering.drawn.position.max()]).max())
+    sequences = torch.randint(0, vocabulary, (last // CONTEXT + 1, CONTEXT))
+    described = Described(
+        gathering, SETTINGS.sampled, *found, Ranked(index, few.value[:1].expand(index.shape)),
+        sequences,
+    )  # fmt: skip
+    result = described.result(len(sequences) * CONTEXT, pd.DataFrame({"token": [], "text": []}))
+    with tempfile.TemporaryDirectory() as folder:
+        stored = Stored("contexts", {}, result.metrics, result.tables, result.latents)
+        writing = timed(lambda: stored.write(Path(folder)), device)
+        size = sum(file.stat().st_size for file in Path(folder).iterdir())
+        print(f"files: {size / 2**20:,.0f} MiB")
+    return {"neighbours": near.times(share), "lens": logits.times(share), "files": writing}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--latents", type=int, default=131_072)
+    parser.add_argument("--d-in", type=int, default=768)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--blocks", type=int, default=3, help="that are encoded")
+    parser.add_argument("--tokens", type=int, default=10_000_000)
+    parser.add_argument("--vocabulary", type=int, default=50_304)
+    options = parser.parse_args()
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    _reset_peak()
+    sae = made_up(options.d_in, options.latents, options.k, device)
+    gathering = gathering_of(sae)
+    alone, both = blocks(sae, gathering, options.blocks)
+    print(f"\n{options.latents:,} latents, d_in {options.d_in}, k {options.k}, blocks of {BLOCK:,}")
+    print("| block | encoded, s (CPU) | with contexts | is (CPU) |\n|--:|--:|--:|--:|")
+    for i, (a, b) in enumerate(zip(alone, both, strict=True)):
+        print(f"| {i + 1} | {a.wall:.2f} ({a.cpu:.2f}) | {b.wall:.2f} ({b.cpu:.2f}) | "
+              f"{b.wall / a.wall:.2f}× ({b.cpu / a.cpu:.2f}×) |", flush=True)  # fmt: skip
+    print("\n| tokens | counted in, s | resident, GiB |\n|--:|--:|--:|")
+    counting, lines = passing(gathering, options.k, options.tokens, options.blocks)
+    print("\n".join(lines), flush=True)
+    encoding = median(alone).times(options.tokens / BLOCK)
+    filling = [Spent(b.wall - a.wall, b.cpu - a.cpu) for a, b in zip(alone, both, strict=True)]
+    parts = {"the first blocks": Spent(sum(f.wall for f in filling), sum(f.cpu for f in filling))}
+    parts |= {"counting": counting, **at_the_end(sae, gathering, options.vocabulary)}
+    print(f"encoding {options.tokens:,} tokens: {encoding.wall:,.0f} s (CPU {encoding.cpu:,.0f})")
+    for name, spent in parts.items():
+        print(f"  {name}: {spent.wall:,.1f} s (CPU {spent.cpu:,.1f}), "
+              f"{spent.wall / encoding.wall:.2%} of it")  # fmt: skip
+    wall = 1 + sum(spent.wall for spent in parts.values()) / encoding.wall
+    cpu = 1 + sum(spent.cpu for spent in parts.values()) / encoding.cpu
+    print(f"contexts take {wall:.3f}× the encoding (CPU {cpu:.3f}×)")
+    print(f"peak resident memory: {_peak() / 2**30:.2f} GiB, weights "
+          f"{8 * options.latents * options.d_in / 2**30:.2f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""``reseed show RUN LATENT[,LATENT...]``: what latents fire on, say, and lie beside, and where they
+are in other seeds. Reads what ``evaluation=contexts`` and comparisons wrote; no model is loaded."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reseed.cli import train
+from reseed.cli.app import CommandLine
+from reseed.cli.errors import reported
+from reseed.cli.status import own_words
+from reseed.config import ConfigError, ReseedError
+
+if TYPE_CHECKING:
+    from reseed.contexts import Contexts
+    from reseed.report.passages import Shown
+    from reseed.report.replicas import Partner
+    from reseed.train.config import RuntimeConfig
+
+PARTNERS = "--partners"
+"""A flag that is not Hydra's: show the matched latents of the other runs too."""
+
+
+def main(arguments: Sequence[str]) -> int:
+    return reported(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str]) -> int:
+    words, rest = own_words([word for word in arguments if word != PARTNERS])
+    line = CommandLine("show", rest)
+    if line.only_shows:
+        line.show(train.task, rest)
+        return 0
+    if len(words) < 2:
+        raise ConfigError(
+            "reseed show takes a run and latents of it, for example reseed show RUN 3,17; got "
+            f"{' '.join(words) or 'nothing'}"
+        )
+    from reseed.cli.subjects import runtime_of
+    from reseed.compare.named import index_of
+    from reseed.console import console
+    from reseed.report.passages import print_latent, print_partner
+
+    runtime = runtime_of(line)
+    latents = [index_of(w.strip(), "reseed show") for word in words[1:] for w in word.split(",")]
+    run = _run(words[0], runtime)
+    contexts = _contexts(run, line)
+    for i, shown in enumerate(_shown(run, contexts, latents, runtime)):
+        if i:
+            console().print()
+        print_latent(shown, console())
+        if PARTNERS in arguments and shown.replicas is not None:
+            for partner in shown.replicas.partners:
+                console().print()
+                print_partner(partner, _of_partner(partner, run), console())
+    return 0
+
+
+def _run(word: str, runtime: RuntimeConfig) -> Path:
+    """The folder of the run, or of the SAE, that a word means."""
+    from reseed.cli.subjects import meant_by
+    from reseed.sweeps import Sweep
+
+    meant = meant_by(word, runtime)
+    if isinstance(meant, Sweep):
+        names = ", ".join(dict.fromkeys(run.id for run in meant.runs()))
+        raise ReseedError(f"{word} is a sweep, and latents are of a run: name one of {names}")
+    return meant if isinstance(meant, Path) else meant.path
+
+
+def _contexts(run: Path, line: CommandLine) -> Contexts:
+    from reseed.contexts import Contexts
+
+    contexts = Contexts.of(run)
+    if contexts is None:
+        command = ["reseed", "evaluate", str(run), "evaluation=contexts", *line.overrides]
+        raise ReseedError(f"{run.name} has no contexts yet; this makes them: {shlex.join(command)}")
+    return contexts
+
+
+def _shown(
+    run: Path, contexts: Contexts, latents: Sequence[int], runtime: RuntimeConfig
+) -> list[Shown]:
+    """The latents, with where they are in the newest comparison that has the run."""
+    from reseed.report.passages import Shown
+    from reseed.report.replicas import replicas_of
+
+    described = [contexts.latent(latent) for latent in latents]
+    sweep = _newest_sweep(run, runtime)
+    replicas = replicas_of(sweep, run.name, latents) if sweep else {}
+    return [Shown(run.name, contexts, one, replicas.get(one.latent)) for one in described]
+
+
+def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
+    from reseed.report.replicas import FILE
+    from reseed.sweeps import Sweep
+
+    tables = [
+        path.parent / FILE
+        for path in Path(runtime.sweeps).glob("*/manifest.jsonl")
+        if (path.parent / FILE).is_file()
+        and any(own.path.resolve() == run.resolve() for own in Sweep(path.parent).runs())
+    ]
+    return max(tables, key=lambda path: path.stat().st_mtime_ns).parent if tables else None
+
+
+def _of_partner(partner: Partner, run: Path) -> Shown | None:
+    """What is known of a partner of a latent of ``run``; None where its run, which lies beside,
+    has no contexts."""
+    from reseed.contexts import Contexts
+    from reseed.report.passages import Shown
+
+    contexts = Contexts.of(run.parent / partner.run)
+    if contexts is None or partner.latent is None:
+        return None
+    return Shown(partner.run, contexts, contexts.latent(partner.latent))

@@ -1,0 +1,177 @@
+"""A latent on the terminal: what it fires on, says, and lies beside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from reseed.contexts import TOP, Context, Contexts, LatentContexts
+from reseed.report.replicas import Partner, Replicas
+from reseed.report.wording import number, with_interval
+
+_SHADES = ("#12261c", "#164a2f", "#1a6e43", "#1f9357", "#2ec27e")
+"""Behind tokens, from those that a latent hardly fires on to its largest activation."""
+_DARK = 3
+"""So many of them have light letters."""
+_WIDEST = 120
+"""Columns of a passage in a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """A latent, and where its contexts are from.
+
+    Attributes:
+        run: its id.
+        replicas: the latent in other runs; None where no comparison has it.
+    """
+
+    run: str
+    contexts: Contexts
+    latent: LatentContexts
+    replicas: Replicas | None = None
+
+
+def print_latent(shown: Shown, console: Console) -> None:
+    """Print all that is known of a latent."""
+    latent = shown.latent
+    _say(console, Text.assemble((shown.run, "bold"), "  latent ", (str(latent.latent), "bold")))
+    _say(console, _fires(shown))
+    _print_elsewhere(shown.replicas, console)
+    for name, pairs in (("promotes", latent.promoted), ("suppresses", latent.suppressed)):
+        texts = shown.contexts.text([token for token, _ in pairs])
+        items = (f"{quoted(t)} {value:.2f}" for t, (_, value) in zip(texts, pairs, strict=True))
+        _print_list(name, list(items), console)
+    near = [f"{other} ({number(cosine)})" for other, cosine in latent.neighbours]
+    _print_list("neighbours", near, console)
+    _print_contexts(shown, latent.contexts, console)
+
+
+def print_partner(partner: Partner, shown: Shown | None, console: Console) -> None:
+    """Print what the partner of a latent in another run fires on most.
+
+    Args:
+        shown: None where the contexts of that run are not there.
+    """
+    _say(console, Text(f"in {partner.name}: {_in_words(partner)}", style="bold"))
+    if partner.latent is None:
+        return
+    if shown is None:
+        _say(console, Text(f"no contexts yet: reseed evaluate {partner.run} evaluation=contexts"))
+        return
+    _say(console, _fires(shown))
+    _print_contexts(shown, [c for c in shown.latent.contexts if c.kind == TOP], console)
+
+
+def quoted(text: str) -> str:
+    """A token so that its spaces are seen, on one line."""
+    return f"'{one_line(text)}'"
+
+
+def one_line(text: str) -> str:
+    """Newlines and tabs as signs; what no terminal can show as �."""
+    signs = {"\n": "↵", "\r": "↵", "\t": "→"}
+    return "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
+
+
+def _fires(shown: Shown) -> Text:
+    latent = shown.latent
+    if not latent.firing:
+        return Text(f"fires on none of {shown.contexts.tokens:,} tokens")
+    return Text(
+        f"fires on {latent.firing:,} of {shown.contexts.tokens:,} tokens "
+        f"({latent.density:.2%}), at most {latent.largest:.3g}, on average {latent.mean:.3g}"
+    )
+
+
+def _print_elsewhere(replicas: Replicas | None, console: Console) -> None:
+    if replicas is None:
+        _say(console, Text("in no comparison yet"))
+        return
+    if replicas.reproducibility is not None:
+        _say(console, Text(f"reproducibility {with_interval(replicas.reproducibility)}"))
+    count = f"shared with {replicas.shared_with} of {len(replicas.partners)}"
+    _print_list(count, [f"{p.name}: {_in_words(p)}" for p in replicas.partners], console)
+
+
+def _in_words(partner: Partner) -> str:
+    """``471 (0.82 enc, 0.85 dec) *``, with a star where it is shared."""
+    if partner.latent is None:
+        return "none"
+    both = ((partner.cosine_encoder, "enc"), (partner.cosine_decoder, "dec"))
+    cosines = ", ".join(f"{number(cosine)} {of}" for cosine, of in both if cosine is not None)
+    words = f"{partner.latent} ({cosines})" if cosines else str(partner.latent)
+    return f"{words} *" if partner.shared else words
+
+
+def _print_list(name: str, items: Sequence[str], console: Console) -> None:
+    """A name and what belongs to it, if anything does; no item is cut in two."""
+    line = Text(name, style="bold")
+    for item in items:
+        if line.cell_len + 2 + cell_len(item) > console.width:
+            _say(console, line)
+            line = Text()
+        line = Text.assemble(line, "  ", item)
+    if items:
+        _say(console, line)
+
+
+def _print_contexts(shown: Shown, contexts: Sequence[Context], console: Console) -> None:
+    marked = console.color_system is None or console.no_color
+    width = console.width if console.is_terminal else min(console.width, _WIDEST)
+    for i, context in enumerate(contexts):
+        if i == 0 or context.kind != contexts[i - 1].kind:
+            head = "fires most" if context.kind == TOP else "sampled, by quantile of activation"
+            _say(console, Text(head, style="bold"))
+        place = "" if context.quantile is None else f"{context.quantile:.2f}"
+        head = f"{place:>6}{context.activations[context.peak]:>8.3g}  "
+        tokens = _tokens(shown, context, marked)
+        around = _around(tokens, context.peak, width - cell_len(head))
+        _say(console, Text.assemble((head, "dim"), around))
+
+
+def _tokens(shown: Shown, context: Context, marked: bool) -> list[Text]:
+    """Each token: on a colour that says how active it is, or with the activation beside it."""
+    found = []
+    texts = shown.contexts.text(context.tokens)
+    for text, value in zip(texts, context.activations.tolist(), strict=True):
+        text = one_line(text)
+        if value == 0:
+            found.append(Text(text))
+        elif marked:
+            word = text.lstrip(" ")
+            found.append(Text(f"{text[: len(text) - len(word)]}«{word}·{value:.3g}»"))
+        else:
+            found.append(Text(text, style=_shade(value / shown.latent.largest)))
+    return found
+
+
+def _shade(share: float) -> Style:
+    step = min(int(share * len(_SHADES)), len(_SHADES) - 1)
+    return Style(color="white" if step < _DARK else "black", bgcolor=_SHADES[step])
+
+
+def _around(tokens: Sequence[Text], peak: int, width: int) -> Text:
+    """One of the tokens, beginning in the middle of the line, with as many as fit before and after
+    it; … where there were more."""
+    middle = width // 2
+    begin, room = peak, middle - 1
+    while begin > 0 and tokens[begin - 1].cell_len <= room:
+        begin -= 1
+        room -= tokens[begin].cell_len
+    end, left = peak + 1, width - middle - 1 - tokens[peak].cell_len
+    while end < len(tokens) and tokens[end].cell_len <= left:
+        left -= tokens[end].cell_len
+        end += 1
+    before = "…" if begin > 0 else " "
+    after = "…" if end < len(tokens) else ""
+    return Text.assemble(" " * room, before, *tokens[begin:end], after)
+
+
+def _say(console: Console, line: Text) -> None:
+    console.print(line, highlight=False, overflow="fold", crop=False, no_wrap=False)

@@ -1,0 +1,95 @@
+"""Which latents of other runs a latent is matched with, out of a sweep's ``latents.parquet``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from reseed.compare.statistics import Interval
+
+FILE = "latents.parquet"
+_OWN = ("run", "seed", "latent", "shared_with", "others", "partner_decoder", "shared")
+_BY_WEIGHTS = ("cosine_encoder", "cosine_decoder")
+_CHANCE = ("reproducibility", "reproducibility_low", "reproducibility_high")
+
+
+@dataclass(frozen=True)
+class Partner:
+    """What the matching by decoder gives a latent in another run.
+
+    Attributes:
+        run: its id; ``name`` what it is called among the others: ``seed 1``.
+        latent: which; None where there is none.
+        cosine_encoder, cosine_decoder: with it; None where rows cannot be compared.
+        shared: by the strict rule.
+    """
+
+    run: str
+    name: str
+    latent: int | None
+    cosine_encoder: float | None
+    cosine_decoder: float | None
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """A latent in the other runs of its cell.
+
+    Attributes:
+        shared_with: how many of them have it.
+        reproducibility: how likely one more has; None where runs are not draws of one SAE.
+    """
+
+    shared_with: int
+    reproducibility: Interval | None
+    partners: tuple[Partner, ...]
+
+
+def replicas_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, Replicas]:
+    """Latents of a run, as far as the sweep's table has them; only their rows are read."""
+    path = sweep / FILE
+    wanted = [
+        name for name in (*_OWN, *_BY_WEIGHTS, *_CHANCE) if name in pq.read_schema(path).names
+    ]
+    rows = pq.read_table(
+        path, columns=wanted, filters=[("run", "==", run), ("latent", "in", list(latents))]
+    ).to_pylist()
+    if not rows:
+        return {}
+    seeds = {
+        row["run"]: row["seed"]
+        for row in pq.read_table(
+            path, columns=["run", "seed"], filters=[("latent", "==", 0)]
+        ).to_pylist()
+    }
+    cell = [run, *rows[0]["others"]]
+    apart = len({seeds[each] for each in cell}) == len(cell)
+    names = {each: f"seed {seeds[each]}" if apart else each for each in cell}
+    return {row["latent"]: _replicas(row, names) for row in rows}
+
+
+def _replicas(row: Mapping[str, Any], names: Mapping[str, str]) -> Replicas:
+    others = row["others"]
+    mean, low, high = (row.get(name) for name in _CHANCE)
+    interval = None if mean is None else Interval(mean, low, high, None, len(others))
+    partners = []
+    for i, other in enumerate(others):
+        latent = row["partner_decoder"][i]
+        there = latent is not None and latent >= 0
+        encoder, decoder = (row[n][i] if there and n in row else None for n in _BY_WEIGHTS)
+        partners.append(
+            Partner(
+                other,
+                names[other],
+                latent if there else None,
+                encoder,
+                decoder,
+                bool(row["shared"][i]),
+            )
+        )
+    return Replicas(row["shared_with"], interval, tuple(partners))

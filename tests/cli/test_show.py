@@ -1,0 +1,100 @@
+"""``reseed show`` as a person meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from reseed.cli import run, show, train
+from reseed.cli.main import COMMANDS, main
+from reseed.contexts import Contexts
+from reseed.runs import RunStore
+
+SMALL = ["evaluation=contexts", "evaluation.tokens=500", "evaluation.top=2", "evaluation.sampled=2",
+         "evaluation.reservoir=4", "evaluation.lens=3", "evaluation.neighbours=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def project(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds, compared and with contexts; a third run without."""
+    folder = tmp_path_factory.mktemp("project")
+    few = ["training.tokens=1024", "comparison.activation_tokens=0", "comparison.null_draws=1"]
+    line = [o for o in tiny_overrides if not o.startswith("training.tokens")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for what in ("write_figures", "write_evaluation_figures"):
+            patch.setattr(f"reseed.cli.collect.{what}", lambda *given: [])
+        assert run.main(["comparison=seeds", *line, *few, "sae=topk", "seed=0,1", *SMALL]) == 0
+        assert train.main([*line, few[0], "sae=relu"]) == 0
+    return folder
+
+
+@pytest.fixture
+def said(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """What `reseed show` says; to be asked inside the project."""
+    monkeypatch.chdir(project)
+
+    def answer(*words: str, status: int = 0) -> str:
+        assert show.main(list(words)) == status
+        return "".join(capsys.readouterr())
+
+    return answer
+
+
+def runs(name: str) -> list[str]:
+    return [r.id for r in RunStore("outputs").runs() if f"-{name}-" in r.id]
+
+
+def most_active(run: str) -> int:
+    contexts = Contexts.of(Path("outputs") / run)
+    assert contexts is not None
+    return max(contexts.latents(0, contexts.num_latents), key=lambda x: x.firing).latent
+
+
+def test_latents_of_a_run_with_what_other_seeds_have(said: Callable[..., str]) -> None:
+    first, second = runs("topk")
+    latent = most_active(first)
+    shown = said(first, f"{latent},0")
+    assert f"{first}  latent {latent}\nfires on " in shown
+    assert f"{first}  latent 0\n" in shown
+    assert "reproducibility" in shown
+    assert " of 1  seed 1: " in shown
+    assert all(word in shown for word in ("promotes", "suppresses", "neighbours", "fires most"))
+    assert "in seed 1" not in shown
+    with_partners = said(f"outputs/{first}", str(latent), "--partners")
+    assert "\nin seed 1: " in with_partners
+    assert with_partners.count("fires most") == 2
+    # By the beginning of its name, as every command takes it.
+    assert said(second[:-3], "0").startswith(f"{second}  latent 0\n")
+
+
+def test_what_cannot_be_shown_says_why(said: Callable[..., str]) -> None:
+    (without,), (first, _) = runs("relu"), runs("topk")
+    assert (
+        f"error: {without} has no contexts yet; this makes them: reseed evaluate "
+        f"outputs/{without} evaluation=contexts"
+    ) in said(without, "3", status=1)
+    assert "takes a run and latents of it, for example reseed show RUN 3,17; got " in said(
+        first, status=1
+    )
+    assert "latent must be from 0 to 63 in" in said(first, "64", status=1)
+    assert "`latent` must be an integer, at least 0; got '-3x'" in said(first, "3,-3x", status=1)
+    assert "`layer` is not for runs and sweeps that are named" in said(
+        first, "3", "layer=2", status=1
+    )
+    (sweep,) = Path("sweeps").glob("seeds-*")
+    assert f"{sweep.name} is a sweep, and latents are of a run: name one of {first}" in said(
+        sweep.name, "3", status=1
+    )
+
+
+def test_it_is_a_command_like_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "show" in COMMANDS
+    with pytest.raises(SystemExit) as ended:
+        main(["show", "--help"])
+    assert ended.value.code == 0
+    assert "reseed show: what a latent fires on" in capsys.readouterr().out

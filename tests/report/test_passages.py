@@ -1,0 +1,144 @@
+"""A latent on the terminal: from a result and a sweep's table made by hand."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from reseed.contexts import SCHEMA, Contexts
+from reseed.evaluations import RowGroups, Stored
+from reseed.report.passages import Shown, one_line, print_latent, print_partner
+from reseed.report.replicas import FILE, replicas_of
+
+TEXTS = ["The", " cat", " sat", "\n", " on", "\x07"]
+FIRST = {
+    "firing": 2, "largest": 4.0, "mean": 3.0,
+    "contexts": [
+        {"quantile": None, "position": 1, "peak": 1, "tokens": [0, 1, 2, 3, 4, 5],
+         "active": [1, 2], "activations": [4.0, 0.5]},
+        {"quantile": 0.25, "position": 9, "peak": 0, "tokens": [2, 4], "active": [0],
+         "activations": [2.0]},
+    ],
+    "promoted": [{"token": 1, "logit": 1.5}], "suppressed": [{"token": 3, "logit": -0.25}],
+    "neighbours": [{"latent": 1, "cosine": 0.5}],
+}  # fmt: skip
+SILENT = {"firing": 0, "largest": 0.0, "mean": 0.0}
+SILENT |= {name: [] for name in ("contexts", "promoted", "suppressed", "neighbours")}
+
+
+@pytest.fixture
+def contexts(tmp_path: Path) -> Contexts:
+    table = pa.Table.from_pylist([FIRST, SILENT], schema=SCHEMA)
+    texts = pd.DataFrame({"token": range(len(TEXTS)), "text": TEXTS})
+    tables = {"contexts": RowGroups(SCHEMA, [table]), "texts": texts}
+    Stored("contexts", {}, {"tokens": 200}, tables).write(tmp_path / "result")
+    return Contexts.read(tmp_path / "result")
+
+
+@pytest.fixture
+def sweep(tmp_path: Path) -> Path:
+    rows = [
+        {"run": f"run{i}", "seed": i, "latent": latent, "shared_with": 1 - latent,
+         "reproducibility": 0.5, "reproducibility_low": 0.25, "reproducibility_high": 0.75,
+         "others": [f"run{j}" for j in range(3) if j != i],
+         "partner_decoder": [7, -1], "cosine_encoder": [0.8, float("nan")],
+         "cosine_decoder": [0.9, float("nan")], "shared": [latent == 0, False]}
+        for i in range(3) for latent in range(2)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_parquet(tmp_path / FILE)
+    return tmp_path
+
+
+def printed(show, width: int = 80, **options) -> list[str]:
+    """The lines that ``show`` prints."""
+    file = io.StringIO()
+    show(Console(file=file, width=width, **options))
+    lines = file.getvalue().splitlines()
+    return lines if options.get("color_system") else [Text.from_ansi(x).plain for x in lines]
+
+
+def test_all_that_is_known_is_said(contexts: Contexts, sweep: Path) -> None:
+    shown = Shown("run0", contexts, contexts.latent(0), replicas_of(sweep, "run0", [0])[0])
+    lines = printed(lambda console: print_latent(shown, console))
+    assert lines[:7] == [
+        "run0  latent 0",
+        "fires on 2 of 200 tokens (1.00%), at most 4, on average 3",
+        "reproducibility 0.50 [0.25, 0.75]",
+        "shared with 1 of 2  seed 1: 7 (0.80 enc, 0.90 dec) *  seed 2: none",
+        "promotes  ' cat' 1.50",
+        "suppresses  '↵' -0.25",
+        "neighbours  1 (0.50)",
+    ]
+    heads = [lines[7], lines[9]]
+    assert heads == ["fires most", "sampled, by quantile of activation"]
+    assert lines[8].split(maxsplit=1) == ["4", "The «cat·4» «sat·0.5»↵ on�"]
+    assert lines[10].split(maxsplit=2) == ["0.25", "2", "«sat·2» on"]
+
+
+def test_the_peaks_stand_below_each_other_and_no_line_is_wider_than_the_window(
+    contexts: Contexts,
+) -> None:
+    shown = Shown("run0", contexts, contexts.latent(0))
+    lines = printed(
+        lambda console: print_latent(shown, console), width=40, force_terminal=True, no_color=True
+    )
+    peaks = [line.index("«") for line in lines if "«" in line]
+    assert len(peaks) == 2
+    assert len(set(peaks)) == 1
+    assert all(len(line) <= 40 for line in lines if "«" in line)
+    assert "«cat·4»" in "".join(lines)
+    assert any(line.endswith("…") for line in lines), "what does not fit is left out"
+
+
+def test_colours_take_the_place_of_brackets(contexts: Contexts) -> None:
+    shown = Shown("run0", contexts, contexts.latent(0))
+    lines = printed(
+        lambda console: print_latent(shown, console), force_terminal=True, color_system="truecolor"
+    )
+    text = "\n".join(lines)
+    assert "«" not in text
+    strong, weak = "48;2;46;194;126m cat", "48;2;18;38;28m sat"
+    assert strong in text
+    assert weak in text
+
+
+def test_silent_latents_and_runs_without_comparison(contexts: Contexts) -> None:
+    shown = Shown("run0", contexts, contexts.latent(1))
+    assert printed(lambda console: print_latent(shown, console)) == [
+        "run0  latent 1", "fires on none of 200 tokens", "in no comparison yet",
+    ]  # fmt: skip
+
+
+def test_partners_are_shown_or_said_to_have_no_contexts(contexts: Contexts, sweep: Path) -> None:
+    there, none = replicas_of(sweep, "run0", [0])[0].partners
+    shown = Shown("run1", contexts, contexts.latent(0))
+    lines = printed(lambda console: print_partner(there, shown, console))
+    assert lines[0] == "in seed 1: 7 (0.80 enc, 0.90 dec) *"
+    assert "«cat·4»" in lines[3]
+    assert "quantile" not in "".join(lines), "only what it fires on most"
+    assert printed(lambda console: print_partner(there, None, console))[1] == (
+        "no contexts yet: reseed evaluate run1 evaluation=contexts"
+    )
+    assert printed(lambda console: print_partner(none, None, console)) == ["in seed 2: none"]
+
+
+def test_only_the_rows_that_are_asked_for(sweep: Path) -> None:
+    assert replicas_of(sweep, "run0", [1]).keys() == {1}
+    assert replicas_of(sweep, "elsewhere", [0]) == {}
+
+
+def test_runs_that_differ_in_more_than_the_seed_go_by_name(sweep: Path) -> None:
+    table = pd.read_parquet(sweep / FILE).assign(seed=0).drop(columns=["cosine_encoder"])
+    table.to_parquet(sweep / FILE)
+    partner = replicas_of(sweep, "run0", [0])[0].partners[0]
+    assert (partner.name, partner.cosine_encoder) == ("run1", None)
+
+
+def test_what_no_terminal_shows_is_shown_by_a_sign() -> None:
+    assert one_line("a\n\tb\x1b[0m") == "a↵→b�[0m"
