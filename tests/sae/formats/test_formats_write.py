@@ -10,6 +10,7 @@ from reseed.sae.base import SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import FORMATS, export_sae, import_sae
+from reseed.sae.formats.base import Exporting
 from reseed.sae.formats.files import read_npz
 from reseed.sae.formats.parts import exact_log
 from reseed.sae.gated import GatedConfig
@@ -52,7 +53,8 @@ PAIRS = [
     (format, name)
     for format, one in FORMATS.items()
     for name, config in CONFIGS.items()
-    if (config.name in one.exports or format == "reseed")
+    if format == "reseed"
+    or (isinstance(one, Exporting) and config.name in one.exports)
     and not (name == "groupmax" and format in ("saelens", "dictionary_learning"))
 ]
 
