@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from reseed.report.axes import Cell
+from reseed.report.references import of_seeds
 from reseed.report.wording import counted, paired, span
 
 BY_AXIS = "shared_fraction_by_"
@@ -50,6 +51,10 @@ def _tokens(cells: Sequence[Cell]) -> str:
     return f"{span(cell.held_out_tokens for _, cell in cells)} held-out tokens"
 
 
+def _paper(cells: Sequence[Cell]) -> str:
+    return " Grey crosses: Paulo & Belrose, another model." if of_seeds(cells) else ""
+
+
 def _other(cells: Sequence[Cell]) -> str:
     return paired(cells, plural=False)
 
@@ -80,9 +85,9 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
         "the same SAEs untrained."
     ),
     "seeds": lambda cells: (
-        f"Left: the fraction of latents shared with exactly m of the other {paired(cells)}, darker "
-        f"for more. Right: the fraction that k − 1 other {paired(cells)} all lack, against k; "
-        f"{counted(cells)}, a mean over all choices of them, without interval."
+        f"Rings or bars: fraction of latents shared with exactly m of the other {paired(cells)}, "
+        f"darker for more. Lines: the fraction that k − 1 other {paired(cells)} all lack, against "
+        f"k; {counted(cells)}, a mean over all choices of them, without interval."
     ),
     "cosines": lambda cells: (
         "A point for each latent and other run (a random part of them where they are many); "
@@ -97,7 +102,7 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
     ),
     "threshold": lambda cells: (
         f"The strict shared fraction against its threshold; {_sample(cells)} (bands). Dotted: the "
-        f"threshold of the tables. Dashed grey: Paulo & Belrose, another model."
+        f"threshold of the tables.{_paper(cells)}"
     ),
     "firing_deciles": lambda cells: (
         "The strict shared fraction of latents that never fired, that are not live, and of the "
@@ -105,8 +110,8 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
     ),
     BY_AXIS: lambda cells: (
         f"Fraction of latents shared with another {_other(cells)}, both cosines at least "
-        f"{_tau(cells)}; {_sample(cells)} (bands). Dashed grey: Paulo & Belrose, another model; "
-        "what the nulls and untrained SAEs share is drawn below."
+        f"{_tau(cells)}; {_sample(cells)} (bands). Dotted grey: the same SAEs untrained; dashed "
+        f"black: random rows.{_paper(cells)}"
     ),
     "quality_coverage": lambda cells: (
         "Mean R, the part of the damage of ablating a latent that its match repairs, of the best r "
@@ -117,7 +122,9 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
         f"{counted(cells)}."
     ),
     "truth": lambda cells: (
-        f"What is found of the directions that the activations were made of; {_sample(cells)}."
+        "Fraction of live latents that are atoms, one true feature each: among those that another "
+        f"{_other(cells)} has, too (dots), and among the others (diamonds), with the difference in "
+        f"numbers; {_sample(cells)}."
     ),
     "density": lambda cells: (
         "Histogram of the part of the evaluated tokens on which a latent fires, over all runs of a "
@@ -134,8 +141,9 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
         "activations tell."
     ),
     "absorption": lambda cells: (
-        "A point for each run, filled for the SAE and beside its nulls, against L0 and width; "
-        f"{counted(cells)}. Lower is better."
+        "Absorbed fraction against L0, and against width where that differs: a point for each run, "
+        "dashes with letters given to words at random, crosses with the SAE as it was born; "
+        f"{counted(cells)}, no interval. Lower is better."
     ),
     "absorption_letters": lambda cells: (
         "Absorption of each letter: bars are means over runs, dashes single runs; "
