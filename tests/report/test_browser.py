@@ -5,7 +5,6 @@ Under ``REPORT_SCREENSHOTS`` pictures of it are left, to be looked at.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Iterator
@@ -13,13 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from chromium import Chromium
+from large import hostile_contexts, large_cell
 
 from reseed.cli import run
-from reseed.contexts import LATENTS_PER_GROUP, SCHEMA, Contexts
 from reseed.report.page.content import Material
 from reseed.report.page.write import write_browser_page
 from reseed.sweeps import Sweep
@@ -240,80 +237,6 @@ def contrast(chromium: Chromium) -> float:
 
 
 LATENTS, SEEDS = 4_096, 8
-TEXTS = ["</script>", '"quoted"', "<b>bold</b>", " the", "\n", "\t", " caf\u00e9", "\u2028"]
-
-
-def large_cell(make_cell, num_latents: int, seeds: int):
-    """Seeds with partners drawn at random; what matters here is how many there are."""
-    knobs, cell = make_cell(n=2)
-    rng = np.random.default_rng(0)
-    names = [f"large-seed{seed}" for seed in range(seeds)]
-    n, m = num_latents * seeds, seeds - 1
-
-    def lists(values):
-        offsets = np.arange(n + 1, dtype=np.int32) * m
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values.ravel()))
-
-    partners = rng.integers(0, num_latents, (n, m), dtype=np.int32)
-    cosines = rng.random((n, m), dtype=np.float32)
-    shared = cosines > 0.7
-    others = [[o for o in names if o != name] for name in names]
-    latents = pa.table(
-        {
-            "run": np.repeat(names, num_latents),
-            "seed": np.repeat([str(s) for s in range(seeds)], num_latents),
-            "latent": np.tile(np.arange(num_latents), seeds),
-            "firing": rng.integers(0, 5000, n),
-            "live": np.ones(n, bool),
-            "dead": np.zeros(n, bool),
-            "shared_with": shared.sum(1),
-            "reproducibility": rng.random(n),
-            "reproducibility_low": np.zeros(n),
-            "reproducibility_high": np.ones(n),
-            "others": pa.array([o for o in others for _ in range(num_latents)]),
-            "partner_encoder": lists(partners),
-            "partner_decoder": lists(partners),
-            "cosine_encoder": lists(cosines),
-            "cosine_decoder": lists(cosines),
-            "shared": lists(shared),
-        }
-    )
-    runs = pd.DataFrame(
-        {"run": names, "seed": [str(s) for s in range(seeds)], "held_out_tokens": 65_536}
-    )
-    return knobs, dataclasses.replace(cell, runs=runs, latents=latents)
-
-
-def hostile_contexts(folder: Path, num_latents: int) -> Contexts:
-    """Fifteen contexts of each latent, of tokens that would break a page that took them for more
-    than text."""
-    rng = np.random.default_rng(1)
-    folder.mkdir(parents=True)
-    rows = [
-        {
-            "firing": 9,
-            "largest": 2.0,
-            "mean": 1.0,
-            "contexts": [
-                {"quantile": None if j < 10 else 0.5, "position": j, "peak": 16,
-                 "tokens": rng.integers(0, len(TEXTS), 33), "active": [16, 20],
-                 "activations": [2.0, 0.5]}
-                for j in range(15)
-            ],
-            "promoted": [{"token": 0, "logit": 1.0}],
-            "suppressed": [{"token": 1, "logit": -1.0}],
-            "neighbours": [{"latent": 1, "cosine": 0.5}],
-        }
-        for _ in range(num_latents)
-    ]  # fmt: skip
-    pq.write_table(
-        pa.Table.from_pylist(rows, schema=SCHEMA),
-        folder / "contexts.parquet",
-        row_group_size=LATENTS_PER_GROUP,
-    )
-    ids = pa.array(range(len(TEXTS)), pa.int32())
-    pq.write_table(pa.table({"token": ids, "text": TEXTS}), folder / "texts.parquet")
-    return Contexts(folder, 65_536, {})
 
 
 def test_eight_saes_of_4096_latents_are_quick_and_tokens_are_text(

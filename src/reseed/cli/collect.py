@@ -96,9 +96,8 @@ def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = F
     """
     found = gather(sweep, settings)
     cells, runs, lacking = found.cells, found.runs, found.lacking
-    write_tables(cells, sweep.path, lacking)
+    more = write_numbers(sweep, found)
     drawn = write_figures(cells, sweep.path) + write_evaluation_figures(cells, runs, sweep.path)
-    more = write_evaluations(runs, sweep.path)
     if only_evaluations:
         print_tables(evaluation_tables(cells), title=settings.name)
     else:
@@ -112,6 +111,12 @@ def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = F
     say(f"report: {report_of(sweep, found, figures, sweep.path / REPORT)}")
     _say_all(lacking)  # last, where they are not overlooked
     return not lacking
+
+
+def write_numbers(sweep: Sweep, found: Gathered) -> list[str]:
+    """Write the tables of a sweep; the names of those that evaluations added."""
+    write_tables(found.cells, sweep.path, found.lacking)
+    return write_evaluations(found.runs, sweep.path)
 
 
 def report_of(

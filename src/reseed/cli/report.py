@@ -43,11 +43,13 @@ def _main(arguments: Sequence[str]) -> int:
         got = ", ".join(words) or "none"
         raise ConfigError(f"reseed report takes one sweep; got {got}")
     sweep = sweep_called(words[0], line)
-    from reseed.cli.collect import REPORT, gather, report_of
+    from reseed.cli.collect import REPORT, gather, report_of, write_numbers
     from reseed.compare.config import ComparisonConfig
     from reseed.console import say
 
     found = gather(sweep, ComparisonConfig.from_dict(sweep.settings, "comparison"))
+    if not (sweep.path / "summary.csv").is_file():  # compared, and not collected
+        write_numbers(sweep, found)
     own = REPORT if given.format == "html" else f"{REPORT}-{given.format}"
     out = Path(given.out) if given.out else sweep.path / own
     say(f"{report_of(sweep, found, drawn(sweep, found), out, given.format)}")

@@ -7,7 +7,6 @@ stands for itself, so that renderers can escape all of it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,14 +49,9 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its caption and footnotes.
-
-    Attributes:
-        folded: whether its footnotes are shown on demand only.
-    """
+    """A table with its caption and footnotes."""
 
     words: Wording
-    folded: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,8 +119,3 @@ def spans(text: str) -> list[Span]:
         at = match.end()
     found.append(Span("plain", text[at:]))
     return [span for span in found if span.text]
-
-
-def pictures(sections: Sequence[Section]) -> list[Picture]:
-    """All figures, in order."""
-    return [block for section in sections for block in section.blocks if isinstance(block, Picture)]

@@ -36,7 +36,7 @@ class Material:
         runs: those that were evaluated.
         incomplete: a line for each cell that lacks runs.
         figures: names of those that are drawn, in order.
-        data: files of the sweep's folder that hold numbers.
+        data: files of ``data/``.
         contexts: of runs by their ids.
     """
 

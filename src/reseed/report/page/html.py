@@ -88,8 +88,8 @@ def block_html(block: Block) -> Html:
         case Items(texts, warns):
             items = (tag("li", inline(text)) for text in texts)
             return tag("ul", *items, class_="warnings" if warns else None)
-        case Table(words, folded):
-            return table_html(words, folded)
+        case Table(words):
+            return table_html(words)
         case Picture():
             return _picture(block)
         case Code(text):
@@ -114,7 +114,7 @@ def inline(text: str) -> Html:
     return joined(made)
 
 
-def table_html(words: Wording, folded: bool = False) -> Html:
+def table_html(words: Wording) -> Html:
     """A table that scrolls by itself where it is too wide, with its footnotes below."""
 
     def cell(name: str, i: int, text: str) -> Html:
@@ -131,7 +131,7 @@ def table_html(words: Wording, folded: bool = False) -> Html:
     if words.footnotes:
         notes = tag("ul", *(tag("li", inline(note)) for note in words.footnotes), class_="notes")
         reading = tag("summary", "How to read it")
-        made.append(tag("details", reading, notes, open=not folded, class_="reading"))
+        made.append(tag("details", reading, notes, open=True, class_="reading"))
     return joined(made)
 
 
