@@ -152,7 +152,7 @@ const list = (() => {
     const widths = shown.map((column) => element("col", { style: `width:${column.width}` }));
     const rows = order.slice(state.page * PAGE, (state.page + 1) * PAGE).map((row, place) => line(row, place, shown, passages));
     return element("table", { class: "list" },
-      element("colgroup", {}, widths, passages || !widths.length ? element("col") : null),
+      element("colgroup", {}, widths, passages ? element("col") : null),
       element("thead", {}, element("tr", {}, heads)), element("tbody", {}, rows));
   }
 
@@ -198,7 +198,7 @@ const list = (() => {
 
   function pager(state, pages) {
     const to = (page, text, label) => element("button", {
-      type: "button", "aria-label": label, disabled: page < 0 || page >= pages, onclick: () => go({ page }),
+      type: "button", "aria-label": label, disabled: page < 0 || page >= pages || page === state.page, onclick: () => go({ page }),
     }, text);
     return [to(0, "«", "First page"), to(state.page - 1, "‹ previous", "Previous page"),
       element("span", {}, `page ${state.page + 1} of ${words.count(pages)}`),
