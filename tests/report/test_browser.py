@@ -135,6 +135,13 @@ def filtered_and_sorted(chromium: Chromium, report: Path) -> None:
     assert chromium.evaluate(count) == f"{orphans:,} latents"
 
     choose(chromium, "kind", "all")
+    choose(chromium, "density", "dense")
+    choose(chromium, "reproducible", "low")
+    tokens = float(chromium.evaluate("reseed.runs[0].tokens"))
+    kept = (table["firing"] > 0.1 * tokens) & (table["reproducibility"] < 0.2)
+    assert chromium.evaluate(count).split()[0] == f"{kept.sum():,}"
+    choose(chromium, "density", "any")
+    choose(chromium, "reproducible", "any")
     click_head(chromium, "density", "descending")
     densest = column(chromium, "latent")[0]
     firing = table["firing"] / (table["firing"].max())

@@ -5,21 +5,42 @@ const list = (() => {
   const PAGE = 50;
   const FEW = 60000; // latents that are listed together without being asked for
 
-  const KINDS = {
-    all: ["all latents", () => true],
-    shared: ["shared with every other", (c, i, n) => c.shared_with[i] === n],
-    some: ["shared with some", (c, i) => c.shared_with[i] > 0],
-    orphan: ["orphan: live, shared with none", (c, i) => c.live[i] && c.shared_with[i] === 0],
-    silent: ["not live", (c, i) => !c.live[i]],
-    dead: ["dead at the end of training", (c, i) => c.dead[i]],
-    letter: ["stands for a letter", (c, i) => c.absorption_class?.[i] >= 0],
-    absorbs: ["absorbs words", (c, i) => c.absorption_words?.[i] > 0],
+  const runs = () => reseed.runs;
+  const density = (c, i, r) => c.firing[i] / Math.max(1, runs()[r].tokens);
+
+  // What latents can be chosen by; the first of each chooses all.
+  const FILTERS = {
+    kind: ["Show", {
+      all: ["all latents", () => true],
+      shared: ["shared with every other", (c, i, r) => c.shared_with[i] === runs()[r].others.length],
+      some: ["shared with some", (c, i) => c.shared_with[i] > 0],
+      orphan: ["orphan: live, shared with none", (c, i) => c.live[i] && c.shared_with[i] === 0],
+      silent: ["not live", (c, i) => !c.live[i]],
+      dead: ["dead at the end of training", (c, i) => c.dead[i]],
+      letter: ["stands for a letter", (c, i) => c.absorption_class?.[i] >= 0],
+      absorbs: ["absorbs words", (c, i) => c.absorption_words?.[i] > 0],
+      spared: ["absorbs nothing", (c, i) => c.absorption_words?.[i] === 0],
+    }],
+    reproducible: ["Reproducible", {
+      any: ["any", () => true],
+      high: ["0.8 and more", (c, i) => c.reproducibility[i] >= 0.8],
+      middle: ["0.2 to 0.8", (c, i) => c.reproducibility[i] >= 0.2 && c.reproducibility[i] < 0.8],
+      low: ["below 0.2", (c, i) => c.reproducibility[i] !== null && c.reproducibility[i] < 0.2],
+    }],
+    density: ["Density", {
+      any: ["any", () => true],
+      never: ["never fires", (c, i) => c.firing[i] === 0],
+      rare: ["below 0.1%", (c, i, r) => c.firing[i] > 0 && density(c, i, r) < 0.001],
+      middle: ["0.1% to 10%", (c, i, r) => density(c, i, r) >= 0.001 && density(c, i, r) <= 0.1],
+      dense: ["over 10%: dense", (c, i, r) => density(c, i, r) > 0.1],
+    }],
   };
+  const OF_ABSORPTION = ["letter", "absorbs", "spared"];
 
   const COLUMNS = [
     { key: "latent", head: "latent", width: "5.5rem", of: (c, i) => i },
     { key: "run", head: "run", width: "13rem", of: (c, i, r) => r, named: true },
-    { key: "density", head: "density", width: "5.5rem", of: (c, i, r) => c.firing[i] / Math.max(1, runs()[r].tokens), down: true },
+    { key: "density", head: "density", width: "5.5rem", of: density, down: true },
     { key: "reproducibility", head: "reproducible", width: "9rem", of: (c, i) => c.reproducibility[i], down: true },
     { key: "shared", head: "shared", width: "5rem", of: (c, i) => c.shared_with[i], down: true },
     { key: "encoder", head: "cos enc", width: "5rem", of: (c, i) => c.best_cosine_encoder[i], down: true },
@@ -28,19 +49,21 @@ const list = (() => {
   ];
 
   let loaded = []; // by the place of the run
-  let order = []; // of what is shown: pairs of run and latent in one number
+  let order = []; // what is listed: run, latent and what it is sorted by
   let at = 0; // which of the page the keyboard is at
 
-  const runs = () => reseed.runs;
+  const first = (options) => Object.keys(options)[0];
   const defaultRun = () => (runs().reduce((sum, run) => sum + run.latents, 0) <= FEW ? "" : runs()[0].id);
 
   /** What of the address is about the list, with what stands for what it leaves out. */
   function stateOf(query) {
     const given = new URLSearchParams(query);
+    const filters = Object.entries(FILTERS).map(([name, [, options]]) =>
+      [name, Object.hasOwn(options, given.get(name)) ? given.get(name) : first(options)]);
     return {
+      ...Object.fromEntries(filters),
       run: given.get("run") ?? defaultRun(),
       text: given.get("text") ?? "",
-      kind: given.get("kind") in KINDS ? given.get("kind") : "all",
       sort: given.get("sort") ?? "reproducibility",
       down: (given.get("down") ?? "1") === "1",
       page: Math.max(0, Number.parseInt(given.get("page") ?? "1", 10) - 1) || 0,
@@ -51,7 +74,9 @@ const list = (() => {
     const said = new URLSearchParams();
     if (state.run !== defaultRun()) said.set("run", state.run);
     if (state.text) said.set("text", state.text);
-    if (state.kind !== "all") said.set("kind", state.kind);
+    for (const [name, [, options]] of Object.entries(FILTERS)) {
+      if (state[name] !== first(options)) said.set(name, state[name]);
+    }
     if (state.sort !== "reproducibility") said.set("sort", state.sort);
     if (!state.down) said.set("down", "0");
     if (state.page) said.set("page", state.page + 1);
@@ -66,15 +91,14 @@ const list = (() => {
 
   /** The latents that are meant, in their order. */
   function chosen(state, wanted) {
-    const keep = KINDS[state.kind][1];
+    const rules = Object.entries(FILTERS).map(([name, [, options]]) => options[state[name]][1]);
     const text = state.text.toLowerCase();
     const column = COLUMNS.find((c) => c.key === state.sort) ?? COLUMNS[3];
     const found = [];
     for (const r of wanted) {
       const c = loaded[r];
-      const n = runs()[r].others.length;
       for (let i = 0; i < runs()[r].latents; i++) {
-        if (keep(c, i, n) && (!text || matches(c, i, text))) {
+        if (rules.every((holds) => holds(c, i, r)) && (!text || matches(c, i, text))) {
           const value = column.of(c, i, r);
           found.push({ r, i, value: value ?? Number.NaN });
         }
@@ -108,9 +132,10 @@ const list = (() => {
 
   /** The parts of the list that stay while it is filtered: the search keeps its caret. */
   function made(main) {
+    const select = (name, title) => element("label", {}, `${title} `,
+      element("select", { id: name, onchange: (e) => go({ [name]: e.target.value, page: 0 }) }));
     const filters = element("div", { class: "filters", role: "search" },
-      element("label", {}, "Run ", element("select", { id: "run", onchange: (e) => go({ run: e.target.value, page: 0 }) })),
-      element("label", {}, "Show ", element("select", { id: "kind", onchange: (e) => go({ kind: e.target.value, page: 0 }) })),
+      select("run", "Run"), Object.entries(FILTERS).map(([name, [title]]) => select(name, title)),
       element("input", {
         type: "search", id: "text", placeholder: "token or number", "aria-label": "Search tokens or the number of a latent",
         oninput: (e) => go({ text: e.target.value, page: 0 }, true),
@@ -129,9 +154,12 @@ const list = (() => {
     filters.querySelector("#run").replaceChildren(...many, ...named);
     filters.querySelector("#run").value = state.run;
     const absorption = loaded.some((c) => c?.absorption_words);
-    const kinds = Object.entries(KINDS).filter(([key]) => absorption || !["letter", "absorbs"].includes(key));
-    filters.querySelector("#kind").replaceChildren(...kinds.map(([key, [text]]) => element("option", { value: key }, text)));
-    filters.querySelector("#kind").value = state.kind;
+    for (const [name, [, options]] of Object.entries(FILTERS)) {
+      const offered = Object.entries(options).filter(([key]) => absorption || !OF_ABSORPTION.includes(key));
+      const select = filters.querySelector(`#${name}`);
+      select.replaceChildren(...offered.map(([key, [text]]) => element("option", { value: key }, text)));
+      select.value = state[name];
+    }
     const search = filters.querySelector("#text");
     if (document.activeElement !== search) search.value = state.text;
     const what = order.length === 1 ? "latent" : "latents";
@@ -162,7 +190,7 @@ const list = (() => {
     const cells = {
       latent: () => element("a", { href: latent.address(r, i) }, String(i)),
       run: () => run.name,
-      density: () => words.density(c.firing[i] / Math.max(1, run.tokens)),
+      density: () => words.density(density(c, i, r)),
       reproducibility: () => [bar(c.reproducibility[i]), words.number(c.reproducibility[i])],
       shared: () => (c.dead[i] && !c.live[i] ? element("span", { class: "state" }, "dead") : `${c.shared_with[i]} of ${run.others.length}`),
       encoder: () => words.number(c.best_cosine_encoder[i]),
