@@ -140,7 +140,6 @@ const list = (() => {
         type: "search", id: "text", placeholder: "token or number", "aria-label": "Search tokens or the number of a latent",
         oninput: (e) => go({ text: e.target.value, page: 0 }, true),
       }),
-      element("button", { type: "button", id: "help", onclick: () => browser.help() }, "Keys"),
       element("span", { class: "count", "aria-live": "polite" }));
     main.replaceChildren(filters,
       element("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Latents" }),
@@ -230,7 +229,8 @@ const list = (() => {
     }, text);
     return [to(0, "«", "First page"), to(state.page - 1, "‹ previous", "Previous page"),
       element("span", {}, `page ${state.page + 1} of ${words.count(pages)}`),
-      to(state.page + 1, "next ›", "Next page"), to(pages - 1, "»", "Last page")];
+      to(state.page + 1, "next ›", "Next page"), to(pages - 1, "»", "Last page"),
+      element("button", { type: "button", id: "help", onclick: () => browser.help() }, "Keys")];
   }
 
   /** Change something of the state; while somebody types no step of the history is made. */
