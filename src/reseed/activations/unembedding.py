@@ -24,13 +24,15 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocabulary d_in"] | None
     output = model.model.get_output_embeddings()  # type: ignore[operator]
     if output is None:
         return None
-    matrix = output.weight[: len(model.resolved.tokenizer)].float()
+    weight = output.weight[: len(model.resolved.tokenizer)]
+    matrix = weight.to(torch.float32, copy=True)  # changed in place, as it may be large
     norm = _final_norm(model.model)
     if norm is not None:
-        matrix = matrix * _scale(norm, matrix.shape[1], model)
+        matrix *= _scale(norm, matrix.shape[1], model)
         if isinstance(norm, nn.LayerNorm):  # which takes the mean over the width away first
-            matrix = matrix - matrix.mean(1, keepdim=True)
-    return matrix - matrix.mean(0)
+            matrix -= matrix.mean(1, keepdim=True)
+    matrix -= matrix.mean(0)
+    return matrix
 
 
 def _final_norm(model: nn.Module) -> nn.Module | None:

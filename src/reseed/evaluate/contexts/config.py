@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _KEPT_BYTES = 4 << 30
 """Of contexts that are kept in one pass; more SAEs take several."""
+_READ_OUT = "resid_post"
+"""The site of the residual stream, which the unembedding reads in the end."""
 _BLOCK = 4_096
 """Tokens encoded at once, or one sequence where it is longer."""
 
@@ -80,7 +82,8 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
         source = evaluated.source
         assert isinstance(source, Reading)
         sequences, kept = source.held_out_sequences(self.tokens)
-        matrix = unembedding(source.model)
+        with_lens = self.lens > 0 and any(s.hook.site == _READ_OUT for s in subjects)
+        matrix = unembedding(source.model) if with_lens else None
         for some in self._together(subjects):
             evaluated.note(f"{sequences.numel():,} tokens for {counted(len(some), 'SAE')}")
             gathered = self._gathered(some, source, sequences, kept)
@@ -136,7 +139,7 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
     ) -> Described:
         rows = subject.sae.W_dec.detach()
         promoted = suppressed = Ranked.empty(len(rows))
-        if matrix is not None and subject.hook.site == "resid_post" and self.lens:
+        if matrix is not None and subject.hook.site == _READ_OUT:
             promoted, suppressed = lens(rows, matrix, self.lens)
         near = neighbours(rows, self.neighbours) if self.neighbours else Ranked.empty(len(rows))
         return Described(gathered, self.sampled, promoted, suppressed, near, sequences)
