@@ -82,7 +82,7 @@ def test_what_cannot_be_shown_says_why(said: Callable[..., str]) -> None:
         first, status=1
     )
     assert "latent must be from 0 to 63 in" in said(first, "64", status=1)
-    assert "`latent` must be an integer, at least 0; got '-3x'" in said(first, "3,-3x", status=1)
+    assert "a latent is an integer, at least 0; got '-3x'" in said(first, "3,-3x", status=1)
     assert "`layer` is not for runs and sweeps that are named" in said(
         first, "3", "layer=2", status=1
     )

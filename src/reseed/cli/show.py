@@ -39,13 +39,13 @@ def _main(arguments: Sequence[str]) -> int:
             "reseed show takes a run and latents of it, for example reseed show RUN 3,17; got "
             f"{' '.join(words) or 'nothing'}"
         )
-    from reseed.cli.subjects import runtime_of
-    from reseed.compare.named import index_of
+    from reseed.cli.names import check_heeded, runtime_of
     from reseed.console import console
     from reseed.report.passages import print_latent, print_partner
 
     runtime = runtime_of(line)
-    latents = [index_of(w.strip(), "reseed show") for word in words[1:] for w in word.split(",")]
+    check_heeded(line)
+    latents = [_index(part.strip()) for word in words[1:] for part in word.split(",")]
     run = _run(words[0], runtime)
     contexts = _contexts(run, line)
     for i, shown in enumerate(_shown(run, contexts, latents, runtime)):
@@ -59,9 +59,15 @@ def _main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _index(word: str) -> int:
+    if not (word.isascii() and word.isdigit()):
+        raise ConfigError(f"reseed show: a latent is an integer, at least 0; got {word!r}")
+    return int(word)
+
+
 def _run(word: str, runtime: RuntimeConfig) -> Path:
     """The folder of the run, or of the SAE, that a word means."""
-    from reseed.cli.subjects import meant_by
+    from reseed.cli.names import meant_by
     from reseed.sweeps import Sweep
 
     meant = meant_by(word, runtime)
