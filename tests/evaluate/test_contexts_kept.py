@@ -159,6 +159,11 @@ def save_model(kind: str, folder: Path, tiny_model: Path) -> None:
         config = transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2)
     elif kind == "gpt_neox":
         config = transformers.GPTNeoXConfig(**sizes)
+    elif kind == "opt":
+        config = transformers.OPTConfig(
+            vocab_size=24, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64, word_embed_proj_dim=16,
+        )  # fmt: skip
     elif kind == "gemma2":
         config = transformers.Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8)
     else:
@@ -172,7 +177,7 @@ def save_model(kind: str, folder: Path, tiny_model: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "opt"])
 def test_the_unembedding_is_the_slope_of_the_model_s_own_logits(
     kind: str, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -185,7 +190,8 @@ def test_the_unembedding_is_the_slope_of_the_model_s_own_logits(
     tokens = len(model.resolved.tokenizer)
     assert matrix.shape == (tokens, 16)
     inner = {"llama": "model.norm", "gpt2": "transformer.ln_f",
-             "gpt_neox": "gpt_neox.final_layer_norm", "gemma2": "model.norm"}[kind]  # fmt: skip
+             "gpt_neox": "gpt_neox.final_layer_norm", "gemma2": "model.norm",
+             "opt": "model.decoder.final_layer_norm"}[kind]  # fmt: skip
     norm, head = model.model.get_submodule(inner), model.model.get_output_embeddings()
     x = torch.tensor([3.0, -3.0] * 8)  # mean 0, mean square 9
     direction = torch.randn(16, generator=torch.Generator().manual_seed(2))

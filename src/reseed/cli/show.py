@@ -95,9 +95,9 @@ def _shown(
     from reseed.report.replicas import replicas_of
 
     described = [contexts.latent(latent) for latent in latents]
-    sweep = _newest_sweep(run, runtime)
-    replicas = replicas_of(sweep, run.name, latents) if sweep else {}
-    return [Shown(run.name, contexts, one, replicas.get(one.latent)) for one in described]
+    sweep, name = _newest_sweep(run, runtime), run.resolve().name
+    replicas = replicas_of(sweep, name, latents) if sweep else {}
+    return [Shown(name, contexts, one, replicas.get(one.latent)) for one in described]
 
 
 def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
@@ -119,7 +119,7 @@ def _of_partner(partner: Partner, run: Path) -> Shown | None:
     from reseed.contexts import Contexts
     from reseed.report.passages import Shown
 
-    contexts = Contexts.of(run.parent / partner.run)
+    contexts = Contexts.of(run.resolve().parent / partner.run)
     if contexts is None or partner.latent is None:
         return None
     return Shown(partner.run, contexts, contexts.latent(partner.latent))
