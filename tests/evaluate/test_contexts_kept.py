@@ -27,17 +27,18 @@ def random_firings(sequences: int, seed: int) -> torch.Tensor:
     return dense * (torch.rand(dense.shape, generator=generator) < 0.4)
 
 
-def gathered(dense: torch.Tensor, sizes: list[int], seed: int = 0) -> Gathering:
+def gathered(dense: torch.Tensor, sizes: list[int], backwards: bool = False) -> Gathering:
     """What is kept after blocks of so many sequences."""
     sae = TopKConfig(num_latents=F, k=1).build(4, torch.Generator())
-    found = Gathering(sae, top=3, reservoir=5, reach=2, seed=seed)
-    first = 0
-    for size in sizes:
-        flat = dense[first : first + size].reshape(-1, F).t().contiguous()
+    found = Gathering(sae, top=3, reservoir=5, reach=2, seed=0)
+    blocks, first = [], 0
+    for part in dense.split(sizes):
+        flat = part.reshape(-1, F).t().contiguous()
         latent, place = flat.nonzero(as_tuple=True)
-        found.count(Firings(latent, place, flat[latent, place], first * CONTEXT, CONTEXT))
-        first += size
-    assert first == len(dense)
+        blocks.append(Firings(latent, place, flat[latent, place], first * CONTEXT, CONTEXT))
+        first += len(part)
+    for block in reversed(blocks) if backwards else blocks:
+        found.count(block)
     return found
 
 
@@ -58,6 +59,7 @@ def test_blocks_of_any_size_keep_the_same_and_equal_ones_go_by_position() -> Non
     dense = random_firings(40, 0)
     whole = gathered(dense, [40])
     assert shown(whole) == shown(gathered(dense, [1] * 40)) == shown(gathered(dense, [7, 20, 13]))
+    assert shown(whole) == shown(gathered(dense, [7, 20, 13], backwards=True))
     order = whole.top.in_order(slice(None))
     for j in range(F):
         best = [(float(s[:, j].max()), i * CONTEXT + int(s[:, j].argmax())) for i, s in

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.language_model import LanguageModel
 from reseed.activations.reading import Reading
 from reseed.activations.unembedding import unembedding
 from reseed.config import ConfigError, setting
@@ -117,16 +119,11 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
             for subject in subjects
         }
         told, context = now_and_then(), sequences.shape[1]
-        size, first = max(1, _BLOCK // context), 0
-        for passed in source.model.activations(sequences, [s.hook for s in subjects]):
-            count = len(next(iter(passed.values())))
-            for begin in range(0, count, size):
-                inside = slice(begin, min(begin + size, count))
-                own = kept[first + inside.start : first + inside.stop]
-                for subject in subjects:
-                    x = passed[subject.hook][inside]
-                    found[subject.id].add(x, own, (first + begin) * context)
-            first += count
+        hooks = [subject.hook for subject in subjects]
+        for first, block in _blocks(source.model, sequences, hooks):
+            for subject in subjects:
+                x = block[subject.hook]
+                found[subject.id].add(x, kept[first : first + len(x)], first * context)
             told(f"{first * context:,} of {sequences.numel():,} tokens")
         return found
 
@@ -143,6 +140,17 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
             promoted, suppressed = lens(rows, matrix, self.lens)
         near = neighbours(rows, self.neighbours) if self.neighbours else Ranked.empty(len(rows))
         return Described(gathered, self.sampled, promoted, suppressed, near, sequences)
+
+
+def _blocks(
+    model: LanguageModel, sequences: Int[Tensor, "sequences context"], hooks: Sequence[Hookpoint]
+) -> Iterator[tuple[int, dict[Hookpoint, Float[Tensor, "some context d_in"]]]]:
+    """Activations of whole sequences, about `_BLOCK` tokens at a time, with the first's number."""
+    size, first = max(1, _BLOCK // sequences.shape[1]), 0
+    for passed in model.activations(sequences, hooks):
+        for block in zip(*(x.split(size) for x in passed.values()), strict=True):
+            yield first, dict(zip(passed, block, strict=True))
+            first += len(block[0])
 
 
 def _texts(described: Described, tokenizer: Any) -> pd.DataFrame:
