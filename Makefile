@@ -29,7 +29,7 @@ test: env ## the tests, without the slow ones
 	$(PYTEST) -m 'not slow'
 
 test-slow: env ## the slow tests: kills, wheel, end to end
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow --durations=15
 
 test-peers: $(PEERS)/.installed ## saved SAEs against the libraries that save them (installs these)
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q tests/peers

@@ -179,3 +179,37 @@ def left_alone(ranks: Ranks) -> None:
 
 def test_a_rank_that_is_gone_is_missed() -> None:
     run_with(2, left_alone)
+
+
+def trains_at_its_own_pace(ranks: Ranks) -> None:
+    import lightning as L
+    from torch.utils.data import DataLoader
+
+    from reseed.train.strategy import trainer_options
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+            self.steps = 0
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> None:
+            self.steps += 1
+
+        def configure_optimizers(self) -> None:
+            return None
+
+    module, steps = Module(), 4 + 3 * ranks.index
+    trainer = L.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **trainer_options(ALONE, ranks.device),
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(torch.zeros(steps, 1), batch_size=None))
+    assert module.steps == steps
+    assert int(ranks.sum_(torch.tensor(steps))) == 4 + 7
+
+
+@pytest.mark.slow
+def test_ranks_with_batches_of_their_own_do_not_wait_for_each_other() -> None:
+    """Of ranks that it knows of, Lightning has each wait for the first before every batch."""
+    run_with(2, trains_at_its_own_pace)

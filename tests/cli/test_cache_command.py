@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -163,23 +159,3 @@ def test_a_file_is_no_folder(tiny_overrides: list[str], capsys: pytest.CaptureFi
     assert capsys.readouterr().err == (
         "error: `runtime.activation_cache` must be a folder; got kept, which is a file\n"
     )
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_a_cached_run_ends_with_the_same_weights(
-    tiny_overrides: list[str], tmp_path: Path
-) -> None:
-    chosen = random.Random(time.time_ns())
-    longer = ["training.tokens=65536", "dataset.repeat=true", "runtime.checkpoint_every_s=0.05"]
-    command = [sys.executable, "-m", "reseed", "train", *tiny_overrides, *longer]
-    subprocess.run([*command, "runtime.outputs=plain", "runtime.prefetch=false"], check=True)
-    killed = [*command, "runtime.outputs=killed", "runtime.prefetch=true", FOLDER]
-    for _ in range(4):
-        process = subprocess.Popen(killed)
-        while not list(Path("kept").glob("*/0*")) and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chosen.uniform(0, 2))
-        process.kill()
-        process.wait()
-    subprocess.run(killed, check=True)
-    assert results("killed") == results("plain")

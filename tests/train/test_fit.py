@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 import reseed
 from reseed.activations.hookpoint import Hookpoint
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
 from reseed.experiment import Resolved
 from reseed.missing import train_missing
 from reseed.runs import Run, RunStore
@@ -27,19 +19,6 @@ from reseed.train.member import Member
 from reseed.train.plan import by_stream
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
-
-
-@pytest.fixture
-def jobs(tiny_overrides: list[str], tmp_path: Path) -> Jobs:
-    """Checked experiments of a sweep that is written below tmp_path/<outputs>."""
-
-    def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
-        line = CommandLine("train", [])
-        where = f"runtime.outputs={tmp_path / outputs}"
-        found, runtime = check_jobs(line, [*tiny_overrides, where, *overrides], multirun=True)
-        return [job.resolved for job in found], runtime
-
-    return made
 
 
 def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:
@@ -263,81 +242,6 @@ def test_input_scale_and_b_dec_come_from_the_first_activations() -> None:
     member.start(x)
     assert float((x * member.scale).norm(dim=1).mean()) == pytest.approx(6**0.5, rel=1e-5)
     assert torch.allclose(member.sae.b_dec, x.mean(0) * member.scale, atol=1e-5)
-
-
-def _command(tiny_overrides: list[str], outputs: Path, *more: str) -> list[str]:
-    return [
-        sys.executable, "-m", "reseed", "train", "-m", *tiny_overrides, "seed=0,1",
-        f"runtime.outputs={outputs}", f"runtime.sweeps={outputs}-sweeps", "runtime.threads=1",
-        "runtime.checkpoint_every_s=0.05", *more,
-    ]  # fmt: skip
-
-
-def _started(command: list[str], cwd: Path) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_weights(
-    tiny_overrides: list[str], jobs: Jobs, tmp_path: Path
-) -> None:
-    longer = ("training.tokens=65536", "dataset.repeat=true")
-    reference = tmp_path / "reference"
-    subprocess.run(_command(tiny_overrides, reference, *longer), cwd=tmp_path, check=True)
-    outputs = tmp_path / "killed"
-    chosen = random.Random(time.time_ns())
-    kills = 0
-    while kills < 6:
-        process = _started(_command(tiny_overrides, outputs, *longer), tmp_path)
-        # Training has begun when a checkpoint is there; the kill falls somewhere after that.
-        while not list(outputs.glob("*/checkpoint.pt")) and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(chosen.uniform(0, 1.5))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    assert kills >= 1
-    assert {run.status for run in RunStore(outputs).runs()} <= {"interrupted", "finished"}
-    subprocess.run(_command(tiny_overrides, outputs, *longer), cwd=tmp_path, check=True)
-    pairs = list(zip(RunStore(reference).runs(), RunStore(outputs).runs(), strict=True))
-    assert len(pairs) == 2
-    for expected, found in pairs:
-        assert expected.id == found.id
-        assert_equal(results(found), results(expected))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_says_how_to_go_on(
-    tiny_overrides: list[str], tmp_path: Path, number: signal.Signals
-) -> None:
-    outputs = tmp_path / "outputs"
-    many = ("training.tokens=100000000", "dataset.repeat=true")
-    process = _started(_command(tiny_overrides, outputs, *many), tmp_path)
-    while len(list(outputs.glob("*/checkpoint.pt"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.02)
-    os.kill(process.pid, number)
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert f"stopped by {number.name}; saved" in said.decode()
-    assert "Traceback" not in said.decode()
-    assert [run.status for run in RunStore(outputs).runs()] == ["interrupted"] * 2
-
-
-@pytest.mark.slow
-def test_two_that_want_the_same_run_train_it_once(
-    tiny_overrides: list[str], tmp_path: Path
-) -> None:
-    outputs = tmp_path / "outputs"
-    longer = "training.tokens=32768"
-    pair = [_started(_command(tiny_overrides, outputs, longer), tmp_path) for _ in range(2)]
-    said = [process.communicate(timeout=300)[0].decode() for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said
-    assert all(run.finished for run in RunStore(outputs).runs())
-    assert sum("training 2 SAEs" in text for text in said) == 1, said
 
 
 def test_signals_belong_to_whom_they_belonged_before(jobs: Jobs) -> None:

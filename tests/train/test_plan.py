@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
 from reseed.cli.main import main
 from reseed.devices import available_memory, is_out_of_memory
 from reseed.experiment import Resolved
@@ -24,17 +22,6 @@ from reseed.train.member import Member
 from reseed.train.plan import Group, Machine, by_stream, duration, fitting, make_plan, size
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
-
-
-@pytest.fixture
-def jobs(tiny_overrides: list[str], tmp_path: Path) -> Jobs:
-    def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
-        line = CommandLine("train", [])
-        where = f"runtime.outputs={tmp_path / outputs}"
-        found, runtime = check_jobs(line, [*tiny_overrides, where, *overrides], multirun=True)
-        return [job.resolved for job in found], runtime
-
-    return made
 
 
 def runs(members: list[Resolved], runtime: RuntimeConfig) -> list[Run]:

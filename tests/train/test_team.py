@@ -116,6 +116,13 @@ def followers(leader: int) -> list[int]:
     return [int(pid) for pid in told.stdout.split()]
 
 
+def at_work(line: Sequence[str], outputs: Path) -> tuple[subprocess.Popen[str], list[int]]:
+    """The command, once a checkpoint is there, and its followers."""
+    leader = begin(line, outputs)
+    wait_for(lambda: begun(outputs))
+    return leader, followers(leader.pid)
+
+
 def begun(outputs: Path) -> bool:
     return any(outputs.glob("*/checkpoint.pt"))
 
@@ -152,9 +159,7 @@ def test_a_team_that_is_stopped_goes_on_exactly(
 ) -> None:
     line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
     outputs = tmp_path / "outputs"
-    leader = begin(line, outputs)
-    wait_for(lambda: begun(outputs))
-    theirs = followers(leader.pid)
+    leader, theirs = at_work(line, outputs)
     assert len(theirs) == 1
     os.kill(leader.pid, number)
     said, _ = leader.communicate(timeout=100)
@@ -178,9 +183,7 @@ def test_a_follower_that_dies_fails_the_group_and_not_its_checkpoints(
 ) -> None:
     line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
     outputs = tmp_path / "outputs"
-    leader = begin(line, outputs)
-    wait_for(lambda: begun(outputs))
-    (follower,) = followers(leader.pid)
+    leader, (follower,) = at_work(line, outputs)
     os.kill(follower, signal.SIGKILL)
     said, _ = leader.communicate(timeout=100)
     assert leader.returncode == 1, said
@@ -197,9 +200,7 @@ def test_followers_end_with_a_leader_that_is_killed(
     """Its locks are free then, and nobody else may write into its folders."""
     outputs = tmp_path / "outputs"
     line = [*tiny_overrides, *SLOW, "runtime=spread", "runtime.ranks=3"]
-    leader = subprocess.Popen(command(line, outputs), stdout=subprocess.DEVNULL)
-    wait_for(lambda: begun(outputs))
-    theirs = followers(leader.pid)
+    leader, theirs = at_work(line, outputs)
     assert len(theirs) == 2
     leader.kill()
     leader.wait()

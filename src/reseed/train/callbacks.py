@@ -275,7 +275,9 @@ class GroupProgress(ProgressBar):
 
 
 def _measures(members: Sequence[Member]) -> str:
-    rows = [member.curve[-1] for member in members if member.curve and member.error is None]
+    rows = [
+        member.curve.rows[-1] for member in members if member.curve.rows and member.error is None
+    ]
     if not rows:
         return ""
     mean = f"mean of {len(rows)}: " if len(rows) > 1 else ""

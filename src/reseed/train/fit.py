@@ -242,7 +242,7 @@ def _train(
             enable_model_summary=False,
             enable_progress_bar=bool(members),
             use_distributed_sampler=False,
-            **trainer_options(share.ranks, stream.device),
+            **trainer_options(share.of_batch, stream.device),
         )
         sizes = [size for size, _ in wanted]
         stop = max(_end(stream, size, steps) for size, steps in wanted)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from reseed.activations.hookpoint import Hookpoint
-from reseed.atomic import DiskFullError, atomic_write, atomic_write_bytes, atomic_write_text
+from reseed.atomic import DiskFullError, atomic_write, atomic_write_bytes
 from reseed.config import ReseedError, digest
 from reseed.console import say
 from reseed.devices import is_out_of_memory
@@ -28,6 +26,7 @@ from reseed.sae.losses import total_variance
 from reseed.sae.shared_batch import batch_shared_by
 from reseed.train.archetypes import begin, make_archetypal, plain
 from reseed.train.config import TrainingConfig
+from reseed.train.curve import Curve
 from reseed.train.median import geometric_median
 from reseed.train.muon import SAEMuon
 from reseed.train.optim import SAEAdam, SAEOptimizer, learning_rate
@@ -46,25 +45,6 @@ class NotFiniteError(ReseedError, ArithmeticError):
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} not finite at step {step}")
         self.step = step
-
-
-@dataclass
-class Tally:
-    """Sums since the last row of the curve; tensors, so that a GPU is not waited for."""
-
-    steps: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, **values: Tensor) -> None:
-        self.steps += 1
-        for name, value in values.items():
-            value = value.detach().double()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def drain(self) -> tuple[int, dict[str, float]]:
-        steps, sums = self.steps, {name: float(value) for name, value in self.sums.items()}
-        self.steps, self.sums = 0, {}
-        return steps, sums
 
 
 def make_optimizer(sae: SAE, training: TrainingConfig) -> SAEOptimizer:
@@ -131,11 +111,10 @@ class Member:
         self.scale = 1.0
         self.step = 0
         self.seconds = 0.0
-        self.curve: list[dict[str, float]] = []
+        self.curve = Curve()
         self.error: BaseException | None = None
         self.steering: Steering | None = None
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
-        self._tally = Tally()
 
     @property
     def active(self) -> bool:
@@ -297,32 +276,18 @@ class Member:
         bad = int(self._first_bad)
         if bad >= 0:
             raise NotFiniteError("the loss is", bad)
-        steps, sums = self._tally.drain()
         step = Step(max(self.step - 1, 0), self.training.steps)
-        row = {
-            "step": self.step,
-            "tokens": self.step * self.training.batch_size,
-            "fvu": sums.pop("squared_error") / max(sums.pop("variance"), 1e-30),
-            "dead_fraction": float(self.dead.double().mean()),
-            "lr": self._rate(step),
-            "seconds": round(self.seconds + seconds, 3),
-        }
-        row |= {name: value / steps for name, value in sums.items()}
-        self.curve.append(row)
-        return row
+        return self.curve.close(
+            step=self.step,
+            tokens=self.step * self.training.batch_size,
+            dead_fraction=float(self.dead.double().mean()),
+            lr=self._rate(step),
+            seconds=round(self.seconds + seconds, 3),
+        )
 
     def write_curve(self, folder: Path) -> None:
         """training.csv, whole."""
-        if self.curve:
-            text = io.StringIO()
-            names = list(dict.fromkeys(name for row in self.curve for name in row))
-            writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(
-                {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()}
-                for row in self.curve
-            )
-            atomic_write_text(folder / "training.csv", text.getvalue())
+        self.curve.write(folder)
 
     def save(self, path: Path, seconds: float) -> None:
         """Everything needed to go on exactly."""
@@ -334,8 +299,7 @@ class Member:
             "optimizer": self.optimizer.state_dict(),
             "tokens_since_fired": self.tokens_since_fired,
             "first_bad": self._first_bad,
-            "curve": self.curve,
-            "tally": {"steps": self._tally.steps, "sums": self._tally.sums},
+            **self.curve.state(),
             "steering": None if self.steering is None else asdict(self.steering),
         }
         atomic_write(path, lambda temporary: torch.save(state, temporary))
@@ -348,8 +312,7 @@ class Member:
         self.optimizer.load_state_dict(state["optimizer"])
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self._first_bad.copy_(state["first_bad"])
-        self.curve = state["curve"]
-        self._tally = Tally(**state["tally"])
+        self.curve = Curve.of(state)
         steering = state.get("steering")
         if steering is not None:
             self.steering = Steering(**steering)
@@ -386,7 +349,7 @@ class Member:
         self._first_bad = torch.where(is_first, now, self._first_bad)
         with batch_shared_by(self.ranks):
             variance = total_variance(x) * self.ranks.count
-        self._tally.add(
+        self.curve.count(
             loss=loss.total,
             squared_error=loss.squared_error,
             variance=variance,

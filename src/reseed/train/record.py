@@ -51,7 +51,7 @@ def record(
         metrics["penalty_weight"] = member.sae.penalty_weight
     if truth is not None:
         metrics["truth"] = truth.metrics
-    seconds = member.curve[-1]["seconds"] if isinstance(member, Member) else 0.0
+    seconds = member.curve.rows[-1]["seconds"] if isinstance(member, Member) else 0.0
     run.finish(metrics, timings=timings | {"seconds": seconds})
 
 

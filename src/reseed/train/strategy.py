@@ -1,4 +1,4 @@
-"""Lightning's view of a team of processes (`reseed.ranks`)."""
+"""Lightning's view of processes that share each batch (`reseed.ranks`)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class RanksEnvironment(ClusterEnvironment):
 
 
 class RanksStrategy(DDPStrategy):
-    """Data-parallel and spread training.
+    """Data-parallel training.
 
     Without the wrapper `DistributedDataParallel`: it averages the gradients of one backward pass
     over all parameters, and here every SAE of a group makes backward passes and steps of its own,
@@ -75,7 +75,13 @@ class RanksStrategy(DDPStrategy):
 
 
 def trainer_options(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Where a `lightning.Trainer` trains."""
+    """Where a `lightning.Trainer` trains.
+
+    Args:
+        ranks: those that share each batch. Before every block Lightning exchanges a word with all
+            of them, so that others than those, which take blocks at a pace of their own
+            (``runtime=spread``), would wait for each other for ever.
+    """
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     if ranks.several:
         return {

@@ -32,8 +32,11 @@ ADDRESS = "RESEED_TEAM"
 """Environment variable of a follower: host:port:index:count:device."""
 OUT_OF_MEMORY = 77
 """Exit status of a follower whose memory did not suffice."""
-_GRACE_S = 90.0
-"""Time to save for followers that are told to stop."""
+_GRACE_S = {"ddp": 0.0, "spread": 90.0}
+"""Time to save for followers that are told to stop, where they have SAEs of their own."""
+
+_END_S = 30.0
+"""Time to end for followers that have nothing left to do."""
 
 
 class Team(ABC):
@@ -132,7 +135,7 @@ class LocalTeam(Team):
             if unheard:
                 for process in self._followers:
                     process.terminate()
-            until = time.monotonic() + _GRACE_S
+            until = time.monotonic() + (_GRACE_S[self.strategy] if unheard else _END_S)
             for process in self._followers:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))

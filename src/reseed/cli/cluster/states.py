@@ -19,6 +19,7 @@ QUEUED, STARTING, RUNNING, DONE, FAILED = "queued", "starting", "running", "done
 _PLAIN = {"missing": "not started"}
 _WAITS = {"BeginTime": "requeued", "Dependency": "after other jobs"}
 _TAIL = 4_096
+_SRUN = "Exited with exit code|Force Terminated|_step_signal: Terminating|Job step aborted"
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def gone(job: Submitted, seen: Seen) -> str:
     except OSError:
         return told
     # What srun says at last says nothing.
-    line = last_line(re.sub(r"(?m)^srun: .*(Exited with exit code|Force Terminated).*$", "", text))
+    line = last_line(re.sub(rf"(?m)^srun: .*({_SRUN}).*$", "", text))
     return f"{told}; {log} ends: {line}" if line else told
 
 

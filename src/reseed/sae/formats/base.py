@@ -42,13 +42,10 @@ class Format(ABC):
     Attributes:
         name: as it is given by ``format=`` and ``--to``.
         layouts: the files of a folder by which the format is known; any of them will do.
-        exports: the stable names of the architectures that it can hold; empty where it is only
-            read.
     """
 
     name: ClassVar[str]
     layouts: ClassVar[tuple[tuple[str, ...], ...]]
-    exports: ClassVar[tuple[str, ...]] = ()
 
     def recognises(self, path: Path) -> bool:
         """Whether the folder (or one of its files) ``path`` is of this format."""
@@ -85,12 +82,27 @@ class Format(ABC):
         Raises:
             CheckpointError: the format has nothing that is equal to this SAE.
         """
+        raise CheckpointError(
+            f"{self.name} cannot hold sae={sae.config.name}: reseed reads it, and does not write it"
+        )
+
+
+class Exporting(Format):
+    """A format of another library that is written too.
+
+    Attributes:
+        exports: the stable names of the architectures that it can hold.
+    """
+
+    exports: ClassVar[tuple[str, ...]]
+
+    def save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
         if sae.config.name not in self.exports:
-            held = ", ".join(self.exports)
-            hint = f"it holds {held}" if held else "reseed reads it, and does not write it"
-            raise CheckpointError(f"{self.name} cannot hold sae={sae.config.name}: {hint}")
+            raise CheckpointError(
+                f"{self.name} cannot hold sae={sae.config.name}: it holds {', '.join(self.exports)}"
+            )
         return self._save(sae, folder, metadata)
 
+    @abstractmethod
     def _save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
         """`save` of an architecture that is in `exports`."""
-        raise NotImplementedError(self.name)

@@ -15,7 +15,7 @@ from reseed.sae.base import SAE
 from reseed.sae.batch_topk import BatchSparse, BatchTopKConfig
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import parts
-from reseed.sae.formats.base import Format, Imported
+from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_pt, read_settings
 from reseed.sae.formats.sparsify import refuse_weighing
 from reseed.sae.ksparse import KSparseConfig
@@ -28,7 +28,7 @@ UNSET = -1.0
 
 
 @final
-class DictionaryLearning(Format):
+class DictionaryLearning(Exporting):
     """The class of the dictionary stands in ``config.json``, its tensors in ``ae.pt``; those on the
     way are ``checkpoints/ae_<step>.pt``."""
 

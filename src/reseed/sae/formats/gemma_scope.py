@@ -15,7 +15,7 @@ from reseed.atomic import atomic_write_bytes
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import parts
-from reseed.sae.formats.base import Format, Imported
+from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Tensors, read_npz, read_safetensors, read_settings
 from reseed.sae.formats.sparsify import without_skip
 
@@ -23,7 +23,7 @@ FIRST, SECOND, CONFIG = "params.npz", "params.safetensors", "config.json"
 
 
 @final
-class GemmaScope(Format):
+class GemmaScope(Exporting):
     """f = ReLU(π)·1[π > θ], π = x W_enc + b_enc: no subtraction of b_dec."""
 
     name = "gemma_scope"

@@ -14,7 +14,7 @@ from reseed.atomic import atomic_write_bytes, atomic_write_json
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import parts
-from reseed.sae.formats.base import Format, Imported
+from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_settings
 from reseed.sae.formats.sparsify import refuse_weighing, without_skip
 from reseed.sae.gated import Gated
@@ -39,7 +39,7 @@ VERSION = "6.54.0"
 
 
 @final
-class SAELens(Format):
+class SAELens(Exporting):
     """standard, topk, jumprelu and gated. What was trained as BatchTopK or Matryoshka is stored as
     a jumprelu with one threshold, and so it is written."""
 

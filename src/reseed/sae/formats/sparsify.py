@@ -12,7 +12,7 @@ from reseed.atomic import atomic_write_bytes, atomic_write_json
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import parts
-from reseed.sae.formats.base import Format, Imported
+from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_settings
 from reseed.sae.ksparse import KSparseConfig
 from reseed.sae.topk import TopKConfig
@@ -21,7 +21,7 @@ WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 
 
 @final
-class Sparsify(Format):
+class Sparsify(Exporting):
     """f = TopK_k(ReLU(E (x − b_dec) + b)), or the largest of each of k groups; of transcoders
     without the subtraction."""
 

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from reseed.cli.app import CommandLine
+from reseed.cli.jobs import check_jobs
+from reseed.experiment import Resolved
+from reseed.train.config import RuntimeConfig
+
+
+@pytest.fixture
+def jobs(
+    tiny_overrides: list[str], tmp_path: Path
+) -> Callable[..., tuple[list[Resolved], RuntimeConfig]]:
+    """Checked experiments of a sweep that is written below tmp_path/<outputs>."""
+
+    def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
+        line = CommandLine("train", [])
+        where = f"runtime.outputs={tmp_path / outputs}"
+        found, runtime = check_jobs(line, [*tiny_overrides, where, *overrides], multirun=True)
+        return [job.resolved for job in found], runtime
+
+    return made
