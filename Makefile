@@ -61,6 +61,7 @@ bench: env ## benchmarks against peers and limits, side by side (installs the pe
 	$(BIN)/python benchmarks/harvest.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/stacked.py
+	$(BIN)/python benchmarks/contexts.py
 
 clean: ## remove the environment and caches; results stay
 	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build dist

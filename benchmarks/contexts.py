@@ -33,6 +33,8 @@ from reseed.evaluate.contexts.gathering import Gathering
 from reseed.evaluate.contexts.result import Described
 from reseed.evaluations import Stored
 from reseed.sae.base import SAE
+from reseed.sae.batch_topk import BatchTopK, BatchTopKConfig
+from reseed.sae.relu import ReLUConfig
 from reseed.sae.selection import select
 from reseed.sae.topk import TopKConfig
 
@@ -70,12 +72,24 @@ def median(each: list[Spent]) -> Spent:
     )
 
 
-def made_up(d_in: int, num_latents: int, k: int, device: torch.device) -> SAE:
-    """An SAE with random rows, whose latents differ in how often they fire by orders."""
+@torch.no_grad()
+def made_up(architecture: str, d_in: int, num_latents: int, k: int, device: torch.device) -> SAE:
+    """An SAE with random rows, about k active per token, whose latents differ in how often they
+    fire by orders."""
     generator = torch.Generator().manual_seed(0)
-    sae = TopKConfig(num_latents=num_latents, k=k).build(d_in, generator)
-    with torch.no_grad():
-        sae.b_enc.copy_(0.3 * torch.randn(num_latents, generator=generator))
+    config = {
+        "topk": TopKConfig(num_latents=num_latents, k=k),
+        "batch_topk": BatchTopKConfig(num_latents=num_latents, k=k),
+        "relu": ReLUConfig(num_latents=num_latents, decoder_init_norm=1.0),
+    }[architecture]
+    sae = config.build(d_in, generator)
+    sae.b_enc.copy_(0.3 * torch.randn(num_latents, generator=generator))
+    pre = torch.randn(64, d_in, generator=generator) @ sae.W_enc.T + sae.b_enc
+    bound = pre.flatten().topk(64 * k).values[-1]
+    if isinstance(sae, BatchTopK):
+        sae.threshold.copy_(bound)
+    elif architecture == "relu":
+        sae.b_enc.sub_(bound)
     return sae.to(device)
 
 
@@ -167,6 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--architecture", default="topk", choices=("topk", "batch_topk", "relu"))
     parser.add_argument("--latents", type=int, default=131_072)
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--k", type=int, default=32)
@@ -179,10 +194,11 @@ def main() -> None:
     device = torch.device(options.device)
     print(f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     _reset_peak()
-    sae = made_up(options.d_in, options.latents, options.k, device)
+    sae = made_up(options.architecture, options.d_in, options.latents, options.k, device)
     gathering = gathering_of(sae)
     alone, both = blocks(sae, gathering, options.blocks)
-    print(f"\n{options.latents:,} latents, d_in {options.d_in}, k {options.k}, blocks of {BLOCK:,}")
+    print(f"\n{options.architecture}, {options.latents:,} latents, d_in {options.d_in}, "
+          f"k {options.k}, blocks of {BLOCK:,}")  # fmt: skip
     print("| block | encoded, s (CPU) | with contexts | is (CPU) |\n|--:|--:|--:|--:|")
     for i, (a, b) in enumerate(zip(alone, both, strict=True)):
         print(f"| {i + 1} | {a.wall:.2f} ({a.cpu:.2f}) | {b.wall:.2f} ({b.cpu:.2f}) | "

@@ -7,10 +7,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from reseed.evaluate.reconstruction import ReconstructionConfig
-from reseed.evaluations import EvaluationError, Stored, column, folder_of, write_failure
+from reseed.evaluations import (
+    EvaluationError,
+    RowGroups,
+    Stored,
+    column,
+    folder_of,
+    write_failure,
+)
 
 
 def stored() -> Stored:
@@ -35,6 +44,40 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     record = json.loads((folder / "result.json").read_text())
     assert (record["subject"], record["seconds"]) == ("run", 1.5)
     assert record["environment"]["packages"]["torch"]
+
+
+def test_tables_are_read_when_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored().write(tmp_path)
+    read: list[str] = []
+    real = pd.read_parquet
+    monkeypatch.setattr(pd, "read_parquet", lambda p: read.append(p.name) or real(p))
+    again = Stored.read(tmp_path)
+    assert "letters" in again.tables
+    assert list(again.tables) == ["letters"]
+    assert "words" not in again.tables
+    assert read == ["latents.parquet"]
+    assert len(again.tables["letters"]) == 2
+    assert read == ["latents.parquet", "letters.parquet"]
+
+
+def test_a_large_table_is_written_piece_by_piece(tmp_path: Path) -> None:
+    schema = pa.schema([("value", pa.int64())])
+    written: list[int] = []
+
+    def pieces():
+        for i in range(3):
+            written.append(i)
+            yield pa.table([pa.array([i, i])], schema=schema)
+
+    large = Stored("trial", {}, {}, {"large": RowGroups(schema, pieces())})
+    assert not written
+    large.write(tmp_path)
+    file = pq.ParquetFile(tmp_path / "large.parquet")
+    assert file.num_row_groups == 3
+    assert file.read_row_group(1)["value"].to_pylist() == [1, 1]
+    assert Stored.read(tmp_path).tables["large"]["value"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_one_that_is_half_written_is_not_there(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +74,22 @@ def test_latents_of_a_run_with_what_other_seeds_have(said: Callable[..., str]) -
     assert said(second[:-3], "0").startswith(f"{second}  latent 0\n")
 
 
+def test_a_look_loads_no_torch(project: Path) -> None:
+    """It is to be there at once, however many latents are looked at one by one."""
+    code = """
+import sys
+from pathlib import Path
+from reseed.cli import show
+run = next(path.name for path in Path("outputs").iterdir() if "-topk-" in path.name)
+assert show.main([run, "3"]) == 0
+print("HEAVY", sorted({"torch", "lightning", "transformers", "scipy"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=project, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "HEAVY []"
+
+
 def test_what_cannot_be_shown_says_why(said: Callable[..., str]) -> None:
     (without,), (first, _) = runs("relu"), runs("topk")
     assert (
@@ -82,7 +100,7 @@ def test_what_cannot_be_shown_says_why(said: Callable[..., str]) -> None:
         first, status=1
     )
     assert "latent must be from 0 to 63 in" in said(first, "64", status=1)
-    assert "`latent` must be an integer, at least 0; got '-3x'" in said(first, "3,-3x", status=1)
+    assert "a latent is an integer, at least 0; got '-3x'" in said(first, "3,-3x", status=1)
     assert "`layer` is not for runs and sweeps that are named" in said(
         first, "3", "layer=2", status=1
     )

@@ -27,17 +27,18 @@ def random_firings(sequences: int, seed: int) -> torch.Tensor:
     return dense * (torch.rand(dense.shape, generator=generator) < 0.4)
 
 
-def gathered(dense: torch.Tensor, sizes: list[int], seed: int = 0) -> Gathering:
+def gathered(dense: torch.Tensor, sizes: list[int], backwards: bool = False) -> Gathering:
     """What is kept after blocks of so many sequences."""
     sae = TopKConfig(num_latents=F, k=1).build(4, torch.Generator())
-    found = Gathering(sae, top=3, reservoir=5, reach=2, seed=seed)
-    first = 0
-    for size in sizes:
-        flat = dense[first : first + size].reshape(-1, F).t().contiguous()
+    found = Gathering(sae, top=3, reservoir=5, reach=2, seed=0)
+    blocks, first = [], 0
+    for part in dense.split(sizes):
+        flat = part.reshape(-1, F).t().contiguous()
         latent, place = flat.nonzero(as_tuple=True)
-        found.count(Firings(latent, place, flat[latent, place], first * CONTEXT, CONTEXT))
-        first += size
-    assert first == len(dense)
+        blocks.append(Firings(latent, place, flat[latent, place], first * CONTEXT, CONTEXT))
+        first += len(part)
+    for block in reversed(blocks) if backwards else blocks:
+        found.count(block)
     return found
 
 
@@ -58,6 +59,7 @@ def test_blocks_of_any_size_keep_the_same_and_equal_ones_go_by_position() -> Non
     dense = random_firings(40, 0)
     whole = gathered(dense, [40])
     assert shown(whole) == shown(gathered(dense, [1] * 40)) == shown(gathered(dense, [7, 20, 13]))
+    assert shown(whole) == shown(gathered(dense, [7, 20, 13], backwards=True))
     order = whole.top.in_order(slice(None))
     for j in range(F):
         best = [(float(s[:, j].max()), i * CONTEXT + int(s[:, j].argmax())) for i, s in
@@ -159,6 +161,11 @@ def save_model(kind: str, folder: Path, tiny_model: Path) -> None:
         config = transformers.GPT2Config(vocab_size=24, n_embd=16, n_layer=1, n_head=2)
     elif kind == "gpt_neox":
         config = transformers.GPTNeoXConfig(**sizes)
+    elif kind == "opt":
+        config = transformers.OPTConfig(
+            vocab_size=24, hidden_size=16, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=64, word_embed_proj_dim=16,
+        )  # fmt: skip
     elif kind == "gemma2":
         config = transformers.Gemma2Config(**sizes, num_key_value_heads=1, head_dim=8)
     else:
@@ -172,7 +179,7 @@ def save_model(kind: str, folder: Path, tiny_model: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "opt"])
 def test_the_unembedding_is_the_slope_of_the_model_s_own_logits(
     kind: str, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -185,7 +192,8 @@ def test_the_unembedding_is_the_slope_of_the_model_s_own_logits(
     tokens = len(model.resolved.tokenizer)
     assert matrix.shape == (tokens, 16)
     inner = {"llama": "model.norm", "gpt2": "transformer.ln_f",
-             "gpt_neox": "gpt_neox.final_layer_norm", "gemma2": "model.norm"}[kind]  # fmt: skip
+             "gpt_neox": "gpt_neox.final_layer_norm", "gemma2": "model.norm",
+             "opt": "model.decoder.final_layer_norm"}[kind]  # fmt: skip
     norm, head = model.model.get_submodule(inner), model.model.get_output_embeddings()
     x = torch.tensor([3.0, -3.0] * 8)  # mean 0, mean square 9
     direction = torch.randn(16, generator=torch.Generator().manual_seed(2))

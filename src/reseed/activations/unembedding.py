@@ -24,33 +24,39 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocabulary d_in"] | None
     output = model.model.get_output_embeddings()  # type: ignore[operator]
     if output is None:
         return None
-    matrix = output.weight[: len(model.resolved.tokenizer)].float()
+    weight = output.weight[: len(model.resolved.tokenizer)]
+    matrix = weight.to(torch.float32, copy=True)  # changed in place, as it may be large
     norm = _final_norm(model.model)
     if norm is not None:
-        matrix = matrix * _scale(norm, matrix.shape[1], model)
-        if isinstance(norm, nn.LayerNorm):  # which takes the mean over the width away first
-            matrix = matrix - matrix.mean(1, keepdim=True)
-    return matrix - matrix.mean(0)
+        scale, centres = _linear_part(norm, matrix.shape[1], model)
+        matrix *= scale
+        if centres:
+            matrix -= matrix.mean(1, keepdim=True)
+    matrix -= matrix.mean(0)
+    return matrix
 
 
 def _final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm that stands behind the last block, or None."""
-    parent, _, blocks = blocks_path(model).rpartition(".")
-    names = [name for name, _ in model.get_submodule(parent).named_children()]
-    for name in names[names.index(blocks) + 1 :]:
-        child = model.get_submodule(parent).get_submodule(name)
-        if "norm" in type(child).__name__.lower():
-            return child
-    return None
+    """The norm behind the last block, or None: the last beside the blocks that is not of
+    embeddings."""
+    around = model.get_submodule(blocks_path(model).rpartition(".")[0])
+    norms = [
+        child
+        for name, child in around.named_children()
+        if "norm" in type(child).__name__.lower() and "emb" not in name
+    ]
+    return norms[-1] if norms else None
 
 
-def _scale(norm: nn.Module, width: int, model: LanguageModel) -> Float[Tensor, " d_in"]:
-    """What the norm multiplies each dimension by, whatever it calls it (some keep weight − 1).
+def _linear_part(
+    norm: nn.Module, width: int, model: LanguageModel
+) -> tuple[Float[Tensor, " d_in"], bool]:
+    """What a norm multiplies each dimension by, and whether it takes the mean away before.
 
-    Found from what it makes of a vector of mean 0 and mean square 1 and of its opposite, which a
-    bias moves alike.
+    Found by what it does, as classes call it differently (some keep weight − 1): to a vector of
+    mean 0 and mean square 1, to its opposite, which a bias moves alike, and to it plus 1.
     """
     signs = torch.ones(width, device=model.device)
     signs[1::2] = -1
-    up, down = (norm(x.to(model.dtype)).float() for x in (signs, -signs))
-    return (up - down) / 2 * signs
+    up, down, moved = (norm(x.to(model.dtype)).float() for x in (signs, -signs, signs + 1))
+    return (up - down) / 2 * signs, torch.allclose(moved, up, rtol=1e-2, atol=1e-3)

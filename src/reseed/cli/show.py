@@ -39,13 +39,13 @@ def _main(arguments: Sequence[str]) -> int:
             "reseed show takes a run and latents of it, for example reseed show RUN 3,17; got "
             f"{' '.join(words) or 'nothing'}"
         )
-    from reseed.cli.subjects import runtime_of
-    from reseed.compare.named import index_of
+    from reseed.cli.names import check_heeded, runtime_of
     from reseed.console import console
     from reseed.report.passages import print_latent, print_partner
 
     runtime = runtime_of(line)
-    latents = [index_of(w.strip(), "reseed show") for word in words[1:] for w in word.split(",")]
+    check_heeded(line)
+    latents = [_index(part.strip()) for word in words[1:] for part in word.split(",")]
     run = _run(words[0], runtime)
     contexts = _contexts(run, line)
     for i, shown in enumerate(_shown(run, contexts, latents, runtime)):
@@ -59,9 +59,15 @@ def _main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _index(word: str) -> int:
+    if not (word.isascii() and word.isdigit()):
+        raise ConfigError(f"reseed show: a latent is an integer, at least 0; got {word!r}")
+    return int(word)
+
+
 def _run(word: str, runtime: RuntimeConfig) -> Path:
     """The folder of the run, or of the SAE, that a word means."""
-    from reseed.cli.subjects import meant_by
+    from reseed.cli.names import meant_by
     from reseed.sweeps import Sweep
 
     meant = meant_by(word, runtime)
@@ -89,9 +95,9 @@ def _shown(
     from reseed.report.replicas import replicas_of
 
     described = [contexts.latent(latent) for latent in latents]
-    sweep = _newest_sweep(run, runtime)
-    replicas = replicas_of(sweep, run.name, latents) if sweep else {}
-    return [Shown(run.name, contexts, one, replicas.get(one.latent)) for one in described]
+    sweep, name = _newest_sweep(run, runtime), run.resolve().name
+    replicas = replicas_of(sweep, name, latents) if sweep else {}
+    return [Shown(name, contexts, one, replicas.get(one.latent)) for one in described]
 
 
 def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
@@ -113,7 +119,7 @@ def _of_partner(partner: Partner, run: Path) -> Shown | None:
     from reseed.contexts import Contexts
     from reseed.report.passages import Shown
 
-    contexts = Contexts.of(run.parent / partner.run)
+    contexts = Contexts.of(run.resolve().parent / partner.run)
     if contexts is None or partner.latent is None:
         return None
     return Shown(partner.run, contexts, contexts.latent(partner.latent))

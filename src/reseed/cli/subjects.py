@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from reseed.cli.app import CommandLine
 from reseed.cli.held_out import as_trained, of_data
-from reseed.config import ConfigError, ReseedError, build, digest, nearest
+from reseed.cli.names import check_heeded, meant_by, runtime_of
+from reseed.config import ReseedError, digest
 from reseed.console import counted
 from reseed.evaluate.base import EvaluationConfig, Subject
 from reseed.evaluations import folder_of
 from reseed.experiment import Resolved
 from reseed.runs import INITIAL_FILE, Run, RunError, RunStore
 from reseed.sae.base import SAE
-from reseed.sae.checkpoint import DESCRIPTION_FILE, WEIGHTS_FILE, load_sae, read_metadata
+from reseed.sae.checkpoint import WEIGHTS_FILE, load_sae, read_metadata
 from reseed.sweeps import Sweep
 from reseed.train.config import RuntimeConfig
 
@@ -162,7 +163,7 @@ def _declared(line: CommandLine) -> Chosen:
 
 
 def _named(words: Sequence[str], line: CommandLine) -> Chosen:
-    runtime = _runtime(line)
+    runtime = runtime_of(line)
     runs: dict[Path, Run] = {}
     saes: list[Path] = []
     sweeps: list[Sweep] = []
@@ -177,60 +178,8 @@ def _named(words: Sequence[str], line: CommandLine) -> Chosen:
             saes.append(meant)
     found = _finished(list(runs.values()), runtime)
     if not saes:
-        _check_heeded(line)
+        check_heeded(line)
     return replace(found, folders=(*found.folders, *saes), sweeps=tuple(sweeps))
-
-
-def runtime_of(line: CommandLine) -> RuntimeConfig:
-    """Where a command that names runs finds them.
-
-    Raises:
-        ConfigError: the command line says more, which such runs say themselves.
-    """
-    runtime = _runtime(line)
-    _check_heeded(line)
-    return runtime
-
-
-def _runtime(line: CommandLine) -> RuntimeConfig:
-    with line.composer() as composed:
-        values = composed(line.overrides)
-    return build(values["runtime"], "runtime", RuntimeConfig)
-
-
-def meant_by(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
-    """A run, a sweep, or the folder of an SAE that is neither; by path, name, or begin of one."""
-    for folder in (Path(word), Path(runtime.outputs) / word, Path(runtime.sweeps) / word):
-        if Run(folder).exists:
-            return Run(folder)
-        if (folder / "manifest.jsonl").is_file():
-            return Sweep(folder)
-        if (folder / DESCRIPTION_FILE).is_file():
-            return folder
-    known: dict[str, Run | Sweep] = {run.id: run for run in RunStore(runtime.outputs).runs()}
-    sweeps = Path(runtime.sweeps).glob("*/manifest.jsonl")
-    known |= {path.parent.name: Sweep(path.parent) for path in sorted(sweeps)}
-    found = [name for name in known if name.startswith(word)]
-    if len(found) == 1:
-        return known[found[0]]
-    if found:
-        raise ReseedError(f"{word} may be any of {', '.join(found)}: say more of the name")
-    raise ReseedError(
-        f"there is no run, sweep or SAE {word}: no such folder, and nothing of that name in "
-        f"{runtime.outputs}/ and {runtime.sweeps}/.{nearest(word, known)}"
-    )
-
-
-def _check_heeded(line: CommandLine) -> None:
-    """Raise `ConfigError` for what would change nothing: runs say what they were trained on."""
-    for text in line.overrides:
-        key = text.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0].partition("/")[0] not in ("runtime", "hydra"):
-            raise ConfigError(
-                f"{{key}} is not for runs and sweeps that are named: they say themselves what they "
-                f"were trained on; got {text}",
-                key,
-            )
 
 
 def _finished(runs: Sequence[Run], runtime: RuntimeConfig) -> Chosen:

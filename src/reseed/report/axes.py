@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reseed.compare.cell import CellResult
+from reseed.report.numbers import MISSING
 
 Cell = tuple[Mapping[str, Any], CellResult]
 """The knobs of a cell (``{"sae": "topk", "layer": 2}``) and what was measured."""
 
 FEW = 4
 """So many cells have room for names of all that varies."""
-MISSING = "–"
-"""What stands for a value that is not there."""
 _NUMBER = re.compile(r"(.*?)([-+]?\d[\d.]*(?:e[-+]?\d+)?)")
 
 

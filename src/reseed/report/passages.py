@@ -11,8 +11,8 @@ from rich.style import Style
 from rich.text import Text
 
 from reseed.contexts import TOP, Context, Contexts, LatentContexts
+from reseed.report.numbers import bounds, number
 from reseed.report.replicas import Partner, Replicas
-from reseed.report.wording import number, with_interval
 
 _SHADES = ("#12261c", "#164a2f", "#1a6e43", "#1f9357", "#2ec27e")
 """Behind tokens, from those that a latent hardly fires on to its largest activation."""
@@ -94,7 +94,8 @@ def _print_elsewhere(replicas: Replicas | None, console: Console) -> None:
         _say(console, Text("in no comparison yet"))
         return
     if replicas.reproducibility is not None:
-        _say(console, Text(f"reproducibility {with_interval(replicas.reproducibility)}"))
+        mean, low, high = replicas.reproducibility
+        _say(console, Text(f"reproducibility {number(mean)} {bounds(low, high)}"))
     count = f"shared with {replicas.shared_with} of {len(replicas.partners)}"
     _print_list(count, [f"{p.name}: {_in_words(p)}" for p in replicas.partners], console)
 

@@ -9,8 +9,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from reseed.compare.statistics import Interval
-
 FILE = "latents.parquet"
 _OWN = ("run", "seed", "latent", "shared_with", "others", "partner_decoder", "shared")
 _BY_WEIGHTS = ("cosine_encoder", "cosine_decoder")
@@ -42,11 +40,12 @@ class Replicas:
 
     Attributes:
         shared_with: how many of them have it.
-        reproducibility: how likely one more has; None where runs are not draws of one SAE.
+        reproducibility: how likely one more has it, and the bounds of its interval; None where
+            runs are not draws of one SAE.
     """
 
     shared_with: int
-    reproducibility: Interval | None
+    reproducibility: tuple[float, float, float] | None
     partners: tuple[Partner, ...]
 
 
@@ -75,8 +74,6 @@ def replicas_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, Repl
 
 def _replicas(row: Mapping[str, Any], names: Mapping[str, str]) -> Replicas:
     others = row["others"]
-    mean, low, high = (row.get(name) for name in _CHANCE)
-    interval = None if mean is None else Interval(mean, low, high, None, len(others))
     partners = []
     for i, other in enumerate(others):
         latent = row["partner_decoder"][i]
@@ -92,4 +89,6 @@ def _replicas(row: Mapping[str, Any], names: Mapping[str, str]) -> Replicas:
                 bool(row["shared"][i]),
             )
         )
-    return Replicas(row["shared_with"], interval, tuple(partners))
+    mean, low, high = _CHANCE
+    chance = (row[mean], row[low], row[high]) if row.get(mean) is not None else None
+    return Replicas(row["shared_with"], chance, tuple(partners))

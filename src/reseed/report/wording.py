@@ -27,6 +27,7 @@ from reseed.report.axes import (
     told_by_arm,
     varying,
 )
+from reseed.report.numbers import LEAST, bounds, number
 
 NULL_FACTOR = 10
 NOT_SHARED = f"shared at most {NULL_FACTOR} × its null: not converged or not shared"
@@ -34,8 +35,6 @@ NOT_SHARED = f"shared at most {NULL_FACTOR} × its null: not converged or not sh
 what the simulation could have seen: one latent in all its draws."""
 L0_BOUND = 0.05
 OFF_TARGET = f"L0 off its target by more than {L0_BOUND:.0%}"
-LEAST = 0.001
-"""Smaller numbers are said to be below it."""
 
 
 @dataclass(frozen=True)
@@ -120,26 +119,10 @@ def notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]
     return found + ([reason] if reason else [])
 
 
-def number(value: float) -> str:
-    """Two decimals, or one digit where these would show nothing; not below `LEAST`."""
-    if isnan(value):
-        return MISSING
-    if value == 0:
-        return "0"
-    if abs(value) < LEAST:
-        return f"< {LEAST}" if value > 0 else f"> -{LEAST}"
-    return f"{value:.2f}" if abs(value) >= 0.00995 else f"{value:.1g}"
-
-
 def with_interval(estimate: Interval) -> str:
     if estimate.low is None or estimate.high is None:
         return number(estimate.mean)
     return f"{number(estimate.mean)} {bounds(estimate.low, estimate.high)}"
-
-
-def bounds(low: float, high: float) -> str:
-    """``[0.30, 0.52]``; a bound is one word, so that no line breaks within it."""
-    return "[" + ", ".join(number(bound).replace(" ", "") for bound in (low, high)) + "]"
 
 
 def measure_name(name: str) -> str:

@@ -216,14 +216,8 @@ class RuntimeConfig(Config, family="runtime"):
                 "runtime.strategy=single one process trains",
                 "ranks",
             )
-        from reseed.activations.stream import STRIPES
-
-        if self.strategy == "ddp" and self.ranks is not None and STRIPES % self.ranks:
-            raise ConfigError(
-                f"{{key}} must divide {STRIPES} with runtime=ddp: each chunk is dealt into "
-                f"{STRIPES} stripes, of which every process reads whole ones; got {self.ranks}",
-                "ranks",
-            )
+        if self.strategy == "ddp" and self.ranks is not None:
+            _check_ranks(self.ranks)
         if self.strategy != "single" and ":" in self.device:
             raise ConfigError(
                 f"{{key}} must be auto, cpu or cuda with runtime={self.strategy}, where each "
@@ -245,3 +239,14 @@ class RuntimeConfig(Config, family="runtime"):
                     f"{{key}}: {logger} is not installed (pip install 'reseed[{logger}]')",
                     "loggers",
                 )
+
+
+def _check_ranks(ranks: int) -> None:
+    from reseed.activations.stream import STRIPES  # imports torch, which few commands need
+
+    if STRIPES % ranks:
+        raise ConfigError(
+            f"{{key}} must divide {STRIPES} with runtime=ddp: each chunk is dealt into {STRIPES} "
+            f"stripes, of which every process reads whole ones; got {ranks}",
+            "ranks",
+        )

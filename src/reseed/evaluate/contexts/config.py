@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.language_model import LanguageModel
 from reseed.activations.reading import Reading
 from reseed.activations.unembedding import unembedding
 from reseed.config import ConfigError, setting
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 _KEPT_BYTES = 4 << 30
 """Of contexts that are kept in one pass; more SAEs take several."""
+_READ_OUT = "resid_post"
+"""The site of the residual stream, which the unembedding reads in the end."""
 _BLOCK = 4_096
 """Tokens encoded at once, or one sequence where it is longer."""
 
@@ -80,7 +84,8 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
         source = evaluated.source
         assert isinstance(source, Reading)
         sequences, kept = source.held_out_sequences(self.tokens)
-        matrix = unembedding(source.model)
+        with_lens = self.lens > 0 and any(s.hook.site == _READ_OUT for s in subjects)
+        matrix = unembedding(source.model) if with_lens else None
         for some in self._together(subjects):
             evaluated.note(f"{sequences.numel():,} tokens for {counted(len(some), 'SAE')}")
             gathered = self._gathered(some, source, sequences, kept)
@@ -114,16 +119,11 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
             for subject in subjects
         }
         told, context = now_and_then(), sequences.shape[1]
-        size, first = max(1, _BLOCK // context), 0
-        for passed in source.model.activations(sequences, [s.hook for s in subjects]):
-            count = len(next(iter(passed.values())))
-            for begin in range(0, count, size):
-                inside = slice(begin, min(begin + size, count))
-                own = kept[first + inside.start : first + inside.stop]
-                for subject in subjects:
-                    x = passed[subject.hook][inside]
-                    found[subject.id].add(x, own, (first + begin) * context)
-            first += count
+        hooks = [subject.hook for subject in subjects]
+        for first, block in _blocks(source.model, sequences, hooks):
+            for subject in subjects:
+                x = block[subject.hook]
+                found[subject.id].add(x, kept[first : first + len(x)], first * context)
             told(f"{first * context:,} of {sequences.numel():,} tokens")
         return found
 
@@ -136,10 +136,21 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
     ) -> Described:
         rows = subject.sae.W_dec.detach()
         promoted = suppressed = Ranked.empty(len(rows))
-        if matrix is not None and subject.hook.site == "resid_post" and self.lens:
+        if matrix is not None and subject.hook.site == _READ_OUT:
             promoted, suppressed = lens(rows, matrix, self.lens)
         near = neighbours(rows, self.neighbours) if self.neighbours else Ranked.empty(len(rows))
         return Described(gathered, self.sampled, promoted, suppressed, near, sequences)
+
+
+def _blocks(
+    model: LanguageModel, sequences: Int[Tensor, "sequences context"], hooks: Sequence[Hookpoint]
+) -> Iterator[tuple[int, dict[Hookpoint, Float[Tensor, "some context d_in"]]]]:
+    """Activations of whole sequences, about `_BLOCK` tokens at a time, with the first's number."""
+    size, first = max(1, _BLOCK // sequences.shape[1]), 0
+    for passed in model.activations(sequences, hooks):
+        for block in zip(*(x.split(size) for x in passed.values()), strict=True):
+            yield first, dict(zip(passed, block, strict=True))
+            first += len(block[0])
 
 
 def _texts(described: Described, tokenizer: Any) -> pd.DataFrame:

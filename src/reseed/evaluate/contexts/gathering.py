@@ -47,7 +47,7 @@ class Gathering:
         self.count(Firings.of(self.sae, x, kept, first))
 
     def count(self, firings: Firings) -> None:
-        """Take the firings of a block into account. Blocks come in the order of the text."""
+        """Take the firings of a block into account; blocks may come in any order."""
         latent, size = firings.latent, len(self.firing)
         self.firing += torch.bincount(latent, minlength=size)
         self.total += torch.bincount(latent, firings.value.double(), minlength=size)

@@ -111,8 +111,8 @@ class Kept:
         offered = rank.new_full((len(latents), min(size, int(counts.max()))), _NONE)
         offered[row[inside], column[inside]] = rank[inside]
         best = torch.cat([self.rank[latents], offered], 1).topk(size, dim=1, sorted=False).indices
-        stays = torch.zeros(len(latents), size + offered.shape[1], dtype=torch.bool)
-        stays = stays.to(rank.device).scatter_(1, best, True)
+        places = len(latents), size + offered.shape[1]
+        stays = torch.zeros(places, dtype=torch.bool, device=rank.device).scatter_(1, best, True)
         # As many places of a latent are free as it has newcomers: both are listed latent by latent.
         free_row, place = (~stays[:, :size]).nonzero(as_tuple=True)
         new_row, column = stays[:, size:].nonzero(as_tuple=True)
