@@ -225,6 +225,11 @@ def test_a_report_takes_the_place_of_the_last_and_of_nothing_else(
     assert "is a file, and a report is a folder" in told
 
 
+def test_what_was_not_compared_has_no_report(said: Said, tmp_path: Path) -> None:
+    (tmp_path / "manifest.jsonl").write_text("")
+    assert "its runs have not been compared, and there is nothing" in said([str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -33,7 +34,7 @@ class Chromium:
         # Chromium reads from descriptor 3 and writes to 4, which the shell makes of ours.
         command = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
-                 "--hide-scrollbars", "--disable-background-networking",
+                 "--hide-scrollbars", "--disable-background-networking", "--disable-dev-shm-usage",
                  f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
         self._process = subprocess.Popen(
             ["bash", "-c", command, program, *flags],
@@ -69,6 +70,7 @@ class Chromium:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], 60)[0], "Chromium says nothing any more"
             part = os.read(self._in, 1 << 20)
             assert part, "Chromium has ended"
             self._buffer += part

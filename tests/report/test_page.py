@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 
 from reseed.atomic import atomic_folder
+from reseed.evaluations import Stored
 from reseed.report.captions import caption, data_files, title
+from reseed.report.evaluations import EvaluatedRun, joined
 from reseed.report.figure_data import cosines_frame, figure_tables, seeds_frame
 from reseed.report.figures import comparison_drawings
 from reseed.report.page.blocks import Code, Items, Paragraph, Section, Span, spans
@@ -228,6 +230,24 @@ def test_files_of_the_browser_are_calls(cells, tmp_path):
     assert text.startswith('reseed.data("runs",{')
     found = json.loads(text.removeprefix('reseed.data("runs",').removesuffix(")\n"))
     assert [run["others"] for run in found["runs"]][-3:] == [[3, 4], [7], [6]]
+
+
+def test_absorption_is_listed_by_its_letters(cells, tmp_path):
+    letters = pd.DataFrame({"class": ["a", "b"]})
+    columns_ = {
+        "absorption_class": np.where(np.arange(48) == 7, 1, -1),
+        "absorption_words": np.where(np.arange(48) == 9, 12, 0),
+    }
+    found = Stored("absorption", {}, {"absorption_letters": 2}, {"letters": letters}, columns_)
+    runs = {run: EvaluatedRun({"run": run}, {"absorption": found}) for run in ("topk-0", "topk-1")}
+    write_browser(joined(cells, runs), runs, {}, tmp_path)
+    own = (tmp_path / "latents" / "0.js").read_text()
+    values = json.loads(own.removeprefix('reseed.data("run/0",').removesuffix(")\n"))
+    assert values["absorption_class"][7] == 1
+    assert values["absorption_words"][9] == 12
+    assert '"classes":["a","b"]' in (tmp_path / "latents" / "runs.js").read_text()
+    # Of a run that was not evaluated nothing is said.
+    assert "absorption" not in (tmp_path / "latents" / "2.js").read_text()
 
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path):

@@ -11,7 +11,7 @@ from reseed.cli.convert import Parser
 from reseed.cli.errors import reported
 from reseed.cli.status import own_words, sweep_called
 from reseed.cli.status import task as shown
-from reseed.config import ConfigError
+from reseed.config import ConfigError, ReseedError
 
 if TYPE_CHECKING:
     from reseed.cli.collect import Gathered
@@ -47,6 +47,11 @@ def _main(arguments: Sequence[str]) -> int:
     from reseed.compare.config import ComparisonConfig
     from reseed.console import say
 
+    if not sweep.compared:
+        raise ReseedError(
+            f"{sweep.path}: its runs have not been compared, and there is nothing to report; "
+            "`reseed compare` with what declares them does that"
+        )
     found = gather(sweep, ComparisonConfig.from_dict(sweep.settings, "comparison"))
     if not (sweep.path / "summary.csv").is_file():  # compared, and not collected
         write_numbers(sweep, found)
