@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reseed.cli import run, show, train
+from reseed.cli import run, show
 from reseed.cli.main import COMMANDS, main
 from reseed.contexts import Contexts
 from reseed.runs import RunStore
@@ -20,7 +21,7 @@ SMALL = ["evaluation=contexts", "evaluation.tokens=500", "evaluation.top=2", "ev
 
 @pytest.fixture(scope="module")
 def project(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seeds, compared and with contexts; a third run without."""
+    """Two seeds, compared and with contexts; and a copy of one that has none."""
     folder = tmp_path_factory.mktemp("project")
     few = ["training.tokens=1024", "comparison.activation_tokens=0", "comparison.null_draws=1"]
     line = [o for o in tiny_overrides if not o.startswith("training.tokens")]
@@ -29,7 +30,8 @@ def project(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
         for what in ("write_figures", "write_evaluation_figures"):
             patch.setattr(f"reseed.cli.collect.{what}", lambda *given: [])
         assert run.main(["comparison=seeds", *line, *few, "sae=topk", "seed=0,1", *SMALL]) == 0
-        assert train.main([*line, few[0], "sae=relu"]) == 0
+        first = next(r.path for r in RunStore("outputs").runs())
+        shutil.copytree(first, "outputs/without", ignore=shutil.ignore_patterns("evaluations"))
     return folder
 
 
@@ -91,11 +93,11 @@ print("HEAVY", sorted({"torch", "lightning", "transformers", "scipy"} & set(sys.
 
 
 def test_what_cannot_be_shown_says_why(said: Callable[..., str]) -> None:
-    (without,), (first, _) = runs("relu"), runs("topk")
+    first, _ = runs("topk")
     assert (
-        f"error: {without} has no contexts yet; this makes them: reseed evaluate "
-        f"outputs/{without} evaluation=contexts"
-    ) in said(without, "3", status=1)
+        "error: without has no contexts yet; this makes them: reseed evaluate outputs/without "
+        "evaluation=contexts"
+    ) in said("without", "3", status=1)
     assert "takes a run and latents of it, for example reseed show RUN 3,17; got " in said(
         first, status=1
     )

@@ -256,10 +256,10 @@ def test_only_the_residual_stream_has_a_lens(source: Reading, tmp_path: Path) ->
     saes = {str(hook): (hook, sae_of("topk")) for hook in HOOKS}
     found = evaluated(source, tmp_path, saes)
     assert [bool(own.latent(5).promoted) for own in found.values()] == [True, False, False]
-    without = replace(SMALL, lens=0, neighbours=0, sampled=0)
+    without = replace(SMALL, lens=0, neighbours=0, sampled=0, window=0)
     bare = list(evaluated(source, tmp_path, saes, without)["resid_post.1"].latents(0, F))
     assert not any((*x.promoted, *x.suppressed, *x.neighbours) for x in bare)
-    assert {c.kind for x in bare for c in x.contexts} == {TOP}
+    assert {(c.kind, len(c.tokens), c.peak) for x in bare for c in x.contexts} == {(TOP, 1, 0)}
 
 
 def test_what_cannot_be_is_refused(source: Reading, tmp_path: Path) -> None:

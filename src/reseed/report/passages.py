@@ -40,8 +40,8 @@ class Shown:
 def print_latent(shown: Shown, console: Console) -> None:
     """Print all that is known of a latent."""
     latent = shown.latent
-    _say(console, Text.assemble((shown.run, "bold"), "  latent ", (str(latent.latent), "bold")))
-    _say(console, _fires(shown))
+    console.print(Text.assemble((shown.run, "bold"), "  latent ", (str(latent.latent), "bold")))
+    console.print(_fires(shown))
     _print_elsewhere(shown.replicas, console)
     for name, pairs in (("promotes", latent.promoted), ("suppresses", latent.suppressed)):
         texts = shown.contexts.text([token for token, _ in pairs])
@@ -58,13 +58,13 @@ def print_partner(partner: Partner, shown: Shown | None, console: Console) -> No
     Args:
         shown: None where the contexts of that run are not there.
     """
-    _say(console, Text(f"in {partner.name}: {_in_words(partner)}", style="bold"))
+    console.print(Text(f"in {partner.name}: {_in_words(partner)}", style="bold"))
     if partner.latent is None:
         return
     if shown is None:
-        _say(console, Text(f"no contexts yet: reseed evaluate {partner.run} evaluation=contexts"))
+        console.print(Text(f"no contexts yet: reseed evaluate {partner.run} evaluation=contexts"))
         return
-    _say(console, _fires(shown))
+    console.print(_fires(shown))
     _print_contexts(shown, [c for c in shown.latent.contexts if c.kind == TOP], console)
 
 
@@ -91,11 +91,11 @@ def _fires(shown: Shown) -> Text:
 
 def _print_elsewhere(replicas: Replicas | None, console: Console) -> None:
     if replicas is None:
-        _say(console, Text("in no comparison yet"))
+        console.print(Text("in no comparison yet"))
         return
     if replicas.reproducibility is not None:
         mean, low, high = replicas.reproducibility
-        _say(console, Text(f"reproducibility {number(mean)} {bounds(low, high)}"))
+        console.print(Text(f"reproducibility {number(mean)} {bounds(low, high)}"))
     count = f"shared with {replicas.shared_with} of {len(replicas.partners)}"
     _print_list(count, [f"{p.name}: {_in_words(p)}" for p in replicas.partners], console)
 
@@ -115,11 +115,11 @@ def _print_list(name: str, items: Sequence[str], console: Console) -> None:
     line = Text(name, style="bold")
     for item in items:
         if line.cell_len + 2 + cell_len(item) > console.width:
-            _say(console, line)
+            console.print(line)
             line = Text()
         line = Text.assemble(line, "  ", item)
     if items:
-        _say(console, line)
+        console.print(line)
 
 
 def _print_contexts(shown: Shown, contexts: Sequence[Context], console: Console) -> None:
@@ -127,13 +127,13 @@ def _print_contexts(shown: Shown, contexts: Sequence[Context], console: Console)
     width = console.width if console.is_terminal else min(console.width, _WIDEST)
     for i, context in enumerate(contexts):
         if i == 0 or context.kind != contexts[i - 1].kind:
-            head = "fires most" if context.kind == TOP else "sampled, by quantile of activation"
-            _say(console, Text(head, style="bold"))
+            named = "fires most" if context.kind == TOP else "sampled, by quantile of activation"
+            console.print(Text(named, style="bold"))
         place = "" if context.quantile is None else f"{context.quantile:.2f}"
         head = f"{place:>6}{context.activations[context.peak]:>8.3g}  "
         tokens = _tokens(shown, context, marked)
         around = _around(tokens, context.peak, width - cell_len(head))
-        _say(console, Text.assemble((head, "dim"), around))
+        console.print(Text.assemble((head, "dim"), around))
 
 
 def _tokens(shown: Shown, context: Context, marked: bool) -> list[Text]:
@@ -172,7 +172,3 @@ def _around(tokens: Sequence[Text], peak: int, width: int) -> Text:
     before = "…" if begin > 0 else " "
     after = "…" if end < len(tokens) else ""
     return Text.assemble(" " * room, before, *tokens[begin:end], after)
-
-
-def _say(console: Console, line: Text) -> None:
-    console.print(line, highlight=False, overflow="fold", crop=False, no_wrap=False)
