@@ -39,13 +39,13 @@ const list = (() => {
 
   const COLUMNS = [
     { key: "latent", head: "latent", width: "5.5rem", of: (c, i) => i },
-    { key: "run", head: "run", width: "13rem", of: (c, i, r) => r, named: true },
+    { key: "run", head: "run", width: "11rem", of: (c, i, r) => r, named: true },
     { key: "density", head: "density", width: "5.5rem", of: density, down: true },
     { key: "reproducibility", head: "reproducible", width: "9rem", of: (c, i) => c.reproducibility[i], down: true },
     { key: "shared", head: "shared", width: "5rem", of: (c, i) => c.shared_with[i], down: true },
     { key: "encoder", head: "cos enc", width: "5rem", of: (c, i) => c.best_cosine_encoder[i], down: true },
     { key: "decoder", head: "cos dec", width: "5rem", of: (c, i) => c.best_cosine_decoder[i], down: true },
-    { key: "absorption", head: "absorption", width: "7rem", of: (c, i) => c.absorption_words?.[i] ?? null, down: true, named: true },
+    { key: "absorption", head: "absorption", width: "10rem", of: (c, i) => c.absorption_words?.[i] ?? null, down: true, named: true },
   ];
 
   let loaded = []; // by the place of the run
