@@ -24,6 +24,7 @@ from reseed.evaluate.first_letter.prompts import make_prompts
 from reseed.evaluate.first_letter.task import Probed, WordTaskConfig, word_activations
 from reseed.evaluate.shared import SharedResults
 from reseed.evaluate.splitting import SplittingConfig
+from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.topk import TopKConfig
 
 HOOK = Hookpoint("resid_post", 1)
@@ -223,6 +224,18 @@ def test_the_same_twice(evaluated: Evaluated, settings: dict[str, Any], result: 
     [(_, again)] = config.evaluate([Subject("one", sae(0), HOOK, untrained=sae(1))], evaluated)
     for name, value in again.metrics.items():
         assert value == result.metrics[name], name
+
+
+def test_one_that_was_never_trained_is_as_sparse_as_the_trained(
+    evaluated: Evaluated, settings: dict[str, Any]
+) -> None:
+    """Its threshold is that of the words: k·n of its latents are active on them."""
+    config = AbsorptionConfig(**settings | {"prompt_seeds": (0,)}, bootstrap=10)
+    born = BatchTopKConfig(num_latents=200, k=5.5).build(128, torch.Generator().manual_seed(3))
+    [(_, found)] = config.evaluate([Subject("one", sae(0), HOOK, untrained=born)], evaluated)
+    words = len(config.words(evaluated.tokenizer))
+    assert found.metrics["absorption_l0"] == 8
+    assert found.metrics["absorption_l0_untrained"] == pytest.approx(5.5, abs=2 / words)
 
 
 def test_splitting_of_a_latent_that_is_the_class(

@@ -196,3 +196,24 @@ def test_k_out_of_range():
     sae = make()
     with pytest.raises(ValueError, match=r"`k` \(=25\) must be above 0 and at most .* \(=24\)"):
         batch_topk_encode(batch_of(), sae.W_enc, sae.b_enc, 25, b_dec=sae.b_dec)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"weigh_by_decoder_norm": True, "unit_norm_decoder": False}]
+)
+def test_a_threshold_from_activations_lets_k_of_them_through(options):
+    sae, x = make(**options), batch_of()
+    sae.initialise_threshold(x)
+    pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
+    weights = sae.W_dec.norm(dim=1) if options else torch.ones(sae.num_latents)
+    chosen = (pre * weights).flatten().topk(3 * len(x)).indices
+    assert set(chosen.tolist()) == set(sae.encode(x).flatten().nonzero()[:, 0].tolist())
+    before = sae.threshold.clone()
+    sae.initialise_threshold(2 * x)  # one that is known stays
+    assert sae.threshold == before
+
+
+def test_where_fewer_than_k_are_positive_no_threshold_is_needed():
+    sae, x = make(num_latents=4, k=4), batch_of()
+    sae.initialise_threshold(x)
+    assert sae.threshold == 0

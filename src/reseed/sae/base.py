@@ -280,6 +280,10 @@ class SAE(nn.Module, ABC):
         """Start the decoder's bias at the mean of (scaled) activations."""
         self.b_dec.copy_(mean)
 
+    def initialise_threshold(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Start what training would follow from the first batch on, but no parameter holds, from
+        activations as the SAE reads them. Most architectures have nothing of the kind."""
+
     @torch.no_grad()
     def folded(self, scale: float) -> Self:
         """The SAE for raw activations x, of one trained on ``scale``·x.

@@ -18,6 +18,7 @@ from reseed.sae.base import SAE, Loss, Step
 from reseed.sae.ksparse import KSparseConfig, choice_weights
 from reseed.sae.losses import fvu, total_variance
 from reseed.sae.pairs import SparseLatents
+from reseed.sae.selection import select_in_batch
 from reseed.sae.shared_batch import smallest_of
 from reseed.sae.sparse import batch_topk_encode, sparse_error
 
@@ -108,6 +109,21 @@ class BatchSparse(SAE):
             squared_error=error.detach().square().sum(),
             l0=fired.sum() / len(x),
         )
+
+    @torch.no_grad()
+    def initialise_threshold(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """θ such that the k·B largest activations of ``x`` are above it: the next one. Where θ is
+        known it stays."""
+        if self.threshold > 0:
+            return
+        x, weights = x.to(self.W_enc.device, self.W_enc.dtype) - self.b_dec, choice_weights(self)
+        W_enc, b_enc = self.W_enc, self.b_enc
+        if weights is not None:
+            W_enc, b_enc = weights[:, None] * W_enc, weights * b_enc
+        wanted = max(1, round(self.config.k * len(x)))
+        largest, _, _ = select_in_batch(x, W_enc, b_enc, (wanted + 1) / len(x))
+        if len(largest) > wanted:  # else fewer are positive, and all of them are active
+            self.threshold.copy_(largest.amin())
 
     @torch.no_grad()
     def _follow(self, kept: Float[Tensor, " pairs"], rate: float) -> None:

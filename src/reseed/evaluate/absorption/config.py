@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -46,6 +46,8 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         confidence: of the intervals.
         seed: of these draws and of the random directions.
     """
+
+    version: ClassVar[int] = 2
 
     cosine: float = setting(0.1, at_least=-1, at_most=1)
     full_cosine: float = setting(0.025, at_least=-1, at_most=1)
@@ -95,10 +97,14 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         measured = self.measured(subject.sae, repetitions)
         untrained = None
         if subject.untrained is not None:
-            untrained = self.measured(subject.untrained, repetitions, null=False).records
-        if self.causal:
-            self._add_causal(measured, subject, evaluated, repetitions)
+            # Its threshold, if it is to follow one, was not there yet: half of its latents would be
+            # active.
+            subject.untrained.initialise_threshold(repetitions[0].x)
+            untrained = self.measured(subject.untrained, repetitions, null=False)
         reasons = evaluable(repetitions, quality, self.probe_f1)
+        if self.causal:
+            kept = [number for number, reason in enumerate(reasons) if not reason]
+            self._add_causal(measured, subject, evaluated, repetitions, kept)
         return make_result(
             self, repetitions, measured, untrained, subject.sae, quality, reasons, frequency
         )
@@ -131,6 +137,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
             permuted=pd.concat(permuted, ignore_index=True) if null else None,
             splits=splits,
             null=cosines,
+            l0=sum(len(code.value) for code in codes) / sum(len(code) for code in codes),
         )
 
     def _splits(
@@ -164,8 +171,10 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         subject: Subject,
         evaluated: Evaluated,
         repetitions: list[Probed],
+        kept: Sequence[int],
     ) -> None:
-        """A column ``causal`` for the records: of absorbed words, how many each stands for."""
+        """A column ``causal`` for the records: of absorbed words, how many each stands for. Words
+        of classes that are not ``kept`` take no passes of the model, and have 0."""
         assert evaluated.model is not None
         rules = CausalRules(self.causal_sample, self.full_cosine, self.icl_words)
         measured.records["causal"] = 0.0
@@ -173,7 +182,8 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         for probed, fold, _, splits in measured.splits:
             records = measured.records
             here = (records.prompt_seed == probed.prompt_seed) & (records.fold == fold)
-            missed = _missed(records.loc[here], probed, fold, splits)
+            looked_at = here & records["class"].isin(kept)
+            missed = _missed(records.loc[looked_at], probed, fold, splits)
             alignment = Alignment.of(subject.sae.W_dec, probed.probes["weight"][fold])
             found = causal_absorption(
                 evaluated.model, subject.hook, subject.sae, probed, alignment, missed,

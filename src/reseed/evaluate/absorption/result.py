@@ -36,19 +36,21 @@ class Measured:
         permuted: those of permuted labels.
         splits: the main latents of each class, in each repetition and fold.
         null: cosines of the decoder with directions without meaning.
+        l0: active latents per word.
     """
 
     records: pd.DataFrame
     permuted: pd.DataFrame | None
     splits: list[tuple[Probed, int, Codes, list[Split | None]]]
     null: NullCosines | None
+    l0: float
 
 
 def make_result(
     config: AbsorptionConfig,
     repetitions: list[Probed],
     measured: Measured,
-    untrained: pd.DataFrame | None,
+    untrained: Measured | None,
     sae: SAE,
     quality: Scores,
     reasons: list[str],
@@ -57,7 +59,7 @@ def make_result(
     """All that is told of one SAE.
 
     Args:
-        untrained: records of the SAE as it was born.
+        untrained: the SAE as it was born.
         reasons: why each class cannot be evaluated; empty where it can.
         frequency: how often each word occurs in the text.
     """
@@ -84,14 +86,19 @@ def make_result(
         for what in ("fraction", "full")
     }
     if untrained is not None:
-        means |= {f"{what}_untrained": mean(untrained, what) for what in ("fraction", "full")}
+        means |= {
+            f"{what}_untrained": mean(untrained.records, what) for what in ("fraction", "full")
+        }
     if "causal" in records:
         means["causal"] = mean(records, "causal")
     words = _word_table(records, repetitions[0], frequency)
     cosine = _cosines(repetitions, sae)
     absorbers = absorber_table(records, repetitions, cosine, kept)
+    l0 = {"absorption_l0": measured.l0}
+    if untrained is not None:
+        l0["absorption_l0_untrained"] = untrained.l0
     return Result(
-        _metrics(means, null, len(kept)),
+        _metrics(means, null, len(kept)) | l0,
         {
             "letters": _letter_table(means, measured, repetitions[0], quality, reasons, cosine),
             "words": words,
