@@ -53,10 +53,10 @@ def main() -> None:
     probed = made_up(given.words, given.d_in)
     config = TopKConfig(num_latents=given.latents, k=given.k)
     sae = config.build(given.d_in, torch.Generator().manual_seed(0))
-    measure = AbsorptionConfig(prompt_seeds=(0,))
-    alone = seconds(lambda: measure.measured(sae, [probed], null=False))
+    measure, every = AbsorptionConfig(prompt_seeds=(0,)), range(LETTERS)
+    alone = seconds(lambda: measure.measured(sae, [probed], every, null=False))
     print(f"reseed: {alone:.1f} s a SAE", flush=True)
-    with_null = seconds(lambda: measure.measured(sae, [probed]))
+    with_null = seconds(lambda: measure.measured(sae, [probed], every))
     print(f"reseed, with the null of permuted letters: {with_null:.1f} s", flush=True)
     try:
         stages = sae_bench_stages(sae, probed, given.encodes)

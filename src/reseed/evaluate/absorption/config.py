@@ -94,23 +94,25 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         quality: Scores,
         frequency: np.ndarray,
     ) -> Result:
-        measured = self.measured(subject.sae, repetitions)
+        reasons = evaluable(repetitions, quality, self.probe_f1)
+        kept = [number for number, reason in enumerate(reasons) if not reason]
+        measured = self.measured(subject.sae, repetitions, kept)
         untrained = None
         if subject.untrained is not None:
             # Its threshold, if it is to follow one, was not there yet: half of its latents would be
             # active.
             subject.untrained.initialise_threshold(repetitions[0].x)
-            untrained = self.measured(subject.untrained, repetitions, null=False)
-        reasons = evaluable(repetitions, quality, self.probe_f1)
+            untrained = self.measured(subject.untrained, repetitions, kept, null=False)
         if self.causal:
-            kept = [number for number, reason in enumerate(reasons) if not reason]
-            self._add_causal(measured, subject, evaluated, repetitions, kept)
+            self._add_causal(measured, subject, evaluated, repetitions)
         return make_result(
             self, repetitions, measured, untrained, subject.sae, quality, reasons, frequency
         )
 
-    def measured(self, sae: SAE, repetitions: list[Probed], null: bool = True) -> Measured:
-        """Every word in every repetition, from one encoding of each.
+    def measured(
+        self, sae: SAE, repetitions: list[Probed], kept: Sequence[int], null: bool = True
+    ) -> Measured:
+        """Every word of the ``kept`` classes in every repetition, from one encoding of each.
 
         Args:
             null: also of permuted labels, and with the thresholds that the null gives.
@@ -125,7 +127,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         records, permuted, splits = [], [], []
         for probed, code in zip(repetitions, codes, strict=True):
             for fold in range(len(probed.folds)):
-                mine, others = self._splits(code, probed, fold, null)
+                mine, others = self._splits(code, probed, fold, kept, null)
                 splits.append((probed, fold, code, mine))
                 records.append(word_records(sae, probed, fold, code, mine, thresholds))
                 if null:
@@ -141,18 +143,25 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         )
 
     def _splits(
-        self, codes: Codes, probed: Probed, fold: int, null: bool
+        self, codes: Codes, probed: Probed, fold: int, kept: Sequence[int], null: bool
     ) -> tuple[list[Split | None], list[Split | None]]:
-        """Main latents of the classes, and of the permuted labels' classes, ranked in one fit."""
-        member = probed.members
+        """Main latents of the kept classes, and of the same of permuted labels, ranked in one fit;
+        None of the other classes."""
+        if not kept:
+            return [None] * probed.num_classes, [None] * probed.num_classes
+        member = probed.members[:, kept]
         if null:
-            member = torch.cat([member, probed.permuted_members(fold)], dim=1)
+            member = torch.cat([member, probed.permuted_members(fold)[:, kept]], dim=1)
         random = generator(_RANKING, probed.prompt_seed, fold)
         found = find_splits(
             codes, member, probed.folds[fold],
             most=self.max_latents, step=self.f1_step, l1=self.l1, random=random,
         )  # fmt: skip
-        return found[: probed.num_classes], found[probed.num_classes :]
+        mine, others = found[: len(kept)], found[len(kept) :]
+        return (
+            _at_classes(mine, kept, probed.num_classes),
+            _at_classes(others, kept, probed.num_classes),
+        )
 
     def _null_cosines(self, sae: SAE, codes: list[Codes], repetitions: list[Probed]) -> NullCosines:
         return null_cosines(
@@ -171,10 +180,8 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         subject: Subject,
         evaluated: Evaluated,
         repetitions: list[Probed],
-        kept: Sequence[int],
     ) -> None:
-        """A column ``causal`` for the records: of absorbed words, how many each stands for. Words
-        of classes that are not ``kept`` take no passes of the model, and have 0."""
+        """A column ``causal`` for the records: of absorbed words, how many each stands for."""
         assert evaluated.model is not None
         rules = CausalRules(self.causal_sample, self.full_cosine, self.icl_words)
         measured.records["causal"] = 0.0
@@ -182,8 +189,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         for probed, fold, _, splits in measured.splits:
             records = measured.records
             here = (records.prompt_seed == probed.prompt_seed) & (records.fold == fold)
-            looked_at = here & records["class"].isin(kept)
-            missed = _missed(records.loc[looked_at], probed, fold, splits)
+            missed = _missed(records.loc[here], probed, fold, splits)
             alignment = Alignment.of(subject.sae.W_dec, probed.probes["weight"][fold])
             found = causal_absorption(
                 evaluated.model, subject.hook, subject.sae, probed, alignment, missed,
@@ -192,6 +198,14 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
             words = records.loc[here, "word"]
             records.loc[here, "causal"] = words.map(found).fillna(0.0)
             records.loc[here, "candidate"] = words.isin(list(found))
+
+
+def _at_classes(
+    splits: Sequence[Split | None], kept: Sequence[int], num_classes: int
+) -> list[Split | None]:
+    """Those of the kept classes at their places among all; none where there are none."""
+    found = dict(zip(kept, splits, strict=bool(splits)))
+    return [found.get(number) for number in range(num_classes)]
 
 
 def _missed(

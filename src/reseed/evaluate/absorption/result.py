@@ -100,7 +100,7 @@ def make_result(
     return Result(
         _metrics(means, null, len(kept)) | l0,
         {
-            "letters": _letter_table(means, measured, repetitions[0], quality, reasons, cosine),
+            "letters": _letter_table(means, measured, repetitions, quality, reasons, cosine),
             "words": words,
             "absorbers": absorbers,
         },
@@ -131,15 +131,16 @@ def _metrics(
 def _letter_table(
     means: dict[str, Mean],
     measured: Measured,
-    probed: Probed,
+    repetitions: list[Probed],
     quality: Scores,
     reasons: list[str],
     cosine: np.ndarray,
 ) -> pd.DataFrame:
     """A row for each class, evaluable or not; ``main_cosine`` is that of its first main latents
     with the probe."""
+    probed = repetitions[0]
     counts = np.bincount(probed.words.labels.numpy(), minlength=probed.num_classes)
-    rights = np.bincount(measured.records["class"].to_numpy(), minlength=probed.num_classes)
+    rights = sum((p.test_scores > 0) & p.members for p in repetitions).sum(0).tolist()
     main = defaultdict(list)
     for _, _, _, splits in measured.splits:
         for number, split in enumerate(splits):
