@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 import yaml
 
 from reseed.cli import compare, evaluate, run, train
+from reseed.cli.evaluating import LOCK
 from reseed.evaluate.base import Evaluated, Result, Subject
 from reseed.evaluate.faithfulness import FaithfulnessConfig
 from reseed.evaluate.reconstruction import ReconstructionConfig
+from reseed.locks import take
 from reseed.runs import RunStore
 
 FEW = "training.tokens=1024"
@@ -253,8 +256,8 @@ def test_runs_that_are_not_finished_are_said_and_the_others_evaluated(
         (["tiny", "evaluation=faithfulness"], "tiny may be any of tiny-llama-"),
         (["seeds", "evaluation=faithfulness", "sae=relu"],
          "`sae` is not for runs and sweeps that are named: they say themselves what they were"),
-        (["seeds", "evaluation=faithfulness", "hydra/launcher=slurm"],
-         "`hydra/launcher`=slurm submits training and comparing; evaluations run where"),
+        (["seeds", "evaluation=faithfulness", "wait=false"],
+         "`wait` is not for runs and sweeps that are named: they say themselves what they were"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
@@ -264,6 +267,46 @@ def test_what_is_wrong_is_refused_before_anything_is_computed(
     assert evaluate.main(arguments) == 1
     assert message in " ".join(said().split())
     assert not results()
+
+
+def test_slurm_is_for_the_runs_of_one_sweep(line: list[str], said: Said) -> None:
+    own = RunStore("outputs").runs()[0].id
+    asked = ["evaluation=reconstruction", "hydra/launcher=slurm"]
+    for words, got in (([own], "0 sweeps and 1 SAE"), (["seeds", str(the_sweep())], "2 sweeps")):
+        assert evaluate.main([*words, *asked]) == 1
+        told = " ".join(said().split())
+        assert "`hydra/launcher`=slurm evaluates the runs of one sweep, in whose folder" in told
+        assert got in told
+
+
+def test_one_that_another_process_evaluates_is_waited_for(
+    line: list[str], said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the lock; the others are evaluated meanwhile, and its result is not made again."""
+    asked = ["seeds", "evaluation=reconstruction", "evaluation.tokens=500"]
+    assert evaluate.main(asked) == 0
+    first, *others = results()
+    made, kept = first.stat().st_mtime_ns, first.with_suffix(".kept")
+    first.rename(kept)
+    for path in others:
+        path.unlink()
+    handle = take(first.parent / LOCK)
+    assert handle is not None
+    told: list[str] = []
+
+    def heard(text: str) -> None:
+        told.append(text)
+        if "waiting" in text:  # the other process is done
+            assert all(path.exists() for path in others)
+            kept.rename(first)
+            os.close(handle)
+
+    monkeypatch.setattr("reseed.cli.evaluating.say", heard)
+    assert evaluate.main(asked) == 0
+    assert first.stat().st_mtime_ns == made
+    assert "  reconstruction: evaluating 3 SAEs on tiny-llama and words" in told
+    assert "  reconstruction: waiting for another process (1 SAE)" in told
+    assert not any("evaluating 1 SAE " in text for text in told)
 
 
 def test_a_world_is_refused_where_a_language_model_is_needed(

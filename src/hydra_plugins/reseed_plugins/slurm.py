@@ -22,7 +22,7 @@ ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=defaults(),
 
 
 class SlurmLauncher(Launcher):
-    """Launches nothing by itself: `reseed train`, `run` and `compare` submit."""
+    """Launches nothing by itself: `reseed train`, `run`, `compare` and `evaluate` submit."""
 
     def __init__(self, **settings: object) -> None:
         self.settings = settings
@@ -36,6 +36,6 @@ class SlurmLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         raise ReseedError(
-            "hydra/launcher=slurm is for `reseed train`, `reseed run` and `reseed compare`: of "
+            "hydra/launcher=slurm is for `reseed train`, `run`, `compare` and `evaluate`: of "
             "anything else take hydra/launcher=submitit_slurm, a job for each run"
         )

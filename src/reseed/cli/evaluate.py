@@ -19,11 +19,13 @@ from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import reported
 from reseed.cli.status import own_words
 from reseed.config import ConfigError
+from reseed.console import counted
 
 if TYPE_CHECKING:
     from reseed.cli.subjects import Chosen, Target
     from reseed.evaluate.base import EvaluationConfig
     from reseed.experiment import Resolved
+    from reseed.sweeps import Sweep
     from reseed.train.config import RuntimeConfig
 
 GROUP = "evaluation"
@@ -113,6 +115,16 @@ class Asked:
                 except ConfigError as error:
                     raise ConfigError(f"{error.within(GROUP)} ({name})") from error
 
+    def show_in(self, sweeps: Sequence[Sweep]) -> None:
+        """The tables of these sweeps shall have them; of one name the last, and that is said."""
+        from reseed.console import say
+
+        names = [config.name for config in self.configs]
+        for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+            say(f"tables show {GROUP}={name} with the last settings; all are in runs' folders")
+        for sweep in sweeps:
+            sweep.ask_for({config.name: config for config in self.configs})
+
 
 def main(arguments: Sequence[str]) -> int:
     return reported(lambda: _main(arguments))
@@ -124,7 +136,6 @@ def _main(arguments: Sequence[str]) -> int:
     if line.only_shows:
         line.show(task, rest)
         return 0
-    refuse_slurm(line)
     asked = Asked.split_off(line)
     from reseed.cli.collect import collect_evaluated
     from reseed.cli.subjects import chosen_by, of_lacking
@@ -138,19 +149,38 @@ def _main(arguments: Sequence[str]) -> int:
     for told in of_lacking(chosen.lacking):
         say(told)
     targets = targets_of(line, chosen)
-    status = evaluate_all(line, asked, chosen, targets)
+    submits = line.launcher[0] == SLURM
+    status = (submit_all if submits else evaluate_all)(line, asked, chosen, targets)
+    if status is None:
+        return 0
     collect_evaluated(targets, chosen.sweeps, asked.configs)
     return 1 if chosen.lacking else status
 
 
-def refuse_slurm(line: CommandLine) -> None:
-    """Raise `ConfigError` where evaluations are to be submitted."""
-    if line.launcher[0] == SLURM:
+def submit_all(
+    line: CommandLine, asked: Asked, chosen: Chosen, targets: Sequence[Target]
+) -> int | None:
+    """Submit the evaluations of a sweep's runs to SLURM, a task for each model and evaluation.
+
+    Returns:
+        as `reseed.cli.cluster.command.evaluate`.
+
+    Raises:
+        ConfigError: what was named is not one sweep.
+    """
+    own = {run.path.resolve() for sweep in chosen.sweeps for run in sweep.runs()}
+    if len(chosen.sweeps) != 1 or not {folder.resolve() for folder in chosen.folders} <= own:
         raise ConfigError(
-            f"{{key}}={SLURM} submits training and comparing; evaluations run where `reseed "
-            "evaluate` is given, or with hydra/launcher=submitit_slurm as a job each",
+            f"{{key}}={SLURM} evaluates the runs of one sweep, in whose folder it is written what "
+            f"was submitted; got {counted(len(chosen.sweeps), 'sweep')} and "
+            f"{counted(len(chosen.folders), 'SAE')}",
             "hydra/launcher",
         )
+    from reseed.cli.cluster import command
+
+    asked.check({target.id: target.resolved for target in targets})
+    asked.show_in(chosen.sweeps)
+    return command.evaluate(line, chosen.runtime, chosen.sweeps[0], targets, asked.configs)
 
 
 def targets_of(line: CommandLine, chosen: Chosen) -> list[Target]:
@@ -174,11 +204,7 @@ def evaluate_all(line: CommandLine, asked: Asked, chosen: Chosen, targets: Seque
     from reseed.evaluations import FOLDER
 
     asked.check({target.id: target.resolved for target in targets})
-    names = [config.name for config in asked.configs]
-    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-        say(f"tables show {GROUP}={name} with the last of its settings; all are in runs' folders")
-    for sweep in chosen.sweeps:
-        sweep.ask_for({config.name: config for config in asked.configs})
+    asked.show_in(chosen.sweeps)
     place = (chosen.sweeps[0].path if chosen.sweeps else chosen.folders[0]) / FOLDER
     listed = ",".join(override("", folder.absolute())[1:] for folder in chosen.folders)
     own = [f"++{SUBJECTS}=[{listed}]", override("hydra.sweep.dir", place)]

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from reseed.activations.source import ActivationSource
-from reseed.atomic import DiskFullError
+from reseed.atomic import DiskFullError, room_for
 from reseed.cli.subjects import Target
 from reseed.config import ConfigError, ReseedError
 from reseed.console import counted, say, seconds_since
 from reseed.devices import free_memory, pick_device
 from reseed.evaluate.base import Evaluated, EvaluationConfig, Result
 from reseed.evaluate.shared import SharedResults
-from reseed.evaluations import EvaluationError, Stored, write_failure
+from reseed.evaluations import Stored, write_failure
 from reseed.experiment import cache_folder
+from reseed.locks import take
 from reseed.train.config import RuntimeConfig
 
+MOST_LOCKS = 256
+"""SAEs that a process takes for itself at a time: each is an open file, of some 1,024."""
+LOCK = ".lock"
+"""In the folder of a result, held by the process that makes it."""
 AT_ONCE = 8 * 2**30
 """Bytes of trained SAEs that are evaluated in one pass; more go in several."""
 
@@ -49,17 +56,31 @@ class Bench:
         """
         failed: dict[str, Exception] = {}
         for source, targets in self.groups.items():
-            missing = [t for t in targets if not _is_done(t, config)]
+            missing = [t for t in targets if not t.has_result(config)]
             done = len(targets) - len(missing)
             if done:
                 say(f"  {config.name}: {counted(done, 'SAE')} already evaluated")
-            if missing:
-                failed |= self._evaluate_all(source, missing, config)
+            for first in range(0, len(missing), MOST_LOCKS):
+                failed |= self._evaluate_some(source, missing[first : first + MOST_LOCKS], config)
         if not failed:
             return None
         (first, error), *others = failed.items()
         more = f" (and {len(others)} more)" if others else ""
         return ReseedError(f"evaluation={config.name}: {first}: {error}{more}")
+
+    def _evaluate_some(
+        self, source: str, targets: Sequence[Target], config: EvaluationConfig
+    ) -> dict[str, Exception]:
+        """Those that no other process is at; then, one by one, what others have left undone."""
+        with _claimed(targets, config) as mine:
+            failed = self._evaluate_all(source, mine, config) if mine else {}
+        others = [t for t in targets if t.id not in failed and not t.has_result(config)]
+        if others:
+            say(f"  {config.name}: waiting for another process ({counted(len(others), 'SAE')})")
+        for target in others:
+            with _claimed([target], config, wait=True) as mine:
+                failed |= self._evaluate_all(source, mine, config) if mine else {}
+        return failed
 
     def _evaluate_all(
         self, source: str, targets: Sequence[Target], config: EvaluationConfig
@@ -139,13 +160,32 @@ def _parts(targets: Sequence[Target]) -> list[list[Target]]:
     return parts
 
 
-def _is_done(target: Target, config: EvaluationConfig) -> bool:
-    """Whether there is a result that can be read."""
+@contextmanager
+def _claimed(
+    targets: Sequence[Target], config: EvaluationConfig, wait: bool = False
+) -> Iterator[list[Target]]:
+    """Those of the targets that no other process evaluates in this way and that have no result;
+    until the end no other begins to.
+
+    Args:
+        wait: for those that another is at.
+    """
+    handles: list[int] = []
     try:
-        Stored.read(target.result_folder(config))
-    except (FileNotFoundError, EvaluationError):
-        return False
-    return True
+        mine = []
+        for target in targets:
+            folder = target.result_folder(config)
+            with room_for(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = take(folder / LOCK, wait_s=None if wait else 0.0)
+            if handle is not None:
+                handles.append(handle)
+                if not target.has_result(config):  # another may just have made it
+                    mine.append(target)
+        yield mine
+    finally:
+        for handle in handles:
+            os.close(handle)
 
 
 def _write(target: Target, config: EvaluationConfig, result: Result, seconds: float) -> None:

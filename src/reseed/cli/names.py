@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from reseed.cli.app import CommandLine
@@ -47,11 +48,15 @@ def _has_sae(folder: Path) -> bool:
     return (folder / DESCRIPTION_FILE).is_file()
 
 
-def check_heeded(line: CommandLine) -> None:
-    """Raise `ConfigError` for what would change nothing: runs say what they were trained on."""
+def check_heeded(line: CommandLine, also: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` for what would change nothing: runs say what they were trained on.
+
+    Args:
+        also: keys that the command heeds beside those of ``runtime`` and ``hydra``.
+    """
     for text in line.overrides:
         key = text.lstrip("+~").partition("=")[0]
-        if key.partition(".")[0].partition("/")[0] not in ("runtime", "hydra"):
+        if key.partition(".")[0].partition("/")[0] not in ("runtime", "hydra", *also):
             raise ConfigError(
                 f"{{key}} is not for runs and sweeps that are named: they say themselves what they "
                 f"were trained on; got {text}",

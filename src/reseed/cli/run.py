@@ -30,7 +30,6 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     asked = evaluate.Asked.split_off(line)
     plan = make_plan(line)
     if asked.configs:
-        evaluate.refuse_slurm(line)
         asked.check({job.resolved.label: job.resolved for job in plan.jobs})
     if plan.runtime.plan_only:
         train.show_plan(line, plan.jobs, plan.runtime)
@@ -39,7 +38,10 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     if line.launcher[0] == SLURM:
         from reseed.cli.cluster.command import launch
 
-        return launch(line, plan.jobs, plan.runtime, plan.sweep, plan.settings)
+        asked.show_in((plan.sweep,))
+        return launch(
+            line, plan.jobs, plan.runtime, plan.sweep, plan.settings, evaluations=asked.configs
+        )
     return _train_and_compare(line, plan, asked)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reseed.cli.app import CommandLine
+from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.held_out import as_trained, of_data
 from reseed.cli.names import check_heeded, meant_by, runtime_of
 from reseed.config import ReseedError, digest
 from reseed.console import counted
 from reseed.evaluate.base import EvaluationConfig, Subject
-from reseed.evaluations import folder_of
+from reseed.evaluations import EvaluationError, Stored, folder_of
 from reseed.experiment import Resolved
 from reseed.runs import INITIAL_FILE, Run, RunError, RunStore
 from reseed.sae.base import SAE
@@ -43,6 +44,11 @@ class Target:
         return self.folder.name if Run(self.folder).exists else str(self.folder)
 
     @property
+    def trained(self) -> bool:
+        """Whether it is a run that is finished."""
+        return Run(self.folder).finished
+
+    @property
     def source(self) -> str:
         """Digest of what decides the held-out activations, but for the hookpoint: all that have the
         same one are evaluated together."""
@@ -59,6 +65,14 @@ class Target:
             weights = sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
             signed |= {"source": self.source, "hookpoint": hook, "weights": weights}
         return folder_of(self.folder, config.name, signed)
+
+    def has_result(self, config: EvaluationConfig) -> bool:
+        """Whether there is a result of an evaluation that can be read."""
+        try:
+            Stored.read(self.result_folder(config))
+        except (FileNotFoundError, EvaluationError):
+            return False
+        return True
 
     def subject(self, device: str, with_untrained: bool) -> Subject:
         """The SAE, loaded.
@@ -178,7 +192,7 @@ def _named(words: Sequence[str], line: CommandLine) -> Chosen:
             saes.append(meant)
     found = _finished(list(runs.values()), runtime)
     if not saes:
-        check_heeded(line)
+        check_heeded(line, ("wait",) if line.launcher[0] == SLURM else ())
     return replace(found, folders=(*found.folders, *saes), sweeps=tuple(sweeps))
 
 

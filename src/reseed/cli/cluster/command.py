@@ -1,4 +1,5 @@
-"""`reseed train`, `run` and `compare` with hydra/launcher=slurm: submit, wait, say how it ended."""
+"""Commands with hydra/launcher=slurm (train, evaluate, compare, run): submit, wait, say how it
+ended."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from reseed.cli.app import CommandLine
 from reseed.cli.cluster.settings import SlurmSettings
 from reseed.cli.cluster.states import DONE, Seen, counts, failed_jobs, other_jobs, states
 from reseed.cli.cluster.stop import cancel_sweep
-from reseed.cli.cluster.submit import Work, check_slurm, planning, submit
+from reseed.cli.cluster.submit import Work, planning, submit
+from reseed.cli.subjects import Target
 from reseed.console import counted, say
 from reseed.runs import Interrupted, RunStore
 from reseed.sweeps import Sweep
@@ -21,6 +23,7 @@ from reseed.train.plan import Machine, make_plan
 if TYPE_CHECKING:
     from reseed.cli.jobs import Job
     from reseed.compare.config import ComparisonConfig
+    from reseed.evaluate.base import EvaluationConfig
 
 _SPEAK_S = 30.0
 
@@ -32,6 +35,7 @@ def launch(
     sweep: Sweep,
     comparison: ComparisonConfig | None = None,
     trains: bool = True,
+    evaluations: Sequence[EvaluationConfig] = (),
 ) -> int:
     """Submit what is neither done nor submitted; wait for all of it, unless asked not to.
 
@@ -39,42 +43,84 @@ def launch(
         jobs: every run of the sweep, whose manifest is written.
         comparison: what is compared afterwards; None compares nothing.
         trains: whether missing runs are trained.
+        evaluations: of every run, once it is trained.
 
     Returns:
-        the exit status: 1 where a run failed or a cell is incomplete.
+        the exit status: 1 where a run failed, could not be evaluated, or a cell is incomplete.
     """
-    settings = SlurmSettings.of(line.launcher[1])
-    settings.check(runtime.strategy)
-    check_slurm()
     cells, complete = None, set()
     if comparison is not None:
         cells = _cells(sweep, comparison)
         complete = _complete(sweep, comparison, cells)
-    experiments = tuple(job.resolved for job in jobs)
-    work = Work(sweep, experiments, runtime, settings, cells, trains)
+    distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
+    store = RunStore(runtime.outputs)
+    work = Work(
+        sweep, tuple(distinct), runtime, _settings(line, runtime), cells, trains,
+        tuple(evaluations), tuple(Target(r.run(store).path, r) for r in distinct),
+    )  # fmt: skip
+    waited = _carried_out(work, complete)
+    return 0 if waited is None else _ended(jobs, runtime, sweep, comparison, waited)
+
+
+def evaluate(
+    line: CommandLine,
+    runtime: RuntimeConfig,
+    sweep: Sweep,
+    targets: Sequence[Target],
+    evaluations: Sequence[EvaluationConfig],
+) -> int | None:
+    """Submit evaluations of runs of a sweep that have neither a result nor a job.
+
+    Returns:
+        the exit status, 1 where something was not evaluated; None where nothing was waited for.
+    """
+    work = Work(
+        sweep, (), runtime, _settings(line, runtime), None, False,
+        tuple(evaluations), tuple(targets),
+    )  # fmt: skip
+    if _carried_out(work, set()) is None:
+        return None
+    for message in failed_jobs(Seen.now(sweep)):
+        say(message)
+    lacking = [t for t in targets for config in evaluations if not t.has_result(config)]
+    return 1 if lacking else 0
+
+
+def _settings(line: CommandLine, runtime: RuntimeConfig) -> SlurmSettings:
+    settings = SlurmSettings.of(line.launcher[1])
+    settings.check(runtime.strategy)
+    return settings
+
+
+def _carried_out(work: Work, complete: set[tuple[tuple[str, str], ...]]) -> bool | None:
+    """Submit, and wait unless asked not to.
+
+    Returns:
+        whether there was something to wait for; None where it goes on.
+    """
+    sweep = work.sweep
     try:
         active = submit(work, complete)
     except KeyboardInterrupt as stop:
         raise _stopped(stop, sweep) from None
-    if active and not runtime.wait:
+    if active and not work.runtime.wait:
         say(
             f"submitted; `reseed status {sweep.path}` shows how far it is (--watch), "
             f"`reseed cancel {sweep.path}` cancels it, the same command with wait=true waits for it"
         )
-        return 0
+        return None
     if active:
         say(f"waiting for {counted(len(active), 'job')}; Ctrl-C cancels, wait=false would not wait")
         try:
-            _follow(sweep, settings.poll_s)
+            _follow(sweep, work.settings.poll_s)
         except KeyboardInterrupt as stop:
             raise _stopped(stop, sweep) from None
-    return _ended(jobs, runtime, sweep, comparison, waited=bool(active))
+    return bool(active)
 
 
 def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
     """Print what would be submitted."""
-    settings = SlurmSettings.of(line.launcher[1])
-    settings.check(runtime.strategy)
+    settings = _settings(line, runtime)
     store = RunStore(runtime.outputs)
     distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
     missing = [r for r in distinct if not r.run(store).finished]

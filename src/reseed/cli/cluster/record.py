@@ -20,7 +20,7 @@ from reseed.cli.cluster.queue import InQueue
 from reseed.config import ReseedError
 from reseed.locks import take
 
-TRAIN, COMPARE, COLLECT = "train", "compare", "collect"
+TRAIN, EVALUATE, COMPARE, COLLECT = "train", "evaluate", "compare", "collect"
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Submitted:
 
     Attributes:
         job: SLURM's id; ``12_3`` for a task of an array.
-        kind: train, compare or collect.
-        runs: signatures of the runs that it trains.
-        cell: what it compares, in words.
+        kind: train, evaluate, compare or collect.
+        runs: signatures of the runs that it trains or evaluates.
+        cell: what it compares, in words; or the evaluation, by name and digest.
         at: when, ISO 8601.
         cancelled: whether it was cancelled by reseed.
     """
@@ -42,6 +42,11 @@ class Submitted:
     runs: tuple[str, ...] = ()
     cell: str = ""
     cancelled: bool = False
+
+    @property
+    def parts(self) -> list[tuple[str, str, str]]:
+        """What it does, piece by piece; two jobs with the same piece do the same."""
+        return [(self.kind, self.cell, run) for run in self.runs or ("",)]
 
 
 class Record:

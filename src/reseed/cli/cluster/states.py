@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from reseed.cli.cluster.queue import InQueue, QueueError, last_states, queue, there_is_slurm
-from reseed.cli.cluster.record import COLLECT, COMPARE, TRAIN, Record, Submitted
+from reseed.cli.cluster.record import COLLECT, COMPARE, EVALUATE, TRAIN, Record, Submitted
 from reseed.runs import PROGRESS_FILE, Run
 from reseed.sweeps import Sweep
 
@@ -20,6 +20,8 @@ _PLAIN = {"missing": "not started"}
 _WAITS = {"BeginTime": "requeued", "Dependency": "after other jobs"}
 _TAIL = 4_096
 _SRUN = "Exited with exit code|Force Terminated|_step_signal: Terminating|Job step aborted"
+_OTHERS = {EVALUATE: "evaluations", COMPARE: "comparisons", COLLECT: "tables"}
+_NOT_DONE = {EVALUATE: "not evaluated: ", COMPARE: "not compared: ", COLLECT: "tables"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Seen:
         except QueueError as error:
             return cls(record, None, {}, str(error))
         # Of jobs that were submitted again nobody wants to know.
-        last = {key: j.job for j in jobs for key in (j.runs or [(j.kind, j.cell)])}
+        last = {part: job.job for job in jobs for part in job.parts}
         return cls(record, found, last_states(job for job in last.values() if job not in found))
 
     @property
@@ -141,7 +143,7 @@ def gone(job: Submitted, seen: Seen) -> str:
 def other_jobs(seen: Seen) -> list[str]:
     """Jobs in the queue that train nothing."""
     told = []
-    for kind, what in ((COMPARE, "comparisons"), (COLLECT, "tables")):
+    for kind, what in _OTHERS.items():
         jobs = [job for job in seen.active if job.kind == kind]
         running = sum((seen.queue or {})[job.job].running for job in jobs)
         numbers = {"running": running, "queued": len(jobs) - running}
@@ -152,15 +154,15 @@ def other_jobs(seen: Seen) -> list[str]:
 
 
 def failed_jobs(seen: Seen) -> list[str]:
-    """A line for each job that compares, or makes the tables, and did not; the last of its kind."""
-    last = {(job.kind, job.cell): job for job in seen.record.jobs if job.kind != TRAIN}
+    """A line for each job that evaluates, compares, or makes the tables, and did not; the last of
+    its kind."""
+    last = {part: job for job in seen.record.jobs if job.kind != TRAIN for part in job.parts}
     told = []
-    for (kind, cell), job in last.items():
+    for job in dict.fromkeys(last.values()):
         state = seen.ended.get(job.job, "COMPLETED")
         if job.cancelled or state in ("COMPLETED", "CANCELLED") or job in seen.active:
             continue
-        what = f"not compared: {cell}" if kind == COMPARE else "tables"
-        told.append(f"{what}: {gone(job, seen)}")
+        told.append(f"{_NOT_DONE[job.kind]}{job.cell}: {gone(job, seen)}")
     return told
 
 

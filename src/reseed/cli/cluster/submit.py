@@ -1,4 +1,5 @@
-"""Submit a plan: an array of groups to train, then of cells to compare, then the tables."""
+"""Submit a plan: an array of groups to train, then of evaluations and of cells to compare, then the
+tables."""
 
 from __future__ import annotations
 
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reseed.cli.cluster.queue import queue
-from reseed.cli.cluster.record import COLLECT, COMPARE, TRAIN, Record, Submitted
+from reseed.cli.cluster.record import COLLECT, COMPARE, EVALUATE, TRAIN, Record, Submitted
 from reseed.cli.cluster.settings import SlurmSettings
-from reseed.cli.cluster.tasks import Collect, Compare, Task, Train, in_words
-from reseed.config import ReseedError
+from reseed.cli.cluster.tasks import Collect, Compare, Evaluate, Task, Train, in_words
+from reseed.cli.subjects import Target
+from reseed.config import ReseedError, digest
 from reseed.console import counted, say
+from reseed.evaluate.base import EvaluationConfig
 from reseed.experiment import Resolved, cache_folder
 from reseed.runs import RunStore
 from reseed.sweeps import Sweep
@@ -39,6 +42,9 @@ class Work:
         experiments: every run of the sweep.
         cells: what to compare where it is lacking, in the sweep's axes; None compares nothing.
         settings: how jobs are submitted.
+        trains: whether missing runs are trained.
+        evaluations: what of the targets is to be evaluated where it is lacking.
+        targets: runs of the sweep, trained by then.
     """
 
     sweep: Sweep
@@ -47,6 +53,8 @@ class Work:
     settings: SlurmSettings
     cells: tuple[tuple[tuple[str, str], ...], ...] | None = None
     trains: bool = True
+    evaluations: tuple[EvaluationConfig, ...] = ()
+    targets: tuple[Target, ...] = ()
 
     @property
     def record(self) -> Record:
@@ -90,19 +98,19 @@ def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submi
             groups = make_plan(missing, Machine.of(planning(work.settings, work.runtime))).groups
             _say_plan(groups, active)
             new += stage.submit([_train(work, group) for group in groups], TRAIN, [])
+        made: list[Submitted] = []
+        evaluations = _evaluations(work, active)
+        if evaluations:
+            trained = [job for job in (*active, *new) if job.kind == TRAIN]
+            made += stage.submit(evaluations, EVALUATE, trained)
         wanted = [c for c in work.cells or () if c not in compared]
-        # Tables that wait already will have what is trained until then.
-        if wanted and (missing or not any(job.kind == COLLECT for job in active)):
-            path, runtime = str(work.sweep.path.resolve()), work.nodes_runtime
-            here = os.getcwd()
-            cells: list[tuple[Task, Submitted]] = [
-                (Compare(here, path, axes, runtime), _entry(COMPARE, cell=in_words(axes)))
-                for axes in wanted
-            ]
-            compares = stage.submit(cells, COMPARE, [*active, *new])
-            table: list[tuple[Task, Submitted]] = [(Collect(here, path), _entry(COLLECT))]
-            new += compares
-            new += stage.submit(table, COLLECT, compares)
+        # Comparisons that wait already will have what is trained until then.
+        if wanted and (missing or not any(job.kind == COMPARE for job in active)):
+            made += stage.submit(_compares(work, wanted), COMPARE, [*active, *new])
+        if made:
+            others = [job for job in active if job.kind != TRAIN]
+            made += stage.submit([_collect(work)], COLLECT, [*others, *made])
+        new += made
         return [*active, *new]
 
 
@@ -125,7 +133,7 @@ def check_slurm() -> None:
 def _missing(work: Work, active: Sequence[Submitted]) -> list[Resolved]:
     """Distinct runs that are neither finished nor in a job that waits or runs."""
     store = RunStore(work.runtime.outputs)
-    submitted = {signature for job in active for signature in job.runs}
+    submitted = {signature for job in active if job.kind == TRAIN for signature in job.runs}
     distinct = {r.signature: r for r in work.experiments}
     return [
         resolved
@@ -153,7 +161,7 @@ def planning(s: SlurmSettings, r: RuntimeConfig) -> RuntimeConfig:
 
 def _say_plan(groups: Sequence[Group], active: Sequence[Submitted]) -> None:
     runs = sum(len(group.members) for group in groups)
-    already = sum(len(job.runs) for job in active)
+    already = sum(len(job.runs) for job in active if job.kind == TRAIN)
     more = f" ({counted(already, 'run')} submitted before)" if already else ""
     say(f"submitting {counted(runs, 'run')} in {counted(len(groups), 'job')}{more}")
     for group in groups:
@@ -165,6 +173,41 @@ def _train(work: Work, group: Group) -> tuple[Task, Submitted]:
     signatures = tuple(r.signature for r in group.members)
     task = Train(os.getcwd(), experiments, signatures, work.nodes_runtime)
     return task, _entry(TRAIN, runs=signatures)
+
+
+def _evaluations(work: Work, active: Sequence[Submitted]) -> list[tuple[Task, Submitted]]:
+    """A task for the runs of each source and each evaluation that have no result, and are in no job
+    that waits or runs."""
+    submitted = {part for job in active for part in job.parts}
+    tasks: list[tuple[Task, Submitted]] = []
+    for config in work.evaluations:
+        called = f"{config.name}-{digest(config.signed())}"
+        groups: dict[str, list[Target]] = {}
+        for target in work.targets:
+            taken = (EVALUATE, called, target.resolved.signature) in submitted
+            if not taken and not (target.trained and target.has_result(config)):
+                groups.setdefault(target.source, []).append(target)
+        for targets in groups.values():
+            folders = tuple(str(target.folder.resolve()) for target in targets)
+            signatures = tuple(target.resolved.signature for target in targets)
+            task = Evaluate(os.getcwd(), folders, config, work.nodes_runtime)
+            tasks.append((task, _entry(EVALUATE, runs=signatures, cell=called)))
+    return tasks
+
+
+def _compares(
+    work: Work, cells: Sequence[tuple[tuple[str, str], ...]]
+) -> list[tuple[Task, Submitted]]:
+    here, sweep = os.getcwd(), str(work.sweep.path.resolve())
+    return [
+        (Compare(here, sweep, axes, work.nodes_runtime), _entry(COMPARE, cell=in_words(axes)))
+        for axes in cells
+    ]
+
+
+def _collect(work: Work) -> tuple[Task, Submitted]:
+    sweep = str(work.sweep.path.resolve())
+    return Collect(os.getcwd(), sweep, compared=work.cells is not None), _entry(COLLECT)
 
 
 def _entry(kind: str, **more: Any) -> Submitted:

@@ -1,4 +1,4 @@
-"""What runs on a node: train a group of runs, compare a cell, make the tables.
+"""What runs on a node: train a group of runs, evaluate some, compare a cell, make the tables.
 
 submitit pickles these objects and calls them in the job. Its handler of the signal that SLURM sends
 before a job's end requeues the job; ours lets training save at the border of a step first.
@@ -20,6 +20,7 @@ from reseed.config import ReseedError
 from reseed.runs import Interrupted, RunStore
 
 if TYPE_CHECKING:
+    from reseed.evaluate.base import EvaluationConfig
     from reseed.experiment import Experiment
     from reseed.train.config import RuntimeConfig
 
@@ -188,6 +189,35 @@ class Train(Task):
 
 
 @dataclass(frozen=True)
+class Evaluate(Task):
+    """Evaluate runs of one source in one way. What has a result is left alone, so that a job that
+    is started again goes on with the next.
+
+    Attributes:
+        runs: their folders.
+    """
+
+    runs: tuple[str, ...]
+    config: EvaluationConfig
+    runtime: RuntimeConfig
+
+    def work(self) -> None:
+        from reseed.cli.evaluating import Bench
+        from reseed.cli.subjects import target_of
+        from reseed.console import counted
+        from reseed.runs import Run
+
+        there = [Path(folder) for folder in self.runs if Run(Path(folder)).finished]
+        bench = Bench([target_of(folder, self.runtime) for folder in there], self.runtime)
+        error = bench.outcome(self.config)
+        if error is not None:
+            raise JobFailed(str(error)) from error
+        lacking = len(self.runs) - len(there)
+        if lacking:
+            raise JobFailed(f"not evaluated, as not finished: {counted(lacking, 'run')}")
+
+
+@dataclass(frozen=True)
 class Compare(Task):
     """Compare one cell of a sweep."""
 
@@ -208,16 +238,24 @@ class Compare(Task):
 
 @dataclass(frozen=True)
 class Collect(Task):
-    """Make tables and figures of a sweep."""
+    """Make tables and figures of a sweep.
+
+    Attributes:
+        compared: whether its cells were to be compared; else the tables are of evaluations.
+    """
 
     sweep: str
+    compared: bool
 
     def work(self) -> None:
-        from reseed.cli.collect import collect
+        from reseed.cli.collect import collect, collect_evaluated
         from reseed.compare.config import ComparisonConfig
         from reseed.sweeps import Sweep
 
         sweep = Sweep(Path(self.sweep))
+        if not self.compared:
+            collect_evaluated((), (sweep,), ())
+            return
         if not collect(sweep, ComparisonConfig.from_dict(sweep.settings, "comparison")):
             raise JobFailed(f"{sweep.path}: incomplete")
 
