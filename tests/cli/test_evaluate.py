@@ -269,6 +269,24 @@ def test_what_is_wrong_is_refused_before_anything_is_computed(
     assert not results()
 
 
+def test_results_of_another_version_are_left_out_and_made_again(
+    line: list[str], said: Said
+) -> None:
+    asked = ["seeds", "evaluation=reconstruction", "evaluation.tokens=500"]
+    assert evaluate.main(asked) == 0
+    path = the_sweep() / "evaluations.json"
+    record = json.loads(path.read_text())
+    record["reconstruction"]["signed"]["version"] = 0
+    path.write_text(json.dumps(record))
+    said()
+    assert compare.main(line) == 0
+    told = " ".join(said().split())
+    assert "evaluation=reconstruction was made by another version of it, and is left out" in told
+    assert "What is lost of the activations?" not in told
+    assert evaluate.main(asked) == 0
+    assert "What is lost of the activations?" in said()
+
+
 def test_slurm_is_for_the_runs_of_one_sweep(line: list[str], said: Said) -> None:
     own = RunStore("outputs").runs()[0].id
     asked = ["evaluation=reconstruction", "hydra/launcher=slurm"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from reseed.cli import cancel, status, train
+from reseed.cli import cancel, evaluate, status, train
 from reseed.cli.app import CommandLine
 from reseed.cli.cluster import show
 from reseed.cli.cluster.queue import InQueue, QueueError, last_states, queue
@@ -65,6 +65,19 @@ def test_other_launchers_train_one_run_in_each_job(
     said = capsys.readouterr().out
     assert "failed: " in said
     assert "not finite" in said or "NaN" in said or "infin" in said
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_other_launchers_make_one_evaluation_in_each_job(
+    name: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
+    assert train.main([*tiny_overrides, "runtime.threads=1", "training.tokens=2048"]) == 0
+    (own,) = RunStore("outputs").runs()
+    asked = ["evaluation=reconstruction,faithfulness", "evaluation.tokens=500"]
+    assert evaluate.main([own.id, "runtime.threads=1", *asked, *with_launcher(name)]) == 0
+    found = [path.parent.name for path in own.path.glob("evaluations/*/result.json")]
+    assert sorted(each.partition("-")[0] for each in found) == ["faithfulness", "reconstruction"]
 
 
 def test_a_misspelt_setting_is_refused(

@@ -13,9 +13,11 @@ from reseed.cli.absorbed import with_overlaps
 from reseed.compare.cell import CellResult
 from reseed.compare.config import ComparisonConfig, pair_axes
 from reseed.compare.load import knobs, named_alike
-from reseed.config import ReseedError
+from reseed.config import Config, ConfigError, ReseedError
 from reseed.console import say
 from reseed.contexts import Contexts
+from reseed.evaluate import load_all
+from reseed.evaluate.base import EvaluationConfig
 from reseed.evaluations import FOLDER, Stored, folder_of
 from reseed.report.axes import Cell, ordered
 from reseed.report.evaluation_figures import write_evaluation_figures
@@ -31,7 +33,6 @@ from reseed.sweeps import Sweep
 
 if TYPE_CHECKING:
     from reseed.cli.subjects import Target
-    from reseed.evaluate.base import EvaluationConfig
 
 REPORT = "report"
 """The folder of a sweep's report, in that of the sweep."""
@@ -176,6 +177,12 @@ def collect_evaluated(
 def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
     """The runs of a sweep, with the results that its tables shall have."""
     asked = sweep.evaluations
+    for name in [name for name, of in asked.items() if _is_outdated(name, of["signed"])]:
+        say(
+            f"{sweep.path}: evaluation={name} was made by another version of it, and is left out: "
+            "`reseed evaluate` makes it again"
+        )
+        del asked[name]
     if not asked:
         return {}
     distinct = {run.id: run for run in sweep.runs() if run.finished}
@@ -185,6 +192,17 @@ def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
         )
         for name, run in distinct.items()
     }
+
+
+def _is_outdated(name: str, signed: Mapping[str, Any]) -> bool:
+    """Whether results are of a version of an evaluation that gave others; an evaluation that is not
+    known here, as it is somebody's own, is what it says."""
+    load_all()
+    try:
+        known = Config.member(EvaluationConfig.family, name)
+    except ConfigError:
+        return False
+    return signed.get("version", 1) != known.version
 
 
 def _evaluated(folder: Path, results: Mapping[str, Path]) -> EvaluatedRun:
