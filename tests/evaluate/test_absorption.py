@@ -182,6 +182,27 @@ def test_the_model_is_read_once_for_each_seed_of_the_prompts(
         list(AbsorptionConfig(**settings).repetitions(evaluated, Hookpoint("resid_post", 0)))
 
 
+def test_one_pass_of_the_model_reads_all_hookpoints(
+    evaluated: Evaluated, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SplittingConfig(**settings | {"prompt_seeds": (3,)})
+    passes, activations = [], LanguageModel.activations
+
+    def counted(model: LanguageModel, tokens: Any, hooks: Any) -> Any:
+        passes.append(list(hooks))
+        return activations(model, tokens, hooks)
+
+    monkeypatch.setattr(LanguageModel, "activations", counted)
+    hooks = [Hookpoint("resid_post", 0), HOOK]
+    [[first], [second]] = [list(config.repetitions(evaluated, h, hooks)) for h in hooks]
+    assert passes == [hooks]
+    monkeypatch.undo()
+    there = replace(evaluated, shared=SharedResults(evaluated.shared.cache / "alone"))
+    assert not first.x.equal(second.x)
+    [again] = config.repetitions(there, HOOK)
+    assert again.x.equal(second.x)
+
+
 def repetition(evaluated: Evaluated, settings: dict[str, Any]) -> Probed:
     return next(iter(SplittingConfig(**settings).repetitions(evaluated, HOOK)))
 
@@ -198,7 +219,7 @@ def test_activations_are_those_at_the_words_token_at_the_hookpoint(
     )
     with torch.no_grad():
         states = model.model(prompts.tokens, output_hidden_states=True).hidden_states
-    found = word_activations(model, HOOK, prompts)
+    found = word_activations(model, [HOOK], prompts)[HOOK]
     for i in range(len(chosen)):
         assert prompts.tokens[i, prompts.at[i]] == probed.words.tokens[chosen[i]]
         assert torch.allclose(found[i], states[HOOK.layer + 1][i, prompts.at[i]], atol=1e-4)

@@ -45,16 +45,33 @@ class SharedResults:
                 tokenizer, dtype and attention, hookpoint, settings, seeds, a version.
             compute: makes them.
         """
-        path = self.cache / "evaluations" / f"{what}-{digest(dict(key), _DIGITS)}.safetensors"
+        path = self._path(what, key)
         found = _read(path)
         if found is None:
             with _locked(path.with_suffix(".lock")):
                 found = _read(path)  # another process may have made it meanwhile
                 if found is None:
-                    found = {n: t.detach().cpu().contiguous() for n, t in compute().items()}
-                    about = {"key": json.dumps(dict(key), sort_keys=True)}
-                    atomic_write(path, lambda part: save_file(found, part, about))
+                    found = _write(path, key, compute())
         return found
+
+    def lacks(self, what: str, key: Mapping[str, Any]) -> bool:
+        """Whether there is nothing that ``key`` determines."""
+        return not self._path(what, key).is_file()
+
+    def keep(self, what: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """What came along with something else, as `get` would have computed it. No lock is waited
+        for: another process may hold it, and wait for ours; both write the same."""
+        _write(self._path(what, key), key, tensors)
+
+    def _path(self, what: str, key: Mapping[str, Any]) -> Path:
+        return self.cache / "evaluations" / f"{what}-{digest(dict(key), _DIGITS)}.safetensors"
+
+
+def _write(path: Path, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    about = {"key": json.dumps(dict(key), sort_keys=True)}
+    atomic_write(path, lambda part: save_file(found, part, about))
+    return found
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

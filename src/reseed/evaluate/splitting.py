@@ -101,8 +101,9 @@ class SplittingConfig(WordTaskConfig, name="splitting"):
     def evaluate(
         self, subjects: Sequence[Subject], evaluated: Evaluated
     ) -> Iterator[tuple[str, Result]]:
-        for hook in dict.fromkeys(subject.hook for subject in subjects):
-            repetitions = list(self.repetitions(evaluated, hook))
+        hooks = list(dict.fromkeys(subject.hook for subject in subjects))
+        for hook in hooks:
+            repetitions = list(self.repetitions(evaluated, hook, hooks))
             for subject in subjects:
                 if subject.hook == hook:
                     yield subject.id, self.measured(subject, repetitions)

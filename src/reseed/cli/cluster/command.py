@@ -214,10 +214,10 @@ def _ended(
             said = "" if waited else "nothing to train: "
             say(f"{said}{counted(runs, 'run')} in {runtime.outputs}/")
         return 1 if lacking else 0
-    not_compared = failed_jobs(seen)
-    for message in not_compared:
+    not_done = failed_jobs(seen)
+    for message in not_done:
         say(message)
     from reseed.cli.collect import collect
 
     complete = collect(sweep, comparison)
-    return 0 if complete and not lacking and not not_compared else 1
+    return 0 if complete and not lacking and not not_done else 1

@@ -75,7 +75,7 @@ def causal_absorption(
     prompts = make_prompts(
         probed.words, probed.template, candidates, probed.part, rules.icl_words, random, ask=True
     )
-    x = word_activations(model, hook, prompts)
+    x = word_activations(model, [hook], prompts)[hook]
     codes = encode(sae, x)
     labels = probed.words.labels[candidates]
     kept, weight = _sampled(_silent(codes, labels, main), labels, rules.sample, probed.prompt_seed)

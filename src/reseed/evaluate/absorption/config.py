@@ -75,8 +75,9 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         self, subjects: Sequence[Subject], evaluated: Evaluated
     ) -> Iterator[tuple[str, Result]]:
         frequency = word_frequency(evaluated, self.words(evaluated.tokenizer).tokens.numpy())
-        for hook in dict.fromkeys(subject.hook for subject in subjects):
-            repetitions = list(self.repetitions(evaluated, hook))
+        hooks = list(dict.fromkeys(subject.hook for subject in subjects))
+        for hook in hooks:
+            repetitions = list(self.repetitions(evaluated, hook, hooks))
             quality = probe_quality(repetitions)
             for subject in subjects:
                 if subject.hook == hook:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 
 from reseed.evaluate.absorption.null import NullCosines
 from reseed.evaluate.absorption.projection import Alignment
@@ -140,7 +141,8 @@ def _letter_table(
     with the probe."""
     probed = repetitions[0]
     counts = np.bincount(probed.words.labels.numpy(), minlength=probed.num_classes)
-    rights = sum((p.test_scores > 0) & p.members for p in repetitions).sum(0).tolist()
+    right = torch.stack([(p.test_scores > 0) & p.members for p in repetitions])
+    rights = right.sum((0, 1)).tolist()
     main = defaultdict(list)
     for _, _, _, splits in measured.splits:
         for number, split in enumerate(splits):

@@ -6,7 +6,7 @@ prompts the activations at the words' tokens, and the probes of every fold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,7 @@ LINES = {
     "first_letter": "{word} has the first letter: {answer}",
     "labelled": "{word} is of the class: {answer}",
 }
+_ACTIVATIONS = "word-activations"
 _PROMPTS, _PROBES, _PERMUTED = 0x70726F6D, 0x70726F62, 0x7065726D
 
 
@@ -101,19 +102,26 @@ class WordTaskConfig(EvaluationConfig):
     def template(self, tokenizer: Any, words: Words) -> Template:
         return Template.of(tokenizer, words, self.line or LINES[self.task])
 
-    def repetitions(self, evaluated: Evaluated, hook: Hookpoint) -> Iterator[Probed]:
-        """The task at a hookpoint, once for each seed of the prompts."""
+    def repetitions(
+        self, evaluated: Evaluated, hook: Hookpoint, hooks: Sequence[Hookpoint] = ()
+    ) -> Iterator[Probed]:
+        """The task at a hookpoint, once for each seed of the prompts.
+
+        Args:
+            hooks: whose activations will be wanted too: one pass of the model reads them all.
+        """
         words = self.words(evaluated.tokenizer)
         labels = words.labels.numpy()
         part = parts(labels, self.folds, self.split_seed)
         folds = make_folds(labels, part, self.folds, self.split_seed)
         for seed in self.prompt_seeds:
-            yield self._probed(evaluated, hook, words, part, folds, seed)
+            yield self._probed(evaluated, hook, hooks, words, part, folds, seed)
 
     def _probed(
         self,
         evaluated: Evaluated,
         hook: Hookpoint,
+        hooks: Sequence[Hookpoint],
         words: Words,
         part: Int[np.ndarray, " n"],
         folds: list[Fold],
@@ -123,15 +131,26 @@ class WordTaskConfig(EvaluationConfig):
         assert model is not None, "`check` has refused what has no language model"
         template = self.template(evaluated.tokenizer, words)
 
+        def key_at(place: Hookpoint) -> dict[str, Any]:
+            return self._key(model, place, words, template, seed)
+
         def activations() -> dict[str, Tensor]:
-            evaluated.note(f"reading {len(words):,} words at {hook}, prompts of seed {seed}")
+            others = [
+                h for h in dict.fromkeys(hooks)
+                if h != hook and evaluated.shared.lacks(_ACTIVATIONS, key_at(h))
+            ]  # fmt: skip
+            listed = ", ".join(map(str, (hook, *others)))
+            evaluated.note(f"reading {len(words):,} words at {listed}, prompts of seed {seed}")
             everything = np.arange(len(words))
             random = np.random.default_rng([_PROMPTS, seed])
             prompts = make_prompts(words, template, everything, part, self.icl_words, random)
-            return {"x": word_activations(model, hook, prompts)}
+            found = word_activations(model, [hook, *others], prompts)
+            for other in others:
+                evaluated.shared.keep(_ACTIVATIONS, key_at(other), {"x": found[other]})
+            return {"x": found[hook]}
 
-        key = self._key(model, hook, words, template, seed)
-        x = evaluated.shared.get("word-activations", key, activations)["x"]
+        key = key_at(hook)
+        x = evaluated.shared.get(_ACTIVATIONS, key, activations)["x"]
 
         def probes() -> dict[str, Tensor]:
             evaluated.note(f"probes at {hook}, prompts of seed {seed}")
@@ -243,14 +262,16 @@ def probe_quality(repetitions: list[Probed]) -> Scores:
 
 
 def word_activations(
-    model: LanguageModel, hook: Hookpoint, prompts: Prompts
-) -> Float[Tensor, "n D"]:
-    """Activation at each word's token; the model is stopped at the hookpoint."""
-    found, start = [], 0
-    for batch in model.activations(prompts.tokens, [hook]):
-        there = batch[hook]
-        rows = torch.arange(len(there), device=there.device)
-        at = prompts.at[start : start + len(there)].to(there.device)
-        found.append(there[rows, at].float().cpu())
-        start += len(there)
-    return torch.cat(found)
+    model: LanguageModel, hooks: Sequence[Hookpoint], prompts: Prompts
+) -> dict[Hookpoint, Float[Tensor, "n D"]]:
+    """Activation at each word's token; the model is stopped at the deepest hookpoint."""
+    found: dict[Hookpoint, list[Tensor]] = {hook: [] for hook in hooks}
+    start = 0
+    for batch in model.activations(prompts.tokens, hooks):
+        size = len(batch[hooks[0]])
+        at = prompts.at[start : start + size]
+        for hook, there in batch.items():
+            rows = torch.arange(size, device=there.device)
+            found[hook].append(there[rows, at.to(there.device)].float().cpu())
+        start += size
+    return {hook: torch.cat(parts) for hook, parts in found.items()}
