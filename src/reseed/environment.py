@@ -15,9 +15,14 @@ from typing import Any
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 
 
-@cache
 def environment() -> dict[str, Any]:
     """What a run was made with."""
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {**_of_process(), "command": command}  # a process may carry out several
+
+
+@cache
+def _of_process() -> dict[str, Any]:
     from reseed import __version__
 
     versions = {"reseed": __version__}
@@ -33,7 +38,6 @@ def environment() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "packages": versions,
         "git_commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
 
 
