@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
 
 WORDS = ("the cat sat on a mat and then one small dog ran home to tell its old friend why").split()  # noqa: SIM905
+
+
+def pytest_configure() -> None:
+    """Ctrl-C reaches these processes, and those that they start, also where a shell has begun the
+    tests in the background: it has its jobs ignore it, and they would hand that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -175,7 +175,7 @@ def test_ctrl_c_while_it_starts(tmp_path: Path, after: float) -> None:
     """Imports take seconds, in which there is nothing to save: no traceback."""
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "reseed", "train", "model=nothing"],
-        cwd=tmp_path, text=True, stderr=subprocess.PIPE, preexec_fn=_interruptible,
+        cwd=tmp_path, text=True, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr is not None
     # The command picks its module once this is there.
@@ -186,11 +186,6 @@ def test_ctrl_c_while_it_starts(tmp_path: Path, after: float) -> None:
     said = process.stderr.read()
     assert process.wait(60) in (130, 1), "stopped, or told already that there is no such model"
     assert "Traceback" not in said
-
-
-def _interruptible() -> None:
-    # A shell has its background jobs ignore SIGINT, and they hand that on.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow

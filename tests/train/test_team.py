@@ -29,13 +29,8 @@ def command(line: Sequence[str], outputs: Path) -> list[str]:
 
 
 def begin(line: Sequence[str], outputs: Path) -> subprocess.Popen[str]:
-    """The command, at work; it heeds Ctrl-C also where these tests do not."""
     return subprocess.Popen(
-        command(line, outputs),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        command(line, outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
