@@ -51,8 +51,8 @@ def assert_equal(a: dict[str, object], b: dict[str, object]) -> None:
         ["hookpoint=resid_post,mlp_out"],
         ["training.lr_scale=1,7", "dataset.held_out_tokens=1024"],
         ["training.batch_size=64,256,32"],
-        ["training.batch_size=32,512", "training.tokens=4096,8192", "sae=topk,relu"],
-        ["training.precision=float32,bfloat16", "sae=topk,relu"],
+        ["training.batch_size=32,512", "training.tokens=1024,2048", "sae=topk,relu"],
+        ["training.precision=float32,bfloat16", "sae=topk,relu", "training.tokens=2048"],
     ],
 )
 def test_a_group_equals_its_members_trained_alone(jobs: Jobs, sweep: list[str]) -> None:
