@@ -141,17 +141,18 @@ def atomic_folder(path: PathLike, fill: Callable[[Path], object]) -> None:
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
+        earlier = temporary.with_name(f"{temporary.name}-earlier")
         try:
             fill(temporary)
             temporary.chmod(0o777 & ~_umask())
-            earlier = temporary.with_name(f"{temporary.name}-earlier")
             if path.exists():
                 os.replace(path, earlier)
             os.replace(temporary, path)
-            shutil.rmtree(earlier, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+        finally:
+            if earlier.exists() and not path.exists():  # the new one could not take its place
+                os.replace(earlier, path)
+            for left_over in (temporary, earlier):
+                shutil.rmtree(left_over, ignore_errors=True)
         _sync_folder(path.parent)
 
 

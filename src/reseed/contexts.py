@@ -65,7 +65,7 @@ class Context:
         quantile: of a sampled one, its place among those that were drawn, by activation: 1 is the
             largest.
         tokens: ids.
-        activations: of the latent on each token.
+        active: indices of the tokens that the latent fires on; ``values``, how much.
         peak: index of the token that the passage was chosen for.
         position: of that token in the held-out text: sequence × context length + place in it.
     """
@@ -73,9 +73,17 @@ class Context:
     kind: str
     quantile: float | None
     tokens: Int[np.ndarray, " window"]
-    activations: Float[np.ndarray, " window"]
+    active: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, " n"]
     peak: int
     position: int
+
+    @property
+    def activations(self) -> Float[np.ndarray, " window"]:
+        """Of the latent on each token."""
+        found = np.zeros(len(self.tokens), dtype=np.float32)
+        found[self.active] = self.values
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,13 +210,12 @@ def _latent(latent: int, row: Mapping[str, Any], tokens: int) -> LatentContexts:
 
 
 def _context(row: Mapping[str, Any]) -> Context:
-    activations = np.zeros(len(row["tokens"]), dtype=np.float32)
-    activations[row["active"]] = row["activations"]
     return Context(
         TOP if row["quantile"] is None else SAMPLED,
         row["quantile"],
         np.array(row["tokens"], dtype=np.int32),
-        activations,
+        np.array(row["active"], dtype=np.int32),
+        np.array(row["activations"], dtype=np.float32),
         row["peak"],
         row["position"],
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -265,3 +266,22 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path):
     atomic_folder(out, lambda folder: (folder / "c").write_text("3"))
     assert [p.name for p in tmp_path.iterdir()] == ["report"]
     assert [p.name for p in out.iterdir()] == ["c"]
+
+
+def test_a_folder_that_cannot_be_replaced_stands(tmp_path, monkeypatch):
+    """Also where the earlier one has made way already."""
+    out = tmp_path / "report"
+    atomic_folder(out, lambda folder: (folder / "a").write_text("1"))
+    replace, moved = os.replace, []
+
+    def refusing(source, target):
+        moved.append(source)
+        if len(moved) == 2:
+            raise PermissionError("not here")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    with pytest.raises(PermissionError, match="not here"):
+        atomic_folder(out, lambda folder: (folder / "b").write_text("2"))
+    assert [p.name for p in tmp_path.iterdir()] == ["report"]
+    assert [p.name for p in out.iterdir()] == ["a"]

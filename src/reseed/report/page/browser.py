@@ -222,9 +222,8 @@ def _packed(found: LatentContexts) -> dict[str, Any]:
 def _packed_context(context: Context) -> list[Any]:
     """[quantile or null, place of the peak, position in the text, ids, activations]; of these those
     that are not 0, as place, value, place, …"""
-    active = np.flatnonzero(context.activations).tolist()
-    values = context.activations[active].tolist()
-    flat = [part for at, value in zip(active, values, strict=True) for part in (at, _short(value))]
+    pairs = zip(context.active.tolist(), context.values.tolist(), strict=True)
+    flat = [part for at, value in pairs for part in (at, _short(value))]
     quantile = None if context.quantile is None else _short(context.quantile)
     return [quantile, int(context.peak), int(context.position), context.tokens.tolist(), flat]
 

@@ -8,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from reseed.compare.measures import DENSE
 from reseed.console import counted
 from reseed.report.axes import Cell, label
 from reseed.report.wording import NOT_SHARED, OFF_TARGET, notes, number, paired
 from reseed.runs import Run
 
 LEAST_SEEDS = 3
-DEAD = 0.1
-DENSE_FIRING = 0.1
-"""A latent that fires on more than this part of the tokens is dense."""
-DENSE = 0.05
+MANY_DEAD = 0.1
+MANY_DENSE = 0.05
 STILL_FALLING = 0.02
 PART = 10
 """The last of so many equal parts of training is held against the one before."""
@@ -39,11 +38,13 @@ def warnings(
         *_few(cells),
         *_noted(cells),
         *_not_converged({run.id: run.path for run in runs if run.finished}),
-        *_many("dead latents", "did not fire at the end of training", DEAD, dead_fraction(cells)),
+        *_many(
+            "dead latents", "did not fire at the end of training", MANY_DEAD, dead_fraction(cells)
+        ),
         *_many(
             "dense latents",
-            f"fire on more than {DENSE_FIRING:.0%} of the held-out tokens",
-            DENSE,
+            f"fire on more than {DENSE:.0%} of the held-out tokens",
+            MANY_DENSE,
             dense_fraction(cells),
         ),
     ]
@@ -82,7 +83,7 @@ def dense_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
         if cell.held_out_tokens:
             tokens = cell.runs.set_index("run")["held_out_tokens"]
             seen = tokens.loc[cell.latents["run"].to_pylist()].to_numpy(dtype=np.float64)
-            dense = cell.latents["firing"].to_numpy() > DENSE_FIRING * seen
+            dense = cell.latents["firing"].to_numpy() > DENSE * seen
             found[label(cells, knobs)] = float(dense.mean())
     return found
 
