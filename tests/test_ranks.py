@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from reseed.sae.selection import select_in_batch
 from reseed.sae.shared_batch import batch_shared_by
 
 BATCH, D, F = 64, 12, 96
+LONGEST_S = 240.0
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "topk": {"k": 4},
     "topk+multi": {"type": "topk", "k": 3, "multi_topk": True},
@@ -43,6 +45,10 @@ def run_with(count: int, law: Callable[..., None], *given: Any) -> None:
 
 
 def _one(index: int, count: int, port: int, law: Callable[..., None], *given: Any) -> None:
+    # Who waits for ever has failed.
+    limit = threading.Timer(LONGEST_S, os._exit, (1,))
+    limit.daemon = True
+    limit.start()
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     from reseed.train.team import join, leave
