@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from reseed.cli.app import CommandLine
@@ -31,15 +31,24 @@ def meant_by(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
     known: dict[str, Run | Sweep] = {run.id: run for run in RunStore(runtime.outputs).runs()}
     sweeps = Path(runtime.sweeps).glob("*/manifest.jsonl")
     known |= {path.parent.name: Sweep(path.parent) for path in sorted(sweeps)}
-    found = [name for name in known if name.startswith(word)]
-    if len(found) == 1:
-        return known[found[0]]
-    if found:
-        raise ReseedError(f"{word} may be any of {', '.join(found)}: say more of the name")
+    if name := begun_by(word, known):
+        return known[name]
     raise ReseedError(
         f"there is no run, sweep or SAE {word}: no such folder, and nothing of that name in "
         f"{runtime.outputs}/ and {runtime.sweeps}/.{nearest(word, known)}"
     )
+
+
+def begun_by(word: str, names: Iterable[str]) -> str | None:
+    """The name that begins with a word; None where there is none.
+
+    Raises:
+        ReseedError: there are several.
+    """
+    found = [name for name in names if name.startswith(word)]
+    if len(found) > 1:
+        raise ReseedError(f"{word} may be any of {', '.join(found)}: say more of the name")
+    return found[0] if found else None
 
 
 def _has_sae(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from reseed.cli.cluster.queue import InQueue, QueueError, last_states, queue, there_is_slurm
 from reseed.cli.cluster.record import COLLECT, COMPARE, EVALUATE, TRAIN, Record, Submitted
+from reseed.cli.names import begun_by
 from reseed.runs import PROGRESS_FILE, Run
 from reseed.sweeps import Sweep
 
@@ -212,9 +213,6 @@ def find_sweep(word: str, root: Path) -> Sweep:
         if (folder / "manifest.jsonl").is_file():
             return Sweep(folder)
     names = sorted(p.parent.name for p in root.glob("*/manifest.jsonl"))
-    found = [name for name in names if name.startswith(word)]
-    if len(found) == 1:
-        return Sweep(root / found[0])
-    if found:
-        raise ReseedError(f"{word} may be any of {', '.join(found)}: say more of the name")
+    if name := begun_by(word, names):
+        return Sweep(root / name)
     raise ReseedError(f"there is no sweep {word} in {root}/.{nearest(word, names)}")
