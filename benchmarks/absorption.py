@@ -1,16 +1,16 @@
-"""CPU seconds for the absorption of one SAE, once words and probes are there: reseed and sae-bench.
+"""CPU seconds for the absorption of one SAE, given words and probes: reseed and sae-bench.
 
     python benchmarks/absorption.py --words 4000 --latents 4096 --d-in 512
 
 Both get the same SAE (TopK, random weights), activations of words and probe. reseed runs its whole
-measure. Of sae-bench its own functions run, each as often as ``--encodes`` says, and count as often
-as it calls them: with its defaults it encodes all training words in each of 50 epochs of its L1
-probe, and again for each of 10 values of k and 26 letters. Its last stage, new prompts through the
-whole language model, is left out, which is in its favour.
+measure. sae-bench's own functions run ``--encodes`` times each, scaled to the number of calls in
+sae-bench: by default it encodes all training words in each of 50 epochs of its L1 probe, and again
+for each of 10 values of k and 26 letters. Its last stage, new prompts through the whole language
+model, is left out, which favours sae-bench.
 
-sae-bench pins an old numpy; its functions run without its dependencies' versions:
+sae-bench pins an old numpy, but its functions run with newer versions of its dependencies:
 ``pip install --no-deps sae-bench==0.6.0 sae-lens 'transformer-lens<3' scikit-learn`` and what they
-import. Without it only reseed's seconds are shown.
+import. Without sae-bench only reseed's seconds are shown.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from reseed.sae.topk import TopKConfig
 
 LETTERS = 26
 EPOCHS, VALUES_OF_K = 50, 10
-"""Of sae-bench: an encoding of all training words for each epoch, and each k of each letter."""
+"""sae-bench encodes all training words in each epoch, and for each k and letter."""
 LOOPED = 96
-"""Test words over which its loop in Python is timed."""
+"""Test words over which sae-bench's Python loop is timed."""
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, default in (("words", 32_000), ("latents", 16_384), ("d-in", 2_304), ("k", 64)):
         arguments.add_argument(f"--{name}", type=int, default=default)
-    arguments.add_argument("--encodes", type=int, default=1, help="of sae-bench that are timed")
+    arguments.add_argument("--encodes", type=int, default=1, help="timed encodings of sae-bench")
     arguments.add_argument("--threads", type=int, default=1)
     given = arguments.parse_args()
     torch.set_num_threads(given.threads)
@@ -55,7 +55,7 @@ def main() -> None:
     sae = config.build(given.d_in, torch.Generator().manual_seed(0))
     measure, every = AbsorptionConfig(prompt_seeds=(0,)), range(LETTERS)
     alone = seconds(lambda: measure.measured(sae, [probed], every, null=False))
-    print(f"reseed: {alone:.1f} s a SAE", flush=True)
+    print(f"reseed: {alone:.1f} s per SAE", flush=True)
     with_null = seconds(lambda: measure.measured(sae, [probed], every))
     print(f"reseed, with the null of permuted letters: {with_null:.1f} s", flush=True)
     try:
@@ -66,19 +66,19 @@ def main() -> None:
     for name, value in stages.items():
         print(f"  sae-bench, {name}: {value:,.1f} s")
     total = sum(stages.values())
-    print(f"sae-bench: {total:,.0f} s a SAE; reseed is {total / alone:.1f}× as fast")
-    print(f"with the null, which sae-bench has not: {total / with_null:.1f}×")
+    print(f"sae-bench: {total:,.0f} s per SAE; reseed is {total / alone:.1f}× as fast")
+    print(f"with the null, which sae-bench lacks: {total / with_null:.1f}×")
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Of CPU time, which does not depend on what else is running."""
+    """Return the CPU seconds of a call, which do not depend on other processes."""
     started = time.process_time()
     call()
     return time.process_time() - started
 
 
 def made_up(n: int, d_in: int) -> Probed:
-    """Words of Zipf-like numbers for each letter, activations with a direction of each letter."""
+    """Make words with Zipf-like counts per letter; each letter has a direction of activations."""
     random = torch.Generator().manual_seed(1)
     share = 1 / torch.arange(1, LETTERS + 1) ** 0.7
     labels = torch.multinomial(share, n, replacement=True, generator=random)
@@ -99,7 +99,7 @@ def made_up(n: int, d_in: int) -> Probed:
 
 
 class AsSaeBench(torch.nn.Module):
-    """What sae-bench asks of an SAE."""
+    """SAE with the interface that sae-bench requires."""
 
     def __init__(self, sae: SAE) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class AsSaeBench(torch.nn.Module):
 
 
 def sae_bench_stages(sae: SAE, probed: Probed, encodes: int) -> dict[str, float]:
-    """Seconds of each stage of sae-bench at its defaults."""
+    """Measure the seconds of each stage of sae-bench with its defaults."""
     from sae_bench.evals.absorption import k_sparse_probing as peer
     from sae_bench.evals.absorption.probing import LinearProbe
     from sklearn.linear_model import LogisticRegression

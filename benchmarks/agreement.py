@@ -1,16 +1,16 @@
-"""Whether reseed and a peer do the same work: loss, gradients and weights from the same start.
+"""Check that reseed and a peer do the same work: loss, gradients and weights from the same start.
 
-For each peer reseed is set up as its `Matched` says, the peer gets reseed's weights, and then
+For each peer, reseed is configured by its `Matched`, and the peer gets reseed's weights. Then
 
-1. the loss of a batch and its gradient for every parameter have to be equal, but for a factor;
-2. so have the weights after eight steps of each library's own training.
+1. the loss of a batch and its gradient for every parameter have to be equal, up to a factor;
+2. the weights after eight steps of each library's own training have to be equal.
 
-Where a peer's formulation differs by design (`Matched` has the reason), the gradients that it
-changes are left out of the first comparison, and the second is shown but not demanded.
+If a peer's formulation differs by design (`Matched` has the reason), the gradients concerned are
+left out of the first comparison, and the second is shown but not required.
 
-Adam's first steps have the full size whatever the gradient's: where one of the 25 million gradients
-cancels to nothing but rounding, or the k-th latent and the next are equal to the last bits, two
-sums in another order move a weight apart by up to a step. So a few rows may differ.
+Adam's first steps have full size whatever the size of the gradient. If one of the 25 million
+gradients is only rounding error, or the k-th latent and the next are equal to the last bits, then
+summing in another order moves a weight by up to a step. So a few rows may differ.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from contenders.ours import Reseed, ReseedClipped
 
 STEPS = 8
 SAME_ROW = 1e-5
-"""Relative difference of a row of weights that counts as none."""
+"""Relative difference up to which a row of weights counts as equal."""
 AGREEING_ROWS = 0.99
 SAME_IN_ALL = 1e-4
 SAME_GRADIENT = 1e-4
-"""Relative difference of a loss, and of a gradient as a whole, that counts as none."""
+"""Relative difference up to which a loss, or a whole gradient, counts as equal."""
 
 
 def compare(
     architecture: str, name: str, size: tuple[int, int], batches: list[Any]
 ) -> dict[str, Any]:
-    """How far one peer is from reseed. Ends the program where they should agree and do not."""
+    """Measure how far one peer is from reseed.
+
+    Raises:
+        SystemExit: they differ where they should agree.
+    """
     peer = ARCHITECTURES[architecture][name](architecture, *size)
     matched = peer.matched(*size)
     ours = ReseedClipped(architecture, *size, matched.sae, matched.optimizer)
@@ -50,7 +54,7 @@ def compare(
 
 
 def _start(ours: Reseed, peer: Contender, matched: Matched, x: Any) -> dict[str, Any]:
-    """Relative differences of the first loss and its gradients."""
+    """Return the relative differences of the first loss and its gradients."""
     loss, gradients = ours.gradients(x)
     expected_loss, expected = peer.gradients(x)
     assert set(gradients) == set(expected), (set(gradients), set(expected))
@@ -67,11 +71,11 @@ def _start(ours: Reseed, peer: Contender, matched: Matched, x: Any) -> dict[str,
 
 
 def _weights(ours: Reseed, peer: Contender, matched: Matched) -> dict[str, float]:
-    """Relative difference of all weights, and the share of rows of which it is next to none."""
+    """Return the relative difference of all weights, and the fraction of rows that are equal."""
     expected = peer.weights()
     rows, total = [], []
     for name, tensor in ours.weights().items():
-        if name == "log_threshold":  # peers keep θ itself
+        if name == "log_threshold":  # peers store θ itself
             tensor = tensor.exp()
         difference = tensor - expected[name]
         total.append(float(difference.norm() / expected[name].norm()))
@@ -89,20 +93,21 @@ def _check(architecture: str, name: str, result: dict[str, Any]) -> None:
     }
     if far or not result["loss"] <= SAME_GRADIENT:
         raise SystemExit(
-            f"{architecture}: not one work: at the same weights the loss differs from {name}'s by "
-            f"{result['loss']:.0e}, gradients by {far}"
+            f"{architecture}: not the same work: at the same weights the loss differs from "
+            f"{name}'s by {result['loss']:.0e}, gradients by {far}"
         )
     if result["differs"] or result["diverges"]:
         return
     if not (result["rows"] >= AGREEING_ROWS and result["weights"] <= SAME_IN_ALL):
         raise SystemExit(
-            f"{architecture}: not one work: after {STEPS} steps {result['rows']:.2%} of the rows "
-            f"are {name}'s within {SAME_ROW:.0e}, all together within {result['weights']:.0e}"
+            f"{architecture}: not the same work: after {STEPS} steps {result['rows']:.2%} of the "
+            f"rows agree with {name}'s within {SAME_ROW:.0e}, all weights within "
+            f"{result['weights']:.0e}"
         )
 
 
 def told(name: str, result: dict[str, Any]) -> str:
-    """A result in words."""
+    """Describe a result in words."""
     differs, gradients = result["differs"], result["gradients"]
     furthest = max(value for key, value in gradients.items() if key not in differs)
     lines = [

@@ -1,15 +1,15 @@
-"""Contexts of a wide SAE against the pass that encodes the same activations: time and memory.
+"""Time and memory of gathering the contexts of a wide SAE, relative to encoding.
 
     python benchmarks/contexts.py
     python benchmarks/contexts.py --device cuda --d-in 4096
 
-1. Blocks of activations are encoded alone, then with contexts gathered, in turns. The first blocks
-   cost most: nearly every firing is kept.
-2. So many firings as 10 million tokens have go through what is kept, drawn instead of encoded, as
-   often by latent as in 1: seconds, and resident memory on the way, which must not grow.
-3. What comes once, at the end: neighbours and lens (of some rows, scaled up) and the files.
+1. Blocks of activations are encoded without and with gathering of contexts, in turns. The first
+   blocks cost most, because nearly every firing is stored.
+2. As many firings as 10 million tokens have are counted. They are drawn, not encoded, with the
+   firing rates of the latents in 1. Measured are seconds, and resident memory, which must not grow.
+3. The final stage, once per SAE: neighbours and lens (of some rows, scaled up) and the files.
 
-All of it together over the encoding of 10 million tokens is the ratio.
+The result is the ratio of the total to the encoding of 10 million tokens.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from reseed.sae.selection import select
 from reseed.sae.topk import TopKConfig
 
 CONTEXT, BLOCK = 256, 4_096
-"""Tokens of a sequence, and of a block: what the evaluation takes at once."""
+"""Tokens of a sequence, and of a block, which the evaluation processes at once."""
 SETTINGS = ContextsConfig()
 SAMPLE = 2_048
-"""Rows of which neighbours and lens are measured."""
+"""Rows for which neighbours and lens are timed."""
 PATTERNS = 16
-"""Blocks of drawn firings, used in turn with other activations: to draw them takes longest."""
+"""Blocks of drawn firings, reused with new activations because drawing them takes longest."""
 
 
 @dataclass(frozen=True)
 class Spent:
-    """Seconds by the clock, and of CPU."""
+    """Seconds of wall and of CPU time."""
 
     wall: float
     cpu: float
@@ -74,8 +74,10 @@ def median(each: list[Spent]) -> Spent:
 
 @torch.no_grad()
 def made_up(architecture: str, d_in: int, num_latents: int, k: int, device: torch.device) -> SAE:
-    """An SAE with random rows, about k active per token, whose latents differ in how often they
-    fire by orders."""
+    """Make an SAE with random rows and about k active latents per token.
+
+    The firing rates of the latents span orders of magnitude.
+    """
     generator = torch.Generator().manual_seed(0)
     config = {
         "topk": TopKConfig(num_latents=num_latents, k=k),
@@ -99,13 +101,13 @@ def gathering_of(sae: SAE) -> Gathering:
 
 @torch.inference_mode()
 def blocks(sae: SAE, gathering: Gathering, count: int) -> tuple[list[Spent], list[Spent]]:
-    """Of each block the encoding alone, and with contexts."""
+    """Time each block encoded alone, and with contexts gathered."""
     generator = torch.Generator().manual_seed(1)
     kept = torch.ones(BLOCK // CONTEXT, CONTEXT, dtype=torch.bool)
     kept[:, 0] = False
     alone, gathered = [], []
     device = sae.W_dec.device
-    for i in range(-1, count):  # the first one compiles
+    for i in range(-1, count):  # the first block compiles and is not counted
         x = torch.randn(*kept.shape, sae.d_in, generator=generator).to(device)
         rows = x[kept.to(device)]
         target = gathering if i >= 0 else gathering_of(sae)
@@ -118,14 +120,14 @@ def blocks(sae: SAE, gathering: Gathering, count: int) -> tuple[list[Spent], lis
 
 
 def drawn(density: torch.Tensor, k: int, generator: torch.Generator) -> Firings:
-    """Firings of a block, each latent as often as it fires."""
+    """Draw the firings of a block, each latent with its firing rate."""
     latent = torch.multinomial(density, BLOCK * k, replacement=True, generator=generator)
     key = (latent * BLOCK + torch.arange(BLOCK).repeat_interleave(k)).unique()
     return Firings(key // BLOCK, key % BLOCK, torch.rand(len(key)), 0, CONTEXT)
 
 
 def at(firings: Firings, block: int, generator: torch.Generator, device: torch.device) -> Firings:
-    """The same with other activations, in another block."""
+    """Return the same firings with new activations, in another block."""
     value = torch.rand(len(firings.value), generator=generator).clamp(min=1e-6)
     each = (firings.latent, firings.place, value)
     return Firings(*(part.to(device) for part in each), block * BLOCK, CONTEXT)
@@ -133,7 +135,7 @@ def at(firings: Firings, block: int, generator: torch.Generator, device: torch.d
 
 @torch.inference_mode()
 def passing(gathering: Gathering, k: int, tokens: int, begin: int) -> tuple[Spent, list[str]]:
-    """Firings of further tokens: what counting them takes, and memory on the way."""
+    """Count the firings of further tokens; return the time, and lines with memory on the way."""
     generator = torch.Generator().manual_seed(2)
     density = gathering.firing.cpu().double() + 0.01
     device = gathering.firing.device
@@ -151,7 +153,7 @@ def passing(gathering: Gathering, k: int, tokens: int, begin: int) -> tuple[Spen
 
 
 def at_the_end(sae: SAE, gathering: Gathering, vocabulary: int) -> dict[str, Spent]:
-    """What comes once for an SAE."""
+    """Time the final stage, which runs once per SAE."""
     device, rows = sae.W_dec.device, sae.W_dec.detach()
     unit = rows / rows.norm(dim=1, keepdim=True)
     share = len(rows) / SAMPLE
@@ -185,7 +187,7 @@ def main() -> None:
     parser.add_argument("--latents", type=int, default=131_072)
     parser.add_argument("--d-in", type=int, default=768)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=3, help="that are encoded")
+    parser.add_argument("--blocks", type=int, default=3, help="number of blocks to encode")
     parser.add_argument("--tokens", type=int, default=10_000_000)
     parser.add_argument("--vocabulary", type=int, default=50_304)
     options = parser.parse_args()

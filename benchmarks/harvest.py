@@ -1,24 +1,24 @@
-"""Activations as training gets them, against the bare model that gives them.
+"""Speed of harvesting activations, against the bare model.
 
     python benchmarks/harvest.py [--models embedded FOLDER/stories260K ...] [--threads 1] [--quick]
-    python benchmarks/harvest.py --training      # the next chunk computed ahead, or not
+    python benchmarks/harvest.py --training      # with and without computing the next chunk ahead
 
-- bare: a tight loop over token tensors that lie ready, whole batches of as many sequences as the
-  model's option `batch_sequences` says, in inference mode, ended at the hookpoint by the same kind
-  of early stop. Nothing is kept.
-- reseed: `ChunkStream.chunk`, the whole path: documents in their order, packed, read by the model,
-  gathered, first positions and special tokens left out, dealt and permuted.
+- bare: a tight loop over prepared token tensors, in whole batches of `batch_sequences` (the model's
+  option) sequences, in inference mode, stopped at the hookpoint by the same kind of early stop.
+  Nothing is stored.
+- reseed: `ChunkStream.chunk`, the whole path: documents are ordered, packed and read by the model;
+  activations are gathered without first positions and special tokens, dealt and permuted.
 - reseed, cached: the same chunks from `runtime.activation_cache`, checksums included. The files are
-  in the system's memory, as after a first run.
+  in the page cache, as after a first run.
 
-All in one process at one number of threads, taking turns; a turn is one chunk of 65,536
-activations, and the medians over the rounds count. Speeds are in activations that an SAE would see,
-so that the bare model is not credited with positions that nobody wants. What comes from the cache
-has to equal what was computed. Peak memory is in a process of its own for each, above what is
-resident once the model is loaded and has run.
+All take turns in one process with one number of threads. A turn is one chunk of 65,536 activations;
+medians over the rounds are reported. Speeds count the activations that an SAE would see, so the
+bare model gets no credit for positions that are left out. Cached chunks have to equal computed
+ones. Peak memory is measured for each in a separate process, above the resident memory after the
+model is loaded and has run.
 
-`--training` trains a TopK SAE (batches of 4,096, k = 32) on the same stream, with the next chunk
-computed ahead by a thread and without, taking turns too.
+`--training` trains a TopK SAE (batches of 4,096, k = 32) on the same stream, in turns with and
+without a thread that computes the next chunk ahead.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ import measuring
 WARM_UP = 1
 CONTENDERS = ("bare", "reseed", "reseed, cached")
 CACHED_CHUNKS = 2
-"""Chunks that are kept and read in turn."""
+"""Cached chunks, read in turn."""
 TRAINED_CHUNKS = 4
 CACHE = Path(tempfile.gettempdir()) / "reseed-benchmarks"
 
 
 class Harvest:
-    """One model at one layer, and what gives its activations in three ways."""
+    """One model at one layer, with three ways to get its activations."""
 
     def __init__(self, model: str, layer: int, folder: str) -> None:
         import torch
@@ -74,17 +74,17 @@ class Harvest:
         self.kept = cached.stream([self.hook])
 
     def check(self) -> None:
-        """Fill the cache; what comes back has to be what was computed."""
+        """Fill the cache, and check that cached chunks equal computed ones."""
         import torch
 
         for read in ("computed", "from the disk"):
             for c in range(CACHED_CHUNKS):
                 found, own = self.kept.chunk(c)[self.hook], self.stream.chunk(c)[self.hook]
                 if not torch.equal(found, own):
-                    raise SystemExit(f"chunk {c}, {read}, is not the chunk")
+                    raise SystemExit(f"chunk {c}, {read}, differs from the stream's chunk")
 
     def turns(self, name: str) -> Callable[[], object]:
-        """A function whose every call makes about a chunk of activations."""
+        """Return a function that makes about a chunk of activations per call."""
         if name == "bare":
             return self._bare()
         stream, numbers = self.stream, count()
@@ -94,7 +94,7 @@ class Harvest:
 
     @property
     def bare_tokens(self) -> int:
-        """Activations that an SAE would see of one turn of the bare model."""
+        """Activations per turn of the bare model that an SAE would see."""
         length, rows = self.stream.config.context_length, self.source.model.batch_sequences
         return self.tokens // (length * rows) * (length - 1) * rows
 
@@ -127,7 +127,7 @@ class Harvest:
 
 
 def worker(task: dict[str, Any]) -> None:
-    """Do one measurement in this process; its result is the last line printed."""
+    """Run one measurement in this process and print its result as the last line."""
     import torch
 
     torch.set_num_threads(task["threads"])
@@ -138,7 +138,7 @@ def worker(task: dict[str, Any]) -> None:
 
 
 def measure_time(harvest: Harvest, task: dict[str, Any]) -> dict[str, Any]:
-    """Nanoseconds of wall and of CPU per activation, taking turns."""
+    """Measure nanoseconds of wall and of CPU time per activation, taking turns."""
     harvest.check()
     turns = {name: harvest.turns(name) for name in CONTENDERS}
     tokens = dict.fromkeys(CONTENDERS, harvest.tokens) | {"bare": harvest.bare_tokens}
@@ -146,7 +146,7 @@ def measure_time(harvest: Harvest, task: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_memory(harvest: Harvest, task: dict[str, Any]) -> int:
-    """Peak bytes above what is there once the model has run."""
+    """Measure the peak bytes above the resident memory after the model has run."""
     if task["name"] == "reseed, cached":
         harvest.check()
     harvest.turns("bare")()
@@ -160,7 +160,7 @@ def measure_memory(harvest: Harvest, task: dict[str, Any]) -> int:
         with harvest.stream.prefetching([(1000, harvest.tokens)], True):
             for _ in range(3):
                 turn()
-                time.sleep(2)  # for the next one to come far
+                time.sleep(2)  # lets the thread advance with the next chunk
     else:
         for _ in range(3):
             turn()
@@ -168,7 +168,7 @@ def measure_memory(harvest: Harvest, task: dict[str, Any]) -> int:
 
 
 def measure_training(harvest: Harvest, task: dict[str, Any]) -> dict[str, Any]:
-    """Nanoseconds per activation of training, with the next chunk computed ahead or not."""
+    """Measure nanoseconds per activation of training, with and without computing chunks ahead."""
     from contenders import ARCHITECTURES
     from contenders.base import BATCH
 
@@ -194,7 +194,7 @@ def measure_training(harvest: Harvest, task: dict[str, Any]) -> dict[str, Any]:
 def taking_turns(
     turns: dict[str, Callable[[], object]], tokens: dict[str, int], rounds: int
 ) -> dict[str, Any]:
-    """Medians of the nanoseconds per token of each."""
+    """Return the median nanoseconds per token of each contender."""
     wall: dict[str, list[float]] = {name: [] for name in turns}
     cpu: dict[str, list[float]] = {name: [] for name in turns}
     for number in range(-WARM_UP, rounds):
@@ -224,7 +224,7 @@ def in_process(task: dict[str, Any]) -> Any:
 
 
 def show(title: str, measured: dict[str, Any], memory: dict[str, int], beside: str) -> None:
-    """One table; ratios are speeds over that of ``beside``."""
+    """Print one table; ratios are speeds over that of ``beside``."""
     print(f"\n{title}")
     print(
         f"{'':20}{'tokens/s':>11}{'of ' + beside:>22}{'by CPU time':>13}{'CPU ns/token':>14}"
@@ -241,7 +241,7 @@ def show(title: str, measured: dict[str, Any], memory: dict[str, int], beside: s
 
 
 def layers(model: str) -> list[int]:
-    """The middle one and the last."""
+    """Return the middle and the last layer."""
     from reseed.activations.language_model import EmbeddedModelConfig, PathModelConfig
 
     config = EmbeddedModelConfig() if model == "embedded" else PathModelConfig(path=model)
@@ -250,14 +250,14 @@ def layers(model: str) -> list[int]:
 
 
 def default_models() -> list[str]:
-    """The embedded one, and those of RESEED_TEST_DATA."""
+    """Return the embedded model and those of RESEED_TEST_DATA."""
     data = os.environ.get("RESEED_TEST_DATA")
     found = sorted(Path(data).glob("models/*/config.json")) if data else []
     return ["embedded", *(str(path.parent) for path in found)]
 
 
 def measure(model: str, layer: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one model at one layer."""
+    """Run all measurements of one model at one layer."""
     task = {
         "model": model, "layer": layer, "threads": options.threads, "rounds": options.rounds,
         "latents": options.latents,
@@ -278,13 +278,15 @@ def measure(model: str, layer: int, options: argparse.Namespace) -> dict[str, An
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", help="embedded, or folders beside a folder text/")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch")
-    parser.add_argument("--rounds", type=int, default=7, help="timed turns of each")
-    parser.add_argument("--training", action="store_true", help="chunks ahead of training, or not")
-    parser.add_argument("--latents", type=int, default=1_024, help="of --training")
-    parser.add_argument("--quick", action="store_true", help="a smoke run: one layer, 2 rounds")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
+    parser.add_argument(
+        "--models", nargs="+", help="embedded, or model folders (text in ../../text)"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of torch")
+    parser.add_argument("--rounds", type=int, default=7, help="timed turns per contender")
+    parser.add_argument("--training", action="store_true", help="measure training instead")
+    parser.add_argument("--latents", type=int, default=1_024, help="latents for --training")
+    parser.add_argument("--quick", action="store_true", help="smoke run: one layer, 2 rounds")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     CACHE.mkdir(exist_ok=True)

@@ -1,21 +1,21 @@
-"""Exact matching of two dictionaries: reseed beside scipy's dense solver and its own floor.
+"""Exact matching of two dictionaries: reseed against scipy's dense solver and a lower bound.
 
     python benchmarks/matching.py                                  # up to 16,384 × 768, scipy too
-    python benchmarks/matching.py --sizes 131072x768 131072x4096   # what scipy cannot do
+    python benchmarks/matching.py --sizes 131072x768 131072x4096   # too large for scipy
     python benchmarks/matching.py --runs outputs/a outputs/b      # two runs: encoders, decoders
-    python benchmarks/matching.py --kinds tight --sizes 3000x64    # where scipy is the quicker one
+    python benchmarks/matching.py --kinds tight --sizes 3000x64    # a case where scipy is faster
 
-The floor is one pass of products in bfloat16 over all pairs, timed on some tiles in the same
-process: whoever looks at every pair pays that. Every measurement has a process of its own, so that
-its peak memory is its own; it holds the rows, the product and everything else of the process.
+The lower bound ("floor") is one pass of bfloat16 products over all pairs, extrapolated from some
+tiles timed in the same process; every method that reads all pairs needs it. Every measurement runs
+in a separate process. Its peak memory includes the rows, the products and the rest of the process.
 
-Kinds of data, all of rows in no order:
-    half      half of the latents have a like on the other side (cosines .4 to .99), the others lie
-              around common centres, a dozen around each
+Kinds of data, with rows in random order:
+    half      half of the latents have a counterpart on the other side (cosines .4 to .99), the
+              others lie around common centres, a dozen around each
     split     the same with forty around each centre, and nearer to it: heavy splitting
     random    nothing in common
-    tight     (only if asked for) two clusters of nearly equal rows, noise 1e-6, of which one side
-              has two thirds and one third, the other one third and two thirds
+    tight     (only on request) two clusters of nearly equal rows, noise 1e-6; one side has two
+              thirds and one third of its rows in them, the other one third and two thirds
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KINDS = ("half", "split", "random", "tight")
 def dictionaries(
     kind: str, n: int, d_in: int, seed: int = 0
 ) -> tuple[Float[np.ndarray, "n d_in"], Float[np.ndarray, "n d_in"]]:
-    """Two dictionaries of one kind, float32."""
+    """Make two dictionaries of one kind, float32."""
     rng = np.random.default_rng(seed)
 
     def normal(rows: int) -> Float[np.ndarray, "rows d_in"]:
@@ -70,7 +70,7 @@ def dictionaries(
 
 
 def floor(n: int, m: int, d_in: int, tiles: int = 8) -> float:
-    """Seconds of one pass of bfloat16 products over all pairs, from some tiles of it."""
+    """Estimate the seconds of one pass of bfloat16 products over all pairs, from some tiles."""
     left, right = (torch.randn(rows, d_in).to(torch.bfloat16) for rows in (2048, 4096))
     times = []
     with torch.inference_mode():
@@ -82,7 +82,7 @@ def floor(n: int, m: int, d_in: int, tiles: int = 8) -> float:
 
 
 def measure(a: np.ndarray, b: np.ndarray, threads: int, device: str) -> dict[str, Any]:
-    """One matching, with its cost."""
+    """Run one matching and measure its cost."""
     torch.set_num_threads(threads)
     some = dictionaries("random", 2048, a.shape[1])
     match(*(rows.astype(a.dtype) for rows in some), device=device)  # compiles
@@ -104,7 +104,7 @@ def measure(a: np.ndarray, b: np.ndarray, threads: int, device: str) -> dict[str
 
 
 def by_scipy(a: np.ndarray, b: np.ndarray, threads: int) -> dict[str, Any]:
-    """The dense matrix and scipy's solver of it."""
+    """Run scipy's solver on the dense matrix and measure its cost."""
     from scipy.optimize import linear_sum_assignment
 
     torch.set_num_threads(threads)
@@ -138,7 +138,7 @@ def in_own_process(task: str, source: Any, threads: int, device: str) -> dict[st
     try:
         return ours.recv()
     except EOFError:
-        raise SystemExit(f"{task} did not end: {source}") from None
+        raise SystemExit(f"the process of {task} ended without a result: {source}") from None
     finally:
         process.join()
 
@@ -159,12 +159,12 @@ def report(name: str, ours: dict[str, Any], dense: dict[str, Any] | None) -> Non
             f"(CPU {dense['cpu'] / ours['cpu']:.1f}×), "
             f"sums differ by {off:.1e}"
         )
-        assert off < 1e-9 * max(1.0, ours["sum"]), "the optimum of scipy is another one"
+        assert off < 1e-9 * max(1.0, ours["sum"]), "the sum differs from scipy's optimum"
     print(line, flush=True)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time against the number of latents, a line for each kind of data and d_in."""
+    """Plot time against the number of latents, a line for each kind of data and d_in."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -192,12 +192,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["4096x768", "8192x768", "16384x768"])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS[:3]), choices=KINDS)
-    parser.add_argument("--scipy-up-to", type=int, default=16_384, help="latents; 0 for never")
+    parser.add_argument(
+        "--scipy-up-to", type=int, default=16_384, help="most latents for scipy; 0: never"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cpu", help="where the products are made")
-    parser.add_argument("--runs", nargs=2, type=Path, help="two run folders instead")
-    parser.add_argument("--figure", type=Path, help="draw time against size into this file")
-    parser.add_argument("--keep", type=Path, help="add the numbers to this file (json lines)")
+    parser.add_argument("--device", default="cpu", help="device of the products")
+    parser.add_argument("--runs", nargs=2, type=Path, help="match two runs (folders) instead")
+    parser.add_argument("--figure", type=Path, help="plot time against size into this file")
+    parser.add_argument("--keep", type=Path, help="append the numbers to this file (JSON lines)")
     options = parser.parse_args()
     print(f"{options.threads} threads, torch {torch.__version__}, products on {options.device}")
     sources: list[tuple[str, Any, int, int, str]] = []

@@ -1,4 +1,4 @@
-"""Time and memory of one training step of each contender. Run in a process of its own."""
+"""Time and memory of one training step of each contender, measured in a separate process."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from contenders.base import BATCH, scaled
 POOL = 4
 """Batches of activations, used in turn."""
 WARM_UP = 2
-"""Rounds before the first that counts."""
+"""Untimed rounds before the first timed one."""
 ACTIVE = 0.03
-"""Share of active latents at which JumpReLU is measured after training."""
+"""Fraction of active latents at which JumpReLU is measured after training."""
 
 
 def activations(architecture: str, d_in: int, count: int) -> list[Any]:
-    """Batches with something to learn: sparse sums of 4·D planted directions, and some noise."""
+    """Make batches with structure: sparse sums of 4·D planted directions, plus noise."""
     import torch
 
     generator = torch.Generator().manual_seed(1)
@@ -43,10 +43,10 @@ def activations(architecture: str, d_in: int, count: int) -> list[Any]:
 def measure_time(
     architecture: str, size: tuple[int, int], names: list[str], rounds: int, trained: int
 ) -> dict[str, Any]:
-    """Seconds of wall and of CPU per step of every contender, taking turns.
+    """Measure seconds of wall and of CPU time per step of every contender, taking turns.
 
     Args:
-        trained: steps that reseed makes before, and whose weights all contenders get.
+        trained: steps that reseed makes first; all contenders get the resulting weights.
     """
     contenders = {name: ARCHITECTURES[architecture][name](architecture, *size) for name in names}
     batches = activations(architecture, size[0], POOL)
@@ -71,9 +71,9 @@ def measure_time(
 
 
 def train_first(contenders: dict[str, Any], batches: list[Any], steps: int) -> None:
-    """Bring all contenders to where reseed is after some steps at a high rate.
+    """Give all contenders the weights of reseed after some steps at a high learning rate.
 
-    JumpReLU's thresholds, which move slowly, are put to where `ACTIVE` of the latents are active.
+    JumpReLU's thresholds, which move slowly, are set such that `ACTIVE` of the latents are active.
     """
     import torch
     from contenders.base import LEARNING_RATE
@@ -96,10 +96,10 @@ def train_first(contenders: dict[str, Any], batches: list[Any], steps: int) -> N
 
 
 def measure_memory(architecture: str, size: tuple[int, int], name: str) -> int:
-    """Peak bytes of a step beyond the parameters and Adam's moments."""
+    """Measure the peak bytes of a step beyond the parameters and Adam's moments."""
     batch = activations(architecture, size[0], 1)[0]
     contender = ARCHITECTURES[architecture][name](architecture, *size)
-    # A tiny SAE first, so that lazily loaded libraries are not counted.
+    # A step of a tiny SAE loads lazily loaded libraries, so that they are not counted.
     small = ARCHITECTURES[architecture][name](architecture, 8, 64)
     small.step(batch[:, :8].contiguous())
     _return_free_memory()
@@ -112,7 +112,7 @@ def measure_memory(architecture: str, size: tuple[int, int], name: str) -> int:
 
 
 def _return_free_memory() -> None:
-    """Give back what the preparation has freed, or a step would use it unseen."""
+    """Return freed memory to the system, because a step could reuse it without being counted."""
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # not glibc

@@ -1,13 +1,13 @@
-"""Does it pay to step SAEs of one shape together: one product x·[E₁; …; E_S]ᵀ, one stacked update?
+"""Gain of stacking SAEs of one shape: one product x·[E₁; …; E_S]ᵀ and one stacked update.
 
     python benchmarks/stacked.py
     python benchmarks/stacked.py --device cuda --saes 3,9,27
 
-The encoder's product and the step of Adam are what S SAEs of one shape could share; everything
-else of a step (choice, decoder, gradients) is a member's own. Both are timed as S calls and as one
-call on stacked tensors, in turns; medians of the rounds. A ratio above 1 says that stacking is
-faster. Besides it is checked whether the stacked product has the same bits, which training together
-and alone needs.
+S SAEs of one shape could share the encoder's product and the step of Adam; everything else in a
+step (selection, decoder, gradients) is separate. Both are timed as S calls and as one call on
+stacked tensors, in turns; medians over the rounds are reported. A ratio above 1 means that stacking
+is faster. The benchmark also checks that the stacked product has the same bits, which is necessary
+for runs trained in a group to equal runs trained alone.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from collections.abc import Callable
 import torch
 
 SHAPES = ((256, 128, 1_024), (4_096, 128, 1_024), (4_096, 128, 4_096), (1_024, 768, 16_384))
-"""Activations in a batch, d_in, latents: the `short` recipe's first."""
+"""Activations in a batch, d_in, latents. The first shape is that of the `short` recipe."""
 
 
 def seconds(what: Callable[[], object], device: torch.device, least: float = 0.1) -> float:
-    """Of one call, from as many as take about a tenth of a second."""
+    """Return the seconds of one call, averaged over about a tenth of a second."""
     calls, took = 0, 0.0
     started = time.perf_counter()
     while took < least:
@@ -52,7 +52,7 @@ def measure(shape: tuple[int, int, int], saes: int, device: torch.device, rounds
     ways: dict[str, Callable[[], object]] = {
         "product apart": lambda: [linear(x, W) for W in encoders],
         "product stacked": lambda: linear(x, stacked),
-        # Encoder and decoder of each, as two parameters or as one.
+        # Two parameters each, as for encoder and decoder.
         "update apart": adam([W.clone() for W in encoders for _ in range(2)]),
         "update stacked": adam([stacked.clone() for _ in range(2)]),
     }

@@ -1,27 +1,27 @@
-"""What a whole sweep costs: fused, as separate runs, and by eai-sparsify and sae-lens.
+"""Cost of a whole sweep: fused, as separate runs, and with eai-sparsify and sae-lens.
 
-    python benchmarks/sweep.py                          # the embedded model, stories260K if there
+    python benchmarks/sweep.py                  # embedded model, and stories260K if available
     python benchmarks/sweep.py --model FOLDER --text FILE --tokens 4194304
     python benchmarks/sweep.py --growth 1,2,4,8,16,32 --figure docs/sweep-growth.png
-    python benchmarks/sweep.py --dry                    # does it run? a minute or two
+    python benchmarks/sweep.py --dry            # smoke run of a minute or two
 
-12 SAEs: TopK and ReLU × 3 seeds × 2 layers, on the same tokens, at one width, k, batch size,
-context length and learning rate, in float32, with one number of threads:
+12 SAEs: TopK and ReLU × 3 seeds × 2 layers, on the same tokens, with the same width, k, batch size,
+context length, learning rate and number of threads, in float32:
 
 - reseed, fused: one command `reseed train -m …`;
 - reseed, separate: twelve commands `reseed train …`, each in a fresh process;
-- sae-lens: its runner of many SAEs, and its runner of one, twelve times in fresh processes;
+- sae-lens: its multi-SAE runner, and its single-SAE runner twelve times in fresh processes;
 - the TopK half: reseed's command for it, and eai-sparsify's one job (`layers` × `init_seeds`).
 
-Every measurement has a process of its own, so that peak memory is its own. Training lasts from the
-model's first pass to the end of the last step; start-up (imports, configuration, loading model and
-tokens) and what comes after it (reseed measures and writes its results; the peers are told not to)
-are shown apart. Text is tokenised before, once for all. Contenders take turns, medians over the
-rounds count. That the work is the same is checked by the FVU of all SAEs on the same held-out
-activations, by reseed's code.
+Every measurement runs in a separate process, which makes its peak memory measurable. Training lasts
+from the model's first pass to the end of the last step. Start-up (imports, configuration, loading
+of model and tokens) and the time after training (reseed measures and writes its results; for the
+peers this is turned off) are shown separately. Text is tokenised once for all, before the timing.
+Contenders take turns, and medians over the rounds are reported. reseed's code compares the FVU of
+all SAEs on the same held-out activations, to check that the work is the same.
 
-Then how a fused sweep of TopK SAEs of one layer grows with their number, against as many single
-runs, and against its parts: the bare model's pass once, and every SAE's steps, each timed alone.
+`--growth` measures a fused sweep of TopK SAEs of one layer by their number, against as many single
+runs and against its parts: one pass of the bare model, and every SAE's steps, each timed alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from sweeps.plan import CHUNK, Plan, Sae
 from sweeps.processes import Clock, FailedError, in_process
 
 REAL = ("models/stories260K", "text/tinystories_train.txt")
-"""In the folder RESEED_TEST_DATA: the second model, and its text."""
+"""Paths in the folder RESEED_TEST_DATA of the second model and its text."""
 PEERS = {
     "sparsify": peers.sparsify,
     "saelens_multi": peers.saelens_multi,
@@ -57,13 +57,13 @@ CONTENDERS = {
     "fused_topk": ("topk", "reseed, fused"),
     "sparsify": ("topk", "eai-sparsify, one job"),
 }
-"""By name: which SAEs, and what it is called in the table. The first of each is the yardstick."""
+"""Name → set of SAEs, name in the table. Ratios are relative to the first contender of each set."""
 ALONE = ("separate", "saelens_single")
-"""Those that train one SAE in a process."""
+"""Contenders that train one SAE per process."""
 
 
 def worker(task: dict[str, Any]) -> None:
-    """One measurement in this process."""
+    """Run one measurement in this process and write its result."""
     plan = Plan.of(task["plan"])
     folders = [Path(folder) for folder in task.get("folders", ())]
     if task["what"] == "prepare":
@@ -82,17 +82,17 @@ def worker(task: dict[str, Any]) -> None:
         else:
             weights = PEERS[task["what"]](plan, saes, clock)
         result = {**clock.phases(), **told}
-        parts.save(weights, folders[0], plan)  # a peer's; not part of what is measured
+        parts.save(weights, folders[0], plan)  # of a peer; not timed
     Path(task["result"]).write_text(json.dumps(result))
 
 
 def run(what: str, plan: Plan, **task: Any) -> Any:
-    """`worker` in a fresh process."""
+    """Run `worker` in a fresh process."""
     return in_process(__file__, {"what": what, "plan": plan.plain(), **task}, plan.threads)
 
 
 def train(contender: str, plan: Plan, saes: Sequence[Sae], folder: Path) -> dict[str, Any]:
-    """All the processes of a contender, one after the other: sums, and the highest peak."""
+    """Run all processes of a contender in sequence; return summed times and the highest peak."""
     ours.forget(folder)
     what = contender if contender in PEERS else "reseed"
     jobs = [[sae] for sae in saes] if contender in ALONE else [list(saes)]
@@ -111,7 +111,7 @@ def train(contender: str, plan: Plan, saes: Sequence[Sae], folder: Path) -> dict
 
 
 def median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-    """The median over rounds of every number."""
+    """Return the median over rounds of every number."""
     return {
         key: {unit: statistics.median(r[key][unit] for r in rounds) for unit in value}
         if isinstance(value, dict)
@@ -121,7 +121,7 @@ def median(rounds: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compare(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
-    """The sweep by everyone."""
+    """Run the sweep with every contender."""
     chosen = [name for name in CONTENDERS if name in options.contenders]
     saes = {
         name: [s for s in plan.saes if CONTENDERS[name][0] in ("all", s.architecture)]
@@ -132,7 +132,7 @@ def compare(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
         for name in list(rounds):
             try:
                 rounds[name].append(train(name, plan, saes[name], plan.folder(name)))
-            except FailedError as error:  # the others' hours shall not be lost
+            except FailedError as error:  # the results of the others must not be lost
                 print(f"{_called(name)} is left out: {error}", flush=True)
                 del rounds[name]
                 continue
@@ -151,7 +151,7 @@ def compare(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def floor(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
-    """The parts of a sweep alone: medians over the rounds."""
+    """Time the parts of a sweep alone; return medians over the rounds."""
     found = [
         {"model_pass": run("model_pass", plan)}
         | {a: run("sae_step", plan, architecture=a) for a in plan.architectures}
@@ -161,10 +161,10 @@ def floor(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def growth(plan: Plan, options: argparse.Namespace) -> dict[str, Any]:
-    """Fused sweeps of more and more TopK SAEs of the first layer, on fewer tokens."""
+    """Run fused sweeps of increasing numbers of TopK SAEs of the first layer, on fewer tokens."""
     tokens = min(options.growth_tokens, plan.tokens)
     small = replace(plan, tokens=tokens, layers=plan.layers[:1], architectures=("topk",))
-    counts = sorted({1, *options.growth})  # of one, to compare with
+    counts = sorted({1, *options.growth})  # 1 is the reference for single runs
     rounds: list[dict[str, Any]] = []
     for number in range(options.rounds):
         rounds.append({})
@@ -183,7 +183,7 @@ def _called(name: str) -> str:
 
 
 def plans(options: argparse.Namespace, work: Path) -> list[Plan]:
-    """A plan for each model."""
+    """Return a plan for each model."""
     data = os.environ.get("RESEED_TEST_DATA")
     real = [Path(data) / part for part in REAL] if data else []
     models = options.model or ["embedded", *([str(real[0])] if real and not options.dry else [])]
@@ -212,7 +212,7 @@ def plans(options: argparse.Namespace, work: Path) -> list[Plan]:
 
 
 def measure(plan: Plan, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Everything about one model: after each of its parts, what is known so far."""
+    """Run all measurements of one model; yield the results so far after each of them."""
     info = run("prepare", plan)
     result: dict[str, Any] = {"plan": plan.plain(), "label": plan.label, **info}
     print(f"\n{tables.title(result)}", flush=True)
@@ -227,7 +227,7 @@ def measure(plan: Plan, options: argparse.Namespace) -> Iterator[dict[str, Any]]
 
 
 def _chunks(text: str) -> int:
-    """A number of tokens, rounded down to whole chunks: reseed would read the rest of the last."""
+    """Round a number of tokens down to whole chunks, because reseed reads whole chunks."""
     if int(text) < CHUNK:
         raise argparse.ArgumentTypeError(f"must be at least {CHUNK:,}")
     return int(text) - int(text) % CHUNK
@@ -240,23 +240,23 @@ def _numbers(text: str) -> tuple[int, ...]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", nargs="+", help="embedded, or folders of transformers models")
-    parser.add_argument("--text", help="a file of plain text; embedded: docstrings if not given")
-    parser.add_argument("--layers", type=_numbers, default=(1, 2), help="such as 1,2")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
-    parser.add_argument("--tokens", type=_chunks, default=2**21, help="that each SAE sees")
+    parser.add_argument("--text", help="file of plain text; default for embedded: docstrings")
+    parser.add_argument("--layers", type=_numbers, default=(1, 2), help="for example 1,2")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds")
+    parser.add_argument("--tokens", type=_chunks, default=2**21, help="tokens that each SAE sees")
     parser.add_argument("--num-latents", type=int, default=4_096)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contender")
-    parser.add_argument("--rounds", type=int, default=1, help="medians over so many count")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for every contender")
+    parser.add_argument("--rounds", type=int, default=1, help="medians are over this many rounds")
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument("--growth", type=_numbers, default=(), help="numbers of SAEs: 1,2,4,8")
-    parser.add_argument("--growth-tokens", type=_chunks, default=2**19, help="ditto, of --growth")
-    parser.add_argument("--figure", type=Path, help="draw the growth into this file")
-    parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
-    parser.add_argument("--draw", type=Path, help="measure nothing; draw numbers of --json")
-    parser.add_argument("--work", type=Path, help="where results go; by default deleted afterwards")
     parser.add_argument(
-        "--dry", action="store_true", help="a smoke run: tiny, numbers mean nothing"
+        "--growth-tokens", type=_chunks, default=2**19, help="tokens per SAE for --growth"
     )
+    parser.add_argument("--figure", type=Path, help="plot the results of --growth into this file")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--draw", type=Path, help="only plot the numbers of this --json file")
+    parser.add_argument("--work", type=Path, help="folder for results; default: deleted at the end")
+    parser.add_argument("--dry", action="store_true", help="smoke run: too small for valid numbers")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.dry:
@@ -264,7 +264,7 @@ def arguments() -> argparse.Namespace:
         options.seeds, options.layers, options.rounds = 1, options.layers[:1], 1
         options.growth = options.growth or (1, 2)
     if options.figure and not (options.growth or options.draw):
-        parser.error("--figure draws what --growth measures")
+        parser.error("--figure needs --growth, or --draw with its numbers")
     return options
 
 

@@ -2,28 +2,28 @@
 
     python benchmarks/train_step.py [--architecture batch_topk|...|all] [--threads 2] [--quick]
 
-One step is forward, backward and update on a batch of 4,096 activations, float32, Adam with one
-learning rate, no AuxK, no warm-ups, each library by its own training step:
+One step is forward, backward and update on a batch of 4,096 activations in float32, with Adam at
+one learning rate, no AuxK and no warm-ups. Each library runs its own training step:
 
-- reseed: `SAE.training_loss`, `backward`, `SAEAdam.step`, as the product runs them;
-- sparsify (TopK only): `SparseCoder.forward` and what its `Trainer` does around it;
-- sae-lens: `SAETrainer.step`. It always clips gradients, and so does reseed here, but for TopK,
-  where the yardstick is sparsify's recipe. sae-lens does not hold decoder rows at norm 1, which
-  reseed does in these times but for ReLU, whose recipe leaves them free;
+- reseed: `SAE.training_loss`, `backward`, `SAEAdam.step`, as in training;
+- sparsify (TopK only): `SparseCoder.forward` and the rest of its `Trainer`'s loop body;
+- sae-lens: `SAETrainer.step`. It always clips gradients. So does reseed here, except for TopK,
+  which follows sparsify's recipe. sae-lens does not keep decoder rows at norm 1; reseed does in
+  these timings, except for ReLU, whose recipe does not normalise them;
 - dictionary_learning (all but TopK): `update` of its trainers.
 
-All contenders of an architecture run in one process at one number of threads, on the same
-activations, taking turns, and the median over the rounds counts. reseed is there as its training
-runs it, with compiled loops (numba), and without them ("plain"); beside BatchTopK is its own TopK.
-Before that, in another process,
-each peer gets reseed's weights: the same loss, gradients, and weights after eight steps have to
-come out, so that the time is of the same work (`agreement.py`, which also says where libraries
-differ by design). Peak memory is taken in a process of its own for each contender: resident memory
-above what parameters and Adam's two moments take. Everything is done twice: with malloc's defaults,
-and with its mmap and trim thresholds raised, which spares page faults on large matrices.
+All contenders of an architecture take turns in one process, with one number of threads and the same
+activations; medians over the rounds are reported. reseed runs with compiled loops (numba), as in
+training, and for TopK also without them ("plain"); BatchTopK is also compared with reseed's TopK.
+First, in another process, each peer gets reseed's weights and has to give the same loss, gradients,
+and weights after eight steps, so that the times are of the same work (`agreement.py`, which also
+lists the differences by design). Peak memory is measured in a separate process for each contender:
+resident memory above that of the parameters and Adam's two moments. Everything runs twice: with
+malloc's defaults, and with its mmap and trim thresholds raised, which saves page faults on large
+matrices.
 
-At the start half of the latents of ReLU, JumpReLU and Gated are active. With `--trained 300` reseed
-trains first, at ten times the rate, and all contenders get its weights.
+Initially half of the latents of ReLU, JumpReLU and Gated are active. With `--trained 300` reseed
+trains first, at ten times the learning rate, and all contenders get its weights.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ MALLOC = {
 
 
 def worker(task: dict[str, Any]) -> None:
-    """Do one measurement in this process; its result is the last line printed."""
+    """Run one measurement in this process and print its result as the last line."""
     import torch
 
     torch.set_num_threads(task["threads"])
@@ -83,7 +83,7 @@ def in_process(task: dict[str, Any], environment: dict[str, str]) -> Any:
 def measure(
     architecture: str, size: tuple[int, int], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Everything about one architecture at one size."""
+    """Run all measurements of one architecture at one size."""
     names = [name for name in installed(architecture) if name not in options.without]
     peers = [name for name in names if not name.startswith("reseed")]
     task = {"architecture": architecture, "size": size, "threads": options.threads}
@@ -107,7 +107,7 @@ def measure(
 
 
 def show(result: dict[str, Any], malloc: str) -> None:
-    """One table."""
+    """Print one table."""
     measured = result["malloc"][malloc]
     print(f"\n{_title(result)}, {result['threads']} threads, malloc: {malloc}")
     print(f"{measured['active']:.1%} of the latents are active")
@@ -126,7 +126,7 @@ def show(result: dict[str, Any], malloc: str) -> None:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A line per malloc: reseed against the better peer."""
+    """Return a line per malloc setting: reseed against the better peer."""
     lines = []
     for malloc, measured in result["malloc"].items():
         wall, cpu, memory = measured["wall"], measured["cpu"], measured["memory"]
@@ -157,28 +157,28 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _sizes(text: str) -> list[tuple[int, int]]:
-    """``128x4096,768x16384`` as numbers."""
+    """Parse sizes such as ``128x4096,768x16384``."""
     return [(int(d), int(f)) for d, f in (size.split("x") for size in text.split(","))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--architecture", choices=[*ARCHITECTURES, "all"], default="topk")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every contender")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for every contender")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps per contender")
-    parser.add_argument("--trained", type=int, default=0, help="steps before, at a high rate")
-    parser.add_argument("--no-checks", action="store_true", help="no agreement and no memory")
-    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="such as 128x4096,768x16384")
     parser.add_argument(
-        "--without", nargs="+", default=[], help="contenders to leave out, by the names printed"
+        "--trained", type=int, default=0, help="untimed first steps, at 10× the learning rate"
+    )
+    parser.add_argument("--no-checks", action="store_true", help="skip agreement and memory")
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help="d_in x latents: 128x4096,…")
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="contenders to leave out, by their printed names"
     )
     parser.add_argument(
-        "--malloc", choices=MALLOC, nargs="+", default=[*MALLOC], help="which settings (both)"
+        "--malloc", choices=MALLOC, nargs="+", default=[*MALLOC], help="settings (default: both)"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke run: one small size, 2 rounds"
-    )
-    parser.add_argument("--json", type=Path, help="write the numbers to this file as well")
+    parser.add_argument("--quick", action="store_true", help="smoke run: one small size, 2 rounds")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.task:

@@ -1,4 +1,4 @@
-"""A language model of a few thousand random weights, a text, and the real ones where they are."""
+"""Fixtures: a random language model of a few thousand weights, a text, and the real data."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ WORDS = ("the cat sat on a mat and then one small dog ran home to tell its old f
 
 
 def pytest_configure() -> None:
-    """Ctrl-C reaches these processes, and those that they start, also where a shell has begun the
-    tests in the background: it has its jobs ignore it, and they would hand that on."""
+    """Restore Ctrl-C in this process and its children.
+
+    A shell starts background jobs with SIGINT ignored, and children inherit that.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing is read from, or left in, the user's cache."""
+    """Point the cache to a temporary folder, so that tests do not use the user's."""
     os.environ["RESEED_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder with real models and text, or a skip."""
+    """Return the folder with real models and text; skip the test without it."""
     folder = os.environ.get("RESEED_TEST_DATA")
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs real models and text: set RESEED_TEST_DATA to their folder")
@@ -35,7 +37,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random 3-layer Llama, 16 wide, and a word tokenizer with a BOS token."""
+    """Save a random 3-layer Llama of width 16 and a word tokenizer with a BOS token in a folder."""
     import torch
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -68,7 +70,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """1,500 documents of random words, about 45,000 tokens."""
+    """Write 1,500 documents of random words, about 45,000 tokens."""
     chosen = random.Random(0)
     documents = [" ".join(chosen.choices(WORDS, k=chosen.randint(5, 55))) for _ in range(1_500)]
     path = tmp_path_factory.mktemp("text") / "words.txt"
@@ -78,7 +80,7 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_overrides(tiny_model: Path, tiny_text: Path) -> list[str]:
-    """A command line that trains in a second."""
+    """Return a command line that trains in a second."""
     return [
         "model=path",
         f"model.path={tiny_model}",

@@ -1,4 +1,4 @@
-"""What is kept or shared is found by all that determines it, not by model and layer alone."""
+"""Tests that keys of cached and shared data cover all that determines them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reseed.cli.jobs import check_jobs
     "axis",
     ["dataset.context_length=16,32", "model.dtype=float32,bfloat16", "dataset.order_seed=0,1"],
 )
-def test_another_way_to_make_activations_is_another_stream(
+def test_settings_that_change_activations_change_stream_and_signature(
     axis: str, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     overrides = [*tiny_overrides, f"runtime.outputs={tmp_path}", axis]
@@ -26,7 +26,7 @@ def test_another_way_to_make_activations_is_another_stream(
     assert first.signature != second.signature
 
 
-def test_another_revision_of_a_text_is_another_text(
+def test_the_fingerprint_of_a_text_depends_on_its_revision(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(text_module, "_dataset_commit", lambda config: f"sha-of-{config.revision}")

@@ -1,4 +1,4 @@
-"""The search for a penalty weight on known responses, and a calibration as it is stored."""
+"""Tests of the search for a penalty weight on known responses, and of steering."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Response = Callable[[float], float]
 
 
 def searched(response: Response, target: float = 32.0, start: float = 1.0) -> Search:
-    """A search carried to its end on L0 = response(λ), after a steered run that ended at start."""
+    """Run a search to its end on L0 = response(λ), after a steered run that ended at ``start``."""
     sae = SimpleNamespace(target_l0=target, name="relu", penalty_field="l1_coefficient")
     base: Any = SimpleNamespace(experiment=SimpleNamespace(architecture=sae), tokens=1_000)
     search = Search(base)
@@ -30,7 +30,7 @@ def searched(response: Response, target: float = 32.0, start: float = 1.0) -> Se
 
 @pytest.mark.parametrize("elasticity", [0.4, 1.0, 2.5])
 @pytest.mark.parametrize("start", [1e-3, 1.0, 300.0])
-def test_a_power_law_is_solved_from_anywhere(elasticity: float, start: float) -> None:
+def test_a_power_law_is_solved_from_any_start(elasticity: float, start: float) -> None:
     search = searched(lambda w: 50.0 * w**-elasticity, start=start)
     weight, l0, _ = search.best or (0, 0, "")
     assert abs(l0 / 32 - 1) <= ACCEPTED
@@ -39,7 +39,7 @@ def test_a_power_law_is_solved_from_anywhere(elasticity: float, start: float) ->
 
 
 def test_a_power_law_of_exponent_one_takes_a_single_round() -> None:
-    """The first guess of the elasticity is 1, and one secant of it is exact."""
+    """The first guess of the elasticity is 1, so the first secant step is exact."""
     assert len(searched(lambda w: 10.0 / w, start=0.05).rounds) == 1
 
 
@@ -49,13 +49,13 @@ def test_a_curve_that_falls_off_a_cliff_is_bracketed() -> None:
     assert abs((search.best or (0, 0, ""))[1] / 32 - 1) <= ACCEPTED
 
 
-def test_a_silent_sae_is_no_end_of_the_search() -> None:
+def test_the_search_recovers_from_a_silent_sae() -> None:
     search = searched(lambda w: 0.0 if w > 1 else 20 / w, start=50.0)
     assert search.best is not None
     assert abs(search.best[1] / 32 - 1) <= ACCEPTED
 
 
-def test_what_cannot_be_reached_is_said_with_what_was_tried() -> None:
+def test_an_unreachable_target_is_reported_with_the_weights_tried() -> None:
     search = searched(lambda w: 100.0 if w < 1 else 2.0)
     assert len(search.rounds) == MAX_ROUNDS
     with pytest.raises(
@@ -65,23 +65,23 @@ def test_what_cannot_be_reached_is_said_with_what_was_tried() -> None:
 
 
 def test_a_coarse_response_is_accepted_within_five_per_cent() -> None:
-    """Steps of 3%: nothing is within 2%, the best is within 5%."""
+    """L0 jumps from 33.2 to 31.0: neither is within 2% of 32, both are within 5%."""
     search = searched(lambda w: 33.2 if w < 2 else 31.0, start=1.5)
     assert search.outcome()["l0"] in (33.2, 31.0)
     assert ACCEPTED < abs(search.outcome()["l0"] / 32 - 1) <= BOUND
 
 
-def test_weights_have_four_digits() -> None:
+def test_weights_are_rounded_to_four_digits() -> None:
     search = searched(lambda w: 10.0 / w**0.9, start=0.05)
     assert all(weight == float(f"{weight:.4g}") for weight, _, _ in search.rounds)
 
 
-def test_steering_moves_between_warm_up_and_decay_only() -> None:
+def test_steering_changes_the_weight_only_between_warm_up_and_decay() -> None:
     steering = Steering(target=10.0, steps=1_000, log_weight=0.0)
     for index in range(round(BEGIN * 1_000)):
         steering.observe(index, 500.0)
     assert steering.log_weight == 0
-    steering.observe(100, 500.0)  # far above the target: bounded to a deviation of 1
+    steering.observe(100, 500.0)  # far above the target: the deviation is clipped to 1
     assert steering.log_weight == pytest.approx(GAIN / 1_000)
     steering.observe(101, 10 * math.exp(-0.5))
     assert steering.log_weight == pytest.approx(0.5 * GAIN / 1_000)
@@ -91,7 +91,7 @@ def test_steering_moves_between_warm_up_and_decay_only() -> None:
 
 
 def test_steering_holds_a_first_order_lag_at_its_target() -> None:
-    """A plant L0 = 40/λ that follows with a lag of 30 steps: at the hold, λ = 4 gives 10."""
+    """The plant L0 = 40/λ follows with a lag of 30 steps; λ = 4 gives the target of 10."""
     steering, log_l0 = Steering(10.0, 1_000, 0.0), math.log(400)
     for index in range(1_000):
         log_l0 += (math.log(40 / steering.weight) - log_l0) / 30
@@ -99,7 +99,7 @@ def test_steering_holds_a_first_order_lag_at_its_target() -> None:
     assert steering.weight == pytest.approx(4.0, rel=0.02)
 
 
-def test_steering_goes_on_from_a_checkpoint() -> None:
+def test_steering_resumes_from_a_checkpoint() -> None:
     whole = Steering(10.0, 100, 0.0)
     for index in range(100):
         whole.observe(index, 20.0 - index / 10)

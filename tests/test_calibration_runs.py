@@ -1,4 +1,4 @@
-"""A calibration as runs of the store: made once, for all seeds, and taken up again."""
+"""Tests of calibrations stored as runs: made once for all seeds, and resumed."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:
     return resolved.run(RunStore(runtime.outputs))
 
 
-def test_one_weight_for_all_seeds_found_once(
+def test_one_weight_is_found_once_for_all_seeds(
     jobs: Jobs, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first, runtime = jobs(*TARGET, "seed=0,1")
@@ -61,22 +61,22 @@ def test_one_weight_for_all_seeds_found_once(
     said = capsys.readouterr().out
     assert "finding the penalty weight of 1 SAE by calibration runs" in said
     assert said.count(" gives L0 ") == len(calibration["rounds"])
-    assert "found again" not in said
-    # Another seed, another order of the data: the weight that was found is used again.
+    assert "already calibrated" not in said
+    # For other seeds and data orders, the weight is reused.
     more, runtime = jobs(*TARGET, "seed=2", "dataset.order_seed=0,5")
     assert train_missing(more, runtime) == {}
     assert {name for name in folders(runtime) if "seed" not in name} == made
     assert {run_of(r, runtime).record["penalty_weight"] for r in more} == {weight}
     said = capsys.readouterr().out
     l0 = calibration["l0"]
-    told = f"found again: relu at 8,192 tokens, target 6: weight {weight:.4g} (L0 {l0:.2f})"
+    told = f"already calibrated: relu at 8,192 tokens, target 6: weight {weight:.4g} (L0 {l0:.2f})"
     assert said.count(told) == 1
     assert "finding the" not in said
     assert " gives L0 " not in said
     assert "steered to" not in said
 
 
-def test_no_compared_run_is_born_like_a_calibration(jobs: Jobs) -> None:
+def test_compared_runs_and_calibrations_have_different_initial_weights(jobs: Jobs) -> None:
     (resolved,), runtime = jobs(*TARGET, "seed=0")
     train_missing([resolved], runtime)
     starts = {
@@ -87,10 +87,10 @@ def test_no_compared_run_is_born_like_a_calibration(jobs: Jobs) -> None:
 
 
 @pytest.mark.slow
-def test_a_calibration_goes_on_where_it_was_killed(
+def test_a_killed_calibration_resumes_with_the_same_weight(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped in its first round, and in the steered run: the same weight as without a stop."""
+    """Kill the calibration in the steered run and in its first round."""
     (whole,), runtime = jobs(*TARGET, outputs="whole")
     train_missing([whole], runtime)
     expected = run_of(whole, runtime).record["calibration"]
@@ -114,8 +114,8 @@ def test_a_calibration_goes_on_where_it_was_killed(
 
 
 @pytest.mark.slow
-def test_an_l0_that_cannot_be_had_fails_the_run_and_says_why(jobs: Jobs) -> None:
-    """Of 64 latents, 63.9 shall be active: no penalty is small enough."""
+def test_an_unreachable_l0_fails_the_run_with_the_reason(jobs: Jobs) -> None:
+    """No penalty is small enough for 63.9 active latents of 64."""
     (resolved,), runtime = jobs("sae=relu", "sae.target_l0=63.9")
     failures = train_missing([resolved], runtime)
     run = run_of(resolved, runtime)
@@ -141,8 +141,6 @@ def test_an_l0_that_cannot_be_had_fails_the_run_and_says_why(jobs: Jobs) -> None
         ),
     ],
 )
-def test_targets_that_make_no_sense_are_refused(
-    jobs: Jobs, overrides: list[str], message: str
-) -> None:
+def test_impossible_targets_are_refused(jobs: Jobs, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         jobs(*overrides)

@@ -1,4 +1,4 @@
-"""A signal that comes while numba compiles is heeded when it has."""
+"""Tests that a signal during numba's compilation is handled after it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_signal_waits_for_the_end_of_the_outermost_compilation() -> None:
 
 
 class CtrlC(event.Listener):
-    """Sends SIGINT from inside the compiler."""
+    """Listener that sends SIGINT from inside the compiler."""
 
     def on_start(self, event: event.Event) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -34,7 +34,7 @@ class CtrlC(event.Listener):
     def on_end(self, event: event.Event) -> None: ...
 
 
-def test_what_is_compiled_is_whole() -> None:
+def test_a_signal_does_not_interrupt_a_compilation() -> None:
     @njit
     def total(n: int) -> float:
         found = 0.0
@@ -44,11 +44,11 @@ def test_what_is_compiled_is_whole() -> None:
 
     with event.install_listener("numba:compile", CtrlC()), pytest.raises(KeyboardInterrupt):
         total(10)
-    assert total.signatures, "it was compiled before the signal was heeded"
+    assert total.signatures, "the compilation ends before the signal is handled"
     assert total(10) == sum((i % 7) * 0.5 for i in range(10))
 
 
-def test_other_threads_may_compile() -> None:
+def test_compiling_in_another_thread_leaves_signal_handlers_alone() -> None:
     before = signal.getsignal(signal.SIGINT)
     thread = threading.Thread(target=lambda: (event.start_event(KIND), event.end_event(KIND)))
     thread.start()

@@ -1,4 +1,4 @@
-"""Every option of every group composes, is complete, and builds."""
+"""Tests that every option of every config group composes, is complete, and builds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TYPED = sorted(
 REQUIRED = {"path": "x", "module": "model.layers.*.mlp", "d_in": 3, "num_features": 2}
 COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml") if p.stem != "base")
 ARCHITECTURES = sorted(p.stem for p in (CONF / "sae").glob("*.yaml") if p.stem != "pretrained")
-INHERITED = {  # what the files of a group that inherit have their lines from
+INHERITED = {  # group → its base option and that option's class
     "model": ("world", "reseed.activations.world_config.WorldConfig"),
     "training": ("standard", "reseed.train.config.TrainingConfig"),
     "comparison": ("base", "reseed.compare.config.ComparisonConfig"),
@@ -33,7 +33,7 @@ INHERITED = {  # what the files of a group that inherit have their lines from
 
 
 def written(group: str, option: str) -> dict:
-    """What an option's own file says of its group."""
+    """Return the values that an option's own file sets in its group."""
     values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text())
     return values.get(group, values)
 
@@ -47,11 +47,11 @@ def composed(*overrides: str) -> dict:
 @pytest.mark.parametrize("path", TYPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_option_lists_every_field_and_builds(path: Path) -> None:
     group, option = path.parent.name, path.stem
-    # Without recipes, which could add what the option lacks.
+    # Leave recipes out: they could add fields that the option lacks.
     values = composed(f"{group}={option}", "source=x", "~recipe@_global_")[group]
     module, _, name = values.pop("_target_").rpartition(".")
     target = getattr(import_module(module), name)
-    # A field that the yaml lacks could not be overridden from the command line.
+    # A field missing from the yaml could not be overridden on the command line.
     assert set(values) == {f.name for f in dataclasses.fields(target)}
     for key, value in values.items():
         values[key] = REQUIRED[key] if value == "???" else value
@@ -67,14 +67,14 @@ def test_every_comparison_lists_every_field(option: str) -> None:
 
 
 @pytest.mark.parametrize("option", COMPARISONS)
-def test_a_comparison_has_its_own_grid_and_arms_alone(option: str) -> None:
+def test_a_comparison_does_not_inherit_grid_or_arms(option: str) -> None:
     own, whole = written("comparison", option), composed(f"comparison={option}")["comparison"]
     assert list(whole["grid"].items()) == list(own["grid"].items())
     assert list(whole["arms"] or ()) == list(own.get("arms", ()))
 
 
 @pytest.mark.parametrize("group", INHERITED)
-def test_what_inherits_says_only_what_differs(group: str) -> None:
+def test_options_that_inherit_set_only_what_differs(group: str) -> None:
     base, target = INHERITED[group]
     inherited = written(group, base)
     assert inherited["_target_"] == target
@@ -88,13 +88,13 @@ def test_what_inherits_says_only_what_differs(group: str) -> None:
     assert found >= 3
 
 
-def test_the_defaults_are_an_experiment() -> None:
+def test_the_defaults_make_an_experiment() -> None:
     experiment, _ = experiment_from(composed())
     assert (experiment.model.name, experiment.dataset.name) == ("embedded", "docstrings")
     assert (experiment.sae.name, experiment.layer, experiment.seed) == ("topk", 2, 0)
 
 
-def test_a_world_of_ones_own() -> None:
+def test_a_custom_world_needs_its_required_fields() -> None:
     experiment, _ = experiment_from(composed("model=world", "model.d_in=8", "model.num_features=4"))
     assert (experiment.model.name, experiment.dataset.name) == ("world", "generated")
     with pytest.raises(ConfigError, match=r"`model.num_features` is required: give it a value"):
@@ -105,7 +105,7 @@ WORLDS = sorted(p.stem for p in (CONF / "model").glob("world_*.yaml"))
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_world_brings_its_dataset_and_layer_and_builds(world: str) -> None:
+def test_a_world_sets_its_dataset_and_layer_and_builds(world: str) -> None:
     values = composed(f"model={world}")
     assert values["model"]["label"] == world
     experiment, _ = experiment_from(values)
@@ -114,7 +114,7 @@ def test_a_world_brings_its_dataset_and_layer_and_builds(world: str) -> None:
     assert experiment.surrogate == "none"
 
 
-def test_what_the_user_says_wins_over_a_world() -> None:
+def test_the_users_overrides_win_over_a_world() -> None:
     values = composed("model=world_easy", "dataset=docstrings", "layer=1", "model.seed=4")
     assert values["dataset"]["_target_"].endswith("DocstringsConfig")
     assert (values["layer"], values["model"]["seed"]) == (1, 4)
@@ -132,7 +132,7 @@ def test_every_comparison_composes_with_every_architecture(comparison: str, sae:
     assert experiment.sae.name == sae
 
 
-def test_a_source_has_two_names() -> None:
+def test_source_and_sae_source_are_equivalent() -> None:
     by_root, by_group = (
         experiment_from(composed("sae=pretrained", override))[0]
         for override in ("source=x", "sae.source=x")
@@ -142,13 +142,13 @@ def test_a_source_has_two_names() -> None:
         experiment_from(composed("sae=pretrained"))
 
 
-def test_what_the_user_says_wins_over_comparison_and_recipe() -> None:
+def test_the_users_overrides_win_over_comparison_and_recipe() -> None:
     values = composed("comparison=quickstart", "training=standard", "sae.k=5", "layer=0")
     assert values["training"]["recipe"] == "standard"
     assert (values["sae"]["k"], values["layer"]) == (5, 0)
 
 
-def test_a_recipe_sets_what_it_means_for_an_architecture() -> None:
+def test_a_recipe_sets_fields_of_the_architecture() -> None:
     short, standard = (
         experiment_from(composed("sae=relu", f"training={t}"))[0] for t in ("short", "standard")
     )
@@ -161,7 +161,7 @@ def test_unknown_root_keys_are_refused() -> None:
         experiment_from(composed("+sed=1"))
 
 
-def test_what_recipes_set_for_jumprelu() -> None:
+def test_recipes_for_jumprelu_set_beta1_penalty_and_sparsity() -> None:
     published, _ = experiment_from(composed("sae=jumprelu", "training=standard"))
     assert (published.training.beta1, published.sae.penalty) == (0, "step")  # type: ignore[attr-defined]
     short, _ = experiment_from(composed("sae=jumprelu", "training=short"))
@@ -182,11 +182,11 @@ def test_a_target_on_the_command_line_wins_over_the_recipes_k(sae: str) -> None:
 
 
 ELSEWHERE = ("models", "datasets", "worlds")
-"""Comparisons of other models than the embedded one."""
+"""Comparisons of models other than the embedded one."""
 
 
 @pytest.mark.parametrize("comparison", COMPARISONS)
-def test_the_axes_of_every_comparison_are_keys_and_its_options_are_there(comparison: str) -> None:
+def test_axes_of_every_comparison_are_keys_and_their_options_exist(comparison: str) -> None:
     values = composed(f"comparison={comparison}")["comparison"]
     made = build(values, "comparison", ComparisonConfig)
     for arm in made.each_arm():
@@ -200,7 +200,7 @@ def test_the_axes_of_every_comparison_are_keys_and_its_options_are_there(compari
 
 @pytest.mark.parametrize("comparison", [c for c in COMPARISONS if c not in ELSEWHERE])
 def test_a_comparison_runs_on_the_embedded_model(comparison: str) -> None:
-    """Its first and last values make experiments, whose budgets are whole and in range."""
+    """The first and last values of its grid make experiments with budgets in range."""
     made = build(composed(f"comparison={comparison}")["comparison"], "comparison", ComparisonConfig)
     for end in (0, -1):
         axes = [f"{k}={v[end]}" for k, v in made.grid.items()]

@@ -21,7 +21,7 @@ class Coloured(Shape, name="coloured"):
     added: int = setting(0, neutral=0)
 
 
-def test_round_trip_by_name() -> None:
+def test_a_configuration_round_trips_by_its_name() -> None:
     made = Coloured(sides=4, colour="green", size=2, tags=("a", "b"))
     assert made.to_dict()["type"] == "coloured"
     assert Shape.from_dict(made.to_dict()) == made
@@ -50,7 +50,9 @@ def test_round_trip_by_name() -> None:
         ),
     ],
 )
-def test_what_is_refused_and_how(values: dict[str, object], message: str) -> None:
+def test_invalid_values_are_refused_with_key_rule_and_value(
+    values: dict[str, object], message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         make(Coloured, values, "shape")
     assert str(caught.value) == message
@@ -62,16 +64,16 @@ def test_whole_floats_are_integers_and_integers_are_floats() -> None:
     assert (made.size, type(made.size)) == (2.0, float)
 
 
-def test_signature_holds_what_changes_results_and_nothing_else() -> None:
+def test_the_signature_covers_exactly_what_changes_results() -> None:
     base = Coloured()
     assert digest(base.signed()) == digest(Coloured(note="elsewhere").signed())
     assert digest(base.signed()) != digest(Coloured(sides=5).signed())
-    # A field added after a release is left out at the value that means "as before".
+    # A field added later is left out of the signature at its neutral value.
     assert "added" not in base.signed()
     assert Coloured(added=1).signed()["added"] == 1
 
 
-def test_a_new_version_of_a_component_moves_signatures() -> None:
+def test_a_new_version_of_a_component_changes_signatures() -> None:
     @dataclass(frozen=True)
     class Better(Coloured, name="coloured-better"):
         version = 2
@@ -81,13 +83,13 @@ def test_a_new_version_of_a_component_moves_signatures() -> None:
     assert "version" not in Coloured().signed()
 
 
-def test_digest_is_of_the_content_not_the_order() -> None:
+def test_the_digest_does_not_depend_on_the_order_of_keys() -> None:
     assert digest({"a": 1, "b": [1.0]}) == digest({"b": [1.0], "a": 1})
-    # SHA-256 of the canonical text, computed elsewhere: signatures may never move.
+    # SHA-256 of the canonical text, computed independently: signatures must never change.
     assert digest({"a": 1}) == "015abd7f5cc5"
 
 
-def test_unknown_member_names_the_nearest() -> None:
+def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean `coloured`"):
         Config.member("test-shape", "colored")
 
@@ -104,7 +106,7 @@ def test_build_calls_only_configurations() -> None:
     whole = Coloured(sides=4).to_dict()
     whole.pop("type")
     assert build({"_target_": target, **whole}, "shape", Shape) == Coloured(sides=4)
-    whole.pop("added")  # a file from before the field says what is neutral
+    whole.pop("added")  # in a file older than the field, the field has its neutral value
     assert build({"_target_": target, **whole}, "shape", Shape) == Coloured(sides=4)
     whole.pop("colour")
     with pytest.raises(ConfigError, match=r"`shape\.colour` is required"):
@@ -120,14 +122,14 @@ def test_build_calls_only_configurations() -> None:
     ("group", "target"),
     [("model", "activations.source.SourceConfig"), ("sae", "sae.base.SAEConfig")],
 )
-def test_what_is_abstract_is_no_option(group: str, target: str) -> None:
-    message = f"`{group}`: `_target_` reseed.{target} is abstract: name one of its kinds"
+def test_abstract_configurations_cannot_be_built(group: str, target: str) -> None:
+    message = f"`{group}`: `_target_` reseed.{target} is abstract: name a subclass"
     with pytest.raises(ConfigError) as caught:
         build({"_target_": f"reseed.{target}"}, group)
     assert str(caught.value) == message
 
 
-def test_required_fields() -> None:
+def test_missing_required_fields_are_refused() -> None:
     @dataclass(frozen=True)
     class Needy(Config):
         path: str = setting()
@@ -138,6 +140,6 @@ def test_required_fields() -> None:
         assert str(caught.value) == "`model.path` is required: give it a value"
 
 
-def test_nothing_changes_a_configuration() -> None:
+def test_configurations_are_immutable() -> None:
     with pytest.raises(AttributeError):
         Coloured().sides = 4  # type: ignore[misc]

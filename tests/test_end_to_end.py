@@ -1,4 +1,4 @@
-"""The main job, whole: declare, train, compare, tabulate."""
+"""End-to-end tests: declare, train, compare, tabulate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
     return ["comparison=seeds", *tiny_overrides, "sae=topk,relu"]
 
 
-def test_train_compare_tabulate(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_trains_compares_and_tabulates(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run.main(line) == 0
     said = capsys.readouterr().out
     (sweep,) = Path("sweeps").iterdir()
@@ -54,7 +56,7 @@ def test_train_compare_tabulate(line: list[str], capsys: pytest.CaptureFixture[s
         for kind in ("png", "svg"):
             assert (sweep / f"{name}.{kind}").stat().st_size > 1000
 
-    # The same command again trains nothing and comes to the same numbers.
+    # The same command again trains nothing and writes the same numbers.
     before = (sweep / "summary.csv").read_bytes()
     assert run.main(line) == 0
     assert "nothing to train: 6 runs already finished" in capsys.readouterr().out
@@ -64,7 +66,7 @@ def test_train_compare_tabulate(line: list[str], capsys: pytest.CaptureFixture[s
 
 
 def test_the_tables_agree_with_the_weights(line: list[str]) -> None:
-    """The strict rule, by a plain loop over the weights that users load."""
+    """Apply the strict rule by a plain loop over the weights that users load."""
     assert run.main(line) == 0
     (sweep,) = Path("sweeps").iterdir()
     pairs = pd.read_csv(sweep / "pairs.csv")
@@ -91,7 +93,7 @@ def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
     found = RunStore("outputs").runs()[-1]
     trained, untrained = load_dictionaries(found, "0")
     assert trained.covariance is not None
-    assert untrained.covariance is None, "no table shows it of untrained weights"
+    assert untrained.covariance is None, "no table shows it for untrained weights"
     order = np.random.default_rng(0).permutation(trained.num_latents)
     from dataclasses import replace
 
@@ -104,14 +106,14 @@ def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
     assert result.pairs["shared_fraction"].tolist() == [1.0]
     assert result.pairs["cosine_encoder"].iloc[0] == pytest.approx(1)
     assert result.pairs["shared_fraction_correlation"].tolist() == [1.0]
-    # Runs of the time before activations were described are finished, and compare.
+    # Runs from before activations were described still count as finished and can be compared.
     (found.path / "activations.safetensors").unlink()
     assert found.finished
     assert load_dictionaries(found, "0")[0].covariance is None
 
 
 @pytest.mark.slow
-def test_an_incomplete_cell_is_told_of(
+def test_an_incomplete_cell_is_reported(
     line: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from reseed.train.member import Member
@@ -126,7 +128,7 @@ def test_an_incomplete_cell_is_told_of(
     assert run.main(line) == 1
     said = capsys.readouterr().out
     told = "incomplete: sae=topk: 2 of 3 runs (the loss is not finite at step 3"
-    assert said.splitlines()[-1].startswith(told), "last, where it is seen"
+    assert said.splitlines()[-1].startswith(told), "it must be the last line"
     (sweep,) = Path("sweeps").iterdir()
     assert f"- {told}" in (sweep / "summary.md").read_text()
     monkeypatch.setattr(Member, "train", original)
@@ -151,7 +153,7 @@ def test_a_project_can_be_moved_and_read_from_anywhere(
 
 
 def test_pairs_along_another_axis(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """An axis given on the command line, whose values pair up; cells are the other axis'."""
+    """The command line sets the pairing axis; the values of the other axis make cells."""
     assert run.main([*line, "seed=0,1", "comparison.pair_by=sae"]) == 0
     (sweep,) = Path("sweeps").iterdir()
     summary = pd.read_csv(sweep / "summary.csv")
@@ -161,7 +163,7 @@ def test_pairs_along_another_axis(line: list[str], capsys: pytest.CaptureFixture
 
 
 @pytest.mark.slow
-def test_a_finished_run_that_lost_a_file_is_made_again(
+def test_a_finished_run_that_lost_a_file_is_trained_again(
     line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run.main(line) == 0
@@ -197,8 +199,8 @@ def test_real_models_share_latents(
     assert row["shared_fraction"] > 10 * max(row["null_shared_fraction"], 1 / 256)
 
 
-def test_untrained_ones_share_nothing() -> None:
-    """Independent inits, encoder tied to the decoder as every recipe starts."""
+def test_untrained_saes_share_nothing() -> None:
+    """Initial weights are independent, with encoder and decoder tied as in every recipe."""
     settings = ComparisonConfig(name="t", grid={"seed": ["0", "1"]}, pair_by="seed")
     config = TopKConfig(num_latents=512, k=8)
     born = []
@@ -209,5 +211,5 @@ def test_untrained_ones_share_nothing() -> None:
         born.append(Dictionary(seed, seed, *rows, silent, 1000, silent == 0))
     result = compare_cell(born, [], settings)
     assert result.pairs["shared_fraction"].tolist() == [0.0]
-    # Tied rows match alike: agreement on the index proves nothing before training.
+    # Tied rows match equally: before training, agreement on the index proves nothing.
     assert result.pairs["index_agreement"].tolist() == [1.0]

@@ -1,4 +1,4 @@
-"""Results of evaluations on disk: whole or not there, and found by their signed settings."""
+"""Tests of stored evaluation results: written atomically, found by their signed settings."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert record["environment"]["packages"]["torch"]
 
 
-def test_tables_are_read_when_they_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored().write(tmp_path)
     read: list[str] = []
     real = pd.read_parquet
@@ -80,7 +78,7 @@ def test_a_large_table_is_written_piece_by_piece(tmp_path: Path) -> None:
     assert Stored.read(tmp_path).tables["large"]["value"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
-def test_one_that_is_half_written_is_not_there(
+def test_a_partially_written_result_cannot_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored().write(tmp_path)
@@ -95,7 +93,7 @@ def test_one_that_is_half_written_is_not_there(
         Stored.read(tmp_path)
 
 
-def test_what_is_damaged_is_said_to_be(tmp_path: Path) -> None:
+def test_a_damaged_result_is_an_error(tmp_path: Path) -> None:
     stored().write(tmp_path)
     (tmp_path / "letters.parquet").write_bytes(b"cut")
     with pytest.raises(EvaluationError, match=r"result\.json cannot be read .*: delete the folder"):
@@ -105,14 +103,14 @@ def test_what_is_damaged_is_said_to_be(tmp_path: Path) -> None:
         Stored.read(tmp_path)
 
 
-def test_a_result_takes_the_place_of_a_failure(tmp_path: Path) -> None:
+def test_a_result_replaces_a_failure(tmp_path: Path) -> None:
     write_failure(tmp_path, ValueError("no such thing"))
     assert json.loads((tmp_path / "failed.json").read_text())["message"] == "no such thing"
     stored().write(tmp_path)
     assert not (tmp_path / "failed.json").exists()
 
 
-def test_a_folder_is_that_of_the_settings(tmp_path: Path) -> None:
+def test_the_folder_depends_on_the_settings(tmp_path: Path) -> None:
     folders = {
         folder_of(tmp_path, "reconstruction", ReconstructionConfig(tokens=n).signed())
         for n in (5, 5, 6)
@@ -121,6 +119,6 @@ def test_a_folder_is_that_of_the_settings(tmp_path: Path) -> None:
     assert {f.name.partition("-")[0] for f in folders} == {"reconstruction"}
 
 
-def test_a_column_has_the_name_of_its_evaluation_once() -> None:
+def test_a_column_name_contains_its_evaluation_once() -> None:
     assert column("absorption", "absorption_fraction") == "absorption_fraction"
     assert column("faithfulness", "kl") == "faithfulness_kl"

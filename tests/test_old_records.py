@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from test_signatures import with_records
 
 import reseed
 from reseed.cli.main import main
+from test_signatures import with_records
 
 SWEEP = "seeds-64f0584a1943"
 RUN = "embedded-resid_post.1-words-topk-32-k8-seed0-509fd704fc5e"

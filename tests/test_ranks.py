@@ -1,4 +1,4 @@
-"""Several processes on one batch: what they say to each other, and that it is the whole batch."""
+"""Tests of several processes that share a batch: their exchanges, and equality to one process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def run_with(count: int, law: Callable[..., None], *given: Any) -> None:
-    """Call ``law(ranks, …)`` in each of ``count`` processes that have met."""
+    """Call ``law(ranks, …)`` in each of ``count`` connected processes."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -45,7 +45,7 @@ def run_with(count: int, law: Callable[..., None], *given: Any) -> None:
 
 
 def _one(index: int, count: int, port: int, law: Callable[..., None], *given: Any) -> None:
-    # Who waits for ever has failed.
+    # A process that waits too long fails the test.
     limit = threading.Timer(LONGEST_S, os._exit, (1,))
     limit.daemon = True
     limit.start()
@@ -68,7 +68,7 @@ def exchanges(ranks: Ranks) -> None:
     assert small.tolist() == [[1.0, n - 1.0]]
     assert set(large.tolist()) == {(n - 1) / 2}
     assert ranks.copy_(torch.tensor([10 * i]), 1).tolist() == [10]
-    lengths = [len(x) for x in ranks.gather(torch.arange(i))]  # of the first: nothing
+    lengths = [len(x) for x in ranks.gather(torch.arange(i))]  # rank 0 gives nothing
     assert lengths == list(range(n))
     assert ranks.gather(torch.arange(i))[-1].tolist() == list(range(n - 1))
     told = {"what": ["anything", 3.5]}
@@ -90,7 +90,7 @@ def test_one_process_exchanges_nothing() -> None:
 
 def batch() -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    # Rows of very different size, so that ranks have very different parts of the largest.
+    # Rows differ in size, so that ranks hold very different numbers of the largest values.
     sizes = torch.linspace(0.1, 3, BATCH)[:, None]
     return torch.randn(BATCH, D, generator=generator) * sizes + 5
 
@@ -106,9 +106,9 @@ def variance_and_choice(ranks: Ranks) -> None:
         assert float(total_variance(part(x, ranks))) * ranks.count == pytest.approx(whole, rel=1e-6)
     generator = torch.Generator().manual_seed(1)
     W, b = torch.randn(F, D, generator=generator), torch.randn(F, generator=generator)
-    b = b - 30  # few are positive
+    b = b - 30  # few pre-activations are positive
     cases = [(x, W, b, 0.3), (x, W, b + 30, 2.4), (x, W, b + 30, 20.0), (x, W, b - 300, 3.0)]
-    # Equal numbers everywhere, of which some are too many; one rank that has all of the largest.
+    # Ties, more than k allows; then one rank that holds all of the largest values.
     cases += [(x.round(), W.round(), b.round() + 30, 2.0)]
     cases += [(torch.cat([10 * x[:8], 0.01 * x[8:]]), W, 0 * b, 3.0)]
     for x, W, b, k in cases:
@@ -135,13 +135,13 @@ def loss_of(sae: SAE, x: Tensor) -> Any:
 
 
 def gradients(ranks: Ranks, config: SAEConfig) -> None:
-    """The mean of the ranks' losses and gradients is the whole batch's, and so is the threshold."""
+    """Compare the ranks' mean loss and gradients, and the threshold, with the whole batch's."""
     x = batch() / 5
     whole = config.build(D, torch.Generator().manual_seed(2))
     with torch.no_grad():
         whole.b_enc.add_(0.2)
     shared = copy.deepcopy(whole)
-    for _ in range(2):  # the second follows a threshold that the first has moved
+    for _ in range(2):  # the second step uses the threshold that the first has changed
         expected = loss_of(whole, x)
         with batch_shared_by(ranks):
             loss = loss_of(shared, part(x, ranks))
@@ -169,7 +169,7 @@ def laws(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_that_share_a_batch_make_the_whole_of_it(count: int) -> None:
+def test_ranks_that_share_a_batch_equal_one_process(count: int) -> None:
     run_with(count, laws)
 
 
@@ -180,10 +180,10 @@ def left_alone(ranks: Ranks) -> None:
         os._exit(0)
     with pytest.raises(RankLost, match="another process of the team is gone"):
         ranks.sum_(torch.ones(1))
-    os._exit(0)  # there is nobody to take leave of
+    os._exit(0)  # skip leaving the group: the other process is gone
 
 
-def test_a_rank_that_is_gone_is_missed() -> None:
+def test_a_lost_rank_raises_an_error() -> None:
     run_with(2, left_alone)
 
 
@@ -216,6 +216,6 @@ def trains_at_its_own_pace(ranks: Ranks) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_with_batches_of_their_own_do_not_wait_for_each_other() -> None:
-    """Of ranks that it knows of, Lightning has each wait for the first before every batch."""
+def test_ranks_with_their_own_batches_do_not_wait_for_each_other() -> None:
+    """Lightning must not know of the ranks: it makes each wait for the first before every batch."""
     run_with(2, trains_at_its_own_pace)

@@ -22,13 +22,13 @@ def begun(root: Path) -> Run:
     return run
 
 
-def test_life_of_a_run(tmp_path: Path) -> None:
+def test_a_run_is_missing_running_interrupted_then_finished(tmp_path: Path) -> None:
     run = RunStore(tmp_path).run(SIGNATURE, "readable")
     assert run.status == "missing"
     with run.lock():
         run.begin(RECORD)
         assert run.status == "running"
-    assert run.status == "interrupted"  # nobody holds it any more
+    assert run.status == "interrupted"  # no process holds the lock
     (run.path / "checkpoint.pt").write_bytes(b"x")
     for name in RESULTS:
         (run.path / name).touch()
@@ -39,7 +39,7 @@ def test_life_of_a_run(tmp_path: Path) -> None:
     assert load_run(run.path).record["timings"] == {"s": 1}
 
 
-def test_failure_is_told_with_its_traceback(tmp_path: Path) -> None:
+def test_a_failure_is_recorded_with_its_traceback(tmp_path: Path) -> None:
     run = begun(tmp_path)
     try:
         raise ValueError("too hot")
@@ -55,7 +55,7 @@ def test_failure_is_told_with_its_traceback(tmp_path: Path) -> None:
     assert run.record["error"] is None
 
 
-def test_errors_of_ours_explain_themselves_unless_another_is_behind(tmp_path: Path) -> None:
+def test_reseed_errors_without_a_cause_are_explained(tmp_path: Path) -> None:
     run, behind = begun(tmp_path), RunError("lost")
     behind.__cause__ = OSError("no such disk")
     for error, explained in ((RunError("lost"), True), (behind, False), (OSError("full"), False)):
@@ -63,11 +63,11 @@ def test_errors_of_ours_explain_themselves_unless_another_is_behind(tmp_path: Pa
         assert run.failure is not None
         assert run.failure["explained"] is explained
     old = {k: v for k, v in run.record["error"].items() if k != "explained"}
-    run.update(error=old)  # of the time before
+    run.update(error=old)  # as in records from before `explained`
     assert run.failure == old | {"explained": False, "ended": run.record["ended"]}
 
 
-def test_a_run_is_found_by_its_signature_whatever_it_is_called(tmp_path: Path) -> None:
+def test_a_run_is_found_by_its_signature_under_any_name(tmp_path: Path) -> None:
     run = begun(tmp_path)
     assert RunStore(tmp_path).run(SIGNATURE, "another-name") == run
     assert RunStore(tmp_path).runs() == [run]
@@ -100,7 +100,7 @@ def test_a_damaged_record_is_an_error(tmp_path: Path, content: str) -> None:
         load_run(run.path)
 
 
-def test_what_is_no_run(tmp_path: Path) -> None:
+def test_a_folder_without_record_or_signature_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"there is no run\.json"):
         load_run(tmp_path / f"x-{SIGNATURE}")
     (tmp_path / "plain").mkdir()
@@ -115,7 +115,7 @@ def _hold(path: Path, held, release) -> None:
         release.wait(30)
 
 
-def test_one_owner_at_a_time(tmp_path: Path) -> None:
+def test_a_run_has_one_owner_at_a_time(tmp_path: Path) -> None:
     run = begun(tmp_path)
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()
@@ -137,7 +137,7 @@ def test_one_owner_at_a_time(tmp_path: Path) -> None:
     assert not run.locked
 
 
-def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
+def test_the_lock_of_a_killed_process_is_released(tmp_path: Path) -> None:
     run = begun(tmp_path)
     context = multiprocessing.get_context("spawn")
     held, release = context.Event(), context.Event()
@@ -151,7 +151,7 @@ def test_the_lock_of_a_dead_process_is_free(tmp_path: Path) -> None:
         assert told == []
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     atomic_write_json(path, {"old": 1})
 

@@ -49,7 +49,7 @@ def test_experiments_keep_their_signatures(
 
 
 def differences(found: Resolved, entry: dict[str, Any], bases: dict[str, Any]) -> list[str]:
-    """What a resolved experiment has otherwise than its record."""
+    """Describe where a resolved experiment differs from its record."""
     base = {k: v for k, v in bases[entry["kind"]].items() if k not in entry["absent"]}
     expected = base | entry["changed"]
     identity = flat(found.identity)

@@ -1,4 +1,4 @@
-"""The wheel, in an environment of its own, away from the checkout."""
+"""Test of the wheel in its own environment, outside the checkout."""
 
 from __future__ import annotations
 

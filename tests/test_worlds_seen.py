@@ -1,6 +1,6 @@
-"""What the toy models of the papers show, shown again: worlds, trained and measured as users would.
+"""Reproduction of the papers' toy models: worlds, trained and measured as users would.
 
-Several seeds each. Tolerances are those that the pages of the papers leave: signs and rough sizes.
+Each test trains several seeds. The papers report signs and rough sizes, which set the tolerances.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def learned(tmp_path: Path) -> Learned:
-    """Trains SAEs on a world with several seeds: the world, and the runs."""
+    """Return a function that trains SAEs on a world with several seeds, and returns both."""
 
     def train(*overrides: str, seeds: Sequence[int] = (0, 1, 2)) -> tuple[World, list[Run]]:
         own = [f"runtime.outputs={tmp_path / 'outputs'}", "runtime.progress=false"]
@@ -41,24 +41,24 @@ def learned(tmp_path: Path) -> Learned:
 
 
 def cosines(rows: Tensor, world: World) -> Tensor:
-    """[latents, features]"""
+    """Return the cosines of rows and features, [latents, features]."""
     return torch.nn.functional.normalize(rows, dim=1) @ world.dictionary.T
 
 
 def best(found: Tensor, feature: int) -> int:
-    """The latent whose decoder is nearest to a feature."""
+    """Return the latent whose decoder is nearest to a feature."""
     return int(found[:, feature].argmax())
 
 
 def firing(sample: Sample, features: int) -> Tensor:
-    """Which features fire on which tokens."""
+    """Return a mask of the features that fire, [tokens, features]."""
     fires = torch.zeros(len(sample.x), features, dtype=torch.bool)
     fires[sample.token, sample.feature] = True
     return fires
 
 
 def recall_on(run: Run, world: World, latent: int, *features: int) -> float:
-    """How often a latent fires on tokens where all of ``features`` do."""
+    """Return how often a latent fires on tokens where all of ``features`` fire."""
     sample = world.sample(20_000, torch.Generator().manual_seed(1))
     there = firing(sample, len(world.dictionary))[:, list(features)].all(1)
     return float((run.sae().encode(sample.x[there])[:, latent] > 0).double().mean())
@@ -69,12 +69,12 @@ def mcc(run: Run) -> float:
 
 
 SPARSITY = dict.fromkeys(["topk", "batch_topk", "matryoshka", "jumprelu", "gated"], "target_l0=4")
-SPARSITY |= {"relu": "l1_coefficient=2"}  # which has latents to spare fire weakly: L0 about 6
+SPARSITY |= {"relu": "l1_coefficient=2"}  # spare latents fire weakly: L0 is about 6
 
 
 @pytest.mark.parametrize("sae", SPARSITY)
 def test_every_architecture_finds_independent_features(learned: Learned, sae: str) -> None:
-    """64 orthogonal features, 4 of them a token; some latents to spare."""
+    """The world has 64 orthogonal features, 4 per token; the SAE has latents to spare."""
     _, runs = learned(
         "model=world_easy", f"sae={sae}", "sae.num_latents=128", f"sae.{SPARSITY[sae]}",
         "training.lr=3e-3", "training.tokens=256000", seeds=(0, 1),
@@ -88,9 +88,9 @@ TOY = ["training=world", "sae=relu", "sae.num_latents=4"]
 
 
 def test_independent_features_are_found(learned: Learned) -> None:
-    """T1 (Chanin et al. 2024): four features, none above another.
+    """T1 (Chanin et al. 2024): four features without a hierarchy.
 
-    With 4 latents for 4 features one may never come to life: those runs say nothing here, or below.
+    With 4 latents for 4 features, one may die at once; those runs are left out, here and below.
     """
     runs = learned("model=world_independent", *TOY, "training.tokens=2048000", seeds=range(5))[1]
     alive = [run for run in runs if run.metrics["live_fraction"] == 1]
@@ -99,7 +99,8 @@ def test_independent_features_are_found(learned: Learned) -> None:
 
 
 def test_a_child_absorbs_its_parent(learned: Learned) -> None:
-    """T1: child decoder ∝ u0 + u1, parent encoder ∝ u0 − u1, the parent silent on the child."""
+    """T1: child decoder ∝ u0 + u1, parent encoder ∝ u0 − u1; the parent does not fire with the
+    child."""
     world, runs = learned("model=world_absorption", *TOY, seeds=range(5))
     alive = [run for run in runs if run.metrics["live_fraction"] == 1]
     assert len(alive) >= 3
@@ -115,13 +116,16 @@ def test_a_child_absorbs_its_parent(learned: Learned) -> None:
 
 
 def test_batch_topk_absorbs_too(learned: Learned) -> None:
-    """T2: f1 fires on 60% of f0's tokens; k is a little above the true L0 of 2.14, as below it any
-    features mix (T6). From the right answer, as latents may die from random starts."""
+    """T2: f1 fires on 60% of f0's tokens.
+
+    k is slightly above the true L0 of 2.14: below it, any features mix (T6). Training starts at the
+    true features, as latents may die from random starts.
+    """
     options = ["training=world", "sae=batch_topk", "sae.num_latents=12", "sae.k=2.2"]
     options += ["training.tokens=1024000", "training.start=truth"]
 
     def mixed(*more: str) -> list[tuple[float, float]]:
-        """How much of f0 is in the child's decoder, and of f1 in the parent's encoder."""
+        """Return f0's cosine with the child's decoder, and f1's with the parent's encoder."""
         world, runs = learned("model=world_absorption_topk", *options, *more)
         found = []
         for run in runs:
@@ -133,7 +137,7 @@ def test_batch_topk_absorbs_too(learned: Learned) -> None:
     for into, away in mixed():
         assert into == pytest.approx(0.71, abs=0.1)
         assert away < -0.5
-    # As often, but without f0 as well as with it: both stand alone.
+    # If f1 fires as often but independently of f0, neither absorbs the other.
     flat = [0.4, 0.24, *[0.15] * 10]
     for into, away in mixed(f"model.firing={flat}".replace(" ", ""), "model.parents=null"):
         assert abs(into) < 0.05
@@ -145,7 +149,7 @@ def test_batch_topk_absorbs_too(learned: Learned) -> None:
     [("independent", 0.0), ("hierarchical", 0.24), ("positive", 0.2), ("negative", -0.2)],
 )
 def test_a_narrow_sae_hedges(learned: Learned, kind: str, expected: float) -> None:
-    """T3 (2505.11756): one latent that starts at u0; its decoder's cosine with u1."""
+    """T3 (2505.11756): one latent starts at u0; ``expected`` is its decoder's cosine with u1."""
     world, runs = learned(
         f"model=world_hedging_{kind}", "training=world", "sae=relu", "sae.num_latents=1",
         "sae.l1_coefficient=0", "training.start=truth", "training.tokens=1536000",
@@ -156,10 +160,12 @@ def test_a_narrow_sae_hedges(learned: Learned, kind: str, expected: float) -> No
         assert decoder[1] == pytest.approx(expected, abs=0.1)
 
 
-def test_balanced_matryoshka(learned: Learned) -> None:
-    """T4: a first prefix of one latent. Its encoder turns away from the children where it is
-    absorbed (inner multiplier 0), its decoder towards them where it hedges (1); at 0.25 it does
-    less of either."""
+def test_a_balanced_matryoshka_absorbs_and_hedges_less(learned: Learned) -> None:
+    """T4: a first prefix of one latent.
+
+    If it is absorbed (inner multiplier 0), its encoder turns away from the children; if it hedges
+    (1), its decoder turns towards them; at 0.25 it does less of either.
+    """
     away, towards = {}, {}
     for multiplier in (0, 0.25, 1):
         world, runs = learned(
@@ -180,7 +186,7 @@ def test_balanced_matryoshka(learned: Learned) -> None:
 
 
 def test_too_small_an_l0_mixes_features(learned: Learned) -> None:
-    """T6 (2508.16560): five correlated features, two of them at a time."""
+    """T6 (2508.16560): five correlated features, two active at a time."""
     common = ["model=world_wrong_l0", "training=world", "sae=batch_topk", "sae.num_latents=5"]
     common += ["training.tokens=1536000"]
     found = {k: [mcc(run) for run in learned(*common, f"sae.k={k}")[1]] for k in (2.0, 1.8)}
@@ -190,8 +196,8 @@ def test_too_small_an_l0_mixes_features(learned: Learned) -> None:
 
 
 @pytest.mark.parametrize("sae", ["relu", "gated", "jumprelu"])
-def test_a_target_is_reached_by_every_seed_of_a_calibrated_cell(tmp_path: Path, sae: str) -> None:
-    """On the embedded model: one weight for all seeds, and the held-out L0 of each within 5%."""
+def test_every_seed_of_a_calibrated_cell_reaches_the_target(tmp_path: Path, sae: str) -> None:
+    """On the embedded model, all seeds have one weight and a held-out L0 within 5% of target."""
     line = CommandLine("train", [
         "-m", f"sae={sae}", "sae.num_latents=512", "sae.target_l0=8", "training.tokens=256000",
         "seed=0,1,2", f"runtime.outputs={tmp_path}", "runtime.progress=false",

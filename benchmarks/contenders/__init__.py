@@ -1,8 +1,8 @@
-"""The libraries that `train_step.py` compares, each by its own training step.
+"""Libraries that `train_step.py` compares, each with its own training step.
 
-`base` says what a contender is; `ours` is reseed; `sparsify_peer`, `saelens_peer` and
-`dictionary_learning_peer` are the others. A library is imported when one of its contenders is
-built, never before, so that each is optional.
+`base` defines the interface of a contender; `ours` is reseed; `sparsify_peer`, `saelens_peer` and
+`dictionary_learning_peer` are the peers. A library is imported only when one of its contenders is
+built, so that each is optional.
 """
 
 from __future__ import annotations
@@ -48,29 +48,29 @@ ARCHITECTURES: dict[str, dict[str, type[Contender]]] = {
         "dictionary_learning": dictionary_learning_peer.ReLU,
     },
 }
-"""What is compared for each architecture, by the name in the table. "reseed" is the yardstick."""
+"""Contenders for each architecture, by the name in the table. Ratios are relative to "reseed"."""
 
 PEERS = {
     "sparsify": ("eai-sparsify==1.3.3", "pip install -e '.[bench]' -c constraints.txt"),
     "sae_lens": ("sae-lens==6.54.0", "pip install -e '.[bench]' -c constraints.txt"),
     "dictionary_learning": (
         "dictionary-learning==0.1.0",
-        # What it needs is for reading language models, and would bring torchvision and diffusers.
+        # Its dependencies only serve language models, and include torchvision and diffusers.
         "pip install --no-deps dictionary-learning==0.1.0",
     ),
 }
-"""By the name of the module: what to install, and how."""
+"""Module → package to install, and the command."""
 
 
 def installed(architecture: str) -> list[str]:
-    """The names of the contenders whose library is there."""
+    """Return the names of the contenders whose library is installed."""
     return [
         name for name, contender in ARCHITECTURES[architecture].items() if _found(contender.needs)
     ]
 
 
 def missing(architectures: list[str]) -> list[str]:
-    """A line for each library that would be compared and is not there."""
+    """Return a line for each library of these architectures that is not installed."""
     needed = {each.needs for name in architectures for each in ARCHITECTURES[name].values()}
     return [
         f"{package} is not installed: left out. To compare with it: {command}"

@@ -1,4 +1,4 @@
-"""What a contender is, and what all of them have the same."""
+"""Interface of the contenders, and the settings that all of them share."""
 
 from __future__ import annotations
 
@@ -10,39 +10,40 @@ from typing import Any, ClassVar
 BATCH = 4_096
 LEARNING_RATE = 2e-4
 STEPS = 1_000_000
-"""Long enough for no schedule to move."""
+"""Long enough that no schedule changes a value within the benchmark."""
 
 K = 32
 L1 = 5.0
-"""Coefficient of the L1 penalties, for sums over the latents and inputs with E‖x‖ = √D."""
+"""Coefficient of the L1 penalties, which sum over the latents; inputs have E‖x‖ = √D."""
 L0 = 1e-3
-"""Coefficient of the L0 penalty beside ‖e‖²/D."""
+"""Coefficient of the L0 penalty that is added to ‖e‖²/D."""
 TARGET_L0 = 32.0
 THRESHOLD = 1e-3
 BANDWIDTH = 1e-3
-"""JumpReLU's θ at the start and ε, for inputs with E‖x‖² = 1: both are times √D here."""
+"""JumpReLU's initial θ and its ε for inputs with E‖x‖² = 1; both are multiplied by √D here."""
 PREFIXES = (0.0625, 0.125, 0.25, 0.5, 1.0)
 THRESHOLD_RATE = 0.01
 
 FVU_LOSSES = ("topk", "batch_topk", "matryoshka")
 """Architectures whose loss is a fraction of the batch's variance in reseed and sparsify.
 
-Their batches are scaled to a variance of 1 per token, for which the fraction is the mean squared
-error of the others. The batches of the rest have E‖x‖ = √D, as their recipes want.
+Their batches are scaled to a variance of 1 per token, so that this fraction equals the mean squared
+error of the other libraries. The batches of the other architectures have E‖x‖ = √D, as their
+recipes require.
 """
 
 
 @dataclass(frozen=True)
 class Matched:
-    """What reseed has to be told so that its gradient is a peer's, up to a factor.
+    """Settings with which reseed's gradient equals a peer's, up to a factor.
 
     Attributes:
         sae: options of the architecture's configuration.
         optimizer: arguments of `SAEAdam`.
         factor: the peer's loss as a multiple of reseed's.
-        differs: parameters whose gradient is another one by design, with the reason.
-        diverges: why weights go apart although all gradients are the same at the same weights.
-            With this or `differs`, no agreement is expected after the first gradient.
+        differs: parameters whose gradient differs by design → the reason.
+        diverges: reason why weights diverge although all gradients are equal at equal weights.
+            With this or `differs`, only the first gradients have to agree.
     """
 
     sae: Mapping[str, Any] = field(default_factory=dict)
@@ -63,7 +64,7 @@ class Contender(ABC):
     """
 
     needs: ClassVar[str | None] = None
-    """The module to import."""
+    """Name of the library's module; None for reseed."""
 
     module: Any
     """The `torch.nn.Module` with the parameters."""
@@ -73,26 +74,26 @@ class Contender(ABC):
 
     @abstractmethod
     def step(self, x: Any) -> None:
-        """One step of training, as the library does it."""
+        """Run one training step as the library does it."""
 
     @abstractmethod
     def loss(self, x: Any) -> Any:
-        """The scalar that a step on x would differentiate."""
+        """Return the scalar that a step on x would differentiate."""
 
     @abstractmethod
     def parameters(self) -> dict[str, Any]:
-        """The library's parameters by reseed's names, as the library holds them."""
+        """Return the library's parameters by reseed's names, in the library's shapes."""
 
     def matched(self, d_in: int, num_latents: int) -> Matched:
-        """What makes reseed do the same."""
+        """Return the settings with which reseed does the same work."""
         return Matched()
 
     def weights(self) -> dict[str, Any]:
-        """Views of the parameters, in reseed's shapes."""
+        """Return views of the parameters in reseed's shapes."""
         return {name: self._turned(name, p.detach()) for name, p in self.parameters().items()}
 
     def gradients(self, x: Any) -> tuple[float, dict[str, Any]]:
-        """The loss of x and its gradient for each parameter; nothing is moved."""
+        """Return the loss of x and its gradient for each parameter, without an update."""
         for parameter in self.module.parameters():
             parameter.grad = None
         loss = self.loss(x)
@@ -107,17 +108,17 @@ class Contender(ABC):
         return float(loss.detach()), found
 
     def copy_from(self, weights: Mapping[str, Any]) -> None:
-        """Take over reseed's weights."""
+        """Copy reseed's weights into this contender."""
         for name, own in self.weights().items():
             own.copy_(weights[name])
 
     def _turned(self, name: str, tensor: Any) -> Any:
-        """A tensor of the shape of a parameter as reseed has it: a view."""
+        """Return a view of a tensor of a parameter's shape, in reseed's shape."""
         return tensor
 
 
 class LearnsThreshold(Contender):
-    """A JumpReLU SAE that learns θ, where reseed learns log θ."""
+    """JumpReLU SAE that learns θ, where reseed learns log θ."""
 
     def gradients(self, x: Any) -> tuple[float, dict[str, Any]]:
         loss, found = super().gradients(x)
@@ -130,7 +131,7 @@ class LearnsThreshold(Contender):
 
 
 def scaled(architecture: str, batches: list[Any]) -> list[Any]:
-    """The batches in the units that the architecture's loss wants; see `FVU_LOSSES`."""
+    """Scale the batches to the units that the architecture's loss requires; see `FVU_LOSSES`."""
     if architecture in FVU_LOSSES:
         return [x * (len(x) / (x - x.mean(0)).square().sum()).sqrt() for x in batches]
     norm = sum(float(x.norm(dim=1).mean()) for x in batches) / len(batches)

@@ -1,8 +1,8 @@
-"""dictionary_learning: `update` of each of its trainers.
+"""Contenders of dictionary_learning: `update` of each of its trainers.
 
-It holds decoder rows at norm 1, takes the parallel gradient out and clips at norm 1, as reseed
-does, where not said otherwise. No warm-ups; its AuxK waits for ten million silent tokens, so that
-none of these runs has it.
+It keeps decoder rows at norm 1, removes the parallel gradient and clips gradients at norm 1 like
+reseed, unless a class says otherwise. There are no warm-ups. Its AuxK needs ten million silent
+tokens, so none of these runs has it.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from contenders.base import (
 
 
 class DictionaryLearning(Contender):
-    """One of its trainers."""
+    """One trainer of dictionary_learning."""
 
     needs = "dictionary_learning"
     trainer: ClassVar[tuple[str, str]]
     """Module and class."""
     names: ClassVar[Mapping[str, str]]
-    """Reseed's parameters and what it calls them."""
+    """reseed's names of the parameters → the library's names."""
     transposed: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, architecture: str, d_in: int, num_latents: int) -> None:
@@ -59,7 +59,7 @@ class DictionaryLearning(Contender):
         self.index = 1  # step 0 would start b_dec at the geometric median
 
     def options(self, d_in: int, num_latents: int) -> dict[str, Any]:
-        """More arguments of the trainer."""
+        """Return further arguments of the trainer."""
         return {"sparsity_warmup_steps": None}
 
     def step(self, x: Any) -> None:
@@ -94,7 +94,7 @@ class BatchTopK(DictionaryLearning):
 
 
 class Matryoshka(BatchTopK):
-    """`MatryoshkaBatchTopKTrainer`: the mean over the prefixes where reseed has the sum."""
+    """`MatryoshkaBatchTopKTrainer`: mean over the prefixes, where reseed has the sum."""
 
     trainer = ("matryoshka_batch_top_k", "MatryoshkaBatchTopKTrainer")
     names: ClassVar[Mapping[str, str]] = {
@@ -116,7 +116,7 @@ class Matryoshka(BatchTopK):
 
 
 class JumpReLU(LearnsThreshold, DictionaryLearning):
-    """`JumpReluTrainer`: (L0/L0* − 1)² beside ‖e‖², where reseed has ‖e‖²/D."""
+    """`JumpReluTrainer`: (L0/L0* − 1)² is added to ‖e‖², where reseed has ‖e‖²/D."""
 
     trainer = ("jumprelu", "JumpReluTrainer")
     names: ClassVar[Mapping[str, str]] = {
@@ -142,15 +142,15 @@ class JumpReLU(LearnsThreshold, DictionaryLearning):
 
     def matched(self, d_in: int, num_latents: int) -> Matched:
         kernel = (
-            "its kernel for L0 sees latents after the jump, so nothing just below θ, where the "
-            "paper (and reseed) has pre-activations"
+            "its kernel for L0 is applied after the jump, so it ignores values just below θ; the "
+            "paper (and reseed) applies it to pre-activations"
         )
         return Matched(
             sae={"target_l0": TARGET_L0, "penalty": "quadratic"},
             optimizer={"max_grad_norm": 1 / d_in, "eps": 1e-8 / d_in, "betas": (0.0, 0.999)},
             factor=d_in,
             differs={"log_threshold": kernel},
-            diverges="it learns θ and reseed log θ, which Adam moves otherwise",
+            diverges="it learns θ and reseed log θ, so Adam's steps differ",
         )
 
 
@@ -176,7 +176,7 @@ class Gated(DictionaryLearning):
 
 
 class ReLU(DictionaryLearning):
-    """`StandardTrainerAprilUpdate`: decoder rows are free; it encodes x − b_dec."""
+    """`StandardTrainerAprilUpdate`: decoder rows are not normalised; it encodes x − b_dec."""
 
     trainer = ("standard", "StandardTrainerAprilUpdate")
     names: ClassVar[Mapping[str, str]] = {
@@ -195,10 +195,10 @@ class ReLU(DictionaryLearning):
 
 
 def _trainers(module: str) -> Any:
-    """A module of its trainers.
+    """Import a module of the library's trainers.
 
-    The package imports nnsight, with which it reads language models. Training needs nothing of it,
-    so that an empty stand-in does where it is not installed.
+    The package imports nnsight for language models. Training does not need it, so an empty stub
+    replaces it if it is not installed.
     """
     if "nnsight" not in sys.modules and importlib.util.find_spec("nnsight") is None:
         stand_in = types.ModuleType("nnsight")

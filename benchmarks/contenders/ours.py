@@ -1,4 +1,4 @@
-"""reseed, as its training runs it."""
+"""Contenders of reseed, which run its own training step."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from contenders.base import (
 
 
 class Reseed(Contender):
-    """The product's own path, without clipping: sparsify's recipe.
+    """reseed's own training step without clipping, as in sparsify's recipe.
 
     Args:
-        sae_options, optimizer_options: what to set otherwise, as `Matched` says.
+        sae_options, optimizer_options: overrides, from `Matched`.
     """
 
     max_grad_norm: float | None = None
@@ -49,7 +49,7 @@ class Reseed(Contender):
         self.index = 0
 
     def start(self, x: Any) -> None:
-        """b_dec at the mean, before the first step."""
+        """Set b_dec to the mean, before the first step."""
         self.module.initialise_b_dec(x.mean(0))
         self.index = 1
 
@@ -76,7 +76,7 @@ class Reseed(Contender):
 
 
 class ReseedPlain(Reseed):
-    """Without compiled loops."""
+    """reseed without compiled loops."""
 
     def step(self, x: Any) -> None:
         from reseed.sae import kernels
@@ -86,20 +86,20 @@ class ReseedPlain(Reseed):
 
 
 class ReseedClipped(Reseed):
-    """With the gradient clipped, as reseed does by default."""
+    """reseed with clipped gradients, its default."""
 
     max_grad_norm = 1.0
 
 
 class ReseedTopK(ReseedClipped):
-    """TopK, whatever the architecture that is compared: what choosing in the batch adds to it."""
+    """TopK for any architecture, which shows the cost of selecting over the batch."""
 
     def __init__(self, architecture: str, *size: Any) -> None:
         super().__init__("topk", *size)
 
 
 def configuration(architecture: str, num_latents: int, options: Mapping[str, Any]) -> Any:
-    """The configuration of an architecture, without warm-ups and without AuxK."""
+    """Return the configuration of an architecture, without warm-ups and without AuxK."""
     from reseed.sae import batch_topk, gated, jumprelu, matryoshka, relu, topk
 
     k_sparse = {"k": K, "aux_alpha": 0.0}

@@ -1,7 +1,7 @@
-"""sae-lens: `SAETrainer.step` on each of its training SAEs.
+"""Contenders of sae-lens: `SAETrainer.step` on each of its training SAEs.
 
-It always clips gradients at norm 1 and never holds decoder rows at norm 1; it starts b_dec at 0.
-Its AuxK waits for a latent to be silent for a thousand steps, so that none of these runs has it.
+It always clips gradients at norm 1, never keeps decoder rows at norm 1, and starts b_dec at 0. Its
+AuxK needs latents that are silent for a thousand steps, so none of these runs has it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from contenders.base import (
 
 
 class SAELens(Contender):
-    """One of its training SAEs."""
+    """One training SAE of sae-lens."""
 
     needs = "sae_lens"
     sae_class: ClassVar[str]
     names: ClassVar[Mapping[str, str]] = {}
-    """Of reseed's parameters, those that it calls otherwise."""
+    """reseed's names of the parameters that sae-lens names differently → its names."""
 
     def __init__(self, architecture: str, d_in: int, num_latents: int) -> None:
         import sae_lens
@@ -53,7 +53,7 @@ class SAELens(Contender):
         self.trainer = SAETrainer(config, self.module, data_provider=iter(()))
 
     def options(self, d_in: int, num_latents: int) -> dict[str, Any]:
-        """Of the SAE's configuration."""
+        """Return options of the SAE's configuration."""
         return {}
 
     def matched(self, d_in: int, num_latents: int) -> Matched:
@@ -85,7 +85,7 @@ class SAELens(Contender):
 
 
 class TopK(SAELens):
-    """With dense latents, its default."""
+    """TopK with dense latents, its default."""
 
     sae_class = "TopKTrainingSAE"
     sparse = False
@@ -99,13 +99,13 @@ class TopK(SAELens):
 
 
 class TopKSparse(TopK):
-    """The same with `use_sparse_activations`."""
+    """TopK with `use_sparse_activations`."""
 
     sparse = True
 
 
 class BatchTopK(SAELens):
-    """Its latents are dense whatever `use_sparse_activations` says."""
+    """BatchTopK, whose latents are dense whatever `use_sparse_activations` is."""
 
     sae_class = "BatchTopKTrainingSAE"
 
@@ -118,7 +118,7 @@ class BatchTopK(SAELens):
 
 
 class Matryoshka(BatchTopK):
-    """The sum over the prefixes, each with weight 1, as reseed has it."""
+    """Matryoshka with the sum over the prefixes, each of weight 1, like reseed."""
 
     sae_class = "MatryoshkaBatchTopKTrainingSAE"
 
@@ -128,7 +128,7 @@ class Matryoshka(BatchTopK):
 
 
 class JumpReLU(LearnsThreshold, SAELens):
-    """λ·L0 beside ‖e‖², where reseed has ‖e‖²/D."""
+    """JumpReLU: λ·L0 is added to ‖e‖², where reseed has ‖e‖²/D."""
 
     sae_class = "JumpReLUTrainingSAE"
     names: ClassVar[Mapping[str, str]] = {"log_threshold": "threshold"}
@@ -146,14 +146,14 @@ class JumpReLU(LearnsThreshold, SAELens):
             sae={"unit_norm_decoder": False},
             optimizer={"max_grad_norm": 1 / d_in, "eps": 1e-8 / d_in},
             factor=d_in,
-            diverges="it learns θ and reseed log θ, which Adam moves otherwise",
+            diverges="it learns θ and reseed log θ, so Adam's steps differ",
         )
 
 
 class Gated(SAELens):
-    """L1 weighted by the decoder's norms, and an auxiliary loss that moves the decoder.
+    """Gated: L1 weighted by the decoder's norms, and an auxiliary loss that trains the decoder.
 
-    The paper and reseed hold the decoder constant in the auxiliary loss, and its rows at norm 1.
+    The paper and reseed detach the decoder in the auxiliary loss and keep its rows at norm 1.
     """
 
     sae_class = "GatedTrainingSAE"
@@ -163,7 +163,7 @@ class Gated(SAELens):
         return {"l1_coefficient": L1}
 
     def matched(self, d_in: int, num_latents: int) -> Matched:
-        reason = "its auxiliary loss and its L1 move the decoder too"
+        reason = "its auxiliary loss and its L1 penalty train the decoder too"
         return Matched(sae={"unit_norm_decoder": False}, differs={"W_dec": reason, "b_dec": reason})
 
 

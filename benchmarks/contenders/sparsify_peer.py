@@ -1,4 +1,4 @@
-"""eai-sparsify."""
+"""Contender of eai-sparsify."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contenders.base import LEARNING_RATE, Contender, K, Matched
 
 
 class Sparsify(Contender):
-    """`sparsify.Trainer`'s loop body for one SAE with `optimizer=adam`, `loss_fn=fvu`."""
+    """Loop body of `sparsify.Trainer` for one SAE with `optimizer=adam`, `loss_fn=fvu`."""
 
     needs = "sparsify"
 

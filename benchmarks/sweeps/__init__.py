@@ -1,6 +1,6 @@
-"""What `sweep.py` runs: the plan that all contenders share, and each contender's own way.
+"""Modules of `sweep.py`: the plan that all contenders share, and the training of each contender.
 
-Every function that measures runs in a process of its own (`processes`). `plan` says what is to be
-trained, `ours` and `peers` train it, `parts` makes tokens and held-out activations, measures FVU
-and times the model's pass and an SAE's steps alone; `tables` shows what came out.
+Every measurement runs in a separate process (`processes`). `plan` defines the SAEs to train, `ours`
+and `peers` train them, `parts` prepares tokens and held-out activations, measures FVU and times the
+model's pass and an SAE's steps alone; `tables` prints the results.
 """

@@ -1,4 +1,4 @@
-"""reseed by its command line, in a fresh process: ``reseed train [-m] …``."""
+"""Training with reseed through its command line: ``reseed train [-m] …``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from sweeps.processes import Clock
 
 
 def arguments(plan: Plan, saes: Sequence[Sae], outputs: Path) -> list[str]:
-    """The command line that trains ``saes``, all combinations of whose parts must be asked for."""
+    """Return the command line that trains ``saes``.
+
+    ``saes`` must be all combinations of its architectures, layers and seeds.
+    """
     swept = {
         "sae": dict.fromkeys(sae.architecture for sae in saes),
         "layer": dict.fromkeys(sae.layer for sae in saes),
@@ -40,13 +43,13 @@ def arguments(plan: Plan, saes: Sequence[Sae], outputs: Path) -> list[str]:
         "sae.aux_alpha=0",
         f"sae.encoder_init_scale={START}",
         f"dataset.context_length={plan.context}",
-        # The peers cannot leave out the same positions: every token counts.
+        # The peers cannot leave out the same positions, so every token is used.
         "dataset.exclude_first_position=false",
         "dataset.exclude_special_tokens=false",
-        f"dataset.held_out_tokens={plan.batch}",  # which cannot be turned off
+        f"dataset.held_out_tokens={plan.batch}",  # cannot be turned off
         f"runtime.threads={plan.threads}",
         "runtime.progress=false",
-        "runtime.prefetch=false",  # no more threads than the others
+        "runtime.prefetch=false",  # the same number of threads as the peers
         "runtime.device=cpu",
         "runtime.checkpoint_every_s=1000000",
         f"runtime.outputs='{outputs}'",
@@ -55,7 +58,7 @@ def arguments(plan: Plan, saes: Sequence[Sae], outputs: Path) -> list[str]:
 
 
 def train(plan: Plan, saes: Sequence[Sae], outputs: Path, clock: Clock) -> dict[str, Any]:
-    """Run the command in this process; ``outputs`` must not hold these runs yet."""
+    """Run the command in the current process; ``outputs`` must not contain these runs yet."""
     from reseed.cli.main import main
 
     with timed(clock):
@@ -74,14 +77,17 @@ def train(plan: Plan, saes: Sequence[Sae], outputs: Path, clock: Clock) -> dict[
 
 @contextmanager
 def timed(clock: Clock) -> Iterator[None]:
-    """Training begins with the first pass of a language model with weights, which is that of the
-    first chunk of activations, and ends with the last return of `lightning.Trainer.fit`."""
+    """Time the training inside the context.
+
+    It begins with the first pass of a language model with weights, which computes the first chunk
+    of activations, and ends with the last return of `lightning.Trainer.fit`.
+    """
     import lightning as L
     from torch.nn.modules.module import register_module_forward_pre_hook
     from transformers import PreTrainedModel
 
     def seen(module: Any, inputs: Any) -> None:
-        # Shapes are found by a pass on the meta device, which is no training.
+        # A pass on the meta device only determines shapes.
         real = isinstance(module, PreTrainedModel) and not next(module.parameters()).is_meta
         if real:
             clock.begin()
@@ -105,7 +111,7 @@ def timed(clock: Clock) -> Iterator[None]:
 
 
 def finished(outputs: Path) -> dict[str, Path]:
-    """The finished runs in a folder of results, by the SAE's name."""
+    """Return the finished runs in a folder, by the SAE's name."""
     found = {}
     for path in sorted(outputs.glob("*/run.json")):
         record = _record(path.parent)
@@ -118,7 +124,7 @@ def finished(outputs: Path) -> dict[str, Path]:
 
 
 def forget(outputs: Path) -> None:
-    """Delete results, so that the next round trains anew."""
+    """Delete results, so that the next round trains again."""
     for folder in (outputs, Path(f"{outputs}-sweeps")):
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Tokens and held-out activations, the same FVU for everyone, and the parts of a sweep alone."""
+"""Tokens and held-out activations of a sweep, FVU of all SAEs, and timing of the sweep's parts."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from sweeps import ours
 from sweeps.plan import Plan
 
 POOL = 16
-"""Batches of activations on which a step is timed, in turn."""
+"""Batches of activations, used in turn to time a step."""
 
 
 def prepare(plan: Plan) -> dict[str, Any]:
-    """Tokenise once, into reseed's cache, and write the tokens in the order in which reseed's
-    stream reads them, for the peers; and activations of held-out documents.
+    """Tokenise once, into reseed's cache, and write the peers' tokens and held-out activations.
+
+    The tokens are written in the order in which reseed's stream reads them.
 
     Returns:
-        what was found: seconds of tokenising, d_in, the name of the layers' list.
+        the model's folder, d_in, the name of its list of layers, seconds of tokenising.
 
     Raises:
         ValueError: the text is too short.
@@ -47,7 +48,7 @@ def prepare(plan: Plan) -> dict[str, Any]:
     if plan.text is not None:
         text = TextFilesConfig(path=plan.text, **options)
     config = EmbeddedModelConfig() if plan.model == "embedded" else PathModelConfig(path=plan.model)
-    cache = cache_folder(RuntimeConfig())  # where the command line looks, too
+    cache = cache_folder(RuntimeConfig())  # the same cache as that of the command line
     started = time.perf_counter()
     found = config.resolve(cache)
     train, held_out = found.data(text, cache).stores(plan.tokens)  # type: ignore[attr-defined]
@@ -56,8 +57,9 @@ def prepare(plan: Plan) -> dict[str, Any]:
     wanted = plan.held_out // plan.context
     if packed.num_sequences < plan.sequences or packed_held_out.num_sequences < wanted:
         raise ValueError(
-            f"--tokens must not exceed the {len(train):,} of the text for {plan.label}, and "
-            f"{plan.held_out:,} the {len(held_out):,} held out; got {plan.tokens:,}"
+            f"--tokens must not exceed the {len(train):,} training tokens of the text for "
+            f"{plan.label}, which also needs {plan.held_out:,} held-out tokens (there are "
+            f"{len(held_out):,}); got {plan.tokens:,}"
         )
     sequences = packed.sequences(0, plan.sequences)
     Dataset.from_dict({"input_ids": sequences.astype(np.int64)}).save_to_disk(
@@ -82,7 +84,11 @@ def prepare(plan: Plan) -> dict[str, Any]:
 
 
 def fvu(folders: Sequence[Path], plan: Plan) -> dict[str, Any]:
-    """FVU and L0 on the held-out activations of every SAE in ``folders``, by folder and SAE."""
+    """Measure FVU and L0 of every SAE in ``folders`` on the held-out activations.
+
+    Returns:
+        folder → SAE → the two numbers.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -103,7 +109,7 @@ def fvu(folders: Sequence[Path], plan: Plan) -> dict[str, Any]:
 
 
 def identical(one: Path, other: Path) -> list[int]:
-    """How many SAEs of two folders are the same to the last bit, and how many are in both."""
+    """Return the number of SAEs that are bit-identical in two folders, and of those in both."""
     first, second = saved(one), saved(other)
     both = [name for name in first if name in second]
     same = [
@@ -116,13 +122,13 @@ def identical(one: Path, other: Path) -> list[int]:
 
 
 def saved(folder: Path) -> dict[str, Path]:
-    """Where each SAE of a contender is: reseed's run folders, or what `save` wrote."""
+    """Return the folder of each SAE of a contender: reseed's run folder, or written by `save`."""
     found = {path.parent.name: path.parent for path in folder.glob("*/sae.safetensors")}
     return ours.finished(folder) or found
 
 
 def save(weights: Mapping[str, Mapping[str, Any]], folder: Path, plan: Plan) -> None:
-    """Write a peer's SAEs as reseed writes its own."""
+    """Write a peer's SAEs in reseed's format."""
     import torch
 
     from reseed.sae.checkpoint import save_sae
@@ -139,10 +145,10 @@ def save(weights: Mapping[str, Mapping[str, Any]], folder: Path, plan: Plan) -> 
 
 
 def model_pass(plan: Plan, most: int = 262_144) -> dict[str, float]:
-    """Seconds of the bare model up to the deepest of the layers, for all tokens of the plan.
+    """Measure seconds of the bare model, up to the deepest layer, for all tokens of the plan.
 
     Args:
-        most: time no more tokens than this, and scale up.
+        most: number of tokens timed at most; the result is scaled up.
     """
     import numpy as np
     import torch
@@ -163,7 +169,7 @@ def model_pass(plan: Plan, most: int = 262_144) -> dict[str, float]:
 
 
 def sae_step(plan: Plan, architecture: str, repeats: int = 24) -> dict[str, float]:
-    """Seconds of the steps of one SAE, from the median of some, on the model's activations."""
+    """Estimate seconds of all steps of one SAE from the median step, on the model's activations."""
     import numpy as np
     import torch
     from contenders.ours import ReseedClipped
@@ -189,11 +195,11 @@ def sae_step(plan: Plan, architecture: str, repeats: int = 24) -> dict[str, floa
 
 
 class _Enough(Exception):
-    """Raised by the deepest layer's hook: nothing after it is needed."""
+    """Raised by the deepest layer's hook to stop the model's pass."""
 
 
 def _activations(model: Any, sequences: Any, plan: Plan) -> Iterator[dict[int, Any]]:
-    """Outputs [tokens, D] of the plan's layers, a batch of sequences at a time."""
+    """Yield the outputs [tokens, D] of the plan's layers, per batch of sequences."""
     import numpy as np
     import torch
 
@@ -231,7 +237,7 @@ def _model(folder: str | Path) -> Any:
 
 
 def _layers(model: Any) -> tuple[str, Any]:
-    """The list of the model's layers, with its name."""
+    """Return the name of the model's list of layers, and the list."""
     from torch import nn
 
     count = model.config.num_hidden_layers

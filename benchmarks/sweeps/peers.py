@@ -1,7 +1,7 @@
-"""eai-sparsify and sae-lens by their public trainers, as their documentation has them used.
+"""Training with eai-sparsify and sae-lens through their public trainers, as documented.
 
-Each function trains in this process and returns the SAEs' weights under reseed's names and in
-reseed's shapes, for raw activations. Evaluation, W&B and checkpoints are off.
+Each function trains in the current process and returns the SAEs' weights under reseed's names and
+in reseed's shapes, for raw activations. Evaluation, W&B and checkpoints are off.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Weights = dict[str, Any]
 
 
 def sparsify(plan: Plan, saes: Sequence[Sae], clock: Clock) -> dict[str, Weights]:
-    """One job: `sparsify.Trainer` with `layers` × `init_seeds`, which share the model's pass."""
+    """Train in one job: `sparsify.Trainer` with `layers` × `init_seeds` shares the model's pass."""
     import torch
     from datasets import load_from_disk
     from sparsify import SparseCoderConfig, TrainConfig, Trainer
@@ -38,11 +38,11 @@ def sparsify(plan: Plan, saes: Sequence[Sae], clock: Clock) -> dict[str, Weights
         save_every=10**9,
         save_dir=str(plan.folder("sparsify")),
     )
-    # As its command line loads it for this loss: without the unembedding.
+    # Like sparsify's command line for this loss, load the model without the unembedding.
     model = AutoModel.from_pretrained(_info(plan)["folder"], dtype=torch.float32)
     dataset: Any = load_from_disk(str(plan.folder("tokens"))).with_format("torch")
     trainer = Trainer(config, dataset, model)
-    trainer.save = lambda: None  # the checkpoint at the end
+    trainer.save = lambda: None  # skips the final checkpoint
     clock.begin()
     trainer.fit()
     clock.end()
@@ -61,7 +61,7 @@ def sparsify(plan: Plan, saes: Sequence[Sae], clock: Clock) -> dict[str, Weights
 
 
 def saelens_multi(plan: Plan, saes: Sequence[Sae], clock: Clock) -> dict[str, Weights]:
-    """`MultiSAETrainingRunner`: all from one pass of the model."""
+    """Train all SAEs from one pass of the model, with `MultiSAETrainingRunner`."""
     import torch
     from datasets import load_from_disk
     from sae_lens.multi_sae_training_runner import (
@@ -87,7 +87,7 @@ def saelens_multi(plan: Plan, saes: Sequence[Sae], clock: Clock) -> dict[str, We
 
 
 def saelens_single(plan: Plan, saes: Sequence[Sae], clock: Clock) -> dict[str, Weights]:
-    """`LanguageModelSAETrainingRunner`: one SAE."""
+    """Train one SAE with `LanguageModelSAETrainingRunner`."""
     import torch
     from datasets import load_from_disk
     from sae_lens import LanguageModelSAERunnerConfig, LanguageModelSAETrainingRunner
@@ -113,7 +113,7 @@ def saelens_single(plan: Plan, saes: Sequence[Sae], clock: Clock) -> dict[str, W
 
 
 def _saelens_options(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
-    """What its two runners are told alike."""
+    """Return the options that both runners share."""
     from sae_lens.config import LoggingConfig
 
     warm_up = round(WARM_UP * plan.steps)
@@ -142,7 +142,7 @@ def _saelens_options(plan: Plan, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _saelens_config(plan: Plan, sae: Sae, d_in: int) -> Any:
-    """TopK with the quicker of its two kinds of latents; ReLU as reseed has it (`agreement.py`)."""
+    """Configure TopK with sparse latents, the faster kind, or ReLU like reseed (`agreement.py`)."""
     from sae_lens import StandardTrainingSAEConfig, TopKTrainingSAEConfig
 
     shared: dict[str, Any] = {

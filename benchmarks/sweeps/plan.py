@@ -1,4 +1,4 @@
-"""What is trained: the same for every contender. No library is imported here."""
+"""Plan of a sweep, the same for every contender. No library is imported here."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from contenders.base import L1, K
 
 ARCHITECTURES = ("topk", "relu")
 WARM_UP = 0.01
-"""Of the steps, over which the learning rate rises; after it, it falls linearly to 0, which is the
-one schedule that all contenders have."""
+"""Fraction of the steps over which the learning rate rises. Then it falls linearly to 0, the only
+schedule that all contenders have."""
 L1_WARM_UP = 0.05
-"""Of the steps, over which the L1 coefficient rises: reseed's default, told to sae-lens."""
+"""Fraction of the steps over which the L1 coefficient rises: reseed's default, set for sae-lens."""
 START = 3**-0.5
-"""Length of the encoder's rows at the start times the decoder's: sparsify's, which has no option
-for it. In a short run it decides how far TopK comes."""
+"""Initial length of the encoder's rows relative to the decoder's, as in sparsify, which has no
+option for it. In a short run it determines how far TopK gets."""
 CHUNK = 65_536
-"""Tokens that reseed computes together; of the first it takes the inputs' scale and b_dec, and
-sae-lens is told to take the scale of as many."""
+"""Tokens of a chunk in reseed. The first chunk determines the scale of the inputs and b_dec;
+sae-lens is set to estimate its scale from as many tokens."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +37,18 @@ class Sae:
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep: architectures × seeds × layers on one stream of tokens.
+    """Sweep: architectures × seeds × layers on one stream of tokens.
 
     Attributes:
         model: ``embedded``, or the folder of a transformers model.
-        text: a file of plain text; None for the docstrings that reseed has.
-        layers, seeds, architectures: what is combined.
-        tokens: that each SAE sees, a multiple of `CHUNK`.
-        context: tokens in a sequence.
-        batch: tokens in a step, a multiple of ``context``.
-        lr: peak learning rate of Adam, for all.
-        threads: of every contender.
-        work: a folder of this plan's own.
+        text: a file of plain text; None for reseed's dataset of docstrings.
+        layers, seeds, architectures: the axes of the sweep.
+        tokens: tokens that each SAE sees, a multiple of `CHUNK`.
+        context: tokens per sequence.
+        batch: tokens per step, a multiple of ``context``.
+        lr: peak learning rate of Adam, for all contenders.
+        threads: threads of every contender.
+        work: folder for the files of this plan.
     """
 
     model: str
@@ -89,11 +89,11 @@ class Plan:
         return self.model if self.model == "embedded" else Path(self.model).resolve().name
 
     def folder(self, name: str) -> Path:
-        """Where something of this plan is kept."""
+        """Return a path in the folder of this plan."""
         return Path(self.work) / name
 
     def plain(self) -> dict[str, Any]:
-        """For json; `Plan.of` reads it."""
+        """Return the values for JSON; `Plan.of` is the inverse."""
         values = asdict(self)
         del values["k"], values["l1"]
         return values

@@ -1,4 +1,4 @@
-"""A measurement in a process of its own: its clock, and how it is started."""
+"""Measurements in separate processes: the clock of a process, and its start."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ OFFLINE = {
 
 
 class FailedError(RuntimeError):
-    """A measurement whose process did not end well."""
+    """Failure of a measurement's process."""
 
 
 class Clock:
-    """Splits a process's life into start-up, training and what comes after.
+    """Clock that splits the time of a process into start-up, training and the time after.
 
     Args:
-        spawned: `time.time()` at which the process was asked for.
+        spawned: `time.time()` when the process was started.
     """
 
     def __init__(self, spawned: float) -> None:
@@ -39,17 +39,17 @@ class Clock:
         self._ended: tuple[float, float] | None = None
 
     def begin(self) -> None:
-        """Training begins: all is imported, loaded and tokenised. The first call counts."""
+        """Mark the beginning of training, after imports and loading. The first call counts."""
         self._begun = self._begun or _now()
 
     def end(self) -> None:
-        """Training has ended. The last call counts."""
+        """Mark the end of training. The last call counts."""
         self._ended = _now()
 
     def phases(self) -> dict[str, Any]:
-        """Seconds of wall and of CPU of each phase, and the peak of resident bytes."""
+        """Return wall and CPU seconds of each phase, and the peak of resident bytes."""
         if self._begun is None or self._ended is None:
-            raise RuntimeError("no training was seen in this process")
+            raise RuntimeError("training did not begin and end in this process")
         marks = [(self._spawned, 0.0), self._begun, self._ended, _now()]
         found: dict[str, Any] = {
             name: {"wall": after[0] - before[0], "cpu": after[1] - before[1]}
@@ -68,10 +68,10 @@ def _now() -> tuple[float, float]:
 
 
 def in_process(program: str, task: dict[str, Any], threads: int) -> Any:
-    """Run ``python program --task …`` and return what it left.
+    """Run ``python program --task …`` and return its result.
 
     Raises:
-        FailedError: with the end of what it printed.
+        FailedError: the process failed; the message has the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
@@ -80,7 +80,7 @@ def in_process(program: str, task: dict[str, Any], threads: int) -> Any:
             **os.environ,
             **OFFLINE,
             "OMP_NUM_THREADS": str(threads),
-            # What `reseed` sets for itself; here for everyone (README: threads that wait).
+            # reseed limits the spinning of waiting threads for itself; here all contenders get it.
             "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
             "SPARSIFY_DISABLE_TRITON": "1",
         }

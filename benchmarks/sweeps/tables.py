@@ -1,4 +1,4 @@
-"""What a sweep's measurements say: tables, notes, the drawing."""
+"""Results of a sweep: tables, notes and the figure."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from pathlib import Path
 from typing import Any
 
 SAME_FVU = 1.5
-"""The FVU of a contender's SAEs may be so many times that of reseed's, or it is other work."""
+"""Largest ratio of a contender's FVU to reseed's for which both count as the same work."""
 ALLOWED = 1.10
-"""A fused sweep may cost so many times its parts."""
+"""Largest accepted ratio of a fused sweep's time to that of its parts."""
 GOALS = {"sae-lens": 3, "sparsify": 2}
-"""How many times a peer shall take."""
+"""Target ratio of each peer's time to reseed's."""
 NOTES = """\
 Notes
-- The same for all: tokens and their packing (first positions and special tokens are not left out,
-  as sparsify cannot leave out the former), Adam with a learning rate that rises and then falls
-  linearly, tokens in a step, no AuxK at work, TopK's gain at the start (sparsify's 1/√3, which has
-  no option for it), threads (GOMP_SPINCOUNT=10000, as reseed sets it).
+- The same for all: tokens and their packing (including first positions, which sparsify cannot leave
+  out, and special tokens), Adam with a learning rate that rises and then falls linearly, tokens per
+  step, no active AuxK, TopK's initial gain (sparsify's 1/√3, which it has no option for), threads
+  (GOMP_SPINCOUNT=10000, as reseed sets it).
 - Order: reseed shuffles within 65,536 tokens, sae-lens in its buffer (its default: 20 sequences),
   sparsify not at all.
 - sparsify runs the model to its last layer, has no ReLU, trains on unscaled activations, does not
-  clip gradients, starts b_dec at the first batch's mean, and is kept from writing at the end.
-- sae-lens clips gradients, as reseed does, starts b_dec at 0 and does not hold decoder rows at norm
-  1. It takes the inputs' scale from 16 batches (its default: 1,000), which it reads for that alone;
-  they come again at the end. Its TopK has sparse latents, which are quicker than its default.
+  clip gradients, starts b_dec at the first batch's mean. Its final checkpoint is turned off.
+- sae-lens clips gradients, as reseed does, starts b_dec at 0 and does not keep decoder rows at norm
+  1. It takes the scale of the inputs from 16 batches (its default: 1,000), which it reads only for
+  that; they come again at the end. Its TopK has sparse latents, which are faster than its default.
 - reseed logs its curve, saves the finished state, then measures 4,096 held-out tokens and writes
   its records; the peers do none of this."""
 
 
 def possible(contender: str) -> bool:
-    """Whether the library of a contender is there."""
+    """Return True if the library of a contender is installed."""
     needs = {"sparsify": "sparsify", "saelens_multi": "sae_lens", "saelens_single": "sae_lens"}
     return importlib.util.find_spec(needs.get(contender, "json")) is not None
 
@@ -47,7 +47,7 @@ def title(result: dict[str, Any]) -> str:
 
 
 def compared(result: dict[str, Any], contenders: dict[str, tuple[str, str]]) -> str:
-    """The table of a sweep, whether it was the same work, and its parts."""
+    """Return the table of a sweep, the check for the same work, and the cost of the parts."""
     lines = [
         f"\n{'':28}{'training s':>11}{'CPU s':>9}{'reseed is':>11}{'(CPU)':>8}"
         f"{'start s':>9}{'after s':>9}{'processes':>11}{'peak MiB':>10}"
@@ -70,7 +70,7 @@ def compared(result: dict[str, Any], contenders: dict[str, tuple[str, str]]) -> 
 
 
 def summary(result: dict[str, Any]) -> str:
-    """A line: what the fused sweep is against the others, and what it was to be."""
+    """Return a line with the speed of the fused sweep against the others, and the goals."""
 
     def ratio(other: str, own: str) -> str:
         ours, theirs = (result["measured"][name]["training"] for name in (own, other))
@@ -93,7 +93,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def same_work(result: dict[str, Any], contenders: dict[str, tuple[str, str]]) -> list[str]:
-    """Mean FVU and L0 of every contender's SAEs, beside reseed's."""
+    """Return lines with the mean FVU and L0 of every contender's SAEs, compared with reseed's."""
     cells: dict[str, dict[str, tuple[float, float]]] = {}
     for contender, saes in result["fvu"].items():
         for name in saes:
@@ -121,16 +121,16 @@ def same_work(result: dict[str, Any], contenders: dict[str, tuple[str, str]]) ->
         lines.append(line)
     if any("!" in line for line in lines[1:]):
         lines.append(
-            f"! more than {SAME_FVU} times apart: NOT THE SAME WORK, its time says nothing"
+            f"! FVU differs by more than {SAME_FVU}×: NOT THE SAME WORK, so times do not compare"
         )
     if "identical" in result:
         same, both = result["identical"]
-        lines.append(f"fused and separate to the last bit: {same} of {both} SAEs")
+        lines.append(f"bit-identical in fused and separate: {same} of {both} SAEs")
     return lines
 
 
 def of_its_parts(result: dict[str, Any]) -> list[str]:
-    """The fused sweep against the model's pass and every SAE's steps."""
+    """Compare the fused sweep with the model's pass plus the steps of every SAE."""
     if "fused" not in result["measured"]:
         return []
     floor, plan = result["floor"], result["plan"]
@@ -150,7 +150,7 @@ def of_its_parts(result: dict[str, Any]) -> list[str]:
 
 
 def grown(result: dict[str, Any]) -> str:
-    """How a fused sweep grows with the number of SAEs."""
+    """Return the table of a fused sweep's cost by the number of SAEs."""
     found = result["growth"]
     fused, floor = found["fused"], found["floor"]
     single = fused["1"]["training"]
@@ -177,7 +177,7 @@ def grown(result: dict[str, Any]) -> str:
 
 
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Time against the number of SAEs: fused, as many single runs, and the parts alone."""
+    """Plot time against the number of SAEs: fused, as single runs, and the parts alone."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""reseed: would I have found these features with another seed?"""
+"""Training and comparison of sparse autoencoders over random seeds."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from reseed.runs import load_run
     from reseed.sae.formats import load_sae
 
-# Looked up on first use, so that `import reseed` and the command line stay light.
+# Imported on first use, so that `import reseed` and the command line start quickly.
 _LAZY = {
     "load_sae": "reseed.sae.formats",
     "load_run": "reseed.runs",

@@ -1,4 +1,4 @@
-"""``python -m reseed``."""
+"""Entry point of ``python -m reseed``."""
 
 from reseed.cli.main import main
 

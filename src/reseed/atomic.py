@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, whatever kills the process and however full the disk."""
+"""Atomic writes: a file is whole or absent, even if the process is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _PROBE = b"\0" * 2**20
 
 
 class DiskFullError(ReseedError):
-    """There is no room for a file; what was written before is whole.
+    """A full disk; files written earlier are whole.
 
-    No failure of the run whose file it is: once there is room, the same command goes on.
+    The run does not count as failed: once there is space, the same command continues it.
     """
 
 
 def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file in the same folder, which then takes the name at once.
+    """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``.
 
-    The content is forced to the disk before, the name after. Missing folders are made.
+    The content is fsynced before the rename, the folder after it. Missing folders are created.
 
     Raises:
-        DiskFullError: there is no room. A file of that name is as it was before.
+        DiskFullError: the disk is full. An existing file at ``path`` is unchanged.
     """
     path = Path(path)
     with room_for(path):
@@ -44,10 +44,10 @@ def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
 
 @contextmanager
 def room_for(path: Path) -> Iterator[None]:
-    """Within it an error that says that the disk is full becomes `DiskFullError`.
+    """Raise `DiskFullError` in place of an `OSError` about a full disk.
 
     Args:
-        path: what is being written.
+        path: the file being written.
     """
     try:
         yield
@@ -55,20 +55,20 @@ def room_for(path: Path) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise DiskFullError(
-            f"no room for {path.name} in {path.parent} ({os.strerror(error.errno)}). All that was "
-            "written before is intact, results and checkpoints: free some space and give the same "
-            "command, which goes on from there."
+            f"no room for {path.name} in {path.parent} ({os.strerror(error.errno)}). Results and "
+            "checkpoints that were written earlier are intact: free some space and run the same "
+            "command again; it continues from there."
         ) from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what writers that were killed left behind. Only who owns the folder may do so."""
+    """Delete temporary files of killed writers. Only the folder's owner may call this."""
     for path in folder.glob(f".*{_TEMPORARY}*"):
         path.unlink(missing_ok=True)
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    # The suffix is kept, because writers choose a format by it.
+    # The temporary file has the same suffix, because some writers choose the format by it.
     handle, name = tempfile.mkstemp(
         prefix=f".{path.stem}{_TEMPORARY}", suffix=path.suffix, dir=path.parent
     )
@@ -78,12 +78,12 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         try:
             write(temporary)
         except Exception:
-            # Writers in C++ and Rust have errors of their own for a full disk.
+            # Writers in C++ and Rust raise their own errors for a full disk.
             _probe(temporary)
             raise
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private to the user; results are shared like any other file.
+        # mkstemp creates private files; results get the usual permissions.
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
@@ -93,7 +93,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _probe(temporary: Path) -> None:
-    """Raise `OSError` where the file, of which nothing is wanted any more, cannot grow."""
+    """Raise `OSError` if a file that will be deleted cannot grow, because the disk is full."""
     with temporary.open("ab", buffering=0) as file:
         left = len(_PROBE)
         while left:
@@ -102,25 +102,25 @@ def _probe(temporary: Path) -> None:
 
 
 def atomic_write_bytes(path: PathLike, data: bytes) -> None:
-    """Write ``data`` so that no reader ever sees a part of it."""
+    """Write ``data`` so that no reader sees an incomplete file."""
     atomic_write(path, lambda temporary: temporary.write_bytes(data))
 
 
 def atomic_write_text(path: PathLike, text: str) -> None:
-    """`atomic_write_bytes` of ``text`` in UTF-8."""
+    """Write ``text`` in UTF-8 with `atomic_write_bytes`."""
     atomic_write_bytes(path, text.encode())
 
 
 def atomic_write_json(path: PathLike, value: Any) -> None:
-    """`atomic_write_bytes` of ``value`` as indented JSON; NaN and infinity become null."""
+    """Write ``value`` as indented JSON with `atomic_write_bytes`; NaN and infinity become null."""
     text = json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     atomic_write_bytes(path, text.encode())
 
 
 def hasty_write_json(path: PathLike, value: Any) -> None:
-    """Whole or absent for every reader, but not forced to the disk: for what is soon written anew.
+    """Write JSON that every reader sees whole, without fsync: for files that are soon rewritten.
 
-    What cannot be written is left out.
+    Errors of the file system are ignored.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}{_TEMPORARY}{os.getpid()}{path.suffix}")
@@ -130,12 +130,12 @@ def hasty_write_json(path: PathLike, value: Any) -> None:
 
 
 def atomic_folder(path: PathLike, fill: Callable[[Path], object]) -> None:
-    """Let ``fill`` fill a temporary folder beside it, which then takes the place of ``path``.
+    """Let ``fill`` fill a temporary folder next to ``path``, then put it in the place of ``path``.
 
-    A reader sees the earlier folder, for a moment none, then the new one; never a part of it.
+    A reader sees the earlier folder, briefly none, then the new one; never an incomplete folder.
 
     Raises:
-        DiskFullError: there is no room. The earlier folder stands.
+        DiskFullError: the disk is full. The earlier folder is unchanged.
     """
     path = Path(path)
     with room_for(path):
@@ -149,7 +149,7 @@ def atomic_folder(path: PathLike, fill: Callable[[Path], object]) -> None:
                 os.replace(path, earlier)
             os.replace(temporary, path)
         finally:
-            if earlier.exists() and not path.exists():  # the new one could not take its place
+            if earlier.exists() and not path.exists():  # the new folder could not be renamed
                 os.replace(earlier, path)
             for left_over in (temporary, earlier):
                 shutil.rmtree(left_over, ignore_errors=True)
@@ -165,7 +165,7 @@ def _finite(value: Any) -> Any:
 
 
 def _umask() -> int:
-    # Linux tells it without changing it; elsewhere the only way is to set it and set it back.
+    # Linux reports it in /proc; elsewhere the only way is to set it and restore it.
     try:
         return int(Path("/proc/self/status").read_text().split("Umask:")[1].split()[0], 8)
     except (OSError, IndexError, ValueError):
@@ -175,7 +175,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Force the new name itself to the disk, where the system lets a folder be opened."""
+    """Fsync the folder's entries, if the system allows opening a folder."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

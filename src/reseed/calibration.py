@@ -1,16 +1,15 @@
-"""The penalty weight that gives a wanted L0, found once for all seeds of a cell.
+"""Calibration: finds the penalty weight that gives a target L0, once for all seeds of a cell.
 
 ReLU, Gated and JumpReLU SAEs have a penalty weight λ where a k-sparse one has k. To compare them
-at the same L0, ``sae.target_l0`` asks for the λ whose held-out L0, counted at inference, is it:
+at the same L0, ``sae.target_l0`` asks for the λ whose held-out L0 at inference is the target:
 
 1. One run is *steered*: λ moves while it trains (`reseed.train.steering`), from the declared value.
 2. Rounds with a constant λ follow, a secant on log L0 over log λ, until one is within `ACCEPTED`.
 3. That λ is frozen for every seed of the cell. A penalty that moved with the seed would be a
    confound.
 
-All of them are runs of the store with a start of their own, which no compared run shares; they are
-found again by their signatures, so that nothing is calibrated twice and a killed calibration goes
-on where it was.
+All of these are runs of the store, with initial weights that no compared run shares. They are found
+by their signatures, so that a cell is calibrated once and a killed calibration resumes.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ if TYPE_CHECKING:
     from reseed.runs import Run, RunStore
 
 ACCEPTED = 0.02
-"""A round is accepted when its L0 is within this fraction of the target: other seeds of the same λ
-differ by a few per cent, and shall be within five."""
+"""Maximum relative deviation of a round's L0 from the target. Other seeds with the same λ differ by
+a few per cent more and should stay within five."""
 BOUND = 0.05
-"""After `MAX_ROUNDS`, the best round is taken if it is within this fraction."""
+"""Maximum relative deviation of the best round after `MAX_ROUNDS`."""
 MAX_ROUNDS = 8
 _ELASTICITY = (0.3, 1.0, 3.0)
-"""−d log L0 / d log λ: least, first guess, most."""
+"""−d log L0 / d log λ: minimum, first guess, maximum."""
 
 Train = Callable[[Sequence["Resolved"]], dict[str, BaseException]]
 
 
 class CalibrationError(ReseedError):
-    """No penalty weight was found that gives the wanted L0."""
+    """Failure to find a penalty weight that gives the target L0."""
 
 
 @dataclass
@@ -49,7 +48,7 @@ class Search:
 
     Attributes:
         base: the cell, without its seeds.
-        rounds: (λ, held-out L0, run id) of the rounds with a constant λ.
+        rounds: (λ, held-out L0, run id) of each round with a constant λ.
     """
 
     base: Resolved
@@ -65,7 +64,7 @@ class Search:
 
     @property
     def candidate(self) -> Resolved:
-        """The run that comes next."""
+        """The next run."""
         if not self.steered:
             return replace(self.base, role="steered")
         return replace(self.base, role="calibration", penalty=self._weight)
@@ -77,7 +76,7 @@ class Search:
 
     @property
     def found(self) -> bool:
-        """Whether the best round is good enough."""
+        """True if the best round is accepted."""
         best = self.best
         bound = ACCEPTED if len(self.rounds) < MAX_ROUNDS else BOUND
         return best is not None and abs(best[1] / self.target - 1) <= bound
@@ -88,14 +87,14 @@ class Search:
 
     @property
     def _weight(self) -> float:
-        # Four digits: what stands in records can be typed.
+        # Four digits, so that a user can type the recorded value.
         return float(f"{math.exp(self.next_log_weight):.4g}")
 
     def observe(self, weight: float, l0: float, run: str, *, now: bool = True) -> None:
-        """Take in what the `candidate` came to, and choose the next λ.
+        """Record the result of the `candidate`, and choose the next λ.
 
         Args:
-            now: whether it was computed now, so that there is something to tell.
+            now: print the result; false if it comes from an earlier command.
         """
         if not self.steered:
             self.steered = True
@@ -108,12 +107,12 @@ class Search:
         self.next_log_weight = self._propose(weight, l0)
 
     def take_up(self, store: RunStore) -> None:
-        """Take in the rounds that are finished already; one line where they are all there are."""
+        """Record the rounds that are already finished; print a line if they complete the search."""
         while not self.ended and (run := self.candidate.run(store)).finished:
             self.observe(*_response(run), now=False)
         if self.found:
             weight, l0, _ = self.best or (0.0, 0.0, "")
-            say(f"found again: {self._name}: weight {weight:.4g} (L0 {l0:.2f})")
+            say(f"already calibrated: {self._name}: weight {weight:.4g} (L0 {l0:.2f})")
 
     @property
     def _name(self) -> str:
@@ -124,7 +123,7 @@ class Search:
         return math.log(max(l0, 1e-6) / self.target)
 
     def _propose(self, weight: float, l0: float) -> float:
-        """log λ of the next round: by the bracket if there is one, else by the secant."""
+        """Return log λ of the next round: from a bracket if there is one, else by the secant."""
         least, guess, most = _ELASTICITY
         points = sorted((math.log(w), self._deviation(x)) for w, x, _ in self.rounds)
         below = [p for p in points if p[1] > 0]  # too small a weight: too large an L0
@@ -132,8 +131,8 @@ class Search:
         if below and above:
             (u0, y0), (u1, y1) = below[-1], above[0]
             if u0 < u1:
-                # Far ends say where the target is, not how far; and an end that has stood for two
-                # rounds counts half (Illinois), or a bracket can stop shrinking.
+                # Deviations of distant ends are clipped, since they are unreliable. An end that has
+                # stayed for two rounds counts half (Illinois), or a bracket can stop shrinking.
                 y0, y1 = min(y0, 1.0), max(y1, -1.0)
                 sides = [self._deviation(x) > 0 for _, x, _ in self.rounds[-2:]]
                 if sides == [True, True]:
@@ -146,23 +145,23 @@ class Search:
             (u0, y0), (u1, y1) = points[0], points[-1]
             elasticity = (y0 - y1) / (u1 - u0) if u1 > u0 else guess
         elasticity = min(most, max(least, elasticity))
-        # At most a factor of ten at once: far from the target the slope says little.
+        # At most a factor of ten at once: far from the target the slope is unreliable.
         step = max(-2.3, min(2.3, self._deviation(l0) / elasticity))
         return math.log(weight) + step
 
     def outcome(self) -> dict[str, Any]:
-        """What the records of the compared runs say of it.
+        """Return the calibration entry of the compared runs' records.
 
         Raises:
-            CalibrationError: no round was good enough.
+            CalibrationError: no round was accepted.
         """
         best = self.best
         if best is None or not self.found:
             told = ", ".join(f"{w:.4g} gives {x:.3g}" for w, x, _ in self.rounds)
             raise CalibrationError(
                 f"sae.target_l0 (={self.target:g}): no penalty weight gave a held-out L0 within "
-                f"{BOUND:.0%} in {len(self.rounds)} rounds: {told}. Give another start by "
-                f"sae.{self.base.experiment.architecture.penalty_field}, or more tokens."
+                f"{BOUND:.0%} in {len(self.rounds)} rounds: {told}. Set another start with "
+                f"sae.{self.base.experiment.architecture.penalty_field}, or raise training.tokens."
             )
         rounds = [{"weight": w, "l0": x, "run": run} for w, x, run in self.rounds]
         return {"weight": best[0], "l0": best[1], "run": best[2], "rounds": rounds}
@@ -171,18 +170,18 @@ class Search:
 def calibrate(
     experiments: Sequence[Resolved], store: RunStore, train: Train
 ) -> tuple[list[Resolved], dict[str, BaseException]]:
-    """Give every experiment that asks for an L0 its penalty weight.
+    """Find the penalty weight of every experiment that asks for an L0.
 
-    The searches of all cells advance together: a round of all of them is one sweep, so that those
-    on one stream share its pass of the language model.
+    The searches of all cells advance together: each round trains one run per cell, so that cells on
+    one stream share its pass of the language model.
 
     Args:
-        experiments: those that are to be trained.
-        train: trains what is missing, and returns the errors by run id.
+        experiments: the experiments to be trained.
+        train: trains missing runs, and returns the errors by run id.
 
     Returns:
-        the experiments with their weights, those left out whose calibration failed; and the errors
-        of these, by run id.
+        the experiments with their weights, without those whose calibration failed; and the errors
+        of the failed ones, by run id.
     """
     searches: dict[str, Search] = {}
     for resolved in experiments:
@@ -208,7 +207,7 @@ def calibrate(
 
 
 def _response(run: Run) -> tuple[float, float, str]:
-    """What a finished run of a calibration came to: λ, held-out L0, run id."""
+    """Return λ, held-out L0 and run id of a finished calibration run."""
     metrics = run.metrics
     return float(metrics["penalty_weight"]), metrics["l0"], run.id
 

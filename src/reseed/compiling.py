@@ -1,8 +1,8 @@
-"""numba, which every compiled loop comes from, compiles to the end before a signal is heeded.
+"""numba's `njit`, with signals deferred until a compilation ends.
 
-An exception that a signal raises inside the compiler is lost in a callback of LLVM, or leaves a
-function half compiled: the command would go on as if nothing had been asked, end with an error that
-is none, or crash. It takes a second or two, once for each function on each machine.
+An exception that a signal handler raises inside the compiler is lost in an LLVM callback, or leaves
+a function half compiled: the command would ignore the signal, end with a spurious error, or crash.
+A compilation takes a second or two, once per function and machine.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HEEDED = (signal.SIGINT, signal.SIGTERM)
 
 
 class _Deferring(event.Listener):
-    """Notes signals between the start and the end of a compilation, and raises them after it."""
+    """Listener that holds back signals during a compilation and raises the first one after it."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -29,7 +29,7 @@ class _Deferring(event.Listener):
         self.noted: list[int] = []
 
     def on_start(self, event: event.Event) -> None:
-        # Handlers run in the main thread alone; other threads are not interrupted.
+        # Signal handlers run only in the main thread; other threads are not interrupted.
         if threading.current_thread() is not threading.main_thread():
             return
         self.depth += 1
@@ -52,5 +52,5 @@ class _Deferring(event.Listener):
         self.noted.append(number)
 
 
-# A module's first line runs once in a process: one listener.
+# A module body runs once per process, so there is one listener.
 event.register("numba:compiler_lock", _Deferring())

@@ -1,9 +1,9 @@
-"""Frozen, typed configuration: the one place where values are checked.
+"""Frozen, typed configuration, and the checks of its values.
 
-Every option group of ``conf/`` is described by a frozen dataclass that derives from `Config` and
-stands beside the class that it configures. Types and ranges are declared once, on the field, and
-checked when the object is made, so that a wrong value is refused before anything is computed.
-Nothing here imports hydra or torch.
+Every option group of ``conf/`` is described by a frozen dataclass that derives from `Config`, next
+to the class that it configures. Types and ranges are declared once, on the field, and checked when
+the object is created, so that a wrong value is refused before anything is computed. Imports neither
+hydra nor torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
 
 SIGNATURE_LENGTH = 12
-"""Hexadecimal characters kept of a SHA-256: among a million runs, two are alike with odds 1e-3."""
+"""Hex characters kept of a SHA-256; a million runs have a collision with probability 2e-3."""
 
 C = TypeVar("C", bound="Config")
 _MISSING = dataclasses.MISSING
@@ -31,15 +31,15 @@ _TYPE_KEY = "type"
 
 
 class ReseedError(Exception):
-    """An error whose message is meant for the user: the command line prints no traceback."""
+    """An error whose message is for the user; the command line prints it without a traceback."""
 
 
 class ConfigError(ReseedError, ValueError):
-    """A value that a configuration may not have.
+    """An invalid value of a configuration.
 
     Args:
-        message: what is wrong, naming the rule and the value, with ``{key}`` where the key goes.
-        key: dotted key relative to the object that raised, completed by the objects around it.
+        message: names the rule and the value, with ``{key}`` in place of the key.
+        key: dotted key relative to the object that raised; enclosing objects complete it.
     """
 
     def __init__(self, message: str, key: str = "") -> None:
@@ -51,12 +51,12 @@ class ConfigError(ReseedError, ValueError):
         return self.message.replace("{key}", f"`{self.key}`")
 
     def within(self, parent: str) -> ConfigError:
-        """The same error seen from outside: ``k`` within ``sae`` is ``sae.k``."""
+        """Return the error with its key prefixed: ``k`` within ``sae`` is ``sae.k``."""
         return ConfigError(self.message, ".".join(part for part in (parent, self.key) if part))
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A clause `` Did you mean `x`?`` for the known name nearest to ``word``, or nothing."""
+    """Return `` Did you mean `x`?`` for the known name nearest to ``word``, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean `{found[0]}`?" if found else ""
 
@@ -72,15 +72,15 @@ def setting(
     signed: bool = True,
     neutral: Any = _MISSING,
 ) -> Any:
-    """A dataclass field with a rule.
+    """Return a dataclass field with a rule.
 
     Args:
-        default: value where the configuration gives none.
+        default: the default value; a field without one is required.
         at_least, above, at_most, below: bounds of a number, inclusive or strict.
-        choices: the values allowed.
+        choices: the allowed values.
         signed: whether the value changes results, and so enters the signature.
         neutral: for fields added after a release: the value at which the field is left out of the
-            signature, because results are those of the time before the field.
+            signature, because results equal those from before the field existed.
     """
     metadata = {
         "bounds": {"at least": at_least, "above": above, "at most": at_most, "below": below},
@@ -95,17 +95,17 @@ def setting(
 
 @dataclass(frozen=True)
 class Config:
-    """Base of every configuration object.
+    """Base class of all configuration objects.
 
-    A family (``class SAEConfig(Config, family="sae")``) holds the members of one option group by
-    their stable names (``class TopKConfig(SAEConfig, name="topk")``). Records on disk hold these
+    A family (``class SAEConfig(Config, family="sae")``) registers the classes of one option group
+    under stable names (``class TopKConfig(SAEConfig, name="topk")``). Records on disk hold these
     names, never class paths.
     """
 
     family: ClassVar[str] = ""
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    """Raised when code changes the results of this component: part of every signature."""
+    """Raise it when code changes the results of this component; part of the signature."""
     _members: ClassVar[dict[tuple[str, str], type[Config]]] = {}
 
     def __init_subclass__(cls, *, family: str = "", name: str = "", **kwargs: Any) -> None:
@@ -113,7 +113,7 @@ class Config:
         if family:
             cls.family = family
         if name:
-            # Looked up before the dataclass decorator has run; it returns the same class object.
+            # Registering before the dataclass decorator runs is safe: it returns the same class.
             cls.name = name
             known = Config._members.setdefault((cls.family, name), cls)
             if known.__qualname__ != cls.__qualname__ or known.__module__ != cls.__module__:
@@ -131,11 +131,11 @@ class Config:
         self.validate()
 
     def validate(self) -> None:
-        """Rules that involve several fields. Raise `ConfigError` with the key of the guilty one."""
+        """Check rules that involve several fields; raise `ConfigError` with the offending key."""
 
     @classmethod
     def member(cls, family: str, name: str) -> type[Config]:
-        """The class registered as ``family=name``."""
+        """Return the class registered as ``family=name``."""
         try:
             return Config._members[family, name]
         except KeyError:
@@ -146,7 +146,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], key: str = "") -> Self:
-        """The inverse of `to_dict`. Unknown keys are refused."""
+        """Build an object from the output of `to_dict`. Unknown keys are refused."""
         values = dict(values)
         name = values.pop(_TYPE_KEY, None)
         target = cls if name is None else Config.member(cls.family, name)
@@ -155,14 +155,14 @@ class Config:
         return make(target, values, key)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every field in plain values, with the stable name of the class under ``type``."""
+        """Return every field in plain values, with the stable class name under ``type``."""
         out: dict[str, Any] = {_TYPE_KEY: self.name} if self.name else {}
         for f in dataclasses.fields(self):
             out[f.name] = _plain(getattr(self, f.name))
         return out
 
     def signed(self) -> dict[str, Any]:
-        """The part of `to_dict` that changes results, with the component's version."""
+        """Return the part of `to_dict` that changes results, with the component's version."""
         out: dict[str, Any] = {_TYPE_KEY: self.name} if self.name else {}
         if self.version != 1:
             out["version"] = self.version
@@ -176,21 +176,21 @@ class Config:
 
 
 def digest(values: Any, length: int = SIGNATURE_LENGTH) -> str:
-    """SHA-256 over canonical JSON (sorted keys, shortest float), cut to ``length`` characters."""
+    """Return ``length`` hex characters of SHA-256 over canonical JSON (sorted, shortest floats)."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any:
-    """The object that a composed option group declares by its ``_target_``.
+    """Build the object that a composed option group declares by its ``_target_``.
 
     Args:
-        node: a plain mapping (no OmegaConf), ``_target_`` and the fields.
-        key: where the group stands in the whole, for messages (``sae``).
-        base: the class that the target has to derive from.
+        node: a plain mapping (not OmegaConf) with ``_target_`` and the fields.
+        key: the group's key in the whole configuration, for messages (``sae``).
+        base: the class that the target must derive from.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a value out of range; with the full key.
+        ConfigError: an unknown key, a wrong type, or a value out of range; with the full key.
     """
     if not isinstance(node, Mapping):
         raise ConfigError(f"{{key}} must be one of its options; got {node!r}", key)
@@ -203,21 +203,21 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{{key}}: cannot find `_target_` {target}: {error}", key) from error
-    # Only our own kind of class is ever called, so a hostile `_target_` runs nothing.
+    # Only Config classes are called, so that a hostile `_target_` cannot run code.
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{{key}}: `_target_` {target} is not a {base.__name__}", key)
     if inspect.isabstract(found):
-        raise ConfigError(f"{{key}}: `_target_` {target} is abstract: name one of its kinds", key)
+        raise ConfigError(f"{{key}}: `_target_` {target} is abstract: name a subclass", key)
     for f in dataclasses.fields(found):
-        # A default of the class is not what the yaml would have said; but one from before the
-        # field was added says what is neutral.
+        # A missing key must not silently get the class's default, unless that is the neutral value
+        # of a field that was added after the yaml was written.
         if f.name not in values and f.metadata.get("neutral", _MISSING) != f.default:
             raise ConfigError("{key} is required, and was removed", _dotted(key, f.name))
     return make(found, values, key)
 
 
 def make(target: type[C], values: Mapping[str, Any], key: str) -> C:
-    """``target(**values)`` with errors that carry the full key."""
+    """Return ``target(**values)``; errors carry the full key."""
     fields = {f.name: f for f in dataclasses.fields(target)}
     hints = _hints(target)
     arguments = {}
@@ -245,7 +245,7 @@ def make(target: type[C], values: Mapping[str, Any], key: str) -> C:
 
 
 def _is_missing_mark(value: Any) -> bool:
-    """Whether a yaml left the value to the user."""
+    """Return True for the yaml's ``???``, a value that the user must give."""
     return isinstance(value, str) and value == "???"
 
 
@@ -269,7 +269,7 @@ def _plain(value: Any) -> Any:
 
 
 def _checked(value: Any, hint: Any, f: dataclasses.Field) -> Any:
-    """``value`` converted to the declared type where that loses nothing, or `ConfigError`."""
+    """Return ``value`` in the declared type; raise `ConfigError` if the conversion loses data."""
     converted, ok = _convert(value, hint)
     bounds = f.metadata.get("bounds", {})
     choices = f.metadata.get("choices")
@@ -331,7 +331,7 @@ def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
 
 
 def _describe(hint: Any) -> str:
-    """The type in a person's words: ``an integer``, ``a number or null``."""
+    """Describe a type in words: ``an integer``, ``a number or null``."""
     words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     words[type(None)] = "null"
     if hint in words:

@@ -1,4 +1,4 @@
-"""What the commands say while they work: to the terminal, or plain lines where it is none."""
+"""Console output of the commands: a terminal display, or plain lines in a file."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ if TYPE_CHECKING:
 
 @cache
 def console() -> Console:
-    """The one console."""
+    """Return the process's console."""
     from rich.console import Console
 
     found = Console(highlight=False)
-    # Nothing is folded in a file: names that were cut in two can be neither searched nor copied.
+    # No wrapping in a file: a name broken over two lines can be neither searched nor copied.
     return found if found.is_terminal else Console(highlight=False, width=250)
 
 
 def counted(number: int, one: str) -> str:
-    """``1 run``, ``2 runs``."""
+    """Format a count with its noun: ``1 run``, ``2 runs``."""
     return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
 def seconds_since(started: float) -> float:
-    """Wall clock since ``started`` (time.perf_counter), rounded to the millisecond."""
+    """Return the seconds since ``started`` (time.perf_counter), rounded to the millisecond."""
     return round(time.perf_counter() - started, 3)
 
 
 def now_and_then(every_s: float = 15.0) -> Callable[[str], None]:
-    """A `say` for those who report all the time: a line every ``every_s`` seconds, none before."""
+    """Return a throttled `say`: at most one line every ``every_s`` seconds, none before that."""
     last = time.monotonic()
 
     def told(message: str) -> None:
@@ -46,10 +46,10 @@ def now_and_then(every_s: float = 15.0) -> Callable[[str], None]:
 
 
 def mute() -> None:
-    """From here on `say` says nothing: another process says the same."""
+    """Silence `say` in this process, because another process prints the same."""
     console().quiet = True
 
 
 def say(message: str) -> None:
-    """Print a line; markup is not interpreted, as names may hold brackets."""
+    """Print a line without interpreting markup, because names may contain brackets."""
     console().print(message, markup=False, soft_wrap=True)

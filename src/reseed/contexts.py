@@ -1,9 +1,9 @@
-"""What a latent fires on: its contexts, lens and neighbours, as ``evaluation=contexts`` keeps them.
+"""Contexts, lens and neighbours of latents, as ``evaluation=contexts`` stores them.
 
 <run>/evaluations/contexts-<digest>/
-    contexts.parquet   a row per latent, `SCHEMA`; `LATENTS_PER_GROUP` of them in a row group, so
-                       that one latent is found by reading few
-    texts.parquet      token, text: of every token that may be shown
+    contexts.parquet   a row per latent, `SCHEMA`; `LATENTS_PER_GROUP` rows per row group, so that
+                       one latent is read without the whole file
+    texts.parquet      token, text: of every token in the result
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from reseed.evaluations import FOLDER, Stored, is_there
 EVALUATION = "contexts"
 TOP, SAMPLED = "top", "sampled"
 LATENTS_PER_GROUP = 128
-"""Latents in a row group: some 100 KiB of contexts."""
+"""Latents in a row group: about 100 KiB of contexts."""
 
 
 def _pairs(first: str, second: str) -> pa.DataType:
@@ -34,12 +34,12 @@ def _pairs(first: str, second: str) -> pa.DataType:
 
 CONTEXT = pa.struct(
     [
-        ("quantile", pa.float32()),  # null: one of the top
+        ("quantile", pa.float32()),  # null for a top context
         ("position", pa.int64()),
         ("peak", pa.int32()),
         ("tokens", pa.list_(pa.int32())),
-        ("active", pa.list_(pa.int32())),  # where in the window it fires
-        ("activations", pa.list_(pa.float32())),  # how much, there
+        ("active", pa.list_(pa.int32())),  # indices in the window
+        ("activations", pa.list_(pa.float32())),  # on the active tokens
     ]
 )
 SCHEMA = pa.schema(
@@ -60,14 +60,14 @@ class Context:
     """A passage that a latent fires in.
 
     Attributes:
-        kind: ``top``: one of the sequences where it fires most; ``sampled``: of the tokens that it
-            fires on, drawn uniformly.
-        quantile: of a sampled one, its place among those that were drawn, by activation: 1 is the
-            largest.
-        tokens: ids.
-        active: indices of the tokens that the latent fires on; ``values``, how much.
+        kind: ``top``: from a sequence where the latent fires most; ``sampled``: around a token
+            drawn uniformly from those that it fires on.
+        quantile: activation quantile of a sampled context among the drawn ones; 1 is the largest.
+        tokens: token ids.
+        active: indices of the tokens that the latent fires on.
+        values: its activations on these tokens.
         peak: index of the token that the passage was chosen for.
-        position: of that token in the held-out text: sequence × context length + place in it.
+        position: that token in the held-out text: sequence × context length + index in it.
     """
 
     kind: str
@@ -80,7 +80,7 @@ class Context:
 
     @property
     def activations(self) -> Float[np.ndarray, " window"]:
-        """Of the latent on each token."""
+        """The latent's activation on each token."""
         found = np.zeros(len(self.tokens), dtype=np.float32)
         found[self.active] = self.values
         return found
@@ -88,15 +88,16 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class LatentContexts:
-    """What is known of one latent.
+    """Description of one latent.
 
     Attributes:
-        latent: which.
-        firing: tokens that it fired on; ``density`` of all that were read.
-        largest, mean: its activation, over the tokens that it fired on; 0 where there are none.
-        contexts: first the top ones, best first, then those sampled, from the highest quantile on.
+        latent: index of the latent.
+        firing: number of tokens that it fired on.
+        density: fraction of all tokens that it fired on.
+        largest, mean: its activation over those tokens; 0 if there are none.
+        contexts: top contexts, best first, then sampled contexts by descending quantile.
         promoted, suppressed: tokens and logits of its direction through the unembedding, the most
-            extreme first; empty where there is no lens.
+            extreme first; empty without a lens.
         neighbours: latents, and cosines of their decoder rows with its own, the nearest first.
     """
 
@@ -116,9 +117,9 @@ class Contexts:
     """The contexts of a run's latents, read a row group at a time.
 
     Attributes:
-        folder: of the evaluation's result.
-        tokens: held-out activations that were read.
-        settings: of the evaluation.
+        folder: folder of the result.
+        tokens: number of held-out activations read.
+        settings: settings of the evaluation.
     """
 
     folder: Path
@@ -127,7 +128,7 @@ class Contexts:
 
     @classmethod
     def of(cls, run_folder: Path) -> Contexts | None:
-        """Those of a run: of several evaluations the one that ended last; None where there is none.
+        """Read the contexts of a run: its newest result, or None without a result.
 
         Raises:
             EvaluationError: the result is damaged.
@@ -139,10 +140,10 @@ class Contexts:
 
     @classmethod
     def read(cls, folder: Path) -> Contexts:
-        """Those in the folder of a result.
+        """Read the contexts in the folder of a result.
 
         Raises:
-            EvaluationError: it is damaged.
+            EvaluationError: the result is damaged.
         """
         stored = Stored.read(folder)
         tokens = stored.metrics["tokens"]
@@ -154,7 +155,7 @@ class Contexts:
         return self._file.metadata.num_rows
 
     def latent(self, latent: int) -> LatentContexts:
-        """One of them.
+        """Read one latent.
 
         Raises:
             ReseedError: there is no such latent.
@@ -167,7 +168,7 @@ class Contexts:
         return found
 
     def latents(self, begin: int, end: int) -> Iterator[LatentContexts]:
-        """Those from ``begin`` to ``end`` (exclusive), in order."""
+        """Yield the latents from ``begin`` to ``end`` (exclusive), in order."""
         for group in range(begin // LATENTS_PER_GROUP, -(-end // LATENTS_PER_GROUP)):
             first = group * LATENTS_PER_GROUP
             table = self._file.read_row_group(group)
@@ -177,7 +178,7 @@ class Contexts:
                 yield _latent(latent, row, self.tokens)
 
     def text(self, ids: Sequence[int] | Int[np.ndarray, " n"]) -> list[str]:
-        """What tokens stand for in a text, spaces before them and all."""
+        """Return the texts of tokens, with their leading spaces."""
         return [self._texts[int(i)] for i in ids]
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Where tensors live."""
+"""Devices and their memory."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from reseed.config import ConfigError
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that ``runtime.device`` means; ``auto`` is the GPU where there is one.
+    """Return the device that ``runtime.device`` names; ``auto`` is the GPU if there is one.
 
     Raises:
-        ConfigError: there is no such device here.
+        ConfigError: this machine has no such device.
     """
     key = "runtime.device"
     if name == "auto":
@@ -34,36 +34,36 @@ def pick_device(name: str) -> torch.device:
 
 
 def cpus() -> int:
-    """Processors that this process may use."""
+    """Return the number of CPUs that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory ran out, of a device or of the host."""
+    """Return True if ``error`` reports that a device or the host ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if getattr(error, "out_of_memory", False):  # of another process of the team
+    if getattr(error, "out_of_memory", False):  # reported by another process of the team
         return True
-    # The CPU's allocator has no exception of its own.
+    # The CPU allocator raises a plain RuntimeError.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
+    """Release memory that is no longer referenced."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that are free on ``device`` now: of the host, within what its control group allows."""
+    """Return the bytes free on ``device`` now; on the host, within its control group's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     left = [_host_memory()]
     for folder, limit, used, reclaimable in _CONTROL_GROUPS:
-        with suppress(OSError, ValueError):  # no such group, or one without a limit ("max")
+        with suppress(OSError, ValueError):  # no such group, or no limit ("max")
             cached = _entry(folder / "memory.stat", reclaimable)
             left.append(
                 int((folder / limit).read_text()) - int((folder / used).read_text()) + cached
@@ -80,17 +80,17 @@ _CONTROL_GROUPS = (
         "total_inactive_file",
     ),
 )
-"""Where Linux says what a container may use: version 2, and version 1."""
+"""Linux's files of a container's memory limit and use, for cgroup versions 2 and 1."""
 
 
 def _host_memory() -> int:
     with suppress(OSError, ValueError):
         return _entry(Path("/proc/meminfo"), "MemAvailable:") * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # all there is, elsewhere
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # total, if not on Linux
 
 
 def _entry(path: Path, name: str) -> int:
-    """The number beside ``name``. Raises `ValueError` where there is none."""
+    """Return the number after ``name`` in a file. Raises `ValueError` if there is none."""
     for line in path.read_text().splitlines():
         words = line.split()
         if words[0] == name:

@@ -1,4 +1,4 @@
-"""What a run is made with: versions, machine, commit and command. Recorded, never compared."""
+"""The environment of a run: versions, machine, commit and command. Recorded, never compared."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy",
 
 
 def environment() -> dict[str, Any]:
-    """What a run was made with."""
+    """Return the environment of the current command."""
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {**_of_process(), "command": command}  # a process may carry out several
+    return {**_of_process(), "command": command}  # one process may run several commands
 
 
 @cache
@@ -42,11 +42,11 @@ def _of_process() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout that the code runs from, with ``+`` where files were changed."""
+    """Return the commit of the checkout that the code runs from, with ``+`` if files changed."""
     here = Path(__file__).parent
     try:
         arguments = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
-        # An installation may lie in somebody else's repository, whose commit says nothing of us.
+        # An installation may lie inside another repository, whose commit is unrelated.
         tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
         subprocess.run(tracked, check=True, **arguments)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **arguments).stdout

@@ -1,9 +1,9 @@
-"""What evaluations found of a run, in the run's folder; read by tables and figures.
+"""Stored results of evaluations, in the run's folder; tables and figures read them.
 
 <run>/evaluations/<name>-<digest of the signed settings>/
-    result.json       evaluation, settings, metrics; the last to be written
+    result.json       evaluation, settings, metrics; written last
     <table>.parquet   long tables          latents.parquet   a row per latent
-    failed.json       in their place: why there is no result
+    failed.json       instead of these: the error that prevented a result
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _LATENTS = "latents"
 
 
 class EvaluationError(ReseedError):
-    """Results that cannot be read or written."""
+    """Error for results that cannot be read or written."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowGroups:
-    """A table too large to be held: written piece by piece, and each piece read by itself.
+    """A table too large for memory, written and read one row group at a time.
 
     Attributes:
-        schema: its columns.
-        pieces: its rows, a row group each; gone through once.
+        schema: the columns.
+        pieces: the rows, one row group per piece; iterated once.
     """
 
     schema: pa.Schema
@@ -53,7 +53,7 @@ class RowGroups:
 
 
 Table = pd.DataFrame | RowGroups
-"""What is written as a long table; it is read as a frame, or by row groups where it lies."""
+"""A long table to write. It is read as a frame, or by row groups from its file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +61,10 @@ class Stored:
     """The result of one evaluation of one SAE.
 
     Attributes:
-        evaluation: its name (``faithfulness``).
-        settings: what was asked for, as `Config.to_dict` has it.
-        metrics: numbers by name; None where it cannot be evaluated.
-        tables: long tables by name; those of a result that was read are frames, read when asked.
+        evaluation: name of the evaluation (``faithfulness``).
+        settings: its settings, as `Config.to_dict` returns them.
+        metrics: numbers by name; None if the metric cannot be evaluated.
+        tables: long tables by name; a stored result reads each as a frame on access.
         latents: arrays [num_latents] by name.
     """
 
@@ -75,14 +75,14 @@ class Stored:
     latents: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def write(self, folder: Path, **entries: Any) -> None:
-        """Write it to ``folder``, which is then whole or not there.
+        """Write the result to ``folder``; result.json, written last, marks it as complete.
 
         Args:
-            entries: further ones of the record: whom it is about, how long it took.
+            entries: further entries of the record: the run, the duration.
         """
         if _LATENTS in self.tables:
-            raise EvaluationError(f"no table may be called `{_LATENTS}`: it is that of the columns")
-        # A result of another time may not be read with the tables of this one.
+            raise EvaluationError(f"no table may be called `{_LATENTS}`: the name is reserved")
+        # An older result must not be read with the new tables.
         (folder / "result.json").unlink(missing_ok=True)
         for name, table in self.tables.items():
             _write_table(folder / f"{name}.parquet", table)
@@ -104,11 +104,11 @@ class Stored:
 
     @classmethod
     def read(cls, folder: Path) -> Stored:
-        """The inverse of `write`.
+        """Read a result that `write` wrote.
 
         Raises:
             FileNotFoundError: there is no result.
-            EvaluationError: it is damaged, or of another format.
+            EvaluationError: the result is damaged, or of another format.
         """
         path = folder / "result.json"
         text = path.read_text()
@@ -124,15 +124,15 @@ class Stored:
             return cls(record["evaluation"], record["settings"], record["metrics"], tables, latents)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise EvaluationError(
-                f"{path} cannot be read ({error}): delete the folder, and it is evaluated again"
+                f"{path} cannot be read ({error}): delete the folder to evaluate again"
             ) from error
 
 
 class _LazyTables(Mapping[str, pd.DataFrame]):
-    """The tables in a folder, each read when it is asked for.
+    """The tables in a folder, each read on access.
 
     Raises:
-        OSError, ValueError: one is not there, or no parquet: found without reading its rows.
+        OSError, ValueError: a file is missing or not parquet; only metadata is read to check.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
@@ -154,7 +154,7 @@ class _LazyTables(Mapping[str, pd.DataFrame]):
 
 
 def folder_of(subject: Path, evaluation: str, signed: Mapping[str, Any]) -> Path:
-    """Where the result of a subject lies, by the signed settings of the evaluation.
+    """Return the folder of a result, named by the signed settings of the evaluation.
 
     Args:
         subject: the folder of a run, or of an SAE.
@@ -163,12 +163,12 @@ def folder_of(subject: Path, evaluation: str, signed: Mapping[str, Any]) -> Path
 
 
 def is_there(folder: Path) -> bool:
-    """Whether the folder holds a finished result."""
+    """Return whether the folder holds a finished result."""
     return (folder / "result.json").is_file()
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
-    """Record why there is no result."""
+    """Record the error that prevented a result."""
     described = {
         "type": type(error).__name__,
         "message": str(error),
@@ -179,8 +179,8 @@ def write_failure(folder: Path, error: BaseException) -> None:
 
 
 def column(evaluation: str, name: str) -> str:
-    """What a metric is called in the tables of a sweep: ``faithfulness_kl``; and
-    ``absorption_fraction``, whether the evaluation calls it that or ``fraction``."""
+    """Return a metric's column name in the tables of a sweep, with the evaluation as prefix
+    (``faithfulness_kl``) unless the name has it already (``absorption_fraction``)."""
     return name if name.startswith(f"{evaluation}_") else f"{evaluation}_{name}"
 
 
@@ -192,7 +192,7 @@ def _write_table(path: Path, table: Table) -> None:
 
 
 def _plain(value: Any) -> float | int | None:
-    """A number of numpy or torch as Python's own."""
+    """Convert a number of numpy or torch to Python's own type."""
     return value.item() if hasattr(value, "item") else value
 
 

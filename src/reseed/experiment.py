@@ -1,4 +1,4 @@
-"""One experiment: what is declared, what it resolves to, and the signature of its run."""
+"""Experiments: the declared configuration, its resolved form, and the signature of its run."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.train.config import RuntimeConfig, TrainingConfig
 
 SIGNATURE_VERSION = 1
-"""Raised when code changes the results of every run."""
+"""Raise it when code changes the results of every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment(Config):
-    """One SAE to be trained: a field for each knob, and what stands beside the knobs."""
+    """One SAE to be trained: the five knobs and the other option groups."""
 
     model: SourceConfig
     layer: int = setting(at_least=0)
@@ -46,10 +46,10 @@ class Experiment(Config):
     training: TrainingConfig
     seed: int = setting(at_least=0)
     seed_scope: str = setting("cell", choices=("cell", "shared"), neutral="cell")
-    """What the weights' start is drawn from: the seed and everything else in the cell, or the seed
-    alone, so that runs of different cells with the same seed are born alike."""
+    """``cell``: initial weights depend on the seed and on everything else in the cell; ``shared``:
+    on the seed alone, so that runs of different cells with one seed start from equal draws."""
     surrogate: str = setting("none", choices=SURROGATES, neutral="none")
-    """What takes the place of the source's activations: ``gaussian``, draws with their moments;
+    """Replacement of the source's activations: ``gaussian``, draws with their moments;
     ``random_weights``, those of the same language model before any training."""
 
     def validate(self) -> None:
@@ -69,13 +69,15 @@ class Experiment(Config):
 
     @property
     def architecture(self) -> SAEConfig:
-        """That of the SAE, which of a pretrained one is known once it was read."""
+        """Configuration of the SAE; for a pretrained one, known once it is resolved."""
         assert isinstance(self.sae, SAEConfig)
         return self.sae
 
     def of_pretrained(self, found: Pretrained) -> Experiment:
-        """The same for an SAE that is there: with its architecture, and nothing that hangs on
-        training. A budget of one batch is the least that there is; none of it is used."""
+        """Return the experiment of a pretrained SAE: its architecture, and no training settings.
+
+        The budget of one batch is the smallest valid one; it is not used.
+        """
         size = self.training.batch_size
         return replace(
             self,
@@ -89,16 +91,16 @@ class Experiment(Config):
 
 @dataclass(frozen=True)
 class Resolved:
-    """An experiment whose source, data set and shapes are known and fit together.
+    """An experiment whose source, data set and shapes are known and consistent.
 
-    Make it with `resolve_experiment`, which raises `ConfigError` where they do not.
+    Created by `resolve_experiment`, which raises `ConfigError` if they are inconsistent.
 
     Attributes:
-        role: empty, or what a run of a calibration is for: ``steered``, ``calibration``.
-        penalty: the penalty weight, where the experiment asks for an L0 (`sae.target_l0`). Of a
+        role: empty, or the role of a calibration run: ``steered``, ``calibration``.
+        penalty: the penalty weight if the experiment asks for an L0 (`sae.target_l0`). For a
             compared run it is known once the cell is calibrated.
-        calibration: how it was found, for the record.
-        pretrained: the SAE that takes the place of training, where there is one.
+        calibration: the search that found the penalty, for the record.
+        pretrained: the SAE that is used instead of training one, if any.
     """
 
     experiment: Experiment
@@ -113,13 +115,13 @@ class Resolved:
 
     @property
     def sae(self) -> SAEConfig:
-        """The architecture, with the penalty weight that was found."""
+        """Configuration of the SAE, with the calibrated penalty weight."""
         declared = self.experiment.architecture
         return declared if self.penalty is None else declared.calibrated(self.penalty)
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether its penalty weight is still to be found."""
+        """True if the penalty weight has not been found yet."""
         return (
             self.experiment.architecture.needs_calibration
             and not self.role
@@ -127,10 +129,10 @@ class Resolved:
         )
 
     def without_seeds(self) -> Resolved:
-        """The cell as its calibration sees it, whatever the seeds of the compared runs.
+        """Return the cell for its calibration, independent of the seeds of the compared runs.
 
-        Its start is its own. Its data come in the order of seed 0, so that it shares the stream of
-        the runs whose order that is.
+        It has its own initial weights. Its data are in the order of seed 0, so that it shares the
+        stream of the runs with that order.
         """
         e = self.experiment
         dataset = replace(e.dataset, order_seed=0)
@@ -140,13 +142,13 @@ class Resolved:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """Everything that changes the result, in plain values: what the signature is made of."""
+        """Everything that changes the result, in plain values: the content of the signature."""
         if self.pretrained is not None:
             return self._pretrained_identity(self.pretrained)
         signed = self.experiment.signed()
-        # However width and budget were given, what counts is what they came to.
+        # Width and budget can be given in several ways; only the resolved values count.
         width = {"num_latents": self.num_latents, "expansion_factor": None}
-        # The weight of a compared run follows from what is declared; that of a round does not.
+        # A compared run's penalty follows from its configuration; a calibration round's does not.
         role = {"role": self.role, "penalty": self.penalty} if self.role else {}
         return {
             "reseed": SIGNATURE_VERSION,
@@ -158,7 +160,7 @@ class Resolved:
         }
 
     def _pretrained_identity(self, found: Pretrained) -> dict[str, Any]:
-        """The weights, and what they are measured on."""
+        """Return the identity of a pretrained SAE: its weights and the data it is measured on."""
         signed = self.experiment.signed()
         for name in ("training", "seed"):
             del signed[name]
@@ -177,10 +179,10 @@ class Resolved:
     def init_seed(self) -> int:
         """Seed of the weights: the declared seed, salted with the cell.
 
-        Two architectures, layers or data sets with the same ``seed`` must not be born alike, or
-        what looks like agreement is memory of the start. The order of the data and the held-out
-        measures are left out: the one is a seed of its own, the other no part of training. The
-        rounds of a calibration differ in the penalty alone.
+        Two architectures, layers or data sets with the same ``seed`` must not start from the same
+        weights, or their agreement would be memory of the start. The salt leaves out the order of
+        the data, which has its own seed, and the held-out settings, which are not part of training.
+        The rounds of a calibration differ only in the penalty.
         """
         if self.experiment.seed_scope == "shared":
             salted: dict[str, Any] = {"seed": self.experiment.seed}
@@ -194,20 +196,23 @@ class Resolved:
 
     @cached_property
     def stream(self) -> str:
-        """Digest of what determines the activations and their order: runs with the same one can
-        train together, whatever their hookpoints, architectures, budgets and batch sizes."""
+        """Digest of everything that determines the activations and their order.
+
+        Runs with equal digests can train together, even if hookpoints, architectures, budgets and
+        batch sizes differ.
+        """
         e = self.experiment
         parts = [e.model.signed(), e.dataset.signed(), e.surrogate]
         return digest([*parts, self.identity["fingerprints"]])
 
     def source_flops(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """Operations that an activation at all of the hookpoints costs, about."""
+        """Estimate the operations per activation at all of the hookpoints."""
         widths = [self.model.d_in(hookpoint) for hookpoint in hookpoints]
         return flops_per_token(self.data, self.experiment.surrogate, hookpoints, widths)
 
     @property
     def tokens(self) -> int:
-        """Activations that the SAE sees: whole batches."""
+        """Number of training activations, in whole batches; 0 for a pretrained SAE."""
         return (
             0
             if self.pretrained
@@ -216,14 +221,14 @@ class Resolved:
 
     @property
     def model_label(self) -> str:
-        """Name of what the activations come from, for folders and tables."""
+        """Name of the source of activations, for folders and tables."""
         return label_of(self.model.label, self.experiment.surrogate)
 
     @property
     def sparsity(self) -> str:
-        """What sets the sparsity, in a word for tables."""
+        """The setting of the sparsity, for tables (``k=32``)."""
         declared = self.experiment.architecture
-        # The penalty that a finished SAE was trained with is not known.
+        # The penalty that a pretrained SAE was trained with is unknown.
         return "as is" if self.pretrained and declared.penalty_field else declared.sparsity
 
     @property
@@ -236,7 +241,7 @@ class Resolved:
         return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, sparsity, last))))
 
     def run(self, store: RunStore) -> Run:
-        """Its folder in the store."""
+        """Return the run of this experiment in ``store``."""
         return store.run(self.signature, self.label)
 
     def open(
@@ -245,19 +250,19 @@ class Resolved:
         needed: int | None = None,
         cache: ActivationCache | None = None,
     ) -> ActivationSource:
-        """Load what computes the activations.
+        """Open the source of the activations.
 
         Args:
-            device: where they will be.
-            needed: activations to train on, by default the budget; a streamed text is read no
-                further.
-            cache: keeps activations on disk (`RuntimeConfig.open_cache`).
+            device: device of the activations.
+            needed: number of training activations, by default the budget; a streamed text is read
+                no further.
+            cache: stores activations on disk (`RuntimeConfig.open_cache`).
         """
         needed = needed or self.experiment.training.tokens
         return opened(self.data, self.experiment.surrogate, torch.device(device), needed, cache)
 
     def record(self) -> dict[str, Any]:
-        """What run.json says of it from the start."""
+        """Return the entries of run.json that are known before training."""
         e, found = self.experiment, self.pretrained
         own = {} if found is None else {"pretrained": found.record()}
         recipe, training = e.training, found is None
@@ -284,11 +289,12 @@ class Resolved:
 
 
 def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolved:
-    """Find source and data set, and check that everything fits together.
+    """Find source and data set, and check that everything is consistent.
+
+    Writes nothing except the cache of the text (its tokens).
 
     Raises:
-        ConfigError: with the full key, the rule and the value; nothing has been written but what
-            is cached of the text (its tokens).
+        ConfigError: with the full key, the rule and the value.
     """
     cache = cache_folder(runtime)
     found = None
@@ -322,7 +328,7 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
 
 
 def cache_folder(runtime: RuntimeConfig) -> Path:
-    """Where derived data are kept: tokens, extracted text, fingerprints."""
+    """Return the folder of derived data: tokens, extracted text, fingerprints."""
     chosen = runtime.cache or os.environ.get("RESEED_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -335,8 +341,8 @@ def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int
     wanted = training.archetypes or num_latents
     if training.decoder == "archetypal" and wanted > there:
         raise ConfigError(
-            f"{{key}} (={wanted:,}) must not exceed the activations of the first chunk, of which "
-            f"they are the centroids (dataset.chunk_tokens={there:,})",
+            f"{{key}} (={wanted:,}) must not exceed the activations of the first chunk "
+            f"(dataset.chunk_tokens={there:,}), because archetypes are their centroids",
             "training.archetypes",
         )
     if training.start != "truth":

@@ -1,6 +1,6 @@
-"""A follower of a team: trains its share of each group, as it is told, until told to end.
+"""The worker process of distributed training: trains its share of each group that rank 0 sends.
 
-Started by `reseed.train.team` as ``python -m reseed.follow``, or a task of a SLURM job.
+Started by `reseed.train.team` as ``python -m reseed.follow``, or as a task of a SLURM job.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reseed.train.team import ADDRESS, OUT_OF_MEMORY, join
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a group, as it is told to followers."""
+    """One run of a group, in the form that is sent to workers."""
 
     experiment: Experiment
     role: str
@@ -44,10 +44,10 @@ class Part:
         return cls(r.experiment, r.role, r.penalty, r.calibration, r.pretrained, r.signature)
 
     def resolve(self, runtime: RuntimeConfig) -> Resolved:
-        """The same here.
+        """Resolve the run on this node.
 
         Raises:
-            ReseedError: it is not the same here.
+            ReseedError: its signature differs from that on the leader's node.
         """
         found = resolve_experiment(self.experiment, runtime)
         found = replace(
@@ -60,44 +60,44 @@ class Part:
         if found.signature != self.signature:
             raise ReseedError(
                 f"{found.label} has signature {found.signature} on this node, and "
-                f"{self.signature} on the first: code, model or text are not the same"
+                f"{self.signature} on the first: code, model or text differ between the nodes"
             )
         return found
 
 
 @dataclass(frozen=True)
 class Order:
-    """What followers are told: a group to train."""
+    """A group to train, as sent to the workers."""
 
     parts: tuple[Part, ...]
     runtime: RuntimeConfig
 
 
 def follow(ranks: Ranks) -> None:
-    """Train a share of every group that the first rank names, until it names none."""
+    """Train this rank's share of every group that rank 0 sends, until it sends None."""
     from reseed.train.fit import fit_share
 
     while (order := ranks.tell()) is not None:
         if order.runtime.strategy == "ddp":
-            mute()  # all ranks would say the same
+            mute()  # all ranks would print the same
         group = [part.resolve(order.runtime) for part in order.parts]
         runs = [resolved.run(RunStore(order.runtime.outputs)) for resolved in group]
         fit_share(group, runs, order.runtime, ranks)
 
 
 def main() -> None:
-    """Follow the process that started this one."""
-    # Ctrl-C on a terminal reaches all processes; the first one says what becomes of it.
+    """Run the worker until the leader ends it, then exit with its status."""
+    # Ctrl-C on a terminal reaches all processes; the leader decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     status = _followed(*os.environ[ADDRESS].split(":"))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(status)  # an exchange that nobody will answer is not waited for
+    os._exit(status)  # does not wait for an exchange that no other rank will complete
 
 
 def _followed(host: str, port: str, index: str, count: str, kind: str) -> int:
-    """Follow until told to end; the exit status."""
+    """Join the leader, train until it sends None, and return the exit status."""
     try:
         store = TCPStore(host, int(port), is_master=False)
         follow(join(store, int(index), int(count), kind))
@@ -113,7 +113,7 @@ def _followed(host: str, port: str, index: str, count: str, kind: str) -> int:
 
 
 def _end_with(leader: int) -> None:
-    """End once the leader is gone: its locks are free then, and another may take the runs."""
+    """Exit once the leader is gone: its locks are free, so another process may take the runs."""
     while os.getppid() == leader:
         time.sleep(0.3)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""Locks on files. The operating system frees that of a process that died."""
+"""File locks; the operating system releases them when their process dies."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 
 
 def take(path: Path, *, shared: bool = False, wait_s: float | None = None) -> int | None:
-    """Lock a file, which is made if it is not there, until the handle is closed (`os.close`).
+    """Lock a file until the handle is closed (`os.close`); create the file if it is missing.
 
     Args:
-        shared: beside others that share it.
-        wait_s: how long it is waited for at the most; None for as long as it takes.
+        shared: take a shared lock, compatible with other shared locks.
+        wait_s: seconds before a second and last attempt (0: none); None waits without limit.
 
     Returns:
-        the handle, or None where another process holds the lock.
+        the handle, or None if another process holds the lock.
     """
     try:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except PermissionError:
-        handle = os.open(path, os.O_RDONLY)  # of another user
+        handle = os.open(path, os.O_RDONLY)  # another user's file
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         if wait_s is None:
@@ -32,7 +32,7 @@ def take(path: Path, *, shared: bool = False, wait_s: float | None = None) -> in
         time.sleep(wait_s)
         if wait_s and _taken(handle, how):
             return handle
-    except BaseException:  # Ctrl-C while it waits
+    except BaseException:  # e.g. Ctrl-C while waiting
         os.close(handle)
         raise
     os.close(handle)

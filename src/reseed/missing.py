@@ -1,4 +1,4 @@
-"""Train what is missing: experiments in, finished runs in the store.
+"""Training of missing runs: experiments in, finished runs in the store.
 
 declared  →  resolved (`reseed.experiment`)  →  grouped (`reseed.train.plan`)  →
 calibrated, trained (`reseed.calibration`, `reseed.train.fit`)  →  recorded (`reseed.runs`)
@@ -23,12 +23,12 @@ from reseed.train.team import Team, team_of
 def train_missing(
     experiments: Sequence[Resolved], runtime: RuntimeConfig
 ) -> dict[str, BaseException]:
-    """Train every experiment that has no finished run, those on one stream together.
+    """Train every experiment that has no finished run; runs on one stream train together.
 
-    With ``runtime=ddp`` or ``spread`` by a team of processes, of which this one is the first.
+    With ``runtime=ddp`` or ``spread`` this process leads a team of processes.
 
     Returns:
-        the error of each run that failed, by run id.
+        the error of each failed run, by run id.
     """
     store, machine = RunStore(runtime.outputs), Machine.of(runtime)
     missing = [r for r in experiments if not r.run(store).finished]
@@ -43,12 +43,12 @@ def train_missing(
 def _calibrate_and_train(
     missing: Sequence[Resolved], store: RunStore, train: Train
 ) -> dict[str, BaseException]:
-    # A weight is found for those that are trained: of finished runs it stands in the record.
+    # Only missing runs are calibrated; finished runs have their penalty weight in the record.
     ready, failures = calibrate(missing, store, train)
     failed = {run: r for r in missing if (run := r.run(store)).id in failures}
     for run, resolved in failed.items():
         with run.lock(waiting=say):
-            if run.finished:  # by another process, meanwhile
+            if run.finished:  # another process trained it meanwhile
                 del failures[run.id]
             else:
                 run.begin(resolved.record())
@@ -57,7 +57,7 @@ def _calibrate_and_train(
 
 
 def plan_missing(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> None:
-    """Print what `train_missing` would do."""
+    """Print the plan of `train_missing` without training."""
     store = RunStore(runtime.outputs)
     distinct = {r.signature: r for r in experiments}.values()
     missing = [r for r in distinct if not r.run(store).finished]
@@ -71,10 +71,10 @@ def _train_groups(
     team: Team,
     experiments: Sequence[Resolved],
 ) -> dict[str, BaseException]:
-    """Train what is not finished, group by group.
+    """Train the unfinished runs, group by group.
 
-    Runs that another process holds are left for the end, and only then waited for: it may have
-    finished them by then. A group for which memory does not suffice goes on in halves.
+    Runs locked by another process come last, when that process may have finished them; only then
+    this one waits for the lock. A group that runs out of memory is retried in halves.
     """
     from reseed.follow import Order, Part
     from reseed.train.fit import fit_group
@@ -94,7 +94,7 @@ def _train_groups(
             if not missing:
                 continue
             mine, number = Group.of(missing), number + 1
-            if not any(r.role for r in missing):  # a calibration tells of itself
+            if not any(r.role for r in missing):  # calibration prints its own messages
                 announce(mine, machine, number, of=number + len(waiting))
             try:
                 order = Order(tuple(Part.of(r) for r in missing), runtime)
@@ -102,15 +102,15 @@ def _train_groups(
             except OutOfMemory as error:
                 team.broken()
                 if len(missing) > 1:
-                    say(f"  {error}: going on with half of them")
+                    say(f"  {error}: retrying with half of the runs")
                     waiting.extendleft((half, True) for half in reversed(mine.halves()))
                 else:
                     run = missing[0].run(store)
                     run.fail(error)
                     failures[run.id] = error
-            except DiskFullError:  # the next group would find it full too
+            except DiskFullError:  # the next group would fail too
                 raise
-            except Exception as error:  # recorded in each run's folder; other groups go on
+            except Exception as error:  # recorded in each run's folder; other groups continue
                 team.broken()
                 failures |= {r.run(store).id: error for r in missing}
     return failures

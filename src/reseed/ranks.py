@@ -1,10 +1,10 @@
-"""Processes that train one group together: who is one of how many, and what they say to each other.
+"""Communication between the processes that train one group together.
 
-    rank 0     leads: it holds the locks, tells the others what to do (`Ranks.tell`), records
-    ranks 1…   follow (`reseed.follow`), on this machine or on other nodes
+    rank 0     leader: holds the locks, sends the work (`Ranks.tell`), writes the records
+    ranks 1…   workers (`reseed.follow`), on this machine or on other nodes
 
-Every exchange is made by all ranks in the same order. Nobody waits blindly: between two looks
-signals are heeded, and a rank whose process is gone is missed.
+All ranks make every exchange in the same order. Waiting is a polling loop, so that signals are
+handled and the death of another rank's process is noticed.
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ from torch import Tensor
 from reseed.config import ReseedError
 
 PATIENCE = timedelta(days=30)
-"""A rank may wait as long as another works. That one is gone is seen otherwise."""
+"""Timeout of an exchange: a rank may wait as long as another works. `Ranks.check` detects the loss
+of a rank."""
 _SPINS, _PAUSE_S = 50, 1e-4
 _SMALL = 2**18
-"""Numbers; of fewer, a copy costs less than a message."""
+"""Number of elements below which copying a tensor costs less than a message of its own."""
 
 
 class RankLost(ReseedError):
-    """A process of the team is gone.
+    """The loss of another process of the team.
 
     Args:
-        message: which one, and how it ended.
-        out_of_memory: whether memory was what it lacked.
+        message: names the process and how it ended.
+        out_of_memory: True if it ran out of memory.
     """
 
     def __init__(self, message: str, out_of_memory: bool = False) -> None:
@@ -44,14 +45,14 @@ class RankLost(ReseedError):
 
 @dataclass
 class Ranks:
-    """This process among those that train together.
+    """This process's rank, and its exchanges with the other ranks.
 
     Attributes:
-        index: which one it is, from 0.
-        count: how many there are.
-        device: where it trains.
-        local_index, local_count: the same among those of its node.
-        check: raises `RankLost` where one is known to be gone; called while it waits.
+        index: this process's rank, from 0.
+        count: number of ranks.
+        device: device that this process trains on.
+        local_index, local_count: the same among the ranks of its node.
+        check: raises `RankLost` if a rank is known to be lost; called while waiting.
     """
 
     index: int = 0
@@ -71,27 +72,27 @@ class Ranks:
         return self.index == 0
 
     def channel(self) -> Ranks:
-        """The same ranks with exchanges of their own, for another thread. All make it together."""
+        """Return a separate channel for another thread. All ranks must call this together."""
         if not self.several:
             return self
         return Ranks(self.index, self.count, self.device, self.local_index, self.local_count,
                      self.check, dist.new_group(timeout=PATIENCE))  # fmt: skip
 
     def sum_(self, x: Tensor) -> Tensor:
-        """``x``, with the sum over all ranks in it."""
+        """Replace ``x`` by its sum over all ranks, and return it."""
         return self._reduced(x, dist.ReduceOp.SUM)
 
     def largest_(self, x: Tensor) -> Tensor:
-        """``x``, with the largest over all ranks in it."""
+        """Replace ``x`` by its elementwise maximum over all ranks, and return it."""
         return self._reduced(x, dist.ReduceOp.MAX)
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
-        """The mean over all ranks into each of the tensors, which are contiguous."""
+        """Replace each of the tensors, which must be contiguous, by its mean over all ranks."""
         if not self.several:
             return
         small = [x for x in tensors if x.numel() < _SMALL]
         sent = [x for x in tensors if x.numel() >= _SMALL]
-        if small:  # in one message
+        if small:  # sent in one message
             sent.append(torch.cat([x.flatten() for x in small]))
         works = [dist.all_reduce(x, group=self._group, async_op=True) for x in sent]
         for x, work in zip(sent, works, strict=True):
@@ -103,10 +104,10 @@ class Ranks:
                 x.copy_(mean.view_as(x))
 
     def copy_(self, x: Tensor, source: int, between: Callable[[], None] = lambda: None) -> Tensor:
-        """``x``, with what rank ``source`` has there in it.
+        """Replace ``x`` by that of rank ``source``, and return it.
 
         Args:
-            between: called while it waits.
+            between: called while waiting.
         """
         if self.several:
             work = dist.broadcast(x, source, group=self._group, async_op=True)
@@ -114,7 +115,7 @@ class Ranks:
         return x
 
     def gather(self, x: Tensor) -> list[Tensor]:
-        """The vectors of all ranks, which may differ in length."""
+        """Return the vectors of all ranks, which may differ in length."""
         if not self.several:
             return [x]
         lengths = torch.zeros(self.count, dtype=torch.int64, device=x.device)
@@ -128,7 +129,7 @@ class Ranks:
         return [one[:n] for one, n in zip(found, lengths.tolist(), strict=True)]
 
     def tell(self, what: Any = None) -> Any:
-        """What rank 0 says, on every rank."""
+        """Send an object of rank 0 to all ranks, and return it."""
         if not self.several:
             return what
         said = pickle.dumps(what) if self.leads else b""
@@ -139,7 +140,7 @@ class Ranks:
         return pickle.loads(self.copy_(room, 0).numpy().tobytes())
 
     def collect(self, what: Any) -> list[Any]:
-        """What each rank has, on every rank."""
+        """Return the objects of all ranks, on every rank."""
         own = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8)
         return [pickle.loads(said.numpy().tobytes()) for said in self.gather(own)]
 
@@ -151,8 +152,10 @@ class Ranks:
     def _wait(
         self, work: Any, device: torch.device, between: Callable[[], None] = lambda: None
     ) -> None:
-        """On the CPU by looking again and again, as the library's own waiting is deaf to signals;
-        on a GPU nobody waits here but its stream."""
+        """Wait for an exchange.
+
+        Polls on the CPU, because torch's own wait ignores signals; on a GPU only the stream waits.
+        """
         looks = 0
         while device.type == "cpu" and not work.is_completed():
             looks += 1
@@ -163,9 +166,9 @@ class Ranks:
         try:
             work.wait()
         except RuntimeError as error:
-            self.check()  # which knows more of it
+            self.check()  # raises a more specific error if it can
             raise RankLost(f"another process of the team is gone ({error})") from error
 
 
 ALONE = Ranks()
-"""One process, which exchanges nothing."""
+"""A single process, without exchanges."""

@@ -1,17 +1,17 @@
-"""The run store: one folder for each trained SAE, named by what determines it.
+"""The run store: one folder per trained SAE, named by its signature.
 
     outputs/<readable>-<signature>/
         run.json          the record: experiment, status, environment, timings, tokens, error
-        sae.safetensors   weights, for raw activations        sae.json   what they are
+        sae.safetensors   weights, for raw activations        sae.json   their configuration
         latents.safetensors   per latent: held-out firing counts and sums of activations, tokens
                           since it last fired
         activations.safetensors   mean and covariance of the held-out activations
-        metrics.json      held-out metrics                    training.csv   the curve
-        checkpoint.pt     while it trains     progress.json     how far it is, now and then
-        initial.safetensors   the untrained weights, where the seed alone does not give them
+        metrics.json      held-out metrics                    training.csv   the training curve
+        checkpoint.pt     while it trains     progress.json     its progress, updated periodically
+        initial.safetensors   the initial weights, if the seed alone does not give them
 
-Only the store owns these folders. A folder is written by one process at a time, the one that
-holds its lock; the operating system frees the lock of a process that died.
+Only the store writes these folders. The process that holds a folder's lock is its only writer; the
+operating system releases the lock of a process that died.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json", "training.csv")
-"""The files of a finished run, beside its record. ``activations.safetensors`` is not among them:
-runs of the time before it are finished too."""
+"""The files of a finished run, besides its record. ``activations.safetensors`` is not required,
+because older finished runs lack it."""
 INITIAL_FILE = "initial.safetensors"
 PROGRESS_FILE = "progress.json"
 _FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
@@ -50,17 +50,18 @@ Waiting = Callable[[str], None]
 
 
 class RunError(ReseedError):
-    """A run folder that is missing, damaged or not what it says."""
+    """A run folder that is missing, damaged or inconsistent with its record."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked for the end, and nothing is lost.
+    """A requested end by a signal, after everything was saved.
 
-    A KeyboardInterrupt, so that nothing takes it for the failure of one job and starts the next.
+    A KeyboardInterrupt, so that callers do not treat it as the failure of one job and start the
+    next.
 
     Args:
-        message: what was saved, and how to go on.
-        number: of the signal.
+        message: names what was saved and how to continue.
+        number: number of the signal.
     """
 
     def __init__(self, message: str, number: int = signal.SIGINT) -> None:
@@ -91,7 +92,7 @@ class Run:
         """The contents of run.json.
 
         Raises:
-            RunError: there is none, it cannot be read, or it disagrees with the folder's name.
+            RunError: it is missing, unreadable, or disagrees with the folder's name.
         """
         try:
             record = json.loads((self.path / "run.json").read_text())
@@ -100,7 +101,7 @@ class Run:
         except ValueError as error:
             raise RunError(f"{self.path / 'run.json'} is damaged: {error}") from None
         if not isinstance(record, dict) or "identity" not in record or "status" not in record:
-            raise RunError(f"{self.path / 'run.json'} is damaged: it lacks what a record has")
+            raise RunError(f"{self.path / 'run.json'} is damaged: it lacks `identity` or `status`")
         signature = digest(record["identity"])
         if signature != self.signature:
             raise RunError(
@@ -115,7 +116,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """missing, running, interrupted, failed, damaged or finished."""
+        """Status: missing, running, interrupted, failed, damaged or finished."""
         if not self.exists:
             return "missing"
         try:
@@ -123,18 +124,18 @@ class Run:
         except RunError:
             return "damaged"
         if status == "running" and not self.locked:
-            return "interrupted"  # its process is gone without a word
+            return "interrupted"  # its process died without recording it
         if status == "finished" and not all((self.path / name).is_file() for name in RESULTS):
             return "damaged"
         return status
 
     @property
     def failure(self) -> dict[str, Any] | None:
-        """Why and when it failed, where it did; ``explained``: whether the message says all."""
+        """Error and time of a failed run; ``explained``: True if no traceback is needed."""
         if self.status != "failed":
             return None
         record = self.record
-        # Records from before `explained` leave it to the traceback.
+        # Older records lack `explained`; show their traceback.
         return {"explained": False, **record["error"], "ended": record["ended"]}
 
     @property
@@ -147,20 +148,20 @@ class Run:
         return json.loads((self.path / "metrics.json").read_text())
 
     def sae(self, device: str = "cpu") -> SAE:
-        """The trained SAE, for raw activations."""
+        """Load the trained SAE, for raw activations."""
         from reseed.sae.checkpoint import load_sae
 
         return load_sae(self.path, device)
 
     def initial_sae(self) -> SAE:
-        """The SAE as it was born: read where it was stored, drawn from the record's seed elsewhere.
+        """Return the SAE with its initial weights, read if stored, else drawn from the seed.
 
-        Drawn, it has no b_dec and is for scaled activations; stored, it has the b_dec of its start
-        and is for raw ones. The rows are the same for both.
+        A drawn SAE has no b_dec and is for scaled activations; a stored one has its initial b_dec
+        and is for raw activations. The rows are the same for both.
 
         Raises:
-            RunError: its start depends on more than the seed, and the file of it is gone; or it was
-                not trained here.
+            RunError: the initial weights depend on more than the seed and their file is missing, or
+                the run was not trained here.
         """
         import torch
         from safetensors.torch import load_file
@@ -171,7 +172,7 @@ class Run:
         load_all()
         record = self.record
         if record.get("pretrained"):
-            raise RunError(f"{self.path} was not trained here: its start is not known")
+            raise RunError(f"{self.path} was not trained here: its initial weights are unknown")
         config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
         sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
         stored = self.path / INITIAL_FILE
@@ -185,19 +186,21 @@ class Run:
         return sae
 
     def latents(self) -> dict[str, Any]:
-        """Per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``.
+        """Load per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``.
 
-        Runs made since they are stored also have ``activation_sum`` and
-        ``activation_square_sum`` of the held-out tokens, float64.
+        Newer runs also have ``activation_sum`` and ``activation_square_sum`` over the held-out
+        tokens, float64.
         """
         from safetensors.numpy import load_file
 
         return _tensors(self.path / "latents.safetensors", load_file)
 
     def activations(self) -> dict[str, Any] | None:
-        """Of the held-out activations ``mean`` [d_in] and ``covariance`` [d_in, d_in], float32.
+        """Load the moments of the held-out activations.
 
-        None for a run that was made before they were stored.
+        Returns:
+            float32 arrays ``mean`` [d_in] and ``covariance`` [d_in, d_in]; None for an older run,
+            which did not store them.
         """
         from safetensors.numpy import load_file
 
@@ -209,7 +212,7 @@ class Run:
         atomic_write_json(self.path / "run.json", {**self.record, **changes})
 
     def begin(self, record: Mapping[str, Any]) -> None:
-        """The run has an owner and is about to be trained."""
+        """Write the record of a run that is about to be trained. The caller holds its lock."""
         now = _now()
         started = self.record["started"] if self.status not in ("missing", "damaged") else now
         own = {
@@ -224,31 +227,31 @@ class Run:
         atomic_write_json(self.path / "run.json", {**record, **own})
 
     def finish(self, metrics: Mapping[str, Any], **entries: Any) -> None:
-        """All results are in place: the last write of a run."""
+        """Mark the run as finished. The caller has written all other results."""
         atomic_write_json(self.path / "metrics.json", dict(metrics))
         self.update(status="finished", ended=_now(), **entries)
         self.drop_checkpoint()
 
     def drop_checkpoint(self) -> None:
-        """Delete the checkpoint of a finished run, and what it said on the way."""
+        """Delete the checkpoint and the progress file of a finished run."""
         (self.path / "checkpoint.pt").unlink(missing_ok=True)
         if (self.path / PROGRESS_FILE).exists():
             (self.path / PROGRESS_FILE).unlink(missing_ok=True)
 
     def fail(self, error: BaseException, **entries: Any) -> None:
-        """The run cannot be finished; its record says why."""
+        """Mark the run as failed, with the error in its record."""
         described = {
             "type": type(error).__name__,
             "message": str(error),
             "traceback": "".join(traceback.format_exception(error)),
-            # Ours say all that there is to say, unless another is behind them.
+            # Our own errors explain themselves, unless they wrap another error.
             "explained": isinstance(error, ReseedError) and error.__cause__ is None,
         }
         self.update(status="failed", ended=_now(), error=described, **entries)
 
     @property
     def locked(self) -> bool:
-        """Whether a live process owns this run."""
+        """True if a live process holds the run's lock."""
         path = self.path / ".lock"
         if not path.exists():
             return False
@@ -259,7 +262,7 @@ class Run:
 
     @property
     def owner(self) -> str:
-        """Who holds, or last held, the lock."""
+        """Description of the process that holds, or last held, the lock."""
         try:
             return (self.path / ".lock").read_text().strip() or "another process"
         except OSError:
@@ -267,18 +270,19 @@ class Run:
 
     @contextmanager
     def lock(self, waiting: Waiting | None = lambda message: None) -> Iterator[bool]:
-        """Own the run, as far as that can be had.
+        """Hold the run's lock.
 
         Args:
-            waiting: told of whom is waited for, where there is an owner; None does not wait.
+            waiting: called with a message naming the owner before waiting for it; None: do not
+                wait.
 
         Yields:
-            whether it is owned.
+            True if the lock is held.
         """
         path = self.path / ".lock"
         with room_for(path):
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = take(path, wait_s=0.05)  # who only looks whether it is held is soon done
+            handle = take(path, wait_s=0.05)  # `locked` holds it only for a moment
         if handle is None and waiting is None:
             yield False
             return
@@ -288,7 +292,7 @@ class Run:
             handle = take(path)
             assert handle is not None
         try:
-            with suppress(OSError):  # who owns it is for people; a full disk may keep it back
+            with suppress(OSError):  # the owner's name is only informative; the disk may be full
                 os.truncate(handle, 0)
                 own = f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n"
                 os.write(handle, own.encode())
@@ -305,25 +309,25 @@ class RunStore:
         self.root = Path(root)
 
     def run(self, signature: str, readable: str) -> Run:
-        """The folder of ``signature``, there or to be made; the readable part may have changed."""
+        """Return the run with ``signature``; an existing folder may have another readable part."""
         found = sorted(self.root.glob(f"*-{signature}")) if self.root.is_dir() else []
         return Run(found[0] if found else self.root / f"{readable}-{signature}")
 
     def runs(self) -> list[Run]:
-        """Every run there is, by name."""
+        """Return all runs, sorted by name."""
         if not self.root.is_dir():
             return []
         return [Run(path) for path in sorted(self.root.iterdir()) if _FOLDER.search(path.name)]
 
     @contextmanager
     def locks(self, runs: Sequence[Run], waiting: Waiting | None) -> Iterator[set[Run]]:
-        """Own several runs. Taken in the order of signatures, so that no two sweeps deadlock.
+        """Hold the locks of several runs, taken in the order of signatures to avoid deadlock.
 
         Args:
             waiting: as for `Run.lock`.
 
         Yields:
-            those that are owned: all of them, unless ``waiting`` is None.
+            the runs whose lock is held: all of them, unless ``waiting`` is None.
         """
         with ExitStack() as stack:
             ordered = sorted(runs, key=lambda r: r.signature)
@@ -331,10 +335,10 @@ class RunStore:
 
 
 def _tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """The arrays of a safetensors file, which is data and never code.
+    """Read the arrays of a safetensors file, a format that cannot contain code.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: the file cannot be read.
     """
     from safetensors import SafetensorError
 
@@ -345,13 +349,13 @@ def _tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[st
 
 
 def _was_drawn(training: Mapping[str, Any]) -> bool:
-    """What ``start_is_drawn`` would be in a record from the time before it was recorded."""
+    """Return ``start_is_drawn`` for an older record, which lacks it."""
     moved = training.get("aligned") or training.get("decoder", "free") != "free"
     return not moved and training.get("start", "random") == "random"
 
 
 def load_run(path: str | Path) -> Run:
-    """The run in folder ``path``, checked against its record.
+    """Return the run in folder ``path`` after checking its record.
 
     Raises:
         RunError: there is no run, or its record is damaged or belongs to another signature.

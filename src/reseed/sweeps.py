@@ -1,11 +1,11 @@
-"""The folder of a sweep: which runs belong to it, and what was made of them.
+"""The folder of a sweep: its runs, settings and results.
 
 sweeps/<name>-<digest>/
     manifest.jsonl    a line per run: its place in the grid, signature and folder
-    comparison.json   the settings of the comparison, its grid as it was asked for
-    evaluations.json  which evaluations of its runs its tables show
-    multirun.yaml     how Hydra was asked
-    cells/            what compare jobs wrote; then tables and figures
+    comparison.json   the settings of the comparison, with the requested grid
+    evaluations.json  the evaluations of its runs that its tables show
+    multirun.yaml     Hydra's own record of the command
+    cells/            the results of compare jobs; then tables and figures
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sweep:
     def of(
         cls, root: Path | str, name: str, signatures: Sequence[str], settings: Any = None
     ) -> Sweep:
-        """The sweep of certain runs under certain settings, whatever their order."""
+        """Return the sweep of the runs with ``signatures``, in any order, under ``settings``."""
         return cls(Path(root) / f"{name}-{digest([sorted(set(signatures)), settings])}")
 
     @property
@@ -41,20 +41,20 @@ class Sweep:
         """Rows of manifest.jsonl.
 
         Raises:
-            ReseedError: there is none.
+            ReseedError: the file does not exist.
         """
         try:
             lines = (self.path / "manifest.jsonl").read_text().splitlines()
         except FileNotFoundError:
-            raise ReseedError(f"{self.path} is no sweep: there is no manifest.jsonl") from None
+            raise ReseedError(f"{self.path} is not a sweep: there is no manifest.jsonl") from None
         return [json.loads(line) for line in lines]
 
     def write_manifest(
         self, jobs: Sequence[Any], store: RunStore, places: Sequence[dict[str, str]] | None = None
     ) -> None:
-        """A line per job: its place in the grid (axis → value), overrides, signature, folder.
+        """Write a line per job: its place in the grid (axis → value), overrides, signature, folder.
 
-        The arm of a comparison that has arms is an axis too, called ``arm``.
+        If the comparison has arms, the arm is an axis called ``arm``.
         """
         rows = []
         for job, place in zip(jobs, places or [{}] * len(jobs), strict=True):
@@ -69,7 +69,7 @@ class Sweep:
         atomic_write_text(self.path / "manifest.jsonl", "\n".join(rows) + "\n")
 
     def write_settings(self, settings: dict[str, Any]) -> None:
-        """What the comparison's jobs need to know: comparison.json."""
+        """Write the settings that the comparison's jobs read: comparison.json."""
         atomic_write_json(self.path / "comparison.json", settings)
 
     @property
@@ -77,8 +77,7 @@ class Sweep:
         return json.loads((self.path / "comparison.json").read_text())
 
     def ask_for(self, evaluations: Mapping[str, Config]) -> None:
-        """The tables shall show these evaluations of its runs, by name, beside those that were
-        asked for before; of one name the last."""
+        """Add evaluations to those that the tables show; one of the same name is replaced."""
         own = {
             name: {"settings": config.to_dict(), "signed": config.signed()}
             for name, config in evaluations.items()
@@ -87,22 +86,22 @@ class Sweep:
 
     @property
     def evaluations(self) -> dict[str, dict[str, Any]]:
-        """Of each evaluation that was asked for its ``settings`` and what of them is ``signed``."""
+        """``settings`` and ``signed`` settings of each requested evaluation, by name."""
         path = self.path / "evaluations.json"
         return json.loads(path.read_text()) if path.is_file() else {}
 
     @property
     def compared(self) -> bool:
-        """Whether any cell of it has been compared."""
+        """True if any cell has been compared."""
         return any((self.path / "cells").glob("*/cell.json"))
 
     def runs(self, **axes: str) -> list[Run]:
-        """Its runs, or those at certain values of some axes, in the order of the manifest."""
-        # Relative to the sweep, so that both folders can be moved together and read from anywhere.
+        """Return the runs, or those with the given values of axes, in the manifest's order."""
+        # Paths are relative to the sweep, so that both folders can be moved together.
         return [Run(Path(os.path.normpath(self.path / row["run"]))) for row in self.rows(axes)]
 
     def rows(self, axes: dict[str, str]) -> list[dict[str, Any]]:
-        """Manifest rows at certain values of some axes."""
+        """Return the manifest rows with the given values of axes."""
         return [
             row
             for row in self.manifest
@@ -110,7 +109,7 @@ class Sweep:
         ]
 
     def cell_folder(self, axes: dict[str, str]) -> Path:
-        """Where the cell with these values keeps its results."""
+        """Return the folder of results of the cell with these values."""
         readable = ",".join(f"{axis}={value}" for axis, value in axes.items()) or "all"
         if len(readable) > 80 or re.search(r"[^\w=,.+-]", readable):
             plain = re.sub(r"[^\w=,.+-]+", "_", readable)

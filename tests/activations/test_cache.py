@@ -1,4 +1,4 @@
-"""Activations on disk: what is read is what was computed, or it is computed again."""
+"""The activation cache: a chunk read is the chunk computed, or it is computed again."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ CPU = torch.device("cpu")
 ROWS, WIDTH = 512, 16
 CHUNK = ROWS * WIDTH * 4
 FILE = CHUNK + 512
-"""Bytes that a chunk of the tests is counted as while it is written."""
+"""Bytes that the cache reserves for a chunk of these tests."""
 
 
 def activations(c: int, hookpoint: Hookpoint = HOOK, dtype=torch.float32) -> torch.Tensor:
-    """What a model would give, as a pure function."""
+    """Return stand-ins for a model's activations, as a pure function of the chunk."""
     random = torch.Generator().manual_seed(1000 * c + hookpoint.layer)
     return torch.randn(ROWS, WIDTH, generator=random).to(dtype)
 
 
 class Reader:
-    """Chunks through a shelf; counts what had to be computed."""
+    """A reader of chunks through a `Shelf` that records computed chunks."""
 
     def __init__(
         self, folder: Path, budget: int = 1 << 30, key: str = "a", name: str = "m"
@@ -60,7 +60,7 @@ class Reader:
         return found
 
     def missed(self, chunks) -> list[int]:
-        """Which of the chunks, read in this order, had to be computed."""
+        """Read the chunks in this order, and return those that had to be computed."""
         self.computed.clear()
         for c in chunks:
             self.read(c)
@@ -72,7 +72,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def forked(job: Callable[[], object]) -> int:
-    """Run ``job`` in a process of its own; its number. It ends with 0 where nothing was raised."""
+    """Run ``job`` in a forked process and return its pid. It exits with 0 unless ``job`` raises."""
     process = os.fork()
     if process == 0:
         code = 1
@@ -85,7 +85,7 @@ def forked(job: Callable[[], object]) -> int:
 
 
 def ended(process: int) -> int:
-    """Exit status of a forked process, negative where a signal ended it."""
+    """Wait for a forked process; return its exit status, negative if a signal ended it."""
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -99,7 +99,7 @@ def test_a_chunk_comes_back_bit_by_bit_in_its_own_precision(tmp_path: Path, dtyp
     found = read_chunk(path, "address")
     assert found.dtype == dtype
     assert torch.equal(found.view(torch.uint8), x.view(torch.uint8))
-    # Anybody's safetensors reads it too.
+    # The safetensors library reads it too.
     assert torch.equal(load_file(path)["activations"].view(torch.uint8), x.view(torch.uint8))
 
 
@@ -127,7 +127,7 @@ def test_every_kind_of_damage_is_noticed(tmp_path: Path) -> None:
     assert told(b"") == told(whole[:5]) == "it has no header"
     assert told(b"\xff" * 4096) == "it has no header"
     assert told(whole[:8] + b"x" * (len(whole) - 8)) == "its header cannot be read"
-    # The right number of bytes under another shape or precision is another tensor.
+    # The same bytes under another shape or precision are another tensor.
     assert told(whole.replace(b"[512, 16]", b"[16, 512]")) == "its checksum is wrong"
     assert told(whole.replace(b'"F32"', b'"F64"')) == "its header cannot be read"
     huge = whole.replace(b"[512, 16]", b"[9999999]")
@@ -136,7 +136,7 @@ def test_every_kind_of_damage_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty", "swap", "foreign"])
-def test_a_damaged_chunk_is_said_computed_and_mended(
+def test_a_damaged_chunk_is_reported_recomputed_and_replaced(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Reader(tmp_path).missed([0, 1])
@@ -157,12 +157,12 @@ def test_a_damaged_chunk_is_said_computed_and_mended(
     assert capsys.readouterr().out == ""
 
 
-def test_what_is_there_is_not_computed(tmp_path: Path) -> None:
+def test_a_cached_chunk_is_not_computed(tmp_path: Path) -> None:
     assert Reader(tmp_path).missed(range(4)) == [0, 1, 2, 3]
     assert Reader(tmp_path).missed([3, 0, 5, 1]) == [5]
 
 
-def test_hookpoints_have_entries_of_their_own(tmp_path: Path) -> None:
+def test_each_hookpoint_has_its_own_entry(tmp_path: Path) -> None:
     Reader(tmp_path).read(0, OTHER)
     reader = Reader(tmp_path)
     reader.read(0, HOOK, OTHER)
@@ -189,7 +189,7 @@ def test_one_process_writes_while_another_reads(tmp_path: Path) -> None:
     def other() -> None:
         reader = Reader(tmp_path)
         assert reader.missed([0, 1]) == [1]
-        assert len(files(tmp_path)) == 1, "the other process is the one that writes"
+        assert len(files(tmp_path)) == 1, "only the other process may write"
 
     assert ended(forked(other)) == 0
     del mine
@@ -198,11 +198,11 @@ def test_one_process_writes_while_another_reads(tmp_path: Path) -> None:
     assert len(files(tmp_path)) == 2
 
 
-def test_two_processes_at_once_read_what_is_right(tmp_path: Path) -> None:
+def test_concurrent_processes_read_correct_chunks(tmp_path: Path) -> None:
     def job(order: list[int]) -> None:
         reader = Reader(tmp_path, budget=12 * FILE)
         for c in order * 3:
-            reader.read(c)  # which compares
+            reader.read(c)  # compares with the expected chunk
 
     orders = [list(range(16)), list(range(15, -1, -1)), [c * 5 % 16 for c in range(16)]]
     processes = [forked(lambda order=order: job(order)) for order in orders]
@@ -216,7 +216,7 @@ def test_two_processes_at_once_read_what_is_right(tmp_path: Path) -> None:
 
 
 def killed_in_the_middle(folder: Path) -> None:
-    """A process that dies while it writes half of chunk 1."""
+    """Kill this process after it has written half of chunk 1."""
     cache = ActivationCache(folder, 1 << 30)
     entry = cache.entry({"what": "a", "hookpoint": ["resid_post", 0, None]}, "m-resid_post.0")
     assert entry is not None
@@ -230,20 +230,20 @@ def killed_in_the_middle(folder: Path) -> None:
     entry.write(entry.file(1, "f" * 64), FILE, half)
 
 
-def test_a_killed_writer_leaves_nothing_half(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_partial_chunk(tmp_path: Path) -> None:
     Reader(tmp_path).read(0)
     gc.collect()
     assert ended(forked(lambda: killed_in_the_middle(tmp_path))) == -signal.SIGKILL
     (entry,) = ActivationCache(tmp_path, 0).stored()
     assert (len(entry.chunks), entry.unfinished) == (1, FILE)
-    assert not entry.in_use, "the locks of a dead process are free"
+    assert not entry.in_use, "the locks of a dead process are released"
     reader = Reader(tmp_path)
     assert reader.missed([0, 1]) == [1]
     (entry,) = reader.cache.stored()
     assert (len(entry.chunks), entry.unfinished) == (2, 0)
 
 
-def test_killed_at_random_every_file_is_whole(tmp_path: Path) -> None:
+def test_every_file_is_whole_after_kills_at_random_times(tmp_path: Path) -> None:
     chosen = random.Random(time.time_ns())
     reader = Reader(tmp_path)
 
@@ -268,30 +268,30 @@ def test_killed_at_random_every_file_is_whole(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/.unfinished-*"))
 
 
-def test_the_budget_holds_and_what_is_read_in_turn_is_still_found(
+def test_the_budget_holds_and_sequential_reads_still_hit_the_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     budget = 3 * FILE + FILE // 2
     reader = Reader(tmp_path, budget)
     assert reader.missed(range(6)) == list(range(6))
-    # To drop the chunk that was used longest ago would leave none that is asked for next.
+    # Evicting the least recently used chunk would always evict the one requested next.
     for _ in range(2):
         assert reader.missed(range(6)) == [3, 4, 5]
     assert sum(path.stat().st_size for path in files(tmp_path)) <= budget
     assert capsys.readouterr().out == (
         f"the activation cache {tmp_path} is full (runtime.activation_cache_gib="
-        f"{budget / 2**30:g}): the rest is not kept\n"
-    ), "said once"
+        f"{budget / 2**30:g}): further chunks are not stored\n"
+    ), "printed once"
 
 
 def used(folder: Path, name: str, seconds: int) -> None:
-    """Pretend that the entry was used so many seconds ago."""
+    """Set the last use of an entry ``seconds`` back."""
     (entry,) = folder.glob(f"{name}-*")
     then = entry.stat().st_mtime - seconds
     os.utime(entry / "entry.json", (then, then))
 
 
-def test_the_entry_used_longest_ago_goes_first_from_its_end(tmp_path: Path) -> None:
+def test_the_least_recently_used_entry_is_evicted_first_from_its_end(tmp_path: Path) -> None:
     for name in ("old", "older", "live"):
         Reader(tmp_path, key=name, name=name).missed(range(3))
     gc.collect()
@@ -299,23 +299,23 @@ def test_the_entry_used_longest_ago_goes_first_from_its_end(tmp_path: Path) -> N
     used(tmp_path, "older", 2000)
     live = Reader(tmp_path, key="live", name="live")
     live.read(0)
-    used(tmp_path, "live", 3000)  # in use, so that this does not matter
+    used(tmp_path, "live", 3000)  # in use, so its age does not matter
     reader = Reader(tmp_path, 10 * FILE, key="new", name="new")
     counts = lambda: {e.path.name.split("-")[0]: len(e.chunks) for e in reader.cache.stored()}  # noqa: E731
     assert reader.missed(range(3)) == [0, 1, 2]
     assert counts() == {"new": 3, "old": 3, "older": 1, "live": 3}
     assert [p.name[:6] for p in files(tmp_path) if "older" in str(p)] == ["000000"]
     reader.missed(range(7))
-    assert counts() == {"new": 7, "live": 3}, "what a process uses is not removed"
+    assert counts() == {"new": 7, "live": 3}, "an entry in use is not removed"
     reader.missed(range(9))
     assert counts() == {"new": 7, "live": 3}
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 10 * FILE
 
 
-def test_a_smaller_budget_is_kept_to_from_the_start(tmp_path: Path) -> None:
+def test_a_smaller_budget_holds_from_the_start(tmp_path: Path) -> None:
     Reader(tmp_path).missed(range(6))
     gc.collect()
-    # The entry itself is in use by then, but what is idle goes.
+    # The new entry is in use by then, but idle entries are evicted.
     Reader(tmp_path, 2 * FILE, key="b", name="b").read(0)
     assert sum(path.stat().st_size for path in files(tmp_path)) <= 2 * FILE
 
@@ -326,13 +326,13 @@ def test_a_chunk_larger_than_the_budget_removes_nothing_in_use(tmp_path: Path) -
     assert files(tmp_path) == []
 
 
-def test_a_full_disk_is_said_once_and_ends_the_writing(
+def test_a_full_disk_ends_the_writing_and_leaves_no_partial_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def job() -> None:
         reader = Reader(tmp_path)
         reader.read(0)
-        # Stands for a disk that takes no more.
+        # A file-size limit simulates a full disk.
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (CHUNK // 2, CHUNK // 2))
         assert reader.missed(range(4)) == [1, 2, 3]
@@ -342,7 +342,7 @@ def test_a_full_disk_is_said_once_and_ends_the_writing(
     assert not list(tmp_path.glob("*/.unfinished-*"))
 
 
-def test_what_is_said_of_a_full_disk(
+def test_a_full_disk_is_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import errno
@@ -356,11 +356,11 @@ def test_what_is_said_of_a_full_disk(
     assert Reader(tmp_path).missed(range(3)) == [0, 1, 2]
     assert capsys.readouterr().out == (
         f"cannot write to the activation cache {tmp_path} (No space left on device): "
-        "the rest is not kept\n"
+        "further chunks are not stored\n"
     )
 
 
-def test_a_folder_that_cannot_be_used_is_said_once(
+def test_an_unusable_folder_is_reported_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").touch()
@@ -372,8 +372,8 @@ def test_a_folder_that_cannot_be_used_is_said_once(
     )
 
 
-def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
-    mine = tmp_path / "notes-0123456789abcdef01234567"  # like an entry, but for its record
+def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    mine = tmp_path / "notes-0123456789abcdef01234567"  # like an entry, but without its record
     mine.mkdir()
     for path in (mine / "000000-0123456789abcdef.safetensors", tmp_path / "thesis.tex"):
         path.write_text("x" * 10_000)
@@ -387,7 +387,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     assert len(list(mine.iterdir())) == 1
 
 
-def test_clear_by_a_part_of_the_name_keeps_what_is_in_use(tmp_path: Path) -> None:
+def test_clear_by_part_of_the_name_spares_entries_in_use(tmp_path: Path) -> None:
     for name in ("gpt-docs", "gpt-pile", "llama-docs"):
         Reader(tmp_path, key=name, name=name).read(0)
     gc.collect()
@@ -405,7 +405,7 @@ def test_clear_by_a_part_of_the_name_keeps_what_is_in_use(tmp_path: Path) -> Non
     assert cache.stored() == []
 
 
-def test_the_record_of_an_entry_says_what_decides_it(tmp_path: Path) -> None:
+def test_entry_json_holds_the_key(tmp_path: Path) -> None:
     Reader(tmp_path, key="all that").read(0)
     (record,) = tmp_path.glob("*/entry.json")
     assert json.loads(record.read_text()) == {
@@ -413,7 +413,7 @@ def test_the_record_of_an_entry_says_what_decides_it(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_an_entry_is_idle_when_nobody_refers_to_it(tmp_path: Path) -> None:
+def test_an_unreferenced_entry_is_idle(tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path, 0)
     entry: Entry | None = cache.entry({}, "x")
     assert [stored.in_use for stored in cache.stored()] == [True]

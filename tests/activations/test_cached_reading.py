@@ -1,4 +1,4 @@
-"""A text's activations through the cache: the same bits, found by all that decides them."""
+"""A text's activations through the cache: the same bits, keyed by everything that decides them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def cache_in(tmp_path: Path) -> ActivationCache:
 
 
 def everything(source: Any, hooks=HOOKS) -> list[torch.Tensor]:
-    """Some training chunks, one of a later epoch, and the held-out activations."""
+    """Return some training chunks, one of a later epoch, and the held-out activations."""
     stream = source.stream(hooks)
     chosen = [stream.chunk(c) for c in (0, 2, 1)]
     return [c[h] for c in [*chosen, *source.held_out(hooks, 1500)] for h in hooks]
@@ -46,7 +46,7 @@ def everything(source: Any, hooks=HOOKS) -> list[torch.Tensor]:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch):
-    """From when it is called on no weights can be loaded."""
+    """Return a function that makes every later loading of weights fail."""
 
     def forbid() -> None:
         def refused(self: LanguageModel) -> None:
@@ -59,7 +59,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("repeat", [False, True])
-def test_cached_is_uncached_bit_for_bit_and_needs_no_weights(
+def test_cached_activations_equal_uncached_ones_and_need_no_weights(
     found: ResolvedReading, tmp_path: Path, no_model, dtype: str, repeat: bool
 ) -> None:
     model = replace(found.model, config=replace(found.model.config, dtype=dtype))
@@ -89,7 +89,7 @@ def test_epochs_of_a_repeated_text_are_not_mixed_up(found: ResolvedReading, tmp_
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_a_deeper_hookpoint_is_found_beside_another(
+def test_a_hookpoint_cached_together_with_another_is_found_alone(
     found: ResolvedReading, tmp_path: Path, no_model
 ) -> None:
     plain = everything(found.open(CPU, 0), HOOKS[1:])
@@ -129,7 +129,7 @@ OTHER_MODEL = {"dtype": "bfloat16", "batch_sequences": 4, "attention": "eager"}
 NO_MATTER = {"path", "held_out_tokens"}
 
 
-def test_the_address_changes_with_every_declared_ingredient(found: ResolvedReading) -> None:
+def test_the_key_changes_with_every_declared_setting(found: ResolvedReading) -> None:
     names = {f.name for f in dataclasses.fields(found.config)}
     assert names == set(OTHER_TEXT) | NO_MATTER, "a new option: does it change activations?"
     assert {f.name for f in dataclasses.fields(found.model.config)} == set(OTHER_MODEL) | {"path"}
@@ -147,7 +147,7 @@ def test_the_address_changes_with_every_declared_ingredient(found: ResolvedReadi
         assert named(other, "held_out") == seen[-1]
 
 
-def test_the_address_changes_with_what_is_in_the_files(
+def test_the_key_changes_with_the_content_of_the_files(
     found: ResolvedReading, tiny_model: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -179,7 +179,7 @@ def test_the_address_changes_with_what_is_in_the_files(
     assert len(set(seen)) == 6
 
 
-def test_the_address_changes_with_what_computes(
+def test_the_key_changes_with_the_software_and_the_machine(
     found: ResolvedReading, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = [named(found)]
@@ -205,7 +205,7 @@ def test_the_address_changes_with_hookpoint_chunk_and_tokens(tmp_path: Path) -> 
     assert len(seen) == 16
 
 
-def test_entries_are_named_for_people(found: ResolvedReading, tmp_path: Path) -> None:
+def test_entries_have_readable_names(found: ResolvedReading, tmp_path: Path) -> None:
     everything(found.open(CPU, 0, cache_in(tmp_path)))
     names = sorted(e.path.name[:-25] for e in cache_in(tmp_path).stored())
     assert names == sorted(
@@ -213,7 +213,7 @@ def test_entries_are_named_for_people(found: ResolvedReading, tmp_path: Path) ->
     )
 
 
-def test_weights_are_loaded_when_they_are_needed(found: ResolvedReading) -> None:
+def test_weights_are_loaded_on_first_use(found: ResolvedReading) -> None:
     source = found.open(CPU, 0)
     assert isinstance(source, Reading)
     assert "model" not in vars(source.model)

@@ -1,4 +1,4 @@
-"""Chunks are a pure function; everything else about the stream follows from that."""
+"""Chunks are a pure function; the other properties of the stream follow from that."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def stream(model: LanguageModel, stores, config, hooks=HOOKS) -> ActivationStrea
 
 
 def gather(model, packing, first: int, last: int, hooks) -> dict[Hookpoint, torch.Tensor]:
-    """Activations in reading order."""
+    """Return activations in reading order."""
     return Passage.of(packing, first, last).read_by(model, hooks)
 
 
-def test_a_chunk_does_not_depend_on_what_was_asked_before(model, stores, config) -> None:
+def test_a_chunk_does_not_depend_on_earlier_requests(model, stores, config) -> None:
     forward, backward = stream(model, stores, config), stream(model, stores, config)
     first = [forward.chunk(c)[HOOKS[0]].clone() for c in (0, 1, 2)]
     second = [backward.chunk(c)[HOOKS[0]].clone() for c in (2, 0, 1)]
@@ -82,7 +82,7 @@ def test_every_activation_of_the_text_is_seen_once(model, stores, config) -> Non
     made = stream(model, stores, config, HOOKS[:1])
     packing = Packing(stores[0], config)
     assert 0 <= packing.num_activations - made.num_batches(64) * 64 < 64 + STRIPES
-    # The last chunk may lose some at its end; of the whole ones none is lost.
+    # Only the last chunk, which is partial, may lose some at its end.
     whole = packing.num_activations // 1024 * 1024
     seen = torch.cat([batch[HOOKS[0]] for batch in made.batches(64)])[:whole]
     plain = gather(model, packing, 0, whole, HOOKS[:1])[HOOKS[0]]
@@ -91,7 +91,7 @@ def test_every_activation_of_the_text_is_seen_once(model, stores, config) -> Non
     assert torch.equal(*norms)
 
 
-def test_a_batch_takes_as_much_from_every_stripe(model, stores, config) -> None:
+def test_a_batch_takes_the_same_number_from_every_stripe(model, stores, config) -> None:
     made = stream(model, stores, config, HOOKS[:1])
     chunk = made.chunk(0)[HOOKS[0]]
     batches = made.batches(64)
@@ -101,7 +101,9 @@ def test_a_batch_takes_as_much_from_every_stripe(model, stores, config) -> None:
 
 
 @pytest.mark.parametrize("start", [1, 15, 16, 17, 40])
-def test_starting_late_is_the_same_as_having_skipped(model, stores, config, start: int) -> None:
+def test_starting_at_a_step_gives_the_same_batch_as_reading_up_to_it(
+    model, stores, config, start: int
+) -> None:
     made = stream(model, stores, config, HOOKS[:1])
     late = next(stream(model, stores, config, HOOKS[:1]).batches(64, start))
     at = made.position(start, 64)
@@ -113,13 +115,13 @@ def test_starting_late_is_the_same_as_having_skipped(model, stores, config, star
             break
 
 
-def test_order_seed_moves_the_stream(model, stores, config) -> None:
+def test_the_order_seed_changes_the_stream(model, stores, config) -> None:
     a = stream(model, stores, config).chunk(0)[HOOKS[0]]
     b = stream(model, stores, replace(config, order_seed=1)).chunk(0)[HOOKS[0]]
     assert not torch.equal(a, b)
 
 
-def test_a_repeated_text_goes_on_in_another_order(model, stores, config) -> None:
+def test_a_repeated_text_continues_in_another_order(model, stores, config) -> None:
     repeated = replace(config, repeat=True, chunk_tokens=8192)
     made = stream(model, stores, repeated, HOOKS[:1])
     once = stream(model, stores, replace(config, chunk_tokens=8192), HOOKS[:1])
@@ -132,7 +134,7 @@ def test_a_repeated_text_goes_on_in_another_order(model, stores, config) -> None
     assert not torch.equal(seen[0], seen[per_epoch])
     second = made.position(per_epoch, 64)
     assert second.row == 0
-    for size in (8, 64, 512):  # where the epoch ends, batches of every size end
+    for size in (8, 64, 512):  # batches of every size end at the end of an epoch
         per_epoch = batches_available(made.num_activations, repeated, size)
         assert made.position(per_epoch, size) == second
         assert made.steps_before(second.chunk, size) == per_epoch
@@ -140,16 +142,18 @@ def test_a_repeated_text_goes_on_in_another_order(model, stores, config) -> None
     assert 0 <= made.num_activations - (second.chunk - 1) * 8192 - last * STRIPES < STRIPES
 
 
-def test_held_out_activations_in_any_pieces(model, stores, config) -> None:
+def test_held_out_activations_do_not_depend_on_the_chunk_size_or_order_seed(
+    model, stores, config
+) -> None:
     whole = torch.cat([c[HOOKS[0]] for c in held_out_chunks(model, stores[1], config, HOOKS, 900)])
     small = replace(config, chunk_tokens=128, order_seed=5)
     parts = torch.cat([c[HOOKS[0]] for c in held_out_chunks(model, stores[1], small, HOOKS, 900)])
     assert whole.shape == (900, 16)
-    # Other pieces run other batches through the model, which may round otherwise.
+    # Another chunk size gives the model other batches, which may round differently.
     assert torch.allclose(whole, parts, atol=1e-5)
 
 
-def test_batches_tile_chunks() -> None:
+def test_batch_sizes_that_do_not_tile_chunks_are_refused() -> None:
     config = TextFilesConfig(path="x", chunk_tokens=1024)
     check_batch_size(config, 64)
     for wrong in (60, 96, 2048):
@@ -161,17 +165,15 @@ def test_batches_tile_chunks() -> None:
         )
 
 
-def test_more_than_the_text_holds_is_an_error(model, stores, config) -> None:
+def test_reading_past_the_end_of_the_text_is_an_error(model, stores, config) -> None:
     packing = Packing(stores[1], config)
     end = packing.num_activations
     with pytest.raises((ValueError, IndexError)):
         gather(model, packing, end - 5, end + 500, HOOKS)
 
 
-def test_activations_are_those_of_the_whole_model_at_the_positions_kept(
-    model, stores, config
-) -> None:
-    """Against transformers' own output, position by position in Python."""
+def test_activations_equal_the_full_models_at_the_kept_positions(model, stores, config) -> None:
+    """Compare with transformers' own output, position by position in Python."""
     packing = Packing(stores[0], config)
     begin, end, skip = packing.covering(100, 1000)
     tokens = torch.from_numpy(packing.sequences(begin, end).astype(np.int64))

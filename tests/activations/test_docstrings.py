@@ -1,4 +1,4 @@
-"""Laws of the embedded text, on hand-made sources and on this installation."""
+"""The embedded text, on hand-made sources and on this installation."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_docstrings_of_module_classes_functions_and_calls_in_source_order() -> N
 
 
 @pytest.mark.parametrize("source", [b"", b"x = 1", b'"""unclosed', b'def f(:\n    """text"""'])
-def test_a_source_without_docstrings_or_that_does_not_parse_has_none(source: bytes) -> None:
+def test_a_source_without_docstrings_or_with_a_syntax_error_gives_none(source: bytes) -> None:
     assert source_docstrings(source) == []
 
 
@@ -148,11 +148,11 @@ def test_google_style_strips_names_fences_and_bullets() -> None:
         "too short a",
     ],
 )
-def test_what_is_not_english_prose_is_dropped(line: str) -> None:
+def test_text_that_is_not_english_prose_is_dropped(line: str) -> None:
     assert prose_paragraphs(line) == []
 
 
-def test_a_paragraph_is_kept_once_whatever_names_numbers_and_punctuation_it_has() -> None:
+def test_paragraphs_that_differ_only_in_names_numbers_and_punctuation_are_kept_once() -> None:
     filler = "This sentence only makes the document as long as a document of the text has to be, "
     kept = docstrings.unique_documents(
         [
@@ -177,7 +177,7 @@ def test_source_files_are_ordered_by_name_without_tests_and_generated_files(tmp_
     assert found == ["Z.py", "a/b/c.py", "a/z.py", "b.py"]
 
 
-def test_worker_processes_give_what_one_process_gives(tmp_path: Path) -> None:
+def test_worker_processes_give_the_same_result_as_one_process(tmp_path: Path) -> None:
     files = []
     for i in range(7):
         files.append(tmp_path / f"{i}.py")
@@ -189,7 +189,7 @@ def test_worker_processes_give_what_one_process_gives(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tiny_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make the list of packages one package of one documented module."""
+    """Replace the list of packages by one package with one documented module."""
     root = tmp_path / "site" / "orchard"
     root.mkdir(parents=True)
     sentence = (
@@ -230,7 +230,7 @@ def test_a_missing_distribution_is_named(tmp_path: Path, monkeypatch: pytest.Mon
         docstrings.docstring_documents(tmp_path)
 
 
-def test_fingerprint_sees_the_text_and_where_documents_end() -> None:
+def test_the_fingerprint_depends_on_the_text_and_the_document_boundaries() -> None:
     fingerprint = docstrings.docstring_fingerprint
     assert fingerprint(["ab", "c"]) == fingerprint(["ab", "c"])
     assert len({fingerprint(d) for d in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])}) == 4
@@ -253,7 +253,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_the_text_of_this_installation(tmp_path: Path) -> None:
+def test_the_text_of_this_installation_is_large_unique_and_reproducible(tmp_path: Path) -> None:
     documents = docstrings.docstring_documents(tmp_path / "first")
     assert sum(len(document.encode()) for document in documents) > 10e6
     assert len(set(documents)) == len(documents)
@@ -261,7 +261,7 @@ def test_the_text_of_this_installation(tmp_path: Path) -> None:
     assert len(set(paragraphs)) == len(paragraphs)
     assert all(len(document) >= docstrings.MIN_DOCUMENT_CHARS for document in documents)
 
-    # Another process, with another hash seed and an empty cache, has the same text.
+    # Another process, with another hash seed and an empty cache, gets the same text.
     source = Path(docstrings.__file__).parents[2]
     other = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "second")],

@@ -1,4 +1,4 @@
-"""A world in the language model's place: chunks, held-out tokens, what goes with what."""
+"""A world as a source of activations: chunks, held-out tokens, compatible options."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def held_out(tokens: int, data: GeneratedConfig = DATA) -> torch.Tensor:
     return torch.cat([x[HOOK] for x in source(data).held_out([HOOK], tokens)])
 
 
-def test_a_chunk_does_not_depend_on_what_was_asked_before() -> None:
+def test_a_chunk_does_not_depend_on_earlier_requests() -> None:
     forward, backward = chunks([0, 1, 2]), chunks([2, 0, 1])
     for c in (0, 1, 2):
         assert torch.equal(forward[c], backward[c])
@@ -45,7 +45,7 @@ def test_a_chunk_does_not_depend_on_what_was_asked_before() -> None:
     assert not torch.equal(forward[0], forward[1])
 
 
-def test_batches_go_on_where_they_were_left() -> None:
+def test_batches_can_start_at_any_step() -> None:
     stream = source().stream([HOOK])
     batches = stream.batches(32)
     first = [next(batches)[HOOK] for _ in range(6)]
@@ -60,7 +60,7 @@ def test_batches_go_on_where_they_were_left() -> None:
     assert torch.equal(torch.sort(whole.sum(1)).values, torch.sort(expected.sum(1)).values)
 
 
-def test_the_order_seed_moves_training_and_not_what_is_held_out() -> None:
+def test_the_order_seed_changes_training_but_not_held_out_activations() -> None:
     moved = replace(DATA, order_seed=1)
     rows = [set(map(tuple, chunks([0], d)[0].flatten(0, 1).tolist())) for d in (DATA, moved)]
     assert len(rows[0] - rows[1]) > 10  # other draws, not only another order
@@ -68,19 +68,19 @@ def test_the_order_seed_moves_training_and_not_what_is_held_out() -> None:
     assert torch.equal(held_out(300), held_out(300, replace(DATA, chunk_tokens=64)))
 
 
-def test_held_out_tokens_are_a_beginning_and_no_training_chunk() -> None:
+def test_fewer_held_out_tokens_are_a_prefix_and_none_are_trained_on() -> None:
     few, many = held_out(100), held_out(5_000)
     assert many.shape == (5_000, 8)
     assert torch.equal(few, many[:100])
     seen = {tuple(row) for row in chunks([0])[0].flatten(0, 1).tolist()}
-    # Where the group fires, its direction is continuous: no two tokens are equal by chance.
+    # A firing group adds a continuous direction, so that no two tokens are equal by chance.
     active = torch.cat([s.group_active[:, 0] for s in source().held_out_samples(5_000)])
     apart = [tuple(row) for row in many[active].tolist()]
     assert len(apart) > 500
     assert not seen & set(apart)
 
 
-def test_held_out_samples_say_what_the_held_out_activations_are_made_of() -> None:
+def test_held_out_samples_match_the_held_out_activations() -> None:
     opened = source()
     assert isinstance(opened, WorldSource)
     found = list(opened.held_out_samples(5_000))
@@ -90,7 +90,7 @@ def test_held_out_samples_say_what_the_held_out_activations_are_made_of() -> Non
     assert opened.held_out_available is None
 
 
-def test_the_worlds_seed_is_not_that_of_the_order() -> None:
+def test_the_worlds_seed_changes_its_features() -> None:
     other = replace(WORLD, seed=1)
     assert not torch.equal(chunks([0])[0], chunks([0], world=other)[0])
     opened, again = source().world, source(world=other).world
@@ -99,7 +99,7 @@ def test_the_worlds_seed_is_not_that_of_the_order() -> None:
     assert not torch.equal(opened.dictionary, again.dictionary)
 
 
-def test_a_world_has_one_site() -> None:
+def test_a_world_has_one_hookpoint() -> None:
     found = replace(WORLD, label="mine").resolve(Path("unused"))
     found.check(HOOK)
     assert found.d_in(HOOK) == 8
@@ -109,13 +109,13 @@ def test_a_world_has_one_site() -> None:
         found.check(Hookpoint("mlp_out", 0))
 
 
-def test_a_world_reads_no_text() -> None:
+def test_a_world_refuses_a_text() -> None:
     with pytest.raises(ConfigError, match="=docstrings is a text; model=mine is a world") as error:
         replace(WORLD, label="mine").resolve(Path("unused")).data(DocstringsConfig(), Path("x"))
     assert "dataset=generated" in str(error.value)
 
 
-def test_a_language_model_reads_nothing_generated(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_language_model_refuses_generated_data(tiny_model: Path, tmp_path: Path) -> None:
     from reseed.activations.language_model import PathModelConfig
 
     found = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)

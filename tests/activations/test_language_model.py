@@ -25,7 +25,7 @@ def resolved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
     )
 
 
-def test_activations_are_those_of_the_whole_model(resolved, tiny_model: Path) -> None:
+def test_activations_equal_those_of_the_full_model(resolved, tiny_model: Path) -> None:
     tokens = torch.randint(2, 15, (5, 12), generator=torch.Generator().manual_seed(0))
     reference = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_nothing_runs_after_the_deepest_hookpoint(resolved) -> None:
     list(model.activations(torch.zeros(1, 4, dtype=torch.long), [Hookpoint("mlp_out", 1)]))
     assert "model.layers.1.self_attn" in ran
     assert not any(name.startswith(("model.layers.2", "model.norm", "lm_head")) for name in ran)
-    # The hooks are gone afterwards: a second pass is like the first.
+    # The hooks are removed afterwards: a second pass is like the first.
     assert (
         len(list(model.activations(torch.zeros(1, 4, dtype=torch.long), [Hookpoint("mlp_out", 0)])))
         == 1
@@ -65,13 +65,13 @@ def test_nothing_runs_after_the_deepest_hookpoint(resolved) -> None:
           "attn_out": "gpt_neox.layers.1.attention"}),
     ],
 )  # fmt: skip
-def test_sites_of_other_families(build, blocks: dict[str, str]) -> None:
+def test_sites_resolve_to_modules_in_other_model_families(build, blocks: dict[str, str]) -> None:
     model = build()
     for site, path in blocks.items():
         assert module_path(model, Hookpoint(site, 1)) == path
 
 
-def test_each_width_is_found_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
+def test_each_width_is_computed_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
     """Every job of a sweep asks for it."""
     found = resolve(PathModelConfig(path=str(tiny_model)), tmp_path)
     asked: list[list[Hookpoint]] = []
@@ -87,7 +87,7 @@ def test_each_width_is_found_once(tiny_model: Path, tmp_path: Path, monkeypatch)
     assert asked == [[hooks[0]], [hooks[1]]]
 
 
-def test_sites_and_patterns(resolved) -> None:
+def test_a_module_pattern_takes_the_layer_and_typos_are_named(resolved) -> None:
     hook = Hookpoint.of(HookpointConfig(site="module", module="model.layers.*.mlp.up_proj"), 2)
     assert str(hook) == "model.layers.2.mlp.up_proj"
     assert (resolved.d_in(hook), resolved.d_in(Hookpoint("attn_out", 0))) == (32, 16)
@@ -103,7 +103,7 @@ def test_sites_and_patterns(resolved) -> None:
         HookpointConfig(site="mlp_out", module="x")
 
 
-def test_a_layer_that_is_not_there(resolved) -> None:
+def test_a_missing_layer_is_refused(resolved) -> None:
     for layer in (3, -1):
         with pytest.raises(ConfigError) as caught:
             resolved.check(Hookpoint("resid_post", layer))
@@ -112,7 +112,9 @@ def test_a_layer_that_is_not_there(resolved) -> None:
         )
 
 
-def test_the_fingerprint_is_of_the_weights_not_the_place(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_weights_not_on_the_folder(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     import shutil
 
     from safetensors.torch import load_file, save_file
@@ -129,7 +131,7 @@ def test_the_fingerprint_is_of_the_weights_not_the_place(tiny_model: Path, tmp_p
     assert resolve(PathModelConfig(path=str(copy)), tmp_path).fingerprint != prints[0]
 
 
-def test_folders_that_hold_no_model(tmp_path: Path) -> None:
+def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`path` must be an existing folder"):
         resolve(PathModelConfig(path=str(tmp_path / "none")), tmp_path)
     with pytest.raises(ConfigError, match=r"there is no config\.json"):
@@ -143,7 +145,9 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "layers", "width"), [("stories260K", 5, 64), ("TinyStories-656K", 2, 128)]
 )
-def test_real_models(real_data: Path, tmp_path: Path, name: str, layers: int, width: int) -> None:
+def test_real_models_give_their_own_logits(
+    real_data: Path, tmp_path: Path, name: str, layers: int, width: int
+) -> None:
     found = resolve(PathModelConfig(path=str(real_data / "models" / name)), tmp_path)
     hook = Hookpoint("resid_post", layers - 1)
     assert (found.num_layers, found.d_in(hook), found.context_length) == (layers, width, 512)

@@ -1,4 +1,4 @@
-"""Mean and covariance: two ways to one answer."""
+"""Mean and covariance, computed at once and in pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reseed.activations.moments import Moments, MomentSums
 
 @pytest.fixture
 def x(monkeypatch: pytest.MonkeyPatch) -> Tensor:
-    """Far from the origin, in several blocks of which the last is not full."""
+    """Activations far from the origin, in several blocks, the last one partial."""
     monkeypatch.setattr("reseed.activations.moments._BLOCK", 64)
     noise = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
     return noise * torch.linspace(0.1, 3, 6) + 100
@@ -27,11 +27,11 @@ def in_pieces(x: Tensor) -> Moments:
 
 
 @pytest.mark.parametrize("of", [Moments.of, in_pieces])
-def test_by_numpy(x: Tensor, of) -> None:
+def test_moments_equal_those_of_numpy(x: Tensor, of) -> None:
     found, exact = of(x), x.double().numpy()
     assert found.mean.dtype == found.covariance.dtype == torch.float64
     assert found.mean.numpy() == pytest.approx(exact.mean(0), rel=1e-12)
-    # Of squares about the origin, 1e4 times the variance, four digits are lost.
+    # Squares about the origin are 1e4 times the variance, which costs four digits.
     assert found.covariance.numpy() == pytest.approx(np.cov(exact.T, bias=True), rel=1e-9, abs=1e-9)
 
 
@@ -46,6 +46,6 @@ def test_the_root_is_exact_where_the_covariance_is_singular() -> None:
     assert torch.allclose(root, root.T, atol=1e-9)
 
 
-def test_nothing_has_no_mean() -> None:
+def test_no_activations_have_no_mean() -> None:
     with pytest.raises(ValueError, match="no activations were added: they have no mean"):
         MomentSums().so_far()

@@ -1,4 +1,4 @@
-"""Chunks computed ahead are the same chunks, no more of them, and no thread is left."""
+"""Prefetched chunks are the same chunks, none is computed twice, and no thread is left."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WAIT_S = 20.0
 
 
 class Counted(ChunkStream):
-    """Draws; keeps which chunks were begun, and by whom. Can be told to fail or to dawdle."""
+    """A stream that records started chunks and their threads, and can fail or be slow."""
 
     def __init__(self, fails_at: int = -1, dawdles_at: int = -1) -> None:
         config = DatasetConfig(chunk_tokens=TOKENS)
@@ -70,7 +70,7 @@ def _no_thread_is_left() -> Iterator[None]:
 
 
 def end(steps: int, size: int = 32) -> Position:
-    """Where so many batches end."""
+    """Return the position where ``steps`` batches end."""
     last = Counted().position(steps - 1, size)
     return Position(last.chunk, last.row + size // STRIPES)
 
@@ -94,13 +94,13 @@ def test_batches_are_the_same_and_each_chunk_is_computed_once(threads: int) -> N
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert plain.begun == [(c, False) for c in range(5)]
-    # Nothing beyond the end of training, and only the first is waited for.
+    # No chunk beyond the end of training, and only the first in the main thread.
     assert ahead.begun == [(0, False)] + [(c, True) for c in range(1, 5)]
-    # Torch counts threads for each calling thread; the last bits may hang on them.
+    # Torch's thread count is a setting of each calling thread and can change the last bits.
     assert ahead.threads == {threads}
 
 
-def test_no_thread_before_the_first_chunk_and_none_without_a_second() -> None:
+def test_the_thread_starts_only_if_there_is_a_second_chunk() -> None:
     stream = Counted()
     with stream.prefetching(end(2), 32, True):
         assert workers() == []
@@ -109,8 +109,8 @@ def test_no_thread_before_the_first_chunk_and_none_without_a_second() -> None:
     assert stream.begun == [(0, False)]
 
 
-def test_a_chunk_that_is_there_already_is_not_computed_again() -> None:
-    """As where training starts with the chunk that the weights' start was taken from."""
+def test_a_chunk_in_memory_is_not_computed_again() -> None:
+    """Training may start with the chunk from which the initial weights were computed."""
     stream = Counted()
     stream.chunk(0)
     with stream.prefetching(end(6), 32, True):
@@ -118,7 +118,7 @@ def test_a_chunk_that_is_there_already_is_not_computed_again() -> None:
     assert [c for c, _ in stream.begun] == [0, 1, 2]
 
 
-def test_going_on_in_the_middle() -> None:
+def test_resuming_in_the_middle_computes_no_earlier_chunk() -> None:
     stream = Counted()
     with stream.prefetching(end(10), 32, True):
         found = read(stream, 10, start=5)
@@ -126,7 +126,7 @@ def test_going_on_in_the_middle() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, read(Counted(), 10)[5:], strict=True))
 
 
-def test_members_of_several_batch_sizes_and_budgets() -> None:
+def test_a_group_with_several_batch_sizes_and_budgets_is_prefetched_to_its_end() -> None:
     stream = Counted()
     stop = max(end(3, 64), end(8, 16))
     with stream.prefetching(stop, 16, True):
@@ -136,7 +136,7 @@ def test_members_of_several_batch_sizes_and_budgets() -> None:
 
 
 def test_chunks_without_a_batch_are_not_computed() -> None:
-    """The rest of a text that is read again may be too short for one batch."""
+    """The last chunk of an epoch may be too short for one batch."""
 
     class Short(Counted):
         def rows(self, c: int) -> int:
@@ -149,7 +149,7 @@ def test_chunks_without_a_batch_are_not_computed() -> None:
     assert [c for c, _ in stream.begun] == [0, 1, 3, 4]
 
 
-def test_an_error_comes_at_the_step_that_needs_the_chunk_with_its_traceback() -> None:
+def test_an_error_is_raised_at_the_step_that_needs_the_chunk_with_its_traceback() -> None:
     stream = Counted(fails_at=2)
     with stream.prefetching(end(10), 32, True):
         batches = stream.batches(32)
@@ -163,7 +163,7 @@ def test_an_error_comes_at_the_step_that_needs_the_chunk_with_its_traceback() ->
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_ends_training_ends_the_thread_soon(error: type[BaseException]) -> None:
+def test_an_error_in_training_ends_the_thread_soon(error: type[BaseException]) -> None:
     stream = Counted(dawdles_at=1)
     started = time.monotonic()
 
@@ -177,22 +177,22 @@ def test_what_ends_training_ends_the_thread_soon(error: type[BaseException]) -> 
         training()
     assert stream.dropped.is_set()
     assert time.monotonic() - started < WAIT_S / 2
-    # The stream itself is as good as before.
+    # The stream is still usable.
     assert torch.equal(stream.chunk(2)[HOOK], Counted().chunk(2)[HOOK])
 
 
-def test_another_chunk_than_the_next_one_is_right_too() -> None:
+def test_a_chunk_out_of_order_is_correct() -> None:
     stream = Counted(dawdles_at=1)
     with stream.prefetching(end(20), 32, True):
         stream.chunk(0)
         assert stream.dawdling.wait(WAIT_S)
         assert torch.equal(stream.chunk(4)[HOOK], Counted().chunk(4)[HOOK])
-        assert stream.dropped.is_set(), "one at a time reads the source"
+        assert stream.dropped.is_set(), "only one thread at a time may read the source"
         assert torch.equal(stream.chunk(5)[HOOK], Counted().chunk(5)[HOOK])
 
 
-def test_one_chunk_more_is_in_memory() -> None:
-    """Chunks alive when the next one is begun: the one in use."""
+def test_prefetching_keeps_one_more_chunk_in_memory() -> None:
+    """The chunk in use is alive when the thread starts the next one."""
     import weakref
 
     alive: list[int] = []
@@ -216,14 +216,14 @@ def test_one_chunk_more_is_in_memory() -> None:
         assert max(alive) == most
 
 
-def test_off_means_no_thread() -> None:
+def test_without_prefetching_there_is_no_thread() -> None:
     stream = Counted()
     with stream.prefetching(end(10), 32, False):
         read(stream, 10)
     assert stream.begun == [(c, False) for c in range(5)]
 
 
-def test_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetching_pays_on_a_gpu_or_with_idle_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(4)), raising=False)
     for threads, expected in ((1, True), (2, True), (3, False), (4, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

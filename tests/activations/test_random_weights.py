@@ -1,4 +1,4 @@
-"""A language model before any training, in the place of the trained one."""
+"""The surrogate with random weights: a language model before any training."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def found_in(folder: Path, cache: Path, **settings):
 
 
 @pytest.mark.parametrize("embedded", [True, False])
-def test_every_weight_is_drawn_anew_and_always_alike(
+def test_every_weight_is_redrawn_reproducibly(
     embedded: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = EmbeddedModelConfig() if embedded else PathModelConfig(path=str(tiny_model))
@@ -55,11 +55,11 @@ def test_every_weight_is_drawn_anew_and_always_alike(
         if p.ndim > 1:
             assert not torch.equal(p, drawn), name
     spread = float(other.get_input_embeddings().weight.std())
-    # The model of the tests says .3, the embedded one .02.
+    # The tests' model has .3, the embedded one .02.
     assert spread == pytest.approx(random.transformers_config.initializer_range, rel=0.1)
 
 
-def test_they_are_those_of_the_seed_and_cost_the_process_no_random_number(
+def test_weights_follow_the_seed_and_leave_the_random_state_unchanged(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     random = found_in(tiny_model, tmp_path).with_random_weights()
@@ -77,7 +77,7 @@ def test_they_are_those_of_the_seed_and_cost_the_process_no_random_number(
     torch.testing.assert_close(drawn, states[HOOK.layer + 1])
 
 
-def test_precision_moves_no_draw(tiny_model: Path, tmp_path: Path) -> None:
+def test_precision_does_not_change_the_draws(tiny_model: Path, tmp_path: Path) -> None:
     exact, rounded = (
         LanguageModel(found_in(tiny_model, tmp_path, dtype=d).with_random_weights()).model
         for d in ("float32", "bfloat16")
@@ -90,7 +90,7 @@ def test_precision_moves_no_draw(tiny_model: Path, tmp_path: Path) -> None:
         assert torch.equal(buffer, buffers[name]), name
 
 
-def test_the_fingerprint_is_of_the_architecture_and_the_seed(
+def test_the_fingerprint_depends_on_architecture_and_seed_only(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     trained = found_in(tiny_model, tmp_path)
@@ -106,7 +106,7 @@ def test_the_fingerprint_is_of_the_architecture_and_the_seed(
     assert weights.is_file()
     again = found_in(copy, tmp_path)
     assert again.fingerprint != trained.fingerprint
-    assert again.with_random_weights().fingerprint == random.fingerprint, "other weights, unread"
+    assert again.with_random_weights().fingerprint == random.fingerprint, "ignores the weights"
     described = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(described | {"initializer_range": 0.1}))
     assert found_in(copy, tmp_path).with_random_weights().fingerprint != random.fingerprint
@@ -116,7 +116,9 @@ def planned(line: list[str]) -> Resolved:
     return check_jobs(CommandLine("train", []), line, multirun=False)[0][0].resolved
 
 
-def test_it_is_signed_and_told_like_the_gaussian_one(tiny_overrides: list[str]) -> None:
+def test_it_enters_signature_stream_seed_and_labels_like_the_gaussian_one(
+    tiny_overrides: list[str],
+) -> None:
     plain, drawn, random = (
         planned([*tiny_overrides, f"surrogate={name}"])
         for name in ("none", "gaussian", "random_weights")
@@ -170,6 +172,6 @@ def test_a_world_has_no_weights() -> None:
     )
 
 
-def test_nothing_else_takes_the_place_of_a_source(tiny_model: Path, tmp_path: Path) -> None:
+def test_other_surrogates_leave_the_source_unchanged(tiny_model: Path, tmp_path: Path) -> None:
     trained = found_in(tiny_model, tmp_path)
     assert standing_in(trained, "none") is standing_in(trained, "gaussian") is trained

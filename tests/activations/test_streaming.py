@@ -1,4 +1,4 @@
-"""Streamed texts: read no further than needed, with the same held-out documents for everyone."""
+"""Streamed texts: read no further than needed, with the same held-out documents for all runs."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stores(config: HubTextConfig, cache: Path, needed: int) -> tuple[TokenStore,
     return token_stores(ResolvedText(config, "f", "fake", cache), OneTokenAWord(), "t", needed)
 
 
-def test_a_longer_budget_begins_like_a_shorter_one(tmp_path: Path) -> None:
+def test_a_shorter_budget_reads_a_prefix_of_a_longer_one(tmp_path: Path) -> None:
     short, _ = stores(CONFIG, tmp_path, 1_000)
     long, _ = stores(CONFIG, tmp_path, 5_000)
     assert 1_000 < len(short) < 2_500 < 5_000 < len(long) < 8_000
@@ -68,7 +68,7 @@ def test_held_out_documents_are_the_same_for_every_budget_and_order(tmp_path: Pa
     assert 200 < len(held_out[0]) < 400
 
 
-def test_what_is_held_out_is_never_trained_on(tmp_path: Path) -> None:
+def test_held_out_documents_are_never_trained_on(tmp_path: Path) -> None:
     train, held_out = stores(CONFIG, tmp_path, 50_000)
     words = [set(part.tokens.tolist()) - {0} for part in (train, held_out)]
     assert not words[0] & words[1]
@@ -81,7 +81,7 @@ def test_asking_for_more_held_out_tokens_reads_more(tmp_path: Path) -> None:
     assert more.tokens[: len(few)].tolist() == few.tokens.tolist()
 
 
-def test_the_order_seed_moves_the_training_text(tmp_path: Path) -> None:
+def test_the_order_seed_changes_the_training_text(tmp_path: Path) -> None:
     a = stores(CONFIG, tmp_path, 1_000)[0]
     b = stores(replace(CONFIG, order_seed=1), tmp_path, 1_000)[0]
     assert a.tokens[:100].tolist() != b.tokens[:100].tolist()

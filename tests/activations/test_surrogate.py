@@ -1,4 +1,4 @@
-"""Gaussian surrogates: the moments of the real activations, and nothing else of them."""
+"""Gaussian surrogates: draws with only the moments of the real activations."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def surrogate(data: GeneratedConfig = DATA) -> GaussianSource:
 
 
 def close(x: torch.Tensor, reference: torch.Tensor) -> None:
-    """Mean and covariance of ``x`` are those of ``reference``, within 5 standard errors."""
+    """Assert that the moments of ``x`` equal those of ``reference`` within 5 standard errors."""
     x, reference = x.double(), reference.double()
     mean, covariance = reference.mean(0), torch.cov(reference.T, correction=0)
     variance = covariance.diagonal()
     assert bool(((x.mean(0) - mean).abs() <= 5 * (variance / len(x)).sqrt() + 1e-6).all())
-    # Of Gaussian draws, Var S_ij = (Σ_ii Σ_jj + Σ_ij²) / n.
+    # Gaussian draws have Var S_ij = (Σ_ii Σ_jj + Σ_ij²) / n.
     error = ((torch.outer(variance, variance) + covariance**2) / len(x)).sqrt()
     assert bool(((torch.cov(x.T) - covariance).abs() <= 5 * error + 1e-6).all())
 
@@ -57,15 +57,15 @@ def test_the_moments_are_those_of_the_first_training_chunk() -> None:
     close(torch.cat([x[HOOK] for x in surrogate().held_out([HOOK], 10_000)]), first)
 
 
-def test_what_an_activation_costs() -> None:
-    """A product with the root for each hookpoint, counted once."""
+def test_a_gaussian_activation_costs_one_matrix_product_per_distinct_hookpoint() -> None:
+    """The product is that with the root of the covariance."""
     data = ResolvedGenerated(WORLD, DATA)
     assert flops_per_token(data, "gaussian", [HOOK], [6]) == 2 * 6 * 6
     assert flops_per_token(data, "gaussian", [HOOK, OTHER, HOOK], [6, 6, 6]) == 2 * (2 * 6 * 6)
     assert flops_per_token(data, "none", [HOOK], [6]) == data.flops_per_token([HOOK])
 
 
-def test_draws_are_in_the_sources_precision() -> None:
+def test_draws_have_the_dtype_of_the_source() -> None:
     x = torch.randn(100, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
     drawn = Gaussian.like(x)
     assert drawn.draw(5, torch.Generator().manual_seed(0)).dtype == torch.bfloat16
@@ -80,11 +80,11 @@ def test_chunks_are_a_pure_function() -> None:
     assert torch.equal(a[1], b[0])
     assert not torch.equal(a[0], a[1])
     assert forward.num_batches(64) is None
-    # Two hookpoints have draws of their own, though these two have the same moments.
+    # Hookpoints are drawn separately; these two have the same moments.
     assert not torch.equal(backward.chunk(0)[OTHER], backward.chunk(0)[HOOK])
 
 
-def test_what_is_held_out_is_a_beginning_with_draws_of_its_own() -> None:
+def test_fewer_held_out_draws_are_a_prefix_and_none_are_trained_on() -> None:
     few, many = (
         torch.cat([x[HOOK] for x in surrogate().held_out([HOOK], n)]) for n in (100, 5_000)
     )
@@ -94,7 +94,7 @@ def test_what_is_held_out_is_a_beginning_with_draws_of_its_own() -> None:
     assert not rows(trained) & rows(many)
 
 
-def test_the_order_seed_moves_the_draws() -> None:
+def test_the_order_seed_changes_the_draws() -> None:
     gaussians = surrogate().stream([HOOK]).gaussians
     a, b = (
         GaussianStream(replace(DATA, order_seed=seed), gaussians, torch.device("cpu"))

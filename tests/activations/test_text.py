@@ -35,7 +35,7 @@ def test_every_format_gives_the_same_documents(tmp_path: Path, kind: str) -> Non
     assert documents(written(tmp_path, kind), tmp_path) == DOCUMENTS
 
 
-def test_separators(tmp_path: Path) -> None:
+def test_the_separator_splits_plain_text_into_documents(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("x<|endoftext|>y\n---\nz")
     assert documents(path, tmp_path) == ["x", "y\n---\nz"]
@@ -43,7 +43,7 @@ def test_separators(tmp_path: Path) -> None:
     assert documents(path, tmp_path, separator=None) == ["x<|endoftext|>y\n---\nz"]
 
 
-def test_folders_and_lists_in_a_fixed_order(tmp_path: Path) -> None:
+def test_folders_and_lists_have_a_fixed_order(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.log"):
         (tmp_path / name).write_text(name)
     assert documents(tmp_path, tmp_path) == ["a.txt", "b.txt"]
@@ -51,7 +51,7 @@ def test_folders_and_lists_in_a_fixed_order(tmp_path: Path) -> None:
     assert documents(both, tmp_path) == ["b.txt", "a.txt"]
 
 
-def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_only(tmp_path: Path) -> None:
     one, two, three = (tmp_path / f"{n}.txt" for n in "abc")
     one.write_text("same")
     two.write_text("same")
@@ -73,7 +73,7 @@ def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
         ("a.parquet", b"not parquet", r"`path`: cannot read .*a\.parquet"),
     ],
 )
-def test_what_cannot_be_read_is_refused(
+def test_unreadable_files_are_refused(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -81,7 +81,7 @@ def test_what_cannot_be_read_is_refused(
         documents(tmp_path / name, tmp_path)
 
 
-def test_missing_files_and_columns(tmp_path: Path) -> None:
+def test_missing_files_and_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`path` must be an existing file or folder"):
         documents(tmp_path / "nowhere", tmp_path)
     with pytest.raises(ConfigError, match=r"`path`: no \.jsonl, \.md, \.parquet, \.txt file"):
@@ -90,8 +90,8 @@ def test_missing_files_and_columns(tmp_path: Path) -> None:
         documents(written(tmp_path, "parquet"), tmp_path, field="body")
 
 
-def test_the_kind_of_file_is_part_of_what_it_says(tmp_path: Path) -> None:
-    """The same bytes are other documents when they are read as another format."""
+def test_the_fingerprint_depends_on_the_file_format(tmp_path: Path) -> None:
+    """The same bytes are other documents in another format."""
     line = json.dumps({"text": "one"})
     for name in ("a.jsonl", "a.txt"):
         (tmp_path / name).write_text(line)

@@ -15,14 +15,14 @@ CONFIG = TextFilesConfig(path="unused", context_length=5, chunk_tokens=8)
 
 
 def store(lengths: list[int], special: tuple[int, ...] = (0,)) -> TokenStore:
-    """Documents of given lengths, each opened by token 0, all other tokens distinct."""
+    """Return documents of given lengths, each starting with token 0, other tokens distinct."""
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     tokens = np.arange(1, starts[-1] + 1, dtype=np.int32)
     tokens[starts[:-1]] = 0
     return TokenStore(tokens, starts, special)
 
 
-def test_packing_reads_documents_end_to_end_in_the_order_drawn() -> None:
+def test_packing_concatenates_documents_in_the_drawn_order() -> None:
     made = store([4, 3, 6, 7])
     packing = Packing(made, CONFIG)
     flat = packing.sequences(0, packing.num_sequences).ravel()
@@ -30,11 +30,11 @@ def test_packing_reads_documents_end_to_end_in_the_order_drawn() -> None:
     expected = np.concatenate([made.tokens[made.starts[d] : made.starts[d + 1]] for d in order])
     assert sorted(order) == [0, 1, 2, 3]
     assert flat.tolist() == expected[: 5 * packing.num_sequences].tolist()
-    # A part of it is the part of the whole.
+    # A range of sequences is that range of the whole.
     assert packing.sequences(2, 4).ravel().tolist() == flat[10:20].tolist()
 
 
-def test_order_seed_and_epoch_move_the_order_alone() -> None:
+def test_order_seed_and_epoch_only_permute_the_documents() -> None:
     made = store([3] * 40)
     orders = [
         tuple(Packing(made, replace(CONFIG, order_seed=seed), epoch)._documents)  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ def test_order_seed_and_epoch_move_the_order_alone() -> None:
     assert all(sorted(order) == list(range(40)) for order in orders)
 
 
-def test_a_streamed_text_is_read_as_it_stands_the_first_time() -> None:
+def test_a_streamed_text_is_read_in_stored_order_in_the_first_epoch() -> None:
     made = store([3] * 20)
     natural = TokenStore(made.tokens, made.starts, made.special, natural_order=True)
     assert Packing(natural, CONFIG)._documents.tolist() == list(range(20))  # type: ignore[attr-defined]
@@ -54,7 +54,9 @@ def test_a_streamed_text_is_read_as_it_stands_the_first_time() -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("special", [True, False])
-def test_what_counts_as_an_activation(first: bool, special: bool) -> None:
+def test_first_positions_and_special_tokens_count_only_if_included(
+    first: bool, special: bool
+) -> None:
     config = replace(CONFIG, exclude_first_position=first, exclude_special_tokens=special)
     packing = Packing(store([4, 3, 6, 7, 9]), config)
     tokens = packing.sequences(0, packing.num_sequences)
@@ -77,7 +79,7 @@ def test_covering_finds_every_range_of_activations() -> None:
             part = packing.sequences(begin, end)
             found = part[packing.keep(part)][skip : skip + high - low]
             assert found.tolist() == activations[low:high].tolist()
-            assert end - begin <= (high - low) + 2  # not a sequence more than needed, nearly
+            assert end - begin <= (high - low) + 2  # nearly the fewest sequences
 
 
 def test_guaranteed_activations_hold_for_every_order() -> None:
@@ -86,7 +88,7 @@ def test_guaranteed_activations_hold_for_every_order() -> None:
     bound = Packing(made, CONFIG).guaranteed_activations
     counts = [Packing(made, replace(CONFIG, order_seed=s)).num_activations for s in range(50)]
     assert bound <= min(counts)
-    assert max(counts) - bound <= 60  # and it is not far off
+    assert max(counts) - bound <= 60  # the bound is tight
 
 
 def test_stores_hold_every_document_once(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
@@ -117,7 +119,7 @@ def test_a_text_is_tokenised_once(
 
     monkeypatch.setattr("reseed.activations.tokens._encode", broken)
     assert token_stores(text, model.tokenizer, "t", 0) == first
-    # What determines the tokens is in the key: another tokenizer or split is another store.
+    # Another tokenizer or split has another store.
     with pytest.raises(AssertionError, match="tokenised twice"):
         token_stores(text, model.tokenizer, "other", 0)
     other = resolve_text(TextFilesConfig(path=str(tiny_text), held_out_fraction=0.1), tmp_path)
@@ -125,7 +127,7 @@ def test_a_text_is_tokenised_once(
         token_stores(other, model.tokenizer, "t", 0)
 
 
-def test_a_tokenizer_without_bos_gets_its_end_of_text_as_opening(tmp_path: Path) -> None:
+def test_without_a_bos_token_documents_start_with_the_eos_token(tmp_path: Path) -> None:
     from reseed.activations.tokens import _encode
 
     class GPTLike:

@@ -1,4 +1,4 @@
-"""Worlds against theory: what fires, with what, how strongly, and where it points."""
+"""Worlds against theory: firing rates, correlations, magnitudes and directions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reseed.config import ConfigError
 
 TOKENS = 40_000
 LIMIT = 4.5
-"""Standard errors: a right program fails a single comparison with odds 7e-6."""
+"""Standard errors: a correct program fails a single comparison with probability 7e-6."""
 
 
 def sampled(tokens: int = TOKENS, **fields: Any) -> tuple[World, Sample]:
@@ -26,14 +26,14 @@ def sampled(tokens: int = TOKENS, **fields: Any) -> tuple[World, Sample]:
 
 
 def fired(sample: Sample, features: int) -> np.ndarray:
-    """Dense [tokens, features], whether each fires."""
+    """Return a dense mask [tokens, features] of the features that fire."""
     dense = np.zeros((len(sample.x), features), dtype=bool)
     dense[sample.token.numpy(), sample.feature.numpy()] = True
     return dense
 
 
 def assert_rates(found: np.ndarray, expected: np.ndarray | list[float], tokens: float) -> None:
-    """Binomial standard errors."""
+    """Assert that rates agree within `LIMIT` binomial standard errors."""
     expected = np.asarray(expected)
     error = np.sqrt(expected * (1 - expected) / tokens)
     assert (np.abs(found - expected) <= LIMIT * error + 1e-12).all(), (found, expected)
@@ -48,7 +48,7 @@ def test_independent_features_fire_as_declared() -> None:
     assert_rates((fire[:, 0] & fire[:, 1]).mean(), 0.05, TOKENS)
 
 
-def test_the_zipf_law() -> None:
+def test_firing_follows_the_zipf_law() -> None:
     config = WorldConfig(d_in=64, num_features=64, zipf_max=0.4, zipf_min=0.1, zipf_exponent=0.5)
     p = declared_firing(config)
     assert p[:4] == pytest.approx([0.4, 0.4 / 2**0.5, 0.4 / 3**0.5, 0.2])
@@ -59,7 +59,7 @@ def test_the_zipf_law() -> None:
 
 
 def test_a_child_fires_only_with_its_parent() -> None:
-    """Three generations; probabilities are conditional, or marginal over all tokens."""
+    """Three levels; probabilities are conditional, or marginal over all tokens."""
     parents = (None, 0, 1, None)
     fire = fired(sampled(firing=(0.5, 0.4, 0.3, 0.2), parents=parents)[1], 4)
     assert not (fire[:, 1] & ~fire[:, 0]).any()
@@ -71,18 +71,18 @@ def test_a_child_fires_only_with_its_parent() -> None:
     assert_rates(fire.mean(0), [0.5, 0.4, 0.3, 0.2], TOKENS)
 
 
-def test_siblings_exclude_each_other_and_each_is_as_likely_to_stay() -> None:
-    """Of two that would fire with p each, one stays with p(1 - p) + p²/2."""
+def test_exclusive_siblings_never_fire_together_and_survive_with_equal_odds() -> None:
+    """If two siblings would fire with p each, each does with p(1 - p) + p²/2."""
     config = {"firing": (0.8, 0.5, 0.5, 0.9), "parents": (None, 0, 0, None)}
     fire = fired(sampled(**config, mutually_exclusive_children=True)[1], 4)
     assert not (fire[:, 1] & fire[:, 2]).any()
     stays = 0.8 * (0.25 + 0.125)
     assert_rates(fire.mean(0), [0.8, stays, stays, 0.9], TOKENS)
-    # Roots are nobody's siblings.
+    # Roots are not siblings.
     assert_rates((fire[:, 0] & fire[:, 3]).mean(), 0.72, TOKENS)
 
 
-def test_three_siblings_stay_with_equal_odds() -> None:
+def test_three_exclusive_siblings_survive_with_equal_odds() -> None:
     fire = fired(
         sampled(firing=(1.0, 1.0, 1.0, 1.0), parents=(None, 0, 0, 0),
                 mutually_exclusive_children=True)[1], 4,
@@ -91,8 +91,8 @@ def test_three_siblings_stay_with_equal_odds() -> None:
     assert_rates(fire[:, 1:].mean(0), [1 / 3] * 3, TOKENS)
 
 
-def test_a_generated_forest() -> None:
-    """2 roots × 3 children × 2 levels: numbered level by level, the rest free."""
+def test_a_generated_forest_is_numbered_level_by_level() -> None:
+    """2 roots × 3 children × 2 levels; the remaining features have no parent."""
     config = WorldConfig(
         d_in=32, num_features=30, roots=2, branching=3, depth=2, firing=(0.7,) * 30,
         mutually_exclusive_children=True,
@@ -111,7 +111,7 @@ def test_a_generated_forest() -> None:
 
 
 @pytest.mark.parametrize("rho", [0.6, -0.5])
-def test_the_copula_of_listed_pairs(rho: float) -> None:
+def test_listed_pairs_fire_together_as_the_copula_predicts(rho: float) -> None:
     p = (0.3, 0.2, 0.25, 0.4)
     fire = fired(sampled(firing=p, correlations=((0, 2, rho), (3, 2, 0.3)))[1], 4)
     assert_rates(fire.mean(0), p, TOKENS)
@@ -120,8 +120,8 @@ def test_the_copula_of_listed_pairs(rho: float) -> None:
         assert_rates((fire[:, i] & fire[:, j]).mean(), both, TOKENS)
 
 
-def test_the_copula_of_common_factors() -> None:
-    """Marginals stay; pairs fire together as the correlation of their factors says."""
+def test_common_factors_correlate_firing_and_preserve_marginals() -> None:
+    """Pairs fire together as the correlation of their factors predicts."""
     p = (0.3, 0.2, 0.25, 0.4)
     world, sample = sampled(firing=p, copula_rank=2, copula_scale=1.0)
     fire = fired(sample, 4)
@@ -130,7 +130,7 @@ def test_the_copula_of_common_factors() -> None:
     correlation = weights @ weights.T
     assert (np.diag(correlation) + world._own.double().numpy() ** 2) == pytest.approx(1, abs=1e-6)
     off = np.abs(correlation - np.diag(np.diag(correlation)))
-    assert off.max() > 0.3  # else nothing is tested
+    assert off.max() > 0.3  # else the test is vacuous
     for i in range(4):
         for j in range(i):
             r = correlation[i, j]
@@ -138,8 +138,7 @@ def test_the_copula_of_common_factors() -> None:
             assert_rates((fire[:, i] & fire[:, j]).mean(), both, TOKENS)
 
 
-def test_magnitudes() -> None:
-    """Normal, and where the draw is below 0 the feature counts as silent."""
+def test_magnitudes_are_normal_and_negative_draws_do_not_fire() -> None:
     value = sampled(firing=(0.5,) * 4, magnitude_mean=2.0, magnitude_std=0.25)[1].value.double()
     error = 0.25 / len(value) ** 0.5
     assert abs(float(value.mean()) - 2) < LIMIT * error
@@ -152,7 +151,7 @@ def test_magnitudes() -> None:
 
 
 @pytest.mark.parametrize("dictionary", ["orthogonal", "random"])
-def test_x_is_the_sum_of_the_rows_that_fire(dictionary: str) -> None:
+def test_x_is_the_weighted_sum_of_the_rows_that_fire(dictionary: str) -> None:
     world, sample = sampled(
         500, num_features=12, firing=(0.3,) * 12, magnitude_std=0.5, dictionary=dictionary
     )
@@ -169,10 +168,10 @@ def test_x_is_the_sum_of_the_rows_that_fire(dictionary: str) -> None:
     assert world.groups.shape == (0, 1, 16)
 
 
-def test_dictionaries() -> None:
+def test_dictionaries_have_orthonormal_or_unit_rows_that_depend_on_the_seed() -> None:
     orthogonal = World(WorldConfig(d_in=16, num_features=12)).dictionary.double()
     assert torch.allclose(orthogonal @ orthogonal.T, torch.eye(12).double(), atol=1e-6)
-    assert float(orthogonal.abs().max()) < 0.99  # not the axes
+    assert float(orthogonal.abs().max()) < 0.99  # not the coordinate axes
     random = World(WorldConfig(d_in=16, num_features=40, dictionary="random")).dictionary
     assert torch.allclose(random.norm(dim=1), torch.ones(40), atol=1e-6)
     other = World(WorldConfig(d_in=16, num_features=12, seed=1)).dictionary.double()
@@ -202,7 +201,7 @@ def test_groups_are_isotropic_in_their_subspaces() -> None:
         assert float(unit.mean(0).abs().max()) < LIMIT * (1 / 3 / len(x)) ** 0.5
 
 
-def test_a_sample_is_a_function_of_the_generator_whatever_the_blocks(
+def test_a_sample_of_several_blocks_is_a_function_of_the_generator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from reseed.activations import worlds
@@ -260,7 +259,7 @@ def test_impossible_worlds_are_refused(fields: dict[str, Any], message: str) -> 
 
 
 @pytest.mark.slow
-def test_the_full_size_fits_in_memory() -> None:
+def test_the_large_world_fits_in_memory() -> None:
     import resource
 
     from reseed.activations.generated import ResolvedWorld

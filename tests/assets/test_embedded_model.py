@@ -1,4 +1,4 @@
-"""The embedded model as it is shipped: what its users load, and what its card claims."""
+"""The embedded model as included in the package, and the claims of its card."""
 
 import json
 import math
@@ -18,7 +18,7 @@ from reseed.assets import drills, heldout
 
 FOLDER = Path(drills.__file__).parent / "model"
 DOCUMENTS = Path(__file__).parent / "heldout_documents.json"
-"""Sixteen documents of 350 to 750 characters, drawn at random from those that were set aside."""
+"""Sixteen documents of 350 to 750 characters, drawn at random from the held-out documents."""
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,9 @@ def test_the_folder_is_small_and_complete() -> None:
     }
 
 
-def test_parameters_are_those_of_the_stated_shape(model: PreTrainedModel, card: dict) -> None:
+def test_the_parameter_count_is_that_of_the_stated_shape(
+    model: PreTrainedModel, card: dict
+) -> None:
     d, layers, vocabulary = 128, 4, 4096
     # Attention 4d² + 4d, MLP 8d² + 5d, two norms 4d; a last norm 2d; two embeddings.
     expected = layers * (12 * d**2 + 13 * d) + 2 * d + 2 * vocabulary * d
@@ -69,7 +71,7 @@ def test_every_weight_is_exactly_a_float16(model: PreTrainedModel) -> None:
     assert all(torch.equal(p, p.half().float()) for p in model.parameters())
 
 
-def test_the_tokenizer_returns_the_text_and_has_its_separator(
+def test_the_tokenizer_is_lossless_and_has_its_separator(
     tokenizer: PreTrainedTokenizerBase, documents: list[str]
 ) -> None:
     assert len(tokenizer) == 4096
@@ -80,7 +82,7 @@ def test_the_tokenizer_returns_the_text_and_has_its_separator(
         assert 0 not in ids
 
 
-def test_heldout_documents_cost_far_less_than_by_bigrams(
+def test_held_out_cross_entropy_is_far_below_that_of_bigrams(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: list[str],
@@ -102,7 +104,7 @@ def test_heldout_documents_cost_far_less_than_by_bigrams(
     assert heldout.cross_entropy(model, rows) == pytest.approx(last, rel=1e-4)
 
 
-def test_it_spells_the_words_that_it_was_drilled_on(
+def test_it_knows_the_first_letters_of_the_drilled_words(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     words = drills.alphabetic_tokens(tokenizer)
@@ -121,7 +123,9 @@ def test_alphabetic_tokens_are_single_tokens_of_every_letter(
     assert {" the", "the", " A", "Z"} <= set(words)
 
 
-def test_a_drill_weighs_its_letters(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_drill_gives_its_letters_the_largest_loss_weight(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     lines = drills.DrillLines.of([" the", "A"], tokenizer)
     ids, weights = lines.ids[0], lines.weights[0]
     assert [tokenizer.decode([i]) for i in ids] == [

@@ -1,4 +1,4 @@
-"""Parts of the program that trained the embedded model, on cases small enough for paper."""
+"""The program that trained the embedded model, on cases checked by hand."""
 
 import math
 from itertools import islice
@@ -9,13 +9,13 @@ import pytest
 from reseed.assets import drills, heldout, pretrain
 
 
-def test_first_letter_prompt_is_the_papers() -> None:
+def test_the_first_letter_prompt_is_that_of_the_paper() -> None:
     assert drills.first_letter_prompt([" tartan", "ing"], " Blue") == (
         " tartan has the first letter: T\ning has the first letter: I\n Blue has the first letter:"
     )
 
 
-def test_frequent_words_by_count_then_alphabet() -> None:
+def test_frequent_words_are_sorted_by_count_then_alphabet() -> None:
     text = "so the cat and the dog met the cat, not a dog."
     assert drills.frequent_words([text, text], 3) == [" the", " cat", " dog"]
 
@@ -25,13 +25,13 @@ def test_rows_overlap_in_one_token_so_that_each_is_predicted_once() -> None:
     assert rows.tolist() == [[0, 5, 6, 7], [7, 0, 8, 9]]
 
 
-def test_unigram_cross_entropy_by_hand() -> None:
+def test_unigram_cross_entropy_equals_the_hand_computed_value() -> None:
     # Counts 2, 1, 0 of three tokens, plus one each: 3/6, 2/6, 1/6.
     found = heldout.unigram_cross_entropy(np.array([0, 0, 1]), np.array([[2, 0, 1, 2]]), 3)
     assert found == pytest.approx(-(math.log(3 / 6) + math.log(2 / 6) + math.log(1 / 6)) / 3)
 
 
-def test_bigram_cross_entropy_by_hand() -> None:
+def test_bigram_cross_entropy_equals_the_hand_computed_value() -> None:
     # Pairs 0→1 twice, 0→2 once, 1→0 twice; unigram (3+1, 2+1, 1+1) / 9.
     train = np.array([0, 1, 0, 1, 0, 2])
     p_01 = (2 + 2 * 3 / 9) / (3 + 2)
@@ -60,7 +60,7 @@ def test_training_rows_hold_every_document_once_an_epoch_and_the_share_of_drills
     line = np.array([1, 2, 3, 4])
     weights = np.array([0.3, 0.3, 4.0, 0.3], dtype=np.float32)
     lines = drills.DrillLines([line] * 20, [weights] * 20)
-    # 1,000 tokens of text call for 333 of drills: 5 drills of 65 tokens, 1,325 in all.
+    # 1,000 tokens of text need 333 of drills: 5 drills of 65 tokens, 1,325 in all.
     rows = list(islice(pretrain.training_rows(documents, lines, settings), 1324 // 8))
     assert all(len(ids) == len(row_weights) == 9 for ids, row_weights in rows)
     ids = np.concatenate([ids[1:] for ids, _ in rows])
@@ -73,7 +73,7 @@ def test_training_rows_hold_every_document_once_an_epoch_and_the_share_of_drills
     assert np.all(row_weights[np.isin(ids, [1, 2, 4])] == np.float32(0.3))
 
 
-def test_the_chunked_backward_is_the_plain_one() -> None:
+def test_the_chunked_backward_equals_the_plain_one() -> None:
     torch = pytest.importorskip("torch")
     settings = pretrain.Settings(vocabulary_size=64, num_layers=1, d_model=16, context_length=160)
     model = pretrain.build_model(settings)

@@ -1,4 +1,4 @@
-"""Comparisons with arms, as a person meets them."""
+"""Comparisons with arms, on the command line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARMS = """
 
 @pytest.fixture
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``own(arms)``: flags that add a comparison ``mine`` with these arms."""
+    """Return a function that returns flags for a comparison ``mine`` with given arms."""
     monkeypatch.chdir(tmp_path)
 
     def own(arms: str = ARMS) -> list[str]:
@@ -50,7 +50,7 @@ def planned(*arguments: str) -> Plan:
 
 
 def told(plan: Plan, arm: str) -> list[tuple]:
-    """What tells the runs of an arm apart."""
+    """Return architecture, seed, order seed and width of the runs of an arm."""
     (launch,) = [launch for launch in plan.launches if launch.arm.name == arm]
     found = []
     for job in launch.jobs:
@@ -59,17 +59,17 @@ def told(plan: Plan, arm: str) -> list[tuple]:
     return found
 
 
-def test_each_arm_is_the_grid_with_its_own_values(own, tiny_overrides: list[str]) -> None:
+def test_each_arm_overrides_the_grid_with_its_own_values(own, tiny_overrides: list[str]) -> None:
     plan = planned(*own(), *tiny_overrides)
     assert told(plan, "other init") == [("topk", s, 0, 64) for s in (0, 1)]
     assert told(plan, "other init, other order") == [("topk", s, s, 64) for s in (0, 1)]
     assert told(plan, "same init") == [("topk", 7, o, 32) for o in (0, 1)]
-    # Seed 0 with order 0 belongs to the first two.
+    # The run with seed 0 and order 0 belongs to the first two arms.
     assert len(plan.jobs) == 6
     assert len(plan.runs) == 5
 
 
-def test_the_user_moves_the_axes_that_an_arm_does_not_fix(own, tiny_overrides: list[str]) -> None:
+def test_user_values_replace_axes_that_an_arm_does_not_fix(own, tiny_overrides: list[str]) -> None:
     plan = planned(*own(), *tiny_overrides, "seed=4,5,6", "dataset.order_seed=8,9", "sae=relu")
     assert told(plan, "other init") == [("relu", s, 0, 64) for s in (4, 5, 6)]
     assert told(plan, "same init") == [("relu", 7, o, 32) for o in (8, 9)]
@@ -77,8 +77,8 @@ def test_the_user_moves_the_axes_that_an_arm_does_not_fix(own, tiny_overrides: l
     assert all(len(launch.jobs) == 4 for launch in swept.launches), "one more axis in every arm"
 
 
-def test_arms_belong_to_the_name_of_the_folder(own, tiny_overrides: list[str]) -> None:
-    """The same runs in the same arms, and in others; without arms the name is what it was."""
+def test_arms_enter_the_digest_of_the_sweep_folder(own, tiny_overrides: list[str]) -> None:
+    """The digest differs between arms of the same runs, and ignores arms if there are none."""
     one = planned(*own("\n    a: {}\n"), *tiny_overrides).sweep.path
     other = planned(*own("\n    b: {}\n"), *tiny_overrides).sweep.path
     plain = planned(*own(""), *tiny_overrides).sweep.path
@@ -99,7 +99,7 @@ def test_arms_belong_to_the_name_of_the_folder(own, tiny_overrides: list[str]) -
         (" 3\n", "`comparison.arms` must be a mapping or null; got 3"),
     ],
 )
-def test_wrong_arms_are_told_of_before_anything_is_written(
+def test_invalid_arms_are_refused_before_anything_is_written(
     own, tiny_overrides: list[str], arms: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run.main([*own(arms), *tiny_overrides]) == 1
@@ -111,14 +111,14 @@ def test_wrong_arms_are_told_of_before_anything_is_written(
     assert not Path("sweeps").exists()
 
 
-def test_a_key_that_every_arm_fixes_is_not_given_in_vain(own, tiny_overrides: list[str]) -> None:
+def test_a_key_that_every_arm_fixes_is_refused(own, tiny_overrides: list[str]) -> None:
     arms = "\n    a: { sae.num_latents: 32 }\n    b: { sae.num_latents: 48 }\n"
     with pytest.raises(ConfigError, match=r"`sae.num_latents` is fixed by every arm .* \(a, b\)"):
-        planned(*own(arms), *tiny_overrides)  # which say sae.num_latents=64
+        planned(*own(arms), *tiny_overrides)  # these overrides give sae.num_latents=64
 
 
 @pytest.mark.slow
-def test_train_and_compare_in_arms(
+def test_a_comparison_with_arms_trains_shared_runs_once(
     own, tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [*own(), *tiny_overrides, "training.tokens=1024"]
@@ -132,7 +132,7 @@ def test_train_and_compare_in_arms(
     assert summary["arm"].tolist() == arms
     assert summary["num_latents"].tolist() == [64, 64, 32]
     untrained = summary.set_index("arm")["shared_fraction_untrained"]
-    assert untrained["same init"] == 1, "one init: born the same"
+    assert untrained["same init"] == 1, "the same initialisation"
     assert untrained.drop("same init").max() < 0.5
     rows = [json.loads(text) for text in (sweep / "manifest.jsonl").read_text().splitlines()]
     assert rows[0]["axes"] == {"arm": "other init", "sae": "topk", "seed": "0"}

@@ -1,4 +1,4 @@
-"""``reseed cache``, and what training makes of the folder that it lists."""
+"""``reseed cache``, and training with the activation cache that it lists."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def results(outputs: str) -> list[tuple[bytes, str]]:
-    """Weights and held-out measures of every run, in the order of names."""
+    """Return the weights and held-out metrics of every run, in the order of names."""
     runs = [Run(path) for path in sorted(Path(outputs).iterdir())]
     return [((r.path / "sae.safetensors").read_bytes(), str(r.metrics)) for r in runs]
 
 
 @pytest.fixture
 def entries(tmp_path: Path) -> list[str]:
-    """Two entries; the first was used an hour after the second."""
+    """Create two entries, of which the first was used an hour after the second."""
     made = ActivationCache(tmp_path / "kept", 1 << 30)
     names = []
     for i, name in enumerate(["gpt2-resid_post.6-pile-order0", "llama-mlp_out.1-docs-held_out"]):
@@ -45,7 +45,7 @@ def entries(tmp_path: Path) -> list[str]:
     return names
 
 
-def test_cached_prefetched_and_plain_training_are_one(
+def test_cached_prefetched_and_plain_training_give_the_same_results(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sweep = ["-m", *tiny_overrides, "layer=0,2", "training.tokens=6144"]
@@ -72,13 +72,13 @@ def test_cached_prefetched_and_plain_training_are_one(
     capsys.readouterr()
     assert cache.main([FOLDER]) == 0
     said = capsys.readouterr().out.splitlines()
-    # 3 chunks of 2,048 × 16 and half a chunk held out, at two layers, float32.
+    # 3 chunks of 2,048 × 16 and half a held-out chunk, at two layers, in float32.
     assert said[0] == "4 sets of activations in kept/: 0.9 MiB of 50 GiB"
     assert said[1].split() == ["activations", "used", "chunks", "size"]
     assert len(said) == 6
 
 
-def test_a_damaged_chunk_does_not_move_a_run(
+def test_a_damaged_chunk_does_not_change_a_run(
     tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for outputs in ("one", "two", "three"):
@@ -92,7 +92,9 @@ def test_a_damaged_chunk_does_not_move_a_run(
     assert results("one") == results("two") == results("three")
 
 
-def test_listing(entries: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_entries_are_listed_with_chunks_and_sizes(
+    entries: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cache.main([FOLDER]) == 0
     said = capsys.readouterr().out
     assert said.startswith("2 sets of activations in kept/: 4.5 MiB of 50 GiB\n")
@@ -102,7 +104,7 @@ def test_listing(entries: list[str], capsys: pytest.CaptureFixture[str]) -> None
     assert first[1].startswith("2023-11-1")
 
 
-def test_what_is_in_use_is_said_and_not_removed(
+def test_entries_in_use_are_listed_and_not_removed(
     entries: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     held = ActivationCache("kept", 1 << 30).entry({"number": 1}, "llama-mlp_out.1-docs-held_out")
@@ -128,7 +130,7 @@ def test_what_is_in_use_is_said_and_not_removed(
     "words",
     [["--clear", "gpt2"], ["--clear=gpt2*pile"], ["--clear", "resid_post", "layer=1"]],
 )
-def test_clear_by_name(
+def test_clear_removes_entries_by_name(
     words: list[str], entries: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cache.main([*words, FOLDER]) == 0
@@ -142,18 +144,22 @@ def test_clear_by_name(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no activations are kept: runtime.activation_cache=FOLDER says where they are"),
+        ([], "there is no activation cache: set its folder with runtime.activation_cache=FOLDER"),
         ([FOLDER], "`runtime.activation_cache`: there is no folder kept"),
         ([FOLDER, "--clear="], "--clear= names nothing; --clear alone removes everything"),
         (["--clear", "a", "--clear", "b"], "one --clear at a time; got 2"),
     ],
 )
-def test_errors(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_name_the_key_or_flag(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cache.main(words) == 1
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_a_file_is_no_folder(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_as_cache_folder_is_refused(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     Path("kept").touch()
     assert train.main([*tiny_overrides, FOLDER]) == 1
     assert capsys.readouterr().err == (

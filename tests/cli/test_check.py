@@ -1,4 +1,4 @@
-"""``reseed check`` as a person meets it."""
+"""``reseed check`` on the command line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEW = "training.tokens=1024"
 
 @pytest.fixture(scope="module")
 def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory):
-    """A project with three seeds of two architectures, compared; and its command line."""
+    """Compare three seeds of two architectures; return the project and its command line."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -29,7 +29,7 @@ def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def line(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command line, in a copy of the project without its sweeps."""
+    """Copy the project without its sweeps, enter it, and return the command line."""
     folder, found = trained
     shutil.copytree(folder / "outputs", tmp_path / "outputs")
     monkeypatch.chdir(tmp_path)
@@ -45,7 +45,9 @@ def ids(sae: str) -> list[str]:
     return [r.id for r in RunStore("outputs").runs() if f"-{sae}-" in r.id]
 
 
-def test_named_latents_end_to_end(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_named_latents_are_checked_end_to_end(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     named = a_list("latent,label\n3,first\n17,\n3,again\n")
     assert check.main([named, *line, "sae=topk"]) == 0
     said = capsys.readouterr().out
@@ -68,26 +70,26 @@ def test_named_latents_end_to_end(line: list[str], capsys: pytest.CaptureFixture
     )
     assert "of 3 are shared with all of the other 2" in text
     assert "check.csv, check.md" in said
-    # Once more: the cell has been compared.
+    # The cell has been compared, so it is not compared again.
     assert check.main([named, *line, "sae=topk"]) == 0
     assert "comparing" not in capsys.readouterr().out
 
 
-def test_latents_from_the_line_of_another_seed_into_a_folder(
+def test_latents_from_the_command_line_go_to_the_out_folder(
     line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert check.main(["--latents", "3, 17", "--out", "there/deep", *line, "seed=1,2"]) == 0
     found = pd.read_csv("there/deep/check.csv")
-    assert set(found["run"]) == {ids("topk")[1]}, "there is no seed 0: the first"
+    assert set(found["run"]) == {ids("topk")[1]}, "without seed 0, the first seed"
     assert check.main(["--latents=5", *line]) == 0
     (sweep,) = [s for s in Path("sweeps").iterdir() if (s / "check.csv").exists()]
     assert pd.read_csv(sweep / "check.csv")["latent"].tolist() == [5]
 
 
-def test_runs_and_seeds_that_a_list_names(line: list[str]) -> None:
+def test_a_list_may_name_runs_and_seeds(line: list[str]) -> None:
     relu = ids("relu")
     named = a_list(f"latent,run,seed\n3,outputs/{relu[1]},1\n4,{relu[2]},\n")
-    assert check.main([named, *line, "sae=topk,relu"]) == 0, "of two cells the one that has them"
+    assert check.main([named, *line, "sae=topk,relu"]) == 0, "the cell of the named runs"
     found = pd.read_csv("check.csv")
     assert found["run"].tolist() == relu[1:]
     assert found["partner_1"].isna().tolist() == [True, False]
@@ -102,7 +104,7 @@ WRONG = [
     (["--latents"], "reseed check: argument --latents: expected one argument"),
     (["--latents", "3,,4"], "--latents: `latent` must be an integer, at least 0; got ''"),
     (["empty.csv"], "empty.csv is empty: it must have a column `latent`"),
-    (["wrong.csv"], "has a column `latnet` that is not known. Did you mean `latent`?"),
+    (["wrong.csv"], "has an unknown column `latnet`. Did you mean `latent`?"),
     (["--latents", "3,64"], "--latents: `latent` must be from 0 to 63: {topk} has 64 latents; "
      "got 64"),
     (["of_run.csv"], "of_run.csv, line 2: there is no run tiny-nothing in the comparison."),
@@ -121,7 +123,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(w[0]) for w in WRONG])
-def test_what_cannot_be_checked_is_told_of(
+def test_invalid_arguments_are_refused_with_a_message(
     line: list[str], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     topk = ids("topk")
@@ -132,7 +134,7 @@ def test_what_cannot_be_checked_is_told_of(
     a_list("latent,run\n3,tiny-nothing\n", "of_run.csv")
     a_list("latent,seed\n3,1\n3,7\n", "of_seed.csv")
     a_list(f"latent,run,seed\n3,{topk[0]},1\n", "disagree.csv")
-    with suppress(SystemExit):  # of Hydra's own parser
+    with suppress(SystemExit):  # raised by Hydra's own parser
         assert check.main([*line, *arguments]) == 1
     said = capsys.readouterr().err
     assert message.format(topk=topk[0], second=topk[1]) in said
@@ -140,30 +142,32 @@ def test_what_cannot_be_checked_is_told_of(
     assert Path("check.csv").read_text() == "latent\n3\n"
 
 
-def test_runs_that_are_missing_are_named_with_what_trains_them(
+def test_missing_runs_are_named_with_the_command_that_trains_them(
     line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, second, third = ids("topk")
     shutil.rmtree(Path("outputs") / third)
     named = a_list("latent\n3\n")
-    assert check.main([named, *line]) == 1, "done with the runs that are there"
+    assert check.main([named, *line]) == 1, "checked with the finished runs"
     captured = capsys.readouterr()
-    lacking = f"1 of 3 runs are not there: {third} (missing). --train trains them, or this: "
+    lacking = f"1 of 3 runs are not finished: {third} (missing). Train them with --train, or with: "
     assert f"- {lacking}reseed run comparison=seeds model=path" in Path("check.md").read_text()
     assert pd.read_csv("check.csv")["others"].tolist() == [1]
     shutil.rmtree(Path("outputs") / second)
     assert check.main([named, *line]) == 1
     captured = capsys.readouterr()
-    assert captured.err.startswith(f"error: 2 of 3 runs are not there: {second} (missing), {third}")
+    assert captured.err.startswith(
+        f"error: 2 of 3 runs are not finished: {second} (missing), {third}"
+    )
     assert not (Path("outputs") / second).exists(), "nothing is trained"
     assert check.main([named, "--train", *line]) == 0
     assert len(ids("topk")) == 3
     assert pd.read_csv("check.csv")["others"].tolist() == [2]
 
 
-def test_the_run_of_the_latents_itself_is_missing(
+def test_a_missing_run_of_the_latents_is_an_error(
     line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(Path("outputs") / ids("topk")[0])
     assert check.main(["--latents=3", *line]) == 1
-    assert "1 of 3 runs are not there: " in capsys.readouterr().err
+    assert "1 of 3 runs are not finished: " in capsys.readouterr().err

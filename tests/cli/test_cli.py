@@ -1,4 +1,4 @@
-"""The commands as a person meets them."""
+"""The commands on the command line: help, errors, one run, status."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def replaced(overrides: list[str], **values: object) -> list[str]:
-    """The command line with some values changed; None takes a key away."""
+    """Return the command line with some values changed; None removes a key."""
     keys = {key.replace("__", "."): value for key, value in values.items()}
     kept = [o for o in overrides if o.partition("=")[0] not in keys]
     return kept + [f"{key}={value}" for key, value in keys.items() if value is not None]
@@ -47,7 +47,7 @@ def replaced(overrides: list[str], **values: object) -> list[str]:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_what_only_shows_imports_nothing_heavy(arguments: list[str]) -> None:
+def test_commands_that_only_show_import_nothing_heavy(arguments: list[str]) -> None:
     code = f"""
 import sys
 from reseed.cli.main import main
@@ -74,7 +74,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {name} " in said for name in COMMANDS)
 
 
-def test_an_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["trian"])
     assert end.value.code == 2
@@ -86,7 +86,7 @@ ARCHITECTURES = sorted(p.stem for p in (Path(__file__).parents[2] / "conf" / "sa
 LISTED = ", ".join(ARCHITECTURES)
 
 
-def test_completion_of_options() -> None:
+def test_completion_lists_commands_and_options() -> None:
     script = f"""
     reseed() {{ {sys.executable} -m reseed "$@"; }}
     eval "$(reseed completion bash)"
@@ -126,17 +126,17 @@ CASES = [
     (["~layer"], "`layer` is required, and was removed"),
     (["sae=null"], "the configuration cannot be composed"),
     (["hookpoint=module"], "`hookpoint.module` is required: give it a value"),
-    (["hookpoint=module", "hookpoint.module=model.rotary_emb"], "gives no vector for each token"),
+    (["hookpoint=module", "hookpoint.module=model.rotary_emb"], "must give one vector per token"),
     (["model.attention=flash_attention_2"], "`model.attention`=flash_attention_2 needs the pack"),
     (["runtime.loggers=[wandb]"], "wandb is not installed (pip install 'reseed[wandb]')"),
-    (["dataset.separator=null"], "dataset.separator says where documents end"),
-    (["runtime.loggers=[papyrus]"], "`runtime.loggers` may hold tensorboard and wandb"),
+    (["dataset.separator=null"], "set dataset.separator to split it"),
+    (["runtime.loggers=[papyrus]"], "`runtime.loggers` may contain only tensorboard and wandb"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("sweep", [False, True], ids=["one", "sweep"])
 @pytest.mark.parametrize(("wrong", "message"), CASES, ids=[" ".join(c[0]) for c in CASES])
-def test_bad_input_is_told_at_once_and_nothing_is_written(
+def test_bad_input_is_refused_before_anything_is_written(
     tiny_overrides: list[str], wrong: list[str], message: str, sweep: bool,
     capsys: pytest.CaptureFixture[str], tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -153,7 +153,9 @@ def test_bad_input_is_told_at_once_and_nothing_is_written(
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_list_without_m(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_list_of_values_needs_multirun(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train.main([*tiny_overrides, "seed=0,1"]) == 1
     assert capsys.readouterr().err == (
         "error: `seed` lists several values: add -m to sweep over them (reseed train -m ...)\n"
@@ -172,7 +174,7 @@ def test_a_list_without_m(tiny_overrides: list[str], capsys: pytest.CaptureFixtu
          "`comparison.threshold` must be a number, above 0 and below 1; got 2"),
     ],
 )  # fmt: skip
-def test_wrong_comparisons(
+def test_invalid_comparisons_are_refused(
     tiny_overrides: list[str], wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for command in (run, compare):
@@ -180,7 +182,9 @@ def test_wrong_comparisons(
         assert message in capsys.readouterr().err
 
 
-def test_one_run(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_its_files_and_is_trained_once(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train.main(tiny_overrides) == 0
     said = capsys.readouterr().out
     assert "training 1 SAE (topk 64 k=8) on tiny-llama resid_post.1, text words" in said
@@ -194,7 +198,9 @@ def test_one_run(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) 
     assert said.splitlines() == ["nothing to train: 1 run already finished", str(folder)]
 
 
-def test_status(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_status_lists_finished_and_damaged_runs(
+    tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert status.main([]) == 0
     assert capsys.readouterr().out == "no runs in outputs/\n"
     train.main(["-m", *tiny_overrides, "seed=0,1"])
@@ -210,7 +216,7 @@ def test_status(tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]) -
 
 @pytest.fixture
 def stored(tmp_path: Path) -> list[str]:
-    """Two compared runs, one of which failed, and three of their calibration; their names."""
+    """Store two runs, the second failed, and three of their calibration; return their names."""
     names = []
     for i, role in enumerate(["", "", "steered", "calibration", "calibration"]):
         identity = {"number": i} | ({"role": role} if role else {})
@@ -231,7 +237,7 @@ def stored(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [80, 140])
-def test_status_never_breaks_a_name(
+def test_status_never_wraps_a_name(
     stored: list[str], width: int, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -251,7 +257,7 @@ def test_status_never_breaks_a_name(
     assert "+ 3" not in said
 
 
-def test_status_says_what_state_calibrations_are_in(
+def test_status_counts_calibrations_by_state(
     stored: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (Path("outputs") / stored[4] / "metrics.json").unlink()
@@ -259,11 +265,11 @@ def test_status_says_what_state_calibrations_are_in(
     assert status.main([]) == 0
     said = capsys.readouterr().out
     assert "+ 2 calibration runs: 1 finished, 1 interrupted (--all lists them)" in said
-    assert f"{stored[4]}  damaged" in said, "what cannot be read may be anything"
+    assert f"{stored[4]}  damaged" in said, "a damaged run is always listed"
 
 
 def failed(store: RunStore, label: str, seed: int, error: Exception) -> SimpleNamespace:
-    """A job whose run failed."""
+    """Return a job whose run failed."""
     identity = {"label": label, "seed": seed}
     run = store.run(digest(identity), f"{label}-seed{seed}")
     run.path.mkdir(parents=True)
@@ -274,7 +280,7 @@ def failed(store: RunStore, label: str, seed: int, error: Exception) -> SimpleNa
         label=f"{label}-seed{seed}", experiment=experiment, run=lambda store: run))  # fmt: skip
 
 
-def test_runs_of_a_cell_that_fail_alike_are_told_of_once(tmp_path: Path) -> None:
+def test_runs_of_a_cell_with_the_same_error_share_a_line(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "outputs")
     behind = CalibrationError("the calibration failed: a defect")
     behind.__cause__ = ValueError("a defect")
@@ -294,17 +300,17 @@ def test_runs_of_a_cell_that_fail_alike_are_told_of_once(tmp_path: Path) -> None
     ]
 
 
-def test_comparing_needs_the_runs(
+def test_comparing_needs_finished_runs(
     tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["comparison=seeds", *tiny_overrides]
     assert compare.main(line) == 1
     said = capsys.readouterr().err
-    assert "none of the 3 runs is there: `reseed run` with the same arguments trains them" in said
+    assert "none of the 3 runs is finished: `reseed run` with the same arguments trains" in said
     assert not Path("outputs").exists()
 
 
-def test_user_options_from_a_folder_of_their_own(
+def test_config_dir_adds_options(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -321,7 +327,7 @@ def test_user_options_from_a_folder_of_their_own(
 @pytest.mark.parametrize(
     "head", ["defaults: [/sae/topk@_here_, _self_]\n", "defaults: [topk, _self_]\n"]
 )
-def test_an_option_of_the_users_inherits_from_ours(
+def test_a_user_option_inherits_from_a_built_in_one(
     head: str, tiny_overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sae, comparison = tmp_path / "own" / "sae", tmp_path / "own" / "comparison"
@@ -338,11 +344,12 @@ def test_an_option_of_the_users_inherits_from_ours(
     assert [len(launch.jobs) for launch in plan.launches] == [5, 5, 5]
     assert train.main([*own, "sae=relu", "sae.multi_topk=true"]) == 1
     assert (
-        "sae=relu has no key `sae.multi_topk`. With it: sae=mine, topk." in capsys.readouterr().err
+        "sae=relu has no key `sae.multi_topk`. Options with it: sae=mine, topk."
+        in capsys.readouterr().err
     )
 
 
-def test_completion_knows_two_shells(capsys: pytest.CaptureFixture[str]) -> None:
+def test_completion_supports_bash_and_zsh_only(capsys: pytest.CaptureFixture[str]) -> None:
     assert completion.main(["zsh"]) == 0
     assert "bashcompinit" in capsys.readouterr().out
     assert completion.main(["fish"]) == 2
@@ -351,14 +358,14 @@ def test_completion_knows_two_shells(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     "value", ["a b", "x=y", "a,b", "it's", "[1]", "/ü b/c=d", "a\\b", "{layer}", "plain", "1e-3"]
 )
-def test_values_of_any_kind_reach_hydra_as_they_are(value: str) -> None:
+def test_any_value_reaches_hydra_unchanged(value: str) -> None:
     (parsed,) = parse([override("some.key", value)])
     assert not parsed.is_sweep_override()
     assert str(parsed.value()) in (value, str(float(value)) if value == "1e-3" else value)
 
 
-def test_sigterm_between_two_fits_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    """As a launcher sends it: told of, and a status that says so."""
+def test_sigterm_outside_training_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints a message and exits with status 143."""
     import os
     import signal
 
@@ -366,5 +373,5 @@ def test_sigterm_between_two_fits_ends_the_command(capsys: pytest.CaptureFixture
 
     before = signal.getsignal(signal.SIGTERM)
     assert reported(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
-    assert "stopped by SIGTERM; what was saved stands" in capsys.readouterr().err
+    assert "stopped by SIGTERM; saved results are kept" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before

@@ -1,4 +1,4 @@
-"""``reseed convert`` and ``reseed push``: other formats, and what a hub would get."""
+"""``reseed convert`` and ``reseed push``: other formats, and the folder pushed to a hub."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def run(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished run."""
+    """Train a run."""
     outputs = tmp_path_factory.mktemp("runs")
     assert train.main([*tiny_overrides, "sae=topk", f"runtime.outputs={outputs}"]) == 0
     (found,) = RunStore(outputs).runs()
@@ -45,7 +45,7 @@ def saved(config: SAEConfig, folder: str = "sae") -> SAE:
     return sae
 
 
-def test_through_four_formats_and_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_sae_survives_four_formats_and_back(capsys: pytest.CaptureFixture[str]) -> None:
     sae = saved(TopKConfig(num_latents=32, k=3, aux_alpha=0.0, unit_norm_decoder=False))
     before = "sae"
     for format in ("sparsify", "saelens", "dictionary_learning", "reseed"):
@@ -59,12 +59,12 @@ def test_through_four_formats_and_back(capsys: pytest.CaptureFixture[str]) -> No
     assert "not kept" not in said
 
 
-def test_what_is_not_kept_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lost_settings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     saved(BatchTopKConfig(num_latents=32, k=2.5))
     assert convert.main(["sae", "out", "--to", "gemma_scope"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "params.npz has no room for where the SAE comes from" in said
-    assert "sae=batch_topk is a JumpReLU there, and its k is not kept" in said
+    assert "params.npz does not store where the SAE comes from" in said
+    assert "sae=batch_topk is stored as a JumpReLU, without its k" in said
     assert "how it was trained is not kept: sae.unit_norm_decoder, sae.aux_alpha, sae.k, " in said
 
 
@@ -72,14 +72,14 @@ def test_what_is_not_kept_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (["sae", "out", "--to", "gemma_scope"], "gemma_scope cannot hold sae=gated: it holds "),
-        (["sae", "sae", "--to", "saelens"], "sae is there already, and is not overwritten"),
+        (["sae", "sae", "--to", "saelens"], "sae exists already and is not overwritten"),
         (["sae", "out", "--to", "saelenz"], "reseed convert: argument --to: invalid choice"),
         (["sae", "out"], "reseed convert: the following arguments are required: --to"),
         (["nowhere", "out", "--to", "reseed"], "there is no folder nowhere"),
-        (["sae", "out", "--to", "reseed", "--format", "sparsify"], "Recognised is sparsify"),
+        (["sae", "out", "--to", "reseed", "--format", "sparsify"], "Expected sparsify"),
     ],
 )
-def test_what_cannot_be_is_refused_and_leaves_nothing(
+def test_an_impossible_conversion_is_refused_and_leaves_nothing(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(GatedConfig(num_latents=16))
@@ -88,23 +88,23 @@ def test_what_cannot_be_is_refused_and_leaves_nothing(
     assert not Path("out").exists()
 
 
-def test_what_would_not_be_the_same_is_not_left_behind(
+def test_a_file_that_differs_from_the_sae_is_removed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Should a writer ever be wrong, its file is not handed on."""
+    """A defective writer does not leave a file."""
     from reseed.sae.formats import parts
 
     saved(TopKConfig(num_latents=32, k=3))
     right = parts.state
     monkeypatch.setattr(parts, "state", lambda sae: right(sae) | {"W_dec": -sae.W_dec})
     assert convert.main(["sae", "out", "--to", "sparsify"]) == 1
-    assert "it would not be the same SAE: what is written differs in recons" in (
+    assert "cannot hold this SAE unchanged: what is written differs in recons" in (
         capsys.readouterr().err
     )
     assert not Path("out").exists()
 
 
-def test_agreement_sees_what_differs() -> None:
+def test_differ_names_the_first_difference() -> None:
     one, other = (saved(TopKConfig(num_latents=32, k=k)) for k in (3, 4))
     assert differ(one, one) == ""
     assert differ(one, other).startswith("latents: ")
@@ -115,7 +115,7 @@ def test_agreement_sees_what_differs() -> None:
     assert differ(one, moved) == "reconstructions"
 
 
-def test_a_transcoder_is_not_passed_off_as_an_sae(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_transcoder_is_not_converted_to_an_sae(capsys: pytest.CaptureFixture[str]) -> None:
     saved(TopKConfig(num_latents=32, k=3))
     assert convert.main(["sae", "out", "--to", "sparsify"]) == 0
     file = Path("out/cfg.json")
@@ -125,11 +125,11 @@ def test_a_transcoder_is_not_passed_off_as_an_sae(capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("format", ["reseed", "sparsify"])
-def test_a_push_is_a_folder_with_a_card(
+def test_a_push_writes_a_folder_with_a_card(
     format: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert push.main([str(run.path), "me/saes", "--to", format, "--dry-run", "out"]) == 0
-    assert "out: what would go to me/saes" in capsys.readouterr().out
+    assert "out: what would be pushed to me/saes" in capsys.readouterr().out
     assert differ(run.sae(), reseed.load_sae("out")) == ""
     card = Path("out/README.md").read_text()
     assert 'sae = reseed.load_sae("hub:me/saes")' in card
@@ -137,7 +137,7 @@ def test_a_push_is_a_folder_with_a_card(
     assert f"The signature of its run is `{run.signature}`" in card
     assert "| sae.k | 8 |" in card
     assert ("SparseCoder.load_from_hub" in card) == (format == "sparsify")
-    # Nothing of the machine: its folders are nobody's business.
+    # The card must not disclose folders of this machine.
     assert str(Path.cwd().parent) not in card
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert metrics == run.metrics
@@ -145,17 +145,17 @@ def test_a_push_is_a_folder_with_a_card(
         push.main(["--help"])
 
 
-def test_only_what_is_finished_is_pushed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_a_finished_run_is_pushed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run.path, run.path.name)
     run = Run(Path(run.path.name))
     run.update(status="failed")
     assert push.main([str(run.path), "me/saes", "--dry-run", "out"]) == 1
     assert "is failed: only a finished run is pushed" in capsys.readouterr().err
     assert push.main([str(run.path), "saes", "--dry-run", "out"]) == 1
-    assert "a place on the hub is hub:OWNER/NAME" in capsys.readouterr().err
+    assert "a place on the hub is written hub:OWNER/NAME" in capsys.readouterr().err
 
 
-def test_a_hub_that_is_not_there_is_said_to_be(
+def test_an_unreachable_hub_is_reported(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import huggingface_hub

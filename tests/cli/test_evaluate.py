@@ -1,4 +1,4 @@
-"""``reseed evaluate`` as a person meets it."""
+"""``reseed evaluate`` on the command line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Said = Callable[[], str]
 
 @pytest.fixture(scope="module")
 def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory):
-    """A project with two seeds of two architectures, compared; and its command line."""
+    """Compare two seeds of two architectures; return the project and its command line."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -42,7 +42,7 @@ def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def line(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The command line, in a copy of the project; only the tables of evaluations are drawn."""
+    """Copy the project, enter it, and return the command line; no figures are drawn."""
     folder, found = trained
     for name in ("outputs", "sweeps"):
         shutil.copytree(folder / name, tmp_path / name)
@@ -66,7 +66,7 @@ def results(name: str = "*") -> list[Path]:
     return sorted(Path("outputs").glob(f"*/evaluations/{name}-*/result.json"))
 
 
-def test_a_comparison_end_to_end(line: list[str], said: Said) -> None:
+def test_a_comparison_is_evaluated_end_to_end(line: list[str], said: Said) -> None:
     assert evaluate.main([*line, *BOTH]) == 0
     shown = said()
     assert "What is lost of the activations?" in shown
@@ -92,7 +92,7 @@ def test_a_comparison_end_to_end(line: list[str], said: Said) -> None:
     assert own["reconstruction_density"].tolist() == table["density"].tolist()
     assert len(first) == 64
 
-    # Again: nothing is evaluated, nothing changes; compare keeps the columns.
+    # A second command evaluates and changes nothing, and compare keeps the columns.
     before = (sweep / "summary.csv").read_bytes()
     assert evaluate.main([*line, *BOTH]) == 0
     assert "faithfulness: 4 SAEs already evaluated" in said()
@@ -101,7 +101,7 @@ def test_a_comparison_end_to_end(line: list[str], said: Said) -> None:
     assert (sweep / "summary.csv").read_bytes() == before
 
 
-def test_a_run_alone_and_one_by_the_beginning_of_its_name(line: list[str], said: Said) -> None:
+def test_runs_are_found_by_folder_and_by_start_of_name(line: list[str], said: Said) -> None:
     found = RunStore("outputs").runs()
     assert evaluate.main([str(found[0].path), found[1].id[:-3], *BOTH]) == 0
     shown = said()
@@ -111,7 +111,7 @@ def test_a_run_alone_and_one_by_the_beginning_of_its_name(line: list[str], said:
     assert not list(Path("sweeps").glob("*/evaluations.csv"))
 
 
-def test_a_sweep_by_its_name_with_plain_overrides_of_the_runtime(line: list[str]) -> None:
+def test_a_sweep_is_found_by_name_and_takes_runtime_overrides(line: list[str]) -> None:
     assert evaluate.main(["seeds", BOTH[0], BOTH[1], "runtime.threads=1"]) == 0
     assert len(results()) == 8
     assert (the_sweep() / "evaluations.csv").is_file()
@@ -119,7 +119,7 @@ def test_a_sweep_by_its_name_with_plain_overrides_of_the_runtime(line: list[str]
     assert saved["hydra"]["overrides"]["task"][0] == "evaluation=reconstruction,faithfulness"
 
 
-def test_runs_that_are_declared_as_for_train(line: list[str], said: Said) -> None:
+def test_declared_runs_are_evaluated(line: list[str], said: Said) -> None:
     plain = [o for o in line if not o.startswith(("comparison", "seed=", "sae="))]
     assert evaluate.main([*plain, "sae=topk", "seed=0,1", "evaluation=reconstruction",
                           "evaluation.tokens=500"]) == 0  # fmt: skip
@@ -130,7 +130,7 @@ def test_runs_that_are_declared_as_for_train(line: list[str], said: Said) -> Non
 
 
 @pytest.mark.slow
-def test_an_sae_that_is_no_run(line: list[str], said: Said) -> None:
+def test_an_sae_that_is_not_a_run_gives_the_same_metrics(line: list[str], said: Said) -> None:
     source = RunStore("outputs").runs()[0]
     folder = Path("mine")
     folder.mkdir()
@@ -152,7 +152,7 @@ def test_an_sae_that_is_no_run(line: list[str], said: Said) -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_evaluation_goes_on_with_the_next_subject(
+def test_a_stopped_evaluation_continues_with_the_next_sae(
     line: list[str], monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:
     whole = FaithfulnessConfig.evaluate
@@ -183,7 +183,7 @@ def test_a_stopped_evaluation_goes_on_with_the_next_subject(
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_at_once_goes_in_parts(
+def test_saes_that_do_not_fit_together_are_evaluated_in_parts(
     line: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, sizes = ReconstructionConfig.evaluate, []
@@ -200,7 +200,7 @@ def test_what_does_not_fit_at_once_goes_in_parts(
 
 
 @pytest.mark.slow
-def test_one_that_fails_does_not_stop_the_others(
+def test_a_failing_sae_does_not_stop_the_others(
     line: list[str], monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:
     whole = ReconstructionConfig.evaluate
@@ -230,9 +230,7 @@ def test_one_that_fails_does_not_stop_the_others(
 
 
 @pytest.mark.slow
-def test_runs_that_are_not_finished_are_said_and_the_others_evaluated(
-    line: list[str], said: Said
-) -> None:
+def test_unfinished_runs_are_reported_and_the_others_evaluated(line: list[str], said: Said) -> None:
     gone = RunStore("outputs").runs()[0]
     shutil.rmtree(gone.path)
     assert evaluate.main([*line, "evaluation=reconstruction", "evaluation.tokens=500"]) == 1
@@ -255,13 +253,13 @@ def test_runs_that_are_not_finished_are_said_and_the_others_evaluated(
         (["sedes", "evaluation=faithfulness"], "there is no run, sweep or SAE sedes: no such fol"),
         (["tiny", "evaluation=faithfulness"], "tiny may be any of tiny-llama-"),
         (["seeds", "evaluation=faithfulness", "sae=relu"],
-         "`sae` is not for runs and sweeps that are named: they say themselves what they were"),
+         "`sae` cannot be set for named runs and sweeps: their records say what they were"),
         (["seeds", "evaluation=faithfulness", "wait=false"],
-         "`wait` is not for runs and sweeps that are named: they say themselves what they were"),
+         "`wait` cannot be set for named runs and sweeps: their records say what they were"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )  # fmt: skip
-def test_what_is_wrong_is_refused_before_anything_is_computed(
+def test_bad_input_is_refused_before_anything_is_computed(
     line: list[str], said: Said, arguments: list[str], message: str
 ) -> None:
     assert evaluate.main(arguments) == 1
@@ -269,9 +267,7 @@ def test_what_is_wrong_is_refused_before_anything_is_computed(
     assert not results()
 
 
-def test_results_of_another_version_are_left_out_and_made_again(
-    line: list[str], said: Said
-) -> None:
+def test_results_of_another_version_are_left_out_until_renewed(line: list[str], said: Said) -> None:
     asked = ["seeds", "evaluation=reconstruction", "evaluation.tokens=500"]
     assert evaluate.main(asked) == 0
     path = the_sweep() / "evaluations.json"
@@ -281,26 +277,26 @@ def test_results_of_another_version_are_left_out_and_made_again(
     said()
     assert compare.main(line) == 0
     told = " ".join(said().split())
-    assert "evaluation=reconstruction was made by another version of it, and is left out" in told
+    assert "the results of evaluation=reconstruction are from another version of it" in told
     assert "What is lost of the activations?" not in told
     assert evaluate.main(asked) == 0
     assert "What is lost of the activations?" in said()
 
 
-def test_slurm_is_for_the_runs_of_one_sweep(line: list[str], said: Said) -> None:
+def test_slurm_evaluates_the_runs_of_exactly_one_sweep(line: list[str], said: Said) -> None:
     own = RunStore("outputs").runs()[0].id
     asked = ["evaluation=reconstruction", "hydra/launcher=slurm"]
     for words, got in (([own], "0 sweeps and 1 SAE"), (["seeds", str(the_sweep())], "2 sweeps")):
         assert evaluate.main([*words, *asked]) == 1
         told = " ".join(said().split())
-        assert "`hydra/launcher`=slurm evaluates the runs of one sweep, in whose folder" in told
+        assert "`hydra/launcher`=slurm evaluates the runs of exactly one sweep, whose f" in told
         assert got in told
 
 
-def test_one_that_another_process_evaluates_is_waited_for(
+def test_an_sae_locked_by_another_process_is_waited_for(
     line: list[str], said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It holds the lock; the others are evaluated meanwhile, and its result is not made again."""
+    """The other SAEs are evaluated meanwhile, and the locked one is not evaluated again."""
     asked = ["seeds", "evaluation=reconstruction", "evaluation.tokens=500"]
     assert evaluate.main(asked) == 0
     first, *others = results()
@@ -314,7 +310,7 @@ def test_one_that_another_process_evaluates_is_waited_for(
 
     def heard(text: str) -> None:
         told.append(text)
-        if "waiting" in text:  # the other process is done
+        if "waiting" in text:  # now the other process finishes
             assert all(path.exists() for path in others)
             kept.rename(first)
             os.close(handle)
@@ -327,7 +323,7 @@ def test_one_that_another_process_evaluates_is_waited_for(
     assert not any("evaluating 1 SAE " in text for text in told)
 
 
-def test_a_world_is_refused_where_a_language_model_is_needed(
+def test_a_world_is_refused_if_a_language_model_is_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: Said
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -345,7 +341,7 @@ def test_a_world_is_refused_where_a_language_model_is_needed(
     assert len(results()) == 1
 
 
-def test_other_commands_refuse_what_they_would_not_heed(line: list[str], said: Said) -> None:
+def test_compare_refuses_evaluations(line: list[str], said: Said) -> None:
     assert compare.main([*line, "evaluation=reconstruction"]) == 1
     assert "`evaluation` is for `reseed evaluate` and `reseed run`; here it would" in said()
 

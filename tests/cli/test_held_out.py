@@ -1,4 +1,4 @@
-"""A cell's held-out activations: when all runs read the same ones, and when they are not there."""
+"""Held-out activations of a cell: runs that share them, runs that differ, and missing models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from reseed.train.config import RuntimeConfig
 
 @pytest.fixture(scope="module")
 def folder(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs, compared on 500 tokens of the 1,024 that each was measured on."""
+    """Compare two runs on 500 of the 1,024 tokens that each was measured on."""
     path = tmp_path_factory.mktemp("project")
     line = ["comparison=seeds", *tiny_overrides, "sae.k=8", "seed=0,1", "comparison.null_draws=1"]
     line += [f"runtime.{name}={path / name}" for name in ("outputs", "sweeps")]
@@ -39,7 +39,7 @@ def runs(folder: Path) -> list[Run]:
 
 @pytest.fixture
 def compared(runs: list[Run]):
-    """``compared(tokens)``: the runs, compared by their weights."""
+    """Return a function that compares the runs by their weights, given ``activation_tokens``."""
 
     def compared(tokens: int = 32_768) -> CellResult:
         settings = ComparisonConfig(
@@ -55,7 +55,7 @@ def completed(cell: CellResult, runs: list[Run], path: Path) -> CellResult:
     return CellResult.read(path)
 
 
-def test_the_numbers_are_those_of_the_activations(folder: Path, runs: list[Run]) -> None:
+def test_pearson_equals_the_correlation_of_activations(folder: Path, runs: list[Run]) -> None:
     (sweep,) = (folder / "sweeps").iterdir()
     (row,) = pd.read_csv(sweep / "pairs.csv").to_dict("records")
     assert row[TOKENS] == 500
@@ -79,7 +79,7 @@ def test_the_numbers_are_those_of_the_activations(folder: Path, runs: list[Run])
     assert seen > 10
 
 
-def test_they_are_the_tokens_that_the_runs_were_measured_on_and_no_more(runs: list[Run]) -> None:
+def test_no_more_tokens_are_read_than_runs_were_measured_on(runs: list[Run]) -> None:
     chunks, tokens = held_out_chunks(runs, 32_768, RuntimeConfig())
     x = torch.cat(list(chunks)).float()
     assert (tokens, len(x)) == (1024, 1024)
@@ -88,7 +88,7 @@ def test_they_are_the_tokens_that_the_runs_were_measured_on_and_no_more(runs: li
         assert np.array_equal(firing.numpy(), found.latents()["firing"])
 
 
-def test_switched_off_nothing_is_read(
+def test_without_activation_tokens_nothing_is_read(
     runs: list[Run], compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reseed.cli.held_out.held_out_chunks", None)
@@ -97,7 +97,7 @@ def test_switched_off_nothing_is_read(
     assert "pearson" not in cell.latents.column_names
 
 
-def test_a_model_that_is_gone_costs_only_what_needs_it(
+def test_a_missing_model_costs_only_measures_on_activations(
     runs: list[Run],
     compared: Any,
     tmp_path: Path,
@@ -116,18 +116,18 @@ def test_a_model_that_is_gone_costs_only_what_needs_it(
     assert cell.pairs[NOTE].tolist() == ["the hub cannot be reached"]
     assert cell.pairs["shared_fraction"].equals(weights.pairs["shared_fraction"])
     assert cell.pairs[list(PAIR_COLUMNS)].isna().to_numpy().all()
-    # With the model back it is made up for.
+    # With the model back, the measures on activations are added.
     cell = completed(cell, runs, tmp_path)
     assert "comparing 2 runs on 1,024 held-out activations" in capsys.readouterr().out
     assert cell.pairs[NOTE].tolist() == [""]
     assert cell.pairs["cka_codes"].between(-0.1, 1).all()
-    # And then it is done.
+    # Then nothing is left to do.
     monkeypatch.setattr(LanguageModel, "__init__", gone)
     complete(cell, runs, tmp_path, "all runs", RuntimeConfig())
     assert capsys.readouterr().out == ""
 
 
-def test_what_the_weights_say_is_safe_while_the_model_runs(
+def test_an_interruption_keeps_the_measures_on_weights(
     runs: list[Run], compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*_: object) -> None:
@@ -143,13 +143,13 @@ def changed(found: Run, **changes: Any) -> Any:
     return SimpleNamespace(record=found.record | changes)
 
 
-def test_a_text_that_was_changed_is_not_the_text(runs: list[Run]) -> None:
+def test_a_changed_text_is_refused(runs: list[Run]) -> None:
     other = runs[0].record["fingerprints"] | {"text": "another"}
     with pytest.raises(NotOffered, match="the text is not the one that the runs were trained with"):
         held_out_chunks([changed(r, fingerprints=other) for r in runs], 100, RuntimeConfig())
 
 
-def test_runs_on_other_activations_are_not_compared_on_them(runs: list[Run]) -> None:
+def test_runs_on_different_activations_are_refused(runs: list[Run]) -> None:
     elsewhere = changed(runs[1], identity=runs[1].record["identity"] | {"layer": 0})
     told = "do not read the same held-out activations: they differ in layer"
     with pytest.raises(NotOffered, match=told):
@@ -157,7 +157,7 @@ def test_runs_on_other_activations_are_not_compared_on_them(runs: list[Run]) -> 
 
 
 @pytest.mark.slow
-def test_a_sweep_over_layers_says_why_there_is_none(
+def test_a_sweep_over_layers_notes_why_activations_are_not_compared(
     tiny_overrides: list[str],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -173,7 +173,7 @@ def test_a_sweep_over_layers_says_why_there_is_none(
     )
     (sweep,) = Path("sweeps").iterdir()
     assert pd.read_csv(sweep / "pairs.csv")[NOTE].tolist() == [reason] * 2
-    # The same seeds by the order of training, which held-out activations do not depend on.
+    # Held-out activations do not depend on the order of training.
     line = [o for o in line if not o.startswith(("layer", "seed="))]
     order = ["layer=1", "seed=0,1", "dataset.order_seed=0,1"]
     assert run.main([*line, *order, "comparison.pair_by=dataset.order_seed"]) == 0
@@ -181,7 +181,7 @@ def test_a_sweep_over_layers_says_why_there_is_none(
 
 
 @pytest.mark.slow
-def test_worlds_have_held_out_activations_too(
+def test_runs_on_worlds_are_compared_on_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -223,5 +223,5 @@ IDENTITY = {
         ({"layer": 2, "model": {"type": "hub"}}, "model"),
     ],
 )
-def test_what_makes_held_out_activations_differ(change: dict, expected: str) -> None:
+def test_differing_names_what_changes_held_out_activations(change: dict, expected: str) -> None:
     assert differing([IDENTITY, IDENTITY | change]) == expected

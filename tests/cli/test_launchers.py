@@ -1,4 +1,4 @@
-"""Launchers of Hydra's own, one run for each job; and what is asked of hydra/launcher=slurm."""
+"""Hydra's own launchers, with one run per job; and hydra/launcher=slurm with fake commands."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_launcher(name: str) -> list[str]:
-    """What chooses it; a skip where it is not installed."""
+    """Return the overrides that choose a launcher; skip the test if it is not installed."""
     plugin = {"joblib": "hydra_joblib_launcher", "submitit_local": "hydra_submitit_launcher"}
     if name in plugin and importlib.util.find_spec(f"hydra_plugins.{plugin[name]}") is None:
         pytest.skip(f"needs {plugin[name]}")
@@ -60,7 +60,7 @@ def test_other_launchers_train_one_run_in_each_job(
     runs = RunStore("outputs").runs()
     assert [r.status for r in runs] == ["finished"] * 2
     assert [len(r.record["group"]) for r in runs] == [1, 1]
-    # One that fails is told of, whatever becomes of a worker's traceback.
+    # A failure is reported, even if the worker's traceback is lost.
     assert train.main([*line, "training.lr=1e30"]) == 1
     said = capsys.readouterr().out
     assert "failed: " in said
@@ -68,7 +68,7 @@ def test_other_launchers_train_one_run_in_each_job(
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
-def test_other_launchers_make_one_evaluation_in_each_job(
+def test_other_launchers_run_one_evaluation_in_each_job(
     name: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
@@ -92,14 +92,14 @@ def test_a_misspelt_setting_is_refused(
     assert not Path("outputs").exists()
 
 
-def test_not_waiting_needs_somebody_who_goes_on(
+def test_not_waiting_needs_slurm(
     tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main([*tiny_overrides, "wait=false"]) == 1
     assert "`wait`=false needs hydra/launcher=slurm" in capsys.readouterr().err
 
 
-def test_without_slurm_it_says_so(
+def test_missing_slurm_commands_are_reported(
     tiny_overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("submitit")
@@ -109,7 +109,7 @@ def test_without_slurm_it_says_so(
     assert not Path("outputs").exists()
 
 
-def test_settings_by_the_names_of_submitit_and_slurm() -> None:
+def test_settings_get_the_names_of_submitit_and_slurm() -> None:
     line = CommandLine("train", ["hydra/launcher=slurm", "hydra.launcher.partition=gpu",
                                  "hydra.launcher.gpus_per_node=1", "hydra.launcher.mem_gb=32",
                                  "hydra.launcher.setup=['module load cuda']",
@@ -127,7 +127,7 @@ def test_settings_by_the_names_of_submitit_and_slurm() -> None:
     }  # fmt: skip
 
 
-def test_a_signal_that_would_come_before_the_start_is_refused() -> None:
+def test_a_signal_delay_longer_than_the_time_limit_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         SlurmSettings(timeout_min=2, signal_delay_s=120)
     assert str(error.value) == (
@@ -136,7 +136,7 @@ def test_a_signal_that_would_come_before_the_start_is_refused() -> None:
 
 
 def commands(monkeypatch: pytest.MonkeyPatch, **what: str) -> None:
-    """Stand-ins of SLURM's commands: shell scripts by name."""
+    """Replace SLURM's commands by shell scripts."""
     folder = Path("bin")
     folder.mkdir(exist_ok=True)
     for name, script in what.items():
@@ -145,7 +145,7 @@ def commands(monkeypatch: pytest.MonkeyPatch, **what: str) -> None:
     monkeypatch.setenv("PATH", f"{folder.resolve()}:/usr/bin:/bin")
 
 
-def test_the_queue_and_how_jobs_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_queue_and_final_states_are_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     commands(
         monkeypatch,
         squeue="echo '12_0|RUNNING|None'; echo '12_1|PENDING|Priority'; "
@@ -163,10 +163,10 @@ def test_the_queue_and_how_jobs_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         queue()
 
 
-def test_the_plan_is_that_of_a_node(
+def test_the_plan_is_made_for_the_resources_of_a_node(
     tiny_overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which may have a device that is not here, and as much memory as was asked for."""
+    """The node may have a device that this machine lacks; its memory is that requested."""
     line = ["-m", *tiny_overrides, "seed=0,1", "hydra/launcher=slurm", "plan_only=true"]
     assert train.main([*line, "runtime.device=cuda:7", "hydra.launcher.gpus_per_node=8"]) == 0
     assert "plan: 2 runs in 1 job; runtime.tflops=" in capsys.readouterr().out
@@ -176,7 +176,7 @@ def test_the_plan_is_that_of_a_node(
     assert "plan: 2 runs in 1 group, on cpu about 1 s" in capsys.readouterr().out
 
 
-def test_what_is_submitted_is_not_submitted_again(
+def test_queued_runs_are_not_submitted_again(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("submitit")
@@ -188,7 +188,7 @@ def test_what_is_submitted_is_not_submitted_again(
     assert train.main(["-m", *line, "layer=1", "seed=1,0"]) == 0  # the same sweep
     assert Path("asked").read_text().count("#SBATCH --partition=gpu") == 1
     assert "submitting 2 runs in 1 job" in capsys.readouterr().out
-    # Its job is gone without having done anything: then it is submitted again, and only then.
+    # The first job has left the queue without a result, so the runs are submitted once again.
     commands(monkeypatch, squeue="echo '2|PENDING|Priority'")
     assert train.main(["-m", *line, "layer=1", "seed=0,1"]) == 0
     assert train.main(["-m", *line, "layer=1", "seed=0,1"]) == 0
@@ -198,7 +198,7 @@ def test_what_is_submitted_is_not_submitted_again(
 
 @pytest.fixture
 def sweep(tiny_overrides: list[str]) -> Sweep:
-    """Two runs: one finished, one not begun."""
+    """Create a sweep of a finished run and a run that was not started."""
     assert train.main([*tiny_overrides, "training.tokens=1024", "seed=0"]) == 0
     (done,) = RunStore("outputs").runs()
     missing = done.path.with_name(done.id.replace("seed0", "seed1")[:-12] + "0123456789ab")
@@ -225,7 +225,7 @@ def seen_as(
     return first, second
 
 
-def test_what_a_run_is_said_to_be(
+def test_states_follow_files_queue_and_logs(
     sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done, other = seen_as(sweep, {})
@@ -266,8 +266,8 @@ def test_what_a_run_is_said_to_be(
     assert seen_as(sweep, {}, job7="CANCELLED")[1].state == "cancelled"
 
 
-def test_a_run_that_tells_how_far_it_is(sweep: Sweep) -> None:
-    """And one that failed before it was submitted again is queued."""
+def test_a_running_run_shows_its_progress(sweep: Sweep) -> None:
+    """A run that failed and was submitted again counts as queued."""
     done, missing = sweep.runs()
     record = done.record
     identity = record["identity"] | {"seed": 1}
@@ -294,7 +294,7 @@ def test_a_run_that_tells_how_far_it_is(sweep: Sweep) -> None:
     assert seen_as(sweep, {"8": InQueue("PENDING")})[1].state == "queued"
 
 
-def test_cancelling(sweep: Sweep, monkeypatch: pytest.MonkeyPatch,
+def test_cancel_stops_dependent_jobs_first(sweep: Sweep, monkeypatch: pytest.MonkeyPatch,
                     capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     assert cancel_sweep(sweep) == []
     record = Record(sweep.path)
@@ -311,10 +311,10 @@ def test_cancelling(sweep: Sweep, monkeypatch: pytest.MonkeyPatch,
     assert "reseed cancel takes one sweep" in capsys.readouterr().err
 
 
-def test_watching_ends_when_nothing_is_at_work(
+def test_watching_ends_when_nothing_is_queued_or_running(
     sweep: Sweep, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two looks: at a job that waits, and at one that is gone."""
+    """The first look finds a queued job, the second finds that it has ended."""
     with Record(sweep.path).lock():
         Record(sweep.path).add([Submitted("7", "train", "", (sweep.runs()[1].signature,))])
     once = "[ -f seen ] || echo '7|PENDING|Priority'; touch seen"
@@ -329,7 +329,7 @@ def test_watching_ends_when_nothing_is_at_work(
     assert "reseed status --watch takes one sweep; got none" in capsys.readouterr().err
 
 
-def test_sweeps_by_name() -> None:
+def test_sweeps_are_found_by_name_and_start_of_name() -> None:
     for name in ("seeds-aaa", "seeds-bbb", "train-ccc"):
         folder = Path("sweeps") / name
         folder.mkdir(parents=True)
@@ -346,8 +346,9 @@ def test_sweeps_by_name() -> None:
         find_sweep("trian", root)
 
 
-def test_heartbeats(tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written while it trains, gone when it is finished."""
+def test_progress_is_written_while_training_and_removed_at_the_end(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     told: list[dict] = []
     from reseed.train import callbacks
 

@@ -1,4 +1,4 @@
-"""The loader that reads files once composes what Hydra's own does."""
+"""Equality of the loader that reads files once with Hydra's own loader."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml") if p.s
 
 @pytest.fixture(scope="module")
 def loaders() -> Iterator[tuple[ConfigLoaderImpl, OnceLoader]]:
-    """Hydra's loader, and one that has composed other jobs of the same choices before."""
+    """Yield Hydra's loader and an `OnceLoader`, which keeps its compositions between tests."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         own = GlobalHydra.instance().config_loader()
@@ -40,7 +40,7 @@ def plain(config: DictConfig) -> Any:
 
 
 def outcome(loader: ConfigLoaderImpl, overrides: Sequence[str]) -> Any:
-    """What is composed, in its order, with resolved values and flags; or the error."""
+    """Return the composed configuration, key order, resolved values and flags; or the error."""
     try:
         config = loader.load_configuration("config", list(overrides), RunMode.RUN)
     except Exception as error:
@@ -58,7 +58,7 @@ def equal(loaders: tuple[ConfigLoaderImpl, OnceLoader], overrides: Sequence[str]
     hydra, once = loaders
     expected = outcome(hydra, overrides)
     assert outcome(once, overrides) == expected
-    assert outcome(once, overrides) == expected  # nor has the first changed what is kept
+    assert outcome(once, overrides) == expected  # the first call has not changed the cache
     return expected
 
 
@@ -67,9 +67,9 @@ FINE = [
     ["seed=3"],
     ["seed=3", "seed=4"],
     ["seed=7", "sae=relu", "sae.target_l0=8", "training=standard", "layer=1"],
-    ["sae.target_l0=8", "sae=relu"],  # values are applied after choices, whatever the order
+    ["sae.target_l0=8", "sae=relu"],  # values are applied after choices, in any order
     ["model=world_hierarchy", "training=world", "sae=relu"],
-    ["sae=jumprelu", "training=short", "training.lr=1e-3"],  # a recipe, and a value over it
+    ["sae=jumprelu", "training=short", "training.lr=1e-3"],  # a recipe and a value over it
     ["+extra=1", "+more.inside=x", "+sae.new=2"],
     ["++seed=3", "++extra.key=1"],
     ["~sae.k", "~layer"],
@@ -108,22 +108,26 @@ WRONG = [
 
 
 @pytest.mark.parametrize("overrides", FINE, ids=" ".join)
-def test_equal_to_hydra(loaders: tuple[ConfigLoaderImpl, OnceLoader], overrides: list[str]) -> None:
+def test_composition_equals_that_of_hydra(
+    loaders: tuple[ConfigLoaderImpl, OnceLoader], overrides: list[str]
+) -> None:
     (values, *_) = equal(loaders, overrides)
     assert isinstance(values, dict)
-    # It was not Hydra that answered for it.
+    # The fast path gave the result, not the fallback to Hydra.
     assert plain(loaders[1]._quickly("config", overrides)) == values
 
 
 @pytest.mark.parametrize("overrides", WRONG, ids=" ".join)
-def test_errors_are_those_of_hydra(
+def test_errors_equal_those_of_hydra(
     loaders: tuple[ConfigLoaderImpl, OnceLoader], overrides: list[str]
 ) -> None:
     assert issubclass(equal(loaders, overrides)[0], Exception)
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_every_comparison(loaders: tuple[ConfigLoaderImpl, OnceLoader], name: str) -> None:
+def test_every_comparison_composes_as_with_hydra(
+    loaders: tuple[ConfigLoaderImpl, OnceLoader], name: str
+) -> None:
     grid = yaml.safe_load((CONF / "comparison" / f"{name}.yaml").read_text())["comparison"]["grid"]
     for at in (0, -1):
         job = [f"{axis}={values[at]}" for axis, values in grid.items()]
@@ -131,8 +135,10 @@ def test_every_comparison(loaders: tuple[ConfigLoaderImpl, OnceLoader], name: st
         assert values["comparison"]["name"] == name
 
 
-def test_jobs_of_a_sweep(loaders: tuple[ConfigLoaderImpl, OnceLoader]) -> None:
-    """As launchers ask: with Hydra's settings of the master, and what `now` has been."""
+def test_jobs_of_a_sweep_compose_as_with_hydra(
+    loaders: tuple[ConfigLoaderImpl, OnceLoader],
+) -> None:
+    """Launchers compose jobs with Hydra's settings of the sweep and its value of `now`."""
     hydra, once = loaders
     asked = ["hydra.sweep.dir=s", "seed=0,1", "sae=relu"]
     master = hydra.load_configuration("config", asked, RunMode.MULTIRUN)
@@ -144,8 +150,8 @@ def test_jobs_of_a_sweep(loaders: tuple[ConfigLoaderImpl, OnceLoader]) -> None:
         assert config.hydra.job.override_dirname == ",".join(sorted(job))
 
 
-def test_options_of_another_folder(tmp_path: Path) -> None:
-    """The group is known only where the search path of the job says so."""
+def test_options_of_a_search_path_are_found(tmp_path: Path) -> None:
+    """The group exists only if the search path of the job contains the folder."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "a.yaml").write_text("value: 1\n")
     GlobalHydra.instance().clear()
@@ -154,7 +160,7 @@ def test_options_of_another_folder(tmp_path: Path) -> None:
         assert isinstance(own, ConfigLoaderImpl)
         both = own, OnceLoader(own)
         (values, *_) = equal(both, ["+mine=a"])
-        assert values["mine"] == "a"  # no option, but a word
+        assert values["mine"] == "a"  # a value, not an option
         where = f"hydra.searchpath=[file://{tmp_path}]"
         (values, *_) = equal(both, ["+mine=a", where, "+mine.more=2"])
     assert values["mine"] == {"value": 1, "more": 2}
@@ -162,7 +168,7 @@ def test_options_of_another_folder(tmp_path: Path) -> None:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The overrides of every composition from files."""
+    """Collect the overrides of every composition from files."""
     found: list[list[str]] = []
     composed = ConfigLoaderImpl._load_configuration_impl
 
@@ -186,10 +192,10 @@ def test_files_are_read_once_for_each_choice(loaded: list[list[str]]) -> None:
     assert loaded == [["sae=relu"], ["sae=topk"]]
 
 
-def test_jobs_are_told_their_own_overrides(
+def test_jobs_of_the_fused_launcher_see_their_own_overrides(
     loaded: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the fused launcher; and neither it nor the sweeper reads the files for each job."""
+    """Neither the launcher nor the sweeper reads the files again for each job."""
     monkeypatch.chdir(tmp_path)
     told: list[tuple[Any, ...]] = []
 
@@ -212,7 +218,7 @@ def test_jobs_are_told_their_own_overrides(
     assert len(jobs) == 2
 
 
-def test_checking_many_jobs_is_said(
+def test_checking_many_jobs_is_announced(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = CommandLine("train", ["model=world_easy", "seed=range(21)"])
@@ -233,13 +239,13 @@ HAVING = "sae=batch_topk, matryoshka, topk"
         (["sae=relu", "sae.l1_coeficient=3"],
          "there is no key `sae.l1_coeficient`. Did you mean `sae.l1_coefficient`?"),
         (["comparison=seeds", "model=world_easy", "training=world", "sae=relu,topk", "sae.k=3"],
-         f"sae=relu has no key `sae.k`. With it: {HAVING}."),
-        (["sae=relu", "sae={k:3}"], f"sae=relu has no key `sae.k`. With it: {HAVING}."),
+         f"sae=relu has no key `sae.k`. Options with it: {HAVING}."),
+        (["sae=relu", "sae={k:3}"], f"sae=relu has no key `sae.k`. Options with it: {HAVING}."),
         (["sae={kk:3}"], "there is no key `sae.kk`. Did you mean `sae.k`?"),
         (["model=world_easy", "model.attention=eager"],
-         "model=world_easy has no key `model.attention`. With it: model=embedded, "),
+         "model=world_easy has no key `model.attention`. Options with it: model=embedded, "),
         (["model.copula_rank=3"],
-         "model=embedded has no key `model.copula_rank`. With it: model=world, world_absorption, "),
+         "model=embedded has no key `model.copula_rank`. Options with it: model=world, world_abs"),
         (["comparison=base"],
          "`comparison.grid` must map axes to lists of values, as in {sae: [topk, relu], seed: "),
         (["comparison=base", "comparison.grid={seed: [0, 1]}"],
@@ -261,7 +267,7 @@ HAVING = "sae=batch_topk, matryoshka, topk"
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )  # fmt: skip
-def test_hints_are_of_the_options_chosen(
+def test_hints_refer_to_the_chosen_options(
     overrides: list[str], message: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models of different width, whole: compared by what they do on the same tokens."""
+"""End-to-end comparison of models of different width by their activations on the same tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def wide_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokenizer of the tiny model with a random model of 24 dimensions."""
+    """Save a random model of 24 dimensions with the tokenizer of the tiny model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("wide") / "wide-llama"
@@ -43,7 +43,7 @@ def line(
     tiny_model: Path, wide_model: Path, tiny_overrides: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> list[str]:  # fmt: skip
-    """Flags that add ``model=narrow`` and ``model=wide``, and train quickly."""
+    """Return flags that add ``model=narrow`` and ``model=wide``, and train quickly."""
     path = tmp_path_factory.mktemp("apart")
     options = path / "own" / "model"
     options.mkdir(parents=True)
@@ -59,7 +59,7 @@ def line(
 
 @pytest.fixture(scope="module")
 def compared(line: list[str]) -> Path:
-    """Both models with two seeds each."""
+    """Compare both models with two seeds each, and return the sweep's folder."""
     assert run.main([*line, "seed=0,1", "comparison.pair_by=[model,seed]"]) == 0
     (sweeps,) = (Path(o.partition("=")[2]) for o in line if o.startswith("runtime.sweeps="))
     (sweep,) = sweeps.glob("seeds-*")
@@ -83,8 +83,8 @@ def test_weights_are_compared_within_a_model_and_activations_across(compared: Pa
         assert pairs.loc[across, name].isna().all(), name
 
 
-def test_they_are_of_the_same_tokens(compared: Path) -> None:
-    """CKA by a dense product of the activations that each run was measured on."""
+def test_cka_across_models_uses_the_same_tokens(compared: Path) -> None:
+    """The oracle is CKA by a dense product of the activations that each run was measured on."""
     pairs = pd.read_csv(compared / "pairs.csv")
     row = pairs[pairs["model_a"] != pairs["model_b"]].iloc[0]
     made = []
@@ -100,7 +100,7 @@ def test_they_are_of_the_same_tokens(compared: Path) -> None:
 
 
 def _hsic(k: np.ndarray, m: np.ndarray) -> float:
-    """Song et al. 2012, eq. 5, as it stands."""
+    """Return the unbiased HSIC, literally as in Song et al. 2012, eq. 5."""
     n = len(k)
     k, m = k * (1 - np.eye(n)), m * (1 - np.eye(n))
     one = np.ones(n)
@@ -121,7 +121,7 @@ def test_the_tables_say_why_columns_are_empty(compared: Path) -> None:
     assert "nan" not in text
 
 
-def test_what_is_done_is_not_done_again(
+def test_compared_cells_are_not_compared_again(
     compared: Path, line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (compared / "pairs.csv").read_bytes()
@@ -130,10 +130,10 @@ def test_what_is_done_is_not_done_again(
     assert (compared / "pairs.csv").read_bytes() == before
 
 
-def test_models_alone_make_cells_of_one_seed(
+def test_pairs_of_models_without_seeds_draw_no_figures(
     compared: Path, line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No pair of these cells has a common space; there is nothing to draw."""
+    """No pair of these cells has a common space, so there is nothing to draw."""
     assert compare.main([*line, "seed=0,1", "comparison.pair_by=model"]) == 0
     said = capsys.readouterr().out
     assert "CKA" in said
@@ -152,7 +152,7 @@ def refused(line: list[str]) -> str:
     return str(caught.value)
 
 
-def test_other_tokenizers_are_refused_before_training(
+def test_different_tokenizers_are_refused_before_training(
     line: list[str], wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -171,23 +171,27 @@ def test_other_tokenizers_are_refused_before_training(
                     "comparison.pair_by=model"])  # fmt: skip
     assert told == (
         "`comparison.pair_by` pairs runs of different `d_in`: model=narrow (tiny-llama) has 16, "
-        "model=wide (other-words) has 24. Their rows are vectors of different spaces, between "
-        "which there is no cosine: what can be compared is what they do on the same tokens (CKA, "
-        "agreement of activations), and here their models have different tokenizers. Pair by what "
-        "leaves `d_in` alone (comparison.pair_by=seed)"
+        "model=wide (other-words) has 24. Their rows are vectors of different spaces and have no "
+        "cosine. Such runs can only be compared by their activations on the same tokens (CKA, "
+        "agreement of activations), and here their models have different tokenizers. Pair runs of "
+        "equal `d_in` (comparison.pair_by=seed)"
     )
 
 
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ("surrogate=gaussian", "those of surrogate=gaussian are draws, and have no tokens. Pair"),
-        ("comparison.activation_tokens=0", "comparison.activation_tokens=0 asks for none. Pair"),
+        (
+            "surrogate=gaussian",
+            "the activations of surrogate=gaussian are random draws without tokens. Pair",
+        ),
+        (
+            "comparison.activation_tokens=0",
+            "comparison.activation_tokens=0 switches that off. Pair",
+        ),
     ],
 )
-def test_without_tokens_in_common_there_is_nothing_to_compare(
-    line: list[str], more: str, reason: str
-) -> None:
+def test_runs_without_common_tokens_are_refused(line: list[str], more: str, reason: str) -> None:
     assert f"and here {reason}" in refused([*line, "seed=0,1", "comparison.pair_by=model", more])
 
 
@@ -208,16 +212,16 @@ IDENTITY = {"dataset": DATA, "fingerprints": {"text": "x", "tokenizer": "y", "mo
         ({"dataset": DATA | {"order_seed": 3, "held_out_tokens": 4}}, ""),
         ({"dataset": DATA | {"context_length": 64}}, "they differ in dataset.context_length"),
         ({"fingerprints": IDENTITY["fingerprints"] | {"text": "other"}}, "their texts differ"),
-        ({"fingerprints": {}}, "those of a world are draws, and have no tokens"),
+        ({"fingerprints": {}}, "the activations of a world are random draws without tokens"),
     ],
 )
-def test_which_tokens_are_the_same(change: dict, reason: str) -> None:
+def test_other_tokens_gives_the_reason(change: dict, reason: str) -> None:
     assert other_tokens([IDENTITY, IDENTITY | change]) == reason
 
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_real_models_of_other_tokenizers_are_told_apart(
+def test_real_models_with_different_tokenizers_are_refused(
     real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -241,10 +245,10 @@ def test_real_models_of_other_tokenizers_are_told_apart(
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_sites_of_a_real_model_of_different_width(
+def test_sites_of_different_width_of_a_real_model_are_compared(
     real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One model, its residual stream and the wider inside of its MLP."""
+    """The sites are the residual stream of one model and the wider hidden layer of its MLP."""
     monkeypatch.chdir(tmp_path)
     paths = "'model.layers.*','model.layers.*.mlp.up_proj'"
     assert run.main([

@@ -1,4 +1,4 @@
-"""Comparisons whose pairs differ in something else than the seed, whole."""
+"""End-to-end comparisons whose pairs differ in something other than the seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def results(pattern: str = "*") -> Path:
     return sweep
 
 
-def test_layers_over_seeds(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_layers_are_paired_over_seeds(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     line = [*line, FEW, "layer=0,1,2", "seed=0,1,2", "comparison.pair_by=layer"]
     assert run.main(line) == 0
     said = capsys.readouterr().out
@@ -49,11 +49,13 @@ def test_layers_over_seeds(line: list[str], capsys: pytest.CaptureFixture[str]) 
         own = pairs[(pairs["layer_a"] == row["first"]) & (pairs["layer_b"] == row["second"])]
         assert row["shared_fraction"] == pytest.approx(own["shared_fraction"].mean())
         assert row["coverage_a"] == pytest.approx(own["coverage_a"].mean())
-    # Layers are no sample: their mean has no interval, and says so.
+    # Layers are not a sample, so their mean has no interval, with a note.
     summary = pd.read_csv(folder / "summary.csv")
     assert summary["shared_fraction_low"].isna().all()
-    assert summary["note"].str.contains("runs that differ in layer are no sample").all()
-    assert (pairs["untrained_shared_fraction"] < 0.5).all(), "salted: not born alike"
+    assert summary["note"].str.contains("runs that differ in layer are not a sample").all()
+    assert (pairs["untrained_shared_fraction"] < 0.5).all(), (
+        "salted, so their initialisations differ"
+    )
     latents = pd.read_parquet(folder / "latents.parquet")
     assert set(zip(latents["place"], latents["seed"], strict=True)) == {
         (layer, seed) for layer in "012" for seed in range(3)
@@ -71,7 +73,7 @@ def test_layers_over_seeds(line: list[str], capsys: pytest.CaptureFixture[str]) 
     assert covered.loc[2, "0"] == pytest.approx(one_sided.loc[(0, 2), "coverage_b"])
 
 
-def test_architectures_and_seeds_together(line: list[str]) -> None:
+def test_architectures_and_seeds_are_paired_together(line: list[str]) -> None:
     line = [*line, FEW, "sae=topk,relu", "seed=0,1,2", "comparison.pair_by=[sae,seed]"]
     assert run.main(line) == 0
     pairs = pd.read_csv(results() / "pairs.csv")
@@ -118,16 +120,16 @@ def test_budgets_of_one_seed_have_no_interval(
                      "comparison.pair_by=training.tokens"]) == 0  # fmt: skip
     (row,) = pd.read_csv(results() / "pairings.csv").to_dict("records")
     assert np.isnan(row["shared_fraction_low"])
-    reason = "one seed: chosen values are no sample, so there is no interval"
+    reason = "one seed: chosen values are not a sample, so there is no interval"
     assert row["note"] == reason
     assert reason in " ".join(capsys.readouterr().out.split())
     born = {json.loads(p.read_text())["init_seed"] for p in Path("outputs").glob("*/run.json")}
-    assert len(born) == 2, "one seed, two starts: salted with the budget"
+    assert len(born) == 2, "salted with the budget: one seed, two initialisations"
 
 
 @pytest.fixture
 def datasets(tmp_path: Path, tiny_text: Path) -> list[str]:
-    """Flags that add the data sets ``one`` and ``two``, the first and the last half of a text."""
+    """Return flags that add the data sets ``one`` and ``two``, the two halves of a text."""
     folder = tmp_path / "own" / "dataset"
     folder.mkdir(parents=True)
     documents = tiny_text.read_text().split("\n<|endoftext|>\n")
@@ -140,7 +142,7 @@ def datasets(tmp_path: Path, tiny_text: Path) -> list[str]:
     return ["--config-dir", str(tmp_path / "own")]
 
 
-def test_data_sets(line: list[str], datasets: list[str]) -> None:
+def test_datasets_are_paired_over_seeds(line: list[str], datasets: list[str]) -> None:
     kept = [o for o in line if not o.startswith(("dataset=", "dataset.path="))]
     line = [*datasets, *kept, FEW, "dataset=one,two", "seed=0,1", "comparison.pair_by=dataset"]
     assert run.main(line) == 0
@@ -149,7 +151,7 @@ def test_data_sets(line: list[str], datasets: list[str]) -> None:
     assert row["note"] == "fewer than 3 seeds: no interval"
 
 
-def test_start_and_data_order_together(line: list[str]) -> None:
+def test_seed_and_data_order_are_paired_together(line: list[str]) -> None:
     line = [*line, FEW, "seed=0,1", "dataset.order_seed=0,1,2",
             "comparison.pair_by=[seed,dataset.order_seed]"]  # fmt: skip
     assert run.main(line) == 0
@@ -158,7 +160,7 @@ def test_start_and_data_order_together(line: list[str]) -> None:
         "seed": 3, "dataset.order_seed": 6, "seed, dataset.order_seed": 6
     }  # fmt: skip
     same = found.loc["dataset.order_seed"]
-    assert same["untrained_shared_fraction"] == 1, "one start"
+    assert same["untrained_shared_fraction"] == 1, "one initialisation"
     assert (same["interval_over"], same["n_seeds"]) == ("dataset.order_seed", 3)
     assert found.loc["seed", "interval_over"] == "seed"
     text = (results() / "summary.md").read_text()
@@ -176,8 +178,8 @@ def test_different_widths_of_activations_are_refused_before_training(
         "error: `comparison.pair_by` pairs runs of different `d_in`: model=world_easy (world_easy) "
     )
     assert "model=world_hierarchy (world_hierarchy) has " in said
-    assert "between which there is no cosine" in said
-    assert "those of a world are draws, and have no tokens" in said
+    assert "vectors of different spaces and have no cosine" in said
+    assert "the activations of a world are random draws without tokens" in said
     assert not Path("outputs").exists()
     assert not Path("sweeps").exists()
 
@@ -192,7 +194,7 @@ def test_a_run_is_not_paired_with_itself(line: list[str]) -> None:
     )
 
 
-def test_runs_of_one_value_that_differ_in_their_penalty_are_no_seeds() -> None:
+def test_runs_with_different_penalty_weights_are_refused() -> None:
     def one(sae: str, seed: str, weight: float) -> tuple[dict[str, str], Any]:
         return {"sae": sae, "seed": seed}, SimpleNamespace(record={"penalty_weight": weight})
 
@@ -204,7 +206,7 @@ def test_runs_of_one_value_that_differ_in_their_penalty_are_no_seeds() -> None:
         compare._check_weights([*fine, one("relu", "2", 0.3)], "all runs")
 
 
-def test_the_primary_measure_stands_first_and_moves_no_folder(line: list[str]) -> None:
+def test_the_primary_measure_comes_first_and_keeps_the_folder(line: list[str]) -> None:
     line = [*line, FEW, "seed=0,1"]
     assert run.main(line) == 0
     one = results()

@@ -25,7 +25,7 @@ def overrides(tiny_overrides: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def trained(overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three seeds trained here, and the first two of them in others' formats."""
+    """Train three seeds, and convert the first two to other libraries' formats."""
     folder = tmp_path_factory.mktemp("trained")
     outputs, sweeps = f"runtime.outputs={folder}/outputs", f"runtime.sweeps={folder}/sweeps"
     line = [*overrides, "sae=topk", "sae.num_latents=64", "seed=0,1,2", outputs, sweeps]
@@ -43,12 +43,12 @@ def _with_what_was_trained(trained: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def of(kind: str):
-    """The one run whose name holds a word."""
+    """Return the only run whose name contains a word."""
     (found,) = (one for one in RunStore("outputs").runs() if kind in one.id)
     return found
 
 
-def test_a_pretrained_run_measures_what_the_trained_one_did(
+def test_a_pretrained_run_has_the_metrics_of_the_trained_one(
     overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main([*overrides, "sae=pretrained", "sae.source=sparsify"]) == 0
@@ -64,7 +64,7 @@ def test_a_pretrained_run_measures_what_the_trained_one_did(
     assert record["pretrained"]["format"] == "sparsify"
     assert record["pretrained"]["metadata"]["seed"] == 0
     assert (record["tokens"], record["experiment"]["sae"]["type"]) == (0, "topk")
-    with pytest.raises(RunError, match="was not trained here: its start is not known"):
+    with pytest.raises(RunError, match="was not trained here: its initial weights are unknown"):
         theirs.initial_sae()
     said = capsys.readouterr().out
     assert "measuring 1 SAE (topk 64 k=8) on" in said
@@ -72,20 +72,20 @@ def test_a_pretrained_run_measures_what_the_trained_one_did(
     assert f"{theirs.id}" in capsys.readouterr().out
 
 
-def test_one_sae_is_one_run_whatever_its_format_seed_and_training(overrides: list[str]) -> None:
+def test_one_sae_is_one_run_in_any_format_seed_and_training(overrides: list[str]) -> None:
     line = [*overrides, "sae=pretrained", "source=sparsify,saelens", "seed=0,1"]
     assert train.main(["-m", *line, "training.lr=1e-3,2e-3"]) == 0
     assert len([one for one in RunStore("outputs").runs() if "pretrained" in one.id]) == 1
     before = of("pretrained").record["ended"]
     assert train.main([*overrides, "sae=pretrained", "source=saelens"]) == 0
     assert of("pretrained").record["ended"] == before
-    # Other held-out text is another run.
+    # Other held-out activations give another run.
     assert train.main([*overrides, "sae=pretrained", "source=saelens", "layer=0"]) == 0
     assert len([one for one in RunStore("outputs").runs() if "pretrained" in one.id]) == 2
 
 
 @pytest.mark.slow
-def test_in_one_comparison_with_trained_ones(
+def test_pretrained_and_trained_runs_share_a_comparison(
     overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [
@@ -93,18 +93,18 @@ def test_in_one_comparison_with_trained_ones(
         "source=dictionary_learning",
     ]  # fmt: skip
     at_one_width = [*line, "sae=topk,pretrained"]
-    # sae.num_latents is no key of sae=pretrained: ours must have theirs by their own default.
+    # sae.num_latents is not a key of sae=pretrained, so it cannot be set for both.
     assert run.main([*at_one_width, "sae.num_latents=64"]) == 1
     assert "sae.num_latents" in capsys.readouterr().err
     assert run.main(at_one_width) == 0
     (sweep,) = Path("sweeps").glob("seeds-*")
     pairs = pd.read_csv(sweep / "pairs.csv")
-    # 3 seeds and the one SAE, once: 4 runs, 6 pairs.
+    # 3 seeds and one pretrained SAE make 4 runs and 6 pairs.
     assert len(pairs) == 6
     assert len(set(pairs["a"]) | set(pairs["b"])) == 4
 
 
-def test_sources_by_their_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sources_are_compared_by_weights(capsys: pytest.CaptureFixture[str]) -> None:
     line = ["sources=[sparsify,dictionary_learning]", "runtime.threads=1"]
     assert compare.main(line) == 0
     (sweep,) = Path("sweeps").glob("sources-*")
@@ -120,7 +120,7 @@ def test_sources_by_their_weights(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
-def test_sources_on_activations(overrides: list[str]) -> None:
+def test_sources_are_compared_on_activations(overrides: list[str]) -> None:
     line = ["sources=[sparsify,dictionary_learning]", *overrides, *QUIET]
     plain = [o for o in line if not o.startswith("training.")]
     assert compare.main(plain) == 0
@@ -142,11 +142,11 @@ def test_sources_on_activations(overrides: list[str]) -> None:
         (["sources=[sparsify,saelens]"], "sparsify and saelens are the same SAE"),
         (["sources=sparsify"], "`sources` must be one list, as in sources=[FOLDER,"),
         (["sources=[sparsify,nowhere]"], "`sources`: there is no folder nowhere"),
-        (["sources=[sparsify,saelens]", "sae=topk"], "`sae` is not for sources=[…]; got sae=topk"),
-        (["sources=[sparsify,saelens]", "training.lr=1"], "`training.lr` changes nothing where"),
+        (["sources=[sparsify,saelens]", "sae=topk"], "`sae` cannot be given with sources=[…]; "),
+        (["sources=[sparsify,saelens]", "training.lr=1"], "`training.lr` changes nothing when"),
     ],
 )
-def test_sources_that_cannot_be_compared(
+def test_sources_that_cannot_be_compared_are_refused(
     line: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert compare.main(line) == 1
@@ -154,7 +154,7 @@ def test_sources_that_cannot_be_compared(
     assert not list(Path("sweeps").glob("sources-*"))
 
 
-def test_what_cannot_be_is_refused_before_anything_starts(
+def test_invalid_pretrained_runs_are_refused_before_training(
     overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [*overrides, "sae=pretrained"]
@@ -166,7 +166,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     refused(line, "`sae.source` is required with sae=pretrained: give it a value")
     refused([*line, "source=nowhere"], "`sae.source`: there is no folder nowhere")
     refused([*line, "sae.format=sae_lens", "source=saelens"], "Did you mean `saelens`?")
-    refused([*overrides, "source=saelens"], "`source` is for sae=pretrained, which is not there")
+    refused([*overrides, "source=saelens"], "`source` needs sae=pretrained; got source=saelens")
     save_sae(TopKConfig(num_latents=8, k=2).empty(9), "wide", {"layer": 7})
     refused(
         [*line, "source=wide"],
@@ -181,7 +181,7 @@ def test_what_cannot_be_is_refused_before_anything_starts(
     assert len(RunStore("outputs").runs()) == 3
 
 
-def test_what_changes_under_the_hands_fails_alone(overrides: list[str]) -> None:
+def test_a_source_changed_after_its_check_is_an_error(overrides: list[str]) -> None:
     from reseed.sae import pretrained
 
     config = pretrained.PretrainedConfig(source="saelens")

@@ -1,4 +1,4 @@
-"""``reseed report`` as a person meets it: a folder that stands alone."""
+"""``reseed report``: the self-contained folder that it writes, and its errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CITED = ("https://arxiv.org/abs/2501.16615", "https://arxiv.org/abs/2409.14507")
 
 @pytest.fixture(scope="module")
 def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with three seeds of two architectures, compared, with contexts."""
+    """Compare three seeds of two architectures, with contexts, and return the project."""
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -45,7 +45,7 @@ def sweep(project: Path) -> Path:
 
 
 class Links(HTMLParser):
-    """Every address that a page names, its anchors and how often each element is there."""
+    """Addresses and anchors of a page, and the count of each element."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -64,20 +64,20 @@ class Links(HTMLParser):
 
 
 def data_of(path: Path) -> tuple[str, object]:
-    """Key and value of a data file."""
+    """Return the key and value of a data file."""
     found = re.fullmatch(r"reseed\.data\((\"[^\"]+\"),(.*)\)\n", path.read_text(), re.DOTALL)
     assert found is not None
     return json.loads(found[1]), json.loads(found[2])
 
 
-def test_a_comparison_ends_with_its_report(project: Path, sweep: Path) -> None:
+def test_a_comparison_writes_its_report(project: Path, sweep: Path) -> None:
     assert (sweep / "report" / "index.html").is_file()
     assert json.loads((sweep / "report" / "report.json").read_text()) == {
         "sweep": sweep.name, "format": "html",
     }  # fmt: skip
 
 
-def test_every_link_leads_somewhere_on_the_disk(sweep: Path) -> None:
+def test_every_link_names_an_existing_file_or_anchor(sweep: Path) -> None:
     for page in ("index.html", "latents.html"):
         found = Links(sweep / "report" / page)
         assert len(found.addresses) > 5
@@ -88,7 +88,7 @@ def test_every_link_leads_somewhere_on_the_disk(sweep: Path) -> None:
                 assert (sweep / "report" / address).is_file(), address
 
 
-def test_every_figure_is_there_with_its_numbers(sweep: Path) -> None:
+def test_every_figure_is_included_with_its_numbers(sweep: Path) -> None:
     found = Links(sweep / "report" / "index.html")
     drawn = {path.stem for path in sweep.glob("*.svg")}
     assert {Path(a).stem for a in found.addresses if a.endswith(".svg")} == drawn
@@ -122,7 +122,7 @@ def test_every_run_has_its_latents_and_contexts(sweep: Path) -> None:
         assert sum(len(shard) for shard in shards if isinstance(shard, list)) == run_["latents"]
 
 
-def test_contexts_are_those_of_the_evaluation(sweep: Path) -> None:
+def test_contexts_equal_those_of_the_evaluation(sweep: Path) -> None:
     from reseed.contexts import Contexts
 
     root = sweep / "report" / "latents"
@@ -151,7 +151,7 @@ def test_contexts_are_those_of_the_evaluation(sweep: Path) -> None:
                 assert values.get(at, 0) == pytest.approx(activation, rel=5e-3)
 
 
-def test_the_report_says_where_its_numbers_come_from(sweep: Path) -> None:
+def test_the_report_names_its_runs_and_settings(sweep: Path) -> None:
     text = (sweep / "report" / "index.html").read_text()
     for run_ in Path("outputs").iterdir():
         assert run_.name in text
@@ -174,7 +174,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
     return of
 
 
-def test_markdown_shows_what_lies_beside_it(sweep: Path, said: Said, tmp_path: Path) -> None:
+def test_markdown_links_only_to_files_beside_it(sweep: Path, said: Said, tmp_path: Path) -> None:
     out = tmp_path / "sent"
     assert said([sweep.name, "--format", "md", "--out", str(out)]).strip() == str(out / "report.md")
     text = (out / "report.md").read_text()
@@ -205,9 +205,7 @@ def test_tex_compiles(sweep: Path, said: Said) -> None:
         assert made.returncode == 0, made.stdout[-2000:]
 
 
-def test_a_report_takes_the_place_of_the_last_and_of_nothing_else(
-    sweep: Path, said: Said, tmp_path: Path
-) -> None:
+def test_a_report_replaces_only_an_earlier_report(sweep: Path, said: Said, tmp_path: Path) -> None:
     out = tmp_path / "there"
     said([sweep.name, "--out", str(out)])
     (out / "old").write_text("of an earlier report")
@@ -219,15 +217,15 @@ def test_a_report_takes_the_place_of_the_last_and_of_nothing_else(
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
     told = said([sweep.name, "--out", str(mine)])
-    assert "mine holds no report, as there is no report.json: it is not overwritten" in told
+    assert "mine is not a report, because it has no report.json: it is not overwritten" in told
     assert (mine / "thesis.txt").read_text() == "years"
     told = said([sweep.name, "--out", str(mine / "thesis.txt")])
-    assert "is a file, and a report is a folder" in told
+    assert "is a file, but a report is a folder" in told
 
 
-def test_what_was_not_compared_has_no_report(said: Said, tmp_path: Path) -> None:
+def test_a_sweep_that_was_not_compared_has_no_report(said: Said, tmp_path: Path) -> None:
     (tmp_path / "manifest.jsonl").write_text("")
-    assert "its runs have not been compared, and there is nothing" in said([str(tmp_path)])
+    assert "its runs have not been compared, so there is nothing" in said([str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -240,5 +238,7 @@ def test_what_was_not_compared_has_no_report(said: Said, tmp_path: Path) -> None
         (["seeds", "--out"], "--out: expected one argument"),
     ],
 )
-def test_what_cannot_be_meant(sweep: Path, said: Said, arguments: list[str], message: str) -> None:
+def test_invalid_arguments_are_refused(
+    sweep: Path, said: Said, arguments: list[str], message: str
+) -> None:
     assert message in said(arguments)

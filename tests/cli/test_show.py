@@ -1,4 +1,4 @@
-"""``reseed show`` as a person meets it."""
+"""``reseed show`` on the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL = ["evaluation=contexts", "evaluation.tokens=500", "evaluation.top=2", "ev
 
 @pytest.fixture(scope="module")
 def project(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seeds, compared and with contexts; and a copy of one that has none."""
+    """Compare two seeds with contexts, and add a copy of one run without contexts."""
     folder = tmp_path_factory.mktemp("project")
     few = ["training.tokens=1024", "comparison.activation_tokens=0", "comparison.null_draws=1"]
     line = [o for o in tiny_overrides if not o.startswith("training.tokens")]
@@ -39,7 +39,7 @@ def project(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
 def said(
     project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., str]:
-    """What `reseed show` says; to be asked inside the project."""
+    """Enter the project, and return a function that returns the output of `reseed show`."""
     monkeypatch.chdir(project)
 
     def answer(*words: str, status: int = 0) -> str:
@@ -59,7 +59,7 @@ def most_active(run: str) -> int:
     return max(contexts.latents(0, contexts.num_latents), key=lambda x: x.firing).latent
 
 
-def test_latents_of_a_run_with_what_other_seeds_have(said: Callable[..., str]) -> None:
+def test_latents_are_shown_with_their_matches_in_other_seeds(said: Callable[..., str]) -> None:
     first, second = runs("topk")
     latent = most_active(first)
     shown = said(first, f"{latent},0")
@@ -72,12 +72,12 @@ def test_latents_of_a_run_with_what_other_seeds_have(said: Callable[..., str]) -
     with_partners = said(f"outputs/{first}", str(latent), "--partners")
     assert "\nin seed 1: " in with_partners
     assert with_partners.count("fires most") == 2
-    # By the beginning of its name, as every command takes it.
+    # A run may be named by the start of its name, as for every command.
     assert said(second[:-3], "0").startswith(f"{second}  latent 0\n")
 
 
-def test_a_look_loads_no_torch(project: Path) -> None:
-    """It is to be there at once, however many latents are looked at one by one."""
+def test_showing_latents_loads_no_torch(project: Path) -> None:
+    """The command must start at once, because users look at many latents one by one."""
     code = """
 import sys
 from pathlib import Path
@@ -92,10 +92,10 @@ print("HEAVY", sorted({"torch", "lightning", "transformers", "scipy"} & set(sys.
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
-def test_what_cannot_be_shown_says_why(said: Callable[..., str]) -> None:
+def test_errors_say_why_nothing_is_shown(said: Callable[..., str]) -> None:
     first, _ = runs("topk")
     assert (
-        "error: without has no contexts yet; this makes them: reseed evaluate outputs/without "
+        "error: without has no contexts yet; make them with: reseed evaluate outputs/without "
         "evaluation=contexts"
     ) in said("without", "3", status=1)
     assert "takes a run and latents of it, for example reseed show RUN 3,17; got " in said(
@@ -103,18 +103,18 @@ def test_what_cannot_be_shown_says_why(said: Callable[..., str]) -> None:
     )
     assert "latent must be from 0 to 63 in" in said(first, "64", status=1)
     assert "a latent is an integer, at least 0; got '-3x'" in said(first, "3,-3x", status=1)
-    assert "`layer` is not for runs and sweeps that are named" in said(
+    assert "`layer` cannot be set for named runs and sweeps" in said(
         first, "3", "layer=2", status=1
     )
     (sweep,) = Path("sweeps").glob("seeds-*")
-    assert f"{sweep.name} is a sweep, and latents are of a run: name one of {first}" in said(
+    assert f"{sweep.name} is a sweep, but latents belong to a run: name one of {first}" in said(
         sweep.name, "3", status=1
     )
 
 
-def test_it_is_a_command_like_the_others(capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_is_listed_and_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert "show" in COMMANDS
     with pytest.raises(SystemExit) as ended:
         main(["show", "--help"])
     assert ended.value.code == 0
-    assert "reseed show: what a latent fires on" in capsys.readouterr().out
+    assert "reseed show: show what a latent fires on" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""hydra/sweeper=optuna: what is searched, what a trial is worth, and what is refused."""
+"""Searches with hydra/sweeper=optuna: searched keys, values of trials, and refused searches."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trials() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_trial_is_the_mean_over_its_runs_and_is_trained_once(
+def test_a_trial_is_the_mean_over_its_runs_and_trained_once(
     line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [*line, "seed=0,1", *SEARCH, "hydra.sweeper.n_trials=2", "objective=fvu"]
@@ -44,17 +44,17 @@ def test_a_trial_is_the_mean_over_its_runs_and_is_trained_once(
             for run in RunStore("outputs").runs()
             if run.record["experiment"]["training"]["lr"] == float(row["training.lr"])
         ]
-        assert len(own) == 2  # the seeds are an axis, and not searched
+        assert len(own) == 2  # the seeds are an axis, not searched
         assert float(row["fvu"]) == pytest.approx(sum(own) / 2)
     best = min(found, key=lambda row: float(row["fvu"]))
     assert f"best of 2: training.lr={best['training.lr']}: fvu" in capsys.readouterr().out
-    assert train.main(words) == 0  # the same proposals again, and nothing to train
+    assert train.main(words) == 0  # the same proposals, so nothing to train
     assert capsys.readouterr().out.count("nothing to train: 2 runs already finished") == 2
     assert trials() == found
 
 
 @pytest.mark.slow
-def test_a_trial_of_a_comparison_has_its_summary(line: list[str]) -> None:
+def test_a_trial_of_a_comparison_takes_its_summary(line: list[str]) -> None:
     words = [*line, "comparison=seeds", "seed=0,1", "comparison.activation_tokens=0", *SEARCH]
     words += ["objective=[shared_fraction,fvu]", "hydra.sweeper.direction=[maximize,minimize]"]
     assert run.main([*words, "hydra.sweeper.n_trials=1"]) == 0
@@ -81,7 +81,7 @@ def test_a_trial_of_a_comparison_has_its_summary(line: list[str]) -> None:
         (["objective=fvu"], "`objective` is for hydra/sweeper=optuna"),
     ],
 )
-def test_what_is_refused_before_anything_is_computed(
+def test_bad_searches_are_refused_before_anything_is_computed(
     words: list[str], message: str, line: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main([*line, "seed=0", *words]) == 1
@@ -89,7 +89,7 @@ def test_what_is_refused_before_anything_is_computed(
     assert not Path("outputs").exists()
 
 
-def test_numbers_of_runs_and_of_a_summary() -> None:
+def test_objectives_are_read_from_runs_and_summaries() -> None:
     assert of_runs([{"fvu": 0.25, "l0": 8}, {"fvu": 0.75, "l0": 10}], ["l0", "fvu"]) == [9, 0.5]
     assert of_summary({"sae": "topk", "fvu": 0.5}, ["fvu"]) == [0.5]
     with pytest.raises(ReseedError, match=r"objective=fvo: .* no such number\. Did you mean `fvu`"):

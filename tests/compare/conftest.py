@@ -1,4 +1,4 @@
-"""Synthetic dictionaries whose answers are known."""
+"""Synthetic dictionaries with known results."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from reseed.compare.dictionary import Dictionary
 
 
 def make_dictionary(encoder, decoder=None, *, seed="0", firing=100, tokens=1000, **more):
-    """A dictionary of the given rows in which every latent fires ``firing`` times."""
+    """Make a dictionary of the given rows in which every latent fires ``firing`` times."""
     encoder = np.asarray(encoder, dtype=np.float32)
     decoder = encoder if decoder is None else np.asarray(decoder, dtype=np.float32)
     counts = np.broadcast_to(np.asarray(firing), len(encoder)).copy()
@@ -30,7 +30,7 @@ def dictionary():
 
 @pytest.fixture
 def partly_shared():
-    """``make(n, shared)``: n dictionaries, the first ``shared`` latents of each the same."""
+    """``make(n, shared)`` makes n dictionaries that have ``shared`` latents in common."""
 
     def make(n, shared, num_latents=40, d_in=64):
         common = np.random.default_rng(7).standard_normal((2, num_latents, d_in))

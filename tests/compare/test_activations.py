@@ -1,4 +1,4 @@
-"""All measures on activations in one pass, against each SAE run by itself with a latent changed."""
+"""Tests of the measures on activations: one pass, against SAEs run again with a latent changed."""
 
 import copy
 from dataclasses import replace
@@ -28,8 +28,8 @@ TOKENS, D = 300, 8
 
 
 def built(config, seed):
-    """A random SAE, whose decoder is short enough for it to reconstruct something, too long for
-    every latent that is added to do good."""
+    """Build a random SAE with decoder rows short enough to reconstruct something, but so long that
+    adding a latent does not always help."""
     sae = config.build(D, torch.Generator().manual_seed(seed)).requires_grad_(False)
     sae.W_dec.mul_(0.6)
     return sae
@@ -57,7 +57,7 @@ def permuted(sae, order):
 
 
 def cell_of(dictionary, saes, x, settings):
-    """The comparison of their weights."""
+    """Compare the SAEs by their weights."""
     found = []
     for i, sae in enumerate(saes):
         firing = (sae.encode(x) != 0).sum(0).numpy()
@@ -68,12 +68,12 @@ def cell_of(dictionary, saes, x, settings):
 
 @pytest.fixture
 def measured(saes, x, dictionary, settings):
-    """Some latents are live, some are not."""
+    """Return a cell in which some latents are live and some are not, with its measures."""
     cell = cell_of(dictionary, saes, x, replace(settings, live_at_least=60))
     return cell, activation_measures(saes, sides_of(cell), [x])
 
 
-def test_every_number_is_that_of_the_sae_run_with_a_latent_changed(saes, x, measured):
+def test_closed_forms_equal_running_the_sae_with_a_latent_changed(saes, x, measured):
     cell, found = measured
     sides = sides_of(cell)
     exact = x.double()
@@ -112,7 +112,7 @@ def test_every_number_is_that_of_the_sae_run_with_a_latent_changed(saes, x, meas
 
 
 @pytest.mark.parametrize("cuts", [[100] * 3, [1, 298, 1], [17] * 17 + [11]])
-def test_the_result_does_not_depend_on_the_cutting(saes, x, measured, cuts):
+def test_the_result_does_not_depend_on_how_chunks_are_cut(saes, x, measured, cuts):
     cell, whole = measured
     again = activation_measures(saes, sides_of(cell), x.split(cuts))
     assert again.tokens == TOKENS
@@ -122,7 +122,7 @@ def test_the_result_does_not_depend_on_the_cutting(saes, x, measured, cuts):
             assert np.array_equal(column(again.latents[pair]), column(latents), True), name
 
 
-def test_batches_change_nothing_but_cka(saes, x, measured, monkeypatch):
+def test_the_batch_size_changes_only_cka(saes, x, measured, monkeypatch):
     cell, whole = measured
     monkeypatch.setattr("reseed.compare.activations.BATCH", 64)
     again = activation_measures(saes, sides_of(cell), [x])
@@ -134,7 +134,7 @@ def test_batches_change_nothing_but_cka(saes, x, measured, monkeypatch):
     assert not np.array_equal(again.cka_codes, whole.cka_codes)
 
 
-def test_of_a_permuted_copy_everything_is_one(saes, x, dictionary, settings):
+def test_all_measures_of_a_permuted_copy_are_one(saes, x, dictionary, settings):
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
     two = [saes[0], permuted(saes[0], order)]
     cell = cell_of(dictionary, two, x, settings)
@@ -153,7 +153,7 @@ def test_of_a_permuted_copy_everything_is_one(saes, x, dictionary, settings):
     assert known[~np.isnan(known)] == pytest.approx(1, abs=1e-4)
 
 
-def test_the_pairs_columns_are_means_over_live_matches_of_both_sides(measured):
+def test_pair_columns_are_means_over_live_matches_of_both_sides(measured):
     cell, found = measured
     sides = sides_of(cell)
     live = {s: cell.latents.to_pandas().query(f"run == 'run-{s}'")["live"].to_numpy()
@@ -178,7 +178,7 @@ def test_the_pairs_columns_are_means_over_live_matches_of_both_sides(measured):
     assert np.isnan(row["substitution_top_100"]), "there are not that many"
 
 
-def test_the_curve_is_over_live_matches_by_the_smaller_cosine(measured, monkeypatch):
+def test_the_coverage_curve_ranks_live_matches_by_their_smaller_cosine(measured, monkeypatch):
     cell, found = measured
     sides = sides_of(cell)
     ranked = []
@@ -212,7 +212,7 @@ def test_a_pair_is_the_same_from_either_side(measured):
     assert one["novel_fraction_a"] == other["novel_fraction_b"]
 
 
-def test_the_lists_stand_beside_the_runs_that_they_are_of(measured):
+def test_list_columns_are_in_the_order_of_the_other_runs(measured):
     cell, found = measured
     cell = with_activations(cell, found)
     long = cell.latents.to_pandas().explode(["others", *LATENT_COLUMNS])
@@ -223,7 +223,7 @@ def test_the_lists_stand_beside_the_runs_that_they_are_of(measured):
             assert np.array_equal(rows[name].to_numpy(dtype=np.float32), expected, True), name
 
 
-def test_written_and_read_again_it_is_the_same(measured, tmp_path):
+def test_a_cell_with_activations_is_read_as_it_was_written(measured, tmp_path):
     cell = with_activations(*measured)
     cell.write(tmp_path)
     again = CellResult.read(tmp_path)
@@ -235,7 +235,7 @@ def test_written_and_read_again_it_is_the_same(measured, tmp_path):
     assert not lacks_activations(again)
 
 
-def test_what_could_not_be_measured_is_told_and_can_be_made_up_for(measured):
+def test_missing_measures_are_noted_and_can_be_added_later(measured):
     cell, found = measured
     assert lacks_activations(cell)
     without = with_activations(cell, None, "the model is gone")
@@ -245,16 +245,16 @@ def test_what_could_not_be_measured_is_told_and_can_be_made_up_for(measured):
     assert without.estimates["cka_codes"].reason == "undefined in at least one pair"
     later, at_once = with_activations(without, found), with_activations(cell, found)
     pd.testing.assert_frame_equal(later.pairs, at_once.pairs)
-    assert later.latents.schema == without.latents.schema, "tables of cells are put together"
+    assert later.latents.schema == without.latents.schema, "tables of cells are concatenated"
     assert later.latents.equals(at_once.latents)
-    assert repr(later.estimates) == repr(at_once.estimates), "NaN is NaN"
-    # What the weights said is as it was.
+    assert repr(later.estimates) == repr(at_once.estimates), "repr, as NaN != NaN"
+    # The measures on weights are unchanged.
     assert later.pairs.filter(cell.pairs.columns).equals(cell.pairs)
     assert later.latents.select(cell.latents.column_names).equals(cell.latents)
 
 
 def test_latents_that_are_not_live_do_not_count(saes, x, dictionary, settings):
-    """Of a copy with an untrained half that never fires, the other half agrees wholly."""
+    """If half of a copy's latents never fire, the other half still agrees completely."""
     half = copy.deepcopy(saes[1])
     half.b_enc[:8] = -100
     cell = cell_of(dictionary, [saes[1], half], x, settings)
@@ -266,7 +266,7 @@ def test_latents_that_are_not_live_do_not_count(saes, x, dictionary, settings):
     assert np.isnan(found.latents[1, 0].substitution.quality[:8]).all(), "there is no damage"
 
 
-def test_without_tokens_there_is_nothing_to_measure(saes):
+def test_measuring_without_tokens_is_refused(saes):
     nothing = Side(*(np.full(20, value) for value in (-1, False, False, 0)))
     with pytest.raises(ValueError, match="no activations were given: there is nothing to measure"):
         activation_measures([saes[0], saes[2]], {(0, 1): nothing, (1, 0): nothing}, [])

@@ -13,7 +13,7 @@ def sparse(dense):
 
 
 def measured(a, b, partner, cuts=None):
-    """Agreement of dense latents, a batch of tokens at a time."""
+    """Return the agreement of dense latents, added a batch of tokens at a time."""
     sums = [Firing.of(x.shape[1], x.device) for x in (a, b)]
     pairs = Together.of(torch.tensor(partner))
     for part_a, part_b in zip(a.split(cuts or len(a)), b.split(cuts or len(b)), strict=True):
@@ -35,11 +35,11 @@ def latents():
     return draw(9), draw(6)
 
 
-PARTNER = [3, -1, 0, 5, 3, 1, 2, 4, -1]  # any list of pairs: 3 is there twice
+PARTNER = [3, -1, 0, 5, 3, 1, 2, 4, -1]  # an arbitrary list of pairs; 3 occurs twice
 
 
 @pytest.mark.parametrize("cuts", [None, 64, 1])
-def test_agreement_is_that_of_the_dense_latents(latents, cuts):
+def test_sparse_agreement_equals_that_of_dense_latents(latents, cuts):
     a, b = latents
     found = measured(a, b, PARTNER, cuts)
     for i, j in enumerate(PARTNER):
@@ -52,16 +52,16 @@ def test_agreement_is_that_of_the_dense_latents(latents, cuts):
         assert found.jaccard[i] == len(fires[0] & fires[1]) / len(fires[0] | fires[1])
 
 
-def test_by_hand():
+def test_agreement_equals_a_hand_computed_example():
     a = torch.tensor([[1.0], [2.0], [0.0], [0.0]])
     b = torch.tensor([[3.0], [0.0], [0.0], [5.0]])
     found = measured(a, b, [0])
-    # Both fire at token 0, one of them at 0, 1 and 3. Σxy = 3, means 3/4 and 2, Σx² = 5, Σy² = 34.
+    # Both fire at token 0, at least one at 0, 1 and 3. Σxy = 3, means 3/4 and 2, Σx² 5, Σy² 34.
     assert found.jaccard.tolist() == [1 / 3]
     assert found.pearson[0] == pytest.approx((3 - 4 * 0.75 * 2) / np.sqrt(2.75 * 18))
 
 
-def test_the_same_latents_agree_wholly_whatever_their_scale(latents):
+def test_the_same_latents_agree_completely_at_any_scale(latents):
     a, _ = latents
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     found = measured(a, 3 * a[:, order], order.argsort().tolist())
@@ -77,6 +77,6 @@ def test_a_latent_that_never_fires_has_no_correlation():
     assert np.isnan(found.jaccard[1]), "neither fires"
 
 
-def test_one_that_fires_always_alike_is_constant():
+def test_a_constant_latent_has_no_correlation():
     a = torch.full((6, 1), 2.0)
     assert np.isnan(measured(a, torch.rand(6, 1), [0]).pearson).all()

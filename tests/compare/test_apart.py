@@ -15,7 +15,7 @@ COUNTS = {f"{word}_{x}" for word in ("num_latents", "live", "dead", "zero", "den
 
 @pytest.fixture
 def mixed(partly_shared, dictionary):
-    """Two runs of 64 dimensions that share 30 of 40 latents, and one of 8."""
+    """Two runs of 64 dimensions that share 30 of 40 latents, and one run of 8 dimensions."""
     rng = np.random.default_rng(1)
     firing = np.where(np.arange(30) < 4, 3, 200)
     metrics = {"fvu": 0.3, "l0": 8.0, "dead_fraction": 0.0}
@@ -28,7 +28,7 @@ def chosen(settings):
     return dataclasses.replace(settings, grid={"model": ["0", "1", "2"]}, pair_by="model")
 
 
-def test_of_weights_without_a_common_space_nothing_is_said(mixed, chosen):
+def test_measures_of_weights_without_a_common_space_are_nan(mixed, chosen):
     cell = compare_cell(mixed, mixed, chosen)
     alone = compare_cell(mixed[:2], mixed[:2], chosen)
     within, *across = cell.pairs.to_dict("records")
@@ -43,7 +43,7 @@ def test_of_weights_without_a_common_space_nothing_is_said(mixed, chosen):
     assert within["shared_fraction"] == 30 / 40
 
 
-def test_a_latent_is_compared_with_those_that_it_can_be_compared_with(mixed, chosen):
+def test_latents_are_compared_only_with_runs_of_the_same_d_in(mixed, chosen):
     cell = compare_cell(mixed, [], chosen)
     frame = cell.latents.to_pandas()
     alone = compare_cell(mixed[:2], [], chosen).latents.to_pandas()
@@ -60,7 +60,7 @@ def test_a_latent_is_compared_with_those_that_it_can_be_compared_with(mixed, cho
     assert set(zip(cell.strata["a"], cell.strata["b"], strict=True)) == {("run-0", "run-1")}
 
 
-def test_a_cell_of_nothing_else_is_written_and_read(mixed, chosen, tmp_path):
+def test_a_cell_without_any_comparable_pair_is_written_and_read(mixed, chosen, tmp_path):
     cell = compare_cell(mixed[1:], [], chosen)
     assert np.isnan(cell.pairs["shared_fraction"]).all()
     assert cell.null_simulated_latents == 0

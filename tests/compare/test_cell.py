@@ -16,7 +16,7 @@ def cell(partly_shared, settings):
     return compare_cell(partly_shared(4, 12), partly_shared(4, 0), settings)
 
 
-def test_known_answer(cell):
+def test_a_cell_of_synthetic_runs_has_the_known_measures(cell):
     assert cell.n_seeds == 4
     assert len(cell.pairs) == 6
     assert (cell.pairs["shared_latents"] == 12).all()
@@ -31,12 +31,12 @@ def test_pairs_are_those_of_compare_pair(partly_shared, settings, cell):
     runs = partly_shared(4, 12)
     alone = compare_pair(runs[1], runs[3], settings.threshold, settings.live_at_least).row()
     row = cell.pairs[(cell.pairs["a"] == "run-1") & (cell.pairs["b"] == "run-3")]
-    # In the order of the columns; what is not known is NaN, which equals nothing.
+    # `repr` because NaN is not equal to itself.
     same = {name: row[name].item() for name in alone}
     assert repr(same) == repr(alone)
 
 
-def test_a_latent_row_says_who_shares_it(cell):
+def test_the_latent_table_lists_the_runs_that_share_each_latent(cell):
     table = cell.latents.to_pandas()
     assert len(table) == 4 * 40
     assert table.groupby("run")["latent"].apply(list).map(lambda x: x == list(range(40))).all()
@@ -49,21 +49,21 @@ def test_a_latent_row_says_who_shares_it(cell):
     assert links == back, "a shared latent's partner shares it too"
 
 
-def test_written_and_read_again_it_is_the_same(cell, tmp_path):
+def test_a_cell_is_the_same_after_writing_and_reading(cell, tmp_path):
     cell.write(tmp_path / "cell")
     again = CellResult.read(tmp_path / "cell")
     pd.testing.assert_frame_equal(again.pairs, cell.pairs)
     pd.testing.assert_frame_equal(again.runs, cell.runs)
     assert again.latents.equals(cell.latents)
     pd.testing.assert_frame_equal(again.strata, cell.strata)
-    assert repr(again.estimates) == repr(cell.estimates)  # NaN equals nothing
+    assert repr(again.estimates) == repr(cell.estimates)  # NaN is not equal to itself
     assert again.settings == cell.settings
     assert np.array_equal(again.p, cell.p)
     names = {"cell.json", "pairs.parquet", "latents.parquet", "strata.parquet"}
     assert {path.name for path in (tmp_path / "cell").iterdir()} == names
 
 
-def test_numbers_that_are_not_known_survive_the_files(partly_shared, settings, tmp_path):
+def test_unknown_numbers_survive_writing_and_reading(partly_shared, settings, tmp_path):
     runs = [
         dataclasses.replace(x, firing=np.zeros(40, int), metrics={}) for x in partly_shared(2, 5)
     ]
@@ -78,7 +78,7 @@ def test_numbers_that_are_not_known_survive_the_files(partly_shared, settings, t
     json.loads((tmp_path / "cell.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_a_run_that_fails_leaves_no_half_file(cell, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_partial_file_and_no_record(cell, tmp_path, monkeypatch):
     cell.write(tmp_path)
     before = (tmp_path / "pairs.parquet").read_bytes()
 
@@ -90,13 +90,13 @@ def test_a_run_that_fails_leaves_no_half_file(cell, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         cell.write(tmp_path)
     assert (tmp_path / "pairs.parquet").read_bytes() == before
-    # Without its record, lest tables of two writings be read as one cell: it is compared again.
+    # The record is gone, so that tables of two writes are never read as one cell.
     assert len(list(tmp_path.iterdir())) == 3
     with pytest.raises(FileNotFoundError, match="holds no compared cell"):
         CellResult.read(tmp_path)
 
 
-def test_untrained_firing_is_not_looked_at(partly_shared, settings, cell):
+def test_the_firing_of_untrained_weights_is_ignored(partly_shared, settings, cell):
     silent = [
         dataclasses.replace(x, firing=np.zeros(40, int), held_out_tokens=0)
         for x in partly_shared(4, 0)
@@ -105,7 +105,7 @@ def test_untrained_firing_is_not_looked_at(partly_shared, settings, cell):
     pd.testing.assert_frame_equal(again.pairs, cell.pairs)
 
 
-def test_runs_of_different_width(dictionary, settings):
+def test_runs_of_different_numbers_of_latents_are_compared(dictionary, settings):
     rows = np.random.default_rng(0).standard_normal((2, 30, 64))
     runs = [dictionary(*rows[:, :n], seed=str(n)) for n in (30, 20, 25)]
     cell = compare_cell(runs, [], settings)
@@ -140,13 +140,13 @@ def test_every_fraction_has_an_interval_within_its_range(partly_shared, settings
         (lambda runs, make: (runs, runs[:1]), "in the same order; the values of seed are 0 and"),
     ],
 )
-def test_what_is_no_cell_is_refused(partly_shared, dictionary, settings, change, message):
+def test_invalid_cells_are_refused(partly_shared, dictionary, settings, change, message):
     trained, untrained = change(partly_shared(2, 5), dictionary)
     with pytest.raises(ValueError, match=re.escape(message)):
         compare_cell(trained, untrained, settings)
 
 
-def test_a_folder_without_a_cell(tmp_path):
+def test_reading_a_folder_without_a_cell_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no compared cell: there is no cell\.json"):
         CellResult.read(tmp_path)
 

@@ -19,7 +19,7 @@ def dense():
     return torch.where(torch.rand(30, 12, generator=generator) < 0.3, values, 0.0)
 
 
-def test_they_say_what_the_dense_latents_say(dense):
+def test_sparse_codes_equal_the_dense_latents(dense):
     found = sparse(dense)
     assert torch.equal(found.gram(), dense.double() @ dense.double().T)
     torch.testing.assert_close(found.summed(found.value), dense.double().sum(0))
@@ -28,7 +28,7 @@ def test_they_say_what_the_dense_latents_say(dense):
     assert torch.equal(found.at(token, latent), dense.flatten())
 
 
-def test_nothing_active():
+def test_codes_may_have_no_active_latent():
     found = sparse(torch.zeros(5, 3))
     assert torch.equal(found.at(torch.tensor([4]), torch.tensor([2])), torch.zeros(1))
     assert not found.gram().any()
@@ -39,13 +39,13 @@ def test_along_rows_is_the_dense_product(dense, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     targets = [torch.randn(30, 7, generator=generator) for _ in range(2)]
     W = torch.randn(12, 7, generator=generator)
-    monkeypatch.setattr(codes, "_ROW_ENTRIES", 21)  # several blocks, the last one smaller
+    monkeypatch.setattr(codes, "_ROW_ENTRIES", 21)  # several blocks, the last smaller
     for target, found in zip(targets, along_rows(targets, sparse(dense), W), strict=True):
         expected = (dense.double() * (target.double() @ W.double().T)).sum(0)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_encoded_in_blocks_is_encoded_whole(monkeypatch):
+def test_encoding_in_blocks_equals_encoding_at_once(monkeypatch):
     sae = ReLUConfig(num_latents=20).build(8, torch.Generator().manual_seed(0))
     x = torch.randn(31, 8, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(codes, "_DENSE_ENTRIES", 100)
@@ -59,13 +59,13 @@ def test_encoded_in_blocks_is_encoded_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("cuts", [[30], [1] * 30, [7, 0, 8, 15], [0, 29, 1]])
-def test_batches_do_not_depend_on_how_chunks_were_cut(cuts):
+def test_batches_do_not_depend_on_how_chunks_are_cut(cuts):
     x = torch.arange(60.0).view(30, 2)
     found = list(batches(x.split(cuts), 8))
     assert [len(batch) for batch in found] == [8, 8, 8, 6]
     assert torch.equal(torch.cat(found), x)
 
 
-def test_no_chunks_are_no_batches():
+def test_no_chunks_give_no_batches():
     assert list(batches([], 8)) == []
     assert list(batches([torch.zeros(0, 2)], 8)) == []

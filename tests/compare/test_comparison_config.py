@@ -8,12 +8,12 @@ def config(**values):
     return ComparisonConfig(**({"name": "trial", "grid": {"seed": [0, 1]}} | values))
 
 
-def test_round_trip():
+def test_a_comparison_survives_a_round_trip_through_a_dict():
     made = config(grid={"sae": ["topk", "relu"], "seed": [0, 1]})
     assert ComparisonConfig.from_dict(made.to_dict()) == made
 
 
-def test_name_and_grid_are_not_signed_but_what_changes_numbers_is():
+def test_settings_that_change_numbers_are_signed_and_name_and_grid_are_not():
     base = config().signed()
     listed = config(name="other", grid={"sae": ["topk"], "seed": [0, 1, 2]})
     assert listed.signed() == base
@@ -26,7 +26,7 @@ def test_name_and_grid_are_not_signed_but_what_changes_numbers_is():
         "activation_tokens": 0,
     }.items():
         assert config(**{field: value}).signed() != base, field
-    assert "activation_tokens" not in base, "comparisons of the time before it are found again"
+    assert "activation_tokens" not in base, "comparisons older than this setting are found"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_the_primary_measure_changes_no_number():
     assert ComparisonConfig.from_dict(config(primary="coverage").to_dict()).primary == "coverage"
 
 
-def test_true_is_not_one():
+def test_true_and_1_are_different_values_of_an_axis():
     assert config(grid={"seed": [0, 1], "flag": [True, 1]}).grid["flag"] == (True, 1)
 
 
@@ -114,12 +114,12 @@ def test_an_arm_is_the_grid_with_some_keys_replaced_or_added():
     assert wider.fixed == {"sae.num_latents": 64}
 
 
-def test_without_arms_there_is_one_without_a_name():
+def test_a_comparison_without_arms_is_one_arm_with_an_empty_name():
     made = config()
     (arm,) = made.each_arm()
     assert (arm.name, arm.grid, arm.pair_by, arm.fixed) == ("", made.grid, "seed", {})
     assert made.of_arm("") == made
-    assert "arms" not in made.signed(), "comparisons of the time before arms keep their digests"
+    assert "arms" not in made.signed(), "comparisons older than arms keep their digests"
 
 
 def test_arms_are_signed_and_survive_the_record():

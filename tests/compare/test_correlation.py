@@ -1,4 +1,4 @@
-"""The encoder in the metric of the data: correlations of pre-activations."""
+"""Matching of encoder rows in the metric of the data: correlations of pre-activations."""
 
 import re
 from dataclasses import replace
@@ -15,7 +15,7 @@ FRACTIONS = ("shared_fraction_correlation", "shared_fraction_correlation_live")
 
 
 def covariance_of(rng, d, low=1e-3):
-    """A dense covariance with eigenvalues from ``low`` to 10."""
+    """Make a dense covariance with eigenvalues from ``low`` to 10."""
     axes, _ = np.linalg.qr(rng.standard_normal((d, d)))
     return (axes * np.geomspace(low, 10, d)) @ axes.T
 
@@ -32,7 +32,7 @@ def pair_of(dictionary, covariance_a, covariance_b=None, n=40, m=35, d=12):
 
 
 def oracle(a, b, covariance, threshold=0.7):
-    """The strict rule with dense matrices, the symmetric root and scipy's solver."""
+    """Apply the strict rule with dense matrices, the symmetric root and scipy's solver."""
     half = linalg.sqrtm(covariance).real
 
     def unit(rows):
@@ -52,21 +52,21 @@ def oracle(a, b, covariance, threshold=0.7):
     return shared, cosine
 
 
-def test_by_a_dense_oracle(dictionary):
+def test_correlation_measures_agree_with_a_dense_oracle(dictionary):
     covariance = covariance_of(np.random.default_rng(0), 12)
     a, b = pair_of(dictionary, covariance)
     shared, cosine = oracle(a, b, covariance)
     live_a, live_b = a.live(10), b.live(10)
     both = sum(live_a[i] and live_b[j] for i, j in shared)
     measures = compare_pair(a, b).measures
-    assert 3 < both < len(shared) != measures["shared_latents"], "the example must tell apart"
+    assert 3 < both < len(shared) != measures["shared_latents"], "the measures must differ here"
     assert measures["shared_fraction_correlation"] == pytest.approx(2 * len(shared) / 75)
     wanted = 2 * both / (live_a.sum() + live_b.sum())
     assert measures["shared_fraction_correlation_live"] == pytest.approx(wanted)
     assert measures["cosine_correlation"] == pytest.approx(cosine, abs=1e-6)
 
 
-def test_of_two_covariances_it_is_their_mean(dictionary):
+def test_two_covariances_are_averaged(dictionary):
     rng = np.random.default_rng(5)
     one, two = (covariance_of(rng, 12) for _ in range(2))
     a, b = pair_of(dictionary, one, two)
@@ -78,7 +78,7 @@ def test_of_two_covariances_it_is_their_mean(dictionary):
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 1e-12])
-def test_with_the_identity_it_is_the_strict_rule(dictionary, scale):
+def test_with_an_isotropic_covariance_the_result_is_the_strict_rule(dictionary, scale):
     measures = compare_pair(*pair_of(dictionary, scale * np.eye(12))).measures
     assert measures["shared_latents"] > 3
     assert measures["shared_fraction_correlation"] == measures["shared_fraction"]
@@ -86,8 +86,8 @@ def test_with_the_identity_it_is_the_strict_rule(dictionary, scale):
     assert measures["cosine_correlation"] == pytest.approx(measures["cosine_encoder"])
 
 
-def test_what_training_does_not_identify_does_not_count(dictionary):
-    """Along a direction of next to no variance the encoders keep what they started with."""
+def test_directions_without_variance_hardly_count(dictionary):
+    """Along a direction of almost no variance the encoders keep their initial components."""
     rng = np.random.default_rng(0)
     covariance = np.diag([1.0] * 15 + [1e-8])
     rows = rng.standard_normal((2, 30, 16))
@@ -101,7 +101,7 @@ def test_what_training_does_not_identify_does_not_count(dictionary):
     assert measures["cosine_correlation"] == pytest.approx(1, abs=1e-5)
 
 
-def test_a_permuted_copy_is_the_same(dictionary):
+def test_a_permuted_copy_shares_everything_by_correlation(dictionary):
     rng = np.random.default_rng(2)
     covariance = covariance_of(rng, 12)
     a, _ = pair_of(dictionary, covariance)
@@ -113,7 +113,7 @@ def test_a_permuted_copy_is_the_same(dictionary):
 
 
 @pytest.mark.parametrize("broken", [0.0, np.nan])
-def test_a_latent_without_direction_takes_no_part(dictionary, broken):
+def test_latents_without_direction_are_not_matched(dictionary, broken):
     a, b = pair_of(dictionary, covariance_of(np.random.default_rng(0), 12))
     decoder = a.decoder.copy()
     decoder[:] = broken
@@ -122,7 +122,7 @@ def test_a_latent_without_direction_takes_no_part(dictionary, broken):
     assert np.isnan(measures["cosine_correlation"])
 
 
-def test_without_a_covariance_it_is_not_known(dictionary, partly_shared, settings):
+def test_correlation_measures_are_nan_without_a_covariance(dictionary, partly_shared, settings):
     a, b = pair_of(dictionary, np.eye(12))
     for x, y in ((replace(a, covariance=None), b), (a, replace(b, covariance=None))):
         measures = compare_pair(x, y).measures
@@ -135,7 +135,7 @@ def test_without_a_covariance_it_is_not_known(dictionary, partly_shared, setting
     assert estimate.reason == "undefined in at least one pair"
 
 
-def test_over_seeds_it_has_an_interval(partly_shared, settings):
+def test_the_correlation_fraction_has_an_interval_over_seeds(partly_shared, settings):
     rng = np.random.default_rng(0)
     runs = [replace(x, encoder=x.encoder + 0.65 * rng.standard_normal(x.encoder.shape),
                     covariance=np.eye(64)) for x in partly_shared(3, 12)]  # fmt: skip
@@ -145,7 +145,7 @@ def test_over_seeds_it_has_an_interval(partly_shared, settings):
     assert found.low is not None
 
 
-def test_a_root_of_a_covariance_that_lacks_directions():
+def test_root_of_a_singular_covariance():
     rows = np.random.default_rng(0).standard_normal((5, 9))
     covariance = rows.T @ rows
     found = root(covariance.astype(np.float32))

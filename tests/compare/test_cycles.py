@@ -1,4 +1,4 @@
-"""Cycles over three seeds, by enumeration."""
+"""Tests of cycles over three seeds, by enumeration."""
 
 from itertools import combinations
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ from reseed.compare.cycles import ESTIMATES, _estimate, cycle_estimates
 
 
 def matching(rng, n, m, truth_n, truth_m):
-    """Partners of both sides: those with the same truth, or by chance."""
+    """Return partners of both sides: latents with the same truth, or random ones."""
     forward, back = np.full(n, -1), np.full(m, -1)
     for i in rng.permutation(n):
         wanted = np.flatnonzero((truth_m == truth_n[i]) & (back < 0))
@@ -42,7 +42,7 @@ def sides():
 
 
 def by_enumeration(sides, sizes, seeds):
-    """Of each estimate what closes and out of how many, from whichever latent it starts."""
+    """Return each estimate, counted over every latent as the start."""
     counts = {name: np.zeros(2) for name in ESTIMATES}
     for triple in combinations(seeds, 3):
         for which in ("encoder", "decoder"):
@@ -67,13 +67,13 @@ def by_enumeration(sides, sizes, seeds):
     return {name: closed / out_of for name, (closed, out_of) in counts.items()}
 
 
-def test_by_enumeration(sides):
+def test_cycle_estimates_equal_an_enumeration(sides):
     sides, sizes = sides
     found = cycle_estimates(sides)
     wanted = by_enumeration(sides, sizes, range(4))
     without = [by_enumeration(sides, sizes, [t for t in range(4) if t != s]) for s in range(4)]
     for name in ESTIMATES:
-        assert 0 < wanted[name] < 1, "the example must tell something"
+        assert 0 < wanted[name] < 1, "the example must not be trivial"
         assert found[name].mean == pytest.approx(wanted[name])
         values = np.array([x[name] for x in without])
         error = np.sqrt(3 / 4 * np.square(values - values.mean()).sum())
@@ -89,7 +89,7 @@ def test_permuted_copies_close_every_cycle(dictionary, settings):
     assert [found[name].mean for name in ESTIMATES] == [1] * 5
 
 
-def test_what_no_seed_shares_closes_next_to_no_cycle(dictionary, settings):
+def test_unshared_latents_close_almost_no_cycle(dictionary, settings):
     rng = np.random.default_rng(0)
     runs = [dictionary(*rng.standard_normal((2, 200, 64)), seed=str(s)) for s in range(4)]
     found = compare_cell(runs, [], settings).estimates
@@ -98,7 +98,7 @@ def test_what_no_seed_shares_closes_next_to_no_cycle(dictionary, settings):
     assert found["cycle_shared"].reason == "no latent is shared by two others"
 
 
-def test_with_few_seeds_there_is_no_interval_and_the_reason(sides):
+def test_few_seeds_have_no_interval_and_the_reason(sides):
     sides, _ = sides
     three = {pair: side for pair, side in sides.items() if 3 not in pair}
     found = cycle_estimates(three)["cycle_encoder"]
@@ -110,8 +110,8 @@ def test_with_few_seeds_there_is_no_interval_and_the_reason(sides):
 
 
 @pytest.mark.parametrize("n", [4, 5, 9])
-def test_leaving_a_seed_out_of_triples_covers_the_truth(n):
-    """Seeds close more or fewer cycles with all others, and each triple has chance of its own."""
+def test_the_leave_one_out_interval_of_triples_covers_the_truth(n):
+    """Simulate seeds with effects on all of their triples, and noise per triple."""
     rng = np.random.default_rng(0)
 
     def draw(draws, seeds):

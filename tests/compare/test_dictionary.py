@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 
-def test_zero_is_a_row_without_direction_on_either_side(dictionary):
+def test_zero_marks_latents_without_direction_in_encoder_or_decoder(dictionary):
     encoder, decoder = np.ones((6, 3)), np.ones((6, 3))
     encoder[1], decoder[2], encoder[3, 0], decoder[4, 2] = 0, 0, np.nan, np.inf
     assert dictionary(encoder, decoder).zero.tolist() == [False, True, True, True, True, False]

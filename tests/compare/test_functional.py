@@ -15,14 +15,14 @@ from reseed.compare.functional import (
 
 
 def contribution(values, residual, rows):
-    """Of dense latents, by the definition."""
+    """Return the contributions of dense latents, by definition."""
     return Contribution(
         (values * (residual @ rows.T)).sum(0), (values**2).sum(0) * (rows**2).sum(1)
     )
 
 
 class Pair:
-    """Two dense dictionaries of different width, with residuals that are not their own doing."""
+    """Two dense dictionaries of different width, with noise that neither reconstructs."""
 
     def __init__(self, seed, tokens=60, widths=(7, 5), d_in=6):
         rng = np.random.default_rng(seed)
@@ -37,8 +37,7 @@ class Pair:
         return self.x - self.f @ self.w
 
     def error(self, i=None, j=None, scale=1.0):
-        """Σ‖·‖² of the residual of A, with i taken out and j put in: the reconstruction is made
-        again."""
+        """Reconstruct again with i taken out and j put in; return Σ‖·‖² of A's residual."""
         f = self.f.copy()
         if i is not None:
             f[:, i] = 0
@@ -60,7 +59,7 @@ PARTNER = [2, 0, -1, 4, 4, 1, 3]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_replacing_taking_out_and_putting_in_are_those_of_the_reconstruction(seed):
+def test_closed_forms_equal_reconstructing_again(seed):
     pair = Pair(seed)
     found, before = pair.replaced(PARTNER), pair.error()
     for i, j in enumerate(PARTNER):
@@ -79,7 +78,7 @@ def test_replacing_taking_out_and_putting_in_are_those_of_the_reconstruction(see
     assert put_in == pytest.approx([pair.error(j=j) - before for j in range(5)])
 
 
-def test_a_latent_can_stand_in_for_itself():
+def test_a_latent_substitutes_for_itself_perfectly():
     pair = Pair(0)
     pair.g, pair.v = pair.f, pair.w
     found = pair.replaced(range(7))
@@ -89,8 +88,8 @@ def test_a_latent_can_stand_in_for_itself():
     assert np.isnan(found.quality[harmful]).all()
 
 
-def test_by_hand():
-    """One token, x = (3, 0). A has 2·(1, 0), B has 1·(1, 0): errors 1, out 9, replaced 4."""
+def test_substitution_equals_a_hand_computed_example():
+    """One token, x = (3, 0). A has 2·(1, 0), B 1·(1, 0): error 1, taken out 9, replaced 4."""
     own = Contribution(np.array([2.0]), np.array([4.0]))  # r = (1, 0), f (r·w) = 2, f² = 4
     other = Contribution(np.array([1.0]), np.array([1.0]))
     found = substitution(own, other, np.array([0]), np.array([2.0]), np.array([1.0]))
@@ -104,24 +103,26 @@ def test_by_hand():
     assert other.put_in.tolist() == [-1]
 
 
-def test_one_that_never_fires_repairs_nothing_and_one_that_is_opposed_does_harm():
+def test_a_silent_latent_repairs_nothing_and_an_opposed_one_does_harm():
     own = Contribution(np.zeros(2), np.ones(2))
     other = Contribution(np.zeros(2), np.array([0.0, 1.0]))
     found = substitution(own, other, np.arange(2), np.array([0.0, 1.0]), np.array([1.0, -1.0]))
-    assert found.quality.tolist() == [0, -3]  # r + w + w: error 4 in the place of 1
+    assert found.quality.tolist() == [0, -3]  # r + w + w: error 4 instead of 1
     assert found.quality_best.tolist() == [0, 0]
     assert bounded(found.quality).tolist() == [0, 0]
 
 
-def test_row_products():
+def test_row_products_are_those_of_each_row_with_its_partner():
     a, b = torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.tensor([[1.0, 1], [0, 2]])
     found = row_products(a, b, torch.tensor([1, -1, 0]))
     assert found.tolist() == [4, 0, 11]
 
 
 @pytest.mark.parametrize(("entries", "columns"), [(210, 11), (1, 1), (1 << 22, 2048)])
-def test_second_best_is_the_nearest_allowed_but_the_partner(monkeypatch, entries, columns):
-    """From both sides, whatever the tiles."""
+def test_second_best_is_the_nearest_allowed_latent_except_the_partner(
+    monkeypatch, entries, columns
+):
+    """The result holds from both sides and for any size of tiles."""
     rng = np.random.default_rng(0)
     a, b = (torch.from_numpy(rng.standard_normal((n, 4))) for n in (50, 30))
     partner = rng.permutation(60)[:50]
@@ -143,7 +144,7 @@ def test_second_best_is_the_nearest_allowed_but_the_partner(monkeypatch, entries
             assert seconds[i] == max(rest, key=lambda j, i=i: table[i, j])
 
 
-def test_no_second_where_there_is_no_other():
+def test_there_is_no_second_best_without_another_allowed_latent():
     a, one, none = torch.eye(2), torch.tensor([True, False]), torch.zeros(2, dtype=torch.bool)
     both = one | True
     found = second_best(a, a, torch.tensor([0, 1]), both, one)
@@ -153,7 +154,7 @@ def test_no_second_where_there_is_no_other():
         assert [x.tolist() for x in found] == [[-1, -1], [-1, -1]]
 
 
-def test_random_partners_fire_as_often_and_are_not_the_match():
+def test_random_partners_fire_about_as_often_and_are_not_the_match():
     rng = np.random.default_rng(0)
     firing_a, firing_b = rng.geometric(0.01, 400), rng.geometric(0.01, 300)
     allowed = firing_b >= 10
@@ -170,19 +171,19 @@ def test_random_partners_fire_as_often_and_are_not_the_match():
         assert (found != partner).all()
         seen.append(found[0])
     others = np.flatnonzero(allowed & (decile_b == decile_a[0]))
-    assert set(seen) == set(others) - {partner[0]}, "every other one can be drawn"
+    assert set(seen) == set(others) - {partner[0]}, "every other latent can be drawn"
     again = random_alike(firing_a, firing_b, partner, allowed, 299)
     assert np.array_equal(again, found)
 
 
-def test_no_random_partner_where_there_is_no_other():
+def test_there_is_no_random_partner_without_another_allowed_latent():
     firing, allowed = np.array([5, 5]), np.array([True, False])
     partner = np.array([0, 1])
     assert random_alike(firing, firing, partner, allowed, 0).tolist() == [-1, 0]
     assert random_alike(firing, firing, partner, ~allowed & allowed, 0).tolist() == [-1, -1]
 
 
-def test_quality_against_coverage_by_hand():
+def test_quality_against_coverage_equals_a_hand_computed_example():
     quality = np.array([0.5, np.nan, 1.0, 0.0])
     found = quality_coverage(quality, rank=np.array([0.8, 1.0, 0.9, 0.1]))
     assert found.tolist() == [1.0, 0.75, 0.5]

@@ -1,4 +1,4 @@
-"""What tells cells apart, from the records of their runs."""
+"""Settings that identify cells, from the records of their runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reseed.compare.load import knobs, named_alike
 
 
 def run(sae: dict[str, Any], sparsity: str) -> Any:
-    """A run with the record of an SAE."""
+    """Make a run with the record of an SAE."""
     hookpoint = {"site": "resid_post", "module": None}
     experiment = {"layer": 2, "hookpoint": hookpoint, "sae": sae, "training": {"recipe": "short"}}
     return SimpleNamespace(record={
@@ -26,8 +26,8 @@ def relu(target: float | None) -> Any:
     return run({"type": "relu", "target_l0": target}, "λ=5" if target is None else f"L0*={target}")
 
 
-def test_k_is_k_by_whichever_name_it_was_given() -> None:
-    for one in (topk(8), topk(8, target_l0=None), topk(8, target_l0=8)):  # the last of old
+def test_a_k_is_shown_as_k_whether_set_as_k_or_as_target_l0() -> None:
+    for one in (topk(8), topk(8, target_l0=None), topk(8, target_l0=8)):  # the last: old records
         assert knobs([one], {"sae": "topk"})["sparsity"] == "k=8"
     assert knobs([topk(8, target_l0=8), topk(8)], {})["sparsity"] == "k=8"
     assert knobs([topk(8)], {"sae.target_l0": "8"}) == knobs([topk(8)], {})
@@ -39,7 +39,7 @@ def sparsities(*cells: list[Any]) -> list[str]:
     return [k["sparsity"] for k, _ in named_alike([(knobs(runs, {}), None) for runs in cells])]
 
 
-def test_k_is_an_l0_beside_what_is_brought_to_one() -> None:
+def test_a_k_is_shown_as_l0_if_another_cell_is_calibrated_to_an_l0() -> None:
     assert sparsities([topk(8)], [relu(8)]) == ["L0≈8", "L0≈8"]
     assert sparsities([topk(8), relu(8)]) == ["L0≈8"]
     assert sparsities([topk(8)], [relu(None)]) == ["k=8", "λ=5"]

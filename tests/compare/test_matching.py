@@ -16,7 +16,7 @@ from reseed.compare.rows import unit_rows
 
 
 def total_by_enumeration(a, b):
-    """The largest sum of cosines over all one-to-one assignments, by trying each."""
+    """Return the largest sum of cosines over all one-to-one assignments, by trying each."""
     cosine = (a / np.linalg.norm(a, axis=1)[:, None]) @ (b / np.linalg.norm(b, axis=1)[:, None]).T
     if len(a) > len(b):
         cosine = cosine.T
@@ -28,10 +28,7 @@ def total_by_enumeration(a, b):
 
 
 def check_certificate(a, b, found, absolute=False):
-    """What anyone can check who has the rows, the assignment and the prices, and nothing else.
-
-    Raises AssertionError unless they prove that the assignment is the best there is.
-    """
+    """Raise AssertionError unless rows, assignment and prices prove that it is optimal."""
     sides = []
     for rows, prices in ((a, found.row_prices), (b, found.column_prices)):
         rows = np.asarray(rows, dtype=np.float64)
@@ -50,7 +47,7 @@ def check_certificate(a, b, found, absolute=False):
             worst,
             (cosine - row_prices[start : start + 1024, None] - column_prices).max(initial=-np.inf),
         )
-    assert worst < 1e-11, "a pair is worth more than its prices"
+    assert worst < 1e-11, "a cosine exceeds the sum of its prices"
     for few, many, prices in (
         (rows_a, rows_b, column_prices),
         (rows_b, rows_a, row_prices),
@@ -69,7 +66,7 @@ def check_certificate(a, b, found, absolute=False):
 
 @given(n=st.integers(1, 6), m=st.integers(1, 6), d=st.integers(1, 4), seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None)
-def test_the_assignment_is_one_to_one_and_the_best(n, m, d, seed):
+def test_the_assignment_is_one_to_one_and_optimal(n, m, d, seed):
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((n, d)), rng.standard_normal((m, d))
     found = match(a, b)
@@ -85,7 +82,7 @@ def test_the_assignment_is_one_to_one_and_the_best(n, m, d, seed):
 
 @given(n=st.integers(1, 30), m=st.integers(1, 30), seed=st.integers(0, 99))
 @settings(max_examples=30, deadline=None)
-def test_seen_from_the_other_side_it_is_the_inverse(n, m, seed):
+def test_exchanging_the_sides_gives_the_inverse(n, m, seed):
     rng = np.random.default_rng(seed)
     a, b = rng.standard_normal((n, 5)), rng.standard_normal((m, 5))
     mirrored, inverse = match(b, a), match(a, b).inverse()
@@ -93,7 +90,7 @@ def test_seen_from_the_other_side_it_is_the_inverse(n, m, seed):
     assert np.allclose(mirrored.cosines, inverse.cosines)
 
 
-def test_permuted_and_rescaled_rows_find_themselves():
+def test_permuted_and_rescaled_rows_match_themselves():
     rng = np.random.default_rng(0)
     a, order = rng.standard_normal((50, 8)), rng.permutation(50)
     scaled = a[order] * rng.uniform(1e-20, 1e20, (50, 1))
@@ -115,12 +112,13 @@ def test_rows_without_direction_stay_unmatched(broken):
     a[1], b[0, 2] = broken, broken
     b[0] = broken
     found = match(a, b)
-    # Row 1 of a and its like (b[2]) are out of luck; b[0] was the like of row 3, which takes b[2].
+    # Row 1 of a has no direction, so b[2], its equal, is free. b[0], the equal of row 3, has no
+    # direction either, so row 3 gets b[2].
     assert found.assignment.tolist() == [3, -1, 1, 2]
     assert found.cosines.tolist() == [1, 0, 1, 0]
 
 
-def test_nothing_to_match():
+def test_a_side_without_directions_gives_an_empty_matching():
     found = match(np.zeros((3, 2)), np.ones((2, 2)))
     assert found.assignment.tolist() == [-1, -1, -1]
     assert not found.cosines.any()
@@ -133,7 +131,7 @@ def test_repeated_rows_are_matched_once_each():
     assert np.allclose(found.cosines, 1)
 
 
-def test_unit_rows_of_tiny_numbers():
+def test_unit_rows_of_tiny_numbers_have_length_1():
     tiny = np.float32([[3e-42, 4e-42]])
     assert np.linalg.norm(unit_rows(tiny)) == pytest.approx(1)
 
@@ -143,7 +141,7 @@ def test_rows_of_different_length_are_refused():
         match(np.ones((2, 3)), np.ones((2, 4)))
 
 
-def test_a_planted_wrong_assignment_is_caught_by_the_certificate():
+def test_the_certificate_catches_a_wrong_assignment_and_wrong_prices():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 60, 8))
     found = match(a, b)
@@ -154,12 +152,12 @@ def test_a_planted_wrong_assignment_is_caught_by_the_certificate():
         check_certificate(a, b, replace(found, assignment=swapped))
     lowered = found.row_prices.copy()
     lowered[7] -= 1e-6
-    with pytest.raises(AssertionError, match="worth more than its prices"):
+    with pytest.raises(AssertionError, match="exceeds the sum of its prices"):
         check_certificate(a, b, replace(found, row_prices=lowered))
 
 
 def total_by_scipy(a, b, absolute=False):
-    """The largest sum of cosines, by scipy's dense solver."""
+    """Return the largest sum of cosines, by scipy's dense solver."""
     rows = [unit_rows(x) for x in (a, b)]
     one, other = (x[x.any(axis=1)] for x in rows)
     cosine = one @ other.T
@@ -169,13 +167,13 @@ def total_by_scipy(a, b, absolute=False):
 
 
 def orthogonal_blocks(rng):
-    """Two identical blocks of rows, each many times over."""
+    """Make two equal sides, each of a block of rows repeated 40 times."""
     block = rng.standard_normal((7, 10))
     return np.tile(block, (40, 1)), np.tile(block, (40, 1))
 
 
 def planted(rng, n=300, m=300, d=24, noise=0.4):
-    """Half of the rows have a like on the other side; the rest are in clusters."""
+    """Make two sides: half of the rows have a counterpart, the others are in clusters."""
     common = rng.standard_normal((min(n, m) // 2, d))
     centres = rng.standard_normal((6, d))
     sides = []
@@ -262,7 +260,7 @@ def test_every_family_has_the_optimum_of_scipy(family, candidates, absolute):
 )
 @settings(max_examples=300, deadline=None)
 def test_rows_with_many_ties_have_the_optimum_of_scipy(n, m, d, candidates, levels, absolute, seed):
-    """Numbers from a small set: ties, identical rows and zero rows are everywhere."""
+    """Entries are from a small set, so ties, identical rows and zero rows are frequent."""
     rng = np.random.default_rng(seed)
     a, b = (
         rng.integers(-levels, levels + 1, (size, d)).astype(float)
@@ -277,12 +275,12 @@ def test_rows_with_many_ties_have_the_optimum_of_scipy(n, m, d, candidates, leve
 
 
 @pytest.mark.parametrize("columns", [1, 2])
-def test_rows_that_outbid_each_other_leave_prices_that_prove_something(columns):
-    """1,000 rows want the copies of a few: prices had gone up to a million."""
+def test_prices_stay_small_if_many_rows_compete_for_few_columns(columns):
+    """1,000 rows compete for copies of a few columns; prices once rose to a million."""
     rng = np.random.default_rng(0)
     a, few = rng.standard_normal((1000, 8)), rng.standard_normal((columns, 8))
     b = few[np.arange(1000) % columns]
-    for scale in (1, 2, 4, 8):  # which side is taken first depends on the bits
+    for scale in (1, 2, 4, 8):  # the order of the sides depends on the bits
         found = match(scale * a.astype(np.float32), b.astype(np.float32))
         check_certificate(a.astype(np.float32), b.astype(np.float32), found)
         assert abs(found.gap) < 1e-10
@@ -290,8 +288,8 @@ def test_rows_that_outbid_each_other_leave_prices_that_prove_something(columns):
 
 
 @pytest.mark.parametrize("size", [0.0, 1e3, 1e6])
-def test_what_is_said_of_open_pairs_is_never_too_little(size):
-    """Float32 has few digits left of a cosine beside large prices, and a margin of its own."""
+def test_excess_and_rest_of_open_pairs_are_upper_bounds(size):
+    """With large prices float32 has few digits left for a cosine, and it rounds the margin."""
     rng = np.random.default_rng(0)
     a, b = (distinct_rows(rng.standard_normal((n, 8))) for n in (60, 80))
     cosine = unit_rows(a.values) @ unit_rows(b.values).T
@@ -310,32 +308,32 @@ def test_what_is_said_of_open_pairs_is_never_too_little(size):
 
 
 def test_mutual_nearest_neighbours_are_not_always_matched():
-    """Row 1 of either side is the other's nearest, at cosine 1, and yet belongs elsewhere."""
+    """The first rows of both sides are equal, and yet the optimum matches them elsewhere."""
     up, down = np.array([0.5, np.sqrt(0.75)]), np.array([0.5, -np.sqrt(0.75)])
     a, b = np.array([[1.0, 0], up]), np.array([[1.0, 0], down])
     found = match(a, b)
     assert found.assignment.tolist() == [1, 0]
-    assert found.cosines.sum() == pytest.approx(1.0)  # the identity has 1 − 0.5
+    assert found.cosines.sum() == pytest.approx(1.0)  # the identity would give 1 − 0.5
 
 
-def test_how_many_latents_have_an_alternative():
+def test_ambiguous_counts_the_rows_with_an_equally_good_partner():
     rng = np.random.default_rng(0)
     a = rng.standard_normal((40, 8))
     assert match(a, a).ambiguous == 0
-    # Two rows that are alike may change places: with each other, and so do those that they match.
+    # Two equal rows may exchange their partners.
     twice = np.r_[a, a[:1]]
     assert match(twice, twice).ambiguous == 2
-    # Four directions of a plane and four between them: both ways round are as good.
+    # Four directions in a plane and four between them: both neighbours are equally good.
     angles = np.pi / 2 * np.arange(4)
     cross = np.c_[np.cos(angles), np.sin(angles)]
     between = np.c_[np.cos(angles + np.pi / 4), np.sin(angles + np.pi / 4)]
     assert match(cross, between).ambiguous == 4
-    # One row, and two columns that are as near to it.
+    # One row and two equally near columns; then only one of them is nearest.
     assert match(np.array([[1.0, 0]]), np.array([[1.0, 1], [1, -1]])).ambiguous == 1
     assert match(np.array([[1.0, 0]]), np.array([[1.0, 1], [1, -2]])).ambiguous == 0
 
 
-def test_absolute_cosines():
+def test_absolute_cosines_match_antipodal_rows():
     a = np.random.default_rng(0).standard_normal((50, 6))
     found = match(a, -a[::-1], absolute=True)
     assert found.assignment.tolist() == list(range(49, -1, -1))
@@ -343,13 +341,13 @@ def test_absolute_cosines():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_tensors_of_any_precision_are_taken(dtype):
+def test_tensors_of_any_precision_are_accepted(dtype):
     a = torch.randn(30, 6, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     found = match(a, a.flip(0))
     assert found.assignment.tolist() == list(range(29, -1, -1))
 
 
-def test_what_is_refused():
+def test_complex_rows_and_zero_candidates_are_refused():
     with pytest.raises(ValueError, match="real numbers; got complex128"):
         match(np.ones((2, 3), dtype=complex), np.ones((2, 3)))
     with pytest.raises(ValueError, match=r"`candidates` must be at least 1; got 0"):
@@ -367,7 +365,7 @@ def test_a_matching_larger_than_the_free_memory_is_refused(monkeypatch):
         match(np.ones((5, 3)), np.ones((2, 3)))
 
 
-def test_it_tells_what_it_does():
+def test_progress_reports_the_pass_over_the_candidates():
     said = []
     a = np.random.default_rng(0).standard_normal((300, 6))
     match(a, a[::-1], candidates=4, progress=said.append)

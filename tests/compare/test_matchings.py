@@ -30,7 +30,7 @@ def calls(monkeypatch):
     return made
 
 
-def test_a_matching_is_made_once_and_found_from_both_sides(rows, tmp_path, calls):
+def test_a_matching_is_computed_once_for_both_orders_of_its_sides(rows, tmp_path, calls):
     a, b = rows
     a[3] = np.nan
     store = MatchingStore(tmp_path / "there", least=0)
@@ -42,22 +42,22 @@ def test_a_matching_is_made_once_and_found_from_both_sides(rows, tmp_path, calls
     assert len(list((tmp_path / "there").iterdir())) == 1
 
 
-def test_other_rows_and_other_cosines_are_other_matchings(rows, tmp_path, calls):
+def test_different_rows_or_absolute_cosines_are_separate_matchings(rows, tmp_path, calls):
     a, b = rows
     store = MatchingStore(tmp_path, least=0)
     store(a, b)
     store(a, b, absolute=True)
-    store(a, b * np.float64(2))  # the same directions, but that is not known before
+    store(a, b * np.float64(2))  # the same directions, but the digest is of the rows
     assert calls == [False, True, False]
 
 
-def test_small_matchings_are_not_kept(rows, tmp_path):
+def test_small_matchings_are_not_stored(rows, tmp_path):
     MatchingStore(tmp_path / "none", least=2001)(*rows)
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_a_damaged_file_is_made_again(rows, tmp_path, content):
+def test_a_damaged_file_is_computed_again(rows, tmp_path, content):
     store = MatchingStore(tmp_path, least=0)
     first = store(*rows)
     (path,) = tmp_path.iterdir()

@@ -1,4 +1,4 @@
-"""Measures of a pair beside the strict rule, by dense matrices and scipy's solver."""
+"""Measures of a pair besides the strict rule, checked with dense matrices and scipy's solver."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def unit(rows):
 def pair(dictionary):
     rng = np.random.default_rng(1)
     rows = rng.standard_normal((2, 50, 12))
-    # Encoder and decoder are moved by noise of their own, so that the two matchings differ.
+    # Encoder and decoder get separate noise, so that the two matchings differ.
     noise = rng.uniform(0, 1.4, (2, 44, 1)) * rng.standard_normal((2, 44, 12))
     others = (rows[:, :44] + noise)[:, rng.permutation(44)]
     others[1, ::3] *= -1
@@ -33,7 +33,7 @@ def pair(dictionary):
     return a, dictionary(*others, seed="b", firing=rng.integers(0, 30, 44))
 
 
-def test_the_sweep_is_the_strict_rule_at_each_threshold(pair):
+def test_threshold_measures_are_the_strict_rule_at_each_threshold(pair):
     measures = compare_pair(*pair).measures
     for tau in THRESHOLDS:
         alone = compare_pair(*pair, threshold=tau).measures
@@ -44,7 +44,7 @@ def test_the_sweep_is_the_strict_rule_at_each_threshold(pair):
     assert found[0] > found[-1]
 
 
-def test_pw_mcc_by_scipy(pair):
+def test_pw_mcc_agrees_with_scipy(pair):
     a, b = pair
     table = unit(a.decoder) @ unit(b.decoder).T
     measures = compare_pair(a, b).measures
@@ -56,7 +56,7 @@ def test_pw_mcc_by_scipy(pair):
     assert back["pw_mcc_absolute"] == pytest.approx(measures["pw_mcc_absolute"])
 
 
-def test_pw_mcc_is_over_the_smaller_side_with_latents_that_have_no_direction(dictionary):
+def test_pw_mcc_divides_by_the_smaller_side_including_latents_without_direction(dictionary):
     rows = np.random.default_rng(0).standard_normal((10, 8))
     broken = -rows[:8]
     broken[3] = 0
@@ -66,7 +66,7 @@ def test_pw_mcc_is_over_the_smaller_side_with_latents_that_have_no_direction(dic
     assert found["cosine_decoder"] == pytest.approx(found["pw_mcc_signed"] * 8 / 7)
 
 
-def test_one_matching_of_both_halves(pair):
+def test_joint_fractions_agree_with_scipy(pair):
     a, b = pair
     encoder = unit(a.encoder) @ unit(b.encoder).T
     decoder = unit(a.decoder) @ unit(b.decoder).T
@@ -79,8 +79,8 @@ def test_one_matching_of_both_halves(pair):
     assert measures["shared_fraction_joint_live"] == 2 * live / (live_a.sum() + live_b.sum())
 
 
-def test_one_matching_needs_no_index_to_agree(dictionary):
-    # The nearest by encoder and by decoder are not the same; each of both is near enough.
+def test_joint_matching_shares_latents_whose_two_matchings_disagree(dictionary):
+    # The nearest by encoder and by decoder differ, but both are near enough.
     c, s = np.cos(0.3), np.sin(0.3)
     a = dictionary([[1, 0], [c, s]], [[1, 0], [c, s]])
     b = dictionary([[1, 0], [c, s]], [[c, s], [1, 0]], seed="1")
@@ -89,7 +89,7 @@ def test_one_matching_needs_no_index_to_agree(dictionary):
     assert measures["shared_fraction_joint"] == 1
 
 
-def test_fractions_with_weights_by_hand(dictionary):
+def test_weighted_fractions_agree_with_hand_computed_values(dictionary):
     rows = np.eye(4, 8)
     other = rows.copy()
     other[2:] = np.eye(8)[6:]  # latents 0 and 1 are shared
@@ -98,7 +98,7 @@ def test_fractions_with_weights_by_hand(dictionary):
     measures = compare_pair(a, b).measures
     assert measures["shared_fraction_by_firing"] == (400 + 290) / (440 + 410)
     assert measures["shared_fraction_by_variance"] == (6 + 4) / (8 + 9)
-    # Denser than a tenth of 1,000 tokens: latent 0 of A, latents 0 and 2 of B.
+    # Dense, with more than a tenth of 1,000 tokens: latent 0 of A, latents 0 and 2 of B.
     assert (measures["dense_a"], measures["dense_b"]) == (1, 2)
     assert measures["shared_fraction_dense"] == 2 / 3
     assert measures["shared_fraction_sparse"] == 2 / 4
@@ -106,7 +106,7 @@ def test_fractions_with_weights_by_hand(dictionary):
     assert np.isnan(without["shared_fraction_by_variance"])
 
 
-def test_variance_of_a_contribution_by_its_definition():
+def test_the_variance_of_a_contribution_agrees_with_its_definition():
     rng = np.random.default_rng(0)
     activations = np.maximum(rng.standard_normal((500, 6)), 0) * np.arange(6)
     decoder = rng.standard_normal((6, 9))
@@ -120,7 +120,7 @@ def test_variance_of_a_contribution_by_its_definition():
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_run_is_loaded_with_the_variance_where_its_sums_are_stored(stored):
+def test_a_run_is_loaded_with_the_variance_if_its_sums_are_stored(stored):
     sae = TopKConfig(num_latents=6, k=2).build(4, torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.W_dec.mul_(torch.arange(1.0, 7)[:, None])
@@ -146,7 +146,7 @@ def test_a_run_is_loaded_with_the_variance_where_its_sums_are_stored(stored):
 
 
 class Counting:
-    """A matcher that remembers what it was asked for."""
+    """Matcher that records its calls."""
 
     def __init__(self):
         self.asked = []
@@ -167,11 +167,11 @@ def test_every_assignment_goes_through_the_matcher(pair, monkeypatch):
     monkeypatch.setattr("reseed.compare.stability.match", refused)
     found = compare_pair(a, b, matcher=matcher)
     assert found.measures == pytest.approx(wanted.measures, nan_ok=True)
-    # Encoder, decoder, pre-activations, |decoder|, both halves together.
+    # Encoder, decoder, pre-activations, |decoder|, joint.
     assert sorted(matcher.asked) == [(12, False)] * 3 + [(12, True), (24, False)]
 
 
-def test_briefly_only_what_the_untrained_columns_need(pair, partly_shared, settings):
+def test_brief_computes_only_what_the_untrained_columns_need(pair, partly_shared, settings):
     matcher = Counting()
     brief = compare_pair(*pair, brief=True, matcher=matcher)
     assert len(matcher.asked) == 2
@@ -184,9 +184,8 @@ def test_briefly_only_what_the_untrained_columns_need(pair, partly_shared, setti
     assert cell.pairs["untrained_coverage"].notna().all()
 
 
-def test_weights_that_are_all_shared_make_one_and_no_more(dictionary):
-    """Sums of the same numbers in another order differ in the last digit, and a fraction above 1
-    would be refused where the interval is made."""
+def test_a_weighted_fraction_never_exceeds_1(dictionary):
+    """Sums in another order differ in the last digit; intervals refuse a fraction above 1."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         silent = rng.random(60) < 0.2

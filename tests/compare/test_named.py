@@ -1,4 +1,4 @@
-"""Named latents: what is read, and what is said of them."""
+"""Tests of named latents: reading their list, and the columns of their replication."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ N, D = 40, 64
 
 @pytest.fixture
 def runs(partly_shared):
-    """Three runs, 12 latents of each the same as those of the others, in another order."""
+    """Return three runs that have 12 latents in common, in different orders."""
     return partly_shared(3, 12)
 
 
@@ -38,7 +38,7 @@ def looked_up(result, runs, *latents):
     return replication(result, [Named(i, "--latents", run="run-0") for i in latents], by_id.get)
 
 
-def test_a_list_is_read_as_it_stands(tmp_path):
+def test_a_list_with_bom_spaces_and_quotes_is_read(tmp_path):
     path = tmp_path / "l.csv"
     path.write_text('\ufefflatent, label ,seed\n 3 ,"a, b",0\n17,,1\n', encoding="utf-8")
     assert read_named(path) == [
@@ -52,7 +52,7 @@ def test_a_list_is_read_as_it_stands(tmp_path):
     [
         ("", "{} is empty: it must have a column `latent`"),
         ("latent\n", "{} names no latents: there is nothing below its header"),
-        ("latent,lable\n3,x\n", "{} has a column `lable` that is not known. Did you mean `label`? "
+        ("latent,lable\n3,x\n", "{} has an unknown column `lable`. Did you mean `label`? "
          "Columns: latent, label, run, seed."),
         ("label,seed\nx,0\n", "{} must have a column `latent`; its columns are label, seed"),
         ("latent\n3\n-1\n", "{}, line 3: `latent` must be an integer, at least 0; got '-1'"),
@@ -61,7 +61,7 @@ def test_a_list_is_read_as_it_stands(tmp_path):
         ("latent\n3,4\n", "{}, line 2 has more entries than there are columns: ['4']"),
     ],
 )  # fmt: skip
-def test_what_is_no_list_is_refused(text, message, tmp_path):
+def test_a_malformed_list_is_refused(text, message, tmp_path):
     path = tmp_path / "l.csv"
     path.write_text(text)
     with pytest.raises(ReseedError) as caught:
@@ -69,17 +69,17 @@ def test_what_is_no_list_is_refused(text, message, tmp_path):
     assert str(caught.value) == message.format(path)
 
 
-def test_a_file_that_is_not_there_or_no_text(tmp_path):
+def test_a_missing_or_binary_file_is_refused(tmp_path):
     with pytest.raises(ReseedError, match=r"there is no file nowhere\.csv"):
         read_named("nowhere.csv")
     (tmp_path / "b.csv").write_bytes(b"latent\n\xff\xfe")
-    with pytest.raises(ReseedError, match="is no csv file"):
+    with pytest.raises(ReseedError, match="is not a csv file"):
         read_named(tmp_path / "b.csv")
     with pytest.raises(ReseedError, match="--latents: `latent` must be an integer"):
         index_of("1e3", "--latents")
 
 
-def test_who_shares_a_latent_is_what_a_plain_loop_finds(result, runs):
+def test_shared_and_best_latents_equal_those_of_a_plain_loop(result, runs):
     frame = looked_up(result, runs, *range(N))
     assert frame["latent"].tolist() == list(range(N))
     a = runs[0]
@@ -103,10 +103,10 @@ def test_who_shares_a_latent_is_what_a_plain_loop_finds(result, runs):
     assert (frame["shared_with"] == 2).sum() == 12
     assert (frame["shared_with"] == 0).sum() == 28
     assert frame["dictionary_shared"].to_numpy() == pytest.approx(12 / 40)
-    assert "partner_0" not in list(frame), "nothing is said of the run itself"
+    assert "partner_0" not in list(frame), "there are no columns for the run itself"
 
 
-def test_latents_of_several_runs_and_one_without_direction(result, runs):
+def test_latents_may_be_of_several_runs_and_one_may_be_zero(result, runs):
     from dataclasses import replace
 
     encoder = runs[1].encoder.copy()
@@ -116,7 +116,7 @@ def test_latents_of_several_runs_and_one_without_direction(result, runs):
     by_id = {x.id: (x.encoder, x.decoder) for x in runs}
     named = [Named(5, "", run="run-1"), Named(3, "", "x", "run-0"), Named(5, "", run="run-2")]
     frame = replication(result, named, by_id.get)
-    assert frame["run"].tolist() == ["run-1", "run-0", "run-2"], "in the order in which they came"
+    assert frame["run"].tolist() == ["run-1", "run-0", "run-2"], "in the given order"
     assert frame["seed"].tolist() == ["1", "0", "2"]
     assert frame["partner_0"].isna().tolist() == [False, True, False]
     assert frame["zero"].tolist() == [True, False, False]
@@ -125,7 +125,7 @@ def test_latents_of_several_runs_and_one_without_direction(result, runs):
     assert np.isnan(silent["cosine_decoder_0"])
 
 
-def test_an_index_out_of_range_is_told_of_with_the_range(result, runs):
+def test_an_index_out_of_range_is_refused_with_the_range(result, runs):
     with pytest.raises(ReseedError) as caught:
         looked_up(result, runs, 3, 40)
     assert str(caught.value) == (
@@ -133,22 +133,22 @@ def test_an_index_out_of_range_is_told_of_with_the_range(result, runs):
     )
 
 
-def test_deciles_of_firing_among_live_latents():
+def test_firing_deciles_are_among_live_latents():
     firing = np.array([0, 3, *range(10, 30), 500])
     live = firing >= 10
     found = firing_decile(firing, live)
-    assert found[:2].tolist() == [0, 0], "not live: a stratum of their own"
-    # 21 live latents: two of each decile, one has three.
+    assert found[:2].tolist() == [0, 0], "latents that are not live have decile 0"
+    # 21 live latents: two per decile, three in one.
     assert np.bincount(found)[1:].sum() == 21
     assert set(np.bincount(found)[1:]) == {2, 3}
     assert (np.diff(found[2:]) >= 0).all()
     assert found[-1] == 10
-    assert firing_decile(np.full(5, 50), np.ones(5, bool)).tolist() == [1] * 5, "all alike"
+    assert firing_decile(np.full(5, 50), np.ones(5, bool)).tolist() == [1] * 5, "all equal"
     assert firing_decile(np.zeros(3, int), np.zeros(3, bool)).tolist() == [0] * 3
 
 
-def test_what_latents_that_fire_alike_show(runs):
-    """Shared ones fire rarely here, the others often."""
+def test_the_decile_baseline_is_that_of_latents_that_fire_as_often(runs):
+    """Shared latents fire rarely here, the others often."""
     from dataclasses import replace
 
     base = compare_cell(runs, [], ComparisonConfig(name="t", grid={"seed": [0, 1, 2]}))
@@ -171,8 +171,8 @@ def test_reproducibility_is_jeffreys(m, n):
     assert (mean, low, high) == pytest.approx((wanted.mean(), *wanted.ppf([0.05, 0.95])))
 
 
-def test_estimates_of_the_cell_take_the_place_of_those(result, runs):
-    """Where the table of latents has them, they are not made anew."""
+def test_reproducibility_in_the_table_of_latents_is_used(result, runs):
+    """Without it, the table gets Jeffreys' estimate."""
     from dataclasses import replace
 
     import pyarrow as pa

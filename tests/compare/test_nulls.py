@@ -19,7 +19,7 @@ from reseed.compare.stability import compare_pair
 
 
 def test_the_matched_null_is_below_the_best_match_and_the_bound():
-    # Values of the methods page, from another program: best .394, matched .379, bound .465.
+    # Values from an independent program: best .394, matched .379, bound .465.
     null = isotropic_null(1024, 1024, 64)
     assert null.cosine == pytest.approx(0.379, abs=0.002)
     assert best_cosine(1024, 64) == pytest.approx(0.394, abs=0.001)
@@ -27,7 +27,7 @@ def test_the_matched_null_is_below_the_best_match_and_the_bound():
     assert null.shared_fraction == 0
 
 
-def test_two_random_dictionaries_measure_the_null(dictionary):
+def test_two_random_dictionaries_have_the_cosines_of_the_null(dictionary):
     rng = np.random.default_rng(5)
     a, b = (dictionary(*rng.standard_normal((2, 400, 32)), seed=s) for s in "ab")
     measures, null = compare_pair(a, b).measures, isotropic_null(400, 400, 32)
@@ -36,7 +36,7 @@ def test_two_random_dictionaries_measure_the_null(dictionary):
 
 
 @pytest.mark.slow
-def test_in_few_dimensions_random_dictionaries_do_share(dictionary):
+def test_in_two_dimensions_random_dictionaries_share_as_much_as_the_null(dictionary):
     def measured(seed, name):
         rng = np.random.default_rng(seed)
         a, b = (dictionary(*rng.standard_normal((2, 30, 2)), seed=s) for s in "ab")
@@ -59,7 +59,7 @@ def test_the_null_is_deterministic_and_symmetric():
     assert isotropic_null(30, 40, 8, seed=2) != first
 
 
-def test_above_the_limit_the_cosine_is_extended_and_the_row_says_so(monkeypatch):
+def test_above_the_limit_the_cosine_is_extrapolated_and_the_simulated_size_is_given(monkeypatch):
     whole = isotropic_null(1024, 1024, 64)
     monkeypatch.setattr(nulls, "MAX_SIMULATED_LATENTS", 256)
     nulls.isotropic_null.cache_clear()
@@ -71,14 +71,14 @@ def test_above_the_limit_the_cosine_is_extended_and_the_row_says_so(monkeypatch)
 
 
 @pytest.mark.parametrize("d_in", [1, 2, 3, 20])
-def test_probability_of_a_cosine_by_drawing(d_in):
+def test_the_probability_of_a_cosine_agrees_with_random_draws(d_in):
     rows = np.random.default_rng(0).standard_normal((200_000, d_in))
     cosines = rows[:, 0] / np.linalg.norm(rows, axis=1)
     for c in (-0.3, 0.0, 0.2, 0.7):
         assert above(c, d_in) == pytest.approx((cosines > c).mean(), abs=0.005)
 
 
-def test_on_the_circle_and_the_sphere_the_probabilities_are_known():
+def test_probabilities_agree_with_closed_forms_on_the_circle_and_the_sphere():
     assert above(np.cos(np.pi / 6), 2) == pytest.approx(1 / 6)  # an arc of 2·30° of 360°
     assert above(0.5, 3) == pytest.approx(0.25)  # Archimedes: uniform in height
     assert covered_by_chance(3, 3, 0.5) == pytest.approx(1 - (1 - 0.25**2) ** 3)
@@ -87,7 +87,7 @@ def test_on_the_circle_and_the_sphere_the_probabilities_are_known():
     assert best_cosine(2, 3) == pytest.approx(1 / 3, abs=1e-6)
 
 
-def test_kappa_is_zero_at_the_null_and_one_at_the_top():
+def test_kappa_is_0_at_the_null_and_1_if_everything_is_shared():
     assert kappa(0.2, 0.2) == 0
     assert kappa(1.0, 0.2) == 1
     assert kappa(0.6, 0.2) == pytest.approx(0.5)
@@ -95,7 +95,7 @@ def test_kappa_is_zero_at_the_null_and_one_at_the_top():
 
 
 @pytest.mark.parametrize(("num_latents", "d_in"), [(512, 64), (512, 256)])
-def test_best_and_matched_cosine_of_the_null_by_simulation(num_latents, d_in):
+def test_best_and_matched_cosine_of_the_null_agree_with_a_simulation(num_latents, d_in):
     rng = np.random.default_rng(9)
     rows = [[rng.standard_normal((num_latents, d_in)) for _ in range(2)] for _ in range(5)]
     found = [match(*pair).cosines.mean() for pair in rows]
@@ -112,7 +112,7 @@ def spectra(d_in):
 
 @pytest.mark.parametrize("name", ["1/k", "1/sqrt k"])
 @pytest.mark.parametrize(("num_latents", "d_in"), [(512, 64), (400, 128)])
-def test_the_null_with_a_covariance_by_simulation(name, num_latents, d_in):
+def test_the_covariance_null_agrees_with_a_simulation(name, num_latents, d_in):
     covariance = spectra(d_in)[name]
     rng = np.random.default_rng(9)
     half = np.sqrt(covariance)
@@ -123,13 +123,13 @@ def test_the_null_with_a_covariance_by_simulation(name, num_latents, d_in):
     assert null.cosine == pytest.approx(found, rel=0.01)
     assert null.best == pytest.approx(best, rel=0.01)
     assert null.cosine > isotropic_null(num_latents, num_latents, d_in).cosine + 0.02
-    # Turning the axes changes nothing.
+    # Rotating the axes changes nothing.
     axes, _ = np.linalg.qr(rng.standard_normal((d_in, d_in)))
     again = covariance_null(num_latents, num_latents, axes @ covariance @ axes.T, draws=1)
     assert again.cosine == pytest.approx(null.cosine, rel=0.015)
 
 
-def test_with_the_identity_it_is_the_isotropic_null():
+def test_the_covariance_null_of_the_identity_is_the_isotropic_null():
     null, other = isotropic_null(600, 400, 64), covariance_null(600, 400, 3 * np.eye(64))
     assert other.cosine == pytest.approx(null.cosine, rel=0.01)
     assert other.best == pytest.approx(null.best, rel=0.01)
@@ -138,7 +138,7 @@ def test_with_the_identity_it_is_the_isotropic_null():
 
 
 @pytest.mark.parametrize("name", ["1/k", pytest.param("1/sqrt k", marks=pytest.mark.slow)])
-def test_above_the_limit_it_is_carried_on(monkeypatch, name):
+def test_above_the_limit_the_covariance_null_is_extrapolated(monkeypatch, name):
     covariance = spectra(64)[name]
     whole = covariance_null(768, 768, covariance, draws=4)
     monkeypatch.setattr(nulls, "MAX_SIMULATED_LATENTS", 256)
@@ -148,12 +148,12 @@ def test_above_the_limit_it_is_carried_on(monkeypatch, name):
     assert carried[0].simulated_latents == 256
     assert np.mean([null.cosine for null in carried]) == pytest.approx(whole.cosine, rel=0.01)
     assert np.mean([null.best for null in carried]) == pytest.approx(whole.best, rel=0.01)
-    # A smaller problem has another answer.
+    # The smaller problem alone has a different result.
     assert covariance_null(256, 256, covariance).cosine < 0.97 * whole.cosine
 
 
 @pytest.mark.slow
-def test_what_two_random_dictionaries_with_a_covariance_share(dictionary):
+def test_random_dictionaries_with_a_covariance_share_as_much_as_the_null(dictionary):
     half = np.diag([4.0, 1, 1])
 
     def measured(seed):
@@ -169,7 +169,7 @@ def test_what_two_random_dictionaries_with_a_covariance_share(dictionary):
     assert null.shared_fraction > 2 * isotropic_null(12, 12, 3, 0.9, draws=400).shared_fraction
 
 
-def test_the_null_with_a_covariance_is_deterministic_and_symmetric():
+def test_the_covariance_null_is_deterministic_and_symmetric():
     covariance = spectra(8)["1/k"]
     first = covariance_null(40, 30, covariance, seed=1)
     nulls._covariance_null.cache_clear()
@@ -177,7 +177,7 @@ def test_the_null_with_a_covariance_is_deterministic_and_symmetric():
     assert covariance_null(30, 40, covariance, seed=2) != first
 
 
-def test_the_ladder_of_a_pair(partly_shared, settings):
+def test_a_pair_has_the_columns_of_all_three_nulls(partly_shared, settings):
     runs = partly_shared(2, 12)
     cell = compare_cell(runs, partly_shared(2, 4), settings)
     row = cell.pairs.iloc[0]

@@ -1,4 +1,4 @@
-"""Pairs by what their runs differ in, and intervals over seeds alone."""
+"""Tests of pairs grouped by the axes in which their runs differ, with intervals over seeds."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from reseed.compare.pairing import (
 )
 from reseed.compare.statistics import seed_interval
 
-ONE_SEED = "one seed: chosen values are no sample, so there is no interval"
+ONE_SEED = "one seed: chosen values are not a sample, so there is no interval"
 
 
 def cell(runs, values, pair_by, grid, **more):
-    """What `groups` reads of a cell: pairs of runs (dicts of places) with a measure of each.
+    """Return the parts of a cell that `groups` reads: pairs of runs (dicts of places) and measures.
 
-    ``values(a, b)`` is the shared fraction of a pair; coverage of a by b is ten times less.
+    ``values(a, b)`` is the shared fraction of a pair; the coverage of a by b is a tenth of it.
     """
     settings = ComparisonConfig(name="t", grid=grid, pair_by=pair_by, **more)
     rows, places = [], {place_label(run): run for run in runs}
@@ -47,7 +47,7 @@ LAYERS = {"layer": ["2", "0"], "seed": ["0", "1", "2"]}
 
 
 def layer_cells(values):
-    """A cell for each seed, in which layers pair up."""
+    """Return a cell per seed, in which layers pair up."""
     found = []
     for seed in LAYERS["seed"]:
         runs = [{"layer": layer} for layer in LAYERS["layer"]]
@@ -56,7 +56,7 @@ def layer_cells(values):
     return found
 
 
-def test_chosen_values_pair_by_pair_with_the_t_interval_over_seeds():
+def test_a_pair_of_chosen_values_has_the_t_interval_over_seeds():
     values = [0.2, 0.3, 0.45]
     (group,) = groups(layer_cells(values))
     assert (group.first, group.second, group.differs_in) == ("2", "0", "layer")
@@ -68,7 +68,7 @@ def test_chosen_values_pair_by_pair_with_the_t_interval_over_seeds():
     assert group.mean("coverage_a") == pytest.approx(np.mean(values) / 10)
 
 
-def test_the_scale_of_fractions_keeps_the_interval_within_0_and_1():
+def test_the_interval_of_a_fraction_is_within_0_and_1():
     (group,) = groups(layer_cells([0.01, 0.02, 0.3]))
     found = group.interval("shared_fraction", 0.95)
     assert found.low is not None
@@ -76,8 +76,8 @@ def test_the_scale_of_fractions_keeps_the_interval_within_0_and_1():
     assert 0 < found.low < found.mean < found.high < 1
 
 
-def test_a_pair_is_turned_to_the_order_of_the_grid():
-    """Cells that list the runs in another order are the same pairs."""
+def test_pairs_are_oriented_in_the_order_of_the_grid():
+    """Cells that list the runs in another order give the same pairs."""
     runs = [{"layer": "0"}, {"layer": "2"}]
     made = cell(runs, lambda a, b: 0.4, "layer", LAYERS)
     (group,) = groups([({"seed": "0"}, made)])
@@ -90,7 +90,7 @@ def test_a_pair_is_turned_to_the_order_of_the_grid():
     assert [group.mean(name) for name in shared] == [2 / 8, 2 / 4, 2 / 4]
 
 
-def test_one_seed_or_two_have_no_interval():
+def test_one_or_two_seeds_have_no_interval():
     (one,) = groups(layer_cells([0.2, 0.3, 0.4])[:1])
     assert one.interval("shared_fraction", 0.95).reason == ONE_SEED
     (two,) = groups(layer_cells([0.2, 0.3, 0.4])[:2])
@@ -98,14 +98,14 @@ def test_one_seed_or_two_have_no_interval():
     assert (found.low, found.reason) == (None, "fewer than 3 seeds: no interval")
 
 
-def test_cells_that_lack_a_run_belong_to_the_others():
+def test_cells_that_lack_a_run_are_grouped_with_the_others():
     first, second, third = layer_cells([0.2, 0.3, 0.4])
     lacking = ({**third[0], "layer": "0|2"}, third[1])
     (group,) = groups([first, second, lacking])
     assert len(group.pairs) == 3
 
 
-def test_cells_that_differ_in_more_than_the_seed_are_families_of_their_own():
+def test_cells_that_differ_in_more_than_the_seed_are_grouped_separately():
     one = layer_cells([0.2, 0.3, 0.4])
     other = [({**knobs, "sae": "relu"}, made) for knobs, made in layer_cells([0.5, 0.6, 0.7])]
     assert [g.knobs["sae"] for g in groups([*one, *other])] == ["topk", "relu"]
@@ -117,7 +117,7 @@ RUNS = [{"sae": sae, "seed": seed} for sae in GRID["sae"] for seed in GRID["seed
 
 
 def value(a, b):
-    """Anything that depends on both runs, the same for (a, b) and (b, a)."""
+    """Return a number that depends on both runs, equal for (a, b) and (b, a)."""
     rng = np.random.default_rng(sorted([RUNS.index(a), RUNS.index(b)]))
     return float(rng.uniform(0.2, 0.6))
 
@@ -127,11 +127,11 @@ def both():
     return cell(RUNS, value, ["sae", "seed"], GRID)
 
 
-def test_pairs_that_differ_in_one_axis_and_in_all_are_told_apart(both):
+def test_pairs_that_differ_in_one_axis_and_in_all_are_grouped_separately(both):
     counts = both.pairs["differs_in"].value_counts().to_dict()
     assert counts == {"seed": 12, "sae": 4, "sae, seed": 12}
     across = both.pairs[both.pairs["differs_in"] == "sae"]
-    assert (across["seed_a"] == across["seed_b"]).all(), "the seed, no more the whole place"
+    assert (across["seed_a"] == across["seed_b"]).all(), "the seed, not the whole place"
     found = [(g.first, g.second, g.differs_in, len(g.pairs)) for g in groups([({}, both)])]
     assert found == [
         ("topk", "topk", "seed", 6),
@@ -141,7 +141,7 @@ def test_pairs_that_differ_in_one_axis_and_in_all_are_told_apart(both):
     ]
 
 
-def test_within_one_value_the_interval_is_that_of_seeds(both):
+def test_within_one_value_the_interval_is_the_seed_interval(both):
     within = groups([({}, both)])[0]
     matrix = np.zeros((4, 4))
     for i, j in combinations(range(4), 2):
@@ -150,7 +150,7 @@ def test_within_one_value_the_interval_is_that_of_seeds(both):
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
 
 
-def test_across_less_within_by_leaving_seeds_out(both):
+def test_across_minus_within_leaves_one_seed_out_at_a_time(both):
     topk, _, across, relu = groups([({}, both)])
 
     def difference(seeds):
@@ -172,16 +172,16 @@ def test_across_less_within_by_leaving_seeds_out(both):
     assert found.high == pytest.approx(difference(seeds) + stats.t.ppf(0.975, 3) * error)
 
 
-def test_across_less_within_needs_the_same_seeds(both):
+def test_across_minus_within_needs_the_same_seeds(both):
     topk, _, across, relu = groups([({}, both)])
     fewer = PairGroup({}, "relu", "relu", "seed", relu.pairs.head(1), "seed", relu.units[:1])
     found = across_minus_within(across, (topk, fewer), "shared_fraction", 0.95)
-    assert found.reason == "not every seed is there for both values"
+    assert found.reason == "not every seed was run for both values"
 
 
 @pytest.mark.parametrize("n", [3, 5])
 def test_the_interval_across_two_values_covers_the_truth(n):
-    """Simulated: runs of either value have effects of their own, pairs the sum and noise."""
+    """Simulate runs of both values with effects of their own; pairs have their sum plus noise."""
     rng, hits, trials = np.random.default_rng(n), 0, 400
     units = tuple((str(s), str(t)) for s in range(n) for t in range(n) if s != t)
     at = np.array(units, dtype=int)
@@ -197,7 +197,7 @@ def test_the_interval_across_two_values_covers_the_truth(n):
     assert 0.91 <= hits / trials <= 1.0
 
 
-def test_draws_that_pair_up_have_intervals_over_what_differs():
+def test_intervals_are_over_the_draws_in_which_pairs_differ():
     grid = {"seed": ["0", "1"], "dataset.order_seed": ["0", "1", "2"]}
     runs = [{"seed": s, "dataset.order_seed": o} for s in grid["seed"] for o in ("0", "1", "2")]
     made = cell(runs, lambda a, b: 0.3, ["seed", "dataset.order_seed"], grid)
@@ -209,7 +209,7 @@ def test_draws_that_pair_up_have_intervals_over_what_differs():
     }
 
 
-def test_the_metrics_of_each_value_over_its_runs(both):
+def test_runs_by_value_averages_the_metrics_over_each_values_runs(both):
     found = runs_by_value([({}, both)], 0.95)
     assert [(value, e["fvu"].mean, e["fvu"].n) for _, value, e in found] == [
         ("topk", 1.5, 4),
@@ -228,13 +228,13 @@ def test_the_metrics_of_each_value_over_its_runs(both):
         (["sae", "seed"], "topk, 2", {}, "2"),
     ],
 )
-def test_the_seed_of_a_run(pair_by, label, knobs, seed):
+def test_the_seed_of_a_run_is_found_from_its_label_and_knobs(pair_by, label, knobs, seed):
     grid = {name: ["0", "1"] for name in ("seed", "sae", "dataset.order_seed")}
     settings = ComparisonConfig(name="t", grid=grid, pair_by=pair_by)
     assert seed_at(label, settings, knobs) == seed
 
 
-def test_pairs_of_seeds_are_left_to_the_summary():
+def test_cells_that_pair_by_seed_make_no_groups():
     runs = [{"seed": str(s)} for s in range(3)]
     made = cell(runs, lambda a, b: 0.5, "seed", {"seed": ["0", "1", "2"]})
     assert made.pairs["differs_in"].tolist() == ["seed"] * 3
@@ -252,12 +252,12 @@ def test_a_cell_of_chosen_values_has_no_interval_over_them(partly_shared):
     assert over_seeds.estimates["fvu"].low is not None
     for name, found in over_layers.estimates.items():
         assert (found.low, found.high, found.standard_error) == (None, None, None), name
-        assert found.reason == "runs that differ in layer are no sample: no interval over them"
+        assert found.reason == "runs that differ in layer are not a sample: no interval over them"
         assert found.mean == over_seeds.estimates[name].mean or np.isnan(found.mean)
 
 
-def test_within_one_value_neither_run_is_the_first(both):
-    """The order in which seeds are listed says nothing: one fraction, with one interval."""
+def test_within_one_value_the_sides_are_interchangeable(both):
+    """The order in which seeds are listed does not matter: one fraction, with one interval."""
     turned = cell(RUNS[::-1], value, ["sae", "seed"], GRID)
     for made in (both, turned):
         within = next(g for g in groups([({}, made)]) if g.within)
@@ -265,7 +265,7 @@ def test_within_one_value_neither_run_is_the_first(both):
         assert sides[0] == sides[1]
         mean = (within.pairs["coverage_a"] + within.pairs["coverage_b"]).mean() / 2
         assert sides[0].mean == pytest.approx(mean)
-        # A kernel that is the same both ways, as an interval over seeds wants it.
+        # The interval over seeds requires a symmetric kernel.
         matrix = np.zeros((4, 4))
         for i, j in combinations(range(4), 2):
             matrix[i, j] = matrix[j, i] = (value(RUNS[i], RUNS[j]) / 10 + 0.5) / 2

@@ -1,4 +1,4 @@
-"""p_m, u_k and the power law, against the paper's numbers and by enumeration."""
+"""Tests of p_m, u_k and the power law, against the paper's numbers and by enumeration."""
 
 from itertools import combinations
 
@@ -15,26 +15,26 @@ def test_the_papers_p_m_give_its_u_k():
     assert unshared_fractions(PAPER_P) == pytest.approx(PAPER_U, abs=1e-3)
 
 
-def test_the_papers_u_k_end_at_a_quarter():
+def test_the_papers_u_k_have_their_limit_at_a_quarter():
     law = fit_power_law(np.array(PAPER_U))
     assert law.c == pytest.approx(0.27, abs=0.01)
     assert law(np.arange(2, 10)) == pytest.approx(PAPER_U, abs=2e-3)
 
 
-def test_a_power_law_is_found_again():
+def test_a_known_power_law_is_recovered():
     law = fit_power_law(0.6 * np.arange(2.0, 12) ** -1.3 + 0.15)
     assert (law.a, law.b, law.c) == pytest.approx((0.6, 1.3, 0.15), abs=1e-3)
 
 
-def test_no_power_law_of_three_values_or_of_a_flat_line():
+def test_three_values_or_a_flat_line_have_no_power_law():
     assert fit_power_law(np.array([0.6, 0.5, 0.45])) is None
     assert fit_power_law(np.full(8, 0.4)) is None
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])
-def test_profile_of_seeds_by_enumeration_of_subsets(n):
+def test_the_seed_profile_equals_an_enumeration_of_subsets(n):
     rng = np.random.default_rng(n)
-    sizes = [17, 17, 23, 5, 17][:n]  # base seeds weigh the same, whatever their size
+    sizes = [17, 17, 23, 5, 17][:n]  # base seeds have equal weight, whatever their size
     shared = [rng.random((size, n - 1)) < rng.random((size, 1)) for size in sizes]
     profile = seed_profile(shared)
     for k in range(2, n + 1):

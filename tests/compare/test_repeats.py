@@ -15,7 +15,7 @@ def unit(rows):
 
 
 @pytest.mark.parametrize("entries", [1, 60, 1 << 22])
-def test_by_dense_matrices_whatever_the_blocks(dictionary, monkeypatch, entries):
+def test_repeats_agree_with_dense_matrices_at_any_block_size(dictionary, monkeypatch, entries):
     monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
     monkeypatch.setattr(similarity, "_MOST_COLUMNS", 17)
     rng = np.random.default_rng(0)
@@ -37,19 +37,19 @@ def test_by_dense_matrices_whatever_the_blocks(dictionary, monkeypatch, entries)
     assert 5 < found.antipodal.sum() < 35
 
 
-def test_by_hand(dictionary):
+def test_duplicates_and_antipodal_latents_agree_with_a_hand_computed_case(dictionary):
     e = np.eye(5)
     encoder = [e[0], e[0], e[1], -e[1], e[2], -e[2], e[3], e[4] * 0]
     decoder = [e[0], 3 * e[0], e[1], -e[1], e[2], e[2], e[4], e[4]]
     found = repeats(Rows.of(dictionary(encoder, decoder)), 0.7)
     yes, no = True, False
     assert found.duplicate.tolist() == [yes, yes, no, no, no, no, no, no]
-    # Encoders that point away from each other with the same decoder are neither.
+    # Opposite encoders with the same decoder are neither.
     assert found.antipodal.tolist() == [no, no, yes, yes, no, no, no, no]
     assert found.duplicate_product.tolist() == [1, 1, 0, 0, 0, 0, 0, 0]
 
 
-def test_tied_rows_and_one_latent(dictionary):
+def test_repeats_of_tied_rows_and_of_a_single_latent(dictionary):
     rows = np.array([[1.0, 0], [0.6, 0.8], [-1, 0]])
     found = repeats(Rows.of(dictionary(rows)), 0.7)
     assert found.duplicate_product == pytest.approx([0.36, 0.36, 0])
@@ -57,10 +57,10 @@ def test_tied_rows_and_one_latent(dictionary):
     assert repeats(Rows.of(dictionary(rows[:1])), 0.7).duplicate_product.tolist() == [0]
 
 
-def test_their_fractions_in_a_cell(partly_shared, settings, dictionary):
+def test_a_cell_has_the_fractions_of_repeated_latents(partly_shared, settings, dictionary):
     runs = []
     for x in partly_shared(3, 12):
-        # The last latent of each run, which need not be shared, stands there twice more.
+        # Repeat the last latent of each run as a duplicate and as an antipodal latent.
         encoder, decoder = (np.concatenate([y, y[-1:], -y[-1:]]) for y in (x.encoder, x.decoder))
         runs.append(dictionary(encoder, decoder, seed=x.seed))
     cell = compare_cell(runs, [], settings)

@@ -1,4 +1,4 @@
-"""The chance that another seed shares a latent."""
+"""Tests of the estimated probability that another seed shares a latent."""
 
 import re
 
@@ -16,7 +16,7 @@ def drawn(alpha, beta, others, size, seed=0):
 
 
 @pytest.mark.parametrize(("alpha", "beta", "others"), [(0.3, 0.5, 8), (2, 1, 4), (1.5, 6, 2)])
-def test_the_fit_is_the_likeliest(alpha, beta, others):
+def test_the_fit_maximises_the_likelihood(alpha, beta, others):
     _, m = drawn(alpha, beta, others, 20_000)
     found = fit_prior(np.bincount(m, minlength=others + 1))
 
@@ -31,8 +31,8 @@ def test_the_fit_is_the_likeliest(alpha, beta, others):
     assert found[:2] == pytest.approx((alpha, beta), rel=0.25)
 
 
-def test_the_estimate_by_hand():
-    # Two others are too few latents here for a fit: none spreads (m is 1 for all).
+def test_reproducibility_is_the_beta_posterior():
+    # m is 1 for all: without spread there is no fit.
     found = reproducibility(np.array([1, 1, 1, 1]), 2)
     assert found.prior == JEFFREYS
     assert found.mean == pytest.approx([1.5 / 3] * 4)
@@ -52,22 +52,22 @@ def test_the_estimate_by_hand():
     [[10, 20], [100, 0, 0], [0, 0, 50], [60, 0, 0, 40], [0, 0, 0], [0, 30, 0], [10, 80, 10]],
     ids=["one other", "none", "all", "all or none", "no latents", "all once", "spread too little"],
 )
-def test_where_no_fit_is_proper_it_is_jeffreys(counts):
+def test_without_a_proper_fit_the_prior_is_jeffreys(counts):
     assert fit_prior(np.array(counts)) == JEFFREYS
 
 
 @pytest.mark.parametrize("others", [2, 4, 8])
-def test_intervals_hold_the_chances_as_often_as_they_say(others):
+def test_intervals_cover_the_probabilities_at_their_confidence(others):
     chance, m = drawn(0.6, 0.9, others, 40_000)
     found = reproducibility(m, others)
     covered = np.mean((found.low <= chance) & (chance <= found.high))
     assert covered == pytest.approx(0.95, abs=0.01)
-    for value in range(others + 1):  # among latents with one m the estimate is the mean chance
+    for value in range(others + 1):  # the estimate is the mean probability of latents with that m
         of = m == value
         assert found.mean[of][0] == pytest.approx(chance[of].mean(), abs=0.02)
 
 
-def test_latents_that_take_no_part_do_not_move_the_prior():
+def test_excluded_latents_do_not_affect_the_prior():
     _, m = drawn(2, 1, 4, 3000)
     more = np.concatenate([m, np.zeros(3000, int)])
     kept = np.arange(6000) < 3000
@@ -77,7 +77,7 @@ def test_latents_that_take_no_part_do_not_move_the_prior():
     assert len(found.mean) == 6000
 
 
-def test_more_seeds_than_there_are_is_refused():
+def test_sharing_with_more_seeds_than_there_are_is_refused():
     message = "latents can be shared with 0 to 2 of 2 others; got 0 to 3"
     with pytest.raises(ValueError, match=re.escape(message)):
         reproducibility(np.array([0, 3]), 2)

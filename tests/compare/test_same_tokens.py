@@ -1,4 +1,4 @@
-"""SAEs of different activations on the same tokens, by dense arrays and scipy's assignment."""
+"""Tests of SAEs of different activations on the same tokens, by dense arrays and scipy."""
 
 import copy
 
@@ -33,7 +33,7 @@ def x():
 
 
 def lifted(sae, turn):
-    """The SAE that sees x·turn as ``sae`` sees x, for orthonormal rows ``turn``."""
+    """Return the SAE that encodes x·turn as ``sae`` encodes x, for orthonormal rows ``turn``."""
     found = built(sae.config, 99, turn.shape[1])
     for name in ("W_enc", "W_dec", "b_dec"):
         getattr(found, name).copy_(getattr(sae, name) @ turn)
@@ -48,7 +48,7 @@ def turn():
 
 
 def sides_between(saes, live=None):
-    """Nothing is known by weights but between those of one width, where latent i matches i."""
+    """Match latent i with latent i between SAEs of equal width; leave others without partners."""
     found = {}
     for s, a in enumerate(saes):
         for t, b in enumerate(saes):
@@ -61,7 +61,7 @@ def sides_between(saes, live=None):
     return found
 
 
-def test_the_same_sae_in_another_space_does_the_same(x, turn):
+def test_the_same_sae_in_another_space_agrees_completely(x, turn):
     sae = built(TopKConfig(num_latents=20, k=4), 0)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
     other = lifted(sae, turn)
@@ -80,7 +80,7 @@ def test_the_same_sae_in_another_space_does_the_same(x, turn):
         assert all(np.isnan(column(latents)).all() for column in LATENT_COLUMNS.values())
 
 
-def test_the_numbers_are_those_of_dense_activations(x, turn):
+def test_matched_agreement_and_cka_equal_those_of_dense_activations(x, turn):
     noise = torch.randn(TOKENS, WIDE, generator=torch.Generator().manual_seed(8))
     y = x @ turn + 0.3 * noise
     a, b = built(ReLUConfig(num_latents=16), 1), built(TopKConfig(num_latents=20, k=5), 2, WIDE)
@@ -115,8 +115,8 @@ def test_the_numbers_are_those_of_dense_activations(x, turn):
     assert found.cka_codes[0, 1] == pytest.approx(sums[0, 1] / np.sqrt(sums[0, 0] * sums[1, 1]))
 
 
-def test_saes_of_one_space_are_measured_as_ever(x, turn):
-    """A third SAE of another space moves none of their numbers."""
+def test_saes_of_one_space_are_measured_as_without_others(x, turn):
+    """A third SAE of another space changes none of their numbers."""
     a, c = (built(ReLUConfig(num_latents=16), s) for s in (1, 2))
     two = [a, c]
     alone = activation_measures(two, sides_between(two), [x])
@@ -133,15 +133,15 @@ def test_saes_of_one_space_are_measured_as_ever(x, turn):
     assert set(found.matched) == {(0, 1), (0, 2), (1, 2)}
 
 
-def test_what_is_unrelated_does_not_agree(x):
-    """A matching picks the best of many: on its own tokens it would look well."""
+def test_unrelated_saes_do_not_agree(x):
+    """A matching picks the best of many; measured on its own tokens it would look good."""
     other = torch.randn(TOKENS, WIDE, generator=torch.Generator().manual_seed(9))
     two = [
         built(TopKConfig(num_latents=64, k=8), 0),
         built(TopKConfig(num_latents=64, k=8), 1, WIDE),
     ]
     found = measures_on_same_tokens(two, sides_between(two), [[x], [other]], [0, 1], TOKENS)
-    # The mean of 64 correlations over 200 tokens: a standard error of about .01.
+    # The mean of 64 correlations over 200 tokens has a standard error of about .01.
     assert abs(found.matched[0, 1].pearson) < 0.04
     assert found.matched[0, 1].fraction == 0
 
@@ -154,7 +154,7 @@ def test_a_wide_sae_is_matched_on_fewer_tokens(monkeypatch):
     assert same_tokens.ByActivations(live, 100_000, 0.7).first == 300
 
 
-def test_latents_too_many_to_be_matched_cost_the_other_measures_nothing(x, turn, monkeypatch):
+def test_other_measures_survive_latents_too_many_to_match(x, turn, monkeypatch):
     def refuse(*_):
         raise MemoryError("too many")
 
@@ -169,5 +169,5 @@ def test_latents_too_many_to_be_matched_cost_the_other_measures_nothing(x, turn,
 def test_streams_of_different_length_are_refused(x, turn):
     sae = built(TopKConfig(num_latents=20, k=4), 0)
     two = [sae, copy.deepcopy(lifted(sae, turn))]
-    with pytest.raises(ValueError, match="not the same tokens: batches of 100, 90"):
+    with pytest.raises(ValueError, match="must hold the same tokens; got batches of 100, 90"):
         measures_on_same_tokens(two, sides_between(two), [[x], [x[:390] @ turn]], [0, 1], TOKENS)

@@ -1,4 +1,4 @@
-"""The pass over all pairs of latents, by dense float64 matrices."""
+"""The pass over all pairs of latents, checked with dense float64 matrices."""
 
 import numpy as np
 import pytest
@@ -15,14 +15,14 @@ def unit(rows):
 
 
 def dense(a, b):
-    """c_enc and c_dec of all pairs, float64."""
+    """Return c_enc and c_dec of all pairs, float64."""
     return unit(a.encoder) @ unit(b.encoder).T, unit(a.decoder) @ unit(b.decoder).T
 
 
 @pytest.fixture
 def pair(dictionary):
     rng = np.random.default_rng(3)
-    # Latents of B are noisy copies of those of A, some of them two of one.
+    # Latents of B are noisy copies of those of A; 13 latents of A have two copies.
     rows = rng.standard_normal((2, 60, 16))
     origin = np.concatenate([np.arange(40), np.arange(13)])
     noise = rng.uniform(0, 1.3, (1, 53, 1)) * rng.standard_normal((2, 53, 16))
@@ -31,7 +31,7 @@ def pair(dictionary):
 
 
 @pytest.mark.parametrize("entries", [1, 50, 7 * 53, 1 << 22])
-def test_by_dense_matrices_whatever_the_blocks(pair, monkeypatch, entries):
+def test_the_survey_agrees_with_dense_matrices_at_any_block_size(pair, monkeypatch, entries):
     monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
     monkeypatch.setattr(similarity, "_MOST_COLUMNS", 20)
     a, b = pair
@@ -61,7 +61,7 @@ def test_by_dense_matrices_whatever_the_blocks(pair, monkeypatch, entries):
         assert sorted(zip(*mutual, strict=True)) == wanted
 
 
-def test_the_columns_of_the_pair(pair):
+def test_similarity_measures_agree_with_dense_matrices(pair):
     a, b = pair
     live_a, live_b = a.live(10), b.live(10)
     c_enc, c_dec = dense(a, b)
@@ -91,7 +91,7 @@ def test_the_columns_of_the_pair(pair):
 
 
 def test_thresholds_are_decided_in_float64(dictionary):
-    """Cosines closer to τ than float32 resolves come out as those of float64."""
+    """Cosines closer to τ than float32 resolves are decided as in float64."""
     rng = np.random.default_rng(0)
     d, tau = 512, 0.7
     direction = unit(rng.standard_normal((1, d)))[0]
@@ -108,7 +108,7 @@ def test_thresholds_are_decided_in_float64(dictionary):
 
 
 @pytest.mark.parametrize("d_in", [2, 64, 4096])
-def test_float32_is_never_wrong_by_more_than_the_guard(d_in):
+def test_the_error_of_float32_cosines_is_below_the_guard(d_in):
     rng = np.random.default_rng(0)
     a = rng.standard_normal((40, d_in)).astype(np.float32)
     b = np.concatenate([a, rng.standard_normal((40, d_in)).astype(np.float32)])
@@ -116,7 +116,7 @@ def test_float32_is_never_wrong_by_more_than_the_guard(d_in):
     assert error < guard(d_in) / 2
 
 
-def test_of_equal_rows_one_pair_is_mutual(dictionary):
+def test_equal_rows_form_one_mutual_pair(dictionary):
     a = dictionary(np.repeat(np.eye(3, 5), 2, axis=0))
     measures = compare_pair(a, dictionary(np.eye(3, 5), seed="1")).measures
     assert measures["mutual_nearest"] == measures["mutual_nearest_decoder"] == 2 * 3 / 9
@@ -125,7 +125,7 @@ def test_of_equal_rows_one_pair_is_mutual(dictionary):
     assert measures["mmcs"] == 1
 
 
-def test_latents_without_direction_are_near_to_nothing(dictionary):
+def test_latents_without_direction_have_no_near_latent(dictionary):
     rows = np.random.default_rng(0).standard_normal((2, 10, 8))
     broken = rows.copy()
     broken[0, 4], broken[1, 7] = 0, np.nan
@@ -135,7 +135,7 @@ def test_latents_without_direction_are_near_to_nothing(dictionary):
     assert found.measures["mmcs_b"] == pytest.approx(0.8)
 
 
-def test_cosines_of_chosen_pairs():
+def test_cosines_of_chosen_pairs_agree_with_dense_matrices():
     rng = np.random.default_rng(0)
     a, b = rng.standard_normal((2, 30, 6)).astype(np.float32)
     i, j = rng.integers(0, 30, 100), rng.integers(0, 30, 100)

@@ -28,7 +28,7 @@ COSINES = (
 
 
 def noisy_copy(rng, a_rows, noise):
-    """Encoder and decoder of a permuted, noisy copy, each row with noise of its own size."""
+    """Make a permuted, noisy copy of encoder and decoder; the noise level differs between rows."""
     order = rng.permutation(a_rows.shape[1])
     size = rng.uniform(0, noise, (1, a_rows.shape[1], 1))
     return (a_rows + size * rng.standard_normal(a_rows.shape))[:, order]
@@ -67,7 +67,7 @@ def test_two_random_dictionaries_share_nothing(dictionary):
     assert 0.2 < measures["cosine_encoder"] < 0.42
 
 
-def test_strict_shared_by_its_definition(noisy_pair):
+def test_the_strict_rule_agrees_with_its_definition(noisy_pair):
     a, b = noisy_pair
     by_encoder, by_decoder = match(a.encoder, b.encoder), match(a.decoder, b.decoder)
     shared, agrees, near, shared_live = 0, 0, 0, 0
@@ -79,7 +79,7 @@ def test_strict_shared_by_its_definition(noisy_pair):
             shared += 1
             shared_live += a.firing[i] >= 10 and b.firing[j] >= 10
     measures = compare_pair(a, b).measures
-    assert 5 < shared_live < shared < agrees, "the example must tell the measures apart"
+    assert 5 < shared_live < shared < agrees, "the measures must differ in this example"
     assert measures["shared_latents"] == shared
     assert measures["shared_fraction"] == 2 * shared / 110
     assert measures["index_agreement"] == 2 * agrees / 110
@@ -89,7 +89,7 @@ def test_strict_shared_by_its_definition(noisy_pair):
     assert measures["ceiling_live"] == 2 * min(live) / sum(live)
 
 
-def test_coverage_by_its_definition(noisy_pair, monkeypatch):
+def test_coverage_agrees_with_its_definition(noisy_pair, monkeypatch):
     a, b = noisy_pair
     monkeypatch.setattr("reseed.compare.similarity.BLOCK_ENTRIES", 7 * 50)  # several blocks
 
@@ -114,11 +114,11 @@ def test_coverage_by_its_definition(noisy_pair, monkeypatch):
 
 
 def test_mean_cosines_are_over_matched_latents(dictionary):
-    # Matched cosines 1, .6 and −1; the second and third latents are not live on one side each.
+    # Latent 1 of a and latent 2 of b are not live.
     a = dictionary([[1, 0, 0], [0, 1, 0], [0, 0, 1]], firing=[10, 9, 10])
     b = dictionary([[1, 0, 0], [0, 0.6, 0.8], [0, 0, 0]], firing=[10, 10, 9], seed="1")
     measures = compare_pair(a, b).measures
-    # The zero row leaves two to match, and row 2 of a (.8) is nearer than row 1 (.6).
+    # The zero row leaves two rows to match, and row 2 of a (.8) is nearer than row 1 (.6).
     assert measures["cosine_encoder"] == pytest.approx((1 + 0.8) / 2)
     assert measures["cosine_encoder_live"] == pytest.approx((1 + 0.8) / 2)
     assert measures["zero_b"] == 1
@@ -126,7 +126,7 @@ def test_mean_cosines_are_over_matched_latents(dictionary):
 
 @given(n=st.integers(1, 25), m=st.integers(1, 25), d=st.integers(2, 6), seed=st.integers(0, 99))
 @settings(max_examples=40, deadline=None)
-def test_both_orders_of_a_pair_are_one_pair(dictionary, n, m, d, seed):
+def test_both_orders_of_a_pair_give_the_same_measures(dictionary, n, m, d, seed):
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((2, max(n, m), d))
     firing = rng.integers(0, 20, max(n, m))
@@ -147,7 +147,7 @@ def test_both_orders_of_a_pair_are_one_pair(dictionary, n, m, d, seed):
 
 @pytest.mark.parametrize("broken", [0.0, np.nan])
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
-def test_a_latent_without_direction_on_one_side_takes_no_part(dictionary, broken, side):
+def test_a_latent_without_direction_in_encoder_or_decoder_is_not_shared(dictionary, broken, side):
     rows = np.random.default_rng(0).standard_normal((2, 10, 8))
     other = rows.copy()
     other[["encoder", "decoder"].index(side), 4] = broken
@@ -162,7 +162,7 @@ def test_a_latent_without_direction_on_one_side_takes_no_part(dictionary, broken
 
 def test_untrained_tied_weights_agree_by_construction_and_are_not_counted(dictionary):
     rng = np.random.default_rng(0)
-    # In two dimensions random rows lie close to each other, so that the untrained are "shared".
+    # In two dimensions random rows are near to each other, so untrained latents are "shared".
     a, b = (dictionary(rng.standard_normal((100, 2)), firing=0, seed=s) for s in "ab")
     measures = compare_pair(a, b).measures
     assert measures["index_agreement"] == 1
@@ -190,7 +190,7 @@ def test_repeated_latents_are_covered_but_matched_once(dictionary):
     assert measures["index_agreement"] == 2 * 4 / 16
 
 
-def test_one_latent(dictionary):
+def test_dictionaries_of_one_latent_are_compared(dictionary):
     pair = compare_pair(dictionary([[1.0, 2]]), dictionary([[2.0, 4]], seed="1"))
     assert pair.measures["shared_fraction"] == 1
     assert pair.row()["seed_b"] == "1"

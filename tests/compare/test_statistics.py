@@ -14,7 +14,7 @@ from reseed.compare.statistics import (
 )
 
 
-def test_three_seeds_by_hand():
+def test_the_interval_of_three_seeds_equals_a_hand_computed_one():
     # Leaving out a seed leaves the one pair without it: .3, .5, .4, mean .4.
     values = np.array([[9, 0.4, 0.5], [0.4, 9, 0.3], [0.5, 0.3, 9]])
     error = sqrt(2 / 3 * (0.1**2 + 0.1**2))
@@ -28,7 +28,7 @@ def test_three_seeds_by_hand():
     assert linear.high - linear.mean == pytest.approx(4.302653 * error)
 
 
-def test_leave_one_out_by_its_definition():
+def test_the_standard_error_leaves_one_seed_out_at_a_time():
     rng = np.random.default_rng(0)
     values = rng.uniform(0.3, 0.6, (6, 6))
     values = (values + values.T) / 2
@@ -42,11 +42,11 @@ def test_leave_one_out_by_its_definition():
 
 
 def simulate(rng, draws, n, level, seed_sd, interaction, pair_sd):
-    """Shared fractions of pairs of seeds, [draws, n, n].
+    """Draw shared fractions of pairs of seeds, [draws, n, n].
 
-    logit S_ij = a + u_i + u_j + c·u_i·u_j + ε_ij: some seeds share more with all others (u), how
-    two seeds fit each other is not a sum of how they do alone (c), and each pair has chance of its
-    own (ε; a fraction .4 of 400 latents has a binomial error of .1 on the logit scale).
+    logit S_ij = a + u_i + u_j + c·u_i·u_j + ε_ij: u is a seed's effect on all of its pairs, c an
+    interaction of the two seeds, ε noise per pair (a fraction .4 of 400 latents has a binomial
+    error of .1 on the logit scale).
     """
     u = seed_sd * rng.standard_normal((draws, n))
     noise = np.triu(rng.standard_normal((draws, n, n)), 1) * pair_sd
@@ -58,7 +58,7 @@ def simulate(rng, draws, n, level, seed_sd, interaction, pair_sd):
 @pytest.mark.parametrize(
     "model", [(-0.3, 0.1, 0.5, 0.1), (1.0, 0.3, -1.0, 0.1)], ids=["balanced", "seeds-dominate"]
 )
-def test_the_interval_covers_the_truth_as_often_as_it_says(n, model):
+def test_the_seed_interval_covers_the_truth_at_its_confidence(n, model):
     rng = np.random.default_rng(0)
     truth = simulate(rng, 1_000_000, 2, *model)[:, 0, 1].mean()
     intervals = [seed_interval(values) for values in simulate(rng, 4000, n, *model)]
@@ -66,8 +66,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(n, model):
     assert 0.93 <= covered <= 0.99
 
 
-def test_the_interval_over_pairs_would_not_cover():
-    """Why leaving out a seed is needed: pairs are not independent (methods page: down to .48)."""
+def test_an_interval_over_pairs_covers_too_rarely():
+    """Pairs are not independent (methods page: coverage down to .48), so seeds are left out."""
     rng, model, n = np.random.default_rng(0), (1.0, 0.3, -1.0, 0.1), 9
     truth = simulate(rng, 1_000_000, 2, *model)[:, 0, 1].mean()
     pairs = simulate(rng, 2000, n, *model)[:, *np.triu_indices(n, 1)]
@@ -75,14 +75,14 @@ def test_the_interval_over_pairs_would_not_cover():
     assert np.mean(np.abs(pairs.mean(axis=1) - truth) <= reach) < 0.8
 
 
-def test_no_interval_below_three_seeds_and_the_reason():
+def test_fewer_than_three_seeds_have_no_interval_and_the_reason():
     found = seed_interval(np.full((2, 2), 0.5))
     wanted = Interval(0.5, None, None, None, 2, "fewer than 3 seeds: no interval")
     assert found == run_interval([0.4, 0.6]) == wanted
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])
-def test_no_interval_at_the_ends_of_the_logit_scale(value):
+def test_fractions_of_0_and_1_have_no_logit_interval(value):
     found = seed_interval(np.full((4, 4), value))
     assert (found.mean, found.low, found.high) == (value, None, None)
     assert found.reason == f"every pair is {value:g}: no interval on the logit scale"
@@ -106,19 +106,19 @@ def test_an_undefined_pair_leaves_the_mean_undefined():
         (np.full((3, 3), 1.2), "between 0 and 1"),
     ],
 )
-def test_what_is_no_matrix_of_pairs_is_refused(values, message):
+def test_invalid_pair_values_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         seed_interval(values)
 
 
-def test_run_interval_is_the_t_interval():
+def test_the_run_interval_is_the_t_interval():
     values = [0.21, 0.25, 0.2, 0.3]
     low, high = stats.t.interval(0.9, 3, np.mean(values), stats.sem(values))
     found = run_interval(values, 0.9)
     assert (found.low, found.high) == pytest.approx((low, high))
 
 
-def test_welch_difference_is_that_of_scipy():
+def test_the_welch_difference_equals_that_of_scipy():
     rng = np.random.default_rng(0)
     a, b = rng.normal(0.5, 0.1, 4), rng.normal(0.4, 0.03, 7)
     found = welch_difference(run_interval(a), run_interval(b))
@@ -126,10 +126,10 @@ def test_welch_difference_is_that_of_scipy():
     assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
 
 
-def test_no_difference_without_both_errors():
+def test_the_welch_difference_needs_both_standard_errors():
     few, many = run_interval([0.1, 0.2]), run_interval([0.3, 0.4, 0.6])
     assert welch_difference(many, few).reason == "fewer than 3 seeds: no interval"
 
 
-def test_smallest_visible_difference_of_the_methods_page():
+def test_visible_differences_equal_those_of_the_methods_page():
     assert [round(visible_difference(n), 1) for n in (3, 5, 9)] == [5.3, 4.5, 4.2]

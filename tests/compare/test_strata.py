@@ -1,4 +1,4 @@
-"""Shared fractions by firing, and at one distribution of firing."""
+"""Tests of shared fractions by firing, and at one distribution of firing."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ def flags(*shared):
     return SimpleNamespace(shared=np.array(shared, dtype=bool))
 
 
-def test_two_runs_by_hand(dictionary):
+def test_strata_of_two_runs_equal_a_hand_computed_example(dictionary):
     # Densities 0, 2e-5, 1e-4, 1e-4 and .5; 0, 3e-5, 5e-4, .1 and .2.
     runs = runs_of(dictionary, [[0, 2, 10, 10, 50_000], [0, 3, 50, 10_000, 20_000]])
     sides = {(0, 1): flags(0, 0, 0, 1, 1), (1, 0): flags(0, 0, 1, 0, 1)}
@@ -43,7 +43,7 @@ def test_two_runs_by_hand(dictionary):
     assert np.isnan(shown["shared_low"]).all(), "two seeds have no interval"
 
 
-def test_deciles_are_of_the_live_latents_of_all_runs(dictionary):
+def test_deciles_pool_the_live_latents_of_all_runs(dictionary):
     rng = np.random.default_rng(0)
     firing = [rng.permutation(np.arange(10, 1010) * (s + 1)) for s in range(3)]
     firing = [np.concatenate([f, np.arange(0, 9)]) for f in firing]
@@ -52,7 +52,7 @@ def test_deciles_are_of_the_live_latents_of_all_runs(dictionary):
     table = strata_table(runs, every, 10)
     shown = by_stratum(table, "decile")
     assert shown["latents"].tolist()[:2] == [1, 8]
-    # Equal counts of two runs stay together, so that deciles are not even to the last latent.
+    # Equal counts of two runs stay together, so deciles differ by a few latents.
     assert shown["latents"].tolist()[2:] == pytest.approx([100] * 10, abs=2)
     assert shown["shared_fraction"].tolist() == [1] * 12
     assert shown["low"].tolist()[2] == 10
@@ -60,13 +60,13 @@ def test_deciles_are_of_the_live_latents_of_all_runs(dictionary):
 
 @pytest.fixture
 def cells(partly_shared, settings):
-    """Two cells in which latents share more the more they fire, but fire differently."""
+    """Return two cells that differ in firing; in both, frequent latents are shared more often."""
 
     def make(shift):
         rng = np.random.default_rng(int(100 * shift))
         runs = []
         for s, x in enumerate(partly_shared(4, 20)):
-            order = np.random.default_rng(100 + s)  # as in the fixture: which latents are common
+            order = np.random.default_rng(100 + s)  # common latents, drawn as in the fixture
             order.standard_normal((2, 40, 64))
             common = order.permutation(40) < 20
             often = rng.random(40) < np.where(common, 0.5 + shift, 0.2 + shift)
@@ -77,7 +77,7 @@ def cells(partly_shared, settings):
     return [make(0), make(0.25)]
 
 
-def test_standardised_by_its_definition(cells):
+def test_standardised_fractions_equal_their_definition(cells):
     found = standardised([cell.strata for cell in cells])
     shares, fractions = [], []
     for cell in cells:
@@ -105,7 +105,7 @@ def test_standardised_by_its_definition(cells):
 
 def test_cells_that_differ_only_in_firing_are_equal_when_standardised(dictionary):
     def cell(rare, often):
-        """A quarter of the rare latents and three quarters of the frequent ones are shared."""
+        """Share a quarter of the rare latents and three quarters of the frequent ones."""
         firing = [20] * (4 * rare) + [20_000] * (4 * often)
         shared = flags(*([1, 0, 0, 0] * rare + [1, 1, 1, 0] * often))
         runs = runs_of(dictionary, [firing] * 2)
@@ -115,7 +115,7 @@ def test_cells_that_differ_only_in_firing_are_equal_when_standardised(dictionary
     found = standardised([one, other])
     assert [x.estimate.mean for x in found] == pytest.approx([0.5, 0.5])
     assert found[0].estimate.reason == "fewer than 3 seeds: no interval"
-    # Alone, a cell is its own reference.
+    # A single cell is its own reference.
     assert standardised([one])[0].estimate.mean == pytest.approx(10 / 16)
 
 
@@ -132,8 +132,8 @@ def test_densities_that_one_cell_lacks_are_left_out_for_all(dictionary):
     assert np.isnan(standardised([one, nothing])[0].estimate.mean)
 
 
-def test_cells_that_share_everything_have_a_fraction_of_one_and_no_interval(dictionary):
-    """A weighted mean of ones must not be 1.0000000000000002: that has no logit."""
+def test_cells_that_share_everything_have_fraction_one_and_no_interval(dictionary):
+    """A weighted mean of ones must not be 1.0000000000000002, which has no logit."""
     for seed in range(20):
         rng = np.random.default_rng(seed)
         tables = []

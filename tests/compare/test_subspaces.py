@@ -1,4 +1,4 @@
-"""What groups of latents span."""
+"""Tests of the subspaces that groups of latents span."""
 
 from itertools import combinations
 
@@ -15,7 +15,7 @@ def basis(rng, d, k):
     return qr(rng.standard_normal((d, k)), mode="economic")[0]
 
 
-def test_angles_are_the_principal_ones():
+def test_angles_are_the_principal_angles():
     rng = np.random.default_rng(0)
     a, b = basis(rng, 20, 4), basis(rng, 20, 7)
     assert angles(a, b) == pytest.approx(np.mean(np.cos(subspace_angles(a, b)) ** 2))
@@ -24,13 +24,13 @@ def test_angles_are_the_principal_ones():
     assert np.isnan(angles(a, b[:, :0]))
 
 
-def test_random_spans_have_the_angles_that_chance_gives():
+def test_angles_of_random_spans_equal_their_expectation():
     rng = np.random.default_rng(0)
     found = [angles(basis(rng, 30, 5), basis(rng, 30, 12)) for _ in range(200)]
     assert np.mean(found) == pytest.approx(12 / 30, abs=0.01)
 
 
-def test_the_moment_is_that_of_unit_rows():
+def test_the_moment_uses_unit_rows():
     rows = np.array([[2.0, 0, 0], [0, 3, 4], [0, 0, -5]])
     wanted = (np.diag([1, 0, 0]) + np.outer([0, 0.6, 0.8], [0, 0.6, 0.8]) + np.diag([0, 0, 1])) / 3
     assert moment(rows) == pytest.approx(wanted)
@@ -40,7 +40,7 @@ def test_the_moment_is_that_of_unit_rows():
     assert moment(many) == pytest.approx(unit.T @ unit / 10_000)
 
 
-def test_overlap_of_moments():
+def test_overlap_is_the_cosine_of_moments():
     a, b = np.diag([1.0, 1, 0, 0]), np.diag([0, 0, 2.0, 1])
     assert overlap(a, 5 * a) == pytest.approx(1)
     assert overlap(a, b) == 0
@@ -49,7 +49,7 @@ def test_overlap_of_moments():
 
 
 def turned(dictionary, seeds=3, d=40, plane=5):
-    """Shared latents, and others that span one plane, turned in it for every seed."""
+    """Return runs with shared latents, and others that span one plane, rotated in every seed."""
     common = np.random.default_rng(0).standard_normal((30, d))
     common[:, :plane] = 0
     runs = []
@@ -57,7 +57,7 @@ def turned(dictionary, seeds=3, d=40, plane=5):
         own = np.zeros((60, d))
         own[:, :plane] = np.random.default_rng([1, s]).standard_normal((60, plane))
         decoder = np.concatenate([common, own])
-        # Encoders of the plane's latents have nothing in common, so that none is shared.
+        # Encoders of the plane's latents have nothing in common, so none is shared.
         turned = np.random.default_rng([2, s]).standard_normal((60, d))
         encoder = np.concatenate([common, turned])
         firing = np.where(np.arange(90) < 4, 500, 50)
@@ -65,16 +65,16 @@ def turned(dictionary, seeds=3, d=40, plane=5):
     return runs
 
 
-def test_orphans_may_span_one_subspace(dictionary, settings):
+def test_orphans_can_span_one_subspace(dictionary, settings):
     cell = compare_cell(turned(dictionary), [], settings)
     assert (cell.pairs["shared_latents"] == 30).all()
     assert (cell.runs["directions_orphan"] <= 5).all()
     assert (cell.runs["directions_orphan"] >= 4).all()
     assert (cell.pairs["subspace_overlap_orphan"] > 0.9).all()
     assert (cell.pairs["subspace_angles_orphan"] > 0.75).all()
-    # Random spans so small hardly meet.
+    # Random spans of so few directions hardly overlap.
     assert (cell.pairs["null_subspace_angles_orphan"] <= 5 / 40).all()
-    # Of random live latents, as many as the shared ones, two thirds are of the plane.
+    # Two thirds of the random live latents, as many as the shared ones, are in the plane.
     assert (cell.pairs["null_subspace_overlap_shared"] < 0.97).all()
     assert cell.pairs["subspace_overlap_shared"].tolist() == pytest.approx([1] * 3)
     assert cell.pairs["subspace_angles_shared"].tolist() == pytest.approx([1] * 3)
@@ -83,7 +83,7 @@ def test_orphans_may_span_one_subspace(dictionary, settings):
     assert cell.estimates["subspace_overlap_orphan"].low is not None
 
 
-def test_orphans_without_anything_in_common_are_as_far_apart_as_random_ones(dictionary):
+def test_unrelated_orphans_overlap_as_little_as_random_latents(dictionary):
     rng = np.random.default_rng(0)
     runs = [dictionary(*rng.standard_normal((2, 400, 30)), seed=s) for s in "ab"]
     found = subspaces(runs, [np.zeros(400, int)] * 2, 10).pairs
@@ -111,7 +111,7 @@ def test_the_order_of_the_runs_does_not_matter(dictionary, order):
         assert found == pytest.approx(wanted)
 
 
-def test_a_group_without_latents_is_not_known(dictionary):
+def test_measures_of_an_empty_group_are_nan(dictionary):
     rng = np.random.default_rng(0)
     runs = [dictionary(rng.standard_normal((10, 6)), seed=s, firing=50) for s in "ab"]
     found = subspaces(runs, [np.arange(10), np.full(10, 1)], 10)
@@ -123,7 +123,7 @@ def test_a_group_without_latents_is_not_known(dictionary):
     assert found.runs["directions_orphan"] == [1, 0]
 
 
-def test_latents_that_are_not_live_or_have_no_direction_are_in_no_group(dictionary):
+def test_latents_that_are_not_live_or_are_zero_are_in_no_group(dictionary):
     rows = np.eye(6)
     rows[2] = 0
     runs = [dictionary(rows, seed=s, firing=[50, 50, 50, 0, 5, 900]) for s in "ab"]
@@ -135,7 +135,7 @@ def test_latents_that_are_not_live_or_have_no_direction_are_in_no_group(dictiona
     }
 
 
-def test_spans_of_different_size_by_chance(dictionary):
+def test_spans_of_different_size_equal_a_hand_computed_example(dictionary):
     runs = [dictionary(np.eye(6)[:k], seed=s, firing=50) for k, s in ((2, "a"), (3, "b"))]
     found = subspaces(runs, [np.zeros(2, int), np.zeros(3, int)], 10)
     assert found.runs["directions_orphan"] == [2, 3]
@@ -146,12 +146,12 @@ def test_spans_of_different_size_by_chance(dictionary):
 
 @pytest.mark.parametrize("number", [3, 25, 400])
 def test_wide_rows_are_decomposed_in_float32_with_the_same_result(monkeypatch, dictionary, number):
-    """Of fewer latents than dimensions (40), of a few more, and of many."""
+    """Cases: groups of far fewer latents than dimensions (40), of fewer, and of more."""
     rng = np.random.default_rng(0)
     scale = np.geomspace(1, 0.02, 40)
     rows = [rng.standard_normal((2, number, 40)) * scale for _ in "ab"]
     runs = [dictionary(*r, seed=s, firing=50) for r, s in zip(rows, "ab", strict=True)]
-    # Half of the latents are shared: all that can be are groups of both kinds.
+    # Half of the latents are shared: both groups have latents.
     shared_with = [np.arange(number) % 2] * 2
     exact = subspaces(runs, shared_with, 10)
     monkeypatch.setattr(module, "EXACT_WIDTH", 39)
@@ -162,8 +162,8 @@ def test_wide_rows_are_decomposed_in_float32_with_the_same_result(monkeypatch, d
     assert not np.isnan(wide.pairs["subspace_angles_orphan"]).any()
 
 
-def test_few_rows_that_depend_on_each_other(monkeypatch, dictionary):
-    """Six latents in one plane, no latent at all in the group of the others."""
+def test_few_linearly_dependent_rows_span_their_plane(monkeypatch, dictionary):
+    """Six orphans lie in one plane; the group of shared latents is empty."""
     rows = np.zeros((6, 20))
     rows[:, :2] = np.random.default_rng(0).standard_normal((6, 2))
     runs = [dictionary(rows, seed=s, firing=50) for s in "ab"]

@@ -19,7 +19,7 @@ ATOM, NEITHER = LABELS.index("atom"), LABELS.index("neither")
 
 
 def one_sided(*strata):
-    """Two seeds, of which only the first has live latents, from counts by hand.
+    """Return the estimates of two seeds from given counts; only the first has live latents.
 
     Each stratum is (firing, shared atoms, shared others, orphan atoms, orphan others).
     """
@@ -35,7 +35,7 @@ def one_sided(*strata):
     return {name.removeprefix("truth_"): value for name, value in found.items()}
 
 
-def test_two_strata_by_hand():
+def test_estimates_of_two_strata_equal_hand_computed_ones():
     found = one_sided((10, 4, 6, 6, 24), (1000, 30, 10, 10, 10))
     wanted = {
         "atom_given_shared": 34 / 50,
@@ -54,7 +54,7 @@ def test_two_strata_by_hand():
     assert reasons == {"fewer than 3 seeds: no interval"}
 
 
-def test_what_firing_explains_is_taken_out():
+def test_adjusted_estimates_remove_the_effect_of_firing():
     """Simpson's paradox: within each decile shared latents are atoms less often than orphans."""
     found = one_sided((1000, 80, 10, 10, 0), (10, 0, 10, 9, 81))
     assert found["difference"].mean == pytest.approx(0.80 - 0.19)
@@ -66,8 +66,8 @@ def test_what_firing_explains_is_taken_out():
     assert found["likelihood_ratio_adjusted"].mean == pytest.approx(adjusted)
 
 
-def test_deciles_are_of_the_live_latents_of_all_seeds():
-    """Twenty firing counts, two in each decile; the one confounded pair is 19 with 20."""
+def test_deciles_pool_the_live_latents_of_all_seeds():
+    """Twenty firing counts make deciles of two; the only informative decile is 19 with 20."""
     firing = [np.arange(1, 20, 2), np.arange(2, 21, 2)]
     labels = [np.full(10, NEITHER), np.full(10, NEITHER)]
     labels[0][9], shared = ATOM, np.zeros(10, bool)
@@ -75,17 +75,17 @@ def test_deciles_are_of_the_live_latents_of_all_seeds():
     live = [np.ones(10, bool)] * 2
     flags = {(0, 1): shared, (1, 0): np.zeros(10, bool)}
     found = truth_estimates(labels, firing, live, flags)["truth_difference_adjusted"]
-    # Only the last decile has a shared latent (19, an atom) and an orphan (20, none).
+    # Only the last decile has a shared latent (19, an atom) and an orphan (20, not an atom).
     assert found.mean == 1
-    # Where seed 1 fires more often than all of seed 0, the fifth decile holds 17 and 19.
+    # If seed 1 fires more often than all of seed 0, the fifth decile holds 17 and 19.
     far = [firing[0], np.arange(21, 41, 2)]
     labels[0][8] = ATOM
     found = truth_estimates(labels, far, live, flags)["truth_difference_adjusted"]
-    assert found.mean == 0, "17 is an orphan and an atom, as 19 is a shared one"
+    assert found.mean == 0, "17 (orphan) and 19 (shared) are both atoms"
 
 
 def drawn(rng, n, size, given_atom, given_other, atoms=0.3, seed_sd=0.0):
-    """Labels and sharing of n seeds: logit P(shared) = logit p_label + u_s + u_t."""
+    """Draw labels and sharing of n seeds: logit P(shared) = logit p_label + u_s + u_t."""
     labels = [np.where(rng.random(size) < atoms, ATOM, NEITHER) for _ in range(n)]
     effect = seed_sd * rng.standard_normal(n)
     shared = {}
@@ -100,12 +100,12 @@ def drawn(rng, n, size, given_atom, given_other, atoms=0.3, seed_sd=0.0):
 
 def test_known_probabilities_are_recovered():
     found = truth_estimates(*drawn(np.random.default_rng(0), 5, 5000, 0.8, 0.25))
-    # 5·4·5000 = 100,000 latents: a standard error of .003 at most.
+    # 5·4·5000 = 100,000 latents give a standard error of .003 at most.
     assert found["truth_shared_given_atom"].mean == pytest.approx(0.8, abs=0.012)
     assert found["truth_shared_given_neither"].mean == pytest.approx(0.25, abs=0.012)
     ratio = found["truth_likelihood_ratio"]
     assert ratio.mean == pytest.approx(3.2, rel=0.04)
-    # Firing says nothing here: adjusting for it changes nothing.
+    # Firing is independent of the rest here, so adjusting for it changes nothing.
     assert found["truth_likelihood_ratio_adjusted"].mean == pytest.approx(ratio.mean, rel=0.01)
     shared, orphan = 0.3 * 0.8 / (0.3 * 0.8 + 0.7 * 0.25), 0.3 * 0.2 / (0.3 * 0.2 + 0.7 * 0.75)
     assert found["truth_atom_given_shared"].mean == pytest.approx(shared, abs=0.015)
@@ -115,16 +115,16 @@ def test_known_probabilities_are_recovered():
     assert adjusted.low < adjusted.mean < adjusted.high
 
 
-def test_no_relation_is_none():
+def test_unrelated_sharing_and_truth_show_no_association():
     found = truth_estimates(*drawn(np.random.default_rng(1), 5, 5000, 0.4, 0.4))
     assert found["truth_difference"].mean == pytest.approx(0, abs=0.012)
     assert found["truth_likelihood_ratio"].mean == pytest.approx(1, abs=0.03)
 
 
 @pytest.mark.parametrize("n", [3, 5])
-def test_intervals_cover_the_truth_as_often_as_they_say(n):
+def test_intervals_cover_the_truth_at_their_confidence(n):
     rng, sd = np.random.default_rng(n), 0.3
-    # Of two seeds the effects add up to a normal of sd √2·sd.
+    # The effects of two seeds add up to a normal of standard deviation √2·sd.
     u = sqrt(2) * sd * stats.norm.ppf((np.arange(20_000) + 0.5) / 20_000)
     atom, other = (float(expit(logit(p) + u).mean()) for p in (0.7, 0.2))
     shared, orphan = 0.3 * atom + 0.7 * other, 0.3 * (1 - atom) + 0.7 * (1 - other)
@@ -138,11 +138,11 @@ def test_intervals_cover_the_truth_as_often_as_they_say(n):
         found = truth_estimates(*drawn(rng, n, 200, 0.7, 0.2, seed_sd=sd))
         for name, value in truth.items():
             covered[name] += found[name].low <= value <= found[name].high
-    # 400 trials: a standard error of .011 at .95.
+    # 400 trials give a standard error of .011 at .95.
     assert all(0.91 <= count / 400 <= 1 for count in covered.values()), covered
 
 
-def test_leave_one_seed_out_by_its_definition():
+def test_intervals_leave_one_seed_out_at_a_time():
     labels, firing, live, shared = drawn(np.random.default_rng(2), 4, 60, 0.7, 0.3)
     found = truth_estimates(labels, firing, live, shared)
     names = ["truth_likelihood_ratio", "truth_difference", "truth_atom_given_shared"]
@@ -216,24 +216,24 @@ def test_leave_one_seed_out_by_its_definition():
         ),
     ],
 )
-def test_what_the_counts_do_not_define_has_a_reason(counts, reasons):
+def test_undefined_estimates_have_a_reason(counts, reasons):
     found = one_sided((100, *counts))
     absent = ("shared_given_composite", "shared_given_group")
     undefined = {k: v.reason for k, v in found.items() if np.isnan(v.mean) and k not in absent}
     assert undefined == reasons
 
 
-def test_strata_without_overlap():
+def test_adjusted_estimates_need_strata_that_overlap():
     found = one_sided((10, 0, 0, 3, 7), (1000, 6, 4, 0, 0))
     assert found["difference"].mean == pytest.approx(0.3)
     reason = "no firing decile has both shared latents and others"
     assert found["difference_adjusted"].reason == reason
     found = one_sided((10, 0, 5, 0, 5), (1000, 6, 0, 4, 0))
-    reason = "no firing decile has both atoms and shared latents that are none"
+    reason = "no firing decile has both atoms and shared latents that are not atoms"
     assert found["likelihood_ratio_adjusted"].reason == reason
 
 
-def test_nothing_is_live():
+def test_without_live_latents_all_estimates_are_nan():
     none = [np.zeros(3, int)] * 3
     pairs = {(s, t): np.zeros(3, bool) for s in range(3) for t in range(3) if s != t}
     found = truth_estimates(none, none, [np.zeros(3, bool)] * 3, pairs)
@@ -241,8 +241,8 @@ def test_nothing_is_live():
     assert {value.reason for value in found.values()} == {"no latent is live"}
 
 
-def test_a_seed_that_carries_it_all_leaves_no_interval():
-    """Seeds 0 and 1 share with each other alone; without either, nothing is shared."""
+def test_an_estimate_undefined_without_one_seed_has_no_interval():
+    """Seeds 0 and 1 share only with each other; without either, nothing is shared."""
     labels = [np.array([ATOM, NEITHER])] * 3
     shared = {(s, t): np.full(2, {s, t} == {0, 1}) for s in range(3) for t in range(3) if s != t}
     found = truth_estimates(labels, [np.array([50, 50])] * 3, [np.ones(2, bool)] * 3, shared)
@@ -266,7 +266,7 @@ def test_a_ratio_of_0_has_no_interval_on_the_log_scale():
 
 @pytest.fixture
 def labelled(dictionary):
-    """Three seeds that share latents 0 … 11 of 40; atoms are 0 … 7 and 20 … 23."""
+    """Return three seeds that share latents 0 … 11 of 40; atoms are 0 … 7 and 20 … 23."""
     common = np.random.default_rng(7).standard_normal((2, 12, 64))
     truth = np.full(40, LABELS.index("composite"))
     truth[[*range(8), *range(20, 24)]] = ATOM
@@ -281,10 +281,10 @@ def labelled(dictionary):
     return runs
 
 
-def test_a_cell_by_hand(labelled, settings):
+def test_truth_estimates_of_a_cell_equal_hand_computed_ones(labelled, settings):
     found = compare_cell(labelled, [], settings).estimates
-    # Pairs of 0 and 2: 12 shared, 8 of them atoms, 28 orphans with 4. With seed 1, from either
-    # side: 11 shared, 7 atoms. Orphans: 29 with 5 seen from seed 0 or 2, and 28 with 4 from 1.
+    # Seeds 0 and 2: 12 shared, 8 of them atoms; 28 orphans, 4 of them atoms. With seed 1, from
+    # either side: 11 shared, 7 atoms. Orphans: 29 (5 atoms) from seed 0 or 2, 28 (4) from 1.
     assert found["truth_atom_given_shared"].mean == pytest.approx(
         (2 * 8 + 4 * 7) / (2 * 12 + 4 * 11)
     )
@@ -294,7 +294,7 @@ def test_a_cell_by_hand(labelled, settings):
     assert np.isnan(found["truth_shared_given_group"].mean)
 
 
-def test_labels_are_a_column_in_words_and_survive_the_files(labelled, settings, tmp_path):
+def test_labels_are_a_column_of_words_and_are_read_as_written(labelled, settings, tmp_path):
     cell = compare_cell(labelled, [], settings)
     words = cell.latents["truth"].to_pylist()
     assert words[:8] == ["atom"] * 8
@@ -308,7 +308,7 @@ def test_labels_are_a_column_in_words_and_survive_the_files(labelled, settings, 
         assert dataclasses.astuple(kept) == pytest.approx(dataclasses.astuple(value), nan_ok=True)
 
 
-def test_without_labels_of_all_runs_a_cell_is_as_it_was(labelled, settings):
+def test_a_cell_has_truth_estimates_only_if_all_runs_have_labels(labelled, settings):
     full = compare_cell(labelled, [], settings)
     part = compare_cell([*labelled[:2], dataclasses.replace(labelled[2], truth=None)], [], settings)
     assert part.latents.equals(full.latents.drop_columns("truth"))
@@ -327,7 +327,7 @@ def test_without_labels_of_all_runs_a_cell_is_as_it_was(labelled, settings):
         (np.zeros(3, int), "run-0: `truth` must have one value per latent [4]; got [3]"),
         (
             np.array([0, 1, 2, 4]),
-            "must lie between 0 and 3 (neither, composite, atom, group); it runs from 0 to 4",
+            "must lie between 0 and 3 (neither, composite, atom, group); got 0 to 4",
         ),
     ],
 )
@@ -336,7 +336,7 @@ def test_impossible_labels_are_refused(dictionary, truth, message):
         dictionary(np.ones((4, 3)), truth=truth)
 
 
-def test_labels_count_as_the_evaluation_made_them():
+def test_labels_are_numbered_as_in_the_evaluation():
     assert LABELS == evaluation.LABELS
 
 

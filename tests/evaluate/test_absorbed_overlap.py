@@ -1,4 +1,4 @@
-"""Do two SAEs absorb the same words?"""
+"""Overlap of the words that two SAEs absorb: by hand, and against chance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Tables = tuple[pd.DataFrame, pd.DataFrame]
 
 
 def tables(absorbed: dict[str, list[float]], main: dict[str, list[int]], **more: str) -> Tables:
-    """``letters`` and ``words`` of an SAE: fractions of the words of each class, by order."""
+    """Make ``letters`` and ``words`` of an SAE from the absorption fractions of each class."""
     letters = pd.DataFrame(
         [{"class": name, "reason": more.get(name, ""), "main": [[j] for j in mains]}
          for name, mains in main.items()]
@@ -27,12 +27,12 @@ def tables(absorbed: dict[str, list[float]], main: dict[str, list[int]], **more:
     return letters, words
 
 
-def test_the_same_words_by_hand() -> None:
+def test_overlap_counts_matched_classes_by_hand() -> None:
     flags = [1.0, 0.6, 0.0, 0.0, 0.0, 0.0]
     first = tables({"a": flags, "b": flags}, {"a": [4], "b": [5]})
     second = tables({"a": flags, "b": [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]}, {"a": [7], "b": [8]})
     partner = np.full(10, -1)
-    partner[4] = 7  # of b nothing is matched
+    partner[4] = 7  # no latent of b is matched
     found = absorbed_overlap(first, second, partner)
     assert (found.classes, found.words, found.jaccard) == (1, 6, 1.0)
     rows = found.by_class.set_index("class")
@@ -46,8 +46,8 @@ def test_the_same_words_by_hand() -> None:
     assert both.jaccard == pytest.approx(2 / 6)
 
 
-def test_chance_is_a_permutation_within_frequency() -> None:
-    """Two strata of three words: all permutations by hand."""
+def test_chance_permutes_words_of_similar_frequency() -> None:
+    """Two strata of three words: enumerate all permutations."""
     first = tables({"a": [1, 0, 0, 1, 1, 0]}, {"a": [0]})
     second = tables({"a": [1, 0, 0, 0, 1, 0]}, {"a": [0]})
     for _, words in (first, second):
@@ -64,7 +64,7 @@ def test_chance_is_a_permutation_within_frequency() -> None:
     assert found.p == pytest.approx(np.mean([s >= 2 for s in shared]), abs=0.01)
 
 
-def test_independent_words_are_no_overlap_and_the_same_ones_are() -> None:
+def test_equal_words_overlap_beyond_chance_and_independent_words_do_not() -> None:
     random = np.random.default_rng(0)
     mine, other = (list((random.random(400) < 0.3).astype(float)) for _ in range(2))
     first, unlike = tables({"a": mine}, {"a": [0]}), tables({"a": other}, {"a": [0]})
@@ -74,9 +74,7 @@ def test_independent_words_are_no_overlap_and_the_same_ones_are() -> None:
     assert absorbed_overlap(first, first, np.array([0])).p < 0.01
 
 
-def test_a_word_counts_where_most_of_its_records_do_and_a_class_where_both_can_be_evaluated() -> (
-    None
-):
+def test_a_word_needs_half_of_its_records_and_a_class_must_be_evaluable_in_both() -> None:
     letters, words = tables({"a": [1.0, 0.0]}, {"a": [0]})
     twice = pd.concat([words, words.assign(fraction=0.0), words.assign(fraction=0.0)])
     found = absorbed_overlap((letters, twice), (letters, words), np.array([0]))
@@ -88,6 +86,6 @@ def test_a_word_counts_where_most_of_its_records_do_and_a_class_where_both_can_b
     assert np.isnan([nothing.jaccard, nothing.expected, nothing.p]).all()
 
 
-def test_latents_that_are_usually_main() -> None:
+def test_usual_latents_are_main_in_at_least_half_of_the_folds() -> None:
     assert usual([[3], [3, 5], [5], [9]]) == {3, 5}
     assert usual([]) == set()

@@ -1,4 +1,4 @@
-"""The evaluations by words from end to end: a hundred words, and the embedded model."""
+"""Evaluations on words, end to end: a hundred words and the embedded model."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ def evaluated(resolved: Any, tmp_path_factory: pytest.TempPathFactory) -> Evalua
 
 @pytest.fixture(scope="module")
 def table(evaluated: Evaluated, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Words by what they look like, which a model tells easily; and a class of three words."""
+    """Words labelled by their appearance, which a probe predicts easily, and a class of three
+    words."""
     texts = WordTaskConfig.words(AbsorptionConfig(), evaluated.tokenizer).texts
     spaced = [t for t in texts if t.startswith(" ") and t.islower() and len(t) > 4]
     capital = [t for t in texts if t[0].isupper() and len(t) > 2]
@@ -80,7 +81,7 @@ def result(evaluated: Evaluated, settings: dict[str, Any]) -> Result:
     return found
 
 
-def test_a_class_that_cannot_be_evaluated_has_a_record_of_why(result: Result) -> None:
+def test_a_class_that_cannot_be_evaluated_has_a_reason(result: Result) -> None:
     letters = result.tables["letters"].set_index("class")
     assert list(letters.index) == ["name", "rare", "word"]
     assert result.metrics["absorption_letters"] == 2
@@ -95,7 +96,7 @@ def test_a_class_that_cannot_be_evaluated_has_a_record_of_why(result: Result) ->
         assert ((low <= mean) & (mean <= high)).all()
 
 
-def test_the_first_letters_are_26_classes_with_or_without_words(evaluated: Evaluated) -> None:
+def test_first_letters_are_always_26_classes(evaluated: Evaluated) -> None:
     words = AbsorptionConfig().words(evaluated.tokenizer)
     assert len(words.classes) == 26
 
@@ -113,7 +114,7 @@ def test_metrics_are_numbers_or_none(result: Result) -> None:
     assert wanted <= set(result.metrics)
     for name, value in result.metrics.items():
         if name.endswith(("prompts_low", "prompts_high")):
-            assert value is None  # two seeds of the prompts make no interval
+            assert value is None  # two prompt seeds are too few for an interval
         else:
             assert isinstance(value, int | float), name
             assert np.isfinite(value), name
@@ -123,7 +124,7 @@ def test_metrics_are_numbers_or_none(result: Result) -> None:
     )
 
 
-def test_tables_and_columns_tell_of_the_same_words(result: Result) -> None:
+def test_tables_and_latent_columns_agree_on_absorbed_words(result: Result) -> None:
     words, absorbers = result.tables["words"], result.tables["absorbers"]
     kept = result.tables["letters"].query("reason == ''")["class"]
     absorbed = words[(words["fraction"] > 0) & words["class"].isin(kept)]
@@ -151,19 +152,19 @@ def test_tables_and_columns_tell_of_the_same_words(result: Result) -> None:
     assert (words["frequency"] >= 0).all()
 
 
-def test_without_words_left_nothing_can_be_evaluated(
+def test_metrics_are_none_if_no_class_can_be_evaluated(
     evaluated: Evaluated, settings: dict[str, Any]
 ) -> None:
     config = AbsorptionConfig(**settings, probe_f1=0.9999999)
     [(_, found)] = config.evaluate([Subject("one", sae(0), HOOK)], evaluated)
     reasons = found.tables["letters"]["reason"]
-    if (reasons != "").all():  # the probes are not perfect
+    if (reasons != "").all():  # holds unless the probes are perfect
         assert found.metrics["absorption_letters"] == 0
         assert found.metrics["absorption_fraction"] is None
         assert len(found.tables["absorbers"]) == 0
 
 
-def test_the_model_is_read_once_for_each_seed_of_the_prompts(
+def test_the_model_runs_once_for_each_prompt_seed(
     evaluated: Evaluated, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list(SplittingConfig(**settings).repetitions(evaluated, HOOK))
@@ -207,10 +208,10 @@ def repetition(evaluated: Evaluated, settings: dict[str, Any]) -> Probed:
     return next(iter(SplittingConfig(**settings).repetitions(evaluated, HOOK)))
 
 
-def test_activations_are_those_at_the_words_token_at_the_hookpoint(
+def test_activations_are_taken_at_the_words_token_and_the_hookpoint(
     evaluated: Evaluated, settings: dict[str, Any]
 ) -> None:
-    """Against transformers' own hidden states of the whole prompt: what follows changes nothing."""
+    """Compare with transformers' hidden states of the whole prompt; later tokens change nothing."""
     model, probed = evaluated.model, repetition(evaluated, settings)
     assert model is not None
     chosen = np.array([0, 5, 60, 112])
@@ -226,7 +227,7 @@ def test_activations_are_those_at_the_words_token_at_the_hookpoint(
         assert not torch.allclose(found[i], states[HOOK.layer][i, prompts.at[i]], atol=1e-2)
 
 
-def test_every_word_is_tested_by_probes_that_have_not_seen_it(
+def test_every_word_is_tested_by_probes_not_trained_on_it(
     evaluated: Evaluated, settings: dict[str, Any]
 ) -> None:
     probed = repetition(evaluated, settings)
@@ -240,17 +241,19 @@ def test_every_word_is_tested_by_probes_that_have_not_seen_it(
     assert not probed.probes["permuted"][0].equal(probed.words.labels)
 
 
-def test_the_same_twice(evaluated: Evaluated, settings: dict[str, Any], result: Result) -> None:
+def test_a_second_evaluation_gives_equal_metrics(
+    evaluated: Evaluated, settings: dict[str, Any], result: Result
+) -> None:
     config = AbsorptionConfig(**settings, bootstrap=100)
     [(_, again)] = config.evaluate([Subject("one", sae(0), HOOK, untrained=sae(1))], evaluated)
     for name, value in again.metrics.items():
         assert value == result.metrics[name], name
 
 
-def test_one_that_was_never_trained_is_as_sparse_as_the_trained(
+def test_an_untrained_sae_is_as_sparse_as_its_k(
     evaluated: Evaluated, settings: dict[str, Any]
 ) -> None:
-    """Its threshold is that of the words: k·n of its latents are active on them."""
+    """Its threshold is set on the words: k·n latents are active on n words."""
     config = AbsorptionConfig(**settings | {"prompt_seeds": (0,)}, bootstrap=10)
     born = BatchTopKConfig(num_latents=200, k=5.5).build(128, torch.Generator().manual_seed(3))
     [(_, found)] = config.evaluate([Subject("one", sae(0), HOOK, untrained=born)], evaluated)
@@ -259,10 +262,9 @@ def test_one_that_was_never_trained_is_as_sparse_as_the_trained(
     assert found.metrics["absorption_l0_untrained"] == pytest.approx(5.5, abs=2 / words)
 
 
-def test_splitting_of_a_latent_that_is_the_class(
+def test_a_latent_equal_to_the_probe_has_its_f1_and_no_splits(
     evaluated: Evaluated, settings: dict[str, Any]
 ) -> None:
-    """An SAE whose first latent is the probe: as good as the probe, and no splits."""
     probed = repetition(evaluated, settings)
     made = sae(0, k=40)
     word = probed.words.classes.index("word")
@@ -295,13 +297,13 @@ def test_splitting_of_a_latent_that_is_the_class(
         ({"share": 0}, "`share` must be a number, above 0"),
     ],
 )
-def test_what_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_impossible_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         AbsorptionConfig(**changes)
     assert message in str(caught.value)
 
 
-def test_worlds_and_answers_alike_are_refused_before_anything_is_computed(
+def test_worlds_and_indistinct_answers_are_refused_before_anything_is_computed(
     resolved: Any, tmp_path: Path
 ) -> None:
     line = CommandLine("train", ["model=world_easy"])
@@ -331,14 +333,14 @@ def records(values: Callable[[int, int, int], float], classes: int = 3) -> pd.Da
 def test_means_and_intervals_by_hand() -> None:
     found = mean_over_classes(records(lambda c, w, s: c + 0.1 * s), "value", [0, 2])
     assert found.mean == pytest.approx(1.1)
-    assert (found.low, found.high) == (pytest.approx(1.1), pytest.approx(1.1))  # words are alike
-    # Seeds give 1.0, 1.1, 1.2: t(2 d.f.) = 4.303, SE = 0.1/√3.
+    assert (found.low, found.high) == (pytest.approx(1.1), pytest.approx(1.1))  # words are equal
+    # The seeds' means are 1.0, 1.1, 1.2: t(2 d.f.) = 4.303, SE = 0.1/√3.
     assert found.seeds_high - found.mean == pytest.approx(4.3027 * 0.1 / 3**0.5, rel=1e-4)
     assert found.classes["mean"].to_dict() == pytest.approx({0: 0.1, 2: 2.1})
 
 
 def test_the_bootstrap_draws_words_with_all_their_records() -> None:
-    """Its standard error is that of the words' own means: σ/√n of 10 words in each of 3 classes."""
+    """The standard error is σ/√n, with the words' means as data: 10 words in each of 3 classes."""
     found = mean_over_classes(
         records(lambda c, w, s: float(w % 2)), "value", [0, 1, 2], bootstrap=20_000
     )
@@ -350,7 +352,7 @@ def test_the_bootstrap_draws_words_with_all_their_records() -> None:
     assert (again.low, again.high) != (more.low, more.high)
 
 
-def test_the_mean_of_no_class_is_no_number() -> None:
+def test_the_mean_over_no_class_is_nan() -> None:
     found = mean_over_classes(records(lambda c, w, s: 1.0), "value", [])
     assert np.isnan([found.mean, found.low, found.seeds_low]).all()
     assert len(found.classes) == 0

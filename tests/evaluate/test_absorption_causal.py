@@ -1,4 +1,4 @@
-"""The causal form on small models whose attributions are known by hand."""
+"""Causal absorption on small models whose attributions are known by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ D = 4
 
 
 class Small(nn.Module):
-    """Embeds tokens; the logits at each place read the sum of all places up to it."""
+    """A model that embeds tokens; the logits at each position read the sum up to it."""
 
     def __init__(self, power: int = 1) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Small(nn.Module):
 
 
 def asked() -> tuple[Prompts, Tensor, Tensor]:
-    """Three prompts of two lengths, the answers' tokens, and the right classes."""
+    """Make three prompts of two lengths, answer tokens and right classes."""
     tokens = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0], [2, 4, 6, 8, 10]])
     prompts = Prompts(tokens, at=torch.tensor([2, 1, 3]), end=torch.tensor([4, 3, 4]))
     answers = torch.tensor([[9, 10, 11]] * 2 + [[3, 4, 5]])
@@ -52,22 +52,22 @@ def asked() -> tuple[Prompts, Tensor, Tensor]:
 
 
 def head_gradient(model: Small, answers: Tensor, labels: Tensor) -> Tensor:
-    """Right answer's row less the mean of the others'."""
+    """Return the right answer's row minus the mean of the others'."""
     rows = model.head.weight[answers]
     right = rows[torch.arange(len(labels)), labels]
     return right - (rows.sum(1) - right) / (answers.shape[1] - 1)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
-def test_of_a_linear_model_it_is_the_gradient_of_the_metric(batch: int) -> None:
+def test_a_linear_models_integrated_gradient_is_its_gradient(batch: int) -> None:
     model, (prompts, answers, labels) = Small(), asked()
     z = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
     found = integrated_gradient(model, HOOK, prompts, answers, labels, z, batch)
     assert torch.allclose(found, head_gradient(model, answers, labels), atol=1e-6)
 
 
-def test_the_path_takes_the_latents_away_and_leaves_the_error() -> None:
-    """Of Σ x², the gradient at a point is 2x·g: the mean over the path by hand."""
+def test_the_path_removes_the_latents_and_keeps_the_error() -> None:
+    """The gradient of Σ x² at a point is 2x·g; its mean over the path is by hand."""
     model, (prompts, answers, labels) = Small(power=2), asked()
     z = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
     x = model.embed(prompts.tokens)[torch.arange(3), prompts.at]
@@ -79,7 +79,7 @@ def test_the_path_takes_the_latents_away_and_leaves_the_error() -> None:
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
-def test_gradients_are_had_where_none_are_wanted() -> None:
+def test_gradients_are_computed_under_no_grad() -> None:
     model, (prompts, answers, labels) = Small(), asked()
     z = torch.ones(3, D)
     found = integrated_gradient(model, HOOK, prompts, answers, labels, z, 2)
@@ -88,7 +88,7 @@ def test_gradients_are_had_where_none_are_wanted() -> None:
     assert found.equal(again)
 
 
-def test_the_metric_by_hand() -> None:
+def test_the_margin_by_hand() -> None:
     scores = torch.tensor([[5.0, 1.0, 3.0], [0.0, 2.0, 4.0]])
     assert margin(scores, torch.tensor([0, 1])).tolist() == [3.0, 0.0]
 
@@ -99,22 +99,22 @@ def codes_of(dense: Tensor) -> Codes:
     return Codes(starts, latent, dense[token, latent], dense.shape[1])
 
 
-CASES = {  # what the metric loses without each latent, their cosines, absorbed
-    "one carries it": ([3, 1], [0.5, 0.5], True),
-    "two carry it": ([3, 2.5], [0.5, 0.5], False),
-    "just enough": ([3, 3 - MARGIN], [0.5, 0.5], True),
-    "too little": ([0.9], [0.5], False),
-    "the only one": ([1.1], [0.5], True),
-    "it does not point that way": ([3], [0.01], False),
-    "it speaks against": ([-3], [0.5], False),
-    "one for, one against: the silent come between": ([3, -2.5], [0.5, 0.5], True),
-    "none": ([], [], False),
+CASES = {  # the metric's loss without each latent, the latents' cosines, absorbed
+    "one latent carries the metric": ([3, 1], [0.5, 0.5], True),
+    "two latents carry the metric": ([3, 2.5], [0.5, 0.5], False),
+    "exactly the margin": ([3, 3 - MARGIN], [0.5, 0.5], True),
+    "below the margin": ([0.9], [0.5], False),
+    "a single latent": ([1.1], [0.5], True),
+    "too small a cosine": ([3], [0.01], False),
+    "opposite effect": ([-3], [0.5], False),
+    "silent latents rank before opposite ones": ([3, -2.5], [0.5, 0.5], True),
+    "no latent": ([], [], False),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_absorbed(case: str) -> None:
-    """Latents of activation 1; row j has its cosine with p = e0, and its effect along e_{j+1}."""
+def test_is_absorbed_by_hand(case: str) -> None:
+    """Every latent has activation 1; row j has its cosine with p = e0, its effect along e_{j+1}."""
     losses, cosines, wanted = CASES[case]
     W_dec = torch.zeros(4, 6)
     dense, gradient = torch.zeros(1, 4), torch.zeros(1, 6)
@@ -129,7 +129,7 @@ def test_what_is_absorbed(case: str) -> None:
     assert found.tolist() == [wanted]
 
 
-def test_where_no_latent_is_silent_the_next_is_the_one_against() -> None:
+def test_if_no_latent_is_silent_the_second_may_have_the_opposite_effect() -> None:
     W_dec = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     p = torch.eye(2)[:1]
     found = is_absorbed(
@@ -139,7 +139,7 @@ def test_where_no_latent_is_silent_the_next_is_the_one_against() -> None:
     assert found.tolist() == [False]  # 3 − |−2.5| is below the margin
 
 
-def test_a_sample_stands_for_all() -> None:
+def test_sample_weights_sum_to_the_number_of_silent_words() -> None:
     silent = torch.tensor([True] * 8 + [False] * 2 + [True] * 3)
     labels = torch.tensor([0] * 10 + [1] * 3)
     kept, weight = _sampled(silent, labels, 4, seed=0)

@@ -1,4 +1,4 @@
-"""The projection form: cases by hand, the analytic family, and a dense formulation word by word."""
+"""Projection absorption: cases by hand, an analytic family, and a dense reference per word."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def codes_of(dense: Tensor) -> Codes:
 def measured(
     x: Tensor, latents: Tensor, W_dec: Tensor, p: Tensor, main: Sequence[int] = (0,), **rules
 ) -> Absorption:
-    """Of words of one class."""
+    """Measure the absorption of words of one class."""
     directions, n = p[None], len(x)
     return absorption(
         codes_of(latents), x, torch.zeros(n, dtype=torch.long), directions,
@@ -48,7 +48,7 @@ CASES = {  # P, activations, cosines, fraction, full
 
 
 def rows_with(cosines: Sequence[float]) -> Tensor:
-    """Unit rows with these cosines to the first axis, each with a second axis of its own."""
+    """Make unit rows with these cosines to the first axis, each with its own second axis."""
     rows = torch.zeros(len(cosines), len(cosines) + 1)
     for i, cosine in enumerate(cosines):
         rows[i, 0], rows[i, i + 1] = cosine, (1 - cosine**2) ** 0.5
@@ -57,8 +57,8 @@ def rows_with(cosines: Sequence[float]) -> Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("scale", [1.0, 4.0])
-def test_the_cases_by_hand(case: str, scale: float) -> None:
-    """Also of decoders without unit norm: the same contributions by longer rows."""
+def test_absorption_by_hand(case: str, scale: float) -> None:
+    """Also with decoder rows that are not of unit norm: contributions are the same."""
     projection, latents, cosines, fraction, full = CASES[case]
     W_dec = rows_with(cosines)
     p = torch.eye(W_dec.shape[1])[0]
@@ -71,8 +71,8 @@ def test_the_cases_by_hand(case: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("delta", [0.0, 0.2, 0.39, 0.41, 0.6, 0.9, 1.0])
-def test_the_analytic_family(delta: float) -> None:
-    """Parent u1 and child u2: the child's latent takes over a share δ of the parent."""
+def test_the_fraction_is_the_share_that_the_child_absorbs(delta: float) -> None:
+    """Parent u1 and child u2: the child's latent absorbs a share δ of the parent."""
     u1, u2 = torch.eye(6)[:2]
     rows = torch.stack([u1, u2 + delta * u1])
     norms = rows.norm(dim=1, keepdim=True)
@@ -92,7 +92,7 @@ def test_the_analytic_family(delta: float) -> None:
 
 
 def one_word(a: Tensor, f: Tensor, W_dec: Tensor, p: Tensor, main: list[int]) -> tuple[float, bool]:
-    """The definition, a word at a time, dense, in float64."""
+    """Apply the definition to one word, dense, in float64."""
     p, W_dec, f, a = (t.double() for t in (p / p.norm(), W_dec, f, a))
     along = W_dec @ p
     cosine, proj = along / W_dec.norm(dim=1), f * along
@@ -113,7 +113,7 @@ def one_word(a: Tensor, f: Tensor, W_dec: Tensor, p: Tensor, main: list[int]) ->
     return fraction, full and float(cosine[j]) >= 0.025 and float(proj[j]) / P >= 0.4
 
 
-def test_against_a_dense_formulation() -> None:
+def test_absorption_equals_a_dense_reference() -> None:
     random = torch.Generator().manual_seed(3)
     n, latents, d, classes = 400, 40, 10, 3
     W_dec = torch.randn(latents, d, generator=random) * 2
@@ -132,9 +132,9 @@ def test_against_a_dense_formulation() -> None:
     ]
     assert found.fraction.tolist() == pytest.approx([w[0] for w in wanted], abs=1e-5)
     assert found.full.tolist() == [w[1] for w in wanted]
-    assert 0.1 < found.fraction.mean() < 0.9  # the cases are not all of one kind
+    assert 0.1 < found.fraction.mean() < 0.9  # the cases vary
     assert 0 < found.full.sum() < n
-    # The absorbers named are those whose contributions are counted, the largest first.
+    # The listed absorbers are those that count, the largest first.
     assert torch.allclose(found.contributions.sum(1), found.absorbing)
     assert (found.contributions.diff(dim=1) <= 0).all()
     for i in range(n):
@@ -146,7 +146,7 @@ def test_against_a_dense_formulation() -> None:
                 assert float(part) == pytest.approx(float(dense[i, latent] * W_dec[latent] @ p))
 
 
-def test_a_row_without_length_is_no_absorber() -> None:
+def test_a_decoder_row_of_zeros_absorbs_nothing() -> None:
     W_dec = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
     p = torch.tensor([1.0, 0.0])
     found = measured(p[None], torch.tensor([[0.0, 5.0]]), W_dec, p)
@@ -154,7 +154,7 @@ def test_a_row_without_length_is_no_absorber() -> None:
     assert found.full.tolist() == [False]
 
 
-def test_other_thresholds() -> None:
+def test_higher_thresholds_exclude_an_absorber() -> None:
     W_dec = rows_with([1, 0.6])
     p, latents = torch.eye(3)[0], torch.tensor([[0.0, 1.5]])
     assert measured(p[None], latents, W_dec, p, cosine=0.7).fraction.item() == 0
@@ -170,7 +170,7 @@ def test_random_directions_have_the_covariance_of_the_activations() -> None:
     assert drawn.mean(0).abs().max() < 0.1
 
 
-def test_the_null_of_round_activations_is_that_of_random_unit_vectors() -> None:
+def test_the_null_of_isotropic_activations_is_that_of_random_unit_vectors() -> None:
     """In D = 64 dimensions .21 exceeds 95.2% of random cosines."""
     random = torch.Generator().manual_seed(0)
     W_dec = torch.randn(300, 64, generator=random)

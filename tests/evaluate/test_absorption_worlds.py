@@ -1,7 +1,7 @@
-"""Worlds whose truth says what is absorbed: the measure with the true direction as the probe.
+"""Absorption on worlds whose absorbed tokens are known, with the true direction as the probe.
 
 T1 and T2 of Chanin et al. 2024 (docs/worlds.md). A "word" is a token of the world on which the
-parent fires; its class is told by the parent, whose main latent is found as for first letters.
+parent fires; the parent is the class, and its main latent is found as for first letters.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def trained(folder: Path, *overrides: str) -> tuple[World, list[Run]]:
 
 
 def measured(sae: SAE, world: World) -> tuple[Absorption, Tensor]:
-    """Of tokens where f0 fires, and on which of them f1 does too."""
+    """Measure the tokens where f0 fires; also return a mask of those where f1 fires too."""
     sample = world.sample(TOKENS, torch.Generator().manual_seed(1))
     fires = torch.zeros(TOKENS, len(world.dictionary), dtype=torch.bool)
     fires[sample.token, sample.feature] = True
@@ -48,7 +48,7 @@ def measured(sae: SAE, world: World) -> tuple[Absorption, Tensor]:
     labels = np.where(fires[:, 0], 0, 1)
     fold = make_folds(labels, parts(labels, 1, 0), 1, 0)[0]
     codes = encode(sae, sample.x)
-    # The parent is one concept: what stands for it is its first latent.
+    # The parent is one concept: its first latent represents it.
     split = find_splits(codes, member, fold, most=1, random=torch.Generator().manual_seed(0))[0]
     assert split is not None
     there = torch.from_numpy(fold.test[fires[fold.test, 0].numpy()])
@@ -60,8 +60,8 @@ def measured(sae: SAE, world: World) -> tuple[Absorption, Tensor]:
     return found, fires[there, 1]
 
 
-def test_the_right_answer_absorbs_nothing_and_the_absorbing_one_all_that_it_takes() -> None:
-    """Weights by hand: the dictionary itself, and the child's latent with the parent in it."""
+def test_the_true_dictionary_absorbs_nothing_and_an_absorbing_one_every_child() -> None:
+    """Weights by hand: the true dictionary, and one whose child latent includes the parent."""
     line = CommandLine("train", ["model=world_absorption"])
     jobs, _ = check_jobs(line, line.overrides, multirun=False)
     world = jobs[0].resolved.open().world
@@ -115,7 +115,7 @@ def test_independent_features_absorb_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_batch_topk_absorbs_too(tmp_path: Path) -> None:
-    """f1 fires on 60% of f0's tokens, or as often without it."""
+    """f1 fires on 60% of f0's tokens as its child, or equally often but independently."""
     options = ["model=world_absorption_topk", "sae=batch_topk", "sae.num_latents=12", "sae.k=2.2",
                "training.tokens=1024000", "training.start=truth"]  # fmt: skip
     world, runs = trained(tmp_path, *options)

@@ -1,4 +1,4 @@
-"""Contexts of latents: against plain loops, whatever the blocks and the company."""
+"""Contexts of latents: against plain loops, for any blocks and any other SAEs in the pass."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def source(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathF
 
 
 def sae_of(name: str, seed: int = 0) -> SAE:
-    """One whose latents fire on about a fifth of the tokens, or as k says; the first is silent."""
+    """Build an SAE: latents fire on about a fifth of the tokens, or by k; the first is silent."""
     sae = ARCHITECTURES[name].build(D, torch.Generator().manual_seed(seed))
     with torch.no_grad():
         sae.b_enc.fill_(-0.3)
@@ -70,7 +70,7 @@ def evaluated(
     source: Reading, folder: Path, saes: Mapping[str, tuple[Hookpoint, SAE]],
     config: ContextsConfig = SMALL,
 ) -> dict[str, Contexts]:  # fmt: skip
-    """The contexts of SAEs, written and read again."""
+    """Evaluate SAEs, write their contexts and read them again."""
     subjects = [Subject(name, sae, hook) for name, (hook, sae) in saes.items()]
     found = {}
     for name, result in config.evaluate(subjects, Evaluated(source, SharedResults(folder))):
@@ -94,7 +94,7 @@ class _Fired:
 
 
 def firings_of(source: Reading, hook: Hookpoint, sae: SAE, reach: int) -> list[list[_Fired]]:
-    """Of each latent all of them, token by token."""
+    """Return all firings of each latent, token by token."""
     sequences, kept = source.held_out_sequences(SMALL.tokens)
     found: list[list[_Fired]] = [[] for _ in range(sae.num_latents)]
     whole = torch.cat([x[hook] for x in source.model.activations(sequences, [hook])])
@@ -117,7 +117,7 @@ def firings_of(source: Reading, hook: Hookpoint, sae: SAE, reach: int) -> list[l
 
 
 def as_values(one: LatentContexts) -> dict[str, Any]:
-    """All of it, comparable."""
+    """Return all fields as comparable values."""
     contexts = [
         (c.kind, c.quantile, c.tokens.tolist(), c.activations.tolist(), c.peak, c.position)
         for c in one.contexts
@@ -127,7 +127,7 @@ def as_values(one: LatentContexts) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_against_a_plain_loop(source: Reading, tmp_path: Path, name: str) -> None:
+def test_contexts_equal_those_of_a_plain_loop(source: Reading, tmp_path: Path, name: str) -> None:
     hook, sae = HOOKS[0], sae_of(name)
     own = evaluated(source, tmp_path, {"a": (hook, sae)})["a"]
     _, kept = source.held_out_sequences(SMALL.tokens)
@@ -161,28 +161,28 @@ def test_against_a_plain_loop(source: Reading, tmp_path: Path, name: str) -> Non
         assert len({c.position for c in drawn}) == len(drawn) == min(SMALL.sampled, len(fired))
         shown = [float(c.activations[c.peak]) for c in drawn]
         assert shown == sorted(shown, reverse=True)
-        if len(fired) <= SMALL.reservoir:  # all are drawn, so that quantiles are known
+        if len(fired) <= SMALL.reservoir:  # all are drawn, so the quantiles are known
             order = sorted(values, reverse=True)
             for c, value in zip(drawn, shown, strict=True):
                 assert c.quantile is not None
                 rank = (1 - c.quantile) * len(fired) - 0.5
                 assert order[round(rank)] == pytest.approx(value, rel=1e-5)
                 assert rank == pytest.approx(round(rank), abs=1e-4)
-    assert not own.latent(0).contexts, "it is silent"
-    assert several, "some latent fires twice in a sequence"
+    assert not own.latent(0).contexts, "latent 0 is silent"
+    assert several, "some latent must fire twice in a sequence"
 
 
-def test_however_cut_and_in_whatever_company_the_result_is_the_same(
+def test_contexts_do_not_depend_on_blocks_or_other_saes(
     source: Reading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saes = {name: (HOOKS[i % 3], sae_of(name, i)) for i, name in enumerate(ARCHITECTURES)}
     together = evaluated(source, tmp_path / "together", saes)
-    monkeypatch.setattr(contexts_config, "_KEPT_BYTES", 1)  # each in a pass of its own
+    monkeypatch.setattr(contexts_config, "_KEPT_BYTES", 1)  # a pass for each SAE
     alone = evaluated(source, tmp_path / "alone", saes)
     for name in saes:
         for a, b in zip(together[name].latents(0, F), alone[name].latents(0, F), strict=True):
             assert as_values(a) == as_values(b)
-    monkeypatch.setattr(contexts_config, "_BLOCK", 1)  # a sequence at a time: other roundings
+    monkeypatch.setattr(contexts_config, "_BLOCK", 1)  # one sequence per block rounds differently
     cut = evaluated(source, tmp_path / "cut", saes)
     for name in saes:
         for a, b in zip(together[name].latents(0, F), cut[name].latents(0, F), strict=True):
@@ -191,7 +191,7 @@ def test_however_cut_and_in_whatever_company_the_result_is_the_same(
             assert a.largest == pytest.approx(b.largest, rel=1e-5)
 
 
-def test_more_tokens_never_lower_what_is_kept(source: Reading, tmp_path: Path) -> None:
+def test_more_tokens_never_lower_counts_or_maxima(source: Reading, tmp_path: Path) -> None:
     saes = {"a": (HOOKS[0], sae_of("relu"))}
     some = evaluated(source, tmp_path / "some", saes)["a"]
     more = evaluated(source, tmp_path / "more", saes, replace(SMALL, tokens=900))["a"]
@@ -201,7 +201,7 @@ def test_more_tokens_never_lower_what_is_kept(source: Reading, tmp_path: Path) -
         assert b.firing >= a.firing
 
 
-def test_special_tokens_and_first_positions_are_shown_and_silent(
+def test_special_tokens_and_first_positions_are_shown_without_activation(
     source: Reading, tmp_path: Path
 ) -> None:
     own = evaluated(source, tmp_path, {"a": (HOOKS[0], sae_of("relu"))})["a"]
@@ -211,11 +211,11 @@ def test_special_tokens_and_first_positions_are_shown_and_silent(
             first = c.position % CONTEXT - c.peak == 0
             seen += first
             assert not first or c.activations[0] == 0
-            assert not c.activations[c.tokens == 0].any(), "the BOS token is none of the SAE's"
-    assert seen, "some window begins with its sequence"
+            assert not c.activations[c.tokens == 0].any(), "the SAE never encodes the BOS token"
+    assert seen, "some window must begin with its sequence"
 
 
-def test_one_latent_is_read_with_its_row_group_alone(
+def test_reading_one_latent_reads_one_row_group(
     source: Reading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = evaluated(source, tmp_path, {"a": (HOOKS[0], sae_of("topk"))})["a"]
@@ -239,9 +239,7 @@ def test_texts_are_those_of_the_tokens(source: Reading, tmp_path: Path) -> None:
         assert all(own.text([t]) for t, _ in (*latent.promoted, *latent.suppressed))
 
 
-def test_of_several_the_newest_is_read_and_without_any_none(
-    source: Reading, tmp_path: Path
-) -> None:
+def test_the_newest_result_is_read_or_none(source: Reading, tmp_path: Path) -> None:
     assert Contexts.of(tmp_path / "a") is None
     saes = {"a": (HOOKS[0], sae_of("topk"))}
     evaluated(source, tmp_path, saes)
@@ -262,7 +260,7 @@ def test_only_the_residual_stream_has_a_lens(source: Reading, tmp_path: Path) ->
     assert {(c.kind, len(c.tokens), c.peak) for x in bare for c in x.contexts} == {(TOP, 1, 0)}
 
 
-def test_what_cannot_be_is_refused(source: Reading, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(source: Reading, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`sampled` \(=9\) must not exceed `reservoir` \(=8\)"):
         ContextsConfig(sampled=9, reservoir=8)
     many = {"a": (HOOKS[0], sae_of("topk"))}

@@ -1,4 +1,4 @@
-"""What is kept of many firings: the highest, a fair draw, and the directions of latents."""
+"""Stored firings (the highest, and a uniform draw), and the directions of latents."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CONTEXT, F = 8, 12
 
 
 def random_firings(sequences: int, seed: int) -> torch.Tensor:
-    """Dense latents [sequences, context, F] of small whole numbers, so that many are equal."""
+    """Make dense latents [sequences, context, F] of small integers, so that many are equal."""
     generator = torch.Generator().manual_seed(seed)
     dense = torch.randint(0, 4, (sequences, CONTEXT, F), generator=generator).float()
     return dense * (torch.rand(dense.shape, generator=generator) < 0.4)
 
 
 def gathered(dense: torch.Tensor, sizes: list[int], backwards: bool = False) -> Gathering:
-    """What is kept after blocks of so many sequences."""
+    """Gather contexts from blocks of these numbers of sequences."""
     sae = TopKConfig(num_latents=F, k=1).build(4, torch.Generator())
     found = Gathering(sae, top=3, reservoir=5, reach=2, seed=0)
     blocks, first = [], 0
@@ -43,7 +43,6 @@ def gathered(dense: torch.Tensor, sizes: list[int], backwards: bool = False) -> 
 
 
 def shown(found: Gathering) -> list:
-    """All that is kept, in order."""
     out = []
     for kept in (found.top, found.drawn):
         order = kept.in_order(slice(None))
@@ -55,7 +54,7 @@ def shown(found: Gathering) -> list:
     return [*out, found.firing.tolist(), found.total.tolist()]
 
 
-def test_blocks_of_any_size_keep_the_same_and_equal_ones_go_by_position() -> None:
+def test_blocks_of_any_size_give_the_same_contexts_and_ties_go_by_position() -> None:
     dense = random_firings(40, 0)
     whole = gathered(dense, [40])
     assert shown(whole) == shown(gathered(dense, [1] * 40)) == shown(gathered(dense, [7, 20, 13]))
@@ -70,7 +69,7 @@ def test_blocks_of_any_size_keep_the_same_and_equal_ones_go_by_position() -> Non
         assert whole.top.value[j, places].tolist() == [value for value, _ in expected]
 
 
-def test_few_firings_are_all_kept_and_none_is_no_firing() -> None:
+def test_few_firings_are_all_kept_and_empty_slots_are_not_counted() -> None:
     dense = torch.zeros(3, CONTEXT, F)
     dense[1, 4, 2] = dense[1, 6, 2] = dense[2, 0, 2] = 1.5
     found = gathered(dense, [1, 1, 1])
@@ -79,11 +78,11 @@ def test_few_firings_are_all_kept_and_none_is_no_firing() -> None:
     assert drawn[: found.drawn.there()[2]].tolist() == [12, 14, 16]
     kept = found.top.window[2][found.top.in_order(slice(None))[2]]
     assert kept[0].tolist() == [0, 0, 1.5, 0, 1.5]
-    assert kept[1].tolist() == [0, 0, 1.5, 0, 0]  # what came before is another sequence's
+    assert kept[1].tolist() == [0, 0, 1.5, 0, 0]  # the tokens before are of another sequence
 
 
 def test_the_draw_is_uniform_over_the_firings() -> None:
-    """Of 20 firings of each of many latents 5 are drawn: each as often as any other."""
+    """5 of 20 firings are drawn for each of many latents: all are equally frequent."""
     num_latents, n, size = 4_000, 20, 5
     latent = torch.arange(num_latents).repeat_interleave(n)
     place = torch.arange(n).repeat(num_latents)
@@ -91,20 +90,20 @@ def test_the_draw_is_uniform_over_the_firings() -> None:
     rank = by_lot(firings, 0).view(num_latents, n)
     drawn = rank.topk(size, dim=1).indices
     counts = torch.bincount(drawn.flatten(), minlength=n).numpy()
-    # Drawn without replacement: the variance of a count is smaller by (n − size)/(n − 1).
+    # Draws are without replacement: the variance of a count is smaller by (n − size)/(n − 1).
     expected = num_latents * size / n
     statistic = ((counts - expected) ** 2 / expected).sum() * (n - 1) / (n - size)
     assert stats.chi2.sf(statistic, n - 1) > 1e-3
     pairs = torch.bincount((drawn[:, :1] * n + drawn[:, 1:2]).flatten(), minlength=n * n)
     there = pairs.view(n, n).numpy() + pairs.view(n, n).t().numpy()
     pair_counts = there[np.triu_indices(n, 1)]
-    assert stats.chisquare(pair_counts).pvalue > 1e-3, "no two come together more often"
+    assert stats.chisquare(pair_counts).pvalue > 1e-3, "all pairs are equally frequent"
     other = by_lot(firings, 1).view(num_latents, n).topk(size, dim=1).indices
     common = (drawn[:, :, None] == other[:, None]).sum() / num_latents
     assert float(common) == pytest.approx(size * size / n, abs=0.1), "seeds are independent"
 
 
-def test_lots_are_one_to_one_and_those_of_splitmix64() -> None:
+def test_the_hash_is_one_to_one_and_equals_splitmix64() -> None:
     x = torch.cat([torch.arange(-500, 500), torch.arange(2**32 - 500, 2**32 + 500)])
     assert len(_mixed(x).unique()) == len(x)
 
@@ -118,7 +117,7 @@ def test_lots_are_one_to_one_and_those_of_splitmix64() -> None:
     assert [int(v) % 2**64 for v in _mixed(x)] == expected
 
 
-def test_neighbours_are_those_of_all_cosines() -> None:
+def test_neighbours_have_the_largest_of_all_cosines() -> None:
     rows = torch.randn(60, 10, generator=torch.Generator().manual_seed(0))
     rows[7] = 0
     rows[9] = 3 * rows[8] + 0.01 * rows[0]
@@ -134,7 +133,7 @@ def test_neighbours_are_those_of_all_cosines() -> None:
     assert found.index[7].tolist() == [-1] * 4, "a row of zeros has no direction"
     assert found.index[8, 0] == 9
     assert 7 not in found.index
-    assert neighbours(rows[8:10], 4).index.tolist() == [[1, -1], [0, -1]], "there is one other"
+    assert neighbours(rows[8:10], 4).index.tolist() == [[1, -1], [0, -1]], "only one other row"
 
 
 def test_the_lens_is_the_product_with_the_unembedding() -> None:
@@ -151,7 +150,7 @@ def test_the_lens_is_the_product_with_the_unembedding() -> None:
 
 
 def save_model(kind: str, folder: Path, tiny_model: Path) -> None:
-    """A model of one block with norms away from their start, and the tiny model's tokenizer."""
+    """Save a model of one block with perturbed norms, and the tiny model's tokenizer."""
     import transformers
 
     torch.manual_seed(0)
@@ -180,12 +179,12 @@ def save_model(kind: str, folder: Path, tiny_model: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "gemma2", "opt"])
-def test_the_unembedding_is_the_slope_of_the_model_s_own_logits(
+def test_the_unembedding_is_the_slope_of_the_models_logits(
     kind: str, tmp_path: Path, tiny_model: Path
 ) -> None:
-    """Where the norm's divisor does not move, the model's logits move as the matrix says."""
+    """If the norm's divisor stays fixed, the model's logits change linearly by the matrix."""
     save_model(kind, tmp_path, tiny_model)
-    config = PathModelConfig(path=str(tmp_path), attention="eager")  # which all of them have
+    config = PathModelConfig(path=str(tmp_path), attention="eager")  # all kinds support eager
     model = LanguageModel(resolve(config, tmp_path / "cache"))
     matrix = unembedding(model)
     assert matrix is not None
@@ -197,7 +196,7 @@ def test_the_unembedding_is_the_slope_of_the_model_s_own_logits(
     norm, head = model.model.get_submodule(inner), model.model.get_output_embeddings()
     x = torch.tensor([3.0, -3.0] * 8)  # mean 0, mean square 9
     direction = torch.randn(16, generator=torch.Generator().manual_seed(2))
-    direction -= (direction @ x) / (x @ x) * x  # changes the norm of x in second order alone
+    direction -= (direction @ x) / (x @ x) * x  # changes the norm of x only to second order
     step = 1e-2
     after, before = (head(norm(x + sign * step * direction))[:tokens] for sign in (1, -1))
     slope = (after - before).double() / (2 * step) * 3

@@ -19,7 +19,7 @@ def composite(row: torch.Tensor, dictionary: torch.Tensor = BASIS) -> float:
 
 
 def brute_force(row: np.ndarray, dictionary: np.ndarray) -> float:
-    """The best cosine by scipy's non-negative least squares on each set of three features."""
+    """Find the best cosine by scipy's non-negative least squares on each set of three features."""
     best = 0.0
     for chosen in combinations(range(len(dictionary)), min(3, len(dictionary))):
         weights, _ = nnls(dictionary[list(chosen)].T, row)
@@ -30,9 +30,9 @@ def brute_force(row: np.ndarray, dictionary: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("features", "width"), [(12, 5), (12, 4), (7, 9), (3, 6), (2, 6), (1, 3)])
-def test_the_fit_is_that_of_scipy_on_all_sets(features: int, width: int) -> None:
+def test_the_fit_equals_scipys_on_all_sets(features: int, width: int) -> None:
     rng = np.random.default_rng(features * width)
-    # A common part makes the features far from orthogonal.
+    # A common component makes the features far from orthogonal.
     dictionary = unit(torch.from_numpy(rng.normal(size=(features, width)) + 0.7))
     rows = unit(torch.from_numpy(rng.normal(size=(40, width)) + 0.3))
     everything = torch.arange(features).expand(40, -1)
@@ -58,10 +58,10 @@ def test_fewer_candidates_never_find_more() -> None:
     rows = torch.from_numpy(rng.normal(size=(50, 6)))
     few, more = (directions(rows, dictionary, torch.zeros(0, 1, 6), c).composite for c in (4, 12))
     assert (few <= more + 1e-6).all()
-    assert (few < more - 1e-3).any(), "and here some are missed: the bound is a bound"
+    assert (few < more - 1e-3).any(), "few candidates must miss some composites here"
 
 
-def test_sums_differences_and_too_many_parts() -> None:
+def test_composites_are_sums_of_at_most_three_features() -> None:
     u = BASIS
     assert composite(u[0] + u[1]) == pytest.approx(1)
     assert composite(3 * u[0] + u[2] + 2 * u[4]) == pytest.approx(1)
@@ -71,7 +71,7 @@ def test_sums_differences_and_too_many_parts() -> None:
     assert composite(torch.zeros(5)) == 0
 
 
-def test_the_same_feature_twice_does_no_harm() -> None:
+def test_duplicate_features_do_not_change_the_fit() -> None:
     twice = torch.stack([BASIS[0], BASIS[0], BASIS[1], BASIS[1]])
     assert composite(BASIS[0] + BASIS[1], twice) == pytest.approx(1)
     assert composite(BASIS[0] - BASIS[1], twice) == pytest.approx(0.5**0.5)
@@ -92,7 +92,7 @@ def test_matched_cosine_by_hand() -> None:
     assert matched_cosine(torch.tensor([[0.9], [0.2]])) == pytest.approx(0.9)
 
 
-def test_rows_without_direction() -> None:
+def test_zero_and_nan_rows_have_no_feature() -> None:
     rows = torch.stack([BASIS[1] * -2, torch.zeros(5), torch.full((5,), torch.nan)])
     found = directions(rows, BASIS, NO_GROUPS)
     assert found.feature.tolist() == [1, -1, -1]

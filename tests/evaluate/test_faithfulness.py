@@ -1,4 +1,4 @@
-"""An SAE in a model: against ablations that it equals, and against an independent loop."""
+"""Faithfulness of an SAE in a model: against equal ablations, and against an independent loop."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def constant(value: torch.Tensor) -> SAE:
 
 
 def identity() -> SAE:
-    """A latent for either sign of every dimension."""
+    """Build an SAE that reconstructs exactly: a latent for either sign of every dimension."""
     sae = ReLUConfig(num_latents=2 * D).build(D, torch.Generator())
     with torch.no_grad():
         rows = torch.cat([torch.eye(D), -torch.eye(D)])
@@ -68,7 +68,7 @@ def identity() -> SAE:
 
 
 def mean_at(source: Reading, hook: Hookpoint) -> torch.Tensor:
-    """Of the positions where the SAE stands in, position by position."""
+    """Average over the replaced positions, one by one."""
     sequences, kept = source.held_out_sequences(300)
     x = torch.cat([found[hook] for found in source.model.activations(sequences, [hook])])
     return torch.stack([x[s, t] for s, t in kept.nonzero().tolist()]).double().mean(0).float()
@@ -94,13 +94,13 @@ def test_the_identity_loses_nothing_and_constants_are_ablations(
         assert own["ce"] == pytest.approx(own[f"ce_{ablation}"], abs=1e-6)
         assert own["kl"] == pytest.approx(own[f"kl_{ablation}"], abs=1e-6)
         assert own[f"kl_recovered_{ablation}"] == pytest.approx(0, abs=1e-4)
-        assert own["kl"] > 1e-4, "the ablation changes something"
-    assert zero["ce_zero"] == mean["ce_zero"], "the same tokens for all"
+        assert own["kl"] > 1e-4, "the ablation must change something"
+    assert zero["ce_zero"] == mean["ce_zero"], "all SAEs see the same tokens"
 
 
 @torch.no_grad()
-def test_against_a_loop_over_sequences_in_double(source: Reading, tmp_path: Path) -> None:
-    """One sequence at a time, hooks set by hand, cross-entropy and KL summed in float64."""
+def test_losses_equal_those_of_a_loop_in_float64(source: Reading, tmp_path: Path) -> None:
+    """The loop takes one sequence at a time and sums cross-entropy and KL in float64."""
     hook, sae = HOOKS[0], TopKConfig(num_latents=32, k=3).build(D, torch.Generator().manual_seed(1))
     result = results(source, tmp_path, {"a": (hook, sae)})["a"]
     sequences, kept = source.held_out_sequences(300)
@@ -132,12 +132,10 @@ def test_against_a_loop_over_sequences_in_double(source: Reading, tmp_path: Path
     assert result.metrics["tokens"] == int(kept.sum()) >= 300
 
 
-def test_together_or_alone_and_however_batched_the_losses_are_the_same(
-    source: Reading, tmp_path: Path
-) -> None:
+def test_losses_do_not_depend_on_batches_or_other_saes(source: Reading, tmp_path: Path) -> None:
     saes: dict[str, tuple[Hookpoint, SAE]] = {
         str(i): (HOOKS[i % 3], TopKConfig(num_latents=8, k=2).build(D, torch.Generator()))
-        for i in range(10)  # more than share a pass
+        for i in range(10)  # more SAEs than share a pass
     }
     together = results(source, tmp_path, saes)
     assert list(together) == list(saes)
@@ -164,18 +162,18 @@ def test_an_ablation_that_does_no_harm_recovers_nothing() -> None:
     assert _recovered(3.0, clean=2.0, worst=6.0) == 0.75
 
 
-def test_what_is_spliced_in_has_the_shape_of_what_was_there(source: Reading) -> None:
+def test_an_edit_of_another_shape_is_refused_and_the_hook_is_removed(source: Reading) -> None:
     tokens = source.held_out_sequences(300)[0][:1]
-    with pytest.raises(ValueError, match=r"resid_post\.1: what takes the place of activations of"):
+    with pytest.raises(ValueError, match=r"resid_post\.1: the replacement of activations of"):
         logits(source.model, tokens, {HOOKS[0]: lambda x: x[:, :1]})
     model: LanguageModel = source.model
     before = logits(model, tokens)
     with spliced(model.model, HOOKS[0], torch.zeros_like):
         assert not torch.equal(logits(model, tokens), before)
-    assert torch.equal(logits(model, tokens), before), "the hook is gone"
+    assert torch.equal(logits(model, tokens), before), "the hook must be removed"
 
 
-def test_gaussian_draws_and_worlds_have_no_tokens() -> None:
+def test_gaussian_draws_and_worlds_are_refused() -> None:
     from types import SimpleNamespace
 
     from reseed.evaluate.base import needs_language_model

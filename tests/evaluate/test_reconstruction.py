@@ -28,7 +28,7 @@ def data(tokens: int = 1_000, d_in: int = 12) -> Tensor:
 
 
 def constant(value: Tensor):
-    """An SAE that always answers ``value``, with no latent active."""
+    """Build an SAE that always reconstructs ``value``, with no latent active."""
     sae = TopKConfig(num_latents=4, k=1).build(len(value), torch.Generator())
     with torch.no_grad():
         sae.W_enc.zero_()
@@ -37,7 +37,7 @@ def constant(value: Tensor):
 
 
 def identity(d_in: int):
-    """An SAE that reconstructs positive activations exactly: a latent for every dimension."""
+    """Build an SAE that reconstructs positive activations: a latent for every dimension."""
     sae = ReLUConfig(num_latents=d_in).build(d_in, torch.Generator())
     with torch.no_grad():
         sae.W_enc.copy_(torch.eye(d_in))
@@ -64,8 +64,8 @@ def test_predicting_the_mean_has_fvu_1_and_the_identity_0() -> None:
     assert exact["cosine"] == pytest.approx(1)
 
 
-def test_the_mean_is_that_of_the_evaluation_set_not_of_the_batch() -> None:
-    """Two batches about different means: the mean of per-batch fractions would be 1, not 1/26."""
+def test_the_variance_is_about_the_mean_of_the_evaluation_set_not_of_the_batch() -> None:
+    """Two batches with different means: the mean of per-batch fractions would be far above 1."""
     low, high = data() - 5, data() + 95
     x = torch.cat([low, high])
     sae = constant(x.double().mean(0).float())
@@ -82,7 +82,7 @@ def test_the_mean_is_that_of_the_evaluation_set_not_of_the_batch() -> None:
     )
 
 
-def test_firing_by_a_plain_count() -> None:
+def test_firing_counts_equal_a_plain_loop() -> None:
     x = data(300)
     sae = ReLUConfig(num_latents=20).build(12, torch.Generator().manual_seed(1))
     found = measured(sae, x)
@@ -97,7 +97,7 @@ def test_firing_by_a_plain_count() -> None:
     assert metrics["live"] == {str(n): sum(count >= n for count in expected) for n in (1, 10, 100)}
 
 
-def test_many_at_once_each_by_its_hookpoint() -> None:
+def test_many_saes_are_measured_at_once_each_at_its_hookpoint() -> None:
     a, b = Hookpoint("resid_post", 0), Hookpoint("mlp_out", 1)
     x, y = data(200), data(200, 8)
     saes = {"one": (a, identity(12)), "two": (b, identity(8)), "three": (a, constant(x.mean(0)))}
@@ -110,7 +110,7 @@ def test_many_at_once_each_by_its_hookpoint() -> None:
         assert together[name].firing.tolist() == alone.firing.tolist()
 
 
-def test_mean_and_covariance_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mean_and_covariance_equal_numpys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("reseed.activations.moments._BLOCK", 64)  # several blocks
     a, b = Hookpoint("resid_post", 0), Hookpoint("mlp_out", 1)
     x, y = data(300) + 1000, data(300, 8)
@@ -122,18 +122,18 @@ def test_mean_and_covariance_by_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
         tensors = moments.so_far().tensors()
         exact = values.double().numpy()
         assert tensors["mean"].numpy() == pytest.approx(exact.mean(0), rel=1e-6)
-        # Far from the origin: what is lost of float64 is no part of float32.
+        # The mean is far from 0; float64 sums stay exact to float32.
         covariance = np.cov(exact.T, bias=True)
         assert tensors["covariance"].numpy() == pytest.approx(covariance, rel=1e-5, abs=1e-6)
-    assert found["one"].moments is found["two"].moments, "once per hookpoint, not per SAE"
+    assert found["one"].moments is found["two"].moments, "one object per hookpoint, not per SAE"
 
 
-def test_nothing_to_measure_is_an_error() -> None:
+def test_metrics_without_activations_are_an_error() -> None:
     with pytest.raises(ValueError, match="no activations were added"):
         Reconstruction(identity(3)).metrics()
 
 
-def test_sums_of_activations_by_a_dense_pass() -> None:
+def test_activation_sums_equal_those_of_a_dense_pass() -> None:
     x = data(5_000)
     sae = ReLUConfig(num_latents=20).build(12, torch.Generator().manual_seed(0))
     found = Reconstruction(sae)
@@ -146,7 +146,7 @@ def test_sums_of_activations_by_a_dense_pass() -> None:
     assert (squares > 1).any()
 
 
-def test_lengths_and_sums_by_hand() -> None:
+def test_shrinkage_bias_and_l1_by_hand() -> None:
     """x = (3, 4) and (0, 2), x̂ = x/2: half as long, the best scale is 2, L1 the sum of latents."""
     sae = identity(2)
     with torch.no_grad():
@@ -159,14 +159,14 @@ def test_lengths_and_sums_by_hand() -> None:
     assert found["dense_fraction"] == 1  # latent 0 on half of the tokens, latent 1 on all
 
 
-def test_of_nothing_there_is_no_shrinkage() -> None:
+def test_ratios_are_none_for_activations_of_zero() -> None:
     found = measured(constant(torch.zeros(3)), torch.zeros(5, 3)).metrics()
     assert found["shrinkage"] is None
     assert found["relative_bias"] is None
     assert found["explained_variance_uncentred"] is None
 
 
-def test_the_histogram_of_density_counts_every_latent_once() -> None:
+def test_the_density_histogram_counts_every_latent_once() -> None:
     density = np.array([0.0, 0.0, 1e-9, 0.1, 0.5, 1.0])
     table = density_table(density)
     assert table["latents"].sum() == len(density)
@@ -175,10 +175,10 @@ def test_the_histogram_of_density_counts_every_latent_once() -> None:
     by_low = dict(zip(table["low"], table["latents"], strict=True))
     assert by_low[-1.0] == 1
     assert by_low[-0.5] == 1
-    assert by_low[-0.25] == 1, "1 is in the last bin"
+    assert by_low[-0.25] == 1, "density 1 is in the last bin"
 
 
-def test_the_evaluation_is_the_measure_on_so_many_tokens() -> None:
+def test_the_evaluation_measures_the_given_number_of_tokens() -> None:
     x, hook = data(64), Hookpoint("resid_post", 0)
     source = SimpleNamespace(
         held_out=lambda hooks, tokens: iter([{hook: x[:40]}, {hook: x[40:tokens]}]),

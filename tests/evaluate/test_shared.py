@@ -1,4 +1,4 @@
-"""Results about a model: found again by what determines them, made once."""
+"""Shared results about a model: found by their key, computed once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from reseed.evaluate.shared import SharedResults
 
 
-def test_made_once_and_found_by_the_key(tmp_path: Path) -> None:
+def test_results_are_computed_once_and_found_by_their_key(tmp_path: Path) -> None:
     made = []
 
     def compute() -> dict[str, Tensor]:
@@ -31,7 +31,7 @@ def test_made_once_and_found_by_the_key(tmp_path: Path) -> None:
     assert len(list((tmp_path / "evaluations").glob("*.safetensors"))) == 3
 
 
-def test_what_cannot_be_read_is_made_again(tmp_path: Path) -> None:
+def test_an_unreadable_file_is_computed_again(tmp_path: Path) -> None:
     shared = SharedResults(tmp_path)
     shared.get("x", {}, lambda: {"a": torch.zeros(2)})
     (file,) = (tmp_path / "evaluations").glob("*.safetensors")
@@ -39,7 +39,7 @@ def test_what_cannot_be_read_is_made_again(tmp_path: Path) -> None:
     assert shared.get("x", {}, lambda: {"a": torch.ones(2)})["a"].tolist() == [1, 1]
 
 
-def test_of_two_that_want_it_one_computes(tmp_path: Path) -> None:
+def test_only_one_of_two_concurrent_callers_computes(tmp_path: Path) -> None:
     made = []
 
     def slowly() -> dict[str, Tensor]:

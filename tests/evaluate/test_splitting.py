@@ -1,4 +1,4 @@
-"""Codes, probes on them, and the main latents of a class."""
+"""Sparse codes, probes on them, and the main latents of a class."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def sparse(n: int, latents: int, seed: int = 0, density: float = 0.2) -> Tensor:
 # Codes against dense tensors.
 
 
-def test_codes_are_what_the_sae_encodes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_equal_the_saes_dense_latents(monkeypatch: pytest.MonkeyPatch) -> None:
     sae = ReLUConfig(num_latents=30).build(6, seeded())
     x = torch.randn(50, 6, generator=seeded(1))
-    x[7] = 0  # no latent
+    x[7] = 0  # no latent fires
     dense = sae.encode(x)
     whole = encode(sae, x)
     assert whole.columns(torch.arange(30)).equal(dense)
@@ -58,7 +58,7 @@ def test_codes_are_what_the_sae_encodes(monkeypatch: pytest.MonkeyPatch) -> None
     assert not whole.value.is_inference()
 
 
-def test_what_codes_can_do() -> None:
+def test_operations_on_codes_equal_those_on_dense_tensors() -> None:
     dense = sparse(40, 12)
     dense[[0, 5]] = 0
     dense[:, 4] = 0
@@ -80,7 +80,7 @@ def test_what_codes_can_do() -> None:
     assert ((some >= 0) == (dense[:, 3] > 0)).all()
 
 
-def test_codes_without_any_pair() -> None:
+def test_operations_work_on_codes_without_any_pair() -> None:
     codes = codes_of(torch.zeros(3, 5))
     assert codes.times(torch.ones(5, 2)).tolist() == [[0.0, 0.0]] * 3
     assert codes.largest(codes.value, 2).tolist() == [[-1, -1]] * 3
@@ -90,7 +90,7 @@ def test_codes_without_any_pair() -> None:
 # Probes.
 
 
-def test_the_gradient_is_that_of_torchs_loss() -> None:
+def test_the_gradient_equals_that_of_torchs_loss() -> None:
     random = seeded()
     score = torch.randn(20, 4, generator=random, requires_grad=True)
     target = torch.rand(20, 4, generator=random) < 0.3
@@ -101,7 +101,7 @@ def test_the_gradient_is_that_of_torchs_loss() -> None:
     assert torch.allclose(loss_gradient(score.detach(), target, ratio), score.grad, atol=1e-7)
 
 
-def test_a_class_without_words_is_no_division_by_zero() -> None:
+def test_a_class_without_words_gives_finite_probes() -> None:
     member = torch.tensor([[True, False], [False, False]] * 40)
     x = torch.where(member[:, :1], 1.0, -1.0)
     weight, bias = train_probe(x, member, seeded())
@@ -113,14 +113,14 @@ def test_a_class_without_words_is_no_division_by_zero() -> None:
     assert scores.recall.tolist() == [1, 0]
 
 
-def test_the_rate_falls_geometrically_by_epoch_and_no_set_is_one_batch() -> None:
+def test_the_rate_falls_geometrically_and_batches_shrink_with_the_set() -> None:
     assert rate(0) == 1e-2
     assert rate(25) / rate(0) == pytest.approx((1e-5 / 1e-2) ** 0.5)
     assert [batch_size(n) for n in (1, 240, 3_800, 100_000)] == [1, 10, 159, 4_096]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_probes_are_float32_and_find_a_direction(dtype: torch.dtype) -> None:
+def test_probes_are_float32_and_find_the_classes_directions(dtype: torch.dtype) -> None:
     random = seeded()
     labels = torch.randint(3, (1_200,), generator=random)
     centres = 3 * torch.eye(8)[:3]
@@ -143,8 +143,8 @@ def test_scores_by_hand() -> None:
 
 
 @pytest.mark.parametrize("density", [0.1, 1.0])
-def test_nested_regressions_against_scipy(density: float) -> None:
-    """The same objective, in full, minimised by another method."""
+def test_nested_regressions_equal_scipys_minimum(density: float) -> None:
+    """scipy minimises the same objective over all words by another method."""
     columns = sparse(300, 4, density=density).double() * torch.tensor([1, 30, 5, 0.1])
     noise = torch.randn(300, generator=seeded(5), dtype=torch.float64)
     member = columns[:, 0] + columns[:, 1] / 20 + 0.4 * noise > 0.6
@@ -170,7 +170,7 @@ def test_nested_regressions_against_scipy(density: float) -> None:
     )
 
 
-def test_a_regression_on_latents_that_never_fire_or_tell_everything() -> None:
+def test_regressions_are_undecided_on_silent_latents_and_exact_on_perfect_ones() -> None:
     member = torch.tensor([True] * 5 + [False] * 20)
     silent = fit_nested(torch.zeros(25, 2), member)
     assert silent.score(torch.zeros(1, 2)).abs().max() < 1e-6  # balanced: undecided
@@ -182,8 +182,8 @@ def test_a_regression_on_latents_that_never_fire_or_tell_everything() -> None:
 
 
 def test_ranking_by_signed_weight() -> None:
-    """The latent that fires on the class comes first, one that fires on all others last of those
-    that fire; what says nothing has (about) no weight, what never fires exactly none."""
+    """The latent that fires on the class comes first, the one that fires on all others last. The
+    weight of an uninformative latent is about 0, of a silent one exactly 0."""
     random = seeded()
     labels = torch.randint(4, (2_000,), generator=random)
     member = F.one_hot(labels, 4).bool()
@@ -199,8 +199,8 @@ def test_ranking_by_signed_weight() -> None:
     assert rank_latents(codes_of(dense), member, 0.01, 12, seeded()).equal(ranked)
 
 
-def test_ranking_is_the_minimum_of_its_objective() -> None:
-    """Against the same objective by L-BFGS on dense latents: large weights are the same latents."""
+def test_ranking_recovers_the_latents_that_define_the_class() -> None:
+    """Three latents with true weights 3, 2 and 1.2 define the class."""
     dense = sparse(1_500, 20, seed=2, density=0.3)
     random = seeded(3)
     truth = torch.zeros(20)
@@ -219,17 +219,17 @@ def test_ranking_is_the_minimum_of_its_objective() -> None:
     [
         ([0.5], 1),
         ([0.5, 0.6, 0.7, 0.71, 0.9], 3),
-        ([0.5, 0.53, 0.9], 1),  # not more than the step
-        ([0.5, 0.531, 0.52, 0.9], 2),  # the first failure ends it
+        ([0.5, 0.53, 0.9], 1),  # the gain must exceed the step
+        ([0.5, 0.531, 0.52, 0.9], 2),  # the first smaller gain ends the list
         ([0.0, 0.0], 1),
     ],
 )
-def test_how_many_latents_are_main(f1: list[float], size: int) -> None:
+def test_main_latents_end_at_the_first_small_gain_in_f1(f1: list[float], size: int) -> None:
     assert choose_main(f1, 0.03) == size
 
 
 def split_world(children: int) -> tuple[Tensor, Tensor]:
-    """Latents of 1,200 words of three classes: class 0 has a latent for each share of its words."""
+    """Make latents of 1,200 words of three classes; class 0 is split among ``children`` latents."""
     random = seeded()
     labels = torch.randint(3, (1_200,), generator=random)
     dense = sparse(1_200, 16, seed=1, density=0.05)
@@ -247,7 +247,7 @@ def folds_of(labels: Tensor) -> Fold:
 
 
 @pytest.mark.parametrize("children", [1, 2, 3])
-def test_a_class_that_is_split(children: int) -> None:
+def test_a_split_class_has_all_its_latents_as_main(children: int) -> None:
     dense, labels = split_world(children)
     member = F.one_hot(labels, 4).bool()
     fold = folds_of(labels)
@@ -262,7 +262,7 @@ def test_a_class_that_is_split(children: int) -> None:
     assert agreement(splits[0].scores[:, :1] > 0, test[:, None]).precision.item() == 1
 
 
-def test_fewer_latents_than_are_to_be_tried() -> None:
+def test_an_sae_with_fewer_latents_than_the_most_tries_all() -> None:
     dense, labels = split_world(1)
     splits = find_splits(
         codes_of(dense[:, :7]), F.one_hot(labels, 3).bool(), folds_of(labels), random=seeded()

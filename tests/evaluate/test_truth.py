@@ -29,13 +29,12 @@ class Sample:
 
 
 def world(features: int = D, groups: Tensor | None = None) -> World:
-    """Orthogonal features: the axes."""
     none = torch.zeros(0, 2, D)
     return World(torch.eye(D)[:features], none if groups is None else groups)
 
 
 def sample(activations: Tensor, of: World) -> Sample:
-    """From dense true activations [tokens, features]."""
+    """Make a sample from dense true activations [tokens, features]."""
     token, feature = activations.nonzero(as_tuple=True)
     x = activations @ of.dictionary
     flags = torch.zeros(len(x), len(of.groups), dtype=torch.bool)
@@ -67,10 +66,10 @@ def words(result) -> list[str]:
     return [LABELS[i] for i in result.latents["truth_label"].tolist()]
 
 
-def test_the_dictionary_itself_is_all_atoms() -> None:
+def test_the_true_dictionary_is_all_atoms() -> None:
     a = drawn()
     found = measured(torch.eye(D), a=a)
-    # The true L0 is a plain count; everything else is perfect.
+    # Everything but the true L0 is perfect.
     wanted = {
         **dict.fromkeys(["mcc", "precision", "recall", "f1", "uniqueness", "shrinkage"], 1),
         **dict.fromkeys(["atoms", "recall_energetic"], 1),
@@ -88,7 +87,7 @@ def test_the_dictionary_itself_is_all_atoms() -> None:
     }
 
 
-def test_a_sum_is_a_composite_and_a_difference_is_nothing() -> None:
+def test_a_sum_is_a_composite_and_a_difference_is_neither() -> None:
     u = torch.eye(D)
     rows = torch.stack([u[0] + u[1], u[2] - u[3], u[4]])
     found = measured(rows)
@@ -100,15 +99,15 @@ def test_a_sum_is_a_composite_and_a_difference_is_nothing() -> None:
     )
 
 
-def test_absorption_by_hand() -> None:
-    """Latent 0 means feature 0, but is silent where feature 1 is active too."""
+def test_an_absorbed_feature_lowers_recall_and_f1_by_hand() -> None:
+    """Latent 0 represents feature 0, but is silent on tokens with feature 1."""
     a = torch.zeros(100, D)
     a[:60, 0] = 1
-    a[40:60, 1] = 1  # the child, only with its parent
+    a[40:60, 1] = 1  # the child fires only with its parent
     u = torch.eye(D)
     found = measured(torch.stack([u[0] - u[1], u[1]]), torch.stack([u[0], u[0] + u[1]]), a)
     latents = found.latents
-    # Latent 0 fires in tokens 0–39, feature 0 in 0–59: F1 = 2·40/(40 + 60) = .8 exactly.
+    # Latent 0 fires on tokens 0–39, feature 0 on 0–59: F1 = 2·40/(40 + 60) = .8 exactly.
     assert latents["truth_precision"][0] == 1
     assert latents["truth_recall"][0] == pytest.approx(40 / 60)
     assert latents["truth_f1"][0] == pytest.approx(0.8)
@@ -116,10 +115,10 @@ def test_absorption_by_hand() -> None:
     a[60:100, 0] = a[60:100, 1] = 1  # the child with its parent 60 times: F1 = 80/140
     found = measured(torch.stack([u[0] - u[1], u[1]]), torch.stack([u[0], u[0] + u[1]]), a)
     assert found.latents["truth_f1"][0] == pytest.approx(80 / 140)
-    assert words(found) == ["composite", "composite"], "one feature alone, not its detector"
+    assert words(found) == ["composite", "composite"], "latent 0 does not detect its feature"
 
 
-def test_shrinkage_leaves_empty_tokens_out() -> None:
+def test_shrinkage_excludes_tokens_of_zeros() -> None:
     a = torch.zeros(40, D)
     a[:20, 0] = 2.0
     found = measured(torch.eye(D) * 0.75, torch.eye(D), a)
@@ -127,10 +126,10 @@ def test_shrinkage_leaves_empty_tokens_out() -> None:
     assert found.metrics["true_l0"] == 0.5
 
 
-def test_latents_that_do_not_fire_count_for_nothing_but_the_cosine() -> None:
+def test_dead_latents_count_only_for_the_matched_cosine() -> None:
     a = drawn()
     a[:, 3] = 0
-    a[:9, 3] = 1  # nine times: one too few to be live
+    a[:9, 3] = 1  # nine firings: one too few to be live
     found = measured(torch.eye(D), a=a)
     assert found.metrics["mcc"] == 1
     assert found.metrics["atoms"] == 1
@@ -139,7 +138,7 @@ def test_latents_that_do_not_fire_count_for_nothing_but_the_cosine() -> None:
     assert measured(torch.eye(D), a=a).metrics["recall_energetic"] == 1
 
 
-def test_an_sae_in_which_nothing_fires() -> None:
+def test_means_over_live_latents_are_nan_if_none_fires() -> None:
     metrics = measured(-torch.eye(D), torch.eye(D)).metrics
     assert metrics["mcc"] == 1
     assert (metrics["shrinkage"], metrics["recall_energetic"]) == (0, 0)
@@ -156,7 +155,7 @@ def test_an_sae_in_which_nothing_fires() -> None:
     assert all(math.isnan(metrics[name]) for name in unknown)
 
 
-def test_a_latent_that_fires_without_a_direction() -> None:
+def test_a_firing_latent_with_a_decoder_row_of_zeros_is_neither() -> None:
     u = torch.eye(D)
     found = measured(u[:2], torch.stack([u[0], torch.zeros(D)]))
     assert found.latents["truth_feature"].tolist() == [0, -1]
@@ -165,15 +164,15 @@ def test_a_latent_that_fires_without_a_direction() -> None:
     assert (found.metrics["uniqueness"], found.metrics["mcc"]) == (0.5, 0.5)
 
 
-def test_more_latents_than_features_and_fewer() -> None:
+def test_counts_with_more_latents_than_features_and_with_fewer() -> None:
     u = torch.eye(D)
-    # Features 0 … 3; two latents each on 0, 1, 2, none on 3, one beside all features.
+    # Features 0 … 3; two latents each on 0, 1, 2, none on 3, one orthogonal to all features.
     rows = torch.stack([u[0], u[0], u[1], u[1], u[2], u[2], u[7]])
     many = measured(rows, features=4)
     assert many.metrics["mcc"] == pytest.approx(3 / 4)
     assert many.metrics["recall_energetic"] == pytest.approx(3 / 4)
     assert many.metrics["uniqueness"] == pytest.approx(3 / 6)
-    # The two features of most energy are 5 and 1; two latents, of which one is on one of these.
+    # The two features of most energy are 5 and 1; one of two latents is on one of them.
     a = drawn()
     a[:, 5] *= 9
     a[:, 1] *= 5
@@ -182,31 +181,31 @@ def test_more_latents_than_features_and_fewer() -> None:
     assert few.metrics["recall_energetic"] == 0.5
 
 
-def test_a_latent_within_a_group() -> None:
+def test_a_latent_within_a_groups_subspace_is_a_group() -> None:
     u = torch.eye(D)
     groups = torch.stack([u[6:8]])
     rows = torch.stack([u[0], 0.6 * u[6] - 0.8 * u[7], u[5] - u[6] - u[7]])
     a = torch.cat([drawn(features=6), torch.zeros(600, 2)], dim=1)
     a[:300, 6] = 1
-    a[300:, 7] = -1  # a circle's points may be negative
+    a[300:, 7] = -1  # activations within a group may be negative
     of = world(6, groups)
     x = a @ u
     truth = sample(a[:, :6], of)
     truth.x = x
     found = measure_truth({"it": sae(rows)}, of, [truth])["it"]
-    # The last row: √(2/3) = .816 of it lies in the group.
+    # The last row's projection onto the group has norm √(2/3) = .816.
     assert words(found) == ["atom", "group", "neither"]
     assert found.metrics["groups"] == pytest.approx(1 / 3)
 
 
-def test_features_that_are_not_orthogonal() -> None:
+def test_a_latent_between_correlated_features_is_an_atom_of_the_one_it_detects() -> None:
     """Two features at cosine .8: a latent halfway has cosine .9487 with both, and detects one."""
     rows = torch.tensor([[1.0, 0], [0.8, 0.6]])
     between = (rows[0] + rows[1]) / (rows[0] + rows[1]).norm()
     of = World(rows, torch.zeros(0, 1, 2))
     a = torch.zeros(100, 2)
     a[:50, 0] = a[50:70, 1] = 1
-    # Fires on both: 70 times, of which 50 are feature 0's and 20 feature 1's; F1 .83 or .44.
+    # It fires 70 times: 50 with feature 0, 20 with feature 1; F1 is .83 or .44.
     tilted = between + 1e-3 * torch.tensor([0.3, -0.9])
     found = measure_truth({"it": sae(tilted[None])}, of, [sample(a, of)])["it"]
     assert float(found.latents["truth_cosine"][0]) == pytest.approx(0.9487, abs=2e-3)
@@ -214,7 +213,7 @@ def test_features_that_are_not_orthogonal() -> None:
     assert words(found) == ["atom"]
 
 
-def test_block_and_sample_sizes_do_not_matter() -> None:
+def test_results_do_not_depend_on_block_and_sample_sizes() -> None:
     of, a = world(), drawn(500)
     rows = torch.randn(20, D, generator=torch.Generator().manual_seed(3))
     one = sample(a, of)
@@ -226,7 +225,7 @@ def test_block_and_sample_sizes_do_not_matter() -> None:
         assert torch.equal(pieces.latents[name], values), name
 
 
-def test_counts_are_those_of_a_plain_loop() -> None:
+def test_counts_equal_those_of_a_plain_loop() -> None:
     of, a = world(), drawn(200)
     rows = torch.randn(10, D, generator=torch.Generator().manual_seed(4))
     made = sae(rows, bias=-0.5)
@@ -244,7 +243,7 @@ def test_counts_are_those_of_a_plain_loop() -> None:
         assert found["truth_f1"][latent] == pytest.approx(2 * both / (alone + there))
 
 
-def test_the_order_of_latents_and_of_features_does_not_matter() -> None:
+def test_results_do_not_depend_on_the_order_of_latents_and_features() -> None:
     of, a = world(), drawn()
     generator = torch.Generator().manual_seed(5)
     rows = torch.cat([torch.eye(D)[:5], torch.randn(9, D, generator=generator)])
@@ -258,7 +257,7 @@ def test_the_order_of_latents_and_of_features_does_not_matter() -> None:
     assert torch.equal(here, first.latents["truth_feature"][latents])
 
 
-def test_many_at_once_are_as_alone() -> None:
+def test_many_saes_at_once_equal_each_alone() -> None:
     of, a = world(), drawn()
     saes = {"eye": sae(torch.eye(D)), "two": sae(torch.eye(D)[:2] + 0.1)}
     together = measure_truth(saes, of, iter([sample(a, of)]))
@@ -267,7 +266,7 @@ def test_many_at_once_are_as_alone() -> None:
         assert together[name].metrics == pytest.approx(alone.metrics, nan_ok=True)
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_invalid_samples_and_worlds_are_refused() -> None:
     of = world()
     with pytest.raises(ValueError, match="no samples were given: there is nothing to measure"):
         measure_truth({"it": sae(torch.eye(D))}, of, [])

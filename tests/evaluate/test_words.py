@@ -1,4 +1,4 @@
-"""Words of a vocabulary, the split, and prompts made of their tokens."""
+"""Words of a vocabulary, their split, and prompts made of their tokens."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PIECES = [
 
 
 def byte_level(pieces: list[str] = PIECES, bos: str | None = "<bos>") -> Any:
-    """A byte-level tokenizer of single bytes and some pieces, which it never merges by itself."""
+    """Make a byte-level tokenizer of single bytes and some pieces, without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys([*alphabet, *pieces]))}
     tokenizer = Tokenizer(BPE(vocabulary, merges=[]))
@@ -50,7 +50,7 @@ def byte_level(pieces: list[str] = PIECES, bos: str | None = "<bos>") -> Any:
 
 
 def metaspace() -> Any:
-    """One in the manner of SentencePiece, which begins texts with a space of its own."""
+    """Make a tokenizer like SentencePiece, which inserts a space at the start of a text."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ:\n"
     pieces = ["<s>", "▁", *letters, "▁cat", "▁dog", "<0x41>"]
     tokenizer = Tokenizer(BPE({t: i for i, t in enumerate(pieces)}, merges=[], byte_fallback=True))
@@ -73,13 +73,13 @@ def test_words_are_letters_after_at_most_one_space() -> None:
     assert (words.classes[2], words.answers[2]) == ("c", "C")
 
 
-def test_a_space_that_decoding_drops_is_put_back() -> None:
+def test_a_space_that_decoding_drops_is_restored() -> None:
     words = first_letter_words(metaspace())
     assert " cat" in words.texts
     assert "cat" not in words.texts
 
 
-def test_special_tokens_are_no_words() -> None:
+def test_special_tokens_are_not_words() -> None:
     tokenizer = byte_level(["hello", "stop"])
     tokenizer.add_special_tokens({"eos_token": "stop"})
     assert "hello" in first_letter_words(tokenizer).texts
@@ -98,7 +98,7 @@ def labelled(tmp_path: Path, text: str) -> Words:
     return labelled_words(byte_level(), str(path))
 
 
-def test_words_of_ones_own_with_labels(tmp_path: Path) -> None:
+def test_labelled_words_are_read_from_a_csv_file(tmp_path: Path) -> None:
     words = labelled(tmp_path, "token,label\n dog,animal\napple,fruit\n cat,animal\ndog,animal\n")
     assert sorted(words.texts) == [" apple", " cat", " dog", "dog"]  # only " apple" is a token
     assert words.classes == ("animal", "fruit")
@@ -112,19 +112,19 @@ def test_words_of_ones_own_with_labels(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("word,label\na,b\n", r"must have the columns token and label; .* has word, label"),
-        ("token,label\nelephant,x\ncat,y\n", r"1 of 2 are no single token of this model: 'eleph"),
+        ("token,label\nelephant,x\ncat,y\n", r"1 of 2 are not single tokens of this model: 'ele"),
         ("token,label\ncat,x\ncat,y\n", r"names the token 'cat' more than once"),
         ("token,label\ncat,x\ndog,x\n", r"must have at least two labels; got x"),
         ("token,label\ncat,\n", r"has no token or no label in row 1"),
         ("token,label\n", "has no rows"),
     ],
 )
-def test_what_a_table_of_words_may_not_be(tmp_path: Path, text: str, message: str) -> None:
+def test_an_invalid_table_of_words_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         labelled(tmp_path, text)
 
 
-def test_a_table_that_is_not_there() -> None:
+def test_a_missing_table_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cannot read nowhere\.csv: No such file"):
         labelled_words(byte_level(), "nowhere.csv")
 
@@ -155,7 +155,7 @@ def test_the_split_is_a_partition_with_equal_shares(
         assert len(tested) == len(labels)
 
 
-def test_another_seed_is_another_split() -> None:
+def test_another_seed_gives_another_split() -> None:
     labels = np.arange(300) % 3
     assert (parts(labels, 1, 0) != parts(labels, 1, 1)).any()
     first, second = (make_folds(labels, parts(labels, 1, 0), 1, s)[0] for s in (0, 1))
@@ -171,7 +171,9 @@ def vocabulary() -> tuple[Any, Words]:
 
 
 @pytest.mark.parametrize("ask", [False, True])
-def test_prompts_read_as_they_should(vocabulary: tuple[Any, Words], ask: bool) -> None:
+def test_prompts_have_correct_examples_from_the_words_part(
+    vocabulary: tuple[Any, Words], ask: bool
+) -> None:
     tokenizer, words = vocabulary
     template = Template.of(tokenizer, words, LINE)
     chosen = np.arange(len(words))
@@ -182,11 +184,11 @@ def test_prompts_read_as_they_should(vocabulary: tuple[Any, Words], ask: bool) -
         *lines, last = text.split("\n")
         assert made.tokens[i, 0] == tokenizer.bos_token_id
         assert len(lines) == 10
-        # The space before a letter is a token here, which all answers begin with.
+        # Here the space before a letter is a separate token, shared by all answers.
         assert last == words.texts[i] + (" has the first letter: " if ask else "")
         examples = [line.partition(" has the first letter: ")[::2] for line in lines]
         assert all(answer == word.strip()[0].upper() for word, answer in examples)
-        # The word's own token stands at its place, and nowhere else in any spelling.
+        # The word's token is at its position, and no example has its spelling.
         assert made.tokens[i, made.at[i]] == words.tokens[i]
         spelt = [word.strip().lower() for word, _ in examples]
         assert words.texts[i].strip().lower() not in spelt
@@ -195,7 +197,7 @@ def test_prompts_read_as_they_should(vocabulary: tuple[Any, Words], ask: bool) -
         assert {pools[j] for j in places} == {pools[i]}
 
 
-def test_prompts_are_decided_by_their_seed(vocabulary: tuple[Any, Words]) -> None:
+def test_prompts_are_a_function_of_their_seed(vocabulary: tuple[Any, Words]) -> None:
     tokenizer, words = vocabulary
     template, chosen = Template.of(tokenizer, words, LINE), np.arange(20)
     pools = np.zeros(len(words), dtype=np.int64)
@@ -207,16 +209,16 @@ def test_prompts_are_decided_by_their_seed(vocabulary: tuple[Any, Words]) -> Non
     assert not first.equal(other)
 
 
-def test_too_few_words_for_the_lines_before(vocabulary: tuple[Any, Words]) -> None:
+def test_too_few_words_for_the_examples_are_refused(vocabulary: tuple[Any, Words]) -> None:
     tokenizer, words = vocabulary
     template = Template.of(tokenizer, words, LINE)
     pools = np.arange(len(words))
-    with pytest.raises(ConfigError, match=r"`icl_words` \(=1\) must not exceed the other words"):
+    with pytest.raises(ConfigError, match=r"`icl_words` \(=1\) must not exceed the number of othe"):
         make_prompts(words, template, np.array([0]), pools, 1, np.random.default_rng(0))
 
 
-def test_answers_that_begin_with_a_space_of_their_own() -> None:
-    """The question then goes on to that space, and the answer is the letter."""
+def test_a_separate_space_before_the_answer_belongs_to_the_question() -> None:
+    """The question ends with the space token, and the answer is the letter."""
     tokenizer = metaspace()
     words = first_letter_words(tokenizer)
     template = Template.of(tokenizer, words, LINE)
@@ -227,7 +229,7 @@ def test_answers_that_begin_with_a_space_of_their_own() -> None:
     assert tokenizer.convert_ids_to_tokens(template.after[False][3])[-4:] == [":", "▁", "D", "\n"]
 
 
-def test_answers_that_the_next_token_does_not_tell_apart(tmp_path: Path) -> None:
+def test_answers_with_a_common_first_token_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "words.csv"
     path.write_text("token,label\ncat,ox\ndog,oxen\nzoo,b\n")
     tokenizer = byte_level()

@@ -8,7 +8,7 @@ from forks import Forks
 
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forks]:
-    """One process that has imported everything, for all tests of these files."""
+    """Start one parent process that has imported everything, for all tests of this folder."""
     made = Forks(tmp_path_factory.mktemp("forks"))
     yield made
     made.close()

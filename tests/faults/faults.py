@@ -1,4 +1,4 @@
-"""What is made to break in a forked child: a kill, or a full disk, at the n-th time it writes."""
+"""Faults to inject into a forked child: a kill or a full disk at its n-th write, slow calls."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 POINTS = ("replace", "fsync", "unlink")
-"""What every write to a disk comes down to (`reseed.atomic`): a name, a content, a name less."""
+"""The calls of `os` behind every write (`reseed.atomic`): rename a file, sync contents, delete."""
 
 
 def put(kind: str, **how: Any) -> None:
-    """Break something in this process, for good."""
+    """Inject a fault into this process, for the rest of its life."""
     {"kill": _kill, "full": _full, "slow": _slow, "count": _count}[kind](**how)
 
 
@@ -27,7 +27,7 @@ def _at_write(act: Callable[[int, str, tuple[Any, ...]], None]) -> None:
 
         def called(*arguments: Any, **options: Any) -> Any:
             nonlocal number
-            # A folder is synced too, which decides nothing while the machine runs.
+            # Syncs of folders do not count: they matter only if the machine loses power.
             if name != "fsync" or os.path.isfile(f"/proc/self/fd/{arguments[0]}"):
                 number += 1
                 act(number, name, arguments)
@@ -40,8 +40,8 @@ def _at_write(act: Callable[[int, str, tuple[Any, ...]], None]) -> None:
 
 
 def _kill(at: int) -> None:
-    """Before the write number ``at`` (from 1): of a content, which is not yet forced to the disk,
-    half is lost."""
+    """Kill the process before write number ``at`` (from 1). If it is a sync, the file also loses
+    half of its contents, which are not forced to the disk yet."""
 
     def act(number: int, name: str, arguments: tuple[Any, ...]) -> None:
         if number == at:
@@ -55,12 +55,12 @@ def _kill(at: int) -> None:
 
 
 def _full(at: int, times: int = 1 << 30) -> None:
-    """From the content number ``at`` on (for so many ``times``) the disk has no room."""
+    """Let the disk be full from the sync of file number ``at`` on, for so many ``times``."""
     contents = 0
 
     def act(number: int, name: str, arguments: tuple[Any, ...]) -> None:
         nonlocal contents
-        if name == "fsync":  # a name, and a name less, need no room
+        if name == "fsync":  # renaming and deleting need no space
             contents += 1
             if at <= contents < at + times:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -69,7 +69,7 @@ def _full(at: int, times: int = 1 << 30) -> None:
 
 
 def _count(into: str) -> None:
-    """Write down the number of writes, each time."""
+    """Store the number of writes in the file ``into``, at each write."""
 
     def act(number: int, name: str, arguments: tuple[Any, ...]) -> None:
         with open(into, "w") as file:
@@ -79,8 +79,8 @@ def _count(into: str) -> None:
 
 
 def _slow(where: str, seconds: float, after: int = 0) -> None:
-    """Each call of ``module:Class.function`` takes so much longer, and says so, from call number
-    ``after`` on; asleep it is interrupted as a computation is, between two of its parts."""
+    """Delay, and print, each call of ``module:Class.function`` after the first ``after`` ones. It
+    sleeps in short intervals, so a signal interrupts it as it would a computation."""
     from importlib import import_module
 
     module, _, path = where.partition(":")

@@ -1,7 +1,7 @@
-"""Commands of reseed in forked children of one process that has imported everything.
+"""A server that runs reseed commands in forked children of a process that imported everything.
 
-A kill test starts the same command a hundred times. Imports take seconds, a fork milliseconds. The
-parent never runs a parallel region: pools of OpenMP or numba threads do not survive a fork.
+A kill test starts the same command a hundred times; imports take seconds, a fork milliseconds. The
+parent never runs a parallel region, because pools of OpenMP or numba threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THR
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit status, negative where a signal killed it, and what it said."""
+    """The end of a child: its exit status (negative if a signal killed it), output and duration."""
 
     status: int
     said: str
@@ -34,7 +34,7 @@ class Ended:
 
 
 class Forks:
-    """The parent, as tests see it. Children run in ``folder``, where relative paths lead."""
+    """The tests' connection to the parent. Children run in ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,20 +44,20 @@ class Forks:
         )  # fmt: skip
 
     def prepare(self, overrides: Sequence[str]) -> list[str]:
-        """A command that trains this sweep, as `reseed train -m` does.
+        """Return a command that trains this sweep, as `reseed train -m` does.
 
-        The parent composes and checks it; its children are spared Hydra.
+        The parent composes and checks it, so that its children need not run Hydra.
         """
         self._ask("prepare", list(overrides))
         return ["trained", self._answer()]
 
     def start(self, command: Sequence[str], fault: dict[str, Any] | None = None) -> int:
-        """Start a command; ``fault`` says what is to break in it (`_break`). Returns its pid."""
+        """Start a command, with a ``fault`` (arguments of `faults.put`), and return its pid."""
         self._ask("start", list(command), fault)
         return int(self._answer())
 
     def end(self, pid: int, after: float | None = None, number: int = signal.SIGKILL) -> Ended:
-        """Wait for a child; send it a signal ``after`` so many seconds, if it is there still."""
+        """Wait for a child; if it still runs ``after`` so many seconds, send it a signal."""
         self._ask("end", pid, after, int(number))
         status, seconds = json.loads(self._answer())
         return Ended(status, self.said(pid), seconds)
@@ -66,15 +66,15 @@ class Forks:
         self, command: Sequence[str], fault: dict[str, Any] | None = None,
         after: float | None = None, number: int = signal.SIGKILL,
     ) -> Ended:  # fmt: skip
-        """`start` and `end`."""
+        """Start a command and wait for its end."""
         return self.end(self.start(command, fault), after, number)
 
     def said(self, pid: int) -> str:
-        """What a child has printed so far."""
+        """Return the output of a child so far."""
         return (self.folder / f"{pid}.log").read_text()
 
     def said_when(self, pid: int, ready: Callable[[str], bool], within_s: float = 60) -> str:
-        """What a child has printed once that is ``ready``."""
+        """Wait until a child's output is ``ready``, and return it."""
         end = time.monotonic() + within_s
         while not ready(said := self.said(pid)):
             assert time.monotonic() < end, f"not within {within_s} s; so far: {said}"
@@ -101,7 +101,7 @@ _prepared: list[tuple[Any, Any]] = []
 
 
 def _trained(number: int) -> int:
-    """What `reseed train` does once everything is composed and checked."""
+    """Do what `reseed train` does after it has composed and checked everything."""
     from reseed.missing import train_missing
 
     failures = train_missing(*_prepared[number])
@@ -120,7 +120,7 @@ def _prepare(overrides: list[str]) -> int:
 
 
 def _serve() -> None:
-    # What commands import when they come to it, before the first fork.
+    # Import before the first fork what commands import lazily.
     import matplotlib.pyplot
     import torch
     import transformers.models.llama  # noqa: F401
@@ -134,7 +134,7 @@ def _serve() -> None:
     torch.set_num_threads(1)
     matplotlib.use("agg")
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what is said while preparing is no answer
+    os.dup2(2, 1)  # keep other output out of the answers
     doing = {"prepare": _prepare, "start": _start, "end": _wait}
     while line := sys.stdin.readline():
         what, *rest = json.loads(line)

@@ -1,4 +1,4 @@
-"""A full disk: told of, no failure of any run, nothing lost, nothing left over."""
+"""A full disk gives a clear message, fails no run, loses nothing and leaves no temporary files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reseed.atomic import DiskFullError, atomic_write, atomic_write_bytes, atomi
 from reseed.cli import run, train
 from reseed.runs import RunStore
 
-INTACT = "All that was written before is intact, results and checkpoints: free some space"
+INTACT = "Results and checkpoints that were written earlier are intact: free some space"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def small_files() -> Iterator[None]:
-    """No file of this process grows beyond 100 kB, as the system itself holds."""
+    """Let the system refuse files of this process beyond 100 kB."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
@@ -40,7 +40,7 @@ def small_files() -> Iterator[None]:
 
 
 def full_from(content: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the n-th content of a run's folder on the disk has no room."""
+    """Let the disk be full from the n-th synced file in runs' folders on."""
     original, count = os.fsync, [0]
 
     def fsync(handle: int) -> None:
@@ -80,8 +80,8 @@ def of_python(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [of_torch, of_safetensors, of_arrow, of_python])
-def test_every_kind_of_writer_is_understood(tmp_path: Path, small_files: None, write) -> None:
-    """Each has an error of its own, and not all of them are an OSError."""
+def test_every_writer_reports_a_full_disk(tmp_path: Path, small_files: None, write) -> None:
+    """Each library raises its own error, and not all of them are an OSError."""
     path = tmp_path / "run" / "file.bin"
     atomic_write_bytes(path, b"before")
     with pytest.raises(DiskFullError, match=r"no room for file\.bin in .*run \(") as found:
@@ -91,7 +91,7 @@ def test_every_kind_of_writer_is_understood(tmp_path: Path, small_files: None, w
     assert [p.name for p in path.parent.iterdir()] == ["file.bin"]
 
 
-def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
+def test_other_errors_pass_unchanged(tmp_path: Path) -> None:
     def broken(path: Path) -> None:
         raise ValueError("no number")
 
@@ -103,10 +103,10 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_in_a_sweep(
+def test_a_sweep_stops_at_a_full_disk_and_keeps_its_checkpoints(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The checkpoint before stands, and no other group is begun."""
+    """The previous checkpoint stays valid, and no other group starts."""
     line = ["-m", *line, "dataset.order_seed=0,1"]
     with monkeypatch.context() as patch:
         full_from(3, patch)  # the record, the first checkpoint, the second one
@@ -121,10 +121,10 @@ def test_in_a_sweep(
     assert (first.path / "checkpoint.pt").exists()
     assert leftovers(Path()) == []
     assert train.main(line) == 0
-    assert "going on after " in capsys.readouterr().out
+    assert "resuming after " in capsys.readouterr().out
 
 
-def test_a_single_run(
+def test_a_single_run_stops_at_a_full_disk(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
@@ -139,13 +139,13 @@ def test_a_single_run(
 
 @pytest.fixture
 def other_text(tiny_text: Path, tmp_path: Path) -> Path:
-    """One of which no tokens are there yet, 30,000 of them."""
+    """Return a text of 30,000 tokens that are not cached yet."""
     path = tmp_path / "other.txt"
     path.write_text("and then " + tiny_text.read_text())
     return path
 
 
-def test_the_cache_of_tokens(
+def test_a_full_disk_while_caching_tokens_is_reported(
     line: list[str], other_text: Path, small_files: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main([*line, f"dataset.path={other_text}", "runtime.cache=cache"]) == 1
@@ -157,8 +157,10 @@ def test_the_cache_of_tokens(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [1, 1000], ids=["for a moment", "for good"])
-def test_at_every_write(forks: Forks, tiny_overrides: list[str], times: int) -> None:
-    """Whatever was being written, there is one clear message, and the same command goes on."""
+def test_a_full_disk_at_any_write_loses_nothing(
+    forks: Forks, tiny_overrides: list[str], times: int
+) -> None:
+    """Each time there is one clear message, and the same command resumes."""
     command = forks.prepare([
         *tiny_overrides, "training.tokens=64,128", "sae=topk", "dataset.held_out_tokens=512",
         "dataset.chunk_tokens=512", "runtime.checkpoint_every_s=1e-9", "runtime.outputs=full",
@@ -177,19 +179,19 @@ def test_at_every_write(forks: Forks, tiny_overrides: list[str], times: int) -> 
         assert "Traceback" not in ended.said
         assert {run.status for run in runs} <= {"missing", "interrupted", "finished"}, at
         now = sum(run.finished for run in runs)
-        assert now >= finished, "a finished run is not touched again"
+        assert now >= finished, "finished runs stay finished"
         at, finished = at + 1, now
-        assert at < 200, "it comes no further"
+        assert at < 200, "no progress"
     assert at > 10
     assert all(run.finished for run in RunStore(outputs).runs())
 
 
 @pytest.mark.slow
-def test_a_small_file_system(
+def test_a_full_file_system_loses_nothing(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """A real one, where this user may mount it."""
+    """The file system is real; the test is skipped if this user may not mount one."""
     monkeypatch.chdir(tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()

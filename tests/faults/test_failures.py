@@ -1,4 +1,4 @@
-"""A run that fails is recorded with its traceback and told of, and fails alone."""
+"""A failed run is reported and recorded with its traceback, and does not stop others."""
 
 from __future__ import annotations
 
@@ -23,24 +23,26 @@ def by_seed() -> dict[int, object]:
     return {r.record["experiment"]["seed"]: r for r in RunStore("outputs").runs()}
 
 
-def test_a_learning_rate_that_diverges(line: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_the_run_that_diverges_fails(
+    line: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train.main(["-m", *line, "training.lr=1e38,1e-3"]) == 1
     said = capsys.readouterr().out
     states = {r.record["experiment"]["training"]["lr"]: r for r in RunStore("outputs").runs()}
     assert {lr: r.status for lr, r in states.items()} == {1e38: "failed", 1e-3: "finished"}
     bad = states[1e38]
-    assert "Traceback" not in said, "the message says all"
+    assert "Traceback" not in said, "the message suffices"
     assert f"failed: {bad.id}: the loss is not finite at step " in said
     assert "NotFiniteError" in bad.record["error"]["traceback"]
 
 
 @pytest.mark.parametrize("where", ["start", "train", "load"])
-def test_an_error_in_one_member(
+def test_an_error_in_one_run_does_not_stop_the_others(
     line: list[str], where: str, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Its traceback: whole in its folder, where it happened in the summary. Others go on, and so
-    does it when the error is gone."""
+    """Its folder has the whole traceback, the summary the place of the error. Without the error the
+    same command finishes the run."""
     line = ["-m", *line, "seed=0,1,2"]
     original = getattr(Member, where)
 
@@ -53,7 +55,7 @@ def test_an_error_in_one_member(
         assert train.main([*line, "runtime.checkpoint_every_s=1e-9"]) == 0
         for found in RunStore("outputs").runs():
             (found.path / "metrics.json").unlink()
-            state = {"step": 1}  # and nothing else
+            state = {"step": 1}  # an incomplete checkpoint
             torch.save(state, found.path / "checkpoint.pt") if "seed1" in found.id else None
         capsys.readouterr()
     else:
@@ -76,10 +78,10 @@ def test_an_error_in_one_member(
     assert train.main(line) == 0
 
 
-def test_a_spoilt_state_is_no_checkpoint(
+def test_a_state_that_is_not_finite_is_not_checkpointed(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is made again after a failure starts from weights that were sound."""
+    """After a failure the run resumes from finite weights."""
     line = [*line, "runtime.checkpoint_every_s=1e-9"]
     original = Member.train
 
@@ -97,14 +99,14 @@ def test_a_spoilt_state_is_no_checkpoint(
     capsys.readouterr()
     assert train.main(line) == 0
     done = state["step"] * 64
-    assert f"going on after {done} of 1,024 tokens" in capsys.readouterr().out
+    assert f"resuming after {done} of 1,024 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_a_comparison_says_which_cells_are_incomplete(
+def test_a_comparison_names_its_incomplete_cells(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the one cell the error, of the other the table."""
+    """It prints the error of the failed cell and the table of the other."""
     original = Member.train
 
     def broken(self: Member, *arguments: object) -> None:
@@ -126,7 +128,7 @@ def test_a_comparison_says_which_cells_are_incomplete(
 
 
 def test_a_finished_run_keeps_no_checkpoint(line: list[str]) -> None:
-    """Not even where its process was killed before it could delete it."""
+    """The next command deletes one that a killed process left behind."""
     assert train.main(line) == 0
     (found,) = RunStore("outputs").runs()
     (found.path / "checkpoint.pt").write_bytes(b"old")

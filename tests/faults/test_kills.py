@@ -1,7 +1,7 @@
-"""Killed at any moment, the same command ends with the same files, bit for bit.
+"""A command killed at any moment and repeated ends with the same files, bit for bit.
 
-Runs are killed at random times drawn over their whole duration, and once before every single
-write; so are the tables of a comparison.
+Training is killed at random times over its whole duration, and once before every single write; a
+comparison is killed before its writes.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from reseed.runs import RESULTS, Run, RunStore
 from reseed.train.config import RuntimeConfig
 
 KILLS = {"single": 12, "fused": 14, "budgets": 14, "calibrated": 14, "cached": 14}
-"""At random times, in each case: more than 50 in one run of the slow tests."""
+"""Kills at random times in each case: more than 50 in one run of the slow tests."""
 SEED = int(os.environ.get("RESEED_KILL_SEED", time.time_ns()))
-"""Of these times. It stands in what a failing test says."""
+"""Seed of these times. The message of a failing test names it."""
 
 SMALL = [
     "training.tokens=4096", "dataset.chunk_tokens=512", "dataset.held_out_tokens=512",
@@ -41,18 +41,18 @@ CASES = {
     "calibrated": ["sae=relu", "sae.target_l0=6", "seed=0,1", "training.tokens=2048"],
     "cached": ["sae=topk,batch_topk", "seed=0,1"],
 }
-# Two runs, of which the first has one step and the other two, each with a checkpoint.
+# Two runs, of one and of two steps, with a checkpoint after each step.
 SHORT = [*SMALL, "runtime.checkpoint_every_s=1e-9", "training.tokens=64,128", "sae=topk"]
 CACHE = "activation_cache"
 CAN_CACHE = CACHE in {field.name for field in fields(RuntimeConfig)}
 
 
 def contents(run: Run) -> dict[str, object]:
-    """The result files of a run, bit for bit but for the seconds in its curve."""
+    """Return the result files of a run as bytes, its curve without seconds."""
     found: dict[str, object] = {
         path.name: path.read_bytes()
         for path in run.path.iterdir()
-        # A checkpoint of a finished run is dropped by the next command.
+        # The next command deletes a finished run's checkpoint.
         if path.name not in (".lock", "run.json", "training.csv", "checkpoint.pt")
     }
     assert set(RESULTS) <= {*found, "training.csv"}
@@ -65,14 +65,14 @@ def contents(run: Run) -> dict[str, object]:
 
 
 def everything(outputs: Path) -> dict[str, dict[str, object]]:
-    """Of every run; equal where nothing was lost, nothing was left over and nothing moved."""
+    """Return the contents of every run, by id; all must be finished."""
     runs = RunStore(outputs).runs()
     assert {run.status for run in runs} == {"finished"}
     return {run.id: contents(run) for run in runs}
 
 
 def differences(found: dict[str, dict[str, object]], expected: dict[str, dict[str, object]]):
-    """Run and file of all that is not equal: what a failing test says."""
+    """Return run and file of every difference, for the message of a failing test."""
     return [
         (run, name)
         for run in {*found, *expected}
@@ -82,7 +82,7 @@ def differences(found: dict[str, dict[str, object]], expected: dict[str, dict[st
 
 
 class Case:
-    """A sweep, and what it comes to where nobody kills it."""
+    """A sweep, with its results when nothing kills it."""
 
     def __init__(self, forks: Forks, overrides: Sequence[str]) -> None:
         self.forks = forks
@@ -105,8 +105,11 @@ class Case:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_killed_at_random_times(name: str, forks: Forks, tiny_overrides: list[str]) -> None:
-    """Also between a chunk and a step, within a checkpoint's writing and within finishing."""
+def test_a_sweep_killed_at_random_times_resumes_bit_identically(
+    name: str, forks: Forks, tiny_overrides: list[str]
+) -> None:
+    """Times between a chunk and a step, while a checkpoint is written and while a run finishes are
+    among them."""
     if name == "cached" and not CAN_CACHE:
         pytest.skip("activations are not cached on disk yet")
     cache = [f"runtime.{CACHE}=activations"] if name == "cached" else []
@@ -128,8 +131,10 @@ def test_killed_at_random_times(name: str, forks: Forks, tiny_overrides: list[st
 
 
 @pytest.mark.slow
-def test_killed_before_every_write(forks: Forks, tiny_overrides: list[str]) -> None:
-    """The content that is being written is torn, too."""
+def test_a_sweep_killed_before_any_write_resumes_bit_identically(
+    forks: Forks, tiny_overrides: list[str]
+) -> None:
+    """The file that is being written is also truncated."""
     case = Case(forks, [*tiny_overrides, *SHORT])
     counted = forks.folder / "count"
     ended = forks.run(case.command, {"kind": "count", "into": str(counted)})
@@ -144,8 +149,10 @@ def test_killed_before_every_write(forks: Forks, tiny_overrides: list[str]) -> N
 
 
 @pytest.mark.slow
-def test_a_comparison_is_killed_before_every_write(forks: Forks, tiny_overrides: list[str]) -> None:
-    """Each attempt comes a file further, until the cell is there with all its measures."""
+def test_a_comparison_killed_at_its_writes_resumes_bit_identically(
+    forks: Forks, tiny_overrides: list[str]
+) -> None:
+    """Each attempt writes one more file, until the cell has all its measures."""
     line = [*tiny_overrides, *SMALL, "training.tokens=512", "comparison=seeds", "sae=topk"]
     line += ["seed=0,1", "runtime.outputs=compared", "runtime.sweeps=tables"]
     folder = forks.folder / "tables"
@@ -156,7 +163,7 @@ def test_a_comparison_is_killed_before_every_write(forks: Forks, tiny_overrides:
         Path(name).name for name in expected
     }
     shutil.rmtree(folder)
-    for at in range(1, 28, 2):  # a file is two writes: its content, and its name
+    for at in range(1, 28, 2):  # a file takes two writes: sync its contents, then rename it
         assert forks.run(["compare", *line], {"kind": "kill", "at": at}).killed, at
     ended = forks.run(["compare", *line])
     assert ended.status == 0, ended.said
@@ -165,7 +172,7 @@ def test_a_comparison_is_killed_before_every_write(forks: Forks, tiny_overrides:
 
 
 def tables(folder: Path) -> dict[str, object]:
-    """What a comparison wrote, but for what Hydra and killed writers leave."""
+    """Return the files of a comparison, without those of Hydra and of killed writers."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
     return {
         str(path.relative_to(folder)): repr(pq.read_table(path).to_pydict())

@@ -1,4 +1,4 @@
-"""Nothing that lies in a folder is executed when it is read: payloads that would leave a file."""
+"""Reading a file never executes code from it: the tests plant payloads that make a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reseed.sae.checkpoint import CheckpointError
 
 
 class Payload:
-    """An object whose unpickling makes a file."""
+    """An object whose unpickling makes a folder."""
 
     def __init__(self, sign: Path) -> None:
         self.sign = sign
@@ -33,7 +33,7 @@ class Payload:
 
 @pytest.fixture
 def sign(tmp_path: Path):
-    """A folder that exists once a payload was executed; it must not."""
+    """Give the folder that an executed payload makes; assert that it does not exist."""
     sign = tmp_path / "executed"
     yield sign
     assert not sign.exists(), "the payload was executed"
@@ -47,7 +47,7 @@ def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(scope="module")
 def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run."""
+    """Train a run and return its folder."""
     outputs = tmp_path_factory.mktemp("safe") / "outputs"
     assert train.main([*tiny_overrides, "training.tokens=512", f"runtime.outputs={outputs}"]) == 0
     (found,) = RunStore(outputs).runs()
@@ -77,7 +77,7 @@ def numpy_object(sign: Path) -> bytes:
 
 
 def test_the_payloads_work(sign: Path) -> None:
-    """Or the tests below would show nothing."""
+    """Without this the tests below would show nothing."""
     for read in (
         lambda: pickle.loads(plain(sign)),
         lambda: torch.load(io.BytesIO(saved_by_torch(sign)), weights_only=False),
@@ -90,7 +90,7 @@ def test_the_payloads_work(sign: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("payload", [plain, saved_by_torch, old_torch])
-def test_a_checkpoint(
+def test_a_payload_in_a_checkpoint_is_not_executed(
     trained: Path,
     line: list[str],
     sign: Path,
@@ -99,7 +99,7 @@ def test_a_checkpoint(
 ) -> None:
     found = Run(Path("outputs") / trained.name)
     shutil.copytree(trained, found.path)
-    (found.path / "metrics.json").unlink()  # so that it is trained again, from its checkpoint
+    (found.path / "metrics.json").unlink()  # so that the run resumes from its checkpoint
     (found.path / "checkpoint.pt").write_bytes(payload(sign))
     assert train.main([*line, "training.tokens=512"]) == 1
     assert "checkpoint.pt cannot be read" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_a_checkpoint(
 
 
 @pytest.mark.parametrize("payload", [plain, saved_by_torch])
-def test_a_run_folder(
+def test_payloads_in_a_run_folder_are_not_executed(
     trained: Path, tmp_path: Path, sign: Path, payload: Callable[[Path], bytes]
 ) -> None:
     path = tmp_path / trained.name
@@ -127,7 +127,7 @@ def test_a_run_folder(
         reseed.load_run(path)
 
 
-def test_a_record_names_no_class_to_import(
+def test_a_class_named_in_a_record_is_not_imported(
     trained: Path, sign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "planted.py").write_text(f"import os\nos.mkdir({str(sign)!r})\n")
@@ -141,24 +141,24 @@ def test_a_record_names_no_class_to_import(
         reseed.load_sae(path)
 
 
-def test_tokens_in_the_cache(
+def test_a_payload_in_the_cache_of_tokens_is_not_executed(
     line: list[str], sign: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from reseed.activations.tokens import _read_store
 
     assert train.main([*line, "training.tokens=64"]) == 0
-    _read_store.cache_clear()  # as a new process begins
+    _read_store.cache_clear()  # as in a new process
     for starts in Path("cache").glob("tokens/*/train-starts.npy"):
         starts.write_bytes(numpy_object(sign))
     assert train.main([*line, "seed=1"]) == 1
-    assert "these tokens cannot be read" in capsys.readouterr().err
+    assert "cannot read the stored tokens" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("payload", [plain, saved_by_torch])
-def test_the_store_of_matchings(
+def test_a_payload_in_the_store_of_matchings_is_not_executed(
     tmp_path: Path, sign: Path, payload: Callable[[Path], bytes]
 ) -> None:
-    """Which makes again what it cannot read."""
+    """The store recomputes a matching that it cannot read."""
     store = MatchingStore(tmp_path / "matchings", least=1)
     a, b = np.random.default_rng(0).normal(size=(2, 8, 4))
     made = store(a, b)
@@ -168,11 +168,11 @@ def test_the_store_of_matchings(
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
-def test_the_weights_of_a_language_model(
+def test_pickled_weights_of_a_language_model_are_refused(
     line: list[str], tiny_model: Path, tmp_path: Path, sign: Path, name: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Pickled ones are refused, alone or under the name of others."""
+    """They are refused under their own name and under that of a safetensors file."""
     folder = tmp_path / "foreign"
     shutil.copytree(tiny_model, folder)
     (folder / "model.safetensors").unlink()
@@ -183,11 +183,11 @@ def test_the_weights_of_a_language_model(
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_python_files_of_a_language_model(
+def test_python_files_of_a_language_model_are_not_executed(
     line: list[str], tiny_model: Path, tmp_path: Path, sign: Path, known: bool,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Those of a known architecture are passed over; a model that needs them is refused."""
+    """They are ignored for a known architecture; a model that needs them is refused."""
     folder = tmp_path / "foreign"
     shutil.copytree(tiny_model, folder)
     planted = f"import os\nos.mkdir({str(sign)!r})\nclass C:\n    pass\n"

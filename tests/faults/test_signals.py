@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: within seconds, with everything saved, and told how to go on."""
+"""Ctrl-C and SIGTERM end a command within seconds, save everything and say how to resume."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def sent_at(
     call: int, number: int, owner: type, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> list[float]:
-    """Send this process a signal in the given call of a method; when that was."""
+    """Send this process a signal in the given call of a method; return the list of its times."""
     original, calls, times = getattr(owner, name), [0], []
 
     def sending(*arguments: object, **options: object) -> object:
@@ -51,7 +51,7 @@ def weights() -> dict[str, dict[str, torch.Tensor]]:
 
 
 def assert_goes_on(command: Callable[[], int]) -> None:
-    """The same command ends with what it would have come to without a stop."""
+    """Assert that repeating the command gives the same weights as running it without a stop."""
     assert command() == 0
     found = weights()
     Path("outputs").rename("stopped")
@@ -63,11 +63,11 @@ def assert_goes_on(command: Callable[[], int]) -> None:
 
 
 @BOTH
-def test_between_steps_of_a_group(
+def test_a_group_stopped_between_steps_resumes_bit_identically(
     line: list[str], number: int, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """In the middle of a block of steps: the first member is ahead of the second."""
+    """The signal comes within a block, when the first run is ahead of the second."""
     line = ["-m", *line, "seed=0,1", "layer=0,1"]
     with monkeypatch.context() as patch:
         sent_at(40, number, Member, "train", patch)
@@ -82,11 +82,11 @@ def test_between_steps_of_a_group(
 
 
 @BOTH
-def test_in_a_pass_of_the_language_model(
+def test_a_signal_interrupts_a_pass_of_the_language_model(
     line: list[str], number: int, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    """Which may take minutes: it is left at once, and the step before it is saved."""
+    """A pass may take minutes, so it ends at once; the last step is saved."""
     saved: list[int] = []
     with monkeypatch.context() as patch:
         sent_at(3, number, LanguageModel, "activations", patch)
@@ -97,18 +97,17 @@ def test_in_a_pass_of_the_language_model(
             ),
         )  # fmt: skip
         assert train.main(line) == 128 + number
-    # Chunks of 8 steps: the third pass is asked for when the second chunk is handed out, or with
-    # the first in hand where a thread computes ahead.
+    # Chunks have 8 steps. The third pass starts when training takes the second chunk, or the first
+    # one if a thread prefetches.
     assert len(saved) == 1
     assert 0 < saved[0] <= 16
     assert "saved. The same command goes on" in capsys.readouterr().err
     assert_goes_on(lambda: train.main(line))
 
 
-def test_in_the_last_step(
+def test_a_signal_in_the_last_step_starts_neither_measuring_nor_the_next_group(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is left is to measure, and to train the next group: neither is begun."""
     line = ["-m", *line, "dataset.order_seed=0,1"]
     with monkeypatch.context() as patch:
         sent_at(32, signal.SIGINT, Member, "train", patch)
@@ -118,11 +117,11 @@ def test_in_the_last_step(
     original = Member.train
     monkeypatch.setattr(Member, "train", lambda *a: (trained.append(1), original(*a)))
     assert train.main(line) == 0
-    assert len(trained) == 32, "of the second run alone"
+    assert len(trained) == 32, "only the second run's steps"
 
 
 @BOTH
-def test_in_the_held_out_measures(
+def test_a_run_stopped_while_it_is_measured_is_not_trained_again(
     line: list[str], number: int, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -151,7 +150,7 @@ def test_a_second_ctrl_c_ends_it_without_another_checkpoint(
     assert train.main(line) == 0
 
 
-def test_in_a_comparison(
+def test_a_stopped_comparison_starts_no_further_cell(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import reseed.compare.cell as cell
@@ -165,26 +164,25 @@ def test_in_a_comparison(
     monkeypatch.setattr(cell, "compare_pair", lambda *a, **o: Matching.compare_pair(*a, **o))
     assert run.main(line) == 143
     said = capsys.readouterr()
-    assert "stopped by SIGTERM; what was saved stands, and the same command goes on" in said.err
-    assert said.out.count("  comparing ") == 1, "the next cell is not begun"
+    assert "stopped by SIGTERM; saved results are kept, and the same command goes on" in said.err
+    assert said.out.count("  comparing ") == 1, "the next cell does not start"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0.0, 0.3, 1.0])
-def test_ctrl_c_while_it_starts(tmp_path: Path, after: float) -> None:
-    """Imports take seconds, in which there is nothing to save: no traceback."""
+def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path: Path, after: float) -> None:
     process = subprocess.Popen(
         [sys.executable, "-X", "importtime", "-m", "reseed", "train", "model=nothing"],
         cwd=tmp_path, text=True, stderr=subprocess.PIPE,
     )  # fmt: skip
     assert process.stderr is not None
-    # The command picks its module once this is there.
+    # The command imports its module after hydra.
     while (told := process.stderr.readline()) and "hydra" not in told:
         pass
     time.sleep(after)
     process.send_signal(signal.SIGINT)
     said = process.stderr.read()
-    assert process.wait(60) in (130, 1), "stopped, or told already that there is no such model"
+    assert process.wait(60) in (130, 1), "stopped, or refused already: there is no such model"
     assert "Traceback" not in said
 
 
@@ -201,7 +199,7 @@ def test_ctrl_c_while_it_starts(tmp_path: Path, after: float) -> None:
 def test_a_calibration_ends_within_seconds(
     forks: Forks, tiny_overrides: list[str], where: str, waited: int, number: int
 ) -> None:
-    """Wherever it is, as a process of its own; and goes on."""
+    """It does so at every stage, in a separate process, and the same command resumes it."""
     outputs = f"stopped-{where.rpartition('.')[2]}-{number}"
     command = forks.prepare([
         *tiny_overrides, "sae=relu", "sae.target_l0=6", "seed=0,1", "training.tokens=1024",

@@ -1,4 +1,4 @@
-"""Two commands that want the same run at once: one trains it, the other waits and reuses it."""
+"""Two commands that need the same run at once: one trains it, the other waits and reuses it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FOLDER = "shared"
 
 @pytest.fixture
 def command(forks: Forks, tiny_overrides: list[str]) -> list[str]:
-    """Trains one run of 16 steps, with a checkpoint after each."""
+    """Return a command that trains one run of 16 steps, with a checkpoint after each."""
     shutil.rmtree(forks.folder / FOLDER, ignore_errors=True)
     return forks.prepare([
         *tiny_overrides, "sae=topk", "training.tokens=1024", "dataset.held_out_tokens=512",
@@ -51,8 +51,10 @@ def test_one_trains_and_the_other_waits(forks: Forks, command: list[str]) -> Non
 
 
 @pytest.mark.slow
-def test_a_dead_owner_is_succeeded(forks: Forks, command: list[str]) -> None:
-    """Who waits goes on where the owner was killed, and comes to what it would have come to."""
+def test_a_waiting_command_resumes_the_run_of_a_killed_owner(
+    forks: Forks, command: list[str]
+) -> None:
+    """The result equals that of a command without a kill."""
     alone = forks.run(command)
     assert alone.status == 0, alone.said
     (found,) = RunStore(forks.folder / FOLDER).runs()
@@ -67,7 +69,7 @@ def test_a_dead_owner_is_succeeded(forks: Forks, command: list[str]) -> None:
     ended = forks.end(other)
     assert ended.status == 0, ended.said
     assert TRAINED in ended.said
-    assert re.search(r"going on after [\d,]+ of 1,024 tokens", ended.said)
+    assert re.search(r"resuming after [\d,]+ of 1,024 tokens", ended.said)
     assert found.finished
     assert (found.path / "sae.safetensors").read_bytes() == expected
     assert [name for name in os.listdir(found.path) if ".part-" in name] == []
@@ -75,7 +77,7 @@ def test_a_dead_owner_is_succeeded(forks: Forks, command: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_who_waits_can_be_stopped(forks: Forks, command: list[str], number: int) -> None:
+def test_a_waiting_command_can_be_stopped(forks: Forks, command: list[str], number: int) -> None:
     owner = forks.start(command, SLOWLY)
     forks.said_when(owner, lambda said: "slow: " in said)
     other = forks.start(command)
@@ -88,8 +90,8 @@ def test_who_waits_can_be_stopped(forks: Forks, command: list[str], number: int)
 
 
 @pytest.mark.slow
-def test_sweeps_that_overlap(forks: Forks, tiny_overrides: list[str]) -> None:
-    """Each run is trained once, whichever of them comes to it first; none waits for ever."""
+def test_overlapping_sweeps_train_each_run_once(forks: Forks, tiny_overrides: list[str]) -> None:
+    """Any of them may reach a run first; none waits for ever."""
     folder = forks.folder / "overlap"
     shutil.rmtree(folder, ignore_errors=True)
     sweeps = [

@@ -1,7 +1,7 @@
-"""Against the libraries themselves: what they save is read here, and what is written here by them.
+"""Tests with the libraries themselves: reseed reads what they save, and they read its exports.
 
-Each is skipped where the library is not installed; `make test-peers` makes an environment that has
-all three.
+A test is skipped if its library is not installed; `make test-peers` makes an environment with all
+three.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ D, F, K = 16, 64, 4
 
 
 def library(name: str) -> Any:
-    """A module of a peer, or a skip."""
+    """Import a library, or skip the test."""
     return pytest.importorskip(name, reason=f"{name} is not installed: make test-peers")
 
 
 def dictionaries(module: str) -> Any:
-    """A module of dictionary_learning. It reads language models by nnsight, which dictionaries do
-    without: an empty stand-in does where it is not installed."""
+    """Import a module of dictionary_learning. The library imports nnsight, which its dictionaries
+    do not need; if nnsight is not installed, an empty module replaces it."""
     if "nnsight" not in sys.modules and importlib.util.find_spec("nnsight") is None:
         stand_in = types.ModuleType("nnsight")
         stand_in.LanguageModel = object  # type: ignore[attr-defined]
@@ -48,7 +48,7 @@ def dictionaries(module: str) -> Any:
 
 
 def moved(module: torch.nn.Module, seed: int = 0) -> Any:
-    """Every parameter away from its start; thresholds above 0."""
+    """Move every parameter away from its start, thresholds to values above 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in module.named_parameters():
@@ -62,7 +62,7 @@ def tokens() -> Tensor:
 
 
 def assert_equal(ours: Tensor, theirs: Tensor) -> None:
-    """To 1e-5 of the largest value."""
+    """Assert equality within 1e-5 of the largest value."""
     error = (ours.double() - theirs.detach().double()).abs().max()
     assert float(error) <= 1e-5 * float(theirs.detach().abs().max())
 
@@ -75,7 +75,7 @@ def assert_same(sae: SAE, x: Tensor, latents: Tensor, reconstruction: Tensor) ->
 
 
 def trained(config: SAEConfig) -> SAE:
-    """One of ours, away from its start."""
+    """Return an SAE of ours, moved away from its start."""
     sae = moved(config.build(D, torch.Generator().manual_seed(1)), 1)
     with torch.no_grad():
         if isinstance(config, BatchTopKConfig):
@@ -153,7 +153,7 @@ def test_saelens_is_read(kind: str, settings: Any, centred: bool, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["BatchTopK", "MatryoshkaBatchTopK"])
-def test_what_saelens_trains_by_the_batch_is_read(kind: str, tmp_path: Path) -> None:
+def test_batch_topk_saes_of_saelens_are_read(kind: str, tmp_path: Path) -> None:
     lens = library("sae_lens")
     more = {"matryoshka_widths": [F // 4, F]} if kind.startswith("M") else {}
     config = getattr(lens, f"{kind}TrainingSAEConfig")(d_in=D, d_sae=F, k=K, **more)

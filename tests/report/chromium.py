@@ -21,8 +21,8 @@ class Chromium:
     """One browser with one page.
 
     Attributes:
-        troubles: what the console and the page's errors said.
-        requests: addresses of all that was loaded.
+        troubles: messages of the console, and errors of the page.
+        requests: addresses of everything that was loaded.
     """
 
     def __init__(self, profile: Path) -> None:
@@ -31,7 +31,7 @@ class Chromium:
             pytest.skip("needs Chromium: apt-get install chromium")
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        # Chromium reads from descriptor 3 and writes to 4, which the shell makes of ours.
+        # Chromium reads from descriptor 3 and writes to 4; the shell maps our pipes to them.
         command = f'exec "$0" "$@" 3<&{theirs_in} 4>&{theirs_out}'
         flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                  "--hide-scrollbars", "--disable-background-networking", "--disable-dev-shm-usage",
@@ -55,7 +55,7 @@ class Chromium:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command, and what it answers; events on the way are noted."""
+        """Send a command and return its answer; events that arrive before it are recorded."""
         self._last += 1
         message: dict[str, Any] = {"id": self._last, "method": method, "params": parameters}
         if self._session:
@@ -90,13 +90,13 @@ class Chromium:
                 self.requests.append(about["request"]["url"])
 
     def open(self, path: Path, fragment: str = "") -> None:
-        """Load a file from the disk, and wait until it is there."""
+        """Open a file from disk, and wait until it is loaded."""
         self.send("Page.navigate", url="about:blank")
         self.send("Page.navigate", url=path.resolve().as_uri() + fragment)
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of JavaScript in the page."""
+        """Return the value of a JavaScript expression in the page."""
         found = self.send(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -104,14 +104,14 @@ class Chromium:
         return found["result"].get("value")
 
     def wait(self, condition: str, seconds: float = 30) -> None:
-        """Until JavaScript is true."""
+        """Wait until a JavaScript expression is true."""
         end = time.monotonic() + seconds
         while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < end, f"never true: {condition}"
             time.sleep(0.02)
 
     def press(self, key: str) -> None:
-        """A key, as a keyboard gives it."""
+        """Press and release a key."""
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         own = {"key": key, **({"text": text} if text else {})}
         if key == "Enter":
@@ -120,7 +120,7 @@ class Chromium:
         self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def window(self, width: int, height: int, dark: bool = False) -> None:
-        """How large the page is, and what the system's colours are."""
+        """Set the size of the page, and the system's colour scheme."""
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height,
                   deviceScaleFactor=1, mobile=width < 600)  # fmt: skip
         value = "dark" if dark else "light"
@@ -130,7 +130,7 @@ class Chromium:
         )
 
     def screenshot(self, path: Path) -> None:
-        """What is seen, as png."""
+        """Write the visible page as png."""
         data = self.send("Page.captureScreenshot", format="png")["data"]
         path.write_bytes(base64.b64decode(data))
 

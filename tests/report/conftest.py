@@ -1,4 +1,4 @@
-"""Cells made of dictionaries that share a known part."""
+"""Fixtures: cells of dictionaries that share a known part."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ NUM_LATENTS, D_IN = 48, 32
 
 
 def run(sae, seed, shared, trained=True):
-    """The first ``shared`` latents are those of every seed; latent i fires i times."""
+    """Return a run whose first ``shared`` latents are in every seed; latent i fires i times."""
     rng = np.random.default_rng([len(sae), seed, trained])
     rows = rng.standard_normal((2, NUM_LATENTS, D_IN))
     rows[:, :shared] = np.random.default_rng(0).standard_normal((2, shared, D_IN))
@@ -51,13 +51,14 @@ def make_cell():
 
 @pytest.fixture(scope="session")
 def cells(make_cell):
-    """A cell that shares half, one that shares nothing, and one of two seeds."""
+    """Return a cell that shares half, one that shares nothing, and one of two seeds."""
     return [make_cell(), make_cell("relu", shared=0), make_cell("batch_topk", n=2, shared=12)]
 
 
 @pytest.fixture(scope="session")
 def budgets(make_cell):
-    """Two architectures at four budgets in two arms; those of the second arm were born alike."""
+    """Return two architectures at four budgets in two arms; initial weights are alike in the
+    second arm."""
     found = []
     for sae in ("topk", "relu"):
         for tokens, shared in ((800, 4), (1600, 12), (3200, 20), (12800, 30)):
@@ -73,7 +74,7 @@ def budgets(make_cell):
 
 @pytest.fixture
 def acting(make_cell):
-    """A cell of three runs, in which R is known: of every latent its place among 48."""
+    """Return a cell of three runs with known R: i/48 for latent i."""
 
     class Found:
         def __init__(self, side):

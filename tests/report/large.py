@@ -1,4 +1,4 @@
-"""A cell of many latents, with contexts that would break a page that took tokens for markup."""
+"""A cell of many latents, with contexts that would break a page that parses tokens as markup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TEXTS = ["</script>", '"quoted"', "<b>bold</b>", " the", "\n", "\t", " caf\u00e9
 
 
 def large_cell(make_cell, num_latents: int, seeds: int):
-    """Seeds with partners drawn at random; what matters here is how many there are."""
+    """Return a cell of seeds with random partners; only their number matters here."""
     knobs, cell = make_cell(n=2)
     rng = np.random.default_rng(0)
     names = [f"large-seed{seed}" for seed in range(seeds)]
@@ -57,8 +57,8 @@ def large_cell(make_cell, num_latents: int, seeds: int):
 
 
 def hostile_contexts(folder: Path, num_latents: int) -> Contexts:
-    """Five contexts of each latent, of tokens that would break a page that took them for more
-    than text."""
+    """Return five contexts of each latent, with tokens that would break a page that parses them as
+    markup."""
     rng = np.random.default_rng(1)
     folder.mkdir(parents=True)
     rows = [

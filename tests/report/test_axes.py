@@ -1,4 +1,4 @@
-"""What tells cells apart, in order and in short."""
+"""Order, names and numeric axes of cells."""
 
 import pytest
 
@@ -31,16 +31,16 @@ SWEEP = cells_of(
 )
 
 
-def test_what_another_knob_says_already_tells_nothing():
+def test_a_knob_that_an_earlier_one_determines_is_not_telling():
     assert telling(SWEEP) == ["arm", "sae", "tokens"]
-    # λ differs within one architecture: it tells.
+    # λ differs within one architecture, so it is kept.
     more = [*SWEEP, ({**SWEEP[0][0], "sparsity": "k=16"}, None)]
     assert telling(more) == ["arm", "sae", "sparsity", "tokens"]
     both = cells_of(*({"num_latents": n, "sae.expansion_factor": n // 64} for n in (64, 128)))
     assert telling(both) == ["num_latents"], "of two that say the same the first stays"
 
 
-def test_few_cells_are_called_by_all_that_varies():
+def test_few_cells_are_named_by_all_varying_knobs():
     few = SWEEP[:4]
     assert naming(few) == ["arm", "sae", "sparsity"]
     assert label(few, few[0][0]) == "other init, topk, k=8"
@@ -48,7 +48,7 @@ def test_few_cells_are_called_by_all_that_varies():
     assert label(cells_of({"sae": "topk"}), {"sae": "topk"}) == "topk"
 
 
-def test_what_the_arm_determines_is_said_in_a_line_and_is_no_column():
+def test_knobs_that_the_arm_determines_are_in_a_footnote_instead_of_columns():
     easy = {"arm": "easy", "model": "world_easy", "num_latents": 64, "sparsity": "L0≈3"}
     hard = {"arm": "hard", "model": "world_hard", "num_latents": 512, "sparsity": "L0≈10"}
     cells = cells_of(*(arm | {"sae": sae} for arm in (easy, hard) for sae in ("topk", "relu")))
@@ -61,17 +61,17 @@ def test_what_the_arm_determines_is_said_in_a_line_and_is_no_column():
     assert columns(cells) == ["arm", "sparsity", "sae"], "two values in one arm"
 
 
-def test_arms_that_stand_for_the_same_are_said_together():
+def test_arms_with_equal_knobs_are_listed_together():
     cells = cells_of(*({"arm": arm, "model": model, "sae": sae}
         for arm, model in (("one", "m"), ("two", "m"), ("null", "gaussian(m)"))
         for sae in ("topk", "relu")))  # fmt: skip
     assert told_by_arm(cells) == "one; two: model m · null: model gaussian(m)"
-    # Without arms, what follows from the architecture stays a column.
+    # Without arms, a knob that the architecture determines stays a column.
     plain = cells_of({"sae": "topk", "sparsity": "k=8"}, {"sae": "relu", "sparsity": "λ=3"})
     assert (columns(plain), told_by_arm(plain)) == (["sae", "sparsity"], "")
 
 
-def test_names_group_as_declared_and_numbers_ascend():
+def test_cells_are_sorted_by_names_as_declared_and_numbers_ascending():
     found = [(k["arm"], k["sae"], k["tokens"]) for k, _ in ordered(SWEEP)]
     assert found == [
         (arm, sae, tokens)
@@ -83,7 +83,7 @@ def test_names_group_as_declared_and_numbers_ascend():
     assert [knobs["sparsity"] for knobs, _ in ordered(two)] == ["k=4", "k=16"]
 
 
-def test_rows_leave_out_what_the_row_above_said():
+def test_row_labels_leave_out_the_knobs_of_the_row_above():
     names, rows = row_labels(ordered(SWEEP))
     assert names[:4] == ["other init, topk, 800", "4000", "16000", "other init, relu, 800"]
     assert rows[:4] == [0, 1, 2, 3.5]
@@ -91,7 +91,7 @@ def test_rows_leave_out_what_the_row_above_said():
     assert (one, places) == (["topk", "relu", "gated"], [0, 1, 2])
 
 
-def test_axes_of_numbers_have_three_values_or_more():
+def test_numeric_axes_have_three_values_or_more():
     assert numeric_axes(SWEEP) == ["tokens"]
     assert numeric_axes(SWEEP[:8]) == [], "two budgets"
     sparse = cells_of(*({"sparsity": s} for s in ("k=4", "k=8", "k=16")))
@@ -103,11 +103,11 @@ def test_axes_of_numbers_have_three_values_or_more():
     assert amounts(words, "sae.aux_alpha") == [1e-3, 0.03125, 1]
     paired = cells_of(*({"tokens": w} for w in ("1|2", "3|4", "5|6")))
     assert numeric_axes(paired) == []
-    with pytest.raises(ValueError, match="`sparsity` is no number in every cell"):
+    with pytest.raises(ValueError, match="`sparsity` is not a number in every cell"):
         amounts(mixed, "sparsity")
 
 
-def test_identities_are_all_but_the_axis():
+def test_identities_are_all_telling_knobs_but_the_axis():
     assert identities(SWEEP, "tokens")[:2] == [("other init", "topk"), ("same init", "topk")]
 
 

@@ -1,4 +1,4 @@
-"""The figure of the shared fraction over a number: what stands where, and that it can be read."""
+"""Figures of the shared fraction over a numeric axis: layout, and legibility."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ def panels(figure):
 
 
 def marked(axes):
-    """The lines of cells; what the paper found has crosses (`test_curves`)."""
+    """Return the lines of cells; the paper's numbers have crosses (`test_curves`)."""
     return [line for line in axes.lines if line.get_marker() not in ("", "None", None, "x")]
 
 
@@ -34,7 +34,7 @@ def title(figure):
 
 @pytest.fixture(scope="session")
 def sweep(make_cell):
-    """6 architectures × 3 sparsities × 3 budgets."""
+    """Return cells of 6 architectures × 3 sparsities × 3 budgets."""
     made = {shared: make_cell(shared=shared)[1] for shared in (4, 12, 20)}
     return [
         ({"sae": sae, "sparsity": sparsity, "tokens": tokens}, made[shared])
@@ -44,7 +44,7 @@ def sweep(make_cell):
     ]
 
 
-def test_a_panel_per_architecture_and_a_line_per_arm(budgets):
+def test_there_is_a_panel_per_architecture_and_a_line_per_arm(budgets):
     figure = draw(budgets)
     found = panels(figure)
     assert list(found) == ["topk", "relu"]
@@ -72,7 +72,7 @@ def test_a_panel_per_architecture_and_a_line_per_arm(budgets):
     ]
 
 
-def test_the_untrained_are_dotted_grey_and_the_null_is_dashed(budgets):
+def test_untrained_weights_are_dotted_grey_and_the_null_is_dashed(budgets):
     lines = [line for axes in draw(budgets).axes for line in axes.lines if line not in marked(axes)]
     looks = {(line.get_color(), line._dash_pattern[1][0] > 2) for line in lines}
     assert looks == {("#767676", False), ("black", True)}
@@ -93,7 +93,7 @@ def test_bands_are_the_intervals(budgets):
 
 
 def test_a_place_without_an_interval_interrupts_the_band(make_cell):
-    """Of shared 0 there is no interval: a band on one side, a bar where both neighbours lack."""
+    """A shared fraction of 0 has no interval: a band on one side, a bar between two such places."""
     shared = (20, 0, 12, 20, 0)
     cells = [make_cell(shared=s, layer=i) for i, s in enumerate(shared)]
     axes = draw(cells, "layer").axes[0]
@@ -104,7 +104,7 @@ def test_a_place_without_an_interval_interrupts_the_band(make_cell):
     assert places == [{0}, {2, 3}]
 
 
-def test_powers_of_two_with_their_numbers(budgets):
+def test_a_wide_range_is_logarithmic_with_a_number_at_every_value(budgets):
     for axes in panels(draw(budgets)).values():
         assert axes.get_xscale() == "log"
         assert axes.xaxis.get_transform().base == 2
@@ -119,7 +119,7 @@ def test_a_short_range_is_linear(budgets):
     assert len(marked(axes)) == 2, "a line per architecture"
 
 
-def test_the_question_is_asked_of_starts_that_are_alike_and_not(budgets):
+def test_the_title_asks_about_movement_only_if_some_arms_start_alike(budgets):
     alone = [(knobs, cell) for knobs, cell in budgets if knobs["arm"] == "other init"]
     assert title(draw(alone)) == ""
 
@@ -131,7 +131,7 @@ def test_the_question_is_asked_of_starts_that_are_alike_and_not(budgets):
         ("sparsity", ["800 tokens", "1,600 tokens", "3,200 tokens"]),
     ],
 )
-def test_without_arms_a_line_per_architecture(sweep, axis, names):
+def test_without_arms_there_is_a_line_per_architecture(sweep, axis, names):
     found = panels(draw(sweep, axis))
     assert list(found) == names
     for axes in found.values():
@@ -155,8 +155,8 @@ def test_surrogates_are_dashed(budgets):
 
 
 @pytest.mark.parametrize("many", [1, 2, 4])
-def test_all_text_is_inside_and_nothing_covered(budgets, sweep, many):
-    """One, two and four panels, with a long name of what pairs up and numbers close together."""
+def test_all_text_is_inside_the_figure_and_nothing_is_covered(budgets, sweep, many):
+    """There are one, two and four panels, with a long axis name and numbers close together."""
     cells = [
         (k | {"model": model, "arm": f"{k['arm']}, another order of the data"}, c)
         for model in ("one", "another")[: max(1, many // 2)]
@@ -184,7 +184,8 @@ def test_all_text_is_inside_and_nothing_covered(budgets, sweep, many):
 
 
 def test_numbers_that_would_touch_are_left_out(make_cell):
-    """1,000 to 8,000 on a linear axis of three panels: 1,000 lies a tenth of an inch from 1,500."""
+    """On a linear axis of three panels from 1,000 to 8,000, 1,500 is a tenth of an inch from the
+    first."""
     cells = [
         make_cell(sparsity=s, tokens=t)
         for s in ("k=4", "k=8", "k=16")

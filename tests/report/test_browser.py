@@ -1,6 +1,6 @@
-"""The report in a browser: it is filtered, sorted, opened, without an error and without a network.
+"""The report in a browser: filtered, sorted and opened without an error or a network request.
 
-Under ``REPORT_SCREENSHOTS`` pictures of it are left, to be looked at.
+If ``REPORT_SCREENSHOTS`` names a folder, screenshots are stored there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 
 def report_of(folder: Path, line: list[str]) -> Path:
-    """Train, compare and evaluate in a folder; the report."""
+    """Train, compare and evaluate in a folder, and return the report."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert run.main([*line, "evaluation=contexts", "runtime.progress=false"]) == 0
@@ -62,17 +62,17 @@ def stories(tmp_path_factory: pytest.TempPathFactory, real_data: Path) -> Path:
     return report_of(tmp_path_factory.mktemp("stories"), line)
 
 
-def test_the_quickstart(chromium: Chromium, quickstart: Path) -> None:
+def test_the_quickstart_report_works_in_a_browser(chromium: Chromium, quickstart: Path) -> None:
     used(chromium, quickstart, "quickstart")
 
 
 @pytest.mark.real
-def test_a_model_of_others(chromium: Chromium, stories: Path) -> None:
+def test_the_report_of_a_user_s_model_works_in_a_browser(chromium: Chromium, stories: Path) -> None:
     used(chromium, stories, "stories")
 
 
 def used(chromium: Chromium, report: Path, name: str) -> None:
-    """Do what a reader does; nothing may go wrong, and nothing come from elsewhere."""
+    """Use the report as a reader does; fail on any error or request to a network."""
     chromium.troubles.clear()
     chromium.requests.clear()
     chromium.window(1400, 900)
@@ -96,7 +96,7 @@ def listed(chromium: Chromium, report: Path, fragment: str = "") -> None:
 
 
 def column(chromium: Chromium, head: str) -> list[str]:
-    """What stands in a column of the list."""
+    """Return the entries of a column of the list."""
     chromium.wait(READY)
     return chromium.evaluate(
         "(() => { const heads = [...document.querySelectorAll('.list thead th')];"
@@ -149,7 +149,7 @@ def filtered_and_sorted(chromium: Chromium, report: Path) -> None:
     click_head(chromium, "density", "ascending")
     assert column(chromium, "density")[0] == "never" or firing.min() > 0
 
-    # Of the words that somebody looks for, every passage has some.
+    # Every passage found contains the text that was searched for.
     listed(chromium, report, "#list?kind=shared")
     word = chromium.evaluate("document.querySelector('.list mark').textContent").strip(" ↵→")
     chromium.evaluate(
@@ -208,7 +208,7 @@ def by_keyboard(chromium: Chromium, report: Path) -> None:
 
 
 def looked_at(chromium: Chromium, report: Path, width: int, dark: bool, name: str) -> None:
-    """Nothing is wider than the window, and what is written can be read on what is behind it."""
+    """Check that nothing is wider than the window, and that text has enough contrast."""
     chromium.window(width, 900 if width > 600 else 844, dark)
     places = {"index": ("index.html", ""), "list": ("latents.html", ""), "latent": ("", "")}
     for what, (page, _) in places.items():
@@ -227,7 +227,7 @@ def looked_at(chromium: Chromium, report: Path, width: int, dark: bool, name: st
 
 
 def contrast(chromium: Chromium) -> float:
-    """The least contrast of ink on paper, by the formula of WCAG 2."""
+    """Return the contrast ratio of ink on paper, by the formula of WCAG 2."""
     pairs = chromium.evaluate(
         "(() => { const s = getComputedStyle(document.documentElement);"
         "const of = (n) => s.getPropertyValue(n).trim();"
@@ -246,7 +246,7 @@ def contrast(chromium: Chromium) -> float:
 LATENTS, SEEDS = 4_096, 8
 
 
-def test_eight_saes_of_4096_latents_are_quick_and_tokens_are_text(
+def test_eight_saes_of_4096_latents_load_quickly_and_tokens_stay_text(
     chromium: Chromium, make_cell, tmp_path: Path
 ) -> None:
     knobs, cell = large_cell(make_cell, LATENTS, SEEDS)

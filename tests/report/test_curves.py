@@ -1,4 +1,4 @@
-"""Figures in which every cell is a line, and the paper's numbers beside them."""
+"""Figures with a line per cell, with the paper's numbers."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def own(axes):
     return [line for line in lines if line not in references(axes)]
 
 
-def test_thresholds_and_their_intervals(cells):
+def test_the_threshold_figure_has_estimates_and_intervals(cells):
     figure = draw(threshold_figure, cells)
     (axes,) = figure.axes
     for line, band, (_, cell) in zip(own(axes), axes.collections, cells, strict=True):
@@ -69,7 +69,7 @@ def test_the_paper_s_thresholds_are_dashed_grey_and_named(cells):
 
 
 def by_layer(cells):
-    """The cells as if their runs were those of several layers, which are no sample."""
+    """Return the cells as if their runs were of several layers, which are no sample."""
     return [
         (k, dataclasses.replace(c, settings=dataclasses.replace(
             c.settings, pair_by="layer", grid={"layer": [0, 1, 2]})))
@@ -77,7 +77,7 @@ def by_layer(cells):
     ]  # fmt: skip
 
 
-def test_where_other_things_than_seeds_pair_up_the_paper_has_no_number(make_cell):
+def test_the_paper_s_numbers_are_shown_for_pairs_of_seeds_only(make_cell):
     cells = by_layer([make_cell(n=5)])
     figure = draw(threshold_figure, cells)
     assert not references(figure.axes[0])
@@ -85,17 +85,17 @@ def test_where_other_things_than_seeds_pair_up_the_paper_has_no_number(make_cell
     assert not any(references(axes) for axes in draw(seeds_figure, cells).axes)
 
 
-def test_of_two_seeds_there_are_no_bands(make_cell):
+def test_two_seeds_have_no_bands(make_cell):
     figure = draw(threshold_figure, [make_cell(n=2)])
     assert "n = 2 seeds, no interval" in legend(figure)
 
 
-def test_deciles_and_latents_that_are_not_live(cells):
+def test_the_decile_figure_separates_latents_that_are_not_live(cells):
     figure = draw(decile_figure, cells)
     (axes,) = figure.axes
     named = [t.get_text() for t in axes.get_xticklabels()]
     assert named == ["0", "<10", *map(str, range(1, 11))]
-    line = own(axes)[0]  # half is shared: the rarest
+    line = own(axes)[0]  # half of the latents are shared: the rarest
     at, height = line.get_xdata(), line.get_ydata()
     gap = np.flatnonzero(np.isnan(height))
     assert 1 < at[gap[0]] < 2, "no line from latents that are not live to the deciles"
@@ -108,7 +108,7 @@ def test_deciles_and_latents_that_are_not_live(cells):
 
 @pytest.fixture
 def many(make_cell):
-    """Two architectures at four widths."""
+    """Return two architectures at four widths."""
     return [
         make_cell(sae, shared=shared, **{"sae.num_latents": width})
         for sae, shared in (("topk", 30), ("relu", 10))
@@ -116,7 +116,7 @@ def many(make_cell):
     ]
 
 
-def test_many_cells_are_panels_with_the_same_lines(many):
+def test_many_cells_are_split_into_panels_with_the_same_lines(many):
     assert len(many) > MOST_LINES
     figure = draw(threshold_figure, many)
     shown = [axes for axes in figure.axes if axes.get_visible()]
@@ -134,10 +134,10 @@ def test_coverage_needs_activations(cells):
         coverage_figure(cells)
 
 
-def test_coverage_is_the_curve_with_its_area(acting):
+def test_the_coverage_figure_has_the_curve_and_its_area(acting):
     figure = draw(coverage_figure, [acting])
     (line,) = own(figure.axes[0])
-    # Live are 10 … 47 of 48, in which order R grows from 10/48 on.
+    # Latents 10 … 47 of 48 are live; R grows with the index, from 10/48.
     assert np.allclose(line.get_xdata(), np.arange(1, 39) / 48)
     assert line.get_ydata()[0] == pytest.approx(10 / 48)
     assert line.get_ydata()[-1] == pytest.approx(np.mean(np.arange(10, 48) / 48))
@@ -147,7 +147,7 @@ def test_coverage_is_the_curve_with_its_area(acting):
     assert "area [95% interval]" in figure.legends[0].get_title().get_text()
 
 
-def test_points_of_the_figure_of_firing(make_cell):
+def test_the_firing_figure_has_a_point_per_match(make_cell):
     knobs, cell = make_cell(n=3, shared=24)
     figure = draw(firing_figure, [(knobs, cell)])
     axes = figure.axes[0]
@@ -163,7 +163,7 @@ def test_points_of_the_figure_of_firing(make_cell):
     assert axes.get_xticklabels()[0].get_text() == "0"
 
 
-def test_of_many_latents_some_are_drawn_always_the_same(make_cell, monkeypatch):
+def test_the_sample_of_many_latents_is_deterministic(make_cell, monkeypatch):
     assert MAX_POINTS <= 5000
     monkeypatch.setattr("reseed.report.firing_figure.MAX_POINTS", 50)
     drawn = []
@@ -175,7 +175,7 @@ def test_of_many_latents_some_are_drawn_always_the_same(make_cell, monkeypatch):
 
 
 @pytest.mark.parametrize(("n", "there"), [(3, False), (4, True), (5, True)])
-def test_the_paper_s_line_over_seeds(make_cell, n, there):
+def test_the_paper_s_line_over_seeds_is_drawn_from_four_seeds_on(make_cell, n, there):
     figure = draw(seeds_figure, [make_cell(n=n)])
     found = [line for axes in figure.axes for line in references(axes)]
     assert bool(found) == there
@@ -185,7 +185,7 @@ def test_the_paper_s_line_over_seeds(make_cell, n, there):
         assert found[0].get_label() == SOURCE
 
 
-def test_the_paper_s_layers_beside_one_s_own(make_cell):
+def test_the_paper_s_layers_are_drawn_within_the_range_of_the_axis(make_cell):
     cells = [make_cell(layer=i, shared=s) for i, s in enumerate((4, 12, 20))]
     figure = draw(axis_figure, cells, "layer")
     (line,) = references(figure.axes[0])
@@ -193,7 +193,7 @@ def test_the_paper_s_layers_beside_one_s_own(make_cell):
     assert legend(figure)[-1] == "Paulo & Belrose, Pythia-160M MLP"
 
 
-def test_widths_that_only_the_paper_has_are_on_the_axis(make_cell):
+def test_the_axis_includes_the_paper_s_widths(make_cell):
     cells = [make_cell(num_latents=w) for w in (4000, 8000, 12000)]
     figure = draw(axis_figure, cells, "num_latents")
     (line,) = references(figure.axes[0])

@@ -1,4 +1,4 @@
-"""Which differences between architectures are claimed."""
+"""Claims of differences between architectures."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from reseed.report.tables import summary_markdown
 
 @pytest.fixture
 def at(make_cell):
-    """``at(sae, tokens, mean, se)``: a cell with this shared fraction."""
+    """Return ``at(sae, tokens, mean, se)``: makes a cell with this shared fraction."""
     _, made = make_cell()
 
     def at(sae, tokens, mean, se=0.02, n=3, **knobs):
@@ -28,7 +28,7 @@ def at(make_cell):
 
 
 def sweep(at, *differences, **more):
-    """Two architectures whose shared fractions differ so much at budgets 1000, 2000, …"""
+    """Return two architectures whose shared fractions differ this much at budgets 1000, 2000, …"""
     return [
         at(sae, 1000 * (i + 1), 0.4 + (d if sae == "topk" else 0), **more)
         for i, d in enumerate(differences)
@@ -48,26 +48,26 @@ def test_a_difference_at_the_last_two_budgets_is_claimed(at):
 @pytest.mark.parametrize(
     ("found", "more", "why"),
     [
-        ((0.3, 0.2, 0.01), {}, "not clear of 0 at both of the last two budgets"),
-        ((0.3, 0.01, 0.2), {}, "not clear of 0 at both of the last two budgets"),
-        ((0.3, -0.2, 0.2), {}, "it changes its sign between the last two budgets"),
+        ((0.3, 0.2, 0.01), {}, "an interval at the last two budgets includes 0"),
+        ((0.3, 0.01, 0.2), {}, "an interval at the last two budgets includes 0"),
+        ((0.3, -0.2, 0.2), {}, "the sign changes between the last two budgets"),
         ((0.3, 0.2, 0.2), {"se": None}, "there is no interval (fewer than 3 seeds: no interval)"),
     ],
 )
-def test_and_otherwise_it_is_not(at, found, more, why):
+def test_a_difference_that_does_not_hold_at_both_budgets_is_not_claimed(at, found, more, why):
     (line,) = verdicts(sweep(at, *found, **more))
     assert "no difference claimed" in line
     assert why in line
     assert "**" not in line
 
 
-def test_the_interval_is_that_of_welch(at):
+def test_the_interval_of_a_difference_is_welch_s(at):
     a, b = at("topk", 1000, 0.5, se=0.03), at("relu", 1000, 0.4, se=0.01, n=5)
     cells = [a, b, at("topk", 2000, 0.5), at("relu", 2000, 0.4)]
     (contrast,) = contrasts(cells)
     assert contrast.budgets == (1000, 2000)
     found = contrast.differences["shared_fraction"][0]
-    # The same from raw values whose means have these standard errors.
+    # Recompute it from raw values whose means have these standard errors.
     rng = np.random.default_rng(0)
     samples = []
     for mean, se, n in ((0.5, 0.03, 3), (0.4, 0.01, 5)):
@@ -77,7 +77,7 @@ def test_the_interval_is_that_of_welch(at):
     assert (found.low, found.high) == pytest.approx(tuple(wanted))
 
 
-def test_every_pair_in_every_arm_at_common_budgets(at):
+def test_every_pair_is_compared_in_every_arm_at_common_budgets(at):
     cells = [
         at(sae, tokens, 0.5, arm=arm)
         for arm in ("one", "two")
@@ -97,7 +97,7 @@ def test_every_pair_in_every_arm_at_common_budgets(at):
     assert "## Differences" in summary_markdown(cells)
 
 
-def test_without_budgets_or_architectures_there_is_nothing_to_say(at):
+def test_without_several_budgets_or_architectures_there_are_no_contrasts(at):
     for cells in (
         [at("topk", 1000, 0.5), at("relu", 1000, 0.4)],
         [at("topk", t, 0.5) for t in (1000, 2000)],
@@ -109,7 +109,7 @@ def test_without_budgets_or_architectures_there_is_nothing_to_say(at):
         assert "## Differences" not in summary_markdown(cells)
 
 
-def test_a_star_marks_what_leaves_out_0():
+def test_a_star_marks_intervals_that_exclude_0():
     above, below = Interval(0.2, 0.1, 0.3, 0.1, 3), Interval(-0.2, -0.3, -0.1, 0.1, 3)
     around, none = Interval(0.2, -0.1, 0.5, 0.1, 3), Interval(0.2, None, None, None, 2, "few")
     assert [side(x) for x in (above, below, around, none)] == [1, -1, 0, 0]
@@ -120,8 +120,8 @@ def test_a_star_marks_what_leaves_out_0():
     assert signed(Interval(2e-7, -2e-7, 0.5, 0.1, 3)) == "< 0.001 [>-0.001, 0.50]"
 
 
-def test_of_many_pairs_a_line_says_the_order(at):
-    """Four architectures, of which a is above b and c, these above d: 5 of 6 pairs."""
+def test_many_pairs_are_summarised_in_one_line_as_a_ranking(at):
+    """Architecture a is above b and c, and these are above d: 5 of 6 pairs."""
     levels = {"a": 0.9, "b": 0.5, "c": 0.5, "d": 0.1}
     cells = [at(sae, tokens, mean) for tokens in (1000, 2000) for sae, mean in levels.items()]
     order, rule = verdicts(cells)

@@ -1,4 +1,4 @@
-"""Results of evaluations beside those of comparisons: columns, tables, files, figures."""
+"""Results of evaluations joined to comparisons: columns, tables, files, figures."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ F = 48
 
 
 def absorption(run: int) -> Stored:
-    """Of two letters one can be evaluated; latent 20 stands for it, in the last run 21, and 1
-    absorbs its words."""
+    """Return a result in which one of two letters can be evaluated; latent 20 (21 in the last run)
+    stands for it, and latent 1 absorbs its words."""
     fraction = 0.25 + 0.25 * run
     main = 20 + (run == 2)
     letters = pd.DataFrame(
@@ -75,7 +75,7 @@ def splitting(run: int) -> Stored:
 
 @pytest.fixture(scope="module")
 def evaluated(cells):
-    """The first cell with all evaluations, the second with that of the loss alone."""
+    """Return the first cell with all evaluations, and the second with that of the loss only."""
     (first, second) = cells[:2]
     runs = {}
     for i, run in enumerate(first[1].runs["run"]):
@@ -89,7 +89,7 @@ def evaluated(cells):
     return with_overlaps(joined([first, second], runs), runs), runs
 
 
-def test_metrics_are_columns_with_the_mean_over_runs(evaluated) -> None:
+def test_metrics_are_columns_with_a_mean_over_runs(evaluated) -> None:
     cells, _ = evaluated
     (_, first), (_, second) = cells
     assert first.runs["absorption_fraction"].tolist() == [0.25, 0.5, 0.75]
@@ -114,7 +114,7 @@ def test_latents_have_columns_of_one_type_in_all_cells(evaluated) -> None:
     assert own[own["sae"] == "relu"]["absorption_is_absorber"].isna().all()
 
 
-def test_means_among_shared_latents_and_orphans(evaluated) -> None:
+def test_values_of_latents_are_averaged_over_shared_latents_and_orphans(evaluated) -> None:
     """The first 24 latents are those of every seed; those that fire at least 10 times are live."""
     cell = evaluated[0][0][1]
     shared = np.array(cell.latents["shared_with"][:F]) > 0
@@ -128,7 +128,7 @@ def test_means_among_shared_latents_and_orphans(evaluated) -> None:
     assert "absorption_words_shared" not in cell.estimates, "of whole numbers there is no mean"
 
 
-def test_the_tables_say_how_to_read_them(evaluated) -> None:
+def test_the_tables_of_evaluations_have_footnotes(evaluated) -> None:
     titles = [words.caption for words in evaluation_tables(evaluated[0])]
     assert titles == [
         "What is lost of the activations?",
@@ -152,7 +152,7 @@ def test_the_tables_say_how_to_read_them(evaluated) -> None:
     assert [row[0] for row in loss.rows] == ["topk", "relu"], "both cells have that one"
 
 
-def test_what_stands_in_the_tables_has_a_form_in_latex(evaluated) -> None:
+def test_every_character_of_the_tables_has_a_form_in_latex(evaluated) -> None:
     tables = evaluation_tables(evaluated[0])
     text = summary_latex(evaluated[0], tables)
     assert r"$\|$$\hat{x}$$\|$/$\|$x$\|$" in text
@@ -164,7 +164,7 @@ def test_without_evaluations_nothing_changes(cells) -> None:
     assert evaluation_tables(cells) == []
 
 
-def test_an_evaluation_that_is_not_ours_shows_all_its_numbers(cells) -> None:
+def test_a_user_s_evaluation_shows_all_its_metrics(cells) -> None:
     knobs, cell = cells[0]
     runs = {
         run: EvaluatedRun({"run": run}, {"mine": Stored("mine", {}, {"score": 0.5, "size": 3})})
@@ -195,9 +195,9 @@ def test_files_have_a_row_per_run_and_per_letter(evaluated, tmp_path) -> None:
     assert write_evaluations({}, tmp_path) == []
 
 
-def test_the_same_words_where_main_latents_are_matched(evaluated) -> None:
-    """All runs absorb the same 10 of 40 words. Latent 20 is that of every seed, and matched to
-    itself; in the last run another stands for the letter."""
+def test_absorbed_words_are_compared_where_main_latents_are_matched(evaluated) -> None:
+    """All runs absorb the same 10 of 40 words. Latent 20 is in every seed and matched to itself;
+    in the last run another latent stands for the letter."""
     cell = evaluated[0][0][1]
     last = cell.runs["run"].iloc[-1]
     for _, row in cell.pairs.iterrows():
@@ -214,7 +214,7 @@ def test_the_same_words_where_main_latents_are_matched(evaluated) -> None:
     assert "absorbed_overlap" not in evaluated[0][1][1].pairs, "that cell has no absorption"
 
 
-def test_figures_are_drawn_of_what_there_is(evaluated, tmp_path, monkeypatch) -> None:
+def test_figures_are_drawn_of_the_evaluations_that_exist(evaluated, tmp_path, monkeypatch) -> None:
     cells, runs = evaluated
     written = write_evaluation_figures(cells[1:], runs, tmp_path)
     assert written == [tmp_path / f"faithfulness.{kind}" for kind in ("png", "svg")]
@@ -231,7 +231,7 @@ def test_figures_are_drawn_of_what_there_is(evaluated, tmp_path, monkeypatch) ->
     assert write_evaluation_figures(cells, runs, tmp_path) == names
 
 
-def test_absorption_is_drawn_against_l0_and_where_it_differs_against_width(evaluated) -> None:
+def test_absorption_is_drawn_against_l0_and_against_width_if_it_differs(evaluated) -> None:
     knobs, cell = evaluated[0][0]
     sweep = []
     for k, width in ((4, F), (8, F), (8, 2 * F)):

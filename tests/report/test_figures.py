@@ -20,7 +20,7 @@ from reseed.report.firing_figure import firing_figure
 
 
 def draw(figure_of, cells):
-    """The figure as it is laid out when it is written."""
+    """Draw the figure with the layout that it has when it is written."""
     with mpl.rc_context(STYLE):
         figure = figure_of(cells)
         FigureCanvasAgg(figure)
@@ -46,7 +46,7 @@ FIGURES = [shared_figure, seeds_figure, cosine_figure, firing_figure, threshold_
 NAMES = ("shared_fraction", "seeds", "cosines", "firing", "threshold", "firing_deciles")
 
 
-def test_figures_as_png_and_svg(cells, tmp_path):
+def test_figures_are_written_as_png_and_svg(cells, tmp_path):
     written = write_figures(cells, tmp_path)
     names = {f"{n}.{k}" for n in NAMES for k in ("png", "svg")}
     assert {path.name for path in written} == names == {p.name for p in tmp_path.iterdir()}
@@ -57,7 +57,7 @@ def test_figures_as_png_and_svg(cells, tmp_path):
             assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_display_is_looked_for():
+def test_drawing_needs_no_display():
     code = "import sys, reseed.report.figures; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -110,7 +110,7 @@ def test_the_ring_is_p_and_the_line_is_u(make_cell):
     assert np.allclose(points.get_ydata(), cell.u)
 
 
-def test_cosines_are_those_of_matched_latents(make_cell):
+def test_the_cosine_figure_has_the_matched_latents(make_cell):
     _, cell = make_cell(n=2, shared=24)
     encoder, decoder, agrees = matched_cosines(cell)
     assert len(encoder) == 2 * 48
@@ -119,12 +119,12 @@ def test_cosines_are_those_of_matched_latents(make_cell):
     assert len(matched_cosines(cell, at_most=10)[0]) == 10
 
 
-def test_nothing_to_draw_is_an_error(tmp_path):
+def test_drawing_figures_of_no_cells_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="there are no cells to draw figures of"):
         write_figures([], tmp_path)
 
 
-def test_a_number_of_three_values_has_a_figure(budgets, tmp_path, monkeypatch):
+def test_a_numeric_axis_of_three_values_has_a_figure(budgets, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(mpl.figure.Figure, "savefig", lambda self, path, **_: path.touch())
     for many in (4, 2):
@@ -136,7 +136,7 @@ def test_a_number_of_three_values_has_a_figure(budgets, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("figure_of", FIGURES)
 def test_names_of_many_cells_do_not_collide(budgets, figure_of):
-    """16 cells with long names: no two texts of the panels lie on each other."""
+    """No two texts of the panels overlap, with 16 cells of long names."""
     long = [(k | {"arm": f"{k['arm']}, another order of the data"}, c) for k, c in budgets]
     figure = draw(figure_of, long)
     boxes = []

@@ -1,4 +1,4 @@
-"""Nulls that keep more and more, a row each."""
+"""Table of nulls that keep more and more of the experiment, a row each."""
 
 import dataclasses
 import io
@@ -17,7 +17,7 @@ from reseed.report.wording import number, with_interval
 
 
 def spread(made, by):
-    """The cell with an interval: the pairs differ."""
+    """Return the cell with pairs that differ, so that it has an interval."""
     knobs, cell = made
     found = cell.estimates["shared_fraction"]
     other = dataclasses.replace(
@@ -28,8 +28,8 @@ def spread(made, by):
 
 @pytest.fixture(scope="module")
 def rungs(make_cell):
-    """Both surrogates of one architecture, in the order that is not the ladder's, and one of
-    another."""
+    """Return both surrogates of one architecture, not in the table's order, and one of another
+    architecture."""
     return [
         spread(make_cell(shared=36, arm="trained model"), 0.1),
         spread(_of(make_cell(shared=12), "random_weights"), 0.1),
@@ -44,7 +44,7 @@ def _of(made, name):
     return knobs | {"model": f"embedded+{name}", "arm": SURROGATES[name]}, cell
 
 
-def test_a_row_for_each_null_from_the_one_that_keeps_least(rungs):
+def test_each_null_has_a_row_beginning_with_the_one_that_keeps_least(rungs):
     words = ladder(rungs)
     assert words is not None
     assert words.header[:2] == ("sae", "what is shared by")
@@ -88,7 +88,7 @@ def test_the_numbers_are_those_of_the_cells(rungs):
     assert rows["topk", "rows of the covariance"] == ("–", "–", "–", "–", "")
 
 
-def test_it_stands_on_the_terminal_and_in_the_file(rungs):
+def test_the_table_is_on_the_terminal_and_in_the_file(rungs):
     text = summary_markdown(rungs)
     assert f"## {TITLE}\n\n| sae | what is shared by | shared [95%] |" in text
     out = io.StringIO()
@@ -96,14 +96,14 @@ def test_it_stands_on_the_terminal_and_in_the_file(rungs):
     assert TITLE in out.getvalue()
 
 
-def test_nothing_without_a_trained_null_or_without_the_model_itself(rungs, cells):
+def test_there_is_no_table_without_a_trained_null_or_without_the_model_itself(rungs, cells):
     assert ladder(cells) is None
     assert ladder(rungs[1:3]) is None
     assert ladder([rungs[0], rungs[4]]) is None, "of another architecture"
     assert TITLE not in summary_markdown(cells)
 
 
-def test_more_than_can_be_read_are_left_out(rungs):
+def test_the_table_is_left_out_if_it_would_be_too_long(rungs):
     many = [({**k, "layer": layer}, c) for layer in range(7) for k, c in rungs[:3]]
     assert ladder(many) is None
     found = ladder(many[: 3 * 6])
@@ -111,5 +111,5 @@ def test_more_than_can_be_read_are_left_out(rungs):
     assert len(found.rows) == 6 * 6
 
 
-def test_the_names_are_those_that_can_be_declared():
+def test_the_surrogates_are_those_that_can_be_declared():
     assert ("none", *SURROGATES) == surrogate.SURROGATES

@@ -1,4 +1,4 @@
-"""summary.tex: a small reader of the test's own says what LaTeX would print of it."""
+"""``summary.tex``, read by a small reader that returns the text that LaTeX would print."""
 
 import re
 from dataclasses import replace
@@ -17,8 +17,8 @@ COMMANDS = {
 
 
 def typeset(source):
-    """The characters on paper of source without environments: refuses what LaTeX would not take
-    as text."""
+    """Return the printed characters of source without environments; refuse what LaTeX would not
+    read as text."""
     out, at, depth, maths = "", 0, 0, False
     while at < len(source):
         character = source[at]
@@ -55,7 +55,7 @@ PRINTABLE = "".join(map(chr, range(32, 127))).translate({ord(c): None for c in '
     "text",
     [PRINTABLE, PRINTABLE[::-1], "λ=3.6, L0≈8", "κ ≥ τ ≤ σ ≠ Σ → ×·…", "–", "a_b{c}\\d", "{[}"],
 )
-def test_every_character_stands_for_itself(text):
+def test_every_character_is_printed_as_itself(text):
     assert typeset(escaped(text)) == text
 
 
@@ -63,12 +63,12 @@ def test_every_character_stands_for_itself(text):
     ("text", "source"),
     [("a|b", "a$|$b"), ('"x"', "''x''"), ("−0.5", "$-$0.5"), ("S₀", "S$_0$"), ("5%", r"5\%")],
 )
-def test_what_has_no_letter_of_its_own(text, source):
+def test_characters_without_a_glyph_are_replaced(text, source):
     assert escaped(text) == source
 
 
 @pytest.mark.parametrize("first", ["[0.1, 0.2]", "*", "[x"])
-def test_no_entry_is_taken_as_the_argument_of_a_line_break(first):
+def test_no_entry_is_read_as_the_argument_of_a_line_break(first):
     source = latex_table(
         Wording(("a\n[95%]", "b"), ((first, "1"), (first, "2")), 1, "", ()), "", "t"
     )
@@ -83,7 +83,7 @@ def rows_of(table):
     return [re.split(r"(?<!\\)&", line.removesuffix(r" \\")) for line in lines]
 
 
-def test_the_rows_are_those_of_the_terminal(cells):
+def test_the_rows_equal_the_terminal_s(cells):
     words = summary(cells)
     table = latex_table(words, "", "tab:x")
     head, *rows = rows_of(table)
@@ -99,7 +99,7 @@ def test_the_rows_are_those_of_the_terminal(cells):
     assert columns[1] == "l" * words.num_knobs + "r" * (len(words.header) - words.num_knobs)
 
 
-def test_the_caption_says_n_interval_and_tokens(cells):
+def test_the_caption_states_n_interval_and_tokens(cells):
     source = summary_latex(cells, [summary(cells)], "my_study: 1")
     caption = re.search(r"\\caption\{(.*)\}\n", source)
     assert caption is not None
@@ -109,18 +109,18 @@ def test_the_caption_says_n_interval_and_tokens(cells):
     assert r"\label{tab:my-study-1}" in source
 
 
-def test_of_two_seeds_there_is_no_interval(make_cell):
+def test_two_seeds_have_no_interval(make_cell):
     cells = [make_cell(n=2)]
     assert "n = 2 seeds, no interval; 5,000 held-out" in summary_latex(cells, [summary(cells)])
 
 
-def test_footnotes_are_sentences_with_what_was_bold(cells):
+def test_footnotes_are_sentences_and_keep_bold_text(cells):
     words = replace(summary(cells), footnotes=("**a_b**: 5% of `x_y`", "**end**"))
     table = latex_table(words, "", "t")
     assert r"\textbf{a\_b}: 5\% of \texttt{x\_y}. \textbf{end}." in table
 
 
-def test_environments_and_braces_close(cells, tmp_path):
+def test_environments_and_braces_are_closed(cells, tmp_path):
     write_tables(cells, tmp_path)
     source = (tmp_path / "summary.tex").read_text()
     assert source.startswith(PREAMBLE)

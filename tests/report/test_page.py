@@ -33,7 +33,7 @@ HOSTILE = (
 
 
 class Text(HTMLParser):
-    """The text of HTML, and its elements."""
+    """Text and elements of an HTML document."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Text(HTMLParser):
         self.text += data
 
 
-def test_text_is_text_whatever_it_holds():
+def test_text_is_always_escaped():
     found = Text(tag("p", HOSTILE, title=HOSTILE))
     assert found.text == HOSTILE
     assert found.elements == ["p"]
@@ -57,7 +57,7 @@ def test_text_is_text_whatever_it_holds():
     assert Text(tag("p", tag("b", "x"))).elements == ["p", "b"]
 
 
-def test_words_of_a_table_are_text():
+def test_entries_of_a_table_are_escaped():
     words = Wording((HOSTILE, "n"), ((HOSTILE, "0.5 [0.4, 0.6]"),), 1, HOSTILE, (HOSTILE,))
     found = Text(table_html(words))
     assert "script" not in found.elements
@@ -70,12 +70,12 @@ def test_attributes_that_are_false_are_left_out():
     assert isinstance(tag("a"), Html)
 
 
-def test_spans_of_a_text():
+def test_a_text_is_split_into_spans():
     assert spans("a **b** `c` [d e](f.csv)") == [
         Span("plain", "a "), Span("bold", "b"), Span("plain", " "), Span("code", "c"),
         Span("plain", " "), Span("link", "d e", "f.csv"),
     ]  # fmt: skip
-    # An interval is no link, and a lone star stands for itself.
+    # An interval is not a link, and a single star is literal.
     assert spans("[0.3, 0.5] (n = 3) 2 * 3") == [Span("plain", "[0.3, 0.5] (n = 3) 2 * 3")]
     assert inline("**x < y**") == "<strong>x &lt; y</strong>"
 
@@ -91,7 +91,7 @@ def curve(values):
     return pd.DataFrame({"fvu": values})
 
 
-def test_the_fall_of_a_curve_is_that_of_its_last_tenth():
+def test_the_fall_of_a_curve_compares_its_last_two_tenths():
     # 40 points: the last four are 0.9 of the four before.
     assert fall(curve([1.0] * 36 + [0.9] * 4)) == pytest.approx(0.1)
     assert fall(curve([3.0] * 20 + [1.0] * 20)) == pytest.approx(0)
@@ -100,7 +100,7 @@ def test_the_fall_of_a_curve_is_that_of_its_last_tenth():
 
 
 class Finished:
-    """A run as warnings need it."""
+    """A finished run, as far as warnings read it."""
 
     finished = True
 
@@ -110,9 +110,9 @@ class Finished:
         curve(values).to_csv(path / "training.csv")
 
 
-def test_warnings_name_the_rule_and_the_numbers(make_cell, tmp_path):
+def test_warnings_state_their_rule_and_their_numbers(make_cell, tmp_path):
     good = make_cell(n=3, shared=24)
-    # 48 latents that fire i times in 5,000 tokens: none is dense, 2 of 48 are dead.
+    # Latent i of 48 fires i times in 5,000 tokens: none is dense, 2 are dead.
     assert warnings([good], [Finished(tmp_path / "a", [1.0] * 40)]) == []
 
     found = warnings(
@@ -144,7 +144,7 @@ def test_dead_and_dense_latents_are_warned_of(make_cell):
     assert "fire on more than 10% of the held-out tokens: topk (0.25)." in dense
 
 
-def test_chance_and_targets_are_warned_of(make_cell):
+def test_sharing_near_chance_and_l0_off_target_are_warned_of(make_cell):
     knobs, cell = make_cell(n=3, shared=0)
     told = warnings([(knobs | {"sparsity": "L0≈4"}, cell)], [])
     assert [line.partition(".**")[0] for line in told] == [
@@ -154,7 +154,7 @@ def test_chance_and_targets_are_warned_of(make_cell):
     assert "L0 8.2" in told[1]
 
 
-def test_what_cells_have_in_common_and_what_they_differ_in():
+def test_settings_are_split_into_common_and_differing_ones():
     def run(sae, seed):
         return flat({"model": {"type": "m"}, "sae": {"type": sae, sae: 1}, "seed": seed})
 
@@ -169,7 +169,7 @@ def test_what_cells_have_in_common_and_what_they_differ_in():
     assert many.rows[3] == ("c3", "3")
 
 
-def test_a_command_is_what_decides_about_results():
+def test_a_command_is_shown_without_what_cannot_change_results():
     def typed(text):
         return command({"environment": {"command": text}})
 
@@ -186,7 +186,7 @@ def test_every_figure_has_a_title_a_caption_and_data(cells):
         assert data_files(name)
 
 
-def test_numbers_of_figures(cells):
+def test_tables_of_figures_have_the_drawn_numbers(cells):
     knobs, cell = cells[0]
     frame = seeds_frame([(knobs, cell)])
     assert frame[frame["measure"] == "p"]["fraction"].tolist() == cell.p.tolist()
@@ -195,21 +195,21 @@ def test_numbers_of_figures(cells):
     assert set(figure_tables(cells, {})) == {"seeds.csv", "cosines.csv"}
 
 
-def test_the_paper_beside_what_was_found(cells):
+def test_the_paper_s_numbers_are_shown_with_the_range_of_the_cells(cells):
     words = reference_table(cells)
     assert words is not None
     rows = {row[0]: row[1:] for row in words.rows}
     assert rows["shared, threshold 0.7"][0] == "0.42"
     own = [cell.estimates["shared_fraction_at_0.7"].mean for _, cell in cells]
     assert rows["shared, threshold 0.7"][1] == f"0 to {max(own):.2f}"
-    # u_3 is known of the cells with three seeds; of nine nobody knows here.
+    # Cells with three seeds have u_3; no cell here has u_9.
     assert [name for name in rows if name.startswith("u_")] == [
         f"u_{k}: of k = {k} seeds, all others lack it" for k in (2, 3)
     ]
     assert rows["u_3: of k = 3 seeds, all others lack it"][0] == f"{UNSHARED[3]:.2f}"
 
 
-def test_columns_of_the_browser_are_those_of_the_cell(cells):
+def test_columns_of_the_browser_equal_the_cell_s(cells):
     found = entries(cells)
     assert [entry.name for entry in found[:2]] == ["topk, seed 0", "topk, seed 1"]
     own = columns(found[0].rows)
@@ -223,7 +223,7 @@ def test_columns_of_the_browser_are_those_of_the_cell(cells):
     assert all(isinstance(value, int) for value in own["shared"][0])
 
 
-def test_files_of_the_browser_are_calls(cells, tmp_path):
+def test_files_of_the_browser_are_javascript_calls(cells, tmp_path):
     write_browser(cells, {}, {}, tmp_path)
     names = sorted(path.name for path in (tmp_path / "latents").iterdir())
     assert names == sorted(["runs.js", *(f"{i}.js" for i in range(8))])
@@ -247,11 +247,11 @@ def test_absorption_is_listed_by_its_letters(cells, tmp_path):
     assert values["absorption_class"][7] == 1
     assert values["absorption_words"][9] == 12
     assert '"classes":["a","b"]' in (tmp_path / "latents" / "runs.js").read_text()
-    # Of a run that was not evaluated nothing is said.
+    # A run without evaluation has no such columns.
     assert "absorption" not in (tmp_path / "latents" / "2.js").read_text()
 
 
-def test_a_folder_is_whole_or_as_it_was(tmp_path):
+def test_a_folder_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     out = tmp_path / "report"
     atomic_folder(out, lambda folder: (folder / "a").write_text("1"))
 
@@ -268,8 +268,8 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path):
     assert [p.name for p in out.iterdir()] == ["c"]
 
 
-def test_a_folder_that_cannot_be_replaced_stands(tmp_path, monkeypatch):
-    """Also where the earlier one has made way already."""
+def test_a_folder_that_cannot_be_replaced_is_kept(tmp_path, monkeypatch):
+    """It is restored if it was moved away already."""
     out = tmp_path / "report"
     atomic_folder(out, lambda folder: (folder / "a").write_text("1"))
     replace, moved = os.replace, []

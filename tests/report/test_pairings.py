@@ -1,4 +1,4 @@
-"""Tables of pairs whose runs differ in what was chosen."""
+"""Tables of pairs of runs that differ in a chosen value."""
 
 import dataclasses
 import io
@@ -23,7 +23,7 @@ from reseed.report.terminal import print_summary
 
 @pytest.fixture(scope="module")
 def made(make_run):
-    """``made(places, pair_by, grid, shared)``: a cell of runs at these places, any two of which
+    """Return ``made(places, pair_by, grid, shared)``: makes a cell of runs at these places; any two
     share their first latents."""
 
     def made(places, pair_by, grid, shared=24, tag=""):
@@ -42,7 +42,7 @@ def made(make_run):
 
 @pytest.fixture(scope="module")
 def over_seeds(made):
-    """A cell for each of three seeds, in which the values of an axis pair up."""
+    """Return a function that makes a cell per seed, for three seeds; values of an axis pair up."""
 
     def over_seeds(values, axis="layer", shared=(12, 24, 30), **knobs):
         grid = {axis: values, "seed": ["0", "1", "2"]}
@@ -62,7 +62,7 @@ def notes(words):
     return words.footnotes
 
 
-def test_a_row_for_each_two_values_in_the_order_of_the_grid(over_seeds):
+def test_each_pair_of_values_has_a_row_in_the_order_of_the_grid(over_seeds):
     words = pairings(over_seeds(["6", "3", "9"]))
     assert words is not None
     assert words.header[:4] == ("layer", "and", "seeds", "shared\n[95%]")
@@ -74,7 +74,7 @@ def test_a_row_for_each_two_values_in_the_order_of_the_grid(over_seeds):
     assert words.footnotes[-1] == "Primary measure: **shared**."
 
 
-def test_families_are_told_apart_by_what_varies(over_seeds):
+def test_families_are_named_by_the_knobs_that_vary(over_seeds):
     cells = [*over_seeds(["1", "2"]), *over_seeds(["1", "2"], sae="relu", shared=(6, 6, 6))]
     words = pairings(cells)
     assert words is not None
@@ -83,7 +83,7 @@ def test_families_are_told_apart_by_what_varies(over_seeds):
     assert words.rows[1][4] == "0.12 [0.12, 0.12]"
 
 
-def test_the_matrix_is_the_table_seen_from_each_value(over_seeds):
+def test_the_matrix_has_the_numbers_of_the_table(over_seeds):
     cells = over_seeds(["1", "2", "3"])
     shared, covered = matrices(cells)
     assert shared.header == ("layer", "1", "2", "3")
@@ -102,7 +102,7 @@ BOTH = {"sae": ["topk", "relu"], "seed": ["0", "1", "2"]}
 PLACES = [{"sae": sae, "seed": seed} for sae in BOTH["sae"] for seed in BOTH["seed"]]
 
 
-def test_within_and_across(made):
+def test_pairs_across_values_are_compared_with_pairs_within_a_value(made):
     cells = [({"sae": "topk|relu"}, made(PLACES, ["sae", "seed"], BOTH))]
     words = pairings(cells)
     assert words is not None
@@ -118,7 +118,7 @@ def test_within_and_across(made):
     assert shared.rows == (("topk", "0.50", "0.50"), ("relu", "0.50", "0.50"))
 
 
-def test_of_many_rows_those_that_differ_in_most_are_shown(made, monkeypatch):
+def test_a_long_table_shows_only_the_pairs_that_differ_in_most_axes(made, monkeypatch):
     monkeypatch.setattr(module, "MANY_ROWS", 3)
     cells = [({"sae": "topk|relu"}, made(PLACES, ["sae", "seed"], BOTH))]
     words = pairings(cells)
@@ -129,7 +129,7 @@ def test_of_many_rows_those_that_differ_in_most_are_shown(made, monkeypatch):
     assert len(pairing_frame(cells)) == 4
 
 
-def test_a_wide_and_a_narrow_one(over_seeds):
+def test_dictionaries_of_two_widths_have_the_fraction_of_the_smaller(over_seeds):
     cells = over_seeds(["32", "48"], axis="sae.num_latents")
     narrow = []
     for knobs, cell in cells:
@@ -147,7 +147,7 @@ def test_a_wide_and_a_narrow_one(over_seeds):
     assert "of the smaller\n[95%]" not in alike.header
 
 
-def test_the_primary_measure_is_the_first_and_its_interval_is_shown(over_seeds):
+def test_the_primary_measure_comes_first_with_its_interval(over_seeds):
     cells = over_seeds(["1", "2"])
     own = [(k, dataclasses.replace(c, settings=dataclasses.replace(c.settings, primary="coverage")))
            for k, c in cells]  # fmt: skip
@@ -158,11 +158,11 @@ def test_the_primary_measure_is_the_first_and_its_interval_is_shown(over_seeds):
 
 def test_models_are_compared_with_a_warning(over_seeds):
     models, layers = (pairings(over_seeds(["1", "2"], axis=x)) for x in ("model", "layer"))
-    assert sum("Rows of two models" in note for note in notes(models)) == 1
-    assert not any("Rows of two models" in note for note in notes(layers))
+    assert sum("Dictionaries of two models" in note for note in notes(models)) == 1
+    assert not any("Dictionaries of two models" in note for note in notes(layers))
 
 
-def test_each_value_by_itself(over_seeds):
+def test_each_value_has_a_row_with_the_quality_of_its_runs(over_seeds):
     words = by_value(over_seeds(["1", "2"]))
     assert words is not None
     assert words.header == ("layer", "runs", "latents", "FVU", "L0", "dead", "live")
@@ -170,8 +170,8 @@ def test_each_value_by_itself(over_seeds):
     assert words.rows[0][4] == "8.25 [8.25, 8.25]"
 
 
-def test_the_matrix_as_squares(over_seeds):
-    """The numbers in the squares are those of the tables, in its order; the darkest is the most."""
+def test_the_matrix_is_drawn_as_a_heat_map(over_seeds):
+    """The squares have the numbers of the tables, in their order; the darkest is the largest."""
     cells = over_seeds(["1", "2", "3"])
     with mpl.rc_context(STYLE):
         figure = matrix_figure(cells)
@@ -192,7 +192,7 @@ def test_without_a_matrix_there_is_no_figure(over_seeds):
         matrix_figure(over_seeds(["1", "2"]))
 
 
-def test_files_and_terminal(over_seeds, tmp_path):
+def test_pairings_are_in_files_and_on_the_terminal(over_seeds, tmp_path):
     cells = over_seeds(["1", "2", "3"])
     files = {path.name for path in write_tables(cells, tmp_path)}
     assert files == {"pairs.csv", "latents.parquet", "summary.csv", "summary.md",
@@ -208,7 +208,7 @@ def test_files_and_terminal(over_seeds, tmp_path):
         assert "…" not in file.getvalue()
 
 
-def test_arms_of_seeds_stand_beside_arms_of_values(over_seeds, make_cell):
+def test_pairs_of_seeds_and_pairs_of_values_have_a_table_each(over_seeds, make_cell):
     cells = [({"arm": "seeds"} | make_cell()[0], make_cell()[1]),
              *over_seeds(["1", "2"], arm="layers")]  # fmt: skip
     text = summary_markdown(cells)
@@ -216,14 +216,14 @@ def test_arms_of_seeds_stand_beside_arms_of_values(over_seeds, make_cell):
     assert first < other < text.index("| layer | and | seeds | shared [95%] | 1st in 2nd [95%] |")
 
 
-def test_where_seeds_pair_up_there_is_none_of_this(make_cell, tmp_path):
+def test_pairs_of_seeds_alone_have_no_such_tables(make_cell, tmp_path):
     cells = [make_cell(), make_cell("relu")]
     assert (pairings(cells), matrices(cells), by_value(cells)) == (None, [], None)
     assert "pairings.csv" not in {path.name for path in write_tables(cells, tmp_path)}
 
 
-def test_without_a_common_space_the_table_says_why_and_shows_what_there_is(make_run):
-    """Two models of different width, with and without measures on the same tokens."""
+def test_without_a_common_space_the_table_says_why_and_shows_the_other_measures(make_run):
+    """The two models differ in width; they have measures on the same tokens or not."""
     config = ComparisonConfig(
         name="t", grid={"model": ["one", "two"]}, pair_by="model", null_draws=1
     )
@@ -243,7 +243,7 @@ def test_without_a_common_space_the_table_says_why_and_shows_what_there_is(make_
     assert "the activations differ in width (`d_in`)" in said
     assert said.count("was not measured: the hub is gone") == 1
     assert "undefined" not in said
-    assert "cosine between them means something" not in said, "there is none"
+    assert "cosine between them is meaningful" not in said, "there is none"
     assert matrices([(knobs, dataclasses.replace(cell, pairs=pairs))]) == []
     made = {
         "cka_codes": 0.5, "cka_reconstructions": 0.25, "agreement_pearson_matched": 0.125,

@@ -1,4 +1,4 @@
-"""A latent on the terminal: from a result and a sweep's table made by hand."""
+"""A latent on the terminal, from a result and a sweep's table made by hand."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def sweep(tmp_path: Path) -> Path:
 
 
 def printed(show, width: int = 80, **options) -> list[str]:
-    """The lines that ``show`` prints."""
+    """Return the lines that ``show`` prints."""
     file = io.StringIO()
     show(Console(file=file, width=width, **options))
     lines = file.getvalue().splitlines()
     return lines if options.get("color_system") else [Text.from_ansi(x).plain for x in lines]
 
 
-def test_all_that_is_known_is_said(contexts: Contexts, sweep: Path) -> None:
+def test_everything_known_about_a_latent_is_printed(contexts: Contexts, sweep: Path) -> None:
     shown = Shown("run0", contexts, contexts.latent(0), replicas_of(sweep, "run0", [0])[0])
     lines = printed(lambda console: print_latent(shown, console))
     assert lines[:7] == [
@@ -81,7 +81,7 @@ def test_all_that_is_known_is_said(contexts: Contexts, sweep: Path) -> None:
     assert lines[10].split(maxsplit=2) == ["0.25", "2", "«sat·2» on"]
 
 
-def test_the_peaks_stand_below_each_other_and_no_line_is_wider_than_the_window(
+def test_peaks_are_aligned_and_no_line_is_wider_than_the_window(
     contexts: Contexts,
 ) -> None:
     shown = Shown("run0", contexts, contexts.latent(0))
@@ -96,7 +96,7 @@ def test_the_peaks_stand_below_each_other_and_no_line_is_wider_than_the_window(
     assert any(line.endswith("…") for line in lines), "what does not fit is left out"
 
 
-def test_colours_take_the_place_of_brackets(contexts: Contexts) -> None:
+def test_colours_replace_brackets_on_a_terminal_with_colour(contexts: Contexts) -> None:
     shown = Shown("run0", contexts, contexts.latent(0))
     lines = printed(
         lambda console: print_latent(shown, console), force_terminal=True, color_system="truecolor"
@@ -108,14 +108,16 @@ def test_colours_take_the_place_of_brackets(contexts: Contexts) -> None:
     assert weak in text
 
 
-def test_silent_latents_and_runs_without_comparison(contexts: Contexts) -> None:
+def test_silent_latents_and_runs_without_a_comparison_are_reported(contexts: Contexts) -> None:
     shown = Shown("run0", contexts, contexts.latent(1))
     assert printed(lambda console: print_latent(shown, console)) == [
         "run0  latent 1", "fires on none of 200 tokens", "in no comparison yet",
     ]  # fmt: skip
 
 
-def test_partners_are_shown_or_said_to_have_no_contexts(contexts: Contexts, sweep: Path) -> None:
+def test_partners_are_printed_or_reported_to_have_no_contexts(
+    contexts: Contexts, sweep: Path
+) -> None:
     there, none = replicas_of(sweep, "run0", [0])[0].partners
     shown = Shown("run1", contexts, contexts.latent(0))
     lines = printed(lambda console: print_partner(there, shown, console))
@@ -128,17 +130,17 @@ def test_partners_are_shown_or_said_to_have_no_contexts(contexts: Contexts, swee
     assert printed(lambda console: print_partner(none, None, console)) == ["in seed 2: none"]
 
 
-def test_only_the_rows_that_are_asked_for(sweep: Path) -> None:
+def test_only_the_requested_latents_are_read(sweep: Path) -> None:
     assert replicas_of(sweep, "run0", [1]).keys() == {1}
     assert replicas_of(sweep, "elsewhere", [0]) == {}
 
 
-def test_runs_that_differ_in_more_than_the_seed_go_by_name(sweep: Path) -> None:
+def test_runs_that_differ_in_more_than_the_seed_are_named_by_id(sweep: Path) -> None:
     table = pd.read_parquet(sweep / FILE).assign(seed=0).drop(columns=["cosine_encoder"])
     table.to_parquet(sweep / FILE)
     partner = replicas_of(sweep, "run0", [0])[0].partners[0]
     assert (partner.name, partner.cosine_encoder) == ("run1", None)
 
 
-def test_what_no_terminal_shows_is_shown_by_a_sign() -> None:
+def test_unprintable_characters_are_replaced_by_a_sign() -> None:
     assert one_line("a\n\tb\x1b[0m") == "a↵→b�[0m"

@@ -1,4 +1,4 @@
-"""The primary measure of a comparison, and the differences that its design could have seen."""
+"""The primary measure of a comparison, and the differences that its design could detect."""
 
 from dataclasses import replace
 
@@ -19,8 +19,8 @@ def estimate(mean, se, n=3):
 
 @pytest.fixture
 def measured(make_cell):
-    """``measured(sae, tokens, shared, covered)``: a cell of a comparison whose primary measure is
-    coverage; both have a standard error of .02."""
+    """Return ``measured(sae, tokens, shared, covered)``: makes a cell of a comparison whose primary
+    measure is coverage; both have a standard error of .02."""
     _, made = make_cell()
     settings = ComparisonConfig(name="t", grid={"seed": [0, 1]}, primary="coverage")
 
@@ -38,11 +38,11 @@ def measured(make_cell):
      ("shared_fraction_decoder_live", "shared\ndec live"), ("coverage", "covered"),
      ("index_agreement", "index\nagreement")],
 )  # fmt: skip
-def test_the_head_of_a_column(name, words):
+def test_measures_have_short_column_headings(name, words):
     assert measure_name(name) == words
 
 
-def test_the_primary_measure_is_the_first_column_once(measured, make_cell):
+def test_the_primary_measure_is_the_first_column_and_appears_once(measured, make_cell):
     cells = [measured("topk", 1000, 0.5, 0.7), measured("relu", 1000, 0.4, 0.6)]
     words = summary(cells)
     assert words.header[1:4] == ("covered\n[95%]", "shared\n[95%]", "shared\nlive")
@@ -57,7 +57,7 @@ def test_the_primary_measure_is_the_first_column_once(measured, make_cell):
     assert plain[1:4] == ("shared\n[95%]", "shared\nlive", "shared\ndec")
 
 
-def test_why_it_has_no_interval_is_told_of_the_primary_measure(measured):
+def test_a_note_says_why_the_primary_measure_has_no_interval(measured):
     _, cell = measured("topk", 1000, 0.5, 1.0)
     reason = "every pair is 1: no interval on the logit scale"
     bare = replace(cell.estimates["coverage"], low=None, high=None, reason=reason)
@@ -66,7 +66,7 @@ def test_why_it_has_no_interval_is_told_of_the_primary_measure(measured):
     assert notes(replace(cell, settings=replace(cell.settings, primary="shared_fraction"))) == []
 
 
-def test_differences_are_claimed_of_the_primary_measure(measured):
+def test_differences_are_claimed_on_the_primary_measure(measured):
     """TopK covers more and shares less."""
     cells = [
         cell
@@ -87,13 +87,13 @@ def test_differences_are_claimed_of_the_primary_measure(measured):
 
 
 @pytest.mark.parametrize(("n", "units"), [(3, 5.3), (5, 4.5), (9, 4.2)])
-def test_what_two_cells_could_have_seen(n, units):
-    """In units of the standard error of one cell, as published for 80% power."""
+def test_the_detectable_difference_of_two_cells_equals_the_published_one(n, units):
+    """The units are the standard error of one cell, as published for 80% power."""
     found = visible(estimate(0.5, 0.01, n), estimate(0.4, 0.01, n), 0.95)
     assert found == pytest.approx(units * 0.01, rel=0.015)
 
 
-def test_a_difference_of_that_size_is_seen_four_times_in_five():
+def test_a_detectable_difference_is_detected_four_times_in_five():
     rng, n, se = np.random.default_rng(0), 3, 0.02
     shift = visible(estimate(0.5, se, n), estimate(0.5, se, n), 0.95)
     a, b = rng.normal(0, se * np.sqrt(n), (2, 20_000, n))
@@ -101,24 +101,24 @@ def test_a_difference_of_that_size_is_seen_four_times_in_five():
     assert (found.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
 
 
-def test_without_spread_there_is_nothing_to_say_of_it():
+def test_without_standard_errors_no_detectable_difference_is_stated():
     bare = Interval(0.5, None, None, None, 2, "fewer than 3 seeds: no interval")
     assert visible(estimate(0.5, 0.01), bare, 0.95) is None
     assert visible(estimate(0.5, 0.0), estimate(0.5, 0.01), 0.95) is None
     assert visible_in_words([bare], "coverage", 0.95) == ("Primary measure: **covered**.",)
 
 
-def test_the_table_says_what_it_could_have_seen(make_cell):
+def test_the_table_states_the_difference_that_it_could_detect(make_cell):
     _, made = make_cell()
     cells = []
     for sae, se in (("topk", 0.01), ("relu", 0.02), ("gated", 0.03)):
         own = made.estimates | {"shared_fraction": estimate(0.5, se)}
         cells.append(({"sae": sae}, replace(made, estimates=own)))
-    (line,) = [note for note in summary(cells).footnotes if "could have seen" in note]
+    (line,) = [note for note in summary(cells).footnotes if "could detect" in note]
     # 5.3/√2 · √(.01² + .02²) = .084 and 5.3/√2 · √(.02² + .03²) = .135
     assert line == (
-        "Primary measure: **shared**. With n = 3 the smallest difference of it between two rows "
-        "that this design could have seen is 0.08–0.14 (80% power, 95% level, by the rows)."
+        "Primary measure: **shared**. With n = 3 the smallest difference in it between two rows "
+        "that this design could detect is 0.08–0.14 (80% power, 95% level, depending on the rows)."
     )
     assert line in summary_markdown(cells)
     frame = summary_frame(cells).set_index("sae")
@@ -126,6 +126,6 @@ def test_the_table_says_what_it_could_have_seen(make_cell):
         [5.3] * 3, rel=0.015
     )
     assert (frame["primary"] == "shared_fraction").all()
-    (alone,) = [note for note in summary(cells[:1]).footnotes if "could have seen" in note]
+    (alone,) = [note for note in summary(cells[:1]).footnotes if "could detect" in note]
     assert "between this row and one like it" in alone
     assert "is 0.05 (80% power, 95% level)." in alone

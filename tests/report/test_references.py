@@ -1,4 +1,4 @@
-"""The paper's numbers: that they belong together, and where they are drawn."""
+"""The paper's numbers: their consistency, and where they are drawn."""
 
 import numpy as np
 import pytest
@@ -14,15 +14,15 @@ from reseed.report.references import (
 )
 
 
-def test_u_follows_from_the_ring():
+def test_the_paper_s_u_k_follow_from_its_p_m():
     """Paulo & Belrose's p_m of 9 seeds, rounded, gives their u_k."""
     p = np.array([0.348, 0.078, 0.064, 0.060, 0.059, 0.063, 0.069, 0.087, 0.173])
     assert np.allclose(unshared_fractions(p), list(UNSHARED.values()), atol=1e-3)
     assert list(UNSHARED) == list(range(2, 10))
 
 
-def test_one_sae_is_in_all_factors():
-    """Layer 6, k=32, 32,768 latents, 0.7, 8B tokens; u_2 is what one other seed lacks."""
+def test_the_paper_s_factors_agree_on_the_sae_that_they_share():
+    """Layer 6, k=32, 32,768 latents, threshold 0.7, 8B tokens; u_2 = 1 − the shared fraction."""
     found = [BY_WIDTH[32_768], BY_K[32], BY_THRESHOLD[0.7], BY_LAYER[6], round(1 - UNSHARED[2], 2)]
     assert set(found) == {0.42}
 
@@ -40,14 +40,14 @@ def found(cells, axis, numbers):
     return over(cells, axis, numbers)
 
 
-def test_widths_within_four_times_the_ends(at):
+def test_widths_are_drawn_up_to_four_times_beyond_the_ends(at):
     for axis in ("sae.num_latents", "num_latents"):
         near = found(at(axis, [1024, 8192]), axis, [1024, 8192])
         assert near == {768: 0.79, 4084: 0.70, 27648: 0.43, 32768: 0.42}
     assert found(at("num_latents", [200, 400]), "num_latents", [200, 400]) == {}, "one is no course"
 
 
-def test_layers_that_the_axis_has(at):
+def test_layers_are_drawn_within_the_range_of_the_axis(at):
     assert found(at("layer", [1, 3]), "layer", [1, 3]) == {1: 0.14, 2: 0.16, 3: 0.24}
 
 
@@ -60,11 +60,11 @@ def test_layers_that_the_axis_has(at):
         (["k=2", "k=4"], [2, 4], []),
     ],
 )
-def test_sparsities_that_are_numbers_of_active_latents(at, words, numbers, expected):
+def test_sparsities_have_references_if_they_count_active_latents(at, words, numbers, expected):
     assert list(found(at("sparsity", words), "sparsity", numbers)) == expected
 
 
-def test_the_budget_only_in_tokens(at, make_cell):
+def test_budgets_have_references_on_an_axis_in_tokens_only(at, make_cell):
     numbers = [10**9, 10**10]
     cells = at("tokens", numbers)
     assert found(cells, "tokens", numbers) == {0.8e9: 0.07, 8e9: 0.42}
@@ -73,5 +73,5 @@ def test_the_budget_only_in_tokens(at, make_cell):
     assert found([(knobs | {"tokens": n}, cell) for n in numbers], "tokens", numbers) == {}
 
 
-def test_other_factors_have_none(at):
+def test_other_axes_have_no_references(at):
     assert found(at("sae.aux_alpha", [32, 64]), "sae.aux_alpha", [32, 64]) == {}

@@ -1,4 +1,4 @@
-"""The tables of summary.md below the first: what stands where, by cells that are known by hand."""
+"""The tables of summary.md below the first, on cells whose numbers are known by hand."""
 
 import dataclasses
 import re
@@ -34,7 +34,7 @@ def entries(words, row):
     return dict(zip(words.header, words.rows[row], strict=True))
 
 
-def test_the_sections_in_their_order(cells):
+def test_the_sections_are_in_order(cells):
     expected = ["More measures", "Over seeds", "By threshold", "By firing", "Nulls", "Subspaces"]
     assert [title for title, _ in sections(cells)] == expected
     text = summary_markdown(cells)
@@ -50,19 +50,19 @@ def test_every_table_has_a_row_per_cell_and_as_many_entries_as_heads(cells):
             assert len(set(words.header)) == len(words.header), "no head twice"
 
 
-def test_other_rules_of_a_cell_that_shares_its_first_half(cells):
+def test_other_rules_agree_on_a_cell_that_shares_its_first_half(cells):
     rules, cosines = (entries(words, 0) for words in tables(cells, "More measures"))
-    # 24 of 48 rows are equal in all runs, the others random in 32 dimensions.
+    # 24 of 48 rows are equal in all runs; the others are random in 32 dimensions.
     for name in ("covered", "dec", "joint", "mutual", "mutual, dec"):
         assert rules[name].startswith("0.50"), name
     assert rules["split"] == "0"
-    # Of 46 latents that are not dead (0 and 1 are), 22 are shared.
+    # Latents 0 and 1 are dead; 22 of the other 46 are shared.
     assert rules["not dead"].startswith(f"{22 / 46:.2f}")
     assert cosines["cycle, shared"] == "1.00"
     assert entries(tables(cells, "More measures")[0], 1)["covered"] == "0"
 
 
-def test_thresholds_end_with_the_paper_s(cells):
+def test_the_table_of_thresholds_ends_with_the_paper_s_row(cells):
     words = by_threshold(cells)
     assert words.rows[-1][0].startswith("Paulo & Belrose, Pythia-160M")
     assert words.rows[-1][1:] == ("0.73", "–", "0.60", "0.52", "0.42", "0.29", "0.11")
@@ -70,16 +70,16 @@ def test_thresholds_end_with_the_paper_s(cells):
     assert shared[2:] == ["0.50"] * 5, "equal rows reach any threshold, random ones none of these"
 
 
-def test_thresholds_of_one_cell_name_it(cells):
+def test_the_table_of_thresholds_names_a_single_cell(cells):
     words = by_threshold(cells[:1])
     assert words.header[0] == "cell"
     assert words.rows[0][0] == "topk"
 
 
-def test_firing_in_deciles(cells):
+def test_the_shared_fraction_by_decile_of_firing_is_that_by_hand(cells):
     """Latent i fires i times, and the first 24 are shared (12 in the third cell).
 
-    Live are 10 … 47, so that the first decile ends at 10 + 37/10 = 13.7.
+    Latents 10 … 47 are live, so the first decile ends at 10 + 37/10 = 13.7.
     """
     deciles = tables(cells, "By firing")[0]
     half, none, two = (entries(deciles, i) for i in range(3))
@@ -90,7 +90,7 @@ def test_firing_in_deciles(cells):
     assert two["1"] == "0.50", "10 and 11 of 10, 11, 12, 13"
 
 
-def test_weights_by_firing(cells):
+def test_the_shared_fraction_weighted_by_firing_is_that_by_hand(cells):
     kinds = entries(tables(cells, "By firing")[1], 0)
     total, first = sum(range(48)), sum(range(24))
     assert kinds["by firing"].startswith(f"{first / total:.2f}")
@@ -108,8 +108,8 @@ def test_strata_csv_has_every_stratum_of_every_cell(cells, tmp_path):
     assert len(strata_frame(cells[:1])) == len(frame) / 3
 
 
-def test_kappa_and_its_interval_by_hand(make_cell):
-    """S = .5 [.3, .7] over a null of .2: (.5 − .2)/.8, and the ends alike."""
+def test_kappa_and_its_interval_are_those_by_hand(make_cell):
+    """For S = .5 [.3, .7] and a null of .2, κ is (.5 − .2)/.8, and the ends likewise."""
     _, cell = make_cell()
     shared = dataclasses.replace(cell.estimates["shared_fraction"], mean=0.5, low=0.3, high=0.7)
     cell = dataclasses.replace(
@@ -123,7 +123,7 @@ def test_kappa_and_its_interval_by_hand(make_cell):
     assert kappa("untrained", "untrained_shared_fraction")(cell) == "0.38"
 
 
-def test_the_ladder_of_nulls(cells):
+def test_the_table_of_nulls_has_the_three_nulls_of_pairs(cells):
     row = entries(tables(cells, "Nulls")[0], 0)
     assert row["isotropic S₀"] == "< 1/48"
     assert row["untrained S₀"] == "0"
@@ -131,7 +131,7 @@ def test_the_ladder_of_nulls(cells):
     assert row["covariance S₀"] == row["κ, covariance"] == "–", "these runs have no covariance"
 
 
-def test_subspaces_beside_their_null(cells):
+def test_subspace_overlaps_are_shown_with_their_null(cells):
     _, cell = cells[0]
     row = entries(tables(cells, "Subspaces")[0], 0)
     own, null = row["overlap, shared"].split(" / ")
@@ -158,19 +158,19 @@ def test_summary_csv_has_every_estimate_with_its_ends(cells):
     assert frame.columns.is_unique
 
 
-def test_on_activations(acting):
+def test_measures_on_activations_have_tables(acting):
     agree, replaced = on_activations([acting])
     row = entries(agree, 0)
     assert row["Jaccard, orphan"].startswith("0.25")
     assert row["CKA, latents"].startswith("0.90")
-    # Live are 10 … 47, of which 10 … 23 lower the error.
+    # Latents 10 … 47 are live; 10 … 23 of them lower the error.
     assert row["novel"].startswith(f"{14 / 38:.2f}")
     assert entries(replaced, 0)["R"].startswith(f"{np.mean(np.arange(10, 48) / 48):.2f}")
     assert "On 100 held-out tokens" in agree.footnotes[0]
     assert "On activations" in dict(sections([acting]))
 
 
-def test_why_there_is_nothing_on_activations(acting, make_cell):
+def test_a_table_says_why_activations_were_not_measured(acting, make_cell):
     knobs, cell = make_cell("relu")
     lacking = (knobs, with_activations(cell, None, "the text is gone"))
     (words,) = on_activations([lacking])
@@ -188,7 +188,7 @@ def test_quality_by_rank_ends_at_the_mean_and_has_the_area(acting):
     assert curve.mean() == pytest.approx(cell.estimates["substitution_area"].mean, abs=1e-6)
 
 
-def test_matched_latents_with_their_firing(make_cell):
+def test_matched_latents_have_their_firing_rate(make_cell):
     _, cell = make_cell(n=3, shared=24)
     found = matched(cell)
     assert len(found.rate) == len(found.cosine) == 3 * 2 * 48
@@ -200,7 +200,7 @@ def test_matched_latents_with_their_firing(make_cell):
 
 
 def test_every_measure_is_explained():
-    """Each column of a pair or estimate stands in docs/measures.md; of thresholds the ends do."""
+    """docs/measures.md has each column of a pair or estimate; for thresholds, the ends."""
     told = set(re.findall(r"`([A-Za-z_0-9.]+)`", MEASURES.read_text()))
     between = re.compile(r".*_at_0\.[4-8]")
     columns = {*FRACTIONS, *COSINES, *CYCLES, *ESTIMATES, *PAIR_COLUMNS}

@@ -47,11 +47,11 @@ def test_summary_csv_has_the_knobs_and_the_promised_columns_first(folder):
     assert len(frame) == 3
 
 
-def test_summary_csv_says_what_was_measured(folder):
+def test_summary_csv_has_the_measures_of_each_cell(folder):
     frame = pd.read_csv(folder / "summary.csv").set_index("sae")
     half, none, two = frame.loc["topk"], frame.loc["relu"], frame.loc["batch_topk"]
     assert half["shared_fraction"] == pytest.approx(24 / 48)
-    # Latents 10 … 47 are live, of which 10 … 23 are shared; their firing is that of the partner.
+    # Latents 10 … 47 are live, 10 … 23 of them shared; a partner fires as often as its latent.
     assert half["shared_fraction_live"] == pytest.approx(14 / 38)
     assert half["fvu"] == pytest.approx(0.21)
     assert half["l0"] == 8.25
@@ -71,7 +71,7 @@ def test_a_shared_fraction_near_its_null_is_marked(make_cell):
     assert notes(make_cell(shared=4)[1]) == []
 
 
-def test_pairs_csv(folder, cells):
+def test_pairs_csv_has_the_knobs_of_each_cell(folder, cells):
     frame = pd.read_csv(folder / "pairs.csv")
     assert frame.groupby("sae").size().to_dict() == {"topk": 3, "relu": 3, "batch_topk": 1}
     assert list(frame.columns[:7]) == ["model", "layer", "sae", "a", "b", "seed_a", "seed_b"]
@@ -90,18 +90,18 @@ def test_latents_parquet_has_a_row_per_latent_of_each_run(folder):
         assert frame[name].map(len).tolist() == [2] * 48 * 6 + [1] * 48 * 2, name
 
 
-def test_knobs_of_different_kinds_share_a_column(make_cell, tmp_path):
+def test_knob_values_of_different_types_share_a_column(make_cell, tmp_path):
     write_tables([make_cell(k=8), make_cell("relu", k="free")], tmp_path)
     values = pq.read_table(tmp_path / "latents.parquet")["k"].unique().to_pylist()
     assert values == ["8", "free"]
 
 
-def test_a_knob_that_is_called_like_a_column_stays(make_cell):
+def test_a_knob_named_like_a_column_is_kept(make_cell):
     row = summary_frame([make_cell(num_latents="wide")]).iloc[0]
     assert row["num_latents"] == "wide"
 
 
-def test_only_what_varies_is_a_column(cells):
+def test_only_varying_knobs_are_columns(cells):
     assert varying(cells) == ["sae"]
     words = summary(cells)
     assert words.caption.startswith("model=embedded · layer=2 · 48 latents · 2–3 seeds")
@@ -110,7 +110,7 @@ def test_only_what_varies_is_a_column(cells):
     assert "sae=topk" in summary(cells[:1]).caption
 
 
-def test_printed_into_a_file_nothing_is_cut_off(make_cell):
+def test_nothing_is_cut_off_in_a_file(make_cell):
     wide = {f"training.option_{i}": "a-rather-long-value" * 3 for i in range(3)}
     out = printed([make_cell(), make_cell("relu", n=4, **wide)])
     assert "…" not in out
@@ -121,7 +121,7 @@ def test_printed_into_a_file_nothing_is_cut_off(make_cell):
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100])
-def test_on_a_terminal_no_number_is_cut_off(cells, width):
+def test_no_number_is_cut_off_on_a_terminal(cells, width):
     out = printed(cells, width=width, force_terminal=True, color_system=None)
     assert "…" not in out
     words = summary(cells)
@@ -133,7 +133,7 @@ def test_on_a_terminal_no_number_is_cut_off(cells, width):
 
 @pytest.fixture(scope="module")
 def worlds(make_cell):
-    """Cells as those of comparison=worlds: the arm fixes the model, the width and the L0."""
+    """Return cells like those of comparison=worlds: the arm fixes model, width and L0."""
     arms = (("easy", "world_easy", 3), ("hierarchy", "world_hierarchy_small", 10))
     found = []
     for arm, model, target in arms:
@@ -160,10 +160,10 @@ def test_arms_that_fix_the_model_leave_a_table_that_fits(worlds, width):
     assert len(rows) == 6, "a table, no paragraphs"
     told = "easy: model world_easy, 192 latents, L0≈3 · hierarchy: model world_hierarchy_small, 640"
     assert told in " ".join(out.split())
-    assert ("not shown for want of room" in out) == (width == 80)
+    assert ("not shown (the window is too narrow)" in out) == (width == 80)
 
 
-def test_columns_of_least_use_go_before_the_table_does(worlds):
+def test_spare_columns_are_dropped_before_the_table_becomes_paragraphs(worlds):
     assert "in summary.md: cos null\n" in on_terminal(worlds, 84)
     assert "in summary.md: shared null, cos null\n" in on_terminal(worlds, 80)
     paragraphs = on_terminal(worlds, 60)
@@ -173,19 +173,19 @@ def test_columns_of_least_use_go_before_the_table_does(worlds):
 
 
 @pytest.mark.parametrize("width", range(60, 100, 4))
-def test_no_name_is_broken(cells, width):
+def test_no_name_is_broken_across_lines(cells, width):
     table = on_terminal(cells, width).partition("the exact matchings")[0]
     assert table.count("batch_topk") == 1
 
 
-def test_files_for_programs_keep_what_the_arm_determines(worlds):
+def test_csv_and_parquet_keep_the_knobs_that_the_arm_determines(worlds):
     assert {"arm", "model", "num_latents", "sparsity"} <= set(summary_frame(worlds).columns)
     text = summary_markdown(worlds)
     assert "| arm | sae | shared [95%] |" in text
     assert "- easy: model world_easy, 192 latents, L0≈3 · hierarchy: " in text
 
 
-def test_incomplete_cells_stand_among_the_footnotes(cells, tmp_path):
+def test_incomplete_cells_are_listed_in_the_footnotes(cells, tmp_path):
     line = "incomplete: sae=gated: 1 of 3 runs (the loss is not finite)"
     write_tables(cells, tmp_path, [line])
     text = (tmp_path / "summary.md").read_text()
@@ -195,7 +195,7 @@ def test_incomplete_cells_stand_among_the_footnotes(cells, tmp_path):
     assert "incomplete" not in summary_markdown(cells)
 
 
-def test_an_l0_off_its_target_is_told_of_with_its_value(make_cell):
+def test_an_l0_off_its_target_is_noted_with_its_value(make_cell):
     # Every run has an L0 of 8.25: 3.1% above 8, 5% below 8.6842, 5.2% below 8.7.
     cells = [make_cell(sparsity="L0≈8"), make_cell("relu", sparsity="L0≈8.7")]
     assert f"**{OFF_TARGET}**: relu, L0≈8.7 (8.2)" in summary(cells).footnotes
@@ -205,11 +205,11 @@ def test_an_l0_off_its_target_is_told_of_with_its_value(make_cell):
     assert f"**{OFF_TARGET}**: topk (8.2); relu (8.2)" in summary(both).footnotes
 
 
-def test_the_mark_says_its_rule():
+def test_the_mark_of_a_low_shared_fraction_states_its_rule():
     assert NOT_SHARED == "shared at most 10 × its null: not converged or not shared"
 
 
-def test_one_pair_is_no_mean(make_cell):
+def test_one_pair_is_not_called_a_mean(make_cell):
     text = " ".join(summary([make_cell(n=2)]).footnotes)
     assert "One pair of n = 2 seeds." in text
     assert "Mean over the 3 pairs of n = 3 seeds, with" in " ".join(
@@ -233,7 +233,7 @@ def test_at_100_columns_a_row_is_a_line(cells):
         assert " ".join(row) in lines
 
 
-def test_the_summary_says_what_it_means(cells):
+def test_the_summary_explains_its_columns(cells):
     file = io.StringIO()
     print_summary(cells, title="quickstart", console=Console(file=file))
     out = " ".join(file.getvalue().split())
@@ -247,7 +247,7 @@ def test_the_summary_says_what_it_means(cells):
     assert out.startswith("quickstart")
 
 
-def test_markdown_tables_are_whole_and_say_the_same(cells):
+def test_markdown_tables_are_complete_and_equal_the_terminal_s(cells):
     text = summary_markdown(cells)
     tables = re.findall(r"(?:^\|.*\|$\n?)+", text, flags=re.MULTILINE)
     first = tables[0]
@@ -262,7 +262,7 @@ def test_markdown_tables_are_whole_and_say_the_same(cells):
     assert "- topk: `topk-0`, `topk-1`, `topk-2`\n- relu: " in text
 
 
-def test_a_bar_in_a_knob_does_not_break_the_table(make_cell):
+def test_a_vertical_bar_in_a_knob_does_not_break_the_markdown_table(make_cell):
     text = summary_markdown([make_cell(hookpoint="a|b"), make_cell("relu", hookpoint="c")])
     assert "| a\\|b |" in text
 
@@ -273,16 +273,16 @@ def test_a_bar_in_a_knob_does_not_break_the_table(make_cell):
      (-0.5, "-0.50"), (float("nan"), "–"), (0.001, "0.001"), (0.00099, "< 0.001"),
      (-2e-7, "> -0.001")],
 )  # fmt: skip
-def test_numbers_in_words(value, text):
+def test_numbers_are_formatted(value, text):
     assert number(value) == text
 
 
-def test_an_interval_in_words():
+def test_an_interval_is_formatted():
     assert with_interval(Interval(0.4, 0.3, 0.52, 0.1, 3)) == "0.40 [0.30, 0.52]"
     assert with_interval(Interval(0.001, 2e-7, 0.88, 3.0, 3)) == "0.001 [<0.001, 0.88]"
     assert with_interval(Interval(0.4, None, None, None, 2, "few")) == "0.40"
 
 
-def test_nothing_to_write_is_an_error(tmp_path):
+def test_writing_tables_of_no_cells_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="there are no cells to write tables of"):
         write_tables([], tmp_path)

@@ -1,4 +1,4 @@
-"""The figure "Is a shared latent true?": the dots are the estimates, and grey says undefined."""
+"""Figure "Is a shared latent true?": the dots are the estimates, and grey means undefined."""
 
 import dataclasses
 
@@ -22,8 +22,8 @@ def interval(mean, low=None, high=None, reason=""):
 
 @pytest.fixture(scope="module")
 def worlds(make_cell):
-    """Two worlds of three architectures, one cell of them without a shared latent, and one cell
-    without labels."""
+    """Return cells of two worlds and three architectures, one of them without a shared latent, and
+    one cell without labels."""
     _, cell = make_cell()
     why = "no live latent is shared"
     defined = {
@@ -73,7 +73,7 @@ def bars(axes, row):
     }
 
 
-def test_dots_lines_and_bars_are_the_estimates(worlds):
+def test_dots_lines_and_bars_show_the_estimates(worlds):
     axes = draw(worlds).axes[0]
     rows = list(axes.get_yticks())
     names = [text.get_text() for text in axes.get_yticklabels()]
@@ -90,7 +90,7 @@ def test_dots_lines_and_bars_are_the_estimates(worlds):
         assert row_texts(axes, row) == ["0.50 [0.40, 0.60]"]
 
 
-def test_undefined_is_grey_with_its_reason(worlds):
+def test_an_undefined_row_is_grey_with_its_reason(worlds):
     axes = draw(worlds).axes[0]
     row = axes.get_yticks()[-1]
     found = dots(axes, row)
@@ -100,7 +100,7 @@ def test_undefined_is_grey_with_its_reason(worlds):
     assert row_texts(axes, row) == ["no live latent is shared"]
 
 
-def test_the_legend_says_what_is_drawn(worlds):
+def test_the_legend_names_everything_that_is_drawn(worlds):
     def said(cells):
         return [text.get_text() for text in draw(cells).legends[0].get_texts()]
 
@@ -109,7 +109,7 @@ def test_the_legend_says_what_is_drawn(worlds):
     assert said(worlds[:2]) == [*both, "95% interval over n = 3 seeds"]
 
 
-def test_it_is_written_where_there_are_labels(worlds, tmp_path, monkeypatch):
+def test_the_figure_is_written_if_there_are_labels(worlds, tmp_path, monkeypatch):
     monkeypatch.setattr(mpl.figure.Figure, "savefig", lambda self, path, **_: path.touch())
     written = [{path.name for path in write_figures(c, tmp_path)} for c in (worlds, worlds[-1:])]
     assert written[0] - written[1] == {"truth.png", "truth.svg"}
@@ -118,7 +118,7 @@ def test_it_is_written_where_there_are_labels(worlds, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("count", [1, 6])
-def test_text_stays_inside_and_apart(worlds, count):
+def test_text_stays_inside_and_does_not_overlap(worlds, count):
     figure = draw(worlds[6 - count : 6])
     axes = figure.axes[0]
     renderer = figure.canvas.get_renderer()

@@ -19,12 +19,12 @@ METRICS = {"mcc": 0.87, "f1": 0.76, "recall_energetic": 0.65, "atoms": 0.5, "com
 
 
 def run(seed, atoms, shared=24):
-    """Latents 0 … shared − 1 of 48 are those of every seed; those named are atoms."""
+    """Return a run of 48 latents; the first ``shared`` are in every seed, ``atoms`` are atoms."""
     rows = np.random.default_rng([9, seed]).standard_normal((2, 48, 32))
     rows[:, :shared] = np.random.default_rng(0).standard_normal((2, shared, 32))
     truth = np.full(48, LABELS.index("composite"))
     truth[list(atoms[seed] if isinstance(atoms, list) else atoms)] = LABELS.index("atom")
-    firing = 10 + np.arange(48) % 10  # all live, alike for shared and other latents
+    firing = 10 + np.arange(48) % 10  # all live; equal firing for shared and other latents
     return Dictionary(
         id=f"run-{seed}",
         seed=str(seed),
@@ -46,8 +46,8 @@ def cell(sae, atoms, n=3, **more):
 
 @pytest.fixture(scope="module")
 def mixed(make_cell):
-    """One cell with truth, one that shares nothing, one without labels."""
-    # Seeds differ in one more shared atom each: 18, 19 and 20 of 24; of 24 orphans 6 are.
+    """Return one cell with truth, one that shares nothing, and one without labels."""
+    # Each seed has one more shared atom: 18, 19 and 20 of 24. 6 of 24 orphans are atoms.
     atoms = [[*range(18 + s), *range(24, 30)] for s in range(3)]
     return [cell("topk", atoms), cell("relu", range(12), shared=0), make_cell("gated", n=2)]
 
@@ -58,7 +58,7 @@ def printed(cells, **options):
     return file.getvalue()
 
 
-def test_the_numbers_by_hand(mixed):
+def test_the_numbers_are_those_by_hand(mixed):
     first, second = truth_tables(mixed)
     row = dict(zip(first.header, first.rows[0], strict=True))
     assert row["sae"] == "topk"
@@ -75,7 +75,7 @@ def test_the_numbers_by_hand(mixed):
     assert (row["MCC"], row["F1"], row["recall of\nenergetic"]) == ("0.87", "0.76", "0.65")
 
 
-def test_what_is_missing_has_its_reason(mixed):
+def test_a_missing_number_has_its_reason(mixed):
     first, _ = truth_tables(mixed)
     row = dict(zip(first.header, first.rows[1], strict=True))
     assert row["P(atom | shared)\n[95%]"] == row["difference\n[95%]"] == "–"
@@ -83,14 +83,14 @@ def test_what_is_missing_has_its_reason(mixed):
     assert "**no live latent is shared**: relu" in first.footnotes
 
 
-def test_cells_without_labels_are_left_out_and_alone_change_nothing(mixed, cells):
+def test_cells_without_labels_are_left_out_and_without_any_label_nothing_changes(mixed, cells):
     assert [row[0] for row in truth_tables(mixed)[0].rows] == ["topk", "relu"]
     assert truth_tables(cells) == []
     assert TITLE not in summary_markdown(cells) + printed(cells)
     assert not [name for name in summary_frame(cells) if name.startswith("truth")]
 
 
-def test_all_files_say_it(mixed, tmp_path):
+def test_all_files_have_the_truth(mixed, tmp_path):
     write_tables(mixed, tmp_path)
     frame = pd.read_csv(tmp_path / "summary.csv").set_index("sae")
     topk, relu, gated = (frame.loc[name] for name in ("topk", "relu", "gated"))
@@ -106,14 +106,14 @@ def test_all_files_say_it(mixed, tmp_path):
     assert latents.loc[latents["sae"] == "gated", "truth"].isna().all()
 
 
-def test_a_knob_called_like_a_column_does_no_harm(mixed, tmp_path):
-    """Where another axis than the seed pairs up, the seed is a knob and a column."""
+def test_a_knob_named_like_a_column_does_no_harm(mixed, tmp_path):
+    """If another axis than the seed pairs up, the seed is both a knob and a column."""
     write_tables([(knobs | {"seed": 0}, cell) for knobs, cell in mixed], tmp_path)
     schema = pq.read_schema(tmp_path / "latents.parquet")
     assert (schema.names.count("seed"), schema.names.count("truth")) == (1, 1)
 
 
-def test_markdown_has_whole_tables_in_its_place(mixed):
+def test_markdown_has_both_tables_between_the_summary_and_more_measures(mixed):
     text = summary_markdown(mixed)
     assert text.index("# Summary") < text.index(f"## {TITLE}") < text.index("## More measures")
     block = text[text.index(f"## {TITLE}") : text.index("## More measures")]
@@ -136,14 +136,14 @@ def test_at_120_columns_a_row_is_a_line(mixed):
             assert " ".join(row) in lines
 
 
-def test_each_table_stands_apart_from_what_is_above(mixed):
+def test_a_blank_line_separates_tables(mixed):
     lines = printed(mixed).splitlines()
     for words in truth_tables(mixed):
         assert lines[lines.index(words.caption) - 1] == ""
 
 
-def test_two_knobs_leave_tables_at_80_columns(mixed):
-    """An arm and an architecture, as in comparison=worlds."""
+def test_tables_with_two_knobs_fit_80_columns(mixed):
+    """The knobs are an arm and an architecture, as in comparison=worlds."""
     arms = [
         ({"arm": arm} | knobs | {"sae": sae}, cell)
         for arm in ("hierarchy", "subspaces")

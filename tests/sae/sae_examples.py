@@ -1,4 +1,4 @@
-"""What the tests of all architectures are made of: SAEs away from their start, tokens, the dead."""
+"""Inputs for the tests of all architectures: SAEs with random parameters, tokens, dead latents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def perturbed(
     dtype: torch.dtype = torch.float64,
     noise: float = 0.1,
 ) -> SAE:
-    """Built, and every parameter moved by noise: no bias is 0, no encoder the decoder's."""
+    """Build an SAE and add noise to every parameter, so that biases are not 0 or weights tied."""
     sae = config.build(d_in, torch.Generator().manual_seed(seed))
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
@@ -28,26 +28,26 @@ def perturbed(
 def batch_of(
     count: int = 16, d_in: int = 6, seed: int = 9, dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, "count d_in"]:
-    """Tokens, normal in every direction."""
+    """Return tokens with normal components."""
     return torch.randn(count, d_in, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def uneven_batch_of(
     count: int = 16, d_in: int = 6, seed: int = 9, dtype: torch.dtype = torch.float64
 ) -> Float[Tensor, "count d_in"]:
-    """Some tokens far larger than others: they take most of a batch's latents."""
+    """Return tokens of very different norms, so that a few take most of a batch's latents."""
     generator = torch.Generator().manual_seed(seed)
     norms = torch.randn(count, 1, generator=generator).exp()
     return (torch.randn(count, d_in, generator=generator) * norms).to(dtype)
 
 
 def dead_of(sae: SAE, count: int) -> Bool[Tensor, " num_latents"]:
-    """The first ``count`` latents are dead."""
+    """Return a mask in which the first ``count`` latents are dead."""
     dead = torch.zeros(sae.num_latents, dtype=torch.bool)
     dead[:count] = True
     return dead
 
 
 def nobody(sae: SAE) -> Bool[Tensor, " num_latents"]:
-    """No latent is dead."""
+    """Return a mask in which no latent is dead."""
     return dead_of(sae, 0)

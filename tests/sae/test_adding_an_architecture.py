@@ -1,4 +1,4 @@
-"""The README's example: one file and one yaml make an architecture, also outside the package."""
+"""The README's example: one file and one yaml add an architecture, also from another package."""
 
 from __future__ import annotations
 
@@ -67,18 +67,20 @@ k: 4
 
 
 @pytest.mark.slow
-def test_one_file_and_one_yaml(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_one_file_and_one_yaml_add_an_architecture(
+    tiny_overrides: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "my_architecture.py").write_text(MODULE)
     (tmp_path / "my_conf" / "sae").mkdir(parents=True)
     (tmp_path / "my_conf" / "sae" / "abstopk.yaml").write_text(YAML)
-    # What an installed package would say of itself, so that records can be read.
+    # The metadata of an installed package, so that records can be read.
     about = tmp_path / "my_architecture-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-architecture\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text("[reseed.sae]\nabstopk = my_architecture\n")
     command = [sys.executable, "-m", "reseed", "run", "--config-dir", "my_conf"]
     command += ["comparison=seeds", *tiny_overrides, "sae=abstopk", "seed=0,1"]
-    # Before what is there: the package that is tested may itself be found by it.
+    # Prepended, because the tested package itself may be found through PYTHONPATH.
     path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"PYTHONPATH": path}
     found = subprocess.run(

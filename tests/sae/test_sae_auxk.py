@@ -1,4 +1,4 @@
-"""AuxK on architectures whose losses are sums: by masks over dense tensors, and whom it reaches."""
+"""AuxK against masks over dense tensors, and the parameters that it trains."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def make(name, num_latents=24, d_in=6, **options):
 
 
 def dense_term(sae, x, dead, centred):
-    """α · AuxK · variance per token, in the units of the loss."""
+    """Return α · AuxK · variance per token, in the units of the loss."""
     c = sae.config
     k_aux = c.k_aux or sae.d_in // 2
     e = (x - sae(x).reconstruction).detach()
@@ -52,7 +52,7 @@ def dense_term(sae, x, dead, centred):
 @pytest.mark.parametrize("k_aux", [None, 5])
 @pytest.mark.parametrize("num_dead", [2, 9])
 @pytest.mark.parametrize("name", SUMS)
-def test_what_it_adds_is_the_dense_formulation(name, num_dead, k_aux):
+def test_the_auxk_term_equals_the_dense_formulation(name, num_dead, k_aux):
     sae, x = make(name, aux_alpha=0.3, k_aux=k_aux), batch_of(32)
     dead = dead_of(sae, num_dead)
     with_aux, without = (sae.training_loss(x, STEP, d) for d in (dead, dead_of(sae, 0)))
@@ -69,8 +69,8 @@ def test_what_it_adds_is_the_dense_formulation(name, num_dead, k_aux):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_it_reaches_the_rows_of_dead_latents_and_only_those(name):
-    """One public library loses the gradient of the encoder."""
+def test_auxk_trains_the_rows_of_dead_latents_and_no_others(name):
+    """A public library loses the gradient of the encoder."""
     sae, x = make(name, aux_alpha=1.0), batch_of(32)
     rows = [sae.W_enc, sae.b_enc, sae.W_dec]
 
@@ -85,12 +85,12 @@ def test_it_reaches_the_rows_of_dead_latents_and_only_those(name):
         moved = difference.abs().reshape(sae.num_latents, -1).sum(1)
         assert (moved[:5] > 1e-6).all()
         assert moved[5:].max() < 1e-12
-    assert of_b_dec.abs().max() < 1e-12  # the error, and what is subtracted, are constants
+    assert of_b_dec.abs().max() < 1e-12  # AuxK detaches the error and the b_dec that it subtracts
 
 
 @pytest.mark.parametrize("name", ["relu", "gated", "jumprelu"])
-def test_a_silent_latent_is_reached_where_its_pre_activation_is_above_zero(name):
-    """JumpReLU has such latents, between 0 and θ. A ReLU or a gate that is shut gets nothing."""
+def test_auxk_trains_a_silent_latent_only_with_a_positive_pre_activation(name):
+    """JumpReLU has such latents, between 0 and θ. A closed ReLU or gate gets no gradient."""
     sae, x = make(name, aux_alpha=1.0), batch_of(32)
     with torch.no_grad():
         if name == "jumprelu":
@@ -104,7 +104,7 @@ def test_a_silent_latent_is_reached_where_its_pre_activation_is_above_zero(name)
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_it_is_off_by_default(name):
+def test_auxk_is_off_by_default(name):
     sae, x = make(name), batch_of(32)
     a, b = (sae.training_loss(x, STEP, dead_of(sae, n)) for n in (0, 9))
     assert sae.config.aux_alpha == 0
@@ -113,8 +113,8 @@ def test_it_is_off_by_default(name):
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_alpha_weighs_it_alike_at_every_scale_of_the_inputs(name):
-    """The term over the reconstruction's is that of the inputs times 10, with all lengths so."""
+def test_auxk_relative_to_mse_does_not_depend_on_the_scale_of_the_inputs(name):
+    """The ratio of the two terms is the same for inputs and SAE scaled by 10."""
     sae, x = make(name, aux_alpha=0.3), batch_of(32)
     big = sae.folded(0.1)
     shares = []
@@ -125,7 +125,7 @@ def test_alpha_weighs_it_alike_at_every_scale_of_the_inputs(name):
 
 
 @pytest.mark.parametrize("name", SUMS)
-def test_a_batch_without_variance_adds_nothing(name):
+def test_auxk_of_a_batch_without_variance_is_zero(name):
     sae = make(name, aux_alpha=1.0)
     loss = sae.training_loss(batch_of(1), STEP, dead_of(sae, 9))
     loss.total.backward()
@@ -136,8 +136,8 @@ def test_a_batch_without_variance_adds_nothing(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("count", [2, 9])
 @pytest.mark.parametrize("weighed", [False, True])
-def test_few_dead_latents_and_many_are_one_formula(name, count, weighed, monkeypatch):
-    """By plain products and by pairs: the same value and gradients, k_aux = 3 of 2 or 9 latents."""
+def test_dense_products_and_pairs_give_the_same_auxk(name, count, weighed, monkeypatch):
+    """Value and gradients agree, for k_aux = 3 and 2 or 9 dead latents."""
     sae, x = make(name, aux_alpha=1.0, k_aux=3), batch_of(32)
     weights = sae.W_dec.detach().norm(dim=1) if weighed else None
     found = []
@@ -155,8 +155,8 @@ def test_few_dead_latents_and_many_are_one_formula(name, count, weighed, monkeyp
     ("name", "options"),
     [("gated", {}), ("jumprelu", {}), ("jumprelu, centred", {}), ("jumprelu", {"penalty": "tanh"})],
 )
-def test_the_error_comes_with_the_loss(name, options, monkeypatch):
-    """Nothing is encoded a second time; tokens in blocks, of which the last is not full."""
+def test_auxk_gets_the_error_of_the_loss_without_encoding_again(name, options, monkeypatch):
+    """Tokens pass in blocks of 5; the last block is not full."""
     monkeypatch.setattr("reseed.sae.product.CPU_ROWS", 5)
     sae, x = make(name, aux_alpha=1.0, **options), batch_of(32)
     expected, seen = x - sae(x).reconstruction, []

@@ -1,4 +1,4 @@
-"""BatchTopK against a dense formulation; its running threshold."""
+"""BatchTopK against a dense formulation, and its running threshold."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_gradient_of_the_activations():
 @pytest.mark.parametrize("k", [1, 5, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_choice_is_that_of_the_whole_batch(k, dtype):
-    """Also where one token holds nearly all of it, and in more than one block of rows."""
+    """One token takes nearly all latents, and the batch has several blocks of rows."""
     sae = make(num_latents=64, k=k, dtype=dtype)
     x = batch_of(700, dtype=dtype)
     x[5] *= 1e4
@@ -79,10 +79,10 @@ def test_the_choice_is_that_of_the_whole_batch(k, dtype):
     torch.testing.assert_close(values.sort(descending=True).values, expected)
     torch.testing.assert_close(values, pre[tokens, latents])
     keys = tokens * 64 + latents
-    assert (keys.diff() > 0).all()  # sorted, and nothing twice
+    assert (keys.diff() > 0).all()  # sorted, without duplicates
 
 
-def test_at_most_k_per_token_over_the_batch_and_what_the_loss_reports():
+def test_loss_reports_at_most_k_active_latents_per_token_on_average():
     sae, x = make(num_latents=64, k=5), batch_of(100)
     loss, latents = sae.training_loss(x, STEP, nobody(sae)), dense_latents(sae, x)
     assert (latents > 0).sum() <= 500
@@ -93,19 +93,19 @@ def test_at_most_k_per_token_over_the_batch_and_what_the_loss_reports():
     torch.testing.assert_close(loss.squared_error, error.detach().square().sum())
 
 
-def test_fewer_than_k_where_fewer_are_positive():
+def test_fewer_than_k_latents_are_active_if_fewer_are_positive():
     sae = make()
     with torch.no_grad():
         sae.b_enc.fill_(-1e6)
     loss = sae.training_loss(batch_of(), STEP, nobody(sae))
     loss.total.backward()
     assert loss.l0 == 0
-    assert sae.threshold == 0  # nothing to learn it from
+    assert sae.threshold == 0  # no activation to set it from
     assert sae.W_enc.grad.abs().max() == 0
 
 
 def test_threshold_starts_at_the_first_value_and_follows_by_a_hundredth():
-    """In one public library it starts at 0, and is too low for hundreds of steps."""
+    """In a public library it starts at 0 and is too low for hundreds of steps."""
     sae = make()
     assert sae.threshold == 0
     smallest = []
@@ -121,21 +121,21 @@ def test_threshold_starts_at_the_first_value_and_follows_by_a_hundredth():
     assert not sae.threshold.requires_grad
 
 
-def test_calibrated_on_a_batch_it_reproduces_the_batch():
+def test_a_threshold_from_one_batch_reproduces_the_choice_in_that_batch():
     sae, x = make(num_latents=64, k=5), batch_of(100)
     sae.training_loss(x, STEP, nobody(sae))
     found = sae.encode(x)
     expected = dense_latents(sae, x)
-    # Strictly above: the smallest of the batch falls out.
+    # A latent is active strictly above θ, so the smallest of the batch is not.
     assert abs((found > 0).sum() - 500) <= 1
     same = expected > sae.threshold
     torch.testing.assert_close(found[same], expected[same])
     assert found[~same].abs().max() == 0
-    # And a token's latents are then its own affair.
+    # A token's latents then do not depend on the rest of the batch.
     torch.testing.assert_close(sae.encode(x[7]), found[7])
 
 
-def test_folded_with_its_threshold():
+def test_folding_rescales_the_threshold():
     sae, x, scale = make(), batch_of() * 40, 0.037
     sae.training_loss(x * scale, STEP, nobody(sae))
     trained, raw = sae(x * scale), sae.folded(scale)(x)
@@ -147,7 +147,7 @@ def test_folded_with_its_threshold():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_saved_and_loaded_with_its_threshold(dtype, tmp_path):
+def test_the_threshold_is_saved_and_loaded(dtype, tmp_path):
     sae, x = make(dtype=torch.float32), batch_of(dtype=torch.float32)
     sae.training_loss(x, STEP, nobody(sae))
     sae = sae.to(dtype)
@@ -160,7 +160,7 @@ def test_saved_and_loaded_with_its_threshold(dtype, tmp_path):
     assert torch.equal(sae(x).latents, loaded(x).latents)
 
 
-def test_a_resume_goes_on_with_the_same_threshold():
+def test_a_resumed_run_continues_with_the_same_threshold():
     whole, other = make(), make(seed=5)
     for seed in range(4):
         if seed == 2:
@@ -187,12 +187,12 @@ def test_shapes_and_dtypes():
         ({"num_latents": 64, "threshold_rate": 0}, "`threshold_rate` must be .* above 0"),
     ],
 )
-def test_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         BatchTopKConfig(**options)
 
 
-def test_k_out_of_range():
+def test_k_out_of_range_is_refused():
     sae = make()
     with pytest.raises(ValueError, match=r"`k` \(=25\) must be above 0 and at most .* \(=24\)"):
         batch_topk_encode(batch_of(), sae.W_enc, sae.b_enc, 25, b_dec=sae.b_dec)
@@ -209,11 +209,11 @@ def test_a_threshold_from_activations_lets_k_of_them_through(options):
     chosen = (pre * weights).flatten().topk(3 * len(x)).indices
     assert set(chosen.tolist()) == set(sae.encode(x).flatten().nonzero()[:, 0].tolist())
     before = sae.threshold.clone()
-    sae.initialise_threshold(2 * x)  # one that is known stays
+    sae.initialise_threshold(2 * x)  # keeps a threshold that is set
     assert sae.threshold == before
 
 
-def test_where_fewer_than_k_are_positive_no_threshold_is_needed():
+def test_the_threshold_stays_zero_if_fewer_than_k_are_positive():
     sae, x = make(num_latents=4, k=4), batch_of()
     sae.initialise_threshold(x)
     assert sae.threshold == 0

@@ -1,4 +1,4 @@
-"""Saved SAEs: exact round trip, and a clear word about whatever is wrong with a folder."""
+"""Saved SAEs: exact round trip, and clear errors for broken folders."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_round_trip_is_exact(config, dtype, tmp_path):
     assert read_metadata(tmp_path) == {"note": "ü"}
 
 
-def test_files_and_their_contents(saved):
+def test_a_saved_sae_has_two_files_with_these_contents(saved):
     assert sorted(os.listdir(saved)) == ["sae.json", "sae.safetensors"]
     description = json.loads((saved / "sae.json").read_text())
     assert description["type"] == "topk"
@@ -62,7 +62,7 @@ def test_files_and_their_contents(saved):
     assert description["metadata"] == {"seed": 3}
 
 
-def test_a_loaded_sae_is_for_reading_until_somebody_says_otherwise(saved):
+def test_a_loaded_sae_has_no_gradients_until_they_are_turned_on(saved):
     sae = load_sae(saved)
     assert sae.W_enc.numpy().shape == (32, 6)
     assert not sae(torch.zeros(2, 6)).reconstruction.requires_grad
@@ -77,7 +77,7 @@ def refused(folder, message):
     return caught
 
 
-def test_missing(saved, tmp_path):
+def test_a_missing_folder_or_file_is_refused(saved, tmp_path):
     refused(tmp_path / "nowhere", "there is no folder .*nowhere")
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no trained SAE: sae.json is missing")
@@ -86,19 +86,19 @@ def test_missing(saved, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
-def test_truncated_weights(saved, keep):
+def test_truncated_weights_are_refused(saved, keep):
     file = saved / "sae.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     refused(saved, r"sae.safetensors cannot be read \(truncated\?\)")
 
 
-def test_truncated_description(saved):
+def test_a_truncated_description_is_refused(saved):
     file = saved / "sae.json"
     file.write_text(file.read_text()[:-9])
     refused(saved, r"sae.json is not valid JSON \(truncated\?\)")
 
 
-def test_unknown_architecture(saved):
+def test_an_unknown_architecture_is_refused(saved):
     edit(saved, type="topkk")
     refused(saved, r"no sae is called `topkk`. Did you mean `topk`\?")
 
@@ -108,18 +108,18 @@ def test_a_class_path_is_not_imported(saved):
     refused(saved, "no sae is called `os.system`")
 
 
-def test_wrong_shapes(saved):
+def test_wrong_shapes_are_refused(saved):
     edit(saved, d_in=7)
     refused(saved, r"`W_dec` has shape \[32, 6\], expected \[32, 7\]")
 
 
-def test_widths_that_disagree(saved):
+def test_widths_that_disagree_are_refused(saved):
     edit(saved, num_latents=31)
     refused(saved, "num_latents is 31, but its config says 32")
 
 
-def test_no_latents_are_not_read_as_some(saved):
-    """One public library's config says 0 and means that the factor decides."""
+def test_zero_latents_are_refused(saved):
+    """In a public library's config 0 means that the expansion factor decides."""
     description = json.loads((saved / "sae.json").read_text())
     edit(saved, config={**description["config"], "num_latents": 0})
     refused(saved, "`config.num_latents` must be an integer or null, at least 1; got 0")
@@ -134,7 +134,7 @@ def test_a_transposed_decoder_is_refused(saved):
     refused(saved, r"`W_dec` has shape \[6, 32\], expected \[32, 6\]")
 
 
-def test_other_contents(saved):
+def test_invalid_descriptions_are_refused(saved):
     edit(saved, d_in="six")
     refused(saved, "`d_in` must be a whole number of at least 1; got 'six'")
     edit(saved, format_version=99)
@@ -143,13 +143,13 @@ def test_other_contents(saved):
     refused(saved, "sae.json lacks config, d_in, format_version, num_latents, type")
 
 
-def test_unknown_config_key(saved):
+def test_an_unknown_config_key_is_refused(saved):
     description = json.loads((saved / "sae.json").read_text())
     edit(saved, config={**description["config"], "kk": 3})
     refused(saved, r"there is no key `config.kk`. Did you mean `(config\.)?k`\?")
 
 
-def test_atomic_write(tmp_path):
+def test_a_failed_write_leaves_the_old_file(tmp_path):
     file = tmp_path / "a.json"
     atomic_write_json(file, {"a": 1})
     assert json.loads(file.read_text()) == {"a": 1}

@@ -1,4 +1,4 @@
-"""The gated SAE by hand and against dense autograd."""
+"""The gated SAE against cases worked by hand and dense autograd."""
 
 import copy
 import math
@@ -22,7 +22,10 @@ def make(num_latents=24, d_in=6, seed=0, dtype=torch.float64, **options):
 
 
 def by_hand(**options):
-    """x = (2, 1, 3): gates (2, −1, 3) − (0, 0, 2) = (2, −1, 1), magnitudes 2·(2, −1, 3) + b_mag."""
+    """Return an SAE and x = (2, 1, 3).
+
+    Gates: (2, −1, 3) − (0, 0, 2) = (2, −1, 1); magnitudes: 2·(2, −1, 3) + b_mag.
+    """
     sae = GatedConfig(num_latents=3, **options).build(3, torch.Generator()).double()
     with torch.no_grad():
         sae.W_enc.copy_(torch.diag(torch.tensor([1.0, -1.0, 1.0])))
@@ -36,7 +39,7 @@ def by_hand(**options):
 def test_loss_and_gradients_by_hand():
     sae, x = by_hand(l1_coefficient=10.0)
     loss = sae.training_loss(x, LAST, nobody(sae))
-    # f = (3, 0, 0): the second gate is shut (its magnitude is 3), the third magnitude is below 0.
+    # f = (3, 0, 0): the second gate is closed (its magnitude is 3), the third magnitude is < 0.
     torch.testing.assert_close(sae.encode(x), torch.tensor([[3.0, 0, 0]]).double())
     assert loss.parts["mse"].item() == pytest.approx(1 + 1 + 9)  # e = (−1, 1, 3)
     assert loss.parts["l1"] == 3  # ReLU(π) = (2, 0, 1)
@@ -44,9 +47,9 @@ def test_loss_and_gradients_by_hand():
     assert loss.total.item() == pytest.approx(11 + 30 + 5)
     assert (loss.fired.tolist(), loss.l0) == ([1, 0, 0], 1)
     loss.total.backward()
-    # The gate's bias: λ − 2·(x − ReLU(π)) where open; the reconstruction says nothing.
+    # The gate's bias: λ − 2·(x − ReLU(π)) if open; the reconstruction gives it no gradient.
     assert sae.b_enc.grad.tolist() == pytest.approx([10, 0, 10 - 4])
-    # The magnitude's: −2e where f is on. r: the same times exp(r)·(W x) = 4.
+    # The magnitude's bias: −2e where f > 0. r: the same times exp(r)·(W x) = 4.
     assert sae.b_mag.grad.tolist() == pytest.approx([2, 0, 0])
     assert sae.r_mag.grad.tolist() == pytest.approx([8, 0, 0])
     # The decoder: −2 f e from the first term alone.
@@ -81,8 +84,8 @@ def test_gradients_are_those_of_the_dense_formulation():
 
 
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-def test_blocks_of_tokens_add_up(dtype, near):
-    """The loss is made in blocks of 256 tokens: two whole ones and a rest."""
+def test_loss_and_gradients_add_up_over_blocks_of_tokens(dtype, near):
+    """The loss takes blocks of 256 tokens: here two full blocks and a rest."""
     sae, x = make(num_latents=64, l1_coefficient=0.7), batch_of(2 * 256 + 44)
     theirs = dense_loss(sae, x)
     expected = torch.autograd.grad(theirs, list(sae.parameters()))
@@ -103,7 +106,7 @@ def test_penalty_warms_up():
         torch.testing.assert_close(ours, dense_loss(sae, x, factor))
 
 
-def test_means_over_the_batch():
+def test_the_loss_is_a_mean_over_the_batch():
     sae, x = make(), batch_of()
     once = sae.training_loss(x, LAST, nobody(sae))
     twice = sae.training_loss(x.repeat(2, 1), LAST, nobody(sae))
@@ -111,8 +114,8 @@ def test_means_over_the_batch():
     torch.testing.assert_close(twice.squared_error, 2 * once.squared_error)
 
 
-def test_starts_as_a_relu_sae():
-    """With zero biases and r = 0 gate and magnitude are one."""
+def test_a_new_gated_sae_equals_a_relu_sae():
+    """With zero biases and r = 0, gate and magnitude are the same."""
     sae = GatedConfig(num_latents=24).build(6, torch.Generator().manual_seed(0)).double()
     x = batch_of()
     torch.testing.assert_close(sae.encode(x), torch.relu(x @ sae.W_enc.T))
@@ -120,7 +123,7 @@ def test_starts_as_a_relu_sae():
     assert sae.config.published_lr(2**20) == 3e-4
 
 
-def test_folded_with_both_biases():
+def test_folding_rescales_both_biases():
     sae, x, scale = make(), batch_of(100) * 40, 0.037
     trained, raw = sae(x * scale), sae.folded(scale)(x)
     assert (trained.latents > 0).any()
@@ -129,7 +132,7 @@ def test_folded_with_both_biases():
     assert torch.equal(sae.folded(scale).r_mag, sae.r_mag)
 
 
-def test_saved_and_loaded(tmp_path):
+def test_saving_and_loading_is_exact(tmp_path):
     sae, x = make(dtype=torch.float32), batch_of().float()
     save_sae(sae, tmp_path)
     loaded = load_sae(tmp_path)
@@ -163,6 +166,6 @@ def test_a_resume_is_exact():
         ({"l1_warmup_fraction": 2}, "`l1_warmup_fraction` must be a number, .* at most 1; got 2"),
     ],
 )
-def test_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         GatedConfig(num_latents=8, **options)

@@ -1,4 +1,4 @@
-"""TopK with activation=groupmax: the largest latent of every group, trained as such."""
+"""TopK with activation=groupmax: the largest latent of every group is active."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CONFIG = TopKConfig(num_latents=12, k=3, activation="groupmax", aux_alpha=0.0)
 
 
 def dense(sae, x):
-    """The same latents and FVU, with every product in full."""
+    """Return latents and FVU, computed with dense products."""
     pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu().view(len(x), 3, 4)
     largest = torch.zeros_like(pre).scatter(2, pre.argmax(2, keepdim=True), 1.0)
     latents = (pre * largest).reshape(len(x), 12)
@@ -56,11 +56,11 @@ def test_gradients_are_those_of_the_dense_formulation(dtype):
         ),
     ],
 )
-def test_what_groups_do_not_heed_is_refused(options, message):
+def test_options_without_effect_on_groups_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         TopKConfig(**{"num_latents": 12, "k": 3, "activation": "groupmax"} | options)
 
 
-def test_the_signature_is_that_of_the_time_before():
+def test_the_activation_is_signed_only_if_it_is_groupmax():
     assert "activation" not in TopKConfig(num_latents=12, k=3).signed()
     assert CONFIG.signed()["activation"] == "groupmax"

@@ -1,4 +1,4 @@
-"""JumpReLU and the gated SAE by pairs, beside float64 dense autograd, blocks and each other."""
+"""JumpReLU and the gated SAE by pairs, against float64 dense autograd and blocks."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CONFIGS = {
     "jumprelu, L0*": JumpReLUConfig(
         num_latents=F,
         threshold_init=0.2,
-        bandwidth=0.6,  # wider than θ: what is near may be negative
+        bandwidth=0.6,  # wider than θ, so that pre-activations near θ may be negative
         penalty="quadratic",
         target_l0=3.0,
         subtract_b_dec=True,
@@ -34,7 +34,7 @@ MODULES = {"jumprelu": jumprelu_loss, "gated": gated_loss}
 
 @pytest.fixture(autouse=True)
 def pairs_only(monkeypatch):
-    """Small blocks, whatever the density."""
+    """Use pairs at any density, and small blocks."""
     monkeypatch.setattr(active, "BLOCK_ROWS", 64)
     monkeypatch.setattr(active, "DENSEST", 1.0)
     monkeypatch.setattr(threads, "LEAST_WORK", 1)
@@ -68,7 +68,7 @@ def near(ours, exact, tolerance=1e-6):
 
 
 def dense_jumprelu(sae, x):
-    """Values of the jump, slopes of ramps of width ε."""
+    """Return the loss with the values of the jump and the slopes of ramps of width ε."""
     c, width = sae.config, sae.config.bandwidth * D**0.5
     pre = (x - sae.b_dec * c.subtract_b_dec) @ sae.W_enc.T + sae.b_enc
     theta = sae.log_threshold.exp()
@@ -83,7 +83,8 @@ def dense_jumprelu(sae, x):
 
 
 def dense_gated(sae, x):
-    """The auxiliary reconstruction holds the decoder and b_dec constant but for the encoder's."""
+    """Return the loss; its auxiliary reconstruction holds the decoder and the decoder's b_dec
+    constant."""
     rows = x - sae.b_dec
     shared = rows @ sae.W_enc.T
     opened = (shared + sae.b_enc).clamp_min(0)
@@ -119,7 +120,7 @@ def names(sae):
     return [name for name, _ in sae.named_parameters()]
 
 
-def test_pairs_are_taken_where_they_are_few_and_blocks_where_not(sae, monkeypatch):
+def test_few_pairs_are_summed_and_many_go_by_blocks_with_equal_results(sae, monkeypatch):
     module = MODULES[sae.config.name]
     taken = []
     for way, densest in (("_ByPairs", 0.5), ("blocks", 0.001)):
@@ -137,7 +138,7 @@ def test_pairs_are_taken_where_they_are_few_and_blocks_where_not(sae, monkeypatc
         near(a, b.double(), 5e-6)
 
 
-def test_auxk_and_an_archetypal_decoder_as_in_the_plain_way(sae):
+def test_auxk_and_an_archetypal_decoder_match_the_plain_path(sae):
     object.__setattr__(sae.config, "aux_alpha", 0.5)
     try:
         make_archetypal(sae, 40, 0.5)
@@ -155,7 +156,7 @@ def test_auxk_and_an_archetypal_decoder_as_in_the_plain_way(sae):
         near(a, b.double(), 1e-5)
 
 
-def test_no_pair_at_all(sae):
+def test_a_batch_without_active_pairs_trains_b_dec_alone(sae):
     sae, x = make(sae.config, bias=-1e3), tokens()
     loss = sae.training_loss(x, LAST, dead_of(sae, F))
     loss.total.backward()
@@ -167,7 +168,7 @@ def test_no_pair_at_all(sae):
 
 
 @pytest.mark.parametrize("where", ["x", "W_enc", "W_dec"])
-def test_what_is_not_finite_makes_a_loss_that_is_not(sae, where):
+def test_a_nan_makes_the_loss_nonfinite(sae, where):
     x = tokens()
     with torch.no_grad():
         if where == "x":

@@ -1,4 +1,4 @@
-"""JumpReLU by hand, against dense autograd, and its thresholds."""
+"""JumpReLU and its thresholds, against cases worked by hand and dense autograd."""
 
 import copy
 import math
@@ -22,7 +22,7 @@ def make(num_latents=24, d_in=6, seed=0, dtype=torch.float64, **options):
 
 
 def by_hand(**options):
-    """D = 4 so that √D = 2: θ = 1, ε = 1. One token, π = (0.75, 1.25, 3, 0.25)."""
+    """Return an SAE with D = 4 (√D = 2), θ = ε = 1, and a token with π = (0.75, 1.25, 3, 0.25)."""
     config = JumpReLUConfig(num_latents=4, threshold_init=0.5, bandwidth=0.5, **options)
     sae = config.build(4, torch.Generator()).double()
     with torch.no_grad():
@@ -42,16 +42,16 @@ def test_loss_and_gradients_by_hand():
     assert loss.squared_error == 0.625
     assert loss.fired.tolist() == [0, 1, 1, 0]
     loss.total.backward()
-    # The kernel sees latents 0 and 1, one below θ and one above, |π − θ| = ¼ < ½ both; not 2, 3.
+    # The kernel covers latents 0 (below θ) and 1 (above), both |π − θ| = ¼ < ½, but not 2 and 3.
     # dL/df = −2e/D = (−.375, 0, 0, −.125); ∂f/∂θ = −θ/ε = −1; ∂L0/∂θ = −1/ε = −1; ∂θ/∂log θ = 1.
     assert sae.log_threshold.grad.tolist() == pytest.approx([0.375 - 2, -2, 0, 0])
-    # Through f where it is on, and there the error is 0.
+    # Gradients flow through f where it is active, and there the error is 0.
     assert sae.b_enc.grad.tolist() == [0, 0, 0, 0]
     assert sae.b_dec.grad.tolist() == pytest.approx([-0.375, 0, 0, -0.125])
 
 
-def test_the_kernel_sees_both_sides():
-    """One public library applies it after the jump, and loses the side below θ."""
+def test_the_kernel_covers_both_sides_of_the_threshold():
+    """A public library applies it after the jump and loses the side below θ."""
     sae, x = by_hand(l0_coefficient=0.0)
     with torch.no_grad():
         sae.b_dec.fill_(7.0)
@@ -59,21 +59,21 @@ def test_the_kernel_sees_both_sides():
     assert (sae.log_threshold.grad != 0).tolist() == [True, True, False, False]
 
 
-def test_target_by_hand():
+def test_quadratic_penalty_by_hand():
     sae, x = by_hand(l0_coefficient=3.0, penalty="quadratic", target_l0=4.0)
     loss = sae.training_loss(x, LAST, nobody(sae))
     assert loss.parts["penalty"] == (2 / 4 - 1) ** 2
     assert loss.total == 0.15625 + 3 * 0.25
     loss.total.backward()
-    # d penalty / dL0 = 2 (L0/L0* − 1) / L0* = −.25: too few are on, θ is to fall.
+    # d penalty / dL0 = 2 (L0/L0* − 1) / L0* = −.25: too few are active, so θ must fall.
     assert sae.log_threshold.grad[1].item() == pytest.approx(3 * 0.25)
 
 
-def test_tanh_by_hand():
+def test_tanh_penalty_by_hand():
     sae, x = by_hand(l0_coefficient=3.0, penalty="tanh", tanh_scale=0.8)
     with torch.no_grad():
         sae.W_dec[1] *= 2  # ‖d‖ = 2
-        sae.b_dec[1] = -1.25  # and the reconstruction as it was
+        sae.b_dec[1] = -1.25  # keeps the reconstruction
     loss = sae.training_loss(x, LAST, nobody(sae))
     # f = (0, 1.25, 3, 0): tanh(.8 · 1.25 · 2) + tanh(.8 · 3).
     assert loss.parts["penalty"].item() == pytest.approx(math.tanh(2) + math.tanh(2.4))
@@ -82,7 +82,7 @@ def test_tanh_by_hand():
     loss.total.backward()
     # dP/df_j = c‖d_j‖ (1 − tanh²(c f_j‖d_j‖)): .8 where f = 0.
     slopes = [0.8, 1.6 * (1 - math.tanh(2) ** 2), 0.8 * (1 - math.tanh(2.4) ** 2), 0.8]
-    # On where f is, and there the error is 0.
+    # Gradients flow where f is active, and there the error is 0.
     assert sae.b_enc.grad.tolist() == pytest.approx([0, 3 * slopes[1], 3 * slopes[2], 0])
     # ∂f/∂θ = −θ/ε = −1 for latents 0 and 1; latent 0 has dL/df = −.375 from the reconstruction.
     assert sae.log_threshold.grad.tolist() == pytest.approx(
@@ -93,13 +93,13 @@ def test_tanh_by_hand():
 
 
 def dense_loss(sae, x):
-    """Gradients of the surrogate: values of the jump, slopes of ramps of width ε."""
+    """Return a surrogate loss with the values of the jump and the slopes of ramps of width ε."""
     c = sae.config
     width = c.bandwidth * sae.d_in**0.5
     pre = (x - sae.b_dec * c.subtract_b_dec) @ sae.W_enc.T + sae.b_enc
     theta = sae.log_threshold.exp()
     hard = (pre > theta).double()
-    # In θ alone a ramp has the slope −1/ε within ε/2 of the jump, and none beyond.
+    # As a function of θ alone, a ramp has slope −1/ε within ε/2 of the jump, and 0 beyond.
     ramp = ((pre.detach() - theta) / width).clamp(-0.5, 0.5)
     step = hard + ramp - ramp.detach()
     latents = pre * hard + theta.detach() * (ramp - ramp.detach())
@@ -132,8 +132,8 @@ def test_gradients_are_those_of_the_dense_formulation(penalty, target, centred):
 
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
-def test_blocks_of_tokens_add_up(dtype, near, centred):
-    """The loss is made in blocks of 256 tokens: two whole ones and a rest."""
+def test_loss_and_gradients_add_up_over_blocks_of_tokens(dtype, near, centred):
+    """The loss takes blocks of 256 tokens: here two full blocks and a rest."""
     sae = make(num_latents=64, l0_coefficient=0.7, target_l0=3.0, subtract_b_dec=centred)
     x = batch_of(2 * 256 + 44)
     theirs = dense_loss(sae, x)
@@ -154,7 +154,7 @@ def test_published_recipe():
     assert (config.threshold_init, config.bandwidth) == (0.001, 0.001)
     assert config.unit_norm_decoder
     sae = config.build(49, torch.Generator().manual_seed(0))
-    # For E‖x‖² = 1; here E‖x‖ = √49.
+    # The published value is for E‖x‖² = 1; here E‖x‖ = √49.
     torch.testing.assert_close(sae.threshold, torch.full((48,), 0.007))
 
 
@@ -164,7 +164,7 @@ def test_penalty_warms_up():
     assert totals == pytest.approx([0.15625, 4.15625, 20.15625, 20.15625])
 
 
-def test_means_over_the_batch():
+def test_the_loss_is_a_mean_over_the_batch():
     sae, x = by_hand()
     once = sae.training_loss(x, LAST, nobody(sae))
     twice = sae.training_loss(x.repeat(2, 1), LAST, nobody(sae))
@@ -173,7 +173,7 @@ def test_means_over_the_batch():
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_folded_with_its_thresholds(centred):
+def test_folding_rescales_the_thresholds(centred):
     sae, x, scale = make(subtract_b_dec=centred), batch_of(100) * 40, 0.037
     trained, raw = sae(x * scale), sae.folded(scale)(x)
     assert (trained.latents > 0).any()
@@ -183,7 +183,7 @@ def test_folded_with_its_thresholds(centred):
     torch.testing.assert_close(sae.folded(scale).threshold, sae.threshold / scale)
 
 
-def test_saved_and_loaded(tmp_path):
+def test_saving_and_loading_is_exact(tmp_path):
     sae, x = make(dtype=torch.float32), batch_of().float()
     save_sae(sae, tmp_path)
     loaded = load_sae(tmp_path)
@@ -212,7 +212,7 @@ def test_a_resume_is_exact():
     )
 
 
-def test_sparsity_in_a_word():
+def test_the_sparsity_label_names_coefficient_or_target():
     assert JumpReLUConfig(num_latents=8).sparsity == "λ=0.001"
     assert JumpReLUConfig(num_latents=8, penalty="quadratic", target_l0=32).sparsity == "L0*=32"
 
@@ -229,6 +229,6 @@ def test_sparsity_in_a_word():
         ({"l0_coefficient": math.nan}, "`l0_coefficient` must be a number, at least 0; got nan"),
     ],
 )
-def test_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         JumpReLUConfig(num_latents=8, **options)

@@ -1,4 +1,4 @@
-"""Options of the k-sparse architectures: choice by f‖d‖, falling k, fractional k, θ's window."""
+"""Options of the k-sparse architectures: choice by f‖d‖, annealed k, fractional k, window of θ."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def make(kind, num_latents=24, k=3, d_in=6, dtype=torch.float64, **options):
 
 
 def rescale(sae):
-    """d·c and (E, b)/c, c from ⅛ to 8."""
+    """Multiply each decoder row by c and divide its encoder row and bias by c, c from ⅛ to 8."""
     generator = torch.Generator().manual_seed(3)
     c = 2 ** (6 * torch.rand(sae.num_latents, generator=generator, dtype=torch.float64) - 3)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def rescale(sae):
 
 
 def mask_of(pre, keys, count):
-    """1 for the ``count`` largest keys: of each row (int), or of all (count of the batch)."""
+    """Return 1 at the ``count`` largest keys: of each row (int), or, per token, of all (float)."""
     flat = keys if isinstance(count, int) else keys.reshape(1, -1)
     size = count if isinstance(count, int) else round(count * len(pre))
     chosen = flat.topk(size, dim=1).indices
@@ -52,7 +52,7 @@ def mask_of(pre, keys, count):
 
 
 def dense_loss(sae, x, dead):
-    """By masks over dense tensors, with choices by π‖d‖."""
+    """Return the loss from masks over dense tensors, with choices by π‖d‖."""
     c = sae.config
     in_batch = isinstance(c, BatchTopKConfig)
     norms = sae.W_dec.detach().norm(dim=1)
@@ -91,13 +91,13 @@ def test_weighed_loss_and_gradients_are_those_of_the_dense_formulation(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weighed_by_the_decoder_norm_a_latents_scale_changes_nothing(kind):
-    """Neither choice, reconstruction nor loss, in training and after it; unweighed it does."""
+def test_with_choices_by_decoder_norm_a_latents_scale_has_no_effect(kind):
+    """Choice, reconstruction and loss stay, in training and after it; unweighed, they change."""
     x = batch_of(64)
 
     def look(sae, c):
         for theta in sae.buffers():
-            theta.zero_()  # to be found anew
+            theta.zero_()  # the next step sets it again
         loss = sae.training_loss(x, STEP, dead_of(sae, 9))
         out = sae(x)
         return loss.total, loss.fired, out.reconstruction, out.latents * c
@@ -112,7 +112,7 @@ def test_weighed_by_the_decoder_norm_a_latents_scale_changes_nothing(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weighed_values_stay_the_pre_activations(kind):
+def test_weighed_choices_keep_pre_activations_as_values(kind):
     sae, x = make(kind, **WEIGHED), batch_of()
     sae.training_loss(x, STEP, dead_of(sae, 9))
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
@@ -122,7 +122,7 @@ def test_weighed_values_stay_the_pre_activations(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weighed_folded_saved_and_loaded(kind, tmp_path):
+def test_a_weighed_sae_is_folded_saved_and_loaded_exactly(kind, tmp_path):
     sae, x, scale = make(kind, **WEIGHED), batch_of() * 40, 0.037
     sae.training_loss(x * scale, STEP, dead_of(sae, 9))
     trained, raw = sae(x * scale), sae.folded(scale)(x)
@@ -146,25 +146,25 @@ def test_a_decoder_row_of_zeros_is_not_chosen(kind):
     assert sae.encode(x)[:, 4].max() == 0
 
 
-def test_weights_need_a_free_decoder():
+def test_choices_by_decoder_norm_need_a_free_decoder():
     with pytest.raises(
         ConfigError, match=r"`weigh_by_decoder_norm` needs `unit_norm_decoder=false`"
     ):
         TopKConfig(num_latents=8, k=2, weigh_by_decoder_norm=True)
 
 
-# k that falls
+# Annealed k
 
 
 def open_all(sae):
-    """All pre-activations positive, so that L0 is what is asked for."""
+    """Make all pre-activations positive, so that L0 is exactly k."""
     with torch.no_grad():
         sae.b_enc += 100
 
 
 @pytest.mark.parametrize(
     ("kind", "k", "expected"),
-    # From min(D, F) = 6 to k over ½ of 8 steps: by a quarter of 6 − k each.
+    # k falls from min(D, F) = 6 over ½ of 8 steps, by a quarter of 6 − k each.
     [
         ("topk", 2, [6, 5, 4, 3, 2, 2, 2, 2]),
         ("topk", 3, [6, 5, 4, 4, 3, 3, 3, 3]),  # 5.25, 4.5 (to even), 3.75
@@ -176,7 +176,7 @@ def open_all(sae):
 def test_k_falls_linearly_over_the_first_steps(kind, k, expected):
     sae, x = make(kind, k=k, k_anneal_fraction=0.5), batch_of()
     open_all(sae)
-    order = [5, 0, 7, 3, 1, 2, 6, 4]  # a function of the step alone
+    order = [5, 0, 7, 3, 1, 2, 6, 4]  # k depends only on the step
     found = {i: sae.training_loss(x, Step(i, 8), dead_of(sae, 9)).l0.item() for i in order}
     assert [found[i] for i in range(8)] == expected
 
@@ -203,7 +203,7 @@ def test_multi_topk_takes_4k_of_the_falling_k_within_the_width():
 
 
 @pytest.mark.parametrize("kind", ["topk", "multi"])
-def test_after_training_it_is_k(kind):
+def test_the_final_k_holds_after_training(kind):
     sae, x = make(kind, k=2, k_anneal_fraction=0.5), batch_of()
     open_all(sae)
     sae.training_loss(x, Step(0, 8), dead_of(sae, 9))
@@ -211,7 +211,7 @@ def test_after_training_it_is_k(kind):
 
 
 @pytest.mark.parametrize("kind", BATCH_KINDS)
-def test_the_running_mean_begins_when_k_has_fallen(kind):
+def test_the_threshold_is_averaged_only_after_k_has_fallen(kind):
     sae = make(kind, k=2, k_anneal_fraction=0.25)
     open_all(sae)
 
@@ -228,7 +228,7 @@ def test_the_running_mean_begins_when_k_has_fallen(kind):
         assert sae.threshold.item() == pytest.approx(expected, rel=1e-9)
 
 
-# A fraction of a latent
+# Fractional k
 
 
 @pytest.mark.parametrize("kind", BATCH_KINDS)
@@ -236,22 +236,22 @@ def test_the_running_mean_begins_when_k_has_fallen(kind):
     ("k", "kept"), [(1.8, 18), (0.25, 2), (2.04, 20), (23.96, 240), (0.01, 1), (0.5, 5), (3, 30)]
 )
 def test_k_times_b_is_rounded(kind, k, kept):
-    """10 tokens; a half to even, and at least one."""
+    """A half of a latent in 10 tokens rounds to even, and at least one latent is chosen."""
     sae = make(kind, k=k)
     open_all(sae)
     assert sae.training_loss(batch_of(10), STEP, dead_of(sae, 9)).fired.sum() == kept
 
 
 @pytest.mark.parametrize("kind", BATCH_KINDS)
-def test_a_whole_k_is_stored_whole(kind):
-    """So that 8 and 8.0 are one run, and the run it was before k could be a fraction."""
+def test_a_whole_k_is_stored_as_an_integer(kind):
+    """8 and 8.0 are the same run, with the signature from before k could be a fraction."""
     cls, more = KINDS[kind]
     whole = cls(num_latents=24, k=8.0, **more)
     assert repr(whole.signed()["k"]) == repr(cls(num_latents=24, k=8, **more).signed()["k"]) == "8"
     assert cls(num_latents=24, k=1.8, **more).sparsity == "k=1.8"
 
 
-def test_topk_keeps_whole_latents():
+def test_topk_refuses_a_fractional_k():
     with pytest.raises(ConfigError, match=r"`k` must be an integer, at least 1; got 1\.8"):
         TopKConfig(num_latents=24, k=1.8)
 
@@ -262,8 +262,8 @@ def test_topk_keeps_whole_latents():
 @pytest.mark.parametrize("kind", BATCH_KINDS)
 @pytest.mark.parametrize("options", [{}, WEIGHED], ids=["plain", "weighed"])
 @pytest.mark.parametrize("k", [1.8, 3])
-def test_calibrated_on_a_batch_theta_reproduces_its_mean_l0(kind, options, k):
-    """Within 1/B: the smallest kept is not above itself."""
+def test_theta_from_one_batch_reproduces_the_mean_l0_of_that_batch(kind, options, k):
+    """They agree within 1/B: the smallest chosen activation is not above itself."""
     sae, x = make(kind, k=k, **options), batch_of(50)
     loss = sae.training_loss(x, STEP, dead_of(sae, 9))
     assert loss.l0 == round(50 * k) / 50
@@ -283,8 +283,9 @@ def test_theta_over_a_window_by_hand():
         assert sae.threshold.item() == pytest.approx(expected, rel=1e-9)
 
 
-def test_theta_over_a_window_keeps_up_with_activations_that_shrink():
-    """As they do in training: L0 of the next batch is k, where the plain mean is far below."""
+def test_theta_over_a_window_follows_shrinking_activations():
+    """Activations shrink in training. L0 of the next batch is k; with the plain mean it is far
+    below k."""
     found = {}
     for window in (0.0, 0.05):
         sae = make("batch_topk", k=3, threshold_window=window)
@@ -308,6 +309,6 @@ def test_theta_over_a_window_keeps_up_with_activations_that_shrink():
         ({"k": 24.5}, r"`k` \(=24.5\) must not exceed `num_latents` \(=24\)"),
     ],
 )
-def test_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         BatchTopKConfig(num_latents=24, **{"k": 2, **options})

@@ -1,4 +1,4 @@
-"""The compiled loops beside float64 dense autograd, plain PyTorch, and other threads."""
+"""The compiled loops against float64 dense autograd, plain PyTorch, and other thread counts."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def drawn(seed, batch, d_in, num_latents):
 
 
 def near(ours, exact, tolerance=1e-6):
-    """As a whole, relative to the exact one."""
+    """Compare in norm, relative to the exact tensor."""
     distance = (ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)
     assert distance <= tolerance, distance
 
@@ -66,7 +66,7 @@ def test_loss_and_every_gradient_are_those_of_float64_dense_autograd(
 ):
     k = data.draw(st.integers(1, num_latents))
     x, W_enc, b_enc, W_dec, b_dec = leaves = drawn(seed, batch, d_in, num_latents)
-    W_dec.data *= 0.1 / k**0.5  # x and its reconstruction should not cancel
+    W_dec.data *= 0.1 / k**0.5  # keeps x and its reconstruction from cancelling
     encode = batch_topk_encode if flat else topk_encode
     latents = encode(x, W_enc, b_enc, k, b_dec=b_dec)
     squared, error = sparse_error(x, latents, W_dec, b_dec)
@@ -81,7 +81,7 @@ def test_loss_and_every_gradient_are_those_of_float64_dense_autograd(
     near(error, dense_error.detach())
     near(sparse_decode(latents, W_dec).detach(), (dense @ dW_dec).detach())
     theirs = torch.autograd.grad(dense_error.square().sum(), exact)
-    # Sums may cancel: what rounding may cost is counted in the sizes of their terms.
+    # Sums may cancel, so the tolerance is relative to the sizes of their terms.
     e, rows = 2 * dense_error.detach().abs(), (dx - db_dec).detach().abs()
     active = (latents.dense() > 0).double()
     g = active * torch.outer(e.norm(dim=1), dW_dec.detach().norm(dim=1))
@@ -93,8 +93,8 @@ def test_loss_and_every_gradient_are_those_of_float64_dense_autograd(
     assert torch.equal(latents.fired(), expected)
 
 
-def test_the_decoders_gradient_beside_dense_autograd():
-    """Through `sparse_decode`, where the loss is not ‖e‖²."""
+def test_the_decoders_gradient_is_that_of_dense_autograd():
+    """The loss is not ‖e‖², so the gradient goes through `sparse_decode`."""
     x, W_enc, b_enc, W_dec, _ = drawn(1, 40, 33, 100)
     latents = topk_encode(x, W_enc, b_enc, 7)
     ours = torch.autograd.grad(sparse_decode(latents, W_dec).pow(3).sum(), [x, W_enc, W_dec])
@@ -121,11 +121,11 @@ def test_the_choice_is_that_of_float64(screened, batch, d_in, num_latents, k):
 
 
 @pytest.mark.parametrize("screened", [True, False])
-def test_rows_of_few_positive_numbers_ties_and_zeros(screened):
-    W = torch.eye(8).repeat(8, 1)  # every pre-activation eight times
+def test_rows_with_few_positive_numbers_ties_or_zeros_are_chosen_by_hand(screened):
+    W = torch.eye(8).repeat(8, 1)  # gives every pre-activation eight times
     x = torch.stack([torch.arange(8.0), -torch.arange(8.0), torch.zeros(8)])
     values, indices = select(x, W, torch.zeros(64), 20, True, screened=screened)
-    # By hand: 7 and 6 eight times each, then 5; 0 eight times, then -1 and -2; all 0.
+    # By hand: 7 and 6 eight times each, then 5s; 0 and -1 eight times each, then -2s; all 0.
     assert values[0].tolist() == [7.0] * 8 + [6.0] * 8 + [5.0] * 4
     assert values[1].tolist() == [0.0] * 8 + [-1.0] * 8 + [-2.0] * 4
     assert values[2].tolist() == [0.0] * 20
@@ -136,7 +136,7 @@ def test_rows_of_few_positive_numbers_ties_and_zeros(screened):
 
 @pytest.mark.parametrize("screened", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_chosen(screened, bad):
+def test_nonfinite_pre_activations_are_chosen(screened, bad):
     x, W, b, *_ = (leaf.detach() for leaf in drawn(3, 10, 9, 70))
     x[4, 2] = bad
     values, _ = select(x, W, b, 5, False, screened=screened)
@@ -150,7 +150,7 @@ def test_what_is_not_finite_is_chosen(screened, bad):
 
 
 @pytest.mark.parametrize("config", [TopKConfig, BatchTopKConfig, MatryoshkaConfig])
-def test_an_activation_that_is_not_finite_makes_a_loss_that_is_not(config):
+def test_a_nan_activation_makes_the_loss_nonfinite(config):
     sae = config(num_latents=1024, k=4).build(64, torch.Generator().manual_seed(0))
     x = torch.randn(300, 64)
     x[7, 3] = float("nan")
@@ -177,10 +177,10 @@ def test_the_choice_in_a_batch_is_that_of_float64(batch, d_in, num_latents, k, m
     near(values, exact[rows * num_latents + latents])
 
 
-def test_a_first_block_that_misleads_leaves_the_choice_to_another_way(monkeypatch):
+def test_a_guess_that_is_too_high_falls_back_to_the_plain_choice(monkeypatch):
     monkeypatch.setattr("reseed.sae.kernels.select_in_batch.screen_pays", lambda *_: True)
     x, W, b, *_ = (leaf.detach() for leaf in drawn(5, 400, 64, 1024))
-    x[:128] *= 50  # the guess is far too high for what the other rows hold
+    x[:128] *= 50  # makes the guess far too high for the other rows
     count = 400 * 64
     assert select_in_batch(x, W, b, count) is None
     _, rows, latents = selection.select_in_batch(x, W, b, 64)
@@ -189,7 +189,7 @@ def test_a_first_block_that_misleads_leaves_the_choice_to_another_way(monkeypatc
 
 
 def steps(config, on=True, count=3, dead=40, **options):
-    """Weights after a few steps."""
+    """Return losses, weights and moments after a few steps."""
     with kernels.switched(on):
         generator = torch.Generator().manual_seed(0)
         sae = config.build(72, generator)
@@ -216,13 +216,13 @@ ARCHITECTURES = [
 
 
 @pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: type(config).__name__)
-def test_steps_are_those_of_the_plain_path(config):
+def test_steps_equal_those_of_the_plain_path(config):
     for options in ({}, {"max_grad_norm": None}, {"max_grad_norm": 1e-3}):
         for a, b in zip(steps(config, **options), steps(config, False, **options), strict=True):
             assert (a - b).norm() <= 2e-5 * b.norm().clamp_min(1e-12)
 
 
-# What Matryoshka has beside its pairs is torch's, whose sums follow its threads.
+# Matryoshka is left out: it also uses torch's sums, which depend on the number of threads.
 @pytest.mark.parametrize("config", ARCHITECTURES[:2], ids=lambda config: type(config).__name__)
 def test_steps_are_bit_equal_on_any_number_of_threads(config, monkeypatch, restored_threads):
     monkeypatch.setattr(threads, "LEAST_WORK", 1)
@@ -235,7 +235,7 @@ def test_steps_are_bit_equal_on_any_number_of_threads(config, monkeypatch, resto
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_rows_that_are_not_contiguous():
+def test_noncontiguous_rows_and_weights_give_the_same_error():
     x, W_enc, b_enc, W_dec, b_dec = (leaf.detach() for leaf in drawn(6, 50, 24, 90))
     wide = x.repeat(1, 3)[:, 24:48]
     assert not wide.is_contiguous()
@@ -249,15 +249,15 @@ def test_rows_that_are_not_contiguous():
     assert torch.equal(squared, expected)
 
 
-def test_variance_beside_float64():
+def test_the_variance_is_that_of_float64():
     x = 100 + torch.randn(333, 19)
     exact = (x.double() - x.double().mean(0)).square().sum()
     near(total_variance(x), exact, 1e-5)
 
 
 @pytest.mark.parametrize(("seed", "eps"), [(0, 1e-8), (1, 0.1)])
-def test_adam_by_the_book(seed, eps):
-    """In float64: projection, global norm, decay, Adam, norm 1."""
+def test_a_step_is_adam_in_float64(seed, eps):
+    """The reference has projection, clipping by global norm, decay, Adam and norm 1."""
     config = TopKConfig(num_latents=40, k=2)
     sae = config.build(7, torch.Generator().manual_seed(seed))
     optimizer = SAEAdam(sae, 0.01, eps=eps, encoder_weight_decay=0.3, max_grad_norm=0.5)
@@ -290,7 +290,7 @@ def test_adam_by_the_book(seed, eps):
             near(p.detach(), weights[name], 3e-6)
 
 
-def test_a_gradient_that_is_not_finite_reaches_the_weights():
+def test_a_nan_gradient_reaches_the_weights():
     sae = TopKConfig(num_latents=40, k=2).build(7, torch.Generator().manual_seed(0))
     optimizer = SAEAdam(sae, 0.01)
     for p in sae.parameters():
@@ -300,10 +300,10 @@ def test_a_gradient_that_is_not_finite_reaches_the_weights():
     assert not torch.isfinite(sae.W_enc).all()
 
 
-def test_a_buffer_is_taken_again_only_when_nobody_has_it():
+def test_a_buffer_is_reused_only_once_no_tensor_holds_it():
     shape = (buffers.LEAST_BYTES // 4 + 12, 1)
     first = buffers.empty(shape)
-    part = first[5:9]  # a view holds it as well
+    part = first[5:9]  # a view holds the buffer too
     place = first.data_ptr()
     assert buffers.empty(shape).data_ptr() != place
     del first
@@ -314,7 +314,7 @@ def test_a_buffer_is_taken_again_only_when_nobody_has_it():
     assert again[0].data_ptr() != again[1].data_ptr()
 
 
-def test_the_switch_and_what_the_kernels_are_made_for(monkeypatch):
+def test_kernels_serve_float32_unless_switched_off(monkeypatch):
     one = torch.zeros(1)
     assert kernels.serve(one)
     assert not kernels.serve(one, one.double())
@@ -378,14 +378,14 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_forked_child_goes_on():
+def test_kernels_work_in_a_forked_child():
     done = subprocess.run(
         [sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == "0", done.stderr[-2000:]
 
 
-def test_numba_is_not_imported_before_it_is_wanted():
+def test_numba_is_not_imported_before_its_first_use():
     code = (
         "import sys, reseed.sae as s; s.load_all(); import reseed.train.optim; "
         "print('numba' in sys.modules)"

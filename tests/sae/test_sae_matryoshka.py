@@ -28,7 +28,7 @@ def dense_latents(sae, x):
 
 
 def dense_levels(sae, x, sizes):
-    """FVU of every prefix, by slicing."""
+    """Return the FVU of every prefix, by slicing."""
     latents, variance = dense_latents(sae, x), (x - x.mean(0)).square().sum()
     return [
         (x - latents[:, :m] @ sae.W_dec[:m] - sae.b_dec).square().sum() / variance for m in sizes
@@ -56,7 +56,7 @@ def test_loss_and_gradients_are_those_of_the_dense_formulation(beta, k):
 
 
 def test_levels_are_summed_and_not_averaged():
-    """In one public library the loss is averaged twice over the levels."""
+    """In a public library the loss is averaged twice over the levels."""
     sae, x = make(), batch_of()
     with torch.no_grad():
         sae.W_dec.zero_()
@@ -85,14 +85,14 @@ def test_without_inner_multipliers_it_is_batch_topk(num_dead):
     assert torch.equal(sae.encode(x), plain.encode(x))
 
 
-def test_one_choice_over_all_latents():
+def test_latents_are_chosen_once_over_all_prefixes():
     sae, x = make(num_latents=64, k=5), batch_of(100)
     loss = sae.training_loss(x, STEP, nobody(sae))
     assert loss.fired.sum() <= 500
     assert torch.equal(loss.fired, (dense_latents(sae, x) > 0).sum(0))
 
 
-def test_folded_saved_and_loaded_with_its_threshold(tmp_path):
+def test_the_threshold_is_folded_saved_and_loaded(tmp_path):
     sae, x, scale = make(), batch_of() * 40, 0.037
     sae.training_loss(x * scale, STEP, nobody(sae))
     trained, raw = sae(x * scale), sae.folded(scale)(x)
@@ -112,20 +112,20 @@ def test_folded_saved_and_loaded_with_its_threshold(tmp_path):
         ({"prefixes": (0.25, 0.5)}, "`prefixes` must ascend from above 0 to 1"),
         ({"prefixes": ()}, r"`prefixes` must ascend from above 0 to 1; got \[\]"),
         ({"prefixes": (0.0, 1.0)}, "`prefixes` must ascend from above 0 to 1"),
-        ({"prefixes": (0.01, 1.0)}, r"`prefixes` .* of 8 they take \[0, 8\]"),
+        ({"prefixes": (0.01, 1.0)}, r"`prefixes` .* of 8 latents they take \[0, 8\]"),
         ({**THREE, "multipliers": (1.0,)}, r"`multipliers` must be .* `prefixes` \(=3\); got 1"),
         ({**THREE, "multipliers": (1.0, -1.0, 1.0)}, "`multipliers` must be at least 0"),
         ({**THREE, "multipliers": (1.0, 1.0, 0.0)}, "and the last above 0"),
         ({**THREE, "k": 9}, r"`k` \(=9\) must not exceed `num_latents` \(=8\)"),
     ],
 )
-def test_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         MatryoshkaConfig(num_latents=8, **{"k": 2, **options})
 
 
-def test_prefixes_against_a_width_that_the_activations_decide():
+def test_prefixes_are_checked_once_the_activations_give_the_width():
     config = MatryoshkaConfig(expansion_factor=1, k=1, prefixes=(0.1, 1.0))
     config.check(10)
-    with pytest.raises(ConfigError, match=r"of 4 they take \[0, 4\]"):
+    with pytest.raises(ConfigError, match=r"of 4 latents they take \[0, 4\]"):
         config.check(4)

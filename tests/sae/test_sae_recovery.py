@@ -1,4 +1,4 @@
-"""With planted truth (orthogonal, independent, sparse) every architecture finds the features."""
+"""Every architecture recovers planted features that are orthogonal, independent and sparse."""
 
 import pytest
 import torch

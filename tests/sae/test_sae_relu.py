@@ -1,4 +1,4 @@
-"""ReLU + L1 by hand, and what all architectures share."""
+"""ReLU + L1 against cases worked by hand, and behaviour that all architectures share."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CONFIGS = {
 
 
 def by_hand(**options):
-    """One token x = (2, 1), two latents: f = (3, 0), x̂ = (1.5, 0), e = (.5, 1)."""
+    """Return a 2-latent SAE and a token x = (2, 1): f = (3, 0), x̂ = (1.5, 0), e = (.5, 1)."""
     sae = ReLUConfig(num_latents=2, **options).build(2, torch.Generator())
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[1.0, 1.0], [-1.0, 0.0]]))
@@ -91,7 +91,7 @@ def test_l1_warms_up_over_the_first_twentieth():
     assert warmed_up(0, 100, 0.0) == 1
 
 
-def test_means_over_the_batch():
+def test_the_loss_is_a_mean_over_the_batch():
     """The same token twice has the same loss as once."""
     sae, x = by_hand()
     once = sae.training_loss(x, Step(9, 10), nobody(sae))
@@ -101,7 +101,7 @@ def test_means_over_the_batch():
 
 
 def test_weighted_l1_cannot_be_evaded_by_scaling():
-    """d·c and (E, b)/c change nothing, which is why the norm weighs."""
+    """Scaling d by c and (E, b) by 1/c has no effect, because the norm weighs f."""
     sae = ReLUConfig(num_latents=16).build(5, torch.Generator().manual_seed(0))
     x = torch.randn(20, 5)
     before = sae.training_loss(x, Step(9, 10), nobody(sae)).total
@@ -123,7 +123,7 @@ def test_published_recipe():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_folded_sae_on_raw_activations_is_the_trained_one_on_scaled_ones(name):
+def test_the_folded_sae_on_raw_activations_matches_the_trained_one_on_scaled_ones(name):
     sae = CONFIGS[name].build(9, torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
         sae.b_enc.normal_()
@@ -138,8 +138,8 @@ def test_folded_sae_on_raw_activations_is_the_trained_one_on_scaled_ones(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_generator_and_it_alone_decides_the_start(name):
-    """In one public library seeds do not reach the initialisation."""
+def test_the_generator_alone_decides_the_initial_weights(name):
+    """In a public library seeds do not reach the initialisation."""
 
     def build(seed):
         return CONFIGS[name].build(9, torch.Generator().manual_seed(seed))
@@ -156,12 +156,12 @@ def test_the_generator_and_it_alone_decides_the_start(name):
     assert a.b_enc.abs().max() == a.b_dec.abs().max() == 0
 
 
-def test_encoder_init_scale():
+def test_encoder_init_scale_scales_the_tied_encoder():
     sae = ReLUConfig(num_latents=8, encoder_init_scale=0.5).build(4, torch.Generator())
     assert torch.equal(sae.W_enc, 0.5 * sae.W_dec)
 
 
-def test_start_does_not_depend_on_a_default_device_or_dtype():
+def test_initial_weights_do_not_depend_on_the_default_dtype():
     expected = CONFIGS["topk"].build(9, torch.Generator().manual_seed(0)).W_dec
     torch.set_default_dtype(torch.float64)
     try:
@@ -186,16 +186,16 @@ def test_architectures_are_known_by_name():
         Config.member("sae", "tokp")
 
 
-def test_width():
+def test_num_latents_takes_precedence_over_the_expansion_factor():
     assert ReLUConfig(expansion_factor=4).width(16) == 64
     assert ReLUConfig(num_latents=5).width(16) == 5
     both = ReLUConfig(num_latents=5, expansion_factor=4)
     assert both.width(16) == 5
-    assert both.expansion_factor is None  # one SAE, one record of it
+    assert both.expansion_factor is None  # so that the same SAE has the same record
 
 
-def test_an_architecture_of_ones_own_needs_one_config_and_one_class(tmp_path):
-    """What a user's package does: nothing here lists the architectures."""
+def test_a_new_architecture_needs_one_config_and_one_class(tmp_path):
+    """A user's package does this; no list of architectures must be edited."""
     from dataclasses import dataclass
 
     from reseed.sae.checkpoint import load_sae, save_sae
@@ -210,7 +210,7 @@ def test_an_architecture_of_ones_own_needs_one_config_and_one_class(tmp_path):
             return x @ self.W_enc.T
 
         def training_loss(self, x, step, dead):
-            raise AssertionError("nobody trains it here")
+            raise AssertionError("this test does not train it")
 
     try:
         sae = IdentityConfig(num_latents=4).build(3, torch.Generator())
@@ -220,7 +220,7 @@ def test_an_architecture_of_ones_own_needs_one_config_and_one_class(tmp_path):
         del Config._members["sae", "test_identity"]
 
 
-def test_ratio_or_zero():
+def test_ratio_or_zero_has_finite_values_and_gradients():
     for top, bottom, expected in ((1.0, 2.0, 0.5), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0)):
         a = torch.tensor(top, requires_grad=True)
         ratio = ratio_or_zero(a, torch.tensor(bottom))
@@ -229,6 +229,6 @@ def test_ratio_or_zero():
         assert a.grad == (1 / bottom if bottom else 0)
 
 
-def test_step_out_of_range():
+def test_a_step_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"`index` \(=10\) must be in \[0, total\) \(total=10\)"):
         Step(10, 10)

@@ -1,4 +1,4 @@
-"""The fast ways of a ReLU SAE's loss, beside float64 dense autograd and each other."""
+"""The fast paths of a ReLU SAE's loss, against float64 dense autograd and the plain path."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ LAST = Step(9, 10)
 
 @pytest.fixture(autouse=True)
 def kernels_on(monkeypatch):
-    """Small blocks, so that there are several of everything."""
+    """Use small blocks, so that there are several of each kind."""
     monkeypatch.setattr(active, "BLOCK_ROWS", 64)
     monkeypatch.setattr(relu_blocks, "BLOCK_ROWS", 64)
     monkeypatch.setattr(relu_blocks, "KEPT_ROWS", 128)
@@ -31,13 +31,13 @@ def kernels_on(monkeypatch):
 
 @pytest.fixture(params=["pairs", "blocks"])
 def way(request, monkeypatch):
-    """Whatever the density, one of the two."""
+    """Force one of the two paths at any density."""
     monkeypatch.setattr(active, "DENSEST", 1.0 if request.param == "pairs" else 0.0)
     return request.param
 
 
 def make(bias=-0.5, **options):
-    """Away from its start; most latents are silent on most tokens."""
+    """Return an SAE with random parameters; most of its latents are silent on most tokens."""
     sae = ReLUConfig(num_latents=F, **{"l1_coefficient": 0.7, **options}).build(
         D, torch.Generator().manual_seed(0)
     )
@@ -54,7 +54,7 @@ def tokens(count=B):
 
 
 def dense(sae, x):
-    """The loss and its gradients in float64."""
+    """Return the loss, latents, error and gradients in float64."""
     W_enc, b_enc, W_dec, b_dec = exact = [
         p.detach().double().requires_grad_() for p in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
     ]
@@ -98,7 +98,7 @@ def test_loss_and_every_gradient_are_those_of_float64_dense_autograd(options, co
             near(a, b)
 
 
-def test_the_gradient_of_a_multiple_of_the_loss(way):
+def test_the_gradient_of_a_multiple_of_the_loss_is_that_multiple(way):
     sae, x = make(), tokens()
     loss = sae.training_loss(x, LAST, nobody(sae)).total
     once = torch.autograd.grad(loss, list(sae.parameters()), retain_graph=True)
@@ -115,7 +115,7 @@ def plain_and_fast(sae, x, dead):
 
 
 @pytest.mark.parametrize("centred", [False, True])
-def test_auxk_and_warm_up_as_in_the_plain_way(way, centred):
+def test_auxk_and_warm_up_match_the_plain_path(way, centred):
     sae = make(aux_alpha=0.5, subtract_b_dec=centred)
     (plain, expected), (fast, found) = plain_and_fast(sae, tokens(), dead_of(sae, 30))
     assert fast.parts["auxk"] > 0
@@ -126,7 +126,7 @@ def test_auxk_and_warm_up_as_in_the_plain_way(way, centred):
         near(a, b.double(), 3e-6)
 
 
-def test_no_pair_at_all(way):
+def test_a_batch_without_active_pairs_trains_b_dec_alone(way):
     sae, x = make(bias=-1e3), tokens()
     loss = sae.training_loss(x, LAST, dead_of(sae, F))
     loss.total.backward()
@@ -139,7 +139,7 @@ def test_no_pair_at_all(way):
     near(sae.b_dec.grad, -2 * (x - sae.b_dec).detach().double().mean(0))
 
 
-def test_a_row_of_zeros_in_the_decoder_has_no_direction(way):
+def test_a_decoder_row_of_zeros_has_the_gradient_of_dense_autograd(way):
     sae, x = make(), tokens()
     with torch.no_grad():
         sae.W_dec[3] = 0
@@ -149,7 +149,7 @@ def test_a_row_of_zeros_in_the_decoder_has_no_direction(way):
 
 @pytest.mark.parametrize("where", ["x", "W_enc", "b_enc", "W_dec"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_makes_a_loss_that_is_not(way, where, bad):
+def test_a_nonfinite_input_or_weight_makes_the_loss_nonfinite(way, where, bad):
     sae, x = make(), tokens()
     with torch.no_grad():
         x[70, 3] = bad if where == "x" else x[70, 3]
@@ -179,7 +179,7 @@ def test_steps_are_bit_equal_on_any_number_of_threads(way, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-def test_which_way_the_number_of_pairs_says(monkeypatch):
+def test_active_pairs_are_returned_only_if_they_are_few(monkeypatch):
     monkeypatch.setattr(active, "DENSEST", 0.1)
     x, W, zeros = tokens(), torch.randn(F, D), torch.zeros(F)
 
@@ -194,14 +194,14 @@ def test_which_way_the_number_of_pairs_says(monkeypatch):
     near(values, exact[exact > 0])
     assert pairs(0.0) is None  # half of them
     some = x.clone()
-    some[:256] *= 1e-3  # few in the first blocks, half in the last
+    some[:256] *= 1e-3  # gives few pairs in the first blocks, half in the last
     assert pairs(-0.1, some) is None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.1])
 @pytest.mark.parametrize("floor", [0.0, 0.7])
 def test_a_rough_product_finds_every_pair(monkeypatch, share, floor):
-    """One row far larger than the others, and floors of either sign."""
+    """One row is far larger than the others, and floors have either sign."""
     monkeypatch.setattr(active, "screen_pays", lambda *_: True)
     monkeypatch.setattr(active, "SCREENED", 0.5)
     x, generator = tokens(), torch.Generator().manual_seed(5)
@@ -220,7 +220,7 @@ def test_a_rough_product_finds_every_pair(monkeypatch, share, floor):
     assert active.screened(x, W, torch.full((F,), -bias), floors) is None
 
 
-def test_an_archetypal_decoder_gets_its_gradient(way):
+def test_the_gradient_of_an_archetypal_decoder_matches_the_plain_path(way):
     sae = make(decoder_init_norm=1.0)
     make_archetypal(sae, 40, 0.5)
     (_, expected), (_, found) = plain_and_fast(sae, tokens(), nobody(sae))
@@ -228,13 +228,13 @@ def test_an_archetypal_decoder_gets_its_gradient(way):
         near(a, b.double(), 5e-6)
 
 
-def test_other_inputs_take_the_plain_way(monkeypatch):
+def test_unsupported_inputs_take_the_plain_path(monkeypatch):
     def refuse(*_, **__):
-        raise AssertionError("not made for this")
+        raise AssertionError("took the fast path")
 
     monkeypatch.setattr("reseed.sae.relu.relu_loss", refuse)
     sae, x = make(), tokens(8)
-    with pytest.raises(AssertionError, match="not made for this"):
+    with pytest.raises(AssertionError, match="took the fast path"):
         sae.training_loss(x, LAST, nobody(sae))
     sae.training_loss(x.requires_grad_(), LAST, nobody(sae)).total.backward()
     assert x.grad is not None

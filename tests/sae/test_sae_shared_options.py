@@ -1,4 +1,4 @@
-"""Options that every architecture has: the encoder's start, a target for L0; and signatures."""
+"""Options of all architectures: initial encoder and target L0; their signatures."""
 
 from dataclasses import replace
 
@@ -37,27 +37,27 @@ FIRST = {
         "subtract_b_dec",
     },
 }
-"""What entered the signature before there were more options."""
+"""Fields in the first version of the signature."""
 
 
 @pytest.mark.parametrize("cls", EVERY)
-def test_options_added_later_leave_the_signature_alone(cls):
+def test_options_added_later_do_not_change_the_signature(cls):
     assert set(cls(num_latents=64).signed()) - {"version"} == BASE | FIRST[cls]
 
 
 @pytest.mark.parametrize("cls", EVERY)
 @pytest.mark.parametrize("options", [{"encoder_init": "untied"}, {"aux_alpha": 0.5}, {"k_aux": 7}])
-def test_options_that_are_used_enter_it(cls, options):
+def test_options_that_are_set_enter_the_signature(cls, options):
     assert cls(num_latents=64, **options).signed().items() >= options.items()
 
 
-# The start
+# Initial weights
 
 
 @pytest.mark.parametrize("encoder_init", ["tied", "untied"])
 @pytest.mark.parametrize("cls", EVERY)
-def test_seeds_reach_the_start_of_every_architecture(cls, encoder_init):
-    """In one public library they do not."""
+def test_seeds_reach_the_initial_weights_of_every_architecture(cls, encoder_init):
+    """In a public library they do not."""
 
     def build(seed):
         config = cls(num_latents=64, encoder_init=encoder_init)
@@ -81,7 +81,7 @@ def test_an_untied_encoder_starts_in_directions_of_its_own(cls):
     assert torch.equal(tied.W_enc, tied.W_dec * 0.3)
     norm = 0.3 * untied.config.decoder_init_norm
     torch.testing.assert_close(untied.W_enc.norm(dim=1), torch.full((64,), norm))
-    # Drawn after the decoder's from the same generator.
+    # The encoder is drawn after the decoder, from the same generator.
     generator = torch.Generator().manual_seed(0)
     torch.randn(64, 9, generator=generator)
     drawn = torch.randn(64, 9, generator=generator)
@@ -91,21 +91,21 @@ def test_an_untied_encoder_starts_in_directions_of_its_own(cls):
     assert torch.equal(build(encoder_init="untied").W_enc, untied.W_enc)
 
 
-def test_unknown_starts_are_refused():
+def test_an_unknown_encoder_init_is_refused():
     with pytest.raises(ConfigError, match="`encoder_init` must be one of tied, untied; got 'tyed'"):
         TopKConfig(num_latents=64, encoder_init="tyed")
 
 
-# A target for L0
+# Target L0
 
 
 @pytest.mark.parametrize("cls", K_SPARSE)
-def test_the_target_is_k(cls):
+def test_target_l0_sets_k(cls):
     config = cls(num_latents=64, k=5, target_l0=12)
     assert (config.k, config.target_l0, config.sparsity) == (12, None, "k=12")
     assert not config.needs_calibration
     assert config.penalty_field is None
-    # One run with one record, by whichever name.
+    # Either name gives the same run and record.
     assert config == cls(num_latents=64, k=12)
     assert config.signed() == cls(num_latents=64, k=12).signed()
     assert "target_l0" not in config.signed()
@@ -120,7 +120,7 @@ def test_the_target_is_k(cls):
         config.calibrated(1.0)
 
 
-def test_a_target_that_is_a_fraction():
+def test_only_topk_refuses_a_fractional_target():
     assert BatchTopKConfig(num_latents=64, target_l0=1.8).k == 1.8
     with pytest.raises(
         ConfigError, match=r"`target_l0` is `k` in sae=topk, a whole number; got 1\.8"
@@ -137,7 +137,7 @@ def test_a_target_that_is_a_fraction():
         (JumpReLUConfig, {"penalty": "tanh"}, "l0_coefficient"),
     ],
 )
-def test_a_target_asks_for_calibration_where_a_penalty_has_a_weight(cls, options, field):
+def test_a_target_requires_calibration_of_the_penalty_weight(cls, options, field):
     plain = cls(num_latents=64, **{field: 0.25}, **options)
     assert (plain.needs_calibration, plain.sparsity) == (False, "λ=0.25")
     config = cls(num_latents=64, target_l0=32, **options)
@@ -158,18 +158,18 @@ def test_the_quadratic_penalty_has_its_target_and_needs_no_calibration():
     assert (config.needs_calibration, config.sparsity) == (False, "L0*=32")
 
 
-def test_a_target_that_nothing_heeds_is_refused():
+def test_an_unused_target_is_refused():
     class Other(SAEConfig, name=""):
         sparsity = ""
         published_lr = empty = None
 
-    with pytest.raises(ConfigError, match=r"`target_l0` must be null: nothing in sae=.* heeds it"):
+    with pytest.raises(ConfigError, match=r"`target_l0` must be null: sae=.* does not use it"):
         Other(num_latents=64, target_l0=3)
 
 
 @pytest.mark.parametrize("cls", PENALISED)
-def test_the_weight_of_the_penalty_can_be_steered_between_steps(cls):
-    """Total is linear in it; it is neither a parameter nor state."""
+def test_the_penalty_weight_can_change_between_steps(cls):
+    """The total is linear in the weight, which is neither a parameter nor state."""
     config = cls(num_latents=24)
     sae = config.build(6, torch.Generator().manual_seed(0)).double()
     assert type(sae.penalty_weight) is float
@@ -191,12 +191,12 @@ def test_the_weight_of_the_penalty_can_be_steered_between_steps(cls):
     assert sae.config == config
 
 
-# Latents where they are not 0
+# Sparse latents
 
 
 @pytest.mark.parametrize("cls", EVERY)
 @torch.no_grad()
-def test_sparse_latents_are_the_dense_ones(cls, monkeypatch):
+def test_sparse_latents_equal_the_dense_ones(cls, monkeypatch):
     sae = perturbed(cls(num_latents=24, **({"k": 3} if cls in K_SPARSE else {})), d_in=6)
     x = batch_of(40, d_in=6)
     x[3] = -100 * sae.W_enc[0]

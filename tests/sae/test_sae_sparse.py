@@ -1,4 +1,4 @@
-"""The sparse kernels against dense autograd in float64."""
+"""The sparse encoder and decoder against dense autograd in float64."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from reseed.sae.tournament import largest
 
 
 def dense_topk(x, W_enc, b_enc, k, b_dec=None, among=None):
-    """TopK_k(ReLU(π)) by the book, in autograd."""
+    """Return TopK_k(ReLU(π)) by its definition, in autograd."""
     centred = x if b_dec is None else x - b_dec
     pre = centred @ W_enc.T + b_enc
     allowed = torch.zeros(len(W_enc), dtype=torch.bool)
@@ -80,14 +80,14 @@ def test_rows_with_fewer_than_k_positive_preactivations_pass_no_gradient_through
     W_enc = torch.tensor([[1.0, -1.0], [-1.0, -2.0], [-3.0, -1.0]], dtype=torch.float64)
     W_enc.requires_grad_()
     latents = topk_encode(x, W_enc, torch.zeros(3, dtype=torch.float64), 2)
-    # By hand: token 0 sees (1, −1, −3): one positive. Token 1 sees (−1, −2, −1): none.
+    # By hand: π of token 0 is (1, −1, −3), one positive; of token 1 (−1, −2, −1), none.
     assert latents.values.sort(1, descending=True).values.tolist() == [[1.0, 0.0], [0.0, 0.0]]
     assert latents.fired().tolist() == [1, 0, 0]
     latents.values.sum().backward()
     assert W_enc.grad.tolist() == [[1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]
 
 
-def test_ties_keep_k_latents_and_repeat():
+def test_with_ties_k_latents_are_chosen_and_the_choice_repeats():
     x, W_enc = torch.ones(4, 3), torch.ones(128, 3)
     first = topk_encode(x, W_enc, torch.zeros(128), 5)
     assert [len(set(row.tolist())) for row in first.indices] == [5] * 4
@@ -95,7 +95,7 @@ def test_ties_keep_k_latents_and_repeat():
     assert torch.equal(first.indices, topk_encode(x, W_enc, torch.zeros(128), 5).indices)
 
 
-def test_choosing_among_some_latents_only():
+def test_a_choice_among_some_latents_leaves_out_the_others():
     x, W_enc, b_enc, W_dec, b_dec = leaves(3, 6, 5, 20)
     among = torch.tensor([1, 4, 7, 19])
     latents = topk_encode(x, W_enc, b_enc, 2, b_dec=b_dec, among=among)
@@ -112,7 +112,7 @@ def test_choosing_among_some_latents_only():
     assert ours[0][others].abs().max() == 0
 
 
-def test_x_that_is_not_contiguous():
+def test_noncontiguous_x_gives_the_same_latents():
     x, W_enc, b_enc, *_ = leaves(4, 6, 5, 20)
     wide = x.detach().repeat(1, 3)[:, 5:10]
     assert not wide.is_contiguous()
@@ -121,15 +121,15 @@ def test_x_that_is_not_contiguous():
 
 
 @pytest.mark.parametrize("k", [0, 9])
-def test_k_out_of_range(k):
+def test_k_out_of_range_is_refused(k):
     x, W_enc, b_enc, *_ = leaves(0, 2, 3, 8)
     with pytest.raises(ValueError, match=rf"`k` \(={k}\) must be between 1 and .* \(=8\)"):
         topk_encode(x, W_enc, b_enc, k)
 
 
 @pytest.mark.parametrize("num_latents", [300, 2**15 + 8])
-def test_pairs_by_latent(num_latents):
-    """Narrow and wide sorting keys; the largest index included."""
+def test_sums_by_latent_equal_a_loop_over_pairs(num_latents):
+    """Sorting keys are narrow or wide; the largest index is included."""
     indices = torch.randint(0, num_latents, (50, 4))
     indices[0, 0] = num_latents - 1
     by_latent = ByLatent(indices, num_latents)
@@ -155,8 +155,8 @@ def test_gradients_repeat_bit_for_bit():
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
 
 
-def test_nothing_of_the_size_of_a_dense_batch_is_ever_made():
-    """No tensor of B × F elements, forward or backward, so memory follows k and not F."""
+def test_no_tensor_has_the_size_of_a_dense_batch():
+    """Neither pass makes a tensor of B × F elements, so memory scales with k and not F."""
     batch, d_in, num_latents = 1024, 8, 2048
     x, W_enc, b_enc, W_dec, b_dec = leaves(6, batch, d_in, num_latents, torch.float32)
     sizes = []
@@ -178,9 +178,9 @@ def test_nothing_of_the_size_of_a_dense_batch_is_ever_made():
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), width=st.integers(1, 300), data=st.data())
-def test_the_tournament_is_topk(seed, width, data):
+def test_the_tournament_equals_topk(seed, width, data):
     k = data.draw(st.integers(1, width))
-    # Few distinct values: many ties, at every level.
+    # Few distinct values give many ties at every level.
     rows = torch.randint(-20, 20, (5, width), generator=torch.Generator().manual_seed(seed))
     for dtype in (torch.float32, torch.int16):
         values, indices = largest(rows.to(dtype), k, descending=True)
@@ -190,11 +190,11 @@ def test_the_tournament_is_topk(seed, width, data):
 
 
 def screening_case(name):
-    """Rows, encoder and bias that are hard on the bfloat16 screen in their own way."""
+    """Return rows, encoder and bias of a named case that is hard for the bfloat16 screen."""
     generator = torch.Generator().manual_seed(0)
     x, W = (torch.randn(n, 32, generator=generator) for n in (600, 512))
     b = 0.1 * torch.randn(512, generator=generator)
-    if name == "near ties":  # differences that bfloat16 cannot hold
+    if name == "near ties":  # differences below the resolution of bfloat16
         W = W[:1] + 1e-4 * W
     elif name == "all negative":
         b = b - 100
@@ -235,7 +235,7 @@ def test_the_bfloat16_screen_keeps_the_float32_top_k(name, k):
     x, W, b = screening_case(name)
     values, indices = compiled.select(x, W, b, k, descending=True, screened=True)
     pre = x.double() @ W.double().T + b.double()
-    # To float32's rounding: D + 2 roundings of sums of terms of this size.
+    # Tolerance: D + 2 float32 roundings of sums of terms of this size.
     slack = 34 * 2.0**-23 * (x.norm(dim=1)[:, None] * W.norm(dim=1).max() + b.abs().max()).double()
     expected = pre.topk(k, dim=1).values
     assert ((values.double() - expected).abs() <= slack).all()
@@ -243,7 +243,7 @@ def test_the_bfloat16_screen_keeps_the_float32_top_k(name, k):
     assert all(len(set(row.tolist())) == k for row in indices)
 
 
-def test_the_bfloat16_screen_passes_nan_on():
+def test_the_bfloat16_screen_propagates_nan():
     x, W, b = screening_case("plain")
     x[7, 3] = torch.nan
     values, _ = compiled.select(x, W, b, 4, descending=False, screened=True)
@@ -251,8 +251,8 @@ def test_the_bfloat16_screen_passes_nan_on():
     assert torch.isfinite(values[8]).all()
 
 
-def test_the_screen_does_not_give_up_on_ordinary_rows(monkeypatch):
-    """Else it would be slow, and never tested."""
+def test_the_screen_decides_ordinary_rows(monkeypatch):
+    """Otherwise the float32 product would run, slowly, and the screen would be untested."""
     x, W, b = screening_case("plain")
 
     def unexpected(*args):
@@ -268,4 +268,4 @@ def test_the_error_bound_bounds_the_error():
     rough = x.bfloat16().double() @ W.bfloat16().double().T + b.bfloat16().double()
     error = (rough - (x.double() @ W.double().T + b.double())).abs().amax(1).numpy()
     assert (error <= bound).all()
-    assert error.max() > bound.max() / 100  # and is not absurdly wide
+    assert error.max() > bound.max() / 100  # the bound is not far too wide

@@ -16,7 +16,7 @@ def make(num_latents=24, k=3, d_in=6, seed=0, dtype=torch.float64, **options):
 
 
 def dense_loss(sae, x, dead):
-    """Gao et al. 2024 with masks over dense tensors."""
+    """Return the loss of Gao et al. 2024, with masks over dense tensors."""
     config = sae.config
 
     def top(pre, k):
@@ -62,18 +62,18 @@ def test_loss_and_gradients_are_those_of_the_dense_formulation(
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_one_latent():
+def test_a_single_latent_has_the_loss_of_the_dense_formulation():
     sae = make(num_latents=1, k=1)
     x = batch_of()
     loss = sae.training_loss(x, STEP, nobody(sae)).total
     torch.testing.assert_close(loss, dense_loss(sae, x, nobody(sae)))
 
 
-def test_aux_reaches_the_encoder_rows_of_dead_latents_and_only_those():
-    """One public library loses this gradient."""
+def test_auxk_trains_the_encoder_rows_of_dead_latents_and_no_others():
+    """A public library loses this gradient."""
     sae = make(aux_alpha=1.0)
     with torch.no_grad():
-        sae.b_enc[:5] = -2.0  # dead: never among the k largest, though still ≥ 0 for some tokens
+        sae.b_enc[:5] = -2.0  # rarely among the k largest, though still ≥ 0 for some tokens
     dead = nobody(sae)
     dead[:5] = True
     x = 3 * batch_of(64)
@@ -91,8 +91,8 @@ def test_aux_reaches_the_encoder_rows_of_dead_latents_and_only_those():
         assert difference[5:].max() == 0
 
 
-def test_aux_of_a_perfect_reconstruction_is_zero_with_zero_gradient():
-    """Its error has no variance: 0/0 must not become NaN, neither as a value nor as a gradient."""
+def test_auxk_of_a_perfect_reconstruction_is_zero_with_zero_gradient():
+    """The error has no variance: 0/0 must not become NaN, neither in the value nor the gradient."""
     sae = make(num_latents=12, k=12, d_in=6, aux_alpha=1.0)
     with torch.no_grad():
         sae.W_enc[:6], sae.W_enc[6:] = torch.eye(6), -torch.eye(6)
@@ -106,7 +106,7 @@ def test_aux_of_a_perfect_reconstruction_is_zero_with_zero_gradient():
     assert all(p.grad.abs().max() == 0 for p in sae.parameters())
 
 
-def test_at_most_k_nonzeros_and_the_sparse_decoder_is_the_dense_one():
+def test_at_most_k_latents_are_active_and_the_sparse_decoder_equals_the_dense_one():
     sae = make(num_latents=64, k=5)
     x = batch_of(100)
     out = sae(x)
@@ -116,7 +116,7 @@ def test_at_most_k_nonzeros_and_the_sparse_decoder_is_the_dense_one():
     assert torch.equal(out.latents, sae.encode(x))
 
 
-def test_what_the_loss_reports():
+def test_the_loss_reports_firing_error_and_l0_of_the_forward_pass():
     sae = make(num_latents=64, k=5)
     x = batch_of(100)
     loss = sae.training_loss(x, STEP, nobody(sae))
@@ -138,7 +138,7 @@ def test_fvu_of_the_mean_is_one():
     torch.testing.assert_close(loss.parts["fvu"], torch.ones((), dtype=torch.float64))
 
 
-def test_other_dtypes_and_shapes_of_activations():
+def test_activations_of_other_dtypes_and_shapes_are_accepted():
     sae = make(dtype=torch.float32)
     x = batch_of(12, dtype=torch.bfloat16)
     out = sae(x)
@@ -183,12 +183,12 @@ def test_published_learning_rate():
         ({"num_latents": 64, "decoder_init_norm": 0.1}, "`decoder_init_norm` must be 1 with"),
     ],
 )
-def test_refused(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         TopKConfig(**options)
 
 
-def test_k_against_a_width_that_the_activations_decide():
+def test_k_is_checked_once_the_activations_give_the_width():
     config = TopKConfig(expansion_factor=2, k=33)
     config.check(17)
     with pytest.raises(ConfigError, match=r"`k` \(=33\) must not exceed `num_latents` \(=32\)"):

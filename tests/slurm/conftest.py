@@ -1,4 +1,4 @@
-"""A SLURM that is started for the tests, and a command line that submits to it."""
+"""Fixtures: a SLURM started for the tests, and a command line that submits to it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def desk(
     cluster: Cluster, tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Desk]:
     monkeypatch.chdir(tmp_path)
-    # Jobs import what this process does.
+    # Jobs must import the same packages as this process.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path for path in sys.path if path))
     desk = Desk(
         cluster,

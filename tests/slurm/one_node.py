@@ -1,4 +1,4 @@
-"""A SLURM of one node on loopback, as this user, with its own ports and folders."""
+"""SLURM of one node on loopback, run by this user, with its own ports and folders."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 @dataclass(frozen=True)
 class Cluster:
-    """What a test needs of it."""
+    """The running SLURM."""
 
     folder: Path
 
     def wait_for(self, what: Callable[[], object], seconds: float = 60) -> None:
-        """Return once ``what`` is true."""
+        """Return once ``what()`` is true; fail after some seconds."""
         end = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < end, f"not in {seconds} s: {queue()}"
             time.sleep(0.1)
 
     def start_now(self, job: str) -> None:
-        """A requeued job would wait for minutes."""
+        """Start a requeued job at once; SLURM would wait for minutes."""
         name = f"jobid={job}"
         subprocess.run(["scontrol", "update", name, "starttime=now"], check=True)
 
@@ -105,13 +105,13 @@ def stop(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Desk:
-    """A folder with a command line that submits what trains in a second."""
+    """A working folder with a command line whose runs train in a second."""
 
     cluster: Cluster
     line: list[str]
 
     def breaking(self, how: str) -> list[str]:
-        """The line, of jobs in which something breaks: see breaking/sitecustomize.py."""
+        """Return the line with jobs that slow down or fail as in breaking/sitecustomize.py."""
         lines = [
             f"export RESEED_TEST_BREAK={how}",
             f"export PYTHONPATH={HERE / 'breaking'}:$PYTHONPATH",
@@ -137,15 +137,15 @@ class Desk:
         return {job: found for job, found in queue().items() if job in ours}
 
     def printed(self, job: Submitted) -> str:
-        """What a job said, in all of its lives."""
+        """Return a job's output, including that before it was requeued."""
         return (self.sweep.path / f"slurm/{job.job}_0_log.out").read_text()
 
     def trains(self) -> bool:
-        """Whether every run has told how far it is."""
+        """Return True if every run has written its progress."""
         return all(state.tokens for state in self.states)
 
 
 def local(line: list[str], monkeypatch: pytest.MonkeyPatch, command: ModuleType) -> int:
-    """The same command in this process, into folders of its own."""
+    """Run the same command in this process, with separate folders."""
     own = [word for word in line if "hydra" not in word]
     return command.main([*own, "runtime.outputs=local/outputs", "runtime.sweeps=local/sweeps"])

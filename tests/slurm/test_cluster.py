@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 
 def assert_same_weights(one: str = "outputs", other: str = "local/outputs") -> None:
-    """Bit for bit, of the same runs."""
+    """Assert that two folders hold the same runs with bit-identical weights."""
     found, alone = RunStore(one).runs(), RunStore(other).runs()
     assert [run.id for run in found] == [run.id for run in alone]
     for mine, its in zip(found, alone, strict=True):
@@ -28,7 +28,7 @@ def assert_same_weights(one: str = "outputs", other: str = "local/outputs") -> N
         assert all(torch.equal(state[key], value) for key, value in mine.sae().state_dict().items())
 
 
-def test_a_comparison_is_submitted_once_and_ends_as_the_local_one(
+def test_a_comparison_is_submitted_once_and_equals_the_local_one(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [*desk.line, "comparison=seeds", "sae=topk,relu", "seed=0,1"]
@@ -37,17 +37,17 @@ def test_a_comparison_is_submitted_once_and_ends_as_the_local_one(
     assert "submitting 4 runs in 1 job" in said
     jobs = desk.jobs
     assert [job.kind for job in jobs] == ["train", "compare", "compare", "collect"]
-    assert f"`reseed status {desk.sweep.path}` shows how far it is" in said
+    assert f"`reseed status {desk.sweep.path}` shows the progress" in said
     assert {state.state for state in desk.states} <= {"queued", "starting", "running"}
 
-    assert run.main(line) == 0  # the same sweep again: it waits for what was submitted
+    assert run.main(line) == 0  # the same sweep again waits for the submitted jobs
     said = capsys.readouterr().out
     assert "waiting for 4 jobs" in said
     assert "submitting" not in said
     assert desk.jobs == jobs
     assert {state.state for state in desk.states} == {"done"}
 
-    assert run.main(line) == 0  # and once more, with nothing left to do
+    assert run.main(line) == 0  # again, with nothing left to do
     assert "waiting" not in capsys.readouterr().out
     assert desk.jobs == jobs
     assert local(line, monkeypatch, run) == 0
@@ -57,7 +57,7 @@ def test_a_comparison_is_submitted_once_and_ends_as_the_local_one(
         assert (desk.sweep.path / name).read_text() == (other / name).read_text()
 
 
-def test_a_killed_job_is_failed_and_not_waited_for(
+def test_a_killed_job_counts_as_failed_and_ends_the_wait(
     desk: Desk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def kill() -> None:
@@ -81,15 +81,15 @@ def test_a_killed_job_is_failed_and_not_waited_for(
 
     assert train.main(["-m", *desk.line, "seed=0,1"]) == 0  # a new job, from the checkpoints
     assert len(desk.jobs) == 2
-    assert "going on after" in desk.printed(desk.jobs[1])
+    assert "resuming after" in desk.printed(desk.jobs[1])
     assert local(["-m", *desk.line, "seed=0,1"], monkeypatch, train) == 0
     assert_same_weights()
 
 
-def test_a_time_limit_requeues_and_ends_bit_identical(
+def test_a_job_requeued_at_its_time_limit_ends_bit_identically(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real limit: SLURM's signal comes some 40 s before it, and would be followed by a kill."""
+    """The limit is real: SLURM signals some 40 s before it, and would kill the job at it."""
     line = ["-m", *desk.breaking("slow:2"), "seed=0", "wait=false", "hydra.launcher.timeout_min=1"]
     assert (
         train.main([*line, "hydra.launcher.signal_delay_s=10", "hydra.launcher.requeue=true"]) == 0
@@ -103,27 +103,29 @@ def test_a_time_limit_requeues_and_ends_bit_identical(
     desk.cluster.start_now(job.job)
     desk.cluster.wait_for(lambda: desk.states[0].state == "done")
     assert desk.jobs == [job]
-    assert "going on after" in desk.printed(job)
+    assert "resuming after" in desk.printed(job)
     assert local(["-m", *desk.line, "seed=0"], monkeypatch, train) == 0
     assert_same_weights()
 
 
-def test_a_job_that_slurm_takes_away_and_starts_again_goes_on(desk: Desk) -> None:
-    """As by pre-emption with PreemptMode=REQUEUE: SIGTERM, and no word from us."""
+def test_a_job_requeued_by_slurm_continues_from_its_checkpoint(desk: Desk) -> None:
+    """As in pre-emption with PreemptMode=REQUEUE, the job gets only SIGTERM."""
     line = ["-m", *desk.breaking("slow:0.5"), "seed=0", "wait=false"]
     assert train.main(line) == 0
     desk.cluster.wait_for(desk.trains)
     (job,) = desk.jobs
     subprocess.run(["scontrol", "requeue", job.job], check=True)
     desk.cluster.wait_for(lambda: desk.states[0].state == "queued")
-    assert train.main(line) == 0  # it is in the queue: nothing is submitted
+    assert train.main(line) == 0  # the job is queued, so nothing is submitted
     desk.cluster.start_now(job.job)
     desk.cluster.wait_for(lambda: desk.states[0].state == "done")
     assert desk.jobs == [job]
-    assert "going on after" in desk.printed(job)
+    assert "resuming after" in desk.printed(job)
 
 
-def test_out_of_retries(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_job_out_of_retries_fails_its_runs(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = ["-m", *desk.breaking("slow:0.5"), "seed=0,1", "wait=false"]
     assert train.main([*line, "hydra.launcher.max_num_timeout=0"]) == 0
     desk.cluster.wait_for(desk.trains)
@@ -133,11 +135,13 @@ def test_out_of_retries(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert all(state.note.startswith("out of retries: ") for state in desk.states)
     assert status.main([desk.sweep.path.name]) == 0
     assert "2 failed" in capsys.readouterr().out
-    assert train.main(["-m", *desk.line, "seed=0,1"]) == 0  # which is asked for anew
-    assert "going on after" in desk.printed(desk.jobs[1])
+    assert train.main(["-m", *desk.line, "seed=0,1"]) == 0  # submits a new job
+    assert "resuming after" in desk.printed(desk.jobs[1])
 
 
-def test_cancel(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cancel_stops_all_jobs_after_a_checkpoint(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     line = [*desk.breaking("slow:0.5"), "comparison=seeds", "seed=0,1", "wait=false"]
     assert run.main(line) == 0
     desk.cluster.wait_for(desk.trains)
@@ -151,13 +155,15 @@ def test_cancel(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert {state.state for state in desk.states} == {"cancelled"}
     runs = RunStore("outputs").runs()
     assert [run.record["status"] for run in runs] == ["interrupted"] * 2
-    # There was time to save: no checkpoint was due within the first half minute.
+    # Cancelling left time to save: no checkpoint was due within the first half minute.
     assert all((run.path / "checkpoint.pt").is_file() for run in runs)
     assert cancel.main(["seeds"]) == 0
-    assert "no job waits or runs" in capsys.readouterr().out
+    assert "no job is queued or running" in capsys.readouterr().out
 
 
-def test_interrupting_who_waits_cancels(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_while_waiting_cancels_the_jobs(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupt() -> None:
         desk.cluster.wait_for(lambda: list(Path("sweeps").glob("*/slurm/jobs.json")))
         desk.cluster.wait_for(desk.trains)
@@ -171,7 +177,7 @@ def test_interrupting_who_waits_cancels(desk: Desk, capsys: pytest.CaptureFixtur
     desk.cluster.wait_for(lambda: not desk.queue())
 
 
-def test_a_failing_member_is_told_of_with_its_traceback(
+def test_a_failing_run_is_reported_with_its_traceback(
     desk: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(["-m", *desk.breaking("fail:seed1"), "seed=0,1,2"]) == 1
@@ -190,10 +196,10 @@ TOGETHER = ["hydra.launcher.tasks_per_node=2", "runtime.device=cpu"]
 
 
 @pytest.mark.parametrize("strategy", ["spread"])
-def test_tasks_of_a_job_train_together(
+def test_tasks_of_a_job_train_as_local_processes_do(
     strategy: str, desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Started by SLURM, they are the same as those that a command starts: bit for bit."""
+    """Processes started by SLURM and by a command give bit-identical weights."""
     line = ["-m", *desk.line, "sae=topk,batch_topk", "seed=0", f"runtime={strategy}"]
     assert train.main([*line, *TOGETHER]) == 0
     (job,) = desk.jobs
@@ -202,7 +208,7 @@ def test_tasks_of_a_job_train_together(
     assert_same_weights()
 
 
-def test_tasks_of_a_job_that_is_requeued_go_on_together(
+def test_tasks_of_a_requeued_job_continue_together(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = ["-m", *desk.breaking("slow:0.3"), "seed=0", "runtime=ddp", *TOGETHER, "wait=false"]
@@ -213,13 +219,13 @@ def test_tasks_of_a_job_that_is_requeued_go_on_together(
     desk.cluster.wait_for(lambda: desk.states[0].note == "requeued", 90)
     desk.cluster.start_now(job.job)
     desk.cluster.wait_for(lambda: desk.states[0].state == "done")
-    assert "going on after" in desk.printed(job)
+    assert "resuming after" in desk.printed(job)
     own = ["runtime=ddp", "runtime.ranks=2", "runtime.device=cpu"]
     assert local(["-m", *desk.line, "seed=0", *own], monkeypatch, train) == 0
     assert_same_weights()
 
 
-def test_several_tasks_need_a_way_to_train_together(
+def test_several_nodes_need_a_distributed_strategy(
     desk: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert train.main(["-m", *desk.line, "seed=0", "hydra.launcher.nodes=2"]) == 1
@@ -229,16 +235,16 @@ def test_several_tasks_need_a_way_to_train_together(
     )
 
 
-def test_what_slurm_refuses_is_told(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_submission_is_reported(desk: Desk, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["-m", *desk.line, "seed=0", "hydra.launcher.partition=nowhere"]) == 1
     said = capsys.readouterr().err
-    # (sbatch's own words come before.)
+    # sbatch's own message comes before.
     assert said.splitlines()[-1].startswith("error: SLURM refuses the job: sbatch: error: ")
     assert "invalid partition" in said
     assert not (desk.sweep.path / "slurm/jobs.json").exists()
 
 
-def test_hydras_own_slurm_launcher_runs_a_job_for_each(
+def test_hydras_own_slurm_launcher_runs_one_job_per_run(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_submitit_launcher")

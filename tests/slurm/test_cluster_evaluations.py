@@ -1,4 +1,4 @@
-"""Evaluations on a real SLURM: after training, and of a sweep that is there."""
+"""Evaluations on a real SLURM: after training, and of an existing sweep."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ FEW = ["evaluation=reconstruction", "evaluation.tokens=500"]
 
 
 def results(outputs: str = "outputs") -> dict[tuple[str, str], dict[str, float]]:
-    """Metrics by run and evaluation."""
+    """Return the metrics by run and evaluation."""
     found = sorted(Path(outputs).glob("*/evaluations/*/result.json"))
     return {(p.parts[-4], p.parts[-2]): json.loads(p.read_text())["metrics"] for p in found}
 
 
-def test_evaluations_are_submitted_once_and_end_as_local_ones(
+def test_evaluations_are_submitted_once_and_equal_local_ones(
     desk: Desk, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = [*desk.line, "comparison=seeds", "sae=topk", "seed=0,1", *FEW]
@@ -34,7 +34,7 @@ def test_evaluations_are_submitted_once_and_end_as_local_ones(
     assert status.main([desk.sweep.path.name]) == 0
     assert "evaluations: 1 queued" in capsys.readouterr().out
 
-    assert run.main(line) == 0  # it waits for what was submitted
+    assert run.main(line) == 0  # waits for the submitted jobs
     said = capsys.readouterr().out
     assert "waiting for 4 jobs" in said
     assert "What is lost of the activations?" in said
@@ -48,7 +48,7 @@ def test_evaluations_are_submitted_once_and_end_as_local_ones(
     assert evaluate.main([sweep, *own, *FEW]) == 0
     assert results() == found
 
-    # Another evaluation of what is there: cancelled, then submitted anew and waited for.
+    # Another evaluation of the sweep: cancelled, then submitted again and waited for.
     own += [word for word in desk.line if word.startswith("hydra")]
     line = [sweep, *own, "evaluation=reconstruction", "evaluation.tokens=600"]
     held = "+hydra.launcher.additional_parameters.hold=true"
@@ -62,5 +62,5 @@ def test_evaluations_are_submitted_once_and_end_as_local_ones(
     assert "waiting for 2 jobs" in capsys.readouterr().out
     assert len(results()) == 4
     assert len(desk.jobs) == 8
-    assert evaluate.main(line) == 0  # and once more, with nothing left to do
+    assert evaluate.main(line) == 0  # again, with nothing left to do
     assert len(desk.jobs) == 8

@@ -15,7 +15,7 @@ from reseed.train.config import RuntimeConfig
 def jobs(
     tiny_overrides: list[str], tmp_path: Path
 ) -> Callable[..., tuple[list[Resolved], RuntimeConfig]]:
-    """Checked experiments of a sweep that is written below tmp_path/<outputs>."""
+    """Return a function that composes and checks the jobs of a sweep; outputs go below tmp_path."""
 
     def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
         line = CommandLine("train", [])

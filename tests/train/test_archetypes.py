@@ -1,4 +1,4 @@
-"""Archetypal decoders: rows in the hull, plain when stored, seeds that still matter."""
+"""Archetypal decoders: rows in the hull, a plain W_dec when stored, different seeds."""
 
 import pytest
 import torch
@@ -105,7 +105,7 @@ def test_the_gradient_is_that_of_the_rows_written_out():
     torch.testing.assert_close(decoder.scale.grad, (toward * rows * size).sum(1))
 
 
-def test_a_row_that_lost_all_its_weight_is_the_middle_of_the_archetypes():
+def test_a_row_without_a_positive_weight_becomes_the_mean_of_the_archetypes():
     decoder = ArchetypalDecoder(2, 3, 4, 1.0, unit_norm=True)
     weights = {
         "parametrizations.W_dec.0.weights": torch.tensor([[-1.0, -1, -2, 0], [3.0, -1, 1, 0]]),
@@ -117,7 +117,7 @@ def test_a_row_that_lost_all_its_weight_is_the_middle_of_the_archetypes():
     torch.testing.assert_close(relaxation, torch.tensor([[0.6, 0, 0.8], [0.3, 0, 0]]))
 
 
-def test_the_encoder_starts_tied_and_free_rows_with_the_norm_that_was_asked_for():
+def test_the_encoder_starts_tied_and_rows_start_with_the_configured_norm():
     unit = member(TopKConfig(num_latents=F, k=4, encoder_init_scale=0.5)).sae
     torch.testing.assert_close(unit.W_dec.norm(dim=1), torch.ones(F))
     assert torch.equal(unit.W_enc, unit.W_dec * 0.5)
@@ -126,13 +126,13 @@ def test_the_encoder_starts_tied_and_free_rows_with_the_norm_that_was_asked_for(
     assert torch.equal(free.W_enc, free.W_dec)
 
 
-def test_archetypes_are_of_the_centred_scaled_activations():
+def test_archetypes_are_centroids_of_the_centred_scaled_activations():
     x = batch(99, 400)
     m = member()
     points = x * m.scale - m.sae.b_dec.detach()
     decoder = parts(m)[0]
     nearest = torch.cdist(points.double(), decoder.archetypes.double()).argmin(1)
-    # A centroid is the mean of its points: all of them together, weighed, are the mean of all, 0.
+    # A centroid is the mean of its points, so the weighted mean of all centroids is 0.
     counts = torch.bincount(nearest, minlength=K).float()
     middle = counts @ decoder.archetypes / len(points)
     spread = float(points.norm(dim=1).mean())
@@ -141,13 +141,13 @@ def test_archetypes_are_of_the_centred_scaled_activations():
     assert raw.archetypes.mean(0).norm() > 0.2 * spread
 
 
-def test_shared_archetypes_are_the_same_for_all_seeds_and_own_ones_are_not():
+def test_shared_archetypes_are_equal_across_seeds_and_own_archetypes_are_not():
     def archetypes(seed, **training):
         return parts(member(seed=seed, **training))[0].archetypes
 
     assert torch.equal(archetypes(1), archetypes(2))
     assert not torch.equal(archetypes(1, archetype_seed="own"), archetypes(2, archetype_seed="own"))
-    # With the same archetypes, seeds still start apart.
+    # With the same archetypes, seeds still give different initial weights.
     one, two, again = (member(seed=s, archetypes=None).sae.W_dec.detach() for s in (1, 2, 1))
     assert torch.equal(one, again)
     assert not torch.allclose(one, two, atol=0.1)
@@ -164,7 +164,7 @@ def test_start_weights_lie_between_two_archetypes(num_latents, num_archetypes):
     assert len(torch.unique(weights, dim=0)) == num_latents
 
 
-def test_what_is_stored_is_plain_and_says_what_was_trained():
+def test_the_stored_sae_is_plain_and_computes_what_was_trained():
     m = member()
     for index in range(3):
         m.train(batch(index), m.optimizer)
@@ -207,7 +207,7 @@ def test_resume_is_exact(optimizer, aligned, tmp_path):
         torch.testing.assert_close(product, torch.ones(F), rtol=0, atol=1e-5)
 
 
-def test_it_learns():
+def test_training_lowers_the_reconstruction_error():
     m = member(TopKConfig(num_latents=F, k=4), tokens=64 * 60)
     for index in range(60):
         m.train(batch(index), m.optimizer)
@@ -227,11 +227,11 @@ def test_it_learns():
         ({"decoder": "convex"}, "`decoder` must be one of free, archetypal; got 'convex'"),
     ],
 )
-def test_refused(training, message):
+def test_impossible_options_are_refused(training, message):
     with pytest.raises(ConfigError, match=message):
         member(**training)
 
 
-def test_a_single_latent_has_no_two_archetypes_to_mix():
+def test_a_single_archetype_is_refused():
     with pytest.raises(ConfigError, match="`archetypes` must be at least 2; got 1"):
         member(TopKConfig(num_latents=1, k=1), archetypes=None)

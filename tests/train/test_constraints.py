@@ -1,4 +1,4 @@
-"""Aligned training: on its surface after every step, with every optimiser and decoder."""
+"""Aligned training: E_j · d_j = 1 after every step, with every optimiser and decoder."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def rows(sae):
     return sae.W_enc.detach().double(), sae.W_dec.detach().double()
 
 
-def test_projection_by_hand():
+def test_alignment_equals_a_hand_computed_case():
     E, d = torch.tensor([[3.0, 1.0], [2.0, 5.0]]), torch.tensor([[2.0, 0.0], [0.0, 0.0]])
     align_rows(E, d)
-    # E·d = 6, so (1 − 6)/4 · d is added; the row of a zero decoder row stays.
+    # E·d = 6, so (1 − 6)/4 · d is added; the encoder row of a zero decoder row does not change.
     assert E.tolist() == [[0.5, 1.0], [2.0, 5.0]]
 
 
-def test_what_is_orthogonal_to_the_decoder_row_stays():
+def test_alignment_keeps_the_component_orthogonal_to_the_decoder_row():
     generator = torch.Generator().manual_seed(0)
     before, d = torch.randn(2, F, D, generator=generator)
     after = before.clone()
@@ -65,7 +65,7 @@ def test_what_is_orthogonal_to_the_decoder_row_stays():
     ],
     ids=lambda c: c.name,
 )
-def test_it_holds_at_the_start_and_after_every_step(config, optimizer):
+def test_alignment_holds_at_the_start_and_after_every_step(config, optimizer):
     decay = 0.0 if optimizer == "sign_sgd" else 0.2
     m = member(config, optimizer=optimizer, encoder_weight_decay=0.1, decay_fraction=decay)
     assert not m.training.start_is_drawn
@@ -81,7 +81,7 @@ def test_it_holds_at_the_start_and_after_every_step(config, optimizer):
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(start, (E, d), strict=True))
 
 
-def test_the_start_is_the_decoder_over_its_squared_norm_whatever_the_encoders_scale():
+def test_the_aligned_encoder_starts_as_the_decoder_over_its_squared_norm():
     config = ReLUConfig(num_latents=F, decoder_init_norm=0.1, encoder_init_scale=0.3)
     E, d = rows(member(config).sae)
     torch.testing.assert_close(E, d / 0.01, rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Blocks: together they are the stream, from one position to another, in whole batches."""
+"""Blocks: together they make the stream from one position to another, in whole batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from reseed.train.data import LONGEST_BYTES, LONGEST_STEPS, Block, StreamDataset
 
 HOOK = Hookpoint("resid_post", 0)
 ROWS = 32
-"""In each stripe of a chunk."""
+"""Rows in each stripe of a chunk."""
 
 
 class Counting(ChunkStream):
-    """Chunk c holds c; every third one is shorter, as at the end of an epoch."""
+    """A stream whose chunk c holds c; every third one is shorter, as at the end of an epoch."""
 
     def __init__(self, columns: int = 1) -> None:
         super().__init__(DatasetConfig(chunk_tokens=ROWS * STRIPES), [HOOK], torch.device("cpu"))
@@ -51,12 +51,12 @@ def test_blocks_are_the_chunks_in_order(sizes: list[int], stop: Position) -> Non
     assert rows == everything[: len(rows)]
     end = rows[-1]
     assert end >= (stop.chunk, stop.row - 1)
-    # Not beyond the unit in which the last one stands.
+    # No further than the unit that contains the last row.
     assert end[1] - stop.row < max(sizes) // STRIPES * LONGEST_STEPS
 
 
 @pytest.mark.parametrize("sizes", [[8], [16, 64], [32, 256]])
-def test_edges_are_multiples_of_every_batch(sizes: list[int]) -> None:
+def test_block_edges_are_multiples_of_every_batch_size(sizes: list[int]) -> None:
     unit = math.lcm(*sizes) // STRIPES
     stream = Counting()
     for block in StreamDataset(stream, sizes, Position(1, 5), Position(4, 3)):
@@ -68,17 +68,17 @@ def test_edges_are_multiples_of_every_batch(sizes: list[int]) -> None:
     assert stream.asked == [1, 2, 3, 4], "each chunk once, and none beyond the end"
 
 
-def test_it_starts_where_a_block_of_this_company_begins() -> None:
+def test_the_first_block_starts_at_a_common_multiple_of_the_batches() -> None:
     first = blocks([8, 64], Position(1, 13), Position(2, 0))[0]
     assert (first.chunk, first.start) == (1, 8)
 
 
-def test_a_rest_too_short_for_a_block_is_passed_over() -> None:
-    # A run that stands in the rest of a chunk goes on with the next one.
+def test_a_remainder_too_short_for_a_batch_is_skipped() -> None:
+    # A run whose position is in the remainder of a chunk continues with the next chunk.
     assert blocks([256], Position(0, ROWS), Position(1, ROWS))[0].chunk == 1
 
 
-def test_blocks_grow_as_long_as_they_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_grow_while_they_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [b.stop - b.start for b in blocks([8], Position(0, 0), Position(0, ROWS))]
     assert lengths == [1, 2, 4, 8, 16, 1], "each twice the last, up to the end of the chunk"
     monkeypatch.setattr(data, "TURN_S", 0.0)

@@ -1,4 +1,4 @@
-"""Training by groups: equal to training alone, resumed exactly, honest about failure."""
+"""Training in groups: equal to training alone, resumed exactly, with failures recorded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:
 
 
 def results(run: Run) -> dict[str, object]:
-    """Everything that a run leaves, but for times."""
+    """Return all results of a run except times."""
     weights = {name: t.clone() for name, t in run.sae().state_dict().items()}
     curve = [line.split(",") for line in (run.path / "training.csv").read_text().splitlines()]
     seconds = curve[0].index("seconds")
@@ -55,7 +55,7 @@ def assert_equal(a: dict[str, object], b: dict[str, object]) -> None:
         ["training.precision=float32,bfloat16", "sae=topk,relu", "training.tokens=2048"],
     ],
 )
-def test_a_group_equals_its_members_trained_alone(jobs: Jobs, sweep: list[str]) -> None:
+def test_a_group_equals_its_runs_trained_alone(jobs: Jobs, sweep: list[str]) -> None:
     together, runtime = jobs(*sweep)
     assert len(by_stream(together)) == 1
     assert train_missing(together, runtime) == {}
@@ -65,11 +65,11 @@ def test_a_group_equals_its_members_trained_alone(jobs: Jobs, sweep: list[str]) 
         assert_equal(results(run_of(resolved, runtime)), results(run_of(alone[index], other)))
 
 
-def test_what_is_only_measured_does_not_move_the_weights(jobs: Jobs) -> None:
+def test_options_of_the_measurement_do_not_change_the_initial_weights(jobs: Jobs) -> None:
     few, many = jobs("dataset.held_out_tokens=512,1024")[0]
     assert few.signature != many.signature
     assert few.init_seed == many.init_seed
-    # The same whole batches are the same budget.
+    # Budgets with the same number of whole batches are equal.
     a, b = jobs("training.tokens=8192,8200")[0]
     assert a.signature == b.signature
 
@@ -83,7 +83,7 @@ def test_weights_that_are_not_finite_are_a_failure(jobs: Jobs) -> None:
     assert run.record["failed_at_step"] == 1
 
 
-def test_architectures_train_together(jobs: Jobs) -> None:
+def test_architectures_that_train_together_equal_each_alone(jobs: Jobs) -> None:
     topk, runtime = jobs()
     relu, _ = jobs("sae=relu")
     assert topk[0].stream == relu[0].stream
@@ -93,16 +93,16 @@ def test_architectures_train_together(jobs: Jobs) -> None:
     assert_equal(results(run_of(relu[0], runtime)), results(run_of(alone[0], other)))
 
 
-def test_what_seeds_move(jobs: Jobs) -> None:
+def test_each_seed_changes_only_its_own_draws(jobs: Jobs) -> None:
     same, runtime = jobs("seed=0,1")
     other_order, _ = jobs("dataset.order_seed=1")
     assert same[0].stream == same[1].stream != other_order[0].stream
     train_missing(same, runtime)
     a, b = (run_of(r, runtime).sae() for r in same)
     assert not torch.equal(a.W_dec, b.W_dec)
-    # The order of the data is a seed of its own: it does not move the start.
+    # The data order has its own seed, which does not change the initial weights.
     assert other_order[0].init_seed == same[0].init_seed
-    # Salted: with the same seed another cell starts elsewhere.
+    # Seeds are salted: with the same seed another cell has other initial weights.
     assert len({r.init_seed for r in jobs("layer=0,1,2")[0]}) == 3
 
 
@@ -146,7 +146,7 @@ def test_the_saved_sae_takes_raw_activations(jobs: Jobs) -> None:
     assert (out.latents != 0).sum(0).tolist() == run.latents()["firing"].tolist()
 
 
-def test_the_record_says_what_was_done(jobs: Jobs) -> None:
+def test_the_record_holds_what_was_done(jobs: Jobs) -> None:
     (resolved,), runtime = jobs()
     train_missing([resolved], runtime)
     record = run_of(resolved, runtime).record
@@ -157,13 +157,13 @@ def test_the_record_says_what_was_done(jobs: Jobs) -> None:
     assert record["experiment"]["sae"]["type"] == "topk"
     assert record["environment"]["packages"]["torch"] == torch.__version__
     assert set(record["fingerprints"]) == {"model", "tokenizer", "text"}
-    # Steps 10, 20, … 120, and the last one.
+    # The curve has steps 10, 20, … 120, and the last one.
     lines = (run_of(resolved, runtime).path / "training.csv").read_text().splitlines()
     steps = [int(line.split(",")[0]) for line in lines[1:]]
     assert steps == [*range(10, 121, 10), 128]
 
 
-def test_a_loss_that_is_not_finite_ends_that_run_alone(
+def test_a_loss_that_is_not_finite_ends_only_that_run(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members, runtime = jobs("seed=0,1")
@@ -202,8 +202,8 @@ def test_an_error_is_recorded_with_its_traceback(
         assert "Traceback" in error["traceback"]
 
 
-def test_members_at_different_steps_go_on_together(jobs: Jobs) -> None:
-    """A checkpoint belongs to a run: what is grouped anew waits for the one that is behind."""
+def test_runs_at_different_steps_resume_together(jobs: Jobs) -> None:
+    """A checkpoint belongs to a run: in a new group, runs wait for the one furthest behind."""
     from reseed.train.callbacks import Bookkeeper
 
     reference, other = jobs("seed=0,1", outputs="reference")
@@ -223,7 +223,7 @@ def test_members_at_different_steps_go_on_together(jobs: Jobs) -> None:
         patch.setattr(Bookkeeper, "save", save_one)
         slow = RuntimeConfig.from_dict(runtime.to_dict() | {"checkpoint_every_s": 1e-9})
         train_missing(members, slow)
-    assert saved == sorted(set(saved)), "each time further on: never the same step for two"
+    assert saved == sorted(set(saved)), "every save is at a later step than the one before"
     assert saved[-1] < members[0].experiment.training.steps
     assert train_missing(members, runtime) == {}
     for a, b in zip(members, reference, strict=True):
@@ -244,8 +244,8 @@ def test_input_scale_and_b_dec_come_from_the_first_activations() -> None:
     assert torch.allclose(member.sae.b_dec, x.mean(0) * member.scale, atol=1e-5)
 
 
-def test_signals_belong_to_whom_they_belonged_before(jobs: Jobs) -> None:
-    """Lightning's own handler, which notes SIGTERM and goes on, does not outlive a fit."""
+def test_a_fit_restores_the_signal_handlers(jobs: Jobs) -> None:
+    """Lightning's own handler, which only notes SIGTERM, does not outlive a fit."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     (resolved,), runtime = jobs()
     assert train_missing([resolved], runtime) == {}

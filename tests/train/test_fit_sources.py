@@ -1,4 +1,4 @@
-"""Training on what is no language model: worlds and surrogates, through the same path."""
+"""Training on worlds and surrogates, through the same code as on language models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return launch
 
 
-def test_a_sweep_on_a_world_equals_its_runs_alone(
+def test_a_sweep_on_a_world_equals_its_runs_trained_alone(
     launched, capsys: pytest.CaptureFixture[str]
 ) -> None:
     together = launched("together", "-m", *WORLD, "sae=topk,batch_topk", "seed=0,1")
@@ -67,7 +67,7 @@ def test_a_world_is_learnt(launched) -> None:
     assert run.metrics["fvu"] < 0.5
 
 
-def test_the_order_seed_does_not_move_the_start() -> None:
+def test_the_order_seed_does_not_change_the_initial_weights() -> None:
     line = [*WORLD, "dataset.order_seed=0,1"]
     a, b = (job.resolved for job in check_jobs(CommandLine("train", []), line, multirun=True)[0])
     assert a.init_seed == b.init_seed
@@ -75,7 +75,7 @@ def test_the_order_seed_does_not_move_the_start() -> None:
 
 
 @pytest.mark.parametrize("source", ["world", "surrogate"])
-def test_it_goes_on_where_it_stopped(
+def test_an_interrupted_run_resumes_bit_identically(
     launched, source: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from reseed.train.member import Member
@@ -110,7 +110,9 @@ def test_it_goes_on_where_it_stopped(
     assert_same(whole, resumed)
 
 
-def test_surrogates_of_two_layers_train_together(launched, tiny_overrides: list[str]) -> None:
+def test_surrogates_of_two_layers_trained_together_equal_each_alone(
+    launched, tiny_overrides: list[str]
+) -> None:
     line = [*tiny_overrides, "surrogate=gaussian", "training.tokens=4096"]
     together = launched("together", "-m", *line, "layer=0,2")
     assert all("tiny-llama+gaussian" in run.id for run in together)

@@ -1,4 +1,4 @@
-"""Muon against the singular value decomposition, in float64."""
+"""Muon agrees with the singular value decomposition, in float64."""
 
 import copy
 
@@ -22,7 +22,7 @@ def give(sae, index):
 
 
 @pytest.mark.parametrize("shape", [(40, 12), (12, 40), (9, 9), (1, 7)])
-def test_the_update_has_the_matrix_directions_and_singular_values_near_one(shape):
+def test_the_update_keeps_the_singular_vectors_and_has_singular_values_near_one(shape):
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     U, s, Vt = torch.linalg.svd(matrix, full_matrices=False)
     s = s / s.square().sum().sqrt()
@@ -34,11 +34,11 @@ def test_the_update_has_the_matrix_directions_and_singular_values_near_one(shape
     values = torch.linalg.svdvals(found)
     assert values.min() > 0.68
     assert values.max() < 1.21
-    # So it lies near the orthogonal factor of the polar decomposition, U Vᵀ.
+    # It is near the orthogonal factor of the polar decomposition, U Vᵀ.
     assert torch.linalg.matrix_norm(found - U @ Vt, ord=2) < 0.32 + 1e-9
 
 
-def test_neither_scale_nor_transposition_matters_and_zero_stays_zero():
+def test_orthogonalisation_ignores_scale_commutes_with_transposition_and_keeps_zero():
     matrix = torch.randn(30, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = orthogonalised(matrix)
     torch.testing.assert_close(orthogonalised(1e-6 * matrix), found)
@@ -99,6 +99,6 @@ def test_resume_is_exact():
         ({"lr": 0.1, "adam_lr": 0.1, "momentum": 1.0}, r"`momentum` must be in \[0, 1\), got 1.0"),
     ],
 )
-def test_refused(options, message):
+def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SAEMuon(make(), **options)

@@ -1,4 +1,4 @@
-"""The optimiser against torch's own with the constraints written out, in float64."""
+"""The optimiser agrees with torch's AdamW plus explicit constraints, in float64."""
 
 import copy
 
@@ -39,7 +39,7 @@ def equal(a, b):
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0, 1e6])
 @pytest.mark.parametrize("decay", [(0.0, 0.0), (0.1, 0.02)])
 @pytest.mark.parametrize("train_b_dec", [True, False])
-def test_steps_are_those_of_torch_with_explicit_constraints(
+def test_steps_equal_those_of_torch_with_explicit_constraints(
     unit_norm, max_grad_norm, decay, train_b_dec, monkeypatch
 ):
     monkeypatch.setattr("reseed.train.optim.BLOCK_BYTES", 5 * 8 * 5)  # blocks of 5, 5 and 2 rows
@@ -88,7 +88,7 @@ def test_steps_are_those_of_torch_with_explicit_constraints(
         assert torch.equal(ours.b_dec, start)
 
 
-def test_unit_norm_is_what_the_config_says_unless_told():
+def test_unit_norm_defaults_to_the_config():
     assert SAEAdam(make(), 0.1).unit_norm_decoder
     sae = ReLUConfig(num_latents=4).build(3, torch.Generator())
     assert not SAEAdam(sae, 0.1).unit_norm_decoder
@@ -110,7 +110,7 @@ def test_rows_stay_unit_and_a_zero_row_stays_zero():
     torch.testing.assert_close(norms, torch.ones_like(norms))
 
 
-def test_one_saes_clipping_does_not_see_anothers_gradient():
+def test_clipping_of_one_sae_ignores_the_gradients_of_others():
     alone, beside, loud = make(), make(), make()
     optimizers = [SAEAdam(sae, 0.1) for sae in (alone, beside, loud)]
     give(alone, gradients(alone, 0)), give(beside, gradients(beside, 0))
@@ -189,7 +189,7 @@ def test_a_closure_is_called_with_gradients_enabled():
         assert optimizer.step(closure).requires_grad
 
 
-def test_parameters_without_a_gradient_are_left_alone():
+def test_parameters_without_a_gradient_do_not_change():
     sae = make()
     before = copy.deepcopy(sae)
     SAEAdam(sae, 0.1).step()
@@ -206,18 +206,18 @@ def test_parameters_without_a_gradient_are_left_alone():
         ({"lr": 0.1, "encoder_weight_decay": -1.0}, "`encoder_weight_decay` must be at least 0"),
     ],
 )
-def test_refused(options, message):
+def test_impossible_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         SAEAdam(make(), **options)
 
 
-def test_learning_rate_by_hand():
+def test_the_learning_rate_equals_hand_computed_cases():
     rates = [learning_rate(Step(i, 10), 8.0, warmup_steps=4, decay_fraction=0.4) for i in range(10)]
     assert rates == pytest.approx([2, 4, 6, 8, 8, 8, 8, 6, 4, 2])
     plain = [learning_rate(Step(i, 3), 8.0, warmup_steps=0, decay_fraction=0.0) for i in range(3)]
     assert plain == [8.0, 8.0, 8.0]
 
 
-def test_learning_rate_where_warmup_and_decay_meet():
+def test_the_learning_rate_is_positive_where_warmup_and_decay_overlap():
     rates = [learning_rate(Step(i, 4), 1.0, warmup_steps=100, decay_fraction=1.0) for i in range(4)]
     assert all(0 < rate <= 1 for rate in rates)

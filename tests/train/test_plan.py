@@ -1,4 +1,4 @@
-"""What trains together, what it is said to take, and what happens where memory does not suffice."""
+"""Plans: groups of runs, their estimated cost, and training when memory does not suffice."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def runs(members: list[Resolved], runtime: RuntimeConfig) -> list[Run]:
         ("surrogate=none,gaussian,random_weights", 3),
     ],
 )
-def test_what_reads_the_same_activations_trains_together(
+def test_runs_that_read_the_same_activations_train_together(
     jobs: Jobs, sweep: str, groups: int
 ) -> None:
     members, _ = jobs(*sweep.split())
     assert len(by_stream(members)) == groups
-    # Asked for twice, trained once.
+    # A run that is asked for twice is trained once.
     assert sum(map(len, by_stream([*members, *members]))) == len(members)
 
 
@@ -58,13 +58,13 @@ def resolved(**options: object) -> Resolved:
     return SimpleNamespace(experiment=experiment, num_latents=8, d_in=2)  # type: ignore[return-value]
 
 
-def test_the_operations_of_a_step_by_hand() -> None:
+def test_the_operations_of_a_step_equal_hand_computed_cases() -> None:
     # Five products of 16 × 8 × 2, and 12 operations for each of two matrices' 16 weights.
     plain = 5 * 2 * 16 * 8 * 2 + 12 * 32
     assert (step_flops(resolved()), _weights(resolved())) == (plain, 32)
     # Two matrices, five rounds, each 2·(2·2²·8 + 2³) operations.
     assert step_flops(resolved(optimizer="muon")) == plain + 2 * 5 * 2 * (2 * 4 * 8 + 8)
-    # 8 × 3 weights more: the product with 3 × 2 centroids and its gradient, Adam's 12 per weight.
+    # 8 × 3 more weights: the product with 3 × 2 centroids and its gradient, Adam's 12 per weight.
     archetypal = resolved(decoder="archetypal", archetypes=3)
     assert _weights(archetypal) == 32 + 24
     assert step_flops(archetypal) == plain + 2 * 2 * 24 * 2 + 12 * 24
@@ -75,21 +75,21 @@ def test_costs_add_up(jobs: Jobs) -> None:
     members, _ = jobs("seed=0,1", "layer=0,2")
     each, together = [cost([r]) for r in members], cost(members)
     assert together.parameters == sum(c.parameters for c in each)
-    # One pass of the model, to the deepest: four times the steps, the deeper of two passes.
+    # One pass of the model to the deepest layer: the steps of four SAEs, the larger of two passes.
     steps = [r.experiment.training.steps * step_flops(r) for r in members]
     passes = [c.flops - s for c, s in zip(each, steps, strict=True)]
     assert together.flops == pytest.approx(max(passes) + sum(steps))
     by_layer = {r.experiment.layer: p for r, p in zip(members, passes, strict=True)}
-    # Up to layer 0 one of three blocks is run, up to layer 2 all.
+    # Layer 0 needs one of three blocks, layer 2 all.
     assert by_layer[2] == pytest.approx(3 * by_layer[0])
-    # What does not depend on the number of SAEs is there once.
+    # Memory that does not depend on the number of SAEs counts once.
     assert max(c.memory for c in each) < together.memory < sum(c.memory for c in each)
 
 
-def test_the_estimate_is_not_below_what_is_kept(
+def test_the_memory_estimate_covers_weights_and_moments(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Weights, moments and gradients of all members, as they are when a step is over."""
+    """They are measured for every run after a step, when its gradients are freed."""
     members, runtime = jobs("seed=0,1", "sae=topk,relu", "sae.num_latents=512")
     kept: dict[str, int] = {}
     original = Member.train
@@ -99,13 +99,13 @@ def test_the_estimate_is_not_below_what_is_kept(
         tensors = [*self.sae.parameters()]
         tensors += [t for s in self.optimizer.state.values() for t in s.values()]
         kept[self.id] = sum(t.numel() * t.element_size() for t in tensors)
-        assert all(p.grad is None for p in self.sae.parameters()), "freed before the next turn"
+        assert all(p.grad is None for p in self.sae.parameters()), "freed before the next SAE"
 
     monkeypatch.setattr(Member, "train", weighed)
     assert train_missing(members, runtime) == {}
     assert len(kept) == 4
     one = sum(kept.values()) / 4
-    # Each further SAE is counted with what it keeps and the copy that is stored.
+    # Each further SAE counts with the tensors that it keeps and the copy that is stored.
     more = (cost(members).memory - cost(members[:2]).memory) / 2
     assert one <= more <= 1.5 * one
 
@@ -123,14 +123,14 @@ def test_a_group_that_does_not_fit_is_split(jobs: Jobs, parts: int) -> None:
     if parts < 8:
         assert all(cost(part).memory <= memory for part in found)
         assert len(found) == parts if parts == 2 else len(found) <= 4
-        if parts == 2:  # by depth: each part runs the model no further than it must
+        if parts == 2:  # split by depth, so that each group runs the model only as far as needed
             assert [{r.experiment.layer for r in part} for part in found] == [{0}, {2}]
     else:
-        assert [len(part) for part in found] == [1] * 8, "what does not fit is tried alone"
+        assert [len(part) for part in found] == [1] * 8, "a run that does not fit is tried alone"
     assert fitting(members, 1e18) == [members]
 
 
-def test_a_split_sweep_gives_the_same_numbers(jobs: Jobs) -> None:
+def test_a_split_sweep_gives_the_same_weights(jobs: Jobs) -> None:
     together, runtime = jobs("seed=0,1", "sae.num_latents=512")
     train_missing(together, runtime)
     apart, other = jobs("seed=0,1", "sae.num_latents=512", outputs="apart")
@@ -143,7 +143,7 @@ def test_a_split_sweep_gives_the_same_numbers(jobs: Jobs) -> None:
 
 
 @pytest.mark.slow
-def test_out_of_memory_goes_on_in_halves(
+def test_out_of_memory_retries_with_half_of_the_runs(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reference, other = jobs("seed=0,1,2", outputs="reference")
@@ -166,15 +166,15 @@ def test_out_of_memory_goes_on_in_halves(
     said = capsys.readouterr().out
     assert "out of memory with 3 SAEs" in said
     assert "out of memory with 2 SAEs" in said
-    assert "going on with half of them" in said
-    # The last one, alone from then on, did not begin anew.
+    assert "retrying with half of the runs" in said
+    # The last run resumed alone instead of starting again.
     assert made.count(greedy) < 2 * members[2].experiment.training.steps
     for a, b in zip(runs(reference, other), runs(members, runtime), strict=True):
         assert b.finished
         assert torch.equal(a.sae().W_dec, b.sae().W_dec)
 
 
-def test_one_for_which_memory_does_not_suffice_is_a_failure(
+def test_a_run_that_does_not_fit_into_memory_alone_fails(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members, runtime = jobs("seed=0,1")
@@ -197,21 +197,21 @@ def test_one_for_which_memory_does_not_suffice_is_a_failure(
     assert second.finished
 
 
-def test_what_counts_as_out_of_memory() -> None:
+def test_out_of_memory_errors_are_recognised() -> None:
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**55)
-    assert is_out_of_memory(caught.value), "what the CPU's allocator says"
+    assert is_out_of_memory(caught.value), "the error of the CPU's allocator"
     assert not is_out_of_memory(RuntimeError("shapes do not fit"))
 
 
-def test_free_memory_is_what_the_system_says() -> None:
+def test_free_memory_is_plausible() -> None:
     there = available_memory(torch.device("cpu"))
     assert 2**20 < there < 2**50
 
 
-def test_one_that_fails_does_not_stop_the_others(
+def test_a_failed_run_does_not_stop_the_others(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     members, runtime = jobs("seed=0,1,2")
@@ -242,7 +242,7 @@ def test_plan_only_prints_and_trains_nothing(
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert re.search(r"plan: 4 runs in 4 groups, on cpu about \d+ s, at most \d+ KiB", said), said
-    assert "(more than the 105 KiB that may be taken)" in said
+    assert "(more than the 105 KiB available)" in said
     assert not (tmp_path / "outputs").exists()
     assert not (tmp_path / "sweeps").exists()
     with pytest.raises(SystemExit):
@@ -253,7 +253,7 @@ def test_plan_only_prints_and_trains_nothing(
     assert "plan: 2 runs in 2 groups (2 more already finished)" in capsys.readouterr().out
 
 
-def test_a_plan_for_another_machine(jobs: Jobs) -> None:
+def test_a_plan_uses_the_described_machine(jobs: Jobs) -> None:
     members, runtime = jobs("seed=0,1")
     there = dataclasses.replace(runtime, tflops=1e-3, memory_gib=2.0)
     machine = Machine.of(there)
@@ -262,7 +262,7 @@ def test_a_plan_for_another_machine(jobs: Jobs) -> None:
     assert machine.seconds(group.cost) == pytest.approx(group.cost.flops / 0.25e9)
 
 
-def test_calibrations_are_told_of(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_plan_names_calibrations(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
     members, runtime = jobs("sae=relu", "sae.target_l0=4,8", "seed=0,1")
     plan = make_plan(members, Machine.of(runtime))
     assert plan.calibrations == 2
@@ -270,7 +270,7 @@ def test_calibrations_are_told_of(jobs: Jobs, capsys: pytest.CaptureFixture[str]
     assert "before that, 2 penalty weights found by calibration runs" in capsys.readouterr().out
 
 
-def test_words() -> None:
+def test_durations_and_sizes_are_formatted() -> None:
     assert [duration(s) for s in (0.2, 89, 600, 7_200, 400_000)] == [
         "1 s", "89 s", "10 min", "2.0 h", "4.6 days"
     ]  # fmt: skip

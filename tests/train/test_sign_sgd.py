@@ -1,4 +1,4 @@
-"""Schedule-free sign descent: by hand, and against the published algebra in float64."""
+"""Schedule-free sign descent: a hand-computed case, and the published algebra in float64."""
 
 import copy
 
@@ -21,7 +21,7 @@ def give(sae, index):
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
-def test_three_steps_by_hand():
+def test_three_steps_equal_a_hand_computed_case():
     """One weight, w₀ = 1, rate 0.1, β = ¾; gradient signs +, −, −.
 
     z: 1 → 0.9 → 1.0 → 1.1;  x, the mean of z₁ … z_t: 0.9, 0.95, 1.0;  y = z/4 + 3x/4.
@@ -43,8 +43,8 @@ def test_three_steps_by_hand():
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
-def test_steps_are_those_of_the_published_algebra(decay):
-    """The wrapper keeps y and z alone and takes x out of them: x = z + (y − z)/β."""
+def test_steps_equal_the_published_algebra(decay):
+    """The published wrapper stores only y and z and derives x = z + (y − z)/β."""
     sae, beta = make(unit_norm=False), 0.95
     optimizer = SAESignSGD(sae, 1.0, encoder_weight_decay=decay, max_grad_norm=None, momentum=beta)
     y = {n: p.detach().clone() for n, p in sae.named_parameters()}
@@ -83,7 +83,7 @@ def test_all_three_sets_of_weights_keep_the_constraints():
             torch.testing.assert_close((E * D).sum(1), torch.ones(12, dtype=torch.float64))
 
 
-def test_clipping_changes_nothing():
+def test_clipping_has_no_effect():
     clipped, free = make(), make()
     for sae, bound in ((clipped, 1e-3), (free, None)):
         optimizer = SAESignSGD(sae, 0.1, max_grad_norm=bound)

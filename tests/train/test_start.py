@@ -1,4 +1,4 @@
-"""What a start takes from the first activations: the geometric median, k-means."""
+"""Statistics of the first activations that a start needs: geometric median, k-means."""
 
 import numpy as np
 import pytest
@@ -15,13 +15,13 @@ def test_at_the_geometric_median_the_unit_vectors_cancel():
     offsets = x.double() - geometric_median(x)
     units = offsets / offsets.norm(dim=1, keepdim=True)
     assert units.mean(0).norm() < 1.1e-6
-    # Which the mean does not fulfil.
+    # The mean does not have this property.
     offsets = x.double() - x.double().mean(0)
     assert (offsets / offsets.norm(dim=1, keepdim=True)).mean(0).norm() > 0.05
 
 
-def test_the_geometric_median_by_hand():
-    """An isosceles right triangle: the Fermat point, seen from all three corners under 120°."""
+def test_the_geometric_median_of_a_right_triangle_is_its_fermat_point():
+    """The triangle is isosceles; its Fermat point sees every side under 120°."""
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     fermat = (3 - 3**0.5) / 6
     found = geometric_median(corners)
@@ -40,7 +40,7 @@ def test_the_geometric_median_may_be_one_of_the_points_or_start_on_one():
     assert torch.equal(geometric_median(same), same[0].double())
 
 
-def test_kmeans_against_scipy():
+def test_kmeans_equals_scipys():
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(500, 4, generator=generator)
     found = kmeans(x, 12, torch.Generator().manual_seed(5), rounds=8)
@@ -50,7 +50,7 @@ def test_kmeans_against_scipy():
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
 
 
-def test_at_the_end_each_centroid_is_the_mean_of_the_points_nearest_to_it():
+def test_each_final_centroid_is_the_mean_of_its_nearest_points():
     x = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     centroids = kmeans(x, 5, torch.Generator().manual_seed(0), rounds=1000)
     nearest = torch.cdist(x.double(), centroids.double()).argmin(1)
@@ -59,7 +59,7 @@ def test_at_the_end_each_centroid_is_the_mean_of_the_points_nearest_to_it():
         torch.testing.assert_close(centroids[index], x[nearest == index].mean(0))
 
 
-def test_assignment_in_blocks_is_that_of_all_distances(monkeypatch):
+def test_assignment_in_blocks_equals_that_of_all_distances(monkeypatch):
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     distances = torch.cdist(x.double(), x[:7].double()).square()
     monkeypatch.setattr("reseed.train.kmeans.BLOCK_DISTANCES", 20)
@@ -68,9 +68,10 @@ def test_assignment_in_blocks_is_that_of_all_distances(monkeypatch):
     torch.testing.assert_close(least.double(), distances.min(1).values, rtol=0, atol=1e-5)
 
 
-def test_a_cluster_that_lost_its_points_starts_anew_at_the_farthest():
-    """Starts 0, 0, 0.1. By hand: the second 0 wins nothing and goes to 9.5, the third to the mean
-    6.2 of 0.1, 9 and 9.5, where 9.5 takes 9 from it; empty, it goes to 9. The first has the rest.
+def test_an_empty_cluster_restarts_at_the_farthest_point():
+    """The centroids start at 0, 0, 0.1. By hand: the second wins no point and moves to 9.5; the
+    third moves to 6.2, the mean of 0.1, 9 and 9.5, loses 9 to 9.5 and, being empty, moves to 9. The
+    first keeps the rest.
     """
     x = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.1, 0.0], [9.0, 0.0], [9.5, 0.0]])
     seeds = [s for s in range(50) if _starts(s) == {0, 1, 2}]
@@ -83,7 +84,7 @@ def _starts(seed: int) -> set[int]:
     return set(torch.randperm(5, generator=torch.Generator().manual_seed(seed))[:3].tolist())
 
 
-def test_kmeans_repeats_and_its_seed_matters():
+def test_kmeans_depends_only_on_points_and_seed():
     x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
     a, b, c = (kmeans(x, 20, torch.Generator().manual_seed(s), rounds=3) for s in (1, 1, 2))
     assert torch.equal(a, b)

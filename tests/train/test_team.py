@@ -1,4 +1,4 @@
-"""runtime=ddp and runtime=spread: several processes train one group."""
+"""Several processes that train one group: runtime=ddp and runtime=spread."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def trained(line: Sequence[str], outputs: Path) -> dict[str, Run]:
 
 
 def differences(found: dict[str, Run], expected: dict[str, Run]) -> dict[str, float]:
-    """The largest by which weights differ, relative to the largest weight, of each run."""
+    """Return each run's largest difference of weights, relative to the largest weight."""
     assert found.keys() == expected.keys()
     off = {}
     for signature, run in found.items():
@@ -58,8 +58,8 @@ def curve(run: Run) -> list[str]:
 
 
 @pytest.mark.slow
-def test_spread_runs_are_those_of_one_process(tiny_overrides: list[str], tmp_path: Path) -> None:
-    """Bit for bit; with 4 processes one has no SAE, and reads for the others."""
+def test_spread_runs_equal_those_of_one_process(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """They are bit-identical. With 4 processes one has no SAE and only helps to make chunks."""
     line = [*tiny_overrides, *MIXED]
     one = trained(line, tmp_path / "one" / "outputs")
     cached = f"runtime.activation_cache={tmp_path}/cache"
@@ -74,10 +74,10 @@ def test_spread_runs_are_those_of_one_process(tiny_overrides: list[str], tmp_pat
 
 
 @pytest.mark.slow
-def test_shared_batches_make_the_run_of_one_process(
+def test_ddp_runs_equal_those_of_one_process_up_to_rounding(
     tiny_overrides: list[str], tmp_path: Path
 ) -> None:
-    """To rounding: sums are taken in another order. More steps would let it grow."""
+    """Sums have another order. With more steps the rounding error would grow."""
     line = [*tiny_overrides, "sae=topk,batch_topk,relu,gated,jumprelu,matryoshka", "seed=0"]
     line += ["runtime.log_every_steps=2", "sae.aux_alpha=0.03"]
     short = ["training.tokens=512"]  # 8 steps
@@ -112,7 +112,7 @@ def followers(leader: int) -> list[int]:
 
 
 def at_work(line: Sequence[str], outputs: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """The command, once a checkpoint is there, and its followers."""
+    """Start a command; once a checkpoint exists, return it and the ids of its workers."""
     leader = begin(line, outputs)
     wait_for(lambda: begun(outputs))
     return leader, followers(leader.pid)
@@ -129,7 +129,7 @@ SLOW = ["sae=topk,batch_topk", "seed=0", "training.tokens=8192", "runtime.checkp
 def whole(
     tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], dict[str, Run]]:
-    """The runs of a team that nobody disturbs."""
+    """Return a function that gives the runs of an undisturbed team, by strategy."""
     made: dict[str, dict[str, Run]] = {}
 
     def of(strategy: str) -> dict[str, Run]:
@@ -145,7 +145,7 @@ def whole(
 @pytest.mark.parametrize(
     ("strategy", "number"), [("ddp", signal.SIGTERM), ("spread", signal.SIGINT)]
 )  # fmt: skip
-def test_a_team_that_is_stopped_goes_on_exactly(
+def test_a_stopped_team_resumes_bit_identically(
     strategy: str,
     number: int,
     whole: Callable[[str], dict[str, Run]],
@@ -170,7 +170,7 @@ def test_a_team_that_is_stopped_goes_on_exactly(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["spread"])
-def test_a_follower_that_dies_fails_the_group_and_not_its_checkpoints(
+def test_a_killed_worker_fails_the_group_but_keeps_its_checkpoints(
     strategy: str,
     whole: Callable[[str], dict[str, Run]],
     tiny_overrides: list[str],
@@ -189,10 +189,8 @@ def test_a_follower_that_dies_fails_the_group_and_not_its_checkpoints(
 
 
 @pytest.mark.slow
-def test_followers_end_with_a_leader_that_is_killed(
-    tiny_overrides: list[str], tmp_path: Path
-) -> None:
-    """Its locks are free then, and nobody else may write into its folders."""
+def test_workers_end_when_their_leader_is_killed(tiny_overrides: list[str], tmp_path: Path) -> None:
+    """The leader's locks are free then, so its workers must not write into the folders."""
     outputs = tmp_path / "outputs"
     line = [*tiny_overrides, *SLOW, "runtime=spread", "runtime.ranks=3"]
     leader, theirs = at_work(line, outputs)
@@ -204,7 +202,7 @@ def test_followers_end_with_a_leader_that_is_killed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp"])
-def test_a_run_that_diverges_fails_alone(
+def test_only_the_diverging_runs_of_a_team_fail(
     strategy: str, tiny_overrides: list[str], tmp_path: Path
 ) -> None:
     outputs = tmp_path / "outputs"
@@ -223,11 +221,11 @@ def test_a_run_that_diverges_fails_alone(
     ("settings", "message"),
     [
         ({"ranks": 2}, "`ranks` (=2) needs runtime=ddp or runtime=spread: with "
-                       "runtime.strategy=single one process trains"),
+                       "runtime.strategy=single only one process trains"),
         ({"strategy": "ddp", "ranks": 3}, "`ranks` must divide 8 with runtime=ddp: each chunk is "
-         "dealt into 8 stripes, of which every process reads whole ones; got 3"),
+         "dealt into 8 stripes, and every process reads whole stripes; got 3"),
         ({"strategy": "spread", "device": "cuda:1"}, "`device` must be auto, cpu or cuda with "
-         "runtime=spread, where each process has a device of its own; got cuda:1"),
+         "runtime=spread, where each process has its own device; got cuda:1"),
         ({"strategy": "dpp"}, "`strategy` must be one of single, ddp, spread; got 'dpp'. Did you "
          "mean `ddp`?"),
     ],
@@ -238,12 +236,12 @@ def test_a_wrong_runtime_is_refused(settings: dict[str, object], message: str) -
     assert str(refused.value) == message
 
 
-def test_on_the_cpu_somebody_has_to_say_how_many() -> None:
+def test_on_the_cpu_the_number_of_processes_is_required() -> None:
     with pytest.raises(ConfigError, match=r"`runtime\.ranks` is required with runtime=spread on"):
         team_of(RuntimeConfig(strategy="spread", device="cpu"))
 
 
-def test_nothing_is_started_before_it_is_needed() -> None:
+def test_a_team_starts_no_process_before_it_is_needed() -> None:
     team = team_of(RuntimeConfig(strategy="ddp", ranks=2, device="cpu"))
     assert isinstance(team, LocalTeam)
     team.end()
@@ -251,10 +249,10 @@ def test_nothing_is_started_before_it_is_needed() -> None:
     assert team_of(RuntimeConfig(device="cpu")).ranks.device == torch.device("cpu")
 
 
-def test_what_is_said_of_a_rank_that_is_lost() -> None:
+def test_the_error_of_a_lost_rank_says_how_it_ended() -> None:
     from reseed.devices import is_out_of_memory
 
-    assert str(lost(2, -9)) == "rank 2 of the team ended by SIGKILL; what it said stands above"
+    assert str(lost(2, -9)) == "rank 2 of the team ended by SIGKILL; its own output is above"
     assert str(lost(1, 1)).startswith("rank 1 of the team ended with status 1")
     assert is_out_of_memory(lost(1, OUT_OF_MEMORY))
     assert not is_out_of_memory(RankLost("another process of the team is gone"))

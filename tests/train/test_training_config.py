@@ -1,4 +1,4 @@
-"""Laws of the learning rate, rules between options, signatures that stand."""
+"""Learning rates, rules between training options, and stable signatures."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def rate(sae=TOPK, **options):
     return TrainingConfig(**options).peak_lr(sae, 2**12)
 
 
-def test_learning_rate_laws_by_hand():
+def test_learning_rates_equal_hand_computed_cases():
     """At F = 2¹², √(F / 2¹⁴) is ½."""
     assert rate() == pytest.approx(4e-4)
     assert rate(RELU) == pytest.approx(5e-5)
@@ -40,14 +40,14 @@ def test_muons_biases_follow_adams_law_and_the_schedule_of_the_matrices():
         assert rates["b_enc"] == rates["b_dec"] == pytest.approx(adam / 4)
 
 
-def test_a_schedule_free_run_does_not_decay():
+def test_a_schedule_free_optimiser_refuses_a_decay():
     with pytest.raises(ConfigError, match="`decay_fraction` must be 0 with `optimizer=sign_sgd`"):
         TrainingConfig(optimizer="sign_sgd")
     TrainingConfig(optimizer="sign_sgd", decay_fraction=0.0)
 
 
-def test_what_was_trained_before_these_options_keeps_its_signature():
-    """At their neutral values they are no part of it."""
+def test_runs_from_before_these_options_keep_their_signature():
+    """At their neutral values these options do not enter the signature."""
     signed = TrainingConfig().signed()
     new = {
         "optimizer": "muon", "momentum": 0.9, "aligned": True, "decoder": "archetypal",
@@ -69,25 +69,26 @@ def test_what_was_trained_before_these_options_keeps_its_signature():
     [
         (
             {"momentum": 0.5},
-            "`momentum` is for training.optimizer=sign_sgd and muon alone; got 0.5",
+            "`momentum` needs training.optimizer=sign_sgd or muon; got 0.5",
         ),
-        ({"start_noise": 0.2}, "`start_noise` is for training.start=truth alone; got 0.2"),
-        ({"archetypes": 16}, "`archetypes` is for training.decoder=archetypal alone; got 16"),
-        ({"archetype_seed": "own"}, "`archetype_seed` is for training.decoder=archetypal alone"),
+        ({"start_noise": 0.2}, "`start_noise` needs training.start=truth; got 0.2"),
+        ({"archetypes": 16}, "`archetypes` needs training.decoder=archetypal; got 16"),
+        ({"archetype_seed": "own"}, "`archetype_seed` needs training.decoder=archetypal; got"),
         (
             {"archetype_relaxation": 0.0},
-            "`archetype_relaxation` is for training.decoder=archetypal",
+            "`archetype_relaxation` needs training.decoder=archetypal; got 0.0",
         ),
     ],
 )
-def test_options_that_nothing_heeds_are_refused(options, message):
-    """They would move the start, which is salted with the cell, and so seem to do something."""
+def test_options_without_a_use_are_refused(options, message):
+    """They would change the initial weights, which are salted with the cell, and so seem to have an
+    effect."""
     with pytest.raises(ConfigError) as caught:
         TrainingConfig(**options)
     assert message in str(caught.value)
 
 
-def test_options_are_taken_where_they_are_heeded():
+def test_options_are_accepted_where_they_have_a_use():
     TrainingConfig(optimizer="muon", momentum=0.5)
     TrainingConfig(start="truth", start_noise=0.2)
     TrainingConfig(decoder="archetypal", archetypes=16, archetype_seed="own")

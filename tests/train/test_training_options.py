@@ -1,4 +1,4 @@
-"""The options of training, from the command line to the files: equal alone, resumed, reread."""
+"""The options of training, from the command line to the files: grouped, resumed and reread."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def assert_equal(a: Run, b: Run) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_cut_and_resumed_in_company_equals_alone(
+def test_a_run_interrupted_and_resumed_in_a_group_equals_the_run_alone(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     alone, runtime = jobs(*OPTIONS[name], "seed=1", outputs="alone")
@@ -85,7 +85,7 @@ def test_cut_and_resumed_in_company_equals_alone(
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_measures_are_those_of_the_sae_that_is_stored(jobs: Jobs, name: str) -> None:
+def test_the_metrics_are_those_of_the_stored_sae(jobs: Jobs, name: str) -> None:
     (resolved,), runtime = jobs(*OPTIONS[name])
     train_missing([resolved], runtime)
     run, e = run_of(resolved, runtime), resolved.experiment
@@ -96,7 +96,7 @@ def test_the_measures_are_those_of_the_sae_that_is_stored(jobs: Jobs, name: str)
     assert float(error / variance) == pytest.approx(run.metrics["fvu"], rel=1e-6)
 
 
-def test_a_start_that_the_seed_does_not_give_is_stored_and_read(
+def test_initial_weights_that_the_seed_does_not_determine_are_stored_and_read(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: dict[str, torch.nn.Module] = {}
@@ -127,7 +127,7 @@ def test_a_start_that_the_seed_does_not_give_is_stored_and_read(
 
 
 @pytest.mark.parametrize("name", ["sign_sgd", "muon"])
-def test_a_start_that_the_seed_gives_is_not_stored(jobs: Jobs, name: str) -> None:
+def test_initial_weights_that_the_seed_determines_are_not_stored(jobs: Jobs, name: str) -> None:
     (resolved,), runtime = jobs(*OPTIONS[name])
     train_missing([resolved], runtime)
     run = run_of(resolved, runtime)
@@ -136,7 +136,7 @@ def test_a_start_that_the_seed_gives_is_not_stored(jobs: Jobs, name: str) -> Non
     assert torch.equal(run.initial_sae().W_enc, run.initial_sae().W_dec)
 
 
-def test_what_is_stored_is_the_mean_of_the_weights_and_not_where_gradients_are_taken(
+def test_a_schedule_free_run_stores_the_mean_weights(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members: list[Member] = []
@@ -153,7 +153,7 @@ def test_what_is_stored_is_the_mean_of_the_weights_and_not_where_gradients_are_t
         assert not torch.allclose(mean, parameter, rtol=0, atol=1e-5)
 
 
-def test_mean_weights_that_are_not_finite_are_seen() -> None:
+def test_mean_weights_that_are_not_finite_are_an_error() -> None:
     member = made(TrainingConfig(tokens=64, batch_size=64, optimizer="sign_sgd", decay_fraction=0))
     member.start(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)))
     member.train(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), member.optimizer)
@@ -168,7 +168,7 @@ def made(training: TrainingConfig) -> Member:
     return Member("m", Hookpoint("resid_post", 0), config, training, 6, 0, cpu)
 
 
-def test_b_dec_starts_where_it_is_told() -> None:
+def test_b_dec_starts_as_configured() -> None:
     x = torch.randn(300, 6, generator=torch.Generator().manual_seed(0)).exp()
     for name, expected in (
         ("mean", x.mean(0)),
@@ -185,7 +185,8 @@ def test_b_dec_starts_where_it_is_told() -> None:
     [("sign_sgd", 1e-2, False), ("muon", 1e-2, False), ("adam", 3e-3, True), ("muon", 1e-2, True)],
 )
 def test_planted_features_are_recovered(optimizer: str, lr: float, aligned: bool) -> None:
-    """The world of ``tests/sae/test_sae_recovery.py``: orthogonal, independent, sparse."""
+    """The features are those of ``tests/sae/test_sae_recovery.py``: orthogonal, independent,
+    sparse."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.linalg.qr(torch.randn(32, 32, generator=generator))[0]
     sae = TopKConfig(num_latents=64, k=4).build(32, generator)

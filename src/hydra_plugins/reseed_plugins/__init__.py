@@ -1,1 +1,1 @@
-"""Hydra plugins of reseed: the launcher of local sweeps, and a config folder of the user's own."""
+"""Hydra plugins of reseed: launchers for local and SLURM sweeps, and the user's config folder."""

@@ -1,11 +1,11 @@
-"""`hydra/launcher=fused`: the jobs of a local sweep in one process, handed over as a whole.
+"""Launcher `hydra/launcher=fused`: runs all jobs of a local sweep in one process.
 
-A task function with an attribute ``many`` is given all configurations at once, so that it can
-train those that read the same activations together. Other tasks run one after the other. Unlike
-Hydra's basic launcher, a job that fails does not keep the next ones from running.
+A task function with an attribute ``many`` gets all configurations at once, so that it can train
+those that read the same activations together. Other tasks run one after the other. Unlike with
+Hydra's basic launcher, the next jobs run even if one fails.
 """
 
-# No postponed annotations here: Hydra loads plugins outside sys.modules, which dataclasses need.
+# No postponed annotations: Hydra loads plugins outside sys.modules, where dataclasses resolve them.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ ConfigStore.instance().store(
 
 
 class FusedLauncher(Launcher):
-    """Runs the jobs of a sweep in this process, together where the task can."""
+    """Launcher that runs the jobs of a sweep in this process, together if the task allows it."""
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
@@ -38,7 +38,7 @@ class FusedLauncher(Launcher):
         from reseed.cli.loading import OnceLoader
 
         if isinstance(hydra_context.config_loader, ConfigLoaderImpl):
-            # The sweeper, which composes every job once more, has the same context.
+            # The sweeper, which composes every job again, shares this context.
             hydra_context.config_loader = OnceLoader(hydra_context.config_loader)
         self.hydra_context = hydra_context
         self.task_function = task_function

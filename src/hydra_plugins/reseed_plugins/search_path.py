@@ -1,4 +1,4 @@
-"""Lets users add options of their own: yaml files under the folder RESEED_CONFIG_DIR names."""
+"""Search path for the user's own options: yaml files in the folder RESEED_CONFIG_DIR."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""`hydra/launcher=slurm`: a sweep as a plan of SLURM jobs.
+"""Launcher `hydra/launcher=slurm`: declares the settings for a sweep of SLURM jobs.
 
 The commands of reseed read these settings and submit through submitit (`reseed.cli.cluster`): one
-array task for each group of runs that train together, then the comparisons, then the tables. That
-takes the whole command, of which a Hydra launcher sees the jobs of one arm alone; so what stands
-here is the declaration, and a word to who launches something else with it.
+array task for each group of runs that train together, then the comparisons, then the tables.
+Planning needs the whole command, but a Hydra launcher sees only the jobs of one arm. So this
+launcher only declares the settings, and refuses to launch anything itself.
 """
 
 # No postponed annotations here: see fused.py.
@@ -22,7 +22,7 @@ ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=defaults(),
 
 
 class SlurmLauncher(Launcher):
-    """Launches nothing by itself: `reseed train`, `run`, `compare` and `evaluate` submit."""
+    """Launcher that always raises: `reseed train`, `run`, `compare` and `evaluate` submit."""
 
     def __init__(self, **settings: object) -> None:
         self.settings = settings
@@ -36,6 +36,6 @@ class SlurmLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         raise ReseedError(
-            "hydra/launcher=slurm is for `reseed train`, `run`, `compare` and `evaluate`: of "
-            "anything else take hydra/launcher=submitit_slurm, a job for each run"
+            "hydra/launcher=slurm works only with `reseed train`, `run`, `compare` and `evaluate`: "
+            "use hydra/launcher=submitit_slurm, which submits one job for each run"
         )

@@ -1,20 +1,19 @@
-"""A folder of activations that were computed: who may write, what is kept, what goes.
+"""The on-disk activation cache: its layout, its locks and its eviction.
 
     FOLDER/
-        .lock                          held for a moment by whoever adds or removes entries
+        .lock                          held briefly by a process that adds or removes entries
         <readable>-<digest>/           an entry: the chunks of one hookpoint, text, order and model
-            entry.json                 all that decides its activations; its time is the last use
+            entry.json                 everything that decides its activations; mtime = last use
             .use                       locked (shared) by every process that uses the entry
             .writer                    locked by the one process that writes chunks
             000003-<digest>.safetensors    a chunk and its checksum (`chunk_file`)
 
-Files are whole or absent. When the budget is reached, entries that no live process uses go first,
-the one that was used longest ago before the others, and of an entry its last chunks before its
-first: a run reads from the front, so that what is left of an entry is still found. A chunk for
-which this makes no room is not kept. (To drop the oldest chunk of a run in its place would drop
-each one shortly before it is asked for again.)
+Files are whole or absent. When the budget is reached, the least recently used entry that no live
+process uses is shortened first, its last chunks before its first: a run reads from the front, so
+the remaining chunks stay useful. If this does not free enough space, the new chunk is not stored.
+(Dropping the run's own oldest chunk instead would drop each chunk shortly before its next use.)
 
-Nothing but the standard library is imported here: `reseed cache` lists and clears.
+Imports only the standard library, so that `reseed cache` starts quickly.
 """
 
 from __future__ import annotations
@@ -45,11 +44,11 @@ _UNFINISHED = ".unfinished-"
 
 @dataclass(frozen=True)
 class Stored:
-    """An entry as its folder shows it.
+    """The state of one entry, read from its folder.
 
     Attributes:
-        chunks: size in bytes by name, in the order of their numbers.
-        unfinished: bytes of files that are being written, or were when their process died.
+        chunks: size in bytes by file name, in the order of their numbers.
+        unfinished: bytes of temporary files, including those of processes that died.
         last_used: seconds since 1970.
     """
 
@@ -60,12 +59,12 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """Bytes of its chunks, finished or not."""
+        """Bytes of all chunks, finished or not."""
         return sum(self.chunks.values()) + self.unfinished
 
     @property
     def in_use(self) -> bool:
-        """Whether a live process uses it."""
+        """True if a live process uses the entry."""
         handle = take(self.path / ".use", wait_s=0)
         if handle is None:
             return True
@@ -74,11 +73,11 @@ class Stored:
 
 
 class ActivationCache:
-    """The folder. What goes wrong with it is said once and costs time, never a run.
+    """The cache folder. An I/O error is reported once; the run continues without the cache.
 
     Args:
-        folder: made when the first entry is.
-        budget: bytes that it may hold. Chunks that live processes use are never removed for it.
+        folder: created with the first entry.
+        budget: maximum size in bytes. Chunks that live processes use are never evicted.
     """
 
     def __init__(self, folder: Path | str, budget: int) -> None:
@@ -87,14 +86,14 @@ class ActivationCache:
         self._collected = False
 
     def entry(self, key: Mapping[str, Any], readable: str) -> Entry | None:
-        """The entry for what ``key`` declares, in use from now on until nobody refers to it.
+        """Return the entry of ``key``, marked as in use until the object is garbage-collected.
 
         Args:
-            key: plain values, all that decides the activations.
-            readable: what the folder's name begins with.
+            key: plain values, everything that decides the activations.
+            readable: prefix of the folder's name.
 
         Returns:
-            None where the folder cannot be used.
+            None if the folder cannot be used.
         """
         name = re.sub(r"[^\w.+-]+", "_", readable)
         path = self.folder / f"{name}-{digest(dict(key), DIGITS)}"
@@ -118,7 +117,7 @@ class ActivationCache:
         return Entry(self, path, use)
 
     def stored(self) -> list[Stored]:
-        """Every entry that is there, the one that was used last first."""
+        """Return all entries, the most recently used first."""
         try:
             folders = [p for p in self.folder.iterdir() if _ENTRY.search(p.name) and p.is_dir()]
         except OSError:
@@ -127,10 +126,10 @@ class ActivationCache:
         return sorted(found, key=lambda entry: -entry.last_used)
 
     def clear(self, pattern: str = "*") -> tuple[list[Stored], list[Stored]]:
-        """Remove the entries whose name matches, a part of it or with wildcards.
+        """Remove the entries whose name contains ``pattern``, which may hold wildcards.
 
         Returns:
-            what was removed, and what was kept because a live process uses it.
+            the removed entries, and those left because a live process uses them.
         """
         removed, kept = [], []
         if not self.folder.is_dir():
@@ -143,14 +142,14 @@ class ActivationCache:
         return removed, kept
 
     def say_once(self, message: str) -> None:
-        """Say what need not be said for every chunk."""
+        """Print a message the first time it occurs, not once per chunk."""
         if message not in self._said:
             self._said.add(message)
             say(message)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Held for a moment, so it is waited for."""
+        """Hold the folder's lock. Waits: every process holds it only briefly."""
         handle = take(self.folder / ".lock")
         try:
             yield
@@ -158,10 +157,10 @@ class ActivationCache:
             os.close(handle)  # type: ignore[arg-type]
 
     def _make_room(self, size: int) -> bool:
-        """Remove what has to go for ``size`` more bytes. To be called `_alone`.
+        """Evict chunks until ``size`` more bytes fit. The caller holds `_alone`.
 
         Returns:
-            whether there is room now.
+            True if there is room now.
         """
         stored = self.stored()
         over = sum(entry.size for entry in stored) + size - self.budget
@@ -181,7 +180,7 @@ class ActivationCache:
         for entry in reversed(stored):
             if over <= 0:
                 break
-            with suppress(OSError):  # that of another user may not be ours to remove
+            with suppress(OSError):  # another user's entry may not be removable
                 _if_idle(entry, shorten)
         return over <= 0
 
@@ -190,7 +189,7 @@ class Entry:
     """An entry in use by this process.
 
     Args:
-        use: handle of the shared lock, which is closed with this object.
+        use: handle of the shared lock, closed when this object is garbage-collected.
     """
 
     def __init__(self, cache: ActivationCache, path: Path, use: int) -> None:
@@ -200,19 +199,19 @@ class Entry:
         weakref.finalize(self, os.close, use)
 
     def file(self, c: int, address: str) -> Path:
-        """Where chunk ``c`` is, or will be.
+        """Return the path of chunk ``c``, whether or not it exists.
 
         Args:
-            address: digest of all that decides it.
+            address: digest of everything that decides the chunk.
         """
         return self.path / f"{c:06d}-{address[:16]}.safetensors"
 
     def write(self, path: Path, size: int, write: Callable[[Path], object]) -> bool:
-        """Let ``write`` make a file of about ``size`` bytes that then takes the name ``path``.
+        """Let ``write`` fill a temporary file of about ``size`` bytes, then rename it to ``path``.
 
         Returns:
-            whether it is there: not where another process writes this entry, where it does not
-            fit, or where the disk is full.
+            False if another process writes this entry, if the file exceeds the budget, or if the
+            disk is full.
         """
         if self._full_disk or not self._writes():
             return False
@@ -223,7 +222,7 @@ class Entry:
                 gib = self.cache.budget / 2**30
                 self.cache.say_once(
                     f"the activation cache {self.cache.folder} is full "
-                    f"(runtime.activation_cache_gib={gib:g}): the rest is not kept"
+                    f"(runtime.activation_cache_gib={gib:g}): further chunks are not stored"
                 )
                 return False
             write(temporary)
@@ -233,7 +232,7 @@ class Entry:
             self._full_disk = True
             self.cache.say_once(
                 f"cannot write to the activation cache {self.cache.folder} ({error.strerror}): "
-                "the rest is not kept"
+                "further chunks are not stored"
             )
             return False
         finally:
@@ -241,13 +240,13 @@ class Entry:
                 temporary.unlink(missing_ok=True)
 
     def discard(self, path: Path) -> None:
-        """Remove a file that is not what it should be, if this process is the one that writes."""
+        """Remove a damaged file, if this process is the writer of the entry."""
         if self._writes():
             with suppress(OSError):
                 path.unlink()
 
     def _writes(self) -> bool:
-        """Whether this process is the one that writes; it stays so while it uses the entry."""
+        """Become the entry's writer if there is none; stay it while the entry is in use."""
         if self._writer is None:
             try:
                 handle = take(self.path / ".writer", wait_s=0)
@@ -262,11 +261,11 @@ class Entry:
         return True
 
     def _reserved(self, size: int) -> Path | None:
-        """An empty file that counts as ``size`` bytes already, or None where these do not fit."""
+        """Create a sparse temporary file of ``size`` bytes; None if it exceeds the budget."""
         with self.cache._alone():
             there = self.cache._make_room(size)
             if not there and not self.cache._collected:
-                # What this process has used before may still hang in a cycle of references.
+                # Reference cycles may keep entries that this process no longer uses locked.
                 self.cache._collected = True
                 gc.collect()
                 there = self.cache._make_room(size)
@@ -283,7 +282,7 @@ class Entry:
 
 
 def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
-    """Do something to an entry that no live process uses; whether that was so."""
+    """Call ``act`` on an entry if no live process uses it; return True if it was called."""
     handle = take(entry.path / ".use", wait_s=0)
     if handle is None:
         return False
@@ -295,13 +294,13 @@ def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
 
 
 def _stored(folder: Path) -> Stored | None:
-    """What is in a folder; None where it is gone, or no entry."""
+    """Read an entry's folder; None if it is gone or is not an entry."""
     chunks: dict[str, int] = {}
     unfinished = 0
     try:
         last_used = (folder / "entry.json").stat().st_mtime
         for file in os.scandir(folder):
-            with suppress(FileNotFoundError):  # meanwhile it may have got its name
+            with suppress(FileNotFoundError):  # the writer may have renamed it meanwhile
                 if _CHUNK.match(file.name):
                     chunks[file.name] = file.stat().st_size
                 elif file.name.startswith(_UNFINISHED):

@@ -1,4 +1,4 @@
-"""A chunk in a file: safetensors, with a checksum over what it is and what is in it."""
+"""Chunk files: safetensors, with a checksum over the chunk's address and its content."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class Damaged(Exception):
-    """A file that is not what it should be; the message says in what."""
+    """A chunk file that is truncated, corrupted or of another chunk; the message says which."""
 
 
 def write_chunk(path: Path, x: Tensor, address: str) -> None:
     """Write ``x``, in its own precision, as the chunk with this address.
 
-    The file is filled from its front, not emptied before, so that its size is reserved all the
-    time. It is not forced to the disk: after a power cut the checksum tells.
+    The file is overwritten in place and not truncated first, so that its space stays reserved. It
+    is not fsynced: the checksum detects a file that a power cut left incomplete.
 
     Args:
-        path: a file that is there, at least as long as what will be in it.
+        path: an existing file, at least as long as the content.
     """
     x = x.detach().cpu().contiguous()
     payload = _bytes(x)
@@ -39,7 +39,7 @@ def write_chunk(path: Path, x: Tensor, address: str) -> None:
         },
     }
     header = json.dumps(about).encode()
-    header += b" " * (-len(header) % 8)  # what follows is aligned
+    header += b" " * (-len(header) % 8)  # aligns the payload
     with path.open("r+b") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
@@ -48,11 +48,11 @@ def write_chunk(path: Path, x: Tensor, address: str) -> None:
 
 
 def read_chunk(path: Path, address: str) -> Tensor:
-    """The chunk with this address.
+    """Read the chunk with this address.
 
     Raises:
-        FileNotFoundError: there is none.
-        Damaged: the file is not whole, not what was written, or of another chunk.
+        FileNotFoundError: the file does not exist.
+        Damaged: the file is truncated, corrupted, or holds another chunk.
     """
     with path.open("rb") as file:
         begun = file.read(8)
@@ -72,7 +72,7 @@ def read_chunk(path: Path, address: str) -> Tensor:
         size = path.stat().st_size - 8 - length
         if begin != 0 or min(shape, default=0) < 0 or end != size:
             raise Damaged("it is not whole")
-        # Checked against the file's size before the memory is taken.
+        # A corrupt shape must not allocate more memory than the file holds.
         if torch.Size(shape).numel() * dtype.itemsize != size:
             raise Damaged("its header cannot be read")
         x = torch.empty(shape, dtype=dtype)

@@ -1,7 +1,7 @@
 """Activations of a language model on a text, chunk by chunk.
 
 chunk(c) = run the model on the sequences that hold activations [c·M, (c+1)·M) of the text in
-           its order, and put each activation where the chunk's permutation wants it
+           its order, and put each activation at its row in the chunk's permutation
 
 M chunk_tokens · B batch · D d_in · L context_length
 """
@@ -28,18 +28,18 @@ from reseed.activations.tokens import Packing, TokenStore
 from reseed.ranks import ALONE, Ranks
 
 VERSION = 1
-"""Raised when code changes the activations of a chunk: those on disk are then not found."""
+"""Raise it when code changes the activations of a chunk; cached chunks then no longer match."""
 
 
 class ActivationStream(ChunkStream):
-    """The endless or finite sequence of chunks of one text through one model.
+    """The endless or finite sequence of chunks of one model's activations on one text.
 
     Args:
         model: the language model.
         store: the training documents.
         config: packing, order, chunk size, repetition.
-        hookpoints: where activations are read, all in one pass.
-        shelf: where chunks are kept on disk.
+        hookpoints: where activations are read, all in one forward pass.
+        shelf: the cache of chunks on disk.
     """
 
     config: TextConfig
@@ -60,27 +60,27 @@ class ActivationStream(ChunkStream):
 
     @cached_property
     def num_activations(self) -> int:
-        """Activations in one reading of the text, the same for every epoch of a repeated one."""
+        """Activations per epoch; for a repeated text, the number that every epoch has at least."""
         first = self._epoch(0)
         return first.guaranteed_activations if self.config.repeat else first.num_activations
 
     def num_batches(self, batch_size: int) -> int | None:
-        """Batches that the text gives, or None where it is repeated for ever."""
+        """Return the number of batches in the text, or None if the text is repeated."""
         return None if self.config.repeat else self._batches_per_epoch(batch_size)
 
     def position(self, step: int, batch_size: int) -> Position:
-        """Where batch ``step`` (0-based) begins."""
+        """Return the position where batch ``step`` (0-based) begins."""
         epoch, step = divmod(step, self._batches_per_epoch(batch_size))
         within = super().position(step, batch_size)
         return Position(epoch * self._chunks_per_epoch + within.chunk, within.row)
 
     def rows(self, c: int) -> int:
-        """Activations in each stripe of chunk ``c``: fewer in the last one of an epoch."""
+        """Return the activations per stripe of chunk ``c``: fewer in an epoch's last chunk."""
         first = c % self._chunks_per_epoch * self.config.chunk_tokens
         return min(self.config.chunk_tokens, self.num_activations - first) // STRIPES
 
     def steps_before(self, c: int, batch_size: int) -> int:
-        """Batches before the first one of chunk ``c``."""
+        """Return the number of batches before the first batch of chunk ``c``."""
         epoch, within = divmod(c, self._chunks_per_epoch)
         return epoch * self._batches_per_epoch(batch_size) + super().steps_before(
             within, batch_size
@@ -105,7 +105,7 @@ class ActivationStream(ChunkStream):
         return {h: x.view(STRIPES, rows, -1) for h, x in found.items()}
 
     def _own(self, c: int) -> dict[Hookpoint, Tensor]:
-        """The model reads the sequences of these stripes alone, unless the cache has the chunk."""
+        """Run the model on this rank's stripes only, unless the cache has the chunk."""
         if self.stripes == slice(0, STRIPES):
             return self._dealt(c)
         epoch, first, rows = self._extent(c)
@@ -124,7 +124,7 @@ class ActivationStream(ChunkStream):
         return {h: x.view(-1, rows, x.shape[-1]) for h, x in found.items()}
 
     def _places(self, c: int, rows: int, stripes: slice) -> Tensor:
-        """The row, among those of some stripes, where each of their activations goes."""
+        """Return the row, within ``stripes``, of each of their activations in reading order."""
         order = self._permutation(c, rows)[stripes.start * rows : stripes.stop * rows]
         order = order - stripes.start * rows
         place = torch.empty_like(order)
@@ -132,7 +132,7 @@ class ActivationStream(ChunkStream):
         return place
 
     def _extent(self, c: int) -> tuple[int, int, int]:
-        """Epoch, first activation within it, and rows in a stripe of chunk ``c``."""
+        """Return the epoch of chunk ``c``, its first activation there, and its rows per stripe."""
         epoch, within = divmod(c, self._chunks_per_epoch)
         first = within * self.config.chunk_tokens
         return epoch, first, self.rows(c)
@@ -155,8 +155,8 @@ class Passage:
     """Consecutive activations of a packed text, as the sequences that hold them.
 
     Attributes:
-        sequences: what the model reads.
-        kept: which positions count as activations.
+        sequences: the tokens that the model reads.
+        kept: the positions that count as activations.
         skip: activations of the first sequence that come before the passage.
         wanted: activations in the passage.
     """
@@ -168,10 +168,10 @@ class Passage:
 
     @classmethod
     def of(cls, packing: Packing, first: int, last: int) -> Passage:
-        """Activations ``first`` to ``last`` (exclusive).
+        """Return the passage of activations ``first`` to ``last`` (exclusive).
 
         Raises:
-            ValueError: the text ends before.
+            ValueError: the text ends before ``last``.
         """
         begin, end, skip = packing.covering(first, last)
         sequences = packing.sequences(begin, end)
@@ -179,13 +179,13 @@ class Passage:
         there = int(kept.sum()) - skip
         if there < last - first:
             raise ValueError(
-                f"activations {first} to {last} asked for; the text ends at {first + there}"
+                f"activations {first} to {last} were requested; the text ends at {first + there}"
             )
         return cls(sequences, kept, skip, last - first)
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the tokens and over which of their activations are meant."""
+        """SHA-256 over the tokens and the selection of their activations."""
         sha = hashlib.sha256(repr((self.sequences.shape, self.skip, self.wanted)).encode())
         sha.update(np.ascontiguousarray(self.sequences, dtype="<i8").data)
         sha.update(np.packbits(self.kept).data)
@@ -199,13 +199,13 @@ class Passage:
         between: Callable[[], None] = lambda: None,
         ranks: Ranks = ALONE,
     ) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
-        """Its activations.
+        """Run ``model`` on the passage and return its activations.
 
         Args:
-            place: row of the result that each of them shall have; by default in reading order.
-            between: called before each forward pass.
-            ranks: those that share the forward passes. Each has all activations in the end, the
-                same as one alone would have.
+            place: row of each activation in the result; by default in reading order.
+            between: called before each forward pass and after the last.
+            ranks: processes that share the forward passes. Each returns all activations, the same
+                as a single process would.
         """
         tokens = torch.from_numpy(self.sequences.astype(np.int64, copy=False))
         filling = _Filling(self._rows(place).to(model.device), self.wanted)
@@ -233,7 +233,7 @@ class Passage:
         return filling.done
 
     def _rows(self, place: Tensor | None) -> Int[Tensor, " positions"]:
-        """Where the activation of each position goes; those not meant go to one row at the end."""
+        """Return the row of each position's activation; unwanted ones share one last row."""
         number = np.cumsum(self.kept.reshape(-1)) - 1 - self.skip
         meant = self.kept.reshape(-1) & (number >= 0) & (number < self.wanted)
         rows = np.full(len(number), self.wanted, dtype=np.int64)
@@ -242,11 +242,11 @@ class Passage:
 
 
 class _Filling:
-    """Activations on their way to their rows.
+    """Buffers that collect activations at their rows.
 
     Args:
-        rows: of each position that the model reads; `wanted` for those that are not meant.
-        wanted: how many rows there are.
+        rows: row of each position that the model reads; `wanted` for positions left out.
+        wanted: number of rows.
     """
 
     def __init__(self, rows: Int[Tensor, " positions"], wanted: int) -> None:
@@ -254,12 +254,12 @@ class _Filling:
         self._out: dict[Hookpoint, Tensor] = {}
 
     def put(self, found: Mapping[Hookpoint, Tensor], begin: int) -> None:
-        """Those of consecutive positions from ``begin`` on."""
+        """Store the activations of consecutive positions from ``begin`` on."""
         for hookpoint, x in found.items():
             x = x.flatten(0, -2)
             if hookpoint not in self._out:
                 self._out[hookpoint] = x.new_empty(self.wanted + 1, x.shape[-1])
-            # One copy, from where the model left it to where it stays.
+            # A single copy per activation, straight from the model's output.
             self._out[hookpoint].index_copy_(0, self.rows[begin : begin + len(x)], x)
 
     @property
@@ -268,7 +268,7 @@ class _Filling:
 
 
 def _shares(sequences: int, at_once: int, count: int) -> list[slice]:
-    """Which sequences each of several ranks reads: whole passes, the same as one alone makes."""
+    """Split the sequences among ranks at the batch boundaries of a single process."""
     passes = -(-sequences // at_once)
     bounds = [min(passes * r // count * at_once, sequences) for r in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(bounds)]
@@ -282,7 +282,7 @@ def held_out_chunks(
     tokens: int,
     shelf: Shelf | None = None,
 ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
-    """The first ``tokens`` activations of the held-out documents, in pieces of a chunk's size."""
+    """Yield the first ``tokens`` activations of the held-out documents, one chunk at a time."""
     packing = held_out_packing(store, config)
     hookpoints = tuple(dict.fromkeys(hookpoints))
     for c, first in enumerate(range(0, tokens, config.chunk_tokens)):
@@ -296,5 +296,5 @@ def held_out_chunks(
 
 
 def held_out_packing(store: TokenStore, config: TextConfig) -> Packing:
-    """Held-out documents in an order that no seed of the experiment moves."""
+    """Return the held-out documents in an order independent of the experiment's seeds."""
     return Packing(store, replace(config, order_seed=0))

@@ -1,7 +1,7 @@
-"""From a Python source to the English in its docstrings.
+"""Extraction of English prose from the docstrings of Python sources.
 
-This file imports only the standard library, because it is also the script that the worker
-processes of `docstrings.py` run: a JSON list of file names in, the paragraphs of each file out.
+This file imports only the standard library, because the worker processes of `docstrings.py` run it
+as a script: a JSON list of file names in, the paragraphs of each file out.
 """
 
 import ast
@@ -22,11 +22,11 @@ MIN_LETTER_SHARE = 0.88
 def source_docstrings(source: bytes) -> list[str]:
     """Return the docstrings of a module, its classes and functions, in the order of the source.
 
-    Documentation that is attached by a call (`add_newdoc`, `add_docstr`) counts as well.
-    A source that does not parse has none.
+    Documentation attached by a call (`add_newdoc`, `add_docstr`) is included. A source that does
+    not parse gives an empty list.
     """
     if b'"""' not in source and b"'''" not in source:
-        return []  # parsing is all the cost
+        return []  # skips parsing, which is nearly all of the cost
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
@@ -86,8 +86,8 @@ _ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "
 def prose_paragraphs(docstring: str) -> list[str]:
     """Return the paragraphs of English in a docstring, each on one line, without markup.
 
-    Left out: code (doctests, fences, literal blocks), tables, rules and the headings above them,
-    formulas, and the lines that only give a parameter's name and type.
+    Leaves out code (doctests, fences, literal blocks), tables, rules and the headings above them,
+    formulas, and lines that only give a parameter's name and type.
     """
     lines = _dedent_tail(docstring).translate(_ASCII).splitlines()
     paragraphs = (_plain(" ".join(block)) for block in _blocks(_without_code(lines)))
@@ -95,13 +95,13 @@ def prose_paragraphs(docstring: str) -> list[str]:
 
 
 def _dedent_tail(docstring: str) -> str:
-    """Return the docstring with its first line, which follows the quotes, apart from the rest."""
+    """Dedent all lines but the first, which follows the quotes and has no indentation."""
     first, _, rest = docstring.expandtabs().partition("\n")
     return f"{first.strip()}\n{textwrap.dedent(rest)}"
 
 
 def _without_code(lines: list[str]) -> Iterator[str]:
-    """Yield the stripped lines outside of code; where something was left out, an empty one."""
+    """Yield the stripped lines outside of code, with an empty line for each omission."""
     block_indent: int | None = None  # inside an indented block that hangs below this column
     fenced = in_doctest = False
     for line in lines:
@@ -121,7 +121,7 @@ def _without_code(lines: list[str]) -> Iterator[str]:
             in_doctest, block_indent = True, None
             yield ""
         elif _DIRECTIVE.match(text):
-            # A note is prose under its heading; code, formulas and version marks are not.
+            # The body of a note is prose; code, formulas and version marks are not.
             block_indent = None if _PROSE_DIRECTIVE.match(text) else indent
             yield ""
         else:
@@ -130,13 +130,13 @@ def _without_code(lines: list[str]) -> Iterator[str]:
 
 
 def _blocks(lines: Iterable[str]) -> Iterator[list[str]]:
-    """Yield runs of lines that belong together: list items and parameters stand alone."""
+    """Yield groups of lines that form a paragraph; list items and parameters are separate."""
     block: list[str] = []
     for line in lines:
         has_colon = ":" in line
         starts_block = _BULLET.match(line) or (has_colon and _FIELD.match(line))
         if _RULE.match(line):
-            block = []  # what stands right above a rule is its heading
+            block = []  # the lines directly above a rule are its heading
         elif not line or starts_block:
             yield block
             block = [line[starts_block.end() :]] if starts_block else []
@@ -149,7 +149,7 @@ def _blocks(lines: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _names_a_parameter(line: str) -> bool:
-    """Tell `axis : int or None, optional` from a sentence with a colon in it."""
+    """Distinguish `axis : int or None, optional` from a sentence that contains a colon."""
     name, _, _ = line.partition(":")
     return line.startswith((":type", ":rtype")) or (
         len(name.split(",")) == len(name.split()) and not line.endswith(":")
@@ -176,9 +176,9 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def read_paragraphs(files: Iterable[str]) -> list[list[list[str]]]:
-    """Return, per file, the paragraphs of each docstring that has any and did not come before."""
-    warnings.simplefilter("ignore")  # of the sources: invalid escapes and the like
-    gc.disable()  # a syntax tree has no cycles to collect; looking for them costs a quarter
+    """Return, per file, the paragraphs of each docstring that has any and is not a repetition."""
+    warnings.simplefilter("ignore")  # the sources raise warnings, e.g. for invalid escapes
+    gc.disable()  # syntax trees have no cycles; searching for them costs a quarter of the time
     seen: set[str] = set()
     results = []
     for file in files:

@@ -1,8 +1,8 @@
 """The embedded text: the docstrings of the packages that every installation of reseed has.
 
-A few megabytes of English that need no network: the sources of a fixed list of dependencies are
-found, parsed (never imported), their docstrings reduced to prose, and every paragraph kept once.
-Nothing outside the standard library is imported here.
+A few megabytes of English that need no network. The sources of a fixed list of dependencies are
+parsed (never imported), their docstrings are reduced to prose, and duplicate paragraphs dropped.
+Imports nothing outside the standard library.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from reseed.atomic import atomic_write_text
 from reseed.console import say
 
 EXTRACTOR_VERSION = 1
-"""Raise it with every change that alters the documents: it is part of the cache's name."""
+"""Raise it with every change that alters the documents: it is part of the cache file's name."""
 
 STANDARD_LIBRARY = "python"
 
@@ -57,7 +57,7 @@ PACKAGES: dict[str, str] = {
     "tqdm": "tqdm",
 }
 """Import name → distribution name, in the order of the text. A paragraph that two packages share
-is kept where it comes first. All are hard dependencies of reseed, or of its dependencies."""
+appears only in the first. All are hard dependencies of reseed, or of its dependencies."""
 
 MIN_DOCUMENT_CHARS = 80
 
@@ -85,9 +85,9 @@ _SKIPPED_FOLDERS = frozenset(
         "encodings",
     }
 )
-# Written at installation, or different from one platform's wheel to the next.
+# Generated at installation, or different between the wheels of two platforms.
 _SKIPPED_FILES = frozenset({"__config__.py", "version.py", "_version.py", "__about__.py"})
-# Transformers: a fifth of all sources, and what little prose they hold is in the configurations.
+# Transformers: a fifth of all sources; nearly all of its prose is in the configurations.
 _SKIPPED_PREFIXES = ("modeling_", "modular_", "convert_")
 _LOWER_WORD = re.compile(r"\b[a-z]+\b")
 
@@ -96,7 +96,7 @@ def docstring_documents(cache_dir: Path) -> list[str]:
     """Return the embedded text: one document per docstring, paragraphs separated by a newline.
 
     The same installation gives the same list, in the same order. The first call parses all
-    sources (about 15 s) and leaves the result in `cache_dir`; later calls read that file.
+    sources (about 15 s) and stores the result in `cache_dir`; later calls read that file.
 
     Raises:
         ModuleNotFoundError: if a package of `PACKAGES` is not installed.
@@ -112,7 +112,7 @@ def docstring_documents(cache_dir: Path) -> list[str]:
 
 
 def docstring_fingerprint(documents: Iterable[str]) -> str:
-    """Return the SHA-256 (hex) of the documents and of where one ends and the next begins."""
+    """Return the SHA-256 (hex) of the documents and their boundaries."""
     digest = hashlib.sha256()
     for document in documents:
         encoded = document.encode()
@@ -122,7 +122,7 @@ def docstring_fingerprint(documents: Iterable[str]) -> str:
 
 
 def _installation_digest() -> str:
-    """Return 16 hex characters that change with the extractor and with any package's version."""
+    """Return 16 hex characters that depend on the extractor's and all packages' versions."""
     versions = {name: _version(name) for name in PACKAGES}
     record = json.dumps([EXTRACTOR_VERSION, versions])
     return hashlib.sha256(record.encode()).hexdigest()[:16]
@@ -147,7 +147,7 @@ def _not_installed(package: str) -> ModuleNotFoundError:
 
 
 def package_root(package: str) -> Path:
-    """Return the folder of a package's sources, found without importing it.
+    """Return the folder of a package's sources without importing the package.
 
     Raises:
         ModuleNotFoundError: if the package is not installed, or is not a folder of sources.
@@ -161,7 +161,7 @@ def package_root(package: str) -> Path:
 
 
 def source_files(root: Path) -> list[Path]:
-    """Return the Python files below `root`, tests left out, in the order of their names."""
+    """Return the Python files below `root` except tests, sorted by name."""
     found: list[tuple[str, ...]] = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
@@ -176,11 +176,11 @@ def _is_kept(name: str) -> bool:
 
 
 def unique_documents(docstrings: Iterable[list[str]]) -> list[str]:
-    """Return a document per docstring (its paragraphs), without paragraphs that came before.
+    """Return a document per docstring (its paragraphs), without repeated paragraphs.
 
-    Two paragraphs count as the same if their lower-case words agree: copies that differ in the
-    name of a class, in a number or in punctuation are copies. Documents that are left with fewer
-    than `MIN_DOCUMENT_CHARS` are dropped.
+    Two paragraphs count as the same if their lower-case words agree, so that copies may differ in
+    the name of a class, in a number or in punctuation. Documents left with fewer than
+    `MIN_DOCUMENT_CHARS` are dropped.
     """
     seen: set[str] = set()
     documents = []
@@ -200,8 +200,8 @@ def unique_documents(docstrings: Iterable[list[str]]) -> list[str]:
 def _read_in_processes(files: list[Path]) -> Iterator[list[str]]:
     """Yield the paragraphs of every docstring, in the order of the files.
 
-    The workers run `docstring_prose.py` as a script: unlike multiprocessing, that neither forks a
-    process that may hold threads nor imports the caller's main module again.
+    The workers run `docstring_prose.py` as a script. Unlike multiprocessing, this neither forks a
+    process that may have threads nor imports the caller's main module again.
     """
     num_workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2, 8)
     names = [str(file) for file in files]

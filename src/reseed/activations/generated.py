@@ -1,4 +1,4 @@
-"""A world as a source of activations, in the language model's place."""
+"""A synthetic world as a source of activations, in place of a language model."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from reseed.activations.world_config import GeneratedConfig, WorldConfig, firing
 from reseed.activations.worlds import Sample, World
 from reseed.config import ConfigError
 
-_TRAINING, _HELD_OUT = 0x746F6B656E, 0x746F6B656F  # what the seeds of either part begin with
+_TRAINING, _HELD_OUT = 0x746F6B656E, 0x746F6B656F  # first word of the seeds of each split
 _BLOCK = 4_096
-"""Held-out tokens drawn at once; a fixed size, so that the first so many do not depend on how
-many are asked for."""
+"""Held-out tokens drawn at once. Fixed, so that a longer request begins with the shorter one."""
 _NORMAL = 30.0
-"""Operations that a normal draw costs, about."""
+"""Approximate number of operations per normal draw."""
 
 
 @dataclass(frozen=True)
 class ResolvedWorld(ResolvedSource):
-    """A world that fits together: its configuration says everything."""
+    """A validated world, fully determined by its configuration."""
 
     config: WorldConfig
     label: str
@@ -40,10 +39,10 @@ class ResolvedWorld(ResolvedSource):
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        return {}  # what was declared is signed already
+        return {}  # the configuration is signed already
 
     def check(self, hookpoint: Hookpoint) -> None:
-        """Raise `ConfigError` for anything but the one site that a world has."""
+        """Raise `ConfigError` unless ``hookpoint`` is the world's only one, resid_post.0."""
         if hookpoint.layer != 0:
             raise ConfigError(
                 f"{{key}} must be 0: {self.label} is a world and has one layer; "
@@ -71,7 +70,7 @@ class ResolvedWorld(ResolvedSource):
 
 @dataclass(frozen=True)
 class ResolvedGenerated(ResolvedData):
-    """A world, and how what it makes is ordered and cut up."""
+    """A world, with the order and the chunk size of its activations."""
 
     world: WorldConfig
     config: GeneratedConfig
@@ -101,14 +100,14 @@ class ResolvedGenerated(ResolvedData):
         return 4 * rows * self.world.d_in
 
     def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """A normal draw per feature, its factors, and the rows of those that fire."""
+        """Count a normal draw per feature, its factors, and the rows of the features that fire."""
         config = self.world
         active = float(firing_given_parent(config).sum()) + config.groups * config.group_rank
         drawn = config.num_features * (_NORMAL + 2.0 * config.copula_rank)
         return drawn + 2.0 * active * config.d_in
 
     def check_budget(self, steps: int, batch_size: int) -> None:
-        """There is always enough."""
+        """Accept every budget: a world is endless."""
 
     def open(
         self, device: torch.device, needed: int, cache: ActivationCache | None = None
@@ -117,9 +116,9 @@ class ResolvedGenerated(ResolvedData):
 
 
 class WorldSource(ActivationSource):
-    """Draws from a world.
+    """Activations drawn from a world.
 
-    Training chunks are drawn by (world's seed, order seed, c), held-out tokens by the world's seed
+    Training chunks are seeded by (world's seed, order seed, c), held-out tokens by the world's seed
     alone.
     """
 
@@ -145,7 +144,7 @@ class WorldSource(ActivationSource):
 
 
 class WorldStream(ChunkStream):
-    """Endless: chunk c is a sample of its own."""
+    """An endless stream; chunk c is an independent sample."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Where in a language model activations are read."""
+"""Hookpoints: the places in a language model where activations are read."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _CHILDREN = {
 class HookpointConfig(Config, family="hookpoint"):
     """The site within a layer.
 
-    ``resid_post`` is the residual stream after the block, ``mlp_out`` and ``attn_out`` what the
-    block's MLP and attention write to it, ``module`` the output of any module by its path.
+    ``resid_post`` is the residual stream after the block, ``mlp_out`` and ``attn_out`` the outputs
+    of the block's MLP and attention, ``module`` the output of any module, given by its path.
     """
 
     site: str = setting("resid_post", choices=SITES)
     module: str | None = None
-    """For ``site=module``: the module's path, with ``*`` where the layer's number goes."""
+    """The module's path if ``site=module``, with ``*`` in place of the layer's number."""
 
     def validate(self) -> None:
         if (self.site == "module") != (self.module is not None):
@@ -39,7 +39,7 @@ class HookpointConfig(Config, family="hookpoint"):
 
 @dataclass(frozen=True)
 class Hookpoint:
-    """A site at a layer (0-based). Hashable: the key of a chunk's activations."""
+    """A site at a layer (0-based). Hashable: chunks are dictionaries keyed by hookpoint."""
 
     site: str
     layer: int
@@ -56,10 +56,10 @@ class Hookpoint:
 
 
 def module_path(model: nn.Module, hookpoint: Hookpoint) -> str:
-    """Path of the module whose output ``hookpoint`` means.
+    """Return the path of the module whose output ``hookpoint`` reads.
 
     Raises:
-        ConfigError: the model has no such module; names the nearest one.
+        ConfigError: the model has no such module; the message names the nearest one.
     """
     if hookpoint.module is not None:
         path = str(hookpoint)
@@ -79,18 +79,18 @@ def module_path(model: nn.Module, hookpoint: Hookpoint) -> str:
             return f"{block}.{name}"
     raise ConfigError(
         f"{{key}}: cannot tell which module of {block} is {hookpoint.site}; its modules are "
-        f"{', '.join(children)}. Name it by hookpoint=module hookpoint.module=...",
+        f"{', '.join(children)}. Name it with hookpoint=module hookpoint.module=...",
         "hookpoint.site",
     )
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states of a module that returns them alone or first in a tuple."""
+    """Return the hidden states from a module's output: a tensor, or the first of a tuple."""
     return output if isinstance(output, Tensor) else output[0]
 
 
 def blocks_path(model: nn.Module) -> str:
-    """Path of the list of transformer blocks: the outermost ModuleList of the right length."""
+    """Return the path of the transformer blocks: the outermost ModuleList of the right length."""
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
     lists = [
         name
@@ -99,7 +99,7 @@ def blocks_path(model: nn.Module) -> str:
     ]
     if not lists:
         raise ConfigError(
-            "{key}: cannot find the model's blocks; name the module by hookpoint=module "
+            "{key}: cannot find the model's blocks; name the module with hookpoint=module "
             "hookpoint.module=...",
             "hookpoint.site",
         )

@@ -1,8 +1,8 @@
-"""A language model as a source of activations: any transformers causal LM, stopped early.
+"""Language models as sources of activations: any transformers causal LM, stopped early.
 
-Resolving (`resolve`) is light: it reads the configuration and the tokenizer, so that a wrong layer
-or context length is refused before weights are touched. `LanguageModel` loads the weights when they
-are first needed, which is never where all activations are on disk.
+`resolve` reads only the configuration and the tokenizer, so that a wrong layer or context length is
+refused before the weights are loaded. `LanguageModel` loads the weights on first use, and never if
+all activations are on disk.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from reseed.activations.stream import DatasetConfig
 from reseed.config import ConfigError, setting
 
 RANDOM_SEED = 1
-"""Of weights that stand in for trained ones (``surrogate=random_weights``). One for all runs, which
-then read one stream; it is part of the fingerprint, and so of what is signed."""
+"""Seed of the weights of ``surrogate=random_weights``. All runs use the same one, so that they
+share a stream. It is part of the fingerprint, and so of the signature."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ModelConfig(SourceConfig):
-    """What every source of a language model shares."""
+    """Base configuration of the language models."""
 
     dtype: str = setting("float32", choices=tuple(DTYPES))
-    """Precision of the forward pass, and so of the activations: part of what is declared."""
+    """Precision of the forward pass and of the activations; signed."""
     batch_sequences: int = setting(16, at_least=1)
-    """Sequences in one forward pass; part of what is declared, as it can move the last bits."""
+    """Sequences in one forward pass; signed, because it can change the last bits."""
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))
 
     def resolve(self, cache: Path) -> ResolvedModel:
@@ -54,19 +54,19 @@ class ModelConfig(SourceConfig):
 
 @dataclass(frozen=True)
 class EmbeddedModelConfig(ModelConfig, name="embedded"):
-    """The small GPT-NeoX that ships with the package."""
+    """The small GPT-NeoX included in the package."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathModelConfig(ModelConfig, name="path"):
-    """A folder as `save_pretrained` writes it. The weights are identified by their content."""
+    """A folder written by `save_pretrained`. The weights are identified by their content."""
 
     path: str = setting(signed=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubModelConfig(ModelConfig, name="hub"):
-    """A model of the Hugging Face hub, pinned to the commit that ``revision`` means at the time."""
+    """A model of the Hugging Face hub, pinned to the commit that ``revision`` resolves to."""
 
     repository: str = setting()
     revision: str = setting("main", signed=False)
@@ -74,14 +74,14 @@ class HubModelConfig(ModelConfig, name="hub"):
 
 @dataclass(frozen=True)
 class ResolvedModel(ResolvedSource):
-    """A model found, but not loaded.
+    """A language model whose files are found and whose weights are not loaded.
 
     Attributes:
-        config: what was declared.
-        folder: where its files are.
-        fingerprint: identifies weights and architecture, whatever the folder is called.
+        config: the declared configuration.
+        folder: folder of its files.
+        fingerprint: identifies weights and architecture, independently of the folder's name.
         label: short name for folders and tables.
-        random_seed: of weights drawn anew in the place of the trained ones; None for these.
+        random_seed: seed of random weights that replace the trained ones; None for trained ones.
     """
 
     config: ModelConfig
@@ -96,7 +96,7 @@ class ResolvedModel(ResolvedSource):
 
     @cached_property
     def transformers_config(self) -> Any:
-        """The architecture, as transformers describes it."""
+        """The transformers configuration of the architecture."""
         from transformers import AutoConfig
 
         return _without_its_code(AutoConfig, self.folder)
@@ -110,14 +110,14 @@ class ResolvedModel(ResolvedSource):
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
-        """SHA-256 over the files that decide how text becomes tokens."""
+        """SHA-256 over the tokenizer's files."""
         names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
         names += ("merges.txt", "special_tokens_map.json", "added_tokens.json")
         return hash_files([self.folder / name for name in names])
 
     @cached_property
     def skeleton(self) -> nn.Module:
-        """The model without weights (meta device): module names and shapes, at no cost."""
+        """The model on the meta device: module names and shapes, without weights."""
         return weights.skeleton(self.transformers_config)
 
     @property
@@ -127,12 +127,12 @@ class ResolvedModel(ResolvedSource):
 
     @property
     def context_length(self) -> int:
-        """Longest sequence that the model's positions allow, in tokens."""
+        """Maximum length of a sequence, in tokens."""
         limit = getattr(self.transformers_config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else 1 << 62
 
     def check(self, hookpoint: Hookpoint) -> None:
-        """Raise `ConfigError` where the model has no such layer or module."""
+        """Raise `ConfigError` if the model has no such layer or module."""
         if not 0 <= hookpoint.layer < self.num_layers:
             raise ConfigError(
                 f"{{key}} must be from 0 to {self.num_layers - 1}: {self.label} has "
@@ -142,8 +142,8 @@ class ResolvedModel(ResolvedSource):
         module_path(self.skeleton, hookpoint)
 
     def d_in(self, hookpoint: Hookpoint) -> int:
-        """Width of the activations at ``hookpoint``, by a forward pass without numbers."""
-        if hookpoint not in self._widths:  # the jobs of a sweep ask again and again
+        """Return the width of the activations at ``hookpoint``, from a meta forward pass."""
+        if hookpoint not in self._widths:  # every job of a sweep asks
             self._widths[hookpoint] = self._find_width(hookpoint)
         return self._widths[hookpoint]
 
@@ -154,14 +154,14 @@ class ResolvedModel(ResolvedSource):
     def _find_width(self, hookpoint: Hookpoint) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
         with torch.no_grad():
-            # The explicit mask spares transformers a look at values, of which there are none.
+            # Without an explicit mask, transformers would read token values, which meta has not.
             modules = _modules(self.skeleton, [hookpoint])
             found = _record(self.skeleton, tokens, modules, torch.ones_like(tokens))
         shape = tuple(found[hookpoint].shape)
         if len(shape) != 3 or shape[:2] != (2, 3):
             raise ConfigError(
-                f"{{key}}: {hookpoint} gives no vector for each token: of 2 sequences of 3 tokens "
-                f"it makes a tensor of shape {shape}",
+                f"{{key}}: {hookpoint} must give one vector per token; for 2 sequences of 3 tokens "
+                f"it returned a tensor of shape {shape}",
                 "hookpoint.module",
             )
         return int(shape[-1])
@@ -171,7 +171,7 @@ class ResolvedModel(ResolvedSource):
         return {"model": self.fingerprint, "tokenizer": self.tokenizer_fingerprint}
 
     def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
-        from reseed.activations.reading import find_text  # which stands above
+        from reseed.activations.reading import find_text  # imports this module
 
         return find_text(self, config, cache)
 
@@ -180,8 +180,8 @@ def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
     """Find the model that ``config`` declares, without loading its weights.
 
     Raises:
-        ConfigError: there is no such folder, it holds no transformers model, or the hub cannot be
-            reached and the model is not in the local cache.
+        ConfigError: the folder does not exist or holds no transformers model, or the hub is
+            unreachable and the model is not in the local cache.
     """
     if config.attention == "flash_attention_2" and find_spec("flash_attn") is None:
         raise ConfigError("{key}=flash_attention_2 needs the package flash-attn", "attention")
@@ -202,11 +202,11 @@ def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
 
 
 class LanguageModel:
-    """A causal LM that yields activations; its weights are loaded for the first of them.
+    """A causal LM that yields activations; loads its weights on first use.
 
     Args:
-        resolved: the model as found by `resolve`.
-        device: where it runs.
+        resolved: the result of `resolve`.
+        device: device that it runs on.
     """
 
     def __init__(self, resolved: ResolvedModel, device: torch.device | str = "cpu") -> None:
@@ -218,7 +218,7 @@ class LanguageModel:
     @cached_property
     def model(self) -> nn.Module:
         """The model with its weights, on the device."""
-        # Loaded for the first activations, inside `inference_mode`: gradients go through later.
+        # The first use may be inside `inference_mode`, whose tensors do not support gradients.
         with torch.inference_mode(False):
             return self._loaded().to(self.device).eval().requires_grad_(False)
 
@@ -233,9 +233,9 @@ class LanguageModel:
     def activations(
         self, tokens: Int[Tensor, "sequences context"], hookpoints: Sequence[Hookpoint]
     ) -> Iterator[dict[Hookpoint, Float[Tensor, "batch context d_in"]]]:
-        """Activations of consecutive batches of sequences, in the model's dtype, on its device.
+        """Yield the activations of consecutive batches, in the model's dtype, on its device.
 
-        The forward pass ends at the deepest hookpoint: blocks after it and the unembedding do not
+        The forward pass stops at the deepest hookpoint; later blocks and the unembedding do not
         run.
         """
         modules = _modules(self.model, hookpoints)
@@ -245,10 +245,10 @@ class LanguageModel:
 
 
 def _without_its_code(what: Any, folder: Path) -> Any:
-    """Configuration or tokenizer of a model folder; python files in it are never run.
+    """Load a configuration or tokenizer without running Python files of the model folder.
 
     Raises:
-        ConfigError: it cannot be had without.
+        ConfigError: the model requires its own code.
     """
     try:
         return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -265,16 +265,16 @@ def _without_its_code(what: Any, folder: Path) -> Any:
 def _weights_folder(resolved: ResolvedModel) -> Path:
     if not isinstance(resolved.config, HubModelConfig):
         return resolved.folder
-    # At the commit that was resolved: the branch may have moved since.
+    # The folder's name is the resolved commit; the branch may have moved since.
     return snapshot(resolved.config.repository, resolved.folder.name, weights=True)
 
 
 class _Stop(Exception):
-    """Raised by the deepest hook: nothing after it is needed."""
+    """Signal of the deepest hook that ends the forward pass."""
 
 
 def _modules(model: nn.Module, hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, nn.Module]:
-    """The modules whose outputs are meant: a search through all of them."""
+    """Return the modules at the hookpoints. Slow: searches all modules of the model."""
     return {h: model.get_submodule(module_path(model, h)) for h in dict.fromkeys(hookpoints)}
 
 

@@ -1,4 +1,4 @@
-"""The files of a language model: found, checked, and identified by what they hold."""
+"""Files of language models: lookup, checks, and fingerprints of their content."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LIGHT = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_m
 
 
 def check_folder(folder: Path) -> None:
-    """Raise `ConfigError` where a folder holds no transformers model, or not all of its weights."""
+    """Raise `ConfigError` if a folder lacks a transformers model or some of its weights."""
     if not folder.is_dir():
         raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "path")
     if not (folder / "config.json").is_file():
@@ -36,7 +36,7 @@ def check_folder(folder: Path) -> None:
 
 
 def _check_weights(file: Path) -> None:
-    """The header of a safetensors file says how long the file has to be."""
+    """Raise `ConfigError` if a safetensors file is shorter or longer than its header says."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -47,13 +47,13 @@ def _check_weights(file: Path) -> None:
 
 
 def snapshot(repository: str, revision: str, weights: bool = False) -> Path:
-    """The local folder of a hub model, downloaded if needed; its name is the commit.
+    """Return the local folder of a hub model, downloading it if needed; its name is the commit.
 
     Args:
-        weights: all that it takes to run the model, not only what tells what it is.
+        weights: download the weights too, not only configuration and tokenizer.
 
     Raises:
-        ConfigError: the hub cannot be reached, and it is not in the local cache.
+        ConfigError: the hub is unreachable, and the model is not in the local cache.
     """
     from huggingface_hub import snapshot_download
 
@@ -61,7 +61,7 @@ def snapshot(repository: str, revision: str, weights: bool = False) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as online:
-        try:  # without a network, what an earlier run has downloaded is as good
+        try:  # without a network, use an earlier download
             return Path(snapshot_download(repository, revision=revision, local_files_only=True))
         except Exception:
             raise ConfigError(
@@ -72,7 +72,10 @@ def snapshot(repository: str, revision: str, weights: bool = False) -> Path:
 
 
 def weights_fingerprint(folder: Path, cache: Path) -> str:
-    """SHA-256 over architecture and weights; remembered by size and time, as weights can be big."""
+    """Return the SHA-256 over architecture and weights.
+
+    For large weights (over 100 MB) it is cached by the files' paths, sizes and mtimes.
+    """
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     stamp = json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths])
     key = hashlib.sha256(stamp.encode()).hexdigest()[:32]
@@ -86,13 +89,12 @@ def weights_fingerprint(folder: Path, cache: Path) -> str:
 
 
 def random_fingerprint(folder: Path, seed: int) -> str:
-    """What says which weights drawn with ``seed`` are meant: the architecture, and no file of
-    weights."""
+    """Return the fingerprint of weights drawn with ``seed``, from the architecture alone."""
     return f"random_weights-seed{seed}-{hash_files([folder / 'config.json'])}"
 
 
 def hash_files(paths: Sequence[Path]) -> str:
-    """SHA-256 over names and contents of those that are there, 32 digits."""
+    """Return 32 hex digits of the SHA-256 over names and contents of the existing files."""
     sha = hashlib.sha256()
     for path in paths:
         if path.is_file():

@@ -9,19 +9,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 _BLOCK = 4_096
-"""Activations taken to float64 at once: a whole chunk would be large."""
+"""Activations converted to float64 at once: a whole chunk would be large."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean [d_in] and covariance [d_in, d_in] (divided by the tokens), float64."""
+    """Mean [d_in] and covariance [d_in, d_in] (divided by the number of tokens), float64."""
 
     mean: Float[Tensor, " d_in"]
     covariance: Float[Tensor, "d_in d_in"]
 
     @classmethod
     def of(cls, x: Float[Tensor, "tokens d_in"]) -> Moments:
-        """Those of activations that are all there, in two passes: the second is about the mean."""
+        """Compute the moments of ``x`` in two passes, the second with centred activations."""
         parts = x.split(_BLOCK)
         mean = torch.stack([part.double().sum(0) for part in parts]).sum(0) / len(x)
         squares = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
@@ -31,19 +31,22 @@ class Moments:
         return cls(mean, squares / len(x))
 
     def root(self) -> Float[Tensor, "d_in d_in"]:
-        """Symmetric square root of the covariance; eigenvalues that rounding made < 0 are 0."""
+        """Return the symmetric square root of the covariance.
+
+        Eigenvalues that rounding made negative count as 0.
+        """
         values, vectors = torch.linalg.eigh(self.covariance)
         return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
     def tensors(self) -> dict[str, Tensor]:
-        """``mean`` and ``covariance`` as they are stored: float32, on the CPU."""
+        """Return ``mean`` and ``covariance`` for storage: float32, on the CPU."""
         stored = {"mean": self.mean.float().cpu(), "covariance": self.covariance.float().cpu()}
         return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 @dataclass
 class MomentSums:
-    """Sums of activations that come in pieces and are seen once, and of their products."""
+    """Running sums of activations and of their products, for one pass over a stream."""
 
     tokens: int = 0
     total: Float[Tensor, " d_in"] | None = None
@@ -51,7 +54,7 @@ class MomentSums:
 
     @torch.inference_mode()
     def add(self, x: Float[Tensor, "tokens d_in"]) -> None:
-        """Count the activations of ``x``, on the device that they are on."""
+        """Add the activations ``x``; the sums stay on their device."""
         for part in x.split(_BLOCK):
             exact = part.double()
             total, products = exact.sum(0), exact.T @ exact
@@ -60,10 +63,10 @@ class MomentSums:
             self.products = products if self.products is None else self.products.add_(products)
 
     def so_far(self) -> Moments:
-        """Those of everything that was added.
+        """Return the moments of all activations added.
 
         Raises:
-            ValueError: nothing was.
+            ValueError: no activations were added.
         """
         if self.total is None or self.products is None:
             raise ValueError("no activations were added: they have no mean")

@@ -1,4 +1,4 @@
-"""One chunk ahead: a thread computes the next chunk while SAEs train on this one."""
+"""Prefetching: a thread computes the next chunk while SAEs train on the current one."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Chunk = dict[Any, Tensor]
 
 
 class Abandoned(Exception):
-    """Nobody waits for this chunk any more."""
+    """Signal to the thread that its chunk is no longer wanted."""
 
 
 class Prefetch:
-    """Computes chunks in a thread of its own, at most one that nobody has asked for yet.
+    """A thread that computes chunks, at most one ahead of the caller.
 
-    A chunk is a pure function of its number, so that it is the same whoever computes it, given as
-    many threads of torch: these are counted for each calling thread. On a GPU the thread has a
-    CUDA stream of its own, which runs beside that of the training step.
+    A chunk is a pure function of its number, so it does not matter which thread computes it, given
+    the same number of torch threads (a setting of each calling thread). On a GPU the thread uses
+    its own CUDA stream, concurrent with that of the training step.
 
     The thread starts with the first chunk and ends with `close`.
 
     Args:
-        compute: from a chunk's number to the chunk. It may call `check` now and then.
-        device: where chunks are.
+        compute: maps a chunk's number to the chunk. It should call `check` periodically.
+        device: device of the chunks.
     """
 
     def __init__(self, compute: Callable[[int], Chunk], device: torch.device) -> None:
@@ -45,7 +45,7 @@ class Prefetch:
         self._side: Any = None
 
     def start(self, c: int) -> None:
-        """Begin chunk ``c``, unless it was begun; one that was begun in its place is dropped."""
+        """Start computing chunk ``c``, unless already started; abandon any other chunk."""
         if self._ahead is not None and self._ahead[0] == c:
             return
         self._drop()
@@ -57,19 +57,19 @@ class Prefetch:
         self._ahead = c, self._pool.submit(self._work, c, threads, begun)
 
     def take(self, c: int) -> Chunk:
-        """Chunk ``c``, waited for if it was begun, computed by the caller if not.
+        """Return chunk ``c``: wait for it if it was started, else compute it in this thread.
 
         Raises:
-            BaseException: what went wrong while it was computed, with its own traceback.
+            BaseException: the error of the computation, with its own traceback.
         """
         if self._ahead is None or self._ahead[0] != c:
-            self._drop()  # one at a time reads the source
+            self._drop()  # only one thread at a time may read the source
             return self._compute(c)
         (_, future), self._ahead = self._ahead, None
         chunk, done = future.result()
         if done is not None:
-            # The caller's stream goes on when the chunk is there, and its memory is not given to
-            # another chunk before what the caller's stream does with it is done.
+            # The caller's stream waits for the chunk; record_stream keeps its memory from being
+            # reused before the caller's kernels are done with it.
             current = torch.cuda.current_stream(self._device)
             current.wait_event(done)
             for x in chunk.values():
@@ -77,14 +77,14 @@ class Prefetch:
         return chunk
 
     def check(self) -> None:
-        """For the source, between two passes: raise `Abandoned` where the chunk is not wanted."""
+        """Raise `Abandoned` if the chunk is no longer wanted; sources call it between passes."""
         dropped = self._closed or self._abandoned.is_set()
         if dropped and threading.get_ident() == self._worker:
             raise Abandoned
 
     def close(self) -> None:
-        """End the thread; what it is computing is dropped at the next `check`."""
-        self._closed = True  # also where a second Ctrl-C ends the waiting below
+        """End the thread; a chunk in progress is abandoned at its next `check`."""
+        self._closed = True  # holds even if a second Ctrl-C interrupts the waiting below
         self._drop()
         self._pool.shutdown()
 
@@ -94,7 +94,7 @@ class Prefetch:
         (_, future), self._ahead = self._ahead, None
         self._abandoned.set()
         try:
-            # Whatever became of it: it is not needed.
+            # The chunk is not needed, so its error is not either.
             with suppress(Exception):
                 if not future.cancel():
                     future.result()
@@ -108,7 +108,7 @@ class Prefetch:
         if begun is None:
             return self._compute(c), None
         with torch.cuda.stream(self._side):
-            self._side.wait_event(begun)  # weights and constants were put there by the caller's
+            self._side.wait_event(begun)  # the caller's stream may still copy weights to the GPU
             chunk = self._compute(c)
             done = torch.cuda.Event()
             done.record(self._side)
@@ -116,8 +116,10 @@ class Prefetch:
 
 
 def pays(device: torch.device) -> bool:
-    """Whether computing ahead saves time: on a GPU, and where torch leaves half of the CPUs idle
-    (measured with one thread on two cores: benchmarks/README.md)."""
+    """Return True if prefetching saves time: on a GPU, or if torch leaves half of the CPUs idle.
+
+    Measured with one thread on two cores: benchmarks/README.md.
+    """
     if device.type != "cpu":
         return True
     return 2 * torch.get_num_threads() <= cpus()

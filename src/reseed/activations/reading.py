@@ -1,4 +1,4 @@
-"""A language model that reads a text: the source of activations that people study."""
+"""The activations of a language model on a text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from reseed.config import ConfigError
 
 @dataclass(frozen=True)
 class ResolvedReading(ResolvedData):
-    """A text and the model that will read it."""
+    """A text and the language model that will read it, both resolved."""
 
     model: ResolvedModel
     text: ResolvedText
@@ -63,7 +63,7 @@ class ResolvedReading(ResolvedData):
         return {"text": self.text.fingerprint}
 
     def stores(self, needed: int) -> tuple[TokenStore, TokenStore]:
-        """Training and held-out tokens; of a streamed text as much as ``needed`` activations."""
+        """Return training and held-out tokens; read a streamed text for ``needed`` activations."""
         return token_stores(
             self.text, self.model.tokenizer, self.model.tokenizer_fingerprint, needed
         )
@@ -74,12 +74,12 @@ class ResolvedReading(ResolvedData):
         return weights * DTYPES[self.model.config.dtype].itemsize
 
     def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """2·P for the P weights of the model up to the deepest hookpoint."""
-        unused = 1 + 1 / max(self.config.context_length - 1, 1)  # first positions
+        """Return 2·P for the P weights of the model up to the deepest hookpoint."""
+        unused = 1 + 1 / max(self.config.context_length - 1, 1)  # first positions are left out
         return 2.0 * max(map(self._weights_used, hookpoints)) * unused
 
     def _weights_used(self, hookpoint: Hookpoint) -> int:
-        """Weights that multiply each token before ``hookpoint`` (no embeddings)."""
+        """Return the number of weights applied per token up to ``hookpoint`` (no embeddings)."""
         model = self.model.skeleton
         path = module_path(model, hookpoint)
         blocks, _, rest = path.partition(f".{hookpoint.layer}")
@@ -94,8 +94,8 @@ class ResolvedReading(ResolvedData):
         return Reading(self, device, needed, cache)
 
     def check_budget(self, steps: int, batch_size: int) -> None:
-        """Raise `ConfigError` where the text is too short for training or for the held-out part."""
-        if self.text.streamed:  # measured when it has been read
+        """Raise `ConfigError` if the text is too short for the training or held-out tokens."""
+        if self.text.streamed:  # its length is known only after reading (`check_length`)
             return
         try:
             train, held_out = self.stores(steps * batch_size)
@@ -104,7 +104,7 @@ class ResolvedReading(ResolvedData):
         repeat = "Lower it, give more text, or set dataset.repeat=true."
         less = "Lower it, give more text, or raise dataset.held_out_fraction."
         if train.num_documents + held_out.num_documents < 2:
-            repeat = less = "All of it is one document: dataset.separator says where documents end."
+            repeat = less = "The whole text is one document: set dataset.separator to split it."
         for part, wanted, key, remedy in (
             (train, steps * batch_size, "training.tokens", repeat),
             (held_out, self.config.held_out_tokens, "dataset.held_out_tokens", less),
@@ -129,10 +129,10 @@ class Reading(ActivationSource):
     """A language model and the tokens that it reads.
 
     Args:
-        found: model and text.
-        device: where the model runs.
+        found: resolved model and text.
+        device: device of the model.
         needed: activations that training needs; a streamed text is read no further.
-        cache: keeps chunks on disk.
+        cache: stores chunks on disk.
     """
 
     def __init__(
@@ -162,11 +162,14 @@ class Reading(ActivationSource):
     def held_out_sequences(
         self, tokens: int
     ) -> tuple[Int[Tensor, "sequences context"], Bool[Tensor, "sequences context"]]:
-        """The first held-out sequences, so many that they have ``tokens`` activations at least; and
-        at which positions these are (not first, not special tokens; see the data set's options).
+        """Return the first held-out sequences with at least ``tokens`` activations in all.
+
+        Returns:
+            the sequences, and a mask of the positions that count (not first, not special tokens;
+            see the data set's options).
 
         Raises:
-            ConfigError: there are not so many.
+            ConfigError: there are fewer held-out activations.
         """
         check_held_out(self, tokens)
         packing = held_out_packing(self.held_out_store, self.config)
@@ -176,7 +179,7 @@ class Reading(ActivationSource):
         return torch.from_numpy(sequences.astype(np.int64)), torch.from_numpy(kept)
 
     def _shelf(self, part: str) -> Shelf | None:
-        """Where the chunks of one part of the text are kept on disk."""
+        """Return the cached chunks of one part of the text, or None without a cache."""
         if self.cache is None:
             return None
         key = chunk_key(self.found, part, self.device)
@@ -190,12 +193,12 @@ class Reading(ActivationSource):
 
 
 def chunk_key(found: ResolvedReading, part: str, device: torch.device) -> dict[str, Any]:
-    """All that decides the activations of a text, but for the hookpoint and a chunk's own tokens.
+    """Return everything that decides a text's activations, except hookpoint and chunk tokens.
 
     Args:
         part: ``train`` or ``held_out``, which has no order.
-        device: where they are computed. On the CPU the number of torch's threads belongs to it,
-            as it can move the last bits.
+        device: device of the computation. On the CPU the key includes the number of torch threads,
+            which can change the last bits.
     """
     model, config = found.model, found.config
     left_out = {"held_out_tokens"} | (set() if part == "train" else {"order_seed", "repeat"})
@@ -220,11 +223,11 @@ def chunk_key(found: ResolvedReading, part: str, device: torch.device) -> dict[s
 
 
 def find_text(model: ResolvedModel, config: DatasetConfig, cache: Path) -> ResolvedReading:
-    """Find the text that ``model`` shall read.
+    """Find the text that ``model`` will read.
 
     Raises:
-        ConfigError: with a key relative to ``dataset``; it is no text, cannot be read, or its
-            sequences are longer than the model's positions allow.
+        ConfigError: with a key relative to ``dataset``: the data set is no text, cannot be read, or
+            its sequences exceed the model's maximum length.
     """
     if not isinstance(config, TextConfig):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Chunks from the disk where they are there, from the model where they are not."""
+"""Cached chunks: read from disk if present, else computed and stored."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from reseed.console import say
 from reseed.ranks import ALONE, Ranks
 
 _MARGIN = 512
-"""Bytes of a file beside the activations, at most."""
+"""Upper bound of a file's bytes besides the activations."""
 
 
 class Shelf:
-    """The entries of a cache for one part of a text, an entry for each hookpoint.
+    """The cache entries of one part of a text, one entry per hookpoint.
 
-    Stored is what the model gave, bit by bit in its own precision, in the order of the chunk.
+    Files hold the model's output bit by bit in its own precision, in the order of the chunk.
 
     Args:
-        cache: the folder.
-        key: all that decides the activations, but for the hookpoint.
-        readable: name of the entries, with ``{hookpoint}`` in it.
+        cache: the cache folder.
+        key: everything that decides the activations, except the hookpoint.
+        readable: name of the entries, containing ``{hookpoint}``.
     """
 
     def __init__(self, cache: ActivationCache, key: Mapping[str, Any], readable: str) -> None:
@@ -43,13 +43,13 @@ class Shelf:
         device: torch.device,
         ranks: Ranks = ALONE,
     ) -> dict[Hookpoint, Tensor]:
-        """Chunk ``c`` at each of the hookpoints.
+        """Return chunk ``c`` at each of the hookpoints.
 
         Args:
-            tokens: digest of what the model reads for it.
-            compute: makes it at some hookpoints; called for those that are not there, if any.
-            device: where it shall be.
-            ranks: those that compute it together, where one of them does not find it.
+            tokens: digest of the tokens that the model reads for the chunk.
+            compute: computes the chunk at given hookpoints; called for those not in the cache.
+            device: device of the result.
+            ranks: processes that compute the chunk together if any of them does not find it.
         """
         found: dict[Hookpoint, Tensor] = {}
         for hookpoint in hookpoints:
@@ -69,7 +69,7 @@ class Shelf:
     def find(
         self, c: int, tokens: str, hookpoints: Sequence[Hookpoint], device: torch.device
     ) -> dict[Hookpoint, Tensor] | None:
-        """Chunk ``c``, if it is there at all of the hookpoints."""
+        """Return chunk ``c`` if the cache has it at all hookpoints, else None."""
         found: dict[Hookpoint, Tensor] = {}
         for hookpoint in hookpoints:
             x = self._read(hookpoint, c, tokens)

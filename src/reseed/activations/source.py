@@ -1,11 +1,11 @@
-"""What activations come from: a language model that reads a text, or a world of known features.
+"""Interfaces of activation sources: language models on a text, and worlds of known features.
 
     SourceConfig (model=)  ──resolve──►  ResolvedSource ──data(dataset=)──►  ResolvedData
                                                                   │ open: weights are loaded
                                                                   ▼
                                                            ActivationSource ──stream──► ChunkStream
 
-Everything outside this folder sees these classes alone, and never asks which kind it has.
+Code outside this folder uses only these interfaces and does not depend on the kind of source.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SourceConfig(Config, ABC, family="model"):
-    """What ``model=`` may name; members are language models and worlds."""
+    """Base configuration of the options of ``model=``: language models and worlds."""
 
     @abstractmethod
     def resolve(self, cache: Path) -> ResolvedSource:
-        """Find it, without loading weights.
+        """Find the source without loading weights.
 
         Raises:
-            ConfigError: it is not there, or not what it should be.
+            ConfigError: the source does not exist or is invalid.
         """
 
 
@@ -47,7 +47,7 @@ class ResolvedSource(ABC):
 
     Attributes:
         label: short name for folders and tables.
-        fingerprint: identifies it by its content.
+        fingerprint: identifies the source by its content.
     """
 
     label: str
@@ -55,19 +55,19 @@ class ResolvedSource(ABC):
 
     @property
     def num_features(self) -> int | None:
-        """How many features are known to make its activations; None where none are."""
+        """Number of known features in the activations; None if they are unknown."""
         return None
 
     @property
     @abstractmethod
     def fingerprints(self) -> Mapping[str, str]:
-        """What enters a run's signature beside what was declared, by name."""
+        """Fingerprints that enter a run's signature with the configuration, by name."""
 
     def with_random_weights(self) -> ResolvedSource:
-        """The same source with weights that were never trained.
+        """Return the same source with random weights.
 
         Raises:
-            ConfigError: it has no weights.
+            ConfigError: the source has no weights.
         """
         raise ConfigError(
             f"{{key}}=random_weights needs a language model; {self.label} has no weights",
@@ -76,27 +76,27 @@ class ResolvedSource(ABC):
 
     @abstractmethod
     def check(self, hookpoint: Hookpoint) -> None:
-        """Raise `ConfigError` where it has no such layer or module."""
+        """Raise `ConfigError` if the source has no such layer or module."""
 
     @abstractmethod
     def d_in(self, hookpoint: Hookpoint) -> int:
-        """Width of the activations at ``hookpoint``."""
+        """Return the width of the activations at ``hookpoint``."""
 
     @abstractmethod
     def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
-        """The data set that ``config`` declares, as this source takes it.
+        """Resolve the data set that ``config`` declares for this source.
 
         Raises:
-            ConfigError: with a key relative to ``dataset``; it is not there, or not for this kind
-                of source.
+            ConfigError: with a key relative to ``dataset``: the data set does not exist or is not
+                for this kind of source.
         """
 
 
 class ResolvedData(ABC):
-    """A data set found and bound to its source, not opened.
+    """A data set, found and bound to its source but not opened.
 
     Attributes:
-        config: what was declared.
+        config: the declared configuration.
     """
 
     config: DatasetConfig
@@ -109,50 +109,50 @@ class ResolvedData(ABC):
     @property
     @abstractmethod
     def described(self) -> str:
-        """What it is, for a sentence: ``text docstrings``."""
+        """Description for use in a sentence: ``text docstrings``."""
 
     @property
     @abstractmethod
     def context_length(self) -> int | None:
-        """Tokens in a sequence; None where there are no sequences."""
+        """Tokens in a sequence; None if the data set has no sequences."""
 
     @property
     @abstractmethod
     def fingerprints(self) -> Mapping[str, str]:
-        """What enters a run's signature beside what was declared, by name."""
+        """Fingerprints that enter a run's signature with the configuration, by name."""
 
     @property
     def order_seed(self) -> int:
-        """Seed of the order of its activations."""
+        """Seed of the order of the activations."""
         return self.config.order_seed
 
     @abstractmethod
     def in_order(self, order_seed: int) -> Self:
-        """The same data in the order of another seed."""
+        """Return the same data in the order of another seed."""
 
     @property
     @abstractmethod
     def weight_bytes(self) -> int:
-        """What its source keeps in memory once it is opened."""
+        """Memory of the opened source's weights, in bytes."""
 
     @abstractmethod
     def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """Floating-point operations that an activation costs, about."""
+        """Estimate the floating-point operations per activation."""
 
     @abstractmethod
     def check_budget(self, steps: int, batch_size: int) -> None:
-        """Raise `ConfigError`, with the full key, where there is known to be too little."""
+        """Raise `ConfigError`, with the full key, if the data are known to be too few."""
 
     @abstractmethod
     def open(
         self, device: torch.device, needed: int, cache: ActivationCache | None = None
     ) -> ActivationSource:
-        """Find what is needed to compute activations.
+        """Open the source, so that it can compute activations.
 
         Args:
-            device: where they will be.
+            device: device of the activations.
             needed: activations that training needs; a streamed text is read no further.
-            cache: keeps those of a language model on disk; draws are not worth it.
+            cache: stores a language model's activations on disk; a world's draws are not cached.
         """
 
 
@@ -160,8 +160,8 @@ class ActivationSource(ABC):
     """An opened source.
 
     Attributes:
-        device: where the activations are.
-        world: the features that the activations are made of, where they are known.
+        device: device of the activations.
+        world: the world that generates the activations; None for a language model.
     """
 
     device: torch.device
@@ -169,34 +169,34 @@ class ActivationSource(ABC):
 
     @abstractmethod
     def stream(self, hookpoints: Sequence[Hookpoint]) -> ChunkStream:
-        """The activations to train on."""
+        """Return the stream of training activations."""
 
     @abstractmethod
     def held_out(
         self, hookpoints: Sequence[Hookpoint], tokens: int
     ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
-        """The first ``tokens`` activations that no SAE is trained on, in pieces."""
+        """Yield the first ``tokens`` held-out activations in pieces."""
 
     @property
     def held_out_available(self) -> int | None:
-        """Held-out activations that there are, or None where they never end."""
+        """Number of held-out activations, or None if they are endless."""
         return None
 
     def held_out_samples(self, tokens: int) -> Iterator[Sample]:
-        """The same ``tokens`` as `held_out`, with the features that they are made of.
+        """Yield the same ``tokens`` as `held_out`, with their true features.
 
         Raises:
-            ReseedError: the source is no world.
+            ReseedError: the source is not a world.
         """
         raise ReseedError("only the activations of a world have known features")
 
     def check_length(
         self, stream: ChunkStream, wanted: Sequence[tuple[int, int]], label: str
     ) -> None:
-        """Raise `ConfigError` where there is too little: streamed texts show it only now.
+        """Raise `ConfigError` if the data are too few; for streamed texts, the first such check.
 
         Args:
-            stream: the activations to train on.
+            stream: the training activations.
             wanted: batch size and number of batches of each run.
             label: name of the data set.
         """
@@ -218,7 +218,7 @@ class ActivationSource(ABC):
 
 
 def check_held_out(source: ActivationSource, tokens: int) -> None:
-    """Raise `ConfigError`, with the key ``tokens``, where a source has fewer held-out ones."""
+    """Raise `ConfigError`, with the key ``tokens``, if the source has fewer held-out tokens."""
     there = source.held_out_available
     if there is not None and there < tokens:
         raise ConfigError(

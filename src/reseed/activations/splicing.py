@@ -1,4 +1,4 @@
-"""A language model with something else in the place of a module's output."""
+"""Forward passes of a language model with edited activations."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from reseed.activations.hookpoint import Hookpoint, first_tensor, module_path
 from reseed.activations.language_model import LanguageModel
 
 Edit = Callable[[Tensor], Tensor]
-"""From the activations [sequences, context, d_in] at a hookpoint to those that go on from there."""
+"""Maps activations [sequences, context, d_in] at a hookpoint to their replacement."""
 
 
 @contextmanager
 def spliced(model: nn.Module, hookpoint: Hookpoint, edit: Edit) -> Iterator[None]:
-    """Within it, all that follows ``hookpoint`` reads ``edit`` of its activations.
+    """Replace the activations at ``hookpoint`` by ``edit`` of them inside the context.
 
-    What is given is brought to the dtype of what it replaces. Gradients go through.
+    The replacement is cast to the dtype of the original. Gradients pass through it.
 
     Raises:
         ConfigError: the model has no such module.
+        ValueError: the replacement has another shape.
     """
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -32,8 +33,8 @@ def spliced(model: nn.Module, hookpoint: Hookpoint, edit: Edit) -> Iterator[None
         given = edit(there).to(there.dtype)
         if given.shape != there.shape:
             raise ValueError(
-                f"{hookpoint}: what takes the place of activations of shape {tuple(there.shape)} "
-                f"must have the same; got {tuple(given.shape)}"
+                f"{hookpoint}: the replacement of activations of shape {tuple(there.shape)} "
+                f"must have the same shape; got {tuple(given.shape)}"
             )
         return given if isinstance(output, Tensor) else (given, *output[1:])
 
@@ -50,10 +51,10 @@ def logits(
     tokens: Int[Tensor, "sequences context"],
     edits: Mapping[Hookpoint, Edit] | None = None,
 ) -> Float[Tensor, "sequences context vocabulary"]:
-    """What the model says of the next token, in one forward pass, in the model's dtype.
+    """Return the next-token logits of one forward pass, in the model's dtype.
 
     Args:
-        edits: what takes the place of the activations at some hookpoints.
+        edits: replacements of the activations at some hookpoints.
     """
     with ExitStack() as stack:
         for hookpoint, edit in (edits or {}).items():

@@ -1,10 +1,9 @@
-"""Chunks and batches: what is common to every stream of activations.
+"""Chunks and batches: the base class of activation streams.
 
-A stream is a pure function of what is declared: chunk c does not depend on what was asked before.
-Its activations are dealt into 8 stripes, and each stripe is permuted by a generator seeded with
-(order seed, c, stripe). A batch takes the same number of tokens from every stripe. There is no
-buffer whose state would have to be saved: position s of training is (chunk, offset), computed
-from s.
+A stream is a pure function of its configuration: chunk c does not depend on earlier requests. Its
+activations are dealt into 8 stripes, and each stripe is permuted by a generator seeded with (order
+seed, c, stripe). A batch takes the same number of tokens from every stripe. There is no shuffle
+buffer to save: the position (chunk, offset) of step s is computed from s.
 
     M chunk_tokens · B batch · D d_in
 """
@@ -27,21 +26,21 @@ from reseed.config import Config, ConfigError, setting
 from reseed.ranks import ALONE, Ranks
 
 STRIPES = 8
-"""Parts into which each chunk is dealt; a batch takes the same number of tokens from each."""
+"""Number of stripes of a chunk; a batch takes the same number of tokens from each."""
 
 Batch = dict[Hookpoint, Float[Tensor, "batch d_in"]]
 
 
 @dataclass(frozen=True)
 class DatasetConfig(Config, family="dataset"):
-    """How activations are ordered and cut up; members say where they come from."""
+    """Base configuration of data sets: order and chunk size."""
 
     order_seed: int = setting(0, at_least=0)
-    """Moves the order of the documents and of the tokens, and nothing else."""
+    """Seed of the order of documents and tokens, and of nothing else."""
     chunk_tokens: int = setting(65_536, at_least=STRIPES)
-    """Activations that are computed, shuffled and dealt out together."""
+    """Activations that are computed and shuffled together."""
     held_out_tokens: int = setting(65_536, at_least=1)
-    """Activations on which every run is measured."""
+    """Held-out activations on which every run is measured."""
 
     def validate(self) -> None:
         if self.chunk_tokens % STRIPES:
@@ -52,9 +51,9 @@ class DatasetConfig(Config, family="dataset"):
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Where in the stream a batch begins: a chunk, and a row of each of its stripes.
+    """The start of a batch in the stream: a chunk, and a row of each of its stripes.
 
-    The clock of a stream: batches of every size have one, and they compare by their order.
+    Positions of batches of different sizes are comparable.
     """
 
     chunk: int
@@ -64,16 +63,16 @@ class Position:
 class ChunkStream(ABC):
     """The endless or finite sequence of chunks of one source.
 
-    This base is endless, its chunks all full; a stream with an end, or with chunks that are not
-    full, overrides `num_batches`, `rows`, `position` and `steps_before`.
+    The base class is endless with full chunks. A stream that ends or has partial chunks overrides
+    `num_batches`, `rows`, `position` and `steps_before`.
 
     Args:
         config: order and chunk size.
-        hookpoints: where activations are read, all in one pass.
-        device: where they are.
+        hookpoints: where activations are read, all in one forward pass.
+        device: device of the activations.
 
     Attributes:
-        stripes: those that this rank reads.
+        stripes: the stripes that this rank reads.
     """
 
     def __init__(
@@ -91,21 +90,26 @@ class ChunkStream(ABC):
 
     @abstractmethod
     def _dealt(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
-        """Chunk ``c``, its activations dealt into stripes and permuted by `_permutation`."""
+        """Return chunk ``c``, dealt into stripes and permuted by `_permutation`."""
 
     def _own(self, c: int) -> dict[Hookpoint, Float[Tensor, "own rows d_in"]]:
-        """Those stripes of chunk ``c`` that this rank reads. A source that can compute them alone
-        overrides this."""
+        """Return this rank's stripes of chunk ``c``.
+
+        Sources that can compute stripes separately override this.
+        """
         if self.stripes == slice(0, STRIPES):
             return self._dealt(c)
-        # A copy, so that the rest is freed.
+        # A view would keep the whole chunk alive.
         return {hook: x[self.stripes].clone() for hook, x in self._dealt(c).items()}
 
     def divide(self, ranks: Ranks) -> None:
-        """From here on read an equal share of the stripes of each chunk.
+        """Read only this rank's share of each chunk's stripes from now on.
 
         Args:
-            ranks: of which each reads stripes of its own; their number divides `STRIPES`.
+            ranks: the processes among which the stripes are divided.
+
+        Raises:
+            ValueError: the number of ranks does not divide `STRIPES`.
         """
         if STRIPES % ranks.count:
             raise ValueError(f"`ranks.count` (={ranks.count}) must divide the {STRIPES} stripes")
@@ -115,38 +119,38 @@ class ChunkStream(ABC):
             self._latest = (-1, {})
 
     def compute_together(self, ranks: Ranks) -> None:
-        """From here on share the work of making each chunk, which every rank then has whole.
+        """Share the computation of each chunk among ranks; every rank gets the whole chunk.
 
-        All ranks ask for the same chunks in the same order. Sources that are cheap to compute are
-        computed by each.
+        All ranks must request the same chunks in the same order. Cheap sources ignore this: each
+        rank computes its own.
         """
         if ranks.several:
             self._together = ranks.channel()
-            self._latest = (-1, {})  # not every rank may have it
+            self._latest = (-1, {})  # the ranks may hold different chunks
 
     def num_batches(self, batch_size: int) -> int | None:
-        """Batches that there are, or None where they never end."""
+        """Return the number of batches, or None if the stream is endless."""
         return None
 
     def rows(self, c: int) -> int:
-        """Activations in each stripe of chunk ``c``."""
+        """Return the number of activations per stripe of chunk ``c``."""
         return self.config.chunk_tokens // STRIPES
 
     def position(self, step: int, batch_size: int) -> Position:
-        """Where batch ``step`` (0-based) begins."""
+        """Return the position where batch ``step`` (0-based) begins."""
         chunk, batch = divmod(step, self.config.chunk_tokens // batch_size)
         return Position(chunk, batch * (batch_size // STRIPES))
 
     def steps_before(self, c: int, batch_size: int) -> int:
-        """Batches before the first one of chunk ``c``."""
+        """Return the number of batches before the first batch of chunk ``c``."""
         return c * (self.config.chunk_tokens // batch_size)
 
     def chunk(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
-        """Chunk ``c``, dealt into stripes and permuted, in the source's dtype on its device.
+        """Return chunk ``c``, dealt into stripes and permuted, in the source's dtype and device.
 
-        Of the stripes those that this rank reads (`divide`): all of them, unless said otherwise.
-        The latest chunk is kept, as most are asked for many times; it is freed before the next
-        one is computed, unless that is done ahead (`prefetching`).
+        After `divide`, returns only this rank's stripes. The latest chunk stays in memory, because
+        most chunks are requested many times; it is freed before the next one is computed, except
+        under `prefetching`.
         """
         if self._latest[0] != c:
             self._latest = (-1, {})
@@ -163,15 +167,14 @@ class ChunkStream(ABC):
     def prefetching(
         self, stop: Position, batch_size: int, wanted: bool | None = None
     ) -> Iterator[None]:
-        """Within it a thread computes the next chunk while this one is used.
+        """Compute the next chunk in a thread while the current one is used.
 
-        Nothing but the time changes; one chunk more is in memory.
+        Results do not change; one more chunk is in memory.
 
         Args:
-            stop: where the last batch ends that is wanted.
-            batch_size: the smallest that is taken: of a chunk with fewer activations there is
-                nothing to take.
-            wanted: None for where it pays.
+            stop: end of the last batch that will be read.
+            batch_size: the smallest batch size in use; chunks with fewer activations are skipped.
+            wanted: whether to prefetch; None: if it saves time (`pays`).
         """
         if not (pays(self.device) if wanted is None else wanted):
             yield
@@ -185,7 +188,7 @@ class ChunkStream(ABC):
             self._prefetch = None
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """Batches from step ``start`` on; [B, D] for each hookpoint."""
+        """Yield batches from step ``start`` on; [B, D] for each hookpoint."""
         part = batch_size // STRIPES
         step, end = start, self.num_batches(batch_size)
         while end is None or step < end:
@@ -197,7 +200,7 @@ class ChunkStream(ABC):
             step += 1
 
     def _after(self, c: int) -> int | None:
-        """The chunk that will be asked for after chunk ``c``; None where there is none."""
+        """Return the chunk that will be requested after chunk ``c``, or None."""
         stop, batch_size = self._end
         after = c + 1
         while Position(after, 0) < stop:
@@ -207,13 +210,15 @@ class ChunkStream(ABC):
         return None
 
     def _check_wanted(self) -> None:
-        """For streams that take long over a chunk, between two parts of it: end the thread that
-        computes ahead, where nobody waits for the chunk any more."""
+        """Stop the prefetching thread if its chunk is no longer wanted.
+
+        Slow streams call it between two parts of a chunk.
+        """
         if self._prefetch is not None:
             self._prefetch.check()
 
     def _permutation(self, c: int, rows: int) -> Tensor:
-        """Row order [STRIPES·rows]: stripe s stays the s-th part, permuted within."""
+        """Return the row order [STRIPES·rows]; each stripe is permuted within itself."""
         parts = []
         for stripe in range(STRIPES):
             seed = np.random.SeedSequence([self.config.order_seed, c, stripe])
@@ -223,12 +228,12 @@ class ChunkStream(ABC):
 
 
 def dealt(x: Float[Tensor, "rows d_in"], order: Tensor) -> Float[Tensor, "stripes r d_in"]:
-    """Activations in the order of their source, put into that of a chunk."""
+    """Reorder activations from source order to chunk order, split into stripes."""
     return x[order.to(x.device)].view(STRIPES, len(order) // STRIPES, -1)
 
 
 def check_batch_size(config: DatasetConfig, batch_size: int) -> None:
-    """Raise `ConfigError` where batches do not tile a chunk."""
+    """Raise `ConfigError` if batches do not tile a chunk."""
     if batch_size % STRIPES or config.chunk_tokens % batch_size:
         raise ConfigError(
             f"{{key}} must be a multiple of {STRIPES} that divides dataset.chunk_tokens "
@@ -238,13 +243,13 @@ def check_batch_size(config: DatasetConfig, batch_size: int) -> None:
 
 
 def batches_available(activations: int, config: DatasetConfig, batch_size: int) -> int:
-    """Whole batches in one reading of so many activations."""
+    """Return the number of whole batches in one epoch of ``activations``."""
     full, rest = divmod(activations, config.chunk_tokens)
     last = (rest // STRIPES) // (batch_size // STRIPES)
     return full * (config.chunk_tokens // batch_size) + last
 
 
 def generator(*key: int) -> torch.Generator:
-    """A CPU generator that is a pure function of ``key`` (non-negative integers)."""
+    """Return a CPU generator seeded by ``key`` (non-negative integers)."""
     state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)

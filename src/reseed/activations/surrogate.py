@@ -1,10 +1,10 @@
-"""What may take the place of a source's activations: nulls of stability, by what they keep.
+"""Surrogate activations: nulls of stability that preserve some properties of the real activations.
 
-- ``gaussian``: draws with the mean and covariance of the real activations, which have no features.
-  What SAEs share that are trained on them, they share because of the first two moments alone.
-- ``random_weights``: the activations of the same architecture on the same text, with weights that
-  were never trained (`language_model`). What SAEs share of them is the text's and the
-  architecture's, and nothing that the model has learned.
+- ``gaussian``: draws with the mean and covariance of the real activations, without features. SAEs
+  trained on them agree only because of the first two moments.
+- ``random_weights``: the activations of the same architecture on the same text, with random weights
+  (`language_model`). SAEs trained on them agree because of the text and the architecture, not
+  because of anything that the model has learned.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from reseed.activations.moments import Moments
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource
 from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, dealt, generator
 
-_TRAINING, _HELD_OUT = 0x6761757373, 0x6761757374  # what the seeds of either part begin with
+_TRAINING, _HELD_OUT = 0x6761757373, 0x6761757374  # first word of the seeds of each split
 _BLOCK = 4_096
-"""Activations drawn at once; a fixed size, so that the first so many do not depend on how many."""
+"""Activations drawn at once. Fixed, so that a longer request begins with the shorter one."""
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,25 @@ class Gaussian:
 
     @classmethod
     def like(cls, x: Float[Tensor, "tokens d_in"]) -> Gaussian:
-        """With the moments of ``x``, in its precision."""
+        """Fit to the moments of ``x``; draws have its dtype."""
         moments = Moments.of(x)
         return cls(moments.mean.float(), moments.root().float(), x.dtype)
 
     def draw(self, tokens: int, random: torch.Generator) -> Float[Tensor, "tokens d_in"]:
-        """Independent draws. The noise is made on the CPU: every device sees the same."""
+        """Draw independently. The noise is made on the CPU, so it is the same on every device."""
         noise = torch.randn(tokens, len(self.mean), generator=random).to(self.mean.device)
         return torch.addmm(self.mean, noise, self.root).to(self.dtype)
 
 
 class GaussianSource(ActivationSource):
-    """Draws with the moments of the first training chunk of a real source.
+    """Gaussian draws with the moments of the first training chunk of a real source.
 
-    The real source computes that one chunk, and nothing else.
+    The real source computes only that chunk.
 
     Args:
-        real: in the order of seed 0, so that no order of the draws moves what they are drawn from.
-        order_seed: of the draws.
+        real: the real source in the order of seed 0, so that the moments do not depend on
+            ``order_seed``.
+        order_seed: seed of the draws.
     """
 
     def __init__(self, real: ActivationSource, order_seed: int) -> None:
@@ -77,7 +78,7 @@ class GaussianSource(ActivationSource):
             yield {hookpoint: x[:kept] for hookpoint, x in drawn.items()}
 
     def _learn(self, hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Gaussian]:
-        """What there is at each of the hookpoints; a chunk is computed where one is new."""
+        """Return the Gaussian of each hookpoint; computes a chunk for new hookpoints."""
         if not set(hookpoints) <= set(self._learned):
             for hookpoint, x in self.real.stream(hookpoints).chunk(0).items():
                 self._learned[hookpoint] = Gaussian.like(x.flatten(0, 1))
@@ -85,7 +86,7 @@ class GaussianSource(ActivationSource):
 
 
 class GaussianStream(ChunkStream):
-    """Endless: chunk c is drawn by (order seed, c)."""
+    """An endless stream; chunk c is seeded by (order seed, c)."""
 
     def __init__(
         self, config: DatasetConfig, gaussians: Mapping[Hookpoint, Gaussian], device: torch.device
@@ -103,7 +104,7 @@ class GaussianStream(ChunkStream):
 def _drawn(
     gaussians: Mapping[Hookpoint, Gaussian], tokens: int, *key: int
 ) -> dict[Hookpoint, Float[Tensor, "tokens d_in"]]:
-    """Every hookpoint has draws of its own, whatever is read beside it."""
+    """Draw for each hookpoint separately, so that draws do not depend on the other hookpoints."""
     return {h: g.draw(tokens, generator(*key, _number(h))) for h, g in gaussians.items()}
 
 
@@ -116,7 +117,7 @@ SURROGATES = ("none", "gaussian", "random_weights")
 
 
 def standing_in(source: ResolvedSource, surrogate: str) -> ResolvedSource:
-    """The source whose data are opened: the declared one, or the same with random weights."""
+    """Return the source, with random weights if ``surrogate`` is ``random_weights``."""
     return source.with_random_weights() if surrogate == "random_weights" else source
 
 
@@ -127,10 +128,10 @@ def opened(
     needed: int,
     cache: ActivationCache | None = None,
 ) -> ActivationSource:
-    """The opened source, or Gaussian draws with its moments.
+    """Open the source, or Gaussian draws with its moments.
 
     Args:
-        data: of what `standing_in` gave.
+        data: data of the source returned by `standing_in`.
     """
     if surrogate != "gaussian":
         return data.open(device, needed, cache)
@@ -140,11 +141,11 @@ def opened(
 def flops_per_token(
     data: ResolvedData, surrogate: str, hookpoints: Sequence[Hookpoint], widths: Sequence[int]
 ) -> float:
-    """Operations that an activation at all of the hookpoints costs, about.
+    """Estimate the operations per activation at all of the hookpoints.
 
     Args:
-        data: of what `standing_in` gave.
-        widths: of the activations at each of the hookpoints.
+        data: data of the source returned by `standing_in`.
+        widths: width of the activations at each hookpoint.
     """
     if surrogate != "gaussian":
         return data.flops_per_token(hookpoints)
@@ -152,5 +153,5 @@ def flops_per_token(
 
 
 def label_of(label: str, surrogate: str) -> str:
-    """A source's name, with that of the surrogate: ``embedded+gaussian``."""
+    """Return a source's name with that of the surrogate: ``embedded+gaussian``."""
     return label if surrogate == "none" else f"{label}+{surrogate}"

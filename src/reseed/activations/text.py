@@ -1,4 +1,4 @@
-"""Text: documents of a declared data set, in a declared order, identified by their content."""
+"""Texts: the documents of a data set, identified by their content."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from reseed.config import ConfigError, setting
 
 @dataclass(frozen=True)
 class TextConfig(DatasetConfig):
-    """How text becomes sequences; members say where the text comes from."""
+    """Base configuration of texts: how documents become sequences."""
 
     context_length: int = setting(256, at_least=2)
     """Tokens in a sequence."""
     exclude_first_position: bool = True
-    """The first position of a sequence has activations unlike all others."""
+    """Leave out first positions, whose activations are unlike all others."""
     exclude_special_tokens: bool = True
     repeat: bool = False
-    """Whether a text shorter than the budget is read again, in another order, or refused."""
+    """Read a text shorter than the budget again, in another order; false: refuse it."""
     held_out_fraction: float = setting(0.05, above=0, below=1)
     """Share of the documents, chosen by their hash, on which no SAE is trained."""
 
 
 @dataclass(frozen=True)
 class DocstringsConfig(TextConfig, name="docstrings"):
-    """The docstrings of the packages that every installation has."""
+    """The docstrings of the packages that reseed depends on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,9 @@ class TextFilesConfig(TextConfig, name="text_files"):
 
     path: str | tuple[str, ...] = setting(signed=False)
     separator: str | None = "<|endoftext|>"
-    """Plain text only: what stands between documents. null: a file is a document."""
+    """Separator of the documents of a plain text; null: each file is a document."""
     field: str = "text"
-    """jsonl and parquet only: the key or column that holds the text."""
+    """Key (jsonl) or column (parquet) that holds the text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +55,19 @@ class HubTextConfig(TextConfig, name="hub"):
     revision: str = setting("main", signed=False)
     field: str = "text"
     streaming: bool = True
-    """Read only as much as the budget needs, in an order shuffled by shards and a buffer."""
+    """Read only as much as the budget needs, shuffled by shards and within a buffer."""
     shuffle_buffer: int = setting(10_000, at_least=1)
 
 
 @dataclass(frozen=True)
 class ResolvedText:
-    """Text found, but not tokenised.
+    """A text, found but not tokenised.
 
     Attributes:
-        config: what was declared.
+        config: the declared configuration.
         fingerprint: identifies the documents and their natural order.
         label: short name for folders and tables.
-        cache: folder for what is derived from it.
+        cache: folder for derived data.
     """
 
     config: TextConfig
@@ -77,14 +77,14 @@ class ResolvedText:
 
     @property
     def streamed(self) -> bool:
-        """Whether only a beginning of the text is read, in an order that is already shuffled."""
+        """True if only the beginning of the text is read, in an already shuffled order."""
         return isinstance(self.config, HubTextConfig) and self.config.streaming
 
     def documents(self, shuffled: bool = True) -> Iterator[str]:
-        """The documents, blank ones left out.
+        """Yield the documents that are not blank.
 
         Args:
-            shuffled: of a streamed text, whether in the order of the order seed or as it stands.
+            shuffled: for a streamed text, shuffle by the order seed instead of reading in order.
         """
         return (d for d in self._all_documents(shuffled) if d.strip())
 
@@ -103,7 +103,7 @@ def resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
     """Find the text that ``config`` declares and identify it by its content.
 
     Raises:
-        ConfigError: unreadable, empty or missing files, or a hub that cannot be reached.
+        ConfigError: a file is unreadable, empty or missing, or the hub is unreachable.
     """
     if isinstance(config, DocstringsConfig):
         sha = hashlib.sha256()
@@ -115,7 +115,7 @@ def resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
         sha = hashlib.sha256()
         for path in paths:
             _check_readable(path, config)
-            # The kind of file decides how its bytes are read.
+            # The same bytes are other documents in another format.
             sha.update(_READERS[path.suffix].__name__.encode())
             with path.open("rb") as file:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
@@ -129,7 +129,7 @@ def resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
 
 
 def text_paths(config: TextFilesConfig) -> list[Path]:
-    """The files that ``config.path`` names, folders expanded in sorted order."""
+    """Return the files that ``config.path`` names, with folders expanded in sorted order."""
     named = [config.path] if isinstance(config.path, str) else list(config.path)
     paths: list[Path] = []
     for name in named:
@@ -151,7 +151,7 @@ def text_paths(config: TextFilesConfig) -> list[Path]:
 
 
 def _check_readable(path: Path, config: TextFilesConfig) -> None:
-    """A first document, or the reason why there is none."""
+    """Raise `ConfigError` if a file has no readable document."""
     if path.suffix not in _READERS:
         raise ConfigError(
             f"{{key}}: cannot read {path.name}; the formats are {', '.join(sorted(_READERS))}",
@@ -172,7 +172,7 @@ def _file_documents(path: Path, config: TextFilesConfig) -> Iterator[str]:
 
 
 def _plain(path: Path, config: TextFilesConfig) -> Iterator[str]:
-    """Documents of a plain text, read line by line so that memory does not grow with the file."""
+    """Yield a plain text's documents, line by line so that memory does not grow with the file."""
     separator = config.separator
     with path.open(encoding="utf-8") as file:
         if not separator:
@@ -242,7 +242,7 @@ def _dataset_commit(config: HubTextConfig) -> str:
 
 
 def _hub_documents(config: HubTextConfig, fingerprint: str, shuffled: bool) -> Iterator[str]:
-    """Documents at the pinned commit; streamed ones by shuffled shards and a shuffled buffer."""
+    """Yield the documents at the pinned commit; streaming shuffles shards and a buffer."""
     from datasets import load_dataset
 
     rows: Any = load_dataset(

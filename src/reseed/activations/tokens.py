@@ -1,9 +1,9 @@
-"""Documents as tokens, packed into sequences.
+"""Tokenised documents, packed into sequences.
 
-`TokenStore` keeps the tokens of all documents end to end, as a memory-mapped file where the text
-is large, with the documents' boundaries. An order of the documents is a permutation laid over it:
-sequence s of epoch e is positions [s·L, (s+1)·L) of the documents end to end in that order. No
-text is ever tokenised twice: stores are kept in the cache by what determines them.
+`TokenStore` holds the tokens of all documents end to end, in a memory-mapped file, with the
+documents' boundaries. An order of the documents is a permutation on top of it: sequence s of epoch
+e is positions [s·L, (s+1)·L) of the documents end to end in that order. A text is tokenised once:
+stores are cached by a digest of everything that determines them.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from reseed.config import ReseedError
 from reseed.console import say
 
 _VERSION = 1
-"""Raised when the same text would give other tokens."""
+"""Raise it when code changes the tokens of a text."""
 _BATCH = 512
 
 
-@dataclass(frozen=True, eq=False)  # identity is enough, and makes a store hashable
+@dataclass(frozen=True, eq=False)  # comparison by identity keeps a store hashable
 class TokenStore:
-    """Tokens of documents end to end.
+    """The tokens of documents, end to end.
 
     Attributes:
         tokens: int32 [total].
-        starts: int64 [documents + 1], where each document begins, and the end.
+        starts: int64 [documents + 1], the start of each document, then the end of the last.
         special: sorted ids of the special tokens.
-        natural_order: whether epoch 0 reads the documents as they stand (already shuffled).
+        natural_order: True if epoch 0 reads the documents in stored order (already shuffled).
     """
 
     tokens: Int[np.ndarray, " total"]
@@ -63,8 +63,8 @@ class Packing:
 
     Args:
         store: the tokens.
-        config: context length, what is excluded, the order's seed.
-        epoch: how often the text has been read before; each epoch has an order of its own.
+        config: context length, excluded positions, seed of the order.
+        epoch: number of earlier passes over the text; each epoch has its own order.
     """
 
     store: TokenStore
@@ -86,16 +86,16 @@ class Packing:
 
     @property
     def num_sequences(self) -> int:
-        """Whole sequences; the tokens left over at the end are not used."""
+        """Number of whole sequences; leftover tokens at the end are not used."""
         return len(self.store) // self.config.context_length
 
     @property
     def num_activations(self) -> int:
-        """Positions that an SAE sees: neither first in the sequence nor special."""
+        """Number of positions that count as activations (`keep`)."""
         return int(self._kept[-1])  # type: ignore[attr-defined]
 
     def sequences(self, first: int, last: int) -> Int[np.ndarray, "sequences context"]:
-        """Tokens of sequences ``first`` to ``last`` (exclusive)."""
+        """Return the tokens of sequences ``first`` to ``last`` (exclusive)."""
         length = self.config.context_length
         positions = np.arange(first * length, last * length)
         ends = self._ends  # type: ignore[attr-defined]
@@ -107,7 +107,10 @@ class Packing:
         return self.store.tokens[begins + inside].reshape(last - first, length)
 
     def keep(self, tokens: Int[np.ndarray, "sequences context"]) -> Bool[np.ndarray, "s c"]:
-        """Which positions count as activations."""
+        """Return a mask of the positions that count as activations.
+
+        By default these are neither first in their sequence nor special tokens.
+        """
         kept = np.ones(tokens.shape, dtype=bool)
         if self.config.exclude_first_position:
             kept[:, 0] = False
@@ -117,7 +120,7 @@ class Packing:
 
     @property
     def guaranteed_activations(self) -> int:
-        """Activations in any order of the documents: what every epoch of a repeated text has."""
+        """Lower bound of the activations over all orders, and so over all epochs of the text."""
         if not self.config.exclude_special_tokens:
             return self.num_activations
         special = int(np.isin(self.store.tokens, self.store.special).sum())
@@ -126,11 +129,11 @@ class Packing:
         return max(0, len(self.store) - left_over - special - lost)
 
     def covering(self, first: int, last: int) -> tuple[int, int, int]:
-        """Sequences that hold activations ``first`` to ``last`` (exclusive), counted in order.
+        """Find the sequences that hold activations ``first`` to ``last`` (exclusive), in order.
 
         Returns:
-            the first and the last (exclusive) sequence, and how many activations of the first
-            one come before ``first``.
+            the first and the last (exclusive) sequence, and the number of activations of the
+            first sequence that come before ``first``.
         """
         kept = self._kept  # type: ignore[attr-defined]
         begin = int(np.searchsorted(kept, first, side="right")) - 1
@@ -147,12 +150,12 @@ class Packing:
 def token_stores(
     text: ResolvedText, tokenizer: Any, tokenizer_fingerprint: str, needed: int
 ) -> tuple[TokenStore, TokenStore]:
-    """The training documents and the held-out documents of a text, as tokens.
+    """Tokenise a text's training and held-out documents, or read them from the cache.
 
     Args:
-        text: where the documents come from.
-        tokenizer: the model's.
-        tokenizer_fingerprint: identifies it.
+        text: source of the documents.
+        tokenizer: the model's tokenizer.
+        tokenizer_fingerprint: identifies the tokenizer.
         needed: activations that training needs; a streamed text is read no further.
     """
     config = text.config
@@ -166,9 +169,9 @@ def token_stores(
     if not text.streamed:
         folder = _tokenised(text, tokenizer, key, {"train": None, "held_out": None})
         return _read_store(folder, "train", False), _read_store(folder, "held_out", False)
-    # Of a streamed text only a beginning is read. What is held out must not depend on the budget
-    # or on the order of training, so it is the beginning of the text as it stands.
-    lost = 1 + 2 / config.context_length  # first positions, and a margin as large
+    # The held-out documents must not depend on the training budget or order, so they are taken
+    # from the beginning of the unshuffled text.
+    lost = 1 + 2 / config.context_length  # first positions, and a margin of the same size
     enough = {"train": int(needed * lost) + 2 * config.chunk_tokens}
     train = _tokenised(text, tokenizer, key | {"order_seed": config.order_seed}, enough)
     enough = {"held_out": int(config.held_out_tokens * lost) + config.context_length}
@@ -177,18 +180,18 @@ def token_stores(
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Ids that carry no text: beginning and end of text, padding and the like."""
+    """Return the ids without text, such as beginning and end of text or padding."""
     return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
 def is_held_out(document: str, fraction: float) -> bool:
-    """Whether a document is set aside, by its own hash: the same for every order and budget."""
+    """Decide by a document's hash, for all orders and budgets alike, whether it is held out."""
     value = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big")
     return value < fraction * 2**64
 
 
 def _text_options(config: TextConfig) -> dict[str, Any]:
-    """The options that decide what the documents are, beside the bytes of the files."""
+    """Return the options that decide the documents, besides the content of the files."""
     names = ("separator", "field", "subset", "split", "shuffle_buffer", "streaming")
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
@@ -203,8 +206,8 @@ def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
         tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ReseedError(
-            f"{folder}: these tokens cannot be read ({error}): delete the folder, and they are "
-            "made again"
+            f"{folder}: cannot read the stored tokens ({error}). Delete the folder; the next run "
+            "tokenises the text again"
         ) from error
     return TokenStore(tokens, starts, special, natural_order)
 
@@ -212,10 +215,10 @@ def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
 def _tokenised(
     text: ResolvedText, tokenizer: Any, key: dict[str, Any], enough: Mapping[str, int | None]
 ) -> Path:
-    """The folder with the parts named by ``enough``, written if it is not there.
+    """Return the folder with the parts named by ``enough``; tokenise the text if it is missing.
 
     Args:
-        enough: by part, after how many activations it needs no more documents; None takes all.
+        enough: activations after which a part needs no more documents; None: all documents.
     """
     key = key | {"enough": dict(enough)}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -243,7 +246,7 @@ def _tokenised(
 
 
 class _StoreWriter:
-    """Appends documents to one store; the files get their names when all is written."""
+    """Writer of one store; renames its temporary file when everything is written."""
 
     def __init__(self, folder: Path, part: str) -> None:
         self.folder, self.part = folder, part
@@ -266,7 +269,7 @@ class _StoreWriter:
         path = self.folder / f"{self.part}.int32"
         try:
             with room_for(path):
-                self.file.close()  # which writes what is left, and fails where there is no room
+                self.file.close()  # flushes, which fails if the disk is full
                 if error is None:
                     with open(self.temporary, "rb") as file:
                         os.fsync(file.fileno())
@@ -280,7 +283,7 @@ class _StoreWriter:
 
 
 def _encode(tokenizer: Any, documents: list[str]) -> list[np.ndarray]:
-    """Token ids, each document opened by the token that opens documents for this model."""
+    """Return token ids; each document starts with the BOS token, or with EOS without a BOS."""
     opening = tokenizer.bos_token_id
     if opening is None:
         opening = tokenizer.eos_token_id

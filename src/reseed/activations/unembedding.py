@@ -1,4 +1,4 @@
-"""What a direction in the residual stream says of the next token (the logit lens)."""
+"""The logit lens: a linear map from the residual stream to next-token logits."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from reseed.activations.language_model import LanguageModel
 
 @torch.no_grad()
 def unembedding(model: LanguageModel) -> Float[Tensor, "vocabulary d_in"] | None:
-    """The linear map from the end of the residual stream to logits, in float32.
+    """Return the linear map from the end of the residual stream to logits, in float32.
 
-    It is that of the final norm and the unembedding, with what the norm divides by held at 1 (so
-    that it is linear), centred over the vocabulary: a constant in all logits says nothing. Tokens
-    are those of the tokenizer; a model may have rows for more.
+    It combines the final norm, with its divisor fixed at 1 to make it linear, and the unembedding,
+    centred over the vocabulary, because a constant added to all logits has no effect. Rows are the
+    tokenizer's tokens; a model may have more rows.
 
     Returns:
-        None for a model that has no unembedding.
+        None for a model without an unembedding.
     """
     output = model.model.get_output_embeddings()  # type: ignore[operator]
     if output is None:
@@ -37,8 +37,7 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocabulary d_in"] | None
 
 
 def _final_norm(model: nn.Module) -> nn.Module | None:
-    """The norm behind the last block, or None: the last beside the blocks that is not of
-    embeddings."""
+    """Return the last norm module next to the blocks that is not for embeddings, or None."""
     around = model.get_submodule(blocks_path(model).rpartition(".")[0])
     norms = [
         child
@@ -51,10 +50,11 @@ def _final_norm(model: nn.Module) -> nn.Module | None:
 def _linear_part(
     norm: nn.Module, width: int, model: LanguageModel
 ) -> tuple[Float[Tensor, " d_in"], bool]:
-    """What a norm multiplies each dimension by, and whether it takes the mean away before.
+    """Return a norm's factor per dimension, and whether it subtracts the mean first.
 
-    Found by what it does, as classes call it differently (some keep weight − 1): to a vector of
-    mean 0 and mean square 1, to its opposite, which a bias moves alike, and to it plus 1.
+    Found by probing, because classes store the factor differently (some store weight − 1). The
+    probes are a vector of mean 0 and mean square 1, its opposite (a bias shifts both alike), and
+    the vector plus 1.
     """
     signs = torch.ones(width, device=model.device)
     signs[1::2] = -1

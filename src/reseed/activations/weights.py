@@ -1,4 +1,4 @@
-"""The modules of a language model: without numbers, with those of its files, or with fresh ones."""
+"""Construction of a language model: without weights, with its trained or with random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 
 def skeleton(config: Any) -> nn.Module:
-    """The model of a transformers configuration on the meta device: names and shapes alone."""
+    """Build the model of a transformers configuration on the meta device, without weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), _quiet():
@@ -20,7 +20,7 @@ def skeleton(config: Any) -> nn.Module:
 
 
 def trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
-    """The model with the weights that its folder holds, on the CPU."""
+    """Load the model with the weights of its folder, on the CPU."""
     from transformers import AutoModelForCausalLM
 
     with _quiet():
@@ -30,32 +30,31 @@ def trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,  # a pickled checkpoint could run code
-            trust_remote_code=False,  # so could python files beside the weights
+            trust_remote_code=False,  # so could Python files in the folder
         )
 
 
 def untrained(config: Any, seed: int, dtype: torch.dtype, attention: str) -> nn.Module:
-    """The model with all of its weights, embeddings too, as its architecture draws them, on the
-    CPU.
+    """Build the model with its architecture's random initial weights, embeddings included.
 
-    Drawn there and in float32, so that neither device nor precision moves them; the process's own
-    random numbers go on as if nothing had been drawn.
+    The weights are drawn on the CPU in float32, so that they depend on neither device nor
+    precision. The process's random state is left unchanged.
     """
     from transformers import AutoModelForCausalLM
 
     with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the only one that is forked
+        torch.default_generator.manual_seed(seed)  # the only generator that is forked
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention
         )
-    for weights in model.parameters():  # no buffers: rotary angles stay exact, as when loaded
+    for weights in model.parameters():  # not buffers: rotary angles stay exact, as when loaded
         weights.data = weights.data.to(dtype)
     return model
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No weight-loading bars: the command has a progress display of its own."""
+    """Hide transformers' progress bars, which would disturb the command's own display."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""What a world is made of: the options of ``model=world_*``, and what they come to."""
+"""Configuration of worlds (``model=world_*``) and the quantities derived from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_PARENT = -1
 
 @dataclass(frozen=True)
 class GeneratedConfig(DatasetConfig, name="generated"):
-    """Activations that a world makes: as many as are asked for."""
+    """The endless activations of a world."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,12 @@ class WorldConfig(SourceConfig, name="world"):
     x = Σ_i a_i g_i (+ groups), a_i = relu(μ + σε) where feature i fires, else 0.
 
     Feature i *would* fire where z_i < Φ⁻¹(p_i); z is standard normal for each feature, correlated
-    as declared (a Gaussian copula). A child fires where it would and its parent does. So its p is
-    *conditional* on the parent's firing; with ``child_firing=marginal`` the declared p is that of
-    all tokens, and is divided by the parent's. Both hold before mutual exclusion, which then takes
-    away what siblings have in common, and where parent and child are not correlated by the copula
-    too (common factors of scale 0.1 move a child's p of .01 to .009 … .012). A magnitude that is
-    drawn below 0 is no firing, of a parent neither: at σ = .15 μ never, at σ ≈ μ often.
+    as declared (a Gaussian copula). A child fires where it would and its parent fires, so its p is
+    *conditional* on the parent. With ``child_firing=marginal`` the declared p is over all tokens,
+    and is divided by the parent's. Both statements hold before mutual exclusion, which keeps one of
+    the siblings that would fire together, and if the copula does not also correlate parent and
+    child (common factors of scale 0.1 move a child's p of .01 to .009 … .012). A feature whose
+    drawn magnitude is below 0 does not fire, parents included: never at σ = .15 μ, often at σ ≈ μ.
     """
 
     label: str = setting("world", signed=False)
@@ -40,7 +40,7 @@ class WorldConfig(SourceConfig, name="world"):
     d_in: int = setting(at_least=1)
     num_features: int = setting(at_least=1)
     seed: int = setting(0, at_least=0)
-    """Of the directions, the groups and the factors; the draws have seeds of their own."""
+    """Seed of the directions, the groups and the factors; samples have their own seeds."""
     dictionary: str = setting("orthogonal", choices=("orthogonal", "random"))
     """Rows: orthonormal (needs num_features ≤ d_in), or independent unit vectors."""
     firing: tuple[float, ...] | None = None
@@ -50,18 +50,18 @@ class WorldConfig(SourceConfig, name="world"):
     zipf_exponent: float = setting(0.5, at_least=0)
     """Feature i has p = max(zipf_min, zipf_max · (i + 1)^-zipf_exponent)."""
     child_firing: str = setting("conditional", choices=("conditional", "marginal"))
-    """What the probability of a feature with a parent is relative to."""
+    """Meaning of a child's probability: given that its parent fires, or over all tokens."""
     parents: tuple[int | None, ...] | None = None
-    """Parent of each feature, which stands before it; null for none."""
+    """Parent of each feature, which must have a smaller index; null for none."""
     roots: int = setting(0, at_least=0)
     """Trees of a generated forest; 0: none. Features are numbered level by level: all roots, then
-    all their children, …; those beyond the forest have no parent."""
+    all their children, …; features beyond the forest have no parent."""
     branching: int = setting(1, at_least=1)
     """Children of each feature of the forest that is not a leaf."""
     depth: int = setting(0, at_least=0)
     """Levels below the roots."""
     mutually_exclusive_children: bool = False
-    """Of the siblings that would fire together one, drawn uniformly, does."""
+    """Let only one of the siblings that would fire together fire, drawn uniformly."""
     magnitude_mean: float = setting(1.0, above=0)
     magnitude_std: float = setting(0.0, at_least=0)
     correlations: tuple[tuple[float, ...], ...] = ()
@@ -71,12 +71,12 @@ class WorldConfig(SourceConfig, name="world"):
     copula_scale: float = setting(0.0, at_least=0)
     groups: int = setting(0, at_least=0)
     """Random subspaces. A group that fires adds a magnitude in a direction drawn uniformly within
-    it: something real that has no features."""
+    it: real structure without features."""
     group_rank: int = setting(1, at_least=1)
     group_probability: float = setting(0.0, at_least=0, at_most=1)
 
     def resolve(self, cache: Path) -> ResolvedSource:
-        from reseed.activations.generated import ResolvedWorld  # which stands above
+        from reseed.activations.generated import ResolvedWorld  # imports this module
 
         return ResolvedWorld(self, self.label, digest(self.signed(), 32))
 
@@ -153,7 +153,7 @@ class WorldConfig(SourceConfig, name="world"):
 
 
 def declared_firing(config: WorldConfig) -> Float[np.ndarray, " features"]:
-    """The probabilities as declared."""
+    """Return the declared probability of each feature."""
     if config.firing is not None:
         return np.array(config.firing)
     rank = np.arange(1, config.num_features + 1, dtype=np.float64)
@@ -161,7 +161,7 @@ def declared_firing(config: WorldConfig) -> Float[np.ndarray, " features"]:
 
 
 def firing_given_parent(config: WorldConfig) -> Float[np.ndarray, " features"]:
-    """The probability with which each feature fires where its parent does."""
+    """Return the probability that each feature fires given that its parent does."""
     p, parent = declared_firing(config), parents_of(config)
     if config.child_firing == "conditional":
         return p
@@ -170,7 +170,7 @@ def firing_given_parent(config: WorldConfig) -> Float[np.ndarray, " features"]:
 
 
 def parents_of(config: WorldConfig) -> Int[np.ndarray, " features"]:
-    """Parent of each feature, NO_PARENT for none; a parent stands before its child."""
+    """Return the parent of each feature, NO_PARENT for none; parents come before children."""
     parent = np.full(config.num_features, NO_PARENT)
     if config.parents is not None:
         return np.array([NO_PARENT if p is None else p for p in config.parents])
@@ -184,7 +184,7 @@ def parents_of(config: WorldConfig) -> Int[np.ndarray, " features"]:
 
 
 def levels_of(parent: Int[np.ndarray, " features"]) -> list[Int[np.ndarray, " some"]]:
-    """The features of each level below the roots, in order."""
+    """Return the features of each level below the roots, from the top."""
     level = np.zeros(len(parent), dtype=np.int64)
     for i, above in enumerate(parent.tolist()):
         if above != NO_PARENT:
@@ -195,10 +195,11 @@ def levels_of(parent: Int[np.ndarray, " features"]) -> list[Int[np.ndarray, " so
 def correlation_root(
     config: WorldConfig,
 ) -> tuple[Int[np.ndarray, " some"], Float[np.ndarray, "some some"]]:
-    """The features with a listed correlation, and the Cholesky factor of their matrix.
+    """Return the features with a listed correlation, and the Cholesky factor of their matrix.
 
     Raises:
-        ConfigError: not pairs of features with a correlation, or no matrix has them all.
+        ConfigError: an entry is not a pair of features with a correlation, a pair is listed twice,
+            or the matrix is not positive definite.
     """
     pairs: dict[tuple[int, int], float] = {}
     for row in config.correlations:

@@ -1,10 +1,10 @@
-"""Worlds: activations made of features that are known.
+"""Worlds: synthetic activations made of known features.
 
     x = aG + groups      G dictionary [N, D], unit rows · a sparse [tokens, N]
 
-No product over all features is ever made: what fires is kept as (token, feature, value), and x is
-a sum of rows of G. Draws are made in blocks of a fixed size, on the CPU, so that a sample is a pure
-function of the generator's seed, and memory does not grow with tokens · N.
+The sparse a is stored as (token, feature, value), and x is a sum of rows of G; no dense product
+over all features is computed. Draws are made in blocks of a fixed size, on the CPU, so that a
+sample is a pure function of the generator's seed, and memory does not grow with tokens · N.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from reseed.activations.world_config import (
 )
 
 _BLOCK = 1 << 22
-"""Draws (tokens · features) made at once; part of what a seed means."""
+"""Draws (tokens · features) made at once; changing it changes the sample of a seed."""
 _DICTIONARY, _GROUPS, _FACTORS = 0x776F726C64, 0x776F726C65, 0x776F726C66
 
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Tokens of a world, with what they are made of. On the CPU.
+    """Activations of a world with their true features, on the CPU.
 
     Attributes:
         x: activations.
-        token, feature, value: the true activations that are not 0, sorted by token, then feature.
-        group_active: which groups fire.
+        token, feature, value: nonzero feature activations, sorted by token, then feature.
+        group_active: True where a group fires.
     """
 
     x: Float[Tensor, "tokens d_in"]
@@ -48,7 +48,7 @@ class Sample:
     group_active: Bool[Tensor, "tokens groups"]
 
     def first(self, tokens: int) -> Sample:
-        """The first so many tokens."""
+        """Return the sample's first ``tokens`` tokens."""
         end = int(torch.searchsorted(self.token, tokens))
         return Sample(
             self.x[:tokens],
@@ -60,7 +60,7 @@ class Sample:
 
     @classmethod
     def joined(cls, samples: Sequence[Sample]) -> Sample:
-        """Several after one another."""
+        """Concatenate several samples."""
         token, before = [], 0
         for sample in samples:
             token.append(sample.token + before)
@@ -75,11 +75,11 @@ class Sample:
 
 
 class World:
-    """The features that a configuration declares.
+    """The known features that a configuration declares.
 
     Attributes:
-        config: what was declared.
-        dictionary: unit rows, one for each feature.
+        config: the declared configuration.
+        dictionary: a unit row per feature.
         groups: an orthonormal basis of each group's subspace.
     """
 
@@ -99,10 +99,10 @@ class World:
         self._factors, self._own = _factors(config)
 
     def sample(self, tokens: int, generator: torch.Generator) -> Sample:
-        """Independent tokens.
+        """Draw independent tokens.
 
         Args:
-            generator: on the CPU; all randomness comes from it.
+            generator: CPU generator, the only source of randomness.
         """
         block = max(1, _BLOCK // self.config.num_features)
         sizes = [min(block, tokens - first) for first in range(0, tokens, block)]
@@ -125,7 +125,7 @@ class World:
         return Sample(x, token, feature, value, self._add_groups(x, random))
 
     def _fire(self, tokens: int, random: torch.Generator) -> Bool[Tensor, "tokens features"]:
-        """Which features fire."""
+        """Draw a mask of the features that fire."""
         z = torch.randn(tokens, self.config.num_features, generator=random)
         if len(self._correlated):
             z[:, self._correlated] = z[:, self._correlated] @ self._root.T
@@ -138,7 +138,7 @@ class World:
         return fire
 
     def _follow_parents(self, fire: Tensor, level: Tensor, random: torch.Generator) -> None:
-        """Silence the children whose parent is silent, in place; and all siblings but one."""
+        """Silence, in place, children whose parent is silent, and exclusive siblings but one."""
         token, place = fire[:, level].nonzero(as_tuple=True)
         feature = level[place]
         on = fire[token, self._parent[feature]]
@@ -155,7 +155,7 @@ class World:
         return (self.config.magnitude_mean + self.config.magnitude_std * noise).relu()
 
     def _add_groups(self, x: Tensor, random: torch.Generator) -> Bool[Tensor, "tokens groups"]:
-        """Add what the groups that fire contribute to ``x``, in place; and say which do."""
+        """Add the contributions of firing groups to ``x`` in place; return which groups fire."""
         drawn = torch.rand(len(x), self.config.groups, generator=random)
         active = drawn < self.config.group_probability
         for number, basis in enumerate(self.groups):
@@ -169,7 +169,7 @@ class World:
 
 
 def _one_of_each(family: Int[Tensor, " some"], random: torch.Generator) -> Int[Tensor, " kept"]:
-    """Index of one member of each family, drawn uniformly."""
+    """Return the index of one element of each family, drawn uniformly."""
     order = torch.rand(len(family), generator=random).argsort(stable=True)
     order = order[family[order].argsort(stable=True)]
     ordered = family[order]
@@ -189,7 +189,7 @@ def _directions(config: WorldConfig) -> Float[Tensor, "features d_in"]:
 def _orthonormal(
     count: int, rank: int, d_in: int, random: torch.Generator
 ) -> Float[Tensor, "count rank d_in"]:
-    """Uniformly distributed orthonormal rows, float64."""
+    """Draw uniformly distributed orthonormal rows, float64."""
     columns = torch.randn(count, d_in, rank, generator=random, dtype=torch.float64)
     if not count:
         return columns.mT
@@ -199,7 +199,7 @@ def _orthonormal(
 
 
 def _factors(config: WorldConfig) -> tuple[Float[Tensor, "features rank"], Float[Tensor, " f"]]:
-    """Weights of the common factors and of the own noise; their squares sum to 1."""
+    """Return the weights of the common factors and of the own noise; their squares sum to 1."""
     random = generator(_FACTORS, config.seed)
     shape = (config.num_features, config.copula_rank)
     weights = config.copula_scale * torch.randn(*shape, generator=random, dtype=torch.float64)

@@ -62,7 +62,7 @@ def frequent_words(documents: Iterable[str], count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class DrillLines:
-    """The line of every drilled word, as token ids and as loss weights of these tokens."""
+    """The line of every drilled word, as token ids with a loss weight per token."""
 
     ids: list[np.ndarray]
     weights: list[np.ndarray]
@@ -72,7 +72,7 @@ class DrillLines:
         """Return the lines of `words`.
 
         Raises:
-            ValueError: if a line does not end in a letter of one token and a newline of one.
+            ValueError: if a line does not end in a one-token letter and a one-token newline.
         """
         lines = [f"{word}{QUESTION} {letter_of(word)}\n" for word in words]
         ids = [np.array(line, dtype=np.int64) for line in tokenizer(lines)["input_ids"]]
@@ -104,8 +104,8 @@ def first_letter_accuracy(
 ) -> float:
     """Return the share of prompts whose most likely next token, of all tokens, is the answer.
 
-    Queries are drawn from `words` without replacement; so are the in-context words of a prompt,
-    never its query.
+    Queries are drawn from `words` without replacement. The in-context words of a prompt are too,
+    and never include its query.
     """
     rng = np.random.default_rng(seed)
     queries = rng.permutation(len(words))[:num_prompts]

@@ -1,4 +1,4 @@
-"""What the embedded model is measured with: held-out cross-entropy, n-grams, residual norms."""
+"""Measurements of the embedded model: held-out cross-entropy, n-grams, residual norms."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,23 +11,23 @@ HELDOUT_PERCENT = 2
 
 
 def is_heldout(document: str) -> bool:
-    """Tell by its SHA-256 whether a document is among the 2 percent that are set aside."""
+    """Decide by a document's SHA-256 whether it is among the 2 percent that are held out."""
     digest = hashlib.sha256(document.encode()).digest()
     return int.from_bytes(digest[:4], "big") % 100 < HELDOUT_PERCENT
 
 
 def pack(documents: Iterable[np.ndarray], separator: int, length: int) -> np.ndarray:
-    """Return rows [rows, length] of the documents on end, a separator before each.
+    """Return rows [rows, length] of the concatenated documents, with a separator before each.
 
-    A row's first token is the last of the row before, so that every token is predicted once.
-    What does not fill a row is left out.
+    A row's first token is the last of the previous row, so that every token is predicted once.
+    Tokens that do not fill a row are left out.
     """
     parts = [part for ids in documents for part in ([separator], ids)]
     return rows_of(np.concatenate(parts), length)
 
 
 def rows_of(stream: np.ndarray, length: int) -> np.ndarray:
-    """Return windows [rows, length] of a stream [tokens] that overlap in one token."""
+    """Return windows [rows, length] of a stream [tokens]; neighbours share one token."""
     return np.lib.stride_tricks.sliding_window_view(stream, length)[:: length - 1]
 
 
@@ -46,13 +46,13 @@ def cross_entropy(model: PreTrainedModel, rows: np.ndarray) -> float:
 
 
 def unigram_cross_entropy(train: np.ndarray, rows: np.ndarray, vocabulary_size: int) -> float:
-    """Return nats per token of add-one counts of the stream `train` [tokens]."""
+    """Return nats per token under add-one counts of the stream `train` [tokens]."""
     counts = np.bincount(train, minlength=vocabulary_size) + 1.0
     return float(-np.log(counts / counts.sum())[rows[:, 1:]].mean())
 
 
 def bigram_cross_entropy(train: np.ndarray, rows: np.ndarray, vocabulary_size: int) -> float:
-    """Return nats per token of bigrams interpolated with the add-one unigrams (Witten-Bell).
+    """Return nats per token under bigrams interpolated with add-one unigrams (Witten-Bell).
 
     p(w|h) = (c(h,w) + t(h) p(w)) / (c(h) + t(h)), t(h) the number of distinct followers of h.
     """
@@ -72,11 +72,11 @@ def bigram_cross_entropy(train: np.ndarray, rows: np.ndarray, vocabulary_size: i
 
 @torch.inference_mode()
 def residual_statistics(model: PreTrainedModel, rows: np.ndarray) -> list[dict[str, float]]:
-    """Return, for the embedding and after each block, how the residual stream is spread.
+    """Return norms and concentration of the residual stream, for the embedding and each block.
 
-    Over all positions of rows [rows, length] but the first: mean, largest and first position's
-    norm; the largest share of the mean square that one dimension holds; the share of the variance
-    along the first principal component.
+    Over all positions of rows [rows, length] but the first: mean and largest norm, the largest
+    share of the mean square in one dimension, and the share of the variance along the first
+    principal component; and the mean norm at the first position.
     """
     ids = torch.from_numpy(rows.astype(np.int64))
     states = model(ids, use_cache=False, output_hidden_states=True).hidden_states

@@ -1,7 +1,7 @@
 """The program that trained the embedded model: `python -m reseed.assets.pretrain --out FOLDER`.
 
-A byte-level BPE tokenizer and a small GPT-NeoX, from nothing but the docstrings of the installed
-packages and first-letter spelling drills. It ends by measuring the float16 weights that it wrote.
+It trains a byte-level BPE tokenizer and a small GPT-NeoX on the docstrings of the installed
+packages and on first-letter spelling drills, and then measures the float16 weights that it wrote.
 """
 
 import argparse
@@ -34,7 +34,7 @@ LOGIT_TOKENS = 256
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result, beside the text and the versions of the packages."""
+    """Everything that decides the result, besides the text and the versions of the packages."""
 
     vocabulary_size: int = 4096
     num_layers: int = 4
@@ -55,7 +55,7 @@ class Settings:
 
 
 def train_tokenizer(documents: Sequence[str], settings: Settings) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE of the documents and of the drills' wording, as GPT-2's."""
+    """Return a byte-level BPE like GPT-2's, trained on the documents and the drills' wording."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -65,7 +65,7 @@ def train_tokenizer(documents: Sequence[str], settings: Settings) -> PreTrainedT
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The answers must be tokens of their own; rare letters are not, by the text alone.
+    # The answers must be single tokens; with the text alone, rare letters would not be.
     letters = [f"x{drills.QUESTION} {letter}\n" * 500 for letter in map(chr, range(65, 91))]
     bpe.train_from_iterator([*documents, *letters], trainer)
     return PreTrainedTokenizerFast(
@@ -101,16 +101,16 @@ def build_model(settings: Settings) -> GPTNeoXForCausalLM:
         eos_token_id=SEPARATOR_ID,
     )
     model = GPTNeoXForCausalLM(config)
-    model.set_attn_implementation("eager")  # at this size a third faster than the fused kernel
+    model.set_attn_implementation("eager")  # a third faster than the fused kernel at this size
     return model
 
 
 def training_rows(
     documents: Sequence[np.ndarray], lines: drills.DrillLines, settings: Settings
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield token ids and loss weights, each [context + 1], without end.
+    """Yield token ids and loss weights, each [context + 1], endlessly.
 
-    An epoch is all documents and enough new drills, shuffled together, on end.
+    An epoch concatenates all documents and new drills (`drill_share` of the tokens), shuffled.
     """
     rng = np.random.default_rng(settings.seed)
     num_tokens = sum(map(len, documents)) + len(documents)
@@ -151,8 +151,8 @@ def learning_rate_factor(step: int, settings: Settings) -> float:
 def backward(model: GPTNeoXForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> float:
     """Accumulate the gradient of the weighted loss, in nats per token, and return the loss.
 
-    `ids` are [rows, context + 1], `weights` [rows, context]. The logits are made and left again
-    `LOGIT_TOKENS` positions at a time: together they would be most of the memory's traffic.
+    `ids` are [rows, context + 1], `weights` [rows, context]. Logits are computed and freed for
+    `LOGIT_TOKENS` positions at a time: all together they would dominate the memory traffic.
     """
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model.gpt_neox(ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)
@@ -204,7 +204,7 @@ def train(
 
 
 def measure(folder: Path, documents: Sequence[str], words: Sequence[str]) -> dict[str, object]:
-    """Return the measurements of the model in `folder`, loaded as its users do."""
+    """Return the measurements of the model in `folder`, loaded in the way its users load it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     train_documents = [text for text in documents if not heldout.is_heldout(text)]
@@ -238,7 +238,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, documents: Sequence[str]) -> list
 
 
 def main() -> None:
-    """Train, write the folder, measure what was written."""
+    """Train the model, write its folder, and measure the written model."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--cache", type=Path, help="folder of the text (default: OUT's parent)")

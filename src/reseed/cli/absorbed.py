@@ -1,4 +1,4 @@
-"""Do the runs of a cell absorb the same words? From their results and the matchings of the cell."""
+"""Overlap of the words that the runs of a cell absorb, from their results and the matchings."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ _EVALUATION = "absorption"
 
 
 def with_overlaps(cells: Sequence[Cell], runs: Runs) -> list[Cell]:
-    """The cells, where all runs have words that they absorb with columns of the pairs:
-    ``absorbed_overlap`` (Jaccard), ``…_expected`` by chance, ``absorbed_p``, ``absorbed_classes``;
-    and the estimate over pairs of the first."""
+    """Add the overlap of absorbed words to the cells whose runs all have an absorption result.
+
+    The pairs get the columns ``absorbed_overlap`` (Jaccard), ``…_expected`` (by chance),
+    ``absorbed_p`` and ``absorbed_classes``; the cell gets the estimate of the first over pairs.
+    """
     return [(knobs, _with_overlaps(cell, runs)) for knobs, cell in cells]
 
 
@@ -49,7 +51,7 @@ def _with_overlaps(cell: CellResult, runs: Runs) -> CellResult:
 
 
 def _partners(cell: CellResult, a: str, b: str) -> Int[np.ndarray, " num_latents"]:
-    """Of each latent of a run its match by the decoder in another, −1 for none."""
+    """Return the match by decoder in run ``b`` of each latent of run ``a``; −1 for none."""
     own = cell.latents.filter(pc.field("run") == a)
     return lists(own, "partner_decoder")[:, own["others"][0].as_py().index(b)].astype(np.int64)
 
@@ -64,7 +66,7 @@ def _columns(found: Sequence[Overlap]) -> dict[str, list[float]]:
 
 
 def _estimate(cell: CellResult, found: Mapping[tuple[str, str], Overlap]) -> Interval:
-    """Over pairs of seeds. Of pairs that absorb nothing there is no overlap."""
+    """Estimate the overlap over pairs of seeds; pairs that absorb nothing have none."""
     place = {run: i for i, run in enumerate(cell.runs["run"])}
     values = np.zeros((len(place), len(place)))
     for (a, b), overlap in found.items():

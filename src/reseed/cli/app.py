@@ -1,7 +1,7 @@
-"""Hydra, as the sub-commands use it: composing, expanding and launching jobs.
+"""Interface to Hydra: composing, expanding and launching the jobs of a sub-command.
 
-Every job of a command is composed and checked before the first one starts, and before anything is
-written; so errors come at once and in our words (`errors`).
+Every job is composed and checked before the first one starts and before anything is written, so
+errors appear at once and in reseed's own words (`errors`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,11 @@ Task = Callable[[DictConfig], Any]
 
 
 def conf_dir() -> str:
-    """Where the options are: inside the installed package, or beside ``src`` in a checkout."""
+    """Return the folder of the options: in the installed package, or beside ``src`` in a checkout.
+
+    Raises:
+        FileNotFoundError: neither folder exists.
+    """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parents[1] / "conf"):
         if (folder / f"{CONFIG_NAME}.yaml").is_file():
@@ -55,40 +59,41 @@ class CommandLine:
         parser.prog = f"reseed {command}"
         self.flags: argparse.Namespace = parser.parse_args(list(arguments))
         if self.flags.config_path is not None:
-            raise ConfigError("--config-path is not for reseed: --config-dir adds options of yours")
+            raise ConfigError("--config-path is not supported: use --config-dir to add options")
         self.overrides: list[str] = list(self.flags.overrides)
         self.multirun = bool(self.flags.multirun)
 
     @property
     def only_shows(self) -> bool:
-        """Whether the line asks Hydra to show something (help, configuration, completion)."""
+        """True if the line only asks Hydra to show help, configuration or completion."""
         f = self.flags
         return bool(f.help or f.hydra_help or f.cfg or f.info or f.shell_completion)
 
     @property
     def config_flags(self) -> list[str]:
-        """The flags that say where configuration comes from, to be handed on."""
+        """The flags that select the configuration, to be passed on to Hydra."""
         flags = self.flags
         pairs = (("--config-dir", flags.config_dir), ("--config-name", flags.config_name))
         return [part for name, value in pairs if value is not None for part in (name, value)]
 
     def show(self, task: Task, arguments: Sequence[str]) -> None:
-        """Let Hydra answer a line that only shows."""
+        """Let Hydra answer a command line that only shows something."""
         header = override("hydra.help.header", f"reseed {self.command}: {COMMANDS[self.command]}")
         with _argv(self.command, [*arguments, header] if self.flags.help else arguments):
             hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(task)()
 
     @contextmanager
     def composer(self) -> Iterator[Callable[[Sequence[str]], dict[str, Any]]]:
-        """A function from overrides to the composed configuration, as plain values.
+        """Yield a function from overrides to the composed configuration, as plain values.
 
-        It raises `ReseedError`, with the options that the overrides choose.
+        The function raises `ReseedError`; its hints are about the options that the overrides
+        choose.
         """
         extra = self._search_path()
         name = self.flags.config_name or CONFIG_NAME
 
         def composed(overrides: Sequence[str]) -> dict[str, Any]:
-            # Hydra's own settings (launcher, sweep folder) decide nothing about a job.
+            # Hydra's own settings (launcher, sweep folder) change nothing in a job.
             own = [o for o in overrides if not o.lstrip("+~").startswith("hydra")]
             try:
                 config = compose(config_name=name, overrides=[*own, *extra])
@@ -99,10 +104,10 @@ class CommandLine:
                 )
                 raise ReseedError(in_our_words(error, about)) from error
             except (AttributeError, TypeError, ValueError) as error:
-                # What Hydra did not expect (`sae=null`) it does not put into words either.
+                # Hydra has no message for some wrong values (`sae=null`).
                 raise ConfigError(f"the configuration cannot be composed: {error}") from error
             assert isinstance(values, dict)
-            # The overrides of an arm (`dataset.order_seed: ${seed}`) mean the values of its runs.
+            # An arm's overrides (`dataset.order_seed: ${seed}`) refer to its runs: not resolved.
             arms = OmegaConf.select(config, "comparison.arms")
             if OmegaConf.is_config(arms):
                 values["comparison"]["arms"] = OmegaConf.to_container(arms, resolve=False)
@@ -115,10 +120,10 @@ class CommandLine:
 
     @cached_property
     def launcher(self) -> tuple[str, dict[str, Any]]:
-        """The launcher that was chosen, and what it is told (of ours alone).
+        """The name of the chosen launcher, and its settings (empty unless it is slurm).
 
         Raises:
-            ReseedError: there is no such launcher, or no such setting.
+            ReseedError: the launcher or one of its settings does not exist.
         """
         own = [o for o in self.overrides if o.lstrip("+~").startswith("hydra")]
         GlobalHydra.instance().clear()
@@ -130,7 +135,7 @@ class CommandLine:
                     return_hydra_config=True,
                 )
                 name = str(config.hydra.runtime.choices["hydra/launcher"])
-                if name != "slurm":  # another may hang on what the sweep is, and is Hydra's
+                if name != "slurm":  # settings of Hydra's launchers may depend on the sweep
                     return name, {}
                 node = OmegaConf.to_container(config.hydra.launcher, resolve=True)
             except (HydraException, OmegaConfBaseException) as error:
@@ -139,7 +144,7 @@ class CommandLine:
         return name, {str(key): value for key, value in node.items()}
 
     def _search_path(self) -> list[str]:
-        """What adds --config-dir to where options are looked for."""
+        """Return the overrides that add --config-dir to Hydra's search path."""
         if self.flags.config_dir is None:
             return []
         folder = Path(self.flags.config_dir).resolve()
@@ -151,8 +156,8 @@ class CommandLine:
         """Run ``task`` as Hydra jobs.
 
         Returns:
-            the errors of the jobs, where they ran in this process: Hydra would raise the first
-            and print a line of its own. Other launchers' errors are raised.
+            the errors of the jobs that ran in this process (Hydra would raise the first and print
+            a line of its own). Errors of other launchers are raised.
         """
         errors: list[Exception] = []
         elsewhere = [o for o in overrides if o.partition("=")[0] == "hydra/launcher"]
@@ -179,7 +184,7 @@ class CommandLine:
 
 
 def _collecting(task: Task, errors: list[Exception]) -> Task:
-    """``task``, which keeps what it raises in ``errors``."""
+    """Wrap ``task`` so that its exceptions are appended to ``errors`` instead of raised."""
 
     def collecting(config: DictConfig) -> Any:
         try:
@@ -202,25 +207,25 @@ def _collecting(task: Task, errors: list[Exception]) -> Task:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra understands them."""
+    """Parse overrides with Hydra's grammar."""
     instance = GlobalHydra.instance()
-    # The loader knows the options of a group, which `glob` asks for.
+    # `glob` needs the loader, which knows the options of a group.
     loader = instance.config_loader() if instance.is_initialized() else None
     return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """The jobs of a sweep: each a list of overrides without sweeps."""
+    """Return the jobs of a sweep, each as a list of overrides without sweeps."""
     return BasicSweeper.split_arguments(parse(overrides), max_batch_size=None)[0]
 
 
 def sweeps(overrides: Sequence[str]) -> list[str]:
-    """Keys over which ``overrides`` sweep."""
+    """Return the keys over which ``overrides`` sweep."""
     return [o.get_key_element() for o in parse(overrides) if o.is_sweep_override()]
 
 
 def override(key: str, value: object) -> str:
-    """``key=value``, the value quoted where Hydra's grammar would read it otherwise."""
+    """Return ``key=value``, with the value quoted where Hydra's grammar requires it."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if not re.fullmatch(r"[\w./+:%@?-]+", text):
         text = "'" + text.replace("'", "\\'") + "'"

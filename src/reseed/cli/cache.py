@@ -1,4 +1,4 @@
-"""``reseed cache``: the activations that are kept on disk; with ``--clear`` they are removed."""
+"""``reseed cache``: list the activations cached on disk, or remove them with ``--clear``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reseed.cli.status import print_rows
 from reseed.config import ConfigError, ReseedError
 
 CLEAR = "--clear"
-"""The one flag that is not Hydra's; a word after it that is no override says which."""
+"""The only flag that is not Hydra's; a following word that is not an override selects entries."""
 COLUMNS = ("activations", "used", "chunks", "size", "")
 
 
@@ -30,7 +30,7 @@ def _main(arguments: list[str]) -> int:
         chosen = config.runtime.activation_cache
         if not chosen:
             raise ReseedError(
-                "no activations are kept: runtime.activation_cache=FOLDER says where they are"
+                "there is no activation cache: set its folder with runtime.activation_cache=FOLDER"
             )
         folder = Path(chosen).expanduser()
         if not folder.is_dir():
@@ -50,7 +50,7 @@ def _main(arguments: list[str]) -> int:
 
 
 def _cleared(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Which entries shall go, or None, and the words that are Hydra's."""
+    """Return the pattern of the entries to remove, or None, and Hydra's arguments."""
     rest: list[str] = []
     patterns: list[str] = []
     words = iter(arguments)
@@ -73,7 +73,7 @@ def _cleared(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def print_cache(folder: Path, gib: float) -> None:
-    """Every entry with its chunks, size, and when it was used last."""
+    """Print every entry with its number of chunks, size and time of last use."""
     from reseed.activations.cache import ActivationCache
     from reseed.console import counted, say
 
@@ -97,7 +97,7 @@ def print_cache(folder: Path, gib: float) -> None:
 
 
 def clear(folder: Path, pattern: str) -> None:
-    """Remove the entries whose name matches, and say which."""
+    """Remove the entries whose name matches, and print them."""
     from reseed.activations.cache import ActivationCache
     from reseed.console import counted, say
 
@@ -113,5 +113,5 @@ def clear(folder: Path, pattern: str) -> None:
 
 
 def _size(size: float) -> str:
-    """``12.3 MiB``, ``1.2 GiB``."""
+    """Format a size in bytes as ``12.3 MiB`` or ``1.2 GiB``."""
     return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{size / 2**20:,.1f} MiB"

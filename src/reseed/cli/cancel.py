@@ -1,4 +1,4 @@
-"""``reseed cancel SWEEP``: cancel the SLURM jobs of a sweep. What was saved stands."""
+"""``reseed cancel SWEEP``: cancel the SLURM jobs of a sweep. Saved results are kept."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def _main(arguments: Sequence[str]) -> int:
     if ids:
         say(f"cancelled {counted(len(ids), 'job')} of {sweep.path}: {', '.join(ids)}")
     else:
-        say(f"{sweep.path}: no job waits or runs")
+        say(f"{sweep.path}: no job is queued or running")
     return 0

@@ -1,4 +1,4 @@
-"""The card (README.md) of an SAE on the hub, from what its run recorded."""
+"""Card (README.md) of an SAE on the hub, from the record of its run."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _USAGE = {
 
 
 def model_card(run: Run, sae: SAE, place: str, format: str) -> str:
-    """What it is, how well it does, how it was made and how it is loaded.
+    """Return the card: a description of the SAE, code that loads it, its metrics and settings.
 
     Args:
-        place: ``OWNER/NAME[/path]``, where it will be.
-        format: in which its files are.
+        place: ``OWNER/NAME[/path]``, its place on the hub.
+        format: the format of its files.
     """
     record = run.record
     e, labels = record["experiment"], record["labels"]
@@ -66,14 +66,13 @@ sae = reseed.load_sae("hub:{place}")
 out = sae(x)  # out.latents, out.reconstruction; x: [..., {sae.d_in}]
 ```{again}
 
-Another seed would have found other latents: how many of these it would have found, `reseed run
-comparison=seeds` says.
+Another seed finds other latents: `reseed run comparison=seeds` measures how many of these it finds.
 
 ## On {run.metrics["tokens"]:,} held-out tokens
 
 {_table(_METRICS, run.metrics)}
 
-## How it was made
+## Settings
 
 | | |
 | :-- | :-- |
@@ -81,7 +80,7 @@ comparison=seeds` says.
 {_settings("training", record["identity"]["training"])}
 | dataset.context_length | {e["dataset"].get("context_length", "–")} |
 
-By reseed {reseed.__version__}.
+Made with reseed {reseed.__version__}.
 """
 
 
@@ -95,6 +94,6 @@ def _table(names: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
 
 
 def _settings(group: str, values: Mapping[str, Any]) -> str:
-    """The settings that enter the signature and have a value, a row each."""
+    """Return a row for each setting that enters the signature and has a value."""
     shown = {key: value for key, value in values.items() if value is not None and key != "type"}
     return "\n".join(f"| {group}.{key} | {value} |" for key, value in shown.items())

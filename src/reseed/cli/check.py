@@ -1,4 +1,4 @@
-"""``reseed check LATENTS.csv sae=...``: are the latents that somebody names in the other seeds?"""
+"""``reseed check LATENTS.csv sae=...``: check whether named latents replicate in other seeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FIRST_SEED = "0"
 
 
 class _Own(argparse.ArgumentParser):
-    """The arguments that are not Hydra's."""
+    """Parser of the arguments that are not Hydra's."""
 
     def __init__(self) -> None:
         super().__init__("reseed check", add_help=False, allow_abbrev=False)
@@ -74,12 +74,12 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _is_file(word: str) -> bool:
-    """Whether a word is no override, and so the list of latents."""
+    """Return True if a word is not an override, and so names the list of latents."""
     return Path(word).is_file() or ("=" not in word and not word.startswith(("~", "+")))
 
 
 def _named(files: Sequence[str], listed: str | None) -> list[Named]:
-    """The latents, from the file or from the line."""
+    """Read the latents from the file or from the command line."""
     from reseed.compare.named import Named, index_of, read_named
 
     if len(files) > 1:
@@ -97,7 +97,7 @@ def _named(files: Sequence[str], listed: str | None) -> list[Named]:
 
 
 def _folder(out: str | None, source: Path | None, plan: Plan) -> Path:
-    """Where results go: --out, else beside the list, else into the comparison's folder."""
+    """Return the folder for results: --out, else that of the list, else the comparison's."""
     from reseed.report.check import FILES
 
     folder = Path(out) if out else source.parent if source else plan.sweep.path
@@ -115,11 +115,11 @@ def _folder(out: str | None, source: Path | None, plan: Plan) -> Path:
 
 @dataclass(frozen=True)
 class _Cell:
-    """The cell of a comparison that the named latents are in.
+    """The cell of a comparison that the named latents belong to.
 
     Attributes:
-        axes: its values, as the sweep has them.
-        runs: value of the axis that pairs up → run.
+        axes: the cell's values of the unpaired axes.
+        runs: value of the paired axis → run.
     """
 
     launch: Launch
@@ -134,7 +134,7 @@ class _Cell:
         return [run for run in self.runs.values() if not run.finished]
 
     def run_of(self, one: Named) -> Run:
-        """The run that a named latent is of: the named one, else that of seed 0, else the first."""
+        """Return the run of a latent: the named run, else that of seed 0, else the first."""
         axis = str(self.launch.arm.pair_by)
         by_id = {run.id: run for run in self.runs.values()}
         seeds = ", ".join(self.runs)
@@ -155,7 +155,7 @@ class _Cell:
 
 
 def _cell(plan: Plan, named: Sequence[Named]) -> _Cell:
-    """The one cell that all named latents are in."""
+    """Return the cell that all named latents belong to."""
     cells = _cells(plan)
     runs = {run.id: cell for cell in cells for run in cell.runs.values()}
     wanted: dict[int, _Cell] = {}
@@ -188,8 +188,8 @@ def _cells(plan: Plan) -> list[_Cell]:
         settings = plan.settings.of_arm(arm.name)
         if not settings.pairs_are_a_sample:
             raise ConfigError(
-                "{key} must be seed (or dataset.order_seed) to check latents: it is among draws of "
-                f"one SAE that a latent replicates; got {settings.pair_words}",
+                "{key} must be seed (or dataset.order_seed) to check latents, because a latent "
+                f"replicates across seeds of one SAE; got {settings.pair_words}",
                 "comparison.pair_by",
             )
         for job, place in zip(launch.jobs, launch.places, strict=True):
@@ -201,19 +201,19 @@ def _cells(plan: Plan) -> list[_Cell]:
 
 
 def _told(lacking: Sequence[Run], cell: _Cell, line: CommandLine) -> str:
-    """Which runs are missing, and what trains them."""
+    """Return the message that names the missing runs and the command that trains them."""
     names = ", ".join(f"{run.id} ({run.status})" for run in lacking)
     command = shlex.join(["reseed", "run", *line.config_flags, *line.overrides])
     return (
-        f"{len(lacking)} of {len(cell.runs)} runs are not there: {names}. --train trains them, or "
-        f"this: {command}"
+        f"{len(lacking)} of {len(cell.runs)} runs are not finished: {names}. Train them with "
+        f"--train, or with: {command}"
     )
 
 
 def _check(
     plan: Plan, cell: _Cell, named: Sequence[Named], folder: Path, told: Sequence[str]
 ) -> None:
-    """Compare the cell unless that has been done; look the latents up; write and print."""
+    """Compare the cell if necessary, look the latents up, and write and print the result."""
     from reseed.cli.compare import compare_cell_of
     from reseed.compare.cell import CellResult
     from reseed.compare.load import knobs

@@ -1,4 +1,4 @@
-"""Collect what compare jobs wrote: tables, figures, the report, and the summary on the terminal."""
+"""Tables, figures, report and terminal summary from the files that compare jobs wrote."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from reseed.cli.subjects import Target
 
 REPORT = "report"
-"""The folder of a sweep's report, in that of the sweep."""
+"""The report's folder within the sweep's folder."""
 
 
 @dataclass(frozen=True, eq=False)
 class Gathered:
-    """What the files of a sweep say.
+    """Results read from the files of a sweep.
 
     Attributes:
-        cells: those that were compared, with the results of evaluations.
-        runs: those that were evaluated, by their ids.
-        lacking: a line for each cell that lacks runs.
+        cells: the compared cells, with the results of evaluations.
+        runs: the evaluated runs, by id.
+        lacking: a message for each cell with missing runs.
     """
 
     cells: list[Cell]
@@ -57,7 +57,7 @@ def gather(sweep: Sweep, settings: ComparisonConfig) -> Gathered:
     """Read the cells of a sweep and the evaluations of its runs.
 
     Raises:
-        ReseedError: no cell has been compared.
+        ReseedError: no cell has been compared yet.
     """
     cells: list[Cell] = []
     lacking: list[str] = []
@@ -72,7 +72,7 @@ def gather(sweep: Sweep, settings: ComparisonConfig) -> Gathered:
             result = CellResult.read(sweep.cell_folder(axes))
         except FileNotFoundError:
             continue
-        # A cell that was compared before has the primary measure of that time.
+        # The primary measure may have changed since the cell was compared.
         own = replace(result.settings, primary=settings.primary)
         cells.append((knobs(finished, axes), replace(result, settings=own)))
     if not cells:
@@ -84,16 +84,16 @@ def gather(sweep: Sweep, settings: ComparisonConfig) -> Gathered:
 
 
 def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = False) -> bool:
-    """Read the cells of a sweep; write tables, figures and report beside them; print the summary.
+    """Read the cells of a sweep, write its tables, figures and report, and print the summary.
 
     Args:
-        only_evaluations: print the tables of evaluations alone; all are written.
+        only_evaluations: print only the tables of evaluations; all tables are written.
 
     Returns:
-        whether every cell has all of its runs.
+        True if every cell has all of its runs.
 
     Raises:
-        ReseedError: no cell has been compared.
+        ReseedError: no cell has been compared yet.
     """
     found = gather(sweep, settings)
     cells, runs, lacking = found.cells, found.runs, found.lacking
@@ -110,12 +110,12 @@ def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = F
     say(f"{sweep.path}/: {', '.join(files)}")
     figures = dict.fromkeys(path.stem for path in drawn)
     say(f"report: {report_of(sweep, found, figures, sweep.path / REPORT)}")
-    _say_all(lacking)  # last, where they are not overlooked
+    _say_all(lacking)  # printed last, so that they are not overlooked
     return not lacking
 
 
 def write_numbers(sweep: Sweep, found: Gathered) -> list[str]:
-    """Write the tables of a sweep; the names of those that evaluations added."""
+    """Write the tables of a sweep, and return the names of those that evaluations added."""
     write_tables(found.cells, sweep.path, found.lacking)
     return write_evaluations(found.runs, sweep.path)
 
@@ -127,14 +127,14 @@ def report_of(
     out: Path,
     format: str = "html",
 ) -> Path:
-    """Write the report of a sweep whose tables and figures are there.
+    """Write the report of a sweep whose tables and figures exist.
 
     Args:
-        figures: names of those that it shows.
-        out: its folder.
+        figures: names of the figures in the report.
+        out: the report's folder.
 
     Returns:
-        the file to be opened.
+        the file to open.
     """
     data = numbers_of(sweep.path, found.cells, found.runs)
     contexts = {run.id: read for run in sweep.runs() if (read := Contexts.of(run.path))}
@@ -145,12 +145,14 @@ def report_of(
 def collect_evaluated(
     targets: Sequence[Target], sweeps: Sequence[Sweep], configs: Sequence[EvaluationConfig]
 ) -> None:
-    """Show what evaluations found: in the tables of the sweeps that have been compared, else in
-    tables of their own with a row per run.
+    """Write and print the results of evaluations.
+
+    They enter the tables of sweeps that have been compared; all others get tables of their own with
+    a row per run.
 
     Args:
         targets: all SAEs that were evaluated.
-        configs: the evaluations that were asked for.
+        configs: the requested evaluations.
     """
     for sweep in sweeps:
         if sweep.compared:
@@ -175,12 +177,12 @@ def collect_evaluated(
 
 
 def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
-    """The runs of a sweep, with the results that its tables shall have."""
+    """Return the finished runs of a sweep with the evaluation results for its tables."""
     asked = sweep.evaluations
     for name in [name for name, of in asked.items() if _is_outdated(name, of["signed"])]:
         say(
-            f"{sweep.path}: evaluation={name} was made by another version of it, and is left out: "
-            "`reseed evaluate` makes it again"
+            f"{sweep.path}: the results of evaluation={name} are from another version of it and "
+            "are left out: `reseed evaluate` makes them again"
         )
         del asked[name]
     if not asked:
@@ -195,8 +197,10 @@ def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
 
 
 def _is_outdated(name: str, signed: Mapping[str, Any]) -> bool:
-    """Whether results are of a version of an evaluation that gave others; an evaluation that is not
-    known here, as it is somebody's own, is what it says."""
+    """Return True if results are from another version of an evaluation.
+
+    A user's own evaluation may be unknown here; its results are never outdated.
+    """
     load_all()
     try:
         known = Config.member(EvaluationConfig.family, name)
@@ -206,7 +210,7 @@ def _is_outdated(name: str, signed: Mapping[str, Any]) -> bool:
 
 
 def _evaluated(folder: Path, results: Mapping[str, Path]) -> EvaluatedRun:
-    """A run, or an SAE that is none, with what is there of some evaluations."""
+    """Read the existing results of some evaluations of a run, or of an SAE that is not a run."""
     run = Run(folder)
     about: dict[str, Any] = {"run": str(folder)}
     quality: dict[str, float] = {}
@@ -226,7 +230,7 @@ def _say_all(lines: Sequence[str]) -> None:
 
 
 def _why(runs: Sequence[Run]) -> str:
-    """The first sentence of the first failure, in brackets; empty where none has failed."""
+    """Return the first sentence of the first failure, in brackets; "" if no run has failed."""
     messages = [failure["message"] for run in runs if (failure := run.failure)]
     if not messages:
         return ""
@@ -235,7 +239,7 @@ def _why(runs: Sequence[Run]) -> str:
 
 
 def cells_of(sweep: Sweep, settings: ComparisonConfig) -> list[dict[str, str]]:
-    """The distinct values of all axes but those that pair up, in the manifest's order."""
+    """Return the cells: the distinct values of all unpaired axes, in the manifest's order."""
     paired = {arm.name: pair_axes(arm.pair_by) for arm in settings.each_arm()}
     found: dict[tuple[tuple[str, str], ...], None] = {}
     for row in sweep.manifest:

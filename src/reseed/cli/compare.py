@@ -1,4 +1,4 @@
-"""``reseed compare``: match the trained runs of a comparison, cell by cell; write its tables."""
+"""``reseed compare``: match the trained runs of a comparison cell by cell, and write its tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def task(config: DictConfig) -> None:
-    """Compare one cell: the Hydra job. It finds its runs in the sweep's manifest."""
+    """Compare one cell, whose runs the sweep's manifest lists: the Hydra job."""
     from hydra.core.hydra_config import HydraConfig
 
     from reseed.compare.config import ComparisonConfig
@@ -44,7 +44,7 @@ def task(config: DictConfig) -> None:
 
 
 def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: Any) -> None:
-    """Compare the finished runs of one cell, unless that has been done."""
+    """Compare the finished runs of one cell, unless its results exist already."""
     import torch
 
     from reseed.cli.held_out import complete
@@ -78,9 +78,9 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     loaded = [load_dictionaries(run, place_label(place)) for place, run in finished]
     trained, untrained = zip(*loaded, strict=True)
     device = str(pick_device(runtime.device))
-    # Beside the sweeps, as several of them may have a pair in common.
+    # Matchings lie beside the sweeps, because several sweeps may share a pair.
     store = MatchingStore(sweep.path.parent / "matchings", device=device, progress=now_and_then())
-    # One that was trained elsewhere has no start, and pairs with it none to compare.
+    # A pretrained SAE has no known initialisation, so its cell has no untrained comparison.
     started = [one for one in untrained if one is not None]
     started = started if len(started) == len(trained) else []
     result = compare_cell(trained, started, settings, matcher=store, device=device)
@@ -95,7 +95,7 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
 
 
 def _done(folder: Path, runs: Sequence[Run], settings: Any) -> CellResult | None:
-    """What is there of a cell, if it is of these runs and settings."""
+    """Return the stored result of a cell if it has these runs and settings, else None."""
     from reseed.compare.cell import CellResult
 
     try:
@@ -107,7 +107,7 @@ def _done(folder: Path, runs: Sequence[Run], settings: Any) -> CellResult | None
 
 
 def is_complete(sweep: Sweep, axes: dict[str, str], settings: Any) -> bool:
-    """Whether all runs of a cell are there, and compared."""
+    """Return True if all runs of a cell are finished and compared."""
     from reseed.compare.activation_tables import NOTE
 
     runs = sweep.runs(**axes)
@@ -116,15 +116,15 @@ def is_complete(sweep: Sweep, axes: dict[str, str], settings: Any) -> bool:
     done = _done(sweep.cell_folder(axes), runs, settings)
     if done is None or not settings.activation_tokens:
         return done is not None
-    # Where they could not be measured it says why; a job that was stopped says that.
+    # The note is "interrupted" if a job was stopped; any other note is a final reason.
     return NOTE in done.pairs and "interrupted" not in set(done.pairs[NOTE])
 
 
 def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> None:
-    """Raise `ReseedError` where seeds of one cell were given different penalty weights.
+    """Raise `ReseedError` if seeds of one cell were trained with different penalty weights.
 
     Args:
-        runs: with the place of each: the values of the axes that pair up.
+        runs: pairs of a run's values of the paired axes, and the run.
     """
     from reseed.compare.config import REPLICATES
     from reseed.config import ReseedError
@@ -139,9 +139,9 @@ def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> Non
         told = ", ".join(f"{w:.4g}" if w is not None else "none" for w in weights)
         cell = ", ".join([cell, *chosen])
         raise ReseedError(
-            f"{cell}: its runs were trained with different penalty weights ({told}), as their "
-            "calibration was lost or made elsewhere in between: what differs would not be the seed "
-            "alone. Delete the runs of one weight, to be trained again."
+            f"{cell}: its runs were trained with different penalty weights ({told}), because their "
+            "calibration was lost or repeated elsewhere, so more than the seed differs. Delete the "
+            "runs of one weight and train them again."
         )
 
 
@@ -162,7 +162,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     plan = make_plan(line)
     if not any(run.finished for run in plan.runs):
         raise ReseedError(
-            f"none of the {len(plan.runs)} runs is there: `reseed run` with the same arguments "
+            f"none of the {len(plan.runs)} runs is finished: `reseed run` with the same arguments "
             "trains them"
         )
     if line.launcher[0] == SLURM:
@@ -174,17 +174,17 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
 
 
 def compare_plan(line: CommandLine, plan: Plan) -> int:
-    """Launch the compare jobs of a plan, one per cell; then collect, draw and print.
+    """Launch the compare jobs of a plan, one per cell; then collect, draw and print the results.
 
     Returns:
-        the exit status: 1 where a cell is incomplete or could not be compared.
+        the exit status: 1 if a cell is incomplete or could not be compared.
     """
     from reseed.cli.collect import collect
     from reseed.compare.config import pair_axes
     from reseed.console import say
 
     plan.write()
-    # A sweep of one job is still a sweep: the job reads its folder from hydra.sweep.dir.
+    # Even a single job is launched as a multirun, because it reads hydra.sweep.dir.
     folder = override("hydra.sweep.dir", plan.sweep.path)
     errors: list[Exception] = []
     for launch in plan.launches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-# Hydra completes what follows the sub-command; the sub-command itself is cut from the line first.
+# Hydra completes the words after the sub-command, so the script cuts the sub-command off first.
 _BASH = """\
 _reseed_completion() {{
     local first="${{COMP_WORDS[1]}}"
@@ -29,7 +29,7 @@ def main(arguments: Sequence[str]) -> int:
 
     shell = arguments[0] if arguments else "bash"
     if shell not in ("bash", "zsh"):
-        print(f"error: completion is there for bash and zsh; got {shell}", file=sys.stderr)
+        print(f"error: completion supports bash and zsh; got {shell}", file=sys.stderr)
         return 2
     if shell == "zsh":
         print("autoload -U +X bashcompinit && bashcompinit")

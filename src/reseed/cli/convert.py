@@ -1,4 +1,4 @@
-"""``reseed convert SOURCE --to FORMAT OUT``: an SAE from one library's format into another's."""
+"""``reseed convert SOURCE --to FORMAT OUT``: convert an SAE to another library's format."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FORMATS = ("reseed", "sparsify", "saelens", "dictionary_learning", "gemma_scope"
 
 
 class Parser(argparse.ArgumentParser):
-    """Whose errors are ours."""
+    """Argument parser that raises `ConfigError` instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{self.prog}: {message}")
@@ -29,13 +29,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> Parser:
-    """The arguments of the command."""
+    """Return the parser of the command's arguments."""
     made = Parser("reseed convert", description=__doc__, allow_abbrev=False)
     made.add_argument("source", help="a folder, a file, or hub:OWNER/NAME[@revision][/path]")
-    made.add_argument("out", help="folder to be made")
+    made.add_argument("out", help="the folder to create")
     made.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
-    made.add_argument("--format", help="of the source; recognised by its files otherwise")
-    made.add_argument("--revision", help="of a source on the hub")
+    made.add_argument("--format", help="format of the source; by default found from its files")
+    made.add_argument("--revision", help="revision of a source on the hub")
     return made
 
 
@@ -51,8 +51,8 @@ def _main(arguments: Sequence[str]) -> None:
     found = source.load(path)
     if found.transcoder:
         raise ReseedError(
-            f"{given.source} is a transcoder: written as an SAE, it would pass for one that "
-            "reconstructs its input"
+            f"{given.source} is a transcoder: written as an SAE, it would wrongly be taken to "
+            "reconstruct its input"
         )
     notes = written(found.sae, Path(given.out), given.to, found.metadata)
     say(f"{given.out}: {found.sae.config.name}, {found.sae.num_latents:,} latents of width "
@@ -62,19 +62,19 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def check_new(out: Path) -> None:
-    """Raise `ConfigError` where something would be overwritten."""
+    """Raise `ConfigError` if something would be overwritten."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is there already, and is not overwritten: name a new folder")
+        raise ConfigError(f"{out} exists already and is not overwritten: name a new folder")
 
 
 def written(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write an SAE in a format, and read it again to see that it is the same.
+    """Write an SAE in a format, and read it again to check that it is unchanged.
 
     Returns:
-        what is not kept.
+        notes on what the format does not keep.
 
     Raises:
-        ReseedError: the format holds nothing that is equal to it; nothing is left behind.
+        ReseedError: the format cannot hold the SAE unchanged; the new folder is removed.
     """
     from reseed.sae.formats import export_sae, import_sae
     from reseed.sae.formats.agreement import differ
@@ -86,7 +86,7 @@ def written(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any]) -> tu
         difference = differ(sae, again)
         if difference:
             raise ReseedError(
-                f"as {format} it would not be the same SAE: what is written differs in {difference}"
+                f"{format} cannot hold this SAE unchanged: what is written differs in {difference}"
             )
     except BaseException:
         if not there:
@@ -96,9 +96,9 @@ def written(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any]) -> tu
 
 
 def _forgotten(sae: SAE, again: SAE) -> tuple[str, ...]:
-    """The settings that a reader of the new files does not learn."""
+    """Return a note on the settings that the new files do not hold."""
     before, after = sae.config.to_dict(), again.config.to_dict()
-    # Widths are written in one of two ways, and of another architecture all that counts is k.
+    # Either of two keys may give the width; the exporter notes a changed architecture itself.
     unsaid = ("type", "num_latents", "expansion_factor", "decoder_init_norm")
     lost = [key for key, value in before.items() if key not in unsaid and after.get(key) != value]
     if not lost:

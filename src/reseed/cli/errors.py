@@ -1,4 +1,4 @@
-"""Errors as a person should see them: one message, no traceback, a non-zero exit status."""
+"""Error messages for the user: one message, no traceback, a non-zero exit status."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from reseed.runs import Interrupted
 
 
 def reported(job: Callable[[], int | None]) -> int:
-    """Run ``job``; print what goes wrong.
+    """Run ``job`` and print its error, if it raises one.
 
     Returns:
-        0, or what the job returned; 1 for an error of ours or of the configuration; 130 or 143
-        where SIGINT (Ctrl-C) or SIGTERM asked for the end.
-        Anything else is a defect of reseed, and is shown with its traceback.
+        0, or what the job returned; 1 for an error of reseed's or of the configuration; 130 or 143
+        if SIGINT (Ctrl-C) or SIGTERM ended the job. Any other exception is a defect of reseed: it
+        is printed with its traceback, and the status is 1.
     """
     try:
         with _terminable():
             return job() or 0
     except ReseedError as error:
         return _say(str(error))
-    except BrokenPipeError:  # the reader of a pipe has seen enough
+    except BrokenPipeError:  # the reader of a pipe (`| head`) has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (HydraException, OmegaConfBaseException) as error:
@@ -52,12 +52,14 @@ def reported(job: Callable[[], int | None]) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Within it SIGTERM ends the command at once: what is written is written whole. Training has a
-    handler of its own, which saves first."""
+    """Make SIGTERM end the command at once; files are written atomically, so none is left partial.
+
+    Training installs its own handler, which saves first.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        message = f"stopped by {name}; what was saved stands, and the same command goes on"
+        message = f"stopped by {name}; saved results are kept, and the same command goes on"
         raise Interrupted(message, number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -71,8 +73,8 @@ def _terminable() -> Iterator[None]:
 
 
 def interrupted(stop: KeyboardInterrupt) -> int:
-    """Say that a signal ended the command; its exit status, as a shell has it."""
-    what = str(stop) or "interrupted; what was saved stands, and the same command goes on"
+    """Print that a signal ended the command, and return its exit status (128 + signal)."""
+    what = str(stop) or "interrupted; saved results are kept, and the same command goes on"
     print(what, file=sys.stderr)
     return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
 
@@ -83,10 +85,10 @@ def _say(message: str) -> int:
 
 
 def in_our_words(error: Exception, about: Callable[[MissingKey], str] = str) -> str:
-    """An error of Hydra or OmegaConf in one line.
+    """Return an error of Hydra or OmegaConf as one line.
 
     Args:
-        about: what to say of a key that there is not.
+        about: makes the message for a key that does not exist.
     """
     text = str(error)
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:

@@ -1,8 +1,8 @@
-"""``reseed evaluate [RUN|SWEEP|SAE ...] evaluation=...``: what an SAE costs, and what it hides.
+"""``reseed evaluate [RUN|SWEEP|SAE ...] evaluation=...``: evaluate trained SAEs.
 
-Each evaluation is a Hydra job. One job evaluates all SAEs, those of one language model together;
-each result is in its run's folder as soon as it is there (`reseed.evaluations`), and the tables of
-the sweeps are made anew at the end.
+Each evaluation is a Hydra job. One job evaluates all SAEs, those of one language model together. It
+writes each result to the run's folder as soon as it is computed (`reseed.evaluations`); the tables
+of the sweeps are rewritten at the end.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
 
 GROUP = "evaluation"
 SUBJECTS = "subjects"
-"""The key by which a job is told the folders of its SAEs; no option of the user's."""
+"""The key that passes the folders of its SAEs to a job; not an option for users."""
 
 
 def task(config: DictConfig) -> None:
-    """Evaluate SAEs in one way: the Hydra job."""
+    """Run one evaluation of all SAEs: the Hydra job."""
     (outcome,) = evaluate_many([config])
     if isinstance(outcome, Exception):
         raise outcome
 
 
 def evaluate_many(configs: Sequence[DictConfig]) -> list[Any]:
-    """Evaluate the same SAEs in several ways; a model is opened once for all of them.
+    """Run several evaluations of the same SAEs; a model is opened once for all of them.
 
     Returns:
         for each configuration None, or the exception with which it failed.
@@ -57,14 +57,14 @@ def evaluate_many(configs: Sequence[DictConfig]) -> list[Any]:
     return [bench.outcome(evaluation_from(values)) for values in each]
 
 
-task.many = evaluate_many  # type: ignore[attr-defined]  # what the fused launcher calls
+task.many = evaluate_many  # type: ignore[attr-defined]  # called by the fused launcher
 
 
 def evaluation_from(values: Mapping[str, Any]) -> EvaluationConfig:
-    """The evaluation of a composed configuration.
+    """Build the evaluation of a composed configuration.
 
     Raises:
-        ConfigError: none is named, or it is wrong.
+        ConfigError: no evaluation is named, or its settings are invalid.
     """
     from reseed.config import build
     from reseed.evaluate.base import EvaluationConfig
@@ -76,11 +76,11 @@ def evaluation_from(values: Mapping[str, Any]) -> EvaluationConfig:
 
 @dataclass(frozen=True)
 class Asked:
-    """The evaluations that a command line asks for, checked.
+    """The checked evaluations that a command line requests.
 
     Attributes:
-        overrides: what Hydra is given, with sweeps.
-        configs: one for each job.
+        overrides: the overrides for Hydra, with sweeps.
+        configs: one evaluation per job.
     """
 
     overrides: tuple[str, ...]
@@ -88,10 +88,10 @@ class Asked:
 
     @classmethod
     def split_off(cls, line: CommandLine) -> Asked:
-        """Take what is about evaluations out of the overrides of ``line``.
+        """Move the overrides about evaluations out of ``line``, and build their evaluations.
 
         Raises:
-            ReseedError: there is no such evaluation or key, or a value is wrong.
+            ReseedError: an evaluation or key does not exist, or a value is invalid.
         """
         with line.composer():
             keys = [o.key_or_group for o in parse(line.overrides)]
@@ -103,10 +103,10 @@ class Asked:
         return cls(tuple(mine), tuple(evaluation_from(values) for values in each))
 
     def check(self, declared: Mapping[str, Resolved]) -> None:
-        """Raise `ConfigError` where an SAE cannot be evaluated so.
+        """Raise `ConfigError` if an evaluation does not apply to an SAE.
 
         Args:
-            declared: what SAEs were trained on, by their names.
+            declared: the experiments of the SAEs, by name.
         """
         for config in self.configs:
             for name, resolved in declared.items():
@@ -116,12 +116,15 @@ class Asked:
                     raise ConfigError(f"{error.within(GROUP)} ({name})") from error
 
     def show_in(self, sweeps: Sequence[Sweep]) -> None:
-        """The tables of these sweeps shall have them; of one name the last, and that is said."""
+        """Register the evaluations for the sweeps' tables.
+
+        If several share a name, the last is used, with a notice.
+        """
         from reseed.console import say
 
         names = [config.name for config in self.configs]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-            say(f"tables show {GROUP}={name} with the last settings; all are in runs' folders")
+            say(f"tables show {GROUP}={name} with its last settings; runs' folders have all")
         for sweep in sweeps:
             sweep.ask_for({config.name: config for config in self.configs})
 
@@ -166,13 +169,13 @@ def submit_all(
         as `reseed.cli.cluster.command.evaluate`.
 
     Raises:
-        ConfigError: what was named is not one sweep.
+        ConfigError: the chosen SAEs are not the runs of exactly one sweep.
     """
     own = {run.path.resolve() for sweep in chosen.sweeps for run in sweep.runs()}
     if len(chosen.sweeps) != 1 or not {folder.resolve() for folder in chosen.folders} <= own:
         raise ConfigError(
-            f"{{key}}={SLURM} evaluates the runs of one sweep, in whose folder it is written what "
-            f"was submitted; got {counted(len(chosen.sweeps), 'sweep')} and "
+            f"{{key}}={SLURM} evaluates the runs of exactly one sweep, whose folder records the "
+            f"submitted jobs; got {counted(len(chosen.sweeps), 'sweep')} and "
             f"{counted(len(chosen.folders), 'SAE')}",
             "hydra/launcher",
         )
@@ -184,10 +187,10 @@ def submit_all(
 
 
 def targets_of(line: CommandLine, chosen: Chosen) -> list[Target]:
-    """The SAEs that were chosen, with what they were trained on.
+    """Return the chosen SAEs with the experiments they were trained in.
 
     Raises:
-        ReseedError: that is not there, or not what it was.
+        ReseedError: the model or data of a run is missing or has changed.
     """
     with line.composer() as composed:
         values = composed(_handed_on(line, chosen))
@@ -195,10 +198,10 @@ def targets_of(line: CommandLine, chosen: Chosen) -> list[Target]:
 
 
 def evaluate_all(line: CommandLine, asked: Asked, chosen: Chosen, targets: Sequence[Target]) -> int:
-    """Check, then launch the evaluations of SAEs, one job for each; say what failed.
+    """Check the evaluations, launch one job for each, and print the failures.
 
     Returns:
-        the exit status: 1 where something could not be evaluated.
+        the exit status: 1 if an evaluation failed.
     """
     from reseed.console import say
     from reseed.evaluations import FOLDER
@@ -216,13 +219,16 @@ def evaluate_all(line: CommandLine, asked: Asked, chosen: Chosen, targets: Seque
 
 
 def _forced(text: str) -> str:
-    """An override that needs no key to be there: Hydra composes a multirun without its axes first,
-    and so without an evaluation. That the keys are there has been checked."""
+    """Prefix an evaluation's override with ``++``, so that the key need not exist.
+
+    Hydra first composes a multirun without its axes, and so without an evaluation. The keys have
+    been checked already.
+    """
     return f"++{text}" if text.startswith(f"{GROUP}.") else text
 
 
 def _handed_on(line: CommandLine, chosen: Chosen) -> list[str]:
-    """The overrides that the jobs need: runs say themselves what they were trained on."""
+    """Return the overrides that the jobs need; runs record what they were trained on."""
     if not chosen.are_runs:
         return list(line.overrides)
     return [o for o in line.overrides if o.lstrip("+~").startswith(("runtime", "hydra"))]
@@ -231,7 +237,7 @@ def _handed_on(line: CommandLine, chosen: Chosen) -> list[str]:
 def _targets(
     folders: Sequence[Path], runtime: RuntimeConfig, values: Mapping[str, Any]
 ) -> list[Target]:
-    """The SAEs in folders; of those that are no runs ``values`` declares what they are for."""
+    """Return the SAEs in folders; ``values`` declares the experiment of SAEs that are not runs."""
     from reseed.cli.jobs import experiment_from
     from reseed.cli.subjects import target_of
     from reseed.experiment import resolve_experiment

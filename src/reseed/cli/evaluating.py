@@ -1,4 +1,4 @@
-"""Evaluations at work: SAEs with what they read, results written as they come."""
+"""Execution of evaluations: each result is written as soon as it is computed."""
 
 from __future__ import annotations
 
@@ -23,20 +23,22 @@ from reseed.locks import take
 from reseed.train.config import RuntimeConfig
 
 MOST_LOCKS = 256
-"""SAEs that a process takes for itself at a time: each is an open file, of some 1,024."""
+"""Most SAEs that a process locks at a time; each lock is an open file, and about 1,024 may be
+open."""
 LOCK = ".lock"
-"""In the folder of a result, held by the process that makes it."""
+"""File in a result's folder, locked by the process that computes the result."""
 AT_ONCE = 8 * 2**30
-"""Bytes of trained SAEs that are evaluated in one pass; more go in several."""
+"""Bytes of SAEs that are evaluated in one pass; more SAEs take several passes."""
 
 
 class Bench:
-    """SAEs, with the sources that they read. A source is opened for the first evaluation that needs
-    it, and kept for the next.
+    """SAEs with the activation sources that they read.
+
+    The first evaluation that needs a source opens it; the next ones reuse it.
 
     Args:
         targets: the SAEs.
-        runtime: where and how.
+        runtime: device, threads and folders.
     """
 
     def __init__(self, targets: Sequence[Target], runtime: RuntimeConfig) -> None:
@@ -49,10 +51,10 @@ class Bench:
             torch.set_num_threads(runtime.threads)
 
     def outcome(self, config: EvaluationConfig) -> Exception | None:
-        """Evaluate what has no result yet; one SAE that fails does not stop the others.
+        """Evaluate the SAEs without a result; a failure of one does not stop the others.
 
         Returns:
-            None, or what went wrong.
+            None, or the error.
         """
         failed: dict[str, Exception] = {}
         for source, targets in self.groups.items():
@@ -71,7 +73,7 @@ class Bench:
     def _evaluate_some(
         self, source: str, targets: Sequence[Target], config: EvaluationConfig
     ) -> dict[str, Exception]:
-        """Those that no other process is at; then, one by one, what others have left undone."""
+        """Evaluate the SAEs that no other process holds, then what other processes left undone."""
         with _claimed(targets, config) as mine:
             failed = self._evaluate_all(source, mine, config) if mine else {}
         others = [t for t in targets if t.id not in failed and not t.has_result(config)]
@@ -85,7 +87,7 @@ class Bench:
     def _evaluate_all(
         self, source: str, targets: Sequence[Target], config: EvaluationConfig
     ) -> dict[str, Exception]:
-        """Together; where that fails, those that are left one by one."""
+        """Evaluate SAEs together; after a failure, the remaining ones one by one."""
         resolved = targets[0].resolved
         on = f"{resolved.model_label} and {resolved.data.label}"
         say(f"  {config.name}: evaluating {counted(len(targets), 'SAE')} on {on}")
@@ -93,14 +95,14 @@ class Bench:
         left = {target.id: target for target in targets}
         try:
             self._evaluate(source, left, config)
-        except DiskFullError:  # no failure of the SAEs: the next one would find it full too
+        except DiskFullError:  # not a failure of the SAEs, and the next one would fail too
             raise
         except Exception as error:
             alone = len(left) == 1 or isinstance(error, ConfigError)
             failed = dict.fromkeys(left, error) if alone else {}
         else:
             failed = {}
-        if left and not failed:  # outside of the handler, whose error holds on to memory
+        if left and not failed:  # outside of the handler, whose exception keeps memory alive
             free_memory()
             failed = self._one_by_one(source, list(left.values()), config)
         for target in targets:
@@ -124,7 +126,7 @@ class Bench:
         return failed
 
     def _evaluate(self, source: str, left: dict[str, Target], config: EvaluationConfig) -> None:
-        """Evaluate those that are ``left``, and take away each that is done."""
+        """Evaluate the SAEs in ``left``, and remove each from it when its result is written."""
         cache = SharedResults(cache_folder(self.runtime))
         evaluated = Evaluated(self._open(source), cache, lambda message: say(f"    {message}"))
         for part in _parts(list(left.values())):
@@ -147,7 +149,7 @@ class Bench:
 
 
 def _parts(targets: Sequence[Target]) -> list[list[Target]]:
-    """The targets in lists whose weights fit into `AT_ONCE`; each list has one at least."""
+    """Split the targets into lists of at least one whose weights fit into `AT_ONCE`."""
     parts: list[list[Target]] = []
     size = 0
     for target in targets:
@@ -164,11 +166,10 @@ def _parts(targets: Sequence[Target]) -> list[list[Target]]:
 def _claimed(
     targets: Sequence[Target], config: EvaluationConfig, wait: bool = False
 ) -> Iterator[list[Target]]:
-    """Those of the targets that no other process evaluates in this way and that have no result;
-    until the end no other begins to.
+    """Lock the targets without a result that no other process evaluates in this way; yield them.
 
     Args:
-        wait: for those that another is at.
+        wait: wait for targets that another process has locked, instead of leaving them out.
     """
     handles: list[int] = []
     try:
@@ -180,7 +181,7 @@ def _claimed(
                 handle = take(folder / LOCK, wait_s=None if wait else 0.0)
             if handle is not None:
                 handles.append(handle)
-                if not target.has_result(config):  # another may just have made it
+                if not target.has_result(config):  # another process may just have written it
                     mine.append(target)
         yield mine
     finally:

@@ -1,4 +1,4 @@
-"""The held-out activations of a cell, read once for all of its SAEs."""
+"""Held-out activations of a cell, read once for all of its SAEs."""
 
 from __future__ import annotations
 
@@ -28,24 +28,25 @@ if TYPE_CHECKING:
     from reseed.sae.base import SAE
 
 _DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints")
-"""What decides the held-out activations, among what a run's identity has."""
+"""Entries of a run's identity that determine its held-out activations."""
 _ELSEWHERE = ("order_seed", "held_out_tokens")
-"""What does not, of the data set: the order is that of training, and the fewest tokens are read."""
+"""Settings of the data set that do not: the order is that of training, and a cell reads as many
+tokens as its run with the fewest."""
 Chunks = Iterator[Float[Tensor, "n d_in"]]
 
 
 class NotOffered(ReseedError):
-    """Why the SAEs of a cell cannot be compared on activations."""
+    """Error that says why the SAEs of a cell cannot be compared on activations."""
 
 
 def complete(
     cell: CellResult, runs: Sequence[Run], folder: Path, name: str, runtime: RuntimeConfig
 ) -> None:
-    """Write a cell into its folder, with the measures on activations where they can be made.
+    """Write a cell into its folder, with the measures on activations if they can be computed.
 
-    What the weights say is written first: a language model that is gone, or a command that is
-    stopped while it runs, costs nothing of it. A cell that was written without them, and asks for
-    them, is tried again.
+    The measures on weights are written first, so that a missing language model or a stopped
+    command does not lose them. A cell that lacks the requested measures on activations is tried
+    again.
     """
     wanted = cell.settings.activation_tokens
     if not wanted:
@@ -68,7 +69,7 @@ def complete(
 def _measurement(
     cell: CellResult, runs: Sequence[Run], wanted: int, runtime: RuntimeConfig
 ) -> tuple[int, Callable[[], ActivationMeasures]]:
-    """How many activations are read, and what reads and measures them.
+    """Return the number of activations, and a function that reads and measures them.
 
     Raises: see `held_out_chunks`.
     """
@@ -95,13 +96,14 @@ def _measurement(
 def held_out_streams(
     runs: Sequence[Run], tokens: int, runtime: RuntimeConfig
 ) -> tuple[list[Chunks], list[int], int]:
-    """The activations of all models (or layers) of a cell on the same held-out tokens.
+    """Open the activations of all models (or layers) of a cell on the same held-out tokens.
 
     Returns:
-        the activations of each, which of them each run reads, and how many there are.
+        one stream of chunks per model, the index of the stream that each run reads, and the number
+        of tokens.
 
     Raises:
-        NotOffered: the runs read other tokens, or what they read is not what it was.
+        NotOffered: the runs read different tokens, or a model or text has changed since training.
         ConfigError: a model or the data are not found.
     """
     records = [run.record for run in runs]
@@ -109,14 +111,14 @@ def held_out_streams(
     different = other_tokens(identities)
     if different:
         raise NotOffered(f"its runs do not read the same held-out tokens: {different}")
-    kinds: list[int] = []  # the first run of each
+    kinds: list[int] = []  # the first run of each stream
     reads = []
     for identity in identities:
         known = [k for k, i in enumerate(kinds) if not differing([identities[i], identity])]
         reads.append(known[0] if known else len(kinds))
         if not known:
             kinds.append(len(reads) - 1)
-    # As many as the run was measured on that was measured on the fewest.
+    # No run may be compared on tokens that it was not measured on.
     tokens = min([tokens, *(r["experiment"]["dataset"]["held_out_tokens"] for r in records)])
     streams = []
     for kind in range(len(kinds)):
@@ -126,14 +128,18 @@ def held_out_streams(
 
 
 def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) -> tuple[Chunks, int]:
-    """The first held-out activations that all runs of a cell were measured on, and how many.
+    """Open the first held-out activations that all runs of a cell were measured on.
 
     Args:
-        tokens: how many are wanted; no more are given than each run was measured on.
+        tokens: the number wanted; capped at the number that every run was measured on.
+
+    Returns:
+        the chunks, and the number of tokens in them.
 
     Raises:
-        NotOffered: the runs read different ones, or what they read is not what it was.
-        ConfigError: model or data are not found.
+        NotOffered: the runs read different activations, or a model or text has changed since
+            training.
+        ConfigError: the model or the data are not found.
     """
     records = [run.record for run in runs]
     different = differing([record["identity"] for record in records])
@@ -152,11 +158,11 @@ def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) ->
 
 
 def as_trained(record: Mapping[str, Any], runtime: RuntimeConfig) -> Resolved:
-    """What a run was trained on, found again.
+    """Resolve the experiment of a run's record, and check that model and data are the same.
 
     Raises:
-        NotOffered: it is not what it was.
-        ConfigError: model or data are not found.
+        NotOffered: a fingerprint differs from the record.
+        ConfigError: the model or the data are not found.
     """
     resolved = resolve_experiment(_experiment(record), runtime)
     for what, fingerprint in resolved.identity["fingerprints"].items():
@@ -166,12 +172,12 @@ def as_trained(record: Mapping[str, Any], runtime: RuntimeConfig) -> Resolved:
 
 
 def other_tokens(identities: Sequence[Mapping[str, Any]]) -> str:
-    """Why the activations of runs are not those of the same held-out tokens, or ""."""
+    """Return the reason why runs do not read the same held-out tokens, or ""."""
     prints = [identity["fingerprints"] for identity in identities]
     if any("text" not in own for own in prints):
-        return "those of a world are draws, and have no tokens"
+        return "the activations of a world are random draws without tokens"
     if any(identity.get("surrogate") == "gaussian" for identity in identities):
-        return "those of surrogate=gaussian are draws, and have no tokens"
+        return "the activations of surrogate=gaussian are random draws without tokens"
     for what, reason in (
         ("text", "their texts differ"),
         ("tokenizer", "their models have different tokenizers"),
@@ -187,12 +193,12 @@ def other_tokens(identities: Sequence[Mapping[str, Any]]) -> str:
 
 
 def of_data(declared: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the held-out activations, of what was declared of the data set."""
+    """Return the settings of a data set that determine the held-out activations."""
     return {k: v for k, v in declared.items() if k not in _ELSEWHERE}
 
 
 def differing(identities: Sequence[Mapping[str, Any]]) -> str:
-    """The first of the things that decide the held-out activations in which runs differ, or ""."""
+    """Return the first entry that determines held-out activations and differs among runs, or ""."""
     for name in _DECLARED:
         values = [identity.get(name) for identity in identities]
         if name == "dataset":
@@ -203,7 +209,7 @@ def differing(identities: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _experiment(record: Mapping[str, Any]) -> Experiment:
-    """The experiment of a record, whose kinds of model and data have to be known to be read."""
+    """Read the experiment of a record; the imports register the kinds of models and data."""
     import reseed.activations.language_model
     import reseed.activations.text
     import reseed.activations.world_config  # noqa: F401

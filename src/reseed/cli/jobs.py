@@ -1,4 +1,4 @@
-"""From composed configuration to checked experiments. Imports torch, so: inside a command only."""
+"""Checked experiments from composed configuration. Imports torch: import it only in commands."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
 _ROOT = (*_REQUIRED, "source", "comparison", "evaluation", "plan_only", "wait", "objective")
 _LOCAL = ("fused", "basic", "joblib", "submitit_local")
-_SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both a line says what is going on
+_SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both, the command prints that it is checking
 
 
 @dataclass(frozen=True)
 class Job:
-    """One job of a command: what was asked for, and what it means."""
+    """One job of a command: its overrides and the experiment that they declare."""
 
     overrides: tuple[str, ...]
     resolved: Resolved
 
     def value(self, axis: str) -> str:
-        """The word that this job's overrides give for ``axis``."""
+        """Return the value that this job's overrides give for ``axis``, as a word."""
         found = [o.partition("=")[2] for o in self.overrides if o.partition("=")[0] == axis]
         return found[-1]
 
 
 def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfig]:
-    """The typed experiment of a composed configuration.
+    """Build the typed experiment of a composed configuration.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, a value out of range.
+        ConfigError: a key is unknown or missing, or a value has a wrong type or is out of range.
     """
     for key in values:
         if key not in _ROOT:
@@ -74,7 +74,7 @@ def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfi
 
 
 def resolved_from(values: Mapping[str, Any] | DictConfig) -> tuple[Resolved, RuntimeConfig]:
-    """The checked experiment of a composed configuration."""
+    """Build and check the experiment of a composed configuration."""
     if isinstance(values, DictConfig):
         values = OmegaConf.to_container(values, resolve=True)  # type: ignore[assignment]
     experiment, runtime = experiment_from(values)
@@ -87,7 +87,7 @@ def check_jobs(
     """Compose and check every job before the first one starts.
 
     Raises:
-        ConfigError: naming the job where it is one of several.
+        ConfigError: a job is invalid; the message names the job if there are several.
     """
     swept = sweeps(overrides)
     if swept and not multirun:
@@ -114,14 +114,12 @@ def check_jobs(
     assert runtime is not None
     given = [o for o in overrides if o.partition("=")[0] == "source"]
     if given and not any(job.resolved.pretrained for job in found):
-        raise ConfigError(
-            f"{{key}} is for sae=pretrained, which is not there; got {given[0]}", "source"
-        )
-    if line.launcher[0] in _LOCAL:  # a node of a cluster may have what is not here
+        raise ConfigError(f"{{key}} needs sae=pretrained; got {given[0]}", "source")
+    if line.launcher[0] in _LOCAL:  # a cluster's node may have a device that this machine lacks
         pick_device(runtime.device)
     if not runtime.wait and line.launcher[0] != SLURM:
         raise ConfigError(
-            f"{{key}}=false needs hydra/launcher={SLURM}: nothing else goes on without the command",
+            f"{{key}}=false needs hydra/launcher={SLURM}: with others the command does the work",
             "wait",
         )
     return found, runtime

@@ -1,4 +1,4 @@
-"""Keys that a configuration does not have: which is meant, and what to say of it."""
+"""Messages about keys that a configuration does not have, with the likely intended key."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MissingKey:
-    """A key that there is not.
+    """A key that does not exist.
 
     Attributes:
-        key: as it was given, or with the entry of the given value that there is no key for.
-        parent: what exists of it; may be empty.
-        name: what ``parent`` does not have.
+        key: the key as given, extended by the offending entry if the given value is a mapping.
+        parent: the part of the key that exists; may be empty.
+        name: the entry that ``parent`` does not have.
     """
 
     key: str
@@ -35,10 +35,10 @@ class MissingKey:
 
     @classmethod
     def of(cls, error: Exception) -> MissingKey | None:
-        """The key that an error of Hydra or OmegaConf is about, if it is about a missing one."""
+        """Return the missing key that an error of Hydra or OmegaConf is about, or None."""
         told = re.search(r"Could not override '([^']*)'", str(error))
         given = told[1] if told else ""
-        # OmegaConf alone tells how much of the key exists, and of entries of a given value.
+        # Only OmegaConf's part of the error says how much of the key exists.
         inner = re.search(
             r"Key '(.*)' is not in struct\s+full_key: (.*)", f"{error}\n{error.__cause__}"
         )
@@ -55,10 +55,10 @@ class MissingKey:
 def about_missing(
     missing: MissingKey, loader: OnceLoader, config_name: str, overrides: Sequence[str]
 ) -> str:
-    """What to say of a key that is not in the options which ``overrides`` choose."""
+    """Return the message about a key that the options chosen by ``overrides`` do not have."""
     try:
         base = loader.base(config_name, overrides)
-    except HydraException:  # it is a group that is missing, not a key in one
+    except HydraException:  # the group is missing, not a key in it
         return str(missing)
     parent = OmegaConf.select(base, missing.parent) if missing.parent else base
     if not isinstance(parent, DictConfig):
@@ -69,16 +69,19 @@ def about_missing(
     option = base.hydra.runtime.choices.get(group) if rest else None
     having = loader.options_with(missing.key, config_name, overrides) if option else []
     if having:
-        return f"{group}={option} has no key `{missing.key}`. With it: {group}={', '.join(having)}."
+        return (
+            f"{group}={option} has no key `{missing.key}`. Options with it: "
+            f"{group}={', '.join(having)}."
+        )
     known = [str(name) for name in parent if not str(name).startswith("_")]
-    # The name alone is compared: keys of one group are alike in the rest.
+    # Only the name is compared, because all keys of a group share the rest.
     close = nearest(missing.name, known)
     dotted = f"`{missing.parent}." if missing.parent else "`"
     return f"{missing}{close.replace('`', dotted, 1)}"
 
 
 def _about_entry(missing: MissingKey) -> str:
-    """What to say of a mapping without such an entry."""
+    """Return the message about a mapping that does not have the entry."""
     simple = re.fullmatch(r"\w+", missing.name)
     entry = f".{missing.name}=..." if simple else f"={{{missing.name}: ...}}"
     return f"`{missing.parent}` has no entry `{missing.name}`: add one by +{missing.parent}{entry}"

@@ -1,9 +1,9 @@
-"""Hydra's configuration loader for many jobs: files are read once for each choice of options.
+"""Configuration loader for many jobs: reads the files once for each choice of options.
 
-The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which says what files
-are composed, hangs on the choices of options alone (``sae=relu``), as its interpolations are of
-choices. So what the choices compose is kept, and values are put into a copy of it, by Hydra's own
-function.
+The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which names the files
+to compose, depends only on the choices of options (``sae=relu``), because its interpolations refer
+to choices. So the composition of each choice is cached, and Hydra's own function sets the values of
+a job in a copy of it.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-# What a wrong override can raise; not all of it is expected by Hydra (`sae=null`).
+# Exceptions that a wrong override can raise; Hydra does not expect all of them (`sae=null`).
 _WRONG = (
     HydraException, OmegaConfBaseException, AttributeError, LookupError, TypeError, ValueError,
 )  # fmt: skip
 
 
 class OnceLoader(ConfigLoaderImpl):
-    """Composes as ``loader`` does, but every choice of options only once.
+    """Loader that composes as ``loader`` does, but every choice of options only once.
 
-    Files are taken as they were when first read: to be made anew for every command.
+    Later changes of the files are not seen, so every command makes a new loader.
     """
 
     def __init__(self, loader: ConfigLoaderImpl) -> None:
-        # Not initialised: that would look for the same sources once more.
+        # The base class is not initialised, because that would search the sources again.
         self.config_search_path = loader.config_search_path
         self.repository = loader.repository
         self._parsed: dict[str, Override] = {}
@@ -54,9 +54,9 @@ class OnceLoader(ConfigLoaderImpl):
         from_shell: bool = True,
         validate_sweep_overrides: bool = True,
     ) -> DictConfig:
-        """As Hydra's, with the same errors."""
+        """Compose as Hydra does, with the same errors."""
         if run_mode == RunMode.RUN:
-            # Hydra has an order in which errors are found, and words for them.
+            # On any error Hydra composes again below, so that its message is the one raised.
             with suppress(*_WRONG):
                 return self._quickly(config_name, overrides)
         return super().load_configuration(
@@ -64,14 +64,14 @@ class OnceLoader(ConfigLoaderImpl):
         )
 
     def base(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
-        """The configuration before the values of a job are put in; not to be changed."""
+        """Return the configuration without the values of a job; the caller must not change it."""
         parsed = [self._parse(text) for text in overrides]
         return self._base(config_name, self._split(config_name, parsed)[0])
 
     def options_with(
         self, key: str, config_name: str | None, overrides: Sequence[str]
     ) -> list[str]:
-        """The options of a group that have a key, as in ``sae.k``."""
+        """Return the options of a group that have a key such as ``sae.k``."""
         own = [o for o in overrides if self._parse(o).is_hydra_override()]
         _, files = self._parse_overrides_and_create_caching_repo(config_name, own)
         group = key.partition(".")[0]
@@ -106,10 +106,10 @@ class OnceLoader(ConfigLoaderImpl):
     def _split(
         self, config_name: str | None, parsed: Sequence[Override]
     ) -> tuple[list[Override], list[Override]]:
-        """Choices, and the values of the job, which Hydra applies after the composition.
+        """Split overrides into choices, and values that Hydra applies after the composition.
 
-        Hydra's own settings count as choices, as they are those of the whole sweep, and say where
-        options are looked for.
+        Hydra's own settings count as choices, because they belong to the whole sweep and set the
+        search path.
         """
         is_group = self._groups(config_name, [o for o in parsed if o.is_hydra_override()])
         choices, values = [], []
@@ -121,7 +121,7 @@ class OnceLoader(ConfigLoaderImpl):
         return choices, values
 
     def _groups(self, config_name: str | None, own: Sequence[Override]) -> Callable[[str], bool]:
-        """What tells groups from keys, where Hydra with these settings would look for options."""
+        """Return a predicate that is true for groups, on the search path of Hydra's settings."""
         lines = [str(o.input_line) for o in own]
         key = (config_name, *lines)
         if key not in self._is_group:
@@ -131,7 +131,7 @@ class OnceLoader(ConfigLoaderImpl):
 
 
 def _has(files: IConfigRepository, path: str, key: str) -> bool:
-    """Whether an option, as in ``sae/topk``, or one that it inherits from has a key."""
+    """Return True if an option such as ``sae/topk``, or one that it inherits from, has a key."""
     loaded = files.load_config(path)
     if loaded is None:
         return False
@@ -151,7 +151,7 @@ def _has(files: IConfigRepository, path: str, key: str) -> bool:
 
 
 def load_once() -> OnceLoader:
-    """Let the Hydra that is initialised compose every choice of options once."""
+    """Make the initialised Hydra compose every choice of options once, and return its loader."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     assert isinstance(hydra.config_loader, ConfigLoaderImpl)

@@ -1,4 +1,4 @@
-"""The command ``reseed``: picks a sub-command. Nothing heavy is imported before it is needed."""
+"""The command ``reseed``, which picks a sub-command. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from reseed import __version__
 
 COMMANDS = {
     "train": "train SAEs: one, or with -m a sweep",
-    "run": "train what a comparison lacks, compare, and print its tables",
-    "compare": "compare the trained runs of a comparison, train nothing",
-    "evaluate": "what SAEs cost and hide: RUN, SWEEP or SAE folders, evaluation=reconstruction,...",
-    "show": "what a latent fires on, and where other seeds have it: RUN 3,17; --partners",
-    "report": "the report of a SWEEP as a folder to send: --format html|md|tex, --out FOLDER",
-    "check": "do latents replicate? LATENTS.csv or --latents 3,17; with --train, --out FOLDER",
-    "convert": "an SAE from one library's format to another's: SOURCE --to FORMAT OUT",
-    "push": "a run's SAE to the hub, with a card: RUN OWNER/NAME; --dry-run OUT",
-    "status": "list runs and sweeps, or with a SWEEP its runs (--watch: again and again)",
+    "run": "train the missing runs of a comparison, compare them, print the tables",
+    "compare": "compare the trained runs of a comparison, without training",
+    "evaluate": "evaluate SAEs: RUN, SWEEP or SAE folders, evaluation=reconstruction,...",
+    "show": "show what a latent fires on, and its matches: RUN 3,17; --partners",
+    "report": "write the report of a SWEEP: --format html|md|tex, --out FOLDER",
+    "check": "check whether latents replicate: LATENTS.csv or --latents 3,17; --train, --out",
+    "convert": "convert an SAE to another library's format: SOURCE --to FORMAT OUT",
+    "push": "push a run's SAE to the hub, with a card: RUN OWNER/NAME; --dry-run OUT",
+    "status": "list runs and sweeps, or the runs of a SWEEP (--watch: refresh until it ends)",
     "cancel": "cancel the SLURM jobs of a SWEEP",
     "cache": "list the activations in runtime.activation_cache; --clear [NAME] removes them",
     "completion": "print the shell code for tab completion (bash, zsh)",
@@ -44,7 +44,7 @@ Every other key can be overridden too: `reseed train --cfg job` shows them all.
   reseed run comparison=seeds model=path model.path=FOLDER \\
              dataset=text_files dataset.path=FILE sae=topk,relu seed=0,1,2
 
-`reseed COMMAND --help` says more. Version {version}.
+See also `reseed COMMAND --help`. Version {version}.
 """
 
 
@@ -69,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    # OpenMP threads that spin for long while idle make a shared machine crawl; ones that sleep at
-    # once make a quiet one slow (measured: benchmarks/README.md).
+    # Idle OpenMP threads that spin for long slow a shared machine down; threads that sleep at once
+    # slow a quiet machine down (measured: benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.exit(_run(command, arguments[1:]))
 
@@ -79,10 +79,10 @@ def _run(command: str, arguments: Sequence[str]) -> int:
     try:
         module = import_module(f"reseed.cli.{command}")
         status = module.main(arguments)
-    except KeyboardInterrupt:  # before the command could see to it itself
-        print("interrupted; nothing was begun", file=sys.stderr)
+    except KeyboardInterrupt:  # during the imports, before the command has its own handler
+        print("interrupted; nothing was started", file=sys.stderr)
         status = 128 + signal.SIGINT
     if status > 128:
-        # All is said. Who cannot wait for the interpreter's end gets it without a traceback.
+        # The message is printed already; a second Ctrl-C ends the process without a traceback.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     return status

@@ -1,4 +1,4 @@
-"""Runs, sweeps and SAEs as a command line names them."""
+"""Look-up of the runs, sweeps and SAEs that a command line names."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from reseed.train.config import RuntimeConfig
 
 
 def runtime_of(line: CommandLine) -> RuntimeConfig:
-    """Where a command finds the runs that it names."""
+    """Build the runtime settings, whose folders hold the runs and sweeps that are named."""
     with line.composer() as composed:
         values = composed(line.overrides)
     return build(values["runtime"], "runtime", RuntimeConfig)
 
 
 def meant_by(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
-    """A run, a sweep, or the folder of an SAE that is neither; by path, name, or begin of one."""
+    """Find a run, a sweep, or the folder of another SAE by its path, name, or start of the name.
+
+    Raises:
+        ReseedError: nothing matches, or several names do.
+    """
     for folder in (Path(word), Path(runtime.outputs) / word, Path(runtime.sweeps) / word):
         if Run(folder).exists:
             return Run(folder)
@@ -40,14 +44,14 @@ def meant_by(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
 
 
 def begun_by(word: str, names: Iterable[str]) -> str | None:
-    """The name that begins with a word; None where there is none.
+    """Return the name that starts with ``word``, or None.
 
     Raises:
-        ReseedError: there are several.
+        ReseedError: several names start with it.
     """
     found = [name for name in names if name.startswith(word)]
     if len(found) > 1:
-        raise ReseedError(f"{word} may be any of {', '.join(found)}: say more of the name")
+        raise ReseedError(f"{word} may be any of {', '.join(found)}: give more of the name")
     return found[0] if found else None
 
 
@@ -58,16 +62,16 @@ def _has_sae(folder: Path) -> bool:
 
 
 def check_heeded(line: CommandLine, also: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` for what would change nothing: runs say what they were trained on.
+    """Raise `ConfigError` for overrides that a command on named runs would ignore.
 
     Args:
-        also: keys that the command heeds beside those of ``runtime`` and ``hydra``.
+        also: keys that the command uses besides those of ``runtime`` and ``hydra``.
     """
     for text in line.overrides:
         key = text.lstrip("+~").partition("=")[0]
         if key.partition(".")[0].partition("/")[0] not in ("runtime", "hydra", *also):
             raise ConfigError(
-                f"{{key}} is not for runs and sweeps that are named: they say themselves what they "
+                f"{{key}} cannot be set for named runs and sweeps: their records say what they "
                 f"were trained on; got {text}",
                 key,
             )

@@ -1,4 +1,4 @@
-"""A comparison as a plan: its grid, with what the user overrides, as checked jobs."""
+"""Plan of a comparison: its grid, with the user's overrides, as checked jobs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from reseed.train.config import RuntimeConfig
 
 @dataclass(frozen=True)
 class Launch:
-    """One arm of a comparison (or all of one without arms) as Hydra gets it.
+    """One arm of a comparison (or a whole comparison without arms), as Hydra launches it.
 
     Attributes:
-        arm: its axes and what pairs up.
-        overrides: what Hydra is given with -m for all of its jobs.
-        jobs: one per run.
+        arm: the arm's axes and its paired axes.
+        overrides: the overrides given to Hydra with -m for all jobs.
+        jobs: one job per run.
     """
 
     arm: Arm
@@ -31,18 +31,18 @@ class Launch:
 
     @property
     def places(self) -> list[dict[str, str]]:
-        """Where each job stands in the grid."""
+        """The values of the arm and its axes for each job."""
         arm = {"arm": self.arm.name} if self.arm.name else {}
         return [arm | {axis: job.value(axis) for axis in self.arm.grid} for job in self.jobs]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a comparison needs, checked.
+    """A checked comparison with all of its jobs.
 
     Attributes:
-        settings: the comparison, grid and arms as the user's overrides left them.
-        launches: one for each arm.
+        settings: the comparison, with grid and arms after the user's overrides.
+        launches: one launch per arm.
     """
 
     settings: ComparisonConfig
@@ -51,7 +51,7 @@ class Plan:
 
     @property
     def jobs(self) -> list[Job]:
-        """One per run and arm."""
+        """All jobs, one per run and arm."""
         return [job for launch in self.launches for job in launch.jobs]
 
     @property
@@ -65,7 +65,7 @@ class Plan:
         return list(found.values())
 
     def write(self) -> None:
-        """What belongs to the comparison, and by which rules, into its folder."""
+        """Write the manifest and the settings into the comparison's folder."""
         places = [place for launch in self.launches for place in launch.places]
         self.sweep.write_manifest(self.jobs, self.store, places)
         self.sweep.write_settings(self.settings.to_dict())
@@ -77,10 +77,10 @@ class Plan:
 
 
 def make_plan(line: CommandLine) -> Plan:
-    """Read the comparison that the command line names, and check all of its jobs.
+    """Build the comparison that the command line names, and check all of its jobs.
 
     Raises:
-        ConfigError: no comparison is named, or a job is wrong.
+        ConfigError: the command line names no comparison, or a job is invalid.
     """
     with line.composer():
         parsed = parse(line.overrides)
@@ -96,7 +96,7 @@ def make_plan(line: CommandLine) -> Plan:
         got = "nothing" if axes == "???" else repr(axes)
         rule = "must map axes to lists of values, as in {sae: [topk, relu], seed: [0, 1]}"
         raise ConfigError(f"{{key}} {rule}; got {got}", "comparison.grid")
-    # What the user gives for an axis takes its place; a sweep over another key is one more axis.
+    # The user's values for an axis replace its own; a sweep over another key adds an axis.
     said = single | swept
     grid = {str(axis): said.get(axis, _words(values)) for axis, values in axes.items()}
     arms = _arms(node.get("arms"), said)
@@ -110,7 +110,7 @@ def make_plan(line: CommandLine) -> Plan:
             if key in arm.grid and text[0] in "+~":
                 rule = f"{{key}} is an axis: give its values as {key}=...; got {text}"
                 raise ConfigError(rule, key)
-        # A sweep over what is an axis of another arm alone is no axis here.
+        # A swept key that is an axis only in another arm is no axis here.
         taken = {*arm.grid, *arm.fixed, *swept}
         overrides = [text for key, text, _ in given if key not in taken]
         overrides += [f"{key}={word}" for key, word in arm.fixed.items()]
@@ -127,8 +127,7 @@ def make_plan(line: CommandLine) -> Plan:
 
 
 def _without_repeats(arm: Arm, jobs: Sequence[Job]) -> list[Job]:
-    """The jobs without those of a pretrained SAE that is in its cell already: it has no seed, and
-    the other values of one mean nothing to it."""
+    """Drop the repeats of a pretrained SAE in a cell: it has no seed, so all seeds give one run."""
     seen: set[tuple[str, ...]] = set()
     kept = []
     for job in jobs:
@@ -140,7 +139,7 @@ def _without_repeats(arm: Arm, jobs: Sequence[Job]) -> list[Job]:
 
 
 def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
-    """Raise `ConfigError` where runs of a cell cannot be compared, or are one run twice."""
+    """Raise `ConfigError` if runs of a cell cannot be compared, or are the same run."""
     arm = launch.arm
     key = f"comparison.arms.{arm.name}.pair_by" if arm.name else "comparison.pair_by"
     cells: dict[tuple[str, ...], list[Job]] = {}
@@ -168,46 +167,49 @@ def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
 
 
 def _check_tokens(arm: Arm, first: Job, other: Job, settings: ComparisonConfig, key: str) -> None:
-    """Raise `ConfigError` where two runs have neither a common space nor common tokens."""
+    """Raise `ConfigError` if two runs of different `d_in` have no tokens in common either."""
     from reseed.cli.held_out import other_tokens
 
     reason = other_tokens([first.resolved.identity, other.resolved.identity])
     if not reason and not settings.activation_tokens:
-        reason = "comparison.activation_tokens=0 asks for none"
+        reason = "comparison.activation_tokens=0 switches that off"
     if not reason:
         return
     said = [f"{_place(arm, job)} ({job.resolved.model_label})" for job in (first, other)]
     raise ConfigError(
         f"{{key}} pairs runs of different `d_in`: {said[0]} has {first.resolved.d_in}, {said[1]} "
-        f"has {other.resolved.d_in}. Their rows are vectors of different spaces, between which "
-        "there is no cosine: what can be compared is what they do on the same tokens (CKA, "
-        f"agreement of activations), and here {reason}. Pair by what leaves `d_in` alone "
+        f"has {other.resolved.d_in}. Their rows are vectors of different spaces and have no "
+        "cosine. Such runs can only be compared by their activations on the same tokens (CKA, "
+        f"agreement of activations), and here {reason}. Pair runs of equal `d_in` "
         "(comparison.pair_by=seed)",
         key,
     )
 
 
 def _place(arm: Arm, job: Job) -> str:
-    """The values of a job that pair up: ``sae=topk, seed=0``."""
+    """Return a job's values of the paired axes: ``sae=topk, seed=0``."""
     return ", ".join(f"{axis}={job.value(axis)}" for axis in pair_axes(arm.pair_by))
 
 
 def _check_heeded(settings: ComparisonConfig, said: dict[str, list[str]]) -> None:
-    """Raise `ConfigError` where a key that the user gave is fixed by every arm."""
+    """Raise `ConfigError` if every arm fixes a key that the user gave."""
     arms = settings.each_arm()
     for key in said:
         if all(key in arm.fixed for arm in arms):
             names = ", ".join(arm.name for arm in arms)
             raise ConfigError(
-                f"{{key}} is fixed by every arm of comparison={settings.name} ({names}), and would "
-                "change nothing: take another comparison (comparison=seeds), or a copy of this one",
+                f"{{key}} is fixed by every arm of comparison={settings.name} ({names}), so giving "
+                "it changes nothing: use another comparison (comparison=seeds) or a copy of this",
                 key,
             )
 
 
 def _arms(declared: Any, said: dict[str, list[str]]) -> Any:
-    """The arms in words. What the user said for an axis of one takes its place there too; what an
-    arm fixes stays. Anything that is no mapping is left to be refused."""
+    """Return the arms with their values as command-line words.
+
+    The user's values replace those of an arm's axis; a value that an arm fixes stays. Anything
+    that is not a mapping is returned as it is, for `build` to refuse.
+    """
     if not isinstance(declared, dict):
         return declared
     arms: dict[str, Any] = {str(name): entries for name, entries in declared.items()}
@@ -226,13 +228,13 @@ def _arms(declared: Any, said: dict[str, list[str]]) -> Any:
 
 
 def _mappings(arms: Any) -> list[dict[str, Any]]:
-    """Those entries of the arms that are what they should be."""
+    """Return the arms that are mappings."""
     values = arms.values() if isinstance(arms, dict) else ()
     return [entries for entries in values if isinstance(entries, dict)]
 
 
 def _words(values: Any) -> list[str]:
-    """Values of an axis as they stand on a command line."""
+    """Return the values of an axis as command-line words."""
     listed: Sequence[Any] = values if isinstance(values, list | tuple) else [values]
     return [_word(value) for value in listed]
 

@@ -1,4 +1,4 @@
-"""``reseed push RUN REPO``: a trained SAE to the hub, with a card that says what it is."""
+"""``reseed push RUN REPO``: push a trained SAE to the hub, with a card that describes it."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> Parser:
-    """The arguments of the command."""
+    """Return the parser of the command's arguments."""
     made = Parser("reseed push", description=__doc__, allow_abbrev=False)
     made.add_argument("run", help="a run's folder")
-    made.add_argument("repo", help="OWNER/NAME on the hub; made if need be")
+    made.add_argument("repo", help="OWNER/NAME on the hub; created if necessary")
     made.add_argument("--to", default="reseed", choices=FORMATS, help="the format to write")
     made.add_argument("--path", default="", help="folder in the repository; by default its top")
-    made.add_argument("--private", action="store_true", help="of a repository that is made")
-    made.add_argument("--dry-run", metavar="OUT", help="write the folder there, push nothing")
+    made.add_argument("--private", action="store_true", help="create a private repository")
+    made.add_argument("--dry-run", metavar="OUT", help="write to the folder OUT, push nothing")
     return made
 
 
@@ -49,7 +49,7 @@ def _main(arguments: Sequence[str]) -> None:
         out = Path(given.dry_run)
         check_new(out)
         notes = make_folder(run, out, given.repo, given.path, given.to)
-        where = f"{out}: what would go to {given.repo}"
+        where = f"{out}: what would be pushed to {given.repo}"
     else:
         with tempfile.TemporaryDirectory() as folder:
             notes = make_folder(run, Path(folder), given.repo, given.path, given.to)
@@ -60,10 +60,10 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def make_folder(run: Run, out: Path, repo: str, path: str, format: str) -> tuple[str, ...]:
-    """Write what is pushed: the SAE, its metrics, and README.md.
+    """Write the files to push: the SAE, its metrics, and README.md.
 
     Returns:
-        what the format does not keep.
+        notes on what the format does not keep.
     """
     from reseed.sae.checkpoint import read_metadata
 
@@ -76,7 +76,7 @@ def make_folder(run: Run, out: Path, repo: str, path: str, format: str) -> tuple
 
 
 def _upload(folder: Path, repo: str, path: str, private: bool, name: str) -> str:
-    """Send a folder to the hub; where it is, in words."""
+    """Push a folder to the hub, and return a message with the commit."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import LocalTokenNotFoundError
 
@@ -87,8 +87,8 @@ def _upload(folder: Path, repo: str, path: str, private: bool, name: str) -> str
             repo_id=repo, folder_path=folder, path_in_repo=path or None, commit_message=name
         )
     except LocalTokenNotFoundError as error:
-        raise ConfigError("the hub does not know who you are: `hf auth login` first") from error
-    except Exception as error:  # of the hub, the network, or whatever carries it
+        raise ConfigError("you are not logged in to the hub: run `hf auth login`") from error
+    except Exception as error:  # any error of the hub, the network, or a library below
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ReseedError(f"cannot push to {repo}: {reason}. Nothing was changed here.") from error
     return f"{repo}: pushed as commit {commit.oid}"

@@ -1,4 +1,4 @@
-"""``reseed report SWEEP``: the report of a sweep as a folder to send, made from files alone."""
+"""``reseed report SWEEP``: write the report of a sweep to a folder, from its files alone."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parser() -> Parser:
-    """The flags that are not Hydra's."""
+    """Return the parser of the flags that are not Hydra's."""
     made = Parser("reseed report", add_help=False, allow_abbrev=False)
     made.add_argument("--format", default="html", choices=FORMATS)
     made.add_argument("--out")
@@ -49,11 +49,11 @@ def _main(arguments: Sequence[str]) -> int:
 
     if not sweep.compared:
         raise ReseedError(
-            f"{sweep.path}: its runs have not been compared, and there is nothing to report; "
-            "`reseed compare` with what declares them does that"
+            f"{sweep.path}: its runs have not been compared, so there is nothing to report: run "
+            "`reseed compare` with the overrides of the sweep first"
         )
     found = gather(sweep, ComparisonConfig.from_dict(sweep.settings, "comparison"))
-    if not (sweep.path / "summary.csv").is_file():  # compared, and not collected
+    if not (sweep.path / "summary.csv").is_file():  # compared but not collected yet
         write_numbers(sweep, found)
     own = REPORT if given.format == "html" else f"{REPORT}-{given.format}"
     out = Path(given.out) if given.out else sweep.path / own
@@ -62,7 +62,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def drawn(sweep: Sweep, found: Gathered) -> list[str]:
-    """Names of the sweep's figures; those that are not beside its tables are drawn there."""
+    """Return the names of the sweep's figures; missing ones are drawn beside its tables."""
     from reseed.report.figures import save_figures
     from reseed.report.page.write import drawings
 

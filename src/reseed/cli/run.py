@@ -1,5 +1,5 @@
-"""``reseed run comparison=...``: train what is missing, evaluate the runs where that is asked for,
-compare, print and store the tables."""
+"""``reseed run comparison=...``: train the missing runs, evaluate them if requested, compare them,
+and write and print the tables."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _train_and_compare(line: CommandLine, plan: Plan, asked: evaluate.Asked) -> 
 
 
 def _evaluate(line: CommandLine, asked: evaluate.Asked, plan: Plan) -> int:
-    """Evaluate the runs that are there; those that failed have been told of."""
+    """Evaluate the finished runs; the caller has reported the failed ones."""
     from reseed.cli.subjects import chosen_of
 
     chosen = chosen_of(plan)
@@ -64,10 +64,10 @@ def _evaluate(line: CommandLine, asked: evaluate.Asked, plan: Plan) -> int:
 
 
 def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
-    """Run the comparison that the overrides declare; some numbers of its summary.
+    """Run the comparison that the overrides declare, and return the named numbers of its summary.
 
     Raises:
-        ReseedError: it has several cells, or a run failed.
+        ReseedError: the comparison has several cells, or a run failed.
     """
     import pandas as pd
 
@@ -79,11 +79,11 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
     plan = make_plan(line)
     plan.write()
     if _train_and_compare(line, plan, asked):
-        raise ReseedError("a run of this trial failed; nothing further is tried")
+        raise ReseedError("a run of this trial failed, so the search stops")
     rows = pd.read_csv(plan.sweep.path / "summary.csv").to_dict("records")
     if len(rows) != 1:
         raise ReseedError(
-            f"objective={names[0]} needs a comparison with one cell; it has {len(rows)}: give each "
-            "axis but that of the pairs one value (sae=topk)"
+            f"objective={names[0]} needs a comparison with one cell; got {len(rows)}: give each "
+            "axis except the paired one a single value (sae=topk)"
         )
     return tune.of_summary({str(key): value for key, value in rows[0].items()}, names)

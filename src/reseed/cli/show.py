@@ -1,5 +1,8 @@
-"""``reseed show RUN LATENT[,LATENT...]``: what latents fire on, say, and lie beside, and where they
-are in other seeds. Reads what ``evaluation=contexts`` and comparisons wrote; no model is loaded."""
+"""``reseed show RUN LATENT[,LATENT...]``: show what latents fire on, the tokens they promote, their
+neighbours, and their matches in other seeds.
+
+The command reads files of ``evaluation=contexts`` and of comparisons; it loads no model.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from reseed.train.config import RuntimeConfig
 
 PARTNERS = "--partners"
-"""A flag that is not Hydra's: show the matched latents of the other runs too."""
+"""A flag that is not Hydra's: also show the matched latents of the other runs."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -66,14 +69,14 @@ def _index(word: str) -> int:
 
 
 def _run(word: str, runtime: RuntimeConfig) -> Path:
-    """The folder of the run, or of the SAE, that a word means."""
+    """Return the folder of the run or SAE that a word names."""
     from reseed.cli.names import meant_by
     from reseed.sweeps import Sweep
 
     meant = meant_by(word, runtime)
     if isinstance(meant, Sweep):
         names = ", ".join(dict.fromkeys(run.id for run in meant.runs()))
-        raise ReseedError(f"{word} is a sweep, and latents are of a run: name one of {names}")
+        raise ReseedError(f"{word} is a sweep, but latents belong to a run: name one of {names}")
     return meant if isinstance(meant, Path) else meant.path
 
 
@@ -83,14 +86,14 @@ def _contexts(run: Path, line: CommandLine) -> Contexts:
     contexts = Contexts.of(run)
     if contexts is None:
         command = ["reseed", "evaluate", str(run), "evaluation=contexts", *line.overrides]
-        raise ReseedError(f"{run.name} has no contexts yet; this makes them: {shlex.join(command)}")
+        raise ReseedError(f"{run.name} has no contexts yet; make them with: {shlex.join(command)}")
     return contexts
 
 
 def _shown(
     run: Path, contexts: Contexts, latents: Sequence[int], runtime: RuntimeConfig
 ) -> list[Shown]:
-    """The latents, with where they are in the newest comparison that has the run."""
+    """Return the latents, with their matches in the newest comparison that contains the run."""
     from reseed.report.passages import Shown
     from reseed.report.replicas import replicas_of
 
@@ -114,8 +117,7 @@ def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
 
 
 def _of_partner(partner: Partner, run: Path) -> Shown | None:
-    """What is known of a partner of a latent of ``run``; None where its run, which lies beside,
-    has no contexts."""
+    """Return the partner of a latent of ``run`` with its contexts, or None if it has none."""
     from reseed.contexts import Contexts
     from reseed.report.passages import Shown
 

@@ -1,7 +1,7 @@
-"""``reseed compare sources=[a,b,c]``: SAEs that are there, by their weights; no language model.
+"""``reseed compare sources=[a,b,c]``: compare existing SAEs by their weights, without a model.
 
-With ``model=``, ``dataset=``, ``layer=`` or ``hookpoint=`` they are measured on activations too: as
-runs of `sae=pretrained`, which the same command makes where they are missing.
+With ``model=``, ``dataset=``, ``layer=`` or ``hookpoint=`` they are also measured on activations:
+the command adds the missing runs of `sae=pretrained` and compares those.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 
 KEY = "sources"
 _ACTIVATIONS = ("model", "dataset", "layer", "hookpoint")
-"""Groups that say whose activations: any of them asks for the comparison on activations."""
+"""Groups that declare activations; any of them requests the comparison on activations."""
 _MEASURED = ("fvu", "l0", "cosine", "dead_fraction")
-"""What runs have on held-out tokens, and weights alone do not."""
+"""Metrics of runs on held-out tokens, which are unknown for weights alone."""
 
 
 def named_in(line: CommandLine) -> bool:
-    """Whether a command line lists sources."""
+    """Return True if a command line lists sources."""
     return any(word.partition("=")[0] == KEY for word in line.overrides)
 
 
 def compare_sources(line: CommandLine) -> int:
-    """Compare the SAEs that ``sources=`` lists, two or more.
+    """Compare the two or more SAEs that ``sources=`` lists.
 
     Returns:
         the exit status.
 
     Raises:
-        ConfigError: fewer, one twice, or keys that mean nothing here.
+        ConfigError: fewer than two SAEs, a repeated SAE, or keys that would change nothing.
     """
     with line.composer() as composed:
         parsed = list(zip(parse(line.overrides), line.overrides, strict=True))
@@ -48,7 +48,7 @@ def compare_sources(line: CommandLine) -> int:
         sources = _checked(given)
         for key in ("comparison", "sae", "source", "seed"):
             if key in rest:
-                raise ConfigError(f"{{key}} is not for {KEY}=[…]; got {rest[key]}", key)
+                raise ConfigError(f"{{key}} cannot be given with {KEY}=[…]; got {rest[key]}", key)
         words = [override("", source)[1:] for source in sources]
         own = [
             "comparison=base",
@@ -65,7 +65,7 @@ def compare_sources(line: CommandLine) -> int:
     unheeded = sorted(key for key in rest if key.partition(".")[0] not in ("comparison", "runtime"))
     if unheeded:
         raise ConfigError(
-            f"{{key}} changes nothing where weights alone are compared; got {rest[unheeded[0]]}",
+            f"{{key}} changes nothing when only weights are compared; got {rest[unheeded[0]]}",
             unheeded[0],
         )
     return _by_weights(sources, values)
@@ -86,7 +86,7 @@ def _checked(given: Sequence[Any]) -> list[str]:
 
 
 def _on_activations(line: CommandLine) -> int:
-    """As a comparison of pretrained runs."""
+    """Train (that is, measure) and compare the sources as runs of `sae=pretrained`."""
     from reseed.cli import compare, train
     from reseed.cli.plan import make_plan
 
@@ -129,7 +129,7 @@ def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
 
 
 def _dictionary(source: str) -> tuple[Dictionary, str]:
-    """The rows of an SAE, and the name of its architecture. Of its firing nothing is known."""
+    """Return the rows of an SAE, with unknown firing, and the name of its architecture."""
     import numpy as np
 
     from reseed.compare.dictionary import Dictionary
@@ -160,7 +160,7 @@ def _dictionary(source: str) -> tuple[Dictionary, str]:
 def _compared(
     found: Sequence[Dictionary], settings: ComparisonConfig, runtime: RuntimeConfig
 ) -> tuple[CellResult, Path]:
-    """Match all pairs, and write what comes out into a folder of these SAEs and settings."""
+    """Match all pairs, and write the result into the sweep folder of these SAEs and settings."""
     import torch
 
     from reseed.compare.cell import compare_cell

@@ -1,6 +1,7 @@
-"""``reseed status``: runs and sweeps as their files say, without a model or a lock.
+"""``reseed status``: list runs and sweeps from their files, without a model or a lock.
 
-``reseed status SWEEP`` shows the runs of one sweep while it is at work (`reseed.cli.cluster.show`).
+``reseed status SWEEP`` shows the runs of one sweep, also while it is running
+(`reseed.cli.cluster.show`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
     from reseed.sweeps import Sweep
 
 ALL = "--all"
-"""A flag that is not Hydra's: list the runs of calibrations too."""
+"""A flag that is not Hydra's: also list the runs of calibrations."""
 WATCH = "--watch"
-"""Another: show a sweep again and again."""
+"""A flag that is not Hydra's: show a sweep repeatedly until it ends."""
 _TAKE_A_WORD = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp",
                 "--package", "-p", "--info", "-i", "--cfg", "-c")  # fmt: skip
-"""Hydra's flags that are followed by a word of theirs."""
+"""Hydra's flags that take a value."""
 COLUMNS = ("run", "status", "tokens", "FVU", "L0", "dead")
 
 
@@ -36,7 +37,7 @@ def task(config: DictConfig) -> None:
 
 
 def task_all(config: DictConfig) -> None:
-    """The same with the runs of calibrations."""
+    """Print the runs and sweeps, including the runs of calibrations."""
     print_status(Path(config.runtime.outputs), Path(config.runtime.sweeps), everything=True)
 
 
@@ -65,7 +66,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def own_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that are neither flags nor overrides, and the others."""
+    """Split arguments into words that are neither flags nor overrides, and the rest."""
     words, rest = [], []
     for before, word in zip(("", *arguments), arguments, strict=False):
         plain = "=" not in word and not word.startswith(("-", "~", "+"))
@@ -74,7 +75,7 @@ def own_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def sweep_called(word: str, line: CommandLine) -> Sweep:
-    """The sweep that a word means, under runtime.sweeps."""
+    """Return the sweep under runtime.sweeps that a word names."""
     from reseed.cli.cluster.states import find_sweep
 
     with line.composer() as composed:
@@ -83,10 +84,10 @@ def sweep_called(word: str, line: CommandLine) -> Sweep:
 
 
 def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:
-    """Runs with their state and held-out measures; sweeps with how far they are.
+    """Print runs with their status and held-out metrics, and sweeps with their progress.
 
     Args:
-        everything: list the runs of calibrations, which are counted otherwise.
+        everything: list the runs of calibrations too, instead of only counting them.
     """
     from reseed.console import counted, say
     from reseed.runs import RunStore
@@ -116,7 +117,7 @@ def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:
 
 
 def _row(run: Run, status: str) -> tuple[str, ...]:
-    """The entries of `COLUMNS`; empty where there is nothing to say."""
+    """Return the entries of `COLUMNS`; empty if unknown."""
     if status in ("damaged", "missing"):
         return run.id, status, "", "", "", ""
     cells = [""] * 3
@@ -130,11 +131,11 @@ def _row(run: Run, status: str) -> tuple[str, ...]:
 def print_rows(
     rows: Sequence[tuple[str, ...]], title: str, columns: Sequence[str], words: Collection[str]
 ) -> None:
-    """A table; where the window is too narrow for the names, a name and a line below it.
+    """Print a table or, in a window too narrow for the names, a name and a line below it.
 
     Args:
-        columns: the first is the name, the second what is said of it without a heading.
-        words: the columns that hold words and not numbers.
+        columns: headings: of the name, of a word that needs no heading, and of the other values.
+        words: the columns that hold words, not numbers; they are left-aligned.
     """
     from rich.measure import Measurement
     from rich.table import Table
@@ -155,7 +156,7 @@ def print_rows(
     for row in rows:
         told = [row[1]] + [f"{name} {word}" for name, word in zip(columns[2:], row[2:], strict=True)
                            if word]  # fmt: skip
-        # Not broken by us, so that it can be copied where the window is narrower still.
+        # `say` does not wrap lines, so the name can be copied from any window.
         say(row[0])
         say(f"    {' · '.join(told)}")
 

@@ -1,4 +1,4 @@
-"""Which SAEs a command evaluates: those of runs, sweeps and folders, or of declared runs."""
+"""Choice of the SAEs that a command evaluates: of runs, sweeps and folders, or of declared runs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Target:
     """An SAE to be evaluated.
 
     Attributes:
-        folder: of the run, or of the SAE where it is no run.
-        resolved: what it was trained on.
+        folder: the folder of the run, or of an SAE that is not a run.
+        resolved: the resolved experiment that the SAE was trained in.
     """
 
     folder: Path
@@ -45,20 +45,25 @@ class Target:
 
     @property
     def trained(self) -> bool:
-        """Whether it is a run that is finished."""
+        """True if the folder holds a finished run."""
         return Run(self.folder).finished
 
     @property
     def source(self) -> str:
-        """Digest of what decides the held-out activations, but for the hookpoint: all that have the
-        same one are evaluated together."""
+        """Digest of all that determines the held-out activations except the hookpoint.
+
+        SAEs with the same source are evaluated together.
+        """
         identity = self.resolved.identity
         parts = [identity["model"], of_data(identity["dataset"]), identity.get("surrogate")]
         return digest([*parts, identity["fingerprints"]])
 
     def result_folder(self, config: EvaluationConfig) -> Path:
-        """Where the result of an evaluation lies. What a run was trained on follows from the run;
-        of another SAE its weights, and what it is evaluated on, are part of what was asked."""
+        """Return the folder of an evaluation's result.
+
+        A run implies what it was trained on. For an SAE that is not a run, the digest in the
+        folder's name includes its weights and the activations it is evaluated on.
+        """
         signed = config.signed()
         if not Run(self.folder).exists:
             hook = str(self.resolved.experiment.hook)
@@ -67,7 +72,7 @@ class Target:
         return folder_of(self.folder, config.name, signed)
 
     def has_result(self, config: EvaluationConfig) -> bool:
-        """Whether there is a result of an evaluation that can be read."""
+        """Return True if a readable result of the evaluation exists."""
         try:
             Stored.read(self.result_folder(config))
         except (FileNotFoundError, EvaluationError):
@@ -75,10 +80,10 @@ class Target:
         return True
 
     def subject(self, device: str, with_untrained: bool) -> Subject:
-        """The SAE, loaded.
+        """Load the SAE.
 
         Raises:
-            CheckpointError: it cannot be.
+            CheckpointError: the SAE cannot be loaded.
         """
         sae = load_sae(self.folder, device)
         born = _untrained(Run(self.folder)) if with_untrained else None
@@ -89,14 +94,15 @@ class Target:
 def target_of(
     folder: Path, runtime: RuntimeConfig, declared: Callable[[], Resolved] | None = None
 ) -> Target:
-    """The SAE in a folder, and what it was trained on.
+    """Return the SAE in a folder with the experiment it was trained in.
 
     Args:
-        declared: what the command line says of an SAE that is no run.
+        declared: resolves the experiment that the command line declares; called for an SAE that is
+            not a run.
 
     Raises:
-        ReseedError: what a run was trained on is gone, or not what it was; or an SAE is for
-            activations of another width than is declared.
+        ReseedError: the model or data of a run is missing or has changed, or the width of an SAE
+            differs from that of the declared activations.
     """
     run = Run(folder)
     if run.exists:
@@ -113,12 +119,12 @@ def target_of(
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a command line means.
+    """The SAEs that a command line chooses.
 
     Attributes:
-        folders: of the SAEs that are there.
-        lacking: of each run that is not finished, what is the matter.
-        sweeps: the tables of which shall have the results.
+        folders: the folders of the available SAEs.
+        lacking: one line for each run that is not finished, with its state.
+        sweeps: the sweeps whose tables get the results.
     """
 
     runtime: RuntimeConfig
@@ -128,18 +134,18 @@ class Chosen:
 
     @property
     def are_runs(self) -> bool:
-        """Whether the folders say themselves what their SAEs were trained on."""
+        """True if every folder is a run, whose record says what it was trained on."""
         return all(Run(folder).exists for folder in self.folders)
 
 
 def chosen_by(words: Sequence[str], line: CommandLine) -> Chosen:
-    """The SAEs that a command line names.
+    """Find the SAEs that a command line names.
 
     Args:
-        words: folders and names; where there are none, the overrides of ``line`` say which runs.
+        words: folders and names; if empty, the overrides of ``line`` declare the runs.
 
     Raises:
-        ReseedError: there are none, or a word means nothing.
+        ReseedError: no SAE is available, or a word names nothing.
     """
     if words:
         found = _named(words, line)
@@ -164,7 +170,7 @@ def _of_comparison(line: CommandLine) -> Chosen:
 
 
 def chosen_of(plan: Plan) -> Chosen:
-    """The runs of a comparison that are there."""
+    """Return the finished runs of a comparison."""
     return replace(_finished(plan.runs, plan.runtime), sweeps=(plan.sweep,))
 
 
@@ -208,7 +214,7 @@ def _state(run: Run) -> str:
 
 
 def of_lacking(lacking: Sequence[str]) -> list[str]:
-    """What to say of runs that are not there."""
+    """Return the message lines about runs that are not finished."""
     if not lacking:
         return []
     return [
@@ -218,14 +224,14 @@ def of_lacking(lacking: Sequence[str]) -> list[str]:
 
 
 def _untrained(run: Run) -> SAE | None:
-    """The SAE as it was born, for raw activations; None where that is not known."""
+    """Return the SAE as it was initialised, for raw activations; None if that is not known."""
     if not run.exists:
         return None
     try:
         sae = run.initial_sae()
     except RunError:
         return None
-    if (run.path / INITIAL_FILE).is_file():  # as it was at the first step
+    if (run.path / INITIAL_FILE).is_file():  # stored weights are for raw activations already
         return sae
     record, moments = run.record, run.activations()
     scale: Mapping[str, Any] = read_metadata(run.path)

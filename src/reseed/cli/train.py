@@ -1,4 +1,4 @@
-"""``reseed train``: one SAE, or with -m a sweep; runs that are there already are not trained."""
+"""``reseed train``: train one SAE, or with -m a sweep. Finished runs are not trained again."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def task(config: DictConfig) -> None:
 
 
 def train_many(configs: Sequence[DictConfig]) -> list[Any]:
-    """Train several; those that read the same activations together.
+    """Train several runs, those that read the same activations together.
 
     Returns:
-        for each configuration the run's folder, or the exception with which it failed.
+        for each configuration the run's folder, or the exception with which the run failed.
     """
     from reseed.cli.jobs import resolved_from
     from reseed.missing import train_missing
@@ -45,7 +45,7 @@ def train_many(configs: Sequence[DictConfig]) -> list[Any]:
     return [failures.get(run.id, str(run.path)) for run in runs]
 
 
-task.many = train_many  # type: ignore[attr-defined]  # what the fused launcher calls
+task.many = train_many  # type: ignore[attr-defined]  # called by the fused launcher
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -70,7 +70,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
 
 
 def sweep_of(jobs: Sequence[Job], runtime: RuntimeConfig) -> Sweep:
-    """The folder of a sweep that is trained and not compared, with its manifest."""
+    """Write the manifest of a sweep that is trained and not compared, and return the sweep."""
     from reseed.runs import RunStore
     from reseed.sweeps import Sweep
 
@@ -80,7 +80,7 @@ def sweep_of(jobs: Sequence[Job], runtime: RuntimeConfig) -> Sweep:
 
 
 def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
-    """Train what the overrides declare; the means of some metrics over the runs.
+    """Train the runs that the overrides declare, and return the means of the named metrics.
 
     Raises:
         ReseedError: a run failed.
@@ -92,13 +92,13 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
     line = CommandLine("train", ["-m", *overrides])
     jobs, runtime = check_jobs(line, line.overrides, multirun=True)
     if train_jobs(line, [(line.overrides, jobs)], runtime, sweep_of(jobs, runtime)):
-        raise ReseedError("a run of this trial failed; nothing further is tried")
+        raise ReseedError("a run of this trial failed, so the search stops")
     store = RunStore(runtime.outputs)
     return tune.of_runs([job.resolved.run(store).metrics for job in jobs], names)
 
 
 def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
-    """Print what would be trained; with hydra/launcher=slurm, what would be submitted."""
+    """Print the runs that would be trained or, with hydra/launcher=slurm, submitted."""
     if line.launcher[0] == SLURM:
         from reseed.cli.cluster import command
 
@@ -115,15 +115,15 @@ def train_jobs(
     runtime: RuntimeConfig,
     sweep: Sweep | None,
 ) -> int:
-    """Launch the training of checked jobs, and say how it ended.
+    """Launch the training of checked jobs, and print how it ended.
 
     Args:
-        launches: what Hydra is given, and the jobs that this means, checked; one after the other.
-            A run that several of them ask for is trained once.
+        launches: pairs of Hydra's overrides and the checked jobs that they expand to, launched one
+            after the other. A run that several launches ask for is trained once.
         sweep: the folder of the sweep, or None for a single run.
 
     Returns:
-        the exit status: 1 where a run failed.
+        the exit status: 1 if a run failed.
     """
     from reseed.atomic import DiskFullError
     from reseed.console import say
@@ -138,7 +138,7 @@ def train_jobs(
     runs = {job.resolved.signature: job.resolved.run(store) for job in every}
     done = [run for run in runs.values() if run.finished]
     for run in done:
-        run.drop_checkpoint()  # its process may have been killed before it could
+        run.drop_checkpoint()  # left behind if its process was killed after finishing
     if len(done) == len(runs):
         say(f"nothing to train: {counted(len(runs), 'run')} already finished")
     else:
@@ -157,7 +157,7 @@ def train_jobs(
                 say(_how_far(list(runs.values())))
                 raise
             except Exception:
-                # Failed runs have recorded why, and are told of below; all else is not theirs.
+                # Failed runs have recorded their errors, which are printed below.
                 if before == {run.id: run.failure for run in runs.values()}:
                     raise
     failed = [run for run in runs.values() if not run.finished]
@@ -172,11 +172,11 @@ def train_jobs(
     return 1 if failed else 0
 
 
-_STATES = {"missing": "not started", "running": "in the hands of another process"}
+_STATES = {"missing": "not started", "running": "running in another process"}
 
 
 def _how_far(runs: Sequence[Run]) -> str:
-    """What a command leaves that was stopped: how many runs are finished, begun, not started."""
+    """Summarise a stopped command: how many runs are finished, interrupted, not started."""
     found = Counter(_STATES.get(run.status, run.status) for run in runs)
     finished = found.pop("finished", 0)
     others = [f"{count:,} {state}" for state, count in sorted(found.items())]
@@ -184,8 +184,11 @@ def _how_far(runs: Sequence[Run]) -> str:
 
 
 def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
-    """What became of the runs that are not finished: one line for those of a cell that failed
-    alike; and where it happened, and where the whole traceback is, unless the message says all."""
+    """Describe the runs that are not finished; runs of a cell with the same error share a line.
+
+    Unless the message explains the error, lines with its source and the path of the whole
+    traceback follow.
+    """
     alike: dict[tuple[str, ...], dict[str, tuple[Run, int]]] = {}
     for resolved in (job.resolved for job in jobs):
         run = resolved.run(store)
@@ -209,7 +212,7 @@ def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
 
 
 def _last_frame(traceback: str) -> list[str]:
-    """File, line and source where the error was raised."""
+    """Return the file, line and source where the error was raised."""
     lines = [line.strip() for line in traceback.splitlines()]
     files = [i for i, line in enumerate(lines) if line.startswith('File "')]
     if not files:

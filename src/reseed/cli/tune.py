@@ -1,12 +1,12 @@
-"""``hydra/sweeper=optuna``: a search over hyperparameters, for `reseed train` and `reseed run`.
+"""Hyperparameter search with ``hydra/sweeper=optuna``, for `reseed train` and `reseed run`.
 
     reseed train hydra/sweeper=optuna objective=fvu sae=relu sae.target_l0=8 seed=0,1 \\
         'training.lr=tag(log, interval(1e-4, 1e-2))' hydra.sweeper.n_trials=20
 
-What is an interval, a range or a choice is searched; a list of values stays what it is for the
-command, an axis. A trial is one such command at the values that Optuna proposes: of `reseed train`
-its value is the mean of the metric over the runs, of `reseed run` that of the summary. Runs are
-found by their signatures, so that a study that is started again trains nothing twice.
+Intervals, ranges and choices are searched; a list of values stays an axis of the command. A trial
+is one such command at the values that Optuna proposes. Its value is the mean of the metric over the
+runs (`reseed train`) or the number in the summary (`reseed run`). Finished runs are found by their
+signatures, so a restarted study trains nothing twice.
 """
 
 from __future__ import annotations
@@ -35,17 +35,16 @@ _OF_RUNS = ("fvu", "explained_variance", "l0", "cosine", "live_fraction", "silen
 
 
 def searches(line: CommandLine) -> bool:
-    """Whether the command is to be tried again and again at proposed values."""
+    """Return True if the command line asks for a search."""
     chosen = [o.partition("=")[2] for o in line.overrides if o.partition("=")[0] == SWEEPER]
     return bool(chosen) and chosen[-1] == "optuna"
 
 
 def tune(line: CommandLine, trial: Callable[[Sequence[str], Sequence[str]], list[float]]) -> int:
-    """Search, and say what was found.
+    """Run the search, and print the best trial.
 
     Args:
-        trial: the objectives' values, from the overrides of a trial and the names of the
-            objectives.
+        trial: computes the objectives' values from a trial's overrides and the objectives' names.
 
     Returns:
         the exit status.
@@ -70,13 +69,13 @@ def tune(line: CommandLine, trial: Callable[[Sequence[str], Sequence[str]], list
     defaults = {
         "hydra.sweep.dir": str(study.folder),
         "hydra.sweeper.direction": "minimize",
-        "hydra.sweeper.sampler.seed": "0",  # the same command makes the same proposals
+        "hydra.sweeper.sampler.seed": "0",  # so that the same command proposes the same values
     }
     if len(names) > 1:
         defaults["hydra.sweeper.direction"] = f"[{','.join(['minimize'] * len(names))}]"
     hydras += [f"{key}={value}" for key, value in defaults.items() if key not in values]
 
-    # Options that bring keys of their own, which may be searched.
+    # Hydra needs the chosen options, because the searched keys may exist only in them.
     choices = [o for o in fixed if "." not in o.partition("=")[0] and not re.search(r"[,(]", o)]
     choices = [o for o in choices if o.partition("=")[0] not in ("objective", "seed", "layer")]
 
@@ -86,7 +85,7 @@ def tune(line: CommandLine, trial: Callable[[Sequence[str], Sequence[str]], list
         study.add(proposed, found)
         return found[0] if len(found) == 1 else tuple(found)
 
-    # Only what is searched goes to Optuna: what else it saw swept it would search too.
+    # Optuna gets no other swept keys, because it would search them too.
     for error in line.launch(task, [*hydras, *choices, *searched], multirun=True):
         raise error
     study.say_best(values.get("hydra.sweeper.direction", defaults["hydra.sweeper.direction"]))
@@ -94,15 +93,15 @@ def tune(line: CommandLine, trial: Callable[[Sequence[str], Sequence[str]], list
 
 
 def of_runs(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[float]:
-    """The mean of each objective over the runs of a trial."""
+    """Return the mean of each objective over the runs of a trial."""
     return [sum(float(m[name]) for m in metrics) / len(metrics) for name in names]
 
 
 def of_summary(row: dict[str, Any], names: Sequence[str]) -> list[float]:
-    """Each objective, as the summary of a comparison with one cell has it.
+    """Return each objective from the summary of a comparison with one cell.
 
     Raises:
-        ReseedError: it has no number there.
+        ReseedError: the summary has no such number.
     """
     for name in names:
         if not isinstance(row.get(name), int | float):
@@ -114,7 +113,7 @@ def of_summary(row: dict[str, Any], names: Sequence[str]) -> list[float]:
 
 
 def _objectives(line: CommandLine) -> tuple[list[str], Path]:
-    """The names, checked before anything is computed; and where sweeps are kept."""
+    """Return the checked names of the objectives, and the folder of sweeps."""
     with line.composer() as composed:
         alone = [o for o in line.overrides if o.startswith(("objective=", "runtime"))]
         config = composed(alone)
@@ -143,14 +142,14 @@ def _objectives(line: CommandLine) -> tuple[list[str], Path]:
 
 
 def _proposed(choices: Sequence[str]) -> list[str]:
-    """The values that Optuna proposes for this job, among its overrides."""
+    """Return the overrides of this job that Optuna proposed."""
     from hydra.core.hydra_config import HydraConfig
 
     return [o for o in HydraConfig.get().overrides.task if o not in choices]
 
 
 def _apart(work: Callable[[], list[float]]) -> list[float]:
-    """Run what starts Hydra within a job of Hydra."""
+    """Run work that starts Hydra within a job of Hydra, and restore Hydra's global state."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.singleton import Singleton
 
@@ -164,11 +163,11 @@ def _apart(work: Callable[[], list[float]]) -> list[float]:
 
 @dataclass
 class _Study:
-    """The trials so far, and the table of them.
+    """The trials so far, with their table.
 
     Attributes:
         names: the objectives.
-        folder: where trials.csv is, beside what Optuna writes.
+        folder: the folder of trials.csv and of the files that Optuna writes.
     """
 
     names: Sequence[str]
@@ -176,7 +175,7 @@ class _Study:
     trials: list[tuple[list[str], list[float]]] = field(default_factory=list)
 
     def add(self, proposed: Sequence[str], values: Sequence[float]) -> None:
-        """Write down one more."""
+        """Add a trial, print it and rewrite trials.csv."""
         from reseed.atomic import atomic_write_text
         from reseed.console import say
 
@@ -193,7 +192,7 @@ class _Study:
         atomic_write_text(self.folder / "trials.csv", text.getvalue())
 
     def say_best(self, direction: str) -> None:
-        """The best trial; of several objectives, where all of them are."""
+        """Print the best trial (of a single objective) and the path of the tables."""
         from reseed.console import say
 
         if len(self.names) == 1 and self.trials:

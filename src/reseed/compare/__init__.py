@@ -1,5 +1,5 @@
 """Comparison of trained dictionaries: matching, stability over seeds, nulls and intervals.
 
-Weights, firing counts and, where there are, held-out activations in, tables out; no language model
-and no training code is loaded.
+The input is weights, firing counts and, if stored, held-out activations; the output is tables. No
+language model and no training code is loaded.
 """

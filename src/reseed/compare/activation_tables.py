@@ -1,4 +1,4 @@
-"""The measures on activations as columns of a cell's tables, beside those of the weights."""
+"""Measures on activations as columns of a cell's tables, added to the measures on weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reseed.compare.statistics import known_mean, seed_interval
 from reseed.compare.tables import lists
 
 TOPS = (100, 2_000)
-"""Numbers of highest-ranking matches whose mean R is shown."""
+"""For each number r, the tables show the mean R of the r highest-ranking matches."""
 ESTIMATES = (
     "agreement_pearson_shared",
     "agreement_pearson_orphan",
@@ -39,12 +39,12 @@ ESTIMATES = (
     *(f"substitution_top_{top}" for top in TOPS),
     "novel_fraction",
 )
-"""Numbers of a pair that are the same for (A, B) and (B, A): see `pair_measures`."""
+"""Measures of a pair that are equal for (A, B) and (B, A); see `pair_measures`."""
 PAIR_COLUMNS = (*ESTIMATES, "novel_fraction_a", "novel_fraction_b")
 MATCHED_COLUMNS = tuple(f"agreement_{name}_matched" for name in Matched._fields)
-"""Further columns where latents were matched by their activations: `same_tokens.Matched`."""
+"""Extra columns for latents matched by their activations; see `same_tokens.Matched`."""
 NOTE, TOKENS = "activation_note", "activation_tokens"
-"""Further columns of the pairs: why there are no measures (else empty), and of how many tokens."""
+"""Extra columns of the pairs: why measures are missing (else empty), and the number of tokens."""
 LATENT_COLUMNS: dict[str, Callable[[LatentMeasures], Float[np.ndarray, " F"]]] = {
     "pearson": lambda found: found.agreement.pearson,
     "jaccard": lambda found: found.agreement.jaccard,
@@ -52,12 +52,12 @@ LATENT_COLUMNS: dict[str, Callable[[LatentMeasures], Float[np.ndarray, " F"]]] =
     "substitution": lambda found: found.substitution.quality,
     "insertion": lambda found: found.insertion,
 }
-"""Lists over the other runs that the latents get, beside those of `cell`; see `LatentMeasures`.
-``substitution`` is R without bounds."""
+"""List columns (a value per other run) added to the latents of `cell`; see `LatentMeasures`.
+``substitution`` is the unbounded R."""
 
 
 def sides_of(cell: CellResult) -> Sides:
-    """What the weights said of every ordered pair of the cell's runs."""
+    """Return the matches by weights of every ordered pair of the cell's runs."""
     runs = cell.runs["run"].tolist()
     found = {}
     for s, run in enumerate(runs):
@@ -75,23 +75,25 @@ def sides_of(cell: CellResult) -> Sides:
 def pair_measures(
     measured: ActivationMeasures, sides: Sides, s: int, t: int
 ) -> dict[str, float | int]:
-    """The columns of one pair: `PAIR_COLUMNS`.
+    """Return the columns of one pair (`PAIR_COLUMNS`).
 
-    Over matched pairs whose latents are both live, from both sides; *orphan* are those that the
-    strict rule does not share.
+    Means are over matched latents that are both live, from both sides. *Orphan* latents are those
+    that the strict rule does not share.
 
     - ``agreement_…``: mean Pearson correlation and Jaccard index.
-    - ``agreement_…_matched``: of latents matched by their activations instead, in cells where some
-      runs have no common space; ``agreement_fraction_matched`` the part with r at the threshold.
+    - ``agreement_…_matched``: the same for latents matched by their activations, in cells where
+      some runs share no space; ``agreement_fraction_matched``: the fraction with r at the
+      threshold.
     - ``cka_…``: linear CKA of the latents and of the reconstructions.
     - ``substitution…``: mean R, bounded to 0 … 1, of the match (``_shared``, ``_orphan``; with the
-      best scale), and of the same latents with the second-best or a random one of equal firing.
-      ``_pooled_…`` is Σ repaired / Σ damage, without bounds: latents count by what they explain.
+      best scale), and of the same latents with the second-best or a random latent of equal firing.
+      ``_pooled_…`` is the unbounded Σ repaired / Σ damage, which weights latents by what they
+      explain.
     - ``substitution_area``: the mean over r of the mean R of the r matches that rank highest by
-      the smaller of their cosines; ``substitution_top_…`` its value at one r.
-    - ``novel_fraction_a``: of the live latents of A, those that lower the error of B when put in;
-      ``_b`` the reverse, and their mean. (Where an SAE shrinks its reconstructions, as L1 has it,
-      anything that points along them lowers its error.)
+      the smaller of their cosines; ``substitution_top_…``: its value at one r.
+    - ``novel_fraction_a``: the fraction of A's live latents that lower B's error when put in;
+      ``_b``: the reverse; without a suffix: their mean. (If an SAE shrinks its reconstructions, as
+      L1 does, any latent that points along them lowers its error.)
     """
     two = [(measured.latents[p], sides[p]) for p in ((s, t), (t, s))]
 
@@ -137,12 +139,12 @@ def pair_measures(
 
 
 def _below_zero(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """1 where it is, 0 where not, NaN where that is not known."""
+    """Return 1 for a negative value, 0 for another, NaN for NaN."""
     return np.where(np.isnan(values), np.nan, values < 0)
 
 
 def _kept(found: LatentMeasures, side: Side, of: str) -> Bool[np.ndarray, " F"]:
-    """The latents that count, all of them or the shared ones or the others."""
+    """Return a mask of latents live on both sides: all, the "shared", or the "orphan" ones."""
     if not of:
         return found.both_live
     return found.both_live & (side.shared if of == "shared" else ~side.shared)
@@ -160,12 +162,12 @@ def _at(curve: Float[np.ndarray, " known"], top: int) -> float:
 def with_activations(
     cell: CellResult, measured: ActivationMeasures | None, note: str = ""
 ) -> CellResult:
-    """The cell with `PAIR_COLUMNS`, `LATENT_COLUMNS` and estimates of the activations.
+    """Return the cell with `PAIR_COLUMNS`, `LATENT_COLUMNS` and their estimates added.
 
     Args:
-        measured: of the cell's runs, in their order; None where they could not be measured: then
-            the columns are NaN.
-        note: why they could not.
+        measured: measures of the cell's runs, in their order; None if they could not be made: the
+            columns are then NaN.
+        note: the reason why they could not be made.
     """
     n, sides = cell.n_seeds, sides_of(cell)
     runs = cell.runs["run"].tolist()
@@ -211,14 +213,14 @@ def _with_lists(cell: CellResult, measured: ActivationMeasures | None, sides: Si
             ).ravel()
             for s in range(n)
         ]
-        # NaN as null: what is not known.
+        # Store unknown values (NaN) as null.
         values = pa.array(np.concatenate(flat).astype(np.float32), from_pandas=True)
         offsets = pa.array(np.arange(len(table) + 1, dtype=np.int32) * (n - 1))
         made = pa.ListArray.from_arrays(offsets, values)
         if name in table.column_names:
             table = table.drop_columns([name])
-        # Each before the last one, and all before what only some cells have: the tables of all
-        # cells are put together.
+        # Insert after "shared", before the columns that only some cells have: the tables of all
+        # cells are concatenated.
         table = table.add_column(table.column_names.index("shared") + 1, name, made)
     return table
 
@@ -228,5 +230,5 @@ def _others(s: int, n: int) -> Iterator[int]:
 
 
 def lacks_activations(cell: CellResult) -> bool:
-    """Whether the cell was written without these measures, or they could not be made then."""
+    """Return true if the cell was written without these measures, or they could not be made."""
     return NOTE not in cell.pairs or bool((cell.pairs[NOTE] != "").any())

@@ -1,7 +1,7 @@
-"""A cell's SAEs on held-out tokens: all measures on activations of all pairs, in one pass.
+"""All measures on activations of all pairs of a cell's SAEs, in one pass over held-out tokens.
 
-What is held while the tokens go by is sums per latent and per pair of latents; how many tokens
-there are does not matter, and nothing is of the size F_A × F_B.
+Memory holds sums per latent and per matched pair of latents. It does not grow with the number of
+tokens, and no array has the size F_A × F_B.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
     from reseed.sae.base import SAE
 
 BATCH = 1_024
-"""Tokens of a batch: Gram matrices are [batch, batch]."""
+"""Tokens in a batch; Gram matrices are [batch, batch]."""
 
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """What the weights said of the latents of A against B.
+    """The matches by weights of A's latents in B.
 
     Attributes:
-        partner: by decoder; −1 where a latent has none.
-        shared: by the strict rule, which is with the same partner.
-        live: of A.
-        firing: of A, in its own held-out tokens.
+        partner: match by decoder; −1 for none.
+        shared: true if shared by the strict rule, which requires this same partner.
+        live: live latents of A.
+        firing: firing counts of A's latents in A's own held-out tokens.
     """
 
     partner: Int[np.ndarray, " F_A"]
@@ -55,19 +55,19 @@ class Side:
 
 
 Sides = Mapping[tuple[int, int], Side]
-"""By ordered pair (s, t): the latents of s against t."""
+"""Ordered pair (s, t) → the latents of s against t."""
 
 
 @dataclass(frozen=True, eq=False)
 class LatentMeasures:
-    """A value per latent of A, against B; NaN where it has no partner or there is no value.
+    """A value per latent of A, against B; NaN without a partner or where undefined.
 
     Attributes:
-        agreement: with the partner's activations.
-        match_cosine: the smaller one of the cosines of encoder and of decoder with the partner.
-        substitution, second_best, random: of it by its partner, and by hard negatives.
-        insertion: ΔL of putting it into B's reconstruction, as a fraction of B's error.
-        both_live: the partner is live too.
+        agreement: agreement with the partner's activations.
+        match_cosine: the smaller of the encoder's and the decoder's cosine with the partner.
+        substitution, second_best, random: substitution by the partner, and by hard negatives.
+        insertion: ΔL of putting the latent into B's reconstruction, as a fraction of B's error.
+        both_live: true if the latent and its partner are live.
     """
 
     agreement: Agreement
@@ -81,14 +81,14 @@ class LatentMeasures:
 
 @dataclass(frozen=True, eq=False)
 class ActivationMeasures:
-    """All that was measured.
+    """All measures on activations of n SAEs.
 
     Attributes:
-        tokens: how many went by.
-        latents: by ordered pair (s, t): the latents of s against t.
-        cka_codes, cka_reconstructions: of every two SAEs.
-        matched: by pair (s, t), s < t, latents matched by their activations; empty where all SAEs
-            read the same ones, and are matched by their weights.
+        tokens: number of tokens measured.
+        latents: ordered pair (s, t) → the latents of s against t.
+        cka_codes, cka_reconstructions: CKA of every two SAEs.
+        matched: pair (s, t), s < t → agreement of latents matched by their activations; empty if
+            all SAEs read the same activations and are therefore matched by their weights.
     """
 
     tokens: int
@@ -104,16 +104,16 @@ def activation_measures(
     chunks: Iterable[Float[Tensor, "tokens D"]],
     seed: int = 0,
 ) -> ActivationMeasures:
-    """Run n SAEs once over held-out activations, and measure every pair of them.
+    """Run n SAEs once over held-out activations and measure every pair.
 
     Args:
-        saes: for raw activations, on one device.
-        sides: of every ordered pair of them.
-        chunks: the activations, in pieces of any size; the result does not depend on it.
-        seed: of the random partners.
+        saes: SAEs for raw activations, on one device.
+        sides: the matches of every ordered pair.
+        chunks: the activations, in pieces of any size; the result does not depend on the size.
+        seed: seed of the random partners.
 
     Raises:
-        ValueError: no token.
+        ValueError: there are no tokens.
     """
     state = _Sums.of(saes, sides, [0] * len(saes), seed)
     device = saes[0].W_dec.device
@@ -134,28 +134,30 @@ def measures_on_same_tokens(
 ) -> ActivationMeasures:
     """Run SAEs of different activations once over the same tokens.
 
-    SAEs that read the same activations are measured as by `activation_measures`. Between the others
-    there is CKA, and latents of every two SAEs are matched by their activations too.
+    SAEs that read the same activations are measured as in `activation_measures`; other pairs get
+    CKA alone. Latents of every pair are matched by their activations too.
 
     Args:
-        streams: of each kind of activations, in pieces of any size, row by row of the same tokens.
-        reads: which of them each SAE is for.
-        tokens: how many there will be.
-        threshold: of the correlation of matched latents that counts as agreement.
+        streams: one stream per kind of activations, in pieces of any size; rows are the same
+            tokens in each.
+        reads: for each SAE, the index of its stream.
+        tokens: number of tokens in each stream.
+        threshold: correlation from which matched latents count as agreeing.
 
     Raises:
-        ValueError: no token, or streams of different length.
+        ValueError: there are no tokens, or streams differ in length.
     """
     state = _Sums.of(saes, sides, reads, seed)
     live = [next(side.live for (s, _), side in sides.items() if s == i) for i in range(len(saes))]
     state.by_activations = ByActivations(live, tokens, threshold)
-    # Few tokens in batches small enough for some to be left when others have given the matching.
+    # With few tokens, use smaller batches: some must be left after those that give the matching.
     size = min(BATCH, max(MIN_TOKENS, tokens // 4))
     device = saes[0].W_dec.device
     for xs in zip(*(batches(chunks, size) for chunks in streams), strict=True):
         if len({len(x) for x in xs}) > 1:
             raise ValueError(
-                f"not the same tokens: batches of {', '.join(str(len(x)) for x in xs)}"
+                "the streams must hold the same tokens; got batches of "
+                f"{', '.join(str(len(x)) for x in xs)}"
             )
         state.add([x.to(device, torch.float32) for x in xs])
     return state.all_measured(sides)
@@ -163,16 +165,16 @@ def measures_on_same_tokens(
 
 @dataclass(eq=False)
 class _Sums:
-    """What is summed over tokens.
+    """Sums over tokens.
 
     Attributes:
-        firing: of each SAE.
-        reads: which of the activations each SAE is for.
-        along: by target t and source s: Σ g_j (r_t·v_j) of the latents of s. See `Contribution`.
-            Of those alone that read the same activations, as `together`.
-        together: by ordered pair, with the partners, the second best and the random ones.
+        firing: firing of each SAE.
+        reads: for each SAE, the index of the activations that it reads.
+        along: (target t, source s) → Σ g_j (r_t·v_j) of the latents of s; see `Contribution`.
+            `along` and `together` hold only pairs that read the same activations.
+        together: ordered pair → sums with the partners, the second best and the random latents.
         error: Σ‖r‖² of each SAE.
-        by_activations: latents matched by them, where that is asked for.
+        by_activations: latents matched by their activations, if requested.
     """
 
     saes: Sequence[SAE]
@@ -188,7 +190,7 @@ class _Sums:
 
     @classmethod
     def of(cls, saes: Sequence[SAE], sides: Sides, reads: Sequence[int], seed: int) -> Self:
-        """Before the first token."""
+        """Return the sums before the first token."""
         n, device = len(saes), saes[0].W_dec.device
         units = [nn_functional.normalize(sae.W_dec.detach(), dim=1) for sae in saes]
         return cls(
@@ -217,7 +219,7 @@ class _Sums:
         )
 
     def add(self, activations: Sequence[Float[Tensor, "B D"]]) -> None:
-        """Count a batch of tokens, by each of the activations that SAEs read."""
+        """Add a batch of tokens, given as each kind of activations."""
         xs = [activations[which] for which in self.reads]
         made = [encoded(sae, x) for sae, x in zip(self.saes, xs, strict=True)]
         residuals = [x - m.reconstruction for x, m in zip(xs, made, strict=True)]
@@ -238,10 +240,10 @@ class _Sums:
         self.tokens += len(xs[0])
 
     def all_measured(self, sides: Sides) -> ActivationMeasures:
-        """Everything, from the sums.
+        """Return all measures.
 
         Raises:
-            ValueError: no token.
+            ValueError: there are no tokens.
         """
         if not self.tokens:
             raise ValueError("no activations were given: there is nothing to measure")
@@ -257,7 +259,7 @@ class _Sums:
         )
 
     def measured(self, s: int, t: int, sides: Sides) -> LatentMeasures:
-        """The latents of s against t, from the sums."""
+        """Return the measures of the latents of s against t."""
         side, live = sides[s, t], sides[t, s].live
         matched, second, random = (self._substitution(s, t, x) for x in self.together[s, t])
         pairs = self.together[s, t][0]
@@ -278,7 +280,7 @@ class _Sums:
         return row_products(a, b, pairs.partner)
 
     def _contribution(self, target: int, source: int) -> Contribution:
-        """Latents of the source in the reconstruction by the target."""
+        """Return what the source's latents contribute to the target's reconstruction."""
         norms = self.saes[source].W_dec.double().square().sum(1)
         energy = self.firing[source].squares * norms
         return Contribution(self.along[target, source].cpu().numpy(), energy.cpu().numpy())
@@ -292,7 +294,7 @@ class _Sums:
 
 
 def _unknown(side: Side) -> LatentMeasures:
-    """Of latents without partners."""
+    """Return the measures of latents without partners: NaN."""
     nothing = np.full(len(side.partner), np.nan)
     none = Substitution(nothing, nothing, nothing)
     never = np.zeros(len(side.partner), dtype=bool)
@@ -300,7 +302,7 @@ def _unknown(side: Side) -> LatentMeasures:
 
 
 Partners = tuple[Together, Together, Together]
-"""Of the latents of A in B: the matched ones, and the hard negatives, second best and random."""
+"""Sums of A's latents with their matches in B, and with hard negatives: second best, random."""
 
 
 def _partners(
@@ -310,7 +312,7 @@ def _partners(
     side_b: Side,
     seed: int,
 ) -> tuple[Partners, Partners]:
-    """The partners of A's latents in B, and of B's in A."""
+    """Return the partners of A's latents in B, and of B's in A."""
     device = rows_a.device
     matched, live_a, live_b = (
         torch.from_numpy(x).to(device) for x in (side_a.partner, side_a.live, side_b.live)

@@ -1,9 +1,9 @@
-"""Do matched latents fire together? Correlation and Jaccard index of given pairs, in one pass.
+"""Agreement of matched latents: Pearson correlation and Jaccard index, in one pass over tokens.
 
-Beside the cosines of weights, which say whether two latents are made alike, these say whether they
-do alike: Pearson's correlation of their activations over held-out tokens (zeros counted), and the
-Jaccard index of the sets of tokens at which they fire (Paulo & Belrose, arXiv 2501.16615, and its
-replications). Five sums per pair are enough; no matrix of F_A × F_B is made.
+Cosines compare the weights of two latents; these measures compare their behaviour: Pearson's
+correlation of their activations over held-out tokens (zeros included), and the Jaccard index of the
+sets of tokens at which they fire (Paulo & Belrose, arXiv 2501.16615, and its replications). Five
+sums per pair suffice; no F_A × F_B matrix is made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reseed.compare.codes import Codes
 
 @dataclass(eq=False)
 class Firing:
-    """Sums over the tokens, of each latent x of one SAE: how often it fires, Σx and Σx²."""
+    """Sums over tokens for each latent x of one SAE: its firing count, Σx and Σx²."""
 
     count: Int[Tensor, " F"]
     total: Float[Tensor, " F"]
@@ -30,7 +30,7 @@ class Firing:
 
     @classmethod
     def of(cls, num_latents: int, device: torch.device) -> Self:
-        """Before the first token."""
+        """Return the sums before the first token."""
         zeros = torch.zeros(num_latents, dtype=torch.float64, device=device)
         return cls(zeros.long(), zeros, zeros.clone())
 
@@ -44,11 +44,10 @@ class Firing:
 
 @dataclass(eq=False)
 class Together:
-    """Sums over the tokens, of each latent x of A with its partner y in B: Σxy, and how often both
-    fire.
+    """Sums over tokens for each latent x of A and its partner y in B: Σxy, and how often both fire.
 
     Attributes:
-        partner: of each latent of A; −1 where it has none. May name a latent of B many times.
+        partner: latent of B for each latent of A; −1 for none. Latents of B may repeat.
     """
 
     partner: Int[Tensor, " F_A"]
@@ -57,12 +56,12 @@ class Together:
 
     @classmethod
     def of(cls, partner: Int[Tensor, " F_A"]) -> Self:
-        """Before the first token."""
+        """Return the sums before the first token."""
         zeros = torch.zeros(len(partner), dtype=torch.float64, device=partner.device)
         return cls(partner, zeros.long(), zeros)
 
     def add(self, a: Codes, b: Codes) -> None:
-        """Count a batch of tokens, encoded by A and by B."""
+        """Add a batch of tokens, encoded by A and by B."""
         partner = self.partner[a.latent]
         there = partner >= 0
         values = b.at(a.token[there], partner[there])
@@ -73,12 +72,12 @@ class Together:
 
 
 class Agreement(NamedTuple):
-    """A value per latent of A; NaN where there is no partner or nothing to compare.
+    """A value per latent of A; NaN without a partner or where undefined.
 
     Attributes:
-        pearson: correlation of its activations with its partner's; undefined where one of them is
-            constant, as a latent is that never fires.
-        jaccard: tokens at which both fire, of those at which one of them does.
+        pearson: correlation of its activations with its partner's; undefined if either is constant,
+            for example never fires.
+        jaccard: number of tokens at which both fire, over that at which at least one fires.
     """
 
     pearson: Float[np.ndarray, " F_A"]
@@ -86,7 +85,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(a: Firing, b: Firing, together: Together) -> Agreement:
-    """How much each latent of A does what its partner in B does."""
+    """Return the agreement of each latent of A with its partner in B."""
     matched = together.partner >= 0
     other = together.partner.clamp(min=0)
     covariance = a.tokens * together.products - a.total * b.total[other]
@@ -100,6 +99,6 @@ def agreement(a: Firing, b: Firing, together: Together) -> Agreement:
 
 
 def _ratio(part: Tensor, whole: Tensor, known: Tensor) -> Float[np.ndarray, " F_A"]:
-    """NaN where it is not known, or the whole is 0."""
+    """Return part / whole; NaN where not ``known`` or the whole is 0."""
     value = part.double() / whole
     return torch.where(known & (whole > 0), value, torch.nan).cpu().numpy()

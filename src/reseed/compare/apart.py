@@ -1,8 +1,7 @@
-"""Pairs of dictionaries of different ``d_in``: rows of different spaces, between which there is no
-cosine.
+"""Pairs of dictionaries that differ in ``d_in``, so that their rows have no cosine.
 
-Of their weights nothing is compared: every such column is NaN, and no latent has a partner. What is
-measured of them is what they do on the same tokens (`compare.activations`).
+Their weights are not compared: every such column is NaN, and no latent has a partner. They are only
+compared by their activations on the same tokens (`compare.activations`).
 """
 
 from __future__ import annotations
@@ -20,31 +19,31 @@ from reseed.compare.reproducibility import Prior, Reproducibility, reproducibili
 from reseed.compare.stability import PairResult, PairSide, compare_pair
 
 REASON = "runs of different `d_in` have no common space"
-"""Why an estimate over such a cell is not known."""
+"""Reason given where an estimate over such a cell is not known."""
 NO_SPACE = "weights_note"
-"""Column of the pairs of such a cell: `REASON`, or empty where a pair has a common space."""
+"""Column of the pairs of such a cell: `REASON`, or empty if the pair has a common space."""
 Value = TypeVar("Value")
 
 
 def apart(a: Dictionary, b: Dictionary) -> bool:
-    """Whether their rows are vectors of different spaces."""
+    """Return True if the rows of both are vectors of different spaces."""
     return a.d_in != b.d_in
 
 
 def any_apart(trained: Sequence[Dictionary]) -> bool:
-    """Whether some two of them are."""
+    """Return True if some two of the dictionaries differ in ``d_in``."""
     return any(apart(trained[0], x) for x in trained)
 
 
 def in_one_space(
     trained: Sequence[Dictionary], sides: Mapping[tuple[int, int], Value]
 ) -> dict[tuple[int, int], Value]:
-    """Those of ordered pairs (s, t) whose rows can be compared."""
+    """Return those of the ordered pairs (s, t) whose rows can be compared."""
     return {(s, t): x for (s, t), x in sides.items() if not apart(trained[s], trained[t])}
 
 
 def pair_apart(a: Dictionary, b: Dictionary, live_at_least: int) -> PairResult:
-    """The pair in the form of `stability.compare_pair`: sizes and counts, else NaN."""
+    """Return a result in the form of `stability.compare_pair`: sizes and counts, else NaN."""
     measures: dict[str, float] = dict.fromkeys(_names(), float("nan"))
     for letter, x in (("a", a), ("b", b)):
         measures |= {
@@ -77,7 +76,7 @@ def _side(x: Dictionary, live_at_least: int) -> PairSide:
 
 @lru_cache(maxsize=1)
 def _names() -> tuple[str, ...]:
-    """The columns that a pair has, from the smallest pair that there is."""
+    """Return the names of a pair's measures, from comparing a pair of single latents."""
     one = Dictionary(
         id="one",
         seed="0",
@@ -95,7 +94,7 @@ def chances(
     shared_with: Iterable[Int[np.ndarray, " num_latents"]],
     confidence: float,
 ) -> list[Reproducibility]:
-    """`reproducibility` of each run among those that it can be compared with; NaN without any."""
+    """Return each run's `reproducibility` among the runs of the same ``d_in``; NaN without any."""
     found = []
     for s, (x, m) in enumerate(zip(trained, shared_with, strict=True)):
         others = sum(not apart(x, y) for t, y in enumerate(trained) if t != s)

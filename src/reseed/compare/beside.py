@@ -1,4 +1,4 @@
-"""What stands beside the numbers of a pair to put them in proportion: the nulls of its weights."""
+"""Null columns of a pair: nulls of its weights, kappa, and fractions of repeated latents."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def beside(
     start: Mapping[str, float],
     settings: ComparisonConfig,
 ) -> dict[str, float]:
-    """The columns of a pair that are its ladder of nulls.
+    """Return the null columns of a pair.
 
-    ``null_…`` of isotropic rows, ``null_covariance_…`` of rows with the activations' covariance,
-    ``untrained_…`` of the weights at the start; κ against each rung. NaN where it is not known.
+    ``null_…`` for isotropic rows, ``null_covariance_…`` for rows with the activations' covariance,
+    ``untrained_…`` for the initial weights, and κ against each of them. NaN if not known.
 
     Args:
-        start: the measures of the untrained pair; empty where there is none.
+        start: the measures of the untrained pair; empty if there is none.
     """
     sizes = a.num_latents, b.num_latents
     drawn = settings.threshold, settings.null_seed, settings.null_draws
@@ -59,7 +59,7 @@ def beside(
 
 
 def of_repeats(pair: PairResult, a: Repeats, b: Repeats) -> dict[str, float]:
-    """The part of the latents with a duplicate, or with an antipodal one, that is shared."""
+    """Return the shared fraction among duplicate latents, and among antipodal ones."""
     if isnan(pair.measures["shared_fraction"]):  # no common space
         return {f"shared_fraction_{word}": nan for word in ("duplicate", "antipodal")}
     return {

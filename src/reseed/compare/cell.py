@@ -1,7 +1,7 @@
 """One cell of a comparison: runs that are equal in everything but what pairs them up.
 
-All pairs are measured, beside their nulls and their untrained selves; what comes out is numbers
-and tables, which a later command reads from the folder that they were written to.
+All pairs are measured, with their nulls and their initial weights. The resulting tables are written
+to a folder, from which later commands read them.
 """
 
 from __future__ import annotations
@@ -56,23 +56,22 @@ _FORMAT = 3
 
 @dataclass(frozen=True, eq=False)
 class CellResult:
-    """All that was measured on a cell.
+    """Result of comparing a cell.
 
     Attributes:
         settings: the comparison that the cell belongs to.
         runs: a row per run, see `tables.run_table`.
         pairs: a row per pair of runs: `stability.PairResult.row`, then the columns ``null_…``,
-            ``kappa``, ``untrained_…`` (NaN where there were no untrained weights) and
-            ``subspace_…``; and where some runs are of different ``d_in``, `apart.NO_SPACE`.
+            ``kappa``, ``untrained_…`` (NaN without untrained weights) and ``subspace_…``; and if
+            some runs differ in ``d_in``, `apart.NO_SPACE`.
         latents: a row per latent of each run, see `tables.latent_table`.
         strata: numbers of latents and of shared ones by firing, see `strata.strata_table`.
         estimates: fractions and cosines over pairs of seeds, metrics over runs and cycles over
-            triples, by name; where the truth is known, also those of `compare.truth`
-            (``truth_…``).
-        p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN where some runs are
-            of different ``d_in`` and cannot be compared (`compare.apart`).
-        evaluated: evaluation → the columns that it added to ``runs`` and ``estimates``. They are
-            no part of the comparison, and not written with it: `reseed.report.evaluations`.
+            triples, by name; if the truth is known, also those of `compare.truth` (``truth_…``).
+        p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN if some runs differ
+            in ``d_in`` and cannot be compared (`compare.apart`).
+        evaluated: evaluation → the columns that it added to ``runs`` and ``estimates``. They do not
+            belong to the comparison and are not written with it (`reseed.report.evaluations`).
     """
 
     settings: ComparisonConfig
@@ -86,7 +85,7 @@ class CellResult:
 
     @property
     def u(self) -> Float[np.ndarray, " n-1"]:
-        """u_k for k = 2 … n: the fraction of latents that none of k−1 other runs share."""
+        """u_k for k = 2 … n, the fraction of latents that none of k−1 other runs share."""
         return unshared_fractions(self.p)
 
     @property
@@ -95,28 +94,28 @@ class CellResult:
 
     @property
     def num_latents(self) -> int:
-        """Of the widest run."""
+        """Number of latents of the widest run."""
         return int(self.runs["num_latents"].to_numpy().max())
 
     @property
     def held_out_tokens(self) -> int:
-        """Of the run with the fewest."""
+        """Held-out tokens of the run with the fewest."""
         return int(self.runs["held_out_tokens"].to_numpy().min())
 
     @property
     def null_simulated_latents(self) -> int:
-        """Larger side of the simulated null; below `num_latents` it was extended."""
+        """Larger side of the simulated null; if below `num_latents`, the null is extrapolated."""
         return int(self.pairs["null_simulated_latents"].fillna(0).to_numpy().max())
 
     def pair_mean(self, column: str) -> float:
-        """Mean over pairs of a column that has no interval (nulls, ceilings, untrained)."""
+        """Return the mean over pairs, for columns without interval (nulls, ceilings, untrained)."""
         return float(self.pairs[column].to_numpy(dtype=np.float64).mean())
 
     def write(self, folder: Path | str) -> None:
         """Write ``pairs.parquet``, ``strata.parquet``, ``latents.parquet`` and, last,
         ``cell.json``."""
         folder = Path(folder)
-        # Of a cell that is there already no table may be read with the record of another.
+        # Without its record a half-written cell cannot be read with tables of an older one.
         (folder / "cell.json").unlink(missing_ok=True)
         atomic_write(folder / "strata.parquet", lambda p: self.strata.to_parquet(p, index=False))
         atomic_write(folder / "pairs.parquet", lambda p: self.pairs.to_parquet(p, index=False))
@@ -136,11 +135,11 @@ class CellResult:
 
     @classmethod
     def read(cls, folder: Path | str) -> Self:
-        """The inverse of `write`.
+        """Read a cell that `write` wrote.
 
         Raises:
             FileNotFoundError: the folder holds no finished cell.
-            ValueError: it was written in another format.
+            ValueError: the cell has another format.
         """
         folder = Path(folder)
         if not (folder / "cell.json").is_file():
@@ -175,19 +174,19 @@ def compare_cell(
 ) -> CellResult:
     """Compare all pairs of the runs of a cell.
 
-    Two of different ``d_in`` have no common space: of their weights nothing is compared, and their
+    Two runs of different ``d_in`` have no common space: their weights are not compared, and their
     columns are NaN (`compare.apart`).
 
     Args:
         trained: the runs, in the order of the axis that pairs up.
-        untrained: the same runs with their initial weights, in the same order; their firing is not
-            looked at. May be empty: then the columns ``untrained_…`` are NaN.
-        matcher: makes every assignment of rows of two runs (those of nulls are made by `match`).
-        device: of passes over all pairs of latents.
+        untrained: the same runs with their initial weights, in the same order; their firing is
+            ignored. If empty, the columns ``untrained_…`` are NaN.
+        matcher: makes every assignment of rows of two runs (the nulls use `match`).
+        device: device of the passes over all pairs of latents.
 
     Raises:
         ValueError: fewer than 2 runs, a run or a value of the axis twice.
-        MemoryError: more latents than an exact matching can take.
+        MemoryError: an exact matching of so many latents does not fit into memory.
     """
     _check(trained, untrained, settings)
     repeated = [repeats(Rows.of(x), settings.threshold, device) for x in trained]
@@ -228,7 +227,7 @@ def _pairs(
     matcher: Matcher,
     device: str,
 ) -> tuple[list[dict[str, Any]], dict[tuple[int, int], PairSide]]:
-    """The row of every pair, and by ordered pair (s, t) what s has in t."""
+    """Return the row of every pair, and for each ordered pair (s, t) the side of s."""
     against_each = partial(
         compare_pair,
         threshold=settings.threshold,
@@ -262,7 +261,7 @@ def _estimates(
     runs: pd.DataFrame,
     settings: ComparisonConfig,
 ) -> dict[str, Interval]:
-    """What is measured over pairs, runs and triples; over triples not where some runs are apart."""
+    """Return the estimates over pairs, runs and triples; those over triples need one ``d_in``."""
     found = pair_estimates(pairs, runs, settings)
     if NO_SPACE in pairs:
         found |= dict.fromkeys(CYCLES, Interval(nan, None, None, None, len(trained), REASON))

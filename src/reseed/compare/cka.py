@@ -1,10 +1,10 @@
-"""Do two SAEs see the same tokens as alike? Linear CKA, which needs no matching of latents.
+"""Linear CKA: similarity of two SAEs' representations of the same tokens, without matched latents.
 
 CKA(X, Y) = HSIC(K, L) / √(HSIC(K, K)·HSIC(L, L)) of the Gram matrices K = XXᵀ, L = YYᵀ over tokens
-(Kornblith et al. 2019). HSIC by the unbiased estimator of Song et al. 2012, of a batch of tokens at
-a time, and averaged over batches before the ratio is taken (Nguyen, Raghu & Kornblith 2021, arXiv
-2010.15327): unlike an average of CKAs it depends on the batch size by noise alone, and unlike the
-plain estimator it does not rise to 1 with the width. It may fall a little below 0.
+(Kornblith et al. 2019). HSIC is estimated on each batch of tokens by the unbiased estimator of Song
+et al. 2012 and averaged over batches before the ratio is taken (Nguyen, Raghu & Kornblith 2021,
+arXiv 2010.15327). Unlike an average of CKAs, the result depends on the batch size by noise alone;
+unlike the plain estimator, it does not rise to 1 with the width. It may fall slightly below 0.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 MIN_TOKENS = 4
-"""The estimator takes the tokens four at a time."""
+"""The estimator combines four tokens at a time."""
 
 
 def centred_gram(x: Float[Tensor, "B D"]) -> Float[Tensor, "B B"]:
-    """Scalar products of rows about their mean, in float64.
+    """Return the scalar products of centred rows, in float64.
 
-    HSIC is the same about any point; about the mean there is less to cancel.
+    HSIC does not depend on the centre; centring reduces cancellation.
     """
     exact = x.double()
     exact = exact - exact.mean(0)
@@ -31,9 +31,9 @@ def centred_gram(x: Float[Tensor, "B D"]) -> Float[Tensor, "B B"]:
 
 
 def hsic(grams: Sequence[Float[Tensor, "B B"]]) -> Float[Tensor, "n n"]:
-    """Unbiased HSIC of every two of n Gram matrices over the same B ≥ 4 tokens.
+    """Return the unbiased HSIC of every two of n Gram matrices over the same B ≥ 4 tokens.
 
-    With K and L, their diagonals set to 0: [tr(KL) + 1ᵀK1·1ᵀL1 / ((B−1)(B−2)) − 2·1ᵀKL1 / (B−2)]
+    For K and L with zeroed diagonals: [tr(KL) + 1ᵀK1·1ᵀL1 / ((B−1)(B−2)) − 2·1ᵀKL1 / (B−2)]
     / (B(B−3)) (Song et al. 2012, eq. 5).
     """
     hollow = torch.stack([gram.double() for gram in grams])
@@ -50,22 +50,21 @@ def hsic(grams: Sequence[Float[Tensor, "B B"]]) -> Float[Tensor, "n n"]:
 
 
 class CKA:
-    """Linear CKA of every two of n representations, batch by batch.
+    """Linear CKA of every two of n representations, accumulated over batches.
 
-    Batches count by their tokens, so that a smaller last one does not weigh as much as the others.
+    Batches are weighted by their tokens, so that a smaller last batch counts less.
     """
 
     def __init__(self, n: int) -> None:
         self._sums = np.zeros((n, n))
 
     def add(self, grams: Sequence[Float[Tensor, "B B"]]) -> None:
-        """Count a batch, by its Gram matrix in each representation; fewer than 4 tokens say
-        nothing, and are left out."""
+        """Add a batch, given its Gram matrix in each representation; skip fewer than 4 tokens."""
         if len(grams[0]) >= MIN_TOKENS:
             self._sums += len(grams[0]) * hsic(grams).cpu().numpy()
 
     def values(self) -> Float[np.ndarray, "n n"]:
-        """CKA of every two; NaN for a representation without variance."""
+        """Return the CKA of every two; NaN for a representation without variance."""
         own = self._sums.diagonal()
         scale = np.sqrt(np.where(own > 0, own, np.nan))
         return self._sums / np.outer(scale, scale)

@@ -1,4 +1,4 @@
-"""The latents of a batch of tokens, sparse: what the measures on activations are made from.
+"""Sparse latents of a batch of tokens, from which the measures on activations are computed.
 
 Letters: B tokens of a batch, F latents, P active latents in the batch (token by token), D `d_in`.
 """
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from reseed.sae.base import SAE
 
 _DENSE_ENTRIES = 1 << 24
-"""Latents encoded at once, dense as every architecture gives them: 64 MB."""
+"""Latents encoded at once: architectures return them dense, here at most 64 MB."""
 _ROW_ENTRIES = 1 << 20
-"""Numbers of decoder rows gathered at once: as much as stays in a processor's cache."""
+"""Entries of decoder rows gathered at once; as many as fit a processor's cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +39,11 @@ class Codes:
     num_latents: int
 
     def summed(self, weights: Float[Tensor, " P"]) -> Float[Tensor, " F"]:
-        """Σ over the tokens of a weight per active latent, by latent, in float64."""
+        """Sum a weight per active latent over the tokens, by latent, in float64."""
         return torch.bincount(self.latent, weights.double(), minlength=self.num_latents)
 
     def at(self, token: Int[Tensor, " n"], latent: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """The values of latents at tokens, 0 where they are not active."""
+        """Return the values of latents at tokens, 0 where they are not active."""
         wanted = token * self.num_latents + latent
         if not len(self._keys):
             return self.value.new_zeros(len(wanted))
@@ -55,7 +55,7 @@ class Codes:
         return self.token * self.num_latents + self.latent
 
     def gram(self) -> Float[Tensor, "B B"]:
-        """Scalar products of the tokens' latents, in float64, without any matrix of F × F."""
+        """Return the scalar products of tokens' latents, in float64, without an F × F matrix."""
         value, token, latent = (x.cpu().numpy() for x in (self.value, self.token, self.latent))
         shape = (self.tokens, self.num_latents)
         rows = csr_array((value.astype(np.float64), (token, latent)), shape=shape)
@@ -63,7 +63,7 @@ class Codes:
 
 
 class Encoded(NamedTuple):
-    """What an SAE makes of a batch."""
+    """The latents and the reconstruction of a batch."""
 
     codes: Codes
     reconstruction: Float[Tensor, "B D"]
@@ -71,9 +71,9 @@ class Encoded(NamedTuple):
 
 @torch.inference_mode()
 def encoded(sae: SAE, x: Float[Tensor, "B D"]) -> Encoded:
-    """The latents and the reconstruction of ``x``.
+    """Return the latents and the reconstruction of ``x``.
 
-    In blocks of tokens, so that no dense [B, F] is held where F is large.
+    Encodes in blocks of tokens, to avoid a dense [B, F] where F is large.
     """
     rows = max(1, _DENSE_ENTRIES // sae.num_latents)
     parts, made = [], []
@@ -90,9 +90,9 @@ def encoded(sae: SAE, x: Float[Tensor, "B D"]) -> Encoded:
 def along_rows(
     targets: Sequence[Float[Tensor, "B D"]], codes: Codes, W: Float[Tensor, "F D"]
 ) -> list[Float[Tensor, " F"]]:
-    """For each of several r, Σ_t g_j(t) · (r(t) · W_j) for every latent j, g its value.
+    """Return, for each target r, Σ_t g_j(t) · (r(t) · W_j) for every latent j with value g.
 
-    Only the products of active latents are made: P·D operations, not B·F·D.
+    Computes only the products of active latents: P·D operations, not B·F·D.
     """
     step = max(1, _ROW_ENTRIES // W.shape[1])
     products = [torch.empty_like(codes.value) for _ in targets]
@@ -105,8 +105,7 @@ def along_rows(
 
 
 def batches(chunks: Iterable[Float[Tensor, "n D"]], size: int) -> Iterator[Float[Tensor, "B D"]]:
-    """The tokens of all chunks in batches of ``size``, however they were cut; the last may be
-    smaller."""
+    """Yield the tokens of all chunks in batches of ``size``; the last batch may be smaller."""
     held: Float[Tensor, "n D"] | None = None
     for chunk in chunks:
         held = chunk if held is None else torch.cat([held, chunk])

@@ -1,15 +1,15 @@
-"""The names of what is measured on pairs and runs. They are also the columns of the tables."""
+"""Names of the measures of pairs and runs. They are also the columns of the tables."""
 
 LIVE_SHOWN = (1, 100)
-"""Further limits of `live_at_least` at which the live shared fraction is shown."""
+"""Further values of `live_at_least` for which the live shared fraction is shown."""
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-"""At which the strict rule is shown beside the comparison's own τ."""
+"""Thresholds for which the strict rule is shown, besides the comparison's own τ."""
 GROUPS = ("orphan", "shared", "dense")
-"""Latents whose spans are compared (`reseed.compare.subspaces`)."""
+"""Sets of latents whose spans are compared (`reseed.compare.subspaces`)."""
 
 SURROGATES = {"gaussian": "Gaussian activations", "random_weights": "random weights"}
-"""Nulls that SAEs are trained on, as a model's label ends (``embedded+gaussian``) and in words,
-from the one that keeps least of the model."""
+"""Null models on which SAEs are trained: suffix of the model's label (``embedded+gaussian``) →
+name. The null that preserves least of the model comes first."""
 
 FRACTIONS = (
     "shared_fraction",
@@ -60,7 +60,7 @@ UNTRAINED = (
     "cosine_encoder",
     "cosine_decoder",
 )
-"""Measures that are also made on the initial weights: columns ``untrained_…`` of the pairs."""
+"""Measures that are also computed on the initial weights: columns ``untrained_…`` of the pairs."""
 RUN_COLUMNS = (
     "run",
     "seed",

@@ -1,4 +1,4 @@
-"""What a comparison compares, and by which rules."""
+"""Configuration of a comparison: its grid of runs, its pairs and its rules."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from reseed.compare.columns import FRACTIONS
 from reseed.config import Config, ConfigError, make, nearest, setting
 
 REPLICATES = ("seed", "dataset.order_seed")
-"""Axes whose values are draws: runs that differ in one of them alone are a sample, over which
-intervals can be taken. The values of all other axes were chosen."""
+"""Axes whose values are random draws: runs that differ only in one of them are a sample, which
+intervals can be taken over. The values of all other axes are chosen."""
 PairBy = str | tuple[str, ...]
 
 
 def pair_axes(pair_by: PairBy) -> tuple[str, ...]:
-    """The axis, or axes, whose values pair up."""
+    """Return the axis, or axes, whose values pair up."""
     return (pair_by,) if isinstance(pair_by, str) else pair_by
 
 
 def value_axes(pair_by: PairBy) -> tuple[str, ...]:
-    """Those whose values were chosen, and are told apart in tables."""
+    """Return the paired axes whose values are chosen; tables distinguish these values."""
     return tuple(axis for axis in pair_axes(pair_by) if axis not in REPLICATES)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of several readings of a comparison's grid.
+    """One variant of a comparison's grid.
 
     Attributes:
         name: as declared; empty for a comparison without arms.
-        grid: its axes: those of the comparison, some replaced or taken away, and its own.
-        pair_by: the axis, or axes, whose values are compared in it.
-        fixed: overrides that all of its runs have.
+        grid: axes of the comparison, some replaced or removed, and axes of the arm.
+        pair_by: the axis, or axes, whose values are compared.
+        fixed: overrides that all runs of the arm have.
     """
 
     name: str
@@ -43,34 +43,34 @@ class Arm:
 
     @property
     def cell_axes(self) -> tuple[str, ...]:
-        """The axes whose values make the cells: all that do not pair up."""
+        """Axes whose values make the cells: all that do not pair up."""
         return tuple(axis for axis in self.grid if axis not in pair_axes(self.pair_by))
 
 
 @dataclass(frozen=True)
 class ComparisonConfig(Config, family="comparison"):
-    """A grid of runs, the axis whose values pair up, and the settings of the measures.
+    """Grid of runs, the axis whose values pair up, and the settings of the measures.
 
-    The numbers of a comparison are made by its runs, which have signatures of their own, and by
-    the signed settings here; what the comparison is called and how its runs were listed is not
-    signed.
+    The numbers of a comparison depend on its runs, which have their own signatures, and on the
+    signed settings here. Its name and the listing of its runs are not signed.
 
     Attributes:
         name: the comparison's name in folders and tables.
         grid: override key → values, as in ``{"sae": ["topk", "relu"], "seed": [0, 1, 2]}``.
-        pair_by: the axis of the grid whose values are compared, or several: then all runs that
-            differ in any of them are. The other axes make the cells.
-        arms: name → overrides: the grid several times over, each time with some keys replaced or
-            added. A list is an axis of the arm, one value is what all its runs have (and takes an
-            axis of that name away), ``pair_by`` is its own. Cells of all arms stand in one table.
-        threshold: both cosines of a shared latent reach it (Paulo & Belrose: 0.7).
-        live_at_least: a latent is live if it fires at least so many times in the held-out tokens.
+        pair_by: the axis of the grid whose values are compared, or several axes; then all runs that
+            differ in any of them are compared. The other axes make the cells.
+        arms: name → overrides: variants of the grid with some keys replaced or added. A list is an
+            axis of the arm. A single value holds for all runs of the arm and removes an axis of
+            that name. ``pair_by`` overrides that of the comparison. One table has the cells of all
+            arms.
+        threshold: a latent is shared if both cosines reach it (Paulo & Belrose: 0.7).
+        live_at_least: a latent is live if it fires at least this often in the held-out tokens.
         confidence: level of the intervals over seeds.
-        primary: the measure that the comparison was made for, one of `columns.FRACTIONS`: it stands
-            first, and differences are claimed of it. It changes no number.
+        primary: the main measure, one of `columns.FRACTIONS`: it is reported first, and tests of
+            differences are on it. It changes no number.
         null_seed, null_draws: seed and number of the simulated random dictionaries.
-        activation_tokens: held-out tokens on which pairs are compared by what they do; at most
-            those on which every run was measured. 0: the weights alone are compared.
+        activation_tokens: held-out tokens on which activations of pairs are compared; at most those
+            on which every run was measured. 0 compares only the weights.
     """
 
     name: str = setting(signed=False)
@@ -118,17 +118,17 @@ class ComparisonConfig(Config, family="comparison"):
 
     @property
     def pairs_are_a_sample(self) -> bool:
-        """Whether runs of a cell are draws of one thing, so that leaving one out tells how much
-        their mean would move."""
+        """True if the runs of a cell are draws from one distribution, so that leaving one out
+        estimates the error of their mean (jackknife)."""
         return isinstance(self.pair_by, str) and self.pair_by in REPLICATES
 
     @property
     def pair_words(self) -> str:
-        """What pairs up, in words: ``layer``, ``sae and seed``."""
+        """The paired axes in words: ``layer``, ``sae and seed``."""
         return " and ".join(pair_axes(self.pair_by))
 
     def each_arm(self) -> tuple[Arm, ...]:
-        """The arms; of a comparison without, its grid as one arm that has no name."""
+        """Return the arms; without arms, the grid as one arm with an empty name."""
         if self.arms is None:
             return (Arm("", self.grid, self.pair_by),)
         made = []
@@ -141,7 +141,7 @@ class ComparisonConfig(Config, family="comparison"):
         return tuple(made)
 
     def of_arm(self, name: str) -> Self:
-        """The settings of the cells of one arm.
+        """Return the settings of the cells of one arm.
 
         Raises:
             ConfigError: there is no such arm.
@@ -151,8 +151,8 @@ class ComparisonConfig(Config, family="comparison"):
             raise ConfigError(f"{{key}} has no arm {name!r}.{nearest(name, found)}", "arms")
         return replace(self, grid=found[name].grid, pair_by=found[name].pair_by, arms=None)
 
-    # `Config` records a member of an option group under its class's name. This class has no
-    # members, and its `name` is the user's word, so it is a field like the others.
+    # `Config` records the type of a member of an option group. This class has no members, and its
+    # `name` is chosen by the user, so it is a field like the others.
 
     def to_dict(self) -> dict[str, Any]:
         values = super().to_dict()
@@ -170,7 +170,7 @@ class ComparisonConfig(Config, family="comparison"):
 
 
 def _pair_by(value: PairBy, key: str) -> PairBy:
-    """An axis, or several, each once; a list of one is that one."""
+    """Check that every axis is named once; a list of one axis becomes that axis."""
     named = pair_axes(value)
     if not named:
         raise ConfigError("{key} must name at least one axis; it is empty", key)
@@ -183,7 +183,7 @@ def _pair_by(value: PairBy, key: str) -> PairBy:
 def _check_pairs(
     axes: Mapping[str, tuple[Any, ...]], pair_by: PairBy, key: str, grid_key: str, where: str
 ) -> None:
-    """What pairs up must be axes of at least two values each."""
+    """Check that the paired axes are in the grid and have at least two values each."""
     for axis in pair_axes(pair_by):
         if axis not in axes:
             raise ConfigError(
@@ -200,7 +200,7 @@ def _check_pairs(
 
 
 def _entries(name: str, values: Any) -> dict[str, Any]:
-    """The overrides of one arm; lists, which are axes, as tuples."""
+    """Check the overrides of one arm; lists, which are axes, become tuples."""
     if not name:
         raise ConfigError("{key} must give every arm a name; one is empty", "arms")
     if not isinstance(values, Mapping | None):
@@ -213,7 +213,8 @@ def _entries(name: str, values: Any) -> dict[str, Any]:
         group = str(key).partition(".")[0]
         if group in ("comparison", "runtime", "hydra"):
             raise ConfigError(
-                f"{{key}} cannot differ between arms: it is no part of a run; got {value!r}", full
+                f"{{key}} cannot differ between arms: it is not a setting of a run; got {value!r}",
+                full,
             )
         if key == "pair_by":
             listed = value if isinstance(value, list | tuple) else [value]
@@ -227,7 +228,7 @@ def _entries(name: str, values: Any) -> dict[str, Any]:
 
 
 def _axis(key: str, values: Any) -> tuple[Any, ...]:
-    """The values of one axis, each once and at least one."""
+    """Check that an axis has at least one value and no value twice."""
     if isinstance(values, str | Mapping) or not hasattr(values, "__iter__"):
         raise ConfigError(f"{{key}} must be a list of values; got {values!r}", key)
     values = tuple(values)
@@ -240,7 +241,7 @@ def _axis(key: str, values: Any) -> tuple[Any, ...]:
 
 
 def _word(value: Any) -> str:
-    """What the value is as an override: 1, 1.0 and "1" are the same word, 1 and true are not."""
+    """Write the value as an override: 1, 1.0 and "1" are the same word, 1 and true are not."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,8 +1,8 @@
-"""Do the matchings of three seeds agree with each other?
+"""Cycle consistency: agreement of the three matchings between three seeds.
 
 A latent i of A has a partner j in B, and j has a partner k in C. The cycle closes if k is also the
-partner of i in C: σ_AC(i) = σ_BC(σ_AB(i)). Partners that are no more than what was left over close
-one cycle in F.
+partner of i in C: σ_AC(i) = σ_BC(σ_AB(i)). Partners assigned by chance, because nothing else was
+left, close one cycle in F.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ ESTIMATES = (
     "cycle_shared",
 )
 _LEAST_SEEDS = 4
-"""Below, no triple is left when a seed is left out."""
+"""With fewer seeds, leaving one out leaves no triple."""
 
 
 def cycle_estimates(
     sides: Mapping[tuple[int, int], PairSide], confidence: float = 0.95
 ) -> dict[str, Interval]:
-    """How many cycles close over the triples of n seeds.
+    """Return the fractions of cycles that close over the triples of n seeds.
 
-    - ``cycle_encoder``, ``cycle_decoder``: of all latents, by the matching named. A cycle is the
-      same from whichever of its three latents it starts, so a triple has 3·#/(F_A + F_B + F_C).
-    - ``cycle_encoder_shared``, ``cycle_decoder_shared``: of the chains i, j, k in which i is
-      shared with j and j with k, those in which the matching gives i the partner k.
-    - ``cycle_shared``: of these chains, those in which i is shared with k too.
+    - ``cycle_encoder``, ``cycle_decoder``: the fraction of all latents, by the matching named. A
+      cycle is the same from each of its three latents, so a triple has 3·#/(F_A + F_B + F_C).
+    - ``cycle_encoder_shared``, ``cycle_decoder_shared``: the fraction of chains i, j, k (i shared
+      with j, and j with k) in which the matching gives i the partner k.
+    - ``cycle_shared``: the fraction of these chains in which i is shared with k too.
 
-    Counts are summed over triples. That is a U-statistic of degree 3, for which leaving one seed
-    out gives an interval from 4 seeds on; of three there is one triple, and the reason says so.
+    Counts are summed over triples. This is a U-statistic of degree 3, for which leaving one seed
+    out gives an interval from 4 seeds on; three seeds make one triple, and the reason says so.
 
     Args:
-        sides: for each ordered pair (s, t) of seeds, what s has in t.
+        sides: ordered pair (s, t) of seeds → the matches of s in t.
     """
     n = 1 + max((s for s, _ in sides), default=0)
     triples = list(combinations(range(n), 3))
@@ -61,7 +61,7 @@ def cycle_estimates(
 def _counts(
     sides: Mapping[tuple[int, int], PairSide], triple: tuple[int, ...]
 ) -> dict[str, tuple[int, int]]:
-    """For each estimate, what closes and out of how many."""
+    """Return, for each estimate, how many cycles close and out of how many."""
     found: dict[str, tuple[int, int]] = {}
     r, s, t = triple
     latents = sum(len(sides[pair].shared) for pair in ((r, s), (s, t), (t, r)))
@@ -83,8 +83,8 @@ def _counts(
 def _chains(
     sides: Mapping[tuple[int, int], PairSide], first: int, middle: int, last: int
 ) -> tuple[Bool[np.ndarray, " chains"], Bool[np.ndarray, " chains"], Bool[np.ndarray, " chains"]]:
-    """Of the latents of ``middle`` that both others share: are their two partners shared with each
-    other, partners by encoder, by decoder?"""
+    """Take the latents of ``middle`` that both other seeds share. Return, for each, if its two
+    partners are shared with each other, are partners by encoder, are partners by decoder."""
     j = np.flatnonzero(sides[middle, first].shared & sides[middle, last].shared)
     i, k = sides[middle, first].partner_encoder[j], sides[middle, last].partner_encoder[j]
     side = sides[first, last]

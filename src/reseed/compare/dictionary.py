@@ -1,4 +1,4 @@
-"""A trained dictionary as a comparison sees it: rows of weights and how often they fire."""
+"""A trained dictionary as the input of a comparison: rows of weights and firing counts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from reseed.compare.truth import checked_labels
 
 @dataclass(frozen=True, eq=False)
 class Dictionary:
-    """The rows of one SAE, with its firing on held-out tokens.
+    """Weight rows of one SAE, with its firing on held-out tokens.
 
     Attributes:
         id: run id, unique among the dictionaries compared.
         seed: value of the axis that pairs up (`ComparisonConfig.pair_by`).
         encoder, decoder: a row per latent; a row may be zero or NaN (see `zero`).
-        firing: times that each latent fired in ``held_out_tokens`` tokens.
-        held_out_tokens: number of tokens counted; 0 if there was no count (untrained weights).
+        firing: number of times that each latent fired in ``held_out_tokens`` tokens.
+        held_out_tokens: number of tokens counted; 0 without a count (untrained weights).
         dead: latents that did not fire in the last ``dead_after_tokens`` tokens of training.
-        metrics: numbers of the run for the tables (``fvu``, ``l0``, ``dead_fraction``).
-        truth: label of each latent in a world whose features are known (index into
-            `compare.truth.LABELS`); None where the truth is not known.
-        covariance: of the held-out activations; None where it was not stored.
-        variance: of each latent's contribution to reconstructions, Var(a_i)·‖W_i‖² over the
-            held-out tokens; None where it was not stored.
+        metrics: metrics of the run for the tables (``fvu``, ``l0``, ``dead_fraction``).
+        truth: label of each latent in a synthetic world with known features (index into
+            `compare.truth.LABELS`); None if the truth is not known.
+        covariance: covariance of the held-out activations; None if it was not stored.
+        variance: variance of each latent's contribution to reconstructions, Var(a_i)·‖W_i‖² over
+            the held-out tokens; None if it was not stored.
 
     Raises:
         ValueError: shapes that disagree, counts out of range.
@@ -100,24 +100,24 @@ class Dictionary:
 
     @property
     def density(self) -> Float[np.ndarray, " num_latents"]:
-        """The part of the held-out tokens on which a latent fires; 0 where none were counted."""
+        """Fraction of the held-out tokens on which each latent fires; 0 if none were counted."""
         return self.firing / max(self.held_out_tokens, 1)
 
     @property
     def zero(self) -> Bool[np.ndarray, " num_latents"]:
-        """Latents whose encoder or decoder row is zero or not finite: they take no part."""
+        """Latents whose encoder or decoder row is zero or not finite; they are never matched."""
         return ~(_has_direction(self.encoder) & _has_direction(self.decoder))
 
     def live(self, at_least: int) -> Bool[np.ndarray, " num_latents"]:
-        """Latents that fire at least ``at_least`` times in the held-out tokens."""
+        """Return the latents that fire at least ``at_least`` times in the held-out tokens."""
         return self.firing >= at_least
 
 
 def root(covariance: Float[np.ndarray, "d_in d_in"]) -> Float[np.ndarray, "d_in d_in"]:
-    """R with R·Rᵀ = ``covariance``: x·R and y·R have the scalar product xᵀ·covariance·y.
+    """Return R with R·Rᵀ = ``covariance``: x·R and y·R have the scalar product xᵀ·covariance·y.
 
-    Any root would do, as all give the same products; this one is by eigenvalues, those that
-    rounding made negative taken as 0.
+    All roots give the same products. This one is computed from eigenvalues; negative ones, which
+    come from rounding, count as 0.
     """
     exact = np.ascontiguousarray(covariance, dtype=np.float64)
     return _root(exact.tobytes(), len(exact))
@@ -125,7 +125,7 @@ def root(covariance: Float[np.ndarray, "d_in d_in"]) -> Float[np.ndarray, "d_in 
 
 @lru_cache(maxsize=1)
 def _root(covariance: bytes, d_in: int) -> Float[np.ndarray, "d_in d_in"]:
-    """The pairs of a cell have one covariance: its eigenvalues are found once."""
+    """Compute and cache the root, because all pairs of a cell share one covariance."""
     values, vectors = np.linalg.eigh(np.frombuffer(covariance).reshape(d_in, d_in))
     found = vectors * np.sqrt(np.maximum(values, 0.0))
     found.flags.writeable = False

@@ -1,23 +1,23 @@
-"""Can a latent stand in for its match? Errors of reconstruction with a latent replaced, taken out
+"""Substitution of a latent by its match: the reconstruction error with a latent replaced, taken out
 or put in, in closed form from sums over tokens.
 
 Letters: r = x − x̂_A the residual of A, f_i and w_i activation and decoder row of its latent i, g_j
-and v_j those of latent j of B, L = Σ_t ‖r‖² over held-out tokens. As a reconstruction is linear in
-its latents, so is the residual, and no SAE is run with a latent changed:
+and v_j those of latent j of B, L = Σ_t ‖r‖² over held-out tokens. The reconstruction, and so the
+residual, is linear in the latents; no SAE has to be run with a latent changed:
 
     i taken out           r + f_i w_i                ΔL = 2 Σ f_i (r·w_i) + Σ f_i² ‖w_i‖²
     i replaced by s·j     r + f_i w_i − s g_j v_j    ΔL less that of taking out = −2 s N + s² G
     j put in              r − g_j v_j                ΔL = −2 Σ g_j (r·v_j) + Σ g_j² ‖v_j‖²
 
-with N = Σ g_j (r·v_j) + (w_i·v_j) Σ f_i g_j and G = Σ g_j² ‖v_j‖². So R, the part of the damage of
-taking i out that j repairs, is 1 − ΔL_replaced / ΔL_out = (2sN − s²G) / ΔL_out: 1 for a latent that
-does the same, 0 for one that never fires, below 0 for one that does harm. The best scale is
-s = max(N, 0)/G, with which R is max(N, 0)²/(G·ΔL_out).
+with N = Σ g_j (r·v_j) + (w_i·v_j) Σ f_i g_j and G = Σ g_j² ‖v_j‖². R is the fraction that j repairs
+of the damage of taking i out: 1 − ΔL_replaced / ΔL_out = (2sN − s²G) / ΔL_out. It is 1 for a latent
+that does the same, 0 for one that never fires, negative for one that does harm. The best scale is
+s = max(N, 0)/G, which gives R = max(N, 0)²/(G·ΔL_out).
 
-Sources: model stitching and the insertion of latents by Leask et al. (*Sparse Autoencoders Do Not
-Find Canonical Units of Analysis*, arXiv 2502.04878): a latent of B that lowers the error of A when
-put in is *novel* to A, one that raises it a *reconstruction* latent. The change of the language
-model's own loss is not measured here.
+Source: model stitching and the insertion of latents by Leask et al. (*Sparse Autoencoders Do Not
+Find Canonical Units of Analysis*, arXiv 2502.04878). A latent of B is *novel* to A if putting it in
+lowers A's error, and a *reconstruction* latent if it raises it. This module does not measure the
+change of the language model's own loss.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from reseed.compare.strata import DECILES
 
 
 class Contribution(NamedTuple):
-    """Of each latent of one SAE, in a reconstruction by its own SAE or by another one.
+    """The contribution of each latent of one SAE to a reconstruction by its own or another SAE.
 
     Attributes:
         along: Σ_t f (r·w).
@@ -46,22 +46,22 @@ class Contribution(NamedTuple):
 
     @property
     def taken_out(self) -> Float[np.ndarray, " F"]:
-        """ΔL of leaving it out of the reconstruction that left r."""
+        """ΔL of removing the latent from the reconstruction that left r."""
         return 2 * self.along + self.energy
 
     @property
     def put_in(self) -> Float[np.ndarray, " F"]:
-        """ΔL of adding it to the reconstruction that left r."""
+        """ΔL of adding the latent to the reconstruction that left r."""
         return self.energy - 2 * self.along
 
 
 class Substitution(NamedTuple):
-    """Each latent of A replaced by its partner in B; NaN where it has none.
+    """The effect of replacing each latent of A by its partner in B; NaN without a partner.
 
     Attributes:
-        damage: ΔL of taking it out.
-        repaired: how much less ΔL is with the partner, with its own activations.
-        repaired_best: the same with the partner scaled as is best.
+        damage: ΔL of taking the latent out.
+        repaired: by how much the partner, with its own activations, lowers that ΔL.
+        repaired_best: the same with the partner at its best scale.
     """
 
     damage: Float[np.ndarray, " F_A"]
@@ -72,7 +72,7 @@ class Substitution(NamedTuple):
     def quality(self) -> Float[np.ndarray, " F_A"]:
         """R; NaN where taking the latent out does no damage.
 
-        Of any size: a damage of next to nothing is soon outweighed. See `bounded`.
+        R is unbounded, as the damage can be close to 0; see `bounded`.
         """
         return self._of_damage(self.repaired)
 
@@ -85,7 +85,7 @@ class Substitution(NamedTuple):
         return part / np.where(self.damage > 0, self.damage, np.nan)
 
     def pooled(self, kept: Bool[np.ndarray, " F_A"]) -> tuple[float, float]:
-        """What is repaired and what is damaged, summed over some latents that have partners."""
+        """Sum ``repaired`` and ``damage`` over the kept latents, which must have partners."""
         return float(self.repaired[kept].sum()), float(self.damage[kept].sum())
 
 
@@ -96,12 +96,12 @@ def substitution(
     products: Float[np.ndarray, " F_A"],
     scalar: Float[np.ndarray, " F_A"],
 ) -> Substitution:
-    """Every latent of A replaced by its partner in B.
+    """Return the effect of replacing every latent of A by its partner in B.
 
     Args:
-        own: latents of A in the reconstruction by A.
-        other: latents of B, against the same residual of A.
-        partner: latent of B, −1 where there is none.
+        own: contributions of A's latents to A's reconstruction.
+        other: contributions of B's latents, against the same residual of A.
+        partner: latent of B; −1 for none.
         products: Σ_t f_i g_j with the partner.
         scalar: w_i · v_j of the decoder rows.
     """
@@ -114,10 +114,9 @@ def substitution(
 
 
 def bounded(quality: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """R between 0 and 1, for means: one that does worse than none repairs nothing, and none
-    repairs more than all. NaN stays.
+    """Clip R to 0 … 1, for means; keep NaN.
 
-    Without bounds a mean would be that of the few latents whose damage is nearly 0.
+    An unbounded mean would be dominated by the few latents whose damage is nearly 0.
     """
     return np.clip(quality, 0.0, 1.0)
 
@@ -125,7 +124,7 @@ def bounded(quality: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
 def row_products(
     a: Float[Tensor, "F_A D"], b: Float[Tensor, "F_B D"], partner: Int[Tensor, " F_A"]
 ) -> Float[Tensor, " F_A"]:
-    """a_i · b_σ(i) for each i, in float64; 0 where there is no partner."""
+    """Return a_i · b_σ(i) for each i, in float64; 0 where there is no partner."""
     found = [
         (rows.double() * b[other.clamp(min=0)]).sum(1)
         for rows, other in zip(a.split(4096), partner.split(4096), strict=True)
@@ -140,15 +139,15 @@ def second_best(
     allowed_a: Bool[Tensor, " F_A"],
     allowed_b: Bool[Tensor, " F_B"],
 ) -> tuple[Int[Tensor, " F_A"], Int[Tensor, " F_B"]]:
-    """For each allowed latent the allowed one of the other side, its partner aside, with the
-    largest cosine; −1 for the others, and where there is no such latent.
+    """Return, for each allowed latent, the allowed latent of the other side with the largest
+    cosine, excluding its partner; −1 for other latents and where there is none.
 
-    Both sides in one pass over all pairs, in float32 and in tiles: no matrix of them is held. Of
-    two that float32 cannot tell apart either may be found.
+    Computes both sides in one pass over all pairs, in float32 and in tiles, without holding the
+    matrix. Cosines that are equal in float32 are ordered arbitrarily.
 
     Args:
         a, b: rows of length 1.
-        partner: of each latent of A, −1 where it has none; those of B are the same pairs.
+        partner: latent of B for each latent of A; −1 for none. B's partners are the same pairs.
     """
     i, j = allowed_a.nonzero().squeeze(1), allowed_b.nonzero().squeeze(1)
     of_a, of_b = torch.full_like(partner, -1), partner.new_full((len(b),), -1)
@@ -177,8 +176,11 @@ def random_alike(
     allowed: Bool[np.ndarray, " F_B"],
     seed: int,
 ) -> Int[np.ndarray, " F_A"]:
-    """For each latent of A a random allowed one of B, its partner aside, that fires about as often:
-    in the same decile of B's firing counts. −1 where there is no other."""
+    """Draw, for each latent of A, a random allowed latent of B that fires about as often.
+
+    The draw is from the same decile of B's firing counts, without the partner; −1 where there is no
+    other latent.
+    """
     kept = np.flatnonzero(allowed)
     if not len(kept):
         return np.full(len(firing_a), -1)
@@ -188,8 +190,8 @@ def random_alike(
     kept, stratum_b = kept[order], stratum_b[order]
     stratum = np.searchsorted(edges, firing_a, side="right")
     first, last = (np.searchsorted(stratum_b, stratum, side) for side in ("left", "right"))
-    # Where the partner is in the stratum, it is passed over: one is drawn of those after it, in a
-    # circle that ends before it.
+    # Skip a partner inside the stratum: draw from the latents after it, wrapping around to end
+    # before it.
     place = np.full(len(firing_b), -1)
     place[kept] = np.arange(len(kept))
     at = np.where(partner >= 0, place[partner], -1)
@@ -205,7 +207,7 @@ def random_alike(
 def quality_coverage(
     quality: Float[np.ndarray, " n"], rank: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " known"]:
-    """Mean quality of the r matches that rank highest, for r = 1 … as many as have one."""
+    """Return the mean quality of the r highest-ranking matches, for r = 1 … the number not NaN."""
     known = ~np.isnan(quality)
     order = np.argsort(-rank[known], kind="stable")
     return quality[known][order].cumsum() / np.arange(1, len(order) + 1)

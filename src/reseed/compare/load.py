@@ -1,4 +1,4 @@
-"""From runs of the store to what is compared: their trained and their untrained selves."""
+"""Loading of stored runs as dictionaries, with trained and with initial weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from reseed.compare.truth import truth_metrics
 from reseed.runs import Run
 
 _ABOUT = "L0≈"
-"""What the sparsity of a cell begins with that was brought to an L0 by calibration."""
+"""Prefix of the sparsity of a cell that was calibrated to an L0."""
 
 
 def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | None]:
-    """A finished run, and the same with the weights that it started from, unless it was trained
-    elsewhere.
+    """Load a finished run with its trained and with its initial weights.
+
+    A pretrained run has no initial weights; the second result is then None.
 
     Args:
         run: the run.
@@ -46,14 +47,14 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | No
         return trained, None
     start = run.initial_sae()
     rows = {"encoder": start.W_enc.detach().numpy(), "decoder": start.W_dec.detach().numpy()}
-    # Of the untrained selves no table shows the measures that need a covariance or labels.
+    # No table shows measures of untrained weights that need a covariance or labels.
     return trained, replace(trained, truth=None, covariance=None, variance=None, **rows)
 
 
 def _variance(
     latents: Mapping[str, np.ndarray], decoder: Float[np.ndarray, "num_latents d_in"], tokens: int
 ) -> Float[np.ndarray, " num_latents"] | None:
-    """Var(a_i)·‖W_i‖²; None for a run that was made before its sums were stored."""
+    """Return Var(a_i)·‖W_i‖²; None for a run that is older than the sums it needs."""
     if "activation_sum" not in latents or "activation_square_sum" not in latents or not tokens:
         return None
     mean = latents["activation_sum"] / tokens
@@ -62,13 +63,16 @@ def _variance(
 
 
 def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
-    """What tells a cell apart, by the names of the command line; values that differ joined by |."""
+    """Return the settings that identify a cell, by their command-line names.
+
+    Values that differ between its runs are joined by ``|``.
+    """
     rows = [_knobs(run.record) for run in runs]
     out: dict[str, Any] = {"arm": axes["arm"]} if "arm" in axes else {}
     for name in rows[0]:
         values = list(dict.fromkeys(row[name] for row in rows))
         out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
-    # An axis that stands there under another name already is not shown twice.
+    # An axis that is shown under another name already is not repeated.
     told = {"sae.num_latents", "training.tokens", "sae.target_l0"}
     amount = str(out["sparsity"]).partition("=")[2]
     told |= {axis for axis, value in axes.items() if axis.startswith("sae.") and value == amount}
@@ -78,7 +82,7 @@ def knobs(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
 def named_alike(
     cells: Sequence[tuple[Mapping[str, Any], Any]],
 ) -> list[tuple[Mapping[str, Any], Any]]:
-    """Cells whose sparsity is said in one way: where some are brought to an L0, k is one too."""
+    """Write the sparsity of all cells alike: if some are calibrated to an L0, a k is one too."""
     if not any(_ABOUT in str(knobs["sparsity"]) for knobs, _ in cells):
         return list(cells)
     alike: list[tuple[Mapping[str, Any], Any]] = []
@@ -90,7 +94,7 @@ def named_alike(
 
 def _knobs(record: dict[str, Any]) -> dict[str, Any]:
     e = record["experiment"]
-    # The penalty of one that is brought to an L0 is not what it was asked for; a k is.
+    # A calibrated SAE is named by its target L0, not by the penalty found; a k is named as k.
     target = None if "k" in e["sae"] else e["sae"].get("target_l0")
     return {
         "model": record["labels"]["model"],

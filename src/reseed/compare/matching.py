@@ -1,8 +1,8 @@
 """One-to-one matching of the rows of two matrices by cosine.
 
 Paulo & Belrose (arXiv 2501.16615), section 3: rows are normalised, S = A·Bᵀ, and σ is the
-assignment that maximises Σ S[i, σ(i)], found exactly. How it is found without ever holding S is
-told in `reseed.compare.assignment`.
+assignment that maximises Σ S[i, σ(i)], found exactly. `reseed.compare.assignment` describes the
+algorithm, which never holds S.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from reseed.compare.assignment.solve import Optimum, solve
 from reseed.compare.assignment.ties import exchangeable
 
 VERSION = 1
-"""Of what a matching is: it changes where the same rows could get another result."""
+"""Version of the algorithm; raised when the same rows could get another result."""
 
 
 @dataclass(frozen=True, eq=False)
 class Matching:
-    """The partner of each of n rows among m others, and the proof that no other choice is better.
+    """Partners of n rows among m others, with a proof that no other assignment is better.
 
-    **The proof.** u_i + v_j ≥ S_ij for all pairs (to rounding, about 1e-12), and the prices of the
-    side with more rows are not negative; so no one-to-one assignment has a larger sum than Σu + Σv.
-    This one falls short of it by `gap`. Rows without direction take no part.
+    **Proof.** u_i + v_j ≥ S_ij for all pairs (to rounding, about 1e-12), and the prices of the side
+    with more rows are not negative; so no one-to-one assignment has a larger sum than Σu + Σv. This
+    one falls short of it by `gap`. Rows without direction are left out.
 
     Attributes:
         assignment: index of the partner, −1 where a row has none. No partner occurs twice.
-        cosines: cosine to the partner (its absolute value, where that was matched), 0 where there
-            is none.
+        cosines: cosine to the partner (its absolute value, if that was matched), 0 where there is
+            none.
         row_prices, column_prices: u [n] and v [m]; NaN for rows without direction.
-        gap: Σu + Σv − Σ cosines: by so much, at most, could another assignment be better.
-        ambiguous: matched rows to which another assignment, as good (to 1e-9), gives another
-            partner. Which of them is found is then an accident. Seen among the pairs that were
-            listed: where a row has more equally good partners than `candidates`, at least so many.
+        gap: Σu + Σv − Σ cosines, the most by which another assignment could be better.
+        ambiguous: number of matched rows to which an equally good assignment (to 1e-9) gives
+            another partner; the choice among them is arbitrary. Only listed pairs are counted: a
+            lower bound where a row has more equally good partners than `candidates`.
     """
 
     assignment: Int[np.ndarray, " n"]
@@ -57,7 +57,7 @@ class Matching:
         return self.assignment >= 0
 
     def inverse(self) -> Matching:
-        """The same matching seen from the m others."""
+        """Return the same matching with rows and columns exchanged."""
         m = len(self.column_prices)
         assignment = np.full(m, -1, dtype=np.int64)
         cosines = np.zeros(m)
@@ -74,7 +74,7 @@ class Matching:
 
 
 class Matcher(Protocol):
-    """What `match` is, for those who keep its results."""
+    """Interface of `match`, also implemented by stores of matchings."""
 
     def __call__(
         self,
@@ -94,26 +94,26 @@ def match(
     candidates: int = CANDIDATES,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Matching:
-    """The exact assignment of rows of ``a`` to rows of ``b`` with the largest sum of cosines.
+    """Find the exact assignment of rows of ``a`` to rows of ``b`` with the largest sum of cosines.
 
-    Cosines are about the origin (no mean is taken off), of the rows as given, in float64. Rows that
-    are zero or not finite stay unmatched; of n ≠ m rows the surplus does. Every other row is
-    matched, whatever its cosine. The result does not depend on which side comes first, unless there
-    are ties (`Matching.ambiguous`) and both sides are made of the same rows.
+    Cosines are about the origin (no mean is subtracted), of the rows as given, in float64. Rows
+    that are zero or not finite stay unmatched, and so does the surplus of the larger side. Every
+    other row is matched, whatever its cosine. The result does not depend on the order of the sides,
+    unless there are ties (`Matching.ambiguous`) and both sides consist of the same rows.
 
-    No matrix of n × m is held: memory is that of the rows in bfloat16 and of about 80 candidates
-    a row (131,072 × 768 twice: 2.4 GiB with the rows themselves). The time is that of one to two
+    No n × m matrix is held: memory is that of the rows in bfloat16 and of about 80 candidates per
+    row (131,072 × 768 twice: 2.4 GiB with the rows themselves). The time is that of one to two
     passes of products in bfloat16, 2·n·m·d_in operations each (`benchmarks/matching.py`).
 
     Args:
         absolute: match by |cosine| instead.
-        device: where the products are made; the rest is done by the CPU.
-        candidates: how many are listed for each row at first. The result does not depend on it.
-        progress: is told now and then, in a few words, what is going on.
+        device: device of the products; the rest runs on the CPU.
+        candidates: pairs listed per row at first. The result does not depend on it.
+        progress: called periodically with a short description of the current step.
 
     Raises:
         ValueError: rows of different length, or numbers that are not real.
-        MemoryError: more is needed than is free.
+        MemoryError: the matching needs more memory than is free.
     """
     rows_a, rows_b = _array(a), _array(b)
     if rows_a.ndim != 2 or rows_b.ndim != 2 or rows_a.shape[1] != rows_b.shape[1]:
@@ -135,7 +135,7 @@ def match(
 
 
 def _array(rows: np.ndarray | Tensor) -> np.ndarray:
-    """Rows as float32 or float64."""
+    """Return rows as float32 or float64."""
     if isinstance(rows, Tensor):
         rows = rows.detach().cpu()
         rows = (
@@ -148,14 +148,14 @@ def _array(rows: np.ndarray | Tensor) -> np.ndarray:
 
 
 def _nothing(left: DistinctRows, right: DistinctRows) -> Matching:
-    """One side has no row with a direction: nothing is matched, and nothing has a price."""
+    """Return an empty matching, for a side without any row that has a direction."""
     n = len(left.group)
     rows, columns = (np.where(side.group < 0, np.nan, 0.0) for side in (left, right))
     return Matching(np.full(n, -1, dtype=np.int64), np.zeros(n), rows, columns, 0.0, 0)
 
 
 def _matching(short: DistinctRows, long: DistinctRows, optimum: Optimum) -> Matching:
-    """From distinct rows and their copies to the rows as they were given."""
+    """Translate from distinct rows and their copies to the rows as given."""
     state, edges = optimum.state, optimum.edges
     # The copies of a row, and the slots of a column, in the order of the input.
     given_row, given_column = (
@@ -168,7 +168,7 @@ def _matching(short: DistinctRows, long: DistinctRows, optimum: Optimum) -> Matc
     assignment[given_row] = given_column[state.slot_of]
     cosines = np.zeros(len(short.group))
     cosines[given_row] = edges.cosine_of(state.row_of, state.partner)
-    # With columns to spare no price is negative; rounding may have left −1e-17.
+    # With surplus columns no price is negative; rounding may have left −1e-17.
     column_price = state.column_price if short.count == long.count else state.column_price.clip(0)
     prices = [
         np.where(side.group < 0, np.nan, price[np.maximum(side.group, 0)])
@@ -185,16 +185,16 @@ def _matching(short: DistinctRows, long: DistinctRows, optimum: Optimum) -> Matc
 
 
 def needed_memory(n: int, m: int, d_in: int, candidates: int = CANDIDATES) -> int:
-    """Bytes that a matching takes beside its rows: they in bfloat16, lists and graph."""
+    """Return the bytes of a matching besides its input: rows in bfloat16, lists and graph."""
     listed = min(candidates, max(n, m))
     return (n + m) * (2 * d_in + 2 * listed * (4 + 2) + listed * (4 + 8 + 4 + 16) + 200)
 
 
 def check_memory(n: int, m: int, d_in: int, candidates: int = CANDIDATES) -> None:
-    """Refuse a matching that would be killed instead of ending.
+    """Refuse a matching that would run out of memory.
 
     Raises:
-        MemoryError: it needs more than is free.
+        MemoryError: the matching needs more memory than is free.
     """
     needed, free = needed_memory(n, m, d_in, candidates), free_memory()
     if free is not None and needed > free:
@@ -205,7 +205,7 @@ def check_memory(n: int, m: int, d_in: int, candidates: int = CANDIDATES) -> Non
 
 
 def free_memory() -> int | None:
-    """Bytes that can be had without swapping, or None where the system does not say."""
+    """Return the bytes available without swapping, or None if the system does not report them."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             for line in lines:

@@ -1,8 +1,8 @@
-"""A folder of finished matchings: what took minutes is not computed a second time.
+"""A folder of finished matchings, so that none is computed twice.
 
-A matching depends on the rows of both sides and on nothing else, so the name of its file is a
-digest of these. A comparison with another threshold, a pair that two comparisons have in common
-and a comparison that was interrupted all find what is there.
+A matching depends only on the rows of both sides, so its file is named by their digest. It is
+reused by a comparison with another threshold, by two comparisons that have a pair in common, and
+after an interruption.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _BLOCK = 4096  # rows that are digested at a time
 
 
 class MatchingStore:
-    """Matchings by their rows, under one folder. It is `match` for whoever compares.
+    """Store of matchings in one folder, called like `match`.
 
-    Each file, ``<digest>.safetensors``, is whole or not there; one that cannot be read is made
-    again. Deleting files loses nothing but time.
+    Each file, ``<digest>.safetensors``, is written atomically; one that cannot be read is computed
+    again. Deleting files costs only time.
 
     Args:
-        folder: made when the first matching is written.
-        least: smaller matchings (product of the numbers of rows) are not kept: they are computed
-            sooner than found.
-        progress: is told what a matching is doing.
+        folder: created when the first matching is written.
+        least: smaller matchings (product of the numbers of rows) are not stored, because computing
+            them is faster than finding them.
+        progress: passed to `match`.
     """
 
     def __init__(
@@ -55,11 +55,11 @@ class MatchingStore:
         *,
         absolute: bool = False,
     ) -> Matching:
-        """`reseed.compare.matching.match`, from the folder where it is there."""
+        """Return the matching from the folder, or make it with `reseed.compare.matching.match`."""
         if len(a) * len(b) < self.least:
             return match(a, b, absolute=absolute, device=self.device, progress=self.progress)
         one, other = _fingerprint(a), _fingerprint(b)
-        # (A, B) and (B, A) are one matching, seen from two sides.
+        # (A, B) and (B, A) share one file.
         turned = one > other
         name = digest([*sorted((one, other)), absolute, VERSION], length=32)
         path = self.folder / f"{name}.safetensors"
@@ -90,7 +90,7 @@ def _write(matching: Matching, path: Path) -> None:
 
 
 def _read(path: Path) -> Matching | None:
-    """The matching in a file, or None where there is none that can be read."""
+    """Read the matching in a file; None if the file is missing or cannot be read."""
     try:
         with safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)

@@ -1,47 +1,48 @@
-"""The numbers of a pair, from its two sides and the pass over all its latents.
+"""The measures of a pair, from its two sides and the pass over all pairs of its latents.
 
-Columns of ``pairs.csv``, all over both sides together, so that (A, B) and (B, A) give the same;
-``…_live`` counts live latents alone (both partners live), ``_a`` and ``_b`` are of one side.
+Columns of ``pairs.csv``. They are taken over both sides together, so that (A, B) and (B, A) give
+the same; ``…_live`` counts only live latents (both partners live), ``_a`` and ``_b`` one side.
 
 | column | is |
 | :-- | :-- |
 | `shared_latents`, `shared_fraction` | the strict rule: both matchings give the same partner, both cosines ≥ τ |
-| `shared_fraction_live_1`, `…_100`, `…_not_dead` | the same among latents that fire so often; that did not die |
+| `shared_fraction_live_1`, `…_100`, `…_not_dead` | the same among latents that fire at least 1 or 100 times; that are not dead |
 | `shared_fraction_at_0.3` … `_at_0.9`, `shared_fraction_live_at_…` | the strict rule at other τ |
 | `shared_fraction_decoder` | matched by the decoder, its cosine ≥ τ |
-| `shared_fraction_correlation` | correlations of pre-activations in the encoder's place |
-| `shared_fraction_joint` | partners of the one matching of [E, W]/√2, both cosines ≥ τ: no index has to agree |
-| `shared_fraction_by_firing` | the strict rule, each latent with the weight of its firing |
-| `shared_fraction_by_variance` | each with the variance of its contribution a·W on held-out tokens |
+| `shared_fraction_correlation` | the strict rule with correlations of pre-activations instead of encoder cosines |
+| `shared_fraction_joint` | partners by a single matching of [E, W]/√2, both cosines ≥ τ; no two matchings have to agree |
+| `shared_fraction_by_firing` | the strict rule, each latent weighted by its firing |
+| `shared_fraction_by_variance` | the strict rule, each latent weighted by the variance of its contribution a·W on held-out tokens |
 | `shared_fraction_dense`, `…_sparse` | among latents with density > 0.1; among other latents that fired |
 | `index_agreement` | both matchings give the same partner |
-| `coverage` | some latent of the other side, taken or not, has both cosines ≥ τ |
-| `split_fraction` | two or more of the other side have |
+| `coverage` | some latent of the other side, matched elsewhere or not, has both cosines ≥ τ |
+| `split_fraction` | two or more latents of the other side have both cosines ≥ τ |
 | `mutual_nearest`, `mutual_nearest_decoder` | mutual nearest neighbours, by min(c_enc, c_dec) and by c_dec, at ≥ τ |
 | `mmcs` | mean over latents of the largest decoder cosine (MMCS) |
 | `cosine_encoder`, `cosine_decoder` | mean cosine of matched pairs |
 | `pw_mcc_signed`, `pw_mcc_absolute` | mean matched decoder cosine over min(F_A, F_B), unmatched as 0 |
 
-`reseed.compare.cell` puts beside them:
+`reseed.compare.cell` adds:
 
 | column | is |
 | :-- | :-- |
-| `shared_fraction_duplicate`, `…_antipodal` | among latents that their own dictionary has twice |
-| `null_…` | of two dictionaries of random isotropic rows: `cosine`, `mmcs`, `shared_fraction`, `coverage` |
-| `null_covariance_…` | of rows drawn with the covariance of the activations |
-| `untrained_…` | of the weights at the start |
+| `shared_fraction_duplicate`, `…_antipodal` | the strict rule among duplicate or antipodal latents (`compare.repeats`) |
+| `null_…` | expected for random isotropic rows: `cosine`, `mmcs`, `shared_fraction`, `coverage` |
+| `null_covariance_…` | the same for rows drawn with the covariance of the activations |
+| `untrained_…` | measured on the initial weights |
 | `kappa`, `kappa_covariance`, `kappa_untrained` | (S − S₀)/(1 − S₀) against each of the three |
-| `subspace_overlap_…`, `subspace_angles_…` | do the `orphan`, `shared`, `dense` latents span the same (`compare.subspaces`) |
-| `null_subspace_overlap_…`, `null_subspace_angles_…` | random live latents, as many; random spans |
+| `subspace_overlap_…`, `subspace_angles_…` | overlap of the spans of the `orphan`, `shared`, `dense` latents (`compare.subspaces`) |
+| `null_subspace_overlap_…`, `null_subspace_angles_…` | equally many random live latents; random spans |
 
-Where some runs of a cell are of different `d_in`, `weights_note` says of which pairs, and all of the
-above is empty there (`reseed.compare.apart`).
+If runs of a cell differ in `d_in`, `weights_note` marks the pairs concerned, and their columns
+above are empty (`reseed.compare.apart`).
 
-A weighted fraction has the null of the plain one: what random rows share does not depend on firing.
+A weighted fraction has the same null as the plain one, because firing does not affect the overlap
+of random rows.
 
-PW-MCC is of Song et al. (arXiv 2505.20254): the paper writes |cos|, its public code uses the signed
-cosine; here the assignment maximises what is averaged. Of the two, `pw_mcc_signed` is
-`cosine_decoder` wherever every latent has a direction.
+PW-MCC is from Song et al. (arXiv 2505.20254): the paper writes |cos|, its public code uses the
+signed cosine; here the assignment maximises the average itself. `pw_mcc_signed` equals
+`cosine_decoder` if every latent has a direction.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -61,11 +62,11 @@ if TYPE_CHECKING:
     from reseed.compare.stability import PairSide
 
 DENSE = 0.1
-"""A latent that fires on more than this part of the tokens is dense."""
+"""A latent that fires on more than this fraction of the tokens is dense."""
 
 
 class Subset(NamedTuple):
-    """The latents of A and of B that are counted."""
+    """Masks of the latents of A and of B that are counted."""
 
     a: Bool[np.ndarray, " n"]
     b: Bool[np.ndarray, " m"]
@@ -78,31 +79,31 @@ class Subset(NamedTuple):
         return (partner >= 0) & self.a & self.b[partner]
 
     def fraction(self, holds: Bool[np.ndarray, " n"], partner: Int[np.ndarray, " n"]) -> float:
-        """2·#/(|A| + |B|), # the matched pairs that hold with both partners counted."""
+        """Return 2·#/(|A| + |B|), # = matched pairs that hold with both partners counted."""
         return _divided(2 * int((holds & self._counts(partner)).sum()), self.size)
 
     def mean(self, cosines: Float[np.ndarray, " n"], partner: Int[np.ndarray, " n"]) -> float:
-        """Mean cosine of the matched pairs with both partners counted."""
+        """Return the mean cosine of the matched pairs with both partners counted."""
         return mean(cosines[self._counts(partner)])
 
     def of_pairs(self, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> float:
-        """2·#/(|A| + |B|), # those pairs (i, j) with both latents counted."""
+        """Return 2·#/(|A| + |B|), # = given pairs (i, j) with both latents counted."""
         return _divided(2 * int((self.a[i] & self.b[j]).sum()), self.size)
 
     def of_sides(self, a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
-        """The part of the counted latents of both sides that have a flag."""
+        """Return the fraction of the counted latents of both sides whose flag is set."""
         return _divided(int(a[self.a].sum() + b[self.b].sum()), self.size)
 
     @property
     def ceiling(self) -> float:
-        """The largest fraction that the sizes allow: 2·min/(|A| + |B|)."""
+        """Largest fraction that the sizes allow: 2·min/(|A| + |B|)."""
         return _divided(2 * min(int(self.a.sum()), int(self.b.sum())), self.size)
 
 
 def pair_measures(
     a: Dictionary, b: Dictionary, side_a: PairSide, side_b: PairSide, threshold: float
 ) -> dict[str, float]:
-    """What follows from the two matchings and the coverage."""
+    """Compute the measures that follow from the two matchings and the coverage."""
     every, live = _every(a, b), Subset(side_a.live, side_b.live)
     encoder, decoder = side_a.partner_encoder, side_a.partner_decoder
     near_decoder = (decoder >= 0) & (side_a.cosine_decoder >= threshold)
@@ -156,7 +157,7 @@ def correlation_measures(
     by_correlation: Matching | None,
     threshold: float,
 ) -> dict[str, float]:
-    """The strict rule with correlations in the place of the encoder's cosines; NaN without Σ."""
+    """Apply the strict rule with correlations instead of encoder cosines; NaN without Σ."""
     names = ("shared_fraction_correlation", "shared_fraction_correlation_live")
     if by_correlation is None:
         return dict.fromkeys((*names, "cosine_correlation"), float("nan"))
@@ -172,7 +173,7 @@ def correlation_measures(
 
 
 def threshold_measures(side_a: PairSide, side_b: PairSide) -> dict[str, float]:
-    """The strict rule at each of `THRESHOLDS`, from the same matchings."""
+    """Apply the strict rule at each of `THRESHOLDS`, with the same matchings."""
     every = Subset(np.ones_like(side_a.live), np.ones_like(side_b.live))
     live = Subset(side_a.live, side_b.live)
     smaller = np.minimum(side_a.cosine_encoder, side_a.cosine_decoder)
@@ -186,7 +187,7 @@ def threshold_measures(side_a: PairSide, side_b: PairSide) -> dict[str, float]:
 
 
 def similarity_measures(found: Survey, side_a: PairSide, side_b: PairSide) -> dict[str, float]:
-    """What needs no assignment: splitting, mutual nearest neighbours, MMCS."""
+    """Compute the measures without assignment: splitting, mutual nearest neighbours, MMCS."""
     live = Subset(side_a.live, side_b.live)
     every = Subset(np.ones_like(live.a), np.ones_like(live.b))
     split = found.within_a >= 2, found.within_b >= 2
@@ -217,7 +218,7 @@ def matching_measures(
     live: Subset,
     threshold: float,
 ) -> dict[str, float]:
-    """PW-MCC, and what one matching of encoder and decoder together shares."""
+    """Compute PW-MCC, and the fractions shared by the joint matching of encoder and decoder."""
     every = Subset(np.ones_like(live.a), np.ones_like(live.b))
     smaller = min(len(rows_a), len(rows_b))
     partner = by_joint.assignment
@@ -235,7 +236,7 @@ def matching_measures(
 def weighted_measures(
     a: Dictionary, b: Dictionary, side_a: PairSide, side_b: PairSide
 ) -> dict[str, float]:
-    """The strict rule with weights, and apart for latents that are dense."""
+    """Apply the strict rule with weights, and separately to dense and to sparse latents."""
     shared = side_a.shared, side_b.shared
     dense = Subset(a.density > DENSE, b.density > DENSE)
     sparse = Subset((a.firing > 0) & ~dense.a, (b.firing > 0) & ~dense.b)
@@ -255,7 +256,7 @@ def weighted_measures(
 def _weighted(flags: tuple[np.ndarray, np.ndarray], weights: tuple[np.ndarray, np.ndarray]):
     total = sum(float(w.sum()) for w in weights)
     part = sum(float(w[f].sum()) for f, w in zip(flags, weights, strict=True))
-    return _divided(min(part, total), total)  # the same numbers in another order may sum to more
+    return _divided(min(part, total), total)  # rounding could make the fraction exceed 1
 
 
 def _every(a: Dictionary, b: Dictionary) -> Subset:
@@ -263,7 +264,7 @@ def _every(a: Dictionary, b: Dictionary) -> Subset:
 
 
 def mean(values: np.ndarray) -> float:
-    """The mean, NaN of nothing."""
+    """Return the mean; NaN if there are no values."""
     return float(values.mean()) if values.size else float("nan")
 
 

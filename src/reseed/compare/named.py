@@ -1,9 +1,8 @@
-"""Latents that somebody names: do the other seeds have them?
+"""Replication of latents that the user names: whether other seeds have them.
 
-A row per named latent, from what was measured of its cell: with how many of the others it is
-shared and what that says of another seed, its partner in each of them, and what is to be expected
-of a latent that was not named: one of the same dictionary that fires as often, and one of random
-rows.
+`replication` makes a row per named latent from the comparison of its cell: how many other seeds
+share it, how likely one more seed does, its partner in each, and baselines: latents of the same
+dictionary that fire as often, and random rows.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ BothRows = tuple[Float[np.ndarray, "num_latents d_in"], Float[np.ndarray, "num_l
 
 @dataclass(frozen=True)
 class Named:
-    """A latent as it was named.
+    """A latent that the user named.
 
     Attributes:
         latent: its index.
         where: file and line, or the option, for messages.
-        label: what it is called; may be empty.
-        run: the run that it is of; empty where none was named.
-        seed: the seed of that run; empty where none was named.
+        label: its label; may be empty.
+        run: its run; empty if not given.
+        seed: the seed of its run; empty if not given.
     """
 
     latent: int
@@ -51,11 +50,10 @@ class Named:
 
 
 def read_named(path: Path | str) -> list[Named]:
-    """Latents from a csv file with a column ``latent`` and, if need be, others of `COLUMNS`.
+    """Read latents from a csv file with a column ``latent`` and optionally others of `COLUMNS`.
 
     Raises:
-        ReseedError: no such file, nothing in it, a column that is not known, a latent that is no
-            index.
+        ReseedError: the file is missing or empty, a column is unknown, or a latent is no index.
     """
     path = Path(path)
     try:
@@ -67,13 +65,13 @@ def read_named(path: Path | str) -> list[Named]:
     except FileNotFoundError:
         raise ReseedError(f"there is no file {path}") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ReseedError(f"{path} is no csv file: {error}") from None
+        raise ReseedError(f"{path} is not a csv file: {error}") from None
     if not names:
         raise ReseedError(f"{path} is empty: it must have a column `latent`")
     for name in names:
         if name not in COLUMNS:
             raise ReseedError(
-                f"{path} has a column `{name}` that is not known.{nearest(name, COLUMNS)} "
+                f"{path} has an unknown column `{name}`.{nearest(name, COLUMNS)} "
                 f"Columns: {', '.join(COLUMNS)}."
             )
     if "latent" not in names:
@@ -92,10 +90,10 @@ def _named(row: dict[str, Any], where: str) -> Named:
 
 
 def index_of(word: str, where: str) -> int:
-    """The index that a word gives.
+    """Parse an index.
 
     Raises:
-        ReseedError: it is none.
+        ReseedError: the word is not an integer, at least 0.
     """
     if not (word.isascii() and word.isdigit()):
         raise ReseedError(f"{where}: `latent` must be an integer, at least 0; got {word!r}")
@@ -105,23 +103,23 @@ def index_of(word: str, where: str) -> int:
 def replication(
     result: CellResult, named: Sequence[Named], rows: Callable[[str], BothRows]
 ) -> pd.DataFrame:
-    """A row per named latent, in their order.
+    """Return a row per named latent, in the given order.
 
-    Columns: what was named; ``firing`` in the held-out tokens, ``live``, ``dead``, ``zero``;
-    ``shared_with`` of ``others``, and `REPRODUCIBILITY`; ``decile`` of firing among the live
-    latents of its run (0 if not live), ``decile_shared`` and ``dictionary_shared``: how much a
-    latent of that decile, and any, is shared on average; ``null_shared_fraction`` and
-    ``null_cosine`` of random rows. Then for each other run with value v of the axis that pairs up:
-    ``shared_v``; ``partner_v``, the decoder's match, the encoder's (``partner_encoder_v``), and
-    both cosines to the former; ``best_v``, the latent whose smaller cosine is largest, taken or
-    not, with its cosines. A partner of −1 is none.
+    Columns: those given by the user; ``firing`` in the held-out tokens, ``live``, ``dead``,
+    ``zero``; ``shared_with`` of ``others``, and `REPRODUCIBILITY`; ``decile`` of firing among the
+    live latents of its run (0 if not live); ``decile_shared`` and ``dictionary_shared``, the mean
+    shared fraction of latents in that decile and of all; ``null_shared_fraction`` and
+    ``null_cosine`` of random rows. Then, for each other run with value v of the pairing axis:
+    ``shared_v``; ``partner_v``, the decoder's match, with both cosines; ``partner_encoder_v``, the
+    encoder's match; ``best_v``, the latent whose smaller cosine is largest, matched or not, with
+    its cosines. A partner of −1 means none.
 
     Args:
-        named: with the run of each, all of them in the cell.
-        rows: run → its rows; asked for one run at a time.
+        named: latents with their runs, all of them in the cell.
+        rows: run → its rows; called for one run at a time.
 
     Raises:
-        ReseedError: a latent that the run does not have.
+        ReseedError: the run does not have a latent.
     """
     seeds = dict(zip(result.runs["run"], result.runs["seed"].astype(str), strict=True))
     by_run: dict[str, list[int]] = {}
@@ -147,7 +145,7 @@ def replication(
         _add_reproducibility(found, result.settings.confidence)
     _add_partners(found, by_run, seeds, rows)
     frame = pd.DataFrame(found).drop(columns=["_lists"])
-    # Of latents of several runs a row has no entries under its own.
+    # With named latents of several runs, a row is empty in the columns of its own run.
     indices = [f"{name}_{value}" for value in seeds.values()
                for name in ("partner", "partner_encoder", "best")]  # fmt: skip
     return frame.astype({name: "Int64" for name in indices if name in list(frame)})
@@ -161,7 +159,7 @@ def _row(one: Named, seed: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expected(result: CellResult, table: pd.DataFrame, run: str) -> dict[str, np.ndarray]:
-    """What latents of a run that were not named show, for each latent."""
+    """Return, per latent of a run, the baselines: the means of its firing decile, all, the null."""
     fraction = table["shared_with"].to_numpy() / (result.n_seeds - 1)
     live, firing = table["live"].to_numpy(dtype=bool), table["firing"].to_numpy()
     decile = firing_decile(firing, live)
@@ -184,9 +182,9 @@ def _expected(result: CellResult, table: pd.DataFrame, run: str) -> dict[str, np
 def firing_decile(
     firing: Int[np.ndarray, " num_latents"], live: np.ndarray
 ) -> Int[np.ndarray, " num_latents"]:
-    """Decile of firing among the live latents, 1 the rarest; 0 for those that are not live.
+    """Return the decile of firing among the live latents, 1 the rarest; 0 for other latents.
 
-    Latents that fire equally often are in one decile, the lowest that they reach.
+    Latents that fire equally often share one decile, the lowest that they reach.
     """
     decile = np.zeros(len(firing), dtype=np.int64)
     if live.any():
@@ -197,9 +195,10 @@ def firing_decile(
 
 
 def jeffreys(shared_with: int, others: int, confidence: float) -> tuple[float, float, float]:
-    """How likely one more seed has a latent that ``shared_with`` of ``others`` have.
+    """Estimate how likely one more seed has a latent that ``shared_with`` of ``others`` have.
 
-    (m + ½)/(n + 1) with the equal-tailed interval of Beta(m + ½, n − m + ½): Jeffreys' prior.
+    Returns (m + ½)/(n + 1) and the ends of the equal-tailed interval of Beta(m + ½, n − m + ½):
+    Jeffreys' prior.
     """
     a, b = shared_with + 0.5, others - shared_with + 0.5
     tail = (1 - confidence) / 2
@@ -217,7 +216,7 @@ def _add_partners(
     found: list[dict[str, Any]], by_run: dict[str, list[int]], seeds: dict[str, str],
     rows: Callable[[str], BothRows],
 ) -> None:  # fmt: skip
-    """The columns of each other run, one of them in memory at a time beside the named rows."""
+    """Add the columns of each other run, holding the rows of one run at a time."""
     mine: dict[str, BothRows] = {}
     for run, places in by_run.items():
         latents = [found[i]["latent"] for i in places]
@@ -237,11 +236,14 @@ def _add_partners(
 def _partner(
     row: dict[str, Any], other: str, value: str, encoder: np.ndarray, decoder: np.ndarray
 ) -> dict[str, Any]:
-    """One named latent and one other run: cosines are those to each of its latents."""
+    """Return the columns of one named latent and one other run.
+
+    ``encoder`` and ``decoder`` are the cosines to each latent of that run.
+    """
     lists = row["_lists"]
     at = lists["others"].index(other)
     matched = lists["partner_decoder"][at]
-    # A row without direction has cosines of 0, and no partner.
+    # A zero row has cosines of 0, and no partner.
     best = -1 if row["zero"] else int(np.minimum(encoder, decoder).argmax())
 
     def cosines(name: str, latent: int) -> dict[str, float]:

@@ -1,16 +1,16 @@
-"""What two dictionaries with nothing in common would show: a ladder of matched nulls.
+"""Matched nulls: the measures expected of two dictionaries that have nothing in common.
 
-1. *Isotropic*: rows are drawn from an isotropic Gaussian (so, once normalised, uniformly on the
-   sphere).
-2. *Covariance*: rows are drawn with the covariance of the activations, which dictionaries of one
-   data set have in common without having a feature in common. Two sides crowd into few directions
-   and come closer.
-3. The untrained pair, whose overlap `reseed.compare.cell` measures, and SAEs trained on Gaussian
-   activations of the same covariance, which are runs of their own.
+1. *Isotropic*: rows are drawn from an isotropic Gaussian, so their directions are uniform on the
+   sphere.
+2. *Covariance*: rows are drawn with the covariance of the activations. Dictionaries of one data set
+   share it even without a common feature; rows concentrate on few directions and are nearer to each
+   other.
+3. The untrained pair, measured by `reseed.compare.cell`, and SAEs trained on Gaussian activations
+   of the same covariance, which are separate runs.
 
-In both of the first, rows of A and B, and of encoder and decoder, are independent of each other.
-The last is a choice: with tied rows, as at initialisation, the two matchings are one and the index
-agrees by construction; the overlap of the untrained pair shows that.
+In the first two, rows of A and B are independent, and so are encoder and decoder. The latter is a
+choice: with tied rows, as at initialisation, both matchings are the same and the index agrees by
+construction; the untrained pair shows that overlap.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from reseed.compare.matching import Matching, match
 from reseed.compare.rows import unit32
 
 MAX_SIMULATED_LATENTS = 4096
-"""Largest side that is simulated. Of this size and d_in 768 the six matchings of the isotropic null
-take about 5 s of one core, and with a covariance, where the nearest are looked for too, 11 s. At
-16,384 it would be about 40 and 65 s, for each size and covariance (of every layer, say), and would
-better a mean cosine that is right within .001, and with a covariance within 1% on average."""
+"""Largest simulated side. At this size and d_in 768 the six matchings of the isotropic null take
+about 5 s of one core; with a covariance, which needs nearest rows too, 11 s. At 16,384 they would
+take about 40 and 65 s for each size and covariance (e.g. of every layer), only to improve a mean
+cosine that is right within .001 already, and with a covariance within 1% on average."""
 _ROWS = 2048
-"""Of which the mean best cosine of the covariance's null is taken."""
+"""Rows over which the mean best cosine of the covariance null is taken."""
 _BLOCK, _LEAVES = 4096, 4096
-"""Others drawn at a time (and at least), and at most about so many parts whose maxima are kept."""
+"""Others drawn at a time (the minimum in total); approximate limit of the parts whose maxima are
+stored."""
 _SHORTER = 4
-"""How much smaller the second simulation is from which the first is carried on."""
+"""Size ratio of the two simulations from which the covariance null is extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Null:
     Attributes:
         cosine: mean matched cosine. `√(2 ln F/D)` is not it: at 64 × 1,024 that gives .465, the
             mean best cosine is .394 and the mean matched cosine .378.
-        best: mean cosine to the nearest, over both sides: what MMCS would be.
-        shared_fraction: the strict shared fraction found in the simulation; often exactly 0, which
-            says that it is below one in the number of latents.
-        coverage: the one-sided coverage, of the isotropic null exactly. No latent is shared that is
-            not covered, so it bounds the expected shared fraction from above.
-        simulated_latents: the larger side in the simulation. Where it is below the number of
-            latents compared, `cosine` is extended (see `isotropic_null`, `covariance_null`), and
-            `shared_fraction` is that of the smaller problem.
+        best: mean cosine to the nearest row, over both sides; the expected MMCS.
+        shared_fraction: the strict shared fraction in the simulation; often exactly 0, which means
+            less than one in the number of latents.
+        coverage: the one-sided coverage, exact for the isotropic null. Every shared latent is
+            covered, so it is an upper bound on the expected shared fraction.
+        simulated_latents: the larger side in the simulation. If it is smaller than the number of
+            latents compared, `cosine` is extrapolated (see `isotropic_null`, `covariance_null`)
+            and `shared_fraction` is that of the smaller problem.
     """
 
     cosine: float
@@ -74,14 +75,14 @@ def isotropic_null(
     seed: int = 0,
     draws: int = 3,
 ) -> Null:
-    """The matched isotropic null by simulation; deterministic, and the same for (A, B) and (B, A).
+    """Simulate the matched isotropic null; deterministic, and the same for (A, B) and (B, A).
 
     Above `MAX_SIMULATED_LATENTS` both sides are scaled down together, and the mean matched cosine
-    is carried to the full size by an approximation: the mean cosine to the best of m random rows,
-    ``best(m)``, is an integral, and matching costs about as much as having fewer rows to choose
-    from, ``matched(m) ≈ best(κ·m)`` with κ independent of m. In a check with equal sides of 128 to
-    8,192 latents and d_in of 64 to 768, κ stayed within .62 and .66; a κ fixed at .63 was right
-    within .001 everywhere, and at d_in = 128, 4,096 → 8,192 carried by the κ of 4,096 within .001.
+    is extrapolated to the full size: the mean cosine to the best of m random rows, ``best(m)``, is
+    an integral, and matching is about as good as the best of fewer rows, ``matched(m) ≈
+    best(κ·m)`` with κ independent of m. In a check with equal sides of 128 to 8,192 latents and
+    d_in of 64 to 768, κ stayed within .62 and .66; a κ fixed at .63 was right within .001
+    everywhere, and at d_in = 128 extrapolating 4,096 → 8,192 by the κ of 4,096 was within .001.
     """
     smaller, larger = sorted((num_latents_a, num_latents_b))
     n, m = _simulated(smaller, larger)
@@ -98,14 +99,17 @@ def isotropic_null(
 
 
 def _simulated(smaller: int, larger: int) -> tuple[int, int]:
-    """Both sides, scaled down together where the larger is above `MAX_SIMULATED_LATENTS`."""
+    """Return both sizes, scaled down together if the larger exceeds `MAX_SIMULATED_LATENTS`."""
     scale = min(1.0, MAX_SIMULATED_LATENTS / larger)
     return max(1, round(smaller * scale)), round(larger * scale)
 
 
 class _Drawn(NamedTuple):
-    """Of one random pair or of the mean of several: mean matched cosine, number of shared latents,
-    and how much nearer the nearest row is than the partner (0 if not asked for)."""
+    """Measures of one random pair, or their means over several pairs.
+
+    The mean matched cosine, the number of shared latents, and how much nearer the nearest row is
+    than the partner (0 without a covariance).
+    """
 
     cosine: float
     shared: float
@@ -120,11 +124,11 @@ def _draw(
     threshold: float,
     scale: Float[np.ndarray, "d_in d_in"] | None = None,
 ) -> _Drawn:
-    """One random pair.
+    """Draw and match one random pair.
 
     Args:
-        scale: root of the covariance of the rows; the identity by default. With one, what matching
-            loses is asked for.
+        scale: root of the covariance of the rows; the identity by default. With it, `lost` is
+            computed.
     """
 
     def rows(number: int) -> Float[np.ndarray, "number d_in"]:
@@ -144,14 +148,14 @@ def _draw(
 
 
 def _nearest(a: Float[np.ndarray, "n d_in"], b: Float[np.ndarray, "m d_in"]) -> float:
-    """Mean over rows of ``a`` of the cosine to the nearest of ``b``, block by block."""
+    """Return the mean over rows of ``a`` of the cosine to the nearest of ``b``, block by block."""
     unit_a, unit_b = unit32(a), unit32(b)
     blocks = (unit_a[i : i + _ROWS] @ unit_b.T for i in range(0, len(a), _ROWS))
     return float(np.concatenate([block.max(axis=1) for block in blocks]).mean(dtype=np.float64))
 
 
 def _draws(rng: np.random.Generator, draws: int, *arguments: Any) -> _Drawn:
-    """The mean of several."""
+    """Return the mean over several draws."""
     return _Drawn(*np.mean([_draw(rng, *arguments) for _ in range(draws)], axis=0).tolist())
 
 
@@ -163,18 +167,18 @@ def covariance_null(
     seed: int = 0,
     draws: int = 3,
 ) -> Null:
-    """The matched null of rows drawn from N(0, Σ); as deterministic and symmetric as the other.
+    """Simulate the matched null of rows from N(0, Σ); deterministic and symmetric as well.
 
-    Above `MAX_SIMULATED_LATENTS` the mean matched cosine is carried on as `isotropic_null` does it,
-    ``matched(m) ≈ best(κ·m)``, but with ``best`` by drawing, as no formula gives it, and with κ
-    falling as a power of m, which two sizes a factor of 4 apart tell: crowded rows compete more
-    the more of them there are. (What matching loses against ``best`` is taken within a draw: it
-    varies less from draw to draw than either.) In checks with spectra 1/k, 1/√k and 1/k², d_in of
-    64 and 128, and 256 or 512 latents carried on to 1,536, it was right within 1% on average over
-    draws and within 2% always; by a κ taken as constant it was 3% off.
+    Above `MAX_SIMULATED_LATENTS` the mean matched cosine is extrapolated as in `isotropic_null`,
+    ``matched(m) ≈ best(κ·m)``, with two differences: ``best`` is simulated, as there is no formula,
+    and κ falls as a power of m, because rows compete more the more of them there are. The power is
+    fitted to two sizes a factor of 4 apart. (The loss of matching against ``best`` is measured
+    within a draw, where it varies less between draws than either.) In checks with spectra 1/k, 1/√k
+    and 1/k², d_in of 64 and 128, and 256 or 512 latents extrapolated to 1,536, the result was right
+    within 1% on average over draws and always within 2%; with a constant κ it was 3% off.
 
-    The coverage is E[1 − (1 − q_enc·q_dec)^F], q the chance of a row that another is within τ of
-    it, found in the same draws.
+    The coverage is E[1 − (1 − q_enc·q_dec)^F]; q is a row's chance that another row has a cosine
+    ≥ τ to it, estimated from the same draws.
     """
     exact = np.ascontiguousarray(covariance, dtype=np.float64)
     sizes = sorted((num_latents_a, num_latents_b))
@@ -214,12 +218,12 @@ def _covariance_null(
 
 @dataclass(frozen=True, eq=False)
 class _Pool:
-    """How near some rows drawn with a covariance have the nearest of many others.
+    """Cosines of some rows drawn with a covariance to the nearest of many others.
 
     Attributes:
-        counts: numbers of others, each twice the one before up to all of them.
+        counts: numbers of others, doubling up to all of them.
         cosines: mean over the rows, and over parts of that size, of the largest cosine.
-        near: for each row the part of the others with a cosine ≥ τ.
+        near: for each row the fraction of the others with a cosine ≥ τ.
     """
 
     counts: Int[np.ndarray, " sizes"]
@@ -256,21 +260,21 @@ class _Pool:
         return cls(np.array([*counts, others]), np.array([*cosines, whole]), near / others)
 
     def best(self, others: float) -> float:
-        """Mean cosine to the nearest of so many, straight between sizes on the log scale."""
+        """Return the mean cosine to the nearest of ``others``, linear between sizes in the log."""
         return float(np.interp(log(others), np.log(self.counts), self.cosines))
 
     def rows_for(self, cosine: float) -> float:
-        """Of how many the nearest has this mean cosine."""
+        """Return the number of others of which the nearest has this mean cosine."""
         return float(np.exp(np.interp(cosine, self.cosines, np.log(self.counts))))
 
     def covered(self, others: int) -> float:
-        """P(one of so many is within τ by encoder and by decoder): two independent chances."""
+        """Return P(one of ``others`` has encoder and decoder cosine ≥ τ), both independent."""
         both = self.near * np.roll(self.near, 1)
         return float(np.mean(-np.expm1(others * np.log1p(-np.minimum(both, 1 - 1e-16)))))
 
 
 def above(cosine: Float[np.ndarray, "*shape"] | float, d_in: int) -> Float[np.ndarray, "*shape"]:
-    """P(cosine of two random directions > ``cosine``): ½·I(1 − c²; (D−1)/2, ½) for c ≥ 0."""
+    """Return P(cosine of two random directions > ``cosine``): ½·I(1 − c²; (D−1)/2, ½) for c ≥ 0."""
     cosine = np.asarray(cosine, dtype=np.float64)
     if d_in == 1:
         return np.where(cosine < 1, np.where(cosine < -1, 1.0, 0.5), 0.0)
@@ -279,19 +283,19 @@ def above(cosine: Float[np.ndarray, "*shape"] | float, d_in: int) -> Float[np.nd
 
 
 def covered_by_chance(num_latents: int, d_in: int, threshold: float) -> float:
-    """P(one of ``num_latents`` random rows has encoder and decoder cosine ≥ τ) = 1 − (1 − p²)^F."""
+    """Return P(one of F random rows has encoder and decoder cosine ≥ τ) = 1 − (1 − p²)^F."""
     return float(-np.expm1(num_latents * np.log1p(-np.square(above(threshold, d_in)))))
 
 
 def best_cosine(num_latents: float, d_in: int) -> float:
-    """Mean cosine of a direction to the nearest of so many random ones: ∫ c dP(c)^F."""
+    """Return the mean cosine of a direction to the nearest of F random ones: ∫ c dP(c)^F."""
     cosines = np.linspace(-1, 1, 100_001)
     below = np.exp(num_latents * np.log1p(-np.minimum(above(cosines, d_in), 1 - 1e-16)))
     return float(1 - np.trapezoid(below, cosines))
 
 
 def _carried(cosine: float, simulated: int, wanted: int, d_in: int) -> float:
-    """The mean matched cosine at ``wanted`` latents from that at ``simulated``, at the same κ."""
+    """Extrapolate the mean matched cosine from ``simulated`` to ``wanted`` latents, at equal κ."""
 
     def missing(kappa: float) -> float:
         return best_cosine(kappa * simulated, d_in) - cosine
@@ -301,5 +305,5 @@ def _carried(cosine: float, simulated: int, wanted: int, d_in: int) -> float:
 
 
 def kappa(shared: float, null: float) -> float:
-    """κ = (S − S₀)/(1 − S₀): 0 at the null, 1 where everything is shared."""
+    """Return κ = (S − S₀)/(1 − S₀): 0 at the null, 1 if everything is shared."""
     return (shared - null) / (1 - null) if null < 1 else float("nan")

@@ -1,10 +1,11 @@
-"""Pairs by what their runs differ in: seeds are a sample, layers and architectures are not.
+"""Pairs of runs grouped by the axes in which they differ, with intervals over seeds alone.
 
-A mean over pairs of runs that differ in the seed alone has an interval over seeds
-(`statistics.seed_interval`). Where pairs differ in something that was chosen (layer, width,
-architecture) their mean over a cell has none: four layers are no sample of layers. What has one is
-each *pair of values*, layer 1 with layer 2, over the seeds that both were trained with:
-`groups` makes these of the pairs of all cells that differ in the seed alone.
+Seeds are a sample; layers and architectures are not. A mean over pairs of runs that differ in the
+seed alone has an interval over seeds (`statistics.seed_interval`). If the runs of pairs differ in a
+chosen value (layer, width, architecture), their mean over a cell has none: four layers are not a
+sample of layers. But each *pair of values*, such as layer 1 with layer 2, has an interval over the
+seeds that both were trained with. `groups` makes these from the cells that differ in the seed
+alone.
 """
 
 from __future__ import annotations
@@ -20,23 +21,23 @@ from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes, value
 from reseed.compare.statistics import Interval, leave_one_out_interval, run_interval
 
 Place = Mapping[str, str]
-"""Where a run stands: axis → value, of every axis that pairs up."""
+"""A run's coordinates: pairing axis → value."""
 JOINED = ", "
-"""Between the values of several axes."""
+"""Separator between the values of several axes."""
 DERIVED = ("shared_of_a", "shared_of_b", "shared_of_smaller")
-"""Shared latents as a fraction of the first dictionary's, the second's, the smaller one's."""
+"""Shared latents as a fraction of the first, the second, and the smaller dictionary's latents."""
 _OTHER = {"a": "b", "b": "a"}
 
 
 def place_label(place: Place) -> str:
-    """The values of a place in one word, as `Dictionary.seed` has them."""
+    """Return the values of a place in one string, as in `Dictionary.seed`."""
     return JOINED.join(place.values())
 
 
 def seed_at(label: str, settings: ComparisonConfig, knobs: Mapping[str, Any]) -> str | None:
-    """The seed of a run that has this label in a cell with these knobs, where it is known.
+    """Return the seed of the run with this label in a cell with these knobs, or None if unknown.
 
-    Of runs that differ in the order of the data alone the order takes its place.
+    For runs that differ in the data order alone, it is the order seed.
     """
     axes, words = pair_axes(settings.pair_by), label.split(JOINED)
     if "seed" in axes and len(words) == len(axes):
@@ -49,10 +50,10 @@ def seed_at(label: str, settings: ComparisonConfig, knobs: Mapping[str, Any]) ->
 def with_places(
     pairs: pd.DataFrame, places: Mapping[str, Place], settings: ComparisonConfig
 ) -> pd.DataFrame:
-    """The pairs with what they differ in.
+    """Return the pairs with columns that say how their runs differ.
 
-    Adds the column ``differs_in``: the axes in which the two runs differ, joined by a comma; where
-    several axes pair up, or one whose values were chosen, also ``<axis>_a`` and ``<axis>_b``.
+    Adds ``differs_in``: the axes in which the two runs differ, joined by a comma. With several
+    pairing axes, or one whose values were chosen, it also adds ``<axis>_a`` and ``<axis>_b``.
 
     Args:
         places: run id → its place.
@@ -69,7 +70,7 @@ def with_places(
         for axis in axes:
             for letter, side in sides.items():
                 name, values = f"{axis}_{letter}", [place[axis] for place in side]
-                if name in found:  # `seed_a`, which has been the label of the whole place
+                if name in found:  # `seed_a` held the label of the whole place until here
                     found[name] = values
                 else:
                     at += 1
@@ -80,10 +81,10 @@ def with_places(
 def without_intervals(
     estimates: Mapping[str, Interval], settings: ComparisonConfig
 ) -> dict[str, Interval]:
-    """The estimates of a cell: as they are where its runs are a sample, else without intervals."""
+    """Return a cell's estimates: unchanged if its runs are a sample, else without intervals."""
     if settings.pairs_are_a_sample:
         return dict(estimates)
-    reason = f"runs that differ in {settings.pair_words} are no sample: no interval over them"
+    reason = f"runs that differ in {settings.pair_words} are not a sample: no interval over them"
     return {
         name: replace(found, low=None, high=None, standard_error=None, reason=reason)
         for name, found in estimates.items()
@@ -95,13 +96,13 @@ class PairGroup:
     """The pairs of two values (layer 1 with layer 2) that differ in the same axes.
 
     Attributes:
-        knobs: what their cells have in common, without the seed.
-        first, second: the two values, in the order of the axis; the same where pairs differ in the
-            seed alone.
+        knobs: the knobs that their cells have in common, without the seed.
+        first, second: the two values, in the order of the axis; equal if pairs differ in the seed
+            alone.
         differs_in: the axes in which the runs of each pair differ, joined by a comma.
-        pairs: their rows, turned so that side a has the first value.
-        unit: the axis over whose values intervals are; empty where there is none.
-        units: its value for a and for b of each pair.
+        pairs: rows of the pairs, oriented so that side a has the first value.
+        unit: the axis of draws that intervals are over, such as the seed; empty if there is none.
+        units: its value for sides a and b of each pair.
     """
 
     knobs: Mapping[str, Any]
@@ -118,14 +119,14 @@ class PairGroup:
 
     @property
     def levels(self) -> list[str]:
-        """The distinct seeds (or what else is the unit) of the runs."""
+        """The distinct values of the unit: usually seeds."""
         return list(dict.fromkeys(unit for pair in self.units for unit in pair if unit))
 
     def mean(self, column: str) -> float:
         return float(self._values(column).mean())
 
     def without(self, column: str) -> list[float]:
-        """The mean over the pairs that lack each of `levels`, NaN where there are none."""
+        """Return, for each of `levels`, the mean over the pairs without it; NaN if none is left."""
         values = self._values(column)
         found = []
         for level in self.levels:
@@ -134,24 +135,25 @@ class PairGroup:
         return found
 
     def interval(self, column: str, confidence: float, *, fraction: bool = True) -> Interval:
-        """The mean with its interval over seeds: leave all runs of one seed out, t(n−1).
+        """Return the mean with its interval over seeds: leave all runs of one seed out, t(n−1).
 
-        Where every seed makes one pair, as where layers pair up, that is the t interval of its n
-        values; where it makes several it is the one of a U-statistic, and allows for runs of one
-        seed that depend on each other (`seed_scope`).
+        If every seed makes one pair (pairs of layers), this is the t interval of n values. If it
+        makes several, this is the interval of a U-statistic; runs of one seed may depend on each
+        other (`seed_scope`).
         """
         if len(self.levels) < 2:
             mean = self.mean(column)
-            reason = "one seed: chosen values are no sample, so there is no interval"
+            reason = "one seed: chosen values are not a sample, so there is no interval"
             return Interval(mean, None, None, None, len(self.levels), reason)
         scale = "logit" if fraction else "linear"
         return leave_one_out_interval(self.mean(column), self.without(column), confidence, scale)
 
     def _values(self, column: str) -> np.ndarray:
-        """A column of the pairs, or one of `DERIVED`, which follow from them.
+        """Return a column of the pairs, or one of `DERIVED`.
 
-        Of pairs of one value neither side is the first: what is of one side is the mean of both.
-        (The order of the seeds would decide it, and a mean over pairs would be no U-statistic.)
+        In pairs within one value the sides are interchangeable: a one-sided column is the mean of
+        both sides. (Else the order of the seeds would decide, and the mean would be no
+        U-statistic.)
         """
         stem, _, letter = column.rpartition("_")
         if self.within and stem and letter in _OTHER:
@@ -170,23 +172,26 @@ class PairGroup:
 def across_minus_within(
     across: PairGroup, within: Sequence[PairGroup], column: str, confidence: float
 ) -> Interval:
-    """How much less two values share with each other than each with itself over seeds:
-    S(v, w) − (S(v, v) + S(w, w))/2, leaving all runs of one seed out at a time."""
+    """Return the difference between sharing across two values and within each over seeds.
+
+    The estimate is S(v, w) − (S(v, v) + S(w, w))/2; the interval leaves all runs of one seed out at
+    a time.
+    """
     first, second = within
     mean = across.mean(column) - (first.mean(column) + second.mean(column)) / 2
     common = set(across.levels) == set(first.levels) == set(second.levels)
     if not common:
-        return Interval(mean, None, None, None, 0, "not every seed is there for both values")
+        return Interval(mean, None, None, None, 0, "not every seed was run for both values")
     lacking = [dict(zip(g.levels, g.without(column), strict=True)) for g in (across, *within)]
     without = [lacking[0][s] - (lacking[1][s] + lacking[2][s]) / 2 for s in across.levels]
     return leave_one_out_interval(mean, without, confidence)
 
 
 def groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGroup]:
-    """The pairs of cells whose runs are no sample, by the values that they are of.
+    """Group the pairs of cells whose runs are not a sample by the two values compared.
 
     Args:
-        cells: knobs and `CellResult` of each; cells that differ in the seed alone are one family.
+        cells: knobs and `CellResult` of each cell; cells that differ in the seed alone are pooled.
     """
     found = []
     for knobs, family in _families(cells):
@@ -212,7 +217,7 @@ def groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGroup]:
 def runs_by_value(
     cells: Sequence[tuple[Mapping[str, Any], Any]], confidence: float
 ) -> list[tuple[Mapping[str, Any], str, dict[str, Interval]]]:
-    """For each value its runs' metrics (FVU, L0) over seeds: knobs, value, estimates."""
+    """Return, for each value, knobs, value, and its runs' metrics (FVU, L0) over seeds."""
     found = []
     for knobs, family in _families(cells):
         runs = {}
@@ -233,10 +238,10 @@ def runs_by_value(
 def _families(
     cells: Sequence[tuple[Mapping[str, Any], Any]],
 ) -> list[tuple[dict[str, Any], list[tuple[Mapping[str, Any], Any]]]]:
-    """Cells that are alike in all but the seed, and what they have in common."""
+    """Group cells that are equal in all but the seed; return each group's common knobs with it."""
     general = [(knobs, cell) for knobs, cell in cells if not cell.settings.pairs_are_a_sample]
-    # A knob that differs within a cell (`0|1|2`) is what pairs up or follows from it; cells that
-    # lack some runs have it in another wording.
+    # A knob that differs within a cell (`0|1|2`) is a pairing axis or follows from one; its text
+    # differs between cells if one of them lacks runs, so leave it out of the key.
     paired = {name for knobs, _ in general for name, v in knobs.items() if "|" in str(v)}
     found: dict[Any, tuple[dict[str, Any], list[tuple[Mapping[str, Any], Any]]]] = {}
     for knobs, cell in general:
@@ -250,8 +255,8 @@ def _families(
 def _placed(
     knobs: Mapping[str, Any], pairs: pd.DataFrame, settings: ComparisonConfig
 ) -> pd.DataFrame:
-    """The pairs of a cell with ``value_a`` (what was chosen of a), and ``at seed_a`` and the like:
-    which draw it is."""
+    """Add to a cell's pairs, per side, ``value_a`` (the chosen values) and ``at seed_a``, … (the
+    draws)."""
     axes, more = pair_axes(settings.pair_by), {}
     chosen = value_axes(settings.pair_by)
     for letter in "ab":
@@ -266,7 +271,7 @@ def _placed(
 
 
 def _order(settings: ComparisonConfig, values: Sequence[str]) -> dict[str, int]:
-    """The place of each value: as the grid lists them."""
+    """Return the rank of each value, in the order of the grid."""
     listed = [""]
     for i, axis in enumerate(value_axes(settings.pair_by)):
         words = [str(word) for word in settings.grid[axis]]
@@ -275,7 +280,7 @@ def _order(settings: ComparisonConfig, values: Sequence[str]) -> dict[str, int]:
 
 
 def _oriented(pairs: pd.DataFrame, order: Mapping[str, int]) -> pd.DataFrame:
-    """The pairs with the value that comes first on side a."""
+    """Swap the sides of pairs so that the value that comes first in ``order`` is on side a."""
     turned = [order[a] > order[b] for a, b in zip(pairs["value_a"], pairs["value_b"], strict=True)]
     swap = _OTHER | {
         name: name[:-1] + _OTHER[name[-1]]
@@ -287,7 +292,7 @@ def _oriented(pairs: pd.DataFrame, order: Mapping[str, int]) -> pd.DataFrame:
 
 
 def _unit(rows: pd.DataFrame, differs_in: str) -> str:
-    """The axis of draws that the interval is over: one in which the pairs differ, else the one of
+    """Return the axis of draws for the interval: one in which the pairs differ, if any, with the
     most values."""
     counts = {
         axis: len({*rows[f"at {axis}_a"], *rows[f"at {axis}_b"]} - {""}) for axis in REPLICATES

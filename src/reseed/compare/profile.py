@@ -1,6 +1,7 @@
-"""In how many other seeds a latent is shared: p_m, u_k, and where u_k ends.
+"""Seed profile: the number of other seeds that share a latent (p_m), u_k and the limit of u_k.
 
-Source: Paulo & Belrose (arXiv 2501.16615): their ring is p_m, their line u_k with a power law.
+Source: Paulo & Belrose (arXiv 2501.16615); their ring chart shows p_m, their line chart u_k with a
+power law.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from scipy import optimize, special
 
 @dataclass(frozen=True, eq=False)
 class SeedProfile:
-    """In how many other seeds latents are shared.
+    """Numbers of other seeds that share the latents of n seeds.
 
     Attributes:
         shared_with: per base seed, m_i of each of its latents (0 … n−1).
         p: p_m for m = 0 … n−1, the distribution of m_i, averaged over base seeds.
-        u: u_k for k = 2 … n, the fraction of latents that none of k−1 other seeds share, averaged
-            over bases and over the choices of the k−1.
+        u: u_k for k = 2 … n, the fraction of latents that none of k−1 other seeds shares, averaged
+            over base seeds and over the choices of the k−1.
     """
 
     shared_with: tuple[Int[np.ndarray, " num_latents"], ...]
@@ -31,15 +32,15 @@ class SeedProfile:
 
     @property
     def k(self) -> Int[np.ndarray, " n-1"]:
-        """The numbers of seeds that `u` is of."""
+        """The numbers of seeds, k = 2 … n, of `u`."""
         return np.arange(2, len(self.p) + 1)
 
 
 def seed_profile(shared: Sequence[Bool[np.ndarray, "num_latents n-1"]]) -> SeedProfile:
-    """p_m and u_k of n seeds.
+    """Return p_m and u_k of n seeds.
 
     Args:
-        shared: for each base seed, whether each of its latents is shared with each of the others.
+        shared: per base seed, true where each of its latents is shared with each of the others.
     """
     n = len(shared)
     if n < 2 or any(flags.ndim != 2 or flags.shape[1] != n - 1 for flags in shared):
@@ -51,10 +52,10 @@ def seed_profile(shared: Sequence[Bool[np.ndarray, "num_latents n-1"]]) -> SeedP
 
 
 def unshared_fractions(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n-1"]:
-    """u_k for k = 2 … n from p_m: u_k = Σ_m p_m · C(n−1−m, k−1) / C(n−1, k−1).
+    """Return u_k for k = 2 … n from p_m: u_k = Σ_m p_m · C(n−1−m, k−1) / C(n−1, k−1).
 
-    A latent that m of the n−1 others share is missed by k−1 of them drawn at random with the odds
-    of drawing all from the n−1−m that do not share it.
+    If m of the n−1 others share a latent, k−1 of them drawn at random all lack it with the
+    probability that all are drawn from the n−1−m that do not share it.
     """
     n = len(p)
     m, k = np.arange(n), np.arange(2, n + 1)[:, None]
@@ -62,7 +63,7 @@ def unshared_fractions(p: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n-1"]:
 
 
 class PowerLaw(NamedTuple):
-    """u_k ≈ a·k^(−b) + c: c is the fraction that no number of seeds would find again."""
+    """Power law u_k ≈ a·k^(−b) + c; c is the fraction that no number of seeds would find again."""
 
     a: float
     b: float
@@ -73,10 +74,10 @@ class PowerLaw(NamedTuple):
 
 
 def fit_power_law(u: Float[np.ndarray, " n-1"]) -> PowerLaw | None:
-    """Least squares of a·k^(−b) + c on u_k for k = 2 … n, with a, b ≥ 0 and 0 ≤ c ≤ 1.
+    """Fit a·k^(−b) + c to u_k for k = 2 … n by least squares, with a, b ≥ 0 and 0 ≤ c ≤ 1.
 
-    None with fewer than 4 values (the curve has 3 parameters), where they fall by less than 0.01
-    (a flat line does not say where it ends), or where no fit is found.
+    Returns None with fewer than 4 values (the curve has 3 parameters), if they fall by less than
+    0.01 (a flat line does not determine its limit), or if no fit is found.
     """
     if len(u) < 4 or u[0] - u[-1] < 0.01:
         return None

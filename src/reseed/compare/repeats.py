@@ -1,8 +1,8 @@
-"""Latents that a dictionary has twice: duplicates and antipodal pairs.
+"""Repeated latents of a dictionary: duplicates and antipodal pairs.
 
-s_i = max_{j≠i} cos(E_i, E_j)·cos(W_i, W_j) is near 1 for both; the signs tell them apart. Both
-cosines positive: two latents for one thing. Both negative: two latents that stand for the two ends
-of one direction. Matching is made difficult by either: of equal latents any may be taken.
+s_i = max_{j≠i} cos(E_i, E_j)·cos(W_i, W_j) is near 1 for both, and the signs distinguish them. Both
+cosines positive: two latents for the same feature. Both negative: two latents for the two ends of
+one direction. Repeated latents make matching ambiguous, because equal latents are interchangeable.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from reseed.compare.similarity import Running, tiles, unit_pair
 
 @dataclass(frozen=True, eq=False)
 class Repeats:
-    """A value per latent of one dictionary.
+    """Repetition of each latent of one dictionary.
 
     Attributes:
         duplicate_product, antipodal_product: the largest product of both cosines with another
-            latent, over those where both are positive, and over those where both are negative;
-            0 where there is none.
-        duplicate, antipodal: that product reaches τ².
+            latent, over latents where both are positive, and where both are negative; 0 if there
+            is none.
+        duplicate, antipodal: that product is ≥ τ².
     """
 
     duplicate_product: Float[np.ndarray, " num_latents"]
@@ -35,9 +35,9 @@ class Repeats:
 
 
 def repeats(x: Rows, threshold: float, device: str = "cpu") -> Repeats:
-    """Look at all pairs of latents of one dictionary, in blocks.
+    """Find the most similar other latent of every latent of one dictionary, in blocks.
 
-    Which other latent is the most alike is found in float32, the product with it is float64.
+    The search is in float32; the products with the latents found are in float64.
     """
     n = len(x)
     encoder, decoder = unit_pair(x, device)
@@ -46,7 +46,7 @@ def repeats(x: Rows, threshold: float, device: str = "cpu") -> Repeats:
         c_enc = encoder[rows] @ encoder[columns].T
         product = c_enc * (c_enc if x.tied else decoder[rows] @ decoder[columns].T)
         first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
-        own = torch.arange(first, max(first, last))  # a latent is no other one
+        own = torch.arange(first, max(first, last))  # the diagonal: a latent with itself
         product[own - rows.start, own - columns.start] = 0
         positive.look(product.where(c_enc > 0, 0), rows, columns)
         negative.look(product.where(c_enc < 0, 0), rows, columns)

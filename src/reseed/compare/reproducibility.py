@@ -1,12 +1,12 @@
-"""How likely is it that one more seed shares this latent?
+"""Reproducibility: the estimated probability that one more seed shares a latent.
 
-Latent i is shared with m_i of n−1 other seeds. Taken as draws with a chance of its own, which over
-the latents of a run has a beta distribution, m is beta-binomial; with α and β from the run's own
-m_i (empirical Bayes; Efron & Morris 1973) the chance of latent i given m_i is beta again:
-Beta(m_i + α, n − 1 − m_i + β), with mean (m_i + α)/(n − 1 + α + β).
+Latent i is shared with m_i of n−1 other seeds. Model these as draws with the latent's own
+probability, beta-distributed over the latents of a run; m is then beta-binomial. With α and β
+fitted to the run's m_i (empirical Bayes; Efron & Morris 1973), the probability of latent i given
+m_i is beta again: Beta(m_i + α, n − 1 − m_i + β), with mean (m_i + α)/(n − 1 + α + β).
 
-The n−1 others are one sample of seeds, the same for all latents of a run: of the chances of single
-latents the intervals say what they say, but errors of several latents go together.
+The n−1 others are one sample of seeds, the same for all latents of a run. Intervals hold for single
+latents; errors of several latents are correlated.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from jaxtyping import Bool, Float, Int
 from scipy import optimize, special
 
 _LEAST_OTHERS = 2
-"""Of one other seed only the mean of the chances shows, not how they spread."""
+"""One other seed determines only the mean of the probabilities, not their spread."""
 _BORDER = 7.0
-"""|log α| and |log β| are sought up to here; a fit that ends there has no proper end."""
+"""Bound on |log α| and |log β|; a fit that reaches it has not converged."""
 
 
 class Prior(NamedTuple):
-    """The beta distribution of the chances. ``fitted`` is false for Jeffreys' Beta(½, ½)."""
+    """The beta distribution of the probabilities; ``fitted`` is false for Jeffreys' Beta(½, ½)."""
 
     alpha: float
     beta: float
@@ -37,7 +37,7 @@ JEFFREYS = Prior(0.5, 0.5, False)
 
 @dataclass(frozen=True, eq=False)
 class Reproducibility:
-    """The chance that another seed shares a latent, and its interval, a value per latent."""
+    """The probability that another seed shares a latent, with its interval; a value per latent."""
 
     mean: Float[np.ndarray, " num_latents"]
     low: Float[np.ndarray, " num_latents"]
@@ -51,15 +51,15 @@ def reproducibility(
     kept: Bool[np.ndarray, " num_latents"] | None = None,
     confidence: float = 0.95,
 ) -> Reproducibility:
-    """The estimate of every latent of one run.
+    """Estimate the reproducibility of every latent of one run.
 
     Args:
-        shared_with: m_i, with how many of the ``others`` each latent is shared.
+        shared_with: m_i, the number of ``others`` that each latent is shared with.
         others: n−1 ≥ 1.
-        kept: latents that the prior is fitted to (those that have a direction); all by default.
+        kept: latents that the prior is fitted to (those with non-zero rows); all by default.
 
     Raises:
-        ValueError: m_i out of range.
+        ValueError: m_i is out of range.
     """
     m = np.asarray(shared_with)
     if others < 1 or m.min() < 0 or m.max() > others:
@@ -69,7 +69,7 @@ def reproducibility(
         )
     counts = np.bincount(m if kept is None else m[kept], minlength=others + 1)
     prior = fit_prior(counts)
-    # One value per m: quantiles of 131,072 latents would all be the same few.
+    # Compute quantiles once per m instead of per latent (up to 131,072).
     levels = np.arange(others + 1)
     a, b = levels + prior.alpha, others - levels + prior.beta
     tail = (1 - confidence) / 2
@@ -78,11 +78,10 @@ def reproducibility(
 
 
 def fit_prior(counts: Int[np.ndarray, " n"]) -> Prior:
-    """α and β of greatest likelihood; Jeffreys' ½, ½ where there is no such fit.
+    """Fit α and β by maximum likelihood; fall back to Jeffreys' ½, ½ where there is no fit.
 
-    There is none with fewer than 2 others, and at the border: where all latents are shared with
-    all or none (α and β fall to 0), or m spreads no more than with one chance for all (they grow
-    without end).
+    There is none with fewer than 2 others, or at the bounds: if all latents are shared with all or
+    none (α and β go to 0), or if m spreads no more than with one common probability (they diverge).
 
     Args:
         counts: the number of latents shared with m = 0 … n−1 others.

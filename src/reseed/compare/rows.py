@@ -1,4 +1,4 @@
-"""The rows of a dictionary that are compared, and exact cosines of chosen pairs of them."""
+"""Compared rows of a dictionary, and exact cosines of chosen pairs of rows."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from jaxtyping import Float, Int
 from reseed.compare.dictionary import Dictionary
 
 _BLOCK_ENTRIES = 1 << 20
-"""Numbers of a matrix that are converted to float64 at a time: 8 MB."""
+"""Entries of a matrix that are converted to float64 at a time: 8 MB."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Encoder and decoder rows; both are zero where one of them has no direction.
 
-    They have the lengths that they were trained to: whoever wants cosines normalises them. At
-    131,072 × 4,096 a copy in float64 would be 4.3 GB, so that none is kept.
+    The rows keep their trained lengths, and the caller normalises them. No normalised copy is
+    stored, because at 131,072 × 4,096 it would take 4.3 GB in float64.
     """
 
     encoder: Float[np.ndarray, "n d_in"]
@@ -41,11 +41,11 @@ class Rows:
 
     @property
     def tied(self) -> bool:
-        """Encoder and decoder are the same rows: one matching is the other."""
+        """True if encoder and decoder are the same rows; then one matching serves for both."""
         return self.encoder is self.decoder
 
     def joint(self) -> Float[np.ndarray, "n 2*d_in"]:
-        """[E, W]/√2 of unit rows, float32: their cosine is the mean of both cosines."""
+        """Return [E, W]/√2 of unit rows, float32; their cosine is the mean of both cosines."""
         halves = [unit32(self.encoder), unit32(self.decoder)]
         return np.concatenate(halves, axis=1) / np.float32(np.sqrt(2))
 
@@ -55,10 +55,10 @@ def _without(rows: Float[np.ndarray, "n d_in"], zero: np.ndarray) -> Float[np.nd
 
 
 def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
-    """Rows of length 1 in float64; a row that is zero or not finite becomes zero."""
+    """Normalise rows to length 1 in float64; a row that is zero or not finite becomes zero."""
     rows = np.asarray(rows, dtype=np.float64)
     rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
-    # The largest entry first, so that the squares of tiny or huge rows stay in range.
+    # Divide by the largest entry first, so that squares of tiny or huge rows stay in range.
     scale = np.abs(rows).max(axis=1, keepdims=True)
     rows = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
@@ -66,7 +66,7 @@ def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
 
 
 def unit32(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
-    """`unit_rows` in float32, made block by block."""
+    """Return `unit_rows` in float32, computed block by block."""
     out = np.empty(rows.shape, dtype=np.float32)
     step = max(1, _BLOCK_ENTRIES // rows.shape[1])
     for start in range(0, len(rows), step):
@@ -81,7 +81,7 @@ def row_cosines(
     i: Int[np.ndarray, " pairs"],
     j: Int[np.ndarray, " pairs"],
 ) -> Float[np.ndarray, " pairs"]:
-    """Cosines in float64 of rows ``i`` of ``a`` with rows ``j`` of ``b``, pair by pair."""
+    """Return the cosines of rows ``i`` of ``a`` with rows ``j`` of ``b``, pairwise in float64."""
     out = np.empty(len(i))
     step = max(1, _BLOCK_ENTRIES // a.shape[1])
     for start in range(0, len(i), step):
@@ -94,7 +94,7 @@ def row_cosines(
 def both_cosines(
     a: Rows, b: Rows, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]
 ) -> Float[np.ndarray, " pairs"]:
-    """min(c_enc, c_dec) of pairs of latents, in float64."""
+    """Return min(c_enc, c_dec) of pairs of latents, in float64."""
     by_encoder = row_cosines(a.encoder, b.encoder, i, j)
     if a.tied and b.tied:
         return by_encoder

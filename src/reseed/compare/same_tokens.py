@@ -1,10 +1,10 @@
-"""Latents matched by what they do: their activations on the same tokens, with no weights asked.
+"""Matching of latents by their activations on the same tokens, without comparing weights.
 
-Between SAEs of activations of different width there is no cosine of rows. But the activations of
-their latents on the same tokens are vectors of one space, whose cosine about the mean is Pearson's
-correlation r. The first tokens give the exact matching that maximises Σr, the others the numbers:
-on the tokens that it was made of a matching would look better than it is, as it picked the best of
-many.
+SAEs of activations of different width have no cosines between rows. But their latents' activations
+on the same tokens are vectors in one space; their centred cosine is Pearson's correlation r. The
+first tokens give the exact matching that maximises Σr, the remaining tokens the reported numbers.
+Measured on the tokens that it was made from, a matching would look too good, as it picks the best
+of many.
 """
 
 from __future__ import annotations
@@ -26,18 +26,17 @@ from reseed.compare.statistics import known_mean
 log = logging.getLogger(__name__)
 
 MATCH_TOKENS = 4_096
-"""So many of the tokens give the matching, or half of them where there are fewer than twice as
-many."""
+"""Number of tokens that give the matching; half of the tokens if there are fewer than twice it."""
 MOST_BYTES = 1 << 31
-"""Of the activations [F, tokens] of one SAE in float32: a wider one is matched on fewer tokens."""
+"""Limit on one SAE's activations [F, tokens] in float32; wider SAEs are matched on fewer tokens."""
 
 
 class Matched(NamedTuple):
-    """Of a pair, over the matched latents that are live, on tokens that the matching has not seen.
+    """Agreement of a pair's matched live latents, on tokens that the matching has not seen.
 
     Attributes:
-        pearson, jaccard: mean correlation, and mean overlap of the tokens that they fire on.
-        fraction: 2·#/(live A + live B) of those with r at the threshold.
+        pearson, jaccard: mean correlation, and mean overlap of the tokens at which they fire.
+        fraction: 2·#/(live A + live B), with # the matches whose r reaches the threshold.
     """
 
     pearson: float
@@ -49,12 +48,12 @@ UNKNOWN = Matched(float("nan"), float("nan"), float("nan"))
 
 
 class ByActivations:
-    """The matchings of every pair of n SAEs, and how well they hold.
+    """Matchings by activations of every pair of n SAEs, and their agreement.
 
     Args:
-        live: of each SAE; the others take no part.
-        tokens: how many there will be.
-        threshold: of r.
+        live: live latents of each SAE; other latents are not matched.
+        tokens: total number of tokens.
+        threshold: value of r from which a match counts as agreement.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class ByActivations:
         self._together: dict[tuple[int, int], Together | None] = {}
 
     def add(self, codes: Sequence[Codes]) -> None:
-        """Count a batch of tokens, encoded by each SAE."""
+        """Add a batch of tokens, encoded by each SAE."""
         if self.seen < self.first:
             self._held.append(list(codes))
             self.seen += codes[0].tokens
@@ -82,7 +81,7 @@ class ByActivations:
                 together.add(codes[s], codes[t])
 
     def measured(self) -> dict[tuple[int, int], Matched]:
-        """The numbers of every pair s < t; NaN where no tokens were left for them."""
+        """Return the agreement of every pair s < t; NaN if no tokens were left to measure it."""
         if not self._firing or not self._firing[0].tokens:
             return dict.fromkeys(combinations(range(len(self.live)), 2), UNKNOWN)
         return {pair: self._of(*pair) for pair in self._together}
@@ -107,12 +106,12 @@ class ByActivations:
                 partner = torch.from_numpy(self._partners(s, t)).to(device)
                 self._together[s, t] = Together.of(partner)
             except MemoryError as error:
-                log.warning("latents are not matched by their activations: %s", error)
+                log.warning("skipped matching latents by their activations: %s", error)
                 self._together[s, t] = None
         self._held = []
 
     def _partners(self, s: int, t: int) -> Int[np.ndarray, " F_s"]:
-        """σ(i) of each latent of s; −1 where it is not live, always the same, or left over."""
+        """Return σ(i) of each latent of s; −1 if it is not live, constant, or unmatched."""
         (rows_a, kept_a), (rows_b, kept_b) = (self._rows(x) for x in (s, t))
         partner = np.full(len(self.live[s]), -1)
         if len(kept_a) and len(kept_b):
@@ -121,7 +120,7 @@ class ByActivations:
         return partner
 
     def _rows(self, s: int) -> tuple[Float[np.ndarray, "kept tokens"], Int[np.ndarray, " kept"]]:
-        """Activations about their mean of the live latents that vary, and which these are."""
+        """Return the centred activations of live latents that vary, and the latents' indices."""
         rows = np.zeros((len(self.live[s]), self.seen), dtype=np.float32)
         start = 0
         for codes in self._held:

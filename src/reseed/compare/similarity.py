@@ -1,15 +1,14 @@
-"""What can be said of a pair without any assignment, from one pass over all pairs of latents.
+"""Measures that need no assignment, from one pass over all pairs of latents.
 
-- *coverage*: has a latent one of the other side, taken or not, with both cosines ≥ τ? And how many
-  (``within``): two or more say that it was split.
+- *coverage*: some latent of the other side, matched elsewhere or not, has both cosines ≥ τ. The
+  number of such latents is ``within``; two or more mean that the latent was split.
 - MMCS, mean max cosine similarity (Sharkey et al. 2022; Huben et al., arXiv 2309.08600): the mean
   over latents of max_j cos of decoder rows.
-- *mutual nearest neighbours*: i and j are each other's nearest, and near enough.
+- *mutual nearest neighbours*: i and j are each other's nearest, with a cosine ≥ τ.
 
-Products of blocks of latents are taken in float32 and forgotten; a matrix of all pairs is never
-held. Only what lies so close to τ that float32 could be wrong about it is taken again in float64,
-so that thresholds are decided as if everything were. Of two neighbours that float32 cannot tell
-apart either may be the nearest.
+Products of blocks of latents are computed in float32 and discarded; a matrix of all pairs is never
+held. Cosines too close to τ for float32 are computed again in float64, so thresholds are decided
+exactly as in float64. If float32 cannot separate two neighbours, either may be the nearest.
 """
 
 from __future__ import annotations
@@ -25,16 +24,16 @@ from torch import Tensor
 from reseed.compare.rows import Rows, both_cosines, row_cosines, unit32
 
 BLOCK_ENTRIES = 1 << 22
-"""Pairs of latents looked at together: three float32 matrices of 17 MB."""
+"""Pairs of latents in a block: three float32 matrices of 17 MB."""
 _MOST_COLUMNS = 2048
 
 
 class Nearest(NamedTuple):
-    """The nearest latent of the other side.
+    """Nearest latents of the other side.
 
     Attributes:
         a, b: the largest cosine of each latent of A, and of B (float32 products).
-        of_a: for each latent of A the index of its nearest.
+        of_a: index of the nearest latent of each latent of A.
     """
 
     a: Float[np.ndarray, " n"]
@@ -42,7 +41,7 @@ class Nearest(NamedTuple):
     of_a: Int[np.ndarray, " n"]
 
     def mutual(self) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
-        """Pairs (i, j) that are each other's nearest; of equal rows one is taken."""
+        """Return the pairs (i, j) that are each other's nearest; of equal rows only one pair."""
         i = np.flatnonzero(self.a == self.b[self.of_a])
         j, first = np.unique(self.of_a[i], return_index=True)
         return i[first], j
@@ -50,11 +49,11 @@ class Nearest(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What the pass over all pairs found.
+    """Result of the pass over all pairs.
 
     Attributes:
-        within_a, within_b: how many latents of the other side have both cosines ≥ τ.
-        live_within_a, live_within_b: how many live ones.
+        within_a, within_b: number of latents of the other side with both cosines ≥ τ.
+        live_within_a, live_within_b: number of live ones among them.
         by_decoder, by_both: nearest by c_dec, and by min(c_enc, c_dec).
         mutual_decoder, mutual_both: mutual nearest neighbours with that cosine ≥ τ, as (i, j).
     """
@@ -77,7 +76,7 @@ def survey(
     live_b: Bool[np.ndarray, " m"],
     device: str = "cpu",
 ) -> Survey:
-    """Look at every pair of latents once.
+    """Run one pass over all pairs of latents.
 
     Memory: the rows of both sides in float32 on ``device``, and `BLOCK_ENTRIES` pairs.
     """
@@ -124,7 +123,7 @@ def survey(
 
 
 class Running:
-    """Largest entries of the rows and columns of a matrix that is seen tile by tile."""
+    """Running maxima of the rows and columns of a matrix that arrives tile by tile."""
 
     def __init__(self, n: int, m: int, device: str) -> None:
         self.a = torch.full((n,), -torch.inf, device=device)
@@ -133,7 +132,7 @@ class Running:
 
     def look(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
         value, index = tile.max(dim=1)
-        better = value > self.a[rows]  # of equal ones the first stays
+        better = value > self.a[rows]  # of equal entries the first stays
         self.a[rows] = torch.where(better, value, self.a[rows])
         self.of_a[rows] = torch.where(better, index + columns.start, self.of_a[rows])
         self.b[columns] = torch.maximum(self.b[columns], tile.amax(dim=0))
@@ -143,7 +142,7 @@ class Running:
 
 
 class BothWays(Running):
-    """`Running` that knows the row of each column's largest entry too (``of_b``)."""
+    """`Running` that also tracks the row of each column's largest entry (``of_b``)."""
 
     def __init__(self, n: int, m: int, device: str) -> None:
         super().__init__(n, m, device)
@@ -152,14 +151,14 @@ class BothWays(Running):
     def look(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
         before = self.b[columns].clone()
         super().look(tile, rows, columns)
-        # Where is only asked of the columns that gained: ever fewer from tile to tile.
+        # Only columns whose maximum grew need an argmax: ever fewer from tile to tile.
         gained = (self.b[columns] > before).nonzero().squeeze(1)
         there = tile[:, gained] == self.b[columns][gained]
         self.of_b[columns.start + gained] = rows.start + there.to(torch.uint8).argmax(dim=0)
 
 
 def tiles(n: int, m: int) -> list[tuple[slice, slice]]:
-    """Blocks of rows and columns that together are all pairs."""
+    """Return blocks of rows and columns that together cover all pairs."""
     columns = min(m, _MOST_COLUMNS, BLOCK_ENTRIES)
     rows = max(1, BLOCK_ENTRIES // columns)
     return [
@@ -170,18 +169,18 @@ def tiles(n: int, m: int) -> list[tuple[slice, slice]]:
 
 
 def guard(d_in: int) -> float:
-    """How far a cosine of float32 rows may be from the true one: rounding grows as √d_in."""
+    """Return the largest error of a cosine of float32 rows; rounding grows as √d_in."""
     return 1e-6 + 4 * float(np.finfo(np.float32).eps) * d_in**0.5
 
 
 def unit_pair(x: Rows, device: str) -> tuple[Tensor, Tensor]:
-    """Unit encoder and decoder rows in float32 on the device; one tensor where they are tied."""
+    """Return unit encoder and decoder rows in float32 on the device; one tensor if tied."""
     encoder = torch.from_numpy(unit32(x.encoder)).to(device)
     return (encoder, encoder if x.tied else torch.from_numpy(unit32(x.decoder)).to(device))
 
 
 def _entries(flags: Bool[Tensor, "rows columns"]) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the true entries; on the CPU numpy finds few among many faster than torch."""
+    """Return the indices of the true entries; numpy is faster than torch if few are true."""
     if flags.device.type != "cpu":
         i, j = flags.nonzero(as_tuple=True)
         return i.cpu().numpy(), j.cpu().numpy()

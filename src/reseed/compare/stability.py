@@ -1,12 +1,12 @@
-"""Which latents of one dictionary another one has too: the measures of a pair.
+"""Comparison of a pair of dictionaries: matching, and the latents that both have.
 
 Source: Paulo & Belrose, *Sparse Autoencoders Trained on the Same Data Learn Different Features*
-(arXiv 2501.16615), with dead latents, one-sided coverage and both sides of a pair spelled out.
+(arXiv 2501.16615), extended by dead latents, one-sided coverage and both sides of a pair.
 
 Letters: A and B are two dictionaries, c_enc and c_dec the signed cosines of their encoder and
 decoder rows, σ_enc and σ_dec the exact matchings under each, τ the threshold, Σ the covariance of
-the held-out activations. The numbers of a pair are listed in `reseed.compare.measures`, those of
-several seeds in `reseed.compare.profile`.
+the held-out activations. `reseed.compare.measures` lists the measures of a pair,
+`reseed.compare.profile` those of several seeds.
 """
 
 from __future__ import annotations
@@ -34,16 +34,17 @@ from reseed.compare.similarity import survey
 
 @dataclass(frozen=True, eq=False)
 class PairSide:
-    """One side of a pair, a value per latent of it.
+    """One side of a pair, with a value per latent.
 
     Attributes:
-        id, seed: the dictionary whose latents these are.
+        id, seed: the dictionary of these latents.
         partner_encoder, partner_decoder: σ_enc and σ_dec; −1 where a latent is unmatched.
         cosine_encoder, cosine_decoder: cosines to these partners; 0 where unmatched.
-        agrees: σ_enc(i) = σ_dec(i), with a partner.
+        agrees: σ_enc(i) = σ_dec(i), and there is a partner.
         shared: agrees, and both cosines ≥ τ. The paper's strict rule.
-        within: how many latents of the other side, taken or not, have both cosines ≥ τ.
-        live_within: how many live ones.
+        within: number of latents of the other side, matched elsewhere or not, with both cosines
+            ≥ τ.
+        live_within: the number of live ones among them.
         live: fires often enough in the held-out tokens.
     """
 
@@ -61,17 +62,17 @@ class PairSide:
 
     @property
     def covered(self) -> Bool[np.ndarray, " num_latents"]:
-        """Some one latent of the other side has both cosines ≥ τ."""
+        """Latents for which some latent of the other side has both cosines ≥ τ."""
         return self.within > 0
 
 
 @dataclass(frozen=True, eq=False)
 class PairResult:
-    """All that is measured on one pair.
+    """Result of comparing one pair.
 
     Attributes:
         a, b: the two sides, latent by latent.
-        measures: the numbers of the pair by name; see `reseed.compare.measures`.
+        measures: the measures of the pair by name; see `reseed.compare.measures`.
     """
 
     a: PairSide
@@ -79,7 +80,7 @@ class PairResult:
     measures: dict[str, float]
 
     def row(self) -> dict[str, Any]:
-        """The row of ``pairs.csv``."""
+        """Return the row of ``pairs.csv``."""
         names = {"a": self.a.id, "b": self.b.id, "seed_a": self.a.seed, "seed_b": self.b.seed}
         return {**names, **self.measures}
 
@@ -97,22 +98,23 @@ def compare_pair(
     """Match two dictionaries by encoder and by decoder, and measure what they share.
 
     A latent whose encoder or decoder row is zero or not finite is left out of both matchings, and
-    so never agrees. Matching runs over all other latents; counts over live latents filter it
+    so never agrees. All other latents are matched; counts over live latents are filtered
     afterwards: both partners have to be live.
 
-    Fractions are those of both sides together, 2·#/(|A| + |B|), so that they are the same for
-    (A, B) and (B, A); for equally many latents that is the paper's #/F. Only where a dictionary
-    repeats a row exactly is the matching, and so the count, one of several that are as good.
+    Fractions are over both sides together, 2·#/(|A| + |B|), so that (A, B) and (B, A) give the
+    same; for equally many latents that is the paper's #/F. If a dictionary repeats a row exactly,
+    the matching, and so the count, is one of several equally good ones.
 
     Args:
-        matcher: makes every assignment; of rows as they were trained, or for the joint one of unit
-            rows in float32.
-        brief: only `pair_measures` and `correlation_measures`: two or three assignments, not five.
-        device: of the pass over all pairs.
+        matcher: makes every assignment. It gets the rows as trained, and for the joint assignment
+            unit rows in float32.
+        brief: compute only `pair_measures` and `correlation_measures`, with two or three
+            assignments instead of five.
+        device: device of the pass over all pairs.
 
     Raises:
         ValueError: dictionaries with different ``d_in``.
-        MemoryError: more latents than an exact matching can take.
+        MemoryError: an exact matching of so many latents does not fit into memory.
     """
     if a.d_in != b.d_in:
         raise ValueError(
@@ -121,7 +123,7 @@ def compare_pair(
         )
     live = Subset(a.live(live_at_least), b.live(live_at_least))
     rows_a, rows_b = Rows.of(a), Rows.of(b)
-    tied = rows_a.tied and rows_b.tied  # as untrained weights are: one matching is the other
+    tied = rows_a.tied and rows_b.tied  # as untrained weights are; one matching serves for both
     by_encoder = matcher(rows_a.encoder, rows_b.encoder)
     by_decoder = by_encoder if tied else matcher(rows_a.decoder, rows_b.decoder)
     found = survey(rows_a, rows_b, threshold, *live, device=device)
@@ -147,12 +149,12 @@ def compare_pair(
 def _match_by_correlation(
     a: Dictionary, b: Dictionary, rows_a: Rows, rows_b: Rows, matcher: Matcher
 ) -> Matching | None:
-    """The matching by eᵀΣe' / √(eᵀΣe · e'ᵀΣe'), the correlation of pre-activations.
+    """Match by eᵀΣe' / √(eᵀΣe · e'ᵀΣe'), the correlation of pre-activations.
 
-    A direction of low variance hardly moves a pre-activation, so training does not identify it
-    and the encoder keeps there what it started with; in this metric it hardly counts. It is the
-    same matching on rows multiplied by a root of Σ. Two covariances (SAEs of two data sets) are
-    averaged; None where one is not known.
+    A direction of low variance hardly moves a pre-activation, so training does not identify it and
+    the encoder keeps its initial component there; in this metric that component hardly counts.
+    Implemented as a matching of rows multiplied by a root of Σ. Two covariances (SAEs of two data
+    sets) are averaged. None if a covariance is not known.
     """
     if a.covariance is None or b.covariance is None:
         return None

@@ -1,8 +1,8 @@
 """Intervals over seeds.
 
-A mean over pairs of seeds is a U-statistic of degree 2: pairs that have a seed in common depend on
-each other, so that the spread of the pairs says too little and the bootstrap over seeds too little
-with few of them. Leaving one seed out at a time (the jackknife; Arvesen 1969) is right for it.
+A mean over pairs of seeds is a U-statistic of degree 2: pairs with a common seed depend on each
+other. The spread of the pairs therefore underestimates the uncertainty; so does the bootstrap over
+seeds if they are few. Leaving one seed out at a time (the jackknife; Arvesen 1969) does not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float
 from scipy import optimize, special, stats
 
 MIN_SEEDS = 3
-"""With fewer there is nothing to leave out: two seeds make one pair."""
+"""Minimum for leaving one seed out: two seeds make one pair."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Interval:
 
     Attributes:
         mean: the estimate.
-        low, high: ends of the interval, None where there is none.
-        standard_error: on the scale of ``mean``, None where there is none.
+        low, high: ends of the interval; None if there is none.
+        standard_error: on the scale of ``mean``; None if there is none.
         n: number of seeds.
-        reason: why there is no interval; empty where there is one.
+        reason: why there is no interval; empty if there is one.
     """
 
     mean: float
@@ -43,18 +43,18 @@ class Interval:
 def seed_interval(
     values: Float[np.ndarray, "n n"], confidence: float = 0.95, *, logit: bool = True
 ) -> Interval:
-    """Mean over pairs of seeds, with the leave-one-seed-out interval.
+    """Return the mean over pairs of seeds with its leave-one-seed-out interval.
 
     SE² = (n−1)/n · Σ_s (θ₋s − θ̄)², where θ₋s is the mean over the pairs without seed s, and the
-    interval is θ ± t(n−1)·SE. With ``logit`` (for fractions) it is taken on the logit scale, SE
-    carried there by the delta method, so that its ends stay within 0 and 1; an estimate of exactly
-    0 or 1 has no interval there, and the reason says so.
+    interval is θ ± t(n−1)·SE. With ``logit`` (for fractions) it is computed on the logit scale, SE
+    converted by the delta method, so that its ends stay within 0 and 1; an estimate of exactly 0 or
+    1 has no interval there, and the reason says so.
 
     Args:
         values: value of each pair; symmetric, the diagonal is not read.
 
     Raises:
-        ValueError: values that are not a symmetric matrix, or a fraction out of range.
+        ValueError: the values are not a symmetric matrix, or a fraction is out of range.
     """
     values = _symmetric(values)
     n = len(values)
@@ -77,12 +77,12 @@ def leave_one_out_interval(
     confidence: float = 0.95,
     scale: Literal["linear", "logit", "log"] = "linear",
 ) -> Interval:
-    """The interval of an estimate from what it is without each of the n seeds.
+    """Return the interval of an estimate from its values without each of the n seeds.
 
-    SE² = (n−1)/n · Σ_s (θ₋s − θ̄)², interval θ ± t(n−1)·SE. On the logit scale SE is carried there
-    by the delta method; on the log scale (for ratios, which run from 0 to infinity) θ is the
-    logarithm throughout, and the standard error carried back. An estimate at an end of the scale
-    has no interval.
+    SE² = (n−1)/n · Σ_s (θ₋s − θ̄)², interval θ ± t(n−1)·SE. On the logit scale SE is converted by
+    the delta method; on the log scale (for ratios, from 0 to infinity) θ is the logarithm
+    throughout, and the standard error is converted back. An estimate at an end of the scale has no
+    interval.
     """
     values, n = np.asarray(without, dtype=np.float64), len(without)
     if isnan(mean) or n < MIN_SEEDS:
@@ -113,11 +113,11 @@ def leave_one_out_interval(
 def run_interval(
     values: Sequence[float] | Float[np.ndarray, " n"], confidence: float = 0.95
 ) -> Interval:
-    """Mean of one value per run (FVU, L0), with the ordinary t interval."""
+    """Return the mean of one value per run (FVU, L0) with the ordinary t interval."""
     array = np.asarray(values, dtype=np.float64)
     n, mean = len(array), float(array.mean())
     if isnan(mean):
-        return Interval(mean, None, None, None, n, "not known for every run")
+        return Interval(mean, None, None, None, n, "unknown for at least one run")
     if n < MIN_SEEDS:
         return Interval(mean, None, None, None, n, f"fewer than {MIN_SEEDS} seeds: no interval")
     error = float(array.std(ddof=1)) / sqrt(n)
@@ -126,7 +126,7 @@ def run_interval(
 
 
 def welch_difference(a: Interval, b: Interval, confidence: float = 0.95) -> Interval:
-    """The interval of ``a.mean − b.mean`` for cells with independent seeds (Welch 1947)."""
+    """Return the interval of ``a.mean − b.mean`` for cells with independent seeds (Welch 1947)."""
     mean, n = a.mean - b.mean, min(a.n, b.n)
     if a.standard_error is None or b.standard_error is None:
         return Interval(mean, None, None, None, n, a.reason or b.reason)
@@ -140,10 +140,10 @@ def welch_difference(a: Interval, b: Interval, confidence: float = 0.95) -> Inte
 
 
 def visible_difference(n: int, power: float = 0.8, confidence: float = 0.95) -> float:
-    """The smallest difference of two cells of n seeds that is seen with the given power.
+    """Return the smallest difference of two cells of n seeds detected with the given power.
 
-    In units of the standard error of one cell, which both are taken to have: a two-sided t test
-    with 2(n−1) degrees of freedom, of a difference with √2 times that error.
+    The unit is the standard error of one cell, assumed equal in both. The test is a two-sided t
+    test with 2(n−1) degrees of freedom, of a difference with √2 times that error.
     """
     freedom = 2 * (n - 1)
     critical = _t(confidence, freedom)
@@ -155,7 +155,7 @@ def visible_difference(n: int, power: float = 0.8, confidence: float = 0.95) -> 
 
 
 def known_mean(values: Float[np.ndarray, " n"]) -> float:
-    """The mean of those that are not NaN; NaN of none."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 

@@ -1,9 +1,9 @@
-"""Shared fractions by how often latents fire, and cells compared at equal firing.
+"""Shared fractions by firing rate, and cells compared at equal firing rates.
 
 The rarest latents are mostly orphans and the most frequent mostly shared (Paulo & Belrose, arXiv
-2501.16615), so two cells may differ in what they share because their latents fire differently.
-Direct standardisation (of epidemiology's age-adjusted rates) averages the fractions that a cell has
-at each density with weights that are the same for all cells.
+2501.16615), so the shared fractions of two cells may differ because their latents fire differently.
+Direct standardisation (as for age-adjusted rates in epidemiology) averages a cell's fractions at
+each density with weights that are equal for all cells.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 Kind = Literal["decile", "density"]
 DECILES = 10
-"""Parts of equally many latents by their firing, wherever latents of equal firing are compared."""
+"""Number of quantile bins of firing, wherever latents of equal firing are compared."""
 DENSITY_EDGES = 10.0 ** np.arange(-6, -0.9, 0.5)
-"""Half decades from 1e-6 to 0.1; a density at an edge belongs to the lower bin, so that the last
-one is that of dense latents (> 0.1)."""
+"""Half decades from 1e-6 to 0.1. A density at an edge belongs to the lower bin, so that the last
+bin holds the dense latents (> 0.1)."""
 
 
 class Stratum(NamedTuple):
-    """Latents with a firing count (or density) from ``low`` to ``high``."""
+    """A stratum: latents with a firing count (or density) from ``low`` to ``high``."""
 
     name: str
     low: float
@@ -44,15 +44,15 @@ def strata_table(
     sides: Mapping[tuple[int, int], PairSide],
     live_at_least: int,
 ) -> pd.DataFrame:
-    """Numbers of latents and of shared ones, for each pair of runs and stratum.
+    """Count the latents and the shared latents of each pair of runs and stratum.
 
-    Columns ``a``, ``b`` (run ids), ``kind``, ``stratum``, ``name``, ``low``, ``high``, ``latents``
-    and ``shared``: of both sides together, by the strict rule, whatever stratum the partner is in.
+    Columns: ``a``, ``b`` (run ids), ``kind``, ``stratum``, ``name``, ``low``, ``high``, ``latents``
+    and ``shared``. Counts sum both sides, by the strict rule, whatever the partner's stratum.
 
-    - kind ``decile``: latents that never fired; that did, but less often than ``live_at_least``;
-      and ten deciles of the firing counts of the live latents of all runs together (equal counts
-      stay together). ``low`` and ``high`` are firing counts.
-    - kind ``density``: latents that never fired, and bins that are the same for every cell
+    - kind ``decile``: latents that never fired; that fired less often than ``live_at_least``; and
+      ten deciles of the firing counts of the live latents of all runs together (equal counts stay
+      together). ``low`` and ``high`` are firing counts.
+    - kind ``density``: latents that never fired, and bins that are equal for every cell
       (`DENSITY_EDGES`). ``low`` and ``high`` are firings per token.
     """
     frames = []
@@ -71,7 +71,7 @@ def strata_table(
             frame.insert(0, "b", trained[t].id)
             frame.insert(0, "a", trained[s].id)
             frames.append(frame.assign(latents=latents, shared=shared))
-    if not frames:  # no two runs whose rows can be compared
+    if not frames:  # no two runs have comparable rows
         named = ("a", "b", "kind", "stratum", *Stratum._fields, "latents", "shared")
         return pd.DataFrame(columns=list(named))
     return pd.concat(frames, ignore_index=True)
@@ -115,11 +115,11 @@ def _densities(
 
 
 def by_stratum(table: pd.DataFrame, kind: Kind, confidence: float = 0.95) -> pd.DataFrame:
-    """The shared fraction of each stratum of a cell: a row per stratum.
+    """Return the shared fraction of each stratum of a cell, a row per stratum.
 
     Columns: ``stratum``, ``name``, ``low``, ``high``, ``latents`` (mean number in a run),
-    ``shared_fraction``, ``shared_low``, ``shared_high``. Counts are summed over pairs; intervals
-    leave one seed out, and are NaN where there is none (fewer than 3 seeds, a fraction of 0 or 1).
+    ``shared_fraction``, ``shared_low``, ``shared_high``. Counts are summed over pairs. Intervals
+    leave one seed out; missing ones (fewer than 3 seeds, a fraction of 0 or 1) are NaN.
     """
     counts = _Counts.of(table, kind)
     columns = ["stratum", "name", "low", "high"]
@@ -136,12 +136,12 @@ def by_stratum(table: pd.DataFrame, kind: Kind, confidence: float = 0.95) -> pd.
 
 @dataclass(frozen=True)
 class Standardised:
-    """The shared fraction that a cell would have at the reference distribution of densities.
+    """The shared fraction of a cell at the reference distribution of densities.
 
     Attributes:
-        estimate: with its interval over seeds; the reference is taken as given.
-        kept: the part of the reference that lies in bins where every cell has latents. What is
-            outside is left out, for all cells alike.
+        estimate: the fraction with its interval over seeds; the reference is treated as fixed.
+        kept: the fraction of the reference in bins where every cell has latents. The rest is left
+            out for all cells.
     """
 
     estimate: Interval
@@ -149,10 +149,10 @@ class Standardised:
 
 
 def standardised(tables: Sequence[pd.DataFrame], confidence: float = 0.95) -> list[Standardised]:
-    """Shared fractions of several cells at one distribution of firing densities.
+    """Return the shared fractions of several cells at one distribution of firing densities.
 
-    Latents that never fired are left out. The reference is the mean of the distributions that the
-    cells have over the bins of `DENSITY_EDGES`.
+    Latents that never fired are left out. The reference is the mean of the cells' distributions
+    over the bins of `DENSITY_EDGES`.
 
     Args:
         tables: `strata_table` of each cell.
@@ -171,7 +171,7 @@ def standardised(tables: Sequence[pd.DataFrame], confidence: float = 0.95) -> li
 
 @dataclass(frozen=True, eq=False)
 class _Counts:
-    """Latents and shared ones by pair and stratum, and which runs a pair is of."""
+    """Counts of latents and of shared latents by pair and stratum, and the runs of each pair."""
 
     runs: list[str]
     pairs: list[tuple[str, str]]
@@ -187,7 +187,7 @@ class _Counts:
         return cls(runs, pairs, latents, shared)
 
     def fraction(self, weights: Float[np.ndarray, " strata"], without: str | None = None) -> float:
-        """Weighted mean of the fractions of the strata, of the pairs without one run."""
+        """Return the weighted mean of the strata's fractions, over pairs without one run."""
         kept = np.array([without not in pair for pair in self.pairs])
         used = weights > 0
         latents = self.latents[kept].sum(axis=0)[used]
@@ -195,7 +195,7 @@ class _Counts:
             return float("nan")
         fractions = self.shared[kept].sum(axis=0)[used] / latents
         mean = fractions @ weights[used] / weights[used].sum()
-        # Where all are 1, rounding must not make a mean of more.
+        # Rounding must not make the mean of ones greater than 1.
         return float(np.clip(mean, fractions.min(), fractions.max()))
 
 
@@ -206,6 +206,6 @@ def _interval(
     n = len(counts.runs)
     if np.isnan(mean):
         return Interval(mean, None, None, None, n, "no latents")
-    # Of two seeds there is one pair, and nothing is left without one of them.
+    # Two seeds make one pair; without one of them no pair is left.
     without = [counts.fraction(weights, run) for run in counts.runs] if n > 2 else [mean] * n
     return leave_one_out_interval(mean, without, confidence, "logit")

@@ -1,20 +1,19 @@
-"""Do latents that no other seed has at least span the same directions?
+"""Comparison of the subspaces that groups of latents span, even if no latent has a partner.
 
-A group of latents that describes a subspace without preferred directions can come out turned in
-every seed: no latent has a partner, yet all of them together span what the others span. Groups are
-the orphans (live, shared with no other run), the shared (live, with one at least) and the dense.
+A group of latents that describes a subspace without preferred directions can be rotated in every
+seed: no latent has a partner, yet together they span the same subspace. Groups are the orphan
+latents (live, shared with no other run), the shared (live, with at least one) and the dense.
 
-With more latents than dimensions a group spans everything, so that the plain span says nothing.
-Compared is the second moment of its unit decoder rows, M = WᵀW/F: *overlap* is ⟨M_A, M_B⟩ /
-(‖M_A‖·‖M_B‖), 1 for the same moments, 0 for orthogonal ones; it is high already where both are
-close to a multiple of the identity, so that it is read beside the overlap of random live latents,
-as many. *Angles* are those between the spans of the leading eigenvectors that hold 90% of each
-moment: the mean squared cosine of the principal angles, of which random spans have about k/D, k the
-larger number of directions.
+A group with more latents than dimensions spans everything, so the plain span is uninformative. The
+second moments of unit decoder rows, M = WᵀW/F, are compared instead. *Overlap* is ⟨M_A, M_B⟩ /
+(‖M_A‖·‖M_B‖): 1 for equal moments, 0 for orthogonal ones. It is high whenever both are close to a
+multiple of the identity; compare it with the overlap of equally many random live latents. *Angles*
+compares the spans of the leading eigenvectors that hold 90% of each moment: the mean squared cosine
+of the principal angles, about k/D for random spans, k the larger number of directions.
 
-Each group of each run takes one decomposition of a D × D matrix. Up to `EXACT_WIDTH` it is made in
-float64; above, moments and eigenvectors are made in float32, half the memory, and those of a group
-of fewer latents than D from their products with each other, of which there are fewer.
+Each group of each run needs one decomposition of a D × D matrix: in float64 up to `EXACT_WIDTH`, in
+float32 above, which halves the memory. Above, a group of fewer latents than D is decomposed through
+the smaller matrix of its latents' products with each other.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ from reseed.compare.rows import unit_rows
 from reseed.config import digest
 
 HELD = 0.9
-"""Part of a moment that its leading directions hold."""
+"""Fraction of a moment's trace that its leading directions hold."""
 EXACT_WIDTH = 1024
-"""Up to this width everything is float64."""
+"""Largest width computed in float64."""
 _MEASURES = (
     "subspace_overlap",
     "null_subspace_overlap",
@@ -47,13 +46,13 @@ _BLOCK_ROWS = 4096
 
 @dataclass(frozen=True, eq=False)
 class Subspaces:
-    """What the decoder rows of groups of latents span.
+    """Measures of the subspaces that groups of latents span.
 
     Attributes:
         pairs: columns of the table of pairs, a value per pair (s, t), s < t, in order:
             ``subspace_overlap_<group>``, ``null_subspace_overlap_<group>``,
-            ``subspace_angles_<group>``, ``null_subspace_angles_<group>``. NaN where a group is
-            empty, and of runs of different ``d_in``.
+            ``subspace_angles_<group>``, ``null_subspace_angles_<group>``. NaN if a group is empty
+            or the runs differ in ``d_in``.
         runs: columns of the table of runs: ``directions_<group>``, how many hold 90%.
     """
 
@@ -67,7 +66,7 @@ def subspaces(
     live_at_least: int,
     seed: int = 0,
 ) -> Subspaces:
-    """Compare the groups of every pair of runs; the moments of one group are held at a time."""
+    """Compare the groups of every pair of runs, holding the moments of one group at a time."""
     pairs: dict[str, list[float]] = {}
     runs: dict[str, list[float]] = {}
     which = list(combinations(range(len(trained)), 2))
@@ -77,7 +76,7 @@ def subspaces(
             member = _members(x, m, live_at_least)[group]
             spans.append(_Span.of(x.decoder[member]))
             live = np.flatnonzero(x.live(live_at_least) & ~x.zero)
-            # By the run and not by its place: the order of the runs must not matter.
+            # Seed by the run's id, so that the order of the runs does not matter.
             rng = np.random.default_rng([seed, int(digest(x.id), 16)])
             drawn = rng.choice(live, member.sum(), replace=False)
             nulls.append(moment(x.decoder[np.sort(drawn)]))
@@ -99,7 +98,7 @@ def subspaces(
 
 
 def _by_chance(a: _Span, b: _Span) -> float:
-    """`angles` of two random spans with so many directions."""
+    """Return the expected `angles` of two random spans with as many directions."""
     fewer, more = sorted((a.directions, b.directions))
     return more / len(a.moment) if fewer else float("nan")
 
@@ -116,9 +115,9 @@ def _members(
 
 
 def moment(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "d_in d_in"]:
-    """WᵀW/F of unit rows; zero where there are none.
+    """Return WᵀW/F of unit rows; zero if there are no rows.
 
-    In float64 up to `EXACT_WIDTH`, else in float32 (products of each block; sums of blocks).
+    Computes in float64 up to `EXACT_WIDTH`, else in float32 (each block's product; their sum).
     """
     width = rows.shape[1]
     dtype = np.float64 if width <= EXACT_WIDTH else np.float32
@@ -130,7 +129,7 @@ def moment(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "d_in d_in"]:
 
 
 def overlap(a: Float[np.ndarray, "d_in d_in"], b: Float[np.ndarray, "d_in d_in"]) -> float:
-    """⟨A, B⟩ / (‖A‖·‖B‖); NaN where one of them is zero."""
+    """Return ⟨A, B⟩ / (‖A‖·‖B‖); NaN if either is zero."""
     if a.dtype == np.float64:
         norms = float(np.linalg.norm(a) * np.linalg.norm(b))
         return float(np.vdot(a, b)) / norms if norms else float("nan")
@@ -139,14 +138,14 @@ def overlap(a: Float[np.ndarray, "d_in d_in"], b: Float[np.ndarray, "d_in d_in"]
 
 
 def _inner(a: Float[np.ndarray, "d_in d_in"], b: Float[np.ndarray, "d_in d_in"]) -> float:
-    """⟨A, B⟩ of float32: of each row in float32, of the rows in float64."""
+    """Return ⟨A, B⟩ of float32 matrices: products within rows in float32, their sum in float64."""
     return float(np.einsum("ij,ij->i", a, b).sum(dtype=np.float64))
 
 
 def angles(a: Float[np.ndarray, "d_in j"], b: Float[np.ndarray, "d_in k"]) -> float:
-    """Mean squared cosine of the principal angles between the spans of orthonormal columns.
+    """Return the mean squared cosine of the principal angles between spans of orthonormal columns.
 
-    The squares sum to ‖aᵀb‖² (Björck & Golub 1973), so that the angles themselves are not needed.
+    The squares sum to ‖aᵀb‖² (Björck & Golub 1973), so the angles themselves are not needed.
     """
     number = min(a.shape[1], b.shape[1])
     return float(np.square(a.T @ b).sum()) / number if number else float("nan")
@@ -161,7 +160,7 @@ class _Span:
 
     @classmethod
     def of(cls, rows: Float[np.ndarray, "n d_in"]) -> _Span:
-        """Of the moment of ``rows``."""
+        """Decompose the moment of ``rows``."""
         matrix = moment(rows)
         if rows.shape[1] > EXACT_WIDTH and len(rows) < rows.shape[1]:
             return cls(matrix, _few_directions(rows))
@@ -174,14 +173,14 @@ class _Span:
 
 
 def _number(values: Float[np.ndarray, " n"]) -> int:
-    """How many of the eigenvalues, the largest first, hold `HELD` of their sum; 0 of no sum."""
+    """Return how many eigenvalues, in descending order, hold `HELD` of their sum; 0 if it is 0."""
     held = np.cumsum(np.maximum(values, 0.0), dtype=np.float64)
     return int(np.searchsorted(held, HELD * held[-1] * (1 - 1e-12)) + 1) if held[-1] else 0
 
 
 def _few_directions(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "d_in directions"]:
-    """The leading eigenvectors of WᵀW from those of WWᵀ, for n < d_in unit rows W: u of the one is
-    Wᵀu/√λ of the other."""
+    """Return the leading eigenvectors of WᵀW, for n < d_in unit rows W, from those of WWᵀ: an
+    eigenvector u of WWᵀ gives Wᵀu/√λ."""
     if not len(rows):
         return np.zeros((rows.shape[1], 0), dtype=np.float32)
     unit = unit_rows(rows)

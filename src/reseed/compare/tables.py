@@ -1,4 +1,4 @@
-"""The tables of a cell: a row per run, a row per latent, and estimates with their intervals."""
+"""Tables of a cell: a row per run, a row per latent, and estimates with their intervals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_table(
     directions: Mapping[str, Sequence[float]],
     settings: ComparisonConfig,
 ) -> pd.DataFrame:
-    """A row per run: `RUN_COLUMNS`, then its metrics and what its weights alone show."""
+    """Return a row per run: `RUN_COLUMNS`, metrics, and measures of its weights alone."""
     table = pd.DataFrame(
         [
             {
@@ -57,13 +57,14 @@ def latent_table(
     own: Repeats,
     chance: Reproducibility,
 ) -> pa.Table:
-    """The rows of one run in ``latents.parquet``, one per latent.
+    """Return the rows of one run in ``latents.parquet``, one per latent.
 
-    ``run``, ``seed``, ``latent``, ``firing``, ``live``, ``dead``, ``zero``; ``shared_with``, m_i;
-    ``reproducibility`` with ``_low`` and ``_high`` (`reseed.compare.reproducibility`);
-    ``duplicate``, ``antipodal`` with ``_product`` (`reseed.compare.repeats`); and lists with an
-    entry per other run, in the order of ``others``: ``partner_encoder``, ``partner_decoder``,
-    ``cosine_encoder``, ``cosine_decoder``, ``shared``, ``within`` (`stability.PairSide`).
+    Columns: ``run``, ``seed``, ``latent``, ``firing``, ``live``, ``dead``, ``zero``;
+    ``shared_with``, m_i; ``reproducibility`` with ``_low`` and ``_high``
+    (`reseed.compare.reproducibility`); ``duplicate``, ``antipodal`` with ``_product``
+    (`reseed.compare.repeats`); and lists with an entry per other run, in the order of ``others``:
+    ``partner_encoder``, ``partner_decoder``, ``cosine_encoder``, ``cosine_decoder``, ``shared``,
+    ``within`` (`stability.PairSide`).
     """
     n, sides = x.num_latents, list(against.values())
 
@@ -105,7 +106,7 @@ def _list_array(flat: pa.Array, n: int) -> pa.ListArray:
 
 
 def lists(table: pa.Table, name: str) -> np.ndarray:
-    """A column of lists of one length as an array [rows, length]; null as NaN."""
+    """Return a column of lists of equal length as an array [rows, length]; null becomes NaN."""
     flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(len(table), -1)
 
@@ -113,7 +114,7 @@ def lists(table: pa.Table, name: str) -> np.ndarray:
 def pair_estimates(
     pairs: pd.DataFrame, runs: pd.DataFrame, settings: ComparisonConfig
 ) -> dict[str, Interval]:
-    """Fractions (logit) and cosines (linear) over pairs of seeds, metrics over runs."""
+    """Estimate fractions (logit) and cosines (linear) over pairs of seeds, metrics over runs."""
     n = len(runs)
     upper = np.triu_indices(n, 1)
     estimates = {}

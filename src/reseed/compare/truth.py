@@ -1,13 +1,12 @@
-"""Is a shared latent a true one? Statistics of labels against sharing, where the truth is known.
+"""Association of sharing with truth, for worlds whose true features are known.
 
-In a world whose features are known, each latent has a label (`LABELS`; made by
-``reseed.evaluate.truth``). Counted are live latents of every ordered pair of seeds (s, t): those of
-s, by label, by whether t shares them, and by how often they fire. Estimates are of the counts
-summed over pairs; intervals leave one seed out.
+In such a world each latent has a label (`LABELS`; made by ``reseed.evaluate.truth``). For every
+ordered pair of seeds (s, t), the live latents of s are counted by label, by sharing with t, and by
+firing decile. Estimates use the counts summed over pairs; intervals leave one seed out.
 
-Adjusted estimates compare latents of the same firing decile only (Mantel & Haenszel 1959; the risk
-difference of Greenland & Robins 1985): frequent latents are both more often shared and more often
-true, which alone would make sharing look like truth.
+Adjusted estimates compare only latents of the same firing decile (Mantel & Haenszel 1959; the risk
+difference of Greenland & Robins 1985). Frequent latents are both more often shared and more often
+true, which alone would associate sharing with truth.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ if TYPE_CHECKING:
     from reseed.compare.stability import PairSide
 
 LABELS = ("neither", "composite", "atom", "group")
-"""The labels, as ``truth_label`` counts them from 0."""
+"""The labels; ``truth_label`` is an index into them."""
 PREFIX = "truth_"
-"""Of the names of estimates and of the metrics of runs."""
+"""Prefix of the names of estimates and of the runs' metrics."""
 LABEL_COLUMN = "truth"
 """The column of ``latents.parquet`` with the labels in words."""
 
 Table = Int[np.ndarray, "strata labels 2"]
-"""Numbers of latents by firing decile, label and whether shared."""
+"""Numbers of latents by firing decile, label and sharing (0 no, 1 yes)."""
 
 
 class _Undefined(Exception):
-    """An estimate that the counts do not define; the message says why."""
+    """The counts do not define an estimate; the message says why."""
 
 
 class _Statistic(NamedTuple):
@@ -54,7 +53,7 @@ def truth_estimates(
     shared: Mapping[tuple[int, int], Bool[np.ndarray, " num_latents"]],
     confidence: float = 0.95,
 ) -> dict[str, Interval]:
-    """What sharing says of the truth, and what the truth says of sharing.
+    """Estimate P(label | shared) and P(shared | label), with differences and ratios.
 
     - ``truth_atom_given_shared``, ``truth_atom_given_orphan``: P(atom | shared with the other
       seed) and P(atom | not shared); ``truth_difference``: the first minus the second;
@@ -63,12 +62,12 @@ def truth_estimates(
       ``truth_likelihood_ratio_adjusted``.
     - ``truth_shared_given_atom``, ``…_composite``, ``…_group``, ``…_neither``: P(shared | label).
 
-    Fractions have intervals on the logit scale, differences on the linear, ratios on the log one.
-    One that the counts do not define (no live latent is shared) is NaN, with the reason.
+    Intervals are on the logit scale for fractions, linear for differences, log for ratios. An
+    estimate that the counts do not define (no live latent is shared) is NaN, with the reason.
 
     Args:
-        labels, firing, live: of each of n ≥ 2 seeds, a value per latent.
-        shared: for each ordered pair (s, t), which latents of s seed t shares.
+        labels, firing, live: for each of n ≥ 2 seeds, a value per latent.
+        shared: ordered pair (s, t) → true for the latents of s that t shares.
     """
     counts = _counts(labels, firing, live, shared)
     n = len(labels)
@@ -76,7 +75,7 @@ def truth_estimates(
         nothing = Interval(float("nan"), None, None, None, n, "no latent is live")
         return {PREFIX + name: nothing for name in STATISTICS}
     without = [np.delete(np.arange(n), s) for s in range(n)] if n > 2 else []
-    everything = counts.sum((0, 1))  # deciles stay those of all seeds when one is left out
+    everything = counts.sum((0, 1))  # leaving a seed out does not change the deciles
     reduced = [counts[np.ix_(kept, kept)].sum((0, 1)) for kept in without]
     found = {}
     for name, (estimate, scale) in STATISTICS.items():
@@ -96,9 +95,9 @@ def _counts(
     live: Sequence[Bool[np.ndarray, " num_latents"]],
     shared: Mapping[tuple[int, int], Bool[np.ndarray, " num_latents"]],
 ) -> Int[np.ndarray, "n n strata labels 2"]:
-    """The table of every ordered pair; the diagonal is 0.
+    """Return the table of every ordered pair; the diagonal is 0.
 
-    Deciles are of the firing counts of all seeds' live latents together.
+    Deciles are those of the firing counts of all seeds' live latents together.
     """
     n, shape = len(labels), (DECILES, len(LABELS), 2)
     pooled = np.concatenate([f[kept] for f, kept in zip(firing, live, strict=True)])
@@ -120,7 +119,7 @@ def _or_nan(estimate: Callable[[Table], float], table: Table) -> float:
 
 
 class _Margins(NamedTuple):
-    """A value per decile."""
+    """Numbers of latents per firing decile."""
 
     shared_atoms: Int[np.ndarray, " strata"]
     shared: Int[np.ndarray, " strata"]
@@ -134,7 +133,7 @@ class _Margins(NamedTuple):
 
 
 def _divided(part: Any, whole: Any, otherwise: str) -> float:
-    """The ratio of two sums, or the reason why there is none."""
+    """Return the ratio of two sums; raise _Undefined with ``otherwise`` if the second is 0."""
     if not np.sum(whole):
         raise _Undefined(otherwise)
     return float(np.sum(part) / np.sum(whole))
@@ -155,8 +154,11 @@ def _difference(table: Table) -> float:
 
 
 def _difference_adjusted(table: Table) -> float:
-    """Σ (a·n₀ − c·n₁)/T / Σ n₁·n₀/T, of n₁ shared a atoms, of n₀ orphans c atoms, T = n₁ + n₀."""
-    _difference(table)  # its reasons come first
+    """Return Σ (a·n₀ − c·n₁)/T / Σ n₁·n₀/T.
+
+    Per decile: a atoms among n₁ shared latents, c atoms among n₀ orphans, T = n₁ + n₀.
+    """
+    _difference(table)  # report its reasons first
     m = _Margins.of(table)
     total, orphans = np.maximum(m.all, 1), m.all - m.shared
     orphan_atoms = m.atoms - m.shared_atoms
@@ -177,14 +179,17 @@ def _likelihood_ratio(table: Table) -> float:
 
 
 def _likelihood_ratio_adjusted(table: Table) -> float:
-    """Σ a·m₀/T / Σ b·m₁/T, of m₁ atoms a shared, of m₀ others b shared, T = m₁ + m₀."""
-    _likelihood_ratio(table)  # its reasons come first
+    """Return Σ a·m₀/T / Σ b·m₁/T.
+
+    Per decile: a shared among m₁ atoms, b shared among m₀ other latents, T = m₁ + m₀.
+    """
+    _likelihood_ratio(table)  # report its reasons first
     m = _Margins.of(table)
     total = np.maximum(m.all, 1)
     return _divided(
         m.shared_atoms * (m.all - m.atoms) / total,
         (m.shared - m.shared_atoms) * m.atoms / total,
-        "no firing decile has both atoms and shared latents that are none",
+        "no firing decile has both atoms and shared latents that are not atoms",
     )
 
 
@@ -214,12 +219,12 @@ def cell_truth(
     sides: Mapping[tuple[int, int], PairSide],
     settings: ComparisonConfig,
 ) -> dict[str, Interval]:
-    """`truth_estimates` of the runs of a cell; empty unless all of them have labels.
+    """Return `truth_estimates` of a cell's runs; empty unless all of them have labels.
 
-    A latent counts as shared if its partner is live too, as in ``shared_fraction_live``.
+    A latent counts as shared only if its partner is live too, as in ``shared_fraction_live``.
 
     Args:
-        sides: for each ordered pair (s, t), what s shares with t.
+        sides: ordered pair (s, t) → the matches of s in t.
     """
     labels = _labels(trained)
     if labels is None:
@@ -233,7 +238,7 @@ def cell_truth(
 
 
 def label_column(table: pa.Table, trained: Sequence[Dictionary]) -> pa.Table:
-    """The rows of all runs with their labels in words as the column ``truth``, where all have."""
+    """Append the labels in words as the column ``truth``, if all runs have labels."""
     labels = _labels(trained)
     if labels is None:
         return table
@@ -246,7 +251,7 @@ def _labels(trained: Sequence[Dictionary]) -> list[Int[np.ndarray, " num_latents
 
 
 def truth_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a run's ``truth`` entry, named ``truth_…``; null (undefined) as NaN."""
+    """Return the numbers of a run's ``truth`` entry, named ``truth_…``; null (undefined) as NaN."""
     there = metrics.get("truth") or {}
     return {
         PREFIX + name: float("nan") if value is None else value for name, value in there.items()
@@ -256,10 +261,10 @@ def truth_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
 def checked_labels(
     labels: Int[np.ndarray, " num_latents"], num_latents: int, run: str
 ) -> Int[np.ndarray, " num_latents"]:
-    """The labels as int8.
+    """Return the labels as int8.
 
     Raises:
-        ValueError: not one of `LABELS` for every latent.
+        ValueError: the labels are not one index into `LABELS` per latent.
     """
     values = np.asarray(labels)
     if values.dtype.kind not in "iu":
@@ -271,7 +276,7 @@ def checked_labels(
         )
     if values.min() < 0 or values.max() >= len(LABELS):
         raise ValueError(
-            f"{run}: `truth` must lie between 0 and {len(LABELS) - 1} ({', '.join(LABELS)}); it "
-            f"runs from {values.min()} to {values.max()}"
+            f"{run}: `truth` must lie between 0 and {len(LABELS) - 1} ({', '.join(LABELS)}); got "
+            f"{values.min()} to {values.max()}"
         )
     return np.ascontiguousarray(values, dtype=np.int8)

@@ -7,6 +7,6 @@ import pkgutil
 
 
 def load_all() -> None:
-    """Import every evaluation, so that those that records name by their stable names are known."""
+    """Import every evaluation, so that a record's stable name can be looked up."""
     for module in pkgutil.walk_packages(__path__, f"{__name__}."):
         importlib.import_module(module.name)

@@ -1,9 +1,9 @@
-"""What every evaluation of SAEs has: its settings, what it is given, what it gives.
+"""Base classes of evaluations: settings, inputs and results.
 
-    EvaluationConfig (evaluation=)  ──evaluate(subjects, evaluated)──►  Result for each subject
+    EvaluationConfig (evaluation=)  ──evaluate(subjects, evaluated)──►  Result of each run
 
-An evaluation looks at one SAE at a time (pairs are for `compare`); but all that were trained on
-one source are given together, so that what is about the model alone is made once.
+An evaluation measures each SAE by itself; `compare` measures pairs. It receives all runs that were
+trained on one source together, so that results about the model alone are computed once.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """One SAE under evaluation.
+    """A run to evaluate.
 
     Attributes:
-        id: the run's.
-        sae: for raw activations, on the device of the source.
-        hook: where these are read.
-        untrained: the SAE as it was born, for raw activations too; None where that is not known.
+        id: the run's id.
+        sae: the SAE, for raw activations, on the device of the source.
+        hook: the hookpoint of the activations.
+        untrained: the SAE at initialisation, also for raw activations; None if it is not known.
     """
 
     id: str
@@ -48,13 +48,13 @@ class Subject:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What an evaluation found of one SAE.
+    """The result of evaluating one SAE.
 
     Attributes:
-        metrics: flat columns for the tables of sweeps, by name (``absorption_fraction``); None
-            where it cannot be evaluated, which is not 0.
+        metrics: columns for the tables of sweeps, by name (``absorption_fraction``); None (not 0)
+            if the metric cannot be evaluated.
         tables: long tables by name (``letters``).
-        latents: arrays [num_latents] by name, which join ``latents.parquet``.
+        latents: arrays [num_latents] by name, columns of ``latents.parquet``.
     """
 
     metrics: Mapping[str, float | int | None]
@@ -64,12 +64,12 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Evaluated:
-    """What subjects were trained on, opened.
+    """The open source of activations that the runs were trained on.
 
     Attributes:
         source: gives held-out activations (`ActivationSource.held_out`).
-        shared: keeps results about the model.
-        note: told how far it is, in a line.
+        shared: stores results about the model.
+        note: shows a line of progress.
     """
 
     source: ActivationSource
@@ -82,31 +82,31 @@ class Evaluated:
 
     @property
     def model(self) -> LanguageModel | None:
-        """The language model, which loads its weights when they are first needed; None for a world
-        and for draws."""
+        """The language model, which loads its weights on first use; None for a world and for
+        Gaussian draws."""
         return self.source.model if isinstance(self.source, Reading) else None
 
     @property
     def tokenizer(self) -> Any:
-        """The model's tokenizer, None where there is no model."""
+        """The model's tokenizer; None if there is no model."""
         return None if self.model is None else self.model.resolved.tokenizer
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Config, ABC, family="evaluation"):
-    """What ``evaluation=`` may name.
+    """Base class of the configurations that ``evaluation=`` selects.
 
     Attributes:
-        with_untrained: whether subjects shall come with their untrained selves.
+        with_untrained: whether the evaluation needs each run's untrained SAE.
     """
 
     with_untrained: ClassVar[bool] = True
 
     def check(self, resolved: Resolved) -> None:
-        """Refuse what cannot be evaluated before anything is computed.
+        """Refuse a run that cannot be evaluated, before anything is computed.
 
         Args:
-            resolved: the experiment of a subject.
+            resolved: the run's experiment.
 
         Raises:
             ConfigError: with a key relative to ``evaluation``.
@@ -116,24 +116,23 @@ class EvaluationConfig(Config, ABC, family="evaluation"):
     def evaluate(
         self, subjects: Sequence[Subject], evaluated: Evaluated
     ) -> Iterator[tuple[str, Result]]:
-        """The result of each subject, with its id, as soon as it is there.
+        """Yield the id and result of each run as soon as it is computed.
 
         Args:
-            subjects: at least one; they may differ in hookpoint.
-            evaluated: what all of them were trained on.
+            subjects: at least one run; runs may differ in hookpoint.
+            evaluated: the source that all of them were trained on.
         """
 
 
 def needs_language_model(config: EvaluationConfig, resolved: Resolved) -> None:
-    """Raise `ConfigError` where the activations are not those of a language model."""
+    """Raise `ConfigError` if the activations are not those of a language model."""
     if not resolved.model.fingerprints.keys() >= {"model", "tokenizer"}:
         raise ConfigError(
             f"evaluation={config.name} needs a language model; {resolved.model_label} is a world "
-            "of known features, without tokens. What can be evaluated there is "
-            "evaluation=reconstruction"
+            "of known features, without tokens. Use evaluation=reconstruction"
         )
     if resolved.experiment.surrogate == "gaussian":
         raise ConfigError(
             f"evaluation={config.name} needs a language model; activations of surrogate=gaussian "
-            "are draws, without tokens. What can be evaluated there is evaluation=reconstruction"
+            "are draws, without tokens. Use evaluation=reconstruction"
         )

@@ -1,4 +1,4 @@
-"""Latents of many activations, encoded once and kept where they are not 0.
+"""Sparse latents of many activations: only values that are not 0 are stored.
 
 n tokens, F latents; a pair is a token and a latent that is active on it.
 """
@@ -19,12 +19,12 @@ from reseed.sae.base import SAE
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """Active pairs, by token.
+    """Active pairs, sorted by token (CSR).
 
     Attributes:
-        starts: where each token's pairs begin, and the end.
-        latent: of each pair; ascending within a token.
-        value: how active it is, in float32.
+        starts: index of each token's first pair, and the number of pairs.
+        latent: latent of each pair; ascending within a token.
+        value: activation of each pair, in float32.
         num_latents: F.
     """
 
@@ -43,7 +43,7 @@ class Codes:
         return tokens.repeat_interleave(self.starts.diff())
 
     def rows(self, chosen: Int[Tensor | np.ndarray, " m"]) -> Codes:
-        """The codes of some tokens, in the order given."""
+        """Return the codes of some tokens, in the order given."""
         chosen = torch.as_tensor(chosen, device=self.starts.device)
         counts = self.starts.diff()[chosen]
         starts = _ends(counts)
@@ -53,7 +53,7 @@ class Codes:
         return Codes(starts, self.latent[pairs], self.value[pairs], self.num_latents)
 
     def columns(self, latents: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:
-        """Some latents, dense."""
+        """Return some latents as a dense matrix."""
         latents = latents.to(self.latent.device)
         place = torch.full((self.num_latents,), -1, device=self.latent.device)
         place[latents] = torch.arange(len(latents), device=place.device)
@@ -64,13 +64,13 @@ class Codes:
         return dense
 
     def transposed(self) -> Codes:
-        """By latent: the codes of the latents, whose "latents" are the tokens."""
+        """Return the transpose: rows are latents, and the columns ("latents") are tokens."""
         order = self.latent.argsort(stable=True)
         counts = torch.bincount(self.latent, minlength=self.num_latents)
         return Codes(_ends(counts), self.token[order], self.value[order], len(self))
 
     def times(self, matrix: Float[Tensor, "F C"]) -> Float[Tensor, "n C"]:
-        """The product of the codes and a matrix, from the active pairs alone."""
+        """Return the product of the codes and a matrix, from the active pairs alone."""
         return functional.embedding_bag(
             self.latent, matrix, self.starts[:-1], mode="sum", per_sample_weights=self.value
         )
@@ -78,10 +78,10 @@ class Codes:
     def largest(
         self, value: Float[Tensor, " pairs"], k: int, among: Bool[Tensor, " pairs"] | None = None
     ) -> Int[Tensor, "n k"]:
-        """Of each token the k pairs of largest value, the largest first; −1 where there are fewer.
+        """Return each token's k pairs of largest value, the largest first; −1 if it has fewer.
 
         Args:
-            value: of every pair.
+            value: a value for every pair.
             among: consider these pairs only.
         """
         order = value.argsort(descending=True, stable=True)
@@ -104,7 +104,7 @@ class Codes:
 def at_pairs(
     value: Shaped[Tensor, " pairs"], pairs: Int[Tensor, "n k"], otherwise: float
 ) -> Shaped[Tensor, "n k"]:
-    """A value of each of the pairs; ``otherwise`` where there is none (−1)."""
+    """Return the value of each pair; ``otherwise`` for −1 (no pair)."""
     if not len(value):
         return torch.full(pairs.shape, otherwise, dtype=value.dtype, device=value.device)
     return torch.where(pairs >= 0, value[pairs.clamp(min=0)], otherwise)
@@ -112,7 +112,7 @@ def at_pairs(
 
 @torch.no_grad()
 def encode(sae: SAE, x: Float[Tensor, "n D"]) -> Codes:
-    """The latents of raw activations, on the SAE's device."""
+    """Encode raw activations, on the SAE's device."""
     found = sae.encode_sparse(x.to(sae.W_dec.device, sae.W_dec.dtype))
     values, token, latent = found.active()
     order = token.argsort(stable=True)  # by token, then by latent

@@ -1,4 +1,4 @@
-"""Where the decoder rows of an SAE point, among true feature directions.
+"""Decoder rows of an SAE compared with true feature directions.
 
 Letters: F latents, N true features, D `d_in`, w a decoder row of length 1, u a feature's direction
 of length 1.
@@ -16,16 +16,16 @@ from torch import Tensor
 _BLOCK = 1_024
 """Latents fitted at once."""
 _DEPENDENT = 1e-4
-"""A feature closer than this to the span of others adds nothing to a fit that has those."""
+"""A feature closer than this to the span of others counts as dependent on them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Directions:
-    """A value per latent; a row that is zero or not finite has cosine 0 with everything.
+    """Measures per latent; a row that is zero or not finite has cosine 0 with everything.
 
     Attributes:
         feature: the feature with the largest |cos|, −1 for a row without direction.
-        cosine: the (signed) cosine with it.
+        cosine: the (signed) cosine with that feature.
         composite: cosine with the best non-negative sum of at most 3 features.
         group: largest norm of the projection of w onto the subspace of one group, 0 without groups.
         mcc: mean |cos| under the assignment of latents to features that maximises its sum, over
@@ -40,7 +40,7 @@ class Directions:
 
 
 MAX_MATCHED = 32_768
-"""Beyond this the mean matched cosine is left out."""
+"""Beyond this the mean matched cosine is NaN."""
 
 
 def directions(
@@ -49,7 +49,7 @@ def directions(
     groups: Float[Tensor, "groups rank D"],
     candidates: int = 12,
 ) -> Directions:
-    """Compare decoder rows with true features. All on the CPU.
+    """Compare decoder rows with true features, on the CPU.
 
     Memory: the cosines in float32 and their assignment in float64, 12·F·N bytes.
 
@@ -74,7 +74,7 @@ def directions(
 
 
 def unit(rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Rows of length 1 in float64; one that is zero or not finite becomes zero."""
+    """Return the rows at length 1 in float64; a row that is zero or not finite becomes zero."""
     rows = rows.detach().cpu().double()
     rows = torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, 0.0)
     length = rows.norm(dim=1, keepdim=True)
@@ -82,13 +82,13 @@ def unit(rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
 
 
 def matched_cosine(cosines: Float[Tensor, "F N"]) -> float:
-    """The mean |cos| of the best assignment, of which unmatched rows or columns are no part.
+    """Return the mean |cos| of the best assignment; unmatched rows or columns do not count.
 
-    NaN where both sides have more than `MAX_MATCHED`: scipy's dense solver would take hours.
+    NaN if both sides have more than `MAX_MATCHED`: scipy's dense solver would take hours.
     """
     if min(cosines.shape) > MAX_MATCHED:
         return float("nan")
-    # The solver copies what has more rows than columns.
+    # The solver copies a matrix with more rows than columns.
     square = cosines.T if len(cosines) > cosines.shape[1] else cosines
     cost = square.double().abs_().neg_().numpy()
     i, j = linear_sum_assignment(cost)
@@ -100,18 +100,18 @@ def nonnegative_cosine(
     dictionary: Float[Tensor, "N D"],
     nearest: Int[Tensor, "n candidates"],
 ) -> Float[Tensor, " n"]:
-    """The largest cosine of each row with a non-negative sum of at most 3 features.
+    """Return the largest cosine of each row with a non-negative sum of at most 3 features.
 
-    Every set of 1, 2 or 3 of the candidates is tried: its unconstrained least-squares fit counts
-    where all coefficients are positive, and the best of those is the non-negative fit (what it
-    leaves out has coefficient 0). It is that of all features where these are orthogonal or not
-    more than the candidates; else a better fit may use a feature that is no candidate, so that the
-    cosine is a lower bound: a composite can be missed, but not made up.
+    This tries every set of 1, 2 or 3 candidates: the unconstrained least-squares fit of a set
+    counts if all its coefficients are positive, and the best of these is the non-negative fit
+    (features outside the set have coefficient 0). The result is exact over all features if they are
+    orthogonal or no more than the candidates. Otherwise a better fit may use another feature, so
+    the cosine is a lower bound: a composite can be missed, but never invented.
 
     Args:
-        rows: of length 1, or zero.
-        dictionary: of length 1.
-        nearest: for each row, the features that are tried: those of largest cosine.
+        rows: rows of length 1, or zero.
+        dictionary: rows of length 1.
+        nearest: the candidates of each row: the features of largest cosine.
     """
     fits = []
     for row, chosen in zip(rows.split(_BLOCK), nearest.split(_BLOCK), strict=True):
@@ -124,7 +124,7 @@ def nonnegative_cosine(
 def _best_fit(
     gram: Float[Tensor, "n candidates candidates"], along: Float[Tensor, "n candidates"]
 ) -> Float[Tensor, " n"]:
-    """The cosine from the features' cosines with each other and with the row.
+    """Compute the cosine from the features' cosines with each other and with the row.
 
     For w and all u of length 1 and the fit p = Σ c·u: |p|² = p·w = Σ c·(u·w), so cos(p, w) = |p|.
     """
@@ -136,7 +136,7 @@ def _best_fit(
         target = along[:, sets]
         factor, failed = torch.linalg.cholesky_ex(gram[:, sets[:, :, None], sets[:, None, :]])
         coefficients = torch.cholesky_solve(target[..., None], factor)[..., 0]
-        # The diagonal of the factor: how far each feature is from the span of those before it.
+        # The factor's diagonal is each feature's distance from the span of those before it.
         independent = (factor.diagonal(dim1=-2, dim2=-1) > _DEPENDENT).all(dim=-1)
         allowed = (failed == 0) & independent & (coefficients > 0).all(dim=-1)
         squared = torch.where(allowed, (target * coefficients).sum(dim=-1), 0.0)

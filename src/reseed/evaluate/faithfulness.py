@@ -1,9 +1,9 @@
-"""What a language model loses when an SAE's reconstruction takes the place of its activations.
+"""Loss of a language model when an SAE's reconstruction replaces its activations.
 
-The reconstruction is put in at every position that the SAE is made for: not the first of a
-sequence, and no special token, unless the data set's options say otherwise. There the model goes on
-from its own activations. Counted are the predictions made at those same positions, of whatever
-token comes next; the last position of a sequence has none.
+The reconstruction replaces the activations at every position that the SAE is trained on: all but
+the first of a sequence and special tokens, unless the dataset's options include them. Those keep
+the model's own activations. The losses count the next-token predictions at the replaced positions;
+the last position of a sequence has none.
 
 S sequences · L context · V vocabulary · n counted predictions
 """
@@ -39,15 +39,15 @@ if TYPE_CHECKING:
     from reseed.experiment import Resolved
 
 _TOGETHER = 8
-"""SAEs that share a forward pass of the clean model; their results are kept after it."""
+"""SAEs that share a forward pass of the clean model."""
 _LOGITS = 2**26
-"""Most logits of one forward pass, where a batch can be made smaller: 256 MiB in float32."""
+"""Most logits of one forward pass of more than one sequence: 256 MiB in float32."""
 _MEAN, _ZERO = "mean", "zero"
 
 
 @dataclass(frozen=True)
 class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
-    """Cross-entropy and KL with the SAE in the model, beside ablations of the same activations."""
+    """Cross-entropy and KL with the SAE in the model, and with the same activations ablated."""
 
     with_untrained: ClassVar[bool] = False
 
@@ -80,28 +80,28 @@ class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
 
 @dataclass
 class _Losses:
-    """Of each sequence the sums over its counted predictions, float64: cross-entropy, and
-    KL(clean ‖ edited), both in nats."""
+    """Cross-entropy and KL(clean ‖ edited) in nats: for each sequence, the sum over its counted
+    predictions, float64."""
 
     ce: list[Float[Tensor, " some"]] = field(default_factory=list)
     kl: list[Float[Tensor, " some"]] = field(default_factory=list)
 
     def mean(self, of: str, counted: int) -> float:
-        """Per prediction."""
+        """Return the mean per prediction."""
         return float(torch.cat(getattr(self, of)).sum()) / counted
 
 
 _CLEAN = None
-"""The key of the clean model's losses among those of edits."""
+"""The key of the clean model's losses."""
 _All = Mapping[tuple[Hookpoint, str] | None, _Losses]
 
 
 @dataclass(frozen=True, eq=False)
 class _Passage:
-    """What the model reads, and where the SAE stands in.
+    """The sequences that the model reads.
 
     Attributes:
-        kept: positions of activations.
+        kept: the positions where activations are replaced.
     """
 
     model: LanguageModel
@@ -117,7 +117,7 @@ class _Passage:
         return int(self.kept[:, :-1].sum())
 
     def means(self, hooks: Sequence[Hookpoint]) -> dict[Hookpoint, Float[Tensor, " d_in"]]:
-        """The mean activation at each hookpoint, over the positions where SAEs stand in."""
+        """Return the mean activation at each hookpoint, over the replaced positions."""
         sums: dict[Hookpoint, Tensor] = {}
         first = 0
         for found in self.model.activations(self.sequences, hooks):
@@ -130,7 +130,7 @@ class _Passage:
         return {hook: (total / self.activations).float() for hook, total in sums.items()}
 
     def losses(self, edits: Mapping[tuple[Hookpoint, str], Edit]) -> _All:
-        """The losses of the clean model, and of the model with each of the edits."""
+        """Return the losses of the clean model, and of the model with each edit."""
         found: dict[tuple[Hookpoint, str] | None, _Losses] = {_CLEAN: _Losses()}
         for tokens, kept in self._batches():
             clean = _log_probabilities(logits(self.model, tokens), kept)
@@ -142,7 +142,7 @@ class _Passage:
         return found
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Sequences and kept positions, on the device."""
+        """Yield batches of sequences and their replaced positions, on the device."""
         vocabulary = self.model.resolved.transformers_config.get_text_config().vocab_size
         fitting = max(1, _LOGITS // (vocabulary * self.sequences.shape[1]))
         size = min(self.model.batch_sequences, fitting)
@@ -153,7 +153,7 @@ class _Passage:
 def _log_probabilities(
     said: Float[Tensor, "S L V"], kept: Bool[Tensor, "S L"]
 ) -> Float[Tensor, "n V"]:
-    """In float32, of the counted predictions alone."""
+    """Return log-probabilities in float32, of the counted predictions alone."""
     return F.log_softmax(said[:, :-1][kept[:, :-1]].float(), dim=-1)
 
 
@@ -178,7 +178,7 @@ def _add(
 def _where(
     kept: Bool[Tensor, "S L"], edit: Callable[[Tensor], Tensor], x: Float[Tensor, "S L d_in"]
 ) -> Float[Tensor, "S L d_in"]:
-    """``x`` with what ``edit`` makes of it at the kept positions."""
+    """Return ``x``, edited at the kept positions."""
     out = x.clone()
     out[kept] = edit(x[kept]).to(x.dtype)
     return out
@@ -226,9 +226,9 @@ def _result(losses: _All, subject: Subject, passage: _Passage) -> Result:
 
 
 def _recovered(value: float | int | None, clean: float, worst: float) -> float | None:
-    """(worst − value)/(worst − clean): 1 where nothing is lost, 0 where as much as by the ablation.
+    """Return (worst − value)/(worst − clean): 1 without loss, 0 at the loss of the ablation.
 
-    None where the ablation does no harm, of which no part can be recovered.
+    None if the ablation does no harm: there is no loss to recover.
     """
     if value is None or worst <= clean:
         return None

@@ -1,8 +1,8 @@
-"""How well an SAE reconstructs held-out activations, how often its latents fire, and what these
-activations are like: their mean and covariance.
+"""Reconstruction quality and firing of an SAE on held-out activations, and the mean and covariance
+of these activations.
 
-`Reconstruction` measures every run at the end of its training, `ReconstructionConfig` any SAE on as
-many tokens as are asked for.
+`Reconstruction` measures every run at the end of its training, `ReconstructionConfig` any SAE on a
+given number of tokens.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from reseed.evaluate.base import Evaluated, EvaluationConfig, Result, Subject
 from reseed.sae.base import SAE
 
 DENSE = 0.1
-"""A latent that fires on more of the tokens is dense."""
+"""A latent that fires on a larger fraction of the tokens is dense."""
 _BLOCK = 4_096
-"""Activations encoded at once: dense latents are [block, num_latents]."""
+"""Activations encoded at once: dense latents take [block, num_latents]."""
 _BINS = np.linspace(-7, 0, 29)
-"""Edges of the histogram of firing: quarters of a decade of the density."""
+"""Edges of the histogram of log10 density: quarters of a decade."""
 
 
 @dataclass
 class Reconstruction:
-    """Sums over the evaluation set, from which the measures are taken once at the end.
+    """Sums over the evaluation set, from which `metrics` computes the measures at the end.
 
-    The mean is that of the whole evaluation set: fractions of variance averaged over batches
-    would depend on the batch size. ``moments`` has those of the activations, where `measure` took
-    them: one object for all SAEs of a hookpoint.
+    The variance is about the mean of the whole evaluation set: fractions averaged over batches
+    would depend on the batch size. ``moments`` has the moments of the activations, if `measure`
+    took them: one object for all SAEs of a hookpoint.
     """
 
     sae: SAE
@@ -66,7 +66,7 @@ class Reconstruction:
 
     @torch.inference_mode()
     def add(self, x: Float[Tensor, "tokens d_in"]) -> None:
-        """Count the activations of ``x``."""
+        """Add the activations ``x`` to the sums."""
         for part in x.split(_BLOCK):
             part = part.to(self.sae.W_dec.device, torch.float32)
             output = self.sae(part)
@@ -79,7 +79,7 @@ class Reconstruction:
             self.total = exact.sum(0) if self.total is None else self.total + exact.sum(0)
             self.active += int(fired.sum())
             self.firing += fired.sum(0)
-            # Sums of a block in float32: a double copy of dense latents would be large.
+            # A block is summed in float32: a float64 copy of dense latents would be large.
             self.activation_sum += output.latents.sum(0)
             self.activation_square_sum += torch.linalg.vector_norm(output.latents, dim=0) ** 2
             cosine = torch.cosine_similarity(part, output.reconstruction, dim=1)
@@ -98,16 +98,16 @@ class Reconstruction:
         self.output_product += float((reconstruction * x).sum())
 
     def metrics(self, live_at_least: int = 10) -> dict[str, Any]:
-        """What is measured over everything that was added.
+        """Return the measures over everything that was added.
 
         - ``fvu``: squared error / variance; ``explained_variance``: 1 − FVU;
-          ``explained_variance_uncentred``: 1 − squared error / Σ‖x‖², nearly 1 wherever the
-          activations have a large mean;
+          ``explained_variance_uncentred``: 1 − squared error / Σ‖x‖², nearly 1 if the activations
+          have a large mean;
         - ``cosine`` of x and x̂, ``l0`` latents and ``l1`` Σ|f| per token;
         - ``shrinkage``: mean ‖x̂‖/‖x‖ over x ≠ 0; ``relative_bias``: E‖x̂‖² / E[x̂·x], below 1 where
           x̂ should be scaled up to be nearest to x (Rajamanoharan et al. 2024, 2404.16014);
-        - numbers of ``live`` latents by the least they fire; ``live_fraction``,
-          ``silent_fraction`` (never), ``dense_fraction`` (on more than a tenth of the tokens).
+        - ``live``: numbers of latents by the least number of firings; ``live_fraction``,
+          ``silent_fraction`` (never fire), ``dense_fraction`` (on more than a tenth of the tokens).
         """
         if self.tokens == 0 or self.total is None:
             raise ValueError("no activations were added: there is nothing to measure")
@@ -132,7 +132,7 @@ class Reconstruction:
 
 
 def _part(part: float, whole: float, less: bool = False) -> float | None:
-    """part/whole, or what is left of 1; None of nothing."""
+    """Return part/whole, or 1 − that if ``less``; None if the whole is 0."""
     if whole == 0:
         return None
     return 1 - part / whole if less else part / whole
@@ -155,12 +155,12 @@ def measure(
 
 @dataclass(frozen=True)
 class ReconstructionConfig(EvaluationConfig, name="reconstruction"):
-    """How well SAEs reconstruct, and how their latents fire."""
+    """Reconstruction quality of SAEs and firing of their latents."""
 
     with_untrained: ClassVar[bool] = False
 
     tokens: int = setting(65_536, at_least=1)
-    """Held-out activations, the first so many: the same for every SAE of one model."""
+    """First held-out activations to read: the same for every SAE of one model."""
 
     def evaluate(
         self, subjects: Sequence[Subject], evaluated: Evaluated
@@ -189,8 +189,8 @@ def _result(measured: Reconstruction) -> Result:
 
 
 def density_table(density: Float[np.ndarray, " num_latents"]) -> pd.DataFrame:
-    """The histogram of log10 density: ``low``, ``high``, ``latents``; the first row, without ends,
-    has those that never fired, the second also what is below 10^-7."""
+    """Return the histogram of log10 density: ``low``, ``high``, ``latents``. The first row, without
+    edges, counts latents that never fired; the second includes densities below 10^-7."""
     fires = np.log10(density[density > 0])
     counts, _ = np.histogram(fires.clip(_BINS[0], _BINS[-1]), _BINS)
     never = int((density == 0).sum())

@@ -1,4 +1,4 @@
-"""Results about a language model, made once for all SAEs: probes, activations of words.
+"""Results about a language model, computed once for all SAEs: probes, activations of words.
 
 <cache>/evaluations/<what>-<digest of key>.safetensors
 """
@@ -25,10 +25,10 @@ _DIGITS = 24
 
 @dataclass(frozen=True)
 class SharedResults:
-    """A folder of tensors, found again by what determines them.
+    """A folder of tensors, each file keyed by what determines its content.
 
     Attributes:
-        cache: where derived data are kept; results are in its folder ``evaluations``.
+        cache: the folder of derived data; results are in its subfolder ``evaluations``.
     """
 
     cache: Path
@@ -36,14 +36,14 @@ class SharedResults:
     def get(
         self, what: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """The tensors that ``key`` determines, on the CPU: read where they are there, else computed
-        and kept. Of two processes that want them one computes.
+        """Return the tensors of ``key`` on the CPU; compute and store them if they are missing. If
+        two processes need the same tensors, one computes and the other waits.
 
         Args:
             what: short name for the file.
-            key: everything that determines them, in plain values: fingerprints of model and
+            key: everything that determines the tensors, in plain values: fingerprints of model and
                 tokenizer, dtype and attention, hookpoint, settings, seeds, a version.
-            compute: makes them.
+            compute: computes the tensors.
         """
         path = self._path(what, key)
         found = _read(path)
@@ -55,12 +55,14 @@ class SharedResults:
         return found
 
     def lacks(self, what: str, key: Mapping[str, Any]) -> bool:
-        """Whether there is nothing that ``key`` determines."""
+        """Return whether no tensors are stored under ``key``."""
         return not self._path(what, key).is_file()
 
     def keep(self, what: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """What came along with something else, as `get` would have computed it. No lock is waited
-        for: another process may hold it, and wait for ours; both write the same."""
+        """Store tensors that another computation produced, equal to those of `get`.
+
+        This takes no lock: its holder may be waiting for ours, and would write the same tensors.
+        """
         _write(self._path(what, key), key, tensors)
 
     def _path(self, what: str, key: Mapping[str, Any]) -> Path:
@@ -75,7 +77,7 @@ def _write(path: Path, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """None where there is nothing, or nothing that can be read: it is made again."""
+    """Return the stored tensors; None if the file is missing or unreadable: it is recomputed."""
     try:
         return load_file(path)
     except (FileNotFoundError, SafetensorError):
@@ -84,7 +86,7 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Alone among processes. The system frees the lock of one that dies."""
+    """Lock out other processes. The system frees the lock of a process that dies."""
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a")

@@ -1,4 +1,4 @@
-"""Probes on few latents: which latents tell a class, and how well the best k of them do.
+"""Sparse probes: rank the latents that predict a class, and fit regressions on the best k.
 
 n words, F latents, C classes; recipe of Gurnee et al. 2023 as Chanin et al. 2024 use it.
 """
@@ -22,19 +22,18 @@ from reseed.evaluate.first_letter.probes import (
 )
 
 _RIDGE = 1e-6
-"""L2 penalty beside the L1, as published."""
+"""L2 penalty added to the L1 penalty, as published."""
 _TOLERANCE, _MAX_STEPS = 1e-9, 100
 
 
 def rank_latents(
     codes: Codes, member: Bool[Tensor, "n C"], l1: float, most: int, random: torch.Generator
 ) -> Int[Tensor, "C most"]:
-    """The latents of largest (signed) weight in an L1-penalised probe of each class, best first.
+    """Rank the latents by (signed) weight in an L1-penalised probe of each class, best first.
 
-    Minimises the mean weighted cross-entropy + ``l1``·‖w‖₁ of each class by Adam. The words are
-    dealt into batches once, whose order changes from epoch to epoch: so the pairs of each batch
-    are sorted once, and an epoch costs what they cost. Latents that no word activates keep the
-    weight 0 that all start at.
+    Adam minimises the mean weighted cross-entropy + ``l1``·‖w‖₁ of each class. The words are split
+    into batches once and only the batches' order changes between epochs, so that the pairs of each
+    batch are sorted once. Weights start at 0; latents that no word activates stay there.
     """
     member = member.to(codes.value.device)
     live = codes.live
@@ -59,43 +58,43 @@ def rank_latents(
             optimizer.step()
     full = torch.zeros(codes.num_latents, classes, device=live.device)
     full[live] = weight[: len(live)]
-    # Stable: of latents that are alike (weight 0) the first are taken.
+    # The sort is stable: among equal weights (0), the lowest latents come first.
     return full.T.sort(descending=True, stable=True).indices[:, :most].cpu()
 
 
 @dataclass(frozen=True, eq=False)
 class NestedProbe:
-    """Logistic regressions on the first 1, 2, … K of some latents.
+    """Logistic regressions on the first 1, 2, … K latents of a list.
 
     Attributes:
-        weight: in row k−1 that on the first k latents, 0 beyond.
-        bias: of each.
+        weight: row k−1 holds the regression on the first k latents, 0 beyond.
+        bias: bias of each regression.
     """
 
     weight: Float[Tensor, "K K"]
     bias: Float[Tensor, " K"]
 
     def score(self, columns: Float[Tensor, "n K"]) -> Float[Tensor, "n K"]:
-        """Score of each word by each regression; above 0 it is of the class."""
+        """Return each regression's score of each word; above 0 predicts the class."""
         return columns.double() @ self.weight.T + self.bias
 
 
 def fit_nested(columns: Float[Tensor, "n K"], member: Bool[Tensor, " n"]) -> NestedProbe:
-    """Balanced logistic regressions (classes of equal weight), with the penalty ½‖w‖².
+    """Fit balanced logistic regressions (classes of equal weight) with the penalty ½‖w‖².
 
-    Minimises ½‖w‖² + Σ_i s_i·log(1 + exp(−y_i·(w·f_i + b))), s_i = n/(2·size of i's class): what
-    scikit-learn's ``LogisticRegression(class_weight="balanced")`` does. All K are solved together,
-    exactly, by Newton's method; words without any of the latents count as one of each class.
+    Each minimises ½‖w‖² + Σ_i s_i·log(1 + exp(−y_i·(w·f_i + b))), s_i = n/(2·size of i's class),
+    as scikit-learn's ``LogisticRegression(class_weight="balanced")``. Newton's method solves all K
+    together, exactly. Words without any of the latents are merged into one per class.
 
     Raises:
-        ValueError: there are no words of the class, or no others.
+        ValueError: all words or no words are of the class.
     """
     if not 0 < int(member.sum()) < len(member):
         raise ValueError("a regression needs words of the class and words of others")
     x, y, weights = _merged(columns.double().cpu(), member.cpu())
     total = columns.shape[1]
     inputs = functional.pad(x, (0, 1), value=1.0)
-    # Row k−1 sees the first k columns, and the constant.
+    # Row k−1 uses the first k columns and the constant.
     used = torch.ones(total, total + 1, dtype=torch.bool).tril()
     used[:, -1] = True
     penalty = used.double()
@@ -111,7 +110,7 @@ def fit_nested(columns: Float[Tensor, "n K"], member: Bool[Tensor, " n"]) -> Nes
         curvature = weights * slope * (1 - slope)
         hessian = torch.einsum("kn,ni,nj->kij", curvature, inputs, inputs)
         hessian = hessian * (used[:, :, None] & used[:, None, :])
-        # 1 where nothing is used, so that the system has a solution; a trace on the constant.
+        # 1 for unused columns and 1e-12 for the constant make the system solvable.
         hessian += torch.diag_embed(torch.where(used, penalty, 1.0))
         hessian[:, -1, -1] += 1e-12
         step = torch.linalg.solve(hessian, gradient[:, :, None])[:, :, 0]
@@ -122,7 +121,8 @@ def fit_nested(columns: Float[Tensor, "n K"], member: Bool[Tensor, " n"]) -> Nes
 def _merged(
     x: Float[Tensor, "n K"], member: Bool[Tensor, " n"]
 ) -> tuple[Float[Tensor, "m K"], Float[Tensor, " m"], Float[Tensor, " m"]]:
-    """Inputs, targets and weights with all words without a latent as two: exact, and few."""
+    """Return inputs, targets and weights; words without a latent are merged into one row per class,
+    which leaves the objective unchanged."""
     n, positive = len(member), int(member.sum())
     each = torch.where(member, n / (2 * positive), n / (2 * (n - positive))).double()
     some = x.any(1)
@@ -151,7 +151,7 @@ def _descend(
     weights: Tensor,
     penalty: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """A Newton step for each regression, halved until it is none upwards."""
+    """Take a Newton step for each regression, halved until the objective does not increase."""
     length = torch.ones(len(solution), 1, dtype=torch.float64)
     for _ in range(40):
         tried = solution - length * step

@@ -1,8 +1,8 @@
-"""Feature splitting: how many latents stand for one concept (Chanin et al. 2024, section 4).
+"""Feature splitting: the number of latents for one concept (Chanin et al. 2024, section 4).
 
-k-sparse probing: the latents that an L1 probe ranks first, a logistic regression on the first k of
-them for every k, and the main latents S as far as F1 grows. C classes; S of each fold and seed of
-the prompts.
+k-sparse probing: an L1 probe ranks the latents, a logistic regression is fitted on the first k for
+every k, and the main latents S are those up to which F1 grows. C classes; each fold and prompt seed
+has its own S.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Split:
     Attributes:
         ranked: the latents tried, best first.
         main: S, the first of them.
-        scores: of every test word by the regression on the first k latents.
+        scores: score of every test word by the regression on the first k latents, for each k.
     """
 
     ranked: Int[Tensor, " K"]
@@ -43,7 +43,7 @@ class Split:
 
 
 def choose_main(f1: Sequence[float], step: float) -> int:
-    """How many latents are main: F1 must grow by more than ``step`` with each; at least 1."""
+    """Return the number of main latents: each must raise F1 by more than ``step``; at least 1."""
     size = 1
     while size < len(f1) and f1[size] > f1[size - 1] + step:
         size += 1
@@ -60,7 +60,7 @@ def find_splits(
     l1: float = 0.01,
     random: torch.Generator,
 ) -> list[Split | None]:
-    """The main latents of every class; None of one that has no word to fit, or to choose by."""
+    """Find the main latents of every class; None for a class without words to fit or validate."""
     most = min(most, codes.num_latents)
     fit, validation, test = (codes.rows(part) for part in (fold.fit, fold.validation, fold.test))
     ranked = rank_latents(fit, member[fold.fit], l1, most, random)
@@ -79,7 +79,7 @@ def find_splits(
 
 
 def splits_of(config: WordTaskConfig, probed: Probed, codes: Codes) -> list[list[Split | None]]:
-    """`find_splits` for every fold of a repetition."""
+    """Find the splits in every fold of a repetition."""
     return [
         find_splits(
             codes,
@@ -96,7 +96,7 @@ def splits_of(config: WordTaskConfig, probed: Probed, codes: Codes) -> list[list
 
 @dataclass(frozen=True)
 class SplittingConfig(WordTaskConfig, name="splitting"):
-    """How many latents stand for each class of words, and how well one of them does."""
+    """The number of latents that represent each class of words, and the quality of the first."""
 
     def evaluate(
         self, subjects: Sequence[Subject], evaluated: Evaluated
@@ -109,7 +109,6 @@ class SplittingConfig(WordTaskConfig, name="splitting"):
                     yield subject.id, self.measured(subject, repetitions)
 
     def measured(self, subject: Subject, repetitions: list[Probed]) -> Result:
-        """Of one SAE."""
         found = []
         for probed in repetitions:
             codes = encode(subject.sae, probed.x)
@@ -118,7 +117,7 @@ class SplittingConfig(WordTaskConfig, name="splitting"):
 
 
 def evaluable(repetitions: list[Probed], quality: Scores, gate: float) -> list[str]:
-    """Why each class cannot be evaluated; empty where it can."""
+    """Return the reason why each class cannot be evaluated; empty if it can."""
     words = repetitions[0].words
     counts = np.bincount(words.labels.numpy(), minlength=len(words.classes))
     reasons = []
@@ -164,10 +163,10 @@ def _result(found: Found, config: WordTaskConfig) -> Result:
 
 
 def letter_table(found: Found, quality: Scores, reasons: list[str]) -> pd.DataFrame:
-    """A row for each class: splits, the first latent as a detector of it, beside the probe.
+    """Return a row for each class: splits, and its first main latent compared with the probe.
 
-    ``precision``, ``recall`` and ``f1`` are of the firing of the first main latent on test words,
-    ``f1_by_k`` of the regressions on the first k latents.
+    ``precision``, ``recall`` and ``f1`` score the firing of the first main latent on test words,
+    ``f1_by_k`` the regressions on the first k latents.
     """
     words = found[0][0].words
     rows = []
@@ -215,7 +214,7 @@ def _of_latents(found: Found, number: int) -> dict[str, object]:
 
 
 def main_classes(found: Found, kept: list[int]) -> Int[np.ndarray, " F"]:
-    """The class that each latent is a main latent of, most often over folds and seeds; −1: none."""
+    """Return the class that each latent is most often main for, over folds and seeds; −1: none."""
     num_latents = found[0][1].num_latents
     votes = np.zeros((num_latents, found[0][0].num_classes), dtype=np.int32)
     for _, _, splits in found:

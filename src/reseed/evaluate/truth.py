@@ -1,9 +1,9 @@
-"""An SAE against a world whose true features are known: which latents are true ones?
+"""Comparison of an SAE with a world whose true features are known.
 
 Measures: mean matched cosine, precision and recall of each latent as a detector of its feature,
 uniqueness, shrinkage (as in the synthetic benchmarks of SAEs; Chanin et al. 2025, arXiv
-2508.16560), and a label per latent. A cosine alone would call u0 + u1 a copy of u0 (cos .7071), and
-says nothing of a latent that points along a feature but does not fire with it.
+2508.16560), and a label per latent. A cosine alone does not suffice: u0 + u1 has cosine .7071 with
+u0, and a latent can point along a feature without firing with it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from reseed.activations.worlds import Sample, World
 
 LABELS = ("neither", "composite", "atom", "group")
-"""What ``truth_label`` counts, from 0."""
+"""Labels in the order of their numbers in ``truth_label``, from 0."""
 
 
 @dataclass(frozen=True)
 class TruthRules:
-    """What counts as what.
+    """Thresholds of the labels.
 
     Attributes:
-        cosine: an atom, a composite and a group reach it (for a group: the norm of the projection).
-        f1: an atom's firing reaches it as a detector of its feature.
-        live_at_least: a latent is live if it fires at least so many times in the samples.
+        cosine: least cosine of an atom or composite; for a group, least norm of the projection.
+        f1: least F1 of an atom's firing as a detector of its feature.
+        live_at_least: a latent is live if it fires at least this often in the samples.
         candidates: features tried for composites, see `directions.nonnegative_cosine`.
         block: tokens encoded at once.
     """
@@ -47,28 +47,28 @@ class TruthRules:
 
 @dataclass(frozen=True, eq=False)
 class TruthResult:
-    """One SAE against the truth.
+    """The comparison of one SAE with the truth.
 
     Attributes:
-        metrics: numbers of the SAE; NaN where nothing is live.
+        metrics: numbers about the SAE; NaN if no latent is live.
 
             - ``mcc``: mean |cos| of decoder rows and true features under the assignment that
-              maximises it, over min(F, N) pairs, dead latents too.
+              maximises it, over min(F, N) pairs, dead latents included.
             - ``precision``, ``recall``, ``f1``: means over live latents of how well "the latent
-              fires" detects "its feature is active", its feature being that of largest |cos|.
+              fires" detects "its feature is active"; a latent's feature has the largest |cos|.
             - ``uniqueness``: distinct features of live latents / live latents; 1 if no two latents
-              have the same.
-            - ``shrinkage``: mean ‖x̂‖/‖x‖ over tokens with x ≠ 0: 1 means a reconstruction as long
-              as the activation, less that it is too short.
+              share a feature.
+            - ``shrinkage``: mean ‖x̂‖/‖x‖ over tokens with x ≠ 0; below 1 the reconstruction is
+              shorter than the activation.
             - ``true_l0``: true features (of the dictionary, not of groups) active per token.
             - ``atoms``, ``composites``, ``groups``, ``neither``: fractions of live latents.
-            - ``recall_energetic``: fraction of the min(F, N) features with the largest mean a² that
-              some live latent is an atom of: what F perfect latents would have found.
+            - ``recall_energetic``: of the min(F, N) features with the largest mean a² (those that F
+              perfect latents would find), the fraction with a live atom.
         latents: a value per latent, for ``latents.safetensors``: ``truth_label`` (int8, index into
             `LABELS`), ``truth_feature`` (int64, −1 for a row without direction), ``truth_cosine``
             (signed, with that feature), ``truth_precision``, ``truth_recall``, ``truth_f1``
-            (float32, 0 where undefined). Labels are given to all latents; one that never fires
-            is no atom.
+            (float32, 0 where undefined). Every latent has a label; a latent that never fires
+            is not an atom.
     """
 
     metrics: dict[str, float]
@@ -83,19 +83,19 @@ def measure_truth(
 ) -> dict[str, TruthResult]:
     """Measure many SAEs in one pass over samples of a world.
 
-    Labels, in this order: **atom**: |cos| ≥ .9 with one true feature and F1 ≥ .8 as its detector;
-    **composite**: a non-negative sum of at most 3 features has cos ≥ .9 with it (one feature
-    alone, if the firing does not follow it); **group**: its projection onto one group's subspace
+    A latent gets the first label that holds: **atom**: |cos| ≥ .9 with one true feature and F1 ≥ .8
+    as its detector; **composite**: cos ≥ .9 with a non-negative sum of at most 3 features (also one
+    feature that the firing does not follow); **group**: its projection onto one group's subspace
     has norm ≥ .9; else **neither**.
 
     Args:
-        saes: for raw activations of the world.
-        world: its true directions.
-        samples: activations with the truth beside them.
+        saes: SAEs for raw activations of the world.
+        world: the true directions.
+        samples: activations with their true features.
         rules: thresholds.
 
     Raises:
-        ValueError: no true feature, no sample, pairs out of order, or an SAE of another width.
+        ValueError: no true feature, no sample, pairs out of order, or an SAE of another `d_in`.
     """
     rules = rules or TruthRules()
     if len(world.dictionary) == 0:
@@ -121,7 +121,7 @@ def measure_truth(
 
 
 class _Block(NamedTuple):
-    """Some tokens, and the pairs (token, feature) that are active in them, tokens from 0."""
+    """A block of tokens and its active (token, feature) pairs; tokens count from 0."""
 
     x: Float[Tensor, "tokens d_in"]
     token: Int[Tensor, " pairs"]
@@ -149,7 +149,7 @@ def _blocks(samples: Iterable[Sample], size: int) -> Iterator[_Block]:
 
 @dataclass
 class _Truth:
-    """What the features do, over all samples."""
+    """Firing counts and energies of the true features over all samples."""
 
     fired: Int[Tensor, " N"]
     energy: Float[Tensor, " N"]
@@ -170,10 +170,9 @@ class _Truth:
 
 @dataclass
 class _Counts:
-    """What one SAE does, over all samples.
+    """Counts of one SAE over all samples.
 
-    Only the firing of each latent with its own feature is asked for, and the feature is known from
-    the weights: F counts instead of F × N.
+    The weights determine each latent's feature, so joint firing needs F counts, not F × N.
     """
 
     sae: SAE
@@ -246,7 +245,7 @@ _FRACTIONS = {"atoms": "atom", "composites": "composite", "groups": "group", "ne
 
 
 def _labels(found: Directions, f1: Float[Tensor, " F"], rules: TruthRules) -> Int[Tensor, " F"]:
-    """The weakest label first; each stronger one that holds takes its place."""
+    """Assign the weakest label first; each stronger label that holds replaces it."""
     label = torch.full(found.feature.shape, LABELS.index("neither"), dtype=torch.int8)
     label[found.group >= rules.cosine] = LABELS.index("group")
     label[found.composite >= rules.cosine] = LABELS.index("composite")
@@ -255,7 +254,7 @@ def _labels(found: Directions, f1: Float[Tensor, " F"], rules: TruthRules) -> In
 
 
 def _ratio(part: Int[Tensor, " F"], whole: Int[Tensor, " F"]) -> Float[Tensor, " F"]:
-    """0 where there is nothing to be a part of."""
+    """Return part / whole; 0 if the whole is 0."""
     return part.double() / whole.clamp(min=1)
 
 

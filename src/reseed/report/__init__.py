@@ -1,1 +1,1 @@
-"""Tables and figures of a comparison, from what `reseed.compare` measured."""
+"""Tables and figures of a comparison, from the measures of `reseed.compare`."""

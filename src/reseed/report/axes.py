@@ -1,5 +1,5 @@
-"""What tells the cells of a comparison apart: their order, their short names, and the axes of
-numbers that figures are drawn over."""
+"""Knobs that distinguish the cells of a comparison: order, short names, and numeric axes of
+figures."""
 
 from __future__ import annotations
 
@@ -12,18 +12,16 @@ from reseed.compare.cell import CellResult
 from reseed.report.numbers import MISSING
 
 Cell = tuple[Mapping[str, Any], CellResult]
-"""The knobs of a cell (``{"sae": "topk", "layer": 2}``) and what was measured."""
+"""The knobs of a cell (``{"sae": "topk", "layer": 2}``) and its measures."""
 
 FEW = 4
-"""So many cells have room for names of all that varies."""
+"""Up to this many cells are named by all varying knobs."""
 _NUMBER = re.compile(r"(.*?)([-+]?\d[\d.]*(?:e[-+]?\d+)?)")
 
 
 def ordered(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells grouped: by arm, by what is named, then by what is a number, that ascending.
-
-    What is named keeps the order in which it was declared.
-    """
+    """Sort the cells: first by their non-numeric knobs, in the order in which values were declared,
+    then by their numeric knobs, ascending."""
     names = varying(cells)
     amounts = {name: values for name in names if (values := _amounts(cells, name)) is not None}
     words = {name: list(dict.fromkeys(_word(k, name) for k, _ in cells)) for name in names}
@@ -38,14 +36,14 @@ def ordered(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def varying(cells: Sequence[Cell]) -> list[str]:
-    """The knobs that differ between cells."""
+    """Return the knobs that differ between cells."""
     names = dict.fromkeys(name for knobs, _ in cells for name in knobs)
     return [n for n in names if len({_word(knobs, n) for knobs, _ in cells}) > 1]
 
 
 def telling(cells: Sequence[Cell]) -> list[str]:
-    """The varying knobs, without those that one before them tells already (λ of each
-    architecture, which has one)."""
+    """Return the varying knobs, without those that an earlier one determines (λ, if each
+    architecture has one λ)."""
     names = varying(cells)
     return [
         name
@@ -55,15 +53,15 @@ def telling(cells: Sequence[Cell]) -> list[str]:
 
 
 def columns(cells: Sequence[Cell]) -> list[str]:
-    """The varying knobs that tables show: without those that the arm determines, of which
-    `told_by_arm` speaks."""
+    """Return the varying knobs that tables show: without those that the arm determines, which
+    `told_by_arm` lists."""
     left_out = _of_arm(cells)
     return [name for name in varying(cells) if name not in left_out]
 
 
 def told_by_arm(cells: Sequence[Cell]) -> str:
-    """What each arm's name stands for, in one line, arms that are alike said together:
-    ``easy: model world_easy, 64 latents, L0≈3 · …``. Empty where no knob follows from the arm."""
+    """Return the knobs that each arm determines, in one line, equal arms together:
+    ``easy: model world_easy, 64 latents, L0≈3 · …``. Empty if the arm determines no knob."""
     names = _of_arm(cells)
     if not names:
         return ""
@@ -75,7 +73,7 @@ def told_by_arm(cells: Sequence[Cell]) -> str:
 
 
 def _of_arm(cells: Sequence[Cell]) -> list[str]:
-    """The varying knobs, other than the arm itself, that have one value in each arm."""
+    """Return the varying knobs, other than the arm, that have one value in each arm."""
     names = varying(cells)
     if "arm" not in names:
         return []
@@ -83,30 +81,30 @@ def _of_arm(cells: Sequence[Cell]) -> list[str]:
 
 
 def _said(name: str, word: str) -> str:
-    """A knob and its value: ``model world_easy``, ``64 latents``, ``L0≈3``."""
+    """Return a knob and its value: ``model world_easy``, ``64 latents``, ``L0≈3``."""
     if name.endswith("num_latents"):
         return f"{word} latents"
     return word if name == "sparsity" else f"{name} {word}"
 
 
 def naming(cells: Sequence[Cell]) -> list[str]:
-    """The knobs that name a cell: all that tables show, of many cells only the telling ones."""
+    """Return the knobs that name a cell: all that tables show; for many cells, only `telling`."""
     return columns(cells) if len(cells) <= FEW else telling(cells)
 
 
 def label(cells: Sequence[Cell], knobs: Mapping[str, Any]) -> str:
-    """A short name of one cell among the others."""
+    """Return a short name of one cell among ``cells``."""
     return ", ".join(knob_values(naming(cells), knobs)) or str(knobs.get("sae", "all runs"))
 
 
 def knob_values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
-    """The values of some knobs in words."""
+    """Return the values of some knobs in words."""
     return [_word(knobs, name) for name in names]
 
 
 def row_labels(cells: Sequence[Cell]) -> tuple[list[str], list[float]]:
-    """Names of rows that stand under each other, what the row above said left out, and their
-    places, with a gap before each group of more than one."""
+    """Return row labels, without the knobs that repeat the row above, and row positions, with a gap
+    between groups if any group has more than one row."""
     names = naming(cells)
     words = [knob_values(names, knobs) for knobs, _ in cells]
     labels, rows = [], []
@@ -123,12 +121,12 @@ def row_labels(cells: Sequence[Cell]) -> tuple[list[str], list[float]]:
 
 
 def wrapped(text: str, width: int) -> str:
-    """The text in lines of at most ``width`` characters, broken between words."""
+    """Wrap a text between words, in lines of at most ``width`` characters."""
     return "\n".join(textwrap.wrap(text, max(8, width), break_long_words=False)) or text
 
 
 def numeric_axes(cells: Sequence[Cell], at_least: int = 3) -> list[str]:
-    """The telling knobs that are numbers, of at least so many values."""
+    """Return the knobs of `telling` that are numbers with at least ``at_least`` values."""
     return [
         name
         for name in telling(cells)
@@ -137,21 +135,25 @@ def numeric_axes(cells: Sequence[Cell], at_least: int = 3) -> list[str]:
 
 
 def amounts(cells: Sequence[Cell], axis: str) -> list[float]:
-    """The value of a numeric axis for each cell."""
+    """Return the value of a numeric axis for each cell.
+
+    Raises:
+        ValueError: it is not a number in every cell.
+    """
     values = _amounts(cells, axis)
     if values is None:
-        raise ValueError(f"`{axis}` is no number in every cell")
+        raise ValueError(f"`{axis}` is not a number in every cell")
     return values
 
 
 def identities(cells: Sequence[Cell], axis: str) -> list[tuple[str, ...]]:
-    """What a cell is beside its place on an axis: the values of the other telling knobs."""
+    """Return, for each cell, the values of the knobs of `telling` other than ``axis``."""
     others = [name for name in telling(cells) if name != axis]
     return [tuple(knob_values(others, knobs)) for knobs, _ in cells]
 
 
 def _amounts(cells: Sequence[Cell], name: str) -> list[float] | None:
-    """Numbers, also such as ``k=8``; None where one has none, or they are of different kinds."""
+    """Return the numbers, also out of ``k=8``; None if a cell has none, or if prefixes differ."""
     found = [_NUMBER.fullmatch(_word(knobs, name)) for knobs, _ in cells]
     if not all(found) or len({match[1] for match in found if match}) > 1:
         return None
@@ -162,7 +164,7 @@ def _amounts(cells: Sequence[Cell], name: str) -> list[float] | None:
 
 
 def _follows(cells: Sequence[Cell], name: str, other: str) -> bool:
-    """Whether ``other`` says what ``name`` is."""
+    """Return whether ``other`` determines ``name``."""
     pairs = {(_word(knobs, other), _word(knobs, name)) for knobs, _ in cells}
     return len(pairs) == len({first for first, _ in pairs})
 

@@ -1,4 +1,4 @@
-"""The shared fraction against a number in which cells differ: budget, width, sparsity, depth."""
+"""Figures of the shared fraction against a numeric axis: budget, width, sparsity, depth."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from reseed.report.style import (
 from reseed.report.wording import paired
 
 COLUMNS = 3
-"""Panels beside each other."""
+"""Most panels in a row."""
 LOG_FROM = 8
-"""A larger ratio of the ends of a range is drawn on a logarithmic scale."""
+"""A range whose ends have a larger ratio is drawn on a logarithmic scale."""
 ALIKE = 0.5
-"""Untrained SAEs that share so much were born alike."""
+"""Untrained SAEs whose shared fraction exceeds this started from alike weights."""
 DOTTED: Any = (0, (1, 2))
 DASHED: Any = (0, (5, 3))
 _NAMES = {"tokens": "optimiser steps", "num_latents": "latents", "sparsity": "latents active"}
 _TICKS = np.linspace(0, 1, 6)
 _LETTER = 0.065
-"""Inches that a letter of a label takes, at most."""
+"""Largest width of a letter of a label, in inches."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What stands where: a value per cell, in the order of the cells.
+    """Layout of the figure: a value per cell, in the order of the cells.
 
     Attributes:
         at: place on the axis.
-        lines: what its line is called, the same in all panels.
-        panels: what its panel is called.
+        lines: name of its line, the same in all panels.
+        panels: title of its panel.
     """
 
     at: Sequence[float]
@@ -62,15 +62,15 @@ class _Plan:
 
 
 def axis_name(axis: str) -> str:
-    """The last word of a key, for the name of a file: ``aux_alpha`` of ``sae.aux_alpha``."""
+    """Return the last word of a key, for file names: ``aux_alpha`` of ``sae.aux_alpha``."""
     return axis.rpartition(".")[2]
 
 
 def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
-    """The strict shared fraction over ``axis``: a line per arm and a panel for all else.
+    """Draw the strict shared fraction over ``axis``: a line per arm, panels for the other knobs.
 
-    Without arms, a line per architecture (or the first knob that differs). The budget is drawn in
-    optimiser steps: these and not tokens are what moves weights.
+    Without arms there is a line per architecture (or per value of the first knob that differs). The
+    budget is drawn in optimiser steps, because steps, not tokens, move the weights.
     """
     plan = _plan(cells, axis)
     names = list(dict.fromkeys(plan.panels))
@@ -138,14 +138,14 @@ def _line(
     estimates = [cell.estimates["shared_fraction"] for _, cell in cells]
     axes.plot(at, [e.mean for e in estimates], **_look(i, name))
     there = [(j, e) for j, e in enumerate(estimates) if e.low is not None and e.high is not None]
-    # A band over places that follow each other; where the neighbours have none, a bar.
+    # A band over consecutive places that have intervals; a bar at a place without such neighbours.
     for _, run in groupby(enumerate(there), key=lambda x: x[1][0] - x[0]):
         stretch = [entry for _, entry in run]
         places = at[[j for j, _ in stretch]]
         low, high = np.array([(e.low, e.high) for _, e in stretch]).T
         colour = _look(i, name)["color"]
         if len(stretch) > 1:
-            faint, edge = (colour, 0.16), (colour, 0.45)  # edges tell bands apart that overlap
+            faint, edge = (colour, 0.16), (colour, 0.45)  # edges distinguish overlapping bands
             axes.fill_between(places, low, high, facecolor=faint, edgecolor=edge, linewidth=0.6)
         else:
             axes.vlines(places, low, high, color=colour, alpha=0.35, linewidth=3)
@@ -156,8 +156,8 @@ def _line(
 
 
 def _look(i: int, name: str) -> dict[str, Any]:
-    """Colour and marker, so that lines are told apart in grey, too. Gaussian surrogates, in which
-    there is nothing to find, are dashed like the null."""
+    """Return colour and marker, so that lines differ in grey, too. Gaussian surrogates, which have
+    no features to find, are dashed like the null."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],
@@ -198,11 +198,10 @@ def _axis_label(cells: Sequence[Cell], axis: str) -> str:
 
 
 def _scale(axes: Axes, at: Sequence[float], room: float) -> None:
-    """A tick at every value, as long as they are few; else matplotlib's, in powers of 2 if
-    logarithmic.
+    """Set a tick at every value if there are few; else matplotlib's, in powers of 2 if logarithmic.
 
     Args:
-        room: inches that the axis is long.
+        room: length of the axis, in inches.
     """
     values = sorted(set(at))
     log = values[0] > 0 and values[-1] / values[0] > LOG_FROM
@@ -221,7 +220,7 @@ def _amount(value: float) -> str:
 
 
 def _named(values: Sequence[float], log: bool, room: float) -> set[float]:
-    """The values with room for their numbers, the largest first."""
+    """Return the values whose numbers fit without touching, the largest first."""
     at = np.log(values) if log else np.array(values)
     inches = (at - at[0]) / max(np.ptp(at), 1e-300) * room
     named, left = set(), inf
@@ -234,6 +233,6 @@ def _named(values: Sequence[float], log: bool, room: float) -> set[float]:
 
 
 def _born_alike(cells: Sequence[Cell]) -> bool:
-    """Whether some cells started alike and others did not."""
+    """Return whether some cells started from alike weights and others did not."""
     start = [cell.pair_mean("untrained_shared_fraction") > ALIKE for _, cell in cells]
     return any(start) and not all(start)

@@ -1,4 +1,4 @@
-"""What is said below each figure: what it shows, n, and what its intervals are."""
+"""Captions of figures: what each shows, n, and its intervals."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from reseed.report.references import of_seeds
 from reseed.report.wording import counted, paired, span
 
 BY_AXIS = "shared_fraction_by_"
-"""What the names of figures over an axis begin with."""
+"""Prefix of the names of figures over an axis."""
 _LATENTS = ("latents.parquet",)
 _RUNS = ("evaluations.csv",)
 
 
 def title(name: str) -> str:
-    """What a figure shows, in a few words."""
+    """Return the title of a figure."""
     if name.startswith(BY_AXIS):
         return f"Shared latents by {name.removeprefix(BY_AXIS).replace('_', ' ')}"
     return _TITLES.get(name, name.replace("_", " "))
 
 
 def caption(name: str, cells: Sequence[Cell]) -> str:
-    """How a figure is read."""
+    """Return the caption of a figure: how to read it."""
     key = BY_AXIS if name.startswith(BY_AXIS) else name
     return _CAPTIONS[key](cells) if key in _CAPTIONS else f"{_sample(cells)}."
 
 
 def data_files(name: str) -> tuple[str, ...]:
-    """The files of the sweep that hold the numbers of a figure."""
+    """Return the names of the files that hold the numbers of a figure."""
     return ("summary.csv",) if name.startswith(BY_AXIS) else _DATA.get(name, ("summary.csv",))
 
 
 def _sample(cells: Sequence[Cell]) -> str:
-    """``n = 3 seeds; 95% interval over seeds``."""
+    """Return ``n = 3 seeds; 95% interval over seeds``."""
     if not any(e.low is not None for _, cell in cells for e in cell.estimates.values()):
         return f"{counted(cells)}; no interval"
     return f"{counted(cells)}; {_level(cells)} interval over {paired(cells)}"
@@ -61,52 +61,52 @@ def _other(cells: Sequence[Cell]) -> str:
 
 _TITLES = {
     "shared_fraction": "Shared latents",
-    "seeds": "By how many a latent is shared",
+    "seeds": "Number of others that share a latent",
     "cosines": "Matched latents, by encoder and by decoder",
     "firing": "Cosine of matched latents by how often they fire",
     "threshold": "Shared latents by threshold",
     "firing_deciles": "Shared latents by how often they fire",
-    "quality_coverage": "What matched latents do in each other's place",
+    "quality_coverage": "How well matched latents replace each other",
     "matrix": "Shared latents of each pair of values",
     "truth": "Latents against the true directions",
-    "density": "On what part of the tokens latents fire",
+    "density": "Firing density of latents",
     "faithfulness": "What the model loses",
-    "probe_f1": "What latents tell of what probes do",
+    "probe_f1": "Latents against probes, by letter",
     "absorption": "Absorption",
     "absorption_letters": "Absorption by letter",
-    "absorbers": "Who absorbs",
+    "absorbers": "Latents that absorb words, by letter",
 }
 
 _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
     "shared_fraction": lambda cells: (
-        f"Fraction of latents that another {_other(cells)} has, too: the same match by encoder and "
+        f"Fraction of latents shared with another {_other(cells)}: the same match by encoder and "
         f"by decoder, both cosines at least {_tau(cells)}. Dots and bars: mean over pairs with its "
         f"interval; {_sample(cells)}. Ticks: single pairs; diamonds: live latents only; crosses: "
         "the same SAEs untrained."
     ),
     "seeds": lambda cells: (
         f"Rings or bars: fraction of latents shared with exactly m of the other {paired(cells)}, "
-        f"darker for more. Lines: the fraction that k − 1 other {paired(cells)} all lack, against "
-        f"k; {counted(cells)}, a mean over all choices of them, without interval."
+        f"darker for more. Lines: the fraction that none of k − 1 other {paired(cells)} has, "
+        f"against k; {counted(cells)}, mean over all choices of them, no interval."
     ),
     "cosines": lambda cells: (
-        "A point for each latent and other run (a random part of them where they are many); "
-        f"{counted(cells)}. Dots: encoder and decoder give it the same match; plus signs: not the "
-        f"same. What is right of and above the dashed lines ({_tau(cells)}) with one match is "
-        "shared. Cross: random rows, matched alike."
+        "A point for each latent and other run (a random sample if there are many); "
+        f"{counted(cells)}. Dots: encoder and decoder give the same match; plus signs: different "
+        f"matches. Dots right of and above the dashed lines ({_tau(cells)}) are shared latents. "
+        "Cross: random rows, matched the same way."
     ),
     "firing": lambda cells: (
-        f"Decoder cosine with the match against firing in ten million tokens, from "
+        f"Decoder cosine with the match against firings in ten million tokens, from "
         f"{_tokens(cells)}; every latent against every other run, {counted(cells)}. Dots: shared; "
-        "plus signs: not."
+        "plus signs: not shared."
     ),
     "threshold": lambda cells: (
         f"The strict shared fraction against its threshold; {_sample(cells)} (bands). Dotted: the "
         f"threshold of the tables.{_paper(cells)}"
     ),
     "firing_deciles": lambda cells: (
-        "The strict shared fraction of latents that never fired, that are not live, and of the "
-        f"deciles of live latents by firing in {_tokens(cells)}; {_sample(cells)} (bars)."
+        "The strict shared fraction of latents that never fired, of those that are not live, and "
+        f"of live latents by decile of firing in {_tokens(cells)}; {_sample(cells)} (bars)."
     ),
     BY_AXIS: lambda cells: (
         f"Fraction of latents shared with another {_other(cells)}, both cosines at least "
@@ -114,35 +114,36 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
         f"black: random rows.{_paper(cells)}"
     ),
     "quality_coverage": lambda cells: (
-        "Mean R, the part of the damage of ablating a latent that its match repairs, of the best r "
-        f"matches by cosine, against r; {counted(cells)}, area with its {_level(cells)} interval."
+        "Mean R (fraction of the damage of ablating a latent that its match repairs) of the r "
+        f"matches with the highest cosines, against r; {counted(cells)}, area with its "
+        f"{_level(cells)} interval."
     ),
     "matrix": lambda cells: (
-        "The strict shared fraction of runs with these values, a mean over pairs; "
+        "The strict shared fraction of runs with these values, mean over pairs; "
         f"{counted(cells)}."
     ),
     "truth": lambda cells: (
-        "Fraction of live latents that are atoms, one true feature each: among those that another "
-        f"{_other(cells)} has, too (dots), and among the others (diamonds), with the difference in "
-        f"numbers; {_sample(cells)}."
+        "Fraction of live latents that are atoms (one true feature each): among those shared with "
+        f"another {_other(cells)} (dots) and among the others (diamonds), with the difference as a "
+        f"number; {_sample(cells)}."
     ),
     "density": lambda cells: (
-        "Histogram of the part of the evaluated tokens on which a latent fires, over all runs of a "
-        f"cell; {counted(cells)}, no interval. Right of the dashed line latents are dense."
+        "Histogram of the fraction of evaluated tokens on which a latent fires, over all runs of a "
+        f"cell; {counted(cells)}, no interval. Latents right of the dashed line are dense."
     ),
     "faithfulness": lambda cells: (
         "A point for each run: the increase of the model's cross-entropy with the SAE spliced in, "
-        f"and the KL divergence that it recovers, against L0; {counted(cells)}, no interval. Grey "
-        "lines join the means of cells that differ in sparsity alone."
+        f"and the fraction of KL divergence that it recovers, against L0; {counted(cells)}, no "
+        "interval. Grey lines join the means of cells that differ only in sparsity."
     ),
     "probe_f1": lambda cells: (
-        "A point for each letter and run: F1 of its first latent against F1 of the probe on the "
-        f"activations; {counted(cells)}, no interval. Below the diagonal the SAE lost what the "
-        "activations tell."
+        "A point for each letter and run: F1 of the letter's first latent against F1 of the probe "
+        f"on the activations; {counted(cells)}, no interval. Below the diagonal the SAE lost "
+        "information that the activations have."
     ),
     "absorption": lambda cells: (
-        "Absorbed fraction against L0, and against width where that differs: a point for each run, "
-        "dashes with letters given to words at random, crosses with the SAE as it was born; "
+        "Absorbed fraction against L0, and against width if it differs: a point for each run, "
+        "a dash with letters assigned to words at random, a cross with the untrained SAE; "
         f"{counted(cells)}, no interval. Lower is better."
     ),
     "absorption_letters": lambda cells: (
@@ -150,8 +151,8 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
         f"{counted(cells)}, no interval. Crosses: letters whose probe is not good enough."
     ),
     "absorbers": lambda cells: (
-        "Cosine with the probe of a letter of the latents that stand for it (diamonds), and of "
-        f"those that absorb words of it (dots, larger for more words), of all runs; "
+        "Cosine with the probe of a letter: latents that stand for the letter (diamonds), and "
+        f"latents that absorb its words (dots, larger for more words), of all runs; "
         f"{counted(cells)}."
     ),
 }  # fmt: skip

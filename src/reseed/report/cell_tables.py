@@ -1,4 +1,4 @@
-"""Tables with a row per cell, made of columns that say what stands there for a cell."""
+"""Tables with a row per cell, built from columns: functions from a cell to its entry."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from reseed.report.axes import MISSING, Cell, columns, knob_values
 from reseed.report.wording import Wording, bounds, null_in_words, number, with_interval
 
 Column = Callable[[CellResult], str]
-"""What stands in a column for a cell."""
+"""A function from a cell to its entry in a column."""
 
 
 def cell_table(cells: Sequence[Cell], made: Mapping[str, Column], *footnotes: str) -> Wording:
-    """A row per cell: the knobs that tell cells apart, and head → what the column says."""
+    """Make a table with a row per cell: the knobs that distinguish cells, then the columns.
+
+    Args:
+        made: heading → column.
+    """
     knobs = columns(cells)
     rows = tuple(
         (*knob_values(knobs, k), *(column(cell) for column in made.values())) for k, cell in cells
@@ -25,7 +29,11 @@ def cell_table(cells: Sequence[Cell], made: Mapping[str, Column], *footnotes: st
 
 
 def measured(measures: Mapping[str, str]) -> dict[str, Column]:
-    """Head → the estimate of that name with its interval."""
+    """Return columns of estimates with their intervals.
+
+    Args:
+        measures: heading → name of the estimate.
+    """
 
     def column(name: str) -> Column:
         return lambda cell: shown(cell, name)
@@ -34,12 +42,12 @@ def measured(measures: Mapping[str, str]) -> dict[str, Column]:
 
 
 def pair_mean(name: str) -> Column:
-    """The mean of a column of the pairs that has no interval."""
+    """Return a column of the mean of a pair measure, without interval."""
     return lambda cell: number(cell.pair_mean(name))
 
 
 def run_mean(name: str) -> Column:
-    """The mean over runs of a number of things."""
+    """Return a column of the mean over runs of a count, with one decimal."""
 
     def column(cell: CellResult) -> str:
         found = cell.estimates.get(name)
@@ -49,7 +57,11 @@ def run_mean(name: str) -> Column:
 
 
 def chance(name: str, drawn: bool) -> Column:
-    """A shared fraction by chance; ``drawn`` where it is found in simulated dictionaries."""
+    """Return a column of a shared fraction by chance.
+
+    Args:
+        drawn: whether it comes from simulated dictionaries, so that a 0 has a limit of detection.
+    """
 
     def column(cell: CellResult) -> str:
         mean = cell.pair_mean(name)
@@ -61,10 +73,11 @@ def chance(name: str, drawn: bool) -> Column:
 
 
 def kappa(rung: str, null: str) -> Column:
-    """κ against a rung of the ladder of nulls, with the interval of S carried over.
+    """Return a column of κ against a null, with the interval of S carried over.
 
     Args:
-        null: the column of the pairs with S₀.
+        rung: ``isotropic``, ``covariance`` or ``untrained``.
+        null: the pair measure with S₀.
     """
     name = "kappa" if rung == "isotropic" else f"kappa_{rung}"
 
@@ -80,7 +93,7 @@ def kappa(rung: str, null: str) -> Column:
 
 
 def beside_null(name: str) -> Column:
-    """``0.80 [0.70, 0.90] / 0.50``: an estimate, then its null."""
+    """Return a column of an estimate, then its null: ``0.80 [0.70, 0.90] / 0.50``."""
 
     def column(cell: CellResult) -> str:
         own, null = shown(cell, name), cell.pair_mean(f"null_{name}")
@@ -90,6 +103,6 @@ def beside_null(name: str) -> Column:
 
 
 def shown(cell: CellResult, name: str) -> str:
-    """An estimate with its interval, where the cell has it."""
+    """Return an estimate with its interval, or `MISSING` if the cell lacks it."""
     found: Interval | None = cell.estimates.get(name)
     return MISSING if found is None else with_interval(found)

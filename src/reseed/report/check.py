@@ -1,4 +1,4 @@
-"""``reseed check`` in words: a row per named latent, and what is to be expected of any other."""
+"""Output of ``reseed check``: a row per named latent, and what is expected of any other latent."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FILES = ("check.csv", "check.md")
 
 
 def write_check(frame: pd.DataFrame, words: Wording, folder: Path) -> list[Path]:
-    """Write `FILES` into ``folder``, each whole or not at all."""
+    """Write `FILES` into ``folder``, each atomically."""
     table, text = (folder / name for name in FILES)
     atomic_write(table, lambda p: frame.to_csv(p, index=False))
     parts = ("# Do these latents replicate?", words.caption, markdown_table(words))
@@ -37,11 +37,11 @@ def print_check(words: Wording, console: Console | None = None) -> None:
 def check_words(
     frame: pd.DataFrame, result: CellResult, knobs: Mapping[str, Any], lacking: Sequence[str] = ()
 ) -> Wording:
-    """The table of `compare.named.replication`.
+    """Return the table of `compare.named.replication`.
 
     Args:
-        knobs: of the cell.
-        lacking: lines on runs that are not there.
+        knobs: the cell's knobs.
+        lacking: footnotes on missing runs.
     """
     seeds = list(result.runs["seed"].astype(str))
     rows: list[Any] = frame.to_dict("records")
@@ -86,8 +86,8 @@ def _reproducibility(row: Mapping[str, Any]) -> Interval:
 
 
 def _partner(row: Mapping[str, Any], value: str) -> str:
-    """``812 (0.93, 0.91)``, both cosines of the matched partner, with a star if shared; and the
-    latent that is nearest by both, where that is another."""
+    """Return ``812 (0.93, 0.91)``: the matched partner with both cosines and a star if shared; then
+    the latent that is nearest by both cosines, if it is another."""
     if pd.isna(row[f"partner_{value}"]):  # its own run
         return ""
     matched, best = int(row[f"partner_{value}"]), int(row[f"best_{value}"])
@@ -121,24 +121,26 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
     null = null_in_words(mean("null_shared_fraction"), result.null_simulated_latents)
     notes = [
         f"**{every} of {n} are shared with all of the other {result.n_seeds - 1}, {none} with "
-        f"none.** On average they are shared with {number(found)} of the others; latents of the "
-        f"same dictionary that fire as often with {number(mean('decile_shared'))}, any of "
-        f"its latents with {number(mean('dictionary_shared'))}, random rows with {null}. (Matched "
+        f"none.** On average they are shared with {number(found)} of the others; for comparison, "
+        "latents of the same dictionary that fire as often are shared with "
+        f"{number(mean('decile_shared'))}, all its latents with "
+        f"{number(mean('dictionary_shared'))}, random rows with {null}. (Matched "
         f"random rows have a cosine of {number(mean('null_cosine'))}.)",
-        "**shared with**: in so many of the others both matchings, by encoder and by decoder, give "
-        f"the latent the same partner, with both cosines at least {settings.threshold:g}. "
-        f"**reproducibility**: how likely one more {settings.pair_words} has it, with the "
-        f"{settings.confidence:.0%} interval of a beta distribution. **alike**: how much the "
-        "latents in its decile of firing are shared, on average.",
+        "**shared with**: number of the others in which the matchings by encoder and by decoder "
+        "give the latent the same partner, with both cosines at least "
+        f"{settings.threshold:g}. **reproducibility**: probability that one more "
+        f"{settings.pair_words} has it, with the {settings.confidence:.0%} interval of a beta "
+        "distribution. **alike**: mean shared fraction of the latents in its decile of firing.",
         f"Under each other {settings.pair_words}: the decoder's match (cosine by encoder, by "
-        "decoder), * where it is shared; then, where that is another, the latent whose smaller "
-        "cosine is largest, taken or not.",
+        "decoder), with * if it is shared; then, if it is another, the latent whose smaller cosine "
+        "is largest, even if it is the match of another latent.",
     ]
     silent = _numbers(frame, "latent")[_numbers(frame, "live") == 0]
     if len(silent):
         listed = ", ".join(f"{latent:.0f}" for latent in silent)
         notes.append(
             f"**not live**: {listed}: fewer than {settings.live_at_least} firings in "
-            f"{result.held_out_tokens:,} held-out tokens; what is **alike** is not live either."
+            f"{result.held_out_tokens:,} held-out tokens; **alike** is then the mean over latents "
+            "that are not live."
         )
     return notes

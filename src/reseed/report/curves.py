@@ -1,4 +1,4 @@
-"""Figures in which every cell is a line: over thresholds, deciles of firing, ranks of matches."""
+"""Figures with a line per cell: over thresholds, deciles of firing, and ranks of matches."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ from reseed.report.style import (
 from reseed.report.wording import counted, paired, span, with_interval
 
 NOT_LIVE = 2
-"""Strata before the first decile: never fired, and not live."""
+"""Number of strata before the first decile: never fired, and not live."""
 MOST_LINES = 6
-"""Lines of one panel; more cells are panels, by all but the last of the knobs that name them."""
+"""Most lines in one panel; more cells are split into panels, by all but the last of the knobs that
+name them."""
 
 
 @dataclass(frozen=True)
 class _Said:
-    """Words of the legend: of one cell, and of what they are."""
+    """Extra text of the legend: ``of`` a cell, and the ``title`` that explains it."""
 
     of: Callable[[CellResult], str]
     title: str
@@ -51,13 +52,13 @@ class _Said:
 
 @dataclass(frozen=True)
 class Curve:
-    """What a cell's line is.
+    """Points and intervals of a cell's line.
 
     Attributes:
-        at, mean: the points; NaN where there is none.
-        low, high: ends of the interval at each, NaN where there is none.
-        apart: whether the points stand for themselves, so that intervals are bars and not a band.
-        dense: whether they are too many for a marker each.
+        at, mean: coordinates of the points; NaN for a gap.
+        low, high: ends of each interval; NaN if there is none.
+        apart: whether the points are categories, so that intervals are bars and not a band.
+        dense: whether the points are too many for a marker each.
     """
 
     at: Float[np.ndarray, " points"]
@@ -69,7 +70,7 @@ class Curve:
 
 
 def threshold_figure(cells: Sequence[Cell]) -> Figure:
-    """The strict shared fraction against its threshold, the paper's for Pythia beside it."""
+    """Draw the strict shared fraction against its threshold, with the paper's for Pythia."""
 
     def curve(cell: CellResult) -> Curve:
         found = [cell.estimates[f"shared_fraction_at_{tau}"] for tau in THRESHOLDS]
@@ -94,14 +95,14 @@ def threshold_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def decile_figure(cells: Sequence[Cell]) -> Figure:
-    """The strict shared fraction of latents by how often they fire."""
+    """Draw the strict shared fraction of latents by how often they fire."""
     limit = cells[0][1].settings.live_at_least
 
     def curve(cell: CellResult) -> Curve:
         table = by_stratum(cell.strata, "decile", cell.settings.confidence)
         columns = ("shared_fraction", "shared_low", "shared_high")
         mean, low, high = (table[name].to_numpy(dtype=np.float64) for name in columns)
-        # Latents that are not live stand apart: no line leads from them to the deciles.
+        # The NaN interrupts the line between latents that are not live and the deciles.
         values = (np.insert(v, NOT_LIVE, np.nan) for v in (mean, low, high))
         return Curve(np.insert(np.arange(float(len(table))), NOT_LIVE, NOT_LIVE - 0.5), *values,
                      apart=True)  # fmt: skip
@@ -125,9 +126,9 @@ def decile_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def coverage_figure(cells: Sequence[Cell]) -> Figure:
-    """Mean substitution quality of the best matches, against how many of them are taken.
+    """Draw the mean substitution quality of the best matches, against their number.
 
-    Cells without activations are left out.
+    Cells without measures on activations are left out.
 
     Raises:
         ValueError: no cell has any.
@@ -153,7 +154,7 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
         cells,
         curve,
         panel,
-        "part of the latents taken, highest cosines first",
+        "fraction of latents taken, highest cosines first",
         "mean R: damage that their matches repair",
         [Patch(alpha=0, label=f"{counted(cells)}, {count} tokens")],
         _Said(area, f"area [{cells[0][1].settings.confidence:.0%} interval]"),
@@ -161,7 +162,7 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def with_activations(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells that were measured on activations."""
+    """Return the cells that were measured on activations."""
     return [(k, c) for k, c in cells if TOKENS in c.pairs and c.pairs[TOKENS].to_numpy().max() > 0]
 
 
@@ -174,13 +175,13 @@ def _figure(
     handles: Sequence[Artist],
     more: _Said | None = None,
 ) -> Figure:
-    """Panels of lines with intervals, and one legend.
+    """Draw panels of lines with intervals, and one legend.
 
     Args:
-        panel: draws what else every panel has, and its ticks; told whether it is wide.
-        below, beside: names of the axes.
-        handles: of what ``panel`` draws.
-        more: what the legend of a single panel says of a cell beside its name.
+        panel: draws the rest of a panel, and its ticks; its second argument: is the panel wide?
+        below, beside: labels of the x and y axis.
+        handles: legend handles for what ``panel`` draws.
+        more: text that the legend of a single panel adds to the name of a cell.
     """
     groups = _panels(cells)
     columns = 2 if len(groups) == 4 else min(len(groups), 3)
@@ -224,7 +225,8 @@ def _figure(
 def _interval_handles(
     cells: Sequence[Cell], curves: Sequence[Curve], *, silent: bool
 ) -> list[Artist]:
-    """What the bands are; that there are none, unless ``silent``."""
+    """Return the handle that explains the bands; if there are none, one that says so unless
+    ``silent``."""
     if any(not np.isnan(curve.low).all() for curve in curves):
         text = f"{cells[0][1].settings.confidence:.0%} interval over {counted(cells)}"
         return [Patch(facecolor=GREY, alpha=0.3, label=text)]
@@ -232,7 +234,7 @@ def _interval_handles(
 
 
 def _panels(cells: Sequence[Cell]) -> dict[str, list[tuple[str, Cell]]]:
-    """Title → the lines of a panel, by name: one panel of few cells."""
+    """Return panel title → its lines, as (name, cell); few cells are in one panel."""
     if len(cells) <= MOST_LINES:
         return {"": [(label(cells, knobs), (knobs, cell)) for knobs, cell in cells]}
     *first, last = naming(cells)
@@ -244,12 +246,12 @@ def _panels(cells: Sequence[Cell]) -> dict[str, list[tuple[str, Cell]]]:
 
 
 def _named(name: str, value: str) -> str:
-    """A number is nothing without what it is of: ``layer 2``, but ``topk``."""
+    """Return a value with the name of its knob if it is a number: ``layer 2``, but ``topk``."""
     return f"{name} {value}" if value.replace(".", "").isdigit() else value
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Colour, marker and, from the ninth line on, dashes: lines are told apart in grey, too."""
+    """Return colour, marker and, from the ninth line on, dashes, so that lines differ in grey."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],

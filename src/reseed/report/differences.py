@@ -1,8 +1,8 @@
-"""Differences between architectures at each budget, and which of them are claimed.
+"""Differences between architectures at each budget, and the rule by which one is claimed.
 
-Which of two architectures is the more stable can change with the number of optimiser steps, so a
-difference is claimed only where its interval leaves out 0 at the last two budgets, on the same
-side. Each budget is a run of its own that has decayed to zero.
+The ranking of two architectures can change with the number of optimiser steps. A difference is
+therefore claimed only if its interval excludes 0 at the last two budgets, on the same side. Each
+budget is a run of its own whose learning rate has decayed to zero.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MEASURES = {
     "shared, corr": "shared_fraction_correlation",
 }
 LISTED = 4
-"""Up to so many verdicts are given one by one on the terminal."""
+"""Up to this many verdicts are printed one by one on the terminal."""
 BUDGETS = 2
-"""So many budgets, the last ones, have to agree."""
+"""Number of last budgets that have to agree."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Contrast:
 
     Attributes:
         first, second: the architectures.
-        place: what else tells their cells apart: arm, layer, …
+        place: values of the other knobs that vary: arm, layer, …
         budgets: tokens, ascending.
         differences: measure → interval of first − second, for each budget.
-        primary: the measure that is claimed of.
+        primary: the measure on which a difference is claimed.
     """
 
     first: str
@@ -52,33 +52,33 @@ class Contrast:
 
     @property
     def claimed(self) -> int:
-        """1 or −1 where the first or the second has more at the last budgets, else 0."""
+        """1 or −1 if the first or the second has more at all of the last budgets, else 0."""
         sides = {side(d) for d in self.differences[self.primary][-BUDGETS:]}
         return sides.pop() if len(sides) == 1 else 0
 
     def verdict(self) -> str:
-        """One line: what is claimed of the primary measure, or why nothing is."""
+        """Return one line: the claim on the primary measure, or why there is none."""
         found = self.differences[self.primary]
         last = list(zip(self.budgets, found, strict=True))[-BUDGETS:]
         said = " and ".join(f"{signed(d)} at {b:,.0f}" for b, d in last) + " tokens"
         without = next((d.reason for _, d in last if d.low is None), "")
         sides = {side(d) for _, d in last}
         if without:
-            claim = f"no difference claimed, as there is no interval ({without})"
+            claim = f"no difference claimed, because there is no interval ({without})"
         elif self.claimed:
             first, second = (self.first, self.second)[:: self.claimed]
             claim = f"**{first} {more(self.primary)} than {second}**"
         elif 0 in sides:
-            claim = "no difference claimed: not clear of 0 at both of the last two budgets"
+            claim = "no difference claimed: an interval at the last two budgets includes 0"
         else:
-            claim = "no difference claimed: it changes its sign between the last two budgets"
+            claim = "no difference claimed: the sign changes between the last two budgets"
         return f"{self.name}: {claim} ({said})"
 
 
 def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
-    """Every pair of architectures at two budgets or more, everything else equal.
+    """Return every pair of architectures at two budgets or more, everything else equal.
 
-    Of cells whose runs are a sample: the others have no intervals.
+    Only cells whose pairs are a sample are used, because the others have no intervals.
     """
     cells = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
     names = telling(cells)
@@ -114,21 +114,21 @@ def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
 
 
 def measures(primary: str) -> dict[str, str]:
-    """Name in the table → measure, the primary one first."""
+    """Return name in the table → measure, the primary one first."""
     own = {name: measure for name, measure in MEASURES.items() if measure == primary}
     name = measure_name(primary).replace("\n", " ")
     return (own or {name: primary}) | MEASURES
 
 
 def more(primary: str) -> str:
-    """What is said of the one that has the larger primary measure."""
+    """Return the phrase for the architecture with the larger primary measure."""
     if primary == "shared_fraction":
         return "shares more"
     return f"has more {measure_name(primary).replace(chr(10), ' ')}"
 
 
 def differences(cells: Sequence[Cell]) -> Wording | None:
-    """The table of all contrasts, a row per budget; None where there are none."""
+    """Return the table of all contrasts, a row per budget; None if there are none."""
     found = contrasts(cells)
     if not found:
         return None
@@ -143,17 +143,16 @@ def differences(cells: Sequence[Cell]) -> Wording | None:
     footnotes = (
         *(contrast.verdict() for contrast in found),
         f"Differences of cell means with the {confidence:.0%} interval over {paired(cells)} "
-        "(Welch); * where it leaves out 0. One is claimed, of the first measure, only if that "
-        "holds at the last two budgets, on the same side: which of two architectures shares more "
-        "can change with the budget. Intervals are of one comparison each, not corrected for "
-        "their number.",
+        "(Welch); * if it excludes 0. A difference is claimed, on the first measure, only if its "
+        "interval excludes 0 at the last two budgets, on the same side, because the ranking can "
+        "change with the budget. The intervals are not corrected for multiple comparisons.",
     )
     header = ("difference", "tokens", *shown)
     return Wording(header, tuple(rows), 1, "", footnotes)
 
 
 def verdicts(cells: Sequence[Cell]) -> list[str]:
-    """A line for each pair of architectures; of many pairs a line for each place."""
+    """Return a line for each pair of architectures; if there are many, a line for each place."""
     found = contrasts(cells)
     if len(found) <= LISTED:
         return [contrast.verdict() for contrast in found]
@@ -161,11 +160,11 @@ def verdicts(cells: Sequence[Cell]) -> list[str]:
     for contrast in found:
         places.setdefault(contrast.place, []).append(contrast)
     told = [_order(place, pairs) for place, pairs in places.items()]
-    return [*told, "Claimed at the last two budgets; every difference stands in summary.md."]
+    return [*told, "Claims are based on the last two budgets; summary.md has every difference."]
 
 
 def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
-    """``L0≈8: relu shares more than gated, topk; gated shares more than topk``."""
+    """Return ``L0≈8: relu shares more than gated, topk; gated shares more than topk``."""
     below: dict[str, list[str]] = {}
     for pair in pairs:
         if pair.claimed:
@@ -180,14 +179,14 @@ def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
 
 
 def side(difference: Interval) -> int:
-    """1 or −1 where the interval lies above or below 0, else 0."""
+    """Return 1 or −1 if the interval lies above or below 0, else 0."""
     if difference.low is None or difference.high is None:
         return 0
     return int(difference.low > 0) - int(difference.high < 0)
 
 
 def signed(difference: Interval) -> str:
-    """``+0.12 [0.05, 0.19] *``."""
+    """Return ``+0.12 [0.05, 0.19] *``, with a star if the interval excludes 0."""
     mean = number(difference.mean)
     text = f"+{mean}" if difference.mean >= LEAST else mean
     if difference.low is None or difference.high is None:

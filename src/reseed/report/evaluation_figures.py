@@ -1,4 +1,4 @@
-"""The figures of evaluations: what an SAE costs, how its latents fire, and what it hides."""
+"""Figures of evaluations: faithfulness, firing density, letter probes and absorption."""
 
 from __future__ import annotations
 
@@ -36,23 +36,22 @@ DENSITY = "reconstruction_density"
 _DENSITY_BINS = np.linspace(-7, 0, 29)
 LINES = ("-", "--", ":", "-.")
 _FEW_LETTERS = 40
-"""Classes that bars are drawn of; of more a mean says more."""
+"""Most classes drawn as bars; more would be too narrow to read."""
 
 
 def write_evaluation_figures(cells: Sequence[Cell], runs: Runs, folder: Path | str) -> list[Path]:
-    """Write the figures of those evaluations that cells have results of, each as png and svg.
-
+    """Write the figures of those evaluations that cells have results of, each as png and svg:
     ``density``, ``faithfulness``, ``probe_f1``, ``absorption``, ``absorption_letters`` and
     ``absorbers``.
 
     Returns:
-        The files written; each is whole or not there.
+        The files written, each atomically.
     """
     return save_figures(evaluation_drawings(cells, runs), folder)
 
 
 def evaluation_drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure]]:
-    """Name → what draws it, for the figures that `write_evaluation_figures` writes."""
+    """Return name → drawing function of the figures that `write_evaluation_figures` writes."""
     drawings: dict[str, Callable[[], Figure]] = {}
 
     def draw(name: str, evaluation: str, figure: Callable[[Sequence[Cell]], Figure]) -> None:
@@ -70,7 +69,7 @@ def evaluation_drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable
 
 
 def density_figure(cells: Sequence[Cell]) -> Figure:
-    """On what part of the tokens latents fire: a histogram of each cell over all of its runs."""
+    """Draw a histogram of the firing density of latents for each cell, over all of its runs."""
     figure = Figure(figsize=(WIDTH * 0.8, 3.0 + 0.1 * len(cells)))
     axes = figure.add_subplot()
     least = 0.0
@@ -90,19 +89,19 @@ def density_figure(cells: Sequence[Cell]) -> Figure:
     axes.set_xlim(np.floor(least * 4) / 4, 0)
     axes.set_ylim(bottom=0)
     faint_grid(axes, "y")
-    axes.set_xlabel("part of the held-out tokens on which a latent fires")
+    axes.set_xlabel("fraction of the held-out tokens on which a latent fires")
     axes.set_ylabel("fraction of latents")
     legend_below(figure, axes.get_legend_handles_labels()[0], columns=2)
     return figure
 
 
 def faithfulness_figure(cells: Sequence[Cell]) -> Figure:
-    """What is recovered of the loss, and of the KL, against L0: a point for each run."""
+    """Draw the increase of the loss, and the KL recovered, against L0: a point for each run."""
     figure = Figure(figsize=(WIDTH, 2.9 + 0.1 * len(cells)))
     grid = panels(figure, 2, 2, shared=False)
     shown = (
         ("faithfulness_ce_increase", "increase of cross-entropy (nats)"),
-        ("faithfulness_kl_recovered_mean", "KL recovered, of that of mean ablation"),
+        ("faithfulness_kl_recovered_mean", "fraction of mean-ablation KL recovered"),
     )
     for axes, (name, words) in zip(grid, shown, strict=True):
         _points(axes, cells, "l0", name)
@@ -117,8 +116,8 @@ def faithfulness_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def absorption_figure(cells: Sequence[Cell]) -> Figure:
-    """The absorbed fraction against L0, and against width where that differs: a point for each run,
-    beside it what permuted letters and the untrained SAE give."""
+    """Draw the absorbed fraction against L0, and against width if it differs: a point for each run,
+    with those of permuted letters and of the untrained SAE."""
     widths = sorted({cell.num_latents for _, cell in cells})
     against = [("l0", "L0")] + ([("num_latents", "latents")] if len(widths) > 1 else [])
     figure = Figure(figsize=(WIDTH * (1 if len(against) > 1 else 0.7), 3.1 + 0.1 * len(cells)))
@@ -147,8 +146,8 @@ def absorption_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def letters_figure(cells: Sequence[Cell], runs: Runs) -> Figure:
-    """The absorbed fraction of each letter: a bar for the mean over runs, a mark for each run; a
-    letter that cannot be evaluated has a cross in its place."""
+    """Draw the absorbed fraction of each letter: a bar for the mean over runs, a dash for each run;
+    a cross for a letter that cannot be evaluated."""
     figure = Figure(figsize=(WIDTH, 1.35 * len(cells) + 0.9))
     grid = panels(figure, len(cells), 1)
     for axes, (knobs, cell) in zip(grid, cells, strict=True):
@@ -179,8 +178,8 @@ def _letter_bars(axes: Axes, letters: pd.DataFrame) -> None:
 
 
 def absorbers_figure(cells: Sequence[Cell], runs: Runs) -> Figure:
-    """Of every letter the cosines with its probe of the latents that stand for it and of those that
-    absorb words of it, of all runs; the area is the number of words."""
+    """Draw, for every letter, the cosines with its probe: of latents that stand for it and of
+    latents that absorb its words, of all runs. The area of a dot grows with the number of words."""
     figure = Figure(figsize=(WIDTH, 1.5 * len(cells) + 0.9))
     grid = panels(figure, len(cells), 1)
     for axes, (knobs, cell) in zip(grid, cells, strict=True):
@@ -220,8 +219,8 @@ def _cosines(
 
 
 def probe_figure(cells: Sequence[Cell], runs: Runs) -> Figure:
-    """Of every letter the F1 of the probe against that of the latent that stands for it: below the
-    diagonal the SAE lost what the activations tell."""
+    """Draw, for every letter, the F1 of its latent against the F1 of its probe. Below the diagonal
+    the SAE lost information that the activations have."""
     columns = min(len(cells), 3)
     rows = ceil(len(cells) / columns)
     side = min(2.9, WIDTH / columns)
@@ -239,7 +238,7 @@ def probe_figure(cells: Sequence[Cell], runs: Runs) -> Figure:
 
 
 def _tables(cell: CellResult, runs: Runs, evaluation: str, name: str) -> pd.DataFrame:
-    """A table of all runs of a cell, one below the other."""
+    """Concatenate a result table over the runs of a cell."""
     own = [runs[run] for run in cell.runs["run"] if evaluation in _results(runs.get(run))]
     return pd.concat([run.results[evaluation].tables[name] for run in own], ignore_index=True)
 
@@ -249,8 +248,8 @@ def _results(run: EvaluatedRun | None) -> tuple[str, ...]:
 
 
 def _points(axes: Axes, cells: Sequence[Cell], x: str, y: str, **look: Any) -> None:
-    """A point for each run of each cell; a line through the means of cells that differ in what x
-    measures alone. Colour and marker say what the cell is but for its numbers."""
+    """Draw a point for each run of each cell, and lines through the means of cells that differ only
+    in x's knob. Colour and marker show the kind of the cell (`_kinds`)."""
     kinds = _kinds(cells)
     for (_, cell), look_of in zip(cells, (_look(kinds, kind) for kind in kinds), strict=True):
         if y in cell.runs:
@@ -262,11 +261,11 @@ def _points(axes: Axes, cells: Sequence[Cell], x: str, y: str, **look: Any) -> N
 
 
 _AXIS_OF = {"l0": "sparsity", "num_latents": "num_latents"}
-"""By which knob cells differ whose runs differ in a number."""
+"""Column of the runs → the knob that sets it."""
 
 
 def _lines(cells: Sequence[Cell], axis: str) -> list[list[CellResult]]:
-    """Cells that are equal in all but one knob, two or more."""
+    """Return groups of two or more cells that differ only in the knob ``axis``."""
     lines: dict[tuple[str, ...], list[CellResult]] = {}
     for (_, cell), who in zip(cells, identities(cells, axis), strict=True):
         lines.setdefault(who, []).append(cell)
@@ -274,7 +273,7 @@ def _lines(cells: Sequence[Cell], axis: str) -> list[list[CellResult]]:
 
 
 def _kinds(cells: Sequence[Cell]) -> list[str]:
-    """What each cell is but for its numbers: its architecture, most often."""
+    """Return each cell's non-numeric knobs in words: usually its architecture."""
     numbers = numeric_axes(cells, at_least=2)
     names = [name for name in telling(cells) if name not in numbers]
     return [", ".join(knob_values(names, knobs)) or str(knobs.get("sae", "")) for knobs, _ in cells]

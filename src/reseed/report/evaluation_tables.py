@@ -1,4 +1,4 @@
-"""The tables of evaluations: one for each, a row per cell of a comparison or per run."""
+"""Tables of evaluations: one per evaluation, with a row per cell of a comparison or per run."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from reseed.report.wording import Wording, number, paired
 
 @dataclass(frozen=True)
 class Spec:
-    """What a table of one evaluation shows.
+    """Specification of the table of one evaluation.
 
     Attributes:
         title: the question that it answers.
-        heads: head of a column → column of the runs.
-        with_interval: the heads whose interval is shown, too; it is in summary.csv for all.
+        heads: column heading → column of the runs.
+        with_interval: headings shown with their interval; summary.csv has all intervals.
         footnotes: how to read it.
-        counts: the heads that are numbers of things.
-        spare: heads that a narrow window can do without, those of least use first.
-        latents: head → column of the latents, whose mean among shared ones and among orphans is
-            shown.
-        about_latents: what these are.
+        counts: headings that are counts.
+        spare: headings that a narrow window can leave out, the least useful first.
+        latents: heading → column of the latents, shown as means over shared latents and orphans.
+        about_latents: footnote that explains ``latents``.
     """
 
     title: str
@@ -59,10 +58,10 @@ SPECS: dict[str, Spec] = {
         footnotes=(
             "**FVU**: fraction of variance unexplained; **EV uncentred**: 1 − squared error / "
             "Σ‖x‖², which a large mean alone brings near 1. **cosine** of x and x̂. **L0**, **L1**: "
-            "latents active per token, and the sum of their activations.",
+            "active latents per token, and the sum of their activations.",
             "**never fired**, **dense** (on over a tenth of the tokens): fractions of latents.",
-            "**‖x̂‖/‖x‖**: mean over tokens, below 1 where reconstructions are too short. "
-            "**relative bias**: E‖x̂‖²/E[x̂·x], below 1 where x̂ should be longer (Rajamanoharan et "
+            "**‖x̂‖/‖x‖**: mean over tokens, below 1 if reconstructions are too short. "
+            "**relative bias**: E‖x̂‖²/E[x̂·x], below 1 if x̂ should be longer (Rajamanoharan et "
             "al.).",
         ),
         spare=("L1", "relative\nbias", "EV\nuncentred", "dense"),
@@ -82,11 +81,11 @@ SPECS: dict[str, Spec] = {
         with_interval=("increase",),
         footnotes=(
             "**CE**: cross-entropy of the next token in nats, of the **clean** model and with the "
-            "SAE's reconstruction **spliced** in; **increase**: the difference. **KL**: of the "
-            "clean prediction to that one. Put in, and counted, at the positions that SAEs are "
-            "trained on.",
-            "**recovered**: the part of what ablating the activations costs that the SAE gives "
-            "back; ablated to **zero**, or to their **mean**, which is the harder of the two.",
+            "SAE's reconstruction **spliced** in; **increase**: the difference. **KL**: KL(clean ‖ "
+            "spliced) of the predictions. The reconstruction is spliced in, and the loss counted, "
+            "at the positions that SAEs are trained on.",
+            "**recovered**: the fraction of the cost of ablating the activations that the SAE "
+            "recovers; ablated to **zero**, or to their **mean**, the harder test.",
         ),
         spare=("KL recovered,\nzero", "CE\nspliced", "recovered,\nzero"),
     ),
@@ -103,12 +102,12 @@ SPECS: dict[str, Spec] = {
         },
         with_interval=("splits", "latent\nF1"),
         footnotes=(
-            "**letters**: classes of words of which the model's activations tell (probe F1 above "
-            "its gate); all means are over these. **splits**: latents that stand for a letter, "
-            "less one (k-sparse probing).",
-            "**latent F1**, **precision**, **recall**: of the firing of its first latent on words "
-            "that it was not chosen by, beside the **probe** on the activations themselves. Low "
-            "recall at high precision is what absorption looks like here. Compare at one **L0**.",
+            "**letters**: classes of words that a probe finds in the model's activations (its F1 "
+            "is above the gate); all means are over these. **splits**: number of latents that "
+            "stand for a letter, minus one (k-sparse probing).",
+            "**latent F1**, **precision**, **recall**: of the firing of the letter's first latent "
+            "on words not used to choose it; **probe**: on the activations themselves. Low recall "
+            "at high precision is a sign of absorption. Compare at equal **L0**.",
         ),
         spare=("L0",),
     ),
@@ -127,32 +126,32 @@ SPECS: dict[str, Spec] = {
         },
         with_interval=("fraction", "derived"),
         footnotes=(
-            "**fraction**: of what the probe finds of a letter in words of it, the part that other "
-            "latents carry in the place of the letter's own; **full**: words on which these are "
-            "silent and one other does it. Chanin et al., with their thresholds, over **letters** "
-            "whose probe is good enough. Lower is better.",
-            "**permuted**: the same of letters given to words at random; **untrained**: of the SAE "
-            "as it was born. What is no higher than these is no absorption. **derived**: with "
-            "thresholds that directions without meaning do not reach in this dictionary. An SAE "
-            "that reconstructs little may score well: read it beside **FVU** and **L0**.",
+            "**fraction**: the part of a letter's probe projection, in words with that letter, "
+            "that other latents carry instead of the letter's own; **full**: fraction of words on "
+            "which its own latents are silent and one other takes over. Chanin et al., with their "
+            "thresholds, over **letters** whose probe is good enough. Lower is better.",
+            "**permuted**: the same with letters assigned to words at random; **untrained**: the "
+            "same for the untrained SAE. A value no higher than these is no absorption. "
+            "**derived**: with thresholds that meaningless directions do not reach in this "
+            "dictionary. An SAE that reconstructs little can score well: check **FVU** and **L0**.",
         ),
         spare=("derived,\npermuted", "L0", "full", "FVU"),
         latents={"absorbers": "absorption_is_absorber"},
-        about_latents="**absorbers**: the fraction that has a part in absorbing some word.",
+        about_latents="**absorbers**: fraction of latents that take part in absorbing some word.",
     ),
     "contexts": Spec(
         "What do latents fire on?",
         {"never\nfired": "contexts_silent_fraction"},
         footnotes=(
-            "**never fired**: the fraction of latents that were silent on all tokens that were "
-            "read. The others have contexts: `reseed show RUN LATENT`.",
+            "**never fired**: fraction of latents that fired on no token that was read. To see the "
+            "contexts of the others: `reseed show RUN LATENT`.",
         ),
     ),
 }
 
 
 def evaluation_tables(cells: Sequence[Cell]) -> list[Wording]:
-    """The tables of all evaluations that cells have results of, in the order of `SPECS`."""
+    """Return the tables of all evaluations that cells have results of, in the order of `SPECS`."""
     made = []
     for name in _names([cell.evaluated for _, cell in cells]):
         own = [(knobs, cell) for knobs, cell in cells if name in cell.evaluated]
@@ -164,7 +163,7 @@ def evaluation_tables(cells: Sequence[Cell]) -> list[Wording]:
 
 
 def run_tables(runs: Runs) -> list[Wording]:
-    """The same for runs that are in no comparison: a row per run."""
+    """Return the tables of evaluations for runs outside a comparison: a row per run."""
     made = []
     for name in _names([run.results for run in runs.values()]):
         own = [run for run in runs.values() if name in run.results]
@@ -183,13 +182,13 @@ def run_tables(runs: Runs) -> list[Wording]:
 
 
 def _names(each: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The evaluations, those of ours first."""
+    """Return the names of the evaluations, those in `SPECS` first."""
     found = dict.fromkeys(name for names in each for name in names)
     return [name for name in SPECS if name in found] + [n for n in found if n not in SPECS]
 
 
 def _spec(name: str, columns: Mapping[str, None]) -> Spec:
-    """Of an evaluation that is not ours all columns are shown."""
+    """Return the table's specification; for an evaluation not in `SPECS`, one with all columns."""
     if name in SPECS:
         return SPECS[name]
     return Spec(name, {c.removeprefix(f"{name}_").replace("_", " "): c for c in columns})
@@ -207,7 +206,7 @@ def _table(cells: Sequence[Cell], spec: Spec) -> Wording:
 
 
 def _among(cells: Sequence[Cell], spec: Spec) -> Wording:
-    """Means over latents among those that others share and among orphans."""
+    """Return the table of means over shared latents and over orphans."""
     made: dict[str, Column] = {}
     for head, name in spec.latents.items():
         made |= measured({f"{head},\nshared": name + SHARED, f"{head},\norphan": name + ORPHAN})
@@ -215,14 +214,14 @@ def _among(cells: Sequence[Cell], spec: Spec) -> Wording:
     words = cell_table(
         cells,
         made,
-        f"{spec.about_latents} Of live latents that another {one} has, too (**shared**), and of "
-        "those that none has (**orphan**); mean over runs.",
+        f"{spec.about_latents} Among live latents that another {one} shares (**shared**), and "
+        "among those that none shares (**orphan**); mean over runs.",
     )
     return replace(words, caption=f"{spec.title} Among shared latents and orphans")
 
 
 def _overlaps(cells: Sequence[Cell]) -> list[Wording]:
-    """Whether runs of a cell absorb the same words; nothing where that was not asked."""
+    """Return the table of whether runs of a cell absorb the same words; empty if not measured."""
     own = [(knobs, cell) for knobs, cell in cells if OVERLAP in cell.estimates]
     if not own:
         return []
@@ -235,9 +234,10 @@ def _overlaps(cells: Sequence[Cell]) -> list[Wording]:
     words = cell_table(
         own,
         made,
-        f"**same words**: absorbed in both of two {paired(cells)} / in either, over **letters** "
-        "whose latents are matched by the decoder; mean over pairs. **by chance**: words of the "
-        "same letter and about the same frequency permuted; **p** of each pair against that.",
+        f"**same words**: words absorbed in both of two {paired(cells)} / in either, over "
+        "**letters** whose latents are matched by the decoder; mean over pairs. **by chance**: the "
+        "same after permuting words of one letter and similar frequency; **p**: of each pair "
+        "against that.",
     )
     return [replace(words, caption="Do they absorb the same words?")]
 
@@ -256,8 +256,8 @@ def _mean(name: str) -> Column:
 
 
 def _telling(about: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What differs between runs; their names where nothing does."""
+    """Return the knobs that differ between runs; ``run`` if none does."""
     names = dict.fromkeys(name for own in about for name in own if name != "run")
     found = [n for n in names if len({str(own.get(n)) for own in about}) > 1]
-    # An SAE that is no run has nothing but its folder.
+    # An SAE that reseed did not train has no knobs, only its folder.
     return found if found and all(own.keys() >= set(found) for own in about) else ["run"]

@@ -1,8 +1,8 @@
-"""The results of evaluations beside those of comparisons: their columns, rows and files.
+"""Results of evaluations, joined to comparisons: their columns, rows and files.
 
-An evaluation is of one run. Its metrics become columns of the runs of a cell, with the mean over
-runs and its interval as FVU and L0 have them; what it says of each latent becomes columns of
-``latents.parquet``, with the means among latents that other runs share and among orphans.
+An evaluation concerns one run. Its metrics become columns of a cell's runs, with a mean over runs
+and its interval, like FVU and L0. Its values per latent become columns of ``latents.parquet``, with
+means over the latents that other runs share and over orphans.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from reseed.evaluations import Stored, column
 from reseed.report.axes import Cell
 
 LETTERS = "letters"
-"""The table of a result that has a row per class of words."""
+"""Name of the table of a result that has a row per class of words."""
 OVERLAP = "absorbed_overlap"
-"""Of pairs: words absorbed in both over those absorbed in either (`reseed.cli.absorbed`)."""
+"""Column of pairs: words absorbed in both over words absorbed in either
+(`reseed.cli.absorbed`)."""
 SHARED, ORPHAN = "_shared", "_orphan"
-"""What the names of means over latents that others share, and that none does, end in."""
+"""Suffixes of means over latents that other runs share, and over latents that none does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +39,9 @@ class EvaluatedRun:
     """A run with the results of its evaluations.
 
     Attributes:
-        about: what tells it apart: its knobs, ``seed`` and ``run``.
-        results: by the name of the evaluation.
-        quality: what was measured at the end of training: ``fvu``, ``l0``, ``dead_fraction``.
+        about: its identity: its knobs, ``seed`` and ``run``.
+        results: name of the evaluation → its result.
+        quality: measures at the end of training: ``fvu``, ``l0``, ``dead_fraction``.
     """
 
     about: Mapping[str, Any]
@@ -49,7 +50,7 @@ class EvaluatedRun:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All numbers by their columns; NaN where one cannot be evaluated."""
+        """Column → value of all metrics; NaN where one cannot be evaluated."""
         return {
             column(name, metric): float("nan") if value is None else float(value)
             for name, result in self.results.items()
@@ -58,12 +59,12 @@ class EvaluatedRun:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """All of both kinds."""
+        """Column → value of `quality` and `metrics`."""
         return {**self.quality, **self.metrics}
 
     @property
     def latents(self) -> dict[str, np.ndarray]:
-        """What is said of each latent, by its column."""
+        """Column → values per latent."""
         return {
             column(name, of): values
             for name, result in self.results.items()
@@ -76,8 +77,8 @@ Runs = Mapping[str, EvaluatedRun]
 
 
 def joined(cells: Sequence[Cell], runs: Runs) -> list[Cell]:
-    """The cells with the results of the evaluations of their runs; where a run has none, its
-    numbers are NaN, and the mean over runs is not known."""
+    """Join the results of evaluations to the cells of their runs. A run without results has NaN,
+    and so has the mean over runs."""
     if not any(run.results for run in runs.values()):
         return list(cells)
     types = _latent_types(runs)
@@ -110,7 +111,8 @@ def _joined(cell: CellResult, runs: Runs, types: Mapping[str, pa.DataType]) -> C
 
 
 def _latent_types(runs: Runs) -> dict[str, pa.DataType]:
-    """Columns of latents, the same for all cells so that their tables can be put together."""
+    """Return the columns of latents with their types, for all cells, so that their tables can be
+    concatenated."""
     return {
         name: pa.from_numpy_dtype(values.dtype)
         for run in runs.values()
@@ -134,8 +136,8 @@ def _with_latents(
 def _by_sharing(
     cell: CellResult, own: Sequence[EvaluatedRun], confidence: float
 ) -> dict[str, Interval]:
-    """The mean of what is said of live latents, among those that another run shares and among
-    orphans: of each run, then over runs. Of whole numbers, which are names, there is no mean."""
+    """Average the values of live latents over those that another run shares and over orphans: per
+    run, then over runs. Integer columns are identifiers and have no mean."""
     found: dict[str, list[float]] = {}
     sizes = np.cumsum([0, *cell.runs["num_latents"].astype(int)])
     shared = cell.latents["shared_with"].to_numpy() > 0
@@ -154,19 +156,19 @@ def _by_sharing(
 
 
 def _mean(values: Float[np.ndarray, " F"], kept: Bool[np.ndarray, " F"]) -> float:
-    """Of the kept ones that are known; NaN of none."""
+    """Average the kept values that are not NaN; NaN if there are none."""
     known = values[kept].astype(np.float64)
     known = known[~np.isnan(known)]
     return float(known.mean()) if len(known) else float("nan")
 
 
 def run_frame(runs: Runs) -> pd.DataFrame:
-    """``evaluations.csv``: a row per run, what it is first, then every metric."""
+    """Return ``evaluations.csv``: a row per run, its identity first, then every metric."""
     return pd.DataFrame([{**run.about, **run.numbers} for run in runs.values()])
 
 
 def letter_frame(runs: Runs) -> pd.DataFrame:
-    """``letters.csv``: a row per class of words, run and evaluation that knows classes."""
+    """Return ``letters.csv``: a row per class of words, run and evaluation that has classes."""
     frames = []
     for run in runs.values():
         for name, result in run.results.items():
@@ -207,7 +209,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _in_words(value: Any) -> str:
-    """Lists of lists as ``3 17; 3``."""
+    """Write nested lists as ``3 17; 3``."""
     if not _is_list(value):
         return str(value)
     return ("; " if any(map(_is_list, value)) else " ").join(_in_words(item) for item in value)

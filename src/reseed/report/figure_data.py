@@ -1,4 +1,4 @@
-"""Tables of what figures show, where no other file of a sweep has it."""
+"""Tables of the numbers in figures that no other file of a sweep has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reseed.report.figures import matched_cosines
 
 
 def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], pd.DataFrame]]:
-    """File name → what makes the table."""
+    """Return file name → function that makes the table."""
     made: dict[str, Callable[[], pd.DataFrame]] = {
         "seeds.csv": lambda: seeds_frame(cells),
         "cosines.csv": lambda: cosines_frame(cells),
@@ -24,7 +24,7 @@ def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], p
 
 
 def seeds_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """p_m and u_k of each cell: ``measure`` (p or u), ``count`` (m or k), ``fraction``."""
+    """Return p_m and u_k of each cell: ``measure`` (p or u), ``count`` (m or k), ``fraction``."""
     rows = [
         {**knobs, "measure": name, "count": count, "fraction": value}
         for knobs, cell in cells
@@ -35,7 +35,7 @@ def seeds_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def cosines_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """The points that are drawn: both cosines of a matched latent, and whether encoder and decoder
+    """Return the drawn points: both cosines of a matched latent, and whether encoder and decoder
     give it the same match."""
     return _stacked(
         (knobs, dict(zip(("cosine_encoder", "cosine_decoder", "same_match"),
@@ -45,7 +45,7 @@ def cosines_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def absorbers_frame(runs: Runs) -> pd.DataFrame:
-    """The latents that absorb words of each letter, of all runs."""
+    """Return the latents that absorb words of each letter, of all runs."""
     return _stacked(
         (run.about, run.results["absorption"].tables["absorbers"])
         for run in runs.values()
@@ -54,7 +54,7 @@ def absorbers_frame(runs: Runs) -> pd.DataFrame:
 
 
 def _stacked(parts: Iterable[tuple[Mapping[str, Any], Any]]) -> pd.DataFrame:
-    """Tables one below the other, what each is about first."""
+    """Concatenate tables, each with the columns of what it is about first."""
     frames = []
     for about, values in parts:
         frame = pd.DataFrame(values)

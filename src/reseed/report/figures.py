@@ -1,4 +1,4 @@
-"""The figures of a comparison, as png and svg, drawn without a display."""
+"""Figures of a comparison, as png and svg, drawn without a display."""
 
 from __future__ import annotations
 
@@ -48,32 +48,31 @@ from reseed.report.truth_figure import truth_figure
 from reseed.report.wording import counted, paired
 
 _UNDATED: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-"""Of equal data the files are equal."""
+"""No dates, so that equal data give equal files."""
 MAX_POINTS = 4000
-"""Points drawn of one cell in the figure of cosines."""
+"""Most points drawn per cell in the figure of cosines."""
 
 
 def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     """Write ``shared_fraction``, ``seeds``, ``cosines``, ``firing``, ``threshold`` and
     ``firing_deciles``, each as png and svg.
 
-    Where cells differ in a number of at least 3 values, also ``shared_fraction_by_<axis>``; where
-    they were measured on activations, ``quality_coverage``; where nothing is known of firing, none
-    of it; where chosen values pair up,
-    ``matrix``; and where the truth is known, ``truth``.
+    Also write ``shared_fraction_by_<axis>`` for each numeric axis with at least 3 values,
+    ``quality_coverage`` if cells were measured on activations, ``matrix`` if chosen values pair up,
+    and ``truth`` if the truth is known. Without held-out tokens the figures of firing are left out.
 
     Returns:
-        The files written; each is whole or not there.
+        The files written, each atomically.
     """
     return save_figures(comparison_drawings(cells), folder)
 
 
 def comparison_drawings(cells: Sequence[Cell]) -> dict[str, Callable[[], Figure]]:
-    """Name → what draws it, for the figures that `write_figures` writes; none without a common
-    space."""
+    """Return name → drawing function of the figures that `write_figures` writes; empty if no cell
+    has a common space."""
     if not cells:
         raise ValueError("there are no cells to draw figures of")
-    # Of runs without a common space there is no shared fraction to draw.
+    # Runs without a common space have no shared fraction.
     cells = [(knobs, cell) for knobs, cell in cells if NO_SPACE not in cell.pairs]
     if not cells:
         return {}
@@ -105,13 +104,13 @@ def save_figures(
     folder: Path | str,
     kinds: Sequence[str] = ("png", "svg"),
 ) -> list[Path]:
-    """Draw each in the style of all, and write it under its name.
+    """Draw each figure in the common style, and write it under its name.
 
     Args:
         kinds: png, svg, pdf.
 
     Returns:
-        The files written; each is whole or not there.
+        The files written, each atomically.
     """
     written = []
     for name, draw in drawings.items():
@@ -125,7 +124,7 @@ def save_figures(
 
 
 def shared_figure(cells: Sequence[Cell]) -> Figure:
-    """Shared fraction of each cell with its interval, its single pairs, live and untrained."""
+    """Draw the shared fraction of each cell: interval, single pairs, live latents, untrained."""
     names, rows = row_labels(cells)
     height = 0.42 if len(cells) <= 8 else 0.32
     figure = Figure(figsize=(WIDTH * 0.8, 1.35 + height * (rows[-1] + 1)))
@@ -157,12 +156,12 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def _shared_row(axes: Axes, row: float, cell: CellResult) -> None:
-    """One cell: mean with interval, live latents, single pairs, untrained weights."""
+    """Draw one cell: mean with interval, live latents, single pairs, untrained weights."""
     estimate = cell.estimates["shared_fraction"]
     if estimate.low is not None and estimate.high is not None:
         axes.plot([estimate.low, estimate.high], [row, row], color=BLUE, linewidth=2)
     else:
-        left = estimate.mean <= 0.75  # beside the mark, and inside
+        left = estimate.mean <= 0.75  # beside the mark, within the axes
         at = (estimate.mean + (0.02 if left else -0.02), row - 0.2)
         side = "left" if left else "right"
         axes.text(*at, f"n = {estimate.n}, no interval", color=GREY, fontsize=6.5, ha=side)
@@ -182,7 +181,7 @@ def _shared_row(axes: Axes, row: float, cell: CellResult) -> None:
 
 
 def cosine_figure(cells: Sequence[Cell]) -> Figure:
-    """Encoder against decoder cosine of the matched latents, by index agreement."""
+    """Draw encoder against decoder cosine of the matched latents, marked by index agreement."""
     columns = min(len(cells), 4 if len(cells) > 6 else 3)
     rows = ceil(len(cells) / columns)
     side = min(2.9, WIDTH / columns)
@@ -220,9 +219,9 @@ def _cosines(axes: Axes, cell: CellResult) -> None:
 def matched_cosines(
     cell: CellResult, at_most: int = MAX_POINTS
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
-    """Encoder cosine, decoder cosine and index agreement of latents that have both matches.
+    """Return encoder cosine, decoder cosine and index agreement of latents that have both matches.
 
-    All latents of all runs against all others, thinned evenly at random to ``at_most``.
+    Latents of all runs against all other runs, sampled uniformly down to ``at_most``.
     """
 
     def flat(name: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The figure of how often latents fire against how alike their matches are."""
+"""Figure of the firing of latents against the cosine with their matches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, panels, scatt
 from reseed.report.wording import counted
 
 MAX_POINTS = 3000
-"""Points drawn of one cell; its histograms count all."""
+"""Most points drawn per cell; its histograms count all."""
 _BINS = 40
 
 
 def firing_figure(cells: Sequence[Cell]) -> Figure:
-    """Firing per ten million tokens against the matched decoder cosine, with both distributions.
+    """Draw firing per ten million tokens against the matched decoder cosine, with both histograms.
 
-    A latent that never fired stands at the left end, apart.
+    Latents that never fired are drawn separately at the left end.
     """
     columns = min(len(cells), 3)
     rows = ceil(len(cells) / columns)
@@ -34,7 +34,7 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
     figure = Figure(figsize=(max(4.2, columns * side), rows * side + 0.7))
     engine: Any = figure.get_layout_engine()
     if engine is not None:
-        engine.set(w_pad=0.08)  # the histograms are not all counted
+        engine.set(w_pad=0.08)  # the layout does not count all histograms
     grid = panels(figure, len(cells), columns)
     found = [matched(cell) for _, cell in cells]
     most = max(float(m.rate.max(initial=1.0)) for m in found)
@@ -75,14 +75,14 @@ def _points(axes: Axes, own: MatchedLatents, never: float) -> None:
     if len(kept) > MAX_POINTS:
         kept = np.random.default_rng(0).choice(kept, MAX_POINTS, replace=False)
     rate, cosine, shared = (values[kept] for values in (own.rate, own.cosine, own.shared))
-    # Counts are whole numbers, which would stand in columns: moved within a tenth of a decade.
+    # Counts are integers and would line up in columns: jittered within a tenth of a decade.
     moved = 10 ** np.random.default_rng(1).uniform(-0.05, 0.05, len(rate))
     at = np.where(rate > 0, rate, never) * moved
     scatter_of_two(axes, at, cosine, shared)
 
 
 def _ticks(axes: Axes, never: float, least: float, most: float) -> None:
-    """0, and the powers of ten that are more than half a decade away from it."""
+    """Set ticks at 0 and at the powers of ten that are more than half a decade away from it."""
     powers = 10.0 ** np.arange(np.ceil(np.log10(least * 0.9)), np.log10(most) + 0.01)
     powers = powers[powers > never * 3]
     if len(powers) > 4:
@@ -96,7 +96,7 @@ def _ticks(axes: Axes, never: float, least: float, most: float) -> None:
 def _margins(
     axes: Axes, own: MatchedLatents, never: float, most: float, low: float, title: str
 ) -> None:
-    """Histograms above and at the right, each kind as high as the other: orphans filled, shared
+    """Draw histograms above and at the right, scaled to equal height: orphans filled, shared
     latents as a line."""
     above = axes.inset_axes((0, 1.02, 1, 0.16), sharex=axes)
     right = axes.inset_axes((1.02, 0, 0.16, 1), sharey=axes)

@@ -1,4 +1,4 @@
-"""The tables of ``summary.md`` and the file ``strata.csv`` of what is shared by firing."""
+"""Shared fractions by firing: the tables of ``summary.md`` and the file ``strata.csv``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from reseed.report.wording import Wording, number, with_interval
 
 
 def with_strata(cells: Sequence[Cell]) -> list[Cell]:
-    """Those whose runs have a common space: of others no latent is shared or not."""
+    """Return the cells with strata: those whose runs have a common space, where latents can be
+    shared."""
     return [(knobs, cell) for knobs, cell in cells if not cell.strata.empty]
 
 
 def by_decile(cells: Sequence[Cell]) -> Wording:
-    """The shared fraction of latents by how often they fire."""
+    """Return the table of the shared fraction of latents by how often they fire."""
     knobs = columns(cells)
     tables = [by_stratum(cell.strata, "decile", cell.settings.confidence) for _, cell in cells]
     names = [str(name).replace("decile ", "") for name in tables[0]["name"]]
@@ -28,16 +29,16 @@ def by_decile(cells: Sequence[Cell]) -> Wording:
     )
     limit = cells[0][1].settings.live_at_least
     footnotes = (
-        "The strict rule among latents that **never fired** in the held-out tokens, that fired, "
-        f"but less than {limit} times (**not live**), and in each decile **1** (rarest) to **10** "
-        "of the firing of live latents, whatever the partner's. Intervals, and bins of density "
-        "that are the same for all cells: strata.csv.",
+        "Strict shared fraction of latents that **never fired** in the held-out tokens, that fired "
+        f"fewer than {limit} times (**not live**), and of each decile of live latents by firing, "
+        "**1** (rarest) to **10**; the partner's firing does not matter. strata.csv has intervals, "
+        "and bins of density that are the same for all cells.",
     )
     return Wording((*knobs, *names), rows, len(knobs), "", footnotes)
 
 
 def by_kind_of_firing(cells: Sequence[Cell]) -> Wording:
-    """The shared fraction at equal firing, weighted, and of special latents."""
+    """Return the table of the shared fraction at equal firing, weighted, and of special latents."""
     made: dict[str, Column] = {}
     footnotes = []
     if len(cells) > 1:
@@ -46,9 +47,10 @@ def by_kind_of_firing(cells: Sequence[Cell]) -> Wording:
         texts = {id(c): with_interval(s.estimate) for (_, c), s in zip(cells, alike, strict=True)}
         made["at equal firing"] = lambda cell: texts[id(cell)]
         footnotes.append(
-            "**at equal firing**: what each cell would share if its latents fired like those of "
-            "all cells together (direct standardisation over bins of density; never fired left "
-            f"out; {alike[0].kept:.0%} of that distribution lies in bins that all cells have)."
+            "**at equal firing**: shared fraction of each cell if its latents fired like those of "
+            "all cells together (direct standardisation over bins of density, without latents that "
+            f"never fired; {alike[0].kept:.0%} of that distribution lies in bins that all cells "
+            "have)."
         )
     made |= measured(
         {
@@ -64,15 +66,16 @@ def by_kind_of_firing(cells: Sequence[Cell]) -> Wording:
         cells,
         made,
         *footnotes,
-        "**by firing**, **by variance**: each latent weighs as much as it fires, or as the "
-        "variance of its contribution. **dense**: among latents that fire on more than a tenth of "
-        "the tokens; **other firing**: among others that fired. **duplicate**, **antipodal**: "
-        "among latents that their own dictionary has twice, with the same or the opposite signs.",
+        "**by firing**, **by variance**: latents weighted by how often they fire, or by the "
+        "variance of their contribution. **dense**: latents that fire on more than a tenth of "
+        "the tokens; **other firing**: the others that fired. **duplicate**, **antipodal**: "
+        "latents that their own dictionary has twice, with the same or the opposite sign.",
     )
 
 
 def strata_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """``strata.csv``: a row per stratum of each cell, its knobs first; see `compare.strata`."""
+    """Return ``strata.csv``: a row per stratum of each cell, its knobs first; see
+    `compare.strata`."""
     frames = []
     for knobs, cell in with_strata(cells):
         for kind in ("decile", "density"):

@@ -1,13 +1,13 @@
-"""The table "What would chance share?": nulls that keep more and more of the experiment.
+"""Table "What would chance share?": nulls that keep more and more of the experiment.
 
-    isotropic rows          the sizes alone
-    rows of the covariance  and which directions vary
-    untrained weights       and how the SAE's weights start
-    Gaussian activations    and training, on draws with the activations' mean and covariance
-    random weights          and the text, through a language model that has learned nothing
+    isotropic rows          the sizes only
+    rows of the covariance  + the directions that vary
+    untrained weights       + the SAE's initial weights
+    Gaussian activations    + training, on draws with the activations' mean and covariance
+    random weights          + the text, through a language model with random weights
     trained model           everything
 
-The first three are columns of every pair, the others cells of their own (``surrogate=``).
+The first three are columns of every pair; the others are cells of their own (``surrogate=``).
 """
 
 from __future__ import annotations
@@ -31,13 +31,15 @@ _OF_WEIGHTS = {
     "rows of the covariance": "null_covariance_{}",
     "untrained weights": "untrained_{}",
 }
-"""Rung → the columns of the pairs that it stands in."""
+"""Null → its columns of the pairs."""
 _MOST = 6
-"""Of more ladders the table is too long to be read; their rows stand in the summary."""
+"""With more families of cells the table is too long to read and is left out; the summary has their
+rows."""
 
 
 def ladder(cells: Sequence[Cell]) -> Wording | None:
-    """A row per null of each SAE, from the one that keeps least; None where none was trained."""
+    """Return the table: a row per null of each family of cells, from the null that keeps least;
+    None if no null was trained."""
     found = _families([(k, c) for k, c in cells if c.settings.pairs_are_a_sample])
     if not found or len(found) > _MOST:
         return None
@@ -57,8 +59,8 @@ def ladder(cells: Sequence[Cell]) -> Wording | None:
 
 
 def _families(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], dict[str, CellResult]]]:
-    """What the cells of a ladder have in common, and its cells by their rung (``""`` for the model
-    itself)."""
+    """Return, per family, the knobs that its cells have in common, and surrogate → cell (``""`` for
+    the model itself)."""
     by_family: dict[Any, tuple[dict[str, Any], dict[str, CellResult]]] = {}
     for knobs, cell in cells:
         model, surrogate = _parted(str(knobs.get("model", "")))
@@ -70,7 +72,8 @@ def _families(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], dict[str, Cel
 
 
 def _parted(label: str) -> tuple[str, str]:
-    """``embedded+gaussian`` → ``embedded``, ``gaussian``; of a model itself the second is empty."""
+    """Split ``embedded+gaussian`` into ``embedded`` and ``gaussian``; for a model itself the second
+    is empty."""
     for name in SURROGATES:
         if label.endswith(f"+{name}"):
             return label.removesuffix(f"+{name}"), name
@@ -112,13 +115,13 @@ def _kappa(shared: Interval, own: Mapping[str, Interval]) -> float:
 
 def _footnotes(confidence: float) -> tuple[str, ...]:
     return (
-        "From the null that keeps least. **isotropic rows**: two random dictionaries of these "
-        "sizes; **rows of the covariance**: drawn with that of the activations; **untrained "
-        "weights**: the same pairs before training.",
+        "The rows begin with the null that keeps least. **isotropic rows**: two random "
+        "dictionaries of these sizes; **rows of the covariance**: rows drawn with the covariance "
+        "of the activations; **untrained weights**: the same pairs before training.",
         "**Gaussian activations**: trained on draws with the activations' mean and covariance; "
-        "**random weights**: on the activations of the same language model before any training, "
-        "on the same text.",
-        "**κ** = (S − S₀)/(1 − S₀), S what the trained model's SAEs share and S₀ the row. "
-        f"**trained − it**: with the {confidence:.0%} interval over seeds (Welch); * where it "
-        "leaves out 0.",
+        "**random weights**: trained on the activations of the same language model before any "
+        "training, on the same text.",
+        "**κ** = (S − S₀)/(1 − S₀), where S is the shared fraction of the trained model's SAEs and "
+        f"S₀ that of the row. **trained − it**: S − S₀ with the {confidence:.0%} interval over "
+        "seeds (Welch); * if it excludes 0.",
     )

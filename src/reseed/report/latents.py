@@ -1,4 +1,4 @@
-"""Values per latent and other run, taken out of a cell's table of latents for figures."""
+"""Values per latent and other run for figures, from a cell's table of latents."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ TEN_MILLION = 10_000_000
 
 @dataclass(frozen=True, eq=False)
 class MatchedLatents:
-    """Every latent of every run against every other run, where the decoder gives it a match.
+    """Latents of all runs against all other runs, where the decoder matching gives a match.
 
     Attributes:
-        rate: how often it fires in ten million tokens (Paulo & Belrose's unit); 0 for never.
-        cosine: of its decoder row with the match's.
-        shared: by the strict rule, with that match.
+        rate: firings in ten million tokens (Paulo & Belrose's unit); 0 for never.
+        cosine: cosine of its decoder row with the match's.
+        shared: whether it is shared with that match, by the strict rule.
     """
 
     rate: Float[np.ndarray, " n"]
@@ -31,7 +31,7 @@ class MatchedLatents:
 
 
 def matched(cell: CellResult) -> MatchedLatents:
-    """The rows of the figure of firing against cosine."""
+    """Return the points of the figure of firing against cosine."""
     table = cell.latents
     partner, cosine, shared = (
         lists(table, name) for name in ("partner_decoder", "cosine_decoder", "shared")
@@ -45,8 +45,8 @@ def matched(cell: CellResult) -> MatchedLatents:
 
 
 def quality_by_rank(cell: CellResult) -> Float[np.ndarray, " ranks"]:
-    """Mean R (0 … 1) of the r matches that rank highest by cosine, for r = 1 …: the mean of the
-    curves of all ordered pairs of runs, as far as the shortest goes."""
+    """Return the mean R (0 … 1) of the r matches with the highest cosines, for r = 1 …, averaged
+    over the ordered pairs of runs and cut to the shortest curve."""
     runs = cell.runs["run"].tolist()
     rows = {run: cell.latents.filter(pc.field("run") == run) for run in runs}
     curves = []

@@ -1,8 +1,8 @@
 """``summary.tex``: the tables of the terminal for a paper.
 
-What is written is `\\input` into a document that has ``\\usepackage{booktabs}`` and
-``\\usepackage{graphicx}`` (for ``\\resizebox``, which makes a table that is too wide as wide as the
-text), with any LaTeX of 2018 or later, which reads UTF-8.
+Use it with `\\input` in a document that has ``\\usepackage{booktabs}`` and
+``\\usepackage{graphicx}`` (for ``\\resizebox``, which shrinks a table that is too wide to the width
+of the text), and LaTeX of 2018 or later, which reads UTF-8.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _SPECIAL = {
     **{character: f"\\{character}" for character in "&%$#_"},
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
-    # After a line break [ and * would be read as its arguments.
+    # After a line break LaTeX would read [ and * as its arguments.
     "[": "{[}",
     "]": "{]}",
     "*": "{*}",
-    # What the old encoding of fonts shows as something else.
+    # The OT1 font encoding shows these as other characters.
     "<": "$<$",
     ">": "$>$",
     "|": "$|$",
@@ -57,16 +57,16 @@ _PATTERN = re.compile("|".join(map(re.escape, _SPECIAL)))
 
 
 def escaped(text: str) -> str:
-    """The text as LaTeX has it: every character stands for itself."""
+    """Escape a text for LaTeX, so that every character is literal."""
     return _PATTERN.sub(lambda found: _SPECIAL[found[0]], text)
 
 
 def summary_latex(cells: Sequence[Cell], tables: Sequence[Wording], name: str = "") -> str:
-    """Each table as a ``table`` with its caption and footnotes.
+    """Return each table as a ``table`` with its caption and footnotes.
 
     Args:
-        tables: those that the terminal shows, the first with the footnotes of the comparison.
-        name: what the labels begin with: ``tab:<name>``, ``tab:<name>-2``, …
+        tables: tables of the terminal, the first with the footnotes of the comparison.
+        name: prefix of the labels: ``tab:<name>``, ``tab:<name>-2``, …
     """
     label = re.sub(r"[^A-Za-z0-9-]+", "-", name or "summary").strip("-")
     made = [
@@ -77,10 +77,10 @@ def summary_latex(cells: Sequence[Cell], tables: Sequence[Wording], name: str = 
 
 
 def latex_table(words: Wording, conditions: str, label: str) -> str:
-    """One table.
+    """Return one table.
 
     Args:
-        conditions: what the caption says beside the table's own: n, interval, tokens.
+        conditions: added to the table's own caption: n, interval, tokens.
     """
     columns = "l" * words.num_knobs + "r" * (len(words.header) - words.num_knobs)
     caption = ". ".join(text.rstrip(".") for text in (words.caption, conditions) if text)
@@ -109,13 +109,13 @@ def _row(entries: Sequence[str]) -> str:
 
 
 def _stacked(name: str) -> str:
-    """A head in as many lines as it may break into."""
+    """Return a heading, broken into lines at its line breaks."""
     lines = [escaped(line) for line in name.split("\n")]
     return lines[0] if len(lines) == 1 else r"\shortstack{" + r" \\ ".join(lines) + "}"
 
 
 def _bold(text: str) -> str:
-    """A footnote as a sentence, ``**bold**`` as LaTeX has it, ``code`` in its letters."""
+    """Return a footnote as a sentence, with ``**bold**`` and ``code`` in LaTeX."""
     parts = [
         rf"\textbf{{{escaped(part)}}}" if i % 2 else _code(part)
         for i, part in enumerate(text.split("**"))
@@ -132,7 +132,8 @@ def _code(text: str) -> str:
 
 
 def _conditions(cells: Sequence[Cell]) -> str:
-    """``Mean over pairs of n = 3 seeds with the 95% interval over seeds; 65,536 held-out …``."""
+    """Return ``Mean over pairs of n = 3 seeds with the 95% interval over seeds; 65,536 held-out
+    …``."""
     some = any(e.low is not None for _, cell in cells for e in cell.estimates.values())
     confidence = cells[0][1].settings.confidence
     over = "seeds" if any(not c.settings.pairs_are_a_sample for _, c in cells) else paired(cells)

@@ -1,4 +1,4 @@
-"""Pairs of chosen values as a matrix: value by value."""
+"""Pairs of chosen values as a matrix, value by value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from reseed.report.pairings import apart, family, fullest, general, value_name
 from reseed.report.wording import Wording, measure_name, number
 
 MATRICES = 6
-"""So many families of cells (layers, say, for each of some models) have matrices to be read."""
+"""Most families of cells (layers for each of some models, say) with matrices; more are too many to
+read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,11 +25,11 @@ class Matrix:
     """One measure of all pairs of values.
 
     Attributes:
-        title: the measure, and which family of cells where there are several.
-        axis: what the values are of; empty where it has no one name.
-        values: as they stand in rows and columns.
-        entries: NaN where there are no such pairs.
-        threshold: of the rule.
+        title: the measure, and the family of cells if there are several.
+        axis: axis of the values; empty if they have no common name.
+        values: names of rows and columns, in order.
+        entries: the measure; NaN where there are no such pairs.
+        threshold: threshold of the sharing rule.
     """
 
     title: str
@@ -39,9 +40,10 @@ class Matrix:
 
 
 def value_matrices(cells: Sequence[Cell]) -> list[Matrix]:
-    """For each family of cells: the primary measure, then one-sided coverage.
+    """Return, for each family of cells, the primary measure and one-sided coverage.
 
-    None of fewer than 3 values, unless seeds pair up too, and of families too many to read.
+    Families with fewer than 3 values are left out, unless seeds pair up, too; with more than
+    `MATRICES` families the list is empty.
     """
     cells = general(cells)
     families = _families(cells, named=True)
@@ -67,7 +69,7 @@ def value_matrices(cells: Sequence[Cell]) -> list[Matrix]:
 
 
 def matrices(cells: Sequence[Cell]) -> list[Wording]:
-    """`value_matrices` as tables."""
+    """Return `value_matrices` as tables."""
     return [
         Wording(
             (found.axis, *found.values),
@@ -84,7 +86,7 @@ def matrices(cells: Sequence[Cell]) -> list[Wording]:
 
 
 def matrix_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """``matrix.csv``: for each family of cells and measure a row per value, a column per value."""
+    """Return ``matrix.csv``: for each family of cells and measure a row and a column per value."""
     cells = general(cells)
     rows: list[Mapping[str, Any]] = []
     measures = (*dict.fromkeys((cells[0][1].settings.primary, "shared_fraction")), None)
@@ -97,10 +99,10 @@ def matrix_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def _families(cells: Sequence[Cell], named: bool = False) -> list[list[PairGroup]]:
-    """The groups that differ in most, by what their cells have in common.
+    """Return the groups of `fullest`, by family.
 
     Args:
-        named: only those whose values have names.
+        named: whether to leave out groups whose values have no names.
     """
     families: dict[Any, list[PairGroup]] = {}
     for group in fullest(groups(cells)) if cells else []:
@@ -114,7 +116,7 @@ def _values(own: Sequence[PairGroup]) -> list[str]:
 
 
 def _entries(own: Sequence[PairGroup], column: str | None) -> dict[str, list[float]]:
-    """Row value → an entry per value; NaN where there are no such pairs.
+    """Return row value → an entry per value; NaN where there are no such pairs.
 
     Args:
         column: a symmetric measure, or None for the coverage of the row's latents by the column's.

@@ -1,4 +1,4 @@
-"""The figure of value by value: how much of layer 3's SAE is in layer 6's?"""
+"""Figure of the matrix of values: how much of layer 3's SAE is in layer 6's?"""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from reseed.report.style import GREY, WIDTH, panels
 from reseed.report.wording import number
 
 _WRITTEN = 12
-"""With so many values at most the numbers are written into the squares."""
+"""Up to this many values, the numbers are written into the squares."""
 _LIGHT = 0.55
-"""On squares darker than this part of the scale the number is white."""
+"""On squares darker than this fraction of the scale the number is white."""
 
 
 def matrix_figure(cells: Sequence[Cell]) -> Figure:
-    """A map of squares for each measure and family of cells, darker for more.
+    """Draw a heat map for each measure and family of cells, darker for more.
 
     Raises:
         ValueError: no values pair up, or too few for a matrix.
@@ -39,7 +39,7 @@ def matrix_figure(cells: Sequence[Cell]) -> Figure:
     figure = Figure(figsize=(WIDTH, rows * side * 0.9 + 0.3))
     grid = panels(figure, len(found), columns, shared=False)
     most = max(float(np.nanmax(m.entries, initial=0.0)) for m in found)
-    top = max(0.2, ceil(most * 10 - 1e-9) / 10)  # small numbers are told apart, too
+    top = max(0.2, ceil(most * 10 - 1e-9) / 10)  # so that small numbers differ visibly
     images = [
         _squares(axes, matrix, round(side / 0.075), top)
         for axes, matrix in zip(grid, found, strict=True)

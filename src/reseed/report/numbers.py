@@ -1,17 +1,18 @@
-"""Numbers in tables and on the terminal."""
+"""Format of numbers in tables and on the terminal."""
 
 from __future__ import annotations
 
 from math import isnan
 
 MISSING = "–"
-"""What stands for a value that is not there."""
+"""Sign for a missing value."""
 LEAST = 0.001
-"""Smaller numbers are said to be below it."""
+"""Smaller numbers are shown as below this."""
 
 
 def number(value: float) -> str:
-    """Two decimals, or one digit where these would show nothing; not below `LEAST`."""
+    """Format with two decimals, or with one digit if these would be 0; ``< 0.001`` below
+    `LEAST`."""
     if isnan(value):
         return MISSING
     if value == 0:
@@ -22,5 +23,5 @@ def number(value: float) -> str:
 
 
 def bounds(low: float, high: float) -> str:
-    """``[0.30, 0.52]``; a bound is one word, so that no line breaks within it."""
+    """Return ``[0.30, 0.52]``; bounds contain no space, so that no line breaks within one."""
     return "[" + ", ".join(number(bound).replace(" ", "") for bound in (low, high)) + "]"

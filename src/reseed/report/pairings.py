@@ -1,7 +1,7 @@
-"""Tables of pairs whose runs differ in what was chosen: a row for each pair of values.
+"""Tables of pairs of runs that differ in a chosen value: a row for each pair of values.
 
-"How much of layer 3's SAE is in layer 6's?": the pairs of two values over the seeds, one-sided
-coverage both ways, and the same as a matrix of value by value.
+"How much of layer 3's SAE is in layer 6's?": the pairs of two values over the seeds, with one-sided
+coverage in both directions; `reseed.report.matrices` has them as a matrix.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from reseed.report.wording import (
 )
 
 MANY_ROWS = 30
-"""In a longer table only the pairs that differ in most are shown; all are in pairings.csv."""
+"""A longer table shows only the pairs that differ in most axes; pairings.csv has all."""
 _ONE_SIDED = ("coverage_a", "coverage_b")
 SAME_TOKENS = {
     "CKA\ncodes": "cka_codes",
@@ -44,16 +44,17 @@ SAME_TOKENS = {
     "r of\nmatched": "agreement_pearson_matched",
 }
 AGREE = "agreement_fraction_matched"
-"""Columns where some runs have no common space; what they do on the same tokens needs none."""
+"""Column heading → measure on the same tokens, shown if some runs have no common space: these
+measures need none. `AGREE` has an interval, too."""
 
 
 def general(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells whose runs differ in what was chosen, or in several axes."""
+    """Return the cells whose runs differ in a chosen value, or in several axes."""
     return [(knobs, cell) for knobs, cell in cells if not cell.settings.pairs_are_a_sample]
 
 
 def pairings(cells: Sequence[Cell]) -> Wording | None:
-    """A row for each pair of values; None where all pairs are of seeds."""
+    """Return the table with a row for each pair of values; None if all pairs are of seeds."""
     cells = general(cells)
     if not cells:
         return None
@@ -83,7 +84,7 @@ def pairings(cells: Sequence[Cell]) -> Wording | None:
 def _columns(
     shown: Sequence[PairGroup], primary: str, confidence: float
 ) -> dict[str, Callable[[PairGroup], str]]:
-    """The columns of numbers: header → what stands there for a group."""
+    """Return the columns of numbers: header → function from a group to its entry."""
 
     def estimate(column: str) -> Callable[[PairGroup], str]:
         return lambda group: with_interval(group.interval(column, confidence))
@@ -129,12 +130,12 @@ def _null(group: PairGroup) -> str:
 
 
 def apart(group: PairGroup) -> bool:
-    """Whether its runs have no common space (`compare.apart`)."""
+    """Return whether the group's runs have no common space (`compare.apart`)."""
     return NO_SPACE in group.pairs and bool((group.pairs[NO_SPACE].fillna("") != "").any())
 
 
 def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> dict[int, Interval]:
-    """Across minus within, by the id of the group across."""
+    """Return id of a group across values → its interval of across minus within."""
     own = {(family(g), g.first): g for g in shown if g.within and g.first}
     found = {}
     for group in shown:
@@ -146,12 +147,12 @@ def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> di
 
 
 def family(group: PairGroup) -> tuple[tuple[str, Any], ...]:
-    """What the cells of a group have in common."""
+    """Return the knobs that the cells of a group have in common."""
     return tuple(group.knobs.items())
 
 
 def fullest(every: Sequence[PairGroup]) -> list[PairGroup]:
-    """Of each two values the pairs that differ in most axes."""
+    """Return, for each pair of values, the group that differs in most axes."""
     found: dict[Any, PairGroup] = {}
     for group in every:
         key = (family(group), group.first, group.second)
@@ -162,7 +163,7 @@ def fullest(every: Sequence[PairGroup]) -> list[PairGroup]:
 
 
 def value_name(cells: Sequence[Cell]) -> str:
-    """What the values are of: ``layer``; empty where seeds and data orders pair up."""
+    """Return the axis of the values, ``layer``; empty if seeds and data orders pair up."""
     names = {JOINED.join(value_axes(cell.settings.pair_by)) for _, cell in cells}
     return names.pop() if len(names) == 1 else "value"
 
@@ -182,59 +183,60 @@ def _footnotes(
     estimates = [group.interval(primary, confidence) for group in shown if not apart(group)]
     reasons = list(dict.fromkeys(e.reason for e in estimates if e.reason))
     notes = [
-        f"Each row is of the pairs of runs with these two values, turned so that the 1st is the "
-        f"first of them. **shared**: the strict rule at {settings.threshold:g} (Paulo & Belrose), "
-        "2·#/(F₁ + F₂). **1st in 2nd**: fraction of the first's latents for which some one latent "
-        "of the second, taken or not, has both cosines at the threshold; **2nd in 1st**: the "
-        "reverse (of a value with itself, where neither is the first, the mean of both). **of the "
-        "smaller**: shared latents as a fraction of the smaller dictionary.",
-        f"Intervals ({confidence:.0%}) are over seeds: all runs of one seed left out at a time, t "
-        "on the logit scale; never over the values, which were chosen.",
+        f"Each row shows the pairs of runs with these two values; the 1st is the run with the "
+        f"first value. **shared**: the strict rule at {settings.threshold:g} (Paulo & Belrose), "
+        "2·#/(F₁ + F₂). **1st in 2nd**: fraction of the first's latents for which one latent of "
+        "the second, even if matched to another, has both cosines at least at the threshold; "
+        "**2nd in 1st**: the reverse (for a value with itself, where no run is the first, the mean "
+        "of both). **of the smaller**: shared latents as a fraction of the smaller dictionary.",
+        f"Intervals ({confidence:.0%}) are over seeds: all runs of one seed are left out at a "
+        "time, t distribution on the logit scale. They are not over the values, which were chosen.",
         "**null**: two random dictionaries of these sizes. **untrained**: the initial weights of "
-        "the same pairs; runs of different values start differently even where their seed is one, "
+        "the same pairs; runs with different values start differently even at the same seed, "
         "unless seed_scope=shared.",
     ]
     if _contrasts(shown, primary, confidence):
         notes.append(
-            "**− within**: less the mean of what each of the two shares with itself over seeds; "
-            "* where the interval leaves out 0."
+            "**− within**: the row's measure minus the mean of that of the two values, each with "
+            "itself over seeds; * if the interval excludes 0."
         )
     if any(apart(group) for group in shown):
         notes.append(_on_same_tokens(shown, settings.threshold))
     elif any("model" in value_axes(cell.settings.pair_by) for _, cell in cells):
         notes.append(
-            "Rows of two models are compared as they stand: a cosine between them means something "
-            "only where the models have one space, as checkpoints of one training have."
+            "Dictionaries of two models are compared without alignment: a cosine between them is "
+            "meaningful only if the models have the same space, as checkpoints of one training do."
         )
     if len(shown) < len(every):
         notes.append(
-            f"Shown are the pairs that differ in most; all {len(every)} groups are in pairings.csv."
+            "Only the pairs that differ in most axes are shown; all "
+            f"{len(every)} groups are in pairings.csv."
         )
     notes += [f"**{reason}**" for reason in reasons]
-    # Rows have runs in common: what differences between them could be seen is not known.
+    # Rows have runs in common, so the detectable difference between them is not known.
     return (*notes, *visible_in_words((), primary, confidence))
 
 
 def _on_same_tokens(shown: Sequence[PairGroup], threshold: float) -> str:
-    """Why columns are empty, and what those mean that are not."""
+    """Explain why columns are empty, and the columns of measures on the same tokens."""
     why = (
-        f"Where columns of the weights are empty (**{MISSING}**), the activations differ in width "
-        "(`d_in`): their rows have no common space, and there is no cosine between them. "
+        f"Columns of weights are empty (**{MISSING}**) where the activations differ in width "
+        "(`d_in`): such dictionaries have no common space, so that no cosine is defined. "
     )
     if not all("agreement_pearson_matched" in group.pairs for group in shown):
         notes = [group.pairs[NOTE] for group in shown if NOTE in group.pairs]
         reasons = dict.fromkeys(reason for own in notes for reason in own if reason)
-        return why + f"What they do on the same tokens was not measured: {'; '.join(reasons)}"
+        return why + f"Agreement on the same tokens was not measured: {'; '.join(reasons)}"
     return why + (
         "**CKA**: of latents and of reconstructions on the same held-out tokens. Latents are "
-        "matched by the correlation of their activations on some of these tokens; **r of "
-        f"matched**: its mean on the others; **agree**: live latents with r ≥ {threshold:g} "
+        "matched by the correlation r of their activations on one part of these tokens; **r of "
+        f"matched**: mean r on the other part; **agree**: live latents with r ≥ {threshold:g} "
         "there, 2·#/(live₁ + live₂)."
     )
 
 
 def by_value(cells: Sequence[Cell]) -> Wording | None:
-    """How good the runs of each value are by themselves."""
+    """Return the table of the quality of the runs of each value."""
     cells = general(cells)
     if not cells or not value_name(cells):
         return None
@@ -258,8 +260,8 @@ def by_value(cells: Sequence[Cell]) -> Wording | None:
 
 
 def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """``pairings.csv``: a row for each pair of values and what its runs differ in, every fraction
-    with its interval."""
+    """Return ``pairings.csv``: a row for each pair of values and set of axes in which the runs
+    differ, every fraction with its interval."""
     cells = general(cells)
     confidence = cells[0][1].settings.confidence
     every = groups(cells)

@@ -1,4 +1,4 @@
-"""A latent on the terminal: what it fires on, says, and lies beside."""
+"""A latent on the terminal: its contexts, logits, neighbours and matches in other runs."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from reseed.report.numbers import bounds, number
 from reseed.report.replicas import Partner, Replicas
 
 _SHADES = ("#12261c", "#164a2f", "#1a6e43", "#1f9357", "#2ec27e")
-"""Behind tokens, from those that a latent hardly fires on to its largest activation."""
+"""Background colours of tokens, from the smallest activation to the latent's largest."""
 _DARK = 3
-"""So many of them have light letters."""
+"""Number of shades that need white letters."""
 _WIDEST = 120
-"""Columns of a passage in a file."""
+"""Most columns of a passage in a file."""
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """A latent, and where its contexts are from.
+    """A latent, with its run and its contexts.
 
     Attributes:
-        run: its id.
-        replicas: the latent in other runs; None where no comparison has it.
+        run: the run's id.
+        replicas: its matches in other runs; None if it is in no comparison.
     """
 
     run: str
@@ -38,7 +38,7 @@ class Shown:
 
 
 def print_latent(shown: Shown, console: Console) -> None:
-    """Print all that is known of a latent."""
+    """Print everything known about a latent."""
     latent = shown.latent
     console.print(Text.assemble((shown.run, "bold"), "  latent ", (str(latent.latent), "bold")))
     console.print(_fires(shown))
@@ -53,10 +53,10 @@ def print_latent(shown: Shown, console: Console) -> None:
 
 
 def print_partner(partner: Partner, shown: Shown | None, console: Console) -> None:
-    """Print what the partner of a latent in another run fires on most.
+    """Print the strongest contexts of a latent's partner in another run.
 
     Args:
-        shown: None where the contexts of that run are not there.
+        shown: the partner; None if its run has no contexts.
     """
     console.print(Text(f"in {partner.name}: {_in_words(partner)}", style="bold"))
     if partner.latent is None:
@@ -69,12 +69,12 @@ def print_partner(partner: Partner, shown: Shown | None, console: Console) -> No
 
 
 def quoted(text: str) -> str:
-    """A token so that its spaces are seen, on one line."""
+    """Quote a token, so that its spaces are visible, on one line."""
     return f"'{one_line(text)}'"
 
 
 def one_line(text: str) -> str:
-    """Newlines and tabs as signs; what no terminal can show as �."""
+    """Replace newlines and tabs by signs, and unprintable characters by �."""
     signs = {"\n": "↵", "\r": "↵", "\t": "→"}
     return "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
 
@@ -101,7 +101,7 @@ def _print_elsewhere(replicas: Replicas | None, console: Console) -> None:
 
 
 def _in_words(partner: Partner) -> str:
-    """``471 (0.82 enc, 0.85 dec) *``, with a star where it is shared."""
+    """Return ``471 (0.82 enc, 0.85 dec) *``, with a star if it is shared."""
     if partner.latent is None:
         return "none"
     both = ((partner.cosine_encoder, "enc"), (partner.cosine_decoder, "dec"))
@@ -111,7 +111,7 @@ def _in_words(partner: Partner) -> str:
 
 
 def _print_list(name: str, items: Sequence[str], console: Console) -> None:
-    """A name and what belongs to it, if anything does; no item is cut in two."""
+    """Print a name and its items, if there are any; lines break between items."""
     line = Text(name, style="bold")
     for item in items:
         if line.cell_len + 2 + cell_len(item) > console.width:
@@ -137,7 +137,8 @@ def _print_contexts(shown: Shown, contexts: Sequence[Context], console: Console)
 
 
 def _tokens(shown: Shown, context: Context, marked: bool) -> list[Text]:
-    """Each token: on a colour that says how active it is, or with the activation beside it."""
+    """Return each token with its activation: as a background colour, or, if ``marked``, as a number
+    beside it."""
     found = []
     texts = shown.contexts.text(context.tokens)
     for text, value in zip(texts, context.activations.tolist(), strict=True):
@@ -158,8 +159,8 @@ def _shade(share: float) -> Style:
 
 
 def _around(tokens: Sequence[Text], peak: int, width: int) -> Text:
-    """One of the tokens, beginning in the middle of the line, with as many as fit before and after
-    it; … where there were more."""
+    """Lay out the peak token so that it begins in the middle of the line, with as many tokens as
+    fit before and after it, and … for those left out."""
     middle = width // 2
     begin, room = peak, middle - 1
     while begin > 0 and tokens[begin - 1].cell_len <= room:

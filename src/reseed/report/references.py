@@ -1,4 +1,4 @@
-"""Numbers of the paper, to be seen beside one's own: another model, so never part of an estimate.
+"""Numbers of the paper, shown for comparison: another model, so never part of an estimate.
 
 Source: Paulo & Belrose (arXiv 2501.16615): TopK SAEs of the MLP output of layer 6 of Pythia-160M,
 k = 32, 32,768 latents, 8 billion tokens of the Pile, unless a factor says otherwise; the strict
@@ -20,8 +20,8 @@ BY_THRESHOLD: Mapping[float, float] = {
 UNSHARED: Mapping[int, float] = {
     2: 0.583, 3: 0.484, 4: 0.436, 5: 0.406, 6: 0.385, 7: 0.370, 8: 0.358, 9: 0.348,
 }  # fmt: skip
-"""u_k of their 9 seeds. As a mean over all choices of seeds, u_k is of the same thing whatever the
-number of seeds that it was made from."""
+"""u_k of their 9 seeds. As a mean over all choices of seeds, u_k does not depend on the number of
+seeds from which it was computed."""
 BY_WIDTH: Mapping[float, float] = {
     32: 0.81, 768: 0.79, 4_084: 0.70, 27_648: 0.43, 32_768: 0.42, 131_072: 0.28,
 }  # fmt: skip
@@ -31,25 +31,25 @@ BY_LAYER: Mapping[float, float] = dict(
     enumerate((0.00, 0.14, 0.16, 0.24, 0.45, 0.42, 0.42, 0.39, 0.42, 0.46, 0.41, 0.25))
 )
 LLAMA = 0.30
-"""Shared of the SAEs of Llama 3 8B, 131,072 latents, as they state it."""
+"""Shared fraction of the SAEs of Llama 3 8B, 131,072 latents, as the paper states it."""
 NEAR = 4.0
-"""A reference is drawn up to so many times beyond the ends of one's own amounts."""
+"""References are drawn up to this factor beyond the ends of the sweep's own amounts."""
 FEWEST = 2
-"""So many of a factor's values have to be near; one alone shows no course."""
+"""Fewest reference values in range to draw; one alone shows no trend."""
 
 
 def of_seeds(cells: Sequence[Cell]) -> bool:
-    """Whether some cells are of what the paper compared: runs that differ in the seed."""
+    """Return whether some cells compare what the paper compared: runs that differ in the seed."""
     return any(cell.settings.pair_by == "seed" for _, cell in cells)
 
 
 def over(cells: Sequence[Cell], axis: str, at: Sequence[float]) -> dict[float, float]:
-    """The reference values of an axis that lie near one's own: amount → shared fraction.
+    """Return the reference values of an axis near the cells' own: amount → shared fraction.
 
-    Empty where the axis is none of the paper's factors, or its values are far from these: drawn
-    all the same they would squeeze what the figure is about. Of layers only those that the axis
-    has. The budget is theirs only on an axis in tokens: how many optimiser steps theirs were is not
-    known.
+    Empty if the axis is none of the paper's factors, or if the paper's values are far from the
+    cells': they would squeeze the cells' own lines. Layers are limited to the range of the axis.
+    The paper's budgets are only used on an axis in tokens, because its number of optimiser steps is
+    not known.
 
     Args:
         at: the places of the cells on the axis.
@@ -77,8 +77,8 @@ def _values(cells: Sequence[Cell], axis: str) -> Mapping[float, float]:
 
 
 def reference_table(cells: Sequence[Cell]) -> Wording | None:
-    """What the paper found of the measures that some cell has, beside their range here; None where
-    cells are not of seeds."""
+    """Return the table of the paper's numbers with their range in the cells; None if no cell
+    compares seeds."""
     own = [cell for _, cell in cells if cell.settings.pair_by == "seed"]
     if not own:
         return None
@@ -98,8 +98,8 @@ def reference_table(cells: Sequence[Cell]) -> Wording | None:
             )
     note = (
         f"**{SOURCE}**: TopK, k = 32, 32,768 latents, 8B tokens. Another model, width and budget: "
-        "for orientation, no part of any estimate. Of Llama 3 8B with 131,072 latents they report "
-        f"{LLAMA:.2f} shared."
+        "for orientation, not part of any estimate. For Llama 3 8B with 131,072 latents they "
+        f"report {LLAMA:.2f} shared."
     )
     return Wording(("measure", SOURCE, "here"), tuple(rows), 1, "", (note,))
 

@@ -1,4 +1,4 @@
-"""Which latents of other runs a latent is matched with, out of a sweep's ``latents.parquet``."""
+"""Matches of a latent in other runs, read from a sweep's ``latents.parquet``."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ _CHANCE = ("reproducibility", "reproducibility_low", "reproducibility_high")
 
 @dataclass(frozen=True)
 class Partner:
-    """What the matching by decoder gives a latent in another run.
+    """Match of a latent in another run, by decoder.
 
     Attributes:
-        run: its id; ``name`` what it is called among the others: ``seed 1``.
-        latent: which; None where there is none.
-        cosine_encoder, cosine_decoder: with it; None where rows cannot be compared.
-        shared: by the strict rule.
+        run: id of the other run.
+        name: its name within the cell: ``seed 1``.
+        latent: index of the match; None if there is none.
+        cosine_encoder, cosine_decoder: cosines with the match; None if rows cannot be compared.
+        shared: whether it is shared by the strict rule.
     """
 
     run: str
@@ -36,12 +37,13 @@ class Partner:
 
 @dataclass(frozen=True)
 class Replicas:
-    """A latent in the other runs of its cell.
+    """Matches of a latent in the other runs of its cell.
 
     Attributes:
-        shared_with: how many of them have it.
-        reproducibility: how likely one more has it, and the bounds of its interval; None where
-            runs are not draws of one SAE.
+        shared_with: number of other runs that share it.
+        reproducibility: probability that one more run shares it, and the bounds of its interval;
+            None if the runs differ in more than the seed.
+        partners: a match per other run.
     """
 
     shared_with: int
@@ -50,7 +52,8 @@ class Replicas:
 
 
 def replicas_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, Replicas]:
-    """Latents of a run, as far as the sweep's table has them; only their rows are read."""
+    """Return latent → its matches, for those latents of a run that the sweep's table has. Only
+    their rows are read."""
     path = sweep / FILE
     wanted = [
         name for name in (*_OWN, *_BY_WEIGHTS, *_CHANCE) if name in pq.read_schema(path).names

@@ -1,7 +1,6 @@
-"""What else was measured on each cell: the tables of ``summary.md`` below the first one.
+"""Further measures of each cell: the tables of ``summary.md`` below the first one.
 
-``docs/measures.md`` says of every number what it is, by its head here and by its column in the
-files.
+``docs/measures.md`` defines every number, by its heading here and by its column in the files.
 """
 
 from __future__ import annotations
@@ -29,9 +28,10 @@ from reseed.report.wording import Wording, number, padded, paired, span
 
 
 def sections(cells: Sequence[Cell]) -> list[tuple[str, list[Wording]]]:
-    """Titles with their tables, in the order of ``summary.md``; what was not measured is left out.
+    """Return titles with their tables, in the order of ``summary.md``, without what was not
+    measured.
 
-    The differences between architectures, which are not of single cells, are not among them.
+    Differences between architectures are not included, because they concern several cells.
     """
     firing = with_strata(cells)
     found = [
@@ -47,7 +47,7 @@ def sections(cells: Sequence[Cell]) -> list[tuple[str, list[Wording]]]:
 
 
 def details(cells: Sequence[Cell]) -> Wording:
-    """Other rules for what is shared."""
+    """Return the table of other rules for what is shared."""
     made: dict[str, Column] = {paired(cells): lambda cell: str(cell.n_seeds)}
     made |= measured(
         {
@@ -65,16 +65,16 @@ def details(cells: Sequence[Cell]) -> Wording:
     return cell_table(
         cells,
         made,
-        "Fractions of latents with other rules than the strict one, at the same threshold.",
-        "**covered**: some latent of the other run has both cosines at the threshold, whether or "
-        "not it is the match of another; mean of both directions. **dec**: matched by the decoder, "
-        "the encoder is not asked.",
+        "Fractions of latents by other rules than the strict one, at the same threshold.",
+        "**covered**: some latent of the other run has both cosines at least at the threshold, "
+        "even if it is the match of another latent; mean of both directions. **dec**: matched by "
+        "the decoder alone.",
         "**corr**: the strict rule with encoders matched by the correlation of pre-activations on "
         "held-out activations, in which directions of low variance hardly count.",
         "**joint**: one matching of encoder and decoder rows together, both cosines at the "
-        "threshold. **mutual**: nearest of each other, by the smaller of both cosines; **mutual, "
-        "dec**: by the decoder's.",
-        "**split**: two latents or more of the other run have both cosines at the threshold. "
+        "threshold. **mutual**: each is the other's nearest, by the smaller of both cosines; "
+        "**mutual, dec**: by the decoder's cosine.",
+        "**split**: at least two latents of the other run have both cosines at the threshold. "
         "**not dead**: the strict rule over latents that fired at the end of training, both "
         "partners. **ceiling, live**: the largest live shared fraction that the numbers of live "
         "latents allow.",
@@ -82,7 +82,8 @@ def details(cells: Sequence[Cell]) -> Wording:
 
 
 def cosines_and_cycles(cells: Sequence[Cell]) -> Wording:
-    """Mean cosines without a threshold, and whether the matchings of three runs close."""
+    """Return the table of mean cosines without a threshold, and of whether the matchings of three
+    runs form cycles."""
     made = measured(
         {
             "PW-MCC, signed": "pw_mcc_signed",
@@ -99,17 +100,17 @@ def cosines_and_cycles(cells: Sequence[Cell]) -> Wording:
         made,
         "**PW-MCC** (Song et al.): mean matched decoder cosine over the smaller dictionary, "
         "**signed** as in their code, **absolute** as in their paper; each with the matching that "
-        "maximises it. **MMCS**: mean over latents of the largest decoder cosine, of both "
-        "directions (each alone in pairs.csv). **cos corr**: mean matched correlation of "
+        "maximises it. **MMCS**: mean over latents of the largest decoder cosine, averaged over "
+        "both directions (pairs.csv has each). **cos corr**: mean matched correlation of "
         "pre-activations.",
-        "**cycle**: of all latents, those for which the partner's partner in a third run is the "
-        "partner there, by encoder and by decoder; **shared**: of the chains in which i is shared "
-        "with j and j with k, those in which i is shared with k.",
+        "**cycle**: fraction of latents whose partner's partner in a third run is their own "
+        "partner there, by encoder and by decoder; **shared**: among chains in which i is shared "
+        "with j and j with k, the fraction in which i is shared with k.",
     )
 
 
 def profiles(cells: Sequence[Cell]) -> Wording:
-    """p_m and u_k of each cell."""
+    """Return the table of p_m and u_k."""
     knobs, n = columns(cells), max(cell.n_seeds for _, cell in cells)
     header = (*knobs, *(f"p_{m}" for m in range(n)), *(f"u_{k}" for k in range(2, n + 1)))
     rows = tuple(
@@ -117,13 +118,15 @@ def profiles(cells: Sequence[Cell]) -> Wording:
     )
     footnotes = (
         f"**p_m**: fraction of latents shared with exactly m of the other {paired(cells)}. "
-        f"**u_k**: fraction that k−1 other {paired(cells)}, drawn at random, all lack.",
+        f"**u_k**: fraction of latents that none of k−1 other {paired(cells)}, drawn at random, "
+        "has.",
     )
     return Wording(header, rows, len(knobs), "", footnotes)
 
 
 def by_threshold(cells: Sequence[Cell]) -> Wording:
-    """The strict rule at every threshold, and last what the paper found for another model."""
+    """Return the table of the strict rule at every threshold; its last row is the paper's, for
+    another model."""
     knobs = columns(cells)
     header = (*(knobs or ["cell"]), *(f"≥ {tau}" for tau in THRESHOLDS))
     rows = [
@@ -134,8 +137,8 @@ def by_threshold(cells: Sequence[Cell]) -> Wording:
         for k, cell in cells
     ]
     note = (
-        "The strict rule, both cosines at least so large; the matchings are the same for all. The "
-        "same over live latents: `shared_fraction_live_at_…` in summary.csv."
+        "The strict rule with each threshold on both cosines; the matchings do not depend on it. "
+        "Over live latents: `shared_fraction_live_at_…` in summary.csv."
     )
     other = (
         f"**{SOURCE}**: another model and budget (TopK, k=32, 32,768 latents, 8B tokens), for "
@@ -149,7 +152,7 @@ def by_threshold(cells: Sequence[Cell]) -> Wording:
 
 
 def on_activations(cells: Sequence[Cell]) -> list[Wording]:
-    """What pairs do on held-out tokens; empty where no cell was asked for it."""
+    """Return the tables of measures on held-out tokens; empty if no cell requested them."""
     asked = [(knobs, cell) for knobs, cell in cells if NOTE in cell.pairs]
     known = [(k, c) for k, c in asked if _tokens(c)]
     lacking = _not_measured(cells, [(k, c) for k, c in asked if not _tokens(c)])
@@ -187,18 +190,18 @@ def on_activations(cells: Sequence[Cell]) -> list[Wording]:
             "live. **Pearson**, **Jaccard**: correlation of activations and overlap of the tokens "
             "on which they fire, mean over **shared** pairs and over the other ones (**orphan**).",
             "**CKA**: linear CKA of latents and of reconstructions, without any matching; it "
-            "hardly tells SAEs apart. **novel**: live latents that lower the other run's error "
-            "when put into it.",
+            "hardly distinguishes SAEs. **novel**: fraction of live latents that lower the other "
+            "run's error when added to it.",
         ),
         cell_table(
             known,
             replaced,
-            "**R**: the part of the damage of taking a latent out that its match repairs in its "
-            "place, mean of R bounded to 0 … 1: of all these latents, of **shared** and of "
-            "**orphan** ones; of all with the **second best** match, with a **random** latent of "
-            "equal firing, and with the match at its **best scale**.",
-            "**area**: mean over r of the mean R of the r matches that rank highest by cosine; "
-            "**top** its value at one r.",
+            "**R**: the fraction of the damage of ablating a latent that its match repairs in its "
+            "place, as a mean of R bounded to 0 … 1: over all these latents, over **shared** and "
+            "over **orphan** ones; over all with the **second best** match, with a **random** "
+            "latent of equal firing, and with the match at its **best scale**.",
+            "**area**: mean over r of the mean R of the r matches with the highest cosines; "
+            "**top**: that mean R at one r.",
         ),
         *lacking,
     ]
@@ -209,13 +212,13 @@ def _tokens(cell: CellResult) -> int:
 
 
 def _not_measured(cells: Sequence[Cell], lacking: Sequence[Cell]) -> list[Wording]:
-    """Why there are no numbers of some cells."""
+    """Return the table of why some cells have no numbers."""
     rows = tuple((label(cells, knobs), str(cell.pairs[NOTE].iloc[0])) for knobs, cell in lacking)
     return [Wording(("not measured", "why"), rows, 2, "", ())] if rows else []
 
 
 def nulls(cells: Sequence[Cell]) -> Wording:
-    """The ladder of nulls: what would be shared by chance, and κ against each."""
+    """Return the table of nulls: the shared fraction by chance, and κ against each null."""
     rungs = {"isotropic": "null_", "covariance": "null_covariance_", "untrained": "untrained_"}
     made: dict[str, Column] = {"shared": lambda cell: shown(cell, "shared_fraction")}
     for name, prefix in rungs.items():
@@ -228,16 +231,17 @@ def nulls(cells: Sequence[Cell]) -> Wording:
     return cell_table(
         cells,
         made,
-        "**κ** = (S − S₀)/(1 − S₀), S shared and S₀ the same of: two dictionaries of random "
-        "**isotropic** rows, of rows drawn with the **covariance** of the held-out activations, "
-        "and the **untrained** weights of the same pairs. The interval of κ is that of S, S₀ taken "
-        "as given.",
+        "**κ** = (S − S₀)/(1 − S₀), where S is shared and S₀ is the shared fraction of two "
+        "dictionaries of random **isotropic** rows, of rows drawn with the **covariance** of the "
+        "held-out activations, or of the **untrained** weights of the same pairs. The interval of "
+        "κ is that of S, with S₀ taken as exact.",
         "**cos**, **covered**: mean matched cosine and coverage of these random dictionaries.",
     )
 
 
 def subspace_overlaps(cells: Sequence[Cell]) -> Wording:
-    """Whether groups of latents span the same in two runs, each beside its null."""
+    """Return the table of whether groups of latents span the same space in two runs, each with its
+    null."""
     made: dict[str, Column] = {}
     for measure in ("overlap", "angles"):
         for group in GROUPS:
@@ -248,10 +252,10 @@ def subspace_overlaps(cells: Sequence[Cell]) -> Wording:
     return cell_table(
         cells,
         made,
-        "**overlap**: of the second moments of the unit decoder rows of a group / of as many "
-        "random live latents. **angles**: mean squared cosine of the principal angles between the "
-        "spans of the leading directions that hold 90% of it / of random spans. **directions**: "
-        "how many these are.",
-        "**orphan**: live latents that no other run shares, **shared**: with one at least, "
-        "**dense**: that fire on more than a tenth of the tokens.",
+        "**overlap**: overlap of the second moments of the unit decoder rows of a group / of as "
+        "many random live latents. **angles**: mean squared cosine of the principal angles between "
+        "the spans of the leading directions that hold 90% of the second moment / of random spans. "
+        "**directions**: number of these directions.",
+        "**orphan**: live latents that no other run shares; **shared**: live latents that at least "
+        "one shares; **dense**: latents that fire on more than a tenth of the tokens.",
     )

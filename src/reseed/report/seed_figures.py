@@ -1,4 +1,4 @@
-"""The figure of how many seeds share a latent: p_m and u_k of each cell."""
+"""Figure of how many seeds share a latent: p_m and u_k of each cell."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from reseed.report.style import COLOURS, MARKERS, REFERENCE, WIDTH, faint_grid, 
 from reseed.report.wording import counted, paired
 
 MOST_RINGS = 8
-"""Cells drawn as rings; more are bars, one under the other."""
+"""Most cells drawn as rings; more are drawn as bars."""
 
 FEWEST_FOR_REFERENCE = 4
-"""With so many seeds there is a line to be seen beside that of the paper."""
+"""Fewest seeds whose line of u_k is long enough to show the paper's beside it."""
 
 
 def seeds_figure(cells: Sequence[Cell]) -> Figure:
-    """The rings of p_m, one per cell, beside the lines of u_k; bars where there are many cells."""
+    """Draw the rings of p_m, one per cell, beside the lines of u_k; bars if cells are many."""
     if len(cells) > MOST_RINGS:
         return _bars(cells)
     columns = 1 if len(cells) == 1 else 2 if len(cells) <= 6 else 3
@@ -70,7 +70,7 @@ def _ring(axes: Axes, cell: CellResult, title: str, most: int) -> None:
 
 
 def _bars(cells: Sequence[Cell]) -> Figure:
-    """p_m of every cell as one bar. u_k, which follows from it, stands in the table."""
+    """Draw p_m of every cell as a bar. u_k follows from it and is in the table."""
     names, rows = row_labels(cells)
     figure = Figure(figsize=(WIDTH * 0.9, 1.3 + 0.24 * (rows[-1] + 1)))
     axes = figure.add_subplot()
@@ -99,7 +99,7 @@ def _bars(cells: Sequence[Cell]) -> Figure:
 
 
 def _shade(m: int, n: int) -> tuple[float, float, float, float]:
-    """From light for latents of one seed to dark for those of all."""
+    """Return a shade of blue: light for latents of one seed, dark for those of all."""
     return mpl.colormaps["Blues"](0.16 + 0.8 * m / max(1, n - 1))
 
 

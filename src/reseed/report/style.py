@@ -1,7 +1,7 @@
-"""How all figures look.
+"""Common style of all figures.
 
-Colours are those of Okabe & Ito, which colour-blind readers tell apart; a marker or a shade says
-the same as each colour, so that the figures can be read in grey.
+Colours are those of Okabe & Ito, which colour-blind readers can distinguish. Every colour goes with
+a marker or a shade of its own, so that the figures can be read in grey.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ REFERENCE: Any = {
     "color": GREY, "linestyle": "--", "linewidth": 1.0, "marker": "x", "markersize": 4,
     "zorder": 1.5,
 }  # fmt: skip
-"""How numbers of the paper look, in every figure."""
+"""Style of the paper's numbers in every figure."""
 WIDTH = 6.8
-"""Inches: a page's text width."""
+"""Text width of a page, in inches."""
 
 
 def panels(figure: FigureBase, count: int, columns: int, *, shared: bool = True) -> list[Axes]:
-    """So many axes in rows of ``columns``, the last of which may be shorter."""
+    """Return ``count`` axes in rows of ``columns``; the last row may be shorter."""
     rows = ceil(count / columns)
     grid = figure.subplots(rows, columns, squeeze=False, sharex=shared, sharey=shared).ravel()
     for axes in grid[count:]:
@@ -65,7 +65,7 @@ def panels(figure: FigureBase, count: int, columns: int, *, shared: bool = True)
 
 
 def name_outer(grid: Sequence[Axes], columns: int, below: str, beside: str) -> None:
-    """Names of axes that share their scales: below where nothing is, and at the left end."""
+    """Label axes that share their scales: x where no panel is below, y at the left end."""
     for i, axes in enumerate(grid):
         if i + columns >= len(grid):
             axes.set_xlabel(below)
@@ -75,19 +75,20 @@ def name_outer(grid: Sequence[Axes], columns: int, below: str, beside: str) -> N
 
 
 def faint_grid(axes: Axes, axis: Literal["x", "y"]) -> None:
-    """Lines behind the data, to read values from."""
+    """Draw faint grid lines behind the data."""
     axes.grid(axis=axis, color="#dddddd", linewidth=0.5)
     axes.set_axisbelow(True)
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], columns: int, **options: Any) -> None:
-    """A legend under everything else, where it covers nothing."""
+    """Draw a legend below everything else, where it covers nothing."""
     options = {"ncols": columns, "columnspacing": 1.5} | options
     figure.legend(handles=list(handles), loc="outside lower center", **options)
 
 
 def interval_handle(cells: Sequence[Cell], estimates: Sequence[str], colour: str) -> Patch:
-    """What the bands of these estimates are; an invisible one where there are no intervals."""
+    """Return the legend's handle for the bands of these estimates; an invisible one that says so if
+    there are no intervals."""
     found = [cell.estimates[name] for _, cell in cells for name in estimates]
     if all(e.low is None for e in found):
         return Patch(alpha=0, label=f"{counted(cells)}, no interval")
@@ -102,8 +103,7 @@ def scatter_of_two(
     y: Float[np.ndarray, " n"],
     holds: Bool[np.ndarray, " n"],
 ) -> None:
-    """Points of two kinds: small blue dots, and under them orange crosses where ``holds`` is
-    false."""
+    """Draw small blue dots where ``holds``, and under them orange plus signs where it does not."""
     for flag, colour, marker, size, line in ((False, ORANGE, "+", 9, 0.5), (True, BLUE, "o", 4, 0)):
         which = holds == flag
         axes.scatter(

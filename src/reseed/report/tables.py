@@ -1,4 +1,4 @@
-"""The tables of a comparison as files, for programs and for people."""
+"""Tables of a comparison as files, for programs (csv, parquet) and for people (md, tex)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SUMMARY_COLUMNS = (
 )
 """Columns of ``summary.csv`` after the knobs of the cell; others follow."""
 _WITHOUT_INTERVALS = ("null_", "kappa", "untrained_", "ceiling_")
-"""What the columns of the pairs begin with that are shown as means, without intervals."""
+"""Prefixes of the columns of pairs that are shown as means, without intervals."""
 
 
 def write_tables(
@@ -56,14 +56,14 @@ def write_tables(
 ) -> list[Path]:
     """Write ``pairs.csv``, ``latents.parquet``, ``strata.csv`` and ``summary`` as csv, md and tex.
 
-    Where runs pair up that differ in what was chosen, also ``pairings.csv`` and ``matrix.csv``.
+    Also write ``pairings.csv`` and ``matrix.csv`` if pairs differ in a chosen value (`general`).
 
     Args:
-        cells: the knobs of each cell, and what was measured on it.
+        cells: the knobs and the measures of each cell.
         incomplete: a line for each cell that lacks runs, whether or not it is among ``cells``.
 
     Returns:
-        The files written; each is whole or not there.
+        The files written, each atomically.
     """
     if not cells:
         raise ValueError("there are no cells to write tables of")
@@ -89,8 +89,8 @@ def write_tables(
 
 
 def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """A row per cell: its knobs, `SUMMARY_COLUMNS`, what its settings were, then every estimate
-    with ``_low`` and ``_high``, and what has no interval.
+    """Return a row per cell: its knobs, `SUMMARY_COLUMNS`, its settings, every estimate with
+    ``_low`` and ``_high``, and the measures without interval.
 
     ``shared_fraction_standardised`` is at the firing of all cells together, `strata.standardised`.
     """
@@ -108,7 +108,8 @@ def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
-    """A fraction is a mean over pairs, a metric a mean over runs; empty where not known."""
+    """Return the row of a cell: fractions as means over pairs, metrics as means over runs; None if
+    not known."""
     estimates, settings = cell.estimates, cell.settings
     row = dict(knobs)
     for name in SUMMARY_COLUMNS:
@@ -134,7 +135,7 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
             estimates[settings.primary], estimates[settings.primary], settings.confidence
         ),
         "note": "; ".join(notes(cell, knobs)),
-        # `untrained_shared_fraction` by the name that it had first.
+        # The former name of `untrained_shared_fraction`.
         "shared_fraction_untrained": cell.pair_mean("untrained_shared_fraction"),
     }
     for name, found in estimates.items():
@@ -148,7 +149,7 @@ def _ends(name: str, found: Interval) -> dict[str, float | None]:
 
 
 def pair_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """A row per pair of runs, the knobs of its cell first."""
+    """Return a row per pair of runs, the knobs of its cell first."""
     frames = []
     for knobs, cell in cells:
         frame = cell.pairs.copy()
@@ -159,10 +160,10 @@ def pair_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 
 def latent_table(cells: Sequence[Cell]) -> pa.Table:
-    """A row per latent of each run, the knobs of its cell first.
+    """Return a row per latent of each run, the knobs of its cell first.
 
-    Where other things than seeds pair up, ``place`` says of a run what it is among those that it
-    was compared with (``topk, 0``), and ``seed`` is its seed, empty where there was one only.
+    Where pairs differ in more than the seed, ``place`` is the run's label among the runs of its
+    cell (``topk, 0``), and ``seed`` is its seed, empty if there was only one.
     """
     names = list(dict.fromkeys(name for knobs, _ in cells for name in knobs if name != "seed"))
     words = {name: _one_type([knobs.get(name) for knobs, _ in cells]) for name in names}
@@ -188,7 +189,7 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
 
 
 def _one_type(values: list[Any]) -> pa.Array:
-    """The values as they are where they have one type, as strings otherwise."""
+    """Return the values as they are if they have one type, else as strings."""
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):
@@ -196,9 +197,9 @@ def _one_type(values: list[Any]) -> pa.Array:
 
 
 def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> str:
-    """``summary.md``: the summary of the terminal, then differences, `sections` and runs.
+    """Return ``summary.md``: the summary of the terminal, then differences, `sections` and runs.
 
-    What is ``incomplete`` stands among the footnotes of the first table.
+    ``incomplete`` is added to the footnotes of the first table.
     """
     first, *others = first_tables(cells, incomplete)
     parts = ["# Summary", first.caption, markdown_table(first)]
@@ -222,8 +223,8 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
 
 
 def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
-    """The table of the cells whose runs are a sample, and the one of the other pairs; either may
-    be all there is. What is ``incomplete`` stands among the footnotes of the first."""
+    """Return the table of the cells whose pairs are a sample, and that of the other pairs, if there
+    are any. ``incomplete`` is added to the footnotes of the first."""
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
     others = pairings(cells)
     first, *more = [*([summary(sample)] if sample else []), *([others] if others else [])]
@@ -231,19 +232,19 @@ def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
 
 
 def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
-    """All tables that the terminal shows, and ``summary.tex``."""
+    """Return all tables of the terminal and of ``summary.tex``."""
     return [*first_tables(cells, incomplete), *more_tables(cells)]
 
 
 def more_tables(cells: Sequence[Cell]) -> list[Wording]:
-    """Those that only some comparisons have."""
+    """Return the tables that only some comparisons have."""
     nulls = ladder(cells)
     others = [*matrices(cells), *truth_tables(cells), *evaluation_tables(cells)]
     return [*([nulls] if nulls else []), *others]
 
 
 def markdown_table(words: Wording) -> str:
-    """The table and its footnotes for a markdown file."""
+    """Return the table and its footnotes as markdown."""
 
     def line(entries: Sequence[str]) -> str:
         escaped = (entry.replace("\n", " ").replace("|", "\\|") for entry in entries)

@@ -1,4 +1,4 @@
-"""The summary on a terminal: the tables as wide as the window allows."""
+"""Printing of tables on a terminal, as wide as the window allows."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def print_summary(
 ) -> None:
     """Print the summary table with its footnotes and `verdicts`, then `truth_tables`.
 
-    On a terminal it fits the window: first columns that can be spared are left out, then cells are
-    paragraphs. Into a file or pipe it is as wide as it has to be, without colour, so that nothing
-    is cut off.
+    On a terminal it fits the window: if it is too wide, spare columns are left out; if that does
+    not suffice, cells are printed as paragraphs. In a file or pipe it has its full width and no
+    colour, so that nothing is cut off.
     """
     console = console or Console()
     first, *others = shown_tables(cells)
@@ -42,7 +42,7 @@ def print_summary(
 def print_tables(
     tables: Sequence[Wording], *, title: str = "", console: Console | None = None
 ) -> None:
-    """Print some tables, one below the other, as `print_summary` says."""
+    """Print tables one below the other, fitted as by `print_summary`."""
     console = console or Console()
     for i, words in enumerate(tables):
         if i:
@@ -51,7 +51,7 @@ def print_tables(
 
 
 def print_words(words: Wording, console: Console, title: str = "") -> None:
-    """Print one table as `print_summary` says."""
+    """Print one table, fitted as by `print_summary`."""
     if not console.is_terminal:
         width = max(100, _needed(_table(words), console))
         console = Console(file=console.file, width=width, color_system=None)
@@ -63,14 +63,14 @@ def print_words(words: Wording, console: Console, title: str = "") -> None:
     spared = [] if fitting is None else [n for n in words.header if n not in fitting.header]
     if spared:
         names = ", ".join(name.replace("\n", " ") for name in spared)
-        note = f"not shown for want of room, but in summary.md: {names}"
+        note = f"not shown (the window is too narrow), but in summary.md: {names}"
         console.print(Text(note), width=min(console.width, 100), style="dim")
     for note in words.footnotes:
         console.print(_rich(note), width=min(console.width, 100), style="dim")
 
 
 def _fitting(words: Wording, console: Console) -> Wording | None:
-    """The table with as few of its spare columns left out as the window allows, or None."""
+    """Leave out as few spare columns as the window allows; None if it is too narrow anyway."""
     for count in range(len(words.spare) + 1):
         narrower = words.without(words.spare[:count])
         if _needed(_table(narrower, 0), console) <= console.width:
@@ -79,22 +79,22 @@ def _fitting(words: Wording, console: Console) -> Wording | None:
 
 
 def _needed(table: Table, console: Console) -> int:
-    """Columns of the window that a table takes whose columns all have a width."""
+    """Return the window columns that a table takes; its columns must all have a width."""
     wide = console.options.update(width=10_000, max_width=10_000)
     return Measurement.get(console, wide, table).maximum
 
 
 def _fitted(words: Wording, console: Console) -> Table:
-    """The table with its columns as wide as the window allows."""
+    """Make the table with its columns as wide as the window allows."""
     return _table(words, console.width - _needed(_table(words, 0), console))
 
 
 def _table(words: Wording, room: int = 10_000) -> Table:
-    """A column may wrap between words where the window is narrow, never within a word or number.
+    """Make the table; columns may wrap between words, never within a word or number.
 
     Args:
-        room: how much wider than the narrowest possible the table may be. (Left to itself, rich
-            takes from the widest column first, and breaks words of it while others have room.)
+        room: how much wider than the narrowest possible the table may be. (By default rich narrows
+            the widest column first, and breaks its words while others have room.)
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
     table.collapse_padding, table.pad_edge = True, False
@@ -116,7 +116,7 @@ def _table(words: Wording, room: int = 10_000) -> Table:
 
 
 def _paragraphs(words: Wording) -> Text:
-    """The table for a window that is too narrow for it."""
+    """Return the table as paragraphs, for a window that is too narrow for it."""
     names = [name.replace("\n", " ") for name in words.header]
     cells = [
         " · ".join(f"{name} {entry}" for name, entry in zip(names, row, strict=True))
@@ -126,7 +126,7 @@ def _paragraphs(words: Wording) -> Text:
 
 
 def _rich(text: str) -> Text:
-    """``**bold**`` as the terminal has it."""
+    """Style ``**bold**`` for the terminal."""
     out = Text()
     for i, part in enumerate(text.split("**")):
         out.append(part, style="bold" if i % 2 else "")

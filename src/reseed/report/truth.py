@@ -1,4 +1,4 @@
-"""The tables "Is a shared latent true?": shown where the runs have labels of a known truth."""
+"""Tables "Is a shared latent true?", for runs with labels of a known truth."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ _SHOWN = (*_WITH_INTERVAL, "atom_given_orphan", "likelihood_ratio")
 
 
 def truth_tables(cells: Sequence[Cell]) -> list[Wording]:
-    """What sharing says of the truth, then how true the SAEs are; nothing without labels.
+    """Return the table of what sharing predicts about truth, then that of how true the SAEs are;
+    empty without labels.
 
-    Two tables, so that each fits a terminal of 120 columns. Cells without labels are left out.
+    There are two, so that each fits a terminal of 120 columns. Cells without labels are left out.
     """
     found = with_labels(cells)
     if not found:
@@ -33,12 +34,12 @@ def truth_tables(cells: Sequence[Cell]) -> list[Wording]:
 
 
 def with_labels(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells whose runs have labels of a known truth."""
+    """Return the cells whose runs have labels of a known truth."""
     return [(knobs, cell) for knobs, cell in cells if _MARK in cell.estimates]
 
 
 def with_labels_alike(tables: Sequence[pa.Table]) -> list[pa.Table]:
-    """Tables of latents, with a column ``truth`` in all of them (empty if need be) or in none."""
+    """Give all tables of latents a column ``truth`` (null where unknown) if any of them has one."""
     if not any(LABEL_COLUMN in table.column_names for table in tables):
         return list(tables)
     return [
@@ -83,10 +84,10 @@ def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[st
         "**difference**: the first minus the second. **adjusted**: the same among latents of equal "
         f"firing ({DECILES} deciles, Mantel–Haenszel).",
         "**likelihood ratio**: P(shared | atom) / P(shared | no atom); 1 means that sharing says "
-        f"nothing of the truth. Intervals leave one {one} out.",
+        f"nothing about truth. Intervals leave one {one} out at a time.",
         *_reasons(cells, labelled),
     )
-    # The live fraction stands in the first table too.
+    # The first table has the live fraction, too.
     return Wording(header, rows, len(names), TITLE, footnotes, ("shared\nlive",))
 
 
@@ -110,10 +111,10 @@ def _quality(labelled: Sequence[Cell], names: Sequence[str]) -> Wording:
     footnotes = (
         "**MCC**: mean |cos| of decoder rows with the true features, matched one to one. **F1**: "
         "of the live latents, each as a detector of its nearest feature.",
-        "**recall of energetic**: of the F features of most energy (mean square), F the number "
-        "of latents, the fraction that some live latent is an atom of. **atoms**, **composites**: "
-        "fractions of the live latents.",
-        "**P(shared | …)**: of the live latents with that label, the fraction that is shared.",
+        "**recall of energetic**: fraction of the F features with the most energy (mean square; F "
+        "is the number of latents) that have an atom among the live latents. **atoms**, "
+        "**composites**: fractions of the live latents.",
+        "**P(shared | …)**: fraction of the live latents with that label that is shared.",
     )
     title = "How true are the latents, and which are shared?"
     spare = ("P(shared |\nneither)", "P(shared |\ngroup)", "composites")
@@ -128,7 +129,7 @@ def _shown(cell: CellResult, name: str) -> str:
 
 
 def _reasons(cells: Sequence[Cell], labelled: Sequence[Cell]) -> list[str]:
-    """Why a number or an interval is missing, each reason once, with its cells."""
+    """Return each reason why a number or an interval is missing, once, with its cells."""
     about: dict[str, dict[str, None]] = {}
     for knobs, cell in labelled:
         for name in _SHOWN:

@@ -1,4 +1,4 @@
-"""The figure "Is a shared latent true?": atoms among shared latents and among the others."""
+"""Figure "Is a shared latent true?": atoms among shared latents and among the others."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from reseed.report.truth import TITLE, with_labels
 from reseed.report.wording import paired, with_interval
 
 _SIDES = (("atom_given_orphan", ORANGE, "D", 0.13), ("atom_given_shared", BLUE, "o", -0.13))
-"""Estimate, colour, marker, and how far below its row the interval stands."""
+"""Estimate, colour, marker, and the offset of the interval below its row."""
 
 
 def truth_figure(cells: Sequence[Cell]) -> Figure:
-    """P(atom | shared) and P(atom | orphan) of each cell, joined, with their difference in numbers.
+    """Draw P(atom | shared) and P(atom | orphan) of each cell, joined, with their difference as a
+    number.
 
-    Cells without labels are left out. Where one of the two is undefined the row is grey and says
-    why.
+    Cells without labels are left out. If one of the two is undefined, the row is grey and gives the
+    reason.
 
     Raises:
         ValueError: no cell has labels.

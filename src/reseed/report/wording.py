@@ -1,4 +1,4 @@
-"""The words of a summary: one compact row per cell, with a caption and footnotes.
+"""Texts of the summary: one compact row per cell, with a caption and footnotes.
 
 The terminal and ``summary.md`` show the same rows; only the typesetting differs.
 """
@@ -31,23 +31,23 @@ from reseed.report.numbers import LEAST, bounds, number
 
 NULL_FACTOR = 10
 NOT_SHARED = f"shared at most {NULL_FACTOR} × its null: not converged or not shared"
-"""A shared fraction up to so many times its null is marked `NOT_SHARED`. A null of 0 counts as
-what the simulation could have seen: one latent in all its draws."""
+"""A shared fraction of at most `NULL_FACTOR` times its null is marked `NOT_SHARED`. A null of 0
+counts as the smallest that the simulation can detect: one latent in all its draws."""
 L0_BOUND = 0.05
 OFF_TARGET = f"L0 off its target by more than {L0_BOUND:.0%}"
 
 
 @dataclass(frozen=True)
 class Wording:
-    """A table in words.
+    """A table as text.
 
     Attributes:
         header: column names; a line break where a column name may break.
         rows: as many entries each as the header.
-        num_knobs: the first so many columns name the cell; the others are numbers.
+        num_knobs: number of leading columns that name the cell; the others are numbers.
         caption: what all cells have in common.
-        footnotes: what the columns mean, and what is to be said about single cells.
-        spare: columns that a narrow window can do without, those of least use first.
+        footnotes: explanations of the columns, and remarks about single cells.
+        spare: columns that a narrow window can leave out, the least useful first.
     """
 
     header: tuple[str, ...]
@@ -58,14 +58,14 @@ class Wording:
     spare: tuple[str, ...] = ()
 
     def without(self, names: Sequence[str]) -> Wording:
-        """The table without some columns."""
+        """Return the table without some columns."""
         keep = [i for i, name in enumerate(self.header) if name not in names]
         rows = tuple(tuple(row[i] for i in keep) for row in self.rows)
         return replace(self, header=tuple(self.header[i] for i in keep), rows=rows)
 
 
 def paired(cells: Sequence[Cell], plural: bool = True) -> str:
-    """What the pairs differ in, in words: seeds, or the values of another axis."""
+    """Return what the pairs differ in, in words: seeds, or values of another axis."""
     axis, *others = {cell.settings.pair_by for _, cell in cells}
     if others or not isinstance(axis, str):  # arms, or several axes
         return "runs" if plural else "run"
@@ -75,13 +75,13 @@ def paired(cells: Sequence[Cell], plural: bool = True) -> str:
 
 
 def counted(cells: Sequence[Cell]) -> str:
-    """``n = 3 seeds``."""
+    """Return ``n = 3 seeds``."""
     counts = sorted({cell.n_seeds for _, cell in cells})
     return f"n = {counts[0]}" + (f"–{counts[-1]}" if len(counts) > 1 else "") + f" {paired(cells)}"
 
 
 def summary(cells: Sequence[Cell]) -> Wording:
-    """The table that a person reads first."""
+    """Return the main table of a comparison."""
     knobs = columns(cells)
     seeds = (paired(cells),) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
     percent = f"[{_range(cells, lambda c: round(100 * c.settings.confidence))}%]"
@@ -101,11 +101,12 @@ def summary(cells: Sequence[Cell]) -> Wording:
 
 
 def notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]:
-    """What has to be said about the shared fraction of a cell, and about the L0 it asked for."""
+    """Return remarks about a cell's shared fraction and its target L0; see `NOT_SHARED` and
+    `OFF_TARGET`."""
     shared = cell.estimates["shared_fraction"]
     simulated = cell.null_simulated_latents
     null = max(_null(cell), 1 / (max(1, simulated) * cell.settings.null_draws))
-    # Of a single latent there is no null to speak of.
+    # A single latent has no meaningful null.
     found = [NOT_SHARED] if simulated > 1 and shared.mean <= NULL_FACTOR * null else []
     target = re.fullmatch(r"L0≈(\d[\d.e+-]*)", str((knobs or {}).get("sparsity")))
     if target and "l0" in cell.estimates:
@@ -114,7 +115,7 @@ def notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]
     if NO_SPACE in cell.pairs:
         found.append(REASON)
     elif simulated < cell.num_latents:
-        found.append(f"null of {simulated:,} latents, its cosine extended")
+        found.append(f"null simulated with {simulated:,} latents, its cosine extrapolated")
     reason = cell.estimates[cell.settings.primary].reason
     return found + ([reason] if reason else [])
 
@@ -126,7 +127,7 @@ def with_interval(estimate: Interval) -> str:
 
 
 def measure_name(name: str) -> str:
-    """A fraction as the head of a column: ``shared\\nlive`` for `shared_fraction_live`."""
+    """Return the column heading of a measure: ``shared\\nlive`` for `shared_fraction_live`."""
     for long, short in (("shared_fraction", "shared"), ("decoder", "dec"), ("correlation", "corr"),
                         ("coverage", "covered")):  # fmt: skip
         name = name.replace(long, short)
@@ -135,7 +136,7 @@ def measure_name(name: str) -> str:
 
 
 def _numbers(cell: CellResult, primary: str, percent: str) -> dict[str, str]:
-    """The numbers of a row by the heads of their columns, the primary measure first."""
+    """Return column heading → number of a row, the primary measure first."""
     estimates = cell.estimates
 
     def mean(name: str) -> float:
@@ -162,8 +163,8 @@ def _numbers(cell: CellResult, primary: str, percent: str) -> dict[str, str]:
 
 
 def visible(a: Interval, b: Interval, confidence: float) -> float | None:
-    """The smallest difference between two estimates that is seen with 80% power
-    (`statistics.visible_difference`), on their scale; None where one has no spread to go by."""
+    """Return the smallest difference between two estimates that is detected with 80% power
+    (`statistics.visible_difference`), on their scale; None if one has no standard error."""
     if not a.standard_error or not b.standard_error:
         return None
     units = visible_difference(min(a.n, b.n), confidence=confidence)
@@ -173,7 +174,8 @@ def visible(a: Interval, b: Interval, confidence: float) -> float | None:
 def visible_in_words(
     estimates: Sequence[Interval], primary: str, confidence: float
 ) -> tuple[str, ...]:
-    """What differences between rows the design could have seen; nothing without intervals."""
+    """Return the primary measure and the smallest difference between rows that the design could
+    detect; only the former without intervals."""
     name = measure_name(primary).replace("\n", " ")
     pairs = list(combinations(estimates, 2)) or [(e, e) for e in estimates]
     seen = [x for a, b in pairs if (x := visible(a, b, confidence)) is not None]
@@ -184,10 +186,10 @@ def visible_in_words(
     least, most = number(min(seen)), number(max(seen))
     size = least if least == most else f"{least}–{most}"
     between = "two rows" if len(estimates) > 1 else "this row and one like it"
-    rows = ", by the rows" if size != least else ""
+    rows = ", depending on the rows" if size != least else ""
     return (
-        f"Primary measure: **{name}**. With n = {n} the smallest difference of it between "
-        f"{between} that this design could have seen is {size} (80% power, {confidence:.0%} "
+        f"Primary measure: **{name}**. With n = {n} the smallest difference in it between "
+        f"{between} that this design could detect is {size} (80% power, {confidence:.0%} "
         f"level{rows}).",
     )
 
@@ -197,20 +199,21 @@ def _null(cell: CellResult) -> float:
 
 
 def null_in_words(null: float, simulated: int) -> str:
-    """A shared fraction by chance; of none seen, what the simulated latents could have shown."""
+    """Return a shared fraction by chance in words; for 0, the detection limit of the simulation,
+    ``< 1/4096``."""
     if null:
         return number(null) if null >= LEAST else f"{null:.1g}"
     return f"< 1/{simulated}" if simulated > 1 else MISSING
 
 
 def span(values: Iterable[int]) -> str:
-    """One number, or the smallest and the largest: ``1,024–4,096``."""
+    """Return one number, or the smallest and the largest: ``1,024–4,096``."""
     found = sorted(set(values))
     return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,}–{found[-1]:,}"
 
 
 def padded(values: np.ndarray, length: int) -> list[str]:
-    """The values in words, filled up with empty ones."""
+    """Return the values in words, padded with empty strings to ``length``."""
     return [number(float(v)) for v in values] + [""] * (length - len(values))
 
 
@@ -229,7 +232,7 @@ def _legend(cells: Sequence[Cell]) -> list[str]:
     one = paired(cells, plural=False)
     interval = (
         f", with the {settings.confidence:.0%} interval over {paired(cells)} (leave one {one} out, "
-        "t on the logit scale)."
+        "t distribution on the logit scale)."
     )
     if max(cell.n_seeds for _, cell in cells) < 3:
         interval = "."
@@ -242,17 +245,17 @@ def _legend(cells: Sequence[Cell]) -> list[str]:
         f"partner, and both cosines are at least {settings.threshold:g} (Paulo & Belrose). "
         f"{pairs} of n = {count} {paired(cells)}{interval}",
         f"**live**: counted over latents that fire at least {settings.live_at_least} times in "
-        f"{tokens} held-out tokens, both partners live. **dec**: the cosine of the decoder's own "
-        "match reaches the threshold; the encoder is not asked.",
-        "**null**: two random dictionaries of the same size, matched alike. **cos**: mean cosine "
-        "of all matched latents, by encoder and by decoder.",
-        "**FVU**: fraction of variance unexplained; **L0**: latents active per token; both held "
-        "out. **dead**: fraction that did not fire at the end of training.",
+        f"{tokens} held-out tokens, both partners live. **dec**: only the decoder's match counts; "
+        "its cosine is at least the threshold.",
+        "**null**: two random dictionaries of the same size, matched the same way. **cos**: mean "
+        "cosine of all matched latents, by encoder and by decoder.",
+        "**FVU**: fraction of variance unexplained; **L0**: active latents per token; both on "
+        "held-out tokens. **dead**: fraction of latents that did not fire at the end of training.",
     ]
 
 
 def _remarks(cells: Sequence[Cell]) -> list[str]:
-    """The notes, each once, with the cells that it is about."""
+    """Return each note once, with the cells that it is about."""
     about: dict[str, list[str]] = {}
     for knobs, cell in cells:
         for note in notes(cell, knobs):
@@ -265,14 +268,12 @@ def _remarks(cells: Sequence[Cell]) -> list[str]:
 
 
 def _which(who: Sequence[str], of: int, always: bool = False) -> str:
-    """The cells that a note is about, by name as long as that is read sooner than the table.
-
-    Where it is about all, they are not named, unless ``always``.
-    """
+    """Return the cells that a note is about: by name if at most `FEW`, else their number; nothing
+    if it is about all of them, unless ``always``."""
     if len(who) == of and not (always and of <= FEW):
         return ""
     if len(who) > FEW:
-        return f": {len(who)} of the {of} rows (`note` in summary.csv says which)"
+        return f": {len(who)} of the {of} rows (marked in column `note` of summary.csv)"
     return f": {'; '.join(who)}"
 
 

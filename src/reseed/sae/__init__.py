@@ -7,7 +7,7 @@ import pkgutil
 from importlib.metadata import entry_points
 
 ENTRY_POINTS = "reseed.sae"
-"""Packages that bring architectures of their own name their modules in this group."""
+"""Entry-point group in which other packages name the modules of their architectures."""
 
 
 def load_all() -> None:

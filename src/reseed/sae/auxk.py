@@ -1,4 +1,4 @@
-"""AuxK: dead latents learn to reconstruct what the living leave (Gao et al. 2024, 2406.04093)."""
+"""AuxK: dead latents learn to reconstruct the error of the others (Gao et al. 2024, 2406.04093)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reseed.sae.losses import ratio_or_zero, total_variance
 from reseed.sae.sparse import sparse_decode, topk_encode
 
 DENSE_UP_TO = 4
-"""With at most so many times k_aux dead latents, plain products of them are faster than pairs."""
+"""Up to this many times k_aux dead latents, dense products are faster than sums over pairs."""
 
 
 def auxk_loss(
@@ -24,15 +24,15 @@ def auxk_loss(
     centred: bool = True,
     weights: Float[Tensor, " num_latents"] | None = None,
 ) -> Float[Tensor, ""]:
-    """‖ê − e‖² over the variance of e, with ê from the largest k_aux *dead* latents (App. A.2).
+    """Return ‖ê − e‖² over the variance of e, ê from the k_aux largest *dead* latents (App. A.2).
 
-    The error is a constant here: only dead rows (of encoder and decoder) are moved to fit it, and
-    only where ReLU(W_enc (x − b_dec) + b_enc) is above 0.
+    The error is a constant here. Only dead rows (of encoder and decoder) get a gradient, and only
+    where ReLU(W_enc (x − b_dec) + b_enc) is above 0.
 
     Args:
         error: e, detached.
         centred: subtract b_dec before the encoder, as the architecture does.
-        weights: of the choice, as in `topk_encode`.
+        weights: weights by which latents are chosen, as in `topk_encode`.
     """
     candidates = dead.nonzero().squeeze(1)
     if len(candidates) == 0:
@@ -59,7 +59,7 @@ def _dense(
     k: int,
     weights: Float[Tensor, " num_latents"] | None,
 ) -> Float[Tensor, "batch d_in"]:
-    """ê by matrices of the dead latents alone."""
+    """Return ê by dense products of the dead latents alone."""
     latents = nn_functional.linear(rows, sae.W_enc[candidates], sae.b_enc[candidates]).relu()
     if k < len(candidates):
         choice = latents.detach() if weights is None else latents.detach() * weights[candidates]
@@ -77,10 +77,10 @@ def auxk_term(
     per: int,
     centred: bool,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """α·AuxK for a loss whose reconstruction is Σ‖e‖²/``per``, and AuxK itself.
+    """Return α·AuxK for a loss whose reconstruction term is Σ‖e‖²/``per``, and AuxK itself.
 
-    AuxK is a fraction of variance, and so is the rest of TopK's loss; times the variance of the
-    batch in the units of this loss, α weighs it against the reconstruction as it does there.
+    AuxK and the rest of TopK's loss are fractions of variance. Multiplied by the batch's variance
+    in the units of this loss, AuxK is weighed by α against the reconstruction as in TopK.
     """
     aux = auxk_loss(sae, x, error.detach(), dead, centred=centred)
     return sae.config.aux_alpha * aux * (total_variance(x.detach()) / per), aux

@@ -1,4 +1,4 @@
-"""What every sparse autoencoder has: its parameters, its faces, its part of the configuration.
+"""Base classes of sparse autoencoders: configuration, parameters, and encode, decode and loss.
 
 Letters of this package: B batch (tokens), D ``d_in``, F ``num_latents``; x activations, π
 pre-activations, f latents, x̂ reconstruction, e = x − x̂. ``W_enc`` and ``W_dec`` are both [F, D]: a
@@ -24,12 +24,12 @@ from reseed.sae.init import random_directions
 from reseed.sae.pairs import ByLatent, SparseLatents
 
 DENSE_BYTES = 1 << 27
-"""Of dense latents that `SAE.encode_sparse` holds at once."""
+"""Size of the dense latents that `SAE.encode_sparse` holds at once."""
 
 
 @dataclass(frozen=True)
 class SAEOutput:
-    """What `SAE.forward` returns."""
+    """Latents and reconstruction, as `SAE.forward` returns them."""
 
     latents: Float[Tensor, "*batch num_latents"]
     reconstruction: Float[Tensor, "*batch d_in"]
@@ -37,7 +37,7 @@ class SAEOutput:
 
 @dataclass(frozen=True)
 class Step:
-    """Where training stands: ``index`` counts optimiser steps from 0, ``total`` is how many."""
+    """A position in training: ``index`` counts optimiser steps from 0 up to ``total`` − 1."""
 
     index: int
     total: int
@@ -49,13 +49,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Loss:
-    """What one batch says.
+    """Loss of one batch and its parts.
 
     Attributes:
         total: the scalar to differentiate.
         parts: its named terms, detached.
-        fired: on how many tokens of the batch each latent is active (int64).
-        squared_error: Σ‖e‖² over the batch, detached: sums over batches give an honest FVU.
+        fired: number of tokens of the batch on which each latent is active (int64).
+        squared_error: Σ‖e‖² over the batch, detached; FVU needs sums over batches, not means.
         l0: active latents per token, mean over the batch, detached.
     """
 
@@ -68,34 +68,34 @@ class Loss:
 
 @dataclass(frozen=True)
 class SAEOption(Config, ABC, family="sae"):
-    """What ``sae=`` may name: an architecture to be trained (`SAEConfig`), or an SAE that is there
-    already (`reseed.sae.pretrained`)."""
+    """A choice of ``sae=``: an architecture to train (`SAEConfig`), or an SAE that exists already
+    (`reseed.sae.pretrained`)."""
 
 
 @dataclass(frozen=True)
 class SAEConfig(SAEOption, ABC):
-    """What all architectures have in common.
+    """Settings that all architectures share.
 
     Args:
         num_latents: F.
-        expansion_factor: F as a multiple of D; no effect (and null) beside `num_latents`.
-        decoder_init_norm: norm of every decoder row at the start.
-        encoder_init_scale: norm of the encoder's rows at the start over that of the decoder's.
+        expansion_factor: F as a multiple of D; ignored (and set to null) if `num_latents` is given.
+        decoder_init_norm: initial norm of every decoder row.
+        encoder_init_scale: initial norm of the encoder's rows over that of the decoder's.
         encoder_init: ``tied``: the encoder starts as the transpose of the decoder (scaled);
-            ``untied``: in random directions of its own.
+            ``untied``: it starts in random directions of its own.
         unit_norm_decoder: hold decoder rows at norm 1 during training (the optimiser does it).
-        target_l0: the L0 to reach, where the architecture can: k, the target of a penalty, or the
-            measure by which the weight of a penalty is found (`needs_calibration`).
+        target_l0: the L0 to reach, if the architecture supports it: k, the target of a penalty, or
+            the L0 for which the weight of a penalty is searched (`needs_calibration`).
         aux_alpha: weight of the auxiliary loss of dead latents (`reseed.sae.auxk`), in units of
             the variance of the inputs; 0 leaves it out.
-        k_aux: how many dead latents per token reconstruct the error; null is D/2.
+        k_aux: number of dead latents per token that reconstruct the error; null is D/2.
     """
 
     dense_products: ClassVar[int] = 5
-    """Products of the size batch × num_latents × d_in in a step, for estimates of time: encoder
-    and decoder, and what their gradients take."""
+    """Number of batch × num_latents × d_in products in a step, for estimates of time: encoder,
+    decoder and their gradients."""
     penalty_field: ClassVar[str | None] = None
-    """The field that weighs the sparsity penalty; None where there is no penalty."""
+    """Name of the field that weighs the sparsity penalty; None without a penalty."""
 
     num_latents: int | None = setting(None, at_least=1)
     expansion_factor: int | None = setting(None, at_least=1)
@@ -117,7 +117,7 @@ class SAEConfig(SAEOption, ABC):
         if self.unit_norm_decoder and self.decoder_init_norm != 1:
             raise ConfigError(
                 "{key} must be 1 with `unit_norm_decoder=true`; got "
-                f"{self.decoder_init_norm}. Set the one or the other.",
+                f"{self.decoder_init_norm}. Change one of the two.",
                 "decoder_init_norm",
             )
         if self.target_l0 is not None:
@@ -125,21 +125,19 @@ class SAEConfig(SAEOption, ABC):
             self._check_start_of_search()
 
     def _heed_target(self, target: float) -> None:
-        """Do with `target_l0` what is to be done at once, or refuse it."""
+        """Apply `target_l0` where it sets another field; raise `ConfigError` if nothing uses it."""
         if self.penalty_field is None:
-            raise ConfigError(
-                f"{{key}} must be null: nothing in sae={self.name} heeds it", "target_l0"
-            )
+            raise ConfigError(f"{{key}} must be null: sae={self.name} does not use it", "target_l0")
 
     def width(self, d_in: int) -> int:
-        """F of an SAE on activations of width ``d_in``."""
+        """Return F for activations of width ``d_in``."""
         if self.num_latents is not None:
             return self.num_latents
         assert self.expansion_factor is not None
         return self.expansion_factor * d_in
 
     def check(self, d_in: int) -> None:
-        """The rules that need the width of the activations. Raises `ConfigError`."""
+        """Raise `ConfigError` if a rule that needs the width of the activations is broken."""
         width = self.width(d_in)
         if self.target_l0 is not None and self.target_l0 > width:
             raise ConfigError(
@@ -150,23 +148,24 @@ class SAEConfig(SAEOption, ABC):
     @property
     @abstractmethod
     def sparsity(self) -> str:
-        """What sets the sparsity, in a word for tables: ``k=32``, ``λ=5``, ``L0*=32``."""
+        """Label of the sparsity for tables: ``k=32``, ``λ=5``, ``L0*=32``."""
 
     def _check_start_of_search(self) -> None:
-        """A weight of 0 is no place to start a search on a logarithmic scale."""
+        """Refuse a weight of 0: the search runs on a logarithmic scale."""
         if self.needs_calibration and getattr(self, self.penalty_field or "") == 0:
             raise ConfigError(
-                "{key} must be above 0 with `target_l0`: the search for it starts there; got 0",
+                "{key} must be above 0 with `target_l0`: the search starts at this weight; got 0",
                 self.penalty_field or "",
             )
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the weight of the penalty is to be found, such that L0 is `target_l0`."""
+        """True if the weight of the penalty must be searched such that L0 is `target_l0`."""
         return self.target_l0 is not None and self.penalty_field is not None
 
     def calibrated(self, coefficient: float) -> Self:
-        """The same with the weight of the penalty that was found. `target_l0` stays, as its reason.
+        """Return a copy with the penalty weight that the search found. `target_l0` stays as its
+        reason.
 
         Raises:
             ValueError: the architecture has no penalty.
@@ -176,7 +175,7 @@ class SAEConfig(SAEOption, ABC):
         return dataclasses.replace(self, **{self.penalty_field: coefficient})
 
     def _penalised_sparsity(self) -> str:
-        """`sparsity` where there is a penalty."""
+        """Return `sparsity` of an architecture with a penalty."""
         assert self.penalty_field is not None
         if self.target_l0 is not None:
             return f"L0*={self.target_l0:g}"
@@ -184,21 +183,21 @@ class SAEConfig(SAEOption, ABC):
 
     @abstractmethod
     def published_lr(self, num_latents: int) -> float:
-        """The learning rate of the published recipe."""
+        """Return the learning rate of the published recipe."""
 
     @abstractmethod
     def empty(self, d_in: int) -> SAE:
-        """The module with all parameters zero: what `build` and the checkpoint fill."""
+        """Return the module with all parameters zero, for `build` and the checkpoint to fill."""
 
     def build(self, d_in: int, generator: Generator) -> SAE:
-        """A new SAE in float32 on the CPU; ``generator`` alone decides its weights."""
+        """Make a new SAE in float32 on the CPU; ``generator`` alone decides its weights."""
         self.check(d_in)
         sae = self.empty(d_in)
         directions = random_directions(self.width(d_in), d_in, generator)
         with torch.no_grad():
             sae.W_dec.copy_(directions * self.decoder_init_norm)
             if self.encoder_init == "untied":
-                # Drawn after the decoder's, which are thus the same either way.
+                # Drawn after the decoder's, so that those do not depend on `encoder_init`.
                 directions = random_directions(self.width(d_in), d_in, generator)
                 sae.W_enc.copy_(directions * self.decoder_init_norm * self.encoder_init_scale)
             else:
@@ -212,8 +211,8 @@ class SAE(nn.Module, ABC):
     Attributes:
         homogeneous: names of the parameters and buffers in units of the activations, which
             `folded` rescales.
-        logarithmic: names of those that hold the logarithm of such a number.
-        penalty_weight: λ, where the architecture has a penalty (`SAEConfig.penalty_field`); may be
+        logarithmic: names of the parameters and buffers that hold the logarithm of such a number.
+        penalty_weight: λ, if the architecture has a penalty (`SAEConfig.penalty_field`); may be
             set between steps.
     """
 
@@ -238,10 +237,10 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch num_latents"]:
-        """The latents f, dense. Activations of another dtype are read in the parameters' dtype."""
+        """Return the latents f, dense. Activations are cast to the parameters' dtype."""
 
     def encode_sparse(self, x: Float[Tensor, "batch d_in"]) -> SparseLatents:
-        """The same latents where they are not 0, without a [batch, num_latents] tensor."""
+        """Return the latents that are not 0, without a [batch, num_latents] tensor."""
         size = max(1, DENSE_BYTES // (4 * self.num_latents))
         values, tokens, latents = [], [], []
         for start in range(0, len(x), size):
@@ -256,7 +255,7 @@ class SAE(nn.Module, ABC):
         )
 
     def decode(self, latents: Float[Tensor, "*batch num_latents"]) -> Float[Tensor, "*batch d_in"]:
-        """x̂ = f W_dec + b_dec."""
+        """Return x̂ = f W_dec + b_dec."""
         return latents.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> SAEOutput:
@@ -267,12 +266,12 @@ class SAE(nn.Module, ABC):
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """The loss of one batch.
+        """Return the loss of one batch.
 
         Args:
-            x: activations, scaled as the recipe wants them.
-            step: where training stands; every schedule inside the loss is a function of it.
-            dead: latents that count as dead now.
+            x: activations, scaled as the recipe requires.
+            step: position in training; every schedule inside the loss is a function of it.
+            dead: latents that count as dead at this step.
         """
 
     @torch.no_grad()
@@ -281,16 +280,16 @@ class SAE(nn.Module, ABC):
         self.b_dec.copy_(mean)
 
     def initialise_threshold(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Start what training would follow from the first batch on, but no parameter holds, from
-        activations as the SAE reads them. Most architectures have nothing of the kind."""
+        """Set a threshold that is a running statistic, not a parameter, from (scaled) activations.
+        Most architectures have none and do nothing."""
 
     @torch.no_grad()
     def folded(self, scale: float) -> Self:
-        """The SAE for raw activations x, of one trained on ``scale``·x.
+        """Return the SAE for raw activations x, given that this one was trained on ``scale``·x.
 
         Exact, because every architecture is homogeneous: with the biases (and thresholds) divided
         by the scale, latents and reconstruction of x are those of ``scale``·x divided by it.
-        Weights stay, so unit rows stay unit and latents are in the units of the raw activations.
+        Weights do not change: unit rows stay unit, and latents are in units of raw activations.
         """
         if not scale > 0:
             raise ValueError(f"`scale` must be above 0, got {scale}")

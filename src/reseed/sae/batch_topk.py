@@ -25,24 +25,25 @@ from reseed.sae.sparse import batch_topk_encode, sparse_error
 
 @dataclass(frozen=True)
 class BatchTopKConfig(KSparseConfig, name="batch_topk"):
-    """f = the k·B largest of ReLU(W_enc (x − b_dec) + b_enc) in a batch; later, those above θ.
+    """f = the k·B largest of ReLU(W_enc (x − b_dec) + b_enc) in a training batch; after training,
+    those above θ.
 
     Args:
         k: active latents per token, on average; may be a fraction: k·B is rounded.
-        threshold_rate: θ moves by this share of the way to each batch's smallest kept activation.
-        threshold_window: above 0, θ is a mean over about this fraction of the steps so far, and
+        threshold_rate: θ moves by this share of the way to each batch's smallest chosen activation.
+        threshold_window: if above 0, θ is a mean over about this fraction of the steps so far, and
             never over more than 1/`threshold_rate` steps: the rate of step t is at least
-            1/(1 + window·t). In a run of some hundred steps the first batches would linger else:
-            their activations are far larger, so θ is too high and L0 below k.
+            1/(1 + window·t). Without it, the far larger activations of the first batches keep θ too
+            high, and L0 below k, in a run of a few hundred steps.
     """
 
     threshold_rate: float = setting(0.01, above=0, at_most=1)
     threshold_window: float = setting(0.0, at_least=0, at_most=1, neutral=0.0)
 
     def threshold_rate_at(self, step: Step, d_in: int) -> float:
-        """How far θ moves at a training step."""
+        """Return the share of the way by which θ moves at a training step."""
         if self.k_at(step, d_in) != self.k:
-            return 1.0  # while k falls there is nothing to average yet
+            return 1.0  # while k falls, θ of earlier steps is for another k
         if self.threshold_window == 0:
             return self.threshold_rate
         return max(self.threshold_rate, 1 / (1 + self.threshold_window * step.index))
@@ -52,11 +53,11 @@ class BatchTopKConfig(KSparseConfig, name="batch_topk"):
 
 
 class BatchSparse(SAE):
-    """What chooses within the batch in training, and by a threshold after it.
+    """Base of SAEs that choose latents within the batch in training, and by a threshold after it.
 
     Attributes:
-        threshold: θ, the running mean of the smallest kept activation; 0 before the first batch.
-            With `weigh_by_decoder_norm`, of the smallest kept f_j‖d_j‖.
+        threshold: θ, the running mean of the smallest chosen activation; 0 before the first batch.
+            With `weigh_by_decoder_norm`, that of the smallest chosen f_j‖d_j‖.
     """
 
     homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec", "threshold")
@@ -69,7 +70,7 @@ class BatchSparse(SAE):
         self.register_buffer("threshold", torch.zeros(()))
 
     def encode(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch num_latents"]:
-        """f = π·1[π > θ] (or π·1[π‖d‖ > θ]), whatever else is in the batch."""
+        """Return f = π·1[π > θ] (or π·1[π‖d‖ > θ]), token by token."""
         x = x.to(self.W_enc.dtype) - self.b_dec
         pre = nn_functional.linear(x, self.W_enc, self.b_enc)
         weights = choice_weights(self)
@@ -84,12 +85,12 @@ class BatchSparse(SAE):
         latents: SparseLatents,
         variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"], Mapping[str, Tensor]]:
-        """The loss of reconstructing x, the error e of the whole SAE, and named terms."""
+        """Return the loss of reconstructing x, the error e of the whole SAE, and named terms."""
 
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """The loss of reconstruction + α·AuxK, normalised like TopK's. Moves θ."""
+        """Return the reconstruction loss + α·AuxK, normalised like TopK's, and update θ."""
         x = x.to(self.W_enc.dtype)
         k, weights = self.config.k_at(step, self.d_in), choice_weights(self)
         latents = batch_topk_encode(x, self.W_enc, self.b_enc, k, b_dec=self.b_dec, weights=weights)
@@ -112,8 +113,8 @@ class BatchSparse(SAE):
 
     @torch.no_grad()
     def initialise_threshold(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """θ such that the k·B largest activations of ``x`` are above it: the next one. Where θ is
-        known it stays."""
+        """Set θ to the (k·B + 1)-th largest activation of ``x``, so that k·B are above it. Keep θ
+        if it is set already."""
         if self.threshold > 0:
             return
         x, weights = x.to(self.W_enc.device, self.W_enc.dtype) - self.b_dec, choice_weights(self)
@@ -122,12 +123,12 @@ class BatchSparse(SAE):
             W_enc, b_enc = weights[:, None] * W_enc, weights * b_enc
         wanted = max(1, round(self.config.k * len(x)))
         largest, _, _ = select_in_batch(x, W_enc, b_enc, (wanted + 1) / len(x))
-        if len(largest) > wanted:  # else fewer are positive, and all of them are active
+        if len(largest) > wanted:  # else no more than k·B are positive: all of them are active
             self.threshold.copy_(largest.amin())
 
     @torch.no_grad()
     def _follow(self, kept: Float[Tensor, " pairs"], rate: float) -> None:
-        """θ towards the smallest kept activation; at the first batch, all the way."""
+        """Move θ towards the smallest chosen activation; at the first batch, set it to that."""
         smallest = smallest_of(kept)
         moved = torch.lerp(self.threshold, smallest, rate)
         moved = torch.where(self.threshold > 0, moved, smallest)

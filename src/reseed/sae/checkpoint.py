@@ -1,7 +1,7 @@
-"""A trained SAE on disk: ``sae.safetensors`` (its parameters) and ``sae.json`` (what they are).
+"""A trained SAE on disk: ``sae.safetensors`` (parameters) and ``sae.json`` (their description).
 
-Nothing in these files names a class to import: the architecture is looked up by its stable name
-among those that this program knows.
+These files name no class to import: the architecture is looked up by its stable name among those
+that are registered.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DESCRIPTION_FILE = "sae.json"
 
 
 class CheckpointError(ReseedError):
-    """A saved SAE that cannot be read."""
+    """Raised for a saved SAE that cannot be read."""
 
 
 def save_sae(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write ``sae`` to ``folder`` (made if need be), each file atomically.
+    """Write ``sae`` to ``folder`` (created if missing), each file atomically.
 
     Args:
-        metadata: anything JSON can hold: where the SAE comes from.
+        metadata: the origin of the SAE; anything JSON can hold.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,17 +50,17 @@ def save_sae(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = 
         "reseed_version": reseed.__version__,
         "metadata": dict(metadata or {}),
     }
-    # The weights first: a folder with a description is a whole one.
+    # The weights first: a folder with a description is then complete.
     atomic_write_bytes(folder / WEIGHTS_FILE, to_safetensors(tensors))
     atomic_write_json(folder / DESCRIPTION_FILE, description)
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """The SAE saved in the folder ``path``: a run folder, or one that holds the two files.
+    """Read the SAE saved in the folder ``path``: a run folder, or one that holds the two files.
 
     Raises:
-        CheckpointError: the folder or a file is missing, truncated, or does not fit the other; or
-            the architecture is not known here.
+        CheckpointError: the folder or a file is missing or truncated, the files do not fit each
+            other, or the architecture is not registered.
     """
     folder = Path(path)
     description = _read_description(folder)
@@ -75,12 +75,12 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
         )
     # `assign` keeps the dtype that was saved, so that the round trip is exact.
     sae.load_state_dict(tensors, assign=True)
-    # To be read: who trains it further says so.
+    # A loaded SAE is for inference; a caller that trains it turns gradients on.
     return sae.to(device).requires_grad_(False)
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
-    """The ``metadata`` given to `save_sae`."""
+    """Return the ``metadata`` given to `save_sae`."""
     return _read_description(Path(path)).get("metadata", {})
 
 
@@ -106,7 +106,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
 
 
 def _empty(description: Mapping[str, Any], folder: Path) -> SAE:
-    """The module that the description declares, without weights."""
+    """Return the module that the description declares, without weights."""
     load_all()
     file, d_in = folder / DESCRIPTION_FILE, description["d_in"]
     try:

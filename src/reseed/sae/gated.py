@@ -21,8 +21,8 @@ from reseed.sae.losses import warmed_up
 class GatedConfig(SAEConfig, name="gated"):
     """f = 1[π > 0] · ReLU(exp(r) ⊙ W_enc (x − b_dec) + b_mag), π = W_enc (x − b_dec) + b_enc.
 
-    L = ‖e‖² + λ Σ ReLU(π) + ‖x − x̂(ReLU(π))‖², the last with a decoder held constant; for inputs
-    with E‖x‖ = √D.
+    L = ‖e‖² + λ Σ ReLU(π) + ‖x − x̂(ReLU(π))‖², with the decoder held constant in the last term;
+    for inputs with E‖x‖ = √D.
 
     Args:
         l1_coefficient: λ after the warm-up.
@@ -30,7 +30,7 @@ class GatedConfig(SAEConfig, name="gated"):
     """
 
     version: ClassVar[int] = 2
-    dense_products = 7  # two reconstructions: the second costs a product, and one for its gradient
+    dense_products = 7  # the second reconstruction costs a product and one for its gradient
 
     penalty_field: ClassVar[str | None] = "l1_coefficient"
 
@@ -42,7 +42,7 @@ class GatedConfig(SAEConfig, name="gated"):
         return self._penalised_sparsity()
 
     def published_lr(self, num_latents: int) -> float:
-        """3e-4 at every width (said by the authors beside the paper)."""
+        """Return 3e-4 at every width (the authors' value, given outside the paper)."""
         return 3e-4
 
     def empty(self, d_in: int) -> Gated:
@@ -54,7 +54,7 @@ class Gated(SAE):
     """A gated sparse autoencoder. ``b_enc`` is the gate's bias.
 
     Attributes:
-        r_mag: log of each magnitude row over its gate row.
+        r_mag: log of the scale of each magnitude row relative to its gate row.
         b_mag: bias of the magnitudes.
         penalty_weight: λ after the warm-up; may be set between steps. Not part of the state.
     """
@@ -77,12 +77,13 @@ class Gated(SAE):
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """Sums over D (and F), means over B. ``dead`` is for AuxK alone, by the gates' π."""
+        """Return the loss: sums over D (and F), means over B. Only AuxK uses ``dead``, with the
+        gates' π."""
         x = x.to(self.W_enc.dtype)
         warmup = warmed_up(step.index, step.total, self.config.l1_warmup_fraction)
         parameters = (self.W_enc, self.b_enc, self.r_mag, self.b_mag, self.W_dec, self.b_dec)
-        # The gate learns to reconstruct, and must not teach the decoder its shrunken values.
-        with torch.autocast(x.device.type, enabled=False):  # a sum over tokens, whole in float32
+        # The gate learns to reconstruct, but its shrunken values must not train the decoder.
+        with torch.autocast(x.device.type, enabled=False):  # sums over tokens need float32
             total, squared_error, opened, by_gate, fired, error = gated_loss(
                 x, parameters, self.penalty_weight * warmup
             )
@@ -101,7 +102,7 @@ class Gated(SAE):
     def _encode(
         self, x: Float[Tensor, "*batch d_in"]
     ) -> tuple[Float[Tensor, "*batch num_latents"], Float[Tensor, "*batch num_latents"]]:
-        """π and f."""
+        """Return π and f."""
         shared = nn_functional.linear(x.to(self.W_enc.dtype) - self.b_dec, self.W_enc)
         gate = shared + self.b_enc
         magnitude = (self.r_mag.exp() * shared + self.b_mag).relu()

@@ -1,9 +1,9 @@
 """The gated SAE's loss and its gradient in one pass over blocks of tokens.
 
-Neither ever holds a [B, F] tensor in full: autograd would keep ten of them, and on a CPU a step
-would spend more time on fetching their pages than on products. Gradients flow only where the gate
-is open: where that is so for few (token, latent) pairs (in float32 on the CPU), all but the
-encoder's product goes by these; see `reseed.sae.relu_loss`.
+Neither holds a full [B, F] tensor: autograd would keep ten of them, and on a CPU a step would
+spend more time on fetching their pages than on products. Gradients flow only where the gate is
+open. If few (token, latent) pairs are open (in float32 on the CPU), all but the encoder's product
+is computed from these pairs; see `reseed.sae.relu_loss`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def gated_loss(
     Int[Tensor, " num_latents"],
     Float[Tensor, "batch d_in"],
 ]:
-    """‖e‖² + λ Σ ReLU(π) + ‖e by the gate‖² as a mean over tokens, and what it is made of.
+    """Return ‖e‖² + λ Σ ReLU(π) + ‖e by the gate‖² as a mean over tokens, and its terms.
 
     Args:
         parameters: W_enc, b_enc (the gate's), r_mag, b_mag, W_dec, b_dec.
 
     Returns:
         The loss, differentiable in the parameters; then, detached, Σ‖e‖², Σ ReLU(π) and
-        Σ‖e by the gate‖² over the batch, on how many tokens each latent is active, and e.
+        Σ‖e by the gate‖² over the batch, the number of active tokens of each latent, and e.
     """
     pairs = _pairs(x, parameters)
     if pairs is None:
@@ -48,7 +48,7 @@ def gated_loss(
 
 
 def _pairs(x: Tensor, parameters: tuple[Tensor, ...]) -> Pairs | None:
-    """Those whose gate is open, with the pre-activation before the biases."""
+    """Return the pairs whose gate is open, with the pre-activation before the biases."""
     if not kernels.serve(x, *parameters) or len(x) == 0:
         return None
     from reseed.sae.kernels.active import active_pairs
@@ -58,7 +58,7 @@ def _pairs(x: Tensor, parameters: tuple[Tensor, ...]) -> Pairs | None:
 
 
 class _GatedLoss(torch.autograd.Function):
-    """The gradient is made with the loss, because the loss is a sum over tokens."""
+    """Blocks of tokens. `forward` computes the gradient too: the loss is a sum over tokens."""
 
     @staticmethod
     def forward(
@@ -92,7 +92,7 @@ class _GatedLoss(torch.autograd.Function):
             latents = _where_positive(torch.addcmul(b_mag, shared, ratio).relu_(), opened)
             fired += latents.sign().sum(0)
             opened_sum += opened.sum()
-            # From here on gradients of sums over the batch, not of means.
+            # These are gradients of sums over the batch; they become means at the end.
             error = torch.sub(block, decode(latents), out=errors[start : start + size])
             squared_error += error.square().sum()
             error = error * -2
@@ -184,5 +184,5 @@ class _ByPairs(torch.autograd.Function):
 
 
 def _where_positive(values: Tensor, key: Tensor) -> Tensor:
-    """``values`` where ``key`` is positive and 0 elsewhere, in place: ReLU's own derivative."""
+    """Zero ``values`` in place where ``key`` is not positive: the derivative of ReLU."""
     return torch.ops.aten.threshold_backward.grad_input(values, key, 0, grad_input=values)

@@ -1,4 +1,4 @@
-"""How the weights of an SAE begin."""
+"""Initial weights of an SAE."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Generator, Tensor
 def random_directions(
     num_latents: int, d_in: int, generator: Generator
 ) -> Float[Tensor, "num_latents d_in"]:
-    """Rows of norm 1, uniform on the sphere: float32, drawn on the CPU.
+    """Draw rows of norm 1, uniform on the sphere, in float32 on the CPU.
 
-    The CPU's generator draws the same numbers wherever the SAE is trained later.
+    The CPU's generator draws the same numbers for every device on which the SAE is trained.
 
     Raises:
-        ValueError: a generator of another device.
+        ValueError: the generator is not on the CPU.
     """
     if generator.device.type != "cpu":
         raise ValueError(f"`generator` must be a CPU generator, got one on {generator.device}")
     rows = torch.randn(num_latents, d_in, generator=generator, dtype=torch.float32)
-    # In float64, so that the norms are right to the last bit of float32.
+    # Normalise in float64, so that the norms are right to the last bit of float32.
     return (rows.double() / rows.double().norm(dim=1, keepdim=True)).float()

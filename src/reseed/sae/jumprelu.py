@@ -24,24 +24,25 @@ from reseed.sae.shared_batch import batch_mean
 class JumpReLUConfig(SAEConfig, name="jumprelu"):
     """f = π·H(π − θ), π = W_enc x + b_enc, L = ‖e‖²/D + λ·penalty, for inputs with E‖x‖ = √D.
 
-    The paper's inputs have E‖x‖² = 1. Dividing ‖e‖² by D, and lengths by √D, makes its λ, θ and ε
-    mean here what they mean there.
+    The paper's inputs have E‖x‖² = 1. Dividing ‖e‖² by D, and lengths by √D, gives its λ, θ and ε
+    the same meaning here.
 
     Args:
         l0_coefficient: λ after the warm-up.
         l0_warmup_fraction: λ rises linearly from 0 over this fraction of the steps.
         penalty: ``step``: L0. ``quadratic``: (L0/L0* − 1)², L0* being `target_l0`. ``tanh``:
             Σ_j tanh(c f_j‖d_j‖) (Anthropic, *Circuits Updates*, January 2025).
-        tanh_scale: c of the tanh penalty, for inputs with E‖x‖ = √D, which Anthropic's 4 is for.
-        threshold_init: θ at the start, for inputs with E‖x‖² = 1.
-        bandwidth: ε, the width of the kernel that stands for the derivative of the jump, ditto.
+        tanh_scale: c of the tanh penalty, for inputs with E‖x‖ = √D, as is Anthropic's 4.
+        threshold_init: initial θ, for inputs with E‖x‖² = 1.
+        bandwidth: ε, the width of the kernel that replaces the derivative of the jump, for inputs
+            with E‖x‖² = 1.
         subtract_b_dec: encode x − b_dec.
     """
 
     version: ClassVar[int] = 2
     penalty_field: ClassVar[str | None] = "l0_coefficient"
 
-    # Signed when null too, as it was before other architectures had it.
+    # Signed even when null, as it was before other architectures had this field.
     target_l0: float | None = setting(None, above=0)
     l0_coefficient: float = setting(1e-3, at_least=0)
     l0_warmup_fraction: float = setting(0.05, at_least=0, at_most=1)
@@ -71,7 +72,7 @@ class JumpReLUConfig(SAEConfig, name="jumprelu"):
         return self._penalised_sparsity()
 
     def published_lr(self, num_latents: int) -> float:
-        """7e-5 at every width."""
+        """Return 7e-5 at every width."""
         return 7e-5
 
     def empty(self, d_in: int) -> JumpReLU:
@@ -115,7 +116,7 @@ class JumpReLU(SAE):
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """‖e‖²/D and the penalty as means over B. ``dead`` is for AuxK alone, which ignores θ."""
+        """Return ‖e‖²/D + λ·penalty, means over B. Only AuxK, which ignores θ, uses ``dead``."""
         x = x.to(self.W_enc.dtype)
         squared_error, penalty, l0, fired, error = self._terms(x)
         mse = squared_error / x.numel()
@@ -143,18 +144,18 @@ class JumpReLU(SAE):
         Int[Tensor, " num_latents"],
         Float[Tensor, "batch d_in"],
     ]:
-        """Σ‖e‖², the penalty, L0, on how many tokens each latent is active, and e."""
+        """Return Σ‖e‖², the penalty, L0, the number of active tokens of each latent, and e."""
         width = self.config.bandwidth * self.d_in**0.5
         if self.config.penalty == "tanh":
             latents, l0 = _Jump.apply(self._pre_activations(x), self.threshold, width)
-            # By f, whose pseudo-derivative reaches θ.
+            # A function of f, because the pseudo-derivative of f reaches θ.
             scale = self.config.tanh_scale * self.W_dec.norm(dim=1)
             penalty = (latents * scale).tanh().sum() / len(latents)
             fired = latents.detach().sign().sum(0, dtype=torch.float32).long()
             error = x - self.decode(latents)
             return error.square().sum(), penalty, l0, fired, error
         parameters = (self.W_enc, self.b_enc, self.threshold, self.W_dec, self.b_dec)
-        with torch.autocast(x.device.type, enabled=False):  # sums over tokens, whole in float32
+        with torch.autocast(x.device.type, enabled=False):  # sums over tokens need float32
             squared_error, l0, fired, error = jumprelu_terms(
                 x, parameters, width, self.config.subtract_b_dec
             )

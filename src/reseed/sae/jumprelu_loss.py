@@ -1,8 +1,8 @@
 """JumpReLU's error and L0, and their gradients, in one pass over blocks of tokens.
 
-Neither ever holds a [B, F] tensor in full; see `reseed.sae.gated_loss`. Gradients flow only where
-π > θ or |π − θ| < ε/2: where that is so for few (token, latent) pairs (in float32 on the CPU), all
-but the encoder's product goes by these; see `reseed.sae.relu_loss`.
+Neither holds a full [B, F] tensor; see `reseed.sae.gated_loss`. Gradients flow only where π > θ or
+|π − θ| < ε/2. If few (token, latent) pairs are there (in float32 on the CPU), all but the encoder's
+product is computed from these pairs; see `reseed.sae.relu_loss`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def jumprelu_terms(
 ) -> tuple[
     Float[Tensor, ""], Float[Tensor, ""], Int[Tensor, " num_latents"], Float[Tensor, "batch d_in"]
 ]:
-    """Σ‖e‖² over the batch, the mean L0, on how many tokens each latent is active, and e.
+    """Return Σ‖e‖² over the batch, the mean L0, the number of active tokens of each latent, and e.
 
     The first two are differentiable in the parameters, by the paper's pseudo-derivatives. With
     K((π − θ)/ε) = 1 where |π − θ| < ε/2, on both sides of θ:
@@ -49,20 +49,20 @@ def jumprelu_terms(
 def _pairs(
     x: Tensor, parameters: tuple[Tensor, ...], width: float, subtract_b_dec: bool
 ) -> Pairs | None:
-    """All that are active or near the threshold, and some that are neither."""
+    """Return all pairs that are active or near the threshold, and a few that are neither."""
     if not kernels.serve(x, *parameters) or len(x) == 0:
         return None
     from reseed.sae.kernels.active import active_pairs
 
     W_enc, b_enc, threshold, _, b_dec = (p.detach() for p in parameters)
     rows = x.detach() - b_dec if subtract_b_dec else x.detach()
-    # Both are asked again of each pair: rounding here must not lose one.
+    # The margin keeps rounding from losing a pair; `jump` tests both conditions again.
     floors = threshold - width / 2 - 1e-6 * (threshold + width)
     return active_pairs(rows, W_enc, b_enc, floors)
 
 
 class _Terms(torch.autograd.Function):
-    """The gradients are made with the terms, because both are sums over tokens."""
+    """Blocks of tokens. `forward` computes the gradients too: all are sums over tokens."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What architectures that keep a number k of latents share (Gao et al. 2024, 2406.04093)."""
+"""Settings of architectures with a number k of active latents (Gao et al. 2024, 2406.04093)."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from reseed.sae.base import SAE, SAEConfig, Step
 
 @dataclass(frozen=True)
 class KSparseConfig(SAEConfig, ABC):
-    """The options of these architectures.
+    """Settings that the k-sparse architectures share.
 
     Args:
-        target_l0: another name for k, which takes its value; null afterwards.
+        target_l0: another name for k: k takes its value, and it becomes null.
         aux_alpha: weight of the auxiliary loss; 0 leaves it out.
-        k_aux: how many dead latents per token reconstruct the error; null is D/2 (App. A.2).
+        k_aux: number of dead latents per token that reconstruct the error; null is D/2 (App. A.2).
         k: active latents per token.
-        k_anneal_fraction: over this first fraction of the steps k falls linearly from min(D, F)
+        k_anneal_fraction: k falls linearly from min(D, F) over this first fraction of the steps
             (Llama Scope, 2410.20526, section 3).
-        weigh_by_decoder_norm: choose latents by f_j‖d_j‖ and keep f_j (Llama Scope): of use
-            instead of `unit_norm_decoder`, as a latent's scale is then no reason to choose it.
+        weigh_by_decoder_norm: choose latents by f_j‖d_j‖, with value f_j (Llama Scope). Replaces
+            `unit_norm_decoder`: a latent's scale then does not affect the choice.
     """
 
     version: ClassVar[int] = 2
-    dense_products = 1  # the encoder's; all else follows the active latents
+    dense_products = 1  # the encoder's; the cost of all else follows the active latents
 
-    # k says it all. Not signed: runs of the time when it was kept are those by the name of k.
+    # Not signed, because k holds its value: `target_l0=8` and `k=8` are the same run.
     target_l0: float | None = setting(None, above=0, signed=False)
     aux_alpha: float = setting(1 / 32, at_least=0)
     k_aux: int | None = setting(None, at_least=1)
@@ -47,10 +47,10 @@ class KSparseConfig(SAEConfig, ABC):
             self._check_k(self.num_latents)
         if self.weigh_by_decoder_norm and self.unit_norm_decoder:
             raise ConfigError(
-                "{key} needs `unit_norm_decoder=false`: where all norms are 1 it changes nothing",
+                "{key} needs `unit_norm_decoder=false`: with all norms at 1 it changes nothing",
                 "weigh_by_decoder_norm",
             )
-        object.__setattr__(self, "target_l0", None)  # by either name one configuration
+        object.__setattr__(self, "target_l0", None)  # either name gives the same configuration
 
     def _heed_target(self, target: float) -> None:
         object.__setattr__(self, "k", target)
@@ -66,7 +66,7 @@ class KSparseConfig(SAEConfig, ABC):
             )
 
     def k_at(self, step: Step, d_in: int) -> float:
-        """k of a training step; whole numbers and batches are made of it where it is used."""
+        """Return k of a training step, unrounded; the caller rounds k or k·B."""
         steps = self.k_anneal_fraction * step.total
         if step.index >= steps:
             return self.k
@@ -78,14 +78,14 @@ class KSparseConfig(SAEConfig, ABC):
         return f"k={self.k}"
 
     def published_lr(self, num_latents: int) -> float:
-        """2e-4 / √(F / 2¹⁴) for Adam (Gao et al. 2024, section 2.4, as sparsify has it)."""
+        """Return 2e-4 / √(F / 2¹⁴), for Adam (Gao et al. 2024, section 2.4, as in sparsify)."""
         return 2e-4 / (num_latents / 2**14) ** 0.5
 
 
 def choice_weights(sae: SAE) -> Float[Tensor, " num_latents"] | None:
-    """What each latent is multiplied by when latents are chosen: ‖d_j‖, or None for 1.
+    """Return the weight of each latent in the choice of latents: ‖d_j‖, or None for 1.
 
-    A constant to autograd: the choice has no gradient.
+    The weights are detached: the choice has no gradient.
     """
     config = sae.config
     assert isinstance(config, KSparseConfig)

@@ -1,4 +1,4 @@
-"""Pieces that several losses share."""
+"""Functions that several losses share."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from reseed.sae.shared_batch import shared_variance
 
 
 def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Σ‖x − x̄‖² over the batch: the squared error of predicting the batch's own mean.
+    """Return Σ‖x − x̄‖² over the batch: the squared error of predicting the batch's own mean.
 
-    Where ranks share the batch, an equal share of that of the whole (`reseed.sae.shared_batch`).
+    If several ranks share the batch, each gets an equal share of the whole batch's sum
+    (`reseed.sae.shared_batch`).
     """
     if kernels.serve(x) and not x.requires_grad and len(x):
         from reseed.sae.kernels import batch
@@ -25,21 +26,21 @@ def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
 
 
 def fvu(squared_error: Float[Tensor, ""], variance: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Fraction of variance unexplained: 0 for the identity, 1 for the mean."""
+    """Return the fraction of variance unexplained: 0 for the identity, 1 for the mean."""
     return squared_error / variance
 
 
 def ratio_or_zero(
     numerator: Float[Tensor, ""], denominator: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
-    """``numerator / denominator``, and 0 (with gradient 0, never NaN) where that is not finite."""
-    # Both sides of a `where` are differentiated, so the division itself must be made safe.
+    """Return ``numerator / denominator``, or 0 (gradient 0, never NaN) if that is not finite."""
+    # Autograd differentiates both sides of a `where`, so the division itself must be safe.
     sound = (denominator > 0) & torch.isfinite(numerator) & torch.isfinite(denominator)
     safe = torch.where(sound, denominator, 1.0)
     return torch.where(sound, numerator / safe, 0.0)
 
 
 def warmed_up(index: int, total: int, fraction: float) -> float:
-    """Linear from 0 at step 0 to 1 after ``fraction`` of the steps, then 1."""
+    """Return a factor that rises linearly from 0 to 1 over ``fraction`` of the steps, then is 1."""
     steps = fraction * total
     return 1.0 if steps <= 0 else min(1.0, index / steps)

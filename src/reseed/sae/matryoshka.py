@@ -19,10 +19,10 @@ from reseed.sae.sparse import sparse_decode
 
 @dataclass(frozen=True)
 class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
-    """BatchTopK over all latents; nested prefixes m of them each reconstruct: Σ_m β_m FVU_m.
+    """BatchTopK whose nested prefixes m of the latents each reconstruct x: L = Σ_m β_m FVU_m.
 
     Args:
-        prefixes: fractions of the latents, ascending; the last is 1, all of them.
+        prefixes: fractions of the latents, ascending; the last is 1 (all latents).
         multipliers: β_m of each prefix; null is 1 for all. 0 for all but the last is BatchTopK.
     """
 
@@ -39,7 +39,8 @@ class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
         beta = self.multipliers
         if beta is not None and len(beta) != len(self.prefixes):
             raise ConfigError(
-                f"{{key}} must be as many as `prefixes` (={len(self.prefixes)}); got {len(beta)}",
+                f"{{key}} must be one per entry of `prefixes` (={len(self.prefixes)}); "
+                f"got {len(beta)}",
                 "multipliers",
             )
         if beta is not None and (min(beta) < 0 or beta[-1] == 0):
@@ -58,13 +59,13 @@ class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
         ends = self.ends(num_latents)
         if any(a >= b for a, b in zip((0, *ends), ends, strict=False)):
             raise ConfigError(
-                f"{{key}} (={list(self.prefixes)}) must each add a latent; of {num_latents} they "
-                f"take {list(ends)}",
+                f"{{key}} (={list(self.prefixes)}) must each add a latent; of {num_latents} "
+                f"latents they take {list(ends)}",
                 "prefixes",
             )
 
     def ends(self, num_latents: int) -> tuple[int, ...]:
-        """How many latents each prefix has."""
+        """Return the number of latents of each prefix."""
         return tuple(round(fraction * num_latents) for fraction in self.prefixes)
 
     def empty(self, d_in: int) -> Matryoshka:
@@ -83,10 +84,10 @@ class Matryoshka(BatchSparse):
         latents: SparseLatents,
         variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"], Mapping[str, Tensor]]:
-        """Each level is normalised once, and the levels are summed, not averaged."""
+        """Return the sum (not the mean) over the levels of β_m FVU_m, e, and the named terms."""
         ends = self.config.ends(self.num_latents)
         beta = self.config.multipliers or (1.0,) * len(ends)
-        # What each group of latents adds; a prefix is the sum of its groups.
+        # The reconstruction of a prefix is the sum of those of its groups of latents.
         divided = latents.divided(torch.tensor(ends, device=x.device))
         added = sparse_decode(divided, self.W_dec).view(len(x), len(ends), self.d_in)
         error = x - self.b_dec

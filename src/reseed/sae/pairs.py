@@ -1,8 +1,8 @@
-"""(token, latent) pairs: what is active in a batch, and sums over it.
+"""Active (token, latent) pairs of a batch, and sums over them.
 
-Pairs come in two layouts: a table [B, k] where every token has as many, or a flat list ("pairs"),
-sorted by token and then by latent, where numbers differ. What is here is plain PyTorch, and says
-what is computed; in float32 on the CPU compiled loops take its place (`reseed.sae.kernels`).
+Pairs have two layouts: a table [B, k] if every token has k pairs, or a flat list ("pairs"), sorted
+by token and then by latent, if the numbers differ. This file is plain PyTorch and defines the
+result; in float32 on the CPU compiled loops replace it (`reseed.sae.kernels`).
 
 Letters: B batch, D d_in, F num_latents, k active latents per token.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
-"""Values, tokens, latents of a flat list."""
+"""Values, tokens and latents of a flat list."""
 
 
 @dataclass(frozen=True)
@@ -37,41 +37,41 @@ class SparseLatents:
     by_latent: ByLatent
 
     def fired(self) -> Int[Tensor, " num_latents"]:
-        """On how many tokens each latent is active."""
+        """Return the number of tokens on which each latent is active."""
         if kernels.serve(self.values):
             return self.by_latent.grouped.fired(self.values)
         active = self.indices[self.values.detach() > 0]
         return torch.bincount(active, minlength=self.by_latent.num_latents)
 
     def active(self) -> Pairs:
-        """The active pairs, sorted by latent, then by token."""
+        """Return the active pairs, sorted by latent, then by token."""
         order = self.by_latent.order
         values, latents = self.values.flatten()[order], self.indices.flatten()[order]
         active = values != 0
         return values[active], self.by_latent.tokens[active], latents[active]
 
     def dense(self) -> Float[Tensor, "batch num_latents"]:
-        """The same as a full matrix."""
+        """Return the latents as a full matrix."""
         empty = self.values.new_zeros(self.by_latent.batch, self.by_latent.num_latents)
         if self.by_latent.owners is None:
             return empty.scatter(1, self.indices, self.values)
         return empty.index_put((self.by_latent.owners, self.indices), self.values)
 
     def first(self, k: int) -> SparseLatents:
-        """The first k pairs of each token, of a table."""
+        """Return the first k pairs of each token of a table."""
         indices = self.indices[:, :k].contiguous()
         return SparseLatents(
             self.values[:, :k].contiguous(), indices, ByLatent(indices, self.by_latent.num_latents)
         )
 
     def divided(self, ends: Int[Tensor, " groups"]) -> SparseLatents:
-        """A flat list as one of batch × groups shorter tokens, token by token.
+        """Split each token of a flat list into groups of latents, as batch × groups shorter tokens.
 
         Args:
-            ends: where each group of consecutive latents ends (exclusive); the last is F.
+            ends: end (exclusive) of each group of consecutive latents; the last is F.
         """
         owners, num_latents = self.by_latent.owners, self.by_latent.num_latents
-        assert owners is not None, "needs a flat list"
+        assert owners is not None, "`divided` needs a flat list"
         groups = len(ends)
         owners = owners * groups + torch.searchsorted(ends, self.indices, right=True)
         split = ByLatent(self.indices, num_latents, owners, self.by_latent.batch * groups)
@@ -80,12 +80,12 @@ class SparseLatents:
 
 @dataclass(frozen=True)
 class ByLatent:
-    """The (token, latent) pairs of a batch, sorted by latent, then by token. Sorted when asked.
+    """The (token, latent) pairs of a batch, sorted lazily by latent, then by token.
 
     Attributes:
-        indices: the latent of each pair: a table, or a flat list.
-        owners: the token of each pair of a flat list, ascending; None for a table.
-        tokens_in_all: B for a flat list, whose last tokens may have no pair.
+        indices: latent of each pair: a table, or a flat list.
+        owners: token of each pair of a flat list, ascending; None for a table.
+        tokens_in_all: B, for a flat list (whose last tokens may have no pair).
     """
 
     indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"]
@@ -99,7 +99,7 @@ class ByLatent:
 
     @cached_property
     def grouped(self) -> Grouped:
-        """The same for compiled loops."""
+        """The pairs in the form that the compiled loops take."""
         from reseed.sae.kernels.grouped import Grouped
 
         return Grouped(self.indices, self.owners, self.batch, self.num_latents)
@@ -129,7 +129,7 @@ class ByLatent:
         weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
         W: Float[Tensor, "num_latents d_in"],
     ) -> Float[Tensor, "batch d_in"]:
-        """S W: for each token, Σ over its latents of weight × row of W."""
+        """Return S W: for each token, Σ over its latents of weight × row of W."""
         if kernels.serve(weights, W):
             return self.grouped.per_token(weights, W)
         return nn_functional.embedding_bag(
@@ -141,7 +141,7 @@ class ByLatent:
         weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
         rows: Float[Tensor, "batch d_in"],
     ) -> Float[Tensor, "num_latents d_in"]:
-        """SᵀG: for each latent, Σ over its tokens of weight × row."""
+        """Return SᵀG: for each latent, Σ over its tokens of weight × row."""
         return self.weighted_sums(weights, rows)[0]
 
     def weighted_sums(
@@ -149,7 +149,7 @@ class ByLatent:
         weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
         rows: Float[Tensor, "batch d_in"],
     ) -> tuple[Float[Tensor, "num_latents d_in"], Float[Tensor, " num_latents"]]:
-        """SᵀG, and for each latent Σ over its tokens of the weight."""
+        """Return SᵀG, and for each latent Σ over its tokens of the weight."""
         if kernels.serve(weights, rows):
             return self.grouped.per_latent(weights, rows)
         total = nn_functional.embedding_bag(
@@ -164,13 +164,13 @@ class ByLatent:
     def sum(
         self, weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"]
     ) -> Float[Tensor, " num_latents"]:
-        """For each latent, Σ over its tokens of the weight."""
+        """Return for each latent Σ over its tokens of the weight."""
         return torch.bincount(
             self.indices.flatten(), weights=weights.flatten(), minlength=self.num_latents
         ).to(weights.dtype)
 
 
 def _starts(sorted_by: Int[Tensor, " pairs"], count: int) -> Int[Tensor, " count"]:
-    """Where each of ``count`` groups starts, once the pairs are sorted by group."""
+    """Return the start of each of ``count`` groups in the pairs sorted by group."""
     counts = torch.bincount(sorted_by, minlength=count)
     return counts.cumsum(0) - counts

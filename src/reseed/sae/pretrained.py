@@ -1,4 +1,4 @@
-"""``sae=pretrained``: an SAE that is there already, as a run like any other, but for training."""
+"""``sae=pretrained``: an existing SAE, used like any other run but never trained."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from reseed.sae.formats import FORMATS, recognised
 from reseed.sae.formats.base import Imported
 from reseed.sae.formats.source import HubPlace, download, place_of
 
-_FINGERPRINT = 32  # hexadecimal characters, as of language models
+_FINGERPRINT = 32  # hexadecimal characters, as for language models
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """An SAE that was found and read.
+    """An existing SAE that was located and read.
 
     Attributes:
-        source: as it was given; of the hub, with the commit that it is of.
-        path: its folder or file here.
+        source: the source as given; for the hub, with the commit.
+        path: its local folder or file.
         format: name of its format.
         config: its architecture.
         d_in: width of the activations that it takes.
-        fingerprint: identifies the weights, and nothing else: by whatever path and in whatever
-            format it is found, the same SAE is the same run.
-        notes: what its user has to know.
-        metadata: what its files say of where it comes from.
+        fingerprint: hash of what the SAE computes, and nothing else: the same SAE is the same run,
+            whatever its path and format.
+        notes: remarks for the user.
+        metadata: its origin, according to its files.
     """
 
     source: str
@@ -44,7 +44,7 @@ class Pretrained:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def check(self, d_in: int) -> None:
-        """Raise `ConfigError` where it takes activations of another width."""
+        """Raise `ConfigError` if it takes activations of another width."""
         if d_in != self.d_in:
             said = ", ".join(f"{key}: {value}" for key, value in self._said.items())
             hint = f" Its files say: {said}." if said else ""
@@ -55,18 +55,20 @@ class Pretrained:
             )
 
     def load(self) -> SAE:
-        """The SAE.
+        """Load the SAE.
 
         Raises:
-            CheckpointError: it is no longer what it was.
+            CheckpointError: its weights have changed since it was first read.
         """
         sae = FORMATS[self.format].load(self.path).sae
         if fingerprint_of(sae) != self.fingerprint:
-            raise CheckpointError(f"{self.path} has changed since it was first read")
+            raise CheckpointError(
+                f"{self.path} has changed since this command first read it; run the command again"
+            )
         return sae
 
     def record(self) -> dict[str, Any]:
-        """What run.json says of it."""
+        """Return its description for run.json."""
         return {
             "source": self.source,
             "format": self.format,
@@ -82,13 +84,13 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class PretrainedConfig(SAEOption, name="pretrained"):
-    """Where an SAE is. Nothing of it is signed: what counts are the weights that are there.
+    """Location of an existing SAE. No field is signed: the signature has the weights' fingerprint.
 
     Args:
-        source: a run folder, the folder (or a file) of another library's, or
+        source: a run folder, a folder (or file) of another library, or
             ``hub:OWNER/NAME[@revision][/path]``.
-        format: of its files (a key of `FORMATS`); null: recognised.
-        revision: of a source on the hub.
+        format: format of its files (a key of `FORMATS`); null: detected.
+        revision: revision of a source on the hub.
     """
 
     source: str | None = setting(signed=False)
@@ -100,10 +102,10 @@ class PretrainedConfig(SAEOption, name="pretrained"):
             raise ConfigError("{key} is required with sae=pretrained: give it a value", "source")
 
     def found(self) -> Pretrained:
-        """The SAE, read once for each command.
+        """Return the SAE, which is read once per command.
 
         Raises:
-            ConfigError: it cannot be read, or is none that can be measured as a run.
+            ConfigError: it cannot be read, or cannot be evaluated as a run.
         """
         assert self.source is not None
         try:
@@ -138,13 +140,13 @@ def _found(source: str, format: str | None, revision: str | None) -> Pretrained:
 def _check_kind(read: Imported, source: str) -> None:
     if read.transcoder:
         raise CheckpointError(
-            f"{source} is a transcoder: its reconstruction is of activations at another hookpoint, "
-            "and cannot be measured against those that it reads"
+            f"{source} is a transcoder: it reconstructs activations of another hookpoint than it "
+            "reads, so it cannot be evaluated as an SAE"
         )
 
 
 def fingerprint_of(sae: SAE) -> str:
-    """SHA-256 over what an SAE computes: its kind, what that hangs on, and its parameters."""
+    """Return a SHA-256 over the SAE's architecture, the settings in `_COMPUTES`, and parameters."""
     said = (sae.config.name, *(repr(getattr(sae.config, name, None)) for name in _COMPUTES))
     sha = hashlib.sha256("\n".join(said).encode())
     for name, tensor in sorted(sae.state_dict().items()):
@@ -157,6 +159,6 @@ _PLACE = (
     "model", "model_name", "lm_name", "layer", "hookpoint", "hook_name", "hook_point",
     "submodule_name", "hf_hook_point_in",
 )  # fmt: skip
-"""What formats call the model and the place in it."""
+"""Names that the formats give to the model, the layer and the hookpoint."""
 _COMPUTES = ("k", "activation", "subtract_b_dec", "weigh_by_decoder_norm", "prefixes")
-"""The settings that change latents, among those of all architectures."""
+"""The settings, of all architectures, that change the latents."""

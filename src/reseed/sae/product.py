@@ -1,4 +1,4 @@
-"""The encoder's product, for blocks of rows."""
+"""The encoder's matrix product, for blocks of rows."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from jaxtyping import Float
 from torch import Tensor
 
 CPU_ROWS = 256
-"""Rows per block on the CPU: the block stays in the cache until it is reduced."""
+"""Rows per block on the CPU, so that a block stays in the cache until it is reduced."""
 ACCELERATOR_ELEMENTS = 2**28
-"""Pre-activations per block elsewhere: 1 GiB in float32, enough to keep the device busy."""
+"""Pre-activations per block on other devices: 1 GiB in float32, enough to keep them busy."""
 
 Product = Callable[[Tensor], Tensor]
-"""Rows [block, D] to W x + b [block, F]. What it returns may be overwritten by the next call."""
+"""A function of rows [block, D] to W x + b [block, F]. The next call may overwrite its result."""
 
 
 def block_rows(rows: Float[Tensor, "batch d_in"], num_latents: int) -> int:
-    """How many rows to take at a time."""
+    """Return the number of rows per block."""
     if rows.device.type == "cpu":
         return CPU_ROWS
     return max(CPU_ROWS, ACCELERATOR_ELEMENTS // num_latents)
 
 
 def float32_product(size: int, W_enc: Tensor, b_enc: Tensor, repeats: int) -> Product:
-    """W_enc x + b_enc in the dtype of the weights, for ``repeats`` blocks of ``size`` rows."""
+    """Return the product W_enc x + b_enc, in the dtype of the weights, for ``repeats`` blocks of
+    ``size`` rows."""
     on_cpu = W_enc.device.type == "cpu" and W_enc.dtype == torch.float32
     product = prepacked_product(size, W_enc, b_enc) if on_cpu and repeats >= 2 else None
     if product is not None:
@@ -37,11 +38,11 @@ def float32_product(size: int, W_enc: Tensor, b_enc: Tensor, repeats: int) -> Pr
 def prepacked_product(
     size: int, W_enc: Tensor, b_enc: Tensor, post: str = "none"
 ) -> Product | None:
-    """oneDNN with the weight laid out once for all blocks, or None where there is no such thing.
+    """Return oneDNN's product with the weight packed once for all blocks; None without oneDNN.
 
-    On CPUs where MKL does not do its best (AMD) this saves a quarter of the time and more. These
-    operators are what `torch.compile` emits for a linear layer with frozen weights; they are not
-    public, so their absence must not matter.
+    On CPUs where MKL is slow (AMD) this saves a quarter of the time or more. `torch.compile` emits
+    these operators for a linear layer with frozen weights. They are not public, so the caller must
+    be able to do without them.
 
     Args:
         post: ``relu`` to clip the result at 0.

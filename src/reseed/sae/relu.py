@@ -24,8 +24,8 @@ class ReLUConfig(SAEConfig, name="relu"):
     Args:
         l1_coefficient: λ after the warm-up.
         l1_warmup_fraction: λ rises linearly from 0 over this fraction of the steps.
-        l1_weighted_by_decoder_norm: weigh each latent by its decoder row's norm; false is the plain
-            L1, which needs `unit_norm_decoder` (else small latents and large rows evade it).
+        l1_weighted_by_decoder_norm: weigh each latent by its decoder row's norm. False is the plain
+            L1, which needs `unit_norm_decoder` (else small latents with large rows evade it).
         subtract_b_dec: encode x − b_dec, as before April 2024.
     """
 
@@ -43,7 +43,7 @@ class ReLUConfig(SAEConfig, name="relu"):
         return self._penalised_sparsity()
 
     def published_lr(self, num_latents: int) -> float:
-        """5e-5 at every width."""
+        """Return 5e-5 at every width."""
         return 5e-5
 
     def empty(self, d_in: int) -> ReLU:
@@ -73,7 +73,7 @@ class ReLU(SAE):
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """Sums over D (and F), means over B. ``dead`` is for AuxK alone."""
+        """Return the loss: sums over D (and F), means over B. Only AuxK uses ``dead``."""
         x = x.to(self.W_enc.dtype)
         warmup = warmed_up(step.index, step.total, self.config.l1_warmup_fraction)
         terms = self._terms(x, self.penalty_weight * warmup)
@@ -91,7 +91,7 @@ class ReLU(SAE):
         )
 
     def _terms(self, x: Float[Tensor, "batch d_in"], l1_coefficient: float) -> ReLUTerms:
-        """‖e‖² + λ Σ_j f_j‖d_j‖ and what it is made of."""
+        """Return ‖e‖² + λ Σ_j f_j‖d_j‖ and its terms."""
         parameters = (self.W_enc, self.b_enc, self.W_dec, self.b_dec)
         if served(x, *parameters):
             return relu_loss(

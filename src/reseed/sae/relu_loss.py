@@ -1,11 +1,11 @@
 """The loss of a ReLU SAE and its gradient on the CPU, in blocks of tokens.
 
-Gradients flow through active latents alone. Where those are few, all that follows the encoder's
-product goes by (token, latent) pairs; else by products of blocks. Which of the two, the number of
-pairs says (`reseed.sae.kernels.active`). Plain PyTorch for both is `reseed.sae.relu`.
+Gradients flow through active latents alone. If those are few, everything after the encoder's
+product is computed from (token, latent) pairs; else by products of blocks. The number of pairs
+decides (`reseed.sae.kernels.active`). The plain PyTorch version of both is in `reseed.sae.relu`.
 
 Letters: g_j is the gradient of the sum over tokens with respect to f_j, w_j the weight of f_j in
-the penalty: λ‖d_j‖ or λ.
+the penalty (λ‖d_j‖ or λ).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reseed.sae.pairs import ByLatent
 
 
 class ReLUTerms(NamedTuple):
-    """The first is differentiable in the parameters, the others are detached."""
+    """Loss (differentiable in the parameters) and its terms (detached)."""
 
     total: Float[Tensor, ""]
     """‖e‖² + λ Σ_j f_j‖d_j‖, a mean over tokens."""
@@ -31,12 +31,12 @@ class ReLUTerms(NamedTuple):
     l1: Float[Tensor, ""]
     """Σ_j f_j‖d_j‖, a mean over tokens."""
     fired: Int[Tensor, " num_latents"]
-    """On how many tokens each latent is active."""
+    """Number of tokens on which each latent is active."""
     error: Float[Tensor, "batch d_in"]
 
 
 def served(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether `relu_loss` is made for these: float32 on the CPU, as they are."""
+    """Return True if `relu_loss` supports these tensors: float32 on the CPU, without autocast."""
     if x.requires_grad or len(x) == 0 or torch.is_autocast_enabled(x.device.type):
         return False
     return kernels.serve(x, *parameters)
@@ -50,12 +50,12 @@ def relu_loss(
     weighted: bool,
     centred: bool,
 ) -> ReLUTerms:
-    """The loss of one batch, float32 on the CPU.
+    """Return the loss of one batch, in float32 on the CPU.
 
     Args:
         parameters: W_enc, b_enc, W_dec, b_dec.
-        l1_coefficient: λ now.
-        weighted: f_j counts by ‖d_j‖, else by 1.
+        l1_coefficient: λ at this step.
+        weighted: weigh f_j by ‖d_j‖, else by 1.
         centred: encode x − b_dec.
     """
     from reseed.sae.kernels.active import active_pairs
@@ -123,7 +123,7 @@ class _ByPairs(torch.autograd.Function):
 
 
 class _ByBlocks(torch.autograd.Function):
-    """Products of blocks. The gradient is made with the loss, which is a sum over tokens."""
+    """Products of blocks. `forward` computes the gradient too: the loss is a sum over tokens."""
 
     @staticmethod
     def forward(
@@ -167,7 +167,7 @@ class _ByBlocks(torch.autograd.Function):
 
 
 def _sums(latents: Tensor, values: Tensor, num_latents: int) -> Float[Tensor, " num_latents"]:
-    """Σ f_j over the batch, in float64 on the way."""
+    """Return Σ f_j over the batch, accumulated in float64."""
     return torch.bincount(latents, weights=values.double(), minlength=num_latents).float()
 
 
@@ -177,5 +177,5 @@ def _add_norm_gradient(
     norms: Float[Tensor, " num_latents"],
     into_norms: Float[Tensor, " num_latents"],
 ) -> None:
-    """Add the gradient of norms, d_j/‖d_j‖ and 0 at 0, times what arrives at them."""
+    """Add the gradient through the norms: ``into_norms`` times d_j/‖d_j‖, or 0 if ‖d_j‖ = 0."""
     grad.addcmul_(W_dec, torch.where(norms == 0, 0.0, into_norms / norms)[:, None])

@@ -1,4 +1,4 @@
-"""Which latents are the largest, for every token or in the batch, without a [B, F] tensor."""
+"""Selection of the largest latents per token or per batch, without a [B, F] tensor."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def select(
     k: int,
     descending: bool = False,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The k largest pre-activations W_enc x + b_enc of every row, and their latents.
+    """Return the k largest pre-activations W_enc x + b_enc of every row, and their latents.
 
     Args:
-        descending: the largest first (costs a little); otherwise in no particular order.
+        descending: sort, the largest first (slightly slower); otherwise the order is arbitrary.
     """
     if kernels.serve(rows, W_enc, b_enc):
         from reseed.sae.kernels.select import select as compiled
@@ -48,7 +48,8 @@ def select_in_groups(
     b_enc: Float[Tensor, " num_latents"],
     k: int,
 ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """The largest pre-activation in each of k groups of neighbouring latents, and which it is."""
+    """Return the largest pre-activation in each of k groups of neighbouring latents, and its
+    latent."""
     values = rows.new_empty(len(rows), k)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
     first = torch.arange(0, len(W_enc), len(W_enc) // k, device=rows.device)
@@ -62,9 +63,9 @@ def select_in_groups(
 
 
 _FIRST_GUESS = 2
-"""In units of k: how many candidates each row sends to `select_in_batch` at first."""
+"""Candidates that each row first sends to `select_in_batch`, in units of k."""
 _FIRST_SHARE = 1.25
-"""In units of k: how many candidates for each of its rows a rank sends at first."""
+"""Candidates per row that each rank first sends, in units of k."""
 
 
 @torch.no_grad()
@@ -74,9 +75,9 @@ def select_in_batch(
     b_enc: Float[Tensor, " num_latents"],
     k: float,
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """The k·B (rounded, at least 1) largest pre-activations of the batch that are positive.
+    """Return the k·B (rounded, at least 1) largest positive pre-activations of the batch.
 
-    Where ranks share the batch, those of them that are among this rank's rows.
+    If ranks share the batch, return those of the whole batch that are in this rank's rows.
 
     Returns:
         Values, rows and latents of the pairs, sorted by row and then by latent.
@@ -90,23 +91,24 @@ def select_in_batch(
         wanted = min(wanted, whole, len(rows) * len(W_enc))
         values, owners, latents = _largest_in_batch(rows, W_enc, b_enc, wanted)
         bound, before, equal = _cut(ranks.gather(values), whole, ranks.index)
-        # One that sent nothing below the cut may hold more.
+        # A rank that sent nothing below the cut may hold more above it.
         short = len(values) == wanted < min(whole, len(rows) * len(W_enc))
         short = short and bool(values.min() > bound)
         if not int(ranks.largest_(torch.tensor(int(short), device=rows.device))):
             break
         wanted *= 2
-    kept = ~(values <= bound)  # NaN is to be seen
+    kept = ~(values <= bound)  # keeps NaN, so that it reaches the loss
     at_bound = (values == bound).nonzero().squeeze(1)
     kept[at_bound[: max(0, equal - before)]] = True
     return values[kept], owners[kept], latents[kept]
 
 
 def _cut(everyones: list[Tensor], count: int, index: int) -> tuple[Tensor, int, int]:
-    """The ``count``-th largest of what all ranks have, or 0 where there are no more.
+    """Return the cut: the ``count``-th largest value of all ranks, or 0 if they have no more.
 
     Returns:
-        it; how many equal to it ranks before ``index`` have; how many of these are to be taken.
+        The cut; how many values equal to it the ranks before ``index`` have; how many values equal
+        to it to take over all ranks.
     """
     values = torch.cat(everyones)
     if len(values) <= count:
@@ -122,11 +124,11 @@ def _largest_in_batch(
     b_enc: Float[Tensor, " num_latents"],
     count: int,
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """The ``count`` largest of these rows.
+    """Return the ``count`` largest positive pre-activations of these rows.
 
-    Every row sends its largest few; the k·B-th of them is a lower bound of the k·B-th of all. A
-    row that sent nothing below that bound may hold more, and sends all that reach it: the choice
-    is exact.
+    Every row sends its largest few; the k·B-th largest of them is a lower bound of the k·B-th
+    largest of all. A row that sent nothing below that bound may hold more, and sends all that reach
+    it. The choice is therefore exact.
     """
     num_latents = len(W_enc)
     if kernels.serve(rows, W_enc, b_enc):
@@ -149,9 +151,9 @@ def _largest_in_batch(
             sure = ~(lowest > bound)
             values = torch.cat([values[sure].flatten(), more])
             keys = torch.cat([keys[sure].flatten(), more_keys])
-    # Computed twice, a value may round to below the bound: one fewer, then.
+    # A value computed a second time may round to below the bound; then there is one fewer.
     values, places = values.flatten().topk(min(count, values.numel()), sorted=False)
-    positive = ~(values <= 0)  # NaN is to be seen
+    positive = ~(values <= 0)  # keeps NaN, so that it reaches the loss
     keys, order = keys.flatten()[places[positive]].sort()
     return values[positive][order], keys // num_latents, keys % num_latents
 
@@ -162,7 +164,7 @@ def _at_least(
     W_enc: Float[Tensor, "num_latents d_in"],
     b_enc: Float[Tensor, " num_latents"],
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """Pre-activations that reach the bound, and where: row × F + latent."""
+    """Return the pre-activations that reach the bound, and their places: row × F + latent."""
     size = block_rows(rows, len(W_enc))
     product = float32_product(min(size, len(rows)), W_enc, b_enc, repeats=len(rows) // size)
     values, keys = [], []

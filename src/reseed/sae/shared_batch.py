@@ -1,15 +1,15 @@
-"""A batch that several ranks hold, an equal part of it each (data-parallel training).
+"""A batch that several ranks share in equal portions (data-parallel training).
 
-A loss is then computed by each rank on its part, such that the mean over the ranks is that of the
-whole batch, and so is the mean of the gradients. A sum over tokens divided by their number is so by
-itself. What hangs on the batch in another way asks here:
+Each rank computes the loss on its portion, such that the means over the ranks of loss and gradients
+are those of the whole batch. This holds by itself for a mean over tokens. Terms that depend on the
+batch in another way use these functions:
 
-    total_variance         of the whole batch, an equal share of it  (`reseed.sae.losses`)
+    total_variance         an equal share of the whole batch's  (`reseed.sae.losses`)
     a mean, squared        `batch_mean`
-    the smallest kept      `smallest_of`
+    smallest chosen value  `smallest_of`
     the k·B largest        one cut for all ranks  (`reseed.sae.selection`)
 
-As with autocast, who trains says it once (`batch_shared_by`), and losses need no parameter for it.
+Like autocast, training declares it once (`batch_shared_by`); losses need no parameter for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _sharing: ContextVar[Ranks] = ContextVar("sharing", default=ALONE)
 
 @contextmanager
 def batch_shared_by(ranks: Ranks) -> Iterator[None]:
-    """Within it every batch is one part of that of all ranks."""
+    """Declare that, inside the context, every batch is one rank's portion of a shared batch."""
     before = _sharing.set(ranks)
     try:
         yield
@@ -38,15 +38,15 @@ def batch_shared_by(ranks: Ranks) -> Iterator[None]:
 
 
 def sharing() -> Ranks:
-    """Those that share the batch: this process alone, unless training says otherwise."""
+    """Return the ranks that share the batch: this process alone, unless training declares more."""
     return _sharing.get()
 
 
 def batch_mean(mean: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The mean over the whole batch, with the gradient of this rank's part.
+    """Return the mean over the whole batch, with the gradient of this rank's portion.
 
-    For means that enter a loss not linearly: the mean over the ranks of what is made of it then has
-    the gradient of the whole.
+    For means that enter a loss nonlinearly: the gradient, averaged over the ranks, is then that of
+    the whole batch.
     """
     ranks = sharing()
     if not ranks.several:
@@ -56,21 +56,21 @@ def batch_mean(mean: Float[Tensor, ""]) -> Float[Tensor, ""]:
 
 
 def smallest_of(values: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
-    """The smallest in the whole batch; infinite where there is none."""
+    """Return the smallest value of the whole batch; infinity if there is none."""
     own = values.min() if len(values) else values.new_full((), torch.inf)
     return -sharing().largest_(-own)
 
 
 def shared_variance(x: Float[Tensor, "batch d_in"], own: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """This rank's equal share of Σ‖x − x̄‖² over the whole batch.
+    """Return this rank's equal share of Σ‖x − x̄‖² over the whole batch.
 
     Args:
-        own: Σ‖x − x̄‖² of its part around the part's own mean.
+        own: Σ‖x − x̄‖² of this rank's portion around its own mean.
     """
     ranks = sharing()
     if not ranks.several:
         return own
-    # Σ_r own_r + Σ_r n‖x̄_r − x̄‖², in float64, as the second is a difference of large sums.
+    # Σ_r own_r + Σ_r n‖x̄_r − x̄‖², in float64 because the second is a difference of large sums.
     mean = x.detach().double().mean(0)
     sums = torch.cat([mean, own.detach().double()[None], mean.square().sum()[None]])
     sums = ranks.sum_(sums) / ranks.count

@@ -1,10 +1,10 @@
-"""Top-k encoders and sparse decoder whose work and memory follow the k active latents.
+"""Top-k encoders and sparse decoder whose work and memory scale with the k active latents.
 
-Neither pass ever holds a [B, F] tensor in full: the encoder's product is made and reduced in blocks
-of rows, and the gradient of a weight, SᵀG with S [B, F] sparse, is a sum of the rows of G over the
-(token, latent) pairs sorted by latent. On the CPU every result repeats bit for bit: each sum is
-taken by one thread in the order of the tokens. What is here is plain PyTorch, and says what is
-computed; in float32 on the CPU compiled loops take its place (`reseed.sae.kernels`).
+Neither pass holds a full [B, F] tensor: the encoder's product is computed and reduced in blocks of
+rows, and the gradient of a weight, SᵀG with S [B, F] sparse, is a sum of the rows of G over the
+(token, latent) pairs sorted by latent. On the CPU every result repeats bit for bit: one thread
+takes each sum, in the order of the tokens. This file is plain PyTorch and defines the result; in
+float32 on the CPU compiled loops replace it (`reseed.sae.kernels`).
 
 Letters: B batch, D d_in, F num_latents, k active latents per token; the layouts of pairs are those
 of `reseed.sae.pairs`.
@@ -35,17 +35,17 @@ def topk_encode(
     weights: Float[Tensor, " num_latents"] | None = None,
     descending: bool = False,
 ) -> SparseLatents:
-    """The k largest of ReLU(W_enc (x − b_dec) + b_enc) of every token.
+    """Return the k largest of ReLU(W_enc (x − b_dec) + b_enc) of every token.
 
     Args:
         k: at most the number of latents (or of candidates).
         b_dec: subtracted from x first, if given.
-        among: choose among these latents only; indices stay those of all latents.
-        weights: constants ≥ 0: choose by weight × value. Values stay as they are, but for 0 where
+        among: choose among these latents only; indices are still those of all latents.
+        weights: constants ≥ 0: choose by weight × value. Values are not weighted, but are 0 where
             the weight is 0.
-        descending: the largest value first (costs a little); otherwise in no particular order.
+        descending: sort, the largest first (slightly slower); otherwise the order is arbitrary.
 
-    Differentiable in x, b_dec and the parameters. Ties are broken in one way or another, the same
+    Differentiable in x, b_dec and the parameters. Ties are broken arbitrarily, but in the same way
     at every call.
     """
     num_latents = len(W_enc)
@@ -76,12 +76,12 @@ def batch_topk_encode(
     b_dec: Float[Tensor, " d_in"],
     weights: Float[Tensor, " num_latents"] | None = None,
 ) -> SparseLatents:
-    """The k·B largest of ReLU(W_enc (x − b_dec) + b_enc) of the whole batch: a flat list.
+    """Return the k·B largest of ReLU(W_enc (x − b_dec) + b_enc) of the whole batch, as a flat list.
 
-    Fewer where fewer are positive. Differentiable like `topk_encode`.
+    There are fewer if fewer are positive. Differentiable like `topk_encode`.
 
     Args:
-        k: per token, on average: k·B is rounded (to even at a half), and is at least 1.
+        k: latents per token, on average: k·B is rounded (to even at a half), and is at least 1.
         b_dec, weights: as in `topk_encode`.
     """
     if not 0 < k <= len(W_enc):
@@ -105,7 +105,8 @@ def group_max_encode(
     *,
     b_dec: Float[Tensor, " d_in"],
 ) -> SparseLatents:
-    """The largest of ReLU(W_enc (x − b_dec) + b_enc) in each of k groups of neighbouring latents.
+    """Return the largest of ReLU(W_enc (x − b_dec) + b_enc) in each of k groups of neighbouring
+    latents.
 
     Args:
         k: a divisor of the number of latents.
@@ -126,7 +127,7 @@ def _weighted(
     b_enc: Float[Tensor, " num_latents"],
     weights: Float[Tensor, " num_latents"] | None,
 ) -> tuple[Float[Tensor, "num_latents d_in"], Float[Tensor, " num_latents"]]:
-    """The encoder of weight × pre-activation."""
+    """Return the encoder of weight × pre-activation."""
     return (W_enc, b_enc) if weights is None else (W_enc * weights[:, None], b_enc * weights)
 
 
@@ -135,7 +136,7 @@ def _unweighted(
     indices: Int[Tensor, "*pairs"],
     weights: Float[Tensor, " num_latents"] | None,
 ) -> Float[Tensor, "*pairs"]:
-    """What `_weighted` multiplied, divided again."""
+    """Divide values by the weights of `_weighted`; 0 where the weight is 0."""
     if weights is None:
         return values
     weight = weights[indices]
@@ -145,10 +146,10 @@ def _unweighted(
 def sparse_decode(
     latents: SparseLatents, W_dec: Float[Tensor, "num_latents d_in"]
 ) -> Float[Tensor, "batch d_in"]:
-    """f W_dec from the active pairs alone. Differentiable in the values and in W_dec."""
+    """Return f W_dec from the active pairs alone. Differentiable in the values and in W_dec."""
     if kernels.serve(latents.values, W_dec):
         return _Decoder.apply(latents.values, W_dec, latents.by_latent)
-    # Autograd takes the values' gradient; the weight's would not repeat itself.
+    # Autograd computes the values' gradient only; its gradient of W_dec is not bit-reproducible.
     out = latents.by_latent.per_token(latents.values, W_dec.detach())
     return _DecoderGradient.apply(out, W_dec, latents.values.detach(), latents.by_latent)
 
@@ -159,7 +160,7 @@ def sparse_error(
     W_dec: Float[Tensor, "num_latents d_in"],
     b_dec: Float[Tensor, " d_in"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"]]:
-    """Σ‖e‖², and e = x − (f W_dec + b_dec), detached.
+    """Return Σ‖e‖², and e = x − (f W_dec + b_dec), detached.
 
     The sum is differentiable in x, the values, W_dec and b_dec.
     """
@@ -171,7 +172,7 @@ def sparse_error(
 
 
 class _EncoderGradient(torch.autograd.Function):
-    """The identity on the selected values, with the gradient of the encoder that made them."""
+    """The identity on the selected values, with the gradient of the encoder."""
 
     @staticmethod
     def forward(
@@ -252,7 +253,7 @@ class _Decoder(torch.autograd.Function):
 
 
 class _SquaredError(torch.autograd.Function):
-    """`sparse_error` by compiled loops: e · d_j, which the values' gradient is, on the way."""
+    """`sparse_error` by compiled loops, which also return e · d_j for the values' gradient."""
 
     @staticmethod
     def forward(
@@ -284,7 +285,7 @@ class _SquaredError(torch.autograd.Function):
 def _weighted_rows(
     weights: Float[Tensor, " num_latents"], W: Float[Tensor, "num_latents d_in"]
 ) -> Float[Tensor, " d_in"]:
-    """Σ over the latents of weight × row of W."""
+    """Return Σ over the latents of weight × row of W."""
     if kernels.serve(weights, W):
         from reseed.sae.kernels.batch import column_sums
 

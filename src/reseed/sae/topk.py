@@ -23,8 +23,8 @@ class TopKConfig(KSparseConfig, name="topk"):
 
     Args:
         multi_topk: add FVU at 4k, divided by 8 (section 4.2, as sparsify weights it).
-        activation: ``topk``; ``groupmax``: the latents are k groups of the same size, one after the
-            other, and the largest of each is active (as sparsify has it).
+        activation: ``topk``, or ``groupmax``: the latents form k consecutive groups of the same
+            size, and the largest of each group is active (as in sparsify).
     """
 
     k: int = setting(32, at_least=1)
@@ -74,7 +74,7 @@ class TopK(SAE):
         return self._encode(x)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> SAEOutput:
-        # By the sparse decoder: equal to `decode(encode(x))` up to rounding, and many times faster.
+        # The sparse decoder equals `decode(encode(x))` up to rounding and is many times faster.
         latents = self._encode(x)
         reconstruction = sparse_decode(latents, self.W_dec) + self.b_dec
         return SAEOutput(
@@ -85,7 +85,7 @@ class TopK(SAE):
     def training_loss(
         self, x: Float[Tensor, "batch d_in"], step: Step, dead: Bool[Tensor, " num_latents"]
     ) -> Loss:
-        """FVU + α·AuxK [+ FVU(4k)/8], the first normalised by the batch's total variance.
+        """Return FVU + α·AuxK [+ FVU(4k)/8], with FVU relative to the batch's total variance.
 
         A batch without variance (a single token) has no finite loss.
         """
@@ -118,7 +118,7 @@ class TopK(SAE):
     def _encode_for_loss(
         self, x: Float[Tensor, "batch d_in"], k: int
     ) -> tuple[SparseLatents, SparseLatents | None]:
-        """The k largest, and for Multi-TopK the 4k largest, from one pass of the encoder."""
+        """Return the k largest, and for Multi-TopK the 4k largest, from one pass of the encoder."""
         if not self.config.multi_topk:
             return self._largest(x, k), None
         more = self._largest(x, min(4 * k, self.num_latents), descending=True)

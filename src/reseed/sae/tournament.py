@@ -1,4 +1,4 @@
-"""The k largest of every row."""
+"""The k largest elements of every row."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 _ARITY = 4
-"""Members per group."""
+"""Elements per group."""
 
 
 def largest(
     rows: Shaped[Tensor, "batch width"], k: int, descending: bool = False
 ) -> tuple[Shaped[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """`torch.topk`, as a tournament on the CPU, where its time is that of the elements it sorts.
+    """Return the result of `torch.topk`; on the CPU by a tournament, which sorts fewer elements.
 
-    The k largest lie in the k groups of largest maximum: find those (in the same way), then choose
-    among their members. A group is a strided set, so that maxima run over contiguous memory.
+    The k largest lie in the k groups with the largest maxima: find those groups (recursively), then
+    choose among their elements. A group is strided, so that maxima run over contiguous memory.
     """
     count, width = rows.shape
     groups, rest = divmod(width, _ARITY)

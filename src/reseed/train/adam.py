@@ -1,4 +1,4 @@
-"""A step of Adam by compiled loops: what ``optim.py`` lays down, row by row."""
+"""A step of Adam by compiled loops, row by row, in the order that ``optim.py`` defines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reseed.sae.kernels import update
 from reseed.sae.kernels.threads import in_ranges
 
 _COST = 8
-"""Of a number in Adam, in multiplications."""
+"""Cost of one number's Adam update, in multiplications."""
 
 
 def compiled_step(
@@ -23,11 +23,11 @@ def compiled_step(
     unit: Sequence[bool],
     max_grad_norm: float | None,
 ) -> Tensor | None:
-    """One step of every group, which has one parameter; its gradient stays as it is.
+    """Take one step of every group, each with one parameter; gradients are left unchanged.
 
     Args:
-        states: Adam's, of each group.
-        unit: whether the rows of each group's parameter are held at norm 1.
+        states: Adam's state of each group.
+        unit: for each group, whether its parameter's rows are held at norm 1.
         max_grad_norm: None does not clip.
 
     Returns:
@@ -36,7 +36,7 @@ def compiled_step(
     norm, factor = None, 1.0
     if max_grad_norm is not None:
         squares = sum(_squared_norm(g["params"][0], u) for g, u in zip(groups, unit, strict=True))
-        norm = torch.tensor(math.sqrt(squares))  # NaN and infinities pass
+        norm = torch.tensor(math.sqrt(squares))  # NaN and infinities pass through
         factor = float((max_grad_norm / (norm + 1e-6)).clamp_max_(1.0))
     for group, state, renormalise in zip(groups, states, unit, strict=True):
         _adam(group, state, renormalise, factor)
@@ -72,7 +72,7 @@ def _adam(
     )
     weight, grad = _rows(parameter), _rows(parameter.grad)
     moments = _rows(state["exp_avg"]), _rows(state["exp_avg_sq"])
-    with np.errstate(over="ignore"):  # a rate beyond float32 makes a run fail by its own check
+    with np.errstate(over="ignore"):  # a rate beyond float32 fails the run's own finiteness check
         scalars = np.array(numbers, dtype=np.float32)
     given = weight, grad, *moments, renormalise, renormalise, scalars
     in_ranges(
@@ -81,7 +81,7 @@ def _adam(
 
 
 def _rows(tensor: Tensor | None) -> np.ndarray:
-    """As a contiguous matrix; a vector is one row."""
+    """View a tensor as a contiguous matrix; a vector becomes one row."""
     assert tensor is not None
     tensor = tensor.detach()
     return (tensor if tensor.ndim == 2 else tensor.reshape(1, -1)).numpy()

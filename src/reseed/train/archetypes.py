@@ -1,24 +1,25 @@
 """Archetypal decoders: rows that are mixtures of k-means centroids of the activations.
 
-Fel et al. 2025, *Archetypal SAE*, 2502.12892, the relaxed kind (RA-SAE): D = W C + Λ, with C the
-centroids, W ≥ 0 with rows that sum to 1, and ‖Λ_j‖ ≤ δ. Then each row is normalised, or, where the
-decoder is free, multiplied by a positive scale of its own (the authors have one scale for all).
+Fel et al. 2025, *Archetypal SAE*, 2502.12892, the relaxed variant (RA-SAE): D = W C + Λ, with C the
+centroids, W ≥ 0 with rows that sum to 1, and ‖Λ_j‖ ≤ δ. Then each row is normalised or, if the
+architecture has no unit-norm decoder, multiplied by its own positive scale (the authors use one
+scale for all rows).
 
-Three choices where their setting differs from this one:
+Three choices, since their setting differs from ours:
 
-- Their SAE has no b_dec, so that their hull is that of what the latents have to reconstruct. That
-  is x − b_dec here: the centroids are those of the first chunk less the b_dec of the start
+- Their SAE has no b_dec, so their hull is that of the activations. Here the latents reconstruct
+  x − b_dec: the centroids are those of the first chunk minus the initial b_dec
   (``b_dec_init=zeros`` gives the hull of the activations themselves).
 - They start from W = 1 with a random encoder. Here the encoder starts as the transpose of the
-  decoder, and W is what is drawn from the seed of the weights: each row lies between two
-  centroids, nearer to the one that it leads with, and every centroid leads equally often. With
-  shared archetypes and W = 1 all seeds would be one and the same run.
-- W is brought back to the simplex after each step as in their code: negative weights to 0, then
-  rows divided by their sum.
+  decoder, and W is drawn from the seed of the weights: each row lies between two centroids, nearer
+  to its leading one, and every centroid leads equally often. With shared archetypes and W = 1 all
+  seeds would give the same run.
+- W is projected back to the simplex after each step as in their code: negative weights are set to
+  0, then rows are divided by their sum.
 
-The rows cost a product of F × K × D and its gradient in every step (aligned training, which needs
-them after the step too, another product), and W and its moments take
-16·F·K bytes: with as many archetypes K as latents F, more than all the rest of a wide SAE.
+The rows cost a product of F × K × D and its gradient in every step (aligned training needs the rows
+after the step too: another product). W and its moments take 16·F·K bytes: with as many archetypes K
+as latents F, more than all the rest of a wide SAE.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ _RELAXATION, _WEIGHTS, _SCALE = f"{_PREFIX}.original", f"{_PREFIX}.0.weights", f
 
 
 class ArchetypalDecoder(nn.Module):
-    """What stands for W_dec: a parametrisation of it, whose own parameter is Λ.
+    """A parametrisation of W_dec, whose own parameter is Λ.
 
     Args:
         num_archetypes: K.
         relaxation: δ, in units of the (scaled) activations.
-        unit_norm: rows of norm 1; else each has a scale.
+        unit_norm: rows have norm 1; otherwise each row has a scale.
 
     Attributes:
         archetypes: C, fixed.
@@ -65,20 +66,20 @@ class ArchetypalDecoder(nn.Module):
         self.scale = None if unit_norm else nn.Parameter(torch.zeros(num_latents))
 
     def forward(self, relaxation: Float[Tensor, "num_latents d_in"]) -> Tensor:
-        """The decoder [num_latents, d_in] that a relaxation Λ gives, with the weights that are."""
+        """Return the decoder [num_latents, d_in] for a relaxation Λ and the current weights."""
         return self._rows(self.weights, relaxation, self.scale)
 
     def decoder(self, weights: Mapping[str, Tensor]) -> Float[Tensor, "num_latents d_in"]:
-        """The same of other weights, by the names that parameters have in the SAE."""
+        """Return the decoder for other weights, given by their parameter names in the SAE."""
         return self._rows(weights[_WEIGHTS], weights[_RELAXATION], weights.get(_SCALE))
 
     def hold(self, weights: Mapping[str, Tensor]) -> None:
-        """W back to the simplex and Λ into its ball, in place."""
+        """Project W back to the simplex and Λ into its ball, in place."""
         mixture, relaxation = weights[_WEIGHTS], weights[_RELAXATION]
         mixture.clamp_min_(0)
         totals = mixture.sum(1, keepdim=True)
         mixture.div_(totals)
-        # A row that was negative throughout has no direction left: the middle of all archetypes.
+        # A row without a positive weight becomes the mean of all archetypes.
         mixture.masked_fill_(totals == 0, 1 / mixture.shape[1])
         norms = torch.linalg.vector_norm(relaxation, dim=1, keepdim=True)
         tiny = torch.finfo(norms.dtype).tiny
@@ -94,7 +95,7 @@ class ArchetypalDecoder(nn.Module):
 
 
 def make_archetypal(sae: SAE, num_archetypes: int, relaxation: float) -> None:
-    """Replace W_dec by a parametrisation, of zeros until `begin` or a checkpoint fills it."""
+    """Replace W_dec by a parametrisation; it is zero until `begin` or a checkpoint fills it."""
     with torch.no_grad():
         sae.W_dec.zero_()
     unit_norm = sae.config.unit_norm_decoder
@@ -103,7 +104,7 @@ def make_archetypal(sae: SAE, num_archetypes: int, relaxation: float) -> None:
 
 
 def archetypal_decoder(sae: SAE) -> ArchetypalDecoder | None:
-    """The parametrisation of W_dec, where there is one."""
+    """Return the parametrisation of W_dec, or None."""
     if not parametrize.is_parametrized(sae, "W_dec"):
         return None
     (decoder,) = sae.get_submodule(_PREFIX).children()
@@ -115,11 +116,13 @@ def archetypal_decoder(sae: SAE) -> ArchetypalDecoder | None:
 def begin(
     sae: SAE, x: Float[Tensor, "tokens d_in"], *, archetypes: Generator, weights: Generator
 ) -> None:
-    """Archetypes, weights and the tied encoder from scaled activations; b_dec has its start.
+    """Set archetypes, weights and the tied encoder from scaled activations.
+
+    b_dec must be initialised already.
 
     Args:
-        archetypes: what k-means draws from.
-        weights: what W is drawn from.
+        archetypes: generator for k-means.
+        weights: generator for W.
     """
     decoder = archetypal_decoder(sae)
     assert decoder is not None
@@ -135,7 +138,7 @@ def begin(
 def start_weights(
     num_latents: int, num_archetypes: int, generator: Generator
 ) -> Float[Tensor, "num_latents num_archetypes"]:
-    """Rows with a weight in (½, 1) on one archetype, and the rest on another, on the CPU."""
+    """Draw rows with a weight in (½, 1) on one archetype and the rest on another, on the CPU."""
     if num_archetypes < 2:
         raise ConfigError(f"{{key}} must be at least 2; got {num_archetypes}", "archetypes")
     rounds = -(-num_latents // num_archetypes)
@@ -153,9 +156,9 @@ def start_weights(
 
 @torch.no_grad()
 def plain(sae: SAE, weights: Mapping[str, Tensor]) -> SAE:
-    """A copy with these weights in the place of its own, and a W_dec that is a plain parameter.
+    """Return a copy with these weights in place of its own, and W_dec as a plain parameter.
 
-    Made anew, for to remove a parametrisation is to change the class of all copies.
+    It is built anew because removing a parametrisation would change the class of all copies.
     """
     state = {**sae.state_dict(), **weights}
     decoder = archetypal_decoder(sae)

@@ -1,4 +1,4 @@
-"""What happens beside the steps: curves, checkpoints, progress, a stop that loses nothing."""
+"""Lightning callbacks of training: curves, checkpoints, progress, stopping without loss."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from reseed.train.module import GroupModule
 
 
 class Bookkeeper(L.Callback):
-    """Closes curve rows, and saves each member's state into its own folder.
+    """A callback that closes curve rows and saves each run's state into its own folder.
 
-    A checkpoint belongs to a run, not to a group: whatever the next command groups together, a
-    run goes on from its own. Members saved at different steps wait for each other.
+    A checkpoint belongs to a run, not to a group: a run resumes from its own however the next
+    command forms groups. Runs saved at different steps wait for the one furthest behind.
 
     Args:
-        folders: of the members, by id.
-        keeps: whether anything is written: of ranks that train the same SAEs, one does.
-        waits: whether others need this rank to read the stream to its end.
+        folders: of the runs, by id.
+        keeps: whether this process writes; if several ranks train the same SAEs, only one does.
+        waits: whether other ranks need this one to read the stream to its end.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Bookkeeper(L.Callback):
         pl_module.after_step = self.after_step
 
     def after_step(self, member: Member) -> None:
-        """Close a row of the curve where one is due, and keep a member that has made its steps."""
+        """Close a row of the curve if one is due; save a run that has made all its steps."""
         last = not member.active
         if last or member.step % self.log_every_steps == 0:
             self._log(member)
@@ -62,8 +62,8 @@ class Bookkeeper(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Of a large group a checkpoint takes long; it shall not take more than a twentieth of the
-        # time. Who asks for one more often than every second means it.
+        # Checkpoints of a large group take long: limit them to a twentieth of the time, unless the
+        # user asks for more than one per second.
         spared = 20 * self.cost if self.checkpoint_every_s >= 1 else 0.0
         if time.perf_counter() - self.saved >= max(self.checkpoint_every_s, spared):
             self.save(pl_module)
@@ -71,7 +71,7 @@ class Bookkeeper(L.Callback):
             trainer.should_stop = True
 
     def save(self, module: GroupModule) -> None:
-        """Checkpoint every member that is still at work."""
+        """Checkpoint every run that still has steps to make."""
         started = time.perf_counter()
         for member in module.members:
             if member.active:
@@ -81,7 +81,7 @@ class Bookkeeper(L.Callback):
 
     def _save(self, member: Member) -> None:
         if member.broken or not self.keeps:
-            return  # the last sound checkpoint stands
+            return  # keep the last sound checkpoint
         folder = self.folders[member.id]
         member.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
         member.write_curve(folder)
@@ -98,21 +98,21 @@ class Bookkeeper(L.Callback):
 
 
 class Stopped(BaseException):
-    """Raised by a signal, where training can be left at once.
+    """Exception that a signal raises if training can end at once.
 
-    No KeyboardInterrupt, on which Lightning ends the process by itself and without a word.
+    It is not a KeyboardInterrupt, on which Lightning ends the process without a message.
     """
 
 
 class StopAtBorder(L.Callback):
-    """SIGINT and SIGTERM end training between two steps, after a checkpoint.
+    """A callback that, on SIGINT or SIGTERM, ends training between two steps with a checkpoint.
 
-    While the next activations are computed, which may take long, that is at once. A second SIGINT
-    ends it without another checkpoint; the last one stands.
+    While the next activations are computed, which may take long, training ends at once. A second
+    SIGINT ends it without another checkpoint; the last one stays valid.
 
     Args:
-        agrees: whether several ranks make each step together, and so end after the same one. Then
-            the activations are waited for.
+        agrees: whether several ranks make each step together and so must end after the same step.
+            Then training ends only after the current activations are computed.
     """
 
     def __init__(self, bookkeeper: Bookkeeper, agrees: bool = False) -> None:
@@ -120,19 +120,19 @@ class StopAtBorder(L.Callback):
         self.signal: int | None = None
         self.stepping = False
         self.module: GroupModule | None = None
-        # Asked before fit begins, when Lightning installs a SIGTERM handler of its own, which
-        # would note the signal and go on.
+        # Read before fit begins: then Lightning installs its own SIGTERM handler, which only notes
+        # the signal.
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GroupModule) -> None:
-        # Not earlier: see above.
+        # Not earlier: Lightning would replace the handlers.
         self.module = pl_module
         for number in self._before:
             signal.signal(number, self._note)
 
     def check(self) -> None:
-        """Raise `Interrupted` where a signal asked for the end."""
+        """Raise `Interrupted` if a signal stopped training."""
         if self.signal is not None:
             name = signal.Signals(self.signal).name
             raise Interrupted(
@@ -140,7 +140,7 @@ class StopAtBorder(L.Callback):
             )
 
     def restore(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -153,15 +153,15 @@ class StopAtBorder(L.Callback):
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if pl_module.stopping if self.agrees else self.signal is not None:
-            self.signal = self.signal or signal.SIGTERM  # another rank had it
+            self.signal = self.signal or signal.SIGTERM  # another rank received it
             self.bookkeeper.save(pl_module)
             trainer.should_stop = True
         self.stepping = False
         if self.signal is not None and not (trainer.should_stop or self.agrees):
-            raise Stopped  # it came between these lines
+            raise Stopped  # the signal came after the check above
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
-        # Between batches every member is whole.
+        # Between batches the state of every run is consistent.
         if isinstance(exception, Stopped) and not (self.stepping or self.agrees):
             self.bookkeeper.save(pl_module)
 
@@ -179,7 +179,8 @@ class StopAtBorder(L.Callback):
 
 
 class Heartbeat(L.Callback):
-    """Says in each member's folder, now and then, how far it is, for who looks from elsewhere."""
+    """A callback that periodically writes each run's progress to progress.json, which
+    `reseed status` reads."""
 
     def __init__(
         self, members: Sequence[Member], folders: Mapping[str, Path], every_s: float
@@ -195,7 +196,7 @@ class Heartbeat(L.Callback):
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        # On a slow shared file system a large group shall not be kept from its work.
+        # On a slow shared file system, limit the writing to a twentieth of the time.
         if now - self.spoken < max(self.every_s, 20 * self.cost):
             return
         for member in self.members:
@@ -210,10 +211,10 @@ class Heartbeat(L.Callback):
 
 
 class GroupProgress(ProgressBar):
-    """One line for the whole group: tokens/s, and the mean FVU, L0 and dead share of its members.
+    """A progress line for the group: tokens/s, and mean FVU, L0 and dead fraction of its runs.
 
-    Counted are the tokens that the member with the largest budget has seen. A bar on a terminal, a
-    line every ten seconds elsewhere.
+    It counts the tokens of the run that has seen the most. On a terminal it is a bar, elsewhere a
+    line every ten seconds.
     """
 
     def __init__(self, members: Sequence[Member], shown: bool) -> None:
@@ -226,7 +227,7 @@ class GroupProgress(ProgressBar):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the stream that are dealt with."""
+        """Tokens of the stream that the run furthest ahead has seen."""
         return max(m.step * m.training.batch_size for m in self.members)
 
     def disable(self) -> None:

@@ -1,6 +1,6 @@
-"""What holds the weights of an SAE to a surface, after every step and at the start.
+"""Constraints on the weights of an SAE, applied at the start and after every step.
 
-The order in which these act on a step is laid down in ``optim.py``.
+``optim.py`` defines the order in which they act.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from reseed.train.archetypes import archetypal_decoder
 
 
 class Constraints:
-    """The constraints of one SAE beside the unit norm, for whatever set of weights.
+    """The constraints of one SAE other than the unit norm, for any set of its weights.
 
     Args:
-        sae: the SAE, its decoder made archetypal already where it will be.
+        sae: the SAE; an archetypal decoder must be in place already.
         aligned: hold E_j · d_j = 1 (see `align_rows`).
     """
 
@@ -29,10 +29,10 @@ class Constraints:
 
     @torch.no_grad()
     def hold(self, weights: Mapping[str, Tensor]) -> None:
-        """Bring weights back, in place.
+        """Project weights onto the constraints, in place.
 
         Args:
-            weights: by the names of the SAE's parameters; those that never move may be missing.
+            weights: by the names of the SAE's parameters; frozen ones may be missing.
         """
         if self.archetypal is not None:
             self.archetypal.hold(weights)
@@ -52,11 +52,11 @@ def normalise_rows(rows: Float[Tensor, "rows d_in"]) -> None:
 def align_rows(
     encoder: Float[Tensor, "num_latents d_in"], decoder: Float[Tensor, "num_latents d_in"]
 ) -> None:
-    """E_j ← E_j + (1 − E_j·d_j) d_j/‖d_j‖², in place: the nearest E_j with E_j · d_j = 1.
+    """Set E_j ← E_j + (1 − E_j·d_j) d_j/‖d_j‖², in place: the nearest E_j with E_j · d_j = 1.
 
     Aligned training (Brzozowski & Chung 2026, 2605.18629) reparametrises the encoder to the same
-    surface; here the step is projected back onto it. What of E_j is orthogonal to d_j stays as it
-    is. Where the decoder row is zero there is no such E_j, and E_j stays.
+    surface; here each step is projected back onto it. The component of E_j orthogonal to d_j does
+    not change. If the decoder row is zero no such E_j exists, and E_j does not change.
     """
     squared = decoder.square().sum(1, keepdim=True)
     missing = 1 - torch.linalg.vecdot(encoder, decoder)[:, None]

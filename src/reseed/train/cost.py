@@ -1,4 +1,4 @@
-"""What training a group costs, from shapes alone: time, memory, room on the disk."""
+"""Estimates, from shapes alone, of what training a group costs: time, memory, disk space."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from reseed.experiment import Resolved
 
 STEP_EFFICIENCY = 0.25
-"""Share of the speed of a plain product that model and training step reach (small products, sparse
-parts, optimiser). A rough figure: an announced time can be off by a factor of two."""
+"""Fraction of a plain product's speed that model and training step reach (small products, sparse
+operations, optimiser). It is rough: an announced time can be off by a factor of two."""
 _CHUNKS = 3
-"""That are in memory at the most: one that a block still refers to, the next, and one ahead."""
+"""Chunks in memory at most: one that a block still refers to, the next, and a prefetched one."""
 _FLOAT = 4.0  # bytes of a float32
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a group of runs on one stream.
+    """Cost of training a group of runs on one stream.
 
     Attributes:
-        flops: floating-point operations, the source's and those of all steps.
-        memory: bytes at the same time, at the most.
+        flops: floating-point operations of the source and of all steps.
+        memory: peak memory in bytes.
         parameters: of all SAEs together.
     """
 
@@ -39,21 +39,21 @@ class Cost:
 
     @property
     def stored(self) -> float:
-        """Bytes that the runs' weights take on the disk."""
+        """Bytes of the runs' weights on disk."""
         return _FLOAT * self.parameters
 
 
 def cost(group: Sequence[Resolved], beside: Sequence[Resolved] = ()) -> Cost:
-    """What a group takes that trains in one pass of its source.
+    """Estimate the cost of a group that trains in one pass of its source.
+
+    Operations: the products of the source and of each SAE's step (with those that Muon or an
+    archetypal decoder adds), and 12 operations per weight for Adam. Bytes: the source's weights;
+    for each SAE its weights, two moments and the copy that is measured and stored; gradients of one
+    SAE, since they are freed before the next SAE's step; chunks; the work space of a step. An SAE
+    that was trained elsewhere counts only with its weights.
 
     Args:
-        beside: further runs whose hookpoints are read too, as other processes train them.
-
-    Counted are the products: those of the source, and those of each SAE's step (with what Muon or
-    an archetypal decoder adds); then 12 operations per weight for Adam. Bytes: the source's
-    weights; of each SAE weights, two moments and the copy that is measured and stored; gradients of
-    one of them, as they are freed before the next one's turn; chunks; the work space of a step.
-    Of what was trained elsewhere, the weights alone.
+        beside: runs that other processes train and whose hookpoints are read too.
     """
     read = [*group, *beside]
     hooks = [r.experiment.hook for r in read]
@@ -74,7 +74,7 @@ def cost(group: Sequence[Resolved], beside: Sequence[Resolved] = ()) -> Cost:
 
 
 def _weights(resolved: Resolved) -> int:
-    """Trained weights; an archetypal decoder is made of others than its rows."""
+    """Count the trained weights; an archetypal decoder also has the weights of its mixtures."""
     training, rows = resolved.experiment.training, resolved.num_latents
     weights = 2 * rows * resolved.d_in
     if training.decoder == "archetypal":
@@ -83,7 +83,7 @@ def _weights(resolved: Resolved) -> int:
 
 
 def step_flops(resolved: Resolved) -> float:
-    """Floating-point operations of one training step, about."""
+    """Estimate the floating-point operations of one training step."""
     e, rows, columns = resolved.experiment, resolved.num_latents, resolved.d_in
     product = 2.0 * rows * columns * e.training.batch_size
     flops = e.architecture.dense_products * product + 12.0 * _weights(resolved)
@@ -97,7 +97,7 @@ def step_flops(resolved: Resolved) -> float:
 
 
 def _work_space(resolved: Resolved) -> float:
-    """Bytes of a step beside weights and gradients: latents in full where products are dense."""
+    """Estimate a step's bytes apart from weights and gradients: dense products need all latents."""
     e = resolved.experiment
     latents = (e.architecture.dense_products - 1) * resolved.num_latents
     return _FLOAT * e.training.batch_size * (latents + 6 * resolved.d_in)
@@ -105,7 +105,7 @@ def _work_space(resolved: Resolved) -> float:
 
 @cache
 def product_speed(device: torch.device) -> float:
-    """Floating-point operations per second of a float32 product here, measured in a blink."""
+    """Measure briefly the floating-point operations per second of a float32 product."""
     size = 2_048 if device.type == "cuda" else 512
     a = torch.randn(size, size, device=device)
     best = float("inf")

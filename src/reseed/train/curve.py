@@ -1,4 +1,4 @@
-"""The curve of a run: means over the steps since its last row; ``training.csv``."""
+"""The training curve of a run (``training.csv``): means over the steps since the last row."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from reseed.atomic import atomic_write_text
 
 @dataclass
 class Curve:
-    """Rows that are closed, and the sums of the next one.
+    """Closed rows, and the sums of the next one.
 
     Attributes:
-        rows: a number by name for each column; a row may have columns that others lack.
-        steps: how many are in the sums.
-        sums: since the last row; tensors, so that a GPU is not waited for.
+        rows: dicts of column name to number; a row may have columns that others lack.
+        steps: number of steps in the sums.
+        sums: since the last row; kept as tensors to avoid waiting for the GPU.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -29,11 +29,11 @@ class Curve:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def count(self, *, squared_error: Tensor, variance: Tensor, **values: Tensor) -> None:
-        """A step.
+        """Add a step to the sums.
 
         Args:
-            squared_error, variance: of its batch; of their sums the row's FVU is the fraction.
-            values: of which the row has the means.
+            squared_error, variance: of its batch; the row's FVU is the ratio of their sums.
+            values: quantities whose means the row holds.
         """
         self.steps += 1
         for name, value in {**values, "squared_error": squared_error, "variance": variance}.items():
@@ -41,7 +41,7 @@ class Curve:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def close(self, step: int, tokens: int, **known: float) -> dict[str, float]:
-        """A row of the steps since the last one, of which there is at least one.
+        """Close and return a row of the steps since the last one; there must be at least one.
 
         Args:
             step, tokens, known: columns that are not sums.
@@ -55,7 +55,7 @@ class Curve:
         return row
 
     def write(self, folder: Path) -> None:
-        """All rows, if there are any."""
+        """Write all rows to training.csv, if there are any."""
         if not self.rows:
             return
         text = io.StringIO()
@@ -69,10 +69,10 @@ class Curve:
         atomic_write_text(folder / "training.csv", text.getvalue())
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has of it."""
+        """Return the entries for a checkpoint."""
         return {"curve": self.rows, "tally": {"steps": self.steps, "sums": self.sums}}
 
     @classmethod
     def of(cls, checkpoint: Mapping[str, Any]) -> Self:
-        """The inverse of `state`."""
+        """Rebuild a curve from a checkpoint (the inverse of `state`)."""
         return cls(checkpoint["curve"], **checkpoint["tally"])

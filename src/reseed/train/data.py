@@ -1,4 +1,4 @@
-"""The stream of activations as Lightning reads it."""
+"""The stream of activations as a data set for Lightning."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from reseed.activations.stream import STRIPES, ChunkStream, Position
 from reseed.ranks import ALONE, Ranks
 
 LONGEST_STEPS = 64
-"""A block holds at most so many batches of the smallest size, but one of every size always."""
+"""Most batches of the smallest size in a block; it always holds one batch of every size."""
 LONGEST_BYTES = 32 * 2**20
-"""And at most so many bytes of activations, with the same exception."""
+"""Most bytes of activations in a block, with the same exception."""
 TURN_S = 0.5
-"""A block is made as long as the group takes about so many seconds for: what happens between blocks
-(checkpoints, progress) then costs nothing, and is not waited for either."""
+"""Seconds that the group should take for a block: long enough that the work between blocks
+(checkpoints, progress) costs nothing, short enough that this work is not delayed."""
 
 
 class Block(NamedTuple):
-    """Rows ``start`` to ``stop`` (exclusive) of every stripe of a chunk."""
+    """The rows ``start`` to ``stop`` (exclusive) of every stripe of a chunk."""
 
     chunk: int
     start: int
@@ -38,17 +38,16 @@ class Block(NamedTuple):
 class StreamDataset(IterableDataset[Block]):
     """A stream from one position to another, in blocks that hold whole batches of every size.
 
-    Nothing is remembered between blocks: they are pure functions of their positions, so that to go
-    on after an interruption is to start at another one. A member of a group makes all its steps of
-    a block before the next member's turn: its weights and moments, which are far larger than its
-    batches, then come to the cache once in a block and not once in a step. How long blocks are
-    moves no number.
+    A block is a pure function of its position, so resuming means starting at another position. Each
+    run of a group makes all its steps of a block before the next run does: its weights and moments,
+    which are far larger than its batches, then enter the cache once per block, not once per step.
+    The length of blocks changes no result.
 
     Args:
-        batch_sizes: those of the members.
-        start: where the first batch begins that anybody lacks.
-        stop: where the last batch that anybody wants ends.
-        ranks: those that make each step together, and so take the same blocks.
+        batch_sizes: of the runs.
+        start: where the first batch begins that any run lacks.
+        stop: where the last batch ends that any run needs.
+        ranks: the processes that make each step together and so take the same blocks.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class StreamDataset(IterableDataset[Block]):
         self._units = 1
 
     def __iter__(self) -> Iterator[Block]:
-        # Down to where a block of this company begins: members that are further on wait.
+        # Round down to the start of a block; runs that are further ahead wait.
         chunk, row = self.start.chunk, self.start.row // self.unit * self.unit
         while Position(chunk, row) < self.stop:
             yield from self._blocks(chunk, row)
@@ -75,7 +74,7 @@ class StreamDataset(IterableDataset[Block]):
 
     def _blocks(self, chunk: int, row: int) -> Iterator[Block]:
         rows = self.stream.rows(chunk)
-        if rows - row < self.smallest:  # of what is left nobody can make a batch
+        if rows - row < self.smallest:  # the rest is too short for any run's batch
             return
         dealt = self.stream.chunk(chunk)
         row_bytes = sum(len(x) * x.shape[2] * x.element_size() for x in dealt.values())
@@ -88,7 +87,7 @@ class StreamDataset(IterableDataset[Block]):
             row = end
 
     def _pace(self, seconds: float) -> None:
-        """Choose the length of the next block by what was done with the last one."""
+        """Choose the length of the next block by the time that the last one took."""
         if self.ranks.several:
             seconds = float(self.ranks.largest_(torch.tensor(seconds)))
         if seconds < TURN_S / 2:
@@ -98,12 +97,12 @@ class StreamDataset(IterableDataset[Block]):
 
 
 class ActivationData(L.LightningDataModule):
-    """Feeds every SAE of a group from one stream."""
+    """The data module that feeds every SAE of a group from one stream."""
 
     def __init__(self, dataset: StreamDataset) -> None:
         super().__init__()
         self.dataset = dataset
 
     def train_dataloader(self) -> DataLoader:
-        # The model lives in this process: workers would need a copy each.
+        # The language model is in this process; data-loader workers would each need a copy.
         return DataLoader(self.dataset, batch_size=None, num_workers=0)

@@ -1,4 +1,4 @@
-"""Train one group: SAEs that read the same stream, in one pass of the language model."""
+"""Training of one group: SAEs that read the same stream, in one pass of the language model."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ def fit_group(
     team: Team | None = None,
     order: Any = None,
 ) -> dict[str, BaseException]:
-    """Train, measure and record the runs of a group. The caller holds their locks. What was
-    trained elsewhere is measured and recorded with them.
+    """Train, measure and record the runs of a group; the caller holds their locks. SAEs that were
+    trained elsewhere are only measured and recorded.
 
     Args:
         team: the processes that train; by default this one alone.
-        order: what its followers are told (`reseed.follow`).
+        order: the message that tells the other processes what to train (`reseed.follow`).
 
     Returns:
-        the error of each run that failed, by run id. One that fails does not stop the others.
+        the error of each run that failed, by run id. A failed run does not stop the others.
 
     Raises:
-        Interrupted: after SIGINT or SIGTERM; the same command goes on where this one stopped.
-        OutOfMemory: so does it after this, but better with fewer of them.
-        DiskFullError: no failure of these runs either.
+        Interrupted: SIGINT or SIGTERM stopped training; the same command resumes it.
+        OutOfMemory: memory did not suffice; the caller retries with half of the runs.
+        DiskFullError: the disk is full; the runs count as interrupted, not as failed.
     """
     clock = time.perf_counter()
     runs = [resolved.run(store) for resolved in group]
@@ -74,18 +74,18 @@ def fit_group(
         raise
     except Exception as error:
         if not is_out_of_memory(error):
-            # Members that were recorded already keep their own outcome.
+            # Runs that were recorded already keep their own outcome.
             for run in runs:
                 if run.record["status"] == "running":
                     run.fail(error)
             raise
         reason = str(error).splitlines()[0]
     else:
-        if not any(r.role for r in group):  # a calibration says of itself what there is to say
+        if not any(r.role for r in group):  # a calibration prints its own summary
             sound, took = len(runs) - len(failures), seconds_since(clock)
             say(f"  {sound} of {len(runs)} runs finished in {took:,.1f} s")
         return failures
-    # Outside of the handler: the error holds on to every frame, and so to the memory.
+    # Outside of the handler, since the error references every frame and so the memory.
     _interrupt(runs)
     free_memory()
     raise OutOfMemory(f"out of memory with {counted(len(runs), 'SAE')} ({reason})")
@@ -94,18 +94,18 @@ def fit_group(
 def _interrupt(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.record["status"] == "running":
-            with suppress(DiskFullError):  # then it is `running` without an owner: the same
+            with suppress(DiskFullError):  # it stays `running` without an owner, which is the same
                 run.update(status="interrupted")
 
 
 def fit_share(
     group: Sequence[Resolved], runs: Sequence[Run], runtime: RuntimeConfig, ranks: Ranks
 ) -> dict[str, BaseException]:
-    """What one process does of a group: all of it, unless it has company.
+    """Do this process's share of a group: all of it if it is the only process.
 
-    With ``runtime=ddp`` every rank trains all SAEs on its stripes of each chunk, and the first one
-    records; with ``runtime=spread`` each trains and records SAEs of its own, and all make the
-    chunks together. All ranks call it together.
+    With ``runtime=ddp`` every rank trains all SAEs on its stripes of each chunk, and the first rank
+    records; with ``runtime=spread`` each rank trains and records its own SAEs, and all compute the
+    chunks together. All ranks call this function together.
 
     Returns:
         the error of each run of the group that failed, by run id.
@@ -140,20 +140,20 @@ def fit_share(
         failures = _finish(members, share.own, source, timings)
     if not ranks.several:
         return failures
-    # Errors as words: not every exception can be sent.
+    # Send errors as text: not every exception can be pickled.
     told = ranks.collect({run: str(error) for run, error in failures.items()})
     return {run: ReseedError(words) for each in told for run, words in each.items()} | failures
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one rank does of a group.
+    """The share of a group that one rank trains.
 
     Attributes:
-        ranks: this one among all.
+        ranks: all ranks of the team, as this one sees them.
         own: the runs that it trains.
         keeps: whether it writes checkpoints and results.
-        of_batch: those that share each batch.
+        of_batch: the ranks that share each batch.
     """
 
     ranks: Ranks
@@ -173,7 +173,7 @@ class Share:
 
     @property
     def waits(self) -> bool:
-        """Whether others need it for every chunk, whatever it has left to do."""
+        """True if the other ranks need this one for every chunk, even after its own last step."""
         return self.ranks.several and not self.of_batch.several
 
 
@@ -183,7 +183,7 @@ def _finish(
     source: ActivationSource,
     timings: dict[str, Any],
 ) -> dict[str, BaseException]:
-    """Measure and record; the errors of those that failed."""
+    """Measure and record the runs; return the errors of those that failed, by run id."""
     started = time.perf_counter()
     sound = [m for m in members if m.error is None]
     measured = _measure(sound, source, [resolved for resolved, _ in own])
@@ -208,11 +208,11 @@ def _train(
     stream: ChunkStream,
     runtime: RuntimeConfig,
 ) -> None:
-    """Make the steps that are lacking.
+    """Make the remaining steps.
 
     Args:
-        members: those of this rank.
-        wanted: batch size and steps of each run of the group.
+        members: the runs of this rank.
+        wanted: batch size and number of steps of each run of the group.
     """
     begin = [stream.position(m.step, m.training.batch_size) for m in members if m.active]
     starts = [at for at in share.ranks.collect(min(begin, default=None)) if at is not None]
@@ -230,7 +230,7 @@ def _train(
         progress = GroupProgress(members, runtime.progress and share.ranks.leads)
         callbacks.append(progress)
         if progress.first and share.ranks.leads:
-            say(f"  going on after {progress.first:,} of {progress.total:,} tokens")
+            say(f"  resuming after {progress.first:,} of {progress.total:,} tokens")
     if share.keeps:
         callbacks.append(Heartbeat(members, folders, runtime.heartbeat_every_s))
     with _quiet_lightning():
@@ -253,7 +253,7 @@ def _train(
         except Stopped:
             pass
         except SystemExit as end:
-            # Lightning's way with a signal that comes before our handlers are in place.
+            # Lightning exits like this on a signal that comes before our handlers are installed.
             signalled = end.__context__ if isinstance(end.__context__, KeyboardInterrupt) else end
             raise signalled from None
         finally:
@@ -262,7 +262,7 @@ def _train(
 
 
 def _end(stream: ChunkStream, size: int, steps: int) -> Position:
-    """Where the last of so many batches ends."""
+    """Return the position at which the last of ``steps`` batches ends."""
     last = stream.position(steps - 1, size)
     return Position(last.chunk, last.row + size // STRIPES)
 
@@ -270,7 +270,7 @@ def _end(stream: ChunkStream, size: int, steps: int) -> Position:
 def _member(
     resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream, ranks: Ranks
 ) -> AnyMember:
-    """The run's state: from its checkpoint, from the first chunk of activations, or as it is."""
+    """Return the run's state: from its checkpoint, from the first chunk, or as imported."""
     e = resolved.experiment
     if resolved.pretrained is not None:
         return ImportedMember(run.id, e.hook, resolved.pretrained, source.device)
@@ -291,7 +291,7 @@ def _begin(member: Member, run: Run, source: ActivationSource, stream: ChunkStre
             return
         except Exception as error:
             raise ReseedError(
-                f"{checkpoint} cannot be read ({error}); delete it to train this run anew"
+                f"{checkpoint} cannot be read ({error}); delete it to train this run from the start"
             ) from error
     truth = None if source.world is None else source.world.dictionary
     member.start(stream.chunk(0)[member.hookpoint].flatten(0, 1), truth)
@@ -313,7 +313,7 @@ def _measure(
 def _measure_truth(
     measured: Mapping[str, Reconstruction], source: ActivationSource, group: Sequence[Resolved]
 ) -> dict[str, TruthResult]:
-    """Against the features of a world, on the same held-out tokens; of a model nothing."""
+    """Measure SAEs against a world's features on the same held-out tokens; {} without a world."""
     if source.world is None or not measured:
         return {}
     samples = source.held_out_samples(group[0].experiment.dataset.held_out_tokens)
@@ -329,7 +329,7 @@ def _check(member: AnyMember) -> None:
 
 
 def _loggers(runtime: RuntimeConfig) -> list[Any]:
-    """TensorBoard and W&B on demand; training.csv is always written, by ourselves."""
+    """Make the loggers that the user asked for; training.csv is always written, without them."""
     from lightning.pytorch import loggers
 
     made: list[Any] = []
@@ -342,7 +342,7 @@ def _loggers(runtime: RuntimeConfig) -> list[Any]:
 
 @contextmanager
 def _quiet_lightning():
-    """Lightning's hints on devices and workers say nothing that our own lines do not."""
+    """Silence Lightning's hints on devices and workers, which our own messages cover."""
     found = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in found]
     for logger in found:

@@ -1,4 +1,4 @@
-"""A run of a group that is not trained: its SAE was there already."""
+"""A run of a group whose SAE was trained elsewhere and is only measured."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
     from reseed.sae.pretrained import Pretrained
 
 CURVE = "step,tokens,fvu,dead_fraction,lr,seconds\n"
-"""training.csv of what has no training."""
+"""The training.csv of a run without training: only its header."""
 
 
 @final
 class ImportedMember:
-    """What `reseed.train.fit` measures and records, in the place of a `Member`.
+    """An imported run, with the interface of `Member` that `reseed.train.fit` needs.
 
     Args:
         id: the run's folder name.
-        hookpoint: which activations it reads.
+        hookpoint: the hookpoint whose activations it reads.
         found: the SAE.
-        device: where it is measured.
+        device: the device on which it is measured.
     """
 
     scale = 1.0
@@ -41,17 +41,17 @@ class ImportedMember:
         self.error: BaseException | None = None
         try:
             self.sae: SAE = found.load().to(device)
-        except ReseedError as error:  # of this run alone
+        except ReseedError as error:  # fails this run only
             self.error = error
             say(f"failed: {id}: {error}")
 
     def result(self) -> SAE:
-        """The SAE as it is measured and stored."""
+        """Return the SAE to measure and store."""
         return self.sae
 
     def check_weights(self) -> None:
-        """Nothing to do: what is not finite is not read."""
+        """Do nothing: reading the SAE already refuses values that are not finite."""
 
     def write_curve(self, folder: Path) -> None:
-        """An empty training.csv."""
+        """Write a training.csv without rows."""
         atomic_write_text(folder / "training.csv", CURVE)

@@ -1,7 +1,7 @@
-"""Lloyd's k-means: float32, a fixed number of rounds, the same result at every call.
+"""Lloyd's k-means in float32, with a limit on rounds and the same result at every call.
 
-Not scipy's ``kmeans2``: it holds all points × k distances at once (of 20,000 points in 16
-dimensions and 8,000 centres its memory grew by 610 MiB) and is for the CPU alone.
+scipy's ``kmeans2`` is not used: it holds all points × k distances at once (with 20,000 points in 16
+dimensions and 8,000 centres its memory grew by 610 MiB) and runs on the CPU only.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ BLOCK_DISTANCES = 2**24
 def kmeans(
     points: Float[Tensor, "points d_in"], k: int, generator: Generator, rounds: int = ROUNDS
 ) -> Float[Tensor, "k d_in"]:
-    """The centroids after ``rounds`` rounds, or when no point changes its cluster any more.
+    """Return the centroids after ``rounds`` rounds, or once no point changes its cluster.
 
-    Starts at k distinct points drawn at random. A cluster that has lost all its points starts anew
+    It starts at k distinct points drawn at random. A cluster that has lost all its points restarts
     at the point that is farthest from its centroid.
 
     Args:
-        generator: of the CPU, so that the draw is the same on every device.
+        generator: on the CPU, so that the draw is the same for every device.
 
     Raises:
-        ConfigError: more clusters than points.
+        ConfigError: there are more clusters than points.
     """
     if not 1 <= k <= len(points):
         raise ConfigError(
@@ -54,7 +54,7 @@ def kmeans(
 def assign(
     points: Float[Tensor, "points d_in"], centroids: Float[Tensor, "k d_in"]
 ) -> tuple[Int[Tensor, " points"], Float[Tensor, " points"]]:
-    """The nearest centroid of each point (the first of equals), and the squared distance to it."""
+    """Return each point's nearest centroid (the first of ties) and the squared distance to it."""
     nearest, distances = [], []
     squares = centroids.square().sum(1)
     for block in points.split(max(1, BLOCK_DISTANCES // len(centroids))):
@@ -65,8 +65,8 @@ def assign(
 
 
 def _means(points: Tensor, nearest: Tensor, distances: Tensor, k: int) -> Tensor:
-    """The mean of each cluster; of an empty one, one of the points that are the farthest off."""
-    # Sorted and summed by bags: a scattered sum does not repeat itself on a GPU.
+    """Return each cluster's mean; for an empty one, a point farthest from its own centroid."""
+    # Sort, then sum by bags: a scattered sum is not deterministic on a GPU.
     counts = torch.bincount(nearest, minlength=k)
     order = torch.sort(nearest, stable=True).indices
     means = nn_functional.embedding_bag(order, points, counts.cumsum(0) - counts, mode="mean")

@@ -1,4 +1,4 @@
-"""The geometric median: a centre that outliers do not drag along."""
+"""The geometric median: a centre that is robust to outliers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ MAX_ROUNDS = 1_000
 
 @torch.no_grad()
 def geometric_median(points: Float[Tensor, "points d_in"]) -> Float[Tensor, " d_in"]:
-    """The y that minimises Σ ‖x_i − y‖, in float64, by Weiszfeld's iteration.
+    """Return the y that minimises Σ ‖x_i − y‖, in float64, by Weiszfeld's iteration.
 
-    As Vardi & Zhang (2000) have it, so that it also ends, or moves on, where y meets a point. It
-    ends when the mean of the unit vectors from y to the points, 0 at the median, has a norm of at
-    most `TOLERANCE` (beyond what points at y itself may hold), or after `MAX_ROUNDS`.
+    The variant of Vardi & Zhang (2000) also handles a y that meets a point. It ends when the mean
+    of the unit vectors from y to the points, which is 0 at the median, has a norm of at most
+    `TOLERANCE` (beyond what points at y itself may balance), or after `MAX_ROUNDS`.
     """
     points = points.double()
     median = points.mean(0)
-    # Nearer than this is met: rounding of coordinates, which no distance can be below.
+    # A point nearer than this counts as met: distances are not resolved below rounding.
     met_within = 1e-12 * float(torch.linalg.vector_norm(points - median, dim=1).mean())
     for _ in range(MAX_ROUNDS):
         offsets = points - median

@@ -1,4 +1,4 @@
-"""One SAE in training: weights, optimiser, dead counters, curve, position."""
+"""The training state of one run: weights, optimiser, dead counters, curve, position."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ from reseed.train.steering import Steering
 
 
 class NotFiniteError(ReseedError, ArithmeticError):
-    """A run diverged: its loss, weights or measures are NaN or infinite.
+    """Error of a run that diverged: its loss, weights or measures are NaN or infinite.
 
     Args:
-        what: which of them.
-        step: the first step at which that was so.
+        what: the quantity, with its verb ("the loss is").
+        step: the first step at which it was not finite.
     """
 
     def __init__(self, what: str, step: int) -> None:
@@ -48,7 +48,7 @@ class NotFiniteError(ReseedError, ArithmeticError):
 
 
 def make_optimizer(sae: SAE, training: TrainingConfig) -> SAEOptimizer:
-    """The optimiser that a recipe asks for."""
+    """Make the optimiser that the training options ask for."""
     lr = training.peak_lr(sae.config, sae.num_latents)
     options: dict[str, Any] = {
         "encoder_weight_decay": training.encoder_weight_decay,
@@ -67,7 +67,7 @@ def make_optimizer(sae: SAE, training: TrainingConfig) -> SAEOptimizer:
 
 
 def _generator(purpose: str, seed: int) -> torch.Generator:
-    """A stream of its own for each purpose, not the one that the first weights came from."""
+    """Return a separate generator per purpose, distinct from the one of the initial weights."""
     return torch.Generator().manual_seed(int(digest([purpose, seed]), 16))
 
 
@@ -76,13 +76,13 @@ class Member:
 
     Args:
         id: the run's folder name.
-        hookpoint: which activations of a batch it reads.
+        hookpoint: the hookpoint whose activations it reads.
         config: the architecture.
-        training: the recipe.
+        training: the training options.
         d_in: width of the activations.
         init_seed: seed of the weights.
-        device: where it trains.
-        ranks: those that each train it on their part of every batch, all in the same way.
+        device: the device on which it trains.
+        ranks: the processes that train it together, each on its share of every batch.
     """
 
     def __init__(
@@ -118,31 +118,31 @@ class Member:
 
     @property
     def active(self) -> bool:
-        """Whether it still has steps to make."""
+        """True while the run still has steps to make."""
         return self.error is None and self.step < self.training.steps
 
     @property
     def broken(self) -> bool:
-        """Whether it failed, or its loss was not finite at some step."""
+        """True if the run failed or its loss was not finite at some step."""
         return self.error is not None or int(self._first_bad) >= 0
 
     @property
     def dead(self) -> Tensor:
-        """Mask [num_latents] of the latents that have not fired for long."""
+        """Mask [num_latents] of the dead latents."""
         return self.tokens_since_fired >= self.training.dead_after()
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
-        """An error within it is this run's, and does not stop the others of its group."""
+        """Keep an error inside the context as this run's `error`, so that the group continues."""
         try:
             yield
         except DiskFullError:
             raise
         except Exception as error:
-            if is_out_of_memory(error):  # of the machine, like the disk, which they share
+            if is_out_of_memory(error):  # concerns all runs on the machine, like a full disk
                 raise
             if self.ranks.several and not isinstance(error, ReseedError):
-                raise  # the others may not know of it, and would wait
+                raise  # the other ranks may not have the error and would wait for this one
             self.error = error
             say(f"failed: {self.id}: {error}")
 
@@ -151,17 +151,20 @@ class Member:
         x: Float[Tensor, "tokens d_in"],
         truth: Float[Tensor, "features d_in"] | None = None,
     ) -> None:
-        """Input scale, b_dec, and what else depends on the first activations.
+        """Set the input scale, b_dec and everything else that depends on the first activations.
 
         Args:
             x: the first chunk.
             truth: unit directions of a world's features, for ``training.start=truth``.
+
+        Raises:
+            ReseedError: all activations are zero.
         """
         x = x.to(self.sae.b_dec.device, torch.float32)
         if self.training.normalize_activations:
             norm = float(torch.linalg.vector_norm(x, dim=1).double().mean())
             if not norm > 0:
-                raise ReseedError(f"{self.id}: the activations are all zero; nothing can be learnt")
+                raise ReseedError(f"{self.id}: all activations are zero, so no SAE can be trained")
             self.scale = x.shape[1] ** 0.5 / norm
         if self.training.b_dec_init == "mean":
             self.sae.initialise_b_dec((x.double().mean(0) * self.scale).float())
@@ -178,7 +181,7 @@ class Member:
 
     @torch.no_grad()
     def _start_at(self, truth: Float[Tensor, "features d_in"]) -> None:
-        """Both rows of latent i at feature i, turned by noise of a given length, norms kept."""
+        """Turn both rows of latent i to feature i plus noise (`start_noise`); keep their norms."""
         noise = torch.randn(self.sae.W_dec.shape, generator=_generator("start", self.init_seed)) * (
             self.training.start_noise / truth.shape[1] ** 0.5
         )
@@ -188,17 +191,17 @@ class Member:
             weights.copy_(rows * weights.norm(dim=1, keepdim=True))
 
     def save_start(self, path: Path) -> None:
-        """The SAE before its first step, where its weights cannot be drawn anew from the seed."""
+        """Save the SAE before its first step if its weights cannot be redrawn from the seed."""
         if not self.training.start_is_drawn:
             state = plain(self.sae, {}).folded(self.scale).state_dict()
             state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
             atomic_write_bytes(path, to_safetensors(state))
 
     def result(self) -> SAE:
-        """The SAE as it is measured and stored: for raw activations, with a plain W_dec.
+        """Return the SAE to measure and store: for raw activations, with a plain W_dec.
 
-        Of a schedule-free optimiser these are the mean weights, not those where it takes gradients
-        (which the curve is of). Running thresholds were followed at the latter.
+        With a schedule-free optimiser it has the mean weights. The curve and running thresholds
+        belong to the weights at which gradients are taken.
         """
         weights = self.optimizer.evaluation_weights()
         if weights or self.training.decoder != "free":
@@ -206,17 +209,17 @@ class Member:
         return self.sae.folded(self.scale)
 
     def steer(self) -> None:
-        """Move the penalty weight towards the architecture's `target_l0` while it trains."""
+        """Steer the penalty weight towards the architecture's `target_l0` during training."""
         target = self.sae.config.target_l0
         assert target is not None
         self.steering = Steering(target, self.training.steps, math.log(self.sae.penalty_weight))
 
     def train(self, x: Float[Tensor, "batch d_in"], optimizer: Any) -> None:
-        """One optimiser step on raw activations ``x``.
+        """Take one optimiser step on raw activations ``x``.
 
         Args:
-            x: [batch, d_in], in the model's dtype; this rank's part where several share the batch.
-            optimizer: this member's, as the trainer wraps it.
+            x: [batch, d_in], in the model's dtype; this rank's share if several share the batch.
+            optimizer: this run's optimiser, as the trainer wraps it.
         """
         x = x.to(torch.float32) * self.scale
         step = Step(self.step, self.training.steps)
@@ -235,7 +238,7 @@ class Member:
         self.step += 1
 
     def _over_ranks(self, loss: Loss) -> Loss:
-        """What the whole batch says: the mean of gradients and terms, the sum of counts."""
+        """Combine the ranks' results: the mean of gradients and loss terms, the sum of counts."""
         gradients = [p.grad for p in self.sae.parameters() if p.grad is not None]
         self.ranks.mean_(gradients)
         means = [loss.total.detach(), loss.l0, *loss.parts.values()]
@@ -252,9 +255,9 @@ class Member:
         )
 
     def check_weights(self) -> None:
-        """Raise `NotFiniteError` where the last update spoilt the weights.
+        """Raise `NotFiniteError` if the weights are not finite.
 
-        Where several ranks train it, also `ReseedError` where they have not come to the same.
+        If several ranks train the run, also raise `ReseedError` if their weights differ.
         """
         weights = [*self.sae.parameters(), *self.optimizer.evaluation_weights().values()]
         if not all(bool(torch.isfinite(p).all()) for p in weights):
@@ -263,15 +266,18 @@ class Member:
             own = [float(p.detach().double().sum()) for p in weights]
             if any(other != own for other in self.ranks.collect(own)):
                 raise ReseedError(
-                    f"{self.id}: the ranks that trained it together hold different weights: are "
-                    "their devices and versions the same?"
+                    f"{self.id}: the ranks that trained it together have different weights; check "
+                    "that their devices and library versions are the same"
                 )
 
     def log(self, seconds: float) -> dict[str, float]:
-        """Close a row of the curve: means since the last one.
+        """Close and return a row of the curve: means since the last one.
+
+        Args:
+            seconds: training time in this process.
 
         Raises:
-            NotFiniteError: the loss was not finite at some step since then.
+            NotFiniteError: the loss was not finite at some step.
         """
         bad = int(self._first_bad)
         if bad >= 0:
@@ -286,11 +292,11 @@ class Member:
         )
 
     def write_curve(self, folder: Path) -> None:
-        """training.csv, whole."""
+        """Write the whole training.csv."""
         self.curve.write(folder)
 
     def save(self, path: Path, seconds: float) -> None:
-        """Everything needed to go on exactly."""
+        """Write a checkpoint from which the run resumes bit-identically."""
         state = {
             "step": self.step,
             "seconds": self.seconds + seconds,
@@ -305,7 +311,7 @@ class Member:
         atomic_write(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
-        """Go on from `save`."""
+        """Restore the state from a checkpoint of `save`."""
         state = torch.load(path, map_location=self.tokens_since_fired.device, weights_only=True)
         self.step, self.seconds, self.scale = state["step"], state["seconds"], state["scale"]
         self.sae.load_state_dict(state["sae"])
@@ -319,13 +325,13 @@ class Member:
             self.sae.penalty_weight = self.steering.weight
 
     def _precision(self) -> torch.autocast:
-        """The context of a step's products. One for each step: within one, casts are kept."""
+        """Return the autocast context of one step. Each step needs a new one: it caches casts."""
         low = self.training.precision == "bfloat16"
         return torch.autocast(self.sae.b_dec.device.type, torch.bfloat16, enabled=low)
 
     @contextmanager
     def _decoder_made_once(self) -> Iterator[None]:
-        """Within it an archetypal decoder is computed once, with its gradient."""
+        """Compute an archetypal decoder only once in the context, with its gradient."""
         if self.training.decoder == "free":
             yield
             return

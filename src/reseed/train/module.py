@@ -1,4 +1,4 @@
-"""The Lightning module: many SAEs, one stream."""
+"""The Lightning module that trains many SAEs on one stream."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from reseed.train.member import Member
 
 
 class GroupModule(L.LightningModule):
-    """Trains every member on each block of activations, each by its own optimiser and batch size.
+    """A module that trains every run of a group on each block of activations.
 
-    Members do not see each other: no sum and no random draw is shared between them, so that a
-    member's numbers are those of the run trained alone. One that fails is out; the others go on.
+    Each run has its own optimiser and batch size. Runs share no sum and no random draw, so a run's
+    results equal those of the run trained alone. If one fails, the others continue.
 
     Args:
-        ranks: those that share each batch, and make each step together.
+        ranks: the processes that share each batch and make each step together.
 
     Attributes:
-        after_step: called with a member after each of its steps; may set its `error`.
-        stopping: whether to leave the block as it is after the present step.
-        wish: whether this rank wants to stop; where ranks share each batch, they stop together.
+        after_step: called with a run after each of its steps; may set its `error`.
+        stopping: whether to leave the block unfinished after the current step.
+        wish: whether this rank wants to stop; ranks that share each batch stop together.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class GroupModule(L.LightningModule):
         return None
 
     def _batches(self, member: Member, block: Block) -> Iterator[Float[Tensor, "batch d_in"]]:
-        """The batches of a block that a member lacks: it may be ahead of the stream, as it was
-        saved later than another."""
+        """Yield the batches of a block that a run still needs. A run may be ahead of the stream if
+        its checkpoint is newer than another run's."""
         size = member.training.batch_size
         part = size // STRIPES
         first = self.stream.steps_before(block.chunk, size) + block.start // part
@@ -72,5 +72,5 @@ class GroupModule(L.LightningModule):
 
     @property
     def working(self) -> bool:
-        """Whether any member still has steps to make."""
+        """True while any run still has steps to make."""
         return any(member.active for member in self.members)

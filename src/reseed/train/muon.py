@@ -1,14 +1,14 @@
 """Muon: momentum whose singular values are brought near 1 (Jordan et al. 2024).
 
-For W_enc and W_dec; biases, thresholds and all else go by Adam. As in sparsify's trainer the update
-is orthogonalised Nesterov momentum times 0.2·√(longer side), which gives it the size of an Adam
-update (root mean square 0.2 per weight; Liu et al. 2025, 2502.16982), so that the rate does not
-depend on the width. Other than there the iteration runs in float32, not bfloat16.
+Muon updates W_enc and W_dec; Adam updates biases, thresholds and everything else. As in sparsify's
+trainer the update is orthogonalised Nesterov momentum times 0.2·√(longer side), which gives it the
+size of an Adam update (root mean square 0.2 per weight; Liu et al. 2025, 2502.16982), so that the
+learning rate does not depend on the width. Unlike there, the iteration runs in float32, not
+bfloat16.
 
-Not `torch.optim.Muon`, which has the same update (``adjust_lr_fn="match_rms_adamw"``): its
-iteration is in bfloat16 whatever the weights are in, which moves an update by about 1% of its
-length. It takes matrices alone, so that Adam would be a second optimiser with a clipping and a
-schedule to be kept in step.
+`torch.optim.Muon` has the same update (``adjust_lr_fn="match_rms_adamw"``) but is not used: its
+iteration is always in bfloat16, which changes an update by about 1% of its length. It also takes
+only matrices, so Adam would be a second optimiser with its own clipping and schedule.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class SAEMuon(SAEAdam):
-    """Muon for the matrices, Adam for the rest.
+    """An optimiser with Muon for the matrices and Adam for the rest.
 
     Args:
-        lr: of the matrices.
-        adam_lr: of the rest; `set_lr` keeps their ratio.
-        momentum: of the matrices (an exponential mean, with Nesterov's step ahead).
+        lr: learning rate of the matrices.
+        adam_lr: learning rate of the rest; `set_lr` keeps their ratio.
+        momentum: of the matrices (an exponential mean with Nesterov's look-ahead).
         options: those of `SAEAdam`.
     """
 
@@ -54,7 +54,7 @@ class SAEMuon(SAEAdam):
         self.set_lr(lr)
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the matrices in the next steps; the others' follows."""
+        """Set the learning rate of the matrices for the next steps; the rest keeps its ratio."""
         for group in self.param_groups:
             group["lr"] = lr * group["lr_ratio"]
 
@@ -83,14 +83,14 @@ class SAEMuon(SAEAdam):
 
 @torch.no_grad()
 def orthogonalised(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows columns"]:
-    """U S' Vᵀ of a matrix U S Vᵀ, with S' near 1: five Newton–Schulz steps.
+    """Return U S' Vᵀ for a matrix U S Vᵀ, with S' near 1, by five Newton–Schulz steps.
 
-    Each step is p(s) = 3.4445 s − 4.775 s³ + 2.0315 s⁵ on the singular values, those of the matrix
-    over its Frobenius norm at first. The coefficients are Jordan's: steep at 0 rather than exact
-    at 1, so that five steps bring what is above 1/500 of that norm to within 0.68 … 1.21. A zero
-    matrix stays.
+    The matrix is first divided by its Frobenius norm; each step then applies
+    p(s) = 3.4445 s − 4.775 s³ + 2.0315 s⁵ to the singular values. The coefficients are Jordan's:
+    steep at 0 rather than exact at 1, so five steps bring singular values above 1/500 of that norm
+    into 0.68 … 1.21. A zero matrix stays zero.
 
-    The products are taken on the shorter side: 2·short²·long + short³ multiplications a step.
+    The products are taken on the shorter side: 2·short²·long + short³ multiplications per step.
     """
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]

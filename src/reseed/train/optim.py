@@ -1,21 +1,21 @@
-"""The optimiser of one SAE, and its learning rate.
+"""The optimiser of one SAE and its learning rate.
 
-One step, in this order, and the only place where the order is laid down:
+This is the only place that defines the order of one step:
 
 1. With a unit-norm decoder, the component of each decoder row's gradient that is parallel to the
-   row is taken out (Bricken et al. 2023).
-2. The global norm over all gradients of this SAE, as projected, is clipped.
+   row is removed (Bricken et al. 2023).
+2. The global norm over all (projected) gradients of this SAE is clipped.
 3. Weights decay (decoupled, as in AdamW), then the update: `SAEAdam` here, `SAESignSGD`
    (``sign_sgd.py``), `SAEMuon` (``muon.py``).
 4. With a unit-norm decoder, decoder rows are scaled back to norm 1.
-5. What `Constraints` says further: mixtures of archetypes go back to the simplex and their
-   relaxation into its ball; in aligned training E_j · d_j goes back to 1, last, for it needs the
-   decoder as it will be used.
+5. `Constraints` are applied: mixtures of archetypes are projected to the simplex and their
+   relaxation into its ball; in aligned training E_j · d_j is set to 1, last, because it needs the
+   final decoder.
 
-Projection comes before clipping, as in dictionary_learning: a component that will not be applied
-should not count in the norm. sparsify projects and does not clip. An archetypal decoder is unit by
-construction: 1 and 4 pass it by. A schedule-free optimiser holds three sets of weights (see
-``sign_sgd.py``), and each of them goes through 4 and 5.
+Projection precedes clipping, as in dictionary_learning: a component that will not be applied should
+not count in the norm. sparsify projects and does not clip. Steps 1 and 4 skip an archetypal
+decoder, which is unit by construction. A schedule-free optimiser holds three sets of weights (see
+``sign_sgd.py``); 4 and 5 apply to each of them.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ from reseed.sae.base import SAE, Step
 from reseed.train.constraints import Constraints, normalise_rows
 
 BLOCK_BYTES = 4 * 2**20
-"""Rows of this many bytes are projected, updated and renormalised together, while in the cache."""
+"""Bytes of rows that are projected, updated and renormalised together to stay in the cache."""
 
 
 def learning_rate(
     step: Step, peak: float, *, warmup_steps: int = 0, decay_fraction: float = 0.2
 ) -> float:
-    """Linear warm-up, constant, linear decay to 0 at the end; a pure function of the step.
+    """Return the rate of a step: linear warm-up, constant, linear decay to 0.
+
+    It is a pure function of the step.
 
     Args:
         peak: the constant.
         warmup_steps: the rate of step i < warmup_steps is peak · (i + 1) / warmup_steps.
-        decay_fraction: over this last fraction of the steps the rate falls; it would reach 0 at
-            step ``total``, so that every step moves.
+        decay_fraction: the rate falls over this last fraction of the steps. It would reach 0 at
+            step ``total``, so every step has a positive rate.
     """
     rising = (step.index + 1) / warmup_steps if step.index < warmup_steps else 1.0
     decay_steps = decay_fraction * step.total
@@ -56,22 +58,22 @@ def learning_rate(
 
 
 class SAEOptimizer(torch.optim.Optimizer, ABC):
-    """The step for one SAE: all its parameters that require a gradient, and no other's.
+    """Base class of optimisers of one SAE: of all its parameters that require a gradient.
 
-    Bit for bit repeatable on the CPU, and so is a resume: `state_dict` is complete.
+    On the CPU steps are bit-identical when repeated or resumed: `state_dict` is complete.
 
     Args:
         sae: the module whose parameters are updated.
-        lr: learning rate; `set_lr` moves it.
+        lr: learning rate; `set_lr` changes it.
         defaults: further entries of every group.
         encoder_weight_decay, decoder_weight_decay: decoupled decay of W_enc and of W_dec.
         max_grad_norm: bound of the global norm of the gradients; None does not clip.
-        unit_norm_decoder: hold decoder rows at norm 1; None asks the SAE's config.
-        train_b_dec: False freezes the decoder's bias where it is.
+        unit_norm_decoder: hold decoder rows at norm 1; None takes the value of the SAE's config.
+        train_b_dec: False freezes the decoder's bias at its current value.
         aligned: hold E_j · d_j = 1 for every latent.
 
     Attributes:
-        grad_norm: global norm before clipping at the last step; None where nothing is clipped.
+        grad_norm: global norm before clipping at the last step; None without clipping.
     """
 
     def __init__(
@@ -106,31 +108,31 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
-        """Points 3 and 4 for these groups, one parameter each.
+        """Do points 3 and 4 of a step for these groups, one parameter each.
 
         Args:
-            factor: what clipping multiplies the gradients by; None leaves them.
+            factor: the factor of clipping for the gradients; None leaves them.
         """
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """By name, the weights to measure and to store where they are not the parameters."""
+        """Return, by name, weights to measure and store that differ from the parameters."""
         return {}
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the next steps."""
+        """Set the learning rate of the next steps."""
         for group in self.param_groups:
             group["lr"] = lr
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
-        """One update from the gradients that are there; parameters without one are left alone."""
+        """Take one step with the present gradients; parameters without one do not change."""
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         groups = [group for group in self.param_groups if group["params"][0].grad is not None]
         if groups:
-            # Lightning calls this where the loss is taken, under its precision: an update is not.
+            # Lightning may call this under its autocast, which must not apply to an update.
             with torch.autocast(groups[0]["params"][0].device.type, enabled=False):
                 self._step(groups)
         return result
@@ -148,7 +150,7 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
         self.constraints.hold({g["name"]: g["params"][0] for g in self.param_groups})
 
     def _clip(self, groups: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
-        """The global gradient norm, and the factor that brings it within bounds."""
+        """Return the global gradient norm and the factor that clips it."""
         if self.max_grad_norm is None or not groups:
             return None, None
         norms = [torch.linalg.vector_norm(group["params"][0].grad) for group in groups]
@@ -160,11 +162,11 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
 
 
 class SAEAdam(SAEOptimizer):
-    """Adam (Kingma & Ba 2015).
+    """The Adam optimiser (Kingma & Ba 2015).
 
     Args:
         lr: learning rate, also settable as ``param_groups[i]["lr"]`` or by `set_lr`.
-        betas, eps: Adam's.
+        betas, eps: Adam's parameters.
         options: those of `SAEOptimizer`.
     """
 
@@ -224,7 +226,7 @@ class SAEAdam(SAEOptimizer):
                 [state["exp_avg"][rows]],
                 [state["exp_avg_sq"][rows]],
                 [],
-                [state["step"].clone()],  # `adam` counts on it, once for every block
+                [state["step"].clone()],  # `adam` increments it at every block
                 fused=True,
                 amsgrad=False,
                 beta1=beta1,
@@ -240,7 +242,7 @@ class SAEAdam(SAEOptimizer):
 
 
 def _remove_parallel(decoder: Tensor) -> None:
-    """g ← g − (g·d) d for rows d of norm 1, in place."""
+    """Set g ← g − (g·d) d for rows d of norm 1, in place."""
     assert decoder.grad is not None
     for rows in _blocks(decoder):
         block, grad = decoder[rows], decoder.grad[rows]

@@ -1,9 +1,9 @@
-"""Which runs train together, and what that will take: made, and said, before anything starts.
+"""The plan of a command: groups of runs that train together, and their cost.
 
-Runs that read the same activations form one group, whatever their hookpoints, architectures,
-budgets and batch sizes: one pass of the source feeds them all, down to the deepest hookpoint and as
-far as the largest budget. A group that would not fit into memory is split, into as few parts as do
-fit, as each of them needs a pass of its own.
+It is made and printed before anything starts. Runs that read the same activations form one group,
+even if their hookpoints, architectures, budgets and batch sizes differ: one pass of the source
+feeds them all, down to the deepest hookpoint and as far as the largest budget. A group that would
+not fit into memory is split into as few groups as possible, since each needs its own pass.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from reseed.train.config import RuntimeConfig
 
 MEMORY_SHARE = 0.85
-"""Of the memory that is free, a group may take so much: estimates and neighbours err."""
+"""Fraction of the free memory that a group may take: estimates err, and other processes grow."""
 
 
 class OutOfMemory(ReseedError):
-    """A group did not fit after all. What was saved of its runs stands."""
+    """Error of a group that did not fit into memory. Checkpoints of its runs stay valid."""
 
 
 @dataclass(frozen=True)
@@ -45,32 +45,32 @@ class Group:
 
     @property
     def described(self) -> str:
-        """In words, but for the time, which hangs on the machine."""
+        """The group in words, without the time, which depends on the machine."""
         return (
             f"{counted(len(self.members), 'SAE')} ({_kinds(self.members)}) on "
             f"{_where(self.members)}: {_tokens(self.members)}, {size(self.cost.memory)}"
         )
 
     def needs(self, machine: Machine) -> float:
-        """Bytes that it takes in each process, at the most."""
+        """Return the peak memory in bytes of any one process."""
         return machine.needs(self.members)
 
     def halves(self) -> tuple[Group, Group]:
-        """Two groups of about the same size. Needs two members."""
+        """Split the group into two of about the same size; it needs at least two runs."""
         middle = len(self.members) // 2
         return Group.of(self.members[:middle]), Group.of(self.members[middle:])
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What training runs on.
+    """The machine that trains.
 
     Attributes:
-        device: where.
-        memory: bytes that a group may take, in each process that trains it.
-        speed: floating-point operations per second of a plain product, in each.
-        strategy: how several processes train a group (`RuntimeConfig.strategy`).
-        ranks: how many there are.
+        device: of the training.
+        memory: bytes that a group may take in each process that trains it.
+        speed: floating-point operations per second of a plain product in each process.
+        strategy: how processes train a group (`RuntimeConfig.strategy`).
+        ranks: number of processes.
     """
 
     device: torch.device
@@ -81,7 +81,7 @@ class Machine:
 
     @classmethod
     def of(cls, runtime: RuntimeConfig) -> Machine:
-        """This one, as far as the runtime does not describe another."""
+        """Describe this machine, or the one that the runtime options describe."""
         device = pick_device(runtime.device)
         ranks = team_size(runtime)
         shared = ranks if device.type == "cpu" else 1  # processes share the host, not a GPU
@@ -97,15 +97,15 @@ class Machine:
 
     @property
     def described(self) -> str:
-        """``cpu``; ``4 processes (ddp)``."""
+        """The device or the processes in words: ``cpu``, ``4 processes (ddp)``."""
         return self.device.type if self.ranks == 1 else f"{self.ranks} processes ({self.strategy})"
 
     def seconds(self, cost: Cost) -> float:
-        """About how long something takes."""
+        """Estimate the duration in seconds."""
         return cost.flops / (STEP_EFFICIENCY * self.speed * self.ranks)
 
     def needs(self, members: Sequence[Resolved]) -> float:
-        """Bytes that a group takes in the process that has the most of it."""
+        """Estimate the bytes that a group takes in the process that needs the most."""
         if self.strategy != "spread" or self.ranks == 1:
             return cost(members).memory
         parts = [[members[i] for i in part] for part in spread(members, self.ranks)]
@@ -114,11 +114,12 @@ class Machine:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command will train.
+    """The groups that a command will train.
 
     Attributes:
-        groups: one after the other.
-        calibrations: cells whose penalty weight is found first, by runs that are not counted here.
+        groups: trained one after the other.
+        calibrations: number of cells whose penalty weight is found first; their calibration runs
+            are not counted in the plan.
     """
 
     machine: Machine
@@ -130,10 +131,10 @@ class Plan:
         return sum(len(group.members) for group in self.groups)
 
     def say(self, finished: int = 0) -> None:
-        """Print it: a line for the whole, and one for each group.
+        """Print the plan: one line for the whole, and one per group.
 
         Args:
-            finished: runs that are there already.
+            finished: number of runs that are finished already.
         """
         if not self.groups:
             say(f"plan: nothing to train; {counted(finished, 'run')} finished")
@@ -157,7 +158,7 @@ class Plan:
     def _line(self, group: Group) -> str:
         crowded, needs = "", group.needs(self.machine)
         if needs > self.machine.memory:
-            crowded = f" (more than the {size(self.machine.memory)} that may be taken)"
+            crowded = f" (more than the {size(self.machine.memory)} available)"
         return (
             f"{counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
             f"{_where(group.members)}: {_tokens(group.members)}, about "
@@ -166,7 +167,7 @@ class Plan:
 
 
 def make_plan(experiments: Sequence[Resolved], machine: Machine) -> Plan:
-    """Group the distinct experiments; those first that were given first."""
+    """Group the distinct experiments, in the order given."""
     groups = [
         Group.of(part)
         for members in by_stream(experiments)
@@ -177,7 +178,7 @@ def make_plan(experiments: Sequence[Resolved], machine: Machine) -> Plan:
 
 
 def by_stream(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
-    """The distinct experiments, those that read the same stream together, in the order given."""
+    """Return the distinct experiments grouped by the stream they read, in the order given."""
     streams: dict[str, dict[str, Resolved]] = {}
     for resolved in experiments:
         streams.setdefault(resolved.stream, {}).setdefault(resolved.signature, resolved)
@@ -185,9 +186,10 @@ def by_stream(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
 
 
 def spread(members: Sequence[Resolved], ranks: int) -> list[list[int]]:
-    """Which members each of several processes trains: about as much work for each.
+    """Divide the runs among processes, with about equal work; return their indices per process.
 
-    The costliest first, each to who has the least to do. The same on every rank.
+    Runs are assigned from the costliest on, each to the process with the least work. The result is
+    the same on every rank.
     """
     work = [step_flops(r) * r.experiment.training.steps for r in members]
     parts: list[list[int]] = [[] for _ in range(ranks)]
@@ -204,10 +206,10 @@ def fitting(
     memory: float,
     needs: Callable[[Sequence[Resolved]], float] = lambda members: cost(members).memory,
 ) -> list[list[Resolved]]:
-    """The members in as few parts as fit into so many bytes each; one that does not fit is alone.
+    """Split runs into few groups of at most ``memory`` bytes; a run that does not fit is alone.
 
-    Split by depth, and at one hookpoint by size, so that each part reads few hookpoints: their
-    chunks take room, and the pass of the model ends at the deepest.
+    They are split by depth, and within a hookpoint by size, so that each group reads few
+    hookpoints: chunks take memory, and the model runs only up to the deepest hookpoint.
     """
     if len(members) == 1 or needs(members) <= memory:
         return [list(members)]
@@ -224,7 +226,7 @@ def fitting(
 
 
 def announce(group: Group, machine: Machine, number: int = 1, of: int = 1) -> None:
-    """Say that a group starts; one of several has its line in the plan already."""
+    """Print that a group starts; if there are several, briefly: the plan has its details."""
     if of > 1:
         say(f"group {number} of {of}: {counted(len(group.members), 'SAE')} "
             f"on {_where(group.members)}")  # fmt: skip
@@ -263,7 +265,7 @@ def _tokens(members: Sequence[Resolved]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """In words: ``40 s``, ``12 min``, ``3.1 h``, ``5.0 days``."""
+    """Format a duration: ``40 s``, ``12 min``, ``3.1 h``, ``5.0 days``."""
     if seconds < 90:
         return f"{max(seconds, 1):.0f} s"
     if seconds < 5_400:
@@ -274,7 +276,7 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """In words: ``80 KiB``, ``35 MiB``, ``0.3 GiB``, ``48.0 GiB``, ``1.2 TiB``."""
+    """Format a number of bytes: ``80 KiB``, ``35 MiB``, ``0.3 GiB``, ``48.0 GiB``, ``1.2 TiB``."""
     if count < 2**20:
         return f"{count / 2**10:.0f} KiB"
     if count < 100 * 2**20:

@@ -1,4 +1,4 @@
-"""The results of a run, as they are written when it has ended."""
+"""The results of a run, written when it has ended."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def record(
     truth: TruthResult | None,
     timings: dict[str, Any],
 ) -> None:
-    """Write the results; the record's status comes last."""
+    """Write the results of a run, and the record's status last."""
     save_sae(measured.sae, run.path, _metadata(member, resolved))
     since, dead = _silence(member, measured)
     latents = {
@@ -56,7 +56,7 @@ def record(
 
 
 def _metadata(member: AnyMember, resolved: Resolved) -> dict[str, Any]:
-    """What sae.json says of where the SAE comes from."""
+    """Return the SAE's origin for sae.json."""
     e, found = resolved.experiment, resolved.pretrained
     own = {"seed": e.seed} if found is None else {"pretrained": found.record()}
     return {
@@ -77,8 +77,8 @@ def _metadata(member: AnyMember, resolved: Resolved) -> dict[str, Any]:
 def _silence(
     member: AnyMember, measured: Reconstruction
 ) -> tuple[Int[Tensor, " num_latents"], Bool[Tensor, " num_latents"]]:
-    """Tokens since each latent fired, and which latents are dead; of an SAE that was not trained
-    here, those that did not fire on the held-out tokens."""
+    """Return the tokens since each latent fired, and the mask of dead latents. For an SAE that was
+    trained elsewhere these are the latents that did not fire on the held-out tokens."""
     if isinstance(member, Member):
         return member.tokens_since_fired, member.dead
     silent = measured.firing == 0

@@ -1,19 +1,19 @@
-"""Schedule-free sign descent: what most public SAEs of several seeds were trained with.
+"""Schedule-free sign descent, the optimiser of most public SAEs that have several seeds.
 
 sparsify's trainer calls it signum: SignSGD (Bernstein et al. 2018, 1802.04434) inside the wrapper
 of *The Road Less Scheduled* (Defazio et al. 2024, 2405.15682), momentum 0.95, no warm-up and no
 decay. Three sets of weights, equal at the start, move together:
 
-    y = (1 − β) z + β x                     where the gradient is taken: the parameters
-    z ← z − η (sign(∂L/∂y) + λ y)           the fast one; λ is the weight decay
-    x ← (1 − c) x + c z,  c = η²_max / Σ η²_max     the mean of the z: what is measured and stored
+    y = (1 − β) z + β x                     the parameters, at which the gradient is taken
+    z ← z − η (sign(∂L/∂y) + λ y)           the fast weights; λ is the weight decay
+    x ← (1 − c) x + c z,  c = η²_max / Σ η²_max     the mean of z, which is measured and stored
 
-η_max is the largest rate so far, so that after a warm-up every z counts alike.
+η_max is the largest rate so far, so that after a warm-up every z has the same weight.
 
-Constraints hold for each of the three, as each of them has to be an SAE of the kind declared: z
-after its step, x after its mean, y last. (sparsify renormalises the decoder of y, and by it x,
-before each batch; its z grows freely and its stored rows are not quite unit.) Clipping changes
-nothing: the sign does not see it.
+Constraints hold for each of the three, because each must be an SAE of the declared kind: z after
+its step, x after its mean, y last. (sparsify renormalises the decoder of y, and through it x,
+before each batch; its z grows freely and its stored rows are not quite unit.) Clipping has no
+effect on the sign.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from reseed.train.optim import SAEOptimizer
 
 
 class SAESignSGD(SAEOptimizer):
-    """Schedule-free sign descent.
+    """The optimiser of schedule-free sign descent.
 
     Args:
-        lr: η; it may warm up, but must not decay (the mean takes the place of a decay).
+        lr: η; it may warm up but must not decay (the mean replaces the decay).
         momentum: β.
         options: those of `SAEOptimizer`.
     """
@@ -45,7 +45,7 @@ class SAESignSGD(SAEOptimizer):
         )
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """x of every parameter that has moved."""
+        """Return x of every parameter that has moved."""
         return self._all("x", [g for g in self.param_groups if self.state[g["params"][0]]])
 
     def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
@@ -80,13 +80,13 @@ class SAESignSGD(SAEOptimizer):
             state["x"].lerp_(state["z"], weight / group["weight_sum"])
 
     def _hold(self, which: str, groups: list[dict[str, Any]]) -> None:
-        """Points 4 and 5 of a step for one of the three sets."""
+        """Do points 4 and 5 of a step (``optim.py``) for one of the three sets."""
         for group in groups:
             if self._renormalised(group):
                 normalise_rows(self.state[group["params"][0]][which])
         self.constraints.hold(self._all(which, self.param_groups))
 
     def _all(self, which: str, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """By name, z or x of these groups; the parameter itself before its first step."""
+        """Return, by name, z or x of these groups; before the first step, the parameter itself."""
         parameters = {group["name"]: group["params"][0] for group in groups}
         return {name: self.state[p].get(which, p) for name, p in parameters.items()}

@@ -1,7 +1,7 @@
-"""Steering a penalty weight towards a wanted L0 while an SAE trains.
+"""A controller that steers a penalty weight towards a wanted L0 during training.
 
-A run that is steered is never compared: its weight moves, which no recipe does. It gives the first
-guess of a calibration (`reseed.calibration`), from wherever the weight stood.
+A steered run gives the first guess of a calibration (`reseed.calibration`), from any initial
+weight. It is never compared with other runs, because its penalty weight changes.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import math
 from dataclasses import dataclass
 
 BEGIN, HOLD = 0.1, 0.8
-"""Fractions of the run between which the weight moves: after the warm-ups, before the decay."""
+"""Fractions of the run between which the weight changes: after the warm-ups, before the decay."""
 AVERAGED = 0.3
-"""The weight that is held at last is the geometric mean over this last fraction before `HOLD`."""
+"""The final weight is the geometric mean over this fraction of the run before `HOLD`."""
 GAIN = 8.0
-"""Integral gain: a deviation of 1 in log L0 moves log λ by this much in a whole run."""
+"""Integral gain: a deviation of 1 in log L0 changes log λ by this much over a whole run."""
 
 
 @dataclass
 class Steering:
-    """An integral controller on log L0, its deviation bounded by 1.
+    """An integral controller on log L0, with a deviation of at most 1.
 
     Attributes:
         target: the wanted L0.
@@ -40,11 +40,11 @@ class Steering:
         return math.exp(self.log_weight)
 
     def observe(self, index: int, l0: float) -> None:
-        """Take in the L0 of step ``index`` (0-based), made at the present weight."""
+        """Update the weight by the L0 of step ``index`` (0-based), taken at the current weight."""
         begin, hold = round(BEGIN * self.steps), round(HOLD * self.steps)
         if not begin <= index < hold:
             return
-        # An SAE that is silent has no logarithm, and none is needed: the deviation is bounded.
+        # An L0 of 0 has no logarithm; any small value does, because the deviation is bounded.
         deviation = math.log(max(l0, 1e-6) / self.target)
         self.log_weight += GAIN / self.steps * max(-1.0, min(1.0, deviation))
         if index >= hold - round(AVERAGED * self.steps):

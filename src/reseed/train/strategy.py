@@ -1,4 +1,4 @@
-"""Lightning's view of processes that share each batch (`reseed.ranks`)."""
+"""The Lightning strategy for processes that share each batch (`reseed.ranks`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reseed.ranks import PATIENCE, Ranks
 
 
 class RanksEnvironment(ClusterEnvironment):
-    """Processes that are there already, and have met."""
+    """The environment of processes that are already started and connected."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -54,18 +54,18 @@ class RanksEnvironment(ClusterEnvironment):
 
 
 class RanksStrategy(DDPStrategy):
-    """Data-parallel training.
+    """The strategy of data-parallel training, without the wrapper `DistributedDataParallel`.
 
-    Without the wrapper `DistributedDataParallel`: it averages the gradients of one backward pass
-    over all parameters, and here every SAE of a group makes backward passes and steps of its own,
-    as many as its budget and batch size want. `Member.train` averages them.
+    The wrapper averages the gradients of one backward pass over all parameters, but every SAE of a
+    group makes its own backward passes and steps, as many as its budget and batch size need.
+    `Member.train` averages the gradients instead.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         super().__init__(cluster_environment=RanksEnvironment(ranks), timeout=PATIENCE)
 
     def _configure_launcher(self) -> None:
-        """Nothing is launched; the number of threads is ours to set."""
+        """Launch nothing and leave the number of threads to us."""
 
     def _setup_model(self, model: Module) -> Module:  # pyright: ignore
         return model
@@ -75,12 +75,12 @@ class RanksStrategy(DDPStrategy):
 
 
 def trainer_options(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Where a `lightning.Trainer` trains.
+    """Return the options of a `lightning.Trainer` for devices and processes.
 
     Args:
-        ranks: those that share each batch. Before every block Lightning exchanges a word with all
-            of them, so that others than those, which take blocks at a pace of their own
-            (``runtime=spread``), would wait for each other for ever.
+        ranks: the processes that share each batch, and only those. Lightning synchronises them
+            before every block; with ``runtime=spread`` processes take blocks at their own pace and
+            would deadlock.
     """
     accelerator = "gpu" if device.type == "cuda" else "cpu"
     if ranks.several:
@@ -95,5 +95,5 @@ def trainer_options(ranks: Ranks, device: torch.device) -> dict[str, Any]:
     return {
         "accelerator": accelerator,
         "devices": [device.index or 0] if device.type == "cuda" else 1,
-        "plugins": [LightningEnvironment()],  # under SLURM too: who submits also requeues
+        "plugins": [LightningEnvironment()],  # under SLURM too: our launcher requeues jobs
     }

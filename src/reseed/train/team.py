@@ -1,8 +1,8 @@
-"""Who trains: this process, or a team of processes that it starts or that are there already.
+"""Teams of processes that train: this process alone, processes that it starts, or SLURM tasks.
 
-A team is started for the first group and serves all of them. Its followers are given what to do by
-messages, never by a command line (`reseed.follow`). After an error they are in the middle of
-something; then the next group has a new team.
+A team starts for the first group and trains all groups. Its workers receive their work by messages,
+never by a command line (`reseed.follow`). After an error workers may be in the middle of a group,
+so the next group gets a new team.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from reseed.ranks import PATIENCE, RankLost, Ranks
 from reseed.train.config import RuntimeConfig
 
 ADDRESS = "RESEED_TEAM"
-"""Environment variable of a follower: host:port:index:count:device."""
+"""Environment variable of a worker: host:port:index:count:device."""
 OUT_OF_MEMORY = 77
-"""Exit status of a follower whose memory did not suffice."""
+"""Exit status of a worker whose memory did not suffice."""
 _GRACE_S = {"ddp": 0.0, "spread": 90.0}
-"""Time to save for followers that are told to stop, where they have SAEs of their own."""
+"""Seconds to save for workers that are terminated; with ddp only the leader saves."""
 
 _END_S = 30.0
-"""Time to end for followers that have nothing left to do."""
+"""Seconds to exit for workers that have nothing left to do."""
 
 
 class Team(ABC):
-    """The processes that train. Use it as a context, which ends it.
+    """The processes that train. Use it as a context, which ends the workers on exit.
 
     Attributes:
         strategy: ``single``, ``ddp`` or ``spread``.
@@ -51,17 +51,18 @@ class Team(ABC):
     @property
     @abstractmethod
     def ranks(self) -> Ranks:
-        """This process among them. Starts those that are lacking."""
+        """This process's view of the team. The first access starts or joins the workers."""
 
-    def end(self, unheard: bool = False) -> None:  # noqa: B027 (alone there is nobody)
-        """The followers end.
+    def end(self, unheard: bool = False) -> None:  # noqa: B027 (a single process has no workers)
+        """End the workers.
 
         Args:
-            unheard: they may be in the middle of something, and are not told but stopped.
+            unheard: workers may be in the middle of a group and cannot receive a message, so they
+                are terminated.
         """
 
     def broken(self) -> None:
-        """A group failed, and followers may be in the middle of it: the next one has a new team."""
+        """Drop the workers after a failed group; the next group gets a new team."""
         self.end(unheard=True)
 
     def __enter__(self) -> Self:
@@ -77,7 +78,7 @@ class Team(ABC):
 
 
 class Alone(Team):
-    """This process."""
+    """A team of this process only."""
 
     def __init__(self, device: torch.device) -> None:
         self._ranks = Ranks(device=device)
@@ -88,12 +89,12 @@ class Alone(Team):
 
 
 class LocalTeam(Team):
-    """This process and others that it starts on this machine.
+    """A team of this process and of workers that it starts on this machine.
 
     Args:
         strategy: ``ddp`` or ``spread``.
-        count: how many processes in all.
-        kind: ``cpu``, or ``cuda``: then each has a GPU.
+        count: number of processes, this one included.
+        kind: ``cpu``, or ``cuda`` with one GPU per process.
     """
 
     def __init__(self, strategy: str, count: int, kind: str) -> None:
@@ -139,7 +140,7 @@ class LocalTeam(Team):
             for process in self._followers:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))
-        finally:  # also where a second Ctrl-C ends the waiting
+        finally:  # a second Ctrl-C may end the waiting
             for process in self._followers:
                 process.kill()
                 process.wait()
@@ -149,7 +150,7 @@ class LocalTeam(Team):
 
 
 class SlurmTeam(Team):
-    """The tasks of a SLURM job with several: this one is the first."""
+    """A team of the tasks of a SLURM job; this process is the first task."""
 
     def __init__(self, strategy: str, kind: str) -> None:
         self.strategy, self.kind = strategy, kind
@@ -163,13 +164,13 @@ class SlurmTeam(Team):
 
     def broken(self) -> None:
         if self._ranks is not None:
-            say("the processes of this job have lost each other, and it ends; the same command "
-                "submits what is left")  # fmt: skip
+            say("the job ends because its processes lost their connection; run the same command "
+                "again to submit the remaining runs")  # fmt: skip
             sys.stdout.flush()
-            os._exit(1)  # which ends the others; nothing else would
+            os._exit(1)  # only the end of a task makes SLURM end the others
 
     def end(self, unheard: bool = False) -> None:
-        # Unheard, they end with the job.
+        # Tasks that cannot receive a message end with the job.
         if self._ranks is not None and not unheard:
             self._ranks.tell(None)
             leave()
@@ -177,10 +178,11 @@ class SlurmTeam(Team):
 
 
 def team_of(runtime: RuntimeConfig) -> Team:
-    """The team that a runtime asks for; nothing is started yet.
+    """Make the team that the runtime options ask for; no process starts yet.
 
     Raises:
-        ConfigError: there are not so many devices, or nobody says how many.
+        ConfigError: there are fewer devices than processes, or the number of processes is not
+            given.
     """
     if runtime.strategy == "single":
         return Alone(pick_device(runtime.device))
@@ -194,7 +196,7 @@ def team_of(runtime: RuntimeConfig) -> Team:
 
 
 def team_size(runtime: RuntimeConfig) -> int:
-    """How many processes train together, on all nodes.
+    """Return the number of processes that train together, on all nodes.
 
     Raises:
         ConfigError: see `team_of`.
@@ -206,7 +208,7 @@ def team_size(runtime: RuntimeConfig) -> int:
 
 
 def local_count(runtime: RuntimeConfig, kind: str) -> int:
-    """How many processes train on this machine.
+    """Return the number of processes that train on this machine.
 
     Raises:
         ConfigError: see `team_of`.
@@ -218,34 +220,34 @@ def local_count(runtime: RuntimeConfig, kind: str) -> int:
     if runtime.ranks is None:
         if there is None:
             raise ConfigError(
-                f"{{key}} is required with runtime={runtime.strategy} on the CPU: how many "
-                "processes train together",
+                f"{{key}} is required with runtime={runtime.strategy} on the CPU: set it to the "
+                "number of processes that train together",
                 key,
             )
         if runtime.strategy == "ddp" and there & (there - 1):
             raise ConfigError(
-                f"{{key}} must be 1, 2, 4 or 8 with runtime=ddp: here are {there} GPUs, of which "
-                "as many are taken as it says; it is null",
+                f"{{key}} must be 1, 2, 4 or 8 with runtime=ddp; it is null, and this machine has "
+                f"{there} GPUs: set it to the number to use",
                 key,
             )
         return min(there, 8) if runtime.strategy == "ddp" else there
     if there is not None and runtime.ranks > there:
         raise ConfigError(
-            f"{{key}} (={runtime.ranks}) must not exceed the GPUs that are here: {there}", key
+            f"{{key}} (={runtime.ranks}) must not exceed the GPUs of this machine: {there}", key
         )
     return runtime.ranks
 
 
 def slurm_tasks() -> int:
-    """Of the SLURM step that this process is a task of; 1 where it is of none."""
+    """Return the number of tasks of this process's SLURM step; 1 outside of SLURM."""
     return int(os.environ.get("SLURM_NTASKS", "1")) if "SLURM_PROCID" in os.environ else 1
 
 
 def join_slurm(kind: str) -> Ranks:
-    """Meet the other tasks of this job's step, as Lightning finds them."""
+    """Connect to the other tasks of this job's step, which Lightning finds."""
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    place = SLURMEnvironment(auto_requeue=False)  # who submits also requeues
+    place = SLURMEnvironment(auto_requeue=False)  # our launcher requeues
     index, count = place.global_rank(), place.world_size()
     store = TCPStore(
         place.main_address,
@@ -266,12 +268,12 @@ def join(
     local_count: int | None = None,
     check: Any = lambda: None,
 ) -> Ranks:
-    """Meet the other ranks.
+    """Connect to the other ranks.
 
     Args:
-        store: where they find each other.
-        local_index, local_count: among those of the node; by default there is one node.
-        check: raises `RankLost` where one is gone.
+        store: the key-value store through which they find each other.
+        local_index, local_count: of this node; by default there is one node.
+        check: raises `RankLost` if a rank has ended.
     """
     local_index = index if local_index is None else local_index
     local_count = local_count or count
@@ -280,7 +282,7 @@ def join(
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-    # Not before all are there: what follows would wait for them without a look.
+    # Wait here until all are ready: `init_process_group` would wait without calling `check`.
     store.set(f"ready-{index}", "")
     while not store.check([f"ready-{other}" for other in range(count)]):
         check()
@@ -303,8 +305,8 @@ def leave() -> None:
 
 
 class _loopback:
-    """Within it gloo takes the loopback device, for processes of one machine: what its name
-    resolves to is not always an address of it."""
+    """A context in which gloo uses the loopback device if all processes are on one machine, whose
+    host name may not resolve to its own address."""
 
     _KEY = "GLOO_SOCKET_IFNAME"
 
@@ -322,7 +324,7 @@ class _loopback:
 
 
 def lost(index: int, status: int) -> RankLost:
-    """What to say of a follower that ended by itself.
+    """Return the error for a worker that ended unexpectedly.
 
     Args:
         status: its exit status, negative for a signal.
@@ -330,4 +332,4 @@ def lost(index: int, status: int) -> RankLost:
     if status == OUT_OF_MEMORY:
         return RankLost(f"rank {index} ran out of memory", out_of_memory=True)
     how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-    return RankLost(f"rank {index} of the team ended {how}; what it said stands above")
+    return RankLost(f"rank {index} of the team ended {how}; its own output is above")

@@ -1,4 +1,4 @@
-"""What each part of the exact assignment promises, against dense float64 cosines."""
+"""Invariants of each part of the exact assignment, checked with dense float64 cosines."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def whole_graph(a, b):
 # Rows
 
 
-def test_rows_without_direction_and_copies():
+def test_distinct_rows_groups_copies_and_leaves_out_rows_without_direction():
     rows = np.array([[1.0, 2], [0, 0], [np.nan, 1], [-0.0, 3], [1, 2], [0.0, 3], [2, 4]])
     found = distinct_rows(rows.astype(np.float32))
     assert found.group.tolist() == [0, -1, -1, 1, 0, 1, 2]
@@ -49,13 +49,13 @@ def test_rows_without_direction_and_copies():
     assert found.inverse_norms * norms == pytest.approx(np.ones(3))
 
 
-def test_the_key_of_rows_does_not_see_their_order():
+def test_the_key_does_not_depend_on_the_order_of_the_rows():
     rows = np.random.default_rng(0).standard_normal((50, 4))
     assert distinct_rows(rows).key == distinct_rows(rows[::-1].copy()).key
     assert distinct_rows(rows).key != distinct_rows(rows + 1).key
 
 
-def test_rounding_is_told_exactly():
+def test_rounding_errors_are_exact():
     found = distinct_rows(np.random.default_rng(0).standard_normal((40, 30)).astype(np.float32))
     unit = found.values.astype(float) * found.inverse_norms[:, None]
     error = np.linalg.norm(unit - found.rounded.values.double().numpy(), axis=1)
@@ -69,7 +69,7 @@ def test_rounding_is_told_exactly():
 @pytest.mark.parametrize("shift", [0.0, 3.0])  # 3: all cosines are near −1
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("tile", [(2048, 4096), (64, 100)])
-def test_no_pair_that_is_not_listed_exceeds_its_bounds(monkeypatch, shift, absolute, tile):
+def test_no_unlisted_pair_exceeds_its_bounds(monkeypatch, shift, absolute, tile):
     monkeypatch.setattr(listing, "_TILE", tile)
     a, b = two_sides(shift=shift)
     cosine = dense(a, b, absolute)
@@ -79,11 +79,11 @@ def test_no_pair_that_is_not_listed_exceeds_its_bounds(monkeypatch, shift, absol
             assert len(set(lists.best[i].tolist())) == 7
             rest = np.delete(row, lists.best[i])
             assert rest.max() <= lists.bound[i]
-            # The bound is not looser than low precision makes it.
+            # The bound is only as loose as low precision requires.
             assert lists.bound[i] <= np.sort(row)[-7] + 0.02
 
 
-def test_all_are_listed_where_there_are_few():
+def test_all_pairs_are_listed_if_there_are_fewer_than_the_candidates():
     a, b = two_sides(5, 4)
     by_row, by_column = candidates(a, b, absolute=False, count=8)
     assert sorted(by_row.best[0].tolist()) == [-1, -1, -1, -1, 0, 1, 2, 3]
@@ -95,7 +95,7 @@ def test_all_are_listed_where_there_are_few():
 
 
 @pytest.mark.parametrize("d", [1, 3, 700])
-def test_products_err_by_no_more_than_is_said(d):
+def test_product_errors_stay_within_the_bounds(d):
     rng = np.random.default_rng(d)
     rows = rng.standard_normal((2, 200, d)) * np.exp(3 * rng.standard_normal((2, 1, d)))
     a, b = (distinct_rows(x) for x in rows)
@@ -109,7 +109,7 @@ def test_products_err_by_no_more_than_is_said(d):
 # The graph
 
 
-def test_edges_are_sorted_each_once_and_keep_what_is_known():
+def test_edges_are_sorted_and_unique_and_keep_known_cosines():
     a, b = two_sides(20, 30)
     rng = np.random.default_rng(1)
     row, column = rng.integers(0, 20, 200), rng.integers(0, 30, 200)
@@ -132,7 +132,7 @@ def test_edges_are_sorted_each_once_and_keep_what_is_known():
 # The auction and the paths
 
 
-def test_after_an_auction_every_row_is_nearly_content():
+def test_after_an_auction_every_row_is_within_epsilon_of_its_best():
     a, b = two_sides(120, 120)
     edges, cosine, step = whole_graph(a, b), dense(a, b), 1e-3
     prices, owner, partner = np.zeros(120), np.full(120, -1), np.full(120, -1)
@@ -145,7 +145,7 @@ def test_after_an_auction_every_row_is_nearly_content():
     assert cosine[np.arange(120), partner].sum() >= cosine[i, j].sum() - 120 * step
 
 
-def test_a_row_to_which_nothing_is_worth_enough_does_not_bid():
+def test_a_row_does_not_bid_below_its_least_worth():
     a, b = two_sides(60, 60)
     edges, least = whole_graph(a, b), np.full(60, 0.6)
     prices, owner, partner = np.zeros(60), np.full(60, -1), np.full(60, -1)
@@ -156,7 +156,7 @@ def test_a_row_to_which_nothing_is_worth_enough_does_not_bid():
 
 
 def checked(edges, state, surplus):
-    """Prices are feasible on the graph, matched pairs tight, free columns cost nothing."""
+    """Assert feasible prices on the graph, tight matched pairs and free columns that cost 0."""
     slack = state.row_price[edges.row] + state.column_price[edges.column] - edges.cosine
     assert slack.min() > -1e-13
     at = state.partner
@@ -174,7 +174,7 @@ def test_paths_find_the_optimum_from_any_prices(n, m, start):
     edges, cosine = whole_graph(a, b), dense(a, b)
     prices = np.zeros(m) if start == "zero" else np.random.default_rng(2).random(m)
     state = Assignment.empty(a.copies, b.copies, prices)
-    state.take(np.arange(5), np.arange(5))  # most of these are not tight, and are left
+    state.take(np.arange(5), np.arange(5))  # most are not tight, so `tighten` undoes them
     state.tighten(edges)
     assert not len(augment(edges, state))
     if n < m:
@@ -184,8 +184,8 @@ def test_paths_find_the_optimum_from_any_prices(n, m, start):
     assert cosine[np.arange(n), state.partner].sum() == pytest.approx(cosine[i, j].sum(), abs=1e-12)
 
 
-def test_rows_for_which_the_graph_has_no_column_are_told():
-    """Three rows that want two columns: whichever is last is stuck, and nothing else is."""
+def test_augment_returns_the_rows_for_which_the_graph_has_no_column():
+    """Three rows compete for two columns, so exactly one is stuck."""
     a, b = two_sides(6, 6)
     row, column = np.array([0, 0, 1, 1, 2, 2, 3, 4, 5]), np.array([0, 1, 0, 1, 0, 1, 3, 4, 5])
     edges = listed_edges(a, b, row, column, absolute=False, beside=no_edges(6, 6))
@@ -227,7 +227,7 @@ def test_open_pairs_are_those_that_no_bound_covers():
 
 
 @pytest.mark.parametrize("count", [1, 4, 50])
-def test_what_a_look_leaves_out_exceeds_the_prices_by_no_more_than_it_says(count):
+def test_pairs_left_out_by_look_at_stay_within_rest(count):
     a, b = two_sides()
     prices, pricer = small_prices(a, b), Pricer(a, b, absolute=False, device=CPU)
     excess = dense(a, b) - prices.u[:, None] - prices.v
@@ -247,7 +247,7 @@ def test_what_a_look_leaves_out_exceeds_the_prices_by_no_more_than_it_says(count
         }
 
 
-def test_centring_keeps_prices_feasible_and_their_sum():
+def test_centring_keeps_prices_feasible_and_their_sum_constant():
     a, b = two_sides(100, 100)
     edges = whole_graph(a, b)
     state = Assignment.empty(a.copies, b.copies, np.zeros(100))
@@ -263,8 +263,8 @@ def test_centring_keeps_prices_feasible_and_their_sum():
     checked(edges, state, surplus=False)
 
 
-def test_a_great_many_ties_are_proved_and_do_not_go_on_for_ever():
-    """Signs in 16 dimensions: cosines are multiples of 1/8, hundreds of pairs a row are tight."""
+def test_solve_terminates_and_is_optimal_with_very_many_ties():
+    """Signs in 16 dimensions: cosines are multiples of 1/8, and each row has hundreds of ties."""
     rows = np.random.default_rng(0).choice([-1.0, 1.0], (2, 700, 16))
     a, b = (distinct_rows(x) for x in rows)
     if a.count > b.count:
@@ -296,6 +296,6 @@ def test_ranges_cover_everything_once(monkeypatch, threads):
         in_ranges(lambda start, stop: 1 // 0, 1000)
 
 
-def test_the_graph_knows_its_size():
+def test_an_empty_graph_has_its_size():
     assert (no_edges(3, 4).rows, no_edges(3, 4).columns, len(no_edges(3, 4))) == (3, 4, 0)
     assert isinstance(no_edges(1, 1), Edges)

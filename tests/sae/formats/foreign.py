@@ -1,6 +1,6 @@
-"""SAEs in the layouts of other libraries, written here from nothing, and their formulas in float64.
+"""Writers of SAEs in other libraries' layouts, and the libraries' formulas in float64.
 
-Shapes: W_enc and W_dec [F, D] as ours; each writer turns them as its format wants.
+Shapes: W_enc and W_dec are [F, D] as ours; each writer transposes them as its format needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ D, F, K = 12, 40, 4
 
 
 def draws(seed: int = 0, unit: bool = False, scale: float = 1.0) -> dict[str, Tensor]:
-    """Parameters of every architecture, in float32: no bias is 0, the encoder not the decoder."""
+    """Draw parameters for every architecture in float32: nonzero biases, an untied encoder."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -43,13 +43,13 @@ def tokens(count: int = 64, scale: float = 1.0, seed: int = 7) -> Float[Tensor, 
 
 
 def pre(p: dict[str, Tensor], x: Tensor, *, centred: bool) -> Tensor:
-    """π in float64."""
+    """Return π in float64."""
     rows = x.double() - p["b_dec"].double() if centred else x.double()
     return rows @ p["W_enc"].double().T + p["b_enc"].double()
 
 
 def topk(values: Tensor, k: int = K) -> Tensor:
-    """Of ReLU(values) the k largest, the rest 0."""
+    """Keep the k largest of ReLU(values) and set the rest to 0."""
     positive = values.relu()
     found = positive.topk(k, dim=1)
     return torch.zeros_like(positive).scatter(1, found.indices, found.values)
@@ -64,7 +64,7 @@ def decoded(p: dict[str, Tensor], latents: Tensor) -> Tensor:
 
 
 def assert_same(sae: Any, x: Tensor, latents: Tensor, reconstruction: Tensor) -> None:
-    """Equal to 1e-5 of the largest value, and the same latents active."""
+    """Assert equality within 1e-5 of the largest value, and the same active latents."""
     out = sae(x)
     for name, ours, theirs in (
         ("latents", out.latents, latents),
@@ -78,7 +78,7 @@ def assert_same(sae: Any, x: Tensor, latents: Tensor, reconstruction: Tensor) ->
 
 
 def write(folder: Path, config: str | None, settings: dict[str, Any] | None, **files: Any) -> Path:
-    """A folder with a JSON file and files of tensors by their names (``sae__safetensors``)."""
+    """Write a folder with a JSON file and files of tensors (``sae__safetensors`` names one)."""
     folder.mkdir(parents=True, exist_ok=True)
     if config is not None:
         (folder / config).write_text(json.dumps(settings))
@@ -134,13 +134,13 @@ def dictionary(folder: Path, tensors: dict[str, Tensor], kind: str, **trainer: A
 
 
 def linear(p: dict[str, Tensor], **names: str) -> dict[str, Tensor]:
-    """The tensors of dictionary_learning's linear classes; ``bias="b_dec"`` adds one of ours."""
+    """Return the tensors of dictionary_learning's linear classes; ``bias="b_dec"`` adds ours."""
     tensors = {"encoder.weight": p["W_enc"], "decoder.weight": p["W_dec"].T}
     return tensors | {theirs.replace("__", "."): p[ours] for theirs, ours in names.items()}
 
 
 def matrices(p: dict[str, Tensor], *more: str) -> dict[str, Tensor]:
-    """Those of the classes made of matrices."""
+    """Return the tensors of dictionary_learning's classes of plain matrices."""
     tensors = {"W_enc": p["W_enc"].T, "W_dec": p["W_dec"], "b_enc": p["b_enc"], "b_dec": p["b_dec"]}
     return tensors | {name: p[name] for name in more}
 

@@ -1,4 +1,4 @@
-"""Places on the hub: what is asked of it, and what happens without it."""
+"""SAEs on the hub: requests, the local cache, and errors without a network."""
 
 import foreign
 import pytest
@@ -13,7 +13,7 @@ COMMIT = "0123456789abcdef"
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub of one repository, whose snapshots are folders named by the commit."""
+    """Replace the hub by one repository, whose snapshots are folders named by the commit."""
     import huggingface_hub
 
     root, asked = tmp_path / "snapshots" / COMMIT, []
@@ -48,18 +48,18 @@ def test_only_what_is_needed_is_downloaded(hub):
     assert hub.asked[-1][2]["revision"] == "main"
 
 
-def test_the_commit_is_known(hub):
+def test_download_returns_the_commit(hub):
     folder, commit = download(HubPlace("me/saes", path="layers.3"))
     assert (folder.name, commit) == ("layers.3", COMMIT)
 
 
-def test_without_a_network_the_cache_will_do(hub):
+def test_without_a_network_the_cache_is_used(hub):
     hub.offline = True
     assert reseed.load_sae("hub:me/saes/layers.3").d_in == D
     assert [local for _, local, _ in hub.asked] == [False, True]
 
 
-def test_without_either_it_says_so(hub):
+def test_an_sae_that_is_neither_online_nor_cached_is_an_error(hub):
     hub.offline, hub.cached = True, False
     with pytest.raises(CheckpointError) as error:
         reseed.load_sae("hub:me/saes/layers.3")
@@ -69,17 +69,17 @@ def test_without_either_it_says_so(hub):
     )
 
 
-def test_what_the_repository_does_not_have(hub):
+def test_a_path_that_the_repository_lacks_is_refused(hub):
     with pytest.raises(CheckpointError, match=r"me/saes \(revision main\) has no layers.9"):
         reseed.load_sae("hub:me/saes/layers.9")
 
 
-def test_a_repository_of_many_is_not_downloaded_whole(hub):
+def test_a_repository_of_many_saes_is_not_downloaded_whole(hub):
     with pytest.raises(CheckpointError) as error:
         reseed.load_sae("hub:me/saes")
     assert str(error.value) == (
-        "hub:me/saes@main has no SAE at its top. Name a folder, as in hub:me/saes/layer_1; with "
-        "weights are layer_1, layers.3"
+        "hub:me/saes@main has no SAE at its top level. Name a folder, as in hub:me/saes/layer_1; "
+        "folders with weights: layer_1, layers.3"
     )
     assert hub.asked == []
     foreign.sparsify(hub.root, draws())
@@ -95,11 +95,11 @@ def test_a_repository_of_many_is_not_downloaded_whole(hub):
         ("hub:a/b.c@v1.0/layers.3/seed1/", HubPlace("a/b.c", "v1.0", "layers.3/seed1")),
     ],
 )
-def test_spelling(source, place):
+def test_hub_sources_are_parsed(source, place):
     assert place_of(source) == place
 
 
-def test_a_revision_beside_a_source():
+def test_a_revision_may_be_given_beside_a_source():
     assert place_of("hub:a/b/c", revision="v2") == HubPlace("a/b", "v2", "c")
-    with pytest.raises(CheckpointError, match="hub:a/b@v1 is of v1, and `revision` is v2"):
+    with pytest.raises(CheckpointError, match="@v1 names revision v1, but `revision` is v2"):
         place_of("hub:a/b@v1", revision="v2")

@@ -1,4 +1,4 @@
-"""Every layout against its own formula, written out densely in float64."""
+"""Every layout is read as its own formula, written out densely in float64."""
 
 import foreign
 import pytest
@@ -11,7 +11,7 @@ from reseed.sae.formats import import_sae
 EXACT = pytest.mark.parametrize("seed", [0, 1])
 
 
-def test_sparsify(tmp_path):
+def test_sparsify_is_read(tmp_path):
     p, x = draws(), tokens()
     sae = reseed.load_sae(foreign.sparsify(tmp_path / "layers.3", p, multi_topk=True))
     latents = topk(pre(p, x, centred=True))
@@ -19,7 +19,7 @@ def test_sparsify(tmp_path):
     assert (sae.config.k, sae.config.multi_topk, sae.config.name) == (K, True, "topk")
 
 
-def test_sparsify_without_a_number_of_latents_has_as_many_as_it_expands_to(tmp_path):
+def test_sparsify_without_num_latents_follows_the_expansion_factor(tmp_path):
     p, x = draws(), tokens()
     p |= {name: p[name][:36] for name in ("W_enc", "W_dec", "b_enc")}
     sae = reseed.load_sae(foreign.sparsify(tmp_path, p, num_latents=0, expansion_factor=3))
@@ -45,14 +45,14 @@ def test_a_transcoder_of_sparsify_reads_raw_inputs(tmp_path):
     assert_same(found.sae, x, latents, decoded(p, latents))
     assert found.transcoder
     assert found.notes == (
-        "`W_skip` is zero and was left out",
-        "a transcoder: its reconstruction is of the module's output",
+        "`W_skip` is zero and was dropped",
+        "a transcoder: it reconstructs the module's output",
     )
 
 
 @pytest.mark.parametrize("centred", [True, False])
 @pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu", "gated"])
-def test_saelens(architecture, centred, tmp_path):
+def test_saelens_is_read(architecture, centred, tmp_path):
     p, x = draws(), tokens()
     more = {"k": K} if architecture == "topk" else {}
     folder = foreign.saelens(tmp_path, p, architecture, apply_b_dec_to_input=centred, **more)
@@ -69,13 +69,13 @@ def test_saelens(architecture, centred, tmp_path):
 
 
 def gated(p, x, values):
-    """1[π > 0]·ReLU(exp(r) ⊙ (π − b_enc) + b_mag)."""
+    """Return 1[π > 0]·ReLU(exp(r) ⊙ (π − b_enc) + b_mag)."""
     shared = values - p["b_enc"].double()
     magnitude = p["r_mag"].double().exp() * shared + p["b_mag"].double()
     return (values > 0) * magnitude.relu()
 
 
-def test_saelens_topk_that_rescales_by_the_decoders_norms(tmp_path):
+def test_saelens_topk_that_rescales_by_decoder_norms_is_read(tmp_path):
     p, x = draws(), tokens()
     sae = reseed.load_sae(
         foreign.saelens(tmp_path, p, "topk", k=K, rescale_acts_by_decoder_norm=True)
@@ -85,7 +85,7 @@ def test_saelens_topk_that_rescales_by_the_decoders_norms(tmp_path):
     assert_same(sae, x, latents, decoded(p, latents / norms))
 
 
-def test_a_checkpoint_of_saelens_with_its_scale_beside_it(tmp_path):
+def test_a_separate_activation_scale_of_saelens_is_folded_in(tmp_path):
     p, x, scale = draws(), tokens(scale=5.0), 0.2
     folder = foreign.saelens(
         tmp_path, p, "jumprelu", normalize_activations="expected_average_only_in"
@@ -93,11 +93,11 @@ def test_a_checkpoint_of_saelens_with_its_scale_beside_it(tmp_path):
     (folder / "activation_scaler.json").write_text('{"scaling_factor": 0.2}')
     sae = reseed.load_sae(folder)
     latents = jump(pre(p, x * scale, centred=True), p["threshold"])
-    # Latents in raw units.
+    # Latents are in raw units.
     assert_same(sae, x, latents / scale, decoded(p, latents) / scale)
 
 
-def test_saelens_before_version_6(tmp_path):
+def test_saelens_before_version_6_is_read(tmp_path):
     p, x = draws(), tokens()
     p["finetuning_scaling_factor"] = torch.linspace(0.5, 2, F)
     folder = foreign.saelens(
@@ -170,7 +170,7 @@ def test_saelens_before_version_6(tmp_path):
         ),
     ],
 )
-def test_dictionary_learning(kind, tensors, formula, name, tmp_path):
+def test_dictionary_learning_is_read(kind, tensors, formula, name, tmp_path):
     p, x = draws(), tokens()
     found = import_sae(foreign.dictionary(tmp_path, tensors(p), kind))
     latents = formula(p, x)
@@ -190,7 +190,7 @@ def test_an_unset_threshold_lets_all_positive_latents_through(tmp_path):
     assert found.notes == ("its threshold was never set: every positive latent is active",)
 
 
-def test_a_dictionary_on_the_way_is_named_by_its_file(tmp_path):
+def test_an_intermediate_dictionary_is_read_by_its_file(tmp_path):
     p, x = draws(), tokens()
     tensors = foreign.linear(p, encoder__bias="b_enc", bias="b_dec")
     folder = foreign.dictionary(tmp_path, tensors, "AutoEncoder")
@@ -203,7 +203,7 @@ def test_a_dictionary_on_the_way_is_named_by_its_file(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [foreign.gemma_scope, foreign.gemma_scope_2])
-def test_gemma_scope(layout, tmp_path):
+def test_gemma_scope_is_read(layout, tmp_path):
     p, x = draws(), tokens()
     folder = layout(tmp_path / "layer_12" / "width_16k" / "average_l0_82", p)
     found = import_sae(folder)
@@ -230,7 +230,7 @@ def test_llama_scope_takes_raw_activations(act_fn, weighed, tmp_path):
     found = import_sae(folder)
     scale = D**0.5 / norm
     latents = _llama(p, x * scale, act_fn, weighed)
-    # By the library's own fold, latents are in raw units.
+    # As in the library's own fold, latents are in raw units.
     assert_same(found.sae, x, latents / scale, decoded(p, latents) / scale)
     assert found.notes == ("the input scale 0.173205 is folded in: latents are in raw units",)
 
@@ -247,7 +247,7 @@ def _llama(p, x, act_fn, weighed):
 
 
 @pytest.mark.parametrize("act_fn", ["topk", "jumprelu"])
-def test_a_transcoder_of_llama_scope_has_a_scale_on_either_side(act_fn, tmp_path):
+def test_a_transcoder_of_llama_scope_has_separate_input_and_output_scales(act_fn, tmp_path):
     p, x = draws(), tokens(scale=7.0)
     points = {"blocks.9.ln2.hook_normalized": 20.0, "blocks.9.hook_mlp_out": 3.0}
     into, out = points
@@ -261,7 +261,7 @@ def test_a_transcoder_of_llama_scope_has_a_scale_on_either_side(act_fn, tmp_path
     assert found.transcoder
 
 
-def test_the_first_llama_scope(tmp_path):
+def test_the_first_layout_of_llama_scope_is_read(tmp_path):
     p, x = draws(unit=True), tokens(scale=7.0)
     settings = {
         "d_model": D, "d_sae": F, "act_fn": "jumprelu", "jump_relu_threshold": 0.3,
@@ -278,7 +278,7 @@ def test_the_first_llama_scope(tmp_path):
         assert_same(sae, x, latents / scale, decoded(p, latents) / scale)
 
 
-def test_weights_of_less_precision_are_read_as_they_are(tmp_path):
+def test_bfloat16_weights_are_read_exactly_into_float32(tmp_path):
     p, x = draws(), tokens()
     low = {name: tensor.bfloat16() for name, tensor in p.items()}
     sae = reseed.load_sae(foreign.saelens(tmp_path, low, "jumprelu", dtype="bfloat16"))

@@ -1,4 +1,4 @@
-"""Damaged, hostile, unfinished and foreign files: a clear word, nothing run, nothing half read."""
+"""Damaged, hostile, unfinished and unknown files are refused with a clear error; no code runs."""
 
 import json
 import pickle
@@ -22,7 +22,7 @@ def refused(source, message, **options):
 
 
 class Hostile:
-    """Pickled, it would make a file when it is read."""
+    """An object whose unpickling creates a file."""
 
     def __init__(self, target):
         self.target = target
@@ -58,14 +58,14 @@ def test_a_truncated_file_is_refused(layout, part, tmp_path):
     file = LAYOUTS[layout](tmp_path / "sae")
     whole = file.read_bytes()
     file.write_bytes(whole[: int(part * len(whole))])
-    refused(tmp_path / "sae", f"{file} cannot be read (truncated, or not data?)")
+    refused(tmp_path / "sae", f"{file} cannot be read (truncated, or not a data file?)")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_noise_in_the_place_of_weights_is_refused(layout, tmp_path):
+def test_random_bytes_in_place_of_weights_are_refused(layout, tmp_path):
     file = LAYOUTS[layout](tmp_path / "sae")
     file.write_bytes(np.random.default_rng(0).bytes(5_000))
-    refused(tmp_path / "sae", f"{file} cannot be read (truncated, or not data?)")
+    refused(tmp_path / "sae", f"{file} cannot be read (truncated, or not a data file?)")
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -96,7 +96,7 @@ def test_a_damaged_configuration_is_refused(text, tmp_path):
     refused(folder, "cfg.json")
 
 
-def test_an_interrupted_training_is_said_to_be_one(tmp_path):
+def test_the_state_of_an_interrupted_training_is_refused_as_such(tmp_path):
     folder = dictionary(tmp_path)
     state = {"step": 300, "ae": {"bias": torch.zeros(D)}, "optimizer": {}, "config": {}}
     torch.save(state, folder / "ae.pt")
@@ -130,12 +130,12 @@ def test_tensors_that_do_not_fit_are_refused(change, message, tmp_path):
         ({"k": None}, "`k` is missing"),
         ({"d_in": True}, "`d_in` must be a whole number; got True"),
         ({"num_latents": F + 1}, f"`encoder.weight` has shape [{F}, {D}]"),
-        ({"activation": "relu"}, "`activation` is 'relu', which no architecture here is equal to"),
+        ({"activation": "relu"}, "`activation` is 'relu', which no architecture of reseed equals"),
         ({"activation": "groupmax", "k": 7}, f"`k` (=7) must divide `num_latents` (={F})"),
-        ({"signed": True}, "latents of either sign are no architecture here"),
+        ({"signed": True}, "reseed has no architecture with latents of either sign"),
     ],
 )
-def test_settings_of_sparsify_that_cannot_be_are_refused(change, message, tmp_path):
+def test_impossible_settings_of_sparsify_are_refused(change, message, tmp_path):
     refused(foreign.sparsify(tmp_path, draws(), **change), message)
 
 
@@ -149,13 +149,13 @@ def test_settings_of_sparsify_that_cannot_be_are_refused(change, message, tmp_pa
             {"normalize_activations": "expected_average_only_in"},
             "neither folded in nor in a file activation_scaler.json",
         ),
-        ("temporal", {}, "`architecture` is 'temporal', which no architecture here is equal to"),
-        ("standard", {"activation_fn": "tanh-relu"}, "`activation_fn` 'tanh-relu'"),
+        ("temporal", {}, "`architecture` is 'temporal', which no architecture of reseed equals"),
+        ("standard", {"activation_fn": "tanh-relu"}, "`activation_fn` is 'tanh-relu'"),
         ("transcoder", {"d_out": D + 1}, f"it maps {D} activations to {D + 1}"),
         ("topk", {"k": F + 1}, "must not exceed `num_latents`"),
     ],
 )
-def test_settings_of_saelens_that_cannot_be_are_refused(architecture, change, message, tmp_path):
+def test_impossible_settings_of_saelens_are_refused(architecture, change, message, tmp_path):
     refused(foreign.saelens(tmp_path, draws(), architecture, **change), message)
 
 
@@ -170,13 +170,16 @@ def test_settings_of_saelens_that_cannot_be_are_refused(architecture, change, me
         (None, {"sae_type": "crosscoder"}, "`sae_type` is 'crosscoder'"),
     ],
 )
-def test_settings_of_llama_scope_that_cannot_be_are_refused(norms, change, message, tmp_path):
+def test_impossible_settings_of_llama_scope_are_refused(norms, change, message, tmp_path):
     refused(foreign.llama_scope(tmp_path, draws(), norms, **change), message)
 
 
-def test_a_tensor_that_nobody_knows_is_not_passed_over(tmp_path):
+def test_an_unknown_tensor_is_refused(tmp_path):
     folder = dictionary(tmp_path, ghost=torch.zeros(3))
-    refused(folder, "`ghost` is not known in this format, and may change what the SAE computes")
+    refused(
+        folder,
+        "the tensor `ghost` is unknown in this format and may change what the SAE computes",
+    )
 
 
 def test_k_of_weights_and_configuration_must_agree(tmp_path):
@@ -184,59 +187,57 @@ def test_k_of_weights_and_configuration_must_agree(tmp_path):
     folder = foreign.dictionary(
         tmp_path, tensors | {"k": torch.tensor(K)}, "AutoEncoderTopK", k=K + 1
     )
-    refused(folder, f"`k` is {K}, and config.json says {K + 1}")
+    refused(folder, f"`k` is {K}, but config.json says {K + 1}")
 
 
-def test_what_is_not_recognised_is_told_with_what_would_have_been(tmp_path):
+def test_an_unknown_folder_is_refused_with_the_files_found_and_expected(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
-    refused(tmp_path, "holds no SAE of a known format; it holds notes.txt. Recognised is reseed: ")
+    refused(tmp_path, "holds no SAE of a known format; it contains notes.txt. Expected reseed: ")
     refused(tmp_path, "sparsify: cfg.json with sae.safetensors; ", format=None)
-    refused(tmp_path, "Recognised is gemma_scope: params.npz or ", format="gemma_scope")
+    refused(tmp_path, "Expected gemma_scope: params.npz or ", format="gemma_scope")
     refused(tmp_path / "nowhere", "there is no folder")
     refused(tmp_path, "no format is called `sparsfy`. Did you mean `sparsify`?", format="sparsfy")
 
 
-def test_a_folder_of_several_says_which_there_are(tmp_path):
+def test_a_folder_of_several_saes_is_refused_with_their_names(tmp_path):
     for layer in (0, 1):
         foreign.sparsify(tmp_path / f"layers.{layer}", draws())
-    refused(tmp_path, "Below it are layers.0 (sparsify), layers.1 (sparsify): name one.")
+    refused(tmp_path, "Below it are layers.0 (sparsify), layers.1 (sparsify): give one of them.")
 
 
-def test_a_file_without_what_belongs_beside_it(tmp_path):
+def test_a_file_without_its_companion_is_refused(tmp_path):
     folder = dictionary(tmp_path)
     (folder / "config.json").unlink()
-    refused(folder / "ae.pt", "is no file of a known format, or lacks what belongs beside it")
+    refused(folder / "ae.pt", "is not a file of a known format, or its companion files are missing")
 
 
-def test_a_named_format_is_held_to(tmp_path):
+def test_no_other_format_than_the_given_one_is_tried(tmp_path):
     folder = foreign.sparsify(tmp_path, draws())
     assert import_sae(folder, "sparsify").sae.num_latents == F
-    refused(
-        folder, "Recognised is saelens: cfg.json with sae_weights.safetensors", format="saelens"
-    )
+    refused(folder, "Expected saelens: cfg.json with sae_weights.safetensors", format="saelens")
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("hub:x", "a place on the hub is hub:OWNER/NAME[@revision][/path]; got hub:x"),
-        ("hub:a/b/../../c", "a place on the hub is"),
-        ("EleutherAI/sae-pythia", "on the hub it would be hub:EleutherAI/sae-pythia"),
+        ("hub:x", "a place on the hub is written hub:OWNER/NAME[@revision][/path]; got hub:x"),
+        ("hub:a/b/../../c", "a place on the hub is written"),
+        ("EleutherAI/sae-pythia", "for a repository on the hub write hub:EleutherAI/sae-pythia"),
     ],
 )
-def test_a_place_on_the_hub_is_spelt_in_one_way(source, message):
+def test_a_misspelt_place_on_the_hub_is_refused(source, message):
     refused(source, message)
 
 
-def test_what_is_named_must_be_one_thing():
-    refused(None, "name either a source or `repo`")
-    with pytest.raises(CheckpointError, match=re.escape("name either a source or `repo`")):
+def test_exactly_one_source_must_be_given():
+    refused(None, "give either a source or `repo`")
+    with pytest.raises(CheckpointError, match=re.escape("give either a source or `repo`")):
         reseed.load_sae("x", repo="a/b")
-    with pytest.raises(CheckpointError, match="`revision` and `path` are for the hub"):
+    with pytest.raises(CheckpointError, match="`revision` and `path` apply to the hub only"):
         reseed.load_sae("x", revision="main")
 
 
-def test_settings_are_read_from_json_alone(tmp_path):
+def test_the_files_that_were_read_are_listed(tmp_path):
     folder = foreign.sparsify(tmp_path, draws())
     values = json.loads((folder / "cfg.json").read_text())
     assert import_sae(folder).reads == (folder / "cfg.json", folder / "sae.safetensors")

@@ -1,4 +1,4 @@
-"""What is written is read again, bit for bit where nothing is folded; the rest is refused."""
+"""Exported SAEs read back the same, bit for bit where nothing is folded; others are refused."""
 
 import foreign
 import pytest
@@ -36,11 +36,11 @@ FOLDED = {
     ("gemma_scope", "batch_topk"), ("gemma_scope", "matryoshka"),
     ("dictionary_learning", "jumprelu_centred"),
 }  # fmt: skip
-"""Pairs where b_dec goes into b_enc, which rounds."""
+"""Pairs where b_dec is folded into b_enc, which rounds."""
 
 
 def trained(config: SAEConfig):
-    """An SAE of an architecture with parameters as training may leave them."""
+    """Return an SAE of an architecture with parameters as training may leave them."""
     sae, p = config.empty(D), draws(4)
     with torch.no_grad():
         for name, parameter in (*sae.named_parameters(), *sae.named_buffers()):
@@ -50,7 +50,7 @@ def trained(config: SAEConfig):
 
 
 def holds(format: str, name: str) -> bool:
-    """Whether SAEs of ``CONFIGS[name]`` can be written in a format."""
+    """Return whether SAEs of ``CONFIGS[name]`` can be written in a format."""
     one = FORMATS[format]
     if name == "groupmax" and format in ("saelens", "dictionary_learning"):
         return False
@@ -61,7 +61,7 @@ PAIRS = [(format, name) for format in FORMATS for name in CONFIGS if holds(forma
 
 
 @pytest.mark.parametrize(("format", "name"), PAIRS, ids=lambda v: v)
-def test_written_and_read_it_is_the_same(format, name, tmp_path):
+def test_an_exported_sae_reads_back_the_same(format, name, tmp_path):
     sae, x = trained(CONFIGS[name]), tokens()
     export_sae(sae, tmp_path / "out", format, METADATA)
     found = reseed.load_sae(tmp_path / "out")
@@ -74,7 +74,7 @@ def test_written_and_read_it_is_the_same(format, name, tmp_path):
         torch.testing.assert_close(after.reconstruction, before.reconstruction, **close)
         for parameter in ("W_enc", "b_enc", "W_dec", "b_dec"):
             assert torch.equal(getattr(sae, parameter), getattr(found, parameter))
-    # And once more: what was read is written as it was.
+    # Exporting the SAE that was read changes nothing either.
     export_sae(found, tmp_path / "again", format, METADATA)
     assert torch.equal(reseed.load_sae(tmp_path / "again")(x).latents, after.latents)
 
@@ -87,7 +87,7 @@ def test_written_tensors_are_bit_equal_to_those_that_were_read(tmp_path):
         assert torch.equal(tensor, read_npz(tmp_path / "second" / "params.npz")[key]), key
 
 
-def test_where_it_comes_from_goes_along(tmp_path):
+def test_the_origin_is_exported_with_the_sae(tmp_path):
     sae = trained(CONFIGS["topk"])
     for format in ("reseed", "sparsify", "dictionary_learning"):
         export_sae(sae, tmp_path / format, format, METADATA)
@@ -97,8 +97,8 @@ def test_where_it_comes_from_goes_along(tmp_path):
     assert (found["hook_name"], found["reseed"]) == ("blocks.3.hook_resid_post", METADATA)
     notes = export_sae(trained(CONFIGS["batch_topk"]), tmp_path / "npz", "gemma_scope", METADATA)
     assert notes == (
-        "params.npz has no room for where the SAE comes from",
-        "sae=batch_topk is a JumpReLU there, and its k is not kept",
+        "params.npz does not store where the SAE comes from",
+        "sae=batch_topk is stored as a JumpReLU, without its k",
     )
 
 
@@ -111,7 +111,7 @@ def test_a_threshold_is_kept_to_the_last_bit():
     assert bool((exact_log(torch.tensor([0.0, -1.0])) == -torch.inf).all())
 
 
-def test_a_pre_activation_at_its_threshold_is_held_back_and_the_next_is_not(tmp_path):
+def test_a_pre_activation_at_its_threshold_is_inactive_and_the_next_float_is_active(tmp_path):
     p = draws()
     p |= {"W_enc": torch.eye(F, D), "b_enc": torch.zeros(F), "b_dec": torch.zeros(D)}
     sae = reseed.load_sae(foreign.saelens(tmp_path, p, "jumprelu"))
@@ -121,7 +121,7 @@ def test_a_pre_activation_at_its_threshold_is_held_back_and_the_next_is_not(tmp_
     assert torch.equal(sae.encode(above)[:D], above)
 
 
-def test_a_threshold_of_decoder_norms_is_one_for_each_latent(tmp_path):
+def test_weighing_by_decoder_norms_gives_each_latent_its_own_threshold(tmp_path):
     config = BatchTopKConfig(
         num_latents=F, k=K, weigh_by_decoder_norm=True, unit_norm_decoder=False
     )
@@ -137,7 +137,7 @@ def test_a_threshold_of_decoder_norms_is_one_for_each_latent(tmp_path):
         ("sparsify", CONFIGS["relu"], "sparsify cannot hold sae=relu: it holds topk"),
         ("gemma_scope", CONFIGS["topk"], "gemma_scope cannot hold sae=topk: it holds jumprelu, "),
         ("saelens", CONFIGS["groupmax"], "saelens cannot hold `activation=groupmax`"),
-        ("llama_scope", CONFIGS["relu"], "reseed reads it, and does not write it"),
+        ("llama_scope", CONFIGS["relu"], "as llama_scope: reseed only reads this format"),
         (
             "dictionary_learning",
             BatchTopKConfig(num_latents=F, k=2.5),
@@ -146,11 +146,11 @@ def test_a_threshold_of_decoder_norms_is_one_for_each_latent(tmp_path):
         (
             "sparsify",
             TopKConfig(num_latents=F, k=2, weigh_by_decoder_norm=True, unit_norm_decoder=False),
-            "it chooses latents by f, not by f‖d‖",
+            "it chooses latents by f, not f‖d‖",
         ),
     ],
 )
-def test_what_a_format_cannot_hold_is_refused(format, config, message, tmp_path):
+def test_an_sae_that_a_format_cannot_hold_is_refused(format, config, message, tmp_path):
     with pytest.raises(CheckpointError) as error:
         export_sae(trained(config), tmp_path / "out", format)
     assert message in str(error.value)

@@ -1,1 +1,1 @@
-"""SLURM: what is submitted, what became of it, and what runs on the nodes."""
+"""SLURM: submitting jobs, following them, and the tasks that run on the nodes."""

@@ -1,5 +1,5 @@
-"""Commands with hydra/launcher=slurm (train, evaluate, compare, run): submit, wait, say how it
-ended."""
+"""Commands with hydra/launcher=slurm (train, evaluate, compare, run): submit jobs, wait for them,
+print the outcome."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def launch(
     trains: bool = True,
     evaluations: Sequence[EvaluationConfig] = (),
 ) -> int:
-    """Submit what is neither done nor submitted; wait for all of it, unless asked not to.
+    """Submit all work that is neither done nor submitted, and wait for it unless wait=false.
 
     Args:
-        jobs: every run of the sweep, whose manifest is written.
-        comparison: what is compared afterwards; None compares nothing.
-        trains: whether missing runs are trained.
-        evaluations: of every run, once it is trained.
+        jobs: every run of the sweep, whose manifest is written already.
+        comparison: the comparison after training; None compares nothing.
+        trains: train the missing runs.
+        evaluations: evaluations of every run after its training.
 
     Returns:
-        the exit status: 1 where a run failed, could not be evaluated, or a cell is incomplete.
+        the exit status: 1 if a run failed or could not be evaluated, or a cell is incomplete.
     """
     cells, complete = None, set()
     if comparison is not None:
@@ -69,10 +69,10 @@ def evaluate(
     targets: Sequence[Target],
     evaluations: Sequence[EvaluationConfig],
 ) -> int | None:
-    """Submit evaluations of runs of a sweep that have neither a result nor a job.
+    """Submit the evaluations of a sweep's runs that have neither a result nor a job.
 
     Returns:
-        the exit status, 1 where something was not evaluated; None where nothing was waited for.
+        the exit status, 1 if a result is missing; None if the command did not wait.
     """
     work = Work(
         sweep, (), runtime, _settings(line, runtime), None, False,
@@ -93,10 +93,10 @@ def _settings(line: CommandLine, runtime: RuntimeConfig) -> SlurmSettings:
 
 
 def _carried_out(work: Work, complete: set[tuple[tuple[str, str], ...]]) -> bool | None:
-    """Submit, and wait unless asked not to.
+    """Submit the work, and wait for it unless wait=false.
 
     Returns:
-        whether there was something to wait for; None where it goes on.
+        True if there were jobs to wait for; None if they continue without the command.
     """
     sweep = work.sweep
     try:
@@ -105,12 +105,12 @@ def _carried_out(work: Work, complete: set[tuple[tuple[str, str], ...]]) -> bool
         raise _stopped(stop, sweep) from None
     if active and not work.runtime.wait:
         say(
-            f"submitted; `reseed status {sweep.path}` shows how far it is (--watch), "
-            f"`reseed cancel {sweep.path}` cancels it, the same command with wait=true waits for it"
+            f"submitted; `reseed status {sweep.path}` shows the progress (--watch), `reseed cancel "
+            f"{sweep.path}` cancels the jobs, the same command with wait=true waits for them"
         )
         return None
     if active:
-        say(f"waiting for {counted(len(active), 'job')}; Ctrl-C cancels, wait=false would not wait")
+        say(f"waiting for {counted(len(active), 'job')}; Ctrl-C cancels them (wait=false: no wait)")
         try:
             _follow(sweep, work.settings.poll_s)
         except KeyboardInterrupt as stop:
@@ -119,13 +119,13 @@ def _carried_out(work: Work, complete: set[tuple[tuple[str, str], ...]]) -> bool
 
 
 def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
-    """Print what would be submitted."""
+    """Print the jobs that would be submitted."""
     settings = _settings(line, runtime)
     store = RunStore(runtime.outputs)
     distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
     missing = [r for r in distinct if not r.run(store).finished]
     plan = make_plan(missing, Machine.of(planning(settings, runtime)))
-    if runtime.tflops is not None or not missing:  # else nothing is known of time on a node
+    if runtime.tflops is not None or not missing:  # without tflops, times on a node are unknown
         plan.say(finished=len(distinct) - len(missing))
         return
     finished = len(distinct) - len(missing)
@@ -137,12 +137,12 @@ def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) ->
 
 
 def _follow(sweep: Sweep, poll_s: float) -> None:
-    """Return once no job of the sweep waits or runs; meanwhile say how far it is."""
+    """Print the progress until no job of the sweep is queued or running."""
     said, spoken = "", time.monotonic()
     while True:
         seen = Seen.now(sweep)
         told = "; ".join([counts(states(sweep, seen)), *other_jobs(seen)])
-        if seen.trouble:  # not for ever: a controller that restarts answers again
+        if seen.trouble:  # keep waiting: the controller may be restarting
             told = f"{told} ({seen.trouble})"
         rough = told.partition("%")[0].rpartition(",")[0] if "%" in told else told
         if rough != said or time.monotonic() - spoken > _SPEAK_S:
@@ -154,16 +154,16 @@ def _follow(sweep: Sweep, poll_s: float) -> None:
 
 
 def _stopped(stop: KeyboardInterrupt, sweep: Sweep) -> Interrupted:
-    """Cancel the jobs where Ctrl-C was given; what to say."""
+    """Cancel the jobs after Ctrl-C (not after other signals), and return the exception to raise."""
     number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
-    if number != signal.SIGINT:  # as when one is logged out
+    if number != signal.SIGINT:  # for example, when the user is logged out
         return Interrupted(
             f"stopped by {signal.Signals(number).name}; the jobs go on: reseed status {sweep.path}",
             number,
         )
     ids = cancel_sweep(sweep)
     return Interrupted(
-        f"interrupted; cancelled {counted(len(ids), 'job')}. What was saved stands, and the same "
+        f"interrupted; cancelled {counted(len(ids), 'job')}. Saved results are kept, and the same "
         "command goes on",
         number,
     )
@@ -195,7 +195,7 @@ def _ended(
     comparison: ComparisonConfig | None,
     waited: bool,
 ) -> int:
-    """Say what failed; print the tables."""
+    """Print the failures and the tables, and return the exit status."""
     from reseed.cli.train import failure_lines
 
     seen = Seen.now(sweep)

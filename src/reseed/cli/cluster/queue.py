@@ -1,4 +1,4 @@
-"""What SLURM knows of jobs, asked by its own commands."""
+"""State of jobs from SLURM's commands (squeue, sacct, scontrol), and scancel."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NEVER = ("DependencyNeverSatisfied", "InvalidAccount", "InvalidQOS")
 
 
 class QueueError(ReseedError):
-    """SLURM did not answer."""
+    """Error raised when SLURM does not answer."""
 
 
 @dataclass(frozen=True)
 class InQueue:
-    """A job that waits or runs.
+    """A queued or running job.
 
     Attributes:
-        state: in SLURM's words, ``PENDING``, ``RUNNING``, ...
-        reason: why it waits, in SLURM's words; may be empty.
+        state: SLURM's state, ``PENDING``, ``RUNNING``, ...
+        reason: SLURM's reason why the job waits; may be empty.
     """
 
     state: str
@@ -42,26 +42,27 @@ def there_is_slurm() -> bool:
 
 
 def queue() -> dict[str, InQueue]:
-    """The user's jobs that wait or run, by id; a task of an array as ``12_3``.
+    """Return the user's queued and running jobs by id; a task of an array has the id ``12_3``.
 
     Raises:
         QueueError: SLURM does not answer.
     """
-    # -r: a line for each task of an array that waits.
+    # -r: one line for each queued task of an array.
     told = _asked("squeue", "--noheader", "-r", "-u", str(os.getuid()), "-o", "%i|%T|%r")
     found = {}
     for line in told.splitlines():
         job, state, reason = (*line.strip().split("|"), "", "")[:3]
-        # A job that waits for what will never be is over.
+        # A job whose condition can never be met counts as ended.
         if job and reason not in _NEVER:
             found[job] = InQueue(state, "" if reason == "None" else reason)
     return found
 
 
 def last_states(jobs: Iterable[str]) -> dict[str, str]:
-    """How jobs ended that are in the queue no more, as far as SLURM still knows.
+    """Return the final states of jobs that have left the queue, as far as SLURM knows them.
 
-    From the accounting where there is one, else from the controller, which forgets soon.
+    They come from the accounting if there is one, else from the controller, which forgets them
+    soon.
     """
     wanted = set(jobs)
     if not wanted:
@@ -81,7 +82,7 @@ def last_states(jobs: Iterable[str]) -> dict[str, str]:
 
 
 def cancel(jobs: Iterable[str]) -> None:
-    """Cancel jobs, in this order. They are sent SIGTERM, and some seconds later SIGKILL.
+    """Cancel jobs, in this order. SLURM sends SIGTERM, and SIGKILL some seconds later.
 
     Raises:
         QueueError: SLURM does not answer.

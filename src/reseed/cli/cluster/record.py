@@ -1,9 +1,9 @@
-"""What was submitted for a sweep, written down in its folder.
+"""Record of the jobs submitted for a sweep, in the sweep's folder.
 
 sweeps/<sweep>/slurm/
-    jobs.json     a job per entry: its id, what it does, its runs
-    .lock         held by who submits or cancels
-    <id>_0_log.out, <id>_0_log.err      what jobs print
+    jobs.json     one entry per job: its id, kind and runs
+    .lock         held by a process that submits or cancels
+    <id>_0_log.out, <id>_0_log.err      output of the jobs
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ TRAIN, EVALUATE, COMPARE, COLLECT = "train", "evaluate", "compare", "collect"
 
 @dataclass(frozen=True)
 class Submitted:
-    """One job.
+    """A submitted job.
 
     Attributes:
         job: SLURM's id; ``12_3`` for a task of an array.
         kind: train, evaluate, compare or collect.
-        runs: signatures of the runs that it trains or evaluates.
-        cell: what it compares, in words; or the evaluation, by name and digest.
-        at: when, ISO 8601.
-        cancelled: whether it was cancelled by reseed.
+        at: time of submission, ISO 8601.
+        runs: signatures of the runs that the job trains or evaluates.
+        cell: the cell that it compares, in words; or the evaluation, by name and digest.
+        cancelled: reseed has cancelled the job.
     """
 
     job: str
@@ -45,7 +45,7 @@ class Submitted:
 
     @property
     def parts(self) -> list[tuple[str, str, str]]:
-        """What it does, piece by piece; two jobs with the same piece do the same."""
+        """Identities of the job's work items; two jobs with the same item do the same work."""
         return [(self.kind, self.cell, run) for run in self.runs or ("",)]
 
 
@@ -61,7 +61,7 @@ class Record:
 
     @property
     def jobs(self) -> list[Submitted]:
-        """Every job that was ever submitted, in that order."""
+        """Every job ever submitted, in order of submission."""
         try:
             listed = json.loads(self.path.read_text())
         except FileNotFoundError:
@@ -71,28 +71,28 @@ class Record:
         return [Submitted(**{**entry, "runs": tuple(entry["runs"])}) for entry in listed]
 
     def add(self, jobs: Sequence[Submitted]) -> None:
-        """Write down new jobs. The caller holds the lock."""
+        """Append new jobs. The caller holds the lock."""
         self._write([*self.jobs, *jobs])
 
     def mark_cancelled(self, ids: Sequence[str]) -> None:
-        """Write down that jobs were cancelled. The caller holds the lock."""
+        """Mark jobs as cancelled. The caller holds the lock."""
         self._write([replace(j, cancelled=j.cancelled or j.job in ids) for j in self.jobs])
 
     def _write(self, jobs: Sequence[Submitted]) -> None:
         atomic_write_json(self.path, [asdict(job) for job in jobs])
 
     def active(self, queue: Mapping[str, InQueue]) -> list[Submitted]:
-        """Those that wait or run."""
+        """Return the jobs that are queued or running."""
         return [job for job in self.jobs if job.job in queue]
 
     def log(self, job: Submitted | str) -> Path:
-        """What a job writes to stderr, where errors are."""
+        """Return the path of a job's stderr, which contains its errors."""
         name = job if isinstance(job, str) else job.job
         return self.folder / f"{name}_0_log.err"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Within it no other process submits or cancels jobs of this sweep."""
+        """Keep other processes from submitting or cancelling jobs of this sweep."""
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = take(self.folder / ".lock")
         assert handle is not None

@@ -1,4 +1,4 @@
-"""What `hydra/launcher=slurm` can be told, by the names that submitit and SLURM have for it."""
+"""Settings of `hydra/launcher=slurm`, with the names that submitit and SLURM use."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ NAME = "slurm"
 TARGET = "hydra_plugins.reseed_plugins.slurm.SlurmLauncher"
 KEY = "hydra.launcher"
 _TEAM = ("nodes", "tasks_per_node")
-"""What is asked for training alone."""
+"""Settings that apply only to training jobs."""
 _OURS = ("max_num_timeout", "requeue", "poll_s", "additional_parameters")
 _ALIKE = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb", "timeout_min")
-"""What submitit calls alike for every kind of cluster."""
+"""Settings whose submitit name has no ``slurm_`` prefix."""
 
 
 @dataclass(frozen=True)
 class SlurmSettings(Config):
-    """Resources of every job, training and comparison alike, and how they are followed."""
+    """Resources of every job, and the settings for requeueing and following jobs."""
 
     partition: str | None = setting(None)
     account: str | None = setting(None)
@@ -27,30 +27,30 @@ class SlurmSettings(Config):
     constraint: str | None = setting(None)
     gres: str | None = setting(None)
     nodes: int = setting(1, at_least=1)
-    """Of each training job; with more than one, or more tasks, runtime=ddp or runtime=spread."""
+    """Nodes of each training job. Several nodes or tasks need runtime=ddp or runtime=spread."""
     tasks_per_node: int = setting(1, at_least=1)
     """Processes that SLURM starts on each node of a training job: as many as it has GPUs. With one
-    node and one task the job starts the others itself."""
+    node and one task, the job starts the other processes itself."""
     gpus_per_node: int | None = setting(None, at_least=0)
     cpus_per_task: int = setting(4, at_least=1)
     mem_gb: float | None = setting(None, above=0)
     """Memory of a job; null: the partition's default."""
     timeout_min: int = setting(240, at_least=1)
-    """Time limit of a job. One that reaches it saves and is requeued."""
+    """Time limit of a job. A job that reaches it saves and is requeued."""
     array_parallelism: int = setting(64, at_least=1)
-    """Most tasks of an array that run at once."""
+    """Maximum number of tasks of an array that run at once."""
     setup: tuple[str, ...] = setting(())
     """Shell lines before Python starts: ``module load cuda``, exports."""
     signal_delay_s: int = setting(120, at_least=1)
-    """How long before its end a job is told of it: the time there is to save."""
+    """Seconds between SLURM's warning and the time limit: the time that a job has to save."""
     max_num_timeout: int = setting(10, at_least=0)
-    """How many times a job that reached its time limit is requeued; pre-emption does not count."""
+    """Maximum requeues of a job that reached its time limit; pre-emption does not count."""
     requeue: bool = setting(True)
-    """Whether SLURM may start a job again whose node was lost or given to another."""
+    """SLURM may restart a job whose node failed or was pre-empted."""
     additional_parameters: dict[str, Any] | None = setting(None)  # noqa: RUF009
     """Further options of sbatch by their long names."""
     poll_s: float = setting(10.0, above=0)
-    """How often a waiting command looks."""
+    """Seconds between two looks at the queue by a waiting command."""
 
     def validate(self) -> None:
         # SLURM sends the signal up to a minute early.
@@ -63,11 +63,11 @@ class SlurmSettings(Config):
 
     @property
     def tasks(self) -> int:
-        """Processes of a training job that SLURM starts."""
+        """Number of processes that SLURM starts for a training job."""
         return self.nodes * self.tasks_per_node
 
     def check(self, strategy: str) -> None:
-        """Raise `ConfigError` where several processes are asked for, and ``strategy`` has one."""
+        """Raise `ConfigError` if ``strategy`` cannot use the requested number of processes."""
         if strategy == "single" and self.tasks > 1:
             key = "nodes" if self.nodes > 1 else "tasks_per_node"
             raise ConfigError(
@@ -77,7 +77,7 @@ class SlurmSettings(Config):
             )
 
     def submitit(self, name: str, dependency: str | None, trains: bool = True) -> dict[str, Any]:
-        """The parameters of submitit's AutoExecutor for a job called ``name``."""
+        """Return the parameters of submitit's AutoExecutor for a job called ``name``."""
         given: dict[str, Any] = {"name": name}
         for f in fields(self):
             value = 1 if f.name in _TEAM and not trains else getattr(self, f.name)
@@ -87,20 +87,20 @@ class SlurmSettings(Config):
             given["slurm_setup"] = list(self.setup)
         more = {"requeue" if self.requeue else "no-requeue": True}
         given["slurm_additional_parameters"] = more | dict(self.additional_parameters or {})
-        # What a job printed before it was requeued stays in its log.
-        # One process that fails ends its job: the others would wait for it.
+        # append: a requeued job keeps its earlier output.
+        # kill: if one process fails, the others would wait for it forever.
         given["slurm_srun_args"] = ["--open-mode=append", "--kill-on-bad-exit=1"]
         return given | ({"slurm_dependency": dependency} if dependency else {})
 
     @classmethod
     def of(cls, node: dict[str, Any]) -> SlurmSettings:
-        """From the composed ``hydra.launcher``."""
+        """Build the settings from the composed ``hydra.launcher``."""
         values = {key: value for key, value in node.items() if key != "_target_"}
         return make(cls, values, KEY)
 
 
 def defaults() -> dict[str, Any]:
-    """The node of the launcher as Hydra's config store has it."""
+    """Return the launcher's default node for Hydra's config store."""
     found: dict[str, Any] = {"_target_": TARGET}
     for f in fields(SlurmSettings):
         value = f.default

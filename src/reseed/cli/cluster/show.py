@@ -1,4 +1,4 @@
-"""``reseed status SWEEP``: its runs, from files and SLURM's queue; once, or again and again."""
+"""``reseed status SWEEP``: show its runs from files and SLURM's queue, once or repeatedly."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _ON = ("running", "starting", "queued", "submitted")
 
 
 def print_sweep(sweep: Sweep) -> bool:
-    """Print every run of a sweep, and what its other jobs do.
+    """Print every run of a sweep, and the state of its other jobs.
 
     Returns:
-        whether anything waits or runs.
+        True if a job or run is queued or running.
     """
     from reseed.cli.status import print_rows
     from reseed.console import say
@@ -46,7 +46,7 @@ def print_sweep(sweep: Sweep) -> bool:
 
 
 def watch(sweep: Sweep, every_s: float = WATCH_S) -> None:
-    """Print it again and again, on a terminal in place of the last; until nothing is at work."""
+    """Print a sweep repeatedly until nothing is queued or running; clear a terminal each time."""
     from reseed.console import console
 
     while True:
@@ -58,7 +58,7 @@ def watch(sweep: Sweep, every_s: float = WATCH_S) -> None:
 
 
 def _row(state: RunState) -> tuple[str, ...]:
-    """The entries of `COLUMNS`; empty where there is nothing to say."""
+    """Return the entries of `COLUMNS`; empty if unknown."""
     waits = f" ({state.note})" if state.note and state.state in ("queued", "submitted") else ""
     share = f"{state.tokens / state.of:.0%}" if state.tokens is not None and state.of else ""
     tokens = "" if state.tokens is None else f"{state.tokens:,}"

@@ -1,4 +1,4 @@
-"""What became of every run of a sweep: from its folders, its list of jobs, and SLURM's queue."""
+"""State of every run of a sweep, from its folder, the record of jobs, and SLURM's queue."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _NOT_DONE = {EVALUATE: "not evaluated: ", COMPARE: "not compared: ", COLLECT: "t
 
 @dataclass(frozen=True)
 class RunState:
-    """One run.
+    """The state of a run.
 
     Attributes:
-        id: its folder's name.
+        id: the name of the run's folder.
         state: queued, starting, running, done, failed, cancelled, interrupted, not started.
-        note: why it waits or failed; may be empty.
-        tokens, of: how far it is, and its budget, where that is known.
-        rate: tokens per second, while it runs.
-        traceback: of an error that does not say all.
+        note: the reason why the run waits or failed; may be empty.
+        tokens, of: tokens trained so far, and the budget, if known.
+        rate: tokens per second, while the run is training.
+        traceback: traceback of an error that its message does not explain.
     """
 
     id: str
@@ -49,12 +49,12 @@ class RunState:
 
 @dataclass(frozen=True)
 class Seen:
-    """SLURM's side of a sweep at one moment.
+    """Snapshot of a sweep's jobs in SLURM.
 
     Attributes:
-        queue: jobs that wait or run; None where SLURM could not be asked.
-        ended: how the sweep's other jobs ended, as far as that is known.
-        trouble: why SLURM could not be asked.
+        queue: queued and running jobs; None if SLURM could not be asked.
+        ended: final states of the sweep's other jobs, as far as they are known.
+        trouble: the reason why SLURM could not be asked.
     """
 
     record: Record
@@ -64,7 +64,7 @@ class Seen:
 
     @classmethod
     def now(cls, sweep: Sweep) -> Seen:
-        """Ask, where there is anything to ask about."""
+        """Ask SLURM, if the sweep has jobs."""
         record = Record(sweep.path)
         jobs = record.jobs
         if not jobs:
@@ -75,18 +75,18 @@ class Seen:
             found = queue()
         except QueueError as error:
             return cls(record, None, {}, str(error))
-        # Of jobs that were submitted again nobody wants to know.
+        # Only the last job for each work item matters; earlier ones were submitted again.
         last = {part: job.job for job in jobs for part in job.parts}
         return cls(record, found, last_states(job for job in last.values() if job not in found))
 
     @property
     def active(self) -> list[Submitted]:
-        """Jobs that wait or run."""
+        """The sweep's queued and running jobs."""
         return self.record.active(self.queue or {})
 
 
 def states(sweep: Sweep, seen: Seen) -> list[RunState]:
-    """The distinct runs of a sweep, in the order of its manifest."""
+    """Return the states of the distinct runs of a sweep, in the order of its manifest."""
     jobs = [job for job in seen.record.jobs if job.kind == TRAIN]
     runs = {run.path: run for run in sweep.runs()}
     return [
@@ -111,7 +111,7 @@ def _state(run: Run, jobs: list[Submitted], seen: Seen) -> RunState:
         return RunState(run.id, _PLAIN.get(status, status), "", tokens, of)
     if waits is not None:
         if waits.running:
-            # Where locks of another machine are not seen, the record still says it.
+            # Another machine's lock may be invisible here, but the record says "running".
             begun = status == "interrupted" and run.record["status"] == "running"
             return RunState(run.id, RUNNING if begun else STARTING, "", tokens, of, rate)
         return RunState(run.id, QUEUED, _WAITS.get(waits.reason, waits.reason), tokens, of)
@@ -120,13 +120,13 @@ def _state(run: Run, jobs: list[Submitted], seen: Seen) -> RunState:
     if last.cancelled:
         return RunState(run.id, "cancelled", "", tokens, of)
     ended = seen.ended.get(last.job, "")
-    if ended == "COMPLETED":  # what it made was removed since
+    if ended == "COMPLETED":  # the run was removed after its job
         return RunState(run.id, _PLAIN.get(status, status), "", tokens, of)
     return RunState(run.id, FAILED, gone(last, seen), tokens, of)
 
 
 def gone(job: Submitted, seen: Seen) -> str:
-    """What to say of a job that is over and did not do what it should."""
+    """Return the message about a job that ended without doing its work."""
     log = seen.record.log(job)
     state = seen.ended.get(job.job, "")
     told = f"its job {job.job} is gone" + (f" ({state.lower().replace('_', ' ')})" if state else "")
@@ -136,13 +136,13 @@ def gone(job: Submitted, seen: Seen) -> str:
             text = file.read().decode(errors="replace")
     except OSError:
         return told
-    # What srun says at last says nothing.
+    # srun's last lines say nothing about the cause.
     line = last_line(re.sub(rf"(?m)^srun: .*({_SRUN}).*$", "", text))
     return f"{told}; {log} ends: {line}" if line else told
 
 
 def other_jobs(seen: Seen) -> list[str]:
-    """Jobs in the queue that train nothing."""
+    """Return a line for each kind of job, other than training, that is queued or running."""
     told = []
     for kind, what in _OTHERS.items():
         jobs = [job for job in seen.active if job.kind == kind]
@@ -155,8 +155,10 @@ def other_jobs(seen: Seen) -> list[str]:
 
 
 def failed_jobs(seen: Seen) -> list[str]:
-    """A line for each job that evaluates, compares, or makes the tables, and did not; the last of
-    its kind."""
+    """Return a line for each failed job that evaluates, compares, or makes the tables.
+
+    A job that was submitted again is left out.
+    """
     last = {part: job for job in seen.record.jobs if job.kind != TRAIN for part in job.parts}
     told = []
     for job in dict.fromkeys(last.values()):
@@ -168,19 +170,19 @@ def failed_jobs(seen: Seen) -> list[str]:
 
 
 def last_line(text: str) -> str:
-    """The last line that says something."""
+    """Return the last line that is not blank, or ""."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else ""
 
 
 def _said(failure: Mapping[str, Any]) -> str:
-    """The last line of an error; with its type where the message does not say all."""
+    """Return the last line of an error, with its type unless the message explains the error."""
     line = last_line(failure["message"])
     return line if failure["explained"] else f"{failure['type']}: {line}"
 
 
 def _progress(run: Run) -> tuple[int | None, int | None, float | None]:
-    """Tokens seen, tokens in all, tokens per second."""
+    """Return the tokens trained so far, the budget, and the tokens per second."""
     of = run.record.get("tokens") if run.status not in ("missing", "damaged") else None
     try:
         found = json.loads((run.path / PROGRESS_FILE).read_text())
@@ -190,7 +192,7 @@ def _progress(run: Run) -> tuple[int | None, int | None, float | None]:
 
 
 def counts(found: list[RunState]) -> str:
-    """``1 running, 2 queued, 3 done, 45% of the tokens``."""
+    """Summarise states as ``1 running, 2 queued, 3 done, 45% of the tokens``."""
     order = (RUNNING, STARTING, QUEUED, DONE, FAILED)
     number = Counter(state.state for state in found)
     listed = sorted(number, key=lambda s: (order.index(s) if s in order else len(order), s))
@@ -202,10 +204,10 @@ def counts(found: list[RunState]) -> str:
 
 
 def find_sweep(word: str, root: Path) -> Sweep:
-    """The sweep that a word means: a folder, a name under ``root``, or the start of one.
+    """Return the sweep that a word names: a folder, a name under ``root``, or the start of one.
 
     Raises:
-        ReseedError: there is none, or there are several.
+        ReseedError: no sweep matches, or several do.
     """
     from reseed.config import ReseedError, nearest
 

@@ -1,4 +1,4 @@
-"""Cancel what was submitted for a sweep."""
+"""Cancellation of the SLURM jobs of a sweep."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from reseed.sweeps import Sweep
 
 
 def cancel_sweep(sweep: Sweep) -> list[str]:
-    """Cancel every job of a sweep that waits or runs; their ids.
+    """Cancel every queued or running job of a sweep, and return their ids.
 
     Raises:
         QueueError: SLURM does not answer.
@@ -23,5 +23,5 @@ def cancel_sweep(sweep: Sweep) -> list[str]:
             raise QueueError(f"nothing was cancelled: {seen.trouble}")
         ids = [job.job for job in seen.active]
         record.mark_cancelled(ids)
-        cancel(reversed(ids))  # those that wait for others first, before their turn comes
+        cancel(reversed(ids))  # dependent jobs first, so that none starts when its dependency ends
     return ids

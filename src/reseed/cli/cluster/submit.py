@@ -1,5 +1,5 @@
-"""Submit a plan: an array of groups to train, then of evaluations and of cells to compare, then the
-tables."""
+"""Submission of a plan: an array of groups to train, then arrays of evaluations and of cells to
+compare, then a job for the tables."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _ANY_MEMORY_GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Work:
-    """What a command wants done.
+    """The work that a command requests.
 
     Attributes:
         experiments: every run of the sweep.
-        cells: what to compare where it is lacking, in the sweep's axes; None compares nothing.
-        settings: how jobs are submitted.
-        trains: whether missing runs are trained.
-        evaluations: what of the targets is to be evaluated where it is lacking.
-        targets: runs of the sweep, trained by then.
+        settings: the settings of the jobs.
+        cells: the cells to compare if necessary, as values of axes; None compares nothing.
+        trains: train the missing runs.
+        evaluations: evaluations of the targets; those with a result are left out.
+        targets: runs of the sweep, trained before they are evaluated.
     """
 
     sweep: Sweep
@@ -62,7 +62,7 @@ class Work:
 
     @property
     def nodes_runtime(self) -> RuntimeConfig:
-        """The same for a job, whatever its environment: folders by their whole paths."""
+        """The runtime for a job: with absolute paths, so that it does not depend on the folder."""
         r = self.runtime
         kept = r.activation_cache
         return replace(
@@ -76,16 +76,16 @@ class Work:
 
 
 def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submitted]:
-    """Submit what is neither done nor submitted already.
+    """Submit all work that is neither done nor submitted already.
 
     Args:
-        compared: the cells whose runs are all there, and compared.
+        compared: the cells whose runs are all finished and compared.
 
     Returns:
-        the jobs of the sweep that wait or run now.
+        the sweep's queued and running jobs.
 
     Raises:
-        ReseedError: SLURM is not there, or refuses.
+        ReseedError: SLURM or submitit is missing, or SLURM refuses a job.
     """
     check_slurm()
     record = work.record
@@ -104,7 +104,7 @@ def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submi
             trained = [job for job in (*active, *new) if job.kind == TRAIN]
             made += stage.submit(evaluations, EVALUATE, trained)
         wanted = [c for c in work.cells or () if c not in compared]
-        # Comparisons that wait already will have what is trained until then.
+        # Queued comparisons already run after all queued training.
         if wanted and (missing or not any(job.kind == COMPARE for job in active)):
             made += stage.submit(_compares(work, wanted), COMPARE, [*active, *new])
         if made:
@@ -115,7 +115,7 @@ def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submi
 
 
 def check_slurm() -> None:
-    """Raise `ReseedError` where nothing can be submitted from here."""
+    """Raise `ReseedError` if jobs cannot be submitted from this machine."""
     try:
         import submitit  # noqa: F401
     except ImportError:
@@ -125,13 +125,13 @@ def check_slurm() -> None:
     lacking = [name for name in ("sbatch", "squeue", "scancel") if shutil.which(name) is None]
     if lacking:
         raise ReseedError(
-            f"hydra/launcher=slurm submits from a machine with SLURM's commands: there is no "
+            f"hydra/launcher=slurm needs SLURM's commands on the submitting machine: there is no "
             f"`{lacking[0]}` here"
         )
 
 
 def _missing(work: Work, active: Sequence[Submitted]) -> list[Resolved]:
-    """Distinct runs that are neither finished nor in a job that waits or runs."""
+    """Return the distinct runs that are neither finished nor in a queued or running job."""
     store = RunStore(work.runtime.outputs)
     submitted = {signature for job in active if job.kind == TRAIN for signature in job.runs}
     distinct = {r.signature: r for r in work.experiments}
@@ -143,10 +143,10 @@ def _missing(work: Work, active: Sequence[Submitted]) -> list[Resolved]:
 
 
 def planning(s: SlurmSettings, r: RuntimeConfig) -> RuntimeConfig:
-    """What groups are made for: a node, of which as much is known as was asked for.
+    """Return the runtime for planning groups on a node, from the resources that jobs request.
 
-    Of a GPU nothing is known: then a job takes all runs of one stream, and splits them itself where
-    they do not fit, one part after the other.
+    The submitting machine cannot see the node's GPU. If the node's memory is unknown, one job takes
+    all runs of a stream; if they do not fit, the job splits them and trains one part after another.
     """
     memory = r.memory_gib
     if memory is None:
@@ -155,7 +155,7 @@ def planning(s: SlurmSettings, r: RuntimeConfig) -> RuntimeConfig:
     ranks = None
     if r.strategy != "single":
         ranks = s.tasks if s.tasks > 1 else r.ranks or s.gpus_per_node
-    # Nothing is measured here: it says nothing of a node.
+    # tflops is set so that nothing is measured on this machine, which says nothing about a node.
     return replace(r, device="cpu", memory_gib=memory, tflops=r.tflops or 1.0, ranks=ranks)
 
 
@@ -176,8 +176,10 @@ def _train(work: Work, group: Group) -> tuple[Task, Submitted]:
 
 
 def _evaluations(work: Work, active: Sequence[Submitted]) -> list[tuple[Task, Submitted]]:
-    """A task for the runs of each source and each evaluation that have no result, and are in no job
-    that waits or runs."""
+    """Return a task for each source and evaluation, with the runs that need it.
+
+    Runs with a result, or in a queued or running job, are left out.
+    """
     submitted = {part for job in active for part in job.parts}
     tasks: list[tuple[Task, Submitted]] = []
     for config in work.evaluations:
@@ -216,7 +218,7 @@ def _entry(kind: str, **more: Any) -> Submitted:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Submits the jobs of one kind as an array, and writes them down."""
+    """Submission of the jobs of one kind as an array, with their record."""
 
     work: Work
     record: Record
@@ -227,13 +229,15 @@ class _Stage:
         kind: str,
         after: Sequence[Submitted],
     ) -> list[Submitted]:
-        """Args:
-        after: jobs that have to be over before, however they end.
+        """Submit tasks as an array, and record its jobs.
+
+        Args:
+            after: jobs that have to end first, in whatever state.
         """
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         first = sorted({job.job.partition("_")[0] for job in after})
-        with _unbroken():  # a job that is not written down would be submitted again
+        with _unbroken():  # a job without a record would be submitted again
             try:
                 executor = self._executor(kind, "afterany:" + ":".join(first) if first else None)
                 with executor.batch():
@@ -264,7 +268,7 @@ class _Stage:
 
 @contextmanager
 def _unbroken() -> Iterator[None]:
-    """Signals that would end the command wait until its end."""
+    """Delay SIGINT and SIGTERM until the end of the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

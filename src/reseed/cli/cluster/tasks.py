@@ -1,7 +1,8 @@
-"""What runs on a node: train a group of runs, evaluate some, compare a cell, make the tables.
+"""Tasks that run on a node: train a group, evaluate runs, compare a cell, make the tables.
 
-submitit pickles these objects and calls them in the job. Its handler of the signal that SLURM sends
-before a job's end requeues the job; ours lets training save at the border of a step first.
+submitit pickles these objects and calls them in the job. SLURM sends a signal before a job's end,
+and submitit's handler of that signal requeues the job. The handler here first lets training save at
+the end of a step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ OUT_OF_RETRIES = "out of retries"
 
 
 class JobFailed(ReseedError):
-    """What a job ends with that did not do all it should, so that SLURM shows it as failed."""
+    """Error that ends a job with unfinished work, so that SLURM shows the job as failed."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Task(ABC):
     """A job.
 
     Attributes:
-        folder: where the command was given: paths are relative to it.
+        folder: the working directory of the command; paths are relative to it.
     """
 
     folder: str
@@ -48,24 +49,24 @@ class Task(ABC):
                 self.work()
             except Interrupted as stop:
                 if not stopped.requeue and follows():
-                    return  # one that ends with an error ends them all, and the first may be saving
+                    return  # an error here would kill the job while the leader may be saving
                 if not stopped.requeue:
                     raise SystemExit(128 + stop.number) from None
                 stopped.again(self.give_up)
             except Exception:
-                if stopped.requeue:  # an error on the way out is none of the job's
+                if stopped.requeue:  # an error during the shutdown does not fail the job
                     stopped.again(self.give_up)
                 raise
 
     @abstractmethod
     def work(self) -> None:
-        """What the job is for."""
+        """Do the work of the job."""
 
     def give_up(self, reason: str) -> None:  # noqa: B027 (nothing, unless a job has runs)
-        """The job will not be requeued any more."""
+        """Record that the job will not be requeued again; by default, do nothing."""
 
     def checkpoint(self) -> Any:
-        """What submitit starts next time: the same, as everything is in the runs' folders."""
+        """Return the task that submitit starts next: this one, as all state is in runs' folders."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -73,11 +74,12 @@ class Task(ABC):
 
 @dataclass
 class Stop:
-    """What the signal before a job's end asked for.
+    """State of the signal that SLURM sends before a job's end.
 
     Attributes:
-        requeue: whether it came.
-        handler: submitit's, which requeues.
+        number: the signal.
+        handler: submitit's handler, which requeues the job.
+        requeue: the signal has arrived.
     """
 
     number: int
@@ -85,10 +87,10 @@ class Stop:
     requeue: bool = field(default=False)
 
     def again(self, give_up: Callable[[str], None]) -> None:
-        """Requeue this job, and end; or tell ``give_up`` why it is not."""
+        """Requeue this job and end it; if it is not requeued, call ``give_up`` with the reason."""
         from submitit.core.utils import UncompletedJobError
 
-        # SLURM ends a job that it requeues.
+        # SLURM sends SIGTERM to a job that it requeues.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
             self.handler(self.number, None)
@@ -98,7 +100,7 @@ class Stop:
 
 
 def follows() -> bool:
-    """Whether this process is a task of a job with several, and not the first, which leads."""
+    """Return True if this process is a worker: a task of its job other than the first."""
     from submitit import JobEnvironment
 
     return JobEnvironment().global_rank > 0
@@ -106,7 +108,7 @@ def follows() -> bool:
 
 @contextmanager
 def preemption() -> Iterator[Stop]:
-    """Within it SIGTERM and the signal before a job's end stop the work where nothing is lost."""
+    """Make SIGTERM and the signal before a job's end stop the work without losing progress."""
     from submitit import JobEnvironment
 
     number = int(JobEnvironment._usr_sig())
@@ -115,7 +117,7 @@ def preemption() -> Iterator[Stop]:
     stop = Stop(number, handler)
 
     def warned(number: int, frame: FrameType | None) -> None:
-        # Training has a handler of SIGTERM of its own, which saves first.
+        # Training installs its own handler of SIGTERM, which saves first.
         stop.requeue = True
         signal.raise_signal(signal.SIGTERM)
 
@@ -133,11 +135,11 @@ def preemption() -> Iterator[Stop]:
 
 @dataclass(frozen=True)
 class Train(Task):
-    """Train the runs of one group.
+    """Training of the runs of one group.
 
     Attributes:
-        experiments: as they were declared.
-        signatures: what they came to where the command was given.
+        experiments: the declared experiments.
+        signatures: their signatures on the submitting machine.
     """
 
     experiments: tuple[Experiment, ...]
@@ -168,13 +170,13 @@ class Train(Task):
             raise JobFailed(f"{len(failures)} of {len(resolved)} runs failed; {run}: {error}")
 
     def give_up(self, reason: str) -> None:
-        """The runs are failed, and say why."""
+        """Mark the unfinished runs as failed, with the reason."""
         from reseed.experiment import resolve_experiment
 
         error = ReseedError(
             f"{OUT_OF_RETRIES}: its job reached the time limit more often than "
             "hydra.launcher.max_num_timeout allows. The same command goes on from the last "
-            "checkpoint"
+            "checkpoint."
         )
         for experiment in self.experiments:
             resolved = resolve_experiment(experiment, self.runtime)
@@ -190,11 +192,12 @@ class Train(Task):
 
 @dataclass(frozen=True)
 class Evaluate(Task):
-    """Evaluate runs of one source in one way. What has a result is left alone, so that a job that
-    is started again goes on with the next.
+    """One evaluation of the runs of one source.
+
+    Runs with a result are skipped, so a restarted job continues with the next run.
 
     Attributes:
-        runs: their folders.
+        runs: the folders of the runs.
     """
 
     runs: tuple[str, ...]
@@ -219,7 +222,7 @@ class Evaluate(Task):
 
 @dataclass(frozen=True)
 class Compare(Task):
-    """Compare one cell of a sweep."""
+    """Comparison of one cell of a sweep."""
 
     sweep: str
     axes: tuple[tuple[str, str], ...]
@@ -238,10 +241,10 @@ class Compare(Task):
 
 @dataclass(frozen=True)
 class Collect(Task):
-    """Make tables and figures of a sweep.
+    """Tables and figures of a sweep.
 
     Attributes:
-        compared: whether its cells were to be compared; else the tables are of evaluations.
+        compared: the sweep has a comparison; otherwise only tables of evaluations are made.
     """
 
     sweep: str
@@ -261,5 +264,5 @@ class Collect(Task):
 
 
 def in_words(axes: Sequence[tuple[str, str]]) -> str:
-    """``sae=topk, layer=2``."""
+    """Return the values of a cell as ``sae=topk, layer=2``."""
     return ", ".join(f"{axis}={value}" for axis, value in axes) or "all runs"

@@ -1,9 +1,9 @@
-"""A nearly optimal assignment on the graph, with its prices: the auction with ε-scaling.
+"""Auction with ε-scaling: a nearly optimal assignment on the graph, with its prices.
 
-Rows without a column bid for the one that is worth most to them, S_ij − v_j, and raise its price
-by as much as leaves it just better than their second best, and ε; its owner has to bid again. At
-the end every row is within ε of its best (Bertsekas 1988). Few rounds with a large ε first, which
-puts the prices about right, then smaller ones.
+A row without a column bids for the column with the largest S_ij − v_j. It raises the price by the
+lead over its second best column plus ε, and the previous owner has to bid again. At the end every
+row is within ε of its best (Bertsekas 1988). A few rounds with a large ε find roughly the right
+prices; rounds with smaller ε refine them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ def auction(
     step: float,
     bids: int,
 ) -> int:
-    """One round with ε = ``step``; ``prices``, ``owner`` and ``partner`` are changed in place.
+    """Run one round with ε = ``step``, changing ``prices``, ``owner`` and ``partner`` in place.
 
     Args:
         owner: row of each column, −1 where it is free.
         partner: column of each row, −1 where it has none.
-        least: a row to which nothing is worth so much does not bid (and stays without).
-        bids: so many bids at most.
+        least: a row does not bid, and stays unmatched, unless some column is worth this much to it.
+        bids: maximum number of bids.
 
     Returns:
         the number of rows left without a column.
@@ -45,7 +45,7 @@ def _auction(start, column, cosine, prices, owner, partner, least, step, bids): 
     n = len(start) - 1
     waiting = np.empty(n, dtype=np.int64)
     count = 0
-    # Who is content with what he has, at this ε, keeps it.
+    # A row whose column is within ε of its best offer keeps it.
     for i in range(n):
         best, worth = least[i], -np.inf
         for e in range(start[i], start[i + 1]):
@@ -77,7 +77,7 @@ def _auction(start, column, cosine, prices, owner, partner, least, step, bids): 
             without += 1
             continue
         if second == -np.inf:
-            second = best - 2.0  # nothing else is listed: it may cost what any cosine is worth
+            second = best - 2.0  # the only listed column: bid as much as cosines can differ
         prices[at] += best - second + step
         before = owner[at]
         owner[at], partner[i] = i, at

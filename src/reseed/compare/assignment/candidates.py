@@ -1,7 +1,7 @@
 """One pass over all pairs in low precision: the best candidates of every row and every column.
 
-The products are made tile by tile in bfloat16 and looked at once, while they are in the cache:
-what beats the K-th best so far of its row or of its column is put on that one's list.
+The products are computed tile by tile in bfloat16 and read once, while they are in the cache. An
+entry above the K-th best so far of its row or column is added to the list of that row or column.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from reseed.compare.assignment.threads import in_ranges
 from reseed.compiling import njit
 
 CANDIDATES = 48
-"""Candidates listed for every row and every column. Fewer leave more pairs open, more make the
-graph larger; from 32 to 64 the time hardly changes."""
+"""Candidates listed for every row and every column. A smaller value leaves more pairs open, a
+larger one makes the graph larger; between 32 and 64 the time hardly changes."""
 _TILE = (2048, 4096)
-_CHUNK = 64  # entries of a tile that are looked at together
+_CHUNK = 64  # entries of a tile that are compared together
 _COLUMNS_AT_ONCE = 256
 _NONE = np.int16(-32768)
 ROUNDING = 2.0**-8
-"""What storing a number in bfloat16 takes from it or adds, in proportion, at most."""
-_FLUSHED = 1e-30  # products that are too small for float32
+"""Largest relative error of storing a number in bfloat16."""
+_FLUSHED = 1e-30  # bounds the products that are too small for float32
 
 
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """For every row (or column) its best partners.
+    """Best partners of every row (or column).
 
     Attributes:
         best: indices of the listed partners, −1 where there are fewer than K.
-        bound: no partner that is not listed has a cosine above it; −inf where all are listed.
+        bound: upper bound on the cosines of unlisted partners; −inf where all are listed.
     """
 
     best: Int[np.ndarray, "n K"]
     bound: Float[np.ndarray, " n"]
 
     def pairs(self) -> tuple[Int[np.ndarray, " listed"], Int[np.ndarray, " listed"]]:
-        """Each row as often as it has partners, and these."""
+        """Return the listed pairs as (rows, partners)."""
         listed = self.best >= 0
         return np.nonzero(listed)[0], self.best[listed]
 
@@ -57,10 +57,10 @@ def candidates(
     device: torch.device | str = "cpu",
     progress: Callable[[float], None] = lambda done: None,
 ) -> tuple[Lists, Lists]:
-    """The best ``count`` partners of every row of ``a`` in ``b``, and the other way round.
+    """Find the best ``count`` partners of every row of ``a`` in ``b``, and of ``b`` in ``a``.
 
     Args:
-        progress: is told which part of the pass is done, 0 to 1.
+        progress: called with the finished fraction of the pass, 0 to 1.
     """
     rows, columns = _Growing(len(a), count), _Growing(len(b), count)
     place = torch.device(device)
@@ -77,7 +77,7 @@ def candidates(
 
 
 def products(left: Tensor, right: Tensor, absolute: bool) -> Tensor:
-    """Of every row of one side with every row of the other, or their absolute values."""
+    """Return the products of all rows of both sides, or their absolute values."""
     product = left @ right.T
     return product.abs_() if absolute else product
 
@@ -92,10 +92,10 @@ def _list(tile: Tensor, rows: _Growing, columns: _Growing, i: int, j: int) -> No
 
 @dataclass(frozen=True)
 class ProductError:
-    """S_ij ≤ S̃_ij + `of_row`_i and S_ij ≤ S̃_ij + `of_column`_j for a stored product S̃_ij.
+    """Error bounds: S_ij ≤ S̃_ij + `of_row`_i and S_ij ≤ S̃_ij + `of_column`_j.
 
-    S̃_ij is the product of rounded rows, accumulated in float32 in any order. What storing it in
-    bfloat16 changes is not in it; see `ROUNDING`.
+    S̃_ij is the product of rounded rows, accumulated in float32 in any order. The error of storing
+    it in bfloat16 is not included; see `ROUNDING`.
     """
 
     of_row: Float[np.ndarray, " n"]
@@ -103,7 +103,10 @@ class ProductError:
 
 
 def product_error(a: DistinctRows, b: DistinctRows) -> ProductError:
-    """Rigorous: ‖a − â‖‖b‖ + ‖â‖‖b − b̂‖ by Cauchy and Schwarz, and γ = (D+2)u/(1 − (D+2)u)."""
+    """Return rigorous error bounds of the products.
+
+    ‖a − â‖‖b‖ + ‖â‖‖b − b̂‖ (Cauchy and Schwarz), with γ = (D+2)u/(1 − (D+2)u) for accumulation.
+    """
     steps = (a.d_in + 2) * 2.0**-24
     gamma = steps / (1 - steps)
     left, right = a.rounded.errors, b.rounded.errors
@@ -116,7 +119,7 @@ def product_error(a: DistinctRows, b: DistinctRows) -> ProductError:
 
 
 class _Growing:
-    """Lists while they grow: twice as long as wanted, cut to the best whenever they are full."""
+    """Growing lists with twice the wanted length; a full list is cut to its better half."""
 
     def __init__(self, rows: int, count: int) -> None:
         self.count = count
@@ -126,12 +129,12 @@ class _Growing:
         self.threshold = np.full(rows, _NONE)
 
     def push_rows(self, tile: np.ndarray, i: int, j: int, start: int, stop: int) -> None:
-        """Candidates of the rows ``start`` to ``stop`` of a tile that begins at (i, j)."""
+        """Add candidates of the rows ``start`` to ``stop`` of a tile that begins at (i, j)."""
         index, value, length, threshold = self._from(i)
         _push_rows(tile, index, value, length, threshold, j, start, stop)
 
     def push_columns(self, tile: np.ndarray, i: int, j: int, start: int, stop: int) -> None:
-        """Candidates of its columns."""
+        """Add candidates of the columns ``start`` to ``stop`` of a tile that begins at (i, j)."""
         index, value, length, threshold = self._from(j)
         _push_columns(tile, index, value, length, threshold, i, start, stop)
 
@@ -155,28 +158,29 @@ class _Growing:
 
 
 def _decoded(bits: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """The numbers of `_ordered` bits."""
+    """Return the numbers of `_ordered` bits."""
     plain = bits ^ ((bits >> 15) & 0x7FFF)
     return torch.from_numpy(plain.astype(np.int16)).view(torch.bfloat16).double().numpy()
 
 
 @njit(nogil=True, cache=True, inline="always")
 def _ordered(bits):  # pragma: no cover
-    """Bits of a bfloat16 number as an integer of the same order."""
+    """Map the bits of a bfloat16 number to an integer such that the order is the same."""
     return np.int16(bits ^ ((bits >> 15) & 0x7FFF))
 
 
 @njit(nogil=True, cache=True)
 def _push_rows(tile, index, value, length, threshold, first, start, stop):  # pragma: no cover
-    """Candidates of the rows ``start`` … ``stop`` of a tile; its columns begin at ``first``."""
+    """Add candidates of the rows ``start`` … ``stop``; the tile's columns begin at ``first``."""
     width, enough = tile.shape[1], index.shape[1] // 2
     for r in range(start, stop):
         row = tile[r]
         for c0 in range(0, width, _CHUNK):
             chunk = row[c0 : min(c0 + _CHUNK, width)]
             limit = threshold[r]
-            # Bits of numbers from 0 up have their order, and all others are below them: the loop
-            # is one comparison of whole registers. It will not do for a limit below 0.
+            # For a limit ≥ 0, raw bits compare like the numbers: non-negative numbers are ordered
+            # and negative ones are smaller. So the loop compares whole registers. A limit < 0
+            # needs `_ordered`.
             found = limit < 0
             if not found:
                 for c in range(len(chunk)):
@@ -191,9 +195,9 @@ def _push_rows(tile, index, value, length, threshold, first, start, stop):  # pr
 
 @njit(nogil=True, cache=True)
 def _push_columns(tile, index, value, length, threshold, first, start, stop):  # pragma: no cover
-    """Candidates of the columns ``start`` … ``stop`` of a tile; its rows begin at ``first``."""
+    """Add candidates of the columns ``start`` … ``stop``; the tile's rows begin at ``first``."""
     enough = index.shape[1] // 2
-    # The lists of some columns stay in the cache while the tile is read along its rows.
+    # Blocks of columns keep their lists in the cache while the tile is read along its rows.
     for b0 in range(start, stop, _COLUMNS_AT_ONCE):
         b1 = min(b0 + _COLUMNS_AT_ONCE, stop)
         limits = threshold[b0:b1].copy()
@@ -229,7 +233,7 @@ def _push(index, value, length, threshold, i, partner, one):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def _cut(index, value, length, threshold, i):  # pragma: no cover
-    """Keep the better half of a list; the worst of it is the new threshold (quickselect)."""
+    """Keep the better half of a list; its worst entry is the new threshold (quickselect)."""
     keep = index.shape[1] // 2
     low, high = 0, length[i] - 1
     while low < high:

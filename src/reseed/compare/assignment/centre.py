@@ -1,4 +1,4 @@
-"""Of all prices that are optimal, those that leave few pairs to be looked at."""
+"""Choice among optimal prices: those that leave few pairs open."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def centre(
     free_columns: bool,
     sweeps: int = 10,
 ) -> None:
-    """Move prices between matched pairs, u_i up and v_j down or back, to where few pairs are open.
+    """Shift the prices of matched pairs, u_i up and v_j down or back, so that few pairs are open.
 
-    Optimal prices are not unique. What a pair can be moved by without any listed pair losing its
-    cover is halved, as its neighbours move at the same time.
+    Optimal prices are not unique. Each pair moves by at most half of what keeps u_i + v_j ≥ S_ij
+    for the listed pairs, because its neighbours move at the same time.
 
     Args:
-        partner: the column of row i, where both are single; −1 elsewhere: these stay.
-        free_columns: whether there are more columns than rows: then prices v stay ≥ 0.
+        partner: the column of row i, where both are single; −1 elsewhere: these prices stay.
+        free_columns: there are more columns than rows; then prices v stay ≥ 0.
     """
     rows = np.flatnonzero(partner >= 0)
     columns = partner[rows]

@@ -1,4 +1,4 @@
-"""The listed pairs as a sparse graph: for every row its columns, with cosines in float64."""
+"""Sparse graph of the listed pairs: the columns of every row, with cosines in float64."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reseed.compiling import njit
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """Pairs (i, j) in compressed rows, the columns of a row in rising order, each once.
+    """Pairs (i, j) in compressed rows; the columns of a row are unique and ascending.
 
     Attributes:
         start: the pairs of row i are ``start[i] : start[i + 1]``.
@@ -41,8 +41,8 @@ class Edges:
     def by_column(self) -> tuple[Int[np.ndarray, " m+1"], Int[np.ndarray, " edges"]]:
         """``start`` per column, and the pairs of each column as places in `column`.
 
-        scipy's ``tocsc`` of the places gives the same in twice the time (131,072 × 100 pairs), as
-        it moves the rows along.
+        scipy's ``tocsc`` gives the same in twice the time (131,072 × 100 pairs), because it also
+        moves the rows.
         """
         start = np.zeros(self.columns + 1, dtype=np.int64)
         np.cumsum(np.bincount(self.column, minlength=self.columns), out=start[1:])
@@ -56,7 +56,7 @@ class Edges:
         return np.repeat(np.arange(self.rows, dtype=np.int32), np.diff(self.start))
 
     def profit(self, prices: Float[np.ndarray, " m"]) -> Float[np.ndarray, " n"]:
-        """What its best column is worth to each row: max_j S_ij − v_j, −inf without a column."""
+        """Return the best profit of each row, max_j S_ij − v_j; −inf for a row without edges."""
         profits = np.full(self.rows, -np.inf)
         np.maximum.at(profits, self.row, self.cosine - prices[self.column])
         return profits
@@ -64,14 +64,14 @@ class Edges:
     def cosine_of(
         self, row: Int[np.ndarray, " some"], column: Int[np.ndarray, " some"]
     ) -> Float[np.ndarray, " some"]:
-        """Cosines of pairs that are listed."""
+        """Return the cosines of listed pairs."""
         found = np.empty(len(row))
         _look_up(self.start, self.column, self.cosine, row, column, found)
         return found
 
 
 def no_edges(rows: int, columns: int) -> Edges:
-    """A graph without pairs."""
+    """Return a graph without pairs."""
     start, none = np.zeros(rows + 1, dtype=np.int64), np.empty(0, dtype=np.int32)
     return Edges(start, none, np.empty(0), columns)
 
@@ -85,9 +85,10 @@ def listed_edges(
     absolute: bool,
     beside: Edges,
 ) -> Edges:
-    """The pairs (row, column), in any order and also repeatedly, and those of ``beside``.
+    """Return the graph of the pairs (row, column) and of those of ``beside``.
 
-    The cosine of a pair is the product of its rows in float64 with both norms divided out.
+    The pairs may be in any order and repeat. The cosine of a pair is the product of its rows in
+    float64, divided by both norms.
     """
     start, found, values = _merged(*_compressed(row, column, len(a), len(b)), beside)
     in_ranges(
@@ -108,7 +109,7 @@ def cosines(
     *,
     absolute: bool,
 ) -> Float[np.ndarray, " pairs"]:
-    """The cosine of some pairs."""
+    """Return the cosines of some pairs, in float64."""
     found = np.empty(len(row))
     in_ranges(
         lambda first, last: _cosines(
@@ -123,7 +124,7 @@ def cosines(
 def _compressed(
     row: Int[np.ndarray, " listed"], column: Int[np.ndarray, " listed"], rows: int, columns: int
 ) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " edges"]]:
-    """Pairs by row, the columns in rising order, each once."""
+    """Sort pairs by row and column and drop repeated ones."""
     listed = row.astype(np.int32), column.astype(np.int32)
     graph = sparse.csr_array((np.ones(len(row), dtype=bool), listed), shape=(rows, columns))
     graph.sum_duplicates()
@@ -133,7 +134,7 @@ def _compressed(
 def _closed_up(
     start: Int[np.ndarray, " n+1"], kept: Int[np.ndarray, " n"], found: np.ndarray
 ) -> tuple[Int[np.ndarray, " n+1"], np.ndarray]:
-    """The first ``kept[i]`` entries of every row, without the gaps."""
+    """Return the first ``kept[i]`` entries of every row, without the gaps."""
     ends = np.zeros(len(start), dtype=np.int64)
     np.cumsum(kept, out=ends[1:])
     if ends[-1] == len(found):
@@ -146,9 +147,9 @@ def _closed_up(
 def _merged(
     start: Int[np.ndarray, " n+1"], found: Int[np.ndarray, " new"], beside: Edges
 ) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " edges"], Float[np.ndarray, " edges"]]:
-    """Sorted rows of two graphs; the cosines that one of them has, NaN elsewhere.
+    """Merge the sorted rows of two graphs; cosines that are not known yet are NaN.
 
-    (A sum of scipy's would not do: it leaves out pairs whose cosine is 0.)
+    A sum of scipy matrices would drop the pairs whose cosine is 0.
     """
     rows = len(start) - 1
     bounds = start + beside.start
@@ -232,7 +233,7 @@ def _cosines(
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
 def _product(x, y):  # pragma: no cover
-    """The scalar product in float64, in whatever order is fast."""
+    """Return the scalar product in float64, summed in any order."""
     total = 0.0
     for k in range(len(x)):
         total += np.float64(x[k]) * np.float64(y[k])

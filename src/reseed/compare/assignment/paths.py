@@ -1,13 +1,13 @@
 """The optimum on the graph: shortest augmenting paths, with exact prices.
 
-Prices are held such that u_i + v_j ≥ S_ij for every listed pair, with equality for matched ones
-("tight"). A row without a column looks for the nearest column with room, where the distance
-of a pair is u_i + v_j − S_ij and matched pairs are walked back at no cost (Dijkstra); along the
-path everybody moves up by one, and prices change by what is left of the distance, which keeps them
-as they have to be (Jonker & Volgenant 1987).
+Invariant: u_i + v_j ≥ S_ij for every listed pair, with equality for matched ones ("tight"). A row
+without a column searches for the nearest column with a free slot (Dijkstra). The distance of a
+pair is u_i + v_j − S_ij; going back along a matched pair costs nothing. Then every row on the path
+takes the next column, and prices change by the remaining distance, which preserves the invariant
+(Jonker & Volgenant 1987).
 
-The heap of columns by distance is in this file because numba's cache of a function does not notice
-that another one, which it calls, has changed in another file.
+The heap of columns is in this file because numba's cache of a function does not notice a change
+of a function that it calls from another file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reseed.compare.assignment.edges import Edges
 from reseed.compare.assignment.state import Assignment
 from reseed.compiling import njit
 
-_AT_A_TIME = 512  # searches between two looks at the keyboard
+_AT_A_TIME = 512  # searches per compiled call, between which Ctrl-C takes effect
 
 
 def augment(
@@ -33,8 +33,7 @@ def augment(
     """Give every copy of a row a column, as far as the graph has one for it.
 
     Returns:
-        copies for which it has none: every column that they can reach is taken by others that
-        cannot do with any other.
+        copies that stay unmatched: other rows need every column that these can reach.
     """
     todo = state.without
     scratch = _Scratch.of(edges)
@@ -53,15 +52,15 @@ def augment(
 
 
 def release(edges: Edges, state: Assignment) -> None:
-    """Bring the price of every column with room to 0, which a column that is not needed costs.
+    """Lower the price of every column with a free slot to 0, the price of an unused column.
 
-    Its price falls until somebody wants it: that row leaves its own column, which then has room,
-    and so on along the shortest path to a column whose price reaches 0.
+    The price falls until a row prefers this column. That row leaves its own column, which then has
+    a free slot, and so on along the shortest path to a column whose price reaches 0.
     """
     start, place = edges.by_column
     scratch = _Scratch.of(edges)
     while True:
-        # Again for columns of several copies, of which one search fills one.
+        # One search fills one copy of a column, so columns of several copies need several.
         todo = np.flatnonzero(state.has_room & (state.column_price > 0))
         if not len(todo):
             return
@@ -76,11 +75,11 @@ def release(edges: Edges, state: Assignment) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Scratch:
-    """Work space of the searches, clean between them."""
+    """Work space of the searches; every search leaves it clean."""
 
     distance: Float[np.ndarray, " m"]
-    place: Int[np.ndarray, " m"]  # in the heap; −1 not seen, −2 done
-    via: Int[np.ndarray, " m"]  # the copy by which a column was reached
+    place: Int[np.ndarray, " m"]  # position in the heap; −1 not seen, −2 done
+    via: Int[np.ndarray, " m"]  # copy from which the column was reached
     heap: Int[np.ndarray, " m"]
     seen: Int[np.ndarray, " m"]
     row_distance: Float[np.ndarray, " n"]  # −1 where the row was not reached
@@ -133,13 +132,13 @@ def _augment(
                 else:
                     continue
                 if there <= base:
-                    # None can be nearer; where ties are many, none of the others need be looked at.
+                    # No column can be nearer, so with many ties the search can stop here.
                     end = _free_slot(first_slot, owner, j)
                     if end >= 0:
                         break
             if end >= 0:
                 break
-            # The nearest columns, until one of them leads to a row that was not there before.
+            # Pop the nearest columns until one of them leads to a row not yet reached.
             onward = False
             while not onward:
                 if size == 0:
@@ -152,7 +151,7 @@ def _augment(
                 for s in range(first_slot[j], first_slot[j + 1]):
                     i = row_of[owner[s]]
                     if row_distance[i] < 0:
-                        # A column of several copies is looked at again for its other rows.
+                        # A column of several copies goes back for its other rows.
                         row_distance[i] = distance[j]
                         rows_seen[rows] = i
                         rows += 1
@@ -194,7 +193,7 @@ def _augment(
 
 @njit(nogil=True, cache=True, inline="always")
 def _free_slot(first_slot, owner, j):  # pragma: no cover
-    """A free slot of column j, −1 where there is none."""
+    """Return a free slot of column j, −1 if there is none."""
     for s in range(first_slot[j], first_slot[j + 1]):
         if owner[s] < 0:
             return s
@@ -256,7 +255,7 @@ def _release(
                 v[j] -= last - distance[j]
             place[j] = -1
         v[end] = 0.0
-        # Everybody on the path moves to the column before: into the slot of who moves next.
+        # Each row on the path moves to the previous column, into the slot of the next row to move.
         j = end
         if via[j] >= 0:
             owner[slot_of[via[j] // len(v)]] = -1
@@ -296,7 +295,7 @@ def _heap_up(heap, place, distance, k):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def _heap_pop(heap, place, distance, size):  # pragma: no cover
-    """Take the nearest out; it counts as done."""
+    """Remove the nearest column and mark it as done."""
     place[heap[0]] = -2
     size -= 1
     if size == 0:

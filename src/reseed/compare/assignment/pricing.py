@@ -1,9 +1,9 @@
-"""Which pairs outside the graph could still do better, and their cosines.
+"""Search for pairs outside the graph that could improve the assignment.
 
-Of a pair that is not listed an upper bound of its cosine is known: min(r_i, c_j) from the first
-pass, p_i + q_j from every later look. Prices that no bound exceeds need no further proof. The
-pairs that are left "open" are computed: in blocks, in low precision with its error added, and
-those that still could matter one by one in float64.
+An unlisted pair has upper bounds on its cosine: min(r_i, c_j) from the first pass and p_i + q_j
+from every later search. Where u_i + v_j is at least some bound, nothing is left to prove. All
+other pairs are "open". They are computed in blocks in low precision with its error added; pairs
+that could still matter are then computed one by one in float64.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from reseed.compare.assignment.threads import in_ranges
 from reseed.compiling import njit
 
 _ROWS, _COLUMNS = 1024, 4096
-_GUARD = 1e-6  # for what is added and compared in float32, of prices that sum to 4 at most
+_GUARD = 1e-6  # error of float32 sums and comparisons, for prices that sum to 4 at most
 EXACT = 1e-12
-"""What rounding may leave of u_i + v_j − S_ij in float64."""
+"""Rounding error of u_i + v_j − S_ij in float64."""
 
 
 @dataclass(eq=False)
 class Bounds:
-    """Upper bounds of the cosines of pairs that are not listed.
+    """Upper bounds on the cosines of pairs that are not listed.
 
     Attributes:
         row, column: S_ij ≤ min(row_i, column_j).
@@ -49,11 +49,11 @@ class Bounds:
 
 @dataclass(frozen=True, eq=False)
 class OpenBlock:
-    """Rows and columns that have open pairs with each other, and how many.
+    """Rows and columns that have open pairs with each other.
 
     Attributes:
         row, column: their indices.
-        count: open pairs among them.
+        count: number of open pairs among them.
     """
 
     row: Int[np.ndarray, " rows"]
@@ -64,7 +64,7 @@ class OpenBlock:
 def open_pairs(
     bounds: Bounds, prices: Prices, rows: Int[np.ndarray, " some"] | None = None
 ) -> Iterator[OpenBlock]:
-    """All pairs (of some rows) whose every bound exceeds u_i + v_j − margin, in blocks."""
+    """Yield blocks of all pairs (of some rows) whose every bound exceeds u_i + v_j − margin."""
     u, v = prices.u, prices.v - prices.margin
     order = np.argsort(v, kind="stable")
     sorted_v = v[order]
@@ -108,11 +108,11 @@ def _count_open(reach, by_row, by_column, own, count, first, last):  # pragma: n
 
 
 class Found(NamedTuple):
-    """What a block of open pairs holds.
+    """Result of computing a block of open pairs.
 
     Attributes:
         row, column: pairs that should become edges.
-        rest: for each row of the block: no other pair of it exceeds u_i + v_j by more.
+        rest: for each row of the block, upper bound on S_ij − u_i − v_j of its other pairs.
     """
 
     row: Int[np.ndarray, " pairs"]
@@ -122,7 +122,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Prices:
-    """u and v, and by which margin a pair has to stay below their sum to be left alone."""
+    """Prices u and v; a pair with a cosine of u_i + v_j − margin or less need not be computed."""
 
     u: Float[np.ndarray, " n"]
     v: Float[np.ndarray, " m"]
@@ -131,12 +131,12 @@ class Prices:
 
 @dataclass(frozen=True, eq=False)
 class Pricer:
-    """Computes open pairs.
+    """Computation of open pairs.
 
     Attributes:
         a, b: the rows and the columns.
-        absolute: whether the sign of a cosine counts.
-        device: where products are made.
+        absolute: take |cosine| instead of the cosine.
+        device: device of the products.
     """
 
     a: DistinctRows
@@ -145,9 +145,9 @@ class Pricer:
     device: torch.device
 
     def look_at(self, block: OpenBlock, prices: Prices, count: int) -> Found:
-        """For every row of a block the ``count`` pairs that may exceed u_i + v_j most.
+        """Find the ``count`` pairs of every row of a block that may exceed u_i + v_j most.
 
-        Only pairs that may exceed u_i + v_j − margin; and for every column two of them.
+        Only pairs that may exceed u_i + v_j − margin count. Two pairs of every column are added.
         """
         rows = _Best(len(block.row), 2 * count, -prices.margin)
         found_row, found_column = [], []
@@ -164,16 +164,16 @@ class Pricer:
         return Found(
             np.concatenate([block.row[at], *found_row]),
             np.concatenate([block.column[to], *found_column]),
-            # The margin in float32 may be the larger one; of pairs that were not open it is the
-            # one in float64 that is known.
+            # The bound of pairs that were not open is the float64 margin; its float32 value may
+            # be larger.
             np.maximum(rows.threshold.astype(np.float64), -prices.margin),
         )
 
     def prove(self, block: OpenBlock, prices: Prices, count: int) -> Found:
-        """All pairs of a block that exceed u_i + v_j, in float64: there may be none.
+        """Find all pairs of a block that exceed u_i + v_j, in float64; there may be none.
 
-        For where a great many pairs are so near to it that low precision cannot tell. (``count``
-        is not heeded: all of them are found.)
+        Needed where a great many pairs are too near to u_i + v_j for low precision. ``count`` is
+        ignored.
         """
         found_row, found_column = [], []
         for first, excess in self._excess(block, prices):
@@ -195,7 +195,7 @@ class Pricer:
         *,
         of_columns: bool = False,
     ) -> Int[np.ndarray, "some count"]:
-        """For some rows (columns) the partners with the largest S − price, in low precision."""
+        """Return the partners of some rows (columns) with the largest S − price (low precision)."""
         of, others = (self.b, self.a) if of_columns else (self.a, self.b)
         count = min(count, len(others))
         right = others.rounded.values.to(self.device)
@@ -211,7 +211,7 @@ class Pricer:
     def _excess(
         self, block: OpenBlock, prices: Prices
     ) -> Iterator[tuple[int, Float[np.ndarray, "rows columns"]]]:
-        """S_ij − u_i − v_j or more, tile by tile of a block's columns; the first column of each."""
+        """Yield the first column of each tile, and upper bounds on its S_ij − u_i − v_j."""
         size = float(np.abs(prices.u).max() + np.abs(prices.v).max())
         error = product_error(self.a, self.b).of_row[block.row] + _GUARD * max(1.0, size / 4)
         left = self.a.rounded.values[torch.from_numpy(block.row)].to(self.device)
@@ -226,7 +226,7 @@ class Pricer:
 
 
 class _Best:
-    """The largest entries of each row, in lists that are cut whenever they are full."""
+    """Largest entries of each row, in lists that are cut to half whenever they are full."""
 
     def __init__(self, rows: int, length: int, least: float) -> None:
         self.index = np.empty((rows, length), dtype=np.int64)
@@ -250,7 +250,7 @@ def _push_best(tile, index, value, length, threshold, first, start, stop):  # pr
                 index[r, length[r]], value[r, length[r]] = first + c, tile[r, c]
                 length[r] += 1
                 if length[r] == index.shape[1]:
-                    # The better half stays. What equals the worst of it may go or stay.
+                    # Keep the better half; entries equal to its worst may stay or go.
                     order = np.argsort(-value[r])
                     keep = index.shape[1] // 2
                     index[r, :keep] = index[r][order[:keep]]
@@ -262,7 +262,7 @@ def _push_best(tile, index, value, length, threshold, first, start, stop):  # pr
 def _best_of_columns(
     tile: Float[np.ndarray, "rows columns"], least: np.float32
 ) -> tuple[Int[np.ndarray, " found"], Int[np.ndarray, " found"]]:
-    """Rows and columns of the two largest entries of every column, where they are above least."""
+    """Return (rows, columns) of the two largest entries above ``least`` of every column."""
     best = np.full((2, tile.shape[1]), least, dtype=np.float32)
     at = np.full((2, tile.shape[1]), -1)
     in_ranges(lambda a, b: _two_best(tile, best, at, a, b), tile.shape[1], least=512)

@@ -1,4 +1,4 @@
-"""The rows of one side of an assignment: their directions, and which of them are identical."""
+"""Rows of one side of an assignment: directions, norms and groups of identical rows."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _BLOCK = 4096  # rows that are normalised at a time
 
 @dataclass(frozen=True, eq=False)
 class DistinctRows:
-    """The distinct rows that have a direction.
+    """Distinct rows that have a direction.
 
-    A row of weight zero or with an entry that is not finite has no direction and is left out. Of
-    identical rows one is kept: to the assignment they are several copies of one thing, and telling
-    them apart would make it search among alternatives that are all alike.
+    A row that is zero or has an entry that is not finite has no direction and is left out.
+    Identical rows are stored once, as copies of one row, so that the assignment does not search
+    among equal alternatives.
 
     Attributes:
-        values: the distinct rows as they were given, float32 or float64.
-        inverse_norms: 1/‖row‖ of them, float64.
-        group: for each row of the input its place in `values`, −1 for a row without direction.
+        values: the distinct rows as given, float32 or float64.
+        inverse_norms: their 1/‖row‖, float64.
+        group: index in `values` of each row of the input, −1 for a row without direction.
         key: a number that depends on the rows but not on their order.
     """
 
@@ -45,17 +45,17 @@ class DistinctRows:
 
     @cached_property
     def copies(self) -> Int[np.ndarray, " groups"]:
-        """How many rows of the input each distinct row stands for."""
+        """Number of input rows per distinct row."""
         return np.bincount(self.group[self.group >= 0], minlength=len(self)).astype(np.int64)
 
     @property
     def count(self) -> int:
-        """Rows of the input that have a direction."""
+        """Number of input rows that have a direction."""
         return int(self.copies.sum())
 
     @cached_property
     def rounded(self) -> Rounded:
-        """The unit rows in bfloat16, with what the rounding took."""
+        """The unit rows in bfloat16, with the rounding errors."""
         values = torch.empty(self.values.shape, dtype=torch.bfloat16)
         errors = np.empty(len(self))
         for start in range(0, len(self), _BLOCK):
@@ -81,7 +81,7 @@ class Rounded:
 
 
 def distinct_rows(rows: Float[np.ndarray, "rows d_in"]) -> DistinctRows:
-    """The rows that have a direction, each once."""
+    """Return the rows that have a direction, each once."""
     rows = np.ascontiguousarray(rows)
     if rows.dtype != np.float32:
         rows = _scaled(rows)
@@ -102,9 +102,9 @@ def distinct_rows(rows: Float[np.ndarray, "rows d_in"]) -> DistinctRows:
 
 
 def _scaled(rows: Float[np.ndarray, "rows d_in"]) -> Float[np.ndarray, "rows d_in"]:
-    """Rows in float64, each divided by its largest entry so that no square leaves the range.
+    """Return rows in float64, each divided by its largest entry so that no square overflows.
 
-    (The squares of float32 numbers stay in the range of float64 by themselves.)
+    (Squares of float32 numbers always fit the range of float64.)
     """
     rows = rows.astype(np.float64)
     finite = np.isfinite(rows).all(axis=1, keepdims=True)
@@ -114,14 +114,14 @@ def _scaled(rows: Float[np.ndarray, "rows d_in"]) -> Float[np.ndarray, "rows d_i
 
 @njit(nogil=True, cache=True)
 def _keys_and_norms(rows, weights, keys, norms, start, stop):  # pragma: no cover
-    """A number for each row that equal rows have in common, and its norm (NaN where not finite)."""
+    """Write a hash of each row, equal for equal rows, and its norm (NaN if not finite)."""
     for i in range(start, stop):
         square, key = 0.0, np.uint64(0)
         for k in range(rows.shape[1]):
             x = np.float64(rows[i, k])
             square += x * x
-            # The bits of the number (−0 is 0), mixed (Steele et al. 2014, SplitMix): as they are,
-            # the lower half of those of small integers is empty.
+            # Mix the bits (−0 counts as 0; SplitMix, Steele et al. 2014), because the lower half
+            # of the bits of small integers is empty.
             bits = np.uint64(np.float64(x + 0.0).view(np.int64)) + weights[k]
             bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -135,12 +135,12 @@ def _first_equal(
     keys: Int[np.ndarray, " rows"],
     directed: Int[np.ndarray, " some"],
 ) -> Int[np.ndarray, " some"]:
-    """For each of the rows ``directed``, the first row that is equal to it."""
+    """Return the first equal row of each of the rows ``directed``."""
     order = np.argsort(keys[directed], kind="stable")
     ordered, sorted_keys = directed[order], keys[directed][order]
     starts = np.flatnonzero(np.diff(sorted_keys, prepend=~sorted_keys[:1]))
     first_sorted = np.repeat(ordered[starts], np.diff(np.r_[starts, len(ordered)]))
-    # Rows with one key are equal but for one chance in 2⁶⁴, which is looked at.
+    # Rows with the same key differ with a chance of one in 2⁶⁴, so they are compared.
     for block in np.array_split(np.flatnonzero(first_sorted != ordered), max(1, len(rows) // 4096)):
         same = (rows[ordered[block]] == rows[first_sorted[block]]).all(axis=1)
         first_sorted[block[~same]] = ordered[block[~same]]

@@ -1,4 +1,4 @@
-"""The exact assignment: solve on a graph of candidates, price what is outside of it, repeat."""
+"""The exact assignment: solve on a graph of candidates, price the pairs outside it, repeat."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Progress = Callable[[str], None]
 STEPS = (6e-3, 2e-3, 6e-4, 2e-4, 5e-5)
 """ε of the rounds of the auction."""
 PARKED = 0.03
-"""The first auction is over when at most so many rows are without a column."""
-_LOWERED = 0.01, 8  # by how much, and how often, what a row may be content with is lowered
-_BIDS = 40  # of an auction, for each row: where ties are many it could go on for long
-_NEAR = 1e-3  # pairs so near to u_i + v_j become edges as well, so that the next look is short
+"""The first auction ends when at most this fraction of the rows has no column."""
+_LOWERED = 0.01, 8  # step, and maximum number of steps, by which the rows' reserve values fall
+_BIDS = 40  # per row and auction; limits the time where ties are many
+_NEAR = 1e-3  # pairs this near to u_i + v_j become edges too, so that the next search is short
 _MOST_EDGES = 1 << 26  # that a round may add
 SPREAD = 4.0
-"""Prices of columns differ at first by so much at most. Optimal ones differ by no more than 2, as
-cosines do."""
+"""Largest difference between initial column prices. Optimal prices differ by at most 2, as cosines
+do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +42,9 @@ class Optimum:
 
     Attributes:
         state: every copy of a row has a slot; prices are exact.
-        edges: the graph at the end. Pairs outside of it have S_ij ≤ u_i + v_j (to 1e-12): less by
-            a margin (0.001), unless a row has more such near pairs than are listed for it, the
-            nearest of them first. So of very many ties some are not in it.
+        edges: the graph at the end. Pairs outside it have S_ij ≤ u_i + v_j (to 1e-12), and are
+            below by a margin (0.001) unless a row has more such near pairs than its list holds;
+            the nearest are listed first. So the graph may lack some of very many ties.
     """
 
     state: Assignment
@@ -60,21 +60,21 @@ def solve(
     device: torch.device | str = "cpu",
     progress: Progress = lambda message: None,
 ) -> Optimum:
-    """The assignment of every row of ``a`` to a row of ``b`` with the largest sum of cosines.
+    """Assign every row of ``a`` to a row of ``b`` with the largest sum of cosines.
 
     Raises:
-        ValueError: more rows in ``a`` than in ``b`` (copies counted).
+        ValueError: ``a`` has more rows than ``b`` (copies counted).
     """
     if a.count > b.count:
         raise ValueError(f"`a` must not have more rows than `b`; got {a.count} and {b.count}")
-    # The bounds take it that sums are accumulated in float32, which CUDA does only if told so.
+    # The error bounds assume accumulation in float32, which CUDA guarantees only with this setting.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     return _Solver(a, b, absolute, count, torch.device(device), progress).solve()
 
 
 @dataclass(eq=False)
 class _Solver:
-    """The state of `solve`: the graph, what is known of the pairs outside, the assignment."""
+    """State of `solve`: the graph, bounds on the pairs outside it, the assignment."""
 
     a: DistinctRows
     b: DistinctRows
@@ -101,7 +101,7 @@ class _Solver:
         return Optimum(self.state, self.edges)
 
     def list_candidates(self) -> None:
-        """The pass over all pairs: the graph, and bounds for what is not in it."""
+        """Run the pass over all pairs; set the graph, and bounds on the pairs outside it."""
         by_row, by_column = candidates(
             self.a, self.b, absolute=self.absolute, count=self.count, device=self.device,
             progress=lambda done: self.say(f"candidates {done:.0%}"),
@@ -114,15 +114,15 @@ class _Solver:
         self.note("candidates")
 
     def begin(self) -> None:
-        """Prices that are about right, and a column for most rows: the auction.
+        """Run the auction: find roughly right prices, and a column for most rows.
 
         It starts at prices which the bounds make feasible for all pairs, u_i ≥ r_i/2 and
-        v_j ≥ c_j/2. Rows that find nothing worth so much, and columns that nobody bids for, are
-        given more edges, before the auction goes on without these limits.
+        v_j ≥ c_j/2. Rows that find no column worth this much, and columns without a bid, get more
+        edges; then the auction continues without these limits.
         """
         least_row, prices = (np.maximum(x, -1.0) / 2 for x in (self.bounds.row, self.bounds.column))
         if self.surplus:
-            # Columns that are left over cost 0; as a rule they are those with the worst candidates.
+            # Unused columns cost 0; usually they are those with the worst candidates.
             shift = np.quantile(prices, self.surplus / self.b.count)
             least_row, prices = least_row + shift, np.maximum(prices - shift, 0.0)
         # Rows of several copies are left to the shortest paths.
@@ -154,7 +154,7 @@ class _Solver:
         self.state.take(self.state.first_copy[rows], partner[rows])
 
     def settle(self) -> None:
-        """The optimum on the graph, which is widened where not every row finds a column."""
+        """Find the optimum on the graph; add edges where not every row finds a column."""
         state = self.state
         state.tighten(self.edges)
         self.note(f"paths for {len(state.without):,}")
@@ -167,7 +167,7 @@ class _Solver:
             columns = np.flatnonzero(state.has_room)
             columns = columns[np.argsort(state.column_price[columns], kind="stable")]
             self.widen(rows, columns[: 4 * len(rows)], state.row_price, state.column_price)
-            # Whatever else: a free place for every one of them.
+            # Edges to free slots guarantee a column to every stuck copy.
             room = np.bincount(state.column_of[state.owner < 0], minlength=len(self.b))
             self.add(np.repeat(rows, times), np.repeat(columns, room[columns])[: len(stuck)])
             state.tighten(self.edges)
@@ -176,17 +176,17 @@ class _Solver:
         self.note("settled")
 
     def priced(self) -> bool:
-        """Compute the pairs that are open; True where none of them belongs into the graph."""
+        """Compute the open pairs; return True if none of them belongs in the graph."""
         self.centre()
         prices = Prices(self.state.row_price.copy(), self.state.column_price.copy(), _NEAR)
         unclear, worst = self.look(prices)
         if worst > EXACT:
             return False
-        # Where a row has more pairs near u_i + v_j than were kept, low precision cannot tell.
+        # Low precision does not settle rows with more pairs near u_i + v_j than were listed.
         return not len(unclear) or self.look(prices, unclear)[1] <= EXACT
 
     def centre(self) -> None:
-        """Of the prices that are as good, those that leave few pairs open."""
+        """Move to equally good prices that leave few pairs open."""
         state = self.state
         partner = np.full(len(self.a), -1)
         column = state.partner
@@ -201,18 +201,18 @@ class _Solver:
     def look(
         self, prices: Prices, rows: Int[np.ndarray, " some"] | None = None
     ) -> tuple[Int[np.ndarray, " unclear"], float]:
-        """Compute what is open; list what should be listed, and know more about the rest.
+        """Compute the open pairs, add edges, and tighten the bounds of the other pairs.
 
         Args:
-            rows: look only at these, and in float64.
+            rows: compute only the pairs of these rows, and in float64.
 
         Returns:
-            the rows of which pairs were left out that may exceed their prices; and by how much a
-            listed pair exceeds them.
+            the rows that have unlisted pairs which may exceed u_i + v_j; and the largest excess of
+            a listed pair.
         """
         look_at = self.pricer.look_at if rows is None else self.pricer.prove
-        # As a rule few pairs are found. Where rounds mount, as in clusters that are larger than
-        # the lists, they are let become more, as far as memory goes.
+        # Usually few pairs are found. If many rounds are needed, as with clusters larger than the
+        # lists, each round may add twice as many, within `_MOST_EDGES`.
         count = min(self.count << self.rounds, max(self.count, _MOST_EDGES // len(self.a)))
         self.rounds += rows is None
         rest = np.full(len(self.a), -prices.margin)
@@ -242,7 +242,7 @@ class _Solver:
         row_price: Float[np.ndarray, " n"],
         column_price: Float[np.ndarray, " m"],
     ) -> None:
-        """More edges for some rows and some columns: their best by price, and one another."""
+        """Add edges from some rows and columns to their best partners, and to each other."""
         more = 2 * self.count
         found = self.pricer.best_partners(rows, column_price, more)
         back = self.pricer.best_partners(columns, row_price, more, of_columns=True)
@@ -263,12 +263,12 @@ class _Solver:
 
 
 def _sober(prices: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-    """Prices without what a bidding war made of them.
+    """Limit the level and the spread of the auction's prices.
 
-    Where rows want fewer columns than they are (as where columns stand for many copies, of which
-    the auction sells one) they outbid each other until there are no bids left. At prices of a
-    million float64 has no 12 digits for a cosine, so that nothing could be proved. What all have in
-    common does not matter, and any prices will do for a start.
+    Rows that want fewer columns than there are rows (e.g. columns of many copies, of which the
+    auction sells one) outbid each other until no bids are left. At prices of a million, float64
+    lacks the 12 digits after the point that the proof needs. A common offset does not matter, and
+    any prices can be the start.
     """
     prices = prices - max(0.0, float(prices.min()) - 1.0)
     return np.minimum(prices, prices.min() + SPREAD)

@@ -1,6 +1,6 @@
-"""A partial assignment with its prices, which the shortest paths and the pricing work on.
+"""A partial assignment with its prices, used by the shortest paths and the pricing.
 
-Rows and columns are distinct ones and may stand for several copies: a column has a slot per copy.
+Rows and columns are distinct and may have several copies; a column has one slot per copy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Assignment:
         slot_of: slot of each copy of a row, −1 where it has none.
         column_of: column of each slot.
         first_slot: the slots of column j are ``first_slot[j] : first_slot[j + 1]``.
-        owner: copy that has the slot, −1 where it is free.
+        owner: copy of a row in the slot, −1 where it is free.
     """
 
     row_price: Float[np.ndarray, " n"]
@@ -42,7 +42,7 @@ class Assignment:
         column_copies: Int[np.ndarray, " m"],
         column_price: Float[np.ndarray, " m"],
     ) -> Assignment:
-        """Nobody has anything."""
+        """Return an assignment in which every row is unmatched."""
         return cls(
             row_price=np.zeros(len(row_copies)),
             column_price=column_price.copy(),
@@ -76,13 +76,13 @@ class Assignment:
         return room
 
     def take(self, copies: Int[np.ndarray, " some"], columns: Int[np.ndarray, " some"]) -> None:
-        """Give each of the copies the first slot of a column."""
+        """Put each of the copies into the first slot of its column."""
         slots = self.first_slot[columns]
         self.slot_of[copies] = slots
         self.owner[slots] = copies
 
     def tighten(self, edges: Edges) -> None:
-        """Row prices that the graph asks for; who is not at its best column leaves it."""
+        """Set row prices to their best profit; rows that are not at a best column leave it."""
         _tighten(
             edges.start, edges.column, edges.cosine, self.row_price, self.column_price,
             self.row_of, self.slot_of, self.column_of, self.owner,
@@ -103,7 +103,7 @@ def _tighten(start, column, cosine, u, v, row_of, slot_of, column_of, owner):  #
         tight = False
         for e in range(start[i], start[i + 1]):
             if column[e] == j:
-                tight = cosine[e] - v[j] >= u[i] - 1e-15  # what moving prices rounds
+                tight = cosine[e] - v[j] >= u[i] - 1e-15  # rounding error of moved prices
         if not tight:
             owner[slot_of[copy]] = -1
             slot_of[copy] = -1

@@ -1,4 +1,4 @@
-"""Compiled loops over ranges, on as many threads as torch may use."""
+"""Parallel execution of compiled loops, on as many threads as torch may use."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 
 def in_ranges(task: Callable[[int, int], None], count: int, least: int = 256) -> None:
-    """``task(start, stop)`` over 0 … ``count``; the ranges run at the same time.
+    """Run ``task(start, stop)`` over ranges of 0 … ``count`` in parallel threads.
 
-    The task has to let go of the interpreter's lock (numba's ``nogil``), and ranges must not write
-    to the same places.
+    The task has to release the interpreter's lock (numba's ``nogil``), and different ranges must
+    not write to the same places.
 
     Args:
-        least: a range is at least so long, or is the only one.
+        least: minimum length of a range, unless it is the only one.
     """
     workers = max(1, min(torch.get_num_threads(), count // least))
     if workers == 1:

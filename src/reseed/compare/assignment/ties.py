@@ -1,4 +1,4 @@
-"""How much of an optimal assignment is a choice: rows that have an equally good alternative."""
+"""Ties of an optimal assignment: rows that have an equally good alternative."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from scipy.sparse.csgraph import connected_components
 from reseed.compare.assignment.solve import Optimum
 
 TIE = 1e-9
-"""Pairs whose cosine is so near to u_i + v_j count as tight."""
+"""A pair is tight if its cosine is within this distance of u_i + v_j."""
 
 
 def exchangeable(optimum: Optimum) -> Bool[np.ndarray, " row_copies"]:
-    """Copies of rows that another assignment, as good, gives another column (or copy of one).
+    """Return the copies of rows that an equally good assignment gives another column or copy.
 
-    In the graph with an arrow from a row to every column that is as good for it, and from a column
-    to the rows that have it, these are the rows on a cycle that is more than going to its own
-    column and back. Room in a column, and a column that may be left without a row because its price
-    is 0, are one more node.
+    The graph has an arrow from a row to every tight column, and from a column to the rows matched
+    to it. The rows are those on a cycle longer than to their own column and back. One more node
+    stands for free slots, and for columns that may stay unused because their price is 0.
     """
     state, edges = optimum.state, optimum.edges
     u, v = state.row_price, state.column_price

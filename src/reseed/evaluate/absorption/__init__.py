@@ -1,2 +1,2 @@
-"""Feature absorption (Chanin et al. 2024): latents that are silent on words that they stand for,
-because a latent of the word itself has taken their direction over."""
+"""Feature absorption (Chanin et al. 2024): a latent that represents a class is silent on some words
+of the class, because a latent specific to the word has absorbed its direction."""

@@ -1,10 +1,9 @@
-"""Absorption by its effect: the form of the paper, for layers where the word's information is still
-at the word.
+"""Absorption by its causal effect: the paper's form, for layers where the word's information is
+still at the word's token.
 
-The metric is the logit of the right answer less the mean of the others, at the last token. Which
-latent at the word carries it is found by integrated gradients over the latents; what the SAE leaves
-out is added back, so that with all latents in place the model is itself. Chanin et al. 2024,
-section 5.
+The metric is the logit of the right answer minus the mean of the others, at the last token.
+Integrated gradients over the latents at the word attribute it to latents. The SAE's error is added
+back, so that with all latents in place the model is unchanged. Chanin et al. 2024, section 5.
 """
 
 from __future__ import annotations
@@ -27,20 +26,20 @@ from reseed.evaluate.first_letter.task import Probed, word_activations
 from reseed.sae.base import SAE
 
 STEPS = 6
-"""Of the integral: all latents at 1, 5/6, … 1/6 of what they are."""
+"""Steps of the integral: all latents at 1, 5/6, … 1/6 of their activation."""
 MARGIN = 1.0
-"""By how much the effect of the first latent exceeds that of the next."""
+"""Least excess of the effect of the first latent over that of the second."""
 _FRESH, _SAMPLE = 0x66726573, 0x73616D70
 
 
 @dataclass(frozen=True)
 class CausalRules:
-    """What counts.
+    """Settings of the causal measure.
 
     Attributes:
-        sample: so many words of a class are looked at; what is found counts for all of them.
-        cosine: at least that of the latent's decoder with the probe's direction.
-        icl_words: lines with the answer before the word in question.
+        sample: most words of a class to measure; results are scaled up to all of its words.
+        cosine: least cosine of the latent's decoder row with the probe's direction.
+        icl_words: example lines with the answer before the word in question.
     """
 
     sample: int = 200
@@ -58,19 +57,19 @@ def causal_absorption(
     main: Sequence[Int[Tensor, " S"]],
     rules: CausalRules,
 ) -> dict[int, float]:
-    """How many words each candidate stands for as absorbed: 0, or 1 scaled up by the sample.
+    """Return the number of absorbed words that each candidate represents: 0, or 1 scaled up.
 
     Args:
-        candidates: words that the probe gets right and the main latents' regression does not.
+        candidates: words that the probe gets right and the main latents' regression gets wrong.
         main: S of each class.
 
     Returns:
-        by word; its sum over the words of a class is how many are absorbed.
+        Number by word; its sum over a class is the number of absorbed words.
     """
     counts = dict.fromkeys(candidates.tolist(), 0.0)
     if not len(candidates):
         return counts
-    # Not the prompts of the measurement: the latents' silence must show again.
+    # The main latents must be silent on new prompts too.
     random = np.random.default_rng([_FRESH, probed.prompt_seed])
     prompts = make_prompts(
         probed.words, probed.template, candidates, probed.part, rules.icl_words, random, ask=True
@@ -103,13 +102,13 @@ def integrated_gradient(
     decoded: Float[Tensor, "n D"],
     batch: int,
 ) -> Float[Tensor, "n D"]:
-    """Mean gradient of the metric with respect to the activation at the word, along the path.
+    """Average the gradient of the metric by the activation at the word, along the path.
 
     Args:
-        answers: token of the answer of each class, for each word.
-        labels: the class of each.
-        decoded: Σ_j f_j·d_j, which is taken away step by step: x − (1 − α)·Σ_j f_j·d_j is what α
-            times the latents decode to, with the error added.
+        answers: answer token of each class, for each word.
+        labels: class of each word.
+        decoded: Σ_j f_j·d_j, removed step by step: x − (1 − α)·Σ_j f_j·d_j decodes α times the
+            latents, with the error added.
         batch: prompts in one pass.
     """
     found = []
@@ -131,7 +130,7 @@ def _gradient(
     labels: Int[Tensor, " b"],
     removed: Float[Tensor, "b D"],
 ) -> Float[Tensor, "b D"]:
-    """Of the metric with ``removed`` taken from the activation at the word."""
+    """Return the gradient with ``removed`` subtracted from the activation at the word."""
     device = removed.device
     rows, at = torch.arange(len(labels), device=device), prompts.at.to(device)
     points: list[Tensor] = []
@@ -154,7 +153,7 @@ def _gradient(
 
 
 def margin(scores: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Of the right class over the mean of the others."""
+    """Return the score of the right class minus the mean of the others."""
     right = scores.gather(1, labels[:, None])[:, 0]
     return right - (scores.sum(1) - right) / (scores.shape[1] - 1)
 
@@ -167,7 +166,7 @@ def is_absorbed(
     alignment: Alignment,
     cosine: float,
 ) -> Bool[Tensor, " n"]:
-    """Whether one latent alone carries the metric, and points the probe's way.
+    """Return whether one latent alone carries the metric, and points along the probe.
 
     attr_j = −f_j·(d_j·gradient). With the most negative j₁ and the next j₂: attr_j₁ ≤ 0,
     |attr_j₁| − |attr_j₂| ≥ `MARGIN`, and cos(d_j₁, p) ≥ ``cosine``.
@@ -180,10 +179,10 @@ def is_absorbed(
             for i, j in zip(word.split(1 << 16), latent.split(1 << 16), strict=True)
         ]
     )
-    loss = (codes.value * along).double()  # −attr: what the metric loses without the latent
+    loss = (codes.value * along).double()  # −attr: the metric's loss without the latent
     pairs = codes.largest(loss, 2)
     first, second = at_pairs(loss, pairs, 0.0).unbind(1)
-    # A latent that is silent has no effect, and comes before those with the opposite one.
+    # A silent latent has effect 0, which ranks above those of opposite sign.
     some_silent = codes.starts.diff() < codes.num_latents
     second = torch.where(some_silent, second.clamp(min=0), second)
     found = at_pairs(alignment.cosine[labels.to(word.device)[word], latent], pairs[:, 0], 0.0)
@@ -193,7 +192,7 @@ def is_absorbed(
 def _silent(
     codes: Codes, labels: Int[Tensor, " n"], main: Sequence[Int[Tensor, " S"]]
 ) -> Bool[Tensor, " n"]:
-    """On which words the main latents of their class do not fire."""
+    """Return whether the main latents of each word's class are silent on it."""
     silent = torch.zeros(len(codes), dtype=torch.bool)
     for label in labels.unique().tolist():
         rows = (labels == label).nonzero()[:, 0]
@@ -204,7 +203,7 @@ def _silent(
 def _sampled(
     silent: Bool[Tensor, " n"], labels: Int[Tensor, " n"], most: int, seed: int
 ) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
-    """At most so many words of each class, and how many each stands for."""
+    """Sample at most ``most`` silent words of each class; return their indices and weights."""
     kept, weight = [], []
     for label in labels.unique().tolist():
         rows = (silent & (labels == label)).nonzero()[:, 0]

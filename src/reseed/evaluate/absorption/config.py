@@ -1,4 +1,4 @@
-"""The evaluation ``absorption``: which settings, and from one SAE to its result."""
+"""The evaluation ``absorption``: its settings, and the steps from an SAE to its result."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from reseed.sae.base import SAE
 
 _RANKING, _DIRECTIONS = 0x72616E6B, 0x64697265
 _COUNTED = 10_000_000
-"""Tokens of the training text in which words are counted."""
+"""Tokens of the training text in which word frequencies are counted."""
 
 
 @dataclass(frozen=True)
 class AbsorptionConfig(WordTaskConfig, name="absorption"):
-    """How far latents that stand for a class are silent because others have absorbed them.
+    """Absorption: latents of a class are silent because others have absorbed them.
 
     Args:
         cosine, full_cosine, share, absorbers: the published thresholds
-            (`reseed.evaluate.absorption.projection.Thresholds`). The measure is made a second time
-            with both cosines at what directions without meaning have.
-        null_directions: random directions, drawn with the covariance of the activations.
-        null_quantile: of the cosines of latents with them, and with probes of permuted labels.
-        causal: also measure the effect on the model's answer, which takes passes of all of it.
-        causal_sample: words of each class that this looks at.
+            (`reseed.evaluate.absorption.projection.Thresholds`). A second measurement sets both
+            cosines to the null cosine: that with random directions and permuted probes.
+        null_directions: number of random directions, drawn with the activations' covariance.
+        null_quantile: the null cosine is this quantile of the latents' cosines.
+        causal: also measure the effect on the model's answer; this runs the whole model.
+        causal_sample: words of each class to measure the effect on.
         bootstrap: draws of words for the intervals.
-        confidence: of the intervals.
-        seed: of these draws and of the random directions.
+        confidence: confidence level of the intervals.
+        seed: seed of the bootstrap and of the random directions.
     """
 
     version: ClassVar[int] = 2
@@ -100,8 +100,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         measured = self.measured(subject.sae, repetitions, kept)
         untrained = None
         if subject.untrained is not None:
-            # Its threshold, if it is to follow one, was not there yet: half of its latents would be
-            # active.
+            # An untrained SAE has no inference threshold yet: half of its latents would be active.
             subject.untrained.initialise_threshold(repetitions[0].x)
             untrained = self.measured(subject.untrained, repetitions, kept, null=False)
         if self.causal:
@@ -113,10 +112,10 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
     def measured(
         self, sae: SAE, repetitions: list[Probed], kept: Sequence[int], null: bool = True
     ) -> Measured:
-        """Every word of the ``kept`` classes in every repetition, from one encoding of each.
+        """Measure every word of the ``kept`` classes in every repetition, encoded once.
 
         Args:
-            null: also of permuted labels, and with the thresholds that the null gives.
+            null: also measure permuted labels, and use the thresholds of the null.
         """
         codes = [encode(sae, probed.x) for probed in repetitions]
         thresholds = {"": self.thresholds}
@@ -146,8 +145,8 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
     def _splits(
         self, codes: Codes, probed: Probed, fold: int, kept: Sequence[int], null: bool
     ) -> tuple[list[Split | None], list[Split | None]]:
-        """Main latents of the kept classes, and of the same of permuted labels, ranked in one fit;
-        None of the other classes."""
+        """Find the main latents of the kept classes, by true and permuted labels, in one fit; None
+        for other classes."""
         if not kept:
             return [None] * probed.num_classes, [None] * probed.num_classes
         member = probed.members[:, kept]
@@ -182,7 +181,8 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         evaluated: Evaluated,
         repetitions: list[Probed],
     ) -> None:
-        """A column ``causal`` for the records: of absorbed words, how many each stands for."""
+        """Add to the records ``causal``, the number of absorbed words that each represents, and
+        ``candidate``."""
         assert evaluated.model is not None
         rules = CausalRules(self.causal_sample, self.full_cosine, self.icl_words)
         measured.records["causal"] = 0.0
@@ -204,7 +204,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
 def _at_classes(
     splits: Sequence[Split | None], kept: Sequence[int], num_classes: int
 ) -> list[Split | None]:
-    """Those of the kept classes at their places among all; none where there are none."""
+    """List the splits over all classes; None for classes that are not kept."""
     found = dict(zip(kept, splits, strict=bool(splits)))
     return [found.get(number) for number in range(num_classes)]
 
@@ -212,7 +212,7 @@ def _at_classes(
 def _missed(
     records: pd.DataFrame, probed: Probed, fold: int, splits: list[Split | None]
 ) -> np.ndarray:
-    """Words that the probe gets right and the regression on the main latents does not."""
+    """Return words that the probe gets right and the main latents' regression gets wrong."""
     place = {word: i for i, word in enumerate(probed.folds[fold].test.tolist())}
     missed = []
     for word, number in zip(records["word"].tolist(), records["class"].tolist(), strict=True):
@@ -223,7 +223,7 @@ def _missed(
 
 
 def word_frequency(evaluated: Evaluated, tokens: np.ndarray) -> np.ndarray:
-    """How often each token occurs at the beginning of the training text."""
+    """Count each token in the first `_COUNTED` tokens of the training text."""
     assert isinstance(evaluated.source, Reading)
     text = np.asarray(evaluated.source.train_store.tokens[:_COUNTED])
     return np.bincount(text, minlength=int(tokens.max()) + 1)[tokens]

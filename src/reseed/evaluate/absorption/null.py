@@ -1,6 +1,6 @@
-"""What cosines a decoder has with directions that mean nothing.
+"""Cosines of a decoder with random directions and with probes of permuted labels.
 
-.1 and .025 were made for 2,304 dimensions; in 128 of them every eighth random pair is beyond .1.
+The published .1 and .025 suit 2,304 dimensions; in 128, every eighth random pair is beyond .1.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from reseed.evaluate.absorption.projection import Alignment
 
 @dataclass(frozen=True)
 class NullCosines:
-    """A high percentile of the cosines of decoder rows with directions without meaning.
+    """A high percentile of the cosines of decoder rows with null directions.
 
     Attributes:
-        random: directions drawn with the covariance of the activations.
-        permuted: probes of permuted labels.
+        random: with directions drawn with the covariance of the activations.
+        permuted: with probes of permuted labels.
     """
 
     random: float
@@ -29,7 +29,7 @@ class NullCosines:
 
     @property
     def threshold(self) -> float:
-        """The larger one: a cosine that neither explains."""
+        """The larger of the two; neither null explains a cosine above it."""
         return max(self.random, self.permuted)
 
 
@@ -43,14 +43,14 @@ def null_cosines(
     quantile: float,
     random: torch.Generator,
 ) -> NullCosines:
-    """Over all pairs of a direction and a live latent.
+    """Compute the percentiles over all pairs of a direction and a live latent.
 
     Args:
         live: latents that fire on some word.
         x: the words' activations.
         permuted: probes of permuted labels.
-        directions: how many are drawn at random.
-        random: on the CPU.
+        directions: number of random directions.
+        random: generator on the CPU.
     """
     rows = W_dec[live.to(W_dec.device)]
     drawn = random_directions(x, directions, random)
@@ -62,8 +62,8 @@ def null_cosines(
 def random_directions(
     x: Float[Tensor, "n D"], number: int, random: torch.Generator
 ) -> Float[Tensor, "number D"]:
-    """Draws from N(0, Σ), Σ the covariance of x: sums of the centred rows with normal weights,
-    which needs no Σ."""
+    """Draw from N(0, Σ), Σ the covariance of x: sums of the centred rows with normal weights need
+    no Σ."""
     weights = torch.randn(number, len(x), generator=random)
     return (weights @ (x - x.mean(0))) / len(x) ** 0.5
 

@@ -1,4 +1,4 @@
-"""Do two SAEs absorb the same words? Of latents that were matched, against chance."""
+"""Overlap of the words that two SAEs absorb, by matched latents, against chance."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ FREQUENCY_BINS = 4
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """How far the words agree that two SAEs absorb, over the classes with matched main latents.
+    """Agreement of two SAEs on the words they absorb, over the classes with matched main latents.
 
     Attributes:
-        classes: how many these are.
-        words: words of theirs that both probes get right.
-        jaccard: words absorbed in both over those absorbed in either; NaN where there are none.
-        expected: its mean over permutations.
-        p: share of permutations with at least as many words in both (one-sided).
+        classes: number of these classes.
+        words: number of their words that both probes get right.
+        jaccard: words absorbed in both over those absorbed in either; NaN if there are none.
+        expected: mean Jaccard index over permutations.
+        p: share of permutations with at least as many words absorbed in both (one-sided).
         by_class: ``class``, ``matched``, ``words``, ``first``, ``second``, ``both``.
     """
 
@@ -43,15 +43,15 @@ def absorbed_overlap(
 ) -> Overlap:
     """Compare the words absorbed in two SAEs of the same model and hookpoint.
 
-    A class counts where a main latent of the first has one of the second as its partner. A word is
-    absorbed where its fraction is above 0 in at least half of its records. Chance: which words are
-    absorbed in the second is permuted among those of the same class and about the same frequency
-    (quarters of the class), which comes to a hypergeometric draw for each of these strata.
+    A class counts if a main latent of the first SAE has a main latent of the second as its partner.
+    A word is absorbed if its fraction is above 0 in at least half of its records. Null: permute the
+    words absorbed in the second among words of the same class and similar frequency (quarters of
+    the class), which amounts to a hypergeometric draw for each of these strata.
 
     Args:
-        first, second: the tables ``letters`` and ``words`` of each one's absorption.
-        partner: of each latent of the first, −1 for none.
-        seed: of the permutations.
+        first, second: the tables ``letters`` and ``words`` of each SAE's absorption.
+        partner: partner of each latent of the first, −1 for none.
+        seed: seed of the permutations.
     """
     matched = _matched_classes(first[0], second[0], partner)
     mine, theirs = _flags(first[1]), _flags(second[1])
@@ -74,7 +74,7 @@ def absorbed_overlap(
 def _matched_classes(
     first: pd.DataFrame, second: pd.DataFrame, partner: Int[np.ndarray, " num_latents"]
 ) -> dict[str, bool]:
-    """Of each class evaluable in both, whether a pair of main latents is matched."""
+    """Return for each class evaluable in both whether a pair of main latents is matched."""
     mains = [dict(zip(t["class"], t["main"], strict=True)) for t in (first, second)]
     good = [set(t.loc[t["reason"] == "", "class"]) for t in (first, second)]
     return {
@@ -84,13 +84,12 @@ def _matched_classes(
 
 
 def usual(main: list[list[int]]) -> set[int]:
-    """Latents that are main in at least half of the folds and repetitions."""
+    """Return the latents that are main in at least half of the folds and repetitions."""
     counts = Counter(int(j) for each in main for j in each)
     return {j for j, count in counts.items() if 2 * count >= len(main)}
 
 
 def _flags(words: pd.DataFrame) -> pd.DataFrame:
-    """By class and token whether it is absorbed, and how frequent it is."""
     table = words.assign(absorbed=words["fraction"] > 0).groupby(["class", "token"])
     found = table.agg(absorbed=("absorbed", "mean"), frequency=("frequency", "first"))
     return found.assign(absorbed=found["absorbed"] >= 0.5)
@@ -99,7 +98,7 @@ def _flags(words: pd.DataFrame) -> pd.DataFrame:
 def _by_chance(
     used: pd.DataFrame, permutations: int, random: np.random.Generator
 ) -> Int[np.ndarray, " permutations"]:
-    """Words absorbed in both, with the flags of the second permuted within the strata."""
+    """Count the words absorbed in both, with the second's flags permuted within the strata."""
     total = np.zeros(permutations, dtype=np.int64)
     for _, some in used.groupby("class"):
         rank = some["frequency_1"].rank(method="average", pct=True)

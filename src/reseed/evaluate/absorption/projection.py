@@ -1,7 +1,7 @@
-"""Absorption by projections on a probe's direction: at every layer, from one encoding of the words.
+"""Absorption by projections on a probe's direction: valid at every layer, from one encoding.
 
-Of a word with activation a and the unit direction p of its class: P = a·p, proj_j = f_j·(d_j·p)
-what latent j contributes to it, cos_j = cos(d_j, p), S the main latents of the class and
+For a word with activation a and the unit direction p of its class: P = a·p, latent j contributes
+proj_j = f_j·(d_j·p), cos_j = cos(d_j, p), S are the main latents of the class and
 M = Σ_{j∈S} proj_j. Chanin et al. 2024, App. A.9; SAEBench.
 """
 
@@ -18,18 +18,18 @@ from torch.nn import functional as F
 from reseed.evaluate.codes import Codes, at_pairs
 
 SILENT = 1e-8
-"""A latent below it does not fire."""
+"""A latent below this activation is silent."""
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts.
+    """Thresholds of absorption.
 
     Attributes:
-        cosine: at least that of an absorbing latent, for the fraction.
-        full_cosine: at least that of the latent that contributes most, for full absorption.
-        share: at least what absorbing latents contribute, of P.
-        absorbers: so many latents can absorb a word together, those that contribute most.
+        cosine: least cosine of an absorbing latent, for the fraction.
+        full_cosine: least cosine of the top contributor, for full absorption.
+        share: least share of P that absorbing latents contribute.
+        absorbers: most latents that absorb a word together, those that contribute most.
     """
 
     cosine: float = 0.1
@@ -40,18 +40,18 @@ class Thresholds:
 
 @dataclass(frozen=True, eq=False)
 class Absorption:
-    """A value for each word, in float64.
+    """Absorption of each word, in float64.
 
     Attributes:
-        fraction: 0 to 1, of the direction that absorbing latents took over.
-        full: the main latents are silent and a single other contributes enough.
+        fraction: share of the direction that absorbing latents took over, 0 to 1.
+        full: the main latents are silent and a single other latent contributes enough.
         projection: P.
         main: M.
-        absorbing: A, what the absorbing latents contribute.
-        absorbers: these latents, the largest contribution first; −1 where there are fewer. They
-            are candidates: they absorb where ``fraction`` is above 0.
-        contributions: of each of them.
-        top: the latent with the largest contribution of all, for `full`; −1 where none is active.
+        absorbing: A, the sum of the absorbing latents' contributions.
+        absorbers: these latents, the largest contribution first; −1 if there are fewer. They absorb
+            only if ``fraction`` is above 0.
+        contributions: contribution of each.
+        top: the latent with the largest contribution of all, for `full`; −1 if none is active.
     """
 
     fraction: Float[Tensor, " n"]
@@ -66,11 +66,11 @@ class Absorption:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """Decoder rows against the direction of each class.
+    """Alignment of decoder rows with the direction of each class.
 
     Attributes:
         along: d_j·p_c.
-        cosine: the same of unit rows; 0 of a row without length.
+        cosine: cos(d_j, p_c); 0 for a row of zeros.
     """
 
     along: Float[Tensor, "C F"]
@@ -78,7 +78,7 @@ class Alignment:
 
     @classmethod
     def of(cls, W_dec: Float[Tensor, "F D"], directions: Float[Tensor, "C D"]) -> Alignment:
-        """Args: ``directions``: of any length."""
+        """Compute the alignment; the directions may have any length."""
         unit = F.normalize(directions.to(W_dec.device).float(), dim=1)
         rows = W_dec.detach().float()
         along = unit @ rows.T
@@ -95,18 +95,18 @@ def absorption(
     main: Sequence[Int[Tensor, " S"]],
     thresholds: Thresholds,
 ) -> Absorption:
-    """How far each word is absorbed. Only pairs of a word and an active latent are looked at.
+    """Measure the absorption of each word, from its active latents alone.
 
     Args:
-        codes: of the words.
+        codes: latents of the words.
         x: their activations.
-        classes: of the words.
-        directions: of the probe of each class, of any length.
-        alignment: of the decoder with them.
+        classes: their classes.
+        directions: probe of each class, of any length.
+        alignment: of the decoder with the directions.
         main: S of each class.
 
     Returns:
-        on the device of the codes.
+        Tensors on the device of the codes.
     """
     device, n = codes.value.device, len(codes)
     classes, word = classes.to(device), codes.token
@@ -133,7 +133,7 @@ def absorption(
     top_contribution, top_cosine = (at_pairs(v, top, 0.0) for v in (contribution, cosine))
 
     absorbing = contributions.sum(1)
-    # Compared by products: P may be 0.
+    # P may be 0, so compare products, not quotients.
     present = projection > 0
     enough = present & (absorbing >= thresholds.share * projection)
     missing = projection - by_main

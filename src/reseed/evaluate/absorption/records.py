@@ -1,8 +1,7 @@
-"""What was measured of each word, and its means over classes with their intervals.
+"""Measurements of each word, and their means over classes with intervals.
 
-A record is one word in one repetition (a seed of the prompts) that the probe gets right. Three
-spreads are kept apart: over words (a bootstrap of them), over seeds of the prompts, and over SAEs,
-which is not for here.
+A record is one word in one repetition (a prompt seed) that the probe gets right. Intervals over
+words (a bootstrap) and over prompt seeds are separate; the spread over SAEs is not computed here.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from reseed.evaluate.splitting import Split
 from reseed.sae.base import SAE
 
 MIN_SEEDS = 3
-"""With fewer seeds of the prompts there is no interval over them."""
+"""Fewest prompt seeds for an interval over them."""
 
 
 def word_records(
@@ -38,17 +37,17 @@ def word_records(
     *,
     permuted: bool = False,
 ) -> pd.DataFrame:
-    """The test words of one fold that the probe gets right.
+    """Measure the test words of one fold that the probe gets right.
 
     Columns: ``word`` (index), ``class``, ``prompt_seed``, ``fold``, ``score``, ``projection``,
-    ``main``, and for every name among the thresholds, which ends the column's name:
-    ``fraction``, ``full``, ``absorbing``, ``absorbers``, ``contributions``, ``top``.
+    ``main``, and with the suffix of each of the thresholds: ``fraction``, ``full``, ``absorbing``,
+    ``absorbers``, ``contributions``, ``top``.
 
     Args:
-        codes: of all words.
-        splits: of every class in this fold.
-        thresholds: by the end of the columns' names.
-        permuted: of labels that were permuted, by their probes.
+        codes: codes of all words.
+        splits: main latents of every class in this fold.
+        thresholds: by suffix of the column names.
+        permuted: use permuted labels and their probes.
     """
     prefix = "permuted_" if permuted else ""
     labels = probed.probes["permuted"][fold] if permuted else probed.words.labels
@@ -89,12 +88,12 @@ def _columns(found: Absorption, name: str) -> dict[str, object]:
 
 @dataclass(frozen=True, eq=False)
 class Mean:
-    """Of one column of records.
+    """The mean of one column of records.
 
     Attributes:
-        mean: over classes, of their means over records; NaN of none.
+        mean: mean over classes of their means over records; NaN without a class.
         low, high: ends of the interval over words.
-        seeds_low, seeds_high: ends of the interval over seeds of the prompts, NaN with fewer than
+        seeds_low, seeds_high: ends of the interval over prompt seeds, NaN with fewer than
             `MIN_SEEDS`.
         classes: ``mean``, ``low`` and ``high`` of each class, by class.
     """
@@ -116,13 +115,13 @@ def mean_over_classes(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Mean:
-    """The mean over the kept classes that have a record.
+    """Compute the mean over the kept classes that have a record.
 
-    The bootstrap draws words within each class, with all their records; classes stay.
+    The bootstrap draws words within each class, with all their records; classes are fixed.
 
     Args:
         bootstrap: number of draws.
-        seed: of the draws.
+        seed: seed of the draws.
     """
     number, word, run = (records[name].to_numpy() for name in ("class", "word", "prompt_seed"))
     value = records[column].to_numpy(dtype=np.float64)
@@ -151,7 +150,7 @@ def mean_over_classes(
 def _by_word(
     word: Int[np.ndarray, " records"], value: Float[np.ndarray, " records"]
 ) -> Float[np.ndarray, "n 2"]:
-    """Sum and number of the records of each word."""
+    """Return the sum and number of each word's records."""
     _, place = np.unique(word, return_inverse=True)
     return np.stack([np.bincount(place, weights=value), np.bincount(place)], axis=1)
 
@@ -169,7 +168,7 @@ def _drawn_means(
 
 
 def _reach(values: Float[np.ndarray, " n"], confidence: float) -> float:
-    """Half the width of the t interval of a mean."""
+    """Return half the width of the t interval of a mean."""
     n = len(values)
     if n < MIN_SEEDS:
         return float("nan")
@@ -178,5 +177,5 @@ def _reach(values: Float[np.ndarray, " n"], confidence: float) -> float:
 
 
 def main_of(splits: Sequence[Split | None]) -> list[Tensor]:
-    """S of each class; empty of one without."""
+    """Return S of each class; empty for a class without a split."""
     return [torch.zeros(0, dtype=torch.long) if s is None else s.main for s in splits]

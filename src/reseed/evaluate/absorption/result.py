@@ -1,4 +1,4 @@
-"""From records to what is reported: metrics, and tables in which a person sees the phenomenon."""
+"""The result of ``absorption``: metrics, and tables for a closer look at absorbed words."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from reseed.evaluate.absorption.config import AbsorptionConfig
 
 DERIVED = "_derived"
-"""Ends the names of what is measured with the thresholds that the null gives."""
+"""Suffix of columns and metrics measured with the thresholds of the null."""
 _EXAMPLES = 12
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """One SAE, over all repetitions.
+    """Measurements of one SAE over all repetitions.
 
     Attributes:
-        records: `word_records`.
-        permuted: those of permuted labels.
+        records: the table of `word_records`.
+        permuted: the same for permuted labels.
         splits: the main latents of each class, in each repetition and fold.
-        null: cosines of the decoder with directions without meaning.
+        null: cosines of the decoder with null directions.
         l0: active latents per word.
     """
 
@@ -57,12 +57,12 @@ def make_result(
     reasons: list[str],
     frequency: np.ndarray,
 ) -> Result:
-    """All that is told of one SAE.
+    """Make the result of one SAE.
 
     Args:
-        untrained: the SAE as it was born.
-        reasons: why each class cannot be evaluated; empty where it can.
-        frequency: how often each word occurs in the text.
+        untrained: measurements of the SAE at initialisation.
+        reasons: why each class cannot be evaluated; empty if it can.
+        frequency: count of each word in the text.
     """
     records, permuted, null = measured.records, measured.permuted, measured.null
     assert permuted is not None
@@ -137,8 +137,8 @@ def _letter_table(
     reasons: list[str],
     cosine: np.ndarray,
 ) -> pd.DataFrame:
-    """A row for each class, evaluable or not; ``main_cosine`` is that of its first main latents
-    with the probe."""
+    """Make a row for each class, evaluable or not; ``main_cosine`` is the cosine of its first main
+    latents with the probe."""
     probed = repetitions[0]
     counts = np.bincount(probed.words.labels.numpy(), minlength=probed.num_classes)
     right = torch.stack([(p.test_scores > 0) & p.members for p in repetitions])
@@ -168,7 +168,6 @@ def _letter_table(
 
 
 def _word_table(records: pd.DataFrame, probed: Probed, frequency: np.ndarray) -> pd.DataFrame:
-    """Every record, with the word as text."""
     words = probed.words
     index = records["word"].to_numpy()
     table = records.drop(columns="word")
@@ -180,13 +179,13 @@ def _word_table(records: pd.DataFrame, probed: Probed, frequency: np.ndarray) ->
 
 
 def _mean_cosine(cosine: np.ndarray, main: list[list[int]]) -> float:
-    """Of the first main latent of each fold and repetition; NaN where there is none."""
+    """Average over the first main latents of folds and repetitions; NaN if there are none."""
     first = [latents[0] for latents in main if latents]
     return float(cosine[first].mean()) if first else float("nan")
 
 
 def _cosines(repetitions: list[Probed], sae: SAE) -> np.ndarray:
-    """Of every class and latent with the probe, [C, F]: mean over folds and repetitions."""
+    """Average the cosines of probes and latents over folds and repetitions: [C, F]."""
     return np.mean(
         [Alignment.of(sae.W_dec, weight).cosine.cpu().numpy()
          for probed in repetitions for weight in probed.probes["weight"]],
@@ -197,10 +196,10 @@ def _cosines(repetitions: list[Probed], sae: SAE) -> np.ndarray:
 def absorber_table(
     records: pd.DataFrame, repetitions: list[Probed], cosine: np.ndarray, kept: list[int]
 ) -> pd.DataFrame:
-    """For every evaluable class the latents that absorb words of it, those of most words first.
+    """List the latents that absorb words of each evaluable class, those of most words first.
 
-    Columns: ``class``, ``latent``, ``words`` (distinct ones that it has a part in absorbing),
-    ``strongest`` (those where no other has a larger one), ``cosine`` with the probe,
+    Columns: ``class``, ``latent``, ``words`` (distinct words that it helps to absorb),
+    ``strongest`` (words to which it contributes most), ``cosine`` with the probe,
     ``share`` (its mean contribution over P), ``examples``.
     """
     words = repetitions[0].words
@@ -241,7 +240,7 @@ def _latent_columns(
     kept: list[int],
     num_latents: int,
 ) -> dict[str, np.ndarray]:
-    """The class that each latent is a main latent of (−1: none), and how many words it absorbs."""
+    """Return each latent's class as a main latent (−1: none) and the number of words it absorbs."""
     votes = np.zeros((num_latents, len(classes)), dtype=np.int32)
     for _, _, _, splits in measured.splits:
         for number in kept:
@@ -258,5 +257,5 @@ def _latent_columns(
 
 
 def _known(value: float) -> float | None:
-    """None where it cannot be evaluated."""
+    """Return None for NaN: the metric cannot be evaluated."""
     return None if np.isnan(value) else float(value)

@@ -1,1 +1,1 @@
-"""The contexts of latents: what they fire on, promote, and lie beside."""
+"""The contexts of latents: text they fire on, tokens they promote, and nearest latents."""

@@ -1,4 +1,4 @@
-"""The evaluation ``contexts``: which settings, and one pass over the text for all SAEs."""
+"""The evaluation ``contexts``: its settings, and one pass over the text for all SAEs."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ if TYPE_CHECKING:
     from reseed.experiment import Resolved
 
 _KEPT_BYTES = 4 << 30
-"""Of contexts that are kept in one pass; more SAEs take several."""
+"""Memory for the contexts of one pass; SAEs that need more take several passes."""
 _READ_OUT = "resid_post"
-"""The site of the residual stream, which the unembedding reads in the end."""
+"""The site in the residual stream, which the unembedding reads."""
 _BLOCK = 4_096
-"""Tokens encoded at once, or one sequence where it is longer."""
+"""Tokens encoded at once, or one sequence if it is longer."""
 
 
 @dataclass(frozen=True)
 class ContextsConfig(EvaluationConfig, name="contexts"):
-    """On what latents fire, which tokens they promote, and which latents lie beside them.
+    """Text that latents fire on, tokens that they promote, and their nearest latents.
 
     Args:
         tokens: held-out activations, rounded up to whole sequences; the same for every SAE of one
             model.
-        top: contexts where a latent fires most, each of a sequence of its own.
-        sampled: contexts at even quantiles of activation, of firings that are drawn uniformly.
-        reservoir: how many of each latent are drawn.
-        window: tokens of a context on either side of the one that it was chosen for.
-        lens: promoted and as many suppressed tokens.
-        neighbours: nearest decoder rows.
-        seed: of the draw.
+        top: number of contexts where a latent fires most, at most one per sequence.
+        sampled: number of contexts at even quantiles of activation, from uniformly drawn firings.
+        reservoir: number of firings drawn for each latent.
+        window: tokens of a context on either side of the firing token.
+        lens: number of promoted tokens, and of suppressed tokens.
+        neighbours: number of nearest decoder rows.
+        seed: seed of the draw.
     """
 
     with_untrained: ClassVar[bool] = False
@@ -95,7 +95,7 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
                 yield subject.id, described.result(int(kept.sum()), texts)
 
     def _together(self, subjects: Sequence[Subject]) -> Iterator[list[Subject]]:
-        """SAEs in groups whose contexts fit into `_KEPT_BYTES`; one at least in each."""
+        """Yield groups of SAEs whose contexts fit into `_KEPT_BYTES`; at least one SAE in each."""
         each = (self.top + self.reservoir) * (4 * (2 * self.window + 1) + 16)
         group: list[Subject] = []
         for subject in subjects:
@@ -113,7 +113,7 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
         sequences: Int[Tensor, "sequences context"],
         kept: Bool[Tensor, "sequences context"],
     ) -> dict[str, Gathering]:
-        """What one pass over the text finds of each SAE."""
+        """Gather the contexts of each SAE in one pass over the text."""
         found = {
             subject.id: Gathering(subject.sae, self.top, self.reservoir, self.window, self.seed)
             for subject in subjects
@@ -145,7 +145,7 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
 def _blocks(
     model: LanguageModel, sequences: Int[Tensor, "sequences context"], hooks: Sequence[Hookpoint]
 ) -> Iterator[tuple[int, dict[Hookpoint, Float[Tensor, "some context d_in"]]]]:
-    """Activations of whole sequences, about `_BLOCK` tokens at a time, with the first's number."""
+    """Yield activations in blocks of about `_BLOCK` tokens, with each block's first sequence."""
     size, first = max(1, _BLOCK // sequences.shape[1]), 0
     for passed in model.activations(sequences, hooks):
         for block in zip(*(x.split(size) for x in passed.values()), strict=True):
@@ -154,12 +154,12 @@ def _blocks(
 
 
 def _texts(described: Described, tokenizer: Any) -> pd.DataFrame:
-    """``token``, ``text`` of what may be shown: as it stands in a text, with spaces before it."""
+    """Return the text of every token in the result, with leading spaces."""
     shown = (described.sequences, described.promoted.index, described.suppressed.index)
     ids = np.unique(np.concatenate([np.unique(part.cpu().numpy()) for part in shown])).tolist()
     texts = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
     pieces = tokenizer.convert_ids_to_tokens(ids)
-    # A decoder of whole texts may take the space of their first word away.
+    # Some decoders strip the leading space of a text.
     spaced = [
         f" {text}" if piece and piece.startswith("▁") and not text.startswith(" ") else text
         for text, piece in zip(texts, pieces, strict=True)

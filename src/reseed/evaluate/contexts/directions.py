@@ -1,4 +1,4 @@
-"""What the decoder rows of an SAE point at: tokens, and each other.
+"""Directions of decoder rows: the tokens they promote, and their nearest rows.
 
 F latents, D `d_in`, V tokens; nothing of size [F, F] or [F, V] is held.
 """
@@ -15,15 +15,15 @@ from torch.nn import functional
 from reseed.sae.selection import select
 
 _LOGITS = 1 << 25
-"""Logits held at once: 128 MiB."""
+"""Logits in memory at once: 128 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ranked:
-    """The first n of a list for each latent.
+    """The first n entries of a ranked list for each latent.
 
     Attributes:
-        index: of a token or latent; −1 where the list is shorter.
+        index: token or latent; −1 if the list is shorter.
         value: logit or cosine, in order.
     """
 
@@ -32,7 +32,7 @@ class Ranked:
 
     @classmethod
     def empty(cls, num_latents: int) -> Ranked:
-        """Lists of nothing."""
+        """Return empty lists."""
         return cls(torch.zeros(num_latents, 0, dtype=torch.int64), torch.zeros(num_latents, 0))
 
 
@@ -40,7 +40,7 @@ class Ranked:
 def lens(
     W_dec: Float[Tensor, "F D"], unembedding: Float[Tensor, "V D"], count: int
 ) -> tuple[Ranked, Ranked]:
-    """The tokens that each latent promotes most, and those that it suppresses most."""
+    """Return the tokens that each latent promotes most, and those that it suppresses most."""
     count = min(count, len(unembedding))
     matrix = unembedding.to(W_dec.device).t()
     found: tuple[list, list] = ([], [])
@@ -57,9 +57,9 @@ def lens(
 
 @torch.no_grad()
 def neighbours(W_dec: Float[Tensor, "F D"], count: int) -> Ranked:
-    """The latents whose decoder rows have the largest cosine with each one's, itself left out.
+    """Return the other latents whose decoder rows have the largest cosine with each latent's.
 
-    Only cosines above 0 mean anything: a row of zeros has no neighbours, and is nobody's.
+    Only cosines above 0 count: a row of zeros has no neighbours and is none.
     """
     rows = functional.normalize(W_dec.float(), dim=1)
     size = min(count + 1, len(rows))

@@ -1,6 +1,6 @@
-"""Where latents fire in some sequences, in the order that contexts are gathered in.
+"""Firings of latents in a block of sequences, sorted for gathering contexts.
 
-n firings, m of them, W = 2·reach + 1 tokens of a window
+n firings, m chosen firings, W = 2·reach + 1 tokens of a window
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Firings:
     """(latent, token) pairs, sorted by latent, then by token.
 
     Attributes:
-        latent: which one fires.
-        place: of the token among those of the block, first and special ones counted too.
-        value: how much, above 0, in float32.
-        first: position of the block's first token in all that is read.
-        context: tokens of a sequence; a block is whole sequences.
+        latent: the latent that fires.
+        place: index of the token in the block, counting first and special tokens.
+        value: activation, above 0, in float32.
+        first: position of the block's first token in the whole text.
+        context: tokens per sequence; a block is whole sequences.
     """
 
     latent: Int[Tensor, " n"]
@@ -41,11 +41,11 @@ class Firings:
         kept: Bool[Tensor, "sequences context"],
         first: int,
     ) -> Firings:
-        """Those of an SAE on the tokens that it is made for.
+        """Encode the activations at the kept tokens.
 
         Args:
-            kept: which these are.
-            first: position of the first token.
+            kept: the tokens that the SAE is trained on.
+            first: position of the block's first token.
         """
         places = kept.flatten().nonzero()[:, 0].to(sae.W_dec.device)
         rows = x[kept.to(x.device)].to(sae.W_dec.device, sae.W_dec.dtype)
@@ -54,16 +54,16 @@ class Firings:
 
     @property
     def position(self) -> Int[Tensor, " n"]:
-        """Of the tokens in all that is read."""
+        """Position of each token in the whole text."""
         return self.place + self.first
 
     @property
     def sequence(self) -> Int[Tensor, " n"]:
-        """Which of the block's the tokens are in."""
+        """Index in the block of each token's sequence."""
         return self.place // self.context
 
     def windows(self, chosen: Int[Tensor, " m"], reach: int) -> Float[Tensor, "m W"]:
-        """How much the latents of some firings fire around them; 0 beyond their sequences.
+        """Return the latents' activations around some firings; 0 beyond their sequences.
 
         Args:
             reach: tokens on either side.
@@ -86,5 +86,5 @@ class Firings:
         return self._key(self.latent, self.place)
 
     def _key(self, latent: Int[Tensor, " m"], place: Int[Tensor, " m"]) -> Int[Tensor, " m"]:
-        """Ascends as firings do: by latent, then by token."""
+        """Return sort keys that ascend by latent, then by token."""
         return (latent << 32) + place

@@ -1,4 +1,4 @@
-"""The contexts of one SAE's latents, gathered while held-out text passes by."""
+"""Gathering of the contexts of one SAE's latents from blocks of held-out text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from reseed.sae.base import SAE
 
 
 class Gathering:
-    """What is known of the latents of an SAE after some of the text.
+    """Contexts and firing counts of an SAE's latents over the blocks added so far.
 
     Args:
-        sae: for raw activations.
-        top, reservoir: contexts kept of each latent: sequences where it fires most, and firings
+        sae: SAE for raw activations.
+        top, reservoir: contexts stored for each latent: sequences where it fires most, and firings
             drawn uniformly.
         reach: tokens of a context on either side.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Attributes:
-        firing: tokens that each latent fired on; ``total``, its activations on them.
+        firing: number of tokens that each latent fired on.
+        total: sum of its activations on them.
     """
 
     def __init__(self, sae: SAE, top: int, reservoir: int, reach: int, seed: int) -> None:
@@ -43,11 +44,11 @@ class Gathering:
         kept: Bool[Tensor, "sequences context"],
         first: int,
     ) -> None:
-        """Take whole sequences into account; see `Firings.of`."""
+        """Add whole sequences; see `Firings.of` for the arguments."""
         self.count(Firings.of(self.sae, x, kept, first))
 
     def count(self, firings: Firings) -> None:
-        """Take the firings of a block into account; blocks may come in any order."""
+        """Add the firings of a block; blocks may come in any order."""
         latent, size = firings.latent, len(self.firing)
         self.firing += torch.bincount(latent, minlength=size)
         self.total += torch.bincount(latent, firings.value.double(), minlength=size)
@@ -63,7 +64,7 @@ class Gathering:
 def _highest_of_runs(
     rank: Int[Tensor, " n"], latent: Int[Tensor, " n"], sequence: Int[Tensor, " n"]
 ) -> Int[Tensor, " some"]:
-    """Of each latent and sequence the one of highest rank: a latent has one top context of each."""
+    """Return each latent's highest firing per sequence: a sequence gives one top context."""
     if not len(rank):
         return rank
     _, run = ((latent << 32) + sequence).unique_consecutive(return_inverse=True)

@@ -1,6 +1,6 @@
-"""From what was gathered of an SAE's latents to the tables of `reseed.contexts`.
+"""The result of ``contexts``: the tables of `reseed.contexts`.
 
-K contexts that were kept of a latent, W tokens of a window, L context length
+K contexts stored for a latent, W tokens of a window, L context length
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from reseed.evaluations import RowGroups
 
 @dataclass(frozen=True, eq=False)
 class Described:
-    """All that there is to be said of the latents of an SAE.
+    """Description of the latents of an SAE.
 
     Attributes:
-        gathered: their contexts.
-        sampled: how many of the drawn ones are shown.
-        promoted, suppressed: tokens; empty where there is no lens.
-        neighbours: latents.
+        gathered: the latents' contexts.
+        sampled: number of drawn contexts to show.
+        promoted, suppressed: tokens; empty without a lens.
+        neighbours: nearest latents.
         sequences: the text that was read.
     """
 
@@ -43,11 +43,11 @@ class Described:
     sequences: Int[Tensor, "sequences L"]
 
     def result(self, tokens: int, texts: pd.DataFrame) -> Result:
-        """The result, whose contexts are put together while they are written.
+        """Return the result; its contexts are built piece by piece as they are written.
 
         Args:
-            tokens: activations that were read.
-            texts: of the tokens that may be shown.
+            tokens: number of activations read.
+            texts: texts of the tokens in the result.
         """
         silent = float((self.gathered.firing == 0).double().mean())
         return Result(
@@ -91,10 +91,10 @@ class _Chosen:
     """Contexts of some latents.
 
     Attributes:
-        row: of the latent that each one is of.
-        order: within it.
-        quantile: NaN of the top ones.
-        position: of the token that it was chosen for.
+        row: row of each context's latent.
+        order: index among the latent's contexts.
+        quantile: quantile of a sampled context; NaN for a top one.
+        position: position of the firing token.
         window: activations around it.
     """
 
@@ -106,18 +106,18 @@ class _Chosen:
 
     @classmethod
     def ranked(cls, kept: Kept, rows: slice, count: int) -> _Chosen:
-        """The ``count`` with the largest activation."""
+        """Return the ``count`` contexts with the largest activation."""
         there = kept.there(rows)
         place = torch.arange(count, device=there.device).expand(len(there), -1)
         return cls._of(kept, rows, place, place < there[:, None], sampled=False)
 
     @classmethod
     def spread(cls, kept: Kept, rows: slice, count: int) -> _Chosen:
-        """``count`` at even distances in the order of activation; all where there are fewer."""
+        """Return ``count`` contexts at even steps by activation; all if there are fewer."""
         there = kept.there(rows)[:, None]
         step = torch.arange(count, device=there.device)
         place = ((2 * step + 1) * there) // (2 * count)
-        # Where there are fewer than are wanted, some would come twice.
+        # With fewer contexts than `count`, even steps would repeat some.
         place = torch.where(there < count, step, place)
         return cls._of(kept, rows, place, place < there, sampled=True)
 
@@ -130,7 +130,7 @@ class _Chosen:
         wanted: Tensor,
         sampled: bool,
     ) -> _Chosen:
-        """Those at some places in the order of activation, the largest first."""
+        """Return the contexts at some ranks by activation, the largest first."""
         row, order = wanted.nonzero(as_tuple=True)
         at = place[row, order]
         slot = kept.in_order(rows)[row, at]
@@ -139,7 +139,7 @@ class _Chosen:
         return cls(*(values.cpu().numpy() for values in each))
 
     def joined(self, after: _Chosen) -> _Chosen:
-        """These, then others, latent by latent."""
+        """Append other contexts, latent by latent."""
         both = [
             np.concatenate([getattr(self, name), getattr(after, name)])
             for name in ("row", "order", "quantile", "position", "window")
@@ -148,7 +148,7 @@ class _Chosen:
         return _Chosen(*(values[by_row] for values in both))
 
     def array(self, sequences: Int[np.ndarray, "sequences L"], latents: int) -> pa.ListArray:
-        """A list of contexts for each latent."""
+        """Return a list of contexts for each latent."""
         reach, context = self.window.shape[1] // 2, sequences.shape[1]
         offset = np.arange(-reach, reach + 1)
         place = self.position[:, None] % context + offset
@@ -170,7 +170,6 @@ class _Chosen:
 
 
 def _listed(ranked: Ranked, rows: slice, struct: pa.StructType) -> pa.ListArray:
-    """A list of pairs for each of some latents."""
     index, value = ranked.index[rows].cpu().numpy(), ranked.value[rows].cpu().numpy()
     there = index >= 0
     arrays = [pa.array(index[there].astype(np.int32)), pa.array(value[there])]
@@ -178,6 +177,5 @@ def _listed(ranked: Ranked, rows: slice, struct: pa.StructType) -> pa.ListArray:
 
 
 def _lists(values: pa.Array, counts: Int[np.ndarray, " m"]) -> pa.ListArray:
-    """Values cut into lists of certain lengths."""
     ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), values)

@@ -1,2 +1,2 @@
-"""What a language model knows of single words: which are its vocabulary's, what it makes of them in
-a prompt, and linear probes that read a property of the word. Nothing here sees an SAE."""
+"""A language model's representation of single words: words of its vocabulary, prompts, activations,
+and linear probes for a property of the word. Nothing here depends on an SAE."""

@@ -1,4 +1,4 @@
-"""Which words are for training, which to choose with, and which to measure on."""
+"""Split of the words into fit, validation and test sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 TEST_FRACTION = 0.2
 VALIDATION_FRACTION = 0.2
-"""Of the training words."""
+"""Fraction of the training words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,9 +17,9 @@ class Fold:
     """Indices of words, sorted.
 
     Attributes:
-        fit: what probes on latents are fitted to.
-        validation: what latents are chosen by.
-        test: what is measured on.
+        fit: words that probes on latents are fitted to.
+        validation: words that latents are chosen by.
+        test: words that are measured.
     """
 
     fit: Int[np.ndarray, " some"]
@@ -28,15 +28,15 @@ class Fold:
 
     @property
     def train(self) -> Int[np.ndarray, " more"]:
-        """All that is not for testing: what probes on activations are fitted to."""
+        """All but the test words; probes on activations are fitted to them."""
         return np.sort(np.concatenate([self.fit, self.validation]))
 
 
 def parts(labels: Int[np.ndarray, " n"], folds: int, seed: int) -> Int[np.ndarray, " n"]:
-    """The part of every word, with the same shares of each class in all of them.
+    """Assign every word to a part of the split, with the same shares of each class in every part.
 
-    With one fold part 0 is for training and part 1, a fifth of the words of each class, for
-    testing; with more the parts are as large as each other, and each is tested on in its turn.
+    With one fold, part 0 is for training and part 1, a fifth of the words of each class, for
+    testing. With more folds, the parts are equally large, and each fold tests on one of them.
 
     Args:
         labels: class of every word.
@@ -51,14 +51,14 @@ def parts(labels: Int[np.ndarray, " n"], folds: int, seed: int) -> Int[np.ndarra
             part[members[: round(TEST_FRACTION * len(members))]] = 1
         else:
             part[members] = (start + np.arange(len(members))) % folds
-            start += len(members)  # small classes do not all favour the first parts
+            start += len(members)  # else all small classes would favour the first parts
     return part
 
 
 def make_folds(
     labels: Int[np.ndarray, " n"], part: Int[np.ndarray, " n"], folds: int, seed: int
 ) -> list[Fold]:
-    """Every fold, from the parts; validation words are drawn within each class."""
+    """Make every fold from the parts; validation words are drawn within each class."""
     made = []
     for number in range(folds):
         test = part == (1 if folds == 1 else number)

@@ -1,9 +1,9 @@
 """Linear probes: one against the rest, for all classes at once.
 
 n words, D `d_in`, C classes. Recipe of Chanin et al. 2024 (public code): one linear layer, binary
-cross-entropy with positives weighted n_neg/n_pos, Adam at a rate that falls geometrically, by
-epoch. In float32 whatever the model's dtype. Weights start at zero: the problem is convex, and the
-batches' order is all that is left to chance.
+cross-entropy with positives weighted n_neg/n_pos, Adam with a learning rate that falls
+geometrically by epoch. Float32 for any dtype of the model. Weights start at zero: the problem is
+convex, so only the batches' order is random.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ EPOCHS = 50
 FIRST_RATE, LAST_RATE = 1e-2, 1e-5
 WEIGHT_DECAY = 1e-4
 BATCH, STEPS_PER_EPOCH = 4_096, 24
-"""Words in a batch; fewer where an epoch would not have so many steps, as a vocabulary of thousands
-would otherwise be one batch, and a probe 50 steps."""
+"""Most words in a batch, and least steps in an epoch: else a vocabulary of thousands would be one
+batch, and a probe would train for 50 steps."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """How well predictions agree with a class, each a value in [0, 1]; 0 where nothing is right."""
+    """Agreement of predictions with a class, each a value in [0, 1]; 0 if nothing is right."""
 
     precision: Float[Tensor, "*classes"]
     recall: Float[Tensor, "*classes"]
@@ -35,11 +35,11 @@ class Scores:
 def train_probe(
     x: Float[Tensor, "n D"], member: Bool[Tensor, "n C"], random: torch.Generator
 ) -> tuple[Float[Tensor, "C D"], Float[Tensor, " C"]]:
-    """Weight and bias of a probe of every class.
+    """Train a probe of every class; return weights and biases.
 
     Args:
         x: activations, on any device.
-        member: which word is of which class; a class may have no word.
+        member: membership of words in classes; a class may have no word.
         random: decides the batches; on the CPU.
     """
     x = x.float()
@@ -60,22 +60,22 @@ def train_probe(
 
 
 def rate(epoch: int) -> float:
-    """Of the geometric fall from `FIRST_RATE` towards `LAST_RATE` over the epochs."""
+    """Return the learning rate: it falls geometrically from `FIRST_RATE` towards `LAST_RATE`."""
     return FIRST_RATE * (LAST_RATE / FIRST_RATE) ** (epoch / EPOCHS)
 
 
 def batch_size(n: int) -> int:
-    """Words in a batch of a set of n."""
+    """Return the number of words in a batch of a set of n."""
     return max(1, min(BATCH, -(-n // STEPS_PER_EPOCH)))
 
 
 def batches(n: int, random: torch.Generator) -> Iterator[Int[Tensor, " batch"]]:
-    """All n in a random order, in batches."""
+    """Yield batches of all n indices in a random order."""
     yield from torch.randperm(n, generator=random).split(batch_size(n))
 
 
 def positive_weight(member: Bool[Tensor, "n C"]) -> Float[Tensor, " C"]:
-    """n_neg/n_pos; 1 where there are no positives."""
+    """Return n_neg/n_pos; 1 if there are no positives."""
     positive = member.sum(0)
     return torch.where(positive > 0, (len(member) - positive) / positive.clamp(min=1), 1.0)
 
@@ -83,13 +83,13 @@ def positive_weight(member: Bool[Tensor, "n C"]) -> Float[Tensor, " C"]:
 def loss_gradient(
     score: Float[Tensor, "n C"], target: Bool[Tensor, "n C"], ratio: Float[Tensor, " C"]
 ) -> Float[Tensor, "n C"]:
-    """Of the mean weighted cross-entropy, with respect to the scores."""
+    """Return the gradient of the mean weighted cross-entropy with respect to the scores."""
     probability = score.sigmoid()
     return torch.where(target, ratio * (probability - 1), probability) / score.numel()
 
 
 def agreement(predicted: Bool[Tensor, "words ..."], member: Bool[Tensor, "words ..."]) -> Scores:
-    """Precision, recall and F1 of predictions, over words."""
+    """Compute precision, recall and F1 of predictions, over words."""
     right = (predicted & member).sum(0).double()
     said, there = predicted.sum(0), member.sum(0)
     return Scores(

@@ -1,11 +1,10 @@
 """Prompts about a word, made of token ids.
 
-    {word} has the first letter: {ANSWER}      ten words that are drawn, a line each
+    {word} has the first letter: {ANSWER}      ten example words, drawn, a line each
     {word}[ has the first letter:]             the word in question
 
-The words' own tokens are put between the tokens of the rest, so that each is one token and its
-place is known: a text that is tokenised anew may split a word, and a place that is counted from
-the end is then another's.
+The prompt is joined from token ids, so that each word is one token at a known position. Tokenising
+the whole text could split a word and shift the positions.
 """
 
 from __future__ import annotations
@@ -22,20 +21,19 @@ from reseed.config import ConfigError
 from reseed.evaluate.first_letter.words import Words
 
 _CARRIER = ":"
-"""Stands before a piece while it is tokenised: no tokenizer joins it to what follows, and some open
-a text with a space of their own."""
+"""Precedes a piece while it is tokenised, as some tokenizers insert a space at the start of a text.
+No tokenizer merges it with what follows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """The tokens between the words.
+    """The tokens between the words. The keys say whether the word before ends in a space.
 
     Attributes:
-        opening: what a text begins with.
-        after: what follows a word (that ends in a space: ``True``) in a line with an answer,
-            for each class.
-        question: what follows the last word, up to the answer.
-        answers: the one token with which the answer of each class goes on.
+        opening: tokens at the start of a text.
+        after: tokens after a word in a line with an answer, for each class.
+        question: tokens after the last word, up to the answer.
+        answers: the first differing token of the answer of each class.
     """
 
     opening: tuple[int, ...]
@@ -45,7 +43,7 @@ class Template:
 
     @classmethod
     def of(cls, tokenizer: Any, words: Words, line: str) -> Template:
-        """Tokenise ``line``, ``{word}`` and ``{answer}`` standing for what differs."""
+        """Tokenise ``line``, a text with the placeholders ``{word}`` and ``{answer}``."""
         opening = tokenizer.bos_token_id
         opening = tokenizer.eos_token_id if opening is None else opening
         after, question, answers = {}, {}, {}
@@ -54,7 +52,7 @@ class Template:
             rest = rest.lstrip(" ") if spaced else rest
             texts = [rest.replace("{answer}", answer) for answer in words.answers]
             ids = [_piece(tokenizer, text) for text in texts]
-            # The answers may begin alike, with a space that is a token of its own.
+            # All answers may begin with the same token, such as a separate space.
             shared = _shared_beginning(ids)
             after[spaced] = tuple(tuple(_piece(tokenizer, f"{text}\n")) for text in texts)
             question[spaced] = tuple(ids[0][:shared])
@@ -62,24 +60,24 @@ class Template:
         return cls(() if opening is None else (opening,), after, question, answers)
 
     def check_answers(self) -> None:
-        """Raise `ConfigError` where two classes are not told apart by the next token."""
+        """Raise `ConfigError` if two classes have the same answer token."""
         for answers in self.answers.values():
             if len(set(answers)) < len(answers) or -1 in answers:
                 raise ConfigError(
-                    "{key} needs answers that differ in their first token; those of two classes "
-                    "do not",
+                    "{key} needs answers that differ in their first token; two classes share "
+                    "theirs",
                     "causal",
                 )
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """One prompt for each of n words, padded on the right (which attention never looks at).
+    """One prompt for each of n words, padded on the right (causal attention never reads it).
 
     Attributes:
         tokens: the ids.
-        at: place of the word.
-        end: place of the last token.
+        at: position of the word.
+        end: position of the last token.
     """
 
     tokens: Int[Tensor, "n context"]
@@ -97,14 +95,14 @@ def make_prompts(
     *,
     ask: bool = False,
 ) -> Prompts:
-    """A prompt for each of the chosen words.
+    """Make a prompt for each of the chosen words.
 
     Args:
         chosen: indices of words.
-        pools: part of every word; examples are of the same part as the word in question, and never
-            a spelling of it.
-        icl_words: examples in each, drawn without replacement.
-        ask: go on to where the answer is due; else the prompt ends with the word.
+        pools: part of the split of every word; examples come from the same part as the word in
+            question, and are never another spelling of it.
+        icl_words: examples in each prompt, drawn without replacement.
+        ask: end the prompt where the answer follows; else it ends with the word.
 
     Raises:
         ConfigError: a part has too few words.
@@ -115,8 +113,8 @@ def make_prompts(
         _, sizes = np.unique(spelling[pool], return_counts=True)
         if len(pool) - sizes.max(initial=0) < icl_words:
             raise ConfigError(
-                f"{{key}} (={icl_words}) must not exceed the other words of a part of the split, "
-                f"of which there are {len(pool) - sizes.max(initial=0)}",
+                f"{{key}} (={icl_words}) must not exceed the number of other words in a part of "
+                f"the split (={len(pool) - sizes.max(initial=0)})",
                 "icl_words",
             )
     rows, at = [], []
@@ -145,7 +143,7 @@ def _draw(
     number: int,
     random: np.random.Generator,
 ) -> Int[np.ndarray, " number"]:
-    """Uniform among the words of the pool that are spelt otherwise."""
+    """Draw uniformly among the words of the pool with another spelling."""
     found = pool[random.choice(len(pool), number, replace=False)]
     if (spelling[found] != spelling[word]).all():
         return found
@@ -154,7 +152,7 @@ def _draw(
 
 
 def _shared_beginning(ids: list[list[int]]) -> int:
-    """How many tokens all of them begin with."""
+    """Return the length of the longest common prefix."""
     differ = (i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1)
     return next(differ, min(map(len, ids)))
 
@@ -164,7 +162,7 @@ def _spaced(words: Words, index: int) -> bool:
 
 
 def _piece(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that is not the beginning of one."""
+    """Tokenise a piece from the middle of a text."""
     alone = tokenizer(_CARRIER, add_special_tokens=False)["input_ids"]
     ids = tokenizer(_CARRIER + text, add_special_tokens=False)["input_ids"]
     if ids[: len(alone)] == alone:

@@ -1,7 +1,7 @@
-"""A task on words: the words, what the model makes of them, and the probes.
+"""A task on words: the words, the model's activations at them, and the probes.
 
-What is about the model is made once and kept (`SharedResults`): for every hookpoint and seed of the
-prompts the activations at the words' tokens, and the probes of every fold.
+Results about the model are computed once and stored (`SharedResults`): for every hookpoint and
+prompt seed the activations at the words' tokens, and the probes of every fold.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from reseed.evaluate.first_letter.prompts import Prompts, Template, make_prompts
 from reseed.evaluate.first_letter.words import Words, first_letter_words, labelled_words
 
 VERSION = 1
-"""Raised when code changes what is kept."""
+"""Raised when a code change alters the stored results."""
 LINES = {
     "first_letter": "{word} has the first letter: {answer}",
     "labelled": "{word} is of the class: {answer}",
@@ -39,22 +39,22 @@ _PROMPTS, _PROBES, _PERMUTED = 0x70726F6D, 0x70726F62, 0x7065726D
 
 @dataclass(frozen=True)
 class WordTaskConfig(EvaluationConfig):
-    """What evaluations by words have in common.
+    """Settings that all evaluations on words share.
 
     Args:
         task: ``first_letter``, or ``labelled``: the tokens and labels of ``task_file``.
         task_file: a csv file with columns ``token`` and ``label``.
-        line: what a prompt says of a word, with ``{word}`` and ``{answer}``; null is the task's
-            own (`LINES`).
-        icl_words: lines with the answer before the word in question.
-        prompt_seeds: which words these are; each seed is a repetition of the whole measurement.
-        split_seed: which words are for training, to choose with, and to measure on.
-        folds: 1: a fifth of the words is measured on; more (5 for vocabularies of thousands): every
-            word is, in one of so many folds with probes of its own.
-        probe_f1: classes are evaluated whose probe has a test F1 above it.
-        max_latents: k = 1 … so many latents are tried as the ones that stand for a class.
-        f1_step: a further latent must raise F1 by more than this; .01 to .05 are as valid.
-        l1: weight of the penalty by which latents are ranked.
+        line: the text of a prompt line, with ``{word}`` and ``{answer}``; null uses the task's own
+            (`LINES`).
+        icl_words: example lines with the answer before the word in question.
+        prompt_seeds: seeds that draw the example words; each repeats the whole measurement.
+        split_seed: seed of the split of the words into fit, validation and test sets.
+        folds: 1: a fifth of the words is tested; more (5 for vocabularies of thousands): every word
+            is tested, in one of as many folds, each with its own probes.
+        probe_f1: a class is evaluated if its probe's test F1 is above this.
+        max_latents: most latents that may represent a class: k = 1 … ``max_latents`` are tried.
+        f1_step: a further latent must raise F1 by more than this; .01 to .05 are equally valid.
+        l1: weight of the L1 penalty of the probe that ranks the latents.
     """
 
     task: str = setting("first_letter", choices=tuple(LINES))
@@ -94,7 +94,7 @@ class WordTaskConfig(EvaluationConfig):
         needs_language_model(self, resolved)
 
     def words(self, tokenizer: Any) -> Words:
-        """The words of the task."""
+        """Return the words of the task."""
         if self.task_file is not None:
             return labelled_words(tokenizer, self.task_file)
         return first_letter_words(tokenizer)
@@ -105,10 +105,10 @@ class WordTaskConfig(EvaluationConfig):
     def repetitions(
         self, evaluated: Evaluated, hook: Hookpoint, hooks: Sequence[Hookpoint] = ()
     ) -> Iterator[Probed]:
-        """The task at a hookpoint, once for each seed of the prompts.
+        """Yield the task at a hookpoint, once for each prompt seed.
 
         Args:
-            hooks: whose activations will be wanted too: one pass of the model reads them all.
+            hooks: hookpoints needed later: one pass of the model reads them all.
         """
         words = self.words(evaluated.tokenizer)
         labels = words.labels.numpy()
@@ -128,7 +128,7 @@ class WordTaskConfig(EvaluationConfig):
         seed: int,
     ) -> Probed:
         model = evaluated.model
-        assert model is not None, "`check` has refused what has no language model"
+        assert model is not None, "`check` refuses runs without a language model"
         template = self.template(evaluated.tokenizer, words)
 
         def key_at(place: Hookpoint) -> dict[str, Any]:
@@ -140,7 +140,7 @@ class WordTaskConfig(EvaluationConfig):
                 if h != hook and evaluated.shared.lacks(_ACTIVATIONS, key_at(h))
             ]  # fmt: skip
             listed = ", ".join(map(str, (hook, *others)))
-            evaluated.note(f"reading {len(words):,} words at {listed}, prompts of seed {seed}")
+            evaluated.note(f"reading {len(words):,} words at {listed}, prompt seed {seed}")
             everything = np.arange(len(words))
             random = np.random.default_rng([_PROMPTS, seed])
             prompts = make_prompts(words, template, everything, part, self.icl_words, random)
@@ -153,12 +153,12 @@ class WordTaskConfig(EvaluationConfig):
         x = evaluated.shared.get(_ACTIVATIONS, key, activations)["x"]
 
         def probes() -> dict[str, Tensor]:
-            evaluated.note(f"probes at {hook}, prompts of seed {seed}")
+            evaluated.note(f"training probes at {hook}, prompt seed {seed}")
             found: dict[str, list[Tensor]] = {}
             for fold, each in enumerate(folds):
                 random = generator(_PROBES, seed, fold)
                 permuted = words.labels.clone()
-                # Within what is trained on, and within what is tested on: sizes stay.
+                # Labels are permuted within train and test words, so that class sizes stay.
                 for some in (each.train, each.test):
                     order = torch.randperm(len(some), generator=generator(_PERMUTED, seed, fold))
                     permuted[some] = words.labels[some[order.numpy()]]
@@ -177,7 +177,6 @@ class WordTaskConfig(EvaluationConfig):
     def _key(
         self, model: LanguageModel, hook: Hookpoint, words: Words, template: Template, seed: int
     ) -> dict[str, Any]:
-        """All that decides activations and probes."""
         found = model.resolved
         texts = [template.opening, sorted(template.after.items())]
         return {
@@ -196,17 +195,17 @@ class WordTaskConfig(EvaluationConfig):
 
 @dataclass(frozen=True, eq=False)
 class Probed:
-    """A task at a hookpoint for one seed of the prompts. All on the CPU.
+    """A task at a hookpoint for one prompt seed. All tensors are on the CPU.
 
     Attributes:
         words: the words.
-        template: what stands between them.
+        template: the tokens between them.
         x: activation at each word's token, in float32.
-        part: of the split, of each word.
+        part: each word's part of the split.
         folds: the folds.
-        prompt_seed: of the words in the prompts.
-        probes: ``weight`` [folds, C, D] and ``bias`` [folds, C]; with the prefix ``permuted_``
-            those of labels that were permuted, which are ``permuted`` [folds, n].
+        prompt_seed: seed of the example words in the prompts.
+        probes: ``weight`` [folds, C, D] and ``bias`` [folds, C]; ``permuted`` [folds, n], permuted
+            labels, and their probes with the prefix ``permuted_``.
     """
 
     words: Words
@@ -223,21 +222,20 @@ class Probed:
 
     @cached_property
     def members(self) -> Bool[Tensor, "n C"]:
-        """Which word is of which class."""
         return F.one_hot(self.words.labels, self.num_classes).bool()
 
     def permuted_members(self, fold: int) -> Bool[Tensor, "n C"]:
-        """The same of the permuted labels of a fold."""
+        """Return the membership by the permuted labels of a fold."""
         return F.one_hot(self.probes["permuted"][fold], self.num_classes).bool()
 
     @cached_property
     def test_scores(self) -> Float[Tensor, "n C"]:
-        """The probes' scores of each word where it is tested on; NaN of others."""
+        """The probes' scores of the test words; NaN for words that no fold tests."""
         return self._scores("")
 
     @cached_property
     def permuted_scores(self) -> Float[Tensor, "n C"]:
-        """The same by the probes of the permuted labels."""
+        """`test_scores` by the probes of the permuted labels."""
         return self._scores("permuted_")
 
     def _scores(self, prefix: str) -> Float[Tensor, "n C"]:
@@ -249,12 +247,12 @@ class Probed:
 
     @cached_property
     def tested(self) -> Bool[Tensor, " n"]:
-        """Which words are tested on, in one fold or another."""
+        """Mask of the words that some fold tests."""
         return ~self.test_scores[:, 0].isnan()
 
 
 def probe_quality(repetitions: list[Probed]) -> Scores:
-    """Of the probes on test words, over all folds and seeds of the prompts: [C]."""
+    """Score the probes on test words of all folds and prompt seeds: [C]."""
     tested = [p.tested for p in repetitions]
     scores = torch.cat([p.test_scores[t] for p, t in zip(repetitions, tested, strict=True)])
     members = torch.cat([p.members[t] for p, t in zip(repetitions, tested, strict=True)])
@@ -264,7 +262,7 @@ def probe_quality(repetitions: list[Probed]) -> Scores:
 def word_activations(
     model: LanguageModel, hooks: Sequence[Hookpoint], prompts: Prompts
 ) -> dict[Hookpoint, Float[Tensor, "n D"]]:
-    """Activation at each word's token; the model is stopped at the deepest hookpoint."""
+    """Return the activation at each word's token; the model stops at the deepest hookpoint."""
     found: dict[Hookpoint, list[Tensor]] = {hook: [] for hook in hooks}
     start = 0
     for batch in model.activations(prompts.tokens, hooks):

@@ -1,6 +1,6 @@
 """The words of a task: tokens of a vocabulary, each with its class.
 
-First letters are one task (Chanin et al. 2024); any other is a table of tokens and labels.
+First letters are one task (Chanin et al. 2024); a table of tokens and labels defines any other.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from reseed.config import ConfigError
 
 _SHOWN = 5
 _STARTS, _ENDS = ("▁", "Ġ"), ("▁", "</w>")
-"""Marks of raw tokens that begin or end a word."""
+"""Markers in raw tokens of the start or end of a word."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +28,11 @@ class Words:
     """Words of one token each, sorted by token id.
 
     Attributes:
-        tokens: their ids.
-        texts: as they stand in a text, with a leading (or trailing) space where the token has one.
-        labels: index of each one's class.
-        classes: names, which may have no word: of first letters always all 26.
-        answers: what a prompt says of a word of each class.
+        tokens: token ids.
+        texts: the words as text, with a leading (or trailing) space if the token has one.
+        labels: index of each word's class.
+        classes: class names; a class may have no word (first letters are always all 26).
+        answers: the answer for each class in a prompt.
     """
 
     tokens: Int[Tensor, " n"]
@@ -46,12 +46,12 @@ class Words:
 
     @cached_property
     def spellings(self) -> tuple[str, ...]:
-        """Without space and case: what two words must not share to stand in one prompt."""
+        """The words without space and case; an example is never spelt as the word in question."""
         return tuple(text.strip().lower() for text in self.texts)
 
 
 def first_letter_words(tokenizer: Any) -> Words:
-    """Every token that is a word of letters only, by its first letter."""
+    """Return every token that is a word of letters, labelled by the first."""
     found = [(i, text) for i, text in _vocabulary(tokenizer).items() if _is_word(text)]
     if not found:
         raise ConfigError("no token of the model's vocabulary is a word of the letters A to Z")
@@ -61,14 +61,14 @@ def first_letter_words(tokenizer: Any) -> Words:
 
 
 def labelled_words(tokenizer: Any, file: str) -> Words:
-    """The tokens that a csv file (columns ``token``, ``label``) names, by its labels.
+    """Return the tokens that a csv file (columns ``token``, ``label``) lists, with its labels.
 
-    A token is named by its text, with its leading space where it has one; where only the text with
-    a leading space is a token, that one is meant.
+    The file lists a token's text, with its leading space if it has one. If only the text with a
+    leading space is a token, that token is used.
 
     Raises:
-        ConfigError: the file is not there, has other columns, names a text that is no token, or a
-            token twice.
+        ConfigError: the file is missing, has other columns, or lists a text that is not a token, or
+            a token twice.
     """
     rows = _read(Path(file).expanduser())
     known = {text: i for i, text in reversed(_vocabulary(tokenizer).items())}
@@ -77,7 +77,7 @@ def labelled_words(tokenizer: Any, file: str) -> Words:
     if unknown:
         shown = ", ".join(repr(text) for text in unknown[:_SHOWN])
         raise ConfigError(
-            f"{{key}}: {len(unknown)} of {len(rows)} are no single token of this model: {shown}",
+            f"{{key}}: {len(unknown)} of {len(rows)} are not single tokens of this model: {shown}",
             "task_file",
         )
     found = [(known[chosen[text] or ""], chosen[text] or "") for text, _ in rows]
@@ -117,7 +117,7 @@ def _read(path: Path) -> list[tuple[str, str]]:
 
 
 def _vocabulary(tokenizer: Any) -> dict[int, str]:
-    """Text of every token but the special ones, by id."""
+    """Return the text of every token but the special ones, by id."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(len(tokenizer)) if i not in special]
     raw = tokenizer.convert_ids_to_tokens(ids)
@@ -125,18 +125,18 @@ def _vocabulary(tokenizer: Any) -> dict[int, str]:
 
 
 def _decoded(tokenizer: Any, raw: str) -> str:
-    """A token's text. Some tokenizers drop the space that its mark means: it is put back."""
+    """Return a token's text. Some tokenizers drop the space that the marker means; add it back."""
     text = tokenizer.convert_tokens_to_string([raw])
     if raw.startswith(_STARTS) and not text.startswith(" "):
         text = f" {text}"
-    # The other way round, where it is the ends of words that are marked.
+    # Some vocabularies mark the ends of words instead.
     if len(raw) > 1 and raw.endswith(_ENDS) and not text.endswith(" "):
         text = f"{text} "
     return text
 
 
 def _is_word(text: str) -> bool:
-    """Letters A to Z alone, but for one space before them (or after, where ends are marked)."""
+    """Return whether the text is letters A to Z, with at most one space before (or after) them."""
     word = text[1:] if text.startswith(" ") else text.removesuffix(" ")
     return bool(word) and set(word) <= set(ascii_letters)
 

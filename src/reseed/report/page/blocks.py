@@ -1,7 +1,7 @@
-"""What a report is made of, whatever it is written as.
+"""Blocks of a report, independent of its format.
 
-Text is plain but for ``**bold**``, ```code``` and ``[words](target)``; whatever else stands in it
-stands for itself, so that renderers can escape all of it.
+Text is plain except for ``**bold**``, ```code``` and ``[words](target)``; every other character is
+literal, so that renderers can escape it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Span:
     """A piece of text of one kind.
 
     Attributes:
-        target: of a link, a path in the report or an address.
+        target: target of a link: a path in the report or a URL.
     """
 
     kind: Literal["plain", "bold", "code", "link"]
@@ -40,7 +40,7 @@ class Items:
     """A list.
 
     Attributes:
-        warns: whether each item is something to be warned of.
+        warns: whether the items are warnings.
     """
 
     texts: tuple[str, ...]
@@ -59,11 +59,11 @@ class Picture:
     """A figure.
 
     Attributes:
-        name: of its files under ``figures/``.
-        title: what it shows, in a few words.
+        name: stem of its files under ``figures/``.
+        title: subject, in a few words.
         caption: how to read it, with n and the interval.
         data: files of ``data/`` that hold its numbers.
-        size: width and height, of which the ratio counts.
+        size: width and height, in points.
     """
 
     name: str
@@ -75,14 +75,14 @@ class Picture:
 
 @dataclass(frozen=True)
 class Code:
-    """Lines to be typed, or read as they are."""
+    """Preformatted lines: commands or settings."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that are shown on demand, where the format can hide anything."""
+    """Blocks that are shown on demand, where the format can hide them."""
 
     title: str
     blocks: tuple[Block, ...]
@@ -96,7 +96,7 @@ class Section:
     """Blocks under a heading.
 
     Attributes:
-        name: of its anchor.
+        name: its anchor.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Section:
 
 
 def spans(text: str) -> list[Span]:
-    """The pieces of a text, in order; none is empty."""
+    """Return the pieces of a text, in order; none is empty."""
     found: list[Span] = []
     at = 0
     for match in _SPAN.finditer(text):

@@ -1,13 +1,13 @@
-"""The data of the browser of latents: files of JavaScript, as a page on a disk cannot fetch others.
+"""Data of the latent browser: JavaScript files, because a page on disk cannot fetch other files.
 
-Each is one call, ``reseed.data(key, value)``, and is loaded when it is looked at:
+Each file is one call, ``reseed.data(key, value)``, and is loaded when it is first needed:
 
-    latents/runs.js            which runs there are, and what is known of them
-    latents/<run>.js           of a run, arrays with an entry per latent
+    latents/runs.js            list of the runs, with their metadata
+    latents/<run>.js           arrays of one run, with an entry per latent
     latents/<run>/<shard>.js   contexts of `SHARD` latents, where they were evaluated
-    latents/tokens-<i>.js      texts of the tokens of runs with one tokenizer
+    latents/tokens-<i>.js      token texts of the runs with one tokenizer
 
-A run is called by its place in ``runs.js``.
+``<run>`` is the run's index in ``runs.js``.
 """
 
 from __future__ import annotations
@@ -30,21 +30,22 @@ from reseed.report.evaluations import LETTERS, EvaluatedRun, Runs
 from reseed.report.wording import paired
 
 SHARD = LATENTS_PER_GROUP
-"""Latents whose contexts are in one file: those that are read together."""
+"""Latents whose contexts are in one file: the group that `Contexts` reads together."""
 ABOUT = 8
-"""Tokens on each side of the one that a latent is shown by in the list."""
+"""Tokens that the list shows on each side of a latent's peak token."""
 _DIGITS = 4
 _OF_OTHERS = ("partner_encoder", "partner_decoder", "cosine_encoder", "cosine_decoder", "shared")
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A run in a cell; in two cells it is there twice, as it has other partners.
+    """A run in a cell. A run in two cells has two entries, with different partners.
 
     Attributes:
-        name: what it is among all.
-        cell: by its number.
-        rows: of the cell's latents, the run's.
+        name: its display name, unique among all entries.
+        cell: index of the cell.
+        tokens: held-out tokens.
+        rows: the run's rows of the cell's latent table.
     """
 
     run: str
@@ -55,7 +56,7 @@ class Entry:
 
 
 def entries(cells: Sequence[Cell]) -> list[Entry]:
-    """The runs of all cells, in order."""
+    """Return the runs of all cells, in order."""
     found = []
     for number, (knobs, cell) in enumerate(cells):
         for run in cell.runs.to_dict("records"):
@@ -70,10 +71,10 @@ def entries(cells: Sequence[Cell]) -> list[Entry]:
 def write_browser(
     cells: Sequence[Cell], runs: Runs, contexts: Mapping[str, Contexts], folder: Path
 ) -> None:
-    """Write the files of the browser under ``folder / "latents"``.
+    """Write the browser's data files under ``folder / "latents"``.
 
     Args:
-        contexts: of runs by their ids, where they were evaluated.
+        contexts: run id → its contexts, where they were evaluated.
     """
     found = entries(cells)
     root = folder / "latents"
@@ -93,8 +94,8 @@ def write_browser(
 
 
 def columns(rows: pa.Table) -> dict[str, Any]:
-    """What is known of every latent of a run: name → a value per latent, or, of what there is with
-    each other run, → a list per other run."""
+    """Return the columns of a run: name → a value per latent, or, for what depends on the other
+    run (`_OF_OTHERS`), a list of such values per other run."""
     found: dict[str, Any] = {
         "firing": rows["firing"].to_pylist(),
         "shared_with": rows["shared_with"].to_pylist(),
@@ -113,7 +114,7 @@ def columns(rows: pa.Table) -> dict[str, Any]:
 
 
 def _about(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
-    """What the list of runs says of one: ``others`` are the places of the runs it was matched
+    """Return the entry for ``runs.js``; ``others`` are the indices of the runs it is matched
     with."""
     place = {(e.cell, e.run): i for i, e in enumerate(among)}
     others = entry.rows["others"][0].as_py() if len(entry.rows) else []
@@ -127,36 +128,36 @@ def _about(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
 
 
 def _classes(run: EvaluatedRun | None) -> dict[str, list[str]]:
-    """The letters that ``absorption_class`` counts, where absorption was evaluated."""
+    """Return the letters that ``absorption_class`` indexes, where absorption was evaluated."""
     found = run.results.get("absorption") if run else None
     return {"classes": found.tables[LETTERS]["class"].tolist()} if found else {}
 
 
 def _evaluated(rows: pa.Table) -> list[str]:
-    """Columns that evaluations of absorption added."""
+    """Return the columns that the absorption evaluation added."""
     known = ("absorption_class", "absorption_is_absorber", "absorption_words")
     return [name for name in known if name in rows.column_names and rows[name].null_count == 0]
 
 
 def _place(cell: CellResult, seed: str, cells: Sequence[Cell]) -> str:
-    """``seed 0``; what pairs up otherwise says itself what it is."""
+    """Return ``seed 0``; labels of other pairings (``topk, 0``) are clear by themselves."""
     what = paired(cells, plural=False)
     return f"{what} {seed}" if what == "seed" else seed
 
 
 def _best(values: np.ndarray) -> np.ndarray:
-    """The largest of each row; NaN where none is known."""
+    """Return the largest value of each row; NaN where all are NaN."""
     known = np.where(np.isnan(values), -np.inf, values).max(axis=1, initial=-np.inf)
     return np.where(np.isinf(known), np.nan, known)
 
 
 def rounded(column: pa.ChunkedArray) -> list[Any]:
-    """A column as JSON has it."""
+    """Return a column as JSON values, as `_numbers` does."""
     return _numbers(column.to_numpy(zero_copy_only=False))
 
 
 def _numbers(values: np.ndarray) -> list[Any]:
-    """Of numbers with a fraction so many digits; of NaN None; of truth 0 and 1."""
+    """Convert to JSON values: floats with `_DIGITS` digits, NaN as None, booleans as 0 and 1."""
     if values.dtype.kind == "b":
         return values.astype(int).tolist()
     if values.dtype.kind != "f":
@@ -165,13 +166,14 @@ def _numbers(values: np.ndarray) -> list[Any]:
 
 
 class _Vocabularies:
-    """Texts of tokens; runs of one tokenizer have them together."""
+    """Token texts; runs with one tokenizer share a vocabulary."""
 
     def __init__(self) -> None:
         self.texts: list[dict[int, str]] = []
 
     def add(self, contexts: Contexts, ids: Sequence[int]) -> int:
-        """The number of the vocabulary that the texts of ``ids`` are in."""
+        """Add the texts of ``ids`` to the first vocabulary that agrees with them, or a new one, and
+        return its index."""
         own = dict(zip(ids, contexts.text(ids), strict=True))
         for i, texts in enumerate(self.texts):
             if all(texts.get(token, text) == text for token, text in own.items()):
@@ -184,8 +186,12 @@ class _Vocabularies:
 def _write_contexts(
     folder: Path, place: int, contexts: Contexts, words: _Vocabularies
 ) -> dict[str, Any]:
-    """The shards of a run; what its entry in ``runs.js`` says of them, and ``columns`` more of its
-    list: ``peak``, ``before`` and ``after`` of the best context."""
+    """Write the shards of a run.
+
+    Returns:
+        ``vocabulary`` for its entry in ``runs.js``, and more ``columns`` of its list: ``peak``,
+        ``before`` and ``after`` of each latent's best context.
+    """
     folder.mkdir()
     used: set[int] = set()
     best: list[Context | None] = []
@@ -208,7 +214,7 @@ def _write_contexts(
 
 
 def _packed(found: LatentContexts) -> dict[str, Any]:
-    """What its page shows of a latent, as short as it can be said."""
+    """Return the data of a latent's page, with short keys to keep the files small."""
     return {
         "max": _short(found.largest),
         "mean": _short(found.mean),
@@ -220,8 +226,8 @@ def _packed(found: LatentContexts) -> dict[str, Any]:
 
 
 def _packed_context(context: Context) -> list[Any]:
-    """[quantile or null, place of the peak, position in the text, ids, activations]; of these those
-    that are not 0, as place, value, place, …"""
+    """Return [quantile or null, index of the peak, position in the text, ids, activations]; the
+    nonzero activations only, flat: index, value, index, …"""
     pairs = zip(context.active.tolist(), context.values.tolist(), strict=True)
     flat = [part for at, value in pairs for part in (at, _short(value))]
     quantile = None if context.quantile is None else _short(context.quantile)
@@ -242,7 +248,7 @@ def _tokens_of(found: LatentContexts) -> set[int]:
 
 
 def _around(context: Context | None, text: Mapping[int, str]) -> tuple[str, str, str]:
-    """What is before the token that a context was chosen for, it, and what is after."""
+    """Return the text before the peak token, the peak token, and the text after it."""
     if context is None:
         return "", "", ""
     ids, peak = context.tokens.tolist(), int(context.peak)
@@ -252,7 +258,8 @@ def _around(context: Context | None, text: Mapping[int, str]) -> tuple[str, str,
 
 
 def _write(path: Path, key: str, value: Any) -> None:
-    """One call of ``reseed.data``. U+2028 and U+2029 end lines in old JavaScript."""
+    """Write one call of ``reseed.data``; U+2028 and U+2029, which end lines in old JavaScript,
+    are escaped."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     text = text.replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     path.write_text(f"reseed.data({json.dumps(key)},{text})\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a report says, in which order."""
+"""Sections of a report, in their order."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _SIZE = re.compile(r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"')
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What a report is made from.
+    """Inputs of a report.
 
     Attributes:
-        cells: with the results of evaluations.
-        runs: those that were evaluated.
+        cells: cells, joined with the results of evaluations.
+        runs: the evaluated runs.
         incomplete: a line for each cell that lacks runs.
-        figures: names of those that are drawn, in order.
+        figures: names of the figures to show, in order.
         data: files of ``data/``.
-        contexts: of runs by their ids.
+        contexts: run id → its contexts.
     """
 
     sweep: Sweep
@@ -54,10 +54,10 @@ class Material:
 
 
 def report_sections(of: Material, browser: bool) -> list[Section]:
-    """All sections.
+    """Return all sections that have content.
 
     Args:
-        browser: whether there is one to be linked.
+        browser: whether the report has a latent browser to link to.
     """
     first = first_tables(of.cells)
     between = differences(of.cells)
@@ -83,9 +83,8 @@ def _warnings(of: Material) -> Block:
     if found:
         return Items(tuple(found), warns=True)
     return Paragraph(
-        "None: every cell is complete and has three runs or more, shares more than chance does and "
-        "has the L0 it was asked for; no curve was still falling, and few latents are dead or "
-        "dense."
+        "None: every cell is complete, has at least three runs, shares more than chance and is at "
+        "its target L0; no FVU was still falling, and few latents are dead or dense."
     )
 
 
@@ -103,11 +102,18 @@ def _pictures(of: Material) -> list[Block]:
 
 
 def svg_size(path: Path) -> tuple[float, float]:
-    """Width and height in points of a figure as matplotlib writes it."""
+    """Return width and height, in points, of an svg that matplotlib wrote.
+
+    Raises:
+        ReseedError: the file does not state its size.
+    """
     with path.open(encoding="utf-8") as file:
         found = _SIZE.search(file.read(2000))
     if found is None:
-        raise ReseedError(f"{path} is no figure of ours: it does not say how large it is")
+        raise ReseedError(
+            f"{path} was not written by reseed: it does not state its size. Remove it; "
+            "`reseed report` draws it again"
+        )
     return float(found[1]), float(found[2])
 
 
@@ -127,23 +133,23 @@ def _papers(cells: Sequence[Cell]) -> list[Block]:
 
 def _browser(of: Material) -> str:
     contexts = (
-        f", with the passages that it fires on in {len(of.contexts)} runs"
+        f". For {len(of.contexts)} runs also the passages on which it fires"
         if of.contexts
-        else "; with `evaluation=contexts` also the passages that it fires on"
+        else ". To see the passages on which it fires, evaluate with `evaluation=contexts`"
     )
     return (
         f"[Every latent of every run]({BROWSER}): how often it fires, how reproducible it is, and "
-        f"which latent of each other run it is matched with{contexts}."
+        f"its match in each other run{contexts}."
     )
 
 
 def _protocol() -> list[Block]:
     return [
         Paragraph(
-            "SAEs that are equal but for what pairs them up are matched one to one, exactly, by "
-            f"their encoders and by their decoders ([Paulo & Belrose]({STABILITY})); absorption is "
-            f"that of [Chanin et al.]({ABSORPTION}). Nulls, intervals and every other number are "
-            "defined in `docs/measures.md` of reseed, by their heads here and by their columns in "
-            "the files of `data/`."
+            "SAEs that differ only in what pairs them up are matched one to one, exactly, by "
+            f"their encoders and by their decoders ([Paulo & Belrose]({STABILITY})). Absorption is "
+            f"that of [Chanin et al.]({ABSORPTION}). reseed's `docs/measures.md` defines nulls, "
+            "intervals and every other number, by column heading here and by column name in the "
+            "files of `data/`."
         )
     ]

@@ -1,4 +1,4 @@
-"""Blocks as HTML. Whatever comes from outside is escaped: `tag` takes text for text unless it is
+"""Blocks as HTML. Everything from outside is escaped: `tag` escapes its children unless they are
 `Html`, which only this module makes."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reseed.report.page.blocks import (
 from reseed.report.wording import Wording
 
 _SCALE = 1.15
-"""Pixels for a point, in which figures have letters of 8: as large as notes."""
+"""Pixels per point: makes a figure's 8 pt letters as large as the notes."""
 _VOID = {"img", "input", "link", "meta"}
 
 
@@ -30,12 +30,12 @@ class Html(str):
 
 
 def tag(name: str, /, *children: str, **attributes: Any) -> Html:
-    """An element.
+    """Return an element.
 
     Args:
         children: text, which is escaped, or `Html`.
-        attributes: ``class_`` is ``class``, ``data_sort`` is ``data-sort``; None and False are left
-            out, True is an attribute without a value.
+        attributes: ``class_`` becomes ``class``, ``data_sort`` becomes ``data-sort``; None and
+            False are left out, True is an attribute without a value.
     """
     said = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in _VOID:
@@ -44,7 +44,7 @@ def tag(name: str, /, *children: str, **attributes: Any) -> Html:
 
 
 def joined(children: Sequence[str], between: str = "") -> Html:
-    """Text and HTML one after the other, the text escaped."""
+    """Concatenate text and HTML; text is escaped."""
     return Html(between.join(c if isinstance(c, Html) else escape(c) for c in children))
 
 
@@ -56,10 +56,10 @@ def _attribute(key: str, value: Any) -> str:
 
 
 def document(title: str, body: Sequence[Html], scripts: Sequence[str]) -> Html:
-    """A whole file.
+    """Return a whole page.
 
     Args:
-        scripts: files of the report that it loads, in order.
+        scripts: scripts of the report to load, in order.
     """
     head = [
         tag("meta", charset="utf-8"),
@@ -67,7 +67,7 @@ def document(title: str, body: Sequence[Html], scripts: Sequence[str]) -> Html:
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", title),
         tag("link", rel="stylesheet", href="style.css"),
-        # Before anything is drawn, so that a theme that was chosen does not flash.
+        # Not deferred: a chosen theme must apply before the first paint.
         tag("script", src="theme.js"),
     ]
     scripted = [tag("script", src=name, defer=True) for name in scripts]
@@ -100,7 +100,7 @@ def block_html(block: Block) -> Html:
 
 
 def inline(text: str) -> Html:
-    """``**bold**``, ```code``` and links of a text."""
+    """Render ``**bold**``, ```code``` and links of a text."""
     made: list[str] = []
     for span in spans(text):
         if span.kind == "bold":
@@ -115,7 +115,7 @@ def inline(text: str) -> Html:
 
 
 def table_html(words: Wording) -> Html:
-    """A table that scrolls by itself where it is too wide, with its footnotes below."""
+    """Return a table that scrolls by itself if it is too wide, with its footnotes below."""
 
     def cell(name: str, i: int, text: str) -> Html:
         named = i < words.num_knobs
@@ -136,7 +136,8 @@ def table_html(words: Wording) -> Html:
 
 
 def _lines(text: str) -> list[str]:
-    """A head as it may break, an interval of an estimate set apart from it."""
+    """Return a heading without its optional line break, or an estimate with its interval in a span
+    of its own."""
     value, bracket, rest = text.partition(" [")
     if bracket and rest.endswith("]"):
         return [value, " ", tag("span", f"[{rest}", class_="interval")]
@@ -146,7 +147,7 @@ def _lines(text: str) -> list[str]:
 def _picture(picture: Picture) -> Html:
     files = f"figures/{picture.name}"
     width, height = (round(side * _SCALE) for side in picture.size)
-    # Told how large it is, nothing moves when it is there.
+    # With the size known, the page does not jump when the image arrives.
     image = tag(
         "img",
         src=f"{files}.svg",

@@ -1,4 +1,4 @@
-"""Blocks as markdown, in one file that shows its figures from beside it."""
+"""Blocks as one markdown file, which shows the images in ``figures/``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reseed.report.tables import markdown_table
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """The whole file."""
+    """Return the whole file."""
     parts = [f"# {title}"]
     for section in sections:
         parts += [f"## {section.title}", *(_block(block, 3) for block in section.blocks)]

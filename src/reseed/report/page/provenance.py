@@ -1,4 +1,4 @@
-"""Where the numbers of a sweep come from: configurations, commands, runs, versions, cost."""
+"""Provenance of a sweep's numbers: configurations, commands, runs, versions, cost."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from reseed.sweeps import Sweep
 
 _WITHOUT_EFFECT = ("runtime.", "hydra.", "hydra/")
 _MANY = 8
-"""So many cells have a column each; more have a row."""
+"""Up to this many cells have a column each; more have a row each."""
 
 
 def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
-    """The blocks of the section."""
+    """Return the blocks of the section."""
     runs = list({run.path: run for run in sweep.runs()}.values())
     records = {run.id: run.record for run in runs if run.status not in ("missing", "damaged")}
     blocks: list[Block] = [Paragraph(_origin(sweep, records))]
@@ -49,7 +49,7 @@ def _settings(title: str, values: Mapping[str, Any]) -> Folded:
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted keys; lists are values."""
+    """Flatten nested settings to dotted keys; lists are values."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -63,11 +63,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def parted(
     each: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> tuple[dict[str, str], Wording | None]:
-    """What all cells have in common, and a table of what they differ in; None where in nothing.
+    """Return the settings that all cells have in common, and a table of those that differ (None if
+    none does).
 
     Args:
-        each: flat settings of the runs of each cell, by its name. Of what differs within a cell all
-            values are given: ``0, 1, 2``.
+        each: cell name → flat settings of its runs. Where a setting differs within a cell all its
+            values are listed: ``0, 1, 2``.
     """
     keys = dict.fromkeys(key for runs in each.values() for values in runs for key in values)
     said = {
@@ -99,8 +100,8 @@ def _runs(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> Word
         rows.append((run.id, run.status, *_cost(tokens, seconds), _day(record)))
     rows.append(("all", "", *_cost(total_tokens, total_seconds), ""))
     note = (
-        "**seconds**: of training, without loading and measuring; runs that were trained together "
-        "on one stream each have the seconds of all of them, so that their sum is more than passed."
+        "**seconds**: training time, without loading and measuring. Runs of one group (trained "
+        "together on one stream) each show the group's seconds, so the sum exceeds the time taken."
     )
     header = ("run", "status", "tokens", "seconds", "tokens/s", "ended")
     return Wording(header, tuple(rows), 2, "Runs and what they cost", (note,))
@@ -127,15 +128,15 @@ def _origin(sweep: Sweep, records: Mapping[str, Mapping[str, Any]]) -> str:
         else f", trained {days[0]}" + (f" to {days[-1]}" if days[-1] != days[0] else "")
     )
     return (
-        f"Made by reseed from the files of the sweep `{sweep.path.name}`: {len(records)} runs"
+        f"reseed made this report from the sweep `{sweep.path.name}`: {len(records)} runs"
         f"{when}."
-        " The same commands with the same versions give the same runs; a run's folder holds its "
-        "whole record (`run.json`)."
+        " The same commands with the same versions give the same runs. The full record of a run is "
+        "`run.json` in its folder."
     )
 
 
 def command(record: Mapping[str, Any]) -> str:
-    """What was typed, as far as it decides about results: without folders, threads, launchers."""
+    """Return the typed command without what cannot change results: folders, threads, launchers."""
     told = str(record.get("environment", {}).get("command", "")).split(" ")
     if told[0] not in ("reseed", "__main__.py") or len(told) < 2:
         return " ".join(told)
@@ -145,7 +146,7 @@ def command(record: Mapping[str, Any]) -> str:
 
 
 def _versions(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Every environment that runs were made in, those that are alike once."""
+    """Return a line per distinct environment, with the number of runs trained in it."""
     found: dict[str, int] = {}
     for record in records.values():
         own = record.get("environment", {})
@@ -164,5 +165,5 @@ def _versions(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _word(value: Any) -> str:
-    """A value as YAML would have it in one line."""
+    """Return a value as YAML would write it on one line."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

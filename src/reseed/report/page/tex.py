@@ -1,4 +1,4 @@
-"""Blocks as a LaTeX document that compiles as it is: its figures, as pdf, lie beside it."""
+"""Blocks as a LaTeX document that compiles as it is, with pdf figures in ``figures/``."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _PREAMBLE = r"""\documentclass[11pt]{article}
 
 
 def tex(title: str, sections: Sequence[Section]) -> str:
-    """The whole file."""
+    """Return the whole document."""
     numbers = count(1)
     body: list[str] = []
     for section in sections:
         body.append(rf"\section{{{escaped(section.title)}}}")
         body += [_block(block, numbers) for block in section.blocks]
-        body.append(r"\clearpage")  # before LaTeX holds back more figures than it can
+        body.append(r"\clearpage")  # LaTeX can hold back only a few figures
     head = rf"\title{{{escaped(title)}}}" + "\n" + r"\date{}"
     return "\n\n".join(
         [_PREAMBLE + head, r"\begin{document}", r"\maketitle", *body, r"\end{document}"]
@@ -89,7 +89,7 @@ def _inline(text: str) -> str:
 
 
 def _breakable(text: str) -> str:
-    """Long names may break where a person would break them."""
+    """Escape ``text`` and allow line breaks after ``_ / . - =``, for long names."""
     made = escaped(text)
     for sign in (r"\_", "/", ".", "-", "="):
         made = made.replace(sign, sign + r"\allowbreak{}")

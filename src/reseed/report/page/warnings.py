@@ -1,4 +1,4 @@
-"""What a reader of a report must be warned of, each with its rule and its numbers."""
+"""Warnings of a report, each with its rule and its numbers."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ MANY_DEAD = 0.1
 MANY_DENSE = 0.05
 STILL_FALLING = 0.02
 PART = 10
-"""The last of so many equal parts of training is held against the one before."""
+"""Number of equal parts of training; the last is compared with the one before it."""
 FEWEST_ROWS = 2 * PART
-"""Rows of a curve that this needs; of fewer nothing can be said."""
+"""Fewest rows of a curve from which convergence can be judged."""
 
 
 def warnings(
     cells: Sequence[Cell], runs: Sequence[Run], incomplete: Sequence[str] = ()
 ) -> list[str]:
-    """A line for each thing to be warned of; empty where there is none.
+    """Return a line per warning; empty if there is none.
 
     Args:
-        runs: those of the sweep, whatever became of them.
+        runs: all runs of the sweep, finished or not.
         incomplete: a line for each cell that lacks runs.
     """
     return [
@@ -51,7 +51,8 @@ def warnings(
 
 
 def fall(curve: pd.DataFrame) -> float | None:
-    """By what part the FVU fell from the last but one tenth of training to the last.
+    """Return the relative fall of the mean FVU from the second-to-last tenth of training to the
+    last.
 
     Args:
         curve: ``training.csv``.
@@ -68,7 +69,7 @@ def fall(curve: pd.DataFrame) -> float | None:
 
 
 def dead_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
-    """Of each cell, by its name."""
+    """Return the mean dead fraction of each cell, by its label."""
     return {
         label(cells, knobs): cell.estimates["dead_fraction"].mean
         for knobs, cell in cells
@@ -77,7 +78,8 @@ def dead_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
 
 
 def dense_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
-    """Of each cell, by its name; without those of which no firing is known."""
+    """Return the dense fraction of each cell, by its label; cells without held-out tokens are left
+    out."""
     found = {}
     for knobs, cell in cells:
         if cell.held_out_tokens:
@@ -104,7 +106,7 @@ def _few(cells: Sequence[Cell]) -> list[str]:
 
 
 def _noted(cells: Sequence[Cell]) -> list[str]:
-    """What the summary's footnotes say of single cells, too."""
+    """Warn of cells that the summary's footnotes mark, too."""
     found = []
     for note in (NOT_SHARED, OFF_TARGET):
         about = [
@@ -119,7 +121,7 @@ def _noted(cells: Sequence[Cell]) -> list[str]:
 
 
 def _not_converged(folders: Mapping[str, Path]) -> list[str]:
-    """The runs whose FVU was still falling, and those of which that cannot be said."""
+    """Warn of runs whose FVU was still falling, and of runs whose curve is too short to tell."""
     curves = {
         name: pd.read_csv(path)
         for name, folder in folders.items()
@@ -132,15 +134,15 @@ def _not_converged(folders: Mapping[str, Path]) -> list[str]:
         worst = max(falling, key=lambda name: falling[name])
         found.append(
             f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell "
-            f"by more than {STILL_FALLING:.0%} from the last but one tenth of the steps to the "
-            f"last (most in `{worst}`: {falling[worst]:.1%}); where the learning rate decays "
-            "there, a part of it is that. What is shared may grow with the budget."
+            f"by more than {STILL_FALLING:.0%} from the second-to-last tenth of the steps to the "
+            f"last (most in `{worst}`: {falling[worst]:.1%}). Where the learning rate decays "
+            "there, that is part of the cause. The shared fraction may grow with the budget."
         )
     if unknown := list(falls.values()).count(None):
         found.append(
             f"**Convergence not known.** {counted(unknown, 'curve')} of {len(folders)} "
             f"{'has' if unknown == 1 else 'have'} fewer than {FEWEST_ROWS} points, too few to see "
-            "whether the FVU was still falling (`runtime.log_every_steps`)."
+            "whether the FVU was still falling. Lower `runtime.log_every_steps` for more."
         )
     return found
 

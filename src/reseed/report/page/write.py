@@ -1,12 +1,12 @@
-"""A report as a folder that stands alone: nothing in it is loaded from elsewhere.
+"""A report as a self-contained folder: nothing in it is loaded from elsewhere.
 
 report/
     index.html  latents.html     (html)     or   report.md   or   report.tex
     figures/<name>.svg, .png     (html, md)      figures/<name>.pdf (tex)
     data/                        the numbers of figures and tables
-    latents/                     (html) what the browser of latents loads, `page.browser`
+    latents/                     (html) data of the latent browser, `page.browser`
     style.css  *.js              (html)
-    report.json                  of which sweep, and in which format
+    report.json                  name of the sweep, and the format
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ RECORD = "report.json"
 _SCRIPTS = ("page.js", "dom.js", "latents/runs.js", "list.js", "latent.js", "browser.js")
 _NUMBERS = ("summary.csv", "pairs.csv", "latents.parquet", "strata.csv", "pairings.csv",
             "matrix.csv", "evaluations.csv", "letters.csv")  # fmt: skip
-"""Files of a sweep's folder that a report takes along."""
+"""Files of a sweep's folder that a report copies."""
 
 
 def write_report(of: Material, out: Path, format: str = "html") -> Path:
-    """Write the report in place of an earlier one; it is whole, or the earlier one stands.
+    """Write the report in place of an earlier one. On failure the earlier one stays.
 
     Args:
         format: html, md or tex.
 
     Returns:
-        the file to be opened.
+        the file to open.
 
     Raises:
-        ReseedError: ``out`` holds something that is no report.
+        ReseedError: ``out`` holds something that is not a report.
     """
     _check_replaceable(out)
     writer = {"html": _write_html, "md": _write_markdown, "tex": _write_tex}[format]
@@ -67,7 +67,7 @@ def write_report(of: Material, out: Path, format: str = "html") -> Path:
 
 
 def drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure]]:
-    """Name → what draws it, of all figures of a sweep."""
+    """Return name → drawing function of all figures of a sweep."""
     return comparison_drawings(cells) | evaluation_drawings(cells, runs)
 
 
@@ -79,7 +79,7 @@ def _write_html(of: Material, folder: Path) -> None:
 
 
 def write_browser_page(of: Material, folder: Path) -> None:
-    """The browser of latents, with its data, and what all pages load."""
+    """Write the latent browser, its data, and the assets that all pages load."""
     write_browser(of.cells, of.runs, of.contexts, folder)
     (folder / BROWSER).write_text(_browser_page(of), encoding="utf-8")
     with as_file(files("reseed.report.page") / "assets") as assets:
@@ -118,7 +118,7 @@ def _write_data(of: Material, folder: Path) -> None:
 
 
 def numbers_of(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[str, ...]:
-    """The files of ``data/``: those of the sweep's folder that are there, and those to be made."""
+    """Return the files of ``data/``: those that the sweep's folder has, and those to be made."""
     there = [name for name in _NUMBERS if (folder / name).is_file()]
     return (*there, *figure_tables(cells, runs))
 
@@ -126,11 +126,11 @@ def numbers_of(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[str, ..
 def _check_replaceable(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
         raise ReseedError(
-            f"{out} holds no report, as there is no {RECORD}: it is not overwritten. Name another "
-            "folder, or remove it"
+            f"{out} is not a report, because it has no {RECORD}: it is not overwritten. Name "
+            "another folder, or remove it"
         )
     if out.exists() and not out.is_dir():
-        raise ReseedError(f"{out} is a file, and a report is a folder: name another")
+        raise ReseedError(f"{out} is a file, but a report is a folder: choose another path")
 
 
 def _title(of: Material) -> str:
@@ -148,8 +148,8 @@ def _index(of: Material, sections: Sequence[Section]) -> Html:
 
 
 def _browser_page(of: Material) -> Html:
-    """The frame that ``browser.js`` fills."""
-    silent = tag("noscript", tag("p", "The browser of latents needs JavaScript; the numbers are in "
+    """Return the empty page that ``browser.js`` fills."""
+    silent = tag("noscript", tag("p", "The latent browser needs JavaScript. Its numbers are in "
                                  "data/latents.parquet, too."))  # fmt: skip
     body = [
         _header(of, tag("a", "Report", href="index.html", class_="button")),

@@ -1,4 +1,4 @@
-"""SAEs that others have trained: every format that is read, recognised by its files."""
+"""Formats of saved SAEs, ours and other libraries', each recognised by its files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FORMATS: dict[str, Format] = {
         LlamaScope(),
     )
 }
-_SHOWN = 8  # names in a message
+_SHOWN = 8  # at most so many names in a message
 
 
 def load_sae(
@@ -43,23 +43,23 @@ def load_sae(
     revision: str | None = None,
     path: str | None = None,
 ) -> SAE:
-    """An SAE in any format that is known, for raw activations.
+    """Load an SAE of any known format, for raw activations.
 
     Args:
-        source: a run folder, the folder (or a file) of another library's, or
+        source: a run folder, a folder (or file) that another library saved, or
             ``hub:OWNER/NAME[@revision][/path]``.
         format: a key of `FORMATS`; by default recognised by the files.
-        repo, revision, path: the parts of such a ``hub:`` source, in its place.
+        repo, revision, path: a place on the hub, given instead of a ``hub:`` source.
 
     Raises:
-        CheckpointError: there is nothing, nothing that is known, or nothing that none of our
-            architectures is equal to; with the reason.
+        CheckpointError: the source does not exist, its format is unknown, or none of our
+            architectures equals it; the message gives the reason.
     """
     return import_sae(found_at(source, repo, revision, path), format).sae.to(device)
 
 
 def import_sae(path: Path, format: str | None = None) -> Imported:
-    """The SAE in a folder or file, with what its files say of it.
+    """Load the SAE in a folder or file together with its metadata.
 
     Raises: see `load_sae`.
     """
@@ -67,11 +67,11 @@ def import_sae(path: Path, format: str | None = None) -> Imported:
 
 
 def recognised(path: Path, format: str | None = None) -> Format:
-    """The format of a folder or file.
+    """Return the format of a folder or file.
 
     Raises:
-        CheckpointError: it is of none (or not of the one that is named); what is there, and what
-            would have been recognised.
+        CheckpointError: no format matches (or not the one given). The message lists the files
+            found and those expected.
     """
     known = FORMATS.values() if format is None else [named(format)]
     if not path.exists():
@@ -79,12 +79,12 @@ def recognised(path: Path, format: str | None = None) -> Format:
     found = next((one for one in known if one.recognises(path)), None)
     if found is None:
         wanted = "; ".join(_wanted(one) for one in known)
-        raise CheckpointError(f"{path} {_held(path)}. Recognised is {wanted}.{_below(path, known)}")
+        raise CheckpointError(f"{path} {_held(path)}. Expected {wanted}.{_below(path, known)}")
     return found
 
 
 def named(format: str) -> Format:
-    """The format of that name.
+    """Return the format called ``format``.
 
     Raises:
         CheckpointError: there is none.
@@ -100,10 +100,10 @@ def named(format: str) -> Format:
 def export_sae(
     sae: SAE, folder: Path, format: str, metadata: Mapping[str, Any] | None = None
 ) -> tuple[str, ...]:
-    """Write an SAE in a format; notes on what does not come along.
+    """Write an SAE in a format and return notes on what the format could not keep.
 
     Raises:
-        CheckpointError: the format holds nothing that is equal to it.
+        CheckpointError: the format has nothing equal to this SAE.
     """
     return named(format).save(sae, folder, metadata or {})
 
@@ -114,15 +114,15 @@ def _wanted(one: Format) -> str:
 
 def _held(path: Path) -> str:
     if path.is_file():
-        return "is no file of a known format, or lacks what belongs beside it"
+        return "is not a file of a known format, or its companion files are missing"
     names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     listed = ", ".join(names[:_SHOWN]) or "nothing"
-    return f"holds no SAE of a known format; it holds {listed}{more}"
+    return f"holds no SAE of a known format; it contains {listed}{more}"
 
 
 def _below(path: Path, known: Any) -> str:
-    """Folders just below that are of a known format."""
+    """Name the folders up to two levels below ``path`` that have a known format."""
     if not path.is_dir():
         return ""
     found = []
@@ -131,4 +131,4 @@ def _below(path: Path, known: Any) -> str:
         if one is not None:
             found.append(f"{folder.relative_to(path)} ({one.name})")
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f" Below it are {', '.join(found[:_SHOWN])}{more}: name one." if found else ""
+    return f" Below it are {', '.join(found[:_SHOWN])}{more}: give one of them." if found else ""

@@ -1,4 +1,4 @@
-"""Whether two SAEs compute the same: latents and reconstructions on random inputs."""
+"""A comparison of what two SAEs compute: latents and reconstructions on random inputs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 from reseed.sae.base import SAE
 
 TOLERANCE = 1e-5
-"""Of the largest value: float32, with products in another order."""
+"""Allowed error relative to the largest value: float32, with products in another order."""
 FLIPPED = 1e-4
-"""Fraction of the active latents that may come or go: those at their threshold, or tied."""
+"""Fraction of the active latents that may differ: those at their threshold, or tied."""
 _TOKENS = 64
 _LENGTHS = (0.1, 1.0, 10.0)
-"""Of the inputs about b_dec, in units of its own norm (or √D, where that is larger)."""
+"""Lengths of the inputs' deviations from b_dec, in units of max(‖b_dec‖, √D)."""
 
 
 @torch.no_grad()
 def differ(first: SAE, second: SAE) -> str:
-    """In what two SAEs differ, in words; "" where they do not."""
+    """Say in words where two SAEs differ; "" if they agree."""
     if (first.d_in, first.num_latents) != (second.d_in, second.num_latents):
         return "their sizes"
     for x in _inputs(first):

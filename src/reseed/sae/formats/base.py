@@ -1,8 +1,8 @@
-"""What a format of saved SAEs is: which files it has, how it is read, how it is written.
+"""Base classes of the formats of saved SAEs.
 
 Letters as in `reseed.sae.base`: D ``d_in``, F ``num_latents``; our W_enc and W_dec are [F, D]. A
-format reads its files into one of our architectures such that latents and reconstructions are those
-of its own formula, or refuses them and says why.
+format reads its files into one of our architectures so that latents and reconstructions equal those
+of its own formula; otherwise it raises `CheckpointError` with the reason.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Imported:
 
     Attributes:
         sae: for raw activations, in float32; not to be trained.
-        metadata: what the files say of where it comes from.
-        notes: what its user has to know: sentences without a full stop.
-        reads: the files.
-        transcoder: whether its reconstruction is of activations at another hookpoint.
+        metadata: the SAE's origin (model, hookpoint, ...) as far as the files give it.
+        notes: caveats for the user: sentences without a full stop.
+        reads: the files that were read.
+        transcoder: whether it reconstructs activations at another hookpoint than its input's.
     """
 
     sae: SAE
@@ -37,25 +37,25 @@ class Imported:
 
 
 class Format(ABC):
-    """One format. Subclasses are final, and have no state.
+    """A format of saved SAEs. Subclasses are final and have no state.
 
     Attributes:
-        name: as it is given by ``format=`` and ``--to``.
-        layouts: the files of a folder by which the format is known; any of them will do.
+        name: the value for ``format=`` and ``--to``.
+        layouts: tuples of files; a folder has the format if it holds every file of any tuple.
     """
 
     name: ClassVar[str]
     layouts: ClassVar[tuple[tuple[str, ...], ...]]
 
     def recognises(self, path: Path) -> bool:
-        """Whether the folder (or one of its files) ``path`` is of this format."""
+        """Return whether ``path``, a folder or one of its files, has this format."""
         folder = self.folder_of(path)
         return folder is not None and any(
             all((folder / file).is_file() for file in layout) for layout in self.layouts
         )
 
     def folder_of(self, path: Path) -> Path | None:
-        """The folder that ``path`` means: itself, or that of a file which a layout names."""
+        """Return ``path`` if it is a folder, or the parent of a file that a layout names."""
         if path.is_dir():
             return path
         named = {Path(file).name for layout in self.layouts for file in layout}
@@ -66,29 +66,29 @@ class Format(ABC):
         """Read a recognised folder or file.
 
         Raises:
-            CheckpointError: files that are missing, damaged or do not fit each other; an SAE that
-                none of our architectures is equal to, with the reason.
+            CheckpointError: files are missing, damaged or inconsistent, or none of our
+                architectures equals the SAE; the message gives the reason.
         """
 
     def save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-        """Write ``sae`` into ``folder`` (made if need be), each file atomically.
+        """Write ``sae`` into ``folder`` (created if need be), each file atomically.
 
         Args:
-            metadata: where it comes from; kept as far as the format can.
+            metadata: the SAE's origin; stored as far as the format can.
 
         Returns:
-            what its user has to know.
+            notes for the user.
 
         Raises:
-            CheckpointError: the format has nothing that is equal to this SAE.
+            CheckpointError: the format has nothing equal to this SAE.
         """
         raise CheckpointError(
-            f"{self.name} cannot hold sae={sae.config.name}: reseed reads it, and does not write it"
+            f"cannot write sae={sae.config.name} as {self.name}: reseed only reads this format"
         )
 
 
 class Exporting(Format):
-    """A format of another library that is written too.
+    """A format of another library that reseed also writes.
 
     Attributes:
         exports: the stable names of the architectures that it can hold.
@@ -105,4 +105,4 @@ class Exporting(Format):
 
     @abstractmethod
     def _save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-        """`save` of an architecture that is in `exports`."""
+        """Do the work of `save` for an architecture in `exports`."""

@@ -1,4 +1,4 @@
-"""dictionary_learning: ``ae.pt`` and ``config.json``, a folder for each trainer."""
+"""The format of dictionary_learning: ``ae.pt`` and ``config.json``, one folder per trainer."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from reseed.sae.topk import TopKConfig
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 UNSET = -1.0
-"""A threshold that training did not come to: it lets every positive latent through."""
+"""Value of a threshold that training never set: every positive latent is active."""
 
 
 @final
 class DictionaryLearning(Exporting):
-    """The class of the dictionary stands in ``config.json``, its tensors in ``ae.pt``; those on the
-    way are ``checkpoints/ae_<step>.pt``."""
+    """The format of dictionary_learning. ``config.json`` names the class of the dictionary,
+    ``ae.pt`` holds its tensors, ``checkpoints/ae_<step>.pt`` those of intermediate steps."""
 
     name = "dictionary_learning"
     layouts = ((WEIGHTS, CONFIG),)
@@ -81,17 +81,17 @@ class DictionaryLearning(Exporting):
 
 
 def _state(file: Path) -> dict[str, Tensor]:
-    """The tensors of a dictionary.
+    """Read the tensors of a dictionary.
 
     Raises:
-        CheckpointError: it is the state of an unfinished training, or holds other things.
+        CheckpointError: the file is the state of an unfinished training or holds other objects.
     """
     saved = read_pt(file)
     if isinstance(saved, dict) and "ae" in saved and "step" in saved:
         others = ", ".join(sorted(map(str, saved)))
         raise CheckpointError(
             f"{file} is the state of a training that was interrupted at step {saved['step']} "
-            f"(it holds {others}), not a finished SAE: finish it, or save its `ae` alone"
+            f"(it holds {others}), not a finished SAE: finish the training, or save only its `ae`"
         )
     if not isinstance(saved, dict) or not all(isinstance(t, Tensor) for t in saved.values()):
         raise CheckpointError(f"{file} must hold tensors by name; got {type(saved).__name__}")
@@ -99,7 +99,7 @@ def _state(file: Path) -> dict[str, Tensor]:
 
 
 def _linear(tensors: Tensors, bias: str | None, centre: str) -> dict[str, Tensor]:
-    """Of those made of linear layers: ``encoder.weight`` [F, D], ``decoder.weight`` [D, F]."""
+    """Take the tensors of linear layers: ``encoder.weight`` [F, D], ``decoder.weight`` [D, F]."""
     taken = {
         "W_enc": tensors.take("encoder.weight", "num_latents", "d_in"),
         "W_dec": tensors.take("decoder.weight", "d_in", "num_latents").T,
@@ -111,7 +111,7 @@ def _linear(tensors: Tensors, bias: str | None, centre: str) -> dict[str, Tensor
 
 
 def _matrices(tensors: Tensors) -> dict[str, Tensor]:
-    """Of those made of matrices: ``W_enc`` [D, F], ``W_dec`` [F, D]."""
+    """Take the tensors of plain matrices: ``W_enc`` [D, F], ``W_dec`` [F, D]."""
     return {
         "W_enc": tensors.take("W_enc", "d_in", "num_latents").T,
         "W_dec": tensors.take("W_dec", "num_latents", "d_in"),
@@ -148,7 +148,7 @@ def _jumprelu(tensors: Tensors, trainer: Settings) -> _Read:
 
 def _topk(tensors: Tensors, trainer: Settings) -> _Read:
     taken = _linear(tensors, "encoder.bias", "b_dec")
-    if "threshold" in tensors:  # of the library's alternative to k, which is not its default
+    if "threshold" in tensors:  # belongs to an alternative to k that the library has off by default
         tensors.number("threshold")
     return parts.topk(tensors.file, taken, _k(tensors, trainer)), ()
 
@@ -184,7 +184,7 @@ def _with_threshold(
         notes = ("its threshold was never set: every positive latent is active",)
     elif not 0 <= threshold < torch.inf:
         raise CheckpointError(
-            f"{tensors.file}: `threshold` must be at least 0, or -1 where it is unset; got "
+            f"{tensors.file}: `threshold` must be at least 0, or -1 if it is unset; got "
             f"{threshold:g}"
         )
     taken = {**taken, "threshold": torch.tensor(max(threshold, 0.0))}
@@ -194,14 +194,16 @@ def _with_threshold(
 
 
 def _k(tensors: Tensors, trainer: Settings) -> int:
-    """k of the weights, which older ones leave to the configuration."""
+    """Return k: from the weights, or from the configuration where older weights lack it."""
     declared = trainer.size("k", None)
     stored = int(tensors.number("k")) if "k" in tensors else declared
     if stored is None:
-        raise CheckpointError(f"{tensors.file}: `k` is missing, here and in {trainer.file.name}")
+        raise CheckpointError(
+            f"{tensors.file}: `k` is missing; {trainer.file.name} does not give it either"
+        )
     if declared is not None and declared != stored:
         raise CheckpointError(
-            f"{tensors.file}: `k` is {stored}, and {trainer.file.name} says {declared}"
+            f"{tensors.file}: `k` is {stored}, but {trainer.file.name} says {declared}"
         )
     return stored
 
@@ -220,7 +222,7 @@ _Written = tuple[str, dict[str, Tensor], dict[str, Any], tuple[str, ...]]
 
 
 def _written(sae: SAE) -> _Written:
-    """The class, its tensors, more of the configuration, and notes."""
+    """Return the class name, its tensors, further entries of the configuration, and notes."""
     own, config = parts.state(sae), sae.config
     linear = {"encoder.weight": own["W_enc"], "decoder.weight": own["W_dec"].T}
     matrices = {"W_enc": own["W_enc"].T, "W_dec": own["W_dec"], "b_dec": own["b_dec"]}
@@ -247,7 +249,7 @@ def _written(sae: SAE) -> _Written:
 def _k_sparse(
     sae: SAE, config: KSparseConfig, linear: dict[str, Tensor], matrices: dict[str, Tensor]
 ) -> _Written:
-    """TopK, BatchTopK, Matryoshka."""
+    """Return the same as `_written` for TopK, BatchTopK and Matryoshka."""
     refuse_weighing(config, DictionaryLearning.name)
     if not isinstance(config.k, int):
         raise CheckpointError(

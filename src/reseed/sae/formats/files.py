@@ -1,4 +1,4 @@
-"""Reading foreign files: data and never code, with errors that name the file and what is wrong."""
+"""Readers of other libraries' files: only data, never code; errors name the file and the fault."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from torch import Tensor
 from reseed.sae.checkpoint import CheckpointError
 
 MISSING: Any = object()
-"""That a setting has no default."""
+"""Marks a setting without a default."""
 
 
 class Tensors:
-    """The tensors of one file, taken out by name with the shapes that they have to have.
+    """The tensors of one file, taken out by name with their shapes checked.
 
     Args:
         file: for messages.
-        tensors: all that it holds.
-        sizes: what is known of the named sizes (``d_in``, ``num_latents``) beforehand.
+        tensors: all tensors of the file.
+        sizes: the named sizes (``d_in``, ``num_latents``) that are known beforehand.
     """
 
     def __init__(
@@ -42,17 +42,18 @@ class Tensors:
 
     @property
     def names(self) -> list[str]:
-        """What was not taken yet."""
+        """Sorted names of the tensors that were not taken yet."""
         return sorted(self._left)
 
     def take(self, name: str, *shape: str) -> Tensor:
-        """A tensor as float32 on the CPU.
+        """Return a tensor as float32 on the CPU.
 
         Args:
-            shape: names of its sizes; one that was not seen before takes the size found here.
+            shape: names of its sizes; a new name takes the size found here.
 
         Raises:
-            CheckpointError: it is missing, of another shape, no numbers, or not finite.
+            CheckpointError: the tensor is missing, empty, of another shape, not of floats, or
+                holds values that are not finite.
         """
         tensor = self.raw(name)
         known = [
@@ -75,17 +76,21 @@ class Tensors:
         return tensor
 
     def raw(self, name: str) -> Tensor:
-        """A tensor as it is."""
+        """Return a tensor unchanged.
+
+        Raises:
+            CheckpointError: it is missing.
+        """
         if name not in self._left:
             there = ", ".join(self.names) or "nothing"
-            raise CheckpointError(f"{self.file}: `{name}` is missing; there is {there}")
+            raise CheckpointError(f"{self.file}: `{name}` is missing; the file holds {there}")
         return self._left.pop(name)
 
     def number(self, name: str) -> float:
-        """The one element of a tensor.
+        """Return the single element of a tensor.
 
         Raises:
-            CheckpointError: it is missing, or has more elements than one.
+            CheckpointError: the tensor is missing or does not have exactly one element.
         """
         tensor = self.raw(name)
         if tensor.numel() != 1:
@@ -95,11 +100,11 @@ class Tensors:
         return float(tensor)
 
     def finish(self) -> None:
-        """Raise `CheckpointError` where a tensor was not heeded: it could change what comes out."""
+        """Raise `CheckpointError` if a tensor was not taken: it could change the SAE's output."""
         if self._left:
             raise CheckpointError(
-                f"{self.file}: `{self.names[0]}` is not known in this format, and may change what "
-                "the SAE computes"
+                f"{self.file}: the tensor `{self.names[0]}` is unknown in this format and may "
+                "change what the SAE computes"
             )
 
 
@@ -111,17 +116,17 @@ class Settings:
         self.values = values
 
     def get(self, key: str, kind: type, default: Any = MISSING) -> Any:
-        """An entry of a type; ``null`` counts as missing.
+        """Return an entry of a given type; ``null`` counts as missing.
 
         Raises:
-            CheckpointError: it is missing and there is no default, or of another type.
+            CheckpointError: it is missing without a default, or has another type.
         """
         value = self.values.get(key)
         if value is None:
             if default is MISSING:
                 raise CheckpointError(f"{self.file}: `{key}` is missing")
             return default
-        # True is an int to Python, and 32 is a float to people.
+        # Python counts True as an int; people write 32 for a float.
         ok = isinstance(value, (int, float) if kind is float else kind)
         if not ok or (kind is not bool and isinstance(value, bool)):
             wanted = {int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
@@ -131,38 +136,38 @@ class Settings:
         return value
 
     def size(self, key: str, default: Any = MISSING) -> Any:
-        """A whole number of at least 1, or the default."""
+        """Return a whole number of at least 1, or the default."""
         value = self.get(key, int, default)
         if value is not None and value < 1:
             raise CheckpointError(f"{self.file}: `{key}` must be at least 1; got {value}")
         return value
 
     def choice(self, key: str, known: tuple[str, ...], default: str) -> str:
-        """A word out of some; any other would mean another SAE.
+        """Return one of the known words; any other would mean another SAE.
 
         Raises:
-            CheckpointError: another word.
+            CheckpointError: the word is unknown.
         """
         value = self.get(key, str, default)
         if value not in known:
             listed = ", ".join(known)
             raise CheckpointError(
-                f"{self.file}: `{key}` is {value!r}, which no architecture here is equal to; read "
-                f"is {listed}"
+                f"{self.file}: `{key}` is {value!r}, which no architecture of reseed equals; it "
+                f"reads {listed}"
             )
         return value
 
     def refuse(self, key: str, reason: str) -> None:
-        """Raise `CheckpointError` where a switch is on that no architecture here has."""
+        """Raise `CheckpointError` if a switch is on that no architecture of reseed has."""
         if self.get(key, bool, False):
             raise CheckpointError(f"{self.file}: `{key}` is true: {reason}")
 
 
 def read_settings(file: Path) -> Settings:
-    """A JSON file that holds a mapping.
+    """Read a JSON file that holds a mapping.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: it cannot be read or holds something else.
     """
     try:
         values = json.loads(file.read_text())
@@ -174,25 +179,25 @@ def read_settings(file: Path) -> Settings:
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """Read the tensors of a safetensors file.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the file is missing or damaged.
     """
     return _read(file, load_file, (SafetensorError, OSError, ValueError))
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
-    """The arrays of an npz file; pickled objects are refused, as they could run code.
+    """Read the arrays of an npz file. Pickled objects are refused: they could run code.
 
     Raises:
-        CheckpointError: it is damaged, or holds objects.
+        CheckpointError: the file is missing or damaged, or holds objects.
     """
 
     def arrays(file: Path) -> dict[str, Tensor]:
         with np.load(file, allow_pickle=False) as found:
             if not isinstance(found, np.lib.npyio.NpzFile):
-                raise ValueError("it is no archive of arrays")
+                raise ValueError("it is not an archive of arrays")
             return {name: torch.from_numpy(found[name]) for name in found.files}
 
     kinds = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, MemoryError)
@@ -200,10 +205,10 @@ def read_npz(file: Path) -> dict[str, Tensor]:
 
 
 def read_pt(file: Path) -> Any:
-    """What torch saved: tensors and plain values alone (``weights_only``).
+    """Read a file that torch saved: only tensors and plain values (``weights_only``).
 
     Raises:
-        CheckpointError: it is damaged, or holds objects, which could run code.
+        CheckpointError: the file is missing or damaged, or holds objects, which could run code.
     """
 
     def saved(file: Path) -> Any:
@@ -221,5 +226,5 @@ def _read(file: Path, read: Callable[[Path], Any], kinds: tuple[type[BaseExcepti
     except kinds as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{file} cannot be read (truncated, or not data?): {reason}"
+            f"{file} cannot be read (truncated, or not a data file?): {reason}"
         ) from error

@@ -1,5 +1,5 @@
-"""Gemma Scope: ``params.npz`` without a configuration; Gemma Scope 2: ``params.safetensors`` with
-lower-case names, and mostly a ``config.json``."""
+"""The formats of Gemma Scope (``params.npz`` without a configuration) and Gemma Scope 2
+(``params.safetensors`` with lower-case names, and mostly a ``config.json``)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ FIRST, SECOND, CONFIG = "params.npz", "params.safetensors", "config.json"
 
 @final
 class GemmaScope(Exporting):
-    """f = ReLU(π)·1[π > θ], π = x W_enc + b_enc: no subtraction of b_dec."""
+    """The formats of Gemma Scope: f = ReLU(π)·1[π > θ], π = x W_enc + b_enc, without subtracting
+    b_dec."""
 
     name = "gemma_scope"
     layouts = ((FIRST,), (SECOND,))
@@ -56,27 +57,29 @@ class GemmaScope(Exporting):
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         atomic_write_bytes(folder / FIRST, buffer.getvalue())
-        notes = [] if not metadata else ["params.npz has no room for where the SAE comes from"]
+        notes = [] if not metadata else ["params.npz does not store where the SAE comes from"]
         if sae.config.name != "jumprelu":
-            notes.append(f"sae={sae.config.name} is a JumpReLU there, and its k is not kept")
+            notes.append(f"sae={sae.config.name} is stored as a JumpReLU, without its k")
         return tuple(notes)
 
 
 def _first(file: Path) -> Imported:
-    """``params.npz``."""
+    """Read ``params.npz`` (Gemma Scope)."""
     tensors = Tensors(file, read_npz(file))
     scale = tensors.take("scaling_factor", "num_latents") if "scaling_factor" in tensors else None
-    if scale is not None and bool((scale != 1).any()):  # some that were finetuned
-        raise CheckpointError(f"{file}: `scaling_factor` rescales latents, which is not read")
+    if scale is not None and bool((scale != 1).any()):  # some finetuned SAEs have it
+        raise CheckpointError(
+            f"{file}: `scaling_factor` rescales latents, which reseed does not support"
+        )
     sae = _jumprelu(tensors, "W_enc", "W_dec")
     tensors.finish()
-    # All that says where it is from is the path: .../layer_12/width_16k/average_l0_82/params.npz
+    # Only the path gives the SAE's origin: .../layer_12/width_16k/average_l0_82/params.npz
     said = dict(re.findall(r"(layer|width|average_l0)_(\w+)", "/".join(file.parts[-5:])))
     return Imported(sae, said, (), (file,))
 
 
 def _second(folder: Path) -> Imported:
-    """``params.safetensors``."""
+    """Read ``params.safetensors`` (Gemma Scope 2)."""
     file, config = folder / SECOND, folder / CONFIG
     tensors = Tensors(file, read_safetensors(file))
     metadata: dict[str, Any] = {}
@@ -91,7 +94,7 @@ def _second(folder: Path) -> Imported:
     notes = without_skip(tensors, "affine_skip_connection")
     tensors.finish()
     if transcoder:
-        notes += ("a transcoder: its reconstruction is of activations at another hookpoint",)
+        notes += ("a transcoder: it reconstructs activations at another hookpoint",)
     reads = (file, config) if config.is_file() else (file,)
     return Imported(sae, metadata, notes, reads, transcoder)
 

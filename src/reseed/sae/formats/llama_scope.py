@@ -1,5 +1,5 @@
-"""Llama Scope and what its library (lm_saes, Llamascopium) saves: weights for activations that are
-scaled to E‖x‖ = √D, and the mean norms that they were scaled by."""
+"""The format of Llama Scope and its library (lm_saes, Llamascopium): weights for activations that
+are scaled to E‖x‖ = √D, and the mean norms that give the scale."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_s
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 FIRST_CONFIG, FIRST_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 NORM = "dataset_average_activation_norm"
-_TOGETHER = {"batchtopk": "chooses within the batch, and no threshold is stored that would do so "
-             "for a single token"}  # fmt: skip
+_TOGETHER = {"batchtopk": "chooses latents within the batch, and no threshold is stored that would "
+             "choose them for a single token"}  # fmt: skip
 
 
 @final
 class LlamaScope(Format):
-    """f = π·1[π‖d‖ > θ] and the like, π = (s x) W_E + b_E, x̂ = (f W_D + b_D) / s, s = √D / norm.
+    """The format of Llama Scope: f = π·1[π‖d‖ > θ] (or ReLU, TopK), π = (s x) W_E + b_E,
+    x̂ = (f W_D + b_D) / s, s = √D / norm.
 
-    Read for raw activations: biases and thresholds divided by s, and latents with them.
+    It is read for raw activations: biases, thresholds and so latents are divided by s.
     """
 
     name = "llama_scope"
@@ -46,10 +47,10 @@ class LlamaScope(Format):
         sizes = {"d_in": settings.size("d_model"), "num_latents": _num_latents(settings)}
         tensors = Tensors(file, read_safetensors(file), sizes)
         settings.choice("sae_type", ("sae",), "sae")
-        settings.refuse("use_glu_encoder", "an encoder with a gate of its own is none of ours")
+        settings.refuse("use_glu_encoder", "reseed has no architecture with a gated linear encoder")
         points = [settings.get(f"hook_point_{side}", str, side) for side in ("in", "out")]
         scale_in, scale_out = _scales(settings, tensors, points)
-        # The fold divides all by the scale of the input; what comes out has that of the output.
+        # The fold divides by the input's scale, but the reconstruction has the output's scale.
         sae = _read(settings, tensors, sizes, scale_in / scale_out).folded(scale_in)
         tensors.finish()
         transcoder = points[0] != points[1]
@@ -57,7 +58,7 @@ class LlamaScope(Format):
         if scale_in != 1:
             notes = (f"the input scale {scale_in:.6g} is folded in: latents are in raw units",)
         if transcoder:
-            notes += (f"a transcoder: its reconstruction is of {points[1]}",)
+            notes += (f"a transcoder: it reconstructs {points[1]}",)
         metadata = {"hookpoint": points[0], "model": settings.get("model_name", str, None)}
         said = {key: value for key, value in metadata.items() if value is not None}
         return Imported(sae, said, notes, (settings.file, file), transcoder)
@@ -69,7 +70,7 @@ def _num_latents(settings: Settings) -> int:
 
 
 def _scales(settings: Settings, tensors: Tensors, points: list[str]) -> tuple[float, float]:
-    """s of the input and of the output: √D over the mean norm of the activations."""
+    """Return s of the input and of the output: √D over the mean norm of the activations."""
     kind = settings.choice("norm_activation", ("dataset-wise", "inference"), "dataset-wise")
     stored = settings.get(NORM, dict, {})
     found: list[float] = []
@@ -84,7 +85,7 @@ def _scales(settings: Settings, tensors: Tensors, points: list[str]) -> tuple[fl
     for norm, point in zip(found, points, strict=True):
         if not isinstance(norm, int | float) or not math.isfinite(norm) or norm <= 0:
             raise CheckpointError(
-                f"{settings.file}: `{NORM}` must be above 0 at {point}, as the weights are for "
+                f"{settings.file}: `{NORM}` must be above 0 at {point}, because the weights expect "
                 f"scaled activations; got {norm!r}"
             )
     root = math.sqrt(settings.size("d_model"))
@@ -92,7 +93,7 @@ def _scales(settings: Settings, tensors: Tensors, points: list[str]) -> tuple[fl
 
 
 def _read(settings: Settings, tensors: Tensors, sizes: dict[str, int], gain: float) -> SAE:
-    """The SAE for scaled activations, its reconstruction times ``gain``."""
+    """Build the SAE for scaled activations, its reconstruction multiplied by ``gain``."""
     taken = _parameters(tensors, sizes)
     norms = taken["W_dec"].double().norm(dim=1)
     if gain != 1:
@@ -118,7 +119,7 @@ def _read(settings: Settings, tensors: Tensors, sizes: dict[str, int], gain: flo
 
 
 def _parameters(tensors: Tensors, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """By our names, from those of either time."""
+    """Return the parameters by our names, from the old or the new names of the library."""
     if "W_E" in tensors:
         taken = {
             "W_enc": tensors.take("W_E", "d_in", "num_latents").T,
@@ -138,7 +139,7 @@ def _parameters(tensors: Tensors, sizes: dict[str, int]) -> dict[str, Tensor]:
 
 
 def _threshold(settings: Settings, tensors: Tensors) -> Tensor:
-    """θ in float64."""
+    """Return θ in float64."""
     names = ("activation_function.log_jumprelu_threshold", "log_jumprelu_threshold")
     for name in names:
         if name in tensors:
@@ -147,6 +148,6 @@ def _threshold(settings: Settings, tensors: Tensors) -> Tensor:
     if given is None:
         raise CheckpointError(
             f"{tensors.file}: `{names[0]}` is missing, and {settings.file.name} has no "
-            "`jump_relu_threshold`"
+            "`jump_relu_threshold` either"
         )
     return torch.full((tensors.sizes["num_latents"],), float(given), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""From the tensors of a foreign SAE to ours, and back: the foldings that leave nothing out.
+"""Conversions between other libraries' tensors and our SAEs, equal in what they compute.
 
 Shapes: W_enc and W_dec [F, D], b_enc and thresholds [F], b_dec [D]. Folds are computed in float64
 and rounded once.
@@ -25,18 +25,18 @@ from reseed.sae.relu import ReLU, ReLUConfig
 from reseed.sae.topk import TopKConfig
 
 UNIT = 1e-3
-"""Decoder rows whose norms are all within so much of 1 count as constrained to it."""
+"""Decoder rows count as constrained to norm 1 if all norms are within this distance of 1."""
 
 
 def filled(config: SAEConfig, file: Path, tensors: Mapping[str, Tensor]) -> SAE:
-    """The SAE of an architecture with these parameters.
+    """Build an SAE of an architecture with these parameters.
 
     Args:
         file: for messages.
         tensors: the whole state, by our names.
 
     Raises:
-        CheckpointError: a rule of the architecture is broken.
+        CheckpointError: the parameters break a rule of the architecture.
     """
     d_in = len(tensors["b_dec"])
     try:
@@ -53,7 +53,7 @@ def filled(config: SAEConfig, file: Path, tensors: Mapping[str, Tensor]) -> SAE:
 def configured(
     kind: type[SAEConfig], file: Path, tensors: Mapping[str, Tensor], **values: Any
 ) -> SAE:
-    """`filled` with a configuration that says of training only what the weights show."""
+    """Build an SAE with `filled`, its configuration derived from the weights and ``values``."""
     norms = tensors["W_dec"].norm(dim=1)
     unit = bool(((norms - 1).abs() < UNIT).all()) and not values.get("weigh_by_decoder_norm")
     values = {"num_latents": len(tensors["b_enc"]), "unit_norm_decoder": unit, **values}
@@ -69,26 +69,27 @@ def configured(
 def topk(
     file: Path, tensors: Mapping[str, Tensor], k: int, *, centred: bool = True, **values: Any
 ) -> SAE:
-    """TopK_k(ReLU(W_enc (x − b_dec) + b_enc)); not ``centred``: of W_enc x + b_enc."""
+    """Build TopK_k(ReLU(W_enc (x − b_dec) + b_enc)); with W_enc x + b_enc if not ``centred``."""
     tensors = tensors if centred else _decentred(tensors)
     return configured(TopKConfig, file, tensors, k=k, aux_alpha=0.0, **values)
 
 
 def relu(file: Path, tensors: Mapping[str, Tensor], *, centred: bool) -> SAE:
-    """ReLU(W_enc (x − b_dec) + b_enc), or of W_enc x + b_enc."""
+    """Build ReLU(W_enc (x − b_dec) + b_enc); with W_enc x + b_enc if not ``centred``."""
     return configured(ReLUConfig, file, tensors, subtract_b_dec=centred)
 
 
 def jumprelu(
     file: Path, tensors: Mapping[str, Tensor], threshold: Float[Tensor, " F"], *, centred: bool
 ) -> SAE:
-    """ReLU(π)·1[π > θ], π = W_enc (x − b_dec) + b_enc, or W_enc x + b_enc."""
+    """Build ReLU(π)·1[π > θ], π = W_enc (x − b_dec) + b_enc; W_enc x + b_enc if not ``centred``."""
     whole = {**tensors, "log_threshold": exact_log(threshold)}
     return configured(JumpReLUConfig, file, whole, subtract_b_dec=centred)
 
 
 def gated(file: Path, tensors: Mapping[str, Tensor], *, centred: bool = True) -> SAE:
-    """1[π > 0]·ReLU(exp(r) ⊙ W_enc (x − b_dec) + b_mag), π = W_enc (x − b_dec) + b_enc."""
+    """Build 1[π > 0]·ReLU(exp(r) ⊙ W_enc (x − b_dec) + b_mag), π = W_enc (x − b_dec) + b_enc; with
+    x instead of x − b_dec if not ``centred``."""
     if not centred:
         shift = tensors["W_enc"].double() @ tensors["b_dec"].double()
         magnitude = tensors["b_mag"].double() + tensors["r_mag"].double().exp() * shift
@@ -97,11 +98,11 @@ def gated(file: Path, tensors: Mapping[str, Tensor], *, centred: bool = True) ->
 
 
 def exact_log(threshold: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
-    """ℓ in float64, such that π > exp(ℓ) is π > θ for every float32 π > 0 and float32 θ.
+    """Return ℓ in float64 such that π > exp(ℓ) is π > θ for every float32 π > 0 and float32 θ.
 
-    exp(ℓ) lies at or above θ, and below the next float32. In float32 it could lie on either side of
-    θ by several units, and latents would come and go at it. A θ of 0 or less never holds a latent
-    back that ReLU lets through: ℓ = −∞.
+    exp(ℓ) lies at or above θ and below the next float32. In float32 it could miss θ by several
+    units on either side, and latents near θ would flip. A θ of 0 or less holds back no latent that
+    ReLU lets through: ℓ = −∞.
     """
     exact = threshold.detach().double().clamp_min(0)
     log = exact.log()
@@ -111,7 +112,7 @@ def exact_log(threshold: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
 
 
 def thresholds(sae: SAE) -> Float[Tensor, " F"] | None:
-    """θ_j in float32 of what computes ReLU(π)·1[π > θ]; None of what does not."""
+    """Return θ_j in float32 of an SAE that computes ReLU(π)·1[π > θ]; None for other SAEs."""
     if isinstance(sae, JumpReLU):
         return sae.threshold.float()
     if isinstance(sae, ReLU):
@@ -120,24 +121,24 @@ def thresholds(sae: SAE) -> Float[Tensor, " F"] | None:
         weights = choice_weights(sae)
         if weights is None:
             return sae.threshold.float().expand(sae.num_latents).clone()
-        # π‖d‖ > θ; a latent with a row of zeros never is.
+        # Active where π‖d‖ > θ; a latent with a zero row never is.
         found = (sae.threshold.double() / weights.double()).float()
         return torch.where(weights == 0, torch.inf, found)
     return None
 
 
 def is_centred(sae: SAE) -> bool:
-    """Whether it encodes x − b_dec."""
+    """Return whether the SAE encodes x − b_dec (not x)."""
     return bool(getattr(sae.config, "subtract_b_dec", True))
 
 
 def state(sae: SAE) -> dict[str, Tensor]:
-    """Its parameters in float32 on the CPU, by our names."""
+    """Return the SAE's parameters in float32 on the CPU, by our names."""
     return {name: t.detach().to("cpu", torch.float32) for name, t in sae.state_dict().items()}
 
 
 def without_centring(sae: SAE) -> Float[Tensor, " F"]:
-    """b_enc of the same SAE with π = W_enc x + b_enc."""
+    """Return b_enc of the equal SAE that has π = W_enc x + b_enc."""
     own = state(sae)
     if not is_centred(sae):
         return own["b_enc"]
@@ -145,6 +146,7 @@ def without_centring(sae: SAE) -> Float[Tensor, " F"]:
 
 
 def _decentred(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What encodes x, as what encodes x − b_dec: b_enc + W_enc b_dec in the place of b_enc."""
+    """Turn an SAE that encodes x into one that encodes x − b_dec: b_enc becomes
+    b_enc + W_enc b_dec."""
     shift = tensors["W_enc"].double() @ tensors["b_dec"].double()
     return {**tensors, "b_enc": (tensors["b_enc"].double() + shift).float()}

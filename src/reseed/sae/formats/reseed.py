@@ -1,4 +1,4 @@
-"""reseed's own: ``sae.safetensors`` and ``sae.json`` (`reseed.sae.checkpoint`)."""
+"""reseed's own format: ``sae.safetensors`` and ``sae.json`` (`reseed.sae.checkpoint`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from reseed.sae.formats.base import Format, Imported
 
 @final
 class Reseed(Format):
-    """Any architecture, with all of its configuration."""
+    """reseed's own format: any architecture, with its whole configuration."""
 
     name = "reseed"
     layouts = ((DESCRIPTION_FILE,),)

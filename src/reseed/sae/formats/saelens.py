@@ -1,4 +1,4 @@
-"""SAELens: ``cfg.json`` and ``sae_weights.safetensors``, of version 6 and of those before."""
+"""The format of SAELens: ``cfg.json`` and ``sae_weights.safetensors``, version 6 and earlier."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ _PER_TOKEN = "it rescales each token by its own norm, which cannot be folded int
 _NORMALIZED = {
     "constant_norm_rescale": _PER_TOKEN,
     "layer_norm": _PER_TOKEN,
-    "covariance_whitening": "the whitening is not in these files",
+    "covariance_whitening": "these files do not store the whitening matrix",
 }
 VERSION = "6.54.0"
-"""Of SAELens, whose format is written."""
+"""The version of SAELens in whose format reseed writes."""
 
 
 @final
 class SAELens(Exporting):
-    """standard, topk, jumprelu and gated. What was trained as BatchTopK or Matryoshka is stored as
-    a jumprelu with one threshold, and so it is written."""
+    """The format of SAELens: standard, topk, jumprelu and gated. SAELens stores an SAE trained as
+    BatchTopK or Matryoshka as a jumprelu with one threshold; reseed writes it in the same way."""
 
     name = "saelens"
     layouts = ((CONFIG, WEIGHTS),)
@@ -66,9 +66,9 @@ class SAELens(Exporting):
         sae, folded = _normalized(sae, settings, folder)
         notes += folded
         if settings.get("reshape_activations", str, "none") == "hook_z":
-            notes += ("it takes the heads' outputs side by side: [..., heads × d_head]",)
+            notes += ("its input is the concatenated outputs of the heads: [..., heads × d_head]",)
         if transcoder:
-            notes += ("a transcoder: its reconstruction is of activations at another hookpoint",)
+            notes += ("a transcoder: it reconstructs activations at another hookpoint",)
         metadata = settings.get("metadata", dict, {})
         older = {k: settings.values[k] for k in ("model_name", "hook_name", "hook_point")
                  if k in settings.values}  # fmt: skip
@@ -103,7 +103,7 @@ class SAELens(Exporting):
             settings["architecture"] = "jumprelu"
             tensors |= {"b_enc": own["b_enc"], "threshold": threshold}
             if sae.config.name != "jumprelu":
-                notes = (f"sae={sae.config.name} is a jumprelu there, and its k is not kept",)
+                notes = (f"sae={sae.config.name} is stored as a jumprelu, without its k",)
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         atomic_write_bytes(folder / WEIGHTS, to_safetensors(whole))
         atomic_write_json(folder / CONFIG, settings)
@@ -111,33 +111,33 @@ class SAELens(Exporting):
 
 
 def _architecture(settings: Settings) -> str:
-    """The architecture, which before version 6 the activation function could say too."""
+    """Return the architecture; before version 6 the activation function could also give it."""
     declared = settings.get("architecture", str, "standard")
     before = settings.get("activation_fn", str, settings.get("activation_fn_str", str, "relu"))
     if declared == "standard" and before == "topk":
         return "topk"
     if before not in ("relu", "topk"):
         raise CheckpointError(
-            f"{settings.file}: `activation_fn` {before!r} is no architecture here; read are relu "
-            "and topk"
+            f"{settings.file}: `activation_fn` is {before!r}, which no architecture of reseed "
+            "equals; it reads relu and topk"
         )
     known = ("standard", "topk", "jumprelu", "gated", *_TRANSCODERS)
     return settings.choice("architecture", known, "standard")
 
 
 def _parameters(tensors: Tensors, settings: Settings, transcoder: bool) -> dict[str, Tensor]:
-    """W_enc, W_dec and b_dec by our names."""
+    """Return W_enc, W_dec and b_dec by our names."""
     if transcoder and (d_out := settings.size("d_out")) != (d_in := settings.size("d_in")):
         raise CheckpointError(
-            f"{settings.file}: it maps {d_in} activations to {d_out}; an architecture here "
-            "reconstructs as many as it takes"
+            f"{settings.file}: it maps {d_in} activations to {d_out}; reseed needs inputs and "
+            "reconstructions of the same width"
         )
     taken = {
         "W_enc": tensors.take("W_enc", "d_in", "num_latents").T,
         "W_dec": tensors.take("W_dec", "num_latents", "d_in"),
         "b_dec": tensors.take("b_dec", "d_in"),
     }
-    # Before version 6 a latent could be rescaled before the decoder: the same as its row.
+    # Before version 6 a latent could be rescaled before the decoder, which equals scaling its row.
     scale = "finetuning_scaling_factor"
     if scale in tensors:
         factor = tensors.take(scale, "num_latents")
@@ -153,7 +153,7 @@ def _built(
     taken: dict[str, Tensor],
     centred: bool,
 ) -> tuple[SAE, tuple[str, ...]]:
-    """The SAE without what is done to its input, and notes."""
+    """Build the SAE without the normalisation of its input; return it with notes."""
     file = tensors.file
     if architecture == "gated":
         taken |= {
@@ -170,11 +170,11 @@ def _built(
         return parts.relu(file, taken, centred=centred), ()
     notes: tuple[str, ...] = ()
     if settings.get("rescale_acts_by_decoder_norm", bool, False):
-        # Latents are f‖d‖ there, chosen as such, and divided by ‖d‖ again to be decoded.
+        # SAELens' latents are f‖d‖: chosen by that size, and divided by ‖d‖ before decoding.
         norms = taken["W_dec"].double().norm(dim=1)
         if bool((norms == 0).any()):
             raise CheckpointError(
-                f"{file}: `W_dec` has rows of zeros, by whose norm latents are divided "
+                f"{file}: `W_dec` has zero rows, but latents are divided by the rows' norms "
                 "(`rescale_acts_by_decoder_norm`)"
             )
         taken["W_enc"] = (taken["W_enc"].double() * norms[:, None]).float()
@@ -185,13 +185,13 @@ def _built(
 
 
 def _k(settings: Settings) -> int:
-    """k, which before version 6 was an argument of the activation function."""
+    """Return k; before version 6 it was an argument of the activation function."""
     older = settings.get("activation_fn_kwargs", dict, {})
     return settings.size("k", Settings(settings.file, older).size("k", None) or 100)
 
 
 def _normalized(sae: SAE, settings: Settings, folder: Path) -> tuple[SAE, tuple[str, ...]]:
-    """The SAE for raw activations."""
+    """Return the SAE for raw activations, with notes."""
     kind = settings.values.get("normalize_activations")
     if isinstance(kind, bool):  # before version 6
         kind = "expected_average_only_in" if kind else "none"
@@ -205,7 +205,7 @@ def _normalized(sae: SAE, settings: Settings, folder: Path) -> tuple[SAE, tuple[
         raise CheckpointError(f"{settings.file}: `normalize_activations` {kind!r} is not known")
     if not (folder / SCALER).is_file():
         raise CheckpointError(
-            f"{settings.file}: `normalize_activations` is {kind!r}, and the scale of the "
+            f"{settings.file}: `normalize_activations` is {kind!r}, but the scale of the "
             f"activations is neither folded in nor in a file {SCALER}"
         )
     scale = read_settings(folder / SCALER).get("scaling_factor", float)
@@ -222,7 +222,7 @@ def _topk_settings(config: TopKConfig) -> dict[str, Any]:
 
 
 def _hook(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the activations come from, in SAELens' words."""
+    """Return the origin of the activations under SAELens' keys."""
     found: dict[str, Any] = {}
     if "model" in metadata:
         found["model_name"] = metadata["model"]

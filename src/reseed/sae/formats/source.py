@@ -1,4 +1,4 @@
-"""Where a saved SAE is: a folder, a file, or a place on the hub, which is downloaded."""
+"""Sources of saved SAEs: a folder, a file, or a place on the hub, which is downloaded."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _HUB = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@\s]+))?(?:/(?P<path>[^\s]+?))?/?"
 )
 _WEIGHTS = (".safetensors", ".npz", ".pt")
-_SHOWN = 8  # folders in a message
+_SHOWN = 8  # at most so many folders in a message
 
 
 @dataclass(frozen=True)
 class HubPlace:
-    """``hub:OWNER/NAME[@revision][/path]``."""
+    """A place on the Hugging Face hub: ``hub:OWNER/NAME[@revision][/path]``."""
 
     repo: str
     revision: str = MAIN
@@ -27,11 +27,11 @@ class HubPlace:
 
     @classmethod
     def parse(cls, source: str) -> HubPlace:
-        """Raises `CheckpointError` where it is not of that form."""
+        """Parse a source; raise `CheckpointError` if it does not have that form."""
         found = _HUB.fullmatch(source.removeprefix(HUB))
         if found is None or ".." in Path(found["path"] or "").parts:
             raise CheckpointError(
-                f"a place on the hub is {HUB}OWNER/NAME[@revision][/path]; got {source}"
+                f"a place on the hub is written {HUB}OWNER/NAME[@revision][/path]; got {source}"
             )
         return cls(found["repo"], found["revision"] or MAIN, found["path"] or "")
 
@@ -45,14 +45,15 @@ def found_at(
     revision: str | None = None,
     path: str | None = None,
 ) -> Path:
-    """The local folder or file of a source, downloaded if need be.
+    """Return the local folder or file of a source, downloaded if need be.
 
     Args:
-        source: a path, or ``hub:…``; None where ``repo`` is given.
+        source: a path or ``hub:…``; None if ``repo`` is given.
         repo, revision, path: a place on the hub.
 
     Raises:
-        CheckpointError: nothing (or too much) is named, or it cannot be had.
+        CheckpointError: neither or both of ``source`` and ``repo`` are given, the path does not
+            exist, or the download fails.
     """
     place = place_of(source, repo, revision, path)
     if isinstance(place, HubPlace):
@@ -68,12 +69,12 @@ def place_of(
     revision: str | None = None,
     path: str | None = None,
 ) -> Path | HubPlace:
-    """What a source means.
+    """Return the local path or the place on the hub that a source names.
 
     Raises: see `found_at`.
     """
     if (source is None) == (repo is None):
-        raise CheckpointError("name either a source or `repo`: where is the SAE?")
+        raise CheckpointError("give either a source or `repo` to say where the SAE is")
     if repo is not None:
         source = (
             f"{HUB}{repo}" + (f"@{revision}" if revision else "") + (f"/{path}" if path else "")
@@ -84,32 +85,36 @@ def place_of(
         if revision is None:
             return place
         if place.revision not in (MAIN, revision):
-            raise CheckpointError(f"{source} is of {place.revision}, and `revision` is {revision}")
+            raise CheckpointError(
+                f"{source} names revision {place.revision}, but `revision` is {revision}"
+            )
         return HubPlace(place.repo, revision, place.path)
     if revision is not None or path is not None:
-        raise CheckpointError(f"`revision` and `path` are for the hub; got the folder {source}")
+        raise CheckpointError(
+            f"`revision` and `path` apply to the hub only; got the folder {source}"
+        )
     return Path(str(source)).expanduser()
 
 
 def download(place: HubPlace) -> tuple[Path, str]:
-    """The local copy of a place on the hub, and the commit that it is of.
+    """Return the local copy of a place on the hub, and its commit.
 
     Raises:
-        CheckpointError: the hub cannot be reached and it is not in the local cache, or there is no
-            such path.
+        CheckpointError: the hub cannot be reached and the local cache lacks the place, or the
+            repository has no such path.
     """
     from huggingface_hub import snapshot_download
 
     wanted = {"revision": place.revision, "allow_patterns": [place.path, f"{place.path}/*"]}
     try:
-        if not place.path:  # some repositories hold thousands of SAEs
+        if not place.path:  # a repository may hold thousands of SAEs: take only its top level
             wanted["allow_patterns"] = _top(place)
         root = Path(snapshot_download(place.repo, **wanted))  # type: ignore[arg-type]
     except CheckpointError:
         raise
     except Exception as online:
         wanted.pop("allow_patterns")
-        try:  # without a network, what was downloaded before is as good
+        try:  # without a network, use an earlier download
             root = Path(snapshot_download(place.repo, local_files_only=True, **wanted))  # type: ignore[arg-type]
         except Exception:
             reason = (str(online).strip().splitlines() or [type(online).__name__])[0]
@@ -123,10 +128,10 @@ def download(place: HubPlace) -> tuple[Path, str]:
 
 
 def _top(place: HubPlace) -> list[str]:
-    """The files at the top of a repository.
+    """Return the files at the top of a repository.
 
     Raises:
-        CheckpointError: no weights are among them; with the folders that have some.
+        CheckpointError: none of them are weights; the message lists folders that have some.
     """
     from huggingface_hub import HfApi
 
@@ -138,14 +143,14 @@ def _top(place: HubPlace) -> list[str]:
         listed = ", ".join(folders[:_SHOWN]) or "none"
         more = f" and {len(folders) - _SHOWN:,} more" if len(folders) > _SHOWN else ""
         raise CheckpointError(
-            f"{place} has no SAE at its top. Name a folder, as in {HUB}{place.repo}/"
-            f"{folders[0] if folders else 'FOLDER'}; with weights are {listed}{more}"
+            f"{place} has no SAE at its top level. Name a folder, as in {HUB}{place.repo}/"
+            f"{folders[0] if folders else 'FOLDER'}; folders with weights: {listed}{more}"
         )
     return top
 
 
 def _hint(source: str) -> str:
-    """What may have been meant by a path that is not there."""
+    """Suggest the place on the hub that a missing path may stand for."""
     if re.fullmatch(r"[\w-]+/[\w.-]+", source):
-        return f"; on the hub it would be {HUB}{source}"
+        return f"; for a repository on the hub write {HUB}{source}"
     return ""

@@ -1,4 +1,5 @@
-"""EleutherAI sparsify: ``cfg.json`` and ``sae.safetensors``, a folder for each hookpoint."""
+"""The format of EleutherAI's sparsify: ``cfg.json`` and ``sae.safetensors``, one folder per
+hookpoint."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 
 @final
 class Sparsify(Exporting):
-    """f = TopK_k(ReLU(E (x − b_dec) + b)), or the largest of each of k groups; of transcoders
-    without the subtraction."""
+    """The format of sparsify: f = TopK_k(ReLU(E (x − b_dec) + b)), or the largest latent of each of
+    k groups; transcoders do not subtract b_dec."""
 
     name = "sparsify"
     layouts = ((CONFIG, WEIGHTS),)
@@ -36,7 +37,7 @@ class Sparsify(Exporting):
         d_in = settings.size("d_in")
         file = folder / WEIGHTS
         tensors = Tensors(file, read_safetensors(file), _sizes(settings, d_in))
-        settings.refuse("signed", "latents of either sign are no architecture here")
+        settings.refuse("signed", "reseed has no architecture with latents of either sign")
         activation = settings.choice("activation", ("topk", "groupmax"), "topk")
         transcode = settings.get("transcode", bool, False)
         taken = {
@@ -56,7 +57,7 @@ class Sparsify(Exporting):
             multi_topk=settings.get("multi_topk", bool, False),
         )
         if transcode:
-            notes += ("a transcoder: its reconstruction is of the module's output",)
+            notes += ("a transcoder: it reconstructs the module's output",)
         metadata = {"hookpoint": folder.name, **settings.get("metadata", dict, {})}
         return Imported(sae, metadata, notes, (folder / CONFIG, file), transcode)
 
@@ -81,7 +82,7 @@ class Sparsify(Exporting):
             "skip_connection": False,
             "transcode": False,
             "d_in": sae.d_in,
-            "metadata": dict(metadata),  # sparsify leaves out what it does not know
+            "metadata": dict(metadata),  # sparsify ignores keys that it does not know
         }
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
         atomic_write_bytes(folder / WEIGHTS, to_safetensors(whole))
@@ -90,15 +91,15 @@ class Sparsify(Exporting):
 
 
 def refuse_weighing(config: KSparseConfig, name: str) -> None:
-    """Raise `CheckpointError` for what chooses by f‖d‖, in a format that chooses by f."""
+    """Raise `CheckpointError` for an SAE that chooses latents by f‖d‖: the format chooses by f."""
     if config.weigh_by_decoder_norm:
         raise CheckpointError(
-            f"{name} cannot hold `weigh_by_decoder_norm=true`: it chooses latents by f, not by f‖d‖"
+            f"{name} cannot hold `weigh_by_decoder_norm=true`: it chooses latents by f, not f‖d‖"
         )
 
 
 def _sizes(settings: Settings, d_in: int) -> dict[str, int]:
-    """The sizes that the weights must have. ``num_latents: 0`` leaves it to the expansion."""
+    """Return the sizes that the weights must have; ``num_latents: 0`` means d_in × expansion."""
     num_latents = settings.get("num_latents", int, 0)
     if num_latents < 0:
         raise CheckpointError(
@@ -108,12 +109,16 @@ def _sizes(settings: Settings, d_in: int) -> dict[str, int]:
 
 
 def without_skip(tensors: Tensors, name: str = "W_skip") -> tuple[str, ...]:
-    """Drop a skip connection that adds nothing; refuse one that does."""
+    """Drop a skip connection of zeros and return a note; refuse any other.
+
+    Raises:
+        CheckpointError: the skip connection is not zero.
+    """
     if name not in tensors:
         return ()
     if bool((tensors.raw(name) != 0).any()):
         raise CheckpointError(
             f"{tensors.file}: `{name}` adds a linear map of the input to the reconstruction, which "
-            "no architecture here does"
+            "no architecture of reseed does"
         )
-    return (f"`{name}` is zero and was left out",)
+    return (f"`{name}` is zero and was dropped",)

@@ -1,23 +1,23 @@
-"""Compiled loops (numba) for what a training step of an SAE does on the CPU.
+"""Compiled loops (numba) for a training step of an SAE on the CPU.
 
-    threads   ranges of rows, or blocks of them, on as many threads as torch may use
-    buffers   large results in memory that an earlier step had
-    lanes     comparisons of whole registers
-    choice    the k largest of a row; the k largest through a rough product, exact
-    screening the encoder's product in blocks, each chosen from while it is in the cache
+    threads   ranges or blocks of rows, on as many threads as torch may use
+    buffers   reuse of an earlier step's memory for large results
+    lanes     vectorised comparisons (SIMD)
+    choice    the k largest of a row
+    screening exact top k through a rough product, on each block while it is in the cache
     pairs     sums over (token, latent) pairs: decoder, error, gradients
     moments   sums over a batch
-    collect   pre-activations above a floor; from tensors to tensors: active
-    jump      what JumpReLU and gates make of pairs
-    rectify   ReLU and its derivative, with their sums; from tensors to tensors: relu_blocks
-    update    clipping, projection, Adam and renormalisation, a row at a time
+    collect   pre-activations above a floor; its interface for tensors: active
+    jump      JumpReLU and gates on pairs
+    rectify   ReLU and its derivative, with their sums; its interface for tensors: relu_blocks
+    update    clipping, projection, Adam and renormalisation, row by row
 
-Each has a plain PyTorch path beside it, which is taken on other devices and dtypes and where the
-kernels are switched off: by the environment (``RESEED_KERNELS=0``), by `switched`, or because there
-is no numba. Both compute the same, up to the order of their sums.
+Each has a plain PyTorch equivalent, which runs on other devices and dtypes and when the kernels are
+off: by the environment (``RESEED_KERNELS=0``), by `switched`, or because numba is not installed.
+Both give the same result up to the order of their sums.
 
-Every sum is taken by one thread in an order that the shapes alone decide: results repeat bit for
-bit, whatever the number of threads. Numba is imported when a kernel is first wanted, not before.
+One thread takes each sum, in an order that only the shapes decide: results repeat bit for bit for
+any number of threads. Numba is imported when a kernel is first used.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _installed() -> bool:
 
 
 def enabled() -> bool:
-    """Whether kernels are used at all."""
+    """Return True if kernels are in use."""
     if _switch is not None:
         return _switch
     return os.environ.get(VARIABLE, "1") != "0" and _installed()
@@ -50,7 +50,7 @@ def enabled() -> bool:
 
 @contextmanager
 def switched(on: bool) -> Iterator[None]:
-    """Within it kernels are used, or not, whatever the environment says."""
+    """Turn kernels on or off inside the context, overriding the environment."""
     global _switch
     before, _switch = _switch, on
     try:
@@ -60,7 +60,7 @@ def switched(on: bool) -> Iterator[None]:
 
 
 def serve(*tensors: Tensor) -> bool:
-    """Whether these are what the kernels are made for: float32 on the CPU, and meant to stay so."""
+    """Return True if kernels are on and support these: float32 on the CPU, without autocast."""
     if torch.is_autocast_enabled("cpu"):
         return False
     return enabled() and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)

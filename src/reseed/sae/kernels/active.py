@@ -1,4 +1,4 @@
-"""The active (token, latent) pairs of a batch where they are few, from tensors to tensors."""
+"""The active (token, latent) pairs of a batch, if they are few; takes and returns tensors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from reseed.sae.pairs import Pairs
 from reseed.sae.product import Product, prepacked_product
 
 BLOCK_ROWS = 128
-"""Rows of a block: what one thread makes stays in its cache until it has been read."""
+"""Rows of a block, so that a thread's product stays in its cache until it has been read."""
 DENSEST = 1 / 8
 """Above this share of active pairs, dense products are faster than sums over pairs."""
 SCREENED, WIDE = 0.02, 128
-"""Up to this share, and from this d_in on, a rough product and what it leaves open cost less."""
+"""Up to this share of pairs, and from this d_in on, a rough product and a recheck are faster."""
 _UNEVEN = 2
-"""Blocks may have so many times the pairs."""
+"""A block may have this many times its share of the pairs."""
 
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -32,10 +32,10 @@ def active_pairs(
     b_enc: Float[Tensor, " num_latents"],
     floors: Float[Tensor, " num_latents"],
 ) -> Pairs | None:
-    """The pre-activations W_enc x + b_enc that are above their latent's floor, or NaN.
+    """Return the pre-activations W_enc x + b_enc that are above their latent's floor, or NaN.
 
-    None where they are more than `DENSEST`: after the first block, if it is so there already. The
-    numbers alone decide this. Sorted by token and then by latent.
+    The pairs are sorted by token and then by latent. Return None if their share is above `DENSEST`
+    (after the first block, if it is above there already). Only the values decide this.
     """
     batch, num_latents = len(rows), len(W_enc)
     product = row_product(BLOCK_ROWS, W_enc, b_enc)
@@ -79,10 +79,10 @@ def screened(
     b_enc: Float[Tensor, " num_latents"],
     floors: Float[Tensor, " num_latents"],
 ) -> Pairs | None:
-    """The same by a bfloat16 product, and in float32 what that leaves open; None if it cannot.
+    """Return `active_pairs` by a bfloat16 product whose candidates are rechecked in float32.
 
-    The product is taken above the floors, moved up by more than it can be wrong, so that nothing
-    that counts is clipped.
+    The product is relative to the floors, and shifted up by more than its error bound, so that its
+    ReLU clips no pair. Return None if this method does not apply.
     """
     if not screen_pays(rows, W_enc):
         return None
@@ -121,7 +121,7 @@ def screened(
 
 
 def row_product(size: int, W: Tensor, b: Tensor | None) -> Product:
-    """W x + b for blocks of ``size`` rows; several threads may use it at once."""
+    """Return the product W x + b for blocks of ``size`` rows; it is thread-safe."""
     W = W.detach()
     b = W.new_zeros(len(W)) if b is None else b.detach().contiguous()
     product = prepacked_product(size, W, b)

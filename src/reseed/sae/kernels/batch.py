@@ -1,4 +1,4 @@
-"""Sums over a batch, from tensors to tensors."""
+"""Sums over a batch; functions of tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from reseed.sae.kernels.threads import in_ranges
 def column_sums(
     rows: Float[Tensor, "rows d_in"], weights: Float[Tensor, " rows"] | None = None
 ) -> Float[Tensor, " d_in"]:
-    """Σ weight × row; a weight is 1 if there are none."""
+    """Return Σ weight × row; weights default to 1."""
     return torch.from_numpy(_column_sums(rows, weights).astype(np.float32))
 
 
@@ -31,7 +31,7 @@ def _column_sums(rows: Tensor, weights: Tensor | None = None) -> np.ndarray:
 
 
 def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Σ‖x − x̄‖²."""
+    """Return Σ‖x − x̄‖²."""
     mean = (_column_sums(x) / len(x)).astype(np.float32)
     numbers = x.detach().contiguous().numpy()
     squares = np.empty(len(x), dtype=np.float32)

@@ -1,7 +1,7 @@
-"""Large results in memory that an earlier step had.
+"""Reuse of an earlier step's memory for large results.
 
 Fresh memory costs a page fault for every 4 KiB, which for the gradients of a large SAE takes as
-long as making them. A buffer is taken again once no tensor is left that uses it.
+long as computing them. A buffer is reused once no tensor uses it any more.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 2**20
-"""What is smaller, malloc keeps."""
+"""Smaller tensors are left to malloc, which reuses their memory."""
 MOST_IDLE_BYTES = 2**30
-"""Unused buffers beyond this are given back."""
+"""Unused buffers beyond this are freed."""
 
 _lock = Lock()
 _buffers: list[np.ndarray] = []
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """An uninitialised tensor."""
+    """Return an uninitialised tensor."""
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype)
     with _lock:
-        for place in range(len(_buffers)):  # a name for a buffer would be a reference to it
+        for place in range(len(_buffers)):  # a loop variable for the buffer would add a reference
             if _buffers[place].nbytes == size and _idle(place):
                 _buffers.append(_buffers.pop(place))
                 break
@@ -41,17 +41,17 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor of this shape and dtype, contiguous."""
+    """Return an uninitialised, contiguous tensor of the same shape and dtype."""
     return empty(tuple(tensor.shape), tensor.dtype)
 
 
 def _idle(place: int) -> bool:
-    """Whether no tensor holds this buffer: a tensor's storage keeps a reference to the array."""
+    """Return True if no tensor holds this buffer: a tensor's storage references the array."""
     return sys.getrefcount(_buffers[place]) <= _ALONE
 
 
 def _give_back() -> None:
-    """The longest unused first."""
+    """Free idle buffers beyond `MOST_IDLE_BYTES`, the longest unused first."""
     idle = sum(_buffers[place].nbytes for place in range(len(_buffers)) if _idle(place))
     place = 0
     while idle > MOST_IDLE_BYTES and place < len(_buffers):
@@ -71,7 +71,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _count_alone() -> int:
-    """What `sys.getrefcount` says of an array that only the list holds (versions differ)."""
+    """Return `sys.getrefcount` of an array that only the list holds (Python versions differ)."""
     _buffers.append(np.empty(1))
     count = sys.getrefcount(_buffers[0])
     _buffers.clear()

@@ -1,9 +1,9 @@
 """The k largest of a row.
 
-Numbers are compared as integers of the same order. The k-th largest is found by halving the range
-between the least and the largest: a count for every bit that is left, each a pass of comparisons of
-whole registers. Rows are long, so first the maxima of disjoint groups: the k-th of them is a lower
-bound of the k-th of all, and few numbers reach it.
+Numbers are compared as integers of the same order. The k-th largest is found by bisection between
+the smallest and the largest: a vectorised pass counts the numbers ≥ each midpoint. Rows are
+long, so the maxima of disjoint groups come first: the k-th largest of them is a lower bound of the
+k-th largest of all, and few numbers reach it.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from reseed.compiling import njit
 from reseed.sae.kernels.lanes import LANES, first_one, ones, reached, without_first
 
 _WIDE = 16
-"""At least so many groups per number wanted."""
+"""Least number of groups per chosen number."""
 _LARGEST = np.int32(2**31 - 1)
 
 
 @njit(nogil=True, cache=True, inline="always")
 def padded(count):  # pragma: no cover
-    """``count``, rounded up to whole registers."""
+    """Return ``count`` rounded up to a multiple of `LANES`."""
     return (count + LANES - 1) // LANES * LANES
 
 
 @njit(nogil=True, cache=True)
 def kth_largest(keys, count, k):  # pragma: no cover
-    """Of the first ``count`` keys; what follows them up to a whole register is overwritten."""
+    """Return the k-th largest of the first ``count`` keys; overwrite the padding after them."""
     low = high = keys[0]
     for i in range(count):
         low = min(low, keys[i])
         high = max(high, keys[i])
     for i in range(count, padded(count)):
         keys[i] = low
-    # The fillers, being least, count only where the answer is the least anyway.
+    # The padding is the least key, so it counts only if the answer is the least key anyway.
     least, most = np.int64(low), np.int64(high)
     while least < most:
         middle = least + (most - least + 1) // 2
@@ -49,14 +49,14 @@ def kth_largest(keys, count, k):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def group_maxima(row, width, k, maxima):  # pragma: no cover
-    """Maxima of disjoint groups of the row, and how many; a group is a strided set."""
+    """Write maxima of disjoint (strided) groups of the row, and return the number of groups."""
     groups = width
     while groups // 2 >= _WIDE * k:
         groups //= 2
     for i in range(groups):
         maxima[i] = row[i]
     for start in range(groups, width, groups):
-        # A slice, so that no index can be negative: only then is the loop one of whole registers.
+        # The slice excludes negative indices; only then does the compiler vectorise the loop.
         others = row[start : min(start + groups, width)]
         for i in range(len(others)):
             maxima[i] = others[i] if others[i] > maxima[i] else maxima[i]
@@ -65,7 +65,7 @@ def group_maxima(row, width, k, maxima):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def reaching(row, width, bound, places, most):  # pragma: no cover
-    """Places of the numbers that reach the bound, ascending, and how many; −1 if above ``most``."""
+    """Write the places of the numbers ≥ bound, ascending; return their count, −1 if > ``most``."""
     count = 0
     whole = width // LANES * LANES
     for start in range(0, whole, LANES):
@@ -87,7 +87,7 @@ def reaching(row, width, bound, places, most):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def as_keys(values, count, keys):  # pragma: no cover
-    """Integers in the order of float32 numbers; NaN is the largest, as `torch.topk` has it."""
+    """Write integers in the order of the float32 numbers; NaN is largest, as in `torch.topk`."""
     bits = values.view(np.int32)
     for i in range(count):
         one = bits[i]
@@ -97,7 +97,7 @@ def as_keys(values, count, keys):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def keep_largest(scores, places, count, k, keys, values, indices, descending):  # pragma: no cover
-    """The k largest scores and their places; of equal ones the first."""
+    """Write the k largest scores and their places; of equal scores the first."""
     as_keys(scores, count, keys)
     bound = kth_largest(keys, count, k)
     above = 0
@@ -118,7 +118,7 @@ def keep_largest(scores, places, count, k, keys, values, indices, descending):  
 
 @njit(nogil=True, cache=True)
 def _sort(values, indices, k, keys):  # pragma: no cover
-    """In place, the largest first, of equal ones the first place (Shell's sort)."""
+    """Sort in place (Shellsort), the largest first; of equal values the first place first."""
     as_keys(values, k, keys)
     gap = 1
     while gap < k // 3:
@@ -139,7 +139,7 @@ def _sort(values, indices, k, keys):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def choose(rows, k, values, indices, start, stop, descending):  # pragma: no cover
-    """The k largest of rows of float32 numbers, for the rows ``start`` … ``stop``."""
+    """Write the k largest float32 numbers of each of the rows ``start`` … ``stop``."""
     width = rows.shape[1]
     keys = np.empty(padded(width), dtype=np.int32)
     scratch = np.empty(padded(width), dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Pairs of a block of pre-activations that are above a floor, while the block is in the cache."""
+"""Pairs of a block of pre-activations above a floor, collected while the block is in the cache."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from reseed.sae.kernels.lanes import LANES, above, first_one, without_first
 
 @njit(nogil=True, cache=True)
 def collect(pre, floors, first, most):  # pragma: no cover
-    """Row, latent and value of what is above its latent's floor (or NaN), in this order.
+    """Return row, latent and value of each number above its latent's floor (or NaN).
 
     Args:
-        first: number of the block's first row.
-        most: pairs that are wanted at most.
+        first: index of the block's first row in the batch.
+        most: largest number of pairs.
 
     Returns:
-        ``most`` places for each, and how many of them are used; −1 where there are more.
+        Three arrays of length ``most``, sorted by row and latent, and how many entries are used; −1
+        if there are more than ``most``.
     """
     rows, width = pre.shape
     owners = np.empty(most, dtype=np.int64)

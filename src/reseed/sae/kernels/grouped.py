@@ -1,4 +1,4 @@
-"""The pairs of a batch as the kernels want them, and their sums, from tensors to tensors."""
+"""The pairs of a batch in the form that the kernels take, and sums over them; takes tensors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Grouped:
     """(token, latent) pairs, sorted by token.
 
     Args:
-        indices: the latent of each pair: a table [B, k], or a flat list.
-        owners: the token of each pair of a flat list, ascending; None for a table.
-        batch: how many tokens there are.
+        indices: latent of each pair: a table [B, k], or a flat list.
+        owners: token of each pair of a flat list, ascending; None for a table.
+        batch: number of tokens.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Grouped:
         return order, ends
 
     def fired(self, weights: Float[Tensor, "*pairs"]) -> Int[Tensor, " num_latents"]:
-        """How many pairs of each latent have a weight above 0."""
+        """Return the number of pairs of each latent with a weight above 0."""
         counts = np.zeros(self.num_latents, dtype=np.int64)
         pairs.fired(self.latents, _numbers(weights).reshape(-1), counts)
         return torch.from_numpy(counts)
@@ -57,7 +57,7 @@ class Grouped:
     def per_token(
         self, weights: Float[Tensor, "*pairs"], W: Float[Tensor, "num_latents d_in"]
     ) -> Float[Tensor, "batch d_in"]:
-        """For each token, Σ over its latents of weight × row of W."""
+        """Return for each token Σ over its latents of weight × row of W."""
         out = buffers.empty((self.batch, W.shape[1]))
         given = _numbers(W), self.latents, _numbers(weights).reshape(-1), self.ends, out.numpy()
         in_ranges(
@@ -70,7 +70,7 @@ class Grouped:
     def inner_products(
         self, rows: Float[Tensor, "batch d_in"], W: Float[Tensor, "num_latents d_in"]
     ) -> Float[Tensor, " pairs"]:
-        """For each pair, row of the token · row of W."""
+        """Return for each pair the token's row · the latent's row of W."""
         out = torch.empty(len(self.latents))
         given = _numbers(rows), _numbers(W), self.latents, self.ends, out.numpy()
         in_ranges(
@@ -86,7 +86,7 @@ class Grouped:
         rows: Float[Tensor, "batch d_in"],
         factor: float = 1.0,
     ) -> tuple[Float[Tensor, "num_latents d_in"], Float[Tensor, " num_latents"]]:
-        """For each latent, Σ over its tokens of factor × weight × row, and of factor × weight."""
+        """Return for each latent factor × Σ over its tokens of weight × row, and of the weight."""
         out = buffers.empty((self.num_latents, rows.shape[1]))
         totals = torch.empty(self.num_latents)
         given = (
@@ -112,7 +112,7 @@ class Grouped:
         W: Float[Tensor, "num_latents d_in"],
         b_dec: Float[Tensor, " d_in"],
     ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " pairs"], Float[Tensor, ""]]:
-        """e = x − (Σ weight × row of W + b_dec), e · row of W for each pair, and Σ‖e‖²."""
+        """Return e = x − (Σ weight × row of W + b_dec), each pair's e · row of W, and Σ‖e‖²."""
         error, inner = buffers.empty((self.batch, x.shape[1])), torch.empty(len(self.latents))
         squares = np.empty(self.batch, dtype=np.float32)
         given = (

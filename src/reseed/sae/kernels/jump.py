@@ -1,6 +1,6 @@
-"""What JumpReLU and gates make of (token, latent) pairs, with their sums over tokens.
+"""JumpReLU and gates on (token, latent) pairs, with their sums over tokens.
 
-Sums go over the pairs in their order, in float64.
+Sums run over the pairs in order, in float64.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from reseed.compiling import njit
 
 @njit(nogil=True, cache=True)
 def jump(half, pre, latents, threshold, out, near, fired, near_tokens):  # pragma: no cover
-    """out = π where π > θ, else 0 (NaN stays NaN); ``near`` where |π − θ| < ``half``.
+    """Write out = π where π > θ, else 0 (NaN stays NaN), and ``near`` = |π − θ| < ``half``.
 
-    Counts of both, per latent, are added to ``fired`` and ``near_tokens``.
+    Add the counts of both, per latent, to ``fired`` and ``near_tokens``.
     """
     for p in range(len(pre)):
         j, value = latents[p], pre[p]
@@ -28,7 +28,7 @@ def jump(half, pre, latents, threshold, out, near, fired, near_tokens):  # pragm
 
 @njit(nogil=True, cache=True)
 def through_jump(grad, values, latents, near, out, into_threshold):  # pragma: no cover
-    """out = gradient where the value is above 0; Σ of the gradients near θ, per latent."""
+    """Write out = gradient where the value is > 0, else 0; sum the gradients near θ by latent."""
     for p in range(len(grad)):
         out[p] = grad[p] if values[p] > 0 else np.float32(0.0)
         if near[p]:
@@ -37,9 +37,10 @@ def through_jump(grad, values, latents, near, out, into_threshold):  # pragma: n
 
 @njit(nogil=True, cache=True)
 def gate(shared, latents, b_enc, ratio, b_mag, opened, out, fired):  # pragma: no cover
-    """π = shared + b_enc, which is above 0 here, and f = ReLU(ratio · shared + b_mag).
+    """Write π = shared + b_enc, which is above 0 for these pairs, and f = ReLU(ratio · shared +
+    b_mag).
 
-    Counts of f > 0 are added to ``fired``; the sum of π is returned.
+    Add the counts of f > 0 to ``fired``, and return the sum of π.
     """
     total = 0.0
     for p in range(len(shared)):
@@ -56,9 +57,9 @@ def gate(shared, latents, b_enc, ratio, b_mag, opened, out, fired):  # pragma: n
 def through_gate(
     by_value, by_gate, values, shared, latents, ratio, out, into_bias, into_ratio, into_gate
 ):  # pragma: no cover
-    """Gradient of each pair's shared pre-activation, from those of f and of π.
+    """Write the gradient of each pair's shared pre-activation, from those of f and of π.
 
-    Sums per latent of what arrives at b_mag, at the ratio and at b_enc are added to the last three.
+    Add the gradients of b_mag, the ratio and b_enc, summed per latent, to the last three arguments.
     """
     for p in range(len(shared)):
         j = latents[p]

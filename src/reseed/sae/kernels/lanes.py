@@ -1,4 +1,4 @@
-"""Comparisons of whole registers, as bits: LLVM makes of them what the CPU has."""
+"""Vectorised comparisons that return bits; LLVM compiles them to the CPU's SIMD instructions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic as _intrinsic
 
-intrinsic: Any = _intrinsic  # what it makes takes fewer arguments than what it is given
+# Any, because the intrinsic takes fewer arguments than the function that it decorates.
+intrinsic: Any = _intrinsic
 
 LANES = 32
 """Numbers per comparison."""
@@ -16,7 +17,7 @@ LANES = 32
 
 @intrinsic
 def reached(typingctx: Any, row: Any, start: Any, bound: Any) -> Any:
-    """Bit i says whether row[start + i] ≥ bound, i < 32, for a contiguous array of integers."""
+    """Return 32 bits: bit i is row[start + i] ≥ bound, for a contiguous array of integers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, args[0])
@@ -36,7 +37,7 @@ def reached(typingctx: Any, row: Any, start: Any, bound: Any) -> Any:
 
 @intrinsic
 def ones(typingctx: Any, bits: Any) -> Any:
-    """How many of 32 bits are set."""
+    """Return how many of 32 bits are set."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.zext(builder.ctpop(args[0]), ir.IntType(64))
@@ -46,7 +47,7 @@ def ones(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def first_one(typingctx: Any, bits: Any) -> Any:
-    """The place of the lowest bit that is set."""
+    """Return the place of the lowest bit that is set."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         count = builder.cttz(args[0], ir.IntType(1)(1))
@@ -57,7 +58,7 @@ def first_one(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def without_first(typingctx: Any, bits: Any) -> Any:
-    """The bits without the lowest that is set."""
+    """Return the bits with the lowest set bit cleared."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.and_(args[0], builder.sub(args[0], ir.IntType(32)(1)))
@@ -67,7 +68,7 @@ def without_first(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
-    """Ask for the cache line of array[i, j], of a contiguous matrix."""
+    """Prefetch the cache line of array[i, j], of a contiguous matrix."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         matrix = context.make_array(signature.args[0])(context, builder, args[0])
@@ -87,7 +88,7 @@ def prefetch(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
 
 @intrinsic
 def above(typingctx: Any, row: Any, start: Any, floors: Any) -> Any:
-    """Bit i says whether row[start + i] > floors[start + i] or is NaN, i < 32, for floats."""
+    """Return 32 bits: bit i is row[start + i] > floors[start + i], or either is NaN, for floats."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = ir.VectorType(context.get_value_type(signature.args[0].dtype), LANES)

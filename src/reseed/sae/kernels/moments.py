@@ -1,4 +1,4 @@
-"""Sums over the rows of a matrix, in parts that the shape alone decides."""
+"""Sums over the rows of a matrix, in portions that depend only on the shape."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from reseed.compiling import njit
 from reseed.sae.kernels.screening import REORDER
 
 PART = 64
-"""Rows that are added up first, by one thread."""
+"""Rows per portion; one thread adds them up."""
 
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def part_sums(rows, weights, parts, start, stop):  # pragma: no cover
-    """Σ weight · row over each of the parts ``start`` … ``stop``."""
+    """Write Σ weight · row of each of the portions ``start`` … ``stop``."""
     width = rows.shape[1]
     for part in range(start, stop):
         parts[part, :] = 0.0
@@ -26,7 +26,7 @@ def part_sums(rows, weights, parts, start, stop):  # pragma: no cover
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def squared_distances(rows, centre, squares, start, stop):  # pragma: no cover
-    """‖row − centre‖² of the rows ``start`` … ``stop``."""
+    """Write ‖row − centre‖² of the rows ``start`` … ``stop``."""
     for i in range(start, stop):
         total = np.float32(0.0)
         for c in range(rows.shape[1]):

@@ -1,7 +1,7 @@
 """Sums over the (token, latent) pairs of a batch: decoder, error and gradients.
 
 Pairs are sorted by token: those of token t are ``ends[t]`` … ``ends[t + 1]`` of the flat lists. A
-pair whose weight is 0 adds nothing and costs nothing.
+pair of weight 0 contributes nothing; `sums_by_latent` skips it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from reseed.compiling import njit
 from reseed.sae.kernels.lanes import prefetch
 from reseed.sae.kernels.screening import REORDER
 
-_AT_ONCE = 4  # rows added together: a sum is loaded and stored a quarter as often
+_AT_ONCE = 4  # rows added together, so that a sum is loaded and stored a quarter as often
 
 
 @njit(nogil=True, cache=True)
 def by_latent(latents, num_latents, order, ends):  # pragma: no cover
-    """A counting sort of the pairs: ``order`` by latent, ties as they were, and where each ends."""
+    """Write the stable ``order`` of the pairs by latent (counting sort) and each latent's end."""
     counts = np.zeros(num_latents, dtype=np.int64)
     for p in range(len(latents)):
         counts[latents[p]] += 1
@@ -33,7 +33,7 @@ def by_latent(latents, num_latents, order, ends):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def fired(latents, weights, counts):  # pragma: no cover
-    """How many pairs of each latent have a weight above 0, added to ``counts``."""
+    """Add to ``counts`` the number of pairs of each latent with a weight above 0."""
     for p in range(len(latents)):
         counts[latents[p]] += weights[p] > 0
 
@@ -46,7 +46,7 @@ def _ask_for(rows, i):  # pragma: no cover
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def _add(out, i, rows, which, weights, start, stop, sign):  # pragma: no cover
-    """out[i] += sign · Σ weight · rows[which], in the order of the list."""
+    """Compute out[i] += sign · Σ weight · rows[which], in the order of the list."""
     width = rows.shape[1]
     p = start
     while p + _AT_ONCE <= stop:
@@ -70,7 +70,7 @@ def _add(out, i, rows, which, weights, start, stop, sign):  # pragma: no cover
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def _inner(out, a, i, rows, which, start, stop):  # pragma: no cover
-    """out[p] = a[i] · rows[which[p]]."""
+    """Write out[p] = a[i] · rows[which[p]]."""
     width = rows.shape[1]
     for p in range(start, stop):
         if p + 1 < stop:
@@ -86,9 +86,9 @@ def _inner(out, a, i, rows, which, start, stop):  # pragma: no cover
 def errors(
     x, b_dec, W, latents, weights, ends, error, inner, squares, start, stop
 ):  # pragma: no cover
-    """For the tokens ``start`` … ``stop``, while the k rows of each are in the cache:
+    """Write e = x − (b_dec + Σ weight · row of W), e · row for each pair, and ‖e‖².
 
-    e = x − (b_dec + Σ weight · row of W), e · row for each pair, and ‖e‖².
+    This covers the tokens ``start`` … ``stop``, while the k rows of each are in the cache.
     """
     for t in range(start, stop):
         for c in range(x.shape[1]):
@@ -103,7 +103,7 @@ def errors(
 
 @njit(nogil=True, cache=True)
 def sums_by_token(W, latents, weights, ends, out, start, stop):  # pragma: no cover
-    """Σ weight · row of W, for the tokens ``start`` … ``stop``."""
+    """Write Σ weight · row of W, for the tokens ``start`` … ``stop``."""
     for t in range(start, stop):
         out[t, :] = 0.0
         _add(out, t, W, latents, weights, ends[t], ends[t + 1], np.float32(1.0))
@@ -111,7 +111,7 @@ def sums_by_token(W, latents, weights, ends, out, start, stop):  # pragma: no co
 
 @njit(nogil=True, cache=True)
 def inner_products(rows, W, latents, ends, out, start, stop):  # pragma: no cover
-    """row of the token · row of W, for each pair of the tokens ``start`` … ``stop``."""
+    """Write token's row · latent's row of W, for each pair of the tokens ``start`` … ``stop``."""
     for t in range(start, stop):
         _inner(out, rows, t, W, latents, ends[t], ends[t + 1])
 
@@ -120,7 +120,7 @@ def inner_products(rows, W, latents, ends, out, start, stop):  # pragma: no cove
 def sums_by_latent(
     rows, owners, weights, order, ends, factor, out, totals, start, stop
 ):  # pragma: no cover
-    """factor · Σ weight · row of the token, and factor · Σ weight, for some of the latents."""
+    """Write factor · Σ weight · token's row, and factor · Σ weight, for latents start … stop."""
     longest = 0
     for j in range(start, stop):
         longest = max(longest, ends[j + 1] - ends[j])

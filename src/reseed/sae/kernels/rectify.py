@@ -1,4 +1,4 @@
-"""ReLU and its derivative on a block, each with the sums over its tokens in the same pass."""
+"""ReLU and its derivative on a block, with the sums over its tokens in the same pass."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 
 from reseed.compiling import njit
 
-_TILE = 1024  # latents whose sums stay in the first cache
+_TILE = 1024  # latents per pass, so that their sums stay in the L1 cache
 
 
 @njit(nogil=True, cache=True)
 def rectify(pre, out, sums, fired):  # pragma: no cover
-    """out = max(pre, 0), NaN staying NaN; Σ out and on how many tokens it is above 0."""
+    """Write out = max(pre, 0) (NaN stays NaN), Σ out, and the number of tokens with out > 0."""
     rows, width = pre.shape
     zero, one = np.float32(0.0), np.float32(1.0)
     for left in range(0, width, _TILE):
@@ -29,7 +29,7 @@ def rectify(pre, out, sums, fired):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def through(grad, latents, added, out, sums):  # pragma: no cover
-    """out = grad + added of the latent where the latent is above 0, else 0; Σ out."""
+    """Write out = grad + added[latent] where the latent is above 0, else 0, and Σ out."""
     rows, width = grad.shape
     zero = np.float32(0.0)
     for left in range(0, width, _TILE):

@@ -1,8 +1,8 @@
-"""Loss and gradients of a ReLU SAE by products of blocks, from tensors to tensors.
+"""Loss and gradients of a ReLU SAE by products of blocks; takes and returns tensors.
 
-Blocks of tokens go through the SAE one by one, on any thread; the latents and their gradients of
-some blocks are kept, until each thread adds them, for some of the latents, to the gradients of the
-weights. So every sum has its order from the shapes alone, and no [B, F] matrix is whole in memory.
+Blocks of tokens pass through the SAE one by one, on any thread. The latents and their gradients of
+several blocks are stored; then each thread adds them to the weight gradients of some latents. The
+order of every sum thus depends only on the shapes, and no full [B, F] matrix is in memory.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from reseed.sae.kernels.active import row_product
 from reseed.sae.kernels.threads import in_blocks
 
 BLOCK_ROWS = 256
-"""Tokens that go through the SAE together."""
+"""Tokens that pass through the SAE together."""
 KEPT_ROWS = 1024
-"""Tokens whose latents are kept until they are added to the gradients."""
+"""Tokens whose latents are stored until they are added to the gradients."""
 TILE_LATENTS = 2048
-"""Latents whose gradients one thread makes together."""
+"""Latents whose gradients one thread adds up together."""
 
 
 class Gradients(NamedTuple):
-    """Sums over the batch, not means."""
+    """Loss terms and gradients, as sums over the batch (not means)."""
 
     squared_error: Float[Tensor, ""]
     sums: Float[Tensor, " num_latents"]
@@ -46,10 +46,10 @@ def relu_blocks(
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
     weights: Float[Tensor, " num_latents"],
 ) -> Gradients:
-    """Of Σ‖e‖² + Σ weight_j f_j with f = ReLU(W_enc · row + b_enc).
+    """Return the terms and gradients of Σ‖e‖² + Σ weight_j f_j with f = ReLU(W_enc · row + b_enc).
 
     Args:
-        rows: what is encoded: x, or x − b_dec.
+        rows: the encoder's inputs: x, or x − b_dec.
         parameters: W_enc, b_enc, W_dec, b_dec.
     """
     W_enc, b_enc, W_dec, b_dec = (p.detach() for p in parameters)

@@ -1,23 +1,24 @@
-"""The float32 top k through a bfloat16 product, compiled: half the time on CPUs that have one.
+"""Exact float32 top k through a bfloat16 product: half the time on CPUs with native bfloat16.
 
 The rough product p̃ (inputs, weight and bias rounded, accumulated in float32, stored in bfloat16)
 differs from the true pre-activation p by at most ε in sum and a relative u in storage:
 
     ε = ‖x̂‖‖δe‖ + ‖δx‖(‖ê‖ + ‖δe‖) + γ(‖x̂‖ + ‖δx‖)(‖ê‖ + ‖δe‖) + |δb| + γ|b|
 
-with hats for rounded values, δ for what rounding took away, and γ = 2(D + 2)2⁻²⁴ for both float32
-sums (Cauchy-Schwarz; the largest norm over the latents stands for each). If t is a lower bound of
-the k-th largest p̃ of a row, k latents have p ≥ t/(1 + u) − ε, so every member of the true top k has
-p̃ ≥ (1 − u)(t/(1 + u) − 2ε). Those are computed again in float32, and the k largest of them kept.
+with hats for rounded values, δ for the rounding residuals, and γ = 2(D + 2)2⁻²⁴ for both float32
+sums (Cauchy-Schwarz, with the largest norm over the latents for each of them). If t is a lower
+bound of the k-th largest p̃ of a row, k latents have p ≥ t/(1 + u) − ε, so every latent of the true
+top k has p̃ ≥ (1 − u)(t/(1 + u) − 2ε). Those are recomputed in float32, and the k largest chosen.
 
 For each row, while the rough product is in the cache:
 
 1. t, a lower bound of the k-th largest rough value, from maxima of groups;
 2. exact values of all that reach t: the k-th largest of them, τ, is a lower bound of the true one;
-3. exact values of the rest of those whose rough value leaves it open that they reach τ;
+3. exact values of all others whose rough value does not exclude that they reach τ;
 4. the k largest of all these.
 
-Exact: a float32 dot product, always by the same loop, so that it does not depend on the block.
+An exact value is a float32 dot product, always by the same loop, so that it is independent of the
+block.
 """
 
 from __future__ import annotations
@@ -36,17 +37,17 @@ from reseed.sae.kernels.choice import (
 from reseed.sae.kernels.lanes import prefetch
 
 REORDER = {"reassoc", "contract", "nsz"}
-"""Sums by registers. NaN and infinities stay what they are."""
-_AHEAD = 1  # rows that are asked for before they are needed
+"""Flags that let sums be vectorised. NaN and infinities keep their meaning."""
+_AHEAD = 1  # rows that are prefetched
 _SHRUNK = np.float32(1 - 2.0**-8)  # 1 − u
-_LEAST = np.float32(1e-30)  # where products may be flushed to 0
+_LEAST = np.float32(1e-30)  # below this, products may be flushed to 0
 
 
 @njit(nogil=True, cache=True, fastmath=REORDER, error_model="numpy")
 def rounded(exact, rough, norms, lost, start, stop):  # pragma: no cover
-    """Rows as bfloat16 bits (to the nearest, ties to even), the norms of that and of what is lost.
+    """Write rows as bfloat16 bits (nearest, ties to even), and the norms of these and of the loss.
 
-    NaN and infinities give norms that are not finite; their bits then do not matter.
+    NaN and infinities give norms that are not finite; the bits then do not matter.
     """
     width = exact.shape[1]
     bits = exact.view(np.uint32)
@@ -69,7 +70,7 @@ def rounded(exact, rough, norms, lost, start, stop):  # pragma: no cover
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def score(rows, i, W, b, places, start, stop, scores):  # pragma: no cover
-    """Pre-activations of row i at the latents places[start:stop], in float32."""
+    """Write the pre-activations of row i at the latents places[start:stop], in float32."""
     width = W.shape[1]
     for c in range(start, min(start + _AHEAD, stop)):
         for d in range(0, width, 16):
@@ -90,13 +91,14 @@ def score(rows, i, W, b, places, start, stop, scores):  # pragma: no cover
 def screen(
     bits, error, first, rows, W, b, k, most, values, indices, unsure, descending
 ):  # pragma: no cover
-    """The k largest of a block of rough products, the rows ``first`` … of the batch.
+    """Write the k largest of each row of a block, from its rough products.
 
     Args:
         bits: non-negative bfloat16 numbers as integers.
         error: ε of every row of the batch.
-        most: rows that have more candidates are marked ``unsure``, as are those where the bound
-            says nothing; nothing else is written for them.
+        first: index of the block's first row in the batch.
+        most: largest number of candidates. Rows with more, and rows whose bound is useless, are
+            marked ``unsure``; nothing else is written for them.
     """
     width = bits.shape[1]
     maxima = np.empty(padded(width), dtype=np.int16)
@@ -128,7 +130,7 @@ def screen(
             found = reaching(row, width, cut, likely, most)
             if found < 0:
                 continue
-            # The rest of them, behind those that are computed.
+            # Append the candidates whose exact values are not computed yet.
             left = 0
             for c in range(found):
                 if row[likely[c]] < bound:
@@ -144,7 +146,7 @@ def screen(
 
 @njit(nogil=True, cache=True)
 def cuts(bound, error):  # pragma: no cover
-    """For each row, the least bits of a rough product whose exact one may reach the bound."""
+    """Return per row the least rough product, as bits, whose exact value may reach the bound."""
     out = np.empty(len(error), dtype=np.int16)
     word = np.empty(1, dtype=np.int32)
     number = word.view(np.float32)
@@ -156,10 +158,11 @@ def cuts(bound, error):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def gather(bits, cut, first, most):  # pragma: no cover
-    """Rough products that reach their row's cut: row, latent and bits of each, in this order.
+    """Return row, latent and bits of the rough products that reach their row's cut.
 
     Returns:
-        empty lists where there are more than ``most``.
+        Three arrays, sorted by row and latent, and False; empty arrays and True if there are more
+        than ``most``.
     """
     width = bits.shape[1]
     places = np.empty(width, dtype=np.int64)
@@ -181,7 +184,7 @@ def gather(bits, cut, first, most):  # pragma: no cover
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def score_pairs(rows, W, b, owners, latents, wanted, scores, start, stop):  # pragma: no cover
-    """Pre-activations in float32 of the pairs ``start`` … ``stop`` that are wanted."""
+    """Write the float32 pre-activations of the ``wanted`` pairs among ``start`` … ``stop``."""
     width = W.shape[1]
     for p in range(start, stop):
         if p + 1 < stop and wanted[p + 1]:
@@ -198,7 +201,7 @@ def score_pairs(rows, W, b, owners, latents, wanted, scores, start, stop):  # pr
 
 @njit(nogil=True, cache=True)
 def kth_score(scores, k):  # pragma: no cover
-    """The k-th largest of positive numbers."""
+    """Return the k-th largest of positive numbers."""
     keys = np.empty(padded(len(scores)), dtype=np.int32)
     as_keys(scores, len(scores), keys)
     word = np.empty(1, dtype=np.int32)
@@ -208,7 +211,7 @@ def kth_score(scores, k):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def kth_rough(bits, k):  # pragma: no cover
-    """The k-th largest of a list of rough products, as bits and as float32."""
+    """Return the k-th largest of a list of rough products, as bits and as float32."""
     keys = np.empty(padded(len(bits)), dtype=np.int16)
     for i in range(len(bits)):
         keys[i] = bits[i]

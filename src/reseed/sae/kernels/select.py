@@ -1,4 +1,4 @@
-"""The k largest pre-activations of every row, from tensors to tensors."""
+"""The k largest pre-activations of every row; takes and returns tensors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from reseed.sae.kernels.threads import in_blocks, in_ranges
 from reseed.sae.product import Product, prepacked_product
 
 BLOCK_ROWS = 128
-"""Rows of a block: the product of one thread stays in its cache until it has been read."""
+"""Rows of a block, so that a thread's product stays in its cache until it has been read."""
 LEAST_CANDIDATES, MOST_CANDIDATES = 64, 8
-"""So many (the second in units of k) are computed again for a row, before it takes another way."""
+"""A row with more candidates than the larger of these (the second in units of k) is selected by the
+float32 product."""
 MIN_D_IN, MIN_LATENTS, MIN_ROWS = 64, 1024, 256
-"""Below these the float32 product costs less than the rough one and what comes with it."""
+"""Below these the float32 product is faster than the rough one with its overhead."""
 
 Selected = tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]
 
@@ -31,10 +32,10 @@ def select(
     descending: bool,
     screened: bool | None = None,
 ) -> Selected:
-    """See `reseed.sae.selection.select`.
+    """Return the k largest pre-activations; see `reseed.sae.selection.select`.
 
     Args:
-        screened: through the bfloat16 product; None says where that is faster.
+        screened: use the bfloat16 product; None: only where it is faster.
     """
     if screened is None:
         screened = screen_pays(rows, W_enc)
@@ -53,14 +54,14 @@ def select(
 
 
 def screen_pays(rows: Tensor, W: Tensor) -> bool:
-    """Whether the bfloat16 product is the faster way here."""
+    """Return True if the bfloat16 product is faster for these shapes on this CPU."""
     num_latents, d_in = W.shape
     large = d_in >= MIN_D_IN and num_latents >= MIN_LATENTS and len(rows) >= MIN_ROWS
     return large and _has_bfloat16()
 
 
 def _has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 natively (emulated, it is slower than float32)."""
+    """Return True if this CPU multiplies bfloat16 natively (emulation is slower than float32)."""
     try:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     except AttributeError:
@@ -70,7 +71,7 @@ def _has_bfloat16() -> bool:
 def _exact(
     rows: Tensor, W: Tensor, b: Tensor, k: int, descending: bool, values: Tensor, indices: Tensor
 ) -> None:
-    """By the float32 product."""
+    """Select by the float32 product."""
     product = prepacked_product(BLOCK_ROWS, W, b) if len(rows) >= 2 * BLOCK_ROWS else None
     product = product or (lambda block: torch.addmm(b, block, W.t()))
     out = values.numpy(), indices.numpy()
@@ -86,7 +87,7 @@ def _exact(
 def _screened(
     rows: Tensor, W: Tensor, b: Tensor, k: int, descending: bool, values: Tensor, indices: Tensor
 ) -> Int[np.ndarray, " left"]:
-    """By the bfloat16 product; the rows for which that does not do."""
+    """Select by the bfloat16 product, and return the rows that it cannot decide."""
     product, rough, error = rough_product(rows, W, b)
     unsure = np.empty(len(rows), dtype=np.bool_)
     given = rows.numpy(), W.numpy(), b.numpy()
@@ -104,7 +105,7 @@ def _screened(
 def rough_product(
     rows: Tensor, W: Tensor, b: Tensor
 ) -> tuple[Product, Tensor, Float[np.ndarray, " batch"]]:
-    """ReLU(W x + b) in bfloat16, the rows rounded for it, and ε for each of them."""
+    """Return the product ReLU(W x + b) in bfloat16, the rounded rows, and ε of each row."""
     rough_rows, norm_x, lost_x = _rounded(rows)
     rough_W, norms_W, losts_W = _rounded(W)
     rough_b = b.bfloat16()
@@ -121,7 +122,7 @@ def rough_product(
 
 
 def _rounded(exact: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
-    """As bfloat16, the norms of the rows of that and of what rounding took away."""
+    """Return the matrix in bfloat16, its rows' norms, and the norms of the rounding residuals."""
     rough = buffers.empty(tuple(exact.shape), torch.int16)
     norms, lost = np.empty(len(exact), dtype=np.float32), np.empty(len(exact), dtype=np.float32)
     numbers, bits = exact.numpy(), rough.numpy().view(np.uint16)

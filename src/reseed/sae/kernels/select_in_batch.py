@@ -1,8 +1,8 @@
-"""The largest pre-activations of a whole batch, from tensors to tensors.
+"""The largest pre-activations of a whole batch; takes and returns tensors.
 
-As in `reseed.sae.kernels.screening`, with one bound for all rows: what the first block says of it
-is a guess g, every row hands in what may reach g, and the result is exact if at least as many do
-reach g as are wanted.
+The method is that of `reseed.sae.kernels.screening` with one bound for all rows. The first block
+gives a guess g of the bound; every row contributes the candidates that may reach g. The result is
+exact if at least ``count`` of them do reach g.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from reseed.sae.kernels.select import BLOCK_ROWS, rough_product, screen_pays
 from reseed.sae.kernels.threads import in_blocks, in_ranges
 
 _GUESS = 1.25
-"""In units of k: how many of a row are guessed to be above g."""
+"""Expected number per row above g, in units of k."""
 _MOST = 16
-"""In units of k: if more may reach g, on average over the rows of a block, there is no result."""
+"""Limit on candidates per row, on average over a block, in units of k; above it, no result."""
 
 Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray, bool]
@@ -31,9 +31,9 @@ def select_in_batch(
     b_enc: Float[Tensor, " num_latents"],
     count: int,
 ) -> Pairs | None:
-    """The ``count`` largest that are positive: values, rows, latents, sorted by row and latent.
+    """Return values, rows, latents of the ``count`` largest positive ones, by row and latent.
 
-    None where rough products do not decide it: the guess was too high, or the band too wide.
+    Return None if rough products do not decide: the guess was too high, or the error too large.
     """
     if not screen_pays(rows, W_enc):
         return None
@@ -43,7 +43,7 @@ def select_in_batch(
         return None
     first = product(rough[:BLOCK_ROWS]).view(torch.int16).numpy()
     share = count / len(rows) * len(first)
-    rank = round(_GUESS * share + 4 * share**0.5 + 4)  # few vary more, from block to block
+    rank = round(_GUESS * share + 4 * share**0.5 + 4)  # blocks rarely vary by more than this
     if not 1 <= rank <= first.size:
         return None
     _, guess = screening.kth_rough(first.reshape(-1), rank)
@@ -77,7 +77,7 @@ def _largest(
     latents: np.ndarray,
     bits: np.ndarray,
 ) -> Pairs | None:
-    """The exact choice among all that may reach the guess."""
+    """Choose exactly among the candidates that may reach the guess."""
     scores = np.empty(len(bits), dtype=np.float32)
     given = rows.numpy(), W.numpy(), b.numpy(), owners, latents
 

@@ -1,8 +1,8 @@
 """Ranges and blocks on as many threads as torch may use (`torch.get_num_threads`).
 
-Threads of our own, because those of numba do not outlive a fork and those of OpenMP spin. A task
-must let go of the interpreter's lock (numba's ``nogil``; torch's operators do), and tasks must not
-write to the same places; who does which of them must not matter.
+The threads are our own, because numba's do not survive a fork and OpenMP's spin. A task must
+release the GIL (numba's ``nogil``; torch's operators do). Tasks must not write to the same memory,
+and the result must not depend on which thread runs which task.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from threading import Barrier, Lock
 import torch
 
 LEAST_WORK = 2**22
-"""Multiplications, about, that are worth waking another thread."""
+"""Approximate number of multiplications that is worth waking another thread."""
 _CHUNKS = 8
-"""Ranges per thread, so that one that is held up does not hold up the rest."""
+"""Ranges per thread, so that a delayed thread does not delay the others."""
 
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -26,10 +26,10 @@ _size = 0
 
 
 def in_ranges(task: Callable[[int, int], object], count: int, work: int) -> None:
-    """``task(start, stop)`` over 0 … ``count``.
+    """Run ``task(start, stop)`` over ranges of 0 … ``count``.
 
     Args:
-        work: multiplications, about, per item.
+        work: approximate number of multiplications per item.
     """
     threads = min(torch.get_num_threads(), count, 1 + count * work // LEAST_WORK)
     if threads <= 1:
@@ -49,16 +49,16 @@ def in_ranges(task: Callable[[int, int], object], count: int, work: int) -> None
 
 
 def in_blocks(task: Callable[[int, int], object], count: int, size: int) -> None:
-    """``task(start, stop)`` over blocks of ``size`` of 0 … ``count``; in it torch has one thread.
+    """Run ``task(start, stop)`` over blocks of ``size`` of 0 … ``count``, each on one torch thread.
 
-    The blocks, and what torch makes of them, do not depend on the number of threads.
+    The blocks, and torch's results on them, do not depend on the number of threads.
     """
     blocks = -(-count // size)
     numbers = counting()
 
     @torch.no_grad()
     def worker() -> None:
-        with torch.autocast("cpu", enabled=False):  # which other threads do not know of anyway
+        with torch.autocast("cpu", enabled=False):  # autocast does not reach other threads
             while (block := next(numbers)) < blocks:
                 task(block * size, min(count, (block + 1) * size))
 
@@ -71,7 +71,7 @@ def in_blocks(task: Callable[[int, int], object], count: int, size: int) -> None
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:
-    """At least so many, in each of which torch has one thread."""
+    """Return a pool of at least ``threads`` workers, in each of which torch uses one thread."""
     global _pool, _size
     with _lock:
         if _pool is None or _size < threads:
@@ -79,7 +79,7 @@ def _workers(threads: int) -> ThreadPoolExecutor:
                 _pool.shutdown(wait=False)
             own = torch.get_num_threads()
             _pool, _size = ThreadPoolExecutor(threads, "reseed-kernels"), threads
-            # What torch is told counts for the thread that tells it, and for threads to come.
+            # `set_num_threads` acts on the calling thread and on threads started later.
             together = Barrier(threads)
             for done in [_pool.submit(_alone, together) for _ in range(threads)]:
                 done.result()
@@ -88,13 +88,13 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 
 
 def _alone(together: Barrier) -> None:
-    together.wait()  # each worker is to come here once
-    torch.get_num_threads()  # a thread's first question sets it to what the others have
+    together.wait()  # makes each worker run this once
+    torch.get_num_threads()  # a thread's first call resets its number to the common one
     torch.set_num_threads(1)
 
 
 def _forget() -> None:
-    """Threads do not outlive a fork."""
+    """Drop the pool after a fork, which its threads do not survive."""
     global _pool, _size, _lock
     _pool, _size, _lock = None, 0, Lock()
 

@@ -1,4 +1,4 @@
-"""One step of Adam on rows that stay in the cache from the gradient to the norm."""
+"""One step of Adam, row by row: a row stays in the cache from the gradient to the norm."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _parallel(grad, weight, i):  # pragma: no cover
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def squared_norms(grad, weight, project, squares, start, stop):  # pragma: no cover
-    """‖g‖² of every row, g without its part along the row of ``weight`` if ``project``."""
+    """Write ‖g‖² of every row; if ``project``, g without its component along the weight's row."""
     for i in range(start, stop):
         along = _parallel(grad, weight, i) if project else np.float32(0.0)
         total = np.float32(0.0)
@@ -34,13 +34,13 @@ def squared_norms(grad, weight, project, squares, start, stop):  # pragma: no co
 def adam(
     weight, grad, first, second, project, renormalise, numbers, start, stop
 ):  # pragma: no cover
-    """Rows ``start`` … ``stop``, in place; the gradient stays as it is.
+    """Update the rows ``start`` … ``stop`` in place; the gradient is not changed.
 
     Args:
         first, second: Adam's moments.
-        project: take out of each row of the gradient what is along the row of the weight.
-        renormalise: scale rows to norm 1 at the end; a zero row stays.
-        numbers: float32: clipping factor, 1 − β₁, β₂, 1 − β₂, 1 − lr · decay, lr / (1 − β₁ᵗ),
+        project: remove from each row of the gradient its component along the weight's row.
+        renormalise: scale rows to norm 1 at the end; a row of zeros stays.
+        numbers: float32 array: clipping factor, 1 − β₁, β₂, 1 − β₂, 1 − lr · decay, lr / (1 − β₁ᵗ),
             √(1 − β₂ᵗ), ε.
     """
     width = weight.shape[1]

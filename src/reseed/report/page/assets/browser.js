@@ -1,10 +1,10 @@
-// The browser of latents: what the address says is shown; keys.
+// The latent browser: shows the list or the latent in the address, and handles keys.
 "use strict";
 
 const browser = (() => {
   const main = document.getElementById("main");
   let last = "#list?"; // the list as it was left
-  let turn = 0; // of what is to be shown; what was asked for before is not shown any more
+  let turn = 0; // number of the latest request; a page that arrives for an older one is dropped
 
   function query() {
     return (location.hash.startsWith("#latent/") ? last : location.hash).split("?")[1] ?? "";

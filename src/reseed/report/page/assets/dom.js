@@ -1,7 +1,7 @@
-// Elements and words. Text is always put in as text, so that no token can be taken for markup.
+// Elements and formats. Text is always inserted as text, so that no token is parsed as markup.
 "use strict";
 
-/** An element; `on…` attributes are listeners, null and false are left out. */
+/** Return an element; `on…` attributes are listeners, null and false are left out. */
 function element(name, attributes = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
@@ -15,26 +15,26 @@ function element(name, attributes = {}, ...children) {
 }
 
 const words = {
-  /** A fraction or a cosine. */
+  /** Format a fraction or a cosine. */
   number(value) {
     if (value === null || value === undefined) return "–";
     if (value === 0) return "0";
     return Math.abs(value) >= 0.00995 ? value.toFixed(2) : value.toPrecision(1);
   },
-  /** An activation. */
+  /** Format an activation. */
   amount(value) {
     return value === undefined ? "–" : String(Number(value.toPrecision(3)));
   },
-  /** A part of the tokens. */
+  /** Format a fraction of the tokens. */
   density(value) {
     if (value === 0) return "never";
     return value < 0.0001 ? value.toExponential(1) : `${(100 * value).toPrecision(2)}%`;
   },
-  /** Something counted. */
+  /** Format a count. */
   count(value) {
     return value.toLocaleString("en");
   },
-  /** Line breaks and tabs of a token as signs, so that they are seen. */
+  /** Replace line breaks and tabs of a token by signs, so that they are visible. */
   visible(text) {
     return text.replace(/\r?\n/g, "↵").replace(/\t/g, "→");
   },

@@ -1,11 +1,11 @@
-// One latent: what is known of it, and what it fires on beside its partners in the other runs.
+// Page of one latent: its statistics, and its contexts beside those of its partners in other runs.
 "use strict";
 
 const latent = (() => {
   const ADDRESS = /^#latent\/(.+)\/(\d+)$/;
   const runs = () => reseed.runs;
 
-  /** A run that is in two cells is there twice: then its place tells which is meant. */
+  /** Return a latent's address. A run in two cells has two entries; the second has its index added. */
   function address(r, i) {
     const first = runs().findIndex((run) => run.id === runs()[r].id);
     return `#latent/${runs()[r].id}${first === r ? "" : `~${r}`}/${i}`;
@@ -20,7 +20,7 @@ const latent = (() => {
     const r = place(decodeURIComponent(name));
     const i = Number(number);
     if (!(r >= 0) || !(i >= 0 && i < runs()[r].latents)) {
-      const told = `There is no latent ${number} of a run ${name} in this report.`;
+      const told = `This report has no latent ${number} of run ${name}. Choose one from the list (Esc).`;
       main.replaceChildren(element("p", { class: "trouble", role: "alert" }, told));
       return;
     }
@@ -41,7 +41,7 @@ const latent = (() => {
     return found[i - shard * reseed.shard];
   }
 
-  /** What a latent has in another run: the decoder's match, as `shared` asks both to agree. */
+  /** Return the partner in another run: the decoder's match, because `shared` requires both to agree. */
   async function partnerOf(c, i, other, k) {
     const match = c.partner_decoder[k][i];
     const vocabulary = runs()[other].vocabulary;
@@ -67,14 +67,14 @@ const latent = (() => {
         turn(-1, "previous", "k"), turn(1, "next", "j")));
   }
 
-  /** The latent so many steps on in the list; where that was not opened yet, in the run. */
+  /** Return the latent `steps` further in the list, or in the run if the list does not show this one. */
   function beside(r, i, steps) {
     const found = list.beside(r, i, steps);
     if (found !== undefined) return found;
     return i + steps >= 0 && i + steps < runs()[r].latents ? { r, i: i + steps } : null;
   }
 
-  /** Go on from the latent of the address, which may be ahead of what is shown. */
+  /** Move on from the latent in the address, which may be ahead of the page that is shown. */
   function step(steps) {
     const [, name, number] = location.hash.match(ADDRESS);
     const next = beside(place(decodeURIComponent(name)), Number(number), steps);
@@ -134,14 +134,14 @@ const latent = (() => {
   function passages(r, own) {
     if (!own) {
       const why = runs()[r].vocabulary === undefined
-        ? "No passages: evaluation=contexts was not asked for." : "It has no passages.";
+        ? "No passages yet: evaluate this run with evaluation=contexts." : "No passages of this latent.";
       return element("p", { class: "state" }, why);
     }
-    if (!own.c.length) return element("p", { class: "state" }, "It fired on no token that was read.");
+    if (!own.c.length) return element("p", { class: "state" }, "This latent fired on no token that was read.");
     const top = own.c.filter(([quantile]) => quantile === null);
     const sampled = own.c.filter(([quantile]) => quantile !== null);
     const part = (title, found) => (found.length ? [element("h4", {}, title), found.map((context) => passage(r, context, own.max))] : null);
-    return element("div", {}, part("Where it fires most", top), part("Sampled, from the highest quantile on", sampled));
+    return element("div", {}, part("Where it fires most", top), part("Sampled, highest quantile first", sampled));
   }
 
   function passage(r, [quantile, peak, position, ids, flat], largest) {
@@ -161,7 +161,7 @@ const latent = (() => {
       element("div", { class: "passage-text" }, tokens));
   }
 
-  /** A text with its line breaks shown as signs, then made. */
+  /** Return a text in which each line break is shown as a sign and then applied. */
   function broken(text) {
     return text.split(/(\r?\n)/).flatMap((part, at) => (at % 2 ? [element("span", { class: "break" }, "↵"), "\n"] : part.replace(/\t/g, "→")));
   }

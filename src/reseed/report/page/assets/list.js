@@ -3,12 +3,12 @@
 
 const list = (() => {
   const PAGE = 50;
-  const FEW = 60000; // latents that are listed together without being asked for
+  const FEW = 60000; // with more latents in total, the list opens with the first run only
 
   const runs = () => reseed.runs;
   const density = (c, i, r) => c.firing[i] / Math.max(1, runs()[r].tokens);
 
-  // What latents can be chosen by; the first of each chooses all.
+  // Filters; the first option of each selects all latents.
   const FILTERS = {
     kind: ["Show", {
       all: ["all latents", () => true],
@@ -48,14 +48,14 @@ const list = (() => {
     { key: "absorption", head: "absorption", width: "10rem", of: (c, i) => c.absorption_words?.[i] ?? null, down: true, named: true },
   ];
 
-  let loaded = []; // by the place of the run
-  let order = []; // what is listed: run, latent and what it is sorted by
-  let at = 0; // which of the page the keyboard is at
+  let loaded = []; // columns by index of the run
+  let order = []; // listed latents: run, latent and sort value
+  let at = 0; // row of the page that the keyboard selects
 
   const first = (options) => Object.keys(options)[0];
   const defaultRun = () => (runs().reduce((sum, run) => sum + run.latents, 0) <= FEW ? "" : runs()[0].id);
 
-  /** What of the address is about the list, with what stands for what it leaves out. */
+  /** Return the state of the list from the address's query, with defaults for what it leaves out. */
   function stateOf(query) {
     const given = new URLSearchParams(query);
     const filters = Object.entries(FILTERS).map(([name, [, options]]) =>
@@ -89,7 +89,7 @@ const list = (() => {
     return wanted;
   }
 
-  /** The latents that are meant, in their order. */
+  /** Return the latents that pass the filters, sorted. */
   function chosen(state, wanted) {
     const rules = Object.entries(FILTERS).map(([name, [, options]]) => options[state[name]][1]);
     const text = state.text.toLowerCase();
@@ -105,12 +105,12 @@ const list = (() => {
       }
     }
     const sign = state.down ? -1 : 1;
-    // What is not known comes last, whichever way it is sorted.
+    // Unknown values come last in either direction.
     return found.sort((a, b) =>
       Number.isNaN(a.value) - Number.isNaN(b.value) || sign * (a.value - b.value || 0) || a.r - b.r || a.i - b.i);
   }
 
-  /** A number is a latent; any other text is looked for in the passage. */
+  /** Return whether a latent matches the search: a number by its index, other text by its passage. */
   function matches(c, i, text) {
     if (/^\d+$/.test(text) && i === Number(text)) return true;
     return c.peak ? (c.before[i] + c.peak[i] + c.after[i]).toLowerCase().includes(text) : false;
@@ -130,7 +130,7 @@ const list = (() => {
     document.title = reseed.title;
   }
 
-  /** The parts of the list that stay while it is filtered: the search keeps its caret. */
+  /** Make the parts that stay while the list is filtered, so that the search field keeps its caret. */
   function made(main) {
     const select = (name, title) => element("label", {}, `${title} `,
       element("select", { id: name, onchange: (e) => go({ [name]: e.target.value, page: 0 }) }));
@@ -201,7 +201,7 @@ const list = (() => {
     return element("tr", { class: place === at ? "at" : null, onclick: (e) => opened(e, r, i) }, made);
   }
 
-  /** A click anywhere in a row opens it, unless it is on its link or marks text. */
+  /** Open the latent of a clicked row, unless the click was on its link or selected text. */
   function opened(event, r, i) {
     if (!event.target.closest("a") && !String(getSelection())) location.hash = latent.address(r, i);
   }
@@ -233,7 +233,7 @@ const list = (() => {
       element("button", { type: "button", id: "help", onclick: () => browser.help() }, "Keys")];
   }
 
-  /** Change something of the state; while somebody types no step of the history is made. */
+  /** Change the state; `silent` (while the user types) adds no step to the browser's history. */
   function go(changes, silent = false) {
     const address = addressOf({ ...stateOf(browser.query()), ...changes });
     if (silent) {
@@ -242,7 +242,7 @@ const list = (() => {
     } else location.hash = address;
   }
 
-  /** The keyboard's place, moved by so many rows; over an end to the next page. */
+  /** Move the keyboard's selection by `steps` rows; over an end to the next or previous page. */
   function move(steps) {
     const rows = document.querySelectorAll(".list tbody tr");
     const state = stateOf(browser.query());
@@ -260,8 +260,8 @@ const list = (() => {
     if (row) location.hash = latent.address(row.r, row.i);
   }
 
-  /** The latent so many steps from one in the order of the list; null beyond its ends, undefined
-   * where it is not listed. */
+  /** Return the latent `steps` from another in the list; null beyond its ends, undefined if the
+   * other is not listed. */
   function beside(r, i, steps) {
     const place = order.findIndex((row) => row.r === r && row.i === i);
     return place < 0 ? undefined : order[place + steps] ?? null;

@@ -1,16 +1,16 @@
-// What every page has: the theme's button, and where data files register.
+// Scripts of every page: the theme button, and the registry of data files.
 "use strict";
 
 const reseed = (() => {
   const values = new Map();
   const waiting = new Map();
 
-  /** What a data file calls. */
+  /** Register the value of a data file, which calls this. */
   function data(key, value) {
     values.set(key, value);
   }
 
-  /** The value of a data file, which is loaded the first time that it is asked for. */
+  /** Return the value of a data file; it is loaded on first use. */
   function load(key, file) {
     if (values.has(key)) return Promise.resolve(values.get(key));
     if (!waiting.has(key)) {
@@ -36,11 +36,11 @@ const reseed = (() => {
     try {
       localStorage.setItem("reseed-theme", root.dataset.theme);
     } catch {
-      // Then it holds for this page alone.
+      // The browser forbids storage: the theme holds for this page only.
     }
   }
 
-  /** Whether a key belongs to what is being written in. */
+  /** Return whether a key press belongs to a form field or is a shortcut of the browser. */
   function typing(event) {
     return event.target.closest?.("input, select, textarea") || event.ctrlKey || event.metaKey || event.altKey;
   }

@@ -1,11 +1,11 @@
-// The theme that was chosen, before anything is drawn; else the system's.
+// Applies the stored theme, if any, before the first paint; else the system's holds.
 "use strict";
 {
   let chosen = null;
   try {
     chosen = localStorage.getItem("reseed-theme");
   } catch {
-    // A browser may forbid pages from a disk to remember anything.
+    // A browser may forbid storage to pages opened from disk.
   }
   if (chosen) document.documentElement.dataset.theme = chosen;
 }
