@@ -25,12 +25,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reseed.evaluate.absorption.config import AbsorptionConfig
-from reseed.evaluate.first_letter.folds import make_folds, parts
-from reseed.evaluate.first_letter.probes import train_probe
-from reseed.evaluate.first_letter.prompts import Template
-from reseed.evaluate.first_letter.task import Probed
-from reseed.evaluate.first_letter.words import Words
+from reseed.evaluate.absorption.evaluation import AbsorptionConfig
+from reseed.evaluate.first_letter.task import ProbedTask
+from reseed.evaluate.first_letter.words import Template, Words, make_folds, split_words
+from reseed.evaluate.probes import train_probe
 from reseed.sae.base import SAE
 from reseed.sae.topk import TopKConfig
 
@@ -77,7 +75,7 @@ def seconds(call: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def made_up(n: int, d_in: int) -> Probed:
+def made_up(n: int, d_in: int) -> ProbedTask:
     """Make words with Zipf-like counts per letter; each letter has a direction of activations."""
     random = torch.Generator().manual_seed(1)
     share = 1 / torch.arange(1, LETTERS + 1) ** 0.7
@@ -85,7 +83,7 @@ def made_up(n: int, d_in: int) -> Probed:
     directions = torch.randn(LETTERS, d_in, generator=random)
     x = 0.3 * directions[labels] + torch.randn(n, d_in, generator=random)
     array = labels.numpy()
-    part = parts(array, 1, 0)
+    part = split_words(array, 1, 0)
     folds = make_folds(array, part, 1, 0)
     names = tuple("abcdefghijklmnopqrstuvwxyz")
     words = Words(torch.arange(n), ("",) * n, labels, names, names)
@@ -95,7 +93,7 @@ def made_up(n: int, d_in: int) -> Probed:
         member = torch.nn.functional.one_hot(each, LETTERS).bool()[folds[0].train]
         weight, bias = train_probe(x[folds[0].train], member, random)
         probes |= {f"{prefix}weight": weight[None], f"{prefix}bias": bias[None]}
-    return Probed(words, Template((), {}, {}, {}), x, part, folds, 0, probes)
+    return ProbedTask(words, Template((), {}, {}, {}), x, part, folds, 0, probes)
 
 
 class AsSaeBench(torch.nn.Module):
@@ -112,7 +110,7 @@ class AsSaeBench(torch.nn.Module):
         return self.sae.encode(x)
 
 
-def sae_bench_stages(sae: SAE, probed: Probed, encodes: int) -> dict[str, float]:
+def sae_bench_stages(sae: SAE, probed: ProbedTask, encodes: int) -> dict[str, float]:
     """Measure the seconds of each stage of sae-bench with its defaults."""
     from sae_bench.evals.absorption import k_sparse_probing as peer
     from sae_bench.evals.absorption.probing import LinearProbe

@@ -26,17 +26,14 @@ import pandas as pd
 import torch
 from measuring import _peak, _reset_peak, _resident
 
-from reseed.evaluate.contexts.config import ContextsConfig
-from reseed.evaluate.contexts.directions import Ranked, lens, neighbours
-from reseed.evaluate.contexts.firings import Firings
-from reseed.evaluate.contexts.gathering import Gathering
-from reseed.evaluate.contexts.result import Described
-from reseed.evaluations import Stored
+from reseed.evaluate.contexts.evaluation import ContextsConfig, LatentDescriptions
+from reseed.evaluate.contexts.gathering import ContextGatherer, Firings, Ranked, lens, neighbours
 from reseed.sae.base import SAE
 from reseed.sae.batch_topk import BatchTopK, BatchTopKConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.selection import select
 from reseed.sae.topk import TopKConfig
+from reseed.store.results import StoredEvaluation
 
 CONTEXT, BLOCK = 256, 4_096
 """Tokens of a sequence, and of a block, which the evaluation processes at once."""
@@ -95,12 +92,12 @@ def made_up(architecture: str, d_in: int, num_latents: int, k: int, device: torc
     return sae.to(device)
 
 
-def gathering_of(sae: SAE) -> Gathering:
-    return Gathering(sae, SETTINGS.top, SETTINGS.reservoir, SETTINGS.window, SETTINGS.seed)
+def gathering_of(sae: SAE) -> ContextGatherer:
+    return ContextGatherer(sae, SETTINGS.top, SETTINGS.reservoir, SETTINGS.window, SETTINGS.seed)
 
 
 @torch.inference_mode()
-def blocks(sae: SAE, gathering: Gathering, count: int) -> tuple[list[Spent], list[Spent]]:
+def blocks(sae: SAE, gathering: ContextGatherer, count: int) -> tuple[list[Spent], list[Spent]]:
     """Time each block encoded alone, and with contexts gathered."""
     generator = torch.Generator().manual_seed(1)
     kept = torch.ones(BLOCK // CONTEXT, CONTEXT, dtype=torch.bool)
@@ -134,7 +131,7 @@ def at(firings: Firings, block: int, generator: torch.Generator, device: torch.d
 
 
 @torch.inference_mode()
-def passing(gathering: Gathering, k: int, tokens: int, begin: int) -> tuple[Spent, list[str]]:
+def passing(gathering: ContextGatherer, k: int, tokens: int, begin: int) -> tuple[Spent, list[str]]:
     """Count the firings of further tokens; return the time, and lines with memory on the way."""
     generator = torch.Generator().manual_seed(2)
     density = gathering.firing.cpu().double() + 0.01
@@ -152,7 +149,7 @@ def passing(gathering: Gathering, k: int, tokens: int, begin: int) -> tuple[Spen
     return Spent(wall, cpu), lines
 
 
-def at_the_end(sae: SAE, gathering: Gathering, vocabulary: int) -> dict[str, Spent]:
+def at_the_end(sae: SAE, gathering: ContextGatherer, vocabulary: int) -> dict[str, Spent]:
     """Time the final stage, which runs once per SAE."""
     device, rows = sae.W_dec.device, sae.W_dec.detach()
     unit = rows / rows.norm(dim=1, keepdim=True)
@@ -166,13 +163,13 @@ def at_the_end(sae: SAE, gathering: Gathering, vocabulary: int) -> dict[str, Spe
     index = few.index[:1].expand(len(rows), -1)
     last = int(torch.stack([gathering.top.position.max(), gathering.drawn.position.max()]).max())
     sequences = torch.randint(0, vocabulary, (last // CONTEXT + 1, CONTEXT))
-    described = Described(
+    described = LatentDescriptions(
         gathering, SETTINGS.sampled, *found, Ranked(index, few.value[:1].expand(index.shape)),
         sequences,
     )  # fmt: skip
     result = described.result(len(sequences) * CONTEXT, pd.DataFrame({"token": [], "text": []}))
     with tempfile.TemporaryDirectory() as folder:
-        stored = Stored("contexts", {}, result.metrics, result.tables, result.latents)
+        stored = StoredEvaluation("contexts", {}, result.metrics, result.tables, result.latents)
         writing = timed(lambda: stored.write(Path(folder)), device)
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         print(f"files: {size / 2**20:,.0f} MiB")

@@ -54,7 +54,7 @@ class Harvest:
         import torch
 
         from reseed.activations.cache import ActivationCache
-        from reseed.activations.hookpoint import Hookpoint
+        from reseed.activations.hookpoints import Hookpoint
         from reseed.activations.language_model import EmbeddedModelConfig, PathModelConfig
         from reseed.activations.text import DocstringsConfig, TextFilesConfig
 
@@ -101,7 +101,7 @@ class Harvest:
     def _bare(self) -> Callable[[], object]:
         import torch
 
-        from reseed.activations.hookpoint import module_path
+        from reseed.activations.hookpoints import module_path
 
         model, length = self.source.model.model, self.stream.config.context_length
         rows = self.source.model.batch_sequences

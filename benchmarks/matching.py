@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from reseed.compare.dictionary import unit_rows
 from reseed.compare.matching import match
-from reseed.compare.rows import unit_rows
 
 KINDS = ("half", "split", "random", "tight")
 
@@ -119,7 +119,7 @@ def by_scipy(a: np.ndarray, b: np.ndarray, threads: int) -> dict[str, Any]:
 
 def _child(pipe: Any, task: str, source: Any, threads: int, device: str) -> None:
     if isinstance(source[0], Path):
-        from reseed.runs import load_run
+        from reseed.store.runs import load_run
 
         saes = [load_run(path).sae() for path in source[:2]]
         a, b = (getattr(sae, source[2]).detach().numpy() for sae in saes)

@@ -8,8 +8,8 @@ import pytest
 
 from reseed.activations import text as text_module
 from reseed.activations.text import HubTextConfig, resolve_text
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from reseed.calibration import ACCEPTED, BOUND, MAX_ROUNDS, CalibrationError, Search
-from reseed.train.steering import BEGIN, GAIN, HOLD, Steering
+from reseed.sae.losses import BEGIN, GAIN, HOLD, PenaltySteering
+from reseed.study.calibrate import ACCEPTED, BOUND, MAX_ROUNDS, CalibrationError, Search
 
 Response = Callable[[float], float]
 
@@ -77,7 +77,7 @@ def test_weights_are_rounded_to_four_digits() -> None:
 
 
 def test_steering_changes_the_weight_only_between_warm_up_and_decay() -> None:
-    steering = Steering(target=10.0, steps=1_000, log_weight=0.0)
+    steering = PenaltySteering(target=10.0, steps=1_000, log_weight=0.0)
     for index in range(round(BEGIN * 1_000)):
         steering.observe(index, 500.0)
     assert steering.log_weight == 0
@@ -92,7 +92,7 @@ def test_steering_changes_the_weight_only_between_warm_up_and_decay() -> None:
 
 def test_steering_holds_a_first_order_lag_at_its_target() -> None:
     """The plant L0 = 40/λ follows with a lag of 30 steps; λ = 4 gives the target of 10."""
-    steering, log_l0 = Steering(10.0, 1_000, 0.0), math.log(400)
+    steering, log_l0 = PenaltySteering(10.0, 1_000, 0.0), math.log(400)
     for index in range(1_000):
         log_l0 += (math.log(40 / steering.weight) - log_l0) / 30
         steering.observe(index, math.exp(log_l0))
@@ -100,13 +100,13 @@ def test_steering_holds_a_first_order_lag_at_its_target() -> None:
 
 
 def test_steering_resumes_from_a_checkpoint() -> None:
-    whole = Steering(10.0, 100, 0.0)
+    whole = PenaltySteering(10.0, 100, 0.0)
     for index in range(100):
         whole.observe(index, 20.0 - index / 10)
-    part = Steering(10.0, 100, 0.0)
+    part = PenaltySteering(10.0, 100, 0.0)
     for index in range(60):
         part.observe(index, 20.0 - index / 10)
-    part = Steering(**asdict(part))
+    part = PenaltySteering(**asdict(part))
     for index in range(60, 100):
         part.observe(index, 20.0 - index / 10)
     assert part == whole

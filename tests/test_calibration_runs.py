@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from reseed.calibration import ACCEPTED, CalibrationError
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
 from reseed.config import ConfigError
-from reseed.experiment import Resolved
-from reseed.missing import train_missing
-from reseed.runs import Interrupted, Run, RunStore
+from reseed.experiment.resolve import Resolved
+from reseed.store.runs import Interrupted, Run, RunStore
+from reseed.study.calibrate import ACCEPTED, CalibrationError
+from reseed.study.train import train_missing
 from reseed.train.config import RuntimeConfig
-from reseed.train.member import Member
+from reseed.train.run_state import RunState
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
 TARGET = ["sae=relu", "sae.target_l0=6"]
@@ -96,15 +96,15 @@ def test_a_killed_calibration_resumes_with_the_same_weight(
     expected = run_of(whole, runtime).record["calibration"]
     (again,), other = jobs(*TARGET, outputs="killed")
     often = RuntimeConfig.from_dict(other.to_dict() | {"checkpoint_every_s": 1e-9})
-    original, count = Member.train, [0]
+    original, count = RunState.train, [0]
 
-    def killed(self: Member, *arguments: object) -> None:
+    def killed(self: RunState, *arguments: object) -> None:
         count[0] += 1
         if count[0] in (70, 200):
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Member, "train", killed)
+    monkeypatch.setattr(RunState, "train", killed)
     for _ in range(2):
         with pytest.raises(Interrupted):
             train_missing([again], often)

@@ -9,7 +9,7 @@ import threading
 import pytest
 from numba.core import event
 
-from reseed.compiling import njit
+from reseed.system.compiling import njit
 
 KIND = "numba:compiler_lock"
 

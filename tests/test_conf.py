@@ -11,8 +11,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from reseed.cli.app import conf_dir
-from reseed.cli.jobs import experiment_from
+from reseed.cli.hydra_app import conf_dir
+from reseed.cli.plan import experiment_from
 from reseed.compare.config import ComparisonConfig
 from reseed.config import ConfigError, build
 
@@ -26,7 +26,7 @@ REQUIRED = {"path": "x", "module": "model.layers.*.mlp", "d_in": 3, "num_feature
 COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml") if p.stem != "base")
 ARCHITECTURES = sorted(p.stem for p in (CONF / "sae").glob("*.yaml") if p.stem != "pretrained")
 INHERITED = {  # group → its base option and that option's class
-    "model": ("world", "reseed.activations.world_config.WorldConfig"),
+    "model": ("world", "reseed.activations.synthetic.config.WorldConfig"),
     "training": ("standard", "reseed.train.config.TrainingConfig"),
     "comparison": ("base", "reseed.compare.config.ComparisonConfig"),
 }

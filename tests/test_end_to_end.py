@@ -15,10 +15,9 @@ import reseed
 from reseed.cli import compare, run, status
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.dictionary import Dictionary
-from reseed.compare.load import load_dictionaries
-from reseed.runs import RunStore
+from reseed.compare.dictionary import Dictionary, load_dictionaries
 from reseed.sae.topk import TopKConfig
+from reseed.store.runs import RunStore
 
 COLUMNS = [
     "n_seeds", "shared_fraction", "shared_fraction_low", "shared_fraction_high",
@@ -116,22 +115,22 @@ def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
 def test_an_incomplete_cell_is_reported(
     line: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reseed.train.member import Member
+    from reseed.train.run_state import RunState
 
-    original = Member.train
+    original = RunState.train
 
-    def poisoned(self: Member, x: torch.Tensor, optimizer: object) -> None:
+    def poisoned(self: RunState, x: torch.Tensor, optimizer: object) -> None:
         bad = "topk" in self.id and "seed2" in self.id and self.step == 3
         original(self, x * float("nan") if bad else x, optimizer)
 
-    monkeypatch.setattr(Member, "train", poisoned)
+    monkeypatch.setattr(RunState, "train", poisoned)
     assert run.main(line) == 1
     said = capsys.readouterr().out
     told = "incomplete: sae=topk: 2 of 3 runs (the loss is not finite at step 3"
     assert said.splitlines()[-1].startswith(told), "it must be the last line"
     (sweep,) = Path("sweeps").iterdir()
     assert f"- {told}" in (sweep / "summary.md").read_text()
-    monkeypatch.setattr(Member, "train", original)
+    monkeypatch.setattr(RunState, "train", original)
     assert run.main(line) == 0
     said = capsys.readouterr().out
     assert "incomplete" not in said

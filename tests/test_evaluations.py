@@ -12,18 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from reseed.evaluate.reconstruction import ReconstructionConfig
-from reseed.evaluations import (
+from reseed.store.results import (
     EvaluationError,
     RowGroups,
-    Stored,
+    StoredEvaluation,
     column,
     folder_of,
     write_failure,
 )
 
 
-def stored() -> Stored:
-    return Stored(
+def stored() -> StoredEvaluation:
+    return StoredEvaluation(
         "trial",
         {"type": "trial", "tokens": 5},
         {"fraction": np.float32(0.25), "count": np.int64(3), "unknown": None, "nan": float("nan")},
@@ -35,7 +35,7 @@ def stored() -> Stored:
 def test_a_result_is_read_as_it_was_written(tmp_path: Path) -> None:
     folder = tmp_path / "evaluations" / "trial-1"
     stored().write(folder, subject="run", seconds=1.5)
-    again = Stored.read(folder)
+    again = StoredEvaluation.read(folder)
     assert again.metrics == {"fraction": 0.25, "count": 3, "unknown": None, "nan": None}
     assert again.settings == {"type": "trial", "tokens": 5}
     assert again.tables["letters"]["class"].tolist() == ["a", "b"]
@@ -51,7 +51,7 @@ def test_tables_are_read_lazily(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     read: list[str] = []
     real = pd.read_parquet
     monkeypatch.setattr(pd, "read_parquet", lambda p: read.append(p.name) or real(p))
-    again = Stored.read(tmp_path)
+    again = StoredEvaluation.read(tmp_path)
     assert "letters" in again.tables
     assert list(again.tables) == ["letters"]
     assert "words" not in again.tables
@@ -69,13 +69,13 @@ def test_a_large_table_is_written_piece_by_piece(tmp_path: Path) -> None:
             written.append(i)
             yield pa.table([pa.array([i, i])], schema=schema)
 
-    large = Stored("trial", {}, {}, {"large": RowGroups(schema, pieces())})
+    large = StoredEvaluation("trial", {}, {}, {"large": RowGroups(schema, pieces())})
     assert not written
     large.write(tmp_path)
     file = pq.ParquetFile(tmp_path / "large.parquet")
     assert file.num_row_groups == 3
     assert file.read_row_group(1)["value"].to_pylist() == [1, 1]
-    assert Stored.read(tmp_path).tables["large"]["value"].tolist() == [0, 0, 1, 1, 2, 2]
+    assert StoredEvaluation.read(tmp_path).tables["large"]["value"].tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_partially_written_result_cannot_be_read(
@@ -90,17 +90,17 @@ def test_a_partially_written_result_cannot_be_read(
     with pytest.raises(KeyboardInterrupt):
         stored().write(tmp_path)
     with pytest.raises(FileNotFoundError):
-        Stored.read(tmp_path)
+        StoredEvaluation.read(tmp_path)
 
 
 def test_a_damaged_result_is_an_error(tmp_path: Path) -> None:
     stored().write(tmp_path)
     (tmp_path / "letters.parquet").write_bytes(b"cut")
     with pytest.raises(EvaluationError, match=r"result\.json cannot be read .*: delete the folder"):
-        Stored.read(tmp_path)
+        StoredEvaluation.read(tmp_path)
     (tmp_path / "result.json").write_text('{"format": 99}')
     with pytest.raises(EvaluationError, match="its format is 99, this version reads 1"):
-        Stored.read(tmp_path)
+        StoredEvaluation.read(tmp_path)
 
 
 def test_a_result_replaces_a_failure(tmp_path: Path) -> None:

@@ -102,8 +102,8 @@ def test_forbidden_imports_are_found(tmp_path: Path) -> None:
     path = tmp_path / "wrong.py"
     path.write_text(
         "import torch\nfrom reseed.config import Config\n"
-        "def f():\n    from reseed.train.fit import fit_group\n    import hydra.core\n"
+        "def f():\n    from reseed.train.group import fit_group\n    import hydra.core\n"
     )
-    assert wrong("sae", imports(path)) == ["hydra.core", "reseed.train.fit.fit_group"]
+    assert wrong("sae", imports(path)) == ["hydra.core", "reseed.train.group.fit_group"]
     assert wrong("cli", imports(path)) == []
     assert wrong("experiment", imports(path)) == ["hydra.core"]

@@ -14,12 +14,11 @@ import torch
 import torch.multiprocessing as processes
 from torch import Tensor
 
-from reseed.ranks import ALONE, Ranks
+from reseed.distributed.process_group import ALONE, ProcessGroup, batch_shared_by
 from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig, Step
 from reseed.sae.losses import total_variance
 from reseed.sae.selection import select_in_batch
-from reseed.sae.shared_batch import batch_shared_by
 
 BATCH, D, F = 64, 12, 96
 LONGEST_S = 240.0
@@ -51,7 +50,7 @@ def _one(index: int, count: int, port: int, law: Callable[..., None], *given: An
     limit.start()
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-    from reseed.train.team import join, leave
+    from reseed.distributed.launcher import join, leave
 
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, is_master=index == 0, wait_for_workers=False)
@@ -59,7 +58,7 @@ def _one(index: int, count: int, port: int, law: Callable[..., None], *given: An
     leave()
 
 
-def exchanges(ranks: Ranks) -> None:
+def exchanges(ranks: ProcessGroup) -> None:
     i, n = ranks.index, ranks.count
     assert ranks.sum_(torch.tensor([1.0, float(i)])).tolist() == [n, n * (n - 1) / 2]
     assert int(ranks.largest_(torch.tensor(i))) == n - 1
@@ -95,11 +94,11 @@ def batch() -> Tensor:
     return torch.randn(BATCH, D, generator=generator) * sizes + 5
 
 
-def part(x: Tensor, ranks: Ranks) -> Tensor:
+def part(x: Tensor, ranks: ProcessGroup) -> Tensor:
     return x.chunk(ranks.count)[ranks.index]
 
 
-def variance_and_choice(ranks: Ranks) -> None:
+def variance_and_choice(ranks: ProcessGroup) -> None:
     x = batch()
     whole = float(total_variance(x.double()))
     with batch_shared_by(ranks):
@@ -134,7 +133,7 @@ def loss_of(sae: SAE, x: Tensor) -> Any:
     return loss
 
 
-def gradients(ranks: Ranks, config: SAEConfig) -> None:
+def gradients(ranks: ProcessGroup, config: SAEConfig) -> None:
     """Compare the ranks' mean loss and gradients, and the threshold, with the whole batch's."""
     x = batch() / 5
     whole = config.build(D, torch.Generator().manual_seed(2))
@@ -159,7 +158,7 @@ def gradients(ranks: Ranks, config: SAEConfig) -> None:
         torch.testing.assert_close(shared.get_buffer(name), buffer)
 
 
-def laws(ranks: Ranks) -> None:
+def laws(ranks: ProcessGroup) -> None:
     exchanges(ranks)
     variance_and_choice(ranks)
     load_all()
@@ -173,12 +172,12 @@ def test_ranks_that_share_a_batch_equal_one_process(count: int) -> None:
     run_with(count, laws)
 
 
-def left_alone(ranks: Ranks) -> None:
-    from reseed.ranks import RankLost
+def left_alone(ranks: ProcessGroup) -> None:
+    from reseed.distributed.process_group import ProcessLostError
 
     if ranks.index == 1:
         os._exit(0)
-    with pytest.raises(RankLost, match="another process of the team is gone"):
+    with pytest.raises(ProcessLostError, match="another process of the team is gone"):
         ranks.sum_(torch.ones(1))
     os._exit(0)  # skip leaving the group: the other process is gone
 
@@ -187,11 +186,11 @@ def test_a_lost_rank_raises_an_error() -> None:
     run_with(2, left_alone)
 
 
-def trains_at_its_own_pace(ranks: Ranks) -> None:
+def trains_at_its_own_pace(ranks: ProcessGroup) -> None:
     import lightning as L
     from torch.utils.data import DataLoader
 
-    from reseed.train.strategy import trainer_options
+    from reseed.train.trainer import trainer_options
 
     class Module(L.LightningModule):
         def __init__(self) -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from reseed.atomic import atomic_write, atomic_write_json
 from reseed.config import digest
-from reseed.runs import RESULTS, Run, RunError, RunStore, load_run
+from reseed.store.runs import RESULTS, Run, RunError, RunStore, load_run
+from reseed.system.files import atomic_write, atomic_write_json
 
 IDENTITY = {"sae": {"k": 3}, "seed": 0}
 SIGNATURE = digest(IDENTITY)

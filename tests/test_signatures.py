@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import experiment_from
-from reseed.experiment import Resolved, resolve_experiment
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import experiment_from
+from reseed.experiment.resolve import Resolved, resolve_experiment
 
 RECORDS = Path(__file__).parent / "records"
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from reseed.activations.worlds import Sample, World
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
-from reseed.missing import train_missing
-from reseed.runs import Run, RunStore
+from reseed.activations.synthetic.worlds import Sample, World
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
+from reseed.store.runs import Run, RunStore
+from reseed.study.train import train_missing
 
 Learned = Callable[..., tuple[World, list[Run]]]
 pytestmark = pytest.mark.slow

@@ -38,7 +38,7 @@ class Reseed(Contender):
     ) -> None:
         import torch
 
-        from reseed.train.optim import SAEAdam
+        from reseed.train.optim.base import SAEAdam
 
         config = configuration(architecture, num_latents, sae_options or {})
         self.module = config.build(d_in, torch.Generator().manual_seed(0))
@@ -81,7 +81,7 @@ class ReseedPlain(Reseed):
     def step(self, x: Any) -> None:
         from reseed.sae import kernels
 
-        with kernels.switched(False):
+        with kernels.override_enabled(False):
             super().step(x)
 
 

@@ -35,7 +35,7 @@ def prepare(plan: Plan) -> dict[str, Any]:
     from reseed.activations.language_model import EmbeddedModelConfig, PathModelConfig
     from reseed.activations.text import DocstringsConfig, TextFilesConfig
     from reseed.activations.tokens import Packing
-    from reseed.experiment import cache_folder
+    from reseed.experiment.resolve import cache_folder
     from reseed.train.config import RuntimeConfig
 
     torch.set_num_threads(plan.threads)

@@ -7,13 +7,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from reseed.compare.matching import match
-    from reseed.runs import load_run
     from reseed.sae.formats import load_sae
+    from reseed.store.runs import load_run
 
 # Imported on first use, so that `import reseed` and the command line start quickly.
 _LAZY = {
     "load_sae": "reseed.sae.formats",
-    "load_run": "reseed.runs",
+    "load_run": "reseed.store.runs",
     "match": "reseed.compare.matching",
 }
 

@@ -17,10 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from reseed.activations.cache import ActivationCache, Entry
-from reseed.activations.chunk_file import Damaged, read_chunk, write_chunk
-from reseed.activations.hookpoint import Hookpoint
-from reseed.activations.shelf import Shelf
+from reseed.activations.cache import ActivationCache, CacheEntry
+from reseed.activations.chunk_cache import ChunkCache, DamagedChunkError, read_chunk, write_chunk
+from reseed.activations.hookpoints import Hookpoint
 
 HOOK, OTHER = Hookpoint("resid_post", 0), Hookpoint("mlp_out", 2)
 CPU = torch.device("cpu")
@@ -37,13 +36,13 @@ def activations(c: int, hookpoint: Hookpoint = HOOK, dtype=torch.float32) -> tor
 
 
 class Reader:
-    """A reader of chunks through a `Shelf` that records computed chunks."""
+    """A reader of chunks through a `ChunkCache` that records computed chunks."""
 
     def __init__(
         self, folder: Path, budget: int = 1 << 30, key: str = "a", name: str = "m"
     ) -> None:
         self.cache = ActivationCache(folder, budget)
-        self.shelf = Shelf(self.cache, {"what": key}, f"{name}-{{hookpoint}}")
+        self.shelf = ChunkCache(self.cache, {"what": key}, f"{name}-{{hookpoint}}")
         self.computed: list[tuple[int, tuple[Hookpoint, ...]]] = []
 
     def read(self, c: int, *hookpoints: Hookpoint, tokens: str = "t") -> dict:
@@ -113,7 +112,7 @@ def test_every_kind_of_damage_is_noticed(tmp_path: Path) -> None:
 
     def told(content: bytes, address: str = "address") -> str:
         bad.write_bytes(content)
-        with pytest.raises(Damaged) as caught:
+        with pytest.raises(DamagedChunkError) as caught:
             read_chunk(bad, address)
         return str(caught.value)
 
@@ -347,12 +346,12 @@ def test_a_full_disk_is_reported_once(
 ) -> None:
     import errno
 
-    from reseed.activations import shelf
+    from reseed.activations import chunk_cache
 
     def full(path: Path, *rest: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shelf, "write_chunk", full)
+    monkeypatch.setattr(chunk_cache, "write_chunk", full)
     assert Reader(tmp_path).missed(range(3)) == [0, 1, 2]
     assert capsys.readouterr().out == (
         f"cannot write to the activation cache {tmp_path} (No space left on device): "
@@ -415,7 +414,7 @@ def test_entry_json_holds_the_key(tmp_path: Path) -> None:
 
 def test_an_unreferenced_entry_is_idle(tmp_path: Path) -> None:
     cache = ActivationCache(tmp_path, 0)
-    entry: Entry | None = cache.entry({}, "x")
+    entry: CacheEntry | None = cache.entry({}, "x")
     assert [stored.in_use for stored in cache.stored()] == [True]
     del entry
     gc.collect()

@@ -13,14 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from reseed.activations import chunks, reading
+from reseed.activations import chunks, text_source
 from reseed.activations.cache import ActivationCache
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.chunk_cache import ChunkCache
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
-from reseed.activations.reading import Reading, ResolvedReading, chunk_key, find_text
-from reseed.activations.shelf import Shelf
-from reseed.activations.surrogate import opened
+from reseed.activations.synthetic.surrogate import open_source
 from reseed.activations.text import TextFilesConfig
+from reseed.activations.text_source import (
+    ResolvedModelText,
+    TextSource,
+    chunk_key,
+    resolve_model_text,
+)
 from reseed.config import digest
 
 HOOKS = [Hookpoint("resid_post", 0), Hookpoint("mlp_out", 1)]
@@ -28,9 +33,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def found(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> ResolvedReading:
+def found(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> ResolvedModelText:
     config = TextFilesConfig(path=str(tiny_text), context_length=32, chunk_tokens=1024)
-    return find_text(resolve(PathModelConfig(path=str(tiny_model)), tmp_path), config, tmp_path)
+    return resolve_model_text(
+        resolve(PathModelConfig(path=str(tiny_model)), tmp_path), config, tmp_path
+    )
 
 
 def cache_in(tmp_path: Path) -> ActivationCache:
@@ -60,7 +67,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("repeat", [False, True])
 def test_cached_activations_equal_uncached_ones_and_need_no_weights(
-    found: ResolvedReading, tmp_path: Path, no_model, dtype: str, repeat: bool
+    found: ResolvedModelText, tmp_path: Path, no_model, dtype: str, repeat: bool
 ) -> None:
     model = replace(found.model, config=replace(found.model.config, dtype=dtype))
     config = replace(found.config, repeat=repeat)
@@ -77,7 +84,9 @@ def test_cached_activations_equal_uncached_ones_and_need_no_weights(
     assert found.flops_per_token(HOOKS) > 0
 
 
-def test_epochs_of_a_repeated_text_are_not_mixed_up(found: ResolvedReading, tmp_path: Path) -> None:
+def test_epochs_of_a_repeated_text_are_not_mixed_up(
+    found: ResolvedModelText, tmp_path: Path
+) -> None:
     config = replace(found.config, repeat=True, chunk_tokens=8192)
     found = replace(found, text=replace(found.text, config=config))
     for cache in (None, cache_in(tmp_path), cache_in(tmp_path)):
@@ -90,7 +99,7 @@ def test_epochs_of_a_repeated_text_are_not_mixed_up(found: ResolvedReading, tmp_
 
 
 def test_a_hookpoint_cached_together_with_another_is_found_alone(
-    found: ResolvedReading, tmp_path: Path, no_model
+    found: ResolvedModelText, tmp_path: Path, no_model
 ) -> None:
     plain = everything(found.open(CPU, 0), HOOKS[1:])
     everything(found.open(CPU, 0, cache_in(tmp_path)))
@@ -100,23 +109,23 @@ def test_a_hookpoint_cached_together_with_another_is_found_alone(
 
 
 def test_gaussian_draws_take_their_moments_from_the_cache(
-    found: ResolvedReading, tmp_path: Path, no_model
+    found: ResolvedModelText, tmp_path: Path, no_model
 ) -> None:
     draws = [
-        opened(found, "gaussian", CPU, 0, cache).stream(HOOKS).chunk(1)[HOOKS[1]]
+        open_source(found, "gaussian", CPU, 0, cache).stream(HOOKS).chunk(1)[HOOKS[1]]
         for cache in (None, cache_in(tmp_path))
     ]
     no_model()
-    again = opened(found, "gaussian", CPU, 0, cache_in(tmp_path)).stream(HOOKS)
+    again = open_source(found, "gaussian", CPU, 0, cache_in(tmp_path)).stream(HOOKS)
     assert torch.equal(draws[0], draws[1])
     assert torch.equal(again.chunk(1)[HOOKS[1]], draws[0])
 
 
-def named(found: ResolvedReading, part: str = "train") -> str:
+def named(found: ResolvedModelText, part: str = "train") -> str:
     return digest(chunk_key(found, part, CPU))
 
 
-def with_text(found: ResolvedReading, **changes: Any) -> ResolvedReading:
+def with_text(found: ResolvedModelText, **changes: Any) -> ResolvedModelText:
     return replace(found, text=replace(found.text, config=replace(found.config, **changes)))
 
 
@@ -129,7 +138,7 @@ OTHER_MODEL = {"dtype": "bfloat16", "batch_sequences": 4, "attention": "eager"}
 NO_MATTER = {"path", "held_out_tokens"}
 
 
-def test_the_key_changes_with_every_declared_setting(found: ResolvedReading) -> None:
+def test_the_key_changes_with_every_declared_setting(found: ResolvedModelText) -> None:
     names = {f.name for f in dataclasses.fields(found.config)}
     assert names == set(OTHER_TEXT) | NO_MATTER, "a new option: does it change activations?"
     assert {f.name for f in dataclasses.fields(found.model.config)} == set(OTHER_MODEL) | {"path"}
@@ -148,7 +157,7 @@ def test_the_key_changes_with_every_declared_setting(found: ResolvedReading) -> 
 
 
 def test_the_key_changes_with_the_content_of_the_files(
-    found: ResolvedReading, tiny_model: Path, tiny_text: Path, tmp_path: Path
+    found: ResolvedModelText, tiny_model: Path, tiny_text: Path, tmp_path: Path
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -170,26 +179,26 @@ def test_the_key_changes_with_the_content_of_the_files(
             text.write_text(text.read_text() + " cat")
         model = resolve(PathModelConfig(path=str(folder)), tmp_path)
         config = replace(found.config, path=str(text))
-        return named(find_text(model, config, tmp_path))
+        return named(resolve_model_text(model, config, tmp_path))
 
     assert changed("nothing but the place") == named(found)
     seen = [named(found), *map(changed, ("weights", "architecture", "tokenizer", "text"))]
-    random = find_text(found.model.with_random_weights(), found.config, tmp_path)
+    random = resolve_model_text(found.model.with_random_weights(), found.config, tmp_path)
     seen.append(named(random))
     assert len(set(seen)) == 6
 
 
 def test_the_key_changes_with_the_software_and_the_machine(
-    found: ResolvedReading, monkeypatch: pytest.MonkeyPatch
+    found: ResolvedModelText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = [named(found)]
     for target, name, value in (
         (torch, "get_num_threads", lambda: 7),
         (torch, "__version__", "0.0"),
-        (reading.metadata, "version", lambda package: "0.0"),
+        (text_source.metadata, "version", lambda package: "0.0"),
         (torch.backends.cpu, "get_cpu_capability", lambda: "another"),
         (torch, "get_float32_matmul_precision", lambda: "medium"),
-        (reading, "VERSION", chunks.VERSION + 1),
+        (text_source, "VERSION", chunks.VERSION + 1),
     ):
         with monkeypatch.context() as patched:
             patched.setattr(target, name, value)
@@ -199,13 +208,13 @@ def test_the_key_changes_with_the_software_and_the_machine(
 
 
 def test_the_address_changes_with_hookpoint_chunk_and_tokens(tmp_path: Path) -> None:
-    shelf = Shelf(cache_in(tmp_path), {"a": 1}, "{hookpoint}")
+    shelf = ChunkCache(cache_in(tmp_path), {"a": 1}, "{hookpoint}")
     hooks = [*HOOKS, Hookpoint("module", 0, "model.layers.*.mlp"), Hookpoint("resid_post", 1)]
     seen = {shelf._address(h, c, t) for h in hooks for c in (0, 1) for t in ("x", "y")}
     assert len(seen) == 16
 
 
-def test_entries_have_readable_names(found: ResolvedReading, tmp_path: Path) -> None:
+def test_entries_have_readable_names(found: ResolvedModelText, tmp_path: Path) -> None:
     everything(found.open(CPU, 0, cache_in(tmp_path)))
     names = sorted(e.path.name[:-25] for e in cache_in(tmp_path).stored())
     assert names == sorted(
@@ -213,9 +222,9 @@ def test_entries_have_readable_names(found: ResolvedReading, tmp_path: Path) -> 
     )
 
 
-def test_weights_are_loaded_on_first_use(found: ResolvedReading) -> None:
+def test_weights_are_loaded_on_first_use(found: ResolvedModelText) -> None:
     source = found.open(CPU, 0)
-    assert isinstance(source, Reading)
+    assert isinstance(source, TextSource)
     assert "model" not in vars(source.model)
     weights = source.model.model.parameters()
     assert found.weight_bytes == sum(p.numel() * p.element_size() for p in weights)

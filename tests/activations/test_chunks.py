@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from reseed.activations.chunks import ActivationStream, Passage, held_out_chunks
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.chunks import ActivationStream, TokenWindow, held_out_chunks
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
 from reseed.activations.stream import STRIPES, batches_available, check_batch_size
 from reseed.activations.text import TextFilesConfig, resolve_text
@@ -47,7 +47,7 @@ def stream(model: LanguageModel, stores, config, hooks=HOOKS) -> ActivationStrea
 
 def gather(model, packing, first: int, last: int, hooks) -> dict[Hookpoint, torch.Tensor]:
     """Return activations in reading order."""
-    return Passage.of(packing, first, last).read_by(model, hooks)
+    return TokenWindow.of(packing, first, last).read_by(model, hooks)
 
 
 def test_a_chunk_does_not_depend_on_earlier_requests(model, stores, config) -> None:

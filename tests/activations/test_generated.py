@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from reseed.activations.generated import WorldSource
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.source import ActivationSource
 from reseed.activations.stream import STRIPES, Position
+from reseed.activations.synthetic.config import GeneratedConfig, WorldConfig
+from reseed.activations.synthetic.worlds import WorldSource
 from reseed.activations.text import DocstringsConfig
-from reseed.activations.world_config import GeneratedConfig, WorldConfig
 from reseed.config import ConfigError
 
 HOOK = Hookpoint("resid_post", 0)

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from reseed.activations import language_model
-from reseed.activations.hookpoint import Hookpoint, HookpointConfig, module_path
+from reseed.activations.hookpoints import Hookpoint, HookpointConfig, module_path
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
 from reseed.config import ConfigError
 

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from reseed.activations.hookpoint import Hookpoint
-from reseed.activations.prefetch import Abandoned, pays
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.stream import (
     STRIPES,
+    Abandoned,
     ChunkStream,
     DatasetConfig,
     Position,
-    dealt,
+    deal_stripes,
     generator,
+    prefetch_pays,
 )
 
 HOOK = Hookpoint("resid_post", 0)
@@ -55,7 +56,7 @@ class Counted(ChunkStream):
                 self.dropped.set()
                 raise
         x = torch.randn(TOKENS, 4, generator=generator(c))
-        return {HOOK: dealt(x, self._permutation(c, TOKENS // STRIPES))}
+        return {HOOK: deal_stripes(x, self._permutation(c, TOKENS // STRIPES))}
 
 
 def workers() -> list[str]:
@@ -227,5 +228,5 @@ def test_prefetching_pays_on_a_gpu_or_with_idle_cpus(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(4)), raising=False)
     for threads, expected in ((1, True), (2, True), (3, False), (4, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert pays(torch.device("cpu")) == expected
-    assert pays(torch.device("cuda"))
+        assert prefetch_pays(torch.device("cpu")) == expected
+    assert prefetch_pays(torch.device("cuda"))

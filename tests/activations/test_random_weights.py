@@ -11,20 +11,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import (
     EmbeddedModelConfig,
     LanguageModel,
     PathModelConfig,
     resolve,
 )
-from reseed.activations.surrogate import standing_in
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
+from reseed.activations.synthetic.surrogate import surrogate_source
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
 from reseed.config import ConfigError
-from reseed.experiment import Resolved
-from reseed.missing import train_missing
-from reseed.runs import RunStore
+from reseed.experiment.resolve import Resolved
+from reseed.store.runs import RunStore
+from reseed.study.train import train_missing
 
 HOOK = Hookpoint("resid_post", 1)
 TOKENS = torch.randint(2, 15, (4, 12), generator=torch.Generator().manual_seed(0))
@@ -174,4 +174,4 @@ def test_a_world_has_no_weights() -> None:
 
 def test_other_surrogates_leave_the_source_unchanged(tiny_model: Path, tmp_path: Path) -> None:
     trained = found_in(tiny_model, tmp_path)
-    assert standing_in(trained, "none") is standing_in(trained, "gaussian") is trained
+    assert surrogate_source(trained, "none") is surrogate_source(trained, "gaussian") is trained

@@ -8,17 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from reseed.activations.generated import ResolvedGenerated, WorldSource
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.source import ActivationSource
-from reseed.activations.surrogate import (
+from reseed.activations.synthetic.config import GeneratedConfig, WorldConfig
+from reseed.activations.synthetic.surrogate import (
     Gaussian,
     GaussianSource,
     GaussianStream,
     flops_per_token,
 )
-from reseed.activations.world_config import GeneratedConfig, WorldConfig
-from reseed.activations.worlds import World
+from reseed.activations.synthetic.worlds import ResolvedWorldData, World, WorldSource
 from reseed.config import ReseedError
 
 HOOK, OTHER = Hookpoint("resid_post", 0), Hookpoint("mlp_out", 0)
@@ -59,7 +58,7 @@ def test_the_moments_are_those_of_the_first_training_chunk() -> None:
 
 def test_a_gaussian_activation_costs_one_matrix_product_per_distinct_hookpoint() -> None:
     """The product is that with the root of the covariance."""
-    data = ResolvedGenerated(WORLD, DATA)
+    data = ResolvedWorldData(WORLD, DATA)
     assert flops_per_token(data, "gaussian", [HOOK], [6]) == 2 * 6 * 6
     assert flops_per_token(data, "gaussian", [HOOK, OTHER, HOOK], [6, 6, 6]) == 2 * (2 * 6 * 6)
     assert flops_per_token(data, "none", [HOOK], [6]) == data.flops_per_token([HOOK])
@@ -118,14 +117,14 @@ def test_the_language_model_runs_for_one_chunk_only(
     tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from reseed.activations import chunks
-    from reseed.cli.app import CommandLine
-    from reseed.cli.jobs import check_jobs
-    from reseed.missing import train_missing
+    from reseed.cli.hydra_app import CommandLine
+    from reseed.cli.plan import check_jobs
+    from reseed.study.train import train_missing
 
     asked: list[tuple[int, int]] = []
-    original = chunks.Passage.of
+    original = chunks.TokenWindow.of
     monkeypatch.setattr(
-        chunks.Passage, "of", lambda packing, first, last: asked.append((first, last))
+        chunks.TokenWindow, "of", lambda packing, first, last: asked.append((first, last))
         or original(packing, first, last),
     )  # fmt: skip
     line = [*tiny_overrides, "surrogate=gaussian", f"runtime.outputs={tmp_path}"]

@@ -11,8 +11,8 @@ import torch
 from scipy.stats import multivariate_normal, norm
 
 from reseed.activations.stream import generator
-from reseed.activations.world_config import WorldConfig, declared_firing, parents_of
-from reseed.activations.worlds import Sample, World
+from reseed.activations.synthetic.config import WorldConfig, declared_firing, parents_of
+from reseed.activations.synthetic.worlds import Sample, World
 from reseed.config import ConfigError
 
 TOKENS = 40_000
@@ -204,7 +204,7 @@ def test_groups_are_isotropic_in_their_subspaces() -> None:
 def test_a_sample_of_several_blocks_is_a_function_of_the_generator(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from reseed.activations import worlds
+    from reseed.activations.synthetic import worlds
 
     monkeypatch.setattr(worlds, "_BLOCK", 400)  # 100 tokens at once
     config = WorldConfig(d_in=16, num_features=4, firing=(0.3,) * 4, groups=1, group_rank=2,
@@ -262,9 +262,9 @@ def test_impossible_worlds_are_refused(fields: dict[str, Any], message: str) -> 
 def test_the_large_world_fits_in_memory() -> None:
     import resource
 
-    from reseed.activations.generated import ResolvedWorld
-    from reseed.cli.app import CommandLine
-    from reseed.cli.jobs import check_jobs
+    from reseed.activations.synthetic.worlds import ResolvedWorld
+    from reseed.cli.hydra_app import CommandLine
+    from reseed.cli.plan import check_jobs
 
     (job,), _ = check_jobs(CommandLine("train", []), ["model=world_hierarchy"], multirun=False)
     assert isinstance(job.resolved.model, ResolvedWorld)

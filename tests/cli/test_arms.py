@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from reseed.cli import run
-from reseed.cli.app import CommandLine
+from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import Plan, make_plan
 from reseed.config import ConfigError
 

@@ -11,7 +11,7 @@ import pytest
 from reseed.activations.cache import ActivationCache
 from reseed.activations.language_model import LanguageModel
 from reseed.cli import cache, train
-from reseed.runs import Run
+from reseed.store.runs import Run
 
 FOLDER = "runtime.activation_cache=kept"
 

@@ -11,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from reseed.calibration import CalibrationError
 from reseed.cli import compare, completion, run, status, train
-from reseed.cli.app import CommandLine, override, parse
+from reseed.cli.hydra_app import CommandLine, override, parse
 from reseed.cli.main import COMMANDS, main
 from reseed.cli.plan import make_plan
 from reseed.config import digest
-from reseed.runs import RESULTS, Run, RunStore
 from reseed.sae.topk import TopKConfig
+from reseed.store.runs import RESULTS, Run, RunStore
+from reseed.study.calibrate import CalibrationError
 
 ROOT = Path(__file__).parents[2]
 
@@ -242,7 +242,7 @@ def test_status_never_wraps_a_name(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     wanted = Console(width=width, force_terminal=True, highlight=False)
-    monkeypatch.setattr("reseed.console.console", lambda: wanted)
+    monkeypatch.setattr("reseed.system.console.console", lambda: wanted)
     assert status.main([]) == 0
     said = capsys.readouterr().out
     assert all(said.count(name) >= 1 for name in stored[:2])
@@ -369,9 +369,9 @@ def test_sigterm_outside_training_ends_the_command(capsys: pytest.CaptureFixture
     import os
     import signal
 
-    from reseed.cli.errors import reported
+    from reseed.cli.errors import run_and_report
 
     before = signal.getsignal(signal.SIGTERM)
-    assert reported(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
+    assert run_and_report(lambda: os.kill(os.getpid(), signal.SIGTERM)) == 143
     assert "stopped by SIGTERM; saved results are kept" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before

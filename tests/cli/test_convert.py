@@ -11,13 +11,13 @@ import torch
 
 import reseed
 from reseed.cli import convert, push, train
-from reseed.runs import Run, RunStore
 from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.checkpoint import save_sae
-from reseed.sae.formats.agreement import differ
+from reseed.sae.formats import differ
 from reseed.sae.gated import GatedConfig
 from reseed.sae.topk import TopKConfig
+from reseed.store.runs import Run, RunStore
 
 
 @pytest.fixture(autouse=True)
@@ -92,11 +92,11 @@ def test_a_file_that_differs_from_the_sae_is_removed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A defective writer does not leave a file."""
-    from reseed.sae.formats import parts
+    from reseed.sae.formats import conversions
 
     saved(TopKConfig(num_latents=32, k=3))
-    right = parts.state
-    monkeypatch.setattr(parts, "state", lambda sae: right(sae) | {"W_dec": -sae.W_dec})
+    right = conversions.state
+    monkeypatch.setattr(conversions, "state", lambda sae: right(sae) | {"W_dec": -sae.W_dec})
     assert convert.main(["sae", "out", "--to", "sparsify"]) == 1
     assert "cannot hold this SAE unchanged: what is written differs in recons" in (
         capsys.readouterr().err

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from reseed.cli import compare, evaluate, run, train
-from reseed.cli.evaluating import LOCK
-from reseed.evaluate.base import Evaluated, Result, Subject
+from reseed.evaluate.base import EvaluationInput, LoadedRun, Result
 from reseed.evaluate.faithfulness import FaithfulnessConfig
 from reseed.evaluate.reconstruction import ReconstructionConfig
-from reseed.locks import take
-from reseed.runs import RunStore
+from reseed.store.runs import RunStore
+from reseed.study.evaluate import LOCK
+from reseed.system.files import lock_file
 
 FEW = "training.tokens=1024"
 BOTH = ["evaluation=reconstruction,faithfulness", "evaluation.tokens=500"]
@@ -32,7 +32,7 @@ def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("reseed.cli.collect.write_figures", lambda cells, folder: [])
+        patch.setattr("reseed.study.collect.write_figures", lambda cells, folder: [])
         line = [o for o in tiny_overrides if not o.startswith("training.tokens")] + [FEW]
         line += ["comparison.activation_tokens=0", "comparison.null_draws=1"]
         line = ["comparison=seeds", *line, "sae=topk,relu", "seed=0,1"]
@@ -47,8 +47,8 @@ def line(trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("outputs", "sweeps"):
         shutil.copytree(folder / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("reseed.cli.collect.write_figures", lambda cells, folder: [])
-    monkeypatch.setattr("reseed.cli.collect.write_evaluation_figures", lambda *a: [])
+    monkeypatch.setattr("reseed.study.collect.write_figures", lambda cells, folder: [])
+    monkeypatch.setattr("reseed.study.collect.write_evaluation_figures", lambda *a: [])
     return found
 
 
@@ -159,7 +159,7 @@ def test_a_stopped_evaluation_continues_with_the_next_sae(
     seen: list[str] = []
 
     def stopped(
-        self: Any, subjects: Sequence[Subject], evaluated: Evaluated
+        self: Any, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
         for i, (name, result) in enumerate(whole(self, subjects, evaluated)):
             if i == 2:
@@ -188,12 +188,12 @@ def test_saes_that_do_not_fit_together_are_evaluated_in_parts(
 ) -> None:
     whole, sizes = ReconstructionConfig.evaluate, []
 
-    def counted(self: Any, subjects: Sequence[Subject], evaluated: Evaluated) -> Any:
+    def counted(self: Any, subjects: Sequence[LoadedRun], evaluated: EvaluationInput) -> Any:
         sizes.append(len(subjects))
         return whole(self, subjects, evaluated)
 
     monkeypatch.setattr(ReconstructionConfig, "evaluate", counted)
-    monkeypatch.setattr("reseed.cli.evaluating.AT_ONCE", 3 * 8 * 64 * 16)
+    monkeypatch.setattr("reseed.study.evaluate.BYTES_PER_PASS", 3 * 8 * 64 * 16)
     assert evaluate.main([*line, "evaluation=reconstruction", "evaluation.tokens=500"]) == 0
     assert sizes == [3, 1]
     assert len(results()) == 4
@@ -207,7 +207,7 @@ def test_a_failing_sae_does_not_stop_the_others(
     bad = RunStore("outputs").runs()[1].id
 
     def failing(
-        self: Any, subjects: Sequence[Subject], evaluated: Evaluated
+        self: Any, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
         if any(subject.id == bad for subject in subjects):
             raise RuntimeError("the latents are not finite")
@@ -304,7 +304,7 @@ def test_an_sae_locked_by_another_process_is_waited_for(
     first.rename(kept)
     for path in others:
         path.unlink()
-    handle = take(first.parent / LOCK)
+    handle = lock_file(first.parent / LOCK)
     assert handle is not None
     told: list[str] = []
 
@@ -315,7 +315,7 @@ def test_an_sae_locked_by_another_process_is_waited_for(
             kept.rename(first)
             os.close(handle)
 
-    monkeypatch.setattr("reseed.cli.evaluating.say", heard)
+    monkeypatch.setattr("reseed.study.evaluate.say", heard)
     assert evaluate.main(asked) == 0
     assert first.stat().st_mtime_ns == made
     assert "  reconstruction: evaluating 3 SAEs on tiny-llama and words" in told

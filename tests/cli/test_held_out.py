@@ -13,12 +13,17 @@ import torch
 
 from reseed.activations.language_model import LanguageModel
 from reseed.cli import compare, run
-from reseed.cli.held_out import NotOffered, complete, differing, held_out_chunks
-from reseed.compare.activation_tables import LATENT_COLUMNS, NOTE, PAIR_COLUMNS, TOKENS
+from reseed.compare.activations.tables import LATENT_COLUMNS, NOTE, PAIR_COLUMNS, TOKENS
 from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.load import load_dictionaries
-from reseed.runs import Run, RunStore
+from reseed.compare.dictionary import load_dictionaries
+from reseed.store.runs import Run, RunStore
+from reseed.study.compare import (
+    ActivationsUnavailable,
+    activation_mismatch,
+    held_out_chunks,
+    write_with_activations,
+)
 from reseed.train.config import RuntimeConfig
 
 
@@ -51,7 +56,7 @@ def compared(runs: list[Run]):
 
 
 def completed(cell: CellResult, runs: list[Run], path: Path) -> CellResult:
-    complete(cell, runs, path, "all runs", RuntimeConfig())
+    write_with_activations(cell, runs, path, "all runs", RuntimeConfig())
     return CellResult.read(path)
 
 
@@ -91,7 +96,7 @@ def test_no_more_tokens_are_read_than_runs_were_measured_on(runs: list[Run]) -> 
 def test_without_activation_tokens_nothing_is_read(
     runs: list[Run], compared: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reseed.cli.held_out.held_out_chunks", None)
+    monkeypatch.setattr("reseed.study.compare.held_out_chunks", None)
     cell = completed(compared(0), runs, tmp_path)
     assert not {TOKENS, NOTE, "cka_codes"} & set(cell.pairs.columns)
     assert "pearson" not in cell.latents.column_names
@@ -123,7 +128,7 @@ def test_a_missing_model_costs_only_measures_on_activations(
     assert cell.pairs["cka_codes"].between(-0.1, 1).all()
     # Then nothing is left to do.
     monkeypatch.setattr(LanguageModel, "__init__", gone)
-    complete(cell, runs, tmp_path, "all runs", RuntimeConfig())
+    write_with_activations(cell, runs, tmp_path, "all runs", RuntimeConfig())
     assert capsys.readouterr().out == ""
 
 
@@ -133,9 +138,9 @@ def test_an_interruption_keeps_the_measures_on_weights(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reseed.cli.held_out.activation_measures", interrupt)
+    monkeypatch.setattr("reseed.study.compare.activation_measures", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        complete(compared(), runs, tmp_path, "all runs", RuntimeConfig())
+        write_with_activations(compared(), runs, tmp_path, "all runs", RuntimeConfig())
     assert CellResult.read(tmp_path).pairs[NOTE].tolist() == ["interrupted"]
 
 
@@ -145,14 +150,16 @@ def changed(found: Run, **changes: Any) -> Any:
 
 def test_a_changed_text_is_refused(runs: list[Run]) -> None:
     other = runs[0].record["fingerprints"] | {"text": "another"}
-    with pytest.raises(NotOffered, match="the text is not the one that the runs were trained with"):
+    with pytest.raises(
+        ActivationsUnavailable, match="the text is not the one that the runs were trained with"
+    ):
         held_out_chunks([changed(r, fingerprints=other) for r in runs], 100, RuntimeConfig())
 
 
 def test_runs_on_different_activations_are_refused(runs: list[Run]) -> None:
     elsewhere = changed(runs[1], identity=runs[1].record["identity"] | {"layer": 0})
     told = "do not read the same held-out activations: they differ in layer"
-    with pytest.raises(NotOffered, match=told):
+    with pytest.raises(ActivationsUnavailable, match=told):
         held_out_chunks([runs[0], elsewhere], 100, RuntimeConfig())
 
 
@@ -224,4 +231,4 @@ IDENTITY = {
     ],
 )
 def test_differing_names_what_changes_held_out_activations(change: dict, expected: str) -> None:
-    assert differing([IDENTITY, IDENTITY | change]) == expected
+    assert activation_mismatch([IDENTITY, IDENTITY | change]) == expected

@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 
 from reseed.cli import cancel, evaluate, status, train
-from reseed.cli.app import CommandLine
-from reseed.cli.cluster import show
-from reseed.cli.cluster.queue import InQueue, QueueError, last_states, queue
-from reseed.cli.cluster.record import Record, Submitted
+from reseed.cli.cluster import states as states_module
+from reseed.cli.cluster.command import cancel_sweep
+from reseed.cli.cluster.queue import InQueue, QueueError, Record, Submitted, last_states, queue
 from reseed.cli.cluster.settings import SlurmSettings
-from reseed.cli.cluster.states import RunState, Seen, counts, find_sweep, states
-from reseed.cli.cluster.stop import cancel_sweep
+from reseed.cli.cluster.states import QueueSnapshot, RunState, counts, find_sweep, states
+from reseed.cli.hydra_app import CommandLine
 from reseed.config import ConfigError, ReseedError
-from reseed.runs import PROGRESS_FILE, Run, RunStore
-from reseed.sweeps import Sweep
+from reseed.store.runs import PROGRESS_FILE, Run, RunStore
+from reseed.store.sweeps import Sweep
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +220,7 @@ def seen_as(
     sweep: Sweep, queue: dict[str, InQueue] | None, **ended: str
 ) -> tuple[RunState, RunState]:
     names = {name.removeprefix("job"): state for name, state in ended.items()}
-    first, second = states(sweep, Seen(Record(sweep.path), queue, names))
+    first, second = states(sweep, QueueSnapshot(Record(sweep.path), queue, names))
     return first, second
 
 
@@ -319,7 +318,7 @@ def test_watching_ends_when_nothing_is_queued_or_running(
         Record(sweep.path).add([Submitted("7", "train", "", (sweep.runs()[1].signature,))])
     once = "[ -f seen ] || echo '7|PENDING|Priority'; touch seen"
     commands(monkeypatch, squeue=once, sacct="echo '7|TIMEOUT'")
-    monkeypatch.setattr(show.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(states_module.time, "sleep", lambda seconds: None)
     assert status.main([sweep.path.name, "--watch"]) == 0
     said = capsys.readouterr().out
     assert said.count(f"{sweep.path}/: ") == 2

@@ -16,9 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli import run, train
-from reseed.cli.app import CommandLine, conf_dir
-from reseed.cli.jobs import check_jobs
-from reseed.cli.loading import OnceLoader
+from reseed.cli.hydra_app import CommandLine, OnceLoader, conf_dir
+from reseed.cli.plan import check_jobs
 
 CONF = Path(conf_dir())
 COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml") if p.stem != "base")
@@ -222,7 +221,7 @@ def test_checking_many_jobs_is_announced(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = CommandLine("train", ["model=world_easy", "seed=range(21)"])
-    monkeypatch.setattr("reseed.cli.jobs._SILENT_SECONDS", -1.0)
+    monkeypatch.setattr("reseed.cli.plan._SILENT_SECONDS", -1.0)
     jobs, _ = check_jobs(line, line.overrides, multirun=True)
     assert [job.resolved.experiment.seed for job in jobs] == list(range(21))
     assert capsys.readouterr().out == "checking 21 jobs\n"

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from reseed.cli import compare, run
-from reseed.cli.app import CommandLine
-from reseed.cli.held_out import held_out_chunks, other_tokens
+from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import make_plan
-from reseed.compare.activation_tables import MATCHED_COLUMNS, NOTE, TOKENS
-from reseed.compare.apart import NO_SPACE, REASON
+from reseed.compare.activations.tables import MATCHED_COLUMNS, NOTE, TOKENS
+from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.config import ConfigError
-from reseed.runs import Run, RunStore
+from reseed.store.runs import Run, RunStore
+from reseed.study.compare import held_out_chunks, token_mismatch
 from reseed.train.config import RuntimeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -71,9 +71,9 @@ def test_weights_are_compared_within_a_model_and_activations_across(compared: Pa
     across = pairs["model_a"] != pairs["model_b"]
     assert across.sum() == 4
     assert pairs.loc[~across, "shared_fraction"].notna().all()
-    assert pairs.loc[~across, NO_SPACE].isna().all()
+    assert pairs.loc[~across, WEIGHTS_NOTE].isna().all()
     assert pairs.loc[across, "shared_fraction"].isna().all()
-    assert (pairs.loc[across, NO_SPACE] == REASON).all()
+    assert (pairs.loc[across, WEIGHTS_NOTE] == NO_COMMON_SPACE).all()
     assert (pairs[TOKENS] == 1024).all()
     assert pairs[NOTE].isna().all()
     for name in ("cka_codes", "cka_reconstructions", *MATCHED_COLUMNS):
@@ -115,9 +115,9 @@ def test_the_tables_say_why_columns_are_empty(compared: Path) -> None:
     rows = pd.read_csv(compared / "pairings.csv").set_index(["first", "second", "differs_in"])
     row = rows.loc[("narrow", "wide", "model, seed")]
     assert np.isnan(row["shared_fraction"])
-    assert row["note"] == REASON
+    assert row["note"] == NO_COMMON_SPACE
     assert -1 <= row["agreement_pearson_matched"] <= 1
-    assert REASON in pd.read_csv(compared / "summary.csv").loc[0, "note"]
+    assert NO_COMMON_SPACE in pd.read_csv(compared / "summary.csv").loc[0, "note"]
     assert "nan" not in text
 
 
@@ -216,7 +216,7 @@ IDENTITY = {"dataset": DATA, "fingerprints": {"text": "x", "tokenizer": "y", "mo
     ],
 )
 def test_other_tokens_gives_the_reason(change: dict, reason: str) -> None:
-    assert other_tokens([IDENTITY, IDENTITY | change]) == reason
+    assert token_mismatch([IDENTITY, IDENTITY | change]) == reason
 
 
 @pytest.mark.real

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from reseed.cli import compare, run
-from reseed.cli.app import CommandLine
+from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import make_plan
 from reseed.config import ConfigError, ReseedError
 
@@ -23,7 +23,7 @@ FEW = "training.tokens=1024"
 @pytest.fixture
 def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("reseed.cli.collect.write_figures", lambda cells, folder: [])
+    monkeypatch.setattr("reseed.study.collect.write_figures", lambda cells, folder: [])
     kept = [o for o in tiny_overrides if not o.startswith(("layer=", "training.tokens="))]
     return ["comparison=seeds", *kept]
 

@@ -11,9 +11,9 @@ import torch
 
 from reseed.cli import compare, convert, run, status, train
 from reseed.compare.matching import match
-from reseed.runs import RunError, RunStore
 from reseed.sae.checkpoint import load_sae, save_sae
 from reseed.sae.topk import TopKConfig
+from reseed.store.runs import RunError, RunStore
 
 QUIET = ["comparison.activation_tokens=0", "runtime.threads=1"]
 

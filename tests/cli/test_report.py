@@ -123,7 +123,7 @@ def test_every_run_has_its_latents_and_contexts(sweep: Path) -> None:
 
 
 def test_contexts_equal_those_of_the_evaluation(sweep: Path) -> None:
-    from reseed.contexts import Contexts
+    from reseed.store.contexts import Contexts
 
     root = sweep / "report" / "latents"
     _, found = data_of(root / "runs.js")

@@ -12,8 +12,8 @@ import pytest
 
 from reseed.cli import run, show
 from reseed.cli.main import COMMANDS, main
-from reseed.contexts import Contexts
-from reseed.runs import RunStore
+from reseed.store.contexts import Contexts
+from reseed.store.runs import RunStore
 
 SMALL = ["evaluation=contexts", "evaluation.tokens=500", "evaluation.top=2", "evaluation.sampled=2",
          "evaluation.reservoir=4", "evaluation.lens=3", "evaluation.neighbours=2"]  # fmt: skip
@@ -28,7 +28,7 @@ def project(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for what in ("write_figures", "write_evaluation_figures"):
-            patch.setattr(f"reseed.cli.collect.{what}", lambda *given: [])
+            patch.setattr(f"reseed.study.collect.{what}", lambda *given: [])
         assert run.main(["comparison=seeds", *line, *few, "sae=topk", "seed=0,1", *SMALL]) == 0
         first = next(r.path for r in RunStore("outputs").runs())
         shutil.copytree(first, "outputs/without", ignore=shutil.ignore_patterns("evaluations"))

@@ -10,7 +10,7 @@ import pytest
 from reseed.cli import run, train
 from reseed.cli.tune import of_runs, of_summary
 from reseed.config import ReseedError
-from reseed.runs import RunStore
+from reseed.store.runs import RunStore
 
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs reseed[optuna]")
 SEARCH = ["hydra/sweeper=optuna", "training.lr=tag(log, interval(1e-4, 1e-2))"]

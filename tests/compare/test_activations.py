@@ -8,17 +8,17 @@ import pandas as pd
 import pytest
 import torch
 
-from reseed.compare.activation_tables import (
+from reseed.compare.activations.measures import WeightMatches, measure_same_activations
+from reseed.compare.activations.tables import (
     ESTIMATES,
     LATENT_COLUMNS,
     NOTE,
     PAIR_COLUMNS,
     lacks_activations,
     pair_measures,
-    sides_of,
+    weight_matches,
     with_activations,
 )
-from reseed.compare.activations import Side, activation_measures
 from reseed.compare.cell import CellResult, compare_cell
 from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.relu import ReLUConfig
@@ -70,12 +70,12 @@ def cell_of(dictionary, saes, x, settings):
 def measured(saes, x, dictionary, settings):
     """Return a cell in which some latents are live and some are not, with its measures."""
     cell = cell_of(dictionary, saes, x, replace(settings, live_at_least=60))
-    return cell, activation_measures(saes, sides_of(cell), [x])
+    return cell, measure_same_activations(saes, weight_matches(cell), [x])
 
 
 def test_closed_forms_equal_running_the_sae_with_a_latent_changed(saes, x, measured):
     cell, found = measured
-    sides = sides_of(cell)
+    sides = weight_matches(cell)
     exact = x.double()
     made = [(s.encode(x).double(), s.W_dec.double(), s.b_dec.double()) for s in saes]
     for (s, t), latents in found.latents.items():
@@ -114,7 +114,7 @@ def test_closed_forms_equal_running_the_sae_with_a_latent_changed(saes, x, measu
 @pytest.mark.parametrize("cuts", [[100] * 3, [1, 298, 1], [17] * 17 + [11]])
 def test_the_result_does_not_depend_on_how_chunks_are_cut(saes, x, measured, cuts):
     cell, whole = measured
-    again = activation_measures(saes, sides_of(cell), x.split(cuts))
+    again = measure_same_activations(saes, weight_matches(cell), x.split(cuts))
     assert again.tokens == TOKENS
     assert np.array_equal(again.cka_codes, whole.cka_codes)
     for pair, latents in whole.latents.items():
@@ -124,8 +124,8 @@ def test_the_result_does_not_depend_on_how_chunks_are_cut(saes, x, measured, cut
 
 def test_the_batch_size_changes_only_cka(saes, x, measured, monkeypatch):
     cell, whole = measured
-    monkeypatch.setattr("reseed.compare.activations.BATCH", 64)
-    again = activation_measures(saes, sides_of(cell), [x])
+    monkeypatch.setattr("reseed.compare.activations.measures.BATCH", 64)
+    again = measure_same_activations(saes, weight_matches(cell), [x])
     for pair, latents in whole.latents.items():
         for name, column in LATENT_COLUMNS.items():
             np.testing.assert_allclose(
@@ -138,7 +138,7 @@ def test_all_measures_of_a_permuted_copy_are_one(saes, x, dictionary, settings):
     order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
     two = [saes[0], permuted(saes[0], order)]
     cell = cell_of(dictionary, two, x, settings)
-    measured = activation_measures(two, sides_of(cell), [x])
+    measured = measure_same_activations(two, weight_matches(cell), [x])
     row = with_activations(cell, measured).pairs.iloc[0]
     for name in (
         "agreement_pearson_shared", "agreement_jaccard_shared", "cka_codes",
@@ -155,7 +155,7 @@ def test_all_measures_of_a_permuted_copy_are_one(saes, x, dictionary, settings):
 
 def test_pair_columns_are_means_over_live_matches_of_both_sides(measured):
     cell, found = measured
-    sides = sides_of(cell)
+    sides = weight_matches(cell)
     live = {s: cell.latents.to_pandas().query(f"run == 'run-{s}'")["live"].to_numpy()
             for s in range(3)}  # fmt: skip
     row = pair_measures(found, sides, 0, 2)
@@ -180,7 +180,7 @@ def test_pair_columns_are_means_over_live_matches_of_both_sides(measured):
 
 def test_the_coverage_curve_ranks_live_matches_by_their_smaller_cosine(measured, monkeypatch):
     cell, found = measured
-    sides = sides_of(cell)
+    sides = weight_matches(cell)
     ranked = []
     for s, t in ((0, 2), (2, 0)):
         latents, partner = found.latents[s, t], sides[s, t].partner
@@ -193,7 +193,7 @@ def test_the_coverage_curve_ranks_live_matches_by_their_smaller_cosine(measured,
         ranked.append([quality for _, quality in sorted(rows, reverse=True)])
     areas = [np.mean([np.mean(q[:r]) for r in range(1, len(q) + 1)]) for q in ranked]
     longest = max(map(len, ranked))
-    monkeypatch.setattr("reseed.compare.activation_tables.TOPS", (3, longest, longest + 1))
+    monkeypatch.setattr("reseed.compare.activations.tables.TOPS", (3, longest, longest + 1))
     row = pair_measures(found, sides, 0, 2)
     assert row["substitution_area"] == pytest.approx(np.mean(areas))
     assert row["substitution_top_3"] == pytest.approx(np.mean([q[:3] for q in ranked]))
@@ -204,7 +204,7 @@ def test_the_coverage_curve_ranks_live_matches_by_their_smaller_cosine(measured,
 
 def test_a_pair_is_the_same_from_either_side(measured):
     cell, found = measured
-    sides = sides_of(cell)
+    sides = weight_matches(cell)
     one, other = pair_measures(found, sides, 0, 1), pair_measures(found, sides, 1, 0)
     assert {n: one[n] for n in ESTIMATES} == pytest.approx(
         {n: other[n] for n in ESTIMATES}, nan_ok=True
@@ -258,7 +258,7 @@ def test_latents_that_are_not_live_do_not_count(saes, x, dictionary, settings):
     half = copy.deepcopy(saes[1])
     half.b_enc[:8] = -100
     cell = cell_of(dictionary, [saes[1], half], x, settings)
-    found = activation_measures([saes[1], half], sides_of(cell), [x])
+    found = measure_same_activations([saes[1], half], weight_matches(cell), [x])
     row = with_activations(cell, found).pairs.iloc[0]
     assert row["agreement_pearson_shared"] == pytest.approx(1)
     quality = found.latents[0, 1].substitution.quality[:8]
@@ -267,6 +267,6 @@ def test_latents_that_are_not_live_do_not_count(saes, x, dictionary, settings):
 
 
 def test_measuring_without_tokens_is_refused(saes):
-    nothing = Side(*(np.full(20, value) for value in (-1, False, False, 0)))
+    nothing = WeightMatches(*(np.full(20, value) for value in (-1, False, False, 0)))
     with pytest.raises(ValueError, match="no activations were given: there is nothing to measure"):
-        activation_measures([saes[0], saes[2]], {(0, 1): nothing, (1, 0): nothing}, [])
+        measure_same_activations([saes[0], saes[2]], {(0, 1): nothing, (1, 0): nothing}, [])

@@ -3,19 +3,19 @@ import pytest
 import torch
 from scipy import stats
 
-from reseed.compare.agreement import Firing, Together, agreement
-from reseed.compare.codes import Codes
+from reseed.compare.activations.agreement import FiringSums, PairSums, agreement
+from reseed.compare.activations.batch_codes import BatchCodes
 
 
 def sparse(dense):
     token, latent = dense.nonzero(as_tuple=True)
-    return Codes(token, latent, dense[token, latent], *dense.shape)
+    return BatchCodes(token, latent, dense[token, latent], *dense.shape)
 
 
 def measured(a, b, partner, cuts=None):
     """Return the agreement of dense latents, added a batch of tokens at a time."""
-    sums = [Firing.of(x.shape[1], x.device) for x in (a, b)]
-    pairs = Together.of(torch.tensor(partner))
+    sums = [FiringSums.of(x.shape[1], x.device) for x in (a, b)]
+    pairs = PairSums.of(torch.tensor(partner))
     for part_a, part_b in zip(a.split(cuts or len(a)), b.split(cuts or len(b)), strict=True):
         codes = sparse(part_a), sparse(part_b)
         for total, code in zip(sums, codes, strict=True):

@@ -6,9 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reseed.compare.apart import NO_SPACE, REASON
 from reseed.compare.cell import CellResult, compare_cell
-from reseed.compare.columns import COSINES, FRACTIONS
+from reseed.compare.measures import COSINES, FRACTIONS
+from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 
 COUNTS = {f"{word}_{x}" for word in ("num_latents", "live", "dead", "zero", "dense") for x in "ab"}
 
@@ -32,13 +32,17 @@ def test_measures_of_weights_without_a_common_space_are_nan(mixed, chosen):
     cell = compare_cell(mixed, mixed, chosen)
     alone = compare_cell(mixed[:2], mixed[:2], chosen)
     within, *across = cell.pairs.to_dict("records")
-    assert [row[NO_SPACE] for row in (within, *across)] == ["", REASON, REASON]
-    assert NO_SPACE not in alone.pairs
+    assert [row[WEIGHTS_NOTE] for row in (within, *across)] == [
+        "",
+        NO_COMMON_SPACE,
+        NO_COMMON_SPACE,
+    ]
+    assert WEIGHTS_NOTE not in alone.pairs
     for name, value in alone.pairs.iloc[0].to_dict().items():
         assert within[name] == pytest.approx(value, nan_ok=True), name
     for row in across:
         known = {k for k, v in row.items() if not (isinstance(v, float) and np.isnan(v))}
-        assert known == {"a", "b", "seed_a", "seed_b", NO_SPACE} | COUNTS
+        assert known == {"a", "b", "seed_a", "seed_b", WEIGHTS_NOTE} | COUNTS
         assert (row["num_latents_b"], row["live_b"], row["dense_b"]) == (30, 26, 26)
     assert within["shared_fraction"] == 30 / 40
 

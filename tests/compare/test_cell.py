@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from reseed.compare.cell import CellResult, compare_cell
-from reseed.compare.columns import FRACTIONS
-from reseed.compare.stability import compare_pair
+from reseed.compare.measures import FRACTIONS
+from reseed.compare.pair import compare_pair
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from scipy import linalg, optimize
 
 from reseed.compare.cell import compare_cell
 from reseed.compare.dictionary import root
-from reseed.compare.stability import compare_pair
+from reseed.compare.pair import compare_pair
 
 FRACTIONS = ("shared_fraction_correlation", "shared_fraction_correlation_live")
 

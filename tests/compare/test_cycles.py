@@ -8,7 +8,7 @@ import pytest
 from scipy.special import expit
 
 from reseed.compare.cell import compare_cell
-from reseed.compare.cycles import ESTIMATES, _estimate, cycle_estimates
+from reseed.compare.sharing_profile import ESTIMATES, _estimate, cycle_estimates
 
 
 def matching(rng, n, m, truth_n, truth_m):

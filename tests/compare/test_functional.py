@@ -3,13 +3,13 @@ import pytest
 import torch
 from scipy import optimize
 
-from reseed.compare.functional import (
+from reseed.compare.activations.substitution import (
     Contribution,
-    bounded,
-    quality_coverage,
-    random_alike,
+    clip_quality,
+    quality_by_coverage,
+    random_partners,
     row_products,
-    second_best,
+    second_best_partners,
     substitution,
 )
 
@@ -97,7 +97,7 @@ def test_substitution_equals_a_hand_computed_example():
     assert found.repaired.tolist() == [5]  # 9 − 4
     assert found.repaired_best.tolist() == [9]  # s = 3: no error is left
     assert found.quality.tolist() == [5 / 8]
-    assert bounded(found.quality_best).tolist() == [1]
+    assert clip_quality(found.quality_best).tolist() == [1]
     assert found.pooled(np.array([True])) == (5, 8)
     assert own.put_in.tolist() == [0]  # r − 2·(1, 0) = (−1, 0)
     assert other.put_in.tolist() == [-1]
@@ -109,7 +109,7 @@ def test_a_silent_latent_repairs_nothing_and_an_opposed_one_does_harm():
     found = substitution(own, other, np.arange(2), np.array([0.0, 1.0]), np.array([1.0, -1.0]))
     assert found.quality.tolist() == [0, -3]  # r + w + w: error 4 instead of 1
     assert found.quality_best.tolist() == [0, 0]
-    assert bounded(found.quality).tolist() == [0, 0]
+    assert clip_quality(found.quality).tolist() == [0, 0]
 
 
 def test_row_products_are_those_of_each_row_with_its_partner():
@@ -128,9 +128,9 @@ def test_second_best_is_the_nearest_allowed_latent_except_the_partner(
     partner = rng.permutation(60)[:50]
     partner[partner >= 30] = -1
     allowed = rng.random(50) < 0.7, rng.random(30) < 0.6
-    monkeypatch.setattr("reseed.compare.similarity.BLOCK_ENTRIES", entries)
-    monkeypatch.setattr("reseed.compare.similarity._MOST_COLUMNS", columns)
-    found = second_best(a, b, torch.from_numpy(partner), *map(torch.from_numpy, allowed))
+    monkeypatch.setattr("reseed.compare.nearest.BLOCK_ENTRIES", entries)
+    monkeypatch.setattr("reseed.compare.nearest._MOST_COLUMNS", columns)
+    found = second_best_partners(a, b, torch.from_numpy(partner), *map(torch.from_numpy, allowed))
     cosines = (a @ b.T).numpy()
     back = np.full(30, -1)
     back[partner[partner >= 0]] = np.flatnonzero(partner >= 0)
@@ -147,10 +147,10 @@ def test_second_best_is_the_nearest_allowed_latent_except_the_partner(
 def test_there_is_no_second_best_without_another_allowed_latent():
     a, one, none = torch.eye(2), torch.tensor([True, False]), torch.zeros(2, dtype=torch.bool)
     both = one | True
-    found = second_best(a, a, torch.tensor([0, 1]), both, one)
+    found = second_best_partners(a, a, torch.tensor([0, 1]), both, one)
     assert [x.tolist() for x in found] == [[-1, 0], [1, -1]]
     for allowed in ((none, both), (both, none)):
-        found = second_best(a, a, torch.tensor([0, 1]), *allowed)
+        found = second_best_partners(a, a, torch.tensor([0, 1]), *allowed)
         assert [x.tolist() for x in found] == [[-1, -1], [-1, -1]]
 
 
@@ -164,7 +164,7 @@ def test_random_partners_fire_about_as_often_and_are_not_the_match():
     decile_a, decile_b = (np.searchsorted(edges, x, side="right") for x in (firing_a, firing_b))
     seen = []
     for seed in range(300):
-        found = random_alike(firing_a, firing_b, partner, allowed, seed)
+        found = random_partners(firing_a, firing_b, partner, allowed, seed)
         assert (found >= 0).all()
         assert allowed[found].all()
         assert (decile_b[found] == decile_a).all()
@@ -172,19 +172,19 @@ def test_random_partners_fire_about_as_often_and_are_not_the_match():
         seen.append(found[0])
     others = np.flatnonzero(allowed & (decile_b == decile_a[0]))
     assert set(seen) == set(others) - {partner[0]}, "every other latent can be drawn"
-    again = random_alike(firing_a, firing_b, partner, allowed, 299)
+    again = random_partners(firing_a, firing_b, partner, allowed, 299)
     assert np.array_equal(again, found)
 
 
 def test_there_is_no_random_partner_without_another_allowed_latent():
     firing, allowed = np.array([5, 5]), np.array([True, False])
     partner = np.array([0, 1])
-    assert random_alike(firing, firing, partner, allowed, 0).tolist() == [-1, 0]
-    assert random_alike(firing, firing, partner, ~allowed & allowed, 0).tolist() == [-1, -1]
+    assert random_partners(firing, firing, partner, allowed, 0).tolist() == [-1, 0]
+    assert random_partners(firing, firing, partner, ~allowed & allowed, 0).tolist() == [-1, -1]
 
 
 def test_quality_against_coverage_equals_a_hand_computed_example():
     quality = np.array([0.5, np.nan, 1.0, 0.0])
-    found = quality_coverage(quality, rank=np.array([0.8, 1.0, 0.9, 0.1]))
+    found = quality_by_coverage(quality, rank=np.array([0.8, 1.0, 0.9, 0.1]))
     assert found.tolist() == [1.0, 0.75, 0.5]
-    assert quality_coverage(np.array([np.nan]), np.ones(1)).tolist() == []
+    assert quality_by_coverage(np.array([np.nan]), np.ones(1)).tolist() == []

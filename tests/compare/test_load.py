@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from reseed.compare.load import knobs, named_alike
+from reseed.compare.dictionary import cell_settings, unify_sparsity
 
 
 def run(sae: dict[str, Any], sparsity: str) -> Any:
@@ -28,15 +28,18 @@ def relu(target: float | None) -> Any:
 
 def test_a_k_is_shown_as_k_whether_set_as_k_or_as_target_l0() -> None:
     for one in (topk(8), topk(8, target_l0=None), topk(8, target_l0=8)):  # the last: old records
-        assert knobs([one], {"sae": "topk"})["sparsity"] == "k=8"
-    assert knobs([topk(8, target_l0=8), topk(8)], {})["sparsity"] == "k=8"
-    assert knobs([topk(8)], {"sae.target_l0": "8"}) == knobs([topk(8)], {})
-    assert knobs([topk(8)], {"sae.k": "8"}) == knobs([topk(8)], {})
-    assert knobs([relu(8)], {"sae.target_l0": "8"})["sparsity"] == "L0≈8"
+        assert cell_settings([one], {"sae": "topk"})["sparsity"] == "k=8"
+    assert cell_settings([topk(8, target_l0=8), topk(8)], {})["sparsity"] == "k=8"
+    assert cell_settings([topk(8)], {"sae.target_l0": "8"}) == cell_settings([topk(8)], {})
+    assert cell_settings([topk(8)], {"sae.k": "8"}) == cell_settings([topk(8)], {})
+    assert cell_settings([relu(8)], {"sae.target_l0": "8"})["sparsity"] == "L0≈8"
 
 
 def sparsities(*cells: list[Any]) -> list[str]:
-    return [k["sparsity"] for k, _ in named_alike([(knobs(runs, {}), None) for runs in cells])]
+    return [
+        k["sparsity"]
+        for k, _ in unify_sparsity([(cell_settings(runs, {}), None) for runs in cells])
+    ]
 
 
 def test_a_k_is_shown_as_l0_if_another_cell_is_calibrated_to_an_l0() -> None:

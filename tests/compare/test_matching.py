@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
 from reseed.compare import matching
-from reseed.compare.assignment.pricing import OpenBlock, Pricer, Prices
-from reseed.compare.assignment.rows import distinct_rows
+from reseed.compare.dictionary import unit_rows
 from reseed.compare.matching import match
-from reseed.compare.rows import unit_rows
+from reseed.compare.matching.pricing import OpenBlock, Pricer, Prices
+from reseed.compare.matching.rows import distinct_rows
 
 
 def total_by_enumeration(a, b):

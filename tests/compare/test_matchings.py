@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from reseed.compare import matchings
-from reseed.compare.matching import match
-from reseed.compare.matchings import MatchingStore
+from reseed.compare import matching
+from reseed.compare.matching import MatchingCache, match
 
 
 @pytest.fixture
@@ -26,17 +25,17 @@ def calls(monkeypatch):
         made.append(options["absolute"])
         return match(*arguments, **options)
 
-    monkeypatch.setattr(matchings, "match", counted)
+    monkeypatch.setattr(matching, "match", counted)
     return made
 
 
 def test_a_matching_is_computed_once_for_both_orders_of_its_sides(rows, tmp_path, calls):
     a, b = rows
     a[3] = np.nan
-    store = MatchingStore(tmp_path / "there", least=0)
+    store = MatchingCache(tmp_path / "there", least=0)
     first = store(a, b)
     same(first, match(a, b))
-    same(MatchingStore(tmp_path / "there", least=0)(a, b), first)
+    same(MatchingCache(tmp_path / "there", least=0)(a, b), first)
     same(store(b, a), first.inverse())
     assert calls == [False]
     assert len(list((tmp_path / "there").iterdir())) == 1
@@ -44,7 +43,7 @@ def test_a_matching_is_computed_once_for_both_orders_of_its_sides(rows, tmp_path
 
 def test_different_rows_or_absolute_cosines_are_separate_matchings(rows, tmp_path, calls):
     a, b = rows
-    store = MatchingStore(tmp_path, least=0)
+    store = MatchingCache(tmp_path, least=0)
     store(a, b)
     store(a, b, absolute=True)
     store(a, b * np.float64(2))  # the same directions, but the digest is of the rows
@@ -52,13 +51,13 @@ def test_different_rows_or_absolute_cosines_are_separate_matchings(rows, tmp_pat
 
 
 def test_small_matchings_are_not_stored(rows, tmp_path):
-    MatchingStore(tmp_path / "none", least=2001)(*rows)
+    MatchingCache(tmp_path / "none", least=2001)(*rows)
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("content", [b"", b"no tensors", b"\x08\0\0\0\0\0\0\0{}      "])
 def test_a_damaged_file_is_computed_again(rows, tmp_path, content):
-    store = MatchingStore(tmp_path, least=0)
+    store = MatchingCache(tmp_path, least=0)
     first = store(*rows)
     (path,) = tmp_path.iterdir()
     path.write_bytes(content)

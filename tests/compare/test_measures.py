@@ -9,10 +9,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from reseed.compare.cell import compare_cell
-from reseed.compare.columns import THRESHOLDS
-from reseed.compare.load import _variance, load_dictionaries
+from reseed.compare.dictionary import _variance, load_dictionaries
 from reseed.compare.matching import match
-from reseed.compare.stability import compare_pair
+from reseed.compare.measures import THRESHOLDS
+from reseed.compare.pair import compare_pair
 from reseed.sae.topk import TopKConfig
 
 
@@ -164,7 +164,7 @@ def test_every_assignment_goes_through_the_matcher(pair, monkeypatch):
     def refused(*args, **options):
         raise AssertionError("an assignment was made elsewhere")
 
-    monkeypatch.setattr("reseed.compare.stability.match", refused)
+    monkeypatch.setattr("reseed.compare.pair.match", refused)
     found = compare_pair(a, b, matcher=matcher)
     assert found.measures == pytest.approx(wanted.measures, nan_ok=True)
     # Encoder, decoder, pre-activations, |decoder|, joint.

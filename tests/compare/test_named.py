@@ -8,15 +8,15 @@ from scipy import stats
 
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.named import (
+from reseed.compare.dictionary import unit_rows
+from reseed.compare.replication import (
     Named,
     firing_decile,
-    index_of,
     jeffreys,
+    parse_index,
     read_named,
-    replication,
+    replication_table,
 )
-from reseed.compare.rows import unit_rows
 from reseed.config import ReseedError
 
 N, D = 40, 64
@@ -35,7 +35,9 @@ def result(runs):
 
 def looked_up(result, runs, *latents):
     by_id = {x.id: (x.encoder, x.decoder) for x in runs}
-    return replication(result, [Named(i, "--latents", run="run-0") for i in latents], by_id.get)
+    return replication_table(
+        result, [Named(i, "--latents", run="run-0") for i in latents], by_id.get
+    )
 
 
 def test_a_list_with_bom_spaces_and_quotes_is_read(tmp_path):
@@ -76,7 +78,7 @@ def test_a_missing_or_binary_file_is_refused(tmp_path):
     with pytest.raises(ReseedError, match="is not a csv file"):
         read_named(tmp_path / "b.csv")
     with pytest.raises(ReseedError, match="--latents: `latent` must be an integer"):
-        index_of("1e3", "--latents")
+        parse_index("1e3", "--latents")
 
 
 def test_shared_and_best_latents_equal_those_of_a_plain_loop(result, runs):
@@ -115,7 +117,7 @@ def test_latents_may_be_of_several_runs_and_one_may_be_zero(result, runs):
     result = compare_cell(runs, [], result.settings)
     by_id = {x.id: (x.encoder, x.decoder) for x in runs}
     named = [Named(5, "", run="run-1"), Named(3, "", "x", "run-0"), Named(5, "", run="run-2")]
-    frame = replication(result, named, by_id.get)
+    frame = replication_table(result, named, by_id.get)
     assert frame["run"].tolist() == ["run-1", "run-0", "run-2"], "in the given order"
     assert frame["seed"].tolist() == ["1", "0", "2"]
     assert frame["partner_0"].isna().tolist() == [False, True, False]

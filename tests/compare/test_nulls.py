@@ -5,17 +5,17 @@ import pytest
 
 from reseed.compare import nulls
 from reseed.compare.cell import compare_cell
+from reseed.compare.dictionary import unit32
 from reseed.compare.matching import match
 from reseed.compare.nulls import (
-    above,
     best_cosine,
+    cosine_tail,
     covariance_null,
     covered_by_chance,
     isotropic_null,
     kappa,
 )
-from reseed.compare.rows import unit32
-from reseed.compare.stability import compare_pair
+from reseed.compare.pair import compare_pair
 
 
 def test_the_matched_null_is_below_the_best_match_and_the_bound():
@@ -75,12 +75,12 @@ def test_the_probability_of_a_cosine_agrees_with_random_draws(d_in):
     rows = np.random.default_rng(0).standard_normal((200_000, d_in))
     cosines = rows[:, 0] / np.linalg.norm(rows, axis=1)
     for c in (-0.3, 0.0, 0.2, 0.7):
-        assert above(c, d_in) == pytest.approx((cosines > c).mean(), abs=0.005)
+        assert cosine_tail(c, d_in) == pytest.approx((cosines > c).mean(), abs=0.005)
 
 
 def test_probabilities_agree_with_closed_forms_on_the_circle_and_the_sphere():
-    assert above(np.cos(np.pi / 6), 2) == pytest.approx(1 / 6)  # an arc of 2·30° of 360°
-    assert above(0.5, 3) == pytest.approx(0.25)  # Archimedes: uniform in height
+    assert cosine_tail(np.cos(np.pi / 6), 2) == pytest.approx(1 / 6)  # an arc of 2·30° of 360°
+    assert cosine_tail(0.5, 3) == pytest.approx(0.25)  # Archimedes: uniform in height
     assert covered_by_chance(3, 3, 0.5) == pytest.approx(1 - (1 - 0.25**2) ** 3)
     # The best of one row has mean cosine 0; of two on the sphere: E max of two uniforms = 1/3.
     assert best_cosine(1, 3) == pytest.approx(0, abs=1e-6)

@@ -15,11 +15,11 @@ from reseed.compare.config import ComparisonConfig
 from reseed.compare.pairing import (
     PairGroup,
     across_minus_within,
-    groups,
-    place_label,
+    add_axis_columns,
+    axis_label,
+    pair_groups,
     runs_by_value,
-    seed_at,
-    with_places,
+    seed_of_run,
 )
 from reseed.compare.statistics import seed_interval
 
@@ -27,18 +27,18 @@ ONE_SEED = "one seed: chosen values are not a sample, so there is no interval"
 
 
 def cell(runs, values, pair_by, grid, **more):
-    """Return the parts of a cell that `groups` reads: pairs of runs (dicts of places) and measures.
+    """Return the parts of a cell that `pair_groups` reads: pairs of runs (dicts of places) and measures.
 
     ``values(a, b)`` is the shared fraction of a pair; the coverage of a by b is a tenth of it.
     """
     settings = ComparisonConfig(name="t", grid=grid, pair_by=pair_by, **more)
-    rows, places = [], {place_label(run): run for run in runs}
+    rows, places = [], {axis_label(run): run for run in runs}
     for a, b in combinations(runs, 2):
-        row = {"a": place_label(a), "b": place_label(b)}
+        row = {"a": axis_label(a), "b": axis_label(b)}
         row |= {"seed_a": row["a"], "seed_b": row["b"], "shared_fraction": values(a, b)}
         row |= {"coverage_a": values(a, b) / 10, "coverage_b": 0.5}
         rows.append(row | {"num_latents_a": 4, "num_latents_b": 8, "shared_latents": 2})
-    pairs = with_places(pd.DataFrame(rows), places, settings)
+    pairs = add_axis_columns(pd.DataFrame(rows), places, settings)
     table = pd.DataFrame({"run": list(places), "seed": list(places), "fvu": range(len(places))})
     return SimpleNamespace(settings=settings, pairs=pairs, runs=table)
 
@@ -58,7 +58,7 @@ def layer_cells(values):
 
 def test_a_pair_of_chosen_values_has_the_t_interval_over_seeds():
     values = [0.2, 0.3, 0.45]
-    (group,) = groups(layer_cells(values))
+    (group,) = pair_groups(layer_cells(values))
     assert (group.first, group.second, group.differs_in) == ("2", "0", "layer")
     assert (group.unit, group.levels) == ("seed", ["0", "1", "2"])
     assert group.knobs == {"sae": "topk", "layer": "2|0"}
@@ -69,7 +69,7 @@ def test_a_pair_of_chosen_values_has_the_t_interval_over_seeds():
 
 
 def test_the_interval_of_a_fraction_is_within_0_and_1():
-    (group,) = groups(layer_cells([0.01, 0.02, 0.3]))
+    (group,) = pair_groups(layer_cells([0.01, 0.02, 0.3]))
     found = group.interval("shared_fraction", 0.95)
     assert found.low is not None
     assert found.high is not None
@@ -80,7 +80,7 @@ def test_pairs_are_oriented_in_the_order_of_the_grid():
     """Cells that list the runs in another order give the same pairs."""
     runs = [{"layer": "0"}, {"layer": "2"}]
     made = cell(runs, lambda a, b: 0.4, "layer", LAYERS)
-    (group,) = groups([({"seed": "0"}, made)])
+    (group,) = pair_groups([({"seed": "0"}, made)])
     assert (group.first, group.second) == ("2", "0")
     (row,) = group.pairs.to_dict("records")
     assert (row["a"], row["b"], row["layer_a"], row["layer_b"]) == ("2", "0", "2", "0")
@@ -91,9 +91,9 @@ def test_pairs_are_oriented_in_the_order_of_the_grid():
 
 
 def test_one_or_two_seeds_have_no_interval():
-    (one,) = groups(layer_cells([0.2, 0.3, 0.4])[:1])
+    (one,) = pair_groups(layer_cells([0.2, 0.3, 0.4])[:1])
     assert one.interval("shared_fraction", 0.95).reason == ONE_SEED
-    (two,) = groups(layer_cells([0.2, 0.3, 0.4])[:2])
+    (two,) = pair_groups(layer_cells([0.2, 0.3, 0.4])[:2])
     found = two.interval("shared_fraction", 0.95)
     assert (found.low, found.reason) == (None, "fewer than 3 seeds: no interval")
 
@@ -101,15 +101,17 @@ def test_one_or_two_seeds_have_no_interval():
 def test_cells_that_lack_a_run_are_grouped_with_the_others():
     first, second, third = layer_cells([0.2, 0.3, 0.4])
     lacking = ({**third[0], "layer": "0|2"}, third[1])
-    (group,) = groups([first, second, lacking])
+    (group,) = pair_groups([first, second, lacking])
     assert len(group.pairs) == 3
 
 
 def test_cells_that_differ_in_more_than_the_seed_are_grouped_separately():
     one = layer_cells([0.2, 0.3, 0.4])
     other = [({**knobs, "sae": "relu"}, made) for knobs, made in layer_cells([0.5, 0.6, 0.7])]
-    assert [g.knobs["sae"] for g in groups([*one, *other])] == ["topk", "relu"]
-    assert [g.mean("shared_fraction") for g in groups([*one, *other])] == pytest.approx([0.3, 0.6])
+    assert [g.knobs["sae"] for g in pair_groups([*one, *other])] == ["topk", "relu"]
+    assert [g.mean("shared_fraction") for g in pair_groups([*one, *other])] == pytest.approx(
+        [0.3, 0.6]
+    )
 
 
 GRID = {"sae": ["topk", "relu"], "seed": ["0", "1", "2", "3"]}
@@ -132,7 +134,7 @@ def test_pairs_that_differ_in_one_axis_and_in_all_are_grouped_separately(both):
     assert counts == {"seed": 12, "sae": 4, "sae, seed": 12}
     across = both.pairs[both.pairs["differs_in"] == "sae"]
     assert (across["seed_a"] == across["seed_b"]).all(), "the seed, not the whole place"
-    found = [(g.first, g.second, g.differs_in, len(g.pairs)) for g in groups([({}, both)])]
+    found = [(g.first, g.second, g.differs_in, len(g.pairs)) for g in pair_groups([({}, both)])]
     assert found == [
         ("topk", "topk", "seed", 6),
         ("topk", "relu", "sae", 4),
@@ -142,7 +144,7 @@ def test_pairs_that_differ_in_one_axis_and_in_all_are_grouped_separately(both):
 
 
 def test_within_one_value_the_interval_is_the_seed_interval(both):
-    within = groups([({}, both)])[0]
+    within = pair_groups([({}, both)])[0]
     matrix = np.zeros((4, 4))
     for i, j in combinations(range(4), 2):
         matrix[i, j] = matrix[j, i] = value(RUNS[i], RUNS[j])
@@ -151,7 +153,7 @@ def test_within_one_value_the_interval_is_the_seed_interval(both):
 
 
 def test_across_minus_within_leaves_one_seed_out_at_a_time(both):
-    topk, _, across, relu = groups([({}, both)])
+    topk, _, across, relu = pair_groups([({}, both)])
 
     def difference(seeds):
         def mean(x, y):
@@ -173,7 +175,7 @@ def test_across_minus_within_leaves_one_seed_out_at_a_time(both):
 
 
 def test_across_minus_within_needs_the_same_seeds(both):
-    topk, _, across, relu = groups([({}, both)])
+    topk, _, across, relu = pair_groups([({}, both)])
     fewer = PairGroup({}, "relu", "relu", "seed", relu.pairs.head(1), "seed", relu.units[:1])
     found = across_minus_within(across, (topk, fewer), "shared_fraction", 0.95)
     assert found.reason == "not every seed was run for both values"
@@ -201,7 +203,7 @@ def test_intervals_are_over_the_draws_in_which_pairs_differ():
     grid = {"seed": ["0", "1"], "dataset.order_seed": ["0", "1", "2"]}
     runs = [{"seed": s, "dataset.order_seed": o} for s in grid["seed"] for o in ("0", "1", "2")]
     made = cell(runs, lambda a, b: 0.3, ["seed", "dataset.order_seed"], grid)
-    found = {g.differs_in: (g.unit, len(g.levels)) for g in groups([({}, made)])}
+    found = {g.differs_in: (g.unit, len(g.levels)) for g in pair_groups([({}, made)])}
     assert found == {
         "seed": ("seed", 2),
         "dataset.order_seed": ("dataset.order_seed", 3),
@@ -231,14 +233,14 @@ def test_runs_by_value_averages_the_metrics_over_each_values_runs(both):
 def test_the_seed_of_a_run_is_found_from_its_label_and_knobs(pair_by, label, knobs, seed):
     grid = {name: ["0", "1"] for name in ("seed", "sae", "dataset.order_seed")}
     settings = ComparisonConfig(name="t", grid=grid, pair_by=pair_by)
-    assert seed_at(label, settings, knobs) == seed
+    assert seed_of_run(label, settings, knobs) == seed
 
 
 def test_cells_that_pair_by_seed_make_no_groups():
     runs = [{"seed": str(s)} for s in range(3)]
     made = cell(runs, lambda a, b: 0.5, "seed", {"seed": ["0", "1", "2"]})
     assert made.pairs["differs_in"].tolist() == ["seed"] * 3
-    assert groups([({}, made)]) == []
+    assert pair_groups([({}, made)]) == []
 
 
 def test_a_cell_of_chosen_values_has_no_interval_over_them(partly_shared):
@@ -260,7 +262,7 @@ def test_within_one_value_the_sides_are_interchangeable(both):
     """The order in which seeds are listed does not matter: one fraction, with one interval."""
     turned = cell(RUNS[::-1], value, ["sae", "seed"], GRID)
     for made in (both, turned):
-        within = next(g for g in groups([({}, made)]) if g.within)
+        within = next(g for g in pair_groups([({}, made)]) if g.within)
         sides = [within.interval(f"coverage_{side}", 0.95) for side in "ab"]
         assert sides[0] == sides[1]
         mean = (within.pairs["coverage_a"] + within.pairs["coverage_b"]).mean() / 2

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from reseed.compare.profile import fit_power_law, seed_profile, unshared_fractions
+from reseed.compare.sharing_profile import fit_power_law, seed_profile, unshared_fractions
 
 PAPER_P = np.array([0.348, 0.078, 0.064, 0.060, 0.059, 0.063, 0.069, 0.087, 0.173])
 PAPER_U = [0.583, 0.484, 0.436, 0.406, 0.385, 0.370, 0.358, 0.348]

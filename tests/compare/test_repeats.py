@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from reseed.compare import similarity
+from reseed.compare import nearest
 from reseed.compare.cell import compare_cell
-from reseed.compare.repeats import repeats
-from reseed.compare.rows import Rows
+from reseed.compare.dictionary import Rows
+from reseed.compare.nearest import find_duplicates
 
 
 def unit(rows):
@@ -16,8 +16,8 @@ def unit(rows):
 
 @pytest.mark.parametrize("entries", [1, 60, 1 << 22])
 def test_repeats_agree_with_dense_matrices_at_any_block_size(dictionary, monkeypatch, entries):
-    monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
-    monkeypatch.setattr(similarity, "_MOST_COLUMNS", 17)
+    monkeypatch.setattr(nearest, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(nearest, "_MOST_COLUMNS", 17)
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((2, 20, 10))
     signs = rng.choice([-1, 1], (1, 20, 1))
@@ -28,7 +28,7 @@ def test_repeats_agree_with_dense_matrices_at_any_block_size(dictionary, monkeyp
     np.fill_diagonal(product, 0)
     positive = np.where(encoder > 0, product, 0).max(axis=1)
     negative = np.where(encoder < 0, product, 0).max(axis=1)
-    found = repeats(Rows.of(x), 0.7)
+    found = find_duplicates(Rows.of(x), 0.7)
     assert found.duplicate_product == pytest.approx(positive, abs=1e-7)
     assert found.antipodal_product == pytest.approx(negative, abs=1e-7)
     assert found.duplicate.tolist() == (positive >= 0.49).tolist()
@@ -41,7 +41,7 @@ def test_duplicates_and_antipodal_latents_agree_with_a_hand_computed_case(dictio
     e = np.eye(5)
     encoder = [e[0], e[0], e[1], -e[1], e[2], -e[2], e[3], e[4] * 0]
     decoder = [e[0], 3 * e[0], e[1], -e[1], e[2], e[2], e[4], e[4]]
-    found = repeats(Rows.of(dictionary(encoder, decoder)), 0.7)
+    found = find_duplicates(Rows.of(dictionary(encoder, decoder)), 0.7)
     yes, no = True, False
     assert found.duplicate.tolist() == [yes, yes, no, no, no, no, no, no]
     # Opposite encoders with the same decoder are neither.
@@ -51,10 +51,10 @@ def test_duplicates_and_antipodal_latents_agree_with_a_hand_computed_case(dictio
 
 def test_repeats_of_tied_rows_and_of_a_single_latent(dictionary):
     rows = np.array([[1.0, 0], [0.6, 0.8], [-1, 0]])
-    found = repeats(Rows.of(dictionary(rows)), 0.7)
+    found = find_duplicates(Rows.of(dictionary(rows)), 0.7)
     assert found.duplicate_product == pytest.approx([0.36, 0.36, 0])
     assert found.antipodal_product == pytest.approx([1, 0.36, 1])
-    assert repeats(Rows.of(dictionary(rows[:1])), 0.7).duplicate_product.tolist() == [0]
+    assert find_duplicates(Rows.of(dictionary(rows[:1])), 0.7).duplicate_product.tolist() == [0]
 
 
 def test_a_cell_has_the_fractions_of_repeated_latents(partly_shared, settings, dictionary):

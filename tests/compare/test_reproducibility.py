@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reseed.compare.reproducibility import JEFFREYS, fit_prior, reproducibility
+from reseed.compare.sharing_profile import JEFFREYS, fit_prior, reproducibility
 
 
 def drawn(alpha, beta, others, size, seed=0):

@@ -7,15 +7,19 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from reseed.compare import same_tokens
-from reseed.compare.activation_tables import (
+from reseed.compare.activations import agreement
+from reseed.compare.activations.agreement import centred_gram, hsic
+from reseed.compare.activations.measures import (
+    WeightMatches,
+    measure_same_activations,
+    measure_same_tokens,
+)
+from reseed.compare.activations.tables import (
     LATENT_COLUMNS,
     MATCHED_COLUMNS,
     PAIR_COLUMNS,
     pair_measures,
 )
-from reseed.compare.activations import Side, activation_measures, measures_on_same_tokens
-from reseed.compare.cka import centred_gram, hsic
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 
@@ -57,7 +61,7 @@ def sides_between(saes, live=None):
                 partner = np.arange(a.num_latents) if same else np.full(a.num_latents, -1)
                 flags = np.full(a.num_latents, same)
                 own = np.ones(a.num_latents, bool) if live is None else live[s]
-                found[s, t] = Side(partner, flags, own, np.full(a.num_latents, 50))
+                found[s, t] = WeightMatches(partner, flags, own, np.full(a.num_latents, 50))
     return found
 
 
@@ -69,7 +73,7 @@ def test_the_same_sae_in_another_space_agrees_completely(x, turn):
         getattr(other, name).copy_(getattr(other, name)[order])
     two = [sae, other]
     sides = sides_between(two)
-    found = measures_on_same_tokens(two, sides, [[x], [x @ turn]], [0, 1], TOKENS)
+    found = measure_same_tokens(two, sides, [[x], [x @ turn]], [0, 1], TOKENS)
     row = pair_measures(found, sides, 0, 1)
     assert row["cka_codes"] == pytest.approx(1, abs=1e-5)
     assert row["cka_reconstructions"] == pytest.approx(1, abs=1e-5)
@@ -86,7 +90,7 @@ def test_matched_agreement_and_cka_equal_those_of_dense_activations(x, turn):
     a, b = built(ReLUConfig(num_latents=16), 1), built(TopKConfig(num_latents=20, k=5), 2, WIDE)
     live = [np.arange(16) % 5 > 0, np.arange(20) % 4 > 0]
     sides = sides_between([a, b], live)
-    found = measures_on_same_tokens(
+    found = measure_same_tokens(
         [a, b], sides, [x.split(37), y.split(150)], [0, 1], TOKENS, threshold=0.2
     )
     f, g = a.encode(x).double().numpy(), b.encode(y).double().numpy()
@@ -119,11 +123,9 @@ def test_saes_of_one_space_are_measured_as_without_others(x, turn):
     """A third SAE of another space changes none of their numbers."""
     a, c = (built(ReLUConfig(num_latents=16), s) for s in (1, 2))
     two = [a, c]
-    alone = activation_measures(two, sides_between(two), [x])
+    alone = measure_same_activations(two, sides_between(two), [x])
     three = [a, lifted(a, turn), c]
-    found = measures_on_same_tokens(
-        three, sides_between(three), [[x], [x @ turn]], [0, 1, 0], TOKENS
-    )
+    found = measure_same_tokens(three, sides_between(three), [[x], [x @ turn]], [0, 1, 0], TOKENS)
     for pair, own in (((0, 2), (0, 1)), ((2, 0), (1, 0))):
         for name, column in LATENT_COLUMNS.items():
             np.testing.assert_allclose(
@@ -140,7 +142,7 @@ def test_unrelated_saes_do_not_agree(x):
         built(TopKConfig(num_latents=64, k=8), 0),
         built(TopKConfig(num_latents=64, k=8), 1, WIDE),
     ]
-    found = measures_on_same_tokens(two, sides_between(two), [[x], [other]], [0, 1], TOKENS)
+    found = measure_same_tokens(two, sides_between(two), [[x], [other]], [0, 1], TOKENS)
     # The mean of 64 correlations over 200 tokens has a standard error of about .01.
     assert abs(found.matched[0, 1].pearson) < 0.04
     assert found.matched[0, 1].fraction == 0
@@ -148,20 +150,20 @@ def test_unrelated_saes_do_not_agree(x):
 
 def test_a_wide_sae_is_matched_on_fewer_tokens(monkeypatch):
     live = [np.ones(100, bool), np.ones(30, bool)]
-    assert same_tokens.ByActivations(live, 100_000, 0.7).first == 4096
-    assert same_tokens.ByActivations(live, 1000, 0.7).first == 500
-    monkeypatch.setattr(same_tokens, "MOST_BYTES", 4 * 100 * 300)
-    assert same_tokens.ByActivations(live, 100_000, 0.7).first == 300
+    assert agreement.ActivationMatcher(live, 100_000, 0.7).first == 4096
+    assert agreement.ActivationMatcher(live, 1000, 0.7).first == 500
+    monkeypatch.setattr(agreement, "MOST_BYTES", 4 * 100 * 300)
+    assert agreement.ActivationMatcher(live, 100_000, 0.7).first == 300
 
 
 def test_other_measures_survive_latents_too_many_to_match(x, turn, monkeypatch):
     def refuse(*_):
         raise MemoryError("too many")
 
-    monkeypatch.setattr(same_tokens, "match", refuse)
+    monkeypatch.setattr(agreement, "match", refuse)
     sae = built(TopKConfig(num_latents=20, k=4), 0)
     two = [sae, lifted(sae, turn)]
-    found = measures_on_same_tokens(two, sides_between(two), [[x], [x @ turn]], [0, 1], TOKENS)
+    found = measure_same_tokens(two, sides_between(two), [[x], [x @ turn]], [0, 1], TOKENS)
     assert np.isnan(found.matched[0, 1]).all()
     assert found.cka_codes[0, 1] == pytest.approx(1, abs=1e-5)
 
@@ -170,4 +172,4 @@ def test_streams_of_different_length_are_refused(x, turn):
     sae = built(TopKConfig(num_latents=20, k=4), 0)
     two = [sae, copy.deepcopy(lifted(sae, turn))]
     with pytest.raises(ValueError, match="must hold the same tokens; got batches of 100, 90"):
-        measures_on_same_tokens(two, sides_between(two), [[x], [x[:390] @ turn]], [0, 1], TOKENS)
+        measure_same_tokens(two, sides_between(two), [[x], [x[:390] @ turn]], [0, 1], TOKENS)

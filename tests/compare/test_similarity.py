@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from reseed.compare import similarity
-from reseed.compare.rows import Rows, both_cosines, row_cosines, unit32
-from reseed.compare.similarity import guard, survey
-from reseed.compare.stability import compare_pair
+from reseed.compare import nearest
+from reseed.compare.dictionary import Rows, both_cosines, row_cosines, unit32
+from reseed.compare.nearest import float32_error, scan_pairs
+from reseed.compare.pair import compare_pair
 
 
 def unit(rows):
@@ -32,26 +32,26 @@ def pair(dictionary):
 
 @pytest.mark.parametrize("entries", [1, 50, 7 * 53, 1 << 22])
 def test_the_survey_agrees_with_dense_matrices_at_any_block_size(pair, monkeypatch, entries):
-    monkeypatch.setattr(similarity, "BLOCK_ENTRIES", entries)
-    monkeypatch.setattr(similarity, "_MOST_COLUMNS", 20)
+    monkeypatch.setattr(nearest, "BLOCK_ENTRIES", entries)
+    monkeypatch.setattr(nearest, "_MOST_COLUMNS", 20)
     a, b = pair
     live_a, live_b = a.live(10), b.live(10)
     c_enc, c_dec = dense(a, b)
     both = np.minimum(c_enc, c_dec)
     near = both >= 0.7
-    found = survey(Rows.of(a), Rows.of(b), 0.7, live_a, live_b)
+    found = scan_pairs(Rows.of(a), Rows.of(b), 0.7, live_a, live_b)
     assert found.within_a.tolist() == near.sum(axis=1).tolist()
     assert found.within_b.tolist() == near.sum(axis=0).tolist()
     assert found.live_within_a.tolist() == near[:, live_b].sum(axis=1).tolist()
     assert found.live_within_b.tolist() == near[live_a].sum(axis=0).tolist()
     assert 2 in found.within_a
-    for nearest, mutual, table in (
+    for largest, mutual, table in (
         (found.by_decoder, found.mutual_decoder, c_dec),
         (found.by_both, found.mutual_both, both),
     ):
-        assert nearest.a == pytest.approx(table.max(axis=1), abs=1e-6)
-        assert nearest.b == pytest.approx(table.max(axis=0), abs=1e-6)
-        assert nearest.of_a.tolist() == table.argmax(axis=1).tolist()
+        assert largest.a == pytest.approx(table.max(axis=1), abs=1e-6)
+        assert largest.b == pytest.approx(table.max(axis=0), abs=1e-6)
+        assert largest.of_a.tolist() == table.argmax(axis=1).tolist()
         wanted = [
             (i, j)
             for i, j in enumerate(table.argmax(axis=1))
@@ -103,7 +103,7 @@ def test_thresholds_are_decided_in_float64(dictionary):
     exact = dense(a, b)[1][0] >= tau
     rough = (unit32(a.decoder) @ unit32(b.decoder).T)[0] >= np.float32(tau)
     assert (exact != rough).any(), "float32 alone must get some wrong for this to test anything"
-    found = survey(Rows.of(a), Rows.of(b), tau, np.ones(1, bool), np.ones(4000, bool))
+    found = scan_pairs(Rows.of(a), Rows.of(b), tau, np.ones(1, bool), np.ones(4000, bool))
     assert found.within_b.astype(bool).tolist() == exact.tolist()
 
 
@@ -113,7 +113,7 @@ def test_the_error_of_float32_cosines_is_below_the_guard(d_in):
     a = rng.standard_normal((40, d_in)).astype(np.float32)
     b = np.concatenate([a, rng.standard_normal((40, d_in)).astype(np.float32)])
     error = np.abs(unit32(a) @ unit32(b).T - unit(a) @ unit(b).T).max()
-    assert error < guard(d_in) / 2
+    assert error < float32_error(d_in) / 2
 
 
 def test_equal_rows_form_one_mutual_pair(dictionary):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reseed.compare.matching import match
-from reseed.compare.stability import compare_pair
+from reseed.compare.pair import compare_pair
 
 FRACTIONS = (
     "shared_fraction",
@@ -91,7 +91,7 @@ def test_the_strict_rule_agrees_with_its_definition(noisy_pair):
 
 def test_coverage_agrees_with_its_definition(noisy_pair, monkeypatch):
     a, b = noisy_pair
-    monkeypatch.setattr("reseed.compare.similarity.BLOCK_ENTRIES", 7 * 50)  # several blocks
+    monkeypatch.setattr("reseed.compare.nearest.BLOCK_ENTRIES", 7 * 50)  # several blocks
 
     def cosine(x, y):
         return x @ y / np.linalg.norm(x) / np.linalg.norm(y)

@@ -7,9 +7,9 @@ from scipy.special import expit
 
 from reseed.compare.statistics import (
     Interval,
+    detectable_difference,
     run_interval,
     seed_interval,
-    visible_difference,
     welch_difference,
 )
 
@@ -132,4 +132,4 @@ def test_the_welch_difference_needs_both_standard_errors():
 
 
 def test_visible_differences_equal_those_of_the_methods_page():
-    assert [round(visible_difference(n), 1) for n in (3, 5, 9)] == [5.3, 4.5, 4.2]
+    assert [round(detectable_difference(n), 1) for n in (3, 5, 9)] == [5.3, 4.5, 4.2]

@@ -8,7 +8,7 @@ import pytest
 
 from reseed.compare.cell import compare_cell
 from reseed.compare.statistics import leave_one_out_interval
-from reseed.compare.strata import DENSITY_EDGES, by_stratum, standardised, strata_table
+from reseed.compare.strata import DENSITY_EDGES, shared_by_stratum, standardised, strata_table
 
 
 def runs_of(dictionary, firing, tokens=100_000):
@@ -37,7 +37,7 @@ def test_strata_of_two_runs_equal_a_hand_computed_example(dictionary):
     assert decile["latents"].tolist()[:2] == [2, 2]
     assert decile["latents"].sum() == density["latents"].sum() == 10
     assert decile["shared"].sum() == 4
-    shown = by_stratum(table, "density")
+    shown = shared_by_stratum(table, "density")
     assert shown["latents"].sum() == 5
     assert shown["shared_fraction"].tolist()[-1] == 1
     assert np.isnan(shown["shared_low"]).all(), "two seeds have no interval"
@@ -50,7 +50,7 @@ def test_deciles_pool_the_live_latents_of_all_runs(dictionary):
     runs = runs_of(dictionary, firing)
     every = {(s, t): flags(*np.ones(1009)) for s in range(3) for t in range(3) if s != t}
     table = strata_table(runs, every, 10)
-    shown = by_stratum(table, "decile")
+    shown = shared_by_stratum(table, "decile")
     assert shown["latents"].tolist()[:2] == [1, 8]
     # Equal counts of two runs stay together, so deciles differ by a few latents.
     assert shown["latents"].tolist()[2:] == pytest.approx([100] * 10, abs=2)
@@ -81,7 +81,7 @@ def test_standardised_fractions_equal_their_definition(cells):
     found = standardised([cell.strata for cell in cells])
     shares, fractions = [], []
     for cell in cells:
-        table = by_stratum(cell.strata, "density")
+        table = shared_by_stratum(cell.strata, "density")
         filled = table[table["latents"] > 0]
         assert len(filled) == 2
         shares.append(filled["latents"].to_numpy() / 40)
@@ -95,7 +95,7 @@ def test_standardised_fractions_equal_their_definition(cells):
         without = []
         for run in cell.runs["run"]:
             table = cell.strata[(cell.strata["a"] != run) & (cell.strata["b"] != run)]
-            rest = by_stratum(table, "density")
+            rest = shared_by_stratum(table, "density")
             rest = rest[rest["latents"] > 0]
             without.append(rest["shared_fraction"].to_numpy() @ weights)
         wanted = leave_one_out_interval(fraction @ weights, without, 0.95, "logit")

@@ -9,9 +9,9 @@ import torch
 from scipy import stats
 from scipy.special import expit, logit
 
-import reseed.evaluate.truth as evaluation
+import reseed.evaluate.true_features as evaluation
 from reseed.compare.cell import CellResult, compare_cell
-from reseed.compare.load import load_dictionaries
+from reseed.compare.dictionary import load_dictionaries
 from reseed.compare.truth import LABELS, truth_estimates, truth_metrics
 from reseed.sae.relu import ReLUConfig
 

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reseed.evaluate.absorption.overlap import absorbed_overlap, usual
+from reseed.study.absorbed_words import absorbed_overlap, usual
 
 Tables = tuple[pd.DataFrame, pd.DataFrame]
 

@@ -12,17 +12,16 @@ import pandas as pd
 import pytest
 import torch
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
 from reseed.config import ConfigError
-from reseed.evaluate.absorption.config import AbsorptionConfig
+from reseed.evaluate.absorption.evaluation import AbsorptionConfig
 from reseed.evaluate.absorption.records import mean_over_classes
-from reseed.evaluate.base import Evaluated, Result, Subject
-from reseed.evaluate.first_letter.prompts import make_prompts
-from reseed.evaluate.first_letter.task import Probed, WordTaskConfig, word_activations
-from reseed.evaluate.shared import SharedResults
+from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result
+from reseed.evaluate.first_letter.task import ProbedTask, WordTaskConfig, word_activations
+from reseed.evaluate.first_letter.words import make_prompts
 from reseed.evaluate.splitting import SplittingConfig
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.topk import TopKConfig
@@ -42,13 +41,13 @@ def resolved(tiny_text: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def evaluated(resolved: Any, tmp_path_factory: pytest.TempPathFactory) -> Evaluated:
+def evaluated(resolved: Any, tmp_path_factory: pytest.TempPathFactory) -> EvaluationInput:
     source = resolved.open("cpu", needed=1_000)
-    return Evaluated(source, SharedResults(tmp_path_factory.mktemp("shared")))
+    return EvaluationInput(source, ModelCache(tmp_path_factory.mktemp("shared")))
 
 
 @pytest.fixture(scope="module")
-def table(evaluated: Evaluated, tmp_path_factory: pytest.TempPathFactory) -> str:
+def table(evaluated: EvaluationInput, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Words labelled by their appearance, which a probe predicts easily, and a class of three
     words."""
     texts = WordTaskConfig.words(AbsorptionConfig(), evaluated.tokenizer).texts
@@ -73,9 +72,9 @@ def sae(seed: int, k: int = 8):
 
 
 @pytest.fixture(scope="module")
-def result(evaluated: Evaluated, settings: dict[str, Any]) -> Result:
+def result(evaluated: EvaluationInput, settings: dict[str, Any]) -> Result:
     config = AbsorptionConfig(**settings, causal=True, bootstrap=100)
-    subject = Subject("one", sae(0), HOOK, untrained=sae(1))
+    subject = LoadedRun("one", sae(0), HOOK, untrained=sae(1))
     [(name, found)] = config.evaluate([subject], evaluated)
     assert name == "one"
     return found
@@ -96,7 +95,7 @@ def test_a_class_that_cannot_be_evaluated_has_a_reason(result: Result) -> None:
         assert ((low <= mean) & (mean <= high)).all()
 
 
-def test_first_letters_are_always_26_classes(evaluated: Evaluated) -> None:
+def test_first_letters_are_always_26_classes(evaluated: EvaluationInput) -> None:
     words = AbsorptionConfig().words(evaluated.tokenizer)
     assert len(words.classes) == 26
 
@@ -153,10 +152,10 @@ def test_tables_and_latent_columns_agree_on_absorbed_words(result: Result) -> No
 
 
 def test_metrics_are_none_if_no_class_can_be_evaluated(
-    evaluated: Evaluated, settings: dict[str, Any]
+    evaluated: EvaluationInput, settings: dict[str, Any]
 ) -> None:
     config = AbsorptionConfig(**settings, probe_f1=0.9999999)
-    [(_, found)] = config.evaluate([Subject("one", sae(0), HOOK)], evaluated)
+    [(_, found)] = config.evaluate([LoadedRun("one", sae(0), HOOK)], evaluated)
     reasons = found.tables["letters"]["reason"]
     if (reasons != "").all():  # holds unless the probes are perfect
         assert found.metrics["absorption_letters"] == 0
@@ -165,7 +164,7 @@ def test_metrics_are_none_if_no_class_can_be_evaluated(
 
 
 def test_the_model_runs_once_for_each_prompt_seed(
-    evaluated: Evaluated, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    evaluated: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     list(SplittingConfig(**settings).repetitions(evaluated, HOOK))
 
@@ -184,7 +183,7 @@ def test_the_model_runs_once_for_each_prompt_seed(
 
 
 def test_one_pass_of_the_model_reads_all_hookpoints(
-    evaluated: Evaluated, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    evaluated: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SplittingConfig(**settings | {"prompt_seeds": (3,)})
     passes, activations = [], LanguageModel.activations
@@ -198,18 +197,18 @@ def test_one_pass_of_the_model_reads_all_hookpoints(
     [[first], [second]] = [list(config.repetitions(evaluated, h, hooks)) for h in hooks]
     assert passes == [hooks]
     monkeypatch.undo()
-    there = replace(evaluated, shared=SharedResults(evaluated.shared.cache / "alone"))
+    there = replace(evaluated, shared=ModelCache(evaluated.shared.cache / "alone"))
     assert not first.x.equal(second.x)
     [again] = config.repetitions(there, HOOK)
     assert again.x.equal(second.x)
 
 
-def repetition(evaluated: Evaluated, settings: dict[str, Any]) -> Probed:
+def repetition(evaluated: EvaluationInput, settings: dict[str, Any]) -> ProbedTask:
     return next(iter(SplittingConfig(**settings).repetitions(evaluated, HOOK)))
 
 
 def test_activations_are_taken_at_the_words_token_and_the_hookpoint(
-    evaluated: Evaluated, settings: dict[str, Any]
+    evaluated: EvaluationInput, settings: dict[str, Any]
 ) -> None:
     """Compare with transformers' hidden states of the whole prompt; later tokens change nothing."""
     model, probed = evaluated.model, repetition(evaluated, settings)
@@ -228,7 +227,7 @@ def test_activations_are_taken_at_the_words_token_and_the_hookpoint(
 
 
 def test_every_word_is_tested_by_probes_not_trained_on_it(
-    evaluated: Evaluated, settings: dict[str, Any]
+    evaluated: EvaluationInput, settings: dict[str, Any]
 ) -> None:
     probed = repetition(evaluated, settings)
     assert probed.tested.all()
@@ -242,28 +241,28 @@ def test_every_word_is_tested_by_probes_not_trained_on_it(
 
 
 def test_a_second_evaluation_gives_equal_metrics(
-    evaluated: Evaluated, settings: dict[str, Any], result: Result
+    evaluated: EvaluationInput, settings: dict[str, Any], result: Result
 ) -> None:
     config = AbsorptionConfig(**settings, bootstrap=100)
-    [(_, again)] = config.evaluate([Subject("one", sae(0), HOOK, untrained=sae(1))], evaluated)
+    [(_, again)] = config.evaluate([LoadedRun("one", sae(0), HOOK, untrained=sae(1))], evaluated)
     for name, value in again.metrics.items():
         assert value == result.metrics[name], name
 
 
 def test_an_untrained_sae_is_as_sparse_as_its_k(
-    evaluated: Evaluated, settings: dict[str, Any]
+    evaluated: EvaluationInput, settings: dict[str, Any]
 ) -> None:
     """Its threshold is set on the words: k·n latents are active on n words."""
     config = AbsorptionConfig(**settings | {"prompt_seeds": (0,)}, bootstrap=10)
     born = BatchTopKConfig(num_latents=200, k=5.5).build(128, torch.Generator().manual_seed(3))
-    [(_, found)] = config.evaluate([Subject("one", sae(0), HOOK, untrained=born)], evaluated)
+    [(_, found)] = config.evaluate([LoadedRun("one", sae(0), HOOK, untrained=born)], evaluated)
     words = len(config.words(evaluated.tokenizer))
     assert found.metrics["absorption_l0"] == 8
     assert found.metrics["absorption_l0_untrained"] == pytest.approx(5.5, abs=2 / words)
 
 
 def test_a_latent_equal_to_the_probe_has_its_f1_and_no_splits(
-    evaluated: Evaluated, settings: dict[str, Any]
+    evaluated: EvaluationInput, settings: dict[str, Any]
 ) -> None:
     probed = repetition(evaluated, settings)
     made = sae(0, k=40)
@@ -271,7 +270,7 @@ def test_a_latent_equal_to_the_probe_has_its_f1_and_no_splits(
     with torch.no_grad():
         weight, bias = (probed.probes[n].mean(0)[word] for n in ("weight", "bias"))
         made.W_enc[0], made.b_enc[0] = weight, bias + weight @ made.b_dec
-    [(_, found)] = SplittingConfig(**settings).evaluate([Subject("one", made, HOOK)], evaluated)
+    [(_, found)] = SplittingConfig(**settings).evaluate([LoadedRun("one", made, HOOK)], evaluated)
     row = found.tables["letters"].set_index("class").loc["word"]
     assert row["f1"] > row["probe_f1"] - 0.1
     assert row["splits"] < 1

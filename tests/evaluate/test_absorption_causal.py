@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.evaluate.absorption.causal import (
     MARGIN,
     STEPS,
@@ -21,7 +21,7 @@ from reseed.evaluate.absorption.causal import (
 )
 from reseed.evaluate.absorption.projection import Alignment
 from reseed.evaluate.codes import Codes
-from reseed.evaluate.first_letter.prompts import Prompts
+from reseed.evaluate.first_letter.words import Prompts
 
 HOOK = Hookpoint("module", 0, "layer")
 D = 4

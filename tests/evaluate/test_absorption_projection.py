@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from reseed.evaluate.absorption.null import null_cosines, random_directions
-from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
+from reseed.evaluate.absorption.projection import (
+    Absorption,
+    Alignment,
+    Thresholds,
+    absorption,
+    null_cosines,
+    random_directions,
+)
 from reseed.evaluate.codes import Codes, encode
 from reseed.sae.relu import ReLUConfig
 

@@ -13,17 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from reseed.activations.worlds import World
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
+from reseed.activations.synthetic.worlds import World
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
 from reseed.evaluate.codes import encode
-from reseed.evaluate.first_letter.folds import make_folds, parts
+from reseed.evaluate.first_letter.words import make_folds, split_words
 from reseed.evaluate.splitting import find_splits
-from reseed.missing import train_missing
-from reseed.runs import Run, RunStore
 from reseed.sae.base import SAE
 from reseed.sae.relu import ReLUConfig
+from reseed.store.runs import Run, RunStore
+from reseed.study.train import train_missing
 
 TOKENS = 8_000
 
@@ -46,7 +46,7 @@ def measured(sae: SAE, world: World) -> tuple[Absorption, Tensor]:
     fires[sample.token, sample.feature] = True
     member = torch.stack([fires[:, 0], ~fires[:, 0]], dim=1)
     labels = np.where(fires[:, 0], 0, 1)
-    fold = make_folds(labels, parts(labels, 1, 0), 1, 0)[0]
+    fold = make_folds(labels, split_words(labels, 1, 0), 1, 0)[0]
     codes = encode(sae, sample.x)
     # The parent is one concept: its first latent represents it.
     split = find_splits(codes, member, fold, most=1, random=torch.Generator().manual_seed(0))[0]

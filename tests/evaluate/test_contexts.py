@@ -11,17 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import PathModelConfig, resolve
-from reseed.activations.reading import Reading, find_text
 from reseed.activations.text import TextFilesConfig
+from reseed.activations.text_source import TextSource, resolve_model_text
 from reseed.config import ConfigError, ReseedError
-from reseed.contexts import EVALUATION, SAMPLED, TOP, Contexts, LatentContexts
-from reseed.evaluate.base import Evaluated, Subject
-from reseed.evaluate.contexts import config as contexts_config
-from reseed.evaluate.contexts.config import ContextsConfig
-from reseed.evaluate.shared import SharedResults
-from reseed.evaluations import FOLDER, Stored, folder_of
+from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache
+from reseed.evaluate.contexts import evaluation as contexts_config
+from reseed.evaluate.contexts.evaluation import ContextsConfig
 from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig
@@ -29,6 +26,8 @@ from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
+from reseed.store.contexts import EVALUATION, SAMPLED, TOP, Contexts, LatentContexts
+from reseed.store.results import FOLDER, StoredEvaluation, folder_of
 
 D, F, CONTEXT = 16, 150, 32
 HOOKS = [Hookpoint("resid_post", 1), Hookpoint("mlp_out", 0), Hookpoint("attn_out", 2)]
@@ -45,14 +44,16 @@ SMALL = ContextsConfig(tokens=300, top=3, sampled=4, reservoir=8, window=5, lens
 
 
 @pytest.fixture(scope="module")
-def source(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reading:
+def source(
+    tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TextSource:
     cache = tmp_path_factory.mktemp("cache")
     config = PathModelConfig(path=str(tiny_model), batch_sequences=4)
     text = TextFilesConfig(
         path=(str(tiny_text),), context_length=CONTEXT, chunk_tokens=2048, held_out_tokens=1024,
     )  # fmt: skip
-    found = find_text(resolve(config, cache), text, cache)
-    return Reading(found, torch.device("cpu"), 4096)
+    found = resolve_model_text(resolve(config, cache), text, cache)
+    return TextSource(found, torch.device("cpu"), 4096)
 
 
 def sae_of(name: str, seed: int = 0) -> SAE:
@@ -67,17 +68,17 @@ def sae_of(name: str, seed: int = 0) -> SAE:
 
 
 def evaluated(
-    source: Reading, folder: Path, saes: Mapping[str, tuple[Hookpoint, SAE]],
+    source: TextSource, folder: Path, saes: Mapping[str, tuple[Hookpoint, SAE]],
     config: ContextsConfig = SMALL,
 ) -> dict[str, Contexts]:  # fmt: skip
     """Evaluate SAEs, write their contexts and read them again."""
-    subjects = [Subject(name, sae, hook) for name, (hook, sae) in saes.items()]
+    subjects = [LoadedRun(name, sae, hook) for name, (hook, sae) in saes.items()]
     found = {}
-    for name, result in config.evaluate(subjects, Evaluated(source, SharedResults(folder))):
+    for name, result in config.evaluate(subjects, EvaluationInput(source, ModelCache(folder))):
         place = folder_of(folder / name, EVALUATION, config.signed())
-        Stored(EVALUATION, config.to_dict(), result.metrics, result.tables, result.latents).write(
-            place
-        )
+        StoredEvaluation(
+            EVALUATION, config.to_dict(), result.metrics, result.tables, result.latents
+        ).write(place)
         found[name] = Contexts.read(place)
     return found
 
@@ -93,7 +94,7 @@ class _Fired:
     peak: int
 
 
-def firings_of(source: Reading, hook: Hookpoint, sae: SAE, reach: int) -> list[list[_Fired]]:
+def firings_of(source: TextSource, hook: Hookpoint, sae: SAE, reach: int) -> list[list[_Fired]]:
     """Return all firings of each latent, token by token."""
     sequences, kept = source.held_out_sequences(SMALL.tokens)
     found: list[list[_Fired]] = [[] for _ in range(sae.num_latents)]
@@ -127,7 +128,9 @@ def as_values(one: LatentContexts) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_contexts_equal_those_of_a_plain_loop(source: Reading, tmp_path: Path, name: str) -> None:
+def test_contexts_equal_those_of_a_plain_loop(
+    source: TextSource, tmp_path: Path, name: str
+) -> None:
     hook, sae = HOOKS[0], sae_of(name)
     own = evaluated(source, tmp_path, {"a": (hook, sae)})["a"]
     _, kept = source.held_out_sequences(SMALL.tokens)
@@ -173,7 +176,7 @@ def test_contexts_equal_those_of_a_plain_loop(source: Reading, tmp_path: Path, n
 
 
 def test_contexts_do_not_depend_on_blocks_or_other_saes(
-    source: Reading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: TextSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saes = {name: (HOOKS[i % 3], sae_of(name, i)) for i, name in enumerate(ARCHITECTURES)}
     together = evaluated(source, tmp_path / "together", saes)
@@ -191,7 +194,7 @@ def test_contexts_do_not_depend_on_blocks_or_other_saes(
             assert a.largest == pytest.approx(b.largest, rel=1e-5)
 
 
-def test_more_tokens_never_lower_counts_or_maxima(source: Reading, tmp_path: Path) -> None:
+def test_more_tokens_never_lower_counts_or_maxima(source: TextSource, tmp_path: Path) -> None:
     saes = {"a": (HOOKS[0], sae_of("relu"))}
     some = evaluated(source, tmp_path / "some", saes)["a"]
     more = evaluated(source, tmp_path / "more", saes, replace(SMALL, tokens=900))["a"]
@@ -202,7 +205,7 @@ def test_more_tokens_never_lower_counts_or_maxima(source: Reading, tmp_path: Pat
 
 
 def test_special_tokens_and_first_positions_are_shown_without_activation(
-    source: Reading, tmp_path: Path
+    source: TextSource, tmp_path: Path
 ) -> None:
     own = evaluated(source, tmp_path, {"a": (HOOKS[0], sae_of("relu"))})["a"]
     seen = 0
@@ -216,7 +219,7 @@ def test_special_tokens_and_first_positions_are_shown_without_activation(
 
 
 def test_reading_one_latent_reads_one_row_group(
-    source: Reading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: TextSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = evaluated(source, tmp_path, {"a": (HOOKS[0], sae_of("topk"))})["a"]
     read: list[int] = []
@@ -230,7 +233,7 @@ def test_reading_one_latent_reads_one_row_group(
         own.latent(150)
 
 
-def test_texts_are_those_of_the_tokens(source: Reading, tmp_path: Path) -> None:
+def test_texts_are_those_of_the_tokens(source: TextSource, tmp_path: Path) -> None:
     own = evaluated(source, tmp_path, {"a": (HOOKS[0], sae_of("topk"))})["a"]
     tokenizer = source.model.resolved.tokenizer
     for latent in (own.latent(j) for j in (3, 70)):
@@ -239,7 +242,7 @@ def test_texts_are_those_of_the_tokens(source: Reading, tmp_path: Path) -> None:
         assert all(own.text([t]) for t, _ in (*latent.promoted, *latent.suppressed))
 
 
-def test_the_newest_result_is_read_or_none(source: Reading, tmp_path: Path) -> None:
+def test_the_newest_result_is_read_or_none(source: TextSource, tmp_path: Path) -> None:
     assert Contexts.of(tmp_path / "a") is None
     saes = {"a": (HOOKS[0], sae_of("topk"))}
     evaluated(source, tmp_path, saes)
@@ -250,7 +253,7 @@ def test_the_newest_result_is_read_or_none(source: Reading, tmp_path: Path) -> N
     assert len(list((tmp_path / "a" / FOLDER).iterdir())) == 2
 
 
-def test_only_the_residual_stream_has_a_lens(source: Reading, tmp_path: Path) -> None:
+def test_only_the_residual_stream_has_a_lens(source: TextSource, tmp_path: Path) -> None:
     saes = {str(hook): (hook, sae_of("topk")) for hook in HOOKS}
     found = evaluated(source, tmp_path, saes)
     assert [bool(own.latent(5).promoted) for own in found.values()] == [True, False, False]
@@ -260,7 +263,7 @@ def test_only_the_residual_stream_has_a_lens(source: Reading, tmp_path: Path) ->
     assert {(c.kind, len(c.tokens), c.peak) for x in bare for c in x.contexts} == {(TOP, 1, 0)}
 
 
-def test_impossible_settings_are_refused(source: Reading, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(source: TextSource, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"`sampled` \(=9\) must not exceed `reservoir` \(=8\)"):
         ContextsConfig(sampled=9, reservoir=8)
     many = {"a": (HOOKS[0], sae_of("topk"))}

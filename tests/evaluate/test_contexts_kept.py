@@ -9,12 +9,16 @@ import pytest
 import torch
 from scipy import stats
 
+from reseed.activations.intervention import unembedding
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
-from reseed.activations.unembedding import unembedding
-from reseed.evaluate.contexts.directions import lens, neighbours
-from reseed.evaluate.contexts.firings import Firings
-from reseed.evaluate.contexts.gathering import Gathering
-from reseed.evaluate.contexts.kept import _mixed, by_lot
+from reseed.evaluate.contexts.gathering import (
+    ContextGatherer,
+    Firings,
+    _mixed,
+    lens,
+    neighbours,
+    rank_randomly,
+)
 from reseed.sae.topk import TopKConfig
 
 CONTEXT, F = 8, 12
@@ -27,10 +31,10 @@ def random_firings(sequences: int, seed: int) -> torch.Tensor:
     return dense * (torch.rand(dense.shape, generator=generator) < 0.4)
 
 
-def gathered(dense: torch.Tensor, sizes: list[int], backwards: bool = False) -> Gathering:
+def gathered(dense: torch.Tensor, sizes: list[int], backwards: bool = False) -> ContextGatherer:
     """Gather contexts from blocks of these numbers of sequences."""
     sae = TopKConfig(num_latents=F, k=1).build(4, torch.Generator())
-    found = Gathering(sae, top=3, reservoir=5, reach=2, seed=0)
+    found = ContextGatherer(sae, top=3, reservoir=5, reach=2, seed=0)
     blocks, first = [], 0
     for part in dense.split(sizes):
         flat = part.reshape(-1, F).t().contiguous()
@@ -42,7 +46,7 @@ def gathered(dense: torch.Tensor, sizes: list[int], backwards: bool = False) -> 
     return found
 
 
-def shown(found: Gathering) -> list:
+def shown(found: ContextGatherer) -> list:
     out = []
     for kept in (found.top, found.drawn):
         order = kept.in_order(slice(None))
@@ -87,7 +91,7 @@ def test_the_draw_is_uniform_over_the_firings() -> None:
     latent = torch.arange(num_latents).repeat_interleave(n)
     place = torch.arange(n).repeat(num_latents)
     firings = Firings(latent, place, torch.ones(len(latent)), 0, n)
-    rank = by_lot(firings, 0).view(num_latents, n)
+    rank = rank_randomly(firings, 0).view(num_latents, n)
     drawn = rank.topk(size, dim=1).indices
     counts = torch.bincount(drawn.flatten(), minlength=n).numpy()
     # Draws are without replacement: the variance of a count is smaller by (n − size)/(n − 1).
@@ -98,7 +102,7 @@ def test_the_draw_is_uniform_over_the_firings() -> None:
     there = pairs.view(n, n).numpy() + pairs.view(n, n).t().numpy()
     pair_counts = there[np.triu_indices(n, 1)]
     assert stats.chisquare(pair_counts).pvalue > 1e-3, "all pairs are equally frequent"
-    other = by_lot(firings, 1).view(num_latents, n).topk(size, dim=1).indices
+    other = rank_randomly(firings, 1).view(num_latents, n).topk(size, dim=1).indices
     common = (drawn[:, :, None] == other[:, None]).sum() / num_latents
     assert float(common) == pytest.approx(size * size / n, abs=0.1), "seeds are independent"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import nnls
 
-from reseed.evaluate.directions import directions, matched_cosine, nonnegative_cosine, unit
+from reseed.evaluate.true_features import match_directions, matched_cosine, nonnegative_cosine, unit
 
 NO_GROUPS = torch.zeros(0, 2, 5)
 BASIS = torch.eye(5)
@@ -15,7 +15,7 @@ BASIS = torch.eye(5)
 
 def composite(row: torch.Tensor, dictionary: torch.Tensor = BASIS) -> float:
     groups = torch.zeros(0, 1, dictionary.shape[1])
-    return float(directions(row[None], dictionary, groups).composite)
+    return float(match_directions(row[None], dictionary, groups).composite)
 
 
 def brute_force(row: np.ndarray, dictionary: np.ndarray) -> float:
@@ -45,7 +45,7 @@ def test_few_candidates_are_enough_for_orthogonal_features() -> None:
     rng = np.random.default_rng(0)
     dictionary = torch.from_numpy(np.linalg.qr(rng.normal(size=(20, 20)))[0])
     rows = torch.from_numpy(rng.normal(size=(50, 20)))
-    found = directions(rows, dictionary, torch.zeros(0, 1, 20), candidates=3).composite
+    found = match_directions(rows, dictionary, torch.zeros(0, 1, 20), candidates=3).composite
     # By hand: the three largest positive coordinates.
     along = unit(rows) @ dictionary.T
     wanted = along.clamp(min=0).topk(3, dim=1).values.norm(dim=1)
@@ -56,7 +56,9 @@ def test_fewer_candidates_never_find_more() -> None:
     rng = np.random.default_rng(1)
     dictionary = torch.from_numpy(rng.normal(size=(30, 6)))
     rows = torch.from_numpy(rng.normal(size=(50, 6)))
-    few, more = (directions(rows, dictionary, torch.zeros(0, 1, 6), c).composite for c in (4, 12))
+    few, more = (
+        match_directions(rows, dictionary, torch.zeros(0, 1, 6), c).composite for c in (4, 12)
+    )
     assert (few <= more + 1e-6).all()
     assert (few < more - 1e-3).any(), "few candidates must miss some composites here"
 
@@ -80,9 +82,9 @@ def test_duplicate_features_do_not_change_the_fit() -> None:
 def test_projection_onto_groups_by_hand() -> None:
     groups = torch.stack([BASIS[:2], BASIS[2:4]])
     rows = torch.tensor([[3.0, 4, 0, 0, 0], [1, -1, 0, 0, 0], [1, 1, 1, 1, 0], [0, 0, 3, 0, 4]])
-    found = directions(rows, BASIS[4:], groups).group
+    found = match_directions(rows, BASIS[4:], groups).group
     assert found.tolist() == pytest.approx([1, 1, 0.5**0.5, 0.6])
-    assert directions(rows, BASIS, NO_GROUPS).group.tolist() == [0] * 4
+    assert match_directions(rows, BASIS, NO_GROUPS).group.tolist() == [0] * 4
 
 
 def test_matched_cosine_by_hand() -> None:
@@ -94,7 +96,7 @@ def test_matched_cosine_by_hand() -> None:
 
 def test_zero_and_nan_rows_have_no_feature() -> None:
     rows = torch.stack([BASIS[1] * -2, torch.zeros(5), torch.full((5,), torch.nan)])
-    found = directions(rows, BASIS, NO_GROUPS)
+    found = match_directions(rows, BASIS, NO_GROUPS)
     assert found.feature.tolist() == [1, -1, -1]
     assert found.cosine.tolist() == [-1, 0, 0]
     assert found.mcc == pytest.approx(1 / 3)

@@ -9,15 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
+from reseed.activations.intervention import intervene, logits
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
-from reseed.activations.reading import Reading, find_text
-from reseed.activations.splicing import logits, spliced
 from reseed.activations.text import TextFilesConfig
+from reseed.activations.text_source import TextSource, resolve_model_text
 from reseed.config import ConfigError
-from reseed.evaluate.base import Evaluated, Result, Subject
+from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result
 from reseed.evaluate.faithfulness import FaithfulnessConfig
-from reseed.evaluate.shared import SharedResults
 from reseed.sae.base import SAE
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
@@ -27,22 +26,24 @@ HOOKS = [Hookpoint("resid_post", 1), Hookpoint("mlp_out", 0), Hookpoint("attn_ou
 
 
 @pytest.fixture(scope="module")
-def source(tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Reading:
+def source(
+    tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> TextSource:
     cache = tmp_path_factory.mktemp("cache")
     config = PathModelConfig(path=str(tiny_model), batch_sequences=4)
     text = TextFilesConfig(
         path=(str(tiny_text),), context_length=32, chunk_tokens=2048, held_out_tokens=1024,
     )  # fmt: skip
-    found = find_text(resolve(config, cache), text, cache)
-    return Reading(found, torch.device("cpu"), 4096)
+    found = resolve_model_text(resolve(config, cache), text, cache)
+    return TextSource(found, torch.device("cpu"), 4096)
 
 
-def evaluated(source: Reading, tmp_path: Path) -> Evaluated:
-    return Evaluated(source, SharedResults(tmp_path))
+def evaluated(source: TextSource, tmp_path: Path) -> EvaluationInput:
+    return EvaluationInput(source, ModelCache(tmp_path))
 
 
-def results(source: Reading, tmp_path: Path, saes: dict[str, tuple[Hookpoint, SAE]]):
-    subjects = [Subject(name, sae, hook) for name, (hook, sae) in saes.items()]
+def results(source: TextSource, tmp_path: Path, saes: dict[str, tuple[Hookpoint, SAE]]):
+    subjects = [LoadedRun(name, sae, hook) for name, (hook, sae) in saes.items()]
     config = FaithfulnessConfig(tokens=300)
     return dict(config.evaluate(subjects, evaluated(source, tmp_path)))
 
@@ -67,7 +68,7 @@ def identity() -> SAE:
     return sae
 
 
-def mean_at(source: Reading, hook: Hookpoint) -> torch.Tensor:
+def mean_at(source: TextSource, hook: Hookpoint) -> torch.Tensor:
     """Average over the replaced positions, one by one."""
     sequences, kept = source.held_out_sequences(300)
     x = torch.cat([found[hook] for found in source.model.activations(sequences, [hook])])
@@ -76,7 +77,7 @@ def mean_at(source: Reading, hook: Hookpoint) -> torch.Tensor:
 
 @pytest.mark.parametrize("hook", HOOKS, ids=str)
 def test_the_identity_loses_nothing_and_constants_are_ablations(
-    source: Reading, tmp_path: Path, hook: Hookpoint
+    source: TextSource, tmp_path: Path, hook: Hookpoint
 ) -> None:
     found = results(
         source, tmp_path,
@@ -99,7 +100,7 @@ def test_the_identity_loses_nothing_and_constants_are_ablations(
 
 
 @torch.no_grad()
-def test_losses_equal_those_of_a_loop_in_float64(source: Reading, tmp_path: Path) -> None:
+def test_losses_equal_those_of_a_loop_in_float64(source: TextSource, tmp_path: Path) -> None:
     """The loop takes one sequence at a time and sums cross-entropy and KL in float64."""
     hook, sae = HOOKS[0], TopKConfig(num_latents=32, k=3).build(D, torch.Generator().manual_seed(1))
     result = results(source, tmp_path, {"a": (hook, sae)})["a"]
@@ -132,7 +133,7 @@ def test_losses_equal_those_of_a_loop_in_float64(source: Reading, tmp_path: Path
     assert result.metrics["tokens"] == int(kept.sum()) >= 300
 
 
-def test_losses_do_not_depend_on_batches_or_other_saes(source: Reading, tmp_path: Path) -> None:
+def test_losses_do_not_depend_on_batches_or_other_saes(source: TextSource, tmp_path: Path) -> None:
     saes: dict[str, tuple[Hookpoint, SAE]] = {
         str(i): (HOOKS[i % 3], TopKConfig(num_latents=8, k=2).build(D, torch.Generator()))
         for i in range(10)  # more SAEs than share a pass
@@ -149,7 +150,7 @@ def test_losses_do_not_depend_on_batches_or_other_saes(source: Reading, tmp_path
     assert known == pytest.approx({n: together["9"].metrics[n] for n in known}, rel=1e-4)
 
 
-def test_more_tokens_than_there_are_is_refused(source: Reading, tmp_path: Path) -> None:
+def test_more_tokens_than_there_are_is_refused(source: TextSource, tmp_path: Path) -> None:
     config = FaithfulnessConfig(tokens=10**6)
     with pytest.raises(ConfigError, match=r"`tokens` \(=1,000,000\) must not exceed the activatio"):
         next(iter(config.evaluate([], evaluated(source, tmp_path))))
@@ -162,13 +163,13 @@ def test_an_ablation_that_does_no_harm_recovers_nothing() -> None:
     assert _recovered(3.0, clean=2.0, worst=6.0) == 0.75
 
 
-def test_an_edit_of_another_shape_is_refused_and_the_hook_is_removed(source: Reading) -> None:
+def test_an_edit_of_another_shape_is_refused_and_the_hook_is_removed(source: TextSource) -> None:
     tokens = source.held_out_sequences(300)[0][:1]
     with pytest.raises(ValueError, match=r"resid_post\.1: the replacement of activations of"):
         logits(source.model, tokens, {HOOKS[0]: lambda x: x[:, :1]})
     model: LanguageModel = source.model
     before = logits(model, tokens)
-    with spliced(model.model, HOOKS[0], torch.zeros_like):
+    with intervene(model.model, HOOKS[0], torch.zeros_like):
         assert not torch.equal(logits(model, tokens), before)
     assert torch.equal(logits(model, tokens), before), "the hook must be removed"
 
@@ -188,8 +189,8 @@ def test_gaussian_draws_and_worlds_are_refused() -> None:
         needs_language_model(FaithfulnessConfig(), resolved)  # type: ignore[arg-type]
 
 
-def test_without_exclusions_every_position_is_replaced(source: Reading) -> None:
+def test_without_exclusions_every_position_is_replaced(source: TextSource) -> None:
     config = replace(source.config, exclude_first_position=False, exclude_special_tokens=False)
-    other = Reading.__new__(Reading)
+    other = TextSource.__new__(TextSource)
     other.__dict__ |= source.__dict__ | {"config": config}
     assert bool(other.held_out_sequences(300)[1].all())

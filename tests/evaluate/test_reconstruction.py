@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.config import ConfigError
-from reseed.evaluate.base import Evaluated, Subject
+from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache
 from reseed.evaluate.reconstruction import (
     Reconstruction,
     ReconstructionConfig,
     density_table,
     measure,
 )
-from reseed.evaluate.shared import SharedResults
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 
@@ -185,10 +184,10 @@ def test_the_evaluation_measures_the_given_number_of_tokens() -> None:
         held_out_available=64,
         device=torch.device("cpu"),
     )
-    evaluated = Evaluated(source, SharedResults(Path("/nowhere")))  # type: ignore[arg-type]
+    evaluated = EvaluationInput(source, ModelCache(Path("/nowhere")))  # type: ignore[arg-type]
     sae = TopKConfig(num_latents=6, k=2).build(12, torch.Generator().manual_seed(0))
     ((name, result),) = ReconstructionConfig(tokens=50).evaluate(
-        [Subject("a", sae, hook)], evaluated
+        [LoadedRun("a", sae, hook)], evaluated
     )
     alone = measured(sae, x[:50])
     assert name == "a"
@@ -199,4 +198,4 @@ def test_the_evaluation_measures_the_given_number_of_tokens() -> None:
     mean = sae.encode(x[:50]).sum(0) / fired.sum(0)
     assert result.latents["mean_activation"] == pytest.approx(mean.detach().numpy(), nan_ok=True)
     with pytest.raises(ConfigError, match=r"`tokens` \(=65,536\) must not exceed .* documents: 64"):
-        next(ReconstructionConfig().evaluate([Subject("a", sae, hook)], evaluated))
+        next(ReconstructionConfig().evaluate([LoadedRun("a", sae, hook)], evaluated))

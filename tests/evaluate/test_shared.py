@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from reseed.evaluate.shared import SharedResults
+from reseed.evaluate.base import ModelCache
 
 
 def test_results_are_computed_once_and_found_by_their_key(tmp_path: Path) -> None:
@@ -19,9 +19,9 @@ def test_results_are_computed_once_and_found_by_their_key(tmp_path: Path) -> Non
         made.append(1)
         return {"x": torch.arange(6).view(2, 3).T, "y": torch.tensor(1.5)}
 
-    shared = SharedResults(tmp_path)
+    shared = ModelCache(tmp_path)
     first = shared.get("probes", {"layer": 1, "model": "abc"}, compute)
-    again = SharedResults(tmp_path).get("probes", {"model": "abc", "layer": 1}, compute)
+    again = ModelCache(tmp_path).get("probes", {"model": "abc", "layer": 1}, compute)
     assert len(made) == 1
     assert torch.equal(first["x"], again["x"])
     assert again["y"] == 1.5
@@ -32,7 +32,7 @@ def test_results_are_computed_once_and_found_by_their_key(tmp_path: Path) -> Non
 
 
 def test_an_unreadable_file_is_computed_again(tmp_path: Path) -> None:
-    shared = SharedResults(tmp_path)
+    shared = ModelCache(tmp_path)
     shared.get("x", {}, lambda: {"a": torch.zeros(2)})
     (file,) = (tmp_path / "evaluations").glob("*.safetensors")
     file.write_bytes(b"cut off")
@@ -47,7 +47,7 @@ def test_only_one_of_two_concurrent_callers_computes(tmp_path: Path) -> None:
         time.sleep(0.1)
         return {"a": torch.zeros(1)}
 
-    both = [threading.Thread(target=SharedResults(tmp_path).get, args=("x", {}, slowly))
+    both = [threading.Thread(target=ModelCache(tmp_path).get, args=("x", {}, slowly))
             for _ in range(2)]  # fmt: skip
     for thread in both:
         thread.start()

@@ -10,16 +10,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from reseed.evaluate.codes import Codes, encode
-from reseed.evaluate.first_letter.folds import Fold, make_folds, parts
-from reseed.evaluate.first_letter.probes import (
-    agreement,
+from reseed.evaluate.first_letter.words import Fold, make_folds, split_words
+from reseed.evaluate.probes import (
     batch_size,
+    fit_nested,
+    learning_rate,
     loss_gradient,
     positive_weight,
-    rate,
+    precision_recall_f1,
+    rank_latents,
     train_probe,
 )
-from reseed.evaluate.sparse_probes import fit_nested, rank_latents
 from reseed.evaluate.splitting import choose_main, find_splits
 from reseed.sae import base
 from reseed.sae.relu import ReLUConfig
@@ -107,15 +108,15 @@ def test_a_class_without_words_gives_finite_probes() -> None:
     weight, bias = train_probe(x, member, seeded())
     assert weight.isfinite().all()
     assert bias.isfinite().all()
-    scores = agreement(x @ weight.T + bias > 0, member)
+    scores = precision_recall_f1(x @ weight.T + bias > 0, member)
     assert scores.f1.tolist() == [1, 0]
     assert scores.precision.tolist() == [1, 0]
     assert scores.recall.tolist() == [1, 0]
 
 
 def test_the_rate_falls_geometrically_and_batches_shrink_with_the_set() -> None:
-    assert rate(0) == 1e-2
-    assert rate(25) / rate(0) == pytest.approx((1e-5 / 1e-2) ** 0.5)
+    assert learning_rate(0) == 1e-2
+    assert learning_rate(25) / learning_rate(0) == pytest.approx((1e-5 / 1e-2) ** 0.5)
     assert [batch_size(n) for n in (1, 240, 3_800, 100_000)] == [1, 10, 159, 4_096]
 
 
@@ -128,7 +129,7 @@ def test_probes_are_float32_and_find_the_classes_directions(dtype: torch.dtype) 
     member = F.one_hot(labels, 3).bool()
     weight, bias = train_probe(x, member, seeded())
     assert weight.dtype == torch.float32
-    assert agreement(x.float() @ weight.T + bias > 0, member).f1.min() > 0.85
+    assert precision_recall_f1(x.float() @ weight.T + bias > 0, member).f1.min() > 0.85
     assert weight.argmax(1).tolist() == [0, 1, 2]
     again, _ = train_probe(x, member, seeded())
     assert again.equal(weight)
@@ -137,7 +138,7 @@ def test_probes_are_float32_and_find_the_classes_directions(dtype: torch.dtype) 
 def test_scores_by_hand() -> None:
     predicted = torch.tensor([[True], [True], [True], [False]])
     member = torch.tensor([[True], [False], [True], [True]])
-    scores = agreement(predicted, member)
+    scores = precision_recall_f1(predicted, member)
     assert (scores.precision.item(), scores.recall.item()) == pytest.approx((2 / 3, 2 / 3))
     assert scores.f1.item() == pytest.approx(2 / 3)
 
@@ -243,7 +244,7 @@ def split_world(children: int) -> tuple[Tensor, Tensor]:
 
 def folds_of(labels: Tensor) -> Fold:
     array = labels.numpy()
-    return make_folds(array, parts(array, 1, 0), 1, 0)[0]
+    return make_folds(array, split_words(array, 1, 0), 1, 0)[0]
 
 
 @pytest.mark.parametrize("children", [1, 2, 3])
@@ -259,7 +260,7 @@ def test_a_split_class_has_all_its_latents_as_main(children: int) -> None:
     assert splits[1].main.tolist() == [6]
     test = member[fold.test, 0]
     assert ((splits[0].scores[:, children - 1] > 0) == test).all()
-    assert agreement(splits[0].scores[:, :1] > 0, test[:, None]).precision.item() == 1
+    assert precision_recall_f1(splits[0].scores[:, :1] > 0, test[:, None]).precision.item() == 1
 
 
 def test_an_sae_with_fewer_latents_than_the_most_tries_all() -> None:

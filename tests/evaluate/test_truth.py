@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reseed.evaluate.truth import LABELS, TruthRules, measure_truth
+from reseed.evaluate.true_features import LABELS, TruthRules, measure_truth
 from reseed.sae.relu import ReLUConfig
 
 D = 8

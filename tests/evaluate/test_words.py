@@ -15,9 +15,15 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from reseed.config import ConfigError
-from reseed.evaluate.first_letter.folds import make_folds, parts
-from reseed.evaluate.first_letter.prompts import Template, make_prompts
-from reseed.evaluate.first_letter.words import Words, first_letter_words, labelled_words
+from reseed.evaluate.first_letter.words import (
+    Template,
+    Words,
+    first_letter_words,
+    labelled_words,
+    make_folds,
+    make_prompts,
+    split_words,
+)
 
 LINE = "{word} has the first letter: {answer}"
 PIECES = [
@@ -134,9 +140,9 @@ def test_the_split_is_a_partition_with_equal_shares(
     labels: list[int], folds: int, seed: int
 ) -> None:
     array = np.array(labels)
-    part = parts(array, folds, seed)
+    part = split_words(array, folds, seed)
     made = make_folds(array, part, folds, seed)
-    assert (parts(array, folds, seed) == part).all()
+    assert (split_words(array, folds, seed) == part).all()
     assert len(made) == folds
     for fold in made:
         both = np.concatenate([fold.fit, fold.validation, fold.test])
@@ -157,8 +163,8 @@ def test_the_split_is_a_partition_with_equal_shares(
 
 def test_another_seed_gives_another_split() -> None:
     labels = np.arange(300) % 3
-    assert (parts(labels, 1, 0) != parts(labels, 1, 1)).any()
-    first, second = (make_folds(labels, parts(labels, 1, 0), 1, s)[0] for s in (0, 1))
+    assert (split_words(labels, 1, 0) != split_words(labels, 1, 1)).any()
+    first, second = (make_folds(labels, split_words(labels, 1, 0), 1, s)[0] for s in (0, 1))
     assert (first.test == second.test).all()
     assert set(first.validation) != set(second.validation)
 

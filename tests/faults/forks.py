@@ -102,7 +102,7 @@ _prepared: list[tuple[Any, Any]] = []
 
 def _trained(number: int) -> int:
     """Do what `reseed train` does after it has composed and checked everything."""
-    from reseed.missing import train_missing
+    from reseed.study.train import train_missing
 
     failures = train_missing(*_prepared[number])
     for run, error in failures.items():
@@ -111,8 +111,8 @@ def _trained(number: int) -> int:
 
 
 def _prepare(overrides: list[str]) -> int:
-    from reseed.cli.app import CommandLine
-    from reseed.cli.jobs import check_jobs
+    from reseed.cli.hydra_app import CommandLine
+    from reseed.cli.plan import check_jobs
 
     jobs, runtime = check_jobs(CommandLine("train", []), overrides, multirun=True)
     _prepared.append(([job.resolved for job in jobs], runtime))
@@ -126,10 +126,10 @@ def _serve() -> None:
     import transformers.models.llama  # noqa: F401
 
     import reseed.cli.check
-    import reseed.cli.collect
     import reseed.cli.run
     import reseed.compare.cell
-    import reseed.train.fit  # noqa: F401
+    import reseed.study.collect
+    import reseed.train.group  # noqa: F401
 
     torch.set_num_threads(1)
     matplotlib.use("agg")
@@ -175,9 +175,9 @@ def _child(command: list[str], fault: dict[str, Any] | None) -> None:
 
             faults.put(**fault)
         if command[0] == "trained":
-            from reseed.cli.errors import reported
+            from reseed.cli.errors import run_and_report
 
-            sys.exit(reported(lambda: _trained(int(command[1]))))
+            sys.exit(run_and_report(lambda: _trained(int(command[1]))))
         from reseed.cli.main import main
 
         main(command)

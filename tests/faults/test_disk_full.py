@@ -15,9 +15,9 @@ import pytest
 import torch
 from forks import Forks
 
-from reseed.atomic import DiskFullError, atomic_write, atomic_write_bytes, atomic_write_json
 from reseed.cli import run, train
-from reseed.runs import RunStore
+from reseed.store.runs import RunStore
+from reseed.system.files import DiskFullError, atomic_write, atomic_write_bytes, atomic_write_json
 
 INTACT = "Results and checkpoints that were written earlier are intact: free some space"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from reseed.cli import run, train
-from reseed.runs import RunStore
-from reseed.train.member import Member
+from reseed.store.runs import RunStore
+from reseed.train.run_state import RunState
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def test_an_error_in_one_run_does_not_stop_the_others(
     """Its folder has the whole traceback, the summary the place of the error. Without the error the
     same command finishes the run."""
     line = ["-m", *line, "seed=0,1,2"]
-    original = getattr(Member, where)
+    original = getattr(RunState, where)
 
-    def broken(self: Member, *arguments: object) -> object:
+    def broken(self: RunState, *arguments: object) -> object:
         if "seed1" in self.id and self.step == (where == "train") * 7:
             raise ZeroDivisionError("by nothing at all")
         return original(self, *arguments)
@@ -59,7 +59,7 @@ def test_an_error_in_one_run_does_not_stop_the_others(
             torch.save(state, found.path / "checkpoint.pt") if "seed1" in found.id else None
         capsys.readouterr()
     else:
-        monkeypatch.setattr(Member, where, broken)
+        monkeypatch.setattr(RunState, where, broken)
     assert train.main(line) == 1
     said = capsys.readouterr().out
     runs = by_seed()
@@ -73,7 +73,7 @@ def test_an_error_in_one_run_does_not_stop_the_others(
     if where == "train":
         assert runs[1].record["failed_at_step"] == 7
         assert 'raise ZeroDivisionError("by nothing at all")' in summary
-    monkeypatch.setattr(Member, where, original)
+    monkeypatch.setattr(RunState, where, original)
     (runs[1].path / "checkpoint.pt").unlink(missing_ok=True)
     assert train.main(line) == 0
 
@@ -83,13 +83,13 @@ def test_a_state_that_is_not_finite_is_not_checkpointed(
 ) -> None:
     """After a failure the run resumes from finite weights."""
     line = [*line, "runtime.checkpoint_every_s=1e-9"]
-    original = Member.train
+    original = RunState.train
 
-    def poisoned(self: Member, x: torch.Tensor, optimizer: object) -> None:
+    def poisoned(self: RunState, x: torch.Tensor, optimizer: object) -> None:
         original(self, x * float("nan") if self.step == 5 else x, optimizer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Member, "train", poisoned)
+        patch.setattr(RunState, "train", poisoned)
         assert train.main(line) == 1
     (found,) = RunStore("outputs").runs()
     assert found.record["failed_at_step"] == 5
@@ -107,14 +107,14 @@ def test_a_comparison_names_its_incomplete_cells(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It prints the error of the failed cell and the table of the other."""
-    original = Member.train
+    original = RunState.train
 
-    def broken(self: Member, *arguments: object) -> None:
+    def broken(self: RunState, *arguments: object) -> None:
         if "relu" in self.id and self.step == 3:
             raise RuntimeError("no such thing")
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Member, "train", broken)
+    monkeypatch.setattr(RunState, "train", broken)
     line = ["comparison=seeds", *line, "seed=0,1", "sae=topk,relu"]
     assert run.main(line) == 1
     said = capsys.readouterr().out

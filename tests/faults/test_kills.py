@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 from forks import Ended, Forks
 
-from reseed.runs import RESULTS, Run, RunStore
+from reseed.store.runs import RESULTS, Run, RunStore
 from reseed.train.config import RuntimeConfig
 
 KILLS = {"single": 12, "fused": 14, "budgets": 14, "calibrated": 14, "cached": 14}

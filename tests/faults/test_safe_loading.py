@@ -16,9 +16,9 @@ import torch
 
 import reseed
 from reseed.cli import train
-from reseed.compare.matchings import MatchingStore
-from reseed.runs import Run, RunError, RunStore
+from reseed.compare.matching import MatchingCache
 from reseed.sae.checkpoint import CheckpointError
+from reseed.store.runs import Run, RunError, RunStore
 
 
 class Payload:
@@ -159,7 +159,7 @@ def test_a_payload_in_the_store_of_matchings_is_not_executed(
     tmp_path: Path, sign: Path, payload: Callable[[Path], bytes]
 ) -> None:
     """The store recomputes a matching that it cannot read."""
-    store = MatchingStore(tmp_path / "matchings", least=1)
+    store = MatchingCache(tmp_path / "matchings", least=1)
     a, b = np.random.default_rng(0).normal(size=(2, 8, 4))
     made = store(a, b)
     (path,) = store.folder.iterdir()

@@ -16,9 +16,9 @@ from forks import Ended, Forks
 
 from reseed.activations.language_model import LanguageModel
 from reseed.cli import run, train
-from reseed.runs import RunStore
-from reseed.train.callbacks import Bookkeeper
-from reseed.train.member import Member
+from reseed.store.runs import RunStore
+from reseed.train.callbacks import CheckpointCallback
+from reseed.train.run_state import RunState
 
 BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 
@@ -70,7 +70,7 @@ def test_a_group_stopped_between_steps_resumes_bit_identically(
     """The signal comes within a block, when the first run is ahead of the second."""
     line = ["-m", *line, "seed=0,1", "layer=0,1"]
     with monkeypatch.context() as patch:
-        sent_at(40, number, Member, "train", patch)
+        sent_at(40, number, RunState, "train", patch)
         assert train.main(line) == 128 + number
     said = capsys.readouterr()
     name = signal.Signals(number).name
@@ -91,8 +91,8 @@ def test_a_signal_interrupts_a_pass_of_the_language_model(
     with monkeypatch.context() as patch:
         sent_at(3, number, LanguageModel, "activations", patch)
         patch.setattr(
-            Bookkeeper, "_save",
-            lambda self, member, then=Bookkeeper._save: (
+            CheckpointCallback, "_save",
+            lambda self, member, then=CheckpointCallback._save: (
                 saved.append(member.step), then(self, member),
             ),
         )  # fmt: skip
@@ -110,12 +110,12 @@ def test_a_signal_in_the_last_step_starts_neither_measuring_nor_the_next_group(
 ) -> None:
     line = ["-m", *line, "dataset.order_seed=0,1"]
     with monkeypatch.context() as patch:
-        sent_at(32, signal.SIGINT, Member, "train", patch)
+        sent_at(32, signal.SIGINT, RunState, "train", patch)
         assert train.main(line) == 130
     assert "0 of 2 runs finished, 1 interrupted, 1 not started" in capsys.readouterr().out
     trained: list[int] = []
-    original = Member.train
-    monkeypatch.setattr(Member, "train", lambda *a: (trained.append(1), original(*a)))
+    original = RunState.train
+    monkeypatch.setattr(RunState, "train", lambda *a: (trained.append(1), original(*a)))
     assert train.main(line) == 0
     assert len(trained) == 32, "only the second run's steps"
 
@@ -132,7 +132,7 @@ def test_a_run_stopped_while_it_is_measured_is_not_trained_again(
     assert "the same command goes on" in capsys.readouterr().err
     (found,) = RunStore("outputs").runs()
     assert found.status == "interrupted"
-    monkeypatch.setattr(Member, "train", lambda *_: pytest.fail("a step is made twice"))
+    monkeypatch.setattr(RunState, "train", lambda *_: pytest.fail("a step is made twice"))
     assert train.main(line) == 0
 
 
@@ -140,8 +140,8 @@ def test_a_second_ctrl_c_ends_it_without_another_checkpoint(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        sent_at(5, signal.SIGINT, Member, "train", patch)
-        sent_at(1, signal.SIGINT, Bookkeeper, "_save", patch)
+        sent_at(5, signal.SIGINT, RunState, "train", patch)
+        sent_at(1, signal.SIGINT, CheckpointCallback, "_save", patch)
         assert train.main(line) == 130
     said = capsys.readouterr()
     assert "Traceback" not in said.err
@@ -191,8 +191,8 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path: Path, after: fl
     ("where", "waited"),
     [
         ("reseed.activations.language_model:LanguageModel.activations", 4),
-        ("reseed.train.member:Member.train", 9),
-        ("reseed.train.member:Member.save", 0),
+        ("reseed.train.run_state:Member.train", 9),
+        ("reseed.train.run_state:Member.save", 0),
     ],
 )
 @BOTH

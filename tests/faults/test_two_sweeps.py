@@ -10,9 +10,9 @@ import signal
 import pytest
 from forks import Forks
 
-from reseed.runs import RunStore
+from reseed.store.runs import RunStore
 
-SLOWLY = {"kind": "slow", "where": "reseed.train.member:Member.train", "seconds": 0.15}
+SLOWLY = {"kind": "slow", "where": "reseed.train.run_state:Member.train", "seconds": 0.15}
 TRAINED = "training 1 SAE ("
 FOLDER = "shared"
 

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from reseed.compare.activation_tables import sides_of, with_activations
+from reseed.compare.activations.tables import weight_matches, with_activations
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary
@@ -93,6 +93,6 @@ def acting(make_cell):
     knobs, cell = make_cell()
     measured = type("M", (), {})()
     measured.tokens, measured.matched = 100, {}
-    measured.latents = {pair: Found(side) for pair, side in sides_of(cell).items()}
+    measured.latents = {pair: Found(side) for pair, side in weight_matches(cell).items()}
     measured.cka_codes = measured.cka_reconstructions = np.full((3, 3), 0.9)
     return knobs, with_activations(cell, measured)

@@ -10,7 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reseed.contexts import LATENTS_PER_GROUP, SCHEMA, Contexts
+from reseed.store.contexts import LATENTS_PER_GROUP, SCHEMA, Contexts
 
 TEXTS = ["</script>", '"quoted"', "<b>bold</b>", " the", "\n", "\t", " caf\u00e9", "\u2028"]
 

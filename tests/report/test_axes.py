@@ -4,15 +4,15 @@ import pytest
 
 from reseed.report.axes import (
     amounts,
+    arm_note,
     columns,
-    identities,
+    distinguishing_knobs,
     label,
-    naming,
+    label_knobs,
     numeric_axes,
     ordered,
+    other_knob_values,
     row_labels,
-    telling,
-    told_by_arm,
     wrapped,
 )
 
@@ -32,17 +32,17 @@ SWEEP = cells_of(
 
 
 def test_a_knob_that_an_earlier_one_determines_is_not_telling():
-    assert telling(SWEEP) == ["arm", "sae", "tokens"]
+    assert distinguishing_knobs(SWEEP) == ["arm", "sae", "tokens"]
     # λ differs within one architecture, so it is kept.
     more = [*SWEEP, ({**SWEEP[0][0], "sparsity": "k=16"}, None)]
-    assert telling(more) == ["arm", "sae", "sparsity", "tokens"]
+    assert distinguishing_knobs(more) == ["arm", "sae", "sparsity", "tokens"]
     both = cells_of(*({"num_latents": n, "sae.expansion_factor": n // 64} for n in (64, 128)))
-    assert telling(both) == ["num_latents"], "of two that say the same the first stays"
+    assert distinguishing_knobs(both) == ["num_latents"], "of two that say the same the first stays"
 
 
 def test_few_cells_are_named_by_all_varying_knobs():
     few = SWEEP[:4]
-    assert naming(few) == ["arm", "sae", "sparsity"]
+    assert label_knobs(few) == ["arm", "sae", "sparsity"]
     assert label(few, few[0][0]) == "other init, topk, k=8"
     assert label(SWEEP, SWEEP[0][0]) == "other init, topk, 4000"
     assert label(cells_of({"sae": "topk"}), {"sae": "topk"}) == "topk"
@@ -53,7 +53,7 @@ def test_knobs_that_the_arm_determines_are_in_a_footnote_instead_of_columns():
     hard = {"arm": "hard", "model": "world_hard", "num_latents": 512, "sparsity": "L0≈10"}
     cells = cells_of(*(arm | {"sae": sae} for arm in (easy, hard) for sae in ("topk", "relu")))
     assert columns(cells) == ["arm", "sae"]
-    assert told_by_arm(cells) == (
+    assert arm_note(cells) == (
         "easy: model world_easy, 64 latents, L0≈3 · hard: model world_hard, 512 latents, L0≈10"
     )
     assert label(cells, cells[0][0]) == "easy, topk"
@@ -65,10 +65,10 @@ def test_arms_with_equal_knobs_are_listed_together():
     cells = cells_of(*({"arm": arm, "model": model, "sae": sae}
         for arm, model in (("one", "m"), ("two", "m"), ("null", "gaussian(m)"))
         for sae in ("topk", "relu")))  # fmt: skip
-    assert told_by_arm(cells) == "one; two: model m · null: model gaussian(m)"
+    assert arm_note(cells) == "one; two: model m · null: model gaussian(m)"
     # Without arms, a knob that the architecture determines stays a column.
     plain = cells_of({"sae": "topk", "sparsity": "k=8"}, {"sae": "relu", "sparsity": "λ=3"})
-    assert (columns(plain), told_by_arm(plain)) == (["sae", "sparsity"], "")
+    assert (columns(plain), arm_note(plain)) == (["sae", "sparsity"], "")
 
 
 def test_cells_are_sorted_by_names_as_declared_and_numbers_ascending():
@@ -108,7 +108,7 @@ def test_numeric_axes_have_three_values_or_more():
 
 
 def test_identities_are_all_telling_knobs_but_the_axis():
-    assert identities(SWEEP, "tokens")[:2] == [("other init", "topk"), ("same init", "topk")]
+    assert other_knob_values(SWEEP, "tokens")[:2] == [("other init", "topk"), ("same init", "topk")]
 
 
 def test_wrapped_breaks_between_words():

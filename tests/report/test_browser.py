@@ -17,9 +17,9 @@ from chromium import Chromium
 from large import hostile_contexts, large_cell
 
 from reseed.cli import run
-from reseed.report.page.content import Material
+from reseed.report.page.content import ReportData
 from reseed.report.page.write import write_browser_page
-from reseed.sweeps import Sweep
+from reseed.store.sweeps import Sweep
 
 pytestmark = pytest.mark.slow
 
@@ -137,7 +137,7 @@ def filtered_and_sorted(chromium: Chromium, report: Path) -> None:
     choose(chromium, "kind", "all")
     choose(chromium, "density", "dense")
     choose(chromium, "reproducible", "low")
-    tokens = float(chromium.evaluate("reseed.runs[0].tokens"))
+    tokens = float(chromium.evaluate("reseed.store.runs[0].tokens"))
     kept = (table["firing"] > 0.1 * tokens) & (table["reproducibility"] < 0.2)
     assert chromium.evaluate(count).split()[0] == f"{kept.sum():,}"
     choose(chromium, "density", "any")
@@ -253,7 +253,7 @@ def test_eight_saes_of_4096_latents_load_quickly_and_tokens_stay_text(
     contexts = hostile_contexts(tmp_path / "contexts", LATENTS)
     own = dict.fromkeys(cell.runs["run"], contexts)
     sweep = Sweep(tmp_path / "large-0123")
-    of = Material(sweep, [(knobs, cell)], {}, (), (), (), own)
+    of = ReportData(sweep, [(knobs, cell)], {}, (), (), (), own)
     report = tmp_path / "report"
     report.mkdir()
     begun = time.perf_counter()

@@ -8,18 +8,11 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 
-from reseed.compare.columns import THRESHOLDS
-from reseed.report.axis_figures import axis_figure
-from reseed.report.curves import (
-    MOST_LINES,
-    coverage_figure,
-    decile_figure,
-    threshold_figure,
-)
-from reseed.report.firing_figure import MAX_POINTS, firing_figure
-from reseed.report.latents import matched
-from reseed.report.references import BY_LAYER, BY_THRESHOLD, SOURCE, UNSHARED
-from reseed.report.seed_figures import seeds_figure
+from reseed.compare.measures import THRESHOLDS
+from reseed.report.axis_figures import axis_figure, seeds_figure
+from reseed.report.captions import BY_LAYER, BY_THRESHOLD, SOURCE, UNSHARED
+from reseed.report.curves import MOST_LINES, coverage_figure, decile_figure, threshold_figure
+from reseed.report.firing import MAX_POINTS, firing_figure, matched
 from reseed.report.style import GREY, STYLE
 
 
@@ -165,7 +158,7 @@ def test_the_firing_figure_has_a_point_per_match(make_cell):
 
 def test_the_sample_of_many_latents_is_deterministic(make_cell, monkeypatch):
     assert MAX_POINTS <= 5000
-    monkeypatch.setattr("reseed.report.firing_figure.MAX_POINTS", 50)
+    monkeypatch.setattr("reseed.report.firing.MAX_POINTS", 50)
     drawn = []
     for _ in range(2):
         axes = draw(firing_figure, [make_cell()]).axes[0]

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from reseed.compare.statistics import Interval
-from reseed.report.differences import contrasts, differences, side, signed, verdicts
+from reseed.report.differences import contrasts, difference_lines, differences, side, signed
 from reseed.report.tables import summary_markdown
 
 
@@ -37,11 +37,11 @@ def sweep(at, *differences, **more):
 
 
 def test_a_difference_at_the_last_two_budgets_is_claimed(at):
-    (line,) = verdicts(sweep(at, -0.3, 0.2, 0.3))
+    (line,) = difference_lines(sweep(at, -0.3, 0.2, 0.3))
     assert line.startswith("topk − relu: **topk shares more than relu** (+0.20 [")
     assert "at 2,000 and +0.30 [" in line
     assert line.endswith("at 3,000 tokens)")
-    (line,) = verdicts(sweep(at, 0.3, -0.2, -0.3))
+    (line,) = difference_lines(sweep(at, 0.3, -0.2, -0.3))
     assert "**relu shares more than topk**" in line
 
 
@@ -55,7 +55,7 @@ def test_a_difference_at_the_last_two_budgets_is_claimed(at):
     ],
 )
 def test_a_difference_that_does_not_hold_at_both_budgets_is_not_claimed(at, found, more, why):
-    (line,) = verdicts(sweep(at, *found, **more))
+    (line,) = difference_lines(sweep(at, *found, **more))
     assert "no difference claimed" in line
     assert why in line
     assert "**" not in line
@@ -104,7 +104,7 @@ def test_without_several_budgets_or_architectures_there_are_no_contrasts(at):
         [at("topk", 1000, 0.5), at("relu", 2000, 0.4)],
         [at(sae, t, 0.5) for sae in ("topk", "relu") for t in ("1|2", "3|4")],
     ):
-        assert verdicts(cells) == []
+        assert difference_lines(cells) == []
         assert differences(cells) is None
         assert "## Differences" not in summary_markdown(cells)
 
@@ -124,7 +124,7 @@ def test_many_pairs_are_summarised_in_one_line_as_a_ranking(at):
     """Architecture a is above b and c, and these are above d: 5 of 6 pairs."""
     levels = {"a": 0.9, "b": 0.5, "c": 0.5, "d": 0.1}
     cells = [at(sae, tokens, mean) for tokens in (1000, 2000) for sae, mean in levels.items()]
-    order, rule = verdicts(cells)
+    order, rule = difference_lines(cells)
     assert order == (
         "**a** shares more than b, c, d; **b** shares more than d; **c** shares more than d "
         "(5 of 6 pairs)"

@@ -11,25 +11,25 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from reseed.cli.absorbed import with_overlaps
-from reseed.evaluations import Stored
 from reseed.report.evaluation_figures import absorption_figure, write_evaluation_figures
-from reseed.report.evaluation_tables import evaluation_tables, run_tables
-from reseed.report.evaluations import (
+from reseed.report.evaluation_results import (
     EvaluatedRun,
     joined,
     letter_frame,
     run_frame,
     write_evaluations,
 )
+from reseed.report.evaluation_tables import evaluation_tables, run_tables
 from reseed.report.latex import summary_latex
 from reseed.report.style import STYLE
 from reseed.report.tables import latent_table, summary_frame, summary_markdown
+from reseed.store.results import StoredEvaluation
+from reseed.study.absorbed_words import with_overlaps
 
 F = 48
 
 
-def absorption(run: int) -> Stored:
+def absorption(run: int) -> StoredEvaluation:
     """Return a result in which one of two letters can be evaluated; latent 20 (21 in the last run)
     stands for it, and latent 1 absorbs its words."""
     fraction = 0.25 + 0.25 * run
@@ -47,7 +47,7 @@ def absorption(run: int) -> Stored:
         }
     )  # fmt: skip
     absorbers = pd.DataFrame({"class": ["a"], "latent": [1], "words": [10], "cosine": [0.3]})
-    return Stored(
+    return StoredEvaluation(
         "absorption",
         {"type": "absorption"},
         {"absorption_letters": 1, "absorption_fraction": fraction,
@@ -57,20 +57,20 @@ def absorption(run: int) -> Stored:
     )  # fmt: skip
 
 
-def reconstruction() -> Stored:
+def reconstruction() -> StoredEvaluation:
     density = np.geomspace(1e-4, 0.5, F).astype(np.float32)
     metrics = {"fvu": 0.2, "l0": 8.0, "shrinkage": None}
-    return Stored("reconstruction", {}, metrics, {}, {"density": density})
+    return StoredEvaluation("reconstruction", {}, metrics, {}, {"density": density})
 
 
-def faithfulness(run: int) -> Stored:
+def faithfulness(run: int) -> StoredEvaluation:
     values = {"ce_clean": 3.0, "ce": 3.5, "ce_increase": 0.5 + run, "kl_recovered_mean": 0.75}
-    return Stored("faithfulness", {"tokens": 5}, values)
+    return StoredEvaluation("faithfulness", {"tokens": 5}, values)
 
 
-def splitting(run: int) -> Stored:
+def splitting(run: int) -> StoredEvaluation:
     letters = absorption(run).tables["letters"].assign(probe_f1=0.9, f1=0.5)
-    return Stored("splitting", {}, {"splits": 1.0}, {"letters": letters})
+    return StoredEvaluation("splitting", {}, {"splits": 1.0}, {"letters": letters})
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,9 @@ def test_without_evaluations_nothing_changes(cells) -> None:
 def test_a_user_s_evaluation_shows_all_its_metrics(cells) -> None:
     knobs, cell = cells[0]
     runs = {
-        run: EvaluatedRun({"run": run}, {"mine": Stored("mine", {}, {"score": 0.5, "size": 3})})
+        run: EvaluatedRun(
+            {"run": run}, {"mine": StoredEvaluation("mine", {}, {"score": 0.5, "size": 3})}
+        )
         for run in cell.runs["run"]
     }
     (words,) = evaluation_tables(joined([(knobs, cell)], runs))

@@ -16,7 +16,7 @@ from reseed.report.figures import (
     shared_figure,
     write_figures,
 )
-from reseed.report.firing_figure import firing_figure
+from reseed.report.firing import firing_figure
 
 
 def draw(figure_of, cells):

@@ -6,14 +6,14 @@ import io
 import pytest
 from rich.console import Console
 
-from reseed.activations import surrogate
-from reseed.compare.columns import SURROGATES
+from reseed.activations.synthetic import surrogate
+from reseed.compare.measures import SURROGATES
 from reseed.compare.statistics import welch_difference
 from reseed.report.differences import signed
-from reseed.report.ladder import TITLE, ladder
+from reseed.report.null_table import TITLE, null_table
+from reseed.report.table import number, with_interval
 from reseed.report.tables import summary_markdown
 from reseed.report.terminal import print_summary
-from reseed.report.wording import number, with_interval
 
 
 def spread(made, by):
@@ -45,7 +45,7 @@ def _of(made, name):
 
 
 def test_each_null_has_a_row_beginning_with_the_one_that_keeps_least(rungs):
-    words = ladder(rungs)
+    words = null_table(rungs)
     assert words is not None
     assert words.header[:2] == ("sae", "what is shared by")
     assert [row[:2] for row in words.rows] == [
@@ -64,7 +64,7 @@ def test_each_null_has_a_row_beginning_with_the_one_that_keeps_least(rungs):
 
 
 def test_the_numbers_are_those_of_the_cells(rungs):
-    words = ladder(rungs)
+    words = null_table(rungs)
     assert words is not None
     rows = {row[:2]: row[2:] for row in words.rows}
     trained, random = rungs[0][1].estimates, rungs[1][1].estimates
@@ -97,16 +97,16 @@ def test_the_table_is_on_the_terminal_and_in_the_file(rungs):
 
 
 def test_there_is_no_table_without_a_trained_null_or_without_the_model_itself(rungs, cells):
-    assert ladder(cells) is None
-    assert ladder(rungs[1:3]) is None
-    assert ladder([rungs[0], rungs[4]]) is None, "of another architecture"
+    assert null_table(cells) is None
+    assert null_table(rungs[1:3]) is None
+    assert null_table([rungs[0], rungs[4]]) is None, "of another architecture"
     assert TITLE not in summary_markdown(cells)
 
 
 def test_the_table_is_left_out_if_it_would_be_too_long(rungs):
     many = [({**k, "layer": layer}, c) for layer in range(7) for k, c in rungs[:3]]
-    assert ladder(many) is None
-    found = ladder(many[: 3 * 6])
+    assert null_table(many) is None
+    found = null_table(many[: 3 * 6])
     assert found is not None
     assert len(found.rows) == 6 * 6
 

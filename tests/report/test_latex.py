@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 
 from reseed.report.latex import PREAMBLE, escaped, latex_table, summary_latex
+from reseed.report.table import Table, summary
 from reseed.report.tables import write_tables
-from reseed.report.wording import Wording, summary
 
 COMMANDS = {
     "textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^", "ldots": "…",
@@ -69,9 +69,7 @@ def test_characters_without_a_glyph_are_replaced(text, source):
 
 @pytest.mark.parametrize("first", ["[0.1, 0.2]", "*", "[x"])
 def test_no_entry_is_read_as_the_argument_of_a_line_break(first):
-    source = latex_table(
-        Wording(("a\n[95%]", "b"), ((first, "1"), (first, "2")), 1, "", ()), "", "t"
-    )
+    source = latex_table(Table(("a\n[95%]", "b"), ((first, "1"), (first, "2")), 1, "", ()), "", "t")
     for after in re.findall(r"\\\\\s*(\S)", source):
         assert after not in "[*", source
 

@@ -12,20 +12,28 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reseed.atomic import atomic_folder
-from reseed.evaluations import Stored
-from reseed.report.captions import caption, data_files, title
-from reseed.report.evaluations import EvaluatedRun, joined
-from reseed.report.figure_data import cosines_frame, figure_tables, seeds_frame
-from reseed.report.figures import comparison_drawings
-from reseed.report.page.blocks import Code, Items, Paragraph, Section, Span, spans
-from reseed.report.page.browser import columns, entries, write_browser
-from reseed.report.page.html import Html, inline, table_html, tag
-from reseed.report.page.provenance import command, flat, parted
-from reseed.report.page.tex import tex
-from reseed.report.page.warnings import fall, warnings
-from reseed.report.references import UNSHARED, reference_table
-from reseed.report.wording import Wording
+from reseed.report.captions import UNSHARED, caption, data_files, reference_table, title
+from reseed.report.evaluation_results import EvaluatedRun, joined
+from reseed.report.figures import comparison_drawings, cosines_frame, figure_tables, seeds_frame
+from reseed.report.page.content import fvu_fall, warnings
+from reseed.report.page.latent_browser import columns, entries, write_browser
+from reseed.report.page.provenance import command, flat, split_common
+from reseed.report.page.render import (
+    BulletList,
+    Code,
+    Html,
+    Paragraph,
+    Section,
+    Span,
+    inline,
+    spans,
+    table_html,
+    tag,
+    tex,
+)
+from reseed.report.table import Table
+from reseed.store.results import StoredEvaluation
+from reseed.system.files import atomic_folder
 
 HOSTILE = (
     """</script><script>alert("1")</script><img src=x onerror='alert(2)'>&amp;\u2028**a** `b`"""
@@ -58,7 +66,7 @@ def test_text_is_always_escaped():
 
 
 def test_entries_of_a_table_are_escaped():
-    words = Wording((HOSTILE, "n"), ((HOSTILE, "0.5 [0.4, 0.6]"),), 1, HOSTILE, (HOSTILE,))
+    words = Table((HOSTILE, "n"), ((HOSTILE, "0.5 [0.4, 0.6]"),), 1, HOSTILE, (HOSTILE,))
     found = Text(table_html(words))
     assert "script" not in found.elements
     assert "img" not in found.elements
@@ -81,7 +89,7 @@ def test_a_text_is_split_into_spans():
 
 
 def test_tex_escapes_names_and_lists():
-    made = tex("a_b", [Section("s", "50%", (Paragraph("**x_y** & `k=8`"), Items(("1 #",)),
+    made = tex("a_b", [Section("s", "50%", (Paragraph("**x_y** & `k=8`"), BulletList(("1 #",)),
                                            Code("a_b\nc")))])  # fmt: skip
     for said in (r"\title{a\_b}", r"\section{50\%}", r"\textbf{x\_y} \& ", r"\item 1 \#"):
         assert said in made
@@ -93,10 +101,10 @@ def curve(values):
 
 def test_the_fall_of_a_curve_compares_its_last_two_tenths():
     # 40 points: the last four are 0.9 of the four before.
-    assert fall(curve([1.0] * 36 + [0.9] * 4)) == pytest.approx(0.1)
-    assert fall(curve([3.0] * 20 + [1.0] * 20)) == pytest.approx(0)
-    assert fall(curve([1.0] * 19)) is None
-    assert fall(pd.DataFrame({"loss": [1.0] * 40})) is None
+    assert fvu_fall(curve([1.0] * 36 + [0.9] * 4)) == pytest.approx(0.1)
+    assert fvu_fall(curve([3.0] * 20 + [1.0] * 20)) == pytest.approx(0)
+    assert fvu_fall(curve([1.0] * 19)) is None
+    assert fvu_fall(pd.DataFrame({"loss": [1.0] * 40})) is None
 
 
 class Finished:
@@ -158,13 +166,13 @@ def test_settings_are_split_into_common_and_differing_ones():
     def run(sae, seed):
         return flat({"model": {"type": "m"}, "sae": {"type": sae, sae: 1}, "seed": seed})
 
-    common, words = parted({"A": [run("x", 0), run("x", 1)], "B": [run("y", 0), run("y", 1)]})
+    common, words = split_common({"A": [run("x", 0), run("x", 1)], "B": [run("y", 0), run("y", 1)]})
     assert common == {"model.type": "m", "seed": "0, 1"}
     assert words is not None
     assert words.header == ("", "A", "B")
     assert words.rows == (("sae.type", "x", "y"), ("sae.x", "1", "–"), ("sae.y", "–", "1"))
-    assert parted({"A": [{"k": 1}], "B": [{"k": 1}]}) == ({"k": "1"}, None)
-    _, many = parted({f"c{i}": [{"k": i}] for i in range(9)})
+    assert split_common({"A": [{"k": 1}], "B": [{"k": 1}]}) == ({"k": "1"}, None)
+    _, many = split_common({f"c{i}": [{"k": i}] for i in range(9)})
     assert many is not None
     assert many.rows[3] == ("c3", "3")
 
@@ -239,7 +247,9 @@ def test_absorption_is_listed_by_its_letters(cells, tmp_path):
         "absorption_class": np.where(np.arange(48) == 7, 1, -1),
         "absorption_words": np.where(np.arange(48) == 9, 12, 0),
     }
-    found = Stored("absorption", {}, {"absorption_letters": 2}, {"letters": letters}, columns_)
+    found = StoredEvaluation(
+        "absorption", {}, {"absorption_letters": 2}, {"letters": letters}, columns_
+    )
     runs = {run: EvaluatedRun({"run": run}, {"absorption": found}) for run in ("topk-0", "topk-1")}
     write_browser(joined(cells, runs), runs, {}, tmp_path)
     own = (tmp_path / "latents" / "0.js").read_text()

@@ -11,11 +11,10 @@ from rich.console import Console
 
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.pairing import place_label, with_places
+from reseed.compare.pairing import add_axis_columns, axis_label
 from reseed.report import pairings as module
-from reseed.report.matrices import matrices
-from reseed.report.matrix_figure import matrix_figure
-from reseed.report.pairings import by_value, pairing_frame, pairings
+from reseed.report.matrix import matrices, matrix_figure
+from reseed.report.pairings import pairing_frame, pairings, runs_by_value_table
 from reseed.report.style import STYLE
 from reseed.report.tables import summary_markdown, write_tables
 from reseed.report.terminal import print_summary
@@ -31,11 +30,11 @@ def made(make_run):
         runs, named = [], {}
         for i, place in enumerate(places):
             one = make_run("x", i, shared)
-            label = place_label(place)
+            label = axis_label(place)
             runs.append(dataclasses.replace(one, id=f"run-{tag}{label}", seed=label))
             named[runs[-1].id] = place
         cell = compare_cell(runs, [], config)
-        return dataclasses.replace(cell, pairs=with_places(cell.pairs, named, config))
+        return dataclasses.replace(cell, pairs=add_axis_columns(cell.pairs, named, config))
 
     return made
 
@@ -163,7 +162,7 @@ def test_models_are_compared_with_a_warning(over_seeds):
 
 
 def test_each_value_has_a_row_with_the_quality_of_its_runs(over_seeds):
-    words = by_value(over_seeds(["1", "2"]))
+    words = runs_by_value_table(over_seeds(["1", "2"]))
     assert words is not None
     assert words.header == ("layer", "runs", "latents", "FVU", "L0", "dead", "live")
     assert [row[:3] for row in words.rows] == [("1", "3", "48"), ("2", "3", "48")]
@@ -218,7 +217,7 @@ def test_pairs_of_seeds_and_pairs_of_values_have_a_table_each(over_seeds, make_c
 
 def test_pairs_of_seeds_alone_have_no_such_tables(make_cell, tmp_path):
     cells = [make_cell(), make_cell("relu")]
-    assert (pairings(cells), matrices(cells), by_value(cells)) == (None, [], None)
+    assert (pairings(cells), matrices(cells), runs_by_value_table(cells)) == (None, [], None)
     assert "pairings.csv" not in {path.name for path in write_tables(cells, tmp_path)}
 
 
@@ -232,7 +231,7 @@ def test_without_a_common_space_the_table_says_why_and_shows_the_other_measures(
     runs = [dataclasses.replace(r, seed=v) for r, v in ((one, "one"), (two, "two"))]
     cell = compare_cell(runs, [], config)
     places = {run.id: {"model": run.seed} for run in runs}
-    pairs = with_places(cell.pairs, places, config).assign(activation_note="the hub is gone")
+    pairs = add_axis_columns(cell.pairs, places, config).assign(activation_note="the hub is gone")
     knobs = {"sae": "x", "model": "one|two"}
     words = pairings([(knobs, dataclasses.replace(cell, pairs=pairs))])
     assert words is not None

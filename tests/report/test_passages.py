@@ -11,10 +11,16 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from reseed.contexts import SCHEMA, Contexts
-from reseed.evaluations import RowGroups, Stored
-from reseed.report.passages import Shown, one_line, print_latent, print_partner
-from reseed.report.replicas import FILE, replicas_of
+from reseed.report.latent_view import (
+    FILE,
+    LatentView,
+    matches_of,
+    one_line,
+    print_latent,
+    print_partner,
+)
+from reseed.store.contexts import SCHEMA, Contexts
+from reseed.store.results import RowGroups, StoredEvaluation
 
 TEXTS = ["The", " cat", " sat", "\n", " on", "\x07"]
 FIRST = {
@@ -37,7 +43,7 @@ def contexts(tmp_path: Path) -> Contexts:
     table = pa.Table.from_pylist([FIRST, SILENT], schema=SCHEMA)
     texts = pd.DataFrame({"token": range(len(TEXTS)), "text": TEXTS})
     tables = {"contexts": RowGroups(SCHEMA, [table]), "texts": texts}
-    Stored("contexts", {}, {"tokens": 200}, tables).write(tmp_path / "result")
+    StoredEvaluation("contexts", {}, {"tokens": 200}, tables).write(tmp_path / "result")
     return Contexts.read(tmp_path / "result")
 
 
@@ -64,7 +70,7 @@ def printed(show, width: int = 80, **options) -> list[str]:
 
 
 def test_everything_known_about_a_latent_is_printed(contexts: Contexts, sweep: Path) -> None:
-    shown = Shown("run0", contexts, contexts.latent(0), replicas_of(sweep, "run0", [0])[0])
+    shown = LatentView("run0", contexts, contexts.latent(0), matches_of(sweep, "run0", [0])[0])
     lines = printed(lambda console: print_latent(shown, console))
     assert lines[:7] == [
         "run0  latent 0",
@@ -84,7 +90,7 @@ def test_everything_known_about_a_latent_is_printed(contexts: Contexts, sweep: P
 def test_peaks_are_aligned_and_no_line_is_wider_than_the_window(
     contexts: Contexts,
 ) -> None:
-    shown = Shown("run0", contexts, contexts.latent(0))
+    shown = LatentView("run0", contexts, contexts.latent(0))
     lines = printed(
         lambda console: print_latent(shown, console), width=40, force_terminal=True, no_color=True
     )
@@ -97,7 +103,7 @@ def test_peaks_are_aligned_and_no_line_is_wider_than_the_window(
 
 
 def test_colours_replace_brackets_on_a_terminal_with_colour(contexts: Contexts) -> None:
-    shown = Shown("run0", contexts, contexts.latent(0))
+    shown = LatentView("run0", contexts, contexts.latent(0))
     lines = printed(
         lambda console: print_latent(shown, console), force_terminal=True, color_system="truecolor"
     )
@@ -109,7 +115,7 @@ def test_colours_replace_brackets_on_a_terminal_with_colour(contexts: Contexts) 
 
 
 def test_silent_latents_and_runs_without_a_comparison_are_reported(contexts: Contexts) -> None:
-    shown = Shown("run0", contexts, contexts.latent(1))
+    shown = LatentView("run0", contexts, contexts.latent(1))
     assert printed(lambda console: print_latent(shown, console)) == [
         "run0  latent 1", "fires on none of 200 tokens", "in no comparison yet",
     ]  # fmt: skip
@@ -118,8 +124,8 @@ def test_silent_latents_and_runs_without_a_comparison_are_reported(contexts: Con
 def test_partners_are_printed_or_reported_to_have_no_contexts(
     contexts: Contexts, sweep: Path
 ) -> None:
-    there, none = replicas_of(sweep, "run0", [0])[0].partners
-    shown = Shown("run1", contexts, contexts.latent(0))
+    there, none = matches_of(sweep, "run0", [0])[0].partners
+    shown = LatentView("run1", contexts, contexts.latent(0))
     lines = printed(lambda console: print_partner(there, shown, console))
     assert lines[0] == "in seed 1: 7 (0.80 enc, 0.90 dec) *"
     assert "«cat·4»" in lines[3]
@@ -131,14 +137,14 @@ def test_partners_are_printed_or_reported_to_have_no_contexts(
 
 
 def test_only_the_requested_latents_are_read(sweep: Path) -> None:
-    assert replicas_of(sweep, "run0", [1]).keys() == {1}
-    assert replicas_of(sweep, "elsewhere", [0]) == {}
+    assert matches_of(sweep, "run0", [1]).keys() == {1}
+    assert matches_of(sweep, "elsewhere", [0]) == {}
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_named_by_id(sweep: Path) -> None:
     table = pd.read_parquet(sweep / FILE).assign(seed=0).drop(columns=["cosine_encoder"])
     table.to_parquet(sweep / FILE)
-    partner = replicas_of(sweep, "run0", [0])[0].partners[0]
+    partner = matches_of(sweep, "run0", [0])[0].partners[0]
     assert (partner.name, partner.cosine_encoder) == ("run1", None)
 
 

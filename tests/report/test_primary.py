@@ -8,9 +8,9 @@ from scipy import stats
 
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.statistics import Interval
-from reseed.report.differences import differences, verdicts
+from reseed.report.differences import difference_lines, differences
+from reseed.report.table import cell_notes, detectable, detectable_note, measure_name, summary
 from reseed.report.tables import summary_frame, summary_markdown
-from reseed.report.wording import measure_name, notes, summary, visible, visible_in_words
 
 
 def estimate(mean, se, n=3):
@@ -62,8 +62,10 @@ def test_a_note_says_why_the_primary_measure_has_no_interval(measured):
     reason = "every pair is 1: no interval on the logit scale"
     bare = replace(cell.estimates["coverage"], low=None, high=None, reason=reason)
     cell = replace(cell, estimates=cell.estimates | {"coverage": bare})
-    assert notes(cell) == [reason]
-    assert notes(replace(cell, settings=replace(cell.settings, primary="shared_fraction"))) == []
+    assert cell_notes(cell) == [reason]
+    assert (
+        cell_notes(replace(cell, settings=replace(cell.settings, primary="shared_fraction"))) == []
+    )
 
 
 def test_differences_are_claimed_on_the_primary_measure(measured):
@@ -73,7 +75,7 @@ def test_differences_are_claimed_on_the_primary_measure(measured):
         for tokens in (1000, 2000)
         for cell in (measured("topk", tokens, 0.4, 0.8), measured("relu", tokens, 0.8, 0.4))
     ]
-    (line,) = verdicts(cells)
+    (line,) = difference_lines(cells)
     assert line.startswith("topk − relu: **topk has more covered than relu** (+0.40 [")
     words = differences(cells)
     assert words is not None
@@ -83,19 +85,19 @@ def test_differences_are_claimed_on_the_primary_measure(measured):
     assert words.rows[0][3].startswith("-0.40 [")
     default = [(k, replace(c, settings=replace(c.settings, primary="shared_fraction")))
                for k, c in cells]  # fmt: skip
-    assert "**relu shares more than topk**" in verdicts(default)[0]
+    assert "**relu shares more than topk**" in difference_lines(default)[0]
 
 
 @pytest.mark.parametrize(("n", "units"), [(3, 5.3), (5, 4.5), (9, 4.2)])
 def test_the_detectable_difference_of_two_cells_equals_the_published_one(n, units):
     """The units are the standard error of one cell, as published for 80% power."""
-    found = visible(estimate(0.5, 0.01, n), estimate(0.4, 0.01, n), 0.95)
+    found = detectable(estimate(0.5, 0.01, n), estimate(0.4, 0.01, n), 0.95)
     assert found == pytest.approx(units * 0.01, rel=0.015)
 
 
 def test_a_detectable_difference_is_detected_four_times_in_five():
     rng, n, se = np.random.default_rng(0), 3, 0.02
-    shift = visible(estimate(0.5, se, n), estimate(0.5, se, n), 0.95)
+    shift = detectable(estimate(0.5, se, n), estimate(0.5, se, n), 0.95)
     a, b = rng.normal(0, se * np.sqrt(n), (2, 20_000, n))
     found = stats.ttest_ind(a + shift, b, axis=1)
     assert (found.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
@@ -103,9 +105,9 @@ def test_a_detectable_difference_is_detected_four_times_in_five():
 
 def test_without_standard_errors_no_detectable_difference_is_stated():
     bare = Interval(0.5, None, None, None, 2, "fewer than 3 seeds: no interval")
-    assert visible(estimate(0.5, 0.01), bare, 0.95) is None
-    assert visible(estimate(0.5, 0.0), estimate(0.5, 0.01), 0.95) is None
-    assert visible_in_words([bare], "coverage", 0.95) == ("Primary measure: **covered**.",)
+    assert detectable(estimate(0.5, 0.01), bare, 0.95) is None
+    assert detectable(estimate(0.5, 0.0), estimate(0.5, 0.01), 0.95) is None
+    assert detectable_note([bare], "coverage", 0.95) == ("Primary measure: **covered**.",)
 
 
 def test_the_table_states_the_difference_that_it_could_detect(make_cell):

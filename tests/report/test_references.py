@@ -3,15 +3,8 @@
 import numpy as np
 import pytest
 
-from reseed.compare.profile import unshared_fractions
-from reseed.report.references import (
-    BY_K,
-    BY_LAYER,
-    BY_THRESHOLD,
-    BY_WIDTH,
-    UNSHARED,
-    over,
-)
+from reseed.compare.sharing_profile import unshared_fractions
+from reseed.report.captions import BY_K, BY_LAYER, BY_THRESHOLD, BY_WIDTH, UNSHARED, over
 
 
 def test_the_paper_s_u_k_follow_from_its_p_m():

@@ -8,26 +8,25 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reseed.compare.activation_tables import (
+from reseed.compare.activations.tables import (
     ESTIMATES,
     NOTE,
     PAIR_COLUMNS,
     TOKENS,
     with_activations,
 )
-from reseed.compare.columns import COSINES, FRACTIONS
-from reseed.compare.cycles import ESTIMATES as CYCLES
-from reseed.report.cell_tables import kappa
-from reseed.report.firing_tables import strata_frame
-from reseed.report.latents import matched, quality_by_rank
-from reseed.report.sections import by_threshold, on_activations, sections
+from reseed.compare.measures import COSINES, FRACTIONS
+from reseed.compare.sharing_profile import ESTIMATES as CYCLES
+from reseed.report.firing import matched, quality_by_rank, strata_frame
+from reseed.report.summary_tables import by_threshold, on_activations, summary_tables
+from reseed.report.table import kappa
 from reseed.report.tables import summary_frame, summary_markdown, write_tables
 
 MEASURES = Path(__file__).parents[2] / "docs" / "measures.md"
 
 
 def tables(cells, title):
-    return dict(sections(cells))[title]
+    return dict(summary_tables(cells))[title]
 
 
 def entries(words, row):
@@ -36,14 +35,14 @@ def entries(words, row):
 
 def test_the_sections_are_in_order(cells):
     expected = ["More measures", "Over seeds", "By threshold", "By firing", "Nulls", "Subspaces"]
-    assert [title for title, _ in sections(cells)] == expected
+    assert [title for title, _ in summary_tables(cells)] == expected
     text = summary_markdown(cells)
     heads = re.findall("^## (.*)$", text, flags=re.MULTILINE)
     assert heads == [*expected, "Runs"]
 
 
 def test_every_table_has_a_row_per_cell_and_as_many_entries_as_heads(cells):
-    for title, made in sections(cells):
+    for title, made in summary_tables(cells):
         for words in made:
             assert len(words.rows) == len(cells) + (title == "By threshold")
             assert {len(row) for row in words.rows} == {len(words.header)}
@@ -167,7 +166,7 @@ def test_measures_on_activations_have_tables(acting):
     assert row["novel"].startswith(f"{14 / 38:.2f}")
     assert entries(replaced, 0)["R"].startswith(f"{np.mean(np.arange(10, 48) / 48):.2f}")
     assert "On 100 held-out tokens" in agree.footnotes[0]
-    assert "On activations" in dict(sections([acting]))
+    assert "On activations" in dict(summary_tables([acting]))
 
 
 def test_a_table_says_why_activations_were_not_measured(acting, make_cell):

@@ -8,17 +8,17 @@ import pytest
 from rich.console import Console
 
 from reseed.compare.statistics import Interval
-from reseed.report.tables import SUMMARY_COLUMNS, summary_frame, summary_markdown, write_tables
-from reseed.report.terminal import print_summary
-from reseed.report.wording import (
+from reseed.report.table import (
     NOT_SHARED,
     OFF_TARGET,
-    notes,
+    cell_notes,
     number,
     summary,
     varying,
     with_interval,
 )
+from reseed.report.tables import SUMMARY_COLUMNS, summary_frame, summary_markdown, write_tables
+from reseed.report.terminal import print_summary
 
 ISSUE_COLUMNS = [
     *("n_seeds", "shared_fraction", "shared_fraction_low", "shared_fraction_high"),
@@ -67,8 +67,8 @@ def test_summary_csv_has_the_measures_of_each_cell(folder):
 
 def test_a_shared_fraction_near_its_null_is_marked(make_cell):
     # 3 draws of 48 latents cannot see below 1/144: ten times that is .07.
-    assert notes(make_cell(shared=3)[1]) == [NOT_SHARED]
-    assert notes(make_cell(shared=4)[1]) == []
+    assert cell_notes(make_cell(shared=3)[1]) == [NOT_SHARED]
+    assert cell_notes(make_cell(shared=4)[1]) == []
 
 
 def test_pairs_csv_has_the_knobs_of_each_cell(folder, cells):
@@ -223,7 +223,7 @@ def test_a_single_latent_has_no_null(make_cell):
     (row,) = summary([(knobs, alone)]).rows
     assert row[3] == "–"
     assert summary([(knobs, cell)]).rows[0][3] == "< 1/48"
-    assert NOT_SHARED not in notes(alone)
+    assert NOT_SHARED not in cell_notes(alone)
 
 
 def test_at_100_columns_a_row_is_a_line(cells):

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from reseed.compare.statistics import Interval
 from reseed.report.figures import write_figures
 from reseed.report.style import BLUE, GREY, ORANGE, STYLE
-from reseed.report.truth_figure import truth_figure
+from reseed.report.truth import truth_figure
 
 NAN = float("nan")
 

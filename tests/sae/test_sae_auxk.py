@@ -4,11 +4,11 @@ import pytest
 import torch
 from sae_examples import batch_of, dead_of, perturbed
 
-from reseed.sae.auxk import auxk_loss
 from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig
+from reseed.sae.losses import auxk_loss
 from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
@@ -142,7 +142,7 @@ def test_dense_products_and_pairs_give_the_same_auxk(name, count, weighed, monke
     weights = sae.W_dec.detach().norm(dim=1) if weighed else None
     found = []
     for bound in (0, 10):
-        monkeypatch.setattr("reseed.sae.auxk.DENSE_UP_TO", bound)
+        monkeypatch.setattr("reseed.sae.losses.DENSE_UP_TO", bound)
         sae.zero_grad()
         loss = auxk_loss(sae, x, x.sin(), dead_of(sae, count), weights=weights)
         loss.backward()
@@ -157,7 +157,7 @@ def test_dense_products_and_pairs_give_the_same_auxk(name, count, weighed, monke
 )
 def test_auxk_gets_the_error_of_the_loss_without_encoding_again(name, options, monkeypatch):
     """Tokens pass in blocks of 5; the last block is not full."""
-    monkeypatch.setattr("reseed.sae.product.CPU_ROWS", 5)
+    monkeypatch.setattr("reseed.sae.pairs.CPU_ROWS", 5)
     sae, x = make(name, aux_alpha=1.0, **options), batch_of(32)
     expected, seen = x - sae(x).reconstruction, []
 
@@ -168,7 +168,7 @@ def test_auxk_gets_the_error_of_the_loss_without_encoding_again(name, options, m
     def encode(x):
         raise AssertionError("encoded once more")
 
-    monkeypatch.setattr("reseed.sae.auxk.auxk_loss", auxk_loss)
+    monkeypatch.setattr("reseed.sae.losses.auxk_loss", auxk_loss)
     monkeypatch.setattr(sae, "encode", encode)
     sae.training_loss(x, STEP, dead_of(sae, 3)).total.backward()
     (error,) = seen

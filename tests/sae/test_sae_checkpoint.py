@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import reseed
-from reseed.atomic import atomic_write_bytes, atomic_write_json
 from reseed.sae.checkpoint import CheckpointError, load_sae, read_metadata, save_sae
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
+from reseed.system.files import atomic_write_bytes, atomic_write_json
 
 CONFIGS = [TopKConfig(num_latents=32, k=3, aux_alpha=0.5), ReLUConfig(expansion_factor=4)]
 

@@ -11,7 +11,7 @@ from reseed.config import ConfigError
 from reseed.sae.base import Step
 from reseed.sae.checkpoint import load_sae, save_sae
 from reseed.sae.gated import GatedConfig
-from reseed.train.optim import SAEAdam
+from reseed.train.optim.base import SAEAdam
 
 LAST = Step(9, 10)
 

@@ -4,13 +4,14 @@ import pytest
 import torch
 from sae_examples import dead_of, nobody
 
-from reseed.sae import gated_loss, jumprelu_loss, kernels
+from reseed.sae import gated, jumprelu, kernels
 from reseed.sae.base import Step
 from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig
-from reseed.sae.kernels import active, threads
+from reseed.sae.kernels import active
+from reseed.system import compiling
 from reseed.train.archetypes import make_archetypal
-from reseed.train.optim import SAEAdam
+from reseed.train.optim.base import SAEAdam
 
 D, F, B = 24, 90, 300
 LAST = Step(9, 10)
@@ -29,7 +30,7 @@ CONFIGS = {
         num_latents=F, l1_coefficient=0.0, unit_norm_decoder=False, encoder_init="untied"
     ),
 }
-MODULES = {"jumprelu": jumprelu_loss, "gated": gated_loss}
+MODULES = {"jumprelu": jumprelu, "gated": gated}
 
 
 @pytest.fixture(autouse=True)
@@ -37,9 +38,9 @@ def pairs_only(monkeypatch):
     """Use pairs at any density, and small blocks."""
     monkeypatch.setattr(active, "BLOCK_ROWS", 64)
     monkeypatch.setattr(active, "DENSEST", 1.0)
-    monkeypatch.setattr(threads, "LEAST_WORK", 1)
+    monkeypatch.setattr(compiling, "LEAST_WORK", 1)
     before = torch.get_num_threads()
-    with kernels.switched(True):
+    with kernels.override_enabled(True):
         yield
     torch.set_num_threads(before)
 
@@ -144,7 +145,7 @@ def test_auxk_and_an_archetypal_decoder_match_the_plain_path(sae):
         make_archetypal(sae, 40, 0.5)
         found = []
         for on in (False, True):
-            with kernels.switched(on):
+            with kernels.override_enabled(on):
                 loss = sae.training_loss(tokens(), Step(3, 100), dead_of(sae, 30))
                 found.append((loss, torch.autograd.grad(loss.total, [*sae.parameters()])))
     finally:

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from reseed.sae import kernels, selection
 from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
-from reseed.sae.kernels import buffers, threads
-from reseed.sae.kernels.select import select
-from reseed.sae.kernels.select_in_batch import select_in_batch
+from reseed.sae.kernels import buffers
+from reseed.sae.kernels.select import select, select_in_batch
 from reseed.sae.losses import total_variance
 from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.sparse import batch_topk_encode, sparse_decode, sparse_error, topk_encode
 from reseed.sae.topk import TopKConfig
-from reseed.train.optim import SAEAdam
+from reseed.system import compiling
+from reseed.train.optim.base import SAEAdam
 
 
 @pytest.fixture(autouse=True)
 def kernels_on():
-    with kernels.switched(True):
+    with kernels.override_enabled(True):
         yield
 
 
@@ -163,7 +163,7 @@ def test_a_nan_activation_makes_the_loss_nonfinite(config):
     [(600, 128, 2048, 8), (300, 70, 1050, 3.3), (257, 64, 1030, 0.02)],
 )
 def test_the_choice_in_a_batch_is_that_of_float64(batch, d_in, num_latents, k, monkeypatch):
-    monkeypatch.setattr("reseed.sae.kernels.select_in_batch.screen_pays", lambda *_: True)
+    monkeypatch.setattr("reseed.sae.kernels.select.screen_pays", lambda *_: True)
     x, W, b, *_ = (leaf.detach() for leaf in drawn(4, batch, d_in, num_latents))
     x *= torch.linspace(0.1, 2, batch)[:, None][
         torch.randperm(batch, generator=torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ def test_the_choice_in_a_batch_is_that_of_float64(batch, d_in, num_latents, k, m
 
 
 def test_a_guess_that_is_too_high_falls_back_to_the_plain_choice(monkeypatch):
-    monkeypatch.setattr("reseed.sae.kernels.select_in_batch.screen_pays", lambda *_: True)
+    monkeypatch.setattr("reseed.sae.kernels.select.screen_pays", lambda *_: True)
     x, W, b, *_ = (leaf.detach() for leaf in drawn(5, 400, 64, 1024))
     x[:128] *= 50  # makes the guess far too high for the other rows
     count = 400 * 64
@@ -190,7 +190,7 @@ def test_a_guess_that_is_too_high_falls_back_to_the_plain_choice(monkeypatch):
 
 def steps(config, on=True, count=3, dead=40, **options):
     """Return losses, weights and moments after a few steps."""
-    with kernels.switched(on):
+    with kernels.override_enabled(on):
         generator = torch.Generator().manual_seed(0)
         sae = config.build(72, generator)
         optimizer = SAEAdam(sae, 1e-3, encoder_weight_decay=0.1, **options)
@@ -225,7 +225,7 @@ def test_steps_equal_those_of_the_plain_path(config):
 # Matryoshka is left out: it also uses torch's sums, which depend on the number of threads.
 @pytest.mark.parametrize("config", ARCHITECTURES[:2], ids=lambda config: type(config).__name__)
 def test_steps_are_bit_equal_on_any_number_of_threads(config, monkeypatch, restored_threads):
-    monkeypatch.setattr(threads, "LEAST_WORK", 1)
+    monkeypatch.setattr(compiling, "LEAST_WORK", 1)
     found = []
     for count in (1, 3, 2, 3):
         torch.set_num_threads(count)
@@ -316,23 +316,23 @@ def test_a_buffer_is_reused_only_once_no_tensor_holds_it():
 
 def test_kernels_serve_float32_unless_switched_off(monkeypatch):
     one = torch.zeros(1)
-    assert kernels.serve(one)
-    assert not kernels.serve(one, one.double())
-    with kernels.switched(False):
-        assert not kernels.serve(one)
+    assert kernels.supports(one)
+    assert not kernels.supports(one, one.double())
+    with kernels.override_enabled(False):
+        assert not kernels.supports(one)
     monkeypatch.setattr(kernels, "_switch", None)
     monkeypatch.setenv("RESEED_KERNELS", "0")
-    assert not kernels.serve(one)
+    assert not kernels.supports(one)
     monkeypatch.delenv("RESEED_KERNELS")
-    assert kernels.serve(one)
+    assert kernels.supports(one)
 
 
 def test_ranges_cover_everything_once_and_pass_errors_on(monkeypatch, restored_threads):
-    monkeypatch.setattr(threads, "LEAST_WORK", 1)
+    monkeypatch.setattr(compiling, "LEAST_WORK", 1)
     torch.set_num_threads(3)
     for run in (
-        lambda task, count: threads.in_ranges(task, count, 1),
-        lambda task, count: threads.in_blocks(task, count, 7),
+        lambda task, count: compiling.in_ranges(task, count, 1),
+        lambda task, count: compiling.in_blocks(task, count, 7),
     ):
         for count in (1, 2, 7, 100):
             seen = np.zeros(count, dtype=int)
@@ -349,7 +349,7 @@ def test_ranges_cover_everything_once_and_pass_errors_on(monkeypatch, restored_t
         with pytest.raises(RuntimeError, match="no more"):
             run(fail, 100)
     inside = []
-    threads.in_blocks(lambda *_: inside.append(torch.get_num_threads()), 30, 10)
+    compiling.in_blocks(lambda *_: inside.append(torch.get_num_threads()), 30, 10)
     assert inside == [1, 1, 1]
 
 
@@ -387,7 +387,7 @@ def test_kernels_work_in_a_forked_child():
 
 def test_numba_is_not_imported_before_its_first_use():
     code = (
-        "import sys, reseed.sae as s; s.load_all(); import reseed.train.optim; "
+        "import sys, reseed.sae as s; s.load_all(); import reseed.train.optim.base; "
         "print('numba' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -10,7 +10,7 @@ from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
-from reseed.train.optim import SAEAdam, learning_rate
+from reseed.train.optim.base import SAEAdam, learning_rate
 
 CONFIGS = {
     "topk": TopKConfig(num_latents=64, k=4),

@@ -7,7 +7,7 @@ from sae_examples import nobody
 from reseed.config import Config, ConfigError
 from reseed.sae import load_all
 from reseed.sae.base import SAE, Step
-from reseed.sae.losses import ratio_or_zero, warmed_up
+from reseed.sae.losses import ratio_or_zero, warmup_factor
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 
@@ -88,7 +88,7 @@ def test_l1_warms_up_over_the_first_twentieth():
         sae.training_loss(x, Step(i, 100), nobody(sae)).total.item() - 1.25 for i in range(8)
     ]
     assert penalty == pytest.approx([0, 3, 6, 9, 12, 15, 15, 15])
-    assert warmed_up(0, 100, 0.0) == 1
+    assert warmup_factor(0, 100, 0.0) == 1
 
 
 def test_the_loss_is_a_mean_over_the_batch():

@@ -6,10 +6,11 @@ from sae_examples import dead_of, nobody
 
 from reseed.sae import kernels
 from reseed.sae.base import Step
-from reseed.sae.kernels import active, relu_blocks, threads
+from reseed.sae.kernels import active, relu_blocks
 from reseed.sae.relu import ReLUConfig
+from reseed.system import compiling
 from reseed.train.archetypes import make_archetypal
-from reseed.train.optim import SAEAdam
+from reseed.train.optim.base import SAEAdam
 
 D, F, B = 24, 90, 300
 LAST = Step(9, 10)
@@ -20,11 +21,11 @@ def kernels_on(monkeypatch):
     """Use small blocks, so that there are several of each kind."""
     monkeypatch.setattr(active, "BLOCK_ROWS", 64)
     monkeypatch.setattr(relu_blocks, "BLOCK_ROWS", 64)
-    monkeypatch.setattr(relu_blocks, "KEPT_ROWS", 128)
+    monkeypatch.setattr(relu_blocks, "STORED_ROWS", 128)
     monkeypatch.setattr(relu_blocks, "TILE_LATENTS", 40)
-    monkeypatch.setattr(threads, "LEAST_WORK", 1)
+    monkeypatch.setattr(compiling, "LEAST_WORK", 1)
     before = torch.get_num_threads()
-    with kernels.switched(True):
+    with kernels.override_enabled(True):
         yield
     torch.set_num_threads(before)
 
@@ -109,7 +110,7 @@ def test_the_gradient_of_a_multiple_of_the_loss_is_that_multiple(way):
 
 def plain_and_fast(sae, x, dead):
     for on in (False, True):
-        with kernels.switched(on):
+        with kernels.override_enabled(on):
             loss = sae.training_loss(x, Step(3, 100), dead)
             yield loss, torch.autograd.grad(loss.total, list(sae.parameters()))
 
@@ -240,6 +241,6 @@ def test_unsupported_inputs_take_the_plain_path(monkeypatch):
     assert x.grad is not None
     with torch.autocast("cpu", torch.bfloat16):
         sae.training_loss(x.detach(), LAST, nobody(sae))
-    with kernels.switched(False):
+    with kernels.override_enabled(False):
         sae.training_loss(x.detach(), LAST, nobody(sae))
     sae.double().training_loss(x.detach(), LAST, nobody(sae))

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reseed.sae.kernels import select as compiled
-from reseed.sae.pairs import ByLatent
+from reseed.sae.pairs import PairsByLatent
+from reseed.sae.selection import topk_select
 from reseed.sae.sparse import sparse_decode, topk_encode
-from reseed.sae.tournament import largest
 
 
 def dense_topk(x, W_enc, b_enc, k, b_dec=None, among=None):
@@ -132,7 +132,7 @@ def test_sums_by_latent_equal_a_loop_over_pairs(num_latents):
     """Sorting keys are narrow or wide; the largest index is included."""
     indices = torch.randint(0, num_latents, (50, 4))
     indices[0, 0] = num_latents - 1
-    by_latent = ByLatent(indices, num_latents)
+    by_latent = PairsByLatent(indices, num_latents)
     weights, rows = torch.randn(50, 4).double(), torch.randn(50, 3).double()
     expected = torch.zeros(num_latents, 3).double()
     totals = torch.zeros(num_latents).double()
@@ -183,7 +183,7 @@ def test_the_tournament_equals_topk(seed, width, data):
     # Few distinct values give many ties at every level.
     rows = torch.randint(-20, 20, (5, width), generator=torch.Generator().manual_seed(seed))
     for dtype in (torch.float32, torch.int16):
-        values, indices = largest(rows.to(dtype), k, descending=True)
+        values, indices = topk_select(rows.to(dtype), k, descending=True)
         assert torch.equal(values, rows.to(dtype).topk(k, dim=1).values)
         assert torch.equal(values, rows.to(dtype).gather(1, indices))
         assert all(len(set(row.tolist())) == k for row in indices)

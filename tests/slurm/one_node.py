@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from reseed.cli.cluster.queue import InQueue, queue
-from reseed.cli.cluster.record import Record, Submitted
-from reseed.cli.cluster.states import RunState, Seen, states
-from reseed.sweeps import Sweep
+from reseed.cli.cluster.queue import InQueue, Record, Submitted, queue
+from reseed.cli.cluster.states import QueueSnapshot, RunState, states
+from reseed.store.sweeps import Sweep
 
 HERE = Path(__file__).parent
 os.environ["PATH"] += ":/usr/sbin:/sbin"
@@ -130,7 +129,7 @@ class Desk:
 
     @property
     def states(self) -> list[RunState]:
-        return states(self.sweep, Seen.now(self.sweep))
+        return states(self.sweep, QueueSnapshot.now(self.sweep))
 
     def queue(self) -> dict[str, InQueue]:
         ours = {job.job for job in self.jobs}

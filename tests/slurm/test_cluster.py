@@ -14,7 +14,7 @@ import torch
 from one_node import HERE, Desk, local
 
 from reseed.cli import cancel, run, status, train
-from reseed.runs import RunStore
+from reseed.store.runs import RunStore
 
 pytestmark = pytest.mark.slow
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
-from reseed.experiment import Resolved
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
+from reseed.experiment.resolve import Resolved
 from reseed.train.config import RuntimeConfig
 
 

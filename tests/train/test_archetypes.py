@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.utils import parametrize
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.config import ConfigError
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig
@@ -14,7 +14,7 @@ from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopK, TopKConfig
 from reseed.train.archetypes import ArchetypalDecoder, archetypal_decoder, start_weights
 from reseed.train.config import TrainingConfig
-from reseed.train.member import Member
+from reseed.train.run_state import RunState
 
 D, F, K = 10, 24, 16
 CONFIGS = [
@@ -33,7 +33,7 @@ def member(config=CONFIGS[0], seed=7, start=True, **training):
         "tokens": 640, "batch_size": 64, "lr": 1e-2, "decoder": "archetypal", "archetypes": K,
         "archetype_relaxation": 0.5, "decay_fraction": 0.0,
     } | training  # fmt: skip
-    made = Member(
+    made = RunState(
         "m", Hookpoint("resid_post", 0), config, TrainingConfig(**training), D, seed,
         torch.device("cpu"),
     )  # fmt: skip

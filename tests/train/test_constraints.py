@@ -3,20 +3,20 @@
 import pytest
 import torch
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.sae.gated import GatedConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.train.config import TrainingConfig
-from reseed.train.constraints import align_rows
-from reseed.train.member import Member
+from reseed.train.optim.base import align_rows
+from reseed.train.run_state import RunState
 
 D, F = 12, 40
 
 
 def member(config, **training):
     training = {"tokens": 640, "batch_size": 64, "aligned": True, "lr": 3e-3} | training
-    made = Member(
+    made = RunState(
         "m", Hookpoint("resid_post", 0), config, TrainingConfig(**training), D, 7,
         torch.device("cpu"),
     )  # fmt: skip

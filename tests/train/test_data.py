@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, Position
-from reseed.train import data
-from reseed.train.data import LONGEST_BYTES, LONGEST_STEPS, Block, StreamDataset
+from reseed.train import trainer
+from reseed.train.trainer import LONGEST_BYTES, LONGEST_STEPS, Block, StreamDataset
 
 HOOK = Hookpoint("resid_post", 0)
 ROWS = 32
@@ -81,7 +81,7 @@ def test_a_remainder_too_short_for_a_batch_is_skipped() -> None:
 def test_blocks_grow_while_they_are_quick(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = [b.stop - b.start for b in blocks([8], Position(0, 0), Position(0, ROWS))]
     assert lengths == [1, 2, 4, 8, 16, 1], "each twice the last, up to the end of the chunk"
-    monkeypatch.setattr(data, "TURN_S", 0.0)
+    monkeypatch.setattr(trainer, "BLOCK_SECONDS", 0.0)
     slow = [b.stop - b.start for b in blocks([8], Position(0, 0), Position(0, ROWS))]
     assert slow == [1] * ROWS
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import reseed
-from reseed.activations.hookpoint import Hookpoint
-from reseed.experiment import Resolved
-from reseed.missing import train_missing
-from reseed.runs import Run, RunStore
+from reseed.activations.hookpoints import Hookpoint
+from reseed.experiment.resolve import Resolved
+from reseed.store.runs import Run, RunStore
+from reseed.study.train import train_missing
 from reseed.train.config import RuntimeConfig, TrainingConfig
-from reseed.train.member import Member
-from reseed.train.plan import by_stream
+from reseed.train.plan import group_by_stream
+from reseed.train.run_state import RunState
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
 
@@ -57,7 +57,7 @@ def assert_equal(a: dict[str, object], b: dict[str, object]) -> None:
 )
 def test_a_group_equals_its_runs_trained_alone(jobs: Jobs, sweep: list[str]) -> None:
     together, runtime = jobs(*sweep)
-    assert len(by_stream(together)) == 1
+    assert len(group_by_stream(together)) == 1
     assert train_missing(together, runtime) == {}
     for index, resolved in enumerate(together):
         alone, other = jobs(*sweep, outputs=f"alone-{index}")
@@ -112,7 +112,7 @@ def test_finished_runs_are_not_trained_again(jobs: Jobs, monkeypatch: pytest.Mon
     before = [(run_of(r, runtime).path / "sae.safetensors").stat().st_mtime_ns for r in first]
     more, _ = jobs("seed=0,1,2")
     trained: list[str] = []
-    import reseed.train.fit as fit
+    import reseed.train.group as fit
 
     original = fit.fit_group
     monkeypatch.setattr(
@@ -168,12 +168,12 @@ def test_a_loss_that_is_not_finite_ends_only_that_run(
 ) -> None:
     members, runtime = jobs("seed=0,1")
     bad = members[1].run(RunStore(runtime.outputs)).id
-    original = Member.train
+    original = RunState.train
 
-    def poisoned(self: Member, x: torch.Tensor, optimizer: object) -> None:
+    def poisoned(self: RunState, x: torch.Tensor, optimizer: object) -> None:
         original(self, x * float("nan") if self.id == bad and self.step == 17 else x, optimizer)
 
-    monkeypatch.setattr(Member, "train", poisoned)
+    monkeypatch.setattr(RunState, "train", poisoned)
     failures = train_missing(members, runtime)
     good_run, bad_run = (run_of(r, runtime) for r in members)
     assert good_run.finished
@@ -182,7 +182,7 @@ def test_a_loss_that_is_not_finite_ends_only_that_run(
     assert bad_run.record["error"]["message"] == "the loss is not finite at step 17"
     assert bad_run.record["failed_at_step"] == 17
     assert not (bad_run.path / "sae.safetensors").exists()
-    monkeypatch.setattr(Member, "train", original)
+    monkeypatch.setattr(RunState, "train", original)
     assert train_missing(members, runtime) == {}
     alone, other = jobs("seed=1", outputs="alone")
     train_missing(alone, other)
@@ -193,7 +193,7 @@ def test_an_error_is_recorded_with_its_traceback(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members, runtime = jobs("seed=0,1")
-    monkeypatch.setattr(Member, "train", lambda *_: 1 / 0)
+    monkeypatch.setattr(RunState, "train", lambda *_: 1 / 0)
     failures = train_missing(members, runtime)
     assert len(failures) == 2
     for resolved in members:
@@ -204,7 +204,7 @@ def test_an_error_is_recorded_with_its_traceback(
 
 def test_runs_at_different_steps_resume_together(jobs: Jobs) -> None:
     """A checkpoint belongs to a run: in a new group, runs wait for the one furthest behind."""
-    from reseed.train.callbacks import Bookkeeper
+    from reseed.train.callbacks import CheckpointCallback
 
     reference, other = jobs("seed=0,1", outputs="reference")
     train_missing(reference, other)
@@ -212,7 +212,7 @@ def test_runs_at_different_steps_resume_together(jobs: Jobs) -> None:
     with pytest.MonkeyPatch.context() as patch:
         saved: list[int] = []
 
-        def save_one(self: Bookkeeper, module: object) -> None:
+        def save_one(self: CheckpointCallback, module: object) -> None:
             index = len(saved) % 2
             member = module.members[index]  # type: ignore[attr-defined]
             self._save(member)
@@ -220,7 +220,7 @@ def test_runs_at_different_steps_resume_together(jobs: Jobs) -> None:
             if len(saved) == 4:
                 raise RuntimeError("power cut")
 
-        patch.setattr(Bookkeeper, "save", save_one)
+        patch.setattr(CheckpointCallback, "save", save_one)
         slow = RuntimeConfig.from_dict(runtime.to_dict() | {"checkpoint_every_s": 1e-9})
         train_missing(members, slow)
     assert saved == sorted(set(saved)), "every save is at a later step than the one before"
@@ -235,7 +235,7 @@ def test_input_scale_and_b_dec_come_from_the_first_activations() -> None:
 
     config = TopKConfig(num_latents=8, k=2)
     x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    member = Member(
+    member = RunState(
         "m", Hookpoint("resid_post", 0), config, TrainingConfig(tokens=64, batch_size=64), 6, 0,
         torch.device("cpu"),
     )  # fmt: skip

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from reseed.cli import train
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
-from reseed.runs import Run, RunStore
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
+from reseed.store.runs import Run, RunStore
 
 WORLD = [
     "model=world_easy", "dataset.chunk_tokens=4096", "dataset.held_out_tokens=5000",
@@ -78,7 +78,7 @@ def test_the_order_seed_does_not_change_the_initial_weights() -> None:
 def test_an_interrupted_run_resumes_bit_identically(
     launched, source: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from reseed.train.member import Member
+    from reseed.train.run_state import RunState
 
     line = (
         WORLD
@@ -86,24 +86,24 @@ def test_an_interrupted_run_resumes_bit_identically(
         else [*tiny_overrides, "surrogate=gaussian", "training.tokens=4096"]
     )
     (whole,) = launched("whole", *line)
-    original = Member.train
+    original = RunState.train
 
-    def broken(self: Member, x: torch.Tensor, optimizer: object) -> None:
+    def broken(self: RunState, x: torch.Tensor, optimizer: object) -> None:
         if self.step == 40:
             raise RuntimeError("power cut")
         original(self, x, optimizer)
 
-    monkeypatch.setattr(Member, "train", broken)
+    monkeypatch.setattr(RunState, "train", broken)
     often = "runtime.checkpoint_every_s=1e-9"
     assert train.main([*line, often, "runtime.outputs=parts"]) == 1
     assert (runs(Path("parts"))[0].path / "checkpoint.pt").is_file()
     steps: list[int] = []
 
-    def noted(self: Member, x: torch.Tensor, optimizer: object) -> None:
+    def noted(self: RunState, x: torch.Tensor, optimizer: object) -> None:
         steps.append(self.step)
         original(self, x, optimizer)
 
-    monkeypatch.setattr(Member, "train", noted)
+    monkeypatch.setattr(RunState, "train", noted)
     (resumed,) = launched("parts", *line)
     assert 0 < steps[0] <= 40
     assert steps == list(range(steps[0], len(steps) + steps[0]))

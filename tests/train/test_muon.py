@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from reseed.sae.topk import TopKConfig
-from reseed.train.muon import SAEMuon, orthogonalised
-from reseed.train.optim import SAEAdam
+from reseed.train.optim.base import SAEAdam
+from reseed.train.optim.muon import SAEMuon, orthogonalised
 
 
 def make(dtype=torch.float64):

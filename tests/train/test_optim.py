@@ -8,7 +8,7 @@ import torch
 from reseed.sae.base import Step
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
-from reseed.train.optim import SAEAdam, learning_rate
+from reseed.train.optim.base import SAEAdam, learning_rate
 
 STEPS = 6
 
@@ -42,7 +42,9 @@ def equal(a, b):
 def test_steps_equal_those_of_torch_with_explicit_constraints(
     unit_norm, max_grad_norm, decay, train_b_dec, monkeypatch
 ):
-    monkeypatch.setattr("reseed.train.optim.BLOCK_BYTES", 5 * 8 * 5)  # blocks of 5, 5 and 2 rows
+    monkeypatch.setattr(
+        "reseed.train.optim.base.BLOCK_BYTES", 5 * 8 * 5
+    )  # blocks of 5, 5 and 2 rows
     ours, theirs = make(), make()
     start = ours.b_dec.detach().clone()
     options = {"betas": (0.8, 0.95), "eps": 1e-6}

@@ -12,14 +12,24 @@ import pytest
 import torch
 
 from reseed.cli.main import main
-from reseed.devices import available_memory, is_out_of_memory
-from reseed.experiment import Resolved
-from reseed.missing import train_missing
-from reseed.runs import Run, RunStore
+from reseed.experiment.resolve import Resolved
+from reseed.store.runs import Run, RunStore
+from reseed.study.train import train_missing
+from reseed.system.machine import available_memory, is_out_of_memory
 from reseed.train.config import RuntimeConfig, TrainingConfig
-from reseed.train.cost import _weights, cost, step_flops
-from reseed.train.member import Member
-from reseed.train.plan import Group, Machine, by_stream, duration, fitting, make_plan, size
+from reseed.train.plan import (
+    Group,
+    Machine,
+    _weights,
+    cost,
+    format_bytes,
+    format_duration,
+    group_by_stream,
+    make_plan,
+    split_to_fit,
+    step_flops,
+)
+from reseed.train.run_state import RunState
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
 
@@ -46,9 +56,9 @@ def test_runs_that_read_the_same_activations_train_together(
     jobs: Jobs, sweep: str, groups: int
 ) -> None:
     members, _ = jobs(*sweep.split())
-    assert len(by_stream(members)) == groups
+    assert len(group_by_stream(members)) == groups
     # A run that is asked for twice is trained once.
-    assert sum(map(len, by_stream([*members, *members]))) == len(members)
+    assert sum(map(len, group_by_stream([*members, *members]))) == len(members)
 
 
 def resolved(**options: object) -> Resolved:
@@ -92,16 +102,16 @@ def test_the_memory_estimate_covers_weights_and_moments(
     """They are measured for every run after a step, when its gradients are freed."""
     members, runtime = jobs("seed=0,1", "sae=topk,relu", "sae.num_latents=512")
     kept: dict[str, int] = {}
-    original = Member.train
+    original = RunState.train
 
-    def weighed(self: Member, *arguments: object) -> None:
+    def weighed(self: RunState, *arguments: object) -> None:
         original(self, *arguments)  # type: ignore[arg-type]
         tensors = [*self.sae.parameters()]
         tensors += [t for s in self.optimizer.state.values() for t in s.values()]
         kept[self.id] = sum(t.numel() * t.element_size() for t in tensors)
         assert all(p.grad is None for p in self.sae.parameters()), "freed before the next SAE"
 
-    monkeypatch.setattr(Member, "train", weighed)
+    monkeypatch.setattr(RunState, "train", weighed)
     assert train_missing(members, runtime) == {}
     assert len(kept) == 4
     one = sum(kept.values()) / 4
@@ -116,7 +126,7 @@ def test_a_group_that_does_not_fit_is_split(jobs: Jobs, parts: int) -> None:
     single = cost(members[:1]).memory
     slope = cost(members[:3]).memory - cost(members[:2]).memory
     memory = {2: single + 3.5 * slope, 3: single + 2.5 * slope, 8: single - 1}[parts]
-    found = fitting(members, memory)
+    found = split_to_fit(members, memory)
     assert sorted(r.signature for part in found for r in part) == sorted(
         r.signature for r in members
     )
@@ -127,7 +137,7 @@ def test_a_group_that_does_not_fit_is_split(jobs: Jobs, parts: int) -> None:
             assert [{r.experiment.layer for r in part} for part in found] == [{0}, {2}]
     else:
         assert [len(part) for part in found] == [1] * 8, "a run that does not fit is tried alone"
-    assert fitting(members, 1e18) == [members]
+    assert split_to_fit(members, 1e18) == [members]
 
 
 def test_a_split_sweep_gives_the_same_weights(jobs: Jobs) -> None:
@@ -150,17 +160,17 @@ def test_out_of_memory_retries_with_half_of_the_runs(
     train_missing(reference, other)
     members, runtime = jobs("seed=0,1,2")
     greedy = runs(members, runtime)[2].id
-    original = Member.train
+    original = RunState.train
     made: list[str] = []
 
-    def crowded(self: Member, *arguments: object) -> None:
+    def crowded(self: RunState, *arguments: object) -> None:
         made.append(self.id)
         company = len({r.id for r in runs(members, runtime) if r.status == "running"})
         if self.step == 40 and company > 1:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Member, "train", crowded)
+    monkeypatch.setattr(RunState, "train", crowded)
     saving = dataclasses.replace(runtime, checkpoint_every_s=1e-6)
     assert train_missing(members, saving) == {}
     said = capsys.readouterr().out
@@ -179,14 +189,14 @@ def test_a_run_that_does_not_fit_into_memory_alone_fails(
 ) -> None:
     members, runtime = jobs("seed=0,1")
     bad = runs(members, runtime)[0].id
-    original = Member.train
+    original = RunState.train
 
-    def crowded(self: Member, *arguments: object) -> None:
+    def crowded(self: RunState, *arguments: object) -> None:
         if self.id == bad:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Member, "train", crowded)
+    monkeypatch.setattr(RunState, "train", crowded)
     failures = train_missing(members, runtime)
     assert list(failures) == [bad]
     first, second = runs(members, runtime)
@@ -216,14 +226,14 @@ def test_a_failed_run_does_not_stop_the_others(
 ) -> None:
     members, runtime = jobs("seed=0,1,2")
     bad = runs(members, runtime)[1].id
-    original = Member.train
+    original = RunState.train
 
-    def broken(self: Member, *arguments: object) -> None:
+    def broken(self: RunState, *arguments: object) -> None:
         if self.id == bad and self.step == 7:
             raise IndexError("no such thing")
         original(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Member, "train", broken)
+    monkeypatch.setattr(RunState, "train", broken)
     assert list(train_missing(members, runtime)) == [bad]
     assert [run.status for run in runs(members, runtime)] == ["finished", "failed", "finished"]
     record = runs(members, runtime)[1].record
@@ -271,9 +281,9 @@ def test_the_plan_names_calibrations(jobs: Jobs, capsys: pytest.CaptureFixture[s
 
 
 def test_durations_and_sizes_are_formatted() -> None:
-    assert [duration(s) for s in (0.2, 89, 600, 7_200, 400_000)] == [
+    assert [format_duration(s) for s in (0.2, 89, 600, 7_200, 400_000)] == [
         "1 s", "89 s", "10 min", "2.0 h", "4.6 days"
     ]  # fmt: skip
-    assert [size(b) for b in (2**12, 5 * 2**20, 2**30, 3 * 2**40)] == [
+    assert [format_bytes(b) for b in (2**12, 5 * 2**20, 2**30, 3 * 2**40)] == [
         "4 KiB", "5 MiB", "1.0 GiB", "3.0 TiB"
     ]  # fmt: skip

@@ -7,7 +7,7 @@ import torch
 
 from reseed.sae.base import SAE, Step
 from reseed.sae.topk import TopKConfig
-from reseed.train.sign_sgd import SAESignSGD
+from reseed.train.optim.sign_sgd import SAESignSGD
 
 
 def make(dtype=torch.float64, unit_norm=True, d_in=5) -> SAE:

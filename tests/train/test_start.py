@@ -5,9 +5,9 @@ import pytest
 import torch
 from scipy.cluster.vq import kmeans2
 
+from reseed.activations.moments import geometric_median
 from reseed.config import ConfigError
-from reseed.train.kmeans import assign, kmeans
-from reseed.train.median import geometric_median
+from reseed.train.archetypes import assign, kmeans
 
 
 def test_at_the_geometric_median_the_unit_vectors_cancel():
@@ -62,7 +62,7 @@ def test_each_final_centroid_is_the_mean_of_its_nearest_points():
 def test_assignment_in_blocks_equals_that_of_all_distances(monkeypatch):
     x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
     distances = torch.cdist(x.double(), x[:7].double()).square()
-    monkeypatch.setattr("reseed.train.kmeans.BLOCK_DISTANCES", 20)
+    monkeypatch.setattr("reseed.train.archetypes.BLOCK_DISTANCES", 20)
     nearest, least = assign(x, x[:7])
     assert torch.equal(nearest, distances.argmin(1))
     torch.testing.assert_close(least.double(), distances.min(1).values, rtol=0, atol=1e-5)

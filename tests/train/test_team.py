@@ -14,10 +14,16 @@ import pytest
 import torch
 
 from reseed.config import ConfigError
-from reseed.ranks import RankLost
-from reseed.runs import Run, RunStore
+from reseed.distributed.launcher import (
+    OUT_OF_MEMORY,
+    LocalProcesses,
+    SingleProcess,
+    lost_process_error,
+    open_processes,
+)
+from reseed.distributed.process_group import ProcessLostError
+from reseed.store.runs import Run, RunStore
 from reseed.train.config import RuntimeConfig
-from reseed.train.team import OUT_OF_MEMORY, Alone, LocalTeam, lost, team_of
 
 SMALL = ["runtime.device=cpu", "runtime.threads=1"]
 MIXED = ["sae=topk,batch_topk,relu", "seed=0", "training.tokens=4096"]
@@ -238,21 +244,26 @@ def test_a_wrong_runtime_is_refused(settings: dict[str, object], message: str) -
 
 def test_on_the_cpu_the_number_of_processes_is_required() -> None:
     with pytest.raises(ConfigError, match=r"`runtime\.ranks` is required with runtime=spread on"):
-        team_of(RuntimeConfig(strategy="spread", device="cpu"))
+        open_processes(RuntimeConfig(strategy="spread", device="cpu"))
 
 
 def test_a_team_starts_no_process_before_it_is_needed() -> None:
-    team = team_of(RuntimeConfig(strategy="ddp", ranks=2, device="cpu"))
-    assert isinstance(team, LocalTeam)
+    team = open_processes(RuntimeConfig(strategy="ddp", ranks=2, device="cpu"))
+    assert isinstance(team, LocalProcesses)
     team.end()
-    assert isinstance(team_of(RuntimeConfig(strategy="ddp", ranks=1, device="cpu")), Alone)
-    assert team_of(RuntimeConfig(device="cpu")).ranks.device == torch.device("cpu")
+    assert isinstance(
+        open_processes(RuntimeConfig(strategy="ddp", ranks=1, device="cpu")), SingleProcess
+    )
+    assert open_processes(RuntimeConfig(device="cpu")).ranks.device == torch.device("cpu")
 
 
 def test_the_error_of_a_lost_rank_says_how_it_ended() -> None:
-    from reseed.devices import is_out_of_memory
+    from reseed.system.machine import is_out_of_memory
 
-    assert str(lost(2, -9)) == "rank 2 of the team ended by SIGKILL; its own output is above"
-    assert str(lost(1, 1)).startswith("rank 1 of the team ended with status 1")
-    assert is_out_of_memory(lost(1, OUT_OF_MEMORY))
-    assert not is_out_of_memory(RankLost("another process of the team is gone"))
+    assert (
+        str(lost_process_error(2, -9))
+        == "rank 2 of the team ended by SIGKILL; its own output is above"
+    )
+    assert str(lost_process_error(1, 1)).startswith("rank 1 of the team ended with status 1")
+    assert is_out_of_memory(lost_process_error(1, OUT_OF_MEMORY))
+    assert not is_out_of_memory(ProcessLostError("another process of the team is gone"))

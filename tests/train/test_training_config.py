@@ -6,7 +6,7 @@ from reseed.config import ConfigError, digest
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.train.config import TrainingConfig
-from reseed.train.member import make_optimizer
+from reseed.train.run_state import make_optimizer
 
 TOPK, RELU = TopKConfig(num_latents=2**12), ReLUConfig(num_latents=2**12)
 

@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from reseed.activations.hookpoint import Hookpoint
-from reseed.atomic import atomic_write_json
-from reseed.cli.app import CommandLine
-from reseed.cli.jobs import check_jobs
-from reseed.compare.load import load_dictionaries
-from reseed.experiment import Resolved
-from reseed.missing import train_missing
-from reseed.runs import INITIAL_FILE, Run, RunError, RunStore
+from reseed.activations.hookpoints import Hookpoint
+from reseed.activations.moments import geometric_median
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import check_jobs
+from reseed.compare.dictionary import load_dictionaries
+from reseed.experiment.resolve import Resolved
 from reseed.sae.base import Step
 from reseed.sae.topk import TopKConfig
-from reseed.train.callbacks import Bookkeeper
+from reseed.store.runs import INITIAL_FILE, Run, RunError, RunStore
+from reseed.study.train import train_missing
+from reseed.system.files import atomic_write_json
+from reseed.train.callbacks import CheckpointCallback
 from reseed.train.config import RuntimeConfig, TrainingConfig
-from reseed.train.median import geometric_median
-from reseed.train.member import Member, NotFiniteError, make_optimizer
-from reseed.train.optim import learning_rate
+from reseed.train.optim.base import learning_rate
+from reseed.train.run_state import NotFiniteError, RunState, make_optimizer
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
 
@@ -68,14 +68,14 @@ def test_a_run_interrupted_and_resumed_in_a_group_equals_the_run_alone(
     assert train_missing(alone, runtime) == {}
     together, other = jobs(*OPTIONS[name], "seed=0,1")
     with monkeypatch.context() as patch:
-        original = Bookkeeper.save
+        original = CheckpointCallback.save
 
-        def saved_once(self: Bookkeeper, module: object) -> None:
+        def saved_once(self: CheckpointCallback, module: object) -> None:
             original(self, module)  # type: ignore[arg-type]
             if module.members[0].step >= 9:  # type: ignore[attr-defined]
                 raise RuntimeError("power cut")
 
-        patch.setattr(Bookkeeper, "save", saved_once)
+        patch.setattr(CheckpointCallback, "save", saved_once)
         slow = RuntimeConfig.from_dict(other.to_dict() | {"checkpoint_every_s": 1e-9})
         assert len(train_missing(together, slow)) == 2
     assert train_missing(together, other) == {}
@@ -100,13 +100,13 @@ def test_initial_weights_that_the_seed_does_not_determine_are_stored_and_read(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts: dict[str, torch.nn.Module] = {}
-    original = Member.start
+    original = RunState.start
 
-    def noted(self: Member, x: torch.Tensor, truth: torch.Tensor | None) -> None:
+    def noted(self: RunState, x: torch.Tensor, truth: torch.Tensor | None) -> None:
         original(self, x, truth)
         starts[self.id] = self.result()
 
-    monkeypatch.setattr(Member, "start", noted)
+    monkeypatch.setattr(RunState, "start", noted)
     for name in ("aligned", "archetypal"):
         (resolved,), runtime = jobs(*OPTIONS[name], "sae=relu")
         train_missing([resolved], runtime)
@@ -139,9 +139,9 @@ def test_initial_weights_that_the_seed_determines_are_not_stored(jobs: Jobs, nam
 def test_a_schedule_free_run_stores_the_mean_weights(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    members: list[Member] = []
-    original = Member.result
-    monkeypatch.setattr(Member, "result", lambda self: members.append(self) or original(self))
+    members: list[RunState] = []
+    original = RunState.result
+    monkeypatch.setattr(RunState, "result", lambda self: members.append(self) or original(self))
     (resolved,), runtime = jobs("training=sign_sgd")
     train_missing([resolved], runtime)
     (member,) = members
@@ -163,9 +163,9 @@ def test_mean_weights_that_are_not_finite_are_an_error() -> None:
         member.check_weights()
 
 
-def made(training: TrainingConfig) -> Member:
+def made(training: TrainingConfig) -> RunState:
     config, cpu = TopKConfig(num_latents=8, k=2), torch.device("cpu")
-    return Member("m", Hookpoint("resid_post", 0), config, training, 6, 0, cpu)
+    return RunState("m", Hookpoint("resid_post", 0), config, training, 6, 0, cpu)
 
 
 def test_b_dec_starts_as_configured() -> None:

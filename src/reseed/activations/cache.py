@@ -31,10 +31,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from reseed.atomic import atomic_write_json
 from reseed.config import digest
-from reseed.console import say
-from reseed.locks import take
+from reseed.system.console import say
+from reseed.system.files import atomic_write_json, lock_file
 
 DIGITS = 24
 _ENTRY = re.compile(rf"-[0-9a-f]{{{DIGITS}}}$")
@@ -43,7 +42,7 @@ _UNFINISHED = ".unfinished-"
 
 
 @dataclass(frozen=True)
-class Stored:
+class EntryInfo:
     """The state of one entry, read from its folder.
 
     Attributes:
@@ -65,7 +64,7 @@ class Stored:
     @property
     def in_use(self) -> bool:
         """True if a live process uses the entry."""
-        handle = take(self.path / ".use", wait_s=0)
+        handle = lock_file(self.path / ".use", wait_s=0)
         if handle is None:
             return True
         os.close(handle)
@@ -85,7 +84,7 @@ class ActivationCache:
         self._said: set[str] = set()
         self._collected = False
 
-    def entry(self, key: Mapping[str, Any], readable: str) -> Entry | None:
+    def entry(self, key: Mapping[str, Any], readable: str) -> CacheEntry | None:
         """Return the entry of ``key``, marked as in use until the object is garbage-collected.
 
         Args:
@@ -102,7 +101,7 @@ class ActivationCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._alone():
                 path.mkdir(exist_ok=True)
-                use = take(path / ".use", shared=True)
+                use = lock_file(path / ".use", shared=True)
                 if (path / "entry.json").is_file():
                     os.utime(path / "entry.json")
                 else:
@@ -114,9 +113,9 @@ class ActivationCache:
                 os.close(use)
             return None
         assert use is not None
-        return Entry(self, path, use)
+        return CacheEntry(self, path, use)
 
-    def stored(self) -> list[Stored]:
+    def stored(self) -> list[EntryInfo]:
         """Return all entries, the most recently used first."""
         try:
             folders = [p for p in self.folder.iterdir() if _ENTRY.search(p.name) and p.is_dir()]
@@ -125,7 +124,7 @@ class ActivationCache:
         found = [entry for folder in sorted(folders) if (entry := _stored(folder)) is not None]
         return sorted(found, key=lambda entry: -entry.last_used)
 
-    def clear(self, pattern: str = "*") -> tuple[list[Stored], list[Stored]]:
+    def clear(self, pattern: str = "*") -> tuple[list[EntryInfo], list[EntryInfo]]:
         """Remove the entries whose name contains ``pattern``, which may hold wildcards.
 
         Returns:
@@ -150,7 +149,7 @@ class ActivationCache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Hold the folder's lock. Waits: every process holds it only briefly."""
-        handle = take(self.folder / ".lock")
+        handle = lock_file(self.folder / ".lock")
         try:
             yield
         finally:
@@ -165,7 +164,7 @@ class ActivationCache:
         stored = self.stored()
         over = sum(entry.size for entry in stored) + size - self.budget
 
-        def shorten(entry: Stored) -> None:
+        def shorten(entry: EntryInfo) -> None:
             nonlocal over
             for file in entry.path.glob(f"{_UNFINISHED}*"):  # its process is dead
                 over -= file.stat().st_size
@@ -185,7 +184,7 @@ class ActivationCache:
         return over <= 0
 
 
-class Entry:
+class CacheEntry:
     """An entry in use by this process.
 
     Args:
@@ -249,7 +248,7 @@ class Entry:
         """Become the entry's writer if there is none; stay it while the entry is in use."""
         if self._writer is None:
             try:
-                handle = take(self.path / ".writer", wait_s=0)
+                handle = lock_file(self.path / ".writer", wait_s=0)
             except OSError:
                 return False
             if handle is None:
@@ -281,9 +280,9 @@ class Entry:
             return path
 
 
-def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
+def _if_idle(entry: EntryInfo, act: Callable[[EntryInfo], object]) -> bool:
     """Call ``act`` on an entry if no live process uses it; return True if it was called."""
-    handle = take(entry.path / ".use", wait_s=0)
+    handle = lock_file(entry.path / ".use", wait_s=0)
     if handle is None:
         return False
     try:
@@ -293,7 +292,7 @@ def _if_idle(entry: Stored, act: Callable[[Stored], object]) -> bool:
     return True
 
 
-def _stored(folder: Path) -> Stored | None:
+def _stored(folder: Path) -> EntryInfo | None:
     """Read an entry's folder; None if it is gone or is not an entry."""
     chunks: dict[str, int] = {}
     unfinished = 0
@@ -308,4 +307,4 @@ def _stored(folder: Path) -> Stored | None:
     except OSError:
         return None
     ordered = sorted(chunks, key=lambda name: (int(name.partition("-")[0]), name))
-    return Stored(folder, {name: chunks[name] for name in ordered}, unfinished, last_used)
+    return EntryInfo(folder, {name: chunks[name] for name in ordered}, unfinished, last_used)

@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.chunk_cache import ChunkCache
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
-from reseed.activations.shelf import Shelf
 from reseed.activations.stream import STRIPES, ChunkStream, Position, batches_available
 from reseed.activations.text import TextConfig
 from reseed.activations.tokens import Packing, TokenStore
-from reseed.ranks import ALONE, Ranks
+from reseed.distributed.process_group import ALONE, ProcessGroup
 
 VERSION = 1
 """Raise it when code changes the activations of a chunk; cached chunks then no longer match."""
@@ -50,7 +50,7 @@ class ActivationStream(ChunkStream):
         store: TokenStore,
         config: TextConfig,
         hookpoints: Sequence[Hookpoint],
-        shelf: Shelf | None = None,
+        shelf: ChunkCache | None = None,
     ) -> None:
         super().__init__(config, hookpoints, model.device)
         self.model = model
@@ -88,7 +88,7 @@ class ActivationStream(ChunkStream):
 
     def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
         epoch, first, rows = self._extent(c)
-        passage = Passage.of(self._epoch(epoch), first, first + rows * STRIPES)
+        passage = TokenWindow.of(self._epoch(epoch), first, first + rows * STRIPES)
 
         def computed(hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Tensor]:
             place = self._places(c, rows, slice(0, STRIPES))
@@ -112,13 +112,13 @@ class ActivationStream(ChunkStream):
         packing = self._epoch(epoch)
         found = None
         if self.shelf is not None:
-            whole = Passage.of(packing, first, first + rows * STRIPES)
+            whole = TokenWindow.of(packing, first, first + rows * STRIPES)
             found = self.shelf.find(c, whole.digest, self.hookpoints, self.device)
         if found is not None:
             return {h: x.view(STRIPES, rows, -1)[self.stripes].clone() for h, x in found.items()}
         begin, end = first + self.stripes.start * rows, first + self.stripes.stop * rows
         place = self._places(c, rows, self.stripes)
-        found = Passage.of(packing, begin, end).read_by(
+        found = TokenWindow.of(packing, begin, end).read_by(
             self.model, self.hookpoints, place, self._check_wanted
         )
         return {h: x.view(-1, rows, x.shape[-1]) for h, x in found.items()}
@@ -151,7 +151,7 @@ class ActivationStream(ChunkStream):
 
 
 @dataclass(frozen=True)
-class Passage:
+class TokenWindow:
     """Consecutive activations of a packed text, as the sequences that hold them.
 
     Attributes:
@@ -167,7 +167,7 @@ class Passage:
     wanted: int
 
     @classmethod
-    def of(cls, packing: Packing, first: int, last: int) -> Passage:
+    def of(cls, packing: Packing, first: int, last: int) -> TokenWindow:
         """Return the passage of activations ``first`` to ``last`` (exclusive).
 
         Raises:
@@ -197,7 +197,7 @@ class Passage:
         hookpoints: Sequence[Hookpoint],
         place: Tensor | None = None,
         between: Callable[[], None] = lambda: None,
-        ranks: Ranks = ALONE,
+        ranks: ProcessGroup = ALONE,
     ) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
         """Run ``model`` on the passage and return its activations.
 
@@ -208,7 +208,7 @@ class Passage:
                 as a single process would.
         """
         tokens = torch.from_numpy(self.sequences.astype(np.int64, copy=False))
-        filling = _Filling(self._rows(place).to(model.device), self.wanted)
+        filling = _RowBuffers(self._rows(place).to(model.device), self.wanted)
         shares = _shares(len(tokens), model.batch_sequences, ranks.count)
         begin = shares[ranks.index].start * tokens.shape[1]
         read: list[dict[Hookpoint, Tensor]] = []
@@ -241,7 +241,7 @@ class Passage:
         return torch.from_numpy(rows)
 
 
-class _Filling:
+class _RowBuffers:
     """Buffers that collect activations at their rows.
 
     Args:
@@ -280,14 +280,14 @@ def held_out_chunks(
     config: TextConfig,
     hookpoints: Sequence[Hookpoint],
     tokens: int,
-    shelf: Shelf | None = None,
+    shelf: ChunkCache | None = None,
 ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
     """Yield the first ``tokens`` activations of the held-out documents, one chunk at a time."""
     packing = held_out_packing(store, config)
     hookpoints = tuple(dict.fromkeys(hookpoints))
     for c, first in enumerate(range(0, tokens, config.chunk_tokens)):
         last = min(first + config.chunk_tokens, tokens)
-        passage = Passage.of(packing, first, last)
+        passage = TokenWindow.of(packing, first, last)
         if shelf is None:
             yield passage.read_by(model, hookpoints)
         else:

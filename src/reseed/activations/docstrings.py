@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from reseed.activations import docstring_prose
-from reseed.atomic import atomic_write_text
-from reseed.console import say
+from reseed.system.console import say
+from reseed.system.files import atomic_write_text
 
 EXTRACTOR_VERSION = 1
 """Raise it with every change that alters the documents: it is part of the cache file's name."""

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reseed.activations import weights
-from reseed.activations.hookpoint import Hookpoint, first_tensor, module_path
+from reseed.activations import model_files
+from reseed.activations.hookpoints import Hookpoint, first_tensor, module_path
 from reseed.activations.model_files import (
     check_folder,
     hash_files,
@@ -118,7 +118,7 @@ class ResolvedModel(ResolvedSource):
     @cached_property
     def skeleton(self) -> nn.Module:
         """The model on the meta device: module names and shapes, without weights."""
-        return weights.skeleton(self.transformers_config)
+        return model_files.skeleton(self.transformers_config)
 
     @property
     def num_layers(self) -> int:
@@ -171,9 +171,9 @@ class ResolvedModel(ResolvedSource):
         return {"model": self.fingerprint, "tokenizer": self.tokenizer_fingerprint}
 
     def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
-        from reseed.activations.reading import find_text  # imports this module
+        from reseed.activations.text_source import resolve_model_text  # imports this module
 
-        return find_text(self, config, cache)
+        return resolve_model_text(self, config, cache)
 
 
 def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
@@ -226,8 +226,8 @@ class LanguageModel:
         found = self.resolved
         dtype, attention = self.dtype, found.config.attention
         if found.random_seed is None:
-            return weights.trained(_weights_folder(found), dtype, attention)
-        return weights.untrained(found.transformers_config, found.random_seed, dtype, attention)
+            return model_files.trained(_weights_folder(found), dtype, attention)
+        return model_files.untrained(found.transformers_config, found.random_seed, dtype, attention)
 
     @torch.inference_mode()
     def activations(

@@ -20,13 +20,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.stream import ChunkStream, DatasetConfig
 from reseed.config import Config, ConfigError, ReseedError
 
 if TYPE_CHECKING:
     from reseed.activations.cache import ActivationCache
-    from reseed.activations.worlds import Sample, World
+    from reseed.activations.synthetic.worlds import Sample, World
 
 
 @dataclass(frozen=True)

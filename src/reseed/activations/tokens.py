@@ -24,9 +24,9 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from reseed.activations.text import ResolvedText, TextConfig
-from reseed.atomic import atomic_write, atomic_write_json, room_for
 from reseed.config import ReseedError
-from reseed.console import say
+from reseed.system.console import say
+from reseed.system.files import atomic_write, atomic_write_json, room_for
 
 _VERSION = 1
 """Raise it when code changes the tokens of a text."""

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from reseed.cli.app import CommandLine
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine
 from reseed.cli.status import print_rows
 from reseed.config import ConfigError, ReseedError
 
@@ -19,7 +19,7 @@ COLUMNS = ("activations", "used", "chunks", "size", "")
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(list(arguments)))
+    return run_and_report(lambda: _main(list(arguments)))
 
 
 def _main(arguments: list[str]) -> int:
@@ -75,7 +75,7 @@ def _cleared(arguments: list[str]) -> tuple[str | None, list[str]]:
 def print_cache(folder: Path, gib: float) -> None:
     """Print every entry with its number of chunks, size and time of last use."""
     from reseed.activations.cache import ActivationCache
-    from reseed.console import counted, say
+    from reseed.system.console import counted, say
 
     found = ActivationCache(folder, 0).stored()
     if not found:
@@ -99,7 +99,7 @@ def print_cache(folder: Path, gib: float) -> None:
 def clear(folder: Path, pattern: str) -> None:
     """Remove the entries whose name matches, and print them."""
     from reseed.activations.cache import ActivationCache
-    from reseed.console import counted, say
+    from reseed.system.console import counted, say
 
     removed, kept = ActivationCache(folder, 0).clear(pattern)
     for entry in removed:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from reseed.cli import status
-from reseed.cli.app import CommandLine
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(arguments))
+    return run_and_report(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str]) -> int:
     from reseed.config import ConfigError
-    from reseed.console import counted, say
+    from reseed.system.console import counted, say
 
     words, rest = status.own_words(arguments)
     line = CommandLine("cancel", rest)
@@ -26,7 +26,7 @@ def _main(arguments: Sequence[str]) -> int:
         got = ", ".join(words) or "nothing"
         raise ConfigError(f"reseed cancel takes one sweep (`reseed status` lists them); got {got}")
     sweep = status.sweep_called(words[0], line)
-    from reseed.cli.cluster.stop import cancel_sweep
+    from reseed.cli.cluster.command import cancel_sweep
 
     ids = cancel_sweep(sweep)
     if ids:

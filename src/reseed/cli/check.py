@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from reseed.cli import train
-from reseed.cli.app import CommandLine
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine
 from reseed.config import ConfigError, ReseedError, nearest
 
 if TYPE_CHECKING:
     from reseed.cli.plan import Launch, Plan
     from reseed.compare.cell import CellResult
-    from reseed.compare.named import BothRows, Named
-    from reseed.runs import Run
+    from reseed.compare.replication import BothRows, Named
+    from reseed.store.runs import Run
 
 DEFAULT = "comparison=seeds"
 FIRST_SEED = "0"
@@ -38,7 +38,7 @@ class _Own(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(arguments))
+    return run_and_report(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def _main(arguments: Sequence[str]) -> int:
         jobs = [(launch.overrides, launch.jobs) for launch in plan.launches]
         train.train_jobs(line, jobs, plan.runtime, plan.sweep)
         lacking = cell.missing()
-    told = [_told(lacking, cell, line)] if lacking else []
+    told = [_missing_message(lacking, cell, line)] if lacking else []
     own_runs = {one.run for one in named}
     if lacking and (len(lacking) > len(cell.runs) - 2 or any(r.id in own_runs for r in lacking)):
         raise ReseedError(told[0])
@@ -80,7 +80,7 @@ def _is_file(word: str) -> bool:
 
 def _named(files: Sequence[str], listed: str | None) -> list[Named]:
     """Read the latents from the file or from the command line."""
-    from reseed.compare.named import Named, index_of, read_named
+    from reseed.compare.replication import Named, parse_index, read_named
 
     if len(files) > 1:
         raise ConfigError(f"one list of latents at a time; got {', '.join(files)}")
@@ -93,17 +93,17 @@ def _named(files: Sequence[str], listed: str | None) -> list[Named]:
             "which latents? Give a csv file with a column `latent`, or --latents 3,17,250"
         )
     words = [word.strip() for word in listed.split(",")]
-    return [Named(index_of(word, "--latents"), "--latents") for word in words]
+    return [Named(parse_index(word, "--latents"), "--latents") for word in words]
 
 
 def _folder(out: str | None, source: Path | None, plan: Plan) -> Path:
     """Return the folder for results: --out, else that of the list, else the comparison's."""
-    from reseed.report.check import FILES
+    from reseed.report.replication import CHECK_FILES
 
     folder = Path(out) if out else source.parent if source else plan.sweep.path
     if out and folder.exists() and not folder.is_dir():
         raise ConfigError(f"{{key}} must be a folder; got {out}, which is a file", "--out")
-    for name in FILES:
+    for name in CHECK_FILES:
         if source and (folder / name).resolve() == source.resolve():
             raise ConfigError(
                 f"{{key}}: {folder / name} is the list of latents itself, and would be "
@@ -200,7 +200,7 @@ def _cells(plan: Plan) -> list[_Cell]:
     return list(found.values())
 
 
-def _told(lacking: Sequence[Run], cell: _Cell, line: CommandLine) -> str:
+def _missing_message(lacking: Sequence[Run], cell: _Cell, line: CommandLine) -> str:
     """Return the message that names the missing runs and the command that trains them."""
     names = ", ".join(f"{run.id} ({run.status})" for run in lacking)
     command = shlex.join(["reseed", "run", *line.config_flags, *line.overrides])
@@ -216,10 +216,10 @@ def _check(
     """Compare the cell if necessary, look the latents up, and write and print the result."""
     from reseed.cli.compare import compare_cell_of
     from reseed.compare.cell import CellResult
-    from reseed.compare.load import knobs
-    from reseed.compare.named import replication
-    from reseed.console import say
-    from reseed.report.check import check_words, print_check, write_check
+    from reseed.compare.dictionary import cell_settings
+    from reseed.compare.replication import replication_table
+    from reseed.report.replication import check_words, print_check, write_check
+    from reseed.system.console import say
 
     plan.write()
     settings = plan.settings.of_arm(cell.launch.arm.name)
@@ -231,9 +231,9 @@ def _check(
         sae = runs[run].sae()
         return sae.W_enc.detach().numpy(), sae.W_dec.detach().numpy()
 
-    frame = replication(result, named, rows)
+    frame = replication_table(result, named, rows)
     finished = [run for run in runs.values() if run.finished]
-    words = check_words(frame, result, knobs(finished, cell.axes), told)
+    words = check_words(frame, result, cell_settings(finished, cell.axes), told)
     folder.mkdir(parents=True, exist_ok=True)
     files = write_check(frame, words, folder)
     print_check(words)

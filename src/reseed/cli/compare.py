@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from reseed.cli.app import CommandLine, override, parse
 from reseed.cli.cluster.settings import NAME as SLURM
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine, override, parse
 
 if TYPE_CHECKING:
     from reseed.cli.plan import Plan
     from reseed.compare.cell import CellResult
-    from reseed.runs import Run
-    from reseed.sweeps import Sweep
+    from reseed.store.runs import Run
+    from reseed.store.sweeps import Sweep
 
 
 def task(config: DictConfig) -> None:
@@ -27,7 +27,7 @@ def task(config: DictConfig) -> None:
 
     from reseed.compare.config import ComparisonConfig
     from reseed.config import build
-    from reseed.sweeps import Sweep
+    from reseed.store.sweeps import Sweep
     from reseed.train.config import RuntimeConfig
 
     own = HydraConfig.get()
@@ -47,14 +47,14 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     """Compare the finished runs of one cell, unless its results exist already."""
     import torch
 
-    from reseed.cli.held_out import complete
     from reseed.compare.cell import compare_cell
     from reseed.compare.config import pair_axes
-    from reseed.compare.load import load_dictionaries
-    from reseed.compare.matchings import MatchingStore
-    from reseed.compare.pairing import place_label, with_places
-    from reseed.console import counted, now_and_then, say
-    from reseed.devices import pick_device
+    from reseed.compare.dictionary import load_dictionaries
+    from reseed.compare.matching import MatchingCache
+    from reseed.compare.pairing import add_axis_columns, axis_label
+    from reseed.study.compare import write_with_activations
+    from reseed.system.console import counted, say, throttled_say
+    from reseed.system.machine import pick_device
 
     rows = sweep.rows(axes)
     pairs = zip(rows, sweep.runs(**axes), strict=True)
@@ -70,23 +70,23 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     runs = [run for _, run in finished]
     done = _done(folder, runs, settings)
     if done is not None:
-        complete(done, runs, folder, name, runtime)
+        write_with_activations(done, runs, folder, name, runtime)
         return
     _check_weights(finished, name)
     pairs_up = counted(math.comb(len(finished), 2), "pair")
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
-    loaded = [load_dictionaries(run, place_label(place)) for place, run in finished]
+    loaded = [load_dictionaries(run, axis_label(place)) for place, run in finished]
     trained, untrained = zip(*loaded, strict=True)
     device = str(pick_device(runtime.device))
     # Matchings lie beside the sweeps, because several sweeps may share a pair.
-    store = MatchingStore(sweep.path.parent / "matchings", device=device, progress=now_and_then())
+    store = MatchingCache(sweep.path.parent / "matchings", device=device, progress=throttled_say())
     # A pretrained SAE has no known initialisation, so its cell has no untrained comparison.
     started = [one for one in untrained if one is not None]
     started = started if len(started) == len(trained) else []
     result = compare_cell(trained, started, settings, matcher=store, device=device)
     places = {run.id: place for place, run in finished}
-    complete(
-        replace(result, pairs=with_places(result.pairs, places, settings)),
+    write_with_activations(
+        replace(result, pairs=add_axis_columns(result.pairs, places, settings)),
         runs,
         folder,
         name,
@@ -108,7 +108,7 @@ def _done(folder: Path, runs: Sequence[Run], settings: Any) -> CellResult | None
 
 def is_complete(sweep: Sweep, axes: dict[str, str], settings: Any) -> bool:
     """Return True if all runs of a cell are finished and compared."""
-    from reseed.compare.activation_tables import NOTE
+    from reseed.compare.activations.tables import NOTE
 
     runs = sweep.runs(**axes)
     if not all(run.finished for run in runs):
@@ -146,7 +146,7 @@ def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> Non
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(CommandLine("compare", arguments), arguments))
+    return run_and_report(lambda: _main(CommandLine("compare", arguments), arguments))
 
 
 def _main(line: CommandLine, arguments: Sequence[str]) -> int:
@@ -179,9 +179,9 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
     Returns:
         the exit status: 1 if a cell is incomplete or could not be compared.
     """
-    from reseed.cli.collect import collect
     from reseed.compare.config import pair_axes
-    from reseed.console import say
+    from reseed.study.collect import collect
+    from reseed.system.console import say
 
     plan.write()
     # Even a single job is launched as a multirun, because it reads hydra.sweep.dir.
@@ -195,5 +195,5 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
         errors += line.launch(task, [*cells, *which, folder], multirun=True)
     for error in errors:
         say(f"not compared: {error}")
-    complete = collect(plan.sweep, plan.settings)
-    return 0 if complete and not errors else 1
+    write_with_activations = collect(plan.sweep, plan.settings)
+    return 0 if write_with_activations and not errors else 1

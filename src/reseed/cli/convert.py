@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
 from reseed.config import ConfigError, ReseedError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(arguments))
+    return run_and_report(lambda: _main(arguments))
 
 
 def parser() -> Parser:
@@ -42,19 +42,19 @@ def parser() -> Parser:
 def _main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(list(arguments))
     check_new(Path(given.out))
-    from reseed.console import say
-    from reseed.sae.formats import recognised
-    from reseed.sae.formats.source import found_at
+    from reseed.sae.formats import detect_format
+    from reseed.sae.formats.files import fetch
+    from reseed.system.console import say
 
-    path = found_at(given.source, revision=given.revision)
-    source = recognised(path, given.format)
+    path = fetch(given.source, revision=given.revision)
+    source = detect_format(path, given.format)
     found = source.load(path)
     if found.transcoder:
         raise ReseedError(
             f"{given.source} is a transcoder: written as an SAE, it would wrongly be taken to "
             "reconstruct its input"
         )
-    notes = written(found.sae, Path(given.out), given.to, found.metadata)
+    notes = write_checked(found.sae, Path(given.out), given.to, found.metadata)
     say(f"{given.out}: {found.sae.config.name}, {found.sae.num_latents:,} latents of width "
         f"{found.sae.d_in:,}, from {source.name} to {given.to}")  # fmt: skip
     for note in (*found.notes, *notes):
@@ -67,7 +67,7 @@ def check_new(out: Path) -> None:
         raise ConfigError(f"{out} exists already and is not overwritten: name a new folder")
 
 
-def written(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+def write_checked(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any]) -> tuple[str, ...]:
     """Write an SAE in a format, and read it again to check that it is unchanged.
 
     Returns:
@@ -76,8 +76,7 @@ def written(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any]) -> tu
     Raises:
         ReseedError: the format cannot hold the SAE unchanged; the new folder is removed.
     """
-    from reseed.sae.formats import export_sae, import_sae
-    from reseed.sae.formats.agreement import differ
+    from reseed.sae.formats import differ, export_sae, import_sae
 
     there = out.exists()
     try:

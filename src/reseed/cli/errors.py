@@ -8,19 +8,25 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reseed.cli.keys import MissingKey
 from reseed.config import ReseedError, nearest
-from reseed.runs import Interrupted
+from reseed.store.runs import Interrupted
+
+if TYPE_CHECKING:
+    from reseed.cli.hydra_app import OnceLoader
 
 
-def reported(job: Callable[[], int | None]) -> int:
+# MERGED Messages about keys that a configuration does not have, with the likely intended key.
+def run_and_report(job: Callable[[], int | None]) -> int:
     """Run ``job`` and print its error, if it raises one.
 
     Returns:
@@ -37,7 +43,7 @@ def reported(job: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (HydraException, OmegaConfBaseException) as error:
-        return _say(in_our_words(error))
+        return _say(describe_error(error))
     except OSError as error:
         which = f"read or write {error.filename}" if error.filename else "read or write"
         return _say(f"cannot {which}: {error.strerror or error}")
@@ -84,7 +90,7 @@ def _say(message: str) -> int:
     return 1
 
 
-def in_our_words(error: Exception, about: Callable[[MissingKey], str] = str) -> str:
+def describe_error(error: Exception, about: Callable[[MissingKey], str] = str) -> str:
     """Return an error of Hydra or OmegaConf as one line.
 
     Args:
@@ -108,3 +114,74 @@ def in_our_words(error: Exception, about: Callable[[MissingKey], str] = str) -> 
     if mandatory:
         return f"`{mandatory[1]}` is required: give it a value"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+@dataclass(frozen=True)
+class MissingKey:
+    """A key that does not exist.
+
+    Attributes:
+        key: the key as given, extended by the offending entry if the given value is a mapping.
+        parent: the part of the key that exists; may be empty.
+        name: the entry that ``parent`` does not have.
+    """
+
+    key: str
+    parent: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"there is no key `{self.key}`."
+
+    @classmethod
+    def of(cls, error: Exception) -> MissingKey | None:
+        """Return the missing key that an error of Hydra or OmegaConf is about, or None."""
+        told = re.search(r"Could not override '([^']*)'", str(error))
+        given = told[1] if told else ""
+        # Only OmegaConf's part of the error says how much of the key exists.
+        inner = re.search(
+            r"Key '(.*)' is not in struct\s+full_key: (.*)", f"{error}\n{error.__cause__}"
+        )
+        if inner:
+            name, full = inner[1], inner[2].strip()
+            parent = full.removesuffix(name).removesuffix(".")
+            return cls(given if given.startswith(full) else full, parent, name)
+        if not given:
+            return None
+        parent, _, name = given.rpartition(".")
+        return cls(given, parent, name)
+
+
+def about_missing(
+    missing: MissingKey, loader: OnceLoader, config_name: str, overrides: Sequence[str]
+) -> str:
+    """Return the message about a key that the options chosen by ``overrides`` do not have."""
+    try:
+        base = loader.base(config_name, overrides)
+    except HydraException:  # the group is missing, not a key in it
+        return str(missing)
+    parent = OmegaConf.select(base, missing.parent) if missing.parent else base
+    if not isinstance(parent, DictConfig):
+        return str(missing)
+    group, _, rest = missing.key.partition(".")
+    if "." in missing.parent and "_target_" not in parent:  # names are free: axes, arms
+        return _about_entry(missing)
+    option = base.hydra.runtime.choices.get(group) if rest else None
+    having = loader.options_with(missing.key, config_name, overrides) if option else []
+    if having:
+        return (
+            f"{group}={option} has no key `{missing.key}`. Options with it: "
+            f"{group}={', '.join(having)}."
+        )
+    known = [str(name) for name in parent if not str(name).startswith("_")]
+    # Only the name is compared, because all keys of a group share the rest.
+    close = nearest(missing.name, known)
+    dotted = f"`{missing.parent}." if missing.parent else "`"
+    return f"{missing}{close.replace('`', dotted, 1)}"
+
+
+def _about_entry(missing: MissingKey) -> str:
+    """Return the message about a mapping that does not have the entry."""
+    simple = re.fullmatch(r"\w+", missing.name)
+    entry = f".{missing.name}=..." if simple else f"={{{missing.name}: ...}}"
+    return f"`{missing.parent}` has no entry `{missing.name}`: add one by +{missing.parent}{entry}"

@@ -1,7 +1,7 @@
 """``reseed evaluate [RUN|SWEEP|SAE ...] evaluation=...``: evaluate trained SAEs.
 
 Each evaluation is a Hydra job. One job evaluates all SAEs, those of one language model together. It
-writes each result to the run's folder as soon as it is computed (`reseed.evaluations`); the tables
+writes each result to the run's folder as soon as it is computed (`reseed.store.results`); the tables
 of the sweeps are rewritten at the end.
 """
 
@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from reseed.cli.app import CommandLine, expand, override, parse
 from reseed.cli.cluster.settings import NAME as SLURM
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine, expand, override, parse
 from reseed.cli.status import own_words
 from reseed.config import ConfigError
-from reseed.console import counted
+from reseed.system.console import counted
 
 if TYPE_CHECKING:
-    from reseed.cli.subjects import Chosen, Target
+    from reseed.cli.run_selection import SavedRun, SelectedRuns
     from reseed.evaluate.base import EvaluationConfig
-    from reseed.experiment import Resolved
-    from reseed.sweeps import Sweep
+    from reseed.experiment.resolve import Resolved
+    from reseed.store.sweeps import Sweep
     from reseed.train.config import RuntimeConfig
 
 GROUP = "evaluation"
@@ -46,14 +46,14 @@ def evaluate_many(configs: Sequence[DictConfig]) -> list[Any]:
     Returns:
         for each configuration None, or the exception with which it failed.
     """
-    from reseed.cli.evaluating import Bench
     from reseed.config import build
+    from reseed.study.evaluate import Evaluator
     from reseed.train.config import RuntimeConfig
 
     each: list[dict[str, Any]] = [OmegaConf.to_container(c, resolve=True) for c in configs]  # type: ignore[misc]
     folders = [Path(folder) for folder in each[0].pop(SUBJECTS)]
     runtime = build(each[0]["runtime"], "runtime", RuntimeConfig)
-    bench = Bench(_targets(folders, runtime, each[0]), runtime)
+    bench = Evaluator(_targets(folders, runtime, each[0]), runtime)
     return [bench.outcome(evaluation_from(values)) for values in each]
 
 
@@ -75,7 +75,7 @@ def evaluation_from(values: Mapping[str, Any]) -> EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestedEvaluations:
     """The checked evaluations that a command line requests.
 
     Attributes:
@@ -87,7 +87,7 @@ class Asked:
     configs: tuple[EvaluationConfig, ...]
 
     @classmethod
-    def split_off(cls, line: CommandLine) -> Asked:
+    def split_off(cls, line: CommandLine) -> RequestedEvaluations:
         """Move the overrides about evaluations out of ``line``, and build their evaluations.
 
         Raises:
@@ -120,7 +120,7 @@ class Asked:
 
         If several share a name, the last is used, with a notice.
         """
-        from reseed.console import say
+        from reseed.system.console import say
 
         names = [config.name for config in self.configs]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
@@ -130,7 +130,7 @@ class Asked:
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(arguments))
+    return run_and_report(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -139,19 +139,19 @@ def _main(arguments: Sequence[str]) -> int:
     if line.only_shows:
         line.show(task, rest)
         return 0
-    asked = Asked.split_off(line)
-    from reseed.cli.collect import collect_evaluated
-    from reseed.cli.subjects import chosen_by, of_lacking
-    from reseed.console import say
+    asked = RequestedEvaluations.split_off(line)
+    from reseed.cli.run_selection import select_runs, unfinished_lines
+    from reseed.study.collect import collect_evaluated
+    from reseed.system.console import say
 
     if not asked.configs:
         raise ConfigError(
             f"{{key}} is required, for example {GROUP}=reconstruction,faithfulness", GROUP
         )
-    chosen = chosen_by(words, line)
-    for told in of_lacking(chosen.lacking):
+    chosen = select_runs(words, line)
+    for told in unfinished_lines(chosen.lacking):
         say(told)
-    targets = targets_of(line, chosen)
+    targets = runs_of(line, chosen)
     submits = line.launcher[0] == SLURM
     status = (submit_all if submits else evaluate_all)(line, asked, chosen, targets)
     if status is None:
@@ -161,7 +161,10 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def submit_all(
-    line: CommandLine, asked: Asked, chosen: Chosen, targets: Sequence[Target]
+    line: CommandLine,
+    asked: RequestedEvaluations,
+    chosen: SelectedRuns,
+    targets: Sequence[SavedRun],
 ) -> int | None:
     """Submit the evaluations of a sweep's runs to SLURM, a task for each model and evaluation.
 
@@ -186,7 +189,7 @@ def submit_all(
     return command.evaluate(line, chosen.runtime, chosen.sweeps[0], targets, asked.configs)
 
 
-def targets_of(line: CommandLine, chosen: Chosen) -> list[Target]:
+def runs_of(line: CommandLine, chosen: SelectedRuns) -> list[SavedRun]:
     """Return the chosen SAEs with the experiments they were trained in.
 
     Raises:
@@ -197,14 +200,19 @@ def targets_of(line: CommandLine, chosen: Chosen) -> list[Target]:
     return _targets(chosen.folders, chosen.runtime, values)
 
 
-def evaluate_all(line: CommandLine, asked: Asked, chosen: Chosen, targets: Sequence[Target]) -> int:
+def evaluate_all(
+    line: CommandLine,
+    asked: RequestedEvaluations,
+    chosen: SelectedRuns,
+    targets: Sequence[SavedRun],
+) -> int:
     """Check the evaluations, launch one job for each, and print the failures.
 
     Returns:
         the exit status: 1 if an evaluation failed.
     """
-    from reseed.console import say
-    from reseed.evaluations import FOLDER
+    from reseed.store.results import FOLDER
+    from reseed.system.console import say
 
     asked.check({target.id: target.resolved for target in targets})
     asked.show_in(chosen.sweeps)
@@ -227,7 +235,7 @@ def _forced(text: str) -> str:
     return f"++{text}" if text.startswith(f"{GROUP}.") else text
 
 
-def _handed_on(line: CommandLine, chosen: Chosen) -> list[str]:
+def _handed_on(line: CommandLine, chosen: SelectedRuns) -> list[str]:
     """Return the overrides that the jobs need; runs record what they were trained on."""
     if not chosen.are_runs:
         return list(line.overrides)
@@ -236,13 +244,13 @@ def _handed_on(line: CommandLine, chosen: Chosen) -> list[str]:
 
 def _targets(
     folders: Sequence[Path], runtime: RuntimeConfig, values: Mapping[str, Any]
-) -> list[Target]:
+) -> list[SavedRun]:
     """Return the SAEs in folders; ``values`` declares the experiment of SAEs that are not runs."""
-    from reseed.cli.jobs import experiment_from
-    from reseed.cli.subjects import target_of
-    from reseed.experiment import resolve_experiment
+    from reseed.cli.plan import experiment_from
+    from reseed.cli.run_selection import saved_run
+    from reseed.experiment.resolve import resolve_experiment
 
     def declared() -> Resolved:
         return resolve_experiment(experiment_from({**values, GROUP: None})[0], runtime)
 
-    return [target_of(folder, runtime, declared) for folder in folders]
+    return [saved_run(folder, runtime, declared) for folder in folders]

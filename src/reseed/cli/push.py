@@ -3,22 +3,111 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from reseed.atomic import atomic_write_json, atomic_write_text
-from reseed.cli.card import model_card
-from reseed.cli.convert import FORMATS, Parser, check_new, written
-from reseed.cli.errors import reported
+import reseed
+from reseed.cli.convert import FORMATS, Parser, check_new, write_checked
+from reseed.cli.errors import run_and_report
 from reseed.config import ConfigError, ReseedError
+from reseed.system.files import atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
-    from reseed.runs import Run
+    from reseed.sae.base import SAE
+    from reseed.store.runs import Run
+
+# MERGED Card (README.md) of an SAE on the hub, from the record of its run.
+_METRICS = {
+    "fvu": "fraction of variance unexplained",
+    "l0": "latents active per token",
+    "cosine": "cosine of reconstruction and activation",
+    "live_fraction": "latents that fire at least 10 times",
+    "dead_fraction": "latents dead at the end of training",
+}
+_USAGE = {
+    "sparsify": (
+        'from sparsify import SparseCoder\n\nsae = SparseCoder.load_from_hub("{repo}"{path})'
+    ),
+    "saelens": 'from sae_lens import SAE\n\nsae = SAE.load_from_disk("FOLDER")',
+    "dictionary_learning": (
+        "from dictionary_learning.utils import load_dictionary\n\n"
+        'sae, config = load_dictionary("FOLDER", device="cpu")'
+    ),
+    "gemma_scope": 'import numpy as np\n\nparams = np.load("FOLDER/params.npz")',
+    "reseed": "",
+}
+
+
+def model_card(run: Run, sae: SAE, place: str, format: str) -> str:
+    """Return the card: a description of the SAE, code that loads it, its metrics and settings.
+
+    Args:
+        place: ``OWNER/NAME[/path]``, its place on the hub.
+        format: the format of its files.
+    """
+    record = run.record
+    e, labels = record["experiment"], record["labels"]
+    repo, _, path = place.partition("/")[2].partition("/")
+    repo = f"{place.partition('/')[0]}/{repo}"
+    own = _USAGE[format].format(repo=repo, path=f', hookpoint="{path}"' if path else "")
+    again = f"\n\nIn the format of {format}:\n\n```python\n{own}\n```" if own else ""
+    hook = e["hookpoint"]["module"] or e["hookpoint"]["site"]
+    return f"""\
+---
+library_name: reseed
+tags:
+- sparse-autoencoder
+- interpretability
+---
+# {sae.config.name} on {labels["model"]}, {hook} of layer {e["layer"]}
+
+A sparse autoencoder with {sae.num_latents:,} latents for activations of width {sae.d_in:,} \
+({record["sparsity"]}), trained on {record["tokens"]:,} tokens of {labels["dataset"]} with seed \
+{e["seed"]}. It takes raw activations. The signature of its run is `{run.signature}`.
+
+```python
+import reseed
+
+sae = reseed.load_sae("hub:{place}")
+out = sae(x)  # out.latents, out.reconstruction; x: [..., {sae.d_in}]
+```{again}
+
+Another seed finds other latents: `reseed run comparison=seeds` measures how many of these it finds.
+
+## On {run.metrics["tokens"]:,} held-out tokens
+
+{_table(_METRICS, run.metrics)}
+
+## Settings
+
+| | |
+| :-- | :-- |
+{_settings("sae", record["identity"]["sae"])}
+{_settings("training", record["identity"]["training"])}
+| dataset.context_length | {e["dataset"].get("context_length", "–")} |
+
+Made with reseed {reseed.__version__}.
+"""
+
+
+def _table(names: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name} | {metrics[name]:.4g} | {what} |"
+        for name, what in names.items()
+        if metrics.get(name) is not None
+    ]
+    return "\n".join(["| | | |", "| :-- | --: | :-- |", *rows])
+
+
+def _settings(group: str, values: Mapping[str, Any]) -> str:
+    """Return a row for each setting that enters the signature and has a value."""
+    shown = {key: value for key, value in values.items() if value is not None and key != "type"}
+    return "\n".join(f"| {group}.{key} | {value} |" for key, value in shown.items())
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(arguments))
+    return run_and_report(lambda: _main(arguments))
 
 
 def parser() -> Parser:
@@ -35,9 +124,9 @@ def parser() -> Parser:
 
 def _main(arguments: Sequence[str]) -> None:
     given = parser().parse_args(list(arguments))
-    from reseed.console import say
-    from reseed.runs import load_run
-    from reseed.sae.formats.source import HubPlace
+    from reseed.sae.formats.files import HubPlace
+    from reseed.store.runs import load_run
+    from reseed.system.console import say
 
     HubPlace.parse("/".join(part for part in (given.repo, given.path) if part))
     run = load_run(given.run)
@@ -68,7 +157,7 @@ def make_folder(run: Run, out: Path, repo: str, path: str, format: str) -> tuple
     from reseed.sae.checkpoint import read_metadata
 
     sae = run.sae()
-    notes = written(sae, out, format, read_metadata(run.path))
+    notes = write_checked(sae, out, format, read_metadata(run.path))
     atomic_write_json(out / "metrics.json", run.metrics)
     place = "/".join(part for part in (repo, path) if part)
     atomic_write_text(out / "README.md", model_card(run, sae, place, format))

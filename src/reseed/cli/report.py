@@ -6,22 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reseed.cli.app import CommandLine
 from reseed.cli.convert import Parser
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine
 from reseed.cli.status import own_words, sweep_called
 from reseed.cli.status import task as shown
 from reseed.config import ConfigError, ReseedError
 
 if TYPE_CHECKING:
-    from reseed.cli.collect import Gathered
-    from reseed.sweeps import Sweep
+    from reseed.store.sweeps import Sweep
+    from reseed.study.collect import SweepResults
 
 FORMATS = ("html", "md", "tex")
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(arguments))
+    return run_and_report(lambda: _main(arguments))
 
 
 def parser() -> Parser:
@@ -43,9 +43,9 @@ def _main(arguments: Sequence[str]) -> int:
         got = ", ".join(words) or "none"
         raise ConfigError(f"reseed report takes one sweep; got {got}")
     sweep = sweep_called(words[0], line)
-    from reseed.cli.collect import REPORT, gather, report_of, write_numbers
     from reseed.compare.config import ComparisonConfig
-    from reseed.console import say
+    from reseed.study.collect import REPORT, gather, report_of, write_numbers
+    from reseed.system.console import say
 
     if not sweep.compared:
         raise ReseedError(
@@ -61,7 +61,7 @@ def _main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def drawn(sweep: Sweep, found: Gathered) -> list[str]:
+def drawn(sweep: Sweep, found: SweepResults) -> list[str]:
     """Return the names of the sweep's figures; missing ones are drawn beside its tables."""
     from reseed.report.figures import save_figures
     from reseed.report.page.write import drawings

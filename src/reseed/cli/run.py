@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from reseed.cli import compare, evaluate, train, tune
-from reseed.cli.app import CommandLine
 from reseed.cli.cluster.settings import NAME as SLURM
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine
 
 if TYPE_CHECKING:
     from reseed.cli.plan import Plan
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(CommandLine("run", arguments), arguments))
+    return run_and_report(lambda: _main(CommandLine("run", arguments), arguments))
 
 
 def _main(line: CommandLine, arguments: Sequence[str]) -> int:
@@ -27,7 +27,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         return tune.tune(line, trial)
     from reseed.cli.plan import make_plan
 
-    asked = evaluate.Asked.split_off(line)
+    asked = evaluate.RequestedEvaluations.split_off(line)
     plan = make_plan(line)
     if asked.configs:
         asked.check({job.resolved.label: job.resolved for job in plan.jobs})
@@ -45,7 +45,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
     return _train_and_compare(line, plan, asked)
 
 
-def _train_and_compare(line: CommandLine, plan: Plan, asked: evaluate.Asked) -> int:
+def _train_and_compare(line: CommandLine, plan: Plan, asked: evaluate.RequestedEvaluations) -> int:
     launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
     status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
     if asked.configs:
@@ -53,14 +53,14 @@ def _train_and_compare(line: CommandLine, plan: Plan, asked: evaluate.Asked) -> 
     return max(status, compare.compare_plan(line, plan))
 
 
-def _evaluate(line: CommandLine, asked: evaluate.Asked, plan: Plan) -> int:
+def _evaluate(line: CommandLine, asked: evaluate.RequestedEvaluations, plan: Plan) -> int:
     """Evaluate the finished runs; the caller has reported the failed ones."""
-    from reseed.cli.subjects import chosen_of
+    from reseed.cli.run_selection import select_comparison_runs
 
-    chosen = chosen_of(plan)
+    chosen = select_comparison_runs(plan)
     if not chosen.folders:
         return 0
-    return evaluate.evaluate_all(line, asked, chosen, evaluate.targets_of(line, chosen))
+    return evaluate.evaluate_all(line, asked, chosen, evaluate.runs_of(line, chosen))
 
 
 def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
@@ -75,7 +75,7 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
     from reseed.config import ReseedError
 
     line = CommandLine("run", list(overrides))
-    asked = evaluate.Asked.split_off(line)
+    asked = evaluate.RequestedEvaluations.split_off(line)
     plan = make_plan(line)
     plan.write()
     if _train_and_compare(line, plan, asked):

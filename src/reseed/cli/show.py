@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from reseed.cli import train
-from reseed.cli.app import CommandLine
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine
 from reseed.cli.status import own_words
 from reseed.config import ConfigError, ReseedError
 
 if TYPE_CHECKING:
-    from reseed.contexts import Contexts
-    from reseed.report.passages import Shown
-    from reseed.report.replicas import Partner
+    from reseed.report.latent_view import LatentView, Partner
+    from reseed.store.contexts import Contexts
     from reseed.train.config import RuntimeConfig
 
 PARTNERS = "--partners"
@@ -28,7 +27,7 @@ PARTNERS = "--partners"
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(arguments))
+    return run_and_report(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -42,12 +41,12 @@ def _main(arguments: Sequence[str]) -> int:
             "reseed show takes a run and latents of it, for example reseed show RUN 3,17; got "
             f"{' '.join(words) or 'nothing'}"
         )
-    from reseed.cli.names import check_heeded, runtime_of
-    from reseed.console import console
-    from reseed.report.passages import print_latent, print_partner
+    from reseed.cli.run_selection import check_used, runtime_of
+    from reseed.report.latent_view import print_latent, print_partner
+    from reseed.system.console import console
 
     runtime = runtime_of(line)
-    check_heeded(line)
+    check_used(line)
     latents = [_index(part.strip()) for word in words[1:] for part in word.split(",")]
     run = _run(words[0], runtime)
     contexts = _contexts(run, line)
@@ -70,10 +69,10 @@ def _index(word: str) -> int:
 
 def _run(word: str, runtime: RuntimeConfig) -> Path:
     """Return the folder of the run or SAE that a word names."""
-    from reseed.cli.names import meant_by
-    from reseed.sweeps import Sweep
+    from reseed.cli.run_selection import find_by_name
+    from reseed.store.sweeps import Sweep
 
-    meant = meant_by(word, runtime)
+    meant = find_by_name(word, runtime)
     if isinstance(meant, Sweep):
         names = ", ".join(dict.fromkeys(run.id for run in meant.runs()))
         raise ReseedError(f"{word} is a sweep, but latents belong to a run: name one of {names}")
@@ -81,7 +80,7 @@ def _run(word: str, runtime: RuntimeConfig) -> Path:
 
 
 def _contexts(run: Path, line: CommandLine) -> Contexts:
-    from reseed.contexts import Contexts
+    from reseed.store.contexts import Contexts
 
     contexts = Contexts.of(run)
     if contexts is None:
@@ -92,20 +91,19 @@ def _contexts(run: Path, line: CommandLine) -> Contexts:
 
 def _shown(
     run: Path, contexts: Contexts, latents: Sequence[int], runtime: RuntimeConfig
-) -> list[Shown]:
+) -> list[LatentView]:
     """Return the latents, with their matches in the newest comparison that contains the run."""
-    from reseed.report.passages import Shown
-    from reseed.report.replicas import replicas_of
+    from reseed.report.latent_view import LatentView, matches_of
 
     described = [contexts.latent(latent) for latent in latents]
     sweep, name = _newest_sweep(run, runtime), run.resolve().name
-    replicas = replicas_of(sweep, name, latents) if sweep else {}
-    return [Shown(name, contexts, one, replicas.get(one.latent)) for one in described]
+    replicas = matches_of(sweep, name, latents) if sweep else {}
+    return [LatentView(name, contexts, one, replicas.get(one.latent)) for one in described]
 
 
 def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
-    from reseed.report.replicas import FILE
-    from reseed.sweeps import Sweep
+    from reseed.report.latent_view import FILE
+    from reseed.store.sweeps import Sweep
 
     tables = [
         path.parent / FILE
@@ -116,12 +114,12 @@ def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
     return max(tables, key=lambda path: path.stat().st_mtime_ns).parent if tables else None
 
 
-def _of_partner(partner: Partner, run: Path) -> Shown | None:
+def _of_partner(partner: Partner, run: Path) -> LatentView | None:
     """Return the partner of a latent of ``run`` with its contexts, or None if it has none."""
-    from reseed.contexts import Contexts
-    from reseed.report.passages import Shown
+    from reseed.report.latent_view import LatentView
+    from reseed.store.contexts import Contexts
 
     contexts = Contexts.of(run.resolve().parent / partner.run)
     if contexts is None or partner.latent is None:
         return None
-    return Shown(partner.run, contexts, contexts.latent(partner.latent))
+    return LatentView(partner.run, contexts, contexts.latent(partner.latent))

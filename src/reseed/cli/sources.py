@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reseed.cli.app import CommandLine, override, parse
+from reseed.cli.hydra_app import CommandLine, override, parse
 from reseed.config import ConfigError
 
 if TYPE_CHECKING:
@@ -100,10 +100,10 @@ def _on_activations(line: CommandLine) -> int:
 def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
     from reseed.compare.config import ComparisonConfig
     from reseed.config import build
-    from reseed.console import say
     from reseed.report.figures import write_figures
     from reseed.report.tables import write_tables
     from reseed.report.terminal import print_summary
+    from reseed.system.console import say
     from reseed.train.config import RuntimeConfig
 
     declared = values["comparison"] | {"activation_tokens": 0}
@@ -135,11 +135,11 @@ def _dictionary(source: str) -> tuple[Dictionary, str]:
     from reseed.compare.dictionary import Dictionary
     from reseed.sae.checkpoint import CheckpointError
     from reseed.sae.formats import import_sae
-    from reseed.sae.formats.source import found_at
+    from reseed.sae.formats.files import fetch
     from reseed.sae.pretrained import fingerprint_of
 
     try:
-        sae = import_sae(found_at(source)).sae
+        sae = import_sae(fetch(source)).sae
     except CheckpointError as error:
         raise ConfigError(f"{{key}}: {error}", KEY) from error
     nothing = np.zeros(sae.num_latents, dtype=np.int64)
@@ -164,20 +164,20 @@ def _compared(
     import torch
 
     from reseed.compare.cell import compare_cell
-    from reseed.compare.matchings import MatchingStore
-    from reseed.compare.pairing import with_places
-    from reseed.console import counted, now_and_then, say
-    from reseed.devices import pick_device
-    from reseed.sweeps import Sweep
+    from reseed.compare.matching import MatchingCache
+    from reseed.compare.pairing import add_axis_columns
+    from reseed.store.sweeps import Sweep
+    from reseed.system.console import counted, say, throttled_say
+    from reseed.system.machine import pick_device
 
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     sweep = Sweep.of(runtime.sweeps, "sources", [one.id for one in found], settings.signed())
     say(f"comparing {counted(len(found), 'SAE')} by their weights")
     device = str(pick_device(runtime.device))
-    store = MatchingStore(sweep.path.parent / "matchings", device=device, progress=now_and_then())
+    store = MatchingCache(sweep.path.parent / "matchings", device=device, progress=throttled_say())
     result = compare_cell(found, (), settings, matcher=store, device=device)
     places = {one.id: {"source": one.seed} for one in found}
-    result = replace(result, pairs=with_places(result.pairs, places, settings))
+    result = replace(result, pairs=add_axis_columns(result.pairs, places, settings))
     result.write(sweep.cell_folder({}))
     return result, sweep.path

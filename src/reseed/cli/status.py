@@ -1,7 +1,7 @@
 """``reseed status``: list runs and sweeps from their files, without a model or a lock.
 
 ``reseed status SWEEP`` shows the runs of one sweep, also while it is running
-(`reseed.cli.cluster.show`).
+(`reseed.cli.cluster.states`).
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from reseed.cli.app import CommandLine
-from reseed.cli.errors import reported
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine
 from reseed.config import ConfigError
 
 if TYPE_CHECKING:
-    from reseed.runs import Run
-    from reseed.sweeps import Sweep
+    from reseed.store.runs import Run
+    from reseed.store.sweeps import Sweep
 
 ALL = "--all"
 """A flag that is not Hydra's: also list the runs of calibrations."""
@@ -42,7 +42,7 @@ def task_all(config: DictConfig) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(arguments))
+    return run_and_report(lambda: _main(arguments))
 
 
 def _main(arguments: Sequence[str]) -> int:
@@ -59,7 +59,7 @@ def _main(arguments: Sequence[str]) -> int:
     if not words:
         line.launch(which, line.overrides, line.multirun)
         return 0
-    from reseed.cli.cluster.show import print_sweep, watch
+    from reseed.cli.cluster.states import print_sweep, watch
 
     (watch if WATCH in arguments else print_sweep)(sweep_called(words[0], line))
     return 0
@@ -89,8 +89,8 @@ def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:
     Args:
         everything: list the runs of calibrations too, instead of only counting them.
     """
-    from reseed.console import counted, say
-    from reseed.runs import RunStore
+    from reseed.store.runs import RunStore
+    from reseed.system.console import counted, say
 
     rows: list[tuple[str, ...]] = []
     errors: list[str] = []
@@ -141,7 +141,7 @@ def print_rows(
     from rich.table import Table
     from rich.text import Text
 
-    from reseed.console import console, say
+    from reseed.system.console import console, say
 
     table = Table(box=None, pad_edge=False)
     for name in columns:
@@ -162,15 +162,15 @@ def print_rows(
 
 
 def _print_sweeps(sweeps: Path) -> None:
-    from reseed.cli.cluster.record import Record
-    from reseed.cli.cluster.states import Seen, counts, states
-    from reseed.console import say
-    from reseed.sweeps import Sweep
+    from reseed.cli.cluster.queue import Record
+    from reseed.cli.cluster.states import QueueSnapshot, counts, states
+    from reseed.store.sweeps import Sweep
+    from reseed.system.console import say
 
     for folder in sorted(p.parent for p in sweeps.glob("*/manifest.jsonl")):
         sweep = Sweep(folder)
         if Record(folder).jobs:
-            listed = counts(states(sweep, Seen.now(sweep)))
+            listed = counts(states(sweep, QueueSnapshot.now(sweep)))
         else:
             found = {run.path: run for run in sweep.runs()}
             listed = _listed(Counter(run.status for run in found.values()))

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from reseed.cli import tune
-from reseed.cli.app import CommandLine, override
 from reseed.cli.cluster.settings import NAME as SLURM
-from reseed.cli.errors import reported
-from reseed.console import counted
+from reseed.cli.errors import run_and_report
+from reseed.cli.hydra_app import CommandLine, override
+from reseed.system.console import counted
 
 if TYPE_CHECKING:
-    from reseed.cli.jobs import Job
-    from reseed.runs import Run, RunStore
-    from reseed.sweeps import Sweep
+    from reseed.cli.plan import Job
+    from reseed.store.runs import Run, RunStore
+    from reseed.store.sweeps import Sweep
     from reseed.train.config import RuntimeConfig
 
 
@@ -34,9 +34,9 @@ def train_many(configs: Sequence[DictConfig]) -> list[Any]:
     Returns:
         for each configuration the run's folder, or the exception with which the run failed.
     """
-    from reseed.cli.jobs import resolved_from
-    from reseed.missing import train_missing
-    from reseed.runs import RunStore
+    from reseed.cli.plan import resolved_from
+    from reseed.store.runs import RunStore
+    from reseed.study.train import train_missing
 
     pairs = [resolved_from(config) for config in configs]
     runtime = pairs[0][1]
@@ -49,7 +49,7 @@ task.many = train_many  # type: ignore[attr-defined]  # called by the fused laun
 
 
 def main(arguments: Sequence[str]) -> int:
-    return reported(lambda: _main(CommandLine("train", arguments), arguments))
+    return run_and_report(lambda: _main(CommandLine("train", arguments), arguments))
 
 
 def _main(line: CommandLine, arguments: Sequence[str]) -> int:
@@ -58,7 +58,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         return 0
     if tune.searches(line):
         return tune.tune(line, trial)
-    from reseed.cli.jobs import check_jobs
+    from reseed.cli.plan import check_jobs
 
     jobs, runtime = check_jobs(line, line.overrides, line.multirun)
     if runtime.plan_only:
@@ -71,8 +71,8 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
 
 def sweep_of(jobs: Sequence[Job], runtime: RuntimeConfig) -> Sweep:
     """Write the manifest of a sweep that is trained and not compared, and return the sweep."""
-    from reseed.runs import RunStore
-    from reseed.sweeps import Sweep
+    from reseed.store.runs import RunStore
+    from reseed.store.sweeps import Sweep
 
     sweep = Sweep.of(runtime.sweeps, "train", [job.resolved.signature for job in jobs])
     sweep.write_manifest(jobs, RunStore(runtime.outputs))
@@ -85,9 +85,9 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
     Raises:
         ReseedError: a run failed.
     """
-    from reseed.cli.jobs import check_jobs
+    from reseed.cli.plan import check_jobs
     from reseed.config import ReseedError
-    from reseed.runs import RunStore
+    from reseed.store.runs import RunStore
 
     line = CommandLine("train", ["-m", *overrides])
     jobs, runtime = check_jobs(line, line.overrides, multirun=True)
@@ -104,7 +104,7 @@ def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) ->
 
         command.show_plan(line, jobs, runtime)
     else:
-        from reseed.missing import plan_missing
+        from reseed.study.train import plan_missing
 
         plan_missing([job.resolved for job in jobs], runtime)
 
@@ -125,9 +125,9 @@ def train_jobs(
     Returns:
         the exit status: 1 if a run failed.
     """
-    from reseed.atomic import DiskFullError
-    from reseed.console import say
-    from reseed.runs import RunStore
+    from reseed.store.runs import RunStore
+    from reseed.system.console import say
+    from reseed.system.files import DiskFullError
 
     if sweep is not None and line.launcher[0] == SLURM:
         from reseed.cli.cluster.command import launch

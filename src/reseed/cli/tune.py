@@ -23,7 +23,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from reseed.cli.app import CommandLine
+from reseed.cli.hydra_app import CommandLine
 from reseed.config import ConfigError, ReseedError, digest, nearest
 
 SWEEPER = "hydra/sweeper"
@@ -121,7 +121,7 @@ def _objectives(line: CommandLine) -> tuple[list[str], Path]:
     names = [str(name) for name in (said if isinstance(said, list) else [said] if said else [])]
     known = list(_OF_RUNS)
     if line.command == "run":
-        from reseed.compare.columns import COSINES, FRACTIONS
+        from reseed.compare.measures import COSINES, FRACTIONS
 
         known += [*FRACTIONS, *COSINES]
     if not names:
@@ -176,8 +176,8 @@ class _Study:
 
     def add(self, proposed: Sequence[str], values: Sequence[float]) -> None:
         """Add a trial, print it and rewrite trials.csv."""
-        from reseed.atomic import atomic_write_text
-        from reseed.console import say
+        from reseed.system.console import say
+        from reseed.system.files import atomic_write_text
 
         self.trials.append((list(proposed), list(values)))
         told = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.names, values, strict=True))
@@ -193,7 +193,7 @@ class _Study:
 
     def say_best(self, direction: str) -> None:
         """Print the best trial (of a single objective) and the path of the tables."""
-        from reseed.console import say
+        from reseed.system.console import say
 
         if len(self.names) == 1 and self.trials:
             pick = max if "max" in direction else min

@@ -22,32 +22,31 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from reseed.atomic import atomic_write, atomic_write_json
-from reseed.compare.apart import (
-    NO_SPACE,
-    REASON,
-    any_apart,
-    apart,
-    chances,
-    in_one_space,
-    pair_apart,
-)
-from reseed.compare.beside import beside, of_repeats
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.cycles import ESTIMATES as CYCLES
-from reseed.compare.cycles import cycle_estimates
-from reseed.compare.dictionary import Dictionary
+from reseed.compare.dictionary import Dictionary, Rows
 from reseed.compare.matching import Matcher, match
+from reseed.compare.nearest import Duplicates, find_duplicates
+from reseed.compare.nulls import duplicate_measures, null_measures
+from reseed.compare.pair import (
+    NO_COMMON_SPACE,
+    WEIGHTS_NOTE,
+    PairSide,
+    any_incompatible,
+    compare_pair,
+    compatible_only,
+    incompatible,
+    incompatible_pair,
+    run_reproducibilities,
+)
 from reseed.compare.pairing import without_intervals
-from reseed.compare.profile import seed_profile, unshared_fractions
-from reseed.compare.repeats import Repeats, repeats
-from reseed.compare.rows import Rows
-from reseed.compare.stability import PairSide, compare_pair
+from reseed.compare.sharing_profile import ESTIMATES as CYCLES
+from reseed.compare.sharing_profile import cycle_estimates, seed_profile, unshared_fractions
 from reseed.compare.statistics import Interval
 from reseed.compare.strata import strata_table
 from reseed.compare.subspaces import subspaces
 from reseed.compare.tables import latent_table, pair_estimates, run_table
 from reseed.compare.truth import cell_truth, label_column
+from reseed.system.files import atomic_write, atomic_write_json
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class CellResult:
         runs: a row per run, see `tables.run_table`.
         pairs: a row per pair of runs: `stability.PairResult.row`, then the columns ``null_…``,
             ``kappa``, ``untrained_…`` (NaN without untrained weights) and ``subspace_…``; and if
-            some runs differ in ``d_in``, `apart.NO_SPACE`.
+            some runs differ in ``d_in``, `incompatible.NO_SPACE`.
         latents: a row per latent of each run, see `tables.latent_table`.
         strata: numbers of latents and of shared ones by firing, see `strata.strata_table`.
         estimates: fractions and cosines over pairs of seeds, metrics over runs and cycles over
@@ -71,7 +70,7 @@ class CellResult:
         p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN if some runs differ
             in ``d_in`` and cannot be compared (`compare.apart`).
         evaluated: evaluation → the columns that it added to ``runs`` and ``estimates``. They do not
-            belong to the comparison and are not written with it (`reseed.report.evaluations`).
+            belong to the comparison and are not written with it (`reseed.report.evaluation_results`).
     """
 
     settings: ComparisonConfig
@@ -189,7 +188,7 @@ def compare_cell(
         MemoryError: an exact matching of so many latents does not fit into memory.
     """
     _check(trained, untrained, settings)
-    repeated = [repeats(Rows.of(x), settings.threshold, device) for x in trained]
+    repeated = [find_duplicates(Rows.of(x), settings.threshold, device) for x in trained]
     rows, sides = _pairs(trained, untrained, repeated, settings, matcher, device)
     against = [
         {other.id: sides[s, t] for t, other in enumerate(trained) if t != s}
@@ -198,11 +197,13 @@ def compare_cell(
     profile = seed_profile(
         [np.stack([side.shared for side in row.values()], axis=1) for row in against]
     )
-    likely = chances(trained, profile.shared_with, settings.confidence)
+    likely = run_reproducibilities(trained, profile.shared_with, settings.confidence)
     spanned = subspaces(trained, profile.shared_with, settings.live_at_least, settings.null_seed)
     pairs = pd.DataFrame(rows).assign(**spanned.pairs)
-    if any_apart(trained):
-        pairs[NO_SPACE] = [REASON if isnan(x) else "" for x in pairs["shared_fraction"]]
+    if any_incompatible(trained):
+        pairs[WEIGHTS_NOTE] = [
+            NO_COMMON_SPACE if isnan(x) else "" for x in pairs["shared_fraction"]
+        ]
     tables = [
         latent_table(*values)
         for values in zip(trained, against, profile.shared_with, repeated, likely, strict=True)
@@ -213,16 +214,16 @@ def compare_cell(
         runs=runs,
         pairs=pairs,
         latents=label_column(pa.concat_tables(tables), trained),
-        strata=strata_table(trained, in_one_space(trained, sides), settings.live_at_least),
+        strata=strata_table(trained, compatible_only(trained, sides), settings.live_at_least),
         estimates=_estimates(trained, sides, pairs, runs, settings),
-        p=np.full_like(profile.p, np.nan) if NO_SPACE in pairs else profile.p,
+        p=np.full_like(profile.p, np.nan) if WEIGHTS_NOTE in pairs else profile.p,
     )
 
 
 def _pairs(
     trained: Sequence[Dictionary],
     untrained: Sequence[Dictionary],
-    repeated: Sequence[Repeats],
+    repeated: Sequence[Duplicates],
     settings: ComparisonConfig,
     matcher: Matcher,
     device: str,
@@ -239,17 +240,17 @@ def _pairs(
     sides: dict[tuple[int, int], PairSide] = {}
     for s, t in combinations(range(len(trained)), 2):
         log.info("comparing %s with %s", trained[s].id, trained[t].id)
-        no_space = apart(trained[s], trained[t])
+        no_space = incompatible(trained[s], trained[t])
         pair = (
-            pair_apart(trained[s], trained[t], settings.live_at_least)
+            incompatible_pair(trained[s], trained[t], settings.live_at_least)
             if no_space
             else against_each(trained[s], trained[t])
         )
         sides[s, t], sides[t, s] = pair.a, pair.b
         started = untrained and not no_space
         start = against_each(untrained[s], untrained[t], brief=True).measures if started else {}
-        more = beside(pair.measures, trained[s], trained[t], start, settings)
-        own = of_repeats(pair, repeated[s], repeated[t])
+        more = null_measures(pair.measures, trained[s], trained[t], start, settings)
+        own = duplicate_measures(pair, repeated[s], repeated[t])
         rows.append(pair.row() | own | more)
     return rows, sides
 
@@ -263,8 +264,10 @@ def _estimates(
 ) -> dict[str, Interval]:
     """Return the estimates over pairs, runs and triples; those over triples need one ``d_in``."""
     found = pair_estimates(pairs, runs, settings)
-    if NO_SPACE in pairs:
-        found |= dict.fromkeys(CYCLES, Interval(nan, None, None, None, len(trained), REASON))
+    if WEIGHTS_NOTE in pairs:
+        found |= dict.fromkeys(
+            CYCLES, Interval(nan, None, None, None, len(trained), NO_COMMON_SPACE)
+        )
     else:
         found |= cycle_estimates(sides, settings.confidence)
         found |= cell_truth(trained, sides, settings)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from reseed.compare.truth import checked_labels
+from reseed.compare.truth import checked_labels, truth_metrics
+from reseed.store.runs import Run
 
 
+# MERGED Compared rows of a dictionary, and exact cosines of chosen pairs of rows.
+# MERGED Loading of stored runs as dictionaries, with trained and with initial weights.
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """Weight rows of one SAE, with its firing on held-out tokens.
@@ -134,3 +137,191 @@ def _root(covariance: bytes, d_in: int) -> Float[np.ndarray, "d_in d_in"]:
 
 def _has_direction(rows: Float[np.ndarray, "n d_in"]) -> Bool[np.ndarray, " n"]:
     return np.isfinite(rows).all(axis=1) & (rows != 0).any(axis=1)
+
+
+_BLOCK_ENTRIES = 1 << 20
+"""Entries of a matrix that are converted to float64 at a time: 8 MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Encoder and decoder rows; both are zero where one of them has no direction.
+
+    The rows keep their trained lengths, and the caller normalises them. No normalised copy is
+    stored, because at 131,072 × 4,096 it would take 4.3 GB in float64.
+    """
+
+    encoder: Float[np.ndarray, "n d_in"]
+    decoder: Float[np.ndarray, "n d_in"]
+
+    @classmethod
+    def of(cls, x: Dictionary) -> Rows:
+        zero = x.zero
+        encoder = _without(x.encoder, zero)
+        if x.decoder is x.encoder or np.array_equal(x.encoder, x.decoder):
+            return cls(encoder, encoder)
+        return cls(encoder, _without(x.decoder, zero))
+
+    def __len__(self) -> int:
+        return len(self.encoder)
+
+    @property
+    def d_in(self) -> int:
+        return self.encoder.shape[1]
+
+    @property
+    def tied(self) -> bool:
+        """True if encoder and decoder are the same rows; then one matching serves for both."""
+        return self.encoder is self.decoder
+
+    def joint(self) -> Float[np.ndarray, "n 2*d_in"]:
+        """Return [E, W]/√2 of unit rows, float32; their cosine is the mean of both cosines."""
+        halves = [unit32(self.encoder), unit32(self.decoder)]
+        return np.concatenate(halves, axis=1) / np.float32(np.sqrt(2))
+
+
+def _without(rows: Float[np.ndarray, "n d_in"], zero: np.ndarray) -> Float[np.ndarray, "n d_in"]:
+    return np.where(zero[:, None], np.float32(0), rows) if zero.any() else rows
+
+
+def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
+    """Normalise rows to length 1 in float64; a row that is zero or not finite becomes zero."""
+    rows = np.asarray(rows, dtype=np.float64)
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
+    # Divide by the largest entry first, so that squares of tiny or huge rows stay in range.
+    scale = np.abs(rows).max(axis=1, keepdims=True)
+    rows = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
+
+
+def unit32(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
+    """Return `unit_rows` in float32, computed block by block."""
+    out = np.empty(rows.shape, dtype=np.float32)
+    step = max(1, _BLOCK_ENTRIES // rows.shape[1])
+    for start in range(0, len(rows), step):
+        block = slice(start, start + step)
+        out[block] = unit_rows(rows[block])
+    return out
+
+
+def row_cosines(
+    a: Float[np.ndarray, "n d_in"],
+    b: Float[np.ndarray, "m d_in"],
+    i: Int[np.ndarray, " pairs"],
+    j: Int[np.ndarray, " pairs"],
+) -> Float[np.ndarray, " pairs"]:
+    """Return the cosines of rows ``i`` of ``a`` with rows ``j`` of ``b``, pairwise in float64."""
+    out = np.empty(len(i))
+    step = max(1, _BLOCK_ENTRIES // a.shape[1])
+    for start in range(0, len(i), step):
+        block = slice(start, start + step)
+        products = np.einsum("pd,pd->p", unit_rows(a[i[block]]), unit_rows(b[j[block]]))
+        out[block] = np.clip(products, -1.0, 1.0)
+    return out
+
+
+def both_cosines(
+    a: Rows, b: Rows, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]
+) -> Float[np.ndarray, " pairs"]:
+    """Return min(c_enc, c_dec) of pairs of latents, in float64."""
+    by_encoder = row_cosines(a.encoder, b.encoder, i, j)
+    if a.tied and b.tied:
+        return by_encoder
+    return np.minimum(by_encoder, row_cosines(a.decoder, b.decoder, i, j))
+
+
+_ABOUT = "L0≈"
+"""Prefix of the sparsity of a cell that was calibrated to an L0."""
+
+
+def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | None]:
+    """Load a finished run with its trained and with its initial weights.
+
+    A pretrained run has no initial weights; the second result is then None.
+
+    Args:
+        run: the run.
+        value: its value of the axis that pairs up.
+    """
+    record, metrics, latents, sae = run.record, run.metrics, run.latents(), run.sae()
+    held_out = run.activations()
+    trained = Dictionary(
+        id=run.id,
+        seed=value,
+        encoder=sae.W_enc.detach().numpy(),
+        decoder=sae.W_dec.detach().numpy(),
+        firing=latents["firing"],
+        held_out_tokens=metrics["tokens"],
+        dead=latents["tokens_since_fired"] >= record["dead_after_tokens"],
+        metrics={name: metrics[name] for name in ("fvu", "l0", "cosine", "dead_fraction")}
+        | {"steps": record["steps"]}
+        | truth_metrics(metrics),
+        truth=latents.get("truth_label"),
+        covariance=None if held_out is None else held_out["covariance"],
+        variance=_variance(latents, sae.W_dec.detach().numpy(), metrics["tokens"]),
+    )
+    if record.get("pretrained"):
+        return trained, None
+    start = run.initial_sae()
+    rows = {"encoder": start.W_enc.detach().numpy(), "decoder": start.W_dec.detach().numpy()}
+    # No table shows measures of untrained weights that need a covariance or labels.
+    return trained, replace(trained, truth=None, covariance=None, variance=None, **rows)
+
+
+def _variance(
+    latents: Mapping[str, np.ndarray], decoder: Float[np.ndarray, "num_latents d_in"], tokens: int
+) -> Float[np.ndarray, " num_latents"] | None:
+    """Return Var(a_i)·‖W_i‖²; None for a run that is older than the sums it needs."""
+    if "activation_sum" not in latents or "activation_square_sum" not in latents or not tokens:
+        return None
+    mean = latents["activation_sum"] / tokens
+    variance = np.maximum(latents["activation_square_sum"] / tokens - mean**2, 0.0)
+    return variance * np.linalg.norm(decoder, axis=1).astype(np.float64) ** 2
+
+
+def cell_settings(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
+    """Return the settings that identify a cell, by their command-line names.
+
+    Values that differ between its runs are joined by ``|``.
+    """
+    rows = [_knobs(run.record) for run in runs]
+    out: dict[str, Any] = {"arm": axes["arm"]} if "arm" in axes else {}
+    for name in rows[0]:
+        values = list(dict.fromkeys(row[name] for row in rows))
+        out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
+    # An axis that is shown under another name already is not repeated.
+    told = {"sae.num_latents", "training.tokens", "sae.target_l0"}
+    amount = str(out["sparsity"]).partition("=")[2]
+    told |= {axis for axis, value in axes.items() if axis.startswith("sae.") and value == amount}
+    return out | {axis: v for axis, v in axes.items() if axis not in told and axis not in out}
+
+
+def unify_sparsity(
+    cells: Sequence[tuple[Mapping[str, Any], Any]],
+) -> list[tuple[Mapping[str, Any], Any]]:
+    """Write the sparsity of all cells alike: if some are calibrated to an L0, a k is one too."""
+    if not any(_ABOUT in str(cell_settings["sparsity"]) for cell_settings, _ in cells):
+        return list(cells)
+    alike: list[tuple[Mapping[str, Any], Any]] = []
+    for cell_settings, cell in cells:
+        words = str(cell_settings["sparsity"]).replace("k=", _ABOUT).split("|")
+        alike.append(({**cell_settings, "sparsity": "|".join(dict.fromkeys(words))}, cell))
+    return alike
+
+
+def _knobs(record: dict[str, Any]) -> dict[str, Any]:
+    e = record["experiment"]
+    # A calibrated SAE is named by its target L0, not by the penalty found; a k is named as k.
+    target = None if "k" in e["sae"] else e["sae"].get("target_l0")
+    return {
+        "model": record["labels"]["model"],
+        "layer": e["layer"],
+        "hookpoint": e["hookpoint"]["module"] or e["hookpoint"]["site"],
+        "dataset": record["labels"]["dataset"],
+        "sae": "pretrained " * bool(record.get("pretrained")) + e["sae"]["type"],
+        "num_latents": record["num_latents"],
+        "sparsity": record["sparsity"] if target is None else f"{_ABOUT}{target:g}",
+        "tokens": record["tokens"],
+        "training": e["training"]["recipe"],
+    }

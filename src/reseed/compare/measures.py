@@ -35,7 +35,7 @@ the same; ``…_live`` counts only live latents (both partners live), ``_a`` and
 | `null_subspace_overlap_…`, `null_subspace_angles_…` | equally many random live latents; random spans |
 
 If runs of a cell differ in `d_in`, `weights_note` marks the pairs concerned, and their columns
-above are empty (`reseed.compare.apart`).
+above are empty (`reseed.compare.pair`).
 
 A weighted fraction has the same null as the plain one, because firing does not affect the overlap
 of random rows.
@@ -43,7 +43,7 @@ of random rows.
 PW-MCC is from Song et al. (arXiv 2505.20254): the paper writes |cos|, its public code uses the
 signed cosine; here the assignment maximises the average itself. `pw_mcc_signed` equals
 `cosine_decoder` if every latent has a direction.
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -52,14 +52,88 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from reseed.compare.columns import LIVE_SHOWN, THRESHOLDS
-from reseed.compare.dictionary import Dictionary
+from reseed.compare.dictionary import Dictionary, Rows, both_cosines
 from reseed.compare.matching import Matching
-from reseed.compare.rows import Rows, both_cosines
-from reseed.compare.similarity import Survey
+from reseed.compare.nearest import PairScan
 
 if TYPE_CHECKING:
-    from reseed.compare.stability import PairSide
+    from reseed.compare.pair import PairSide
+
+# MERGED Names of the measures of pairs and runs. They are also the columns of the tables.
+LIVE_LIMITS = (1, 100)
+"""Further values of `live_at_least` for which the live shared fraction is shown."""
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Thresholds for which the strict rule is shown, besides the comparison's own τ."""
+GROUPS = ("orphan", "shared", "dense")
+"""Sets of latents whose spans are compared (`reseed.compare.subspaces`)."""
+
+SURROGATES = {"gaussian": "Gaussian activations", "random_weights": "random weights"}
+"""Null models on which SAEs are trained: suffix of the model's label (``embedded+gaussian``) →
+name. The null that preserves least of the model comes first."""
+
+FRACTIONS = (
+    "shared_fraction",
+    "shared_fraction_live",
+    *(f"shared_fraction_live_{limit}" for limit in LIVE_LIMITS),
+    "shared_fraction_not_dead",
+    "shared_fraction_decoder",
+    "shared_fraction_decoder_live",
+    "shared_fraction_correlation",
+    "shared_fraction_correlation_live",
+    "index_agreement",
+    "index_agreement_live",
+    "coverage",
+    "coverage_live",
+    *(f"shared_fraction_at_{tau}" for tau in THRESHOLDS),
+    *(f"shared_fraction_live_at_{tau}" for tau in THRESHOLDS),
+    "shared_fraction_joint",
+    "shared_fraction_joint_live",
+    "shared_fraction_by_firing",
+    "shared_fraction_by_variance",
+    "shared_fraction_dense",
+    "shared_fraction_sparse",
+    "split_fraction",
+    "split_fraction_live",
+    "mutual_nearest",
+    "mutual_nearest_live",
+    "mutual_nearest_decoder",
+    "mutual_nearest_decoder_live",
+    "shared_fraction_duplicate",
+    "shared_fraction_antipodal",
+)
+COSINES = (
+    "cosine_encoder",
+    "cosine_decoder",
+    "cosine_encoder_live",
+    "cosine_decoder_live",
+    "cosine_correlation",
+    "mmcs",
+    "mmcs_live",
+    "pw_mcc_signed",
+    "pw_mcc_absolute",
+    *(f"subspace_{measure}_{group}" for measure in ("overlap", "angles") for group in GROUPS),
+)
+UNTRAINED = (
+    "shared_fraction",
+    "index_agreement",
+    "coverage",
+    "cosine_encoder",
+    "cosine_decoder",
+)
+"""Measures that are also computed on the initial weights: columns ``untrained_…`` of the pairs."""
+RUN_COLUMNS = (
+    "run",
+    "seed",
+    "num_latents",
+    "d_in",
+    "held_out_tokens",
+    "live_fraction",
+    "zero_latents",
+    "reproducibility_alpha",
+    "reproducibility_beta",
+)
+"""Columns of `CellResult.runs` that come before the metrics of the runs."""
+
 
 DENSE = 0.1
 """A latent that fires on more than this fraction of the tokens is dense."""
@@ -119,7 +193,7 @@ def pair_measures(
             f"shared_fraction_live_{limit}": Subset(a.live(limit), b.live(limit)).fraction(
                 shared, encoder
             )
-            for limit in LIVE_SHOWN
+            for limit in LIVE_LIMITS
         },
         "shared_fraction_not_dead": Subset(~a.dead, ~b.dead).fraction(shared, encoder),
         "shared_fraction_decoder": every.fraction(near_decoder, decoder),
@@ -186,7 +260,7 @@ def threshold_measures(side_a: PairSide, side_b: PairSide) -> dict[str, float]:
     }
 
 
-def similarity_measures(found: Survey, side_a: PairSide, side_b: PairSide) -> dict[str, float]:
+def similarity_measures(found: PairScan, side_a: PairSide, side_b: PairSide) -> dict[str, float]:
     """Compute the measures without assignment: splitting, mutual nearest neighbours, MMCS."""
     live = Subset(side_a.live, side_b.live)
     every = Subset(np.ones_like(live.a), np.ones_like(live.b))

@@ -15,19 +15,24 @@ construction; the untrained pair shows that overlap.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log
+from math import isnan, log, nan
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import optimize, special
 
-from reseed.compare.dictionary import root
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.dictionary import Dictionary, root, unit32
 from reseed.compare.matching import Matching, match
-from reseed.compare.rows import unit32
+from reseed.compare.measures import UNTRAINED, Subset
+from reseed.compare.nearest import Duplicates
+from reseed.compare.pair import PairResult, incompatible
 
+# MERGED Null columns of a pair: nulls of its weights, kappa, and fractions of repeated latents.
 MAX_SIMULATED_LATENTS = 4096
 """Largest simulated side. At this size and d_in 768 the six matchings of the isotropic null take
 about 5 s of one core; with a covariance, which needs nearest rows too, 11 s. At 16,384 they would
@@ -89,7 +94,7 @@ def isotropic_null(
     rng = np.random.default_rng([seed, n, m, d_in])
     cosine, shared, _ = _draws(rng, draws, n, m, d_in, threshold)
     return Null(
-        cosine=cosine if m == larger else _carried(cosine, m, larger, d_in),
+        cosine=cosine if m == larger else _extrapolated(cosine, m, larger, d_in),
         best=(best_cosine(smaller, d_in) + best_cosine(larger, d_in)) / 2,
         shared_fraction=2 * shared / (n + m),
         coverage=(covered_by_chance(smaller, d_in, threshold) / 2)
@@ -273,7 +278,9 @@ class _Pool:
         return float(np.mean(-np.expm1(others * np.log1p(-np.minimum(both, 1 - 1e-16)))))
 
 
-def above(cosine: Float[np.ndarray, "*shape"] | float, d_in: int) -> Float[np.ndarray, "*shape"]:
+def cosine_tail(
+    cosine: Float[np.ndarray, "*shape"] | float, d_in: int
+) -> Float[np.ndarray, "*shape"]:
     """Return P(cosine of two random directions > ``cosine``): ½·I(1 − c²; (D−1)/2, ½) for c ≥ 0."""
     cosine = np.asarray(cosine, dtype=np.float64)
     if d_in == 1:
@@ -284,17 +291,17 @@ def above(cosine: Float[np.ndarray, "*shape"] | float, d_in: int) -> Float[np.nd
 
 def covered_by_chance(num_latents: int, d_in: int, threshold: float) -> float:
     """Return P(one of F random rows has encoder and decoder cosine ≥ τ) = 1 − (1 − p²)^F."""
-    return float(-np.expm1(num_latents * np.log1p(-np.square(above(threshold, d_in)))))
+    return float(-np.expm1(num_latents * np.log1p(-np.square(cosine_tail(threshold, d_in)))))
 
 
 def best_cosine(num_latents: float, d_in: int) -> float:
     """Return the mean cosine of a direction to the nearest of F random ones: ∫ c dP(c)^F."""
     cosines = np.linspace(-1, 1, 100_001)
-    below = np.exp(num_latents * np.log1p(-np.minimum(above(cosines, d_in), 1 - 1e-16)))
+    below = np.exp(num_latents * np.log1p(-np.minimum(cosine_tail(cosines, d_in), 1 - 1e-16)))
     return float(1 - np.trapezoid(below, cosines))
 
 
-def _carried(cosine: float, simulated: int, wanted: int, d_in: int) -> float:
+def _extrapolated(cosine: float, simulated: int, wanted: int, d_in: int) -> float:
     """Extrapolate the mean matched cosine from ``simulated`` to ``wanted`` latents, at equal κ."""
 
     def missing(kappa: float) -> float:
@@ -307,3 +314,56 @@ def _carried(cosine: float, simulated: int, wanted: int, d_in: int) -> float:
 def kappa(shared: float, null: float) -> float:
     """Return κ = (S − S₀)/(1 − S₀): 0 at the null, 1 if everything is shared."""
     return (shared - null) / (1 - null) if null < 1 else float("nan")
+
+
+def null_measures(
+    measures: Mapping[str, float],
+    a: Dictionary,
+    b: Dictionary,
+    start: Mapping[str, float],
+    settings: ComparisonConfig,
+) -> dict[str, float]:
+    """Return the null columns of a pair.
+
+    ``null_…`` for isotropic rows, ``null_covariance_…`` for rows with the activations' covariance,
+    ``untrained_…`` for the initial weights, and κ against each of them. NaN if not known.
+
+    Args:
+        start: the measures of the untrained pair; empty if there is none.
+    """
+    sizes = a.num_latents, b.num_latents
+    drawn = settings.threshold, settings.null_seed, settings.null_draws
+    shared = measures["shared_fraction"]
+    null, correlated = None, None
+    if not incompatible(a, b):
+        null = isotropic_null(*sizes, a.d_in, *drawn)
+        if a.covariance is not None and b.covariance is not None:
+            covariance = (a.covariance.astype(np.float64) + b.covariance) / 2
+            correlated = covariance_null(*sizes, covariance, *drawn)
+    return {
+        "null_cosine": null.cosine if null else nan,
+        "null_mmcs": null.best if null else nan,
+        "null_shared_fraction": null.shared_fraction if null else nan,
+        "null_coverage": null.coverage if null else nan,
+        "null_simulated_latents": null.simulated_latents if null else nan,
+        "kappa": kappa(shared, null.shared_fraction) if null else nan,
+        "null_covariance_cosine": correlated.cosine if correlated else nan,
+        "null_covariance_mmcs": correlated.best if correlated else nan,
+        "null_covariance_shared_fraction": correlated.shared_fraction if correlated else nan,
+        "null_covariance_coverage": correlated.coverage if correlated else nan,
+        "kappa_covariance": kappa(shared, correlated.shared_fraction) if correlated else nan,
+        "kappa_untrained": kappa(shared, start.get("shared_fraction", nan)),
+        **{f"untrained_{name}": start.get(name, nan) for name in UNTRAINED},
+    }
+
+
+def duplicate_measures(pair: PairResult, a: Duplicates, b: Duplicates) -> dict[str, float]:
+    """Return the shared fraction among duplicate latents, and among antipodal ones."""
+    if isnan(pair.measures["shared_fraction"]):  # no common space
+        return {f"shared_fraction_{word}": nan for word in ("duplicate", "antipodal")}
+    return {
+        f"shared_fraction_{word}": Subset(getattr(a, word), getattr(b, word)).of_sides(
+            pair.a.shared, pair.b.shared
+        )
+        for word in ("duplicate", "antipodal")
+    }

@@ -4,7 +4,7 @@ Seeds are a sample; layers and architectures are not. A mean over pairs of runs 
 seed alone has an interval over seeds (`statistics.seed_interval`). If the runs of pairs differ in a
 chosen value (layer, width, architecture), their mean over a cell has none: four layers are not a
 sample of layers. But each *pair of values*, such as layer 1 with layer 2, has an interval over the
-seeds that both were trained with. `groups` makes these from the cells that differ in the seed
+seeds that both were trained with. `pair_groups` makes these from the cells that differ in the seed
 alone.
 """
 
@@ -20,26 +20,26 @@ import pandas as pd
 from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes, value_axes
 from reseed.compare.statistics import Interval, leave_one_out_interval, run_interval
 
-Place = Mapping[str, str]
+AxisValues = Mapping[str, str]
 """A run's coordinates: pairing axis → value."""
-JOINED = ", "
+SEPARATOR = ", "
 """Separator between the values of several axes."""
 DERIVED = ("shared_of_a", "shared_of_b", "shared_of_smaller")
 """Shared latents as a fraction of the first, the second, and the smaller dictionary's latents."""
 _OTHER = {"a": "b", "b": "a"}
 
 
-def place_label(place: Place) -> str:
+def axis_label(place: AxisValues) -> str:
     """Return the values of a place in one string, as in `Dictionary.seed`."""
-    return JOINED.join(place.values())
+    return SEPARATOR.join(place.values())
 
 
-def seed_at(label: str, settings: ComparisonConfig, knobs: Mapping[str, Any]) -> str | None:
+def seed_of_run(label: str, settings: ComparisonConfig, knobs: Mapping[str, Any]) -> str | None:
     """Return the seed of the run with this label in a cell with these knobs, or None if unknown.
 
     For runs that differ in the data order alone, it is the order seed.
     """
-    axes, words = pair_axes(settings.pair_by), label.split(JOINED)
+    axes, words = pair_axes(settings.pair_by), label.split(SEPARATOR)
     if "seed" in axes and len(words) == len(axes):
         return words[axes.index("seed")]
     if "seed" in knobs:
@@ -47,8 +47,8 @@ def seed_at(label: str, settings: ComparisonConfig, knobs: Mapping[str, Any]) ->
     return label if settings.pairs_are_a_sample else None
 
 
-def with_places(
-    pairs: pd.DataFrame, places: Mapping[str, Place], settings: ComparisonConfig
+def add_axis_columns(
+    pairs: pd.DataFrame, places: Mapping[str, AxisValues], settings: ComparisonConfig
 ) -> pd.DataFrame:
     """Return the pairs with columns that say how their runs differ.
 
@@ -61,7 +61,7 @@ def with_places(
     axes, found = pair_axes(settings.pair_by), pairs.copy()
     sides = {letter: [places[run] for run in pairs[letter]] for letter in ("a", "b")}
     differ = [
-        JOINED.join(axis for axis in axes if a[axis] != b[axis])
+        SEPARATOR.join(axis for axis in axes if a[axis] != b[axis])
         for a, b in zip(*sides.values(), strict=True)
     ]
     at = list(found.columns).index("seed_b") + 1
@@ -187,7 +187,7 @@ def across_minus_within(
     return leave_one_out_interval(mean, without, confidence)
 
 
-def groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGroup]:
+def pair_groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGroup]:
     """Group the pairs of cells whose runs are not a sample by the two values compared.
 
     Args:
@@ -204,7 +204,7 @@ def groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGroup]:
         names = ("value_a", "value_b", "differs_in")
         for i, (a, b, axes) in enumerate(zip(*(pairs[name] for name in names), strict=True)):
             grouped.setdefault((a, b, axes), []).append(i)
-        for key in sorted(grouped, key=lambda k: (order[k[0]], order[k[1]], k[2].count(JOINED))):
+        for key in sorted(grouped, key=lambda k: (order[k[0]], order[k[1]], k[2].count(SEPARATOR))):
             rows = pairs.iloc[grouped[key]].reset_index(drop=True)
             unit = _unit(rows, key[2])
             units = zip(*(rows[f"at {unit}_{x}"] for x in "ab"), strict=True) if unit else ()
@@ -261,7 +261,7 @@ def _placed(
     chosen = value_axes(settings.pair_by)
     for letter in "ab":
         words = [pairs[f"{axis}_{letter}"].astype(str) for axis in chosen]
-        more[f"value_{letter}"] = [JOINED.join(row) for row in zip(*words, strict=True)] or ""
+        more[f"value_{letter}"] = [SEPARATOR.join(row) for row in zip(*words, strict=True)] or ""
         for axis in REPLICATES:
             if axis in axes:
                 more[f"at {axis}_{letter}"] = pairs[f"{axis}_{letter}"].astype(str)
@@ -275,7 +275,7 @@ def _order(settings: ComparisonConfig, values: Sequence[str]) -> dict[str, int]:
     listed = [""]
     for i, axis in enumerate(value_axes(settings.pair_by)):
         words = [str(word) for word in settings.grid[axis]]
-        listed = [f"{before}{JOINED if i else ''}{word}" for before in listed for word in words]
+        listed = [f"{before}{SEPARATOR if i else ''}{word}" for before in listed for word in words]
     return {value: i for i, value in enumerate(dict.fromkeys([*listed, *values]))}
 
 
@@ -297,6 +297,6 @@ def _unit(rows: pd.DataFrame, differs_in: str) -> str:
     counts = {
         axis: len({*rows[f"at {axis}_a"], *rows[f"at {axis}_b"]} - {""}) for axis in REPLICATES
     }
-    differing = [axis for axis in REPLICATES if axis in differs_in.split(JOINED)]
+    differing = [axis for axis in REPLICATES if axis in differs_in.split(SEPARATOR)]
     candidates = differing or [axis for axis in REPLICATES if counts[axis]]
     return max(candidates, key=lambda axis: counts[axis], default="")

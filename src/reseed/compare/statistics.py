@@ -139,7 +139,7 @@ def welch_difference(a: Interval, b: Interval, confidence: float = 0.95) -> Inte
     return Interval(mean, mean - reach, mean + reach, error, n)
 
 
-def visible_difference(n: int, power: float = 0.8, confidence: float = 0.95) -> float:
+def detectable_difference(n: int, power: float = 0.8, confidence: float = 0.95) -> float:
     """Return the smallest difference of two cells of n seeds detected with the given power.
 
     The unit is the standard error of one cell, assumed equal in both. The test is a two-sided t

@@ -21,7 +21,7 @@ from reseed.compare.statistics import Interval, leave_one_out_interval
 
 if TYPE_CHECKING:
     from reseed.compare.dictionary import Dictionary
-    from reseed.compare.stability import PairSide
+    from reseed.compare.pair import PairSide
 
 Kind = Literal["decile", "density"]
 DECILES = 10
@@ -114,7 +114,7 @@ def _densities(
     return names, of_run
 
 
-def by_stratum(table: pd.DataFrame, kind: Kind, confidence: float = 0.95) -> pd.DataFrame:
+def shared_by_stratum(table: pd.DataFrame, kind: Kind, confidence: float = 0.95) -> pd.DataFrame:
     """Return the shared fraction of each stratum of a cell, a row per stratum.
 
     Columns: ``stratum``, ``name``, ``low``, ``high``, ``latents`` (mean number in a run),

@@ -25,10 +25,8 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from reseed.compare.columns import GROUPS
-from reseed.compare.dictionary import Dictionary
-from reseed.compare.measures import DENSE
-from reseed.compare.rows import unit_rows
+from reseed.compare.dictionary import Dictionary, unit_rows
+from reseed.compare.measures import DENSE, GROUPS
 from reseed.config import digest
 
 HELD = 0.9

@@ -10,18 +10,18 @@ import pandas as pd
 import pyarrow as pa
 from jaxtyping import Int
 
-from reseed.compare.columns import COSINES, FRACTIONS, RUN_COLUMNS
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary
-from reseed.compare.repeats import Repeats
-from reseed.compare.reproducibility import Reproducibility
-from reseed.compare.stability import PairSide
+from reseed.compare.measures import COSINES, FRACTIONS, RUN_COLUMNS
+from reseed.compare.nearest import Duplicates
+from reseed.compare.pair import PairSide
+from reseed.compare.sharing_profile import Reproducibility
 from reseed.compare.statistics import Interval, run_interval, seed_interval
 
 
 def run_table(
     trained: Sequence[Dictionary],
-    repeated: Sequence[Repeats],
+    repeated: Sequence[Duplicates],
     reproducible: Sequence[Reproducibility],
     directions: Mapping[str, Sequence[float]],
     settings: ComparisonConfig,
@@ -54,15 +54,15 @@ def latent_table(
     x: Dictionary,
     against: Mapping[str, PairSide],
     shared_with: Int[np.ndarray, " num_latents"],
-    own: Repeats,
+    own: Duplicates,
     chance: Reproducibility,
 ) -> pa.Table:
     """Return the rows of one run in ``latents.parquet``, one per latent.
 
     Columns: ``run``, ``seed``, ``latent``, ``firing``, ``live``, ``dead``, ``zero``;
     ``shared_with``, m_i; ``reproducibility`` with ``_low`` and ``_high``
-    (`reseed.compare.reproducibility`); ``duplicate``, ``antipodal`` with ``_product``
-    (`reseed.compare.repeats`); and lists with an entry per other run, in the order of ``others``:
+    (`reseed.compare.sharing_profile`); ``duplicate``, ``antipodal`` with ``_product``
+    (`reseed.compare.nearest`); and lists with an entry per other run, in the order of ``others``:
     ``partner_encoder``, ``partner_decoder``, ``cosine_encoder``, ``cosine_decoder``, ``shared``,
     ``within`` (`stability.PairSide`).
     """

@@ -1,6 +1,6 @@
 """Association of sharing with truth, for worlds whose true features are known.
 
-In such a world each latent has a label (`LABELS`; made by ``reseed.evaluate.truth``). For every
+In such a world each latent has a label (`LABELS`; made by ``reseed.evaluate.true_features``). For every
 ordered pair of seeds (s, t), the live latents of s are counted by label, by sharing with t, and by
 firing decile. Estimates use the counts summed over pairs; intervals leave one seed out.
 
@@ -24,7 +24,7 @@ from reseed.compare.strata import DECILES
 if TYPE_CHECKING:
     from reseed.compare.config import ComparisonConfig
     from reseed.compare.dictionary import Dictionary
-    from reseed.compare.stability import PairSide
+    from reseed.compare.pair import PairSide
 
 LABELS = ("neither", "composite", "atom", "group")
 """The labels; ``truth_label`` is an index into them."""

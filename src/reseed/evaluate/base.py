@@ -8,29 +8,111 @@ trained on one source together, so that results about the model alone are comput
 
 from __future__ import annotations
 
+import fcntl
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
-from reseed.activations.reading import Reading
 from reseed.activations.source import ActivationSource
-from reseed.config import Config, ConfigError
-from reseed.evaluate.shared import SharedResults
-from reseed.evaluations import Table
+from reseed.activations.text_source import TextSource
+from reseed.config import Config, ConfigError, digest
 from reseed.sae.base import SAE
+from reseed.store.results import Table
+from reseed.system.files import atomic_write, room_for
 
 if TYPE_CHECKING:
-    from reseed.experiment import Resolved
+    from reseed.experiment.resolve import Resolved
+
+# MERGED Results about a language model, computed once for all SAEs: probes, activations of words. <cache>/evaluations/<what>-<digest of key>.safetensors
+_DIGITS = 24
+
+
+@dataclass(frozen=True)
+class ModelCache:
+    """A folder of tensors, each file keyed by what determines its content.
+
+    Attributes:
+        cache: the folder of derived data; results are in its subfolder ``evaluations``.
+    """
+
+    cache: Path
+
+    def get(
+        self, what: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return the tensors of ``key`` on the CPU; compute and store them if they are missing. If
+        two processes need the same tensors, one computes and the other waits.
+
+        Args:
+            what: short name for the file.
+            key: everything that determines the tensors, in plain values: fingerprints of model and
+                tokenizer, dtype and attention, hookpoint, settings, seeds, a version.
+            compute: computes the tensors.
+        """
+        path = self._path(what, key)
+        found = _read(path)
+        if found is None:
+            with _locked(path.with_suffix(".lock")):
+                found = _read(path)  # another process may have made it meanwhile
+                if found is None:
+                    found = _write(path, key, compute())
+        return found
+
+    def lacks(self, what: str, key: Mapping[str, Any]) -> bool:
+        """Return whether no tensors are stored under ``key``."""
+        return not self._path(what, key).is_file()
+
+    def keep(self, what: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Store tensors that another computation produced, equal to those of `get`.
+
+        This takes no lock: its holder may be waiting for ours, and would write the same tensors.
+        """
+        _write(self._path(what, key), key, tensors)
+
+    def _path(self, what: str, key: Mapping[str, Any]) -> Path:
+        return self.cache / "evaluations" / f"{what}-{digest(dict(key), _DIGITS)}.safetensors"
+
+
+def _write(path: Path, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    about = {"key": json.dumps(dict(key), sort_keys=True)}
+    atomic_write(path, lambda part: save_file(found, part, about))
+    return found
+
+
+def _read(path: Path) -> dict[str, Tensor] | None:
+    """Return the stored tensors; None if the file is missing or unreadable: it is recomputed."""
+    try:
+        return load_file(path)
+    except (FileNotFoundError, SafetensorError):
+        return None
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Lock out other processes. The system frees the lock of a process that dies."""
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class LoadedRun:
     """A run to evaluate.
 
     Attributes:
@@ -63,7 +145,7 @@ class Result:
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluated:
+class EvaluationInput:
     """The open source of activations that the runs were trained on.
 
     Attributes:
@@ -73,7 +155,7 @@ class Evaluated:
     """
 
     source: ActivationSource
-    shared: SharedResults
+    shared: ModelCache
     note: Callable[[str], None] = lambda message: None
 
     @property
@@ -84,7 +166,7 @@ class Evaluated:
     def model(self) -> LanguageModel | None:
         """The language model, which loads its weights on first use; None for a world and for
         Gaussian draws."""
-        return self.source.model if isinstance(self.source, Reading) else None
+        return self.source.model if isinstance(self.source, TextSource) else None
 
     @property
     def tokenizer(self) -> Any:
@@ -114,7 +196,7 @@ class EvaluationConfig(Config, ABC, family="evaluation"):
 
     @abstractmethod
     def evaluate(
-        self, subjects: Sequence[Subject], evaluated: Evaluated
+        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
         """Yield the id and result of each run as soon as it is computed.
 

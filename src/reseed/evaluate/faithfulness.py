@@ -21,22 +21,22 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
+from reseed.activations.intervention import Edit, logits
 from reseed.activations.language_model import LanguageModel
-from reseed.activations.reading import Reading
-from reseed.activations.splicing import Edit, logits
+from reseed.activations.text_source import TextSource
 from reseed.config import setting
 from reseed.evaluate.base import (
-    Evaluated,
     EvaluationConfig,
+    EvaluationInput,
+    LoadedRun,
     Result,
-    Subject,
     needs_language_model,
 )
 from reseed.sae.base import SAE
 
 if TYPE_CHECKING:
-    from reseed.experiment import Resolved
+    from reseed.experiment.resolve import Resolved
 
 _TOGETHER = 8
 """SAEs that share a forward pass of the clean model."""
@@ -58,11 +58,11 @@ class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
         needs_language_model(self, resolved)
 
     def evaluate(
-        self, subjects: Sequence[Subject], evaluated: Evaluated
+        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
         source = evaluated.source
-        assert isinstance(source, Reading)
-        passage = _Passage(source.model, *source.held_out_sequences(self.tokens))
+        assert isinstance(source, TextSource)
+        passage = _HeldOutText(source.model, *source.held_out_sequences(self.tokens))
         evaluated.note(f"mean activations of {passage.activations:,} positions")
         means = passage.means([subject.hook for subject in subjects])
         for first in range(0, len(subjects), _TOGETHER):
@@ -97,7 +97,7 @@ _All = Mapping[tuple[Hookpoint, str] | None, _Losses]
 
 
 @dataclass(frozen=True, eq=False)
-class _Passage:
+class _HeldOutText:
     """The sequences that the model reads.
 
     Attributes:
@@ -192,7 +192,7 @@ def _reconstructed(sae: SAE, x: Float[Tensor, "some d_in"]) -> Tensor:
     return sae(x.to(sae.W_dec.device, torch.float32)).reconstruction.to(x.device)
 
 
-def _result(losses: _All, subject: Subject, passage: _Passage) -> Result:
+def _result(losses: _All, subject: LoadedRun, passage: _HeldOutText) -> Result:
     counted = passage.predictions
     own = losses[subject.hook, f"sae {subject.id}"]
     clean = losses[_CLEAN]

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.moments import MomentSums
 from reseed.activations.source import check_held_out
 from reseed.config import setting
-from reseed.evaluate.base import Evaluated, EvaluationConfig, Result, Subject
+from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, Result
 from reseed.sae.base import SAE
 
 DENSE = 0.1
@@ -163,7 +163,7 @@ class ReconstructionConfig(EvaluationConfig, name="reconstruction"):
     """First held-out activations to read: the same for every SAE of one model."""
 
     def evaluate(
-        self, subjects: Sequence[Subject], evaluated: Evaluated
+        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
         check_held_out(evaluated.source, self.tokens)
         saes = {subject.id: (subject.hook, subject.sae) for subject in subjects}

@@ -17,12 +17,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.activations.stream import generator
-from reseed.evaluate.base import Evaluated, Result, Subject
+from reseed.evaluate.base import EvaluationInput, LoadedRun, Result
 from reseed.evaluate.codes import Codes, encode
-from reseed.evaluate.first_letter.folds import Fold
-from reseed.evaluate.first_letter.probes import Scores, agreement
-from reseed.evaluate.first_letter.task import Probed, WordTaskConfig, probe_quality
-from reseed.evaluate.sparse_probes import fit_nested, rank_latents
+from reseed.evaluate.first_letter.task import ProbedTask, WordTaskConfig, probe_quality
+from reseed.evaluate.first_letter.words import Fold
+from reseed.evaluate.probes import Scores, fit_nested, precision_recall_f1, rank_latents
 
 _RANKING = 0x72616E6B
 
@@ -72,13 +71,15 @@ def find_splits(
             continue
         probe = fit_nested(fit.columns(latents), here)
         found = probe.score(validation.columns(latents).cpu()) > 0
-        f1 = agreement(found, chosen[:, None].expand_as(found)).f1
+        f1 = precision_recall_f1(found, chosen[:, None].expand_as(found)).f1
         size = choose_main(f1.tolist(), step)
         splits.append(Split(latents, latents[:size], probe.score(test.columns(latents).cpu())))
     return splits
 
 
-def splits_of(config: WordTaskConfig, probed: Probed, codes: Codes) -> list[list[Split | None]]:
+def find_all_splits(
+    config: WordTaskConfig, probed: ProbedTask, codes: Codes
+) -> list[list[Split | None]]:
     """Find the splits in every fold of a repetition."""
     return [
         find_splits(
@@ -99,7 +100,7 @@ class SplittingConfig(WordTaskConfig, name="splitting"):
     """The number of latents that represent each class of words, and the quality of the first."""
 
     def evaluate(
-        self, subjects: Sequence[Subject], evaluated: Evaluated
+        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
         hooks = list(dict.fromkeys(subject.hook for subject in subjects))
         for hook in hooks:
@@ -108,15 +109,15 @@ class SplittingConfig(WordTaskConfig, name="splitting"):
                 if subject.hook == hook:
                     yield subject.id, self.measured(subject, repetitions)
 
-    def measured(self, subject: Subject, repetitions: list[Probed]) -> Result:
+    def measured(self, subject: LoadedRun, repetitions: list[ProbedTask]) -> Result:
         found = []
         for probed in repetitions:
             codes = encode(subject.sae, probed.x)
-            found.append((probed, codes, splits_of(self, probed, codes)))
+            found.append((probed, codes, find_all_splits(self, probed, codes)))
         return _result(found, self)
 
 
-def evaluable(repetitions: list[Probed], quality: Scores, gate: float) -> list[str]:
+def refusal_reasons(repetitions: list[ProbedTask], quality: Scores, gate: float) -> list[str]:
     """Return the reason why each class cannot be evaluated; empty if it can."""
     words = repetitions[0].words
     counts = np.bincount(words.labels.numpy(), minlength=len(words.classes))
@@ -131,13 +132,13 @@ def evaluable(repetitions: list[Probed], quality: Scores, gate: float) -> list[s
     return reasons
 
 
-Found = list[tuple[Probed, Codes, list[list[Split | None]]]]
+RepetitionSplits = list[tuple[ProbedTask, Codes, list[list[Split | None]]]]
 
 
-def _result(found: Found, config: WordTaskConfig) -> Result:
+def _result(found: RepetitionSplits, config: WordTaskConfig) -> Result:
     repetitions = [probed for probed, _, _ in found]
     quality = probe_quality(repetitions)
-    letters = letter_table(found, quality, evaluable(repetitions, quality, config.probe_f1))
+    letters = letter_table(found, quality, refusal_reasons(repetitions, quality, config.probe_f1))
     kept = letters.loc[letters["reason"] == ""]
     columns = {
         "splits": "splits",
@@ -162,7 +163,7 @@ def _result(found: Found, config: WordTaskConfig) -> Result:
     return Result({"splitting_letters": len(kept), **metrics}, tables, {"splitting_class": main})
 
 
-def letter_table(found: Found, quality: Scores, reasons: list[str]) -> pd.DataFrame:
+def letter_table(found: RepetitionSplits, quality: Scores, reasons: list[str]) -> pd.DataFrame:
     """Return a row for each class: splits, and its first main latent compared with the probe.
 
     ``precision``, ``recall`` and ``f1`` score the firing of the first main latent on test words,
@@ -185,7 +186,7 @@ def letter_table(found: Found, quality: Scores, reasons: list[str]) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def _of_latents(found: Found, number: int) -> dict[str, object]:
+def _of_latents(found: RepetitionSplits, number: int) -> dict[str, object]:
     sizes, fired, by_k, member, mains = [], [], [], [], []
     for probed, codes, splits in found:
         for fold, each in zip(probed.folds, splits, strict=True):
@@ -201,7 +202,7 @@ def _of_latents(found: Found, number: int) -> dict[str, object]:
         nothing = dict.fromkeys(("splits", "precision", "recall", "f1"), float("nan"))
         return {**nothing, "main": [], "f1_by_k": []}
     there = torch.cat(member)
-    scores = agreement(torch.cat(fired), there)
+    scores = precision_recall_f1(torch.cat(fired), there)
     curve = torch.cat(by_k)
     return {
         "splits": float(np.mean(sizes)) - 1,
@@ -209,11 +210,11 @@ def _of_latents(found: Found, number: int) -> dict[str, object]:
         "recall": float(scores.recall),
         "f1": float(scores.f1),
         "main": mains,
-        "f1_by_k": agreement(curve, there[:, None].expand_as(curve)).f1.tolist(),
+        "f1_by_k": precision_recall_f1(curve, there[:, None].expand_as(curve)).f1.tolist(),
     }
 
 
-def main_classes(found: Found, kept: list[int]) -> Int[np.ndarray, " F"]:
+def main_classes(found: RepetitionSplits, kept: list[int]) -> Int[np.ndarray, " F"]:
     """Return the class that each latent is most often main for, over folds and seeds; −1: none."""
     num_latents = found[0][1].num_latents
     votes = np.zeros((num_latents, found[0][0].num_classes), dtype=np.int32)

@@ -6,10 +6,34 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
+from math import isnan
 from typing import Any
 
 from reseed.compare.cell import CellResult
-from reseed.report.numbers import MISSING
+
+# MERGED Format of numbers in tables and on the terminal.
+MISSING = "–"
+"""Sign for a missing value."""
+LEAST = 0.001
+"""Smaller numbers are shown as below this."""
+
+
+def number(value: float) -> str:
+    """Format with two decimals, or with one digit if these would be 0; ``< 0.001`` below
+    `LEAST`."""
+    if isnan(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    if abs(value) < LEAST:
+        return f"< {LEAST}" if value > 0 else f"> -{LEAST}"
+    return f"{value:.2f}" if abs(value) >= 0.00995 else f"{value:.1g}"
+
+
+def bounds(low: float, high: float) -> str:
+    """Return ``[0.30, 0.52]``; bounds contain no space, so that no line breaks within one."""
+    return "[" + ", ".join(number(bound).replace(" ", "") for bound in (low, high)) + "]"
+
 
 Cell = tuple[Mapping[str, Any], CellResult]
 """The knobs of a cell (``{"sae": "topk", "layer": 2}``) and its measures."""
@@ -41,7 +65,7 @@ def varying(cells: Sequence[Cell]) -> list[str]:
     return [n for n in names if len({_word(knobs, n) for knobs, _ in cells}) > 1]
 
 
-def telling(cells: Sequence[Cell]) -> list[str]:
+def distinguishing_knobs(cells: Sequence[Cell]) -> list[str]:
     """Return the varying knobs, without those that an earlier one determines (λ, if each
     architecture has one λ)."""
     names = varying(cells)
@@ -54,12 +78,12 @@ def telling(cells: Sequence[Cell]) -> list[str]:
 
 def columns(cells: Sequence[Cell]) -> list[str]:
     """Return the varying knobs that tables show: without those that the arm determines, which
-    `told_by_arm` lists."""
+    `arm_note` lists."""
     left_out = _of_arm(cells)
     return [name for name in varying(cells) if name not in left_out]
 
 
-def told_by_arm(cells: Sequence[Cell]) -> str:
+def arm_note(cells: Sequence[Cell]) -> str:
     """Return the knobs that each arm determines, in one line, equal arms together:
     ``easy: model world_easy, 64 latents, L0≈3 · …``. Empty if the arm determines no knob."""
     names = _of_arm(cells)
@@ -87,14 +111,14 @@ def _said(name: str, word: str) -> str:
     return word if name == "sparsity" else f"{name} {word}"
 
 
-def naming(cells: Sequence[Cell]) -> list[str]:
-    """Return the knobs that name a cell: all that tables show; for many cells, only `telling`."""
-    return columns(cells) if len(cells) <= FEW else telling(cells)
+def label_knobs(cells: Sequence[Cell]) -> list[str]:
+    """Return the knobs that name a cell: all that tables show; for many cells, only `distinguishing_knobs`."""
+    return columns(cells) if len(cells) <= FEW else distinguishing_knobs(cells)
 
 
 def label(cells: Sequence[Cell], knobs: Mapping[str, Any]) -> str:
     """Return a short name of one cell among ``cells``."""
-    return ", ".join(knob_values(naming(cells), knobs)) or str(knobs.get("sae", "all runs"))
+    return ", ".join(knob_values(label_knobs(cells), knobs)) or str(knobs.get("sae", "all runs"))
 
 
 def knob_values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
@@ -105,7 +129,7 @@ def knob_values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
 def row_labels(cells: Sequence[Cell]) -> tuple[list[str], list[float]]:
     """Return row labels, without the knobs that repeat the row above, and row positions, with a gap
     between groups if any group has more than one row."""
-    names = naming(cells)
+    names = label_knobs(cells)
     words = [knob_values(names, knobs) for knobs, _ in cells]
     labels, rows = [], []
     at, before = 0.0, None
@@ -126,10 +150,10 @@ def wrapped(text: str, width: int) -> str:
 
 
 def numeric_axes(cells: Sequence[Cell], at_least: int = 3) -> list[str]:
-    """Return the knobs of `telling` that are numbers with at least ``at_least`` values."""
+    """Return the knobs of `distinguishing_knobs` that are numbers with at least ``at_least`` values."""
     return [
         name
-        for name in telling(cells)
+        for name in distinguishing_knobs(cells)
         if (values := _amounts(cells, name)) is not None and len(set(values)) >= at_least
     ]
 
@@ -146,9 +170,9 @@ def amounts(cells: Sequence[Cell], axis: str) -> list[float]:
     return values
 
 
-def identities(cells: Sequence[Cell], axis: str) -> list[tuple[str, ...]]:
-    """Return, for each cell, the values of the knobs of `telling` other than ``axis``."""
-    others = [name for name in telling(cells) if name != axis]
+def other_knob_values(cells: Sequence[Cell], axis: str) -> list[tuple[str, ...]]:
+    """Return, for each cell, the values of the knobs of `distinguishing_knobs` other than ``axis``."""
+    others = [name for name in distinguishing_knobs(cells) if name != axis]
     return [tuple(knob_values(others, knobs)) for knobs, _ in cells]
 
 

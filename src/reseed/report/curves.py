@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from reseed.compare.activation_tables import TOKENS
+from reseed.compare.activations.tables import TOKENS
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import THRESHOLDS
-from reseed.compare.strata import DECILES, by_stratum
-from reseed.report.axes import Cell, label, naming, wrapped
-from reseed.report.latents import quality_by_rank
-from reseed.report.references import BY_THRESHOLD, SOURCE, of_seeds
+from reseed.compare.measures import THRESHOLDS
+from reseed.compare.strata import DECILES, shared_by_stratum
+from reseed.report.axes import Cell, label, label_knobs, wrapped
+from reseed.report.captions import BY_THRESHOLD, SOURCE, of_seeds
+from reseed.report.firing import quality_by_rank
 from reseed.report.style import (
     COLOURS,
     GREY,
@@ -33,7 +33,7 @@ from reseed.report.style import (
     name_outer,
     panels,
 )
-from reseed.report.wording import counted, paired, span, with_interval
+from reseed.report.table import count_text, pair_axis_name, range_text, with_interval
 
 NOT_LIVE = 2
 """Number of strata before the first decile: never fired, and not live."""
@@ -43,7 +43,7 @@ name them."""
 
 
 @dataclass(frozen=True)
-class _Said:
+class _LegendText:
     """Extra text of the legend: ``of`` a cell, and the ``title`` that explains it."""
 
     of: Callable[[CellResult], str]
@@ -89,7 +89,7 @@ def threshold_figure(cells: Sequence[Cell]) -> Figure:
         curve,
         panel,
         "threshold of both cosines",
-        f"fraction shared with another {paired(cells, plural=False)}",
+        f"fraction shared with another {pair_axis_name(cells, plural=False)}",
         [whose] if of_seeds(cells) else [],
     )
 
@@ -99,7 +99,7 @@ def decile_figure(cells: Sequence[Cell]) -> Figure:
     limit = cells[0][1].settings.live_at_least
 
     def curve(cell: CellResult) -> Curve:
-        table = by_stratum(cell.strata, "decile", cell.settings.confidence)
+        table = shared_by_stratum(cell.strata, "decile", cell.settings.confidence)
         columns = ("shared_fraction", "shared_low", "shared_high")
         mean, low, high = (table[name].to_numpy(dtype=np.float64) for name in columns)
         # The NaN interrupts the line between latents that are not live and the deciles.
@@ -120,7 +120,7 @@ def decile_figure(cells: Sequence[Cell]) -> Figure:
         curve,
         panel,
         "firing: never, not live, then deciles of live latents",
-        f"fraction shared with another {paired(cells, plural=False)}",
+        f"fraction shared with another {pair_axis_name(cells, plural=False)}",
         [],
     )
 
@@ -149,15 +149,15 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
     def area(cell: CellResult) -> str:
         return f": {with_interval(cell.estimates['substitution_area'])}"
 
-    count = span(int(cell.pairs[TOKENS].to_numpy().max()) for _, cell in cells)
+    count = range_text(int(cell.pairs[TOKENS].to_numpy().max()) for _, cell in cells)
     return _figure(
         cells,
         curve,
         panel,
         "fraction of latents taken, highest cosines first",
         "mean R: damage that their matches repair",
-        [Patch(alpha=0, label=f"{counted(cells)}, {count} tokens")],
-        _Said(area, f"area [{cells[0][1].settings.confidence:.0%} interval]"),
+        [Patch(alpha=0, label=f"{count_text(cells)}, {count} tokens")],
+        _LegendText(area, f"area [{cells[0][1].settings.confidence:.0%} interval]"),
     )
 
 
@@ -173,7 +173,7 @@ def _figure(
     below: str,
     beside: str,
     handles: Sequence[Artist],
-    more: _Said | None = None,
+    more: _LegendText | None = None,
 ) -> Figure:
     """Draw panels of lines with intervals, and one legend.
 
@@ -215,7 +215,7 @@ def _figure(
         wrapped(below, round(width / 0.075)),
         wrapped(beside, round(height / 0.065)),
     )
-    title = ", ".join(naming(cells) if alone else naming(cells)[-1:])
+    title = ", ".join(label_knobs(cells) if alone else label_knobs(cells)[-1:])
     if more and alone:
         title = f"{title}: {more.title}" if title else more.title
     legend_below(figure, legend, columns=beside_each_other, title=title)
@@ -228,16 +228,16 @@ def _interval_handles(
     """Return the handle that explains the bands; if there are none, one that says so unless
     ``silent``."""
     if any(not np.isnan(curve.low).all() for curve in curves):
-        text = f"{cells[0][1].settings.confidence:.0%} interval over {counted(cells)}"
+        text = f"{cells[0][1].settings.confidence:.0%} interval over {count_text(cells)}"
         return [Patch(facecolor=GREY, alpha=0.3, label=text)]
-    return [] if silent else [Patch(alpha=0, label=f"{counted(cells)}, no interval")]
+    return [] if silent else [Patch(alpha=0, label=f"{count_text(cells)}, no interval")]
 
 
 def _panels(cells: Sequence[Cell]) -> dict[str, list[tuple[str, Cell]]]:
     """Return panel title → its lines, as (name, cell); few cells are in one panel."""
     if len(cells) <= MOST_LINES:
         return {"": [(label(cells, knobs), (knobs, cell)) for knobs, cell in cells]}
-    *first, last = naming(cells)
+    *first, last = label_knobs(cells)
     found: dict[str, list[tuple[str, Cell]]] = {}
     for knobs, cell in cells:
         title = ", ".join(_named(name, str(knobs.get(name))) for name in first)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from reseed.compare.statistics import Interval, welch_difference
-from reseed.report.axes import Cell, amounts, telling
-from reseed.report.wording import LEAST, Wording, bounds, measure_name, number, paired
+from reseed.report.axes import Cell, amounts, distinguishing_knobs
+from reseed.report.table import LEAST, Table, bounds, measure_name, number, pair_axis_name
 
 MEASURES = {
     "shared": "shared_fraction",
@@ -67,7 +67,7 @@ class Contrast:
             claim = f"no difference claimed, because there is no interval ({without})"
         elif self.claimed:
             first, second = (self.first, self.second)[:: self.claimed]
-            claim = f"**{first} {more(self.primary)} than {second}**"
+            claim = f"**{first} {claim_phrase(self.primary)} than {second}**"
         elif 0 in sides:
             claim = "no difference claimed: an interval at the last two budgets includes 0"
         else:
@@ -81,7 +81,7 @@ def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
     Only cells whose pairs are a sample are used, because the others have no intervals.
     """
     cells = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
-    names = telling(cells)
+    names = distinguishing_knobs(cells)
     if "sae" not in names or "tokens" not in names:
         return []
     try:
@@ -120,14 +120,14 @@ def measures(primary: str) -> dict[str, str]:
     return (own or {name: primary}) | MEASURES
 
 
-def more(primary: str) -> str:
+def claim_phrase(primary: str) -> str:
     """Return the phrase for the architecture with the larger primary measure."""
     if primary == "shared_fraction":
         return "shares more"
     return f"has more {measure_name(primary).replace(chr(10), ' ')}"
 
 
-def differences(cells: Sequence[Cell]) -> Wording | None:
+def differences(cells: Sequence[Cell]) -> Table | None:
     """Return the table of all contrasts, a row per budget; None if there are none."""
     found = contrasts(cells)
     if not found:
@@ -142,16 +142,16 @@ def differences(cells: Sequence[Cell]) -> Wording | None:
     confidence = cells[0][1].settings.confidence
     footnotes = (
         *(contrast.verdict() for contrast in found),
-        f"Differences of cell means with the {confidence:.0%} interval over {paired(cells)} "
+        f"Differences of cell means with the {confidence:.0%} interval over {pair_axis_name(cells)} "
         "(Welch); * if it excludes 0. A difference is claimed, on the first measure, only if its "
         "interval excludes 0 at the last two budgets, on the same side, because the ranking can "
         "change with the budget. The intervals are not corrected for multiple comparisons.",
     )
     header = ("difference", "tokens", *shown)
-    return Wording(header, tuple(rows), 1, "", footnotes)
+    return Table(header, tuple(rows), 1, "", footnotes)
 
 
-def verdicts(cells: Sequence[Cell]) -> list[str]:
+def difference_lines(cells: Sequence[Cell]) -> list[str]:
     """Return a line for each pair of architectures; if there are many, a line for each place."""
     found = contrasts(cells)
     if len(found) <= LISTED:
@@ -171,7 +171,7 @@ def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
             first, second = (pair.first, pair.second)[:: pair.claimed]
             below.setdefault(first, []).append(second)
     ranked = sorted(below.items(), key=lambda entry: -len(entry[1]))
-    ahead = more(pairs[0].primary)
+    ahead = claim_phrase(pairs[0].primary)
     lines = [f"**{winner}** {ahead} than {', '.join(lost)}" for winner, lost in ranked]
     where = f"{', '.join(place)}: " if place else ""
     claims = sum(len(lost) for lost in below.values())

@@ -16,8 +16,16 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from reseed.compare.cell import CellResult
-from reseed.report.axes import Cell, identities, knob_values, label, numeric_axes, telling, wrapped
-from reseed.report.evaluations import LETTERS, EvaluatedRun, Runs
+from reseed.report.axes import (
+    Cell,
+    distinguishing_knobs,
+    knob_values,
+    label,
+    numeric_axes,
+    other_knob_values,
+    wrapped,
+)
+from reseed.report.evaluation_results import LETTERS, EvaluatedRun, Runs
 from reseed.report.figures import save_figures
 from reseed.report.style import (
     BLUE,
@@ -267,7 +275,7 @@ _AXIS_OF = {"l0": "sparsity", "num_latents": "num_latents"}
 def _lines(cells: Sequence[Cell], axis: str) -> list[list[CellResult]]:
     """Return groups of two or more cells that differ only in the knob ``axis``."""
     lines: dict[tuple[str, ...], list[CellResult]] = {}
-    for (_, cell), who in zip(cells, identities(cells, axis), strict=True):
+    for (_, cell), who in zip(cells, other_knob_values(cells, axis), strict=True):
         lines.setdefault(who, []).append(cell)
     return [line for line in lines.values() if len(line) > 1]
 
@@ -275,7 +283,7 @@ def _lines(cells: Sequence[Cell], axis: str) -> list[list[CellResult]]:
 def _kinds(cells: Sequence[Cell]) -> list[str]:
     """Return each cell's non-numeric knobs in words: usually its architecture."""
     numbers = numeric_axes(cells, at_least=2)
-    names = [name for name in telling(cells) if name not in numbers]
+    names = [name for name in distinguishing_knobs(cells) if name not in numbers]
     return [", ".join(knob_values(names, knobs)) or str(knobs.get("sae", "")) for knobs, _ in cells]
 
 

@@ -10,9 +10,16 @@ import numpy as np
 
 from reseed.compare.cell import CellResult
 from reseed.report.axes import Cell
-from reseed.report.cell_tables import Column, cell_table, measured, run_mean
-from reseed.report.evaluations import ORPHAN, OVERLAP, SHARED, Runs
-from reseed.report.wording import Wording, number, paired
+from reseed.report.evaluation_results import ORPHAN, OVERLAP, SHARED, Runs
+from reseed.report.table import (
+    Column,
+    Table,
+    cell_table,
+    measured,
+    number,
+    pair_axis_name,
+    run_mean,
+)
 
 
 @dataclass(frozen=True)
@@ -150,7 +157,7 @@ SPECS: dict[str, Spec] = {
 }
 
 
-def evaluation_tables(cells: Sequence[Cell]) -> list[Wording]:
+def evaluation_tables(cells: Sequence[Cell]) -> list[Table]:
     """Return the tables of all evaluations that cells have results of, in the order of `SPECS`."""
     made = []
     for name in _names([cell.evaluated for _, cell in cells]):
@@ -162,7 +169,7 @@ def evaluation_tables(cells: Sequence[Cell]) -> list[Wording]:
     return [*made, *_overlaps(cells)]
 
 
-def run_tables(runs: Runs) -> list[Wording]:
+def run_tables(runs: Runs) -> list[Table]:
     """Return the tables of evaluations for runs outside a comparison: a row per run."""
     made = []
     for name in _names([run.results for run in runs.values()]):
@@ -177,7 +184,7 @@ def run_tables(runs: Runs) -> list[Wording]:
             for run in own
         )
         header = (*knobs, *spec.heads)
-        made.append(Wording(header, rows, len(knobs), spec.title, spec.footnotes, spec.spare))
+        made.append(Table(header, rows, len(knobs), spec.title, spec.footnotes, spec.spare))
     return made
 
 
@@ -194,7 +201,7 @@ def _spec(name: str, columns: Mapping[str, None]) -> Spec:
     return Spec(name, {c.removeprefix(f"{name}_").replace("_", " "): c for c in columns})
 
 
-def _table(cells: Sequence[Cell], spec: Spec) -> Wording:
+def _table(cells: Sequence[Cell], spec: Spec) -> Table:
     made: dict[str, Column] = {}
     for head, name in spec.heads.items():
         if head in spec.with_interval:
@@ -205,12 +212,12 @@ def _table(cells: Sequence[Cell], spec: Spec) -> Wording:
     return replace(words, caption=spec.title, spare=spec.spare)
 
 
-def _among(cells: Sequence[Cell], spec: Spec) -> Wording:
+def _among(cells: Sequence[Cell], spec: Spec) -> Table:
     """Return the table of means over shared latents and over orphans."""
     made: dict[str, Column] = {}
     for head, name in spec.latents.items():
         made |= measured({f"{head},\nshared": name + SHARED, f"{head},\norphan": name + ORPHAN})
-    one = paired(cells, plural=False)
+    one = pair_axis_name(cells, plural=False)
     words = cell_table(
         cells,
         made,
@@ -220,7 +227,7 @@ def _among(cells: Sequence[Cell], spec: Spec) -> Wording:
     return replace(words, caption=f"{spec.title} Among shared latents and orphans")
 
 
-def _overlaps(cells: Sequence[Cell]) -> list[Wording]:
+def _overlaps(cells: Sequence[Cell]) -> list[Table]:
     """Return the table of whether runs of a cell absorb the same words; empty if not measured."""
     own = [(knobs, cell) for knobs, cell in cells if OVERLAP in cell.estimates]
     if not own:
@@ -234,7 +241,7 @@ def _overlaps(cells: Sequence[Cell]) -> list[Wording]:
     words = cell_table(
         own,
         made,
-        f"**same words**: words absorbed in both of two {paired(cells)} / in either, over "
+        f"**same words**: words absorbed in both of two {pair_axis_name(cells)} / in either, over "
         "**letters** whose latents are matched by the decoder; mean over pairs. **by chance**: the "
         "same after permuting words of one letter and similar frequency; **p**: of each pair "
         "against that.",

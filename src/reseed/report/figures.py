@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -10,27 +10,21 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from reseed.atomic import atomic_write
-from reseed.compare.apart import NO_SPACE
 from reseed.compare.cell import CellResult
+from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.tables import lists
-from reseed.report.axes import Cell, label, naming, numeric_axes, row_labels, wrapped
-from reseed.report.axis_figures import axis_figure, axis_name
-from reseed.report.curves import (
-    coverage_figure,
-    decile_figure,
-    threshold_figure,
-    with_activations,
-)
-from reseed.report.firing_figure import firing_figure
-from reseed.report.matrices import value_matrices
-from reseed.report.matrix_figure import matrix_figure
-from reseed.report.seed_figures import seeds_figure
+from reseed.report.axes import Cell, label, label_knobs, numeric_axes, row_labels, wrapped
+from reseed.report.axis_figures import axis_figure, axis_name, seeds_figure
+from reseed.report.curves import coverage_figure, decile_figure, threshold_figure, with_activations
+from reseed.report.evaluation_results import Runs
+from reseed.report.firing import firing_figure
+from reseed.report.matrix import matrix_figure, value_matrices
 from reseed.report.style import (
     BLUE,
     GREY,
@@ -43,10 +37,11 @@ from reseed.report.style import (
     panels,
     scatter_of_two,
 )
-from reseed.report.truth import with_labels
-from reseed.report.truth_figure import truth_figure
-from reseed.report.wording import counted, paired
+from reseed.report.table import count_text, pair_axis_name
+from reseed.report.truth import truth_figure, with_labels
+from reseed.system.files import atomic_write
 
+# MERGED Tables of the numbers in figures that no other file of a sweep has.
 _UNDATED: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 """No dates, so that equal data give equal files."""
 MAX_POINTS = 4000
@@ -73,7 +68,7 @@ def comparison_drawings(cells: Sequence[Cell]) -> dict[str, Callable[[], Figure]
     if not cells:
         raise ValueError("there are no cells to draw figures of")
     # Runs without a common space have no shared fraction.
-    cells = [(knobs, cell) for knobs, cell in cells if NO_SPACE not in cell.pairs]
+    cells = [(knobs, cell) for knobs, cell in cells if WEIGHTS_NOTE not in cell.pairs]
     if not cells:
         return {}
     drawings: dict[str, Callable[[Sequence[Cell]], Figure]]
@@ -137,13 +132,13 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
     axes.tick_params(axis="y", length=0)
     faint_grid(axes, "x")
     settings = cells[0][1].settings
-    other = paired(cells, plural=False)
+    other = pair_axis_name(cells, plural=False)
     broken = "\n" if max(map(len, names)) > 20 else " "  # long names leave little width
     axes.set_xlabel(
         f"fraction of latents shared with another {other},{broken}both cosines ≥ {_tau(cells)}"
     )
-    axes.set_ylabel(", ".join(naming(cells)))
-    interval = f"mean over pairs, {settings.confidence:.0%} interval over {counted(cells)}"
+    axes.set_ylabel(", ".join(label_knobs(cells)))
+    interval = f"mean over pairs, {settings.confidence:.0%} interval over {count_text(cells)}"
     legend_below(figure, [
         Line2D([], [], color=BLUE, marker="o", markersize=6, linewidth=2, label=interval),
         Line2D([], [], color=GREY, marker="|", linestyle="", markersize=6, label="single pairs"),
@@ -237,3 +232,56 @@ def matched_cosines(
 
 def _tau(cells: Sequence[Cell]) -> str:
     return f"{cells[0][1].settings.threshold:g}"
+
+
+def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], pd.DataFrame]]:
+    """Return file name → function that makes the table."""
+    made: dict[str, Callable[[], pd.DataFrame]] = {
+        "seeds.csv": lambda: seeds_frame(cells),
+        "cosines.csv": lambda: cosines_frame(cells),
+    }
+    if any("absorption" in run.results for run in runs.values()):
+        made["absorbers.csv"] = lambda: absorbers_frame(runs)
+    return made
+
+
+def seeds_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return p_m and u_k of each cell: ``measure`` (p or u), ``count`` (m or k), ``fraction``."""
+    rows = [
+        {**knobs, "measure": name, "count": count, "fraction": value}
+        for knobs, cell in cells
+        for name, first, values in (("p", 0, cell.p), ("u", 2, cell.u))
+        for count, value in enumerate(values.tolist(), first)
+    ]
+    return pd.DataFrame(rows)
+
+
+def cosines_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return the drawn points: both cosines of a matched latent, and whether encoder and decoder
+    give it the same match."""
+    return _stacked(
+        (knobs, dict(zip(("cosine_encoder", "cosine_decoder", "same_match"),
+                         matched_cosines(cell), strict=True)))
+        for knobs, cell in cells
+    )  # fmt: skip
+
+
+def absorbers_frame(runs: Runs) -> pd.DataFrame:
+    """Return the latents that absorb words of each letter, of all runs."""
+    return _stacked(
+        (run.about, run.results["absorption"].tables["absorbers"])
+        for run in runs.values()
+        if "absorption" in run.results
+    )
+
+
+def _stacked(parts: Iterable[tuple[Mapping[str, Any], Any]]) -> pd.DataFrame:
+    """Concatenate tables, each with the columns of what it is about first."""
+    frames = []
+    for about, values in parts:
+        frame = pd.DataFrame(values)
+        own = {k: v for k, v in about.items() if k not in frame}
+        frames.append(
+            pd.concat([pd.DataFrame([own] * len(frame), index=frame.index), frame], axis=1)
+        )
+    return pd.concat(frames, ignore_index=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from reseed.report.axes import Cell
-from reseed.report.wording import Wording, counted, paired, span
+from reseed.report.table import Table, count_text, pair_axis_name, range_text
 
 PREAMBLE = r"% \usepackage{booktabs,graphicx}"
 _SPECIAL = {
@@ -61,7 +61,7 @@ def escaped(text: str) -> str:
     return _PATTERN.sub(lambda found: _SPECIAL[found[0]], text)
 
 
-def summary_latex(cells: Sequence[Cell], tables: Sequence[Wording], name: str = "") -> str:
+def summary_latex(cells: Sequence[Cell], tables: Sequence[Table], name: str = "") -> str:
     """Return each table as a ``table`` with its caption and footnotes.
 
     Args:
@@ -76,7 +76,7 @@ def summary_latex(cells: Sequence[Cell], tables: Sequence[Wording], name: str = 
     return "\n\n".join([PREAMBLE, *made]) + "\n"
 
 
-def latex_table(words: Wording, conditions: str, label: str) -> str:
+def latex_table(words: Table, conditions: str, label: str) -> str:
     """Return one table.
 
     Args:
@@ -136,7 +136,11 @@ def _conditions(cells: Sequence[Cell]) -> str:
     …``."""
     some = any(e.low is not None for _, cell in cells for e in cell.estimates.values())
     confidence = cells[0][1].settings.confidence
-    over = "seeds" if any(not c.settings.pairs_are_a_sample for _, c in cells) else paired(cells)
+    over = (
+        "seeds"
+        if any(not c.settings.pairs_are_a_sample for _, c in cells)
+        else pair_axis_name(cells)
+    )
     interval = f" with the {confidence:.0%} interval over {over}" if some else ", no interval"
-    tokens = span(cell.held_out_tokens for _, cell in cells)
-    return f"Mean over pairs of {counted(cells)}{interval}; {tokens} held-out tokens"
+    tokens = range_text(cell.held_out_tokens for _, cell in cells)
+    return f"Mean over pairs of {count_text(cells)}{interval}; {tokens} held-out tokens"

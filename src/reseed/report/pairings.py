@@ -1,7 +1,7 @@
 """Tables of pairs of runs that differ in a chosen value: a row for each pair of values.
 
 "How much of layer 3's SAE is in layer 6's?": the pairs of two values over the seeds, with one-sided
-coverage in both directions; `reseed.report.matrices` has them as a matrix.
+coverage in both directions; `reseed.report.matrix` has them as a matrix.
 """
 
 from __future__ import annotations
@@ -12,26 +12,26 @@ from typing import Any
 
 import pandas as pd
 
-from reseed.compare.activation_tables import NOTE
-from reseed.compare.apart import NO_SPACE, REASON
-from reseed.compare.columns import FRACTIONS
+from reseed.compare.activations.tables import NOTE
 from reseed.compare.config import value_axes
+from reseed.compare.measures import FRACTIONS
+from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.compare.pairing import (
-    JOINED,
+    SEPARATOR,
     PairGroup,
     across_minus_within,
-    groups,
+    pair_groups,
     runs_by_value,
 )
 from reseed.compare.statistics import Interval
 from reseed.report.axes import MISSING, Cell, columns, knob_values, varying
 from reseed.report.differences import signed
-from reseed.report.wording import (
-    Wording,
+from reseed.report.table import (
+    Table,
+    detectable_note,
     measure_name,
     null_in_words,
     number,
-    visible_in_words,
     with_interval,
 )
 
@@ -48,18 +48,18 @@ AGREE = "agreement_fraction_matched"
 measures need none. `AGREE` has an interval, too."""
 
 
-def general(cells: Sequence[Cell]) -> list[Cell]:
+def value_pair_cells(cells: Sequence[Cell]) -> list[Cell]:
     """Return the cells whose runs differ in a chosen value, or in several axes."""
     return [(knobs, cell) for knobs, cell in cells if not cell.settings.pairs_are_a_sample]
 
 
-def pairings(cells: Sequence[Cell]) -> Wording | None:
+def pairings(cells: Sequence[Cell]) -> Table | None:
     """Return the table with a row for each pair of values; None if all pairs are of seeds."""
-    cells = general(cells)
+    cells = value_pair_cells(cells)
     if not cells:
         return None
-    every, settings = groups(cells), cells[0][1].settings
-    shown = every if len(every) <= MANY_ROWS else fullest(every)
+    every, settings = pair_groups(cells), cells[0][1].settings
+    shown = every if len(every) <= MANY_ROWS else most_differing_groups(every)
     knobs = columns([(group.knobs, None) for group in every])  # type: ignore[misc]
     several = len({group.differs_in for group in every}) > 1
     primary, confidence = settings.primary, settings.confidence
@@ -78,7 +78,7 @@ def pairings(cells: Sequence[Cell]) -> Wording | None:
     )
     names = len(header) - len(made)
     footnotes = _footnotes(cells, every, shown)
-    return Wording(header, rows, names, _caption(cells, every), footnotes, ("cos\nenc", "cos\ndec"))
+    return Table(header, rows, names, _caption(cells, every), footnotes, ("cos\nenc", "cos\ndec"))
 
 
 def _columns(
@@ -108,7 +108,7 @@ def _columns(
         made["− within"] = lambda group: (
             signed(contrasts[id(group)]) if id(group) in contrasts else ""
         )
-    if any(apart(group) for group in shown):
+    if any(incompatible(group) for group in shown):
         named = (*SAME_TOKENS.values(), AGREE)
         there = [name for name in named if all(name in group.pairs for group in shown)]
         made |= {head: mean(name) for head, name in SAME_TOKENS.items() if name in there}
@@ -129,42 +129,44 @@ def _null(group: PairGroup) -> str:
     return null_in_words(null, int(group.mean("null_simulated_latents")))
 
 
-def apart(group: PairGroup) -> bool:
+def incompatible(group: PairGroup) -> bool:
     """Return whether the group's runs have no common space (`compare.apart`)."""
-    return NO_SPACE in group.pairs and bool((group.pairs[NO_SPACE].fillna("") != "").any())
+    return WEIGHTS_NOTE in group.pairs and bool((group.pairs[WEIGHTS_NOTE].fillna("") != "").any())
 
 
 def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> dict[int, Interval]:
     """Return id of a group across values → its interval of across minus within."""
-    own = {(family(g), g.first): g for g in shown if g.within and g.first}
+    own = {(shared_knobs(g), g.first): g for g in shown if g.within and g.first}
     found = {}
     for group in shown:
-        both = [own.get((family(group), value)) for value in (group.first, group.second)]
+        both = [own.get((shared_knobs(group), value)) for value in (group.first, group.second)]
         if not group.within and all(both):
             within = [g for g in both if g is not None]
             found[id(group)] = across_minus_within(group, within, column, confidence)
     return found
 
 
-def family(group: PairGroup) -> tuple[tuple[str, Any], ...]:
+def shared_knobs(group: PairGroup) -> tuple[tuple[str, Any], ...]:
     """Return the knobs that the cells of a group have in common."""
     return tuple(group.knobs.items())
 
 
-def fullest(every: Sequence[PairGroup]) -> list[PairGroup]:
+def most_differing_groups(every: Sequence[PairGroup]) -> list[PairGroup]:
     """Return, for each pair of values, the group that differs in most axes."""
     found: dict[Any, PairGroup] = {}
     for group in every:
-        key = (family(group), group.first, group.second)
+        key = (shared_knobs(group), group.first, group.second)
         before = found.get(key)
-        if before is None or group.differs_in.count(JOINED) >= before.differs_in.count(JOINED):
+        if before is None or group.differs_in.count(SEPARATOR) >= before.differs_in.count(
+            SEPARATOR
+        ):
             found[key] = group
     return list(found.values())
 
 
 def value_name(cells: Sequence[Cell]) -> str:
     """Return the axis of the values, ``layer``; empty if seeds and data orders pair up."""
-    names = {JOINED.join(value_axes(cell.settings.pair_by)) for _, cell in cells}
+    names = {SEPARATOR.join(value_axes(cell.settings.pair_by)) for _, cell in cells}
     return names.pop() if len(names) == 1 else "value"
 
 
@@ -180,7 +182,7 @@ def _footnotes(
 ) -> tuple[str, ...]:
     settings = cells[0][1].settings
     primary, confidence = settings.primary, settings.confidence
-    estimates = [group.interval(primary, confidence) for group in shown if not apart(group)]
+    estimates = [group.interval(primary, confidence) for group in shown if not incompatible(group)]
     reasons = list(dict.fromkeys(e.reason for e in estimates if e.reason))
     notes = [
         f"Each row shows the pairs of runs with these two values; the 1st is the run with the "
@@ -200,7 +202,7 @@ def _footnotes(
             "**− within**: the row's measure minus the mean of that of the two values, each with "
             "itself over seeds; * if the interval excludes 0."
         )
-    if any(apart(group) for group in shown):
+    if any(incompatible(group) for group in shown):
         notes.append(_on_same_tokens(shown, settings.threshold))
     elif any("model" in value_axes(cell.settings.pair_by) for _, cell in cells):
         notes.append(
@@ -214,7 +216,7 @@ def _footnotes(
         )
     notes += [f"**{reason}**" for reason in reasons]
     # Rows have runs in common, so the detectable difference between them is not known.
-    return (*notes, *visible_in_words((), primary, confidence))
+    return (*notes, *detectable_note((), primary, confidence))
 
 
 def _on_same_tokens(shown: Sequence[PairGroup], threshold: float) -> str:
@@ -235,9 +237,9 @@ def _on_same_tokens(shown: Sequence[PairGroup], threshold: float) -> str:
     )
 
 
-def by_value(cells: Sequence[Cell]) -> Wording | None:
+def runs_by_value_table(cells: Sequence[Cell]) -> Table | None:
     """Return the table of the quality of the runs of each value."""
-    cells = general(cells)
+    cells = value_pair_cells(cells)
     if not cells or not value_name(cells):
         return None
     confidence = cells[0][1].settings.confidence
@@ -256,16 +258,16 @@ def by_value(cells: Sequence[Cell]) -> Wording | None:
     )
     header = (*knobs, value_name(cells), "runs", "latents", *shown)
     note = f"Means over the runs of each value, with the {confidence:.0%} t interval over them."
-    return Wording(header, rows, len(knobs) + 1, "", (note,))
+    return Table(header, rows, len(knobs) + 1, "", (note,))
 
 
 def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     """Return ``pairings.csv``: a row for each pair of values and set of axes in which the runs
     differ, every fraction with its interval."""
-    cells = general(cells)
+    cells = value_pair_cells(cells)
     confidence = cells[0][1].settings.confidence
-    every = groups(cells)
-    contrasts = _contrasts(fullest(every), cells[0][1].settings.primary, confidence)
+    every = pair_groups(cells)
+    contrasts = _contrasts(most_differing_groups(every), cells[0][1].settings.primary, confidence)
     rows = []
     for group in every:
         row: dict[str, Any] = {
@@ -281,12 +283,12 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
         ):
             row |= _ends(name, group.interval(name, confidence))
         row |= _ends("minus_within", contrasts.get(id(group)))
-        on_tokens = (*SAME_TOKENS.values(), AGREE) if NO_SPACE in group.pairs else ()
+        on_tokens = (*SAME_TOKENS.values(), AGREE) if WEIGHTS_NOTE in group.pairs else ()
         for name in ("null_shared_fraction", "untrained_shared_fraction", "cosine_encoder",
                      "cosine_decoder", "num_latents_a", "num_latents_b", *on_tokens):  # fmt: skip
             row[name] = group.mean(name) if name in group.pairs else None
         reason = group.interval("shared_fraction", confidence).reason
-        reason = REASON if apart(group) else reason
+        reason = NO_COMMON_SPACE if incompatible(group) else reason
         rows.append(row | {"note": reason})
     return pd.DataFrame(rows)
 

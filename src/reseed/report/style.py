@@ -18,7 +18,7 @@ from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch
 
 from reseed.report.axes import Cell
-from reseed.report.wording import counted
+from reseed.report.table import count_text
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -91,9 +91,9 @@ def interval_handle(cells: Sequence[Cell], estimates: Sequence[str], colour: str
     there are no intervals."""
     found = [cell.estimates[name] for _, cell in cells for name in estimates]
     if all(e.low is None for e in found):
-        return Patch(alpha=0, label=f"{counted(cells)}, no interval")
+        return Patch(alpha=0, label=f"{count_text(cells)}, no interval")
     confidence = cells[0][1].settings.confidence
-    text = f"{confidence:.0%} interval over {counted(cells)}"
+    text = f"{confidence:.0%} interval over {count_text(cells)}"
     return Patch(facecolor=colour, alpha=0.3, label=text)
 
 

@@ -13,22 +13,22 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reseed.atomic import atomic_write, atomic_write_text
 from reseed.compare.cell import CellResult
-from reseed.compare.pairing import seed_at
+from reseed.compare.pairing import seed_of_run
 from reseed.compare.statistics import Interval
 from reseed.compare.strata import standardised
 from reseed.report.axes import Cell, label
 from reseed.report.differences import differences
 from reseed.report.evaluation_tables import evaluation_tables
-from reseed.report.firing_tables import strata_frame, with_strata
-from reseed.report.ladder import ladder
+from reseed.report.firing import strata_frame, with_strata
 from reseed.report.latex import summary_latex
-from reseed.report.matrices import matrices, matrix_frame
-from reseed.report.pairings import by_value, general, pairing_frame, pairings
-from reseed.report.sections import sections
+from reseed.report.matrix import matrices, matrix_frame
+from reseed.report.null_table import null_table
+from reseed.report.pairings import pairing_frame, pairings, runs_by_value_table, value_pair_cells
+from reseed.report.summary_tables import summary_tables
+from reseed.report.table import Table, cell_notes, detectable, summary
 from reseed.report.truth import truth_tables, with_labels_alike
-from reseed.report.wording import Wording, notes, summary, visible
+from reseed.system.files import atomic_write, atomic_write_text
 
 SUMMARY_COLUMNS = (
     "n_seeds",
@@ -56,7 +56,7 @@ def write_tables(
 ) -> list[Path]:
     """Write ``pairs.csv``, ``latents.parquet``, ``strata.csv`` and ``summary`` as csv, md and tex.
 
-    Also write ``pairings.csv`` and ``matrix.csv`` if pairs differ in a chosen value (`general`).
+    Also write ``pairings.csv`` and ``matrix.csv`` if pairs differ in a chosen value (`value_pair_cells`).
 
     Args:
         cells: the knobs and the measures of each cell.
@@ -72,7 +72,7 @@ def write_tables(
     pairs, latents, strata = files
     rows, text, tex = (Path(folder) / f"summary.{kind}" for kind in ("csv", "md", "tex"))
     files += [rows, text, tex]
-    if general(cells):
+    if value_pair_cells(cells):
         more = {"pairings.csv": pairing_frame(cells), "matrix.csv": matrix_frame(cells)}
         for name, frame in more.items():
             files.append(Path(folder) / name)
@@ -131,10 +131,10 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "live_at_least": settings.live_at_least,
         "confidence": settings.confidence,
         "primary": settings.primary,
-        "visible_difference": visible(
+        "visible_difference": detectable(
             estimates[settings.primary], estimates[settings.primary], settings.confidence
         ),
-        "note": "; ".join(notes(cell, knobs)),
+        "note": "; ".join(cell_notes(cell, knobs)),
         # The former name of `untrained_shared_fraction`.
         "shared_fraction_untrained": cell.pair_mean("untrained_shared_fraction"),
     }
@@ -169,7 +169,7 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
     words = {name: _one_type([knobs.get(name) for knobs, _ in cells]) for name in names}
     labels = [cell.latents["seed"].to_pylist() for _, cell in cells]
     seeds = [
-        [seed_at(label, cell.settings, knobs) for label in own]
+        [seed_of_run(label, cell.settings, knobs) for label in own]
         for own, (knobs, cell) in zip(labels, cells, strict=True)
     ]
     numbers = all(word is None or word.isdigit() for own in seeds for word in own)
@@ -197,7 +197,7 @@ def _one_type(values: list[Any]) -> pa.Array:
 
 
 def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> str:
-    """Return ``summary.md``: the summary of the terminal, then differences, `sections` and runs.
+    """Return ``summary.md``: the summary of the terminal, then differences, `summary_tables` and runs.
 
     ``incomplete`` is added to the footnotes of the first table.
     """
@@ -205,15 +205,15 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     parts = ["# Summary", first.caption, markdown_table(first)]
     for words in others:
         parts += ["## Other pairs", words.caption, markdown_table(words)]
-    for words in more_tables(cells):
+    for words in optional_tables(cells):
         parts += [f"## {words.caption}", markdown_table(words)]
-    alone = by_value(cells)
+    alone = runs_by_value_table(cells)
     if alone:
         parts += ["## Each by itself", markdown_table(alone)]
     between = differences(cells)
     if between:
         parts += ["## Differences", markdown_table(between)]
-    for title, tables in sections(cells):
+    for title, tables in summary_tables(cells):
         parts += [f"## {title}", *map(markdown_table, tables)]
     parts.append("## Runs")
     for knobs, cell in cells:
@@ -222,7 +222,7 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     return re.sub(r"(\n- .*)\n(?=\n- )", r"\1", "\n\n".join(parts)) + "\n"
 
 
-def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
+def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Table]:
     """Return the table of the cells whose pairs are a sample, and that of the other pairs, if there
     are any. ``incomplete`` is added to the footnotes of the first."""
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
@@ -231,19 +231,19 @@ def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
     return [replace(first, footnotes=(*first.footnotes, *incomplete)), *more]
 
 
-def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Wording]:
+def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Table]:
     """Return all tables of the terminal and of ``summary.tex``."""
-    return [*first_tables(cells, incomplete), *more_tables(cells)]
+    return [*first_tables(cells, incomplete), *optional_tables(cells)]
 
 
-def more_tables(cells: Sequence[Cell]) -> list[Wording]:
+def optional_tables(cells: Sequence[Cell]) -> list[Table]:
     """Return the tables that only some comparisons have."""
-    nulls = ladder(cells)
+    nulls = null_table(cells)
     others = [*matrices(cells), *truth_tables(cells), *evaluation_tables(cells)]
     return [*([nulls] if nulls else []), *others]
 
 
-def markdown_table(words: Wording) -> str:
+def markdown_table(words: Table) -> str:
     """Return the table and its footnotes as markdown."""
 
     def line(entries: Sequence[str]) -> str:

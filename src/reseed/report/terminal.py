@@ -8,13 +8,13 @@ from rich import box
 from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
 from reseed.report.axes import FEW, Cell
-from reseed.report.differences import verdicts
+from reseed.report.differences import difference_lines
+from reseed.report.table import Table
 from reseed.report.tables import shown_tables
-from reseed.report.wording import Wording
 
 
 def print_summary(
@@ -23,7 +23,7 @@ def print_summary(
     title: str = "",
     console: Console | None = None,
 ) -> None:
-    """Print the summary table with its footnotes and `verdicts`, then `truth_tables`.
+    """Print the summary table with its footnotes and `difference_lines`, then `truth_tables`.
 
     On a terminal it fits the window: if it is too wide, spare columns are left out; if that does
     not suffice, cells are printed as paragraphs. In a file or pipe it has its full width and no
@@ -32,7 +32,7 @@ def print_summary(
     console = console or Console()
     first, *others = shown_tables(cells)
     print_words(first, console, title)
-    for line in verdicts(cells):
+    for line in difference_lines(cells):
         console.print(_rich(line), width=min(console.width, 100))
     for words in others:
         console.print()
@@ -40,7 +40,7 @@ def print_summary(
 
 
 def print_tables(
-    tables: Sequence[Wording], *, title: str = "", console: Console | None = None
+    tables: Sequence[Table], *, title: str = "", console: Console | None = None
 ) -> None:
     """Print tables one below the other, fitted as by `print_summary`."""
     console = console or Console()
@@ -50,7 +50,7 @@ def print_tables(
         print_words(words, console, "" if i else title)
 
 
-def print_words(words: Wording, console: Console, title: str = "") -> None:
+def print_words(words: Table, console: Console, title: str = "") -> None:
     """Print one table, fitted as by `print_summary`."""
     if not console.is_terminal:
         width = max(100, _needed(_table(words), console))
@@ -69,7 +69,7 @@ def print_words(words: Wording, console: Console, title: str = "") -> None:
         console.print(_rich(note), width=min(console.width, 100), style="dim")
 
 
-def _fitting(words: Wording, console: Console) -> Wording | None:
+def _fitting(words: Table, console: Console) -> Table | None:
     """Leave out as few spare columns as the window allows; None if it is too narrow anyway."""
     for count in range(len(words.spare) + 1):
         narrower = words.without(words.spare[:count])
@@ -78,25 +78,25 @@ def _fitting(words: Wording, console: Console) -> Wording | None:
     return None
 
 
-def _needed(table: Table, console: Console) -> int:
+def _needed(table: RichTable, console: Console) -> int:
     """Return the window columns that a table takes; its columns must all have a width."""
     wide = console.options.update(width=10_000, max_width=10_000)
     return Measurement.get(console, wide, table).maximum
 
 
-def _fitted(words: Wording, console: Console) -> Table:
+def _fitted(words: Table, console: Console) -> RichTable:
     """Make the table with its columns as wide as the window allows."""
     return _table(words, console.width - _needed(_table(words, 0), console))
 
 
-def _table(words: Wording, room: int = 10_000) -> Table:
+def _table(words: Table, room: int = 10_000) -> RichTable:
     """Make the table; columns may wrap between words, never within a word or number.
 
     Args:
         room: how much wider than the narrowest possible the table may be. (By default rich narrows
             the widest column first, and breaks its words while others have room.)
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
+    table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
     table.collapse_padding, table.pad_edge = True, False
     for i, name in enumerate(words.header):
         entries = [name, *(row[i] for row in words.rows)]
@@ -115,7 +115,7 @@ def _table(words: Wording, room: int = 10_000) -> Table:
     return table
 
 
-def _paragraphs(words: Wording) -> Text:
+def _paragraphs(words: Table) -> Text:
     """Return the table as paragraphs, for a window that is too narrow for it."""
     names = [name.replace("\n", " ") for name in words.header]
     cells = [

@@ -20,8 +20,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
 from reseed.config import Config, ConfigError, setting
-from reseed.sae.init import random_directions
-from reseed.sae.pairs import ByLatent, SparseLatents
+from reseed.sae.pairs import PairsByLatent, SparseLatents
+
+
+# MERGED Initial weights of an SAE.
+def random_directions(
+    num_latents: int, d_in: int, generator: Generator
+) -> Float[Tensor, "num_latents d_in"]:
+    """Draw rows of norm 1, uniform on the sphere, in float32 on the CPU.
+
+    The CPU's generator draws the same numbers for every device on which the SAE is trained.
+
+    Raises:
+        ValueError: the generator is not on the CPU.
+    """
+    if generator.device.type != "cpu":
+        raise ValueError(f"`generator` must be a CPU generator, got one on {generator.device}")
+    rows = torch.randn(num_latents, d_in, generator=generator, dtype=torch.float32)
+    # Normalise in float64, so that the norms are right to the last bit of float32.
+    return (rows.double() / rows.double().norm(dim=1, keepdim=True)).float()
+
 
 DENSE_BYTES = 1 << 27
 """Size of the dense latents that `SAE.encode_sparse` holds at once."""
@@ -86,7 +104,7 @@ class SAEConfig(SAEOption, ABC):
         unit_norm_decoder: hold decoder rows at norm 1 during training (the optimiser does it).
         target_l0: the L0 to reach, if the architecture supports it: k, the target of a penalty, or
             the L0 for which the weight of a penalty is searched (`needs_calibration`).
-        aux_alpha: weight of the auxiliary loss of dead latents (`reseed.sae.auxk`), in units of
+        aux_alpha: weight of the auxiliary loss of dead latents (`reseed.sae.losses`), in units of
             the variance of the inputs; 0 leaves it out.
         k_aux: number of dead latents per token that reconstruct the error; null is D/2.
     """
@@ -251,7 +269,7 @@ class SAE(nn.Module, ABC):
             latents.append(latent)
         owners, indices = torch.cat(tokens), torch.cat(latents)
         return SparseLatents(
-            torch.cat(values), indices, ByLatent(indices, self.num_latents, owners, len(x))
+            torch.cat(values), indices, PairsByLatent(indices, self.num_latents, owners, len(x))
         )
 
     def decode(self, latents: Float[Tensor, "*batch num_latents"]) -> Float[Tensor, "*batch d_in"]:

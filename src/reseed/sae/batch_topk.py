@@ -13,14 +13,13 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 
 from reseed.config import setting
-from reseed.sae.auxk import auxk_loss
+from reseed.distributed.process_group import min_over_batch
 from reseed.sae.base import SAE, Loss, Step
-from reseed.sae.ksparse import KSparseConfig, choice_weights
-from reseed.sae.losses import fvu, total_variance
+from reseed.sae.losses import auxk_loss, fvu, total_variance
 from reseed.sae.pairs import SparseLatents
 from reseed.sae.selection import select_in_batch
-from reseed.sae.shared_batch import smallest_of
 from reseed.sae.sparse import batch_topk_encode, sparse_error
+from reseed.sae.topk import KSparseConfig, choice_weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class BatchTopKConfig(KSparseConfig, name="batch_topk"):
         return BatchTopK(self, d_in)
 
 
-class BatchSparse(SAE):
+class BatchSparseSAE(SAE):
     """Base of SAEs that choose latents within the batch in training, and by a threshold after it.
 
     Attributes:
@@ -129,14 +128,14 @@ class BatchSparse(SAE):
     @torch.no_grad()
     def _follow(self, kept: Float[Tensor, " pairs"], rate: float) -> None:
         """Move θ towards the smallest chosen activation; at the first batch, set it to that."""
-        smallest = smallest_of(kept)
+        smallest = min_over_batch(kept)
         moved = torch.lerp(self.threshold, smallest, rate)
         moved = torch.where(self.threshold > 0, moved, smallest)
         self.threshold.copy_(torch.where(smallest == torch.inf, self.threshold, moved))
 
 
 @final
-class BatchTopK(BatchSparse):
+class BatchTopK(BatchSparseSAE):
     """A BatchTopK sparse autoencoder."""
 
     def _fit(

@@ -18,10 +18,10 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 import reseed
-from reseed.atomic import atomic_write_bytes, atomic_write_json
 from reseed.config import ConfigError, ReseedError
 from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig
+from reseed.system.files import atomic_write_bytes, atomic_write_json
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "sae.safetensors"

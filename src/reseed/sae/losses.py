@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as nn_functional
 
+from reseed.distributed.process_group import shared_variance
 from reseed.sae import kernels
-from reseed.sae.shared_batch import shared_variance
+from reseed.sae.base import SAE
+from reseed.sae.sparse import sparse_decode, topk_encode
 
 
+# MERGED AuxK: dead latents learn to reconstruct the error of the others (Gao et al. 2024, 2406.04093).
+# MERGED A controller that steers a penalty weight towards a wanted L0 during training. A steered run gives the first guess of a calibration (`reseed.study.calibrate`), from any initial weight. It is never compared with other runs, because its penalty weight changes.
 def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """Return Σ‖x − x̄‖² over the batch: the squared error of predicting the batch's own mean.
 
     If several ranks share the batch, each gets an equal share of the whole batch's sum
-    (`reseed.sae.shared_batch`).
+    (`reseed.distributed.process_group`).
     """
-    if kernels.serve(x) and not x.requires_grad and len(x):
-        from reseed.sae.kernels import batch
+    if kernels.supports(x) and not x.requires_grad and len(x):
+        from reseed.sae.kernels import relu_blocks
 
-        own = batch.total_variance(x)
+        own = relu_blocks.total_variance(x)
     else:
         own = (x - x.mean(0)).square_().sum()
     return shared_variance(x, own)
@@ -40,7 +48,127 @@ def ratio_or_zero(
     return torch.where(sound, numerator / safe, 0.0)
 
 
-def warmed_up(index: int, total: int, fraction: float) -> float:
+def warmup_factor(index: int, total: int, fraction: float) -> float:
     """Return a factor that rises linearly from 0 to 1 over ``fraction`` of the steps, then is 1."""
     steps = fraction * total
     return 1.0 if steps <= 0 else min(1.0, index / steps)
+
+
+DENSE_UP_TO = 4
+"""Up to this many times k_aux dead latents, dense products are faster than sums over pairs."""
+
+
+def auxk_loss(
+    sae: SAE,
+    x: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_in"],
+    dead: Bool[Tensor, " num_latents"],
+    *,
+    centred: bool = True,
+    weights: Float[Tensor, " num_latents"] | None = None,
+) -> Float[Tensor, ""]:
+    """Return ‖ê − e‖² over the variance of e, ê from the k_aux largest *dead* latents (App. A.2).
+
+    The error is a constant here. Only dead rows (of encoder and decoder) get a gradient, and only
+    where ReLU(W_enc (x − b_dec) + b_enc) is above 0.
+
+    Args:
+        error: e, detached.
+        centred: subtract b_dec before the encoder, as the architecture does.
+        weights: weights by which latents are chosen, as in `topk_encode`.
+    """
+    candidates = dead.nonzero().squeeze(1)
+    if len(candidates) == 0:
+        return error.new_zeros(())
+    k_aux = sae.config.k_aux or max(1, sae.d_in // 2)
+    b_dec = sae.b_dec.detach() if centred else None
+    k = min(k_aux, len(candidates))
+    if len(candidates) <= DENSE_UP_TO * k_aux:
+        found = _dense(sae, x if b_dec is None else x - b_dec, candidates, k, weights)
+    else:
+        latents = topk_encode(
+            x, sae.W_enc, sae.b_enc, k, b_dec=b_dec, among=candidates, weights=weights
+        )
+        found = sparse_decode(latents, sae.W_dec)
+    miss = (found - error).square().sum()
+    scale = min(len(candidates) / k_aux, 1.0)
+    return scale * ratio_or_zero(miss, total_variance(error))
+
+
+def _dense(
+    sae: SAE,
+    rows: Float[Tensor, "batch d_in"],
+    candidates: Int[Tensor, " dead"],
+    k: int,
+    weights: Float[Tensor, " num_latents"] | None,
+) -> Float[Tensor, "batch d_in"]:
+    """Return ê by dense products of the dead latents alone."""
+    latents = nn_functional.linear(rows, sae.W_enc[candidates], sae.b_enc[candidates]).relu()
+    if k < len(candidates):
+        choice = latents.detach() if weights is None else latents.detach() * weights[candidates]
+        kept = torch.zeros_like(choice).scatter_(1, choice.topk(k, dim=1).indices, 1.0)
+        latents = latents * kept
+    return latents @ sae.W_dec[candidates]
+
+
+def auxk_term(
+    sae: SAE,
+    x: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_in"],
+    dead: Bool[Tensor, " num_latents"],
+    *,
+    per: int,
+    centred: bool,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Return α·AuxK for a loss whose reconstruction term is Σ‖e‖²/``per``, and AuxK itself.
+
+    AuxK and the rest of TopK's loss are fractions of variance. Multiplied by the batch's variance
+    in the units of this loss, AuxK is weighed by α against the reconstruction as in TopK.
+    """
+    aux = auxk_loss(sae, x, error.detach(), dead, centred=centred)
+    return sae.config.aux_alpha * aux * (total_variance(x.detach()) / per), aux
+
+
+BEGIN, HOLD = 0.1, 0.8
+"""Fractions of the run between which the weight changes: after the warm-ups, before the decay."""
+AVERAGED = 0.3
+"""The final weight is the geometric mean over this fraction of the run before `HOLD`."""
+GAIN = 8.0
+"""Integral gain: a deviation of 1 in log L0 changes log λ by this much over a whole run."""
+
+
+@dataclass
+class PenaltySteering:
+    """An integral controller on log L0, with a deviation of at most 1.
+
+    Attributes:
+        target: the wanted L0.
+        steps: length of the run.
+        log_weight: log λ now.
+        sum, count: of log λ over the averaged part.
+    """
+
+    target: float
+    steps: int
+    log_weight: float
+    sum: float = 0.0
+    count: int = 0
+
+    @property
+    def weight(self) -> float:
+        """λ of the next step."""
+        return math.exp(self.log_weight)
+
+    def observe(self, index: int, l0: float) -> None:
+        """Update the weight by the L0 of step ``index`` (0-based), taken at the current weight."""
+        begin, hold = round(BEGIN * self.steps), round(HOLD * self.steps)
+        if not begin <= index < hold:
+            return
+        # An L0 of 0 has no logarithm; any small value does, because the deviation is bounded.
+        deviation = math.log(max(l0, 1e-6) / self.target)
+        self.log_weight += GAIN / self.steps * max(-1.0, min(1.0, deviation))
+        if index >= hold - round(AVERAGED * self.steps):
+            self.sum += self.log_weight
+            self.count += 1
+        if index == hold - 1 and self.count:
+            self.log_weight = self.sum / self.count

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.config import ConfigError, setting
-from reseed.sae.batch_topk import BatchSparse, BatchTopKConfig
+from reseed.sae.batch_topk import BatchSparseSAE, BatchTopKConfig
 from reseed.sae.losses import fvu
 from reseed.sae.pairs import SparseLatents
 from reseed.sae.sparse import sparse_decode
@@ -73,7 +73,7 @@ class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
 
 
 @final
-class Matryoshka(BatchSparse):
+class Matryoshka(BatchSparseSAE):
     """A Matryoshka BatchTopK sparse autoencoder."""
 
     config: MatryoshkaConfig

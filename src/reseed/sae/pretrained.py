@@ -11,9 +11,9 @@ from typing import Any
 from reseed.config import ConfigError, setting
 from reseed.sae.base import SAE, SAEConfig, SAEOption
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import FORMATS, recognised
+from reseed.sae.formats import FORMATS, detect_format
 from reseed.sae.formats.base import Imported
-from reseed.sae.formats.source import HubPlace, download, place_of
+from reseed.sae.formats.files import HubPlace, download, parse_source
 
 _FINGERPRINT = 32  # hexadecimal characters, as for language models
 
@@ -79,7 +79,9 @@ class Pretrained:
 
     @property
     def _said(self) -> dict[str, Any]:
-        return {k: v for k, v in self.metadata.items() if k in _PLACE and isinstance(v, str | int)}
+        return {
+            k: v for k, v in self.metadata.items() if k in _ORIGIN_KEYS and isinstance(v, str | int)
+        }
 
 
 @dataclass(frozen=True)
@@ -116,13 +118,13 @@ class PretrainedConfig(SAEOption, name="pretrained"):
 
 @lru_cache(maxsize=64)
 def _found(source: str, format: str | None, revision: str | None) -> Pretrained:
-    place = place_of(source, revision=revision)
+    place = parse_source(source, revision=revision)
     if isinstance(place, HubPlace):
         path, commit = download(place)
         source = str(HubPlace(place.repo, commit, place.path))
     else:
         path = place
-    known = recognised(path, format)
+    known = detect_format(path, format)
     read = known.load(path)
     _check_kind(read, source)
     return Pretrained(
@@ -146,8 +148,11 @@ def _check_kind(read: Imported, source: str) -> None:
 
 
 def fingerprint_of(sae: SAE) -> str:
-    """Return a SHA-256 over the SAE's architecture, the settings in `_COMPUTES`, and parameters."""
-    said = (sae.config.name, *(repr(getattr(sae.config, name, None)) for name in _COMPUTES))
+    """Return a SHA-256 over the SAE's architecture, the settings in `_FINGERPRINTED_SETTINGS`, and parameters."""
+    said = (
+        sae.config.name,
+        *(repr(getattr(sae.config, name, None)) for name in _FINGERPRINTED_SETTINGS),
+    )
     sha = hashlib.sha256("\n".join(said).encode())
     for name, tensor in sorted(sae.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -155,10 +160,10 @@ def fingerprint_of(sae: SAE) -> str:
     return sha.hexdigest()[:_FINGERPRINT]
 
 
-_PLACE = (
+_ORIGIN_KEYS = (
     "model", "model_name", "lm_name", "layer", "hookpoint", "hook_name", "hook_point",
     "submodule_name", "hf_hook_point_in",
 )  # fmt: skip
 """Names that the formats give to the model, the layer and the hookpoint."""
-_COMPUTES = ("k", "activation", "subtract_b_dec", "weigh_by_decoder_norm", "prefixes")
+_FINGERPRINTED_SETTINGS = ("k", "activation", "subtract_b_dec", "weigh_by_decoder_norm", "prefixes")
 """The settings, of all architectures, that change the latents."""

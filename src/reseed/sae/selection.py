@@ -5,13 +5,35 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from reseed.distributed.process_group import current_batch_group
 from reseed.sae import kernels
-from reseed.sae.product import block_rows, float32_product
-from reseed.sae.shared_batch import sharing
-from reseed.sae.tournament import largest
+from reseed.sae.pairs import block_rows, float32_product
+
+# MERGED The k largest elements of every row.
+_ARITY = 4
+"""Elements per group."""
+
+
+def topk_select(
+    rows: Shaped[Tensor, "batch width"], k: int, descending: bool = False
+) -> tuple[Shaped[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+    """Return the result of `torch.topk`; on the CPU by a tournament, which sorts fewer elements.
+
+    The k largest lie in the k groups with the largest maxima: find those groups (recursively), then
+    choose among their elements. A group is strided, so that maxima run over contiguous memory.
+    """
+    count, width = rows.shape
+    groups, rest = divmod(width, _ARITY)
+    if rest or groups < 2 * k or rows.device.type != "cpu":
+        return rows.topk(k, dim=1, sorted=descending)
+    members = rows.view(count, _ARITY, groups)
+    _, best = topk_select(members.amax(1), k)
+    chosen = members.gather(2, best[:, None].expand(-1, _ARITY, -1)).flatten(1)
+    values, place = chosen.topk(k, dim=1, sorted=descending)
+    return values, (place // k) * groups + best.gather(1, place % k)
 
 
 @torch.no_grad()
@@ -27,7 +49,7 @@ def select(
     Args:
         descending: sort, the largest first (slightly slower); otherwise the order is arbitrary.
     """
-    if kernels.serve(rows, W_enc, b_enc):
+    if kernels.supports(rows, W_enc, b_enc):
         from reseed.sae.kernels.select import select as compiled
 
         return compiled(rows, W_enc, b_enc, k, descending)
@@ -37,7 +59,7 @@ def select(
     product = float32_product(min(size, len(rows)), W_enc, b_enc, repeats=len(rows) // size)
     for start in range(0, len(rows), size):
         block = slice(start, start + size)
-        values[block], indices[block] = largest(product(rows[block]), k, descending)
+        values[block], indices[block] = topk_select(product(rows[block]), k, descending)
     return values, indices
 
 
@@ -82,7 +104,7 @@ def select_in_batch(
     Returns:
         Values, rows and latents of the pairs, sorted by row and then by latent.
     """
-    ranks = sharing()
+    ranks = current_batch_group()
     if not ranks.several:
         return _largest_in_batch(rows, W_enc, b_enc, max(1, round(k * len(rows))))
     whole = max(1, round(k * len(rows) * ranks.count))
@@ -131,8 +153,8 @@ def _largest_in_batch(
     it. The choice is therefore exact.
     """
     num_latents = len(W_enc)
-    if kernels.serve(rows, W_enc, b_enc):
-        from reseed.sae.kernels.select_in_batch import select_in_batch as compiled
+    if kernels.supports(rows, W_enc, b_enc):
+        from reseed.sae.kernels.select import select_in_batch as compiled
 
         found = compiled(rows, W_enc, b_enc, count)
         if found is not None:

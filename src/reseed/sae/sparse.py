@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from reseed.sae import kernels
-from reseed.sae.pairs import ByLatent, SparseLatents
+from reseed.sae.pairs import PairsByLatent, SparseLatents
 from reseed.sae.selection import select, select_in_batch, select_in_groups
 
 
@@ -62,7 +62,7 @@ def topk_encode(
             values, indices = select(rows, W, b, k, descending)
             indices = among[indices]
         values = _unweighted(values.clamp_min_(0), indices, weights)
-    by_latent = ByLatent(indices, num_latents)
+    by_latent = PairsByLatent(indices, num_latents)
     values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
     return SparseLatents(values, indices, by_latent)
 
@@ -92,7 +92,7 @@ def batch_topk_encode(
         rows = (x - b_dec).contiguous()
         values, owners, indices = select_in_batch(rows, *_weighted(W_enc, b_enc, weights), k)
         values = _unweighted(values, indices, weights)
-    by_latent = ByLatent(indices, len(W_enc), owners, len(rows))
+    by_latent = PairsByLatent(indices, len(W_enc), owners, len(rows))
     values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
     return SparseLatents(values, indices, by_latent)
 
@@ -117,7 +117,7 @@ def group_max_encode(
         rows = (x - b_dec).contiguous()
         values, indices = select_in_groups(rows, W_enc, b_enc, k)
         values.clamp_min_(0)
-    by_latent = ByLatent(indices, len(W_enc))
+    by_latent = PairsByLatent(indices, len(W_enc))
     values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
     return SparseLatents(values, indices, by_latent)
 
@@ -147,7 +147,7 @@ def sparse_decode(
     latents: SparseLatents, W_dec: Float[Tensor, "num_latents d_in"]
 ) -> Float[Tensor, "batch d_in"]:
     """Return f W_dec from the active pairs alone. Differentiable in the values and in W_dec."""
-    if kernels.serve(latents.values, W_dec):
+    if kernels.supports(latents.values, W_dec):
         return _Decoder.apply(latents.values, W_dec, latents.by_latent)
     # Autograd computes the values' gradient only; its gradient of W_dec is not bit-reproducible.
     out = latents.by_latent.per_token(latents.values, W_dec.detach())
@@ -164,7 +164,7 @@ def sparse_error(
 
     The sum is differentiable in x, the values, W_dec and b_dec.
     """
-    if kernels.serve(x, latents.values, W_dec, b_dec):
+    if kernels.supports(x, latents.values, W_dec, b_dec):
         squared, error = _SquaredError.apply(x, latents.values, W_dec, b_dec, latents.by_latent)
         return squared, error
     error = x - (sparse_decode(latents, W_dec) + b_dec)
@@ -183,7 +183,7 @@ class _EncoderGradient(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         rows: Tensor,
-        by_latent: ByLatent,
+        by_latent: PairsByLatent,
     ) -> Tensor:
         ctx.save_for_backward(values, W_enc, rows)
         ctx.by_latent = by_latent
@@ -193,7 +193,7 @@ class _EncoderGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         values, W_enc, rows = ctx.saved_tensors
-        by_latent: ByLatent = ctx.by_latent
+        by_latent: PairsByLatent = ctx.by_latent
         _, for_x, for_b_dec, for_W_enc, for_b_enc, *_ = ctx.needs_input_grad
         grad = torch.where(values > 0, grad_values, 0.0)
         grad_x = grad_b_dec = grad_W_enc = grad_b_enc = None
@@ -214,7 +214,7 @@ class _DecoderGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, reconstruction: Tensor, W_dec: Tensor, values: Tensor, by_latent: ByLatent
+        ctx: Any, reconstruction: Tensor, W_dec: Tensor, values: Tensor, by_latent: PairsByLatent
     ) -> Tensor:
         ctx.save_for_backward(values)
         ctx.by_latent = by_latent
@@ -233,7 +233,7 @@ class _Decoder(torch.autograd.Function):
     """`sparse_decode` by compiled loops."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, W_dec: Tensor, by_latent: ByLatent) -> Tensor:
+    def forward(ctx: Any, values: Tensor, W_dec: Tensor, by_latent: PairsByLatent) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.by_latent = by_latent
         return by_latent.per_token(values, W_dec)
@@ -242,7 +242,7 @@ class _Decoder(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
-        by_latent: ByLatent = ctx.by_latent
+        by_latent: PairsByLatent = ctx.by_latent
         for_values, for_weight, _ = ctx.needs_input_grad
         grad_values = grad_weight = None
         if for_values:
@@ -257,7 +257,7 @@ class _SquaredError(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor, by_latent: ByLatent
+        ctx: Any, x: Tensor, values: Tensor, W_dec: Tensor, b_dec: Tensor, by_latent: PairsByLatent
     ) -> tuple[Tensor, Tensor]:
         error, inner, squared = by_latent.grouped.error(values, x, W_dec, b_dec)
         ctx.save_for_backward(values, error, inner)
@@ -268,7 +268,7 @@ class _SquaredError(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        from reseed.sae.kernels.batch import column_sums
+        from reseed.sae.kernels.relu_blocks import column_sums
 
         values, error, inner = ctx.saved_tensors
         for_x, for_values, for_weight, for_bias, _ = ctx.needs_input_grad
@@ -286,8 +286,8 @@ def _weighted_rows(
     weights: Float[Tensor, " num_latents"], W: Float[Tensor, "num_latents d_in"]
 ) -> Float[Tensor, " d_in"]:
     """Return Σ over the latents of weight × row of W."""
-    if kernels.serve(weights, W):
-        from reseed.sae.kernels.batch import column_sums
+    if kernels.supports(weights, W):
+        from reseed.sae.kernels.relu_blocks import column_sums
 
         return column_sums(W, weights)
     return weights @ W

@@ -13,14 +13,14 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from reseed.atomic import hasty_write_json
-from reseed.console import console, say
-from reseed.runs import PROGRESS_FILE, Interrupted
-from reseed.train.member import Member, NotFiniteError
-from reseed.train.module import GroupModule
+from reseed.store.runs import PROGRESS_FILE, Interrupted
+from reseed.system.console import console, say
+from reseed.system.files import write_json_unsynced
+from reseed.train.run_state import NotFiniteError, RunState
+from reseed.train.trainer import GroupModule
 
 
-class Bookkeeper(L.Callback):
+class CheckpointCallback(L.Callback):
     """A callback that closes curve rows and saves each run's state into its own folder.
 
     A checkpoint belongs to a run, not to a group: a run resumes from its own however the next
@@ -51,7 +51,7 @@ class Bookkeeper(L.Callback):
         self.trainer = trainer
         pl_module.after_step = self.after_step
 
-    def after_step(self, member: Member) -> None:
+    def after_step(self, member: RunState) -> None:
         """Close a row of the curve if one is due; save a run that has made all its steps."""
         last = not member.active
         if last or member.step % self.log_every_steps == 0:
@@ -79,14 +79,14 @@ class Bookkeeper(L.Callback):
         self.saved = time.perf_counter()
         self.cost = self.saved - started
 
-    def _save(self, member: Member) -> None:
+    def _save(self, member: RunState) -> None:
         if member.broken or not self.keeps:
             return  # keep the last sound checkpoint
         folder = self.folders[member.id]
         member.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
         member.write_curve(folder)
 
-    def _log(self, member: Member) -> None:
+    def _log(self, member: RunState) -> None:
         try:
             row = member.log(time.perf_counter() - self.started)
         except NotFiniteError as error:
@@ -97,14 +97,14 @@ class Bookkeeper(L.Callback):
             logger.log_metrics({f"{member.id}/{k}": v for k, v in row.items()}, step=member.step)
 
 
-class Stopped(BaseException):
+class StopSignal(BaseException):
     """Exception that a signal raises if training can end at once.
 
     It is not a KeyboardInterrupt, on which Lightning ends the process without a message.
     """
 
 
-class StopAtBorder(L.Callback):
+class StopOnSignal(L.Callback):
     """A callback that, on SIGINT or SIGTERM, ends training between two steps with a checkpoint.
 
     While the next activations are computed, which may take long, training ends at once. A second
@@ -115,7 +115,7 @@ class StopAtBorder(L.Callback):
             Then training ends only after the current activations are computed.
     """
 
-    def __init__(self, bookkeeper: Bookkeeper, agrees: bool = False) -> None:
+    def __init__(self, bookkeeper: CheckpointCallback, agrees: bool = False) -> None:
         self.bookkeeper, self.agrees = bookkeeper, agrees
         self.signal: int | None = None
         self.stepping = False
@@ -158,11 +158,11 @@ class StopAtBorder(L.Callback):
             trainer.should_stop = True
         self.stepping = False
         if self.signal is not None and not (trainer.should_stop or self.agrees):
-            raise Stopped  # the signal came after the check above
+            raise StopSignal  # the signal came after the check above
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # Between batches the state of every run is consistent.
-        if isinstance(exception, Stopped) and not (self.stepping or self.agrees):
+        if isinstance(exception, StopSignal) and not (self.stepping or self.agrees):
             self.bookkeeper.save(pl_module)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -175,15 +175,15 @@ class StopAtBorder(L.Callback):
         elif self.module is not None:
             self.module.stopping = True
         if again or not (self.stepping or self.agrees):
-            raise Stopped
+            raise StopSignal
 
 
-class Heartbeat(L.Callback):
+class ProgressWriter(L.Callback):
     """A callback that periodically writes each run's progress to progress.json, which
     `reseed status` reads."""
 
     def __init__(
-        self, members: Sequence[Member], folders: Mapping[str, Path], every_s: float
+        self, members: Sequence[RunState], folders: Mapping[str, Path], every_s: float
     ) -> None:
         self.members, self.folders, self.every_s = members, folders, every_s
         self.cost = 0.0
@@ -205,7 +205,7 @@ class Heartbeat(L.Callback):
                 made = (member.step - self.first[member.id]) * size
                 said = {"tokens": member.step * size, "tokens_per_s": made / (now - self.started),
                         "at": time.time()}  # fmt: skip
-                hasty_write_json(self.folders[member.id] / PROGRESS_FILE, said)
+                write_json_unsynced(self.folders[member.id] / PROGRESS_FILE, said)
         self.spoken = time.perf_counter()
         self.cost = self.spoken - now
 
@@ -217,7 +217,7 @@ class GroupProgress(ProgressBar):
     line every ten seconds.
     """
 
-    def __init__(self, members: Sequence[Member], shown: bool) -> None:
+    def __init__(self, members: Sequence[RunState], shown: bool) -> None:
         super().__init__()
         self.members, self.shown = members, shown
         self.total = max(m.training.steps * m.training.batch_size for m in members)
@@ -275,7 +275,7 @@ class GroupProgress(ProgressBar):
             self.bar = None
 
 
-def _measures(members: Sequence[Member]) -> str:
+def _measures(members: Sequence[RunState]) -> str:
     rows = [
         member.curve.rows[-1] for member in members if member.curve.rows and member.error is None
     ]

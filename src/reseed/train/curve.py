@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from reseed.atomic import atomic_write_text
+from reseed.system.files import atomic_write_text
 
 
 @dataclass

@@ -2,28 +2,76 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final
 
+import torch
 from jaxtyping import Bool, Int
 from safetensors.torch import save_file
 from torch import Tensor
 
-from reseed.atomic import atomic_write
+from reseed.activations.hookpoints import Hookpoint
+from reseed.config import ReseedError
 from reseed.evaluate.reconstruction import Reconstruction
-from reseed.evaluate.truth import TruthResult
-from reseed.runs import Run
+from reseed.evaluate.true_features import TruthResult
+from reseed.sae.base import SAE
 from reseed.sae.checkpoint import save_sae
-from reseed.train.imported import ImportedMember
-from reseed.train.member import Member
+from reseed.store.runs import Run
+from reseed.system.console import say
+from reseed.system.files import atomic_write, atomic_write_text
+from reseed.train.run_state import RunState
 
 if TYPE_CHECKING:
-    from reseed.experiment import Resolved
+    from reseed.experiment.resolve import Resolved
+    from reseed.sae.pretrained import Pretrained
 
-AnyMember = Member | ImportedMember
+# MERGED A run of a group whose SAE was trained elsewhere and is only measured.
+CURVE = "step,tokens,fvu,dead_fraction,lr,seconds\n"
+"""The training.csv of a run without training: only its header."""
+
+
+@final
+class PretrainedRun:
+    """An imported run, with the interface of `Member` that `reseed.train.group` needs.
+
+    Args:
+        id: the run's folder name.
+        hookpoint: the hookpoint whose activations it reads.
+        found: the SAE.
+        device: the device on which it is measured.
+    """
+
+    scale = 1.0
+    step = 0
+
+    def __init__(
+        self, id: str, hookpoint: Hookpoint, found: Pretrained, device: torch.device
+    ) -> None:
+        self.id, self.hookpoint = id, hookpoint
+        self.error: BaseException | None = None
+        try:
+            self.sae: SAE = found.load().to(device)
+        except ReseedError as error:  # fails this run only
+            self.error = error
+            say(f"failed: {id}: {error}")
+
+    def result(self) -> SAE:
+        """Return the SAE to measure and store."""
+        return self.sae
+
+    def check_weights(self) -> None:
+        """Do nothing: reading the SAE already refuses values that are not finite."""
+
+    def write_curve(self, folder: Path) -> None:
+        """Write a training.csv without rows."""
+        atomic_write_text(folder / "training.csv", CURVE)
+
+
+GroupRun = RunState | PretrainedRun
 
 
 def record(
-    member: AnyMember,
+    member: GroupRun,
     resolved: Resolved,
     run: Run,
     measured: Reconstruction,
@@ -47,15 +95,15 @@ def record(
         atomic_write(run.path / "activations.safetensors", lambda path: save_file(moments, path))
     member.write_curve(run.path)
     metrics = measured.metrics() | {"dead_fraction": float(dead.double().mean())}
-    if isinstance(member, Member) and resolved.sae.penalty_field is not None:
+    if isinstance(member, RunState) and resolved.sae.penalty_field is not None:
         metrics["penalty_weight"] = member.sae.penalty_weight
     if truth is not None:
         metrics["truth"] = truth.metrics
-    seconds = member.curve.rows[-1]["seconds"] if isinstance(member, Member) else 0.0
+    seconds = member.curve.rows[-1]["seconds"] if isinstance(member, RunState) else 0.0
     run.finish(metrics, timings=timings | {"seconds": seconds})
 
 
-def _metadata(member: AnyMember, resolved: Resolved) -> dict[str, Any]:
+def _metadata(member: GroupRun, resolved: Resolved) -> dict[str, Any]:
     """Return the SAE's origin for sae.json."""
     e, found = resolved.experiment, resolved.pretrained
     own = {"seed": e.seed} if found is None else {"pretrained": found.record()}
@@ -75,11 +123,11 @@ def _metadata(member: AnyMember, resolved: Resolved) -> dict[str, Any]:
 
 
 def _silence(
-    member: AnyMember, measured: Reconstruction
+    member: GroupRun, measured: Reconstruction
 ) -> tuple[Int[Tensor, " num_latents"], Bool[Tensor, " num_latents"]]:
     """Return the tokens since each latent fired, and the mask of dead latents. For an SAE that was
     trained elsewhere these are the latents that did not fire on the held-out tokens."""
-    if isinstance(member, Member):
+    if isinstance(member, RunState):
         return member.tokens_since_fired, member.dead
     silent = measured.firing == 0
     return silent * measured.tokens, silent

@@ -5,17 +5,14 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from reseed.compare.assignment import candidates as listing
-from reseed.compare.assignment.auction import auction
-from reseed.compare.assignment.candidates import ROUNDING, candidates, product_error
-from reseed.compare.assignment.centre import centre
-from reseed.compare.assignment.edges import Edges, listed_edges, no_edges
-from reseed.compare.assignment.paths import augment, release
-from reseed.compare.assignment.pricing import Bounds, Pricer, Prices, open_pairs
-from reseed.compare.assignment.rows import distinct_rows
-from reseed.compare.assignment.solve import solve
-from reseed.compare.assignment.state import Assignment
-from reseed.compare.assignment.threads import in_ranges
+from reseed.compare.matching import candidates as listing
+from reseed.compare.matching.candidates import ROUNDING, candidates, product_error
+from reseed.compare.matching.graph import Assignment, Edges, listed_edges, no_edges
+from reseed.compare.matching.paths import auction, augment, release
+from reseed.compare.matching.pricing import Bounds, Pricer, Prices, centre_prices, open_pairs
+from reseed.compare.matching.rows import distinct_rows
+from reseed.compare.matching.solve import solve
+from reseed.system.compiling import in_ranges
 
 CPU = torch.device("cpu")
 
@@ -257,7 +254,7 @@ def test_centring_keeps_prices_feasible_and_their_sum_constant():
     u, v, partner = state.row_price, state.column_price, state.partner
     limit = Bounds(np.full(100, 0.5), np.full(100, 0.5))
     apart = np.abs(u - v[partner]).sum()
-    centre(edges, u, v, partner, limit, free_columns=False)
+    centre_prices(edges, u, v, partner, limit, free_columns=False)
     assert np.abs(u - v[partner]).sum() < apart
     assert u.sum() + v.sum() == pytest.approx(before)
     checked(edges, state, surplus=False)

@@ -6,7 +6,7 @@ from foreign import D, draws
 
 import reseed
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats.source import HubPlace, download, place_of
+from reseed.sae.formats.files import HubPlace, download, parse_source
 
 COMMIT = "0123456789abcdef"
 
@@ -96,10 +96,10 @@ def test_a_repository_of_many_saes_is_not_downloaded_whole(hub):
     ],
 )
 def test_hub_sources_are_parsed(source, place):
-    assert place_of(source) == place
+    assert parse_source(source) == place
 
 
 def test_a_revision_may_be_given_beside_a_source():
-    assert place_of("hub:a/b/c", revision="v2") == HubPlace("a/b", "v2", "c")
+    assert parse_source("hub:a/b/c", revision="v2") == HubPlace("a/b", "v2", "c")
     with pytest.raises(CheckpointError, match="@v1 names revision v1, but `revision` is v2"):
-        place_of("hub:a/b@v1", revision="v2")
+        parse_source("hub:a/b@v1", revision="v2")

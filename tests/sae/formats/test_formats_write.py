@@ -11,8 +11,8 @@ from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import FORMATS, export_sae, import_sae
 from reseed.sae.formats.base import Exporting
+from reseed.sae.formats.conversions import exact_log
 from reseed.sae.formats.files import read_npz
-from reseed.sae.formats.parts import exact_log
 from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.matryoshka import MatryoshkaConfig

@@ -11,10 +11,10 @@ import time
 asked = os.environ.get("RESEED_TEST_BREAK", "")
 again = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
 if asked and not again and os.environ.get("SUBMITIT_EXECUTOR") and "_submit" in str(sys.orig_argv):
-    from reseed.train.member import Member
+    from reseed.train.run_state import RunState
 
     kind, _, value = asked.partition(":")
-    train = Member.train
+    train = RunState.train
 
     def broken(self, *arguments, **options):
         if kind == "slow":
@@ -25,4 +25,4 @@ if asked and not again and os.environ.get("SUBMITIT_EXECUTOR") and "_submit" in 
             raise RuntimeError("made to fail\nin two lines")
         return train(self, *arguments, **options)
 
-    Member.train = broken
+    RunState.train = broken

@@ -8,23 +8,24 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from reseed.cli.app import CommandLine
+from reseed.cli.cluster.queue import QueueError, Record, cancel
 from reseed.cli.cluster.settings import SlurmSettings
-from reseed.cli.cluster.states import DONE, Seen, counts, failed_jobs, other_jobs, states
-from reseed.cli.cluster.stop import cancel_sweep
+from reseed.cli.cluster.states import DONE, QueueSnapshot, counts, failed_jobs, other_jobs, states
 from reseed.cli.cluster.submit import Work, planning, submit
-from reseed.cli.subjects import Target
-from reseed.console import counted, say
-from reseed.runs import Interrupted, RunStore
-from reseed.sweeps import Sweep
+from reseed.cli.hydra_app import CommandLine
+from reseed.cli.run_selection import SavedRun
+from reseed.store.runs import Interrupted, RunStore
+from reseed.store.sweeps import Sweep
+from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import Machine, make_plan
 
 if TYPE_CHECKING:
-    from reseed.cli.jobs import Job
+    from reseed.cli.plan import Job
     from reseed.compare.config import ComparisonConfig
     from reseed.evaluate.base import EvaluationConfig
 
+# MERGED Cancellation of the SLURM jobs of a sweep.
 _SPEAK_S = 30.0
 
 
@@ -56,7 +57,7 @@ def launch(
     store = RunStore(runtime.outputs)
     work = Work(
         sweep, tuple(distinct), runtime, _settings(line, runtime), cells, trains,
-        tuple(evaluations), tuple(Target(r.run(store).path, r) for r in distinct),
+        tuple(evaluations), tuple(SavedRun(r.run(store).path, r) for r in distinct),
     )  # fmt: skip
     waited = _carried_out(work, complete)
     return 0 if waited is None else _ended(jobs, runtime, sweep, comparison, waited)
@@ -66,7 +67,7 @@ def evaluate(
     line: CommandLine,
     runtime: RuntimeConfig,
     sweep: Sweep,
-    targets: Sequence[Target],
+    targets: Sequence[SavedRun],
     evaluations: Sequence[EvaluationConfig],
 ) -> int | None:
     """Submit the evaluations of a sweep's runs that have neither a result nor a job.
@@ -80,7 +81,7 @@ def evaluate(
     )  # fmt: skip
     if _carried_out(work, set()) is None:
         return None
-    for message in failed_jobs(Seen.now(sweep)):
+    for message in failed_jobs(QueueSnapshot.now(sweep)):
         say(message)
     lacking = [t for t in targets for config in evaluations if not t.has_result(config)]
     return 1 if lacking else 0
@@ -140,7 +141,7 @@ def _follow(sweep: Sweep, poll_s: float) -> None:
     """Print the progress until no job of the sweep is queued or running."""
     said, spoken = "", time.monotonic()
     while True:
-        seen = Seen.now(sweep)
+        seen = QueueSnapshot.now(sweep)
         told = "; ".join([counts(states(sweep, seen)), *other_jobs(seen)])
         if seen.trouble:  # keep waiting: the controller may be restarting
             told = f"{told} ({seen.trouble})"
@@ -170,7 +171,7 @@ def _stopped(stop: KeyboardInterrupt, sweep: Sweep) -> Interrupted:
 
 
 def _cells(sweep: Sweep, comparison: ComparisonConfig) -> tuple[tuple[tuple[str, str], ...], ...]:
-    from reseed.cli.collect import cells_of
+    from reseed.study.collect import cells_of
 
     return tuple(tuple(axes.items()) for axes in cells_of(sweep, comparison))
 
@@ -198,7 +199,7 @@ def _ended(
     """Print the failures and the tables, and return the exit status."""
     from reseed.cli.train import failure_lines
 
-    seen = Seen.now(sweep)
+    seen = QueueSnapshot.now(sweep)
     store = RunStore(runtime.outputs)
     lacking = [state for state in states(sweep, seen) if state.state != DONE]
     recorded = {run.id for run in sweep.runs() if run.failure}
@@ -217,7 +218,26 @@ def _ended(
     not_done = failed_jobs(seen)
     for message in not_done:
         say(message)
-    from reseed.cli.collect import collect
+    from reseed.study.collect import collect
 
     complete = collect(sweep, comparison)
     return 0 if complete and not lacking and not not_done else 1
+
+
+def cancel_sweep(sweep: Sweep) -> list[str]:
+    """Cancel every queued or running job of a sweep, and return their ids.
+
+    Raises:
+        QueueError: SLURM does not answer.
+    """
+    record = Record(sweep.path)
+    if not record.path.is_file():
+        return []
+    with record.lock():
+        seen = QueueSnapshot.now(sweep)
+        if seen.queue is None:
+            raise QueueError(f"nothing was cancelled: {seen.trouble}")
+        ids = [job.job for job in seen.active]
+        record.mark_cancelled(ids)
+        cancel(reversed(ids))  # dependent jobs first, so that none starts when its dependency ends
+    return ids

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reseed.cli.cluster.queue import InQueue, QueueError, last_states, queue, there_is_slurm
-from reseed.cli.cluster.record import COLLECT, COMPARE, EVALUATE, TRAIN, Record, Submitted
-from reseed.cli.names import begun_by
-from reseed.runs import PROGRESS_FILE, Run
-from reseed.sweeps import Sweep
+from reseed.cli.cluster.queue import (
+    COLLECT,
+    COMPARE,
+    EVALUATE,
+    TRAIN,
+    InQueue,
+    QueueError,
+    Record,
+    Submitted,
+    last_states,
+    queue,
+    there_is_slurm,
+)
+from reseed.cli.run_selection import complete_name
+from reseed.store.runs import PROGRESS_FILE, Run
+from reseed.store.sweeps import Sweep
 
+# MERGED ``reseed status SWEEP``: show its runs from files and SLURM's queue, once or repeatedly.
 QUEUED, STARTING, RUNNING, DONE, FAILED = "queued", "starting", "running", "done", "failed"
 _PLAIN = {"missing": "not started"}
 _WAITS = {"BeginTime": "requeued", "Dependency": "after other jobs"}
@@ -48,7 +61,7 @@ class RunState:
 
 
 @dataclass(frozen=True)
-class Seen:
+class QueueSnapshot:
     """Snapshot of a sweep's jobs in SLURM.
 
     Attributes:
@@ -63,7 +76,7 @@ class Seen:
     trouble: str = ""
 
     @classmethod
-    def now(cls, sweep: Sweep) -> Seen:
+    def now(cls, sweep: Sweep) -> QueueSnapshot:
         """Ask SLURM, if the sweep has jobs."""
         record = Record(sweep.path)
         jobs = record.jobs
@@ -85,7 +98,7 @@ class Seen:
         return self.record.active(self.queue or {})
 
 
-def states(sweep: Sweep, seen: Seen) -> list[RunState]:
+def states(sweep: Sweep, seen: QueueSnapshot) -> list[RunState]:
     """Return the states of the distinct runs of a sweep, in the order of its manifest."""
     jobs = [job for job in seen.record.jobs if job.kind == TRAIN]
     runs = {run.path: run for run in sweep.runs()}
@@ -94,7 +107,7 @@ def states(sweep: Sweep, seen: Seen) -> list[RunState]:
     ]
 
 
-def _state(run: Run, jobs: list[Submitted], seen: Seen) -> RunState:
+def _state(run: Run, jobs: list[Submitted], seen: QueueSnapshot) -> RunState:
     status = run.status
     last = jobs[-1] if jobs else None
     waits = (seen.queue or {}).get(last.job) if last else None
@@ -122,10 +135,10 @@ def _state(run: Run, jobs: list[Submitted], seen: Seen) -> RunState:
     ended = seen.ended.get(last.job, "")
     if ended == "COMPLETED":  # the run was removed after its job
         return RunState(run.id, _PLAIN.get(status, status), "", tokens, of)
-    return RunState(run.id, FAILED, gone(last, seen), tokens, of)
+    return RunState(run.id, FAILED, ended_message(last, seen), tokens, of)
 
 
-def gone(job: Submitted, seen: Seen) -> str:
+def ended_message(job: Submitted, seen: QueueSnapshot) -> str:
     """Return the message about a job that ended without doing its work."""
     log = seen.record.log(job)
     state = seen.ended.get(job.job, "")
@@ -141,7 +154,7 @@ def gone(job: Submitted, seen: Seen) -> str:
     return f"{told}; {log} ends: {line}" if line else told
 
 
-def other_jobs(seen: Seen) -> list[str]:
+def other_jobs(seen: QueueSnapshot) -> list[str]:
     """Return a line for each kind of job, other than training, that is queued or running."""
     told = []
     for kind, what in _OTHERS.items():
@@ -154,7 +167,7 @@ def other_jobs(seen: Seen) -> list[str]:
     return told
 
 
-def failed_jobs(seen: Seen) -> list[str]:
+def failed_jobs(seen: QueueSnapshot) -> list[str]:
     """Return a line for each failed job that evaluates, compares, or makes the tables.
 
     A job that was submitted again is left out.
@@ -165,7 +178,7 @@ def failed_jobs(seen: Seen) -> list[str]:
         state = seen.ended.get(job.job, "COMPLETED")
         if job.cancelled or state in ("COMPLETED", "CANCELLED") or job in seen.active:
             continue
-        told.append(f"{_NOT_DONE[job.kind]}{job.cell}: {gone(job, seen)}")
+        told.append(f"{_NOT_DONE[job.kind]}{job.cell}: {ended_message(job, seen)}")
     return told
 
 
@@ -215,6 +228,58 @@ def find_sweep(word: str, root: Path) -> Sweep:
         if (folder / "manifest.jsonl").is_file():
             return Sweep(folder)
     names = sorted(p.parent.name for p in root.glob("*/manifest.jsonl"))
-    if name := begun_by(word, names):
+    if name := complete_name(word, names):
         return Sweep(root / name)
     raise ReseedError(f"there is no sweep {word} in {root}/.{nearest(word, names)}")
+
+
+COLUMNS = ("run", "state", "tokens", "of", "%", "tokens/s")
+WATCH_S = 5.0
+_ON = ("running", "starting", "queued", "submitted")
+
+
+def print_sweep(sweep: Sweep) -> bool:
+    """Print every run of a sweep, and the state of its other jobs.
+
+    Returns:
+        True if a job or run is queued or running.
+    """
+    from reseed.cli.status import print_rows
+    from reseed.system.console import say
+
+    seen = QueueSnapshot.now(sweep)
+    found = states(sweep, seen)
+    title = f"{sweep.path}/: {counts(found)}"
+    print_rows([_row(state) for state in found], title, COLUMNS, ("run", "state"))
+    for state in found:
+        if state.state == FAILED:
+            say(f"  {state.id}: {state.note}")
+    for traceback in dict.fromkeys(state.traceback for state in found if state.traceback):
+        say("\n".join(f"    {line}" for line in traceback.splitlines()))
+    for line in (*other_jobs(seen), *failed_jobs(seen)):
+        say(f"  {line}")
+    if seen.trouble:
+        say(f"  SLURM was not asked: {seen.trouble}")
+    return bool(seen.active) or any(state.state in _ON for state in found)
+
+
+def watch(sweep: Sweep, every_s: float = WATCH_S) -> None:
+    """Print a sweep repeatedly until nothing is queued or running; clear a terminal each time."""
+    from reseed.system.console import console
+
+    while True:
+        if console().is_terminal:
+            console().clear()
+        if not print_sweep(sweep):
+            return
+        time.sleep(every_s)
+
+
+def _row(state: RunState) -> tuple[str, ...]:
+    """Return the entries of `COLUMNS`; empty if unknown."""
+    waits = f" ({state.note})" if state.note and state.state in ("queued", "submitted") else ""
+    share = f"{state.tokens / state.of:.0%}" if state.tokens is not None and state.of else ""
+    tokens = "" if state.tokens is None else f"{state.tokens:,}"
+    of = "" if state.of is None else f"{state.of:,}"
+    rate = "" if state.rate is None else f"{state.rate:,.0f}"
+    return state.id, state.state + waits, tokens, of, share, rate

@@ -14,17 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reseed.cli.cluster.queue import queue
-from reseed.cli.cluster.record import COLLECT, COMPARE, EVALUATE, TRAIN, Record, Submitted
+from reseed.cli.cluster.queue import COLLECT, COMPARE, EVALUATE, TRAIN, Record, Submitted, queue
 from reseed.cli.cluster.settings import SlurmSettings
 from reseed.cli.cluster.tasks import Collect, Compare, Evaluate, Task, Train, in_words
-from reseed.cli.subjects import Target
+from reseed.cli.run_selection import SavedRun
 from reseed.config import ReseedError, digest
-from reseed.console import counted, say
 from reseed.evaluate.base import EvaluationConfig
-from reseed.experiment import Resolved, cache_folder
-from reseed.runs import RunStore
-from reseed.sweeps import Sweep
+from reseed.experiment.resolve import Resolved, cache_folder
+from reseed.store.runs import RunStore
+from reseed.store.sweeps import Sweep
+from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import MEMORY_SHARE, Group, Machine, make_plan
 
@@ -54,7 +53,7 @@ class Work:
     cells: tuple[tuple[tuple[str, str], ...], ...] | None = None
     trains: bool = True
     evaluations: tuple[EvaluationConfig, ...] = ()
-    targets: tuple[Target, ...] = ()
+    targets: tuple[SavedRun, ...] = ()
 
     @property
     def record(self) -> Record:
@@ -184,7 +183,7 @@ def _evaluations(work: Work, active: Sequence[Submitted]) -> list[tuple[Task, Su
     tasks: list[tuple[Task, Submitted]] = []
     for config in work.evaluations:
         called = f"{config.name}-{digest(config.signed())}"
-        groups: dict[str, list[Target]] = {}
+        groups: dict[str, list[SavedRun]] = {}
         for target in work.targets:
             taken = (EVALUATE, called, target.resolved.signature) in submitted
             if not taken and not (target.trained and target.has_result(config)):

@@ -18,11 +18,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from reseed.config import ReseedError
-from reseed.runs import Interrupted, RunStore
+from reseed.store.runs import Interrupted, RunStore
 
 if TYPE_CHECKING:
     from reseed.evaluate.base import EvaluationConfig
-    from reseed.experiment import Experiment
+    from reseed.experiment.resolve import Experiment
     from reseed.train.config import RuntimeConfig
 
 OUT_OF_RETRIES = "out of retries"
@@ -48,7 +48,7 @@ class Task(ABC):
             try:
                 self.work()
             except Interrupted as stop:
-                if not stopped.requeue and follows():
+                if not stopped.requeue and is_worker():
                     return  # an error here would kill the job while the leader may be saving
                 if not stopped.requeue:
                     raise SystemExit(128 + stop.number) from None
@@ -99,7 +99,7 @@ class Stop:
             raise
 
 
-def follows() -> bool:
+def is_worker() -> bool:
     """Return True if this process is a worker: a task of its job other than the first."""
     from submitit import JobEnvironment
 
@@ -147,15 +147,15 @@ class Train(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
-        from reseed.experiment import resolve_experiment
-        from reseed.missing import train_missing
+        from reseed.experiment.resolve import resolve_experiment
+        from reseed.study.train import train_missing
 
-        if follows():
-            from reseed.devices import pick_device
-            from reseed.follow import follow
-            from reseed.train.team import join_slurm
+        if is_worker():
+            from reseed.distributed.launcher import join_slurm
+            from reseed.distributed.worker import run_worker
+            from reseed.system.machine import pick_device
 
-            follow(join_slurm(pick_device(self.runtime.device).type))
+            run_worker(join_slurm(pick_device(self.runtime.device).type))
             return
         resolved = [resolve_experiment(e, self.runtime) for e in self.experiments]
         for signature, found in zip(self.signatures, resolved, strict=True):
@@ -171,7 +171,7 @@ class Train(Task):
 
     def give_up(self, reason: str) -> None:
         """Mark the unfinished runs as failed, with the reason."""
-        from reseed.experiment import resolve_experiment
+        from reseed.experiment.resolve import resolve_experiment
 
         error = ReseedError(
             f"{OUT_OF_RETRIES}: its job reached the time limit more often than "
@@ -205,13 +205,13 @@ class Evaluate(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
-        from reseed.cli.evaluating import Bench
-        from reseed.cli.subjects import target_of
-        from reseed.console import counted
-        from reseed.runs import Run
+        from reseed.cli.run_selection import saved_run
+        from reseed.store.runs import Run
+        from reseed.study.evaluate import Evaluator
+        from reseed.system.console import counted
 
         there = [Path(folder) for folder in self.runs if Run(Path(folder)).finished]
-        bench = Bench([target_of(folder, self.runtime) for folder in there], self.runtime)
+        bench = Evaluator([saved_run(folder, self.runtime) for folder in there], self.runtime)
         error = bench.outcome(self.config)
         if error is not None:
             raise JobFailed(str(error)) from error
@@ -231,7 +231,7 @@ class Compare(Task):
     def work(self) -> None:
         from reseed.cli.compare import compare_cell_of
         from reseed.compare.config import ComparisonConfig
-        from reseed.sweeps import Sweep
+        from reseed.store.sweeps import Sweep
 
         sweep = Sweep(Path(self.sweep))
         axes = dict(self.axes)
@@ -251,9 +251,9 @@ class Collect(Task):
     compared: bool
 
     def work(self) -> None:
-        from reseed.cli.collect import collect, collect_evaluated
         from reseed.compare.config import ComparisonConfig
-        from reseed.sweeps import Sweep
+        from reseed.store.sweeps import Sweep
+        from reseed.study.collect import collect, collect_evaluated
 
         sweep = Sweep(Path(self.sweep))
         if not self.compared:

@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
+from reseed.activations.intervention import intervene
 from reseed.activations.language_model import LanguageModel
-from reseed.activations.splicing import spliced
 from reseed.evaluate.absorption.projection import SILENT, Alignment
 from reseed.evaluate.codes import Codes, at_pairs, encode
-from reseed.evaluate.first_letter.prompts import Prompts, make_prompts
-from reseed.evaluate.first_letter.task import Probed, word_activations
+from reseed.evaluate.first_letter.task import ProbedTask, word_activations
+from reseed.evaluate.first_letter.words import Prompts, make_prompts
 from reseed.sae.base import SAE
 
 STEPS = 6
@@ -51,7 +51,7 @@ def causal_absorption(
     model: LanguageModel,
     hook: Hookpoint,
     sae: SAE,
-    probed: Probed,
+    probed: ProbedTask,
     alignment: Alignment,
     candidates: Int[np.ndarray, " n"],
     main: Sequence[Int[Tensor, " S"]],
@@ -141,7 +141,7 @@ def _gradient(
         return there.detach().index_put((rows, at), point)
 
     ends, place = prompts.end.unique(return_inverse=True)
-    with torch.enable_grad(), spliced(model, hook, edit):
+    with torch.enable_grad(), intervene(model, hook, edit):
         logits = model(
             input_ids=prompts.tokens.to(device),
             use_cache=False,
@@ -214,6 +214,6 @@ def _sampled(
     return torch.cat(kept), torch.cat(weight)
 
 
-def _answers(probed: Probed, chosen: Int[np.ndarray, " n"]) -> Int[Tensor, "n C"]:
+def _answers(probed: ProbedTask, chosen: Int[np.ndarray, " n"]) -> Int[Tensor, "n C"]:
     texts = (probed.words.texts[i] for i in chosen)
     return torch.tensor([probed.template.answers[text.endswith(" ")] for text in texts])

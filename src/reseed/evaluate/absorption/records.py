@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
 from reseed.evaluate.codes import Codes
-from reseed.evaluate.first_letter.task import Probed
+from reseed.evaluate.first_letter.task import ProbedTask
 from reseed.evaluate.splitting import Split
 from reseed.sae.base import SAE
 
@@ -29,7 +29,7 @@ MIN_SEEDS = 3
 
 def word_records(
     sae: SAE,
-    probed: Probed,
+    probed: ProbedTask,
     fold: int,
     codes: Codes,
     splits: Sequence[Split | None],
@@ -58,7 +58,7 @@ def word_records(
     known = torch.tensor([split is not None for split in splits])
     words = test[(own > 0) & known[labels[test]]]
     alignment = Alignment.of(sae.W_dec, weight)
-    main = main_of(splits)
+    main = main_latents(splits)
     some, x, classes = codes.rows(words), probed.x[words], labels[words]
     table: dict[str, object] = {
         "word": words.numpy(),
@@ -176,6 +176,6 @@ def _reach(values: Float[np.ndarray, " n"], confidence: float) -> float:
     return quantile * float(values.std(ddof=1)) / sqrt(n)
 
 
-def main_of(splits: Sequence[Split | None]) -> list[Tensor]:
+def main_latents(splits: Sequence[Split | None]) -> list[Tensor]:
     """Return S of each class; empty for a class without a split."""
     return [torch.zeros(0, dtype=torch.long) if s is None else s.main for s in splits]

@@ -10,18 +10,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from reseed.evaluate.absorption.null import NullCosines
-from reseed.evaluate.absorption.projection import Alignment
+from reseed.evaluate.absorption.projection import Alignment, NullCosines
 from reseed.evaluate.absorption.records import Mean, mean_over_classes
 from reseed.evaluate.base import Result
 from reseed.evaluate.codes import Codes
-from reseed.evaluate.first_letter.probes import Scores
-from reseed.evaluate.first_letter.task import Probed
+from reseed.evaluate.first_letter.task import ProbedTask
+from reseed.evaluate.probes import Scores
 from reseed.evaluate.splitting import Split
 from reseed.sae.base import SAE
 
 if TYPE_CHECKING:
-    from reseed.evaluate.absorption.config import AbsorptionConfig
+    from reseed.evaluate.absorption.evaluation import AbsorptionConfig
 
 DERIVED = "_derived"
 """Suffix of columns and metrics measured with the thresholds of the null."""
@@ -29,7 +28,7 @@ _EXAMPLES = 12
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class AbsorptionMeasurements:
     """Measurements of one SAE over all repetitions.
 
     Attributes:
@@ -42,16 +41,16 @@ class Measured:
 
     records: pd.DataFrame
     permuted: pd.DataFrame | None
-    splits: list[tuple[Probed, int, Codes, list[Split | None]]]
+    splits: list[tuple[ProbedTask, int, Codes, list[Split | None]]]
     null: NullCosines | None
     l0: float
 
 
 def make_result(
     config: AbsorptionConfig,
-    repetitions: list[Probed],
-    measured: Measured,
-    untrained: Measured | None,
+    repetitions: list[ProbedTask],
+    measured: AbsorptionMeasurements,
+    untrained: AbsorptionMeasurements | None,
     sae: SAE,
     quality: Scores,
     reasons: list[str],
@@ -131,8 +130,8 @@ def _metrics(
 
 def _letter_table(
     means: dict[str, Mean],
-    measured: Measured,
-    repetitions: list[Probed],
+    measured: AbsorptionMeasurements,
+    repetitions: list[ProbedTask],
     quality: Scores,
     reasons: list[str],
     cosine: np.ndarray,
@@ -167,7 +166,7 @@ def _letter_table(
     return pd.DataFrame(rows)
 
 
-def _word_table(records: pd.DataFrame, probed: Probed, frequency: np.ndarray) -> pd.DataFrame:
+def _word_table(records: pd.DataFrame, probed: ProbedTask, frequency: np.ndarray) -> pd.DataFrame:
     words = probed.words
     index = records["word"].to_numpy()
     table = records.drop(columns="word")
@@ -184,7 +183,7 @@ def _mean_cosine(cosine: np.ndarray, main: list[list[int]]) -> float:
     return float(cosine[first].mean()) if first else float("nan")
 
 
-def _cosines(repetitions: list[Probed], sae: SAE) -> np.ndarray:
+def _cosines(repetitions: list[ProbedTask], sae: SAE) -> np.ndarray:
     """Average the cosines of probes and latents over folds and repetitions: [C, F]."""
     return np.mean(
         [Alignment.of(sae.W_dec, weight).cosine.cpu().numpy()
@@ -194,7 +193,7 @@ def _cosines(repetitions: list[Probed], sae: SAE) -> np.ndarray:
 
 
 def absorber_table(
-    records: pd.DataFrame, repetitions: list[Probed], cosine: np.ndarray, kept: list[int]
+    records: pd.DataFrame, repetitions: list[ProbedTask], cosine: np.ndarray, kept: list[int]
 ) -> pd.DataFrame:
     """List the latents that absorb words of each evaluable class, those of most words first.
 
@@ -234,7 +233,7 @@ def absorber_table(
 
 
 def _latent_columns(
-    measured: Measured,
+    measured: AbsorptionMeasurements,
     absorbers: pd.DataFrame,
     classes: tuple[str, ...],
     kept: list[int],

@@ -17,15 +17,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from reseed.activations.hookpoint import Hookpoint
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.stream import generator
 from reseed.config import ConfigError, digest, setting
-from reseed.evaluate.base import Evaluated, EvaluationConfig, needs_language_model
-from reseed.evaluate.first_letter.folds import Fold, make_folds, parts
-from reseed.evaluate.first_letter.probes import Scores, agreement, train_probe
-from reseed.evaluate.first_letter.prompts import Prompts, Template, make_prompts
-from reseed.evaluate.first_letter.words import Words, first_letter_words, labelled_words
+from reseed.evaluate.base import EvaluationConfig, EvaluationInput, needs_language_model
+from reseed.evaluate.first_letter.words import (
+    Fold,
+    Prompts,
+    Template,
+    Words,
+    first_letter_words,
+    labelled_words,
+    make_folds,
+    make_prompts,
+    split_words,
+)
+from reseed.evaluate.probes import Scores, precision_recall_f1, train_probe
 
 VERSION = 1
 """Raised when a code change alters the stored results."""
@@ -103,8 +111,8 @@ class WordTaskConfig(EvaluationConfig):
         return Template.of(tokenizer, words, self.line or LINES[self.task])
 
     def repetitions(
-        self, evaluated: Evaluated, hook: Hookpoint, hooks: Sequence[Hookpoint] = ()
-    ) -> Iterator[Probed]:
+        self, evaluated: EvaluationInput, hook: Hookpoint, hooks: Sequence[Hookpoint] = ()
+    ) -> Iterator[ProbedTask]:
         """Yield the task at a hookpoint, once for each prompt seed.
 
         Args:
@@ -112,21 +120,21 @@ class WordTaskConfig(EvaluationConfig):
         """
         words = self.words(evaluated.tokenizer)
         labels = words.labels.numpy()
-        part = parts(labels, self.folds, self.split_seed)
+        part = split_words(labels, self.folds, self.split_seed)
         folds = make_folds(labels, part, self.folds, self.split_seed)
         for seed in self.prompt_seeds:
             yield self._probed(evaluated, hook, hooks, words, part, folds, seed)
 
     def _probed(
         self,
-        evaluated: Evaluated,
+        evaluated: EvaluationInput,
         hook: Hookpoint,
         hooks: Sequence[Hookpoint],
         words: Words,
         part: Int[np.ndarray, " n"],
         folds: list[Fold],
         seed: int,
-    ) -> Probed:
+    ) -> ProbedTask:
         model = evaluated.model
         assert model is not None, "`check` refuses runs without a language model"
         template = self.template(evaluated.tokenizer, words)
@@ -172,7 +180,7 @@ class WordTaskConfig(EvaluationConfig):
             return {name: torch.stack(each) for name, each in found.items()}
 
         made = evaluated.shared.get("word-probes", key, probes)
-        return Probed(words, template, x, part, folds, seed, made)
+        return ProbedTask(words, template, x, part, folds, seed, made)
 
     def _key(
         self, model: LanguageModel, hook: Hookpoint, words: Words, template: Template, seed: int
@@ -194,7 +202,7 @@ class WordTaskConfig(EvaluationConfig):
 
 
 @dataclass(frozen=True, eq=False)
-class Probed:
+class ProbedTask:
     """A task at a hookpoint for one prompt seed. All tensors are on the CPU.
 
     Attributes:
@@ -251,12 +259,12 @@ class Probed:
         return ~self.test_scores[:, 0].isnan()
 
 
-def probe_quality(repetitions: list[Probed]) -> Scores:
+def probe_quality(repetitions: list[ProbedTask]) -> Scores:
     """Score the probes on test words of all folds and prompt seeds: [C]."""
     tested = [p.tested for p in repetitions]
     scores = torch.cat([p.test_scores[t] for p, t in zip(repetitions, tested, strict=True)])
     members = torch.cat([p.members[t] for p, t in zip(repetitions, tested, strict=True)])
-    return agreement(scores > 0, members)
+    return precision_recall_f1(scores > 0, members)
 
 
 def word_activations(
@@ -272,4 +280,4 @@ def word_activations(
             rows = torch.arange(size, device=there.device)
             found[hook].append(there[rows, at.to(there.device)].float().cpu())
         start += size
-    return {hook: torch.cat(parts) for hook, parts in found.items()}
+    return {hook: torch.cat(split_words) for hook, split_words in found.items()}

@@ -12,12 +12,15 @@ from pathlib import Path
 from string import ascii_letters, ascii_lowercase
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from reseed.config import ConfigError
 
+# MERGED Split of the words into fit, validation and test sets.
+# MERGED Prompts about a word, made of token ids. {word} has the first letter: {ANSWER} ten example words, drawn, a line each {word}[ has the first letter:] the word in question The prompt is joined from token ids, so that each word is one token at a known position. Tokenising the whole text could split a wo
 _SHOWN = 5
 _STARTS, _ENDS = ("▁", "Ġ"), ("▁", "</w>")
 """Markers in raw tokens of the start or end of a word."""
@@ -145,3 +148,218 @@ def _columns(
     found: list[tuple[int, str]], labels: list[int]
 ) -> tuple[Tensor, tuple[str, ...], Tensor]:
     return torch.tensor([i for i, _ in found]), tuple(t for _, t in found), torch.tensor(labels)
+
+
+TEST_FRACTION = 0.2
+VALIDATION_FRACTION = 0.2
+"""Fraction of the training words."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Indices of words, sorted.
+
+    Attributes:
+        fit: words that probes on latents are fitted to.
+        validation: words that latents are chosen by.
+        test: words that are measured.
+    """
+
+    fit: Int[np.ndarray, " some"]
+    validation: Int[np.ndarray, " some"]
+    test: Int[np.ndarray, " some"]
+
+    @property
+    def train(self) -> Int[np.ndarray, " more"]:
+        """All but the test words; probes on activations are fitted to them."""
+        return np.sort(np.concatenate([self.fit, self.validation]))
+
+
+def split_words(labels: Int[np.ndarray, " n"], folds: int, seed: int) -> Int[np.ndarray, " n"]:
+    """Assign every word to a part of the split, with the same shares of each class in every part.
+
+    With one fold, part 0 is for training and part 1, a fifth of the words of each class, for
+    testing. With more folds, the parts are equally large, and each fold tests on one of them.
+
+    Args:
+        labels: class of every word.
+        seed: the draw is a function of it and of the labels.
+    """
+    random = np.random.default_rng([0x70617274, seed])
+    part = np.zeros(len(labels), dtype=np.int64)
+    start = 0
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        if folds == 1:
+            part[members[: round(TEST_FRACTION * len(members))]] = 1
+        else:
+            part[members] = (start + np.arange(len(members))) % folds
+            start += len(members)  # else all small classes would favour the first parts
+    return part
+
+
+def make_folds(
+    labels: Int[np.ndarray, " n"], part: Int[np.ndarray, " n"], folds: int, seed: int
+) -> list[Fold]:
+    """Make every fold from the parts; validation words are drawn within each class."""
+    made = []
+    for number in range(folds):
+        test = part == (1 if folds == 1 else number)
+        random = np.random.default_rng([0x76616C, seed, number])
+        validation = np.zeros(len(labels), dtype=bool)
+        for label in np.unique(labels):
+            members = random.permutation(np.flatnonzero((labels == label) & ~test))
+            validation[members[: round(VALIDATION_FRACTION * len(members))]] = True
+        fit = ~(test | validation)
+        made.append(Fold(*(np.flatnonzero(which) for which in (fit, validation, test))))
+    return made
+
+
+_CARRIER = ":"
+"""Precedes a piece while it is tokenised, as some tokenizers insert a space at the start of a text.
+No tokenizer merges it with what follows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """The tokens between the words. The keys say whether the word before ends in a space.
+
+    Attributes:
+        opening: tokens at the start of a text.
+        after: tokens after a word in a line with an answer, for each class.
+        question: tokens after the last word, up to the answer.
+        answers: the first differing token of the answer of each class.
+    """
+
+    opening: tuple[int, ...]
+    after: dict[bool, tuple[tuple[int, ...], ...]]
+    question: dict[bool, tuple[int, ...]]
+    answers: dict[bool, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, tokenizer: Any, words: Words, line: str) -> Template:
+        """Tokenise ``line``, a text with the placeholders ``{word}`` and ``{answer}``."""
+        opening = tokenizer.bos_token_id
+        opening = tokenizer.eos_token_id if opening is None else opening
+        after, question, answers = {}, {}, {}
+        for spaced in (False, True):
+            rest = line.partition("{word}")[2]
+            rest = rest.lstrip(" ") if spaced else rest
+            texts = [rest.replace("{answer}", answer) for answer in words.answers]
+            ids = [_piece(tokenizer, text) for text in texts]
+            # All answers may begin with the same token, such as a separate space.
+            shared = _shared_beginning(ids)
+            after[spaced] = tuple(tuple(_piece(tokenizer, f"{text}\n")) for text in texts)
+            question[spaced] = tuple(ids[0][:shared])
+            answers[spaced] = tuple(i[shared] if len(i) > shared else -1 for i in ids)
+        return cls(() if opening is None else (opening,), after, question, answers)
+
+    def check_answers(self) -> None:
+        """Raise `ConfigError` if two classes have the same answer token."""
+        for answers in self.answers.values():
+            if len(set(answers)) < len(answers) or -1 in answers:
+                raise ConfigError(
+                    "{key} needs answers that differ in their first token; two classes share "
+                    "theirs",
+                    "causal",
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """One prompt for each of n words, padded on the right (causal attention never reads it).
+
+    Attributes:
+        tokens: the ids.
+        at: position of the word.
+        end: position of the last token.
+    """
+
+    tokens: Int[Tensor, "n context"]
+    at: Int[Tensor, " n"]
+    end: Int[Tensor, " n"]
+
+
+def make_prompts(
+    words: Words,
+    template: Template,
+    chosen: Int[np.ndarray, " n"],
+    pools: Int[np.ndarray, " all"],
+    icl_words: int,
+    random: np.random.Generator,
+    *,
+    ask: bool = False,
+) -> Prompts:
+    """Make a prompt for each of the chosen words.
+
+    Args:
+        chosen: indices of words.
+        pools: part of the split of every word; examples come from the same part as the word in
+            question, and are never another spelling of it.
+        icl_words: examples in each prompt, drawn without replacement.
+        ask: end the prompt where the answer follows; else it ends with the word.
+
+    Raises:
+        ConfigError: a part has too few words.
+    """
+    spelling = np.unique(np.array(words.spellings), return_inverse=True)[1]
+    members = {part: np.flatnonzero(pools == part) for part in np.unique(pools[chosen])}
+    for pool in members.values():
+        _, sizes = np.unique(spelling[pool], return_counts=True)
+        if len(pool) - sizes.max(initial=0) < icl_words:
+            raise ConfigError(
+                f"{{key}} (={icl_words}) must not exceed the number of other words in a part of "
+                f"the split (={len(pool) - sizes.max(initial=0)})",
+                "icl_words",
+            )
+    rows, at = [], []
+    for word in chosen:
+        examples = _draw(word, members[pools[word]], spelling, icl_words, random)
+        row = list(template.opening)
+        for example in examples:
+            row.append(int(words.tokens[example]))
+            row += template.after[_spaced(words, example)][int(words.labels[example])]
+        at.append(len(row))
+        row.append(int(words.tokens[word]))
+        if ask:
+            row += template.question[_spaced(words, word)]
+        rows.append(row)
+    end = torch.tensor([len(row) - 1 for row in rows])
+    tokens = torch.zeros(len(rows), int(end.max()) + 1, dtype=torch.long)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = torch.tensor(row)
+    return Prompts(tokens, torch.tensor(at), end)
+
+
+def _draw(
+    word: int,
+    pool: Int[np.ndarray, " some"],
+    spelling: Int[np.ndarray, " all"],
+    number: int,
+    random: np.random.Generator,
+) -> Int[np.ndarray, " number"]:
+    """Draw uniformly among the words of the pool with another spelling."""
+    found = pool[random.choice(len(pool), number, replace=False)]
+    if (spelling[found] != spelling[word]).all():
+        return found
+    others = pool[spelling[pool] != spelling[word]]
+    return others[random.choice(len(others), number, replace=False)]
+
+
+def _shared_beginning(ids: list[list[int]]) -> int:
+    """Return the length of the longest common prefix."""
+    differ = (i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1)
+    return next(differ, min(map(len, ids)))
+
+
+def _spaced(words: Words, index: int) -> bool:
+    return words.texts[index].endswith(" ")
+
+
+def _piece(tokenizer: Any, text: str) -> list[int]:
+    """Tokenise a piece from the middle of a text."""
+    alone = tokenizer(_CARRIER, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(_CARRIER + text, add_special_tokens=False)["input_ids"]
+    if ids[: len(alone)] == alone:
+        return ids[len(alone) :]
+    return tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -7,20 +7,175 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
+from reseed.compare.measures import DENSE
 from reseed.config import ReseedError
-from reseed.contexts import Contexts
-from reseed.report.axes import Cell
-from reseed.report.captions import caption, data_files, title
+from reseed.report.axes import Cell, label
+from reseed.report.captions import caption, data_files, reference_table, title
 from reseed.report.differences import differences
-from reseed.report.evaluations import Runs
-from reseed.report.page.blocks import Block, Folded, Items, Paragraph, Picture, Section, Table
+from reseed.report.evaluation_results import Runs
 from reseed.report.page.provenance import provenance
-from reseed.report.page.warnings import warnings
-from reseed.report.pairings import by_value
-from reseed.report.references import reference_table
-from reseed.report.sections import sections
-from reseed.report.tables import first_tables, more_tables
-from reseed.sweeps import Sweep
+from reseed.report.page.render import (
+    Block,
+    BulletList,
+    Folded,
+    Paragraph,
+    Picture,
+    Section,
+    TableBlock,
+)
+from reseed.report.pairings import runs_by_value_table
+from reseed.report.summary_tables import summary_tables
+from reseed.report.table import NOT_SHARED, OFF_TARGET, cell_notes, number, pair_axis_name
+from reseed.report.tables import first_tables, optional_tables
+from reseed.store.contexts import Contexts
+from reseed.store.runs import Run
+from reseed.store.sweeps import Sweep
+from reseed.system.console import counted
+
+# MERGED Warnings of a report, each with its rule and its numbers.
+LEAST_SEEDS = 3
+MANY_DEAD = 0.1
+MANY_DENSE = 0.05
+STILL_FALLING = 0.02
+PART = 10
+"""Number of equal parts of training; the last is compared with the one before it."""
+FEWEST_ROWS = 2 * PART
+"""Fewest rows of a curve from which convergence can be judged."""
+
+
+def warnings(
+    cells: Sequence[Cell], runs: Sequence[Run], incomplete: Sequence[str] = ()
+) -> list[str]:
+    """Return a line per warning; empty if there is none.
+
+    Args:
+        runs: all runs of the sweep, finished or not.
+        incomplete: a line for each cell that lacks runs.
+    """
+    return [
+        *(f"**Incomplete.** {line.removeprefix('incomplete: ')}." for line in incomplete),
+        *_few(cells),
+        *_noted(cells),
+        *_not_converged({run.id: run.path for run in runs if run.finished}),
+        *_many(
+            "dead latents", "did not fire at the end of training", MANY_DEAD, dead_fraction(cells)
+        ),
+        *_many(
+            "dense latents",
+            f"fire on more than {DENSE:.0%} of the held-out tokens",
+            MANY_DENSE,
+            dense_fraction(cells),
+        ),
+    ]
+
+
+def fvu_fall(curve: pd.DataFrame) -> float | None:
+    """Return the relative fall of the mean FVU from the second-to-last tenth of training to the
+    last.
+
+    Args:
+        curve: ``training.csv``.
+
+    Returns:
+        None where the curve is too short, or has no FVU.
+    """
+    if "fvu" not in curve or len(curve) < FEWEST_ROWS:
+        return None
+    values = curve["fvu"].to_numpy(dtype=np.float64)
+    size = len(values) // PART
+    before, last = values[-2 * size : -size].mean(), values[-size:].mean()
+    return float(1 - last / before) if before > 0 else None
+
+
+def dead_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
+    """Return the mean dead fraction of each cell, by its label."""
+    return {
+        label(cells, knobs): cell.estimates["dead_fraction"].mean
+        for knobs, cell in cells
+        if "dead_fraction" in cell.estimates
+    }
+
+
+def dense_fraction(cells: Sequence[Cell]) -> Mapping[str, float]:
+    """Return the dense fraction of each cell, by its label; cells without held-out tokens are left
+    out."""
+    found = {}
+    for knobs, cell in cells:
+        if cell.held_out_tokens:
+            tokens = cell.runs.set_index("run")["held_out_tokens"]
+            seen = tokens.loc[cell.latents["run"].to_pylist()].to_numpy(dtype=np.float64)
+            dense = cell.latents["firing"].to_numpy() > DENSE * seen
+            found[label(cells, knobs)] = float(dense.mean())
+    return found
+
+
+def _few(cells: Sequence[Cell]) -> list[str]:
+    few = [
+        f"{label(cells, knobs)} (n = {cell.n_seeds})"
+        for knobs, cell in cells
+        if cell.settings.pairs_are_a_sample and cell.n_seeds < LEAST_SEEDS
+    ]
+    if not few:
+        return []
+    what = pair_axis_name(cells)
+    return [
+        f"**Few {what}.** With fewer than {LEAST_SEEDS} {what} there is no interval: "
+        f"{'; '.join(few)}."
+    ]
+
+
+def _noted(cells: Sequence[Cell]) -> list[str]:
+    """Warn of cells that the summary's footnotes mark, too."""
+    found = []
+    for note in (NOT_SHARED, OFF_TARGET):
+        about = [
+            f"{label(cells, knobs)} (shared {number(cell.estimates['shared_fraction'].mean)}, L0 "
+            f"{cell.estimates['l0'].mean:.1f})"
+            for knobs, cell in cells
+            if note in cell_notes(cell, knobs)
+        ]
+        if about:
+            found.append(f"**{note[0].upper()}{note[1:]}.** {'; '.join(about)}.")
+    return found
+
+
+def _not_converged(folders: Mapping[str, Path]) -> list[str]:
+    """Warn of runs whose FVU was still falling, and of runs whose curve is too short to tell."""
+    curves = {
+        name: pd.read_csv(path)
+        for name, folder in folders.items()
+        if (path := folder / "training.csv").is_file() and path.stat().st_size
+    }
+    falls = {name: fvu_fall(curve) for name, curve in curves.items()}
+    falling = {name: value for name, value in falls.items() if value and value > STILL_FALLING}
+    found = []
+    if falling:
+        worst = max(falling, key=lambda name: falling[name])
+        found.append(
+            f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell "
+            f"by more than {STILL_FALLING:.0%} from the second-to-last tenth of the steps to the "
+            f"last (most in `{worst}`: {falling[worst]:.1%}). Where the learning rate decays "
+            "there, that is part of the cause. The shared fraction may grow with the budget."
+        )
+    if unknown := list(falls.values()).count(None):
+        found.append(
+            f"**Convergence not known.** {counted(unknown, 'curve')} of {len(folders)} "
+            f"{'has' if unknown == 1 else 'have'} fewer than {FEWEST_ROWS} points, too few to see "
+            "whether the FVU was still falling. Lower `runtime.log_every_steps` for more."
+        )
+    return found
+
+
+def _many(name: str, what: str, limit: float, fractions: Mapping[str, float]) -> list[str]:
+    found = {who: value for who, value in fractions.items() if value > limit}
+    if not found:
+        return []
+    listed = "; ".join(f"{who} ({number(value)})" for who, value in found.items())
+    return [f"**Many {name}.** More than {limit:.0%} of the latents {what}: {listed}."]
+
 
 STABILITY, ABSORPTION = "https://arxiv.org/abs/2501.16615", "https://arxiv.org/abs/2409.14507"
 BROWSER = "latents.html"
@@ -28,7 +183,7 @@ _SIZE = re.compile(r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"')
 
 
 @dataclass(frozen=True, eq=False)
-class Material:
+class ReportData:
     """Inputs of a report.
 
     Attributes:
@@ -53,7 +208,7 @@ class Material:
         return self.cells[0][1].settings.name
 
 
-def report_sections(of: Material, browser: bool) -> list[Section]:
+def report_sections(of: ReportData, browser: bool) -> list[Section]:
     """Return all sections that have content.
 
     Args:
@@ -62,11 +217,11 @@ def report_sections(of: Material, browser: bool) -> list[Section]:
     first = first_tables(of.cells)
     between = differences(of.cells)
     found = [
-        Section("summary", "Summary", tuple(map(Table, first))),
+        Section("summary", "Summary", tuple(map(TableBlock, first))),
         Section("warnings", "Warnings", (_warnings(of),)),
         Section("figures", "Figures", tuple(_pictures(of))),
-        Section("tables", "What else was asked", tuple(map(Table, more_tables(of.cells)))),
-        Section("differences", "Differences", (Table(between),) if between else ()),
+        Section("tables", "What else was asked", tuple(map(TableBlock, optional_tables(of.cells)))),
+        Section("differences", "Differences", (TableBlock(between),) if between else ()),
         Section("measures", "All measures", tuple(_measures(of.cells))),
         Section("papers", "Beside the papers", tuple(_papers(of.cells))),
         Section("latents", "Latents", (Paragraph(_browser(of)),) if browser else ()),
@@ -77,18 +232,18 @@ def report_sections(of: Material, browser: bool) -> list[Section]:
     return [section for section in found if section.blocks]
 
 
-def _warnings(of: Material) -> Block:
+def _warnings(of: ReportData) -> Block:
     runs = list({run.path: run for run in of.sweep.runs()}.values())
     found = warnings(of.cells, runs, of.incomplete)
     if found:
-        return Items(tuple(found), warns=True)
+        return BulletList(tuple(found), warns=True)
     return Paragraph(
         "None: every cell is complete, has at least three runs, shares more than chance and is at "
         "its target L0; no FVU was still falling, and few latents are dead or dense."
     )
 
 
-def _pictures(of: Material) -> list[Block]:
+def _pictures(of: ReportData) -> list[Block]:
     return [
         Picture(
             name,
@@ -118,20 +273,20 @@ def svg_size(path: Path) -> tuple[float, float]:
 
 
 def _measures(cells: Sequence[Cell]) -> list[Block]:
-    alone = by_value(cells)
+    alone = runs_by_value_table(cells)
     found = [("Each by itself", [alone])] if alone else []
     return [
-        Folded(title, tuple(Table(words) for words in tables))
-        for title, tables in [*found, *sections(cells)]
+        Folded(title, tuple(TableBlock(words) for words in tables))
+        for title, tables in [*found, *summary_tables(cells)]
     ]
 
 
 def _papers(cells: Sequence[Cell]) -> list[Block]:
     words = reference_table(cells)
-    return [Table(words)] if words else []
+    return [TableBlock(words)] if words else []
 
 
-def _browser(of: Material) -> str:
+def _browser(of: ReportData) -> str:
     contexts = (
         f". For {len(of.contexts)} runs also the passages on which it fires"
         if of.contexts

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reseed.report.axes import MISSING, Cell, label
-from reseed.report.page.blocks import Block, Code, Folded, Items, Paragraph, Table
-from reseed.report.wording import Wording
-from reseed.runs import Run
-from reseed.sweeps import Sweep
+from reseed.report.page.render import Block, BulletList, Code, Folded, Paragraph, TableBlock
+from reseed.report.table import Table
+from reseed.store.runs import Run
+from reseed.store.sweeps import Sweep
 
 _WITHOUT_EFFECT = ("runtime.", "hydra.", "hydra/")
 _MANY = 8
@@ -24,7 +24,7 @@ def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
     blocks: list[Block] = [Paragraph(_origin(sweep, records))]
     commands = dict.fromkeys(command(record) for record in records.values())
     blocks.append(Code("\n".join(filter(None, commands))))
-    common, differing = parted(
+    common, differing = split_common(
         {
             label(cells, knobs): [
                 flat(records[run]["experiment"]) for run in cell.runs["run"] if run in records
@@ -33,14 +33,14 @@ def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
         }
     )
     if differing:
-        blocks.append(Table(differing))
+        blocks.append(TableBlock(differing))
     blocks.append(_settings(f"Configuration that all cells share ({len(common)} keys)", common))
     blocks.append(_settings("Settings of the comparison", flat(sweep.settings)))
     if sweep.evaluations:
         asked = {name: of["settings"] for name, of in sweep.evaluations.items()}
         blocks.append(_settings("Settings of the evaluations", flat(asked)))
-    blocks.append(Table(_runs(runs, records)))
-    blocks.append(Items(tuple(_versions(records))))
+    blocks.append(TableBlock(_runs(runs, records)))
+    blocks.append(BulletList(tuple(_versions(records))))
     return blocks
 
 
@@ -60,9 +60,9 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def parted(
+def split_common(
     each: Mapping[str, Sequence[Mapping[str, Any]]],
-) -> tuple[dict[str, str], Wording | None]:
+) -> tuple[dict[str, str], Table | None]:
     """Return the settings that all cells have in common, and a table of those that differ (None if
     none does).
 
@@ -86,10 +86,10 @@ def parted(
     if len(each) > _MANY:
         header, columns = list(differing), list(differing.values())
         rows = [(name, *(c[i] for c in columns)) for i, name in enumerate(each)]
-    return common, Wording(("", *header), tuple(rows), 1, "What cells differ in", ())
+    return common, Table(("", *header), tuple(rows), 1, "What cells differ in", ())
 
 
-def _runs(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> Wording:
+def _runs(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     total_tokens, total_seconds = 0, 0.0
     for run in runs:
@@ -104,7 +104,7 @@ def _runs(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> Word
         "together on one stream) each show the group's seconds, so the sum exceeds the time taken."
     )
     header = ("run", "status", "tokens", "seconds", "tokens/s", "ended")
-    return Wording(header, tuple(rows), 2, "Runs and what they cost", (note,))
+    return Table(header, tuple(rows), 2, "Runs and what they cost", (note,))
 
 
 def _cost(tokens: int | None, seconds: float | None) -> tuple[str, str, str]:

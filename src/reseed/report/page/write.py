@@ -20,19 +20,24 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from reseed.atomic import atomic_folder
 from reseed.config import ReseedError
 from reseed.report.axes import Cell
 from reseed.report.evaluation_figures import evaluation_drawings
-from reseed.report.evaluations import Runs
-from reseed.report.figure_data import figure_tables
-from reseed.report.figures import comparison_drawings, save_figures
-from reseed.report.page.blocks import Section
-from reseed.report.page.browser import write_browser
-from reseed.report.page.content import BROWSER, Material, report_sections
-from reseed.report.page.html import Html, document, joined, section_html, tag
-from reseed.report.page.markdown import markdown
-from reseed.report.page.tex import tex
+from reseed.report.evaluation_results import Runs
+from reseed.report.figures import comparison_drawings, figure_tables, save_figures
+from reseed.report.page.content import BROWSER, ReportData, report_sections
+from reseed.report.page.latent_browser import write_browser
+from reseed.report.page.render import (
+    Html,
+    Section,
+    document,
+    joined,
+    markdown,
+    section_html,
+    tag,
+    tex,
+)
+from reseed.system.files import atomic_folder
 
 RECORD = "report.json"
 _SCRIPTS = ("page.js", "dom.js", "latents/runs.js", "list.js", "latent.js", "browser.js")
@@ -41,7 +46,7 @@ _NUMBERS = ("summary.csv", "pairs.csv", "latents.parquet", "strata.csv", "pairin
 """Files of a sweep's folder that a report copies."""
 
 
-def write_report(of: Material, out: Path, format: str = "html") -> Path:
+def write_report(of: ReportData, out: Path, format: str = "html") -> Path:
     """Write the report in place of an earlier one. On failure the earlier one stays.
 
     Args:
@@ -71,14 +76,14 @@ def drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure
     return comparison_drawings(cells) | evaluation_drawings(cells, runs)
 
 
-def _write_html(of: Material, folder: Path) -> None:
+def _write_html(of: ReportData, folder: Path) -> None:
     _copy_figures(of, folder)
     sections = report_sections(of, browser=True)
     (folder / "index.html").write_text(_index(of, sections), encoding="utf-8")
     write_browser_page(of, folder)
 
 
-def write_browser_page(of: Material, folder: Path) -> None:
+def write_browser_page(of: ReportData, folder: Path) -> None:
     """Write the latent browser, its data, and the assets that all pages load."""
     write_browser(of.cells, of.runs, of.contexts, folder)
     (folder / BROWSER).write_text(_browser_page(of), encoding="utf-8")
@@ -87,27 +92,27 @@ def write_browser_page(of: Material, folder: Path) -> None:
             shutil.copyfile(asset, folder / asset.name)
 
 
-def _write_markdown(of: Material, folder: Path) -> None:
+def _write_markdown(of: ReportData, folder: Path) -> None:
     _copy_figures(of, folder)
     text = markdown(_title(of), report_sections(of, browser=False))
     (folder / "report.md").write_text(text, encoding="utf-8")
 
 
-def _write_tex(of: Material, folder: Path) -> None:
+def _write_tex(of: ReportData, folder: Path) -> None:
     drawn = {n: draw for n, draw in drawings(of.cells, of.runs).items() if n in of.figures}
     save_figures(drawn, folder / "figures", kinds=("pdf",))
     text = tex(_title(of), report_sections(of, browser=False))
     (folder / "report.tex").write_text(text, encoding="utf-8")
 
 
-def _copy_figures(of: Material, folder: Path) -> None:
+def _copy_figures(of: ReportData, folder: Path) -> None:
     (folder / "figures").mkdir()
     for name in of.figures:
         for kind in ("svg", "png"):
             shutil.copyfile(of.sweep.path / f"{name}.{kind}", folder / "figures" / f"{name}.{kind}")
 
 
-def _write_data(of: Material, folder: Path) -> None:
+def _write_data(of: ReportData, folder: Path) -> None:
     folder.mkdir()
     made: dict[str, Callable[[], pd.DataFrame]] = figure_tables(of.cells, of.runs)
     for name in of.data:
@@ -133,11 +138,11 @@ def _check_replaceable(out: Path) -> None:
         raise ReseedError(f"{out} is a file, but a report is a folder: choose another path")
 
 
-def _title(of: Material) -> str:
+def _title(of: ReportData) -> str:
     return f"{of.name}: would another seed have found the same latents?"
 
 
-def _index(of: Material, sections: Sequence[Section]) -> Html:
+def _index(of: ReportData, sections: Sequence[Section]) -> Html:
     links = [tag("a", section.title, href=f"#{section.name}") for section in sections]
     body = [
         _header(of, tag("a", "Browse latents", href=BROWSER, class_="button")),
@@ -147,7 +152,7 @@ def _index(of: Material, sections: Sequence[Section]) -> Html:
     return document(f"reseed: {of.name}", body, ["page.js"])
 
 
-def _browser_page(of: Material) -> Html:
+def _browser_page(of: ReportData) -> Html:
     """Return the empty page that ``browser.js`` fills."""
     silent = tag("noscript", tag("p", "The latent browser needs JavaScript. Its numbers are in "
                                  "data/latents.parquet, too."))  # fmt: skip
@@ -158,7 +163,7 @@ def _browser_page(of: Material) -> Html:
     return document(f"Latents of {of.name}", body, _SCRIPTS)
 
 
-def _header(of: Material, link: Html) -> Html:
+def _header(of: ReportData, link: Html) -> Html:
     skip = tag("a", "Skip to content", href="#main", class_="skip")
     theme = tag("button", "Theme", type="button", id="theme", title="light or dark (t)")
     name = tag("h1", of.name, " ", tag("span", of.sweep.path.name, class_="of"))

@@ -7,18 +7,56 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from reseed.config import nearest
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats.base import Format, Imported
+from reseed.sae.formats.base import Format, Imported, Reseed
 from reseed.sae.formats.dictionary_learning import DictionaryLearning
+from reseed.sae.formats.files import fetch
 from reseed.sae.formats.gemma_scope import GemmaScope
 from reseed.sae.formats.llama_scope import LlamaScope
-from reseed.sae.formats.reseed import Reseed
 from reseed.sae.formats.saelens import SAELens
-from reseed.sae.formats.source import found_at
 from reseed.sae.formats.sparsify import Sparsify
+
+# MERGED A comparison of what two SAEs compute: latents and reconstructions on random inputs.
+TOLERANCE = 1e-5
+"""Allowed error relative to the largest value: float32, with products in another order."""
+FLIPPED = 1e-4
+"""Fraction of the active latents that may differ: those at their threshold, or tied."""
+_TOKENS = 64
+_LENGTHS = (0.1, 1.0, 10.0)
+"""Lengths of the inputs' deviations from b_dec, in units of max(‖b_dec‖, √D)."""
+
+
+@torch.no_grad()
+def differ(first: SAE, second: SAE) -> str:
+    """Say in words where two SAEs differ; "" if they agree."""
+    if (first.d_in, first.num_latents) != (second.d_in, second.num_latents):
+        return "their sizes"
+    for x in _inputs(first):
+        a, b = first(x), second(x)
+        tolerance = TOLERANCE * float(a.latents.abs().max())
+        active = int(((a.latents != 0) | (b.latents != 0)).sum())
+        off = (a.latents - b.latents).abs() > tolerance
+        if int(off.sum()) > FLIPPED * active:
+            return f"latents: {int(off.sum()):,} of {active:,} active ones"
+        steady = ~off.any(1)  # the reconstruction of a token whose latents flipped differs too
+        error = (a.reconstruction - b.reconstruction)[steady].abs()
+        if error.numel() and float(error.max()) > TOLERANCE * float(a.reconstruction.abs().max()):
+            return "reconstructions"
+    return ""
+
+
+def _inputs(sae: SAE) -> list[Float[Tensor, "tokens d_in"]]:
+    generator = torch.Generator().manual_seed(0)
+    centre = sae.b_dec.detach().to("cpu", torch.float32)
+    length = max(float(centre.norm()), sae.d_in**0.5) / sae.d_in**0.5
+    draws = [torch.randn(_TOKENS, sae.d_in, generator=generator) for _ in _LENGTHS]
+    return [centre + scale * length * x for scale, x in zip(_LENGTHS, draws, strict=True)]
+
 
 FORMATS: dict[str, Format] = {
     known.name: known
@@ -55,7 +93,7 @@ def load_sae(
         CheckpointError: the source does not exist, its format is unknown, or none of our
             architectures equals it; the message gives the reason.
     """
-    return import_sae(found_at(source, repo, revision, path), format).sae.to(device)
+    return import_sae(fetch(source, repo, revision, path), format).sae.to(device)
 
 
 def import_sae(path: Path, format: str | None = None) -> Imported:
@@ -63,17 +101,17 @@ def import_sae(path: Path, format: str | None = None) -> Imported:
 
     Raises: see `load_sae`.
     """
-    return recognised(path, format).load(path)
+    return detect_format(path, format).load(path)
 
 
-def recognised(path: Path, format: str | None = None) -> Format:
+def detect_format(path: Path, format: str | None = None) -> Format:
     """Return the format of a folder or file.
 
     Raises:
         CheckpointError: no format matches (or not the one given). The message lists the files
             found and those expected.
     """
-    known = FORMATS.values() if format is None else [named(format)]
+    known = FORMATS.values() if format is None else [get_format(format)]
     if not path.exists():
         raise CheckpointError(f"there is no folder {path}")
     found = next((one for one in known if one.recognises(path)), None)
@@ -83,7 +121,7 @@ def recognised(path: Path, format: str | None = None) -> Format:
     return found
 
 
-def named(format: str) -> Format:
+def get_format(format: str) -> Format:
     """Return the format called ``format``.
 
     Raises:
@@ -105,7 +143,7 @@ def export_sae(
     Raises:
         CheckpointError: the format has nothing equal to this SAE.
     """
-    return named(format).save(sae, folder, metadata or {})
+    return get_format(format).save(sae, folder, metadata or {})
 
 
 def _wanted(one: Format) -> str:

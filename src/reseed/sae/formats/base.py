@@ -11,12 +11,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, final
 
 from reseed.sae.base import SAE
-from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.checkpoint import (
+    DESCRIPTION_FILE,
+    WEIGHTS_FILE,
+    CheckpointError,
+    load_sae,
+    read_metadata,
+    save_sae,
+)
 
 
+# MERGED reseed's own format: ``sae.safetensors`` and ``sae.json`` (`reseed.sae.checkpoint`).
 @dataclass(frozen=True)
 class Imported:
     """An SAE that was read from files of some format.
@@ -106,3 +114,21 @@ class Exporting(Format):
     @abstractmethod
     def _save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
         """Do the work of `save` for an architecture in `exports`."""
+
+
+@final
+class Reseed(Format):
+    """reseed's own format: any architecture, with its whole configuration."""
+
+    name = "reseed"
+    layouts = ((DESCRIPTION_FILE,),)
+
+    def load(self, path: Path) -> Imported:
+        folder = self.folder_of(path)
+        assert folder is not None
+        sae, reads = load_sae(folder), (folder / DESCRIPTION_FILE, folder / WEIGHTS_FILE)
+        return Imported(sae, read_metadata(folder), (), reads)
+
+    def save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+        save_sae(sae, folder, metadata)
+        return ()

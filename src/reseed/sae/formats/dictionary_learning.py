@@ -10,17 +10,16 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from reseed.atomic import atomic_write_bytes, atomic_write_json
 from reseed.sae.base import SAE
-from reseed.sae.batch_topk import BatchSparse, BatchTopKConfig
+from reseed.sae.batch_topk import BatchSparseSAE, BatchTopKConfig
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import parts
+from reseed.sae.formats import conversions
 from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_pt, read_settings
 from reseed.sae.formats.sparsify import refuse_weighing
-from reseed.sae.ksparse import KSparseConfig
 from reseed.sae.matryoshka import Matryoshka, MatryoshkaConfig
-from reseed.sae.topk import TopKConfig
+from reseed.sae.topk import KSparseConfig, TopKConfig
+from reseed.system.files import atomic_write_bytes, atomic_write_json
 
 WEIGHTS, CONFIG = "ae.pt", "config.json"
 UNSET = -1.0
@@ -124,12 +123,14 @@ _Read = tuple[SAE, tuple[str, ...]]
 
 
 def _relu(tensors: Tensors, trainer: Settings) -> _Read:
-    return parts.relu(tensors.file, _linear(tensors, "encoder.bias", "bias"), centred=True), ()
+    return conversions.relu(
+        tensors.file, _linear(tensors, "encoder.bias", "bias"), centred=True
+    ), ()
 
 
 def _relu_new(tensors: Tensors, trainer: Settings) -> _Read:
     taken = _linear(tensors, "encoder.bias", "decoder.bias")
-    return parts.relu(tensors.file, taken, centred=False), ()
+    return conversions.relu(tensors.file, taken, centred=False), ()
 
 
 def _gated(tensors: Tensors, trainer: Settings) -> _Read:
@@ -138,19 +139,19 @@ def _gated(tensors: Tensors, trainer: Settings) -> _Read:
         "b_mag": tensors.take("mag_bias", "num_latents"),
         "r_mag": tensors.take("r_mag", "num_latents"),
     }
-    return parts.gated(tensors.file, taken), ()
+    return conversions.gated(tensors.file, taken), ()
 
 
 def _jumprelu(tensors: Tensors, trainer: Settings) -> _Read:
     taken, threshold = _matrices(tensors), tensors.take("threshold", "num_latents")
-    return parts.jumprelu(tensors.file, taken, threshold, centred=False), ()
+    return conversions.jumprelu(tensors.file, taken, threshold, centred=False), ()
 
 
 def _topk(tensors: Tensors, trainer: Settings) -> _Read:
     taken = _linear(tensors, "encoder.bias", "b_dec")
     if "threshold" in tensors:  # belongs to an alternative to k that the library has off by default
         tensors.number("threshold")
-    return parts.topk(tensors.file, taken, _k(tensors, trainer)), ()
+    return conversions.topk(tensors.file, taken, _k(tensors, trainer)), ()
 
 
 def _batch_topk(tensors: Tensors, trainer: Settings) -> _Read:
@@ -189,7 +190,7 @@ def _with_threshold(
         )
     taken = {**taken, "threshold": torch.tensor(max(threshold, 0.0))}
     k = _k(tensors, trainer)
-    sae = parts.configured(kind, tensors.file, taken, k=k, aux_alpha=0.0, **values)
+    sae = conversions.build_from_weights(kind, tensors.file, taken, k=k, aux_alpha=0.0, **values)
     return sae, notes
 
 
@@ -223,12 +224,12 @@ _Written = tuple[str, dict[str, Tensor], dict[str, Any], tuple[str, ...]]
 
 def _written(sae: SAE) -> _Written:
     """Return the class name, its tensors, further entries of the configuration, and notes."""
-    own, config = parts.state(sae), sae.config
+    own, config = conversions.state(sae), sae.config
     linear = {"encoder.weight": own["W_enc"], "decoder.weight": own["W_dec"].T}
     matrices = {"W_enc": own["W_enc"].T, "W_dec": own["W_dec"], "b_dec": own["b_dec"]}
     if isinstance(config, KSparseConfig):
         return _k_sparse(sae, config, linear, matrices)
-    if config.name == "relu" and parts.is_centred(sae):
+    if config.name == "relu" and conversions.is_centred(sae):
         notes: tuple[str, ...] = ()
         if not config.unit_norm_decoder:
             notes = ("load it with `normalize_decoder=False`, or the library rescales latents",)
@@ -240,9 +241,9 @@ def _written(sae: SAE) -> _Written:
     if config.name == "gated":
         more = {"r_mag": own["r_mag"], "gate_bias": own["b_enc"], "mag_bias": own["b_mag"]}
         return "GatedAutoEncoder", {**linear, **more, "decoder_bias": own["b_dec"]}, {}, ()
-    threshold = parts.thresholds(sae)
+    threshold = conversions.thresholds(sae)
     assert threshold is not None
-    tensors = {**matrices, "b_enc": parts.without_centring(sae), "threshold": threshold}
+    tensors = {**matrices, "b_enc": conversions.uncentred_b_enc(sae), "threshold": threshold}
     return "JumpReluAutoEncoder", tensors, {}, ()
 
 
@@ -255,8 +256,8 @@ def _k_sparse(
         raise CheckpointError(
             f"{DictionaryLearning.name} cannot hold k={config.k}: its k is a whole number"
         )
-    own = parts.state(sae)
-    threshold = own["threshold"] if isinstance(sae, BatchSparse) else torch.tensor(UNSET)
+    own = conversions.state(sae)
+    threshold = own["threshold"] if isinstance(sae, BatchSparseSAE) else torch.tensor(UNSET)
     common = {"k": torch.tensor(config.k, dtype=torch.int32), "threshold": threshold}
     if isinstance(sae, Matryoshka):
         ends = torch.tensor((0, *sae.config.ends(sae.num_latents)))
@@ -266,6 +267,6 @@ def _k_sparse(
         raise CheckpointError(
             f"{DictionaryLearning.name} cannot hold `activation={config.activation}`"
         )
-    declared = "BatchTopKSAE" if isinstance(sae, BatchSparse) else "AutoEncoderTopK"
+    declared = "BatchTopKSAE" if isinstance(sae, BatchSparseSAE) else "AutoEncoderTopK"
     tensors = {**linear, "encoder.bias": own["b_enc"], "b_dec": own["b_dec"], **common}
     return declared, tensors, {"k": config.k}, ()

@@ -11,13 +11,13 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 
-from reseed.atomic import atomic_write_bytes
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import parts
+from reseed.sae.formats import conversions
 from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Tensors, read_npz, read_safetensors, read_settings
 from reseed.sae.formats.sparsify import without_skip
+from reseed.system.files import atomic_write_bytes
 
 FIRST, SECOND, CONFIG = "params.npz", "params.safetensors", "config.json"
 
@@ -45,12 +45,12 @@ class GemmaScope(Exporting):
         return _second(folder)
 
     def _save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-        own, threshold = parts.state(sae), parts.thresholds(sae)
+        own, threshold = conversions.state(sae), conversions.thresholds(sae)
         assert threshold is not None
         arrays = {
             "W_enc": own["W_enc"].T.contiguous().numpy(),
             "W_dec": own["W_dec"].numpy(),
-            "b_enc": parts.without_centring(sae).numpy(),
+            "b_enc": conversions.uncentred_b_enc(sae).numpy(),
             "b_dec": own["b_dec"].numpy(),
             "threshold": threshold.numpy(),
         }
@@ -107,4 +107,4 @@ def _jumprelu(tensors: Tensors, encoder: str, decoder: str) -> SAE:
         "b_dec": tensors.take("b_dec", "d_in"),
     }
     threshold = tensors.take("threshold", "num_latents")
-    return parts.jumprelu(tensors.file, taken, threshold, centred=False)
+    return conversions.jumprelu(tensors.file, taken, threshold, centred=False)

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from reseed.atomic import atomic_write_bytes, atomic_write_json
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import parts
+from reseed.sae.formats import conversions
 from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_settings
 from reseed.sae.formats.sparsify import refuse_weighing, without_skip
 from reseed.sae.gated import Gated
 from reseed.sae.topk import TopK, TopKConfig
+from reseed.system.files import atomic_write_bytes, atomic_write_json
 
 CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 _TRANSCODERS = {
@@ -75,14 +75,14 @@ class SAELens(Exporting):
         return Imported(sae, {**older, **metadata}, notes, (settings.file, file), transcoder)
 
     def _save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-        own = parts.state(sae)
+        own = conversions.state(sae)
         tensors = {"W_enc": own["W_enc"].T, "W_dec": own["W_dec"], "b_dec": own["b_dec"]}
         settings: dict[str, Any] = {
             "d_in": sae.d_in,
             "d_sae": sae.num_latents,
             "dtype": "float32",
             "device": "cpu",
-            "apply_b_dec_to_input": parts.is_centred(sae),
+            "apply_b_dec_to_input": conversions.is_centred(sae),
             "normalize_activations": "none",
             "reshape_activations": "none",
             "metadata": {**_hook(metadata), "sae_lens_version": VERSION, "reseed": dict(metadata)},
@@ -98,7 +98,7 @@ class SAELens(Exporting):
             settings["architecture"] = "standard"
             tensors["b_enc"] = own["b_enc"]
         else:
-            threshold = parts.thresholds(sae)
+            threshold = conversions.thresholds(sae)
             assert threshold is not None
             settings["architecture"] = "jumprelu"
             tensors |= {"b_enc": own["b_enc"], "threshold": threshold}
@@ -161,13 +161,13 @@ def _built(
             "b_mag": tensors.take("b_mag", "num_latents"),
             "r_mag": tensors.take("r_mag", "num_latents"),
         }
-        return parts.gated(file, taken, centred=centred), ()
+        return conversions.gated(file, taken, centred=centred), ()
     taken["b_enc"] = tensors.take("b_enc", "num_latents")
     if architecture == "jumprelu":
         threshold = tensors.take("threshold", "num_latents")
-        return parts.jumprelu(file, taken, threshold, centred=centred), ()
+        return conversions.jumprelu(file, taken, threshold, centred=centred), ()
     if architecture == "standard":
-        return parts.relu(file, taken, centred=centred), ()
+        return conversions.relu(file, taken, centred=centred), ()
     notes: tuple[str, ...] = ()
     if settings.get("rescale_acts_by_decoder_norm", bool, False):
         # SAELens' latents are f‖d‖: chosen by that size, and divided by ‖d‖ before decoding.
@@ -181,7 +181,7 @@ def _built(
         taken["b_enc"] = (taken["b_enc"].double() * norms).float()
         taken["W_dec"] = (taken["W_dec"].double() / norms[:, None]).float()
         notes = ("the norms of the decoder's rows are folded into the encoder",)
-    return parts.topk(file, taken, _k(settings), centred=centred), notes
+    return conversions.topk(file, taken, _k(settings), centred=centred), notes
 
 
 def _k(settings: Settings) -> int:

@@ -9,14 +9,13 @@ from typing import Any, ClassVar, final
 
 from safetensors.torch import save as to_safetensors
 
-from reseed.atomic import atomic_write_bytes, atomic_write_json
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import parts
+from reseed.sae.formats import conversions
 from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_settings
-from reseed.sae.ksparse import KSparseConfig
-from reseed.sae.topk import TopKConfig
+from reseed.sae.topk import KSparseConfig, TopKConfig
+from reseed.system.files import atomic_write_bytes, atomic_write_json
 
 WEIGHTS, CONFIG = "sae.safetensors", "cfg.json"
 
@@ -48,7 +47,7 @@ class Sparsify(Exporting):
         }
         notes = without_skip(tensors)
         tensors.finish()
-        sae = parts.topk(
+        sae = conversions.topk(
             file,
             taken,
             settings.size("k"),
@@ -65,7 +64,7 @@ class Sparsify(Exporting):
         config = sae.config
         assert isinstance(config, TopKConfig)
         refuse_weighing(config, self.name)
-        own = parts.state(sae)
+        own = conversions.state(sae)
         tensors = {
             "encoder.weight": own["W_enc"],
             "encoder.bias": own["b_enc"],

@@ -13,7 +13,7 @@
     update    clipping, projection, Adam and renormalisation, row by row
 
 Each has a plain PyTorch equivalent, which runs on other devices and dtypes and when the kernels are
-off: by the environment (``RESEED_KERNELS=0``), by `switched`, or because numba is not installed.
+off: by the environment (``RESEED_KERNELS=0``), by `override_enabled`, or because numba is not installed.
 Both give the same result up to the order of their sums.
 
 One thread takes each sum, in an order that only the shapes decide: results repeat bit for bit for
@@ -49,7 +49,7 @@ def enabled() -> bool:
 
 
 @contextmanager
-def switched(on: bool) -> Iterator[None]:
+def override_enabled(on: bool) -> Iterator[None]:
     """Turn kernels on or off inside the context, overriding the environment."""
     global _switch
     before, _switch = _switch, on
@@ -59,7 +59,7 @@ def switched(on: bool) -> Iterator[None]:
         _switch = before
 
 
-def serve(*tensors: Tensor) -> bool:
+def supports(*tensors: Tensor) -> bool:
     """Return True if kernels are on and support these: float32 on the CPU, without autocast."""
     if torch.is_autocast_enabled("cpu"):
         return False

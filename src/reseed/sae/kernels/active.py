@@ -8,11 +8,50 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.sae.kernels import screening
-from reseed.sae.kernels.collect import collect
 from reseed.sae.kernels.select import rough_product, screen_pays
-from reseed.sae.kernels.threads import in_blocks, in_ranges
-from reseed.sae.pairs import Pairs
-from reseed.sae.product import Product, prepacked_product
+from reseed.sae.kernels.simd import LANES, compare_gt, first_one, without_first
+from reseed.sae.pairs import Pairs, Product, prepacked_product
+from reseed.system.compiling import in_blocks, in_ranges, njit
+
+
+# MERGED Pairs of a block of pre-activations above a floor, collected while the block is in the cache.
+@njit(nogil=True, cache=True)
+def collect(pre, floors, first, most):  # pragma: no cover
+    """Return row, latent and value of each number above its latent's floor (or NaN).
+
+    Args:
+        first: index of the block's first row in the batch.
+        most: largest number of pairs.
+
+    Returns:
+        Three arrays of length ``most``, sorted by row and latent, and how many entries are used; −1
+        if there are more than ``most``.
+    """
+    rows, width = pre.shape
+    owners = np.empty(most, dtype=np.int64)
+    latents = np.empty(most, dtype=np.int64)
+    values = np.empty(most, dtype=np.float32)
+    whole = width // LANES * LANES
+    count = 0
+    for r in range(rows):
+        row = pre[r]
+        for start in range(0, whole, LANES):
+            bits = compare_gt(row, start, floors)  # pyright: ignore
+            while bits != 0:
+                if count == most:
+                    return owners, latents, values, -1
+                j = start + first_one(bits)
+                bits = without_first(bits)
+                owners[count], latents[count], values[count] = first + r, j, row[j]
+                count += 1
+        for j in range(whole, width):
+            if not row[j] <= floors[j]:
+                if count == most:
+                    return owners, latents, values, -1
+                owners[count], latents[count], values[count] = first + r, j, row[j]
+                count += 1
+    return owners, latents, values, count
+
 
 BLOCK_ROWS = 128
 """Rows of a block, so that a thread's product stays in its cache until it has been read."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from reseed.compiling import njit
-from reseed.sae.kernels.lanes import LANES, first_one, ones, reached, without_first
+from reseed.sae.kernels.simd import LANES, compare_ge, first_one, popcount, without_first
+from reseed.system.compiling import njit
 
 _WIDE = 16
 """Least number of groups per chosen number."""
@@ -39,7 +39,7 @@ def kth_largest(keys, count, k):  # pragma: no cover
         middle = least + (most - least + 1) // 2
         found = 0
         for start in range(0, count, LANES):
-            found += ones(reached(keys, start, keys.dtype.type(middle)))
+            found += popcount(compare_ge(keys, start, keys.dtype.type(middle)))
         if found >= k:
             least = middle
         else:
@@ -69,7 +69,7 @@ def reaching(row, width, bound, places, most):  # pragma: no cover
     count = 0
     whole = width // LANES * LANES
     for start in range(0, whole, LANES):
-        bits = reached(row, start, bound)
+        bits = compare_ge(row, start, bound)
         while bits != 0:
             if count == most:
                 return -1

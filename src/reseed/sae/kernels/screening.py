@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from reseed.compiling import njit
 from reseed.sae.kernels.choice import (
     as_keys,
     group_maxima,
@@ -34,7 +33,8 @@ from reseed.sae.kernels.choice import (
     padded,
     reaching,
 )
-from reseed.sae.kernels.lanes import prefetch
+from reseed.sae.kernels.simd import prefetch
+from reseed.system.compiling import njit
 
 REORDER = {"reassoc", "contract", "nsz"}
 """Flags that let sums be vectorised. NaN and infinities keep their meaning."""

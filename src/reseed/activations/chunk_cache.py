@@ -1,0 +1,200 @@
+"""Chunk files: safetensors, with a checksum over the chunk's address and its content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from reseed.activations.cache import ActivationCache, CacheEntry
+from reseed.activations.hookpoints import Hookpoint
+from reseed.config import digest
+from reseed.distributed.process_group import ALONE, ProcessGroup
+from reseed.system.console import say
+
+# MERGED Cached chunks: read from disk if present, else computed and stored.
+_NAME = "activations"
+_LONGEST_HEADER = 1 << 20
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class DamagedChunkError(Exception):
+    """A chunk file that is truncated, corrupted or of another chunk; the message says which."""
+
+
+def write_chunk(path: Path, x: Tensor, address: str) -> None:
+    """Write ``x``, in its own precision, as the chunk with this address.
+
+    The file is overwritten in place and not truncated first, so that its space stays reserved. It
+    is not fsynced: the checksum detects a file that a power cut left incomplete.
+
+    Args:
+        path: an existing file, at least as long as the content.
+    """
+    x = x.detach().cpu().contiguous()
+    payload = _bytes(x)
+    about = {
+        "__metadata__": {"address": address, "sha256": _checksum(x, address)},
+        _NAME: {
+            "dtype": _NAMES[x.dtype],
+            "shape": list(x.shape),
+            "data_offsets": [0, payload.nbytes],
+        },
+    }
+    header = json.dumps(about).encode()
+    header += b" " * (-len(header) % 8)  # aligns the payload
+    with path.open("r+b") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        file.write(payload)
+        file.truncate()
+
+
+def read_chunk(path: Path, address: str) -> Tensor:
+    """Read the chunk with this address.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        Damaged: the file is truncated, corrupted, or holds another chunk.
+    """
+    with path.open("rb") as file:
+        begun = file.read(8)
+        length = int.from_bytes(begun, "little")
+        if len(begun) < 8 or not 2 <= length <= _LONGEST_HEADER:
+            raise DamagedChunkError("it has no header")
+        try:
+            header = json.loads(file.read(length))
+            metadata, about = header["__metadata__"], header[_NAME]
+            shape, dtype = [int(n) for n in about["shape"]], _DTYPES[about["dtype"]]
+            begin, end = (int(n) for n in about["data_offsets"])
+            address_there, checksum = metadata["address"], metadata["sha256"]
+        except (ValueError, KeyError, TypeError):
+            raise DamagedChunkError("its header cannot be read") from None
+        if address_there != address:
+            raise DamagedChunkError("it holds other activations than its name says")
+        size = path.stat().st_size - 8 - length
+        if begin != 0 or min(shape, default=0) < 0 or end != size:
+            raise DamagedChunkError("it is not whole")
+        # A corrupt shape must not allocate more memory than the file holds.
+        if torch.Size(shape).numel() * dtype.itemsize != size:
+            raise DamagedChunkError("its header cannot be read")
+        x = torch.empty(shape, dtype=dtype)
+        if file.readinto(_bytes(x)) != size:
+            raise DamagedChunkError("it is not whole")
+    if _checksum(x, address) != checksum:
+        raise DamagedChunkError("its checksum is wrong")
+    return x
+
+
+def _checksum(x: Tensor, address: str) -> str:
+    sha = hashlib.sha256(json.dumps([address, str(x.dtype), list(x.shape)]).encode())
+    sha.update(_bytes(x))
+    return sha.hexdigest()
+
+
+def _bytes(x: Tensor) -> memoryview:
+    return x.reshape(-1).view(torch.uint8).numpy().data
+
+
+_MARGIN = 512
+"""Upper bound of a file's bytes besides the activations."""
+
+
+class ChunkCache:
+    """The cache entries of one part of a text, one entry per hookpoint.
+
+    Files hold the model's output bit by bit in its own precision, in the order of the chunk.
+
+    Args:
+        cache: the cache folder.
+        key: everything that decides the activations, except the hookpoint.
+        readable: name of the entries, containing ``{hookpoint}``.
+    """
+
+    def __init__(self, cache: ActivationCache, key: Mapping[str, Any], readable: str) -> None:
+        self.cache, self.key, self.readable = cache, dict(key), readable
+        self._entries: dict[Hookpoint, CacheEntry | None] = {}
+
+    def get(
+        self,
+        c: int,
+        tokens: str,
+        hookpoints: Sequence[Hookpoint],
+        compute: Callable[[Sequence[Hookpoint]], dict[Hookpoint, Tensor]],
+        device: torch.device,
+        ranks: ProcessGroup = ALONE,
+    ) -> dict[Hookpoint, Tensor]:
+        """Return chunk ``c`` at each of the hookpoints.
+
+        Args:
+            tokens: digest of the tokens that the model reads for the chunk.
+            compute: computes the chunk at given hookpoints; called for those not in the cache.
+            device: device of the result.
+            ranks: processes that compute the chunk together if any of them does not find it.
+        """
+        found: dict[Hookpoint, Tensor] = {}
+        for hookpoint in hookpoints:
+            x = self._read(hookpoint, c, tokens)
+            if x is not None:
+                found[hookpoint] = x.to(device)
+        lacking = torch.tensor([hookpoint not in found for hookpoint in hookpoints]).int()
+        lacks = ranks.largest_(lacking.to(ranks.device)).tolist()
+        missing = [h for h, lacked in zip(hookpoints, lacks, strict=True) if lacked]
+        if missing:
+            for hookpoint, x in compute(missing).items():
+                if ranks.leads:
+                    self._write(hookpoint, c, tokens, x)
+                found[hookpoint] = x
+        return {hookpoint: found[hookpoint] for hookpoint in hookpoints}
+
+    def find(
+        self, c: int, tokens: str, hookpoints: Sequence[Hookpoint], device: torch.device
+    ) -> dict[Hookpoint, Tensor] | None:
+        """Return chunk ``c`` if the cache has it at all hookpoints, else None."""
+        found: dict[Hookpoint, Tensor] = {}
+        for hookpoint in hookpoints:
+            x = self._read(hookpoint, c, tokens)
+            if x is None:
+                return None
+            found[hookpoint] = x.to(device)
+        return found
+
+    def _read(self, hookpoint: Hookpoint, c: int, tokens: str) -> Tensor | None:
+        entry = self._entry(hookpoint)
+        if entry is None:
+            return None
+        address = self._address(hookpoint, c, tokens)
+        path = entry.file(c, address)
+        try:
+            return read_chunk(path, address)
+        except FileNotFoundError:
+            return None
+        except (DamagedChunkError, OSError) as error:
+            say(f"a chunk of the activation cache is computed anew: {path}: {error}")
+            entry.discard(path)
+            return None
+
+    def _write(self, hookpoint: Hookpoint, c: int, tokens: str, x: Tensor) -> None:
+        entry = self._entry(hookpoint)
+        if entry is not None:
+            address = self._address(hookpoint, c, tokens)
+            size = x.numel() * x.element_size() + _MARGIN
+            entry.write(entry.file(c, address), size, lambda path: write_chunk(path, x, address))
+
+    def _entry(self, hookpoint: Hookpoint) -> CacheEntry | None:
+        if hookpoint not in self._entries:
+            name = self.readable.replace("{hookpoint}", str(hookpoint))
+            self._entries[hookpoint] = self.cache.entry(self._key(hookpoint), name)
+        return self._entries[hookpoint]
+
+    def _key(self, hookpoint: Hookpoint) -> dict[str, Any]:
+        return {**self.key, "hookpoint": [hookpoint.site, hookpoint.layer, hookpoint.module]}
+
+    def _address(self, hookpoint: Hookpoint, c: int, tokens: str) -> str:
+        return digest([self._key(hookpoint), c, tokens], 64)

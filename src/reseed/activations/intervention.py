@@ -1,0 +1,115 @@
+"""Forward passes of a language model with edited activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from reseed.activations.hookpoints import Hookpoint, blocks_path, first_tensor, module_path
+from reseed.activations.language_model import LanguageModel
+
+# MERGED The logit lens: a linear map from the residual stream to next-token logits.
+Edit = Callable[[Tensor], Tensor]
+"""Maps activations [sequences, context, d_in] at a hookpoint to their replacement."""
+
+
+@contextmanager
+def intervene(model: nn.Module, hookpoint: Hookpoint, edit: Edit) -> Iterator[None]:
+    """Replace the activations at ``hookpoint`` by ``edit`` of them inside the context.
+
+    The replacement is cast to the dtype of the original. Gradients pass through it.
+
+    Raises:
+        ConfigError: the model has no such module.
+        ValueError: the replacement has another shape.
+    """
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        there = first_tensor(output)
+        given = edit(there).to(there.dtype)
+        if given.shape != there.shape:
+            raise ValueError(
+                f"{hookpoint}: the replacement of activations of shape {tuple(there.shape)} "
+                f"must have the same shape; got {tuple(given.shape)}"
+            )
+        return given if isinstance(output, Tensor) else (given, *output[1:])
+
+    handle = model.get_submodule(module_path(model, hookpoint)).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def logits(
+    model: LanguageModel,
+    tokens: Int[Tensor, "sequences context"],
+    edits: Mapping[Hookpoint, Edit] | None = None,
+) -> Float[Tensor, "sequences context vocabulary"]:
+    """Return the next-token logits of one forward pass, in the model's dtype.
+
+    Args:
+        edits: replacements of the activations at some hookpoints.
+    """
+    with ExitStack() as stack:
+        for hookpoint, edit in (edits or {}).items():
+            stack.enter_context(intervene(model.model, hookpoint, edit))
+        return model.model(input_ids=tokens.to(model.device), use_cache=False).logits
+
+
+@torch.no_grad()
+def unembedding(model: LanguageModel) -> Float[Tensor, "vocabulary d_in"] | None:
+    """Return the linear map from the end of the residual stream to logits, in float32.
+
+    It combines the final norm, with its divisor fixed at 1 to make it linear, and the unembedding,
+    centred over the vocabulary, because a constant added to all logits has no effect. Rows are the
+    tokenizer's tokens; a model may have more rows.
+
+    Returns:
+        None for a model without an unembedding.
+    """
+    output = model.model.get_output_embeddings()  # type: ignore[operator]
+    if output is None:
+        return None
+    weight = output.weight[: len(model.resolved.tokenizer)]
+    matrix = weight.to(torch.float32, copy=True)  # changed in place, as it may be large
+    norm = _final_norm(model.model)
+    if norm is not None:
+        scale, centres = _linear_part(norm, matrix.shape[1], model)
+        matrix *= scale
+        if centres:
+            matrix -= matrix.mean(1, keepdim=True)
+    matrix -= matrix.mean(0)
+    return matrix
+
+
+def _final_norm(model: nn.Module) -> nn.Module | None:
+    """Return the last norm module next to the blocks that is not for embeddings, or None."""
+    around = model.get_submodule(blocks_path(model).rpartition(".")[0])
+    norms = [
+        child
+        for name, child in around.named_children()
+        if "norm" in type(child).__name__.lower() and "emb" not in name
+    ]
+    return norms[-1] if norms else None
+
+
+def _linear_part(
+    norm: nn.Module, width: int, model: LanguageModel
+) -> tuple[Float[Tensor, " d_in"], bool]:
+    """Return a norm's factor per dimension, and whether it subtracts the mean first.
+
+    Found by probing, because classes store the factor differently (some store weight − 1). The
+    probes are a vector of mean 0 and mean square 1, its opposite (a bias shifts both alike), and
+    the vector plus 1.
+    """
+    signs = torch.ones(width, device=model.device)
+    signs[1::2] = -1
+    up, down, moved = (norm(x.to(model.dtype)).float() for x in (signs, -signs, signs + 1))
+    return (up - down) / 2 * signs, torch.allclose(moved, up, rtol=1e-2, atol=1e-3)

@@ -1,0 +1,362 @@
+"""Worlds: synthetic activations made of known features.
+
+    x = aG + groups      G dictionary [N, D], unit rows · a sparse [tokens, N]
+
+The sparse a is stored as (token, feature, value), and x is a sum of rows of G; no dense product
+over all features is computed. Draws are made in blocks of a fixed size, on the CPU, so that a
+sample is a pure function of the generator's seed, and memory does not grow with tokens · N.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from reseed.activations.cache import ActivationCache
+from reseed.activations.hookpoints import Hookpoint
+from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource
+from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, deal_stripes, generator
+from reseed.activations.synthetic.config import (
+    GeneratedConfig,
+    WorldConfig,
+    correlation_root,
+    firing_given_parent,
+    levels_of,
+    parents_of,
+)
+from reseed.config import ConfigError
+
+# MERGED A synthetic world as a source of activations, in place of a language model.
+_BLOCK = 1 << 22
+"""Draws (tokens · features) made at once; changing it changes the sample of a seed."""
+_DICTIONARY, _GROUPS, _FACTORS = 0x776F726C64, 0x776F726C65, 0x776F726C66
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Activations of a world with their true features, on the CPU.
+
+    Attributes:
+        x: activations.
+        token, feature, value: nonzero feature activations, sorted by token, then feature.
+        group_active: True where a group fires.
+    """
+
+    x: Float[Tensor, "tokens d_in"]
+    token: Int[Tensor, " active"]
+    feature: Int[Tensor, " active"]
+    value: Float[Tensor, " active"]
+    group_active: Bool[Tensor, "tokens groups"]
+
+    def first(self, tokens: int) -> Sample:
+        """Return the sample's first ``tokens`` tokens."""
+        end = int(torch.searchsorted(self.token, tokens))
+        return Sample(
+            self.x[:tokens],
+            self.token[:end],
+            self.feature[:end],
+            self.value[:end],
+            self.group_active[:tokens],
+        )
+
+    @classmethod
+    def joined(cls, samples: Sequence[Sample]) -> Sample:
+        """Concatenate several samples."""
+        token, before = [], 0
+        for sample in samples:
+            token.append(sample.token + before)
+            before += len(sample.x)
+        return cls(
+            torch.cat([s.x for s in samples]),
+            torch.cat(token),
+            torch.cat([s.feature for s in samples]),
+            torch.cat([s.value for s in samples]),
+            torch.cat([s.group_active for s in samples]),
+        )
+
+
+class World:
+    """The known features that a configuration declares.
+
+    Attributes:
+        config: the declared configuration.
+        dictionary: a unit row per feature.
+        groups: an orthonormal basis of each group's subspace.
+    """
+
+    def __init__(self, config: WorldConfig) -> None:
+        self.config = config
+        self.dictionary: Float[Tensor, "features d_in"] = _directions(config)
+        self.groups: Float[Tensor, "groups rank d_in"] = _orthonormal(
+            config.groups, config.group_rank, config.d_in, generator(_GROUPS, config.seed)
+        ).float()
+        probability = torch.from_numpy(firing_given_parent(config))
+        self._threshold = torch.special.ndtri(probability).float()
+        parent = parents_of(config)
+        self._parent = torch.from_numpy(parent)
+        self._levels = [torch.from_numpy(level) for level in levels_of(parent)]
+        correlated, root = correlation_root(config)
+        self._correlated, self._root = torch.from_numpy(correlated), torch.from_numpy(root).float()
+        self._factors, self._own = _factors(config)
+
+    def sample(self, tokens: int, generator: torch.Generator) -> Sample:
+        """Draw independent tokens.
+
+        Args:
+            generator: CPU generator, the only source of randomness.
+        """
+        block = max(1, _BLOCK // self.config.num_features)
+        sizes = [min(block, tokens - first) for first in range(0, tokens, block)]
+        return Sample.joined([self._block(size, generator) for size in sizes or [0]])
+
+    def _block(self, tokens: int, random: torch.Generator) -> Sample:
+        fire = self._fire(tokens, random)
+        token, feature = fire.nonzero(as_tuple=True)
+        value = self._magnitudes(len(token), random)
+        there = value > 0  # a magnitude may be drawn below 0
+        token, feature, value = token[there], feature[there], value[there]
+        counts = torch.bincount(token, minlength=tokens)
+        x = F.embedding_bag(
+            feature,
+            self.dictionary,
+            counts.cumsum(0) - counts,
+            mode="sum",
+            per_sample_weights=value,
+        )
+        return Sample(x, token, feature, value, self._add_groups(x, random))
+
+    def _fire(self, tokens: int, random: torch.Generator) -> Bool[Tensor, "tokens features"]:
+        """Draw a mask of the features that fire."""
+        z = torch.randn(tokens, self.config.num_features, generator=random)
+        if len(self._correlated):
+            z[:, self._correlated] = z[:, self._correlated] @ self._root.T
+        if self.config.copula_rank:
+            common = torch.randn(tokens, self.config.copula_rank, generator=random)
+            z.mul_(self._own).addmm_(common, self._factors.T)
+        fire = z < self._threshold
+        for level in self._levels:
+            self._follow_parents(fire, level, random)
+        return fire
+
+    def _follow_parents(self, fire: Tensor, level: Tensor, random: torch.Generator) -> None:
+        """Silence, in place, children whose parent is silent, and exclusive siblings but one."""
+        token, place = fire[:, level].nonzero(as_tuple=True)
+        feature = level[place]
+        on = fire[token, self._parent[feature]]
+        token, feature = token[on], feature[on]
+        if self.config.mutually_exclusive_children:
+            family = token * self.config.num_features + self._parent[feature]
+            kept = _draw_one_per_family(family, random)
+            token, feature = token[kept], feature[kept]
+        fire[:, level] = False
+        fire[token, feature] = True
+
+    def _magnitudes(self, count: int, random: torch.Generator) -> Float[Tensor, " count"]:
+        noise = torch.randn(count, generator=random)
+        return (self.config.magnitude_mean + self.config.magnitude_std * noise).relu()
+
+    def _add_groups(self, x: Tensor, random: torch.Generator) -> Bool[Tensor, "tokens groups"]:
+        """Add the contributions of firing groups to ``x`` in place; return which groups fire."""
+        drawn = torch.rand(len(x), self.config.groups, generator=random)
+        active = drawn < self.config.group_probability
+        for number, basis in enumerate(self.groups):
+            rows = active[:, number].nonzero()[:, 0]
+            direction = torch.randn(len(rows), self.config.group_rank, generator=random)
+            direction = F.normalize(direction, dim=1)
+            magnitude = self._magnitudes(len(rows), random)
+            x[rows] += magnitude[:, None] * direction @ basis
+            active[rows, number] = magnitude > 0
+        return active
+
+
+def _draw_one_per_family(
+    family: Int[Tensor, " some"], random: torch.Generator
+) -> Int[Tensor, " kept"]:
+    """Return the index of one element of each family, drawn uniformly."""
+    order = torch.rand(len(family), generator=random).argsort(stable=True)
+    order = order[family[order].argsort(stable=True)]
+    ordered = family[order]
+    last = torch.ones(len(order), dtype=torch.bool)
+    last[:-1] = ordered[1:] != ordered[:-1]
+    return order[last]
+
+
+def _directions(config: WorldConfig) -> Float[Tensor, "features d_in"]:
+    random = generator(_DICTIONARY, config.seed)
+    if config.dictionary == "orthogonal":
+        return _orthonormal(1, config.num_features, config.d_in, random)[0].float()
+    rows = torch.randn(config.num_features, config.d_in, generator=random, dtype=torch.float64)
+    return F.normalize(rows, dim=1).float()
+
+
+def _orthonormal(
+    count: int, rank: int, d_in: int, random: torch.Generator
+) -> Float[Tensor, "count rank d_in"]:
+    """Draw uniformly distributed orthonormal rows, float64."""
+    columns = torch.randn(count, d_in, rank, generator=random, dtype=torch.float64)
+    if not count:
+        return columns.mT
+    q, r = torch.linalg.qr(columns)
+    # The factorisation is unique, and q uniform, where the diagonal of r is positive.
+    return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).mT.contiguous()
+
+
+def _factors(config: WorldConfig) -> tuple[Float[Tensor, "features rank"], Float[Tensor, " f"]]:
+    """Return the weights of the common factors and of the own noise; their squares sum to 1."""
+    random = generator(_FACTORS, config.seed)
+    shape = (config.num_features, config.copula_rank)
+    weights = config.copula_scale * torch.randn(*shape, generator=random, dtype=torch.float64)
+    own = (1 + weights.square().sum(1)).rsqrt()
+    return (weights * own[:, None]).float(), own.float()
+
+
+_TRAINING, _HELD_OUT = 0x746F6B656E, 0x746F6B656F  # first word of the seeds of each split
+_HELD_OUT_BLOCK = 4_096
+"""Held-out tokens drawn at once. Fixed, so that a longer request begins with the shorter one."""
+_NORMAL = 30.0
+"""Approximate number of operations per normal draw."""
+
+
+@dataclass(frozen=True)
+class ResolvedWorld(ResolvedSource):
+    """A validated world, fully determined by its configuration."""
+
+    config: WorldConfig
+    label: str
+    fingerprint: str
+
+    @property
+    def num_features(self) -> int:
+        return self.config.num_features
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {}  # the configuration is signed already
+
+    def check(self, hookpoint: Hookpoint) -> None:
+        """Raise `ConfigError` unless ``hookpoint`` is the world's only one, resid_post.0."""
+        if hookpoint.layer != 0:
+            raise ConfigError(
+                f"{{key}} must be 0: {self.label} is a world and has one layer; "
+                f"got {hookpoint.layer}",
+                "layer",
+            )
+        if hookpoint.site != "resid_post":
+            raise ConfigError(
+                f"{{key}} must be resid_post: {self.label} is a world and has one site; "
+                f"got {hookpoint.site}",
+                "hookpoint.site",
+            )
+
+    def d_in(self, hookpoint: Hookpoint) -> int:
+        return self.config.d_in
+
+    def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
+        if not isinstance(config, GeneratedConfig):
+            raise ConfigError(
+                f"{{key}}={config.name} is a text; model={self.label} is a world and makes its own "
+                "activations: dataset=generated"
+            )
+        return ResolvedWorldData(self.config, config)
+
+
+@dataclass(frozen=True)
+class ResolvedWorldData(ResolvedData):
+    """A world, with the order and the chunk size of its activations."""
+
+    world: WorldConfig
+    config: GeneratedConfig
+
+    @property
+    def label(self) -> str:
+        return "generated"
+
+    @property
+    def described(self) -> str:
+        return "generated activations"
+
+    @property
+    def context_length(self) -> None:
+        return None
+
+    @property
+    def fingerprints(self) -> Mapping[str, str]:
+        return {}
+
+    def in_order(self, order_seed: int) -> Self:
+        return replace(self, config=replace(self.config, order_seed=order_seed))
+
+    @property
+    def weight_bytes(self) -> int:
+        rows = self.world.num_features + self.world.groups * self.world.group_rank
+        return 4 * rows * self.world.d_in
+
+    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """Count a normal draw per feature, its factors, and the rows of the features that fire."""
+        config = self.world
+        active = float(firing_given_parent(config).sum()) + config.groups * config.group_rank
+        drawn = config.num_features * (_NORMAL + 2.0 * config.copula_rank)
+        return drawn + 2.0 * active * config.d_in
+
+    def check_budget(self, steps: int, batch_size: int) -> None:
+        """Accept every budget: a world is endless."""
+
+    def open(
+        self, device: torch.device, needed: int, cache: ActivationCache | None = None
+    ) -> WorldSource:
+        return WorldSource(World(self.world), self.config, device)
+
+
+class WorldSource(ActivationSource):
+    """Activations drawn from a world.
+
+    Training chunks are seeded by (world's seed, order seed, c), held-out tokens by the world's seed
+    alone.
+    """
+
+    world: World
+
+    def __init__(self, world: World, config: GeneratedConfig, device: torch.device) -> None:
+        self.world, self.config, self.device = world, config, device
+
+    def stream(self, hookpoints: Sequence[Hookpoint]) -> WorldStream:
+        return WorldStream(self.world, self.config, hookpoints, self.device)
+
+    def held_out(
+        self, hookpoints: Sequence[Hookpoint], tokens: int
+    ) -> Iterator[dict[Hookpoint, Tensor]]:
+        for sample in self.held_out_samples(tokens):
+            x = sample.x.to(self.device)
+            yield dict.fromkeys(hookpoints, x)
+
+    def held_out_samples(self, tokens: int) -> Iterator[Sample]:
+        for first in range(0, tokens, _HELD_OUT_BLOCK):
+            random = generator(_HELD_OUT, self.world.config.seed, first // _HELD_OUT_BLOCK)
+            yield self.world.sample(_HELD_OUT_BLOCK, random).first(tokens - first)
+
+
+class WorldStream(ChunkStream):
+    """An endless stream; chunk c is an independent sample."""
+
+    def __init__(
+        self,
+        world: World,
+        config: GeneratedConfig,
+        hookpoints: Sequence[Hookpoint],
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, hookpoints, device)
+        self.world = world
+
+    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
+        random = generator(_TRAINING, self.world.config.seed, self.config.order_seed, c)
+        x = self.world.sample(self.config.chunk_tokens, random).x.to(self.device)
+        order = self._permutation(c, self.config.chunk_tokens // STRIPES)
+        return dict.fromkeys(self.hookpoints, deal_stripes(x, order))

@@ -1,0 +1,253 @@
+"""The activations of a language model on a text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from reseed.activations.cache import ActivationCache
+from reseed.activations.chunk_cache import ChunkCache
+from reseed.activations.chunks import VERSION, ActivationStream, held_out_chunks, held_out_packing
+from reseed.activations.hookpoints import Hookpoint, module_path
+from reseed.activations.language_model import DTYPES, LanguageModel, ResolvedModel
+from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
+from reseed.activations.stream import DatasetConfig, batches_available
+from reseed.activations.text import ResolvedText, TextConfig, resolve_text
+from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.config import ConfigError
+
+
+@dataclass(frozen=True)
+class ResolvedModelText(ResolvedData):
+    """A text and the language model that will read it, both resolved."""
+
+    model: ResolvedModel
+    text: ResolvedText
+
+    @property
+    def config(self) -> TextConfig:
+        return self.text.config
+
+    @property
+    def label(self) -> str:
+        return self.text.label
+
+    def in_order(self, order_seed: int) -> Self:
+        config = replace(self.config, order_seed=order_seed)
+        return replace(self, text=replace(self.text, config=config))
+
+    @property
+    def described(self) -> str:
+        return f"text {self.text.label}"
+
+    @property
+    def context_length(self) -> int:
+        return self.config.context_length
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {"text": self.text.fingerprint}
+
+    def stores(self, needed: int) -> tuple[TokenStore, TokenStore]:
+        """Return training and held-out tokens; read a streamed text for ``needed`` activations."""
+        return token_stores(
+            self.text, self.model.tokenizer, self.model.tokenizer_fingerprint, needed
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        weights = sum(p.numel() for p in self.model.skeleton.parameters())
+        return weights * DTYPES[self.model.config.dtype].itemsize
+
+    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """Return 2·P for the P weights of the model up to the deepest hookpoint."""
+        unused = 1 + 1 / max(self.config.context_length - 1, 1)  # first positions are left out
+        return 2.0 * max(map(self._weights_used, hookpoints)) * unused
+
+    def _weights_used(self, hookpoint: Hookpoint) -> int:
+        """Return the number of weights applied per token up to ``hookpoint`` (no embeddings)."""
+        model = self.model.skeleton
+        path = module_path(model, hookpoint)
+        blocks, _, rest = path.partition(f".{hookpoint.layer}")
+        if not rest and not path.endswith(f".{hookpoint.layer}"):  # outside the blocks
+            return sum(p.numel() for p in model.parameters())
+        layers = list(model.get_submodule(blocks).children())[: hookpoint.layer + 1]
+        return sum(p.numel() for layer in layers for p in layer.parameters())
+
+    def open(
+        self, device: torch.device, needed: int, cache: ActivationCache | None = None
+    ) -> TextSource:
+        return TextSource(self, device, needed, cache)
+
+    def check_budget(self, steps: int, batch_size: int) -> None:
+        """Raise `ConfigError` if the text is too short for the training or held-out tokens."""
+        if self.text.streamed:  # its length is known only after reading (`check_length`)
+            return
+        try:
+            train, held_out = self.stores(steps * batch_size)
+        except ConfigError as error:
+            raise error.within("dataset") from None
+        repeat = "Lower it, give more text, or set dataset.repeat=true."
+        less = "Lower it, give more text, or raise dataset.held_out_fraction."
+        if train.num_documents + held_out.num_documents < 2:
+            repeat = less = "The whole text is one document: set dataset.separator to split it."
+        for part, wanted, key, remedy in (
+            (train, steps * batch_size, "training.tokens", repeat),
+            (held_out, self.config.held_out_tokens, "dataset.held_out_tokens", less),
+        ):
+            there = _activations(part, self.config)
+            if part is train:
+                batches = batches_available(there, self.config, batch_size)
+                usable = batches * batch_size
+                enough = (self.config.repeat and usable > 0) or batches >= steps
+            else:
+                usable, enough = there, there >= wanted
+            if not enough:
+                name = "training documents" if part is train else "held-out documents"
+                raise ConfigError(
+                    f"{{key}} (={wanted:,}) must not exceed the activations in the "
+                    f"{part.num_documents:,} {name} of {self.label}: {usable:,}. {remedy}",
+                    key,
+                )
+
+
+class TextSource(ActivationSource):
+    """A language model and the tokens that it reads.
+
+    Args:
+        found: resolved model and text.
+        device: device of the model.
+        needed: activations that training needs; a streamed text is read no further.
+        cache: stores chunks on disk.
+    """
+
+    def __init__(
+        self,
+        found: ResolvedModelText,
+        device: torch.device,
+        needed: int,
+        cache: ActivationCache | None = None,
+    ) -> None:
+        self.config, self.cache = found.config, cache
+        self.train_store, self.held_out_store = found.stores(needed)
+        self.found, self.model = found, LanguageModel(found.model, device)
+        self.device = self.model.device
+
+    def stream(self, hookpoints: Sequence[Hookpoint]) -> ActivationStream:
+        shelf = self._shelf("train")
+        return ActivationStream(self.model, self.train_store, self.config, hookpoints, shelf)
+
+    def held_out(
+        self, hookpoints: Sequence[Hookpoint], tokens: int
+    ) -> Iterator[dict[Hookpoint, Tensor]]:
+        shelf = self._shelf("held_out")
+        return held_out_chunks(
+            self.model, self.held_out_store, self.config, hookpoints, tokens, shelf
+        )
+
+    def held_out_sequences(
+        self, tokens: int
+    ) -> tuple[Int[Tensor, "sequences context"], Bool[Tensor, "sequences context"]]:
+        """Return the first held-out sequences with at least ``tokens`` activations in all.
+
+        Returns:
+            the sequences, and a mask of the positions that count (not first, not special tokens;
+            see the data set's options).
+
+        Raises:
+            ConfigError: there are fewer held-out activations.
+        """
+        check_held_out(self, tokens)
+        packing = held_out_packing(self.held_out_store, self.config)
+        _, end, _ = packing.covering(0, tokens)
+        sequences = packing.sequences(0, end)
+        kept = packing.keep(sequences)
+        return torch.from_numpy(sequences.astype(np.int64)), torch.from_numpy(kept)
+
+    def _shelf(self, part: str) -> ChunkCache | None:
+        """Return the cached chunks of one part of the text, or None without a cache."""
+        if self.cache is None:
+            return None
+        key = chunk_key(self.found, part, self.device)
+        name = f"{self.found.model.label}-{{hookpoint}}-{self.found.label}"
+        order = f"order{self.config.order_seed}" if part == "train" else part
+        return ChunkCache(self.cache, key, f"{name}-{order}")
+
+    @property
+    def held_out_available(self) -> int:
+        return held_out_packing(self.held_out_store, self.config).num_activations
+
+
+def chunk_key(found: ResolvedModelText, part: str, device: torch.device) -> dict[str, Any]:
+    """Return everything that decides a text's activations, except hookpoint and chunk tokens.
+
+    Args:
+        part: ``train`` or ``held_out``, which has no order.
+        device: device of the computation. On the CPU the key includes the number of torch threads,
+            which can change the last bits.
+    """
+    model, config = found.model, found.config
+    left_out = {"held_out_tokens"} | (set() if part == "train" else {"order_seed", "repeat"})
+    where: dict[str, Any] = {
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+    }
+    if device.type == "cuda":
+        where["device"] = torch.cuda.get_device_name(device)
+    else:
+        where["device"] = f"{device.type} {torch.backends.cpu.get_cpu_capability()}"
+        where["threads"] = torch.get_num_threads()
+    return {
+        "version": VERSION,
+        "fingerprints": {**model.fingerprints, **found.fingerprints},
+        "model": model.config.signed(),
+        "dataset": {k: v for k, v in config.signed().items() if k not in left_out},
+        "part": part,
+        "computed": where,
+    }
+
+
+def resolve_model_text(
+    model: ResolvedModel, config: DatasetConfig, cache: Path
+) -> ResolvedModelText:
+    """Find the text that ``model`` will read.
+
+    Raises:
+        ConfigError: with a key relative to ``dataset``: the data set is no text, cannot be read, or
+            its sequences exceed the model's maximum length.
+    """
+    if not isinstance(config, TextConfig):
+        raise ConfigError(
+            f"{{key}}={config.name} is for model=world_*; model={model.label} is a language "
+            "model and reads a text, for example dataset=docstrings"
+        )
+    if config.context_length > model.context_length:
+        raise ConfigError(
+            f"{{key}} must not exceed the {model.context_length} positions of {model.label}; "
+            f"got {config.context_length}",
+            "context_length",
+        )
+    return ResolvedModelText(model, _resolve_text(config, cache))
+
+
+@lru_cache(maxsize=32)
+def _resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
+    return resolve_text(config, cache)
+
+
+@lru_cache(maxsize=32)
+def _activations(store: TokenStore, config: TextConfig) -> int:
+    if len(store) < config.context_length:
+        return 0
+    packing = Packing(store, config)
+    return packing.guaranteed_activations if config.repeat else packing.num_activations

@@ -1,0 +1,271 @@
+"""The exact assignment: solve on a graph of candidates, price the pairs outside it, repeat."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from reseed.compare.matching.candidates import CANDIDATES, candidates
+from reseed.compare.matching.graph import Assignment, Edges, listed_edges, no_edges
+from reseed.compare.matching.paths import auction, augment, release
+from reseed.compare.matching.pricing import EXACT, Bounds, Pricer, Prices, centre_prices, open_pairs
+from reseed.compare.matching.rows import DistinctRows
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str], None]
+STEPS = (6e-3, 2e-3, 6e-4, 2e-4, 5e-5)
+"""ε of the rounds of the auction."""
+PARKED = 0.03
+"""The first auction ends when at most this fraction of the rows has no column."""
+_LOWERED = 0.01, 8  # step, and maximum number of steps, by which the rows' reserve values fall
+_BIDS = 40  # per row and auction; limits the time where ties are many
+_NEAR = 1e-3  # pairs this near to u_i + v_j become edges too, so that the next search is short
+_MOST_EDGES = 1 << 26  # that a round may add
+SPREAD = 4.0
+"""Largest difference between initial column prices. Optimal prices differ by at most 2, as cosines
+do."""
+
+
+@dataclass(frozen=True, eq=False)
+class Optimum:
+    """A finished assignment of rows to at least as many columns.
+
+    Attributes:
+        state: every copy of a row has a slot; prices are exact.
+        edges: the graph at the end. Pairs outside it have S_ij ≤ u_i + v_j (to 1e-12), and are
+            below by a margin (0.001) unless a row has more such near pairs than its list holds;
+            the nearest are listed first. So the graph may lack some of very many ties.
+    """
+
+    state: Assignment
+    edges: Edges
+
+
+def solve(
+    a: DistinctRows,
+    b: DistinctRows,
+    *,
+    absolute: bool = False,
+    count: int = CANDIDATES,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda message: None,
+) -> Optimum:
+    """Assign every row of ``a`` to a row of ``b`` with the largest sum of cosines.
+
+    Raises:
+        ValueError: ``a`` has more rows than ``b`` (copies counted).
+    """
+    if a.count > b.count:
+        raise ValueError(f"`a` must not have more rows than `b`; got {a.count} and {b.count}")
+    # The error bounds assume accumulation in float32, which CUDA guarantees only with this setting.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return _Solver(a, b, absolute, count, torch.device(device), progress).solve()
+
+
+@dataclass(eq=False)
+class _Solver:
+    """State of `solve`: the graph, bounds on the pairs outside it, the assignment."""
+
+    a: DistinctRows
+    b: DistinctRows
+    absolute: bool
+    count: int
+    device: torch.device
+    say: Progress
+    edges: Edges = field(init=False)
+    bounds: Bounds = field(init=False)
+    state: Assignment = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.pricer = Pricer(self.a, self.b, self.absolute, self.device)
+        self.surplus = self.b.count - self.a.count
+        self.started = time.perf_counter()
+        self.rounds = 0
+
+    def solve(self) -> Optimum:
+        self.list_candidates()
+        self.begin()
+        self.settle()
+        while not self.priced():
+            self.settle()
+        return Optimum(self.state, self.edges)
+
+    def list_candidates(self) -> None:
+        """Run the pass over all pairs; set the graph, and bounds on the pairs outside it."""
+        by_row, by_column = candidates(
+            self.a, self.b, absolute=self.absolute, count=self.count, device=self.device,
+            progress=lambda done: self.say(f"candidates {done:.0%}"),
+        )  # fmt: skip
+        self.bounds = Bounds(by_row.bound, by_column.bound)
+        self.edges = no_edges(len(self.a), len(self.b))
+        row, column = by_row.pairs()
+        of_column, back = by_column.pairs()
+        self.add(np.concatenate([row, back]), np.concatenate([column, of_column]))
+        self.note("candidates")
+
+    def begin(self) -> None:
+        """Run the auction: find roughly right prices, and a column for most rows.
+
+        It starts at prices which the bounds make feasible for all pairs, u_i ≥ r_i/2 and
+        v_j ≥ c_j/2. Rows that find no column worth this much, and columns without a bid, get more
+        edges; then the auction continues without these limits.
+        """
+        least_row, prices = (np.maximum(x, -1.0) / 2 for x in (self.bounds.row, self.bounds.column))
+        if self.surplus:
+            # Unused columns cost 0; usually they are those with the worst candidates.
+            shift = np.quantile(prices, self.surplus / self.b.count)
+            least_row, prices = least_row + shift, np.maximum(prices - shift, 0.0)
+        # Rows of several copies are left to the shortest paths.
+        single = self.a.copies == 1
+        least = np.where(single, least_row, np.inf)
+        owner, partner = np.full(len(self.b), -1), np.full(len(self.a), -1)
+
+        def bid(step: float) -> None:
+            bids = _BIDS * len(self.a)
+            auction(self.edges, prices, owner, partner, least, step, bids)
+            self.note(f"auction at {step}: {np.count_nonzero(single & (partner < 0))} without")
+
+        bid(STEPS[0])
+        by, times = _LOWERED
+        for _ in range(times):
+            if np.count_nonzero(single & (partner < 0)) <= PARKED * len(self.a):
+                break
+            least -= by
+            bid(STEPS[0])
+        rows, columns = np.flatnonzero(single & (partner < 0)), np.flatnonzero(owner < 0)
+        if len(rows):
+            columns = columns[np.argsort(-prices[columns], kind="stable")][: len(rows)]
+            self.widen(rows, columns, self.edges.profit(prices), prices)
+        least[single] = -np.inf
+        for step in STEPS:
+            bid(step)
+        self.state = Assignment.empty(self.a.copies, self.b.copies, _limit_prices(prices))
+        rows = np.flatnonzero(partner >= 0)
+        self.state.take(self.state.first_copy[rows], partner[rows])
+
+    def settle(self) -> None:
+        """Find the optimum on the graph; add edges where not every row finds a column."""
+        state = self.state
+        state.tighten(self.edges)
+        self.note(f"paths for {len(state.without):,}")
+        while True:
+            stuck = augment(self.edges, state, lambda done: self.say(f"shortest paths {done:.0%}"))
+            if not len(stuck):
+                break
+            self.note(f"{len(stuck):,} stuck")
+            rows, times = np.unique(state.row_of[stuck], return_counts=True)
+            columns = np.flatnonzero(state.has_room)
+            columns = columns[np.argsort(state.column_price[columns], kind="stable")]
+            self.widen(rows, columns[: 4 * len(rows)], state.row_price, state.column_price)
+            # Edges to free slots guarantee a column to every stuck copy.
+            room = np.bincount(state.column_of[state.owner < 0], minlength=len(self.b))
+            self.add(np.repeat(rows, times), np.repeat(columns, room[columns])[: len(stuck)])
+            state.tighten(self.edges)
+        if self.surplus:
+            release(self.edges, state)
+        self.note("settled")
+
+    def priced(self) -> bool:
+        """Compute the open pairs; return True if none of them belongs in the graph."""
+        self.centre()
+        prices = Prices(self.state.row_price.copy(), self.state.column_price.copy(), _NEAR)
+        unclear, worst = self.look(prices)
+        if worst > EXACT:
+            return False
+        # Low precision does not settle rows with more pairs near u_i + v_j than were listed.
+        return not len(unclear) or self.look(prices, unclear)[1] <= EXACT
+
+    def centre(self) -> None:
+        """Move to equally good prices that leave few pairs open."""
+        state = self.state
+        partner = np.full(len(self.a), -1)
+        column = state.partner
+        movable = (self.a.copies[state.row_of] == 1) & (self.b.copies[column] == 1)
+        partner[state.row_of[movable]] = column[movable]
+        centre_prices(
+            self.edges, state.row_price, state.column_price, partner, self.bounds,
+            free_columns=self.surplus > 0,
+        )  # fmt: skip
+        self.note("centred")
+
+    def look(
+        self, prices: Prices, rows: Int[np.ndarray, " some"] | None = None
+    ) -> tuple[Int[np.ndarray, " unclear"], float]:
+        """Compute the open pairs, add edges, and tighten the bounds of the other pairs.
+
+        Args:
+            rows: compute only the pairs of these rows, and in float64.
+
+        Returns:
+            the rows that have unlisted pairs which may exceed u_i + v_j; and the largest excess of
+            a listed pair.
+        """
+        look_at = self.pricer.look_at if rows is None else self.pricer.prove
+        # Usually few pairs are found. If many rounds are needed, as with clusters larger than the
+        # lists, each round may add twice as many, within `_MOST_EDGES`.
+        count = min(self.count << self.rounds, max(self.count, _MOST_EDGES // len(self.a)))
+        self.rounds += rows is None
+        rest = np.full(len(self.a), -prices.margin)
+        found, total = [], 0
+        for block in open_pairs(self.bounds, prices, rows):
+            total += block.count
+            self.say(f"prices: {total:,} open pairs")
+            found.append(look_at(block, prices, count))
+            rest[block.row] = found[-1].rest
+        if found:
+            self.add(
+                np.concatenate([one.row for one in found]),
+                np.concatenate([one.column for one in found]),
+            )
+        if rows is None:
+            self.bounds.add(prices.u + rest, prices.v)
+        edges = self.edges
+        worst = float((edges.cosine - prices.u[edges.row] - prices.v[edges.column]).max())
+        part = total / (len(self.a) * len(self.b))
+        self.note(f"open {part:.3%}, {len(edges):,} edges, worst {worst:.1e}")
+        return np.flatnonzero(rest > 0), worst
+
+    def widen(
+        self,
+        rows: Int[np.ndarray, " rows"],
+        columns: Int[np.ndarray, " columns"],
+        row_price: Float[np.ndarray, " n"],
+        column_price: Float[np.ndarray, " m"],
+    ) -> None:
+        """Add edges from some rows and columns to their best partners, and to each other."""
+        more = 2 * self.count
+        found = self.pricer.best_partners(rows, column_price, more)
+        back = self.pricer.best_partners(columns, row_price, more, of_columns=True)
+        pairs = min(len(rows), len(columns))
+        self.add(
+            np.concatenate([np.repeat(rows, found.shape[1]), back.ravel(), rows[:pairs]]),
+            np.concatenate([found.ravel(), np.repeat(columns, back.shape[1]), columns[:pairs]]),
+        )
+        self.note(f"widened {len(rows):,} rows and {len(columns):,} columns")
+
+    def add(self, row: Int[np.ndarray, " new"], column: Int[np.ndarray, " new"]) -> None:
+        self.edges = listed_edges(
+            self.a, self.b, row, column, absolute=self.absolute, beside=self.edges
+        )
+
+    def note(self, what: str) -> None:
+        log.debug("%7.2f s  %s", time.perf_counter() - self.started, what)
+
+
+def _limit_prices(prices: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+    """Limit the level and the spread of the auction's prices.
+
+    Rows that want fewer columns than there are rows (e.g. columns of many copies, of which the
+    auction sells one) outbid each other until no bids are left. At prices of a million, float64
+    lacks the 12 digits after the point that the proof needs. A common offset does not matter, and
+    any prices can be the start.
+    """
+    prices = prices - max(0.0, float(prices.min()) - 1.0)
+    return np.minimum(prices, prices.min() + SPREAD)

@@ -1,0 +1,232 @@
+"""Communication between the processes that train one group together.
+
+    rank 0     leader: holds the locks, sends the work (`ProcessGroup.tell`), writes the records
+    ranks 1…   workers (`reseed.distributed.worker`), on this machine or on other nodes
+
+All ranks make every exchange in the same order. Waiting is a polling loop, so that signals are
+handled and the death of another rank's process is noticed.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+
+from reseed.config import ReseedError
+
+# MERGED A batch that several ranks share in equal portions (data-parallel training). Each rank computes the loss on its portion, such that the means over the ranks of loss and gradients are those of the whole batch. This holds by itself for a mean over tokens. Terms that depend on the batch in another way u
+PATIENCE = timedelta(days=30)
+"""Timeout of an exchange: a rank may wait as long as another works. `ProcessGroup.check` detects the loss
+of a rank."""
+_SPINS, _PAUSE_S = 50, 1e-4
+_SMALL = 2**18
+"""Number of elements below which copying a tensor costs less than a message of its own."""
+
+
+class ProcessLostError(ReseedError):
+    """The loss of another process of the team.
+
+    Args:
+        message: names the process and how it ended.
+        out_of_memory: True if it ran out of memory.
+    """
+
+    def __init__(self, message: str, out_of_memory: bool = False) -> None:
+        super().__init__(message)
+        self.out_of_memory = out_of_memory
+
+
+@dataclass
+class ProcessGroup:
+    """This process's rank, and its exchanges with the other ranks.
+
+    Attributes:
+        index: this process's rank, from 0.
+        count: number of ranks.
+        device: device that this process trains on.
+        local_index, local_count: the same among the ranks of its node.
+        check: raises `ProcessLostError` if a rank is known to be lost; called while waiting.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    local_index: int = 0
+    local_count: int = 1
+    check: Callable[[], None] = lambda: None
+    _group: Any = None
+
+    @property
+    def several(self) -> bool:
+        return self.count > 1
+
+    @property
+    def leads(self) -> bool:
+        return self.index == 0
+
+    def channel(self) -> ProcessGroup:
+        """Return a separate channel for another thread. All ranks must call this together."""
+        if not self.several:
+            return self
+        return ProcessGroup(self.index, self.count, self.device, self.local_index, self.local_count,
+                     self.check, dist.new_group(timeout=PATIENCE))  # fmt: skip
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Replace ``x`` by its sum over all ranks, and return it."""
+        return self._reduced(x, dist.ReduceOp.SUM)
+
+    def largest_(self, x: Tensor) -> Tensor:
+        """Replace ``x`` by its elementwise maximum over all ranks, and return it."""
+        return self._reduced(x, dist.ReduceOp.MAX)
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Replace each of the tensors, which must be contiguous, by its mean over all ranks."""
+        if not self.several:
+            return
+        small = [x for x in tensors if x.numel() < _SMALL]
+        sent = [x for x in tensors if x.numel() >= _SMALL]
+        if small:  # sent in one message
+            sent.append(torch.cat([x.flatten() for x in small]))
+        works = [dist.all_reduce(x, group=self._group, async_op=True) for x in sent]
+        for x, work in zip(sent, works, strict=True):
+            self._wait(work, x.device)
+            x.div_(self.count)
+        if small:
+            means = sent[-1].split([x.numel() for x in small])
+            for x, mean in zip(small, means, strict=True):
+                x.copy_(mean.view_as(x))
+
+    def copy_(self, x: Tensor, source: int, between: Callable[[], None] = lambda: None) -> Tensor:
+        """Replace ``x`` by that of rank ``source``, and return it.
+
+        Args:
+            between: called while waiting.
+        """
+        if self.several:
+            work = dist.broadcast(x, source, group=self._group, async_op=True)
+            self._wait(work, x.device, between)
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Return the vectors of all ranks, which may differ in length."""
+        if not self.several:
+            return [x]
+        lengths = torch.zeros(self.count, dtype=torch.int64, device=x.device)
+        lengths[self.index] = len(x)
+        length = int(self.sum_(lengths).max())
+        padded = x.new_zeros(length)
+        padded[: len(x)] = x
+        found = [torch.empty_like(padded) for _ in range(self.count)]
+        work = dist.all_gather(found, padded, group=self._group, async_op=True)
+        self._wait(work, x.device)
+        return [one[:n] for one, n in zip(found, lengths.tolist(), strict=True)]
+
+    def tell(self, what: Any = None) -> Any:
+        """Send an object of rank 0 to all ranks, and return it."""
+        if not self.several:
+            return what
+        said = pickle.dumps(what) if self.leads else b""
+        length = self.copy_(torch.tensor([len(said)], dtype=torch.int64), 0)
+        room = torch.empty(int(length), dtype=torch.uint8)
+        if self.leads:
+            room.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
+        return pickle.loads(self.copy_(room, 0).numpy().tobytes())
+
+    def collect(self, what: Any) -> list[Any]:
+        """Return the objects of all ranks, on every rank."""
+        own = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8)
+        return [pickle.loads(said.numpy().tobytes()) for said in self.gather(own)]
+
+    def _reduced(self, x: Tensor, how: Any) -> Tensor:
+        if self.several:
+            self._wait(dist.all_reduce(x, how, group=self._group, async_op=True), x.device)
+        return x
+
+    def _wait(
+        self, work: Any, device: torch.device, between: Callable[[], None] = lambda: None
+    ) -> None:
+        """Wait for an exchange.
+
+        Polls on the CPU, because torch's own wait ignores signals; on a GPU only the stream waits.
+        """
+        looks = 0
+        while device.type == "cpu" and not work.is_completed():
+            looks += 1
+            time.sleep(0 if looks < _SPINS else _PAUSE_S)
+            if looks % _SPINS == 0:
+                self.check()
+                between()
+        try:
+            work.wait()
+        except RuntimeError as error:
+            self.check()  # raises a more specific error if it can
+            raise ProcessLostError(f"another process of the team is gone ({error})") from error
+
+
+ALONE = ProcessGroup()
+"""A single process, without exchanges."""
+
+
+_sharing: ContextVar[ProcessGroup] = ContextVar("sharing", default=ALONE)
+
+
+@contextmanager
+def batch_shared_by(ranks: ProcessGroup) -> Iterator[None]:
+    """Declare that, inside the context, every batch is one rank's portion of a shared batch."""
+    before = _sharing.set(ranks)
+    try:
+        yield
+    finally:
+        _sharing.reset(before)
+
+
+def current_batch_group() -> ProcessGroup:
+    """Return the ranks that share the batch: this process alone, unless training declares more."""
+    return _sharing.get()
+
+
+def batch_mean(mean: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return the mean over the whole batch, with the gradient of this rank's portion.
+
+    For means that enter a loss nonlinearly: the gradient, averaged over the ranks, is then that of
+    the whole batch.
+    """
+    ranks = current_batch_group()
+    if not ranks.several:
+        return mean
+    whole = ranks.sum_(mean.detach().clone()) / ranks.count
+    return mean + (whole - mean.detach())
+
+
+def min_over_batch(values: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
+    """Return the smallest value of the whole batch; infinity if there is none."""
+    own = values.min() if len(values) else values.new_full((), torch.inf)
+    return -current_batch_group().largest_(-own)
+
+
+def shared_variance(x: Float[Tensor, "batch d_in"], own: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return this rank's equal share of Σ‖x − x̄‖² over the whole batch.
+
+    Args:
+        own: Σ‖x − x̄‖² of this rank's portion around its own mean.
+    """
+    ranks = current_batch_group()
+    if not ranks.several:
+        return own
+    # Σ_r own_r + Σ_r n‖x̄_r − x̄‖², in float64 because the second is a difference of large sums.
+    mean = x.detach().double().mean(0)
+    sums = torch.cat([mean, own.detach().double()[None], mean.square().sum()[None]])
+    sums = ranks.sum_(sums) / ranks.count
+    between = len(x) * (sums[-1] - sums[:-2].square().sum())
+    return (sums[-2] + between.clamp_min(0)).to(own.dtype)

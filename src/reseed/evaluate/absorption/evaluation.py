@@ -1,0 +1,230 @@
+"""The evaluation ``absorption``: its settings, and the steps from an SAE to its result."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+
+from reseed.activations.stream import generator
+from reseed.activations.text_source import TextSource
+from reseed.config import setting
+from reseed.evaluate.absorption.causal import CausalRules, causal_absorption
+from reseed.evaluate.absorption.projection import Alignment, NullCosines, Thresholds, null_cosines
+from reseed.evaluate.absorption.records import main_latents, word_records
+from reseed.evaluate.absorption.result import DERIVED, AbsorptionMeasurements, make_result
+from reseed.evaluate.base import EvaluationInput, LoadedRun, Result
+from reseed.evaluate.codes import Codes, encode
+from reseed.evaluate.first_letter.task import ProbedTask, WordTaskConfig, probe_quality
+from reseed.evaluate.probes import Scores
+from reseed.evaluate.splitting import Split, find_splits, refusal_reasons
+from reseed.sae.base import SAE
+
+_RANKING, _DIRECTIONS = 0x72616E6B, 0x64697265
+_COUNTED = 10_000_000
+"""Tokens of the training text in which word frequencies are counted."""
+
+
+@dataclass(frozen=True)
+class AbsorptionConfig(WordTaskConfig, name="absorption"):
+    """Absorption: latents of a class are silent because others have absorbed them.
+
+    Args:
+        cosine, full_cosine, share, absorbers: the published thresholds
+            (`reseed.evaluate.absorption.projection.Thresholds`). A second measurement sets both
+            cosines to the null cosine: that with random directions and permuted probes.
+        null_directions: number of random directions, drawn with the activations' covariance.
+        null_quantile: the null cosine is this quantile of the latents' cosines.
+        causal: also measure the effect on the model's answer; this runs the whole model.
+        causal_sample: words of each class to measure the effect on.
+        bootstrap: draws of words for the intervals.
+        confidence: confidence level of the intervals.
+        seed: seed of the bootstrap and of the random directions.
+    """
+
+    version: ClassVar[int] = 2
+
+    cosine: float = setting(0.1, at_least=-1, at_most=1)
+    full_cosine: float = setting(0.025, at_least=-1, at_most=1)
+    share: float = setting(0.4, above=0, at_most=1)
+    absorbers: int = setting(3, at_least=1)
+    null_directions: int = setting(128, at_least=1)
+    null_quantile: float = setting(0.999, above=0, below=1)
+    causal: bool = False
+    causal_sample: int = setting(200, at_least=1)
+    bootstrap: int = setting(1_000, at_least=1)
+    confidence: float = setting(0.95, above=0, below=1)
+    seed: int = setting(0, at_least=0)
+
+    def check(self, resolved: Any) -> None:
+        super().check(resolved)
+        if self.causal:
+            tokenizer = resolved.model.tokenizer
+            self.template(tokenizer, self.words(tokenizer)).check_answers()
+
+    @property
+    def thresholds(self) -> Thresholds:
+        return Thresholds(self.cosine, self.full_cosine, self.share, self.absorbers)
+
+    def evaluate(
+        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
+    ) -> Iterator[tuple[str, Result]]:
+        frequency = word_frequency(evaluated, self.words(evaluated.tokenizer).tokens.numpy())
+        hooks = list(dict.fromkeys(subject.hook for subject in subjects))
+        for hook in hooks:
+            repetitions = list(self.repetitions(evaluated, hook, hooks))
+            quality = probe_quality(repetitions)
+            for subject in subjects:
+                if subject.hook == hook:
+                    evaluated.note(f"absorption of {subject.id}")
+                    yield (
+                        subject.id,
+                        self._evaluated(subject, evaluated, repetitions, quality, frequency),
+                    )
+
+    def _evaluated(
+        self,
+        subject: LoadedRun,
+        evaluated: EvaluationInput,
+        repetitions: list[ProbedTask],
+        quality: Scores,
+        frequency: np.ndarray,
+    ) -> Result:
+        reasons = refusal_reasons(repetitions, quality, self.probe_f1)
+        kept = [number for number, reason in enumerate(reasons) if not reason]
+        measured = self.measured(subject.sae, repetitions, kept)
+        untrained = None
+        if subject.untrained is not None:
+            # An untrained SAE has no inference threshold yet: half of its latents would be active.
+            subject.untrained.initialise_threshold(repetitions[0].x)
+            untrained = self.measured(subject.untrained, repetitions, kept, null=False)
+        if self.causal:
+            self._add_causal(measured, subject, evaluated, repetitions)
+        return make_result(
+            self, repetitions, measured, untrained, subject.sae, quality, reasons, frequency
+        )
+
+    def measured(
+        self, sae: SAE, repetitions: list[ProbedTask], kept: Sequence[int], null: bool = True
+    ) -> AbsorptionMeasurements:
+        """Measure every word of the ``kept`` classes in every repetition, encoded once.
+
+        Args:
+            null: also measure permuted labels, and use the thresholds of the null.
+        """
+        codes = [encode(sae, probed.x) for probed in repetitions]
+        thresholds = {"": self.thresholds}
+        cosines = None
+        if null:
+            cosines = self._null_cosines(sae, codes, repetitions)
+            level = cosines.threshold
+            thresholds[DERIVED] = Thresholds(level, level, self.share, self.absorbers)
+        records, permuted, splits = [], [], []
+        for probed, code in zip(repetitions, codes, strict=True):
+            for fold in range(len(probed.folds)):
+                mine, others = self._splits(code, probed, fold, kept, null)
+                splits.append((probed, fold, code, mine))
+                records.append(word_records(sae, probed, fold, code, mine, thresholds))
+                if null:
+                    permuted.append(
+                        word_records(sae, probed, fold, code, others, thresholds, permuted=True)
+                    )
+        return AbsorptionMeasurements(
+            records=pd.concat(records, ignore_index=True),
+            permuted=pd.concat(permuted, ignore_index=True) if null else None,
+            splits=splits,
+            null=cosines,
+            l0=sum(len(code.value) for code in codes) / sum(len(code) for code in codes),
+        )
+
+    def _splits(
+        self, codes: Codes, probed: ProbedTask, fold: int, kept: Sequence[int], null: bool
+    ) -> tuple[list[Split | None], list[Split | None]]:
+        """Find the main latents of the kept classes, by true and permuted labels, in one fit; None
+        for other classes."""
+        if not kept:
+            return [None] * probed.num_classes, [None] * probed.num_classes
+        member = probed.members[:, kept]
+        if null:
+            member = torch.cat([member, probed.permuted_members(fold)[:, kept]], dim=1)
+        random = generator(_RANKING, probed.prompt_seed, fold)
+        found = find_splits(
+            codes, member, probed.folds[fold],
+            most=self.max_latents, step=self.f1_step, l1=self.l1, random=random,
+        )  # fmt: skip
+        mine, others = found[: len(kept)], found[len(kept) :]
+        return (
+            _at_classes(mine, kept, probed.num_classes),
+            _at_classes(others, kept, probed.num_classes),
+        )
+
+    def _null_cosines(
+        self, sae: SAE, codes: list[Codes], repetitions: list[ProbedTask]
+    ) -> NullCosines:
+        return null_cosines(
+            sae.W_dec,
+            torch.unique(torch.cat([code.live for code in codes])),
+            repetitions[0].x,
+            torch.cat([p.probes["permuted_weight"].flatten(0, 1) for p in repetitions]),
+            directions=self.null_directions,
+            quantile=self.null_quantile,
+            random=generator(_DIRECTIONS, self.seed),
+        )
+
+    def _add_causal(
+        self,
+        measured: AbsorptionMeasurements,
+        subject: LoadedRun,
+        evaluated: EvaluationInput,
+        repetitions: list[ProbedTask],
+    ) -> None:
+        """Add to the records ``causal``, the number of absorbed words that each represents, and
+        ``candidate``."""
+        assert evaluated.model is not None
+        rules = CausalRules(self.causal_sample, self.full_cosine, self.icl_words)
+        measured.records["causal"] = 0.0
+        measured.records["candidate"] = False
+        for probed, fold, _, splits in measured.splits:
+            records = measured.records
+            here = (records.prompt_seed == probed.prompt_seed) & (records.fold == fold)
+            missed = _missed(records.loc[here], probed, fold, splits)
+            alignment = Alignment.of(subject.sae.W_dec, probed.probes["weight"][fold])
+            found = causal_absorption(
+                evaluated.model, subject.hook, subject.sae, probed, alignment, missed,
+                main_latents(splits), rules,
+            )  # fmt: skip
+            words = records.loc[here, "word"]
+            records.loc[here, "causal"] = words.map(found).fillna(0.0)
+            records.loc[here, "candidate"] = words.isin(list(found))
+
+
+def _at_classes(
+    splits: Sequence[Split | None], kept: Sequence[int], num_classes: int
+) -> list[Split | None]:
+    """List the splits over all classes; None for classes that are not kept."""
+    found = dict(zip(kept, splits, strict=bool(splits)))
+    return [found.get(number) for number in range(num_classes)]
+
+
+def _missed(
+    records: pd.DataFrame, probed: ProbedTask, fold: int, splits: list[Split | None]
+) -> np.ndarray:
+    """Return words that the probe gets right and the main latents' regression gets wrong."""
+    place = {word: i for i, word in enumerate(probed.folds[fold].test.tolist())}
+    missed = []
+    for word, number in zip(records["word"].tolist(), records["class"].tolist(), strict=True):
+        split = splits[number]
+        if split is not None and split.scores[place[word], len(split.main) - 1] <= 0:
+            missed.append(word)
+    return np.array(missed, dtype=np.int64)
+
+
+def word_frequency(evaluated: EvaluationInput, tokens: np.ndarray) -> np.ndarray:
+    """Count each token in the first `_COUNTED` tokens of the training text."""
+    assert isinstance(evaluated.source, TextSource)
+    text = np.asarray(evaluated.source.train_store.tokens[:_COUNTED])
+    return np.bincount(text, minlength=int(tokens.max()) + 1)[tokens]

@@ -1,0 +1,373 @@
+"""Experiments: the declared configuration, its resolved form, and the signature of its run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reseed.activations.cache import ActivationCache
+from reseed.activations.hookpoints import Hookpoint, HookpointConfig
+from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource, SourceConfig
+from reseed.activations.stream import DatasetConfig, check_batch_size
+from reseed.activations.synthetic.surrogate import (
+    SURROGATES,
+    flops_per_token,
+    open_source,
+    surrogate_label,
+    surrogate_source,
+)
+from reseed.config import Config, ConfigError, digest, setting
+from reseed.sae.base import SAEConfig, SAEOption
+from reseed.sae.pretrained import Pretrained, PretrainedConfig
+from reseed.store.runs import Run, RunStore
+from reseed.train.config import RuntimeConfig, TrainingConfig
+
+SIGNATURE_VERSION = 1
+"""Raise it when code changes the results of every run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Config):
+    """One SAE to be trained: the five knobs and the other option groups."""
+
+    model: SourceConfig
+    layer: int = setting(at_least=0)
+    hookpoint: HookpointConfig
+    dataset: DatasetConfig
+    sae: SAEOption
+    training: TrainingConfig
+    seed: int = setting(at_least=0)
+    seed_scope: str = setting("cell", choices=("cell", "shared"), neutral="cell")
+    """``cell``: initial weights depend on the seed and on everything else in the cell; ``shared``:
+    on the seed alone, so that runs of different cells with one seed start from equal draws."""
+    surrogate: str = setting("none", choices=SURROGATES, neutral="none")
+    """Replacement of the source's activations: ``gaussian``, draws with their moments;
+    ``random_weights``, those of the same language model before any training."""
+
+    def validate(self) -> None:
+        check_batch_size(self.dataset, self.training.batch_size)
+        start = "decoder=archetypal" if self.training.decoder == "archetypal" else "start=truth"
+        made = self.training.decoder == "archetypal" or self.training.start == "truth"
+        if made and isinstance(self.sae, SAEConfig) and self.sae.encoder_init == "untied":
+            raise ConfigError(
+                f"{{key}} must be tied with training.{start}, which sets both rows of a latent; "
+                "got untied",
+                "sae.encoder_init",
+            )
+
+    @property
+    def hook(self) -> Hookpoint:
+        return Hookpoint.of(self.hookpoint, self.layer)
+
+    @property
+    def architecture(self) -> SAEConfig:
+        """Configuration of the SAE; for a pretrained one, known once it is resolved."""
+        assert isinstance(self.sae, SAEConfig)
+        return self.sae
+
+    def of_pretrained(self, found: Pretrained) -> Experiment:
+        """Return the experiment of a pretrained SAE: its architecture, and no training settings.
+
+        The budget of one batch is the smallest valid one; it is not used.
+        """
+        size = self.training.batch_size
+        return replace(
+            self,
+            sae=found.config,
+            training=TrainingConfig(recipe="none", tokens=size, batch_size=size),
+            dataset=replace(self.dataset, order_seed=0),
+            seed=0,
+            seed_scope="cell",
+        )
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """An experiment whose source, data set and shapes are known and consistent.
+
+    Created by `resolve_experiment`, which raises `ConfigError` if they are inconsistent.
+
+    Attributes:
+        role: empty, or the role of a calibration run: ``steered``, ``calibration``.
+        penalty: the penalty weight if the experiment asks for an L0 (`sae.target_l0`). For a
+            compared run it is known once the cell is calibrated.
+        calibration: the search that found the penalty, for the record.
+        pretrained: the SAE that is used instead of training one, if any.
+    """
+
+    experiment: Experiment
+    model: ResolvedSource
+    data: ResolvedData
+    d_in: int
+    num_latents: int
+    role: str = ""
+    penalty: float | None = None
+    calibration: dict[str, Any] | None = None
+    pretrained: Pretrained | None = None
+
+    @property
+    def sae(self) -> SAEConfig:
+        """Configuration of the SAE, with the calibrated penalty weight."""
+        declared = self.experiment.architecture
+        return declared if self.penalty is None else declared.calibrated(self.penalty)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """True if the penalty weight has not been found yet."""
+        return (
+            self.experiment.architecture.needs_calibration
+            and not self.role
+            and self.penalty is None
+        )
+
+    def without_seeds(self) -> Resolved:
+        """Return the cell for its calibration, independent of the seeds of the compared runs.
+
+        It has its own initial weights. Its data are in the order of seed 0, so that it shares the
+        stream of the runs with that order.
+        """
+        e = self.experiment
+        dataset = replace(e.dataset, order_seed=0)
+        cell = replace(e, seed=0, seed_scope="cell", dataset=dataset)
+        data = self.data.in_order(dataset.order_seed)
+        return replace(self, experiment=cell, data=data, penalty=None, calibration=None)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that changes the result, in plain values: the content of the signature."""
+        if self.pretrained is not None:
+            return self._pretrained_identity(self.pretrained)
+        signed = self.experiment.signed()
+        # Width and budget can be given in several ways; only the resolved values count.
+        width = {"num_latents": self.num_latents, "expansion_factor": None}
+        # A compared run's penalty follows from its configuration; a calibration round's does not.
+        role = {"role": self.role, "penalty": self.penalty} if self.role else {}
+        return {
+            "reseed": SIGNATURE_VERSION,
+            **role,
+            **signed,
+            "sae": signed["sae"] | width,
+            "training": signed["training"] | {"tokens": self.tokens},
+            "fingerprints": {**self.model.fingerprints, **self.data.fingerprints},
+        }
+
+    def _pretrained_identity(self, found: Pretrained) -> dict[str, Any]:
+        """Return the identity of a pretrained SAE: its weights and the data it is measured on."""
+        signed = self.experiment.signed()
+        for name in ("training", "seed"):
+            del signed[name]
+        return {
+            "reseed": SIGNATURE_VERSION,
+            **signed,
+            "sae": {"type": PretrainedConfig.name, "fingerprint": found.fingerprint},
+            "fingerprints": {**self.model.fingerprints, **self.data.fingerprints},
+        }
+
+    @cached_property
+    def signature(self) -> str:
+        return digest(self.identity)
+
+    @cached_property
+    def init_seed(self) -> int:
+        """Seed of the weights: the declared seed, salted with the cell.
+
+        Two architectures, layers or data sets with the same ``seed`` must not start from the same
+        weights, or their agreement would be memory of the start. The salt leaves out the order of
+        the data, which has its own seed, and the held-out settings, which are not part of training.
+        The rounds of a calibration differ only in the penalty.
+        """
+        if self.experiment.seed_scope == "shared":
+            salted: dict[str, Any] = {"seed": self.experiment.seed}
+        else:
+            unsalted = ("order_seed", "held_out_tokens")
+            dataset = {k: v for k, v in self.identity["dataset"].items() if k not in unsalted}
+            salted = {k: v for k, v in self.identity.items() if k != "penalty"}
+            salted["dataset"] = dataset
+        sha = hashlib.sha256(digest(salted, 64).encode()).digest()
+        return int.from_bytes(sha[:8], "big") >> 1
+
+    @cached_property
+    def stream(self) -> str:
+        """Digest of everything that determines the activations and their order.
+
+        Runs with equal digests can train together, even if hookpoints, architectures, budgets and
+        batch sizes differ.
+        """
+        e = self.experiment
+        parts = [e.model.signed(), e.dataset.signed(), e.surrogate]
+        return digest([*parts, self.identity["fingerprints"]])
+
+    def source_flops(self, hookpoints: Sequence[Hookpoint]) -> float:
+        """Estimate the operations per activation at all of the hookpoints."""
+        widths = [self.model.d_in(hookpoint) for hookpoint in hookpoints]
+        return flops_per_token(self.data, self.experiment.surrogate, hookpoints, widths)
+
+    @property
+    def tokens(self) -> int:
+        """Number of training activations, in whole batches; 0 for a pretrained SAE."""
+        return (
+            0
+            if self.pretrained
+            else self.experiment.training.steps * self.experiment.training.batch_size
+        )
+
+    @property
+    def model_label(self) -> str:
+        """Name of the source of activations, for folders and tables."""
+        return surrogate_label(self.model.label, self.experiment.surrogate)
+
+    @property
+    def sparsity(self) -> str:
+        """The setting of the sparsity, for tables (``k=32``)."""
+        declared = self.experiment.architecture
+        # The penalty that a pretrained SAE was trained with is unknown.
+        return "as is" if self.pretrained and declared.penalty_field else declared.sparsity
+
+    @property
+    def label(self) -> str:
+        """Readable part of the folder's name."""
+        e = self.experiment
+        sparsity = self.sparsity.replace("=", "").replace("λ", "l")
+        what = (self.model_label, e.hook, self.data.label, self.sae.name, self.num_latents)
+        last = self.role or ("pretrained" if self.pretrained else f"seed{e.seed}")
+        return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, sparsity, last))))
+
+    def run(self, store: RunStore) -> Run:
+        """Return the run of this experiment in ``store``."""
+        return store.run(self.signature, self.label)
+
+    def open(
+        self,
+        device: torch.device | str = "cpu",
+        needed: int | None = None,
+        cache: ActivationCache | None = None,
+    ) -> ActivationSource:
+        """Open the source of the activations.
+
+        Args:
+            device: device of the activations.
+            needed: number of training activations, by default the budget; a streamed text is read
+                no further.
+            cache: stores activations on disk (`RuntimeConfig.open_cache`).
+        """
+        needed = needed or self.experiment.training.tokens
+        return open_source(
+            self.data, self.experiment.surrogate, torch.device(device), needed, cache
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the entries of run.json that are known before training."""
+        e, found = self.experiment, self.pretrained
+        own = {} if found is None else {"pretrained": found.record()}
+        recipe, training = e.training, found is None
+        dead_after = recipe.dead_after() if training else e.dataset.held_out_tokens
+        return {
+            **own,
+            "name": self.label,
+            "labels": {"model": self.model_label, "dataset": self.data.label},
+            "experiment": e.to_dict(),
+            "identity": self.identity,
+            "fingerprints": self.identity["fingerprints"],
+            "d_in": self.d_in,
+            "num_latents": self.num_latents,
+            "sparsity": self.sparsity,
+            "penalty_weight": self.penalty,
+            "calibration": self.calibration,
+            "init_seed": self.init_seed if training else None,
+            "start_is_drawn": training and recipe.start_is_drawn,
+            "peak_lr": recipe.peak_lr(e.architecture, self.num_latents) if training else None,
+            "dead_after_tokens": dead_after,
+            "tokens": self.tokens,
+            "steps": recipe.steps if training else 0,
+        }
+
+
+def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolved:
+    """Find source and data set, and check that everything is consistent.
+
+    Writes nothing except the cache of the text (its tokens).
+
+    Raises:
+        ConfigError: with the full key, the rule and the value.
+    """
+    cache = cache_folder(runtime)
+    found = None
+    if isinstance(experiment.sae, PretrainedConfig):
+        try:
+            found = experiment.sae.found()
+        except ConfigError as error:
+            raise error.within("sae") from None
+        experiment = experiment.of_pretrained(found)
+    try:
+        model = _resolve_source(experiment.model, cache)
+    except ConfigError as error:
+        raise error.within("model") from None
+    model = _standing_in(model, experiment.surrogate)
+    model.check(experiment.hook)
+    try:
+        data = model.data(experiment.dataset, cache)
+    except ConfigError as error:
+        raise error.within("dataset") from None
+    d_in = model.d_in(experiment.hook)
+    architecture = experiment.architecture
+    try:
+        if found is not None:
+            found.check(d_in)
+        architecture.check(d_in)
+    except ConfigError as error:
+        raise error.within("sae") from None
+    _check_start(experiment, model, architecture.width(d_in))
+    data.check_budget(experiment.training.steps, experiment.training.batch_size)
+    return Resolved(experiment, model, data, d_in, architecture.width(d_in), pretrained=found)
+
+
+def cache_folder(runtime: RuntimeConfig) -> Path:
+    """Return the folder of derived data: tokens, extracted text, fingerprints."""
+    chosen = runtime.cache or os.environ.get("RESEED_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "reseed"
+
+
+def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int) -> None:
+    training, there = experiment.training, experiment.dataset.chunk_tokens
+    wanted = training.archetypes or num_latents
+    if training.decoder == "archetypal" and wanted > there:
+        raise ConfigError(
+            f"{{key}} (={wanted:,}) must not exceed the activations of the first chunk "
+            f"(dataset.chunk_tokens={there:,}), because archetypes are their centroids",
+            "training.archetypes",
+        )
+    if training.start != "truth":
+        return
+    features = None if experiment.surrogate != "none" else model.num_features
+    if features is None:
+        raise ConfigError(
+            "{key}=truth needs activations whose features are known: model=world_*",
+            "training.start",
+        )
+    if num_latents > features:
+        raise ConfigError(
+            f"{{key}} (={num_latents}) must not exceed the {features} features of {model.label} "
+            "with training.start=truth",
+            "sae.num_latents",
+        )
+
+
+@lru_cache(maxsize=32)
+def _resolve_source(config: SourceConfig, cache: Path) -> ResolvedSource:
+    return config.resolve(cache)
+
+
+@lru_cache(maxsize=32)
+def _standing_in(source: ResolvedSource, surrogate: str) -> ResolvedSource:
+    return surrogate_source(source, surrogate)

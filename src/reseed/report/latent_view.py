@@ -1,0 +1,266 @@
+"""Matches of a latent in other runs, read from a sweep's ``latents.parquet``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.cells import cell_len
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from reseed.report.axes import bounds, number
+from reseed.store.contexts import TOP, Context, Contexts, LatentContexts
+
+# MERGED A latent on the terminal: its contexts, logits, neighbours and matches in other runs.
+FILE = "latents.parquet"
+_OWN = ("run", "seed", "latent", "shared_with", "others", "partner_decoder", "shared")
+_BY_WEIGHTS = ("cosine_encoder", "cosine_decoder")
+_CHANCE = ("reproducibility", "reproducibility_low", "reproducibility_high")
+
+
+@dataclass(frozen=True)
+class Partner:
+    """Match of a latent in another run, by decoder.
+
+    Attributes:
+        run: id of the other run.
+        name: its name within the cell: ``seed 1``.
+        latent: index of the match; None if there is none.
+        cosine_encoder, cosine_decoder: cosines with the match; None if rows cannot be compared.
+        shared: whether it is shared by the strict rule.
+    """
+
+    run: str
+    name: str
+    latent: int | None
+    cosine_encoder: float | None
+    cosine_decoder: float | None
+    shared: bool
+
+
+@dataclass(frozen=True)
+class LatentMatches:
+    """Matches of a latent in the other runs of its cell.
+
+    Attributes:
+        shared_with: number of other runs that share it.
+        reproducibility: probability that one more run shares it, and the bounds of its interval;
+            None if the runs differ in more than the seed.
+        partners: a match per other run.
+    """
+
+    shared_with: int
+    reproducibility: tuple[float, float, float] | None
+    partners: tuple[Partner, ...]
+
+
+def matches_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, LatentMatches]:
+    """Return latent → its matches, for those latents of a run that the sweep's table has. Only
+    their rows are read."""
+    path = sweep / FILE
+    wanted = [
+        name for name in (*_OWN, *_BY_WEIGHTS, *_CHANCE) if name in pq.read_schema(path).names
+    ]
+    rows = pq.read_table(
+        path, columns=wanted, filters=[("run", "==", run), ("latent", "in", list(latents))]
+    ).to_pylist()
+    if not rows:
+        return {}
+    seeds = {
+        row["run"]: row["seed"]
+        for row in pq.read_table(
+            path, columns=["run", "seed"], filters=[("latent", "==", 0)]
+        ).to_pylist()
+    }
+    cell = [run, *rows[0]["others"]]
+    apart = len({seeds[each] for each in cell}) == len(cell)
+    names = {each: f"seed {seeds[each]}" if apart else each for each in cell}
+    return {row["latent"]: _replicas(row, names) for row in rows}
+
+
+def _replicas(row: Mapping[str, Any], names: Mapping[str, str]) -> LatentMatches:
+    others = row["others"]
+    partners = []
+    for i, other in enumerate(others):
+        latent = row["partner_decoder"][i]
+        there = latent is not None and latent >= 0
+        encoder, decoder = (row[n][i] if there and n in row else None for n in _BY_WEIGHTS)
+        partners.append(
+            Partner(
+                other,
+                names[other],
+                latent if there else None,
+                encoder,
+                decoder,
+                bool(row["shared"][i]),
+            )
+        )
+    mean, low, high = _CHANCE
+    chance = (row[mean], row[low], row[high]) if row.get(mean) is not None else None
+    return LatentMatches(row["shared_with"], chance, tuple(partners))
+
+
+_SHADES = ("#12261c", "#164a2f", "#1a6e43", "#1f9357", "#2ec27e")
+"""Background colours of tokens, from the smallest activation to the latent's largest."""
+_DARK = 3
+"""Number of shades that need white letters."""
+_WIDEST = 120
+"""Most columns of a passage in a file."""
+
+
+@dataclass(frozen=True, eq=False)
+class LatentView:
+    """A latent, with its run and its contexts.
+
+    Attributes:
+        run: the run's id.
+        replicas: its matches in other runs; None if it is in no comparison.
+    """
+
+    run: str
+    contexts: Contexts
+    latent: LatentContexts
+    replicas: LatentMatches | None = None
+
+
+def print_latent(shown: LatentView, console: Console) -> None:
+    """Print everything known about a latent."""
+    latent = shown.latent
+    console.print(Text.assemble((shown.run, "bold"), "  latent ", (str(latent.latent), "bold")))
+    console.print(_fires(shown))
+    _print_elsewhere(shown.replicas, console)
+    for name, pairs in (("promotes", latent.promoted), ("suppresses", latent.suppressed)):
+        texts = shown.contexts.text([token for token, _ in pairs])
+        items = (f"{quoted(t)} {value:.2f}" for t, (_, value) in zip(texts, pairs, strict=True))
+        _print_list(name, list(items), console)
+    near = [f"{other} ({number(cosine)})" for other, cosine in latent.neighbours]
+    _print_list("neighbours", near, console)
+    _print_contexts(shown, latent.contexts, console)
+
+
+def print_partner(partner: Partner, shown: LatentView | None, console: Console) -> None:
+    """Print the strongest contexts of a latent's partner in another run.
+
+    Args:
+        shown: the partner; None if its run has no contexts.
+    """
+    console.print(Text(f"in {partner.name}: {_in_words(partner)}", style="bold"))
+    if partner.latent is None:
+        return
+    if shown is None:
+        console.print(Text(f"no contexts yet: reseed evaluate {partner.run} evaluation=contexts"))
+        return
+    console.print(_fires(shown))
+    _print_contexts(shown, [c for c in shown.latent.contexts if c.kind == TOP], console)
+
+
+def quoted(text: str) -> str:
+    """Quote a token, so that its spaces are visible, on one line."""
+    return f"'{one_line(text)}'"
+
+
+def one_line(text: str) -> str:
+    """Replace newlines and tabs by signs, and unprintable characters by �."""
+    signs = {"\n": "↵", "\r": "↵", "\t": "→"}
+    return "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
+
+
+def _fires(shown: LatentView) -> Text:
+    latent = shown.latent
+    if not latent.firing:
+        return Text(f"fires on none of {shown.contexts.tokens:,} tokens")
+    return Text(
+        f"fires on {latent.firing:,} of {shown.contexts.tokens:,} tokens "
+        f"({latent.density:.2%}), at most {latent.largest:.3g}, on average {latent.mean:.3g}"
+    )
+
+
+def _print_elsewhere(replicas: LatentMatches | None, console: Console) -> None:
+    if replicas is None:
+        console.print(Text("in no comparison yet"))
+        return
+    if replicas.reproducibility is not None:
+        mean, low, high = replicas.reproducibility
+        console.print(Text(f"reproducibility {number(mean)} {bounds(low, high)}"))
+    count = f"shared with {replicas.shared_with} of {len(replicas.partners)}"
+    _print_list(count, [f"{p.name}: {_in_words(p)}" for p in replicas.partners], console)
+
+
+def _in_words(partner: Partner) -> str:
+    """Return ``471 (0.82 enc, 0.85 dec) *``, with a star if it is shared."""
+    if partner.latent is None:
+        return "none"
+    both = ((partner.cosine_encoder, "enc"), (partner.cosine_decoder, "dec"))
+    cosines = ", ".join(f"{number(cosine)} {of}" for cosine, of in both if cosine is not None)
+    words = f"{partner.latent} ({cosines})" if cosines else str(partner.latent)
+    return f"{words} *" if partner.shared else words
+
+
+def _print_list(name: str, items: Sequence[str], console: Console) -> None:
+    """Print a name and its items, if there are any; lines break between items."""
+    line = Text(name, style="bold")
+    for item in items:
+        if line.cell_len + 2 + cell_len(item) > console.width:
+            console.print(line)
+            line = Text()
+        line = Text.assemble(line, "  ", item)
+    if items:
+        console.print(line)
+
+
+def _print_contexts(shown: LatentView, contexts: Sequence[Context], console: Console) -> None:
+    marked = console.color_system is None or console.no_color
+    width = console.width if console.is_terminal else min(console.width, _WIDEST)
+    for i, context in enumerate(contexts):
+        if i == 0 or context.kind != contexts[i - 1].kind:
+            named = "fires most" if context.kind == TOP else "sampled, by quantile of activation"
+            console.print(Text(named, style="bold"))
+        place = "" if context.quantile is None else f"{context.quantile:.2f}"
+        head = f"{place:>6}{context.activations[context.peak]:>8.3g}  "
+        tokens = _tokens(shown, context, marked)
+        around = _around(tokens, context.peak, width - cell_len(head))
+        console.print(Text.assemble((head, "dim"), around))
+
+
+def _tokens(shown: LatentView, context: Context, marked: bool) -> list[Text]:
+    """Return each token with its activation: as a background colour, or, if ``marked``, as a number
+    beside it."""
+    found = []
+    texts = shown.contexts.text(context.tokens)
+    for text, value in zip(texts, context.activations.tolist(), strict=True):
+        text = one_line(text)
+        if value == 0:
+            found.append(Text(text))
+        elif marked:
+            word = text.lstrip(" ")
+            found.append(Text(f"{text[: len(text) - len(word)]}«{word}·{value:.3g}»"))
+        else:
+            found.append(Text(text, style=_shade(value / shown.latent.largest)))
+    return found
+
+
+def _shade(share: float) -> Style:
+    step = min(int(share * len(_SHADES)), len(_SHADES) - 1)
+    return Style(color="white" if step < _DARK else "black", bgcolor=_SHADES[step])
+
+
+def _around(tokens: Sequence[Text], peak: int, width: int) -> Text:
+    """Lay out the peak token so that it begins in the middle of the line, with as many tokens as
+    fit before and after it, and … for those left out."""
+    middle = width // 2
+    begin, room = peak, middle - 1
+    while begin > 0 and tokens[begin - 1].cell_len <= room:
+        begin -= 1
+        room -= tokens[begin].cell_len
+    end, left = peak + 1, width - middle - 1 - tokens[peak].cell_len
+    while end < len(tokens) and tokens[end].cell_len <= left:
+        left -= tokens[end].cell_len
+        end += 1
+    before = "…" if begin > 0 else " "
+    after = "…" if end < len(tokens) else ""
+    return Text.assemble(" " * room, before, *tokens[begin:end], after)

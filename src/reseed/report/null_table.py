@@ -1,0 +1,127 @@
+"""Table "What would chance share?": nulls that keep more and more of the experiment.
+
+    isotropic rows          the sizes only
+    rows of the covariance  + the directions that vary
+    untrained weights       + the SAE's initial weights
+    Gaussian activations    + training, on draws with the activations' mean and covariance
+    random weights          + the text, through a language model with random weights
+    trained model           everything
+
+The first three are columns of every pair; the others are cells of their own (``surrogate=``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isnan
+from typing import Any
+
+from reseed.compare.cell import CellResult
+from reseed.compare.measures import SURROGATES
+from reseed.compare.nulls import kappa
+from reseed.compare.statistics import Interval, welch_difference
+from reseed.report.axes import Cell, columns, knob_values
+from reseed.report.differences import signed
+from reseed.report.table import Table, null_in_words, number, with_interval
+
+TITLE = "What would chance share?"
+TRAINED = "trained model"
+_OF_WEIGHTS = {
+    "isotropic rows": "null_{}",
+    "rows of the covariance": "null_covariance_{}",
+    "untrained weights": "untrained_{}",
+}
+"""Null → its columns of the pairs."""
+_MOST = 6
+"""With more families of cells the table is too long to read and is left out; the summary has their
+rows."""
+
+
+def null_table(cells: Sequence[Cell]) -> Table | None:
+    """Return the table: a row per null of each family of cells, from the null that keeps least;
+    None if no null was trained."""
+    found = _families([(k, c) for k, c in cells if c.settings.pairs_are_a_sample])
+    if not found or len(found) > _MOST:
+        return None
+    confidence = cells[0][1].settings.confidence
+    percent = f"[{confidence:.0%}]"
+    names = columns([(knobs, None) for knobs, _ in found])  # type: ignore[misc]
+    header = (
+        *names, "what is shared by", f"shared\n{percent}", "cos\nenc", "cos\ndec", "κ",
+        f"trained − it\n{percent}",
+    )  # fmt: skip
+    rows = [
+        (*knob_values(names, knobs), *row)
+        for knobs, rungs in found
+        for row in _rows(rungs, confidence)
+    ]
+    return Table(header, tuple(rows), len(names) + 1, TITLE, _footnotes(confidence))
+
+
+def _families(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], dict[str, CellResult]]]:
+    """Return, per family, the knobs that its cells have in common, and surrogate → cell (``""`` for
+    the model itself)."""
+    by_family: dict[Any, tuple[dict[str, Any], dict[str, CellResult]]] = {}
+    for knobs, cell in cells:
+        model, surrogate = _parted(str(knobs.get("model", "")))
+        common = {k: v for k, v in knobs.items() if k not in ("arm", "model")}
+        key = (model, cell.settings.pair_by, tuple(common.items()))
+        rungs = by_family.setdefault(key, ({"model": model} | common, {}))[1]
+        rungs.setdefault(surrogate, cell)
+    return [(knobs, rungs) for knobs, rungs in by_family.values() if len(rungs) > 1 and "" in rungs]
+
+
+def _parted(label: str) -> tuple[str, str]:
+    """Split ``embedded+gaussian`` into ``embedded`` and ``gaussian``; for a model itself the second
+    is empty."""
+    for name in SURROGATES:
+        if label.endswith(f"+{name}"):
+            return label.removesuffix(f"+{name}"), name
+    return label, ""
+
+
+def _rows(rungs: Mapping[str, CellResult], confidence: float) -> list[tuple[str, ...]]:
+    trained = rungs[""]
+    shared = trained.estimates["shared_fraction"]
+    rows = [_of_weights(trained, rung, shared) for rung in _OF_WEIGHTS]
+    for surrogate, name in SURROGATES.items():
+        if surrogate in rungs:
+            own = rungs[surrogate].estimates
+            less = welch_difference(shared, own["shared_fraction"], confidence)
+            rows.append((*_of_cell(name, own), number(_kappa(shared, own)), signed(less)))
+    return [*rows, (*_of_cell(TRAINED, trained.estimates), "", "")]
+
+
+def _of_weights(cell: CellResult, rung: str, shared: Interval) -> tuple[str, ...]:
+    def mean(measure: str) -> float:
+        return cell.pair_mean(_OF_WEIGHTS[rung].format(measure))
+
+    null = mean("shared_fraction")
+    drawn = rung != "untrained weights"
+    simulated = drawn and not isnan(null)
+    said = null_in_words(null, cell.null_simulated_latents) if simulated else number(null)
+    cosines = [mean("cosine")] * 2 if drawn else [mean("cosine_encoder"), mean("cosine_decoder")]
+    return (rung, said, *map(number, cosines), number(kappa(shared.mean, null)), "")
+
+
+def _of_cell(name: str, estimates: Mapping[str, Interval]) -> tuple[str, ...]:
+    cosines = (number(estimates[f"cosine_{which}"].mean) for which in ("encoder", "decoder"))
+    return (name, with_interval(estimates["shared_fraction"]), *cosines)
+
+
+def _kappa(shared: Interval, own: Mapping[str, Interval]) -> float:
+    return kappa(shared.mean, own["shared_fraction"].mean)
+
+
+def _footnotes(confidence: float) -> tuple[str, ...]:
+    return (
+        "The rows begin with the null that keeps least. **isotropic rows**: two random "
+        "dictionaries of these sizes; **rows of the covariance**: rows drawn with the covariance "
+        "of the activations; **untrained weights**: the same pairs before training.",
+        "**Gaussian activations**: trained on draws with the activations' mean and covariance; "
+        "**random weights**: trained on the activations of the same language model before any "
+        "training, on the same text.",
+        "**κ** = (S − S₀)/(1 − S₀), where S is the shared fraction of the trained model's SAEs and "
+        f"S₀ that of the row. **trained − it**: S − S₀ with the {confidence:.0%} interval over "
+        "seeds (Welch); * if it excludes 0.",
+    )

@@ -1,0 +1,388 @@
+"""Blocks of a report, independent of its format.
+
+Text is plain except for ``**bold**``, ```code``` and ``[words](target)``; every other character is
+literal, so that renderers can escape it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import count
+from typing import Any, Literal
+
+from reseed.report.latex import escaped, latex_table
+from reseed.report.table import Table
+from reseed.report.tables import markdown_table
+
+# MERGED Blocks as HTML. Everything from outside is escaped: `tag` escapes its children unless they are `Html`, which only this module makes.
+# MERGED Blocks as one markdown file, which shows the images in ``figures/``.
+# MERGED Blocks as a LaTeX document that compiles as it is, with pdf figures in ``figures/``.
+_SPAN = re.compile(
+    r"\*\*(?P<bold>.+?)\*\*|`(?P<code>[^`]+)`|\[(?P<link>[^\]\n]+)\]\((?P<target>\S+?)\)"
+)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A piece of text of one kind.
+
+    Attributes:
+        target: target of a link: a path in the report or a URL.
+    """
+
+    kind: Literal["plain", "bold", "code", "link"]
+    text: str
+    target: str = ""
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class BulletList:
+    """A list.
+
+    Attributes:
+        warns: whether the items are warnings.
+    """
+
+    texts: tuple[str, ...]
+    warns: bool = False
+
+
+@dataclass(frozen=True)
+class TableBlock:
+    """A table with its caption and footnotes."""
+
+    words: Table
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure.
+
+    Attributes:
+        name: stem of its files under ``figures/``.
+        title: subject, in a few words.
+        caption: how to read it, with n and the interval.
+        data: files of ``data/`` that hold its numbers.
+        size: width and height, in points.
+    """
+
+    name: str
+    title: str
+    caption: str
+    data: tuple[str, ...]
+    size: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Code:
+    """Preformatted lines: commands or settings."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Folded:
+    """Blocks that are shown on demand, where the format can hide them."""
+
+    title: str
+    blocks: tuple[Block, ...]
+
+
+Block = Paragraph | BulletList | TableBlock | Picture | Code | Folded
+
+
+@dataclass(frozen=True)
+class Section:
+    """Blocks under a heading.
+
+    Attributes:
+        name: its anchor.
+    """
+
+    name: str
+    title: str
+    blocks: tuple[Block, ...]
+
+
+def spans(text: str) -> list[Span]:
+    """Return the pieces of a text, in order; none is empty."""
+    found: list[Span] = []
+    at = 0
+    for match in _SPAN.finditer(text):
+        found.append(Span("plain", text[at : match.start()]))
+        if match["bold"]:
+            found.append(Span("bold", match["bold"]))
+        elif match["code"]:
+            found.append(Span("code", match["code"]))
+        else:
+            found.append(Span("link", match["link"], match["target"]))
+        at = match.end()
+    found.append(Span("plain", text[at:]))
+    return [span for span in found if span.text]
+
+
+_SCALE = 1.15
+"""Pixels per point: makes a figure's 8 pt letters as large as the notes."""
+_VOID = {"img", "input", "link", "meta"}
+
+
+class Html(str):
+    """Text that is HTML already."""
+
+
+def tag(name: str, /, *children: str, **attributes: Any) -> Html:
+    """Return an element.
+
+    Args:
+        children: text, which is escaped, or `Html`.
+        attributes: ``class_`` becomes ``class``, ``data_sort`` becomes ``data-sort``; None and
+            False are left out, True is an attribute without a value.
+    """
+    said = "".join(_attribute(key, value) for key, value in attributes.items())
+    if name in _VOID:
+        return Html(f"<{name}{said}>")
+    return Html(f"<{name}{said}>{joined(children)}</{name}>")
+
+
+def joined(children: Sequence[str], between: str = "") -> Html:
+    """Concatenate text and HTML; text is escaped."""
+    return Html(between.join(c if isinstance(c, Html) else escape(c) for c in children))
+
+
+def _attribute(key: str, value: Any) -> str:
+    if value is None or value is False:
+        return ""
+    name = key.rstrip("_").replace("_", "-")
+    return f" {name}" if value is True else f' {name}="{escape(str(value))}"'
+
+
+def document(title: str, body: Sequence[Html], scripts: Sequence[str]) -> Html:
+    """Return a whole page.
+
+    Args:
+        scripts: scripts of the report to load, in order.
+    """
+    head = [
+        tag("meta", charset="utf-8"),
+        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", name="color-scheme", content="light dark"),
+        tag("title", title),
+        tag("link", rel="stylesheet", href="style.css"),
+        # Not deferred: a chosen theme must apply before the first paint.
+        tag("script", src="theme.js"),
+    ]
+    scripted = [tag("script", src=name, defer=True) for name in scripts]
+    whole = tag("html", tag("head", *head, *scripted), tag("body", *body), lang="en")
+    return Html(f"<!doctype html>\n{whole}\n")
+
+
+def section_html(section: Section) -> Html:
+    heading = tag("h2", tag("a", section.title, href=f"#{section.name}"))
+    blocks = (block_html(block) for block in section.blocks)
+    return tag("section", heading, *blocks, id=section.name, class_="section")
+
+
+def block_html(block: Block) -> Html:
+    match block:
+        case Paragraph(text):
+            return tag("p", inline(text))
+        case BulletList(texts, warns):
+            items = (tag("li", inline(text)) for text in texts)
+            return tag("ul", *items, class_="warnings" if warns else None)
+        case TableBlock(words):
+            return table_html(words)
+        case Picture():
+            return _picture(block)
+        case Code(text):
+            return tag("pre", tag("code", text), tabindex="0")
+        case Folded(title, blocks):
+            inside = (block_html(inner) for inner in blocks)
+            return tag("details", tag("summary", title), *inside)
+
+
+def inline(text: str) -> Html:
+    """Render ``**bold**``, ```code``` and links of a text."""
+    made: list[str] = []
+    for span in spans(text):
+        if span.kind == "bold":
+            made.append(tag("strong", span.text))
+        elif span.kind == "code":
+            made.append(tag("code", span.text))
+        elif span.kind == "link":
+            made.append(tag("a", span.text, href=span.target))
+        else:
+            made.append(span.text)
+    return joined(made)
+
+
+def table_html(words: Table) -> Html:
+    """Return a table that scrolls by itself if it is too wide, with its footnotes below."""
+
+    def cell(name: str, i: int, text: str) -> Html:
+        named = i < words.num_knobs
+        scope = "col" if name == "th" else None
+        return tag(name, *_lines(text), scope=scope, class_="name" if named else "number")
+
+    head = tag("tr", *(cell("th", i, text) for i, text in enumerate(words.header)))
+    rows = (tag("tr", *(cell("td", i, text) for i, text in enumerate(r))) for r in words.rows)
+    caption = [tag("caption", inline(words.caption))] if words.caption else []
+    table = tag("table", *caption, tag("thead", head), tag("tbody", *rows))
+    made = [tag("div", table, class_="wide", tabindex="0", role="region",
+                aria_label=words.caption or "table")]  # fmt: skip
+    if words.footnotes:
+        notes = tag("ul", *(tag("li", inline(note)) for note in words.footnotes), class_="notes")
+        reading = tag("summary", "How to read it")
+        made.append(tag("details", reading, notes, open=True, class_="reading"))
+    return joined(made)
+
+
+def _lines(text: str) -> list[str]:
+    """Return a heading without its optional line break, or an estimate with its interval in a span
+    of its own."""
+    value, bracket, rest = text.partition(" [")
+    if bracket and rest.endswith("]"):
+        return [value, " ", tag("span", f"[{rest}", class_="interval")]
+    return [text.replace("\n", " ")]
+
+
+def _picture(picture: Picture) -> Html:
+    files = f"figures/{picture.name}"
+    width, height = (round(side * _SCALE) for side in picture.size)
+    # With the size known, the page does not jump when the image arrives.
+    image = tag(
+        "img",
+        src=f"{files}.svg",
+        alt=f"{picture.title}. {picture.caption}",
+        width=width,
+        height=height,
+        loading="lazy",
+    )
+    data = [tag("a", name, href=f"data/{name}") for name in picture.data]
+    links = [tag("a", kind, href=f"{files}.{kind}") for kind in ("svg", "png")]
+    caption = tag(
+        "figcaption",
+        tag("strong", f"{picture.title}."),
+        " ",
+        inline(picture.caption),
+        tag("span", "figure: ", joined(links, " "), " · data: ", joined(data, " "), class_="links"),
+    )
+    return tag("figure", tag("a", image, href=f"{files}.svg", class_="card"), caption)
+
+
+def markdown(title: str, sections: Sequence[Section]) -> str:
+    """Return the whole file."""
+    parts = [f"# {title}"]
+    for section in sections:
+        parts += [f"## {section.title}", *(_markdown_block(block, 3) for block in section.blocks)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_block(block: Block, level: int) -> str:
+    match block:
+        case Paragraph(text):
+            return text
+        case BulletList(texts):
+            return "\n".join(f"- {text}" for text in texts)
+        case TableBlock(words):
+            caption = f"*{words.caption}*\n\n" if words.caption else ""
+            return caption + markdown_table(words)
+        case Picture(name, title, caption, data):
+            files = ", ".join(f"[{file}](data/{file})" for file in data)
+            image = f"![{title}](figures/{name}.png)"
+            return f"{image}\n\n**{title}.** {caption} Data: {files}."
+        case Code(text):
+            return f"```\n{text}\n```"
+        case Folded(title, blocks):
+            return "\n\n".join(
+                [f"{'#' * level} {title}", *(_markdown_block(b, level + 1) for b in blocks)]
+            )
+
+
+_PREAMBLE = r"""\documentclass[11pt]{article}
+\usepackage[utf8]{inputenc}
+\usepackage[margin=2.5cm]{geometry}
+\usepackage{booktabs,graphicx,hyperref}
+\setlength{\parindent}{0pt}
+\setlength{\parskip}{0.6em}
+"""
+
+
+def tex(title: str, sections: Sequence[Section]) -> str:
+    """Return the whole document."""
+    numbers = count(1)
+    body: list[str] = []
+    for section in sections:
+        body.append(rf"\section{{{escaped(section.title)}}}")
+        body += [_tex_block(block, numbers) for block in section.blocks]
+        body.append(r"\clearpage")  # LaTeX can hold back only a few figures
+    head = rf"\title{{{escaped(title)}}}" + "\n" + r"\date{}"
+    return "\n\n".join(
+        [_PREAMBLE + head, r"\begin{document}", r"\maketitle", *body, r"\end{document}"]
+    ) + "\n"  # fmt: skip
+
+
+def _tex_block(block: Block, numbers: count[int]) -> str:
+    match block:
+        case Paragraph(text):
+            return _inline(text)
+        case BulletList(texts):
+            items = "\n".join(rf"\item {_inline(text)}" for text in texts)
+            return f"\\begin{{itemize}}\n{items}\n\\end{{itemize}}"
+        case TableBlock(words):
+            return latex_table(words, "", f"tab:{next(numbers)}")
+        case Picture():
+            return _figure(block)
+        case Code(text):
+            lines = [rf"\texttt{{{_breakable(line)}}}" for line in text.splitlines() if line]
+            return "{\\small\\raggedright\n" + "\\\\\n".join(lines) + "\\par}"
+        case Folded(title, blocks):
+            inside = [_tex_block(inner, numbers) for inner in blocks]
+            return "\n\n".join([rf"\subsection{{{escaped(title)}}}", *inside])
+
+
+def _figure(picture: Picture) -> str:
+    return "\n".join(
+        [
+            r"\begin{figure}[htbp]",
+            r"\centering",
+            rf"\includegraphics[width=\linewidth,height=0.8\textheight,keepaspectratio]"
+            rf"{{figures/{picture.name}.pdf}}",
+            rf"\caption{{{escaped(picture.title)}. {_inline(picture.caption)}}}",
+            rf"\label{{fig:{picture.name}}}",
+            r"\end{figure}",
+        ]
+    )
+
+
+def _inline(text: str) -> str:
+    made = []
+    for span in spans(text):
+        if span.kind == "bold":
+            made.append(rf"\textbf{{{escaped(span.text)}}}")
+        elif span.kind == "code":
+            made.append(rf"\texttt{{{_breakable(span.text)}}}")
+        elif span.kind == "link" and span.target.startswith("https://"):
+            made.append(rf"\href{{{_address(span.target)}}}{{{escaped(span.text)}}}")
+        else:
+            made.append(escaped(span.text))
+    return "".join(made)
+
+
+def _breakable(text: str) -> str:
+    """Escape ``text`` and allow line breaks after ``_ / . - =``, for long names."""
+    made = escaped(text)
+    for sign in (r"\_", "/", ".", "-", "="):
+        made = made.replace(sign, sign + r"\allowbreak{}")
+    return made
+
+
+def _address(url: str) -> str:
+    return url.replace("%", r"\%").replace("#", r"\#")

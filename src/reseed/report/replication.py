@@ -1,0 +1,146 @@
+"""Output of ``reseed check``: a row per named latent, and what is expected of any other latent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+
+from reseed.compare.cell import CellResult
+from reseed.compare.statistics import Interval
+from reseed.report.table import Table, null_in_words, number, with_interval
+from reseed.report.tables import markdown_table
+from reseed.report.terminal import print_words
+from reseed.system.files import atomic_write, atomic_write_text
+
+CHECK_FILES = ("check.csv", "check.md")
+
+
+def write_check(frame: pd.DataFrame, words: Table, folder: Path) -> list[Path]:
+    """Write `CHECK_FILES` into ``folder``, each atomically."""
+    table, text = (folder / name for name in CHECK_FILES)
+    atomic_write(table, lambda p: frame.to_csv(p, index=False))
+    parts = ("# Do these latents replicate?", words.caption, markdown_table(words))
+    atomic_write_text(text, "\n\n".join(parts) + "\n")
+    return [table, text]
+
+
+def print_check(words: Table, console: Console | None = None) -> None:
+    """Print the table."""
+    print_words(words, console or Console(), "Do these latents replicate?")
+
+
+def check_words(
+    frame: pd.DataFrame, result: CellResult, knobs: Mapping[str, Any], lacking: Sequence[str] = ()
+) -> Table:
+    """Return the table of `compare.named.replication`.
+
+    Args:
+        knobs: the cell's knobs.
+        lacking: footnotes on missing runs.
+    """
+    seeds = list(result.runs["seed"].astype(str))
+    rows: list[Any] = frame.to_dict("records")
+    named = ["label"] if any(row["label"] for row in rows) else []
+    several = len({row["run"] for row in rows}) > 1
+    axis = str(result.settings.pair_words)
+    shown = [value for value in seeds if f"partner_{value}" in list(frame)]
+    percent = f"{result.settings.confidence:.0%}"
+    header = (
+        "latent",
+        *named,
+        *([axis] if several else []),
+        "firing",
+        "shared\nwith",
+        f"reproducibility\n[{percent}]",
+        "alike",
+        *(f"{axis} {value}" for value in shown),
+    )
+    table = tuple(
+        (
+            str(row["latent"]),
+            *(str(row[name]) for name in named),
+            *([str(row["seed"])] if several else []),
+            f"{row['firing']:,}",
+            f"{row['shared_with']} of {row['others']}",
+            with_interval(_reproducibility(row)),
+            number(row["decile_shared"]),
+            *(_partner(row, value) for value in shown),
+        )
+        for row in rows
+    )
+    constant = [f"{k}={v}" for k, v in knobs.items()]
+    own = [] if several else [f"latents of {axis} {rows[0]['seed']}: {rows[0]['run']}"]
+    count = 1 + len(named) + several
+    caption = " · ".join([*constant, *own])
+    return Table(header, table, count, caption, (*_notes(frame, result), *lacking))
+
+
+def _reproducibility(row: Mapping[str, Any]) -> Interval:
+    ends = row["reproducibility_low"], row["reproducibility_high"]
+    return Interval(row["reproducibility"], *ends, None, row["others"])
+
+
+def _partner(row: Mapping[str, Any], value: str) -> str:
+    """Return ``812 (0.93, 0.91)``: the matched partner with both cosines and a star if shared; then
+    the latent that is nearest by both cosines, if it is another."""
+    if pd.isna(row[f"partner_{value}"]):  # its own run
+        return ""
+    matched, best = int(row[f"partner_{value}"]), int(row[f"best_{value}"])
+    if matched < 0 and best < 0:
+        return "none"
+    words = _with_cosines(row, "cosine", matched, value) if matched >= 0 else "none"
+    words += " *" if row[f"shared_{value}"] else ""
+    return (
+        words if best == matched else f"{words}; {_with_cosines(row, 'best_cosine', best, value)}"
+    )
+
+
+def _with_cosines(row: Mapping[str, Any], name: str, latent: int, value: str) -> str:
+    both = (number(row[f"{name}_{kind}_{value}"]) for kind in ("encoder", "decoder"))
+    return f"{latent} ({', '.join(both)})"
+
+
+def _numbers(frame: pd.DataFrame, name: str) -> np.ndarray:
+    return frame[name].to_numpy(dtype=np.float64)
+
+
+def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
+    settings, n = result.settings, len(frame)
+    shared, others = (_numbers(frame, name) for name in ("shared_with", "others"))
+    every, none = int((shared == others).sum()), int((shared == 0).sum())
+
+    def mean(name: str) -> float:
+        return float(_numbers(frame, name).mean())
+
+    found = float((shared / others).mean())
+    null = null_in_words(mean("null_shared_fraction"), result.null_simulated_latents)
+    notes = [
+        f"**{every} of {n} are shared with all of the other {result.n_seeds - 1}, {none} with "
+        f"none.** On average they are shared with {number(found)} of the others; for comparison, "
+        "latents of the same dictionary that fire as often are shared with "
+        f"{number(mean('decile_shared'))}, all its latents with "
+        f"{number(mean('dictionary_shared'))}, random rows with {null}. (Matched "
+        f"random rows have a cosine of {number(mean('null_cosine'))}.)",
+        "**shared with**: number of the others in which the matchings by encoder and by decoder "
+        "give the latent the same partner, with both cosines at least "
+        f"{settings.threshold:g}. **reproducibility**: probability that one more "
+        f"{settings.pair_words} has it, with the {settings.confidence:.0%} interval of a beta "
+        "distribution. **alike**: mean shared fraction of the latents in its decile of firing.",
+        f"Under each other {settings.pair_words}: the decoder's match (cosine by encoder, by "
+        "decoder), with * if it is shared; then, if it is another, the latent whose smaller cosine "
+        "is largest, even if it is the match of another latent.",
+    ]
+    silent = _numbers(frame, "latent")[_numbers(frame, "live") == 0]
+    if len(silent):
+        listed = ", ".join(f"{latent:.0f}" for latent in silent)
+        notes.append(
+            f"**not live**: {listed}: fewer than {settings.live_at_least} firings in "
+            f"{result.held_out_tokens:,} held-out tokens; **alike** is then the mean over latents "
+            "that are not live."
+        )
+    return notes

@@ -1,0 +1,265 @@
+"""Further measures of each cell: the tables of ``summary.md`` below the first one.
+
+``docs/measures.md`` defines every number, by its heading here and by its column in the files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from reseed.compare.activations.tables import NOTE, TOKENS, TOPS
+from reseed.compare.cell import CellResult
+from reseed.compare.measures import GROUPS, THRESHOLDS
+from reseed.report.axes import Cell, columns, knob_values, label
+from reseed.report.captions import BY_THRESHOLD, SOURCE, of_seeds
+from reseed.report.firing import by_decile, by_kind_of_firing, with_strata
+from reseed.report.table import (
+    Column,
+    Table,
+    beside_null,
+    cell_table,
+    chance,
+    estimate_text,
+    kappa,
+    measured,
+    number,
+    padded,
+    pair_axis_name,
+    pair_mean,
+    range_text,
+    run_mean,
+)
+
+
+def summary_tables(cells: Sequence[Cell]) -> list[tuple[str, list[Table]]]:
+    """Return titles with their tables, in the order of ``summary.md``, without what was not
+    measured.
+
+    Differences between architectures are not included, because they concern several cells.
+    """
+    firing = with_strata(cells)
+    found = [
+        ("More measures", [details(cells), cosines_and_cycles(cells)]),
+        (f"Over {pair_axis_name(cells)}", [profiles(cells)]),
+        ("By threshold", [by_threshold(cells)]),
+        ("By firing", [by_decile(firing), by_kind_of_firing(firing)] if firing else []),
+        ("On activations", on_activations(cells)),
+        ("Nulls", [nulls(cells)]),
+        ("Subspaces", [subspace_overlaps(cells)]),
+    ]
+    return [(title, tables) for title, tables in found if tables]
+
+
+def details(cells: Sequence[Cell]) -> Table:
+    """Return the table of other rules for what is shared."""
+    made: dict[str, Column] = {pair_axis_name(cells): lambda cell: str(cell.n_seeds)}
+    made |= measured(
+        {
+            "covered": "coverage",
+            "dec": "shared_fraction_decoder",
+            "corr": "shared_fraction_correlation",
+            "joint": "shared_fraction_joint",
+            "mutual": "mutual_nearest",
+            "mutual, dec": "mutual_nearest_decoder",
+            "split": "split_fraction",
+            "not dead": "shared_fraction_not_dead",
+        }
+    )
+    made["ceiling, live"] = pair_mean("ceiling_live")
+    return cell_table(
+        cells,
+        made,
+        "Fractions of latents by other rules than the strict one, at the same threshold.",
+        "**covered**: some latent of the other run has both cosines at least at the threshold, "
+        "even if it is the match of another latent; mean of both directions. **dec**: matched by "
+        "the decoder alone.",
+        "**corr**: the strict rule with encoders matched by the correlation of pre-activations on "
+        "held-out activations, in which directions of low variance hardly count.",
+        "**joint**: one matching of encoder and decoder rows together, both cosines at the "
+        "threshold. **mutual**: each is the other's nearest, by the smaller of both cosines; "
+        "**mutual, dec**: by the decoder's cosine.",
+        "**split**: at least two latents of the other run have both cosines at the threshold. "
+        "**not dead**: the strict rule over latents that fired at the end of training, both "
+        "partners. **ceiling, live**: the largest live shared fraction that the numbers of live "
+        "latents allow.",
+    )
+
+
+def cosines_and_cycles(cells: Sequence[Cell]) -> Table:
+    """Return the table of mean cosines without a threshold, and of whether the matchings of three
+    runs form cycles."""
+    made = measured(
+        {
+            "PW-MCC, signed": "pw_mcc_signed",
+            "PW-MCC, absolute": "pw_mcc_absolute",
+            "MMCS": "mmcs",
+            "cos corr": "cosine_correlation",
+            "cycle, enc": "cycle_encoder",
+            "cycle, dec": "cycle_decoder",
+            "cycle, shared": "cycle_shared",
+        }
+    )
+    return cell_table(
+        cells,
+        made,
+        "**PW-MCC** (Song et al.): mean matched decoder cosine over the smaller dictionary, "
+        "**signed** as in their code, **absolute** as in their paper; each with the matching that "
+        "maximises it. **MMCS**: mean over latents of the largest decoder cosine, averaged over "
+        "both directions (pairs.csv has each). **cos corr**: mean matched correlation of "
+        "pre-activations.",
+        "**cycle**: fraction of latents whose partner's partner in a third run is their own "
+        "partner there, by encoder and by decoder; **shared**: among chains in which i is shared "
+        "with j and j with k, the fraction in which i is shared with k.",
+    )
+
+
+def profiles(cells: Sequence[Cell]) -> Table:
+    """Return the table of p_m and u_k."""
+    knobs, n = columns(cells), max(cell.n_seeds for _, cell in cells)
+    header = (*knobs, *(f"p_{m}" for m in range(n)), *(f"u_{k}" for k in range(2, n + 1)))
+    rows = tuple(
+        (*knob_values(knobs, k), *padded(cell.p, n), *padded(cell.u, n - 1)) for k, cell in cells
+    )
+    footnotes = (
+        f"**p_m**: fraction of latents shared with exactly m of the other {pair_axis_name(cells)}. "
+        f"**u_k**: fraction of latents that none of k−1 other {pair_axis_name(cells)}, drawn at random, "
+        "has.",
+    )
+    return Table(header, rows, len(knobs), "", footnotes)
+
+
+def by_threshold(cells: Sequence[Cell]) -> Table:
+    """Return the table of the strict rule at every threshold; its last row is the paper's, for
+    another model."""
+    knobs = columns(cells)
+    header = (*(knobs or ["cell"]), *(f"≥ {tau}" for tau in THRESHOLDS))
+    rows = [
+        (
+            *(knob_values(knobs, k) or [label(cells, k)]),
+            *(estimate_text(cell, f"shared_fraction_at_{tau}") for tau in THRESHOLDS),
+        )
+        for k, cell in cells
+    ]
+    note = (
+        "The strict rule with each threshold on both cosines; the matchings do not depend on it. "
+        "Over live latents: `shared_fraction_live_at_…` in summary.csv."
+    )
+    other = (
+        f"**{SOURCE}**: another model and budget (TopK, k=32, 32,768 latents, 8B tokens), for "
+        "orientation."
+    )
+    reference = [number(BY_THRESHOLD.get(tau, float("nan"))) for tau in THRESHOLDS]
+    if of_seeds(cells):
+        rows.append((SOURCE, *[""] * (max(len(knobs), 1) - 1), *reference))
+    footnotes = (note, other) if of_seeds(cells) else (note,)
+    return Table(header, tuple(rows), max(len(knobs), 1), "", footnotes)
+
+
+def on_activations(cells: Sequence[Cell]) -> list[Table]:
+    """Return the tables of measures on held-out tokens; empty if no cell requested them."""
+    asked = [(knobs, cell) for knobs, cell in cells if NOTE in cell.pairs]
+    known = [(k, c) for k, c in asked if _tokens(c)]
+    lacking = _not_measured(cells, [(k, c) for k, c in asked if not _tokens(c)])
+    if not known:
+        return lacking
+    count = range_text(_tokens(cell) for _, cell in known)
+    agree = measured(
+        {
+            "Pearson, shared": "agreement_pearson_shared",
+            "Pearson, orphan": "agreement_pearson_orphan",
+            "Jaccard, shared": "agreement_jaccard_shared",
+            "Jaccard, orphan": "agreement_jaccard_orphan",
+            "CKA, latents": "cka_codes",
+            "CKA, output": "cka_reconstructions",
+            "novel": "novel_fraction",
+        }
+    )
+    replaced = measured(
+        {
+            "R": "substitution",
+            "R, shared": "substitution_shared",
+            "R, orphan": "substitution_orphan",
+            "second best": "substitution_second_best",
+            "random": "substitution_random",
+            "best scale": "substitution_best_scale",
+            "area": "substitution_area",
+            **{f"top {top:,}": f"substitution_top_{top}" for top in TOPS},
+        }
+    )
+    return [
+        cell_table(
+            known,
+            agree,
+            f"On {count} held-out tokens, over pairs matched by the decoder whose latents are both "
+            "live. **Pearson**, **Jaccard**: correlation of activations and overlap of the tokens "
+            "on which they fire, mean over **shared** pairs and over the other ones (**orphan**).",
+            "**CKA**: linear CKA of latents and of reconstructions, without any matching; it "
+            "hardly distinguishes SAEs. **novel**: fraction of live latents that lower the other "
+            "run's error when added to it.",
+        ),
+        cell_table(
+            known,
+            replaced,
+            "**R**: the fraction of the damage of ablating a latent that its match repairs in its "
+            "place, as a mean of R bounded to 0 … 1: over all these latents, over **shared** and "
+            "over **orphan** ones; over all with the **second best** match, with a **random** "
+            "latent of equal firing, and with the match at its **best scale**.",
+            "**area**: mean over r of the mean R of the r matches with the highest cosines; "
+            "**top**: that mean R at one r.",
+        ),
+        *lacking,
+    ]
+
+
+def _tokens(cell: CellResult) -> int:
+    return int(cell.pairs[TOKENS].to_numpy().max())
+
+
+def _not_measured(cells: Sequence[Cell], lacking: Sequence[Cell]) -> list[Table]:
+    """Return the table of why some cells have no numbers."""
+    rows = tuple((label(cells, knobs), str(cell.pairs[NOTE].iloc[0])) for knobs, cell in lacking)
+    return [Table(("not measured", "why"), rows, 2, "", ())] if rows else []
+
+
+def nulls(cells: Sequence[Cell]) -> Table:
+    """Return the table of nulls: the shared fraction by chance, and κ against each null."""
+    rungs = {"isotropic": "null_", "covariance": "null_covariance_", "untrained": "untrained_"}
+    made: dict[str, Column] = {"shared": lambda cell: estimate_text(cell, "shared_fraction")}
+    for name, prefix in rungs.items():
+        made[f"{name} S₀"] = chance(f"{prefix}shared_fraction", drawn=name != "untrained")
+        made[f"κ, {name}"] = kappa(name, f"{prefix}shared_fraction")
+    made["cos, isotropic"] = pair_mean("null_cosine")
+    made["cos, covariance"] = pair_mean("null_covariance_cosine")
+    made["covered, isotropic"] = pair_mean("null_coverage")
+    made["covered, covariance"] = pair_mean("null_covariance_coverage")
+    return cell_table(
+        cells,
+        made,
+        "**κ** = (S − S₀)/(1 − S₀), where S is shared and S₀ is the shared fraction of two "
+        "dictionaries of random **isotropic** rows, of rows drawn with the **covariance** of the "
+        "held-out activations, or of the **untrained** weights of the same pairs. The interval of "
+        "κ is that of S, with S₀ taken as exact.",
+        "**cos**, **covered**: mean matched cosine and coverage of these random dictionaries.",
+    )
+
+
+def subspace_overlaps(cells: Sequence[Cell]) -> Table:
+    """Return the table of whether groups of latents span the same space in two runs, each with its
+    null."""
+    made: dict[str, Column] = {}
+    for measure in ("overlap", "angles"):
+        for group in GROUPS:
+            name = f"subspace_{measure}_{group}"
+            made[f"{measure}, {group}"] = beside_null(name)
+    for group in GROUPS:
+        made[f"directions, {group}"] = run_mean(f"directions_{group}")
+    return cell_table(
+        cells,
+        made,
+        "**overlap**: overlap of the second moments of the unit decoder rows of a group / of as "
+        "many random live latents. **angles**: mean squared cosine of the principal angles between "
+        "the spans of the leading directions that hold 90% of the second moment / of random spans. "
+        "**directions**: number of these directions.",
+        "**orphan**: live latents that no other run shares; **shared**: live latents that at least "
+        "one shares; **dense**: latents that fire on more than a tenth of the tokens.",
+    )

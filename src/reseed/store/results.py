@@ -1,0 +1,200 @@
+"""Stored results of evaluations, in the run's folder; tables and figures read them.
+
+<run>/evaluations/<name>-<digest of the signed settings>/
+    result.json       evaluation, settings, metrics; written last
+    <table>.parquet   long tables          latents.parquet   a row per latent
+    failed.json       instead of these: the error that prevented a result
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reseed.config import ReseedError, digest
+from reseed.system.files import atomic_write, atomic_write_json
+from reseed.system.machine import environment
+
+FORMAT = 1
+FOLDER = "evaluations"
+_LATENTS = "latents"
+
+
+class EvaluationError(ReseedError):
+    """Error for results that cannot be read or written."""
+
+
+@dataclass(frozen=True, eq=False)
+class RowGroups:
+    """A table too large for memory, written and read one row group at a time.
+
+    Attributes:
+        schema: the columns.
+        pieces: the rows, one row group per piece; iterated once.
+    """
+
+    schema: pa.Schema
+    pieces: Iterable[pa.Table]
+
+    def write(self, path: Path) -> None:
+        with pq.ParquetWriter(path, self.schema, compression="zstd") as writer:
+            for piece in self.pieces:
+                writer.write_table(piece, row_group_size=len(piece))
+
+
+Table = pd.DataFrame | RowGroups
+"""A long table to write. It is read as a frame, or by row groups from its file."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredEvaluation:
+    """The result of one evaluation of one SAE.
+
+    Attributes:
+        evaluation: name of the evaluation (``faithfulness``).
+        settings: its settings, as `Config.to_dict` returns them.
+        metrics: numbers by name; None if the metric cannot be evaluated.
+        tables: long tables by name; a stored result reads each as a frame on access.
+        latents: arrays [num_latents] by name.
+    """
+
+    evaluation: str
+    settings: Mapping[str, Any]
+    metrics: Mapping[str, float | int | None]
+    tables: Mapping[str, Any] = field(default_factory=dict)
+    latents: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def write(self, folder: Path, **entries: Any) -> None:
+        """Write the result to ``folder``; result.json, written last, marks it as complete.
+
+        Args:
+            entries: further entries of the record: the run, the duration.
+        """
+        if _LATENTS in self.tables:
+            raise EvaluationError(f"no table may be called `{_LATENTS}`: the name is reserved")
+        # An older result must not be read with the new tables.
+        (folder / "result.json").unlink(missing_ok=True)
+        for name, table in self.tables.items():
+            _write_table(folder / f"{name}.parquet", table)
+        if self.latents:
+            _write_table(folder / f"{_LATENTS}.parquet", pd.DataFrame(dict(self.latents)))
+        record = {
+            "format": FORMAT,
+            "evaluation": self.evaluation,
+            "settings": dict(self.settings),
+            "metrics": {name: _plain(value) for name, value in self.metrics.items()},
+            "tables": sorted(self.tables),
+            "latents": sorted(self.latents),
+            "ended": _now(),
+            "environment": environment(),
+            **entries,
+        }
+        atomic_write_json(folder / "result.json", record)
+        (folder / "failed.json").unlink(missing_ok=True)
+
+    @classmethod
+    def read(cls, folder: Path) -> StoredEvaluation:
+        """Read a result that `write` wrote.
+
+        Raises:
+            FileNotFoundError: there is no result.
+            EvaluationError: the result is damaged, or of another format.
+        """
+        path = folder / "result.json"
+        text = path.read_text()
+        try:
+            record = json.loads(text)
+            if record["format"] != FORMAT:
+                raise ValueError(f"its format is {record['format']}, this version reads {FORMAT}")
+            tables = _LazyTables(folder, record["tables"])
+            latents: dict[str, np.ndarray] = {}
+            if record["latents"]:
+                frame = pd.read_parquet(folder / f"{_LATENTS}.parquet")
+                latents = {name: frame[name].to_numpy() for name in record["latents"]}
+            return cls(record["evaluation"], record["settings"], record["metrics"], tables, latents)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{path} cannot be read ({error}): delete the folder to evaluate again"
+            ) from error
+
+
+class _LazyTables(Mapping[str, pd.DataFrame]):
+    """The tables in a folder, each read on access.
+
+    Raises:
+        OSError, ValueError: a file is missing or not parquet; only metadata is read to check.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._paths = {name: folder / f"{name}.parquet" for name in names}
+        for path in self._paths.values():
+            pq.read_metadata(path)
+
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        return pd.read_parquet(self._paths[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+
+def folder_of(subject: Path, evaluation: str, signed: Mapping[str, Any]) -> Path:
+    """Return the folder of a result, named by the signed settings of the evaluation.
+
+    Args:
+        subject: the folder of a run, or of an SAE.
+    """
+    return subject / FOLDER / f"{evaluation}-{digest(dict(signed))}"
+
+
+def is_there(folder: Path) -> bool:
+    """Return whether the folder holds a finished result."""
+    return (folder / "result.json").is_file()
+
+
+def write_failure(folder: Path, error: BaseException) -> None:
+    """Record the error that prevented a result."""
+    described = {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(error)),
+        "ended": _now(),
+    }
+    atomic_write_json(folder / "failed.json", described)
+
+
+def column(evaluation: str, name: str) -> str:
+    """Return a metric's column name in the tables of a sweep, with the evaluation as prefix
+    (``faithfulness_kl``) unless the name has it already (``absorption_fraction``)."""
+    return name if name.startswith(f"{evaluation}_") else f"{evaluation}_{name}"
+
+
+def _write_table(path: Path, table: Table) -> None:
+    if isinstance(table, RowGroups):
+        atomic_write(path, table.write)
+    else:
+        atomic_write(path, lambda part: table.to_parquet(part, index=False))
+
+
+def _plain(value: Any) -> float | int | None:
+    """Convert a number of numpy or torch to Python's own type."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

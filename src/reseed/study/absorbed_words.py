@@ -1,0 +1,187 @@
+"""Overlap of the words that two SAEs absorb, by matched latents, against chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+from jaxtyping import Int
+
+from reseed.compare.cell import CellResult
+from reseed.compare.pair import WEIGHTS_NOTE
+from reseed.compare.pairing import without_intervals
+from reseed.compare.statistics import Interval, seed_interval
+from reseed.compare.tables import lists
+from reseed.report.axes import Cell
+from reseed.report.evaluation_results import OVERLAP, Runs
+
+# MERGED Overlap of the words that the runs of a cell absorb, from their results and the matchings.
+FREQUENCY_BINS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Overlap:
+    """Agreement of two SAEs on the words they absorb, over the classes with matched main latents.
+
+    Attributes:
+        classes: number of these classes.
+        words: number of their words that both probes get right.
+        jaccard: words absorbed in both over those absorbed in either; NaN if there are none.
+        expected: mean Jaccard index over permutations.
+        p: share of permutations with at least as many words absorbed in both (one-sided).
+        by_class: ``class``, ``matched``, ``words``, ``first``, ``second``, ``both``.
+    """
+
+    classes: int
+    words: int
+    jaccard: float
+    expected: float
+    p: float
+    by_class: pd.DataFrame = field(repr=False)
+
+
+def absorbed_overlap(
+    first: tuple[pd.DataFrame, pd.DataFrame],
+    second: tuple[pd.DataFrame, pd.DataFrame],
+    partner: Int[np.ndarray, " num_latents"],
+    *,
+    permutations: int = 1_000,
+    seed: int = 0,
+) -> Overlap:
+    """Compare the words absorbed in two SAEs of the same model and hookpoint.
+
+    A class counts if a main latent of the first SAE has a main latent of the second as its partner.
+    A word is absorbed if its fraction is above 0 in at least half of its records. Null: permute the
+    words absorbed in the second among words of the same class and similar frequency (quarters of
+    the class), which amounts to a hypergeometric draw for each of these strata.
+
+    Args:
+        first, second: the tables ``letters`` and ``words`` of each SAE's absorption.
+        partner: partner of each latent of the first, −1 for none.
+        seed: seed of the permutations.
+    """
+    matched = _matched_classes(first[0], second[0], partner)
+    mine, theirs = _flags(first[1]), _flags(second[1])
+    both = pd.merge(mine, theirs, left_index=True, right_index=True, suffixes=("_1", "_2"))
+    by_class = _by_class(both, matched)
+    kept = [name for name, there in matched.items() if there]
+    used = both.loc[both.index.get_level_values("class").isin(kept)]
+    a, b = (np.asarray(used[f"absorbed_{i}"], dtype=bool) for i in (1, 2))
+    shared, either = int((a & b).sum()), int((a | b).sum())
+    there = sum(matched.values())
+    if not either:
+        nan = float("nan")
+        return Overlap(there, len(used), nan, nan, nan, by_class)
+    drawn = _by_chance(used, permutations, np.random.default_rng([0x6F7665, seed]))
+    jaccards = drawn / (a.sum() + b.sum() - drawn)
+    p = (1 + int((drawn >= shared).sum())) / (1 + permutations)
+    return Overlap(there, len(used), shared / either, float(jaccards.mean()), p, by_class)
+
+
+def _matched_classes(
+    first: pd.DataFrame, second: pd.DataFrame, partner: Int[np.ndarray, " num_latents"]
+) -> dict[str, bool]:
+    """Return for each class evaluable in both whether a pair of main latents is matched."""
+    mains = [dict(zip(t["class"], t["main"], strict=True)) for t in (first, second)]
+    good = [set(t.loc[t["reason"] == "", "class"]) for t in (first, second)]
+    return {
+        name: any(int(partner[j]) in usual(mains[1][name]) for j in usual(mains[0][name]))
+        for name in sorted(good[0] & good[1])
+    }
+
+
+def usual(main: list[list[int]]) -> set[int]:
+    """Return the latents that are main in at least half of the folds and repetitions."""
+    counts = Counter(int(j) for each in main for j in each)
+    return {j for j, count in counts.items() if 2 * count >= len(main)}
+
+
+def _flags(words: pd.DataFrame) -> pd.DataFrame:
+    table = words.assign(absorbed=words["fraction"] > 0).groupby(["class", "token"])
+    found = table.agg(absorbed=("absorbed", "mean"), frequency=("frequency", "first"))
+    return found.assign(absorbed=found["absorbed"] >= 0.5)
+
+
+def _by_chance(
+    used: pd.DataFrame, permutations: int, random: np.random.Generator
+) -> Int[np.ndarray, " permutations"]:
+    """Count the words absorbed in both, with the second's flags permuted within the strata."""
+    total = np.zeros(permutations, dtype=np.int64)
+    for _, some in used.groupby("class"):
+        rank = some["frequency_1"].rank(method="average", pct=True)
+        stratum = np.minimum((rank * FREQUENCY_BINS).astype(int), FREQUENCY_BINS - 1)
+        for _, part in some.groupby(stratum):
+            mine, theirs = (int(np.sum(part[f"absorbed_{i}"])) for i in (1, 2))
+            total += random.hypergeometric(mine, len(part) - mine, theirs, permutations)
+    return total
+
+
+def _by_class(both: pd.DataFrame, matched: dict[str, bool]) -> pd.DataFrame:
+    rows = []
+    for name, there in matched.items():
+        some = both.loc[both.index.get_level_values("class") == name]
+        a, b = (np.asarray(some[f"absorbed_{i}"], dtype=bool) for i in (1, 2))
+        counts = {"first": int(a.sum()), "second": int(b.sum()), "both": int((a & b).sum())}
+        rows.append({"class": name, "matched": there, "words": len(some), **counts})
+    names = ["class", "matched", "words", "first", "second", "both"]
+    return pd.DataFrame(rows, columns=names)
+
+
+_EVALUATION = "absorption"
+
+
+def with_overlaps(cells: Sequence[Cell], runs: Runs) -> list[Cell]:
+    """Add the overlap of absorbed words to the cells whose runs all have an absorption result.
+
+    The pairs get the columns ``absorbed_overlap`` (Jaccard), ``…_expected`` (by chance),
+    ``absorbed_p`` and ``absorbed_classes``; the cell gets the estimate of the first over pairs.
+    """
+    return [(knobs, _with_overlaps(cell, runs)) for knobs, cell in cells]
+
+
+def _with_overlaps(cell: CellResult, runs: Runs) -> CellResult:
+    tables = {
+        name: (of["letters"], of["words"])
+        for name, run in runs.items()
+        if _EVALUATION in run.results and (of := run.results[_EVALUATION].tables)
+    }
+    if WEIGHTS_NOTE in cell.pairs or not set(cell.runs["run"]) <= tables.keys():
+        return cell
+    found = {
+        (a, b): absorbed_overlap(tables[a], tables[b], _partners(cell, a, b))
+        for a, b in zip(cell.pairs["a"], cell.pairs["b"], strict=True)
+    }
+    return replace(
+        cell,
+        pairs=cell.pairs.assign(**_columns(list(found.values()))),
+        estimates=cell.estimates
+        | without_intervals({OVERLAP: _estimate(cell, found)}, cell.settings),
+    )
+
+
+def _partners(cell: CellResult, a: str, b: str) -> Int[np.ndarray, " num_latents"]:
+    """Return the match by decoder in run ``b`` of each latent of run ``a``; −1 for none."""
+    own = cell.latents.filter(pc.field("run") == a)
+    return lists(own, "partner_decoder")[:, own["others"][0].as_py().index(b)].astype(np.int64)
+
+
+def _columns(found: Sequence[Overlap]) -> dict[str, list[float]]:
+    return {
+        OVERLAP: [overlap.jaccard for overlap in found],
+        f"{OVERLAP}_expected": [overlap.expected for overlap in found],
+        "absorbed_p": [overlap.p for overlap in found],
+        "absorbed_classes": [float(overlap.classes) for overlap in found],
+    }
+
+
+def _estimate(cell: CellResult, found: Mapping[tuple[str, str], Overlap]) -> Interval:
+    """Estimate the overlap over pairs of seeds; pairs that absorb nothing have none."""
+    place = {run: i for i, run in enumerate(cell.runs["run"])}
+    values = np.zeros((len(place), len(place)))
+    for (a, b), overlap in found.items():
+        values[place[a], place[b]] = values[place[b], place[a]] = overlap.jaccard
+    return seed_interval(values, cell.settings.confidence)

@@ -1,0 +1,219 @@
+"""Held-out activations of a cell, read once for all of its SAEs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from reseed.compare.activations.measures import (
+    ActivationMeasures,
+    measure_same_activations,
+    measure_same_tokens,
+)
+from reseed.compare.activations.tables import lacks_activations, weight_matches, with_activations
+from reseed.compare.cell import CellResult
+from reseed.config import ReseedError
+from reseed.experiment.resolve import Experiment, Resolved, resolve_experiment
+from reseed.sae import load_all
+from reseed.store.runs import Run
+from reseed.system.console import say
+from reseed.system.machine import pick_device
+from reseed.train.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from reseed.sae.base import SAE
+
+_DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints")
+"""Entries of a run's identity that determine its held-out activations."""
+_ELSEWHERE = ("order_seed", "held_out_tokens")
+"""Settings of the data set that do not: the order is that of training, and a cell reads as many
+tokens as its run with the fewest."""
+Chunks = Iterator[Float[Tensor, "n d_in"]]
+
+
+class ActivationsUnavailable(ReseedError):
+    """Error that says why the SAEs of a cell cannot be compared on activations."""
+
+
+def write_with_activations(
+    cell: CellResult, runs: Sequence[Run], folder: Path, name: str, runtime: RuntimeConfig
+) -> None:
+    """Write a cell into its folder, with the measures on activations if they can be computed.
+
+    The measures on weights are written first, so that a missing language model or a stopped
+    command does not lose them. A cell that lacks the requested measures on activations is tried
+    again.
+    """
+    wanted = cell.settings.activation_tokens
+    if not wanted:
+        cell.write(folder)
+        return
+    if not lacks_activations(cell):
+        return
+    with_activations(cell, None, "interrupted").write(folder)
+    try:
+        tokens, measure = _measurement(cell, runs, wanted, runtime)
+    except (ReseedError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        say(f"  {name}: compared by weights alone, not by activations: {reason}")
+        with_activations(cell, None, reason).write(folder)
+        return
+    say(f"  {name}: comparing {len(runs)} runs on {tokens:,} held-out activations")
+    with_activations(cell, measure()).write(folder)
+
+
+def _measurement(
+    cell: CellResult, runs: Sequence[Run], wanted: int, runtime: RuntimeConfig
+) -> tuple[int, Callable[[], ActivationMeasures]]:
+    """Return the number of activations, and a function that reads and measures them.
+
+    Raises: see `held_out_chunks`.
+    """
+    seed, device = cell.settings.null_seed, str(pick_device(runtime.device))
+
+    def saes() -> list[SAE]:
+        return [run.sae(device) for run in runs]
+
+    if len(set(cell.runs["d_in"])) == 1:
+        chunks, tokens = held_out_chunks(runs, wanted, runtime)
+        return tokens, lambda: measure_same_activations(saes(), weight_matches(cell), chunks, seed)
+    streams, reads, tokens = held_out_streams(runs, wanted, runtime)
+    return tokens, lambda: measure_same_tokens(
+        saes(),
+        weight_matches(cell),
+        streams,
+        reads,
+        tokens,
+        seed=seed,
+        threshold=cell.settings.threshold,
+    )
+
+
+def held_out_streams(
+    runs: Sequence[Run], tokens: int, runtime: RuntimeConfig
+) -> tuple[list[Chunks], list[int], int]:
+    """Open the activations of all models (or layers) of a cell on the same held-out tokens.
+
+    Returns:
+        one stream of chunks per model, the index of the stream that each run reads, and the number
+        of tokens.
+
+    Raises:
+        NotOffered: the runs read different tokens, or a model or text has changed since training.
+        ConfigError: a model or the data are not found.
+    """
+    records = [run.record for run in runs]
+    identities = [record["identity"] for record in records]
+    different = token_mismatch(identities)
+    if different:
+        raise ActivationsUnavailable(f"its runs do not read the same held-out tokens: {different}")
+    kinds: list[int] = []  # the first run of each stream
+    reads = []
+    for identity in identities:
+        known = [
+            k for k, i in enumerate(kinds) if not activation_mismatch([identities[i], identity])
+        ]
+        reads.append(known[0] if known else len(kinds))
+        if not known:
+            kinds.append(len(reads) - 1)
+    # No run may be compared on tokens that it was not measured on.
+    tokens = min([tokens, *(r["experiment"]["dataset"]["held_out_tokens"] for r in records)])
+    streams = []
+    for kind in range(len(kinds)):
+        own = [run for run, which in zip(runs, reads, strict=True) if which == kind]
+        streams.append(held_out_chunks(own, tokens, runtime)[0])
+    return streams, reads, tokens
+
+
+def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) -> tuple[Chunks, int]:
+    """Open the first held-out activations that all runs of a cell were measured on.
+
+    Args:
+        tokens: the number wanted; capped at the number that every run was measured on.
+
+    Returns:
+        the chunks, and the number of tokens in them.
+
+    Raises:
+        NotOffered: the runs read different activations, or a model or text has changed since
+            training.
+        ConfigError: the model or the data are not found.
+    """
+    records = [run.record for run in runs]
+    different = activation_mismatch([record["identity"] for record in records])
+    if different:
+        raise ActivationsUnavailable(
+            f"its runs do not read the same held-out activations: they differ in {different}"
+        )
+    fewest = min(records, key=lambda r: r["experiment"]["dataset"]["held_out_tokens"])
+    resolved = resolve_record(fewest, runtime)
+    experiment = resolved.experiment
+    needed = max(record["tokens"] for record in records)
+    source = resolved.open(pick_device(runtime.device), needed, runtime.open_cache())
+    tokens = min(tokens, experiment.dataset.held_out_tokens)
+    chunks = source.held_out([experiment.hook], tokens)
+    return (chunk[experiment.hook] for chunk in chunks), tokens
+
+
+def resolve_record(record: Mapping[str, Any], runtime: RuntimeConfig) -> Resolved:
+    """Resolve the experiment of a run's record, and check that model and data are the same.
+
+    Raises:
+        NotOffered: a fingerprint differs from the record.
+        ConfigError: the model or the data are not found.
+    """
+    resolved = resolve_experiment(_experiment(record), runtime)
+    for what, fingerprint in resolved.identity["fingerprints"].items():
+        if record["fingerprints"].get(what) != fingerprint:
+            raise ActivationsUnavailable(
+                f"the {what} is not the one that the runs were trained with"
+            )
+    return resolved
+
+
+def token_mismatch(identities: Sequence[Mapping[str, Any]]) -> str:
+    """Return the reason why runs do not read the same held-out tokens, or ""."""
+    prints = [identity["fingerprints"] for identity in identities]
+    if any("text" not in own for own in prints):
+        return "the activations of a world are random draws without tokens"
+    if any(identity.get("surrogate") == "gaussian" for identity in identities):
+        return "the activations of surrogate=gaussian are random draws without tokens"
+    for what, reason in (
+        ("text", "their texts differ"),
+        ("tokenizer", "their models have different tokenizers"),
+    ):
+        if len({own[what] for own in prints}) > 1:
+            return reason
+    first, *others = (held_out_settings(identity["dataset"]) for identity in identities)
+    for other in others:
+        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        if keys:
+            return f"they differ in dataset.{keys[0]}"
+    return ""
+
+
+def held_out_settings(declared: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a data set that determine the held-out activations."""
+    return {k: v for k, v in declared.items() if k not in _ELSEWHERE}
+
+
+def activation_mismatch(identities: Sequence[Mapping[str, Any]]) -> str:
+    """Return the first entry that determines held-out activations and differs among runs, or ""."""
+    for name in _DECLARED:
+        values = [identity.get(name) for identity in identities]
+        if name == "dataset":
+            values = [held_out_settings(d) for d in values if d]
+        if any(value != values[0] for value in values):
+            return name
+    return ""
+
+
+def _experiment(record: Mapping[str, Any]) -> Experiment:
+    """Read the experiment of a record; the imports register the kinds of models and data."""
+
+    load_all()
+    return Experiment.from_dict(record["experiment"])

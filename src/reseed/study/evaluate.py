@@ -1,0 +1,196 @@
+"""Execution of evaluations: each result is written as soon as it is computed."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from reseed.activations.source import ActivationSource
+from reseed.cli.run_selection import SavedRun
+from reseed.config import ConfigError, ReseedError
+from reseed.evaluate.base import EvaluationConfig, EvaluationInput, ModelCache, Result
+from reseed.experiment.resolve import cache_folder
+from reseed.store.results import StoredEvaluation, write_failure
+from reseed.system.console import counted, say, seconds_since
+from reseed.system.files import DiskFullError, lock_file, room_for
+from reseed.system.machine import free_memory, pick_device
+from reseed.train.config import RuntimeConfig
+
+MOST_LOCKS = 256
+"""Most SAEs that a process locks at a time; each lock is an open file, and about 1,024 may be
+open."""
+LOCK = ".lock"
+"""File in a result's folder, locked by the process that computes the result."""
+BYTES_PER_PASS = 8 * 2**30
+"""Bytes of SAEs that are evaluated in one pass; more SAEs take several passes."""
+
+
+class Evaluator:
+    """SAEs with the activation sources that they read.
+
+    The first evaluation that needs a source opens it; the next ones reuse it.
+
+    Args:
+        targets: the SAEs.
+        runtime: device, threads and folders.
+    """
+
+    def __init__(self, targets: Sequence[SavedRun], runtime: RuntimeConfig) -> None:
+        self.runtime, self.device = runtime, pick_device(runtime.device)
+        self.groups: dict[str, list[SavedRun]] = {}
+        for target in targets:
+            self.groups.setdefault(target.source, []).append(target)
+        self._opened: dict[str, ActivationSource] = {}
+        if runtime.threads is not None:
+            torch.set_num_threads(runtime.threads)
+
+    def outcome(self, config: EvaluationConfig) -> Exception | None:
+        """Evaluate the SAEs without a result; a failure of one does not stop the others.
+
+        Returns:
+            None, or the error.
+        """
+        failed: dict[str, Exception] = {}
+        for source, targets in self.groups.items():
+            missing = [t for t in targets if not t.has_result(config)]
+            done = len(targets) - len(missing)
+            if done:
+                say(f"  {config.name}: {counted(done, 'SAE')} already evaluated")
+            for first in range(0, len(missing), MOST_LOCKS):
+                failed |= self._evaluate_some(source, missing[first : first + MOST_LOCKS], config)
+        if not failed:
+            return None
+        (first, error), *others = failed.items()
+        more = f" (and {len(others)} more)" if others else ""
+        return ReseedError(f"evaluation={config.name}: {first}: {error}{more}")
+
+    def _evaluate_some(
+        self, source: str, targets: Sequence[SavedRun], config: EvaluationConfig
+    ) -> dict[str, Exception]:
+        """Evaluate the SAEs that no other process holds, then what other processes left undone."""
+        with _claimed(targets, config) as mine:
+            failed = self._evaluate_all(source, mine, config) if mine else {}
+        others = [t for t in targets if t.id not in failed and not t.has_result(config)]
+        if others:
+            say(f"  {config.name}: waiting for another process ({counted(len(others), 'SAE')})")
+        for target in others:
+            with _claimed([target], config, wait=True) as mine:
+                failed |= self._evaluate_all(source, mine, config) if mine else {}
+        return failed
+
+    def _evaluate_all(
+        self, source: str, targets: Sequence[SavedRun], config: EvaluationConfig
+    ) -> dict[str, Exception]:
+        """Evaluate SAEs together; after a failure, the remaining ones one by one."""
+        resolved = targets[0].resolved
+        on = f"{resolved.model_label} and {resolved.data.label}"
+        say(f"  {config.name}: evaluating {counted(len(targets), 'SAE')} on {on}")
+        start = time.perf_counter()
+        left = {target.id: target for target in targets}
+        try:
+            self._evaluate(source, left, config)
+        except DiskFullError:  # not a failure of the SAEs, and the next one would fail too
+            raise
+        except Exception as error:
+            alone = len(left) == 1 or isinstance(error, ConfigError)
+            failed = dict.fromkeys(left, error) if alone else {}
+        else:
+            failed = {}
+        if left and not failed:  # outside of the handler, whose exception keeps memory alive
+            free_memory()
+            failed = self._one_by_one(source, list(left.values()), config)
+        for target in targets:
+            if target.id in failed:
+                write_failure(target.result_folder(config), failed[target.id])
+        done = f"{len(targets) - len(failed)} of {counted(len(targets), 'SAE')}"
+        say(f"  {config.name}: {done} in {seconds_since(start):,.1f} s")
+        return failed
+
+    def _one_by_one(
+        self, source: str, targets: Sequence[SavedRun], config: EvaluationConfig
+    ) -> dict[str, Exception]:
+        failed: dict[str, Exception] = {}
+        for target in targets:
+            try:
+                self._evaluate(source, {target.id: target}, config)
+            except DiskFullError:
+                raise
+            except Exception as error:
+                failed[target.id] = error
+        return failed
+
+    def _evaluate(self, source: str, left: dict[str, SavedRun], config: EvaluationConfig) -> None:
+        """Evaluate the SAEs in ``left``, and remove each from it when its result is written."""
+        cache = ModelCache(cache_folder(self.runtime))
+        evaluated = EvaluationInput(
+            self._open(source), cache, lambda message: say(f"    {message}")
+        )
+        for part in _passes(list(left.values())):
+            subjects = [t.subject(str(self.device), config.with_untrained) for t in part]
+            start = time.perf_counter()
+            for name, result in config.evaluate(subjects, evaluated):
+                _write(left[name], config, result, seconds_since(start))
+                del left[name]
+                start = time.perf_counter()
+
+    def _open(self, source: str) -> ActivationSource:
+        if source not in self._opened:
+            self._opened.clear()  # one model at a time
+            free_memory()
+            targets = self.groups[source]
+            needed = max(t.resolved.tokens for t in targets)
+            resolved = targets[0].resolved
+            self._opened[source] = resolved.open(self.device, needed, self.runtime.open_cache())
+        return self._opened[source]
+
+
+def _passes(targets: Sequence[SavedRun]) -> list[list[SavedRun]]:
+    """Split the targets into lists of at least one whose weights fit into `BYTES_PER_PASS`."""
+    parts: list[list[SavedRun]] = []
+    size = 0
+    for target in targets:
+        own = 8 * target.resolved.num_latents * target.resolved.d_in  # two matrices in float32
+        if not parts or size + own > BYTES_PER_PASS:
+            parts.append([])
+            size = 0
+        parts[-1].append(target)
+        size += own
+    return parts
+
+
+@contextmanager
+def _claimed(
+    targets: Sequence[SavedRun], config: EvaluationConfig, wait: bool = False
+) -> Iterator[list[SavedRun]]:
+    """Lock the targets without a result that no other process evaluates in this way; yield them.
+
+    Args:
+        wait: wait for targets that another process has locked, instead of leaving them out.
+    """
+    handles: list[int] = []
+    try:
+        mine = []
+        for target in targets:
+            folder = target.result_folder(config)
+            with room_for(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = lock_file(folder / LOCK, wait_s=None if wait else 0.0)
+            if handle is not None:
+                handles.append(handle)
+                if not target.has_result(config):  # another process may just have written it
+                    mine.append(target)
+        yield mine
+    finally:
+        for handle in handles:
+            os.close(handle)
+
+
+def _write(target: SavedRun, config: EvaluationConfig, result: Result, seconds: float) -> None:
+    stored = StoredEvaluation(
+        config.name, config.to_dict(), result.metrics, result.tables, result.latents
+    )
+    stored.write(target.result_folder(config), subject=target.id, seconds=seconds)

@@ -1,0 +1,152 @@
+"""Devices and their memory."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reseed.config import ConfigError
+
+
+# MERGED The environment of a run: versions, machine, commit and command. Recorded, never compared.
+def pick_device(name: str) -> torch.device:
+    """Return the device that ``runtime.device`` names; ``auto`` is the GPU if there is one.
+
+    Raises:
+        ConfigError: this machine has no such device.
+    """
+    key = "runtime.device"
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{{key}} must be auto, cpu, cuda or cuda:N; got {name}", key)
+    there = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise ConfigError(f"{{key}}: there are {there} CUDA devices here; got {name}", key)
+    return device
+
+
+def cpus() -> int:
+    """Return the number of CPUs that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if ``error`` reports that a device or the host ran out of memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if getattr(error, "out_of_memory", False):  # reported by another process of the team
+        return True
+    # The CPU allocator raises a plain RuntimeError.
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    """Release memory that is no longer referenced."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def available_memory(device: torch.device) -> int:
+    """Return the bytes free on ``device`` now; on the host, within its control group's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    left = [_host_memory()]
+    for folder, limit, used, reclaimable in _CONTROL_GROUPS:
+        with suppress(OSError, ValueError):  # no such group, or no limit ("max")
+            cached = _entry(folder / "memory.stat", reclaimable)
+            left.append(
+                int((folder / limit).read_text()) - int((folder / used).read_text()) + cached
+            )
+    return max(0, min(left))
+
+
+_CONTROL_GROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+"""Linux's files of a container's memory limit and use, for cgroup versions 2 and 1."""
+
+
+def _host_memory() -> int:
+    with suppress(OSError, ValueError):
+        return _entry(Path("/proc/meminfo"), "MemAvailable:") * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # total, if not on Linux
+
+
+def _entry(path: Path, name: str) -> int:
+    """Return the number after ``name`` in a file. Raises `ValueError` if there is none."""
+    for line in path.read_text().splitlines():
+        words = line.split()
+        if words[0] == name:
+            return int(words[1])
+    raise ValueError(f"{path} has no {name}")
+
+
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
+
+
+def environment() -> dict[str, Any]:
+    """Return the environment of the current command."""
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {**_of_process(), "command": command}  # one process may run several commands
+
+
+@cache
+def _of_process() -> dict[str, Any]:
+    from reseed import __version__
+
+    versions = {"reseed": __version__}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that the code runs from, with ``+`` if files changed."""
+    here = Path(__file__).parent
+    try:
+        arguments = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        # An installation may lie inside another repository, whose commit is unrelated.
+        tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, check=True, **arguments)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **arguments).stdout
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], check=True, **arguments
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + ("+" if changed.strip() else "")

@@ -1,0 +1,313 @@
+"""Constraints on the weights of an SAE, applied at the start and after every step.
+
+``optim.py`` defines the order in which they act.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim.adam import adam
+
+from reseed.sae import kernels
+from reseed.sae.base import SAE, Step
+from reseed.train.archetypes import archetypal_decoder
+
+
+# MERGED The optimiser of one SAE and its learning rate. This is the only place that defines the order of one step: 1. With a unit-norm decoder, the component of each decoder row's gradient that is parallel to the row is removed (Bricken et al. 2023). 2. The global norm over all (projected) gradients of this
+class Constraints:
+    """The constraints of one SAE other than the unit norm, for any set of its weights.
+
+    Args:
+        sae: the SAE; an archetypal decoder must be in place already.
+        aligned: hold E_j · d_j = 1 (see `align_rows`).
+    """
+
+    def __init__(self, sae: SAE, *, aligned: bool) -> None:
+        self.archetypal = archetypal_decoder(sae)
+        self.aligned = aligned
+
+    @torch.no_grad()
+    def hold(self, weights: Mapping[str, Tensor]) -> None:
+        """Project weights onto the constraints, in place.
+
+        Args:
+            weights: by the names of the SAE's parameters; frozen ones may be missing.
+        """
+        if self.archetypal is not None:
+            self.archetypal.hold(weights)
+        if self.aligned:
+            decoder = self.archetypal.decoder(weights) if self.archetypal else weights["W_dec"]
+            align_rows(weights["W_enc"], decoder)
+
+
+@torch.no_grad()
+def normalise_rows(rows: Float[Tensor, "rows d_in"]) -> None:
+    """Scale each row to norm 1, in place. A zero row stays."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    rows.div_(norms.clamp_min_(torch.finfo(rows.dtype).tiny))
+
+
+@torch.no_grad()
+def align_rows(
+    encoder: Float[Tensor, "num_latents d_in"], decoder: Float[Tensor, "num_latents d_in"]
+) -> None:
+    """Set E_j ← E_j + (1 − E_j·d_j) d_j/‖d_j‖², in place: the nearest E_j with E_j · d_j = 1.
+
+    Aligned training (Brzozowski & Chung 2026, 2605.18629) reparametrises the encoder to the same
+    surface; here each step is projected back onto it. The component of E_j orthogonal to d_j does
+    not change. If the decoder row is zero no such E_j exists, and E_j does not change.
+    """
+    squared = decoder.square().sum(1, keepdim=True)
+    missing = 1 - torch.linalg.vecdot(encoder, decoder)[:, None]
+    encoder.addcmul_(decoder, missing / squared.clamp_min(torch.finfo(squared.dtype).tiny))
+
+
+BLOCK_BYTES = 4 * 2**20
+"""Bytes of rows that are projected, updated and renormalised together to stay in the cache."""
+
+
+def learning_rate(
+    step: Step, peak: float, *, warmup_steps: int = 0, decay_fraction: float = 0.2
+) -> float:
+    """Return the rate of a step: linear warm-up, constant, linear decay to 0.
+
+    It is a pure function of the step.
+
+    Args:
+        peak: the constant.
+        warmup_steps: the rate of step i < warmup_steps is peak · (i + 1) / warmup_steps.
+        decay_fraction: the rate falls over this last fraction of the steps. It would reach 0 at
+            step ``total``, so every step has a positive rate.
+    """
+    rising = (step.index + 1) / warmup_steps if step.index < warmup_steps else 1.0
+    decay_steps = decay_fraction * step.total
+    left = step.total - step.index
+    falling = left / decay_steps if left < decay_steps else 1.0
+    return peak * min(rising, 1.0) * falling
+
+
+class SAEOptimizer(torch.optim.Optimizer, ABC):
+    """Base class of optimisers of one SAE: of all its parameters that require a gradient.
+
+    On the CPU steps are bit-identical when repeated or resumed: `state_dict` is complete.
+
+    Args:
+        sae: the module whose parameters are updated.
+        lr: learning rate; `set_lr` changes it.
+        defaults: further entries of every group.
+        encoder_weight_decay, decoder_weight_decay: decoupled decay of W_enc and of W_dec.
+        max_grad_norm: bound of the global norm of the gradients; None does not clip.
+        unit_norm_decoder: hold decoder rows at norm 1; None takes the value of the SAE's config.
+        train_b_dec: False freezes the decoder's bias at its current value.
+        aligned: hold E_j · d_j = 1 for every latent.
+
+    Attributes:
+        grad_norm: global norm before clipping at the last step; None without clipping.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        lr: float,
+        defaults: dict[str, Any],
+        *,
+        encoder_weight_decay: float = 0.0,
+        decoder_weight_decay: float = 0.0,
+        max_grad_norm: float | None = 1.0,
+        unit_norm_decoder: bool | None = None,
+        train_b_dec: bool = True,
+        aligned: bool = False,
+    ) -> None:
+        _check(lr, encoder_weight_decay, decoder_weight_decay, max_grad_norm)
+        if not train_b_dec:
+            sae.b_dec.requires_grad_(False)
+        decays = {"W_enc": encoder_weight_decay, "W_dec": decoder_weight_decay}
+        groups = [
+            {"params": [parameter], "name": name, "weight_decay": decays.get(name, 0.0)}
+            for name, parameter in sae.named_parameters()
+            if parameter.requires_grad
+        ]
+        super().__init__(groups, {"lr": lr, **defaults, "weight_decay": 0.0})
+        self.max_grad_norm = max_grad_norm
+        if unit_norm_decoder is None:
+            unit_norm_decoder = sae.config.unit_norm_decoder
+        self.unit_norm_decoder = unit_norm_decoder
+        self.constraints = Constraints(sae, aligned=aligned)
+        self.grad_norm: Tensor | None = None
+
+    @abstractmethod
+    def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
+        """Do points 3 and 4 of a step for these groups, one parameter each.
+
+        Args:
+            factor: the factor of clipping for the gradients; None leaves them.
+        """
+
+    def evaluation_weights(self) -> dict[str, Tensor]:
+        """Return, by name, weights to measure and store that differ from the parameters."""
+        return {}
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of the next steps."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
+        """Take one step with the present gradients; parameters without one do not change."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        groups = [group for group in self.param_groups if group["params"][0].grad is not None]
+        if groups:
+            # Lightning may call this under its autocast, which must not apply to an update.
+            with torch.autocast(groups[0]["params"][0].device.type, enabled=False):
+                self._step(groups)
+        return result
+
+    def _step(self, groups: list[dict[str, Any]]) -> None:
+        if self.unit_norm_decoder:
+            for group in groups:
+                if group["name"] == "W_dec":
+                    _remove_parallel(group["params"][0])
+        self.grad_norm, factor = self._clip(groups)
+        self._update(groups, factor)
+        self._constrain()
+
+    def _constrain(self) -> None:
+        self.constraints.hold({g["name"]: g["params"][0] for g in self.param_groups})
+
+    def _clip(self, groups: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
+        """Return the global gradient norm and the factor that clips it."""
+        if self.max_grad_norm is None or not groups:
+            return None, None
+        norms = [torch.linalg.vector_norm(group["params"][0].grad) for group in groups]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        return norm, (self.max_grad_norm / (norm + 1e-6)).clamp_max_(1.0)
+
+    def _renormalised(self, group: dict[str, Any]) -> bool:
+        return self.unit_norm_decoder and group["name"] == "W_dec"
+
+
+class SAEAdam(SAEOptimizer):
+    """The Adam optimiser (Kingma & Ba 2015).
+
+    Args:
+        lr: learning rate, also settable as ``param_groups[i]["lr"]`` or by `set_lr`.
+        betas, eps: Adam's parameters.
+        options: those of `SAEOptimizer`.
+    """
+
+    def __init__(
+        self,
+        sae: SAE,
+        lr: float,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **options: Any,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"`betas` must be in [0, 1), got {betas}")
+        if not (math.isfinite(eps) and eps >= 0):
+            raise ValueError(f"`eps` must be at least 0, got {eps}")
+        super().__init__(sae, lr, {"betas": betas, "eps": eps}, **options)
+
+    def _step(self, groups: list[dict[str, Any]]) -> None:
+        tensors = [tensor for g in groups for tensor in (g["params"][0], g["params"][0].grad)]
+        if kernels.supports(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
+            from reseed.sae.kernels.update import compiled_step
+
+            states = [self._state_of(group["params"][0]) for group in groups]
+            renormalised = [self._renormalised(group) for group in groups]
+            self.grad_norm = compiled_step(groups, states, renormalised, self.max_grad_norm)
+            self._constrain()
+        else:
+            super()._step(groups)
+
+    def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
+        for group in groups:
+            self._adam(group, factor)
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
+
+    def _adam(self, group: dict[str, Any], factor: Tensor | None) -> None:
+        parameter = group["params"][0]
+        state = self._state_of(parameter)
+        renormalise = self._renormalised(group)
+        beta1, beta2 = group["betas"]
+        for rows in _blocks(parameter):
+            block, grad = parameter[rows], parameter.grad[rows]
+            if factor is not None:
+                grad.mul_(factor)
+            if group["weight_decay"]:
+                block.mul_(1 - group["lr"] * group["weight_decay"])
+            adam(
+                [block],
+                [grad],
+                [state["exp_avg"][rows]],
+                [state["exp_avg_sq"][rows]],
+                [],
+                [state["step"].clone()],  # `adam` increments it at every block
+                fused=True,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=0.0,
+                eps=group["eps"],
+                maximize=False,
+            )
+            if renormalise:
+                normalise_rows(block)
+        state["step"] += 1
+
+
+def _remove_parallel(decoder: Tensor) -> None:
+    """Set g ← g − (g·d) d for rows d of norm 1, in place."""
+    assert decoder.grad is not None
+    for rows in _blocks(decoder):
+        block, grad = decoder[rows], decoder.grad[rows]
+        parallel = torch.linalg.vecdot(grad, block)[:, None]
+        grad.addcmul_(parallel, block, value=-1)
+
+
+def _blocks(parameter: Tensor) -> Iterator[slice]:
+    if parameter.device.type != "cpu" or parameter.ndim < 2:
+        yield slice(None)
+        return
+    rows = max(1, BLOCK_BYTES // (parameter.shape[1] * parameter.element_size()))
+    for start in range(0, len(parameter), rows):
+        yield slice(start, start + rows)
+
+
+def _check(
+    lr: float,
+    encoder_weight_decay: float,
+    decoder_weight_decay: float,
+    max_grad_norm: float | None,
+) -> None:
+    not_negative = {
+        "lr": lr,
+        "encoder_weight_decay": encoder_weight_decay,
+        "decoder_weight_decay": decoder_weight_decay,
+    }
+    for name, value in not_negative.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"`{name}` must be at least 0, got {value}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm}")
