@@ -12,9 +12,9 @@ import pytest
 
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs
-from reseed.config import ConfigError
+from reseed.errors import ConfigError, Interrupted
 from reseed.experiment.resolve import Resolved
-from reseed.store.runs import Interrupted, Run, RunStore
+from reseed.store.runs import Run, RunStore
 from reseed.study.calibrate import ACCEPTED, CalibrationError
 from reseed.study.train import train_missing
 from reseed.train.config import RuntimeConfig

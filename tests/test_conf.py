@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from reseed.cli.hydra_app import conf_dir
 from reseed.cli.plan import experiment_from
 from reseed.compare.config import ComparisonConfig
-from reseed.config import ConfigError, build
+from reseed.config import build
+from reseed.errors import ConfigError
 
 CONF = Path(__file__).parents[1] / "conf"
 TYPED = sorted(

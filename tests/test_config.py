@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from reseed.config import Config, ConfigError, build, digest, make, setting
+from reseed.config import Config, build, digest, make, setting
+from reseed.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ hydra nor torch.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import importlib
 import inspect
@@ -17,10 +16,12 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
+
+from reseed.errors import ConfigError, nearest
 
 SIGNATURE_LENGTH = 12
 """Hex characters kept of a SHA-256; a million runs have a collision with probability 2e-3."""
@@ -28,37 +29,6 @@ SIGNATURE_LENGTH = 12
 C = TypeVar("C", bound="Config")
 _MISSING = dataclasses.MISSING
 _TYPE_KEY = "type"
-
-
-class ReseedError(Exception):
-    """An error whose message is for the user; the command line prints it without a traceback."""
-
-
-class ConfigError(ReseedError, ValueError):
-    """An invalid value of a configuration.
-
-    Args:
-        message: names the rule and the value, with ``{key}`` in place of the key.
-        key: dotted key relative to the object that raised; enclosing objects complete it.
-    """
-
-    def __init__(self, message: str, key: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.key = key
-
-    def __str__(self) -> str:
-        return self.message.replace("{key}", f"`{self.key}`")
-
-    def within(self, parent: str) -> ConfigError:
-        """Return the error with its key prefixed: ``k`` within ``sae`` is ``sae.k``."""
-        return ConfigError(self.message, ".".join(part for part in (parent, self.key) if part))
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean `x`?`` for the known name nearest to ``word``, or an empty string."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean `{found[0]}`?" if found else ""
 
 
 def setting(

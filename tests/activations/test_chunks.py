@@ -15,7 +15,7 @@ from reseed.activations.language_model import LanguageModel, PathModelConfig, re
 from reseed.activations.stream import STRIPES, batches_available, check_batch_size
 from reseed.activations.text import TextFilesConfig, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, token_stores
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 HOOKS = [Hookpoint("resid_post", 0), Hookpoint("mlp_out", 2)]
 

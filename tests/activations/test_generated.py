@@ -14,7 +14,7 @@ from reseed.activations.stream import STRIPES, Position
 from reseed.activations.synthetic.config import GeneratedConfig, WorldConfig
 from reseed.activations.synthetic.worlds import WorldSource
 from reseed.activations.text import DocstringsConfig
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 HOOK = Hookpoint("resid_post", 0)
 WORLD = WorldConfig(

@@ -15,7 +15,7 @@ from transformers import (
 from reseed.activations import language_model
 from reseed.activations.hookpoints import Hookpoint, HookpointConfig, module_path
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

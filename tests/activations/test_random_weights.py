@@ -21,7 +21,7 @@ from reseed.activations.language_model import (
 from reseed.activations.synthetic.surrogate import surrogate_source
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.experiment.resolve import Resolved
 from reseed.store.runs import RunStore
 from reseed.study.train import train_missing

@@ -18,7 +18,7 @@ from reseed.activations.synthetic.surrogate import (
     flops_per_token,
 )
 from reseed.activations.synthetic.worlds import ResolvedWorldData, World, WorldSource
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 
 HOOK, OTHER = Hookpoint("resid_post", 0), Hookpoint("mlp_out", 0)
 WORLD = WorldConfig(

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from reseed.activations.text import TextFilesConfig, resolve_text
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 DOCUMENTS = ["one fish", "two\nfish", "red fish"]
 

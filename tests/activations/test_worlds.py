@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal, norm
 from reseed.activations.stream import generator
 from reseed.activations.synthetic.config import WorldConfig, declared_firing, parents_of
 from reseed.activations.synthetic.worlds import Sample, World
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 TOKENS = 40_000
 LIMIT = 4.5

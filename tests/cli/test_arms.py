@@ -11,7 +11,7 @@ import pytest
 from reseed.cli import run
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import Plan, make_plan
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 ARMS = """
     other init: {}

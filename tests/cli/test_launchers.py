@@ -17,7 +17,7 @@ from reseed.cli.cluster.queue import InQueue, QueueError, Record, Submitted, las
 from reseed.cli.cluster.settings import SlurmSettings
 from reseed.cli.cluster.states import QueueSnapshot, RunState, counts, find_sweep, states
 from reseed.cli.hydra_app import CommandLine
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 from reseed.store.runs import PROGRESS_FILE, Run, RunStore
 from reseed.store.sweeps import Sweep
 

@@ -16,7 +16,7 @@ from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import make_plan
 from reseed.compare.activations.tables import MATCHED_COLUMNS, NOTE, TOKENS
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.store.runs import Run, RunStore
 from reseed.study.compare import held_out_chunks, token_mismatch
 from reseed.train.config import RuntimeConfig

@@ -14,7 +14,7 @@ import pytest
 from reseed.cli import compare, run
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import make_plan
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 
 ROOT = Path(__file__).parents[2]
 FEW = "training.tokens=1024"

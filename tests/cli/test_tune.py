@@ -9,7 +9,7 @@ import pytest
 
 from reseed.cli import run, train
 from reseed.cli.tune import of_runs, of_summary
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.store.runs import RunStore
 
 pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs reseed[optuna]")

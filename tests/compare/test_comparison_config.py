@@ -1,7 +1,8 @@
 import pytest
 
 from reseed.compare.config import ComparisonConfig
-from reseed.config import ConfigError, make
+from reseed.config import make
+from reseed.errors import ConfigError
 
 
 def config(**values):

@@ -17,7 +17,7 @@ from reseed.compare.replication import (
     read_named,
     replication_table,
 )
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 
 N, D = 40, 64
 

@@ -16,7 +16,7 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.evaluate.absorption.evaluation import AbsorptionConfig
 from reseed.evaluate.absorption.records import mean_over_classes
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result

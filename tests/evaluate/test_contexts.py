@@ -15,7 +15,7 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import PathModelConfig, resolve
 from reseed.activations.text import TextFilesConfig
 from reseed.activations.text_source import TextSource, resolve_model_text
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache
 from reseed.evaluate.contexts import evaluation as contexts_config
 from reseed.evaluate.contexts.evaluation import ContextsConfig

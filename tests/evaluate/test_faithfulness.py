@@ -14,7 +14,7 @@ from reseed.activations.intervention import intervene, logits
 from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
 from reseed.activations.text import TextFilesConfig
 from reseed.activations.text_source import TextSource, resolve_model_text
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result
 from reseed.evaluate.faithfulness import FaithfulnessConfig
 from reseed.sae.base import SAE

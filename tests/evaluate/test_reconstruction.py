@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from reseed.activations.hookpoints import Hookpoint
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache
 from reseed.evaluate.reconstruction import (
     Reconstruction,

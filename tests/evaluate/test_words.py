@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.evaluate.first_letter.words import (
     Template,
     Words,

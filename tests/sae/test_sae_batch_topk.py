@@ -5,7 +5,7 @@ import torch
 from sae_examples import nobody, perturbed
 from sae_examples import uneven_batch_of as batch_of
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.checkpoint import load_sae, save_sae

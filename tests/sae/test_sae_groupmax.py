@@ -4,7 +4,7 @@ import pytest
 import torch
 from sae_examples import batch_of, nobody, perturbed
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.sae.base import Step
 from reseed.sae.topk import TopKConfig
 

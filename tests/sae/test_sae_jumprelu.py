@@ -7,7 +7,7 @@ import pytest
 import torch
 from sae_examples import batch_of, nobody, perturbed
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.sae.base import Step
 from reseed.sae.checkpoint import load_sae, save_sae
 from reseed.sae.jumprelu import JumpReLUConfig

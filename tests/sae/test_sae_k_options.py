@@ -4,7 +4,7 @@ import pytest
 import torch
 from sae_examples import batch_of, dead_of, perturbed
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.checkpoint import load_sae, save_sae

@@ -4,7 +4,8 @@ import pytest
 import torch
 from sae_examples import nobody
 
-from reseed.config import Config, ConfigError
+from reseed.config import Config
+from reseed.errors import ConfigError
 from reseed.sae import load_all
 from reseed.sae.base import SAE, Step
 from reseed.sae.losses import ratio_or_zero, warmup_factor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sae_examples import batch_of, perturbed
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.sae import base
 from reseed.sae.base import SAEConfig, Step
 from reseed.sae.batch_topk import BatchTopKConfig

@@ -5,7 +5,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from reseed.activations.hookpoints import Hookpoint
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig

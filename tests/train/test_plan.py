@@ -15,7 +15,7 @@ from reseed.cli.main import main
 from reseed.experiment.resolve import Resolved
 from reseed.store.runs import Run, RunStore
 from reseed.study.train import train_missing
-from reseed.system.machine import available_memory, is_out_of_memory
+from reseed.system.devices import available_memory, is_out_of_memory
 from reseed.train.config import RuntimeConfig, TrainingConfig
 from reseed.train.plan import (
     Group,

@@ -6,7 +6,7 @@ import torch
 from scipy.cluster.vq import kmeans2
 
 from reseed.activations.moments import geometric_median
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.train.archetypes import assign, kmeans
 
 

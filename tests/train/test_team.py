@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from reseed.config import ConfigError
 from reseed.distributed.launcher import (
     OUT_OF_MEMORY,
     LocalProcesses,
@@ -22,6 +21,7 @@ from reseed.distributed.launcher import (
     open_processes,
 )
 from reseed.distributed.process_group import ProcessLostError
+from reseed.errors import ConfigError
 from reseed.store.runs import Run, RunStore
 from reseed.train.config import RuntimeConfig
 
@@ -258,7 +258,7 @@ def test_a_team_starts_no_process_before_it_is_needed() -> None:
 
 
 def test_the_error_of_a_lost_rank_says_how_it_ended() -> None:
-    from reseed.system.machine import is_out_of_memory
+    from reseed.system.devices import is_out_of_memory
 
     assert (
         str(lost_process_error(2, -9))

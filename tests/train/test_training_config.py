@@ -2,7 +2,8 @@
 
 import pytest
 
-from reseed.config import ConfigError, digest
+from reseed.config import digest
+from reseed.errors import ConfigError
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.train.config import TrainingConfig

@@ -16,7 +16,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from reseed.cli.cluster.settings import NAME, defaults
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 
 ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=defaults(), provider="reseed")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from reseed.config import Config, ConfigError, nearest, setting
+from reseed.config import Config, setting
+from reseed.errors import ConfigError, nearest
 
 SITES = ("resid_post", "mlp_out", "attn_out", "module")
 _CHILDREN = {

@@ -30,7 +30,8 @@ from reseed.activations.model_files import (
 )
 from reseed.activations.source import ResolvedData, ResolvedSource, SourceConfig
 from reseed.activations.stream import DatasetConfig
-from reseed.config import ConfigError, setting
+from reseed.config import setting
+from reseed.errors import ConfigError
 
 RANDOM_SEED = 1
 """Seed of the weights of ``surrogate=random_weights``. All runs use the same one, so that they

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.system.files import atomic_write_json
 
 # MERGED Construction of a language model: without weights, with its trained or with random weights.

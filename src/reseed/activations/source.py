@@ -22,7 +22,8 @@ from torch import Tensor
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.stream import ChunkStream, DatasetConfig
-from reseed.config import Config, ConfigError, ReseedError
+from reseed.config import Config
+from reseed.errors import ConfigError, ReseedError
 
 if TYPE_CHECKING:
     from reseed.activations.cache import ActivationCache

@@ -24,9 +24,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.activations.hookpoints import Hookpoint
-from reseed.config import Config, ConfigError, setting
+from reseed.config import Config, setting
 from reseed.distributed.process_group import ALONE, ProcessGroup
-from reseed.system.machine import cpus
+from reseed.errors import ConfigError
+from reseed.system.devices import cpus
 
 # MERGED Prefetching: a thread computes the next chunk while SAEs train on the current one.
 STRIPES = 8

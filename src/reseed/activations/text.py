@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from reseed.activations.stream import DatasetConfig
-from reseed.config import ConfigError, setting
+from reseed.config import setting
+from reseed.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from reseed.activations.source import ActivationSource, ResolvedData, check_held
 from reseed.activations.stream import DatasetConfig, batches_available
 from reseed.activations.text import ResolvedText, TextConfig, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, token_stores
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 
 @dataclass(frozen=True)

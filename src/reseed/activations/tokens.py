@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from reseed.activations.text import ResolvedText, TextConfig
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.system.console import say
 from reseed.system.files import atomic_write, atomic_write_json, room_for
 

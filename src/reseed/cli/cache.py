@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.status import print_rows
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 
 CLEAR = "--clear"
 """The only flag that is not Hydra's; a following word that is not an override selects entries."""

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    from reseed.config import ConfigError
+    from reseed.errors import ConfigError
     from reseed.system.console import counted, say
 
     words, rest = status.own_words(arguments)

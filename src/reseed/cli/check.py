@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 from reseed.cli import train
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-from reseed.config import ConfigError, ReseedError, nearest
+from reseed.errors import ConfigError, ReseedError, nearest
 
 if TYPE_CHECKING:
     from reseed.cli.plan import Launch, Plan

@@ -54,7 +54,7 @@ def compare_cell_of(sweep: Any, axes: dict[str, str], settings: Any, runtime: An
     from reseed.compare.pairing import add_axis_columns, axis_label
     from reseed.study.compare import write_with_activations
     from reseed.system.console import counted, say, throttled_say
-    from reseed.system.machine import pick_device
+    from reseed.system.devices import pick_device
 
     rows = sweep.rows(axes)
     pairs = zip(rows, sweep.runs(**axes), strict=True)
@@ -127,7 +127,7 @@ def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> Non
         runs: pairs of a run's values of the paired axes, and the run.
     """
     from reseed.compare.config import REPLICATES
-    from reseed.config import ReseedError
+    from reseed.errors import ReseedError
 
     alike: dict[tuple[str, ...], set[float | None]] = {}
     for place, run in runs:
@@ -155,7 +155,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         return 0
     from reseed.cli import sources
     from reseed.cli.plan import make_plan
-    from reseed.config import ReseedError
+    from reseed.errors import ReseedError
 
     if sources.named_in(line):
         return sources.compare_sources(line)

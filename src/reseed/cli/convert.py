@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from reseed.cli.errors import run_and_report
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 
 if TYPE_CHECKING:
     from reseed.sae.base import SAE

@@ -18,8 +18,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reseed.config import ReseedError, nearest
-from reseed.store.runs import Interrupted
+from reseed.errors import Interrupted, ReseedError, nearest
 
 if TYPE_CHECKING:
     from reseed.cli.hydra_app import OnceLoader

@@ -18,7 +18,7 @@ from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, expand, override, parse
 from reseed.cli.status import own_words
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.system.console import counted
 
 if TYPE_CHECKING:

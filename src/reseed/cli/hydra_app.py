@@ -34,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from reseed.cli.errors import about_missing, describe_error
 from reseed.cli.main import COMMANDS
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 
 # MERGED Configuration loader for many jobs: reads the files once for each choice of options. The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which names the files to compose, depends only on the choices of options (``sae=relu``), because its interpolations refer to choices. So t
 CONFIG_NAME = "config"

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"reseed {__version__}")
         sys.exit(0)
     if command not in COMMANDS:
-        from reseed.config import nearest
+        from reseed.errors import nearest
 
         names = ", ".join(COMMANDS)
         print(

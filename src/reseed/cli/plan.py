@@ -15,13 +15,14 @@ from reseed.activations.stream import DatasetConfig
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.hydra_app import CommandLine, expand, override, parse, sweeps
 from reseed.compare.config import Arm, ComparisonConfig, pair_axes
-from reseed.config import ConfigError, build, make, nearest
+from reseed.config import build, make
+from reseed.errors import ConfigError, nearest
 from reseed.experiment.resolve import Experiment, Resolved, resolve_experiment
 from reseed.sae.base import SAEOption
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.system.console import say
-from reseed.system.machine import pick_device
+from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig, TrainingConfig
 
 # MERGED Checked experiments from composed configuration. Imports torch: import it only in commands.

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import reseed
 from reseed.cli.convert import FORMATS, Parser, check_new, write_checked
 from reseed.cli.errors import run_and_report
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
+from reseed.system.environment import VERSION
 from reseed.system.files import atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ A sparse autoencoder with {sae.num_latents:,} latents for activations of width {
 {e["seed"]}. It takes raw activations. The signature of its run is `{run.signature}`.
 
 ```python
-import reseed
+from reseed.system.environment import VERSION
 
 sae = reseed.load_sae("hub:{place}")
 out = sae(x)  # out.latents, out.reconstruction; x: [..., {sae.d_in}]
@@ -87,7 +87,7 @@ Another seed finds other latents: `reseed run comparison=seeds` measures how man
 {_settings("training", record["identity"]["training"])}
 | dataset.context_length | {e["dataset"].get("context_length", "–")} |
 
-Made with reseed {reseed.__version__}.
+Made with reseed {VERSION}.
 """
 
 

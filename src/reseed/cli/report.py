@@ -11,7 +11,7 @@ from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.status import own_words, sweep_called
 from reseed.cli.status import task as shown
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 
 if TYPE_CHECKING:
     from reseed.store.sweeps import Sweep

@@ -72,7 +72,7 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
     import pandas as pd
 
     from reseed.cli.plan import make_plan
-    from reseed.config import ReseedError
+    from reseed.errors import ReseedError
 
     line = CommandLine("run", list(overrides))
     asked = evaluate.RequestedEvaluations.split_off(line)

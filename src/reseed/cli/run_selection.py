@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.hydra_app import CommandLine
-from reseed.config import ConfigError, ReseedError, build, digest, nearest
+from reseed.config import build, digest
+from reseed.errors import ConfigError, ReseedError, nearest
 from reseed.evaluate.base import EvaluationConfig, LoadedRun
 from reseed.experiment.resolve import Resolved
 from reseed.sae.base import SAE

@@ -15,7 +15,7 @@ from reseed.cli import train
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.status import own_words
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 
 if TYPE_CHECKING:
     from reseed.report.latent_view import LatentView, Partner

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reseed.cli.hydra_app import CommandLine, override, parse
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 if TYPE_CHECKING:
     from reseed.compare.cell import CellResult
@@ -168,7 +168,7 @@ def _compared(
     from reseed.compare.pairing import add_axis_columns
     from reseed.store.sweeps import Sweep
     from reseed.system.console import counted, say, throttled_say
-    from reseed.system.machine import pick_device
+    from reseed.system.devices import pick_device
 
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 if TYPE_CHECKING:
     from reseed.store.runs import Run

@@ -86,7 +86,7 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
         ReseedError: a run failed.
     """
     from reseed.cli.plan import check_jobs
-    from reseed.config import ReseedError
+    from reseed.errors import ReseedError
     from reseed.store.runs import RunStore
 
     line = CommandLine("train", ["-m", *overrides])

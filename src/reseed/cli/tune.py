@@ -24,7 +24,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from reseed.cli.hydra_app import CommandLine
-from reseed.config import ConfigError, ReseedError, digest, nearest
+from reseed.config import digest
+from reseed.errors import ConfigError, ReseedError, nearest
 
 SWEEPER = "hydra/sweeper"
 _PARAMS = "hydra.sweeper.params"

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from reseed.compare.measures import FRACTIONS
-from reseed.config import Config, ConfigError, make, nearest, setting
+from reseed.config import Config, make, setting
+from reseed.errors import ConfigError, nearest
 
 REPLICATES = ("seed", "dataset.order_seed")
 """Axes whose values are random draws: runs that differ only in one of them are a sample, which

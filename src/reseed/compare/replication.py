@@ -22,7 +22,7 @@ from scipy import special
 from reseed.compare.cell import CellResult
 from reseed.compare.dictionary import unit_rows
 from reseed.compare.strata import DECILES
-from reseed.config import ReseedError, nearest
+from reseed.errors import ReseedError, nearest
 
 COLUMNS = ("latent", "label", "run", "seed")
 REPRODUCIBILITY = ("reproducibility", "reproducibility_low", "reproducibility_high")

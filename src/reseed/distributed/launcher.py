@@ -22,10 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from reseed.config import ConfigError
 from reseed.distributed.process_group import PATIENCE, ProcessGroup, ProcessLostError
+from reseed.errors import ConfigError
 from reseed.system.console import say
-from reseed.system.machine import pick_device
+from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
 
 ADDRESS = "RESEED_TEAM"

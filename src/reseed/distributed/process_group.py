@@ -23,7 +23,7 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 
 # MERGED A batch that several ranks share in equal portions (data-parallel training). Each rank computes the loss on its portion, such that the means over the ranks of loss and gradients are those of the whole batch. This holds by itself for a mean over tokens. Terms that depend on the batch in another way u
 PATIENCE = timedelta(days=30)

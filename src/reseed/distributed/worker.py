@@ -16,14 +16,14 @@ from typing import Any
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from reseed.config import ReseedError
 from reseed.distributed.launcher import ADDRESS, OUT_OF_MEMORY, join
 from reseed.distributed.process_group import ProcessGroup
+from reseed.errors import Interrupted, ReseedError
 from reseed.experiment.resolve import Experiment, Resolved, resolve_experiment
 from reseed.sae.pretrained import Pretrained
-from reseed.store.runs import Interrupted, RunStore
+from reseed.store.runs import RunStore
 from reseed.system.console import mute
-from reseed.system.machine import is_out_of_memory
+from reseed.system.devices import is_out_of_memory
 from reseed.train.config import RuntimeConfig
 
 

@@ -27,7 +27,8 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.source import ActivationSource
 from reseed.activations.text_source import TextSource
-from reseed.config import Config, ConfigError, digest
+from reseed.config import Config, digest
+from reseed.errors import ConfigError
 from reseed.sae.base import SAE
 from reseed.store.results import Table
 from reseed.system.files import atomic_write, room_for

@@ -24,7 +24,8 @@ from reseed.activations.synthetic.surrogate import (
     surrogate_label,
     surrogate_source,
 )
-from reseed.config import Config, ConfigError, digest, setting
+from reseed.config import Config, digest, setting
+from reseed.errors import ConfigError
 from reseed.sae.base import SAEConfig, SAEOption
 from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.store.runs import Run, RunStore

@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor, nn
 
-from reseed.config import Config, ConfigError, setting
+from reseed.config import Config, setting
+from reseed.errors import ConfigError
 from reseed.sae.pairs import PairsByLatent, SparseLatents
 
 

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-import reseed
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig
+from reseed.system.environment import VERSION
 from reseed.system.files import atomic_write_bytes, atomic_write_json
 
 FORMAT_VERSION = 1
@@ -47,7 +47,7 @@ def save_sae(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = 
         "config": sae.config.to_dict(),
         "d_in": sae.d_in,
         "num_latents": sae.num_latents,
-        "reseed_version": reseed.__version__,
+        "reseed_version": VERSION,
         "metadata": dict(metadata or {}),
     }
     # The weights first: a folder with a description is then complete.
@@ -100,7 +100,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if description["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format version {description['format_version']}; this program "
-            f"(reseed {reseed.__version__}) reads version {FORMAT_VERSION}"
+            f"(reseed {VERSION}) reads version {FORMAT_VERSION}"
         )
     return description
 

@@ -13,8 +13,9 @@ from torch import Generator, Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as nn_functional
 
-from reseed.config import ConfigError, setting
+from reseed.config import setting
 from reseed.distributed.process_group import batch_mean
+from reseed.errors import ConfigError
 from reseed.sae import kernels
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.losses import auxk_term, warmup_factor

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reseed.config import ConfigError, setting
+from reseed.config import setting
+from reseed.errors import ConfigError
 from reseed.sae.batch_topk import BatchSparseSAE, BatchTopKConfig
 from reseed.sae.losses import fvu
 from reseed.sae.pairs import SparseLatents

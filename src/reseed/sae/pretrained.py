@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from reseed.config import ConfigError, setting
+from reseed.config import setting
+from reseed.errors import ConfigError
 from reseed.sae.base import SAE, SAEConfig, SAEOption
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import FORMATS, detect_format

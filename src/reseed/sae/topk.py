@@ -9,7 +9,8 @@ from typing import ClassVar, final
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from reseed.config import ConfigError, setting
+from reseed.config import setting
+from reseed.errors import ConfigError
 from reseed.sae.base import SAE, Loss, SAEConfig, SAEOutput, Step
 from reseed.sae.losses import auxk_loss, fvu, total_variance
 from reseed.sae.pairs import SparseLatents

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.store.results import FOLDER, StoredEvaluation, is_there
 
 EVALUATION = "contexts"

@@ -21,9 +21,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reseed.config import ReseedError, digest
+from reseed.config import digest
+from reseed.errors import ReseedError
+from reseed.system.environment import environment
 from reseed.system.files import atomic_write, atomic_write_json
-from reseed.system.machine import environment
 
 FORMAT = 1
 FOLDER = "evaluations"

@@ -19,7 +19,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,9 +28,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reseed.config import SIGNATURE_LENGTH, ReseedError, digest
+from reseed.config import SIGNATURE_LENGTH, digest
+from reseed.errors import ReseedError
+from reseed.system.environment import environment
 from reseed.system.files import atomic_write_json, lock_file, remove_leftovers, room_for
-from reseed.system.machine import environment
 
 if TYPE_CHECKING:
     from reseed.sae.base import SAE
@@ -50,22 +50,6 @@ Waiting = Callable[[str], None]
 
 class RunError(ReseedError):
     """A run folder that is missing, damaged or inconsistent with its record."""
-
-
-class Interrupted(KeyboardInterrupt):
-    """A requested end by a signal, after everything was saved.
-
-    A KeyboardInterrupt, so that callers do not treat it as the failure of one job and start the
-    next.
-
-    Args:
-        message: names what was saved and how to continue.
-        number: number of the signal.
-    """
-
-    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
-        super().__init__(message)
-        self.number = number
 
 
 @dataclass(frozen=True)

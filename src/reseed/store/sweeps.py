@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reseed.config import Config, ReseedError, digest
+from reseed.config import Config, digest
+from reseed.errors import ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.system.files import atomic_write_json, atomic_write_text
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.system.console import say
 
 if TYPE_CHECKING:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from reseed.compare.cell import CellResult
 from reseed.compare.config import ComparisonConfig, pair_axes
 from reseed.compare.dictionary import cell_settings, unify_sparsity
-from reseed.config import Config, ConfigError, ReseedError
+from reseed.config import Config
+from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate import load_all
 from reseed.evaluate.base import EvaluationConfig
 from reseed.report.axes import Cell, ordered

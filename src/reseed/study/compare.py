@@ -16,12 +16,12 @@ from reseed.compare.activations.measures import (
 )
 from reseed.compare.activations.tables import lacks_activations, weight_matches, with_activations
 from reseed.compare.cell import CellResult
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.experiment.resolve import Experiment, Resolved, resolve_experiment
 from reseed.sae import load_all
 from reseed.store.runs import Run
 from reseed.system.console import say
-from reseed.system.machine import pick_device
+from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
 
 if TYPE_CHECKING:

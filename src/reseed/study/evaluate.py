@@ -11,13 +11,13 @@ import torch
 
 from reseed.activations.source import ActivationSource
 from reseed.cli.run_selection import SavedRun
-from reseed.config import ConfigError, ReseedError
+from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate.base import EvaluationConfig, EvaluationInput, ModelCache, Result
 from reseed.experiment.resolve import cache_folder
 from reseed.store.results import StoredEvaluation, write_failure
 from reseed.system.console import counted, say, seconds_since
+from reseed.system.devices import free_memory, pick_device
 from reseed.system.files import DiskFullError, lock_file, room_for
-from reseed.system.machine import free_memory, pick_device
 from reseed.train.config import RuntimeConfig
 
 MOST_LOCKS = 256

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 
 # MERGED File locks; the operating system releases them when their process dies.
 PathLike = str | os.PathLike[str]

@@ -32,7 +32,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as nn_functional
 from torch.nn.utils import parametrize
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.sae.base import SAE
 
 # MERGED Lloyd's k-means in float32, with a limit on rounds and the same result at every call. scipy's ``kmeans2`` is not used: it holds all points × k distances at once (with 20,000 points in 16 dimensions and 8,000 centres its memory grew by 610 MiB) and runs on the CPU only.

@@ -13,7 +13,8 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from reseed.store.runs import PROGRESS_FILE, Interrupted
+from reseed.errors import Interrupted
+from reseed.store.runs import PROGRESS_FILE
 from reseed.system.console import console, say
 from reseed.system.files import write_json_unsynced
 from reseed.train.run_state import NotFiniteError, RunState

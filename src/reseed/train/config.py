@@ -9,7 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reseed.config import Config, ConfigError, setting
+from reseed.config import Config, setting
+from reseed.errors import ConfigError
 
 if TYPE_CHECKING:
     from reseed.activations.cache import ActivationCache

@@ -16,15 +16,15 @@ import torch
 
 from reseed.activations.source import ActivationSource
 from reseed.activations.stream import STRIPES, ChunkStream, Position
-from reseed.config import ReseedError
 from reseed.distributed.launcher import Processes
 from reseed.distributed.process_group import ALONE, ProcessGroup
+from reseed.errors import ReseedError
 from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.true_features import TruthResult, measure_truth
 from reseed.store.runs import INITIAL_FILE, Run, RunStore
 from reseed.system.console import counted, say, seconds_since
+from reseed.system.devices import cpus, free_memory, is_out_of_memory, pick_device
 from reseed.system.files import DiskFullError
-from reseed.system.machine import cpus, free_memory, is_out_of_memory, pick_device
 from reseed.train.callbacks import (
     CheckpointCallback,
     GroupProgress,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from reseed.config import ReseedError
 from reseed.distributed.launcher import process_count
+from reseed.errors import ReseedError
 from reseed.system.console import counted, say
-from reseed.system.machine import available_memory, pick_device
+from reseed.system.devices import available_memory, pick_device
 from reseed.train.optim.muon import STEPS
 
 if TYPE_CHECKING:

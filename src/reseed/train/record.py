@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from reseed.activations.hookpoints import Hookpoint
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.evaluate.reconstruction import Reconstruction
 from reseed.evaluate.true_features import TruthResult
 from reseed.sae.base import SAE

@@ -17,13 +17,14 @@ from torch.nn.utils import parametrize
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.moments import geometric_median
-from reseed.config import ReseedError, digest
+from reseed.config import digest
 from reseed.distributed.process_group import ALONE, ProcessGroup, batch_shared_by
+from reseed.errors import ReseedError
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.losses import PenaltySteering, total_variance
 from reseed.system.console import say
+from reseed.system.devices import is_out_of_memory
 from reseed.system.files import DiskFullError, atomic_write, atomic_write_bytes
-from reseed.system.machine import is_out_of_memory
 from reseed.train.archetypes import initialise_archetypes, make_archetypal, with_plain_decoder
 from reseed.train.config import TrainingConfig
 from reseed.train.curve import Curve

@@ -10,7 +10,8 @@ from jaxtyping import Float, Int
 
 from reseed.activations.source import ResolvedSource, SourceConfig
 from reseed.activations.stream import DatasetConfig
-from reseed.config import ConfigError, digest, setting
+from reseed.config import digest, setting
+from reseed.errors import ConfigError
 
 NO_PARENT = -1
 

@@ -31,7 +31,7 @@ from reseed.activations.synthetic.config import (
     levels_of,
     parents_of,
 )
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 # MERGED A synthetic world as a source of activations, in place of a language model.
 _BLOCK = 1 << 22

@@ -14,7 +14,8 @@ from reseed.cli.cluster.states import DONE, QueueSnapshot, counts, failed_jobs, 
 from reseed.cli.cluster.submit import Work, planning, submit
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.run_selection import SavedRun
-from reseed.store.runs import Interrupted, RunStore
+from reseed.errors import Interrupted
+from reseed.store.runs import RunStore
 from reseed.store.sweeps import Sweep
 from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig

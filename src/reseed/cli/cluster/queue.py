@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.system.files import atomic_write_json, lock_file
 
 # MERGED Record of the jobs submitted for a sweep, in the sweep's folder. sweeps/<sweep>/slurm/ jobs.json one entry per job: its id, kind and runs .lock held by a process that submits or cancels <id>_0_log.out, <id>_0_log.err output of the jobs

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from reseed.config import Config, ConfigError, make, setting
+from reseed.config import Config, make, setting
+from reseed.errors import ConfigError
 
 NAME = "slurm"
 TARGET = "hydra_plugins.reseed_plugins.slurm.SlurmLauncher"

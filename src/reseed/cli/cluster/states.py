@@ -222,7 +222,7 @@ def find_sweep(word: str, root: Path) -> Sweep:
     Raises:
         ReseedError: no sweep matches, or several do.
     """
-    from reseed.config import ReseedError, nearest
+    from reseed.errors import ReseedError, nearest
 
     for folder in (Path(word), root / word):
         if (folder / "manifest.jsonl").is_file():

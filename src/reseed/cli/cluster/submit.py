@@ -18,7 +18,8 @@ from reseed.cli.cluster.queue import COLLECT, COMPARE, EVALUATE, TRAIN, Record, 
 from reseed.cli.cluster.settings import SlurmSettings
 from reseed.cli.cluster.tasks import Collect, Compare, Evaluate, Task, Train, in_words
 from reseed.cli.run_selection import SavedRun
-from reseed.config import ReseedError, digest
+from reseed.config import digest
+from reseed.errors import ReseedError
 from reseed.evaluate.base import EvaluationConfig
 from reseed.experiment.resolve import Resolved, cache_folder
 from reseed.store.runs import RunStore

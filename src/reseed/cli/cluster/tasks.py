@@ -17,8 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from reseed.config import ReseedError
-from reseed.store.runs import Interrupted, RunStore
+from reseed.errors import Interrupted, ReseedError
+from reseed.store.runs import RunStore
 
 if TYPE_CHECKING:
     from reseed.evaluate.base import EvaluationConfig
@@ -153,7 +153,7 @@ class Train(Task):
         if is_worker():
             from reseed.distributed.launcher import join_slurm
             from reseed.distributed.worker import run_worker
-            from reseed.system.machine import pick_device
+            from reseed.system.devices import pick_device
 
             run_worker(join_slurm(pick_device(self.runtime.device).type))
             return

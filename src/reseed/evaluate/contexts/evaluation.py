@@ -20,7 +20,8 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.intervention import unembedding
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.text_source import TextSource
-from reseed.config import ConfigError, setting
+from reseed.config import setting
+from reseed.errors import ConfigError
 from reseed.evaluate.base import (
     EvaluationConfig,
     EvaluationInput,

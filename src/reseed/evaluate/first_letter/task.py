@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.stream import generator
-from reseed.config import ConfigError, digest, setting
+from reseed.config import digest, setting
+from reseed.errors import ConfigError
 from reseed.evaluate.base import EvaluationConfig, EvaluationInput, needs_language_model
 from reseed.evaluate.first_letter.words import (
     Fold,

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 
 # MERGED Split of the words into fit, validation and test sets.
 # MERGED Prompts about a word, made of token ids. {word} has the first letter: {ANSWER} ten example words, drawn, a line each {word}[ has the first letter:] the word in question The prompt is joined from token ids, so that each word is one token at a known position. Tokenising the whole text could split a wo

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from reseed.compare.measures import DENSE
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.report.axes import Cell, label
 from reseed.report.captions import caption, data_files, reference_table, title
 from reseed.report.differences import differences

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from reseed.config import ReseedError
+from reseed.errors import ReseedError
 from reseed.report.axes import Cell
 from reseed.report.evaluation_figures import evaluation_drawings
 from reseed.report.evaluation_results import Runs

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reseed.config import ConfigError
+from reseed.errors import ConfigError
 from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.batch_topk import BatchSparseSAE
 from reseed.sae.checkpoint import CheckpointError

@@ -1,0 +1,54 @@
+"""Errors whose messages are for the user, and suggestions of the nearest known name."""
+
+from __future__ import annotations
+
+import difflib
+import signal
+from collections.abc import Iterable
+
+
+class ReseedError(Exception):
+    """An error whose message is for the user; the command line prints it without a traceback."""
+
+
+class ConfigError(ReseedError, ValueError):
+    """An invalid value of a configuration.
+
+    Args:
+        message: names the rule and the value, with ``{key}`` in place of the key.
+        key: dotted key relative to the object that raised; enclosing objects complete it.
+    """
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.key = key
+
+    def __str__(self) -> str:
+        return self.message.replace("{key}", f"`{self.key}`")
+
+    def within(self, parent: str) -> ConfigError:
+        """Return the error with its key prefixed: ``k`` within ``sae`` is ``sae.k``."""
+        return ConfigError(self.message, ".".join(part for part in (parent, self.key) if part))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean `x`?`` for the known name nearest to ``word``, or an empty string."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean `{found[0]}`?" if found else ""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A requested end by a signal, after everything was saved.
+
+    A KeyboardInterrupt, so that callers do not treat it as the failure of one job and start the
+    next.
+
+    Args:
+        message: names what was saved and how to continue.
+        number: number of the signal.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number

@@ -1,0 +1,58 @@
+"""The environment of a run: versions, machine, commit and command. Recorded, never compared."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+VERSION = importlib.metadata.version("reseed")
+_PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
+
+
+def environment() -> dict[str, Any]:
+    """Return the environment of the current command."""
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {**_of_process(), "command": command}  # one process may run several commands
+
+
+@cache
+def _of_process() -> dict[str, Any]:
+
+    versions = {"reseed": VERSION}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "cpus": os.cpu_count(),
+        "packages": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the checkout that the code runs from, with ``+`` if files changed."""
+    here = Path(__file__).parent
+    try:
+        arguments = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        # An installation may lie inside another repository, whose commit is unrelated.
+        tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, check=True, **arguments)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], check=True, **arguments).stdout
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], check=True, **arguments
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.strip() + ("+" if changed.strip() else "")
