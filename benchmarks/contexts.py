@@ -27,7 +27,10 @@ import torch
 from measuring import _peak, _reset_peak, _resident
 
 from reseed.evaluate.contexts.evaluation import ContextsConfig, LatentDescriptions
-from reseed.evaluate.contexts.gathering import ContextGatherer, Firings, Ranked, lens, neighbours
+from reseed.evaluate.contexts.gathering import ContextGatherer, Firings
+from reseed.evaluate.contexts.directions import neighbours
+from reseed.evaluate.contexts.directions import lens
+from reseed.evaluate.contexts.directions import Ranked
 from reseed.sae.base import SAE
 from reseed.sae.batch_topk import BatchTopK, BatchTopKConfig
 from reseed.sae.relu import ReLUConfig

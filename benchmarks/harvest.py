@@ -55,7 +55,7 @@ class Harvest:
 
         from reseed.activations.cache import ActivationCache
         from reseed.activations.hookpoints import Hookpoint
-        from reseed.activations.language_model import EmbeddedModelConfig, PathModelConfig
+        from reseed.activations.model_source import EmbeddedModelConfig, PathModelConfig
         from reseed.activations.text import DocstringsConfig, TextFilesConfig
 
         if model == "embedded":
@@ -242,7 +242,7 @@ def show(title: str, measured: dict[str, Any], memory: dict[str, int], beside: s
 
 def layers(model: str) -> list[int]:
     """Return the middle and the last layer."""
-    from reseed.activations.language_model import EmbeddedModelConfig, PathModelConfig
+    from reseed.activations.model_source import EmbeddedModelConfig, PathModelConfig
 
     config = EmbeddedModelConfig() if model == "embedded" else PathModelConfig(path=model)
     there = config.resolve(CACHE).num_layers

@@ -34,6 +34,7 @@ from jaxtyping import Float
 
 from reseed.compare.dictionary import unit_rows
 from reseed.compare.matching import match
+from reseed.sae.checkpoint import load_sae
 
 KINDS = ("half", "split", "random", "tight")
 
@@ -121,7 +122,7 @@ def _child(pipe: Any, task: str, source: Any, threads: int, device: str) -> None
     if isinstance(source[0], Path):
         from reseed.store.runs import load_run
 
-        saes = [load_run(path).sae() for path in source[:2]]
+        saes = [load_sae(load_run(path).path) for path in source[:2]]
         a, b = (getattr(sae, source[2]).detach().numpy() for sae in saes)
     else:
         a, b = dictionaries(*source)

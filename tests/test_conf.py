@@ -27,7 +27,7 @@ REQUIRED = {"path": "x", "module": "model.layers.*.mlp", "d_in": 3, "num_feature
 COMPARISONS = sorted(p.stem for p in (CONF / "comparison").glob("*.yaml") if p.stem != "base")
 ARCHITECTURES = sorted(p.stem for p in (CONF / "sae").glob("*.yaml") if p.stem != "pretrained")
 INHERITED = {  # group → its base option and that option's class
-    "model": ("world", "reseed.activations.synthetic.config.WorldConfig"),
+    "model": ("world", "reseed.activations.synthetic.world_source.WorldConfig"),
     "training": ("standard", "reseed.train.config.TrainingConfig"),
     "comparison": ("base", "reseed.compare.config.ComparisonConfig"),
 }

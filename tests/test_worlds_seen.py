@@ -15,6 +15,7 @@ from torch import Tensor
 from reseed.activations.synthetic.worlds import Sample, World
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
 from reseed.study.train import train_missing
 
@@ -61,7 +62,7 @@ def recall_on(run: Run, world: World, latent: int, *features: int) -> float:
     """Return how often a latent fires on tokens where all of ``features`` fire."""
     sample = world.sample(20_000, torch.Generator().manual_seed(1))
     there = firing(sample, len(world.dictionary))[:, list(features)].all(1)
-    return float((run.sae().encode(sample.x[there])[:, latent] > 0).double().mean())
+    return float((load_sae(run.path).encode(sample.x[there])[:, latent] > 0).double().mean())
 
 
 def mcc(run: Run) -> float:
@@ -105,7 +106,7 @@ def test_a_child_absorbs_its_parent(learned: Learned) -> None:
     alive = [run for run in runs if run.metrics["live_fraction"] == 1]
     assert len(alive) >= 3
     for run in alive:
-        sae = run.sae()
+        sae = load_sae(run.path)
         decoder, encoder = cosines(sae.W_dec, world), cosines(sae.W_enc, world)
         parent, child = best(decoder, 0), best(decoder, 1)
         assert decoder[child, :2].tolist() == pytest.approx([0.71, 0.71], abs=0.1)
@@ -129,7 +130,10 @@ def test_batch_topk_absorbs_too(learned: Learned) -> None:
         world, runs = learned("model=world_absorption_topk", *options, *more)
         found = []
         for run in runs:
-            decoder, encoder = (cosines(rows, world) for rows in (run.sae().W_dec, run.sae().W_enc))
+            decoder, encoder = (
+                cosines(rows, world)
+                for rows in (load_sae(run.path).W_dec, load_sae(run.path).W_enc)
+            )
             parent, child = best(decoder, 0), best(decoder, 1)
             found.append((float(decoder[child, 0]), float(encoder[parent, 1])))
         return found
@@ -155,7 +159,7 @@ def test_a_narrow_sae_hedges(learned: Learned, kind: str, expected: float) -> No
         "sae.l1_coefficient=0", "training.start=truth", "training.tokens=1536000",
     )  # fmt: skip
     for run in runs:
-        decoder = cosines(run.sae().W_dec, world)[0]
+        decoder = cosines(load_sae(run.path).W_dec, world)[0]
         assert decoder[0] > 0.9
         assert decoder[1] == pytest.approx(expected, abs=0.1)
 
@@ -173,8 +177,8 @@ def test_a_balanced_matryoshka_absorbs_and_hedges_less(learned: Learned) -> None
             "sae.k=0.4", "sae.prefixes=[0.25,1.0]", f"sae.multipliers=[{multiplier},1]",
             "sae.aux_alpha=0", "training.start=truth", "training.tokens=1536000",
         )  # fmt: skip
-        encoder = torch.stack([cosines(run.sae().W_enc, world)[0] for run in runs])
-        decoder = torch.stack([cosines(run.sae().W_dec, world)[0] for run in runs])
+        encoder = torch.stack([cosines(load_sae(run.path).W_enc, world)[0] for run in runs])
+        decoder = torch.stack([cosines(load_sae(run.path).W_dec, world)[0] for run in runs])
         away[multiplier] = float(encoder[:, 1:].min(1).values.mean())
         towards[multiplier] = float(decoder[:, 1:].mean())
     assert away[0] < -0.2

@@ -38,7 +38,7 @@ class Reseed(Contender):
     ) -> None:
         import torch
 
-        from reseed.train.optim.base import SAEAdam
+        from reseed.train.optim.adam import SAEAdam
 
         config = configuration(architecture, num_latents, sae_options or {})
         self.module = config.build(d_in, torch.Generator().manual_seed(0))

@@ -32,7 +32,7 @@ def prepare(plan: Plan) -> dict[str, Any]:
     from datasets import Dataset
     from safetensors.torch import save_file
 
-    from reseed.activations.language_model import EmbeddedModelConfig, PathModelConfig
+    from reseed.activations.model_source import EmbeddedModelConfig, PathModelConfig
     from reseed.activations.text import DocstringsConfig, TextFilesConfig
     from reseed.activations.tokens import Packing
     from reseed.experiment.resolve import cache_folder

@@ -42,7 +42,7 @@ class Reader:
         self, folder: Path, budget: int = 1 << 30, key: str = "a", name: str = "m"
     ) -> None:
         self.cache = ActivationCache(folder, budget)
-        self.shelf = ChunkCache(self.cache, {"what": key}, f"{name}-{{hookpoint}}")
+        self.chunk_cache = ChunkCache(self.cache, {"what": key}, f"{name}-{{hookpoint}}")
         self.computed: list[tuple[int, tuple[Hookpoint, ...]]] = []
 
     def read(self, c: int, *hookpoints: Hookpoint, tokens: str = "t") -> dict:
@@ -52,7 +52,7 @@ class Reader:
             self.computed.append((c, tuple(missing)))
             return {h: activations(c, h) for h in missing}
 
-        found = self.shelf.get(c, tokens, hookpoints, compute, CPU)
+        found = self.chunk_cache.get(c, tokens, hookpoints, compute, CPU)
         for hookpoint, x in found.items():
             assert torch.equal(x, activations(c, hookpoint))
         assert tuple(found) == hookpoints
@@ -261,7 +261,7 @@ def test_every_file_is_whole_after_kills_at_random_times(tmp_path: Path) -> None
         for path in files(tmp_path):
             c = int(path.name[:6])
             assert torch.equal(
-                read_chunk(path, reader.shelf._address(HOOK, c, "t")), activations(c)
+                read_chunk(path, reader.chunk_cache._address(HOOK, c, "t")), activations(c)
             )
     assert reader.missed(range(40)) != list(range(40)), "something was written"
     assert not list(tmp_path.glob("*/.unfinished-*"))

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from reseed.activations.chunks import ActivationStream, TokenWindow, held_out_chunks
+from reseed.activations.dataset import STRIPES, batches_available, check_batch_size
 from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
-from reseed.activations.stream import STRIPES, batches_available, check_batch_size
+from reseed.activations.language_model import LanguageModel
+from reseed.activations.model_source import PathModelConfig
 from reseed.activations.text import TextFilesConfig, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, token_stores
 from reseed.errors import ConfigError
@@ -23,7 +24,7 @@ HOOKS = [Hookpoint("resid_post", 0), Hookpoint("mlp_out", 2)]
 @pytest.fixture(scope="module")
 def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return LanguageModel(
-        resolve(PathModelConfig(path=str(tiny_model)), tmp_path_factory.mktemp("c"))
+        PathModelConfig(path=str(tiny_model)).resolve(tmp_path_factory.mktemp("c"))
     )
 
 
@@ -37,7 +38,7 @@ def stores(
     tiny_model: Path, config: TextFilesConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[TokenStore, TokenStore]:
     cache = tmp_path_factory.mktemp("tokens")
-    found = resolve(PathModelConfig(path=str(tiny_model)), cache)
+    found = PathModelConfig(path=str(tiny_model)).resolve(cache)
     return token_stores(resolve_text(config, cache), found.tokenizer, "t", 0)
 
 

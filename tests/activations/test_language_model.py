@@ -14,14 +14,15 @@ from transformers import (
 
 from reseed.activations import language_model
 from reseed.activations.hookpoints import Hookpoint, HookpointConfig, module_path
-from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
+from reseed.activations.language_model import LanguageModel
+from reseed.activations.model_source import PathModelConfig
 from reseed.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
 def resolved(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    return resolve(
-        PathModelConfig(path=str(tiny_model), batch_sequences=2), tmp_path_factory.mktemp("c")
+    return PathModelConfig(path=str(tiny_model), batch_sequences=2).resolve(
+        tmp_path_factory.mktemp("c")
     )
 
 
@@ -73,7 +74,7 @@ def test_sites_resolve_to_modules_in_other_model_families(build, blocks: dict[st
 
 def test_each_width_is_computed_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
     """Every job of a sweep asks for it."""
-    found = resolve(PathModelConfig(path=str(tiny_model)), tmp_path)
+    found = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
     asked: list[list[Hookpoint]] = []
     record = language_model._record
 
@@ -122,23 +123,23 @@ def test_the_fingerprint_depends_on_the_weights_not_on_the_folder(
     copy = tmp_path / "elsewhere"
     shutil.copytree(tiny_model, copy)
     prints = [
-        resolve(PathModelConfig(path=str(p)), tmp_path).fingerprint for p in (tiny_model, copy)
+        PathModelConfig(path=str(p)).resolve(tmp_path).fingerprint for p in (tiny_model, copy)
     ]
     assert prints[0] == prints[1]
     weights = load_file(copy / "model.safetensors")
     next(iter(weights.values()))[0] += 1
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
-    assert resolve(PathModelConfig(path=str(copy)), tmp_path).fingerprint != prints[0]
+    assert PathModelConfig(path=str(copy)).resolve(tmp_path).fingerprint != prints[0]
 
 
 def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`path` must be an existing folder"):
-        resolve(PathModelConfig(path=str(tmp_path / "none")), tmp_path)
+        PathModelConfig(path=str(tmp_path / "none")).resolve(tmp_path)
     with pytest.raises(ConfigError, match=r"there is no config\.json"):
-        resolve(PathModelConfig(path=str(tmp_path)), tmp_path)
+        PathModelConfig(path=str(tmp_path)).resolve(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"must hold weights as \*\.safetensors"):
-        resolve(PathModelConfig(path=str(tmp_path)), tmp_path)
+        PathModelConfig(path=str(tmp_path)).resolve(tmp_path)
 
 
 @pytest.mark.real
@@ -148,7 +149,7 @@ def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
 def test_real_models_give_their_own_logits(
     real_data: Path, tmp_path: Path, name: str, layers: int, width: int
 ) -> None:
-    found = resolve(PathModelConfig(path=str(real_data / "models" / name)), tmp_path)
+    found = PathModelConfig(path=str(real_data / "models" / name)).resolve(tmp_path)
     hook = Hookpoint("resid_post", layers - 1)
     assert (found.num_layers, found.d_in(hook), found.context_length) == (layers, width, 512)
     tokens = torch.tensor([found.tokenizer("Once upon a time there was a dog.")["input_ids"]])

@@ -12,17 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.language_model import (
-    EmbeddedModelConfig,
-    LanguageModel,
-    PathModelConfig,
-    resolve,
-)
+from reseed.activations.language_model import LanguageModel
+from reseed.activations.model_source import EmbeddedModelConfig, PathModelConfig
 from reseed.activations.synthetic.surrogate import surrogate_source
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs
 from reseed.errors import ConfigError
 from reseed.experiment.resolve import Resolved
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import RunStore
 from reseed.study.train import train_missing
 
@@ -35,7 +32,7 @@ def activations(found) -> torch.Tensor:
 
 
 def found_in(folder: Path, cache: Path, **settings):
-    return resolve(PathModelConfig(path=str(folder), **settings), cache)
+    return PathModelConfig(path=str(folder), **settings).resolve(cache)
 
 
 @pytest.mark.parametrize("embedded", [True, False])
@@ -43,7 +40,7 @@ def test_every_weight_is_redrawn_reproducibly(
     embedded: bool, tiny_model: Path, tmp_path: Path
 ) -> None:
     config = EmbeddedModelConfig() if embedded else PathModelConfig(path=str(tiny_model))
-    trained = resolve(config, tmp_path)
+    trained = config.resolve(tmp_path)
     random = trained.with_random_weights()
     own, other = LanguageModel(trained).model, LanguageModel(random).model
     again = LanguageModel(random).model
@@ -143,7 +140,7 @@ def test_runs_are_trained_and_measured_on_its_activations(
     (run,) = RunStore(tmp_path).runs()
     source = resolved.open()
     x = torch.cat([c[HOOK] for c in source.held_out([HOOK], 1024)])
-    firing = (run.sae().encode(x) != 0).sum(0)
+    firing = (load_sae(run.path).encode(x) != 0).sum(0)
     assert firing.tolist() == run.latents()["firing"].tolist()
     real = planned(tiny_overrides).open()
     assert not torch.equal(torch.cat([c[HOOK] for c in real.held_out([HOOK], 1024)]), x)

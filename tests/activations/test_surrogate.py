@@ -10,14 +10,19 @@ import torch
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.source import ActivationSource
-from reseed.activations.synthetic.config import GeneratedConfig, WorldConfig
 from reseed.activations.synthetic.surrogate import (
     Gaussian,
     GaussianSource,
     GaussianStream,
     flops_per_token,
 )
-from reseed.activations.synthetic.worlds import ResolvedWorldData, World, WorldSource
+from reseed.activations.synthetic.world_source import (
+    GeneratedConfig,
+    ResolvedWorldData,
+    WorldConfig,
+    WorldSource,
+)
+from reseed.activations.synthetic.worlds import World
 from reseed.errors import ReseedError
 
 HOOK, OTHER = Hookpoint("resid_post", 0), Hookpoint("mlp_out", 0)

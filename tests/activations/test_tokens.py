@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reseed.activations.language_model import PathModelConfig, resolve
+from reseed.activations.model_source import PathModelConfig
 from reseed.activations.text import TextFilesConfig, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, is_held_out, token_stores
 
@@ -92,7 +92,7 @@ def test_guaranteed_activations_hold_for_every_order() -> None:
 
 
 def test_stores_hold_every_document_once(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
-    model = resolve(PathModelConfig(path=str(tiny_model)), tmp_path)
+    model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
     text = resolve_text(TextFilesConfig(path=str(tiny_text)), tmp_path)
     train, held_out = token_stores(text, model.tokenizer, "t", 0)
     documents = list(text.documents())
@@ -110,7 +110,7 @@ def test_stores_hold_every_document_once(tiny_model: Path, tiny_text: Path, tmp_
 def test_a_text_is_tokenised_once(
     tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = resolve(PathModelConfig(path=str(tiny_model)), tmp_path)
+    model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
     text = resolve_text(TextFilesConfig(path=str(tiny_text)), tmp_path)
     first = token_stores(text, model.tokenizer, "t", 0)
 

@@ -11,7 +11,8 @@ import torch
 from scipy.stats import multivariate_normal, norm
 
 from reseed.activations.stream import generator
-from reseed.activations.synthetic.config import WorldConfig, declared_firing, parents_of
+from reseed.activations.synthetic.settings import declared_firing, parents_of
+from reseed.activations.synthetic.world_source import WorldConfig
 from reseed.activations.synthetic.worlds import Sample, World
 from reseed.errors import ConfigError
 
@@ -262,7 +263,7 @@ def test_impossible_worlds_are_refused(fields: dict[str, Any], message: str) -> 
 def test_the_large_world_fits_in_memory() -> None:
     import resource
 
-    from reseed.activations.synthetic.worlds import ResolvedWorld
+    from reseed.activations.synthetic.world_source import ResolvedWorld
     from reseed.cli.hydra_app import CommandLine
     from reseed.cli.plan import check_jobs
 

@@ -13,7 +13,7 @@ import reseed
 from reseed.cli import convert, push, train
 from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
-from reseed.sae.checkpoint import save_sae
+from reseed.sae.checkpoint import load_sae, save_sae
 from reseed.sae.formats import differ
 from reseed.sae.gated import GatedConfig
 from reseed.sae.topk import TopKConfig
@@ -130,7 +130,7 @@ def test_a_push_writes_a_folder_with_a_card(
 ) -> None:
     assert push.main([str(run.path), "me/saes", "--to", format, "--dry-run", "out"]) == 0
     assert "out: what would be pushed to me/saes" in capsys.readouterr().out
-    assert differ(run.sae(), reseed.load_sae("out")) == ""
+    assert differ(load_sae(run.path), reseed.load_sae("out")) == ""
     card = Path("out/README.md").read_text()
     assert 'sae = reseed.load_sae("hub:me/saes")' in card
     assert f"| fvu | {run.metrics['fvu']:.4g} | fraction of variance unexplained |" in card

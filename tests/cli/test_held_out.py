@@ -17,6 +17,7 @@ from reseed.compare.activations.tables import LATENT_COLUMNS, NOTE, PAIR_COLUMNS
 from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import load_dictionaries
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
 from reseed.study.compare import (
     ActivationsUnavailable,
@@ -71,7 +72,7 @@ def test_pearson_equals_the_correlation_of_activations(folder: Path, runs: list[
     chunks, tokens = held_out_chunks([a, b], 500, RuntimeConfig())
     x = torch.cat(list(chunks)).float()
     assert (tokens, len(x)) == (500, 500)
-    f, g = (r.sae().encode(x).double().numpy() for r in (a, b))
+    f, g = (load_sae(r.path).encode(x).double().numpy() for r in (a, b))
     latents = pd.read_parquet(sweep / "latents.parquet")
     assert set(LATENT_COLUMNS) <= set(latents.columns)
     of_a = latents[latents["run"] == row["a"]]
@@ -89,7 +90,7 @@ def test_no_more_tokens_are_read_than_runs_were_measured_on(runs: list[Run]) -> 
     x = torch.cat(list(chunks)).float()
     assert (tokens, len(x)) == (1024, 1024)
     for found in runs:
-        firing = (found.sae().encode(x) != 0).sum(0)
+        firing = (load_sae(found.path).encode(x) != 0).sum(0)
         assert np.array_equal(firing.numpy(), found.latents()["firing"])
 
 

@@ -17,6 +17,7 @@ from reseed.cli.plan import make_plan
 from reseed.compare.activations.tables import MATCHED_COLUMNS, NOTE, TOKENS
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.errors import ConfigError
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
 from reseed.study.compare import held_out_chunks, token_mismatch
 from reseed.train.config import RuntimeConfig
@@ -91,7 +92,7 @@ def test_cka_across_models_uses_the_same_tokens(compared: Path) -> None:
     for letter in "ab":
         one = Run(compared.parents[1] / "outputs" / row[letter])
         x = torch.cat(list(held_out_chunks([one], 1024, RuntimeConfig())[0])).float()
-        made.append(one.sae().encode(x).detach().double().numpy())
+        made.append(load_sae(one.path).encode(x).detach().double().numpy())
     sums = np.zeros((2, 2))
     for start in range(0, 1024, 256):
         blocks = [h[start : start + 256] for h in made]

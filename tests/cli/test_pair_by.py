@@ -15,6 +15,7 @@ from reseed.cli import compare, run
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import make_plan
 from reseed.errors import ConfigError, ReseedError
+from reseed.study.compare import _check_weights
 
 ROOT = Path(__file__).parents[2]
 FEW = "training.tokens=1024"
@@ -199,11 +200,11 @@ def test_runs_with_different_penalty_weights_are_refused() -> None:
         return {"sae": sae, "seed": seed}, SimpleNamespace(record={"penalty_weight": weight})
 
     fine = [one("relu", "0", 0.1), one("relu", "1", 0.1), one("gated", "0", 0.2)]
-    compare._check_weights(fine, "all runs")
+    _check_weights(fine, "all runs")
     with pytest.raises(
         ReseedError, match=r"^all runs, relu: its runs were trained with different "
     ):
-        compare._check_weights([*fine, one("relu", "2", 0.3)], "all runs")
+        _check_weights([*fine, one("relu", "2", 0.3)], "all runs")
 
 
 def test_the_primary_measure_comes_first_and_keeps_the_folder(line: list[str]) -> None:

@@ -14,6 +14,7 @@ from reseed.compare.matching import match
 from reseed.sae.checkpoint import load_sae, save_sae
 from reseed.sae.topk import TopKConfig
 from reseed.store.runs import RunError, RunStore
+from reseed.store.weights import initial_sae
 
 QUIET = ["comparison.activation_tokens=0", "runtime.threads=1"]
 
@@ -65,7 +66,7 @@ def test_a_pretrained_run_has_the_metrics_of_the_trained_one(
     assert record["pretrained"]["metadata"]["seed"] == 0
     assert (record["tokens"], record["experiment"]["sae"]["type"]) == (0, "topk")
     with pytest.raises(RunError, match="was not trained here: its initial weights are unknown"):
-        theirs.initial_sae()
+        initial_sae(theirs)
     said = capsys.readouterr().out
     assert "measuring 1 SAE (topk 64 k=8) on" in said
     assert status.main([]) == 0
@@ -185,7 +186,7 @@ def test_a_source_changed_after_its_check_is_an_error(overrides: list[str]) -> N
     from reseed.sae import pretrained
 
     config = pretrained.PretrainedConfig(source="saelens")
-    found = config.found()
+    found = config.resolve()
     shutil.rmtree("saelens")
     shutil.copytree("dictionary_learning", "saelens")
     with pytest.raises(Exception, match=r"cfg.json is not valid JSON|has changed since"):

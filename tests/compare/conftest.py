@@ -49,5 +49,27 @@ def partly_shared():
 
 
 @pytest.fixture
+def unit():
+    """``unit(rows)`` returns rows of length 1, in float64."""
+
+    def normalise(rows):
+        rows = np.asarray(rows, dtype=np.float64)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    return normalise
+
+
+@pytest.fixture
+def load_as(monkeypatch):
+    """``load_as(sae)`` makes every run have this SAE, trained and initial."""
+
+    def patch(sae):
+        monkeypatch.setattr("reseed.compare.dictionary.load_sae", lambda path: sae)
+        monkeypatch.setattr("reseed.compare.dictionary.initial_sae", lambda run: sae)
+
+    return patch
+
+
+@pytest.fixture
 def settings():
     return ComparisonConfig(name="trial", grid={"seed": [0, 1, 2]}, null_draws=1)

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from reseed.compare.cell import CellResult, compare_cell
-from reseed.compare.measures import FRACTIONS
+from reseed.compare.columns import FRACTIONS
 from reseed.compare.pair import compare_pair
 
 

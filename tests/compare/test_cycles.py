@@ -8,7 +8,7 @@ import pytest
 from scipy.special import expit
 
 from reseed.compare.cell import compare_cell
-from reseed.compare.sharing_profile import ESTIMATES, _estimate, cycle_estimates
+from reseed.compare.sharing_profile import CYCLES, _estimate, cycle_estimates
 
 
 def matching(rng, n, m, truth_n, truth_m):
@@ -43,7 +43,7 @@ def sides():
 
 def by_enumeration(sides, sizes, seeds):
     """Return each estimate, counted over every latent as the start."""
-    counts = {name: np.zeros(2) for name in ESTIMATES}
+    counts = {name: np.zeros(2) for name in CYCLES}
     for triple in combinations(seeds, 3):
         for which in ("encoder", "decoder"):
             r, s, t = triple
@@ -72,7 +72,7 @@ def test_cycle_estimates_equal_an_enumeration(sides):
     found = cycle_estimates(sides)
     wanted = by_enumeration(sides, sizes, range(4))
     without = [by_enumeration(sides, sizes, [t for t in range(4) if t != s]) for s in range(4)]
-    for name in ESTIMATES:
+    for name in CYCLES:
         assert 0 < wanted[name] < 1, "the example must not be trivial"
         assert found[name].mean == pytest.approx(wanted[name])
         values = np.array([x[name] for x in without])
@@ -86,7 +86,7 @@ def test_permuted_copies_close_every_cycle(dictionary, settings):
     rows = rng.standard_normal((2, 30, 12))
     runs = [dictionary(*rows[:, rng.permutation(30)], seed=str(s)) for s in range(3)]
     found = compare_cell(runs, [], settings).estimates
-    assert [found[name].mean for name in ESTIMATES] == [1] * 5
+    assert [found[name].mean for name in CYCLES] == [1] * 5
 
 
 def test_unshared_latents_close_almost_no_cycle(dictionary, settings):

@@ -9,16 +9,11 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from reseed.compare.cell import compare_cell
+from reseed.compare.columns import THRESHOLDS
 from reseed.compare.dictionary import _variance, load_dictionaries
 from reseed.compare.matching import match
-from reseed.compare.measures import THRESHOLDS
 from reseed.compare.pair import compare_pair
 from reseed.sae.topk import TopKConfig
-
-
-def unit(rows):
-    rows = np.asarray(rows, dtype=np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 @pytest.fixture
@@ -44,7 +39,7 @@ def test_threshold_measures_are_the_strict_rule_at_each_threshold(pair):
     assert found[0] > found[-1]
 
 
-def test_pw_mcc_agrees_with_scipy(pair):
+def test_pw_mcc_agrees_with_scipy(pair, unit):
     a, b = pair
     table = unit(a.decoder) @ unit(b.decoder).T
     measures = compare_pair(a, b).measures
@@ -66,7 +61,7 @@ def test_pw_mcc_divides_by_the_smaller_side_including_latents_without_direction(
     assert found["cosine_decoder"] == pytest.approx(found["pw_mcc_signed"] * 8 / 7)
 
 
-def test_joint_fractions_agree_with_scipy(pair):
+def test_joint_fractions_agree_with_scipy(pair, unit):
     a, b = pair
     encoder = unit(a.encoder) @ unit(b.encoder).T
     decoder = unit(a.decoder) @ unit(b.decoder).T
@@ -120,7 +115,7 @@ def test_the_variance_of_a_contribution_agrees_with_its_definition():
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_a_run_is_loaded_with_the_variance_if_its_sums_are_stored(stored):
+def test_a_run_is_loaded_with_the_variance_if_its_sums_are_stored(stored, load_as):
     sae = TopKConfig(num_latents=6, k=2).build(4, torch.Generator().manual_seed(0))
     with torch.no_grad():
         sae.W_dec.mul_(torch.arange(1.0, 7)[:, None])
@@ -133,9 +128,9 @@ def test_a_run_is_loaded_with_the_variance_if_its_sums_are_stored(stored):
         metrics={"fvu": 0.1, "l0": 2, "cosine": 0.9, "dead_fraction": 0, "tokens": 10},
         latents=lambda: latents,
         activations=lambda: None,
-        sae=lambda: sae,
-        initial_sae=lambda: sae,
+        path=None,
     )
+    load_as(sae)
     trained, untrained = load_dictionaries(run, "0")
     assert untrained.variance is None
     if not stored:

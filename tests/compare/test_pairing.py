@@ -27,7 +27,7 @@ ONE_SEED = "one seed: chosen values are not a sample, so there is no interval"
 
 
 def cell(runs, values, pair_by, grid, **more):
-    """Return the parts of a cell that `pair_groups` reads: pairs of runs (dicts of places) and measures.
+    """Return the parts of a cell that `pair_groups` reads: pairs of runs and measures.
 
     ``values(a, b)`` is the shared fraction of a pair; the coverage of a by b is a tenth of it.
     """

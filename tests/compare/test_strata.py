@@ -90,7 +90,7 @@ def test_standardised_fractions_equal_their_definition(cells):
     weights = np.mean(shares, axis=0)
     for cell, fraction, one in zip(cells, fractions, found, strict=True):
         assert one.estimate.mean == pytest.approx(fraction @ weights)
-        assert one.kept == pytest.approx(1)
+        assert one.coverage == pytest.approx(1)
         assert one.estimate.mean != pytest.approx(cell.estimates["shared_fraction"].mean, abs=1e-3)
         without = []
         for run in cell.runs["run"]:
@@ -127,7 +127,7 @@ def test_densities_that_one_cell_lacks_are_left_out_for_all(dictionary):
     first, second = standardised([one, other])
     assert first.estimate.mean == 0.5
     assert second.estimate.mean == pytest.approx(2 / 3)
-    assert first.kept == second.kept == 0.75
+    assert first.coverage == second.coverage == 0.75
     nothing = strata_table(runs_of(dictionary, [[0, 0, 0, 0]] * 2), sides, 10)
     assert np.isnan(standardised([one, nothing])[0].estimate.mean)
 

@@ -20,9 +20,9 @@ from reseed.errors import ConfigError
 from reseed.evaluate.absorption.evaluation import AbsorptionConfig
 from reseed.evaluate.absorption.records import mean_over_classes
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result
-from reseed.evaluate.first_letter.task import ProbedTask, WordTaskConfig, word_activations
-from reseed.evaluate.first_letter.words import make_prompts
 from reseed.evaluate.splitting import SplittingConfig
+from reseed.evaluate.word_task.prompts import make_prompts
+from reseed.evaluate.word_task.task import ProbedTask, WordTaskConfig, word_activations
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.topk import TopKConfig
 
@@ -41,16 +41,16 @@ def resolved(tiny_text: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def evaluated(resolved: Any, tmp_path_factory: pytest.TempPathFactory) -> EvaluationInput:
+def inputs(resolved: Any, tmp_path_factory: pytest.TempPathFactory) -> EvaluationInput:
     source = resolved.open("cpu", needed=1_000)
     return EvaluationInput(source, ModelCache(tmp_path_factory.mktemp("shared")))
 
 
 @pytest.fixture(scope="module")
-def table(evaluated: EvaluationInput, tmp_path_factory: pytest.TempPathFactory) -> str:
+def table(inputs: EvaluationInput, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Words labelled by their appearance, which a probe predicts easily, and a class of three
     words."""
-    texts = WordTaskConfig.words(AbsorptionConfig(), evaluated.tokenizer).texts
+    texts = WordTaskConfig.words(AbsorptionConfig(), inputs.tokenizer).texts
     spaced = [t for t in texts if t.startswith(" ") and t.islower() and len(t) > 4]
     capital = [t for t in texts if t[0].isupper() and len(t) > 2]
     chosen = [*((t, "word") for t in spaced[:60]), *((t, "name") for t in capital[:50])]
@@ -72,10 +72,10 @@ def sae(seed: int, k: int = 8):
 
 
 @pytest.fixture(scope="module")
-def result(evaluated: EvaluationInput, settings: dict[str, Any]) -> Result:
+def result(inputs: EvaluationInput, settings: dict[str, Any]) -> Result:
     config = AbsorptionConfig(**settings, causal=True, bootstrap=100)
-    subject = LoadedRun("one", sae(0), HOOK, untrained=sae(1))
-    [(name, found)] = config.evaluate([subject], evaluated)
+    run = LoadedRun("one", sae(0), HOOK, untrained=sae(1))
+    [(name, found)] = config.evaluate([run], inputs)
     assert name == "one"
     return found
 
@@ -95,8 +95,8 @@ def test_a_class_that_cannot_be_evaluated_has_a_reason(result: Result) -> None:
         assert ((low <= mean) & (mean <= high)).all()
 
 
-def test_first_letters_are_always_26_classes(evaluated: EvaluationInput) -> None:
-    words = AbsorptionConfig().words(evaluated.tokenizer)
+def test_first_letters_are_always_26_classes(inputs: EvaluationInput) -> None:
+    words = AbsorptionConfig().words(inputs.tokenizer)
     assert len(words.classes) == 26
 
 
@@ -152,10 +152,10 @@ def test_tables_and_latent_columns_agree_on_absorbed_words(result: Result) -> No
 
 
 def test_metrics_are_none_if_no_class_can_be_evaluated(
-    evaluated: EvaluationInput, settings: dict[str, Any]
+    inputs: EvaluationInput, settings: dict[str, Any]
 ) -> None:
     config = AbsorptionConfig(**settings, probe_f1=0.9999999)
-    [(_, found)] = config.evaluate([LoadedRun("one", sae(0), HOOK)], evaluated)
+    [(_, found)] = config.evaluate([LoadedRun("one", sae(0), HOOK)], inputs)
     reasons = found.tables["letters"]["reason"]
     if (reasons != "").all():  # holds unless the probes are perfect
         assert found.metrics["absorption_letters"] == 0
@@ -164,26 +164,26 @@ def test_metrics_are_none_if_no_class_can_be_evaluated(
 
 
 def test_the_model_runs_once_for_each_prompt_seed(
-    evaluated: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    inputs: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    list(SplittingConfig(**settings).repetitions(evaluated, HOOK))
+    list(SplittingConfig(**settings).repetitions(inputs, HOOK))
 
     def never(*arguments: Any) -> None:
         raise AssertionError("read again")
 
     monkeypatch.setattr(LanguageModel, "activations", never)
-    again = list(AbsorptionConfig(**settings).repetitions(evaluated, HOOK))
+    again = list(AbsorptionConfig(**settings).repetitions(inputs, HOOK))
     assert [p.prompt_seed for p in again] == [0, 1]
     assert not again[0].x.equal(again[1].x)
     other = SplittingConfig(**(settings | {"prompt_seeds": (7,)}))
     with pytest.raises(AssertionError, match="read again"):
-        list(other.repetitions(evaluated, HOOK))
+        list(other.repetitions(inputs, HOOK))
     with pytest.raises(AssertionError, match="read again"):
-        list(AbsorptionConfig(**settings).repetitions(evaluated, Hookpoint("resid_post", 0)))
+        list(AbsorptionConfig(**settings).repetitions(inputs, Hookpoint("resid_post", 0)))
 
 
 def test_one_pass_of_the_model_reads_all_hookpoints(
-    evaluated: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    inputs: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SplittingConfig(**settings | {"prompt_seeds": (3,)})
     passes, activations = [], LanguageModel.activations
@@ -194,24 +194,24 @@ def test_one_pass_of_the_model_reads_all_hookpoints(
 
     monkeypatch.setattr(LanguageModel, "activations", counted)
     hooks = [Hookpoint("resid_post", 0), HOOK]
-    [[first], [second]] = [list(config.repetitions(evaluated, h, hooks)) for h in hooks]
+    [[first], [second]] = [list(config.repetitions(inputs, h, hooks)) for h in hooks]
     assert passes == [hooks]
     monkeypatch.undo()
-    there = replace(evaluated, shared=ModelCache(evaluated.shared.cache / "alone"))
+    there = replace(inputs, model_cache=ModelCache(inputs.model_cache.cache / "alone"))
     assert not first.x.equal(second.x)
     [again] = config.repetitions(there, HOOK)
     assert again.x.equal(second.x)
 
 
-def repetition(evaluated: EvaluationInput, settings: dict[str, Any]) -> ProbedTask:
-    return next(iter(SplittingConfig(**settings).repetitions(evaluated, HOOK)))
+def repetition(inputs: EvaluationInput, settings: dict[str, Any]) -> ProbedTask:
+    return next(iter(SplittingConfig(**settings).repetitions(inputs, HOOK)))
 
 
 def test_activations_are_taken_at_the_words_token_and_the_hookpoint(
-    evaluated: EvaluationInput, settings: dict[str, Any]
+    inputs: EvaluationInput, settings: dict[str, Any]
 ) -> None:
     """Compare with transformers' hidden states of the whole prompt; later tokens change nothing."""
-    model, probed = evaluated.model, repetition(evaluated, settings)
+    model, probed = inputs.model, repetition(inputs, settings)
     assert model is not None
     chosen = np.array([0, 5, 60, 112])
     prompts = make_prompts(
@@ -220,16 +220,16 @@ def test_activations_are_taken_at_the_words_token_and_the_hookpoint(
     with torch.no_grad():
         states = model.model(prompts.tokens, output_hidden_states=True).hidden_states
     found = word_activations(model, [HOOK], prompts)[HOOK]
-    for i in range(len(chosen)):
-        assert prompts.tokens[i, prompts.at[i]] == probed.words.tokens[chosen[i]]
-        assert torch.allclose(found[i], states[HOOK.layer + 1][i, prompts.at[i]], atol=1e-4)
-        assert not torch.allclose(found[i], states[HOOK.layer][i, prompts.at[i]], atol=1e-2)
+    for i, place in enumerate(prompts.word_position):
+        assert prompts.tokens[i, place] == probed.words.tokens[chosen[i]]
+        assert torch.allclose(found[i], states[HOOK.layer + 1][i, place], atol=1e-4)
+        assert not torch.allclose(found[i], states[HOOK.layer][i, place], atol=1e-2)
 
 
 def test_every_word_is_tested_by_probes_not_trained_on_it(
-    evaluated: EvaluationInput, settings: dict[str, Any]
+    inputs: EvaluationInput, settings: dict[str, Any]
 ) -> None:
-    probed = repetition(evaluated, settings)
+    probed = repetition(inputs, settings)
     assert probed.tested.all()
     weight, bias = probed.probes["weight"][1], probed.probes["bias"][1]
     test = probed.folds[1].test
@@ -241,36 +241,36 @@ def test_every_word_is_tested_by_probes_not_trained_on_it(
 
 
 def test_a_second_evaluation_gives_equal_metrics(
-    evaluated: EvaluationInput, settings: dict[str, Any], result: Result
+    inputs: EvaluationInput, settings: dict[str, Any], result: Result
 ) -> None:
     config = AbsorptionConfig(**settings, bootstrap=100)
-    [(_, again)] = config.evaluate([LoadedRun("one", sae(0), HOOK, untrained=sae(1))], evaluated)
+    [(_, again)] = config.evaluate([LoadedRun("one", sae(0), HOOK, untrained=sae(1))], inputs)
     for name, value in again.metrics.items():
         assert value == result.metrics[name], name
 
 
 def test_an_untrained_sae_is_as_sparse_as_its_k(
-    evaluated: EvaluationInput, settings: dict[str, Any]
+    inputs: EvaluationInput, settings: dict[str, Any]
 ) -> None:
     """Its threshold is set on the words: k·n latents are active on n words."""
     config = AbsorptionConfig(**settings | {"prompt_seeds": (0,)}, bootstrap=10)
     born = BatchTopKConfig(num_latents=200, k=5.5).build(128, torch.Generator().manual_seed(3))
-    [(_, found)] = config.evaluate([LoadedRun("one", sae(0), HOOK, untrained=born)], evaluated)
-    words = len(config.words(evaluated.tokenizer))
+    [(_, found)] = config.evaluate([LoadedRun("one", sae(0), HOOK, untrained=born)], inputs)
+    words = len(config.words(inputs.tokenizer))
     assert found.metrics["absorption_l0"] == 8
     assert found.metrics["absorption_l0_untrained"] == pytest.approx(5.5, abs=2 / words)
 
 
 def test_a_latent_equal_to_the_probe_has_its_f1_and_no_splits(
-    evaluated: EvaluationInput, settings: dict[str, Any]
+    inputs: EvaluationInput, settings: dict[str, Any]
 ) -> None:
-    probed = repetition(evaluated, settings)
+    probed = repetition(inputs, settings)
     made = sae(0, k=40)
     word = probed.words.classes.index("word")
     with torch.no_grad():
         weight, bias = (probed.probes[n].mean(0)[word] for n in ("weight", "bias"))
         made.W_enc[0], made.b_enc[0] = weight, bias + weight @ made.b_dec
-    [(_, found)] = SplittingConfig(**settings).evaluate([LoadedRun("one", made, HOOK)], evaluated)
+    [(_, found)] = SplittingConfig(**settings).evaluate([LoadedRun("one", made, HOOK)], inputs)
     row = found.tables["letters"].set_index("class").loc["word"]
     assert row["f1"] > row["probe_f1"] - 0.1
     assert row["splits"] < 1
@@ -308,14 +308,14 @@ def test_worlds_and_indistinct_answers_are_refused_before_anything_is_computed(
     line = CommandLine("train", ["model=world_easy"])
     jobs, _ = check_jobs(line, line.overrides, multirun=False)
     with pytest.raises(ConfigError, match="evaluation=absorption needs a language model"):
-        AbsorptionConfig().check(jobs[0].resolved)
-    AbsorptionConfig(causal=True).check(resolved)
+        AbsorptionConfig().check(jobs[0].resolved.source)
+    AbsorptionConfig(causal=True).check(resolved.source)
     path = tmp_path / "alike.csv"
     path.write_text("token,label\n the,return\n a,return it\n")
     alike = AbsorptionConfig(task="labelled", task_file=str(path))
-    alike.check(resolved)
+    alike.check(resolved.source)
     with pytest.raises(ConfigError, match="`causal` needs answers that differ"):
-        replace(alike, causal=True).check(resolved)
+        replace(alike, causal=True).check(resolved.source)
 
 
 # Means over classes.

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_helpers import codes_of
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.evaluate.absorption.causal import (
@@ -20,8 +20,7 @@ from reseed.evaluate.absorption.causal import (
     margin,
 )
 from reseed.evaluate.absorption.projection import Alignment
-from reseed.evaluate.codes import Codes
-from reseed.evaluate.first_letter.words import Prompts
+from reseed.evaluate.word_task.prompts import Prompts
 
 HOOK = Hookpoint("module", 0, "layer")
 D = 4
@@ -46,7 +45,7 @@ class Small(nn.Module):
 def asked() -> tuple[Prompts, Tensor, Tensor]:
     """Make three prompts of two lengths, answer tokens and right classes."""
     tokens = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0], [2, 4, 6, 8, 10]])
-    prompts = Prompts(tokens, at=torch.tensor([2, 1, 3]), end=torch.tensor([4, 3, 4]))
+    prompts = Prompts(tokens, torch.tensor([2, 1, 3]), torch.tensor([4, 3, 4]))
     answers = torch.tensor([[9, 10, 11]] * 2 + [[3, 4, 5]])
     return prompts, answers, torch.tensor([0, 2, 1])
 
@@ -70,7 +69,7 @@ def test_the_path_removes_the_latents_and_keeps_the_error() -> None:
     """The gradient of Σ x² at a point is 2x·g; its mean over the path is by hand."""
     model, (prompts, answers, labels) = Small(power=2), asked()
     z = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
-    x = model.embed(prompts.tokens)[torch.arange(3), prompts.at]
+    x = model.embed(prompts.tokens)[torch.arange(3), prompts.word_position]
     shares = [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]
     mean_point = torch.stack([x - (1 - share) * z for share in shares]).mean(0)
     wanted = 2 * mean_point * head_gradient(model, answers, labels)
@@ -91,12 +90,6 @@ def test_gradients_are_computed_under_no_grad() -> None:
 def test_the_margin_by_hand() -> None:
     scores = torch.tensor([[5.0, 1.0, 3.0], [0.0, 2.0, 4.0]])
     assert margin(scores, torch.tensor([0, 1])).tolist() == [3.0, 0.0]
-
-
-def codes_of(dense: Tensor) -> Codes:
-    token, latent = dense.nonzero(as_tuple=True)
-    starts = F.pad((dense != 0).sum(1).cumsum(0), (1, 0))
-    return Codes(starts, latent, dense[token, latent], dense.shape[1])
 
 
 CASES = {  # the metric's loss without each latent, the latents' cosines, absorbed

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from evaluation_helpers import codes_of
 from torch import Tensor
-from torch.nn import functional as F
 
 from reseed.evaluate.absorption.projection import (
     Absorption,
@@ -17,14 +17,8 @@ from reseed.evaluate.absorption.projection import (
     null_cosines,
     random_directions,
 )
-from reseed.evaluate.codes import Codes, encode
+from reseed.evaluate.sparse_latents import encode
 from reseed.sae.relu import ReLUConfig
-
-
-def codes_of(dense: Tensor) -> Codes:
-    token, latent = dense.nonzero(as_tuple=True)
-    starts = F.pad((dense != 0).sum(1).cumsum(0), (1, 0))
-    return Codes(starts, latent, dense[token, latent], dense.shape[1])
 
 
 def measured(

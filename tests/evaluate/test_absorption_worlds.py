@@ -17,10 +17,11 @@ from reseed.activations.synthetic.worlds import World
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
-from reseed.evaluate.codes import encode
-from reseed.evaluate.first_letter.words import make_folds, split_words
+from reseed.evaluate.sparse_latents import encode
 from reseed.evaluate.splitting import find_splits
+from reseed.evaluate.word_task.words import make_folds, split_words
 from reseed.sae.base import SAE
+from reseed.sae.checkpoint import load_sae
 from reseed.sae.relu import ReLUConfig
 from reseed.store.runs import Run, RunStore
 from reseed.study.train import train_missing
@@ -92,7 +93,7 @@ def test_a_child_absorbs_its_parent(tmp_path: Path) -> None:
     alive = [run for run in runs if run.metrics["live_fraction"] == 1]
     assert alive
     for run in alive:
-        found, child = measured(run.sae(), world)
+        found, child = measured(load_sae(run.path), world)
         assert found.fraction[child].mean() > 0.9
         assert found.full[child].double().mean() > 0.9
         assert found.fraction[~child].max() < 0.05
@@ -108,7 +109,7 @@ def test_independent_features_absorb_nothing(tmp_path: Path) -> None:
     alive = [run for run in runs if run.metrics["live_fraction"] == 1]
     assert alive
     for run in alive:
-        found, _ = measured(run.sae(), world)
+        found, _ = measured(load_sae(run.path), world)
         assert found.fraction.mean() < 0.02
         assert found.full.double().mean() < 0.02
 
@@ -120,7 +121,7 @@ def test_batch_topk_absorbs_too(tmp_path: Path) -> None:
                "training.tokens=1024000", "training.start=truth"]  # fmt: skip
     world, runs = trained(tmp_path, *options)
     for run in runs:
-        found, child = measured(run.sae(), world)
+        found, child = measured(load_sae(run.path), world)
         assert found.fraction[child].mean() > 0.7
         assert found.fraction[~child].mean() < 0.05
     flat = [0.4, 0.24, *[0.15] * 10]
@@ -128,5 +129,5 @@ def test_batch_topk_absorbs_too(tmp_path: Path) -> None:
         tmp_path, *options, f"model.firing={flat}".replace(" ", ""), "model.parents=null"
     )
     for run in runs:
-        found, _ = measured(run.sae(), world)
+        found, _ = measured(load_sae(run.path), world)
         assert found.fraction.mean() < 0.05

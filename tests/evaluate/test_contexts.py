@@ -12,12 +12,10 @@ import pytest
 import torch
 
 from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.language_model import PathModelConfig, resolve
-from reseed.activations.text import TextFilesConfig
-from reseed.activations.text_source import TextSource, resolve_model_text
+from reseed.activations.text_source import TextSource
 from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache
-from reseed.evaluate.contexts import evaluation as contexts_config
+from reseed.evaluate.contexts import evaluation as contexts_evaluation
 from reseed.evaluate.contexts.evaluation import ContextsConfig
 from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
@@ -27,7 +25,7 @@ from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.store.contexts import EVALUATION, SAMPLED, TOP, Contexts, LatentContexts
-from reseed.store.results import FOLDER, StoredEvaluation, folder_of
+from reseed.store.results import FOLDER, StoredEvaluation, result_folder
 
 D, F, CONTEXT = 16, 150, 32
 HOOKS = [Hookpoint("resid_post", 1), Hookpoint("mlp_out", 0), Hookpoint("attn_out", 2)]
@@ -41,19 +39,6 @@ ARCHITECTURES: dict[str, SAEConfig] = {
     "gated": GatedConfig(num_latents=F),
 }
 SMALL = ContextsConfig(tokens=300, top=3, sampled=4, reservoir=8, window=5, lens=4, neighbours=3)
-
-
-@pytest.fixture(scope="module")
-def source(
-    tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> TextSource:
-    cache = tmp_path_factory.mktemp("cache")
-    config = PathModelConfig(path=str(tiny_model), batch_sequences=4)
-    text = TextFilesConfig(
-        path=(str(tiny_text),), context_length=CONTEXT, chunk_tokens=2048, held_out_tokens=1024,
-    )  # fmt: skip
-    found = resolve_model_text(resolve(config, cache), text, cache)
-    return TextSource(found, torch.device("cpu"), 4096)
 
 
 def sae_of(name: str, seed: int = 0) -> SAE:
@@ -72,10 +57,10 @@ def evaluated(
     config: ContextsConfig = SMALL,
 ) -> dict[str, Contexts]:  # fmt: skip
     """Evaluate SAEs, write their contexts and read them again."""
-    subjects = [LoadedRun(name, sae, hook) for name, (hook, sae) in saes.items()]
+    runs = [LoadedRun(name, sae, hook) for name, (hook, sae) in saes.items()]
     found = {}
-    for name, result in config.evaluate(subjects, EvaluationInput(source, ModelCache(folder))):
-        place = folder_of(folder / name, EVALUATION, config.signed())
+    for name, result in config.evaluate(runs, EvaluationInput(source, ModelCache(folder))):
+        place = result_folder(folder / name, EVALUATION, config.signed())
         StoredEvaluation(
             EVALUATION, config.to_dict(), result.metrics, result.tables, result.latents
         ).write(place)
@@ -180,12 +165,14 @@ def test_contexts_do_not_depend_on_blocks_or_other_saes(
 ) -> None:
     saes = {name: (HOOKS[i % 3], sae_of(name, i)) for i, name in enumerate(ARCHITECTURES)}
     together = evaluated(source, tmp_path / "together", saes)
-    monkeypatch.setattr(contexts_config, "_KEPT_BYTES", 1)  # a pass for each SAE
+    monkeypatch.setattr(contexts_evaluation, "_BYTES_PER_PASS", 1)  # a pass for each SAE
     alone = evaluated(source, tmp_path / "alone", saes)
     for name in saes:
         for a, b in zip(together[name].latents(0, F), alone[name].latents(0, F), strict=True):
             assert as_values(a) == as_values(b)
-    monkeypatch.setattr(contexts_config, "_BLOCK", 1)  # one sequence per block rounds differently
+    monkeypatch.setattr(
+        contexts_evaluation, "_BLOCK", 1
+    )  # one sequence per block rounds differently
     cut = evaluated(source, tmp_path / "cut", saes)
     for name in saes:
         for a, b in zip(together[name].latents(0, F), cut[name].latents(0, F), strict=True):

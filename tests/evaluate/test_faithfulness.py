@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from evaluation_helpers import constant
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.intervention import intervene, logits
-from reseed.activations.language_model import LanguageModel, PathModelConfig, resolve
-from reseed.activations.text import TextFilesConfig
-from reseed.activations.text_source import TextSource, resolve_model_text
+from reseed.activations.language_model import LanguageModel
+from reseed.activations.text_source import TextSource
 from reseed.errors import ConfigError
-from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result
-from reseed.evaluate.faithfulness import FaithfulnessConfig
+from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result, RunSource
+from reseed.evaluate.faithfulness import FaithfulnessConfig, _recovered
 from reseed.sae.base import SAE
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
@@ -25,35 +27,14 @@ D = 16
 HOOKS = [Hookpoint("resid_post", 1), Hookpoint("mlp_out", 0), Hookpoint("attn_out", 2)]
 
 
-@pytest.fixture(scope="module")
-def source(
-    tiny_model: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
-) -> TextSource:
-    cache = tmp_path_factory.mktemp("cache")
-    config = PathModelConfig(path=str(tiny_model), batch_sequences=4)
-    text = TextFilesConfig(
-        path=(str(tiny_text),), context_length=32, chunk_tokens=2048, held_out_tokens=1024,
-    )  # fmt: skip
-    found = resolve_model_text(resolve(config, cache), text, cache)
-    return TextSource(found, torch.device("cpu"), 4096)
-
-
-def evaluated(source: TextSource, tmp_path: Path) -> EvaluationInput:
+def inputs(source: TextSource, tmp_path: Path) -> EvaluationInput:
     return EvaluationInput(source, ModelCache(tmp_path))
 
 
 def results(source: TextSource, tmp_path: Path, saes: dict[str, tuple[Hookpoint, SAE]]):
-    subjects = [LoadedRun(name, sae, hook) for name, (hook, sae) in saes.items()]
+    runs = [LoadedRun(name, sae, hook) for name, (hook, sae) in saes.items()]
     config = FaithfulnessConfig(tokens=300)
-    return dict(config.evaluate(subjects, evaluated(source, tmp_path)))
-
-
-def constant(value: torch.Tensor) -> SAE:
-    sae = TopKConfig(num_latents=4, k=1).build(D, torch.Generator())
-    with torch.no_grad():
-        sae.W_enc.zero_()
-        sae.b_dec.copy_(value)
-    return sae
+    return dict(config.evaluate(runs, inputs(source, tmp_path)))
 
 
 def identity() -> SAE:
@@ -153,12 +134,10 @@ def test_losses_do_not_depend_on_batches_or_other_saes(source: TextSource, tmp_p
 def test_more_tokens_than_there_are_is_refused(source: TextSource, tmp_path: Path) -> None:
     config = FaithfulnessConfig(tokens=10**6)
     with pytest.raises(ConfigError, match=r"`tokens` \(=1,000,000\) must not exceed the activatio"):
-        next(iter(config.evaluate([], evaluated(source, tmp_path))))
+        next(iter(config.evaluate([], inputs(source, tmp_path))))
 
 
 def test_an_ablation_that_does_no_harm_recovers_nothing() -> None:
-    from reseed.evaluate.faithfulness import _recovered
-
     assert _recovered(1.0, clean=2.0, worst=2.0) is None
     assert _recovered(3.0, clean=2.0, worst=6.0) == 0.75
 
@@ -175,18 +154,12 @@ def test_an_edit_of_another_shape_is_refused_and_the_hook_is_removed(source: Tex
 
 
 def test_gaussian_draws_and_worlds_are_refused() -> None:
-    from types import SimpleNamespace
-
-    from reseed.evaluate.base import needs_language_model
-
-    model = SimpleNamespace(fingerprints={"world": "x"})
-    resolved = SimpleNamespace(model=model, model_label="world_easy")
+    model: Any = SimpleNamespace(fingerprints={"world": "x"})
     with pytest.raises(ConfigError, match="evaluation=faithfulness needs a language model; world_"):
-        needs_language_model(FaithfulnessConfig(), resolved)  # type: ignore[arg-type]
+        FaithfulnessConfig().check(RunSource(model, "world_easy", "none"))
     model.fingerprints = {"model": "x", "tokenizer": "y"}
-    resolved.experiment = SimpleNamespace(surrogate="gaussian")
     with pytest.raises(ConfigError, match="activations of surrogate=gaussian are draws, without"):
-        needs_language_model(FaithfulnessConfig(), resolved)  # type: ignore[arg-type]
+        FaithfulnessConfig().check(RunSource(model, "embedded+gaussian", "gaussian"))
 
 
 def test_without_exclusions_every_position_is_replaced(source: TextSource) -> None:

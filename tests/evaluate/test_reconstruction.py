@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from evaluation_helpers import constant
 from torch import Tensor
 
 from reseed.activations.hookpoints import Hookpoint
@@ -24,15 +25,6 @@ from reseed.sae.topk import TopKConfig
 def data(tokens: int = 1_000, d_in: int = 12) -> Tensor:
     noise = torch.randn(tokens, d_in, generator=torch.Generator().manual_seed(0))
     return noise * torch.linspace(0.1, 3, d_in) + 5
-
-
-def constant(value: Tensor):
-    """Build an SAE that always reconstructs ``value``, with no latent active."""
-    sae = TopKConfig(num_latents=4, k=1).build(len(value), torch.Generator())
-    with torch.no_grad():
-        sae.W_enc.zero_()
-        sae.b_dec.copy_(value)
-    return sae
 
 
 def identity(d_in: int):
@@ -184,10 +176,10 @@ def test_the_evaluation_measures_the_given_number_of_tokens() -> None:
         held_out_available=64,
         device=torch.device("cpu"),
     )
-    evaluated = EvaluationInput(source, ModelCache(Path("/nowhere")))  # type: ignore[arg-type]
+    inputs = EvaluationInput(source, ModelCache(Path("/nowhere")))  # type: ignore[arg-type]
     sae = TopKConfig(num_latents=6, k=2).build(12, torch.Generator().manual_seed(0))
     ((name, result),) = ReconstructionConfig(tokens=50).evaluate(
-        [LoadedRun("a", sae, hook)], evaluated
+        [LoadedRun("a", sae, hook)], inputs
     )
     alone = measured(sae, x[:50])
     assert name == "a"
@@ -198,4 +190,4 @@ def test_the_evaluation_measures_the_given_number_of_tokens() -> None:
     mean = sae.encode(x[:50]).sum(0) / fired.sum(0)
     assert result.latents["mean_activation"] == pytest.approx(mean.detach().numpy(), nan_ok=True)
     with pytest.raises(ConfigError, match=r"`tokens` \(=65,536\) must not exceed .* documents: 64"):
-        next(ReconstructionConfig().evaluate([LoadedRun("a", sae, hook)], evaluated))
+        next(ReconstructionConfig().evaluate([LoadedRun("a", sae, hook)], inputs))

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from evaluation_helpers import codes_of
 from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
-from reseed.evaluate.codes import Codes, encode
-from reseed.evaluate.first_letter.words import Fold, make_folds, split_words
 from reseed.evaluate.probes import (
     batch_size,
     fit_nested,
@@ -21,19 +20,15 @@ from reseed.evaluate.probes import (
     rank_latents,
     train_probe,
 )
+from reseed.evaluate.sparse_latents import encode
 from reseed.evaluate.splitting import choose_main, find_splits
+from reseed.evaluate.word_task.words import Fold, make_folds, split_words
 from reseed.sae import base
 from reseed.sae.relu import ReLUConfig
 
 
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def codes_of(dense: Tensor) -> Codes:
-    token, latent = dense.nonzero(as_tuple=True)
-    starts = F.pad((dense != 0).sum(1).cumsum(0), (1, 0))
-    return Codes(starts, latent, dense[token, latent], dense.shape[1])
 
 
 def sparse(n: int, latents: int, seed: int = 0, density: float = 0.2) -> Tensor:
@@ -66,25 +61,25 @@ def test_operations_on_codes_equal_those_on_dense_tensors() -> None:
     codes = codes_of(dense)
     matrix = torch.randn(12, 3, generator=seeded(1))
     assert len(codes) == 40
-    assert torch.allclose(codes.times(matrix), dense @ matrix, atol=1e-6)
+    assert torch.allclose(codes.matmul(matrix), dense @ matrix, atol=1e-6)
     chosen = np.array([5, 3, 3, 39, 0])
     assert codes.rows(chosen).columns(torch.arange(12)).equal(dense[chosen])
     assert codes.columns(torch.tensor([7, 2])).equal(dense[:, [7, 2]])
     turned = codes.transposed()
     assert turned.columns(torch.arange(40)).equal(dense.T)
     assert codes.live.tolist() == dense.any(0).nonzero()[:, 0].tolist()
-    best = codes.largest(codes.value, 2)
+    best = codes.top_pairs(codes.value, 2)
     for i, pairs in enumerate(best.tolist()):
         wanted = sorted(dense[i][dense[i] > 0].tolist(), reverse=True)[:2]
         assert [float(codes.value[p]) for p in pairs if p >= 0] == wanted
-    some = codes.largest(codes.value, 1, codes.latent == 3)[:, 0]
+    some = codes.top_pairs(codes.value, 1, codes.latent == 3)[:, 0]
     assert ((some >= 0) == (dense[:, 3] > 0)).all()
 
 
 def test_operations_work_on_codes_without_any_pair() -> None:
     codes = codes_of(torch.zeros(3, 5))
-    assert codes.times(torch.ones(5, 2)).tolist() == [[0.0, 0.0]] * 3
-    assert codes.largest(codes.value, 2).tolist() == [[-1, -1]] * 3
+    assert codes.matmul(torch.ones(5, 2)).tolist() == [[0.0, 0.0]] * 3
+    assert codes.top_pairs(codes.value, 2).tolist() == [[-1, -1]] * 3
     assert codes.columns(torch.tensor([1])).tolist() == [[0.0]] * 3
 
 

@@ -15,13 +15,12 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from reseed.errors import ConfigError
-from reseed.evaluate.first_letter.words import (
-    Template,
+from reseed.evaluate.word_task.prompts import Template, make_prompts
+from reseed.evaluate.word_task.words import (
     Words,
     first_letter_words,
     labelled_words,
     make_folds,
-    make_prompts,
     split_words,
 )
 
@@ -186,7 +185,7 @@ def test_prompts_have_correct_examples_from_the_words_part(
     pools = (chosen % 2).astype(np.int64)
     made = make_prompts(words, template, chosen, pools, 10, np.random.default_rng(0), ask=ask)
     for i in chosen:
-        text = tokenizer.decode(made.tokens[i, 1 : made.end[i] + 1])
+        text = tokenizer.decode(made.tokens[i, 1 : made.last_position[i] + 1])
         *lines, last = text.split("\n")
         assert made.tokens[i, 0] == tokenizer.bos_token_id
         assert len(lines) == 10
@@ -195,7 +194,7 @@ def test_prompts_have_correct_examples_from_the_words_part(
         examples = [line.partition(" has the first letter: ")[::2] for line in lines]
         assert all(answer == word.strip()[0].upper() for word, answer in examples)
         # The word's token is at its position, and no example has its spelling.
-        assert made.tokens[i, made.at[i]] == words.tokens[i]
+        assert made.tokens[i, made.word_position[i]] == words.tokens[i]
         spelt = [word.strip().lower() for word, _ in examples]
         assert words.texts[i].strip().lower() not in spelt
         places = [words.texts.index(word) for word, _ in examples]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 POINTS = ("replace", "fsync", "unlink")
-"""The calls of `os` behind every write (`reseed.system.files`): rename a file, sync contents, delete."""
+"""The calls of `os` behind every write (`reseed.system.files`): rename, sync contents, delete."""
 
 
 def put(kind: str, **how: Any) -> None:

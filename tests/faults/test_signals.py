@@ -16,6 +16,7 @@ from forks import Ended, Forks
 
 from reseed.activations.language_model import LanguageModel
 from reseed.cli import run, train
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import RunStore
 from reseed.train.callbacks import CheckpointCallback
 from reseed.train.run_state import RunState
@@ -47,7 +48,7 @@ def sent_at(
 
 
 def weights() -> dict[str, dict[str, torch.Tensor]]:
-    return {r.id: r.sae().state_dict() for r in RunStore("outputs").runs() if r.finished}
+    return {r.id: load_sae(r.path).state_dict() for r in RunStore("outputs").runs() if r.finished}
 
 
 def assert_goes_on(command: Callable[[], int]) -> None:
@@ -191,8 +192,8 @@ def test_ctrl_c_during_the_imports_prints_no_traceback(tmp_path: Path, after: fl
     ("where", "waited"),
     [
         ("reseed.activations.language_model:LanguageModel.activations", 4),
-        ("reseed.train.run_state:Member.train", 9),
-        ("reseed.train.run_state:Member.save", 0),
+        ("reseed.train.run_state:RunState.train", 9),
+        ("reseed.train.run_state:RunState.save", 0),
     ],
 )
 @BOTH

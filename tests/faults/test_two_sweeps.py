@@ -12,7 +12,7 @@ from forks import Forks
 
 from reseed.store.runs import RunStore
 
-SLOWLY = {"kind": "slow", "where": "reseed.train.run_state:Member.train", "seconds": 0.15}
+SLOWLY = {"kind": "slow", "where": "reseed.train.run_state:RunState.train", "seconds": 0.15}
 TRAINED = "training 1 SAE ("
 FOLDER = "shared"
 

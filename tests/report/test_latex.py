@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from reseed.report.latex import PREAMBLE, escaped, latex_table, summary_latex
-from reseed.report.table import Table, summary
+from reseed.report.main_table import main_table
+from reseed.report.table import Table
 from reseed.report.tables import write_tables
 
 COMMANDS = {
@@ -82,7 +83,7 @@ def rows_of(table):
 
 
 def test_the_rows_equal_the_terminal_s(cells):
-    words = summary(cells)
+    words = main_table(cells)
     table = latex_table(words, "", "tab:x")
     head, *rows = rows_of(table)
     assert [tuple(typeset(entry).strip() for entry in row) for row in rows] == [
@@ -98,7 +99,7 @@ def test_the_rows_equal_the_terminal_s(cells):
 
 
 def test_the_caption_states_n_interval_and_tokens(cells):
-    source = summary_latex(cells, [summary(cells)], "my_study: 1")
+    source = summary_latex(cells, [main_table(cells)], "my_study: 1")
     caption = re.search(r"\\caption\{(.*)\}\n", source)
     assert caption is not None
     said = typeset(caption[1])
@@ -109,11 +110,11 @@ def test_the_caption_states_n_interval_and_tokens(cells):
 
 def test_two_seeds_have_no_interval(make_cell):
     cells = [make_cell(n=2)]
-    assert "n = 2 seeds, no interval; 5,000 held-out" in summary_latex(cells, [summary(cells)])
+    assert "n = 2 seeds, no interval; 5,000 held-out" in summary_latex(cells, [main_table(cells)])
 
 
 def test_footnotes_are_sentences_and_keep_bold_text(cells):
-    words = replace(summary(cells), footnotes=("**a_b**: 5% of `x_y`", "**end**"))
+    words = replace(main_table(cells), footnotes=("**a_b**: 5% of `x_y`", "**end**"))
     table = latex_table(words, "", "t")
     assert r"\textbf{a\_b}: 5\% of \texttt{x\_y}. \textbf{end}." in table
 
@@ -135,5 +136,5 @@ def test_environments_and_braces_are_closed(cells, tmp_path):
 
 
 def test_each_table_has_a_label_of_its_own(cells):
-    source = summary_latex(cells, [summary(cells)] * 3, "x")
+    source = summary_latex(cells, [main_table(cells)] * 3, "x")
     assert re.findall(r"\\label\{(.*?)\}", source) == ["tab:x", "tab:x-2", "tab:x-3"]

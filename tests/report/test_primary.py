@@ -9,7 +9,8 @@ from scipy import stats
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.statistics import Interval
 from reseed.report.differences import difference_lines, differences
-from reseed.report.table import cell_notes, detectable, detectable_note, measure_name, summary
+from reseed.report.format import measure_heading
+from reseed.report.main_table import cell_notes, detectable, detectable_note, main_table
 from reseed.report.tables import summary_frame, summary_markdown
 
 
@@ -39,21 +40,21 @@ def measured(make_cell):
      ("index_agreement", "index\nagreement")],
 )  # fmt: skip
 def test_measures_have_short_column_headings(name, words):
-    assert measure_name(name) == words
+    assert measure_heading(name) == words
 
 
 def test_the_primary_measure_is_the_first_column_and_appears_once(measured, make_cell):
     cells = [measured("topk", 1000, 0.5, 0.7), measured("relu", 1000, 0.4, 0.6)]
-    words = summary(cells)
+    words = main_table(cells)
     assert words.header[1:4] == ("covered\n[95%]", "shared\n[95%]", "shared\nlive")
     assert words.rows[0][1].startswith("0.70 [")
     assert words.rows[0][2].startswith("0.50 [")
     live = [(k, replace(c, settings=replace(c.settings, primary="shared_fraction_live")))
             for k, c in [make_cell(), make_cell("relu")]]  # fmt: skip
-    header = summary(live).header
+    header = main_table(live).header
     assert header[1:4] == ("shared live\n[95%]", "shared\n[95%]", "shared\ndec")
     assert "shared\nlive" not in header
-    plain = summary([make_cell(), make_cell("relu")]).header
+    plain = main_table([make_cell(), make_cell("relu")]).header
     assert plain[1:4] == ("shared\n[95%]", "shared\nlive", "shared\ndec")
 
 
@@ -116,7 +117,7 @@ def test_the_table_states_the_difference_that_it_could_detect(make_cell):
     for sae, se in (("topk", 0.01), ("relu", 0.02), ("gated", 0.03)):
         own = made.estimates | {"shared_fraction": estimate(0.5, se)}
         cells.append(({"sae": sae}, replace(made, estimates=own)))
-    (line,) = [note for note in summary(cells).footnotes if "could detect" in note]
+    (line,) = [note for note in main_table(cells).footnotes if "could detect" in note]
     # 5.3/√2 · √(.01² + .02²) = .084 and 5.3/√2 · √(.02² + .03²) = .135
     assert line == (
         "Primary measure: **shared**. With n = 3 the smallest difference in it between two rows "
@@ -128,6 +129,6 @@ def test_the_table_states_the_difference_that_it_could_detect(make_cell):
         [5.3] * 3, rel=0.015
     )
     assert (frame["primary"] == "shared_fraction").all()
-    (alone,) = [note for note in summary(cells[:1]).footnotes if "could detect" in note]
+    (alone,) = [note for note in main_table(cells[:1]).footnotes if "could detect" in note]
     assert "between this row and one like it" in alone
     assert "is 0.05 (80% power, 95% level)." in alone

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from reseed.compare.sharing_profile import unshared_fractions
-from reseed.report.captions import BY_K, BY_LAYER, BY_THRESHOLD, BY_WIDTH, UNSHARED, over
+from reseed.report.references import (
+    BY_K,
+    BY_LAYER,
+    BY_THRESHOLD,
+    BY_WIDTH,
+    UNSHARED,
+    reference_values,
+)
 
 
 def test_the_paper_s_u_k_follow_from_its_p_m():
@@ -30,7 +37,7 @@ def at(make_cell):
 
 
 def found(cells, axis, numbers):
-    return over(cells, axis, numbers)
+    return reference_values(cells, axis, numbers)
 
 
 def test_widths_are_drawn_up_to_four_times_beyond_the_ends(at):

@@ -8,15 +8,9 @@ import pytest
 from rich.console import Console
 
 from reseed.compare.statistics import Interval
-from reseed.report.table import (
-    NOT_SHARED,
-    OFF_TARGET,
-    cell_notes,
-    number,
-    summary,
-    varying,
-    with_interval,
-)
+from reseed.report.axes import varying
+from reseed.report.format import number, with_interval
+from reseed.report.main_table import NOT_SHARED, OFF_TARGET, cell_notes, main_table
 from reseed.report.tables import SUMMARY_COLUMNS, summary_frame, summary_markdown, write_tables
 from reseed.report.terminal import print_summary
 
@@ -103,11 +97,11 @@ def test_a_knob_named_like_a_column_is_kept(make_cell):
 
 def test_only_varying_knobs_are_columns(cells):
     assert varying(cells) == ["sae"]
-    words = summary(cells)
+    words = main_table(cells)
     assert words.caption.startswith("model=embedded · layer=2 · 48 latents · 2–3 seeds")
     assert words.header[:2] == ("sae", "seeds")
     assert varying(cells[:1]) == []
-    assert "sae=topk" in summary(cells[:1]).caption
+    assert "sae=topk" in main_table(cells[:1]).caption
 
 
 def test_nothing_is_cut_off_in_a_file(make_cell):
@@ -116,7 +110,7 @@ def test_nothing_is_cut_off_in_a_file(make_cell):
     assert "…" not in out
     assert "\x1b" not in out, "no colour in a file"
     rows = [line.split() for line in out.splitlines()]
-    for words in summary([make_cell(), make_cell("relu", n=4, **wide)]).rows:
+    for words in main_table([make_cell(), make_cell("relu", n=4, **wide)]).rows:
         assert " ".join(words).split() in rows, "each row of the table is one line"
 
 
@@ -124,7 +118,7 @@ def test_nothing_is_cut_off_in_a_file(make_cell):
 def test_no_number_is_cut_off_on_a_terminal(cells, width):
     out = printed(cells, width=width, force_terminal=True, color_system=None)
     assert "…" not in out
-    words = summary(cells)
+    words = main_table(cells)
     told = " ".join(out.split()).partition("in summary.md: ")[2].partition(" shared: ")[0]
     words = words.without([name for name in words.spare if name.replace("\n", " ") in told])
     numbers = {word for row in words.rows for entry in row for word in entry.split()}
@@ -198,11 +192,11 @@ def test_incomplete_cells_are_listed_in_the_footnotes(cells, tmp_path):
 def test_an_l0_off_its_target_is_noted_with_its_value(make_cell):
     # Every run has an L0 of 8.25: 3.1% above 8, 5% below 8.6842, 5.2% below 8.7.
     cells = [make_cell(sparsity="L0≈8"), make_cell("relu", sparsity="L0≈8.7")]
-    assert f"**{OFF_TARGET}**: relu, L0≈8.7 (8.2)" in summary(cells).footnotes
+    assert f"**{OFF_TARGET}**: relu, L0≈8.7 (8.2)" in main_table(cells).footnotes
     assert summary_frame(cells)["note"].tolist() == ["", OFF_TARGET]
     assert OFF_TARGET not in summary_markdown([make_cell(sparsity="k=3")])
     both = [make_cell(sparsity="L0≈3"), make_cell("relu", sparsity="L0≈3")]
-    assert f"**{OFF_TARGET}**: topk (8.2); relu (8.2)" in summary(both).footnotes
+    assert f"**{OFF_TARGET}**: topk (8.2); relu (8.2)" in main_table(both).footnotes
 
 
 def test_the_mark_of_a_low_shared_fraction_states_its_rule():
@@ -210,26 +204,26 @@ def test_the_mark_of_a_low_shared_fraction_states_its_rule():
 
 
 def test_one_pair_is_not_called_a_mean(make_cell):
-    text = " ".join(summary([make_cell(n=2)]).footnotes)
+    text = " ".join(main_table([make_cell(n=2)]).footnotes)
     assert "One pair of n = 2 seeds." in text
     assert "Mean over the 3 pairs of n = 3 seeds, with" in " ".join(
-        summary([make_cell()]).footnotes
+        main_table([make_cell()]).footnotes
     )
 
 
 def test_a_single_latent_has_no_null(make_cell):
     knobs, cell = make_cell()
     alone = replace(cell, pairs=cell.pairs.assign(null_simulated_latents=1))
-    (row,) = summary([(knobs, alone)]).rows
+    (row,) = main_table([(knobs, alone)]).rows
     assert row[3] == "–"
-    assert summary([(knobs, cell)]).rows[0][3] == "< 1/48"
+    assert main_table([(knobs, cell)]).rows[0][3] == "< 1/48"
     assert NOT_SHARED not in cell_notes(alone)
 
 
 def test_at_100_columns_a_row_is_a_line(cells):
     out = printed(cells, width=100, force_terminal=True, color_system=None)
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    for row in summary(cells).rows:
+    for row in main_table(cells).rows:
         assert " ".join(row) in lines
 
 
@@ -257,7 +251,7 @@ def test_markdown_tables_are_complete_and_equal_the_terminal_s(cells):
         assert len({line.count("|") for line in lines}) == 1
         assert re.fullmatch(r"\|( :?--:? \|)+", lines[1])
         assert len(lines) == 2 + len(cells) + ("| ≥ 0.3 |" in table)
-    for note in summary(cells).footnotes:
+    for note in main_table(cells).footnotes:
         assert note in text
     assert "- topk: `topk-0`, `topk-1`, `topk-2`\n- relu: " in text
 

@@ -41,13 +41,13 @@ def uneven_batch_of(
     return (torch.randn(count, d_in, generator=generator) * norms).to(dtype)
 
 
-def dead_of(sae: SAE, count: int) -> Bool[Tensor, " num_latents"]:
+def first_dead(sae: SAE, count: int) -> Bool[Tensor, " num_latents"]:
     """Return a mask in which the first ``count`` latents are dead."""
     dead = torch.zeros(sae.num_latents, dtype=torch.bool)
     dead[:count] = True
     return dead
 
 
-def nobody(sae: SAE) -> Bool[Tensor, " num_latents"]:
+def none_dead(sae: SAE) -> Bool[Tensor, " num_latents"]:
     """Return a mask in which no latent is dead."""
-    return dead_of(sae, 0)
+    return first_dead(sae, 0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import batch_of, dead_of, perturbed
+from sae_examples import batch_of, first_dead, perturbed
 
 from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
@@ -54,8 +54,8 @@ def dense_term(sae, x, dead, centred):
 @pytest.mark.parametrize("name", SUMS)
 def test_the_auxk_term_equals_the_dense_formulation(name, num_dead, k_aux):
     sae, x = make(name, aux_alpha=0.3, k_aux=k_aux), batch_of(32)
-    dead = dead_of(sae, num_dead)
-    with_aux, without = (sae.training_loss(x, STEP, d) for d in (dead, dead_of(sae, 0)))
+    dead = first_dead(sae, num_dead)
+    with_aux, without = (sae.training_loss(x, STEP, d) for d in (dead, first_dead(sae, 0)))
     centred = name not in ("relu", "jumprelu")
     theirs = dense_term(sae, x, dead, centred)
     torch.testing.assert_close(with_aux.total - without.total, theirs)
@@ -79,7 +79,7 @@ def test_auxk_trains_the_rows_of_dead_latents_and_no_others(name):
         return torch.autograd.grad(total, [*rows, sae.b_dec])
 
     *differences, of_b_dec = (
-        a - b for a, b in zip(gradients(dead_of(sae, 5)), gradients(dead_of(sae, 0)), strict=True)
+        a - b for a, b in zip(gradients(first_dead(sae, 5)), gradients(first_dead(sae, 0)), strict=True)
     )
     for difference in differences:
         moved = difference.abs().reshape(sae.num_latents, -1).sum(1)
@@ -97,7 +97,7 @@ def test_auxk_trains_a_silent_latent_only_with_a_positive_pre_activation(name):
             sae.log_threshold[0] = 5.0
         else:
             sae.b_enc[0] = -100.0
-    loss = sae.training_loss(x, STEP, dead_of(sae, 1))
+    loss = sae.training_loss(x, STEP, first_dead(sae, 1))
     assert loss.fired[0] == 0
     (grad,) = torch.autograd.grad(loss.total, sae.W_enc)
     assert (grad[0].abs().max() > 0) == (name == "jumprelu")
@@ -106,7 +106,7 @@ def test_auxk_trains_a_silent_latent_only_with_a_positive_pre_activation(name):
 @pytest.mark.parametrize("name", SUMS)
 def test_auxk_is_off_by_default(name):
     sae, x = make(name), batch_of(32)
-    a, b = (sae.training_loss(x, STEP, dead_of(sae, n)) for n in (0, 9))
+    a, b = (sae.training_loss(x, STEP, first_dead(sae, n)) for n in (0, 9))
     assert sae.config.aux_alpha == 0
     assert a.total == b.total
     assert "auxk" not in a.parts
@@ -119,7 +119,7 @@ def test_auxk_relative_to_mse_does_not_depend_on_the_scale_of_the_inputs(name):
     big = sae.folded(0.1)
     shares = []
     for s, y in ((sae, x), (big, 10 * x)):
-        with_aux, without = (s.training_loss(y, STEP, dead_of(s, n)) for n in (9, 0))
+        with_aux, without = (s.training_loss(y, STEP, first_dead(s, n)) for n in (9, 0))
         shares.append((with_aux.total - without.total) / without.parts["mse"])
     torch.testing.assert_close(*shares)
 
@@ -127,7 +127,7 @@ def test_auxk_relative_to_mse_does_not_depend_on_the_scale_of_the_inputs(name):
 @pytest.mark.parametrize("name", SUMS)
 def test_auxk_of_a_batch_without_variance_is_zero(name):
     sae = make(name, aux_alpha=1.0)
-    loss = sae.training_loss(batch_of(1), STEP, dead_of(sae, 9))
+    loss = sae.training_loss(batch_of(1), STEP, first_dead(sae, 9))
     loss.total.backward()
     assert loss.parts["auxk"] == 0
     assert all(p.grad is None or torch.isfinite(p.grad).all() for p in sae.parameters())
@@ -144,7 +144,7 @@ def test_dense_products_and_pairs_give_the_same_auxk(name, count, weighed, monke
     for bound in (0, 10):
         monkeypatch.setattr("reseed.sae.losses.DENSE_UP_TO", bound)
         sae.zero_grad()
-        loss = auxk_loss(sae, x, x.sin(), dead_of(sae, count), weights=weights)
+        loss = auxk_loss(sae, x, x.sin(), first_dead(sae, count), weights=weights)
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in (sae.W_enc, sae.b_enc, sae.W_dec))])
     for pairs, products in zip(*found, strict=True):
@@ -170,7 +170,7 @@ def test_auxk_gets_the_error_of_the_loss_without_encoding_again(name, options, m
 
     monkeypatch.setattr("reseed.sae.losses.auxk_loss", auxk_loss)
     monkeypatch.setattr(sae, "encode", encode)
-    sae.training_loss(x, STEP, dead_of(sae, 3)).total.backward()
+    sae.training_loss(x, STEP, first_dead(sae, 3)).total.backward()
     (error,) = seen
     assert not error.requires_grad
     torch.testing.assert_close(error, expected.detach(), rtol=1e-12, atol=1e-12)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import nobody, perturbed
+from sae_examples import none_dead, perturbed
 from sae_examples import uneven_batch_of as batch_of
 
 from reseed.errors import ConfigError
@@ -46,7 +46,7 @@ def dense_loss(sae, x, dead):
 @pytest.mark.parametrize(("k", "num_latents"), [(3, 24), (24, 24), (1, 24), (1, 1)])
 def test_loss_and_gradients_are_those_of_the_dense_formulation(k, num_latents, num_dead):
     sae, x = make(num_latents, k, aux_alpha=0.3), batch_of()
-    dead = nobody(sae)
+    dead = none_dead(sae)
     dead[:num_dead] = True
     ours, theirs = sae.training_loss(x, STEP, dead).total, dense_loss(sae, x, dead)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -84,7 +84,7 @@ def test_the_choice_is_that_of_the_whole_batch(k, dtype):
 
 def test_loss_reports_at_most_k_active_latents_per_token_on_average():
     sae, x = make(num_latents=64, k=5), batch_of(100)
-    loss, latents = sae.training_loss(x, STEP, nobody(sae)), dense_latents(sae, x)
+    loss, latents = sae.training_loss(x, STEP, none_dead(sae)), dense_latents(sae, x)
     assert (latents > 0).sum() <= 500
     assert (latents > 0).sum(1).max() > 5
     assert torch.equal(loss.fired, (latents > 0).sum(0))
@@ -97,7 +97,7 @@ def test_fewer_than_k_latents_are_active_if_fewer_are_positive():
     sae = make()
     with torch.no_grad():
         sae.b_enc.fill_(-1e6)
-    loss = sae.training_loss(batch_of(), STEP, nobody(sae))
+    loss = sae.training_loss(batch_of(), STEP, none_dead(sae))
     loss.total.backward()
     assert loss.l0 == 0
     assert sae.threshold == 0  # no activation to set it from
@@ -113,7 +113,7 @@ def test_threshold_starts_at_the_first_value_and_follows_by_a_hundredth():
         x = batch_of(seed=seed)
         latents = dense_latents(sae, x)
         smallest.append(latents[latents > 0].min().item())
-        sae.training_loss(x, STEP, nobody(sae))
+        sae.training_loss(x, STEP, none_dead(sae))
         if seed == 0:
             assert sae.threshold.item() == pytest.approx(smallest[0], rel=1e-12)
     expected = 0.99 * (0.99 * smallest[0] + 0.01 * smallest[1]) + 0.01 * smallest[2]
@@ -123,7 +123,7 @@ def test_threshold_starts_at_the_first_value_and_follows_by_a_hundredth():
 
 def test_a_threshold_from_one_batch_reproduces_the_choice_in_that_batch():
     sae, x = make(num_latents=64, k=5), batch_of(100)
-    sae.training_loss(x, STEP, nobody(sae))
+    sae.training_loss(x, STEP, none_dead(sae))
     found = sae.encode(x)
     expected = dense_latents(sae, x)
     # A latent is active strictly above θ, so the smallest of the batch is not.
@@ -137,7 +137,7 @@ def test_a_threshold_from_one_batch_reproduces_the_choice_in_that_batch():
 
 def test_folding_rescales_the_threshold():
     sae, x, scale = make(), batch_of() * 40, 0.037
-    sae.training_loss(x * scale, STEP, nobody(sae))
+    sae.training_loss(x * scale, STEP, none_dead(sae))
     trained, raw = sae(x * scale), sae.folded(scale)(x)
     assert (trained.latents > 0).any()
     assert ((trained.latents == 0) == (raw.latents == 0)).all()
@@ -149,7 +149,7 @@ def test_folding_rescales_the_threshold():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_threshold_is_saved_and_loaded(dtype, tmp_path):
     sae, x = make(dtype=torch.float32), batch_of(dtype=torch.float32)
-    sae.training_loss(x, STEP, nobody(sae))
+    sae.training_loss(x, STEP, none_dead(sae))
     sae = sae.to(dtype)
     save_sae(sae, tmp_path)
     loaded = load_sae(tmp_path)
@@ -166,7 +166,7 @@ def test_a_resumed_run_continues_with_the_same_threshold():
         if seed == 2:
             other.load_state_dict(whole.state_dict())
         for sae in (whole, other)[: 1 if seed < 2 else 2]:
-            sae.training_loss(batch_of(seed=seed), STEP, nobody(sae))
+            sae.training_loss(batch_of(seed=seed), STEP, none_dead(sae))
     assert torch.equal(whole.threshold, other.threshold)
 
 
@@ -175,7 +175,7 @@ def test_shapes_and_dtypes():
     x = batch_of(12, dtype=torch.bfloat16)
     assert torch.equal(sae.encode(x), sae.encode(x.float()))
     assert sae(x.reshape(3, 4, 6)).latents.shape == (3, 4, 24)
-    loss = sae.training_loss(x, STEP, nobody(sae))
+    loss = sae.training_loss(x, STEP, none_dead(sae))
     assert loss.total.dtype == torch.float32
 
 

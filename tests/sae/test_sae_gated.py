@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from sae_examples import batch_of, nobody, perturbed
+from sae_examples import batch_of, none_dead, perturbed
 
 from reseed.errors import ConfigError
 from reseed.sae.base import Step
 from reseed.sae.checkpoint import load_sae, save_sae
 from reseed.sae.gated import GatedConfig
-from reseed.train.optim.base import SAEAdam
+from reseed.train.optim.adam import SAEAdam
 
 LAST = Step(9, 10)
 
@@ -38,7 +38,7 @@ def by_hand(**options):
 
 def test_loss_and_gradients_by_hand():
     sae, x = by_hand(l1_coefficient=10.0)
-    loss = sae.training_loss(x, LAST, nobody(sae))
+    loss = sae.training_loss(x, LAST, none_dead(sae))
     # f = (3, 0, 0): the second gate is closed (its magnitude is 3), the third magnitude is < 0.
     torch.testing.assert_close(sae.encode(x), torch.tensor([[3.0, 0, 0]]).double())
     assert loss.parts["mse"].item() == pytest.approx(1 + 1 + 9)  # e = (−1, 1, 3)
@@ -73,7 +73,7 @@ def dense_loss(sae, x, warmup=1.0):
 
 def test_gradients_are_those_of_the_dense_formulation():
     sae, x = make(l1_coefficient=0.7), batch_of(64)
-    ours, theirs = sae.training_loss(x, LAST, nobody(sae)).total, dense_loss(sae, x)
+    ours, theirs = sae.training_loss(x, LAST, none_dead(sae)).total, dense_loss(sae, x)
     torch.testing.assert_close(ours, theirs)
     for (name, p), b in zip(
         sae.named_parameters(), torch.autograd.grad(theirs, list(sae.parameters())), strict=True
@@ -91,7 +91,7 @@ def test_loss_and_gradients_add_up_over_blocks_of_tokens(dtype, near):
     expected = torch.autograd.grad(theirs, list(sae.parameters()))
     counted = (sae.encode(x) > 0).sum(0)
     sae, x = sae.to(dtype), x.to(dtype)
-    ours = sae.training_loss(x, LAST, nobody(sae))
+    ours = sae.training_loss(x, LAST, none_dead(sae))
     torch.testing.assert_close(ours.total.double(), theirs, rtol=near, atol=0)
     torch.testing.assert_close(ours.fired, counted, rtol=0, atol=0 if near < 1e-6 else 1)
     ours.total.backward()
@@ -102,14 +102,14 @@ def test_loss_and_gradients_add_up_over_blocks_of_tokens(dtype, near):
 def test_penalty_warms_up():
     sae, x = make(), batch_of()
     for index, factor in ((0, 0.0), (1, 0.2), (5, 1.0), (50, 1.0)):
-        ours = sae.training_loss(x, Step(index, 100), nobody(sae)).total
+        ours = sae.training_loss(x, Step(index, 100), none_dead(sae)).total
         torch.testing.assert_close(ours, dense_loss(sae, x, factor))
 
 
 def test_the_loss_is_a_mean_over_the_batch():
     sae, x = make(), batch_of()
-    once = sae.training_loss(x, LAST, nobody(sae))
-    twice = sae.training_loss(x.repeat(2, 1), LAST, nobody(sae))
+    once = sae.training_loss(x, LAST, none_dead(sae))
+    twice = sae.training_loss(x.repeat(2, 1), LAST, none_dead(sae))
     torch.testing.assert_close(once.total, twice.total)
     torch.testing.assert_close(twice.squared_error, 2 * once.squared_error)
 
@@ -145,7 +145,7 @@ def test_a_resume_is_exact():
     def train(sae, optimizer, seeds):
         for seed in seeds:
             optimizer.zero_grad()
-            sae.training_loss(batch_of(seed=seed), LAST, nobody(sae)).total.backward()
+            sae.training_loss(batch_of(seed=seed), LAST, none_dead(sae)).total.backward()
             optimizer.step()
 
     whole, other = make(), make(seed=5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import batch_of, nobody, perturbed
+from sae_examples import batch_of, none_dead, perturbed
 
 from reseed.errors import ConfigError
 from reseed.sae.base import Step
@@ -31,7 +31,7 @@ def test_one_latent_of_every_group_is_active():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_gradients_are_those_of_the_dense_formulation(dtype):
     sae, x = perturbed(CONFIG, dtype=dtype), batch_of(dtype=dtype)
-    loss = sae.training_loss(x, Step(0, 10), nobody(sae))
+    loss = sae.training_loss(x, Step(0, 10), none_dead(sae))
     loss.total.backward()
     ours = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()

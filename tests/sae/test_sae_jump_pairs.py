@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import dead_of, nobody
+from sae_examples import first_dead, none_dead
 
 from reseed.sae import gated, jumprelu, kernels
 from reseed.sae.base import Step
@@ -11,7 +11,7 @@ from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.kernels import active
 from reseed.system import compiling
 from reseed.train.archetypes import make_archetypal
-from reseed.train.optim.base import SAEAdam
+from reseed.train.optim.adam import SAEAdam
 
 D, F, B = 24, 90, 300
 LAST = Step(9, 10)
@@ -102,7 +102,7 @@ def test_loss_and_every_gradient_are_those_of_float64_dense_autograd(sae, count)
     dense = dense_jumprelu if isinstance(sae.config, JumpReLUConfig) else dense_gated
     for weight in (sae.penalty_weight, 0.3):
         sae.penalty_weight = weight
-        loss = sae.training_loss(x, LAST, nobody(sae))
+        loss = sae.training_loss(x, LAST, none_dead(sae))
         gradients = torch.autograd.grad(loss.total, [*sae.parameters()])
         ours = dict(zip(names(sae), gradients, strict=True))
         exact = make(sae.config).double()
@@ -124,12 +124,11 @@ def names(sae):
 def test_few_pairs_are_summed_and_many_go_by_blocks_with_equal_results(sae, monkeypatch):
     module = MODULES[sae.config.name]
     taken = []
-    for way, densest in (("_ByPairs", 0.5), ("blocks", 0.001)):
+    for other, densest in (("_ByBlocks", 0.5), ("_ByPairs", 0.001)):
         monkeypatch.setattr(active, "DENSEST", densest)
         with monkeypatch.context() as patched:
-            if way == "blocks":
-                patched.setattr(module._ByPairs, "apply", None)
-            loss = sae.training_loss(tokens(), LAST, nobody(sae))
+            patched.setattr(module, other, None)
+            loss = sae.training_loss(tokens(), LAST, none_dead(sae))
         taken.append((loss, torch.autograd.grad(loss.total, [*sae.parameters()])))
     (by_pairs, ours), (by_blocks, theirs) = taken
     assert by_pairs.parts.keys() == by_blocks.parts.keys()
@@ -146,7 +145,7 @@ def test_auxk_and_an_archetypal_decoder_match_the_plain_path(sae):
         found = []
         for on in (False, True):
             with kernels.override_enabled(on):
-                loss = sae.training_loss(tokens(), Step(3, 100), dead_of(sae, 30))
+                loss = sae.training_loss(tokens(), Step(3, 100), first_dead(sae, 30))
                 found.append((loss, torch.autograd.grad(loss.total, [*sae.parameters()])))
     finally:
         object.__setattr__(sae.config, "aux_alpha", 0.0)
@@ -159,7 +158,7 @@ def test_auxk_and_an_archetypal_decoder_match_the_plain_path(sae):
 
 def test_a_batch_without_active_pairs_trains_b_dec_alone(sae):
     sae, x = make(sae.config, bias=-1e3), tokens()
-    loss = sae.training_loss(x, LAST, dead_of(sae, F))
+    loss = sae.training_loss(x, LAST, first_dead(sae, F))
     loss.total.backward()
     assert loss.l0 == 0
     assert loss.fired.sum() == 0
@@ -176,7 +175,7 @@ def test_a_nan_makes_the_loss_nonfinite(sae, where):
             x[70, 3] = float("nan")
         else:
             getattr(sae, where)[5, 2] = float("nan")
-    assert not torch.isfinite(sae.training_loss(x, LAST, nobody(sae)).total)
+    assert not torch.isfinite(sae.training_loss(x, LAST, none_dead(sae)).total)
 
 
 def test_steps_are_bit_equal_on_any_number_of_threads(sae):
@@ -187,7 +186,7 @@ def test_steps_are_bit_equal_on_any_number_of_threads(sae):
         optimizer = SAEAdam(trained, 1e-2)
         losses = []
         for index in range(3):
-            loss = trained.training_loss(tokens() + index, LAST, nobody(trained))
+            loss = trained.training_loss(tokens() + index, LAST, none_dead(trained))
             loss.total.backward()
             optimizer.step()
             optimizer.zero_grad()

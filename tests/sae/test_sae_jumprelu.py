@@ -5,13 +5,13 @@ import math
 
 import pytest
 import torch
-from sae_examples import batch_of, nobody, perturbed
+from sae_examples import batch_of, none_dead, perturbed
 
 from reseed.errors import ConfigError
 from reseed.sae.base import Step
 from reseed.sae.checkpoint import load_sae, save_sae
 from reseed.sae.jumprelu import JumpReLUConfig
-from reseed.train.optim.base import SAEAdam
+from reseed.train.optim.adam import SAEAdam
 
 LAST = Step(9, 10)
 
@@ -34,7 +34,7 @@ def by_hand(**options):
 
 def test_loss_and_gradients_by_hand():
     sae, x = by_hand(l0_coefficient=2.0)
-    loss = sae.training_loss(x, LAST, nobody(sae))
+    loss = sae.training_loss(x, LAST, none_dead(sae))
     # f = (0, 1.25, 3, 0), e = (.75, 0, 0, .25): ‖e‖²/D = .625/4; L0 = 2.
     assert loss.parts["mse"] == 0.15625
     assert loss.parts["penalty"] == loss.l0 == 2
@@ -55,13 +55,13 @@ def test_the_kernel_covers_both_sides_of_the_threshold():
     sae, x = by_hand(l0_coefficient=0.0)
     with torch.no_grad():
         sae.b_dec.fill_(7.0)
-    sae.training_loss(x, LAST, nobody(sae)).total.backward()
+    sae.training_loss(x, LAST, none_dead(sae)).total.backward()
     assert (sae.log_threshold.grad != 0).tolist() == [True, True, False, False]
 
 
 def test_quadratic_penalty_by_hand():
     sae, x = by_hand(l0_coefficient=3.0, penalty="quadratic", target_l0=4.0)
-    loss = sae.training_loss(x, LAST, nobody(sae))
+    loss = sae.training_loss(x, LAST, none_dead(sae))
     assert loss.parts["penalty"] == (2 / 4 - 1) ** 2
     assert loss.total == 0.15625 + 3 * 0.25
     loss.total.backward()
@@ -74,7 +74,7 @@ def test_tanh_penalty_by_hand():
     with torch.no_grad():
         sae.W_dec[1] *= 2  # ‖d‖ = 2
         sae.b_dec[1] = -1.25  # keeps the reconstruction
-    loss = sae.training_loss(x, LAST, nobody(sae))
+    loss = sae.training_loss(x, LAST, none_dead(sae))
     # f = (0, 1.25, 3, 0): tanh(.8 · 1.25 · 2) + tanh(.8 · 3).
     assert loss.parts["penalty"].item() == pytest.approx(math.tanh(2) + math.tanh(2.4))
     assert loss.total.item() == pytest.approx(0.15625 + 3 * (math.tanh(2) + math.tanh(2.4)))
@@ -120,7 +120,7 @@ def dense_loss(sae, x):
 def test_gradients_are_those_of_the_dense_formulation(penalty, target, centred):
     sae = make(l0_coefficient=0.7, penalty=penalty, target_l0=target, subtract_b_dec=centred)
     x = batch_of(64)
-    ours, theirs = sae.training_loss(x, LAST, nobody(sae)).total, dense_loss(sae, x)
+    ours, theirs = sae.training_loss(x, LAST, none_dead(sae)).total, dense_loss(sae, x)
     torch.testing.assert_close(ours, theirs)
     for (name, p), b in zip(
         sae.named_parameters(), torch.autograd.grad(theirs, list(sae.parameters())), strict=True
@@ -140,7 +140,7 @@ def test_loss_and_gradients_add_up_over_blocks_of_tokens(dtype, near, centred):
     expected = torch.autograd.grad(theirs, list(sae.parameters()))
     counted = (sae.encode(x) > 0).sum(0)
     sae, x = sae.to(dtype), x.to(dtype)
-    ours = sae.training_loss(x, LAST, nobody(sae))
+    ours = sae.training_loss(x, LAST, none_dead(sae))
     torch.testing.assert_close(ours.total.double(), theirs, rtol=near, atol=0)
     torch.testing.assert_close(ours.fired, counted, rtol=0, atol=0 if near < 1e-6 else 1)
     ours.total.backward()
@@ -160,14 +160,14 @@ def test_published_recipe():
 
 def test_penalty_warms_up():
     sae, x = by_hand(l0_coefficient=10.0)
-    totals = [sae.training_loss(x, Step(i, 100), nobody(sae)).total.item() for i in (0, 1, 5, 50)]
+    totals = [sae.training_loss(x, Step(i, 100), none_dead(sae)).total.item() for i in (0, 1, 5, 50)]
     assert totals == pytest.approx([0.15625, 4.15625, 20.15625, 20.15625])
 
 
 def test_the_loss_is_a_mean_over_the_batch():
     sae, x = by_hand()
-    once = sae.training_loss(x, LAST, nobody(sae))
-    twice = sae.training_loss(x.repeat(2, 1), LAST, nobody(sae))
+    once = sae.training_loss(x, LAST, none_dead(sae))
+    twice = sae.training_loss(x.repeat(2, 1), LAST, none_dead(sae))
     assert once.total == twice.total
     assert twice.squared_error == 2 * once.squared_error
 
@@ -195,7 +195,7 @@ def test_a_resume_is_exact():
     def train(sae, optimizer, seeds):
         for seed in seeds:
             optimizer.zero_grad()
-            sae.training_loss(batch_of(seed=seed), LAST, nobody(sae)).total.backward()
+            sae.training_loss(batch_of(seed=seed), LAST, none_dead(sae)).total.backward()
             optimizer.step()
 
     whole, other = make(), make(seed=5)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import batch_of, dead_of, perturbed
+from sae_examples import batch_of, first_dead, perturbed
 
 from reseed.errors import ConfigError
 from reseed.sae.base import Step
@@ -80,7 +80,7 @@ def dense_loss(sae, x, dead):
 @pytest.mark.parametrize("kind", KINDS)
 def test_weighed_loss_and_gradients_are_those_of_the_dense_formulation(kind):
     sae, x = make(kind, **WEIGHED), batch_of()
-    dead = dead_of(sae, 9)
+    dead = first_dead(sae, 9)
     ours, theirs = sae.training_loss(x, STEP, dead).total, dense_loss(sae, x, dead)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for (name, p), b in zip(
@@ -98,23 +98,23 @@ def test_with_choices_by_decoder_norm_a_latents_scale_has_no_effect(kind):
     def look(sae, c):
         for theta in sae.buffers():
             theta.zero_()  # the next step sets it again
-        loss = sae.training_loss(x, STEP, dead_of(sae, 9))
+        loss = sae.training_loss(x, STEP, first_dead(sae, 9))
         out = sae(x)
         return loss.total, loss.fired, out.reconstruction, out.latents * c
 
     sae, plain = make(kind, **WEIGHED), make(kind, unit_norm_decoder=False)
-    fired_before = plain.training_loss(x, STEP, dead_of(plain, 9)).fired
+    fired_before = plain.training_loss(x, STEP, first_dead(plain, 9)).fired
     before = look(sae, 1.0)
     for a, b in zip(before, look(sae, rescale(sae)), strict=True):
         torch.testing.assert_close(a, b)
     rescale(plain)
-    assert not torch.equal(plain.training_loss(x, STEP, dead_of(plain, 9)).fired, fired_before)
+    assert not torch.equal(plain.training_loss(x, STEP, first_dead(plain, 9)).fired, fired_before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weighed_choices_keep_pre_activations_as_values(kind):
     sae, x = make(kind, **WEIGHED), batch_of()
-    sae.training_loss(x, STEP, dead_of(sae, 9))
+    sae.training_loss(x, STEP, first_dead(sae, 9))
     pre = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     found = sae.encode(x)
     torch.testing.assert_close(found, torch.where(found > 0, pre, 0.0))
@@ -124,7 +124,7 @@ def test_weighed_choices_keep_pre_activations_as_values(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_weighed_sae_is_folded_saved_and_loaded_exactly(kind, tmp_path):
     sae, x, scale = make(kind, **WEIGHED), batch_of() * 40, 0.037
-    sae.training_loss(x * scale, STEP, dead_of(sae, 9))
+    sae.training_loss(x * scale, STEP, first_dead(sae, 9))
     trained, raw = sae(x * scale), sae.folded(scale)(x)
     assert (trained.latents > 0).any()
     torch.testing.assert_close(raw.latents, trained.latents / scale)
@@ -139,7 +139,7 @@ def test_a_decoder_row_of_zeros_is_not_chosen(kind):
     with torch.no_grad():
         sae.W_dec[4] = 0
         sae.b_enc[4] = 100.0
-    loss = sae.training_loss(x, STEP, dead_of(sae, 9))
+    loss = sae.training_loss(x, STEP, first_dead(sae, 9))
     loss.total.backward()
     assert loss.fired[4] == 0
     assert all(torch.isfinite(p.grad).all() for p in sae.parameters())
@@ -177,7 +177,7 @@ def test_k_falls_linearly_over_the_first_steps(kind, k, expected):
     sae, x = make(kind, k=k, k_anneal_fraction=0.5), batch_of()
     open_all(sae)
     order = [5, 0, 7, 3, 1, 2, 6, 4]  # k depends only on the step
-    found = {i: sae.training_loss(x, Step(i, 8), dead_of(sae, 9)).l0.item() for i in order}
+    found = {i: sae.training_loss(x, Step(i, 8), first_dead(sae, 9)).l0.item() for i in order}
     assert [found[i] for i in range(8)] == expected
 
 
@@ -198,7 +198,7 @@ def test_multi_topk_takes_4k_of_the_falling_k_within_the_width():
         f = pre.relu() * mask_of(pre, pre, more)
         error = x - f @ sae.W_dec - sae.b_dec
         expected = error.square().sum() / (x - x.mean(0)).square().sum()
-        found = sae.training_loss(x, Step(index, 8), dead_of(sae, 9)).parts["multi_topk"]
+        found = sae.training_loss(x, Step(index, 8), first_dead(sae, 9)).parts["multi_topk"]
         torch.testing.assert_close(found, expected.detach())
 
 
@@ -206,7 +206,7 @@ def test_multi_topk_takes_4k_of_the_falling_k_within_the_width():
 def test_the_final_k_holds_after_training(kind):
     sae, x = make(kind, k=2, k_anneal_fraction=0.5), batch_of()
     open_all(sae)
-    sae.training_loss(x, Step(0, 8), dead_of(sae, 9))
+    sae.training_loss(x, Step(0, 8), first_dead(sae, 9))
     assert ((sae.encode(x) > 0).sum(1) == 2).all()
 
 
@@ -224,7 +224,7 @@ def test_the_threshold_is_averaged_only_after_k_has_fallen(kind):
         x = batch_of(seed=index)
         now = smallest(x, k)
         expected = now if k > 2 else expected + 0.01 * (now - expected)
-        sae.training_loss(x, Step(index, 8), dead_of(sae, 9))
+        sae.training_loss(x, Step(index, 8), first_dead(sae, 9))
         assert sae.threshold.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -239,7 +239,7 @@ def test_k_times_b_is_rounded(kind, k, kept):
     """A half of a latent in 10 tokens rounds to even, and at least one latent is chosen."""
     sae = make(kind, k=k)
     open_all(sae)
-    assert sae.training_loss(batch_of(10), STEP, dead_of(sae, 9)).fired.sum() == kept
+    assert sae.training_loss(batch_of(10), STEP, first_dead(sae, 9)).fired.sum() == kept
 
 
 @pytest.mark.parametrize("kind", BATCH_KINDS)
@@ -265,7 +265,7 @@ def test_topk_refuses_a_fractional_k():
 def test_theta_from_one_batch_reproduces_the_mean_l0_of_that_batch(kind, options, k):
     """They agree within 1/B: the smallest chosen activation is not above itself."""
     sae, x = make(kind, k=k, **options), batch_of(50)
-    loss = sae.training_loss(x, STEP, dead_of(sae, 9))
+    loss = sae.training_loss(x, STEP, first_dead(sae, 9))
     assert loss.l0 == round(50 * k) / 50
     found = (sae.encode(x) > 0).sum() / 50
     assert abs(found - loss.l0) <= 1 / 50 + 1e-6
@@ -279,7 +279,7 @@ def test_theta_over_a_window_by_hand():
         x = batch_of(seed=index)
         pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
         expected += rate * (pre.flatten().topk(3 * len(x)).values.min().item() - expected)
-        sae.training_loss(x, Step(index, 1000), dead_of(sae, 9))
+        sae.training_loss(x, Step(index, 1000), first_dead(sae, 9))
         assert sae.threshold.item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -294,7 +294,7 @@ def test_theta_over_a_window_follows_shrinking_activations():
             scale = 1 / (1 + index / 20)
             with torch.no_grad():
                 sae.b_enc.zero_(), sae.b_dec.zero_()
-            sae.training_loss(base * scale, Step(index, 200), dead_of(sae, 9))
+            sae.training_loss(base * scale, Step(index, 200), first_dead(sae, 9))
         found[window] = ((sae.encode(base * scale) > 0).sum() / 256).item()
     assert found[0.0] < 2
     assert found[0.05] == pytest.approx(3, rel=0.1)

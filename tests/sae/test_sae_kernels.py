@@ -20,7 +20,7 @@ from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.sparse import batch_topk_encode, sparse_decode, sparse_error, topk_encode
 from reseed.sae.topk import TopKConfig
 from reseed.system import compiling
-from reseed.train.optim.base import SAEAdam
+from reseed.train.optim.adam import SAEAdam
 
 
 @pytest.fixture(autouse=True)
@@ -357,8 +357,8 @@ FORKED = """
 import os, torch
 from reseed.sae.base import Step
 from reseed.sae.topk import TopKConfig
-from reseed.sae.kernels import threads
-threads.LEAST_WORK = 1
+from reseed.system import compiling
+compiling.LEAST_WORK = 1
 torch.set_num_threads(1)  # threads of OpenMP, unlike ours, do not outlive a fork
 sae = TopKConfig(num_latents=1024, k=4).build(64, torch.Generator().manual_seed(0))
 x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
@@ -368,8 +368,8 @@ def loss():
     return float(total.detach())
 before = loss()
 torch.set_num_threads(2)
-threads.in_blocks(lambda *_: None, 10, 1)
-assert threads._pool is not None
+compiling.in_blocks(lambda *_: None, 10, 1)
+assert compiling._pool is not None
 child = os.fork()
 if child == 0:
     os._exit(0 if loss() == before else 3)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import nobody, perturbed
+from sae_examples import none_dead, perturbed
 from sae_examples import uneven_batch_of as batch_of
 
 from reseed.errors import ConfigError
@@ -48,7 +48,7 @@ def agree(sae, ours, theirs):
 @pytest.mark.parametrize("k", [1, 3, 24])
 def test_loss_and_gradients_are_those_of_the_dense_formulation(beta, k):
     sae, x = make(k=k, multipliers=beta), batch_of()
-    loss = sae.training_loss(x, STEP, nobody(sae))
+    loss = sae.training_loss(x, STEP, none_dead(sae))
     levels = dense_levels(sae, x, (6, 12, 24))
     agree(sae, loss.total, sum(b * f for b, f in zip(beta or (1, 1, 1), levels, strict=True)))
     parts = [loss.parts[name] for name in ("fvu_6", "fvu_12", "fvu")]
@@ -61,7 +61,7 @@ def test_levels_are_summed_and_not_averaged():
     with torch.no_grad():
         sae.W_dec.zero_()
         sae.initialise_b_dec(x.mean(0))
-    assert sae.training_loss(x, STEP, nobody(sae)).total.item() == pytest.approx(3)
+    assert sae.training_loss(x, STEP, none_dead(sae)).total.item() == pytest.approx(3)
 
 
 @pytest.mark.parametrize("num_dead", [0, 5])
@@ -69,7 +69,7 @@ def test_without_inner_multipliers_it_is_batch_topk(num_dead):
     sae, x = make(multipliers=(0.0, 0.0, 1.0)), batch_of()
     plain = BatchTopKConfig(num_latents=24, k=3).empty(6).double()
     plain.load_state_dict(sae.state_dict())
-    dead = nobody(sae)
+    dead = none_dead(sae)
     dead[:num_dead] = True
     ours, theirs = (s.training_loss(x, STEP, dead) for s in (sae, plain))
     torch.testing.assert_close(ours.total, theirs.total)
@@ -87,14 +87,14 @@ def test_without_inner_multipliers_it_is_batch_topk(num_dead):
 
 def test_latents_are_chosen_once_over_all_prefixes():
     sae, x = make(num_latents=64, k=5), batch_of(100)
-    loss = sae.training_loss(x, STEP, nobody(sae))
+    loss = sae.training_loss(x, STEP, none_dead(sae))
     assert loss.fired.sum() <= 500
     assert torch.equal(loss.fired, (dense_latents(sae, x) > 0).sum(0))
 
 
 def test_the_threshold_is_folded_saved_and_loaded(tmp_path):
     sae, x, scale = make(), batch_of() * 40, 0.037
-    sae.training_loss(x * scale, STEP, nobody(sae))
+    sae.training_loss(x * scale, STEP, none_dead(sae))
     trained, raw = sae(x * scale), sae.folded(scale)(x)
     torch.testing.assert_close(raw.latents, trained.latents / scale)
     torch.testing.assert_close(raw.reconstruction, trained.reconstruction / scale)
@@ -126,6 +126,6 @@ def test_invalid_options_are_refused(options, message):
 
 def test_prefixes_are_checked_once_the_activations_give_the_width():
     config = MatryoshkaConfig(expansion_factor=1, k=1, prefixes=(0.1, 1.0))
-    config.check(10)
+    config.check_d_in(10)
     with pytest.raises(ConfigError, match=r"of 4 latents they take \[0, 4\]"):
-        config.check(4)
+        config.check_d_in(4)

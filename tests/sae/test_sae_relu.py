@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import nobody
+from sae_examples import none_dead
 
 from reseed.config import Config
 from reseed.errors import ConfigError
@@ -30,7 +30,7 @@ def by_hand(**options):
 
 def test_loss_by_hand():
     sae, x = by_hand(l1_coefficient=10.0)
-    loss = sae.training_loss(x, Step(50, 100), nobody(sae))
+    loss = sae.training_loss(x, Step(50, 100), none_dead(sae))
     assert loss.parts["mse"] == 1.25
     assert loss.parts["l1"] == 1.5  # 3 · ‖(.5, 0)‖ + 0 · 5
     assert loss.total == 1.25 + 15
@@ -41,7 +41,7 @@ def test_loss_by_hand():
 
 def test_gradients_by_hand():
     sae, x = by_hand(l1_coefficient=10.0)
-    sae.training_loss(x, Step(50, 100), nobody(sae)).total.backward()
+    sae.training_loss(x, Step(50, 100), none_dead(sae)).total.backward()
     # dL/df = −2 e·d + λ‖d‖ where f > 0: −2 · .5 · .5 + 10 · .5 for latent 0.
     assert sae.b_enc.grad.tolist() == [4.5, 0]
     assert sae.W_enc.grad.tolist() == [[9.0, 4.5], [0, 0]]
@@ -68,7 +68,7 @@ def test_gradients_are_those_of_the_dense_formulation(centred, weighed):
     norms = (sae.W_dec**2).sum(1).sqrt() if weighed else 1.0
     error = x - torch.einsum("bf,fd->bd", f, sae.W_dec) - sae.b_dec
     theirs = (error**2).sum(1).mean() + 0.7 * (f * norms).sum(1).mean()
-    ours = sae.training_loss(x, Step(9, 10), nobody(sae)).total
+    ours = sae.training_loss(x, Step(9, 10), none_dead(sae)).total
     torch.testing.assert_close(ours, theirs)
     parameters = list(sae.parameters())
     for a, b in zip(
@@ -80,13 +80,13 @@ def test_gradients_are_those_of_the_dense_formulation(centred, weighed):
 
 def test_plain_l1_by_hand():
     sae, x = by_hand(l1_coefficient=10.0, l1_weighted_by_decoder_norm=False)
-    assert sae.training_loss(x, Step(50, 100), nobody(sae)).total == 1.25 + 30
+    assert sae.training_loss(x, Step(50, 100), none_dead(sae)).total == 1.25 + 30
 
 
 def test_l1_warms_up_over_the_first_twentieth():
     sae, x = by_hand(l1_coefficient=10.0)
     penalty = [
-        sae.training_loss(x, Step(i, 100), nobody(sae)).total.item() - 1.25 for i in range(8)
+        sae.training_loss(x, Step(i, 100), none_dead(sae)).total.item() - 1.25 for i in range(8)
     ]
     assert penalty == pytest.approx([0, 3, 6, 9, 12, 15, 15, 15])
     assert warmup_factor(0, 100, 0.0) == 1
@@ -95,8 +95,8 @@ def test_l1_warms_up_over_the_first_twentieth():
 def test_the_loss_is_a_mean_over_the_batch():
     """The same token twice has the same loss as once."""
     sae, x = by_hand()
-    once = sae.training_loss(x, Step(9, 10), nobody(sae))
-    twice = sae.training_loss(x.repeat(2, 1), Step(9, 10), nobody(sae))
+    once = sae.training_loss(x, Step(9, 10), none_dead(sae))
+    twice = sae.training_loss(x.repeat(2, 1), Step(9, 10), none_dead(sae))
     assert once.total == twice.total
     assert twice.squared_error == 2 * once.squared_error
 
@@ -105,13 +105,13 @@ def test_weighted_l1_cannot_be_evaded_by_scaling():
     """Scaling d by c and (E, b) by 1/c has no effect, because the norm weighs f."""
     sae = ReLUConfig(num_latents=16).build(5, torch.Generator().manual_seed(0))
     x = torch.randn(20, 5)
-    before = sae.training_loss(x, Step(9, 10), nobody(sae)).total
+    before = sae.training_loss(x, Step(9, 10), none_dead(sae)).total
     with torch.no_grad():
         factor = torch.rand(16) + 0.5
         sae.W_dec *= factor[:, None]
         sae.W_enc /= factor[:, None]
         sae.b_enc /= factor
-    torch.testing.assert_close(sae.training_loss(x, Step(9, 10), nobody(sae)).total, before)
+    torch.testing.assert_close(sae.training_loss(x, Step(9, 10), none_dead(sae)).total, before)
 
 
 def test_published_recipe():

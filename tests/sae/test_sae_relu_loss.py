@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import dead_of, nobody
+from sae_examples import first_dead, none_dead
 
 from reseed.sae import kernels
 from reseed.sae.base import Step
@@ -10,7 +10,7 @@ from reseed.sae.kernels import active, relu_blocks
 from reseed.sae.relu import ReLUConfig
 from reseed.system import compiling
 from reseed.train.archetypes import make_archetypal
-from reseed.train.optim.base import SAEAdam
+from reseed.train.optim.adam import SAEAdam
 
 D, F, B = 24, 90, 300
 LAST = Step(9, 10)
@@ -87,7 +87,7 @@ def test_loss_and_every_gradient_are_those_of_float64_dense_autograd(options, co
     sae, x = make(**options), tokens(count)
     for weight in (sae.penalty_weight, 0.3):
         sae.penalty_weight = weight  # as a controller does between steps
-        loss = sae.training_loss(x, LAST, nobody(sae))
+        loss = sae.training_loss(x, LAST, none_dead(sae))
         total, f, error, gradients = dense(sae, x)
         assert 0 < loss.l0 < F
         near(loss.total.detach(), total.detach())
@@ -101,7 +101,7 @@ def test_loss_and_every_gradient_are_those_of_float64_dense_autograd(options, co
 
 def test_the_gradient_of_a_multiple_of_the_loss_is_that_multiple(way):
     sae, x = make(), tokens()
-    loss = sae.training_loss(x, LAST, nobody(sae)).total
+    loss = sae.training_loss(x, LAST, none_dead(sae)).total
     once = torch.autograd.grad(loss, list(sae.parameters()), retain_graph=True)
     thrice = torch.autograd.grad(3 * loss, list(sae.parameters()))
     for a, b in zip(thrice, once, strict=True):
@@ -118,7 +118,7 @@ def plain_and_fast(sae, x, dead):
 @pytest.mark.parametrize("centred", [False, True])
 def test_auxk_and_warm_up_match_the_plain_path(way, centred):
     sae = make(aux_alpha=0.5, subtract_b_dec=centred)
-    (plain, expected), (fast, found) = plain_and_fast(sae, tokens(), dead_of(sae, 30))
+    (plain, expected), (fast, found) = plain_and_fast(sae, tokens(), first_dead(sae, 30))
     assert fast.parts["auxk"] > 0
     assert fast.parts.keys() == plain.parts.keys()
     for name, part in plain.parts.items():
@@ -129,7 +129,7 @@ def test_auxk_and_warm_up_match_the_plain_path(way, centred):
 
 def test_a_batch_without_active_pairs_trains_b_dec_alone(way):
     sae, x = make(bias=-1e3), tokens()
-    loss = sae.training_loss(x, LAST, dead_of(sae, F))
+    loss = sae.training_loss(x, LAST, first_dead(sae, F))
     loss.total.backward()
     assert loss.l0 == 0
     assert loss.parts["l1"] == 0
@@ -144,7 +144,7 @@ def test_a_decoder_row_of_zeros_has_the_gradient_of_dense_autograd(way):
     sae, x = make(), tokens()
     with torch.no_grad():
         sae.W_dec[3] = 0
-    sae.training_loss(x, LAST, nobody(sae)).total.backward()
+    sae.training_loss(x, LAST, none_dead(sae)).total.backward()
     near(sae.W_dec.grad, dense(sae, x)[3][2])
 
 
@@ -157,7 +157,7 @@ def test_a_nonfinite_input_or_weight_makes_the_loss_nonfinite(way, where, bad):
         for name in ("W_enc", "W_dec"):
             getattr(sae, name)[5, 2] += bad if where == name else 0.0
         sae.b_enc[5] += bad if where == "b_enc" else 0.0
-    assert not torch.isfinite(sae.training_loss(x, LAST, nobody(sae)).total)
+    assert not torch.isfinite(sae.training_loss(x, LAST, none_dead(sae)).total)
 
 
 def steps(way_dense, threads_in_all, monkeypatch):
@@ -166,7 +166,7 @@ def steps(way_dense, threads_in_all, monkeypatch):
     sae = make(subtract_b_dec=True)
     optimizer, told = SAEAdam(sae, 1e-2), []
     for index in range(3):
-        loss = sae.training_loss(tokens() + index, LAST, nobody(sae))
+        loss = sae.training_loss(tokens() + index, LAST, none_dead(sae))
         loss.total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -224,7 +224,7 @@ def test_a_rough_product_finds_every_pair(monkeypatch, share, floor):
 def test_the_gradient_of_an_archetypal_decoder_matches_the_plain_path(way):
     sae = make(decoder_init_norm=1.0)
     make_archetypal(sae, 40, 0.5)
-    (_, expected), (_, found) = plain_and_fast(sae, tokens(), nobody(sae))
+    (_, expected), (_, found) = plain_and_fast(sae, tokens(), none_dead(sae))
     for a, b in zip(found, expected, strict=True):
         near(a, b.double(), 5e-6)
 
@@ -236,11 +236,11 @@ def test_unsupported_inputs_take_the_plain_path(monkeypatch):
     monkeypatch.setattr("reseed.sae.relu.relu_loss", refuse)
     sae, x = make(), tokens(8)
     with pytest.raises(AssertionError, match="took the fast path"):
-        sae.training_loss(x, LAST, nobody(sae))
-    sae.training_loss(x.requires_grad_(), LAST, nobody(sae)).total.backward()
+        sae.training_loss(x, LAST, none_dead(sae))
+    sae.training_loss(x.requires_grad_(), LAST, none_dead(sae)).total.backward()
     assert x.grad is not None
     with torch.autocast("cpu", torch.bfloat16):
-        sae.training_loss(x.detach(), LAST, nobody(sae))
+        sae.training_loss(x.detach(), LAST, none_dead(sae))
     with kernels.override_enabled(False):
-        sae.training_loss(x.detach(), LAST, nobody(sae))
-    sae.double().training_loss(x.detach(), LAST, nobody(sae))
+        sae.training_loss(x.detach(), LAST, none_dead(sae))
+    sae.double().training_loss(x.detach(), LAST, none_dead(sae))

@@ -115,7 +115,7 @@ def test_target_l0_sets_k(cls):
     with pytest.raises(ConfigError, match=r"`target_l0` \(=65\) must not exceed `num_latents` \(="):
         cls(num_latents=64, target_l0=65)
     with pytest.raises(ConfigError, match=r"`k` \(=65\) must not exceed `num_latents` \(=64\)"):
-        cls(expansion_factor=8, target_l0=65).check(d_in=8)
+        cls(expansion_factor=8, target_l0=65).check_d_in(d_in=8)
     with pytest.raises(ValueError, match=f"sae={cls.name} has no penalty to weigh"):
         config.calibrated(1.0)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import batch_of, nobody, perturbed
+from sae_examples import batch_of, none_dead, perturbed
 
 from reseed.errors import ConfigError
 from reseed.sae.base import Step
@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_those_of_the_dense_formulation(
     k, num_latents, num_dead, multi_topk
 ):
     sae = make(num_latents, k, multi_topk=multi_topk, aux_alpha=0.3)
-    dead = nobody(sae)
+    dead = none_dead(sae)
     dead[torch.randperm(num_latents, generator=torch.Generator().manual_seed(1))[:num_dead]] = True
     x = batch_of()
     ours, theirs = sae.training_loss(x, STEP, dead).total, dense_loss(sae, x, dead)
@@ -65,8 +65,8 @@ def test_loss_and_gradients_are_those_of_the_dense_formulation(
 def test_a_single_latent_has_the_loss_of_the_dense_formulation():
     sae = make(num_latents=1, k=1)
     x = batch_of()
-    loss = sae.training_loss(x, STEP, nobody(sae)).total
-    torch.testing.assert_close(loss, dense_loss(sae, x, nobody(sae)))
+    loss = sae.training_loss(x, STEP, none_dead(sae)).total
+    torch.testing.assert_close(loss, dense_loss(sae, x, none_dead(sae)))
 
 
 def test_auxk_trains_the_encoder_rows_of_dead_latents_and_no_others():
@@ -74,7 +74,7 @@ def test_auxk_trains_the_encoder_rows_of_dead_latents_and_no_others():
     sae = make(aux_alpha=1.0)
     with torch.no_grad():
         sae.b_enc[:5] = -2.0  # rarely among the k largest, though still ≥ 0 for some tokens
-    dead = nobody(sae)
+    dead = none_dead(sae)
     dead[:5] = True
     x = 3 * batch_of(64)
     assert sae.training_loss(x, STEP, dead).fired[:5].sum() < 64
@@ -84,7 +84,7 @@ def test_auxk_trains_the_encoder_rows_of_dead_latents_and_no_others():
             sae.training_loss(x, STEP, dead).total, [sae.W_enc, sae.W_dec, sae.b_enc]
         )
 
-    with_aux, without = gradient(dead), gradient(nobody(sae))
+    with_aux, without = gradient(dead), gradient(none_dead(sae))
     for a, b in zip(with_aux, without, strict=True):
         difference = (a - b).abs().reshape(sae.num_latents, -1).sum(1)
         assert (difference[:5] > 0).all()
@@ -98,7 +98,7 @@ def test_auxk_of_a_perfect_reconstruction_is_zero_with_zero_gradient():
         sae.W_enc[:6], sae.W_enc[6:] = torch.eye(6), -torch.eye(6)
         sae.W_dec.copy_(sae.W_enc)
         sae.b_enc.zero_(), sae.b_dec.zero_()
-    dead = ~nobody(sae)
+    dead = ~none_dead(sae)
     loss = sae.training_loss(batch_of(), STEP, dead)
     loss.total.backward()
     assert loss.parts["fvu"] == 0
@@ -119,7 +119,7 @@ def test_at_most_k_latents_are_active_and_the_sparse_decoder_equals_the_dense_on
 def test_the_loss_reports_firing_error_and_l0_of_the_forward_pass():
     sae = make(num_latents=64, k=5)
     x = batch_of(100)
-    loss = sae.training_loss(x, STEP, nobody(sae))
+    loss = sae.training_loss(x, STEP, none_dead(sae))
     out = sae(x)
     assert loss.fired.dtype == torch.int64
     assert torch.equal(loss.fired, (out.latents > 0).sum(0))
@@ -134,7 +134,7 @@ def test_fvu_of_the_mean_is_one():
     with torch.no_grad():
         sae.W_dec.zero_()
         sae.initialise_b_dec(x.mean(0))
-    loss = sae.training_loss(x, STEP, nobody(sae))
+    loss = sae.training_loss(x, STEP, none_dead(sae))
     torch.testing.assert_close(loss.parts["fvu"], torch.ones((), dtype=torch.float64))
 
 
@@ -144,8 +144,8 @@ def test_activations_of_other_dtypes_and_shapes_are_accepted():
     out = sae(x)
     assert out.latents.dtype == out.reconstruction.dtype == torch.float32
     assert torch.equal(out.latents, sae.encode(x.float()))
-    loss = sae.training_loss(x, STEP, nobody(sae)).total
-    assert torch.equal(loss, sae.training_loss(x.float(), STEP, nobody(sae)).total)
+    loss = sae.training_loss(x, STEP, none_dead(sae)).total
+    assert torch.equal(loss, sae.training_loss(x.float(), STEP, none_dead(sae)).total)
     folded = sae(x.reshape(3, 4, 6))
     assert folded.latents.shape == (3, 4, 24)
     assert torch.equal(folded.reconstruction.reshape(12, 6), out.reconstruction)
@@ -190,8 +190,8 @@ def test_invalid_options_are_refused(options, message):
 
 def test_k_is_checked_once_the_activations_give_the_width():
     config = TopKConfig(expansion_factor=2, k=33)
-    config.check(17)
+    config.check_d_in(17)
     with pytest.raises(ConfigError, match=r"`k` \(=33\) must not exceed `num_latents` \(=32\)"):
-        config.check(16)
+        config.check_d_in(16)
     with pytest.raises(ConfigError, match="must not exceed"):
         config.build(16, torch.Generator())

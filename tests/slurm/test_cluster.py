@@ -14,6 +14,7 @@ import torch
 from one_node import HERE, Desk, local
 
 from reseed.cli import cancel, run, status, train
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import RunStore
 
 pytestmark = pytest.mark.slow
@@ -24,8 +25,11 @@ def assert_same_weights(one: str = "outputs", other: str = "local/outputs") -> N
     found, alone = RunStore(one).runs(), RunStore(other).runs()
     assert [run.id for run in found] == [run.id for run in alone]
     for mine, its in zip(found, alone, strict=True):
-        state = its.sae().state_dict()
-        assert all(torch.equal(state[key], value) for key, value in mine.sae().state_dict().items())
+        state = load_sae(its.path).state_dict()
+        assert all(
+            torch.equal(state[key], value)
+            for key, value in load_sae(mine.path).state_dict().items()
+        )
 
 
 def test_a_comparison_is_submitted_once_and_equals_the_local_one(

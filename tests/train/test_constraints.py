@@ -76,7 +76,7 @@ def test_alignment_holds_at_the_start_and_after_every_step(config, optimizer):
         if config.unit_norm_decoder:
             torch.testing.assert_close(d.norm(dim=1), torch.ones(F).double(), rtol=0, atol=1e-5)
         m.train(batch(index), m.optimizer)
-    E, d = rows(m.result())
+    E, d = rows(m.trained_sae())
     torch.testing.assert_close((E * d).sum(1), torch.ones(F).double(), rtol=0, atol=1e-5)
     assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(start, (E, d), strict=True))
 
@@ -97,5 +97,5 @@ def test_frozen_b_dec_stays_at_its_start_and_learned_b_dec_moves():
             )  # fmt: skip
             for index in range(5):
                 m.train(batch(index), m.optimizer)
-            found = m.result().b_dec.detach()
+            found = m.trained_sae().b_dec.detach()
             assert torch.allclose(found, x.mean(0), atol=1e-5) == (b_dec == "frozen")

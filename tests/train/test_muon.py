@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reseed.sae.topk import TopKConfig
-from reseed.train.optim.base import SAEAdam
+from reseed.train.optim.adam import SAEAdam
 from reseed.train.optim.muon import SAEMuon, orthogonalised
 
 

@@ -13,6 +13,7 @@ import torch
 
 from reseed.cli.main import main
 from reseed.experiment.resolve import Resolved
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
 from reseed.study.train import train_missing
 from reseed.system.devices import available_memory, is_out_of_memory
@@ -30,12 +31,17 @@ from reseed.train.plan import (
     step_flops,
 )
 from reseed.train.run_state import RunState
+from reseed.train.spec import RunSpec
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
 
 
-def runs(members: list[Resolved], runtime: RuntimeConfig) -> list[Run]:
-    return [r.run(RunStore(runtime.outputs)) for r in members]
+def runs(resolved: list[Resolved], runtime: RuntimeConfig) -> list[Run]:
+    return [r.run(RunStore(runtime.outputs)) for r in resolved]
+
+
+def specs(resolved: list[Resolved]) -> list[RunSpec]:
+    return [r.spec for r in resolved]
 
 
 @pytest.mark.parametrize(
@@ -55,41 +61,40 @@ def runs(members: list[Resolved], runtime: RuntimeConfig) -> list[Run]:
 def test_runs_that_read_the_same_activations_train_together(
     jobs: Jobs, sweep: str, groups: int
 ) -> None:
-    members, _ = jobs(*sweep.split())
-    assert len(group_by_stream(members)) == groups
+    planned = specs(jobs(*sweep.split())[0])
+    assert len(group_by_stream(planned)) == groups
     # A run that is asked for twice is trained once.
-    assert sum(map(len, group_by_stream([*members, *members]))) == len(members)
+    assert sum(map(len, group_by_stream([*planned, *planned]))) == len(planned)
 
 
-def resolved(**options: object) -> Resolved:
+def spec(**options: object) -> RunSpec:
     training = TrainingConfig(tokens=64, batch_size=16, **options)  # type: ignore[arg-type]
     sae = SimpleNamespace(dense_products=5)
-    experiment = SimpleNamespace(training=training, architecture=sae)
-    return SimpleNamespace(experiment=experiment, num_latents=8, d_in=2)  # type: ignore[return-value]
+    return SimpleNamespace(training=training, sae=sae, num_latents=8, d_in=2)  # type: ignore[return-value]
 
 
 def test_the_operations_of_a_step_equal_hand_computed_cases() -> None:
     # Five products of 16 × 8 × 2, and 12 operations for each of two matrices' 16 weights.
     plain = 5 * 2 * 16 * 8 * 2 + 12 * 32
-    assert (step_flops(resolved()), _weights(resolved())) == (plain, 32)
+    assert (step_flops(spec()), _weights(spec())) == (plain, 32)
     # Two matrices, five rounds, each 2·(2·2²·8 + 2³) operations.
-    assert step_flops(resolved(optimizer="muon")) == plain + 2 * 5 * 2 * (2 * 4 * 8 + 8)
+    assert step_flops(spec(optimizer="muon")) == plain + 2 * 5 * 2 * (2 * 4 * 8 + 8)
     # 8 × 3 more weights: the product with 3 × 2 centroids and its gradient, Adam's 12 per weight.
-    archetypal = resolved(decoder="archetypal", archetypes=3)
+    archetypal = spec(decoder="archetypal", archetypes=3)
     assert _weights(archetypal) == 32 + 24
     assert step_flops(archetypal) == plain + 2 * 2 * 24 * 2 + 12 * 24
-    assert _weights(resolved(decoder="archetypal")) == 32 + 64
+    assert _weights(spec(decoder="archetypal")) == 32 + 64
 
 
 def test_costs_add_up(jobs: Jobs) -> None:
-    members, _ = jobs("seed=0,1", "layer=0,2")
-    each, together = [cost([r]) for r in members], cost(members)
+    planned = specs(jobs("seed=0,1", "layer=0,2")[0])
+    each, together = [cost([r]) for r in planned], cost(planned)
     assert together.parameters == sum(c.parameters for c in each)
     # One pass of the model to the deepest layer: the steps of four SAEs, the larger of two passes.
-    steps = [r.experiment.training.steps * step_flops(r) for r in members]
+    steps = [r.training.steps * step_flops(r) for r in planned]
     passes = [c.flops - s for c, s in zip(each, steps, strict=True)]
     assert together.flops == pytest.approx(max(passes) + sum(steps))
-    by_layer = {r.experiment.layer: p for r, p in zip(members, passes, strict=True)}
+    by_layer = {r.hookpoint.layer: p for r, p in zip(planned, passes, strict=True)}
     # Layer 0 needs one of three blocks, layer 2 all.
     assert by_layer[2] == pytest.approx(3 * by_layer[0])
     # Memory that does not depend on the number of SAEs counts once.
@@ -100,7 +105,7 @@ def test_the_memory_estimate_covers_weights_and_moments(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They are measured for every run after a step, when its gradients are freed."""
-    members, runtime = jobs("seed=0,1", "sae=topk,relu", "sae.num_latents=512")
+    resolved, runtime = jobs("seed=0,1", "sae=topk,relu", "sae.num_latents=512")
     kept: dict[str, int] = {}
     original = RunState.train
 
@@ -112,44 +117,44 @@ def test_the_memory_estimate_covers_weights_and_moments(
         assert all(p.grad is None for p in self.sae.parameters()), "freed before the next SAE"
 
     monkeypatch.setattr(RunState, "train", weighed)
-    assert train_missing(members, runtime) == {}
+    assert train_missing(resolved, runtime) == {}
     assert len(kept) == 4
     one = sum(kept.values()) / 4
     # Each further SAE counts with the tensors that it keeps and the copy that is stored.
-    more = (cost(members).memory - cost(members[:2]).memory) / 2
+    more = (cost(specs(resolved)).memory - cost(specs(resolved[:2])).memory) / 2
     assert one <= more <= 1.5 * one
 
 
 @pytest.mark.parametrize("parts", [2, 3, 8])
 def test_a_group_that_does_not_fit_is_split(jobs: Jobs, parts: int) -> None:
-    members, _ = jobs("seed=0,1,2,3", "layer=0,2")
-    single = cost(members[:1]).memory
-    slope = cost(members[:3]).memory - cost(members[:2]).memory
+    planned = specs(jobs("seed=0,1,2,3", "layer=0,2")[0])
+    single = cost(planned[:1]).memory
+    slope = cost(planned[:3]).memory - cost(planned[:2]).memory
     memory = {2: single + 3.5 * slope, 3: single + 2.5 * slope, 8: single - 1}[parts]
-    found = split_to_fit(members, memory)
+    found = split_to_fit(planned, memory)
     assert sorted(r.signature for part in found for r in part) == sorted(
-        r.signature for r in members
+        r.signature for r in planned
     )
     if parts < 8:
         assert all(cost(part).memory <= memory for part in found)
         assert len(found) == parts if parts == 2 else len(found) <= 4
         if parts == 2:  # split by depth, so that each group runs the model only as far as needed
-            assert [{r.experiment.layer for r in part} for part in found] == [{0}, {2}]
+            assert [{r.hookpoint.layer for r in part} for part in found] == [{0}, {2}]
     else:
         assert [len(part) for part in found] == [1] * 8, "a run that does not fit is tried alone"
-    assert split_to_fit(members, 1e18) == [members]
+    assert split_to_fit(planned, 1e18) == [planned]
 
 
 def test_a_split_sweep_gives_the_same_weights(jobs: Jobs) -> None:
     together, runtime = jobs("seed=0,1", "sae.num_latents=512")
     train_missing(together, runtime)
     apart, other = jobs("seed=0,1", "sae.num_latents=512", outputs="apart")
-    tight = dataclasses.replace(other, memory_gib=cost(apart[:1]).memory * 1.01 / 2**30)
-    assert len(make_plan(apart, Machine.of(tight)).groups) == 2
+    tight = dataclasses.replace(other, memory_gib=cost(specs(apart[:1])).memory * 1.01 / 2**30)
+    assert len(make_plan(specs(apart), Machine.of(tight)).groups) == 2
     assert train_missing(apart, tight) == {}
     for a, b in zip(runs(together, runtime), runs(apart, other), strict=True):
         assert a.record["group"] != b.record["group"]
-        assert torch.equal(a.sae().W_dec, b.sae().W_dec)
+        assert torch.equal(load_sae(a.path).W_dec, load_sae(b.path).W_dec)
 
 
 @pytest.mark.slow
@@ -158,37 +163,37 @@ def test_out_of_memory_retries_with_half_of_the_runs(
 ) -> None:
     reference, other = jobs("seed=0,1,2", outputs="reference")
     train_missing(reference, other)
-    members, runtime = jobs("seed=0,1,2")
-    greedy = runs(members, runtime)[2].id
+    resolved, runtime = jobs("seed=0,1,2")
+    greedy = runs(resolved, runtime)[2].id
     original = RunState.train
     made: list[str] = []
 
     def crowded(self: RunState, *arguments: object) -> None:
         made.append(self.id)
-        company = len({r.id for r in runs(members, runtime) if r.status == "running"})
+        company = len({r.id for r in runs(resolved, runtime) if r.status == "running"})
         if self.step == 40 and company > 1:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ...")
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RunState, "train", crowded)
     saving = dataclasses.replace(runtime, checkpoint_every_s=1e-6)
-    assert train_missing(members, saving) == {}
+    assert train_missing(resolved, saving) == {}
     said = capsys.readouterr().out
     assert "out of memory with 3 SAEs" in said
     assert "out of memory with 2 SAEs" in said
     assert "retrying with half of the runs" in said
     # The last run resumed alone instead of starting again.
-    assert made.count(greedy) < 2 * members[2].experiment.training.steps
-    for a, b in zip(runs(reference, other), runs(members, runtime), strict=True):
+    assert made.count(greedy) < 2 * resolved[2].experiment.training.steps
+    for a, b in zip(runs(reference, other), runs(resolved, runtime), strict=True):
         assert b.finished
-        assert torch.equal(a.sae().W_dec, b.sae().W_dec)
+        assert torch.equal(load_sae(a.path).W_dec, load_sae(b.path).W_dec)
 
 
 def test_a_run_that_does_not_fit_into_memory_alone_fails(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    members, runtime = jobs("seed=0,1")
-    bad = runs(members, runtime)[0].id
+    resolved, runtime = jobs("seed=0,1")
+    bad = runs(resolved, runtime)[0].id
     original = RunState.train
 
     def crowded(self: RunState, *arguments: object) -> None:
@@ -197,9 +202,9 @@ def test_a_run_that_does_not_fit_into_memory_alone_fails(
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RunState, "train", crowded)
-    failures = train_missing(members, runtime)
+    failures = train_missing(resolved, runtime)
     assert list(failures) == [bad]
-    first, second = runs(members, runtime)
+    first, second = runs(resolved, runtime)
     assert first.status == "failed"
     assert first.failure is not None
     assert re.match(r"out of memory with 1 SAE \(CUDA out of memory", first.failure["message"])
@@ -224,8 +229,8 @@ def test_free_memory_is_plausible() -> None:
 def test_a_failed_run_does_not_stop_the_others(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    members, runtime = jobs("seed=0,1,2")
-    bad = runs(members, runtime)[1].id
+    resolved, runtime = jobs("seed=0,1,2")
+    bad = runs(resolved, runtime)[1].id
     original = RunState.train
 
     def broken(self: RunState, *arguments: object) -> None:
@@ -234,9 +239,9 @@ def test_a_failed_run_does_not_stop_the_others(
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(RunState, "train", broken)
-    assert list(train_missing(members, runtime)) == [bad]
-    assert [run.status for run in runs(members, runtime)] == ["finished", "failed", "finished"]
-    record = runs(members, runtime)[1].record
+    assert list(train_missing(resolved, runtime)) == [bad]
+    assert [run.status for run in runs(resolved, runtime)] == ["finished", "failed", "finished"]
+    record = runs(resolved, runtime)[1].record
     assert record["failed_at_step"] == 7
     assert "broken" in record["error"]["traceback"]
     assert f"failed: {bad}: no such thing" in capsys.readouterr().out
@@ -264,19 +269,19 @@ def test_plan_only_prints_and_trains_nothing(
 
 
 def test_a_plan_uses_the_described_machine(jobs: Jobs) -> None:
-    members, runtime = jobs("seed=0,1")
+    resolved, runtime = jobs("seed=0,1")
     there = dataclasses.replace(runtime, tflops=1e-3, memory_gib=2.0)
     machine = Machine.of(there)
     assert (machine.memory, machine.speed) == (2 * 2**30, 1e9)
-    group = Group.of(members)
+    group = Group.of(specs(resolved))
     assert machine.seconds(group.cost) == pytest.approx(group.cost.flops / 0.25e9)
 
 
 def test_the_plan_names_calibrations(jobs: Jobs, capsys: pytest.CaptureFixture[str]) -> None:
-    members, runtime = jobs("sae=relu", "sae.target_l0=4,8", "seed=0,1")
-    plan = make_plan(members, Machine.of(runtime))
+    resolved, runtime = jobs("sae=relu", "sae.target_l0=4,8", "seed=0,1")
+    plan = make_plan(specs(resolved), Machine.of(runtime))
     assert plan.calibrations == 2
-    plan.say()
+    plan.print()
     assert "before that, 2 penalty weights found by calibration runs" in capsys.readouterr().out
 
 

@@ -7,13 +7,13 @@ from reseed.errors import ConfigError
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.train.config import TrainingConfig
-from reseed.train.run_state import make_optimizer
+from reseed.train.optim import make_optimizer, peak_lr
 
 TOPK, RELU = TopKConfig(num_latents=2**12), ReLUConfig(num_latents=2**12)
 
 
 def rate(sae=TOPK, **options):
-    return TrainingConfig(**options).peak_lr(sae, 2**12)
+    return peak_lr(TrainingConfig(**options), sae, 2**12)
 
 
 def test_learning_rates_equal_hand_computed_cases():
@@ -34,7 +34,7 @@ def test_muons_biases_follow_adams_law_and_the_schedule_of_the_matrices():
     for options in ({}, {"lr": 0.5}):
         training = TrainingConfig(optimizer="muon", **options)
         optimizer = make_optimizer(sae, training)
-        peak = training.peak_lr(sae.config, 2**6)
+        peak = peak_lr(training, sae.config, 2**6)
         optimizer.set_lr(peak / 4)
         rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
         assert rates["W_enc"] == rates["W_dec"] == peak / 4

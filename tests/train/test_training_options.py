@@ -15,14 +15,16 @@ from reseed.cli.plan import check_jobs
 from reseed.compare.dictionary import load_dictionaries
 from reseed.experiment.resolve import Resolved
 from reseed.sae.base import Step
+from reseed.sae.checkpoint import load_sae
 from reseed.sae.topk import TopKConfig
 from reseed.store.runs import INITIAL_FILE, Run, RunError, RunStore
+from reseed.store.weights import initial_sae
 from reseed.study.train import train_missing
 from reseed.system.files import atomic_write_json
 from reseed.train.callbacks import CheckpointCallback
 from reseed.train.config import RuntimeConfig, TrainingConfig
-from reseed.train.optim.base import learning_rate
-from reseed.train.run_state import NotFiniteError, RunState, make_optimizer
+from reseed.train.optim import learning_rate, make_optimizer
+from reseed.train.run_state import NotFiniteError, RunState
 
 Jobs = Callable[..., tuple[list[Resolved], RuntimeConfig]]
 
@@ -54,7 +56,7 @@ def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:
 
 
 def assert_equal(a: Run, b: Run) -> None:
-    first, second = a.sae().state_dict(), b.sae().state_dict()
+    first, second = load_sae(a.path).state_dict(), load_sae(b.path).state_dict()
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert a.metrics == b.metrics
@@ -72,7 +74,7 @@ def test_a_run_interrupted_and_resumed_in_a_group_equals_the_run_alone(
 
         def saved_once(self: CheckpointCallback, module: object) -> None:
             original(self, module)  # type: ignore[arg-type]
-            if module.members[0].step >= 9:  # type: ignore[attr-defined]
+            if module.runs[0].step >= 9:  # type: ignore[attr-defined]
                 raise RuntimeError("power cut")
 
         patch.setattr(CheckpointCallback, "save", saved_once)
@@ -80,7 +82,7 @@ def test_a_run_interrupted_and_resumed_in_a_group_equals_the_run_alone(
         assert len(train_missing(together, slow)) == 2
     assert train_missing(together, other) == {}
     assert_equal(run_of(together[1], other), run_of(alone[0], runtime))
-    first, second = (run_of(r, other).sae().W_dec for r in together)
+    first, second = (load_sae(run_of(r, other).path).W_dec for r in together)
     assert not torch.equal(first, second)
 
 
@@ -91,7 +93,7 @@ def test_the_metrics_are_those_of_the_stored_sae(jobs: Jobs, name: str) -> None:
     run, e = run_of(resolved, runtime), resolved.experiment
     (x,) = resolved.open().held_out([e.hook], 1024)
     x = x[e.hook]
-    error = (x - run.sae()(x).reconstruction).double().square().sum()
+    error = (x - load_sae(run.path)(x).reconstruction).double().square().sum()
     variance = (x.double() - x.double().mean(0)).square().sum()
     assert float(error / variance) == pytest.approx(run.metrics["fvu"], rel=1e-6)
 
@@ -104,14 +106,14 @@ def test_initial_weights_that_the_seed_does_not_determine_are_stored_and_read(
 
     def noted(self: RunState, x: torch.Tensor, truth: torch.Tensor | None) -> None:
         original(self, x, truth)
-        starts[self.id] = self.result()
+        starts[self.id] = self.trained_sae()
 
     monkeypatch.setattr(RunState, "start", noted)
     for name in ("aligned", "archetypal"):
         (resolved,), runtime = jobs(*OPTIONS[name], "sae=relu")
         train_missing([resolved], runtime)
         run = run_of(resolved, runtime)
-        found, expected = run.initial_sae().state_dict(), starts[run.id].state_dict()
+        found, expected = initial_sae(run).state_dict(), starts[run.id].state_dict()
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in found)
         trained, untrained = load_dictionaries(run, "0")
@@ -123,7 +125,7 @@ def test_initial_weights_that_the_seed_does_not_determine_are_stored_and_read(
         for record in (run.record, of_old):
             atomic_write_json(run.path / "run.json", record)
             with pytest.raises(RunError, match=r"initial.safetensors is missing, and the seed "):
-                run.initial_sae()
+                initial_sae(run)
 
 
 @pytest.mark.parametrize("name", ["sign_sgd", "muon"])
@@ -133,34 +135,34 @@ def test_initial_weights_that_the_seed_determines_are_not_stored(jobs: Jobs, nam
     run = run_of(resolved, runtime)
     assert not (run.path / INITIAL_FILE).exists()
     assert run.record["start_is_drawn"] is True
-    assert torch.equal(run.initial_sae().W_enc, run.initial_sae().W_dec)
+    assert torch.equal(initial_sae(run).W_enc, initial_sae(run).W_dec)
 
 
 def test_a_schedule_free_run_stores_the_mean_weights(
     jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    members: list[RunState] = []
-    original = RunState.result
-    monkeypatch.setattr(RunState, "result", lambda self: members.append(self) or original(self))
+    states: list[RunState] = []
+    original = RunState.trained_sae
+    monkeypatch.setattr(RunState, "trained_sae", lambda self: states.append(self) or original(self))
     (resolved,), runtime = jobs("training=sign_sgd")
     train_missing([resolved], runtime)
-    (member,) = members
-    stored = run_of(resolved, runtime).sae()
-    for name, parameter in member.sae.named_parameters():
-        mean = member.optimizer.state[parameter]["x"]
-        divisor = member.scale if name in member.sae.homogeneous else 1.0
+    (state,) = states
+    stored = load_sae(run_of(resolved, runtime).path)
+    for name, parameter in state.sae.named_parameters():
+        mean = state.optimizer.state[parameter]["x"]
+        divisor = state.scale if name in state.sae.homogeneous else 1.0
         assert torch.equal(stored.get_parameter(name), mean / divisor)
         assert not torch.allclose(mean, parameter, rtol=0, atol=1e-5)
 
 
 def test_mean_weights_that_are_not_finite_are_an_error() -> None:
-    member = made(TrainingConfig(tokens=64, batch_size=64, optimizer="sign_sgd", decay_fraction=0))
-    member.start(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)))
-    member.train(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), member.optimizer)
-    member.check_weights()
-    member.optimizer.state[member.sae.b_enc]["x"][0] = float("inf")
+    state = made(TrainingConfig(tokens=64, batch_size=64, optimizer="sign_sgd", decay_fraction=0))
+    state.start(torch.randn(64, 6, generator=torch.Generator().manual_seed(0)))
+    state.train(torch.randn(64, 6, generator=torch.Generator().manual_seed(1)), state.optimizer)
+    state.check_weights()
+    state.optimizer.state[state.sae.b_enc]["x"][0] = float("inf")
     with pytest.raises(NotFiniteError, match="the weights are not finite at step 1"):
-        member.check_weights()
+        state.check_weights()
 
 
 def made(training: TrainingConfig) -> RunState:
@@ -175,9 +177,9 @@ def test_b_dec_starts_as_configured() -> None:
         ("geometric_median", geometric_median(x).float()),
         ("zeros", torch.zeros(6)),
     ):
-        member = made(TrainingConfig(tokens=64, batch_size=64, b_dec_init=name))
-        member.start(x)
-        torch.testing.assert_close(member.result().b_dec.detach(), expected)
+        state = made(TrainingConfig(tokens=64, batch_size=64, b_dec_init=name))
+        state.start(x)
+        torch.testing.assert_close(state.trained_sae().b_dec.detach(), expected)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +195,7 @@ def test_planted_features_are_recovered(optimizer: str, lr: float, aligned: bool
     decay = 0.0 if optimizer == "sign_sgd" else 0.2
     training = TrainingConfig(optimizer=optimizer, lr=lr, aligned=aligned, decay_fraction=decay)
     optimiser = make_optimizer(sae, training)
-    optimiser.constraints.hold(dict(sae.named_parameters()))
+    optimiser.constraints.project(dict(sae.named_parameters()))
     since_fired = torch.zeros(64, dtype=torch.int64)
     for index in range(250):
         active = torch.rand(256, 32, generator=generator) < 0.1

@@ -35,7 +35,7 @@ class FusedLauncher(Launcher):
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig
     ) -> None:
-        from reseed.cli.hydra_app import OnceLoader
+        from reseed.cli.config_loader import OnceLoader
 
         if isinstance(hydra_context.config_loader, ConfigLoaderImpl):
             # The sweeper, which composes every job again, shares this context.

@@ -6,7 +6,7 @@
             entry.json                 everything that decides its activations; mtime = last use
             .use                       locked (shared) by every process that uses the entry
             .writer                    locked by the one process that writes chunks
-            000003-<digest>.safetensors    a chunk and its checksum (`chunk_file`)
+            000003-<digest>.safetensors    a chunk and its checksum (`chunk_cache`)
 
 Files are whole or absent. When the budget is reached, the least recently used entry that no live
 process uses is shortened first, its last chunks before its first: a run reads from the front, so
@@ -81,7 +81,7 @@ class ActivationCache:
 
     def __init__(self, folder: Path | str, budget: int) -> None:
         self.folder, self.budget = Path(folder), budget
-        self._said: set[str] = set()
+        self._printed: set[str] = set()
         self._collected = False
 
     def entry(self, key: Mapping[str, Any], readable: str) -> CacheEntry | None:
@@ -99,7 +99,7 @@ class ActivationCache:
         use = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._alone():
+            with self._locked():
                 path.mkdir(exist_ok=True)
                 use = lock_file(path / ".use", shared=True)
                 if (path / "entry.json").is_file():
@@ -108,7 +108,7 @@ class ActivationCache:
                     atomic_write_json(path / "entry.json", dict(key))
                 self._make_room(0)
         except OSError as error:
-            self.say_once(f"the activation cache {self.folder} cannot be used: {error.strerror}")
+            self.warn_once(f"the activation cache {self.folder} cannot be used: {error.strerror}")
             if use is not None:
                 os.close(use)
             return None
@@ -133,21 +133,21 @@ class ActivationCache:
         removed, kept = [], []
         if not self.folder.is_dir():
             return [], []
-        with self._alone():
+        with self._locked():
             for entry in self.stored():
                 if fnmatchcase(entry.path.name, f"*{pattern}*"):
                     gone = _if_idle(entry, lambda entry: shutil.rmtree(entry.path))
                     (removed if gone else kept).append(entry)
         return removed, kept
 
-    def say_once(self, message: str) -> None:
+    def warn_once(self, message: str) -> None:
         """Print a message the first time it occurs, not once per chunk."""
-        if message not in self._said:
-            self._said.add(message)
+        if message not in self._printed:
+            self._printed.add(message)
             say(message)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
         """Hold the folder's lock. Waits: every process holds it only briefly."""
         handle = lock_file(self.folder / ".lock")
         try:
@@ -156,7 +156,7 @@ class ActivationCache:
             os.close(handle)  # type: ignore[arg-type]
 
     def _make_room(self, size: int) -> bool:
-        """Evict chunks until ``size`` more bytes fit. The caller holds `_alone`.
+        """Evict chunks until ``size`` more bytes fit. The caller holds `_locked`.
 
         Returns:
             True if there is room now.
@@ -219,7 +219,7 @@ class CacheEntry:
             temporary = self._reserved(size)
             if temporary is None:
                 gib = self.cache.budget / 2**30
-                self.cache.say_once(
+                self.cache.warn_once(
                     f"the activation cache {self.cache.folder} is full "
                     f"(runtime.activation_cache_gib={gib:g}): further chunks are not stored"
                 )
@@ -229,7 +229,7 @@ class CacheEntry:
             return True
         except OSError as error:
             self._full_disk = True
-            self.cache.say_once(
+            self.cache.warn_once(
                 f"cannot write to the activation cache {self.cache.folder} ({error.strerror}): "
                 "further chunks are not stored"
             )
@@ -261,7 +261,7 @@ class CacheEntry:
 
     def _reserved(self, size: int) -> Path | None:
         """Create a sparse temporary file of ``size`` bytes; None if it exceeds the budget."""
-        with self.cache._alone():
+        with self.cache._locked():
             there = self.cache._make_room(size)
             if not there and not self.cache._collected:
                 # Reference cycles may keep entries that this process no longer uses locked.

@@ -20,9 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.activations.chunk_cache import ChunkCache
+from reseed.activations.dataset import STRIPES, Position, batches_available
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
-from reseed.activations.stream import STRIPES, ChunkStream, Position, batches_available
+from reseed.activations.stream import ChunkStream
 from reseed.activations.text import TextConfig
 from reseed.activations.tokens import Packing, TokenStore
 from reseed.distributed.process_group import ALONE, ProcessGroup
@@ -39,7 +40,7 @@ class ActivationStream(ChunkStream):
         store: the training documents.
         config: packing, order, chunk size, repetition.
         hookpoints: where activations are read, all in one forward pass.
-        shelf: the cache of chunks on disk.
+        chunk_cache: the cached chunks of the training documents; None: no cache.
     """
 
     config: TextConfig
@@ -50,12 +51,12 @@ class ActivationStream(ChunkStream):
         store: TokenStore,
         config: TextConfig,
         hookpoints: Sequence[Hookpoint],
-        shelf: ChunkCache | None = None,
+        chunk_cache: ChunkCache | None = None,
     ) -> None:
         super().__init__(config, hookpoints, model.device)
         self.model = model
         self.store = store
-        self.shelf = shelf
+        self.chunk_cache = chunk_cache
         self._packing = Packing(store, config)
 
     @cached_property
@@ -76,8 +77,7 @@ class ActivationStream(ChunkStream):
 
     def rows(self, c: int) -> int:
         """Return the activations per stripe of chunk ``c``: fewer in an epoch's last chunk."""
-        first = c % self._chunks_per_epoch * self.config.chunk_tokens
-        return min(self.config.chunk_tokens, self.num_activations - first) // STRIPES
+        return self._extent(c)[2]
 
     def steps_before(self, c: int, batch_size: int) -> int:
         """Return the number of batches before the first batch of chunk ``c``."""
@@ -86,34 +86,34 @@ class ActivationStream(ChunkStream):
             within, batch_size
         )
 
-    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
+    def _compute_chunk(self, c: int) -> dict[Hookpoint, Tensor]:
         epoch, first, rows = self._extent(c)
-        passage = TokenWindow.of(self._epoch(epoch), first, first + rows * STRIPES)
+        window = TokenWindow.of(self._epoch(epoch), first, first + rows * STRIPES)
 
         def computed(hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Tensor]:
             place = self._places(c, rows, slice(0, STRIPES))
-            return passage.read_by(
-                self.model, hookpoints, place, self._check_wanted, self._together
+            return window.read_by(
+                self.model, hookpoints, place, self._check_wanted, self._compute_ranks
             )
 
-        if self.shelf is None:
+        if self.chunk_cache is None:
             found = computed(self.hookpoints)
         else:
-            found = self.shelf.get(
-                c, passage.digest, self.hookpoints, computed, self.device, self._together
+            found = self.chunk_cache.get(
+                c, window.digest, self.hookpoints, computed, self.device, self._compute_ranks
             )
         return {h: x.view(STRIPES, rows, -1) for h, x in found.items()}
 
-    def _own(self, c: int) -> dict[Hookpoint, Tensor]:
+    def _compute_own_stripes(self, c: int) -> dict[Hookpoint, Tensor]:
         """Run the model on this rank's stripes only, unless the cache has the chunk."""
         if self.stripes == slice(0, STRIPES):
-            return self._dealt(c)
+            return self._compute_chunk(c)
         epoch, first, rows = self._extent(c)
         packing = self._epoch(epoch)
         found = None
-        if self.shelf is not None:
+        if self.chunk_cache is not None:
             whole = TokenWindow.of(packing, first, first + rows * STRIPES)
-            found = self.shelf.find(c, whole.digest, self.hookpoints, self.device)
+            found = self.chunk_cache.find(c, whole.digest, self.hookpoints, self.device)
         if found is not None:
             return {h: x.view(STRIPES, rows, -1)[self.stripes].clone() for h, x in found.items()}
         begin, end = first + self.stripes.start * rows, first + self.stripes.stop * rows
@@ -135,7 +135,8 @@ class ActivationStream(ChunkStream):
         """Return the epoch of chunk ``c``, its first activation there, and its rows per stripe."""
         epoch, within = divmod(c, self._chunks_per_epoch)
         first = within * self.config.chunk_tokens
-        return epoch, first, self.rows(c)
+        length = min(self.config.chunk_tokens, self.num_activations - first)
+        return epoch, first, length // STRIPES
 
     @property
     def _chunks_per_epoch(self) -> int:
@@ -157,18 +158,18 @@ class TokenWindow:
     Attributes:
         sequences: the tokens that the model reads.
         kept: the positions that count as activations.
-        skip: activations of the first sequence that come before the passage.
-        wanted: activations in the passage.
+        skip: activations of the first sequence that come before the window.
+        num_activations: activations in the window.
     """
 
     sequences: Int[np.ndarray, "sequences context"]
     kept: Bool[np.ndarray, "sequences context"]
     skip: int
-    wanted: int
+    num_activations: int
 
     @classmethod
     def of(cls, packing: Packing, first: int, last: int) -> TokenWindow:
-        """Return the passage of activations ``first`` to ``last`` (exclusive).
+        """Return the window of activations ``first`` to ``last`` (exclusive).
 
         Raises:
             ValueError: the text ends before ``last``.
@@ -186,7 +187,7 @@ class TokenWindow:
     @property
     def digest(self) -> str:
         """SHA-256 over the tokens and the selection of their activations."""
-        sha = hashlib.sha256(repr((self.sequences.shape, self.skip, self.wanted)).encode())
+        sha = hashlib.sha256(repr((self.sequences.shape, self.skip, self.num_activations)).encode())
         sha.update(np.ascontiguousarray(self.sequences, dtype="<i8").data)
         sha.update(np.packbits(self.kept).data)
         return sha.hexdigest()
@@ -199,7 +200,7 @@ class TokenWindow:
         between: Callable[[], None] = lambda: None,
         ranks: ProcessGroup = ALONE,
     ) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
-        """Run ``model`` on the passage and return its activations.
+        """Run ``model`` on the window and return its activations.
 
         Args:
             place: row of each activation in the result; by default in reading order.
@@ -208,13 +209,13 @@ class TokenWindow:
                 as a single process would.
         """
         tokens = torch.from_numpy(self.sequences.astype(np.int64, copy=False))
-        filling = _RowBuffers(self._rows(place).to(model.device), self.wanted)
+        buffers = _RowBuffers(self._rows(place).to(model.device), self.num_activations)
         shares = _shares(len(tokens), model.batch_sequences, ranks.count)
         begin = shares[ranks.index].start * tokens.shape[1]
         read: list[dict[Hookpoint, Tensor]] = []
         between()
         for found in model.activations(tokens[shares[ranks.index]], hookpoints):
-            filling.put(found, begin)
+            buffers.put(found, begin)
             begin += next(iter(found.values())).shape[:2].numel()
             if ranks.several:
                 read.append(found)
@@ -227,17 +228,17 @@ class TokenWindow:
                 else:
                     width = model.resolved.d_in(hookpoint)
                     x = torch.empty(positions, width, dtype=model.dtype, device=model.device)
-                ranks.copy_(x, source, between)
+                ranks.broadcast_(x, source, between)
                 if source != ranks.index:
-                    filling.put({hookpoint: x}, share.start * tokens.shape[1])
-        return filling.done
+                    buffers.put({hookpoint: x}, share.start * tokens.shape[1])
+        return buffers.done
 
     def _rows(self, place: Tensor | None) -> Int[Tensor, " positions"]:
-        """Return the row of each position's activation; unwanted ones share one last row."""
+        """Return the row of each position's activation; positions left out share one last row."""
         number = np.cumsum(self.kept.reshape(-1)) - 1 - self.skip
-        meant = self.kept.reshape(-1) & (number >= 0) & (number < self.wanted)
-        rows = np.full(len(number), self.wanted, dtype=np.int64)
-        rows[meant] = np.arange(self.wanted) if place is None else place.numpy()
+        inside = self.kept.reshape(-1) & (number >= 0) & (number < self.num_activations)
+        rows = np.full(len(number), self.num_activations, dtype=np.int64)
+        rows[inside] = np.arange(self.num_activations) if place is None else place.numpy()
         return torch.from_numpy(rows)
 
 
@@ -245,12 +246,12 @@ class _RowBuffers:
     """Buffers that collect activations at their rows.
 
     Args:
-        rows: row of each position that the model reads; `wanted` for positions left out.
-        wanted: number of rows.
+        rows: row of each position that the model reads; `num_rows` for positions left out.
+        num_rows: number of rows.
     """
 
-    def __init__(self, rows: Int[Tensor, " positions"], wanted: int) -> None:
-        self.rows, self.wanted = rows, wanted
+    def __init__(self, rows: Int[Tensor, " positions"], num_rows: int) -> None:
+        self.rows, self.num_rows = rows, num_rows
         self._out: dict[Hookpoint, Tensor] = {}
 
     def put(self, found: Mapping[Hookpoint, Tensor], begin: int) -> None:
@@ -258,13 +259,13 @@ class _RowBuffers:
         for hookpoint, x in found.items():
             x = x.flatten(0, -2)
             if hookpoint not in self._out:
-                self._out[hookpoint] = x.new_empty(self.wanted + 1, x.shape[-1])
+                self._out[hookpoint] = x.new_empty(self.num_rows + 1, x.shape[-1])
             # A single copy per activation, straight from the model's output.
             self._out[hookpoint].index_copy_(0, self.rows[begin : begin + len(x)], x)
 
     @property
     def done(self) -> dict[Hookpoint, Float[Tensor, "activations d_in"]]:
-        return {hookpoint: buffer[: self.wanted] for hookpoint, buffer in self._out.items()}
+        return {hookpoint: buffer[: self.num_rows] for hookpoint, buffer in self._out.items()}
 
 
 def _shares(sequences: int, at_once: int, count: int) -> list[slice]:
@@ -280,19 +281,19 @@ def held_out_chunks(
     config: TextConfig,
     hookpoints: Sequence[Hookpoint],
     tokens: int,
-    shelf: ChunkCache | None = None,
+    chunk_cache: ChunkCache | None = None,
 ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
     """Yield the first ``tokens`` activations of the held-out documents, one chunk at a time."""
     packing = held_out_packing(store, config)
     hookpoints = tuple(dict.fromkeys(hookpoints))
     for c, first in enumerate(range(0, tokens, config.chunk_tokens)):
         last = min(first + config.chunk_tokens, tokens)
-        passage = TokenWindow.of(packing, first, last)
-        if shelf is None:
-            yield passage.read_by(model, hookpoints)
+        window = TokenWindow.of(packing, first, last)
+        if chunk_cache is None:
+            yield window.read_by(model, hookpoints)
         else:
-            computed = partial(passage.read_by, model)
-            yield shelf.get(c, passage.digest, hookpoints, computed, model.device)
+            computed = partial(window.read_by, model)
+            yield chunk_cache.get(c, window.digest, hookpoints, computed, model.device)
 
 
 def held_out_packing(store: TokenStore, config: TextConfig) -> Packing:

@@ -1,4 +1,8 @@
-"""Forward passes of a language model with edited activations."""
+"""Forward passes of a language model with edited activations, and the logit lens.
+
+`intervene` replaces activations at a hookpoint, and `logits` measures the effect. `unembedding` is
+the logit lens: a linear map from the end of the residual stream to next-token logits.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,6 @@ from torch import Tensor, nn
 from reseed.activations.hookpoints import Hookpoint, blocks_path, first_tensor, module_path
 from reseed.activations.language_model import LanguageModel
 
-# MERGED The logit lens: a linear map from the residual stream to next-token logits.
 Edit = Callable[[Tensor], Tensor]
 """Maps activations [sequences, context, d_in] at a hookpoint to their replacement."""
 

@@ -1,16 +1,16 @@
-"""Language models as sources of activations: any transformers causal LM, stopped early.
+"""Language models that yield activations: any causal LM of transformers, stopped early.
 
-`resolve` reads only the configuration and the tokenizer, so that a wrong layer or context length is
-refused before the weights are loaded. `LanguageModel` loads the weights on first use, and never if
-all activations are on disk.
+`FoundModel` describes a model by its configuration and tokenizer alone, so that a wrong layer or
+context length is refused before the weights are loaded. `LanguageModel` loads the weights on first
+use, and never if all activations are on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reseed.activations import model_files
 from reseed.activations.hookpoints import Hookpoint, first_tensor, module_path
-from reseed.activations.model_files import (
-    check_folder,
-    hash_files,
-    random_fingerprint,
-    snapshot,
-    weights_fingerprint,
-)
-from reseed.activations.source import ResolvedData, ResolvedSource, SourceConfig
-from reseed.activations.stream import DatasetConfig
+from reseed.activations.source import ResolvedSource, SourceConfig
 from reseed.config import setting
 from reseed.errors import ConfigError
 
-RANDOM_SEED = 1
-"""Seed of the weights of ``surrogate=random_weights``. All runs use the same one, so that they
-share a stream. It is part of the fingerprint, and so of the signature."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class ModelConfig(SourceConfig):
-    """Base configuration of the language models."""
+    """Base configuration of the language models (`model_source`)."""
 
     dtype: str = setting("float32", choices=tuple(DTYPES))
     """Precision of the forward pass and of the activations; signed."""
@@ -49,32 +37,18 @@ class ModelConfig(SourceConfig):
     """Sequences in one forward pass; signed, because it can change the last bits."""
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))
 
-    def resolve(self, cache: Path) -> ResolvedModel:
-        return resolve(self, cache)
+    def check_attention(self) -> None:
+        """Raise `ConfigError` if the implementation of attention is not installed."""
+        if self.attention == "flash_attention_2" and find_spec("flash_attn") is None:
+            raise ConfigError("{key}=flash_attention_2 needs the package flash-attn", "attention")
+
+    def weights_folder(self, folder: Path) -> Path:
+        """Return the folder of the weights of the model whose other files are in ``folder``."""
+        return folder
 
 
 @dataclass(frozen=True)
-class EmbeddedModelConfig(ModelConfig, name="embedded"):
-    """The small GPT-NeoX included in the package."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PathModelConfig(ModelConfig, name="path"):
-    """A folder written by `save_pretrained`. The weights are identified by their content."""
-
-    path: str = setting(signed=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubModelConfig(ModelConfig, name="hub"):
-    """A model of the Hugging Face hub, pinned to the commit that ``revision`` resolves to."""
-
-    repository: str = setting()
-    revision: str = setting("main", signed=False)
-
-
-@dataclass(frozen=True)
-class ResolvedModel(ResolvedSource):
+class FoundModel(ResolvedSource):
     """A language model whose files are found and whose weights are not loaded.
 
     Attributes:
@@ -91,10 +65,6 @@ class ResolvedModel(ResolvedSource):
     label: str
     random_seed: int | None = None
 
-    def with_random_weights(self) -> ResolvedModel:
-        fingerprint = random_fingerprint(self.folder, RANDOM_SEED)
-        return replace(self, fingerprint=fingerprint, random_seed=RANDOM_SEED)
-
     @cached_property
     def transformers_config(self) -> Any:
         """The transformers configuration of the architecture."""
@@ -110,16 +80,9 @@ class ResolvedModel(ResolvedSource):
         return _without_its_code(AutoTokenizer, self.folder)
 
     @cached_property
-    def tokenizer_fingerprint(self) -> str:
-        """SHA-256 over the tokenizer's files."""
-        names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-        names += ("merges.txt", "special_tokens_map.json", "added_tokens.json")
-        return hash_files([self.folder / name for name in names])
-
-    @cached_property
     def skeleton(self) -> nn.Module:
         """The model on the meta device: module names and shapes, without weights."""
-        return model_files.skeleton(self.transformers_config)
+        return _build_skeleton(self.transformers_config)
 
     @property
     def num_layers(self) -> int:
@@ -167,50 +130,16 @@ class ResolvedModel(ResolvedSource):
             )
         return int(shape[-1])
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {"model": self.fingerprint, "tokenizer": self.tokenizer_fingerprint}
-
-    def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
-        from reseed.activations.text_source import resolve_model_text  # imports this module
-
-        return resolve_model_text(self, config, cache)
-
-
-def resolve(config: ModelConfig, cache: Path) -> ResolvedModel:
-    """Find the model that ``config`` declares, without loading its weights.
-
-    Raises:
-        ConfigError: the folder does not exist or holds no transformers model, or the hub is
-            unreachable and the model is not in the local cache.
-    """
-    if config.attention == "flash_attention_2" and find_spec("flash_attn") is None:
-        raise ConfigError("{key}=flash_attention_2 needs the package flash-attn", "attention")
-    if isinstance(config, EmbeddedModelConfig):
-        folder = Path(str(files("reseed") / "assets" / "model"))
-        return ResolvedModel(config, folder, weights_fingerprint(folder, cache), "embedded")
-    if isinstance(config, PathModelConfig):
-        folder = Path(config.path).expanduser()
-        check_folder(folder)
-        return ResolvedModel(
-            config, folder, weights_fingerprint(folder, cache), folder.resolve().name
-        )
-    if isinstance(config, HubModelConfig):
-        folder = snapshot(config.repository, config.revision)
-        label = config.repository.rpartition("/")[2].lower()
-        return ResolvedModel(config, folder, f"{config.repository}@{folder.name}", label)
-    raise ConfigError(f"{{key}}: do not know how to load a {type(config).__name__}", "model")
-
 
 class LanguageModel:
     """A causal LM that yields activations; loads its weights on first use.
 
     Args:
-        resolved: the result of `resolve`.
+        resolved: the model to load.
         device: device that it runs on.
     """
 
-    def __init__(self, resolved: ResolvedModel, device: torch.device | str = "cpu") -> None:
+    def __init__(self, resolved: FoundModel, device: torch.device | str = "cpu") -> None:
         self.resolved = resolved
         self.device = torch.device(device)
         self.batch_sequences = resolved.config.batch_sequences
@@ -227,8 +156,8 @@ class LanguageModel:
         found = self.resolved
         dtype, attention = self.dtype, found.config.attention
         if found.random_seed is None:
-            return model_files.trained(_weights_folder(found), dtype, attention)
-        return model_files.untrained(found.transformers_config, found.random_seed, dtype, attention)
+            return _load_trained(found.config.weights_folder(found.folder), dtype, attention)
+        return _build_untrained(found.transformers_config, found.random_seed, dtype, attention)
 
     @torch.inference_mode()
     def activations(
@@ -243,31 +172,6 @@ class LanguageModel:
         for start in range(0, len(tokens), self.batch_sequences):
             batch = tokens[start : start + self.batch_sequences].to(self.device)
             yield _record(self.model, batch, modules)
-
-
-def _without_its_code(what: Any, folder: Path) -> Any:
-    """Load a configuration or tokenizer without running Python files of the model folder.
-
-    Raises:
-        ConfigError: the model requires its own code.
-    """
-    try:
-        return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise ConfigError(
-            f"{{key}}: {folder} needs python code of its own, which reseed does not run; the "
-            "architecture must be one of transformers",
-            "model",
-        ) from error
-
-
-def _weights_folder(resolved: ResolvedModel) -> Path:
-    if not isinstance(resolved.config, HubModelConfig):
-        return resolved.folder
-    # The folder's name is the resolved commit; the branch may have moved since.
-    return snapshot(resolved.config.repository, resolved.folder.name, weights=True)
 
 
 class _Stop(Exception):
@@ -309,3 +213,76 @@ def _record(
         missed = ", ".join(str(h) for h in waiting)
         raise ConfigError(f"{{key}}: the forward pass never reached {missed}", "hookpoint")
     return found
+
+
+def _without_its_code(what: Any, folder: Path) -> Any:
+    """Load a configuration or tokenizer without running Python files of the model folder.
+
+    Raises:
+        ConfigError: the model requires its own code.
+    """
+    try:
+        return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            f"{{key}}: {folder} needs python code of its own, which reseed does not run; the "
+            "architecture must be one of transformers",
+            "model",
+        ) from error
+
+
+def _build_skeleton(config: Any) -> nn.Module:
+    """Build the model of a transformers configuration on the meta device, without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"), _quiet():
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+
+
+def _load_trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
+    """Load the model with the weights of its folder, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    with _quiet():
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,  # a pickled checkpoint could run code
+            trust_remote_code=False,  # so could Python files in the folder
+        )
+
+
+def _build_untrained(config: Any, seed: int, dtype: torch.dtype, attention: str) -> nn.Module:
+    """Build the model with its architecture's random initial weights, embeddings included.
+
+    The weights are drawn on the CPU in float32, so that they depend on neither device nor
+    precision. The process's random state is left unchanged.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the only generator that is forked
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation=attention
+        )
+    for weights in model.parameters():  # not buffers: rotary angles stay exact, as when loaded
+        weights.data = weights.data.to(dtype)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide transformers' progress bars, which would disturb the command's own display."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

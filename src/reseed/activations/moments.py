@@ -1,4 +1,4 @@
-"""Mean and covariance of activations, in float64."""
+"""Mean, covariance and geometric median of activations, in float64."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# MERGED The geometric median: a centre that is robust to outliers.
 _BLOCK = 4_096
 """Activations converted to float64 at once: a whole chunk would be large."""
+TOLERANCE = 1e-6
+MAX_ROUNDS = 1_000
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,9 @@ class MomentSums:
         return Moments(mean, self.products / self.tokens - torch.outer(mean, mean))
 
 
-TOLERANCE = 1e-6
-MAX_ROUNDS = 1_000
-
-
 @torch.no_grad()
 def geometric_median(points: Float[Tensor, "points d_in"]) -> Float[Tensor, " d_in"]:
-    """Return the y that minimises Σ ‖x_i − y‖, in float64, by Weiszfeld's iteration.
+    """Return the y that minimises Σ ‖x_i − y‖, a robust centre, by Weiszfeld's iteration.
 
     The variant of Vardi & Zhang (2000) also handles a y that meets a point. It ends when the mean
     of the unit vectors from y to the points, which is 0 at the median, has a norm of at most

@@ -14,20 +14,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reseed.activations.cache import ActivationCache
+from reseed.activations.dataset import DatasetConfig
 from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.stream import ChunkStream, DatasetConfig
+from reseed.activations.stream import ChunkStream
+from reseed.activations.synthetic.worlds import Sample, World
 from reseed.config import Config
 from reseed.errors import ConfigError, ReseedError
-
-if TYPE_CHECKING:
-    from reseed.activations.cache import ActivationCache
-    from reseed.activations.synthetic.worlds import Sample, World
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class ResolvedData(ABC):
 
     @property
     @abstractmethod
-    def described(self) -> str:
+    def description(self) -> str:
         """Description for use in a sentence: ``text docstrings``."""
 
     @property
@@ -201,13 +200,7 @@ class ActivationSource(ABC):
             wanted: batch size and number of batches of each run.
             label: name of the data set.
         """
-        held_out, measured = stream.config.held_out_tokens, self.held_out_available
-        if measured is not None and measured < held_out:
-            raise ConfigError(
-                f"{{key}} (={held_out:,}) must not exceed the activations of the held-out "
-                f"documents: {measured:,}",
-                "dataset.held_out_tokens",
-            )
+        check_held_out(self, stream.config.held_out_tokens, "dataset.held_out_tokens")
         for batch_size, number in wanted:
             there = stream.num_batches(batch_size)
             if there is not None and there < number:
@@ -218,12 +211,12 @@ class ActivationSource(ABC):
                 )
 
 
-def check_held_out(source: ActivationSource, tokens: int) -> None:
-    """Raise `ConfigError`, with the key ``tokens``, if the source has fewer held-out tokens."""
+def check_held_out(source: ActivationSource, tokens: int, key: str = "tokens") -> None:
+    """Raise `ConfigError`, with ``key``, if the source has fewer held-out activations."""
     there = source.held_out_available
     if there is not None and there < tokens:
         raise ConfigError(
             f"{{key}} (={tokens:,}) must not exceed the activations of the held-out documents: "
             f"{there:,}",
-            "tokens",
+            key,
         )

@@ -1,9 +1,11 @@
-"""Chunks and batches: the base class of activation streams.
+"""Chunks and batches: the base class of activation streams, and prefetching.
 
 A stream is a pure function of its configuration: chunk c does not depend on earlier requests. Its
 activations are dealt into 8 stripes, and each stripe is permuted by a generator seeded with (order
 seed, c, stripe). A batch takes the same number of tokens from every stripe. There is no shuffle
 buffer to save: the position (chunk, offset) of step s is computed from s.
+
+`Prefetch` is a thread that computes the next chunk while SAEs train on the current one.
 
     M chunk_tokens · B batch · D d_in
 """
@@ -15,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,46 +24,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reseed.activations.dataset import STRIPES, DatasetConfig, Position
 from reseed.activations.hookpoints import Hookpoint
-from reseed.config import Config, setting
 from reseed.distributed.process_group import ALONE, ProcessGroup
-from reseed.errors import ConfigError
 from reseed.system.devices import cpus
 
-# MERGED Prefetching: a thread computes the next chunk while SAEs train on the current one.
-STRIPES = 8
-"""Number of stripes of a chunk; a batch takes the same number of tokens from each."""
-
 Batch = dict[Hookpoint, Float[Tensor, "batch d_in"]]
-
-
-@dataclass(frozen=True)
-class DatasetConfig(Config, family="dataset"):
-    """Base configuration of data sets: order and chunk size."""
-
-    order_seed: int = setting(0, at_least=0)
-    """Seed of the order of documents and tokens, and of nothing else."""
-    chunk_tokens: int = setting(65_536, at_least=STRIPES)
-    """Activations that are computed and shuffled together."""
-    held_out_tokens: int = setting(65_536, at_least=1)
-    """Held-out activations on which every run is measured."""
-
-    def validate(self) -> None:
-        if self.chunk_tokens % STRIPES:
-            raise ConfigError(
-                f"{{key}} must be a multiple of {STRIPES}; got {self.chunk_tokens}", "chunk_tokens"
-            )
-
-
-@dataclass(frozen=True, order=True)
-class Position:
-    """The start of a batch in the stream: a chunk, and a row of each of its stripes.
-
-    Positions of batches of different sizes are comparable.
-    """
-
-    chunk: int
-    row: int
+Chunk = dict[Any, Tensor]
 
 
 class ChunkStream(ABC):
@@ -87,25 +55,25 @@ class ChunkStream(ABC):
         self.hookpoints = tuple(dict.fromkeys(hookpoints))
         self.device = device
         self.stripes = slice(0, STRIPES)
-        self._together = ALONE
+        self._compute_ranks = ALONE
         self._latest: tuple[int, dict[Hookpoint, Tensor]] = (-1, {})
         self._prefetch: Prefetch | None = None
         self._end: tuple[Position, int] = (Position(0, 0), STRIPES)
         self._looked_after = -1
 
     @abstractmethod
-    def _dealt(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
+    def _compute_chunk(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
         """Return chunk ``c``, dealt into stripes and permuted by `_permutation`."""
 
-    def _own(self, c: int) -> dict[Hookpoint, Float[Tensor, "own rows d_in"]]:
+    def _compute_own_stripes(self, c: int) -> dict[Hookpoint, Float[Tensor, "own rows d_in"]]:
         """Return this rank's stripes of chunk ``c``.
 
         Sources that can compute stripes separately override this.
         """
         if self.stripes == slice(0, STRIPES):
-            return self._dealt(c)
+            return self._compute_chunk(c)
         # A view would keep the whole chunk alive.
-        return {hook: x[self.stripes].clone() for hook, x in self._dealt(c).items()}
+        return {hook: x[self.stripes].clone() for hook, x in self._compute_chunk(c).items()}
 
     def divide(self, ranks: ProcessGroup) -> None:
         """Read only this rank's share of each chunk's stripes from now on.
@@ -123,14 +91,14 @@ class ChunkStream(ABC):
             self.stripes = slice(ranks.index * share, (ranks.index + 1) * share)
             self._latest = (-1, {})
 
-    def compute_together(self, ranks: ProcessGroup) -> None:
+    def share_computation(self, ranks: ProcessGroup) -> None:
         """Share the computation of each chunk among ranks; every rank gets the whole chunk.
 
         All ranks must request the same chunks in the same order. Cheap sources ignore this: each
         rank computes its own.
         """
         if ranks.several:
-            self._together = ranks.channel()
+            self._compute_ranks = ranks.channel()
             self._latest = (-1, {})  # the ranks may hold different chunks
 
     def num_batches(self, batch_size: int) -> int | None:
@@ -159,8 +127,8 @@ class ChunkStream(ABC):
         """
         if self._latest[0] != c:
             self._latest = (-1, {})
-            made = self._own(c) if self._prefetch is None else self._prefetch.take(c)
-            self._latest = (c, made)
+            compute = self._compute_own_stripes if self._prefetch is None else self._prefetch.take
+            self._latest = (c, compute(c))
         if self._prefetch is not None and self._looked_after != c:
             self._looked_after = c
             after = self._after(c)
@@ -184,7 +152,7 @@ class ChunkStream(ABC):
         if not (prefetch_pays(self.device) if wanted is None else wanted):
             yield
             return
-        self._prefetch = Prefetch(self._own, self.device)
+        self._prefetch = Prefetch(self._compute_own_stripes, self.device)
         self._end, self._looked_after = (stop, batch_size), -1
         try:
             yield
@@ -237,30 +205,10 @@ def deal_stripes(x: Float[Tensor, "rows d_in"], order: Tensor) -> Float[Tensor, 
     return x[order.to(x.device)].view(STRIPES, len(order) // STRIPES, -1)
 
 
-def check_batch_size(config: DatasetConfig, batch_size: int) -> None:
-    """Raise `ConfigError` if batches do not tile a chunk."""
-    if batch_size % STRIPES or config.chunk_tokens % batch_size:
-        raise ConfigError(
-            f"{{key}} must be a multiple of {STRIPES} that divides dataset.chunk_tokens "
-            f"(={config.chunk_tokens}); got {batch_size}",
-            "training.batch_size",
-        )
-
-
-def batches_available(activations: int, config: DatasetConfig, batch_size: int) -> int:
-    """Return the number of whole batches in one epoch of ``activations``."""
-    full, rest = divmod(activations, config.chunk_tokens)
-    last = (rest // STRIPES) // (batch_size // STRIPES)
-    return full * (config.chunk_tokens // batch_size) + last
-
-
 def generator(*key: int) -> torch.Generator:
     """Return a CPU generator seeded by ``key`` (non-negative integers)."""
     state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
-
-
-Chunk = dict[Any, Tensor]
 
 
 class Abandoned(Exception):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reseed.activations.stream import DatasetConfig
+from reseed.activations.dataset import DatasetConfig
+from reseed.activations.docstrings import docstring_documents
 from reseed.config import setting
 from reseed.errors import ConfigError
 
@@ -92,7 +93,7 @@ class ResolvedText:
     def _all_documents(self, shuffled: bool) -> Iterator[str]:
         config = self.config
         if isinstance(config, DocstringsConfig):
-            yield from _docstrings(self.cache)
+            yield from docstring_documents(self.cache)
         elif isinstance(config, TextFilesConfig):
             for path in text_paths(config):
                 yield from _file_documents(path, config)
@@ -108,7 +109,7 @@ def resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
     """
     if isinstance(config, DocstringsConfig):
         sha = hashlib.sha256()
-        for document in _docstrings(cache):
+        for document in docstring_documents(cache):
             sha.update(hashlib.sha256(document.encode()).digest())
         return ResolvedText(config, sha.hexdigest()[:32], "docstrings", cache)
     if isinstance(config, TextFilesConfig):
@@ -217,12 +218,6 @@ def _field_of(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(row.get(field), str):
         raise ConfigError(f"{{key}}: {where} has no text under `{field}`", "field")
     return row[field]
-
-
-def _docstrings(cache: Path) -> Sequence[str]:
-    from reseed.activations.docstrings import docstring_documents
-
-    return docstring_documents(cache)
 
 
 def _dataset_commit(config: HubTextConfig) -> str:

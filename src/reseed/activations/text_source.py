@@ -17,10 +17,10 @@ from torch import Tensor
 from reseed.activations.cache import ActivationCache
 from reseed.activations.chunk_cache import ChunkCache
 from reseed.activations.chunks import VERSION, ActivationStream, held_out_chunks, held_out_packing
+from reseed.activations.dataset import DatasetConfig, batches_available
 from reseed.activations.hookpoints import Hookpoint, module_path
-from reseed.activations.language_model import DTYPES, LanguageModel, ResolvedModel
+from reseed.activations.language_model import DTYPES, FoundModel, LanguageModel
 from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
-from reseed.activations.stream import DatasetConfig, batches_available
 from reseed.activations.text import ResolvedText, TextConfig, resolve_text
 from reseed.activations.tokens import Packing, TokenStore, token_stores
 from reseed.errors import ConfigError
@@ -30,7 +30,7 @@ from reseed.errors import ConfigError
 class ResolvedModelText(ResolvedData):
     """A text and the language model that will read it, both resolved."""
 
-    model: ResolvedModel
+    model: FoundModel
     text: ResolvedText
 
     @property
@@ -46,7 +46,7 @@ class ResolvedModelText(ResolvedData):
         return replace(self, text=replace(self.text, config=config))
 
     @property
-    def described(self) -> str:
+    def description(self) -> str:
         return f"text {self.text.label}"
 
     @property
@@ -60,7 +60,7 @@ class ResolvedModelText(ResolvedData):
     def stores(self, needed: int) -> tuple[TokenStore, TokenStore]:
         """Return training and held-out tokens; read a streamed text for ``needed`` activations."""
         return token_stores(
-            self.text, self.model.tokenizer, self.model.tokenizer_fingerprint, needed
+            self.text, self.model.tokenizer, self.model.fingerprints["tokenizer"], needed
         )
 
     @property
@@ -143,15 +143,15 @@ class TextSource(ActivationSource):
         self.device = self.model.device
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> ActivationStream:
-        shelf = self._shelf("train")
-        return ActivationStream(self.model, self.train_store, self.config, hookpoints, shelf)
+        chunk_cache = self._chunk_cache("train")
+        return ActivationStream(self.model, self.train_store, self.config, hookpoints, chunk_cache)
 
     def held_out(
         self, hookpoints: Sequence[Hookpoint], tokens: int
     ) -> Iterator[dict[Hookpoint, Tensor]]:
-        shelf = self._shelf("held_out")
+        chunk_cache = self._chunk_cache("held_out")
         return held_out_chunks(
-            self.model, self.held_out_store, self.config, hookpoints, tokens, shelf
+            self.model, self.held_out_store, self.config, hookpoints, tokens, chunk_cache
         )
 
     def held_out_sequences(
@@ -173,8 +173,8 @@ class TextSource(ActivationSource):
         kept = packing.keep(sequences)
         return torch.from_numpy(sequences.astype(np.int64)), torch.from_numpy(kept)
 
-    def _shelf(self, part: str) -> ChunkCache | None:
-        """Return the cached chunks of one part of the text, or None without a cache."""
+    def _chunk_cache(self, part: str) -> ChunkCache | None:
+        """Return the cached chunks of the training or held-out documents; None without a cache."""
         if self.cache is None:
             return None
         key = chunk_key(self.found, part, self.device)
@@ -217,9 +217,7 @@ def chunk_key(found: ResolvedModelText, part: str, device: torch.device) -> dict
     }
 
 
-def resolve_model_text(
-    model: ResolvedModel, config: DatasetConfig, cache: Path
-) -> ResolvedModelText:
+def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) -> ResolvedModelText:
     """Find the text that ``model`` will read.
 
     Raises:

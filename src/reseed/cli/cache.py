@@ -8,10 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from reseed.activations.cache import ActivationCache
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.status import print_rows
 from reseed.errors import ConfigError, ReseedError
+from reseed.system.console import counted, print_rows, say
 
 CLEAR = "--clear"
 """The only flag that is not Hydra's; a following word that is not an override selects entries."""
@@ -40,9 +41,6 @@ def _main(arguments: list[str]) -> int:
         else:
             clear(folder, pattern)
 
-    if line.only_shows:
-        line.show(task, rest)
-        return 0
     errors = line.launch(task, line.overrides, line.multirun)
     if errors:
         raise errors[0]
@@ -74,9 +72,6 @@ def _cleared(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def print_cache(folder: Path, gib: float) -> None:
     """Print every entry with its number of chunks, size and time of last use."""
-    from reseed.activations.cache import ActivationCache
-    from reseed.system.console import counted, say
-
     found = ActivationCache(folder, 0).stored()
     if not found:
         say(f"no activations in {folder}/")
@@ -98,9 +93,6 @@ def print_cache(folder: Path, gib: float) -> None:
 
 def clear(folder: Path, pattern: str) -> None:
     """Remove the entries whose name matches, and print them."""
-    from reseed.activations.cache import ActivationCache
-    from reseed.system.console import counted, say
-
     removed, kept = ActivationCache(folder, 0).clear(pattern)
     for entry in removed:
         chunks = counted(len(entry.chunks), "chunk")

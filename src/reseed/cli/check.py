@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
 
 from reseed.cli import train
+from reseed.cli.arguments import check_parser
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
+from reseed.cli.plan import Launch, Plan, make_plan
+from reseed.compare.cell import CellResult, cell_settings
+from reseed.compare.replication import BothRows, Named, parse_index, read_named, replication_table
 from reseed.errors import ConfigError, ReseedError, nearest
-
-if TYPE_CHECKING:
-    from reseed.cli.plan import Launch, Plan
-    from reseed.compare.cell import CellResult
-    from reseed.compare.replication import BothRows, Named
-    from reseed.store.runs import Run
+from reseed.report.replication import CHECK_FILES, print_check, write_check
+from reseed.report.replication import check_table
+from reseed.sae.checkpoint import load_sae
+from reseed.store.runs import Run
+from reseed.study.compare import compare_cell_of
+from reseed.system.console import say
 
 DEFAULT = "comparison=seeds"
 FIRST_SEED = "0"
-
-
-class _Own(argparse.ArgumentParser):
-    """Parser of the arguments that are not Hydra's."""
-
-    def __init__(self) -> None:
-        super().__init__("reseed check", add_help=False, allow_abbrev=False)
-        self.add_argument("--latents")
-        self.add_argument("--out")
-        self.add_argument("--train", action="store_true")
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"reseed check: {message}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -42,19 +31,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    own, rest = _Own().parse_known_args(list(arguments))
+    own, rest = check_parser().parse_known_args(list(arguments))
     line = CommandLine("check", rest)
-    if line.only_shows:
-        line.show(train.task, rest)
-        return 0
     files = [word for word in line.overrides if _is_file(word)]
     line.overrides = [word for word in line.overrides if word not in files]
     if not any(word.startswith("comparison=") for word in line.overrides):
         line.overrides.insert(0, DEFAULT)
     named = _named(files, own.latents)
     source = Path(files[0]) if files else None
-    from reseed.cli.plan import make_plan
-
     plan = make_plan(line)
     folder = _folder(own.out, source, plan)
     cell = _cell(plan, named)
@@ -80,8 +64,6 @@ def _is_file(word: str) -> bool:
 
 def _named(files: Sequence[str], listed: str | None) -> list[Named]:
     """Read the latents from the file or from the command line."""
-    from reseed.compare.replication import Named, parse_index, read_named
-
     if len(files) > 1:
         raise ConfigError(f"one list of latents at a time; got {', '.join(files)}")
     if files and listed is not None:
@@ -98,8 +80,6 @@ def _named(files: Sequence[str], listed: str | None) -> list[Named]:
 
 def _folder(out: str | None, source: Path | None, plan: Plan) -> Path:
     """Return the folder for results: --out, else that of the list, else the comparison's."""
-    from reseed.report.replication import CHECK_FILES
-
     folder = Path(out) if out else source.parent if source else plan.sweep.path
     if out and folder.exists() and not folder.is_dir():
         raise ConfigError(f"{{key}} must be a folder; got {out}, which is a file", "--out")
@@ -214,13 +194,6 @@ def _check(
     plan: Plan, cell: _Cell, named: Sequence[Named], folder: Path, told: Sequence[str]
 ) -> None:
     """Compare the cell if necessary, look the latents up, and write and print the result."""
-    from reseed.cli.compare import compare_cell_of
-    from reseed.compare.cell import CellResult
-    from reseed.compare.dictionary import cell_settings
-    from reseed.compare.replication import replication_table
-    from reseed.report.replication import check_words, print_check, write_check
-    from reseed.system.console import say
-
     plan.write()
     settings = plan.settings.of_arm(cell.launch.arm.name)
     compare_cell_of(plan.sweep, cell.axes, settings, plan.runtime)
@@ -228,12 +201,12 @@ def _check(
     runs = {run.id: run for run in cell.runs.values()}
 
     def rows(run: str) -> BothRows:
-        sae = runs[run].sae()
+        sae = load_sae(runs[run].path)
         return sae.W_enc.detach().numpy(), sae.W_dec.detach().numpy()
 
     frame = replication_table(result, named, rows)
     finished = [run for run in runs.values() if run.finished]
-    words = check_words(frame, result, cell_settings(finished, cell.axes), told)
+    words = check_table(frame, result, cell_settings(finished, cell.axes), told)
     folder.mkdir(parents=True, exist_ok=True)
     files = write_check(frame, words, folder)
     print_check(words)

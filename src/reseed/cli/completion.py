@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from reseed.cli import COMMANDS
+
 # Hydra completes the words after the sub-command, so the script cuts the sub-command off first.
 _BASH = """\
 _reseed_completion() {{
@@ -25,8 +27,6 @@ complete -o nospace -o default -F _reseed_completion reseed
 
 
 def main(arguments: Sequence[str]) -> int:
-    from reseed.cli.main import COMMANDS
-
     shell = arguments[0] if arguments else "bash"
     if shell not in ("bash", "zsh"):
         print(f"error: completion supports bash and zsh; got {shell}", file=sys.stderr)

@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
+from reseed.cli.arguments import convert_parser
 from reseed.cli.errors import run_and_report
 from reseed.errors import ConfigError, ReseedError
-
-if TYPE_CHECKING:
-    from reseed.sae.base import SAE
-
-FORMATS = ("reseed", "sparsify", "saelens", "dictionary_learning", "gemma_scope")
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser that raises `ConfigError` instead of exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.prog}: {message}")
+from reseed.sae.base import SAE
+from reseed.sae.formats import detect_format, differ, export_sae, import_sae
+from reseed.sae.formats.files import fetch
+from reseed.system.console import say
 
 
 def main(arguments: Sequence[str]) -> int:
     return run_and_report(lambda: _main(arguments))
 
 
-def parser() -> Parser:
-    """Return the parser of the command's arguments."""
-    made = Parser("reseed convert", description=__doc__, allow_abbrev=False)
-    made.add_argument("source", help="a folder, a file, or hub:OWNER/NAME[@revision][/path]")
-    made.add_argument("out", help="the folder to create")
-    made.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
-    made.add_argument("--format", help="format of the source; by default found from its files")
-    made.add_argument("--revision", help="revision of a source on the hub")
-    return made
-
-
 def _main(arguments: Sequence[str]) -> None:
-    given = parser().parse_args(list(arguments))
+    given = convert_parser().parse_args(list(arguments))
     check_new(Path(given.out))
-    from reseed.sae.formats import detect_format
-    from reseed.sae.formats.files import fetch
-    from reseed.system.console import say
-
     path = fetch(given.source, revision=given.revision)
     source = detect_format(path, given.format)
     found = source.load(path)
@@ -76,8 +53,6 @@ def write_checked(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any])
     Raises:
         ReseedError: the format cannot hold the SAE unchanged; the new folder is removed.
     """
-    from reseed.sae.formats import differ, export_sae, import_sae
-
     there = out.exists()
     try:
         notes = export_sae(sae, out, format, metadata)

@@ -8,23 +8,17 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reseed.errors import Interrupted, ReseedError, nearest
 
-if TYPE_CHECKING:
-    from reseed.cli.hydra_app import OnceLoader
 
-
-# MERGED Messages about keys that a configuration does not have, with the likely intended key.
 def run_and_report(job: Callable[[], int | None]) -> int:
     """Run ``job`` and print its error, if it raises one.
 
@@ -149,38 +143,3 @@ class MissingKey:
             return None
         parent, _, name = given.rpartition(".")
         return cls(given, parent, name)
-
-
-def about_missing(
-    missing: MissingKey, loader: OnceLoader, config_name: str, overrides: Sequence[str]
-) -> str:
-    """Return the message about a key that the options chosen by ``overrides`` do not have."""
-    try:
-        base = loader.base(config_name, overrides)
-    except HydraException:  # the group is missing, not a key in it
-        return str(missing)
-    parent = OmegaConf.select(base, missing.parent) if missing.parent else base
-    if not isinstance(parent, DictConfig):
-        return str(missing)
-    group, _, rest = missing.key.partition(".")
-    if "." in missing.parent and "_target_" not in parent:  # names are free: axes, arms
-        return _about_entry(missing)
-    option = base.hydra.runtime.choices.get(group) if rest else None
-    having = loader.options_with(missing.key, config_name, overrides) if option else []
-    if having:
-        return (
-            f"{group}={option} has no key `{missing.key}`. Options with it: "
-            f"{group}={', '.join(having)}."
-        )
-    known = [str(name) for name in parent if not str(name).startswith("_")]
-    # Only the name is compared, because all keys of a group share the rest.
-    close = nearest(missing.name, known)
-    dotted = f"`{missing.parent}." if missing.parent else "`"
-    return f"{missing}{close.replace('`', dotted, 1)}"
-
-
-def _about_entry(missing: MissingKey) -> str:
-    """Return the message about a mapping that does not have the entry."""
-    simple = re.fullmatch(r"\w+", missing.name)
-    entry = f".{missing.name}=..." if simple else f"={{{missing.name}: ...}}"
-    return f"`{missing.parent}` has no entry `{missing.name}`: add one by +{missing.parent}{entry}"

@@ -10,23 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from reseed.cli.cluster import command
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, expand, override, parse
+from reseed.cli.plan import experiment_from
+from reseed.cli.run_selection import SelectedRuns, select_runs, unfinished_lines
 from reseed.cli.status import own_words
+from reseed.config import build
 from reseed.errors import ConfigError
-from reseed.system.console import counted
-
-if TYPE_CHECKING:
-    from reseed.cli.run_selection import SavedRun, SelectedRuns
-    from reseed.evaluate.base import EvaluationConfig
-    from reseed.experiment.resolve import Resolved
-    from reseed.store.sweeps import Sweep
-    from reseed.train.config import RuntimeConfig
+from reseed.evaluate.base import EvaluationConfig
+from reseed.experiment.resolve import Resolved, resolve_experiment
+from reseed.store.results import FOLDER
+from reseed.store.sweeps import Sweep
+from reseed.study.collect import collect_evaluated
+from reseed.study.evaluate import Evaluator, SavedRun, saved_run
+from reseed.system.console import counted, say
+from reseed.train.config import RuntimeConfig
 
 GROUP = "evaluation"
 SUBJECTS = "subjects"
@@ -46,10 +50,6 @@ def evaluate_many(configs: Sequence[DictConfig]) -> list[Any]:
     Returns:
         for each configuration None, or the exception with which it failed.
     """
-    from reseed.config import build
-    from reseed.study.evaluate import Evaluator
-    from reseed.train.config import RuntimeConfig
-
     each: list[dict[str, Any]] = [OmegaConf.to_container(c, resolve=True) for c in configs]  # type: ignore[misc]
     folders = [Path(folder) for folder in each[0].pop(SUBJECTS)]
     runtime = build(each[0]["runtime"], "runtime", RuntimeConfig)
@@ -66,9 +66,6 @@ def evaluation_from(values: Mapping[str, Any]) -> EvaluationConfig:
     Raises:
         ConfigError: no evaluation is named, or its settings are invalid.
     """
-    from reseed.config import build
-    from reseed.evaluate.base import EvaluationConfig
-
     if values[GROUP] is None:
         raise ConfigError(f"{{key}} is required, for example {GROUP}=reconstruction", GROUP)
     return build(values[GROUP], GROUP, EvaluationConfig)
@@ -111,7 +108,7 @@ class RequestedEvaluations:
         for config in self.configs:
             for name, resolved in declared.items():
                 try:
-                    config.check(resolved)
+                    config.check(resolved.source)
                 except ConfigError as error:
                     raise ConfigError(f"{error.within(GROUP)} ({name})") from error
 
@@ -120,13 +117,11 @@ class RequestedEvaluations:
 
         If several share a name, the last is used, with a notice.
         """
-        from reseed.system.console import say
-
         names = [config.name for config in self.configs]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
             say(f"tables show {GROUP}={name} with its last settings; runs' folders have all")
         for sweep in sweeps:
-            sweep.ask_for({config.name: config for config in self.configs})
+            sweep.add_evaluations({config.name: config for config in self.configs})
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -136,14 +131,7 @@ def main(arguments: Sequence[str]) -> int:
 def _main(arguments: Sequence[str]) -> int:
     words, rest = own_words(arguments)
     line = CommandLine("evaluate", rest)
-    if line.only_shows:
-        line.show(task, rest)
-        return 0
     asked = RequestedEvaluations.split_off(line)
-    from reseed.cli.run_selection import select_runs, unfinished_lines
-    from reseed.study.collect import collect_evaluated
-    from reseed.system.console import say
-
     if not asked.configs:
         raise ConfigError(
             f"{{key}} is required, for example {GROUP}=reconstruction,faithfulness", GROUP
@@ -182,8 +170,6 @@ def submit_all(
             f"{counted(len(chosen.folders), 'SAE')}",
             "hydra/launcher",
         )
-    from reseed.cli.cluster import command
-
     asked.check({target.id: target.resolved for target in targets})
     asked.show_in(chosen.sweeps)
     return command.evaluate(line, chosen.runtime, chosen.sweeps[0], targets, asked.configs)
@@ -211,9 +197,6 @@ def evaluate_all(
     Returns:
         the exit status: 1 if an evaluation failed.
     """
-    from reseed.store.results import FOLDER
-    from reseed.system.console import say
-
     asked.check({target.id: target.resolved for target in targets})
     asked.show_in(chosen.sweeps)
     place = (chosen.sweeps[0].path if chosen.sweeps else chosen.folders[0]) / FOLDER
@@ -246,9 +229,6 @@ def _targets(
     folders: Sequence[Path], runtime: RuntimeConfig, values: Mapping[str, Any]
 ) -> list[SavedRun]:
     """Return the SAEs in folders; ``values`` declares the experiment of SAEs that are not runs."""
-    from reseed.cli.plan import experiment_from
-    from reseed.cli.run_selection import saved_run
-    from reseed.experiment.resolve import resolve_experiment
 
     def declared() -> Resolved:
         return resolve_experiment(experiment_from({**values, GROUP: None})[0], runtime)

@@ -7,36 +7,31 @@ errors appear at once and in reseed's own words (`errors`).
 from __future__ import annotations
 
 import argparse
-import copy
 import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cache, cached_property, partial
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
-from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
-from hydra._internal.config_repository import IConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from reseed.cli.errors import about_missing, describe_error
-from reseed.cli.main import COMMANDS
+from reseed.cli import COMMANDS
+from reseed.cli.config_loader import about_missing, load_once
+from reseed.cli.errors import describe_error
 from reseed.errors import ConfigError, ReseedError
 
-# MERGED Configuration loader for many jobs: reads the files once for each choice of options. The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which names the files to compose, depends only on the choices of options (``sae=relu``), because its interpolations refer to choices. So t
 CONFIG_NAME = "config"
 Task = Callable[[DictConfig], Any]
 
@@ -68,23 +63,11 @@ class CommandLine:
         self.multirun = bool(self.flags.multirun)
 
     @property
-    def only_shows(self) -> bool:
-        """True if the line only asks Hydra to show help, configuration or completion."""
-        f = self.flags
-        return bool(f.help or f.hydra_help or f.cfg or f.info or f.shell_completion)
-
-    @property
     def config_flags(self) -> list[str]:
         """The flags that select the configuration, to be passed on to Hydra."""
         flags = self.flags
         pairs = (("--config-dir", flags.config_dir), ("--config-name", flags.config_name))
         return [part for name, value in pairs if value is not None for part in (name, value)]
-
-    def show(self, task: Task, arguments: Sequence[str]) -> None:
-        """Let Hydra answer a command line that only shows something."""
-        header = override("hydra.help.header", f"reseed {self.command}: {COMMANDS[self.command]}")
-        with _argv(self.command, [*arguments, header] if self.flags.help else arguments):
-            hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(task)()
 
     @contextmanager
     def composer(self) -> Iterator[Callable[[Sequence[str]], dict[str, Any]]]:
@@ -210,6 +193,28 @@ def _collecting(task: Task, errors: list[Exception]) -> Task:
     return collecting
 
 
+def asks_to_show(arguments: Sequence[str]) -> bool:
+    """Return True if a command line only asks for help, configuration or completion."""
+    # Flags and words of the command itself (``--format md SWEEP``) are unknown to Hydra.
+    f, _ = get_args_parser().parse_known_args(list(arguments))
+    return bool(f.help or f.hydra_help or f.cfg or f.info or f.shell_completion)
+
+
+def show(command: str, arguments: Sequence[str]) -> None:
+    """Let Hydra answer a command line that `asks_to_show`."""
+    flags, unknown = get_args_parser().parse_known_args(list(arguments))
+    words = [o for o in flags.overrides if "=" not in o and not o.startswith(("~", "+"))]
+    kept = [word for word in arguments if word not in unknown and word not in words]
+    if flags.help:
+        kept.append(override("hydra.help.header", f"reseed {command}: {COMMANDS[command]}"))
+    with _argv(command, kept):
+        hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(_no_task)()
+
+
+def _no_task(config: DictConfig) -> None:
+    """Stand for the task of a command line that only shows something."""
+
+
 def parse(overrides: Sequence[str]) -> list[Override]:
     """Parse overrides with Hydra's grammar."""
     instance = GlobalHydra.instance()
@@ -244,137 +249,3 @@ def _argv(command: str, arguments: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-# Exceptions that a wrong override can raise; Hydra does not expect all of them (`sae=null`).
-_WRONG = (
-    HydraException, OmegaConfBaseException, AttributeError, LookupError, TypeError, ValueError,
-)  # fmt: skip
-
-
-class OnceLoader(ConfigLoaderImpl):
-    """Loader that composes as ``loader`` does, but every choice of options only once.
-
-    Later changes of the files are not seen, so every command makes a new loader.
-    """
-
-    def __init__(self, loader: ConfigLoaderImpl) -> None:
-        # The base class is not initialised, because that would search the sources again.
-        self.config_search_path = loader.config_search_path
-        self.repository = loader.repository
-        self._parsed: dict[str, Override] = {}
-        self._bases: dict[tuple[object, ...], DictConfig] = {}
-        self._is_group: dict[tuple[object, ...], Callable[[str], bool]] = {}
-
-    def load_configuration(
-        self,
-        config_name: str | None,
-        overrides: list[str],
-        run_mode: RunMode,
-        from_shell: bool = True,
-        validate_sweep_overrides: bool = True,
-    ) -> DictConfig:
-        """Compose as Hydra does, with the same errors."""
-        if run_mode == RunMode.RUN:
-            # On any error Hydra composes again below, so that its message is the one raised.
-            with suppress(*_WRONG):
-                return self._quickly(config_name, overrides)
-        return super().load_configuration(
-            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
-        )
-
-    def base(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
-        """Return the configuration without the values of a job; the caller must not change it."""
-        parsed = [self._parse(text) for text in overrides]
-        return self._base(config_name, self._split(config_name, parsed)[0])
-
-    def options_with(
-        self, key: str, config_name: str | None, overrides: Sequence[str]
-    ) -> list[str]:
-        """Return the options of a group that have a key such as ``sae.k``."""
-        own = [o for o in overrides if self._parse(o).is_hydra_override()]
-        _, files = self._parse_overrides_and_create_caching_repo(config_name, own)
-        group = key.partition(".")[0]
-        return [o for o in files.get_group_options(group) if _has(files, f"{group}/{o}", key)]
-
-    def _quickly(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
-        parsed = [self._parse(text) for text in overrides]
-        rest, values = self._split(config_name, parsed)
-        config = copy.deepcopy(self._base(config_name, rest))
-        ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        task = [o for o in parsed if not o.is_hydra_override()]
-        config.hydra.overrides.task.clear()
-        config.hydra.overrides.task.extend([o.input_line for o in task])
-        words = config.hydra.job.config.override_dirname
-        config.hydra.job.override_dirname = get_overrides_dirname(
-            task, words.exclude_keys, words.item_sep, words.kv_sep
-        )
-        return config
-
-    def _base(self, config_name: str | None, rest: Sequence[Override]) -> DictConfig:
-        lines = [str(o.input_line) for o in rest]
-        key = (config_name, os.getcwd(), *lines)
-        if key not in self._bases:
-            self._bases[key] = super().load_configuration(config_name, lines, RunMode.RUN)
-        return self._bases[key]
-
-    def _parse(self, text: str) -> Override:
-        if text not in self._parsed:
-            (self._parsed[text],) = OverridesParser.create().parse_overrides([text])
-        return self._parsed[text]
-
-    def _split(
-        self, config_name: str | None, parsed: Sequence[Override]
-    ) -> tuple[list[Override], list[Override]]:
-        """Split overrides into choices, and values that Hydra applies after the composition.
-
-        Hydra's own settings count as choices, because they belong to the whole sweep and set the
-        search path.
-        """
-        is_group = self._groups(config_name, [o for o in parsed if o.is_hydra_override()])
-        choices, values = [], []
-        for o in parsed:
-            key = o.key_or_group
-            other = key == "hydra" or o.is_hydra_override() or o.is_sweep_override()
-            is_value = not other and (isinstance(o.value(), dict) or not is_group(key))
-            (values if is_value else choices).append(o)
-        return choices, values
-
-    def _groups(self, config_name: str | None, own: Sequence[Override]) -> Callable[[str], bool]:
-        """Return a predicate that is true for groups, on the search path of Hydra's settings."""
-        lines = [str(o.input_line) for o in own]
-        key = (config_name, *lines)
-        if key not in self._is_group:
-            _, found = self._parse_overrides_and_create_caching_repo(config_name, lines)
-            self._is_group[key] = cache(found.group_exists)
-        return self._is_group[key]
-
-
-def _has(files: IConfigRepository, path: str, key: str) -> bool:
-    """Return True if an option such as ``sae/topk``, or one that it inherits from, has a key."""
-    loaded = files.load_config(path)
-    if loaded is None:
-        return False
-    group, _, within = key.partition(".")
-    name = key if loaded.header["package"] == "_global_" else within
-    parent, _, last = name.rpartition(".")
-    node: Any = loaded.config
-    node = OmegaConf.select(node, parent) if parent else node
-    if isinstance(node, DictConfig) and last in node:
-        return True
-    inherited = [
-        d.path if d.path.startswith("/") else f"{group}/{d.path}"
-        for d in loaded.defaults_list or ()
-        if isinstance(d, ConfigDefault) and d.path not in (None, "_self_")
-    ]
-    return any(_has(files, path.removeprefix("/"), key) for path in inherited)
-
-
-def load_once() -> OnceLoader:
-    """Make the initialised Hydra compose every choice of options once, and return its loader."""
-    hydra = GlobalHydra.instance().hydra
-    assert hydra is not None
-    assert isinstance(hydra.config_loader, ConfigLoaderImpl)
-    loader = OnceLoader(hydra.config_loader)
-    hydra.config_loader = loader
-    return loader

@@ -9,22 +9,9 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from reseed import __version__
-
-COMMANDS = {
-    "train": "train SAEs: one, or with -m a sweep",
-    "run": "train the missing runs of a comparison, compare them, print the tables",
-    "compare": "compare the trained runs of a comparison, without training",
-    "evaluate": "evaluate SAEs: RUN, SWEEP or SAE folders, evaluation=reconstruction,...",
-    "show": "show what a latent fires on, and its matches: RUN 3,17; --partners",
-    "report": "write the report of a SWEEP: --format html|md|tex, --out FOLDER",
-    "check": "check whether latents replicate: LATENTS.csv or --latents 3,17; --train, --out",
-    "convert": "convert an SAE to another library's format: SOURCE --to FORMAT OUT",
-    "push": "push a run's SAE to the hub, with a card: RUN OWNER/NAME; --dry-run OUT",
-    "status": "list runs and sweeps, or the runs of a SWEEP (--watch: refresh until it ends)",
-    "cancel": "cancel the SLURM jobs of a SWEEP",
-    "cache": "list the activations in runtime.activation_cache; --clear [NAME] removes them",
-    "completion": "print the shell code for tab completion (bash, zsh)",
-}
+from reseed.cli import COMMANDS
+from reseed.cli.arguments import convert_parser, push_parser
+from reseed.errors import nearest
 
 _HELP = """\
 reseed - would I have found these features with another seed?
@@ -60,8 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"reseed {__version__}")
         sys.exit(0)
     if command not in COMMANDS:
-        from reseed.errors import nearest
-
         names = ", ".join(COMMANDS)
         print(
             f"error: there is no command `{command}`.{nearest(command, COMMANDS)} "
@@ -75,10 +60,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(command, arguments[1:]))
 
 
+_OWN_HELP = {"convert": convert_parser, "push": push_parser}  # the other commands have Hydra's
+
+
+def _dispatch(command: str, arguments: Sequence[str]) -> int:
+    """Answer what only asks to be shown; import the command's module for all else."""
+    if command in _OWN_HELP and {"-h", "--help"} & set(arguments):
+        _OWN_HELP[command]().print_help()
+        return 0
+    if command not in (*_OWN_HELP, "completion"):
+        from reseed.cli import hydra_app
+        from reseed.cli.errors import run_and_report
+
+        if hydra_app.asks_to_show(arguments):
+            return run_and_report(lambda: hydra_app.show(command, arguments))
+    if command == "compare" and any(word.startswith("sources=") for word in arguments):
+        command = "sources"
+    return import_module(f"reseed.cli.{command}").main(arguments)
+
+
 def _run(command: str, arguments: Sequence[str]) -> int:
     try:
-        module = import_module(f"reseed.cli.{command}")
-        status = module.main(arguments)
+        status = _dispatch(command, arguments)
     except KeyboardInterrupt:  # during the imports, before the command has its own handler
         print("interrupted; nothing was started", file=sys.stderr)
         status = 128 + signal.SIGINT

@@ -1,4 +1,8 @@
-"""Plan of a comparison: its grid, with the user's overrides, as checked jobs."""
+"""Checked jobs of a command line, and the plan of a comparison.
+
+`check_jobs` composes and checks every job before the first one starts. `make_plan` does so for the
+grid of a comparison with the user's overrides. `failure_lines` says what failed at the end.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,24 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from reseed.activations.dataset import DatasetConfig
 from reseed.activations.hookpoints import HookpointConfig
 from reseed.activations.source import SourceConfig
-from reseed.activations.stream import DatasetConfig
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.hydra_app import CommandLine, expand, override, parse, sweeps
 from reseed.compare.config import Arm, ComparisonConfig, pair_axes
 from reseed.config import build, make
 from reseed.errors import ConfigError, nearest
-from reseed.experiment.resolve import Experiment, Resolved, resolve_experiment
+from reseed.experiment.declared import Experiment
+from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.sae.base import SAEOption
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
-from reseed.system.console import say
+from reseed.study.compare import token_mismatch
+from reseed.system.console import counted, say
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig, TrainingConfig
 
-# MERGED Checked experiments from composed configuration. Imports torch: import it only in commands.
 _GROUPS = {
     "model": SourceConfig,
     "hookpoint": HookpointConfig,
@@ -37,7 +42,7 @@ _SCALARS = ("layer", "seed", "seed_scope", "surrogate")
 _REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
 _ROOT = (*_REQUIRED, "source", "comparison", "evaluation", "plan_only", "wait", "objective")
 _LOCAL = ("fused", "basic", "joblib", "submitit_local")
-_SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both, the command prints that it is checking
+_SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both, the check is announced
 
 
 @dataclass(frozen=True)
@@ -283,8 +288,6 @@ def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
 
 def _check_tokens(arm: Arm, first: Job, other: Job, settings: ComparisonConfig, key: str) -> None:
     """Raise `ConfigError` if two runs of different `d_in` have no tokens in common either."""
-    from reseed.study.compare import token_mismatch
-
     reason = token_mismatch([first.resolved.identity, other.resolved.identity])
     if not reason and not settings.activation_tokens:
         reason = "comparison.activation_tokens=0 switches that off"
@@ -360,3 +363,41 @@ def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(_word(item) for item in value)}]"
     return override("", value)[1:]
+
+
+def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
+    """Describe the runs that are not finished; runs of a cell with the same error share a line.
+
+    Unless the message explains the error, lines with its source and the path of the whole
+    traceback follow.
+    """
+    alike: dict[tuple[str, ...], dict[str, tuple[Run, int]]] = {}
+    for resolved in (job.resolved for job in jobs):
+        run = resolved.run(store)
+        if not run.finished:
+            error = run.failure
+            message = error["message"] if error else "not trained"
+            cell = resolved.label.removesuffix(f"-seed{resolved.experiment.seed}")
+            found = alike.setdefault((run.status, cell, message), {})
+            found[run.id] = run, resolved.experiment.seed
+    lines = []
+    for (status, cell, message), found in alike.items():
+        run, _ = next(iter(found.values()))
+        seeds = {seed for _, seed in found.values()}
+        kind = "seed" if len(seeds) == len(found) else "run"
+        who = run.id if len(found) == 1 else f"{cell} ({counted(len(found), kind)})"
+        lines.append(f"{status}: {who}: {message}")
+        if run.failure and not run.failure["explained"]:
+            lines += [f"  {line}" for line in _last_frame(run.failure["traceback"])]
+            lines.append(f"  the whole traceback is in {run.path / 'run.json'}")
+    return lines
+
+
+def _last_frame(traceback: str) -> list[str]:
+    """Return the file, line and source where the error was raised."""
+    lines = [line.strip() for line in traceback.splitlines()]
+    files = [i for i, line in enumerate(lines) if line.startswith('File "')]
+    if not files:
+        return []
+    last = lines[files[-1] : files[-1] + 2]
+    return [last[0], *(f"  {line}" for line in last[1:] if line)]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reseed.cli.convert import FORMATS, Parser, check_new, write_checked
+from reseed.cli.arguments import push_parser
+from reseed.cli.convert import check_new, write_checked
 from reseed.cli.errors import run_and_report
 from reseed.errors import ConfigError, ReseedError
+from reseed.sae.base import SAE
+from reseed.sae.checkpoint import load_sae, read_metadata
+from reseed.sae.formats.files import HubPlace
+from reseed.store.runs import Run, load_run
+from reseed.system.console import say
 from reseed.system.environment import VERSION
 from reseed.system.files import atomic_write_json, atomic_write_text
 
-if TYPE_CHECKING:
-    from reseed.sae.base import SAE
-    from reseed.store.runs import Run
-
-# MERGED Card (README.md) of an SAE on the hub, from the record of its run.
 _METRICS = {
     "fvu": "fraction of variance unexplained",
     "l0": "latents active per token",
@@ -67,7 +68,7 @@ A sparse autoencoder with {sae.num_latents:,} latents for activations of width {
 {e["seed"]}. It takes raw activations. The signature of its run is `{run.signature}`.
 
 ```python
-from reseed.system.environment import VERSION
+import reseed
 
 sae = reseed.load_sae("hub:{place}")
 out = sae(x)  # out.latents, out.reconstruction; x: [..., {sae.d_in}]
@@ -110,23 +111,8 @@ def main(arguments: Sequence[str]) -> int:
     return run_and_report(lambda: _main(arguments))
 
 
-def parser() -> Parser:
-    """Return the parser of the command's arguments."""
-    made = Parser("reseed push", description=__doc__, allow_abbrev=False)
-    made.add_argument("run", help="a run's folder")
-    made.add_argument("repo", help="OWNER/NAME on the hub; created if necessary")
-    made.add_argument("--to", default="reseed", choices=FORMATS, help="the format to write")
-    made.add_argument("--path", default="", help="folder in the repository; by default its top")
-    made.add_argument("--private", action="store_true", help="create a private repository")
-    made.add_argument("--dry-run", metavar="OUT", help="write to the folder OUT, push nothing")
-    return made
-
-
 def _main(arguments: Sequence[str]) -> None:
-    given = parser().parse_args(list(arguments))
-    from reseed.sae.formats.files import HubPlace
-    from reseed.store.runs import load_run
-    from reseed.system.console import say
+    given = push_parser().parse_args(list(arguments))
 
     HubPlace.parse("/".join(part for part in (given.repo, given.path) if part))
     run = load_run(given.run)
@@ -154,9 +140,8 @@ def make_folder(run: Run, out: Path, repo: str, path: str, format: str) -> tuple
     Returns:
         notes on what the format does not keep.
     """
-    from reseed.sae.checkpoint import read_metadata
 
-    sae = run.sae()
+    sae = load_sae(run.path)
     notes = write_checked(sae, out, format, read_metadata(run.path))
     atomic_write_json(out / "metrics.json", run.metrics)
     place = "/".join(part for part in (repo, path) if part)

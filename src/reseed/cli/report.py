@@ -4,49 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from reseed.cli.convert import Parser
+from reseed.cli.arguments import report_parser
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.status import own_words, sweep_called
-from reseed.cli.status import task as shown
+from reseed.compare.config import ComparisonConfig
 from reseed.errors import ConfigError, ReseedError
-
-if TYPE_CHECKING:
-    from reseed.store.sweeps import Sweep
-    from reseed.study.collect import SweepResults
-
-FORMATS = ("html", "md", "tex")
+from reseed.report.figures import save_figures
+from reseed.report.page.write import drawings
+from reseed.store.sweeps import Sweep
+from reseed.study.collect import REPORT, SweepResults, gather, report_of, write_numbers
+from reseed.system.console import say
 
 
 def main(arguments: Sequence[str]) -> int:
     return run_and_report(lambda: _main(arguments))
 
 
-def parser() -> Parser:
-    """Return the parser of the flags that are not Hydra's."""
-    made = Parser("reseed report", add_help=False, allow_abbrev=False)
-    made.add_argument("--format", default="html", choices=FORMATS)
-    made.add_argument("--out")
-    return made
-
-
 def _main(arguments: Sequence[str]) -> int:
-    given, rest = parser().parse_known_args(list(arguments))
+    given, rest = report_parser().parse_known_args(list(arguments))
     words, rest = own_words(rest)
     line = CommandLine("report", rest)
-    if line.only_shows:
-        line.show(shown, rest)
-        return 0
     if len(words) != 1:
         got = ", ".join(words) or "none"
         raise ConfigError(f"reseed report takes one sweep; got {got}")
     sweep = sweep_called(words[0], line)
-    from reseed.compare.config import ComparisonConfig
-    from reseed.study.collect import REPORT, gather, report_of, write_numbers
-    from reseed.system.console import say
-
     if not sweep.compared:
         raise ReseedError(
             f"{sweep.path}: its runs have not been compared, so there is nothing to report: run "
@@ -63,9 +46,6 @@ def _main(arguments: Sequence[str]) -> int:
 
 def drawn(sweep: Sweep, found: SweepResults) -> list[str]:
     """Return the names of the sweep's figures; missing ones are drawn beside its tables."""
-    from reseed.report.figures import save_figures
-    from reseed.report.page.write import drawings
-
     made = drawings(found.cells, found.runs)
     lacking = {name: draw for name, draw in made.items() if not _is_there(sweep.path, name)}
     save_figures(lacking, sweep.path)

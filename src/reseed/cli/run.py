@@ -4,15 +4,17 @@ and write and print the tables."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from reseed.cli import compare, evaluate, train, tune
+from reseed.cli.cluster.command import run_on_cluster
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-
-if TYPE_CHECKING:
-    from reseed.cli.plan import Plan
+from reseed.cli.plan import Plan, make_plan
+from reseed.cli.run_selection import select_comparison_runs
+from reseed.errors import ReseedError
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,13 +22,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(line: CommandLine, arguments: Sequence[str]) -> int:
-    if line.only_shows:
-        line.show(train.task, arguments)
-        return 0
     if tune.searches(line):
         return tune.tune(line, trial)
-    from reseed.cli.plan import make_plan
-
     asked = evaluate.RequestedEvaluations.split_off(line)
     plan = make_plan(line)
     if asked.configs:
@@ -36,17 +33,15 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
         return 0
     plan.write()
     if line.launcher[0] == SLURM:
-        from reseed.cli.cluster.command import launch
-
         asked.show_in((plan.sweep,))
-        return launch(
+        return run_on_cluster(
             line, plan.jobs, plan.runtime, plan.sweep, plan.settings, evaluations=asked.configs
         )
     return _train_and_compare(line, plan, asked)
 
 
 def _train_and_compare(line: CommandLine, plan: Plan, asked: evaluate.RequestedEvaluations) -> int:
-    launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
+    launches = [(run_on_cluster.overrides, run_on_cluster.jobs) for run_on_cluster in plan.launches]
     status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
     if asked.configs:
         status = max(status, _evaluate(line, asked, plan))
@@ -55,8 +50,6 @@ def _train_and_compare(line: CommandLine, plan: Plan, asked: evaluate.RequestedE
 
 def _evaluate(line: CommandLine, asked: evaluate.RequestedEvaluations, plan: Plan) -> int:
     """Evaluate the finished runs; the caller has reported the failed ones."""
-    from reseed.cli.run_selection import select_comparison_runs
-
     chosen = select_comparison_runs(plan)
     if not chosen.folders:
         return 0
@@ -69,11 +62,6 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
     Raises:
         ReseedError: the comparison has several cells, or a run failed.
     """
-    import pandas as pd
-
-    from reseed.cli.plan import make_plan
-    from reseed.errors import ReseedError
-
     line = CommandLine("run", list(overrides))
     asked = evaluate.RequestedEvaluations.split_off(line)
     plan = make_plan(line)

@@ -9,18 +9,24 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from reseed.cli import train
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
+from reseed.cli.names import check_used, find_by_name, runtime_of
 from reseed.cli.status import own_words
 from reseed.errors import ConfigError, ReseedError
-
-if TYPE_CHECKING:
-    from reseed.report.latent_view import LatentView, Partner
-    from reseed.store.contexts import Contexts
-    from reseed.train.config import RuntimeConfig
+from reseed.report.latent_view import (
+    FILE,
+    LatentView,
+    Partner,
+    matches_of,
+    print_latent,
+    print_partner,
+)
+from reseed.store.contexts import Contexts
+from reseed.store.sweeps import Sweep
+from reseed.system.console import console
+from reseed.train.config import RuntimeConfig
 
 PARTNERS = "--partners"
 """A flag that is not Hydra's: also show the matched latents of the other runs."""
@@ -33,18 +39,11 @@ def main(arguments: Sequence[str]) -> int:
 def _main(arguments: Sequence[str]) -> int:
     words, rest = own_words([word for word in arguments if word != PARTNERS])
     line = CommandLine("show", rest)
-    if line.only_shows:
-        line.show(train.task, rest)
-        return 0
     if len(words) < 2:
         raise ConfigError(
             "reseed show takes a run and latents of it, for example reseed show RUN 3,17; got "
             f"{' '.join(words) or 'nothing'}"
         )
-    from reseed.cli.run_selection import check_used, runtime_of
-    from reseed.report.latent_view import print_latent, print_partner
-    from reseed.system.console import console
-
     runtime = runtime_of(line)
     check_used(line)
     latents = [_index(part.strip()) for word in words[1:] for part in word.split(",")]
@@ -54,8 +53,8 @@ def _main(arguments: Sequence[str]) -> int:
         if i:
             console().print()
         print_latent(shown, console())
-        if PARTNERS in arguments and shown.replicas is not None:
-            for partner in shown.replicas.partners:
+        if PARTNERS in arguments and shown.matches is not None:
+            for partner in shown.matches.partners:
                 console().print()
                 print_partner(partner, _of_partner(partner, run), console())
     return 0
@@ -69,9 +68,6 @@ def _index(word: str) -> int:
 
 def _run(word: str, runtime: RuntimeConfig) -> Path:
     """Return the folder of the run or SAE that a word names."""
-    from reseed.cli.run_selection import find_by_name
-    from reseed.store.sweeps import Sweep
-
     meant = find_by_name(word, runtime)
     if isinstance(meant, Sweep):
         names = ", ".join(dict.fromkeys(run.id for run in meant.runs()))
@@ -80,8 +76,6 @@ def _run(word: str, runtime: RuntimeConfig) -> Path:
 
 
 def _contexts(run: Path, line: CommandLine) -> Contexts:
-    from reseed.store.contexts import Contexts
-
     contexts = Contexts.of(run)
     if contexts is None:
         command = ["reseed", "evaluate", str(run), "evaluation=contexts", *line.overrides]
@@ -93,18 +87,13 @@ def _shown(
     run: Path, contexts: Contexts, latents: Sequence[int], runtime: RuntimeConfig
 ) -> list[LatentView]:
     """Return the latents, with their matches in the newest comparison that contains the run."""
-    from reseed.report.latent_view import LatentView, matches_of
-
     described = [contexts.latent(latent) for latent in latents]
     sweep, name = _newest_sweep(run, runtime), run.resolve().name
-    replicas = matches_of(sweep, name, latents) if sweep else {}
-    return [LatentView(name, contexts, one, replicas.get(one.latent)) for one in described]
+    matches = matches_of(sweep, name, latents) if sweep else {}
+    return [LatentView(name, contexts, one, matches.get(one.latent)) for one in described]
 
 
 def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
-    from reseed.report.latent_view import FILE
-    from reseed.store.sweeps import Sweep
-
     tables = [
         path.parent / FILE
         for path in Path(runtime.sweeps).glob("*/manifest.jsonl")
@@ -116,9 +105,6 @@ def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
 
 def _of_partner(partner: Partner, run: Path) -> LatentView | None:
     """Return the partner of a latent of ``run`` with its contexts, or None if it has none."""
-    from reseed.report.latent_view import LatentView
-    from reseed.store.contexts import Contexts
-
     contexts = Contexts.of(run.resolve().parent / partner.run)
     if contexts is None or partner.latent is None:
         return None

@@ -9,16 +9,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+import torch
+
+from reseed.cli import compare, train
+from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, override, parse
+from reseed.cli.plan import make_plan
+from reseed.compare.cell import CellResult, compare_cell
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.dictionary import Dictionary
+from reseed.compare.matching import MatchingCache
+from reseed.compare.pairing import add_axis_columns
+from reseed.config import build
 from reseed.errors import ConfigError
-
-if TYPE_CHECKING:
-    from reseed.compare.cell import CellResult
-    from reseed.compare.config import ComparisonConfig
-    from reseed.compare.dictionary import Dictionary
-    from reseed.train.config import RuntimeConfig
+from reseed.report.figures import write_figures
+from reseed.report.tables import write_tables
+from reseed.report.terminal import print_summary
+from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.formats import import_sae
+from reseed.sae.formats.files import fetch
+from reseed.sae.pretrained import fingerprint_of
+from reseed.store.sweeps import Sweep
+from reseed.system.console import counted, say, throttled_say
+from reseed.system.devices import pick_device
+from reseed.train.config import RuntimeConfig
 
 KEY = "sources"
 _ACTIVATIONS = ("model", "dataset", "layer", "hookpoint")
@@ -27,9 +44,8 @@ _MEASURED = ("fvu", "l0", "cosine", "dead_fraction")
 """Metrics of runs on held-out tokens, which are unknown for weights alone."""
 
 
-def named_in(line: CommandLine) -> bool:
-    """Return True if a command line lists sources."""
-    return any(word.partition("=")[0] == KEY for word in line.overrides)
+def main(arguments: Sequence[str]) -> int:
+    return run_and_report(lambda: compare_sources(CommandLine("compare", arguments)))
 
 
 def compare_sources(line: CommandLine) -> int:
@@ -87,9 +103,6 @@ def _checked(given: Sequence[Any]) -> list[str]:
 
 def _on_activations(line: CommandLine) -> int:
     """Train (that is, measure) and compare the sources as runs of `sae=pretrained`."""
-    from reseed.cli import compare, train
-    from reseed.cli.plan import make_plan
-
     plan = make_plan(line)
     plan.write()
     launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
@@ -98,14 +111,6 @@ def _on_activations(line: CommandLine) -> int:
 
 
 def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
-    from reseed.compare.config import ComparisonConfig
-    from reseed.config import build
-    from reseed.report.figures import write_figures
-    from reseed.report.tables import write_tables
-    from reseed.report.terminal import print_summary
-    from reseed.system.console import say
-    from reseed.train.config import RuntimeConfig
-
     declared = values["comparison"] | {"activation_tokens": 0}
     settings = build(declared, "comparison", ComparisonConfig)
     runtime = build(values["runtime"], "runtime", RuntimeConfig)
@@ -130,14 +135,6 @@ def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
 
 def _dictionary(source: str) -> tuple[Dictionary, str]:
     """Return the rows of an SAE, with unknown firing, and the name of its architecture."""
-    import numpy as np
-
-    from reseed.compare.dictionary import Dictionary
-    from reseed.sae.checkpoint import CheckpointError
-    from reseed.sae.formats import import_sae
-    from reseed.sae.formats.files import fetch
-    from reseed.sae.pretrained import fingerprint_of
-
     try:
         sae = import_sae(fetch(source)).sae
     except CheckpointError as error:
@@ -161,15 +158,6 @@ def _compared(
     found: Sequence[Dictionary], settings: ComparisonConfig, runtime: RuntimeConfig
 ) -> tuple[CellResult, Path]:
     """Match all pairs, and write the result into the sweep folder of these SAEs and settings."""
-    import torch
-
-    from reseed.compare.cell import compare_cell
-    from reseed.compare.matching import MatchingCache
-    from reseed.compare.pairing import add_axis_columns
-    from reseed.store.sweeps import Sweep
-    from reseed.system.console import counted, say, throttled_say
-    from reseed.system.devices import pick_device
-
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     sweep = Sweep.of(runtime.sweeps, "sources", [one.id for one in found], settings.signed())

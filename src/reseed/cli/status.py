@@ -7,19 +7,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from reseed.cli.cluster.queue import Record
+from reseed.cli.cluster.states import QueueSnapshot, counts, print_sweep, states, watch
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
+from reseed.cli.names import find_sweep
 from reseed.errors import ConfigError
-
-if TYPE_CHECKING:
-    from reseed.store.runs import Run
-    from reseed.store.sweeps import Sweep
+from reseed.store.runs import Run, RunStore
+from reseed.store.sweeps import Sweep
+from reseed.system.console import counted, print_rows, say
 
 ALL = "--all"
 """A flag that is not Hydra's: also list the runs of calibrations."""
@@ -50,17 +51,12 @@ def _main(arguments: Sequence[str]) -> int:
     which = task_all if ALL in arguments else task
     words, rest = own_words(rest)
     line = CommandLine("status", rest)
-    if line.only_shows:
-        line.show(which, rest)
-        return 0
     if len(words) > 1 or (WATCH in arguments and not words):
         got = ", ".join(words) or "none"
         raise ConfigError(f"reseed status {WATCH} takes one sweep; got {got}")
     if not words:
         line.launch(which, line.overrides, line.multirun)
         return 0
-    from reseed.cli.cluster.states import print_sweep, watch
-
     (watch if WATCH in arguments else print_sweep)(sweep_called(words[0], line))
     return 0
 
@@ -76,8 +72,6 @@ def own_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def sweep_called(word: str, line: CommandLine) -> Sweep:
     """Return the sweep under runtime.sweeps that a word names."""
-    from reseed.cli.cluster.states import find_sweep
-
     with line.composer() as composed:
         root = composed(line.overrides)["runtime"]["sweeps"]
     return find_sweep(word, Path(str(root)))
@@ -89,9 +83,6 @@ def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:
     Args:
         everything: list the runs of calibrations too, instead of only counting them.
     """
-    from reseed.store.runs import RunStore
-    from reseed.system.console import counted, say
-
     rows: list[tuple[str, ...]] = []
     errors: list[str] = []
     calibrations: Counter[str] = Counter()
@@ -128,45 +119,7 @@ def _row(run: Run, status: str) -> tuple[str, ...]:
     return run.id, status, f"{run.record['tokens']:,}", *cells
 
 
-def print_rows(
-    rows: Sequence[tuple[str, ...]], title: str, columns: Sequence[str], words: Collection[str]
-) -> None:
-    """Print a table or, in a window too narrow for the names, a name and a line below it.
-
-    Args:
-        columns: headings: of the name, of a word that needs no heading, and of the other values.
-        words: the columns that hold words, not numbers; they are left-aligned.
-    """
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
-
-    from reseed.system.console import console, say
-
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    say(title)
-    wide = console().options.update(width=10_000, max_width=10_000)
-    if Measurement.get(console(), wide, table).maximum <= console().width:
-        console().print(table)
-        return
-    for row in rows:
-        told = [row[1]] + [f"{name} {word}" for name, word in zip(columns[2:], row[2:], strict=True)
-                           if word]  # fmt: skip
-        # `say` does not wrap lines, so the name can be copied from any window.
-        say(row[0])
-        say(f"    {' · '.join(told)}")
-
-
 def _print_sweeps(sweeps: Path) -> None:
-    from reseed.cli.cluster.queue import Record
-    from reseed.cli.cluster.states import QueueSnapshot, counts, states
-    from reseed.store.sweeps import Sweep
-    from reseed.system.console import say
-
     for folder in sorted(p.parent for p in sweeps.glob("*/manifest.jsonl")):
         sweep = Sweep(folder)
         if Record(folder).jobs:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import DictConfig
 
 from reseed.cli import tune
+from reseed.cli.cluster import command
+from reseed.cli.cluster.command import run_on_cluster
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, override
-from reseed.system.console import counted
-
-if TYPE_CHECKING:
-    from reseed.cli.plan import Job
-    from reseed.store.runs import Run, RunStore
-    from reseed.store.sweeps import Sweep
-    from reseed.train.config import RuntimeConfig
+from reseed.cli.plan import Job, check_jobs, failure_lines, resolved_from
+from reseed.errors import ReseedError
+from reseed.store.runs import Run, RunStore
+from reseed.store.sweeps import Sweep
+from reseed.study.train import plan_missing, train_missing
+from reseed.system.console import counted, say
+from reseed.system.files import DiskFullError
+from reseed.train.config import RuntimeConfig
 
 
 def task(config: DictConfig) -> None:
@@ -34,10 +37,6 @@ def train_many(configs: Sequence[DictConfig]) -> list[Any]:
     Returns:
         for each configuration the run's folder, or the exception with which the run failed.
     """
-    from reseed.cli.plan import resolved_from
-    from reseed.store.runs import RunStore
-    from reseed.study.train import train_missing
-
     pairs = [resolved_from(config) for config in configs]
     runtime = pairs[0][1]
     failures = train_missing([resolved for resolved, _ in pairs], runtime)
@@ -53,13 +52,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(line: CommandLine, arguments: Sequence[str]) -> int:
-    if line.only_shows:
-        line.show(task, arguments)
-        return 0
     if tune.searches(line):
         return tune.tune(line, trial)
-    from reseed.cli.plan import check_jobs
-
     jobs, runtime = check_jobs(line, line.overrides, line.multirun)
     if runtime.plan_only:
         show_plan(line, jobs, runtime)
@@ -71,9 +65,6 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
 
 def sweep_of(jobs: Sequence[Job], runtime: RuntimeConfig) -> Sweep:
     """Write the manifest of a sweep that is trained and not compared, and return the sweep."""
-    from reseed.store.runs import RunStore
-    from reseed.store.sweeps import Sweep
-
     sweep = Sweep.of(runtime.sweeps, "train", [job.resolved.signature for job in jobs])
     sweep.write_manifest(jobs, RunStore(runtime.outputs))
     return sweep
@@ -85,10 +76,6 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
     Raises:
         ReseedError: a run failed.
     """
-    from reseed.cli.plan import check_jobs
-    from reseed.errors import ReseedError
-    from reseed.store.runs import RunStore
-
     line = CommandLine("train", ["-m", *overrides])
     jobs, runtime = check_jobs(line, line.overrides, multirun=True)
     if train_jobs(line, [(line.overrides, jobs)], runtime, sweep_of(jobs, runtime)):
@@ -100,12 +87,8 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
 def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
     """Print the runs that would be trained or, with hydra/launcher=slurm, submitted."""
     if line.launcher[0] == SLURM:
-        from reseed.cli.cluster import command
-
         command.show_plan(line, jobs, runtime)
     else:
-        from reseed.study.train import plan_missing
-
         plan_missing([job.resolved for job in jobs], runtime)
 
 
@@ -125,14 +108,8 @@ def train_jobs(
     Returns:
         the exit status: 1 if a run failed.
     """
-    from reseed.store.runs import RunStore
-    from reseed.system.console import say
-    from reseed.system.files import DiskFullError
-
     if sweep is not None and line.launcher[0] == SLURM:
-        from reseed.cli.cluster.command import launch
-
-        return launch(line, [job for _, jobs in launches for job in jobs], runtime, sweep)
+        return run_on_cluster(line, [job for _, jobs in launches for job in jobs], runtime, sweep)
     store = RunStore(runtime.outputs)
     every = [job for _, jobs in launches for job in jobs]
     runs = {job.resolved.signature: job.resolved.run(store) for job in every}
@@ -181,41 +158,3 @@ def _how_far(runs: Sequence[Run]) -> str:
     finished = found.pop("finished", 0)
     others = [f"{count:,} {state}" for state, count in sorted(found.items())]
     return ", ".join([f"{finished:,} of {counted(len(runs), 'run')} finished", *others])
-
-
-def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
-    """Describe the runs that are not finished; runs of a cell with the same error share a line.
-
-    Unless the message explains the error, lines with its source and the path of the whole
-    traceback follow.
-    """
-    alike: dict[tuple[str, ...], dict[str, tuple[Run, int]]] = {}
-    for resolved in (job.resolved for job in jobs):
-        run = resolved.run(store)
-        if not run.finished:
-            error = run.failure
-            message = error["message"] if error else "not trained"
-            cell = resolved.label.removesuffix(f"-seed{resolved.experiment.seed}")
-            found = alike.setdefault((run.status, cell, message), {})
-            found[run.id] = run, resolved.experiment.seed
-    lines = []
-    for (status, cell, message), found in alike.items():
-        run, _ = next(iter(found.values()))
-        seeds = {seed for _, seed in found.values()}
-        kind = "seed" if len(seeds) == len(found) else "run"
-        who = run.id if len(found) == 1 else f"{cell} ({counted(len(found), kind)})"
-        lines.append(f"{status}: {who}: {message}")
-        if run.failure and not run.failure["explained"]:
-            lines += [f"  {line}" for line in _last_frame(run.failure["traceback"])]
-            lines.append(f"  the whole traceback is in {run.path / 'run.json'}")
-    return lines
-
-
-def _last_frame(traceback: str) -> list[str]:
-    """Return the file, line and source where the error was raised."""
-    lines = [line.strip() for line in traceback.splitlines()]
-    files = [i for i, line in enumerate(lines) if line.startswith('File "')]
-    if not files:
-        return []
-    last = lines[files[-1] : files[-1] + 2]
-    return [last[0], *(f"  {line}" for line in last[1:] if line)]

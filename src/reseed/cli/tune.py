@@ -21,11 +21,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 
 from reseed.cli.hydra_app import CommandLine
+from reseed.compare.columns import COSINES, FRACTIONS
 from reseed.config import digest
 from reseed.errors import ConfigError, ReseedError, nearest
+from reseed.system.console import say
+from reseed.system.files import atomic_write_text
 
 SWEEPER = "hydra/sweeper"
 _PARAMS = "hydra.sweeper.params"
@@ -122,8 +128,6 @@ def _objectives(line: CommandLine) -> tuple[list[str], Path]:
     names = [str(name) for name in (said if isinstance(said, list) else [said] if said else [])]
     known = list(_OF_RUNS)
     if line.command == "run":
-        from reseed.compare.measures import COSINES, FRACTIONS
-
         known += [*FRACTIONS, *COSINES]
     if not names:
         raise ConfigError(
@@ -144,16 +148,11 @@ def _objectives(line: CommandLine) -> tuple[list[str], Path]:
 
 def _proposed(choices: Sequence[str]) -> list[str]:
     """Return the overrides of this job that Optuna proposed."""
-    from hydra.core.hydra_config import HydraConfig
-
     return [o for o in HydraConfig.get().overrides.task if o not in choices]
 
 
 def _apart(work: Callable[[], list[float]]) -> list[float]:
     """Run work that starts Hydra within a job of Hydra, and restore Hydra's global state."""
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.singleton import Singleton
-
     state = Singleton.get_state()
     try:
         return work()
@@ -177,9 +176,6 @@ class _Study:
 
     def add(self, proposed: Sequence[str], values: Sequence[float]) -> None:
         """Add a trial, print it and rewrite trials.csv."""
-        from reseed.system.console import say
-        from reseed.system.files import atomic_write_text
-
         self.trials.append((list(proposed), list(values)))
         told = ", ".join(f"{n} {v:.4g}" for n, v in zip(self.names, values, strict=True))
         say(f"trial {len(self.trials)}: {' '.join(proposed)}: {told}")
@@ -194,8 +190,6 @@ class _Study:
 
     def say_best(self, direction: str) -> None:
         """Print the best trial (of a single objective) and the path of the tables."""
-        from reseed.system.console import say
-
         if len(self.names) == 1 and self.trials:
             pick = max if "max" in direction else min
             proposed, (value,) = pick(self.trials, key=lambda trial: trial[1][0])

@@ -1,7 +1,7 @@
 """One cell of a comparison: runs that are equal in everything but what pairs them up.
 
 All pairs are measured, with their nulls and their initial weights. The resulting tables are written
-to a folder, from which later commands read them.
+to a folder, from which later commands read them. `cell_settings` names a cell by its settings.
 """
 
 from __future__ import annotations
@@ -23,34 +23,39 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.dictionary import Dictionary, Rows
+from reseed.compare.dictionary import Dictionary, Rows, any_incompatible, incompatible
 from reseed.compare.matching import Matcher, match
+from reseed.compare.measures import PairSide
 from reseed.compare.nearest import Duplicates, find_duplicates
-from reseed.compare.nulls import duplicate_measures, null_measures
+from reseed.compare.nulls import null_measures
 from reseed.compare.pair import (
     NO_COMMON_SPACE,
     WEIGHTS_NOTE,
-    PairSide,
-    any_incompatible,
     compare_pair,
-    compatible_only,
-    incompatible,
+    duplicate_measures,
     incompatible_pair,
-    run_reproducibilities,
 )
 from reseed.compare.pairing import without_intervals
-from reseed.compare.sharing_profile import ESTIMATES as CYCLES
-from reseed.compare.sharing_profile import cycle_estimates, seed_profile, unshared_fractions
+from reseed.compare.sharing_profile import (
+    CYCLES,
+    cycle_estimates,
+    run_reproducibilities,
+    seed_profile,
+    unshared_fractions,
+)
 from reseed.compare.statistics import Interval
 from reseed.compare.strata import strata_table
 from reseed.compare.subspaces import subspaces
 from reseed.compare.tables import latent_table, pair_estimates, run_table
 from reseed.compare.truth import cell_truth, label_column
+from reseed.store.runs import Run
 from reseed.system.files import atomic_write, atomic_write_json
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 3
+_ABOUT = "L0≈"
+"""Prefix of the sparsity of a cell that was calibrated to an L0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,17 +65,18 @@ class CellResult:
     Attributes:
         settings: the comparison that the cell belongs to.
         runs: a row per run, see `tables.run_table`.
-        pairs: a row per pair of runs: `stability.PairResult.row`, then the columns ``null_…``,
+        pairs: a row per pair of runs: `PairResult.row`, then the columns ``null_…``,
             ``kappa``, ``untrained_…`` (NaN without untrained weights) and ``subspace_…``; and if
-            some runs differ in ``d_in``, `incompatible.NO_SPACE`.
+            some runs differ in ``d_in``, `WEIGHTS_NOTE`.
         latents: a row per latent of each run, see `tables.latent_table`.
         strata: numbers of latents and of shared ones by firing, see `strata.strata_table`.
         estimates: fractions and cosines over pairs of seeds, metrics over runs and cycles over
             triples, by name; if the truth is known, also those of `compare.truth` (``truth_…``).
         p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN if some runs differ
-            in ``d_in`` and cannot be compared (`compare.apart`).
+            in ``d_in`` and cannot be compared (`reseed.compare.pair`).
         evaluated: evaluation → the columns that it added to ``runs`` and ``estimates``. They do not
-            belong to the comparison and are not written with it (`reseed.report.evaluation_results`).
+            belong to the comparison and are not written with it
+            (`reseed.report.evaluation_results`).
     """
 
     settings: ComparisonConfig
@@ -174,7 +180,7 @@ def compare_cell(
     """Compare all pairs of the runs of a cell.
 
     Two runs of different ``d_in`` have no common space: their weights are not compared, and their
-    columns are NaN (`compare.apart`).
+    columns are NaN (`reseed.compare.pair`).
 
     Args:
         trained: the runs, in the order of the axis that pairs up.
@@ -208,13 +214,16 @@ def compare_cell(
         latent_table(*values)
         for values in zip(trained, against, profile.shared_with, repeated, likely, strict=True)
     ]
+    comparable = {
+        (s, t): side for (s, t), side in sides.items() if not incompatible(trained[s], trained[t])
+    }
     runs = run_table(trained, repeated, likely, spanned.runs, settings)
     return CellResult(
         settings=settings,
         runs=runs,
         pairs=pairs,
         latents=label_column(pa.concat_tables(tables), trained),
-        strata=strata_table(trained, compatible_only(trained, sides), settings.live_at_least),
+        strata=strata_table(trained, comparable, settings.live_at_least),
         estimates=_estimates(trained, sides, pairs, runs, settings),
         p=np.full_like(profile.p, np.nan) if WEIGHTS_NOTE in pairs else profile.p,
     )
@@ -297,3 +306,50 @@ def _check(
 def _interval(record: dict[str, Any]) -> Interval:
     mean = record.pop("mean")
     return Interval(nan if mean is None else mean, **record)
+
+
+def cell_settings(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
+    """Return the settings that identify a cell, by their command-line names.
+
+    Values that differ between its runs are joined by ``|``.
+    """
+    rows = [_run_settings(run.record) for run in runs]
+    out: dict[str, Any] = {"arm": axes["arm"]} if "arm" in axes else {}
+    for name in rows[0]:
+        values = list(dict.fromkeys(row[name] for row in rows))
+        out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
+    # An axis that is shown under another name already is not repeated.
+    shown = {"sae.num_latents", "training.tokens", "sae.target_l0"}
+    amount = str(out["sparsity"]).partition("=")[2]
+    shown |= {axis for axis, value in axes.items() if axis.startswith("sae.") and value == amount}
+    return out | {axis: v for axis, v in axes.items() if axis not in shown and axis not in out}
+
+
+def unify_sparsity(
+    cells: Sequence[tuple[Mapping[str, Any], Any]],
+) -> list[tuple[Mapping[str, Any], Any]]:
+    """Write the sparsity of all cells alike: if some are calibrated to an L0, a k is one too."""
+    if not any(_ABOUT in str(settings["sparsity"]) for settings, _ in cells):
+        return list(cells)
+    alike: list[tuple[Mapping[str, Any], Any]] = []
+    for settings, cell in cells:
+        words = str(settings["sparsity"]).replace("k=", _ABOUT).split("|")
+        alike.append(({**settings, "sparsity": "|".join(dict.fromkeys(words))}, cell))
+    return alike
+
+
+def _run_settings(record: dict[str, Any]) -> dict[str, Any]:
+    e = record["experiment"]
+    # A calibrated SAE is named by its target L0, not by the penalty found; a k is named as k.
+    target = None if "k" in e["sae"] else e["sae"].get("target_l0")
+    return {
+        "model": record["labels"]["model"],
+        "layer": e["layer"],
+        "hookpoint": e["hookpoint"]["module"] or e["hookpoint"]["site"],
+        "dataset": record["labels"]["dataset"],
+        "sae": "pretrained " * bool(record.get("pretrained")) + e["sae"]["type"],
+        "num_latents": record["num_latents"],
+        "sparsity": record["sparsity"] if target is None else f"{_ABOUT}{target:g}",
+        "tokens": record["tokens"],
+        "training": e["training"]["recipe"],
+    }

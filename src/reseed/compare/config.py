@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from reseed.compare.measures import FRACTIONS
+from reseed.compare.columns import FRACTIONS
 from reseed.config import Config, make, setting
 from reseed.errors import ConfigError, nearest
 

@@ -1,4 +1,8 @@
-"""A trained dictionary as the input of a comparison: rows of weights and firing counts."""
+"""A trained dictionary as the input of a comparison: rows of weights and firing counts.
+
+`Dictionary` holds one run, `Rows` its rows that are compared, with exact cosines of chosen pairs of
+rows. `load_dictionaries` loads a stored run with its trained and with its initial weights.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from reseed.compare.truth import checked_labels, truth_metrics
+from reseed.compare.columns import TRUTH_PREFIX
+from reseed.compare.matching.rows import scaled_rows
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run
+from reseed.store.weights import initial_sae
+
+LABELS = ("neither", "composite", "atom", "group")
+"""Labels of latents where the true features are known; ``truth_label`` is an index into them."""
+_BLOCK_ENTRIES = 1 << 20
+"""Entries of a matrix that are converted to float64 at a time: 8 MB."""
 
 
-# MERGED Compared rows of a dictionary, and exact cosines of chosen pairs of rows.
-# MERGED Loading of stored runs as dictionaries, with trained and with initial weights.
 @dataclass(frozen=True, eq=False)
 class Dictionary:
     """Weight rows of one SAE, with its firing on held-out tokens.
@@ -29,7 +39,7 @@ class Dictionary:
         dead: latents that did not fire in the last ``dead_after_tokens`` tokens of training.
         metrics: metrics of the run for the tables (``fvu``, ``l0``, ``dead_fraction``).
         truth: label of each latent in a synthetic world with known features (index into
-            `compare.truth.LABELS`); None if the truth is not known.
+            `LABELS`); None if the truth is not known.
         covariance: covariance of the held-out activations; None if it was not stored.
         variance: variance of each latent's contribution to reconstructions, Var(a_i)·‖W_i‖² over
             the held-out tokens; None if it was not stored.
@@ -116,6 +126,40 @@ class Dictionary:
         return self.firing >= at_least
 
 
+def checked_labels(
+    labels: Int[np.ndarray, " num_latents"], num_latents: int, run: str
+) -> Int[np.ndarray, " num_latents"]:
+    """Return the labels as int8.
+
+    Raises:
+        ValueError: the labels are not one index into `LABELS` per latent.
+    """
+    values = np.asarray(labels)
+    if values.dtype.kind not in "iu":
+        raise ValueError(f"{run}: `truth` must be integers; got {values.dtype}")
+    if values.shape != (num_latents,):
+        raise ValueError(
+            f"{run}: `truth` must have one value per latent [{num_latents}]; got "
+            f"{list(values.shape)}"
+        )
+    if values.min() < 0 or values.max() >= len(LABELS):
+        raise ValueError(
+            f"{run}: `truth` must lie between 0 and {len(LABELS) - 1} ({', '.join(LABELS)}); got "
+            f"{values.min()} to {values.max()}"
+        )
+    return np.ascontiguousarray(values, dtype=np.int8)
+
+
+def incompatible(a: Dictionary, b: Dictionary) -> bool:
+    """Return True if the rows of both are vectors of different spaces."""
+    return a.d_in != b.d_in
+
+
+def any_incompatible(trained: Sequence[Dictionary]) -> bool:
+    """Return True if some two of the dictionaries differ in ``d_in``."""
+    return any(incompatible(trained[0], x) for x in trained)
+
+
 def root(covariance: Float[np.ndarray, "d_in d_in"]) -> Float[np.ndarray, "d_in d_in"]:
     """Return R with R·Rᵀ = ``covariance``: x·R and y·R have the scalar product xᵀ·covariance·y.
 
@@ -137,10 +181,6 @@ def _root(covariance: bytes, d_in: int) -> Float[np.ndarray, "d_in d_in"]:
 
 def _has_direction(rows: Float[np.ndarray, "n d_in"]) -> Bool[np.ndarray, " n"]:
     return np.isfinite(rows).all(axis=1) & (rows != 0).any(axis=1)
-
-
-_BLOCK_ENTRIES = 1 << 20
-"""Entries of a matrix that are converted to float64 at a time: 8 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,11 +226,7 @@ def _without(rows: Float[np.ndarray, "n d_in"], zero: np.ndarray) -> Float[np.nd
 
 def unit_rows(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "n d_in"]:
     """Normalise rows to length 1 in float64; a row that is zero or not finite becomes zero."""
-    rows = np.asarray(rows, dtype=np.float64)
-    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
-    # Divide by the largest entry first, so that squares of tiny or huge rows stay in range.
-    scale = np.abs(rows).max(axis=1, keepdims=True)
-    rows = np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
+    rows = scaled_rows(rows)
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0)
 
@@ -231,10 +267,6 @@ def both_cosines(
     return np.minimum(by_encoder, row_cosines(a.decoder, b.decoder, i, j))
 
 
-_ABOUT = "L0≈"
-"""Prefix of the sparsity of a cell that was calibrated to an L0."""
-
-
 def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | None]:
     """Load a finished run with its trained and with its initial weights.
 
@@ -244,7 +276,7 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | No
         run: the run.
         value: its value of the axis that pairs up.
     """
-    record, metrics, latents, sae = run.record, run.metrics, run.latents(), run.sae()
+    record, metrics, latents, sae = run.record, run.metrics, run.latents(), load_sae(run.path)
     held_out = run.activations()
     trained = Dictionary(
         id=run.id,
@@ -263,7 +295,7 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | No
     )
     if record.get("pretrained"):
         return trained, None
-    start = run.initial_sae()
+    start = initial_sae(run)
     rows = {"encoder": start.W_enc.detach().numpy(), "decoder": start.W_dec.detach().numpy()}
     # No table shows measures of untrained weights that need a covariance or labels.
     return trained, replace(trained, truth=None, covariance=None, variance=None, **rows)
@@ -280,48 +312,7 @@ def _variance(
     return variance * np.linalg.norm(decoder, axis=1).astype(np.float64) ** 2
 
 
-def cell_settings(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
-    """Return the settings that identify a cell, by their command-line names.
-
-    Values that differ between its runs are joined by ``|``.
-    """
-    rows = [_knobs(run.record) for run in runs]
-    out: dict[str, Any] = {"arm": axes["arm"]} if "arm" in axes else {}
-    for name in rows[0]:
-        values = list(dict.fromkeys(row[name] for row in rows))
-        out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
-    # An axis that is shown under another name already is not repeated.
-    told = {"sae.num_latents", "training.tokens", "sae.target_l0"}
-    amount = str(out["sparsity"]).partition("=")[2]
-    told |= {axis for axis, value in axes.items() if axis.startswith("sae.") and value == amount}
-    return out | {axis: v for axis, v in axes.items() if axis not in told and axis not in out}
-
-
-def unify_sparsity(
-    cells: Sequence[tuple[Mapping[str, Any], Any]],
-) -> list[tuple[Mapping[str, Any], Any]]:
-    """Write the sparsity of all cells alike: if some are calibrated to an L0, a k is one too."""
-    if not any(_ABOUT in str(cell_settings["sparsity"]) for cell_settings, _ in cells):
-        return list(cells)
-    alike: list[tuple[Mapping[str, Any], Any]] = []
-    for cell_settings, cell in cells:
-        words = str(cell_settings["sparsity"]).replace("k=", _ABOUT).split("|")
-        alike.append(({**cell_settings, "sparsity": "|".join(dict.fromkeys(words))}, cell))
-    return alike
-
-
-def _knobs(record: dict[str, Any]) -> dict[str, Any]:
-    e = record["experiment"]
-    # A calibrated SAE is named by its target L0, not by the penalty found; a k is named as k.
-    target = None if "k" in e["sae"] else e["sae"].get("target_l0")
-    return {
-        "model": record["labels"]["model"],
-        "layer": e["layer"],
-        "hookpoint": e["hookpoint"]["module"] or e["hookpoint"]["site"],
-        "dataset": record["labels"]["dataset"],
-        "sae": "pretrained " * bool(record.get("pretrained")) + e["sae"]["type"],
-        "num_latents": record["num_latents"],
-        "sparsity": record["sparsity"] if target is None else f"{_ABOUT}{target:g}",
-        "tokens": record["tokens"],
-        "training": e["training"]["recipe"],
-    }
+def truth_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the numbers of a run's ``truth`` entry, named ``truth_…``; null (undefined) as NaN."""
+    truth = metrics.get("truth") or {}
+    return {TRUTH_PREFIX + k: float("nan") if v is None else v for k, v in truth.items()}

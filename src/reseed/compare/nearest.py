@@ -1,10 +1,17 @@
-"""Measures that need no assignment, from one pass over all pairs of latents.
+"""Passes over all pairs of latents that need no assignment: of two dictionaries, and of one.
+
+`scan_pairs` compares the latents of two dictionaries:
 
 - *coverage*: some latent of the other side, matched elsewhere or not, has both cosines ≥ τ. The
   number of such latents is ``within``; two or more mean that the latent was split.
 - MMCS, mean max cosine similarity (Sharkey et al. 2022; Huben et al., arXiv 2309.08600): the mean
   over latents of max_j cos of decoder rows.
 - *mutual nearest neighbours*: i and j are each other's nearest, with a cosine ≥ τ.
+
+`find_duplicates` finds the repeated latents of one dictionary. s_i = max_{j≠i} cos(E_i, E_j)·
+cos(W_i, W_j) is near 1 for duplicates and for antipodal pairs, and the signs distinguish them. Both
+cosines positive: two latents for the same feature. Both negative: two latents for the two ends of
+one direction. Repeated latents make matching ambiguous, because equal latents are interchangeable.
 
 Products of blocks of latents are computed in float32 and discarded; a matrix of all pairs is never
 held. Cosines too close to τ for float32 are computed again in float64, so thresholds are decided
@@ -23,7 +30,6 @@ from torch import Tensor
 
 from reseed.compare.dictionary import Rows, both_cosines, row_cosines, unit32
 
-# MERGED Repeated latents of a dictionary: duplicates and antipodal pairs. s_i = max_{j≠i} cos(E_i, E_j)·cos(W_i, W_j) is near 1 for both, and the signs distinguish them. Both cosines positive: two latents for the same feature. Both negative: two latents for the two ends of one direction. Repeated latents ma
 BLOCK_ENTRIES = 1 << 22
 """Pairs of latents in a block: three float32 matrices of 17 MB."""
 _MOST_COLUMNS = 2048
@@ -92,8 +98,8 @@ def scan_pairs(
     for rows, columns in tiles(n, m):
         c_dec = decoder_a[rows] @ decoder_b[columns].T
         both = c_dec if tied else torch.minimum(c_dec, encoder_a[rows] @ encoder_b[columns].T)
-        by_decoder.look(c_dec, rows, columns)
-        by_both.look(both, rows, columns)
+        by_decoder.update(c_dec, rows, columns)
+        by_both.update(both, rows, columns)
         i, j = _entries(both >= threshold - margin)
         close = both[i, j].cpu().numpy()
         i, j = i + rows.start, j + columns.start
@@ -105,7 +111,7 @@ def scan_pairs(
         np.add.at(within_b, j, 1)
         np.add.at(live_within_a, i, live_b[j])
         np.add.at(live_within_b, j, live_a[i])
-    nearest_decoder, nearest_both = by_decoder.found(), by_both.found()
+    nearest_decoder, nearest_both = by_decoder.nearest(), by_both.nearest()
     i, j = nearest_decoder.mutual()
     kept = row_cosines(a.decoder, b.decoder, i, j) >= threshold
     mutual_decoder = i[kept], j[kept]
@@ -123,6 +129,53 @@ def scan_pairs(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Duplicates:
+    """Repetition of each latent of one dictionary.
+
+    Attributes:
+        duplicate_product, antipodal_product: the largest product of both cosines with another
+            latent, over latents where both are positive, and where both are negative; 0 if there
+            is none.
+        duplicate, antipodal: that product is ≥ τ².
+    """
+
+    duplicate_product: Float[np.ndarray, " num_latents"]
+    antipodal_product: Float[np.ndarray, " num_latents"]
+    duplicate: Bool[np.ndarray, " num_latents"]
+    antipodal: Bool[np.ndarray, " num_latents"]
+
+
+def find_duplicates(x: Rows, threshold: float, device: str = "cpu") -> Duplicates:
+    """Find the most similar other latent of every latent of one dictionary, in blocks.
+
+    The search is in float32; the products with the latents found are in float64.
+    """
+    n = len(x)
+    encoder, decoder = unit_pair(x, device)
+    positive, negative = RunningMax(n, n, device), RunningMax(n, n, device)
+    for rows, columns in tiles(n, n):
+        c_enc = encoder[rows] @ encoder[columns].T
+        product = c_enc * (c_enc if x.tied else decoder[rows] @ decoder[columns].T)
+        first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
+        own = torch.arange(first, max(first, last))  # the diagonal: a latent with itself
+        product[own - rows.start, own - columns.start] = 0
+        positive.update(product.where(c_enc > 0, 0), rows, columns)
+        negative.update(product.where(c_enc < 0, 0), rows, columns)
+    duplicate, antipodal = (_exact(x, running) for running in (positive, negative))
+    least = threshold**2
+    return Duplicates(duplicate, antipodal, duplicate >= least, antipodal >= least)
+
+
+def _exact(x: Rows, running: RunningMax) -> Float[np.ndarray, " num_latents"]:
+    found = running.nearest()
+    out = np.zeros(len(x))
+    i = np.flatnonzero(found.a > 0)
+    j = found.of_a[i]
+    out[i] = row_cosines(x.encoder, x.encoder, i, j) * row_cosines(x.decoder, x.decoder, i, j)
+    return np.maximum(out, 0.0)
+
+
 class RunningMax:
     """Running maxima of the rows and columns of a matrix that arrives tile by tile."""
 
@@ -131,14 +184,14 @@ class RunningMax:
         self.b = torch.full((m,), -torch.inf, device=device)
         self.of_a = torch.zeros(n, dtype=torch.int64, device=device)
 
-    def look(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
+    def update(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
         value, index = tile.max(dim=1)
         better = value > self.a[rows]  # of equal entries the first stays
         self.a[rows] = torch.where(better, value, self.a[rows])
         self.of_a[rows] = torch.where(better, index + columns.start, self.of_a[rows])
         self.b[columns] = torch.maximum(self.b[columns], tile.amax(dim=0))
 
-    def found(self) -> Nearest:
+    def nearest(self) -> Nearest:
         return Nearest(*(x.cpu().numpy() for x in (self.a, self.b, self.of_a)))
 
 
@@ -149,9 +202,9 @@ class RunningMaxBothWays(RunningMax):
         super().__init__(n, m, device)
         self.of_b = torch.zeros(m, dtype=torch.int64, device=device)
 
-    def look(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
+    def update(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
         before = self.b[columns].clone()
-        super().look(tile, rows, columns)
+        super().update(tile, rows, columns)
         # Only columns whose maximum grew need an argmax: ever fewer from tile to tile.
         gained = (self.b[columns] > before).nonzero().squeeze(1)
         there = tile[:, gained] == self.b[columns][gained]
@@ -187,50 +240,3 @@ def _entries(flags: Bool[Tensor, "rows columns"]) -> tuple[np.ndarray, np.ndarra
         return i.cpu().numpy(), j.cpu().numpy()
     i, j = np.divmod(np.flatnonzero(flags.numpy()), flags.shape[1])
     return i, j
-
-
-@dataclass(frozen=True, eq=False)
-class Duplicates:
-    """Repetition of each latent of one dictionary.
-
-    Attributes:
-        duplicate_product, antipodal_product: the largest product of both cosines with another
-            latent, over latents where both are positive, and where both are negative; 0 if there
-            is none.
-        duplicate, antipodal: that product is ≥ τ².
-    """
-
-    duplicate_product: Float[np.ndarray, " num_latents"]
-    antipodal_product: Float[np.ndarray, " num_latents"]
-    duplicate: Bool[np.ndarray, " num_latents"]
-    antipodal: Bool[np.ndarray, " num_latents"]
-
-
-def find_duplicates(x: Rows, threshold: float, device: str = "cpu") -> Duplicates:
-    """Find the most similar other latent of every latent of one dictionary, in blocks.
-
-    The search is in float32; the products with the latents found are in float64.
-    """
-    n = len(x)
-    encoder, decoder = unit_pair(x, device)
-    positive, negative = RunningMax(n, n, device), RunningMax(n, n, device)
-    for rows, columns in tiles(n, n):
-        c_enc = encoder[rows] @ encoder[columns].T
-        product = c_enc * (c_enc if x.tied else decoder[rows] @ decoder[columns].T)
-        first, last = max(rows.start, columns.start), min(rows.stop, columns.stop)
-        own = torch.arange(first, max(first, last))  # the diagonal: a latent with itself
-        product[own - rows.start, own - columns.start] = 0
-        positive.look(product.where(c_enc > 0, 0), rows, columns)
-        negative.look(product.where(c_enc < 0, 0), rows, columns)
-    duplicate, antipodal = (_exact(x, running) for running in (positive, negative))
-    least = threshold**2
-    return Duplicates(duplicate, antipodal, duplicate >= least, antipodal >= least)
-
-
-def _exact(x: Rows, running: RunningMax) -> Float[np.ndarray, " num_latents"]:
-    found = running.found()
-    out = np.zeros(len(x))
-    i = np.flatnonzero(found.a > 0)
-    j = found.of_a[i]
-    out[i] = row_cosines(x.encoder, x.encoder, i, j) * row_cosines(x.decoder, x.decoder, i, j)
-    return np.maximum(out, 0.0)

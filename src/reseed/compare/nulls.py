@@ -10,7 +10,7 @@
 
 In the first two, rows of A and B are independent, and so are encoder and decoder. The latter is a
 choice: with tied rows, as at initialisation, both matchings are the same and the index agrees by
-construction; the untrained pair shows that overlap.
+construction; the untrained pair shows that overlap. `null_measures` makes the columns of a pair.
 """
 
 from __future__ import annotations
@@ -18,21 +18,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import isnan, log, nan
+from math import log, nan
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import optimize, special
 
+from reseed.compare.columns import UNTRAINED
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.dictionary import Dictionary, root, unit32
+from reseed.compare.dictionary import Dictionary, incompatible, root, unit32
 from reseed.compare.matching import Matching, match
-from reseed.compare.measures import UNTRAINED, Subset
-from reseed.compare.nearest import Duplicates
-from reseed.compare.pair import PairResult, incompatible
 
-# MERGED Null columns of a pair: nulls of its weights, kappa, and fractions of repeated latents.
 MAX_SIMULATED_LATENTS = 4096
 """Largest simulated side. At this size and d_in 768 the six matchings of the isotropic null take
 about 5 s of one core; with a covariance, which needs nearest rows too, 11 s. At 16,384 they would
@@ -43,7 +40,7 @@ _ROWS = 2048
 _BLOCK, _LEAVES = 4096, 4096
 """Others drawn at a time (the minimum in total); approximate limit of the parts whose maxima are
 stored."""
-_SHORTER = 4
+_SIZE_RATIO = 4
 """Size ratio of the two simulations from which the covariance null is extrapolated."""
 
 
@@ -206,8 +203,8 @@ def _covariance_null(
     cosine, shared, lost = _draws(rng, draws, n, m, d_in, threshold, scale)
     pool = _Pool.drawn(rng, max(larger, _BLOCK), scale, threshold)
     if m < larger:
-        few_n, few_m = max(1, n // _SHORTER), max(1, m // _SHORTER)
-        few = _draws(rng, _SHORTER * draws, few_n, few_m, d_in, threshold, scale)
+        few_n, few_m = max(1, n // _SIZE_RATIO), max(1, m // _SIZE_RATIO)
+        few = _draws(rng, _SIZE_RATIO * draws, few_n, few_m, d_in, threshold, scale)
         kappa_of_few = pool.rows_for(pool.best(few_m) - few.lost) / few_m
         kappa_of_many = pool.rows_for(pool.best(m) - lost) / m
         power = log(kappa_of_many / kappa_of_few) / log(m / few_m)
@@ -354,16 +351,4 @@ def null_measures(
         "kappa_covariance": kappa(shared, correlated.shared_fraction) if correlated else nan,
         "kappa_untrained": kappa(shared, start.get("shared_fraction", nan)),
         **{f"untrained_{name}": start.get(name, nan) for name in UNTRAINED},
-    }
-
-
-def duplicate_measures(pair: PairResult, a: Duplicates, b: Duplicates) -> dict[str, float]:
-    """Return the shared fraction among duplicate latents, and among antipodal ones."""
-    if isnan(pair.measures["shared_fraction"]):  # no common space
-        return {f"shared_fraction_{word}": nan for word in ("duplicate", "antipodal")}
-    return {
-        f"shared_fraction_{word}": Subset(getattr(a, word), getattr(b, word)).of_sides(
-            pair.a.shared, pair.b.shared
-        )
-        for word in ("duplicate", "antipodal")
     }

@@ -5,24 +5,29 @@ Source: Paulo & Belrose, *Sparse Autoencoders Trained on the Same Data Learn Dif
 
 Letters: A and B are two dictionaries, c_enc and c_dec the signed cosines of their encoder and
 decoder rows, σ_enc and σ_dec the exact matchings under each, τ the threshold, Σ the covariance of
-the held-out activations. `reseed.compare.measures` lists the measures of a pair,
-`reseed.compare.sharing_profile` those of several seeds.
+the held-out activations. `reseed.compare.columns` lists the measures of a pair,
+`reseed.compare.sharing_profile` has those of several seeds.
+
+The rows of dictionaries that differ in ``d_in`` have no cosine. The weights of such a pair are not
+compared: every column is NaN, and no latent has a partner (`incompatible_pair`). The pair is only
+compared by its activations on the same tokens (`reseed.compare.activations`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from math import isnan, nan
+from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from reseed.compare.dictionary import Dictionary, Rows, root
+from reseed.compare.dictionary import Dictionary, Rows, incompatible, root
 from reseed.compare.matching import Matcher, Matching, match
 from reseed.compare.measures import (
     DENSE,
+    PairSide,
     Subset,
     correlation_measures,
     matching_measures,
@@ -31,43 +36,12 @@ from reseed.compare.measures import (
     threshold_measures,
     weighted_measures,
 )
-from reseed.compare.nearest import scan_pairs
-from reseed.compare.sharing_profile import Prior, Reproducibility, reproducibility
+from reseed.compare.nearest import Duplicates, scan_pairs
 
-
-# MERGED Pairs of dictionaries that differ in ``d_in``, so that their rows have no cosine. Their weights are not compared: every such column is NaN, and no latent has a partner. They are only compared by their activations on the same tokens (`compare.activations`).
-@dataclass(frozen=True, eq=False)
-class PairSide:
-    """One side of a pair, with a value per latent.
-
-    Attributes:
-        id, seed: the dictionary of these latents.
-        partner_encoder, partner_decoder: σ_enc and σ_dec; −1 where a latent is unmatched.
-        cosine_encoder, cosine_decoder: cosines to these partners; 0 where unmatched.
-        agrees: σ_enc(i) = σ_dec(i), and there is a partner.
-        shared: agrees, and both cosines ≥ τ. The paper's strict rule.
-        within: number of latents of the other side, matched elsewhere or not, with both cosines
-            ≥ τ.
-        live_within: the number of live ones among them.
-        live: fires often enough in the held-out tokens.
-    """
-
-    id: str
-    seed: str
-    partner_encoder: Int[np.ndarray, " num_latents"]
-    partner_decoder: Int[np.ndarray, " num_latents"]
-    cosine_encoder: Float[np.ndarray, " num_latents"]
-    cosine_decoder: Float[np.ndarray, " num_latents"]
-    agrees: Bool[np.ndarray, " num_latents"]
-    shared: Bool[np.ndarray, " num_latents"]
-    within: Int[np.ndarray, " num_latents"]
-    live_within: Int[np.ndarray, " num_latents"]
-    live: Bool[np.ndarray, " num_latents"]
-
-    @property
-    def covered(self) -> Bool[np.ndarray, " num_latents"]:
-        """Latents for which some latent of the other side has both cosines ≥ τ."""
-        return self.within > 0
+NO_COMMON_SPACE = "runs of different `d_in` have no common space"
+"""Reason given where an estimate over such a cell is not known."""
+WEIGHTS_NOTE = "weights_note"
+"""Column of the pairs of such a cell: `NO_COMMON_SPACE`; empty for pairs with a common space."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +50,7 @@ class PairResult:
 
     Attributes:
         a, b: the two sides, latent by latent.
-        measures: the measures of the pair by name; see `reseed.compare.measures`.
+        measures: the measures of the pair by name; see `reseed.compare.columns`.
     """
 
     a: PairSide
@@ -120,7 +94,7 @@ def compare_pair(
         ValueError: dictionaries with different ``d_in``.
         MemoryError: an exact matching of so many latents does not fit into memory.
     """
-    if a.d_in != b.d_in:
+    if incompatible(a, b):
         raise ValueError(
             f"only dictionaries of the same `d_in` can be compared; {a.id} has {a.d_in}, "
             f"{b.id} has {b.d_in}"
@@ -192,32 +166,20 @@ def _side(
     )
 
 
-NO_COMMON_SPACE = "runs of different `d_in` have no common space"
-"""Reason given where an estimate over such a cell is not known."""
-WEIGHTS_NOTE = "weights_note"
-"""Column of the pairs of such a cell: `NO_COMMON_SPACE`, or empty if the pair has a common space."""
-Value = TypeVar("Value")
-
-
-def incompatible(a: Dictionary, b: Dictionary) -> bool:
-    """Return True if the rows of both are vectors of different spaces."""
-    return a.d_in != b.d_in
-
-
-def any_incompatible(trained: Sequence[Dictionary]) -> bool:
-    """Return True if some two of the dictionaries differ in ``d_in``."""
-    return any(incompatible(trained[0], x) for x in trained)
-
-
-def compatible_only(
-    trained: Sequence[Dictionary], sides: Mapping[tuple[int, int], Value]
-) -> dict[tuple[int, int], Value]:
-    """Return those of the ordered pairs (s, t) whose rows can be compared."""
-    return {(s, t): x for (s, t), x in sides.items() if not incompatible(trained[s], trained[t])}
+def duplicate_measures(pair: PairResult, a: Duplicates, b: Duplicates) -> dict[str, float]:
+    """Return the shared fraction among duplicate latents, and among antipodal ones."""
+    if isnan(pair.measures["shared_fraction"]):  # no common space
+        return {f"shared_fraction_{word}": nan for word in ("duplicate", "antipodal")}
+    return {
+        f"shared_fraction_{word}": Subset(getattr(a, word), getattr(b, word)).of_sides(
+            pair.a.shared, pair.b.shared
+        )
+        for word in ("duplicate", "antipodal")
+    }
 
 
 def incompatible_pair(a: Dictionary, b: Dictionary, live_at_least: int) -> PairResult:
-    """Return a result in the form of `stability.compare_pair`: sizes and counts, else NaN."""
+    """Return a result in the form of `compare_pair`: sizes and counts, else NaN."""
     measures: dict[str, float] = dict.fromkeys(_names(), float("nan"))
     for letter, x in (("a", a), ("b", b)):
         measures |= {
@@ -261,21 +223,3 @@ def _names() -> tuple[str, ...]:
         dead=np.zeros(1, dtype=bool),
     )
     return tuple(compare_pair(one, one).measures)
-
-
-def run_reproducibilities(
-    trained: Sequence[Dictionary],
-    shared_with: Iterable[Int[np.ndarray, " num_latents"]],
-    confidence: float,
-) -> list[Reproducibility]:
-    """Return each run's `reproducibility` among the runs of the same ``d_in``; NaN without any."""
-    found = []
-    for s, (x, m) in enumerate(zip(trained, shared_with, strict=True)):
-        others = sum(not incompatible(x, y) for t, y in enumerate(trained) if t != s)
-        if others:
-            found.append(reproducibility(m, others, ~x.zero, confidence))
-            continue
-        unknown = np.full(x.num_latents, np.nan)
-        prior = Prior(float("nan"), float("nan"), False)
-        found.append(Reproducibility(unknown, unknown, unknown, prior))
-    return found

@@ -1,8 +1,8 @@
 """Replication of latents that the user names: whether other seeds have them.
 
-`replication_table` makes a row per named latent from the comparison of its cell: how many other seeds
-share it, how likely one more seed does, its partner in each, and baselines: latents of the same
-dictionary that fire as often, and random rows.
+`replication_table` makes a row per named latent from the comparison of its cell: how many other
+seeds share it, how likely one more seed does, its partner in each, and baselines: latents of the
+same dictionary that fire as often, and random rows.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 from jaxtyping import Float, Int
-from scipy import special
 
 from reseed.compare.cell import CellResult
 from reseed.compare.dictionary import unit_rows
+from reseed.compare.sharing_profile import JEFFREYS, posterior
 from reseed.compare.strata import DECILES
 from reseed.errors import ReseedError, nearest
 
@@ -194,21 +194,10 @@ def firing_decile(
     return decile
 
 
-def jeffreys(shared_with: int, others: int, confidence: float) -> tuple[float, float, float]:
-    """Estimate how likely one more seed has a latent that ``shared_with`` of ``others`` have.
-
-    Returns (m + ½)/(n + 1) and the ends of the equal-tailed interval of Beta(m + ½, n − m + ½):
-    Jeffreys' prior.
-    """
-    a, b = shared_with + 0.5, others - shared_with + 0.5
-    tail = (1 - confidence) / 2
-    low, high = special.betaincinv(a, b, [tail, 1 - tail])
-    return a / (a + b), float(low), float(high)
-
-
 def _add_reproducibility(found: list[dict[str, Any]], confidence: float) -> None:
+    """Add estimates by Jeffreys' prior, for cells that were compared without reproducibility."""
     for row in found:
-        values = jeffreys(row["shared_with"], row["others"], confidence)
+        values = posterior(row["shared_with"], row["others"], JEFFREYS, confidence)
         row |= dict(zip(REPRODUCIBILITY, values, strict=True))
 
 

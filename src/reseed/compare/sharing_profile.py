@@ -1,28 +1,55 @@
-"""Seed profile: the number of other seeds that share a latent (p_m), u_k and the limit of u_k.
+"""Latents over several seeds: sharing with the other seeds, cycles of partners, reproducibility.
 
+*Seed profile*: the number of other seeds that share a latent (p_m), u_k and the limit of u_k.
 Source: Paulo & Belrose (arXiv 2501.16615); their ring chart shows p_m, their line chart u_k with a
 power law.
+
+*Cycle consistency*: agreement of the three matchings between three seeds. A latent i of A has a
+partner j in B, and j has a partner k in C. The cycle closes if k is also the partner of i in C:
+σ_AC(i) = σ_BC(σ_AB(i)). Partners assigned by chance, because nothing else was left, close one cycle
+in F.
+
+*Reproducibility*: the estimated probability that one more seed shares a latent. Latent i is shared
+with m_i of n−1 other seeds. Model these as draws with the latent's own probability,
+beta-distributed over the latents of a run; m is then beta-binomial. With α and β fitted to the
+run's m_i (empirical Bayes; Efron & Morris 1973), the probability of latent i given m_i is beta
+again: Beta(m_i + α, n − 1 − m_i + β), with mean (m_i + α)/(n − 1 + α + β). The n−1 others are one
+sample of seeds, the same for all latents of a run. Intervals hold for single latents; errors of
+several latents are correlated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, special
 
+from reseed.compare.dictionary import Dictionary, incompatible
+from reseed.compare.measures import PairSide
 from reseed.compare.statistics import Interval, leave_one_out_interval
 
-if TYPE_CHECKING:
-    from reseed.compare.pair import PairSide
+Which = Literal["encoder", "decoder"]
+CYCLES = (
+    "cycle_encoder",
+    "cycle_decoder",
+    "cycle_encoder_shared",
+    "cycle_decoder_shared",
+    "cycle_shared",
+)
+"""Names of the estimates of `cycle_estimates`."""
+_LEAST_SEEDS = 4
+"""With fewer seeds, leaving one out leaves no triple."""
+_LEAST_OTHERS = 2
+"""One other seed determines only the mean of the probabilities, not their spread."""
+_BORDER = 7.0
+"""Bound on |log α| and |log β|; a fit that reaches it has not converged."""
 
 
-# MERGED Cycle consistency: agreement of the three matchings between three seeds. A latent i of A has a partner j in B, and j has a partner k in C. The cycle closes if k is also the partner of i in C: σ_AC(i) = σ_BC(σ_AB(i)). Partners assigned by chance, because nothing else was left, close one cycle in F.
-# MERGED Reproducibility: the estimated probability that one more seed shares a latent. Latent i is shared with m_i of n−1 other seeds. Model these as draws with the latent's own probability, beta-distributed over the latents of a run; m is then beta-binomial. With α and β fitted to the run's m_i (empirical
 @dataclass(frozen=True, eq=False)
 class SeedProfile:
     """Numbers of other seeds that share the latents of n seeds.
@@ -99,18 +126,6 @@ def fit_power_law(u: Float[np.ndarray, " n-1"]) -> PowerLaw | None:
     return PowerLaw(*map(float, found))
 
 
-Which = Literal["encoder", "decoder"]
-ESTIMATES = (
-    "cycle_encoder",
-    "cycle_decoder",
-    "cycle_encoder_shared",
-    "cycle_decoder_shared",
-    "cycle_shared",
-)
-_LEAST_SEEDS = 4
-"""With fewer seeds, leaving one out leaves no triple."""
-
-
 def cycle_estimates(
     sides: Mapping[tuple[int, int], PairSide], confidence: float = 0.95
 ) -> dict[str, Interval]:
@@ -132,10 +147,10 @@ def cycle_estimates(
     triples = list(combinations(range(n), 3))
     if not triples:
         none = Interval(float("nan"), None, None, None, n, "a cycle needs 3 seeds")
-        return dict.fromkeys(ESTIMATES, none)
+        return dict.fromkeys(CYCLES, none)
     counted = [_counts(sides, triple) for triple in triples]
     return {name: _estimate(triples, [c[name] for c in counted], n, confidence)
-            for name in ESTIMATES}  # fmt: skip
+            for name in CYCLES}  # fmt: skip
 
 
 def _counts(
@@ -195,12 +210,6 @@ def _estimate(
     return leave_one_out_interval(mean, without, confidence, "logit")
 
 
-_LEAST_OTHERS = 2
-"""One other seed determines only the mean of the probabilities, not their spread."""
-_BORDER = 7.0
-"""Bound on |log α| and |log β|; a fit that reaches it has not converged."""
-
-
 class Prior(NamedTuple):
     """The beta distribution of the probabilities; ``fitted`` is false for Jeffreys' Beta(½, ½)."""
 
@@ -247,11 +256,17 @@ def reproducibility(
     counts = np.bincount(m if kept is None else m[kept], minlength=others + 1)
     prior = fit_prior(counts)
     # Compute quantiles once per m instead of per latent (up to 131,072).
-    levels = np.arange(others + 1)
-    a, b = levels + prior.alpha, others - levels + prior.beta
+    mean, low, high = posterior(np.arange(others + 1), others, prior, confidence)
+    return Reproducibility(mean[m], low[m], high[m], prior)
+
+
+def posterior(
+    shared_with: Int[np.ndarray, " n"], others: int, prior: Prior, confidence: float
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Return the mean and an equal-tailed interval of Beta(m + α, n − 1 − m + β), for each m."""
+    a, b = shared_with + prior.alpha, others - shared_with + prior.beta
     tail = (1 - confidence) / 2
-    low, high = special.betaincinv(a, b, tail), special.betaincinv(a, b, 1 - tail)
-    return Reproducibility((a / (a + b))[m], low[m], high[m], prior)
+    return a / (a + b), special.betaincinv(a, b, tail), special.betaincinv(a, b, 1 - tail)
 
 
 def fit_prior(counts: Int[np.ndarray, " n"]) -> Prior:
@@ -284,3 +299,21 @@ def fit_prior(counts: Int[np.ndarray, " n"]) -> Prior:
         return JEFFREYS
     alpha, beta = np.exp(found.x)
     return Prior(float(alpha), float(beta), True)
+
+
+def run_reproducibilities(
+    trained: Sequence[Dictionary],
+    shared_with: Iterable[Int[np.ndarray, " num_latents"]],
+    confidence: float,
+) -> list[Reproducibility]:
+    """Return each run's `reproducibility` among the runs of the same ``d_in``; NaN without any."""
+    found = []
+    for s, (x, m) in enumerate(zip(trained, shared_with, strict=True)):
+        others = sum(not incompatible(x, y) for t, y in enumerate(trained) if t != s)
+        if others:
+            found.append(reproducibility(m, others, ~x.zero, confidence))
+            continue
+        unknown = np.full(x.num_latents, np.nan)
+        prior = Prior(float("nan"), float("nan"), False)
+        found.append(Reproducibility(unknown, unknown, unknown, prior))
+    return found

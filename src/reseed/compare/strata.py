@@ -11,17 +11,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from reseed.compare.dictionary import Dictionary
+from reseed.compare.measures import PairSide
 from reseed.compare.statistics import Interval, leave_one_out_interval
-
-if TYPE_CHECKING:
-    from reseed.compare.dictionary import Dictionary
-    from reseed.compare.pair import PairSide
 
 Kind = Literal["decile", "density"]
 DECILES = 10
@@ -29,6 +27,19 @@ DECILES = 10
 DENSITY_EDGES = 10.0 ** np.arange(-6, -0.9, 0.5)
 """Half decades from 1e-6 to 0.1. A density at an edge belongs to the lower bin, so that the last
 bin holds the dense latents (> 0.1)."""
+
+
+def decile_edges(firing: Int[np.ndarray, " n"]) -> Float[np.ndarray, " edges"]:
+    """Return the ends of the deciles of firing counts, `DECILES` + 1 values; 0 without counts."""
+    levels = np.arange(DECILES + 1) / DECILES
+    return np.quantile(firing, levels) if firing.size else np.zeros(len(levels))
+
+
+def decile_of(
+    firing: Int[np.ndarray, " n"], edges: Float[np.ndarray, " edges"]
+) -> Int[np.ndarray, " n"]:
+    """Return the decile of each count, from 0; equal counts are in the same one."""
+    return np.searchsorted(edges[1:-1], firing, side="right")
 
 
 class Stratum(NamedTuple):
@@ -81,11 +92,7 @@ def _deciles(
     trained: Sequence[Dictionary], live_at_least: int
 ) -> tuple[list[Stratum], list[Int[np.ndarray, " num_latents"]]]:
     pooled = np.concatenate([x.firing[x.live(live_at_least)] for x in trained])
-    edges = (
-        np.quantile(pooled, np.arange(DECILES + 1) / DECILES)
-        if pooled.size
-        else np.zeros(DECILES + 1)
-    )
+    edges = decile_edges(pooled)
     names = [Stratum("never fired", 0, 0), Stratum("not live", 1, live_at_least - 1)]
     names += [
         Stratum(f"decile {i + 1}", float(edges[i]), float(edges[i + 1])) for i in range(DECILES)
@@ -93,7 +100,7 @@ def _deciles(
     of_run = [
         np.where(
             x.live(live_at_least),
-            2 + np.searchsorted(edges[1:-1], x.firing, side="right"),
+            2 + decile_of(x.firing, edges),
             (x.firing > 0).astype(np.int64),
         )
         for x in trained
@@ -145,7 +152,7 @@ class Standardised:
     """
 
     estimate: Interval
-    kept: float
+    coverage: float
 
 
 def standardised(tables: Sequence[pd.DataFrame], confidence: float = 0.95) -> list[Standardised]:

@@ -25,11 +25,12 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from reseed.compare.columns import GROUPS
 from reseed.compare.dictionary import Dictionary, unit_rows
-from reseed.compare.measures import DENSE, GROUPS
+from reseed.compare.measures import DENSE
 from reseed.config import digest
 
-HELD = 0.9
+TRACE_FRACTION = 0.9
 """Fraction of a moment's trace that its leading directions hold."""
 EXACT_WIDTH = 1024
 """Largest width computed in float64."""
@@ -71,12 +72,12 @@ def subspaces(
     for group in GROUPS:
         spans, nulls = [], []
         for x, m in zip(trained, shared_with, strict=True):
-            member = _members(x, m, live_at_least)[group]
-            spans.append(_Span.of(x.decoder[member]))
+            mask = _group_masks(x, m, live_at_least)[group]
+            spans.append(_Span.of(x.decoder[mask]))
             live = np.flatnonzero(x.live(live_at_least) & ~x.zero)
             # Seed by the run's id, so that the order of the runs does not matter.
             rng = np.random.default_rng([seed, int(digest(x.id), 16)])
-            drawn = rng.choice(live, member.sum(), replace=False)
+            drawn = rng.choice(live, mask.sum(), replace=False)
             nulls.append(moment(x.decoder[np.sort(drawn)]))
         runs[f"directions_{group}"] = [span.directions for span in spans]
         measured = [
@@ -101,7 +102,7 @@ def _by_chance(a: _Span, b: _Span) -> float:
     return more / len(a.moment) if fewer else float("nan")
 
 
-def _members(
+def _group_masks(
     x: Dictionary, shared_with: Int[np.ndarray, " num_latents"], live_at_least: int
 ) -> Mapping[str, Bool[np.ndarray, " num_latents"]]:
     live = x.live(live_at_least) & ~x.zero
@@ -151,7 +152,7 @@ def angles(a: Float[np.ndarray, "d_in j"], b: Float[np.ndarray, "d_in k"]) -> fl
 
 @dataclass(frozen=True, eq=False)
 class _Span:
-    """A moment and the leading eigenvectors that hold `HELD` of its trace."""
+    """A moment and the leading eigenvectors that hold `TRACE_FRACTION` of its trace."""
 
     moment: Float[np.ndarray, "d_in d_in"]
     basis: Float[np.ndarray, "d_in directions"]
@@ -161,7 +162,7 @@ class _Span:
         """Decompose the moment of ``rows``."""
         matrix = moment(rows)
         if rows.shape[1] > EXACT_WIDTH and len(rows) < rows.shape[1]:
-            return cls(matrix, _few_directions(rows))
+            return cls(matrix, _directions_from_gram(rows))
         values, vectors = np.linalg.eigh(matrix)
         return cls(matrix, vectors[:, ::-1][:, : _number(values[::-1])])
 
@@ -171,12 +172,15 @@ class _Span:
 
 
 def _number(values: Float[np.ndarray, " n"]) -> int:
-    """Return how many eigenvalues, in descending order, hold `HELD` of their sum; 0 if it is 0."""
-    held = np.cumsum(np.maximum(values, 0.0), dtype=np.float64)
-    return int(np.searchsorted(held, HELD * held[-1] * (1 - 1e-12)) + 1) if held[-1] else 0
+    """Return how many descending eigenvalues hold `TRACE_FRACTION` of their sum; 0 if it is 0."""
+    sums = np.cumsum(np.maximum(values, 0.0), dtype=np.float64)
+    wanted = TRACE_FRACTION * sums[-1] * (1 - 1e-12)
+    return int(np.searchsorted(sums, wanted) + 1) if sums[-1] else 0
 
 
-def _few_directions(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "d_in directions"]:
+def _directions_from_gram(
+    rows: Float[np.ndarray, "n d_in"],
+) -> Float[np.ndarray, "d_in directions"]:
     """Return the leading eigenvectors of WᵀW, for n < d_in unit rows W, from those of WWᵀ: an
     eigenvector u of WWᵀ gives Wᵀu/√λ."""
     if not len(rows):

@@ -10,11 +10,11 @@ import pandas as pd
 import pyarrow as pa
 from jaxtyping import Int
 
+from reseed.compare.columns import COSINES, FRACTIONS, RUN_COLUMNS
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary
-from reseed.compare.measures import COSINES, FRACTIONS, RUN_COLUMNS
+from reseed.compare.measures import PairSide
 from reseed.compare.nearest import Duplicates
-from reseed.compare.pair import PairSide
 from reseed.compare.sharing_profile import Reproducibility
 from reseed.compare.statistics import Interval, run_interval, seed_interval
 
@@ -64,7 +64,7 @@ def latent_table(
     (`reseed.compare.sharing_profile`); ``duplicate``, ``antipodal`` with ``_product``
     (`reseed.compare.nearest`); and lists with an entry per other run, in the order of ``others``:
     ``partner_encoder``, ``partner_decoder``, ``cosine_encoder``, ``cosine_decoder``, ``shared``,
-    ``within`` (`stability.PairSide`).
+    ``within`` (`PairSide`).
     """
     n, sides = x.num_latents, list(against.values())
 

@@ -1,8 +1,8 @@
 """Association of sharing with truth, for worlds whose true features are known.
 
-In such a world each latent has a label (`LABELS`; made by ``reseed.evaluate.true_features``). For every
-ordered pair of seeds (s, t), the live latents of s are counted by label, by sharing with t, and by
-firing decile. Estimates use the counts summed over pairs; intervals leave one seed out.
+In such a world each latent has a label (`LABELS`; made by ``reseed.evaluate.true_features``). For
+every ordered pair of seeds (s, t), the live latents of s are counted by label, by sharing with t,
+and by firing decile. Estimates use the counts summed over pairs; intervals leave one seed out.
 
 Adjusted estimates compare only latents of the same firing decile (Mantel & Haenszel 1959; the risk
 difference of Greenland & Robins 1985). Frequent latents are both more often shared and more often
@@ -12,24 +12,19 @@ true, which alone would associate sharing with truth.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int
 
+from reseed.compare.columns import TRUTH_PREFIX
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.dictionary import LABELS, Dictionary
+from reseed.compare.measures import PairSide
 from reseed.compare.statistics import Interval, leave_one_out_interval
-from reseed.compare.strata import DECILES
+from reseed.compare.strata import DECILES, decile_edges, decile_of
 
-if TYPE_CHECKING:
-    from reseed.compare.config import ComparisonConfig
-    from reseed.compare.dictionary import Dictionary
-    from reseed.compare.pair import PairSide
-
-LABELS = ("neither", "composite", "atom", "group")
-"""The labels; ``truth_label`` is an index into them."""
-PREFIX = "truth_"
-"""Prefix of the names of estimates and of the runs' metrics."""
 LABEL_COLUMN = "truth"
 """The column of ``latents.parquet`` with the labels in words."""
 
@@ -73,7 +68,7 @@ def truth_estimates(
     n = len(labels)
     if not counts.any():
         nothing = Interval(float("nan"), None, None, None, n, "no latent is live")
-        return {PREFIX + name: nothing for name in STATISTICS}
+        return {TRUTH_PREFIX + name: nothing for name in STATISTICS}
     without = [np.delete(np.arange(n), s) for s in range(n)] if n > 2 else []
     everything = counts.sum((0, 1))  # leaving a seed out does not change the deciles
     reduced = [counts[np.ix_(kept, kept)].sum((0, 1)) for kept in without]
@@ -82,10 +77,10 @@ def truth_estimates(
         try:
             value = estimate(everything)
         except _Undefined as reason:
-            found[PREFIX + name] = Interval(float("nan"), None, None, None, n, str(reason))
+            found[TRUTH_PREFIX + name] = Interval(float("nan"), None, None, None, n, str(reason))
             continue
         rest = [_or_nan(estimate, table) for table in reduced] or [value] * n
-        found[PREFIX + name] = leave_one_out_interval(value, rest, confidence, scale)
+        found[TRUTH_PREFIX + name] = leave_one_out_interval(value, rest, confidence, scale)
     return found
 
 
@@ -101,11 +96,11 @@ def _counts(
     """
     n, shape = len(labels), (DECILES, len(LABELS), 2)
     pooled = np.concatenate([f[kept] for f, kept in zip(firing, live, strict=True)])
-    edges = np.quantile(pooled, np.arange(1, DECILES) / DECILES) if pooled.size else []
+    edges = decile_edges(pooled)
     counts = np.zeros((n, n, *shape), dtype=np.int64)
     for (s, t), flags in shared.items():
         kept = live[s]
-        stratum = np.searchsorted(edges, firing[s][kept], side="right")
+        stratum = decile_of(firing[s][kept], edges)
         cell = np.ravel_multi_index((stratum, labels[s][kept], flags[kept].astype(np.int64)), shape)
         counts[s, t] = np.bincount(cell, minlength=np.prod(shape)).reshape(shape)
     return counts
@@ -248,35 +243,3 @@ def label_column(table: pa.Table, trained: Sequence[Dictionary]) -> pa.Table:
 def _labels(trained: Sequence[Dictionary]) -> list[Int[np.ndarray, " num_latents"]] | None:
     labels = [x.truth for x in trained if x.truth is not None]
     return labels if len(labels) == len(trained) else None
-
-
-def truth_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a run's ``truth`` entry, named ``truth_…``; null (undefined) as NaN."""
-    there = metrics.get("truth") or {}
-    return {
-        PREFIX + name: float("nan") if value is None else value for name, value in there.items()
-    }
-
-
-def checked_labels(
-    labels: Int[np.ndarray, " num_latents"], num_latents: int, run: str
-) -> Int[np.ndarray, " num_latents"]:
-    """Return the labels as int8.
-
-    Raises:
-        ValueError: the labels are not one index into `LABELS` per latent.
-    """
-    values = np.asarray(labels)
-    if values.dtype.kind not in "iu":
-        raise ValueError(f"{run}: `truth` must be integers; got {values.dtype}")
-    if values.shape != (num_latents,):
-        raise ValueError(
-            f"{run}: `truth` must have one value per latent [{num_latents}]; got "
-            f"{list(values.shape)}"
-        )
-    if values.min() < 0 or values.max() >= len(LABELS):
-        raise ValueError(
-            f"{run}: `truth` must lie between 0 and {len(LABELS) - 1} ({', '.join(LABELS)}); got "
-            f"{values.min()} to {values.max()}"
-        )
-    return np.ascontiguousarray(values, dtype=np.int8)

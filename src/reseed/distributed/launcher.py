@@ -1,8 +1,8 @@
-"""Teams of processes that train: this process alone, processes that it starts, or SLURM tasks.
+"""The processes that train: this one alone, processes that it starts, or the tasks of a SLURM job.
 
-A team starts for the first group and trains all groups. Its workers receive their work by messages,
-never by a command line (`reseed.distributed.worker`). After an error workers may be in the middle of a group,
-so the next group gets a new team.
+They start for the first group and train all groups. Workers receive their work by messages, never
+by a command line (`reseed.distributed.worker`). After an error workers may be in the middle of a
+group, so the next group gets new processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ OUT_OF_MEMORY = 77
 """Exit status of a worker whose memory did not suffice."""
 _GRACE_S = {"ddp": 0.0, "spread": 90.0}
 """Seconds to save for workers that are terminated; with ddp only the leader saves."""
-
 _END_S = 30.0
 """Seconds to exit for workers that have nothing left to do."""
 
@@ -51,19 +50,19 @@ class Processes(ABC):
     @property
     @abstractmethod
     def ranks(self) -> ProcessGroup:
-        """This process's view of the team. The first access starts or joins the workers."""
+        """This process's rank. The first access starts or joins the workers."""
 
-    def end(self, unheard: bool = False) -> None:  # noqa: B027 (a single process has no workers)
+    def end(self, terminate: bool = False) -> None:  # noqa: B027 (a single process has no workers)
         """End the workers.
 
         Args:
-            unheard: workers may be in the middle of a group and cannot receive a message, so they
-                are terminated.
+            terminate: workers may be in the middle of a group and cannot receive a message, so
+                they are terminated.
         """
 
-    def broken(self) -> None:
-        """Drop the workers after a failed group; the next group gets a new team."""
-        self.end(unheard=True)
+    def discard(self) -> None:
+        """Drop the workers after a failed group; the next group gets new processes."""
+        self.end(terminate=True)
 
     def __enter__(self) -> Self:
         return self
@@ -74,11 +73,11 @@ class Processes(ABC):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.end(unheard=error is not None)
+        self.end(terminate=error is not None)
 
 
 class SingleProcess(Processes):
-    """A team of this process only."""
+    """This process alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._ranks = ProcessGroup(device=device)
@@ -89,7 +88,7 @@ class SingleProcess(Processes):
 
 
 class LocalProcesses(Processes):
-    """A team of this process and of workers that it starts on this machine.
+    """This process and workers that it starts on this machine.
 
     Args:
         strategy: ``ddp`` or ``spread``.
@@ -100,7 +99,7 @@ class LocalProcesses(Processes):
     def __init__(self, strategy: str, count: int, kind: str) -> None:
         self.strategy, self.count, self.kind = strategy, count, kind
         self._ranks: ProcessGroup | None = None
-        self._followers: list[subprocess.Popen[bytes]] = []
+        self._workers: list[subprocess.Popen[bytes]] = []
 
     @property
     def ranks(self) -> ProcessGroup:
@@ -113,44 +112,44 @@ class LocalProcesses(Processes):
         store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
         for index in range(1, self.count):
             address = f"{host}:{store.port}:{index}:{self.count}:{self.kind}"
-            self._followers.append(
+            self._workers.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "reseed.distributed.worker"],
                     env=os.environ | {ADDRESS: address},
                     stdin=subprocess.DEVNULL,
                 )
             )
-        return join(store, 0, self.count, self.kind, check=self._look_after)
+        return join(store, 0, self.count, self.kind, check=self._check_workers)
 
-    def _look_after(self) -> None:
-        for index, process in enumerate(self._followers, 1):
+    def _check_workers(self) -> None:
+        for index, process in enumerate(self._workers, 1):
             status = process.poll()
             if status is not None:
                 raise lost_process_error(index, status)
 
-    def end(self, unheard: bool = False) -> None:
-        if self._ranks is not None and not unheard:
+    def end(self, terminate: bool = False) -> None:
+        if self._ranks is not None and not terminate:
             with suppress(ProcessLostError):
-                self._ranks.tell(None)
+                self._ranks.broadcast_object(None)
         try:
-            if unheard:
-                for process in self._followers:
+            if terminate:
+                for process in self._workers:
                     process.terminate()
-            until = time.monotonic() + (_GRACE_S[self.strategy] if unheard else _END_S)
-            for process in self._followers:
+            until = time.monotonic() + (_GRACE_S[self.strategy] if terminate else _END_S)
+            for process in self._workers:
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, until - time.monotonic()))
         finally:  # a second Ctrl-C may end the waiting
-            for process in self._followers:
+            for process in self._workers:
                 process.kill()
                 process.wait()
             if self._ranks is not None:
                 leave()
-            self._followers, self._ranks = [], None
+            self._workers, self._ranks = [], None
 
 
 class SlurmProcesses(Processes):
-    """A team of the tasks of a SLURM job; this process is the first task."""
+    """The tasks of a SLURM job; this process is the first of them."""
 
     def __init__(self, strategy: str, kind: str) -> None:
         self.strategy, self.kind = strategy, kind
@@ -162,23 +161,23 @@ class SlurmProcesses(Processes):
             self._ranks = join_slurm(self.kind)
         return self._ranks
 
-    def broken(self) -> None:
+    def discard(self) -> None:
         if self._ranks is not None:
             say("the job ends because its processes lost their connection; run the same command "
                 "again to submit the remaining runs")  # fmt: skip
             sys.stdout.flush()
             os._exit(1)  # only the end of a task makes SLURM end the others
 
-    def end(self, unheard: bool = False) -> None:
+    def end(self, terminate: bool = False) -> None:
         # Tasks that cannot receive a message end with the job.
-        if self._ranks is not None and not unheard:
-            self._ranks.tell(None)
+        if self._ranks is not None and not terminate:
+            self._ranks.broadcast_object(None)
             leave()
             self._ranks = None
 
 
 def open_processes(runtime: RuntimeConfig) -> Processes:
-    """Make the team that the runtime options ask for; no process starts yet.
+    """Return the processes that the runtime options ask for; none starts yet.
 
     Raises:
         ConfigError: there are fewer devices than processes, or the number of processes is not

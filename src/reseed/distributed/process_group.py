@@ -1,10 +1,19 @@
-"""Communication between the processes that train one group together.
+"""A process's rank, its exchanges with the other ranks, and batches that several ranks share.
 
-    rank 0     leader: holds the locks, sends the work (`ProcessGroup.tell`), writes the records
-    ranks 1…   workers (`reseed.distributed.worker`), on this machine or on other nodes
+`ProcessGroup` has the exchanges. All ranks make each of them in the same order. Waiting is a
+polling loop, so that signals are handled and the death of another rank's process is noticed.
 
-All ranks make every exchange in the same order. Waiting is a polling loop, so that signals are
-handled and the death of another rank's process is noticed.
+If ranks share each batch in equal portions (``runtime=ddp``), each computes the loss on its
+portion, such that the means over the ranks of loss and gradients are those of the whole batch. This
+holds by itself for a mean over tokens. Terms that depend on the batch in another way use these
+functions:
+
+    total variance         `shared_variance`: an equal share of the whole batch's
+    a mean, squared        `batch_mean`
+    smallest chosen value  `min_over_batch`
+    the k·B largest        one cut for all ranks  (`reseed.sae.selection`)
+
+Like autocast, training declares it once (`batch_shared_by`); losses need no parameter for it.
 """
 
 from __future__ import annotations
@@ -14,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -25,17 +34,16 @@ from torch import Tensor
 
 from reseed.errors import ReseedError
 
-# MERGED A batch that several ranks share in equal portions (data-parallel training). Each rank computes the loss on its portion, such that the means over the ranks of loss and gradients are those of the whole batch. This holds by itself for a mean over tokens. Terms that depend on the batch in another way u
 PATIENCE = timedelta(days=30)
-"""Timeout of an exchange: a rank may wait as long as another works. `ProcessGroup.check` detects the loss
-of a rank."""
+"""Timeout of an exchange: a rank may wait as long as another works. `ProcessGroup.check` detects
+the loss of a rank."""
 _SPINS, _PAUSE_S = 50, 1e-4
 _SMALL = 2**18
 """Number of elements below which copying a tensor costs less than a message of its own."""
 
 
 class ProcessLostError(ReseedError):
-    """The loss of another process of the team.
+    """The loss of another of the processes that train together.
 
     Args:
         message: names the process and how it ended.
@@ -79,14 +87,13 @@ class ProcessGroup:
         """Return a separate channel for another thread. All ranks must call this together."""
         if not self.several:
             return self
-        return ProcessGroup(self.index, self.count, self.device, self.local_index, self.local_count,
-                     self.check, dist.new_group(timeout=PATIENCE))  # fmt: skip
+        return replace(self, _group=dist.new_group(timeout=PATIENCE))
 
     def sum_(self, x: Tensor) -> Tensor:
         """Replace ``x`` by its sum over all ranks, and return it."""
         return self._reduced(x, dist.ReduceOp.SUM)
 
-    def largest_(self, x: Tensor) -> Tensor:
+    def max_(self, x: Tensor) -> Tensor:
         """Replace ``x`` by its elementwise maximum over all ranks, and return it."""
         return self._reduced(x, dist.ReduceOp.MAX)
 
@@ -107,7 +114,9 @@ class ProcessGroup:
             for x, mean in zip(small, means, strict=True):
                 x.copy_(mean.view_as(x))
 
-    def copy_(self, x: Tensor, source: int, between: Callable[[], None] = lambda: None) -> Tensor:
+    def broadcast_(
+        self, x: Tensor, source: int, between: Callable[[], None] = lambda: None
+    ) -> Tensor:
         """Replace ``x`` by that of rank ``source``, and return it.
 
         Args:
@@ -132,21 +141,21 @@ class ProcessGroup:
         self._wait(work, x.device)
         return [one[:n] for one, n in zip(found, lengths.tolist(), strict=True)]
 
-    def tell(self, what: Any = None) -> Any:
+    def broadcast_object(self, value: Any = None) -> Any:
         """Send an object of rank 0 to all ranks, and return it."""
         if not self.several:
-            return what
-        said = pickle.dumps(what) if self.leads else b""
-        length = self.copy_(torch.tensor([len(said)], dtype=torch.int64), 0)
-        room = torch.empty(int(length), dtype=torch.uint8)
+            return value
+        sent = pickle.dumps(value) if self.leads else b""
+        length = self.broadcast_(torch.tensor([len(sent)], dtype=torch.int64), 0)
+        buffer = torch.empty(int(length), dtype=torch.uint8)
         if self.leads:
-            room.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
-        return pickle.loads(self.copy_(room, 0).numpy().tobytes())
+            buffer.copy_(torch.frombuffer(bytearray(sent), dtype=torch.uint8))
+        return pickle.loads(self.broadcast_(buffer, 0).numpy().tobytes())
 
-    def collect(self, what: Any) -> list[Any]:
+    def gather_objects(self, value: Any) -> list[Any]:
         """Return the objects of all ranks, on every rank."""
-        own = torch.frombuffer(bytearray(pickle.dumps(what)), dtype=torch.uint8)
-        return [pickle.loads(said.numpy().tobytes()) for said in self.gather(own)]
+        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        return [pickle.loads(sent.numpy().tobytes()) for sent in self.gather(own)]
 
     def _reduced(self, x: Tensor, how: Any) -> Tensor:
         if self.several:
@@ -176,7 +185,6 @@ class ProcessGroup:
 
 ALONE = ProcessGroup()
 """A single process, without exchanges."""
-
 
 _sharing: ContextVar[ProcessGroup] = ContextVar("sharing", default=ALONE)
 
@@ -212,7 +220,7 @@ def batch_mean(mean: Float[Tensor, ""]) -> Float[Tensor, ""]:
 def min_over_batch(values: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
     """Return the smallest value of the whole batch; infinity if there is none."""
     own = values.min() if len(values) else values.new_full((), torch.inf)
-    return -current_batch_group().largest_(-own)
+    return -current_batch_group().max_(-own)
 
 
 def shared_variance(x: Float[Tensor, "batch d_in"], own: Float[Tensor, ""]) -> Float[Tensor, ""]:

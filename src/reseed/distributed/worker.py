@@ -1,6 +1,7 @@
 """The worker process of distributed training: trains its share of each group that rank 0 sends.
 
-Started by `reseed.distributed.launcher` as ``python -m reseed.distributed.worker``, or as a task of a SLURM job.
+`reseed.distributed.launcher` starts it as ``python -m reseed.distributed.worker``; SLURM starts it
+as a task of a job.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from reseed.distributed.launcher import ADDRESS, OUT_OF_MEMORY, join
 from reseed.distributed.process_group import ProcessGroup
 from reseed.errors import Interrupted, ReseedError
-from reseed.experiment.resolve import Experiment, Resolved, resolve_experiment
+from reseed.experiment.declared import Experiment
+from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.sae.pretrained import Pretrained
 from reseed.store.runs import RunStore
 from reseed.system.console import mute
 from reseed.system.devices import is_out_of_memory
 from reseed.train.config import RuntimeConfig
+from reseed.train.group import fit_on_process
 
 
 @dataclass(frozen=True)
@@ -69,34 +72,32 @@ class RunMessage:
 class GroupMessage:
     """A group to train, as sent to the workers."""
 
-    parts: tuple[RunMessage, ...]
+    runs: tuple[RunMessage, ...]
     runtime: RuntimeConfig
 
 
 def run_worker(ranks: ProcessGroup) -> None:
     """Train this rank's share of every group that rank 0 sends, until it sends None."""
-    from reseed.train.group import fit_on_process
-
-    while (order := ranks.tell()) is not None:
-        if order.runtime.strategy == "ddp":
+    while (message := ranks.broadcast_object()) is not None:
+        if message.runtime.strategy == "ddp":
             mute()  # all ranks would print the same
-        group = [part.resolve(order.runtime) for part in order.parts]
-        runs = [resolved.run(RunStore(order.runtime.outputs)) for resolved in group]
-        fit_on_process(group, runs, order.runtime, ranks)
+        group = [run.resolve(message.runtime).spec for run in message.runs]
+        runs = [spec.run(RunStore(message.runtime.outputs)) for spec in group]
+        fit_on_process(group, runs, message.runtime, ranks)
 
 
 def main() -> None:
     """Run the worker until the leader ends it, then exit with its status."""
     # Ctrl-C on a terminal reaches all processes; the leader decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    status = _followed(*os.environ[ADDRESS].split(":"))
+    threading.Thread(target=_exit_with_leader, args=(os.getppid(),), daemon=True).start()
+    status = _exit_status(*os.environ[ADDRESS].split(":"))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # does not wait for an exchange that no other rank will complete
 
 
-def _followed(host: str, port: str, index: str, count: str, kind: str) -> int:
+def _exit_status(host: str, port: str, index: str, count: str, kind: str) -> int:
     """Join the leader, train until it sends None, and return the exit status."""
     try:
         store = TCPStore(host, int(port), is_master=False)
@@ -112,7 +113,7 @@ def _followed(host: str, port: str, index: str, count: str, kind: str) -> int:
     return 0
 
 
-def _end_with(leader: int) -> None:
+def _exit_with_leader(leader: int) -> None:
     """Exit once the leader is gone: its locks are free, so another process may take the runs."""
     while os.getppid() == leader:
         time.sleep(0.3)

@@ -1,9 +1,10 @@
 """Base classes of evaluations: settings, inputs and results.
 
-    EvaluationConfig (evaluation=)  ──evaluate(subjects, evaluated)──►  Result of each run
+    EvaluationConfig (evaluation=)  ──evaluate(runs, inputs)──►  Result of each run
 
 An evaluation measures each SAE by itself; `compare` measures pairs. It receives all runs that were
-trained on one source together, so that results about the model alone are computed once.
+trained on one source together, so that results about the model alone (probes, activations of words)
+are computed once for all SAEs and stored in a `ModelCache`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.language_model import LanguageModel
-from reseed.activations.source import ActivationSource
+from reseed.activations.language_model import FoundModel, LanguageModel
+from reseed.activations.source import ActivationSource, ResolvedSource
 from reseed.activations.text_source import TextSource
 from reseed.config import Config, digest
 from reseed.errors import ConfigError
@@ -33,10 +34,138 @@ from reseed.sae.base import SAE
 from reseed.store.results import Table
 from reseed.system.files import atomic_write, room_for
 
-if TYPE_CHECKING:
-    from reseed.experiment.resolve import Resolved
 
-# MERGED Results about a language model, computed once for all SAEs: probes, activations of words. <cache>/evaluations/<what>-<digest of key>.safetensors
+@dataclass(frozen=True)
+class EvaluationConfig(Config, ABC, family="evaluation"):
+    """Base class of the configurations that ``evaluation=`` selects.
+
+    Attributes:
+        with_untrained: whether the evaluation needs each run's untrained SAE.
+    """
+
+    with_untrained: ClassVar[bool] = True
+
+    def check(self, source: RunSource) -> None:
+        """Refuse a run that cannot be evaluated, before anything is computed.
+
+        Args:
+            source: the source of the run's activations.
+
+        Raises:
+            ConfigError: with a key relative to ``evaluation``.
+        """
+
+    @abstractmethod
+    def evaluate(
+        self, runs: Sequence[LoadedRun], inputs: EvaluationInput
+    ) -> Iterator[tuple[str, Result]]:
+        """Yield the id and result of each run as soon as it is computed.
+
+        Args:
+            runs: at least one run; runs may differ in hookpoint.
+            inputs: the source that all of them were trained on.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class RunSource:
+    """The source of a run's activations, found but not opened.
+
+    Attributes:
+        model: the language model or world.
+        label: its name in tables and messages, with that of the surrogate
+            (``embedded+random_weights``).
+        surrogate: replacement of its activations: ``none``, ``gaussian`` (draws with their moments)
+            or ``random_weights``.
+    """
+
+    model: ResolvedSource
+    label: str
+    surrogate: str
+
+    @property
+    def tokenizer(self) -> Any:
+        """The language model's tokenizer; None for a world."""
+        return self.model.tokenizer if isinstance(self.model, FoundModel) else None
+
+
+def needs_language_model(config: EvaluationConfig, source: RunSource) -> None:
+    """Raise `ConfigError` if the activations are not those of a language model."""
+    if not source.model.fingerprints.keys() >= {"model", "tokenizer"}:
+        raise ConfigError(
+            f"evaluation={config.name} needs a language model; {source.label} is a world "
+            "of known features, without tokens. Use evaluation=reconstruction"
+        )
+    if source.surrogate == "gaussian":
+        raise ConfigError(
+            f"evaluation={config.name} needs a language model; activations of surrogate=gaussian "
+            "are draws, without tokens. Use evaluation=reconstruction"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedRun:
+    """A run to evaluate.
+
+    Attributes:
+        id: the run's id.
+        sae: the SAE, for raw activations, on the device of the source.
+        hook: the hookpoint of the activations.
+        untrained: the SAE at initialisation, also for raw activations; None if it is not known.
+    """
+
+    id: str
+    sae: SAE
+    hook: Hookpoint
+    untrained: SAE | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationInput:
+    """The open source of activations that the runs were trained on.
+
+    Attributes:
+        source: gives held-out activations (`ActivationSource.held_out`).
+        model_cache: stores results about the model.
+        progress: shows a line of progress.
+    """
+
+    source: ActivationSource
+    model_cache: ModelCache
+    progress: Callable[[str], None] = lambda message: None
+
+    @property
+    def device(self) -> torch.device:
+        return self.source.device
+
+    @property
+    def model(self) -> LanguageModel | None:
+        """The language model, which loads its weights on first use; None for a world and for
+        Gaussian draws."""
+        return self.source.model if isinstance(self.source, TextSource) else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer; None if there is no model."""
+        return None if self.model is None else self.model.resolved.tokenizer
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """The result of evaluating one SAE.
+
+    Attributes:
+        metrics: columns for the tables of sweeps, by name (``absorption_fraction``); None (not 0)
+            if the metric cannot be evaluated.
+        tables: long tables by name (``letters``).
+        latents: arrays [num_latents] by name, columns of ``latents.parquet``.
+    """
+
+    metrics: Mapping[str, float | int | None]
+    tables: Mapping[str, Table] = field(default_factory=dict)
+    latents: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
 _DIGITS = 24
 
 
@@ -44,8 +173,10 @@ _DIGITS = 24
 class ModelCache:
     """A folder of tensors, each file keyed by what determines its content.
 
+        <cache>/evaluations/<what>-<digest of key>.safetensors
+
     Attributes:
-        cache: the folder of derived data; results are in its subfolder ``evaluations``.
+        cache: the folder of derived data.
     """
 
     cache: Path
@@ -71,11 +202,11 @@ class ModelCache:
                     found = _write(path, key, compute())
         return found
 
-    def lacks(self, what: str, key: Mapping[str, Any]) -> bool:
+    def is_missing(self, what: str, key: Mapping[str, Any]) -> bool:
         """Return whether no tensors are stored under ``key``."""
         return not self._path(what, key).is_file()
 
-    def keep(self, what: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    def put(self, what: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Store tensors that another computation produced, equal to those of `get`.
 
         This takes no lock: its holder may be waiting for ours, and would write the same tensors.
@@ -110,112 +241,3 @@ def _locked(path: Path) -> Iterator[None]:
     with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-@dataclass(frozen=True, eq=False)
-class LoadedRun:
-    """A run to evaluate.
-
-    Attributes:
-        id: the run's id.
-        sae: the SAE, for raw activations, on the device of the source.
-        hook: the hookpoint of the activations.
-        untrained: the SAE at initialisation, also for raw activations; None if it is not known.
-    """
-
-    id: str
-    sae: SAE
-    hook: Hookpoint
-    untrained: SAE | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """The result of evaluating one SAE.
-
-    Attributes:
-        metrics: columns for the tables of sweeps, by name (``absorption_fraction``); None (not 0)
-            if the metric cannot be evaluated.
-        tables: long tables by name (``letters``).
-        latents: arrays [num_latents] by name, columns of ``latents.parquet``.
-    """
-
-    metrics: Mapping[str, float | int | None]
-    tables: Mapping[str, Table] = field(default_factory=dict)
-    latents: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, eq=False)
-class EvaluationInput:
-    """The open source of activations that the runs were trained on.
-
-    Attributes:
-        source: gives held-out activations (`ActivationSource.held_out`).
-        shared: stores results about the model.
-        note: shows a line of progress.
-    """
-
-    source: ActivationSource
-    shared: ModelCache
-    note: Callable[[str], None] = lambda message: None
-
-    @property
-    def device(self) -> torch.device:
-        return self.source.device
-
-    @property
-    def model(self) -> LanguageModel | None:
-        """The language model, which loads its weights on first use; None for a world and for
-        Gaussian draws."""
-        return self.source.model if isinstance(self.source, TextSource) else None
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer; None if there is no model."""
-        return None if self.model is None else self.model.resolved.tokenizer
-
-
-@dataclass(frozen=True)
-class EvaluationConfig(Config, ABC, family="evaluation"):
-    """Base class of the configurations that ``evaluation=`` selects.
-
-    Attributes:
-        with_untrained: whether the evaluation needs each run's untrained SAE.
-    """
-
-    with_untrained: ClassVar[bool] = True
-
-    def check(self, resolved: Resolved) -> None:
-        """Refuse a run that cannot be evaluated, before anything is computed.
-
-        Args:
-            resolved: the run's experiment.
-
-        Raises:
-            ConfigError: with a key relative to ``evaluation``.
-        """
-
-    @abstractmethod
-    def evaluate(
-        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
-    ) -> Iterator[tuple[str, Result]]:
-        """Yield the id and result of each run as soon as it is computed.
-
-        Args:
-            subjects: at least one run; runs may differ in hookpoint.
-            evaluated: the source that all of them were trained on.
-        """
-
-
-def needs_language_model(config: EvaluationConfig, resolved: Resolved) -> None:
-    """Raise `ConfigError` if the activations are not those of a language model."""
-    if not resolved.model.fingerprints.keys() >= {"model", "tokenizer"}:
-        raise ConfigError(
-            f"evaluation={config.name} needs a language model; {resolved.model_label} is a world "
-            "of known features, without tokens. Use evaluation=reconstruction"
-        )
-    if resolved.experiment.surrogate == "gaussian":
-        raise ConfigError(
-            f"evaluation={config.name} needs a language model; activations of surrogate=gaussian "
-            "are draws, without tokens. Use evaluation=reconstruction"
-        )

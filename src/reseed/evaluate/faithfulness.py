@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 import torch
@@ -31,14 +31,12 @@ from reseed.evaluate.base import (
     EvaluationInput,
     LoadedRun,
     Result,
+    RunSource,
     needs_language_model,
 )
 from reseed.sae.base import SAE
 
-if TYPE_CHECKING:
-    from reseed.experiment.resolve import Resolved
-
-_TOGETHER = 8
+_RUNS_PER_PASS = 8
 """SAEs that share a forward pass of the clean model."""
 _LOGITS = 2**26
 """Most logits of one forward pass of more than one sequence: 256 MiB in float32."""
@@ -54,28 +52,28 @@ class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
     tokens: int = setting(16_384, at_least=1)
     """Held-out activations; rounded up to whole sequences, the same for every SAE of one model."""
 
-    def check(self, resolved: Resolved) -> None:
-        needs_language_model(self, resolved)
+    def check(self, source: RunSource) -> None:
+        needs_language_model(self, source)
 
     def evaluate(
-        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
+        self, runs: Sequence[LoadedRun], inputs: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
-        source = evaluated.source
+        source = inputs.source
         assert isinstance(source, TextSource)
-        passage = _HeldOutText(source.model, *source.held_out_sequences(self.tokens))
-        evaluated.note(f"mean activations of {passage.activations:,} positions")
-        means = passage.means([subject.hook for subject in subjects])
-        for first in range(0, len(subjects), _TOGETHER):
-            some = subjects[first : first + _TOGETHER]
-            evaluated.note(f"SAEs {first + 1}-{first + len(some)} of {len(subjects)}")
+        text = _HeldOutText(source.model, *source.held_out_sequences(self.tokens))
+        inputs.progress(f"mean activations of {text.activations:,} positions")
+        means = text.means([run.hook for run in runs])
+        for first in range(0, len(runs), _RUNS_PER_PASS):
+            some = runs[first : first + _RUNS_PER_PASS]
+            inputs.progress(f"SAEs {first + 1}-{first + len(some)} of {len(runs)}")
             edits: dict[tuple[Hookpoint, str], Edit] = {}
-            for subject in some:
-                edits[subject.hook, _ZERO] = torch.zeros_like
-                edits[subject.hook, _MEAN] = partial(_constant, means[subject.hook])
-                edits[subject.hook, f"sae {subject.id}"] = partial(_reconstructed, subject.sae)
-            losses = passage.losses(edits)
-            for subject in some:
-                yield subject.id, _result(losses, subject, passage)
+            for run in some:
+                edits[run.hook, _ZERO] = torch.zeros_like
+                edits[run.hook, _MEAN] = partial(_constant, means[run.hook])
+                edits[run.hook, f"sae {run.id}"] = partial(_reconstructed, run.sae)
+            losses = text.losses(edits)
+            for run in some:
+                yield run.id, _result(losses, run, text)
 
 
 @dataclass
@@ -93,7 +91,7 @@ class _Losses:
 
 _CLEAN = None
 """The key of the clean model's losses."""
-_All = Mapping[tuple[Hookpoint, str] | None, _Losses]
+_LossesByEdit = Mapping[tuple[Hookpoint, str] | None, _Losses]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +127,7 @@ class _HeldOutText:
             first = last
         return {hook: (total / self.activations).float() for hook, total in sums.items()}
 
-    def losses(self, edits: Mapping[tuple[Hookpoint, str], Edit]) -> _All:
+    def losses(self, edits: Mapping[tuple[Hookpoint, str], Edit]) -> _LossesByEdit:
         """Return the losses of the clean model, and of the model with each edit."""
         found: dict[tuple[Hookpoint, str] | None, _Losses] = {_CLEAN: _Losses()}
         for tokens, kept in self._batches():
@@ -192,20 +190,20 @@ def _reconstructed(sae: SAE, x: Float[Tensor, "some d_in"]) -> Tensor:
     return sae(x.to(sae.W_dec.device, torch.float32)).reconstruction.to(x.device)
 
 
-def _result(losses: _All, subject: LoadedRun, passage: _HeldOutText) -> Result:
-    counted = passage.predictions
-    own = losses[subject.hook, f"sae {subject.id}"]
+def _result(losses: _LossesByEdit, run: LoadedRun, text: _HeldOutText) -> Result:
+    counted = text.predictions
+    own = losses[run.hook, f"sae {run.id}"]
     clean = losses[_CLEAN]
     ce, ce_clean = own.mean("ce", counted), clean.mean("ce", counted)
     metrics: dict[str, float | int | None] = {
-        "tokens": passage.activations,
+        "tokens": text.activations,
         "ce_clean": ce_clean,
         "ce": ce,
         "ce_increase": ce - ce_clean,
         "kl": own.mean("kl", counted),
     }
     for ablation in (_ZERO, _MEAN):
-        worst = losses[subject.hook, ablation]
+        worst = losses[run.hook, ablation]
         ce_worst, kl_worst = worst.mean("ce", counted), worst.mean("kl", counted)
         metrics |= {
             f"ce_{ablation}": ce_worst,
@@ -215,8 +213,8 @@ def _result(losses: _All, subject: LoadedRun, passage: _HeldOutText) -> Result:
         }
     table = pd.DataFrame(
         {
-            "sequence": range(len(passage.sequences)),
-            "predictions": passage.kept[:, :-1].sum(1).numpy(),
+            "sequence": range(len(text.sequences)),
+            "predictions": text.kept[:, :-1].sum(1).numpy(),
             "ce_clean": torch.cat(clean.ce).numpy(),
             "ce": torch.cat(own.ce).numpy(),
             "kl": torch.cat(own.kl).numpy(),

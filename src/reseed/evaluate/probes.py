@@ -1,9 +1,14 @@
-"""Linear probes: one against the rest, for all classes at once.
+"""Linear probes: for activations, and for the few latents that predict a class best.
 
-n words, D `d_in`, C classes. Recipe of Chanin et al. 2024 (public code): one linear layer, binary
-cross-entropy with positives weighted n_neg/n_pos, Adam with a learning rate that falls
-geometrically by epoch. Float32 for any dtype of the model. Weights start at zero: the problem is
-convex, so only the batches' order is random.
+`train_probe` (recipe of Chanin et al. 2024, public code): one against the rest, for all classes at
+once; one linear layer, binary cross-entropy with positives weighted n_neg/n_pos, Adam with a
+learning rate that falls geometrically by epoch. Float32 for any dtype of the model. Weights start
+at zero: the problem is convex, so only the batches' order is random.
+
+`rank_latents` and `fit_nested` (Gurnee et al. 2023, as Chanin et al. 2024 use it): an L1-penalised
+probe ranks the latents, then a regression is fitted on the best k for every k.
+
+n words, D `d_in`, F latents, C classes
 """
 
 from __future__ import annotations
@@ -16,15 +21,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from reseed.evaluate.codes import Codes
+from reseed.evaluate.sparse_latents import SparseLatents
 
-# MERGED Sparse probes: rank the latents that predict a class, and fit regressions on the best k. n words, F latents, C classes; recipe of Gurnee et al. 2023 as Chanin et al. 2024 use it.
 EPOCHS = 50
 FIRST_RATE, LAST_RATE = 1e-2, 1e-5
 WEIGHT_DECAY = 1e-4
 BATCH, STEPS_PER_EPOCH = 4_096, 24
 """Most words in a batch, and least steps in an epoch: else a vocabulary of thousands would be one
 batch, and a probe would train for 50 steps."""
+_RIDGE = 1e-6
+"""L2 penalty added to the L1 penalty, as published."""
+_TOLERANCE, _MAX_STEPS = 1e-9, 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,13 +112,8 @@ def precision_recall_f1(
     )
 
 
-_RIDGE = 1e-6
-"""L2 penalty added to the L1 penalty, as published."""
-_TOLERANCE, _MAX_STEPS = 1e-9, 100
-
-
 def rank_latents(
-    codes: Codes, member: Bool[Tensor, "n C"], l1: float, most: int, random: torch.Generator
+    codes: SparseLatents, member: Bool[Tensor, "n C"], l1: float, most: int, random: torch.Generator
 ) -> Int[Tensor, "C most"]:
     """Rank the latents by (signed) weight in an L1-penalised probe of each class, best first.
 
@@ -121,7 +123,7 @@ def rank_latents(
     """
     member = member.to(codes.value.device)
     live = codes.live
-    compact = Codes(
+    compact = SparseLatents(
         codes.starts, torch.searchsorted(live, codes.latent), codes.value, max(1, len(live))
     )
     dealt = torch.randperm(len(codes), generator=random).split(batch_size(len(codes)))
@@ -137,9 +139,9 @@ def rank_latents(
     for epoch in range(EPOCHS):
         optimizer.param_groups[0]["lr"] = learning_rate(epoch)
         for batch in torch.randperm(len(parts), generator=random).tolist():
-            error = loss_gradient(parts[batch].times(weight) + bias, targets[batch], ratio)
+            error = loss_gradient(parts[batch].matmul(weight) + bias, targets[batch], ratio)
             # The loss is the mean over classes, and so is the penalty.
-            weight.grad = turned[batch].times(error).add_(weight.sign(), alpha=l1 / classes)
+            weight.grad = turned[batch].matmul(error).add_(weight.sign(), alpha=l1 / classes)
             bias.grad = error.sum(0)
             optimizer.step()
     full = torch.zeros(codes.num_latents, classes, device=live.device)

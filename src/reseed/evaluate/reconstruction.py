@@ -163,11 +163,11 @@ class ReconstructionConfig(EvaluationConfig, name="reconstruction"):
     """First held-out activations to read: the same for every SAE of one model."""
 
     def evaluate(
-        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
+        self, runs: Sequence[LoadedRun], inputs: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
-        check_held_out(evaluated.source, self.tokens)
-        saes = {subject.id: (subject.hook, subject.sae) for subject in subjects}
-        chunks = evaluated.source.held_out([hook for hook, _ in saes.values()], self.tokens)
+        check_held_out(inputs.source, self.tokens)
+        saes = {run.id: (run.hook, run.sae) for run in runs}
+        chunks = inputs.source.held_out([hook for hook, _ in saes.values()], self.tokens)
         for name, measured in measure(saes, chunks).items():
             yield name, _result(measured)
 

@@ -7,7 +7,7 @@ has its own S.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +18,13 @@ from torch import Tensor
 
 from reseed.activations.stream import generator
 from reseed.evaluate.base import EvaluationInput, LoadedRun, Result
-from reseed.evaluate.codes import Codes, encode
-from reseed.evaluate.first_letter.task import ProbedTask, WordTaskConfig, probe_quality
-from reseed.evaluate.first_letter.words import Fold
 from reseed.evaluate.probes import Scores, fit_nested, precision_recall_f1, rank_latents
+from reseed.evaluate.sparse_latents import SparseLatents, encode
+from reseed.evaluate.word_task.task import ProbedTask, WordTaskConfig, probe_quality
+from reseed.evaluate.word_task.words import Fold
 
+TOO_FEW_WORDS = "too few words to choose latents by"
+"""Reason why a class is not evaluated although its probe is good enough."""
 _RANKING = 0x72616E6B
 
 
@@ -50,7 +52,7 @@ def choose_main(f1: Sequence[float], step: float) -> int:
 
 
 def find_splits(
-    codes: Codes,
+    codes: SparseLatents,
     member: Bool[Tensor, "n C"],
     fold: Fold,
     *,
@@ -78,21 +80,34 @@ def find_splits(
 
 
 def find_all_splits(
-    config: WordTaskConfig, probed: ProbedTask, codes: Codes
+    config: WordTaskConfig, probed: ProbedTask, codes: SparseLatents
 ) -> list[list[Split | None]]:
     """Find the splits in every fold of a repetition."""
-    return [
-        find_splits(
-            codes,
-            probed.members,
-            fold,
-            most=config.max_latents,
-            step=config.f1_step,
-            l1=config.l1,
-            random=generator(_RANKING, probed.prompt_seed, number),
-        )
-        for number, fold in enumerate(probed.folds)
-    ]
+    folds = range(len(probed.folds))
+    return [find_fold_splits(config, probed, codes, fold, probed.members) for fold in folds]
+
+
+def find_fold_splits(
+    config: WordTaskConfig,
+    probed: ProbedTask,
+    codes: SparseLatents,
+    fold: int,
+    member: Bool[Tensor, "n C"],
+) -> list[Split | None]:
+    """Find the splits in one fold.
+
+    Args:
+        member: membership of the words in any classes.
+    """
+    return find_splits(
+        codes,
+        member,
+        probed.folds[fold],
+        most=config.max_latents,
+        step=config.f1_step,
+        l1=config.l1,
+        random=generator(_RANKING, probed.prompt_seed, fold),
+    )
 
 
 @dataclass(frozen=True)
@@ -100,19 +115,16 @@ class SplittingConfig(WordTaskConfig, name="splitting"):
     """The number of latents that represent each class of words, and the quality of the first."""
 
     def evaluate(
-        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
+        self, runs: Sequence[LoadedRun], inputs: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
-        hooks = list(dict.fromkeys(subject.hook for subject in subjects))
-        for hook in hooks:
-            repetitions = list(self.repetitions(evaluated, hook, hooks))
-            for subject in subjects:
-                if subject.hook == hook:
-                    yield subject.id, self.measured(subject, repetitions)
+        for repetitions, some in self.by_hookpoint(runs, inputs):
+            for run in some:
+                yield run.id, self.measured(run, repetitions)
 
-    def measured(self, subject: LoadedRun, repetitions: list[ProbedTask]) -> Result:
+    def measured(self, run: LoadedRun, repetitions: list[ProbedTask]) -> Result:
         found = []
         for probed in repetitions:
-            codes = encode(subject.sae, probed.x)
+            codes = encode(run.sae, probed.x)
             found.append((probed, codes, find_all_splits(self, probed, codes)))
         return _result(found, self)
 
@@ -132,7 +144,7 @@ def refusal_reasons(repetitions: list[ProbedTask], quality: Scores, gate: float)
     return reasons
 
 
-RepetitionSplits = list[tuple[ProbedTask, Codes, list[list[Split | None]]]]
+RepetitionSplits = list[tuple[ProbedTask, SparseLatents, list[list[Split | None]]]]
 
 
 def _result(found: RepetitionSplits, config: WordTaskConfig) -> Result:
@@ -159,7 +171,9 @@ def _result(found: RepetitionSplits, config: WordTaskConfig) -> Result:
         columns=["class", "k", "f1"],
     )
     tables = {"letters": letters.drop(columns="f1_by_k"), "f1_by_k": curves}
-    main = main_classes(found, kept.index.tolist())
+    num_latents, num_classes = found[0][1].num_latents, repetitions[0].num_classes
+    each = [split for _, _, splits in found for split in splits]
+    main = main_classes(each, kept.index.tolist(), num_latents, num_classes)
     return Result({"splitting_letters": len(kept), **metrics}, tables, {"splitting_class": main})
 
 
@@ -182,7 +196,7 @@ def letter_table(found: RepetitionSplits, quality: Scores, reasons: list[str]) -
         }
         rows.append(row | _of_latents(found, number))
         if not reasons[number] and np.isnan(rows[-1]["splits"]):
-            rows[-1]["reason"] = "too few words to choose latents by"
+            rows[-1]["reason"] = TOO_FEW_WORDS
     return pd.DataFrame(rows)
 
 
@@ -214,14 +228,22 @@ def _of_latents(found: RepetitionSplits, number: int) -> dict[str, object]:
     }
 
 
-def main_classes(found: RepetitionSplits, kept: list[int]) -> Int[np.ndarray, " F"]:
-    """Return the class that each latent is most often main for, over folds and seeds; −1: none."""
-    num_latents = found[0][1].num_latents
-    votes = np.zeros((num_latents, found[0][0].num_classes), dtype=np.int32)
-    for _, _, splits in found:
-        for each in splits:
-            for number in kept:
-                split = each[number]
-                if split is not None:
-                    votes[split.main.numpy(), number] += 1
+def main_classes(
+    folds: Iterable[Sequence[Split | None]],
+    kept: Sequence[int],
+    num_latents: int,
+    num_classes: int,
+) -> Int[np.ndarray, " F"]:
+    """Return the class that each latent is most often main for; −1: none.
+
+    Args:
+        folds: splits of every class, in each fold and repetition.
+        kept: the classes that count.
+    """
+    votes = np.zeros((num_latents, num_classes), dtype=np.int32)
+    for splits in folds:
+        for number in kept:
+            split = splits[number]
+            if split is not None:
+                votes[split.main.numpy(), number] += 1
     return np.where(votes.any(1), votes.argmax(1), -1).astype(np.int32)

@@ -1,11 +1,15 @@
-"""Experiments: the declared configuration, its resolved form, and the signature of its run."""
+"""Resolved experiments: source, data and shapes are found and checked; the run has its signature.
+
+`resolve_experiment` makes a `Resolved` from a declared `Experiment`. Its `identity` is everything
+that changes the result, and the digest of it is the run's `signature`. `Resolved.spec` is the part
+that training needs.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,80 +18,25 @@ from typing import Any
 import torch
 
 from reseed.activations.cache import ActivationCache
-from reseed.activations.hookpoints import Hookpoint, HookpointConfig
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource, SourceConfig
-from reseed.activations.stream import DatasetConfig, check_batch_size
 from reseed.activations.synthetic.surrogate import (
-    SURROGATES,
-    flops_per_token,
     open_source,
     surrogate_label,
     surrogate_source,
 )
-from reseed.config import Config, digest, setting
+from reseed.config import digest
 from reseed.errors import ConfigError
-from reseed.sae.base import SAEConfig, SAEOption
+from reseed.evaluate.base import RunSource
+from reseed.experiment.declared import Experiment
+from reseed.sae.base import SAEConfig
 from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.store.runs import Run, RunStore
-from reseed.train.config import RuntimeConfig, TrainingConfig
+from reseed.train.config import RuntimeConfig
+from reseed.train.optim import peak_lr
+from reseed.train.spec import RunSpec
 
 SIGNATURE_VERSION = 1
 """Raise it when code changes the results of every run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment(Config):
-    """One SAE to be trained: the five knobs and the other option groups."""
-
-    model: SourceConfig
-    layer: int = setting(at_least=0)
-    hookpoint: HookpointConfig
-    dataset: DatasetConfig
-    sae: SAEOption
-    training: TrainingConfig
-    seed: int = setting(at_least=0)
-    seed_scope: str = setting("cell", choices=("cell", "shared"), neutral="cell")
-    """``cell``: initial weights depend on the seed and on everything else in the cell; ``shared``:
-    on the seed alone, so that runs of different cells with one seed start from equal draws."""
-    surrogate: str = setting("none", choices=SURROGATES, neutral="none")
-    """Replacement of the source's activations: ``gaussian``, draws with their moments;
-    ``random_weights``, those of the same language model before any training."""
-
-    def validate(self) -> None:
-        check_batch_size(self.dataset, self.training.batch_size)
-        start = "decoder=archetypal" if self.training.decoder == "archetypal" else "start=truth"
-        made = self.training.decoder == "archetypal" or self.training.start == "truth"
-        if made and isinstance(self.sae, SAEConfig) and self.sae.encoder_init == "untied":
-            raise ConfigError(
-                f"{{key}} must be tied with training.{start}, which sets both rows of a latent; "
-                "got untied",
-                "sae.encoder_init",
-            )
-
-    @property
-    def hook(self) -> Hookpoint:
-        return Hookpoint.of(self.hookpoint, self.layer)
-
-    @property
-    def architecture(self) -> SAEConfig:
-        """Configuration of the SAE; for a pretrained one, known once it is resolved."""
-        assert isinstance(self.sae, SAEConfig)
-        return self.sae
-
-    def of_pretrained(self, found: Pretrained) -> Experiment:
-        """Return the experiment of a pretrained SAE: its architecture, and no training settings.
-
-        The budget of one batch is the smallest valid one; it is not used.
-        """
-        size = self.training.batch_size
-        return replace(
-            self,
-            sae=found.config,
-            training=TrainingConfig(recipe="none", tokens=size, batch_size=size),
-            dataset=replace(self.dataset, order_seed=0),
-            seed=0,
-            seed_scope="cell",
-        )
 
 
 @dataclass(frozen=True)
@@ -206,11 +155,6 @@ class Resolved:
         parts = [e.model.signed(), e.dataset.signed(), e.surrogate]
         return digest([*parts, self.identity["fingerprints"]])
 
-    def source_flops(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """Estimate the operations per activation at all of the hookpoints."""
-        widths = [self.model.d_in(hookpoint) for hookpoint in hookpoints]
-        return flops_per_token(self.data, self.experiment.surrogate, hookpoints, widths)
-
     @property
     def tokens(self) -> int:
         """Number of training activations, in whole batches; 0 for a pretrained SAE."""
@@ -224,6 +168,11 @@ class Resolved:
     def model_label(self) -> str:
         """Name of the source of activations, for folders and tables."""
         return surrogate_label(self.model.label, self.experiment.surrogate)
+
+    @property
+    def source(self) -> RunSource:
+        """The source of activations, which `EvaluationConfig.check` checks."""
+        return RunSource(self.model, self.model_label, self.experiment.surrogate)
 
     @property
     def sparsity(self) -> str:
@@ -284,11 +233,55 @@ class Resolved:
             "calibration": self.calibration,
             "init_seed": self.init_seed if training else None,
             "start_is_drawn": training and recipe.start_is_drawn,
-            "peak_lr": recipe.peak_lr(e.architecture, self.num_latents) if training else None,
+            "peak_lr": peak_lr(recipe, e.architecture, self.num_latents) if training else None,
             "dead_after_tokens": dead_after,
             "tokens": self.tokens,
             "steps": recipe.steps if training else 0,
         }
+
+    def _metadata(self) -> dict[str, Any]:
+        """Return the SAE's origin for sae.json."""
+        e, found = self.experiment, self.pretrained
+        own = {"seed": e.seed} if found is None else {"pretrained": found.record()}
+        return {
+            "signature": self.signature,
+            "model": self.model_label,
+            "model_fingerprint": self.model.fingerprint,
+            "hookpoint": str(e.hook),
+            "site": e.hookpoint.site,
+            "layer": e.layer,
+            "dataset": self.data.label,
+            "context_length": self.data.context_length,
+            "tokens": self.tokens,
+            **own,
+        }
+
+    @cached_property
+    def spec(self) -> RunSpec:
+        """The run as `reseed.train` needs it."""
+        e = self.experiment
+        return RunSpec(
+            signature=self.signature,
+            label=self.label,
+            role=self.role,
+            model=self.model,
+            model_label=self.model_label,
+            data=self.data,
+            surrogate=e.surrogate,
+            stream=self.stream,
+            hookpoint=e.hook,
+            d_in=self.d_in,
+            sae=self.sae,
+            num_latents=self.num_latents,
+            sparsity=self.sparsity,
+            training=e.training,
+            tokens=self.tokens,
+            init_seed=self.init_seed,
+            pretrained=self.pretrained,
+            waits_for=self.without_seeds().signature if self.needs_calibration else None,
+            record=self.record(),
+            metadata=self._metadata(),
+        )
 
 
 def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolved:
@@ -303,7 +296,7 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     found = None
     if isinstance(experiment.sae, PretrainedConfig):
         try:
-            found = experiment.sae.found()
+            found = experiment.sae.resolve()
         except ConfigError as error:
             raise error.within("sae") from None
         experiment = experiment.of_pretrained(found)
@@ -321,8 +314,8 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     architecture = experiment.architecture
     try:
         if found is not None:
-            found.check(d_in)
-        architecture.check(d_in)
+            found.check_d_in(d_in)
+        architecture.check_d_in(d_in)
     except ConfigError as error:
         raise error.within("sae") from None
     _check_start(experiment, model, architecture.width(d_in))

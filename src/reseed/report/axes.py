@@ -1,43 +1,20 @@
-"""Knobs that distinguish the cells of a comparison: order, short names, and numeric axes of
-figures."""
+"""Cells of a comparison in words: the knobs that distinguish them, their order, their short names,
+their numeric axes, and what their pairs of runs differ in."""
 
 from __future__ import annotations
 
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from math import isnan
 from typing import Any
 
 from reseed.compare.cell import CellResult
-
-# MERGED Format of numbers in tables and on the terminal.
-MISSING = "–"
-"""Sign for a missing value."""
-LEAST = 0.001
-"""Smaller numbers are shown as below this."""
-
-
-def number(value: float) -> str:
-    """Format with two decimals, or with one digit if these would be 0; ``< 0.001`` below
-    `LEAST`."""
-    if isnan(value):
-        return MISSING
-    if value == 0:
-        return "0"
-    if abs(value) < LEAST:
-        return f"< {LEAST}" if value > 0 else f"> -{LEAST}"
-    return f"{value:.2f}" if abs(value) >= 0.00995 else f"{value:.1g}"
-
-
-def bounds(low: float, high: float) -> str:
-    """Return ``[0.30, 0.52]``; bounds contain no space, so that no line breaks within one."""
-    return "[" + ", ".join(number(bound).replace(" ", "") for bound in (low, high)) + "]"
-
+from reseed.report.format import MISSING, range_text
 
 Cell = tuple[Mapping[str, Any], CellResult]
 """The knobs of a cell (``{"sae": "topk", "layer": 2}``) and its measures."""
-
+Knobbed = tuple[Mapping[str, Any], object]
+"""The knobs of a cell, or of anything else."""
 FEW = 4
 """Up to this many cells are named by all varying knobs."""
 _NUMBER = re.compile(r"(.*?)([-+]?\d[\d.]*(?:e[-+]?\d+)?)")
@@ -59,13 +36,13 @@ def ordered(cells: Sequence[Cell]) -> list[Cell]:
     return [cells[i] for i in sorted(range(len(cells)), key=place)]
 
 
-def varying(cells: Sequence[Cell]) -> list[str]:
+def varying(cells: Sequence[Knobbed]) -> list[str]:
     """Return the knobs that differ between cells."""
     names = dict.fromkeys(name for knobs, _ in cells for name in knobs)
     return [n for n in names if len({_word(knobs, n) for knobs, _ in cells}) > 1]
 
 
-def distinguishing_knobs(cells: Sequence[Cell]) -> list[str]:
+def distinguishing_knobs(cells: Sequence[Knobbed]) -> list[str]:
     """Return the varying knobs, without those that an earlier one determines (λ, if each
     architecture has one λ)."""
     names = varying(cells)
@@ -76,7 +53,7 @@ def distinguishing_knobs(cells: Sequence[Cell]) -> list[str]:
     ]
 
 
-def columns(cells: Sequence[Cell]) -> list[str]:
+def columns(cells: Sequence[Knobbed]) -> list[str]:
     """Return the varying knobs that tables show: without those that the arm determines, which
     `arm_note` lists."""
     left_out = _of_arm(cells)
@@ -91,12 +68,12 @@ def arm_note(cells: Sequence[Cell]) -> str:
         return ""
     arms: dict[str, list[str]] = {}
     for knobs in {_word(knobs, "arm"): knobs for knobs, _ in cells}.values():
-        said = ", ".join(_said(name, _word(knobs, name)) for name in names)
-        arms.setdefault(said, []).append(_word(knobs, "arm"))
-    return " · ".join(f"{'; '.join(who)}: {said}" for said, who in arms.items())
+        text = ", ".join(_knob_text(name, _word(knobs, name)) for name in names)
+        arms.setdefault(text, []).append(_word(knobs, "arm"))
+    return " · ".join(f"{'; '.join(arms_alike)}: {text}" for text, arms_alike in arms.items())
 
 
-def _of_arm(cells: Sequence[Cell]) -> list[str]:
+def _of_arm(cells: Sequence[Knobbed]) -> list[str]:
     """Return the varying knobs, other than the arm, that have one value in each arm."""
     names = varying(cells)
     if "arm" not in names:
@@ -104,7 +81,7 @@ def _of_arm(cells: Sequence[Cell]) -> list[str]:
     return [name for name in names if name != "arm" and _follows(cells, name, "arm")]
 
 
-def _said(name: str, word: str) -> str:
+def _knob_text(name: str, word: str) -> str:
     """Return a knob and its value: ``model world_easy``, ``64 latents``, ``L0≈3``."""
     if name.endswith("num_latents"):
         return f"{word} latents"
@@ -112,7 +89,8 @@ def _said(name: str, word: str) -> str:
 
 
 def label_knobs(cells: Sequence[Cell]) -> list[str]:
-    """Return the knobs that name a cell: all that tables show; for many cells, only `distinguishing_knobs`."""
+    """Return the knobs that name a cell: all that tables show; for many cells, only
+    `distinguishing_knobs`."""
     return columns(cells) if len(cells) <= FEW else distinguishing_knobs(cells)
 
 
@@ -150,7 +128,8 @@ def wrapped(text: str, width: int) -> str:
 
 
 def numeric_axes(cells: Sequence[Cell], at_least: int = 3) -> list[str]:
-    """Return the knobs of `distinguishing_knobs` that are numbers with at least ``at_least`` values."""
+    """Return the knobs of `distinguishing_knobs` that are numbers with at least ``at_least``
+    values."""
     return [
         name
         for name in distinguishing_knobs(cells)
@@ -171,12 +150,34 @@ def amounts(cells: Sequence[Cell], axis: str) -> list[float]:
 
 
 def other_knob_values(cells: Sequence[Cell], axis: str) -> list[tuple[str, ...]]:
-    """Return, for each cell, the values of the knobs of `distinguishing_knobs` other than ``axis``."""
+    """Return, for each cell, the values of the knobs of `distinguishing_knobs` other than
+    ``axis``."""
     others = [name for name in distinguishing_knobs(cells) if name != axis]
     return [tuple(knob_values(others, knobs)) for knobs, _ in cells]
 
 
-def _amounts(cells: Sequence[Cell], name: str) -> list[float] | None:
+def pair_axis_name(cells: Sequence[Cell], plural: bool = True) -> str:
+    """Return what the pairs differ in, in words: seeds, or values of another axis."""
+    axis, *others = {cell.settings.pair_by for _, cell in cells}
+    if others or not isinstance(axis, str):  # arms, or several axes
+        return "runs" if plural else "run"
+    if axis == "seed":
+        return "seeds" if plural else "seed"
+    return f"{'values' if plural else 'value'} of {axis}"
+
+
+def count_text(cells: Sequence[Cell]) -> str:
+    """Return ``n = 3 seeds``."""
+    counts = range_text(cell.n_seeds for _, cell in cells)
+    return f"n = {counts} {pair_axis_name(cells)}"
+
+
+def threshold_text(cells: Sequence[Cell]) -> str:
+    """Return the threshold of the sharing rule: ``0.7``."""
+    return f"{cells[0][1].settings.threshold:g}"
+
+
+def _amounts(cells: Sequence[Knobbed], name: str) -> list[float] | None:
     """Return the numbers, also out of ``k=8``; None if a cell has none, or if prefixes differ."""
     found = [_NUMBER.fullmatch(_word(knobs, name)) for knobs, _ in cells]
     if not all(found) or len({match[1] for match in found if match}) > 1:
@@ -187,7 +188,7 @@ def _amounts(cells: Sequence[Cell], name: str) -> list[float] | None:
         return None
 
 
-def _follows(cells: Sequence[Cell], name: str, other: str) -> bool:
+def _follows(cells: Sequence[Knobbed], name: str, other: str) -> bool:
     """Return whether ``other`` determines ``name``."""
     pairs = {(_word(knobs, other), _word(knobs, name)) for knobs, _ in cells}
     return len(pairs) == len({first for first, _ in pairs})

@@ -8,29 +8,28 @@ from itertools import groupby
 from math import ceil, inf
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from reseed.compare.cell import CellResult
-from reseed.compare.sharing_profile import fit_power_law
 from reseed.report.axes import (
     Cell,
     amounts,
     distinguishing_knobs,
-    label,
-    label_knobs,
     other_knob_values,
-    row_labels,
+    pair_axis_name,
+    threshold_text,
     wrapped,
 )
-from reseed.report.captions import LAYERS_SOURCE, SOURCE, UNSHARED, of_seeds, over
+from reseed.report.references import (
+    LAYERS_SOURCE,
+    SOURCE,
+    reference_values,
+)
 from reseed.report.style import (
     COLOURS,
     GREY,
@@ -43,14 +42,12 @@ from reseed.report.style import (
     name_outer,
     panels,
 )
-from reseed.report.table import count_text, pair_axis_name
 
-# MERGED Figure of how many seeds share a latent: p_m and u_k of each cell.
 COLUMNS = 3
 """Most panels in a row."""
 LOG_FROM = 8
 """A range whose ends have a larger ratio is drawn on a logarithmic scale."""
-ALIKE = 0.5
+ALIKE_FRACTION = 0.5
 """Untrained SAEs whose shared fraction exceeds this started from alike weights."""
 DOTTED: Any = (0, (1, 2))
 DASHED: Any = (0, (5, 3))
@@ -86,64 +83,64 @@ def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
     Without arms there is a line per architecture (or per value of the first knob that differs). The
     budget is drawn in optimiser steps, because steps, not tokens, move the weights.
     """
-    plan = _plan(cells, axis)
-    names = list(dict.fromkeys(plan.panels))
+    layout = _layout(cells, axis)
+    names = list(dict.fromkeys(layout.panels))
     columns = min(len(names), COLUMNS)
     rows = ceil(len(names) / columns)
     alone = len(names) == 1
     width, height = (WIDTH * 0.85, 2.6) if alone else (WIDTH / columns, 2.25)
-    reference = over(cells, axis, plan.at)
+    reference = reference_values(cells, axis, layout.at)
     source = LAYERS_SOURCE if axis_name(axis) == "layer" else SOURCE
-    handles = _handles(cells, plan)
+    handles = _handles(cells, layout)
     if reference:
         handles.append(Line2D([], [], label=source, **REFERENCE))
     below = 0.2 * ceil(len(handles) / _legend_columns(handles)) + 0.75
     figure = Figure(figsize=(width * columns, height * rows + below))
     grid = panels(figure, len(names), columns)
     for axes, name in zip(grid, names, strict=True):
-        _panel(axes, cells, plan, [i for i, p in enumerate(plan.panels) if p == name])
+        _panel(axes, cells, layout, [i for i, p in enumerate(layout.panels) if p == name])
         if reference:
             axes.plot(list(reference), list(reference.values()), **REFERENCE)
         axes.set_title(wrapped(name, int(width / _LETTER)))
-    threshold = f"{cells[0][1].settings.threshold:g}"
     one = pair_axis_name(cells, plural=False)
-    words = wrapped(
-        f"fraction shared with another {one}, cosines ≥ {threshold}", int(height / _LETTER)
+    text = wrapped(
+        f"fraction shared with another {one}, cosines ≥ {threshold_text(cells)}",
+        int(height / _LETTER),
     )
-    name_outer(grid, columns, _axis_label(cells, axis), words)
-    _scale(grid[0], [*plan.at, *reference], room=width - (0.6 if alone else 0.35))
+    name_outer(grid, columns, _axis_label(cells, axis), text)
+    _scale(grid[0], [*layout.at, *reference], room=width - (0.6 if alone else 0.35))
     grid[0].set_yticks(_TICKS)
     grid[0].set_ylim(-0.03, 1.03)
-    if "arm" in distinguishing_knobs(cells) and _born_alike(cells):
+    if "arm" in distinguishing_knobs(cells) and _started_alike(cells):
         figure.suptitle("Stable, or just not moved?", fontsize=10)
     legend_below(figure, handles, columns=_legend_columns(handles))
     return figure
 
 
-def _plan(cells: Sequence[Cell], axis: str) -> _Layout:
+def _layout(cells: Sequence[Cell], axis: str) -> _Layout:
     names = [name for name in distinguishing_knobs(cells) if name != axis]
-    who = other_knob_values(cells, axis)
+    others = other_knob_values(cells, axis)
     of_line = next((names.index(name) for name in ("arm", "sae") if name in names), 0)
     return _Layout(
         at=_places(cells, axis),
-        lines=[w[of_line] if w else "" for w in who],
+        lines=[w[of_line] if w else "" for w in others],
         panels=[
             ", ".join(
                 f"{int(word):,} tokens" if name == "tokens" and word.isdigit() else word
                 for i, (name, word) in enumerate(zip(names, w, strict=True))
                 if i != of_line
             )
-            for w in who
+            for w in others
         ],
     )
 
 
-def _panel(axes: Axes, cells: Sequence[Cell], plan: _Layout, own: Sequence[int]) -> None:
+def _panel(axes: Axes, cells: Sequence[Cell], layout: _Layout, own: Sequence[int]) -> None:
     faint_grid(axes, "y")
-    for i, name in enumerate(dict.fromkeys(plan.lines)):
-        line = sorted((j for j in own if plan.lines[j] == name), key=lambda j: plan.at[j])
+    for i, name in enumerate(dict.fromkeys(layout.lines)):
+        line = sorted((j for j in own if layout.lines[j] == name), key=lambda j: layout.at[j])
         if line:
-            _line(axes, [cells[j] for j in line], np.array([plan.at[j] for j in line]), i, name)
+            _line(axes, [cells[j] for j in line], np.array([layout.at[j] for j in line]), i, name)
 
 
 def _line(
@@ -179,11 +176,12 @@ def _look(i: int, name: str) -> dict[str, Any]:
     }
 
 
-def _handles(cells: Sequence[Cell], plan: _Layout) -> list[Artist]:
-    names = list(dict.fromkeys(plan.lines))
+def _handles(cells: Sequence[Cell], layout: _Layout) -> list[Artist]:
+    names = list(dict.fromkeys(layout.lines))
+    known = any(cell.estimates["shared_fraction"].low is not None for _, cell in cells)
     return [
         *(Line2D([], [], label=name, **_look(i, name)) for i, name in enumerate(names) if name),
-        interval_handle(cells, ["shared_fraction"], COLOURS[0] if len(names) == 1 else GREY),
+        interval_handle(cells, known, COLOURS[0] if len(names) == 1 else GREY),
         Line2D([], [], color=GREY, linestyle=DOTTED, linewidth=1.4, label="untrained"),
         Line2D([], [], color="black", linestyle=DASHED, linewidth=0.6, label="null: random rows"),
     ]
@@ -246,121 +244,7 @@ def _named(values: Sequence[float], log: bool, room: float) -> set[float]:
     return named
 
 
-def _born_alike(cells: Sequence[Cell]) -> bool:
+def _started_alike(cells: Sequence[Cell]) -> bool:
     """Return whether some cells started from alike weights and others did not."""
-    start = [cell.pair_mean("untrained_shared_fraction") > ALIKE for _, cell in cells]
+    start = [cell.pair_mean("untrained_shared_fraction") > ALIKE_FRACTION for _, cell in cells]
     return any(start) and not all(start)
-
-
-MOST_RINGS = 8
-"""Most cells drawn as rings; more are drawn as bars."""
-
-FEWEST_FOR_REFERENCE = 4
-"""Fewest seeds whose line of u_k is long enough to show the paper's beside it."""
-
-
-def seeds_figure(cells: Sequence[Cell]) -> Figure:
-    """Draw the rings of p_m, one per cell, beside the lines of u_k; bars if cells are many."""
-    if len(cells) > MOST_RINGS:
-        return _bars(cells)
-    columns = 1 if len(cells) == 1 else 2 if len(cells) <= 6 else 3
-    rows = ceil(len(cells) / columns)
-    figure = Figure(figsize=(WIDTH, max(2.5, 1.25 * rows + 0.6)))
-    halves: Any = figure.subfigures(1, 2, width_ratios=[1.0, 1.25])
-    left, right = halves
-    grid = panels(left, len(cells), columns, shared=False)
-    most = max(cell.n_seeds for _, cell in cells)
-    for axes, (knobs, cell) in zip(grid, cells, strict=True):
-        _ring(axes, cell, wrapped(label(cells, knobs), 48 // columns), most)
-    left.legend(
-        handles=[Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)],
-        loc="outside lower center",
-        ncols=min(most, 5),
-        title=f"shared with so many others of {count_text(cells)}",
-        handlelength=1,
-        columnspacing=1,
-    )
-    axes = right.subplots()
-    _unshared_lines(axes, cells)
-    if len(cells) <= 4:
-        axes.legend(loc="best", title=", ".join(label_knobs(cells)))
-    else:
-        right.legend(loc="outside lower center", ncols=2, columnspacing=1)
-    return figure
-
-
-def _ring(axes: Axes, cell: CellResult, title: str, most: int) -> None:
-    axes.pie(
-        cell.p,
-        colors=[_shade(m, most) for m in range(cell.n_seeds)],
-        startangle=90,
-        counterclock=False,
-        radius=1.2,
-        wedgeprops={"width": 0.42, "edgecolor": "white", "linewidth": 0.6},
-    )
-    axes.text(0, 0, f"{cell.p[0]:.0%}\nin none", ha="center", va="center", fontsize=7.5)
-    axes.set_title(title, pad=6)
-
-
-def _bars(cells: Sequence[Cell]) -> Figure:
-    """Draw p_m of every cell as a bar. u_k follows from it and is in the table."""
-    names, rows = row_labels(cells)
-    figure = Figure(figsize=(WIDTH * 0.9, 1.3 + 0.24 * (rows[-1] + 1)))
-    axes = figure.add_subplot()
-    most = max(cell.n_seeds for _, cell in cells)
-    for row, (_, cell) in zip(rows, cells, strict=True):
-        starts = np.concatenate([[0], np.cumsum(cell.p)[:-1]])
-        colours = [_shade(m, most) for m in range(cell.n_seeds)]
-        axes.barh(row, cell.p, left=starts, height=0.72, color=colours)
-        axes.text(1.02, row, f"{cell.p[0]:.0%}", va="center", fontsize=7)
-    axes.text(1.02, -1, "in none", va="center", fontsize=7)
-    axes.set_yticks(rows, names)
-    axes.set_ylim(rows[-1] + 0.6, -1.5)
-    axes.set_xlim(0, 1)
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlabel("fraction of latents")
-    legend_below(
-        figure,
-        [Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)],
-        columns=min(most, 10),
-        title=f"shared with so many others of {count_text(cells)}",
-        handlelength=1,
-        columnspacing=1,
-    )
-    return figure
-
-
-def _shade(m: int, n: int) -> tuple[float, float, float, float]:
-    """Return a shade of blue: light for latents of one seed, dark for those of all."""
-    return mpl.colormaps["Blues"](0.16 + 0.8 * m / max(1, n - 1))
-
-
-def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
-    most = max(cell.n_seeds for _, cell in cells)
-    for i, (knobs, cell) in enumerate(cells):
-        colour, k = COLOURS[i % len(COLOURS)], np.arange(2, cell.n_seeds + 1)
-        fit, name = fit_power_law(cell.u), label(cells, knobs)
-        if fit is not None:
-            smooth = np.linspace(2, cell.n_seeds, 100)
-            axes.plot(smooth, fit(smooth), color=colour, linewidth=0.9)
-            name += f" (limit {fit.c:.2f})"
-        axes.plot(
-            k,
-            cell.u,
-            linestyle="-" if fit is None else "",
-            color=colour,
-            marker=MARKERS[i % len(MARKERS)],
-            label=name,
-        )
-    if most >= FEWEST_FOR_REFERENCE and of_seeds(cells):
-        known = {k: u for k, u in UNSHARED.items() if k <= most}
-        axes.plot(list(known), list(known.values()), label=SOURCE, **REFERENCE)
-    axes.set_xticks(range(2, most + 1))
-    axes.set_xlim(1.7, most + 0.3)
-    axes.set_ylim(-0.02, 1.02)
-    faint_grid(axes, "y")
-    axes.set_xlabel(f"number k of {pair_axis_name(cells)}, of {count_text(cells)}")
-    axes.set_ylabel(f"fraction in one of k {pair_axis_name(cells)} only")
-    if any(fit_power_law(cell.u) for _, cell in cells):
-        axes.set_title("lines: a·k$^{-b}$ + c fitted, limit c")

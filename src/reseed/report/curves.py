@@ -1,4 +1,4 @@
-"""Figures with a line per cell: over thresholds, deciles of firing, and ranks of matches."""
+"""Figures with a line per cell: over thresholds, deciles of firing, and numbers of matches."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ from math import ceil
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+import pyarrow.compute as pc
+from jaxtyping import Float, Int
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from reseed.compare.activations.substitution import clip_quality, quality_by_coverage
 from reseed.compare.activations.tables import TOKENS
 from reseed.compare.cell import CellResult
-from reseed.compare.measures import THRESHOLDS
+from reseed.compare.columns import THRESHOLDS
 from reseed.compare.strata import DECILES, shared_by_stratum
-from reseed.report.axes import Cell, label, label_knobs, wrapped
-from reseed.report.captions import BY_THRESHOLD, SOURCE, of_seeds
-from reseed.report.firing import quality_by_rank
+from reseed.compare.tables import lists
+from reseed.report.axes import Cell, count_text, label, label_knobs, pair_axis_name, wrapped
+from reseed.report.format import range_text, with_interval
+from reseed.report.references import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.style import (
     COLOURS,
     GREY,
@@ -29,11 +32,11 @@ from reseed.report.style import (
     REFERENCE,
     WIDTH,
     faint_grid,
+    interval_handle,
     legend_below,
     name_outer,
     panels,
 )
-from reseed.report.table import count_text, pair_axis_name, range_text, with_interval
 
 NOT_LIVE = 2
 """Number of strata before the first decile: never fired, and not live."""
@@ -78,19 +81,19 @@ def threshold_figure(cells: Sequence[Cell]) -> Figure:
         return Curve(np.array(THRESHOLDS), np.array([e.mean for e in found]), low, high)
 
     def panel(axes: Axes, wide: bool) -> None:
-        if of_seeds(cells):
+        if compares_seeds(cells):
             axes.plot(list(BY_THRESHOLD), list(BY_THRESHOLD.values()), **REFERENCE)
         axes.axvline(cells[0][1].settings.threshold, color="black", linewidth=0.6, linestyle=":")
         axes.set_xticks(THRESHOLDS)
 
-    whose = Line2D([], [], label=f"{SOURCE}, k=32, 32,768 latents", **REFERENCE)
+    reference = Line2D([], [], label=f"{SOURCE}, k=32, 32,768 latents", **REFERENCE)
     return _figure(
         cells,
         curve,
         panel,
         "threshold of both cosines",
         f"fraction shared with another {pair_axis_name(cells, plural=False)}",
-        [whose] if of_seeds(cells) else [],
+        [reference] if compares_seeds(cells) else [],
     )
 
 
@@ -166,6 +169,24 @@ def with_activations(cells: Sequence[Cell]) -> list[Cell]:
     return [(k, c) for k, c in cells if TOKENS in c.pairs and c.pairs[TOKENS].to_numpy().max() > 0]
 
 
+def quality_by_rank(cell: CellResult) -> Float[np.ndarray, " ranks"]:
+    """Return the mean R (0 … 1) of the r matches with the highest cosines, for r = 1 …, averaged
+    over the ordered pairs of runs and cut to the shortest curve."""
+    runs = cell.runs["run"].tolist()
+    rows = {run: cell.latents.filter(pc.field("run") == run) for run in runs}
+    curves = []
+    for own in rows.values():
+        values = {n: lists(own, n) for n in ("partner_decoder", "substitution", "match_cosine")}
+        for i, other in enumerate(own["others"][0].as_py()):
+            partner: Int[np.ndarray, " F"] = values["partner_decoder"][:, i]
+            live = own["live"].to_numpy() & rows[other]["live"].to_numpy()[partner]
+            both = live & (partner >= 0)
+            quality = clip_quality(values["substitution"][both, i].astype(np.float64))
+            curves.append(quality_by_coverage(quality, values["match_cosine"][both, i]))
+    shortest = min(map(len, curves))
+    return np.mean([curve[:shortest] for curve in curves], axis=0)
+
+
 def _figure(
     cells: Sequence[Cell],
     curve_of: Callable[[CellResult], Curve],
@@ -197,7 +218,10 @@ def _figure(
     for i, (name, cell) in enumerate(lines.items()):
         said = more.of(cell) if more and alone else ""
         legend.append(Line2D([], [], label=name + said, **_look(i)))
-    legend += [*_interval_handles(cells, list(curves.values()), silent=more is not None), *handles]
+    known = any(not np.isnan(curve.low).all() for curve in curves.values())
+    if known or more is None:
+        legend.append(interval_handle(cells, known, GREY))
+    legend += handles
     beside_each_other = 2 if max(len(str(h.get_label())) for h in legend) > 24 else 3
     under = 0.2 * ceil(len(legend) / beside_each_other) + 0.65
     figure = Figure(figsize=(width * columns, height * rows + under))
@@ -220,17 +244,6 @@ def _figure(
         title = f"{title}: {more.title}" if title else more.title
     legend_below(figure, legend, columns=beside_each_other, title=title)
     return figure
-
-
-def _interval_handles(
-    cells: Sequence[Cell], curves: Sequence[Curve], *, silent: bool
-) -> list[Artist]:
-    """Return the handle that explains the bands; if there are none, one that says so unless
-    ``silent``."""
-    if any(not np.isnan(curve.low).all() for curve in curves):
-        text = f"{cells[0][1].settings.confidence:.0%} interval over {count_text(cells)}"
-        return [Patch(facecolor=GREY, alpha=0.3, label=text)]
-    return [] if silent else [Patch(alpha=0, label=f"{count_text(cells)}, no interval")]
 
 
 def _panels(cells: Sequence[Cell]) -> dict[str, list[tuple[str, Cell]]]:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from reseed.compare.statistics import Interval, welch_difference
-from reseed.report.axes import Cell, amounts, distinguishing_knobs
-from reseed.report.table import LEAST, Table, bounds, measure_name, number, pair_axis_name
+from reseed.report.axes import Cell, amounts, distinguishing_knobs, pair_axis_name
+from reseed.report.format import measure_name, side, signed
+from reseed.report.table import Table
 
 MEASURES = {
     "shared": "shared_fraction",
@@ -60,7 +61,7 @@ class Contrast:
         """Return one line: the claim on the primary measure, or why there is none."""
         found = self.differences[self.primary]
         last = list(zip(self.budgets, found, strict=True))[-BUDGETS:]
-        said = " and ".join(f"{signed(d)} at {b:,.0f}" for b, d in last) + " tokens"
+        intervals = " and ".join(f"{signed(d)} at {b:,.0f}" for b, d in last) + " tokens"
         without = next((d.reason for _, d in last if d.low is None), "")
         sides = {side(d) for _, d in last}
         if without:
@@ -72,7 +73,7 @@ class Contrast:
             claim = "no difference claimed: an interval at the last two budgets includes 0"
         else:
             claim = "no difference claimed: the sign changes between the last two budgets"
-        return f"{self.name}: {claim} ({said})"
+        return f"{self.name}: {claim} ({intervals})"
 
 
 def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
@@ -116,7 +117,7 @@ def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
 def measures(primary: str) -> dict[str, str]:
     """Return name in the table → measure, the primary one first."""
     own = {name: measure for name, measure in MEASURES.items() if measure == primary}
-    name = measure_name(primary).replace("\n", " ")
+    name = measure_name(primary)
     return (own or {name: primary}) | MEASURES
 
 
@@ -124,7 +125,7 @@ def claim_phrase(primary: str) -> str:
     """Return the phrase for the architecture with the larger primary measure."""
     if primary == "shared_fraction":
         return "shares more"
-    return f"has more {measure_name(primary).replace(chr(10), ' ')}"
+    return f"has more {measure_name(primary)}"
 
 
 def differences(cells: Sequence[Cell]) -> Table | None:
@@ -142,10 +143,11 @@ def differences(cells: Sequence[Cell]) -> Table | None:
     confidence = cells[0][1].settings.confidence
     footnotes = (
         *(contrast.verdict() for contrast in found),
-        f"Differences of cell means with the {confidence:.0%} interval over {pair_axis_name(cells)} "
-        "(Welch); * if it excludes 0. A difference is claimed, on the first measure, only if its "
-        "interval excludes 0 at the last two budgets, on the same side, because the ranking can "
-        "change with the budget. The intervals are not corrected for multiple comparisons.",
+        f"Differences of cell means with the {confidence:.0%} interval over "
+        f"{pair_axis_name(cells)} (Welch); * if it excludes 0. A difference is claimed, on the "
+        "first measure, only if its interval excludes 0 at the last two budgets, on the same side, "
+        "because the ranking can change with the budget. The intervals are not corrected for "
+        "multiple comparisons.",
     )
     header = ("difference", "tokens", *shown)
     return Table(header, tuple(rows), 1, "", footnotes)
@@ -159,8 +161,8 @@ def difference_lines(cells: Sequence[Cell]) -> list[str]:
     places: dict[tuple[str, ...], list[Contrast]] = {}
     for contrast in found:
         places.setdefault(contrast.place, []).append(contrast)
-    told = [_order(place, pairs) for place, pairs in places.items()]
-    return [*told, "Claims are based on the last two budgets; summary.md has every difference."]
+    lines = [_order(place, pairs) for place, pairs in places.items()]
+    return [*lines, "Claims are based on the last two budgets; summary.md has every difference."]
 
 
 def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
@@ -176,20 +178,3 @@ def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
     where = f"{', '.join(place)}: " if place else ""
     claims = sum(len(lost) for lost in below.values())
     return f"{where}{'; '.join(lines) or 'no difference claimed'} ({claims} of {len(pairs)} pairs)"
-
-
-def side(difference: Interval) -> int:
-    """Return 1 or −1 if the interval lies above or below 0, else 0."""
-    if difference.low is None or difference.high is None:
-        return 0
-    return int(difference.low > 0) - int(difference.high < 0)
-
-
-def signed(difference: Interval) -> str:
-    """Return ``+0.12 [0.05, 0.19] *``, with a star if the interval excludes 0."""
-    mean = number(difference.mean)
-    text = f"+{mean}" if difference.mean >= LEAST else mean
-    if difference.low is None or difference.high is None:
-        return text
-    star = " *" if side(difference) else ""
-    return f"{text} {bounds(difference.low, difference.high)}{star}"

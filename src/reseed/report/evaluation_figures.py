@@ -111,10 +111,10 @@ def faithfulness_figure(cells: Sequence[Cell]) -> Figure:
         ("faithfulness_ce_increase", "increase of cross-entropy (nats)"),
         ("faithfulness_kl_recovered_mean", "fraction of mean-ablation KL recovered"),
     )
-    for axes, (name, words) in zip(grid, shown, strict=True):
+    for axes, (name, text) in zip(grid, shown, strict=True):
         _points(axes, cells, "l0", name)
         axes.set_xlabel("L0")
-        axes.set_ylabel(words)
+        axes.set_ylabel(text)
         faint_grid(axes, "y")
     grid[0].set_ylim(bottom=0)
     low, high = grid[1].get_ylim()
@@ -130,7 +130,7 @@ def absorption_figure(cells: Sequence[Cell]) -> Figure:
     against = [("l0", "L0")] + ([("num_latents", "latents")] if len(widths) > 1 else [])
     figure = Figure(figsize=(WIDTH * (1 if len(against) > 1 else 0.7), 3.1 + 0.1 * len(cells)))
     grid = panels(figure, len(against), len(against), shared=False)
-    for axes, (name, words) in zip(grid, against, strict=True):
+    for axes, (name, text) in zip(grid, against, strict=True):
         _points(axes, cells, name, "absorption_fraction")
         for other, look in (
             ("absorption_fraction_null", {"marker": "_", "color": GREY}),
@@ -140,7 +140,7 @@ def absorption_figure(cells: Sequence[Cell]) -> Figure:
         if name == "num_latents":
             axes.set_xscale("log", base=2)
             axes.set_xticks(widths, [f"{w:,}" for w in widths])
-        axes.set_xlabel(words)
+        axes.set_xlabel(text)
         axes.set_ylim(bottom=0)
         faint_grid(axes, "y")
     grid[0].set_ylabel("absorbed fraction, mean over letters")
@@ -275,8 +275,8 @@ _AXIS_OF = {"l0": "sparsity", "num_latents": "num_latents"}
 def _lines(cells: Sequence[Cell], axis: str) -> list[list[CellResult]]:
     """Return groups of two or more cells that differ only in the knob ``axis``."""
     lines: dict[tuple[str, ...], list[CellResult]] = {}
-    for (_, cell), who in zip(cells, other_knob_values(cells, axis), strict=True):
-        lines.setdefault(who, []).append(cell)
+    for (_, cell), others in zip(cells, other_knob_values(cells, axis), strict=True):
+        lines.setdefault(others, []).append(cell)
     return [line for line in lines.values() if len(line) > 1]
 
 

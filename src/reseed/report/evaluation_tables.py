@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 
 from reseed.compare.cell import CellResult
-from reseed.report.axes import Cell
+from reseed.report.axes import Cell, pair_axis_name
 from reseed.report.evaluation_results import ORPHAN, OVERLAP, SHARED, Runs
+from reseed.report.format import number
 from reseed.report.table import (
     Column,
     Table,
     cell_table,
-    measured,
-    number,
-    pair_axis_name,
-    run_mean,
+    count_column,
+    estimate_columns,
+    mean_column,
 )
 
 
@@ -165,7 +165,7 @@ def evaluation_tables(cells: Sequence[Cell]) -> list[Table]:
         spec = _spec(name, {c: None for _, cell in own for c in cell.evaluated[name]})
         made.append(_table(own, spec))
         if spec.latents:
-            made.append(_among(own, spec))
+            made.append(_sharing_table(own, spec))
     return [*made, *_overlaps(cells)]
 
 
@@ -175,7 +175,7 @@ def run_tables(runs: Runs) -> list[Table]:
     for name in _names([run.results for run in runs.values()]):
         own = [run for run in runs.values() if name in run.results]
         spec = _spec(name, {c: None for run in own for c in run.metrics if c.startswith(name)})
-        knobs = _telling([run.about for run in own])
+        knobs = _distinguishing_knobs([run.about for run in own])
         rows = tuple(
             (
                 *(str(run.about.get(knob, "")) for knob in knobs),
@@ -205,26 +205,28 @@ def _table(cells: Sequence[Cell], spec: Spec) -> Table:
     made: dict[str, Column] = {}
     for head, name in spec.heads.items():
         if head in spec.with_interval:
-            made |= measured({head: name})
+            made |= estimate_columns({head: name})
         else:
-            made[head] = run_mean(name) if head in spec.counts else _mean(name)
-    words = cell_table(cells, made, *spec.footnotes)
-    return replace(words, caption=spec.title, spare=spec.spare)
+            made[head] = count_column(name) if head in spec.counts else mean_column(name)
+    table = cell_table(cells, made, *spec.footnotes)
+    return replace(table, caption=spec.title, spare=spec.spare)
 
 
-def _among(cells: Sequence[Cell], spec: Spec) -> Table:
+def _sharing_table(cells: Sequence[Cell], spec: Spec) -> Table:
     """Return the table of means over shared latents and over orphans."""
     made: dict[str, Column] = {}
     for head, name in spec.latents.items():
-        made |= measured({f"{head},\nshared": name + SHARED, f"{head},\norphan": name + ORPHAN})
+        made |= estimate_columns(
+            {f"{head},\nshared": name + SHARED, f"{head},\norphan": name + ORPHAN}
+        )
     one = pair_axis_name(cells, plural=False)
-    words = cell_table(
+    table = cell_table(
         cells,
         made,
         f"{spec.about_latents} Among live latents that another {one} shares (**shared**), and "
         "among those that none shares (**orphan**); mean over runs.",
     )
-    return replace(words, caption=f"{spec.title} Among shared latents and orphans")
+    return replace(table, caption=f"{spec.title} Among shared latents and orphans")
 
 
 def _overlaps(cells: Sequence[Cell]) -> list[Table]:
@@ -232,13 +234,13 @@ def _overlaps(cells: Sequence[Cell]) -> list[Table]:
     own = [(knobs, cell) for knobs, cell in cells if OVERLAP in cell.estimates]
     if not own:
         return []
-    made: dict[str, Column] = measured({"same words": OVERLAP})
+    made: dict[str, Column] = estimate_columns({"same words": OVERLAP})
     made |= {
         "by\nchance": lambda cell: number(cell.pair_mean(f"{OVERLAP}_expected")),
         "pairs\np < .05": _significant,
         "letters": lambda cell: f"{cell.pair_mean('absorbed_classes'):.1f}",
     }
-    words = cell_table(
+    table = cell_table(
         own,
         made,
         f"**same words**: words absorbed in both of two {pair_axis_name(cells)} / in either, over "
@@ -246,7 +248,7 @@ def _overlaps(cells: Sequence[Cell]) -> list[Table]:
         "same after permuting words of one letter and similar frequency; **p**: of each pair "
         "against that.",
     )
-    return [replace(words, caption="Do they absorb the same words?")]
+    return [replace(table, caption="Do they absorb the same words?")]
 
 
 def _significant(cell: CellResult) -> str:
@@ -254,15 +256,7 @@ def _significant(cell: CellResult) -> str:
     return f"{np.count_nonzero(p < 0.05)} of {len(p)}"
 
 
-def _mean(name: str) -> Column:
-    def column(cell: Any) -> str:
-        found = cell.estimates.get(name)
-        return number(float("nan") if found is None else found.mean)
-
-    return column
-
-
-def _telling(about: Sequence[Mapping[str, Any]]) -> list[str]:
+def _distinguishing_knobs(about: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the knobs that differ between runs; ``run`` if none does."""
     names = dict.fromkeys(name for own in about for name in own if name != "run")
     found = [n for n in names if len({str(own.get(n)) for own in about}) > 1]

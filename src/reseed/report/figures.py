@@ -1,8 +1,12 @@
-"""Figures of a comparison, as png and svg, drawn without a display."""
+"""Figures of a comparison, as png and svg, drawn without a display.
+
+`comparison_drawings` lists them all. Three are drawn here: the shared fraction of each cell, the
+cosines of matched latents, and how many seeds share a latent (p_m and u_k).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -10,25 +14,39 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from reseed.compare.cell import CellResult
 from reseed.compare.pair import WEIGHTS_NOTE
+from reseed.compare.sharing_profile import fit_power_law
 from reseed.compare.tables import lists
-from reseed.report.axes import Cell, label, label_knobs, numeric_axes, row_labels, wrapped
-from reseed.report.axis_figures import axis_figure, axis_name, seeds_figure
+from reseed.report.axes import (
+    Cell,
+    count_text,
+    label,
+    label_knobs,
+    numeric_axes,
+    pair_axis_name,
+    row_labels,
+    threshold_text,
+    wrapped,
+)
+from reseed.report.axis_figures import axis_figure, axis_name
 from reseed.report.curves import coverage_figure, decile_figure, threshold_figure, with_activations
-from reseed.report.evaluation_results import Runs
 from reseed.report.firing import firing_figure
 from reseed.report.matrix import matrix_figure, value_matrices
+from reseed.report.references import SOURCE, UNSHARED, compares_seeds
 from reseed.report.style import (
     BLUE,
+    COLOURS,
     GREY,
+    MARKERS,
     ORANGE,
+    REFERENCE,
     STYLE,
     WIDTH,
     faint_grid,
@@ -37,15 +55,17 @@ from reseed.report.style import (
     panels,
     scatter_of_two,
 )
-from reseed.report.table import count_text, pair_axis_name
 from reseed.report.truth import truth_figure, with_labels
 from reseed.system.files import atomic_write
 
-# MERGED Tables of the numbers in figures that no other file of a sweep has.
 _UNDATED: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 """No dates, so that equal data give equal files."""
 MAX_POINTS = 4000
 """Most points drawn per cell in the figure of cosines."""
+MOST_RINGS = 8
+"""Most cells drawn as rings; more are drawn as bars."""
+FEWEST_FOR_REFERENCE = 4
+"""Fewest seeds whose line of u_k is long enough to show the paper's beside it."""
 
 
 def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
@@ -135,7 +155,8 @@ def shared_figure(cells: Sequence[Cell]) -> Figure:
     other = pair_axis_name(cells, plural=False)
     broken = "\n" if max(map(len, names)) > 20 else " "  # long names leave little width
     axes.set_xlabel(
-        f"fraction of latents shared with another {other},{broken}both cosines ≥ {_tau(cells)}"
+        f"fraction of latents shared with another {other},{broken}"
+        f"both cosines ≥ {threshold_text(cells)}"
     )
     axes.set_ylabel(", ".join(label_knobs(cells)))
     interval = f"mean over pairs, {settings.confidence:.0%} interval over {count_text(cells)}"
@@ -191,7 +212,7 @@ def cosine_figure(cells: Sequence[Cell]) -> Figure:
         Line2D([], [], color=BLUE, marker="o", linestyle="", label="same match by both"),
         Line2D([], [], color=ORANGE, marker="+", linestyle="", label="different matches"),
         Line2D([], [], color="black", linestyle="--", linewidth=0.7,
-               label=f"threshold {_tau(cells)}, for shared"),
+               label=f"threshold {threshold_text(cells)}, for shared"),
         Line2D([], [], color="black", marker="x", linestyle="", label="random rows, matched"),
     ], columns=2)  # fmt: skip
     return figure
@@ -230,58 +251,108 @@ def matched_cosines(
     return flat("cosine_encoder")[kept], flat("cosine_decoder")[kept], agrees
 
 
-def _tau(cells: Sequence[Cell]) -> str:
-    return f"{cells[0][1].settings.threshold:g}"
-
-
-def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], pd.DataFrame]]:
-    """Return file name → function that makes the table."""
-    made: dict[str, Callable[[], pd.DataFrame]] = {
-        "seeds.csv": lambda: seeds_frame(cells),
-        "cosines.csv": lambda: cosines_frame(cells),
-    }
-    if any("absorption" in run.results for run in runs.values()):
-        made["absorbers.csv"] = lambda: absorbers_frame(runs)
-    return made
-
-
-def seeds_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Return p_m and u_k of each cell: ``measure`` (p or u), ``count`` (m or k), ``fraction``."""
-    rows = [
-        {**knobs, "measure": name, "count": count, "fraction": value}
-        for knobs, cell in cells
-        for name, first, values in (("p", 0, cell.p), ("u", 2, cell.u))
-        for count, value in enumerate(values.tolist(), first)
-    ]
-    return pd.DataFrame(rows)
-
-
-def cosines_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Return the drawn points: both cosines of a matched latent, and whether encoder and decoder
-    give it the same match."""
-    return _stacked(
-        (knobs, dict(zip(("cosine_encoder", "cosine_decoder", "same_match"),
-                         matched_cosines(cell), strict=True)))
-        for knobs, cell in cells
-    )  # fmt: skip
-
-
-def absorbers_frame(runs: Runs) -> pd.DataFrame:
-    """Return the latents that absorb words of each letter, of all runs."""
-    return _stacked(
-        (run.about, run.results["absorption"].tables["absorbers"])
-        for run in runs.values()
-        if "absorption" in run.results
+def seeds_figure(cells: Sequence[Cell]) -> Figure:
+    """Draw the rings of p_m, one per cell, beside the lines of u_k; bars if cells are many."""
+    if len(cells) > MOST_RINGS:
+        return _bars(cells)
+    columns = 1 if len(cells) == 1 else 2 if len(cells) <= 6 else 3
+    rows = ceil(len(cells) / columns)
+    figure = Figure(figsize=(WIDTH, max(2.5, 1.25 * rows + 0.6)))
+    halves: Any = figure.subfigures(1, 2, width_ratios=[1.0, 1.25])
+    left, right = halves
+    grid = panels(left, len(cells), columns, shared=False)
+    most = max(cell.n_seeds for _, cell in cells)
+    for axes, (knobs, cell) in zip(grid, cells, strict=True):
+        _ring(axes, cell, wrapped(label(cells, knobs), 48 // columns), most)
+    left.legend(
+        handles=[Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)],
+        loc="outside lower center",
+        ncols=min(most, 5),
+        title=f"shared with so many others of {count_text(cells)}",
+        handlelength=1,
+        columnspacing=1,
     )
+    axes = right.subplots()
+    _unshared_lines(axes, cells)
+    if len(cells) <= 4:
+        axes.legend(loc="best", title=", ".join(label_knobs(cells)))
+    else:
+        right.legend(loc="outside lower center", ncols=2, columnspacing=1)
+    return figure
 
 
-def _stacked(parts: Iterable[tuple[Mapping[str, Any], Any]]) -> pd.DataFrame:
-    """Concatenate tables, each with the columns of what it is about first."""
-    frames = []
-    for about, values in parts:
-        frame = pd.DataFrame(values)
-        own = {k: v for k, v in about.items() if k not in frame}
-        frames.append(
-            pd.concat([pd.DataFrame([own] * len(frame), index=frame.index), frame], axis=1)
+def _ring(axes: Axes, cell: CellResult, title: str, most: int) -> None:
+    axes.pie(
+        cell.p,
+        colors=[_shade(m, most) for m in range(cell.n_seeds)],
+        startangle=90,
+        counterclock=False,
+        radius=1.2,
+        wedgeprops={"width": 0.42, "edgecolor": "white", "linewidth": 0.6},
+    )
+    axes.text(0, 0, f"{cell.p[0]:.0%}\nin none", ha="center", va="center", fontsize=7.5)
+    axes.set_title(title, pad=6)
+
+
+def _bars(cells: Sequence[Cell]) -> Figure:
+    """Draw p_m of every cell as a bar. u_k follows from it and is in the table."""
+    names, rows = row_labels(cells)
+    figure = Figure(figsize=(WIDTH * 0.9, 1.3 + 0.24 * (rows[-1] + 1)))
+    axes = figure.add_subplot()
+    most = max(cell.n_seeds for _, cell in cells)
+    for row, (_, cell) in zip(rows, cells, strict=True):
+        starts = np.concatenate([[0], np.cumsum(cell.p)[:-1]])
+        colours = [_shade(m, most) for m in range(cell.n_seeds)]
+        axes.barh(row, cell.p, left=starts, height=0.72, color=colours)
+        axes.text(1.02, row, f"{cell.p[0]:.0%}", va="center", fontsize=7)
+    axes.text(1.02, -1, "in none", va="center", fontsize=7)
+    axes.set_yticks(rows, names)
+    axes.set_ylim(rows[-1] + 0.6, -1.5)
+    axes.set_xlim(0, 1)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("fraction of latents")
+    legend_below(
+        figure,
+        [Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)],
+        columns=min(most, 10),
+        title=f"shared with so many others of {count_text(cells)}",
+        handlelength=1,
+        columnspacing=1,
+    )
+    return figure
+
+
+def _shade(m: int, n: int) -> tuple[float, float, float, float]:
+    """Return a shade of blue: light for latents of one seed, dark for those of all."""
+    return mpl.colormaps["Blues"](0.16 + 0.8 * m / max(1, n - 1))
+
+
+def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
+    most = max(cell.n_seeds for _, cell in cells)
+    for i, (knobs, cell) in enumerate(cells):
+        colour, k = COLOURS[i % len(COLOURS)], np.arange(2, cell.n_seeds + 1)
+        fit, name = fit_power_law(cell.u), label(cells, knobs)
+        if fit is not None:
+            smooth = np.linspace(2, cell.n_seeds, 100)
+            axes.plot(smooth, fit(smooth), color=colour, linewidth=0.9)
+            name += f" (limit {fit.c:.2f})"
+        axes.plot(
+            k,
+            cell.u,
+            linestyle="-" if fit is None else "",
+            color=colour,
+            marker=MARKERS[i % len(MARKERS)],
+            label=name,
         )
-    return pd.concat(frames, ignore_index=True)
+    if most >= FEWEST_FOR_REFERENCE and compares_seeds(cells):
+        known = {k: u for k, u in UNSHARED.items() if k <= most}
+        axes.plot(list(known), list(known.values()), label=SOURCE, **REFERENCE)
+    axes.set_xticks(range(2, most + 1))
+    axes.set_xlim(1.7, most + 0.3)
+    axes.set_ylim(-0.02, 1.02)
+    faint_grid(axes, "y")
+    axes.set_xlabel(f"number k of {pair_axis_name(cells)}, of {count_text(cells)}")
+    axes.set_ylabel(f"fraction in one of k {pair_axis_name(cells)} only")
+    if any(fit_power_law(cell.u) for _, cell in cells):
+        axes.set_title("lines: a·k$^{-b}$ + c fitted, limit c")

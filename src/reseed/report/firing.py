@@ -1,4 +1,5 @@
-"""Values per latent and other run for figures, from a cell's table of latents."""
+"""Shared fraction by how often latents fire: tables of ``summary.md``, ``strata.csv``, and the
+figure of firing against the cosine of matched latents."""
 
 from __future__ import annotations
 
@@ -9,79 +10,32 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import pyarrow.compute as pc
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from reseed.compare.activations.substitution import clip_quality, quality_by_coverage
 from reseed.compare.cell import CellResult
 from reseed.compare.strata import shared_by_stratum, standardised
 from reseed.compare.tables import lists
-from reseed.report.axes import Cell, columns, knob_values, label, wrapped
-from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, panels, scatter_of_two
-from reseed.report.table import (
-    Column,
-    Table,
-    cell_table,
+from reseed.report.axes import (
+    Cell,
+    columns,
     count_text,
-    measured,
-    number,
-    with_interval,
+    knob_values,
+    label,
+    threshold_text,
+    wrapped,
 )
+from reseed.report.format import number, with_interval
+from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, panels, scatter_of_two
+from reseed.report.table import Column, Table, cell_table, estimate_columns
 
-# MERGED Shared fractions by firing: the tables of ``summary.md`` and the file ``strata.csv``.
-# MERGED Figure of the firing of latents against the cosine with their matches.
 TEN_MILLION = 10_000_000
-
-
-@dataclass(frozen=True, eq=False)
-class MatchedLatents:
-    """Latents of all runs against all other runs, where the decoder matching gives a match.
-
-    Attributes:
-        rate: firings in ten million tokens (Paulo & Belrose's unit); 0 for never.
-        cosine: cosine of its decoder row with the match's.
-        shared: whether it is shared with that match, by the strict rule.
-    """
-
-    rate: Float[np.ndarray, " n"]
-    cosine: Float[np.ndarray, " n"]
-    shared: Bool[np.ndarray, " n"]
-
-
-def matched(cell: CellResult) -> MatchedLatents:
-    """Return the points of the figure of firing against cosine."""
-    table = cell.latents
-    partner, cosine, shared = (
-        lists(table, name) for name in ("partner_decoder", "cosine_decoder", "shared")
-    )
-    tokens = cell.runs.set_index("run")["held_out_tokens"]
-    seen = tokens.loc[table["run"].to_pylist()].to_numpy(dtype=np.float64)
-    rate = table["firing"].to_numpy() / np.maximum(seen, 1) * TEN_MILLION
-    kept = partner >= 0
-    every = np.broadcast_to(rate[:, None], partner.shape)
-    return MatchedLatents(every[kept], cosine[kept].astype(np.float64), shared[kept].astype(bool))
-
-
-def quality_by_rank(cell: CellResult) -> Float[np.ndarray, " ranks"]:
-    """Return the mean R (0 … 1) of the r matches with the highest cosines, for r = 1 …, averaged
-    over the ordered pairs of runs and cut to the shortest curve."""
-    runs = cell.runs["run"].tolist()
-    rows = {run: cell.latents.filter(pc.field("run") == run) for run in runs}
-    curves = []
-    for own in rows.values():
-        values = {n: lists(own, n) for n in ("partner_decoder", "substitution", "match_cosine")}
-        for i, other in enumerate(own["others"][0].as_py()):
-            partner: Int[np.ndarray, " F"] = values["partner_decoder"][:, i]
-            live = own["live"].to_numpy() & rows[other]["live"].to_numpy()[partner]
-            both = live & (partner >= 0)
-            quality = clip_quality(values["substitution"][both, i].astype(np.float64))
-            curves.append(quality_by_coverage(quality, values["match_cosine"][both, i]))
-    shortest = min(map(len, curves))
-    return np.mean([curve[:shortest] for curve in curves], axis=0)
+MAX_POINTS = 3000
+"""Most points drawn per cell; its histograms count all."""
+_BINS = 40
 
 
 def with_strata(cells: Sequence[Cell]) -> list[Cell]:
@@ -123,10 +77,10 @@ def by_kind_of_firing(cells: Sequence[Cell]) -> Table:
         footnotes.append(
             "**at equal firing**: shared fraction of each cell if its latents fired like those of "
             "all cells together (direct standardisation over bins of density, without latents that "
-            f"never fired; {alike[0].kept:.0%} of that distribution lies in bins that all cells "
+            f"never fired; {alike[0].coverage:.0%} of that distribution lies in bins that all cells "
             "have)."
         )
-    made |= measured(
+    made |= estimate_columns(
         {
             "by firing": "shared_fraction_by_firing",
             "by variance": "shared_fraction_by_variance",
@@ -162,9 +116,33 @@ def strata_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
 
 
-MAX_POINTS = 3000
-"""Most points drawn per cell; its histograms count all."""
-_BINS = 40
+@dataclass(frozen=True, eq=False)
+class MatchedLatents:
+    """Latents of all runs against all other runs, where the decoder matching gives a match.
+
+    Attributes:
+        rate: firings in ten million tokens (Paulo & Belrose's unit); 0 for never.
+        cosine: cosine of its decoder row with the match's.
+        shared: whether it is shared with that match, by the strict rule.
+    """
+
+    rate: Float[np.ndarray, " n"]
+    cosine: Float[np.ndarray, " n"]
+    shared: Bool[np.ndarray, " n"]
+
+
+def matched(cell: CellResult) -> MatchedLatents:
+    """Return the points of the figure of firing against cosine."""
+    table = cell.latents
+    partner, cosine, shared = (
+        lists(table, name) for name in ("partner_decoder", "cosine_decoder", "shared")
+    )
+    tokens = cell.runs.set_index("run")["held_out_tokens"]
+    seen = tokens.loc[table["run"].to_pylist()].to_numpy(dtype=np.float64)
+    rate = table["firing"].to_numpy() / np.maximum(seen, 1) * TEN_MILLION
+    kept = partner >= 0
+    every = np.broadcast_to(rate[:, None], partner.shape)
+    return MatchedLatents(every[kept], cosine[kept].astype(np.float64), shared[kept].astype(bool))
 
 
 def firing_figure(cells: Sequence[Cell]) -> Figure:
@@ -198,14 +176,13 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
             axes.tick_params(labelbottom=True)
         if i % columns == 0:
             axes.set_ylabel("cosine by decoder")
-    threshold = f"{cells[0][1].settings.threshold:g}"
-    whose = f"all pairs of {count_text(cells)}; histograms scaled by kind"
+    sample = f"all pairs of {count_text(cells)}; histograms scaled by kind"
     legend_below(figure, [
         Line2D([], [], color=BLUE, marker="o", linestyle="", label="shared with that run"),
         Line2D([], [], color=ORANGE, marker="+", linestyle="", label="orphan there"),
         Line2D([], [], color="black", linestyle="--", linewidth=0.7,
-               label=f"threshold {threshold}, also for the encoder"),
-        Line2D([], [], linestyle="", label=whose),
+               label=f"threshold {threshold_text(cells)}, also for the encoder"),
+        Line2D([], [], linestyle="", label=sample),
     ], columns=2)  # fmt: skip
     return figure
 

@@ -1,4 +1,7 @@
-"""Matches of a latent in other runs, read from a sweep's ``latents.parquet``."""
+"""A latent on the terminal: its contexts, logits, neighbours and matches in other runs.
+
+The matches are read from a sweep's ``latents.parquet``, only the rows that are needed.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,21 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from reseed.report.axes import bounds, number
+from reseed.report.format import bounds, number
 from reseed.store.contexts import TOP, Context, Contexts, LatentContexts
 
-# MERGED A latent on the terminal: its contexts, logits, neighbours and matches in other runs.
 FILE = "latents.parquet"
 _OWN = ("run", "seed", "latent", "shared_with", "others", "partner_decoder", "shared")
 _BY_WEIGHTS = ("cosine_encoder", "cosine_decoder")
 _CHANCE = ("reproducibility", "reproducibility_low", "reproducibility_high")
+
+
+_SHADES = ("#12261c", "#164a2f", "#1a6e43", "#1f9357", "#2ec27e")
+"""Background colours of tokens, from the smallest activation to the latent's largest."""
+_DARK = 3
+"""Number of shades that need white letters."""
+_WIDEST = 120
+"""Most columns of a passage in a file."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +88,12 @@ def matches_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, Laten
         ).to_pylist()
     }
     cell = [run, *rows[0]["others"]]
-    apart = len({seeds[each] for each in cell}) == len(cell)
-    names = {each: f"seed {seeds[each]}" if apart else each for each in cell}
-    return {row["latent"]: _replicas(row, names) for row in rows}
+    distinct = len({seeds[each] for each in cell}) == len(cell)
+    names = {each: f"seed {seeds[each]}" if distinct else each for each in cell}
+    return {row["latent"]: _matches(row, names) for row in rows}
 
 
-def _replicas(row: Mapping[str, Any], names: Mapping[str, str]) -> LatentMatches:
+def _matches(row: Mapping[str, Any], names: Mapping[str, str]) -> LatentMatches:
     others = row["others"]
     partners = []
     for i, other in enumerate(others):
@@ -105,45 +115,37 @@ def _replicas(row: Mapping[str, Any], names: Mapping[str, str]) -> LatentMatches
     return LatentMatches(row["shared_with"], chance, tuple(partners))
 
 
-_SHADES = ("#12261c", "#164a2f", "#1a6e43", "#1f9357", "#2ec27e")
-"""Background colours of tokens, from the smallest activation to the latent's largest."""
-_DARK = 3
-"""Number of shades that need white letters."""
-_WIDEST = 120
-"""Most columns of a passage in a file."""
-
-
 @dataclass(frozen=True, eq=False)
 class LatentView:
     """A latent, with its run and its contexts.
 
     Attributes:
         run: the run's id.
-        replicas: its matches in other runs; None if it is in no comparison.
+        matches: its matches in other runs; None if it is in no comparison.
     """
 
     run: str
     contexts: Contexts
     latent: LatentContexts
-    replicas: LatentMatches | None = None
+    matches: LatentMatches | None = None
 
 
-def print_latent(shown: LatentView, console: Console) -> None:
+def print_latent(view: LatentView, console: Console) -> None:
     """Print everything known about a latent."""
-    latent = shown.latent
-    console.print(Text.assemble((shown.run, "bold"), "  latent ", (str(latent.latent), "bold")))
-    console.print(_fires(shown))
-    _print_elsewhere(shown.replicas, console)
+    latent = view.latent
+    console.print(Text.assemble((view.run, "bold"), "  latent ", (str(latent.latent), "bold")))
+    console.print(_fires(view))
+    _print_matches(view.matches, console)
     for name, pairs in (("promotes", latent.promoted), ("suppresses", latent.suppressed)):
-        texts = shown.contexts.text([token for token, _ in pairs])
+        texts = view.contexts.text([token for token, _ in pairs])
         items = (f"{quoted(t)} {value:.2f}" for t, (_, value) in zip(texts, pairs, strict=True))
         _print_list(name, list(items), console)
     near = [f"{other} ({number(cosine)})" for other, cosine in latent.neighbours]
     _print_list("neighbours", near, console)
-    _print_contexts(shown, latent.contexts, console)
+    _print_contexts(view, latent.contexts, console)
 
 
-def print_partner(partner: Partner, shown: LatentView | None, console: Console) -> None:
+def print_partner(partner: Partner, view: LatentView | None, console: Console) -> None:
     """Print the strongest contexts of a latent's partner in another run.
 
     Args:
@@ -152,11 +154,11 @@ def print_partner(partner: Partner, shown: LatentView | None, console: Console) 
     console.print(Text(f"in {partner.name}: {_in_words(partner)}", style="bold"))
     if partner.latent is None:
         return
-    if shown is None:
+    if view is None:
         console.print(Text(f"no contexts yet: reseed evaluate {partner.run} evaluation=contexts"))
         return
-    console.print(_fires(shown))
-    _print_contexts(shown, [c for c in shown.latent.contexts if c.kind == TOP], console)
+    console.print(_fires(view))
+    _print_contexts(view, [c for c in view.latent.contexts if c.kind == TOP], console)
 
 
 def quoted(text: str) -> str:
@@ -170,25 +172,25 @@ def one_line(text: str) -> str:
     return "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
 
 
-def _fires(shown: LatentView) -> Text:
-    latent = shown.latent
+def _fires(view: LatentView) -> Text:
+    latent = view.latent
     if not latent.firing:
-        return Text(f"fires on none of {shown.contexts.tokens:,} tokens")
+        return Text(f"fires on none of {view.contexts.tokens:,} tokens")
     return Text(
-        f"fires on {latent.firing:,} of {shown.contexts.tokens:,} tokens "
+        f"fires on {latent.firing:,} of {view.contexts.tokens:,} tokens "
         f"({latent.density:.2%}), at most {latent.largest:.3g}, on average {latent.mean:.3g}"
     )
 
 
-def _print_elsewhere(replicas: LatentMatches | None, console: Console) -> None:
-    if replicas is None:
+def _print_matches(matches: LatentMatches | None, console: Console) -> None:
+    if matches is None:
         console.print(Text("in no comparison yet"))
         return
-    if replicas.reproducibility is not None:
-        mean, low, high = replicas.reproducibility
+    if matches.reproducibility is not None:
+        mean, low, high = matches.reproducibility
         console.print(Text(f"reproducibility {number(mean)} {bounds(low, high)}"))
-    count = f"shared with {replicas.shared_with} of {len(replicas.partners)}"
-    _print_list(count, [f"{p.name}: {_in_words(p)}" for p in replicas.partners], console)
+    count = f"shared with {matches.shared_with} of {len(matches.partners)}"
+    _print_list(count, [f"{p.name}: {_in_words(p)}" for p in matches.partners], console)
 
 
 def _in_words(partner: Partner) -> str:
@@ -213,7 +215,7 @@ def _print_list(name: str, items: Sequence[str], console: Console) -> None:
         console.print(line)
 
 
-def _print_contexts(shown: LatentView, contexts: Sequence[Context], console: Console) -> None:
+def _print_contexts(view: LatentView, contexts: Sequence[Context], console: Console) -> None:
     marked = console.color_system is None or console.no_color
     width = console.width if console.is_terminal else min(console.width, _WIDEST)
     for i, context in enumerate(contexts):
@@ -222,16 +224,16 @@ def _print_contexts(shown: LatentView, contexts: Sequence[Context], console: Con
             console.print(Text(named, style="bold"))
         place = "" if context.quantile is None else f"{context.quantile:.2f}"
         head = f"{place:>6}{context.activations[context.peak]:>8.3g}  "
-        tokens = _tokens(shown, context, marked)
+        tokens = _tokens(view, context, marked)
         around = _around(tokens, context.peak, width - cell_len(head))
         console.print(Text.assemble((head, "dim"), around))
 
 
-def _tokens(shown: LatentView, context: Context, marked: bool) -> list[Text]:
+def _tokens(view: LatentView, context: Context, marked: bool) -> list[Text]:
     """Return each token with its activation: as a background colour, or, if ``marked``, as a number
     beside it."""
     found = []
-    texts = shown.contexts.text(context.tokens)
+    texts = view.contexts.text(context.tokens)
     for text, value in zip(texts, context.activations.tolist(), strict=True):
         text = one_line(text)
         if value == 0:
@@ -240,7 +242,7 @@ def _tokens(shown: LatentView, context: Context, marked: bool) -> list[Text]:
             word = text.lstrip(" ")
             found.append(Text(f"{text[: len(text) - len(word)]}«{word}·{value:.3g}»"))
         else:
-            found.append(Text(text, style=_shade(value / shown.latent.largest)))
+            found.append(Text(text, style=_shade(value / view.latent.largest)))
     return found
 
 

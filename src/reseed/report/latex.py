@@ -10,8 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reseed.report.axes import Cell
-from reseed.report.table import Table, count_text, pair_axis_name, range_text
+from reseed.report.axes import Cell, count_text, pair_axis_name
+from reseed.report.format import range_text
+from reseed.report.table import Table
 
 PREAMBLE = r"% \usepackage{booktabs,graphicx}"
 _SPECIAL = {
@@ -70,20 +71,20 @@ def summary_latex(cells: Sequence[Cell], tables: Sequence[Table], name: str = ""
     """
     label = re.sub(r"[^A-Za-z0-9-]+", "-", name or "summary").strip("-")
     made = [
-        latex_table(words, _conditions(cells), f"tab:{label}" + (f"-{i}" if i > 1 else ""))
-        for i, words in enumerate(tables, 1)
+        latex_table(table, _conditions(cells), f"tab:{label}" + (f"-{i}" if i > 1 else ""))
+        for i, table in enumerate(tables, 1)
     ]
     return "\n\n".join([PREAMBLE, *made]) + "\n"
 
 
-def latex_table(words: Table, conditions: str, label: str) -> str:
+def latex_table(table: Table, conditions: str, label: str) -> str:
     """Return one table.
 
     Args:
         conditions: added to the table's own caption: n, interval, tokens.
     """
-    columns = "l" * words.num_knobs + "r" * (len(words.header) - words.num_knobs)
-    caption = ". ".join(text.rstrip(".") for text in (words.caption, conditions) if text)
+    columns = "l" * table.num_knobs + "r" * (len(table.header) - table.num_knobs)
+    caption = ". ".join(text.rstrip(".") for text in (table.caption, conditions) if text)
     body = [
         r"\begin{table}[tbp]",
         r"\centering",
@@ -92,14 +93,14 @@ def latex_table(words: Table, conditions: str, label: str) -> str:
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{columns}}}",
         r"\toprule",
-        _row([_stacked(name) for name in words.header]),
+        _row([_stacked(name) for name in table.header]),
         r"\midrule",
-        *(_row([escaped(entry) for entry in row]) for row in words.rows),
+        *(_row([escaped(entry) for entry in row]) for row in table.rows),
         r"\bottomrule",
         r"\end{tabular}}",
     ]
-    if words.footnotes:
-        notes = " ".join(_bold(note) for note in words.footnotes)
+    if table.footnotes:
+        notes = " ".join(_bold(note) for note in table.footnotes)
         body += [r"\par\medskip", rf"\parbox{{\linewidth}}{{\footnotesize {notes}}}"]
     return "\n".join([*body, r"\end{table}"])
 

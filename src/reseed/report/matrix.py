@@ -1,4 +1,5 @@
-"""Pairs of chosen values as a matrix, value by value."""
+"""Matrix of chosen values: how much of layer 3's SAE is in layer 6's? As tables, as
+``matrix.csv`` and as a figure."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from reseed.compare.pairing import PairGroup, pair_groups
 from reseed.report.axes import Cell, columns, wrapped
+from reseed.report.format import measure_name, number
 from reseed.report.pairings import (
     incompatible,
     most_differing_groups,
@@ -25,12 +27,15 @@ from reseed.report.pairings import (
     value_pair_cells,
 )
 from reseed.report.style import GREY, WIDTH, panels
-from reseed.report.table import Table, measure_name, number
+from reseed.report.table import Table
 
-# MERGED Figure of the matrix of values: how much of layer 3's SAE is in layer 6's?
-MATRICES = 6
+MAX_FAMILIES = 6
 """Most families of cells (layers for each of some models, say) with matrices; more are too many to
 read."""
+_WRITTEN = 12
+"""Up to this many values, the numbers are written into the squares."""
+_LIGHT = 0.55
+"""On squares darker than this fraction of the scale the number is white."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,13 +61,13 @@ def value_matrices(cells: Sequence[Cell]) -> list[Matrix]:
     """Return, for each family of cells, the primary measure and one-sided coverage.
 
     Families with fewer than 3 values are left out, unless seeds pair up, too; with more than
-    `MATRICES` families the list is empty.
+    `MAX_FAMILIES` families the list is empty.
     """
     cells = value_pair_cells(cells)
     families = _families(cells, named=True)
-    if len(families) > MATRICES:
+    if len(families) > MAX_FAMILIES:
         return []
-    names = columns([(own[0].knobs, None) for own in families])  # type: ignore[misc]
+    names = columns([(own[0].knobs, None) for own in families])
     made = []
     for own in families:
         if len(_values(own)) < 3 and not any(group.within for group in own):
@@ -72,7 +77,7 @@ def value_matrices(cells: Sequence[Cell]) -> list[Matrix]:
         settings = cells[0][1].settings
         where = ", ".join(str(own[0].knobs[name]) for name in names)
         for column in (settings.primary, None):
-            what = measure_name(column).replace("\n", " ") if column else "covered"
+            what = measure_name(column) if column else "covered"
             rule = "" if column else ": of the latents of the row, those that the column covers"
             title = f"{what.capitalize()}{rule}" + (f" ({where})" if where else "")
             entries = np.array(list(_entries(own, column).values()))
@@ -143,12 +148,6 @@ def _entries(own: Sequence[PairGroup], column: str | None) -> dict[str, list[flo
         at[group.second, group.first] = group.mean(back)
     values = _values(own)
     return {a: [at.get((a, b), float("nan")) for b in values] for a in values}
-
-
-_WRITTEN = 12
-"""Up to this many values, the numbers are written into the squares."""
-_LIGHT = 0.55
-"""On squares darker than this fraction of the scale the number is white."""
 
 
 def matrix_figure(cells: Sequence[Cell]) -> Figure:

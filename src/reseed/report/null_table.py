@@ -17,16 +17,16 @@ from math import isnan
 from typing import Any
 
 from reseed.compare.cell import CellResult
-from reseed.compare.measures import SURROGATES
+from reseed.compare.columns import SURROGATES
 from reseed.compare.nulls import kappa
 from reseed.compare.statistics import Interval, welch_difference
 from reseed.report.axes import Cell, columns, knob_values
-from reseed.report.differences import signed
-from reseed.report.table import Table, null_in_words, number, with_interval
+from reseed.report.format import null_text, number, signed, with_interval
+from reseed.report.table import Table
 
 TITLE = "What would chance share?"
 TRAINED = "trained model"
-_OF_WEIGHTS = {
+_WEIGHT_NULLS = {
     "isotropic rows": "null_{}",
     "rows of the covariance": "null_covariance_{}",
     "untrained weights": "untrained_{}",
@@ -45,15 +45,15 @@ def null_table(cells: Sequence[Cell]) -> Table | None:
         return None
     confidence = cells[0][1].settings.confidence
     percent = f"[{confidence:.0%}]"
-    names = columns([(knobs, None) for knobs, _ in found])  # type: ignore[misc]
+    names = columns([(knobs, None) for knobs, _ in found])
     header = (
         *names, "what is shared by", f"shared\n{percent}", "cos\nenc", "cos\ndec", "κ",
         f"trained − it\n{percent}",
     )  # fmt: skip
     rows = [
         (*knob_values(names, knobs), *row)
-        for knobs, rungs in found
-        for row in _rows(rungs, confidence)
+        for knobs, by_null in found
+        for row in _rows(by_null, confidence)
     ]
     return Table(header, tuple(rows), len(names) + 1, TITLE, _footnotes(confidence))
 
@@ -63,15 +63,19 @@ def _families(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], dict[str, Cel
     the model itself)."""
     by_family: dict[Any, tuple[dict[str, Any], dict[str, CellResult]]] = {}
     for knobs, cell in cells:
-        model, surrogate = _parted(str(knobs.get("model", "")))
+        model, surrogate = _split_surrogate(str(knobs.get("model", "")))
         common = {k: v for k, v in knobs.items() if k not in ("arm", "model")}
         key = (model, cell.settings.pair_by, tuple(common.items()))
-        rungs = by_family.setdefault(key, ({"model": model} | common, {}))[1]
-        rungs.setdefault(surrogate, cell)
-    return [(knobs, rungs) for knobs, rungs in by_family.values() if len(rungs) > 1 and "" in rungs]
+        by_null = by_family.setdefault(key, ({"model": model} | common, {}))[1]
+        by_null.setdefault(surrogate, cell)
+    return [
+        (knobs, by_null)
+        for knobs, by_null in by_family.values()
+        if len(by_null) > 1 and "" in by_null
+    ]
 
 
-def _parted(label: str) -> tuple[str, str]:
+def _split_surrogate(label: str) -> tuple[str, str]:
     """Split ``embedded+gaussian`` into ``embedded`` and ``gaussian``; for a model itself the second
     is empty."""
     for name in SURROGATES:
@@ -80,31 +84,31 @@ def _parted(label: str) -> tuple[str, str]:
     return label, ""
 
 
-def _rows(rungs: Mapping[str, CellResult], confidence: float) -> list[tuple[str, ...]]:
-    trained = rungs[""]
+def _rows(by_null: Mapping[str, CellResult], confidence: float) -> list[tuple[str, ...]]:
+    trained = by_null[""]
     shared = trained.estimates["shared_fraction"]
-    rows = [_of_weights(trained, rung, shared) for rung in _OF_WEIGHTS]
+    rows = [_weights_row(trained, null, shared) for null in _WEIGHT_NULLS]
     for surrogate, name in SURROGATES.items():
-        if surrogate in rungs:
-            own = rungs[surrogate].estimates
+        if surrogate in by_null:
+            own = by_null[surrogate].estimates
             less = welch_difference(shared, own["shared_fraction"], confidence)
-            rows.append((*_of_cell(name, own), number(_kappa(shared, own)), signed(less)))
-    return [*rows, (*_of_cell(TRAINED, trained.estimates), "", "")]
+            rows.append((*_cell_row(name, own), number(_kappa(shared, own)), signed(less)))
+    return [*rows, (*_cell_row(TRAINED, trained.estimates), "", "")]
 
 
-def _of_weights(cell: CellResult, rung: str, shared: Interval) -> tuple[str, ...]:
+def _weights_row(cell: CellResult, null: str, shared: Interval) -> tuple[str, ...]:
     def mean(measure: str) -> float:
-        return cell.pair_mean(_OF_WEIGHTS[rung].format(measure))
+        return cell.pair_mean(_WEIGHT_NULLS[null].format(measure))
 
-    null = mean("shared_fraction")
-    drawn = rung != "untrained weights"
-    simulated = drawn and not isnan(null)
-    said = null_in_words(null, cell.null_simulated_latents) if simulated else number(null)
+    by_chance = mean("shared_fraction")
+    drawn = null != "untrained weights"
+    simulated = drawn and not isnan(by_chance)
+    text = null_text(by_chance, cell.null_simulated_latents) if simulated else number(by_chance)
     cosines = [mean("cosine")] * 2 if drawn else [mean("cosine_encoder"), mean("cosine_decoder")]
-    return (rung, said, *map(number, cosines), number(kappa(shared.mean, null)), "")
+    return (null, text, *map(number, cosines), number(kappa(shared.mean, by_chance)), "")
 
 
-def _of_cell(name: str, estimates: Mapping[str, Interval]) -> tuple[str, ...]:
+def _cell_row(name: str, estimates: Mapping[str, Interval]) -> tuple[str, ...]:
     cosines = (number(estimates[f"cosine_{which}"].mean) for which in ("encoder", "decoder"))
     return (name, with_interval(estimates["shared_fraction"]), *cosines)
 

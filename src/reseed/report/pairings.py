@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 
 from reseed.compare.activations.tables import NOTE
+from reseed.compare.columns import FRACTIONS
 from reseed.compare.config import value_axes
-from reseed.compare.measures import FRACTIONS
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.compare.pairing import (
     SEPARATOR,
@@ -24,16 +24,18 @@ from reseed.compare.pairing import (
     runs_by_value,
 )
 from reseed.compare.statistics import Interval
-from reseed.report.axes import MISSING, Cell, columns, knob_values, varying
-from reseed.report.differences import signed
-from reseed.report.table import (
-    Table,
-    detectable_note,
+from reseed.report.axes import Cell, columns, knob_values, varying
+from reseed.report.format import (
+    MISSING,
+    interval_row,
     measure_name,
-    null_in_words,
+    null_text,
     number,
+    signed,
     with_interval,
 )
+from reseed.report.main_table import detectable_note
+from reseed.report.table import Table
 
 MANY_ROWS = 30
 """A longer table shows only the pairs that differ in most axes; pairings.csv has all."""
@@ -60,7 +62,7 @@ def pairings(cells: Sequence[Cell]) -> Table | None:
         return None
     every, settings = pair_groups(cells), cells[0][1].settings
     shown = every if len(every) <= MANY_ROWS else most_differing_groups(every)
-    knobs = columns([(group.knobs, None) for group in every])  # type: ignore[misc]
+    knobs = columns([(group.knobs, None) for group in every])
     several = len({group.differs_in for group in every}) > 1
     primary, confidence = settings.primary, settings.confidence
     value = value_name(cells)
@@ -95,7 +97,7 @@ def _columns(
     percent = f"[{confidence:.0%}]"
     made: dict[str, Callable[[PairGroup], str]] = {
         "seeds": lambda group: str(max(1, len(group.levels))),
-        f"{measure_name(primary).replace(chr(10), ' ')}\n{percent}": estimate(primary),
+        f"{measure_name(primary)}\n{percent}": estimate(primary),
     }
     if primary != "shared_fraction":
         made[f"shared\n{percent}"] = estimate("shared_fraction")
@@ -126,11 +128,11 @@ def _null(group: PairGroup) -> str:
     null = group.mean("null_shared_fraction")
     if isnan(null):
         return MISSING
-    return null_in_words(null, int(group.mean("null_simulated_latents")))
+    return null_text(null, int(group.mean("null_simulated_latents")))
 
 
 def incompatible(group: PairGroup) -> bool:
-    """Return whether the group's runs have no common space (`compare.apart`)."""
+    """Return whether the group's runs have no common space (`compare.pair.incompatible_pair`)."""
     return WEIGHTS_NOTE in group.pairs and bool((group.pairs[WEIGHTS_NOTE].fillna("") != "").any())
 
 
@@ -171,7 +173,7 @@ def value_name(cells: Sequence[Cell]) -> str:
 
 
 def _caption(cells: Sequence[Cell], every: Sequence[PairGroup]) -> str:
-    changing = varying([(group.knobs, None) for group in every])  # type: ignore[misc]
+    changing = varying([(group.knobs, None) for group in every])
     constant = [f"{k}={v}" for k, v in every[0].knobs.items() if k not in changing]
     by = " · ".join(dict.fromkeys(cell.settings.pair_words for _, cell in cells))
     return " · ".join([*constant, f"pairs by {by}"])
@@ -244,7 +246,7 @@ def runs_by_value_table(cells: Sequence[Cell]) -> Table | None:
         return None
     confidence = cells[0][1].settings.confidence
     found = runs_by_value(cells, confidence)
-    knobs = columns([(own, None) for own, _, _ in found])  # type: ignore[misc]
+    knobs = columns([(own, None) for own, _, _ in found])
     shown = {"FVU": "fvu", "L0": "l0", "dead": "dead_fraction", "live": "live_fraction"}
     rows = tuple(
         (
@@ -281,8 +283,8 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
             "shared_of_b",
             "shared_of_smaller",
         ):
-            row |= _ends(name, group.interval(name, confidence))
-        row |= _ends("minus_within", contrasts.get(id(group)))
+            row |= interval_row(name, group.interval(name, confidence))
+        row |= interval_row("minus_within", contrasts.get(id(group)))
         on_tokens = (*SAME_TOKENS.values(), AGREE) if WEIGHTS_NOTE in group.pairs else ()
         for name in ("null_shared_fraction", "untrained_shared_fraction", "cosine_encoder",
                      "cosine_decoder", "num_latents_a", "num_latents_b", *on_tokens):  # fmt: skip
@@ -296,8 +298,3 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 def _one_sided(group: PairGroup, names: Sequence[str]) -> list[str]:
     found = [name for name in names if name in group.pairs]
     return [*found, *(name for name in _ONE_SIDED if name in group.pairs)]
-
-
-def _ends(name: str, found: Interval | None) -> dict[str, float | None]:
-    ends = (found.mean, found.low, found.high) if found else (None, None, None)
-    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))

@@ -12,32 +12,33 @@ from rich.console import Console
 
 from reseed.compare.cell import CellResult
 from reseed.compare.statistics import Interval
-from reseed.report.table import Table, null_in_words, number, with_interval
+from reseed.report.format import null_text, number, with_interval
+from reseed.report.table import Table
 from reseed.report.tables import markdown_table
-from reseed.report.terminal import print_words
+from reseed.report.terminal import print_table
 from reseed.system.files import atomic_write, atomic_write_text
 
 CHECK_FILES = ("check.csv", "check.md")
 
 
-def write_check(frame: pd.DataFrame, words: Table, folder: Path) -> list[Path]:
+def write_check(frame: pd.DataFrame, table: Table, folder: Path) -> list[Path]:
     """Write `CHECK_FILES` into ``folder``, each atomically."""
-    table, text = (folder / name for name in CHECK_FILES)
-    atomic_write(table, lambda p: frame.to_csv(p, index=False))
-    parts = ("# Do these latents replicate?", words.caption, markdown_table(words))
-    atomic_write_text(text, "\n\n".join(parts) + "\n")
-    return [table, text]
+    csv, md = (folder / name for name in CHECK_FILES)
+    atomic_write(csv, lambda p: frame.to_csv(p, index=False))
+    parts = ("# Do these latents replicate?", table.caption, markdown_table(table))
+    atomic_write_text(md, "\n\n".join(parts) + "\n")
+    return [csv, md]
 
 
-def print_check(words: Table, console: Console | None = None) -> None:
+def print_check(table: Table, console: Console | None = None) -> None:
     """Print the table."""
-    print_words(words, console or Console(), "Do these latents replicate?")
+    print_table(table, console or Console(), "Do these latents replicate?")
 
 
-def check_words(
+def check_table(
     frame: pd.DataFrame, result: CellResult, knobs: Mapping[str, Any], lacking: Sequence[str] = ()
 ) -> Table:
-    """Return the table of `compare.named.replication`.
+    """Return the table of `compare.replication.replication_table`.
 
     Args:
         knobs: the cell's knobs.
@@ -60,7 +61,7 @@ def check_words(
         "alike",
         *(f"{axis} {value}" for value in shown),
     )
-    table = tuple(
+    entries = tuple(
         (
             str(row["latent"]),
             *(str(row[name]) for name in named),
@@ -77,7 +78,7 @@ def check_words(
     own = [] if several else [f"latents of {axis} {rows[0]['seed']}: {rows[0]['run']}"]
     count = 1 + len(named) + several
     caption = " · ".join([*constant, *own])
-    return Table(header, table, count, caption, (*_notes(frame, result), *lacking))
+    return Table(header, entries, count, caption, (*_notes(frame, result), *lacking))
 
 
 def _reproducibility(row: Mapping[str, Any]) -> Interval:
@@ -118,7 +119,7 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
         return float(_numbers(frame, name).mean())
 
     found = float((shared / others).mean())
-    null = null_in_words(mean("null_shared_fraction"), result.null_simulated_latents)
+    null = null_text(mean("null_shared_fraction"), result.null_simulated_latents)
     notes = [
         f"**{every} of {n} are shared with all of the other {result.n_seeds - 1}, {none} with "
         f"none.** On average they are shared with {number(found)} of the others; for comparison, "

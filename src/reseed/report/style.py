@@ -17,8 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Patch
 
-from reseed.report.axes import Cell
-from reseed.report.table import count_text
+from reseed.report.axes import Cell, count_text
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -86,14 +85,12 @@ def legend_below(figure: Figure, handles: Sequence[Artist], columns: int, **opti
     figure.legend(handles=list(handles), loc="outside lower center", **options)
 
 
-def interval_handle(cells: Sequence[Cell], estimates: Sequence[str], colour: str) -> Patch:
-    """Return the legend's handle for the bands of these estimates; an invisible one that says so if
-    there are no intervals."""
-    found = [cell.estimates[name] for _, cell in cells for name in estimates]
-    if all(e.low is None for e in found):
+def interval_handle(cells: Sequence[Cell], known: bool, colour: str) -> Patch:
+    """Return the legend's handle for the bands of intervals; an invisible one that says so if none
+    is ``known``."""
+    if not known:
         return Patch(alpha=0, label=f"{count_text(cells)}, no interval")
-    confidence = cells[0][1].settings.confidence
-    text = f"{confidence:.0%} interval over {count_text(cells)}"
+    text = f"{cells[0][1].settings.confidence:.0%} interval over {count_text(cells)}"
     return Patch(facecolor=colour, alpha=0.3, label=text)
 
 

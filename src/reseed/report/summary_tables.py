@@ -9,25 +9,22 @@ from collections.abc import Sequence
 
 from reseed.compare.activations.tables import NOTE, TOKENS, TOPS
 from reseed.compare.cell import CellResult
-from reseed.compare.measures import GROUPS, THRESHOLDS
-from reseed.report.axes import Cell, columns, knob_values, label
-from reseed.report.captions import BY_THRESHOLD, SOURCE, of_seeds
+from reseed.compare.columns import GROUPS, THRESHOLDS
+from reseed.report.axes import Cell, columns, knob_values, label, pair_axis_name
 from reseed.report.firing import by_decile, by_kind_of_firing, with_strata
+from reseed.report.format import number, padded, range_text
+from reseed.report.references import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.table import (
     Column,
     Table,
-    beside_null,
     cell_table,
-    chance,
+    count_column,
+    estimate_columns,
+    estimate_null_column,
     estimate_text,
-    kappa,
-    measured,
-    number,
-    padded,
-    pair_axis_name,
-    pair_mean,
-    range_text,
-    run_mean,
+    kappa_column,
+    null_column,
+    pair_column,
 )
 
 
@@ -53,7 +50,7 @@ def summary_tables(cells: Sequence[Cell]) -> list[tuple[str, list[Table]]]:
 def details(cells: Sequence[Cell]) -> Table:
     """Return the table of other rules for what is shared."""
     made: dict[str, Column] = {pair_axis_name(cells): lambda cell: str(cell.n_seeds)}
-    made |= measured(
+    made |= estimate_columns(
         {
             "covered": "coverage",
             "dec": "shared_fraction_decoder",
@@ -65,7 +62,7 @@ def details(cells: Sequence[Cell]) -> Table:
             "not dead": "shared_fraction_not_dead",
         }
     )
-    made["ceiling, live"] = pair_mean("ceiling_live")
+    made["ceiling, live"] = pair_column("ceiling_live")
     return cell_table(
         cells,
         made,
@@ -88,7 +85,7 @@ def details(cells: Sequence[Cell]) -> Table:
 def cosines_and_cycles(cells: Sequence[Cell]) -> Table:
     """Return the table of mean cosines without a threshold, and of whether the matchings of three
     runs form cycles."""
-    made = measured(
+    made = estimate_columns(
         {
             "PW-MCC, signed": "pw_mcc_signed",
             "PW-MCC, absolute": "pw_mcc_absolute",
@@ -122,8 +119,8 @@ def profiles(cells: Sequence[Cell]) -> Table:
     )
     footnotes = (
         f"**p_m**: fraction of latents shared with exactly m of the other {pair_axis_name(cells)}. "
-        f"**u_k**: fraction of latents that none of k−1 other {pair_axis_name(cells)}, drawn at random, "
-        "has.",
+        f"**u_k**: fraction of latents that none of k−1 other {pair_axis_name(cells)}, drawn at "
+        "random, has.",
     )
     return Table(header, rows, len(knobs), "", footnotes)
 
@@ -149,9 +146,9 @@ def by_threshold(cells: Sequence[Cell]) -> Table:
         "orientation."
     )
     reference = [number(BY_THRESHOLD.get(tau, float("nan"))) for tau in THRESHOLDS]
-    if of_seeds(cells):
+    if compares_seeds(cells):
         rows.append((SOURCE, *[""] * (max(len(knobs), 1) - 1), *reference))
-    footnotes = (note, other) if of_seeds(cells) else (note,)
+    footnotes = (note, other) if compares_seeds(cells) else (note,)
     return Table(header, tuple(rows), max(len(knobs), 1), "", footnotes)
 
 
@@ -163,7 +160,7 @@ def on_activations(cells: Sequence[Cell]) -> list[Table]:
     if not known:
         return lacking
     count = range_text(_tokens(cell) for _, cell in known)
-    agree = measured(
+    agree = estimate_columns(
         {
             "Pearson, shared": "agreement_pearson_shared",
             "Pearson, orphan": "agreement_pearson_orphan",
@@ -174,7 +171,7 @@ def on_activations(cells: Sequence[Cell]) -> list[Table]:
             "novel": "novel_fraction",
         }
     )
-    replaced = measured(
+    replaced = estimate_columns(
         {
             "R": "substitution",
             "R, shared": "substitution_shared",
@@ -223,15 +220,15 @@ def _not_measured(cells: Sequence[Cell], lacking: Sequence[Cell]) -> list[Table]
 
 def nulls(cells: Sequence[Cell]) -> Table:
     """Return the table of nulls: the shared fraction by chance, and κ against each null."""
-    rungs = {"isotropic": "null_", "covariance": "null_covariance_", "untrained": "untrained_"}
+    prefixes = {"isotropic": "null_", "covariance": "null_covariance_", "untrained": "untrained_"}
     made: dict[str, Column] = {"shared": lambda cell: estimate_text(cell, "shared_fraction")}
-    for name, prefix in rungs.items():
-        made[f"{name} S₀"] = chance(f"{prefix}shared_fraction", drawn=name != "untrained")
-        made[f"κ, {name}"] = kappa(name, f"{prefix}shared_fraction")
-    made["cos, isotropic"] = pair_mean("null_cosine")
-    made["cos, covariance"] = pair_mean("null_covariance_cosine")
-    made["covered, isotropic"] = pair_mean("null_coverage")
-    made["covered, covariance"] = pair_mean("null_covariance_coverage")
+    for name, prefix in prefixes.items():
+        made[f"{name} S₀"] = null_column(f"{prefix}shared_fraction", drawn=name != "untrained")
+        made[f"κ, {name}"] = kappa_column(name, f"{prefix}shared_fraction")
+    made["cos, isotropic"] = pair_column("null_cosine")
+    made["cos, covariance"] = pair_column("null_covariance_cosine")
+    made["covered, isotropic"] = pair_column("null_coverage")
+    made["covered, covariance"] = pair_column("null_covariance_coverage")
     return cell_table(
         cells,
         made,
@@ -250,9 +247,9 @@ def subspace_overlaps(cells: Sequence[Cell]) -> Table:
     for measure in ("overlap", "angles"):
         for group in GROUPS:
             name = f"subspace_{measure}_{group}"
-            made[f"{measure}, {group}"] = beside_null(name)
+            made[f"{measure}, {group}"] = estimate_null_column(name)
     for group in GROUPS:
-        made[f"directions, {group}"] = run_mean(f"directions_{group}")
+        made[f"directions, {group}"] = count_column(f"directions_{group}")
     return cell_table(
         cells,
         made,

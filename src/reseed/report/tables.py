@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,18 +15,21 @@ import pyarrow.parquet as pq
 
 from reseed.compare.cell import CellResult
 from reseed.compare.pairing import seed_of_run
-from reseed.compare.statistics import Interval
 from reseed.compare.strata import standardised
 from reseed.report.axes import Cell, label
 from reseed.report.differences import differences
+from reseed.report.evaluation_results import Runs
 from reseed.report.evaluation_tables import evaluation_tables
+from reseed.report.figures import matched_cosines
 from reseed.report.firing import strata_frame, with_strata
+from reseed.report.format import interval_row
 from reseed.report.latex import summary_latex
+from reseed.report.main_table import cell_notes, detectable, main_table
 from reseed.report.matrix import matrices, matrix_frame
 from reseed.report.null_table import null_table
 from reseed.report.pairings import pairing_frame, pairings, runs_by_value_table, value_pair_cells
 from reseed.report.summary_tables import summary_tables
-from reseed.report.table import Table, cell_notes, detectable, summary
+from reseed.report.table import Table
 from reseed.report.truth import truth_tables, with_labels_alike
 from reseed.system.files import atomic_write, atomic_write_text
 
@@ -56,7 +59,8 @@ def write_tables(
 ) -> list[Path]:
     """Write ``pairs.csv``, ``latents.parquet``, ``strata.csv`` and ``summary`` as csv, md and tex.
 
-    Also write ``pairings.csv`` and ``matrix.csv`` if pairs differ in a chosen value (`value_pair_cells`).
+    Also write ``pairings.csv`` and ``matrix.csv`` if pairs differ in a chosen value
+    (`value_pair_cells`).
 
     Args:
         cells: the knobs and the measures of each cell.
@@ -97,13 +101,13 @@ def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     with_space = with_strata(cells)
     confidence = cells[0][1].settings.confidence
     alike = standardised([cell.strata for _, cell in with_space], confidence) if with_space else []
-    more = {
-        id(cell): _ends("shared_fraction_standardised", one.estimate)
-        | {"standardised_kept": one.kept}
+    extra = {
+        id(cell): interval_row("shared_fraction_standardised", one.estimate)
+        | {"standardised_kept": one.coverage}
         for (_, cell), one in zip(with_space, alike, strict=True)
     }
     return pd.DataFrame(
-        [_summary_row(knobs, cell) | more.get(id(cell), {}) for knobs, cell in cells]
+        [_summary_row(knobs, cell) | extra.get(id(cell), {}) for knobs, cell in cells]
     )
 
 
@@ -139,13 +143,9 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "shared_fraction_untrained": cell.pair_mean("untrained_shared_fraction"),
     }
     for name, found in estimates.items():
-        extra |= _ends(name, found)
+        extra |= interval_row(name, found)
     extra |= {n: cell.pair_mean(n) for n in cell.pairs if n.startswith(_WITHOUT_INTERVALS)}
     return row | {name: value for name, value in extra.items() if name not in row}
-
-
-def _ends(name: str, found: Interval) -> dict[str, float | None]:
-    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def pair_frame(cells: Sequence[Cell]) -> pd.DataFrame:
@@ -166,7 +166,7 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
     cell (``topk, 0``), and ``seed`` is its seed, empty if there was only one.
     """
     names = list(dict.fromkeys(name for knobs, _ in cells for name in knobs if name != "seed"))
-    words = {name: _one_type([knobs.get(name) for knobs, _ in cells]) for name in names}
+    values = {name: _one_type([knobs.get(name) for knobs, _ in cells]) for name in names}
     labels = [cell.latents["seed"].to_pylist() for _, cell in cells]
     seeds = [
         [seed_of_run(label, cell.settings, knobs) for label in own]
@@ -182,7 +182,7 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
         if labels != seeds:
             table = table.add_column(at, "place", pa.array(labels[i]))
         for position, name in enumerate(names):
-            column = pa.repeat(pa.scalar(words[name][i], words[name].type), len(table))
+            column = pa.repeat(pa.scalar(values[name][i], values[name].type), len(table))
             table = table.add_column(position, name, column)
         tables.append(table)
     return pa.concat_tables(with_labels_alike(tables))
@@ -197,16 +197,17 @@ def _one_type(values: list[Any]) -> pa.Array:
 
 
 def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> str:
-    """Return ``summary.md``: the summary of the terminal, then differences, `summary_tables` and runs.
+    """Return ``summary.md``: the summary of the terminal, then differences, `summary_tables` and
+    runs.
 
     ``incomplete`` is added to the footnotes of the first table.
     """
     first, *others = first_tables(cells, incomplete)
     parts = ["# Summary", first.caption, markdown_table(first)]
-    for words in others:
-        parts += ["## Other pairs", words.caption, markdown_table(words)]
-    for words in optional_tables(cells):
-        parts += [f"## {words.caption}", markdown_table(words)]
+    for table in others:
+        parts += ["## Other pairs", table.caption, markdown_table(table)]
+    for table in optional_tables(cells):
+        parts += [f"## {table.caption}", markdown_table(table)]
     alone = runs_by_value_table(cells)
     if alone:
         parts += ["## Each by itself", markdown_table(alone)]
@@ -227,8 +228,8 @@ def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
     are any. ``incomplete`` is added to the footnotes of the first."""
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
     others = pairings(cells)
-    first, *more = [*([summary(sample)] if sample else []), *([others] if others else [])]
-    return [replace(first, footnotes=(*first.footnotes, *incomplete)), *more]
+    first, *rest = [*([main_table(sample)] if sample else []), *([others] if others else [])]
+    return [replace(first, footnotes=(*first.footnotes, *incomplete)), *rest]
 
 
 def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Table]:
@@ -243,13 +244,66 @@ def optional_tables(cells: Sequence[Cell]) -> list[Table]:
     return [*([nulls] if nulls else []), *others]
 
 
-def markdown_table(words: Table) -> str:
+def markdown_table(table: Table) -> str:
     """Return the table and its footnotes as markdown."""
 
     def line(entries: Sequence[str]) -> str:
         escaped = (entry.replace("\n", " ").replace("|", "\\|") for entry in entries)
         return "| " + " | ".join(escaped) + " |"
 
-    rule = [":--"] * words.num_knobs + ["--:"] * (len(words.header) - words.num_knobs)
-    table = [line(words.header), line(rule), *map(line, words.rows)]
-    return ("\n".join(table) + "\n\n" + "\n".join(f"- {n}" for n in words.footnotes)).strip()
+    rule = [":--"] * table.num_knobs + ["--:"] * (len(table.header) - table.num_knobs)
+    lines = [line(table.header), line(rule), *map(line, table.rows)]
+    return ("\n".join(lines) + "\n\n" + "\n".join(f"- {n}" for n in table.footnotes)).strip()
+
+
+def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], pd.DataFrame]]:
+    """Return file name → function that makes the table."""
+    made: dict[str, Callable[[], pd.DataFrame]] = {
+        "seeds.csv": lambda: seeds_frame(cells),
+        "cosines.csv": lambda: cosines_frame(cells),
+    }
+    if any("absorption" in run.results for run in runs.values()):
+        made["absorbers.csv"] = lambda: absorbers_frame(runs)
+    return made
+
+
+def seeds_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return p_m and u_k of each cell: ``measure`` (p or u), ``count`` (m or k), ``fraction``."""
+    rows = [
+        {**knobs, "measure": name, "count": count, "fraction": value}
+        for knobs, cell in cells
+        for name, first, values in (("p", 0, cell.p), ("u", 2, cell.u))
+        for count, value in enumerate(values.tolist(), first)
+    ]
+    return pd.DataFrame(rows)
+
+
+def cosines_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+    """Return the drawn points: both cosines of a matched latent, and whether encoder and decoder
+    give it the same match."""
+    return _stacked(
+        (knobs, dict(zip(("cosine_encoder", "cosine_decoder", "same_match"),
+                         matched_cosines(cell), strict=True)))
+        for knobs, cell in cells
+    )  # fmt: skip
+
+
+def absorbers_frame(runs: Runs) -> pd.DataFrame:
+    """Return the latents that absorb words of each letter, of all runs."""
+    return _stacked(
+        (run.about, run.results["absorption"].tables["absorbers"])
+        for run in runs.values()
+        if "absorption" in run.results
+    )
+
+
+def _stacked(parts: Iterable[tuple[Mapping[str, Any], Any]]) -> pd.DataFrame:
+    """Concatenate tables, each with the columns of what it is about first."""
+    frames = []
+    for about, values in parts:
+        frame = pd.DataFrame(values)
+        own = {k: v for k, v in about.items() if k not in frame}
+        frames.append(
+            pd.concat([pd.DataFrame([own] * len(frame), index=frame.index), frame], axis=1)
+        )
+    return pd.concat(frames, ignore_index=True)

@@ -31,12 +31,12 @@ def print_summary(
     """
     console = console or Console()
     first, *others = shown_tables(cells)
-    print_words(first, console, title)
+    print_table(first, console, title)
     for line in difference_lines(cells):
-        console.print(_rich(line), width=min(console.width, 100))
-    for words in others:
+        console.print(_styled(line), width=min(console.width, 100))
+    for table in others:
         console.print()
-        print_words(words, console)
+        print_table(table, console)
 
 
 def print_tables(
@@ -44,88 +44,88 @@ def print_tables(
 ) -> None:
     """Print tables one below the other, fitted as by `print_summary`."""
     console = console or Console()
-    for i, words in enumerate(tables):
+    for i, table in enumerate(tables):
         if i:
             console.print()
-        print_words(words, console, "" if i else title)
+        print_table(table, console, "" if i else title)
 
 
-def print_words(words: Table, console: Console, title: str = "") -> None:
+def print_table(table: Table, console: Console, title: str = "") -> None:
     """Print one table, fitted as by `print_summary`."""
     if not console.is_terminal:
-        width = max(100, _needed(_table(words), console))
+        width = max(100, _needed(_rich_table(table), console))
         console = Console(file=console.file, width=width, color_system=None)
     if title:
         console.print(Text(title, style="bold"))
-    console.print(Text(words.caption))
-    fitting = _fitting(words, console)
-    console.print(_paragraphs(words) if fitting is None else _fitted(fitting, console))
-    spared = [] if fitting is None else [n for n in words.header if n not in fitting.header]
+    console.print(Text(table.caption))
+    fitting = _fitting(table, console)
+    console.print(_paragraphs(table) if fitting is None else _fitted(fitting, console))
+    spared = [] if fitting is None else [n for n in table.header if n not in fitting.header]
     if spared:
         names = ", ".join(name.replace("\n", " ") for name in spared)
         note = f"not shown (the window is too narrow), but in summary.md: {names}"
         console.print(Text(note), width=min(console.width, 100), style="dim")
-    for note in words.footnotes:
-        console.print(_rich(note), width=min(console.width, 100), style="dim")
+    for note in table.footnotes:
+        console.print(_styled(note), width=min(console.width, 100), style="dim")
 
 
-def _fitting(words: Table, console: Console) -> Table | None:
+def _fitting(table: Table, console: Console) -> Table | None:
     """Leave out as few spare columns as the window allows; None if it is too narrow anyway."""
-    for count in range(len(words.spare) + 1):
-        narrower = words.without(words.spare[:count])
-        if _needed(_table(narrower, 0), console) <= console.width:
+    for count in range(len(table.spare) + 1):
+        narrower = table.without(table.spare[:count])
+        if _needed(_rich_table(narrower, 0), console) <= console.width:
             return narrower
     return None
 
 
-def _needed(table: RichTable, console: Console) -> int:
+def _needed(made: RichTable, console: Console) -> int:
     """Return the window columns that a table takes; its columns must all have a width."""
     wide = console.options.update(width=10_000, max_width=10_000)
-    return Measurement.get(console, wide, table).maximum
+    return Measurement.get(console, wide, made).maximum
 
 
-def _fitted(words: Table, console: Console) -> RichTable:
+def _fitted(table: Table, console: Console) -> RichTable:
     """Make the table with its columns as wide as the window allows."""
-    return _table(words, console.width - _needed(_table(words, 0), console))
+    return _rich_table(table, console.width - _needed(_rich_table(table, 0), console))
 
 
-def _table(words: Table, room: int = 10_000) -> RichTable:
+def _rich_table(table: Table, room: int = 10_000) -> RichTable:
     """Make the table; columns may wrap between words, never within a word or number.
 
     Args:
         room: how much wider than the narrowest possible the table may be. (By default rich narrows
             the widest column first, and breaks its words while others have room.)
     """
-    table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
-    table.collapse_padding, table.pad_edge = True, False
-    for i, name in enumerate(words.header):
-        entries = [name, *(row[i] for row in words.rows)]
+    made = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
+    made.collapse_padding, made.pad_edge = True, False
+    for i, name in enumerate(table.header):
+        entries = [name, *(row[i] for row in table.rows)]
         least = max(cell_len(word) for entry in entries for word in (entry.split() or [""]))
         full = max(cell_len(line) for entry in entries for line in (entry.splitlines() or [""]))
         width = min(full, least + room)
         room -= width - least
-        justify = "left" if i < words.num_knobs else "right"
-        table.add_column(name, justify=justify, overflow="fold", width=width)
-    first = [row[:1] for row in words.rows]
-    grouped = words.num_knobs > 1 and len(words.rows) > FEW
-    for i, row in enumerate(words.rows):
+        justify = "left" if i < table.num_knobs else "right"
+        made.add_column(name, justify=justify, overflow="fold", width=width)
+    first = [row[:1] for row in table.rows]
+    grouped = table.num_knobs > 1 and len(table.rows) > FEW
+    for i, row in enumerate(table.rows):
         if grouped and i and first[i] != first[i - 1] and len(set(first)) < len(first):
-            table.add_section()
-        table.add_row(*map(Text, row))
-    return table
+            made.add_section()
+        made.add_row(*map(Text, row))
+    return made
 
 
-def _paragraphs(words: Table) -> Text:
+def _paragraphs(table: Table) -> Text:
     """Return the table as paragraphs, for a window that is too narrow for it."""
-    names = [name.replace("\n", " ") for name in words.header]
+    names = [name.replace("\n", " ") for name in table.header]
     cells = [
         " · ".join(f"{name} {entry}" for name, entry in zip(names, row, strict=True))
-        for row in words.rows
+        for row in table.rows
     ]
     return Text("\n" + "\n\n".join(cells) + "\n")
 
 
-def _rich(text: str) -> Text:
+def _styled(text: str) -> Text:
     """Style ``**bold**`` for the terminal."""
     out = Text()
     for i, part in enumerate(text.split("**")):

@@ -1,4 +1,5 @@
-"""Tables "Is a shared latent true?", for runs with labels of a known truth."""
+"""Tables and figure "Is a shared latent true?", for runs with labels of a known truth: how many
+shared latents, and how many of the others, are atoms."""
 
 from __future__ import annotations
 
@@ -11,18 +12,29 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from reseed.compare.cell import CellResult
+from reseed.compare.columns import TRUTH_PREFIX
 from reseed.compare.statistics import Interval
 from reseed.compare.strata import DECILES
-from reseed.compare.truth import LABEL_COLUMN, PREFIX
-from reseed.report.axes import MISSING, Cell, columns, knob_values, label, label_knobs, row_labels
+from reseed.compare.truth import LABEL_COLUMN
+from reseed.report.axes import (
+    Cell,
+    columns,
+    knob_values,
+    label,
+    label_knobs,
+    pair_axis_name,
+    row_labels,
+)
+from reseed.report.format import MISSING, number, with_interval
 from reseed.report.style import BLUE, GREY, ORANGE, WIDTH, faint_grid, interval_handle, legend_below
-from reseed.report.table import Table, number, pair_axis_name, with_interval
+from reseed.report.table import Table
 
-# MERGED Figure "Is a shared latent true?": atoms among shared latents and among the others.
 TITLE = "Is a shared latent true?"
-_MARK = PREFIX + "atom_given_shared"
+_MARK = TRUTH_PREFIX + "atom_given_shared"
 _WITH_INTERVAL = ("atom_given_shared", "difference", "difference_adjusted")
 _WORDS = ("atom", "composite", "group", "neither")
+_SIDES = (("atom_given_orphan", ORANGE, "D", 0.13), ("atom_given_shared", BLUE, "o", -0.13))
+"""Estimate, colour, marker, and the offset of the interval below its row."""
 _SHOWN = (*_WITH_INTERVAL, "atom_given_orphan", "likelihood_ratio")
 
 
@@ -128,7 +140,7 @@ def _quality(labelled: Sequence[Cell], names: Sequence[str]) -> Table:
 
 
 def _shown(cell: CellResult, name: str) -> str:
-    found = cell.estimates.get(PREFIX + name)
+    found = cell.estimates.get(TRUTH_PREFIX + name)
     if found is None:
         return MISSING
     return with_interval(found) if name in _WITH_INTERVAL else number(found.mean)
@@ -139,17 +151,13 @@ def _reasons(cells: Sequence[Cell], labelled: Sequence[Cell]) -> list[str]:
     about: dict[str, dict[str, None]] = {}
     for knobs, cell in labelled:
         for name in _SHOWN:
-            found = cell.estimates[PREFIX + name]
+            found = cell.estimates[TRUTH_PREFIX + name]
             if found.reason and (name in _WITH_INTERVAL or isnan(found.mean)):
                 about.setdefault(found.reason, {})[label(cells, knobs)] = None
     return [
-        f"**{reason}**" + ("" if len(who) == len(cells) else f": {'; '.join(who)}")
-        for reason, who in about.items()
+        f"**{reason}**" + ("" if len(names) == len(cells) else f": {'; '.join(names)}")
+        for reason, names in about.items()
     ]
-
-
-_SIDES = (("atom_given_orphan", ORANGE, "D", 0.13), ("atom_given_shared", BLUE, "o", -0.13))
-"""Estimate, colour, marker, and the offset of the interval below its row."""
 
 
 def truth_figure(cells: Sequence[Cell]) -> Figure:
@@ -181,10 +189,12 @@ def truth_figure(cells: Sequence[Cell]) -> Figure:
     axes.set_ylabel(", ".join(label_knobs(cells)))
     axes.set_title(TITLE, fontsize=10)
     axes.text(1.04, -0.75, f"difference [{percent}]", va="bottom", fontsize=7.5)
+    sides = [cell.estimates[TRUTH_PREFIX + name] for _, cell in cells for name, *_ in _SIDES]
+    known = any(found.low is not None for found in sides)
     handles = [
         _mark(BLUE, "o", f"shared with another {one}"),
         _mark(ORANGE, "D", f"not shared with another {one}"),
-        interval_handle(cells, [PREFIX + name for name, *_ in _SIDES], GREY),
+        interval_handle(cells, known, GREY),
     ]
     if any(_undefined(cell.estimates) for _, cell in cells):
         handles.append(_mark(GREY, "o", "the other is undefined"))
@@ -193,14 +203,14 @@ def truth_figure(cells: Sequence[Cell]) -> Figure:
 
 
 def _row(axes: Axes, row: float, estimates: dict[str, Interval]) -> None:
-    found = {name: estimates[PREFIX + name] for name, *_ in _SIDES}
+    found = {name: estimates[TRUTH_PREFIX + name] for name, *_ in _SIDES}
     undefined = _undefined(estimates)
     for name, hue, marker, below in _SIDES:
         e, colour = found[name], GREY if undefined else hue
         if e.low is not None and e.high is not None:
             axes.barh(row + below, e.high - e.low, left=e.low, height=0.2, color=colour, alpha=0.3)
         axes.plot(e.mean, row, marker, color=colour, markersize=5, zorder=3)
-    difference = estimates[PREFIX + "difference"]
+    difference = estimates[TRUTH_PREFIX + "difference"]
     if undefined:
         axes.text(1.04, row, difference.reason, va="center_baseline", fontsize=7, color=GREY)
         return
@@ -209,7 +219,7 @@ def _row(axes: Axes, row: float, estimates: dict[str, Interval]) -> None:
 
 
 def _undefined(estimates: dict[str, Interval]) -> bool:
-    return any(isnan(estimates[PREFIX + name].mean) for name, *_ in _SIDES)
+    return any(isnan(estimates[TRUTH_PREFIX + name].mean) for name, *_ in _SIDES)
 
 
 def _mark(colour: str, marker: str, text: str) -> Line2D:

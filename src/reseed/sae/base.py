@@ -1,4 +1,7 @@
-"""Base classes of sparse autoencoders: configuration, parameters, and encode, decode and loss.
+"""Base classes of sparse autoencoders.
+
+In this order: the results of `SAE.forward` and of a training loss; `SAEConfig`, whose `build` draws
+the initial weights; `SAE`, with its parameters, encode, decode and loss.
 
 Letters of this package: B batch (tokens), D ``d_in``, F ``num_latents``; x activations, π
 pre-activations, f latents, x̂ reconstruction, e = x − x̂. ``W_enc`` and ``W_dec`` are both [F, D]: a
@@ -22,25 +25,6 @@ from torch import Generator, Tensor, nn
 from reseed.config import Config, setting
 from reseed.errors import ConfigError
 from reseed.sae.pairs import PairsByLatent, SparseLatents
-
-
-# MERGED Initial weights of an SAE.
-def random_directions(
-    num_latents: int, d_in: int, generator: Generator
-) -> Float[Tensor, "num_latents d_in"]:
-    """Draw rows of norm 1, uniform on the sphere, in float32 on the CPU.
-
-    The CPU's generator draws the same numbers for every device on which the SAE is trained.
-
-    Raises:
-        ValueError: the generator is not on the CPU.
-    """
-    if generator.device.type != "cpu":
-        raise ValueError(f"`generator` must be a CPU generator, got one on {generator.device}")
-    rows = torch.randn(num_latents, d_in, generator=generator, dtype=torch.float32)
-    # Normalise in float64, so that the norms are right to the last bit of float32.
-    return (rows.double() / rows.double().norm(dim=1, keepdim=True)).float()
-
 
 DENSE_BYTES = 1 << 27
 """Size of the dense latents that `SAE.encode_sparse` holds at once."""
@@ -140,10 +124,10 @@ class SAEConfig(SAEOption, ABC):
                 "decoder_init_norm",
             )
         if self.target_l0 is not None:
-            self._heed_target(self.target_l0)
-            self._check_start_of_search()
+            self._apply_target(self.target_l0)
+            self._check_initial_weight()
 
-    def _heed_target(self, target: float) -> None:
+    def _apply_target(self, target: float) -> None:
         """Apply `target_l0` where it sets another field; raise `ConfigError` if nothing uses it."""
         if self.penalty_field is None:
             raise ConfigError(f"{{key}} must be null: sae={self.name} does not use it", "target_l0")
@@ -155,7 +139,7 @@ class SAEConfig(SAEOption, ABC):
         assert self.expansion_factor is not None
         return self.expansion_factor * d_in
 
-    def check(self, d_in: int) -> None:
+    def check_d_in(self, d_in: int) -> None:
         """Raise `ConfigError` if a rule that needs the width of the activations is broken."""
         width = self.width(d_in)
         if self.target_l0 is not None and self.target_l0 > width:
@@ -169,7 +153,7 @@ class SAEConfig(SAEOption, ABC):
     def sparsity(self) -> str:
         """Label of the sparsity for tables: ``k=32``, ``λ=5``, ``L0*=32``."""
 
-    def _check_start_of_search(self) -> None:
+    def _check_initial_weight(self) -> None:
         """Refuse a weight of 0: the search runs on a logarithmic scale."""
         if self.needs_calibration and getattr(self, self.penalty_field or "") == 0:
             raise ConfigError(
@@ -210,7 +194,7 @@ class SAEConfig(SAEOption, ABC):
 
     def build(self, d_in: int, generator: Generator) -> SAE:
         """Make a new SAE in float32 on the CPU; ``generator`` alone decides its weights."""
-        self.check(d_in)
+        self.check_d_in(d_in)
         sae = self.empty(d_in)
         directions = random_directions(self.width(d_in), d_in, generator)
         with torch.no_grad():
@@ -222,6 +206,23 @@ class SAEConfig(SAEOption, ABC):
             else:
                 sae.W_enc.copy_(sae.W_dec * self.encoder_init_scale)
         return sae
+
+
+def random_directions(
+    num_latents: int, d_in: int, generator: Generator
+) -> Float[Tensor, "num_latents d_in"]:
+    """Draw rows of norm 1, uniform on the sphere, in float32 on the CPU.
+
+    The CPU's generator draws the same numbers for every device on which the SAE is trained.
+
+    Raises:
+        ValueError: the generator is not on the CPU.
+    """
+    if generator.device.type != "cpu":
+        raise ValueError(f"`generator` must be a CPU generator, got one on {generator.device}")
+    rows = torch.randn(num_latents, d_in, generator=generator, dtype=torch.float32)
+    # Normalise in float64, so that the norms are right to the last bit of float32.
+    return (rows.double() / rows.double().norm(dim=1, keepdim=True)).float()
 
 
 class SAE(nn.Module, ABC):

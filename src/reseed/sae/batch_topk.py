@@ -18,7 +18,7 @@ from reseed.sae.base import SAE, Loss, Step
 from reseed.sae.losses import auxk_loss, fvu, total_variance
 from reseed.sae.pairs import SparseLatents
 from reseed.sae.selection import select_in_batch
-from reseed.sae.sparse import batch_topk_encode, sparse_error
+from reseed.sae.sparse import batch_topk_encode, sparse_error, weighted_encoder
 from reseed.sae.topk import KSparseConfig, choice_weights
 
 
@@ -78,7 +78,7 @@ class BatchSparseSAE(SAE):
         return nn_functional.threshold(pre, float(self.threshold), 0.0)
 
     @abstractmethod
-    def _fit(
+    def _reconstruction_loss(
         self,
         x: Float[Tensor, "batch d_in"],
         latents: SparseLatents,
@@ -96,8 +96,8 @@ class BatchSparseSAE(SAE):
         kept = latents.values.detach()
         if weights is not None:
             kept = kept * weights[latents.indices]
-        self._follow(kept, self.config.threshold_rate_at(step, self.d_in))
-        total, error, parts = self._fit(x, latents, total_variance(x))
+        self._update_threshold(kept, self.config.threshold_rate_at(step, self.d_in))
+        total, error, parts = self._reconstruction_loss(x, latents, total_variance(x))
         if self.config.aux_alpha > 0:
             aux = auxk_loss(self, x, error.detach(), dead, weights=weights)
             total, parts = total + self.config.aux_alpha * aux, {**parts, "aux": aux}
@@ -117,16 +117,14 @@ class BatchSparseSAE(SAE):
         if self.threshold > 0:
             return
         x, weights = x.to(self.W_enc.device, self.W_enc.dtype) - self.b_dec, choice_weights(self)
-        W_enc, b_enc = self.W_enc, self.b_enc
-        if weights is not None:
-            W_enc, b_enc = weights[:, None] * W_enc, weights * b_enc
+        encoder = weighted_encoder(self.W_enc, self.b_enc, weights)
         wanted = max(1, round(self.config.k * len(x)))
-        largest, _, _ = select_in_batch(x, W_enc, b_enc, (wanted + 1) / len(x))
+        largest, _, _ = select_in_batch(x, *encoder, (wanted + 1) / len(x))
         if len(largest) > wanted:  # else no more than k·B are positive: all of them are active
             self.threshold.copy_(largest.amin())
 
     @torch.no_grad()
-    def _follow(self, kept: Float[Tensor, " pairs"], rate: float) -> None:
+    def _update_threshold(self, kept: Float[Tensor, " pairs"], rate: float) -> None:
         """Move θ towards the smallest chosen activation; at the first batch, set it to that."""
         smallest = min_over_batch(kept)
         moved = torch.lerp(self.threshold, smallest, rate)
@@ -138,7 +136,7 @@ class BatchSparseSAE(SAE):
 class BatchTopK(BatchSparseSAE):
     """A BatchTopK sparse autoencoder."""
 
-    def _fit(
+    def _reconstruction_loss(
         self,
         x: Float[Tensor, "batch d_in"],
         latents: SparseLatents,

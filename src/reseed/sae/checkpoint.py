@@ -115,7 +115,7 @@ def _empty(description: Mapping[str, Any], folder: Path) -> SAE:
         config = SAEConfig.from_dict(
             {**description["config"], "type": description["type"]}, "config"
         )
-        config.check(d_in)
+        config.check_d_in(d_in)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
     if config.width(d_in) != description["num_latents"]:

@@ -1,4 +1,11 @@
-"""Functions that several losses share."""
+"""Terms and schedules that several losses share.
+
+First measures of error and the warm-up of a penalty. Then AuxK, by which dead latents learn to
+reconstruct the error of the others (Gao et al. 2024, 2406.04093). Last, `PenaltySteering`, a
+controller that steers a penalty weight towards a wanted L0 during training. A steered run gives the
+first guess of a calibration (`reseed.study.calibrate`), from any initial weight. It is never
+compared with other runs, because its penalty weight changes.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +23,6 @@ from reseed.sae.base import SAE
 from reseed.sae.sparse import sparse_decode, topk_encode
 
 
-# MERGED AuxK: dead latents learn to reconstruct the error of the others (Gao et al. 2024, 2406.04093).
-# MERGED A controller that steers a penalty weight towards a wanted L0 during training. A steered run gives the first guess of a calibration (`reseed.study.calibrate`), from any initial weight. It is never compared with other runs, because its penalty weight changes.
 def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     """Return Σ‖x − x̄‖² over the batch: the squared error of predicting the batch's own mean.
 
@@ -25,9 +30,7 @@ def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     (`reseed.distributed.process_group`).
     """
     if kernels.supports(x) and not x.requires_grad and len(x):
-        from reseed.sae.kernels import relu_blocks
-
-        own = relu_blocks.total_variance(x)
+        own = kernels.total_variance(x)
     else:
         own = (x - x.mean(0)).square_().sum()
     return shared_variance(x, own)

@@ -52,12 +52,12 @@ class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
         if self.num_latents is not None:
             self._check_prefixes(self.num_latents)
 
-    def check(self, d_in: int) -> None:
-        super().check(d_in)
+    def check_d_in(self, d_in: int) -> None:
+        super().check_d_in(d_in)
         self._check_prefixes(self.width(d_in))
 
     def _check_prefixes(self, num_latents: int) -> None:
-        ends = self.ends(num_latents)
+        ends = self.prefix_sizes(num_latents)
         if any(a >= b for a, b in zip((0, *ends), ends, strict=False)):
             raise ConfigError(
                 f"{{key}} (={list(self.prefixes)}) must each add a latent; of {num_latents} "
@@ -65,7 +65,7 @@ class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
                 "prefixes",
             )
 
-    def ends(self, num_latents: int) -> tuple[int, ...]:
+    def prefix_sizes(self, num_latents: int) -> tuple[int, ...]:
         """Return the number of latents of each prefix."""
         return tuple(round(fraction * num_latents) for fraction in self.prefixes)
 
@@ -79,14 +79,14 @@ class Matryoshka(BatchSparseSAE):
 
     config: MatryoshkaConfig
 
-    def _fit(
+    def _reconstruction_loss(
         self,
         x: Float[Tensor, "batch d_in"],
         latents: SparseLatents,
         variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"], Mapping[str, Tensor]]:
         """Return the sum (not the mean) over the levels of β_m FVU_m, e, and the named terms."""
-        ends = self.config.ends(self.num_latents)
+        ends = self.config.prefix_sizes(self.num_latents)
         beta = self.config.multipliers or (1.0,) * len(ends)
         # The reconstruction of a prefix is the sum of those of its groups of latents.
         divided = latents.divided(torch.tensor(ends, device=x.device))

@@ -9,10 +9,8 @@ Letters: B batch, D d_in, F num_latents, k active latents per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as nn_functional
@@ -20,62 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reseed.sae import kernels
-
-if TYPE_CHECKING:
-    from reseed.sae.kernels.pairs import Grouped
-
-# MERGED The encoder's matrix product, for blocks of rows.
-CPU_ROWS = 256
-"""Rows per block on the CPU, so that a block stays in the cache until it is reduced."""
-ACCELERATOR_ELEMENTS = 2**28
-"""Pre-activations per block on other devices: 1 GiB in float32, enough to keep them busy."""
-
-Product = Callable[[Tensor], Tensor]
-"""A function of rows [block, D] to W x + b [block, F]. The next call may overwrite its result."""
-
-
-def block_rows(rows: Float[Tensor, "batch d_in"], num_latents: int) -> int:
-    """Return the number of rows per block."""
-    if rows.device.type == "cpu":
-        return CPU_ROWS
-    return max(CPU_ROWS, ACCELERATOR_ELEMENTS // num_latents)
-
-
-def float32_product(size: int, W_enc: Tensor, b_enc: Tensor, repeats: int) -> Product:
-    """Return the product W_enc x + b_enc, in the dtype of the weights, for ``repeats`` blocks of
-    ``size`` rows."""
-    on_cpu = W_enc.device.type == "cpu" and W_enc.dtype == torch.float32
-    product = prepacked_product(size, W_enc, b_enc) if on_cpu and repeats >= 2 else None
-    if product is not None:
-        return product
-    buffer = W_enc.new_empty(size, len(W_enc))
-    return lambda block: torch.addmm(b_enc, block, W_enc.t(), out=buffer[: len(block)])
-
-
-def prepacked_product(
-    size: int, W_enc: Tensor, b_enc: Tensor, post: str = "none"
-) -> Product | None:
-    """Return oneDNN's product with the weight packed once for all blocks; None without oneDNN.
-
-    On CPUs where MKL is slow (AMD) this saves a quarter of the time or more. `torch.compile` emits
-    these operators for a linear layer with frozen weights. They are not public, so the caller must
-    be able to do without them.
-
-    Args:
-        post: ``relu`` to clip the result at 0.
-    """
-    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return None
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(W_enc.detach().contiguous(), size)
-        linear = torch.ops.mkldnn._linear_pointwise
-    except (AttributeError, RuntimeError):
-        return None
-    return lambda block: linear(block, packed, b_enc, post, [], "")
-
-
-Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
-"""Values, tokens and latents of a flat list."""
+from reseed.sae.kernels import GroupedPairs, Pairs
 
 
 @dataclass(frozen=True)
@@ -103,9 +46,9 @@ class SparseLatents:
     def dense(self) -> Float[Tensor, "batch num_latents"]:
         """Return the latents as a full matrix."""
         empty = self.values.new_zeros(self.by_latent.batch, self.by_latent.num_latents)
-        if self.by_latent.owners is None:
+        if self.by_latent.token_of_pair is None:
             return empty.scatter(1, self.indices, self.values)
-        return empty.index_put((self.by_latent.owners, self.indices), self.values)
+        return empty.index_put((self.by_latent.token_of_pair, self.indices), self.values)
 
     def first(self, k: int) -> SparseLatents:
         """Return the first k pairs of each token of a table."""
@@ -122,7 +65,7 @@ class SparseLatents:
         Args:
             ends: end (exclusive) of each group of consecutive latents; the last is F.
         """
-        owners, num_latents = self.by_latent.owners, self.by_latent.num_latents
+        owners, num_latents = self.by_latent.token_of_pair, self.by_latent.num_latents
         assert owners is not None, "`divided` needs a flat list"
         groups = len(ends)
         owners = owners * groups + torch.searchsorted(ends, self.indices, right=True)
@@ -136,25 +79,23 @@ class PairsByLatent:
 
     Attributes:
         indices: latent of each pair: a table, or a flat list.
-        owners: token of each pair of a flat list, ascending; None for a table.
-        tokens_in_all: B, for a flat list (whose last tokens may have no pair).
+        token_of_pair: token of each pair of a flat list, ascending; None for a table.
+        num_tokens: B, for a flat list (whose last tokens may have no pair).
     """
 
     indices: Int[Tensor, "batch k"] | Int[Tensor, " pairs"]
     num_latents: int
-    owners: Int[Tensor, " pairs"] | None = None
-    tokens_in_all: int | None = None
+    token_of_pair: Int[Tensor, " pairs"] | None = None
+    num_tokens: int | None = None
 
     @property
     def batch(self) -> int:
-        return len(self.indices) if self.tokens_in_all is None else self.tokens_in_all
+        return len(self.indices) if self.num_tokens is None else self.num_tokens
 
     @cached_property
-    def grouped(self) -> Grouped:
+    def grouped(self) -> GroupedPairs:
         """The pairs in the form that the compiled loops take."""
-        from reseed.sae.kernels.pairs import Grouped
-
-        return Grouped(self.indices, self.owners, self.batch, self.num_latents)
+        return kernels.group_pairs(self.indices, self.token_of_pair, self.batch, self.num_latents)
 
     @cached_property
     def order(self) -> Int[Tensor, " pairs"]:
@@ -164,9 +105,9 @@ class PairsByLatent:
 
     @cached_property
     def tokens(self) -> Int[Tensor, " pairs"]:
-        if self.owners is None:
+        if self.token_of_pair is None:
             return self.order // self.indices.shape[1]
-        return self.owners[self.order]
+        return self.token_of_pair[self.order]
 
     @cached_property
     def offsets(self) -> Int[Tensor, " num_latents"]:
@@ -174,7 +115,7 @@ class PairsByLatent:
 
     @cached_property
     def token_offsets(self) -> Int[Tensor, " batch"] | None:
-        return None if self.owners is None else _starts(self.owners, self.batch)
+        return None if self.token_of_pair is None else _starts(self.token_of_pair, self.batch)
 
     def per_token(
         self,

@@ -44,10 +44,10 @@ class Pretrained:
     notes: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def check(self, d_in: int) -> None:
+    def check_d_in(self, d_in: int) -> None:
         """Raise `ConfigError` if it takes activations of another width."""
         if d_in != self.d_in:
-            said = ", ".join(f"{key}: {value}" for key, value in self._said.items())
+            said = ", ".join(f"{key}: {value}" for key, value in self._origin.items())
             hint = f" Its files say: {said}." if said else ""
             raise ConfigError(
                 f"{{key}} takes activations of width {self.d_in}, and those at the hookpoint have "
@@ -79,7 +79,7 @@ class Pretrained:
         }
 
     @property
-    def _said(self) -> dict[str, Any]:
+    def _origin(self) -> dict[str, Any]:
         return {
             k: v for k, v in self.metadata.items() if k in _ORIGIN_KEYS and isinstance(v, str | int)
         }
@@ -104,7 +104,7 @@ class PretrainedConfig(SAEOption, name="pretrained"):
         if not self.source:
             raise ConfigError("{key} is required with sae=pretrained: give it a value", "source")
 
-    def found(self) -> Pretrained:
+    def resolve(self) -> Pretrained:
         """Return the SAE, which is read once per command.
 
         Raises:
@@ -149,7 +149,7 @@ def _check_kind(read: Imported, source: str) -> None:
 
 
 def fingerprint_of(sae: SAE) -> str:
-    """Return a SHA-256 over the SAE's architecture, the settings in `_FINGERPRINTED_SETTINGS`, and parameters."""
+    """Return a SHA-256 over the SAE's architecture, `_FINGERPRINTED_SETTINGS` and parameters."""
     said = (
         sae.config.name,
         *(repr(getattr(sae.config, name, None)) for name in _FINGERPRINTED_SETTINGS),

@@ -1,181 +1,25 @@
-"""ReLU with an L1 penalty (Anthropic, *Circuits Updates*, April 2024)."""
+"""ReLU with an L1 penalty (Anthropic, *Circuits Updates*, April 2024).
+
+`ReLU._terms` is the loss in plain PyTorch. In float32 on the CPU `relu_loss` computes it and its
+gradient instead (`reseed.sae.block_loss`).
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as nn_functional
 
 from reseed.config import setting
 from reseed.sae import kernels
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
+from reseed.sae.block_loss import OwnGradient, PairLoss, Terms, can_use_pairs
+from reseed.sae.kernels import Pairs
 from reseed.sae.losses import auxk_term, warmup_factor
-from reseed.sae.pairs import PairsByLatent
-
-
-# MERGED The loss of a ReLU SAE and its gradient on the CPU, in blocks of tokens. Gradients flow through active latents alone. If those are few, everything after the encoder's product is computed from (token, latent) pairs; else by products of blocks. The number of pairs decides (`reseed.sae.kernels.active`)
-class ReLUTerms(NamedTuple):
-    """Loss (differentiable in the parameters) and its terms (detached)."""
-
-    total: Float[Tensor, ""]
-    """‖e‖² + λ Σ_j f_j‖d_j‖, a mean over tokens."""
-    squared_error: Float[Tensor, ""]
-    """Σ‖e‖² over the batch."""
-    l1: Float[Tensor, ""]
-    """Σ_j f_j‖d_j‖, a mean over tokens."""
-    fired: Int[Tensor, " num_latents"]
-    """Number of tokens on which each latent is active."""
-    error: Float[Tensor, "batch d_in"]
-
-
-def is_supported(x: Tensor, *parameters: Tensor) -> bool:
-    """Return True if `relu_loss` supports these tensors: float32 on the CPU, without autocast."""
-    if x.requires_grad or len(x) == 0 or torch.is_autocast_enabled(x.device.type):
-        return False
-    return kernels.supports(x, *parameters)
-
-
-def relu_loss(
-    x: Float[Tensor, "batch d_in"],
-    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
-    l1_coefficient: float,
-    *,
-    weighted: bool,
-    centred: bool,
-) -> ReLUTerms:
-    """Return the loss of one batch, in float32 on the CPU.
-
-    Args:
-        parameters: W_enc, b_enc, W_dec, b_dec.
-        l1_coefficient: λ at this step.
-        weighted: weigh f_j by ‖d_j‖, else by 1.
-        centred: encode x − b_dec.
-    """
-    from reseed.sae.kernels.active import active_pairs
-
-    W_enc, b_enc, W_dec, b_dec = (p.detach().contiguous() for p in parameters)
-    with torch.no_grad():
-        x = x.contiguous()
-        rows = x - b_dec if centred else x
-        norms = W_dec.norm(dim=1) if weighted else torch.ones_like(b_enc)
-        pairs = active_pairs(rows, W_enc, b_enc, torch.zeros_like(b_enc))
-    options = (rows, norms, l1_coefficient, weighted, centred)
-    if pairs is None:
-        return ReLUTerms(*_BlockLoss.apply(x, *parameters, *options))
-    return ReLUTerms(*_PairLoss.apply(x, *parameters, *options, pairs))
-
-
-class _PairLoss(torch.autograd.Function):
-    """Sums over the active pairs."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        rows: Tensor,
-        norms: Tensor,
-        l1_coefficient: float,
-        weighted: bool,
-        centred: bool,
-        pairs: tuple[Tensor, Tensor, Tensor],
-    ) -> tuple[Tensor, ...]:
-        values, owners, latents = pairs
-        grouped = PairsByLatent(latents, len(W_enc), owners, len(x)).grouped
-        error, inner, squared_error = grouped.error(values, x, W_dec, b_dec)
-        sums = _sums(latents, values, len(W_enc))
-        l1 = ((sums * norms).sum() / len(x)).to(x.dtype)
-        total = squared_error / len(x) + l1_coefficient * l1
-        fired = grouped.fired(values)
-        ctx.save_for_backward(W_enc, W_dec, rows, norms, values, latents, error, inner, sums)
-        ctx.grouped, ctx.options = grouped, (l1_coefficient, weighted, centred)
-        detached = squared_error, l1, fired, error
-        ctx.mark_non_differentiable(*detached)
-        return total, *detached
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        from reseed.sae.kernels.relu_blocks import column_sums
-
-        W_enc, W_dec, rows, norms, values, latents, error, inner, sums = ctx.saved_tensors
-        l1_coefficient, weighted, centred = ctx.options
-        each = float(grad_total) / len(rows)
-        grad = torch.mul(inner, -2 * each).add_((each * l1_coefficient * norms)[latents])
-        for_W_enc, for_b_enc = ctx.grouped.per_latent(grad, rows)
-        for_W_dec, _ = ctx.grouped.per_latent(values, error, -2 * each)
-        for_b_dec = column_sums(error) * (-2 * each)
-        if weighted:
-            _add_norm_gradient(for_W_dec, W_dec, norms, each * l1_coefficient * sums)
-        if centred:
-            for_b_dec -= column_sums(W_enc, for_b_enc)
-        return None, for_W_enc, for_b_enc, for_W_dec, for_b_dec, *[None] * 6
-
-
-class _BlockLoss(torch.autograd.Function):
-    """Products of blocks. `forward` computes the gradient too: the loss is a sum over tokens."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        W_enc: Tensor,
-        b_enc: Tensor,
-        W_dec: Tensor,
-        b_dec: Tensor,
-        rows: Tensor,
-        norms: Tensor,
-        l1_coefficient: float,
-        weighted: bool,
-        centred: bool,
-    ) -> tuple[Tensor, ...]:
-        from reseed.sae.kernels.relu_blocks import column_sums, relu_blocks
-
-        done = relu_blocks(x, rows, (W_enc, b_enc, W_dec, b_dec), l1_coefficient * norms)
-        for_b_dec = column_sums(done.error) * -2
-        if weighted:
-            _add_norm_gradient(done.for_W_dec, W_dec, norms, l1_coefficient * done.sums)
-        if centred:
-            for_b_dec -= column_sums(W_enc, done.for_b_enc)
-        l1 = ((done.sums * norms).sum() / len(x)).to(x.dtype)
-        total = done.squared_error / len(x) + l1_coefficient * l1
-        ctx.save_for_backward(done.for_W_enc, done.for_b_enc, done.for_W_dec, for_b_dec)
-        ctx.batch = len(x)
-        detached = done.squared_error, l1, done.fired, done.error
-        ctx.mark_non_differentiable(*detached)
-        return total, *detached
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        from reseed.sae.kernels import buffers
-
-        each = float(grad_total) / ctx.batch
-        grads = (torch.mul(g, each, out=buffers.empty_like(g)) for g in ctx.saved_tensors)
-        return None, *grads, *[None] * 5
-
-
-def _sums(latents: Tensor, values: Tensor, num_latents: int) -> Float[Tensor, " num_latents"]:
-    """Return Σ f_j over the batch, accumulated in float64."""
-    return torch.bincount(latents, weights=values.double(), minlength=num_latents).float()
-
-
-def _add_norm_gradient(
-    grad: Float[Tensor, "num_latents d_in"],
-    W_dec: Float[Tensor, "num_latents d_in"],
-    norms: Float[Tensor, " num_latents"],
-    into_norms: Float[Tensor, " num_latents"],
-) -> None:
-    """Add the gradient through the norms: ``into_norms`` times d_j/‖d_j‖, or 0 if ‖d_j‖ = 0."""
-    grad.addcmul_(W_dec, torch.where(norms == 0, 0.0, into_norms / norms)[:, None])
 
 
 @dataclass(frozen=True)
@@ -274,3 +118,127 @@ class ReLU(SAE):
             # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
             fired = latents.sign().sum(0, dtype=torch.float32).long()
         return ReLUTerms(mse + l1_coefficient * l1, squared_error, l1, fired, error)
+
+
+class ReLUTerms(NamedTuple):
+    """Loss (differentiable in the parameters) and its terms (detached)."""
+
+    total: Float[Tensor, ""]
+    """‖e‖² + λ Σ_j f_j‖d_j‖, a mean over tokens."""
+    squared_error: Float[Tensor, ""]
+    """Σ‖e‖² over the batch."""
+    l1: Float[Tensor, ""]
+    """Σ_j f_j‖d_j‖, a mean over tokens."""
+    fired: Int[Tensor, " num_latents"]
+    """Number of tokens on which each latent is active."""
+    error: Float[Tensor, "batch d_in"]
+
+
+def is_supported(x: Tensor, *parameters: Tensor) -> bool:
+    """Return True if `relu_loss` supports these tensors: float32 on the CPU, without autocast."""
+    if x.requires_grad or torch.is_autocast_enabled(x.device.type):
+        return False
+    return can_use_pairs(x, *parameters)
+
+
+def relu_loss(
+    x: Float[Tensor, "batch d_in"],
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor],
+    l1_coefficient: float,
+    *,
+    weighted: bool,
+    centred: bool,
+) -> ReLUTerms:
+    """Return the loss of one batch, in float32 on the CPU.
+
+    Args:
+        parameters: W_enc, b_enc, W_dec, b_dec.
+        l1_coefficient: λ at this step.
+        weighted: weigh f_j by ‖d_j‖, else by 1.
+        centred: encode x − b_dec.
+    """
+    W_enc, b_enc, W_dec, b_dec = (p.detach().contiguous() for p in parameters)
+    with torch.no_grad():
+        x = x.contiguous()
+        rows = x - b_dec if centred else x
+        norms = W_dec.norm(dim=1) if weighted else torch.ones_like(b_enc)
+        pairs = kernels.active_pairs(rows, W_enc, b_enc, torch.zeros_like(b_enc))
+    options = _Options(rows, norms, l1_coefficient, weighted, centred)
+    loss = _ByBlocks(options) if pairs is None else _ByPairs(options, pairs)
+    return ReLUTerms(*loss(x, *parameters))
+
+
+class _Options(NamedTuple):
+    """Constants of one loss, besides the parameters."""
+
+    rows: Float[Tensor, "batch d_in"]
+    """The encoder's inputs."""
+    norms: Float[Tensor, " num_latents"]
+    """‖d_j‖, or 1."""
+    l1_coefficient: float
+    weighted: bool
+    centred: bool
+
+    def terms(
+        self, squared_error: Tensor, sums: Tensor, fired: Tensor, error: Tensor, *saved: Tensor
+    ) -> Terms:
+        """Return the loss and its terms, given Σ f_j over the batch."""
+        l1 = ((sums * self.norms).sum() / len(error)).to(error.dtype)
+        total = squared_error / len(error) + self.l1_coefficient * l1
+        return Terms((total,), (squared_error, l1, fired, error), saved)
+
+    def add_norm_gradient(self, grad: Tensor, W_dec: Tensor, into_norms: Tensor) -> None:
+        """Add the gradient through the norms: ``into_norms`` times d_j/‖d_j‖, or 0 if ‖d_j‖ = 0."""
+        if self.weighted:
+            slope = torch.where(self.norms == 0, 0.0, into_norms / self.norms)
+            grad.addcmul_(W_dec, slope[:, None])
+
+
+class _ByPairs(PairLoss):
+    """Sums over the active pairs, whose values are their pre-activations."""
+
+    def __init__(self, options: _Options, pairs: Pairs) -> None:
+        super().__init__(pairs, len(options.rows), len(options.norms))
+        self.options = options
+
+    def forward(self, x: Tensor, *parameters: Tensor) -> Terms:
+        W_enc, _, W_dec, b_dec = parameters
+        error, inner, squared_error = self.grouped.error(self.pre, x, W_dec, b_dec)
+        doubles = self.pre.double()
+        sums = torch.bincount(self.latents, weights=doubles, minlength=self.num_latents).float()
+        fired, saved = self.grouped.fired(self.pre), (W_enc, W_dec, error, inner, sums)
+        return self.options.terms(squared_error, sums, fired, error, *saved)
+
+    def backward(self, saved: tuple[Tensor, ...], *grads: Tensor) -> tuple[Tensor, ...]:
+        W_enc, W_dec, error, inner, sums = saved
+        rows, norms, l1_coefficient, _, centred = self.options
+        each = float(grads[0]) / len(rows)
+        grad = torch.mul(inner, -2 * each).add_((each * l1_coefficient * norms)[self.latents])
+        centre = W_enc if centred else None
+        found = self.gradients(grad, rows, self.pre, error, -2 * each, centre)
+        self.options.add_norm_gradient(found[2], W_dec, each * l1_coefficient * sums)
+        return found
+
+
+class _ByBlocks(OwnGradient):
+    """Products of blocks. `forward` computes the gradient too: the loss is a sum over tokens."""
+
+    def __init__(self, options: _Options) -> None:
+        self.options = options
+
+    def forward(self, x: Tensor, *parameters: Tensor) -> Terms:
+        W_enc, b_enc, W_dec, b_dec = parameters
+        rows, norms, l1_coefficient, _, centred = self.options
+        done = kernels.relu_blocks_loss(
+            x, rows, (W_enc, b_enc, W_dec, b_dec), l1_coefficient * norms
+        )
+        for_b_dec = kernels.column_sums(done.error) * -2
+        self.options.add_norm_gradient(done.for_W_dec, W_dec, l1_coefficient * done.sums)
+        if centred:
+            for_b_dec -= kernels.column_sums(W_enc, done.for_b_enc)
+        gradients = done.for_W_enc, done.for_b_enc, done.for_W_dec, for_b_dec
+        return self.options.terms(done.squared_error, done.sums, done.fired, done.error, *gradients)
+
+    def backward(self, saved: tuple[Tensor, ...], *grads: Tensor) -> tuple[Tensor, ...]:
+        each = float(grads[0]) / len(self.options.rows)
+        return tuple(torch.mul(g, each, out=kernels.empty_like(g)) for g in saved)

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from reseed.distributed.process_group import current_batch_group
 from reseed.sae import kernels
-from reseed.sae.pairs import block_rows, float32_product
+from reseed.sae.products import pre_activation_blocks
 
-# MERGED The k largest elements of every row.
 _ARITY = 4
 """Elements per group."""
 
@@ -50,16 +49,11 @@ def select(
         descending: sort, the largest first (slightly slower); otherwise the order is arbitrary.
     """
     if kernels.supports(rows, W_enc, b_enc):
-        from reseed.sae.kernels.select import select as compiled
-
-        return compiled(rows, W_enc, b_enc, k, descending)
+        return kernels.topk_per_row(rows, W_enc, b_enc, k, descending)
     values = rows.new_empty(len(rows), k)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
-    size = block_rows(rows, len(W_enc))
-    product = float32_product(min(size, len(rows)), W_enc, b_enc, repeats=len(rows) // size)
-    for start in range(0, len(rows), size):
-        block = slice(start, start + size)
-        values[block], indices[block] = topk_select(product(rows[block]), k, descending)
+    for block, pre in pre_activation_blocks(rows, W_enc, b_enc):
+        values[block], indices[block] = topk_select(pre, k, descending)
     return values, indices
 
 
@@ -75,11 +69,8 @@ def select_in_groups(
     values = rows.new_empty(len(rows), k)
     indices = torch.empty(len(rows), k, dtype=torch.int64, device=rows.device)
     first = torch.arange(0, len(W_enc), len(W_enc) // k, device=rows.device)
-    size = block_rows(rows, len(W_enc))
-    product = float32_product(min(size, len(rows)), W_enc, b_enc, repeats=len(rows) // size)
-    for start in range(0, len(rows), size):
-        block = slice(start, start + size)
-        largest_of_each = product(rows[block]).unflatten(1, (k, -1)).max(dim=2)
+    for block, pre in pre_activation_blocks(rows, W_enc, b_enc):
+        largest_of_each = pre.unflatten(1, (k, -1)).max(dim=2)
         values[block], indices[block] = largest_of_each.values, largest_of_each.indices + first
     return values, indices
 
@@ -116,7 +107,7 @@ def select_in_batch(
         # A rank that sent nothing below the cut may hold more above it.
         short = len(values) == wanted < min(whole, len(rows) * len(W_enc))
         short = short and bool(values.min() > bound)
-        if not int(ranks.largest_(torch.tensor(int(short), device=rows.device))):
+        if not int(ranks.max_(torch.tensor(int(short), device=rows.device))):
             break
         wanted *= 2
     kept = ~(values <= bound)  # keeps NaN, so that it reaches the loss
@@ -154,9 +145,7 @@ def _largest_in_batch(
     """
     num_latents = len(W_enc)
     if kernels.supports(rows, W_enc, b_enc):
-        from reseed.sae.kernels.select import select_in_batch as compiled
-
-        found = compiled(rows, W_enc, b_enc, count)
+        found = kernels.topk_in_batch(rows, W_enc, b_enc, count)
         if found is not None:
             return found
     width = min(num_latents, math.ceil(_FIRST_GUESS * count / len(rows)))
@@ -187,12 +176,9 @@ def _at_least(
     b_enc: Float[Tensor, " num_latents"],
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"]]:
     """Return the pre-activations that reach the bound, and their places: row × F + latent."""
-    size = block_rows(rows, len(W_enc))
-    product = float32_product(min(size, len(rows)), W_enc, b_enc, repeats=len(rows) // size)
     values, keys = [], []
-    for start in range(0, len(rows), size):
-        pre = product(rows[start : start + size]).flatten()
-        places = (pre >= bound).nonzero().squeeze(1)
-        values.append(pre[places])
-        keys.append(places + start * len(W_enc))
+    for block, pre in pre_activation_blocks(rows, W_enc, b_enc):
+        places = (pre.flatten() >= bound).nonzero().squeeze(1)
+        values.append(pre.flatten()[places])
+        keys.append(places + block.start * len(W_enc))
     return torch.cat(values), torch.cat(keys)

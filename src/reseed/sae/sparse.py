@@ -55,10 +55,10 @@ def topk_encode(
     with torch.no_grad():
         rows = (x if b_dec is None else x - b_dec).contiguous()
         if among is None:
-            values, indices = select(rows, *_weighted(W_enc, b_enc, weights), k, descending)
+            values, indices = select(rows, *weighted_encoder(W_enc, b_enc, weights), k, descending)
         else:
             some = None if weights is None else weights[among]
-            W, b = _weighted(W_enc[among], b_enc[among], some)
+            W, b = weighted_encoder(W_enc[among], b_enc[among], some)
             values, indices = select(rows, W, b, k, descending)
             indices = among[indices]
         values = _unweighted(values.clamp_min_(0), indices, weights)
@@ -90,7 +90,7 @@ def batch_topk_encode(
         )
     with torch.no_grad():
         rows = (x - b_dec).contiguous()
-        values, owners, indices = select_in_batch(rows, *_weighted(W_enc, b_enc, weights), k)
+        values, owners, indices = select_in_batch(rows, *weighted_encoder(W_enc, b_enc, weights), k)
         values = _unweighted(values, indices, weights)
     by_latent = PairsByLatent(indices, len(W_enc), owners, len(rows))
     values = _EncoderGradient.apply(values, x, b_dec, W_enc, b_enc, rows, by_latent)
@@ -122,7 +122,7 @@ def group_max_encode(
     return SparseLatents(values, indices, by_latent)
 
 
-def _weighted(
+def weighted_encoder(
     W_enc: Float[Tensor, "num_latents d_in"],
     b_enc: Float[Tensor, " num_latents"],
     weights: Float[Tensor, " num_latents"] | None,
@@ -136,7 +136,7 @@ def _unweighted(
     indices: Int[Tensor, "*pairs"],
     weights: Float[Tensor, " num_latents"] | None,
 ) -> Float[Tensor, "*pairs"]:
-    """Divide values by the weights of `_weighted`; 0 where the weight is 0."""
+    """Divide values by the weights of `weighted_encoder`; 0 where the weight is 0."""
     if weights is None:
         return values
     weight = weights[indices]
@@ -268,8 +268,6 @@ class _SquaredError(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        from reseed.sae.kernels.relu_blocks import column_sums
-
         values, error, inner = ctx.saved_tensors
         for_x, for_values, for_weight, for_bias, _ = ctx.needs_input_grad
         factor = -2 * float(grad)
@@ -277,7 +275,7 @@ class _SquaredError(torch.autograd.Function):
             error * -factor if for_x else None,
             (inner * factor).view(values.shape) if for_values else None,
             ctx.by_latent.grouped.per_latent(values, error, factor)[0] if for_weight else None,
-            column_sums(error) * factor if for_bias else None,
+            kernels.column_sums(error) * factor if for_bias else None,
             None,
         )
 
@@ -287,7 +285,5 @@ def _weighted_rows(
 ) -> Float[Tensor, " d_in"]:
     """Return Σ over the latents of weight × row of W."""
     if kernels.supports(weights, W):
-        from reseed.sae.kernels.relu_blocks import column_sums
-
-        return column_sums(W, weights)
+        return kernels.column_sums(W, weights)
     return weights @ W

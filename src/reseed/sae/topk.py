@@ -1,4 +1,7 @@
-"""TopK with AuxK (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*, 2406.04093)."""
+"""TopK with AuxK (Gao et al. 2024, *Scaling and evaluating sparse autoencoders*, 2406.04093).
+
+`KSparseConfig` holds the settings that BatchTopK and Matryoshka share with it.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,12 @@ from reseed.sae.pairs import SparseLatents
 from reseed.sae.sparse import group_max_encode, sparse_decode, sparse_error, topk_encode
 
 
-# MERGED Settings of architectures with a number k of active latents (Gao et al. 2024, 2406.04093).
 @dataclass(frozen=True)
 class KSparseConfig(SAEConfig, ABC):
-    """Settings that the k-sparse architectures share.
+    """Settings of architectures with a number k of active latents.
 
     Args:
         target_l0: another name for k: k takes its value, and it becomes null.
-        aux_alpha: weight of the auxiliary loss; 0 leaves it out.
-        k_aux: number of dead latents per token that reconstruct the error; null is D/2 (App. A.2).
         k: active latents per token.
         k_anneal_fraction: k falls linearly from min(D, F) over this first fraction of the steps
             (Llama Scope, 2410.20526, section 3).
@@ -57,10 +57,10 @@ class KSparseConfig(SAEConfig, ABC):
             )
         object.__setattr__(self, "target_l0", None)  # either name gives the same configuration
 
-    def _heed_target(self, target: float) -> None:
+    def _apply_target(self, target: float) -> None:
         object.__setattr__(self, "k", target)
 
-    def check(self, d_in: int) -> None:
+    def check_d_in(self, d_in: int) -> None:
         self._check_k(self.width(d_in))
 
     def _check_k(self, num_latents: int) -> None:
@@ -130,12 +130,12 @@ class TopKConfig(KSparseConfig, name="topk"):
                 "k",
             )
 
-    def _heed_target(self, target: float) -> None:
+    def _apply_target(self, target: float) -> None:
         if not target.is_integer():
             raise ConfigError(
                 f"{{key}} is `k` in sae={self.name}, a whole number; got {target:g}", "target_l0"
             )
-        super()._heed_target(target)
+        super()._apply_target(target)
 
     def empty(self, d_in: int) -> TopK:
         return TopK(self, d_in)

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from reseed.errors import ReseedError
-from reseed.store.results import FOLDER, StoredEvaluation, is_there
+from reseed.store.results import FOLDER, StoredEvaluation, is_finished
 
 EVALUATION = "contexts"
 TOP, SAMPLED = "top", "sampled"
@@ -133,7 +133,7 @@ class Contexts:
         Raises:
             EvaluationError: the result is damaged.
         """
-        found = [f for f in (run_folder / FOLDER).glob(f"{EVALUATION}-*") if is_there(f)]
+        found = [f for f in (run_folder / FOLDER).glob(f"{EVALUATION}-*") if is_finished(f)]
         if not found:
             return None
         return cls.read(max(found, key=lambda f: (f / "result.json").stat().st_mtime_ns))

@@ -154,16 +154,16 @@ class _LazyTables(Mapping[str, pd.DataFrame]):
         return len(self._paths)
 
 
-def folder_of(subject: Path, evaluation: str, signed: Mapping[str, Any]) -> Path:
+def result_folder(run_folder: Path, evaluation: str, signed: Mapping[str, Any]) -> Path:
     """Return the folder of a result, named by the signed settings of the evaluation.
 
     Args:
-        subject: the folder of a run, or of an SAE.
+        run_folder: the folder of a run, or of an SAE.
     """
-    return subject / FOLDER / f"{evaluation}-{digest(dict(signed))}"
+    return run_folder / FOLDER / f"{evaluation}-{digest(dict(signed))}"
 
 
-def is_there(folder: Path) -> bool:
+def is_finished(folder: Path) -> bool:
     """Return whether the folder holds a finished result."""
     return (folder / "result.json").is_file()
 

@@ -26,15 +26,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
 
 from reseed.config import SIGNATURE_LENGTH, digest
 from reseed.errors import ReseedError
 from reseed.system.environment import environment
 from reseed.system.files import atomic_write_json, lock_file, remove_leftovers, room_for
-
-if TYPE_CHECKING:
-    from reseed.sae.base import SAE
 
 FORMAT = 1
 RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json", "training.csv")
@@ -130,53 +130,13 @@ class Run:
         """Held-out metrics."""
         return json.loads((self.path / "metrics.json").read_text())
 
-    def sae(self, device: str = "cpu") -> SAE:
-        """Load the trained SAE, for raw activations."""
-        from reseed.sae.checkpoint import load_sae
-
-        return load_sae(self.path, device)
-
-    def initial_sae(self) -> SAE:
-        """Return the SAE with its initial weights, read if stored, else drawn from the seed.
-
-        A drawn SAE has no b_dec and is for scaled activations; a stored one has its initial b_dec
-        and is for raw activations. The rows are the same for both.
-
-        Raises:
-            RunError: the initial weights depend on more than the seed and their file is missing, or
-                the run was not trained here.
-        """
-        import torch
-        from safetensors.torch import load_file
-
-        from reseed.sae import load_all
-        from reseed.sae.base import SAEConfig
-
-        load_all()
-        record = self.record
-        if record.get("pretrained"):
-            raise RunError(f"{self.path} was not trained here: its initial weights are unknown")
-        config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
-        sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
-        stored = self.path / INITIAL_FILE
-        if stored.is_file():
-            sae.load_state_dict(_tensors(stored, load_file))
-        elif not record.get("start_is_drawn", _was_drawn(record["experiment"]["training"])):
-            raise RunError(
-                f"{self.path}: {INITIAL_FILE} is missing, and the seed alone does not give the "
-                "weights that this run started from"
-            )
-        return sae
-
     def latents(self) -> dict[str, Any]:
         """Load per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``.
 
         Newer runs also have ``activation_sum`` and ``activation_square_sum`` over the held-out
         tokens, float64.
         """
-        from safetensors.numpy import load_file
-
-        return _tensors(self.path / "latents.safetensors", load_file)
+        return read_tensors(self.path / "latents.safetensors", load_file)
 
     def activations(self) -> dict[str, Any] | None:
         """Load the moments of the held-out activations.
@@ -185,10 +145,8 @@ class Run:
             float32 arrays ``mean`` [d_in] and ``covariance`` [d_in, d_in]; None for an older run,
             which did not store them.
         """
-        from safetensors.numpy import load_file
-
         path = self.path / "activations.safetensors"
-        return _tensors(path, load_file) if path.is_file() else None
+        return read_tensors(path, load_file) if path.is_file() else None
 
     def update(self, **changes: Any) -> None:
         """Write the record with some entries changed."""
@@ -317,24 +275,16 @@ class RunStore:
             yield {run for run in ordered if stack.enter_context(run.lock(waiting))}
 
 
-def _tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def read_tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """Read the arrays of a safetensors file, a format that cannot contain code.
 
     Raises:
         RunError: the file cannot be read.
     """
-    from safetensors import SafetensorError
-
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise RunError(f"{path} cannot be read (truncated?): {error}") from error
-
-
-def _was_drawn(training: Mapping[str, Any]) -> bool:
-    """Return ``start_is_drawn`` for an older record, which lacks it."""
-    moved = training.get("aligned") or training.get("decoder", "free") != "free"
-    return not moved and training.get("start", "random") == "random"
 
 
 def load_run(path: str | Path) -> Run:

@@ -77,7 +77,7 @@ class Sweep:
     def settings(self) -> dict[str, Any]:
         return json.loads((self.path / "comparison.json").read_text())
 
-    def ask_for(self, evaluations: Mapping[str, Config]) -> None:
+    def add_evaluations(self, evaluations: Mapping[str, Config]) -> None:
         """Add evaluations to those that the tables show; one of the same name is replaced."""
         own = {
             name: {"settings": config.to_dict(), "signed": config.signed()}

@@ -1,4 +1,8 @@
-"""Overlap of the words that two SAEs absorb, by matched latents, against chance."""
+"""Overlap of the words that two SAEs absorb, by matched latents, against chance.
+
+`absorbed_overlap` measures two SAEs; `with_overlaps` adds the measure to the pairs of each cell, from
+the stored results of the runs and the matchings of the cell.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,6 @@ from reseed.compare.tables import lists
 from reseed.report.axes import Cell
 from reseed.report.evaluation_results import OVERLAP, Runs
 
-# MERGED Overlap of the words that the runs of a cell absorb, from their results and the matchings.
 FREQUENCY_BINS = 4
 
 

@@ -17,14 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from reseed.errors import ReseedError
+from reseed.experiment.resolve import Resolved
+from reseed.store.runs import Run, RunStore
 from reseed.system.console import say
-
-if TYPE_CHECKING:
-    from reseed.experiment.resolve import Resolved
-    from reseed.store.runs import Run, RunStore
 
 ACCEPTED = 0.02
 """Maximum relative deviation of a round's L0 from the target. Other seeds with the same λ differ by
@@ -35,7 +33,7 @@ MAX_ROUNDS = 8
 _ELASTICITY = (0.3, 1.0, 3.0)
 """−d log L0 / d log λ: minimum, first guess, maximum."""
 
-Train = Callable[[Sequence["Resolved"]], dict[str, BaseException]]
+Train = Callable[[Sequence[Resolved]], dict[str, BaseException]]
 
 
 class CalibrationError(ReseedError):
@@ -106,7 +104,7 @@ class Search:
             say(f"  {self._name}: {told}")
         self.next_log_weight = self._propose(weight, l0)
 
-    def take_up(self, store: RunStore) -> None:
+    def resume(self, store: RunStore) -> None:
         """Record the rounds that are already finished; print a line if they complete the search."""
         while not self.ended and (run := self.candidate.run(store)).finished:
             self.observe(*_response(run), now=False)
@@ -189,7 +187,7 @@ def calibrate(
             base = resolved.without_seeds()
             searches.setdefault(base.signature, Search(base))
     for search in searches.values():
-        search.take_up(store)
+        search.resume(store)
     if left := sum(not search.ended for search in searches.values()):
         plural = "s" if left > 1 else ""
         say(f"finding the penalty weight{plural} of {left} SAE{plural} by calibration runs")

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from reseed.compare.cell import CellResult
+from reseed.compare.cell import CellResult, cell_settings, unify_sparsity
 from reseed.compare.config import ComparisonConfig, pair_axes
-from reseed.compare.dictionary import cell_settings, unify_sparsity
 from reseed.config import Config
 from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate import load_all
@@ -26,14 +25,13 @@ from reseed.report.page.write import numbers_of, write_report
 from reseed.report.tables import write_tables
 from reseed.report.terminal import print_summary, print_tables
 from reseed.store.contexts import Contexts
-from reseed.store.results import FOLDER, StoredEvaluation, folder_of
+from reseed.store.results import FOLDER, StoredEvaluation
+from reseed.store.results import result_folder
 from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
 from reseed.study.absorbed_words import with_overlaps
+from reseed.study.evaluate import SavedRun
 from reseed.system.console import say
-
-if TYPE_CHECKING:
-    from reseed.cli.run_selection import SavedRun
 
 REPORT = "report"
 """The report's folder within the sweep's folder."""
@@ -191,7 +189,7 @@ def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
     distinct = {run.id: run for run in sweep.runs() if run.finished}
     return {
         name: _evaluated(
-            run.path, {e: folder_of(run.path, e, of["signed"]) for e, of in asked.items()}
+            run.path, {e: result_folder(run.path, e, of["signed"]) for e, of in asked.items()}
         )
         for name, run in distinct.items()
     }

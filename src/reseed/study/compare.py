@@ -1,31 +1,48 @@
-"""Held-out activations of a cell, read once for all of its SAEs."""
+"""Comparison of the saved runs of a cell: by their weights, then by their activations.
+
+`compare_cell_of` loads the finished runs of a cell, measures all pairs, and writes the result. The
+held-out activations of a cell are then read once for all of its SAEs (`write_with_activations`).
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from reseed import activations, sae
 from reseed.compare.activations.measures import (
     ActivationMeasures,
     measure_same_activations,
     measure_same_tokens,
 )
-from reseed.compare.activations.tables import lacks_activations, weight_matches, with_activations
-from reseed.compare.cell import CellResult
+from reseed.compare.activations.tables import (
+    NOTE,
+    lacks_activations,
+    weight_matches,
+    with_activations,
+)
+from reseed.compare.cell import CellResult, compare_cell
+from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes
+from reseed.compare.dictionary import load_dictionaries
+from reseed.compare.matching import MatchingCache
+from reseed.compare.pairing import add_axis_columns, axis_label
 from reseed.errors import ReseedError
-from reseed.experiment.resolve import Experiment, Resolved, resolve_experiment
-from reseed.sae import load_all
+from reseed.experiment.declared import Experiment
+from reseed.experiment.resolve import Resolved, resolve_experiment
+from reseed.sae.base import SAE
+from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run
-from reseed.system.console import say
+from reseed.store.sweeps import Sweep
+from reseed.system.console import counted, say, throttled_say
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
-
-if TYPE_CHECKING:
-    from reseed.sae.base import SAE
 
 _DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints")
 """Entries of a run's identity that determine its held-out activations."""
@@ -37,6 +54,92 @@ Chunks = Iterator[Float[Tensor, "n d_in"]]
 
 class ActivationsUnavailable(ReseedError):
     """Error that says why the SAEs of a cell cannot be compared on activations."""
+
+
+def compare_cell_of(
+    sweep: Sweep, axes: dict[str, str], settings: ComparisonConfig, runtime: RuntimeConfig
+) -> None:
+    """Compare the finished runs of one cell, unless its results exist already."""
+    rows = sweep.rows(axes)
+    pairs = zip(rows, sweep.runs(**axes), strict=True)
+    paired = pair_axes(settings.pair_by)
+    finished = [({x: row["axes"][x] for x in paired}, run) for row, run in pairs if run.finished]
+    folder = sweep.cell_folder(axes)
+    name = ", ".join(f"{axis}={value}" for axis, value in axes.items()) or "all runs"
+    if len(finished) < 2:
+        say(f"  {name}: {len(finished)} of {len(rows)} runs finished, nothing to compare")
+        return
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    runs = [run for _, run in finished]
+    done = _done(folder, runs, settings)
+    if done is not None:
+        write_with_activations(done, runs, folder, name, runtime)
+        return
+    _check_weights(finished, name)
+    pairs_up = counted(math.comb(len(finished), 2), "pair")
+    say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
+    loaded = [load_dictionaries(run, axis_label(place)) for place, run in finished]
+    trained, untrained = zip(*loaded, strict=True)
+    device = str(pick_device(runtime.device))
+    # Matchings lie beside the sweeps, because several sweeps may share a pair.
+    store = MatchingCache(sweep.path.parent / "matchings", device=device, progress=throttled_say())
+    # A pretrained SAE has no known initialisation, so its cell has no untrained comparison.
+    started = [one for one in untrained if one is not None]
+    started = started if len(started) == len(trained) else []
+    result = compare_cell(trained, started, settings, matcher=store, device=device)
+    places = {run.id: place for place, run in finished}
+    write_with_activations(
+        replace(result, pairs=add_axis_columns(result.pairs, places, settings)),
+        runs,
+        folder,
+        name,
+        runtime,
+    )
+
+
+def _done(folder: Path, runs: Sequence[Run], settings: ComparisonConfig) -> CellResult | None:
+    """Return the stored result of a cell if it has these runs and settings, else None."""
+    try:
+        done = CellResult.read(folder)
+    except (FileNotFoundError, ValueError):
+        return None
+    same_runs = done.runs["run"].tolist() == [run.id for run in runs]
+    return done if same_runs and done.settings.signed() == settings.signed() else None
+
+
+def is_complete(sweep: Sweep, axes: dict[str, str], settings: ComparisonConfig) -> bool:
+    """Return True if all runs of a cell are finished and compared."""
+    runs = sweep.runs(**axes)
+    if not all(run.finished for run in runs):
+        return False
+    done = _done(sweep.cell_folder(axes), runs, settings)
+    if done is None or not settings.activation_tokens:
+        return done is not None
+    # The note is "interrupted" if a job was stopped; any other note is a final reason.
+    return NOTE in done.pairs and "interrupted" not in set(done.pairs[NOTE])
+
+
+def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> None:
+    """Raise `ReseedError` if seeds of one cell were trained with different penalty weights.
+
+    Args:
+        runs: pairs of a run's values of the paired axes, and the run.
+    """
+    alike: dict[tuple[str, ...], set[float | None]] = {}
+    for place, run in runs:
+        chosen = tuple(value for axis, value in place.items() if axis not in REPLICATES)
+        alike.setdefault(chosen, set()).add(run.record.get("penalty_weight"))
+    for chosen, weights in alike.items():
+        if len(weights) == 1:
+            continue
+        told = ", ".join(f"{w:.4g}" if w is not None else "none" for w in weights)
+        cell = ", ".join([cell, *chosen])
+        raise ReseedError(
+            f"{cell}: its runs were trained with different penalty weights ({told}), because their "
+            "calibration was lost or repeated elsewhere, so more than the seed differs. Delete the "
+            "runs of one weight and train them again."
+        )
 
 
 def write_with_activations(
@@ -76,7 +179,7 @@ def _measurement(
     seed, device = cell.settings.null_seed, str(pick_device(runtime.device))
 
     def saes() -> list[SAE]:
-        return [run.sae(device) for run in runs]
+        return [load_sae(run.path, device) for run in runs]
 
     if len(set(cell.runs["d_in"])) == 1:
         chunks, tokens = held_out_chunks(runs, wanted, runtime)
@@ -213,7 +316,7 @@ def activation_mismatch(identities: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _experiment(record: Mapping[str, Any]) -> Experiment:
-    """Read the experiment of a record; the imports register the kinds of models and data."""
-
-    load_all()
+    """Read the experiment of a record."""
+    activations.load_all()
+    sae.load_all()
     return Experiment.from_dict(record["experiment"])

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from reseed.activations.source import ActivationSource
-from reseed.cli.run_selection import SavedRun
+from reseed.config import digest
 from reseed.errors import ConfigError, ReseedError
-from reseed.evaluate.base import EvaluationConfig, EvaluationInput, ModelCache, Result
-from reseed.experiment.resolve import cache_folder
-from reseed.store.results import StoredEvaluation, write_failure
+from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, ModelCache, Result
+from reseed.experiment.resolve import Resolved, cache_folder
+from reseed.sae.base import SAE
+from reseed.sae.checkpoint import WEIGHTS_FILE, load_sae, read_metadata
+from reseed.store.results import EvaluationError, StoredEvaluation, write_failure
+from reseed.store.results import result_folder
+from reseed.store.runs import INITIAL_FILE, Run, RunError
+from reseed.store.weights import initial_sae
+from reseed.study.compare import held_out_settings, resolve_record
 from reseed.system.console import counted, say, seconds_since
 from reseed.system.devices import free_memory, pick_device
 from reseed.system.files import DiskFullError, lock_file, room_for
@@ -27,6 +37,118 @@ LOCK = ".lock"
 """File in a result's folder, locked by the process that computes the result."""
 BYTES_PER_PASS = 8 * 2**30
 """Bytes of SAEs that are evaluated in one pass; more SAEs take several passes."""
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """An SAE to be evaluated.
+
+    Attributes:
+        folder: the folder of the run, or of an SAE that is not a run.
+        resolved: the resolved experiment that the SAE was trained in.
+    """
+
+    folder: Path
+    resolved: Resolved
+
+    @property
+    def id(self) -> str:
+        return self.folder.name if Run(self.folder).exists else str(self.folder)
+
+    @property
+    def trained(self) -> bool:
+        """True if the folder holds a finished run."""
+        return Run(self.folder).finished
+
+    @property
+    def source(self) -> str:
+        """Digest of all that determines the held-out activations except the hookpoint.
+
+        SAEs with the same source are evaluated together.
+        """
+        identity = self.resolved.identity
+        parts = [
+            identity["model"],
+            held_out_settings(identity["dataset"]),
+            identity.get("surrogate"),
+        ]
+        return digest([*parts, identity["fingerprints"]])
+
+    def result_folder(self, config: EvaluationConfig) -> Path:
+        """Return the folder of an evaluation's result.
+
+        A run implies what it was trained on. For an SAE that is not a run, the digest in the
+        folder's name includes its weights and the activations it is evaluated on.
+        """
+        signed = config.signed()
+        if not Run(self.folder).exists:
+            hook = str(self.resolved.experiment.hook)
+            weights = sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+            signed |= {"source": self.source, "hookpoint": hook, "weights": weights}
+        return result_folder(self.folder, config.name, signed)
+
+    def has_result(self, config: EvaluationConfig) -> bool:
+        """Return True if a readable result of the evaluation exists."""
+        try:
+            StoredEvaluation.read(self.result_folder(config))
+        except (FileNotFoundError, EvaluationError):
+            return False
+        return True
+
+    def subject(self, device: str, with_untrained: bool) -> LoadedRun:
+        """Load the SAE.
+
+        Raises:
+            CheckpointError: the SAE cannot be loaded.
+        """
+        sae = load_sae(self.folder, device)
+        born = _untrained(Run(self.folder)) if with_untrained else None
+        hook = self.resolved.experiment.hook
+        return LoadedRun(self.id, sae, hook, born.to(device) if born else None)
+
+
+def saved_run(
+    folder: Path, runtime: RuntimeConfig, declared: Callable[[], Resolved] | None = None
+) -> SavedRun:
+    """Return the SAE in a folder with the experiment it was trained in.
+
+    Args:
+        declared: resolves the experiment that the command line declares; called for an SAE that is
+            not a run.
+
+    Raises:
+        ReseedError: the model or data of a run is missing or has changed, or the width of an SAE
+            differs from that of the declared activations.
+    """
+    run = Run(folder)
+    if run.exists:
+        return SavedRun(folder, resolve_record(run.record, runtime))
+    assert declared is not None
+    resolved, d_in = declared(), load_sae(folder).d_in
+    if d_in != resolved.d_in:
+        raise ReseedError(
+            f"{folder}: its `d_in` (={d_in}) must be that of {resolved.experiment.hook} of "
+            f"{resolved.model_label} (={resolved.d_in})"
+        )
+    return SavedRun(folder, resolved)
+
+
+def _untrained(run: Run) -> SAE | None:
+    """Return the SAE as it was initialised, for raw activations; None if that is not known."""
+    if not run.exists:
+        return None
+    try:
+        sae = initial_sae(run)
+    except RunError:
+        return None
+    if (run.path / INITIAL_FILE).is_file():  # stored weights are for raw activations already
+        return sae
+    record, moments = run.record, run.activations()
+    scale: Mapping[str, Any] = read_metadata(run.path)
+    sae = sae.folded(scale["input_scale"])
+    if moments is not None and record["experiment"]["training"]["b_dec_init"] != "zeros":
+        sae.initialise_b_dec(torch.from_numpy(moments["mean"]))
+    return sae
 
 
 class Evaluator:

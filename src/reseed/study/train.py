@@ -1,7 +1,8 @@
-"""Training of missing runs: experiments in, finished runs in the store.
+"""Training of missing runs: resolved experiments in, finished runs in the store.
 
-declared  →  resolved (`reseed.experiment.resolve`)  →  grouped (`reseed.train.plan`)  →
-calibrated, trained (`reseed.study.calibrate`, `reseed.train.group`)  →  recorded (`reseed.store.runs`)
+declared  →  resolved (`reseed.experiment`)  →  grouped (`reseed.train.plan`)
+          →  calibrated (`reseed.study.calibrate`), trained (`reseed.train.group`)
+          →  recorded (`reseed.store.runs`)
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from collections.abc import Sequence
 from functools import partial
 
 from reseed.distributed.launcher import Processes, open_processes
+from reseed.distributed.worker import GroupMessage, RunMessage
 from reseed.experiment.resolve import Resolved
 from reseed.store.runs import RunStore
 from reseed.study.calibrate import Train, calibrate
 from reseed.system.console import say
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
+from reseed.train.group import fit_group
 from reseed.train.plan import Group, Machine, OutOfMemory, make_plan, print_start
 
 
@@ -25,18 +28,18 @@ def train_missing(
 ) -> dict[str, BaseException]:
     """Train every experiment that has no finished run; runs on one stream train together.
 
-    With ``runtime=ddp`` or ``spread`` this process leads a team of processes.
+    With ``runtime=ddp`` or ``spread`` this process leads several.
 
     Returns:
         the error of each failed run, by run id.
     """
     store, machine = RunStore(runtime.outputs), Machine.of(runtime)
     missing = [r for r in experiments if not r.run(store).finished]
-    plan = make_plan(missing, machine)
+    plan = make_plan([r.spec for r in missing], machine)
     if len(plan.groups) > 1:
-        plan.say(finished=len({r.signature for r in experiments}) - plan.runs)
-    with open_processes(runtime) as team:
-        train = partial(_train_groups, store, runtime, machine, team)
+        plan.print(finished=len({r.signature for r in experiments}) - plan.num_runs)
+    with open_processes(runtime) as processes:
+        train = partial(_train_groups, store, runtime, machine, processes)
         return _calibrate_and_train(missing, store, train)
 
 
@@ -61,14 +64,15 @@ def plan_missing(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> Non
     store = RunStore(runtime.outputs)
     distinct = {r.signature: r for r in experiments}.values()
     missing = [r for r in distinct if not r.run(store).finished]
-    make_plan(missing, Machine.of(runtime)).say(finished=len(distinct) - len(missing))
+    plan = make_plan([r.spec for r in missing], Machine.of(runtime))
+    plan.print(finished=len(distinct) - len(missing))
 
 
 def _train_groups(
     store: RunStore,
     runtime: RuntimeConfig,
     machine: Machine,
-    team: Processes,
+    processes: Processes,
     experiments: Sequence[Resolved],
 ) -> dict[str, BaseException]:
     """Train the unfinished runs, group by group.
@@ -76,31 +80,30 @@ def _train_groups(
     Runs locked by another process come last, when that process may have finished them; only then
     this one waits for the lock. A group that runs out of memory is retried in halves.
     """
-    from reseed.distributed.worker import GroupMessage, RunMessage
-    from reseed.train.group import fit_group
-
-    groups = make_plan(experiments, machine).groups
+    by_signature = {r.signature: r for r in experiments}
+    groups = make_plan([r.spec for r in experiments], machine).groups
     waiting = deque((group, False) for group in groups)
     failures: dict[str, BaseException] = {}
     number = 0
     while waiting:
         group, patient = waiting.popleft()
-        members = {r.run(store): r for r in group.members}
-        with store.locks(list(members), say if patient else None) as owned:
-            others = [r for run, r in members.items() if run not in owned]
+        specs = {spec.run(store): spec for spec in group.runs}
+        with store.locks(list(specs), say if patient else None) as owned:
+            others = [spec for run, spec in specs.items() if run not in owned]
             if others:
                 waiting.append((Group.of(others), True))
-            missing = [r for run, r in members.items() if run in owned and not run.finished]
+            missing = [spec for run, spec in specs.items() if run in owned and not run.finished]
             if not missing:
                 continue
             mine, number = Group.of(missing), number + 1
-            if not any(r.role for r in missing):  # calibration prints its own messages
+            if not any(spec.role for spec in missing):  # calibration prints its own messages
                 print_start(mine, machine, number, of=number + len(waiting))
             try:
-                order = GroupMessage(tuple(RunMessage.of(r) for r in missing), runtime)
-                failures |= fit_group(missing, store, runtime, team, order)
+                runs = tuple(RunMessage.of(by_signature[spec.signature]) for spec in missing)
+                message = GroupMessage(runs, runtime)
+                failures |= fit_group(missing, store, runtime, processes, message)
             except OutOfMemory as error:
-                team.broken()
+                processes.discard()
                 if len(missing) > 1:
                     say(f"  {error}: retrying with half of the runs")
                     waiting.extendleft((half, True) for half in reversed(mine.halves()))
@@ -111,6 +114,6 @@ def _train_groups(
             except DiskFullError:  # the next group would fail too
                 raise
             except Exception as error:  # recorded in each run's folder; other groups continue
-                team.broken()
-                failures |= {r.run(store).id: error for r in missing}
+                processes.discard()
+                failures |= {spec.run(store).id: error for spec in missing}
     return failures

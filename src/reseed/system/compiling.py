@@ -1,8 +1,9 @@
 """Compiled loops: numba's `njit`, and threads for the loops to run on.
 
-Signals are deferred until a compilation ends. An exception that a signal handler raises inside the compiler is lost in an LLVM callback, or leaves
-a function half compiled: the command would ignore the signal, end with a spurious error, or crash.
-A compilation takes a second or two, once per function and machine.
+Signals are deferred until a compilation ends. An exception that a signal handler raises inside the
+compiler is lost in an LLVM callback, or leaves a function half compiled: the command would ignore
+the signal, end with a spurious error, or crash. A compilation takes a second or two, once per
+function and machine.
 
 `in_ranges` and `in_blocks` use as many threads as torch may use (`torch.get_num_threads`). The
 threads are our own, because numba's do not survive a fork and OpenMP's spin. A task must release

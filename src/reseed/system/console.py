@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.console import Console
+from typing import Any
 
 
 @cache
-def console() -> Console:
-    """Return the process's console."""
-    from rich.console import Console
+def console() -> Any:
+    """Return the process's `rich.console.Console`."""
+    from rich.console import Console  # `reseed --help` starts without it
 
     found = Console(highlight=False)
     # No wrapping in a file: a name broken over two lines can be neither searched nor copied.
@@ -53,3 +50,34 @@ def mute() -> None:
 def say(message: str) -> None:
     """Print a line without interpreting markup, because names may contain brackets."""
     console().print(message, markup=False, soft_wrap=True)
+
+
+def print_rows(
+    rows: Sequence[tuple[str, ...]], title: str, columns: Sequence[str], words: Collection[str]
+) -> None:
+    """Print a table or, in a window too narrow for the names, a name and a line below it.
+
+    Args:
+        columns: headings: of the name, of a word that needs no heading, and of the other values.
+        words: the columns that hold words, not numbers; they are left-aligned.
+    """
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    say(title)
+    wide = console().options.update(width=10_000, max_width=10_000)
+    if Measurement.get(console(), wide, table).maximum <= console().width:
+        console().print(table)
+        return
+    for row in rows:
+        told = [row[1]] + [f"{name} {word}" for name, word in zip(columns[2:], row[2:], strict=True)
+                           if word]  # fmt: skip
+        # `say` does not wrap lines, so the name can be copied from any window.
+        say(row[0])
+        say(f"    {' · '.join(told)}")

@@ -24,7 +24,6 @@ def environment() -> dict[str, Any]:
 
 @cache
 def _of_process() -> dict[str, Any]:
-
     versions = {"reseed": VERSION}
     for package in _PACKAGES:
         try:

@@ -1,4 +1,8 @@
-"""Atomic writes: a file is whole or absent, even if the process is killed or the disk is full."""
+"""Atomic writes and file locks.
+
+A file that is written here is whole or absent, even if the process is killed or the disk is full.
+The operating system releases a lock when its process dies.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,6 @@ from typing import Any
 
 from reseed.errors import ReseedError
 
-# MERGED File locks; the operating system releases them when their process dies.
 PathLike = str | os.PathLike[str]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = ".part-"

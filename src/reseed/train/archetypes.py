@@ -20,6 +20,12 @@ Three choices, since their setting differs from ours:
 The rows cost a product of F × K × D and its gradient in every step (aligned training needs the rows
 after the step too: another product). W and its moments take 16·F·K bytes: with as many archetypes K
 as latents F, more than all the rest of a wide SAE.
+
+The centroids are found by Lloyd's k-means in float32, with a limit on rounds and the same result at
+every call. scipy's ``kmeans2`` is not used: it holds all points × k distances at once (with 20,000
+points in 16 dimensions and 8,000 centres its memory grew by 610 MiB) and runs on the CPU only.
+
+The file has the parametrisation of W_dec, its start from the first activations, and the k-means.
 """
 
 from __future__ import annotations
@@ -35,70 +41,9 @@ from torch.nn.utils import parametrize
 from reseed.errors import ConfigError
 from reseed.sae.base import SAE
 
-# MERGED Lloyd's k-means in float32, with a limit on rounds and the same result at every call. scipy's ``kmeans2`` is not used: it holds all points × k distances at once (with 20,000 points in 16 dimensions and 8,000 centres its memory grew by 610 MiB) and runs on the CPU only.
 ROUNDS = 25
 BLOCK_DISTANCES = 2**24
 """Distances held at a time: 64 MiB."""
-
-
-@torch.no_grad()
-def kmeans(
-    points: Float[Tensor, "points d_in"], k: int, generator: Generator, rounds: int = ROUNDS
-) -> Float[Tensor, "k d_in"]:
-    """Return the centroids after ``rounds`` rounds, or once no point changes its cluster.
-
-    It starts at k distinct points drawn at random. A cluster that has lost all its points restarts
-    at the point that is farthest from its centroid.
-
-    Args:
-        generator: on the CPU, so that the draw is the same for every device.
-
-    Raises:
-        ConfigError: there are more clusters than points.
-    """
-    if not 1 <= k <= len(points):
-        raise ConfigError(
-            f"{{key}} (={k:,}; null: num_latents) must not exceed the activations of the first "
-            f"chunk: {len(points):,}. Lower it, or raise dataset.chunk_tokens.",
-            "training.archetypes",
-        )
-    chosen = torch.randperm(len(points), generator=generator)[:k]
-    centroids = points[chosen.to(points.device)].clone()
-    before = None
-    for _ in range(rounds):
-        nearest, distances = assign(points, centroids)
-        if before is not None and torch.equal(nearest, before):
-            break
-        centroids = _means(points, nearest, distances, k)
-        before = nearest
-    return centroids
-
-
-def assign(
-    points: Float[Tensor, "points d_in"], centroids: Float[Tensor, "k d_in"]
-) -> tuple[Int[Tensor, " points"], Float[Tensor, " points"]]:
-    """Return each point's nearest centroid (the first of ties) and the squared distance to it."""
-    nearest, distances = [], []
-    squares = centroids.square().sum(1)
-    for block in points.split(max(1, BLOCK_DISTANCES // len(centroids))):
-        least = torch.addmm(squares, block, centroids.t(), alpha=-2).min(1)
-        nearest.append(least.indices)
-        distances.append((least.values + block.square().sum(1)).clamp_min_(0))
-    return torch.cat(nearest), torch.cat(distances)
-
-
-def _means(points: Tensor, nearest: Tensor, distances: Tensor, k: int) -> Tensor:
-    """Return each cluster's mean; for an empty one, a point farthest from its own centroid."""
-    # Sort, then sum by bags: a scattered sum is not deterministic on a GPU.
-    counts = torch.bincount(nearest, minlength=k)
-    order = torch.sort(nearest, stable=True).indices
-    means = nn_functional.embedding_bag(order, points, counts.cumsum(0) - counts, mode="mean")
-    empty = (counts == 0).nonzero().squeeze(1)
-    if len(empty):
-        means[empty] = points[distances.topk(len(empty)).indices]
-    return means
-
-
 _PREFIX = "parametrizations.W_dec"
 _RELAXATION, _WEIGHTS, _SCALE = f"{_PREFIX}.original", f"{_PREFIX}.0.weights", f"{_PREFIX}.0.scale"
 
@@ -136,7 +81,7 @@ class ArchetypalDecoder(nn.Module):
         """Return the decoder for other weights, given by their parameter names in the SAE."""
         return self._rows(weights[_WEIGHTS], weights[_RELAXATION], weights.get(_SCALE))
 
-    def hold(self, weights: Mapping[str, Tensor]) -> None:
+    def project(self, weights: Mapping[str, Tensor]) -> None:
         """Project W back to the simplex and Λ into its ball, in place."""
         mixture, relaxation = weights[_WEIGHTS], weights[_RELAXATION]
         mixture.clamp_min_(0)
@@ -158,7 +103,10 @@ class ArchetypalDecoder(nn.Module):
 
 
 def make_archetypal(sae: SAE, num_archetypes: int, relaxation: float) -> None:
-    """Replace W_dec by a parametrisation; it is zero until `initialise_archetypes` or a checkpoint fills it."""
+    """Replace W_dec by a parametrisation.
+
+    It is zero until `initialise_archetypes` or a checkpoint fills it.
+    """
     with torch.no_grad():
         sae.W_dec.zero_()
     unit_norm = sae.config.unit_norm_decoder
@@ -232,3 +180,61 @@ def with_plain_decoder(sae: SAE, weights: Mapping[str, Tensor]) -> SAE:
     bare = sae.config.empty(sae.d_in).to(sae.b_dec)
     bare.load_state_dict(state)
     return bare
+
+
+@torch.no_grad()
+def kmeans(
+    points: Float[Tensor, "points d_in"], k: int, generator: Generator, rounds: int = ROUNDS
+) -> Float[Tensor, "k d_in"]:
+    """Return the centroids after ``rounds`` rounds, or once no point changes its cluster.
+
+    It starts at k distinct points drawn at random. A cluster that has lost all its points restarts
+    at the point that is farthest from its centroid.
+
+    Args:
+        generator: on the CPU, so that the draw is the same for every device.
+
+    Raises:
+        ConfigError: there are more clusters than points.
+    """
+    if not 1 <= k <= len(points):
+        raise ConfigError(
+            f"{{key}} (={k:,}; null: num_latents) must not exceed the activations of the first "
+            f"chunk: {len(points):,}. Lower it, or raise dataset.chunk_tokens.",
+            "training.archetypes",
+        )
+    chosen = torch.randperm(len(points), generator=generator)[:k]
+    centroids = points[chosen.to(points.device)].clone()
+    before = None
+    for _ in range(rounds):
+        nearest, distances = assign(points, centroids)
+        if before is not None and torch.equal(nearest, before):
+            break
+        centroids = _means(points, nearest, distances, k)
+        before = nearest
+    return centroids
+
+
+def assign(
+    points: Float[Tensor, "points d_in"], centroids: Float[Tensor, "k d_in"]
+) -> tuple[Int[Tensor, " points"], Float[Tensor, " points"]]:
+    """Return each point's nearest centroid (the first of ties) and the squared distance to it."""
+    nearest, distances = [], []
+    squares = centroids.square().sum(1)
+    for block in points.split(max(1, BLOCK_DISTANCES // len(centroids))):
+        least = torch.addmm(squares, block, centroids.t(), alpha=-2).min(1)
+        nearest.append(least.indices)
+        distances.append((least.values + block.square().sum(1)).clamp_min_(0))
+    return torch.cat(nearest), torch.cat(distances)
+
+
+def _means(points: Tensor, nearest: Tensor, distances: Tensor, k: int) -> Tensor:
+    """Return each cluster's mean; for an empty one, a point farthest from its own centroid."""
+    # Sort, then sum by bags: a scattered sum is not deterministic on a GPU.
+    counts = torch.bincount(nearest, minlength=k)
+    order = torch.sort(nearest, stable=True).indices
+    means = nn_functional.embedding_bag(order, points, counts.cumsum(0) - counts, mode="mean")
+    empty = (counts == 0).nonzero().squeeze(1)
+    if len(empty):
+        means[empty] = points[distances.topk(len(empty)).indices]
+    return means

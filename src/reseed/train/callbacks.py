@@ -29,8 +29,8 @@ class CheckpointCallback(L.Callback):
 
     Args:
         folders: of the runs, by id.
-        keeps: whether this process writes; if several ranks train the same SAEs, only one does.
-        waits: whether other ranks need this one to read the stream to its end.
+        writes: whether this process writes; if several ranks train the same SAEs, only one does.
+        reads_to_end: whether other ranks need this one to read the stream to its end.
     """
 
     def __init__(
@@ -38,10 +38,10 @@ class CheckpointCallback(L.Callback):
         folders: Mapping[str, Path],
         log_every_steps: int,
         checkpoint_every_s: float,
-        keeps: bool = True,
-        waits: bool = False,
+        writes: bool = True,
+        reads_to_end: bool = False,
     ) -> None:
-        self.folders, self.keeps, self.waits = folders, keeps, waits
+        self.folders, self.writes, self.reads_to_end = folders, writes, reads_to_end
         self.log_every_steps = log_every_steps
         self.checkpoint_every_s = checkpoint_every_s
         self.started = self.saved = time.perf_counter()
@@ -52,13 +52,13 @@ class CheckpointCallback(L.Callback):
         self.trainer = trainer
         pl_module.after_step = self.after_step
 
-    def after_step(self, member: RunState) -> None:
+    def after_step(self, run: RunState) -> None:
         """Close a row of the curve if one is due; save a run that has made all its steps."""
-        last = not member.active
-        if last or member.step % self.log_every_steps == 0:
-            self._log(member)
-        if last and member.error is None:
-            self._save(member)
+        last = not run.active
+        if last or run.step % self.log_every_steps == 0:
+            self._log(run)
+        if last and run.error is None:
+            self._save(run)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
@@ -68,34 +68,34 @@ class CheckpointCallback(L.Callback):
         spared = 20 * self.cost if self.checkpoint_every_s >= 1 else 0.0
         if time.perf_counter() - self.saved >= max(self.checkpoint_every_s, spared):
             self.save(pl_module)
-        if not (pl_module.working or self.waits):
+        if not (pl_module.active or self.reads_to_end):
             trainer.should_stop = True
 
     def save(self, module: GroupModule) -> None:
         """Checkpoint every run that still has steps to make."""
         started = time.perf_counter()
-        for member in module.members:
-            if member.active:
-                self._save(member)
+        for run in module.runs:
+            if run.active:
+                self._save(run)
         self.saved = time.perf_counter()
         self.cost = self.saved - started
 
-    def _save(self, member: RunState) -> None:
-        if member.broken or not self.keeps:
+    def _save(self, run: RunState) -> None:
+        if run.failed or not self.writes:
             return  # keep the last sound checkpoint
-        folder = self.folders[member.id]
-        member.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
-        member.write_curve(folder)
+        folder = self.folders[run.id]
+        run.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
+        run.write_curve(folder)
 
-    def _log(self, member: RunState) -> None:
+    def _log(self, run: RunState) -> None:
         try:
-            row = member.log(time.perf_counter() - self.started)
+            row = run.close_curve_row(time.perf_counter() - self.started)
         except NotFiniteError as error:
-            member.error = error
-            say(f"failed: {member.id}: {error}")
+            run.error = error
+            say(f"failed: {run.id}: {error}")
             return
         for logger in self.trainer.loggers:
-            logger.log_metrics({f"{member.id}/{k}": v for k, v in row.items()}, step=member.step)
+            logger.log_metrics({f"{run.id}/{k}": v for k, v in row.items()}, step=run.step)
 
 
 class StopSignal(BaseException):
@@ -112,12 +112,12 @@ class StopOnSignal(L.Callback):
     SIGINT ends it without another checkpoint; the last one stays valid.
 
     Args:
-        agrees: whether several ranks make each step together and so must end after the same step.
-            Then training ends only after the current activations are computed.
+        synchronous: whether several ranks make each step together and so must end after the same
+            step. Then training ends only after the current activations are computed.
     """
 
-    def __init__(self, bookkeeper: CheckpointCallback, agrees: bool = False) -> None:
-        self.bookkeeper, self.agrees = bookkeeper, agrees
+    def __init__(self, checkpoints: CheckpointCallback, synchronous: bool = False) -> None:
+        self.checkpoints, self.synchronous = checkpoints, synchronous
         self.signal: int | None = None
         self.stepping = False
         self.module: GroupModule | None = None
@@ -153,29 +153,29 @@ class StopOnSignal(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if pl_module.stopping if self.agrees else self.signal is not None:
+        if pl_module.stopping if self.synchronous else self.signal is not None:
             self.signal = self.signal or signal.SIGTERM  # another rank received it
-            self.bookkeeper.save(pl_module)
+            self.checkpoints.save(pl_module)
             trainer.should_stop = True
         self.stepping = False
-        if self.signal is not None and not (trainer.should_stop or self.agrees):
+        if self.signal is not None and not (trainer.should_stop or self.synchronous):
             raise StopSignal  # the signal came after the check above
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         # Between batches the state of every run is consistent.
-        if isinstance(exception, StopSignal) and not (self.stepping or self.agrees):
-            self.bookkeeper.save(pl_module)
+        if isinstance(exception, StopSignal) and not (self.stepping or self.synchronous):
+            self.checkpoints.save(pl_module)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.signal is not None
         if again and number != signal.SIGINT:
             return
         self.signal = self.signal or number
-        if self.module is not None and self.agrees:
-            self.module.wish = True
+        if self.module is not None and self.synchronous:
+            self.module.wants_to_stop = True
         elif self.module is not None:
             self.module.stopping = True
-        if again or not (self.stepping or self.agrees):
+        if again or not (self.stepping or self.synchronous):
             raise StopSignal
 
 
@@ -184,31 +184,31 @@ class ProgressWriter(L.Callback):
     `reseed status` reads."""
 
     def __init__(
-        self, members: Sequence[RunState], folders: Mapping[str, Path], every_s: float
+        self, runs: Sequence[RunState], folders: Mapping[str, Path], every_s: float
     ) -> None:
-        self.members, self.folders, self.every_s = members, folders, every_s
+        self.runs, self.folders, self.every_s = runs, folders, every_s
         self.cost = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.spoken = self.started = time.perf_counter()
-        self.first = {member.id: member.step for member in self.members}
+        self.last_written = self.started = time.perf_counter()
+        self.first = {run.id: run.step for run in self.runs}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: GroupModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
         # On a slow shared file system, limit the writing to a twentieth of the time.
-        if now - self.spoken < max(self.every_s, 20 * self.cost):
+        if now - self.last_written < max(self.every_s, 20 * self.cost):
             return
-        for member in self.members:
-            if member.active:
-                size = member.training.batch_size
-                made = (member.step - self.first[member.id]) * size
-                said = {"tokens": member.step * size, "tokens_per_s": made / (now - self.started),
+        for run in self.runs:
+            if run.active:
+                size = run.training.batch_size
+                made = (run.step - self.first[run.id]) * size
+                said = {"tokens": run.step * size, "tokens_per_s": made / (now - self.started),
                         "at": time.time()}  # fmt: skip
-                write_json_unsynced(self.folders[member.id] / PROGRESS_FILE, said)
-        self.spoken = time.perf_counter()
-        self.cost = self.spoken - now
+                write_json_unsynced(self.folders[run.id] / PROGRESS_FILE, said)
+        self.last_written = time.perf_counter()
+        self.cost = self.last_written - now
 
 
 class GroupProgress(ProgressBar):
@@ -218,18 +218,18 @@ class GroupProgress(ProgressBar):
     line every ten seconds.
     """
 
-    def __init__(self, members: Sequence[RunState], shown: bool) -> None:
+    def __init__(self, runs: Sequence[RunState], shown: bool) -> None:
         super().__init__()
-        self.members, self.shown = members, shown
-        self.total = max(m.training.steps * m.training.batch_size for m in members)
+        self.runs, self.shown = runs, shown
+        self.total = max(run.training.steps * run.training.batch_size for run in runs)
         self.first = self.tokens
         self.bar: Progress | None = None
-        self.spoken = self.started = time.perf_counter()
+        self.last_printed = self.started = time.perf_counter()
 
     @property
     def tokens(self) -> int:
         """Tokens of the stream that the run furthest ahead has seen."""
-        return max(m.step * m.training.batch_size for m in self.members)
+        return max(run.step * run.training.batch_size for run in self.runs)
 
     def disable(self) -> None:
         self.shown = False
@@ -238,7 +238,7 @@ class GroupProgress(ProgressBar):
         self.shown = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.spoken = self.started = time.perf_counter()
+        self.last_printed = self.started = time.perf_counter()
         if self.shown and console().is_terminal:
             columns = (BarColumn(24), TextColumn("{task.percentage:3.0f}%"))
             columns += (TextColumn("{task.fields[text]}"), TimeElapsedColumn())
@@ -254,11 +254,11 @@ class GroupProgress(ProgressBar):
             return
         now, tokens = time.perf_counter(), self.tokens
         interval = 0.25 if self.bar is not None else 10.0
-        if now - self.spoken < interval:
+        if now - self.last_printed < interval:
             return
-        self.spoken = now
+        self.last_printed = now
         rate = (tokens - self.first) / max(now - self.started, 1e-9)
-        text = f"{rate:,.0f} tokens/s{_measures(self.members)}"
+        text = f"{rate:,.0f} tokens/s{_measures(self.runs)}"
         if self.bar is not None:
             self.bar.update(self.task, completed=tokens, text=text)
         else:
@@ -276,10 +276,8 @@ class GroupProgress(ProgressBar):
             self.bar = None
 
 
-def _measures(members: Sequence[RunState]) -> str:
-    rows = [
-        member.curve.rows[-1] for member in members if member.curve.rows and member.error is None
-    ]
+def _measures(runs: Sequence[RunState]) -> str:
+    rows = [run.curve.rows[-1] for run in runs if run.curve.rows and run.error is None]
     if not rows:
         return ""
     mean = f"mean of {len(rows)}: " if len(rows) > 1 else ""

@@ -1,20 +1,16 @@
-"""The options of ``training=`` and ``runtime=``. Importable without lightning."""
+"""The options of ``training=`` and ``runtime=``. Imports neither torch nor lightning."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from reseed.activations.cache import ActivationCache
+from reseed.activations.dataset import STRIPES
 from reseed.config import Config, setting
 from reseed.errors import ConfigError
-
-if TYPE_CHECKING:
-    from reseed.activations.cache import ActivationCache
-    from reseed.sae.base import SAEConfig
 
 
 @dataclass(frozen=True)
@@ -133,25 +129,6 @@ class TrainingConfig(Config, family="training"):
         """Number of whole batches in the budget."""
         return self.tokens // self.batch_size
 
-    def peak_lr(self, sae: SAEConfig, num_latents: int) -> float:
-        """Return the learning rate after warm-up; for muon, that of the matrices.
-
-        sign_sgd: 5e-3 / √(F / 2¹⁴), muon: 2e-3 at every width, both as in sparsify's trainer.
-        """
-        if self.lr is not None:
-            return self.lr
-        if self.optimizer == "sign_sgd":
-            return self.lr_scale * 5e-3 / math.sqrt(num_latents / 2**14)
-        if self.optimizer == "muon":
-            return self.lr_scale * 2e-3
-        return self.adam_lr(sae, num_latents)
-
-    def adam_lr(self, sae: SAEConfig, num_latents: int) -> float:
-        """Return Adam's learning rate; muon's biases follow it too, even if ``lr`` is set."""
-        law = 2e-4 / math.sqrt(num_latents / 2**14)
-        published = sae.published_lr(num_latents)
-        return self.lr_scale * (law if self.lr_law == "width" else published)
-
     def dead_after(self) -> int:
         """Return the number of tokens without firing after which a latent is dead."""
         return self.dead_after_tokens or max(1, min(10_000_000, self.tokens // 10))
@@ -203,8 +180,6 @@ class RuntimeConfig(Config, family="runtime"):
 
     def open_cache(self) -> ActivationCache | None:
         """Open the folder of cached activations; return None if none is declared."""
-        from reseed.activations.cache import ActivationCache
-
         if self.activation_cache is None:
             return None
         folder = Path(self.activation_cache).expanduser()
@@ -217,8 +192,12 @@ class RuntimeConfig(Config, family="runtime"):
                 "runtime.strategy=single only one process trains",
                 "ranks",
             )
-        if self.strategy == "ddp" and self.ranks is not None:
-            _check_ranks(self.ranks)
+        if self.strategy == "ddp" and self.ranks is not None and STRIPES % self.ranks:
+            raise ConfigError(
+                f"{{key}} must divide {STRIPES} with runtime=ddp: each chunk is dealt into "
+                f"{STRIPES} stripes, and every process reads whole stripes; got {self.ranks}",
+                "ranks",
+            )
         if self.strategy != "single" and ":" in self.device:
             raise ConfigError(
                 f"{{key}} must be auto, cpu or cuda with runtime={self.strategy}, where each "
@@ -240,14 +219,3 @@ class RuntimeConfig(Config, family="runtime"):
                     f"{{key}}: {logger} is not installed (pip install 'reseed[{logger}]')",
                     "loggers",
                 )
-
-
-def _check_ranks(ranks: int) -> None:
-    from reseed.activations.stream import STRIPES  # imports torch, which few commands need
-
-    if STRIPES % ranks:
-        raise ConfigError(
-            f"{{key}} must divide {STRIPES} with runtime=ddp: each chunk is dealt into {STRIPES} "
-            f"stripes, and every process reads whole stripes; got {ranks}",
-            "ranks",
-        )

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch import loggers
 
+from reseed.activations.dataset import STRIPES, Position
 from reseed.activations.source import ActivationSource
-from reseed.activations.stream import STRIPES, ChunkStream, Position
+from reseed.activations.stream import ChunkStream
 from reseed.distributed.launcher import Processes
 from reseed.distributed.process_group import ALONE, ProcessGroup
 from reseed.errors import ReseedError
@@ -34,27 +36,26 @@ from reseed.train.callbacks import (
 )
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import OutOfMemory, divide_runs
-from reseed.train.record import GroupRun, PretrainedRun, record
+from reseed.train.record import GroupRun, PretrainedRun, write_results
 from reseed.train.run_state import RunState
+from reseed.train.spec import RunSpec
 from reseed.train.trainer import ActivationData, GroupModule, StreamDataset, trainer_options
-
-if TYPE_CHECKING:
-    from reseed.experiment.resolve import Resolved
 
 
 def fit_group(
-    group: Sequence[Resolved],
+    group: Sequence[RunSpec],
     store: RunStore,
     runtime: RuntimeConfig,
-    team: Processes | None = None,
-    order: Any = None,
+    processes: Processes | None = None,
+    message: Any = None,
 ) -> dict[str, BaseException]:
-    """Train, measure and record the runs of a group; the caller holds their locks. SAEs that were
-    trained elsewhere are only measured and recorded.
+    """Train, measure and record the runs of a group, whose locks the caller holds.
+
+    SAEs that were trained elsewhere are only measured and recorded.
 
     Args:
-        team: the processes that train; by default this one alone.
-        order: the message that tells the other processes what to train (`reseed.distributed.worker`).
+        processes: the processes that train; by default this one alone.
+        message: tells the other processes what to train (`reseed.distributed.worker`).
 
     Returns:
         the error of each run that failed, by run id. A failed run does not stop the others.
@@ -65,12 +66,16 @@ def fit_group(
         DiskFullError: the disk is full; the runs count as interrupted, not as failed.
     """
     clock = time.perf_counter()
-    runs = [resolved.run(store) for resolved in group]
-    for resolved, run in zip(group, runs, strict=True):
-        run.begin(resolved.record() | {"group": [r.signature for r in group]})
+    runs = [spec.run(store) for spec in group]
+    for spec, run in zip(group, runs, strict=True):
+        run.begin(spec.record | {"group": [other.signature for other in group]})
     try:
-        ranks = ProcessGroup(device=pick_device(runtime.device)) if team is None else team.ranks
-        ranks.tell(order)
+        ranks = (
+            ProcessGroup(device=pick_device(runtime.device))
+            if processes is None
+            else processes.ranks
+        )
+        ranks.broadcast_object(message)
         failures = fit_on_process(group, runs, runtime, ranks)
     except (KeyboardInterrupt, DiskFullError):
         _interrupt(runs)
@@ -84,7 +89,7 @@ def fit_group(
             raise
         reason = str(error).splitlines()[0]
     else:
-        if not any(r.role for r in group):  # a calibration prints its own summary
+        if not any(spec.role for spec in group):  # a calibration prints its own summary
             sound, took = len(runs) - len(failures), seconds_since(clock)
             say(f"  {sound} of {len(runs)} runs finished in {took:,.1f} s")
         return failures
@@ -102,7 +107,7 @@ def _interrupt(runs: Sequence[Run]) -> None:
 
 
 def fit_on_process(
-    group: Sequence[Resolved], runs: Sequence[Run], runtime: RuntimeConfig, ranks: ProcessGroup
+    group: Sequence[RunSpec], runs: Sequence[Run], runtime: RuntimeConfig, ranks: ProcessGroup
 ) -> dict[str, BaseException]:
     """Do this process's share of a group: all of it if it is the only process.
 
@@ -119,33 +124,33 @@ def fit_on_process(
         torch.set_num_threads(max(1, cpus() // ranks.local_count))
     share = ProcessShare.of(group, runs, runtime, ranks)
     first = group[0]
-    needed = max(r.experiment.training.tokens for r in group)
+    needed = max(spec.training.tokens for spec in group)
     source = first.open(ranks.device, needed, runtime.open_cache())
-    stream = source.stream([r.experiment.hook for r in group])
-    training = [r.experiment.training for r in group if r.pretrained is None]
-    wanted = [(recipe.batch_size, recipe.steps) for recipe in training]
+    stream = source.stream([spec.hookpoint for spec in group])
+    training = [spec.training for spec in group if spec.pretrained is None]
+    wanted = [(options.batch_size, options.steps) for options in training]
     source.check_length(stream, wanted, first.data.label)
 
-    members = [_run_state(r, run, source, stream, share.of_batch) for r, run in share.own]
+    states = [_run_state(spec, run, source, stream, share.batch_ranks) for spec, run in share.own]
     if runtime.strategy == "ddp":
         stream.divide(ranks)
     else:
-        stream.compute_together(ranks)
+        stream.share_computation(ranks)
     started = time.perf_counter()
-    trained = [member for member in members if isinstance(member, RunState)]
+    trained = [state for state in states if isinstance(state, RunState)]
     _train(trained, wanted, share, stream, runtime)
     training_s = seconds_since(started)
-    for member in members:
-        _check(member)
+    for state in states:
+        _check(state)
     failures: dict[str, BaseException] = {}
-    if share.keeps:
+    if share.writes:
         timings = {"training_s": training_s, "group_runs": len(group)}
-        failures = _finish(members, share.own, source, timings)
+        failures = _finish(states, share.own, source, timings)
     if not ranks.several:
         return failures
     # Send errors as text: not every exception can be pickled.
-    told = ranks.collect({run: str(error) for run, error in failures.items()})
-    return {run: ReseedError(words) for each in told for run, words in each.items()} | failures
+    texts = ranks.gather_objects({run: str(error) for run, error in failures.items()})
+    return {run: ReseedError(text) for each in texts for run, text in each.items()} | failures
 
 
 @dataclass(frozen=True)
@@ -153,21 +158,21 @@ class ProcessShare:
     """The share of a group that one rank trains.
 
     Attributes:
-        ranks: all ranks of the team, as this one sees them.
+        ranks: all ranks, as this one sees them.
         own: the runs that it trains.
-        keeps: whether it writes checkpoints and results.
-        of_batch: the ranks that share each batch.
+        writes: whether it writes checkpoints and results.
+        batch_ranks: the ranks that share each batch.
     """
 
     ranks: ProcessGroup
-    own: tuple[tuple[Resolved, Run], ...]
-    keeps: bool
-    of_batch: ProcessGroup
+    own: tuple[tuple[RunSpec, Run], ...]
+    writes: bool
+    batch_ranks: ProcessGroup
 
     @classmethod
     def of(
         cls,
-        group: Sequence[Resolved],
+        group: Sequence[RunSpec],
         runs: Sequence[Run],
         runtime: RuntimeConfig,
         ranks: ProcessGroup,
@@ -179,37 +184,44 @@ class ProcessShare:
         return cls(ranks, tuple(pairs[i] for i in own), True, ALONE)
 
     @property
-    def waits(self) -> bool:
+    def reads_to_end(self) -> bool:
         """True if the other ranks need this one for every chunk, even after its own last step."""
-        return self.ranks.several and not self.of_batch.several
+        return self.ranks.several and not self.batch_ranks.several
 
 
-def _finish(
-    members: Sequence[GroupRun],
-    own: Sequence[tuple[Resolved, Run]],
-    source: ActivationSource,
-    timings: dict[str, Any],
-) -> dict[str, BaseException]:
-    """Measure and record the runs; return the errors of those that failed, by run id."""
-    started = time.perf_counter()
-    sound = [m for m in members if m.error is None]
-    measured = _measure(sound, source, [resolved for resolved, _ in own])
-    truths = _measure_truth(measured, source, [resolved for resolved, _ in own])
-    timings = timings | {"held_out_s": seconds_since(started)}
-    failures: dict[str, BaseException] = {}
-    for member, (resolved, run) in zip(members, own, strict=True):
-        if member.error is not None:
-            failures[run.id] = member.error
-            step = getattr(member.error, "step", member.step)
-            run.fail(member.error, failed_at_step=step)
-        else:
-            truth = truths.get(member.id)
-            record(member, resolved, run, measured[member.id], truth, timings)
-    return failures
+def _run_state(
+    spec: RunSpec, run: Run, source: ActivationSource, stream: ChunkStream, ranks: ProcessGroup
+) -> GroupRun:
+    """Return the run's state: from its checkpoint, from the first chunk, or as imported."""
+    if spec.pretrained is not None:
+        return PretrainedRun(run.id, spec.hookpoint, spec.pretrained, source.device)
+    given = (run.id, spec.hookpoint, spec.sae, spec.training, spec.d_in, spec.init_seed)
+    state = RunState(*given, source.device, ranks)
+    if spec.role == "steered":
+        state.steer()
+    with state.catch_error():
+        _begin(state, run, source, stream)
+    return state
+
+
+def _begin(state: RunState, run: Run, source: ActivationSource, stream: ChunkStream) -> None:
+    checkpoint = run.path / "checkpoint.pt"
+    if checkpoint.is_file():
+        try:
+            state.load(checkpoint)
+            return
+        except Exception as error:
+            raise ReseedError(
+                f"{checkpoint} cannot be read ({error}); delete it to train this run from the start"
+            ) from error
+    truth = None if source.world is None else source.world.dictionary
+    state.start(stream.chunk(0)[state.hookpoint].flatten(0, 1), truth)
+    if state.ranks.leads:
+        state.save_start(run.path / INITIAL_FILE)
 
 
 def _train(
-    members: Sequence[RunState],
+    states: Sequence[RunState],
     wanted: Sequence[tuple[int, int]],
     share: ProcessShare,
     stream: ChunkStream,
@@ -218,42 +230,46 @@ def _train(
     """Make the remaining steps.
 
     Args:
-        members: the runs of this rank.
+        states: the runs of this rank.
         wanted: batch size and number of steps of each run of the group.
     """
-    begin = [stream.position(m.step, m.training.batch_size) for m in members if m.active]
-    starts = [at for at in share.ranks.collect(min(begin, default=None)) if at is not None]
+    begin = [stream.position(s.step, s.training.batch_size) for s in states if s.active]
+    starts = [at for at in share.ranks.gather_objects(min(begin, default=None)) if at is not None]
     if not starts:
         return
-    module = GroupModule(members, stream, share.of_batch)
-    own = {member.id for member in members}
+    module = GroupModule(states, stream, share.batch_ranks)
+    own = {state.id for state in states}
     folders = {run.id: run.path for _, run in share.own if run.id in own}
-    books = CheckpointCallback(
-        folders, runtime.log_every_steps, runtime.checkpoint_every_s, share.keeps, share.waits
+    checkpoints = CheckpointCallback(
+        folders,
+        runtime.log_every_steps,
+        runtime.checkpoint_every_s,
+        share.writes,
+        share.reads_to_end,
     )
-    border = StopOnSignal(books, agrees=share.of_batch.several)
-    callbacks: list[L.Callback] = [books, border]
-    if members:
-        progress = GroupProgress(members, runtime.progress and share.ranks.leads)
+    stop_on_signal = StopOnSignal(checkpoints, synchronous=share.batch_ranks.several)
+    callbacks: list[L.Callback] = [checkpoints, stop_on_signal]
+    if states:
+        progress = GroupProgress(states, runtime.progress and share.ranks.leads)
         callbacks.append(progress)
         if progress.first and share.ranks.leads:
             say(f"  resuming after {progress.first:,} of {progress.total:,} tokens")
-    if share.keeps:
-        callbacks.append(ProgressWriter(members, folders, runtime.heartbeat_every_s))
+    if share.writes:
+        callbacks.append(ProgressWriter(states, folders, runtime.heartbeat_every_s))
     with _quiet_lightning():
         trainer = L.Trainer(
             max_epochs=1,
             callbacks=callbacks,
-            logger=_loggers(runtime) if share.keeps else False,
-            enable_checkpointing=False,  # checkpoints belong to runs: see Bookkeeper
+            logger=_loggers(runtime) if share.writes else False,
+            enable_checkpointing=False,  # checkpoints belong to runs: see CheckpointCallback
             enable_model_summary=False,
-            enable_progress_bar=bool(members),
+            enable_progress_bar=bool(states),
             use_distributed_sampler=False,
-            **trainer_options(share.of_batch, stream.device),
+            **trainer_options(share.batch_ranks, stream.device),
         )
         sizes = [size for size, _ in wanted]
         stop = max(_end(stream, size, steps) for size, steps in wanted)
-        dataset = StreamDataset(stream, sizes, min(starts), stop, share.of_batch)
+        dataset = StreamDataset(stream, sizes, min(starts), stop, share.batch_ranks)
         try:
             with stream.prefetching(stop, min(sizes), runtime.prefetch):
                 trainer.fit(module, datamodule=ActivationData(dataset))
@@ -264,8 +280,8 @@ def _train(
             signalled = end.__context__ if isinstance(end.__context__, KeyboardInterrupt) else end
             raise signalled from None
         finally:
-            border.restore()
-    border.check()
+            stop_on_signal.restore()
+    stop_on_signal.check()
 
 
 def _end(stream: ChunkStream, size: int, steps: int) -> Position:
@@ -274,71 +290,8 @@ def _end(stream: ChunkStream, size: int, steps: int) -> Position:
     return Position(last.chunk, last.row + size // STRIPES)
 
 
-def _run_state(
-    resolved: Resolved, run: Run, source: ActivationSource, stream: ChunkStream, ranks: ProcessGroup
-) -> GroupRun:
-    """Return the run's state: from its checkpoint, from the first chunk, or as imported."""
-    e = resolved.experiment
-    if resolved.pretrained is not None:
-        return PretrainedRun(run.id, e.hook, resolved.pretrained, source.device)
-    given = (run.id, e.hook, resolved.sae, e.training, resolved.d_in, resolved.init_seed)
-    member = RunState(*given, source.device, ranks)
-    if resolved.role == "steered":
-        member.steer()
-    with member.failing_alone():
-        _begin(member, run, source, stream)
-    return member
-
-
-def _begin(member: RunState, run: Run, source: ActivationSource, stream: ChunkStream) -> None:
-    checkpoint = run.path / "checkpoint.pt"
-    if checkpoint.is_file():
-        try:
-            member.load(checkpoint)
-            return
-        except Exception as error:
-            raise ReseedError(
-                f"{checkpoint} cannot be read ({error}); delete it to train this run from the start"
-            ) from error
-    truth = None if source.world is None else source.world.dictionary
-    member.start(stream.chunk(0)[member.hookpoint].flatten(0, 1), truth)
-    if member.ranks.leads:
-        member.save_start(run.path / INITIAL_FILE)
-
-
-def _measure(
-    members: Sequence[GroupRun], source: ActivationSource, group: Sequence[Resolved]
-) -> dict[str, Reconstruction]:
-    if not members:
-        return {}
-    dataset = group[0].experiment.dataset
-    hooks = [m.hookpoint for m in members]
-    chunks = source.held_out(hooks, dataset.held_out_tokens)
-    return measure({m.id: (m.hookpoint, m.result()) for m in members}, chunks)
-
-
-def _measure_truth(
-    measured: Mapping[str, Reconstruction], source: ActivationSource, group: Sequence[Resolved]
-) -> dict[str, TruthResult]:
-    """Measure SAEs against a world's features on the same held-out tokens; {} without a world."""
-    if source.world is None or not measured:
-        return {}
-    samples = source.held_out_samples(group[0].experiment.dataset.held_out_tokens)
-    return measure_truth({id: m.sae for id, m in measured.items()}, source.world, samples)
-
-
-def _check(member: GroupRun) -> None:
-    if member.error is None:
-        try:
-            member.check_weights()
-        except ReseedError as error:
-            member.error = error
-
-
 def _loggers(runtime: RuntimeConfig) -> list[Any]:
     """Make the loggers that the user asked for; training.csv is always written, without them."""
-    from lightning.pytorch import loggers
-
     made: list[Any] = []
     if "tensorboard" in runtime.loggers:
         made.append(loggers.TensorBoardLogger(Path(runtime.outputs) / "tensorboard", name=""))
@@ -361,3 +314,55 @@ def _quiet_lightning():
         finally:
             for logger, level in zip(found, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _check(state: GroupRun) -> None:
+    if state.error is None:
+        try:
+            state.check_weights()
+        except ReseedError as error:
+            state.error = error
+
+
+def _finish(
+    states: Sequence[GroupRun],
+    own: Sequence[tuple[RunSpec, Run]],
+    source: ActivationSource,
+    timings: dict[str, Any],
+) -> dict[str, BaseException]:
+    """Measure and record the runs; return the errors of those that failed, by run id."""
+    started = time.perf_counter()
+    sound = [state for state in states if state.error is None]
+    held_out_tokens = own[0][0].data.config.held_out_tokens if own else 0
+    measured = _measure(sound, source, held_out_tokens)
+    truths = _measure_truth(measured, source, held_out_tokens)
+    timings = timings | {"held_out_s": seconds_since(started)}
+    failures: dict[str, BaseException] = {}
+    for state, (spec, run) in zip(states, own, strict=True):
+        if state.error is not None:
+            failures[run.id] = state.error
+            step = getattr(state.error, "step", state.step)
+            run.fail(state.error, failed_at_step=step)
+        else:
+            truth = truths.get(state.id)
+            write_results(state, spec, run, measured[state.id], truth, timings)
+    return failures
+
+
+def _measure(
+    states: Sequence[GroupRun], source: ActivationSource, held_out_tokens: int
+) -> dict[str, Reconstruction]:
+    if not states:
+        return {}
+    chunks = source.held_out([state.hookpoint for state in states], held_out_tokens)
+    return measure({state.id: (state.hookpoint, state.trained_sae()) for state in states}, chunks)
+
+
+def _measure_truth(
+    measured: Mapping[str, Reconstruction], source: ActivationSource, held_out_tokens: int
+) -> dict[str, TruthResult]:
+    """Measure SAEs against a world's features on the same held-out tokens; {} without a world."""
+    if source.world is None or not measured:
+        return {}
+    samples = source.held_out_samples(held_out_tokens)
+    return measure_truth({id: m.sae for id, m in measured.items()}, source.world, samples)

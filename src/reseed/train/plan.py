@@ -4,6 +4,9 @@ It is made and printed before anything starts. Runs that read the same activatio
 even if their hookpoints, architectures, budgets and batch sizes differ: one pass of the source
 feeds them all, down to the deepest hookpoint and as far as the largest budget. A group that would
 not fit into memory is split into as few groups as possible, since each needs its own pass.
+
+The file has the cost of a group (time, memory and disk space, estimated from shapes alone), then
+groups, the machine and the plan, then how runs are divided and groups are described.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,13 +22,12 @@ from reseed.distributed.launcher import process_count
 from reseed.errors import ReseedError
 from reseed.system.console import counted, say
 from reseed.system.devices import available_memory, pick_device
+from reseed.train.config import RuntimeConfig
 from reseed.train.optim.muon import STEPS
+from reseed.train.spec import RunSpec
 
-if TYPE_CHECKING:
-    from reseed.experiment.resolve import Resolved
-    from reseed.train.config import RuntimeConfig
-
-# MERGED Estimates, from shapes alone, of what training a group costs: time, memory, disk space.
+MEMORY_SHARE = 0.85
+"""Fraction of the free memory that a group may take: estimates err, and other processes grow."""
 STEP_EFFICIENCY = 0.25
 """Fraction of a plain product's speed that model and training step reach (small products, sparse
 operations, optimiser). It is rough: an announced time can be off by a factor of two."""
@@ -55,7 +56,7 @@ class Cost:
         return _FLOAT * self.parameters
 
 
-def cost(group: Sequence[Resolved], beside: Sequence[Resolved] = ()) -> Cost:
+def cost(group: Sequence[RunSpec], beside: Sequence[RunSpec] = ()) -> Cost:
     """Estimate the cost of a group that trains in one pass of its source.
 
     Operations: the products of the source and of each SAE's step (with those that Muon or an
@@ -68,8 +69,8 @@ def cost(group: Sequence[Resolved], beside: Sequence[Resolved] = ()) -> Cost:
         beside: runs that other processes train and whose hookpoints are read too.
     """
     read = [*group, *beside]
-    hooks = [r.experiment.hook for r in read]
-    widths = {r.experiment.hook: r.d_in for r in read}
+    hooks = [r.hookpoint for r in read]
+    widths = {r.hookpoint: r.d_in for r in read}
     flops = max(r.tokens for r in group) * group[0].source_flops(hooks)
     memory = float(group[0].data.weight_bytes)
     memory += _CHUNKS * _FLOAT * group[0].data.config.chunk_tokens * sum(widths.values())
@@ -81,38 +82,37 @@ def cost(group: Sequence[Resolved], beside: Sequence[Resolved] = ()) -> Cost:
             memory += _FLOAT * _weights(r)
             continue
         memory += 4 * _FLOAT * _weights(r)
-        flops += r.experiment.training.steps * step_flops(r)
+        flops += r.training.steps * step_flops(r)
     return Cost(flops, memory, parameters)
 
 
-def _weights(resolved: Resolved) -> int:
+def _weights(spec: RunSpec) -> int:
     """Count the trained weights; an archetypal decoder also has the weights of its mixtures."""
-    training, rows = resolved.experiment.training, resolved.num_latents
-    weights = 2 * rows * resolved.d_in
+    training, rows = spec.training, spec.num_latents
+    weights = 2 * rows * spec.d_in
     if training.decoder == "archetypal":
         weights += rows * (training.archetypes or rows)
     return weights
 
 
-def step_flops(resolved: Resolved) -> float:
+def step_flops(spec: RunSpec) -> float:
     """Estimate the floating-point operations of one training step."""
-    e, rows, columns = resolved.experiment, resolved.num_latents, resolved.d_in
-    product = 2.0 * rows * columns * e.training.batch_size
-    flops = e.architecture.dense_products * product + 12.0 * _weights(resolved)
-    if e.training.optimizer == "muon":
+    training, rows, columns = spec.training, spec.num_latents, spec.d_in
+    product = 2.0 * rows * columns * training.batch_size
+    flops = spec.sae.dense_products * product + 12.0 * _weights(spec)
+    if training.optimizer == "muon":
         short, long = min(rows, columns), max(rows, columns)
-        matrices = 1 if e.training.decoder == "archetypal" else 2
+        matrices = 1 if training.decoder == "archetypal" else 2
         flops += matrices * STEPS * 2.0 * (2 * short**2 * long + short**3)
-    if e.training.decoder == "archetypal":  # the rows, and their gradient
-        flops += 2 * 2.0 * rows * (e.training.archetypes or rows) * columns
+    if training.decoder == "archetypal":  # the rows, and their gradient
+        flops += 2 * 2.0 * rows * (training.archetypes or rows) * columns
     return flops
 
 
-def _work_space(resolved: Resolved) -> float:
+def _work_space(spec: RunSpec) -> float:
     """Estimate a step's bytes apart from weights and gradients: dense products need all latents."""
-    e = resolved.experiment
-    latents = (e.architecture.dense_products - 1) * resolved.num_latents
-    return _FLOAT * e.training.batch_size * (latents + 6 * resolved.d_in)
+    latents = (spec.sae.dense_products - 1) * spec.num_latents
+    return _FLOAT * spec.training.batch_size * (latents + 6 * spec.d_in)
 
 
 @cache
@@ -128,10 +128,6 @@ def product_speed(device: torch.device) -> float:
     return 2.0 * size**3 / best
 
 
-MEMORY_SHARE = 0.85
-"""Fraction of the free memory that a group may take: estimates err, and other processes grow."""
-
-
 class OutOfMemory(ReseedError):
     """Error of a group that did not fit into memory. Checkpoints of its runs stay valid."""
 
@@ -140,29 +136,31 @@ class OutOfMemory(ReseedError):
 class Group:
     """Runs that train in one pass of their source."""
 
-    members: tuple[Resolved, ...]
+    runs: tuple[RunSpec, ...]
     cost: Cost
 
     @classmethod
-    def of(cls, members: Sequence[Resolved]) -> Group:
-        return cls(tuple(members), cost(members))
+    def of(cls, runs: Sequence[RunSpec]) -> Group:
+        return cls(tuple(runs), cost(runs))
 
     @property
-    def described(self) -> str:
+    def description(self) -> str:
         """The group in words, without the time, which depends on the machine."""
-        return (
-            f"{counted(len(self.members), 'SAE')} ({_kinds(self.members)}) on "
-            f"{_where(self.members)}: {_tokens(self.members)}, {format_bytes(self.cost.memory)}"
-        )
+        return f"{self.content}: {_tokens(self.runs)}, {format_bytes(self.cost.memory)}"
+
+    @property
+    def content(self) -> str:
+        """The SAEs and their source in words."""
+        return f"{counted(len(self.runs), 'SAE')} ({_kinds(self.runs)}) on {_where(self.runs)}"
 
     def needs(self, machine: Machine) -> float:
         """Return the peak memory in bytes of any one process."""
-        return machine.needs(self.members)
+        return machine.needs(self.runs)
 
     def halves(self) -> tuple[Group, Group]:
         """Split the group into two of about the same size; it needs at least two runs."""
-        middle = len(self.members) // 2
-        return Group.of(self.members[:middle]), Group.of(self.members[middle:])
+        middle = len(self.runs) // 2
+        return Group.of(self.runs[:middle]), Group.of(self.runs[middle:])
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,7 @@ class Machine:
         return cls(device, memory, speed, runtime.strategy, ranks)
 
     @property
-    def described(self) -> str:
+    def description(self) -> str:
         """The device or the processes in words: ``cpu``, ``4 processes (ddp)``."""
         return self.device.type if self.ranks == 1 else f"{self.ranks} processes ({self.strategy})"
 
@@ -208,12 +206,12 @@ class Machine:
         """Estimate the duration in seconds."""
         return cost.flops / (STEP_EFFICIENCY * self.speed * self.ranks)
 
-    def needs(self, members: Sequence[Resolved]) -> float:
+    def needs(self, runs: Sequence[RunSpec]) -> float:
         """Estimate the bytes that a group takes in the process that needs the most."""
         if self.strategy != "spread" or self.ranks == 1:
-            return cost(members).memory
-        parts = [[members[i] for i in part] for part in divide_runs(members, self.ranks)]
-        return max(cost(part, members).memory for part in parts if part)
+            return cost(runs).memory
+        parts = [[runs[i] for i in part] for part in divide_runs(runs, self.ranks)]
+        return max(cost(part, runs).memory for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -231,10 +229,10 @@ class Plan:
     calibrations: int = 0
 
     @property
-    def runs(self) -> int:
-        return sum(len(group.members) for group in self.groups)
+    def num_runs(self) -> int:
+        return sum(len(group.runs) for group in self.groups)
 
-    def say(self, finished: int = 0) -> None:
+    def print(self, finished: int = 0) -> None:
         """Print the plan: one line for the whole, and one per group.
 
         Args:
@@ -247,8 +245,8 @@ class Plan:
         seconds = sum(map(self.machine.seconds, costs))
         done = f" ({finished:,} more already finished)" if finished else ""
         say(
-            f"plan: {counted(self.runs, 'run')} in {counted(len(costs), 'group')}{done}, on "
-            f"{self.machine.described} about {format_duration(seconds)}, at most "
+            f"plan: {counted(self.num_runs, 'run')} in {counted(len(costs), 'group')}{done}, on "
+            f"{self.machine.description} about {format_duration(seconds)}, at most "
             f"{format_bytes(max(group.needs(self.machine) for group in self.groups))} of memory"
             f"{' in each' if self.machine.ranks > 1 else ''}, weights of "
             f"{format_bytes(sum(c.stored for c in costs))}"
@@ -264,41 +262,40 @@ class Plan:
         if needs > self.machine.memory:
             crowded = f" (more than the {format_bytes(self.machine.memory)} available)"
         return (
-            f"{counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
-            f"{_where(group.members)}: {_tokens(group.members)}, about "
+            f"{group.content}: {_tokens(group.runs)}, about "
             f"{format_duration(self.machine.seconds(group.cost))}, {format_bytes(needs)}{crowded}"
         )
 
 
-def make_plan(experiments: Sequence[Resolved], machine: Machine) -> Plan:
-    """Group the distinct experiments, in the order given."""
+def make_plan(runs: Sequence[RunSpec], machine: Machine) -> Plan:
+    """Group the distinct runs, in the order given."""
     groups = [
         Group.of(part)
-        for members in group_by_stream(experiments)
-        for part in split_to_fit(members, machine.memory, machine.needs)
+        for together in group_by_stream(runs)
+        for part in split_to_fit(together, machine.memory, machine.needs)
     ]
-    cells = {r.without_seeds().signature for r in experiments if r.needs_calibration}
+    cells = {r.waits_for for r in runs if r.waits_for is not None}
     return Plan(machine, tuple(groups), len(cells))
 
 
-def group_by_stream(experiments: Sequence[Resolved]) -> list[list[Resolved]]:
-    """Return the distinct experiments grouped by the stream they read, in the order given."""
-    streams: dict[str, dict[str, Resolved]] = {}
-    for resolved in experiments:
-        streams.setdefault(resolved.stream, {}).setdefault(resolved.signature, resolved)
-    return [list(members.values()) for members in streams.values()]
+def group_by_stream(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
+    """Return the distinct runs grouped by the stream they read, in the order given."""
+    streams: dict[str, dict[str, RunSpec]] = {}
+    for spec in runs:
+        streams.setdefault(spec.stream, {}).setdefault(spec.signature, spec)
+    return [list(distinct.values()) for distinct in streams.values()]
 
 
-def divide_runs(members: Sequence[Resolved], ranks: int) -> list[list[int]]:
+def divide_runs(runs: Sequence[RunSpec], ranks: int) -> list[list[int]]:
     """Divide the runs among processes, with about equal work; return their indices per process.
 
     Runs are assigned from the costliest on, each to the process with the least work. The result is
     the same on every rank.
     """
-    work = [step_flops(r) * r.experiment.training.steps for r in members]
+    work = [step_flops(r) * r.training.steps for r in runs]
     parts: list[list[int]] = [[] for _ in range(ranks)]
     load = [0.0] * ranks
-    for i in sorted(range(len(members)), key=lambda i: (-work[i], i)):
+    for i in sorted(range(len(runs)), key=lambda i: (-work[i], i)):
         least = min(range(ranks), key=load.__getitem__)
         parts[least].append(i)
         load[least] += work[i]
@@ -306,64 +303,58 @@ def divide_runs(members: Sequence[Resolved], ranks: int) -> list[list[int]]:
 
 
 def split_to_fit(
-    members: Sequence[Resolved],
+    runs: Sequence[RunSpec],
     memory: float,
-    needs: Callable[[Sequence[Resolved]], float] = lambda members: cost(members).memory,
-) -> list[list[Resolved]]:
+    needs: Callable[[Sequence[RunSpec]], float] = lambda runs: cost(runs).memory,
+) -> list[list[RunSpec]]:
     """Split runs into few groups of at most ``memory`` bytes; a run that does not fit is alone.
 
     They are split by depth, and within a hookpoint by size, so that each group reads few
     hookpoints: chunks take memory, and the model runs only up to the deepest hookpoint.
     """
-    if len(members) == 1 or needs(members) <= memory:
-        return [list(members)]
-    ordered = sorted(
-        members, key=lambda r: (r.experiment.layer, str(r.experiment.hook), r.num_latents)
-    )
-    parts: list[list[Resolved]] = []
-    for resolved in ordered:
-        if parts and needs([*parts[-1], resolved]) <= memory:
-            parts[-1].append(resolved)
+    if len(runs) == 1 or needs(runs) <= memory:
+        return [list(runs)]
+    ordered = sorted(runs, key=lambda r: (r.hookpoint.layer, str(r.hookpoint), r.num_latents))
+    parts: list[list[RunSpec]] = []
+    for spec in ordered:
+        if parts and needs([*parts[-1], spec]) <= memory:
+            parts[-1].append(spec)
         else:
-            parts.append([resolved])
+            parts.append([spec])
     return parts
 
 
 def print_start(group: Group, machine: Machine, number: int = 1, of: int = 1) -> None:
     """Print that a group starts; if there are several, briefly: the plan has its details."""
     if of > 1:
-        say(f"group {number} of {of}: {counted(len(group.members), 'SAE')} "
-            f"on {_where(group.members)}")  # fmt: skip
+        say(f"group {number} of {of}: {counted(len(group.runs), 'SAE')} "
+            f"on {_where(group.runs)}")  # fmt: skip
         return
-    trained = [r for r in group.members if r.pretrained is None]
+    trained = [r for r in group.runs if r.pretrained is None]
     if not trained:
-        say(f"measuring {counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
-            f"{_where(group.members)}")  # fmt: skip
+        say(f"measuring {group.content}")
         return
-    recipes = ", ".join(sorted({r.experiment.training.recipe for r in trained}))
+    recipes = ", ".join(sorted({r.training.recipe for r in trained}))
     say(
-        f"training {counted(len(group.members), 'SAE')} ({_kinds(group.members)}) on "
-        f"{_where(group.members)}\n"
-        f"  recipe {recipes}: {_tokens(group.members)}, "
+        f"training {group.content}\n"
+        f"  recipe {recipes}: {_tokens(group.runs)}, "
         f"{group.cost.parameters:,} parameters in all\n"
-        f"  on {machine.described}, about {format_duration(machine.seconds(group.cost))} and "
+        f"  on {machine.description}, about {format_duration(machine.seconds(group.cost))} and "
         f"{format_bytes(group.needs(machine))}{' in each' if machine.ranks > 1 else ''}"
     )
 
 
-def _where(members: Sequence[Resolved]) -> str:
-    hooks = ", ".join(sorted({str(r.experiment.hook) for r in members}))
-    return f"{members[0].model_label} {hooks}, {members[0].data.described}"
+def _where(runs: Sequence[RunSpec]) -> str:
+    hooks = ", ".join(sorted({str(r.hookpoint) for r in runs}))
+    return f"{runs[0].model_label} {hooks}, {runs[0].data.description}"
 
 
-def _kinds(members: Sequence[Resolved]) -> str:
-    found = {f"{r.sae.name} {r.num_latents:,} {r.sparsity}"
-             for r in members}  # fmt: skip
-    return ", ".join(sorted(found))
+def _kinds(runs: Sequence[RunSpec]) -> str:
+    return ", ".join(sorted({f"{r.sae.name} {r.num_latents:,} {r.sparsity}" for r in runs}))
 
 
-def _tokens(members: Sequence[Resolved]) -> str:
-    budgets = sorted({r.tokens for r in members if r.pretrained is None} or {0})
+def _tokens(runs: Sequence[RunSpec]) -> str:
+    budgets = sorted({r.tokens for r in runs if r.pretrained is None} or {0})
     told = " to ".join(f"{budget:,}" for budget in dict.fromkeys((budgets[0], budgets[-1])))
     return f"{told} tokens each"
 

@@ -1,9 +1,9 @@
-"""The results of a run, written when it has ended."""
+"""Writing of a run's results when it has ended; runs whose SAE was trained elsewhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,23 +16,20 @@ from reseed.evaluate.reconstruction import Reconstruction
 from reseed.evaluate.true_features import TruthResult
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import save_sae
+from reseed.sae.pretrained import Pretrained
 from reseed.store.runs import Run
 from reseed.system.console import say
 from reseed.system.files import atomic_write, atomic_write_text
 from reseed.train.run_state import RunState
+from reseed.train.spec import RunSpec
 
-if TYPE_CHECKING:
-    from reseed.experiment.resolve import Resolved
-    from reseed.sae.pretrained import Pretrained
-
-# MERGED A run of a group whose SAE was trained elsewhere and is only measured.
 CURVE = "step,tokens,fvu,dead_fraction,lr,seconds\n"
 """The training.csv of a run without training: only its header."""
 
 
 @final
 class PretrainedRun:
-    """An imported run, with the interface of `Member` that `reseed.train.group` needs.
+    """A run whose SAE was trained elsewhere: it is measured, through the interface of `RunState`.
 
     Args:
         id: the run's folder name.
@@ -55,7 +52,7 @@ class PretrainedRun:
             self.error = error
             say(f"failed: {id}: {error}")
 
-    def result(self) -> SAE:
+    def trained_sae(self) -> SAE:
         """Return the SAE to measure and store."""
         return self.sae
 
@@ -68,19 +65,20 @@ class PretrainedRun:
 
 
 GroupRun = RunState | PretrainedRun
+"""A run of a group: trained here, or only measured."""
 
 
-def record(
-    member: GroupRun,
-    resolved: Resolved,
+def write_results(
+    state: GroupRun,
+    spec: RunSpec,
     run: Run,
     measured: Reconstruction,
     truth: TruthResult | None,
     timings: dict[str, Any],
 ) -> None:
     """Write the results of a run, and the record's status last."""
-    save_sae(measured.sae, run.path, _metadata(member, resolved))
-    since, dead = _silence(member, measured)
+    save_sae(measured.sae, run.path, spec.metadata | {"input_scale": state.scale})
+    since, dead = _silent_latents(state, measured)
     latents = {
         "firing": measured.firing.cpu(),
         "tokens_since_fired": since.cpu(),
@@ -93,41 +91,22 @@ def record(
     if measured.moments is not None:
         moments = measured.moments.so_far().tensors()
         atomic_write(run.path / "activations.safetensors", lambda path: save_file(moments, path))
-    member.write_curve(run.path)
+    state.write_curve(run.path)
     metrics = measured.metrics() | {"dead_fraction": float(dead.double().mean())}
-    if isinstance(member, RunState) and resolved.sae.penalty_field is not None:
-        metrics["penalty_weight"] = member.sae.penalty_weight
+    if isinstance(state, RunState) and spec.sae.penalty_field is not None:
+        metrics["penalty_weight"] = state.sae.penalty_weight
     if truth is not None:
         metrics["truth"] = truth.metrics
-    seconds = member.curve.rows[-1]["seconds"] if isinstance(member, RunState) else 0.0
+    seconds = state.curve.rows[-1]["seconds"] if isinstance(state, RunState) else 0.0
     run.finish(metrics, timings=timings | {"seconds": seconds})
 
 
-def _metadata(member: GroupRun, resolved: Resolved) -> dict[str, Any]:
-    """Return the SAE's origin for sae.json."""
-    e, found = resolved.experiment, resolved.pretrained
-    own = {"seed": e.seed} if found is None else {"pretrained": found.record()}
-    return {
-        "signature": resolved.signature,
-        "model": resolved.model_label,
-        "model_fingerprint": resolved.model.fingerprint,
-        "hookpoint": str(e.hook),
-        "site": e.hookpoint.site,
-        "layer": e.layer,
-        "dataset": resolved.data.label,
-        "context_length": resolved.data.context_length,
-        "tokens": resolved.tokens,
-        **own,
-        "input_scale": member.scale,
-    }
-
-
-def _silence(
-    member: GroupRun, measured: Reconstruction
+def _silent_latents(
+    state: GroupRun, measured: Reconstruction
 ) -> tuple[Int[Tensor, " num_latents"], Bool[Tensor, " num_latents"]]:
     """Return the tokens since each latent fired, and the mask of dead latents. For an SAE that was
     trained elsewhere these are the latents that did not fire on the held-out tokens."""
-    if isinstance(member, RunState):
-        return member.tokens_since_fired, member.dead
+    if isinstance(state, RunState):
+        return state.tokens_since_fired, state.dead
     silent = measured.firing == 0
     return silent * measured.tokens, silent

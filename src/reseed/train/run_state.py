@@ -28,9 +28,7 @@ from reseed.system.files import DiskFullError, atomic_write, atomic_write_bytes
 from reseed.train.archetypes import initialise_archetypes, make_archetypal, with_plain_decoder
 from reseed.train.config import TrainingConfig
 from reseed.train.curve import Curve
-from reseed.train.optim.base import SAEAdam, SAEOptimizer, learning_rate
-from reseed.train.optim.muon import SAEMuon
-from reseed.train.optim.sign_sgd import SAESignSGD
+from reseed.train.optim import learning_rate, make_optimizer, peak_lr
 
 
 class NotFiniteError(ReseedError, ArithmeticError):
@@ -44,25 +42,6 @@ class NotFiniteError(ReseedError, ArithmeticError):
     def __init__(self, what: str, step: int) -> None:
         super().__init__(f"{what} not finite at step {step}")
         self.step = step
-
-
-def make_optimizer(sae: SAE, training: TrainingConfig) -> SAEOptimizer:
-    """Make the optimiser that the training options ask for."""
-    lr = training.peak_lr(sae.config, sae.num_latents)
-    options: dict[str, Any] = {
-        "encoder_weight_decay": training.encoder_weight_decay,
-        "decoder_weight_decay": training.decoder_weight_decay,
-        "max_grad_norm": training.gradient_clip,
-        "train_b_dec": training.b_dec == "learned",
-        "aligned": training.aligned,
-    }
-    if training.optimizer == "sign_sgd":
-        return SAESignSGD(sae, lr, momentum=training.momentum, **options)
-    options |= {"betas": (training.beta1, training.beta2), "eps": training.eps}
-    if training.optimizer == "muon":
-        adam_lr = training.adam_lr(sae.config, sae.num_latents)
-        return SAEMuon(sae, lr, adam_lr=adam_lr, momentum=training.momentum, **options)
-    return SAEAdam(sae, lr, **options)
 
 
 def _generator(purpose: str, seed: int) -> torch.Generator:
@@ -103,7 +82,7 @@ class RunState:
             count = training.archetypes or self.sae.num_latents
             make_archetypal(self.sae, count, training.archetype_relaxation)
         self.optimizer = make_optimizer(self.sae, training)
-        self.peak_lr = training.peak_lr(config, self.sae.num_latents)
+        self.peak_lr = peak_lr(training, config, self.sae.num_latents)
         self.tokens_since_fired: Int[Tensor, " num_latents"] = torch.zeros(
             self.sae.num_latents, dtype=torch.int64, device=device
         )
@@ -121,7 +100,7 @@ class RunState:
         return self.error is None and self.step < self.training.steps
 
     @property
-    def broken(self) -> bool:
+    def failed(self) -> bool:
         """True if the run failed or its loss was not finite at some step."""
         return self.error is not None or int(self._first_bad) >= 0
 
@@ -131,7 +110,7 @@ class RunState:
         return self.tokens_since_fired >= self.training.dead_after()
 
     @contextmanager
-    def failing_alone(self) -> Iterator[None]:
+    def catch_error(self) -> Iterator[None]:
         """Keep an error inside the context as this run's `error`, so that the group continues."""
         try:
             yield
@@ -176,7 +155,7 @@ class RunState:
         if self.training.start == "truth":
             assert truth is not None
             self._start_at(truth)
-        self.optimizer.constraints.hold(dict(self.sae.named_parameters()))
+        self.optimizer.constraints.project(dict(self.sae.named_parameters()))
 
     @torch.no_grad()
     def _start_at(self, truth: Float[Tensor, "features d_in"]) -> None:
@@ -196,7 +175,7 @@ class RunState:
             state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
             atomic_write_bytes(path, to_safetensors(state))
 
-    def result(self) -> SAE:
+    def trained_sae(self) -> SAE:
         """Return the SAE to measure and store: for raw activations, with a plain W_dec.
 
         With a schedule-free optimiser it has the mean weights. The curve and running thresholds
@@ -265,13 +244,13 @@ class RunState:
             raise NotFiniteError("the weights are", self.step)
         if self.ranks.several:
             own = [float(p.detach().double().sum()) for p in weights]
-            if any(other != own for other in self.ranks.collect(own)):
+            if any(other != own for other in self.ranks.gather_objects(own)):
                 raise ReseedError(
                     f"{self.id}: the ranks that trained it together have different weights; check "
                     "that their devices and library versions are the same"
                 )
 
-    def log(self, seconds: float) -> dict[str, float]:
+    def close_curve_row(self, seconds: float) -> dict[str, float]:
         """Close and return a row of the curve: means since the last one.
 
         Args:

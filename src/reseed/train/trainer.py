@@ -1,4 +1,9 @@
-"""The Lightning strategy for processes that share each batch (`reseed.distributed.process_group`)."""
+"""Lightning's side of training: a module for many SAEs on one stream, its data, and the strategy.
+
+StreamDataset   the stream in blocks of whole batches      ActivationData   feeds them
+GroupModule     trains every run of the group on each block
+SharedBatchStrategy   for processes that share each batch (`reseed.distributed.process_group`)
+"""
 
 from __future__ import annotations
 
@@ -11,109 +16,20 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.nn import Module
 from torch.utils.data import DataLoader, IterableDataset
 
+from reseed.activations.dataset import STRIPES, Position
 from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.stream import STRIPES, ChunkStream, Position
+from reseed.activations.stream import ChunkStream
 from reseed.distributed.process_group import ALONE, PATIENCE, ProcessGroup
 from reseed.train.run_state import RunState
 
-
-# MERGED The stream of activations as a data set for Lightning.
-# MERGED The Lightning module that trains many SAEs on one stream.
-class RanksEnvironment(ClusterEnvironment):
-    """The environment of processes that are already started and connected."""
-
-    def __init__(self, ranks: ProcessGroup) -> None:
-        self.ranks = ranks
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
-    def main_address(self) -> str:
-        raise RuntimeError("the ranks have met already")
-
-    @property
-    def main_port(self) -> int:
-        raise RuntimeError("the ranks have met already")
-
-    @staticmethod
-    def detect() -> bool:
-        return False
-
-    def world_size(self) -> int:
-        return self.ranks.count
-
-    def set_world_size(self, size: int) -> None:
-        pass
-
-    def global_rank(self) -> int:
-        return self.ranks.index
-
-    def set_global_rank(self, rank: int) -> None:
-        pass
-
-    def local_rank(self) -> int:
-        return self.ranks.local_index
-
-    def node_rank(self) -> int:
-        return self.ranks.index // self.ranks.local_count
-
-
-class RanksStrategy(DDPStrategy):
-    """The strategy of data-parallel training, without the wrapper `DistributedDataParallel`.
-
-    The wrapper averages the gradients of one backward pass over all parameters, but every SAE of a
-    group makes its own backward passes and steps, as many as its budget and batch size need.
-    `Member.train` averages the gradients instead.
-    """
-
-    def __init__(self, ranks: ProcessGroup) -> None:
-        super().__init__(cluster_environment=RanksEnvironment(ranks), timeout=PATIENCE)
-
-    def _configure_launcher(self) -> None:
-        """Launch nothing and leave the number of threads to us."""
-
-    def _setup_model(self, model: Module) -> Module:  # pyright: ignore
-        return model
-
-    def _register_ddp_hooks(self) -> None:
-        pass
-
-
-def trainer_options(ranks: ProcessGroup, device: torch.device) -> dict[str, Any]:
-    """Return the options of a `lightning.Trainer` for devices and processes.
-
-    Args:
-        ranks: the processes that share each batch, and only those. Lightning synchronises them
-            before every block; with ``runtime=spread`` processes take blocks at their own pace and
-            would deadlock.
-    """
-    accelerator = "gpu" if device.type == "cuda" else "cpu"
-    if ranks.several:
-        return {
-            "accelerator": accelerator,
-            "devices": ranks.local_count,
-            "num_nodes": ranks.count // ranks.local_count,
-            "strategy": RanksStrategy(ranks),
-        }
-    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-
-    return {
-        "accelerator": accelerator,
-        "devices": [device.index or 0] if device.type == "cuda" else 1,
-        "plugins": [LightningEnvironment()],  # under SLURM too: our launcher requeues jobs
-    }
-
-
-LONGEST_STEPS = 64
+MAX_BLOCK_STEPS = 64
 """Most batches of the smallest size in a block; it always holds one batch of every size."""
-LONGEST_BYTES = 32 * 2**20
+MAX_BLOCK_BYTES = 32 * 2**20
 """Most bytes of activations in a block, with the same exception."""
 BLOCK_SECONDS = 0.5
 """Seconds that the group should take for a block: long enough that the work between blocks
@@ -154,9 +70,9 @@ class StreamDataset(IterableDataset[Block]):
     ) -> None:
         super().__init__()
         self.stream, self.start, self.stop, self.ranks = stream, start, stop, ranks
-        parts = [size // STRIPES for size in batch_sizes]
-        self.unit, self.smallest = math.lcm(*parts), min(parts)
-        self._most = max(1, LONGEST_STEPS * self.smallest // self.unit)
+        rows = [size // STRIPES for size in batch_sizes]
+        self.unit, self.smallest = math.lcm(*rows), min(rows)
+        self._most = max(1, MAX_BLOCK_STEPS * self.smallest // self.unit)
         self._units = 1
 
     def __iter__(self) -> Iterator[Block]:
@@ -172,18 +88,18 @@ class StreamDataset(IterableDataset[Block]):
             return
         dealt = self.stream.chunk(chunk)
         row_bytes = sum(len(x) * x.shape[2] * x.element_size() for x in dealt.values())
-        most = max(1, min(self._most, LONGEST_BYTES // (row_bytes * self.unit)))
+        most = max(1, min(self._most, MAX_BLOCK_BYTES // (row_bytes * self.unit)))
         while row < rows and Position(chunk, row) < self.stop:
             end = min(row + min(self._units, most) * self.unit, rows)
             started = time.perf_counter()
             yield Block(chunk, row, end, {hook: x[:, row:end] for hook, x in dealt.items()})
-            self._pace(time.perf_counter() - started)
+            self._choose_length(time.perf_counter() - started)
             row = end
 
-    def _pace(self, seconds: float) -> None:
+    def _choose_length(self, seconds: float) -> None:
         """Choose the length of the next block by the time that the last one took."""
         if self.ranks.several:
-            seconds = float(self.ranks.largest_(torch.tensor(seconds)))
+            seconds = float(self.ranks.max_(torch.tensor(seconds)))
         if seconds < BLOCK_SECONDS / 2:
             self._units = min(2 * self._units, self._most)
         elif seconds > BLOCK_SECONDS:
@@ -214,50 +130,135 @@ class GroupModule(L.LightningModule):
     Attributes:
         after_step: called with a run after each of its steps; may set its `error`.
         stopping: whether to leave the block unfinished after the current step.
-        wish: whether this rank wants to stop; ranks that share each batch stop together.
+        wants_to_stop: whether this rank wants to stop; ranks that share each batch stop together.
     """
 
     def __init__(
-        self, members: Sequence[RunState], stream: ChunkStream, ranks: ProcessGroup = ALONE
+        self, runs: Sequence[RunState], stream: ChunkStream, ranks: ProcessGroup = ALONE
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.members = list(members)
-        self.saes = nn.ModuleList(member.sae for member in members)
+        self.runs = list(runs)
+        self.saes = nn.ModuleList(run.sae for run in runs)
         self.stream = stream
-        self.after_step: Callable[[RunState], None] = lambda member: None
+        self.after_step: Callable[[RunState], None] = lambda run: None
         self.ranks = ranks
-        self.stopping = self.wish = False
+        self.stopping = self.wants_to_stop = False
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [member.optimizer for member in self.members]
+        return [run.optimizer for run in self.runs]
 
     def training_step(self, batch: Block, batch_idx: int) -> Tensor | None:
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        for member, optimizer in zip(self.members, optimizers, strict=True):
-            for x in self._batches(member, batch):
-                with member.failing_alone():
-                    member.train(x, optimizer)
-                    self.after_step(member)
+        for run, optimizer in zip(self.runs, optimizers, strict=True):
+            for x in self._batches(run, batch):
+                with run.catch_error():
+                    run.train(x, optimizer)
+                    self.after_step(run)
                 if self.ranks.several:
-                    self.stopping = bool(self.ranks.largest_(torch.tensor(int(self.wish))))
+                    self.stopping = bool(self.ranks.max_(torch.tensor(int(self.wants_to_stop))))
                 if self.stopping:
                     return None
         return None
 
-    def _batches(self, member: RunState, block: Block) -> Iterator[Float[Tensor, "batch d_in"]]:
+    def _batches(self, run: RunState, block: Block) -> Iterator[Float[Tensor, "batch d_in"]]:
         """Yield the batches of a block that a run still needs. A run may be ahead of the stream if
         its checkpoint is newer than another run's."""
-        size = member.training.batch_size
-        part = size // STRIPES
-        first = self.stream.steps_before(block.chunk, size) + block.start // part
-        x = block.activations[member.hookpoint]
-        for number in range((block.stop - block.start) // part):
-            if member.active and member.step == first + number:
-                yield x[:, number * part : (number + 1) * part].flatten(0, 1)
+        size = run.training.batch_size
+        rows = size // STRIPES
+        first = self.stream.steps_before(block.chunk, size) + block.start // rows
+        x = block.activations[run.hookpoint]
+        for number in range((block.stop - block.start) // rows):
+            if run.active and run.step == first + number:
+                yield x[:, number * rows : (number + 1) * rows].flatten(0, 1)
 
     @property
-    def working(self) -> bool:
+    def active(self) -> bool:
         """True while any run still has steps to make."""
-        return any(member.active for member in self.members)
+        return any(run.active for run in self.runs)
+
+
+class ConnectedEnvironment(ClusterEnvironment):
+    """The environment of processes that are already started and connected."""
+
+    def __init__(self, ranks: ProcessGroup) -> None:
+        self.ranks = ranks
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        raise RuntimeError("the ranks have met already")
+
+    @property
+    def main_port(self) -> int:
+        raise RuntimeError("the ranks have met already")
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self.ranks.count
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.ranks.index
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return self.ranks.local_index
+
+    def node_rank(self) -> int:
+        return self.ranks.index // self.ranks.local_count
+
+
+class SharedBatchStrategy(DDPStrategy):
+    """The strategy of data-parallel training, without the wrapper `DistributedDataParallel`.
+
+    The wrapper averages the gradients of one backward pass over all parameters, but every SAE of a
+    group makes its own backward passes and steps, as many as its budget and batch size need.
+    `RunState.train` averages the gradients instead.
+    """
+
+    def __init__(self, ranks: ProcessGroup) -> None:
+        super().__init__(cluster_environment=ConnectedEnvironment(ranks), timeout=PATIENCE)
+
+    def _configure_launcher(self) -> None:
+        """Launch nothing and leave the number of threads to us."""
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # pyright: ignore
+        return model
+
+    def _register_ddp_hooks(self) -> None:
+        pass
+
+
+def trainer_options(ranks: ProcessGroup, device: torch.device) -> dict[str, Any]:
+    """Return the options of a `lightning.Trainer` for devices and processes.
+
+    Args:
+        ranks: the processes that share each batch, and only those. Lightning synchronises them
+            before every block; with ``runtime=spread`` processes take blocks at their own pace and
+            would deadlock.
+    """
+    accelerator = "gpu" if device.type == "cuda" else "cpu"
+    if ranks.several:
+        return {
+            "accelerator": accelerator,
+            "devices": ranks.local_count,
+            "num_nodes": ranks.count // ranks.local_count,
+            "strategy": SharedBatchStrategy(ranks),
+        }
+    return {
+        "accelerator": accelerator,
+        "devices": [device.index or 0] if device.type == "cuda" else 1,
+        "plugins": [LightningEnvironment()],  # under SLURM too: our launcher requeues jobs
+    }

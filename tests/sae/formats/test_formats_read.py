@@ -177,7 +177,7 @@ def test_dictionary_learning_is_read(kind, tensors, formula, name, tmp_path):
     assert_same(found.sae, x, latents, decoded(p, latents))
     assert (found.sae.config.name, found.metadata["layer"]) == (name, 3)
     if name == "matryoshka":
-        assert found.sae.config.ends(F) == (5, 15, 40)
+        assert found.sae.config.prefix_sizes(F) == (5, 15, 40)
 
 
 def test_an_unset_threshold_lets_all_positive_latents_through(tmp_path):

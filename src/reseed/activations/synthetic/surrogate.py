@@ -18,10 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.activations.cache import ActivationCache
+from reseed.activations.dataset import STRIPES, DatasetConfig
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.moments import Moments
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource
-from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, deal_stripes, generator
+from reseed.activations.stream import ChunkStream, deal_stripes, generator
 
 _TRAINING, _HELD_OUT = 0x6761757373, 0x6761757374  # first word of the seeds of each split
 _BLOCK = 4_096
@@ -94,7 +95,7 @@ class GaussianStream(ChunkStream):
         super().__init__(config, list(gaussians), device)
         self.gaussians = gaussians
 
-    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
+    def _compute_chunk(self, c: int) -> dict[Hookpoint, Tensor]:
         tokens = self.config.chunk_tokens
         drawn = _drawn(self.gaussians, tokens, _TRAINING, self.config.order_seed, c)
         order = self._permutation(c, tokens // STRIPES)

@@ -9,31 +9,23 @@ sample is a pure function of the generator's seed, and memory does not grow with
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Self
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from reseed.activations.cache import ActivationCache
-from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource
-from reseed.activations.stream import STRIPES, ChunkStream, DatasetConfig, deal_stripes, generator
-from reseed.activations.synthetic.config import (
-    GeneratedConfig,
-    WorldConfig,
+from reseed.activations.stream import generator
+from reseed.activations.synthetic.settings import (
+    WorldSettings,
     correlation_root,
     firing_given_parent,
     levels_of,
     parents_of,
 )
-from reseed.errors import ConfigError
 
-# MERGED A synthetic world as a source of activations, in place of a language model.
 _BLOCK = 1 << 22
 """Draws (tokens · features) made at once; changing it changes the sample of a seed."""
 _DICTIONARY, _GROUPS, _FACTORS = 0x776F726C64, 0x776F726C65, 0x776F726C66
@@ -91,7 +83,7 @@ class World:
         groups: an orthonormal basis of each group's subspace.
     """
 
-    def __init__(self, config: WorldConfig) -> None:
+    def __init__(self, config: WorldSettings) -> None:
         self.config = config
         self.dictionary: Float[Tensor, "features d_in"] = _directions(config)
         self.groups: Float[Tensor, "groups rank d_in"] = _orthonormal(
@@ -123,13 +115,8 @@ class World:
         there = value > 0  # a magnitude may be drawn below 0
         token, feature, value = token[there], feature[there], value[there]
         counts = torch.bincount(token, minlength=tokens)
-        x = F.embedding_bag(
-            feature,
-            self.dictionary,
-            counts.cumsum(0) - counts,
-            mode="sum",
-            per_sample_weights=value,
-        )
+        begins = counts.cumsum(0) - counts
+        x = F.embedding_bag(feature, self.dictionary, begins, mode="sum", per_sample_weights=value)
         return Sample(x, token, feature, value, self._add_groups(x, random))
 
     def _fire(self, tokens: int, random: torch.Generator) -> Bool[Tensor, "tokens features"]:
@@ -188,7 +175,7 @@ def _draw_one_per_family(
     return order[last]
 
 
-def _directions(config: WorldConfig) -> Float[Tensor, "features d_in"]:
+def _directions(config: WorldSettings) -> Float[Tensor, "features d_in"]:
     random = generator(_DICTIONARY, config.seed)
     if config.dictionary == "orthogonal":
         return _orthonormal(1, config.num_features, config.d_in, random)[0].float()
@@ -208,155 +195,10 @@ def _orthonormal(
     return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).mT.contiguous()
 
 
-def _factors(config: WorldConfig) -> tuple[Float[Tensor, "features rank"], Float[Tensor, " f"]]:
+def _factors(config: WorldSettings) -> tuple[Float[Tensor, "features rank"], Float[Tensor, " f"]]:
     """Return the weights of the common factors and of the own noise; their squares sum to 1."""
     random = generator(_FACTORS, config.seed)
     shape = (config.num_features, config.copula_rank)
     weights = config.copula_scale * torch.randn(*shape, generator=random, dtype=torch.float64)
     own = (1 + weights.square().sum(1)).rsqrt()
     return (weights * own[:, None]).float(), own.float()
-
-
-_TRAINING, _HELD_OUT = 0x746F6B656E, 0x746F6B656F  # first word of the seeds of each split
-_HELD_OUT_BLOCK = 4_096
-"""Held-out tokens drawn at once. Fixed, so that a longer request begins with the shorter one."""
-_NORMAL = 30.0
-"""Approximate number of operations per normal draw."""
-
-
-@dataclass(frozen=True)
-class ResolvedWorld(ResolvedSource):
-    """A validated world, fully determined by its configuration."""
-
-    config: WorldConfig
-    label: str
-    fingerprint: str
-
-    @property
-    def num_features(self) -> int:
-        return self.config.num_features
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        return {}  # the configuration is signed already
-
-    def check(self, hookpoint: Hookpoint) -> None:
-        """Raise `ConfigError` unless ``hookpoint`` is the world's only one, resid_post.0."""
-        if hookpoint.layer != 0:
-            raise ConfigError(
-                f"{{key}} must be 0: {self.label} is a world and has one layer; "
-                f"got {hookpoint.layer}",
-                "layer",
-            )
-        if hookpoint.site != "resid_post":
-            raise ConfigError(
-                f"{{key}} must be resid_post: {self.label} is a world and has one site; "
-                f"got {hookpoint.site}",
-                "hookpoint.site",
-            )
-
-    def d_in(self, hookpoint: Hookpoint) -> int:
-        return self.config.d_in
-
-    def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
-        if not isinstance(config, GeneratedConfig):
-            raise ConfigError(
-                f"{{key}}={config.name} is a text; model={self.label} is a world and makes its own "
-                "activations: dataset=generated"
-            )
-        return ResolvedWorldData(self.config, config)
-
-
-@dataclass(frozen=True)
-class ResolvedWorldData(ResolvedData):
-    """A world, with the order and the chunk size of its activations."""
-
-    world: WorldConfig
-    config: GeneratedConfig
-
-    @property
-    def label(self) -> str:
-        return "generated"
-
-    @property
-    def described(self) -> str:
-        return "generated activations"
-
-    @property
-    def context_length(self) -> None:
-        return None
-
-    @property
-    def fingerprints(self) -> Mapping[str, str]:
-        return {}
-
-    def in_order(self, order_seed: int) -> Self:
-        return replace(self, config=replace(self.config, order_seed=order_seed))
-
-    @property
-    def weight_bytes(self) -> int:
-        rows = self.world.num_features + self.world.groups * self.world.group_rank
-        return 4 * rows * self.world.d_in
-
-    def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """Count a normal draw per feature, its factors, and the rows of the features that fire."""
-        config = self.world
-        active = float(firing_given_parent(config).sum()) + config.groups * config.group_rank
-        drawn = config.num_features * (_NORMAL + 2.0 * config.copula_rank)
-        return drawn + 2.0 * active * config.d_in
-
-    def check_budget(self, steps: int, batch_size: int) -> None:
-        """Accept every budget: a world is endless."""
-
-    def open(
-        self, device: torch.device, needed: int, cache: ActivationCache | None = None
-    ) -> WorldSource:
-        return WorldSource(World(self.world), self.config, device)
-
-
-class WorldSource(ActivationSource):
-    """Activations drawn from a world.
-
-    Training chunks are seeded by (world's seed, order seed, c), held-out tokens by the world's seed
-    alone.
-    """
-
-    world: World
-
-    def __init__(self, world: World, config: GeneratedConfig, device: torch.device) -> None:
-        self.world, self.config, self.device = world, config, device
-
-    def stream(self, hookpoints: Sequence[Hookpoint]) -> WorldStream:
-        return WorldStream(self.world, self.config, hookpoints, self.device)
-
-    def held_out(
-        self, hookpoints: Sequence[Hookpoint], tokens: int
-    ) -> Iterator[dict[Hookpoint, Tensor]]:
-        for sample in self.held_out_samples(tokens):
-            x = sample.x.to(self.device)
-            yield dict.fromkeys(hookpoints, x)
-
-    def held_out_samples(self, tokens: int) -> Iterator[Sample]:
-        for first in range(0, tokens, _HELD_OUT_BLOCK):
-            random = generator(_HELD_OUT, self.world.config.seed, first // _HELD_OUT_BLOCK)
-            yield self.world.sample(_HELD_OUT_BLOCK, random).first(tokens - first)
-
-
-class WorldStream(ChunkStream):
-    """An endless stream; chunk c is an independent sample."""
-
-    def __init__(
-        self,
-        world: World,
-        config: GeneratedConfig,
-        hookpoints: Sequence[Hookpoint],
-        device: torch.device,
-    ) -> None:
-        super().__init__(config, hookpoints, device)
-        self.world = world
-
-    def _dealt(self, c: int) -> dict[Hookpoint, Tensor]:
-        random = generator(_TRAINING, self.world.config.seed, self.config.order_seed, c)
-        x = self.world.sample(self.config.chunk_tokens, random).x.to(self.device)
-        order = self._permutation(c, self.config.chunk_tokens // STRIPES)
-        return dict.fromkeys(self.hookpoints, deal_stripes(x, order))

@@ -1,36 +1,34 @@
 """Commands with hydra/launcher=slurm (train, evaluate, compare, run): submit jobs, wait for them,
-print the outcome."""
+print the outcome; and cancel them (`reseed cancel`)."""
 
 from __future__ import annotations
 
 import signal
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from reseed.cli.cluster.queue import QueueError, Record, cancel
 from reseed.cli.cluster.settings import SlurmSettings
 from reseed.cli.cluster.states import DONE, QueueSnapshot, counts, failed_jobs, other_jobs, states
 from reseed.cli.cluster.submit import Work, planning, submit
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.run_selection import SavedRun
+from reseed.cli.plan import Job, failure_lines
+from reseed.compare.config import ComparisonConfig
 from reseed.errors import Interrupted
+from reseed.evaluate.base import EvaluationConfig
 from reseed.store.runs import RunStore
 from reseed.store.sweeps import Sweep
+from reseed.study.collect import cells_of, collect
+from reseed.study.compare import is_complete
+from reseed.study.evaluate import SavedRun
 from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import Machine, make_plan
 
-if TYPE_CHECKING:
-    from reseed.cli.plan import Job
-    from reseed.compare.config import ComparisonConfig
-    from reseed.evaluate.base import EvaluationConfig
-
-# MERGED Cancellation of the SLURM jobs of a sweep.
 _SPEAK_S = 30.0
 
 
-def launch(
+def run_on_cluster(
     line: CommandLine,
     jobs: Sequence[Job],
     runtime: RuntimeConfig,
@@ -126,16 +124,16 @@ def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) ->
     store = RunStore(runtime.outputs)
     distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
     missing = [r for r in distinct if not r.run(store).finished]
-    plan = make_plan(missing, Machine.of(planning(settings, runtime)))
+    plan = make_plan([r.spec for r in missing], Machine.of(planning(settings, runtime)))
     if runtime.tflops is not None or not missing:  # without tflops, times on a node are unknown
-        plan.say(finished=len(distinct) - len(missing))
+        plan.print(finished=len(distinct) - len(missing))
         return
     finished = len(distinct) - len(missing)
     done = f" ({finished:,} more already finished)" if finished else ""
     jobs_told = f"{counted(len(missing), 'run')} in {counted(len(plan.groups), 'job')}"
     say(f"plan: {jobs_told}{done}; runtime.tflops=... would give hours")
     for group in plan.groups:
-        say(f"  {group.described}")
+        say(f"  {group.description}")
 
 
 def _follow(sweep: Sweep, poll_s: float) -> None:
@@ -172,16 +170,12 @@ def _stopped(stop: KeyboardInterrupt, sweep: Sweep) -> Interrupted:
 
 
 def _cells(sweep: Sweep, comparison: ComparisonConfig) -> tuple[tuple[tuple[str, str], ...], ...]:
-    from reseed.study.collect import cells_of
-
     return tuple(tuple(axes.items()) for axes in cells_of(sweep, comparison))
 
 
 def _complete(
     sweep: Sweep, comparison: ComparisonConfig, cells: Sequence[tuple[tuple[str, str], ...]]
 ) -> set[tuple[tuple[str, str], ...]]:
-    from reseed.cli.compare import is_complete
-
     found = set()
     for cell in cells:
         axes = dict(cell)
@@ -198,8 +192,6 @@ def _ended(
     waited: bool,
 ) -> int:
     """Print the failures and the tables, and return the exit status."""
-    from reseed.cli.train import failure_lines
-
     seen = QueueSnapshot.now(sweep)
     store = RunStore(runtime.outputs)
     lacking = [state for state in states(sweep, seen) if state.state != DONE]
@@ -219,8 +211,6 @@ def _ended(
     not_done = failed_jobs(seen)
     for message in not_done:
         say(message)
-    from reseed.study.collect import collect
-
     complete = collect(sweep, comparison)
     return 0 if complete and not lacking and not not_done else 1
 

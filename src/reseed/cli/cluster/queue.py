@@ -1,4 +1,10 @@
-"""State of jobs from SLURM's commands (squeue, sacct, scontrol), and scancel."""
+"""SLURM's jobs: their state from its commands (squeue, sacct, scontrol), and the submitted ones.
+
+sweeps/<sweep>/slurm/
+    jobs.json     one entry per job: its id, kind and runs
+    .lock         held by a process that submits or cancels
+    <id>_0_log.out, <id>_0_log.err      output of the jobs
+"""
 
 from __future__ import annotations
 
@@ -15,7 +21,6 @@ from pathlib import Path
 from reseed.errors import ReseedError
 from reseed.system.files import atomic_write_json, lock_file
 
-# MERGED Record of the jobs submitted for a sweep, in the sweep's folder. sweeps/<sweep>/slurm/ jobs.json one entry per job: its id, kind and runs .lock held by a process that submits or cancels <id>_0_log.out, <id>_0_log.err output of the jobs
 RUNNING = ("RUNNING", "CONFIGURING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED")
 _PATIENCE_S = 30
 _NEVER = ("DependencyNeverSatisfied", "InvalidAccount", "InvalidQOS")

@@ -1,4 +1,7 @@
-"""State of every run of a sweep, from its folder, the record of jobs, and SLURM's queue."""
+"""State of every run of a sweep, from its folder, the record of jobs, and SLURM's queue.
+
+`print_sweep` and `watch` show it: ``reseed status SWEEP``, once or repeatedly.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from reseed.cli.cluster.queue import (
@@ -24,11 +26,10 @@ from reseed.cli.cluster.queue import (
     queue,
     there_is_slurm,
 )
-from reseed.cli.run_selection import complete_name
 from reseed.store.runs import PROGRESS_FILE, Run
 from reseed.store.sweeps import Sweep
+from reseed.system.console import console, print_rows, say
 
-# MERGED ``reseed status SWEEP``: show its runs from files and SLURM's queue, once or repeatedly.
 QUEUED, STARTING, RUNNING, DONE, FAILED = "queued", "starting", "running", "done", "failed"
 _PLAIN = {"missing": "not started"}
 _WAITS = {"BeginTime": "requeued", "Dependency": "after other jobs"}
@@ -216,23 +217,6 @@ def counts(found: list[RunState]) -> str:
     return ", ".join(told)
 
 
-def find_sweep(word: str, root: Path) -> Sweep:
-    """Return the sweep that a word names: a folder, a name under ``root``, or the start of one.
-
-    Raises:
-        ReseedError: no sweep matches, or several do.
-    """
-    from reseed.errors import ReseedError, nearest
-
-    for folder in (Path(word), root / word):
-        if (folder / "manifest.jsonl").is_file():
-            return Sweep(folder)
-    names = sorted(p.parent.name for p in root.glob("*/manifest.jsonl"))
-    if name := complete_name(word, names):
-        return Sweep(root / name)
-    raise ReseedError(f"there is no sweep {word} in {root}/.{nearest(word, names)}")
-
-
 COLUMNS = ("run", "state", "tokens", "of", "%", "tokens/s")
 WATCH_S = 5.0
 _ON = ("running", "starting", "queued", "submitted")
@@ -244,9 +228,6 @@ def print_sweep(sweep: Sweep) -> bool:
     Returns:
         True if a job or run is queued or running.
     """
-    from reseed.cli.status import print_rows
-    from reseed.system.console import say
-
     seen = QueueSnapshot.now(sweep)
     found = states(sweep, seen)
     title = f"{sweep.path}/: {counts(found)}"
@@ -265,8 +246,6 @@ def print_sweep(sweep: Sweep) -> bool:
 
 def watch(sweep: Sweep, every_s: float = WATCH_S) -> None:
     """Print a sweep repeatedly until nothing is queued or running; clear a terminal each time."""
-    from reseed.system.console import console
-
     while True:
         if console().is_terminal:
             console().clear()

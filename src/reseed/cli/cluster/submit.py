@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from reseed.cli.cluster.queue import COLLECT, COMPARE, EVALUATE, TRAIN, Record, Submitted, queue
 from reseed.cli.cluster.settings import SlurmSettings
 from reseed.cli.cluster.tasks import Collect, Compare, Evaluate, Task, Train, in_words
-from reseed.cli.run_selection import SavedRun
 from reseed.config import digest
 from reseed.errors import ReseedError
 from reseed.evaluate.base import EvaluationConfig
 from reseed.experiment.resolve import Resolved, cache_folder
 from reseed.store.runs import RunStore
 from reseed.store.sweeps import Sweep
+from reseed.study.evaluate import SavedRun
 from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import MEMORY_SHARE, Group, Machine, make_plan
@@ -95,7 +95,8 @@ def submit(work: Work, compared: set[tuple[tuple[str, str], ...]]) -> list[Submi
         new: list[Submitted] = []
         stage = _Stage(work, record)
         if missing:
-            groups = make_plan(missing, Machine.of(planning(work.settings, work.runtime))).groups
+            machine = Machine.of(planning(work.settings, work.runtime))
+            groups = make_plan([r.spec for r in missing], machine).groups
             _say_plan(groups, active)
             new += stage.submit([_train(work, group) for group in groups], TRAIN, [])
         made: list[Submitted] = []
@@ -160,18 +161,20 @@ def planning(s: SlurmSettings, r: RuntimeConfig) -> RuntimeConfig:
 
 
 def _say_plan(groups: Sequence[Group], active: Sequence[Submitted]) -> None:
-    runs = sum(len(group.members) for group in groups)
+    runs = sum(len(group.runs) for group in groups)
     already = sum(len(job.runs) for job in active if job.kind == TRAIN)
     more = f" ({counted(already, 'run')} submitted before)" if already else ""
     say(f"submitting {counted(runs, 'run')} in {counted(len(groups), 'job')}{more}")
     for group in groups:
-        say(f"  {group.described}")
+        say(f"  {group.description}")
 
 
 def _train(work: Work, group: Group) -> tuple[Task, Submitted]:
-    experiments = tuple(r.experiment for r in group.members)
-    signatures = tuple(r.signature for r in group.members)
-    task = Train(os.getcwd(), experiments, signatures, work.nodes_runtime)
+    experiments = {r.signature: r.experiment for r in work.experiments}
+    signatures = tuple(spec.signature for spec in group.runs)
+    task = Train(
+        os.getcwd(), tuple(experiments[s] for s in signatures), signatures, work.nodes_runtime
+    )
     return task, _entry(TRAIN, runs=signatures)
 
 

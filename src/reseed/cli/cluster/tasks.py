@@ -15,15 +15,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from reseed.compare.config import ComparisonConfig
+from reseed.distributed.launcher import join_slurm
+from reseed.distributed.worker import run_worker
 from reseed.errors import Interrupted, ReseedError
-from reseed.store.runs import RunStore
-
-if TYPE_CHECKING:
-    from reseed.evaluate.base import EvaluationConfig
-    from reseed.experiment.resolve import Experiment
-    from reseed.train.config import RuntimeConfig
+from reseed.evaluate.base import EvaluationConfig
+from reseed.experiment.declared import Experiment
+from reseed.experiment.resolve import resolve_experiment
+from reseed.store.runs import Run, RunStore
+from reseed.store.sweeps import Sweep
+from reseed.study.collect import collect, collect_evaluated
+from reseed.study.compare import compare_cell_of
+from reseed.study.evaluate import Evaluator, saved_run
+from reseed.study.train import train_missing
+from reseed.system.console import counted
+from reseed.system.devices import pick_device
+from reseed.train.config import RuntimeConfig
 
 OUT_OF_RETRIES = "out of retries"
 
@@ -147,14 +156,7 @@ class Train(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
-        from reseed.experiment.resolve import resolve_experiment
-        from reseed.study.train import train_missing
-
         if is_worker():
-            from reseed.distributed.launcher import join_slurm
-            from reseed.distributed.worker import run_worker
-            from reseed.system.devices import pick_device
-
             run_worker(join_slurm(pick_device(self.runtime.device).type))
             return
         resolved = [resolve_experiment(e, self.runtime) for e in self.experiments]
@@ -171,8 +173,6 @@ class Train(Task):
 
     def give_up(self, reason: str) -> None:
         """Mark the unfinished runs as failed, with the reason."""
-        from reseed.experiment.resolve import resolve_experiment
-
         error = ReseedError(
             f"{OUT_OF_RETRIES}: its job reached the time limit more often than "
             "hydra.launcher.max_num_timeout allows. The same command goes on from the last "
@@ -205,11 +205,6 @@ class Evaluate(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
-        from reseed.cli.run_selection import saved_run
-        from reseed.store.runs import Run
-        from reseed.study.evaluate import Evaluator
-        from reseed.system.console import counted
-
         there = [Path(folder) for folder in self.runs if Run(Path(folder)).finished]
         bench = Evaluator([saved_run(folder, self.runtime) for folder in there], self.runtime)
         error = bench.outcome(self.config)
@@ -229,10 +224,6 @@ class Compare(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
-        from reseed.cli.compare import compare_cell_of
-        from reseed.compare.config import ComparisonConfig
-        from reseed.store.sweeps import Sweep
-
         sweep = Sweep(Path(self.sweep))
         axes = dict(self.axes)
         settings = ComparisonConfig.from_dict(sweep.settings, "comparison")
@@ -251,10 +242,6 @@ class Collect(Task):
     compared: bool
 
     def work(self) -> None:
-        from reseed.compare.config import ComparisonConfig
-        from reseed.store.sweeps import Sweep
-        from reseed.study.collect import collect, collect_evaluated
-
         sweep = Sweep(Path(self.sweep))
         if not self.compared:
             collect_evaluated((), (sweep,), ())

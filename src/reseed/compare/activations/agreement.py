@@ -1,9 +1,16 @@
-"""Agreement of matched latents: Pearson correlation and Jaccard index, in one pass over tokens.
+"""Agreement of latents by their activations on the same tokens, in one pass over tokens.
 
 Cosines compare the weights of two latents; these measures compare their behaviour: Pearson's
 correlation of their activations over held-out tokens (zeros included), and the Jaccard index of the
 sets of tokens at which they fire (Paulo & Belrose, arXiv 2501.16615, and its replications). Five
-sums per pair suffice; no F_A × F_B matrix is made.
+sums per pair suffice; no F_A × F_B matrix is made. `agreement` measures latents that were matched
+by their weights.
+
+SAEs of activations of different width have no cosines between rows. But their latents' activations
+on the same tokens are vectors in one space; their centred cosine is Pearson's correlation r.
+`ActivationMatcher` matches such latents without comparing weights. The first tokens give the exact
+matching that maximises Σr, the remaining tokens the reported numbers. Measured on the tokens that
+it was made from, a matching would look too good, as it picks the best of many.
 """
 
 from __future__ import annotations
@@ -23,9 +30,14 @@ from reseed.compare.activations.batch_codes import BatchCodes
 from reseed.compare.matching import match
 from reseed.compare.statistics import known_mean
 
+log = logging.getLogger(__name__)
 
-# MERGED Linear CKA: similarity of two SAEs' representations of the same tokens, without matched latents. CKA(X, Y) = HSIC(K, L) / √(HSIC(K, K)·HSIC(L, L)) of the Gram matrices K = XXᵀ, L = YYᵀ over tokens (Kornblith et al. 2019). HSIC is estimated on each batch of tokens by the unbiased estimator of Song et
-# MERGED Matching of latents by their activations on the same tokens, without comparing weights. SAEs of activations of different width have no cosines between rows. But their latents' activations on the same tokens are vectors in one space; their centred cosine is Pearson's correlation r. The first tokens g
+MATCH_TOKENS = 4_096
+"""Number of tokens that give the matching; half of the tokens if there are fewer than twice it."""
+MOST_BYTES = 1 << 31
+"""Limit on one SAE's activations [F, tokens] in float32; wider SAEs are matched on fewer tokens."""
+
+
 @dataclass(eq=False)
 class FiringSums:
     """Sums over tokens for each latent x of one SAE: its firing count, Σx and Σx²."""
@@ -36,7 +48,7 @@ class FiringSums:
     tokens: int = 0
 
     @classmethod
-    def of(cls, num_latents: int, device: torch.device) -> Self:
+    def empty(cls, num_latents: int, device: torch.device) -> Self:
         """Return the sums before the first token."""
         zeros = torch.zeros(num_latents, dtype=torch.float64, device=device)
         return cls(zeros.long(), zeros, zeros.clone())
@@ -44,8 +56,8 @@ class FiringSums:
     def add(self, codes: BatchCodes) -> None:
         exact = codes.value.double()
         self.count += torch.bincount(codes.latent, minlength=codes.num_latents)
-        self.total += codes.summed(exact)
-        self.squares += codes.summed(exact.square())
+        self.total += codes.sum_by_latent(exact)
+        self.squares += codes.sum_by_latent(exact.square())
         self.tokens += codes.tokens
 
 
@@ -62,7 +74,7 @@ class PairSums:
     products: Float[Tensor, " F_A"]
 
     @classmethod
-    def of(cls, partner: Int[Tensor, " F_A"]) -> Self:
+    def empty(cls, partner: Int[Tensor, " F_A"]) -> Self:
         """Return the sums before the first token."""
         zeros = torch.zeros(len(partner), dtype=torch.float64, device=partner.device)
         return cls(partner, zeros.long(), zeros)
@@ -71,7 +83,7 @@ class PairSums:
         """Add a batch of tokens, encoded by A and by B."""
         partner = self.partner[a.latent]
         there = partner >= 0
-        values = b.at(a.token[there], partner[there])
+        values = b.values_at(a.token[there], partner[there])
         latent = a.latent[there]
         products = a.value[there].double() * values
         self.products += torch.bincount(latent, products, minlength=a.num_latents)
@@ -109,68 +121,6 @@ def _ratio(part: Tensor, whole: Tensor, known: Tensor) -> Float[np.ndarray, " F_
     """Return part / whole; NaN where not ``known`` or the whole is 0."""
     value = part.double() / whole
     return torch.where(known & (whole > 0), value, torch.nan).cpu().numpy()
-
-
-MIN_TOKENS = 4
-"""The estimator combines four tokens at a time."""
-
-
-def centred_gram(x: Float[Tensor, "B D"]) -> Float[Tensor, "B B"]:
-    """Return the scalar products of centred rows, in float64.
-
-    HSIC does not depend on the centre; centring reduces cancellation.
-    """
-    exact = x.double()
-    exact = exact - exact.mean(0)
-    return exact @ exact.T
-
-
-def hsic(grams: Sequence[Float[Tensor, "B B"]]) -> Float[Tensor, "n n"]:
-    """Return the unbiased HSIC of every two of n Gram matrices over the same B ≥ 4 tokens.
-
-    For K and L with zeroed diagonals: [tr(KL) + 1ᵀK1·1ᵀL1 / ((B−1)(B−2)) − 2·1ᵀKL1 / (B−2)]
-    / (B(B−3)) (Song et al. 2012, eq. 5).
-    """
-    hollow = torch.stack([gram.double() for gram in grams])
-    size = hollow.shape[1]
-    if size < MIN_TOKENS:
-        raise ValueError(f"HSIC needs at least {MIN_TOKENS} tokens in a batch; got {size}")
-    hollow.diagonal(dim1=1, dim2=2).zero_()
-    flat, rows = hollow.flatten(1), hollow.sum(2)
-    total = rows.sum(1)
-    found = flat @ flat.T
-    found += torch.outer(total, total) / ((size - 1) * (size - 2))
-    found -= rows @ rows.T * (2 / (size - 2))
-    return found / (size * (size - 3))
-
-
-class CKA:
-    """Linear CKA of every two of n representations, accumulated over batches.
-
-    Batches are weighted by their tokens, so that a smaller last batch counts less.
-    """
-
-    def __init__(self, n: int) -> None:
-        self._sums = np.zeros((n, n))
-
-    def add(self, grams: Sequence[Float[Tensor, "B B"]]) -> None:
-        """Add a batch, given its Gram matrix in each representation; skip fewer than 4 tokens."""
-        if len(grams[0]) >= MIN_TOKENS:
-            self._sums += len(grams[0]) * hsic(grams).cpu().numpy()
-
-    def values(self) -> Float[np.ndarray, "n n"]:
-        """Return the CKA of every two; NaN for a representation without variance."""
-        own = self._sums.diagonal()
-        scale = np.sqrt(np.where(own > 0, own, np.nan))
-        return self._sums / np.outer(scale, scale)
-
-
-log = logging.getLogger(__name__)
-
-MATCH_TOKENS = 4_096
-"""Number of tokens that give the matching; half of the tokens if there are fewer than twice it."""
-MOST_BYTES = 1 << 31
-"""Limit on one SAE's activations [F, tokens] in float32; wider SAEs are matched on fewer tokens."""
 
 
 class MatchedAgreement(NamedTuple):
@@ -222,13 +172,13 @@ class ActivationMatcher:
             if together is not None:
                 together.add(codes[s], codes[t])
 
-    def measured(self) -> dict[tuple[int, int], MatchedAgreement]:
+    def finish(self) -> dict[tuple[int, int], MatchedAgreement]:
         """Return the agreement of every pair s < t; NaN if no tokens were left to measure it."""
         if not self._firing or not self._firing[0].tokens:
             return dict.fromkeys(combinations(range(len(self.live)), 2), UNKNOWN)
-        return {pair: self._of(*pair) for pair in self._together}
+        return {pair: self._agreement(*pair) for pair in self._together}
 
-    def _of(self, s: int, t: int) -> MatchedAgreement:
+    def _agreement(self, s: int, t: int) -> MatchedAgreement:
         together = self._together[s, t]
         if together is None:
             return UNKNOWN
@@ -242,11 +192,11 @@ class ActivationMatcher:
     def _match(self) -> None:
         device = self._held[0][0].value.device
         n = len(self.live)
-        self._firing = [FiringSums.of(len(flags), device) for flags in self.live]
+        self._firing = [FiringSums.empty(len(flags), device) for flags in self.live]
         for s, t in combinations(range(n), 2):
             try:
                 partner = torch.from_numpy(self._partners(s, t)).to(device)
-                self._together[s, t] = PairSums.of(partner)
+                self._together[s, t] = PairSums.empty(partner)
             except MemoryError as error:
                 log.warning("skipped matching latents by their activations: %s", error)
                 self._together[s, t] = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +16,7 @@ from jaxtyping import Float, Int
 from scipy.sparse import csr_array
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from reseed.sae.base import SAE
+from reseed.sae.base import SAE
 
 _DENSE_ENTRIES = 1 << 24
 """Latents encoded at once: architectures return them dense, here at most 64 MB."""
@@ -38,11 +37,11 @@ class BatchCodes:
     tokens: int
     num_latents: int
 
-    def summed(self, weights: Float[Tensor, " P"]) -> Float[Tensor, " F"]:
+    def sum_by_latent(self, weights: Float[Tensor, " P"]) -> Float[Tensor, " F"]:
         """Sum a weight per active latent over the tokens, by latent, in float64."""
         return torch.bincount(self.latent, weights.double(), minlength=self.num_latents)
 
-    def at(self, token: Int[Tensor, " n"], latent: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def values_at(self, token: Int[Tensor, " n"], latent: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Return the values of latents at tokens, 0 where they are not active."""
         wanted = token * self.num_latents + latent
         if not len(self._keys):
@@ -101,7 +100,7 @@ def project_on_rows(
         rows, token = W[codes.latent[block]], codes.token[block]
         for target, found in zip(targets, products, strict=True):
             found[block] = (rows * target[token]).sum(1)
-    return [codes.summed(found.double() * codes.value) for found in products]
+    return [codes.sum_by_latent(found.double() * codes.value) for found in products]
 
 
 def rebatch(chunks: Iterable[Float[Tensor, "n D"]], size: int) -> Iterator[Float[Tensor, "B D"]]:

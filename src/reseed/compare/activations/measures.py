@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import numpy as np
 import torch
@@ -18,17 +18,15 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 
 from reseed.compare.activations.agreement import (
-    CKA,
-    MIN_TOKENS,
     ActivationMatcher,
     Agreement,
     FiringSums,
     MatchedAgreement,
     PairSums,
     agreement,
-    centred_gram,
 )
 from reseed.compare.activations.batch_codes import encode_batch, project_on_rows, rebatch
+from reseed.compare.activations.cka import CKA, MIN_TOKENS, centred_gram
 from reseed.compare.activations.substitution import (
     Contribution,
     Substitution,
@@ -37,9 +35,7 @@ from reseed.compare.activations.substitution import (
     second_best_partners,
     substitution,
 )
-
-if TYPE_CHECKING:
-    from reseed.sae.base import SAE
+from reseed.sae.base import SAE
 
 BATCH = 1_024
 """Tokens in a batch; Gram matrices are [batch, batch]."""
@@ -81,7 +77,7 @@ class LatentMeasures:
     agreement: Agreement
     match_cosine: Float[np.ndarray, " F_A"]
     substitution: Substitution
-    second_best_partners: Substitution
+    second_best: Substitution
     random: Substitution
     insertion: Float[np.ndarray, " F_A"]
     both_live: Bool[np.ndarray, " F_A"]
@@ -123,11 +119,11 @@ def measure_same_activations(
     Raises:
         ValueError: there are no tokens.
     """
-    state = _Sums.of(saes, sides, [0] * len(saes), seed)
+    state = _Sums.empty(saes, sides, [0] * len(saes), seed)
     device = saes[0].W_dec.device
     for x in rebatch(chunks, BATCH):
         state.add([x.to(device, torch.float32)])
-    return state.all_measured(sides)
+    return state.finish(sides)
 
 
 def measure_same_tokens(
@@ -142,8 +138,8 @@ def measure_same_tokens(
 ) -> ActivationMeasures:
     """Run SAEs of different activations once over the same tokens.
 
-    SAEs that read the same activations are measured as in `measure_same_activations`; other pairs get
-    CKA alone. Latents of every pair are matched by their activations too.
+    SAEs that read the same activations are measured as in `measure_same_activations`; other pairs
+    get CKA alone. Latents of every pair are matched by their activations too.
 
     Args:
         streams: one stream per kind of activations, in pieces of any size; rows are the same
@@ -155,7 +151,7 @@ def measure_same_tokens(
     Raises:
         ValueError: there are no tokens, or streams differ in length.
     """
-    state = _Sums.of(saes, sides, reads, seed)
+    state = _Sums.empty(saes, sides, reads, seed)
     live = [next(side.live for (s, _), side in sides.items() if s == i) for i in range(len(saes))]
     state.by_activations = ActivationMatcher(live, tokens, threshold)
     # With few tokens, use smaller batches: some must be left after those that give the matching.
@@ -168,7 +164,7 @@ def measure_same_tokens(
                 f"{', '.join(str(len(x)) for x in xs)}"
             )
         state.add([x.to(device, torch.float32) for x in xs])
-    return state.all_measured(sides)
+    return state.finish(sides)
 
 
 @dataclass(eq=False)
@@ -197,7 +193,7 @@ class _Sums:
     tokens: int = 0
 
     @classmethod
-    def of(
+    def empty(
         cls, saes: Sequence[SAE], sides: AllWeightMatches, reads: Sequence[int], seed: int
     ) -> Self:
         """Return the sums before the first token."""
@@ -206,7 +202,7 @@ class _Sums:
         return cls(
             saes=saes,
             reads=reads,
-            firing=[FiringSums.of(sae.num_latents, device) for sae in saes],
+            firing=[FiringSums.empty(sae.num_latents, device) for sae in saes],
             along={
                 (t, s): torch.zeros(saes[s].num_latents, dtype=torch.float64, device=device)
                 for t in range(n)
@@ -249,7 +245,7 @@ class _Sums:
             self.by_activations.add([m.codes for m in made])
         self.tokens += len(xs[0])
 
-    def all_measured(self, sides: AllWeightMatches) -> ActivationMeasures:
+    def finish(self, sides: AllWeightMatches) -> ActivationMeasures:
         """Return all measures.
 
         Raises:
@@ -260,15 +256,15 @@ class _Sums:
         return ActivationMeasures(
             tokens=self.tokens,
             latents={
-                (s, t): self.measured(s, t, sides) if (s, t) in self.together else _unknown(side)
+                (s, t): self.latents(s, t, sides) if (s, t) in self.together else _unknown(side)
                 for (s, t), side in sides.items()
             },
             cka_codes=self.cka_codes.values(),
             cka_reconstructions=self.cka_reconstructions.values(),
-            matched={} if self.by_activations is None else self.by_activations.measured(),
+            matched={} if self.by_activations is None else self.by_activations.finish(),
         )
 
-    def measured(self, s: int, t: int, sides: AllWeightMatches) -> LatentMeasures:
+    def latents(self, s: int, t: int, sides: AllWeightMatches) -> LatentMeasures:
         """Return the measures of the latents of s against t."""
         side, live = sides[s, t], sides[t, s].live
         matched, second, random = (self._substitution(s, t, x) for x in self.together[s, t])
@@ -332,5 +328,5 @@ def _partners(
     for own, other, nearest in ((side_a, side_b, second[0]), (side_b, side_a, second[1])):
         random = random_partners(own.firing, other.firing, own.partner, other.live, seed)
         lists = (torch.from_numpy(own.partner), nearest, torch.from_numpy(random))
-        found.append(tuple(PairSums.of(partner.to(device)) for partner in lists))
+        found.append(tuple(PairSums.empty(partner.to(device)) for partner in lists))
     return found[0], found[1]  # type: ignore[return-value]

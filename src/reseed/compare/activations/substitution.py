@@ -30,7 +30,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.compare.nearest import RunningMaxBothWays, tiles
-from reseed.compare.strata import DECILES
+from reseed.compare.strata import decile_edges, decile_of
 
 
 class Contribution(NamedTuple):
@@ -163,7 +163,7 @@ def second_best_partners(
         at = taken[rows] - columns.start
         inside = ((at >= 0) & (at < cosines.shape[1])).nonzero().squeeze(1)
         cosines[inside, at[inside]] = -torch.inf
-        best.look(cosines, rows, columns)
+        best.update(cosines, rows, columns)
     of_a[i] = torch.where(best.a > -torch.inf, j[best.of_a], -1)
     of_b[j] = torch.where(best.b > -torch.inf, i[best.of_b], -1)
     return of_a, of_b
@@ -184,11 +184,11 @@ def random_partners(
     kept = np.flatnonzero(allowed)
     if not len(kept):
         return np.full(len(firing_a), -1)
-    edges = np.quantile(firing_b[kept], np.arange(1, DECILES) / DECILES)
-    stratum_b = np.searchsorted(edges, firing_b[kept], side="right")
+    edges = decile_edges(firing_b[kept])
+    stratum_b = decile_of(firing_b[kept], edges)
     order = np.argsort(stratum_b, kind="stable")
     kept, stratum_b = kept[order], stratum_b[order]
-    stratum = np.searchsorted(edges, firing_a, side="right")
+    stratum = decile_of(firing_a, edges)
     first, last = (np.searchsorted(stratum_b, stratum, side) for side in ("left", "right"))
     # Skip a partner inside the stratum: draw from the latents after it, wrapping around to end
     # before it.

@@ -44,7 +44,7 @@ ESTIMATES = (
     *(f"substitution_top_{top}" for top in TOPS),
     "novel_fraction",
 )
-"""Measures of a pair that are equal for (A, B) and (B, A); see `pair_measures`."""
+"""Measures of a pair that are equal for (A, B) and (B, A); see `activation_measures`."""
 PAIR_COLUMNS = (*ESTIMATES, "novel_fraction_a", "novel_fraction_b")
 MATCHED_COLUMNS = tuple(f"agreement_{name}_matched" for name in MatchedAgreement._fields)
 """Extra columns for latents matched by their activations; see `agreement.MatchedAgreement`."""
@@ -77,7 +77,7 @@ def weight_matches(cell: CellResult) -> AllWeightMatches:
     return found
 
 
-def pair_measures(
+def activation_measures(
     measured: ActivationMeasures, sides: AllWeightMatches, s: int, t: int
 ) -> dict[str, float | int]:
     """Return the columns of one pair (`PAIR_COLUMNS`).
@@ -103,11 +103,11 @@ def pair_measures(
     two = [(measured.latents[p], sides[p]) for p in ((s, t), (t, s))]
 
     def mean(column: Callable[[LatentMeasures], np.ndarray], of: str = "") -> float:
-        values = [column(found)[_kept(found, side, of)] for found, side in two]
+        values = [column(found)[_mask(found, side, of)] for found, side in two]
         return known_mean(np.concatenate(values))
 
     def pooled(of: str) -> float:
-        sums = [found.substitution.pooled(_kept(found, side, of)) for found, side in two]
+        sums = [found.substitution.pooled(_mask(found, side, of)) for found, side in two]
         repaired, damage = np.sum(sums, axis=0)
         return float(repaired / damage) if damage > 0 else float("nan")
 
@@ -148,7 +148,7 @@ def _below_zero(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     return np.where(np.isnan(values), np.nan, values < 0)
 
 
-def _kept(found: LatentMeasures, side: WeightMatches, of: str) -> Bool[np.ndarray, " F"]:
+def _mask(found: LatentMeasures, side: WeightMatches, of: str) -> Bool[np.ndarray, " F"]:
     """Return a mask of latents live on both sides: all, the "shared", or the "orphan" ones."""
     if not of:
         return found.both_live
@@ -181,7 +181,7 @@ def with_activations(
     pairs = cell.pairs.copy()
     places = list(zip(map(runs.index, pairs["a"]), map(runs.index, pairs["b"]), strict=True))
     nothing = dict.fromkeys(PAIR_COLUMNS, float("nan"))
-    rows = [pair_measures(measured, sides, *p) if measured else nothing for p in places]
+    rows = [activation_measures(measured, sides, *p) if measured else nothing for p in places]
     more = MATCHED_COLUMNS if measured and measured.matched else ()
     for name in (*PAIR_COLUMNS, *more):
         pairs[name] = [float(row[name]) for row in rows]

@@ -1,4 +1,9 @@
-"""Sparse graph of the listed pairs: the columns of every row, with cosines in float64."""
+"""Sparse graph of the listed pairs, and a partial assignment of its rows with prices.
+
+`Edges` has the columns of every row, with cosines in float64. `Assignment` is what the shortest
+paths and the pricing work on. Its rows and columns are distinct and may have several copies; a
+column has one slot per copy.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,6 @@ from reseed.compare.matching.rows import DistinctRows
 from reseed.system.compiling import in_ranges, njit
 
 
-# MERGED A partial assignment with its prices, used by the shortest paths and the pricing. Rows and columns are distinct and may have several copies; a column has one slot per copy.
 @dataclass(frozen=True, eq=False)
 class Edges:
     """Pairs (i, j) in compressed rows; the columns of a row are unique and ascending.
@@ -76,21 +80,21 @@ def no_edges(rows: int, columns: int) -> Edges:
     return Edges(start, none, np.empty(0), columns)
 
 
-def listed_edges(
+def add_edges(
     a: DistinctRows,
     b: DistinctRows,
     row: Int[np.ndarray, " listed"],
     column: Int[np.ndarray, " listed"],
     *,
     absolute: bool,
-    beside: Edges,
+    existing: Edges,
 ) -> Edges:
-    """Return the graph of the pairs (row, column) and of those of ``beside``.
+    """Return the graph of the pairs (row, column) and of those of ``existing``.
 
     The pairs may be in any order and repeat. The cosine of a pair is the product of its rows in
     float64, divided by both norms.
     """
-    start, found, values = _merged(*_compressed(row, column, len(a), len(b)), beside)
+    start, found, values = _merged(*_compressed(row, column, len(a), len(b)), existing)
     in_ranges(
         lambda first, last: _fill_cosines(
             start, found, values, a.values, b.values, a.inverse_norms, b.inverse_norms,
@@ -145,20 +149,20 @@ def _closed_up(
 
 
 def _merged(
-    start: Int[np.ndarray, " n+1"], found: Int[np.ndarray, " new"], beside: Edges
+    start: Int[np.ndarray, " n+1"], found: Int[np.ndarray, " new"], existing: Edges
 ) -> tuple[Int[np.ndarray, " n+1"], Int[np.ndarray, " edges"], Float[np.ndarray, " edges"]]:
     """Merge the sorted rows of two graphs; cosines that are not known yet are NaN.
 
     A sum of scipy matrices would drop the pairs whose cosine is 0.
     """
     rows = len(start) - 1
-    bounds = start + beside.start
+    bounds = start + existing.start
     column = np.empty(bounds[-1], dtype=np.int32)
     cosine = np.empty(bounds[-1])
     kept = np.empty(rows, dtype=np.int64)
     in_ranges(
         lambda first, last: _merge(
-            start, found, beside.start, beside.column, beside.cosine,
+            start, found, existing.start, existing.column, existing.cosine,
             bounds, column, cosine, kept, first, last,
         ),
         rows,
@@ -280,7 +284,7 @@ class Assignment:
         )
 
     @property
-    def without(self) -> Int[np.ndarray, " some"]:
+    def unmatched(self) -> Int[np.ndarray, " some"]:
         """Copies of rows that have no column."""
         return np.flatnonzero(self.slot_of < 0)
 

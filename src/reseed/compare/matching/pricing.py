@@ -4,6 +4,8 @@ An unlisted pair has upper bounds on its cosine: min(r_i, c_j) from the first pa
 from every later search. Where u_i + v_j is at least some bound, nothing is left to prove. All
 other pairs are "open". They are computed in blocks in low precision with its error added; pairs
 that could still matter are then computed one by one in float64.
+
+Optimal prices are not unique: `centre_prices` chooses those that leave few pairs open.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from reseed.compare.matching.graph import Edges, cosines
 from reseed.compare.matching.rows import DistinctRows
 from reseed.system.compiling import LEAST_WORK, in_ranges, njit
 
-# MERGED Choice among optimal prices: those that leave few pairs open.
 _ROWS, _COLUMNS = 1024, 4096
 _GUARD = 1e-6  # error of float32 sums and comparisons, for prices that sum to 4 at most
 EXACT = 1e-12
@@ -45,6 +46,15 @@ class Bounds:
 
     def add(self, p: Float[np.ndarray, " n"], q: Float[np.ndarray, " m"]) -> None:
         self.sums.append((p.copy(), q.copy()))
+
+
+@dataclass(frozen=True, eq=False)
+class Prices:
+    """Prices u and v; a pair with a cosine of u_i + v_j − margin or less need not be computed."""
+
+    u: Float[np.ndarray, " n"]
+    v: Float[np.ndarray, " m"]
+    margin: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,15 +131,6 @@ class PricedPairs(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Prices:
-    """Prices u and v; a pair with a cosine of u_i + v_j − margin or less need not be computed."""
-
-    u: Float[np.ndarray, " n"]
-    v: Float[np.ndarray, " m"]
-    margin: float
-
-
-@dataclass(frozen=True, eq=False)
 class Pricer:
     """Computation of open pairs.
 
@@ -144,7 +145,7 @@ class Pricer:
     absolute: bool
     device: torch.device
 
-    def look_at(self, block: OpenBlock, prices: Prices, count: int) -> PricedPairs:
+    def evaluate(self, block: OpenBlock, prices: Prices, count: int) -> PricedPairs:
         """Find the ``count`` pairs of every row of a block that may exceed u_i + v_j most.
 
         Only pairs that may exceed u_i + v_j − margin count. Two pairs of every column are added.

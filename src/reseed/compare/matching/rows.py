@@ -83,7 +83,7 @@ def distinct_rows(rows: Float[np.ndarray, "rows d_in"]) -> DistinctRows:
     """Return the rows that have a direction, each once."""
     rows = np.ascontiguousarray(rows)
     if rows.dtype != np.float32:
-        rows = _scaled(rows)
+        rows = scaled_rows(rows)
     keys, norms = np.empty(len(rows), dtype=np.uint64), np.empty(len(rows))
     weights = np.random.default_rng(0).integers(0, 1 << 63, rows.shape[1], dtype=np.uint64) | 1
     in_ranges(
@@ -100,15 +100,15 @@ def distinct_rows(rows: Float[np.ndarray, "rows d_in"]) -> DistinctRows:
     )
 
 
-def _scaled(rows: Float[np.ndarray, "rows d_in"]) -> Float[np.ndarray, "rows d_in"]:
-    """Return rows in float64, each divided by its largest entry so that no square overflows.
+def scaled_rows(rows: Float[np.ndarray, "rows d_in"]) -> Float[np.ndarray, "rows d_in"]:
+    """Return rows in float64, each divided by its largest entry so that all squares stay in range.
 
-    (Squares of float32 numbers always fit the range of float64.)
+    A row that is not finite becomes zero. (Squares of float32 numbers always fit float64.)
     """
-    rows = rows.astype(np.float64)
-    finite = np.isfinite(rows).all(axis=1, keepdims=True)
-    largest = np.abs(rows).max(axis=1, keepdims=True, initial=0, where=finite)
-    return np.divide(rows, largest, out=np.zeros_like(rows), where=finite & (largest > 0))
+    rows = np.asarray(rows, dtype=np.float64)
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0.0)
+    scale = np.abs(rows).max(axis=1, keepdims=True, initial=0)
+    return np.divide(rows, scale, out=np.zeros_like(rows), where=scale > 0)
 
 
 @njit(nogil=True, cache=True)

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from reseed.compare.matching.auction import auction
 from reseed.compare.matching.candidates import CANDIDATES, candidates
-from reseed.compare.matching.graph import Assignment, Edges, listed_edges, no_edges
-from reseed.compare.matching.paths import auction, augment, release
+from reseed.compare.matching.graph import Assignment, Edges, add_edges, no_edges
+from reseed.compare.matching.paths import augment, release
 from reseed.compare.matching.pricing import EXACT, Bounds, Pricer, Prices, centre_prices, open_pairs
 from reseed.compare.matching.rows import DistinctRows
 
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 Progress = Callable[[str], None]
 STEPS = (6e-3, 2e-3, 6e-4, 2e-4, 5e-5)
 """ε of the rounds of the auction."""
-PARKED = 0.03
+UNMATCHED_FRACTION = 0.03
 """The first auction ends when at most this fraction of the rows has no column."""
 _LOWERED = 0.01, 8  # step, and maximum number of steps, by which the rows' reserve values fall
 _BIDS = 40  # per row and auction; limits the time where ties are many
@@ -92,9 +93,9 @@ class _Solver:
     def solve(self) -> Optimum:
         self.list_candidates()
         self.begin()
-        self.settle()
+        self.solve_graph()
         while not self.priced():
-            self.settle()
+            self.solve_graph()
         return Optimum(self.state, self.edges)
 
     def list_candidates(self) -> None:
@@ -135,7 +136,7 @@ class _Solver:
         bid(STEPS[0])
         by, times = _LOWERED
         for _ in range(times):
-            if np.count_nonzero(single & (partner < 0)) <= PARKED * len(self.a):
+            if np.count_nonzero(single & (partner < 0)) <= UNMATCHED_FRACTION * len(self.a):
                 break
             least -= by
             bid(STEPS[0])
@@ -150,11 +151,11 @@ class _Solver:
         rows = np.flatnonzero(partner >= 0)
         self.state.take(self.state.first_copy[rows], partner[rows])
 
-    def settle(self) -> None:
+    def solve_graph(self) -> None:
         """Find the optimum on the graph; add edges where not every row finds a column."""
         state = self.state
         state.tighten(self.edges)
-        self.note(f"paths for {len(state.without):,}")
+        self.note(f"paths for {len(state.unmatched):,}")
         while True:
             stuck = augment(self.edges, state, lambda done: self.say(f"shortest paths {done:.0%}"))
             if not len(stuck):
@@ -176,11 +177,11 @@ class _Solver:
         """Compute the open pairs; return True if none of them belongs in the graph."""
         self.centre()
         prices = Prices(self.state.row_price.copy(), self.state.column_price.copy(), _NEAR)
-        unclear, worst = self.look(prices)
+        unclear, worst = self.price_open_pairs(prices)
         if worst > EXACT:
             return False
         # Low precision does not settle rows with more pairs near u_i + v_j than were listed.
-        return not len(unclear) or self.look(prices, unclear)[1] <= EXACT
+        return not len(unclear) or self.price_open_pairs(prices, unclear)[1] <= EXACT
 
     def centre(self) -> None:
         """Move to equally good prices that leave few pairs open."""
@@ -195,7 +196,7 @@ class _Solver:
         )  # fmt: skip
         self.note("centred")
 
-    def look(
+    def price_open_pairs(
         self, prices: Prices, rows: Int[np.ndarray, " some"] | None = None
     ) -> tuple[Int[np.ndarray, " unclear"], float]:
         """Compute the open pairs, add edges, and tighten the bounds of the other pairs.
@@ -207,7 +208,7 @@ class _Solver:
             the rows that have unlisted pairs which may exceed u_i + v_j; and the largest excess of
             a listed pair.
         """
-        look_at = self.pricer.look_at if rows is None else self.pricer.prove
+        compute = self.pricer.evaluate if rows is None else self.pricer.prove
         # Usually few pairs are found. If many rounds are needed, as with clusters larger than the
         # lists, each round may add twice as many, within `_MOST_EDGES`.
         count = min(self.count << self.rounds, max(self.count, _MOST_EDGES // len(self.a)))
@@ -217,7 +218,7 @@ class _Solver:
         for block in open_pairs(self.bounds, prices, rows):
             total += block.count
             self.say(f"prices: {total:,} open pairs")
-            found.append(look_at(block, prices, count))
+            found.append(compute(block, prices, count))
             rest[block.row] = found[-1].rest
         if found:
             self.add(
@@ -251,8 +252,8 @@ class _Solver:
         self.note(f"widened {len(rows):,} rows and {len(columns):,} columns")
 
     def add(self, row: Int[np.ndarray, " new"], column: Int[np.ndarray, " new"]) -> None:
-        self.edges = listed_edges(
-            self.a, self.b, row, column, absolute=self.absolute, beside=self.edges
+        self.edges = add_edges(
+            self.a, self.b, row, column, absolute=self.absolute, existing=self.edges
         )
 
     def note(self, what: str) -> None:

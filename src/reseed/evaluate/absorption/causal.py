@@ -20,9 +20,9 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.intervention import intervene
 from reseed.activations.language_model import LanguageModel
 from reseed.evaluate.absorption.projection import SILENT, Alignment
-from reseed.evaluate.codes import Codes, at_pairs, encode
-from reseed.evaluate.first_letter.task import ProbedTask, word_activations
-from reseed.evaluate.first_letter.words import Prompts, make_prompts
+from reseed.evaluate.sparse_latents import SparseLatents, encode, gather_pairs
+from reseed.evaluate.word_task.prompts import Prompts, make_prompts
+from reseed.evaluate.word_task.task import ProbedTask, word_activations
 from reseed.sae.base import SAE
 
 STEPS = 6
@@ -82,10 +82,10 @@ def causal_absorption(
         return counts
     codes = codes.rows(kept)
     answers = _answers(probed, candidates[kept.numpy()])
-    asked = Prompts(prompts.tokens[kept], prompts.at[kept], prompts.end[kept])
+    asked = prompts.rows(kept)
     gradient = integrated_gradient(
         model.model, hook, asked, answers, labels[kept],
-        codes.times(sae.W_dec.detach().float()), model.batch_sequences,
+        codes.matmul(sae.W_dec.detach().float()), model.batch_sequences,
     )  # fmt: skip
     absorbed = is_absorbed(codes, gradient, sae.W_dec, labels[kept], alignment, rules.cosine)
     for index, scale, it_is in zip(kept, weight, absorbed.cpu(), strict=True):
@@ -113,7 +113,7 @@ def integrated_gradient(
     """
     found = []
     for rows in torch.arange(len(labels)).split(batch):
-        part = Prompts(prompts.tokens[rows], prompts.at[rows], prompts.end[rows])
+        part = prompts.rows(rows)
         z = decoded[rows.to(decoded.device)]
         total = torch.zeros_like(z)
         for step in range(STEPS):
@@ -132,7 +132,7 @@ def _gradient(
 ) -> Float[Tensor, "b D"]:
     """Return the gradient with ``removed`` subtracted from the activation at the word."""
     device = removed.device
-    rows, at = torch.arange(len(labels), device=device), prompts.at.to(device)
+    rows, at = torch.arange(len(labels), device=device), prompts.word_position.to(device)
     points: list[Tensor] = []
 
     def edit(there: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _gradient(
         points.append(point)
         return there.detach().index_put((rows, at), point)
 
-    ends, place = prompts.end.unique(return_inverse=True)
+    ends, place = prompts.last_position.unique(return_inverse=True)
     with torch.enable_grad(), intervene(model, hook, edit):
         logits = model(
             input_ids=prompts.tokens.to(device),
@@ -159,7 +159,7 @@ def margin(scores: Float[Tensor, "n C"], labels: Int[Tensor, " n"]) -> Float[Ten
 
 
 def is_absorbed(
-    codes: Codes,
+    codes: SparseLatents,
     gradient: Float[Tensor, "n D"],
     W_dec: Float[Tensor, "F D"],
     labels: Int[Tensor, " n"],
@@ -180,17 +180,17 @@ def is_absorbed(
         ]
     )
     loss = (codes.value * along).double()  # −attr: the metric's loss without the latent
-    pairs = codes.largest(loss, 2)
-    first, second = at_pairs(loss, pairs, 0.0).unbind(1)
+    pairs = codes.top_pairs(loss, 2)
+    first, second = gather_pairs(loss, pairs, 0.0).unbind(1)
     # A silent latent has effect 0, which ranks above those of opposite sign.
     some_silent = codes.starts.diff() < codes.num_latents
     second = torch.where(some_silent, second.clamp(min=0), second)
-    found = at_pairs(alignment.cosine[labels.to(word.device)[word], latent], pairs[:, 0], 0.0)
+    found = gather_pairs(alignment.cosine[labels.to(word.device)[word], latent], pairs[:, 0], 0.0)
     return (first >= 0) & (first.abs() - second.abs() >= MARGIN) & (found >= cosine)
 
 
 def _silent(
-    codes: Codes, labels: Int[Tensor, " n"], main: Sequence[Int[Tensor, " S"]]
+    codes: SparseLatents, labels: Int[Tensor, " n"], main: Sequence[Int[Tensor, " S"]]
 ) -> Bool[Tensor, " n"]:
     """Return whether the main latents of each word's class are silent on it."""
     silent = torch.zeros(len(codes), dtype=torch.bool)

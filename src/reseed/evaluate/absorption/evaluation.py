@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -15,16 +16,16 @@ from reseed.activations.text_source import TextSource
 from reseed.config import setting
 from reseed.evaluate.absorption.causal import CausalRules, causal_absorption
 from reseed.evaluate.absorption.projection import Alignment, NullCosines, Thresholds, null_cosines
-from reseed.evaluate.absorption.records import main_latents, word_records
+from reseed.evaluate.absorption.records import main_latents, mean_over_classes, word_records
 from reseed.evaluate.absorption.result import DERIVED, AbsorptionMeasurements, make_result
-from reseed.evaluate.base import EvaluationInput, LoadedRun, Result
-from reseed.evaluate.codes import Codes, encode
-from reseed.evaluate.first_letter.task import ProbedTask, WordTaskConfig, probe_quality
+from reseed.evaluate.base import EvaluationInput, LoadedRun, Result, RunSource
 from reseed.evaluate.probes import Scores
-from reseed.evaluate.splitting import Split, find_splits, refusal_reasons
+from reseed.evaluate.sparse_latents import SparseLatents, encode
+from reseed.evaluate.splitting import Split, find_fold_splits, refusal_reasons
+from reseed.evaluate.word_task.task import ProbedTask, WordTaskConfig, probe_quality
 from reseed.sae.base import SAE
 
-_RANKING, _DIRECTIONS = 0x72616E6B, 0x64697265
+_DIRECTIONS = 0x64697265
 _COUNTED = 10_000_000
 """Tokens of the training text in which word frequencies are counted."""
 
@@ -60,10 +61,10 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
     confidence: float = setting(0.95, above=0, below=1)
     seed: int = setting(0, at_least=0)
 
-    def check(self, resolved: Any) -> None:
-        super().check(resolved)
+    def check(self, source: RunSource) -> None:
+        super().check(source)
         if self.causal:
-            tokenizer = resolved.model.tokenizer
+            tokenizer = source.tokenizer
             self.template(tokenizer, self.words(tokenizer)).check_answers()
 
     @property
@@ -71,41 +72,41 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         return Thresholds(self.cosine, self.full_cosine, self.share, self.absorbers)
 
     def evaluate(
-        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
+        self, runs: Sequence[LoadedRun], inputs: EvaluationInput
     ) -> Iterator[tuple[str, Result]]:
-        frequency = word_frequency(evaluated, self.words(evaluated.tokenizer).tokens.numpy())
-        hooks = list(dict.fromkeys(subject.hook for subject in subjects))
-        for hook in hooks:
-            repetitions = list(self.repetitions(evaluated, hook, hooks))
+        frequency = word_frequency(inputs, self.words(inputs.tokenizer).tokens.numpy())
+        for repetitions, some in self.by_hookpoint(runs, inputs):
             quality = probe_quality(repetitions)
-            for subject in subjects:
-                if subject.hook == hook:
-                    evaluated.note(f"absorption of {subject.id}")
-                    yield (
-                        subject.id,
-                        self._evaluated(subject, evaluated, repetitions, quality, frequency),
-                    )
+            for run in some:
+                inputs.progress(f"absorption of {run.id}")
+                yield run.id, self._evaluated(run, inputs, repetitions, quality, frequency)
 
     def _evaluated(
         self,
-        subject: LoadedRun,
-        evaluated: EvaluationInput,
+        run: LoadedRun,
+        inputs: EvaluationInput,
         repetitions: list[ProbedTask],
         quality: Scores,
         frequency: np.ndarray,
     ) -> Result:
         reasons = refusal_reasons(repetitions, quality, self.probe_f1)
         kept = [number for number, reason in enumerate(reasons) if not reason]
-        measured = self.measured(subject.sae, repetitions, kept)
+        measured = self.measured(run.sae, repetitions, kept)
         untrained = None
-        if subject.untrained is not None:
+        if run.untrained is not None:
             # An untrained SAE has no inference threshold yet: half of its latents would be active.
-            subject.untrained.initialise_threshold(repetitions[0].x)
-            untrained = self.measured(subject.untrained, repetitions, kept, null=False)
+            run.untrained.initialise_threshold(repetitions[0].x)
+            untrained = self.measured(run.untrained, repetitions, kept, null=False)
         if self.causal:
-            self._add_causal(measured, subject, evaluated, repetitions)
+            self._add_causal(measured, run, inputs, repetitions)
+        mean = partial(
+            mean_over_classes,
+            bootstrap=self.bootstrap,
+            confidence=self.confidence,
+            seed=self.seed,
+        )
         return make_result(
-            self, repetitions, measured, untrained, subject.sae, quality, reasons, frequency
+            mean, repetitions, measured, untrained, run.sae, quality, reasons, frequency
         )
 
     def measured(
@@ -127,7 +128,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         for probed, code in zip(repetitions, codes, strict=True):
             for fold in range(len(probed.folds)):
                 mine, others = self._splits(code, probed, fold, kept, null)
-                splits.append((probed, fold, code, mine))
+                splits.append((probed, fold, mine))
                 records.append(word_records(sae, probed, fold, code, mine, thresholds))
                 if null:
                     permuted.append(
@@ -142,7 +143,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         )
 
     def _splits(
-        self, codes: Codes, probed: ProbedTask, fold: int, kept: Sequence[int], null: bool
+        self, codes: SparseLatents, probed: ProbedTask, fold: int, kept: Sequence[int], null: bool
     ) -> tuple[list[Split | None], list[Split | None]]:
         """Find the main latents of the kept classes, by true and permuted labels, in one fit; None
         for other classes."""
@@ -151,11 +152,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         member = probed.members[:, kept]
         if null:
             member = torch.cat([member, probed.permuted_members(fold)[:, kept]], dim=1)
-        random = generator(_RANKING, probed.prompt_seed, fold)
-        found = find_splits(
-            codes, member, probed.folds[fold],
-            most=self.max_latents, step=self.f1_step, l1=self.l1, random=random,
-        )  # fmt: skip
+        found = find_fold_splits(self, probed, codes, fold, member)
         mine, others = found[: len(kept)], found[len(kept) :]
         return (
             _at_classes(mine, kept, probed.num_classes),
@@ -163,7 +160,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         )
 
     def _null_cosines(
-        self, sae: SAE, codes: list[Codes], repetitions: list[ProbedTask]
+        self, sae: SAE, codes: list[SparseLatents], repetitions: list[ProbedTask]
     ) -> NullCosines:
         return null_cosines(
             sae.W_dec,
@@ -178,23 +175,23 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
     def _add_causal(
         self,
         measured: AbsorptionMeasurements,
-        subject: LoadedRun,
-        evaluated: EvaluationInput,
+        run: LoadedRun,
+        inputs: EvaluationInput,
         repetitions: list[ProbedTask],
     ) -> None:
         """Add to the records ``causal``, the number of absorbed words that each represents, and
         ``candidate``."""
-        assert evaluated.model is not None
+        assert inputs.model is not None
         rules = CausalRules(self.causal_sample, self.full_cosine, self.icl_words)
         measured.records["causal"] = 0.0
         measured.records["candidate"] = False
-        for probed, fold, _, splits in measured.splits:
+        for probed, fold, splits in measured.splits:
             records = measured.records
             here = (records.prompt_seed == probed.prompt_seed) & (records.fold == fold)
             missed = _missed(records.loc[here], probed, fold, splits)
-            alignment = Alignment.of(subject.sae.W_dec, probed.probes["weight"][fold])
+            alignment = Alignment.of(run.sae.W_dec, probed.probes["weight"][fold])
             found = causal_absorption(
-                evaluated.model, subject.hook, subject.sae, probed, alignment, missed,
+                inputs.model, run.hook, run.sae, probed, alignment, missed,
                 main_latents(splits), rules,
             )  # fmt: skip
             words = records.loc[here, "word"]
@@ -223,8 +220,8 @@ def _missed(
     return np.array(missed, dtype=np.int64)
 
 
-def word_frequency(evaluated: EvaluationInput, tokens: np.ndarray) -> np.ndarray:
+def word_frequency(inputs: EvaluationInput, tokens: np.ndarray) -> np.ndarray:
     """Count each token in the first `_COUNTED` tokens of the training text."""
-    assert isinstance(evaluated.source, TextSource)
-    text = np.asarray(evaluated.source.train_store.tokens[:_COUNTED])
+    assert isinstance(inputs.source, TextSource)
+    text = np.asarray(inputs.source.train_store.tokens[:_COUNTED])
     return np.bincount(text, minlength=int(tokens.max()) + 1)[tokens]

@@ -18,9 +18,9 @@ from scipy.special import stdtrit
 from torch import Tensor
 
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
-from reseed.evaluate.codes import Codes
-from reseed.evaluate.first_letter.task import ProbedTask
+from reseed.evaluate.sparse_latents import SparseLatents
 from reseed.evaluate.splitting import Split
+from reseed.evaluate.word_task.task import ProbedTask
 from reseed.sae.base import SAE
 
 MIN_SEEDS = 3
@@ -31,7 +31,7 @@ def word_records(
     sae: SAE,
     probed: ProbedTask,
     fold: int,
-    codes: Codes,
+    codes: SparseLatents,
     splits: Sequence[Split | None],
     thresholds: dict[str, Thresholds],
     *,
@@ -123,7 +123,9 @@ def mean_over_classes(
         bootstrap: number of draws.
         seed: seed of the draws.
     """
-    number, word, run = (records[name].to_numpy() for name in ("class", "word", "prompt_seed"))
+    number, word, prompt_seed = (
+        records[name].to_numpy() for name in ("class", "word", "prompt_seed")
+    )
     value = records[column].to_numpy(dtype=np.float64)
     ends = [(1 - confidence) / 2, (1 + confidence) / 2]
     random = np.random.default_rng([0x626F6F74, seed])
@@ -137,7 +139,7 @@ def mean_over_classes(
         low, high = np.quantile(drawn, ends)
         rows[each] = (float(value[here].mean()), float(low), float(high))
         draws.append(drawn)
-        by_seed.append([_mean(value[here & (run == s)]) for s in np.unique(run)])
+        by_seed.append([_mean(value[here & (prompt_seed == s)]) for s in np.unique(prompt_seed)])
     classes = pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high"])
     if not rows:
         return Mean(*[float("nan")] * 5, classes=classes)

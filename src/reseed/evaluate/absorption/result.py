@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
 
 from reseed.evaluate.absorption.projection import Alignment, NullCosines
-from reseed.evaluate.absorption.records import Mean, mean_over_classes
+from reseed.evaluate.absorption.records import Mean
 from reseed.evaluate.base import Result
-from reseed.evaluate.codes import Codes
-from reseed.evaluate.first_letter.task import ProbedTask
 from reseed.evaluate.probes import Scores
-from reseed.evaluate.splitting import Split
+from reseed.evaluate.splitting import TOO_FEW_WORDS, Split, main_classes
+from reseed.evaluate.word_task.task import ProbedTask
 from reseed.sae.base import SAE
-
-if TYPE_CHECKING:
-    from reseed.evaluate.absorption.evaluation import AbsorptionConfig
 
 DERIVED = "_derived"
 """Suffix of columns and metrics measured with the thresholds of the null."""
@@ -41,13 +37,13 @@ class AbsorptionMeasurements:
 
     records: pd.DataFrame
     permuted: pd.DataFrame | None
-    splits: list[tuple[ProbedTask, int, Codes, list[Split | None]]]
+    splits: list[tuple[ProbedTask, int, list[Split | None]]]
     null: NullCosines | None
     l0: float
 
 
 def make_result(
-    config: AbsorptionConfig,
+    mean_over_classes: Callable[[pd.DataFrame, str, Sequence[int]], Mean],
     repetitions: list[ProbedTask],
     measured: AbsorptionMeasurements,
     untrained: AbsorptionMeasurements | None,
@@ -59,6 +55,7 @@ def make_result(
     """Make the result of one SAE.
 
     Args:
+        mean_over_classes: computes the mean of a column over some classes, with intervals.
         untrained: measurements of the SAE at initialisation.
         reasons: why each class cannot be evaluated; empty if it can.
         frequency: count of each word in the text.
@@ -68,16 +65,13 @@ def make_result(
     assert null is not None
     with_records = set(records["class"])
     reasons = [
-        reason or ("" if number in with_records else "too few words to choose latents by")
+        reason or ("" if number in with_records else TOO_FEW_WORDS)
         for number, reason in enumerate(reasons)
     ]
     kept = [number for number, reason in enumerate(reasons) if not reason]
 
     def mean(of: pd.DataFrame, column: str) -> Mean:
-        return mean_over_classes(
-            of, column, kept,
-            bootstrap=config.bootstrap, confidence=config.confidence, seed=config.seed,
-        )  # fmt: skip
+        return mean_over_classes(of, column, kept)
 
     means = {
         f"{what}{rule}{whose}": mean(table, f"{what}{rule}")
@@ -104,7 +98,7 @@ def make_result(
             "words": words,
             "absorbers": absorbers,
         },
-        _latent_columns(measured, absorbers, repetitions[0].words.classes, kept, sae.num_latents),
+        _latent_columns(measured, absorbers, kept, sae.num_latents, repetitions[0].num_classes),
     )
 
 
@@ -143,7 +137,7 @@ def _letter_table(
     right = torch.stack([(p.test_scores > 0) & p.members for p in repetitions])
     rights = right.sum((0, 1)).tolist()
     main = defaultdict(list)
-    for _, _, _, splits in measured.splits:
+    for _, _, splits in measured.splits:
         for number, split in enumerate(splits):
             main[number].append([] if split is None else split.main.tolist())
     rows = []
@@ -235,21 +229,16 @@ def absorber_table(
 def _latent_columns(
     measured: AbsorptionMeasurements,
     absorbers: pd.DataFrame,
-    classes: tuple[str, ...],
     kept: list[int],
     num_latents: int,
+    num_classes: int,
 ) -> dict[str, np.ndarray]:
     """Return each latent's class as a main latent (−1: none) and the number of words it absorbs."""
-    votes = np.zeros((num_latents, len(classes)), dtype=np.int32)
-    for _, _, _, splits in measured.splits:
-        for number in kept:
-            split = splits[number]
-            if split is not None:
-                votes[split.main.numpy(), number] += 1
+    folds = [splits for _, _, splits in measured.splits]
     counts = np.zeros(num_latents, dtype=np.int64)
     np.add.at(counts, absorbers["latent"].to_numpy(dtype=np.int64), absorbers["words"].to_numpy())
     return {
-        "absorption_class": np.where(votes.any(1), votes.argmax(1), -1).astype(np.int32),
+        "absorption_class": main_classes(folds, kept, num_latents, num_classes),
         "absorption_is_absorber": counts > 0,
         "absorption_words": counts,
     }

@@ -1,4 +1,6 @@
-"""The result of ``contexts``: the tables of `reseed.store.contexts`.
+"""The evaluation ``contexts``: its settings, one pass over the text for all SAEs, and the result.
+
+The result has the tables of `reseed.store.contexts`.
 
 K contexts stored for a latent, W tokens of a window, L context length
 """
@@ -7,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
@@ -27,24 +29,136 @@ from reseed.evaluate.base import (
     EvaluationInput,
     LoadedRun,
     Result,
+    RunSource,
     needs_language_model,
 )
-from reseed.evaluate.contexts.gathering import (
-    ContextGatherer,
-    Ranked,
-    TopKReservoir,
-    lens,
-    neighbours,
-)
+from reseed.evaluate.contexts.directions import Ranked, lens, neighbours
+from reseed.evaluate.contexts.gathering import ContextGatherer, TopKReservoir
 from reseed.store.contexts import CONTEXT, LATENTS_PER_GROUP, SCHEMA
 from reseed.store.results import RowGroups
 from reseed.system.console import counted, throttled_say
 
-if TYPE_CHECKING:
-    from reseed.experiment.resolve import Resolved
+_BYTES_PER_PASS = 4 << 30
+"""Memory for the contexts of one pass; SAEs that need more take several passes."""
+_READ_OUT = "resid_post"
+"""The site in the residual stream, which the unembedding reads."""
+_BLOCK = 4_096
+"""Tokens encoded at once, or one sequence if it is longer."""
 
 
-# MERGED The evaluation ``contexts``: its settings, and one pass over the text for all SAEs.
+@dataclass(frozen=True)
+class ContextsConfig(EvaluationConfig, name="contexts"):
+    """Text that latents fire on, tokens that they promote, and their nearest latents.
+
+    Args:
+        tokens: held-out activations, rounded up to whole sequences; the same for every SAE of one
+            model.
+        top: number of contexts where a latent fires most, at most one per sequence.
+        sampled: number of contexts at even quantiles of activation, from uniformly drawn firings.
+        reservoir: number of firings drawn for each latent.
+        window: tokens of a context on either side of the firing token.
+        lens: number of promoted tokens, and of suppressed tokens.
+        neighbours: number of nearest decoder rows.
+        seed: seed of the draw.
+    """
+
+    with_untrained: ClassVar[bool] = False
+
+    tokens: int = setting(65_536, at_least=1, at_most=2**31)
+    top: int = setting(10, at_least=1)
+    sampled: int = setting(5, at_least=0)
+    reservoir: int = setting(30, at_least=1)
+    window: int = setting(16, at_least=0)
+    lens: int = setting(10, at_least=0)
+    neighbours: int = setting(5, at_least=0)
+    seed: int = setting(0, at_least=0)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.sampled > self.reservoir:
+            raise ConfigError(
+                f"{{key}} (={self.sampled}) must not exceed `reservoir` (={self.reservoir})",
+                "sampled",
+            )
+
+    def check(self, source: RunSource) -> None:
+        needs_language_model(self, source)
+
+    def evaluate(
+        self, runs: Sequence[LoadedRun], inputs: EvaluationInput
+    ) -> Iterator[tuple[str, Result]]:
+        source = inputs.source
+        assert isinstance(source, TextSource)
+        sequences, kept = source.held_out_sequences(self.tokens)
+        with_lens = self.lens > 0 and any(s.hook.site == _READ_OUT for s in runs)
+        matrix = unembedding(source.model) if with_lens else None
+        for some in self._groups(runs):
+            inputs.progress(f"{sequences.numel():,} tokens for {counted(len(some), 'SAE')}")
+            gathered = self._gathered(some, source, sequences, kept)
+            for run in some:
+                described = self._described(run, gathered.pop(run.id), matrix, sequences)
+                texts = _texts(described, inputs.tokenizer)
+                yield run.id, described.result(int(kept.sum()), texts)
+
+    def _groups(self, runs: Sequence[LoadedRun]) -> Iterator[list[LoadedRun]]:
+        """Yield groups of SAEs whose contexts fit into `_BYTES_PER_PASS`, at least one SAE each."""
+        each = (self.top + self.reservoir) * (4 * (2 * self.window + 1) + 16)
+        group: list[LoadedRun] = []
+        for run in runs:
+            if group and sum(s.sae.num_latents for s in [*group, run]) * each > _BYTES_PER_PASS:
+                yield group
+                group = []
+            group.append(run)
+        yield group
+
+    @torch.inference_mode()
+    def _gathered(
+        self,
+        runs: Sequence[LoadedRun],
+        source: TextSource,
+        sequences: Int[Tensor, "sequences context"],
+        kept: Bool[Tensor, "sequences context"],
+    ) -> dict[str, ContextGatherer]:
+        """Gather the contexts of each SAE in one pass over the text."""
+        found = {
+            run.id: ContextGatherer(run.sae, self.top, self.reservoir, self.window, self.seed)
+            for run in runs
+        }
+        told, context = throttled_say(), sequences.shape[1]
+        hooks = [run.hook for run in runs]
+        for first, block in _blocks(source.model, sequences, hooks):
+            for run in runs:
+                x = block[run.hook]
+                found[run.id].add(x, kept[first : first + len(x)], first * context)
+            told(f"{first * context:,} of {sequences.numel():,} tokens")
+        return found
+
+    def _described(
+        self,
+        run: LoadedRun,
+        gathered: ContextGatherer,
+        matrix: Tensor | None,
+        sequences: Int[Tensor, "sequences context"],
+    ) -> LatentDescriptions:
+        rows = run.sae.W_dec.detach()
+        promoted = suppressed = Ranked.empty(len(rows))
+        if matrix is not None and run.hook.site == _READ_OUT:
+            promoted, suppressed = lens(rows, matrix, self.lens)
+        near = neighbours(rows, self.neighbours) if self.neighbours else Ranked.empty(len(rows))
+        return LatentDescriptions(gathered, self.sampled, promoted, suppressed, near, sequences)
+
+
+def _blocks(
+    model: LanguageModel, sequences: Int[Tensor, "sequences context"], hooks: Sequence[Hookpoint]
+) -> Iterator[tuple[int, dict[Hookpoint, Float[Tensor, "some context d_in"]]]]:
+    """Yield activations in blocks of about `_BLOCK` tokens, with each block's first sequence."""
+    size, first = max(1, _BLOCK // sequences.shape[1]), 0
+    for passed in model.activations(sequences, hooks):
+        for block in zip(*(x.split(size) for x in passed.values()), strict=True):
+            yield first, dict(zip(passed, block, strict=True))
+            first += len(block[0])
+
+
 @dataclass(frozen=True, eq=False)
 class LatentDescriptions:
     """Description of the latents of an SAE.
@@ -114,39 +228,37 @@ class _Chosen:
 
     Attributes:
         row: row of each context's latent.
-        order: index among the latent's contexts.
         quantile: quantile of a sampled context; NaN for a top one.
         position: position of the firing token.
         window: activations around it.
     """
 
     row: Int[np.ndarray, " m"]
-    order: Int[np.ndarray, " m"]
     quantile: Float[np.ndarray, " m"]
     position: Int[np.ndarray, " m"]
     window: Float[np.ndarray, "m W"]
 
     @classmethod
-    def ranked(cls, kept: TopKReservoir, rows: slice, count: int) -> _Chosen:
+    def ranked(cls, reservoir: TopKReservoir, rows: slice, count: int) -> _Chosen:
         """Return the ``count`` contexts with the largest activation."""
-        there = kept.there(rows)
+        there = reservoir.counts(rows)
         place = torch.arange(count, device=there.device).expand(len(there), -1)
-        return cls._of(kept, rows, place, place < there[:, None], sampled=False)
+        return cls._of(reservoir, rows, place, place < there[:, None], sampled=False)
 
     @classmethod
-    def spread(cls, kept: TopKReservoir, rows: slice, count: int) -> _Chosen:
+    def spread(cls, reservoir: TopKReservoir, rows: slice, count: int) -> _Chosen:
         """Return ``count`` contexts at even steps by activation; all if there are fewer."""
-        there = kept.there(rows)[:, None]
+        there = reservoir.counts(rows)[:, None]
         step = torch.arange(count, device=there.device)
         place = ((2 * step + 1) * there) // (2 * count)
         # With fewer contexts than `count`, even steps would repeat some.
         place = torch.where(there < count, step, place)
-        return cls._of(kept, rows, place, place < there, sampled=True)
+        return cls._of(reservoir, rows, place, place < there, sampled=True)
 
     @classmethod
     def _of(
         cls,
-        kept: TopKReservoir,
+        reservoir: TopKReservoir,
         rows: slice,
         place: Int[Tensor, "rows count"],
         wanted: Tensor,
@@ -155,16 +267,16 @@ class _Chosen:
         """Return the contexts at some ranks by activation, the largest first."""
         row, order = wanted.nonzero(as_tuple=True)
         at = place[row, order]
-        slot = kept.in_order(rows)[row, at]
-        share = 1 - (at + 0.5) / kept.there(rows)[row] if sampled else at * torch.nan
-        each = row, order, share, kept.position[rows][row, slot], kept.window[rows][row, slot]
+        slot = reservoir.in_order(rows)[row, at]
+        share = 1 - (at + 0.5) / reservoir.counts(rows)[row] if sampled else at * torch.nan
+        each = row, share, reservoir.position[rows][row, slot], reservoir.window[rows][row, slot]
         return cls(*(values.cpu().numpy() for values in each))
 
     def joined(self, after: _Chosen) -> _Chosen:
         """Append other contexts, latent by latent."""
         both = [
             np.concatenate([getattr(self, name), getattr(after, name)])
-            for name in ("row", "order", "quantile", "position", "window")
+            for name in ("row", "quantile", "position", "window")
         ]
         by_row = np.argsort(both[0], kind="stable")
         return _Chosen(*(values[by_row] for values in both))
@@ -201,129 +313,6 @@ def _listed(ranked: Ranked, rows: slice, struct: pa.StructType) -> pa.ListArray:
 def _lists(values: pa.Array, counts: Int[np.ndarray, " m"]) -> pa.ListArray:
     ends = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(ends), values)
-
-
-_KEPT_BYTES = 4 << 30
-"""Memory for the contexts of one pass; SAEs that need more take several passes."""
-_READ_OUT = "resid_post"
-"""The site in the residual stream, which the unembedding reads."""
-_BLOCK = 4_096
-"""Tokens encoded at once, or one sequence if it is longer."""
-
-
-@dataclass(frozen=True)
-class ContextsConfig(EvaluationConfig, name="contexts"):
-    """Text that latents fire on, tokens that they promote, and their nearest latents.
-
-    Args:
-        tokens: held-out activations, rounded up to whole sequences; the same for every SAE of one
-            model.
-        top: number of contexts where a latent fires most, at most one per sequence.
-        sampled: number of contexts at even quantiles of activation, from uniformly drawn firings.
-        reservoir: number of firings drawn for each latent.
-        window: tokens of a context on either side of the firing token.
-        lens: number of promoted tokens, and of suppressed tokens.
-        neighbours: number of nearest decoder rows.
-        seed: seed of the draw.
-    """
-
-    with_untrained: ClassVar[bool] = False
-
-    tokens: int = setting(65_536, at_least=1, at_most=2**31)
-    top: int = setting(10, at_least=1)
-    sampled: int = setting(5, at_least=0)
-    reservoir: int = setting(30, at_least=1)
-    window: int = setting(16, at_least=0)
-    lens: int = setting(10, at_least=0)
-    neighbours: int = setting(5, at_least=0)
-    seed: int = setting(0, at_least=0)
-
-    def validate(self) -> None:
-        super().validate()
-        if self.sampled > self.reservoir:
-            raise ConfigError(
-                f"{{key}} (={self.sampled}) must not exceed `reservoir` (={self.reservoir})",
-                "sampled",
-            )
-
-    def check(self, resolved: Resolved) -> None:
-        needs_language_model(self, resolved)
-
-    def evaluate(
-        self, subjects: Sequence[LoadedRun], evaluated: EvaluationInput
-    ) -> Iterator[tuple[str, Result]]:
-        source = evaluated.source
-        assert isinstance(source, TextSource)
-        sequences, kept = source.held_out_sequences(self.tokens)
-        with_lens = self.lens > 0 and any(s.hook.site == _READ_OUT for s in subjects)
-        matrix = unembedding(source.model) if with_lens else None
-        for some in self._together(subjects):
-            evaluated.note(f"{sequences.numel():,} tokens for {counted(len(some), 'SAE')}")
-            gathered = self._gathered(some, source, sequences, kept)
-            for subject in some:
-                described = self._described(subject, gathered.pop(subject.id), matrix, sequences)
-                texts = _texts(described, evaluated.tokenizer)
-                yield subject.id, described.result(int(kept.sum()), texts)
-
-    def _together(self, subjects: Sequence[LoadedRun]) -> Iterator[list[LoadedRun]]:
-        """Yield groups of SAEs whose contexts fit into `_KEPT_BYTES`; at least one SAE in each."""
-        each = (self.top + self.reservoir) * (4 * (2 * self.window + 1) + 16)
-        group: list[LoadedRun] = []
-        for subject in subjects:
-            if group and sum(s.sae.num_latents for s in [*group, subject]) * each > _KEPT_BYTES:
-                yield group
-                group = []
-            group.append(subject)
-        yield group
-
-    @torch.inference_mode()
-    def _gathered(
-        self,
-        subjects: Sequence[LoadedRun],
-        source: TextSource,
-        sequences: Int[Tensor, "sequences context"],
-        kept: Bool[Tensor, "sequences context"],
-    ) -> dict[str, ContextGatherer]:
-        """Gather the contexts of each SAE in one pass over the text."""
-        found = {
-            subject.id: ContextGatherer(
-                subject.sae, self.top, self.reservoir, self.window, self.seed
-            )
-            for subject in subjects
-        }
-        told, context = throttled_say(), sequences.shape[1]
-        hooks = [subject.hook for subject in subjects]
-        for first, block in _blocks(source.model, sequences, hooks):
-            for subject in subjects:
-                x = block[subject.hook]
-                found[subject.id].add(x, kept[first : first + len(x)], first * context)
-            told(f"{first * context:,} of {sequences.numel():,} tokens")
-        return found
-
-    def _described(
-        self,
-        subject: LoadedRun,
-        gathered: ContextGatherer,
-        matrix: Tensor | None,
-        sequences: Int[Tensor, "sequences context"],
-    ) -> LatentDescriptions:
-        rows = subject.sae.W_dec.detach()
-        promoted = suppressed = Ranked.empty(len(rows))
-        if matrix is not None and subject.hook.site == _READ_OUT:
-            promoted, suppressed = lens(rows, matrix, self.lens)
-        near = neighbours(rows, self.neighbours) if self.neighbours else Ranked.empty(len(rows))
-        return LatentDescriptions(gathered, self.sampled, promoted, suppressed, near, sequences)
-
-
-def _blocks(
-    model: LanguageModel, sequences: Int[Tensor, "sequences context"], hooks: Sequence[Hookpoint]
-) -> Iterator[tuple[int, dict[Hookpoint, Float[Tensor, "some context d_in"]]]]:
-    """Yield activations in blocks of about `_BLOCK` tokens, with each block's first sequence."""
-    size, first = max(1, _BLOCK // sequences.shape[1]), 0
-    for passed in model.activations(sequences, hooks):
-        for block in zip(*(x.split(size) for x in passed.values()), strict=True):
-            yield first, dict(zip(passed, block, strict=True))
-            first += len(block[0])
 
 
 def _texts(described: LatentDescriptions, tokenizer: Any) -> pd.DataFrame:

@@ -1,6 +1,10 @@
-"""Firings of latents in a block of sequences, sorted for gathering contexts.
+"""Gathering of the contexts of an SAE's latents from blocks of held-out text.
 
-n firings, m chosen firings, W = 2·reach + 1 tokens of a window
+`Firings` are the firings in a block of sequences. A `TopKReservoir` stores the K firings of highest
+rank of every latent, in memory that does not grow with the text; a `ContextGatherer` has two, one
+ranked by activation and one at random.
+
+F latents, n firings in a block, m chosen firings, W = 2·reach + 1 tokens of a window
 """
 
 from __future__ import annotations
@@ -11,15 +15,10 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 
 from reseed.sae.base import SAE
-from reseed.sae.selection import select
 
 
-# MERGED The K firings of highest rank of every latent, in memory that does not grow with the text. F latents, K firings stored for each, W tokens of a window; n candidates
-# MERGED Gathering of the contexts of one SAE's latents from blocks of held-out text.
-# MERGED Directions of decoder rows: the tokens they promote, and their nearest rows. F latents, D `d_in`, V tokens; nothing of size [F, F] or [F, V] is held.
 @dataclass(frozen=True, eq=False)
 class Firings:
     """(latent, token) pairs, sorted by latent, then by token.
@@ -156,7 +155,7 @@ class TopKReservoir:
         self.window = torch.zeros(num_latents, size, 2 * reach + 1, device=device)
         self._least = torch.full((num_latents,), _NONE, device=device)
 
-    def there(self, latents: slice = slice(None)) -> Int[Tensor, " some"]:
+    def counts(self, latents: slice = slice(None)) -> Int[Tensor, " some"]:
         """Return the number of firings stored for each latent."""
         return (self.rank[latents] != _NONE).sum(1)
 
@@ -252,76 +251,19 @@ class ContextGatherer:
         self.total += torch.bincount(latent, firings.value.double(), minlength=size)
         rank = rank_by_activation(firings)
         chosen = self.top.reaching(rank, latent)
-        chosen = chosen[_highest_of_runs(rank[chosen], latent[chosen], firings.sequence[chosen])]
+        chosen = chosen[_sequence_peaks(rank[chosen], latent[chosen], firings.sequence[chosen])]
         self.top.offer(firings, chosen, rank[chosen])
         rank = rank_randomly(firings, self.seed)
         chosen = self.drawn.reaching(rank, latent)
         self.drawn.offer(firings, chosen, rank[chosen])
 
 
-def _highest_of_runs(
+def _sequence_peaks(
     rank: Int[Tensor, " n"], latent: Int[Tensor, " n"], sequence: Int[Tensor, " n"]
 ) -> Int[Tensor, " some"]:
     """Return each latent's highest firing per sequence: a sequence gives one top context."""
     if not len(rank):
         return rank
-    _, run = ((latent << 32) + sequence).unique_consecutive(return_inverse=True)
-    best = rank.new_zeros(int(run[-1]) + 1).scatter_reduce(0, run, rank, "amax")
-    return (rank == best[run]).nonzero()[:, 0]
-
-
-_LOGITS = 1 << 25
-"""Logits in memory at once: 128 MiB."""
-
-
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """The first n entries of a ranked list for each latent.
-
-    Attributes:
-        index: token or latent; −1 if the list is shorter.
-        value: logit or cosine, in order.
-    """
-
-    index: Int[Tensor, "F n"]
-    value: Float[Tensor, "F n"]
-
-    @classmethod
-    def empty(cls, num_latents: int) -> Ranked:
-        """Return empty lists."""
-        return cls(torch.zeros(num_latents, 0, dtype=torch.int64), torch.zeros(num_latents, 0))
-
-
-@torch.no_grad()
-def lens(
-    W_dec: Float[Tensor, "F D"], unembedding: Float[Tensor, "V D"], count: int
-) -> tuple[Ranked, Ranked]:
-    """Return the tokens that each latent promotes most, and those that it suppresses most."""
-    count = min(count, len(unembedding))
-    matrix = unembedding.to(W_dec.device).t()
-    found: tuple[list, list] = ([], [])
-    for rows in W_dec.float().split(max(1, _LOGITS // len(unembedding))):
-        logits = rows @ matrix
-        for part, largest in zip(found, (True, False), strict=True):
-            part.append(logits.topk(count, dim=1, largest=largest))
-    promoted, suppressed = (
-        Ranked(torch.cat([p.indices for p in part]), torch.cat([p.values for p in part]))
-        for part in found
-    )
-    return promoted, suppressed
-
-
-@torch.no_grad()
-def neighbours(W_dec: Float[Tensor, "F D"], count: int) -> Ranked:
-    """Return the other latents whose decoder rows have the largest cosine with each latent's.
-
-    Only cosines above 0 count: a row of zeros has no neighbours and is none.
-    """
-    rows = functional.normalize(W_dec.float(), dim=1)
-    size = min(count + 1, len(rows))
-    cosine, latent = select(rows, rows, rows.new_zeros(len(rows)), size, descending=True)
-    own = torch.arange(len(rows), device=latent.device)[:, None]
-    cosine = cosine.masked_fill(latent == own, -torch.inf)
-    cosine, order = cosine.sort(dim=1, descending=True, stable=True)
-    latent = latent.gather(1, order).masked_fill(~(cosine > 0), -1)
-    return Ranked(latent[:, :count], cosine[:, :count].clamp(max=1))
+    _, pair = ((latent << 32) + sequence).unique_consecutive(return_inverse=True)
+    best = rank.new_zeros(int(pair[-1]) + 1).scatter_reduce(0, pair, rank, "amax")
+    return (rank == best[pair]).nonzero()[:, 0]

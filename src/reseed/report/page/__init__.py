@@ -1,1 +1,1 @@
-"""The report of a sweep: `blocks` as HTML with a browser of latents, markdown or TeX."""
+"""The report of a sweep: blocks (`render`) as HTML with a browser of latents, markdown or TeX."""

@@ -1,4 +1,5 @@
-"""Sections of a report, in their order."""
+"""Content of a report: its sections in their order, then its warnings, each with its rule and its
+numbers."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ import pandas as pd
 
 from reseed.compare.measures import DENSE
 from reseed.errors import ReseedError
-from reseed.report.axes import Cell, label
-from reseed.report.captions import caption, data_files, reference_table, title
+from reseed.report.axes import Cell, label, pair_axis_name
+from reseed.report.captions import caption, data_files, title
 from reseed.report.differences import differences
 from reseed.report.evaluation_results import Runs
+from reseed.report.format import number
+from reseed.report.main_table import NOT_SHARED, OFF_TARGET, cell_notes
 from reseed.report.page.provenance import provenance
 from reseed.report.page.render import (
     Block,
@@ -27,23 +30,157 @@ from reseed.report.page.render import (
     TableBlock,
 )
 from reseed.report.pairings import runs_by_value_table
+from reseed.report.references import reference_table
 from reseed.report.summary_tables import summary_tables
-from reseed.report.table import NOT_SHARED, OFF_TARGET, cell_notes, number, pair_axis_name
 from reseed.report.tables import first_tables, optional_tables
 from reseed.store.contexts import Contexts
 from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
 from reseed.system.console import counted
 
-# MERGED Warnings of a report, each with its rule and its numbers.
+STABILITY, ABSORPTION = "https://arxiv.org/abs/2501.16615", "https://arxiv.org/abs/2409.14507"
+BROWSER = "latents.html"
+_SIZE = re.compile(r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"')
 LEAST_SEEDS = 3
 MANY_DEAD = 0.1
 MANY_DENSE = 0.05
 STILL_FALLING = 0.02
-PART = 10
+NUM_PARTS = 10
 """Number of equal parts of training; the last is compared with the one before it."""
-FEWEST_ROWS = 2 * PART
+FEWEST_ROWS = 2 * NUM_PARTS
 """Fewest rows of a curve from which convergence can be judged."""
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """Inputs of a report.
+
+    Attributes:
+        cells: cells, joined with the results of evaluations.
+        runs: the evaluated runs.
+        incomplete: a line for each cell that lacks runs.
+        figures: names of the figures to show, in order.
+        data: files of ``data/``.
+        contexts: run id → its contexts.
+    """
+
+    sweep: Sweep
+    cells: Sequence[Cell]
+    runs: Runs
+    incomplete: Sequence[str]
+    figures: Sequence[str]
+    data: Sequence[str]
+    contexts: Mapping[str, Contexts] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.cells[0][1].settings.name
+
+
+def report_sections(report: ReportData, browser: bool) -> list[Section]:
+    """Return all sections that have content.
+
+    Args:
+        browser: whether the report has a latent browser to link to.
+    """
+    first = first_tables(report.cells)
+    between = differences(report.cells)
+    found = [
+        Section("summary", "Summary", tuple(map(TableBlock, first))),
+        Section("warnings", "Warnings", (_warnings(report),)),
+        Section("figures", "Figures", tuple(_pictures(report))),
+        Section(
+            "tables", "What else was asked", tuple(map(TableBlock, optional_tables(report.cells)))
+        ),
+        Section("differences", "Differences", (TableBlock(between),) if between else ()),
+        Section("measures", "All measures", tuple(_measures(report.cells))),
+        Section("papers", "Beside the papers", tuple(_papers(report.cells))),
+        Section("latents", "Latents", (Paragraph(_browser(report)),) if browser else ()),
+        Section(
+            "provenance",
+            "Protocol and provenance",
+            (*_protocol(), *provenance(report.sweep, report.cells)),
+        ),
+    ]
+    return [section for section in found if section.blocks]
+
+
+def _warnings(report: ReportData) -> Block:
+    runs = list({run.path: run for run in report.sweep.runs()}.values())
+    found = warnings(report.cells, runs, report.incomplete)
+    if found:
+        return BulletList(tuple(found), warns=True)
+    return Paragraph(
+        "None: every cell is complete, has at least three runs, shares more than chance and is at "
+        "its target L0; no FVU was still falling, and few latents are dead or dense."
+    )
+
+
+def _pictures(report: ReportData) -> list[Block]:
+    return [
+        Picture(
+            name,
+            title(name),
+            caption(name, report.cells),
+            tuple(file for file in data_files(name) if file in report.data),
+            svg_size(report.sweep.path / f"{name}.svg"),
+        )
+        for name in report.figures
+    ]
+
+
+def svg_size(path: Path) -> tuple[float, float]:
+    """Return width and height, in points, of an svg that matplotlib wrote.
+
+    Raises:
+        ReseedError: the file does not state its size.
+    """
+    with path.open(encoding="utf-8") as file:
+        found = _SIZE.search(file.read(2000))
+    if found is None:
+        raise ReseedError(
+            f"{path} was not written by reseed: it does not state its size. Remove it; "
+            "`reseed report` draws it again"
+        )
+    return float(found[1]), float(found[2])
+
+
+def _measures(cells: Sequence[Cell]) -> list[Block]:
+    alone = runs_by_value_table(cells)
+    found = [("Each by itself", [alone])] if alone else []
+    return [
+        Folded(title, tuple(TableBlock(table) for table in tables))
+        for title, tables in [*found, *summary_tables(cells)]
+    ]
+
+
+def _papers(cells: Sequence[Cell]) -> list[Block]:
+    table = reference_table(cells)
+    return [TableBlock(table)] if table else []
+
+
+def _browser(report: ReportData) -> str:
+    contexts = (
+        f". For {len(report.contexts)} runs also the passages on which it fires"
+        if report.contexts
+        else ". To see the passages on which it fires, evaluate with `evaluation=contexts`"
+    )
+    return (
+        f"[Every latent of every run]({BROWSER}): how often it fires, how reproducible it is, and "
+        f"its match in each other run{contexts}."
+    )
+
+
+def _protocol() -> list[Block]:
+    return [
+        Paragraph(
+            "SAEs that differ only in what pairs them up are matched one to one, exactly, by "
+            f"their encoders and by their decoders ([Paulo & Belrose]({STABILITY})). Absorption is "
+            f"that of [Chanin et al.]({ABSORPTION}). reseed's `docs/measures.md` defines nulls, "
+            "intervals and every other number, by column heading here and by column name in the "
+            "files of `data/`."
+        )
+    ]
 
 
 def warnings(
@@ -85,7 +222,7 @@ def fvu_fall(curve: pd.DataFrame) -> float | None:
     if "fvu" not in curve or len(curve) < FEWEST_ROWS:
         return None
     values = curve["fvu"].to_numpy(dtype=np.float64)
-    size = len(values) // PART
+    size = len(values) // NUM_PARTS
     before, last = values[-2 * size : -size].mean(), values[-size:].mean()
     return float(1 - last / before) if before > 0 else None
 
@@ -175,136 +312,3 @@ def _many(name: str, what: str, limit: float, fractions: Mapping[str, float]) ->
         return []
     listed = "; ".join(f"{who} ({number(value)})" for who, value in found.items())
     return [f"**Many {name}.** More than {limit:.0%} of the latents {what}: {listed}."]
-
-
-STABILITY, ABSORPTION = "https://arxiv.org/abs/2501.16615", "https://arxiv.org/abs/2409.14507"
-BROWSER = "latents.html"
-_SIZE = re.compile(r'<svg [^>]*viewBox="0 0 ([\d.]+) ([\d.]+)"')
-
-
-@dataclass(frozen=True, eq=False)
-class ReportData:
-    """Inputs of a report.
-
-    Attributes:
-        cells: cells, joined with the results of evaluations.
-        runs: the evaluated runs.
-        incomplete: a line for each cell that lacks runs.
-        figures: names of the figures to show, in order.
-        data: files of ``data/``.
-        contexts: run id → its contexts.
-    """
-
-    sweep: Sweep
-    cells: Sequence[Cell]
-    runs: Runs
-    incomplete: Sequence[str]
-    figures: Sequence[str]
-    data: Sequence[str]
-    contexts: Mapping[str, Contexts] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.cells[0][1].settings.name
-
-
-def report_sections(of: ReportData, browser: bool) -> list[Section]:
-    """Return all sections that have content.
-
-    Args:
-        browser: whether the report has a latent browser to link to.
-    """
-    first = first_tables(of.cells)
-    between = differences(of.cells)
-    found = [
-        Section("summary", "Summary", tuple(map(TableBlock, first))),
-        Section("warnings", "Warnings", (_warnings(of),)),
-        Section("figures", "Figures", tuple(_pictures(of))),
-        Section("tables", "What else was asked", tuple(map(TableBlock, optional_tables(of.cells)))),
-        Section("differences", "Differences", (TableBlock(between),) if between else ()),
-        Section("measures", "All measures", tuple(_measures(of.cells))),
-        Section("papers", "Beside the papers", tuple(_papers(of.cells))),
-        Section("latents", "Latents", (Paragraph(_browser(of)),) if browser else ()),
-        Section(
-            "provenance", "Protocol and provenance", (*_protocol(), *provenance(of.sweep, of.cells))
-        ),
-    ]
-    return [section for section in found if section.blocks]
-
-
-def _warnings(of: ReportData) -> Block:
-    runs = list({run.path: run for run in of.sweep.runs()}.values())
-    found = warnings(of.cells, runs, of.incomplete)
-    if found:
-        return BulletList(tuple(found), warns=True)
-    return Paragraph(
-        "None: every cell is complete, has at least three runs, shares more than chance and is at "
-        "its target L0; no FVU was still falling, and few latents are dead or dense."
-    )
-
-
-def _pictures(of: ReportData) -> list[Block]:
-    return [
-        Picture(
-            name,
-            title(name),
-            caption(name, of.cells),
-            tuple(file for file in data_files(name) if file in of.data),
-            svg_size(of.sweep.path / f"{name}.svg"),
-        )
-        for name in of.figures
-    ]
-
-
-def svg_size(path: Path) -> tuple[float, float]:
-    """Return width and height, in points, of an svg that matplotlib wrote.
-
-    Raises:
-        ReseedError: the file does not state its size.
-    """
-    with path.open(encoding="utf-8") as file:
-        found = _SIZE.search(file.read(2000))
-    if found is None:
-        raise ReseedError(
-            f"{path} was not written by reseed: it does not state its size. Remove it; "
-            "`reseed report` draws it again"
-        )
-    return float(found[1]), float(found[2])
-
-
-def _measures(cells: Sequence[Cell]) -> list[Block]:
-    alone = runs_by_value_table(cells)
-    found = [("Each by itself", [alone])] if alone else []
-    return [
-        Folded(title, tuple(TableBlock(words) for words in tables))
-        for title, tables in [*found, *summary_tables(cells)]
-    ]
-
-
-def _papers(cells: Sequence[Cell]) -> list[Block]:
-    words = reference_table(cells)
-    return [TableBlock(words)] if words else []
-
-
-def _browser(of: ReportData) -> str:
-    contexts = (
-        f". For {len(of.contexts)} runs also the passages on which it fires"
-        if of.contexts
-        else ". To see the passages on which it fires, evaluate with `evaluation=contexts`"
-    )
-    return (
-        f"[Every latent of every run]({BROWSER}): how often it fires, how reproducible it is, and "
-        f"its match in each other run{contexts}."
-    )
-
-
-def _protocol() -> list[Block]:
-    return [
-        Paragraph(
-            "SAEs that differ only in what pairs them up are matched one to one, exactly, by "
-            f"their encoders and by their decoders ([Paulo & Belrose]({STABILITY})). Absorption is "
-            f"that of [Chanin et al.]({ABSORPTION}). reseed's `docs/measures.md` defines nulls, "
-            "intervals and every other number, by column heading here and by column name in the "
-            "files of `data/`."
-        )
-    ]

@@ -24,9 +24,8 @@ import pyarrow.compute as pc
 
 from reseed.compare.cell import CellResult
 from reseed.compare.tables import lists
-from reseed.report.axes import Cell, label
+from reseed.report.axes import Cell, label, pair_axis_name
 from reseed.report.evaluation_results import LETTERS, EvaluatedRun, Runs
-from reseed.report.table import pair_axis_name
 from reseed.store.contexts import LATENTS_PER_GROUP, Context, Contexts, LatentContexts
 
 SHARD = LATENTS_PER_GROUP
@@ -79,16 +78,16 @@ def write_browser(
     found = entries(cells)
     root = folder / "latents"
     root.mkdir(parents=True)
-    words = _Vocabularies()
+    vocabularies = _Vocabularies()
     listed = []
     for i, entry in enumerate(found):
         own = contexts.get(entry.run)
         seen: dict[str, Any] = {}
         if own is not None:
-            seen = _write_contexts(root / str(i), i, own, words)
+            seen = _write_contexts(root / str(i), i, own, vocabularies)
         _write(root / f"{i}.js", f"run/{i}", columns(entry.rows) | seen.pop("columns", {}))
         listed.append(_about(entry, found) | _classes(runs.get(entry.run)) | seen)
-    for i, texts in enumerate(words.texts):
+    for i, texts in enumerate(vocabularies.texts):
         _write(root / f"tokens-{i}.js", f"tokens/{i}", texts)
     _write(root / "runs.js", "runs", {"shard": SHARD, "runs": listed})
 
@@ -184,7 +183,7 @@ class _Vocabularies:
 
 
 def _write_contexts(
-    folder: Path, place: int, contexts: Contexts, words: _Vocabularies
+    folder: Path, place: int, contexts: Contexts, vocabularies: _Vocabularies
 ) -> dict[str, Any]:
     """Write the shards of a run.
 
@@ -203,8 +202,8 @@ def _write_contexts(
             used |= _tokens_of(found)
         _write(folder / f"{begin // SHARD}.js", f"contexts/{place}/{begin // SHARD}", shard)
     ids = sorted(used)
-    vocabulary = words.add(contexts, ids)
-    text = words.texts[vocabulary]
+    vocabulary = vocabularies.add(contexts, ids)
+    text = vocabularies.texts[vocabulary]
     parts = [_around(context, text) for context in best]
     listed = zip(("before", "peak", "after"), zip(*parts, strict=True), strict=True)
     return {

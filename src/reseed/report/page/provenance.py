@@ -6,7 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reseed.report.axes import MISSING, Cell, label
+from reseed.report.axes import Cell, label
+from reseed.report.format import MISSING
 from reseed.report.page.render import Block, BulletList, Code, Folded, Paragraph, TableBlock
 from reseed.report.table import Table
 from reseed.store.runs import Run
@@ -71,15 +72,15 @@ def split_common(
             values are listed: ``0, 1, 2``.
     """
     keys = dict.fromkeys(key for runs in each.values() for values in runs for key in values)
-    said = {
+    texts = {
         key: [
             ", ".join(dict.fromkeys(_word(values.get(key, MISSING)) for values in runs))
             for runs in each.values()
         ]
         for key in keys
     }
-    common = {key: words[0] for key, words in said.items() if len(set(words)) == 1}
-    differing = {key: words for key, words in said.items() if key not in common}
+    common = {key: words[0] for key, words in texts.items() if len(set(words)) == 1}
+    differing = {key: words for key, words in texts.items() if key not in common}
     if not differing:
         return common, None
     header, rows = list(each), [(key, *words) for key, words in differing.items()]
@@ -137,12 +138,12 @@ def _origin(sweep: Sweep, records: Mapping[str, Mapping[str, Any]]) -> str:
 
 def command(record: Mapping[str, Any]) -> str:
     """Return the typed command without what cannot change results: folders, threads, launchers."""
-    told = str(record.get("environment", {}).get("command", "")).split(" ")
-    if told[0] not in ("reseed", "__main__.py") or len(told) < 2:
-        return " ".join(told)
-    multirun = ["-m"] if told[1] == "train" and "-m" in told else []
-    kept = [w for w in told[2:] if w != "-m" and not w.lstrip("+~").startswith(_WITHOUT_EFFECT)]
-    return " ".join(["reseed", told[1], *multirun, *kept])
+    typed = str(record.get("environment", {}).get("command", "")).split(" ")
+    if typed[0] not in ("reseed", "__main__.py") or len(typed) < 2:
+        return " ".join(typed)
+    multirun = ["-m"] if typed[1] == "train" and "-m" in typed else []
+    kept = [w for w in typed[2:] if w != "-m" and not w.lstrip("+~").startswith(_WITHOUT_EFFECT)]
+    return " ".join(["reseed", typed[1], *multirun, *kept])
 
 
 def _versions(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -152,14 +153,14 @@ def _versions(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         own = record.get("environment", {})
         packages = ", ".join(f"{name} {v}" for name, v in own.get("packages", {}).items())
         commit = own.get("git_commit")
-        told = [
+        parts = [
             f"Python {own.get('python', MISSING)}",
             packages,
             f"commit `{commit}`" if commit else "",
             f"{own.get('platform', MISSING)}, {own.get('cpus', MISSING)} CPUs",
             f"device {record['device']}" if record.get("device") else "",
         ]
-        line = "; ".join(part for part in told if part)
+        line = "; ".join(part for part in parts if part)
         found[line] = found.get(line, 0) + 1
     return [f"**{count} of {len(records)} runs**: {line}" for line, count in found.items()]
 

@@ -1,7 +1,9 @@
-"""Blocks of a report, independent of its format.
+"""Blocks of a report, independent of its format, and their rendering as HTML, markdown and LaTeX.
 
 Text is plain except for ``**bold**``, ```code``` and ``[words](target)``; every other character is
-literal, so that renderers can escape it.
+literal, so that renderers can escape it. In HTML everything from outside is escaped: `tag` escapes
+its children unless they are `Html`, which only this module makes. The markdown file shows the
+images in ``figures/``; the LaTeX document compiles as it is, with pdf figures in ``figures/``.
 """
 
 from __future__ import annotations
@@ -17,12 +19,19 @@ from reseed.report.latex import escaped, latex_table
 from reseed.report.table import Table
 from reseed.report.tables import markdown_table
 
-# MERGED Blocks as HTML. Everything from outside is escaped: `tag` escapes its children unless they are `Html`, which only this module makes.
-# MERGED Blocks as one markdown file, which shows the images in ``figures/``.
-# MERGED Blocks as a LaTeX document that compiles as it is, with pdf figures in ``figures/``.
 _SPAN = re.compile(
     r"\*\*(?P<bold>.+?)\*\*|`(?P<code>[^`]+)`|\[(?P<link>[^\]\n]+)\]\((?P<target>\S+?)\)"
 )
+_SCALE = 1.15
+"""Pixels per point: makes a figure's 8 pt letters as large as the notes."""
+_VOID = {"img", "input", "link", "meta"}
+_PREAMBLE = r"""\documentclass[11pt]{article}
+\usepackage[utf8]{inputenc}
+\usepackage[margin=2.5cm]{geometry}
+\usepackage{booktabs,graphicx,hyperref}
+\setlength{\parindent}{0pt}
+\setlength{\parskip}{0.6em}
+"""
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class BulletList:
 class TableBlock:
     """A table with its caption and footnotes."""
 
-    words: Table
+    table: Table
 
 
 @dataclass(frozen=True)
@@ -129,11 +138,6 @@ def spans(text: str) -> list[Span]:
     return [span for span in found if span.text]
 
 
-_SCALE = 1.15
-"""Pixels per point: makes a figure's 8 pt letters as large as the notes."""
-_VOID = {"img", "input", "link", "meta"}
-
-
 class Html(str):
     """Text that is HTML already."""
 
@@ -146,10 +150,10 @@ def tag(name: str, /, *children: str, **attributes: Any) -> Html:
         attributes: ``class_`` becomes ``class``, ``data_sort`` becomes ``data-sort``; None and
             False are left out, True is an attribute without a value.
     """
-    said = "".join(_attribute(key, value) for key, value in attributes.items())
+    text = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in _VOID:
-        return Html(f"<{name}{said}>")
-    return Html(f"<{name}{said}>{joined(children)}</{name}>")
+        return Html(f"<{name}{text}>")
+    return Html(f"<{name}{text}>{joined(children)}</{name}>")
 
 
 def joined(children: Sequence[str], between: str = "") -> Html:
@@ -197,8 +201,8 @@ def block_html(block: Block) -> Html:
         case BulletList(texts, warns):
             items = (tag("li", inline(text)) for text in texts)
             return tag("ul", *items, class_="warnings" if warns else None)
-        case TableBlock(words):
-            return table_html(words)
+        case TableBlock(table):
+            return table_html(table)
         case Picture():
             return _picture(block)
         case Code(text):
@@ -223,22 +227,22 @@ def inline(text: str) -> Html:
     return joined(made)
 
 
-def table_html(words: Table) -> Html:
+def table_html(table: Table) -> Html:
     """Return a table that scrolls by itself if it is too wide, with its footnotes below."""
 
     def cell(name: str, i: int, text: str) -> Html:
-        named = i < words.num_knobs
+        named = i < table.num_knobs
         scope = "col" if name == "th" else None
         return tag(name, *_lines(text), scope=scope, class_="name" if named else "number")
 
-    head = tag("tr", *(cell("th", i, text) for i, text in enumerate(words.header)))
-    rows = (tag("tr", *(cell("td", i, text) for i, text in enumerate(r))) for r in words.rows)
-    caption = [tag("caption", inline(words.caption))] if words.caption else []
-    table = tag("table", *caption, tag("thead", head), tag("tbody", *rows))
-    made = [tag("div", table, class_="wide", tabindex="0", role="region",
-                aria_label=words.caption or "table")]  # fmt: skip
-    if words.footnotes:
-        notes = tag("ul", *(tag("li", inline(note)) for note in words.footnotes), class_="notes")
+    head = tag("tr", *(cell("th", i, text) for i, text in enumerate(table.header)))
+    rows = (tag("tr", *(cell("td", i, text) for i, text in enumerate(r))) for r in table.rows)
+    caption = [tag("caption", inline(table.caption))] if table.caption else []
+    element = tag("table", *caption, tag("thead", head), tag("tbody", *rows))
+    made = [tag("div", element, class_="wide", tabindex="0", role="region",
+                aria_label=table.caption or "table")]  # fmt: skip
+    if table.footnotes:
+        notes = tag("ul", *(tag("li", inline(note)) for note in table.footnotes), class_="notes")
         reading = tag("summary", "How to read it")
         made.append(tag("details", reading, notes, open=True, class_="reading"))
     return joined(made)
@@ -291,9 +295,9 @@ def _markdown_block(block: Block, level: int) -> str:
             return text
         case BulletList(texts):
             return "\n".join(f"- {text}" for text in texts)
-        case TableBlock(words):
-            caption = f"*{words.caption}*\n\n" if words.caption else ""
-            return caption + markdown_table(words)
+        case TableBlock(table):
+            caption = f"*{table.caption}*\n\n" if table.caption else ""
+            return caption + markdown_table(table)
         case Picture(name, title, caption, data):
             files = ", ".join(f"[{file}](data/{file})" for file in data)
             image = f"![{title}](figures/{name}.png)"
@@ -304,15 +308,6 @@ def _markdown_block(block: Block, level: int) -> str:
             return "\n\n".join(
                 [f"{'#' * level} {title}", *(_markdown_block(b, level + 1) for b in blocks)]
             )
-
-
-_PREAMBLE = r"""\documentclass[11pt]{article}
-\usepackage[utf8]{inputenc}
-\usepackage[margin=2.5cm]{geometry}
-\usepackage{booktabs,graphicx,hyperref}
-\setlength{\parindent}{0pt}
-\setlength{\parskip}{0.6em}
-"""
 
 
 def tex(title: str, sections: Sequence[Section]) -> str:
@@ -336,8 +331,8 @@ def _tex_block(block: Block, numbers: count[int]) -> str:
         case BulletList(texts):
             items = "\n".join(rf"\item {_inline(text)}" for text in texts)
             return f"\\begin{{itemize}}\n{items}\n\\end{{itemize}}"
-        case TableBlock(words):
-            return latex_table(words, "", f"tab:{next(numbers)}")
+        case TableBlock(table):
+            return latex_table(table, "", f"tab:{next(numbers)}")
         case Picture():
             return _figure(block)
         case Code(text):

@@ -4,7 +4,7 @@ report/
     index.html  latents.html     (html)     or   report.md   or   report.tex
     figures/<name>.svg, .png     (html, md)      figures/<name>.pdf (tex)
     data/                        the numbers of figures and tables
-    latents/                     (html) data of the latent browser, `page.browser`
+    latents/                     (html) data of the latent browser, `page.latent_browser`
     style.css  *.js              (html)
     report.json                  name of the sweep, and the format
 """
@@ -24,7 +24,7 @@ from reseed.errors import ReseedError
 from reseed.report.axes import Cell
 from reseed.report.evaluation_figures import evaluation_drawings
 from reseed.report.evaluation_results import Runs
-from reseed.report.figures import comparison_drawings, figure_tables, save_figures
+from reseed.report.figures import comparison_drawings, save_figures
 from reseed.report.page.content import BROWSER, ReportData, report_sections
 from reseed.report.page.latent_browser import write_browser
 from reseed.report.page.render import (
@@ -37,6 +37,7 @@ from reseed.report.page.render import (
     tag,
     tex,
 )
+from reseed.report.tables import figure_tables
 from reseed.system.files import atomic_folder
 
 RECORD = "report.json"
@@ -46,7 +47,7 @@ _NUMBERS = ("summary.csv", "pairs.csv", "latents.parquet", "strata.csv", "pairin
 """Files of a sweep's folder that a report copies."""
 
 
-def write_report(of: ReportData, out: Path, format: str = "html") -> Path:
+def write_report(report: ReportData, out: Path, format: str = "html") -> Path:
     """Write the report in place of an earlier one. On failure the earlier one stays.
 
     Args:
@@ -62,9 +63,9 @@ def write_report(of: ReportData, out: Path, format: str = "html") -> Path:
     writer = {"html": _write_html, "md": _write_markdown, "tex": _write_tex}[format]
 
     def fill(folder: Path) -> None:
-        _write_data(of, folder / "data")
-        writer(of, folder)
-        record = {"sweep": of.sweep.path.name, "format": format}
+        _write_data(report, folder / "data")
+        writer(report, folder)
+        record = {"sweep": report.sweep.path.name, "format": format}
         (folder / RECORD).write_text(json.dumps(record) + "\n")
 
     atomic_folder(out, fill)
@@ -76,50 +77,54 @@ def drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure
     return comparison_drawings(cells) | evaluation_drawings(cells, runs)
 
 
-def _write_html(of: ReportData, folder: Path) -> None:
-    _copy_figures(of, folder)
-    sections = report_sections(of, browser=True)
-    (folder / "index.html").write_text(_index(of, sections), encoding="utf-8")
-    write_browser_page(of, folder)
+def _write_html(report: ReportData, folder: Path) -> None:
+    _copy_figures(report, folder)
+    sections = report_sections(report, browser=True)
+    (folder / "index.html").write_text(_index(report, sections), encoding="utf-8")
+    write_browser_page(report, folder)
 
 
-def write_browser_page(of: ReportData, folder: Path) -> None:
+def write_browser_page(report: ReportData, folder: Path) -> None:
     """Write the latent browser, its data, and the assets that all pages load."""
-    write_browser(of.cells, of.runs, of.contexts, folder)
-    (folder / BROWSER).write_text(_browser_page(of), encoding="utf-8")
+    write_browser(report.cells, report.runs, report.contexts, folder)
+    (folder / BROWSER).write_text(_browser_page(report), encoding="utf-8")
     with as_file(files("reseed.report.page") / "assets") as assets:
         for asset in assets.iterdir():
             shutil.copyfile(asset, folder / asset.name)
 
 
-def _write_markdown(of: ReportData, folder: Path) -> None:
-    _copy_figures(of, folder)
-    text = markdown(_title(of), report_sections(of, browser=False))
+def _write_markdown(report: ReportData, folder: Path) -> None:
+    _copy_figures(report, folder)
+    text = markdown(_title(report), report_sections(report, browser=False))
     (folder / "report.md").write_text(text, encoding="utf-8")
 
 
-def _write_tex(of: ReportData, folder: Path) -> None:
-    drawn = {n: draw for n, draw in drawings(of.cells, of.runs).items() if n in of.figures}
+def _write_tex(report: ReportData, folder: Path) -> None:
+    drawn = {
+        n: draw for n, draw in drawings(report.cells, report.runs).items() if n in report.figures
+    }
     save_figures(drawn, folder / "figures", kinds=("pdf",))
-    text = tex(_title(of), report_sections(of, browser=False))
+    text = tex(_title(report), report_sections(report, browser=False))
     (folder / "report.tex").write_text(text, encoding="utf-8")
 
 
-def _copy_figures(of: ReportData, folder: Path) -> None:
+def _copy_figures(report: ReportData, folder: Path) -> None:
     (folder / "figures").mkdir()
-    for name in of.figures:
+    for name in report.figures:
         for kind in ("svg", "png"):
-            shutil.copyfile(of.sweep.path / f"{name}.{kind}", folder / "figures" / f"{name}.{kind}")
+            shutil.copyfile(
+                report.sweep.path / f"{name}.{kind}", folder / "figures" / f"{name}.{kind}"
+            )
 
 
-def _write_data(of: ReportData, folder: Path) -> None:
+def _write_data(report: ReportData, folder: Path) -> None:
     folder.mkdir()
-    made: dict[str, Callable[[], pd.DataFrame]] = figure_tables(of.cells, of.runs)
-    for name in of.data:
+    made: dict[str, Callable[[], pd.DataFrame]] = figure_tables(report.cells, report.runs)
+    for name in report.data:
         if name in made:
             made[name]().to_csv(folder / name, index=False)
         else:
-            shutil.copyfile(of.sweep.path / name, folder / name)
+            shutil.copyfile(report.sweep.path / name, folder / name)
 
 
 def numbers_of(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[str, ...]:
@@ -138,33 +143,33 @@ def _check_replaceable(out: Path) -> None:
         raise ReseedError(f"{out} is a file, but a report is a folder: choose another path")
 
 
-def _title(of: ReportData) -> str:
-    return f"{of.name}: would another seed have found the same latents?"
+def _title(report: ReportData) -> str:
+    return f"{report.name}: would another seed have found the same latents?"
 
 
-def _index(of: ReportData, sections: Sequence[Section]) -> Html:
+def _index(report: ReportData, sections: Sequence[Section]) -> Html:
     links = [tag("a", section.title, href=f"#{section.name}") for section in sections]
     body = [
-        _header(of, tag("a", "Browse latents", href=BROWSER, class_="button")),
+        _header(report, tag("a", "Browse latents", href=BROWSER, class_="button")),
         tag("nav", *links, aria_label="Sections", class_="sections"),
         tag("main", *map(section_html, sections), id="main"),
     ]
-    return document(f"reseed: {of.name}", body, ["page.js"])
+    return document(f"reseed: {report.name}", body, ["page.js"])
 
 
-def _browser_page(of: ReportData) -> Html:
+def _browser_page(report: ReportData) -> Html:
     """Return the empty page that ``browser.js`` fills."""
     silent = tag("noscript", tag("p", "The latent browser needs JavaScript. Its numbers are in "
                                  "data/latents.parquet, too."))  # fmt: skip
     body = [
-        _header(of, tag("a", "Report", href="index.html", class_="button")),
+        _header(report, tag("a", "Report", href="index.html", class_="button")),
         tag("main", silent, id="main", tabindex="-1"),
     ]
-    return document(f"Latents of {of.name}", body, _SCRIPTS)
+    return document(f"Latents of {report.name}", body, _SCRIPTS)
 
 
-def _header(of: ReportData, link: Html) -> Html:
+def _header(report: ReportData, link: Html) -> Html:
     skip = tag("a", "Skip to content", href="#main", class_="skip")
     theme = tag("button", "Theme", type="button", id="theme", title="light or dark (t)")
-    name = tag("h1", of.name, " ", tag("span", of.sweep.path.name, class_="of"))
+    name = tag("h1", report.name, " ", tag("span", report.sweep.path.name, class_="of"))
     return tag("header", skip, name, tag("div", joined([link, theme], " "), class_="actions"))

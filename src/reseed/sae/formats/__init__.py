@@ -1,4 +1,7 @@
-"""Formats of saved SAEs, ours and other libraries', each recognised by its files."""
+"""Formats of saved SAEs, ours and other libraries', each recognised by its files.
+
+Load and write an SAE of any format, and compare (`differ`) what two SAEs compute on random inputs.
+"""
 
 from __future__ import annotations
 
@@ -15,48 +18,11 @@ from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats.base import Format, Imported, Reseed
 from reseed.sae.formats.dictionary_learning import DictionaryLearning
-from reseed.sae.formats.files import fetch
+from reseed.sae.formats.files import fetch, first_few
 from reseed.sae.formats.gemma_scope import GemmaScope
 from reseed.sae.formats.llama_scope import LlamaScope
 from reseed.sae.formats.saelens import SAELens
 from reseed.sae.formats.sparsify import Sparsify
-
-# MERGED A comparison of what two SAEs compute: latents and reconstructions on random inputs.
-TOLERANCE = 1e-5
-"""Allowed error relative to the largest value: float32, with products in another order."""
-FLIPPED = 1e-4
-"""Fraction of the active latents that may differ: those at their threshold, or tied."""
-_TOKENS = 64
-_LENGTHS = (0.1, 1.0, 10.0)
-"""Lengths of the inputs' deviations from b_dec, in units of max(‖b_dec‖, √D)."""
-
-
-@torch.no_grad()
-def differ(first: SAE, second: SAE) -> str:
-    """Say in words where two SAEs differ; "" if they agree."""
-    if (first.d_in, first.num_latents) != (second.d_in, second.num_latents):
-        return "their sizes"
-    for x in _inputs(first):
-        a, b = first(x), second(x)
-        tolerance = TOLERANCE * float(a.latents.abs().max())
-        active = int(((a.latents != 0) | (b.latents != 0)).sum())
-        off = (a.latents - b.latents).abs() > tolerance
-        if int(off.sum()) > FLIPPED * active:
-            return f"latents: {int(off.sum()):,} of {active:,} active ones"
-        steady = ~off.any(1)  # the reconstruction of a token whose latents flipped differs too
-        error = (a.reconstruction - b.reconstruction)[steady].abs()
-        if error.numel() and float(error.max()) > TOLERANCE * float(a.reconstruction.abs().max()):
-            return "reconstructions"
-    return ""
-
-
-def _inputs(sae: SAE) -> list[Float[Tensor, "tokens d_in"]]:
-    generator = torch.Generator().manual_seed(0)
-    centre = sae.b_dec.detach().to("cpu", torch.float32)
-    length = max(float(centre.norm()), sae.d_in**0.5) / sae.d_in**0.5
-    draws = [torch.randn(_TOKENS, sae.d_in, generator=generator) for _ in _LENGTHS]
-    return [centre + scale * length * x for scale, x in zip(_LENGTHS, draws, strict=True)]
-
 
 FORMATS: dict[str, Format] = {
     known.name: known
@@ -69,7 +35,6 @@ FORMATS: dict[str, Format] = {
         LlamaScope(),
     )
 }
-_SHOWN = 8  # at most so many names in a message
 
 
 def load_sae(
@@ -117,7 +82,7 @@ def detect_format(path: Path, format: str | None = None) -> Format:
     found = next((one for one in known if one.recognises(path)), None)
     if found is None:
         wanted = "; ".join(_wanted(one) for one in known)
-        raise CheckpointError(f"{path} {_held(path)}. Expected {wanted}.{_below(path, known)}")
+        raise CheckpointError(f"{path} {_describe(path)}. Expected {wanted}.{_nested(path, known)}")
     return found
 
 
@@ -150,16 +115,15 @@ def _wanted(one: Format) -> str:
     return f"{one.name}: {' or '.join(' with '.join(layout) for layout in one.layouts)}"
 
 
-def _held(path: Path) -> str:
+def _describe(path: Path) -> str:
     if path.is_file():
         return "is not a file of a known format, or its companion files are missing"
     names = sorted(entry.name + "/" * entry.is_dir() for entry in path.iterdir())
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    listed = ", ".join(names[:_SHOWN]) or "nothing"
-    return f"holds no SAE of a known format; it contains {listed}{more}"
+    listed = first_few(names) if names else "nothing"
+    return f"holds no SAE of a known format; it contains {listed}"
 
 
-def _below(path: Path, known: Any) -> str:
+def _nested(path: Path, known: Any) -> str:
     """Name the folders up to two levels below ``path`` that have a known format."""
     if not path.is_dir():
         return ""
@@ -168,5 +132,40 @@ def _below(path: Path, known: Any) -> str:
         one = next((one for one in known if one.recognises(folder)), None)
         if one is not None:
             found.append(f"{folder.relative_to(path)} ({one.name})")
-    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-    return f" Below it are {', '.join(found[:_SHOWN])}{more}: give one of them." if found else ""
+    return f" Below it are {first_few(found)}: give one of them." if found else ""
+
+
+TOLERANCE = 1e-5
+"""Allowed error relative to the largest value: float32, with products in another order."""
+FLIPPED = 1e-4
+"""Fraction of the active latents that may differ: those at their threshold, or tied."""
+_TOKENS = 64
+_LENGTHS = (0.1, 1.0, 10.0)
+"""Lengths of the inputs' deviations from b_dec, in units of max(‖b_dec‖, √D)."""
+
+
+@torch.no_grad()
+def differ(first: SAE, second: SAE) -> str:
+    """Say in words where two SAEs differ; "" if they agree."""
+    if (first.d_in, first.num_latents) != (second.d_in, second.num_latents):
+        return "their sizes"
+    for x in _inputs(first):
+        a, b = first(x), second(x)
+        tolerance = TOLERANCE * float(a.latents.abs().max())
+        active = int(((a.latents != 0) | (b.latents != 0)).sum())
+        off = (a.latents - b.latents).abs() > tolerance
+        if int(off.sum()) > FLIPPED * active:
+            return f"latents: {int(off.sum()):,} of {active:,} active ones"
+        steady = ~off.any(1)  # the reconstruction of a token whose latents flipped differs too
+        error = (a.reconstruction - b.reconstruction)[steady].abs()
+        if error.numel() and float(error.max()) > TOLERANCE * float(a.reconstruction.abs().max()):
+            return "reconstructions"
+    return ""
+
+
+def _inputs(sae: SAE) -> list[Float[Tensor, "tokens d_in"]]:
+    generator = torch.Generator().manual_seed(0)
+    centre = sae.b_dec.detach().to("cpu", torch.float32)
+    length = max(float(centre.norm()), sae.d_in**0.5) / sae.d_in**0.5
+    draws = [torch.randn(_TOKENS, sae.d_in, generator=generator) for _ in _LENGTHS]
+    return [centre + scale * length * x for scale, x in zip(_LENGTHS, draws, strict=True)]

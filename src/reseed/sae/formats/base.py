@@ -1,4 +1,4 @@
-"""Base classes of the formats of saved SAEs.
+"""Base classes of the formats of saved SAEs, and reseed's own format.
 
 Letters as in `reseed.sae.base`: D ``d_in``, F ``num_latents``; our W_enc and W_dec are [F, D]. A
 format reads its files into one of our architectures so that latents and reconstructions equal those
@@ -23,8 +23,9 @@ from reseed.sae.checkpoint import (
     save_sae,
 )
 
+TRANSCODER_NOTE = "a transcoder: it reconstructs activations at another hookpoint"
 
-# MERGED reseed's own format: ``sae.safetensors`` and ``sae.json`` (`reseed.sae.checkpoint`).
+
 @dataclass(frozen=True)
 class Imported:
     """An SAE that was read from files of some format.
@@ -118,7 +119,7 @@ class Exporting(Format):
 
 @final
 class Reseed(Format):
-    """reseed's own format: any architecture, with its whole configuration."""
+    """reseed's own format (`reseed.sae.checkpoint`): any architecture, its whole configuration."""
 
     name = "reseed"
     layouts = ((DESCRIPTION_FILE,),)

@@ -39,7 +39,7 @@ def build_sae(config: SAEConfig, file: Path, tensors: Mapping[str, Tensor]) -> S
     """
     d_in = len(tensors["b_dec"])
     try:
-        config.check(d_in)
+        config.check_d_in(d_in)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error}") from error
     with torch.device("meta"):

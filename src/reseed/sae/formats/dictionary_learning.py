@@ -53,7 +53,7 @@ class DictionaryLearning(Exporting):
         file = path if path.suffix == ".pt" else folder / WEIGHTS
         settings = read_settings(folder / CONFIG)
         trainer = Settings(settings.file, settings.get("trainer", dict))
-        declared = trainer.choice("dict_class", tuple(_READERS), "AutoEncoder")
+        declared = trainer.one_of("dict_class", tuple(_READERS), "AutoEncoder")
         tensors = Tensors(file, _state(file))
         sae, notes = _READERS[declared](tensors, trainer)
         tensors.finish()
@@ -260,7 +260,7 @@ def _k_sparse(
     threshold = own["threshold"] if isinstance(sae, BatchSparseSAE) else torch.tensor(UNSET)
     common = {"k": torch.tensor(config.k, dtype=torch.int32), "threshold": threshold}
     if isinstance(sae, Matryoshka):
-        ends = torch.tensor((0, *sae.config.ends(sae.num_latents)))
+        ends = torch.tensor((0, *sae.config.prefix_sizes(sae.num_latents)))
         tensors = {**matrices, "b_enc": own["b_enc"], "group_sizes": ends.diff()}
         return "MatryoshkaBatchTopKSAE", {**tensors, **common}, {"k": config.k}, ()
     if isinstance(config, TopKConfig) and config.activation != "topk":

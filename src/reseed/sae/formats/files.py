@@ -1,4 +1,8 @@
-"""Readers of other libraries' files: only data, never code; errors name the file and the fault."""
+"""Files of saved SAEs: where they are, and what is in them.
+
+First sources: a folder, a file, or a place on the hub, which is downloaded. Then readers of other
+libraries' files: only data, never code. Errors name the file and the fault.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +23,12 @@ from torch import Tensor
 
 from reseed.sae.checkpoint import CheckpointError
 
-# MERGED Sources of saved SAEs: a folder, a file, or a place on the hub, which is downloaded.
 HUB = "hub:"
 MAIN = "main"
 _HUB = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/@\s]+))?(?:/(?P<path>[^\s]+?))?/?"
 )
 _WEIGHTS = (".safetensors", ".npz", ".pt")
-_SHOWN = 8  # at most so many folders in a message
 
 
 @dataclass(frozen=True)
@@ -152,13 +154,17 @@ def _top(place: HubPlace) -> list[str]:
     if not any(name.endswith(_WEIGHTS) for name in top):
         weights = (name for name in names if name.endswith(_WEIGHTS))
         folders = list(dict.fromkeys(name.rpartition("/")[0] for name in weights))
-        listed = ", ".join(folders[:_SHOWN]) or "none"
-        more = f" and {len(folders) - _SHOWN:,} more" if len(folders) > _SHOWN else ""
         raise CheckpointError(
             f"{place} has no SAE at its top level. Name a folder, as in {HUB}{place.repo}/"
-            f"{folders[0] if folders else 'FOLDER'}; folders with weights: {listed}{more}"
+            f"{folders[0] if folders else 'FOLDER'}; folders with weights: {first_few(folders)}"
         )
     return top
+
+
+def first_few(names: Sequence[str], most: int = 8) -> str:
+    """List the first names for a message."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most]) or 'none'}{more}"
 
 
 def _hint(source: str) -> str:
@@ -293,7 +299,7 @@ class Settings:
             raise CheckpointError(f"{self.file}: `{key}` must be at least 1; got {value}")
         return value
 
-    def choice(self, key: str, known: tuple[str, ...], default: str) -> str:
+    def one_of(self, key: str, known: tuple[str, ...], default: str) -> str:
         """Return one of the known words; any other would mean another SAE.
 
         Raises:

@@ -14,7 +14,7 @@ import numpy as np
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import conversions
-from reseed.sae.formats.base import Exporting, Imported
+from reseed.sae.formats.base import TRANSCODER_NOTE, Exporting, Imported
 from reseed.sae.formats.files import Tensors, read_npz, read_safetensors, read_settings
 from reseed.sae.formats.sparsify import without_skip
 from reseed.system.files import atomic_write_bytes
@@ -86,7 +86,7 @@ def _second(folder: Path) -> Imported:
     transcoder = False
     if config.is_file():
         settings = read_settings(config)
-        settings.choice("architecture", ("jump_relu",), "jump_relu")
+        settings.one_of("architecture", ("jump_relu",), "jump_relu")
         metadata = {k: v for k, v in settings.values.items() if isinstance(v, str | int | float)}
         points = [settings.get(f"hf_hook_point_{side}", str, None) for side in ("in", "out")]
         transcoder = points[1] is not None and points[0] != points[1]
@@ -94,7 +94,7 @@ def _second(folder: Path) -> Imported:
     notes = without_skip(tensors, "affine_skip_connection")
     tensors.finish()
     if transcoder:
-        notes += ("a transcoder: it reconstructs activations at another hookpoint",)
+        notes += (TRANSCODER_NOTE,)
     reads = (file, config) if config.is_file() else (file,)
     return Imported(sae, metadata, notes, reads, transcoder)
 

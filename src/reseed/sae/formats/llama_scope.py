@@ -46,7 +46,7 @@ class LlamaScope(Format):
         file = folder / (FIRST_WEIGHTS if first else WEIGHTS)
         sizes = {"d_in": settings.size("d_model"), "num_latents": _num_latents(settings)}
         tensors = Tensors(file, read_safetensors(file), sizes)
-        settings.choice("sae_type", ("sae",), "sae")
+        settings.one_of("sae_type", ("sae",), "sae")
         settings.refuse("use_glu_encoder", "reseed has no architecture with a gated linear encoder")
         points = [settings.get(f"hook_point_{side}", str, side) for side in ("in", "out")]
         scale_in, scale_out = _scales(settings, tensors, points)
@@ -71,7 +71,7 @@ def _num_latents(settings: Settings) -> int:
 
 def _scales(settings: Settings, tensors: Tensors, points: list[str]) -> tuple[float, float]:
     """Return s of the input and of the output: √D over the mean norm of the activations."""
-    kind = settings.choice("norm_activation", ("dataset-wise", "inference"), "dataset-wise")
+    kind = settings.one_of("norm_activation", ("dataset-wise", "inference"), "dataset-wise")
     stored = settings.get(NORM, dict, {})
     found: list[float] = []
     for point, side in zip(points, ("in", "out"), strict=True):
@@ -98,7 +98,7 @@ def _read(settings: Settings, tensors: Tensors, sizes: dict[str, int], gain: flo
     norms = taken["W_dec"].double().norm(dim=1)
     if gain != 1:
         taken |= {name: (taken[name].double() * gain).float() for name in ("W_dec", "b_dec")}
-    function = settings.choice("act_fn", ("relu", "jumprelu", "topk", *_TOGETHER), "relu")
+    function = settings.one_of("act_fn", ("relu", "jumprelu", "topk", *_TOGETHER), "relu")
     if function in _TOGETHER:
         raise CheckpointError(f"{settings.file}: `act_fn` {function!r} {_TOGETHER[function]}")
     weighed = settings.get("sparsity_include_decoder_norm", bool, True)

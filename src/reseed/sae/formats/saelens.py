@@ -13,7 +13,7 @@ from torch import Tensor
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import conversions
-from reseed.sae.formats.base import Exporting, Imported
+from reseed.sae.formats.base import TRANSCODER_NOTE, Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_settings
 from reseed.sae.formats.sparsify import refuse_weighing, without_skip
 from reseed.sae.gated import Gated
@@ -68,7 +68,7 @@ class SAELens(Exporting):
         if settings.get("reshape_activations", str, "none") == "hook_z":
             notes += ("its input is the concatenated outputs of the heads: [..., heads × d_head]",)
         if transcoder:
-            notes += ("a transcoder: it reconstructs activations at another hookpoint",)
+            notes += (TRANSCODER_NOTE,)
         metadata = settings.get("metadata", dict, {})
         older = {k: settings.values[k] for k in ("model_name", "hook_name", "hook_point")
                  if k in settings.values}  # fmt: skip
@@ -122,7 +122,7 @@ def _architecture(settings: Settings) -> str:
             "equals; it reads relu and topk"
         )
     known = ("standard", "topk", "jumprelu", "gated", *_TRANSCODERS)
-    return settings.choice("architecture", known, "standard")
+    return settings.one_of("architecture", known, "standard")
 
 
 def _parameters(tensors: Tensors, settings: Settings, transcoder: bool) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ class Sparsify(Exporting):
         file = folder / WEIGHTS
         tensors = Tensors(file, read_safetensors(file), _sizes(settings, d_in))
         settings.refuse("signed", "reseed has no architecture with latents of either sign")
-        activation = settings.choice("activation", ("topk", "groupmax"), "topk")
+        activation = settings.one_of("activation", ("topk", "groupmax"), "topk")
         transcode = settings.get("transcode", bool, False)
         taken = {
             "W_enc": tensors.take("encoder.weight", "num_latents", "d_in"),

@@ -7,17 +7,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reseed.sae.kernels import screening
-from reseed.sae.kernels.select import rough_product, screen_pays
+from reseed.sae.kernels import Pairs, screening
+from reseed.sae.kernels.select import BLOCK_ROWS, rough_product, screen_pays
 from reseed.sae.kernels.simd import LANES, compare_gt, first_one, without_first
-from reseed.sae.pairs import Pairs, Product, prepacked_product
+from reseed.sae.products import thread_safe_product
 from reseed.system.compiling import in_blocks, in_ranges, njit
 
 
-# MERGED Pairs of a block of pre-activations above a floor, collected while the block is in the cache.
 @njit(nogil=True, cache=True)
 def collect(pre, floors, first, most):  # pragma: no cover
-    """Return row, latent and value of each number above its latent's floor (or NaN).
+    """Return row, latent and value of each number of a block above its latent's floor (or NaN).
 
     Args:
         first: index of the block's first row in the batch.
@@ -53,8 +52,6 @@ def collect(pre, floors, first, most):  # pragma: no cover
     return owners, latents, values, count
 
 
-BLOCK_ROWS = 128
-"""Rows of a block, so that a thread's product stays in its cache until it has been read."""
 DENSEST = 1 / 8
 """Above this share of active pairs, dense products are faster than sums over pairs."""
 SCREENED, WIDE = 0.02, 128
@@ -71,13 +68,12 @@ def active_pairs(
     b_enc: Float[Tensor, " num_latents"],
     floors: Float[Tensor, " num_latents"],
 ) -> Pairs | None:
-    """Return the pre-activations W_enc x + b_enc that are above their latent's floor, or NaN.
+    """Return the pre-activations above their floor, or None if their share is above `DENSEST`.
 
-    The pairs are sorted by token and then by latent. Return None if their share is above `DENSEST`
-    (after the first block, if it is above there already). Only the values decide this.
+    It stops after the first block if the share is above `DENSEST` there already.
     """
     batch, num_latents = len(rows), len(W_enc)
-    product = row_product(BLOCK_ROWS, W_enc, b_enc)
+    product = thread_safe_product(BLOCK_ROWS, W_enc.detach(), b_enc.detach().contiguous())
     bounds = floors.detach().contiguous().numpy()
     blocks: dict[int, _Block | None] = {}
 
@@ -157,11 +153,3 @@ def screened(
     kept = np.flatnonzero(~(scores <= floors.numpy()[latents]))
     values, owners, latents = (torch.from_numpy(each[kept]) for each in (scores, owners, latents))
     return values, owners, latents
-
-
-def row_product(size: int, W: Tensor, b: Tensor | None) -> Product:
-    """Return the product W x + b for blocks of ``size`` rows; it is thread-safe."""
-    W = W.detach()
-    b = W.new_zeros(len(W)) if b is None else b.detach().contiguous()
-    product = prepacked_product(size, W, b)
-    return product or (lambda block: torch.addmm(b, block, W.t()))

@@ -1,6 +1,11 @@
-"""JumpReLU and gates on (token, latent) pairs, with their sums over tokens.
+"""Loss and gradient over the (token, latent) pairs of a batch.
 
-Sums run over the pairs in order, in float64.
+First JumpReLU and gates, pair by pair; their sums over tokens run over the pairs in order, in
+float64. Then the decoder, the error and the gradients of weights, as sums over pairs. Last, in
+`Grouped`, the same sums for tensors.
+
+Pairs are sorted by token: those of token t are ``ends[t]`` … ``ends[t + 1]`` of the flat lists. A
+pair of weight 0 contributes nothing; `sums_by_latent` skips it.
 """
 
 from __future__ import annotations
@@ -12,14 +17,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reseed.sae.kernels import buffers
-from reseed.sae.kernels.screening import REORDER
-from reseed.sae.kernels.simd import prefetch
+from reseed.sae.kernels import GroupedPairs, buffers
+from reseed.sae.kernels.simd import REORDER, prefetch
 from reseed.system.compiling import in_ranges, njit
 
 
-# MERGED Sums over the (token, latent) pairs of a batch: decoder, error and gradients. Pairs are sorted by token: those of token t are ``ends[t]`` … ``ends[t + 1]`` of the flat lists. A pair of weight 0 contributes nothing; `sums_by_latent` skips it.
-# MERGED The pairs of a batch in the form that the kernels take, and sums over them; takes tensors.
 @njit(nogil=True, cache=True)
 def jump(half, pre, latents, threshold, out, near, fired, near_tokens):  # pragma: no cover
     """Write out = π where π > θ, else 0 (NaN stays NaN), and ``near`` = |π − θ| < ``half``.
@@ -212,14 +214,8 @@ def _numbers(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().numpy()
 
 
-class Grouped:
-    """(token, latent) pairs, sorted by token.
-
-    Args:
-        indices: latent of each pair: a table [B, k], or a flat list.
-        owners: token of each pair of a flat list, ascending; None for a table.
-        batch: number of tokens.
-    """
+class Grouped(GroupedPairs):
+    """The result of `reseed.sae.kernels.group_pairs`, which documents the arguments."""
 
     def __init__(
         self, indices: Int[Tensor, "*pairs"], owners: Tensor | None, batch: int, num_latents: int
@@ -244,7 +240,6 @@ class Grouped:
         return order, ends
 
     def fired(self, weights: Float[Tensor, "*pairs"]) -> Int[Tensor, " num_latents"]:
-        """Return the number of pairs of each latent with a weight above 0."""
         counts = np.zeros(self.num_latents, dtype=np.int64)
         fired(self.latents, _numbers(weights).reshape(-1), counts)
         return torch.from_numpy(counts)
@@ -252,7 +247,6 @@ class Grouped:
     def per_token(
         self, weights: Float[Tensor, "*pairs"], W: Float[Tensor, "num_latents d_in"]
     ) -> Float[Tensor, "batch d_in"]:
-        """Return for each token Σ over its latents of weight × row of W."""
         out = buffers.empty((self.batch, W.shape[1]))
         given = _numbers(W), self.latents, _numbers(weights).reshape(-1), self.ends, out.numpy()
         in_ranges(
@@ -265,7 +259,6 @@ class Grouped:
     def inner_products(
         self, rows: Float[Tensor, "batch d_in"], W: Float[Tensor, "num_latents d_in"]
     ) -> Float[Tensor, " pairs"]:
-        """Return for each pair the token's row · the latent's row of W."""
         out = torch.empty(len(self.latents))
         given = _numbers(rows), _numbers(W), self.latents, self.ends, out.numpy()
         in_ranges(
@@ -281,7 +274,6 @@ class Grouped:
         rows: Float[Tensor, "batch d_in"],
         factor: float = 1.0,
     ) -> tuple[Float[Tensor, "num_latents d_in"], Float[Tensor, " num_latents"]]:
-        """Return for each latent factor × Σ over its tokens of weight × row, and of the weight."""
         out = buffers.empty((self.num_latents, rows.shape[1]))
         totals = torch.empty(self.num_latents)
         given = (
@@ -307,7 +299,6 @@ class Grouped:
         W: Float[Tensor, "num_latents d_in"],
         b_dec: Float[Tensor, " d_in"],
     ) -> tuple[Float[Tensor, "batch d_in"], Float[Tensor, " pairs"], Float[Tensor, ""]]:
-        """Return e = x − (Σ weight × row of W + b_dec), each pair's e · row of W, and Σ‖e‖²."""
         error, inner = buffers.empty((self.batch, x.shape[1])), torch.empty(len(self.latents))
         squares = np.empty(self.batch, dtype=np.float32)
         given = (

@@ -1,27 +1,23 @@
-"""Loss and gradients of a ReLU SAE by products of blocks; takes and returns tensors.
+"""Sums over a batch, and the loss and gradients of a ReLU SAE by products of blocks.
 
-Blocks of tokens pass through the SAE one by one, on any thread. The latents and their gradients of
-several blocks are stored; then each thread adds them to the weight gradients of some latents. The
-order of every sum thus depends only on the shapes, and no full [B, F] matrix is in memory.
+Sums over rows are taken in portions that depend only on the shape. For the loss, blocks of tokens
+pass through the SAE one by one, on any thread. The latents and their gradients of several blocks
+are stored; then each thread adds them to the weight gradients of some latents. The order of every
+sum thus depends only on the shapes, and no full [B, F] matrix is in memory.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from reseed.sae.kernels import buffers
-from reseed.sae.kernels.active import row_product
-from reseed.sae.kernels.screening import REORDER
+from reseed.sae.kernels import ReLUGradients, buffers
+from reseed.sae.kernels.simd import REORDER
+from reseed.sae.products import thread_safe_product
 from reseed.system.compiling import in_blocks, in_ranges, njit
 
-# MERGED Sums over the rows of a matrix, in portions that depend only on the shape.
-# MERGED Sums over a batch; functions of tensors.
-# MERGED ReLU and its derivative on a block, with the sums over its tokens in the same pass.
 PART = 64
 """Rows per portion; one thread adds them up."""
 
@@ -53,7 +49,6 @@ def squared_distances(rows, centre, squares, start, stop):  # pragma: no cover
 def column_sums(
     rows: Float[Tensor, "rows d_in"], weights: Float[Tensor, " rows"] | None = None
 ) -> Float[Tensor, " d_in"]:
-    """Return Σ weight × row; weights default to 1."""
     return torch.from_numpy(_column_sums(rows, weights).astype(np.float32))
 
 
@@ -70,7 +65,6 @@ def _column_sums(rows: Tensor, weights: Tensor | None = None) -> np.ndarray:
 
 
 def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
-    """Return Σ‖x − x̄‖²."""
     mean = (_column_sums(x) / len(x)).astype(np.float32)
     numbers = x.detach().contiguous().numpy()
     squares = np.empty(len(x), dtype=np.float32)
@@ -127,37 +121,19 @@ TILE_LATENTS = 2048
 """Latents whose gradients one thread adds up together."""
 
 
-class Gradients(NamedTuple):
-    """Loss terms and gradients, as sums over the batch (not means)."""
-
-    squared_error: Float[Tensor, ""]
-    sums: Float[Tensor, " num_latents"]
-    """Σ f_j."""
-    fired: Int[Tensor, " num_latents"]
-    error: Float[Tensor, "batch d_in"]
-    for_W_enc: Float[Tensor, "num_latents d_in"]
-    for_b_enc: Float[Tensor, " num_latents"]
-    for_W_dec: Float[Tensor, "num_latents d_in"]
-    """Through the reconstruction."""
-
-
 def relu_blocks(
     x: Float[Tensor, "batch d_in"],
     rows: Float[Tensor, "batch d_in"],
     parameters: tuple[Tensor, Tensor, Tensor, Tensor],
     weights: Float[Tensor, " num_latents"],
-) -> Gradients:
-    """Return the terms and gradients of Σ‖e‖² + Σ weight_j f_j with f = ReLU(W_enc · row + b_enc).
-
-    Args:
-        rows: the encoder's inputs: x, or x − b_dec.
-        parameters: W_enc, b_enc, W_dec, b_dec.
-    """
+) -> ReLUGradients:
+    """Return the loss terms and gradients; see `reseed.sae.kernels.relu_blocks_loss`."""
     W_enc, b_enc, W_dec, b_dec = (p.detach() for p in parameters)
     batch, width = len(x), len(W_enc)
     size, kept = min(BLOCK_ROWS, batch), min(STORED_ROWS, batch)
-    encode, decode = row_product(size, W_enc, b_enc), row_product(size, W_dec.t(), b_dec)
-    into_latents = row_product(size, W_dec, None)
+    encode = thread_safe_product(size, W_enc, b_enc.contiguous())
+    decode = thread_safe_product(size, W_dec.t(), b_dec.contiguous())
+    into_latents = thread_safe_product(size, W_dec, W_dec.new_zeros(width))
     for_W_enc, for_W_dec = buffers.empty_like(W_enc), buffers.empty_like(W_dec)
     latents, through = buffers.empty((kept, width)), buffers.empty((kept, width))
     errors, squares = buffers.empty_like(x), torch.empty(batch)
@@ -191,7 +167,7 @@ def relu_blocks(
         in_blocks(pass_through, last - first, BLOCK_ROWS)
         in_blocks(add_up, width, TILE_LATENTS)
     total = [torch.from_numpy(each.sum(0, dtype=np.float64)) for each in (sums, fired, for_b_enc)]
-    return Gradients(
+    return ReLUGradients(
         squared_error=squares.sum(dtype=torch.float64).float(),
         sums=total[0].float(),
         fired=total[1].long(),

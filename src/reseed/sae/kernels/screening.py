@@ -33,11 +33,9 @@ from reseed.sae.kernels.choice import (
     padded,
     reaching,
 )
-from reseed.sae.kernels.simd import prefetch
+from reseed.sae.kernels.simd import REORDER, prefetch
 from reseed.system.compiling import njit
 
-REORDER = {"reassoc", "contract", "nsz"}
-"""Flags that let sums be vectorised. NaN and infinities keep their meaning."""
 _AHEAD = 1  # rows that are prefetched
 _SHRUNK = np.float32(1 - 2.0**-8)  # 1 − u
 _LEAST = np.float32(1e-30)  # below this, products may be flushed to 0

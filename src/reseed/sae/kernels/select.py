@@ -1,4 +1,10 @@
-"""The k largest pre-activations of every row; takes and returns tensors."""
+"""The largest pre-activations of every row or of a whole batch; takes and returns tensors.
+
+Rows are selected by `reseed.sae.kernels.screening` where that is faster, else by the float32
+product. For a batch the method is that of `screening` with one bound for all rows. The first block
+gives a guess g of the bound; every row contributes the candidates that may reach g. The result is
+exact if at least ``count`` of them reach g.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from reseed.sae.kernels import buffers, choice, screening
-from reseed.sae.pairs import Product, prepacked_product
+from reseed.sae.kernels import Pairs, buffers, choice, screening
+from reseed.sae.products import Product, prepacked_product, thread_safe_product
 from reseed.system.compiling import in_blocks, in_ranges
 
-# MERGED The largest pre-activations of a whole batch; takes and returns tensors. The method is that of `reseed.sae.kernels.screening` with one bound for all rows. The first block gives a guess g of the bound; every row contributes the candidates that may reach g. The result is exact if at least ``count`` of
 BLOCK_ROWS = 128
 """Rows of a block, so that a thread's product stays in its cache until it has been read."""
 LEAST_CANDIDATES, MOST_CANDIDATES = 64, 8
@@ -33,7 +38,7 @@ def select(
     descending: bool,
     screened: bool | None = None,
 ) -> Selected:
-    """Return the k largest pre-activations; see `reseed.sae.selection.select`.
+    """Return the k largest pre-activations of every row, and their latents.
 
     Args:
         screened: use the bfloat16 product; None: only where it is faster.
@@ -73,8 +78,7 @@ def _exact(
     rows: Tensor, W: Tensor, b: Tensor, k: int, descending: bool, values: Tensor, indices: Tensor
 ) -> None:
     """Select by the float32 product."""
-    product = prepacked_product(BLOCK_ROWS, W, b) if len(rows) >= 2 * BLOCK_ROWS else None
-    product = product or (lambda block: torch.addmm(b, block, W.t()))
+    product = thread_safe_product(BLOCK_ROWS, W, b, repeats=len(rows) // BLOCK_ROWS)
     out = values.numpy(), indices.numpy()
 
     def task(start: int, stop: int) -> None:
@@ -140,7 +144,6 @@ _GUESS = 1.25
 _MOST = 16
 """Limit on candidates per row, on average over a block, in units of k; above it, no result."""
 
-Pairs = tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray, bool]
 
 

@@ -1,4 +1,7 @@
-"""Vectorised comparisons that return bits; LLVM compiles them to the CPU's SIMD instructions."""
+"""Vectorised comparisons that return bits; LLVM compiles them to the CPU's SIMD instructions.
+
+Also the flags with which it vectorises sums, and a prefetch.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ intrinsic: Any = _intrinsic
 
 LANES = 32
 """Numbers per comparison."""
+REORDER = {"reassoc", "contract", "nsz"}
+"""Flags that let sums be vectorised. NaN and infinities keep their meaning."""
 
 
 @intrinsic

@@ -1,4 +1,7 @@
-"""One step of Adam, row by row: a row stays in the cache from the gradient to the norm."""
+"""One step of Adam, row by row: a row stays in the cache from the gradient to the norm.
+
+`reseed.train.optim.base` defines the order of clipping, projection, update and renormalisation.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reseed.sae.kernels import update
-from reseed.sae.kernels.screening import REORDER
+from reseed.sae.kernels.simd import REORDER
 from reseed.system.compiling import in_ranges, njit
 
-# MERGED A step of Adam by compiled loops, row by row, in the order that ``optim.py`` defines.
 _TINY = np.float32(np.finfo(np.float32).tiny)
 
 
@@ -81,16 +82,7 @@ def compiled_step(
     unit: Sequence[bool],
     max_grad_norm: float | None,
 ) -> Tensor | None:
-    """Take one step of every group, each with one parameter; gradients are left unchanged.
-
-    Args:
-        states: Adam's state of each group.
-        unit: for each group, whether its parameter's rows are held at norm 1.
-        max_grad_norm: None does not clip.
-
-    Returns:
-        the global norm of the gradients, projected where rows have norm 1; None without clipping.
-    """
+    """Take one step; see `reseed.sae.kernels.adam_step`."""
     norm, factor = None, 1.0
     if max_grad_norm is not None:
         squares = sum(_squared_norm(g["params"][0], u) for g, u in zip(groups, unit, strict=True))
@@ -105,7 +97,7 @@ def _squared_norm(parameter: Tensor, project: bool) -> float:
     grad, weight = _rows(parameter.grad), _rows(parameter)
     squares = np.empty(len(grad), dtype=np.float32)
     in_ranges(
-        lambda start, stop: update.squared_norms(grad, weight, project, squares, start, stop),
+        lambda start, stop: squared_norms(grad, weight, project, squares, start, stop),
         len(grad),
         2 * grad.shape[1],
     )
@@ -133,9 +125,7 @@ def _adam(
     with np.errstate(over="ignore"):  # a rate beyond float32 fails the run's own finiteness check
         scalars = np.array(numbers, dtype=np.float32)
     given = weight, grad, *moments, renormalise, renormalise, scalars
-    in_ranges(
-        lambda start, stop: update.adam(*given, start, stop), len(weight), _COST * weight.shape[1]
-    )
+    in_ranges(lambda start, stop: adam(*given, start, stop), len(weight), _COST * weight.shape[1])
 
 
 def _rows(tensor: Tensor | None) -> np.ndarray:

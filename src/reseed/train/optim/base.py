@@ -1,6 +1,21 @@
-"""Constraints on the weights of an SAE, applied at the start and after every step.
+"""The optimiser of one SAE, the order of its steps, and the constraints on its weights.
 
-``optim.py`` defines the order in which they act.
+This is the only place that defines the order of one step:
+
+1. With a unit-norm decoder, the component of each decoder row's gradient that is parallel to the
+   row is removed (Bricken et al. 2023).
+2. The global norm over all (projected) gradients of this SAE is clipped.
+3. Weights decay (decoupled, as in AdamW), then the update: `SAEAdam` (``adam.py``), `SAESignSGD`
+   (``sign_sgd.py``), `SAEMuon` (``muon.py``).
+4. With a unit-norm decoder, decoder rows are scaled back to norm 1.
+5. `Constraints` are applied, as they are before the first step: mixtures of archetypes are
+   projected to the simplex and their relaxation into its ball; in aligned training E_j · d_j is
+   set to 1, last, because it needs the final decoder.
+
+Projection precedes clipping, as in dictionary_learning: a component that will not be applied should
+not count in the norm. sparsify projects and does not clip. Steps 1 and 4 skip an archetypal
+decoder, which is unit by construction. A schedule-free optimiser holds three sets of weights (see
+``sign_sgd.py``); 4 and 5 apply to each of them.
 """
 
 from __future__ import annotations
@@ -13,84 +28,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.optim.adam import adam
 
-from reseed.sae import kernels
-from reseed.sae.base import SAE, Step
+from reseed.sae.base import SAE
 from reseed.train.archetypes import archetypal_decoder
-
-
-# MERGED The optimiser of one SAE and its learning rate. This is the only place that defines the order of one step: 1. With a unit-norm decoder, the component of each decoder row's gradient that is parallel to the row is removed (Bricken et al. 2023). 2. The global norm over all (projected) gradients of this
-class Constraints:
-    """The constraints of one SAE other than the unit norm, for any set of its weights.
-
-    Args:
-        sae: the SAE; an archetypal decoder must be in place already.
-        aligned: hold E_j · d_j = 1 (see `align_rows`).
-    """
-
-    def __init__(self, sae: SAE, *, aligned: bool) -> None:
-        self.archetypal = archetypal_decoder(sae)
-        self.aligned = aligned
-
-    @torch.no_grad()
-    def hold(self, weights: Mapping[str, Tensor]) -> None:
-        """Project weights onto the constraints, in place.
-
-        Args:
-            weights: by the names of the SAE's parameters; frozen ones may be missing.
-        """
-        if self.archetypal is not None:
-            self.archetypal.hold(weights)
-        if self.aligned:
-            decoder = self.archetypal.decoder(weights) if self.archetypal else weights["W_dec"]
-            align_rows(weights["W_enc"], decoder)
-
-
-@torch.no_grad()
-def normalise_rows(rows: Float[Tensor, "rows d_in"]) -> None:
-    """Scale each row to norm 1, in place. A zero row stays."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
-    rows.div_(norms.clamp_min_(torch.finfo(rows.dtype).tiny))
-
-
-@torch.no_grad()
-def align_rows(
-    encoder: Float[Tensor, "num_latents d_in"], decoder: Float[Tensor, "num_latents d_in"]
-) -> None:
-    """Set E_j ← E_j + (1 − E_j·d_j) d_j/‖d_j‖², in place: the nearest E_j with E_j · d_j = 1.
-
-    Aligned training (Brzozowski & Chung 2026, 2605.18629) reparametrises the encoder to the same
-    surface; here each step is projected back onto it. The component of E_j orthogonal to d_j does
-    not change. If the decoder row is zero no such E_j exists, and E_j does not change.
-    """
-    squared = decoder.square().sum(1, keepdim=True)
-    missing = 1 - torch.linalg.vecdot(encoder, decoder)[:, None]
-    encoder.addcmul_(decoder, missing / squared.clamp_min(torch.finfo(squared.dtype).tiny))
-
 
 BLOCK_BYTES = 4 * 2**20
 """Bytes of rows that are projected, updated and renormalised together to stay in the cache."""
-
-
-def learning_rate(
-    step: Step, peak: float, *, warmup_steps: int = 0, decay_fraction: float = 0.2
-) -> float:
-    """Return the rate of a step: linear warm-up, constant, linear decay to 0.
-
-    It is a pure function of the step.
-
-    Args:
-        peak: the constant.
-        warmup_steps: the rate of step i < warmup_steps is peak · (i + 1) / warmup_steps.
-        decay_fraction: the rate falls over this last fraction of the steps. It would reach 0 at
-            step ``total``, so every step has a positive rate.
-    """
-    rising = (step.index + 1) / warmup_steps if step.index < warmup_steps else 1.0
-    decay_steps = decay_fraction * step.total
-    left = step.total - step.index
-    falling = left / decay_steps if left < decay_steps else 1.0
-    return peak * min(rising, 1.0) * falling
 
 
 class SAEOptimizer(torch.optim.Optimizer, ABC):
@@ -183,7 +126,7 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
         self._constrain()
 
     def _constrain(self) -> None:
-        self.constraints.hold({g["name"]: g["params"][0] for g in self.param_groups})
+        self.constraints.project({g["name"]: g["params"][0] for g in self.param_groups})
 
     def _clip(self, groups: list[dict[str, Any]]) -> tuple[Tensor | None, Tensor | None]:
         """Return the global gradient norm and the factor that clips it."""
@@ -195,104 +138,6 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
 
     def _renormalised(self, group: dict[str, Any]) -> bool:
         return self.unit_norm_decoder and group["name"] == "W_dec"
-
-
-class SAEAdam(SAEOptimizer):
-    """The Adam optimiser (Kingma & Ba 2015).
-
-    Args:
-        lr: learning rate, also settable as ``param_groups[i]["lr"]`` or by `set_lr`.
-        betas, eps: Adam's parameters.
-        options: those of `SAEOptimizer`.
-    """
-
-    def __init__(
-        self,
-        sae: SAE,
-        lr: float,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        **options: Any,
-    ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"`betas` must be in [0, 1), got {betas}")
-        if not (math.isfinite(eps) and eps >= 0):
-            raise ValueError(f"`eps` must be at least 0, got {eps}")
-        super().__init__(sae, lr, {"betas": betas, "eps": eps}, **options)
-
-    def _step(self, groups: list[dict[str, Any]]) -> None:
-        tensors = [tensor for g in groups for tensor in (g["params"][0], g["params"][0].grad)]
-        if kernels.supports(*tensors) and all(tensor.is_contiguous() for tensor in tensors):
-            from reseed.sae.kernels.update import compiled_step
-
-            states = [self._state_of(group["params"][0]) for group in groups]
-            renormalised = [self._renormalised(group) for group in groups]
-            self.grad_norm = compiled_step(groups, states, renormalised, self.max_grad_norm)
-            self._constrain()
-        else:
-            super()._step(groups)
-
-    def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
-        for group in groups:
-            self._adam(group, factor)
-
-    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
-
-    def _adam(self, group: dict[str, Any], factor: Tensor | None) -> None:
-        parameter = group["params"][0]
-        state = self._state_of(parameter)
-        renormalise = self._renormalised(group)
-        beta1, beta2 = group["betas"]
-        for rows in _blocks(parameter):
-            block, grad = parameter[rows], parameter.grad[rows]
-            if factor is not None:
-                grad.mul_(factor)
-            if group["weight_decay"]:
-                block.mul_(1 - group["lr"] * group["weight_decay"])
-            adam(
-                [block],
-                [grad],
-                [state["exp_avg"][rows]],
-                [state["exp_avg_sq"][rows]],
-                [],
-                [state["step"].clone()],  # `adam` increments it at every block
-                fused=True,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=0.0,
-                eps=group["eps"],
-                maximize=False,
-            )
-            if renormalise:
-                normalise_rows(block)
-        state["step"] += 1
-
-
-def _remove_parallel(decoder: Tensor) -> None:
-    """Set g ← g − (g·d) d for rows d of norm 1, in place."""
-    assert decoder.grad is not None
-    for rows in _blocks(decoder):
-        block, grad = decoder[rows], decoder.grad[rows]
-        parallel = torch.linalg.vecdot(grad, block)[:, None]
-        grad.addcmul_(parallel, block, value=-1)
-
-
-def _blocks(parameter: Tensor) -> Iterator[slice]:
-    if parameter.device.type != "cpu" or parameter.ndim < 2:
-        yield slice(None)
-        return
-    rows = max(1, BLOCK_BYTES // (parameter.shape[1] * parameter.element_size()))
-    for start in range(0, len(parameter), rows):
-        yield slice(start, start + rows)
 
 
 def _check(
@@ -311,3 +156,70 @@ def _check(
             raise ValueError(f"`{name}` must be at least 0, got {value}")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"`max_grad_norm` must be above 0 or None, got {max_grad_norm}")
+
+
+class Constraints:
+    """The constraints of one SAE other than the unit norm, for any set of its weights.
+
+    Args:
+        sae: the SAE; an archetypal decoder must be in place already.
+        aligned: hold E_j · d_j = 1 (see `align_rows`).
+    """
+
+    def __init__(self, sae: SAE, *, aligned: bool) -> None:
+        self.archetypal = archetypal_decoder(sae)
+        self.aligned = aligned
+
+    @torch.no_grad()
+    def project(self, weights: Mapping[str, Tensor]) -> None:
+        """Project weights onto the constraints, in place.
+
+        Args:
+            weights: by the names of the SAE's parameters; frozen ones may be missing.
+        """
+        if self.archetypal is not None:
+            self.archetypal.project(weights)
+        if self.aligned:
+            decoder = self.archetypal.decoder(weights) if self.archetypal else weights["W_dec"]
+            align_rows(weights["W_enc"], decoder)
+
+
+@torch.no_grad()
+def normalise_rows(rows: Float[Tensor, "rows d_in"]) -> None:
+    """Scale each row to norm 1, in place. A zero row stays."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    rows.div_(norms.clamp_min_(torch.finfo(rows.dtype).tiny))
+
+
+@torch.no_grad()
+def align_rows(
+    encoder: Float[Tensor, "num_latents d_in"], decoder: Float[Tensor, "num_latents d_in"]
+) -> None:
+    """Set E_j ← E_j + (1 − E_j·d_j) d_j/‖d_j‖², in place: the nearest E_j with E_j · d_j = 1.
+
+    Aligned training (Brzozowski & Chung 2026, 2605.18629) reparametrises the encoder to the same
+    surface; here each step is projected back onto it. The component of E_j orthogonal to d_j does
+    not change. If the decoder row is zero no such E_j exists, and E_j does not change.
+    """
+    squared = decoder.square().sum(1, keepdim=True)
+    missing = 1 - torch.linalg.vecdot(encoder, decoder)[:, None]
+    encoder.addcmul_(decoder, missing / squared.clamp_min(torch.finfo(squared.dtype).tiny))
+
+
+def _remove_parallel(decoder: Tensor) -> None:
+    """Set g ← g − (g·d) d for rows d of norm 1, in place."""
+    assert decoder.grad is not None
+    for rows in row_blocks(decoder):
+        block, grad = decoder[rows], decoder.grad[rows]
+        parallel = torch.linalg.vecdot(grad, block)[:, None]
+        grad.addcmul_(parallel, block, value=-1)
+
+
+def row_blocks(parameter: Tensor) -> Iterator[slice]:
+    """Yield the rows of a parameter in blocks of `BLOCK_BYTES`; on a GPU, all rows at once."""
+    if parameter.device.type != "cpu" or parameter.ndim < 2:
+        yield slice(None)
+        return
+    rows = max(1, BLOCK_BYTES // (parameter.shape[1] * parameter.element_size()))
+    for start in range(0, len(parameter), rows):
+        yield slice(start, start + rows)

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.sae.base import SAE
-from reseed.train.optim.base import SAEAdam, normalise_rows
+from reseed.train.optim.adam import SAEAdam
+from reseed.train.optim.base import normalise_rows
 
 MATRICES = ("W_enc", "W_dec")
 STEPS = 5

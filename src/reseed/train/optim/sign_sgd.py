@@ -83,7 +83,7 @@ class SAESignSGD(SAEOptimizer):
         for group in groups:
             if self._renormalised(group):
                 normalise_rows(self.state[group["params"][0]][which])
-        self.constraints.hold(self._all(which, self.param_groups))
+        self.constraints.project(self._all(which, self.param_groups))
 
     def _all(self, which: str, groups: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Return, by name, z or x of these groups; before the first step, the parameter itself."""

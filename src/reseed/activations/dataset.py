@@ -1,0 +1,62 @@
+"""Configuration common to all data sets (``dataset=``), and how batches tile their chunks.
+
+A data set is read in chunks. The activations of a chunk are dealt into 8 stripes, and a batch takes
+the same number of tokens from every stripe (`stream`). Imports no torch, so that commands that
+only read the configuration start quickly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from reseed.config import Config, setting
+from reseed.errors import ConfigError
+
+STRIPES = 8
+"""Number of stripes of a chunk; a batch takes the same number of tokens from each."""
+
+
+@dataclass(frozen=True)
+class DatasetConfig(Config, family="dataset"):
+    """Base configuration of data sets: order and chunk size."""
+
+    order_seed: int = setting(0, at_least=0)
+    """Seed of the order of documents and tokens, and of nothing else."""
+    chunk_tokens: int = setting(65_536, at_least=STRIPES)
+    """Activations that are computed and shuffled together."""
+    held_out_tokens: int = setting(65_536, at_least=1)
+    """Held-out activations on which every run is measured."""
+
+    def validate(self) -> None:
+        if self.chunk_tokens % STRIPES:
+            raise ConfigError(
+                f"{{key}} must be a multiple of {STRIPES}; got {self.chunk_tokens}", "chunk_tokens"
+            )
+
+
+@dataclass(frozen=True, order=True)
+class Position:
+    """The start of a batch in the stream: a chunk, and a row of each of its stripes.
+
+    Positions of batches of different sizes are comparable.
+    """
+
+    chunk: int
+    row: int
+
+
+def check_batch_size(config: DatasetConfig, batch_size: int) -> None:
+    """Raise `ConfigError` if batches do not tile a chunk."""
+    if batch_size % STRIPES or config.chunk_tokens % batch_size:
+        raise ConfigError(
+            f"{{key}} must be a multiple of {STRIPES} that divides dataset.chunk_tokens "
+            f"(={config.chunk_tokens}); got {batch_size}",
+            "training.batch_size",
+        )
+
+
+def batches_available(activations: int, config: DatasetConfig, batch_size: int) -> int:
+    """Return the number of whole batches in one epoch of ``activations``."""
+    full, rest = divmod(activations, config.chunk_tokens)
+    last = (rest // STRIPES) // (batch_size // STRIPES)
+    return full * (config.chunk_tokens // batch_size) + last

@@ -1,0 +1,194 @@
+"""Language models as sources (``model=``): configurations, files, and fingerprints of content.
+
+`resolve` of a configuration finds and identifies a model without loading its weights. On large
+models of the hub it reads only the configuration and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from reseed.activations.dataset import DatasetConfig
+from reseed.activations.language_model import FoundModel, ModelConfig
+from reseed.activations.source import ResolvedData
+from reseed.activations.text_source import resolve_model_text
+from reseed.config import setting
+from reseed.errors import ConfigError
+from reseed.system.files import atomic_write_json
+
+RANDOM_SEED = 1
+"""Seed of the weights of ``surrogate=random_weights``. All runs use the same one, so that they
+share a stream. It is part of the fingerprint, and so of the signature."""
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_LIGHT = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+              "merges.txt", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResolvedModel(FoundModel):
+    """A found language model that can read texts and can get random weights."""
+
+    def with_random_weights(self) -> ResolvedModel:
+        fingerprint = random_fingerprint(self.folder, RANDOM_SEED)
+        return replace(self, fingerprint=fingerprint, random_seed=RANDOM_SEED)
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        tokenizer = hash_files([self.folder / name for name in _TOKENIZER])
+        return {"model": self.fingerprint, "tokenizer": tokenizer}
+
+    def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
+        return resolve_model_text(self, config, cache)
+
+
+@dataclass(frozen=True)
+class EmbeddedModelConfig(ModelConfig, name="embedded"):
+    """The small GPT-NeoX included in the package."""
+
+    def resolve(self, cache: Path) -> ResolvedModel:
+        self.check_attention()
+        folder = Path(str(files("reseed") / "assets" / "model"))
+        return ResolvedModel(self, folder, weights_fingerprint(folder, cache), "embedded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathModelConfig(ModelConfig, name="path"):
+    """A folder written by `save_pretrained`. The weights are identified by their content."""
+
+    path: str = setting(signed=False)
+
+    def resolve(self, cache: Path) -> ResolvedModel:
+        """Find the model.
+
+        Raises:
+            ConfigError: the folder does not exist or holds no transformers model.
+        """
+        self.check_attention()
+        folder = Path(self.path).expanduser()
+        check_folder(folder)
+        label = folder.resolve().name
+        return ResolvedModel(self, folder, weights_fingerprint(folder, cache), label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubModelConfig(ModelConfig, name="hub"):
+    """A model of the Hugging Face hub, pinned to the commit that ``revision`` resolves to."""
+
+    repository: str = setting()
+    revision: str = setting("main", signed=False)
+
+    def resolve(self, cache: Path) -> ResolvedModel:
+        """Find the model.
+
+        Raises:
+            ConfigError: the hub is unreachable and the model is not in the local cache.
+        """
+        self.check_attention()
+        folder = snapshot(self.repository, self.revision)
+        label = self.repository.rpartition("/")[2].lower()
+        return ResolvedModel(self, folder, f"{self.repository}@{folder.name}", label)
+
+    def weights_folder(self, folder: Path) -> Path:
+        # The folder's name is the resolved commit; the branch may have moved since.
+        return snapshot(self.repository, folder.name, weights=True)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise `ConfigError` if a folder lacks a transformers model or some of its weights."""
+    if not folder.is_dir():
+        raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "path")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"{{key}} must hold a transformers model: there is no config.json in {folder}", "path"
+        )
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(f"{{key}} must hold weights as *.safetensors: none in {folder}", "path")
+    for file in weights:
+        _check_weights(file)
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(
+            f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"
+        ) from None
+
+
+def _check_weights(file: Path) -> None:
+    """Raise `ConfigError` if a safetensors file is shorter or longer than its header says."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{{key}}: {file} is damaged: {error}", "path") from None
+
+
+def snapshot(repository: str, revision: str, weights: bool = False) -> Path:
+    """Return the local folder of a hub model, downloading it if needed; its name is the commit.
+
+    Args:
+        weights: download the weights too, not only configuration and tokenizer.
+
+    Raises:
+        ConfigError: the hub is unreachable, and the model is not in the local cache.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = [*_LIGHT, *(_WEIGHTS if weights else ())]
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except Exception as online:
+        try:  # without a network, use an earlier download
+            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except Exception:
+            raise ConfigError(
+                f"{{key}}: cannot get {repository} (revision {revision}) from the "
+                f"hub, and it is not in the local cache: {_first_line(online)}",
+                "repository",
+            ) from online
+
+
+def weights_fingerprint(folder: Path, cache: Path) -> str:
+    """Return the SHA-256 over architecture and weights.
+
+    For large weights (over 100 MB) it is cached by the files' paths, sizes and mtimes.
+    """
+    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    stamp = json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths])
+    key = hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    remembered = cache / "fingerprints" / f"{key}.json"
+    if remembered.is_file():
+        return json.loads(remembered.read_text())["sha256"]
+    fingerprint = hash_files(paths)
+    if sum(p.stat().st_size for p in paths) > 100_000_000:
+        atomic_write_json(remembered, {"sha256": fingerprint, "files": [p.name for p in paths]})
+    return fingerprint
+
+
+def random_fingerprint(folder: Path, seed: int) -> str:
+    """Return the fingerprint of weights drawn with ``seed``, from the architecture alone."""
+    return f"random_weights-seed{seed}-{hash_files([folder / 'config.json'])}"
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """Return 32 hex digits of the SHA-256 over names and contents of the existing files."""
+    sha = hashlib.sha256()
+    for path in paths:
+        if path.is_file():
+            sha.update(path.name.encode())
+            with path.open("rb") as file:
+                sha.update(hashlib.file_digest(file, "sha256").digest())
+    return sha.hexdigest()[:32]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,199 @@
+"""Hydra's configuration loader for many jobs: reads the files once for each choice of options.
+
+The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which names the files to
+compose, depends only on the choices of options (``sae=relu``), because its interpolations refer to
+choices. So the composition of each set of choices is kept, and Hydra's own function applies the
+values to a copy of it. `about_missing` says which options have a key that a command line misnamed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra._internal.config_repository import IConfigRepository
+from hydra.core.default_element import ConfigDefault
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from reseed.cli.errors import MissingKey
+from reseed.errors import nearest
+
+# Exceptions that a wrong override can raise; Hydra does not expect all of them (`sae=null`).
+_WRONG = (
+    HydraException, OmegaConfBaseException, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
+
+
+class OnceLoader(ConfigLoaderImpl):
+    """Loader that composes as ``loader`` does, but every choice of options only once.
+
+    Later changes of the files are not seen, so every command makes a new loader.
+    """
+
+    def __init__(self, loader: ConfigLoaderImpl) -> None:
+        # The base class is not initialised, because that would search the sources again.
+        self.config_search_path = loader.config_search_path
+        self.repository = loader.repository
+        self._parsed: dict[str, Override] = {}
+        self._bases: dict[tuple[object, ...], DictConfig] = {}
+        self._is_group: dict[tuple[object, ...], Callable[[str], bool]] = {}
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: list[str],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        """Compose as Hydra does, with the same errors."""
+        if run_mode == RunMode.RUN:
+            # On any error Hydra composes again below, so that its message is the one raised.
+            with suppress(*_WRONG):
+                return self._quickly(config_name, overrides)
+        return super().load_configuration(
+            config_name, overrides, run_mode, from_shell, validate_sweep_overrides
+        )
+
+    def base(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
+        """Return the configuration without the values of a job; the caller must not change it."""
+        parsed = [self._parse(text) for text in overrides]
+        return self._base(config_name, self._split(config_name, parsed)[0])
+
+    def options_with(
+        self, key: str, config_name: str | None, overrides: Sequence[str]
+    ) -> list[str]:
+        """Return the options of a group that have a key such as ``sae.k``."""
+        own = [o for o in overrides if self._parse(o).is_hydra_override()]
+        _, files = self._parse_overrides_and_create_caching_repo(config_name, own)
+        group = key.partition(".")[0]
+        return [o for o in files.get_group_options(group) if _has(files, f"{group}/{o}", key)]
+
+    def _quickly(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
+        parsed = [self._parse(text) for text in overrides]
+        rest, values = self._split(config_name, parsed)
+        config = copy.deepcopy(self._base(config_name, rest))
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        task = [o for o in parsed if not o.is_hydra_override()]
+        config.hydra.overrides.task.clear()
+        config.hydra.overrides.task.extend([o.input_line for o in task])
+        words = config.hydra.job.config.override_dirname
+        config.hydra.job.override_dirname = get_overrides_dirname(
+            task, words.exclude_keys, words.item_sep, words.kv_sep
+        )
+        return config
+
+    def _base(self, config_name: str | None, rest: Sequence[Override]) -> DictConfig:
+        lines = [str(o.input_line) for o in rest]
+        key = (config_name, os.getcwd(), *lines)
+        if key not in self._bases:
+            self._bases[key] = super().load_configuration(config_name, lines, RunMode.RUN)
+        return self._bases[key]
+
+    def _parse(self, text: str) -> Override:
+        if text not in self._parsed:
+            (self._parsed[text],) = OverridesParser.create().parse_overrides([text])
+        return self._parsed[text]
+
+    def _split(
+        self, config_name: str | None, parsed: Sequence[Override]
+    ) -> tuple[list[Override], list[Override]]:
+        """Split overrides into choices, and values that Hydra applies after the composition.
+
+        Hydra's own settings count as choices, because they belong to the whole sweep and set the
+        search path.
+        """
+        is_group = self._groups(config_name, [o for o in parsed if o.is_hydra_override()])
+        choices, values = [], []
+        for o in parsed:
+            key = o.key_or_group
+            other = key == "hydra" or o.is_hydra_override() or o.is_sweep_override()
+            is_value = not other and (isinstance(o.value(), dict) or not is_group(key))
+            (values if is_value else choices).append(o)
+        return choices, values
+
+    def _groups(self, config_name: str | None, own: Sequence[Override]) -> Callable[[str], bool]:
+        """Return a predicate that is true for groups, on the search path of Hydra's settings."""
+        lines = [str(o.input_line) for o in own]
+        key = (config_name, *lines)
+        if key not in self._is_group:
+            _, found = self._parse_overrides_and_create_caching_repo(config_name, lines)
+            self._is_group[key] = cache(found.group_exists)
+        return self._is_group[key]
+
+
+def _has(files: IConfigRepository, path: str, key: str) -> bool:
+    """Return True if an option such as ``sae/topk``, or one that it inherits from, has a key."""
+    loaded = files.load_config(path)
+    if loaded is None:
+        return False
+    group, _, within = key.partition(".")
+    name = key if loaded.header["package"] == "_global_" else within
+    parent, _, last = name.rpartition(".")
+    node: Any = loaded.config
+    node = OmegaConf.select(node, parent) if parent else node
+    if isinstance(node, DictConfig) and last in node:
+        return True
+    inherited = [
+        d.path if d.path.startswith("/") else f"{group}/{d.path}"
+        for d in loaded.defaults_list or ()
+        if isinstance(d, ConfigDefault) and d.path not in (None, "_self_")
+    ]
+    return any(_has(files, path.removeprefix("/"), key) for path in inherited)
+
+
+def load_once() -> OnceLoader:
+    """Make the initialised Hydra compose every choice of options once, and return its loader."""
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    assert isinstance(hydra.config_loader, ConfigLoaderImpl)
+    loader = OnceLoader(hydra.config_loader)
+    hydra.config_loader = loader
+    return loader
+
+
+def about_missing(
+    missing: MissingKey, loader: OnceLoader, config_name: str, overrides: Sequence[str]
+) -> str:
+    """Return the message about a key that the options chosen by ``overrides`` do not have."""
+    try:
+        base = loader.base(config_name, overrides)
+    except HydraException:  # the group is missing, not a key in it
+        return str(missing)
+    parent = OmegaConf.select(base, missing.parent) if missing.parent else base
+    if not isinstance(parent, DictConfig):
+        return str(missing)
+    group, _, rest = missing.key.partition(".")
+    if "." in missing.parent and "_target_" not in parent:  # names are free: axes, arms
+        return _about_entry(missing)
+    option = base.hydra.runtime.choices.get(group) if rest else None
+    having = loader.options_with(missing.key, config_name, overrides) if option else []
+    if having:
+        return (
+            f"{group}={option} has no key `{missing.key}`. Options with it: "
+            f"{group}={', '.join(having)}."
+        )
+    known = [str(name) for name in parent if not str(name).startswith("_")]
+    # Only the name is compared, because all keys of a group share the rest.
+    close = nearest(missing.name, known)
+    dotted = f"`{missing.parent}." if missing.parent else "`"
+    return f"{missing}{close.replace('`', dotted, 1)}"
+
+
+def _about_entry(missing: MissingKey) -> str:
+    """Return the message about a mapping that does not have the entry."""
+    simple = re.fullmatch(r"\w+", missing.name)
+    entry = f".{missing.name}=..." if simple else f"={{{missing.name}: ...}}"
+    return f"`{missing.parent}` has no entry `{missing.name}`: add one by +{missing.parent}{entry}"

@@ -1,0 +1,297 @@
+"""A task on words: the words, the model's activations at them, and the probes.
+
+Results about the model are computed once and stored (`ModelCache`): for every hookpoint and
+prompt seed the activations at the words' tokens, and the probes of every fold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from reseed.activations.hookpoints import Hookpoint
+from reseed.activations.language_model import LanguageModel
+from reseed.activations.stream import generator
+from reseed.config import digest, setting
+from reseed.errors import ConfigError
+from reseed.evaluate.base import (
+    EvaluationConfig,
+    EvaluationInput,
+    LoadedRun,
+    RunSource,
+    needs_language_model,
+)
+from reseed.evaluate.probes import Scores, precision_recall_f1, train_probe
+from reseed.evaluate.word_task.prompts import Prompts, Template, make_prompts
+from reseed.evaluate.word_task.words import (
+    Fold,
+    Words,
+    first_letter_words,
+    labelled_words,
+    make_folds,
+    split_words,
+)
+
+VERSION = 1
+"""Raised when a code change alters the stored results."""
+LINES = {
+    "first_letter": "{word} has the first letter: {answer}",
+    "labelled": "{word} is of the class: {answer}",
+}
+_ACTIVATIONS = "word-activations"
+_PROMPTS, _PROBES, _PERMUTED = 0x70726F6D, 0x70726F62, 0x7065726D
+
+
+@dataclass(frozen=True)
+class WordTaskConfig(EvaluationConfig):
+    """Settings that all evaluations on words share.
+
+    Args:
+        task: ``first_letter``, or ``labelled``: the tokens and labels of ``task_file``.
+        task_file: a csv file with columns ``token`` and ``label``.
+        line: the text of a prompt line, with ``{word}`` and ``{answer}``; null uses the task's own
+            (`LINES`).
+        icl_words: example lines with the answer before the word in question.
+        prompt_seeds: seeds that draw the example words; each repeats the whole measurement.
+        split_seed: seed of the split of the words into fit, validation and test sets.
+        folds: 1: a fifth of the words is tested; more (5 for vocabularies of thousands): every word
+            is tested, in one of as many folds, each with its own probes.
+        probe_f1: a class is evaluated if its probe's test F1 is above this.
+        max_latents: most latents that may represent a class: k = 1 … ``max_latents`` are tried.
+        f1_step: a further latent must raise F1 by more than this; .01 to .05 are equally valid.
+        l1: weight of the L1 penalty of the probe that ranks the latents.
+    """
+
+    task: str = setting("first_letter", choices=tuple(LINES))
+    task_file: str | None = None
+    line: str | None = None
+    icl_words: int = setting(10, at_least=0)
+    prompt_seeds: tuple[int, ...] = (0, 1, 2)
+    split_seed: int = setting(0, at_least=0)
+    folds: int = setting(1, at_least=1)
+    probe_f1: float = setting(0.6, at_least=0, below=1)
+    max_latents: int = setting(10, at_least=1)
+    f1_step: float = setting(0.03, at_least=0, below=1)
+    l1: float = setting(0.01, at_least=0)
+
+    def validate(self) -> None:
+        if (self.task == "labelled") != (self.task_file is not None):
+            rule = "is required with" if self.task == "labelled" else "is only for"
+            raise ConfigError(
+                f"{{key}} {rule} task=labelled; got {self.task_file!r} with task={self.task}",
+                "task_file",
+            )
+        if not self.prompt_seeds or len(set(self.prompt_seeds)) < len(self.prompt_seeds):
+            given = list(self.prompt_seeds)
+            raise ConfigError(f"{{key}} must be one or more distinct seeds; got {given}",
+                              "prompt_seeds")  # fmt: skip
+        if min(self.prompt_seeds) < 0:
+            raise ConfigError(
+                f"{{key}} must be at least 0; got {min(self.prompt_seeds)}", "prompt_seeds"
+            )
+        line = self.line
+        if line is not None and not (line.startswith("{word}") and "{answer}" in line):
+            raise ConfigError(
+                f"{{key}} must begin with {{word}} and hold {{answer}}; got {line!r}", "line"
+            )
+
+    def check(self, source: RunSource) -> None:
+        needs_language_model(self, source)
+
+    def words(self, tokenizer: Any) -> Words:
+        """Return the words of the task."""
+        if self.task_file is not None:
+            return labelled_words(tokenizer, self.task_file)
+        return first_letter_words(tokenizer)
+
+    def template(self, tokenizer: Any, words: Words) -> Template:
+        return Template.of(tokenizer, words, self.line or LINES[self.task])
+
+    def by_hookpoint(
+        self, runs: Sequence[LoadedRun], inputs: EvaluationInput
+    ) -> Iterator[tuple[list[ProbedTask], list[LoadedRun]]]:
+        """Yield the task at each hookpoint, for all prompt seeds, and the runs of the hookpoint."""
+        hooks = list(dict.fromkeys(run.hook for run in runs))
+        for hook in hooks:
+            repetitions = list(self.repetitions(inputs, hook, hooks))
+            yield repetitions, [run for run in runs if run.hook == hook]
+
+    def repetitions(
+        self, inputs: EvaluationInput, hook: Hookpoint, hooks: Sequence[Hookpoint] = ()
+    ) -> Iterator[ProbedTask]:
+        """Yield the task at a hookpoint, once for each prompt seed.
+
+        Args:
+            hooks: hookpoints needed later: one pass of the model reads them all.
+        """
+        words = self.words(inputs.tokenizer)
+        labels = words.labels.numpy()
+        part = split_words(labels, self.folds, self.split_seed)
+        folds = make_folds(labels, part, self.folds, self.split_seed)
+        for seed in self.prompt_seeds:
+            yield self._probed(inputs, hook, hooks, words, part, folds, seed)
+
+    def _probed(
+        self,
+        inputs: EvaluationInput,
+        hook: Hookpoint,
+        hooks: Sequence[Hookpoint],
+        words: Words,
+        part: Int[np.ndarray, " n"],
+        folds: list[Fold],
+        seed: int,
+    ) -> ProbedTask:
+        model = inputs.model
+        assert model is not None, "`check` refuses runs without a language model"
+        template = self.template(inputs.tokenizer, words)
+
+        def key_at(place: Hookpoint) -> dict[str, Any]:
+            return self._key(model, place, words, template, seed)
+
+        def activations() -> dict[str, Tensor]:
+            others = [
+                h for h in dict.fromkeys(hooks)
+                if h != hook and inputs.model_cache.is_missing(_ACTIVATIONS, key_at(h))
+            ]  # fmt: skip
+            listed = ", ".join(map(str, (hook, *others)))
+            inputs.progress(f"reading {len(words):,} words at {listed}, prompt seed {seed}")
+            everything = np.arange(len(words))
+            random = np.random.default_rng([_PROMPTS, seed])
+            prompts = make_prompts(words, template, everything, part, self.icl_words, random)
+            found = word_activations(model, [hook, *others], prompts)
+            for other in others:
+                inputs.model_cache.put(_ACTIVATIONS, key_at(other), {"x": found[other]})
+            return {"x": found[hook]}
+
+        key = key_at(hook)
+        x = inputs.model_cache.get(_ACTIVATIONS, key, activations)["x"]
+
+        def probes() -> dict[str, Tensor]:
+            inputs.progress(f"training probes at {hook}, prompt seed {seed}")
+            found: dict[str, list[Tensor]] = {}
+            for fold, each in enumerate(folds):
+                random = generator(_PROBES, seed, fold)
+                permuted = words.labels.clone()
+                # Labels are permuted within train and test words, so that class sizes stay.
+                for some in (each.train, each.test):
+                    order = torch.randperm(len(some), generator=generator(_PERMUTED, seed, fold))
+                    permuted[some] = words.labels[some[order.numpy()]]
+                found.setdefault("permuted", []).append(permuted)
+                for name, labels in (("", words.labels), ("permuted_", permuted)):
+                    member = F.one_hot(labels, len(words.classes)).bool()[each.train]
+                    there = x[each.train].to(inputs.device)
+                    weight, bias = train_probe(there, member, random)
+                    found.setdefault(f"{name}weight", []).append(weight.cpu())
+                    found.setdefault(f"{name}bias", []).append(bias.cpu())
+            return {name: torch.stack(each) for name, each in found.items()}
+
+        made = inputs.model_cache.get("word-probes", key, probes)
+        return ProbedTask(words, template, x, part, folds, seed, made)
+
+    def _key(
+        self, model: LanguageModel, hook: Hookpoint, words: Words, template: Template, seed: int
+    ) -> dict[str, Any]:
+        found = model.resolved
+        texts = [template.opening, sorted(template.after.items())]
+        return {
+            "version": VERSION,
+            "fingerprints": dict(found.fingerprints),
+            "model": found.config.signed(),
+            "hookpoint": [hook.site, hook.layer, hook.module],
+            "words": digest([words.tokens.tolist(), words.labels.tolist(), words.texts], 32),
+            "classes": len(words.classes),
+            "template": digest(texts, 32),
+            "icl_words": self.icl_words,
+            "split": [self.folds, self.split_seed],
+            "prompt_seed": seed,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class ProbedTask:
+    """A task at a hookpoint for one prompt seed. All tensors are on the CPU.
+
+    Attributes:
+        words: the words.
+        template: the tokens between them.
+        x: activation at each word's token, in float32.
+        part: each word's part of the split.
+        folds: the folds.
+        prompt_seed: seed of the example words in the prompts.
+        probes: ``weight`` [folds, C, D] and ``bias`` [folds, C]; ``permuted`` [folds, n], permuted
+            labels, and their probes with the prefix ``permuted_``.
+    """
+
+    words: Words
+    template: Template
+    x: Float[Tensor, "n D"]
+    part: Int[np.ndarray, " n"]
+    folds: list[Fold]
+    prompt_seed: int
+    probes: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.words.classes)
+
+    @cached_property
+    def members(self) -> Bool[Tensor, "n C"]:
+        return F.one_hot(self.words.labels, self.num_classes).bool()
+
+    def permuted_members(self, fold: int) -> Bool[Tensor, "n C"]:
+        """Return the membership by the permuted labels of a fold."""
+        return F.one_hot(self.probes["permuted"][fold], self.num_classes).bool()
+
+    @cached_property
+    def test_scores(self) -> Float[Tensor, "n C"]:
+        """The probes' scores of the test words; NaN for words that no fold tests."""
+        return self._scores("")
+
+    @cached_property
+    def permuted_scores(self) -> Float[Tensor, "n C"]:
+        """`test_scores` by the probes of the permuted labels."""
+        return self._scores("permuted_")
+
+    def _scores(self, prefix: str) -> Float[Tensor, "n C"]:
+        scores = torch.full((len(self.x), self.num_classes), torch.nan)
+        for number, fold in enumerate(self.folds):
+            weight, bias = (self.probes[f"{prefix}{n}"][number] for n in ("weight", "bias"))
+            scores[fold.test] = self.x[fold.test] @ weight.T + bias
+        return scores
+
+    @cached_property
+    def tested(self) -> Bool[Tensor, " n"]:
+        """Mask of the words that some fold tests."""
+        return ~self.test_scores[:, 0].isnan()
+
+
+def probe_quality(repetitions: list[ProbedTask]) -> Scores:
+    """Score the probes on test words of all folds and prompt seeds: [C]."""
+    tested = [p.tested for p in repetitions]
+    scores = torch.cat([p.test_scores[t] for p, t in zip(repetitions, tested, strict=True)])
+    members = torch.cat([p.members[t] for p, t in zip(repetitions, tested, strict=True)])
+    return precision_recall_f1(scores > 0, members)
+
+
+def word_activations(
+    model: LanguageModel, hooks: Sequence[Hookpoint], prompts: Prompts
+) -> dict[Hookpoint, Float[Tensor, "n D"]]:
+    """Return the activation at each word's token; the model stops at the deepest hookpoint."""
+    found: dict[Hookpoint, list[Tensor]] = {hook: [] for hook in hooks}
+    start = 0
+    for batch in model.activations(prompts.tokens, hooks):
+        size = len(batch[hooks[0]])
+        at = prompts.word_position[start : start + size]
+        for hook, there in batch.items():
+            rows = torch.arange(size, device=there.device)
+            found[hook].append(there[rows, at.to(there.device)].float().cpu())
+        start += size
+    return {hook: torch.cat(parts) for hook, parts in found.items()}

@@ -1,0 +1,214 @@
+"""The words of a task: tokens of a vocabulary with their classes, and the split of the words.
+
+First letters are one task (Chanin et al. 2024); a table of tokens and labels defines any other. The
+words are split into sets to fit to, to choose latents by (validation) and to measure (test).
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from string import ascii_letters, ascii_lowercase
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from reseed.errors import ConfigError
+
+_SHOWN = 5
+_STARTS, _ENDS = ("▁", "Ġ"), ("▁", "</w>")
+"""Markers in raw tokens of the start or end of a word."""
+
+
+@dataclass(frozen=True, eq=False)
+class Words:
+    """Words of one token each, sorted by token id.
+
+    Attributes:
+        tokens: token ids.
+        texts: the words as text, with a leading (or trailing) space if the token has one.
+        labels: index of each word's class.
+        classes: class names; a class may have no word (first letters are always all 26).
+        answers: the answer for each class in a prompt.
+    """
+
+    tokens: Int[Tensor, " n"]
+    texts: tuple[str, ...]
+    labels: Int[Tensor, " n"]
+    classes: tuple[str, ...]
+    answers: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    @cached_property
+    def spellings(self) -> tuple[str, ...]:
+        """The words without space and case; an example is never spelt as the word in question."""
+        return tuple(text.strip().lower() for text in self.texts)
+
+
+def first_letter_words(tokenizer: Any) -> Words:
+    """Return every token that is a word of letters, labelled by the first."""
+    found = [(i, text) for i, text in _vocabulary(tokenizer).items() if _is_word(text)]
+    if not found:
+        raise ConfigError("no token of the model's vocabulary is a word of the letters A to Z")
+    letters = [ascii_lowercase.index(text.strip()[0].lower()) for _, text in found]
+    classes = tuple(ascii_lowercase)
+    return Words(*_columns(found, letters), classes, tuple(c.upper() for c in classes))
+
+
+def labelled_words(tokenizer: Any, file: str) -> Words:
+    """Return the tokens that a csv file (columns ``token``, ``label``) lists, with its labels.
+
+    The file lists a token's text, with its leading space if it has one. If only the text with a
+    leading space is a token, that token is used.
+
+    Raises:
+        ConfigError: the file is missing, has other columns, or lists a text that is not a token, or
+            a token twice.
+    """
+    rows = _read(Path(file).expanduser())
+    known = {text: i for i, text in reversed(_vocabulary(tokenizer).items())}
+    chosen = {text: next((t for t in (text, f" {text}") if t in known), None) for text, _ in rows}
+    unknown = [text for text, token in chosen.items() if token is None]
+    if unknown:
+        shown = ", ".join(repr(text) for text in unknown[:_SHOWN])
+        raise ConfigError(
+            f"{{key}}: {len(unknown)} of {len(rows)} are not single tokens of this model: {shown}",
+            "task_file",
+        )
+    found = [(known[chosen[text] or ""], chosen[text] or "") for text, _ in rows]
+    if len({i for i, _ in found}) < len(found):
+        seen = [i for i, _ in found]
+        twice = next(text for i, text in found if seen.count(i) > 1)
+        raise ConfigError(f"{{key}} names the token {twice!r} more than once", "task_file")
+    classes = tuple(sorted({label for _, label in rows}))
+    if len(classes) < 2:
+        raise ConfigError(
+            f"{{key}} must have at least two labels; got {', '.join(classes)}", "task_file"
+        )
+    labels = [classes.index(label) for _, label in rows]
+    order = sorted(range(len(found)), key=lambda i: found[i][0])
+    columns = _columns([found[i] for i in order], [labels[i] for i in order])
+    return Words(*columns, classes, classes)
+
+
+def _read(path: Path) -> list[tuple[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not {"token", "label"} <= set(reader.fieldnames or ()):
+                found = ", ".join(reader.fieldnames or ()) or "none"
+                raise ConfigError(
+                    f"{{key}} must have the columns token and label; {path} has {found}",
+                    "task_file",
+                )
+            rows = [(row["token"] or "", (row["label"] or "").strip()) for row in reader]
+    except OSError as error:
+        raise ConfigError(f"{{key}}: cannot read {path}: {error.strerror}", "task_file") from error
+    incomplete = next((i for i, row in enumerate(rows) if not all(row)), None)
+    if incomplete is not None or not rows:
+        what = "no rows" if incomplete is None else f"no token or no label in row {incomplete + 1}"
+        raise ConfigError(f"{{key}}: {path} has {what}", "task_file")
+    return rows
+
+
+def _vocabulary(tokenizer: Any) -> dict[int, str]:
+    """Return the text of every token but the special ones, by id."""
+    special = set(tokenizer.all_special_ids)
+    ids = [i for i in range(len(tokenizer)) if i not in special]
+    raw = tokenizer.convert_ids_to_tokens(ids)
+    return {i: _decoded(tokenizer, t) for i, t in zip(ids, raw, strict=True) if t is not None}
+
+
+def _decoded(tokenizer: Any, raw: str) -> str:
+    """Return a token's text. Some tokenizers drop the space that the marker means; add it back."""
+    text = tokenizer.convert_tokens_to_string([raw])
+    if raw.startswith(_STARTS) and not text.startswith(" "):
+        text = f" {text}"
+    # Some vocabularies mark the ends of words instead.
+    if len(raw) > 1 and raw.endswith(_ENDS) and not text.endswith(" "):
+        text = f"{text} "
+    return text
+
+
+def _is_word(text: str) -> bool:
+    """Return whether the text is letters A to Z, with at most one space before (or after) them."""
+    word = text[1:] if text.startswith(" ") else text.removesuffix(" ")
+    return bool(word) and set(word) <= set(ascii_letters)
+
+
+def _columns(
+    found: list[tuple[int, str]], labels: list[int]
+) -> tuple[Tensor, tuple[str, ...], Tensor]:
+    return torch.tensor([i for i, _ in found]), tuple(t for _, t in found), torch.tensor(labels)
+
+
+TEST_FRACTION = 0.2
+VALIDATION_FRACTION = 0.2
+"""Fraction of the training words."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Indices of words, sorted.
+
+    Attributes:
+        fit: words that probes on latents are fitted to.
+        validation: words that latents are chosen by.
+        test: words that are measured.
+    """
+
+    fit: Int[np.ndarray, " some"]
+    validation: Int[np.ndarray, " some"]
+    test: Int[np.ndarray, " some"]
+
+    @property
+    def train(self) -> Int[np.ndarray, " more"]:
+        """All but the test words; probes on activations are fitted to them."""
+        return np.sort(np.concatenate([self.fit, self.validation]))
+
+
+def split_words(labels: Int[np.ndarray, " n"], folds: int, seed: int) -> Int[np.ndarray, " n"]:
+    """Assign every word to a part of the split, with the same shares of each class in every part.
+
+    With one fold, part 0 is for training and part 1, a fifth of the words of each class, for
+    testing. With more folds, the parts are equally large, and each fold tests on one of them.
+
+    Args:
+        labels: class of every word.
+        seed: the draw is a function of it and of the labels.
+    """
+    random = np.random.default_rng([0x70617274, seed])
+    part = np.zeros(len(labels), dtype=np.int64)
+    start = 0
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        if folds == 1:
+            part[members[: round(TEST_FRACTION * len(members))]] = 1
+        else:
+            part[members] = (start + np.arange(len(members))) % folds
+            start += len(members)  # else all small classes would favour the first parts
+    return part
+
+
+def make_folds(
+    labels: Int[np.ndarray, " n"], part: Int[np.ndarray, " n"], folds: int, seed: int
+) -> list[Fold]:
+    """Make every fold from the parts; validation words are drawn within each class."""
+    made = []
+    for number in range(folds):
+        test = part == (1 if folds == 1 else number)
+        random = np.random.default_rng([0x76616C, seed, number])
+        validation = np.zeros(len(labels), dtype=bool)
+        for label in np.unique(labels):
+            members = random.permutation(np.flatnonzero((labels == label) & ~test))
+            validation[members[: round(VALIDATION_FRACTION * len(members))]] = True
+        fit = ~(test | validation)
+        made.append(Fold(*(np.flatnonzero(which) for which in (fit, validation, test))))
+    return made

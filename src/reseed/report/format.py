@@ -1,0 +1,95 @@
+"""Numbers and intervals as text, for tables, the terminal and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import isnan
+
+import numpy as np
+
+from reseed.compare.statistics import Interval
+
+MISSING = "–"
+"""Sign for a missing value."""
+LEAST = 0.001
+"""Smaller numbers are shown as below this."""
+
+
+def number(value: float) -> str:
+    """Format with two decimals, or with one digit if these would be 0; ``< 0.001`` below
+    `LEAST`."""
+    if isnan(value):
+        return MISSING
+    if value == 0:
+        return "0"
+    if abs(value) < LEAST:
+        return f"< {LEAST}" if value > 0 else f"> -{LEAST}"
+    return f"{value:.2f}" if abs(value) >= 0.00995 else f"{value:.1g}"
+
+
+def bounds(low: float, high: float) -> str:
+    """Return ``[0.30, 0.52]``; bounds contain no space, so that no line breaks within one."""
+    return "[" + ", ".join(number(bound).replace(" ", "") for bound in (low, high)) + "]"
+
+
+def range_text(values: Iterable[int]) -> str:
+    """Return one number, or the smallest and the largest: ``1,024–4,096``."""
+    found = sorted(set(values))
+    return f"{found[0]:,}" if len(found) == 1 else f"{found[0]:,}–{found[-1]:,}"
+
+
+def padded(values: np.ndarray, length: int) -> list[str]:
+    """Return the values in words, padded with empty strings to ``length``."""
+    return [number(float(v)) for v in values] + [""] * (length - len(values))
+
+
+def with_interval(estimate: Interval) -> str:
+    """Return ``0.42 [0.30, 0.52]``, or the mean alone if there is no interval."""
+    if estimate.low is None or estimate.high is None:
+        return number(estimate.mean)
+    return f"{number(estimate.mean)} {bounds(estimate.low, estimate.high)}"
+
+
+def signed(difference: Interval) -> str:
+    """Return ``+0.12 [0.05, 0.19] *``, with a star if the interval excludes 0."""
+    mean = number(difference.mean)
+    text = f"+{mean}" if difference.mean >= LEAST else mean
+    if difference.low is None or difference.high is None:
+        return text
+    star = " *" if side(difference) else ""
+    return f"{text} {bounds(difference.low, difference.high)}{star}"
+
+
+def side(difference: Interval) -> int:
+    """Return 1 or −1 if the interval lies above or below 0, else 0."""
+    if difference.low is None or difference.high is None:
+        return 0
+    return int(difference.low > 0) - int(difference.high < 0)
+
+
+def null_text(null: float, simulated: int) -> str:
+    """Return a shared fraction by chance in words; for 0, the detection limit of the simulation,
+    ``< 1/4096``."""
+    if null:
+        return number(null) if null >= LEAST else f"{null:.1g}"
+    return f"< 1/{simulated}" if simulated > 1 else MISSING
+
+
+def measure_heading(name: str) -> str:
+    """Return the column heading of a measure: ``shared\\nlive`` for `shared_fraction_live`."""
+    for long, short in (("shared_fraction", "shared"), ("decoder", "dec"), ("correlation", "corr"),
+                        ("coverage", "covered")):  # fmt: skip
+        name = name.replace(long, short)
+    first, _, rest = name.partition("_")
+    return f"{first}\n{rest.replace('_', ' ')}" if rest else first
+
+
+def measure_name(name: str) -> str:
+    """Return `measure_heading` on one line: ``shared live``."""
+    return measure_heading(name).replace("\n", " ")
+
+
+def interval_row(name: str, found: Interval | None) -> dict[str, float | None]:
+    """Return the columns of an estimate in a csv file: ``name``, ``name_low``, ``name_high``."""
+    ends = (found.mean, found.low, found.high) if found else (None, None, None)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), ends, strict=True))

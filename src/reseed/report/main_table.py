@@ -1,0 +1,210 @@
+"""Main table of a comparison: a compact row per cell, with a caption and footnotes.
+
+The terminal and ``summary.md`` show the same rows; only the typesetting differs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import combinations
+from math import hypot, isnan, sqrt
+from typing import Any
+
+from reseed.compare.cell import CellResult
+from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.statistics import Interval, detectable_difference
+from reseed.report.axes import (
+    FEW,
+    Cell,
+    arm_note,
+    columns,
+    knob_values,
+    label,
+    pair_axis_name,
+    varying,
+)
+from reseed.report.format import (
+    MISSING,
+    measure_heading,
+    measure_name,
+    null_text,
+    number,
+    range_text,
+    with_interval,
+)
+from reseed.report.table import Table
+
+NULL_FACTOR = 10
+NOT_SHARED = f"shared at most {NULL_FACTOR} × its null: not converged or not shared"
+"""A shared fraction of at most `NULL_FACTOR` times its null is marked `NOT_SHARED`. A null of 0
+counts as the smallest that the simulation can detect: one latent in all its draws."""
+L0_BOUND = 0.05
+OFF_TARGET = f"L0 off its target by more than {L0_BOUND:.0%}"
+
+
+def main_table(cells: Sequence[Cell]) -> Table:
+    """Return the main table of a comparison."""
+    knobs = columns(cells)
+    seeds = (pair_axis_name(cells),) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
+    percent = f"[{_range(cells, lambda c: round(100 * c.settings.confidence))}%]"
+    made = [_numbers(cell, cells[0][1].settings.primary, percent) for _, cell in cells]
+    header = (*knobs, *seeds, *made[0])
+    rows = tuple(
+        (*knob_values(knobs, k), *(str(cell.n_seeds) for _ in seeds), *numbers.values())
+        for (k, cell), numbers in zip(cells, made, strict=True)
+    )
+    arms = arm_note(cells)
+    settings = cells[0][1].settings
+    estimates = [cell.estimates[settings.primary] for _, cell in cells]
+    seen = detectable_note(estimates, settings.primary, settings.confidence)
+    footnotes = (*([arms] if arms else []), *_legend(cells), *seen, *_remarks(cells))
+    spare = ("cos\nnull", "shared\nnull", "shared\ndec")
+    return Table(header, rows, len(knobs), _caption(cells), footnotes, spare)
+
+
+def _caption(cells: Sequence[Cell]) -> str:
+    changing = varying(cells)
+    constant = [f"{k}={v}" for k, v in cells[0][0].items() if k not in changing]
+    sizes = [f"{_range(cells, lambda c: c.num_latents)} latents"]
+    if any(name.endswith("num_latents") for name in cells[0][0]):
+        sizes = []
+    seeds = f"{_range(cells, lambda c: c.n_seeds)} {pair_axis_name(cells)}"
+    return " · ".join([*constant, *sizes, seeds])
+
+
+def _numbers(cell: CellResult, primary: str, percent: str) -> dict[str, str]:
+    """Return column heading → number of a row, the primary measure first."""
+    estimates = cell.estimates
+
+    def mean(name: str) -> float:
+        return estimates[name].mean if name in estimates else float("nan")
+
+    l0 = mean("l0")
+    strict = {f"shared\n{percent}": with_interval(estimates["shared_fraction"])}
+    first = strict
+    if primary != "shared_fraction":
+        name = measure_name(primary)
+        first = {f"{name}\n{percent}": with_interval(estimates[primary])} | strict
+    alone = ("shared_fraction_live", "shared_fraction_decoder")
+    return {
+        **first,
+        **{measure_heading(name): number(mean(name)) for name in alone if name != primary},
+        "shared\nnull": null_text(_null(cell), cell.null_simulated_latents),
+        "cos\nenc": number(mean("cosine_encoder")),
+        "cos\ndec": number(mean("cosine_decoder")),
+        "cos\nnull": number(cell.pair_mean("null_cosine")),
+        "FVU": number(mean("fvu")),
+        "L0": MISSING if isnan(l0) else f"{l0:.1f}",
+        "dead": number(mean("dead_fraction")),
+    }
+
+
+def _null(cell: CellResult) -> float:
+    return cell.pair_mean("null_shared_fraction")
+
+
+def _legend(cells: Sequence[Cell]) -> list[str]:
+    settings, count = cells[0][1].settings, _range(cells, lambda c: c.n_seeds)
+    one = pair_axis_name(cells, plural=False)
+    interval = (
+        f", with the {settings.confidence:.0%} interval over {pair_axis_name(cells)} (leave one "
+        f"{one} out, t distribution on the logit scale)."
+    )
+    if max(cell.n_seeds for _, cell in cells) < 3:
+        interval = "."
+    pairs = f"Mean over the {_range(cells, lambda c: len(c.pairs))} pairs"
+    if max(len(cell.pairs) for _, cell in cells) == 1:
+        pairs = "One pair"
+    tokens = _range(cells, lambda c: c.held_out_tokens)
+    return [
+        "**shared**: the exact matchings by encoder and by decoder give the latent the same "
+        f"partner, and both cosines are at least {settings.threshold:g} (Paulo & Belrose). "
+        f"{pairs} of n = {count} {pair_axis_name(cells)}{interval}",
+        f"**live**: counted over latents that fire at least {settings.live_at_least} times in "
+        f"{tokens} held-out tokens, both partners live. **dec**: only the decoder's match counts; "
+        "its cosine is at least the threshold.",
+        "**null**: two random dictionaries of the same size, matched the same way. **cos**: mean "
+        "cosine of all matched latents, by encoder and by decoder.",
+        "**FVU**: fraction of variance unexplained; **L0**: active latents per token; both on "
+        "held-out tokens. **dead**: fraction of latents that did not fire at the end of training.",
+    ]
+
+
+def detectable(a: Interval, b: Interval, confidence: float) -> float | None:
+    """Return the smallest difference between two estimates that is detected with 80% power
+    (`statistics.detectable_difference`), on their scale; None if one has no standard error."""
+    if not a.standard_error or not b.standard_error:
+        return None
+    units = detectable_difference(min(a.n, b.n), confidence=confidence)
+    return units * hypot(a.standard_error, b.standard_error) / sqrt(2)
+
+
+def detectable_note(
+    estimates: Sequence[Interval], primary: str, confidence: float
+) -> tuple[str, ...]:
+    """Return the primary measure and the smallest difference between rows that the design could
+    detect; only the former without intervals."""
+    name = measure_name(primary)
+    pairs = list(combinations(estimates, 2)) or [(e, e) for e in estimates]
+    seen = [x for a, b in pairs if (x := detectable(a, b, confidence)) is not None]
+    if not seen:
+        return (f"Primary measure: **{name}**.",)
+    counts = sorted({e.n for e in estimates if e.standard_error})
+    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+    least, most = number(min(seen)), number(max(seen))
+    size = least if least == most else f"{least}–{most}"
+    between = "two rows" if len(estimates) > 1 else "this row and one like it"
+    rows = ", depending on the rows" if size != least else ""
+    return (
+        f"Primary measure: **{name}**. With n = {n} the smallest difference in it between "
+        f"{between} that this design could detect is {size} (80% power, {confidence:.0%} "
+        f"level{rows}).",
+    )
+
+
+def cell_notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]:
+    """Return remarks about a cell's shared fraction and its target L0; see `NOT_SHARED` and
+    `OFF_TARGET`."""
+    shared = cell.estimates["shared_fraction"]
+    simulated = cell.null_simulated_latents
+    null = max(_null(cell), 1 / (max(1, simulated) * cell.settings.null_draws))
+    # A single latent has no meaningful null.
+    found = [NOT_SHARED] if simulated > 1 and shared.mean <= NULL_FACTOR * null else []
+    target = re.fullmatch(r"L0≈(\d[\d.e+-]*)", str((knobs or {}).get("sparsity")))
+    if target and "l0" in cell.estimates:
+        l0 = cell.estimates["l0"].mean
+        found += [OFF_TARGET] if abs(l0 / float(target[1]) - 1) > L0_BOUND else []
+    if WEIGHTS_NOTE in cell.pairs:
+        found.append(NO_COMMON_SPACE)
+    elif simulated < cell.num_latents:
+        found.append(f"null simulated with {simulated:,} latents, its cosine extrapolated")
+    reason = cell.estimates[cell.settings.primary].reason
+    return found + ([reason] if reason else [])
+
+
+def _remarks(cells: Sequence[Cell]) -> list[str]:
+    """Return each note once, with the cells that it is about."""
+    about: dict[str, list[str]] = {}
+    for knobs, cell in cells:
+        for note in cell_notes(cell, knobs):
+            value = f" ({cell.estimates['l0'].mean:.1f})" if note == OFF_TARGET else ""
+            about.setdefault(note, []).append(label(cells, knobs) + value)
+    return [
+        f"**{note}**" + _which(names, len(cells), always=note == OFF_TARGET)
+        for note, names in about.items()
+    ]
+
+
+def _which(names: Sequence[str], of: int, always: bool = False) -> str:
+    """Return the cells that a note is about: by name if at most `FEW`, else their number; nothing
+    if it is about all of them, unless ``always``."""
+    if len(names) == of and not (always and of <= FEW):
+        return ""
+    if len(names) > FEW:
+        return f": {len(names)} of the {of} rows (marked in column `note` of summary.csv)"
+    return f": {'; '.join(names)}"
+
+
+def _range(cells: Sequence[Cell], value: Callable[[CellResult], float]) -> str:
+    return range_text(int(value(cell)) for _, cell in cells)

@@ -1,0 +1,272 @@
+"""Tests of the measures on activations: one pass, against SAEs run again with a latent changed."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from reseed.compare.activations.measures import WeightMatches, measure_same_activations
+from reseed.compare.activations.tables import (
+    ESTIMATES,
+    LATENT_COLUMNS,
+    NOTE,
+    PAIR_COLUMNS,
+    activation_measures,
+    lacks_activations,
+    weight_matches,
+    with_activations,
+)
+from reseed.compare.cell import CellResult, compare_cell
+from reseed.sae.jumprelu import JumpReLUConfig
+from reseed.sae.relu import ReLUConfig
+from reseed.sae.topk import TopKConfig
+
+TOKENS, D = 300, 8
+
+
+def built(config, seed):
+    """Build a random SAE with decoder rows short enough to reconstruct something, but so long that
+    adding a latent does not always help."""
+    sae = config.build(D, torch.Generator().manual_seed(seed)).requires_grad_(False)
+    sae.W_dec.mul_(0.6)
+    return sae
+
+
+@pytest.fixture
+def x():
+    return torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def saes():
+    return [
+        built(TopKConfig(num_latents=20, k=4), 0),
+        built(ReLUConfig(num_latents=16), 1),
+        built(JumpReLUConfig(num_latents=20), 2),
+    ]
+
+
+def permuted(sae, order):
+    found = copy.deepcopy(sae)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        getattr(found, name).copy_(getattr(sae, name)[order])
+    return found
+
+
+def cell_of(dictionary, saes, x, settings):
+    """Compare the SAEs by their weights."""
+    found = []
+    for i, sae in enumerate(saes):
+        firing = (sae.encode(x) != 0).sum(0).numpy()
+        rows = (sae.W_enc.numpy(), sae.W_dec.numpy())
+        found.append(dictionary(*rows, seed=str(i), firing=firing, tokens=len(x)))
+    return compare_cell(found, [], settings)
+
+
+@pytest.fixture
+def measured(saes, x, dictionary, settings):
+    """Return a cell in which some latents are live and some are not, with its measures."""
+    cell = cell_of(dictionary, saes, x, replace(settings, live_at_least=60))
+    return cell, measure_same_activations(saes, weight_matches(cell), [x])
+
+
+def test_closed_forms_equal_running_the_sae_with_a_latent_changed(saes, x, measured):
+    cell, found = measured
+    sides = weight_matches(cell)
+    exact = x.double()
+    made = [(s.encode(x).double(), s.W_dec.double(), s.b_dec.double()) for s in saes]
+    for (s, t), latents in found.latents.items():
+        (f, w, bias), (g, v, other_bias) = made[s], made[t]
+        before = (exact - f @ w - bias).square().sum()
+        error = (exact - g @ v - other_bias).square().sum()
+        for i, j in enumerate(sides[s, t].partner):
+            # Put into the other's reconstruction.
+            after = (exact - g @ v - other_bias - torch.outer(f[:, i], w[i])).square().sum()
+            assert latents.insertion[i] == pytest.approx(float((after - error) / error), abs=1e-6)
+            if j < 0:
+                assert np.isnan(latents.substitution.quality[i])
+                continue
+            without = f.clone()
+            without[:, i] = 0
+            out = (exact - without @ w - bias).square().sum() - before
+            by = (exact - without @ w - bias - torch.outer(g[:, j], v[j])).square().sum() - before
+            substitution = latents.substitution
+            assert substitution.damage[i] == pytest.approx(float(out), rel=1e-4, abs=1e-4)
+            assert substitution.repaired[i] == pytest.approx(float(out - by), rel=1e-4, abs=1e-3)
+            both = ((f[:, i] != 0) & (g[:, j] != 0)).sum()
+            either = ((f[:, i] != 0) | (g[:, j] != 0)).sum()
+            assert either == 0 or latents.agreement.jaccard[i] == pytest.approx(
+                float(both / either)
+            )
+            if min(f[:, i].std(), g[:, j].std()) > 0:
+                pearson = np.corrcoef(f[:, i], g[:, j])[0, 1]
+                assert latents.agreement.pearson[i] == pytest.approx(pearson, abs=1e-6)
+            rows = [
+                torch.cosine_similarity(getattr(saes[s], n)[i], getattr(saes[t], n)[j], dim=0)
+                for n in ("W_enc", "W_dec")
+            ]
+            assert latents.match_cosine[i] == pytest.approx(float(min(rows)), abs=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [[100] * 3, [1, 298, 1], [17] * 17 + [11]])
+def test_the_result_does_not_depend_on_how_chunks_are_cut(saes, x, measured, cuts):
+    cell, whole = measured
+    again = measure_same_activations(saes, weight_matches(cell), x.split(cuts))
+    assert again.tokens == TOKENS
+    assert np.array_equal(again.cka_codes, whole.cka_codes)
+    for pair, latents in whole.latents.items():
+        for name, column in LATENT_COLUMNS.items():
+            assert np.array_equal(column(again.latents[pair]), column(latents), True), name
+
+
+def test_the_batch_size_changes_only_cka(saes, x, measured, monkeypatch):
+    cell, whole = measured
+    monkeypatch.setattr("reseed.compare.activations.measures.BATCH", 64)
+    again = measure_same_activations(saes, weight_matches(cell), [x])
+    for pair, latents in whole.latents.items():
+        for name, column in LATENT_COLUMNS.items():
+            np.testing.assert_allclose(
+                column(again.latents[pair]), column(latents), rtol=1e-6, atol=1e-6, err_msg=name
+            )
+    assert not np.array_equal(again.cka_codes, whole.cka_codes)
+
+
+def test_all_measures_of_a_permuted_copy_are_one(saes, x, dictionary, settings):
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(3))
+    two = [saes[0], permuted(saes[0], order)]
+    cell = cell_of(dictionary, two, x, settings)
+    measured = measure_same_activations(two, weight_matches(cell), [x])
+    row = with_activations(cell, measured).pairs.iloc[0]
+    for name in (
+        "agreement_pearson_shared", "agreement_jaccard_shared", "cka_codes",
+        "cka_reconstructions", "substitution", "substitution_shared",
+        "substitution_pooled_shared", "substitution_best_scale", "substitution_area",
+    ):  # fmt: skip
+        assert row[name] == pytest.approx(1, abs=1e-5), name
+    assert np.isnan(row["agreement_pearson_orphan"]), "there are none"
+    assert row["substitution_second_best"] < 0.9
+    assert row["substitution_random"] < 0.9
+    known = measured.latents[0, 1].substitution.quality
+    assert known[~np.isnan(known)] == pytest.approx(1, abs=1e-4)
+
+
+def test_pair_columns_are_means_over_live_matches_of_both_sides(measured):
+    cell, found = measured
+    sides = weight_matches(cell)
+    live = {s: cell.latents.to_pandas().query(f"run == 'run-{s}'")["live"].to_numpy()
+            for s in range(3)}  # fmt: skip
+    row = activation_measures(found, sides, 0, 2)
+    values = []
+    for s, t in ((0, 2), (2, 0)):
+        for i, j in enumerate(sides[s, t].partner):
+            quality = found.latents[s, t].substitution.quality[i]
+            if j >= 0 and live[s][i] and live[t][j] and not np.isnan(quality):
+                values.append((min(max(quality, 0), 1), sides[s, t].shared[i]))
+    assert 5 < len(values) < 30
+    assert not all(live[0])
+    assert row["substitution"] == pytest.approx(np.mean([v for v, _ in values]))
+    orphans = [v for v, shared in values if not shared]
+    assert row["substitution_orphan"] == pytest.approx(np.mean(orphans))
+    two = ((0, 2), (2, 0))
+    novel = [np.mean(found.latents[s, t].insertion[live[s]] < 0) for s, t in two]
+    assert (row["novel_fraction_a"], row["novel_fraction_b"]) == pytest.approx(tuple(novel))
+    assert row["novel_fraction"] == pytest.approx(np.mean(novel))
+    assert 0 < row["novel_fraction"] < 1
+    assert np.isnan(row["substitution_top_100"]), "there are not that many"
+
+
+def test_the_coverage_curve_ranks_live_matches_by_their_smaller_cosine(measured, monkeypatch):
+    cell, found = measured
+    sides = weight_matches(cell)
+    ranked = []
+    for s, t in ((0, 2), (2, 0)):
+        latents, partner = found.latents[s, t], sides[s, t].partner
+        there = sides[s, t].live & (partner >= 0) & sides[t, s].live[partner]
+        rows = [
+            (latents.match_cosine[i], min(max(quality, 0), 1))
+            for i, quality in enumerate(latents.substitution.quality)
+            if there[i] and not np.isnan(quality)
+        ]
+        ranked.append([quality for _, quality in sorted(rows, reverse=True)])
+    areas = [np.mean([np.mean(q[:r]) for r in range(1, len(q) + 1)]) for q in ranked]
+    longest = max(map(len, ranked))
+    monkeypatch.setattr("reseed.compare.activations.tables.TOPS", (3, longest, longest + 1))
+    row = activation_measures(found, sides, 0, 2)
+    assert row["substitution_area"] == pytest.approx(np.mean(areas))
+    assert row["substitution_top_3"] == pytest.approx(np.mean([q[:3] for q in ranked]))
+    whole = np.mean([np.mean(q) for q in ranked if len(q) == longest])
+    assert row[f"substitution_top_{longest}"] == pytest.approx(whole)
+    assert np.isnan(row[f"substitution_top_{longest + 1}"])
+
+
+def test_a_pair_is_the_same_from_either_side(measured):
+    cell, found = measured
+    sides = weight_matches(cell)
+    one, other = activation_measures(found, sides, 0, 1), activation_measures(found, sides, 1, 0)
+    assert {n: one[n] for n in ESTIMATES} == pytest.approx(
+        {n: other[n] for n in ESTIMATES}, nan_ok=True
+    )
+    assert one["novel_fraction_a"] == other["novel_fraction_b"]
+
+
+def test_list_columns_are_in_the_order_of_the_other_runs(measured):
+    cell, found = measured
+    cell = with_activations(cell, found)
+    long = cell.latents.to_pandas().explode(["others", *LATENT_COLUMNS])
+    for (s, t), latents in found.latents.items():
+        rows = long[(long["run"] == f"run-{s}") & (long["others"] == f"run-{t}")]
+        for name, column in LATENT_COLUMNS.items():
+            expected = column(latents).astype(np.float32)
+            assert np.array_equal(rows[name].to_numpy(dtype=np.float32), expected, True), name
+
+
+def test_a_cell_with_activations_is_read_as_it_was_written(measured, tmp_path):
+    cell = with_activations(*measured)
+    cell.write(tmp_path)
+    again = CellResult.read(tmp_path)
+    pd.testing.assert_frame_equal(again.pairs, cell.pairs)
+    assert again.latents.equals(cell.latents)
+    assert {n: again.estimates[n].mean for n in ESTIMATES} == pytest.approx(
+        {n: cell.estimates[n].mean for n in ESTIMATES}, nan_ok=True
+    )
+    assert not lacks_activations(again)
+
+
+def test_missing_measures_are_noted_and_can_be_added_later(measured):
+    cell, found = measured
+    assert lacks_activations(cell)
+    without = with_activations(cell, None, "the model is gone")
+    assert lacks_activations(without)
+    assert without.pairs[list(PAIR_COLUMNS)].isna().to_numpy().all()
+    assert without.pairs[NOTE].tolist() == ["the model is gone"] * 3
+    assert without.estimates["cka_codes"].reason == "undefined in at least one pair"
+    later, at_once = with_activations(without, found), with_activations(cell, found)
+    pd.testing.assert_frame_equal(later.pairs, at_once.pairs)
+    assert later.latents.schema == without.latents.schema, "tables of cells are concatenated"
+    assert later.latents.equals(at_once.latents)
+    assert repr(later.estimates) == repr(at_once.estimates), "repr, as NaN != NaN"
+    # The measures on weights are unchanged.
+    assert later.pairs.filter(cell.pairs.columns).equals(cell.pairs)
+    assert later.latents.select(cell.latents.column_names).equals(cell.latents)
+
+
+def test_latents_that_are_not_live_do_not_count(saes, x, dictionary, settings):
+    """If half of a copy's latents never fire, the other half still agrees completely."""
+    half = copy.deepcopy(saes[1])
+    half.b_enc[:8] = -100
+    cell = cell_of(dictionary, [saes[1], half], x, settings)
+    found = measure_same_activations([saes[1], half], weight_matches(cell), [x])
+    row = with_activations(cell, found).pairs.iloc[0]
+    assert row["agreement_pearson_shared"] == pytest.approx(1)
+    quality = found.latents[0, 1].substitution.quality[:8]
+    assert (quality[~np.isnan(quality)] == 0).all(), "it repairs nothing"
+    assert np.isnan(found.latents[1, 0].substitution.quality[:8]).all(), "there is no damage"
+
+
+def test_measuring_without_tokens_is_refused(saes):
+    nothing = WeightMatches(*(np.full(20, value) for value in (-1, False, False, 0)))
+    with pytest.raises(ValueError, match="no activations were given: there is nothing to measure"):
+        measure_same_activations([saes[0], saes[2]], {(0, 1): nothing, (1, 0): nothing}, [])

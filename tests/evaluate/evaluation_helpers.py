@@ -1,0 +1,27 @@
+"""Sparse latents and an SAE with known values, for several tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from reseed.evaluate.sparse_latents import SparseLatents
+from reseed.sae.base import SAE
+from reseed.sae.topk import TopKConfig
+
+
+def codes_of(dense: Tensor) -> SparseLatents:
+    """Return the values of a dense matrix that are not 0."""
+    token, latent = dense.nonzero(as_tuple=True)
+    starts = F.pad((dense != 0).sum(1).cumsum(0), (1, 0))
+    return SparseLatents(starts, latent, dense[token, latent], dense.shape[1])
+
+
+def constant(value: Tensor) -> SAE:
+    """Build an SAE that always reconstructs ``value``, with no latent active."""
+    sae = TopKConfig(num_latents=4, k=1).build(len(value), torch.Generator())
+    with torch.no_grad():
+        sae.W_enc.zero_()
+        sae.b_dec.copy_(value)
+    return sae
