@@ -76,7 +76,7 @@ class Config:
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
     """Raise it when code changes the results of this component; part of the signature."""
-    _members: ClassVar[dict[tuple[str, str], type[Config]]] = {}
+    _registered: ClassVar[dict[tuple[str, str], type[Config]]] = {}
 
     def __init_subclass__(cls, *, family: str = "", name: str = "", **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -85,13 +85,13 @@ class Config:
         if name:
             # Registering before the dataclass decorator runs is safe: it returns the same class.
             cls.name = name
-            known = Config._members.setdefault((cls.family, name), cls)
+            known = Config._registered.setdefault((cls.family, name), cls)
             if known.__qualname__ != cls.__qualname__ or known.__module__ != cls.__module__:
                 raise TypeError(
                     f"two classes call themselves {cls.family}={name}: {known.__module__}."
                     f"{known.__qualname__} and {cls.__module__}.{cls.__qualname__}"
                 )
-            Config._members[cls.family, name] = cls
+            Config._registered[cls.family, name] = cls
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))
@@ -104,12 +104,12 @@ class Config:
         """Check rules that involve several fields; raise `ConfigError` with the offending key."""
 
     @classmethod
-    def member(cls, family: str, name: str) -> type[Config]:
+    def registered(cls, family: str, name: str) -> type[Config]:
         """Return the class registered as ``family=name``."""
         try:
-            return Config._members[family, name]
+            return Config._registered[family, name]
         except KeyError:
-            known = sorted(n for f, n in Config._members if f == family)
+            known = sorted(n for f, n in Config._registered if f == family)
             raise ConfigError(
                 f"no {family} is called `{name}`.{nearest(name, known)} Known: {', '.join(known)}."
             ) from None
@@ -119,7 +119,7 @@ class Config:
         """Build an object from the output of `to_dict`. Unknown keys are refused."""
         values = dict(values)
         name = values.pop(_TYPE_KEY, None)
-        target = cls if name is None else Config.member(cls.family, name)
+        target = cls if name is None else Config.registered(cls.family, name)
         if not issubclass(target, cls):
             raise ConfigError(f"{{key}} must be a {cls.__name__}, got {target.__name__}", key)
         return make(target, values, key)

@@ -19,6 +19,7 @@ from reseed.cli import train
 from reseed.compare.matching import MatchingCache
 from reseed.sae.checkpoint import CheckpointError
 from reseed.store.runs import Run, RunError, RunStore
+from reseed.store.weights import initial_sae
 
 
 class Payload:
@@ -117,7 +118,7 @@ def test_payloads_in_a_run_folder_are_not_executed(
         ("sae.safetensors", CheckpointError, lambda: reseed.load_sae(path)),
         ("latents.safetensors", RunError, found.latents),
         ("activations.safetensors", RunError, found.activations),
-        ("initial.safetensors", RunError, found.initial_sae),
+        ("initial.safetensors", RunError, lambda: initial_sae(found)),
     ):
         (path / name).write_bytes(payload(sign))
         with pytest.raises(error, match=f"{name} cannot be read"):

@@ -14,7 +14,7 @@ from reseed.train.run_state import RunState
 D, F = 12, 40
 
 
-def member(config, **training):
+def run_state(config, **training):
     training = {"tokens": 640, "batch_size": 64, "aligned": True, "lr": 3e-3} | training
     made = RunState(
         "m", Hookpoint("resid_post", 0), config, TrainingConfig(**training), D, 7,
@@ -67,7 +67,7 @@ def test_alignment_keeps_the_component_orthogonal_to_the_decoder_row():
 )
 def test_alignment_holds_at_the_start_and_after_every_step(config, optimizer):
     decay = 0.0 if optimizer == "sign_sgd" else 0.2
-    m = member(config, optimizer=optimizer, encoder_weight_decay=0.1, decay_fraction=decay)
+    m = run_state(config, optimizer=optimizer, encoder_weight_decay=0.1, decay_fraction=decay)
     assert not m.training.start_is_drawn
     start = [p.clone() for p in rows(m.sae)]
     for index in range(m.training.steps):
@@ -83,7 +83,7 @@ def test_alignment_holds_at_the_start_and_after_every_step(config, optimizer):
 
 def test_the_aligned_encoder_starts_as_the_decoder_over_its_squared_norm():
     config = ReLUConfig(num_latents=F, decoder_init_norm=0.1, encoder_init_scale=0.3)
-    E, d = rows(member(config).sae)
+    E, d = rows(run_state(config).sae)
     torch.testing.assert_close(E, d / 0.01, rtol=1e-5, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ def test_frozen_b_dec_stays_at_its_start_and_learned_b_dec_moves():
     x = batch(99, 400)
     for optimizer in ("adam", "sign_sgd", "muon"):
         for b_dec in ("frozen", "learned"):
-            m = member(
+            m = run_state(
                 TopKConfig(num_latents=F, k=4), b_dec=b_dec, optimizer=optimizer,
                 decay_fraction=0.0, aligned=False,
             )  # fmt: skip

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.moments import geometric_median
-from reseed.cli.hydra_app import CommandLine
-from reseed.cli.plan import check_jobs
 from reseed.compare.dictionary import load_dictionaries
 from reseed.experiment.resolve import Resolved
 from reseed.sae.base import Step
@@ -41,14 +39,9 @@ OPTIONS = {
 
 
 @pytest.fixture
-def jobs(tiny_overrides: list[str], tmp_path: Path) -> Jobs:
-    def made(*overrides: str, outputs: str = "outputs") -> tuple[list[Resolved], RuntimeConfig]:
-        where = f"runtime.outputs={tmp_path / outputs}"
-        line = [*tiny_overrides, "training.tokens=2048", where, *overrides]
-        found, runtime = check_jobs(CommandLine("train", []), line, multirun=True)
-        return [job.resolved for job in found], runtime
-
-    return made
+def jobs(jobs: Jobs) -> Jobs:
+    """Return `jobs` with a smaller budget."""
+    return partial(jobs, "training.tokens=2048")
 
 
 def run_of(resolved: Resolved, runtime: RuntimeConfig) -> Run:

@@ -77,8 +77,8 @@ def by_kind_of_firing(cells: Sequence[Cell]) -> Table:
         footnotes.append(
             "**at equal firing**: shared fraction of each cell if its latents fired like those of "
             "all cells together (direct standardisation over bins of density, without latents that "
-            f"never fired; {alike[0].coverage:.0%} of that distribution lies in bins that all cells "
-            "have)."
+            f"never fired; {alike[0].coverage:.0%} of that distribution lies in bins that all "
+            "cells have)."
         )
     made |= estimate_columns(
         {

@@ -202,7 +202,7 @@ def _is_outdated(name: str, signed: Mapping[str, Any]) -> bool:
     """
     load_all()
     try:
-        known = Config.member(EvaluationConfig.family, name)
+        known = Config.registered(EvaluationConfig.family, name)
     except ConfigError:
         return False
     return signed.get("version", 1) != known.version
