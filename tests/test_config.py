@@ -92,7 +92,7 @@ def test_the_digest_does_not_depend_on_the_order_of_keys() -> None:
 
 def test_an_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(ConfigError, match="Did you mean `coloured`"):
-        Config.member("test-shape", "colored")
+        Config.registered("test-shape", "colored")
 
 
 def test_two_classes_may_not_share_a_name() -> None:

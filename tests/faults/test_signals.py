@@ -93,8 +93,8 @@ def test_a_signal_interrupts_a_pass_of_the_language_model(
         sent_at(3, number, LanguageModel, "activations", patch)
         patch.setattr(
             CheckpointCallback, "_save",
-            lambda self, member, then=CheckpointCallback._save: (
-                saved.append(member.step), then(self, member),
+            lambda self, run, then=CheckpointCallback._save: (
+                saved.append(run.step), then(self, run),
             ),
         )  # fmt: skip
         assert train.main(line) == 128 + number

@@ -51,3 +51,26 @@ def first_dead(sae: SAE, count: int) -> Bool[Tensor, " num_latents"]:
 def none_dead(sae: SAE) -> Bool[Tensor, " num_latents"]:
     """Return a mask in which no latent is dead."""
     return first_dead(sae, 0)
+
+
+def leaves(
+    seed: int, batch: int, d_in: int, num_latents: int, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
+    """Draw x, W_enc, b_enc, W_dec and b_dec, which require gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, d_in), (num_latents, d_in), (num_latents,), (num_latents, d_in), (d_in,)]
+    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
+
+
+def largest_of_batch(sae: SAE, x: Tensor) -> Float[Tensor, "batch num_latents"]:
+    """Return the latents of BatchTopK in training, in autograd: the k·B largest of the batch."""
+    pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
+    chosen = pre.flatten().topk(sae.config.k * len(x)).indices  # pyright: ignore
+    mask = torch.zeros(pre.numel(), dtype=pre.dtype).scatter(0, chosen, 1.0)
+    return pre * mask.reshape(pre.shape)
+
+
+def near(ours: Tensor, exact: Tensor, tolerance: float = 1e-6) -> None:
+    """Compare in norm, relative to the exact tensor."""
+    distance = (ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)
+    assert distance <= tolerance, distance

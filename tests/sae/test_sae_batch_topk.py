@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import none_dead, perturbed
+from sae_examples import largest_of_batch, none_dead, perturbed
 from sae_examples import uneven_batch_of as batch_of
 
 from reseed.errors import ConfigError
@@ -19,16 +19,9 @@ def make(num_latents=24, k=3, d_in=6, seed=0, dtype=torch.float64, **options):
     return perturbed(BatchTopKConfig(num_latents=num_latents, k=k, **options), d_in, seed, dtype)
 
 
-def dense_latents(sae, x):
-    pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
-    chosen = pre.flatten().topk(sae.config.k * len(x)).indices
-    mask = torch.zeros(pre.numel(), dtype=pre.dtype).scatter(0, chosen, 1.0)
-    return pre * mask.reshape(pre.shape)
-
-
 def dense_loss(sae, x, dead):
     variance = (x - x.mean(0)).square().sum()
-    error = x - (dense_latents(sae, x) @ sae.W_dec + sae.b_dec)
+    error = x - (largest_of_batch(sae, x) @ sae.W_dec + sae.b_dec)
     loss = error.square().sum() / variance
     if dead.any():
         k_aux = sae.d_in // 2
@@ -61,7 +54,7 @@ def test_gradient_of_the_activations():
     sae, x = make(), batch_of().requires_grad_()
     latents = batch_topk_encode(x, sae.W_enc, sae.b_enc, 3, b_dec=sae.b_dec)
     (ours,) = torch.autograd.grad(latents.dense().pow(3).sum(), x)
-    (theirs,) = torch.autograd.grad(dense_latents(sae, x).pow(3).sum(), x)
+    (theirs,) = torch.autograd.grad(largest_of_batch(sae, x).pow(3).sum(), x)
     torch.testing.assert_close(ours, theirs)
 
 
@@ -84,7 +77,7 @@ def test_the_choice_is_that_of_the_whole_batch(k, dtype):
 
 def test_loss_reports_at_most_k_active_latents_per_token_on_average():
     sae, x = make(num_latents=64, k=5), batch_of(100)
-    loss, latents = sae.training_loss(x, STEP, none_dead(sae)), dense_latents(sae, x)
+    loss, latents = sae.training_loss(x, STEP, none_dead(sae)), largest_of_batch(sae, x)
     assert (latents > 0).sum() <= 500
     assert (latents > 0).sum(1).max() > 5
     assert torch.equal(loss.fired, (latents > 0).sum(0))
@@ -111,7 +104,7 @@ def test_threshold_starts_at_the_first_value_and_follows_by_a_hundredth():
     smallest = []
     for seed in range(3):
         x = batch_of(seed=seed)
-        latents = dense_latents(sae, x)
+        latents = largest_of_batch(sae, x)
         smallest.append(latents[latents > 0].min().item())
         sae.training_loss(x, STEP, none_dead(sae))
         if seed == 0:
@@ -125,7 +118,7 @@ def test_a_threshold_from_one_batch_reproduces_the_choice_in_that_batch():
     sae, x = make(num_latents=64, k=5), batch_of(100)
     sae.training_loss(x, STEP, none_dead(sae))
     found = sae.encode(x)
-    expected = dense_latents(sae, x)
+    expected = largest_of_batch(sae, x)
     # A latent is active strictly above θ, so the smallest of the batch is not.
     assert abs((found > 0).sum() - 500) <= 1
     same = expected > sae.threshold

@@ -160,7 +160,9 @@ def test_published_recipe():
 
 def test_penalty_warms_up():
     sae, x = by_hand(l0_coefficient=10.0)
-    totals = [sae.training_loss(x, Step(i, 100), none_dead(sae)).total.item() for i in (0, 1, 5, 50)]
+    totals = [
+        sae.training_loss(x, Step(i, 100), none_dead(sae)).total.item() for i in (0, 1, 5, 50)
+    ]
     assert totals == pytest.approx([0.15625, 4.15625, 20.15625, 20.15625])
 
 

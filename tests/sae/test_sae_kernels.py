@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_examples import leaves, near
 
 from reseed.sae import kernels, selection
 from reseed.sae.base import Step
@@ -36,16 +38,7 @@ def restored_threads():
     torch.set_num_threads(before)
 
 
-def drawn(seed, batch, d_in, num_latents):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, d_in), (num_latents, d_in), (num_latents,), (num_latents, d_in), (d_in,)]
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-
-
-def near(ours, exact, tolerance=1e-6):
-    """Compare in norm, relative to the exact tensor."""
-    distance = (ours.double() - exact).norm() / exact.norm().clamp_min(1e-30)
-    assert distance <= tolerance, distance
+drawn = partial(leaves, dtype=torch.float32)
 
 
 def chosen(scores, k):
@@ -65,32 +58,45 @@ def test_loss_and_every_gradient_are_those_of_float64_dense_autograd(
     seed, batch, d_in, num_latents, flat, data
 ):
     k = data.draw(st.integers(1, num_latents))
-    x, W_enc, b_enc, W_dec, b_dec = leaves = drawn(seed, batch, d_in, num_latents)
-    W_dec.data *= 0.1 / k**0.5  # keeps x and its reconstruction from cancelling
+    x, W_enc, b_enc, W_dec, b_dec = inputs = drawn(seed, batch, d_in, num_latents)
     encode = batch_topk_encode if flat else topk_encode
     latents = encode(x, W_enc, b_enc, k, b_dec=b_dec)
     squared, error = sparse_error(x, latents, W_dec, b_dec)
-    ours = torch.autograd.grad(squared, leaves)
+    ours = torch.autograd.grad(squared, inputs)
 
     dx, dW_enc, db_enc, dW_dec, db_dec = exact = [
-        leaf.detach().double().requires_grad_() for leaf in leaves
+        leaf.detach().double().requires_grad_() for leaf in inputs
     ]
-    dense = torch.relu((dx - db_dec) @ dW_enc.T + db_enc) * (latents.dense() > 0)
-    dense_error = dx - (dense @ dW_dec + db_dec)
-    near(squared.detach(), dense_error.square().sum().detach())
-    near(error, dense_error.detach())
-    near(sparse_decode(latents, W_dec).detach(), (dense @ dW_dec).detach())
-    theirs = torch.autograd.grad(dense_error.square().sum(), exact)
-    # Sums may cancel, so the tolerance is relative to the sizes of their terms.
-    e, rows = 2 * dense_error.detach().abs(), (dx - db_dec).detach().abs()
     active = (latents.dense() > 0).double()
-    g = active * torch.outer(e.norm(dim=1), dW_dec.detach().norm(dim=1))
-    to_x = e + g @ dW_enc.detach().abs()
-    sizes = [to_x, g.T @ rows, g.sum(0), dense.detach().T @ e, to_x.sum(0)]
-    for a, b, terms in zip(ours, theirs, sizes, strict=True):
-        assert (a.double() - b).norm() <= 1e-6 * terms.norm()
-    expected = (latents.dense() > 0).sum(0)
-    assert torch.equal(latents.fired(), expected)
+    dense = ((dx - db_dec) @ dW_enc.T + db_enc) * active
+    dense_error = dx - (dense @ dW_dec + db_dec)
+    theirs = torch.autograd.grad(dense_error.square().sum(), exact, retain_graph=True)
+
+    # Sums may cancel, so errors are bounded by the sums of their terms' absolute values (a result
+    # of n roundings is within n·2⁻²⁴ of them), through all sums that lead to a result.
+    x_, W_enc_, b_enc_, W_dec_, b_dec_ = (leaf.detach().abs() for leaf in exact)
+    rows = (dx - db_dec).detach().abs()
+    f = active * (rows @ W_enc_.T + b_enc_)
+    e = x_ + f @ W_dec_ + b_dec_
+    g = active * (2 * e @ W_dec_.T)
+    to_x = 2 * e + g @ W_enc_
+    found = [squared, error, sparse_decode(latents, W_dec), *ours]
+    expected = [dense_error.square().sum(), dense_error, dense @ dW_dec, *theirs]
+    terms = [
+        e.square().sum(),
+        e,
+        f @ W_dec_,
+        to_x,
+        g.T @ rows,
+        g.sum(0),
+        f.T @ (2 * e),
+        to_x.sum(0),
+    ]
+    # No result has more: at most three sums over D, two over F, one over B and a few single steps.
+    roundings = 4 * (batch + d_in + num_latents)
+    for a, b, size in zip(found, expected, terms, strict=True):
+        assert (a.double() - b).norm() <= roundings * 2.0**-24 * size.norm()
+    assert torch.equal(latents.fired(), active.long().sum(0))
 
 
 def test_the_decoders_gradient_is_that_of_dense_autograd():

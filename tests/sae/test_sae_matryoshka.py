@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import none_dead, perturbed
+from sae_examples import largest_of_batch, none_dead, perturbed
 from sae_examples import uneven_batch_of as batch_of
 
 from reseed.errors import ConfigError
@@ -20,16 +20,9 @@ def make(num_latents=24, k=3, d_in=6, seed=0, dtype=torch.float64, **options):
     return perturbed(config, d_in, seed, dtype)
 
 
-def dense_latents(sae, x):
-    pre = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
-    chosen = pre.flatten().topk(sae.config.k * len(x)).indices
-    mask = torch.zeros(pre.numel(), dtype=pre.dtype).scatter(0, chosen, 1.0)
-    return pre * mask.reshape(pre.shape)
-
-
 def dense_levels(sae, x, sizes):
     """Return the FVU of every prefix, by slicing."""
-    latents, variance = dense_latents(sae, x), (x - x.mean(0)).square().sum()
+    latents, variance = largest_of_batch(sae, x), (x - x.mean(0)).square().sum()
     return [
         (x - latents[:, :m] @ sae.W_dec[:m] - sae.b_dec).square().sum() / variance for m in sizes
     ]
@@ -89,7 +82,7 @@ def test_latents_are_chosen_once_over_all_prefixes():
     sae, x = make(num_latents=64, k=5), batch_of(100)
     loss = sae.training_loss(x, STEP, none_dead(sae))
     assert loss.fired.sum() <= 500
-    assert torch.equal(loss.fired, (dense_latents(sae, x) > 0).sum(0))
+    assert torch.equal(loss.fired, (largest_of_batch(sae, x) > 0).sum(0))
 
 
 def test_the_threshold_is_folded_saved_and_loaded(tmp_path):

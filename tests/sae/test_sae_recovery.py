@@ -10,8 +10,8 @@ from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.matryoshka import MatryoshkaConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
-from reseed.train.optim.adam import SAEAdam
 from reseed.train.optim import learning_rate
+from reseed.train.optim.adam import SAEAdam
 
 CONFIGS = {
     "topk": TopKConfig(num_latents=64, k=4),

@@ -181,10 +181,10 @@ def test_directions_are_uniform_on_the_sphere():
 
 def test_architectures_are_known_by_name():
     load_all()
-    assert Config.member("sae", "topk") is TopKConfig
-    assert Config.member("sae", "relu") is ReLUConfig
+    assert Config.registered("sae", "topk") is TopKConfig
+    assert Config.registered("sae", "relu") is ReLUConfig
     with pytest.raises(ConfigError, match=r"no sae is called `tokp`. Did you mean `topk`\?"):
-        Config.member("sae", "tokp")
+        Config.registered("sae", "tokp")
 
 
 def test_num_latents_takes_precedence_over_the_expansion_factor():
@@ -218,7 +218,7 @@ def test_a_new_architecture_needs_one_config_and_one_class(tmp_path):
         save_sae(sae, tmp_path)
         assert type(load_sae(tmp_path)) is Identity
     finally:
-        del Config._members["sae", "test_identity"]
+        del Config._registered["sae", "test_identity"]
 
 
 def test_ratio_or_zero_has_finite_values_and_gradients():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import first_dead, none_dead
+from sae_examples import batch_of, first_dead, near, none_dead, perturbed
 
 from reseed.sae import kernels
 from reseed.sae.base import Step
@@ -39,19 +39,14 @@ def way(request, monkeypatch):
 
 def make(bias=-0.5, **options):
     """Return an SAE with random parameters; most of its latents are silent on most tokens."""
-    sae = ReLUConfig(num_latents=F, **{"l1_coefficient": 0.7, **options}).build(
-        D, torch.Generator().manual_seed(0)
-    )
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-        sae.b_enc.add_(bias)
+    config = ReLUConfig(num_latents=F, **{"l1_coefficient": 0.7, **options})
+    sae = perturbed(config, D, dtype=torch.float32, noise=0.2)
+    sae.b_enc.data.add_(bias)
     return sae
 
 
 def tokens(count=B):
-    return torch.randn(count, D, generator=torch.Generator().manual_seed(2))
+    return batch_of(count, D, seed=2, dtype=torch.float32)
 
 
 def dense(sae, x):
@@ -65,10 +60,6 @@ def dense(sae, x):
     norms = W_dec.norm(dim=1) if config.l1_weighted_by_decoder_norm else 1.0
     total = error.square().sum(1).mean() + sae.penalty_weight * (f * norms).sum(1).mean()
     return total, f, error, torch.autograd.grad(total, exact)
-
-
-def near(ours, exact, tolerance=1e-6):
-    assert (ours.double() - exact).norm() <= tolerance * exact.norm().clamp_min(1e-30)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sae_examples import leaves
 
 from reseed.sae.kernels import select as compiled
 from reseed.sae.pairs import PairsByLatent
@@ -20,12 +21,6 @@ def dense_topk(x, W_enc, b_enc, k, b_dec=None, among=None):
     chosen = torch.where(allowed, pre, -torch.inf).topk(k, dim=1).indices
     mask = torch.zeros_like(pre).scatter(1, chosen, 1.0)
     return pre.relu() * mask
-
-
-def leaves(seed, batch, d_in, num_latents, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(batch, d_in), (num_latents, d_in), (num_latents,), (num_latents, d_in), (d_in,)]
-    return [torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes]
 
 
 def close(a, b):

@@ -69,28 +69,6 @@ def test_a_single_latent_has_the_loss_of_the_dense_formulation():
     torch.testing.assert_close(loss, dense_loss(sae, x, none_dead(sae)))
 
 
-def test_auxk_trains_the_encoder_rows_of_dead_latents_and_no_others():
-    """A public library loses this gradient."""
-    sae = make(aux_alpha=1.0)
-    with torch.no_grad():
-        sae.b_enc[:5] = -2.0  # rarely among the k largest, though still ≥ 0 for some tokens
-    dead = none_dead(sae)
-    dead[:5] = True
-    x = 3 * batch_of(64)
-    assert sae.training_loss(x, STEP, dead).fired[:5].sum() < 64
-
-    def gradient(dead):
-        return torch.autograd.grad(
-            sae.training_loss(x, STEP, dead).total, [sae.W_enc, sae.W_dec, sae.b_enc]
-        )
-
-    with_aux, without = gradient(dead), gradient(none_dead(sae))
-    for a, b in zip(with_aux, without, strict=True):
-        difference = (a - b).abs().reshape(sae.num_latents, -1).sum(1)
-        assert (difference[:5] > 0).all()
-        assert difference[5:].max() == 0
-
-
 def test_auxk_of_a_perfect_reconstruction_is_zero_with_zero_gradient():
     """The error has no variance: 0/0 must not become NaN, neither in the value nor the gradient."""
     sae = make(num_latents=12, k=12, d_in=6, aux_alpha=1.0)

@@ -234,10 +234,7 @@ def _figure(
         axes.set_ylim(-0.03, 1.03)
         axes.set_title(wrapped(title, round(width / 0.085)))
     name_outer(
-        grid,
-        columns,
-        wrapped(below, round(width / 0.075)),
-        wrapped(beside, round(height / 0.065)),
+        grid, columns, wrapped(below, round(width / 0.075)), wrapped(beside, round(height / 0.065))
     )
     title = ", ".join(label_knobs(cells) if alone else label_knobs(cells)[-1:])
     if more and alone:

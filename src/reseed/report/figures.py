@@ -16,7 +16,7 @@ import matplotlib as mpl
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
@@ -264,14 +264,7 @@ def seeds_figure(cells: Sequence[Cell]) -> Figure:
     most = max(cell.n_seeds for _, cell in cells)
     for axes, (knobs, cell) in zip(grid, cells, strict=True):
         _ring(axes, cell, wrapped(label(cells, knobs), 48 // columns), most)
-    left.legend(
-        handles=[Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)],
-        loc="outside lower center",
-        ncols=min(most, 5),
-        title=f"shared with so many others of {count_text(cells)}",
-        handlelength=1,
-        columnspacing=1,
-    )
+    _shades_below(left, cells, most, columns=min(most, 5))
     axes = right.subplots()
     _unshared_lines(axes, cells)
     if len(cells) <= 4:
@@ -312,15 +305,15 @@ def _bars(cells: Sequence[Cell]) -> Figure:
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("fraction of latents")
-    legend_below(
-        figure,
-        [Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)],
-        columns=min(most, 10),
-        title=f"shared with so many others of {count_text(cells)}",
-        handlelength=1,
-        columnspacing=1,
-    )
+    _shades_below(figure, cells, most, columns=min(most, 10))
     return figure
+
+
+def _shades_below(figure: FigureBase, cells: Sequence[Cell], most: int, columns: int) -> None:
+    """Draw the legend of the shades: a number of others that share a latent, each."""
+    handles = [Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)]
+    title = f"shared with so many others of {count_text(cells)}"
+    legend_below(figure, handles, columns, title=title, handlelength=1, columnspacing=1)
 
 
 def _shade(m: int, n: int) -> tuple[float, float, float, float]:

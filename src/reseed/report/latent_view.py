@@ -73,20 +73,15 @@ def matches_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, Laten
     """Return latent → its matches, for those latents of a run that the sweep's table has. Only
     their rows are read."""
     path = sweep / FILE
-    wanted = [
-        name for name in (*_OWN, *_BY_WEIGHTS, *_CHANCE) if name in pq.read_schema(path).names
-    ]
+    there = pq.read_schema(path).names
+    wanted = [name for name in (*_OWN, *_BY_WEIGHTS, *_CHANCE) if name in there]
     rows = pq.read_table(
         path, columns=wanted, filters=[("run", "==", run), ("latent", "in", list(latents))]
     ).to_pylist()
     if not rows:
         return {}
-    seeds = {
-        row["run"]: row["seed"]
-        for row in pq.read_table(
-            path, columns=["run", "seed"], filters=[("latent", "==", 0)]
-        ).to_pylist()
-    }
+    first = pq.read_table(path, columns=["run", "seed"], filters=[("latent", "==", 0)])
+    seeds = {row["run"]: row["seed"] for row in first.to_pylist()}
     cell = [run, *rows[0]["others"]]
     distinct = len({seeds[each] for each in cell}) == len(cell)
     names = {each: f"seed {seeds[each]}" if distinct else each for each in cell}
@@ -100,16 +95,9 @@ def _matches(row: Mapping[str, Any], names: Mapping[str, str]) -> LatentMatches:
         latent = row["partner_decoder"][i]
         there = latent is not None and latent >= 0
         encoder, decoder = (row[n][i] if there and n in row else None for n in _BY_WEIGHTS)
-        partners.append(
-            Partner(
-                other,
-                names[other],
-                latent if there else None,
-                encoder,
-                decoder,
-                bool(row["shared"][i]),
-            )
-        )
+        match = latent if there else None
+        shared = bool(row["shared"][i])
+        partners.append(Partner(other, names[other], match, encoder, decoder, shared))
     mean, low, high = _CHANCE
     chance = (row[mean], row[low], row[high]) if row.get(mean) is not None else None
     return LatentMatches(row["shared_with"], chance, tuple(partners))

@@ -91,8 +91,9 @@ def _rows(by_null: Mapping[str, CellResult], confidence: float) -> list[tuple[st
     for surrogate, name in SURROGATES.items():
         if surrogate in by_null:
             own = by_null[surrogate].estimates
-            less = welch_difference(shared, own["shared_fraction"], confidence)
-            rows.append((*_cell_row(name, own), number(_kappa(shared, own)), signed(less)))
+            null = own["shared_fraction"]
+            difference = signed(welch_difference(shared, null, confidence))
+            rows.append((*_cell_row(name, own), number(kappa(shared.mean, null.mean)), difference))
     return [*rows, (*_cell_row(TRAINED, trained.estimates), "", "")]
 
 
@@ -111,10 +112,6 @@ def _weights_row(cell: CellResult, null: str, shared: Interval) -> tuple[str, ..
 def _cell_row(name: str, estimates: Mapping[str, Interval]) -> tuple[str, ...]:
     cosines = (number(estimates[f"cosine_{which}"].mean) for which in ("encoder", "decoder"))
     return (name, with_interval(estimates["shared_fraction"]), *cosines)
-
-
-def _kappa(shared: Interval, own: Mapping[str, Interval]) -> float:
-    return kappa(shared.mean, own["shared_fraction"].mean)
 
 
 def _footnotes(confidence: float) -> tuple[str, ...]:

@@ -159,9 +159,8 @@ def most_differing_groups(every: Sequence[PairGroup]) -> list[PairGroup]:
     for group in every:
         key = (shared_knobs(group), group.first, group.second)
         before = found.get(key)
-        if before is None or group.differs_in.count(SEPARATOR) >= before.differs_in.count(
-            SEPARATOR
-        ):
+        axes = group.differs_in.count(SEPARATOR)
+        if before is None or axes >= before.differs_in.count(SEPARATOR):
             found[key] = group
     return list(found.values())
 
@@ -277,12 +276,8 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
             "differs_in": group.differs_in, "n_pairs": len(group.pairs),
             "n_seeds": len(group.levels), "interval_over": group.unit,
         }  # fmt: skip
-        for name in (
-            *_one_sided(group, FRACTIONS),
-            "shared_of_a",
-            "shared_of_b",
-            "shared_of_smaller",
-        ):
+        shares = ("shared_of_a", "shared_of_b", "shared_of_smaller")
+        for name in (*_one_sided(group, FRACTIONS), *shares):
             row |= interval_row(name, group.interval(name, confidence))
         row |= interval_row("minus_within", contrasts.get(id(group)))
         on_tokens = (*SAME_TOKENS.values(), AGREE) if WEIGHTS_NOTE in group.pairs else ()

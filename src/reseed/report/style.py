@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure, FigureBase
+from matplotlib.figure import FigureBase
 from matplotlib.patches import Patch
 
 from reseed.report.axes import Cell, count_text
@@ -79,7 +79,9 @@ def faint_grid(axes: Axes, axis: Literal["x", "y"]) -> None:
     axes.set_axisbelow(True)
 
 
-def legend_below(figure: Figure, handles: Sequence[Artist], columns: int, **options: Any) -> None:
+def legend_below(
+    figure: FigureBase, handles: Sequence[Artist], columns: int, **options: Any
+) -> None:
     """Draw a legend below everything else, where it covers nothing."""
     options = {"ncols": columns, "columnspacing": 1.5} | options
     figure.legend(handles=list(handles), loc="outside lower center", **options)

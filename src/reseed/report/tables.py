@@ -71,25 +71,21 @@ def write_tables(
     """
     if not cells:
         raise ValueError("there are no cells to write tables of")
-    names = ("pairs.csv", "latents.parquet", "strata.csv")
-    files = [Path(folder) / name for name in names]
-    pairs, latents, strata = files
-    rows, text, tex = (Path(folder) / f"summary.{kind}" for kind in ("csv", "md", "tex"))
-    files += [rows, text, tex]
+    out = Path(folder)
+    names = ["pairs.csv", "latents.parquet", "strata.csv"]
+    names += ["summary.csv", "summary.md", "summary.tex"]
+    frames = {"pairs.csv": pair_frame, "strata.csv": strata_frame, "summary.csv": summary_frame}
     if value_pair_cells(cells):
-        more = {"pairings.csv": pairing_frame(cells), "matrix.csv": matrix_frame(cells)}
-        for name, frame in more.items():
-            files.append(Path(folder) / name)
-            atomic_write(files[-1], partial(frame.to_csv, index=False))
-    atomic_write(pairs, lambda p: pair_frame(cells).to_csv(p, index=False))
-    atomic_write(latents, lambda p: pq.write_table(latent_table(cells), p, compression="zstd"))
-    atomic_write(strata, lambda p: strata_frame(cells).to_csv(p, index=False))
-    atomic_write(rows, lambda p: summary_frame(cells).to_csv(p, index=False))
-    atomic_write_text(text, summary_markdown(cells, incomplete))
-    atomic_write_text(
-        tex, summary_latex(cells, shown_tables(cells, incomplete), cells[0][1].settings.name)
-    )
-    return files
+        more = {"pairings.csv": pairing_frame, "matrix.csv": matrix_frame}
+        frames, names = more | frames, [*names, *more]
+    for name, frame in frames.items():
+        atomic_write(out / name, partial(frame(cells).to_csv, index=False))
+    latents = latent_table(cells)
+    atomic_write(out / "latents.parquet", lambda p: pq.write_table(latents, p, compression="zstd"))
+    atomic_write_text(out / "summary.md", summary_markdown(cells, incomplete))
+    shown, name = shown_tables(cells, incomplete), cells[0][1].settings.name
+    atomic_write_text(out / "summary.tex", summary_latex(cells, shown, name))
+    return [out / name for name in names]
 
 
 def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:

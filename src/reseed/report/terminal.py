@@ -18,10 +18,7 @@ from reseed.report.tables import shown_tables
 
 
 def print_summary(
-    cells: Sequence[Cell],
-    *,
-    title: str = "",
-    console: Console | None = None,
+    cells: Sequence[Cell], *, title: str = "", console: Console | None = None
 ) -> None:
     """Print the summary table with its footnotes and `difference_lines`, then `truth_tables`.
 

@@ -206,10 +206,7 @@ def _write_contexts(
     text = vocabularies.texts[vocabulary]
     parts = [_around(context, text) for context in best]
     listed = zip(("before", "peak", "after"), zip(*parts, strict=True), strict=True)
-    return {
-        "columns": {name: list(values) for name, values in listed},
-        "vocabulary": vocabulary,
-    }
+    return {"columns": {name: list(values) for name, values in listed}, "vocabulary": vocabulary}
 
 
 def _packed(found: LatentContexts) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class SAESignSGD(SAEOptimizer):
             state["x"].lerp_(state["z"], weight / group["weight_sum"])
 
     def _hold(self, which: str, groups: list[dict[str, Any]]) -> None:
-        """Do points 4 and 5 of a step (``optim.py``) for one of the three sets."""
+        """Do points 4 and 5 of a step (``base.py``) for one of the three sets."""
         for group in groups:
             if self._renormalised(group):
                 normalise_rows(self.state[group["params"][0]][which])

@@ -79,7 +79,8 @@ def test_auxk_trains_the_rows_of_dead_latents_and_no_others(name):
         return torch.autograd.grad(total, [*rows, sae.b_dec])
 
     *differences, of_b_dec = (
-        a - b for a, b in zip(gradients(first_dead(sae, 5)), gradients(first_dead(sae, 0)), strict=True)
+        a - b
+        for a, b in zip(gradients(first_dead(sae, 5)), gradients(first_dead(sae, 0)), strict=True)
     )
     for difference in differences:
         moved = difference.abs().reshape(sae.num_latents, -1).sum(1)

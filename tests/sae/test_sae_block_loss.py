@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sae_examples import first_dead, none_dead
+from sae_examples import batch_of, first_dead, near, none_dead, perturbed
 
 from reseed.sae import gated, jumprelu, kernels
 from reseed.sae.base import Step
@@ -51,21 +51,13 @@ def sae(request):
 
 
 def make(config, bias=-0.5):
-    sae = config.build(D, torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in sae.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
-        sae.b_enc.add_(bias)
+    sae = perturbed(config, D, dtype=torch.float32, noise=0.2)
+    sae.b_enc.data.add_(bias)
     return sae
 
 
 def tokens(count=B):
-    return torch.randn(count, D, generator=torch.Generator().manual_seed(2))
-
-
-def near(ours, exact, tolerance=1e-6):
-    assert (ours.double() - exact).norm() <= tolerance * exact.norm().clamp_min(1e-30)
+    return batch_of(count, D, seed=2, dtype=torch.float32)
 
 
 def dense_jumprelu(sae, x):
