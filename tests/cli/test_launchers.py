@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from reseed.cli import cancel, evaluate, status, train
+from reseed.cli.arguments import find_sweep
 from reseed.cli.cluster import states as states_module
 from reseed.cli.cluster.command import cancel_sweep
 from reseed.cli.cluster.queue import InQueue, QueueError, Record, Submitted, last_states, queue
 from reseed.cli.cluster.settings import SlurmSettings
 from reseed.cli.cluster.states import QueueSnapshot, RunState, counts, states
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.names import find_sweep
 from reseed.errors import ConfigError, ReseedError
 from reseed.store.runs import PROGRESS_FILE, Run, RunStore
 from reseed.store.sweeps import Sweep

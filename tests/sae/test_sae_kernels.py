@@ -1,9 +1,11 @@
 """The compiled loops against float64 dense autograd, plain PyTorch, and other thread counts."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,8 +395,18 @@ def test_kernels_work_in_a_forked_child():
 
 def test_numba_is_not_imported_before_its_first_use():
     code = (
-        "import sys, reseed.sae as s; s.load_all(); import reseed.train.optim.base; "
+        "import sys, reseed.sae as s; s.load_all(); import reseed.train.optim.adam; "
         "print('numba' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr[-2000:]
+
+
+def test_modules_outside_the_package_use_its_interface_alone():
+    source = Path(kernels.__file__).parents[2]
+    inside = "|".join(path.stem for path in Path(kernels.__file__).parent.glob("[a-z]*.py"))
+    imports = re.compile(rf"sae\.kernels(\.| import .*\b)({inside})\b")
+    assert imports.search("from reseed.sae.kernels import Pairs, select")
+    assert imports.search("from reseed.sae.kernels.update import compiled_step")
+    others = (p for p in source.rglob("*.py") if p.parent != Path(kernels.__file__).parent)
+    assert [p.name for p in others if imports.search(p.read_text())] == []

@@ -1,14 +1,23 @@
-"""Parsers of the arguments that are not Hydra's. Loads nothing heavy, so that help is fast."""
+"""Arguments of the commands that are not Hydra's: parsers of flags, and look-up of named runs,
+sweeps and SAEs. Loads no torch, so that help and `reseed status` are fast."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
-from reseed.errors import ConfigError
+from reseed.cli.hydra_app import CommandLine
+from reseed.config import build
+from reseed.errors import ConfigError, ReseedError, nearest
+from reseed.store.runs import Run, RunStore
+from reseed.store.sweeps import Sweep
+from reseed.train.config import RuntimeConfig
 
 SAE_FORMATS = ("reseed", "sparsify", "saelens", "dictionary_learning", "gemma_scope")
 REPORT_FORMATS = ("html", "md", "tex")
+_SAE_FILE = "sae.json"  # `reseed.sae.checkpoint.DESCRIPTION_FILE`, whose module loads torch
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,3 +73,81 @@ def check_parser() -> Parser:
     made.add_argument("--out")
     made.add_argument("--train", action="store_true")
     return made
+
+
+def runtime_of(line: CommandLine) -> RuntimeConfig:
+    """Build the runtime settings, whose folders hold the runs and sweeps that are named."""
+    with line.composer() as composed:
+        values = composed(line.overrides)
+    return build(values["runtime"], "runtime", RuntimeConfig)
+
+
+def find_by_name(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
+    """Find a run, a sweep, or the folder of another SAE by its path, name, or start of the name.
+
+    Raises:
+        ReseedError: nothing matches, or several names do.
+    """
+    for folder in (Path(word), Path(runtime.outputs) / word, Path(runtime.sweeps) / word):
+        if Run(folder).exists:
+            return Run(folder)
+        if (folder / "manifest.jsonl").is_file():
+            return Sweep(folder)
+        if folder.is_dir() and _has_sae(folder):
+            return folder
+    known: dict[str, Run | Sweep] = {run.id: run for run in RunStore(runtime.outputs).runs()}
+    sweeps = Path(runtime.sweeps).glob("*/manifest.jsonl")
+    known |= {path.parent.name: Sweep(path.parent) for path in sorted(sweeps)}
+    if name := complete_name(word, known):
+        return known[name]
+    raise ReseedError(
+        f"there is no run, sweep or SAE {word}: no such folder, and nothing of that name in "
+        f"{runtime.outputs}/ and {runtime.sweeps}/.{nearest(word, known)}"
+    )
+
+
+def find_sweep(word: str, root: Path) -> Sweep:
+    """Return the sweep that a word names: a folder, a name under ``root``, or the start of one.
+
+    Raises:
+        ReseedError: no sweep matches, or several do.
+    """
+    for folder in (Path(word), root / word):
+        if (folder / "manifest.jsonl").is_file():
+            return Sweep(folder)
+    names = sorted(p.parent.name for p in root.glob("*/manifest.jsonl"))
+    if name := complete_name(word, names):
+        return Sweep(root / name)
+    raise ReseedError(f"there is no sweep {word} in {root}/.{nearest(word, names)}")
+
+
+def complete_name(word: str, names: Iterable[str]) -> str | None:
+    """Return the name that starts with ``word``, or None.
+
+    Raises:
+        ReseedError: several names start with it.
+    """
+    found = [name for name in names if name.startswith(word)]
+    if len(found) > 1:
+        raise ReseedError(f"{word} may be any of {', '.join(found)}: give more of the name")
+    return found[0] if found else None
+
+
+def _has_sae(folder: Path) -> bool:
+    return (folder / _SAE_FILE).is_file()
+
+
+def check_used(line: CommandLine, also: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` for overrides that a command on named runs would ignore.
+
+    Args:
+        also: keys that the command uses besides those of ``runtime`` and ``hydra``.
+    """
+    for text in line.overrides:
+        key = text.lstrip("+~").partition("=")[0]
+        if key.partition(".")[0].partition("/")[0] not in ("runtime", "hydra", *also):
+            raise ConfigError(
+                f"{{key}} cannot be set for named runs and sweeps: their records say what they "
+                f"were trained on; got {text}",
+                key,
+            )

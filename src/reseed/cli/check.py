@@ -15,8 +15,7 @@ from reseed.cli.plan import Launch, Plan, make_plan
 from reseed.compare.cell import CellResult, cell_settings
 from reseed.compare.replication import BothRows, Named, parse_index, read_named, replication_table
 from reseed.errors import ConfigError, ReseedError, nearest
-from reseed.report.replication import CHECK_FILES, print_check, write_check
-from reseed.report.replication import check_table
+from reseed.report.replication import CHECK_FILES, check_table, print_check, write_check
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run
 from reseed.study.compare import compare_cell_of

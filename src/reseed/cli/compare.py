@@ -1,26 +1,54 @@
-"""``reseed compare``: match the trained runs of a comparison cell by cell, and write its tables."""
+"""``reseed compare``: match trained runs cell by cell, and write the tables of the comparison.
+
+``reseed compare sources=[a,b,c]`` compares existing SAEs by their weights, without a model. With
+``model=``, ``dataset=``, ``layer=`` or ``hookpoint=`` they are also measured on activations: the
+command adds the missing runs of `sae=pretrained` and compares those.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from reseed.cli import train
 from reseed.cli.cluster.command import run_on_cluster
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, override, parse
 from reseed.cli.plan import Plan, make_plan
+from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.config import ComparisonConfig, pair_axes
+from reseed.compare.dictionary import Dictionary
+from reseed.compare.matching import MatchingCache
+from reseed.compare.pairing import add_axis_columns
 from reseed.config import build
-from reseed.errors import ReseedError
+from reseed.errors import ConfigError, ReseedError
+from reseed.report.figures import write_figures
+from reseed.report.tables import write_tables
+from reseed.report.terminal import print_summary
+from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.formats import import_sae
+from reseed.sae.formats.files import fetch
+from reseed.sae.pretrained import fingerprint_of
 from reseed.store.sweeps import Sweep
 from reseed.study.collect import collect
 from reseed.study.compare import compare_cell_of
-from reseed.system.console import say
+from reseed.system.console import counted, say, throttled_say
+from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
+
+KEY = "sources"
+_ACTIVATIONS = ("model", "dataset", "layer", "hookpoint")
+"""Groups that declare activations; any of them requests the comparison on activations."""
+_MEASURED = ("fvu", "l0", "cosine", "dead_fraction")
+"""Metrics of runs on held-out tokens, which are unknown for weights alone."""
 
 
 def task(config: DictConfig) -> None:
@@ -43,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(line: CommandLine, arguments: Sequence[str]) -> int:
+    if any(word.partition("=")[0] == KEY for word in line.overrides):
+        return compare_sources(line)
     plan = make_plan(line)
     if not any(run.finished for run in plan.runs):
         raise ReseedError(
@@ -77,3 +107,126 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
         say(f"not compared: {error}")
     write_with_activations = collect(plan.sweep, plan.settings)
     return 0 if write_with_activations and not errors else 1
+
+
+def compare_sources(line: CommandLine) -> int:
+    """Compare the two or more SAEs that ``sources=`` lists.
+
+    Returns:
+        the exit status.
+
+    Raises:
+        ConfigError: fewer than two SAEs, a repeated SAE, or keys that would change nothing.
+    """
+    with line.composer() as composed:
+        parsed = list(zip(parse(line.overrides), line.overrides, strict=True))
+        given = [o.value() for o, _ in parsed if o.key_or_group == KEY]
+        rest = {o.key_or_group: text for o, text in parsed if o.key_or_group != KEY}
+        sources = _checked(given)
+        for key in ("comparison", "sae", "source", "seed"):
+            if key in rest:
+                raise ConfigError(f"{{key}} cannot be given with {KEY}=[…]; got {rest[key]}", key)
+        words = [override("", source)[1:] for source in sources]
+        own = [
+            "comparison=base",
+            "comparison.name=sources",
+            f"comparison.grid={{sae: [pretrained], source: [{', '.join(words)}]}}",
+            "comparison.pair_by=source",
+            *rest.values(),
+        ]
+        wanted = {key.partition(".")[0] for key in rest}
+        values = {} if wanted & set(_ACTIVATIONS) else composed(own)
+    if not values:
+        line.overrides = own
+        return _on_activations(line)
+    unheeded = sorted(key for key in rest if key.partition(".")[0] not in ("comparison", "runtime"))
+    if unheeded:
+        raise ConfigError(
+            f"{{key}} changes nothing when only weights are compared; got {rest[unheeded[0]]}",
+            unheeded[0],
+        )
+    return _by_weights(sources, values)
+
+
+def _checked(given: Sequence[Any]) -> list[str]:
+    if len(given) != 1 or not isinstance(given[0], list):
+        got = given[0] if len(given) == 1 else given
+        raise ConfigError(
+            f"{{key}} must be one list, as in {KEY}=[FOLDER,hub:OWNER/NAME]; got {got}", KEY
+        )
+    sources = [str(source) for source in given[0]]
+    if len(sources) < 2:
+        raise ConfigError(f"{{key}} must list at least 2 SAEs; got {len(sources)}", KEY)
+    if twice := [s for i, s in enumerate(sources) if s in sources[:i]]:
+        raise ConfigError(f"{{key}} must list every SAE once; {twice[0]} is there twice", KEY)
+    return sources
+
+
+def _on_activations(line: CommandLine) -> int:
+    """Train (that is, measure) and compare the sources as runs of `sae=pretrained`."""
+    plan = make_plan(line)
+    plan.write()
+    launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
+    status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
+    return max(status, compare_plan(line, plan))
+
+
+def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
+    declared = values["comparison"] | {"activation_tokens": 0}
+    settings = build(declared, "comparison", ComparisonConfig)
+    runtime = build(values["runtime"], "runtime", RuntimeConfig)
+    read = [_dictionary(source) for source in sources]
+    for i, (one, _) in enumerate(read):
+        same = [sources[k] for k, (other, _) in enumerate(read[:i]) if other.id == one.id]
+        if same:
+            raise ConfigError(f"{{key}}: {same[0]} and {sources[i]} are the same SAE", KEY)
+    result, folder = _compared([one for one, _ in read], settings, runtime)
+    knobs = {
+        "sae": "|".join(dict.fromkeys(kind for _, kind in read)),
+        "num_latents": "|".join(dict.fromkeys(f"{one.num_latents}" for one, _ in read)),
+    }
+    cells = [(knobs, result)]
+    write_tables(cells, folder)
+    drawn = write_figures(cells, folder)
+    print_summary(cells, title="sources")
+    say(f"{folder}/: summary (md, csv, tex), pairs.csv, latents.parquet, pairings.csv, matrix.csv"
+        + (", figures (png, svg)" if drawn else ""))  # fmt: skip
+    return 0
+
+
+def _dictionary(source: str) -> tuple[Dictionary, str]:
+    """Return the rows of an SAE, with unknown firing, and the name of its architecture."""
+    try:
+        sae = import_sae(fetch(source)).sae
+    except CheckpointError as error:
+        raise ConfigError(f"{{key}}: {error}", KEY) from error
+    nothing = np.zeros(sae.num_latents, dtype=np.int64)
+    rows = {"encoder": sae.W_enc.detach().numpy(), "decoder": sae.W_dec.detach().numpy()}
+    unknown: dict[str, float] = {name: float("nan") for name in _MEASURED}
+    made = Dictionary(
+        id=f"{sae.config.name}-{sae.num_latents}-{fingerprint_of(sae)}",
+        seed=source,
+        firing=nothing,
+        held_out_tokens=0,
+        dead=nothing.astype(bool),
+        metrics=unknown,
+        **rows,
+    )
+    return made, sae.config.name
+
+
+def _compared(
+    found: Sequence[Dictionary], settings: ComparisonConfig, runtime: RuntimeConfig
+) -> tuple[CellResult, Path]:
+    """Match all pairs, and write the result into the sweep folder of these SAEs and settings."""
+    if runtime.threads is not None:
+        torch.set_num_threads(runtime.threads)
+    sweep = Sweep.of(runtime.sweeps, "sources", [one.id for one in found], settings.signed())
+    say(f"comparing {counted(len(found), 'SAE')} by their weights")
+    device = str(pick_device(runtime.device))
+    store = MatchingCache(sweep.path.parent / "matchings", device=device, progress=throttled_say())
+    result = compare_cell(found, (), settings, matcher=store, device=device)
+    places = {one.id: {"source": one.seed} for one in found}
+    result = replace(result, pairs=add_axis_columns(result.pairs, places, settings))
+    result.write(sweep.cell_folder({}))
+    return result, sweep.path

@@ -8,24 +8,25 @@ of the sweeps are rewritten at the end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from reseed.cli.arguments import check_used, find_by_name, runtime_of
 from reseed.cli.cluster import command
 from reseed.cli.cluster.settings import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, expand, override, parse
-from reseed.cli.plan import experiment_from
-from reseed.cli.run_selection import SelectedRuns, select_runs, unfinished_lines
+from reseed.cli.plan import Plan, check_jobs, experiment_from, make_plan
 from reseed.cli.status import own_words
 from reseed.config import build
-from reseed.errors import ConfigError
+from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate.base import EvaluationConfig
 from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.store.results import FOLDER
+from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.study.collect import collect_evaluated
 from reseed.study.evaluate import Evaluator, SavedRun, saved_run
@@ -234,3 +235,105 @@ def _targets(
         return resolve_experiment(experiment_from({**values, GROUP: None})[0], runtime)
 
     return [saved_run(folder, runtime, declared) for folder in folders]
+
+
+@dataclass(frozen=True)
+class SelectedRuns:
+    """The SAEs that a command line chooses.
+
+    Attributes:
+        folders: the folders of the available SAEs.
+        lacking: one line for each run that is not finished, with its state.
+        sweeps: the sweeps whose tables get the results.
+    """
+
+    runtime: RuntimeConfig
+    folders: tuple[Path, ...]
+    lacking: tuple[str, ...] = ()
+    sweeps: tuple[Sweep, ...] = field(default=())
+
+    @property
+    def are_runs(self) -> bool:
+        """True if every folder is a run, whose record says what it was trained on."""
+        return all(Run(folder).exists for folder in self.folders)
+
+
+def select_runs(words: Sequence[str], line: CommandLine) -> SelectedRuns:
+    """Find the SAEs that a command line names.
+
+    Args:
+        words: folders and names; if empty, the overrides of ``line`` declare the runs.
+
+    Raises:
+        ReseedError: no SAE is available, or a word names nothing.
+    """
+    if words:
+        found = _named(words, line)
+    elif any(o.partition("=")[0] == "comparison" for o in line.overrides):
+        found = _of_comparison(line)
+    else:
+        found = _declared(line)
+    if not found.folders:
+        missing = "; ".join(found.lacking)
+        raise ReseedError(f"there is nothing to evaluate: no run is finished ({missing})")
+    return found
+
+
+def _of_comparison(line: CommandLine) -> SelectedRuns:
+    plan = make_plan(line)
+    found = select_comparison_runs(plan)
+    if found.folders:
+        plan.write()
+    return found
+
+
+def select_comparison_runs(plan: Plan) -> SelectedRuns:
+    """Return the finished runs of a comparison."""
+    return replace(_finished(plan.runs, plan.runtime), sweeps=(plan.sweep,))
+
+
+def _declared(line: CommandLine) -> SelectedRuns:
+    jobs, runtime = check_jobs(line, line.overrides, multirun=True)
+    runs = {job.resolved.signature: job.resolved.run(RunStore(runtime.outputs)) for job in jobs}
+    return _finished(list(runs.values()), runtime)
+
+
+def _named(words: Sequence[str], line: CommandLine) -> SelectedRuns:
+    runtime = runtime_of(line)
+    runs: dict[Path, Run] = {}
+    saes: list[Path] = []
+    sweeps: list[Sweep] = []
+    for word in words:
+        meant = find_by_name(word, runtime)
+        if isinstance(meant, Sweep):
+            sweeps.append(meant)
+            runs |= {run.path: run for run in meant.runs()}
+        elif isinstance(meant, Run):
+            runs[meant.path] = meant
+        else:
+            saes.append(meant)
+    found = _finished(list(runs.values()), runtime)
+    if not saes:
+        check_used(line, ("wait",) if line.launcher[0] == SLURM else ())
+    return replace(found, folders=(*found.folders, *saes), sweeps=tuple(sweeps))
+
+
+def _finished(runs: Sequence[Run], runtime: RuntimeConfig) -> SelectedRuns:
+    lacking = tuple(f"{run.id}: {_state(run)}" for run in runs if not run.finished)
+    return SelectedRuns(runtime, tuple(run.path for run in runs if run.finished), lacking)
+
+
+def _state(run: Run) -> str:
+    words = {"missing": "not trained"}
+    failure = run.failure
+    return f"failed ({failure['message']})" if failure else words.get(run.status, run.status)
+
+
+def unfinished_lines(lacking: Sequence[str]) -> list[str]:
+    """Return the message lines about runs that are not finished."""
+    if not lacking:
+        return []
+    return [
+        f"not evaluated, as not finished: {counted(len(lacking), 'run')}",
+        *(f"  {x}" for x in lacking),
+    ]

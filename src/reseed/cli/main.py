@@ -60,6 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(command, arguments[1:]))
 
 
+# Hydra completes the words after the sub-command, so the script cuts the sub-command off first.
+_BASH = """\
+_reseed_completion() {{
+    local first="${{COMP_WORDS[1]}}"
+    if [ "$COMP_CWORD" -le 1 ]; then
+        COMPREPLY=($(compgen -W "{commands}" -- "$first"))
+        return
+    fi
+    local rest="${{COMP_LINE#*"$first"}}"
+    local found
+    found=$(COMP_LINE="reseed$rest" reseed "$first" -sc query=bash 2>/dev/null)
+    COMPREPLY=($found)
+}}
+COMP_WORDBREAKS=${{COMP_WORDBREAKS//=}}
+COMP_WORDBREAKS=${{COMP_WORDBREAKS//:}}
+complete -o nospace -o default -F _reseed_completion reseed
+"""
+
 _OWN_HELP = {"convert": convert_parser, "push": push_parser}  # the other commands have Hydra's
 
 
@@ -68,15 +86,26 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
     if command in _OWN_HELP and {"-h", "--help"} & set(arguments):
         _OWN_HELP[command]().print_help()
         return 0
-    if command not in (*_OWN_HELP, "completion"):
+    if command == "completion":
+        return _print_completion(arguments[0] if arguments else "bash")
+    if command not in _OWN_HELP:
         from reseed.cli import hydra_app
         from reseed.cli.errors import run_and_report
 
         if hydra_app.asks_to_show(arguments):
             return run_and_report(lambda: hydra_app.show(command, arguments))
-    if command == "compare" and any(word.startswith("sources=") for word in arguments):
-        command = "sources"
     return import_module(f"reseed.cli.{command}").main(arguments)
+
+
+def _print_completion(shell: str) -> int:
+    """Print the code that `eval "$(reseed completion bash)"` runs in the user's shell."""
+    if shell not in ("bash", "zsh"):
+        print(f"error: completion supports bash and zsh; got {shell}", file=sys.stderr)
+        return 2
+    if shell == "zsh":
+        print("autoload -U +X bashcompinit && bashcompinit")
+    print(_BASH.format(commands=" ".join(COMMANDS)))
+    return 0
 
 
 def _run(command: str, arguments: Sequence[str]) -> int:

@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from reseed.cli.arguments import check_used, find_by_name, runtime_of
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.names import check_used, find_by_name, runtime_of
 from reseed.cli.status import own_words
 from reseed.errors import ConfigError, ReseedError
 from reseed.report.latent_view import (

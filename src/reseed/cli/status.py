@@ -12,11 +12,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from reseed.cli.arguments import find_sweep
 from reseed.cli.cluster.queue import Record
 from reseed.cli.cluster.states import QueueSnapshot, counts, print_sweep, states, watch
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.names import find_sweep
 from reseed.errors import ConfigError
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep

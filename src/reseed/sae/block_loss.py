@@ -38,11 +38,11 @@ class Terms(NamedTuple):
 
 
 class OwnGradient(ABC):
-    """A function of a batch and an SAE's parameters that computes its own gradient; use it once."""
+    """A function of a batch and an SAE's parameters that computes its own gradient."""
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch d_in"], *parameters: Tensor) -> Terms:
-        """Compute the terms from detached tensors."""
+        """Compute the terms; autograd does not record it."""
 
     @abstractmethod
     def backward(self, saved: tuple[Tensor, ...], *grads: Float[Tensor, ""]) -> tuple[Tensor, ...]:
