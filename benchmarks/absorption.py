@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from reseed.evaluate.absorption.evaluation import AbsorptionConfig
-from reseed.evaluate.word_task.task import ProbedTask
-from reseed.evaluate.word_task.words import Words, make_folds, split_words
-from reseed.evaluate.word_task.prompts import Template
 from reseed.evaluate.probes import train_probe
+from reseed.evaluate.word_task import ProbedTask
+from reseed.evaluate.words import Template, Words, make_folds, split_words
 from reseed.sae.base import SAE
 from reseed.sae.topk import TopKConfig
 

@@ -26,11 +26,8 @@ import pandas as pd
 import torch
 from measuring import _peak, _reset_peak, _resident
 
-from reseed.evaluate.contexts.evaluation import ContextsConfig, LatentDescriptions
-from reseed.evaluate.contexts.gathering import ContextGatherer, Firings
-from reseed.evaluate.contexts.directions import neighbours
-from reseed.evaluate.contexts.directions import lens
-from reseed.evaluate.contexts.directions import Ranked
+from reseed.evaluate.context_gathering import ContextGatherer, Firings, Ranked, lens, neighbours
+from reseed.evaluate.contexts import ContextsConfig, LatentDescriptions
 from reseed.sae.base import SAE
 from reseed.sae.batch_topk import BatchTopK, BatchTopKConfig
 from reseed.sae.relu import ReLUConfig

@@ -14,11 +14,11 @@ from rich.console import Console
 from reseed.cli import compare, completion, run, status, train
 from reseed.cli.hydra_app import CommandLine, override, parse
 from reseed.cli.main import COMMANDS, main
-from reseed.cli.plan import failure_lines, make_plan
+from reseed.cli.plan import make_plan
 from reseed.config import digest
 from reseed.sae.topk import TopKConfig
 from reseed.store.runs import RESULTS, Run, RunStore
-from reseed.study.calibrate import CalibrationError
+from reseed.study.train import CalibrationError, failure_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -290,7 +290,7 @@ def test_runs_of_a_cell_with_the_same_error_share_a_line(tmp_path: Path) -> None
     jobs += [failed(store, "three", 0, behind)]
     traceback = "  the whole traceback is in {}/run.json"
     paths = [job.resolved.run(store).path for job in jobs]
-    assert failure_lines(jobs, store) == [  # type: ignore[arg-type]
+    assert failure_lines([job.resolved for job in jobs], store) == [
         "failed: one (3 seeds): no weight",
         f"failed: {paths[3].name}: no weight",
         "failed: two (2 seeds): a defect",

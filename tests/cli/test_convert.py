@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import reseed
-from reseed.cli import convert, push, train
+from reseed.cli import convert, train
 from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.checkpoint import load_sae, save_sae
@@ -92,11 +92,11 @@ def test_a_file_that_differs_from_the_sae_is_removed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A defective writer does not leave a file."""
-    from reseed.sae.formats import conversions
+    from reseed.sae.formats import base
 
     saved(TopKConfig(num_latents=32, k=3))
-    right = conversions.state
-    monkeypatch.setattr(conversions, "state", lambda sae: right(sae) | {"W_dec": -sae.W_dec})
+    right = base.state
+    monkeypatch.setattr(base, "state", lambda sae: right(sae) | {"W_dec": -sae.W_dec})
     assert convert.main(["sae", "out", "--to", "sparsify"]) == 1
     assert "cannot hold this SAE unchanged: what is written differs in recons" in (
         capsys.readouterr().err
@@ -128,7 +128,7 @@ def test_a_transcoder_is_not_converted_to_an_sae(capsys: pytest.CaptureFixture[s
 def test_a_push_writes_a_folder_with_a_card(
     format: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert push.main([str(run.path), "me/saes", "--to", format, "--dry-run", "out"]) == 0
+    assert convert.push([str(run.path), "me/saes", "--to", format, "--dry-run", "out"]) == 0
     assert "out: what would be pushed to me/saes" in capsys.readouterr().out
     assert differ(load_sae(run.path), reseed.load_sae("out")) == ""
     card = Path("out/README.md").read_text()
@@ -142,16 +142,16 @@ def test_a_push_writes_a_folder_with_a_card(
     metrics = json.loads(Path("out/metrics.json").read_text())
     assert metrics == run.metrics
     with pytest.raises(SystemExit):
-        push.main(["--help"])
+        convert.push(["--help"])
 
 
 def test_only_a_finished_run_is_pushed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(run.path, run.path.name)
     run = Run(Path(run.path.name))
     run.update(status="failed")
-    assert push.main([str(run.path), "me/saes", "--dry-run", "out"]) == 1
+    assert convert.push([str(run.path), "me/saes", "--dry-run", "out"]) == 1
     assert "is failed: only a finished run is pushed" in capsys.readouterr().err
-    assert push.main([str(run.path), "saes", "--dry-run", "out"]) == 1
+    assert convert.push([str(run.path), "saes", "--dry-run", "out"]) == 1
     assert "a place on the hub is written hub:OWNER/NAME" in capsys.readouterr().err
 
 
@@ -165,5 +165,5 @@ def test_an_unreachable_hub_is_reported(
             raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    assert push.main([str(run.path), "me/saes"]) == 1
+    assert convert.push([str(run.path), "me/saes"]) == 1
     assert "cannot push to me/saes: no route. Nothing was changed here." in capsys.readouterr().err

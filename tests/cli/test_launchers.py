@@ -10,13 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from reseed.cli import cancel, evaluate, status, train
+from reseed.cli import evaluate, status, train
 from reseed.cli.arguments import find_sweep
 from reseed.cli.cluster import states as states_module
-from reseed.cli.cluster.command import cancel_sweep
-from reseed.cli.cluster.queue import InQueue, QueueError, Record, Submitted, last_states, queue
-from reseed.cli.cluster.settings import SlurmSettings
-from reseed.cli.cluster.states import QueueSnapshot, RunState, counts, states
+from reseed.cli.cluster.queue import (
+    InQueue,
+    QueueError,
+    Record,
+    SlurmSettings,
+    Submitted,
+    last_states,
+    queue,
+)
+from reseed.cli.cluster.states import QueueSnapshot, RunState, cancel_sweep, counts, states
 from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError, ReseedError
 from reseed.store.runs import PROGRESS_FILE, Run, RunStore
@@ -303,11 +309,11 @@ def test_cancel_stops_dependent_jobs_first(sweep: Sweep, monkeypatch: pytest.Mon
     waiting = "echo '7_1|RUNNING|None'; echo '8|PENDING|None'; echo '9|PENDING|'"
     asked = 'echo "$@" > asked'
     commands(monkeypatch, squeue=waiting, sacct="exit 1", scontrol="exit 1", scancel=asked)
-    assert cancel.main([str(sweep.path)]) == 0
+    assert status.cancel([str(sweep.path)]) == 0
     assert f"cancelled 2 jobs of {sweep.path}: 7_1, 8" in capsys.readouterr().out
     assert Path("asked").read_text() == "--quiet 8 7_1\n"
     assert [job.cancelled for job in record.jobs] == [False, True, True]
-    assert cancel.main([]) == 1
+    assert status.cancel([]) == 1
     assert "reseed cancel takes one sweep" in capsys.readouterr().err
 
 

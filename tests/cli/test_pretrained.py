@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from reseed.cli import compare, convert, run, status, train
+from reseed.compare.dictionary import initial_sae
 from reseed.compare.matching import match
 from reseed.sae.checkpoint import load_sae, save_sae
 from reseed.sae.topk import TopKConfig
 from reseed.store.runs import RunError, RunStore
-from reseed.store.weights import initial_sae
 
 QUIET = ["comparison.activation_tokens=0", "runtime.threads=1"]
 

@@ -21,8 +21,8 @@ from reseed.evaluate.absorption.evaluation import AbsorptionConfig
 from reseed.evaluate.absorption.records import mean_over_classes
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result
 from reseed.evaluate.splitting import SplittingConfig
-from reseed.evaluate.word_task.prompts import make_prompts
-from reseed.evaluate.word_task.task import ProbedTask, WordTaskConfig, word_activations
+from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, word_activations
+from reseed.evaluate.words import make_prompts
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.topk import TopKConfig
 

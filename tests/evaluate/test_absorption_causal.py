@@ -20,7 +20,7 @@ from reseed.evaluate.absorption.causal import (
     margin,
 )
 from reseed.evaluate.absorption.projection import Alignment
-from reseed.evaluate.word_task.prompts import Prompts
+from reseed.evaluate.words import Prompts
 
 HOOK = Hookpoint("module", 0, "layer")
 D = 4

@@ -19,7 +19,7 @@ from reseed.cli.plan import check_jobs
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
 from reseed.evaluate.sparse_latents import encode
 from reseed.evaluate.splitting import find_splits
-from reseed.evaluate.word_task.words import make_folds, split_words
+from reseed.evaluate.words import make_folds, split_words
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import load_sae
 from reseed.sae.relu import ReLUConfig

@@ -14,9 +14,9 @@ import torch
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.text_source import TextSource
 from reseed.errors import ConfigError, ReseedError
+from reseed.evaluate import contexts as contexts_evaluation
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache
-from reseed.evaluate.contexts import evaluation as contexts_evaluation
-from reseed.evaluate.contexts.evaluation import ContextsConfig
+from reseed.evaluate.contexts import ContextsConfig
 from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig

@@ -12,8 +12,14 @@ from scipy import stats
 from reseed.activations.intervention import unembedding
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.model_source import PathModelConfig
-from reseed.evaluate.contexts.directions import lens, neighbours
-from reseed.evaluate.contexts.gathering import ContextGatherer, Firings, _mixed, rank_randomly
+from reseed.evaluate.context_gathering import (
+    ContextGatherer,
+    Firings,
+    _mixed,
+    lens,
+    neighbours,
+    rank_randomly,
+)
 from reseed.sae.topk import TopKConfig
 
 CONTEXT, F = 8, 12

@@ -22,7 +22,7 @@ from reseed.evaluate.probes import (
 )
 from reseed.evaluate.sparse_latents import encode
 from reseed.evaluate.splitting import choose_main, find_splits
-from reseed.evaluate.word_task.words import Fold, make_folds, split_words
+from reseed.evaluate.words import Fold, make_folds, split_words
 from reseed.sae import base
 from reseed.sae.relu import ReLUConfig
 

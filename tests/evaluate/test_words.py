@@ -15,12 +15,13 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from reseed.errors import ConfigError
-from reseed.evaluate.word_task.prompts import Template, make_prompts
-from reseed.evaluate.word_task.words import (
+from reseed.evaluate.words import (
+    Template,
     Words,
     first_letter_words,
     labelled_words,
     make_folds,
+    make_prompts,
     split_words,
 )
 

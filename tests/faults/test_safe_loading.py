@@ -16,10 +16,10 @@ import torch
 
 import reseed
 from reseed.cli import train
+from reseed.compare.dictionary import initial_sae
 from reseed.compare.matching import MatchingCache
 from reseed.sae.checkpoint import CheckpointError
 from reseed.store.runs import Run, RunError, RunStore
-from reseed.store.weights import initial_sae
 
 
 class Payload:

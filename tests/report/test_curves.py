@@ -10,10 +10,10 @@ from matplotlib.collections import LineCollection
 
 from reseed.compare.columns import THRESHOLDS
 from reseed.report.axis_figures import axis_figure
+from reseed.report.captions import BY_LAYER, BY_THRESHOLD, SOURCE, UNSHARED
 from reseed.report.curves import MOST_LINES, coverage_figure, decile_figure, threshold_figure
 from reseed.report.figures import seeds_figure
 from reseed.report.firing import MAX_POINTS, firing_figure, matched
-from reseed.report.references import BY_LAYER, BY_THRESHOLD, SOURCE, UNSHARED
 from reseed.report.style import GREY, STYLE
 
 

@@ -10,7 +10,7 @@ from reseed.activations.synthetic import surrogate
 from reseed.compare.columns import SURROGATES
 from reseed.compare.statistics import welch_difference
 from reseed.report.format import number, signed, with_interval
-from reseed.report.null_table import TITLE, null_table
+from reseed.report.summary_tables import TITLE, null_table
 from reseed.report.tables import summary_markdown
 from reseed.report.terminal import print_summary
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reseed.report.captions import caption, data_files, title
+from reseed.report.captions import UNSHARED, caption, data_files, reference_table, title
 from reseed.report.evaluation_results import EvaluatedRun, joined
 from reseed.report.figures import comparison_drawings
 from reseed.report.page.content import fvu_fall, warnings
@@ -31,7 +31,6 @@ from reseed.report.page.render import (
     tag,
     tex,
 )
-from reseed.report.references import UNSHARED, reference_table
 from reseed.report.table import Table
 from reseed.report.tables import cosines_frame, figure_tables, seeds_frame
 from reseed.store.results import StoredEvaluation

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from reseed.compare.sharing_profile import unshared_fractions
-from reseed.report.references import (
+from reseed.report.captions import (
     BY_K,
     BY_LAYER,
     BY_THRESHOLD,

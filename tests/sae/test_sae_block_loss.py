@@ -8,7 +8,7 @@ from reseed.sae import gated, jumprelu, kernels
 from reseed.sae.base import Step
 from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig
-from reseed.sae.kernels import active
+from reseed.sae.kernels import select
 from reseed.system import compiling
 from reseed.train.archetypes import make_archetypal
 from reseed.train.optim.adam import SAEAdam
@@ -36,8 +36,8 @@ MODULES = {"jumprelu": jumprelu, "gated": gated}
 @pytest.fixture(autouse=True)
 def pairs_only(monkeypatch):
     """Use pairs at any density, and small blocks."""
-    monkeypatch.setattr(active, "BLOCK_ROWS", 64)
-    monkeypatch.setattr(active, "DENSEST", 1.0)
+    monkeypatch.setattr(select, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(select, "DENSEST", 1.0)
     monkeypatch.setattr(compiling, "LEAST_WORK", 1)
     before = torch.get_num_threads()
     with kernels.override_enabled(True):
@@ -117,7 +117,7 @@ def test_few_pairs_are_summed_and_many_go_by_blocks_with_equal_results(sae, monk
     module = MODULES[sae.config.name]
     taken = []
     for other, densest in (("_ByBlocks", 0.5), ("_ByPairs", 0.001)):
-        monkeypatch.setattr(active, "DENSEST", densest)
+        monkeypatch.setattr(select, "DENSEST", densest)
         with monkeypatch.context() as patched:
             patched.setattr(module, other, None)
             loss = sae.training_loss(tokens(), LAST, none_dead(sae))

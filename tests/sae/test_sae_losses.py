@@ -158,7 +158,7 @@ def test_dense_products_and_pairs_give_the_same_auxk(name, count, weighed, monke
 )
 def test_auxk_gets_the_error_of_the_loss_without_encoding_again(name, options, monkeypatch):
     """Tokens pass in blocks of 5; the last block is not full."""
-    monkeypatch.setattr("reseed.sae.products.CPU_ROWS", 5)
+    monkeypatch.setattr("reseed.sae.pairs.CPU_ROWS", 5)
     sae, x = make(name, aux_alpha=1.0, **options), batch_of(32)
     expected, seen = x - sae(x).reconstruction, []
 

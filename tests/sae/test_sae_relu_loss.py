@@ -6,7 +6,7 @@ from sae_examples import batch_of, first_dead, near, none_dead, perturbed
 
 from reseed.sae import kernels
 from reseed.sae.base import Step
-from reseed.sae.kernels import active, relu_blocks
+from reseed.sae.kernels import relu_blocks, select
 from reseed.sae.relu import ReLUConfig
 from reseed.system import compiling
 from reseed.train.archetypes import make_archetypal
@@ -19,7 +19,7 @@ LAST = Step(9, 10)
 @pytest.fixture(autouse=True)
 def kernels_on(monkeypatch):
     """Use small blocks, so that there are several of each kind."""
-    monkeypatch.setattr(active, "BLOCK_ROWS", 64)
+    monkeypatch.setattr(select, "BLOCK_ROWS", 64)
     monkeypatch.setattr(relu_blocks, "BLOCK_ROWS", 64)
     monkeypatch.setattr(relu_blocks, "STORED_ROWS", 128)
     monkeypatch.setattr(relu_blocks, "TILE_LATENTS", 40)
@@ -33,7 +33,7 @@ def kernels_on(monkeypatch):
 @pytest.fixture(params=["pairs", "blocks"])
 def way(request, monkeypatch):
     """Force one of the two paths at any density."""
-    monkeypatch.setattr(active, "DENSEST", 1.0 if request.param == "pairs" else 0.0)
+    monkeypatch.setattr(select, "DENSEST", 1.0 if request.param == "pairs" else 0.0)
     return request.param
 
 
@@ -153,7 +153,7 @@ def test_a_nonfinite_input_or_weight_makes_the_loss_nonfinite(way, where, bad):
 
 def steps(way_dense, threads_in_all, monkeypatch):
     torch.set_num_threads(threads_in_all)
-    monkeypatch.setattr(active, "DENSEST", way_dense)
+    monkeypatch.setattr(select, "DENSEST", way_dense)
     sae = make(subtract_b_dec=True)
     optimizer, told = SAEAdam(sae, 1e-2), []
     for index in range(3):
@@ -166,17 +166,17 @@ def steps(way_dense, threads_in_all, monkeypatch):
 
 
 def test_steps_are_bit_equal_on_any_number_of_threads(way, monkeypatch):
-    found = [steps(active.DENSEST, count, monkeypatch) for count in (1, 3, 2, 3)]
+    found = [steps(select.DENSEST, count, monkeypatch) for count in (1, 3, 2, 3)]
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_active_pairs_are_returned_only_if_they_are_few(monkeypatch):
-    monkeypatch.setattr(active, "DENSEST", 0.1)
+    monkeypatch.setattr(select, "DENSEST", 0.1)
     x, W, zeros = tokens(), torch.randn(F, D), torch.zeros(F)
 
     def pairs(bias, rows=x):
-        return active.active_pairs(rows, W, torch.full((F,), bias), zeros)
+        return select.active_pairs(rows, W, torch.full((F,), bias), zeros)
 
     found = pairs(-8.0)
     assert found is not None
@@ -194,14 +194,14 @@ def test_active_pairs_are_returned_only_if_they_are_few(monkeypatch):
 @pytest.mark.parametrize("floor", [0.0, 0.7])
 def test_a_rough_product_finds_every_pair(monkeypatch, share, floor):
     """One row is far larger than the others, and floors have either sign."""
-    monkeypatch.setattr(active, "screen_pays", lambda *_: True)
-    monkeypatch.setattr(active, "SCREENED", 0.5)
+    monkeypatch.setattr(select, "screen_pays", lambda *_: True)
+    monkeypatch.setattr(select, "SCREENED", 0.5)
     x, generator = tokens(), torch.Generator().manual_seed(5)
     x[7] *= 30
     W, floors = torch.randn(F, D, generator=generator), floor * torch.randn(F, generator=generator)
     exact = x.double() @ W.double().T - floors
     bias = float(exact.flatten().quantile(1 - share)) + 1e-3
-    found = active.screened(x, W, torch.full((F,), -bias), floors)
+    found = select.screened(x, W, torch.full((F,), -bias), floors)
     assert found is not None
     values, owners, latents = found
     expected = exact > bias
@@ -209,7 +209,7 @@ def test_a_rough_product_finds_every_pair(monkeypatch, share, floor):
     assert (owners * F + latents).tolist() == expected.flatten().nonzero().flatten().tolist()
     near(values, (x.double() @ W.double().T - bias)[expected])
     x[9, 1] = float("nan")
-    assert active.screened(x, W, torch.full((F,), -bias), floors) is None
+    assert select.screened(x, W, torch.full((F,), -bias), floors) is None
 
 
 def test_the_gradient_of_an_archetypal_decoder_matches_the_plain_path(way):

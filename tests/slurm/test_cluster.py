@@ -13,7 +13,7 @@ import pytest
 import torch
 from one_node import HERE, Desk, local
 
-from reseed.cli import cancel, run, status, train
+from reseed.cli import run, status, train
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import RunStore
 
@@ -153,7 +153,7 @@ def test_cancel_stops_all_jobs_after_a_checkpoint(
     said = capsys.readouterr().out
     assert re.search(r"running +[\d,]+ +4,096 +\d+% +\d+", said)
     assert "comparisons: 1 queued" in said
-    assert cancel.main(["seeds"]) == 0
+    assert status.cancel(["seeds"]) == 0
     assert f"cancelled 3 jobs of {desk.sweep.path}" in capsys.readouterr().out
     desk.cluster.wait_for(lambda: not desk.queue())
     assert {state.state for state in desk.states} == {"cancelled"}
@@ -161,7 +161,7 @@ def test_cancel_stops_all_jobs_after_a_checkpoint(
     assert [run.record["status"] for run in runs] == ["interrupted"] * 2
     # Cancelling left time to save: no checkpoint was due within the first half minute.
     assert all((run.path / "checkpoint.pt").is_file() for run in runs)
-    assert cancel.main(["seeds"]) == 0
+    assert status.cancel(["seeds"]) == 0
     assert "no job is queued or running" in capsys.readouterr().out
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from one_node import Desk
 
-from reseed.cli import cancel, evaluate, run, status
+from reseed.cli import evaluate, run, status
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def test_evaluations_are_submitted_once_and_equal_local_ones(
     held = "+hydra.launcher.additional_parameters.hold=true"
     assert evaluate.main([*line, held, "wait=false"]) == 0
     assert [job.kind for job in desk.jobs[4:]] == ["evaluate", "collect"]
-    assert cancel.main([sweep]) == 0
+    assert status.cancel([sweep]) == 0
     desk.cluster.wait_for(lambda: not desk.queue())
     assert results() == found
     capsys.readouterr()

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from reseed.sae.losses import BEGIN, GAIN, HOLD, PenaltySteering
-from reseed.study.calibrate import ACCEPTED, BOUND, MAX_ROUNDS, CalibrationError, Search
+from reseed.study.train import ACCEPTED, BOUND, MAX_ROUNDS, CalibrationError, Search
 
 Response = Callable[[float], float]
 

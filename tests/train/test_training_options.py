@@ -10,13 +10,12 @@ import torch
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.moments import geometric_median
-from reseed.compare.dictionary import load_dictionaries
+from reseed.compare.dictionary import initial_sae, load_dictionaries
 from reseed.experiment.resolve import Resolved
 from reseed.sae.base import Step
 from reseed.sae.checkpoint import load_sae
 from reseed.sae.topk import TopKConfig
 from reseed.store.runs import INITIAL_FILE, Run, RunError, RunStore
-from reseed.store.weights import initial_sae
 from reseed.study.train import train_missing
 from reseed.system.files import atomic_write_json
 from reseed.train.callbacks import CheckpointCallback

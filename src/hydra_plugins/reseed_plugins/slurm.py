@@ -15,7 +15,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from reseed.cli.cluster.settings import NAME, defaults
+from reseed.cli.cluster.queue import NAME, defaults
 from reseed.errors import ReseedError
 
 ConfigStore.instance().store(group="hydra/launcher", name=NAME, node=defaults(), provider="reseed")

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli import train
 from reseed.cli.cluster.command import run_on_cluster
-from reseed.cli.cluster.settings import NAME as SLURM
+from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, override, parse
 from reseed.cli.plan import Plan, make_plan

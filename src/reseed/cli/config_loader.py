@@ -1,8 +1,8 @@
 """Hydra's configuration loader for many jobs: reads the files once for each choice of options.
 
-The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which names the files to
-compose, depends only on the choices of options (``sae=relu``), because its interpolations refer to
-choices. So the composition of each set of choices is kept, and Hydra's own function applies the
+The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which names the files
+to compose, depends only on the choices of options (``sae=relu``), because its interpolations refer
+to choices. So the composition of each set of choices is kept, and Hydra's own function applies the
 values to a copy of it. `about_missing` says which options have a key that a command line misnamed.
 """
 

@@ -1,8 +1,8 @@
 """``reseed evaluate [RUN|SWEEP|SAE ...] evaluation=...``: evaluate trained SAEs.
 
 Each evaluation is a Hydra job. One job evaluates all SAEs, those of one language model together. It
-writes each result to the run's folder as soon as it is computed (`reseed.store.results`); the tables
-of the sweeps are rewritten at the end.
+writes each result to the run's folder as soon as it is computed (`reseed.store.results`); the
+tables of the sweeps are rewritten at the end.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli.arguments import check_used, find_by_name, runtime_of
 from reseed.cli.cluster import command
-from reseed.cli.cluster.settings import NAME as SLURM
+from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, expand, override, parse
 from reseed.cli.plan import Plan, check_jobs, experiment_from, make_plan

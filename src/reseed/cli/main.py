@@ -78,6 +78,7 @@ COMP_WORDBREAKS=${{COMP_WORDBREAKS//:}}
 complete -o nospace -o default -F _reseed_completion reseed
 """
 
+_ELSEWHERE = {"cancel": ("status", "cancel"), "push": ("convert", "push")}
 _OWN_HELP = {"convert": convert_parser, "push": push_parser}  # the other commands have Hydra's
 
 
@@ -94,7 +95,8 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
 
         if hydra_app.asks_to_show(arguments):
             return run_and_report(lambda: hydra_app.show(command, arguments))
-    return import_module(f"reseed.cli.{command}").main(arguments)
+    module, function = _ELSEWHERE.get(command, (command, "main"))
+    return getattr(import_module(f"reseed.cli.{module}"), function)(arguments)
 
 
 def _print_completion(shell: str) -> int:

@@ -1,7 +1,7 @@
 """Checked jobs of a command line, and the plan of a comparison.
 
 `check_jobs` composes and checks every job before the first one starts. `make_plan` does so for the
-grid of a comparison with the user's overrides. `failure_lines` says what failed at the end.
+grid of a comparison with the user's overrides.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from reseed.activations.dataset import DatasetConfig
 from reseed.activations.hookpoints import HookpointConfig
 from reseed.activations.source import SourceConfig
-from reseed.cli.cluster.settings import NAME as SLURM
+from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.hydra_app import CommandLine, expand, override, parse, sweeps
 from reseed.compare.config import Arm, ComparisonConfig, pair_axes
 from reseed.config import build, make
 from reseed.errors import ConfigError, nearest
-from reseed.experiment.declared import Experiment
+from reseed.experiment import Experiment
 from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.sae.base import SAEOption
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.study.compare import token_mismatch
-from reseed.system.console import counted, say
+from reseed.system.console import say
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig, TrainingConfig
 
@@ -363,41 +363,3 @@ def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(_word(item) for item in value)}]"
     return override("", value)[1:]
-
-
-def failure_lines(jobs: Sequence[Job], store: RunStore) -> list[str]:
-    """Describe the runs that are not finished; runs of a cell with the same error share a line.
-
-    Unless the message explains the error, lines with its source and the path of the whole
-    traceback follow.
-    """
-    alike: dict[tuple[str, ...], dict[str, tuple[Run, int]]] = {}
-    for resolved in (job.resolved for job in jobs):
-        run = resolved.run(store)
-        if not run.finished:
-            error = run.failure
-            message = error["message"] if error else "not trained"
-            cell = resolved.label.removesuffix(f"-seed{resolved.experiment.seed}")
-            found = alike.setdefault((run.status, cell, message), {})
-            found[run.id] = run, resolved.experiment.seed
-    lines = []
-    for (status, cell, message), found in alike.items():
-        run, _ = next(iter(found.values()))
-        seeds = {seed for _, seed in found.values()}
-        kind = "seed" if len(seeds) == len(found) else "run"
-        who = run.id if len(found) == 1 else f"{cell} ({counted(len(found), kind)})"
-        lines.append(f"{status}: {who}: {message}")
-        if run.failure and not run.failure["explained"]:
-            lines += [f"  {line}" for line in _last_frame(run.failure["traceback"])]
-            lines.append(f"  the whole traceback is in {run.path / 'run.json'}")
-    return lines
-
-
-def _last_frame(traceback: str) -> list[str]:
-    """Return the file, line and source where the error was raised."""
-    lines = [line.strip() for line in traceback.splitlines()]
-    files = [i for i, line in enumerate(lines) if line.startswith('File "')]
-    if not files:
-        return []
-    last = lines[files[-1] : files[-1] + 2]
-    return [last[0], *(f"  {line}" for line in last[1:] if line)]

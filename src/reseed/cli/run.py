@@ -9,7 +9,7 @@ import pandas as pd
 
 from reseed.cli import compare, evaluate, train, tune
 from reseed.cli.cluster.command import run_on_cluster
-from reseed.cli.cluster.settings import NAME as SLURM
+from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.evaluate import select_comparison_runs
 from reseed.cli.hydra_app import CommandLine

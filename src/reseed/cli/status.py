@@ -14,7 +14,14 @@ from omegaconf import DictConfig
 
 from reseed.cli.arguments import find_sweep
 from reseed.cli.cluster.queue import Record
-from reseed.cli.cluster.states import QueueSnapshot, counts, print_sweep, states, watch
+from reseed.cli.cluster.states import (
+    QueueSnapshot,
+    cancel_sweep,
+    counts,
+    print_sweep,
+    states,
+    watch,
+)
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError
@@ -46,6 +53,11 @@ def main(arguments: Sequence[str]) -> int:
     return run_and_report(lambda: _main(arguments))
 
 
+def cancel(arguments: Sequence[str]) -> int:
+    """Cancel the SLURM jobs of a sweep; saved results are kept."""
+    return run_and_report(lambda: _cancel(arguments))
+
+
 def _main(arguments: Sequence[str]) -> int:
     rest = [word for word in arguments if word not in (ALL, WATCH)]
     which = task_all if ALL in arguments else task
@@ -58,6 +70,21 @@ def _main(arguments: Sequence[str]) -> int:
         line.launch(which, line.overrides, line.multirun)
         return 0
     (watch if WATCH in arguments else print_sweep)(sweep_called(words[0], line))
+    return 0
+
+
+def _cancel(arguments: Sequence[str]) -> int:
+    words, rest = own_words(arguments)
+    line = CommandLine("cancel", rest)
+    if len(words) != 1:
+        got = ", ".join(words) or "nothing"
+        raise ConfigError(f"reseed cancel takes one sweep (`reseed status` lists them); got {got}")
+    sweep = sweep_called(words[0], line)
+    ids = cancel_sweep(sweep)
+    if ids:
+        say(f"cancelled {counted(len(ids), 'job')} of {sweep.path}: {', '.join(ids)}")
+    else:
+        say(f"{sweep.path}: no job is queued or running")
     return 0
 
 

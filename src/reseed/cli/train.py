@@ -11,14 +11,14 @@ from omegaconf import DictConfig
 from reseed.cli import tune
 from reseed.cli.cluster import command
 from reseed.cli.cluster.command import run_on_cluster
-from reseed.cli.cluster.settings import NAME as SLURM
+from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, override
-from reseed.cli.plan import Job, check_jobs, failure_lines, resolved_from
+from reseed.cli.plan import Job, check_jobs, resolved_from
 from reseed.errors import ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
-from reseed.study.train import plan_missing, train_missing
+from reseed.study.train import failure_lines, plan_missing, train_missing
 from reseed.system.console import counted, say
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
@@ -138,7 +138,7 @@ def train_jobs(
                 if before == {run.id: run.failure for run in runs.values()}:
                     raise
     failed = [run for run in runs.values() if not run.finished]
-    for message in failure_lines(every, store):
+    for message in failure_lines([job.resolved for job in every], store):
         say(message)
     if not failed:
         say(

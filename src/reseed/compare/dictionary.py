@@ -12,13 +12,16 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file
 
 from reseed.compare.columns import TRUTH_PREFIX
 from reseed.compare.matching.rows import scaled_rows
+from reseed.sae import load_all
+from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.checkpoint import load_sae
-from reseed.store.runs import Run
-from reseed.store.weights import initial_sae
+from reseed.store.runs import INITIAL_FILE, Run, RunError, read_tensors
 
 LABELS = ("neither", "composite", "atom", "group")
 """Labels of latents where the true features are known; ``truth_label`` is an index into them."""
@@ -316,3 +319,36 @@ def truth_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a run's ``truth`` entry, named ``truth_…``; null (undefined) as NaN."""
     truth = metrics.get("truth") or {}
     return {TRUTH_PREFIX + k: float("nan") if v is None else v for k, v in truth.items()}
+
+
+def initial_sae(run: Run) -> SAE:
+    """Return the run's SAE with its initial weights, read if stored, else drawn from the seed.
+
+    A drawn SAE has no b_dec and is for scaled activations; a stored one has its initial b_dec and
+    is for raw activations. The rows are the same for both.
+
+    Raises:
+        RunError: the initial weights depend on more than the seed and their file is missing, or
+            the run was not trained here.
+    """
+    load_all()
+    record = run.record
+    if record.get("pretrained"):
+        raise RunError(f"{run.path} was not trained here: its initial weights are unknown")
+    config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
+    sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
+    stored = run.path / INITIAL_FILE
+    if stored.is_file():
+        sae.load_state_dict(read_tensors(stored, load_file))
+    elif not record.get("start_is_drawn", _was_drawn(record["experiment"]["training"])):
+        raise RunError(
+            f"{run.path}: {INITIAL_FILE} is missing, and the seed alone does not give the weights "
+            "that this run started from"
+        )
+    return sae
+
+
+def _was_drawn(training: Mapping[str, Any]) -> bool:
+    """Return ``start_is_drawn`` for an older record, which lacks it."""
+    moved = training.get("aligned") or training.get("decoder", "free") != "free"
+    return not moved and training.get("start", "random") == "random"

@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from reseed.distributed.process_group import PATIENCE, ProcessGroup, ProcessLostError
@@ -244,8 +245,6 @@ def slurm_tasks() -> int:
 
 def join_slurm(kind: str) -> ProcessGroup:
     """Connect to the other tasks of this job's step, which Lightning finds."""
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
     place = SLURMEnvironment(auto_requeue=False)  # our launcher requeues
     index, count = place.global_rank(), place.world_size()
     store = TCPStore(

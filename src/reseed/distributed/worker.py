@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 from reseed.distributed.launcher import ADDRESS, OUT_OF_MEMORY, join
 from reseed.distributed.process_group import ProcessGroup
 from reseed.errors import Interrupted, ReseedError
-from reseed.experiment.declared import Experiment
+from reseed.experiment import Experiment
 from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.sae.pretrained import Pretrained
 from reseed.store.runs import RunStore

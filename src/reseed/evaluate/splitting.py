@@ -20,8 +20,8 @@ from reseed.activations.stream import generator
 from reseed.evaluate.base import EvaluationInput, LoadedRun, Result
 from reseed.evaluate.probes import Scores, fit_nested, precision_recall_f1, rank_latents
 from reseed.evaluate.sparse_latents import SparseLatents, encode
-from reseed.evaluate.word_task.task import ProbedTask, WordTaskConfig, probe_quality
-from reseed.evaluate.word_task.words import Fold
+from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, probe_quality
+from reseed.evaluate.words import Fold
 
 TOO_FEW_WORDS = "too few words to choose latents by"
 """Reason why a class is not evaluated although its probe is good enough."""

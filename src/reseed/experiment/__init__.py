@@ -1,6 +1,73 @@
-"""Experiments: `Experiment` as declared, `Resolved` as found and checked, with its signature."""
+"""One experiment as the user declares it: the five knobs and the other option groups.
 
-from reseed.experiment.declared import Experiment
-from reseed.experiment.resolve import Resolved, cache_folder, resolve_experiment
+`reseed.experiment.resolve` finds its model and data, checks it, and gives it its signature.
+"""
 
-__all__ = ["Experiment", "Resolved", "cache_folder", "resolve_experiment"]
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from reseed.activations.dataset import DatasetConfig, check_batch_size
+from reseed.activations.hookpoints import Hookpoint, HookpointConfig
+from reseed.activations.source import SourceConfig
+from reseed.activations.synthetic.surrogate import SURROGATES
+from reseed.config import Config, setting
+from reseed.errors import ConfigError
+from reseed.sae.base import SAEConfig, SAEOption
+from reseed.sae.pretrained import Pretrained
+from reseed.train.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment(Config):
+    """One SAE to be trained: the five knobs and the other option groups."""
+
+    model: SourceConfig
+    layer: int = setting(at_least=0)
+    hookpoint: HookpointConfig
+    dataset: DatasetConfig
+    sae: SAEOption
+    training: TrainingConfig
+    seed: int = setting(at_least=0)
+    seed_scope: str = setting("cell", choices=("cell", "shared"), neutral="cell")
+    """``cell``: initial weights depend on the seed and on everything else in the cell; ``shared``:
+    on the seed alone, so that runs of different cells with one seed start from equal draws."""
+    surrogate: str = setting("none", choices=SURROGATES, neutral="none")
+    """Replacement of the source's activations: ``gaussian``, draws with their moments;
+    ``random_weights``, those of the same language model before any training."""
+
+    def validate(self) -> None:
+        check_batch_size(self.dataset, self.training.batch_size)
+        start = "decoder=archetypal" if self.training.decoder == "archetypal" else "start=truth"
+        made = self.training.decoder == "archetypal" or self.training.start == "truth"
+        if made and isinstance(self.sae, SAEConfig) and self.sae.encoder_init == "untied":
+            raise ConfigError(
+                f"{{key}} must be tied with training.{start}, which sets both rows of a latent; "
+                "got untied",
+                "sae.encoder_init",
+            )
+
+    @property
+    def hook(self) -> Hookpoint:
+        return Hookpoint.of(self.hookpoint, self.layer)
+
+    @property
+    def architecture(self) -> SAEConfig:
+        """Configuration of the SAE; for a pretrained one, known once it is resolved."""
+        assert isinstance(self.sae, SAEConfig)
+        return self.sae
+
+    def of_pretrained(self, found: Pretrained) -> Experiment:
+        """Return the experiment of a pretrained SAE: its architecture, and no training settings.
+
+        The budget of one batch is the smallest valid one; it is not used.
+        """
+        size = self.training.batch_size
+        return replace(
+            self,
+            sae=found.config,
+            training=TrainingConfig(recipe="none", tokens=size, batch_size=size),
+            dataset=replace(self.dataset, order_seed=0),
+            seed=0,
+            seed_scope="cell",
+        )

@@ -19,15 +19,11 @@ import torch
 
 from reseed.activations.cache import ActivationCache
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource, SourceConfig
-from reseed.activations.synthetic.surrogate import (
-    open_source,
-    surrogate_label,
-    surrogate_source,
-)
+from reseed.activations.synthetic.surrogate import open_source, surrogate_label, surrogate_source
 from reseed.config import digest
 from reseed.errors import ConfigError
 from reseed.evaluate.base import RunSource
-from reseed.experiment.declared import Experiment
+from reseed.experiment import Experiment
 from reseed.sae.base import SAEConfig
 from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.store.runs import Run, RunStore

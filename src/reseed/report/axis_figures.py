@@ -25,7 +25,7 @@ from reseed.report.axes import (
     threshold_text,
     wrapped,
 )
-from reseed.report.references import LAYERS_SOURCE, SOURCE, reference_values
+from reseed.report.captions import LAYERS_SOURCE, SOURCE, reference_values
 from reseed.report.style import (
     COLOURS,
     GREY,

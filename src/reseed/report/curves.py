@@ -23,8 +23,8 @@ from reseed.compare.columns import THRESHOLDS
 from reseed.compare.strata import DECILES, shared_by_stratum
 from reseed.compare.tables import lists
 from reseed.report.axes import Cell, count_text, label, label_knobs, pair_axis_name, wrapped
+from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.format import range_text, with_interval
-from reseed.report.references import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.style import (
     COLOURS,
     GREY,

@@ -36,10 +36,10 @@ from reseed.report.axes import (
     wrapped,
 )
 from reseed.report.axis_figures import axis_figure, axis_name
+from reseed.report.captions import SOURCE, UNSHARED, compares_seeds
 from reseed.report.curves import coverage_figure, decile_figure, threshold_figure, with_activations
 from reseed.report.firing import firing_figure
 from reseed.report.matrix import matrix_figure, value_matrices
-from reseed.report.references import SOURCE, UNSHARED, compares_seeds
 from reseed.report.style import (
     BLUE,
     COLOURS,

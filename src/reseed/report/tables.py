@@ -26,9 +26,8 @@ from reseed.report.format import interval_row
 from reseed.report.latex import summary_latex
 from reseed.report.main_table import cell_notes, detectable, main_table
 from reseed.report.matrix import matrices, matrix_frame
-from reseed.report.null_table import null_table
 from reseed.report.pairings import pairing_frame, pairings, runs_by_value_table, value_pair_cells
-from reseed.report.summary_tables import summary_tables
+from reseed.report.summary_tables import null_table, summary_tables
 from reseed.report.table import Table
 from reseed.report.truth import truth_tables, with_labels_alike
 from reseed.system.files import atomic_write, atomic_write_text

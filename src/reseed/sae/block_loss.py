@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from reseed.sae import kernels
 from reseed.sae.kernels import Pairs
-from reseed.sae.products import block_rows, float32_product
+from reseed.sae.pairs import block_rows, float32_product
 
 
 class Terms(NamedTuple):

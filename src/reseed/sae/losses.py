@@ -3,7 +3,7 @@
 First measures of error and the warm-up of a penalty. Then AuxK, by which dead latents learn to
 reconstruct the error of the others (Gao et al. 2024, 2406.04093). Last, `PenaltySteering`, a
 controller that steers a penalty weight towards a wanted L0 during training. A steered run gives the
-first guess of a calibration (`reseed.study.calibrate`), from any initial weight. It is never
+first guess of a calibration (`reseed.study.train`), from any initial weight. It is never
 compared with other runs, because its penalty weight changes.
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from reseed.distributed.process_group import current_batch_group
 from reseed.sae import kernels
-from reseed.sae.products import pre_activation_blocks
+from reseed.sae.pairs import pre_activation_blocks
 
 _ARITY = 4
 """Elements per group."""

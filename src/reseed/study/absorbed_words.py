@@ -1,7 +1,7 @@
 """Overlap of the words that two SAEs absorb, by matched latents, against chance.
 
-`absorbed_overlap` measures two SAEs; `with_overlaps` adds the measure to the pairs of each cell, from
-the stored results of the runs and the matchings of the cell.
+`absorbed_overlap` measures two SAEs; `with_overlaps` adds the measure to the pairs of each cell,
+from the stored results of the runs and the matchings of the cell.
 """
 
 from __future__ import annotations

@@ -25,8 +25,7 @@ from reseed.report.page.write import numbers_of, write_report
 from reseed.report.tables import write_tables
 from reseed.report.terminal import print_summary, print_tables
 from reseed.store.contexts import Contexts
-from reseed.store.results import FOLDER, StoredEvaluation
-from reseed.store.results import result_folder
+from reseed.store.results import FOLDER, StoredEvaluation, result_folder
 from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
 from reseed.study.absorbed_words import with_overlaps

@@ -34,7 +34,7 @@ from reseed.compare.dictionary import load_dictionaries
 from reseed.compare.matching import MatchingCache
 from reseed.compare.pairing import add_axis_columns, axis_label
 from reseed.errors import ReseedError
-from reseed.experiment.declared import Experiment
+from reseed.experiment import Experiment
 from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import load_sae

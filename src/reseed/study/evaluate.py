@@ -14,16 +14,15 @@ from typing import Any
 import torch
 
 from reseed.activations.source import ActivationSource
+from reseed.compare.dictionary import initial_sae
 from reseed.config import digest
 from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, ModelCache, Result
 from reseed.experiment.resolve import Resolved, cache_folder
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import WEIGHTS_FILE, load_sae, read_metadata
-from reseed.store.results import EvaluationError, StoredEvaluation, write_failure
-from reseed.store.results import result_folder
+from reseed.store.results import EvaluationError, StoredEvaluation, result_folder, write_failure
 from reseed.store.runs import INITIAL_FILE, Run, RunError
-from reseed.store.weights import initial_sae
 from reseed.study.compare import held_out_settings, resolve_record
 from reseed.system.console import counted, say, seconds_since
 from reseed.system.devices import free_memory, pick_device

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from reseed.compare.activations.cka import CKA, centred_gram, hsic
+from reseed.compare.activations.agreement import CKA, centred_gram, hsic
 
 
 def gram(x):

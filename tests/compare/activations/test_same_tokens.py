@@ -8,7 +8,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from reseed.compare.activations import agreement
-from reseed.compare.activations.cka import centred_gram, hsic
+from reseed.compare.activations.agreement import centred_gram, hsic
 from reseed.compare.activations.measures import (
     WeightMatches,
     measure_same_activations,

@@ -6,13 +6,12 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from reseed.compare.matching import candidates as listing
-from reseed.compare.matching.auction import auction
 from reseed.compare.matching.candidates import ROUNDING, candidates, product_error
 from reseed.compare.matching.graph import Assignment, Edges, add_edges, no_edges
 from reseed.compare.matching.paths import augment, release
 from reseed.compare.matching.pricing import Bounds, Pricer, Prices, centre_prices, open_pairs
 from reseed.compare.matching.rows import distinct_rows
-from reseed.compare.matching.solve import solve
+from reseed.compare.matching.solve import auction, solve
 from reseed.system.compiling import in_ranges
 
 CPU = torch.device("cpu")

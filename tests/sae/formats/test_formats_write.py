@@ -10,8 +10,7 @@ from reseed.sae.base import SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import FORMATS, export_sae, import_sae
-from reseed.sae.formats.base import Exporting
-from reseed.sae.formats.conversions import exact_log
+from reseed.sae.formats.base import Exporting, exact_log
 from reseed.sae.formats.files import read_npz
 from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig

@@ -1,5 +1,5 @@
 """Commands with hydra/launcher=slurm (train, evaluate, compare, run): submit jobs, wait for them,
-print the outcome; and cancel them (`reseed cancel`)."""
+print the outcome."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ import signal
 import time
 from collections.abc import Sequence
 
-from reseed.cli.cluster.queue import QueueError, Record, cancel
-from reseed.cli.cluster.settings import SlurmSettings
-from reseed.cli.cluster.states import DONE, QueueSnapshot, counts, failed_jobs, other_jobs, states
+from reseed.cli.cluster.queue import SlurmSettings
+from reseed.cli.cluster.states import (
+    DONE,
+    QueueSnapshot,
+    cancel_sweep,
+    counts,
+    failed_jobs,
+    other_jobs,
+    states,
+)
 from reseed.cli.cluster.submit import Work, planning, submit
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.plan import Job, failure_lines
+from reseed.cli.plan import Job
 from reseed.compare.config import ComparisonConfig
 from reseed.errors import Interrupted
 from reseed.evaluate.base import EvaluationConfig
@@ -21,6 +28,7 @@ from reseed.store.sweeps import Sweep
 from reseed.study.collect import cells_of, collect
 from reseed.study.compare import is_complete
 from reseed.study.evaluate import SavedRun
+from reseed.study.train import failure_lines
 from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import Machine, make_plan
@@ -197,7 +205,7 @@ def _ended(
     lacking = [state for state in states(sweep, seen) if state.state != DONE]
     recorded = {run.id for run in sweep.runs() if run.failure}
     failed = [job for job in jobs if job.resolved.run(store).id in recorded]
-    for message in failure_lines(failed, store):
+    for message in failure_lines([job.resolved for job in failed], store):
         say(message)
     for state in lacking:
         if state.id not in recorded:
@@ -213,22 +221,3 @@ def _ended(
         say(message)
     complete = collect(sweep, comparison)
     return 0 if complete and not lacking and not not_done else 1
-
-
-def cancel_sweep(sweep: Sweep) -> list[str]:
-    """Cancel every queued or running job of a sweep, and return their ids.
-
-    Raises:
-        QueueError: SLURM does not answer.
-    """
-    record = Record(sweep.path)
-    if not record.path.is_file():
-        return []
-    with record.lock():
-        seen = QueueSnapshot.now(sweep)
-        if seen.queue is None:
-            raise QueueError(f"nothing was cancelled: {seen.trouble}")
-        ids = [job.job for job in seen.active]
-        record.mark_cancelled(ids)
-        cancel(reversed(ids))  # dependent jobs first, so that none starts when its dependency ends
-    return ids

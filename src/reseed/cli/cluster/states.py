@@ -1,6 +1,7 @@
 """State of every run of a sweep, from its folder, the record of jobs, and SLURM's queue.
 
-`print_sweep` and `watch` show it: ``reseed status SWEEP``, once or repeatedly.
+`print_sweep` and `watch` show it: ``reseed status SWEEP``, once or repeatedly. `cancel_sweep`
+cancels the jobs.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from reseed.cli.cluster.queue import (
     QueueError,
     Record,
     Submitted,
+    cancel,
     last_states,
     queue,
     there_is_slurm,
@@ -262,3 +264,22 @@ def _row(state: RunState) -> tuple[str, ...]:
     of = "" if state.of is None else f"{state.of:,}"
     rate = "" if state.rate is None else f"{state.rate:,.0f}"
     return state.id, state.state + waits, tokens, of, share, rate
+
+
+def cancel_sweep(sweep: Sweep) -> list[str]:
+    """Cancel every queued or running job of a sweep, and return their ids.
+
+    Raises:
+        QueueError: SLURM does not answer.
+    """
+    record = Record(sweep.path)
+    if not record.path.is_file():
+        return []
+    with record.lock():
+        seen = QueueSnapshot.now(sweep)
+        if seen.queue is None:
+            raise QueueError(f"nothing was cancelled: {seen.trouble}")
+        ids = [job.job for job in seen.active]
+        record.mark_cancelled(ids)
+        cancel(reversed(ids))  # dependent jobs first, so that none starts when its dependency ends
+    return ids

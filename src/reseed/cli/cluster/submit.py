@@ -14,8 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from reseed.cli.cluster.queue import COLLECT, COMPARE, EVALUATE, TRAIN, Record, Submitted, queue
-from reseed.cli.cluster.settings import SlurmSettings
+from reseed.cli.cluster.queue import (
+    COLLECT,
+    COMPARE,
+    EVALUATE,
+    TRAIN,
+    Record,
+    SlurmSettings,
+    Submitted,
+    queue,
+)
 from reseed.cli.cluster.tasks import Collect, Compare, Evaluate, Task, Train, in_words
 from reseed.config import digest
 from reseed.errors import ReseedError

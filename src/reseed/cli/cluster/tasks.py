@@ -22,7 +22,7 @@ from reseed.distributed.launcher import join_slurm
 from reseed.distributed.worker import run_worker
 from reseed.errors import Interrupted, ReseedError
 from reseed.evaluate.base import EvaluationConfig
-from reseed.experiment.declared import Experiment
+from reseed.experiment import Experiment
 from reseed.experiment.resolve import resolve_experiment
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep

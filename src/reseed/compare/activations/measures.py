@@ -18,15 +18,17 @@ from torch import Tensor
 from torch.nn import functional as nn_functional
 
 from reseed.compare.activations.agreement import (
+    CKA,
+    MIN_TOKENS,
     ActivationMatcher,
     Agreement,
     FiringSums,
     MatchedAgreement,
     PairSums,
     agreement,
+    centred_gram,
 )
 from reseed.compare.activations.batch_codes import encode_batch, project_on_rows, rebatch
-from reseed.compare.activations.cka import CKA, MIN_TOKENS, centred_gram
 from reseed.compare.activations.substitution import (
     Contribution,
     Substitution,

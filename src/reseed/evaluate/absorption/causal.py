@@ -21,8 +21,8 @@ from reseed.activations.intervention import intervene
 from reseed.activations.language_model import LanguageModel
 from reseed.evaluate.absorption.projection import SILENT, Alignment
 from reseed.evaluate.sparse_latents import SparseLatents, encode, gather_pairs
-from reseed.evaluate.word_task.prompts import Prompts, make_prompts
-from reseed.evaluate.word_task.task import ProbedTask, word_activations
+from reseed.evaluate.word_task import ProbedTask, word_activations
+from reseed.evaluate.words import Prompts, make_prompts
 from reseed.sae.base import SAE
 
 STEPS = 6

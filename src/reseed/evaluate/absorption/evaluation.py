@@ -22,7 +22,7 @@ from reseed.evaluate.base import EvaluationInput, LoadedRun, Result, RunSource
 from reseed.evaluate.probes import Scores
 from reseed.evaluate.sparse_latents import SparseLatents, encode
 from reseed.evaluate.splitting import Split, find_fold_splits, refusal_reasons
-from reseed.evaluate.word_task.task import ProbedTask, WordTaskConfig, probe_quality
+from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, probe_quality
 from reseed.sae.base import SAE
 
 _DIRECTIONS = 0x64697265

@@ -20,7 +20,7 @@ from torch import Tensor
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
 from reseed.evaluate.sparse_latents import SparseLatents
 from reseed.evaluate.splitting import Split
-from reseed.evaluate.word_task.task import ProbedTask
+from reseed.evaluate.word_task import ProbedTask
 from reseed.sae.base import SAE
 
 MIN_SEEDS = 3

@@ -15,7 +15,7 @@ from reseed.evaluate.absorption.records import Mean
 from reseed.evaluate.base import Result
 from reseed.evaluate.probes import Scores
 from reseed.evaluate.splitting import TOO_FEW_WORDS, Split, main_classes
-from reseed.evaluate.word_task.task import ProbedTask
+from reseed.evaluate.word_task import ProbedTask
 from reseed.sae.base import SAE
 
 DERIVED = "_derived"

@@ -14,7 +14,7 @@ import pandas as pd
 from reseed.compare.measures import DENSE
 from reseed.errors import ReseedError
 from reseed.report.axes import Cell, label, pair_axis_name
-from reseed.report.captions import caption, data_files, title
+from reseed.report.captions import caption, data_files, reference_table, title
 from reseed.report.differences import differences
 from reseed.report.evaluation_results import Runs
 from reseed.report.format import number
@@ -30,7 +30,6 @@ from reseed.report.page.render import (
     TableBlock,
 )
 from reseed.report.pairings import runs_by_value_table
-from reseed.report.references import reference_table
 from reseed.report.summary_tables import summary_tables
 from reseed.report.tables import first_tables, optional_tables
 from reseed.store.contexts import Contexts

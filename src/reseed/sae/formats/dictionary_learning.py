@@ -13,7 +13,7 @@ from torch import Tensor
 from reseed.sae.base import SAE
 from reseed.sae.batch_topk import BatchSparseSAE, BatchTopKConfig
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import conversions
+from reseed.sae.formats import base
 from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_pt, read_settings
 from reseed.sae.formats.sparsify import refuse_weighing
@@ -123,14 +123,12 @@ _Read = tuple[SAE, tuple[str, ...]]
 
 
 def _relu(tensors: Tensors, trainer: Settings) -> _Read:
-    return conversions.relu(
-        tensors.file, _linear(tensors, "encoder.bias", "bias"), centred=True
-    ), ()
+    return base.relu(tensors.file, _linear(tensors, "encoder.bias", "bias"), centred=True), ()
 
 
 def _relu_new(tensors: Tensors, trainer: Settings) -> _Read:
     taken = _linear(tensors, "encoder.bias", "decoder.bias")
-    return conversions.relu(tensors.file, taken, centred=False), ()
+    return base.relu(tensors.file, taken, centred=False), ()
 
 
 def _gated(tensors: Tensors, trainer: Settings) -> _Read:
@@ -139,19 +137,19 @@ def _gated(tensors: Tensors, trainer: Settings) -> _Read:
         "b_mag": tensors.take("mag_bias", "num_latents"),
         "r_mag": tensors.take("r_mag", "num_latents"),
     }
-    return conversions.gated(tensors.file, taken), ()
+    return base.gated(tensors.file, taken), ()
 
 
 def _jumprelu(tensors: Tensors, trainer: Settings) -> _Read:
     taken, threshold = _matrices(tensors), tensors.take("threshold", "num_latents")
-    return conversions.jumprelu(tensors.file, taken, threshold, centred=False), ()
+    return base.jumprelu(tensors.file, taken, threshold, centred=False), ()
 
 
 def _topk(tensors: Tensors, trainer: Settings) -> _Read:
     taken = _linear(tensors, "encoder.bias", "b_dec")
     if "threshold" in tensors:  # belongs to an alternative to k that the library has off by default
         tensors.number("threshold")
-    return conversions.topk(tensors.file, taken, _k(tensors, trainer)), ()
+    return base.topk(tensors.file, taken, _k(tensors, trainer)), ()
 
 
 def _batch_topk(tensors: Tensors, trainer: Settings) -> _Read:
@@ -190,7 +188,7 @@ def _with_threshold(
         )
     taken = {**taken, "threshold": torch.tensor(max(threshold, 0.0))}
     k = _k(tensors, trainer)
-    sae = conversions.build_from_weights(kind, tensors.file, taken, k=k, aux_alpha=0.0, **values)
+    sae = base.build_from_weights(kind, tensors.file, taken, k=k, aux_alpha=0.0, **values)
     return sae, notes
 
 
@@ -224,12 +222,12 @@ _Written = tuple[str, dict[str, Tensor], dict[str, Any], tuple[str, ...]]
 
 def _written(sae: SAE) -> _Written:
     """Return the class name, its tensors, further entries of the configuration, and notes."""
-    own, config = conversions.state(sae), sae.config
+    own, config = base.state(sae), sae.config
     linear = {"encoder.weight": own["W_enc"], "decoder.weight": own["W_dec"].T}
     matrices = {"W_enc": own["W_enc"].T, "W_dec": own["W_dec"], "b_dec": own["b_dec"]}
     if isinstance(config, KSparseConfig):
         return _k_sparse(sae, config, linear, matrices)
-    if config.name == "relu" and conversions.is_centred(sae):
+    if config.name == "relu" and base.is_centred(sae):
         notes: tuple[str, ...] = ()
         if not config.unit_norm_decoder:
             notes = ("load it with `normalize_decoder=False`, or the library rescales latents",)
@@ -241,9 +239,9 @@ def _written(sae: SAE) -> _Written:
     if config.name == "gated":
         more = {"r_mag": own["r_mag"], "gate_bias": own["b_enc"], "mag_bias": own["b_mag"]}
         return "GatedAutoEncoder", {**linear, **more, "decoder_bias": own["b_dec"]}, {}, ()
-    threshold = conversions.thresholds(sae)
+    threshold = base.thresholds(sae)
     assert threshold is not None
-    tensors = {**matrices, "b_enc": conversions.uncentred_b_enc(sae), "threshold": threshold}
+    tensors = {**matrices, "b_enc": base.uncentred_b_enc(sae), "threshold": threshold}
     return "JumpReluAutoEncoder", tensors, {}, ()
 
 
@@ -256,7 +254,7 @@ def _k_sparse(
         raise CheckpointError(
             f"{DictionaryLearning.name} cannot hold k={config.k}: its k is a whole number"
         )
-    own = conversions.state(sae)
+    own = base.state(sae)
     threshold = own["threshold"] if isinstance(sae, BatchSparseSAE) else torch.tensor(UNSET)
     common = {"k": torch.tensor(config.k, dtype=torch.int32), "threshold": threshold}
     if isinstance(sae, Matryoshka):

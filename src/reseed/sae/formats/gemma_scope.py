@@ -13,7 +13,7 @@ import numpy as np
 
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import conversions
+from reseed.sae.formats import base
 from reseed.sae.formats.base import TRANSCODER_NOTE, Exporting, Imported
 from reseed.sae.formats.files import Tensors, read_npz, read_safetensors, read_settings
 from reseed.sae.formats.sparsify import without_skip
@@ -45,12 +45,12 @@ class GemmaScope(Exporting):
         return _second(folder)
 
     def _save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-        own, threshold = conversions.state(sae), conversions.thresholds(sae)
+        own, threshold = base.state(sae), base.thresholds(sae)
         assert threshold is not None
         arrays = {
             "W_enc": own["W_enc"].T.contiguous().numpy(),
             "W_dec": own["W_dec"].numpy(),
-            "b_enc": conversions.uncentred_b_enc(sae).numpy(),
+            "b_enc": base.uncentred_b_enc(sae).numpy(),
             "b_dec": own["b_dec"].numpy(),
             "threshold": threshold.numpy(),
         }
@@ -107,4 +107,4 @@ def _jumprelu(tensors: Tensors, encoder: str, decoder: str) -> SAE:
         "b_dec": tensors.take("b_dec", "d_in"),
     }
     threshold = tensors.take("threshold", "num_latents")
-    return conversions.jumprelu(tensors.file, taken, threshold, centred=False)
+    return base.jumprelu(tensors.file, taken, threshold, centred=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import conversions
+from reseed.sae.formats import base
 from reseed.sae.formats.base import Format, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_settings
 
@@ -103,9 +103,9 @@ def _read(settings: Settings, tensors: Tensors, sizes: dict[str, int], gain: flo
         raise CheckpointError(f"{settings.file}: `act_fn` {function!r} {_TOGETHER[function]}")
     weighed = settings.get("sparsity_include_decoder_norm", bool, True)
     if function == "relu":
-        return conversions.relu(tensors.file, taken, centred=False)
+        return base.relu(tensors.file, taken, centred=False)
     if function == "topk":
-        return conversions.topk(
+        return base.topk(
             tensors.file,
             taken,
             settings.size("top_k"),
@@ -115,7 +115,7 @@ def _read(settings: Settings, tensors: Tensors, sizes: dict[str, int], gain: flo
     threshold = _threshold(settings, tensors)
     if weighed:
         threshold = threshold / norms
-    return conversions.jumprelu(tensors.file, taken, threshold.float(), centred=False)
+    return base.jumprelu(tensors.file, taken, threshold.float(), centred=False)
 
 
 def _parameters(tensors: Tensors, sizes: dict[str, int]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import conversions
+from reseed.sae.formats import base
 from reseed.sae.formats.base import TRANSCODER_NOTE, Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_settings
 from reseed.sae.formats.sparsify import refuse_weighing, without_skip
@@ -75,14 +75,14 @@ class SAELens(Exporting):
         return Imported(sae, {**older, **metadata}, notes, (settings.file, file), transcoder)
 
     def _save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-        own = conversions.state(sae)
+        own = base.state(sae)
         tensors = {"W_enc": own["W_enc"].T, "W_dec": own["W_dec"], "b_dec": own["b_dec"]}
         settings: dict[str, Any] = {
             "d_in": sae.d_in,
             "d_sae": sae.num_latents,
             "dtype": "float32",
             "device": "cpu",
-            "apply_b_dec_to_input": conversions.is_centred(sae),
+            "apply_b_dec_to_input": base.is_centred(sae),
             "normalize_activations": "none",
             "reshape_activations": "none",
             "metadata": {**_hook(metadata), "sae_lens_version": VERSION, "reseed": dict(metadata)},
@@ -98,7 +98,7 @@ class SAELens(Exporting):
             settings["architecture"] = "standard"
             tensors["b_enc"] = own["b_enc"]
         else:
-            threshold = conversions.thresholds(sae)
+            threshold = base.thresholds(sae)
             assert threshold is not None
             settings["architecture"] = "jumprelu"
             tensors |= {"b_enc": own["b_enc"], "threshold": threshold}
@@ -161,13 +161,13 @@ def _built(
             "b_mag": tensors.take("b_mag", "num_latents"),
             "r_mag": tensors.take("r_mag", "num_latents"),
         }
-        return conversions.gated(file, taken, centred=centred), ()
+        return base.gated(file, taken, centred=centred), ()
     taken["b_enc"] = tensors.take("b_enc", "num_latents")
     if architecture == "jumprelu":
         threshold = tensors.take("threshold", "num_latents")
-        return conversions.jumprelu(file, taken, threshold, centred=centred), ()
+        return base.jumprelu(file, taken, threshold, centred=centred), ()
     if architecture == "standard":
-        return conversions.relu(file, taken, centred=centred), ()
+        return base.relu(file, taken, centred=centred), ()
     notes: tuple[str, ...] = ()
     if settings.get("rescale_acts_by_decoder_norm", bool, False):
         # SAELens' latents are f‖d‖: chosen by that size, and divided by ‖d‖ before decoding.
@@ -181,7 +181,7 @@ def _built(
         taken["b_enc"] = (taken["b_enc"].double() * norms).float()
         taken["W_dec"] = (taken["W_dec"].double() / norms[:, None]).float()
         notes = ("the norms of the decoder's rows are folded into the encoder",)
-    return conversions.topk(file, taken, _k(settings), centred=centred), notes
+    return base.topk(file, taken, _k(settings), centred=centred), notes
 
 
 def _k(settings: Settings) -> int:

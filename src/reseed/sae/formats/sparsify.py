@@ -11,7 +11,7 @@ from safetensors.torch import save as to_safetensors
 
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import conversions
+from reseed.sae.formats import base
 from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_settings
 from reseed.sae.topk import KSparseConfig, TopKConfig
@@ -47,7 +47,7 @@ class Sparsify(Exporting):
         }
         notes = without_skip(tensors)
         tensors.finish()
-        sae = conversions.topk(
+        sae = base.topk(
             file,
             taken,
             settings.size("k"),
@@ -64,7 +64,7 @@ class Sparsify(Exporting):
         config = sae.config
         assert isinstance(config, TopKConfig)
         refuse_weighing(config, self.name)
-        own = conversions.state(sae)
+        own = base.state(sae)
         tensors = {
             "encoder.weight": own["W_enc"],
             "encoder.bias": own["b_enc"],

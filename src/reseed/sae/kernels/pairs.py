@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reseed.sae.kernels import GroupedPairs, buffers
-from reseed.sae.kernels.simd import REORDER, prefetch
+from reseed.sae.kernels.choice import REORDER, prefetch
 from reseed.system.compiling import in_ranges, njit
 
 

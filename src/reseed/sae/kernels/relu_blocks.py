@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.sae.kernels import ReLUGradients, buffers
-from reseed.sae.kernels.simd import REORDER
-from reseed.sae.products import thread_safe_product
+from reseed.sae.kernels.choice import REORDER
+from reseed.sae.pairs import thread_safe_product
 from reseed.system.compiling import in_blocks, in_ranges, njit
 
 PART = 64

@@ -26,14 +26,15 @@ from __future__ import annotations
 import numpy as np
 
 from reseed.sae.kernels.choice import (
+    REORDER,
     as_keys,
     group_maxima,
     keep_largest,
     kth_largest,
     padded,
+    prefetch,
     reaching,
 )
-from reseed.sae.kernels.simd import REORDER, prefetch
 from reseed.system.compiling import njit
 
 _AHEAD = 1  # rows that are prefetched

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from reseed.sae.kernels.simd import REORDER
+from reseed.sae.kernels.choice import REORDER
 from reseed.system.compiling import in_ranges, njit
 
 _TINY = np.float32(np.finfo(np.float32).tiny)

@@ -30,13 +30,15 @@ from reseed.evaluate.base import (
     needs_language_model,
 )
 from reseed.evaluate.probes import Scores, precision_recall_f1, train_probe
-from reseed.evaluate.word_task.prompts import Prompts, Template, make_prompts
-from reseed.evaluate.word_task.words import (
+from reseed.evaluate.words import (
     Fold,
+    Prompts,
+    Template,
     Words,
     first_letter_words,
     labelled_words,
     make_folds,
+    make_prompts,
     split_words,
 )
 

@@ -32,8 +32,13 @@ from reseed.evaluate.base import (
     RunSource,
     needs_language_model,
 )
-from reseed.evaluate.contexts.directions import Ranked, lens, neighbours
-from reseed.evaluate.contexts.gathering import ContextGatherer, TopKReservoir
+from reseed.evaluate.context_gathering import (
+    ContextGatherer,
+    Ranked,
+    TopKReservoir,
+    lens,
+    neighbours,
+)
 from reseed.store.contexts import CONTEXT, LATENTS_PER_GROUP, SCHEMA
 from reseed.store.results import RowGroups
 from reseed.system.console import counted, throttled_say

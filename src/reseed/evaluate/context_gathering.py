@@ -1,10 +1,13 @@
-"""Gathering of the contexts of an SAE's latents from blocks of held-out text.
+"""Gathering of the contexts of an SAE's latents from held-out text, and directions of its decoder
+rows.
 
 `Firings` are the firings in a block of sequences. A `TopKReservoir` stores the K firings of highest
 rank of every latent, in memory that does not grow with the text; a `ContextGatherer` has two, one
-ranked by activation and one at random.
+ranked by activation and one at random. `lens` and `neighbours` give the tokens that decoder rows
+promote and their nearest rows; they hold nothing of size [F, F] or [F, V].
 
-F latents, n firings in a block, m chosen firings, W = 2·reach + 1 tokens of a window
+F latents, D `d_in`, V tokens of the vocabulary, n firings in a block, m chosen firings, W = 2·reach
++ 1 tokens of a window
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from reseed.sae.base import SAE
+from reseed.sae.selection import select
 
 
 @dataclass(frozen=True, eq=False)
@@ -267,3 +272,60 @@ def _sequence_peaks(
     _, pair = ((latent << 32) + sequence).unique_consecutive(return_inverse=True)
     best = rank.new_zeros(int(pair[-1]) + 1).scatter_reduce(0, pair, rank, "amax")
     return (rank == best[pair]).nonzero()[:, 0]
+
+
+_LOGITS = 1 << 25
+"""Logits in memory at once: 128 MiB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The first n entries of a ranked list for each latent.
+
+    Attributes:
+        index: token or latent; −1 if the list is shorter.
+        value: logit or cosine, in order.
+    """
+
+    index: Int[Tensor, "F n"]
+    value: Float[Tensor, "F n"]
+
+    @classmethod
+    def empty(cls, num_latents: int) -> Ranked:
+        """Return empty lists."""
+        return cls(torch.zeros(num_latents, 0, dtype=torch.int64), torch.zeros(num_latents, 0))
+
+
+@torch.no_grad()
+def lens(
+    W_dec: Float[Tensor, "F D"], unembedding: Float[Tensor, "V D"], count: int
+) -> tuple[Ranked, Ranked]:
+    """Return the tokens that each latent promotes most, and those that it suppresses most."""
+    count = min(count, len(unembedding))
+    matrix = unembedding.to(W_dec.device).t()
+    found: tuple[list, list] = ([], [])
+    for rows in W_dec.float().split(max(1, _LOGITS // len(unembedding))):
+        logits = rows @ matrix
+        for part, largest in zip(found, (True, False), strict=True):
+            part.append(logits.topk(count, dim=1, largest=largest))
+    promoted, suppressed = (
+        Ranked(torch.cat([p.indices for p in part]), torch.cat([p.values for p in part]))
+        for part in found
+    )
+    return promoted, suppressed
+
+
+@torch.no_grad()
+def neighbours(W_dec: Float[Tensor, "F D"], count: int) -> Ranked:
+    """Return the other latents whose decoder rows have the largest cosine with each latent's.
+
+    Only cosines above 0 count: a row of zeros has no neighbours and is none.
+    """
+    rows = functional.normalize(W_dec.float(), dim=1)
+    size = min(count + 1, len(rows))
+    cosine, latent = select(rows, rows, rows.new_zeros(len(rows)), size, descending=True)
+    own = torch.arange(len(rows), device=latent.device)[:, None]
+    cosine = cosine.masked_fill(latent == own, -torch.inf)
+    cosine, order = cosine.sort(dim=1, descending=True, stable=True)
+    latent = latent.gather(1, order).masked_fill(~(cosine > 0), -1)
+    return Ranked(latent[:, :count], cosine[:, :count].clamp(max=1))

@@ -1,1 +1,0 @@
-"""The contexts of latents: text they fire on, tokens they promote, and nearest latents."""
