@@ -139,7 +139,7 @@ def test_an_interruption_keeps_the_measures_on_weights(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("reseed.study.compare.activation_measures", interrupt)
+    monkeypatch.setattr("reseed.study.compare.measure_same_activations", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write_with_activations(compared(), runs, tmp_path, "all runs", RuntimeConfig())
     assert CellResult.read(tmp_path).pairs[NOTE].tolist() == ["interrupted"]

@@ -363,7 +363,7 @@ def test_progress_is_written_while_training_and_removed_at_the_end(
         told.append(value)
         path.write_text(json.dumps(value))
 
-    monkeypatch.setattr(callbacks, "hasty_write_json", write)
+    monkeypatch.setattr(callbacks, "write_json_unsynced", write)
     line = [*tiny_overrides, "runtime.heartbeat_every_s=1e-9", "training.tokens=2048"]
     assert train.main([*line, "dataset.chunk_tokens=512"]) == 0
     tokens = [value["tokens"] for value in told]

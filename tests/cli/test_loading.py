@@ -16,7 +16,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli import run, train
-from reseed.cli.hydra_app import CommandLine, OnceLoader, conf_dir
+from reseed.cli.config_loader import OnceLoader
+from reseed.cli.hydra_app import CommandLine, conf_dir
 from reseed.cli.plan import check_jobs
 
 CONF = Path(conf_dir())

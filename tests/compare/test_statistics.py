@@ -5,8 +5,8 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
+from reseed.compare.columns import Interval
 from reseed.compare.statistics import (
-    Interval,
     detectable_difference,
     run_interval,
     seed_interval,

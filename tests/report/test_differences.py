@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reseed.compare.statistics import Interval
+from reseed.compare.columns import Interval
 from reseed.report.differences import contrasts, difference_lines, differences
 from reseed.report.format import side, signed
 from reseed.report.tables import summary_markdown

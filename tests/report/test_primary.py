@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from reseed.compare.columns import Interval
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.statistics import Interval
 from reseed.report.differences import difference_lines, differences
 from reseed.report.format import measure_heading
 from reseed.report.main_table import cell_notes, detectable, detectable_note, main_table

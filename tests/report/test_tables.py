@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from reseed.compare.statistics import Interval
+from reseed.compare.columns import Interval
 from reseed.report.axes import varying
 from reseed.report.format import number, with_interval
 from reseed.report.main_table import NOT_SHARED, OFF_TARGET, cell_notes, main_table

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+from reseed.compare.columns import Interval
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary, Rows, any_incompatible, incompatible
 from reseed.compare.matching import Matcher, match
@@ -43,7 +44,6 @@ from reseed.compare.sharing_profile import (
     seed_profile,
     unshared_fractions,
 )
-from reseed.compare.statistics import Interval
 from reseed.compare.strata import strata_table
 from reseed.compare.subspaces import subspaces
 from reseed.compare.tables import latent_table, pair_estimates, run_table

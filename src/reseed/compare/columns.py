@@ -1,4 +1,4 @@
-"""Names of the measures of pairs and runs, which are also the columns of the tables.
+"""Names of the measures of pairs and runs, which are also the columns of the tables; intervals.
 
 This file loads nothing, so that a command can check a name without the libraries of a comparison.
 
@@ -48,6 +48,8 @@ signed cosine; here the assignment maximises the average itself. `pw_mcc_signed`
 """  # noqa: E501
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 LIVE_LIMITS = (1, 100)
 """Further values of `live_at_least` for which the live shared fraction is shown."""
@@ -124,3 +126,23 @@ RUN_COLUMNS = (
 """Columns of `CellResult.runs` that come before the metrics of the runs."""
 TRUTH_PREFIX = "truth_"
 """Prefix of the names of estimates, and of metrics of runs, that need known true features."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its uncertainty over seeds.
+
+    Attributes:
+        mean: the estimate.
+        low, high: ends of the interval; None if there is none.
+        standard_error: on the scale of ``mean``; None if there is none.
+        n: number of seeds.
+        reason: why there is no interval; empty if there is one.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    standard_error: float | None
+    n: int
+    reason: str = ""

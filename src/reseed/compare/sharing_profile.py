@@ -29,9 +29,10 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, special
 
+from reseed.compare.columns import Interval
 from reseed.compare.dictionary import Dictionary, incompatible
 from reseed.compare.measures import PairSide
-from reseed.compare.statistics import Interval, leave_one_out_interval
+from reseed.compare.statistics import leave_one_out_interval
 
 Which = Literal["encoder", "decoder"]
 CYCLES = (

@@ -8,7 +8,6 @@ seeds if they are few. Leaving one seed out at a time (the jackknife; Arvesen 19
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import isnan, sqrt
 from typing import Literal
 
@@ -16,28 +15,10 @@ import numpy as np
 from jaxtyping import Float
 from scipy import optimize, special, stats
 
+from reseed.compare.columns import Interval
+
 MIN_SEEDS = 3
 """Minimum for leaving one seed out: two seeds make one pair."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """An estimate with its uncertainty over seeds.
-
-    Attributes:
-        mean: the estimate.
-        low, high: ends of the interval; None if there is none.
-        standard_error: on the scale of ``mean``; None if there is none.
-        n: number of seeds.
-        reason: why there is no interval; empty if there is one.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    standard_error: float | None
-    n: int
-    reason: str = ""
 
 
 def seed_interval(

@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from reseed.compare.columns import Interval
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.measures import PairSide
-from reseed.compare.statistics import Interval, leave_one_out_interval
+from reseed.compare.statistics import leave_one_out_interval
 
 Kind = Literal["decile", "density"]
 DECILES = 10

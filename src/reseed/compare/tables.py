@@ -10,13 +10,13 @@ import pandas as pd
 import pyarrow as pa
 from jaxtyping import Int
 
-from reseed.compare.columns import COSINES, FRACTIONS, RUN_COLUMNS
+from reseed.compare.columns import COSINES, FRACTIONS, RUN_COLUMNS, Interval
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary
 from reseed.compare.measures import PairSide
 from reseed.compare.nearest import Duplicates
 from reseed.compare.sharing_profile import Reproducibility
-from reseed.compare.statistics import Interval, run_interval, seed_interval
+from reseed.compare.statistics import run_interval, seed_interval
 
 
 def run_table(

@@ -18,11 +18,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int
 
-from reseed.compare.columns import TRUTH_PREFIX
+from reseed.compare.columns import TRUTH_PREFIX, Interval
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import LABELS, Dictionary
 from reseed.compare.measures import PairSide
-from reseed.compare.statistics import Interval, leave_one_out_interval
+from reseed.compare.statistics import leave_one_out_interval
 from reseed.compare.strata import DECILES, decile_edges, decile_of
 
 LABEL_COLUMN = "truth"

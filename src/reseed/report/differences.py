@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from reseed.compare.statistics import Interval, welch_difference
+from reseed.compare.columns import Interval
+from reseed.compare.statistics import welch_difference
 from reseed.report.axes import Cell, amounts, distinguishing_knobs, pair_axis_name
 from reseed.report.format import measure_name, side, signed
 from reseed.report.table import Table

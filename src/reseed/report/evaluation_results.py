@@ -19,8 +19,9 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 
 from reseed.compare.cell import CellResult
+from reseed.compare.columns import Interval
 from reseed.compare.pairing import without_intervals
-from reseed.compare.statistics import Interval, run_interval
+from reseed.compare.statistics import run_interval
 from reseed.report.axes import Cell
 from reseed.store.results import StoredEvaluation, column
 from reseed.system.files import atomic_write

@@ -7,7 +7,7 @@ from math import isnan
 
 import numpy as np
 
-from reseed.compare.statistics import Interval
+from reseed.compare.columns import Interval
 
 MISSING = "–"
 """Sign for a missing value."""

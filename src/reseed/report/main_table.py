@@ -12,8 +12,9 @@ from math import hypot, isnan, sqrt
 from typing import Any
 
 from reseed.compare.cell import CellResult
+from reseed.compare.columns import Interval
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
-from reseed.compare.statistics import Interval, detectable_difference
+from reseed.compare.statistics import detectable_difference
 from reseed.report.axes import (
     FEW,
     Cell,

@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from reseed.compare.activations.tables import NOTE
-from reseed.compare.columns import FRACTIONS
+from reseed.compare.columns import FRACTIONS, Interval
 from reseed.compare.config import value_axes
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.compare.pairing import (
@@ -23,7 +23,6 @@ from reseed.compare.pairing import (
     pair_groups,
     runs_by_value,
 )
-from reseed.compare.statistics import Interval
 from reseed.report.axes import Cell, columns, knob_values, varying
 from reseed.report.format import (
     MISSING,

@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 
 from reseed.compare.cell import CellResult
-from reseed.compare.statistics import Interval
+from reseed.compare.columns import Interval
 from reseed.report.format import null_text, number, with_interval
 from reseed.report.table import Table
 from reseed.report.tables import markdown_table

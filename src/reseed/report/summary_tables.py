@@ -21,9 +21,9 @@ from typing import Any
 
 from reseed.compare.activations.tables import NOTE, TOKENS, TOPS
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import GROUPS, SURROGATES, THRESHOLDS
+from reseed.compare.columns import GROUPS, SURROGATES, THRESHOLDS, Interval
 from reseed.compare.nulls import kappa
-from reseed.compare.statistics import Interval, welch_difference
+from reseed.compare.statistics import welch_difference
 from reseed.report.axes import Cell, columns, knob_values, label, pair_axis_name
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.firing import by_decile, by_kind_of_firing, with_strata

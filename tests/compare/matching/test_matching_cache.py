@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from reseed.compare.matching import MatchingCache, cache, match
+from reseed.compare.matching import MatchingCache, exact, match
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def calls(monkeypatch):
         made.append(options["absolute"])
         return match(*arguments, **options)
 
-    monkeypatch.setattr(cache, "match", counted)
+    monkeypatch.setattr(exact, "match", counted)
     return made
 
 

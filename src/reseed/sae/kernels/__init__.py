@@ -16,11 +16,9 @@ The loops are in the other modules of this package, which no module outside it i
 imports them on first use, because numba is optional and takes a second to load.
 
     buffers     reuse of an earlier step's memory for large results
-    simd        vectorised comparisons
-    choice      the k largest of a row
+    choice      the k largest of a row, and vectorised comparisons
     screening   exact top k through a rough product, on each block while it is in the cache
-    select      the k largest of every row or of a batch
-    active      pre-activations above a floor
+    select      the k largest of every row or of a batch; pre-activations above a floor
     pairs       sums over (token, latent) pairs: decoder, error, gradients; JumpReLU and gates
     relu_blocks ReLU's loss and gradients by products of blocks; sums over a batch
     update      clipping, projection, Adam and renormalisation, row by row
@@ -123,7 +121,7 @@ def active_pairs(
     Return None if they are so many that products of blocks are faster than sums over pairs. Only
     the values decide this.
     """
-    return _loops("active").active_pairs(rows, W_enc, b_enc, floors)
+    return _loops("select").active_pairs(rows, W_enc, b_enc, floors)
 
 
 # Loss and gradient over pairs
