@@ -12,10 +12,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from reseed.cli.hydra_app import conf_dir
-from reseed.cli.plan import experiment_from
 from reseed.compare.config import ComparisonConfig
 from reseed.config import build
 from reseed.errors import ConfigError
+from reseed.experiment import experiment_from
 
 CONF = Path(__file__).parents[1] / "conf"
 TYPED = sorted(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.plan import experiment_from
+from reseed.experiment import experiment_from
 from reseed.experiment.resolve import Resolved, resolve_experiment
 
 RECORDS = Path(__file__).parent / "records"

@@ -19,11 +19,12 @@ from reseed.cli.cluster import command
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, expand, override, parse
-from reseed.cli.plan import Plan, check_jobs, experiment_from, make_plan
+from reseed.cli.plan import Plan, check_jobs, make_plan
 from reseed.cli.status import own_words
 from reseed.config import build
 from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate.base import EvaluationConfig
+from reseed.experiment import experiment_from
 from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.store.results import FOLDER
 from reseed.store.runs import Run, RunStore

@@ -7,40 +7,23 @@ grid of a comparison with the user's overrides.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from reseed.activations.dataset import DatasetConfig
-from reseed.activations.hookpoints import HookpointConfig
-from reseed.activations.source import SourceConfig
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.hydra_app import CommandLine, expand, override, parse, sweeps
 from reseed.compare.config import Arm, ComparisonConfig, pair_axes
-from reseed.config import build, make
-from reseed.errors import ConfigError, nearest
-from reseed.experiment import Experiment
-from reseed.experiment.resolve import Resolved, resolve_experiment
-from reseed.sae.base import SAEOption
+from reseed.config import build
+from reseed.errors import ConfigError
+from reseed.experiment.resolve import Resolved, resolved_from
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.study.compare import token_mismatch
 from reseed.system.console import say
 from reseed.system.devices import pick_device
-from reseed.train.config import RuntimeConfig, TrainingConfig
+from reseed.train.config import RuntimeConfig
 
-_GROUPS = {
-    "model": SourceConfig,
-    "hookpoint": HookpointConfig,
-    "dataset": DatasetConfig,
-    "sae": SAEOption,
-    "training": TrainingConfig,
-}
-_SCALARS = ("layer", "seed", "seed_scope", "surrogate")
-_REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
-_ROOT = (*_REQUIRED, "source", "comparison", "evaluation", "plan_only", "wait", "objective")
 _LOCAL = ("fused", "basic", "joblib", "submitit_local")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both, the check is announced
 
@@ -56,39 +39,6 @@ class Job:
         """Return the value that this job's overrides give for ``axis``, as a word."""
         found = [o.partition("=")[2] for o in self.overrides if o.partition("=")[0] == axis]
         return found[-1]
-
-
-def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfig]:
-    """Build the typed experiment of a composed configuration.
-
-    Raises:
-        ConfigError: a key is unknown or missing, or a value has a wrong type or is out of range.
-    """
-    for key in values:
-        if key not in _ROOT:
-            raise ConfigError(f"there is no key {{key}}.{nearest(key, _ROOT)}", key)
-    if values.get("evaluation") is not None:
-        raise ConfigError(
-            "{key} is for `reseed evaluate` and `reseed run`; here it would change nothing",
-            "evaluation",
-        )
-    for key in _REQUIRED:
-        if key not in values:
-            raise ConfigError("{key} is required, and was removed", key)
-    if values.get("objective") is not None:
-        raise ConfigError("{key} is for hydra/sweeper=optuna, which optimises it", "objective")
-    parts = {group: build(values[group], group, base) for group, base in _GROUPS.items()}
-    scalars = {key: values[key] for key in _SCALARS}
-    runtime = build(values["runtime"], "runtime", RuntimeConfig)
-    return make(Experiment, {**parts, **scalars}, ""), runtime
-
-
-def resolved_from(values: Mapping[str, Any] | DictConfig) -> tuple[Resolved, RuntimeConfig]:
-    """Build and check the experiment of a composed configuration."""
-    if isinstance(values, DictConfig):
-        values = OmegaConf.to_container(values, resolve=True)  # type: ignore[assignment]
-    experiment, runtime = experiment_from(values)
-    return resolve_experiment(experiment, runtime), runtime
 
 
 def check_jobs(

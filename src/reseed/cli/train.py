@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli import tune
 from reseed.cli.cluster import command
@@ -14,8 +14,9 @@ from reseed.cli.cluster.command import run_on_cluster
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, override
-from reseed.cli.plan import Job, check_jobs, resolved_from
+from reseed.cli.plan import Job, check_jobs
 from reseed.errors import ReseedError
+from reseed.experiment.resolve import resolved_from
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.study.train import failure_lines, plan_missing, train_missing
@@ -37,7 +38,8 @@ def train_many(configs: Sequence[DictConfig]) -> list[Any]:
     Returns:
         for each configuration the run's folder, or the exception with which the run failed.
     """
-    pairs = [resolved_from(config) for config in configs]
+    plain = [OmegaConf.to_container(config, resolve=True) for config in configs]
+    pairs = [resolved_from(values) for values in plain]  # type: ignore[arg-type]
     runtime = pairs[0][1]
     failures = train_missing([resolved for resolved, _ in pairs], runtime)
     runs = [resolved.run(RunStore(runtime.outputs)) for resolved, _ in pairs]

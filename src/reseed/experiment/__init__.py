@@ -5,17 +5,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from reseed.activations.dataset import DatasetConfig, check_batch_size
 from reseed.activations.hookpoints import Hookpoint, HookpointConfig
 from reseed.activations.source import SourceConfig
 from reseed.activations.synthetic.surrogate import SURROGATES
-from reseed.config import Config, setting
-from reseed.errors import ConfigError
+from reseed.config import Config, build, make, setting
+from reseed.errors import ConfigError, nearest
 from reseed.sae.base import SAEConfig, SAEOption
 from reseed.sae.pretrained import Pretrained
-from reseed.train.config import TrainingConfig
+from reseed.train.config import RuntimeConfig, TrainingConfig
+
+_GROUPS = {
+    "model": SourceConfig,
+    "hookpoint": HookpointConfig,
+    "dataset": DatasetConfig,
+    "sae": SAEOption,
+    "training": TrainingConfig,
+}
+_SCALARS = ("layer", "seed", "seed_scope", "surrogate")
+_REQUIRED = (*_GROUPS, *_SCALARS, "runtime")
+_ROOT = (*_REQUIRED, "source", "comparison", "evaluation", "plan_only", "wait", "objective")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +84,28 @@ class Experiment(Config):
             seed=0,
             seed_scope="cell",
         )
+
+
+def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfig]:
+    """Build the typed experiment of a composed configuration.
+
+    Raises:
+        ConfigError: a key is unknown or missing, or a value has a wrong type or is out of range.
+    """
+    for key in values:
+        if key not in _ROOT:
+            raise ConfigError(f"there is no key {{key}}.{nearest(key, _ROOT)}", key)
+    if values.get("evaluation") is not None:
+        raise ConfigError(
+            "{key} is for `reseed evaluate` and `reseed run`; here it would change nothing",
+            "evaluation",
+        )
+    for key in _REQUIRED:
+        if key not in values:
+            raise ConfigError("{key} is required, and was removed", key)
+    if values.get("objective") is not None:
+        raise ConfigError("{key} is for hydra/sweeper=optuna, which optimises it", "objective")
+    parts = {group: build(values[group], group, base) for group, base in _GROUPS.items()}
+    scalars = {key: values[key] for key in _SCALARS}
+    runtime = build(values["runtime"], "runtime", RuntimeConfig)
+    return make(Experiment, {**parts, **scalars}, ""), runtime

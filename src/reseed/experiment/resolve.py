@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from reseed.activations.synthetic.surrogate import open_source, surrogate_label,
 from reseed.config import digest
 from reseed.errors import ConfigError
 from reseed.evaluate.base import RunSource
-from reseed.experiment import Experiment
+from reseed.experiment import Experiment, experiment_from
 from reseed.sae.base import SAEConfig
 from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.store.runs import Run, RunStore
@@ -278,6 +279,16 @@ class Resolved:
             record=self.record(),
             metadata=self._metadata(),
         )
+
+
+def resolved_from(values: Mapping[str, Any]) -> tuple[Resolved, RuntimeConfig]:
+    """Build, resolve and check the experiment of a composed configuration, given as plain values.
+
+    Raises:
+        ConfigError: see `experiment_from` and `resolve_experiment`.
+    """
+    experiment, runtime = experiment_from(values)
+    return resolve_experiment(experiment, runtime), runtime
 
 
 def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolved:
