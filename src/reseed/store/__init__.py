@@ -1,0 +1,1 @@
+"""Results on disk: runs, sweeps, and what evaluations found."""
