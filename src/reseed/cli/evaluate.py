@@ -35,7 +35,7 @@ from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 
 GROUP = "evaluation"
-SUBJECTS = "subjects"
+FOLDERS_KEY = "subjects"
 """The key that passes the folders of its SAEs to a job; not an option for users."""
 
 
@@ -53,10 +53,10 @@ def evaluate_many(configs: Sequence[DictConfig]) -> list[Any]:
         for each configuration None, or the exception with which it failed.
     """
     each: list[dict[str, Any]] = [OmegaConf.to_container(c, resolve=True) for c in configs]  # type: ignore[misc]
-    folders = [Path(folder) for folder in each[0].pop(SUBJECTS)]
+    folders = [Path(folder) for folder in each[0].pop(FOLDERS_KEY)]
     runtime = build(each[0]["runtime"], "runtime", RuntimeConfig)
-    bench = Evaluator(_targets(folders, runtime, each[0]), runtime)
-    return [bench.outcome(evaluation_from(values)) for values in each]
+    evaluator = Evaluator(_saved_runs(folders, runtime, each[0]), runtime)
+    return [evaluator.outcome(evaluation_from(values)) for values in each]
 
 
 task.many = evaluate_many  # type: ignore[attr-defined]  # called by the fused launcher
@@ -95,11 +95,11 @@ class RequestedEvaluations:
         with line.composer():
             keys = [o.key_or_group for o in parse(line.overrides)]
         own = [key.partition(".")[0] == GROUP for key in keys]
-        mine = [o for o, is_mine in zip(line.overrides, own, strict=True) if is_mine]
+        own_overrides = [o for o, is_mine in zip(line.overrides, own, strict=True) if is_mine]
         line.overrides = [o for o, is_mine in zip(line.overrides, own, strict=True) if not is_mine]
         with line.composer() as composed:
-            each = [composed(job) for job in expand(mine)] if mine else []
-        return cls(tuple(mine), tuple(evaluation_from(values) for values in each))
+            each = [composed(job) for job in expand(own_overrides)] if own_overrides else []
+        return cls(tuple(own_overrides), tuple(evaluation_from(values) for values in each))
 
     def check(self, declared: Mapping[str, Resolved]) -> None:
         """Raise `ConfigError` if an evaluation does not apply to an SAE.
@@ -141,12 +141,12 @@ def _main(arguments: Sequence[str]) -> int:
     chosen = select_runs(words, line)
     for told in unfinished_lines(chosen.lacking):
         say(told)
-    targets = runs_of(line, chosen)
+    saved = runs_of(line, chosen)
     submits = line.launcher[0] == SLURM
-    status = (submit_all if submits else evaluate_all)(line, asked, chosen, targets)
+    status = (submit_all if submits else evaluate_all)(line, asked, chosen, saved)
     if status is None:
         return 0
-    collect_evaluated(targets, chosen.sweeps, asked.configs)
+    collect_evaluated(saved, chosen.sweeps, asked.configs)
     return 1 if chosen.lacking else status
 
 
@@ -154,7 +154,7 @@ def submit_all(
     line: CommandLine,
     asked: RequestedEvaluations,
     chosen: SelectedRuns,
-    targets: Sequence[SavedRun],
+    saved: Sequence[SavedRun],
 ) -> int | None:
     """Submit the evaluations of a sweep's runs to SLURM, a task for each model and evaluation.
 
@@ -172,9 +172,9 @@ def submit_all(
             f"{counted(len(chosen.folders), 'SAE')}",
             "hydra/launcher",
         )
-    asked.check({target.id: target.resolved for target in targets})
+    asked.check({run.id: run.resolved for run in saved})
     asked.show_in(chosen.sweeps)
-    return command.evaluate(line, chosen.runtime, chosen.sweeps[0], targets, asked.configs)
+    return command.evaluate(line, chosen.runtime, chosen.sweeps[0], saved, asked.configs)
 
 
 def runs_of(line: CommandLine, chosen: SelectedRuns) -> list[SavedRun]:
@@ -185,25 +185,25 @@ def runs_of(line: CommandLine, chosen: SelectedRuns) -> list[SavedRun]:
     """
     with line.composer() as composed:
         values = composed(_handed_on(line, chosen))
-    return _targets(chosen.folders, chosen.runtime, values)
+    return _saved_runs(chosen.folders, chosen.runtime, values)
 
 
 def evaluate_all(
     line: CommandLine,
     asked: RequestedEvaluations,
     chosen: SelectedRuns,
-    targets: Sequence[SavedRun],
+    saved: Sequence[SavedRun],
 ) -> int:
     """Check the evaluations, launch one job for each, and print the failures.
 
     Returns:
         the exit status: 1 if an evaluation failed.
     """
-    asked.check({target.id: target.resolved for target in targets})
+    asked.check({run.id: run.resolved for run in saved})
     asked.show_in(chosen.sweeps)
     place = (chosen.sweeps[0].path if chosen.sweeps else chosen.folders[0]) / FOLDER
     listed = ",".join(override("", folder.absolute())[1:] for folder in chosen.folders)
-    own = [f"++{SUBJECTS}=[{listed}]", override("hydra.sweep.dir", place)]
+    own = [f"++{FOLDERS_KEY}=[{listed}]", override("hydra.sweep.dir", place)]
     overrides = [*map(_forced, asked.overrides), *_handed_on(line, chosen), *own]
     errors = line.launch(task, overrides, multirun=True)
     for error in errors:
@@ -227,7 +227,7 @@ def _handed_on(line: CommandLine, chosen: SelectedRuns) -> list[str]:
     return [o for o in line.overrides if o.lstrip("+~").startswith(("runtime", "hydra"))]
 
 
-def _targets(
+def _saved_runs(
     folders: Sequence[Path], runtime: RuntimeConfig, values: Mapping[str, Any]
 ) -> list[SavedRun]:
     """Return the SAEs in folders; ``values`` declares the experiment of SAEs that are not runs."""

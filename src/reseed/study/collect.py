@@ -141,7 +141,7 @@ def report_of(
 
 
 def collect_evaluated(
-    targets: Sequence[SavedRun], sweeps: Sequence[Sweep], configs: Sequence[EvaluationConfig]
+    saved: Sequence[SavedRun], sweeps: Sequence[Sweep], configs: Sequence[EvaluationConfig]
 ) -> None:
     """Write and print the results of evaluations.
 
@@ -149,7 +149,7 @@ def collect_evaluated(
     a row per run.
 
     Args:
-        targets: all SAEs that were evaluated.
+        saved: all SAEs that were evaluated.
         configs: the requested evaluations.
     """
     for sweep in sweeps:
@@ -162,7 +162,7 @@ def collect_evaluated(
             files = ", ".join(write_evaluations(runs, sweep.path))
             say(f"{sweep.path}/: {files}; its runs have not been compared")
     told = {run.path.resolve() for sweep in sweeps for run in sweep.runs()}
-    alone = [target for target in targets if target.folder.resolve() not in told]
+    alone = [one for one in saved if one.folder.resolve() not in told]
     if alone:
         print_tables(
             run_tables(
@@ -170,8 +170,8 @@ def collect_evaluated(
                  for t in alone}
             )
         )  # fmt: skip
-    for target in alone:
-        say(f"{target.folder / FOLDER}/")
+    for one in alone:
+        say(f"{one.folder / FOLDER}/")
 
 
 def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:

@@ -94,16 +94,16 @@ class SavedRun:
             return False
         return True
 
-    def subject(self, device: str, with_untrained: bool) -> LoadedRun:
+    def load(self, device: str, with_untrained: bool) -> LoadedRun:
         """Load the SAE.
 
         Raises:
             CheckpointError: the SAE cannot be loaded.
         """
         sae = load_sae(self.folder, device)
-        born = _untrained(Run(self.folder)) if with_untrained else None
+        untrained = _untrained(Run(self.folder)) if with_untrained else None
         hook = self.resolved.experiment.hook
-        return LoadedRun(self.id, sae, hook, born.to(device) if born else None)
+        return LoadedRun(self.id, sae, hook, untrained.to(device) if untrained else None)
 
 
 def saved_run(
@@ -156,15 +156,15 @@ class Evaluator:
     The first evaluation that needs a source opens it; the next ones reuse it.
 
     Args:
-        targets: the SAEs.
+        runs: the SAEs.
         runtime: device, threads and folders.
     """
 
-    def __init__(self, targets: Sequence[SavedRun], runtime: RuntimeConfig) -> None:
+    def __init__(self, runs: Sequence[SavedRun], runtime: RuntimeConfig) -> None:
         self.runtime, self.device = runtime, pick_device(runtime.device)
         self.groups: dict[str, list[SavedRun]] = {}
-        for target in targets:
-            self.groups.setdefault(target.source, []).append(target)
+        for run in runs:
+            self.groups.setdefault(run.source, []).append(run)
         self._opened: dict[str, ActivationSource] = {}
         if runtime.threads is not None:
             torch.set_num_threads(runtime.threads)
@@ -176,9 +176,9 @@ class Evaluator:
             None, or the error.
         """
         failed: dict[str, Exception] = {}
-        for source, targets in self.groups.items():
-            missing = [t for t in targets if not t.has_result(config)]
-            done = len(targets) - len(missing)
+        for source, runs in self.groups.items():
+            missing = [t for t in runs if not t.has_result(config)]
+            done = len(runs) - len(missing)
             if done:
                 say(f"  {config.name}: {counted(done, 'SAE')} already evaluated")
             for first in range(0, len(missing), MOST_LOCKS):
@@ -190,28 +190,28 @@ class Evaluator:
         return ReseedError(f"evaluation={config.name}: {first}: {error}{more}")
 
     def _evaluate_some(
-        self, source: str, targets: Sequence[SavedRun], config: EvaluationConfig
+        self, source: str, runs: Sequence[SavedRun], config: EvaluationConfig
     ) -> dict[str, Exception]:
         """Evaluate the SAEs that no other process holds, then what other processes left undone."""
-        with _claimed(targets, config) as mine:
+        with _claimed(runs, config) as mine:
             failed = self._evaluate_all(source, mine, config) if mine else {}
-        others = [t for t in targets if t.id not in failed and not t.has_result(config)]
+        others = [t for t in runs if t.id not in failed and not t.has_result(config)]
         if others:
             say(f"  {config.name}: waiting for another process ({counted(len(others), 'SAE')})")
-        for target in others:
-            with _claimed([target], config, wait=True) as mine:
+        for run in others:
+            with _claimed([run], config, wait=True) as mine:
                 failed |= self._evaluate_all(source, mine, config) if mine else {}
         return failed
 
     def _evaluate_all(
-        self, source: str, targets: Sequence[SavedRun], config: EvaluationConfig
+        self, source: str, runs: Sequence[SavedRun], config: EvaluationConfig
     ) -> dict[str, Exception]:
         """Evaluate SAEs together; after a failure, the remaining ones one by one."""
-        resolved = targets[0].resolved
+        resolved = runs[0].resolved
         on = f"{resolved.model_label} and {resolved.data.label}"
-        say(f"  {config.name}: evaluating {counted(len(targets), 'SAE')} on {on}")
+        say(f"  {config.name}: evaluating {counted(len(runs), 'SAE')} on {on}")
         start = time.perf_counter()
-        left = {target.id: target for target in targets}
+        left = {run.id: run for run in runs}
         try:
             self._evaluate(source, left, config)
         except DiskFullError:  # not a failure of the SAEs, and the next one would fail too
@@ -224,24 +224,24 @@ class Evaluator:
         if left and not failed:  # outside of the handler, whose exception keeps memory alive
             free_memory()
             failed = self._one_by_one(source, list(left.values()), config)
-        for target in targets:
-            if target.id in failed:
-                write_failure(target.result_folder(config), failed[target.id])
-        done = f"{len(targets) - len(failed)} of {counted(len(targets), 'SAE')}"
+        for run in runs:
+            if run.id in failed:
+                write_failure(run.result_folder(config), failed[run.id])
+        done = f"{len(runs) - len(failed)} of {counted(len(runs), 'SAE')}"
         say(f"  {config.name}: {done} in {seconds_since(start):,.1f} s")
         return failed
 
     def _one_by_one(
-        self, source: str, targets: Sequence[SavedRun], config: EvaluationConfig
+        self, source: str, runs: Sequence[SavedRun], config: EvaluationConfig
     ) -> dict[str, Exception]:
         failed: dict[str, Exception] = {}
-        for target in targets:
+        for run in runs:
             try:
-                self._evaluate(source, {target.id: target}, config)
+                self._evaluate(source, {run.id: run}, config)
             except DiskFullError:
                 raise
             except Exception as error:
-                failed[target.id] = error
+                failed[run.id] = error
         return failed
 
     def _evaluate(self, source: str, left: dict[str, SavedRun], config: EvaluationConfig) -> None:
@@ -251,9 +251,9 @@ class Evaluator:
             self._open(source), cache, lambda message: say(f"    {message}")
         )
         for part in _passes(list(left.values())):
-            subjects = [t.subject(str(self.device), config.with_untrained) for t in part]
+            loaded = [t.load(str(self.device), config.with_untrained) for t in part]
             start = time.perf_counter()
-            for name, result in config.evaluate(subjects, evaluated):
+            for name, result in config.evaluate(loaded, evaluated):
                 _write(left[name], config, result, seconds_since(start))
                 del left[name]
                 start = time.perf_counter()
@@ -262,56 +262,56 @@ class Evaluator:
         if source not in self._opened:
             self._opened.clear()  # one model at a time
             free_memory()
-            targets = self.groups[source]
-            needed = max(t.resolved.tokens for t in targets)
-            resolved = targets[0].resolved
+            runs = self.groups[source]
+            needed = max(t.resolved.tokens for t in runs)
+            resolved = runs[0].resolved
             self._opened[source] = resolved.open(self.device, needed, self.runtime.open_cache())
         return self._opened[source]
 
 
-def _passes(targets: Sequence[SavedRun]) -> list[list[SavedRun]]:
-    """Split the targets into lists of at least one whose weights fit into `BYTES_PER_PASS`."""
+def _passes(runs: Sequence[SavedRun]) -> list[list[SavedRun]]:
+    """Split the runs into lists of at least one whose weights fit into `BYTES_PER_PASS`."""
     parts: list[list[SavedRun]] = []
     size = 0
-    for target in targets:
-        own = 8 * target.resolved.num_latents * target.resolved.d_in  # two matrices in float32
+    for run in runs:
+        own = 8 * run.resolved.num_latents * run.resolved.d_in  # two matrices in float32
         if not parts or size + own > BYTES_PER_PASS:
             parts.append([])
             size = 0
-        parts[-1].append(target)
+        parts[-1].append(run)
         size += own
     return parts
 
 
 @contextmanager
 def _claimed(
-    targets: Sequence[SavedRun], config: EvaluationConfig, wait: bool = False
+    runs: Sequence[SavedRun], config: EvaluationConfig, wait: bool = False
 ) -> Iterator[list[SavedRun]]:
-    """Lock the targets without a result that no other process evaluates in this way; yield them.
+    """Lock the runs without a result that no other process evaluates in this way; yield them.
 
     Args:
-        wait: wait for targets that another process has locked, instead of leaving them out.
+        wait: wait for runs that another process has locked, instead of leaving them out.
     """
     handles: list[int] = []
     try:
         mine = []
-        for target in targets:
-            folder = target.result_folder(config)
+        for run in runs:
+            folder = run.result_folder(config)
             with room_for(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 handle = lock_file(folder / LOCK, wait_s=None if wait else 0.0)
             if handle is not None:
                 handles.append(handle)
-                if not target.has_result(config):  # another process may just have written it
-                    mine.append(target)
+                if not run.has_result(config):  # another process may just have written it
+                    mine.append(run)
         yield mine
     finally:
         for handle in handles:
             os.close(handle)
 
 
-def _write(target: SavedRun, config: EvaluationConfig, result: Result, seconds: float) -> None:
+def _write(run: SavedRun, config: EvaluationConfig, result: Result, seconds: float) -> None:
     stored = StoredEvaluation(
         config.name, config.to_dict(), result.metrics, result.tables, result.latents
     )
-    stored.write(target.result_folder(config), subject=target.id, seconds=seconds)
+    stored.write(run.result_folder(config), subject=run.id, seconds=seconds)

@@ -74,7 +74,7 @@ def evaluate(
     line: CommandLine,
     runtime: RuntimeConfig,
     sweep: Sweep,
-    targets: Sequence[SavedRun],
+    saved: Sequence[SavedRun],
     evaluations: Sequence[EvaluationConfig],
 ) -> int | None:
     """Submit the evaluations of a sweep's runs that have neither a result nor a job.
@@ -84,13 +84,13 @@ def evaluate(
     """
     work = Work(
         sweep, (), runtime, _settings(line, runtime), None, False,
-        tuple(evaluations), tuple(targets),
+        tuple(evaluations), tuple(saved),
     )  # fmt: skip
     if _carried_out(work, set()) is None:
         return None
     for message in failed_jobs(QueueSnapshot.now(sweep)):
         say(message)
-    lacking = [t for t in targets for config in evaluations if not t.has_result(config)]
+    lacking = [t for t in saved for config in evaluations if not t.has_result(config)]
     return 1 if lacking else 0
 
 

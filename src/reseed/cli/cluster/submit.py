@@ -51,8 +51,8 @@ class Work:
         settings: the settings of the jobs.
         cells: the cells to compare if necessary, as values of axes; None compares nothing.
         trains: train the missing runs.
-        evaluations: evaluations of the targets; those with a result are left out.
-        targets: runs of the sweep, trained before they are evaluated.
+        evaluations: evaluations of ``evaluated``; those with a result are left out.
+        evaluated: runs of the sweep, trained before they are evaluated.
     """
 
     sweep: Sweep
@@ -62,7 +62,7 @@ class Work:
     cells: tuple[tuple[tuple[str, str], ...], ...] | None = None
     trains: bool = True
     evaluations: tuple[EvaluationConfig, ...] = ()
-    targets: tuple[SavedRun, ...] = ()
+    evaluated: tuple[SavedRun, ...] = ()
 
     @property
     def record(self) -> Record:
@@ -196,13 +196,13 @@ def _evaluations(work: Work, active: Sequence[Submitted]) -> list[tuple[Task, Su
     for config in work.evaluations:
         called = f"{config.name}-{digest(config.signed())}"
         groups: dict[str, list[SavedRun]] = {}
-        for target in work.targets:
-            taken = (EVALUATE, called, target.resolved.signature) in submitted
-            if not taken and not (target.trained and target.has_result(config)):
-                groups.setdefault(target.source, []).append(target)
-        for targets in groups.values():
-            folders = tuple(str(target.folder.resolve()) for target in targets)
-            signatures = tuple(target.resolved.signature for target in targets)
+        for run in work.evaluated:
+            taken = (EVALUATE, called, run.resolved.signature) in submitted
+            if not taken and not (run.trained and run.has_result(config)):
+                groups.setdefault(run.source, []).append(run)
+        for saved in groups.values():
+            folders = tuple(str(run.folder.resolve()) for run in saved)
+            signatures = tuple(run.resolved.signature for run in saved)
             task = Evaluate(os.getcwd(), folders, config, work.nodes_runtime)
             tasks.append((task, _entry(EVALUATE, runs=signatures, cell=called)))
     return tasks

@@ -206,8 +206,8 @@ class Evaluate(Task):
 
     def work(self) -> None:
         there = [Path(folder) for folder in self.runs if Run(Path(folder)).finished]
-        bench = Evaluator([saved_run(folder, self.runtime) for folder in there], self.runtime)
-        error = bench.outcome(self.config)
+        evaluator = Evaluator([saved_run(folder, self.runtime) for folder in there], self.runtime)
+        error = evaluator.outcome(self.config)
         if error is not None:
             raise JobFailed(str(error)) from error
         lacking = len(self.runs) - len(there)
