@@ -22,8 +22,14 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Point the cache to a temporary folder, so that tests do not use the user's."""
-    os.environ["RESEED_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    """Point the cache to a temporary folder, so that tests do not use the user's.
+
+    Test processes share it: reading the docstrings of all packages takes half a minute.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    os.environ["RESEED_CACHE"] = str(folder / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,8 @@
 
 Every option group of ``conf/`` is described by a frozen dataclass that derives from `Config`, next
 to the class that it configures. Types and ranges are declared once, on the field, and checked when
-the object is created, so that a wrong value is refused before anything is computed. Imports neither
-hydra nor torch.
+the object is created, so that a wrong value is refused before anything is computed. This module
+imports neither hydra nor torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from typing import Any, ClassVar, Self, TypeVar
 from reseed.errors import ConfigError, nearest
 
 SIGNATURE_LENGTH = 12
-"""Hex characters kept of a SHA-256; a million runs have a collision with probability 2e-3."""
+"""Number of hex characters of a signature; a million runs have a collision with probability 2e-3.
+"""
 
 C = TypeVar("C", bound="Config")
 _MISSING = dataclasses.MISSING
@@ -75,7 +76,7 @@ class Config:
     family: ClassVar[str] = ""
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1
-    """Raise it when code changes the results of this component; part of the signature."""
+    """Part of the signature. Increase it when a code change alters this component's results."""
     _registered: ClassVar[dict[tuple[str, str], type[Config]]] = {}
 
     def __init_subclass__(cls, *, family: str = "", name: str = "", **kwargs: Any) -> None:

@@ -39,7 +39,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 class Interrupted(KeyboardInterrupt):
-    """A requested end by a signal, after everything was saved.
+    """The end of a command that a signal requested; raised after everything was saved.
 
     A KeyboardInterrupt, so that callers do not treat it as the failure of one job and start the
     next.

@@ -119,9 +119,9 @@ def test_every_kind_of_damage_is_noticed(tmp_path: Path) -> None:
     for at in (begin, begin + CHUNK // 2, len(whole) - 1):  # one bit of one byte
         flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
         assert told(flipped) == "its checksum is wrong"
-    assert told(whole[:-1]) == "it is not whole"
-    assert told(whole[: begin + 10]) == "it is not whole"
-    assert told(whole + b"x") == "it is not whole"
+    assert told(whole[:-1]) == "its length is wrong"
+    assert told(whole[: begin + 10]) == "its length is wrong"
+    assert told(whole + b"x") == "its length is wrong"
     assert told(whole, "another") == "it holds other activations than its name says"
     assert told(b"") == told(whole[:5]) == "it has no header"
     assert told(b"\xff" * 4096) == "it has no header"

@@ -65,7 +65,7 @@ def test_layers_are_paired_over_seeds(line: list[str], capsys: pytest.CaptureFix
     assert "| layer | and | seeds | shared [95%] | 1st in 2nd [95%] | 2nd in 1st [95%] |" in text
     assert "## Shared\n\n| layer | 0 | 1 | 2 |" in text
     assert "## Covered: of the latents of the row, those that the column covers" in text
-    assert "## Each by itself" in text
+    assert "## Runs of each value" in text
     assert "1st in 2nd" in said
     matrix = pd.read_csv(folder / "matrix.csv")
     covered = matrix[matrix["measure"] == "coverage"].set_index("of")

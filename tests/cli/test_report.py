@@ -155,8 +155,9 @@ def test_the_report_names_its_runs_and_settings(sweep: Path) -> None:
     text = (sweep / "report" / "index.html").read_text()
     for run_ in Path("outputs").iterdir():
         assert run_.name in text
-    for said in ("What cells differ in", "sae.k", "torch", "Settings of the comparison",
-                 "training.tokens: 1024", "reseed run comparison=seeds"):  # fmt: skip
+    for said in ("Settings that differ between cells", "sae.k", "torch",
+                 "Settings of the comparison", "training.tokens: 1024",
+                 "reseed run comparison=seeds"):  # fmt: skip
         assert said in text
     assert "runtime.progress" not in re.sub(r"<details.*?</details>", "", text, flags=re.DOTALL)
 
@@ -217,7 +218,7 @@ def test_a_report_replaces_only_an_earlier_report(sweep: Path, said: Said, tmp_p
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
     told = said([sweep.name, "--out", str(mine)])
-    assert "mine is not a report, because it has no report.json: it is not overwritten" in told
+    assert "mine has no report.json, so it is not a report and is not overwritten" in told
     assert (mine / "thesis.txt").read_text() == "years"
     told = said([sweep.name, "--out", str(mine / "thesis.txt")])
     assert "is a file, but a report is a folder" in told

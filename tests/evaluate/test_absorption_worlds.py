@@ -27,6 +27,7 @@ from reseed.store.runs import Run, RunStore
 from reseed.study.train import train_missing
 
 TOKENS = 8_000
+FAST = ["training.lr=1e-2", "training.tokens=512000"]  # as in tests/test_worlds_seen.py
 
 
 def trained(folder: Path, *overrides: str) -> tuple[World, list[Run]]:
@@ -88,7 +89,7 @@ def test_the_true_dictionary_absorbs_nothing_and_an_absorbing_one_every_child() 
 @pytest.mark.slow
 def test_a_child_absorbs_its_parent(tmp_path: Path) -> None:
     world, runs = trained(
-        tmp_path, "model=world_absorption", "sae=relu", "sae.num_latents=4", "seed=0,1"
+        tmp_path, "model=world_absorption", "sae=relu", "sae.num_latents=4", "seed=1,2", *FAST
     )
     alive = [run for run in runs if run.metrics["live_fraction"] == 1]
     assert alive
@@ -103,8 +104,7 @@ def test_a_child_absorbs_its_parent(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_independent_features_absorb_nothing(tmp_path: Path) -> None:
     world, runs = trained(
-        tmp_path, "model=world_independent", "sae=relu", "sae.num_latents=4", "seed=0,1",
-        "training.tokens=2048000",
+        tmp_path, "model=world_independent", "sae=relu", "sae.num_latents=4", "seed=0,1", *FAST
     )  # fmt: skip
     alive = [run for run in runs if run.metrics["live_fraction"] == 1]
     assert alive
@@ -118,7 +118,7 @@ def test_independent_features_absorb_nothing(tmp_path: Path) -> None:
 def test_batch_topk_absorbs_too(tmp_path: Path) -> None:
     """f1 fires on 60% of f0's tokens as its child, or equally often but independently."""
     options = ["model=world_absorption_topk", "sae=batch_topk", "sae.num_latents=12", "sae.k=2.2",
-               "training.tokens=1024000", "training.start=truth"]  # fmt: skip
+               "training.lr=1e-2", "training.tokens=256000", "training.start=truth"]  # fmt: skip
     world, runs = trained(tmp_path, *options)
     for run in runs:
         found, child = measured(load_sae(run.path), world)

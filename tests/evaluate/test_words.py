@@ -118,7 +118,10 @@ def test_labelled_words_are_read_from_a_csv_file(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("word,label\na,b\n", r"must have the columns token and label; .* has word, label"),
-        ("token,label\nelephant,x\ncat,y\n", r"1 of 2 are not single tokens of this model: 'ele"),
+        (
+            "token,label\nelephant,x\ncat,y\n",
+            r"1 of 2 texts are not single tokens of this model: 'ele",
+        ),
         ("token,label\ncat,x\ncat,y\n", r"names the token 'cat' more than once"),
         ("token,label\ncat,x\ndog,x\n", r"must have at least two labels; got x"),
         ("token,label\ncat,\n", r"has no token or no label in row 1"),

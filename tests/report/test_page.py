@@ -213,9 +213,9 @@ def test_the_paper_s_numbers_are_shown_with_the_range_of_the_cells(cells):
     assert rows["shared, threshold 0.7"][1] == f"0 to {max(own):.2f}"
     # Cells with three seeds have u_3; no cell here has u_9.
     assert [name for name in rows if name.startswith("u_")] == [
-        f"u_{k}: of k = {k} seeds, all others lack it" for k in (2, 3)
+        f"u_{k}: shared with no other of k = {k} seeds" for k in (2, 3)
     ]
-    assert rows["u_3: of k = 3 seeds, all others lack it"][0] == f"{UNSHARED[3]:.2f}"
+    assert rows["u_3: shared with no other of k = 3 seeds"][0] == f"{UNSHARED[3]:.2f}"
 
 
 def test_columns_of_the_browser_equal_the_cell_s(cells):

@@ -105,7 +105,11 @@ def test_the_legend_names_everything_that_is_drawn(worlds):
         return [text.get_text() for text in draw(cells).legends[0].get_texts()]
 
     both = ["shared with another seed", "not shared with another seed"]
-    assert said(worlds) == [*both, "95% interval over n = 3 seeds", "the other is undefined"]
+    assert said(worlds) == [
+        *both,
+        "95% interval over n = 3 seeds",
+        "only one of the two is defined",
+    ]
     assert said(worlds[:2]) == [*both, "95% interval over n = 3 seeds"]
 
 

@@ -26,13 +26,13 @@ _LONGEST_HEADER = 1 << 20
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MARGIN = 512
-"""Upper bound of a file's bytes besides the activations."""
+"""Maximum number of bytes that a file has besides the activations."""
 
 
 class ChunkCache:
     """Cache entries of the training or the held-out documents, one entry per hookpoint.
 
-    Files hold the model's output bit by bit in its own precision, in the order of the chunk.
+    Files hold the model's output unchanged, in its own precision and in the order of the chunk.
 
     Args:
         cache: the cache folder.
@@ -179,13 +179,13 @@ def read_chunk(path: Path, address: str) -> Tensor:
             raise DamagedChunkError("it holds other activations than its name says")
         size = path.stat().st_size - 8 - length
         if begin != 0 or min(shape, default=0) < 0 or end != size:
-            raise DamagedChunkError("it is not whole")
+            raise DamagedChunkError("its length is wrong")
         # A corrupt shape must not allocate more memory than the file holds.
         if torch.Size(shape).numel() * dtype.itemsize != size:
             raise DamagedChunkError("its header cannot be read")
         x = torch.empty(shape, dtype=dtype)
         if file.readinto(_bytes(x)) != size:
-            raise DamagedChunkError("it is not whole")
+            raise DamagedChunkError("its length is wrong")
     if _checksum(x, address) != checksum:
         raise DamagedChunkError("its checksum is wrong")
     return x

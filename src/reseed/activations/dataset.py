@@ -1,8 +1,8 @@
 """Configuration common to all data sets (``dataset=``), and how batches tile their chunks.
 
 A data set is read in chunks. The activations of a chunk are dealt into 8 stripes, and a batch takes
-the same number of tokens from every stripe (`stream`). Imports no torch, so that commands that
-only read the configuration start quickly.
+the same number of tokens from every stripe (`stream`). This module does not import torch, so that
+commands that only read the configuration start quickly.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class DatasetConfig(Config, family="dataset"):
     order_seed: int = setting(0, at_least=0)
     """Seed of the order of documents and tokens, and of nothing else."""
     chunk_tokens: int = setting(65_536, at_least=STRIPES)
-    """Activations that are computed and shuffled together."""
+    """Number of activations that are computed and shuffled together."""
     held_out_tokens: int = setting(65_536, at_least=1)
-    """Held-out activations on which every run is measured."""
+    """Number of held-out activations on which every run is measured."""
 
     def validate(self) -> None:
         if self.chunk_tokens % STRIPES:

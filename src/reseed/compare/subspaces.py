@@ -1,8 +1,8 @@
-"""Comparison of the subspaces that groups of latents span, even if no latent has a partner.
+"""Comparison of the subspaces that groups of latents span; no latent needs a partner.
 
 A group of latents that describes a subspace without preferred directions can be rotated in every
 seed: no latent has a partner, yet together they span the same subspace. Groups are the orphan
-latents (live, shared with no other run), the shared (live, with at least one) and the dense.
+latents (live, shared with no other run), the shared (live, shared with at least one) and the dense.
 
 A group with more latents than dimensions spans everything, so the plain span is uninformative. The
 second moments of unit decoder rows, M = WᵀW/F, are compared instead. *Overlap* is ⟨M_A, M_B⟩ /
@@ -12,8 +12,8 @@ compares the spans of the leading eigenvectors that hold 90% of each moment: the
 of the principal angles, about k/D for random spans, k the larger number of directions.
 
 Each group of each run needs one decomposition of a D × D matrix: in float64 up to `EXACT_WIDTH`, in
-float32 above, which halves the memory. Above, a group of fewer latents than D is decomposed through
-the smaller matrix of its latents' products with each other.
+float32 above, which halves the memory. Above that width, a group of fewer than D latents is
+decomposed through the smaller Gram matrix of its rows.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class Subspaces:
             ``subspace_overlap_<group>``, ``null_subspace_overlap_<group>``,
             ``subspace_angles_<group>``, ``null_subspace_angles_<group>``. NaN if a group is empty
             or the runs differ in ``d_in``.
-        runs: columns of the table of runs: ``directions_<group>``, how many hold 90%.
+        runs: columns of the table of runs: ``directions_<group>``, the number of eigenvectors that
+            hold 90% of the group's moment.
     """
 
     pairs: dict[str, list[float]]
@@ -116,7 +117,7 @@ def _group_masks(
 def moment(rows: Float[np.ndarray, "n d_in"]) -> Float[np.ndarray, "d_in d_in"]:
     """Return WᵀW/F of unit rows; zero if there are no rows.
 
-    Computes in float64 up to `EXACT_WIDTH`, else in float32 (each block's product; their sum).
+    Products and their sum are in float64 up to `EXACT_WIDTH`, else in float32.
     """
     width = rows.shape[1]
     dtype = np.float64 if width <= EXACT_WIDTH else np.float32

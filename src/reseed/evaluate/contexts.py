@@ -46,9 +46,9 @@ from reseed.system.console import counted, throttled_say
 _BYTES_PER_PASS = 4 << 30
 """Memory for the contexts of one pass; SAEs that need more take several passes."""
 _READ_OUT = "resid_post"
-"""The site in the residual stream, which the unembedding reads."""
+"""Site of the residual stream, the only one whose activations the unembedding can read."""
 _BLOCK = 4_096
-"""Tokens encoded at once, or one sequence if it is longer."""
+"""Number of tokens encoded at once, or one sequence if it is longer."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
         tokens: held-out activations, rounded up to whole sequences; the same for every SAE of one
             model.
         top: number of contexts where a latent fires most, at most one per sequence.
-        sampled: number of contexts at even quantiles of activation, from uniformly drawn firings.
+        sampled: number of contexts at evenly spaced quantiles of activation, from uniformly drawn
+            firings.
         reservoir: number of firings drawn for each latent.
-        window: tokens of a context on either side of the firing token.
+        window: number of tokens of a context on either side of the firing token.
         lens: number of promoted tokens, and of suppressed tokens.
         neighbours: number of nearest decoder rows.
         seed: seed of the draw.
@@ -171,7 +172,7 @@ class LatentDescriptions:
     Attributes:
         gathered: the latents' contexts.
         sampled: number of drawn contexts to show.
-        promoted, suppressed: tokens; empty without a lens.
+        promoted, suppressed: tokens that each latent promotes or suppresses; empty without a lens.
         neighbours: nearest latents.
         sequences: the text that was read.
     """
@@ -252,11 +253,11 @@ class _Chosen:
 
     @classmethod
     def spread(cls, reservoir: TopKReservoir, rows: slice, count: int) -> _Chosen:
-        """Return ``count`` contexts at even steps by activation; all if there are fewer."""
+        """Return ``count`` contexts at evenly spaced ranks of activation, or all if fewer."""
         there = reservoir.counts(rows)[:, None]
         step = torch.arange(count, device=there.device)
         place = ((2 * step + 1) * there) // (2 * count)
-        # With fewer contexts than `count`, even steps would repeat some.
+        # With fewer contexts than `count`, evenly spaced ranks would repeat some.
         place = torch.where(there < count, step, place)
         return cls._of(reservoir, rows, place, place < there, sampled=True)
 

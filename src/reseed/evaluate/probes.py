@@ -27,8 +27,8 @@ EPOCHS = 50
 FIRST_RATE, LAST_RATE = 1e-2, 1e-5
 WEIGHT_DECAY = 1e-4
 BATCH, STEPS_PER_EPOCH = 4_096, 24
-"""Most words in a batch, and least steps in an epoch: else a vocabulary of thousands would be one
-batch, and a probe would train for 50 steps."""
+"""Maximum number of words in a batch, and minimum number of steps in an epoch. Without the minimum,
+a vocabulary of thousands of words would be one batch, and a probe would train for only 50 steps."""
 _RIDGE = 1e-6
 """L2 penalty added to the L1 penalty, as published."""
 _TOLERANCE, _MAX_STEPS = 1e-9, 100
@@ -36,7 +36,7 @@ _TOLERANCE, _MAX_STEPS = 1e-9, 100
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Agreement of predictions with a class, each a value in [0, 1]; 0 if nothing is right."""
+    """Agreement of predictions with a class, in [0, 1]; 0 if no positive prediction is right."""
 
     precision: Float[Tensor, "*classes"]
     recall: Float[Tensor, "*classes"]
@@ -51,7 +51,7 @@ def train_probe(
     Args:
         x: activations, on any device.
         member: membership of words in classes; a class may have no word.
-        random: decides the batches; on the CPU.
+        random: generator on the CPU that draws the batches.
     """
     x = x.float()
     weight = torch.zeros(member.shape[1], x.shape[1], device=x.device)
@@ -118,8 +118,9 @@ def rank_latents(
     """Rank the latents by (signed) weight in an L1-penalised probe of each class, best first.
 
     Adam minimises the mean weighted cross-entropy + ``l1``·‖w‖₁ of each class. The words are split
-    into batches once and only the batches' order changes between epochs, so that the pairs of each
-    batch are sorted once. Weights start at 0; latents that no word activates stay there.
+    into batches once and only the batches' order changes between epochs, so that the (word, latent)
+    pairs of each batch are sorted once. Weights start at 0; those of latents that no word activates
+    stay 0.
     """
     member = member.to(codes.value.device)
     live = codes.live
@@ -172,13 +173,13 @@ def fit_nested(columns: Float[Tensor, "n K"], member: Bool[Tensor, " n"]) -> Nes
 
     Each minimises ½‖w‖² + Σ_i s_i·log(1 + exp(−y_i·(w·f_i + b))), s_i = n/(2·size of i's class),
     as scikit-learn's ``LogisticRegression(class_weight="balanced")``. Newton's method solves all K
-    together, exactly. Words without any of the latents are merged into one per class.
+    together, exactly. Words that activate none of the latents are merged into one row per class.
 
     Raises:
         ValueError: all words or no words are of the class.
     """
     if not 0 < int(member.sum()) < len(member):
-        raise ValueError("a regression needs words of the class and words of others")
+        raise ValueError("a regression needs words of the class and words of other classes")
     x, y, weights = _merged(columns.double().cpu(), member.cpu())
     total = columns.shape[1]
     inputs = functional.pad(x, (0, 1), value=1.0)
@@ -209,8 +210,8 @@ def fit_nested(columns: Float[Tensor, "n K"], member: Bool[Tensor, " n"]) -> Nes
 def _merged(
     x: Float[Tensor, "n K"], member: Bool[Tensor, " n"]
 ) -> tuple[Float[Tensor, "m K"], Float[Tensor, " m"], Float[Tensor, " m"]]:
-    """Return inputs, targets and weights; words without a latent are merged into one row per class,
-    which leaves the objective unchanged."""
+    """Return inputs, targets and weights. Words that activate none of the latents are merged into
+    one row per class, which leaves the objective unchanged."""
     n, positive = len(member), int(member.sum())
     each = torch.where(member, n / (2 * positive), n / (2 * (n - positive))).double()
     some = x.any(1)

@@ -27,7 +27,7 @@ from reseed.sae.base import SAE
 DENSE = 0.1
 """A latent that fires on a larger fraction of the tokens is dense."""
 _BLOCK = 4_096
-"""Activations encoded at once: dense latents take [block, num_latents]."""
+"""Number of activations encoded at once; it bounds the memory of dense latents."""
 _BINS = np.linspace(-7, 0, 29)
 """Edges of the histogram of log10 density: quarters of a decade."""
 
@@ -36,9 +36,9 @@ _BINS = np.linspace(-7, 0, 29)
 class Reconstruction:
     """Sums over the evaluation set, from which `metrics` computes the measures at the end.
 
-    The variance is about the mean of the whole evaluation set: fractions averaged over batches
-    would depend on the batch size. ``moments`` has the moments of the activations, if `measure`
-    took them: one object for all SAEs of a hookpoint.
+    The variance is taken around the mean of the whole evaluation set, because fractions averaged
+    over batches would depend on the batch size. ``moments`` holds the moments of the activations if
+    `measure` computed them; all SAEs of a hookpoint share one object.
     """
 
     sae: SAE
@@ -106,8 +106,9 @@ class Reconstruction:
         - ``cosine`` of x and x̂, ``l0`` latents and ``l1`` Σ|f| per token;
         - ``shrinkage``: mean ‖x̂‖/‖x‖ over x ≠ 0; ``relative_bias``: E‖x̂‖² / E[x̂·x], below 1 where
           x̂ should be scaled up to be nearest to x (Rajamanoharan et al. 2024, 2404.16014);
-        - ``live``: numbers of latents by the least number of firings; ``live_fraction``,
-          ``silent_fraction`` (never fire), ``dense_fraction`` (on more than a tenth of the tokens).
+        - ``live``: numbers of latents that fire at least 1, ``live_at_least`` and 100 times;
+          ``live_fraction``, ``silent_fraction`` (never fire), ``dense_fraction`` (fire on more than
+          a tenth of the tokens).
         """
         if self.tokens == 0 or self.total is None:
             raise ValueError("no activations were added: there is nothing to measure")
@@ -160,7 +161,7 @@ class ReconstructionConfig(EvaluationConfig, name="reconstruction"):
     with_untrained: ClassVar[bool] = False
 
     tokens: int = setting(65_536, at_least=1)
-    """First held-out activations to read: the same for every SAE of one model."""
+    """Number of held-out activations to read; every SAE of one model reads the same ones."""
 
     def evaluate(
         self, runs: Sequence[LoadedRun], inputs: EvaluationInput

@@ -23,7 +23,7 @@ from reseed.evaluate.sparse_latents import SparseLatents, encode
 from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, probe_quality
 from reseed.evaluate.words import Fold
 
-TOO_FEW_WORDS = "too few words to choose latents by"
+TOO_FEW_WORDS = "too few words to choose latents"
 """Reason why a class is not evaluated although its probe is good enough."""
 _RANKING = 0x72616E6B
 
@@ -34,7 +34,7 @@ class Split:
 
     Attributes:
         ranked: the latents tried, best first.
-        main: S, the first of them.
+        main: the main latents S: the first ones of ``ranked``.
         scores: score of every test word by the regression on the first k latents, for each k.
     """
 
@@ -61,7 +61,7 @@ def find_splits(
     l1: float = 0.01,
     random: torch.Generator,
 ) -> list[Split | None]:
-    """Find the main latents of every class; None for a class without words to fit or validate."""
+    """Find the main latents of every class; None if its fit or validation set has no words."""
     most = min(most, codes.num_latents)
     fit, validation, test = (codes.rows(part) for part in (fold.fit, fold.validation, fold.test))
     ranked = rank_latents(fit, member[fold.fit], l1, most, random)
@@ -97,7 +97,7 @@ def find_fold_splits(
     """Find the splits in one fold.
 
     Args:
-        member: membership of the words in any classes.
+        member: membership of the words in classes, which need not be the task's own.
     """
     return find_splits(
         codes,
@@ -112,7 +112,7 @@ def find_fold_splits(
 
 @dataclass(frozen=True)
 class SplittingConfig(WordTaskConfig, name="splitting"):
-    """The number of latents that represent each class of words, and the quality of the first."""
+    """Evaluation of how many latents represent each class of words, and how well the first does."""
 
     def evaluate(
         self, runs: Sequence[LoadedRun], inputs: EvaluationInput
@@ -178,7 +178,7 @@ def _result(found: RepetitionSplits, config: WordTaskConfig) -> Result:
 
 
 def letter_table(found: RepetitionSplits, quality: Scores, reasons: list[str]) -> pd.DataFrame:
-    """Return a row for each class: splits, and its first main latent compared with the probe.
+    """Return a row for each class: its splits, and the scores of its first main latent and probe.
 
     ``precision``, ``recall`` and ``f1`` score the firing of the first main latent on test words,
     ``f1_by_k`` the regressions on the first k latents.
@@ -238,7 +238,7 @@ def main_classes(
 
     Args:
         folds: splits of every class, in each fold and repetition.
-        kept: the classes that count.
+        kept: the classes that are evaluated.
     """
     votes = np.zeros((num_latents, num_classes), dtype=np.int32)
     for splits in folds:

@@ -2,8 +2,9 @@
 
 Measures: mean matched cosine, precision and recall of each latent as a detector of its feature,
 uniqueness, shrinkage (as in the synthetic benchmarks of SAEs; Chanin et al. 2025, arXiv
-2508.16560), and a label per latent. A cosine alone would call u0 + u1 a copy of u0 (cos .7071), and
-says nothing about a latent that points along a feature but does not fire with it.
+2508.16560), and a label per latent. The cosine alone does not suffice: it would take u0 + u1 for a
+copy of u0 (cos .7071), and it does not tell whether a latent that points along a feature fires with
+it.
 
 F latents, N true features
 """
@@ -31,11 +32,12 @@ class TruthRules:
     """Thresholds of the labels.
 
     Attributes:
-        cosine: least cosine of an atom or composite; for a group, least norm of the projection.
-        f1: least F1 of an atom's firing as a detector of its feature.
+        cosine: minimum cosine of an atom or composite; for a group, minimum norm of the projection.
+        f1: minimum F1 of an atom's firing as a detector of its feature.
         live_at_least: a latent is live if it fires at least this often in the samples.
-        candidates: features tried for composites, see `true_directions.nonnegative_cosine`.
-        block: tokens encoded at once.
+        candidates: number of features tried for composites, see
+            `true_directions.nonnegative_cosine`.
+        block: number of tokens encoded at once.
     """
 
     cosine: float = 0.9
@@ -50,12 +52,13 @@ class TruthResult:
     """The comparison of one SAE with the truth.
 
     Attributes:
-        metrics: numbers about the SAE; NaN if no latent is live.
+        metrics: numbers about the SAE; those over live latents are NaN if no latent is live.
 
             - ``mcc``: mean |cos| of decoder rows and true features under the assignment that
               maximises it, over min(F, N) pairs, dead latents included.
             - ``precision``, ``recall``, ``f1``: means over live latents of how well "the latent
-              fires" detects "its feature is active"; a latent's feature has the largest |cos|.
+              fires" detects "its feature is active"; a latent's feature is that with the largest
+              |cos|.
             - ``uniqueness``: distinct features of live latents / live latents; 1 if no two latents
               share a feature.
             - ``shrinkage``: mean ‖x̂‖/‖x‖ over tokens with x ≠ 0; below 1 the reconstruction is
@@ -84,9 +87,9 @@ def measure_truth(
     """Measure many SAEs in one pass over samples of a world.
 
     A latent gets the first label that holds: **atom**: |cos| ≥ .9 with one true feature and F1 ≥ .8
-    as its detector; **composite**: cos ≥ .9 with a non-negative sum of at most 3 features (also one
-    feature that the firing does not follow); **group**: its projection onto one group's subspace
-    has norm ≥ .9; else **neither**.
+    as its detector; **composite**: cos ≥ .9 with a non-negative sum of at most 3 features (also
+    with a single feature, if the latent does not fire with it); **group**: its projection onto one
+    group's subspace has norm ≥ .9; else **neither**.
 
     Args:
         saes: SAEs for raw activations of the world.

@@ -43,7 +43,7 @@ from reseed.evaluate.words import (
 )
 
 VERSION = 1
-"""Raised when a code change alters the stored results."""
+"""Version of the stored results. Increase it when a code change alters them."""
 LINES = {
     "first_letter": "{word} has the first letter: {answer}",
     "labelled": "{word} is of the class: {answer}",
@@ -61,13 +61,15 @@ class WordTaskConfig(EvaluationConfig):
         task_file: a csv file with columns ``token`` and ``label``.
         line: the text of a prompt line, with ``{word}`` and ``{answer}``; null uses the task's own
             (`LINES`).
-        icl_words: example lines with the answer before the word in question.
-        prompt_seeds: seeds that draw the example words; each repeats the whole measurement.
+        icl_words: number of example lines, each with its answer, before the word in question.
+        prompt_seeds: seeds that draw the example words; the whole measurement is repeated for each.
         split_seed: seed of the split of the words into fit, validation and test sets.
-        folds: 1: a fifth of the words is tested; more (5 for vocabularies of thousands): every word
-            is tested, in one of as many folds, each with its own probes.
+        folds: number of folds. With 1, a fifth of the words is tested. With more (use 5 for small
+            vocabularies, of thousands of words), every word is tested in one of the folds, each of
+            which has its own probes.
         probe_f1: a class is evaluated if its probe's test F1 is above this.
-        max_latents: most latents that may represent a class: k = 1 … ``max_latents`` are tried.
+        max_latents: maximum number of latents that represent a class: k = 1 … ``max_latents`` are
+            tried.
         f1_step: a further latent must raise F1 by more than this; .01 to .05 are equally valid.
         l1: weight of the L1 penalty of the probe that ranks the latents.
     """
@@ -132,7 +134,7 @@ class WordTaskConfig(EvaluationConfig):
         """Yield the task at a hookpoint, once for each prompt seed.
 
         Args:
-            hooks: hookpoints needed later: one pass of the model reads them all.
+            hooks: hookpoints needed later, which the same pass of the model reads.
         """
         words = self.words(inputs.tokenizer)
         labels = words.labels.numpy()
@@ -182,7 +184,8 @@ class WordTaskConfig(EvaluationConfig):
             for fold, each in enumerate(folds):
                 random = generator(_PROBES, seed, fold)
                 permuted = words.labels.clone()
-                # Labels are permuted within train and test words, so that class sizes stay.
+                # Labels are permuted within the train and within the test words, so that the size
+                # of every class is the same in both.
                 for some in (each.train, each.test):
                     order = torch.randperm(len(some), generator=generator(_PERMUTED, seed, fold))
                     permuted[some] = words.labels[some[order.numpy()]]
@@ -223,7 +226,7 @@ class ProbedTask:
 
     Attributes:
         words: the words.
-        template: the tokens between them.
+        template: the tokens between the words of a prompt.
         x: activation at each word's token, in float32.
         part: each word's part of the split.
         folds: the folds.

@@ -1,11 +1,12 @@
 """The words of a task: their classes, their split, and prompts about them, made of token ids.
 
 First letters are one task (Chanin et al. 2024); a table of tokens and labels defines any other. The
-words are split into sets to fit to, to choose latents by (validation) and to measure (test).
+words are split into three sets: probes are fitted to the first (fit), latents are chosen on the
+second (validation), and measured on the third (test).
 
 The prompt about a word:
 
-    {word} has the first letter: {ANSWER}      ten example words, drawn, a line each
+    {word} has the first letter: {ANSWER}      ten randomly drawn example words, one per line
     {word}[ has the first letter:]             the word in question
 
 The prompt is joined from token ids, so that each word is one token at a known position. Tokenising
@@ -30,7 +31,7 @@ from reseed.errors import ConfigError
 
 _SHOWN = 5
 _STARTS, _ENDS = ("▁", "Ġ"), ("▁", "</w>")
-"""Markers in raw tokens of the start or end of a word."""
+"""Markers of the start or end of a word, in raw tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,12 +57,12 @@ class Words:
 
     @cached_property
     def spellings(self) -> tuple[str, ...]:
-        """The words without space and case; an example is never spelt as the word in question."""
+        """The words in lower case without spaces; no example is spelt like the word in question."""
         return tuple(text.strip().lower() for text in self.texts)
 
 
 def first_letter_words(tokenizer: Any) -> Words:
-    """Return every token that is a word of letters, labelled by the first."""
+    """Return every token that consists of letters A to Z, labelled by its first letter."""
     found = [(i, text) for i, text in _vocabulary(tokenizer).items() if _is_word(text)]
     if not found:
         raise ConfigError("no token of the model's vocabulary is a word of the letters A to Z")
@@ -87,7 +88,8 @@ def labelled_words(tokenizer: Any, file: str) -> Words:
     if unknown:
         shown = ", ".join(repr(text) for text in unknown[:_SHOWN])
         raise ConfigError(
-            f"{{key}}: {len(unknown)} of {len(rows)} are not single tokens of this model: {shown}",
+            f"{{key}}: {len(unknown)} of {len(rows)} texts are not single tokens of this model: "
+            f"{shown}",
             "task_file",
         )
     found = [(known[chosen[text] or ""], chosen[text] or "") for text, _ in rows]
@@ -135,11 +137,11 @@ def _vocabulary(tokenizer: Any) -> dict[int, str]:
 
 
 def _decoded(tokenizer: Any, raw: str) -> str:
-    """Return a token's text. Some tokenizers drop the space that the marker means; add it back."""
+    """Return a token's text, with the space of its marker even if the tokenizer drops it."""
     text = tokenizer.convert_tokens_to_string([raw])
     if raw.startswith(_STARTS) and not text.startswith(" "):
         text = f" {text}"
-    # Some vocabularies mark the ends of words instead.
+    # Some vocabularies mark the ends of words, not their starts.
     if len(raw) > 1 and raw.endswith(_ENDS) and not text.endswith(" "):
         text = f"{text} "
     return text
@@ -168,8 +170,8 @@ class Fold:
 
     Attributes:
         fit: words that probes on latents are fitted to.
-        validation: words that latents are chosen by.
-        test: words that are measured.
+        validation: words on which latents are chosen.
+        test: words on which latents and probes are measured.
     """
 
     fit: Int[np.ndarray, " some"]
@@ -178,19 +180,19 @@ class Fold:
 
     @property
     def train(self) -> Int[np.ndarray, " more"]:
-        """All but the test words; probes on activations are fitted to them."""
+        """All words outside the test set; probes on activations are fitted to these words."""
         return np.sort(np.concatenate([self.fit, self.validation]))
 
 
 def split_words(labels: Int[np.ndarray, " n"], folds: int, seed: int) -> Int[np.ndarray, " n"]:
-    """Assign every word to a part of the split, with the same shares of each class in every part.
+    """Assign every word to a part of the split, stratified by class.
 
     With one fold, part 0 is for training and part 1, a fifth of the words of each class, for
     testing. With more folds, the parts are equally large, and each fold tests on one of them.
 
     Args:
         labels: class of every word.
-        seed: the draw is a function of it and of the labels.
+        seed: seed of the draw; the same seed, labels and number of folds give the same split.
     """
     random = np.random.default_rng([0x70617274, seed])
     part = np.zeros(len(labels), dtype=np.int64)
@@ -223,19 +225,19 @@ def make_folds(
 
 
 _CARRIER = ":"
-"""Precedes a piece while it is tokenised, as some tokenizers insert a space at the start of a text.
-No tokenizer merges it with what follows."""
+"""Prefix of a piece while it is tokenised, because some tokenizers insert a space at the start of a
+text. No tokenizer merges it with what follows."""
 
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """The tokens between the words. The keys say whether the word before ends in a space.
+    """The tokens of a prompt between its words. Keys: whether the word before ends in a space.
 
     Attributes:
         opening: tokens at the start of a text.
         after: tokens after a word in a line with an answer, for each class.
         question: tokens after the last word, up to the answer.
-        answers: the first differing token of the answer of each class.
+        answers: for each class, the first token in which its answer differs from the others.
     """
 
     opening: tuple[int, ...]
@@ -274,7 +276,7 @@ class Template:
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """One prompt for each of n words, padded on the right (causal attention never reads it).
+    """One prompt for each of n words, padded on the right (causal attention ignores the padding).
 
     Attributes:
         tokens: the ids.
@@ -306,10 +308,10 @@ def make_prompts(
 
     Args:
         chosen: indices of words.
-        pools: part of the split of every word; examples come from the same part as the word in
+        pools: every word's part of the split; examples come from the same part as the word in
             question, and are never another spelling of it.
-        icl_words: examples in each prompt, drawn without replacement.
-        ask: end the prompt where the answer follows; else it ends with the word.
+        icl_words: number of examples in each prompt, drawn without replacement.
+        ask: whether the prompt goes on after the word, up to where the answer follows.
 
     Raises:
         ConfigError: a part has too few words.
@@ -350,7 +352,7 @@ def _draw(
     number: int,
     random: np.random.Generator,
 ) -> Int[np.ndarray, " number"]:
-    """Draw uniformly among the words of the pool with another spelling."""
+    """Draw examples uniformly from the words of the pool that are not a spelling of ``word``."""
     found = pool[random.choice(len(pool), number, replace=False)]
     if (spelling[found] != spelling[word]).all():
         return found

@@ -61,8 +61,8 @@ def columns(cells: Sequence[Knobbed]) -> list[str]:
 
 
 def arm_note(cells: Sequence[Cell]) -> str:
-    """Return the knobs that each arm determines, in one line, equal arms together:
-    ``easy: model world_easy, 64 latents, L0≈3 · …``. Empty if the arm determines no knob."""
+    """Return the knobs that each arm determines, in one line: ``easy: model world_easy, 64 latents,
+    L0≈3 · …``. Arms with equal knobs share an entry. Empty if the arm determines no knob."""
     names = _of_arm(cells)
     if not names:
         return ""
@@ -100,7 +100,7 @@ def label(cells: Sequence[Cell], knobs: Mapping[str, Any]) -> str:
 
 
 def knob_values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
-    """Return the values of some knobs in words."""
+    """Return the values of some knobs as text."""
     return [_word(knobs, name) for name in names]
 
 
@@ -178,7 +178,7 @@ def threshold_text(cells: Sequence[Cell]) -> str:
 
 
 def _amounts(cells: Sequence[Knobbed], name: str) -> list[float] | None:
-    """Return the numbers, also out of ``k=8``; None if a cell has none, or if prefixes differ."""
+    """Return each cell's number (8 for ``k=8``); None if a cell has none, or if prefixes differ."""
     found = [_NUMBER.fullmatch(_word(knobs, name)) for knobs, _ in cells]
     if not all(found) or len({match[1] for match in found if match}) > 1:
         return None

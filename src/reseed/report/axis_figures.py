@@ -40,17 +40,17 @@ from reseed.report.style import (
 )
 
 COLUMNS = 3
-"""Most panels in a row."""
+"""Maximum number of panels in a row."""
 LOG_FROM = 8
 """A range whose ends have a larger ratio is drawn on a logarithmic scale."""
 ALIKE_FRACTION = 0.5
-"""Untrained SAEs whose shared fraction exceeds this started from alike weights."""
+"""Untrained SAEs whose shared fraction exceeds this started from similar weights."""
 DOTTED: Any = (0, (1, 2))
 DASHED: Any = (0, (5, 3))
 _NAMES = {"tokens": "optimiser steps", "num_latents": "latents", "sparsity": "latents active"}
 _TICKS = np.linspace(0, 1, 6)
 _LETTER = 0.065
-"""Largest width of a letter of a label, in inches."""
+"""Maximum width of a letter of a label, in inches."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Layout:
     """Layout of the figure: a value per cell, in the order of the cells.
 
     Attributes:
-        at: place on the axis.
+        at: the cell's position on the axis.
         lines: name of its line, the same in all panels.
         panels: title of its panel.
     """
@@ -69,7 +69,7 @@ class _Layout:
 
 
 def axis_name(axis: str) -> str:
-    """Return the last word of a key, for file names: ``aux_alpha`` of ``sae.aux_alpha``."""
+    """Return the last part of a key, for file names: ``aux_alpha`` of ``sae.aux_alpha``."""
     return axis.rpartition(".")[2]
 
 
@@ -145,7 +145,8 @@ def _line(
     estimates = [cell.estimates["shared_fraction"] for _, cell in cells]
     axes.plot(at, [e.mean for e in estimates], **_look(i, name))
     there = [(j, e) for j, e in enumerate(estimates) if e.low is not None and e.high is not None]
-    # A band over consecutive places that have intervals; a bar at a place without such neighbours.
+    # Consecutive points with intervals are joined by a band; a point without such a neighbour has a
+    # bar, because a band of one point is invisible.
     for _, run in groupby(enumerate(there), key=lambda x: x[1][0] - x[0]):
         stretch = [entry for _, entry in run]
         places = at[[j for j, _ in stretch]]
@@ -163,8 +164,8 @@ def _line(
 
 
 def _look(i: int, name: str) -> dict[str, Any]:
-    """Return colour and marker, so that lines differ in grey, too. Gaussian surrogates, which have
-    no features to find, are dashed like the null."""
+    """Return colour and marker, so that lines differ in greyscale, too. Gaussian surrogates, which
+    have no features to find, are dashed like the null."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],
@@ -206,7 +207,7 @@ def _axis_label(cells: Sequence[Cell], axis: str) -> str:
 
 
 def _scale(axes: Axes, at: Sequence[float], room: float) -> None:
-    """Set a tick at every value if there are few; else matplotlib's, in powers of 2 if logarithmic.
+    """Set the scale and the ticks: one at every value if there are few, else those of matplotlib.
 
     Args:
         room: length of the axis, in inches.
@@ -228,7 +229,7 @@ def _amount(value: float) -> str:
 
 
 def _named(values: Sequence[float], log: bool, room: float) -> set[float]:
-    """Return the values whose numbers fit without touching, the largest first."""
+    """Return the values whose numbers fit without touching; a larger value has precedence."""
     at = np.log(values) if log else np.array(values)
     inches = (at - at[0]) / max(np.ptp(at), 1e-300) * room
     named, left = set(), inf
@@ -241,6 +242,6 @@ def _named(values: Sequence[float], log: bool, room: float) -> set[float]:
 
 
 def _started_alike(cells: Sequence[Cell]) -> bool:
-    """Return whether some cells started from alike weights and others did not."""
+    """Return whether the runs of some cells, but not of all, started from similar weights."""
     start = [cell.pair_mean("untrained_shared_fraction") > ALIKE_FRACTION for _, cell in cells]
     return any(start) and not all(start)

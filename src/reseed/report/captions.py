@@ -1,9 +1,9 @@
 """Captions of figures (what each shows, n, and its intervals), and the paper's numbers beside them.
 
-The paper's numbers are of another model, so they are shown for comparison and never part of an
+The paper's numbers come from another model, so they are shown for comparison and never part of an
 estimate. Source: Paulo & Belrose (arXiv 2501.16615): TopK SAEs of the MLP output of layer 6 of
-Pythia-160M, k = 32, 32,768 latents, 8 billion tokens of the Pile, unless a factor says otherwise;
-the strict rule at a threshold of 0.7.
+Pythia-160M, k = 32, 32,768 latents, 8 billion tokens of the Pile, except for the factor that a
+constant is named after; the strict rule at a threshold of 0.7.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ BY_LAYER: Mapping[float, float] = dict(
 LLAMA = 0.30
 """Shared fraction of the SAEs of Llama 3 8B, 131,072 latents, as the paper states it."""
 NEAR = 4.0
-"""References are drawn up to this factor beyond the ends of the sweep's own amounts."""
+"""Reference values are drawn up to this factor beyond the ends of the sweep's own range."""
 FEWEST = 2
-"""Fewest reference values in range to draw; one alone shows no trend."""
+"""Minimum number of reference values in range to draw any; one alone shows no trend."""
 
 
 def compares_seeds(cells: Sequence[Cell]) -> bool:
@@ -46,15 +46,15 @@ def compares_seeds(cells: Sequence[Cell]) -> bool:
 
 
 def reference_values(cells: Sequence[Cell], axis: str, at: Sequence[float]) -> dict[float, float]:
-    """Return the reference values of an axis near the cells' own: amount → shared fraction.
+    """Return the paper's values near those of the cells: value on the axis → shared fraction.
 
     Empty if the axis is none of the paper's factors, or if the paper's values are far from the
-    cells': they would squeeze the cells' own lines. Layers are limited to the range of the axis.
-    The paper's budgets are only used on an axis in tokens, because its number of optimiser steps is
-    not known.
+    cells', because the axis would then leave little room for the cells. Layers are limited to the
+    range of the cells. The paper's budgets are only used on an axis in tokens, because its number
+    of optimiser steps is not known.
 
     Args:
-        at: the places of the cells on the axis.
+        at: the cells' values on the axis.
     """
     found = _values(cells, axis)
     if not found or not at or not compares_seeds(cells):
@@ -96,7 +96,7 @@ def reference_table(cells: Sequence[Cell]) -> Table | None:
         here = [float(cell.u[k - 2]) for cell in own if cell.n_seeds >= k]
         if here:
             rows.append(
-                (f"u_{k}: of k = {k} seeds, all others lack it", number(value), _between(here))
+                (f"u_{k}: shared with no other of k = {k} seeds", number(value), _between(here))
             )
     note = (
         f"**{SOURCE}**: TopK, k = 32, 32,768 latents, 8B tokens. Another model, width and budget: "

@@ -41,13 +41,13 @@ from reseed.report.style import (
 NOT_LIVE = 2
 """Number of strata before the first decile: never fired, and not live."""
 MOST_LINES = 6
-"""Most lines in one panel; more cells are split into panels, by all but the last of the knobs that
-name them."""
+"""Maximum number of lines in one panel. More cells are split into panels, by all but the last of
+the knobs that name them."""
 
 
 @dataclass(frozen=True)
 class _LegendText:
-    """Extra text of the legend: ``of`` a cell, and the ``title`` that explains it."""
+    """Extra text of the legend: ``of`` returns that of a cell, and ``title`` explains it."""
 
     of: Callable[[CellResult], str]
     title: str
@@ -73,7 +73,7 @@ class Curve:
 
 
 def threshold_figure(cells: Sequence[Cell]) -> Figure:
-    """Draw the strict shared fraction against its threshold, with the paper's for Pythia."""
+    """Draw the strict shared fraction against its threshold, with the paper's values for Pythia."""
 
     def curve(cell: CellResult) -> Curve:
         found = [cell.estimates[f"shared_fraction_at_{tau}"] for tau in THRESHOLDS]
@@ -134,7 +134,7 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
     Cells without measures on activations are left out.
 
     Raises:
-        ValueError: no cell has any.
+        ValueError: no cell has measures on activations.
     """
     cells = with_activations(cells)
     if not cells:
@@ -199,7 +199,8 @@ def _figure(
     """Draw panels of lines with intervals, and one legend.
 
     Args:
-        panel: draws the rest of a panel, and its ticks; its second argument: is the panel wide?
+        panel: draws the rest of a panel, and its ticks; its second argument says whether the panel
+            is wide.
         below, beside: labels of the x and y axis.
         handles: legend handles for what ``panel`` draws.
         more: text that the legend of a single panel adds to the name of a cell.
@@ -244,7 +245,7 @@ def _figure(
 
 
 def _panels(cells: Sequence[Cell]) -> dict[str, list[tuple[str, Cell]]]:
-    """Return panel title → its lines, as (name, cell); few cells are in one panel."""
+    """Return panel title → its lines, as (name, cell); up to `MOST_LINES` cells share one panel."""
     if len(cells) <= MOST_LINES:
         return {"": [(label(cells, knobs), (knobs, cell)) for knobs, cell in cells]}
     *first, last = label_knobs(cells)
@@ -261,7 +262,7 @@ def _named(name: str, value: str) -> str:
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Return colour, marker and, from the ninth line on, dashes, so that lines differ in grey."""
+    """Return colour, marker and, from the ninth line on, dashes: lines differ in greyscale, too."""
     return {
         "color": COLOURS[i % len(COLOURS)],
         "marker": MARKERS[i % len(MARKERS)],

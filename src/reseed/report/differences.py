@@ -25,7 +25,7 @@ MEASURES = {
 LISTED = 4
 """Up to this many verdicts are printed one by one on the terminal."""
 BUDGETS = 2
-"""Number of last budgets that have to agree."""
+"""Number of budgets, counted from the largest, that must agree for a claim."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Contrast:
 
     @property
     def claimed(self) -> int:
-        """1 or −1 if the first or the second has more at all of the last budgets, else 0."""
+        """1 if the first has more at each of the last `BUDGETS`, −1 if the second has, else 0."""
         sides = {side(d) for d in self.differences[self.primary][-BUDGETS:]}
         return sides.pop() if len(sides) == 1 else 0
 
@@ -155,7 +155,7 @@ def differences(cells: Sequence[Cell]) -> Table | None:
 
 
 def difference_lines(cells: Sequence[Cell]) -> list[str]:
-    """Return a line for each pair of architectures; if there are many, a line for each place."""
+    """Return a line for each contrast; if there are many, a line for all contrasts of a place."""
     found = contrasts(cells)
     if len(found) <= LISTED:
         return [contrast.verdict() for contrast in found]

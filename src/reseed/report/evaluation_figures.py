@@ -44,7 +44,7 @@ DENSITY = "reconstruction_density"
 _DENSITY_BINS = np.linspace(-7, 0, 29)
 LINES = ("-", "--", ":", "-.")
 _FEW_LETTERS = 40
-"""Most classes drawn as bars; more would be too narrow to read."""
+"""Maximum number of classes drawn as bars; more would be too narrow to read."""
 
 
 def write_evaluation_figures(cells: Sequence[Cell], runs: Runs, folder: Path | str) -> list[Path]:
@@ -125,7 +125,7 @@ def faithfulness_figure(cells: Sequence[Cell]) -> Figure:
 
 def absorption_figure(cells: Sequence[Cell]) -> Figure:
     """Draw the absorbed fraction against L0, and against width if it differs: a point for each run,
-    with those of permuted letters and of the untrained SAE."""
+    one for the same run with permuted letters, and one for the untrained SAE."""
     widths = sorted({cell.num_latents for _, cell in cells})
     against = [("l0", "L0")] + ([("num_latents", "latents")] if len(widths) > 1 else [])
     figure = Figure(figsize=(WIDTH * (1 if len(against) > 1 else 0.7), 3.1 + 0.1 * len(cells)))
@@ -281,7 +281,7 @@ def _lines(cells: Sequence[Cell], axis: str) -> list[list[CellResult]]:
 
 
 def _kinds(cells: Sequence[Cell]) -> list[str]:
-    """Return each cell's non-numeric knobs in words: usually its architecture."""
+    """Return each cell's non-numeric knobs as text: usually its architecture."""
     numbers = numeric_axes(cells, at_least=2)
     names = [name for name in distinguishing_knobs(cells) if name not in numbers]
     return [", ".join(knob_values(names, knobs)) or str(knobs.get("sae", "")) for knobs, _ in cells]

@@ -110,7 +110,7 @@ SPECS: dict[str, Spec] = {
         with_interval=("splits", "latent\nF1"),
         footnotes=(
             "**letters**: classes of words that a probe finds in the model's activations (its F1 "
-            "is above the gate); all means are over these. **splits**: number of latents that "
+            "is above `probe_f1`); all means are over these. **splits**: number of latents that "
             "stand for a letter, minus one (k-sparse probing).",
             "**latent F1**, **precision**, **recall**: of the firing of the letter's first latent "
             "on words not used to choose it; **probe**: on the activations themselves. Low recall "
@@ -138,7 +138,7 @@ SPECS: dict[str, Spec] = {
             "which its own latents are silent and one other takes over. Chanin et al., with their "
             "thresholds, over **letters** whose probe is good enough. Lower is better.",
             "**permuted**: the same with letters assigned to words at random; **untrained**: the "
-            "same for the untrained SAE. A value no higher than these is no absorption. "
+            "same for the untrained SAE. A value no higher than these is no sign of absorption. "
             "**derived**: with thresholds that meaningless directions do not reach in this "
             "dictionary. An SAE that reconstructs little can score well: check **FVU** and **L0**.",
         ),
@@ -245,8 +245,8 @@ def _overlaps(cells: Sequence[Cell]) -> list[Table]:
         made,
         f"**same words**: words absorbed in both of two {pair_axis_name(cells)} / in either, over "
         "**letters** whose latents are matched by the decoder; mean over pairs. **by chance**: the "
-        "same after permuting words of one letter and similar frequency; **p**: of each pair "
-        "against that.",
+        "same after permuting words of one letter and similar frequency; **p**: p-value of a pair "
+        "in that permutation test.",
     )
     return [replace(table, caption="Do they absorb the same words?")]
 

@@ -34,7 +34,7 @@ from reseed.report.table import Column, Table, cell_table, estimate_columns
 
 TEN_MILLION = 10_000_000
 MAX_POINTS = 3000
-"""Most points drawn per cell; its histograms count all."""
+"""Maximum number of points drawn per cell; the histograms count all latents."""
 _BINS = 40
 
 
@@ -66,7 +66,8 @@ def by_decile(cells: Sequence[Cell]) -> Table:
 
 
 def by_kind_of_firing(cells: Sequence[Cell]) -> Table:
-    """Return the table of the shared fraction at equal firing, weighted, and of special latents."""
+    """Return the table of the shared fraction at equal firing, weighted, and of kinds of latents
+    (dense, duplicate, antipodal)."""
     made: dict[str, Column] = {}
     footnotes = []
     if len(cells) > 1:
@@ -176,10 +177,10 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
             axes.tick_params(labelbottom=True)
         if i % columns == 0:
             axes.set_ylabel("cosine by decoder")
-    sample = f"all pairs of {count_text(cells)}; histograms scaled by kind"
+    sample = f"all pairs of {count_text(cells)}; histograms scaled to equal height"
     legend_below(figure, [
         Line2D([], [], color=BLUE, marker="o", linestyle="", label="shared with that run"),
-        Line2D([], [], color=ORANGE, marker="+", linestyle="", label="orphan there"),
+        Line2D([], [], color=ORANGE, marker="+", linestyle="", label="not shared with that run"),
         Line2D([], [], color="black", linestyle="--", linewidth=0.7,
                label=f"threshold {threshold_text(cells)}, also for the encoder"),
         Line2D([], [], linestyle="", label=sample),
@@ -196,7 +197,7 @@ def _points(axes: Axes, own: MatchedLatents, never: float) -> None:
     if len(kept) > MAX_POINTS:
         kept = np.random.default_rng(0).choice(kept, MAX_POINTS, replace=False)
     rate, cosine, shared = (values[kept] for values in (own.rate, own.cosine, own.shared))
-    # Counts are integers and would line up in columns: jittered within a tenth of a decade.
+    # Counts are integers: without a jitter, of a tenth of a decade, points would form columns.
     moved = 10 ** np.random.default_rng(1).uniform(-0.05, 0.05, len(rate))
     at = np.where(rate > 0, rate, never) * moved
     scatter_of_two(axes, at, cosine, shared)
@@ -217,8 +218,8 @@ def _ticks(axes: Axes, never: float, least: float, most: float) -> None:
 def _margins(
     axes: Axes, own: MatchedLatents, never: float, most: float, low: float, title: str
 ) -> None:
-    """Draw histograms above and at the right, scaled to equal height: orphans filled, shared
-    latents as a line."""
+    """Draw histograms above and at the right, each scaled to the same height: filled for orphans,
+    a line for shared latents."""
     above = axes.inset_axes((0, 1.02, 1, 0.16), sharex=axes)
     right = axes.inset_axes((1.02, 0, 0.16, 1), sharey=axes)
     at = np.where(own.rate > 0, own.rate, never)

@@ -12,12 +12,12 @@ from reseed.compare.columns import Interval
 MISSING = "–"
 """Sign for a missing value."""
 LEAST = 0.001
-"""Smaller numbers are shown as below this."""
+"""Positive numbers smaller than this are shown as ``< 0.001``."""
 
 
 def number(value: float) -> str:
-    """Format with two decimals, or with one digit if these would be 0; ``< 0.001`` below
-    `LEAST`."""
+    """Format with two decimals, or with one significant digit if these would be 0; ``< 0.001``
+    below `LEAST`."""
     if isnan(value):
         return MISSING
     if value == 0:
@@ -39,7 +39,7 @@ def range_text(values: Iterable[int]) -> str:
 
 
 def padded(values: np.ndarray, length: int) -> list[str]:
-    """Return the values in words, padded with empty strings to ``length``."""
+    """Return the values as text, padded with empty strings to ``length``."""
     return [number(float(v)) for v in values] + [""] * (length - len(values))
 
 
@@ -68,7 +68,7 @@ def side(difference: Interval) -> int:
 
 
 def null_text(null: float, simulated: int) -> str:
-    """Return a shared fraction by chance in words; for 0, the detection limit of the simulation,
+    """Return the null of a shared fraction as text; for 0, the detection limit of the simulation,
     ``< 1/4096``."""
     if null:
         return number(null) if null >= LEAST else f"{null:.1g}"

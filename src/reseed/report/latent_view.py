@@ -28,9 +28,9 @@ _CHANCE = ("reproducibility", "reproducibility_low", "reproducibility_high")
 _SHADES = ("#12261c", "#164a2f", "#1a6e43", "#1f9357", "#2ec27e")
 """Background colours of tokens, from the smallest activation to the latent's largest."""
 _DARK = 3
-"""Number of shades that need white letters."""
+"""Number of shades, from the first, that need white letters."""
 _WIDEST = 120
-"""Most columns of a passage in a file."""
+"""Maximum width of a passage in characters when the output is a file."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def print_partner(partner: Partner, view: LatentView | None, console: Console) -
     """Print the strongest contexts of a latent's partner in another run.
 
     Args:
-        shown: the partner; None if its run has no contexts.
+        view: the partner with its contexts; None if its run has none.
     """
     console.print(Text(f"in {partner.name}: {_in_words(partner)}", style="bold"))
     if partner.latent is None:
@@ -155,7 +155,7 @@ def quoted(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """Replace newlines and tabs by signs, and unprintable characters by �."""
+    """Replace newlines and tabs by visible signs, and other unprintable characters by �."""
     signs = {"\n": "↵", "\r": "↵", "\t": "→"}
     return "".join(signs.get(c, c if c.isprintable() else "�") for c in text)
 

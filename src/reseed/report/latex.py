@@ -1,4 +1,4 @@
-"""``summary.tex``: the tables of the terminal for a paper.
+"""``summary.tex``: the tables that the terminal shows, in LaTeX for a paper.
 
 Use it with `\\input` in a document that has ``\\usepackage{booktabs}`` and
 ``\\usepackage{graphicx}`` (for ``\\resizebox``, which shrinks a table that is too wide to the width
@@ -66,7 +66,7 @@ def summary_latex(cells: Sequence[Cell], tables: Sequence[Table], name: str = ""
     """Return each table as a ``table`` with its caption and footnotes.
 
     Args:
-        tables: tables of the terminal, the first with the footnotes of the comparison.
+        tables: the tables that the terminal shows; the first has the comparison's footnotes.
         name: prefix of the labels: ``tab:<name>``, ``tab:<name>-2``, …
     """
     label = re.sub(r"[^A-Za-z0-9-]+", "-", name or "summary").strip("-")
@@ -78,7 +78,7 @@ def summary_latex(cells: Sequence[Cell], tables: Sequence[Table], name: str = ""
 
 
 def latex_table(table: Table, conditions: str, label: str) -> str:
-    """Return one table.
+    """Return one table in LaTeX.
 
     Args:
         conditions: added to the table's own caption: n, interval, tokens.

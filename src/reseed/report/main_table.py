@@ -144,8 +144,8 @@ def detectable(a: Interval, b: Interval, confidence: float) -> float | None:
 def detectable_note(
     estimates: Sequence[Interval], primary: str, confidence: float
 ) -> tuple[str, ...]:
-    """Return the primary measure and the smallest difference between rows that the design could
-    detect; only the former without intervals."""
+    """Return a footnote: the primary measure, and, if there are intervals, the smallest difference
+    between rows that the design could detect."""
     name = measure_name(primary)
     pairs = list(combinations(estimates, 2)) or [(e, e) for e in estimates]
     seen = [x for a, b in pairs if (x := detectable(a, b, confidence)) is not None]

@@ -1,5 +1,5 @@
-"""Matrix of chosen values: how much of layer 3's SAE is in layer 6's? As tables, as
-``matrix.csv`` and as a figure."""
+"""Matrix of a measure over all pairs of values, such as layers: how much of layer 3's SAE is in
+layer 6's? As tables, as ``matrix.csv`` and as a figure."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from reseed.report.style import GREY, WIDTH, panels
 from reseed.report.table import Table
 
 MAX_FAMILIES = 6
-"""Most families of cells (layers for each of some models, say) with matrices; more are too many to
-read."""
+"""Maximum number of families of cells (such as the layers of one model) for which matrices are
+shown; more are too many to read."""
 _WRITTEN = 12
 """Up to this many values, the numbers are written into the squares."""
 _LIGHT = 0.55
@@ -60,8 +60,8 @@ class Matrix:
 def value_matrices(cells: Sequence[Cell]) -> list[Matrix]:
     """Return, for each family of cells, the primary measure and one-sided coverage.
 
-    Families with fewer than 3 values are left out, unless seeds pair up, too; with more than
-    `MAX_FAMILIES` families the list is empty.
+    Families with fewer than 3 values are left out, unless they have pairs of runs with the same
+    value. With more than `MAX_FAMILIES` families the list is empty.
     """
     cells = value_pair_cells(cells)
     families = _families(cells, named=True)

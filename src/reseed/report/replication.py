@@ -132,9 +132,10 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
         f"{settings.threshold:g}. **reproducibility**: probability that one more "
         f"{settings.pair_words} has it, with the {settings.confidence:.0%} interval of a beta "
         "distribution. **alike**: mean shared fraction of the latents in its decile of firing.",
-        f"Under each other {settings.pair_words}: the decoder's match (cosine by encoder, by "
-        "decoder), with * if it is shared; then, if it is another, the latent whose smaller cosine "
-        "is largest, even if it is the match of another latent.",
+        f"The column of each other {settings.pair_words} gives the match by decoder (cosine by "
+        "encoder, by decoder), with * if it is shared. If another latent is nearer, it follows: "
+        "the one with the largest minimum of both cosines, even if it is matched to another "
+        "latent.",
     ]
     silent = _numbers(frame, "latent")[_numbers(frame, "live") == 0]
     if len(silent):

@@ -1,7 +1,7 @@
 """Common style of all figures.
 
 Colours are those of Okabe & Ito, which colour-blind readers can distinguish. Every colour goes with
-a marker or a shade of its own, so that the figures can be read in grey.
+a marker or a shade of its own, so that the figures can be read in greyscale.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def legend_below(
 
 
 def interval_handle(cells: Sequence[Cell], known: bool, colour: str) -> Patch:
-    """Return the legend's handle for the bands of intervals; an invisible one that says so if none
-    is ``known``."""
+    """Return the legend handle for interval bands; if no interval is ``known``, an invisible handle
+    whose label says so."""
     if not known:
         return Patch(alpha=0, label=f"{count_text(cells)}, no interval")
     text = f"{cells[0][1].settings.confidence:.0%} interval over {count_text(cells)}"

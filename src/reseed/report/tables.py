@@ -91,7 +91,8 @@ def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     """Return a row per cell: its knobs, `SUMMARY_COLUMNS`, its settings, every estimate with
     ``_low`` and ``_high``, and the measures without interval.
 
-    ``shared_fraction_standardised`` is at the firing of all cells together, `strata.standardised`.
+    ``shared_fraction_standardised`` is the shared fraction that a cell would have if its latents
+    fired like those of all cells together (`strata.standardised`).
     """
     with_space = with_strata(cells)
     confidence = cells[0][1].settings.confidence
@@ -158,7 +159,7 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
     """Return a row per latent of each run, the knobs of its cell first.
 
     Where pairs differ in more than the seed, ``place`` is the run's label among the runs of its
-    cell (``topk, 0``), and ``seed`` is its seed, empty if there was only one.
+    cell (``topk, 0``), and ``seed`` is its seed, empty if that is not known.
     """
     names = list(dict.fromkeys(name for knobs, _ in cells for name in knobs if name != "seed"))
     values = {name: _one_type([knobs.get(name) for knobs, _ in cells]) for name in names}
@@ -192,8 +193,8 @@ def _one_type(values: list[Any]) -> pa.Array:
 
 
 def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> str:
-    """Return ``summary.md``: the summary of the terminal, then differences, `summary_tables` and
-    runs.
+    """Return ``summary.md``: the summary that the terminal shows, then differences,
+    `summary_tables` and runs.
 
     ``incomplete`` is added to the footnotes of the first table.
     """
@@ -205,7 +206,7 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
         parts += [f"## {table.caption}", markdown_table(table)]
     alone = runs_by_value_table(cells)
     if alone:
-        parts += ["## Each by itself", markdown_table(alone)]
+        parts += ["## Runs of each value", markdown_table(alone)]
     between = differences(cells)
     if between:
         parts += ["## Differences", markdown_table(between)]
@@ -228,7 +229,7 @@ def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
 
 
 def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[Table]:
-    """Return all tables of the terminal and of ``summary.tex``."""
+    """Return all tables that the terminal shows and ``summary.tex`` has."""
     return [*first_tables(cells, incomplete), *optional_tables(cells)]
 
 
@@ -293,7 +294,7 @@ def absorbers_frame(runs: Runs) -> pd.DataFrame:
 
 
 def _stacked(parts: Iterable[tuple[Mapping[str, Any], Any]]) -> pd.DataFrame:
-    """Concatenate tables, each with the columns of what it is about first."""
+    """Concatenate tables; columns from the mapping of each table come before its own."""
     frames = []
     for about, values in parts:
         frame = pd.DataFrame(values)

@@ -76,7 +76,7 @@ def _fitting(table: Table, console: Console) -> Table | None:
 
 
 def _needed(made: RichTable, console: Console) -> int:
-    """Return the window columns that a table takes; its columns must all have a width."""
+    """Return the width of a table in characters; all of its columns must have a set width."""
     wide = console.options.update(width=10_000, max_width=10_000)
     return Measurement.get(console, wide, made).maximum
 

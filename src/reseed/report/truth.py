@@ -38,8 +38,8 @@ _SHOWN = (*_WITH_INTERVAL, "atom_given_orphan", "likelihood_ratio")
 
 
 def truth_tables(cells: Sequence[Cell]) -> list[Table]:
-    """Return the table of what sharing predicts about truth, then that of how true the SAEs are;
-    empty without labels.
+    """Return two tables: whether shared latents are atoms more often than others, and how well the
+    SAEs recover the true features. Empty if no cell has labels.
 
     There are two, so that each fits a terminal of 120 columns. Cells without labels are left out.
     """
@@ -104,7 +104,7 @@ def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[st
         f"nothing about truth. Intervals leave one {one} out at a time.",
         *_reasons(cells, labelled),
     )
-    # The first table has the live fraction, too.
+    # A narrow window can leave out the live fraction, because the main table has it, too.
     return Table(header, rows, len(names), TITLE, footnotes, ("shared\nlive",))
 
 
@@ -160,8 +160,8 @@ def _reasons(cells: Sequence[Cell], labelled: Sequence[Cell]) -> list[str]:
 
 
 def truth_figure(cells: Sequence[Cell]) -> Figure:
-    """Draw P(atom | shared) and P(atom | orphan) of each cell, joined, with their difference as a
-    number.
+    """Draw P(atom | shared) and P(atom | orphan) of each cell, joined by a line, with their
+    difference as a number.
 
     Cells without labels are left out. If one of the two is undefined, the row is grey and gives the
     reason.
@@ -196,7 +196,7 @@ def truth_figure(cells: Sequence[Cell]) -> Figure:
         interval_handle(cells, known, GREY),
     ]
     if any(_undefined(cell.estimates) for _, cell in cells):
-        handles.append(_mark(GREY, "o", "the other is undefined"))
+        handles.append(_mark(GREY, "o", "only one of the two is defined"))
     legend_below(figure, handles, columns=2)
     return figure
 

@@ -1,4 +1,4 @@
-"""Training of missing runs: resolved experiments in, finished runs in the store.
+"""Training of missing runs: from resolved experiments to finished runs in the store.
 
     declared (`reseed.experiment`)  →  resolved  →  grouped (`reseed.train.plan`)
              →  calibrated (`calibrate`), trained (`reseed.train.group`)
@@ -10,7 +10,7 @@ same L0, ``sae.target_l0`` asks for the λ whose held-out L0 at inference is the
 
 1. One run is *steered*: λ moves while it trains (`reseed.sae.losses`), from the declared value.
 2. Rounds with a constant λ follow, a secant on log L0 over log λ, until one is within `ACCEPTED`.
-3. That λ is frozen for every seed of the cell. A penalty that moved with the seed would be a
+3. That λ is frozen for every seed of the cell. A penalty that differed between seeds would be a
    confound.
 
 All of these are runs of the store, with initial weights that no compared run shares. They are found
@@ -142,8 +142,9 @@ class Search:
         if below and above:
             (u0, y0), (u1, y1) = below[-1], above[0]
             if u0 < u1:
-                # Deviations of distant ends are clipped, since they are unreliable. An end that has
-                # stayed for two rounds counts half (Illinois), or a bracket can stop shrinking.
+                # Deviations of distant ends are clipped, since they are unreliable. The deviation
+                # of an end that has stayed for two rounds is halved (the Illinois method), because
+                # otherwise the bracket can stop shrinking.
                 y0, y1 = min(y0, 1.0), max(y1, -1.0)
                 sides = [self._deviation(x) > 0 for _, x, _ in self.rounds[-2:]]
                 if sides == [True, True]:
@@ -171,8 +172,9 @@ class Search:
             told = ", ".join(f"{w:.4g} gives {x:.3g}" for w, x, _ in self.rounds)
             raise CalibrationError(
                 f"sae.target_l0 (={self.target:g}): no penalty weight gave a held-out L0 within "
-                f"{BOUND:.0%} in {len(self.rounds)} rounds: {told}. Set another start with "
-                f"sae.{self.base.experiment.architecture.penalty_field}, or raise training.tokens."
+                f"{BOUND:.0%} of the target in {len(self.rounds)} rounds: {told}. Set another "
+                f"initial weight with sae.{self.base.experiment.architecture.penalty_field}, or "
+                "raise training.tokens."
             )
         rounds = [{"weight": w, "l0": x, "run": run} for w, x, run in self.rounds]
         return {"weight": best[0], "l0": best[1], "run": best[2], "rounds": rounds}
@@ -184,7 +186,7 @@ def calibrate(
     """Find the penalty weight of every experiment that asks for an L0.
 
     The searches of all cells advance together: each round trains one run per cell, so that cells on
-    one stream share its pass of the language model.
+    one stream share one pass of the language model.
 
     Args:
         experiments: the experiments to be trained.
@@ -252,7 +254,7 @@ def train_missing(
 ) -> dict[str, BaseException]:
     """Train every experiment that has no finished run; runs on one stream train together.
 
-    With ``runtime=ddp`` or ``spread`` this process leads several.
+    With ``runtime=ddp`` or ``runtime=spread``, this process distributes the work over several.
 
     Returns:
         the error of each failed run, by run id.
@@ -301,8 +303,9 @@ def _train_groups(
 ) -> dict[str, BaseException]:
     """Train the unfinished runs, group by group.
 
-    Runs locked by another process come last, when that process may have finished them; only then
-    this one waits for the lock. A group that runs out of memory is retried in halves.
+    Runs that another process has locked come last: by then that process may have finished them. If
+    it has not, this process waits for the lock. A group that runs out of memory is retried in
+    halves.
     """
     by_signature = {r.signature: r for r in experiments}
     groups = make_plan([r.spec for r in experiments], machine).groups
@@ -346,8 +349,8 @@ def _train_groups(
 def failure_lines(experiments: Sequence[Resolved], store: RunStore) -> list[str]:
     """Describe the runs that are not finished; runs of a cell with the same error share a line.
 
-    Unless the message explains the error, lines with its source and the path of the whole
-    traceback follow.
+    If the message does not explain the error, further lines give the source line that raised it and
+    the path of the traceback.
     """
     alike: dict[tuple[str, ...], dict[str, tuple[Run, int]]] = {}
     for resolved in experiments:

@@ -1,9 +1,9 @@
-"""Absorption by its causal effect: the paper's form, for layers where the word's information is
-still at the word's token.
+"""Absorption measured by its causal effect, as in the paper. It needs a layer where the information
+about the word is still at the word's token.
 
 The metric is the logit of the right answer minus the mean of the others, at the last token.
-Integrated gradients over the latents at the word attribute it to latents. The SAE's error is added
-back, so that with all latents in place the model is unchanged. Chanin et al. 2024, section 5.
+Integrated gradients attribute the metric to the latents at the word. The SAE's error is added back,
+so that with all latents in place the model is unchanged. Chanin et al. 2024, section 5.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from reseed.evaluate.words import Prompts, make_prompts
 from reseed.sae.base import SAE
 
 STEPS = 6
-"""Steps of the integral: all latents at 1, 5/6, … 1/6 of their activation."""
+"""Number of steps of the integral: all latents at 1, 5/6, … 1/6 of their activation."""
 MARGIN = 1.0
-"""Least excess of the effect of the first latent over that of the second."""
+"""Minimum by which the effect of the strongest latent exceeds that of the second strongest."""
 _FRESH, _SAMPLE = 0x66726573, 0x73616D70
 
 
@@ -37,9 +37,10 @@ class CausalRules:
     """Settings of the causal measure.
 
     Attributes:
-        sample: most words of a class to measure; results are scaled up to all of its words.
-        cosine: least cosine of the latent's decoder row with the probe's direction.
-        icl_words: example lines with the answer before the word in question.
+        sample: maximum number of words of a class to measure; results are scaled up to all of its
+            words.
+        cosine: minimum cosine of the latent's decoder row with the probe's direction.
+        icl_words: number of example lines, each with its answer, before the word in question.
     """
 
     sample: int = 200
@@ -57,14 +58,14 @@ def causal_absorption(
     main: Sequence[Int[Tensor, " S"]],
     rules: CausalRules,
 ) -> dict[int, float]:
-    """Return the number of absorbed words that each candidate represents: 0, or 1 scaled up.
+    """Return how many absorbed words each candidate represents: 0, or its sampling weight.
 
     Args:
         candidates: words that the probe gets right and the main latents' regression gets wrong.
         main: S of each class.
 
     Returns:
-        Number by word; its sum over a class is the number of absorbed words.
+        candidate → number; the sum over a class is its estimated number of absorbed words.
     """
     counts = dict.fromkeys(candidates.tolist(), 0.0)
     if not len(candidates):
@@ -102,14 +103,14 @@ def integrated_gradient(
     decoded: Float[Tensor, "n D"],
     batch: int,
 ) -> Float[Tensor, "n D"]:
-    """Average the gradient of the metric by the activation at the word, along the path.
+    """Average the gradient of the metric with respect to the activation at the word over the steps.
 
     Args:
         answers: answer token of each class, for each word.
         labels: class of each word.
-        decoded: Σ_j f_j·d_j, removed step by step: x − (1 − α)·Σ_j f_j·d_j decodes α times the
-            latents, with the error added.
-        batch: prompts in one pass.
+        decoded: Σ_j f_j·d_j, removed step by step: x − (1 − α)·Σ_j f_j·d_j is the reconstruction
+            from α times the latents, plus the SAE's error.
+        batch: number of prompts in one pass.
     """
     found = []
     for rows in torch.arange(len(labels)).split(batch):
@@ -166,7 +167,7 @@ def is_absorbed(
     alignment: Alignment,
     cosine: float,
 ) -> Bool[Tensor, " n"]:
-    """Return whether one latent alone carries the metric, and points along the probe.
+    """Return, per word, whether one latent alone carries the metric and points along the probe.
 
     attr_j = −f_j·(d_j·gradient). With the most negative j₁ and the next j₂: attr_j₁ ≤ 0,
     |attr_j₁| − |attr_j₂| ≥ `MARGIN`, and cos(d_j₁, p) ≥ ``cosine``.

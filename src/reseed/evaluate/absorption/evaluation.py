@@ -27,22 +27,22 @@ from reseed.sae.base import SAE
 
 _DIRECTIONS = 0x64697265
 _COUNTED = 10_000_000
-"""Tokens of the training text in which word frequencies are counted."""
+"""Number of tokens of the training text in which word frequencies are counted."""
 
 
 @dataclass(frozen=True)
 class AbsorptionConfig(WordTaskConfig, name="absorption"):
-    """Absorption: latents of a class are silent because others have absorbed them.
+    """Absorption: latents of a class are silent on words that other latents have absorbed.
 
     Args:
         cosine, full_cosine, share, absorbers: the published thresholds
             (`reseed.evaluate.absorption.projection.Thresholds`). A second measurement sets both
-            cosines to the null cosine: that with random directions and permuted probes.
+            cosines to the null cosine, found with random directions and permuted probes.
         null_directions: number of random directions, drawn with the activations' covariance.
         null_quantile: the null cosine is this quantile of the latents' cosines.
         causal: also measure the effect on the model's answer; this runs the whole model.
-        causal_sample: words of each class to measure the effect on.
-        bootstrap: draws of words for the intervals.
+        causal_sample: maximum number of words of each class on which the effect is measured.
+        bootstrap: number of bootstrap draws of words for the intervals.
         confidence: confidence level of the intervals.
         seed: seed of the bootstrap and of the random directions.
     """
@@ -115,7 +115,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         """Measure every word of the ``kept`` classes in every repetition, encoded once.
 
         Args:
-            null: also measure permuted labels, and use the thresholds of the null.
+            null: also measure with permuted labels, and with thresholds derived from the null.
         """
         codes = [encode(sae, probed.x) for probed in repetitions]
         thresholds = {"": self.thresholds}
@@ -179,8 +179,8 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         inputs: EvaluationInput,
         repetitions: list[ProbedTask],
     ) -> None:
-        """Add to the records ``causal``, the number of absorbed words that each represents, and
-        ``candidate``."""
+        """Add two columns to the records: ``candidate``, whether the regression on the main latents
+        gets the word wrong, and ``causal``, the number of absorbed words that it represents."""
         assert inputs.model is not None
         rules = CausalRules(self.causal_sample, self.full_cosine, self.icl_words)
         measured.records["causal"] = 0.0

@@ -1,6 +1,6 @@
 """Measurements of each word, and their means over classes with intervals.
 
-A record is one word in one repetition (a prompt seed) that the probe gets right. Intervals over
+A record is one word that the probe gets right, in one repetition (a prompt seed). Intervals over
 words (a bootstrap) and over prompt seeds are separate; the spread over SAEs is not computed here.
 """
 
@@ -24,7 +24,7 @@ from reseed.evaluate.word_task import ProbedTask
 from reseed.sae.base import SAE
 
 MIN_SEEDS = 3
-"""Fewest prompt seeds for an interval over them."""
+"""Minimum number of prompt seeds for an interval over them."""
 
 
 def word_records(
@@ -46,7 +46,7 @@ def word_records(
     Args:
         codes: codes of all words.
         splits: main latents of every class in this fold.
-        thresholds: by suffix of the column names.
+        thresholds: suffix of the column names → thresholds.
         permuted: use permuted labels and their probes.
     """
     prefix = "permuted_" if permuted else ""
@@ -179,5 +179,5 @@ def _reach(values: Float[np.ndarray, " n"], confidence: float) -> float:
 
 
 def main_latents(splits: Sequence[Split | None]) -> list[Tensor]:
-    """Return S of each class; empty for a class without a split."""
+    """Return the main latents S of each class; empty for a class without a split."""
     return [torch.zeros(0, dtype=torch.long) if s is None else s.main for s in splits]

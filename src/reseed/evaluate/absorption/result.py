@@ -19,7 +19,7 @@ from reseed.evaluate.word_task import ProbedTask
 from reseed.sae.base import SAE
 
 DERIVED = "_derived"
-"""Suffix of columns and metrics measured with the thresholds of the null."""
+"""Suffix of columns and metrics measured with thresholds derived from the null."""
 _EXAMPLES = 12
 
 
@@ -130,8 +130,8 @@ def _letter_table(
     reasons: list[str],
     cosine: np.ndarray,
 ) -> pd.DataFrame:
-    """Make a row for each class, evaluable or not; ``main_cosine`` is the cosine of its first main
-    latents with the probe."""
+    """Make a row for each class, evaluable or not; ``main_cosine`` is the mean cosine of its first
+    main latents with the probe."""
     probed = repetitions[0]
     counts = np.bincount(probed.words.labels.numpy(), minlength=probed.num_classes)
     right = torch.stack([(p.test_scores > 0) & p.members for p in repetitions])
@@ -189,11 +189,12 @@ def _cosines(repetitions: list[ProbedTask], sae: SAE) -> np.ndarray:
 def absorber_table(
     records: pd.DataFrame, repetitions: list[ProbedTask], cosine: np.ndarray, kept: list[int]
 ) -> pd.DataFrame:
-    """List the latents that absorb words of each evaluable class, those of most words first.
+    """List the latents that absorb words of each evaluable class, that with the most words first.
 
-    Columns: ``class``, ``latent``, ``words`` (distinct words that it helps to absorb),
-    ``strongest`` (words to which it contributes most), ``cosine`` with the probe,
-    ``share`` (its mean contribution over P), ``examples``.
+    Columns: ``class``, ``latent``, ``words`` (number of distinct words that it helps to absorb),
+    ``strongest`` (number of words to which it contributes more than any other latent), ``cosine``
+    with the probe, ``share`` (its contribution / the word's probe projection, mean over words),
+    ``examples``.
     """
     words = repetitions[0].words
     absorbed = records.loc[(records["fraction"] > 0) & records["class"].isin(kept)]
@@ -245,5 +246,5 @@ def _latent_columns(
 
 
 def _known(value: float) -> float | None:
-    """Return None for NaN: the metric cannot be evaluated."""
+    """Return None for NaN, the value of a metric that cannot be evaluated."""
     return None if np.isnan(value) else float(value)

@@ -1,5 +1,4 @@
-"""Content of a report: its sections in their order, then its warnings, each with its rule and its
-numbers."""
+"""Content of a report: its sections in order, and its warnings with their rules and numbers."""
 
 from __future__ import annotations
 
@@ -88,12 +87,10 @@ def report_sections(report: ReportData, browser: bool) -> list[Section]:
         Section("summary", "Summary", tuple(map(TableBlock, first))),
         Section("warnings", "Warnings", (_warnings(report),)),
         Section("figures", "Figures", tuple(_pictures(report))),
-        Section(
-            "tables", "What else was asked", tuple(map(TableBlock, optional_tables(report.cells)))
-        ),
+        Section("tables", "Other tables", tuple(map(TableBlock, optional_tables(report.cells)))),
         Section("differences", "Differences", (TableBlock(between),) if between else ()),
         Section("measures", "All measures", tuple(_measures(report.cells))),
-        Section("papers", "Beside the papers", tuple(_papers(report.cells))),
+        Section("papers", "Comparison with published results", tuple(_papers(report.cells))),
         Section("latents", "Latents", (Paragraph(_browser(report)),) if browser else ()),
         Section(
             "provenance",
@@ -146,7 +143,7 @@ def svg_size(path: Path) -> tuple[float, float]:
 
 def _measures(cells: Sequence[Cell]) -> list[Block]:
     alone = runs_by_value_table(cells)
-    found = [("Each by itself", [alone])] if alone else []
+    found = [("Runs of each value", [alone])] if alone else []
     return [
         Folded(title, tuple(TableBlock(table) for table in tables))
         for title, tables in [*found, *summary_tables(cells)]
@@ -160,9 +157,9 @@ def _papers(cells: Sequence[Cell]) -> list[Block]:
 
 def _browser(report: ReportData) -> str:
     contexts = (
-        f". For {len(report.contexts)} runs also the passages on which it fires"
+        f". For {len(report.contexts)} runs the browser also shows passages on which latents fire"
         if report.contexts
-        else ". To see the passages on which it fires, evaluate with `evaluation=contexts`"
+        else ". To see the passages on which each fires, evaluate with `evaluation=contexts`"
     )
     return (
         f"[Every latent of every run]({BROWSER}): how often it fires, how reproducible it is, and "
@@ -173,11 +170,12 @@ def _browser(report: ReportData) -> str:
 def _protocol() -> list[Block]:
     return [
         Paragraph(
-            "SAEs that differ only in what pairs them up are matched one to one, exactly, by "
-            f"their encoders and by their decoders ([Paulo & Belrose]({STABILITY})). Absorption is "
-            f"that of [Chanin et al.]({ABSORPTION}). reseed's `docs/measures.md` defines nulls, "
-            "intervals and every other number, by column heading here and by column name in the "
-            "files of `data/`."
+            "SAEs that differ only in the compared factor (such as the seed) are matched one to "
+            "one by an exact assignment, once by their encoders and once by their decoders "
+            f"([Paulo & Belrose]({STABILITY})). Absorption is measured as by [Chanin et "
+            f"al.]({ABSORPTION}). reseed's `docs/measures.md` defines nulls, intervals and every "
+            "other number; look it up by its column heading in this report or its column name in "
+            "the files of `data/`."
         )
     ]
 
@@ -264,7 +262,7 @@ def _few(cells: Sequence[Cell]) -> list[str]:
 
 
 def _noted(cells: Sequence[Cell]) -> list[str]:
-    """Warn of cells that the summary's footnotes mark, too."""
+    """Warn of the cells that the summary's footnotes mark as not shared or off their target L0."""
     found = []
     for note in (NOT_SHARED, OFF_TARGET):
         about = [
@@ -293,8 +291,9 @@ def _not_converged(folders: Mapping[str, Path]) -> list[str]:
         found.append(
             f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell "
             f"by more than {STILL_FALLING:.0%} from the second-to-last tenth of the steps to the "
-            f"last (most in `{worst}`: {falling[worst]:.1%}). Where the learning rate decays "
-            "there, that is part of the cause. The shared fraction may grow with the budget."
+            f"last (most in `{worst}`: {falling[worst]:.1%}). If the learning rate decays in these "
+            "steps, the decay causes a part of the fall. With more training tokens, the shared "
+            "fraction may grow."
         )
     if unknown := list(falls.values()).count(None):
         found.append(

@@ -29,9 +29,9 @@ from reseed.report.evaluation_results import LETTERS, EvaluatedRun, Runs
 from reseed.store.contexts import LATENTS_PER_GROUP, Context, Contexts, LatentContexts
 
 SHARD = LATENTS_PER_GROUP
-"""Latents whose contexts are in one file: the group that `Contexts` reads together."""
+"""Number of latents whose contexts are in one file: the group that `Contexts` reads together."""
 CONTEXT_TOKENS = 8
-"""Tokens that the list shows on each side of a latent's peak token."""
+"""Number of tokens that the list shows on each side of a latent's peak token."""
 _DIGITS = 4
 _OF_OTHERS = ("partner_encoder", "partner_decoder", "cosine_encoder", "cosine_decoder", "shared")
 
@@ -43,7 +43,7 @@ class Entry:
     Attributes:
         name: its display name, unique among all entries.
         cell: index of the cell.
-        tokens: held-out tokens.
+        tokens: number of held-out tokens.
         rows: the run's rows of the cell's latent table.
     """
 
@@ -139,7 +139,7 @@ def _evaluated(rows: pa.Table) -> list[str]:
 
 
 def _place(cell: CellResult, seed: str, cells: Sequence[Cell]) -> str:
-    """Return ``seed 0``; labels of other pairings (``topk, 0``) are clear by themselves."""
+    """Return ``seed 0``; labels of other pairings (``topk, 0``) need no prefix."""
     what = pair_axis_name(cells, plural=False)
     return f"{what} {seed}" if what == "seed" else seed
 

@@ -15,11 +15,11 @@ from reseed.store.sweeps import Sweep
 
 _WITHOUT_EFFECT = ("runtime.", "hydra.", "hydra/")
 _MANY = 8
-"""Up to this many cells have a column each; more have a row each."""
+"""Up to this many cells, the table has a column per cell; with more cells, a row per cell."""
 
 
 def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
-    """Return the blocks of the section."""
+    """Return the blocks of the provenance section."""
     runs = list({run.path: run for run in sweep.runs()}.values())
     records = {run.id: run.record for run in runs if run.status not in ("missing", "damaged")}
     blocks: list[Block] = [Paragraph(_origin(sweep, records))]
@@ -87,7 +87,7 @@ def split_common(
     if len(each) > _MANY:
         header, columns = list(differing), list(differing.values())
         rows = [(name, *(c[i] for c in columns)) for i, name in enumerate(each)]
-    return common, Table(("", *header), tuple(rows), 1, "What cells differ in", ())
+    return common, Table(("", *header), tuple(rows), 1, "Settings that differ between cells", ())
 
 
 def _runs(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -105,7 +105,7 @@ def _runs(runs: Sequence[Run], records: Mapping[str, Mapping[str, Any]]) -> Tabl
         "together on one stream) each show the group's seconds, so the sum exceeds the time taken."
     )
     header = ("run", "status", "tokens", "seconds", "tokens/s", "ended")
-    return Table(header, tuple(rows), 2, "Runs and what they cost", (note,))
+    return Table(header, tuple(rows), 2, "Runs and their cost", (note,))
 
 
 def _cost(tokens: int | None, seconds: float | None) -> tuple[str, str, str]:
@@ -137,7 +137,7 @@ def _origin(sweep: Sweep, records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def command(record: Mapping[str, Any]) -> str:
-    """Return the typed command without what cannot change results: folders, threads, launchers."""
+    """Return the typed command without options that cannot change results: folders, threads, …"""
     typed = str(record.get("environment", {}).get("command", "")).split(" ")
     if typed[0] not in ("reseed", "__main__.py") or len(typed) < 2:
         return " ".join(typed)

@@ -23,7 +23,7 @@ _SPAN = re.compile(
     r"\*\*(?P<bold>.+?)\*\*|`(?P<code>[^`]+)`|\[(?P<link>[^\]\n]+)\]\((?P<target>\S+?)\)"
 )
 _SCALE = 1.15
-"""Pixels per point: makes a figure's 8 pt letters as large as the notes."""
+"""Pixels per point: makes a figure's 8 pt letters as large as those of the footnotes."""
 _VOID = {"img", "input", "link", "meta"}
 _PREAMBLE = r"""\documentclass[11pt]{article}
 \usepackage[utf8]{inputenc}
@@ -143,7 +143,7 @@ class Html(str):
 
 
 def tag(name: str, /, *children: str, **attributes: Any) -> Html:
-    """Return an element.
+    """Return an HTML element.
 
     Args:
         children: text, which is escaped, or `Html`.
@@ -169,7 +169,7 @@ def _attribute(key: str, value: Any) -> str:
 
 
 def document(title: str, body: Sequence[Html], scripts: Sequence[str]) -> Html:
-    """Return a whole page.
+    """Return a whole HTML page.
 
     Args:
         scripts: scripts of the report to load, in order.
@@ -228,7 +228,7 @@ def inline(text: str) -> Html:
 
 
 def table_html(table: Table) -> Html:
-    """Return a table that scrolls by itself if it is too wide, with its footnotes below."""
+    """Return a table with its footnotes below; if it is too wide, only the table scrolls."""
 
     def cell(name: str, i: int, text: str) -> Html:
         named = i < table.num_knobs
@@ -260,7 +260,7 @@ def _lines(text: str) -> list[str]:
 def _picture(picture: Picture) -> Html:
     files = f"figures/{picture.name}"
     width, height = (round(side * _SCALE) for side in picture.size)
-    # With the size known, the page does not jump when the image arrives.
+    # The size is given so that the text does not move when the image has loaded.
     image = tag(
         "img",
         src=f"{files}.svg",
@@ -282,7 +282,7 @@ def _picture(picture: Picture) -> Html:
 
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
-    """Return the whole file."""
+    """Return a report as markdown."""
     parts = [f"# {title}"]
     for section in sections:
         parts += [f"## {section.title}", *(_markdown_block(block, 3) for block in section.blocks)]
@@ -311,13 +311,13 @@ def _markdown_block(block: Block, level: int) -> str:
 
 
 def tex(title: str, sections: Sequence[Section]) -> str:
-    """Return the whole document."""
+    """Return a report as a LaTeX document."""
     numbers = count(1)
     body: list[str] = []
     for section in sections:
         body.append(rf"\section{{{escaped(section.title)}}}")
         body += [_tex_block(block, numbers) for block in section.blocks]
-        body.append(r"\clearpage")  # LaTeX can hold back only a few figures
+        body.append(r"\clearpage")  # LaTeX fails if too many figures wait to be placed
     head = rf"\title{{{escaped(title)}}}" + "\n" + r"\date{}"
     return "\n\n".join(
         [_PREAMBLE + head, r"\begin{document}", r"\maketitle", *body, r"\end{document}"]

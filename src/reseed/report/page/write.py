@@ -128,7 +128,7 @@ def _write_data(report: ReportData, folder: Path) -> None:
 
 
 def numbers_of(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[str, ...]:
-    """Return the files of ``data/``: those that the sweep's folder has, and those to be made."""
+    """Return the files of ``data/``: those to copy from the sweep's folder, and those to make."""
     there = [name for name in _NUMBERS if (folder / name).is_file()]
     return (*there, *figure_tables(cells, runs))
 
@@ -136,8 +136,8 @@ def numbers_of(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[str, ..
 def _check_replaceable(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
         raise ReseedError(
-            f"{out} is not a report, because it has no {RECORD}: it is not overwritten. Name "
-            "another folder, or remove it"
+            f"{out} has no {RECORD}, so it is not a report and is not overwritten. Choose another "
+            "folder, or remove this one"
         )
     if out.exists() and not out.is_dir():
         raise ReseedError(f"{out} is a file, but a report is a folder: choose another path")
