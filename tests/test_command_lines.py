@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_signatures import RECORDS, with_records
 
 from reseed.cli.evaluate import RequestedEvaluations
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs, make_plan
 from reseed.cli.train import sweep_of
 from reseed.errors import ReseedError
+from test_signatures import RECORDS, with_records
 
 RECORDED = json.loads((RECORDS / "command_lines.json").read_text())
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar, Self, TypeVar
 
-from reseed.errors import ConfigError, nearest
+from reseed.errors import ConfigError, did_you_mean
 
 SIGNATURE_LENGTH = 12
 """Number of hex characters of a signature; a million runs have a collision with probability 2e-3.
@@ -112,7 +112,7 @@ class Config:
         except KeyError:
             known = sorted(n for f, n in Config._registered if f == family)
             raise ConfigError(
-                f"no {family} is called `{name}`.{nearest(name, known)} Known: {', '.join(known)}."
+                f"no {family} is called `{name}`.{did_you_mean(name, known)} Known: {', '.join(known)}."
             ) from None
 
     @classmethod
@@ -197,7 +197,7 @@ def make(target: type[C], values: Mapping[str, Any], key: str) -> C:
             known = [_dotted(key, other) for other in fields]
             option = f"{key}={target.name}" if key and target.name else key or target.__name__
             raise ConfigError(
-                f"there is no key {{key}}.{nearest(_dotted(key, name), known)} "
+                f"there is no key {{key}}.{did_you_mean(_dotted(key, name), known)} "
                 f"Keys of {option}: {', '.join(fields)}.",
                 _dotted(key, name),
             )
@@ -246,7 +246,7 @@ def _checked(value: Any, hint: Any, f: dataclasses.Field) -> Any:
     choices = f.metadata.get("choices")
     if ok and choices is not None and converted is not None and converted not in choices:
         listed = ", ".join(map(str, choices))
-        hint_text = nearest(str(converted), map(str, choices))
+        hint_text = did_you_mean(str(converted), map(str, choices))
         raise ConfigError(f"{{key}} must be one of {listed}; got {value!r}.{hint_text}", f.name)
     limits = " and ".join(
         f"{word} {limit:g}" for word, limit in bounds.items() if limit is not None

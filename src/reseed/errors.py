@@ -32,7 +32,7 @@ class ConfigError(ReseedError, ValueError):
         return ConfigError(self.message, ".".join(part for part in (parent, self.key) if part))
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean `x`?`` for the known name nearest to ``word``, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean `{found[0]}`?" if found else ""

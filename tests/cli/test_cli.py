@@ -18,7 +18,8 @@ from reseed.cli.plan import make_plan
 from reseed.config import digest
 from reseed.sae.topk import TopKConfig
 from reseed.store.runs import RESULTS, Run, RunStore
-from reseed.study.train import CalibrationError, failure_lines
+from reseed.study.calibrate import CalibrationError
+from reseed.study.train import failure_lines
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,7 +8,7 @@ from scipy.linalg import qr, subspace_angles
 
 from reseed.compare import subspaces as module
 from reseed.compare.cell import compare_cell
-from reseed.compare.subspaces import angles, moment, overlap, subspaces
+from reseed.compare.subspaces import mean_squared_principal_cosine, moment, overlap, subspaces
 
 
 def basis(rng, d, k):
@@ -18,15 +18,19 @@ def basis(rng, d, k):
 def test_angles_are_the_principal_angles():
     rng = np.random.default_rng(0)
     a, b = basis(rng, 20, 4), basis(rng, 20, 7)
-    assert angles(a, b) == pytest.approx(np.mean(np.cos(subspace_angles(a, b)) ** 2))
-    assert angles(a, b) == pytest.approx(angles(b, a))
-    assert angles(b[:, :3], b) == pytest.approx(1)
-    assert np.isnan(angles(a, b[:, :0]))
+    assert mean_squared_principal_cosine(a, b) == pytest.approx(
+        np.mean(np.cos(subspace_angles(a, b)) ** 2)
+    )
+    assert mean_squared_principal_cosine(a, b) == pytest.approx(mean_squared_principal_cosine(b, a))
+    assert mean_squared_principal_cosine(b[:, :3], b) == pytest.approx(1)
+    assert np.isnan(mean_squared_principal_cosine(a, b[:, :0]))
 
 
 def test_angles_of_random_spans_equal_their_expectation():
     rng = np.random.default_rng(0)
-    found = [angles(basis(rng, 30, 5), basis(rng, 30, 12)) for _ in range(200)]
+    found = [
+        mean_squared_principal_cosine(basis(rng, 30, 5), basis(rng, 30, 12)) for _ in range(200)
+    ]
     assert np.mean(found) == pytest.approx(12 / 30, abs=0.01)
 
 

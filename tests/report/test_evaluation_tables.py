@@ -22,7 +22,7 @@ from reseed.report.evaluation_results import (
 from reseed.report.evaluation_tables import evaluation_tables, run_tables
 from reseed.report.latex import summary_latex
 from reseed.report.style import STYLE
-from reseed.report.tables import latent_table, summary_frame, summary_markdown
+from reseed.report.table_files import latent_table, summary_frame, summary_markdown
 from reseed.store.results import StoredEvaluation
 from reseed.study.absorbed_words import with_overlaps
 

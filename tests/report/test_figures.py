@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from reseed.report.curves import decile_figure, threshold_figure
 from reseed.report.figures import (
     STYLE,
     cosine_figure,
     matched_cosines,
-    seeds_figure,
     shared_figure,
+    sharing_profile_figure,
     write_figures,
 )
-from reseed.report.firing import firing_figure
+from reseed.report.line_figures import decile_figure, threshold_figure
+from reseed.report.sharing_by_firing import firing_figure
 
 
 def draw(figure_of, cells):
@@ -41,7 +41,7 @@ def twelve(make_cell):
     ]
 
 
-FIGURES = [shared_figure, seeds_figure, cosine_figure, firing_figure, threshold_figure,
+FIGURES = [shared_figure, sharing_profile_figure, cosine_figure, firing_figure, threshold_figure,
            decile_figure]  # fmt: skip
 NAMES = ("shared_fraction", "seeds", "cosines", "firing", "threshold", "firing_deciles")
 
@@ -97,12 +97,12 @@ def test_figures_say_n_and_the_interval(cells):
     shared = texts(draw(shared_figure, cells))
     assert "95% interval over n = 2–3 seeds" in shared
     assert "n = 2, no interval" in shared
-    assert "n = 2–3 seeds" in texts(draw(seeds_figure, cells))
+    assert "n = 2–3 seeds" in texts(draw(sharing_profile_figure, cells))
 
 
 def test_the_ring_is_p_and_the_line_is_u(make_cell):
     knobs, cell = make_cell(n=5, shared=24)
-    ring, line = draw(seeds_figure, [(knobs, cell)]).axes
+    ring, line = draw(sharing_profile_figure, [(knobs, cell)]).axes
     turns = [(w.theta1 - w.theta2) / 360 for w in ring.patches]
     assert np.allclose(np.abs(turns), cell.p, atol=1e-6)
     points = next(x for x in line.lines if x.get_marker() not in ("", "None", None))

@@ -6,9 +6,8 @@ from dataclasses import replace
 import pytest
 
 from reseed.report.latex import PREAMBLE, escaped, latex_table, summary_latex
-from reseed.report.main_table import main_table
-from reseed.report.table import Table
-from reseed.report.tables import write_tables
+from reseed.report.table import Table, main_table
+from reseed.report.table_files import write_tables
 
 COMMANDS = {
     "textbackslash": "\\", "textasciitilde": "~", "textasciicircum": "^", "ldots": "…",

@@ -9,9 +9,9 @@ from rich.console import Console
 from reseed.activations.synthetic import surrogate
 from reseed.compare.columns import SURROGATES
 from reseed.compare.statistics import welch_difference
-from reseed.report.format import number, signed, with_interval
+from reseed.report.format import format_number, signed, with_interval
 from reseed.report.summary_tables import TITLE, null_table
-from reseed.report.tables import summary_markdown
+from reseed.report.table_files import summary_markdown
 from reseed.report.terminal import print_summary
 
 
@@ -69,7 +69,7 @@ def test_the_numbers_are_those_of_the_cells(rungs):
     trained, random = rungs[0][1].estimates, rungs[1][1].estimates
     assert rows["topk", "trained model"] == (
         with_interval(trained["shared_fraction"]),
-        number(trained["cosine_encoder"].mean), number(trained["cosine_decoder"].mean), "", "",
+        format_number(trained["cosine_encoder"].mean), format_number(trained["cosine_decoder"].mean), "", "",
     )  # fmt: skip
     # 36 and 12 of 48 latents: κ = (3/4 − 1/4)/(1 − 1/4).
     shared, _, _, kappa, less = rows["topk", "random weights"]
@@ -81,9 +81,9 @@ def test_the_numbers_are_those_of_the_cells(rungs):
     assert rows["topk", "Gaussian activations"][3] == "0.75"
     cell = rungs[0][1]
     untrained = rows["topk", "untrained weights"]
-    assert untrained[1] == number(cell.pair_mean("untrained_cosine_encoder"))
+    assert untrained[1] == format_number(cell.pair_mean("untrained_cosine_encoder"))
     assert untrained[3] == "0.75"
-    assert rows["topk", "isotropic rows"][1] == number(cell.pair_mean("null_cosine"))
+    assert rows["topk", "isotropic rows"][1] == format_number(cell.pair_mean("null_cosine"))
     assert rows["topk", "rows of the covariance"] == ("–", "–", "–", "–", "")
 
 

@@ -16,8 +16,8 @@ from reseed.report.captions import UNSHARED, caption, data_files, reference_tabl
 from reseed.report.evaluation_results import EvaluatedRun, joined
 from reseed.report.figures import comparison_drawings
 from reseed.report.page.content import fvu_fall, warnings
-from reseed.report.page.latent_browser import columns, entries, write_browser
-from reseed.report.page.provenance import command, flat, split_common
+from reseed.report.page.latent_browser import entries, latent_columns, write_browser
+from reseed.report.page.provenance import command, flatten_settings, split_common
 from reseed.report.page.render import (
     BulletList,
     Code,
@@ -32,7 +32,7 @@ from reseed.report.page.render import (
     tex,
 )
 from reseed.report.table import Table
-from reseed.report.tables import cosines_frame, figure_tables, seeds_frame
+from reseed.report.table_files import figure_tables, matched_cosines_frame, sharing_profile_frame
 from reseed.store.results import StoredEvaluation
 from reseed.system.files import atomic_folder
 
@@ -165,7 +165,9 @@ def test_sharing_near_chance_and_l0_off_target_are_warned_of(make_cell):
 
 def test_settings_are_split_into_common_and_differing_ones():
     def run(sae, seed):
-        return flat({"model": {"type": "m"}, "sae": {"type": sae, sae: 1}, "seed": seed})
+        return flatten_settings(
+            {"model": {"type": "m"}, "sae": {"type": sae, sae: 1}, "seed": seed}
+        )
 
     common, words = split_common({"A": [run("x", 0), run("x", 1)], "B": [run("y", 0), run("y", 1)]})
     assert common == {"model.type": "m", "seed": "0, 1"}
@@ -197,10 +199,10 @@ def test_every_figure_has_a_title_a_caption_and_data(cells):
 
 def test_tables_of_figures_have_the_drawn_numbers(cells):
     knobs, cell = cells[0]
-    frame = seeds_frame([(knobs, cell)])
+    frame = sharing_profile_frame([(knobs, cell)])
     assert frame[frame["measure"] == "p"]["fraction"].tolist() == cell.p.tolist()
     assert frame[frame["measure"] == "u"]["count"].tolist() == [2, 3]
-    assert set(cosines_frame(cells)["sae"]) == {"topk", "relu", "batch_topk"}
+    assert set(matched_cosines_frame(cells)["sae"]) == {"topk", "relu", "batch_topk"}
     assert set(figure_tables(cells, {})) == {"seeds.csv", "cosines.csv"}
 
 
@@ -221,7 +223,7 @@ def test_the_paper_s_numbers_are_shown_with_the_range_of_the_cells(cells):
 def test_columns_of_the_browser_equal_the_cell_s(cells):
     found = entries(cells)
     assert [entry.name for entry in found[:2]] == ["topk, seed 0", "topk, seed 1"]
-    own = columns(found[0].rows)
+    own = latent_columns(found[0].rows)
     assert own["firing"] == list(range(48))
     assert own["dead"] == [1, 1, *[0] * 46]
     assert own["live"] == [*[0] * 10, *[1] * 38]

@@ -8,10 +8,10 @@ from scipy import stats
 
 from reseed.compare.columns import Interval
 from reseed.compare.config import ComparisonConfig
-from reseed.report.differences import difference_lines, differences
+from reseed.report.architecture_contrasts import difference_lines, differences
 from reseed.report.format import measure_heading
-from reseed.report.main_table import cell_notes, detectable, detectable_note, main_table
-from reseed.report.tables import summary_frame, summary_markdown
+from reseed.report.table import cell_notes, detectable_difference_note, detectable_note, main_table
+from reseed.report.table_files import summary_frame, summary_markdown
 
 
 def estimate(mean, se, n=3):
@@ -92,13 +92,13 @@ def test_differences_are_claimed_on_the_primary_measure(measured):
 @pytest.mark.parametrize(("n", "units"), [(3, 5.3), (5, 4.5), (9, 4.2)])
 def test_the_detectable_difference_of_two_cells_equals_the_published_one(n, units):
     """The units are the standard error of one cell, as published for 80% power."""
-    found = detectable(estimate(0.5, 0.01, n), estimate(0.4, 0.01, n), 0.95)
+    found = detectable_difference_note(estimate(0.5, 0.01, n), estimate(0.4, 0.01, n), 0.95)
     assert found == pytest.approx(units * 0.01, rel=0.015)
 
 
 def test_a_detectable_difference_is_detected_four_times_in_five():
     rng, n, se = np.random.default_rng(0), 3, 0.02
-    shift = detectable(estimate(0.5, se, n), estimate(0.5, se, n), 0.95)
+    shift = detectable_difference_note(estimate(0.5, se, n), estimate(0.5, se, n), 0.95)
     a, b = rng.normal(0, se * np.sqrt(n), (2, 20_000, n))
     found = stats.ttest_ind(a + shift, b, axis=1)
     assert (found.pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.01)
@@ -106,8 +106,8 @@ def test_a_detectable_difference_is_detected_four_times_in_five():
 
 def test_without_standard_errors_no_detectable_difference_is_stated():
     bare = Interval(0.5, None, None, None, 2, "fewer than 3 seeds: no interval")
-    assert detectable(estimate(0.5, 0.01), bare, 0.95) is None
-    assert detectable(estimate(0.5, 0.0), estimate(0.5, 0.01), 0.95) is None
+    assert detectable_difference_note(estimate(0.5, 0.01), bare, 0.95) is None
+    assert detectable_difference_note(estimate(0.5, 0.0), estimate(0.5, 0.01), 0.95) is None
     assert detectable_note([bare], "coverage", 0.95) == ("Primary measure: **covered**.",)
 
 

@@ -17,11 +17,11 @@ from reseed.compare.activations.tables import (
 )
 from reseed.compare.columns import COSINES, FRACTIONS
 from reseed.compare.sharing_profile import CYCLES
-from reseed.report.curves import quality_by_rank
-from reseed.report.firing import matched, strata_frame
+from reseed.report.line_figures import quality_by_rank
+from reseed.report.sharing_by_firing import matched_latents, strata_frame
 from reseed.report.summary_tables import by_threshold, on_activations, summary_tables
 from reseed.report.table import kappa_column
-from reseed.report.tables import summary_frame, summary_markdown, write_tables
+from reseed.report.table_files import summary_frame, summary_markdown, write_tables
 
 MEASURES = Path(__file__).parents[2] / "docs" / "measures.md"
 
@@ -190,7 +190,7 @@ def test_quality_by_rank_ends_at_the_mean_and_has_the_area(acting):
 
 def test_matched_latents_have_their_firing_rate(make_cell):
     _, cell = make_cell(n=3, shared=24)
-    found = matched(cell)
+    found = matched_latents(cell)
     assert len(found.rate) == len(found.cosine) == 3 * 2 * 48
     assert found.shared.sum() == 3 * 2 * 24
     assert np.allclose(found.cosine[found.shared], 1)

@@ -10,7 +10,7 @@ from rich.console import Console
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import LABELS, Dictionary
-from reseed.report.tables import summary_frame, summary_markdown, write_tables
+from reseed.report.table_files import summary_frame, summary_markdown, write_tables
 from reseed.report.terminal import print_summary
 from reseed.report.truth import TITLE, truth_tables
 

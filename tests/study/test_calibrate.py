@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from reseed.sae.losses import BEGIN, GAIN, HOLD, PenaltySteering
-from reseed.study.train import ACCEPTED, BOUND, MAX_ROUNDS, CalibrationError, Search
+from reseed.study.calibrate import ACCEPTED, BOUND, MAX_ROUNDS, CalibrationError, PenaltySearch
 
 Response = Callable[[float], float]
 
 
-def searched(response: Response, target: float = 32.0, start: float = 1.0) -> Search:
+def searched(response: Response, target: float = 32.0, start: float = 1.0) -> PenaltySearch:
     """Run a search to its end on L0 = response(λ), after a steered run that ended at ``start``."""
     sae = SimpleNamespace(target_l0=target, name="relu", penalty_field="l1_coefficient")
     base: Any = SimpleNamespace(experiment=SimpleNamespace(architecture=sae), tokens=1_000)
-    search = Search(base)
+    search = PenaltySearch(base)
     search.observe(start, response(start), "steered")
     while not search.ended:
         weight = search._weight

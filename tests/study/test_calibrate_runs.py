@@ -16,7 +16,8 @@ from reseed.errors import ConfigError, Interrupted
 from reseed.experiment.resolve import Resolved
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
-from reseed.study.train import ACCEPTED, CalibrationError, train_missing
+from reseed.study.calibrate import ACCEPTED, CalibrationError
+from reseed.study.train import train_missing
 from reseed.train.config import RuntimeConfig
 from reseed.train.run_state import RunState
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from reseed.config import Config, setting
-from reseed.errors import ConfigError, nearest
+from reseed.errors import ConfigError, did_you_mean
 
 SITES = ("resid_post", "mlp_out", "attn_out", "module")
 _CHILDREN = {
@@ -67,7 +67,7 @@ def module_path(model: nn.Module, hookpoint: Hookpoint) -> str:
         names = [name for name, _ in model.named_modules() if name]
         if path not in names:
             raise ConfigError(
-                f"{{key}}: the model has no module `{path}`.{nearest(path, names)}",
+                f"{{key}}: the model has no module `{path}`.{did_you_mean(path, names)}",
                 "hookpoint.module",
             )
         return path

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from reseed.cli.hydra_app import CommandLine
 from reseed.config import build
-from reseed.errors import ConfigError, ReseedError, nearest
+from reseed.errors import ConfigError, ReseedError, did_you_mean
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.train.config import RuntimeConfig
@@ -102,7 +102,7 @@ def find_by_name(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
         return known[name]
     raise ReseedError(
         f"there is no run, sweep or SAE {word}: no such folder, and nothing of that name in "
-        f"{runtime.outputs}/ and {runtime.sweeps}/.{nearest(word, known)}"
+        f"{runtime.outputs}/ and {runtime.sweeps}/.{did_you_mean(word, known)}"
     )
 
 
@@ -118,7 +118,7 @@ def find_sweep(word: str, root: Path) -> Sweep:
     names = sorted(p.parent.name for p in root.glob("*/manifest.jsonl"))
     if name := complete_name(word, names):
         return Sweep(root / name)
-    raise ReseedError(f"there is no sweep {word} in {root}/.{nearest(word, names)}")
+    raise ReseedError(f"there is no sweep {word} in {root}/.{did_you_mean(word, names)}")
 
 
 def complete_name(word: str, names: Iterable[str]) -> str | None:

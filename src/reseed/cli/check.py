@@ -14,7 +14,7 @@ from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import Launch, Plan, make_plan
 from reseed.compare.cell import CellResult, cell_settings
 from reseed.compare.replication import BothRows, Named, parse_index, read_named, replication_table
-from reseed.errors import ConfigError, ReseedError, nearest
+from reseed.errors import ConfigError, ReseedError, did_you_mean
 from reseed.report.replication import CHECK_FILES, check_table, print_check, write_check
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run
@@ -143,7 +143,7 @@ def _cell(plan: Plan, named: Sequence[Named]) -> _Cell:
         if name and name not in runs:
             raise ReseedError(
                 f"{one.where}: there is no run {one.run} in the comparison."
-                f"{nearest(name, runs)} `reseed status` lists the runs that there are"
+                f"{did_you_mean(name, runs)} `reseed status` lists the runs that there are"
             )
         if name:
             wanted[id(runs[name])] = runs[name]

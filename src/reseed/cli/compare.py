@@ -31,7 +31,7 @@ from reseed.compare.pairing import add_axis_columns
 from reseed.config import build
 from reseed.errors import ConfigError, ReseedError
 from reseed.report.figures import write_figures
-from reseed.report.tables import write_tables
+from reseed.report.table_files import write_tables
 from reseed.report.terminal import print_summary
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats import import_sae

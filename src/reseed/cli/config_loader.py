@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reseed.cli.errors import MissingKey
-from reseed.errors import nearest
+from reseed.errors import did_you_mean
 
 # Exceptions that a wrong override can raise; Hydra does not expect all of them (`sae=null`).
 _WRONG = (
@@ -187,7 +187,7 @@ def about_missing(
         )
     known = [str(name) for name in parent if not str(name).startswith("_")]
     # Only the name is compared, because all keys of a group share the rest.
-    close = nearest(missing.name, known)
+    close = did_you_mean(missing.name, known)
     dotted = f"`{missing.parent}." if missing.parent else "`"
     return f"{missing}{close.replace('`', dotted, 1)}"
 

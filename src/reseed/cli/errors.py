@@ -16,7 +16,7 @@ from types import FrameType
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
-from reseed.errors import Interrupted, ReseedError, nearest
+from reseed.errors import Interrupted, ReseedError, did_you_mean
 
 
 def run_and_report(job: Callable[[], int | None]) -> int:
@@ -94,7 +94,7 @@ def describe_error(error: Exception, about: Callable[[MissingKey], str] = str) -
         group, _, option = error.missing_cfg_file.rpartition("/")
         options = ", ".join(sorted(error.options))
         return (
-            f"`{group}` has no option `{option}`.{nearest(option, error.options)} "
+            f"`{group}` has no option `{option}`.{did_you_mean(option, error.options)} "
             f"Options: {options}."
         )
     missing = MissingKey.of(error)

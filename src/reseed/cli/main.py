@@ -11,7 +11,7 @@ from importlib import import_module
 from reseed import __version__
 from reseed.cli import COMMANDS
 from reseed.cli.arguments import convert_parser, push_parser
-from reseed.errors import nearest
+from reseed.errors import did_you_mean
 
 _HELP = """\
 reseed - would I have found these features with another seed?
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if command not in COMMANDS:
         names = ", ".join(COMMANDS)
         print(
-            f"error: there is no command `{command}`.{nearest(command, COMMANDS)} "
+            f"error: there is no command `{command}`.{did_you_mean(command, COMMANDS)} "
             f"The commands are {names}.",
             file=sys.stderr,
         )

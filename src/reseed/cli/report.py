@@ -12,7 +12,7 @@ from reseed.cli.status import own_words, sweep_called
 from reseed.compare.config import ComparisonConfig
 from reseed.errors import ConfigError, ReseedError
 from reseed.report.figures import save_figures
-from reseed.report.page.write import drawings
+from reseed.report.page.write import figure_drawings
 from reseed.store.sweeps import Sweep
 from reseed.study.collect import REPORT, SweepResults, gather, report_of, write_numbers
 from reseed.system.console import say
@@ -46,7 +46,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 def drawn(sweep: Sweep, found: SweepResults) -> list[str]:
     """Return the names of the sweep's figures; missing ones are drawn beside its tables."""
-    made = drawings(found.cells, found.runs)
+    made = figure_drawings(found.cells, found.runs)
     lacking = {name: draw for name, draw in made.items() if not _is_there(sweep.path, name)}
     save_figures(lacking, sweep.path)
     return list(made)

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from reseed.cli.hydra_app import CommandLine
 from reseed.compare.columns import COSINES, FRACTIONS
 from reseed.config import digest
-from reseed.errors import ConfigError, ReseedError, nearest
+from reseed.errors import ConfigError, ReseedError, did_you_mean
 from reseed.system.console import say
 from reseed.system.files import atomic_write_text
 
@@ -114,7 +114,7 @@ def of_summary(row: dict[str, Any], names: Sequence[str]) -> list[float]:
         if not isinstance(row.get(name), int | float):
             numbers = [n for n, value in row.items() if isinstance(value, int | float)]
             raise ReseedError(
-                f"objective={name}: the summary has no such number.{nearest(name, numbers)}"
+                f"objective={name}: the summary has no such number.{did_you_mean(name, numbers)}"
             )
     return [float(row[name]) for name in names]
 
@@ -139,7 +139,7 @@ def _objectives(line: CommandLine) -> tuple[list[str], Path]:
         if name not in known:
             raise ConfigError(
                 f"{{key}} must be a metric of `reseed {line.command}`; got {name}."
-                f"{nearest(name, known)} Metrics: {', '.join(known[:12])}"
+                f"{did_you_mean(name, known)} Metrics: {', '.join(known[:12])}"
                 + (", ..." if len(known) > 12 else ""),
                 "objective",
             )

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from reseed.compare.columns import FRACTIONS
 from reseed.config import Config, make, setting
-from reseed.errors import ConfigError, nearest
+from reseed.errors import ConfigError, did_you_mean
 
 REPLICATES = ("seed", "dataset.order_seed")
 """Axes whose values are random draws: runs that differ only in one of them are a sample, which
@@ -113,7 +113,7 @@ class ComparisonConfig(Config, family="comparison"):
         if self.primary not in FRACTIONS:
             raise ConfigError(
                 f"{{key}} must be one of the fractions {', '.join(FRACTIONS)}; got "
-                f"{self.primary!r}.{nearest(self.primary, FRACTIONS)}",
+                f"{self.primary!r}.{did_you_mean(self.primary, FRACTIONS)}",
                 "primary",
             )
 
@@ -149,7 +149,7 @@ class ComparisonConfig(Config, family="comparison"):
         """
         found = {arm.name: arm for arm in self.each_arm()}
         if name not in found:
-            raise ConfigError(f"{{key}} has no arm {name!r}.{nearest(name, found)}", "arms")
+            raise ConfigError(f"{{key}} has no arm {name!r}.{did_you_mean(name, found)}", "arms")
         return replace(self, grid=found[name].grid, pair_by=found[name].pair_by, arms=None)
 
     # `Config` records the type of a member of an option group. This class has no members, and its
@@ -189,7 +189,7 @@ def _check_pairs(
         if axis not in axes:
             raise ConfigError(
                 f"{{key}} must be an axis of {where} ({', '.join(axes)}); got {axis!r}."
-                f"{nearest(axis, axes)}",
+                f"{did_you_mean(axis, axes)}",
                 key,
             )
         if len(axes[axis]) < 2:

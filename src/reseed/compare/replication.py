@@ -22,7 +22,7 @@ from reseed.compare.cell import CellResult
 from reseed.compare.dictionary import unit_rows
 from reseed.compare.sharing_profile import JEFFREYS, posterior
 from reseed.compare.strata import DECILES
-from reseed.errors import ReseedError, nearest
+from reseed.errors import ReseedError, did_you_mean
 
 COLUMNS = ("latent", "label", "run", "seed")
 REPRODUCIBILITY = ("reproducibility", "reproducibility_low", "reproducibility_high")
@@ -71,7 +71,7 @@ def read_named(path: Path | str) -> list[Named]:
     for name in names:
         if name not in COLUMNS:
             raise ReseedError(
-                f"{path} has an unknown column `{name}`.{nearest(name, COLUMNS)} "
+                f"{path} has an unknown column `{name}`.{did_you_mean(name, COLUMNS)} "
                 f"Columns: {', '.join(COLUMNS)}."
             )
     if "latent" not in names:

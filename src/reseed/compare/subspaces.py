@@ -85,7 +85,7 @@ def subspaces(
             (
                 overlap(spans[s].moment, spans[t].moment),
                 overlap(nulls[s], nulls[t]),
-                angles(spans[s].basis, spans[t].basis),
+                mean_squared_principal_cosine(spans[s].basis, spans[t].basis),
                 _by_chance(spans[s], spans[t]),
             )
             if trained[s].d_in == trained[t].d_in
@@ -98,7 +98,7 @@ def subspaces(
 
 
 def _by_chance(a: _Span, b: _Span) -> float:
-    """Return the expected `angles` of two random spans with as many directions."""
+    """Return the expected `mean_squared_principal_cosine` of two random spans with as many directions."""
     fewer, more = sorted((a.directions, b.directions))
     return more / len(a.moment) if fewer else float("nan")
 
@@ -142,7 +142,9 @@ def _inner(a: Float[np.ndarray, "d_in d_in"], b: Float[np.ndarray, "d_in d_in"])
     return float(np.einsum("ij,ij->i", a, b).sum(dtype=np.float64))
 
 
-def angles(a: Float[np.ndarray, "d_in j"], b: Float[np.ndarray, "d_in k"]) -> float:
+def mean_squared_principal_cosine(
+    a: Float[np.ndarray, "d_in j"], b: Float[np.ndarray, "d_in k"]
+) -> float:
     """Return the mean squared cosine of the principal angles between spans of orthonormal columns.
 
     The squares sum to ‖aᵀb‖² (Björck & Golub 1973), so the angles themselves are not needed.

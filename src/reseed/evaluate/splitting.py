@@ -29,7 +29,7 @@ _RANKING = 0x72616E6B
 
 
 @dataclass(frozen=True, eq=False)
-class Split:
+class MainLatents:
     """The latents of one class in one fold.
 
     Attributes:
@@ -60,12 +60,12 @@ def find_splits(
     step: float = 0.03,
     l1: float = 0.01,
     random: torch.Generator,
-) -> list[Split | None]:
+) -> list[MainLatents | None]:
     """Find the main latents of every class; None if its fit or validation set has no words."""
     most = min(most, codes.num_latents)
     fit, validation, test = (codes.rows(part) for part in (fold.fit, fold.validation, fold.test))
     ranked = rank_latents(fit, member[fold.fit], l1, most, random)
-    splits: list[Split | None] = []
+    splits: list[MainLatents | None] = []
     for number, latents in enumerate(ranked):
         here, chosen = member[fold.fit, number], member[fold.validation, number]
         if not (0 < int(here.sum()) < len(here) and bool(chosen.any())):
@@ -75,13 +75,15 @@ def find_splits(
         found = probe.score(validation.columns(latents).cpu()) > 0
         f1 = precision_recall_f1(found, chosen[:, None].expand_as(found)).f1
         size = choose_main(f1.tolist(), step)
-        splits.append(Split(latents, latents[:size], probe.score(test.columns(latents).cpu())))
+        splits.append(
+            MainLatents(latents, latents[:size], probe.score(test.columns(latents).cpu()))
+        )
     return splits
 
 
 def find_all_splits(
     config: WordTaskConfig, probed: ProbedTask, codes: SparseLatents
-) -> list[list[Split | None]]:
+) -> list[list[MainLatents | None]]:
     """Find the splits in every fold of a repetition."""
     folds = range(len(probed.folds))
     return [find_fold_splits(config, probed, codes, fold, probed.members) for fold in folds]
@@ -93,7 +95,7 @@ def find_fold_splits(
     codes: SparseLatents,
     fold: int,
     member: Bool[Tensor, "n C"],
-) -> list[Split | None]:
+) -> list[MainLatents | None]:
     """Find the splits in one fold.
 
     Args:
@@ -144,7 +146,7 @@ def refusal_reasons(repetitions: list[ProbedTask], quality: Scores, gate: float)
     return reasons
 
 
-RepetitionSplits = list[tuple[ProbedTask, SparseLatents, list[list[Split | None]]]]
+RepetitionSplits = list[tuple[ProbedTask, SparseLatents, list[list[MainLatents | None]]]]
 
 
 def _result(found: RepetitionSplits, config: WordTaskConfig) -> Result:
@@ -229,7 +231,7 @@ def _of_latents(found: RepetitionSplits, number: int) -> dict[str, object]:
 
 
 def main_classes(
-    folds: Iterable[Sequence[Split | None]],
+    folds: Iterable[Sequence[MainLatents | None]],
     kept: Sequence[int],
     num_latents: int,
     num_classes: int,

@@ -14,7 +14,7 @@ from reseed.activations.hookpoints import Hookpoint, HookpointConfig
 from reseed.activations.source import SourceConfig
 from reseed.activations.synthetic.surrogate import SURROGATES
 from reseed.config import Config, build, make, setting
-from reseed.errors import ConfigError, nearest
+from reseed.errors import ConfigError, did_you_mean
 from reseed.sae.base import SAEConfig, SAEOption
 from reseed.sae.pretrained import Pretrained
 from reseed.train.config import RuntimeConfig, TrainingConfig
@@ -94,7 +94,7 @@ def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfi
     """
     for key in values:
         if key not in _ROOT:
-            raise ConfigError(f"there is no key {{key}}.{nearest(key, _ROOT)}", key)
+            raise ConfigError(f"there is no key {{key}}.{did_you_mean(key, _ROOT)}", key)
     if values.get("evaluation") is not None:
         raise ConfigError(
             "{key} is for `reseed evaluate` and `reseed run`; here it would change nothing",

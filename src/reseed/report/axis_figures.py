@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from reseed.report.axes import (
+from reseed.report.captions import LAYERS_SOURCE, SOURCE, reference_values
+from reseed.report.cell_labels import (
     Cell,
     amounts,
     distinguishing_knobs,
@@ -25,7 +26,6 @@ from reseed.report.axes import (
     threshold_text,
     wrapped,
 )
-from reseed.report.captions import LAYERS_SOURCE, SOURCE, reference_values
 from reseed.report.style import (
     COLOURS,
     GREY,

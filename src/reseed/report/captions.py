@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from reseed.report.axes import Cell, count_text, pair_axis_name, threshold_text
-from reseed.report.format import number, range_text
+from reseed.report.cell_labels import Cell, count_text, pair_axis_name, threshold_text
+from reseed.report.format import format_number, range_text
 from reseed.report.table import Table
 
 SOURCE = "Paulo & Belrose, Pythia-160M MLP 6"
@@ -87,7 +87,7 @@ def reference_table(cells: Sequence[Cell]) -> Table | None:
     rows = [
         (
             f"shared, threshold {tau:g}",
-            number(value),
+            format_number(value),
             _between([cell.estimates[f"shared_fraction_at_{tau}"].mean for cell in own]),
         )
         for tau, value in BY_THRESHOLD.items()
@@ -96,7 +96,11 @@ def reference_table(cells: Sequence[Cell]) -> Table | None:
         here = [float(cell.u[k - 2]) for cell in own if cell.n_seeds >= k]
         if here:
             rows.append(
-                (f"u_{k}: shared with no other of k = {k} seeds", number(value), _between(here))
+                (
+                    f"u_{k}: shared with no other of k = {k} seeds",
+                    format_number(value),
+                    _between(here),
+                )
             )
     note = (
         f"**{SOURCE}**: TopK, k = 32, 32,768 latents, 8B tokens. Another model, width and budget: "
@@ -107,7 +111,7 @@ def reference_table(cells: Sequence[Cell]) -> Table | None:
 
 
 def _between(values: Sequence[float]) -> str:
-    low, high = number(min(values)), number(max(values))
+    low, high = format_number(min(values)), format_number(max(values))
     return low if low == high else f"{low} to {high}"
 
 

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from reseed.compare.cell import CellResult
-from reseed.report.axes import (
+from reseed.report.cell_labels import (
     Cell,
     distinguishing_knobs,
     knob_values,

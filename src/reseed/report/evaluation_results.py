@@ -22,7 +22,7 @@ from reseed.compare.cell import CellResult
 from reseed.compare.columns import Interval
 from reseed.compare.pairing import without_intervals
 from reseed.compare.statistics import run_interval
-from reseed.report.axes import Cell
+from reseed.report.cell_labels import Cell
 from reseed.store.results import StoredEvaluation, column
 from reseed.system.files import atomic_write
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from reseed.compare.cell import CellResult
-from reseed.report.axes import Cell, pair_axis_name
+from reseed.report.cell_labels import Cell, pair_axis_name
 from reseed.report.evaluation_results import ORPHAN, OVERLAP, SHARED, Runs
-from reseed.report.format import number
+from reseed.report.format import format_number
 from reseed.report.table import (
     Column,
     Table,
@@ -23,7 +23,7 @@ from reseed.report.table import (
 
 
 @dataclass(frozen=True)
-class Spec:
+class EvaluationTableSpec:
     """Specification of the table of one evaluation.
 
     Attributes:
@@ -47,8 +47,8 @@ class Spec:
     about_latents: str = ""
 
 
-SPECS: dict[str, Spec] = {
-    "reconstruction": Spec(
+SPECS: dict[str, EvaluationTableSpec] = {
+    "reconstruction": EvaluationTableSpec(
         "What is lost of the activations?",
         {
             "FVU": "reconstruction_fvu",
@@ -73,7 +73,7 @@ SPECS: dict[str, Spec] = {
         ),
         spare=("L1", "relative\nbias", "EV\nuncentred", "dense"),
     ),
-    "faithfulness": Spec(
+    "faithfulness": EvaluationTableSpec(
         "What does the model lose?",
         {
             "CE\nclean": "faithfulness_ce_clean",
@@ -96,7 +96,7 @@ SPECS: dict[str, Spec] = {
         ),
         spare=("KL recovered,\nzero", "CE\nspliced", "recovered,\nzero"),
     ),
-    "splitting": Spec(
+    "splitting": EvaluationTableSpec(
         "How many latents stand for a letter?",
         {
             "letters": "splitting_letters",
@@ -118,7 +118,7 @@ SPECS: dict[str, Spec] = {
         ),
         spare=("L0",),
     ),
-    "absorption": Spec(
+    "absorption": EvaluationTableSpec(
         "How much is hidden by absorption?",
         {
             "letters": "absorption_letters",
@@ -146,7 +146,7 @@ SPECS: dict[str, Spec] = {
         latents={"absorbers": "absorption_is_absorber"},
         about_latents="**absorbers**: fraction of latents that take part in absorbing some word.",
     ),
-    "contexts": Spec(
+    "contexts": EvaluationTableSpec(
         "What do latents fire on?",
         {"never\nfired": "contexts_silent_fraction"},
         footnotes=(
@@ -179,7 +179,7 @@ def run_tables(runs: Runs) -> list[Table]:
         rows = tuple(
             (
                 *(str(run.about.get(knob, "")) for knob in knobs),
-                *(number(run.numbers.get(of, float("nan"))) for of in spec.heads.values()),
+                *(format_number(run.numbers.get(of, float("nan"))) for of in spec.heads.values()),
             )
             for run in own
         )
@@ -194,14 +194,16 @@ def _names(each: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name for name in SPECS if name in found] + [n for n in found if n not in SPECS]
 
 
-def _spec(name: str, columns: Mapping[str, None]) -> Spec:
+def _spec(name: str, columns: Mapping[str, None]) -> EvaluationTableSpec:
     """Return the table's specification; for an evaluation not in `SPECS`, one with all columns."""
     if name in SPECS:
         return SPECS[name]
-    return Spec(name, {c.removeprefix(f"{name}_").replace("_", " "): c for c in columns})
+    return EvaluationTableSpec(
+        name, {c.removeprefix(f"{name}_").replace("_", " "): c for c in columns}
+    )
 
 
-def _table(cells: Sequence[Cell], spec: Spec) -> Table:
+def _table(cells: Sequence[Cell], spec: EvaluationTableSpec) -> Table:
     made: dict[str, Column] = {}
     for head, name in spec.heads.items():
         if head in spec.with_interval:
@@ -212,7 +214,7 @@ def _table(cells: Sequence[Cell], spec: Spec) -> Table:
     return replace(table, caption=spec.title, spare=spec.spare)
 
 
-def _sharing_table(cells: Sequence[Cell], spec: Spec) -> Table:
+def _sharing_table(cells: Sequence[Cell], spec: EvaluationTableSpec) -> Table:
     """Return the table of means over shared latents and over orphans."""
     made: dict[str, Column] = {}
     for head, name in spec.latents.items():
@@ -236,7 +238,7 @@ def _overlaps(cells: Sequence[Cell]) -> list[Table]:
         return []
     made: dict[str, Column] = estimate_columns({"same words": OVERLAP})
     made |= {
-        "by\nchance": lambda cell: number(cell.pair_mean(f"{OVERLAP}_expected")),
+        "by\nchance": lambda cell: format_number(cell.pair_mean(f"{OVERLAP}_expected")),
         "pairs\np < .05": _significant,
         "letters": lambda cell: f"{cell.pair_mean('absorbed_classes'):.1f}",
     }

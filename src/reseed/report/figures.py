@@ -24,7 +24,9 @@ from reseed.compare.cell import CellResult
 from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.sharing_profile import fit_power_law
 from reseed.compare.tables import lists
-from reseed.report.axes import (
+from reseed.report.axis_figures import axis_figure, axis_name
+from reseed.report.captions import SOURCE, UNSHARED, compares_seeds
+from reseed.report.cell_labels import (
     Cell,
     count_text,
     label,
@@ -35,11 +37,13 @@ from reseed.report.axes import (
     threshold_text,
     wrapped,
 )
-from reseed.report.axis_figures import axis_figure, axis_name
-from reseed.report.captions import SOURCE, UNSHARED, compares_seeds
-from reseed.report.curves import coverage_figure, decile_figure, threshold_figure, with_activations
-from reseed.report.firing import firing_figure
-from reseed.report.matrix import matrix_figure, value_matrices
+from reseed.report.line_figures import (
+    cells_with_activations,
+    coverage_figure,
+    decile_figure,
+    threshold_figure,
+)
+from reseed.report.sharing_by_firing import firing_figure
 from reseed.report.style import (
     BLUE,
     COLOURS,
@@ -56,6 +60,7 @@ from reseed.report.style import (
     scatter_of_two,
 )
 from reseed.report.truth import truth_figure, with_labels
+from reseed.report.value_matrix import matrix_figure, value_matrices
 from reseed.system.files import atomic_write
 
 _UNDATED: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -94,7 +99,7 @@ def comparison_drawings(cells: Sequence[Cell]) -> dict[str, Callable[[], Figure]
     drawings: dict[str, Callable[[Sequence[Cell]], Figure]]
     drawings = {
         "shared_fraction": shared_figure,
-        "seeds": seeds_figure,
+        "seeds": sharing_profile_figure,
         "cosines": cosine_figure,
         "firing": firing_figure,
         "threshold": threshold_figure,
@@ -102,7 +107,7 @@ def comparison_drawings(cells: Sequence[Cell]) -> dict[str, Callable[[], Figure]
     }
     for axis in numeric_axes(cells):
         drawings[f"shared_fraction_by_{axis_name(axis)}"] = partial(axis_figure, axis=axis)
-    if with_activations(cells):
+    if cells_with_activations(cells):
         drawings["quality_coverage"] = coverage_figure
     if value_matrices(cells):
         drawings["matrix"] = matrix_figure
@@ -251,7 +256,7 @@ def matched_cosines(
     return flat("cosine_encoder")[kept], flat("cosine_decoder")[kept], agrees
 
 
-def seeds_figure(cells: Sequence[Cell]) -> Figure:
+def sharing_profile_figure(cells: Sequence[Cell]) -> Figure:
     """Draw the rings of p_m, one per cell, beside the lines of u_k; bars if cells are many."""
     if len(cells) > MOST_RINGS:
         return _bars(cells)

@@ -15,7 +15,7 @@ LEAST = 0.001
 """Positive numbers smaller than this are shown as ``< 0.001``."""
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Format with two decimals, or with one significant digit if these would be 0; ``< 0.001``
     below `LEAST`."""
     if isnan(value):
@@ -27,9 +27,9 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 0.00995 else f"{value:.1g}"
 
 
-def bounds(low: float, high: float) -> str:
+def format_bounds(low: float, high: float) -> str:
     """Return ``[0.30, 0.52]``; bounds contain no space, so that no line breaks within one."""
-    return "[" + ", ".join(number(bound).replace(" ", "") for bound in (low, high)) + "]"
+    return "[" + ", ".join(format_number(bound).replace(" ", "") for bound in (low, high)) + "]"
 
 
 def range_text(values: Iterable[int]) -> str:
@@ -40,27 +40,27 @@ def range_text(values: Iterable[int]) -> str:
 
 def padded(values: np.ndarray, length: int) -> list[str]:
     """Return the values as text, padded with empty strings to ``length``."""
-    return [number(float(v)) for v in values] + [""] * (length - len(values))
+    return [format_number(float(v)) for v in values] + [""] * (length - len(values))
 
 
 def with_interval(estimate: Interval) -> str:
     """Return ``0.42 [0.30, 0.52]``, or the mean alone if there is no interval."""
     if estimate.low is None or estimate.high is None:
-        return number(estimate.mean)
-    return f"{number(estimate.mean)} {bounds(estimate.low, estimate.high)}"
+        return format_number(estimate.mean)
+    return f"{format_number(estimate.mean)} {format_bounds(estimate.low, estimate.high)}"
 
 
 def signed(difference: Interval) -> str:
     """Return ``+0.12 [0.05, 0.19] *``, with a star if the interval excludes 0."""
-    mean = number(difference.mean)
+    mean = format_number(difference.mean)
     text = f"+{mean}" if difference.mean >= LEAST else mean
     if difference.low is None or difference.high is None:
         return text
-    star = " *" if side(difference) else ""
-    return f"{text} {bounds(difference.low, difference.high)}{star}"
+    star = " *" if interval_sign(difference) else ""
+    return f"{text} {format_bounds(difference.low, difference.high)}{star}"
 
 
-def side(difference: Interval) -> int:
+def interval_sign(difference: Interval) -> int:
     """Return 1 or −1 if the interval lies above or below 0, else 0."""
     if difference.low is None or difference.high is None:
         return 0
@@ -71,7 +71,7 @@ def null_text(null: float, simulated: int) -> str:
     """Return the null of a shared fraction as text; for 0, the detection limit of the simulation,
     ``< 1/4096``."""
     if null:
-        return number(null) if null >= LEAST else f"{null:.1g}"
+        return format_number(null) if null >= LEAST else f"{null:.1g}"
     return f"< 1/{simulated}" if simulated > 1 else MISSING
 
 

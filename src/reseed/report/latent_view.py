@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from reseed.report.format import bounds, number
+from reseed.report.format import format_bounds, format_number
 from reseed.store.contexts import TOP, Context, Contexts, LatentContexts
 
 FILE = "latents.parquet"
@@ -128,7 +128,7 @@ def print_latent(view: LatentView, console: Console) -> None:
         texts = view.contexts.text([token for token, _ in pairs])
         items = (f"{quoted(t)} {value:.2f}" for t, (_, value) in zip(texts, pairs, strict=True))
         _print_list(name, list(items), console)
-    near = [f"{other} ({number(cosine)})" for other, cosine in latent.neighbours]
+    near = [f"{other} ({format_number(cosine)})" for other, cosine in latent.neighbours]
     _print_list("neighbours", near, console)
     _print_contexts(view, latent.contexts, console)
 
@@ -176,7 +176,7 @@ def _print_matches(matches: LatentMatches | None, console: Console) -> None:
         return
     if matches.reproducibility is not None:
         mean, low, high = matches.reproducibility
-        console.print(Text(f"reproducibility {number(mean)} {bounds(low, high)}"))
+        console.print(Text(f"reproducibility {format_number(mean)} {format_bounds(low, high)}"))
     count = f"shared with {matches.shared_with} of {len(matches.partners)}"
     _print_list(count, [f"{p.name}: {_in_words(p)}" for p in matches.partners], console)
 
@@ -186,7 +186,9 @@ def _in_words(partner: Partner) -> str:
     if partner.latent is None:
         return "none"
     both = ((partner.cosine_encoder, "enc"), (partner.cosine_decoder, "dec"))
-    cosines = ", ".join(f"{number(cosine)} {of}" for cosine, of in both if cosine is not None)
+    cosines = ", ".join(
+        f"{format_number(cosine)} {of}" for cosine, of in both if cosine is not None
+    )
     words = f"{partner.latent} ({cosines})" if cosines else str(partner.latent)
     return f"{words} *" if partner.shared else words
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from reseed.report.axes import Cell, count_text, pair_axis_name
+from reseed.report.cell_labels import Cell, count_text, pair_axis_name
 from reseed.report.format import range_text
 from reseed.report.table import Table
 

@@ -12,9 +12,9 @@ from rich.console import Console
 
 from reseed.compare.cell import CellResult
 from reseed.compare.columns import Interval
-from reseed.report.format import null_text, number, with_interval
+from reseed.report.format import format_number, null_text, with_interval
 from reseed.report.table import Table
-from reseed.report.tables import markdown_table
+from reseed.report.table_files import markdown_table
 from reseed.report.terminal import print_table
 from reseed.system.files import atomic_write, atomic_write_text
 
@@ -69,7 +69,7 @@ def check_table(
             f"{row['firing']:,}",
             f"{row['shared_with']} of {row['others']}",
             with_interval(_reproducibility(row)),
-            number(row["decile_shared"]),
+            format_number(row["decile_shared"]),
             *(_partner(row, value) for value in shown),
         )
         for row in rows
@@ -102,7 +102,7 @@ def _partner(row: Mapping[str, Any], value: str) -> str:
 
 
 def _with_cosines(row: Mapping[str, Any], name: str, latent: int, value: str) -> str:
-    both = (number(row[f"{name}_{kind}_{value}"]) for kind in ("encoder", "decoder"))
+    both = (format_number(row[f"{name}_{kind}_{value}"]) for kind in ("encoder", "decoder"))
     return f"{latent} ({', '.join(both)})"
 
 
@@ -122,11 +122,11 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
     null = null_text(mean("null_shared_fraction"), result.null_simulated_latents)
     notes = [
         f"**{every} of {n} are shared with all of the other {result.n_seeds - 1}, {none} with "
-        f"none.** On average they are shared with {number(found)} of the others; for comparison, "
+        f"none.** On average they are shared with {format_number(found)} of the others; for comparison, "
         "latents of the same dictionary that fire as often are shared with "
-        f"{number(mean('decile_shared'))}, all its latents with "
-        f"{number(mean('dictionary_shared'))}, random rows with {null}. (Matched "
-        f"random rows have a cosine of {number(mean('null_cosine'))}.)",
+        f"{format_number(mean('decile_shared'))}, all its latents with "
+        f"{format_number(mean('dictionary_shared'))}, random rows with {null}. (Matched "
+        f"random rows have a cosine of {format_number(mean('null_cosine'))}.)",
         "**shared with**: number of the others in which the matchings by encoder and by decoder "
         "give the latent the same partner, with both cosines at least "
         f"{settings.threshold:g}. **reproducibility**: probability that one more "

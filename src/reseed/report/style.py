@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from matplotlib.patches import Patch
 
-from reseed.report.axes import Cell, count_text
+from reseed.report.cell_labels import Cell, count_text
 
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#767676"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")

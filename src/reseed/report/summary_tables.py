@@ -24,10 +24,14 @@ from reseed.compare.cell import CellResult
 from reseed.compare.columns import GROUPS, SURROGATES, THRESHOLDS, Interval
 from reseed.compare.nulls import kappa
 from reseed.compare.statistics import welch_difference
-from reseed.report.axes import Cell, columns, knob_values, label, pair_axis_name
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds
-from reseed.report.firing import by_decile, by_kind_of_firing, with_strata
-from reseed.report.format import null_text, number, padded, range_text, signed, with_interval
+from reseed.report.cell_labels import Cell, columns, knob_values, label, pair_axis_name
+from reseed.report.format import format_number, null_text, padded, range_text, signed, with_interval
+from reseed.report.sharing_by_firing import (
+    cells_with_strata,
+    sharing_at_equal_firing_table,
+    sharing_by_decile_table,
+)
 from reseed.report.table import (
     Column,
     Table,
@@ -110,7 +114,9 @@ def _rows(by_null: Mapping[str, CellResult], confidence: float) -> list[tuple[st
             own = by_null[surrogate].estimates
             null = own["shared_fraction"]
             difference = signed(welch_difference(shared, null, confidence))
-            rows.append((*_cell_row(name, own), number(kappa(shared.mean, null.mean)), difference))
+            rows.append(
+                (*_cell_row(name, own), format_number(kappa(shared.mean, null.mean)), difference)
+            )
     return [*rows, (*_cell_row(TRAINED, trained.estimates), "", "")]
 
 
@@ -121,13 +127,21 @@ def _weights_row(cell: CellResult, null: str, shared: Interval) -> tuple[str, ..
     by_chance = mean("shared_fraction")
     drawn = null != "untrained weights"
     simulated = drawn and not isnan(by_chance)
-    text = null_text(by_chance, cell.null_simulated_latents) if simulated else number(by_chance)
+    text = (
+        null_text(by_chance, cell.null_simulated_latents) if simulated else format_number(by_chance)
+    )
     cosines = [mean("cosine")] * 2 if drawn else [mean("cosine_encoder"), mean("cosine_decoder")]
-    return (null, text, *map(number, cosines), number(kappa(shared.mean, by_chance)), "")
+    return (
+        null,
+        text,
+        *map(format_number, cosines),
+        format_number(kappa(shared.mean, by_chance)),
+        "",
+    )
 
 
 def _cell_row(name: str, estimates: Mapping[str, Interval]) -> tuple[str, ...]:
-    cosines = (number(estimates[f"cosine_{which}"].mean) for which in ("encoder", "decoder"))
+    cosines = (format_number(estimates[f"cosine_{which}"].mean) for which in ("encoder", "decoder"))
     return (name, with_interval(estimates["shared_fraction"]), *cosines)
 
 
@@ -151,12 +165,17 @@ def summary_tables(cells: Sequence[Cell]) -> list[tuple[str, list[Table]]]:
 
     Differences between architectures are not included, because they concern several cells.
     """
-    firing = with_strata(cells)
+    firing = cells_with_strata(cells)
     found = [
         ("More measures", [details(cells), cosines_and_cycles(cells)]),
         (f"Over {pair_axis_name(cells)}", [profiles(cells)]),
         ("By threshold", [by_threshold(cells)]),
-        ("By firing", [by_decile(firing), by_kind_of_firing(firing)] if firing else []),
+        (
+            "By firing",
+            [sharing_by_decile_table(firing), sharing_at_equal_firing_table(firing)]
+            if firing
+            else [],
+        ),
         ("On activations", on_activations(cells)),
         ("Nulls", [nulls(cells)]),
         ("Subspaces", [subspace_overlaps(cells)]),
@@ -262,7 +281,7 @@ def by_threshold(cells: Sequence[Cell]) -> Table:
         f"**{SOURCE}**: another model and budget (TopK, k=32, 32,768 latents, 8B tokens), for "
         "orientation."
     )
-    reference = [number(BY_THRESHOLD.get(tau, float("nan"))) for tau in THRESHOLDS]
+    reference = [format_number(BY_THRESHOLD.get(tau, float("nan"))) for tau in THRESHOLDS]
     if compares_seeds(cells):
         rows.append((SOURCE, *[""] * (max(len(knobs), 1) - 1), *reference))
     footnotes = (note, other) if compares_seeds(cells) else (note,)

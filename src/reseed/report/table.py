@@ -1,18 +1,43 @@
 """Tables as text, and tables with a row per cell, made of columns.
 
 A `Table` is what the terminal, markdown, LaTeX and the report typeset. `cell_table` makes one from
-columns: functions from a cell to its entry.
+columns: functions from a cell to its entry. `main_table` is the first table of a comparison, with a
+caption and footnotes; the terminal and ``summary.md`` show the same rows in their own typesetting.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isnan
+from itertools import combinations
+from math import hypot, isnan, sqrt
+from typing import Any
 
 from reseed.compare.cell import CellResult
-from reseed.report.axes import Cell, columns, knob_values
-from reseed.report.format import MISSING, bounds, null_text, number, with_interval
+from reseed.compare.columns import Interval
+from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.statistics import detectable_difference
+from reseed.report.cell_labels import (
+    FEW,
+    Cell,
+    arm_note,
+    columns,
+    knob_values,
+    label,
+    pair_axis_name,
+    varying_knobs,
+)
+from reseed.report.format import (
+    MISSING,
+    format_bounds,
+    format_number,
+    measure_heading,
+    measure_name,
+    null_text,
+    range_text,
+    with_interval,
+)
 
 Column = Callable[[CellResult], str]
 """A function from a cell to its entry in a column."""
@@ -74,7 +99,7 @@ def estimate_columns(measures: Mapping[str, str]) -> dict[str, Column]:
 
 def pair_column(name: str) -> Column:
     """Return a column of the mean of a pair measure, without interval."""
-    return lambda cell: number(cell.pair_mean(name))
+    return lambda cell: format_number(cell.pair_mean(name))
 
 
 def mean_column(name: str) -> Column:
@@ -82,7 +107,7 @@ def mean_column(name: str) -> Column:
 
     def column(cell: CellResult) -> str:
         found = cell.estimates.get(name)
-        return MISSING if found is None else number(found.mean)
+        return MISSING if found is None else format_number(found.mean)
 
     return column
 
@@ -107,7 +132,7 @@ def null_column(name: str, drawn: bool) -> Column:
     def column(cell: CellResult) -> str:
         mean = cell.pair_mean(name)
         if isnan(mean) or not drawn:
-            return number(mean)
+            return format_number(mean)
         return null_text(mean, cell.null_simulated_latents)
 
     return column
@@ -126,9 +151,9 @@ def kappa_column(null: str, shared: str) -> Column:
         mean, by_chance = cell.pair_mean(name), cell.pair_mean(shared)
         trained = cell.estimates["shared_fraction"]
         if isnan(mean) or by_chance >= 1 or trained.low is None or trained.high is None:
-            return number(mean)
+            return format_number(mean)
         ends = [(end - by_chance) / (1 - by_chance) for end in (trained.low, trained.high)]
-        return f"{number(mean)} {bounds(*ends)}"
+        return f"{format_number(mean)} {format_bounds(*ends)}"
 
     return column
 
@@ -138,7 +163,7 @@ def estimate_null_column(name: str) -> Column:
 
     def column(cell: CellResult) -> str:
         own, null = estimate_text(cell, name), cell.pair_mean(f"null_{name}")
-        return own if isnan(null) else f"{own} / {number(null)}"
+        return own if isnan(null) else f"{own} / {format_number(null)}"
 
     return column
 
@@ -147,3 +172,178 @@ def estimate_text(cell: CellResult, name: str) -> str:
     """Return an estimate with its interval, or `MISSING` if the cell lacks it."""
     found = cell.estimates.get(name)
     return MISSING if found is None else with_interval(found)
+
+
+NULL_FACTOR = 10
+NOT_SHARED = f"shared at most {NULL_FACTOR} × its null: not converged or not shared"
+"""A shared fraction of at most `NULL_FACTOR` times its null is marked `NOT_SHARED`. A null of 0
+counts as the smallest that the simulation can detect: one latent in all its draws."""
+L0_BOUND = 0.05
+OFF_TARGET = f"L0 off its target by more than {L0_BOUND:.0%}"
+
+
+def main_table(cells: Sequence[Cell]) -> Table:
+    """Return the main table of a comparison."""
+    knobs = columns(cells)
+    seeds = (pair_axis_name(cells),) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
+    percent = f"[{_range(cells, lambda c: round(100 * c.settings.confidence))}%]"
+    made = [_numbers(cell, cells[0][1].settings.primary, percent) for _, cell in cells]
+    header = (*knobs, *seeds, *made[0])
+    rows = tuple(
+        (*knob_values(knobs, k), *(str(cell.n_seeds) for _ in seeds), *numbers.values())
+        for (k, cell), numbers in zip(cells, made, strict=True)
+    )
+    arms = arm_note(cells)
+    settings = cells[0][1].settings
+    estimates = [cell.estimates[settings.primary] for _, cell in cells]
+    seen = detectable_note(estimates, settings.primary, settings.confidence)
+    footnotes = (*([arms] if arms else []), *_legend(cells), *seen, *_remarks(cells))
+    spare = ("cos\nnull", "shared\nnull", "shared\ndec")
+    return Table(header, rows, len(knobs), _caption(cells), footnotes, spare)
+
+
+def _caption(cells: Sequence[Cell]) -> str:
+    changing = varying_knobs(cells)
+    constant = [f"{k}={v}" for k, v in cells[0][0].items() if k not in changing]
+    sizes = [f"{_range(cells, lambda c: c.num_latents)} latents"]
+    if any(name.endswith("num_latents") for name in cells[0][0]):
+        sizes = []
+    seeds = f"{_range(cells, lambda c: c.n_seeds)} {pair_axis_name(cells)}"
+    return " · ".join([*constant, *sizes, seeds])
+
+
+def _numbers(cell: CellResult, primary: str, percent: str) -> dict[str, str]:
+    """Return column heading → number of a row, the primary measure first."""
+    estimates = cell.estimates
+
+    def mean(name: str) -> float:
+        return estimates[name].mean if name in estimates else float("nan")
+
+    l0 = mean("l0")
+    strict = {f"shared\n{percent}": with_interval(estimates["shared_fraction"])}
+    first = strict
+    if primary != "shared_fraction":
+        name = measure_name(primary)
+        first = {f"{name}\n{percent}": with_interval(estimates[primary])} | strict
+    alone = ("shared_fraction_live", "shared_fraction_decoder")
+    return {
+        **first,
+        **{measure_heading(name): format_number(mean(name)) for name in alone if name != primary},
+        "shared\nnull": null_text(_null(cell), cell.null_simulated_latents),
+        "cos\nenc": format_number(mean("cosine_encoder")),
+        "cos\ndec": format_number(mean("cosine_decoder")),
+        "cos\nnull": format_number(cell.pair_mean("null_cosine")),
+        "FVU": format_number(mean("fvu")),
+        "L0": MISSING if isnan(l0) else f"{l0:.1f}",
+        "dead": format_number(mean("dead_fraction")),
+    }
+
+
+def _null(cell: CellResult) -> float:
+    return cell.pair_mean("null_shared_fraction")
+
+
+def _legend(cells: Sequence[Cell]) -> list[str]:
+    settings, count = cells[0][1].settings, _range(cells, lambda c: c.n_seeds)
+    one = pair_axis_name(cells, plural=False)
+    interval = (
+        f", with the {settings.confidence:.0%} interval over {pair_axis_name(cells)} (leave one "
+        f"{one} out, t distribution on the logit scale)."
+    )
+    if max(cell.n_seeds for _, cell in cells) < 3:
+        interval = "."
+    pairs = f"Mean over the {_range(cells, lambda c: len(c.pairs))} pairs"
+    if max(len(cell.pairs) for _, cell in cells) == 1:
+        pairs = "One pair"
+    tokens = _range(cells, lambda c: c.held_out_tokens)
+    return [
+        "**shared**: the exact matchings by encoder and by decoder give the latent the same "
+        f"partner, and both cosines are at least {settings.threshold:g} (Paulo & Belrose). "
+        f"{pairs} of n = {count} {pair_axis_name(cells)}{interval}",
+        f"**live**: counted over latents that fire at least {settings.live_at_least} times in "
+        f"{tokens} held-out tokens, both partners live. **dec**: only the decoder's match counts; "
+        "its cosine is at least the threshold.",
+        "**null**: two random dictionaries of the same size, matched the same way. **cos**: mean "
+        "cosine of all matched latents, by encoder and by decoder.",
+        "**FVU**: fraction of variance unexplained; **L0**: active latents per token; both on "
+        "held-out tokens. **dead**: fraction of latents that did not fire at the end of training.",
+    ]
+
+
+def detectable_difference_note(a: Interval, b: Interval, confidence: float) -> float | None:
+    """Return the smallest difference between two estimates that is detected with 80% power
+    (`statistics.detectable_difference`), on their scale; None if one has no standard error."""
+    if not a.standard_error or not b.standard_error:
+        return None
+    units = detectable_difference(min(a.n, b.n), confidence=confidence)
+    return units * hypot(a.standard_error, b.standard_error) / sqrt(2)
+
+
+def detectable_note(
+    estimates: Sequence[Interval], primary: str, confidence: float
+) -> tuple[str, ...]:
+    """Return a footnote: the primary measure, and, if there are intervals, the smallest difference
+    between rows that the design could detect."""
+    name = measure_name(primary)
+    pairs = list(combinations(estimates, 2)) or [(e, e) for e in estimates]
+    seen = [x for a, b in pairs if (x := detectable_difference_note(a, b, confidence)) is not None]
+    if not seen:
+        return (f"Primary measure: **{name}**.",)
+    counts = sorted({e.n for e in estimates if e.standard_error})
+    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
+    least, most = format_number(min(seen)), format_number(max(seen))
+    size = least if least == most else f"{least}–{most}"
+    between = "two rows" if len(estimates) > 1 else "this row and one like it"
+    rows = ", depending on the rows" if size != least else ""
+    return (
+        f"Primary measure: **{name}**. With n = {n} the smallest difference in it between "
+        f"{between} that this design could detect is {size} (80% power, {confidence:.0%} "
+        f"level{rows}).",
+    )
+
+
+def cell_notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]:
+    """Return remarks about a cell's shared fraction and its target L0; see `NOT_SHARED` and
+    `OFF_TARGET`."""
+    shared = cell.estimates["shared_fraction"]
+    simulated = cell.null_simulated_latents
+    null = max(_null(cell), 1 / (max(1, simulated) * cell.settings.null_draws))
+    # A single latent has no meaningful null.
+    found = [NOT_SHARED] if simulated > 1 and shared.mean <= NULL_FACTOR * null else []
+    target = re.fullmatch(r"L0≈(\d[\d.e+-]*)", str((knobs or {}).get("sparsity")))
+    if target and "l0" in cell.estimates:
+        l0 = cell.estimates["l0"].mean
+        found += [OFF_TARGET] if abs(l0 / float(target[1]) - 1) > L0_BOUND else []
+    if WEIGHTS_NOTE in cell.pairs:
+        found.append(NO_COMMON_SPACE)
+    elif simulated < cell.num_latents:
+        found.append(f"null simulated with {simulated:,} latents, its cosine extrapolated")
+    reason = cell.estimates[cell.settings.primary].reason
+    return found + ([reason] if reason else [])
+
+
+def _remarks(cells: Sequence[Cell]) -> list[str]:
+    """Return each note once, with the cells that it is about."""
+    about: dict[str, list[str]] = {}
+    for knobs, cell in cells:
+        for note in cell_notes(cell, knobs):
+            value = f" ({cell.estimates['l0'].mean:.1f})" if note == OFF_TARGET else ""
+            about.setdefault(note, []).append(label(cells, knobs) + value)
+    return [
+        f"**{note}**" + _which(names, len(cells), always=note == OFF_TARGET)
+        for note, names in about.items()
+    ]
+
+
+def _which(names: Sequence[str], of: int, always: bool = False) -> str:
+    """Return the cells that a note is about: by name if at most `FEW`, else their number; nothing
+    if it is about all of them, unless ``always``."""
+    if len(names) == of and not (always and of <= FEW):
+        return ""
+    if len(names) > FEW:
+        return f": {len(names)} of the {of} rows (marked in column `note` of summary.csv)"
+    return f": {'; '.join(names)}"
+
+
+def _range(cells: Sequence[Cell], value: Callable[[CellResult], float]) -> str:
+    return range_text(int(value(cell)) for _, cell in cells)

@@ -11,10 +11,10 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from reseed.report.axes import FEW, Cell
-from reseed.report.differences import difference_lines
+from reseed.report.architecture_contrasts import difference_lines
+from reseed.report.cell_labels import FEW, Cell
 from reseed.report.table import Table
-from reseed.report.tables import shown_tables
+from reseed.report.table_files import shown_tables
 
 
 def print_summary(

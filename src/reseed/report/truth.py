@@ -15,7 +15,7 @@ from reseed.compare.cell import CellResult
 from reseed.compare.columns import TRUTH_PREFIX, Interval
 from reseed.compare.strata import DECILES
 from reseed.compare.truth import LABEL_COLUMN
-from reseed.report.axes import (
+from reseed.report.cell_labels import (
     Cell,
     columns,
     knob_values,
@@ -24,7 +24,7 @@ from reseed.report.axes import (
     pair_axis_name,
     row_labels,
 )
-from reseed.report.format import MISSING, number, with_interval
+from reseed.report.format import MISSING, format_number, with_interval
 from reseed.report.style import BLUE, GREY, ORANGE, WIDTH, faint_grid, interval_handle, legend_below
 from reseed.report.table import Table
 
@@ -82,7 +82,7 @@ def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[st
     rows = tuple(
         (
             *knob_values(names, knobs),
-            number(cell.estimates["shared_fraction_live"].mean),
+            format_number(cell.estimates["shared_fraction_live"].mean),
             _shown(cell, "atom_given_shared"),
             _shown(cell, "atom_given_orphan"),
             _shown(cell, "difference"),
@@ -142,7 +142,7 @@ def _shown(cell: CellResult, name: str) -> str:
     found = cell.estimates.get(TRUTH_PREFIX + name)
     if found is None:
         return MISSING
-    return with_interval(found) if name in _WITH_INTERVAL else number(found.mean)
+    return with_interval(found) if name in _WITH_INTERVAL else format_number(found.mean)
 
 
 def _reasons(cells: Sequence[Cell], labelled: Sequence[Cell]) -> list[str]:

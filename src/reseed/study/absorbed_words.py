@@ -21,7 +21,7 @@ from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.pairing import without_intervals
 from reseed.compare.statistics import seed_interval
 from reseed.compare.tables import lists
-from reseed.report.axes import Cell
+from reseed.report.cell_labels import Cell
 from reseed.report.evaluation_results import OVERLAP, Runs
 
 FREQUENCY_BINS = 4

@@ -15,14 +15,14 @@ from reseed.config import Config
 from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate import load_all
 from reseed.evaluate.base import EvaluationConfig
-from reseed.report.axes import Cell, ordered
+from reseed.report.cell_labels import Cell, sort_cells
 from reseed.report.evaluation_figures import write_evaluation_figures
 from reseed.report.evaluation_results import EvaluatedRun, joined, write_evaluations
 from reseed.report.evaluation_tables import evaluation_tables, run_tables
 from reseed.report.figures import write_figures
 from reseed.report.page.content import ReportData
-from reseed.report.page.write import numbers_of, write_report
-from reseed.report.tables import write_tables
+from reseed.report.page.write import data_file_names, write_report
+from reseed.report.table_files import write_tables
 from reseed.report.terminal import print_summary, print_tables
 from reseed.store.contexts import Contexts
 from reseed.store.results import FOLDER, StoredEvaluation, result_folder
@@ -77,7 +77,7 @@ def gather(sweep: Sweep, settings: ComparisonConfig) -> SweepResults:
         _say_all(lacking)
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare")
     runs = evaluated_runs(sweep)
-    cells = with_overlaps(joined(ordered(unify_sparsity(cells)), runs), runs)
+    cells = with_overlaps(joined(sort_cells(unify_sparsity(cells)), runs), runs)
     return SweepResults(cells, runs, lacking)
 
 
@@ -134,7 +134,7 @@ def report_of(
     Returns:
         the file to open.
     """
-    data = numbers_of(sweep.path, found.cells, found.runs)
+    data = data_file_names(sweep.path, found.cells, found.runs)
     contexts = {run.id: read for run in sweep.runs() if (read := Contexts.of(run.path))}
     of = ReportData(sweep, found.cells, found.runs, found.lacking, tuple(figures), data, contexts)
     return write_report(of, out, format)

@@ -21,7 +21,7 @@ from reseed.evaluate.absorption.result import DERIVED, AbsorptionMeasurements, m
 from reseed.evaluate.base import EvaluationInput, LoadedRun, Result, RunSource
 from reseed.evaluate.probes import Scores
 from reseed.evaluate.sparse_latents import SparseLatents, encode
-from reseed.evaluate.splitting import Split, find_fold_splits, refusal_reasons
+from reseed.evaluate.splitting import MainLatents, find_fold_splits, refusal_reasons
 from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, probe_quality
 from reseed.sae.base import SAE
 
@@ -144,7 +144,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
 
     def _splits(
         self, codes: SparseLatents, probed: ProbedTask, fold: int, kept: Sequence[int], null: bool
-    ) -> tuple[list[Split | None], list[Split | None]]:
+    ) -> tuple[list[MainLatents | None], list[MainLatents | None]]:
         """Find the main latents of the kept classes, by true and permuted labels, in one fit; None
         for other classes."""
         if not kept:
@@ -200,15 +200,15 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
 
 
 def _at_classes(
-    splits: Sequence[Split | None], kept: Sequence[int], num_classes: int
-) -> list[Split | None]:
+    splits: Sequence[MainLatents | None], kept: Sequence[int], num_classes: int
+) -> list[MainLatents | None]:
     """List the splits over all classes; None for classes that are not kept."""
     found = dict(zip(kept, splits, strict=bool(splits)))
     return [found.get(number) for number in range(num_classes)]
 
 
 def _missed(
-    records: pd.DataFrame, probed: ProbedTask, fold: int, splits: list[Split | None]
+    records: pd.DataFrame, probed: ProbedTask, fold: int, splits: list[MainLatents | None]
 ) -> np.ndarray:
     """Return words that the probe gets right and the main latents' regression gets wrong."""
     place = {word: i for i, word in enumerate(probed.folds[fold].test.tolist())}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
 from reseed.evaluate.sparse_latents import SparseLatents
-from reseed.evaluate.splitting import Split
+from reseed.evaluate.splitting import MainLatents
 from reseed.evaluate.word_task import ProbedTask
 from reseed.sae.base import SAE
 
@@ -32,7 +32,7 @@ def word_records(
     probed: ProbedTask,
     fold: int,
     codes: SparseLatents,
-    splits: Sequence[Split | None],
+    splits: Sequence[MainLatents | None],
     thresholds: dict[str, Thresholds],
     *,
     permuted: bool = False,
@@ -178,6 +178,6 @@ def _reach(values: Float[np.ndarray, " n"], confidence: float) -> float:
     return quantile * float(values.std(ddof=1)) / sqrt(n)
 
 
-def main_latents(splits: Sequence[Split | None]) -> list[Tensor]:
+def main_latents(splits: Sequence[MainLatents | None]) -> list[Tensor]:
     """Return the main latents S of each class; empty for a class without a split."""
     return [torch.zeros(0, dtype=torch.long) if s is None else s.main for s in splits]

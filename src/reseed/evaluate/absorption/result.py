@@ -14,7 +14,7 @@ from reseed.evaluate.absorption.projection import Alignment, NullCosines
 from reseed.evaluate.absorption.records import Mean
 from reseed.evaluate.base import Result
 from reseed.evaluate.probes import Scores
-from reseed.evaluate.splitting import TOO_FEW_WORDS, Split, main_classes
+from reseed.evaluate.splitting import TOO_FEW_WORDS, MainLatents, main_classes
 from reseed.evaluate.word_task import ProbedTask
 from reseed.sae.base import SAE
 
@@ -37,7 +37,7 @@ class AbsorptionMeasurements:
 
     records: pd.DataFrame
     permuted: pd.DataFrame | None
-    splits: list[tuple[ProbedTask, int, list[Split | None]]]
+    splits: list[tuple[ProbedTask, int, list[MainLatents | None]]]
     null: NullCosines | None
     l0: float
 

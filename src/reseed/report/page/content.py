@@ -12,12 +12,11 @@ import pandas as pd
 
 from reseed.compare.measures import DENSE
 from reseed.errors import ReseedError
-from reseed.report.axes import Cell, label, pair_axis_name
+from reseed.report.architecture_contrasts import differences
 from reseed.report.captions import caption, data_files, reference_table, title
-from reseed.report.differences import differences
+from reseed.report.cell_labels import Cell, label, pair_axis_name
 from reseed.report.evaluation_results import Runs
-from reseed.report.format import number
-from reseed.report.main_table import NOT_SHARED, OFF_TARGET, cell_notes
+from reseed.report.format import format_number
 from reseed.report.page.provenance import provenance
 from reseed.report.page.render import (
     Block,
@@ -28,9 +27,10 @@ from reseed.report.page.render import (
     Section,
     TableBlock,
 )
-from reseed.report.pairings import runs_by_value_table
 from reseed.report.summary_tables import summary_tables
-from reseed.report.tables import first_tables, optional_tables
+from reseed.report.table import NOT_SHARED, OFF_TARGET, cell_notes
+from reseed.report.table_files import first_tables, optional_tables
+from reseed.report.value_pairs import runs_by_value_table
 from reseed.store.contexts import Contexts
 from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
@@ -266,7 +266,7 @@ def _noted(cells: Sequence[Cell]) -> list[str]:
     found = []
     for note in (NOT_SHARED, OFF_TARGET):
         about = [
-            f"{label(cells, knobs)} (shared {number(cell.estimates['shared_fraction'].mean)}, L0 "
+            f"{label(cells, knobs)} (shared {format_number(cell.estimates['shared_fraction'].mean)}, L0 "
             f"{cell.estimates['l0'].mean:.1f})"
             for knobs, cell in cells
             if note in cell_notes(cell, knobs)
@@ -308,5 +308,5 @@ def _many(name: str, what: str, limit: float, fractions: Mapping[str, float]) ->
     found = {who: value for who, value in fractions.items() if value > limit}
     if not found:
         return []
-    listed = "; ".join(f"{who} ({number(value)})" for who, value in found.items())
+    listed = "; ".join(f"{who} ({format_number(value)})" for who, value in found.items())
     return [f"**Many {name}.** More than {limit:.0%} of the latents {what}: {listed}."]

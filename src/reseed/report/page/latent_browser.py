@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from reseed.compare.cell import CellResult
 from reseed.compare.tables import lists
-from reseed.report.axes import Cell, label, pair_axis_name
+from reseed.report.cell_labels import Cell, label, pair_axis_name
 from reseed.report.evaluation_results import LETTERS, EvaluatedRun, Runs
 from reseed.store.contexts import LATENTS_PER_GROUP, Context, Contexts, LatentContexts
 
@@ -85,14 +85,14 @@ def write_browser(
         seen: dict[str, Any] = {}
         if own is not None:
             seen = _write_contexts(root / str(i), i, own, vocabularies)
-        _write(root / f"{i}.js", f"run/{i}", columns(entry.rows) | seen.pop("columns", {}))
+        _write(root / f"{i}.js", f"run/{i}", latent_columns(entry.rows) | seen.pop("columns", {}))
         listed.append(_about(entry, found) | _classes(runs.get(entry.run)) | seen)
     for i, texts in enumerate(vocabularies.texts):
         _write(root / f"tokens-{i}.js", f"tokens/{i}", texts)
     _write(root / "runs.js", "runs", {"shard": SHARD, "runs": listed})
 
 
-def columns(rows: pa.Table) -> dict[str, Any]:
+def latent_columns(rows: pa.Table) -> dict[str, Any]:
     """Return the columns of a run: name → a value per latent, or, for what depends on the other
     run (`_OF_OTHERS`), a list of such values per other run."""
     found: dict[str, Any] = {
@@ -188,7 +188,7 @@ def _write_contexts(
     """Write the shards of a run.
 
     Returns:
-        ``vocabulary`` for its entry in ``runs.js``, and more ``columns`` of its list: ``peak``,
+        ``vocabulary`` for its entry in ``runs.js``, and more ``latent_columns`` of its list: ``peak``,
         ``before`` and ``after`` of each latent's best context.
     """
     folder.mkdir()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reseed.report.axes import Cell, label
+from reseed.report.cell_labels import Cell, label
 from reseed.report.format import MISSING
 from reseed.report.page.render import Block, BulletList, Code, Folded, Paragraph, TableBlock
 from reseed.report.table import Table
@@ -28,7 +28,9 @@ def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
     common, differing = split_common(
         {
             label(cells, knobs): [
-                flat(records[run]["experiment"]) for run in cell.runs["run"] if run in records
+                flatten_settings(records[run]["experiment"])
+                for run in cell.runs["run"]
+                if run in records
             ]
             for knobs, cell in cells
         }
@@ -36,10 +38,10 @@ def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
     if differing:
         blocks.append(TableBlock(differing))
     blocks.append(_settings(f"Configuration that all cells share ({len(common)} keys)", common))
-    blocks.append(_settings("Settings of the comparison", flat(sweep.settings)))
+    blocks.append(_settings("Settings of the comparison", flatten_settings(sweep.settings)))
     if sweep.evaluations:
         asked = {name: of["settings"] for name, of in sweep.evaluations.items()}
-        blocks.append(_settings("Settings of the evaluations", flat(asked)))
+        blocks.append(_settings("Settings of the evaluations", flatten_settings(asked)))
     blocks.append(TableBlock(_runs(runs, records)))
     blocks.append(BulletList(tuple(_versions(records))))
     return blocks
@@ -49,13 +51,13 @@ def _settings(title: str, values: Mapping[str, Any]) -> Folded:
     return Folded(title, (Code("\n".join(f"{k}: {_word(v)}" for k, v in values.items())),))
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested settings to dotted keys; lists are values."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{name}.")
+            found |= flatten_settings(value, f"{name}.")
         else:
             found[name] = value
     return found

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from reseed.report.latex import escaped, latex_table
 from reseed.report.table import Table
-from reseed.report.tables import markdown_table
+from reseed.report.table_files import markdown_table
 
 _SPAN = re.compile(
     r"\*\*(?P<bold>.+?)\*\*|`(?P<code>[^`]+)`|\[(?P<link>[^\]\n]+)\]\((?P<target>\S+?)\)"

@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from reseed.errors import ReseedError
-from reseed.report.axes import Cell
+from reseed.report.cell_labels import Cell
 from reseed.report.evaluation_figures import evaluation_drawings
 from reseed.report.evaluation_results import Runs
 from reseed.report.figures import comparison_drawings, save_figures
@@ -37,7 +37,7 @@ from reseed.report.page.render import (
     tag,
     tex,
 )
-from reseed.report.tables import figure_tables
+from reseed.report.table_files import figure_tables
 from reseed.system.files import atomic_folder
 
 RECORD = "report.json"
@@ -72,7 +72,7 @@ def write_report(report: ReportData, out: Path, format: str = "html") -> Path:
     return out / {"html": "index.html", "md": "report.md", "tex": "report.tex"}[format]
 
 
-def drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure]]:
+def figure_drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure]]:
     """Return name → drawing function of all figures of a sweep."""
     return comparison_drawings(cells) | evaluation_drawings(cells, runs)
 
@@ -101,7 +101,9 @@ def _write_markdown(report: ReportData, folder: Path) -> None:
 
 def _write_tex(report: ReportData, folder: Path) -> None:
     drawn = {
-        n: draw for n, draw in drawings(report.cells, report.runs).items() if n in report.figures
+        n: draw
+        for n, draw in figure_drawings(report.cells, report.runs).items()
+        if n in report.figures
     }
     save_figures(drawn, folder / "figures", kinds=("pdf",))
     text = tex(_title(report), report_sections(report, browser=False))
@@ -127,7 +129,7 @@ def _write_data(report: ReportData, folder: Path) -> None:
             shutil.copyfile(report.sweep.path / name, folder / name)
 
 
-def numbers_of(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[str, ...]:
+def data_file_names(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[str, ...]:
     """Return the files of ``data/``: those to copy from the sweep's folder, and those to make."""
     there = [name for name in _NUMBERS if (folder / name).is_file()]
     return (*there, *figure_tables(cells, runs))

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reseed.errors import nearest
+from reseed.errors import did_you_mean
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats.base import Format, Imported, Reseed
@@ -95,7 +95,7 @@ def get_format(format: str) -> Format:
     if format not in FORMATS:
         listed = ", ".join(FORMATS)
         raise CheckpointError(
-            f"no format is called `{format}`.{nearest(format, FORMATS)} Formats: {listed}."
+            f"no format is called `{format}`.{did_you_mean(format, FORMATS)} Formats: {listed}."
         )
     return FORMATS[format]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from reseed.report.axes import (
+from reseed.report.cell_labels import (
     amounts,
     arm_note,
     columns,
@@ -10,9 +10,9 @@ from reseed.report.axes import (
     label,
     label_knobs,
     numeric_axes,
-    ordered,
     other_knob_values,
     row_labels,
+    sort_cells,
     wrapped,
 )
 
@@ -72,7 +72,7 @@ def test_arms_with_equal_knobs_are_listed_together():
 
 
 def test_cells_are_sorted_by_names_as_declared_and_numbers_ascending():
-    found = [(k["arm"], k["sae"], k["tokens"]) for k, _ in ordered(SWEEP)]
+    found = [(k["arm"], k["sae"], k["tokens"]) for k, _ in sort_cells(SWEEP)]
     assert found == [
         (arm, sae, tokens)
         for arm in ("other init", "same init")
@@ -80,11 +80,11 @@ def test_cells_are_sorted_by_names_as_declared_and_numbers_ascending():
         for tokens in (800, 4000, 16000)
     ]
     two = cells_of({"sparsity": "k=16"}, {"sparsity": "k=4"})
-    assert [knobs["sparsity"] for knobs, _ in ordered(two)] == ["k=4", "k=16"]
+    assert [knobs["sparsity"] for knobs, _ in sort_cells(two)] == ["k=4", "k=16"]
 
 
 def test_row_labels_leave_out_the_knobs_of_the_row_above():
-    names, rows = row_labels(ordered(SWEEP))
+    names, rows = row_labels(sort_cells(SWEEP))
     assert names[:4] == ["other init, topk, 800", "4000", "16000", "other init, relu, 800"]
     assert rows[:4] == [0, 1, 2, 3.5]
     one, places = row_labels(cells_of(*({"sae": sae} for sae in ("topk", "relu", "gated"))))

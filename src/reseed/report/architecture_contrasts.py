@@ -13,8 +13,8 @@ from itertools import combinations
 
 from reseed.compare.columns import Interval
 from reseed.compare.statistics import welch_difference
-from reseed.report.axes import Cell, amounts, distinguishing_knobs, pair_axis_name
-from reseed.report.format import measure_name, side, signed
+from reseed.report.cell_labels import Cell, amounts, distinguishing_knobs, pair_axis_name
+from reseed.report.format import interval_sign, measure_name, signed
 from reseed.report.table import Table
 
 MEASURES = {
@@ -55,7 +55,7 @@ class Contrast:
     @property
     def claimed(self) -> int:
         """1 if the first has more at each of the last `BUDGETS`, −1 if the second has, else 0."""
-        sides = {side(d) for d in self.differences[self.primary][-BUDGETS:]}
+        sides = {interval_sign(d) for d in self.differences[self.primary][-BUDGETS:]}
         return sides.pop() if len(sides) == 1 else 0
 
     def verdict(self) -> str:
@@ -64,7 +64,7 @@ class Contrast:
         last = list(zip(self.budgets, found, strict=True))[-BUDGETS:]
         intervals = " and ".join(f"{signed(d)} at {b:,.0f}" for b, d in last) + " tokens"
         without = next((d.reason for _, d in last if d.low is None), "")
-        sides = {side(d) for _, d in last}
+        sides = {interval_sign(d) for _, d in last}
         if without:
             claim = f"no difference claimed, because there is no interval ({without})"
         elif self.claimed:

@@ -17,17 +17,17 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from reseed.compare.pairing import PairGroup, pair_groups
-from reseed.report.axes import Cell, columns, wrapped
-from reseed.report.format import measure_name, number
-from reseed.report.pairings import (
+from reseed.report.cell_labels import Cell, columns, wrapped
+from reseed.report.format import format_number, measure_name
+from reseed.report.style import GREY, WIDTH, panels
+from reseed.report.table import Table
+from reseed.report.value_pairs import (
     incompatible,
     most_differing_groups,
     shared_knobs,
     value_name,
     value_pair_cells,
 )
-from reseed.report.style import GREY, WIDTH, panels
-from reseed.report.table import Table
 
 MAX_FAMILIES = 6
 """Maximum number of families of cells (such as the layers of one model) for which matrices are
@@ -86,13 +86,13 @@ def value_matrices(cells: Sequence[Cell]) -> list[Matrix]:
     return made
 
 
-def matrices(cells: Sequence[Cell]) -> list[Table]:
+def value_matrix_tables(cells: Sequence[Cell]) -> list[Table]:
     """Return `value_matrices` as tables."""
     return [
         Table(
             (found.axis, *found.values),
             tuple(
-                (value, *(number(float(x)) for x in row))
+                (value, *(format_number(float(x)) for x in row))
                 for value, row in zip(found.values, found.entries, strict=True)
             ),
             1,
@@ -193,7 +193,7 @@ def _squares(axes: Axes, matrix: Matrix, letters: int, top: float) -> AxesImage:
     for i, j in np.ndindex(size, size) if size <= _WRITTEN else ():
         value = float(matrix.entries[i, j])
         colour = GREY if isnan(value) else "white" if value > _LIGHT * top else "black"
-        axes.text(j, i, number(value), ha="center", va="center", color=colour, fontsize=7)
+        axes.text(j, i, format_number(value), ha="center", va="center", color=colour, fontsize=7)
     return image
 
 

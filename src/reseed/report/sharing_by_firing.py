@@ -19,7 +19,7 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from reseed.compare.cell import CellResult
 from reseed.compare.strata import shared_by_stratum, standardised
 from reseed.compare.tables import lists
-from reseed.report.axes import (
+from reseed.report.cell_labels import (
     Cell,
     columns,
     count_text,
@@ -28,7 +28,7 @@ from reseed.report.axes import (
     threshold_text,
     wrapped,
 )
-from reseed.report.format import number, with_interval
+from reseed.report.format import format_number, with_interval
 from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, panels, scatter_of_two
 from reseed.report.table import Column, Table, cell_table, estimate_columns
 
@@ -38,13 +38,13 @@ MAX_POINTS = 3000
 _BINS = 40
 
 
-def with_strata(cells: Sequence[Cell]) -> list[Cell]:
+def cells_with_strata(cells: Sequence[Cell]) -> list[Cell]:
     """Return the cells with strata: those whose runs have a common space, where latents can be
     shared."""
     return [(knobs, cell) for knobs, cell in cells if not cell.strata.empty]
 
 
-def by_decile(cells: Sequence[Cell]) -> Table:
+def sharing_by_decile_table(cells: Sequence[Cell]) -> Table:
     """Return the table of the shared fraction of latents by how often they fire."""
     knobs = columns(cells)
     tables = [
@@ -52,7 +52,7 @@ def by_decile(cells: Sequence[Cell]) -> Table:
     ]
     names = [str(name).replace("decile ", "") for name in tables[0]["name"]]
     rows = tuple(
-        (*knob_values(knobs, k), *(number(float(x)) for x in table["shared_fraction"]))
+        (*knob_values(knobs, k), *(format_number(float(x)) for x in table["shared_fraction"]))
         for (k, _), table in zip(cells, tables, strict=True)
     )
     limit = cells[0][1].settings.live_at_least
@@ -65,7 +65,7 @@ def by_decile(cells: Sequence[Cell]) -> Table:
     return Table((*knobs, *names), rows, len(knobs), "", footnotes)
 
 
-def by_kind_of_firing(cells: Sequence[Cell]) -> Table:
+def sharing_at_equal_firing_table(cells: Sequence[Cell]) -> Table:
     """Return the table of the shared fraction at equal firing, weighted, and of kinds of latents
     (dense, duplicate, antipodal)."""
     made: dict[str, Column] = {}
@@ -106,7 +106,7 @@ def strata_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     """Return ``strata.csv``: a row per stratum of each cell, its knobs first; see
     `compare.strata`."""
     frames = []
-    for knobs, cell in with_strata(cells):
+    for knobs, cell in cells_with_strata(cells):
         for kind in ("decile", "density"):
             frame = shared_by_stratum(cell.strata, kind, cell.settings.confidence)
             frame.insert(0, "kind", kind)
@@ -132,7 +132,7 @@ class MatchedLatents:
     shared: Bool[np.ndarray, " n"]
 
 
-def matched(cell: CellResult) -> MatchedLatents:
+def matched_latents(cell: CellResult) -> MatchedLatents:
     """Return the points of the figure of firing against cosine."""
     table = cell.latents
     partner, cosine, shared = (
@@ -159,7 +159,7 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
     if engine is not None:
         engine.set(w_pad=0.08)  # the layout does not count all histograms
     grid = panels(figure, len(cells), columns)
-    found = [matched(cell) for _, cell in cells]
+    found = [matched_latents(cell) for _, cell in cells]
     most = max(float(m.rate.max(initial=1.0)) for m in found)
     least = min((float(m.rate[m.rate > 0].min(initial=most)) for m in found), default=1.0)
     low = min(min(0.0, float(m.cosine.min(initial=0.0))) for m in found)

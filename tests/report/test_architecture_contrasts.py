@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 
 from reseed.compare.columns import Interval
-from reseed.report.differences import contrasts, difference_lines, differences
-from reseed.report.format import side, signed
-from reseed.report.tables import summary_markdown
+from reseed.report.architecture_contrasts import contrasts, difference_lines, differences
+from reseed.report.format import interval_sign, signed
+from reseed.report.table_files import summary_markdown
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_without_several_budgets_or_architectures_there_are_no_contrasts(at):
 def test_a_star_marks_intervals_that_exclude_0():
     above, below = Interval(0.2, 0.1, 0.3, 0.1, 3), Interval(-0.2, -0.3, -0.1, 0.1, 3)
     around, none = Interval(0.2, -0.1, 0.5, 0.1, 3), Interval(0.2, None, None, None, 2, "few")
-    assert [side(x) for x in (above, below, around, none)] == [1, -1, 0, 0]
+    assert [interval_sign(x) for x in (above, below, around, none)] == [1, -1, 0, 0]
     assert signed(above) == "+0.20 [0.10, 0.30] *"
     assert signed(below) == "-0.20 [-0.30, -0.10] *"
     assert signed(around) == "+0.20 [-0.10, 0.50]"

@@ -16,20 +16,24 @@ import pyarrow.parquet as pq
 from reseed.compare.cell import CellResult
 from reseed.compare.pairing import seed_of_run
 from reseed.compare.strata import standardised
-from reseed.report.axes import Cell, label
-from reseed.report.differences import differences
+from reseed.report.architecture_contrasts import differences
+from reseed.report.cell_labels import Cell, label
 from reseed.report.evaluation_results import Runs
 from reseed.report.evaluation_tables import evaluation_tables
 from reseed.report.figures import matched_cosines
-from reseed.report.firing import strata_frame, with_strata
 from reseed.report.format import interval_row
 from reseed.report.latex import summary_latex
-from reseed.report.main_table import cell_notes, detectable, main_table
-from reseed.report.matrix import matrices, matrix_frame
-from reseed.report.pairings import pairing_frame, pairings, runs_by_value_table, value_pair_cells
+from reseed.report.sharing_by_firing import cells_with_strata, strata_frame
 from reseed.report.summary_tables import null_table, summary_tables
-from reseed.report.table import Table
+from reseed.report.table import Table, cell_notes, detectable_difference_note, main_table
 from reseed.report.truth import truth_tables, with_labels_alike
+from reseed.report.value_matrix import matrix_frame, value_matrix_tables
+from reseed.report.value_pairs import (
+    pairing_frame,
+    runs_by_value_table,
+    value_pair_cells,
+    value_pair_table,
+)
 from reseed.system.files import atomic_write, atomic_write_text
 
 SUMMARY_COLUMNS = (
@@ -58,7 +62,7 @@ def write_tables(
 ) -> list[Path]:
     """Write ``pairs.csv``, ``latents.parquet``, ``strata.csv`` and ``summary`` as csv, md and tex.
 
-    Also write ``pairings.csv`` and ``matrix.csv`` if pairs differ in a chosen value
+    Also write ``value_pair_table.csv`` and ``matrix.csv`` if pairs differ in a chosen value
     (`value_pair_cells`).
 
     Args:
@@ -94,7 +98,7 @@ def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     ``shared_fraction_standardised`` is the shared fraction that a cell would have if its latents
     fired like those of all cells together (`strata.standardised`).
     """
-    with_space = with_strata(cells)
+    with_space = cells_with_strata(cells)
     confidence = cells[0][1].settings.confidence
     alike = standardised([cell.strata for _, cell in with_space], confidence) if with_space else []
     extra = {
@@ -131,7 +135,7 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "live_at_least": settings.live_at_least,
         "confidence": settings.confidence,
         "primary": settings.primary,
-        "visible_difference": detectable(
+        "visible_difference": detectable_difference_note(
             estimates[settings.primary], estimates[settings.primary], settings.confidence
         ),
         "note": "; ".join(cell_notes(cell, knobs)),
@@ -223,7 +227,7 @@ def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
     """Return the table of the cells whose pairs are a sample, and that of the other pairs, if there
     are any. ``incomplete`` is added to the footnotes of the first."""
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
-    others = pairings(cells)
+    others = value_pair_table(cells)
     first, *rest = [*([main_table(sample)] if sample else []), *([others] if others else [])]
     return [replace(first, footnotes=(*first.footnotes, *incomplete)), *rest]
 
@@ -236,7 +240,7 @@ def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
 def optional_tables(cells: Sequence[Cell]) -> list[Table]:
     """Return the tables that only some comparisons have."""
     nulls = null_table(cells)
-    others = [*matrices(cells), *truth_tables(cells), *evaluation_tables(cells)]
+    others = [*value_matrix_tables(cells), *truth_tables(cells), *evaluation_tables(cells)]
     return [*([nulls] if nulls else []), *others]
 
 
@@ -255,15 +259,15 @@ def markdown_table(table: Table) -> str:
 def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], pd.DataFrame]]:
     """Return file name → function that makes the table."""
     made: dict[str, Callable[[], pd.DataFrame]] = {
-        "seeds.csv": lambda: seeds_frame(cells),
-        "cosines.csv": lambda: cosines_frame(cells),
+        "seeds.csv": lambda: sharing_profile_frame(cells),
+        "cosines.csv": lambda: matched_cosines_frame(cells),
     }
     if any("absorption" in run.results for run in runs.values()):
         made["absorbers.csv"] = lambda: absorbers_frame(runs)
     return made
 
 
-def seeds_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+def sharing_profile_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     """Return p_m and u_k of each cell: ``measure`` (p or u), ``count`` (m or k), ``fraction``."""
     rows = [
         {**knobs, "measure": name, "count": count, "fraction": value}
@@ -274,7 +278,7 @@ def seeds_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def cosines_frame(cells: Sequence[Cell]) -> pd.DataFrame:
+def matched_cosines_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     """Return the drawn points: both cosines of a matched latent, and whether encoder and decoder
     give it the same match."""
     return _stacked(

@@ -12,12 +12,12 @@ from rich.console import Console
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.pairing import add_axis_columns, axis_label
-from reseed.report import pairings as module
-from reseed.report.matrix import matrices, matrix_figure
-from reseed.report.pairings import pairing_frame, pairings, runs_by_value_table
+from reseed.report import value_pairs as module
 from reseed.report.style import STYLE
-from reseed.report.tables import summary_markdown, write_tables
+from reseed.report.table_files import summary_markdown, write_tables
 from reseed.report.terminal import print_summary
+from reseed.report.value_matrix import matrix_figure, value_matrix_tables
+from reseed.report.value_pairs import pairing_frame, runs_by_value_table, value_pair_table
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def notes(words):
 
 
 def test_each_pair_of_values_has_a_row_in_the_order_of_the_grid(over_seeds):
-    words = pairings(over_seeds(["6", "3", "9"]))
+    words = value_pair_table(over_seeds(["6", "3", "9"]))
     assert words is not None
     assert words.header[:4] == ("layer", "and", "seeds", "shared\n[95%]")
     assert [row[:3] for row in words.rows] == [("6", "3", "3"), ("6", "9", "3"), ("3", "9", "3")]
@@ -75,7 +75,7 @@ def test_each_pair_of_values_has_a_row_in_the_order_of_the_grid(over_seeds):
 
 def test_families_are_named_by_the_knobs_that_vary(over_seeds):
     cells = [*over_seeds(["1", "2"]), *over_seeds(["1", "2"], sae="relu", shared=(6, 6, 6))]
-    words = pairings(cells)
+    words = value_pair_table(cells)
     assert words is not None
     assert words.header[:3] == ("sae", "layer", "and")
     assert [row[0] for row in words.rows] == ["topk", "relu"]
@@ -84,7 +84,7 @@ def test_families_are_named_by_the_knobs_that_vary(over_seeds):
 
 def test_the_matrix_has_the_numbers_of_the_table(over_seeds):
     cells = over_seeds(["1", "2", "3"])
-    shared, covered = matrices(cells)
+    shared, covered = value_matrix_tables(cells)
     assert shared.header == ("layer", "1", "2", "3")
     assert [row[0] for row in shared.rows] == ["1", "2", "3"]
     entries = [row[1:] for row in shared.rows]
@@ -92,9 +92,12 @@ def test_the_matrix_has_the_numbers_of_the_table(over_seeds):
     assert all(entries[i][j] == entries[j][i] for i in range(3) for j in range(3))
     assert shared.caption == "Shared"
     assert covered.caption.startswith("Covered: of the latents of the row")
-    assert matrices(over_seeds(["1", "2"])) == [], "two values are one number"
+    assert value_matrix_tables(over_seeds(["1", "2"])) == [], "two values are one number"
     two = [*cells, *over_seeds(["1", "2", "3"], sae="relu")]
-    assert [words.caption for words in matrices(two)][::2] == ["Shared (topk)", "Shared (relu)"]
+    assert [words.caption for words in value_matrix_tables(two)][::2] == [
+        "Shared (topk)",
+        "Shared (relu)",
+    ]
 
 
 BOTH = {"sae": ["topk", "relu"], "seed": ["0", "1", "2"]}
@@ -103,7 +106,7 @@ PLACES = [{"sae": sae, "seed": seed} for sae in BOTH["sae"] for seed in BOTH["se
 
 def test_pairs_across_values_are_compared_with_pairs_within_a_value(made):
     cells = [({"sae": "topk|relu"}, made(PLACES, ["sae", "seed"], BOTH))]
-    words = pairings(cells)
+    words = value_pair_table(cells)
     assert words is not None
     assert words.header[:3] == ("sae", "and", "differs in")
     assert [row[:3] for row in words.rows] == [
@@ -113,14 +116,14 @@ def test_pairs_across_values_are_compared_with_pairs_within_a_value(made):
     column = words.header.index("− within")
     assert [row[column] for row in words.rows] == ["", "0 [0, 0]", "0 [0, 0]", ""]
     assert any(note.startswith("**− within**") for note in words.footnotes)
-    (shared, _) = matrices(cells)
+    (shared, _) = value_matrix_tables(cells)
     assert shared.rows == (("topk", "0.50", "0.50"), ("relu", "0.50", "0.50"))
 
 
 def test_a_long_table_shows_only_the_pairs_that_differ_in_most_axes(made, monkeypatch):
     monkeypatch.setattr(module, "MANY_ROWS", 3)
     cells = [({"sae": "topk|relu"}, made(PLACES, ["sae", "seed"], BOTH))]
-    words = pairings(cells)
+    words = value_pair_table(cells)
     assert words is not None
     assert len(words.rows) == 3
     assert "sae" not in [row[2] for row in words.rows]
@@ -134,14 +137,14 @@ def test_dictionaries_of_two_widths_have_the_fraction_of_the_smaller(over_seeds)
     for knobs, cell in cells:
         pairs = cell.pairs.assign(num_latents_a=32)
         narrow.append((knobs, dataclasses.replace(cell, pairs=pairs)))
-    words = pairings(narrow)
+    words = value_pair_table(narrow)
     assert words is not None
     column = words.header.index("of the smaller\n[95%]")
     assert words.rows[0][column].startswith("0.69 ["), "(12 + 24 + 30)/3 of 32"
     (row,) = pairing_frame(narrow).to_dict("records")
     assert row["shared_of_smaller"] == row["shared_of_a"] == pytest.approx(22 / 32)
     assert row["shared_of_b"] == pytest.approx(22 / 48)
-    alike = pairings(cells)
+    alike = value_pair_table(cells)
     assert alike is not None
     assert "of the smaller\n[95%]" not in alike.header
 
@@ -150,13 +153,13 @@ def test_the_primary_measure_comes_first_with_its_interval(over_seeds):
     cells = over_seeds(["1", "2"])
     own = [(k, dataclasses.replace(c, settings=dataclasses.replace(c.settings, primary="coverage")))
            for k, c in cells]  # fmt: skip
-    words = pairings(own)
+    words = value_pair_table(own)
     assert words is not None
     assert words.header[3:5] == ("covered\n[95%]", "shared\n[95%]")
 
 
 def test_models_are_compared_with_a_warning(over_seeds):
-    models, layers = (pairings(over_seeds(["1", "2"], axis=x)) for x in ("model", "layer"))
+    models, layers = (value_pair_table(over_seeds(["1", "2"], axis=x)) for x in ("model", "layer"))
     assert sum("Dictionaries of two models" in note for note in notes(models)) == 1
     assert not any("Dictionaries of two models" in note for note in notes(layers))
 
@@ -177,7 +180,7 @@ def test_the_matrix_is_drawn_as_a_heat_map(over_seeds):
         FigureCanvasAgg(figure)
         figure.draw_without_rendering()
     panels = [axes for axes in figure.axes if axes.images]
-    for axes, words in zip(panels, matrices(cells), strict=True):
+    for axes, words in zip(panels, value_matrix_tables(cells), strict=True):
         assert [t.get_text() for t in axes.texts] == [x for row in words.rows for x in row[1:]]
         assert axes.get_title().replace("\n", " ") == words.caption
         image = axes.images[0]
@@ -217,7 +220,11 @@ def test_pairs_of_seeds_and_pairs_of_values_have_a_table_each(over_seeds, make_c
 
 def test_pairs_of_seeds_alone_have_no_such_tables(make_cell, tmp_path):
     cells = [make_cell(), make_cell("relu")]
-    assert (pairings(cells), matrices(cells), runs_by_value_table(cells)) == (None, [], None)
+    assert (value_pair_table(cells), value_matrix_tables(cells), runs_by_value_table(cells)) == (
+        None,
+        [],
+        None,
+    )
     assert "pairings.csv" not in {path.name for path in write_tables(cells, tmp_path)}
 
 
@@ -233,7 +240,7 @@ def test_without_a_common_space_the_table_says_why_and_shows_the_other_measures(
     places = {run.id: {"model": run.seed} for run in runs}
     pairs = add_axis_columns(cell.pairs, places, config).assign(activation_note="the hub is gone")
     knobs = {"sae": "x", "model": "one|two"}
-    words = pairings([(knobs, dataclasses.replace(cell, pairs=pairs))])
+    words = value_pair_table([(knobs, dataclasses.replace(cell, pairs=pairs))])
     assert words is not None
     assert "CKA\ncodes" not in words.header
     (row,) = words.rows
@@ -243,12 +250,12 @@ def test_without_a_common_space_the_table_says_why_and_shows_the_other_measures(
     assert said.count("was not measured: the hub is gone") == 1
     assert "undefined" not in said
     assert "cosine between them is meaningful" not in said, "there is none"
-    assert matrices([(knobs, dataclasses.replace(cell, pairs=pairs))]) == []
+    assert value_matrix_tables([(knobs, dataclasses.replace(cell, pairs=pairs))]) == []
     made = {
         "cka_codes": 0.5, "cka_reconstructions": 0.25, "agreement_pearson_matched": 0.125,
         "agreement_fraction_matched": 0.75, "activation_note": "",
     }  # fmt: skip
-    words = pairings([(knobs, dataclasses.replace(cell, pairs=pairs.assign(**made)))])
+    words = value_pair_table([(knobs, dataclasses.replace(cell, pairs=pairs.assign(**made)))])
     assert words is not None
     (row,) = words.rows
     shown = dict(zip(words.header, row, strict=True))

@@ -1,7 +1,7 @@
 """Tables of pairs of runs that differ in a chosen value: a row for each pair of values.
 
 "How much of layer 3's SAE is in layer 6's?": the pairs of two values over the seeds, with one-sided
-coverage in both directions; `reseed.report.matrix` has them as a matrix.
+coverage in both directions; `reseed.report.value_matrix` has them as a matrix.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from reseed.compare.pairing import (
     pair_groups,
     runs_by_value,
 )
-from reseed.report.axes import Cell, columns, knob_values, varying
+from reseed.report.cell_labels import Cell, columns, knob_values, varying_knobs
 from reseed.report.format import (
     MISSING,
+    format_number,
     interval_row,
     measure_name,
     null_text,
-    number,
     signed,
     with_interval,
 )
-from reseed.report.main_table import detectable_note
-from reseed.report.table import Table
+from reseed.report.table import Table, detectable_note
 
 MANY_ROWS = 30
 """A longer table shows only the pairs that differ in most axes; pairings.csv has all."""
@@ -54,7 +53,7 @@ def value_pair_cells(cells: Sequence[Cell]) -> list[Cell]:
     return [(knobs, cell) for knobs, cell in cells if not cell.settings.pairs_are_a_sample]
 
 
-def pairings(cells: Sequence[Cell]) -> Table | None:
+def value_pair_table(cells: Sequence[Cell]) -> Table | None:
     """Return the table with a row for each pair of values; None if all pairs are of seeds."""
     cells = value_pair_cells(cells)
     if not cells:
@@ -91,7 +90,7 @@ def _columns(
         return lambda group: with_interval(group.interval(column, confidence))
 
     def mean(column: str) -> Callable[[PairGroup], str]:
-        return lambda group: number(group.mean(column))
+        return lambda group: format_number(group.mean(column))
 
     percent = f"[{confidence:.0%}]"
     made: dict[str, Callable[[PairGroup], str]] = {
@@ -171,7 +170,7 @@ def value_name(cells: Sequence[Cell]) -> str:
 
 
 def _caption(cells: Sequence[Cell], every: Sequence[PairGroup]) -> str:
-    changing = varying([(group.knobs, None) for group in every])
+    changing = varying_knobs([(group.knobs, None) for group in every])
     constant = [f"{k}={v}" for k, v in every[0].knobs.items() if k not in changing]
     by = " · ".join(dict.fromkeys(cell.settings.pair_words for _, cell in cells))
     return " · ".join([*constant, f"pairs by {by}"])
@@ -262,7 +261,7 @@ def runs_by_value_table(cells: Sequence[Cell]) -> Table | None:
 
 
 def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Return ``pairings.csv``: a row for each pair of values and set of axes in which the runs
+    """Return ``value_pair_table.csv``: a row for each pair of values and set of axes in which the runs
     differ, every fraction with its interval."""
     cells = value_pair_cells(cells)
     confidence = cells[0][1].settings.confidence

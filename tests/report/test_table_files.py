@@ -8,10 +8,10 @@ import pytest
 from rich.console import Console
 
 from reseed.compare.columns import Interval
-from reseed.report.axes import varying
-from reseed.report.format import number, with_interval
-from reseed.report.main_table import NOT_SHARED, OFF_TARGET, cell_notes, main_table
-from reseed.report.tables import SUMMARY_COLUMNS, summary_frame, summary_markdown, write_tables
+from reseed.report.cell_labels import varying_knobs
+from reseed.report.format import format_number, with_interval
+from reseed.report.table import NOT_SHARED, OFF_TARGET, cell_notes, main_table
+from reseed.report.table_files import SUMMARY_COLUMNS, summary_frame, summary_markdown, write_tables
 from reseed.report.terminal import print_summary
 
 ISSUE_COLUMNS = [
@@ -96,11 +96,11 @@ def test_a_knob_named_like_a_column_is_kept(make_cell):
 
 
 def test_only_varying_knobs_are_columns(cells):
-    assert varying(cells) == ["sae"]
+    assert varying_knobs(cells) == ["sae"]
     words = main_table(cells)
     assert words.caption.startswith("model=embedded · layer=2 · 48 latents · 2–3 seeds")
     assert words.header[:2] == ("sae", "seeds")
-    assert varying(cells[:1]) == []
+    assert varying_knobs(cells[:1]) == []
     assert "sae=topk" in main_table(cells[:1]).caption
 
 
@@ -268,7 +268,7 @@ def test_a_vertical_bar_in_a_knob_does_not_break_the_markdown_table(make_cell):
      (-2e-7, "> -0.001")],
 )  # fmt: skip
 def test_numbers_are_formatted(value, text):
-    assert number(value) == text
+    assert format_number(value) == text
 
 
 def test_an_interval_is_formatted():

@@ -22,8 +22,8 @@ from reseed.compare.cell import CellResult
 from reseed.compare.columns import THRESHOLDS
 from reseed.compare.strata import DECILES, shared_by_stratum
 from reseed.compare.tables import lists
-from reseed.report.axes import Cell, count_text, label, label_knobs, pair_axis_name, wrapped
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds
+from reseed.report.cell_labels import Cell, count_text, label, label_knobs, pair_axis_name, wrapped
 from reseed.report.format import range_text, with_interval
 from reseed.report.style import (
     COLOURS,
@@ -136,7 +136,7 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
     Raises:
         ValueError: no cell has measures on activations.
     """
-    cells = with_activations(cells)
+    cells = cells_with_activations(cells)
     if not cells:
         raise ValueError("no cell has measures on activations to draw")
 
@@ -164,7 +164,7 @@ def coverage_figure(cells: Sequence[Cell]) -> Figure:
     )
 
 
-def with_activations(cells: Sequence[Cell]) -> list[Cell]:
+def cells_with_activations(cells: Sequence[Cell]) -> list[Cell]:
     """Return the cells that were measured on activations."""
     return [(k, c) for k, c in cells if TOKENS in c.pairs and c.pairs[TOKENS].to_numpy().max() > 0]
 

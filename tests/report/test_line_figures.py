@@ -11,9 +11,9 @@ from matplotlib.collections import LineCollection
 from reseed.compare.columns import THRESHOLDS
 from reseed.report.axis_figures import axis_figure
 from reseed.report.captions import BY_LAYER, BY_THRESHOLD, SOURCE, UNSHARED
-from reseed.report.curves import MOST_LINES, coverage_figure, decile_figure, threshold_figure
-from reseed.report.figures import seeds_figure
-from reseed.report.firing import MAX_POINTS, firing_figure, matched
+from reseed.report.figures import sharing_profile_figure
+from reseed.report.line_figures import MOST_LINES, coverage_figure, decile_figure, threshold_figure
+from reseed.report.sharing_by_firing import MAX_POINTS, firing_figure, matched_latents
 from reseed.report.style import GREY, STYLE
 
 
@@ -76,7 +76,7 @@ def test_the_paper_s_numbers_are_shown_for_pairs_of_seeds_only(make_cell):
     figure = draw(threshold_figure, cells)
     assert not references(figure.axes[0])
     assert not any(SOURCE in text for text in legend(figure))
-    assert not any(references(axes) for axes in draw(seeds_figure, cells).axes)
+    assert not any(references(axes) for axes in draw(sharing_profile_figure, cells).axes)
 
 
 def test_two_seeds_have_no_bands(make_cell):
@@ -149,7 +149,7 @@ def test_the_firing_figure_has_a_point_per_match(make_cell):
     assert (len(orphans), len(shared)) == (144, 144)
     assert np.allclose(shared[:, 1], 1)
     assert all(c.get_rasterized() for c in axes.collections)
-    rate = np.sort(matched(cell).rate[matched(cell).shared])
+    rate = np.sort(matched_latents(cell).rate[matched_latents(cell).shared])
     drawn = np.sort(shared[:, 0])
     fired = rate > 0
     assert np.all(np.abs(np.log10(drawn[fired] / rate[fired])) < 0.11), "moved a little"
@@ -159,7 +159,7 @@ def test_the_firing_figure_has_a_point_per_match(make_cell):
 
 def test_the_sample_of_many_latents_is_deterministic(make_cell, monkeypatch):
     assert MAX_POINTS <= 5000
-    monkeypatch.setattr("reseed.report.firing.MAX_POINTS", 50)
+    monkeypatch.setattr("reseed.report.sharing_by_firing.MAX_POINTS", 50)
     drawn = []
     for _ in range(2):
         axes = draw(firing_figure, [make_cell()]).axes[0]
@@ -170,7 +170,7 @@ def test_the_sample_of_many_latents_is_deterministic(make_cell, monkeypatch):
 
 @pytest.mark.parametrize(("n", "there"), [(3, False), (4, True), (5, True)])
 def test_the_paper_s_line_over_seeds_is_drawn_from_four_seeds_on(make_cell, n, there):
-    figure = draw(seeds_figure, [make_cell(n=n)])
+    figure = draw(sharing_profile_figure, [make_cell(n=n)])
     found = [line for axes in figure.axes for line in references(axes)]
     assert bool(found) == there
     if there:

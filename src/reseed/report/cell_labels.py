@@ -20,10 +20,10 @@ FEW = 4
 _NUMBER = re.compile(r"(.*?)([-+]?\d[\d.]*(?:e[-+]?\d+)?)")
 
 
-def ordered(cells: Sequence[Cell]) -> list[Cell]:
+def sort_cells(cells: Sequence[Cell]) -> list[Cell]:
     """Sort the cells: first by their non-numeric knobs, in the order in which values were declared,
     then by their numeric knobs, ascending."""
-    names = varying(cells)
+    names = varying_knobs(cells)
     amounts = {name: values for name in names if (values := _amounts(cells, name)) is not None}
     words = {name: list(dict.fromkeys(_word(k, name) for k, _ in cells)) for name in names}
     named = [name for name in names if name not in amounts]
@@ -36,7 +36,7 @@ def ordered(cells: Sequence[Cell]) -> list[Cell]:
     return [cells[i] for i in sorted(range(len(cells)), key=place)]
 
 
-def varying(cells: Sequence[Knobbed]) -> list[str]:
+def varying_knobs(cells: Sequence[Knobbed]) -> list[str]:
     """Return the knobs that differ between cells."""
     names = dict.fromkeys(name for knobs, _ in cells for name in knobs)
     return [n for n in names if len({_word(knobs, n) for knobs, _ in cells}) > 1]
@@ -45,7 +45,7 @@ def varying(cells: Sequence[Knobbed]) -> list[str]:
 def distinguishing_knobs(cells: Sequence[Knobbed]) -> list[str]:
     """Return the varying knobs, without those that an earlier one determines (λ, if each
     architecture has one λ)."""
-    names = varying(cells)
+    names = varying_knobs(cells)
     return [
         name
         for i, name in enumerate(names)
@@ -57,7 +57,7 @@ def columns(cells: Sequence[Knobbed]) -> list[str]:
     """Return the varying knobs that tables show: without those that the arm determines, which
     `arm_note` lists."""
     left_out = _of_arm(cells)
-    return [name for name in varying(cells) if name not in left_out]
+    return [name for name in varying_knobs(cells) if name not in left_out]
 
 
 def arm_note(cells: Sequence[Cell]) -> str:
@@ -75,7 +75,7 @@ def arm_note(cells: Sequence[Cell]) -> str:
 
 def _of_arm(cells: Sequence[Knobbed]) -> list[str]:
     """Return the varying knobs, other than the arm, that have one value in each arm."""
-    names = varying(cells)
+    names = varying_knobs(cells)
     if "arm" not in names:
         return []
     return [name for name in names if name != "arm" and _follows(cells, name, "arm")]
