@@ -112,7 +112,8 @@ class Config:
         except KeyError:
             known = sorted(n for f, n in Config._registered if f == family)
             raise ConfigError(
-                f"no {family} is called `{name}`.{did_you_mean(name, known)} Known: {', '.join(known)}."
+                f"no {family} is called `{name}`.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known)}."
             ) from None
 
     @classmethod

@@ -173,7 +173,7 @@ def test_regressions_are_undecided_on_silent_latents_and_exact_on_perfect_ones()
     columns = torch.where(member, 2.0, 0.0)[:, None]
     told = fit_nested(columns, member)
     assert ((told.score(columns)[:, 0] > 0) == member).all()
-    with pytest.raises(ValueError, match="words of the class and words of others"):
+    with pytest.raises(ValueError, match="words of the class and words of other classes"):
         fit_nested(columns, torch.ones(25, dtype=torch.bool))
 
 

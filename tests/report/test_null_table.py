@@ -69,7 +69,10 @@ def test_the_numbers_are_those_of_the_cells(rungs):
     trained, random = rungs[0][1].estimates, rungs[1][1].estimates
     assert rows["topk", "trained model"] == (
         with_interval(trained["shared_fraction"]),
-        format_number(trained["cosine_encoder"].mean), format_number(trained["cosine_decoder"].mean), "", "",
+        format_number(trained["cosine_encoder"].mean),
+        format_number(trained["cosine_decoder"].mean),
+        "",
+        "",
     )  # fmt: skip
     # 36 and 12 of 48 latents: κ = (3/4 − 1/4)/(1 − 1/4).
     shared, _, _, kappa, less = rows["topk", "random weights"]

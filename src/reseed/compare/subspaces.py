@@ -98,7 +98,7 @@ def subspaces(
 
 
 def _by_chance(a: _Span, b: _Span) -> float:
-    """Return the expected `mean_squared_principal_cosine` of two random spans with as many directions."""
+    """Return the `mean_squared_principal_cosine` expected of two random spans of these sizes."""
     fewer, more = sorted((a.directions, b.directions))
     return more / len(a.moment) if fewer else float("nan")
 

@@ -122,7 +122,8 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
     null = null_text(mean("null_shared_fraction"), result.null_simulated_latents)
     notes = [
         f"**{every} of {n} are shared with all of the other {result.n_seeds - 1}, {none} with "
-        f"none.** On average they are shared with {format_number(found)} of the others; for comparison, "
+        f"none.** On average they are shared with {format_number(found)} of the "
+        "others; for comparison, "
         "latents of the same dictionary that fire as often are shared with "
         f"{format_number(mean('decile_shared'))}, all its latents with "
         f"{format_number(mean('dictionary_shared'))}, random rows with {null}. (Matched "

@@ -261,7 +261,7 @@ def runs_by_value_table(cells: Sequence[Cell]) -> Table | None:
 
 
 def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
-    """Return ``value_pair_table.csv``: a row for each pair of values and set of axes in which the runs
+    """Return ``pairings.csv``: a row for each pair of values and set of axes in which the runs
     differ, every fraction with its interval."""
     cells = value_pair_cells(cells)
     confidence = cells[0][1].settings.confidence

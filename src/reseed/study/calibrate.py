@@ -1,8 +1,7 @@
 """Calibration: finds the penalty weight that gives a target L0, once for all seeds of a cell.
 
-ReLU,
-Gated and JumpReLU SAEs have a penalty weight λ where a k-sparse one has k. To compare them at the
-same L0, ``sae.target_l0`` asks for the λ whose held-out L0 at inference is the target:
+ReLU, Gated and JumpReLU SAEs have a penalty weight λ where a k-sparse one has k. To compare them at
+the same L0, ``sae.target_l0`` asks for the λ whose held-out L0 at inference is the target:
 
 1. One run is *steered*: λ moves while it trains (`reseed.sae.losses`), from the declared value.
 2. Rounds with a constant λ follow, a secant on log L0 over log λ, until one is within `ACCEPTED`.

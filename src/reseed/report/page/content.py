@@ -266,8 +266,9 @@ def _noted(cells: Sequence[Cell]) -> list[str]:
     found = []
     for note in (NOT_SHARED, OFF_TARGET):
         about = [
-            f"{label(cells, knobs)} (shared {format_number(cell.estimates['shared_fraction'].mean)}, L0 "
-            f"{cell.estimates['l0'].mean:.1f})"
+            f"{label(cells, knobs)} "
+            f"(shared {format_number(cell.estimates['shared_fraction'].mean)}, "
+            f"L0 {cell.estimates['l0'].mean:.1f})"
             for knobs, cell in cells
             if note in cell_notes(cell, knobs)
         ]
