@@ -62,7 +62,7 @@ def write_tables(
 ) -> list[Path]:
     """Write ``pairs.csv``, ``latents.parquet``, ``strata.csv`` and ``summary`` as csv, md and tex.
 
-    Also write ``value_pair_table.csv`` and ``matrix.csv`` if pairs differ in a chosen value
+    Also write ``pairings.csv`` and ``matrix.csv`` if pairs differ in a chosen value
     (`value_pair_cells`).
 
     Args:

@@ -188,8 +188,8 @@ def _write_contexts(
     """Write the shards of a run.
 
     Returns:
-        ``vocabulary`` for its entry in ``runs.js``, and more columns of its list: ``peak``, ``before``
-        and ``after`` of each latent's best context.
+        ``vocabulary`` for its entry in ``runs.js``, and more columns of its list: ``peak``,
+        ``before`` and ``after`` of each latent's best context.
     """
     folder.mkdir()
     used: set[int] = set()
