@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
 BIN := $(VENV)/bin
-# Two test processes of one thread each are faster than one of two.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+# Two test processes of one thread each are faster than one of two. A process without work takes
+# over tests of the other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-slow test-peers check lint format bench clean
+.PHONY: help env quickstart test test-slow test-peers audit check lint format bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -25,14 +26,17 @@ quickstart: env ## train 2 architectures x 3 seeds on the embedded model, compar
 	$(BIN)/reseed run comparison=quickstart evaluation=contexts
 	@echo "go on: source $(VENV)/bin/activate; reseed --help"
 
-test: env ## the tests, without the slow ones
-	$(PYTEST) -m 'not slow'
+test: env ## run the fast tests (under 8 minutes on 2 cores)
+	$(PYTEST) -m 'not slow and not audit'
 
-test-slow: env ## the slow tests: kills, wheel, end to end
-	$(PYTEST) -m slow --durations=15
+test-slow: env ## run the slow tests: kills, the wheel, the report in Chromium, small studies
+	$(PYTEST) -m 'slow and not audit' --durations=15
 
-test-peers: $(PEERS)/.installed ## saved SAEs against the libraries that save them (installs these)
+test-peers: $(PEERS)/.installed ## compare saved SAEs with the libraries that save them (installs these)
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q tests/peers
+
+audit: env ## run the tests that take minutes each: before a release
+	$(PYTEST) -m audit --durations=15
 
 # An environment of their own on top of .venv's, which stays as it is.
 $(PEERS)/.installed: $(VENV)/.installed
@@ -43,7 +47,7 @@ $(PEERS)/.installed: $(VENV)/.installed
 	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
 	@touch $@
 
-lint: env ## formatting, lint and types
+lint: env ## check formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
@@ -52,9 +56,9 @@ format: env ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-check: lint test ## what every commit should pass
+check: lint test ## run lint and the fast tests: before every commit
 
-bench: env ## benchmarks against peers and limits, side by side (installs the peers)
+bench: env ## run the benchmarks against peers and limits (installs the peers)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/matching.py

@@ -96,7 +96,7 @@ def test_an_unknown_name_suggests_the_nearest() -> None:
 
 
 def test_two_classes_may_not_share_a_name() -> None:
-    with pytest.raises(TypeError, match="two classes call themselves test-shape=coloured"):
+    with pytest.raises(TypeError, match="two classes are registered as test-shape=coloured"):
 
         class Other(Shape, name="coloured"):
             pass

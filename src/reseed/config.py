@@ -50,7 +50,7 @@ def setting(
         at_least, above, at_most, below: bounds of a number, inclusive or strict.
         choices: the allowed values.
         signed: whether the value changes results, and so enters the signature.
-        neutral: for fields added after a release: the value at which the field is left out of the
+        neutral: for fields added after a release, the value at which the field is left out of the
             signature, because results equal those from before the field existed.
     """
     metadata = {
@@ -89,7 +89,7 @@ class Config:
             known = Config._registered.setdefault((cls.family, name), cls)
             if known.__qualname__ != cls.__qualname__ or known.__module__ != cls.__module__:
                 raise TypeError(
-                    f"two classes call themselves {cls.family}={name}: {known.__module__}."
+                    f"two classes are registered as {cls.family}={name}: {known.__module__}."
                     f"{known.__qualname__} and {cls.__module__}.{cls.__qualname__}"
                 )
             Config._registered[cls.family, name] = cls
@@ -184,7 +184,7 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
         # A missing key must not silently get the class's default, unless that is the neutral value
         # of a field that was added after the yaml was written.
         if f.name not in values and f.metadata.get("neutral", _MISSING) != f.default:
-            raise ConfigError("{key} is required, and was removed", _dotted(key, f.name))
+            raise ConfigError("{key} is required: do not remove it", _dotted(key, f.name))
     return make(found, values, key)
 
 
@@ -303,7 +303,7 @@ def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
 
 
 def _describe(hint: Any) -> str:
-    """Describe a type in words: ``an integer``, ``a number or null``."""
+    """Describe a type for messages: ``an integer``, ``a number or null``."""
     words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
     words[type(None)] = "null"
     if hint in words:

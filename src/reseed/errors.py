@@ -41,8 +41,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 class Interrupted(KeyboardInterrupt):
     """The end of a command that a signal requested; raised after everything was saved.
 
-    A KeyboardInterrupt, so that callers do not treat it as the failure of one job and start the
-    next.
+    It is a KeyboardInterrupt, so that callers do not treat it as the failure of one job and start
+    the next.
 
     Args:
         message: names what was saved and how to continue.

@@ -150,7 +150,7 @@ def test_a_damaged_chunk_is_reported_recomputed_and_replaced(
     gc.collect()
     assert Reader(tmp_path).missed([0, 1]) == [0]
     said = capsys.readouterr().out
-    assert said.startswith(f"a chunk of the activation cache is computed anew: {first}: it")
+    assert said.startswith(f"a chunk of the activation cache is computed again: {first}: it")
     assert said.count("\n") == 1
     assert Reader(tmp_path).missed([0, 1]) == []
     assert capsys.readouterr().out == ""

@@ -47,5 +47,5 @@ def test_the_root_is_exact_where_the_covariance_is_singular() -> None:
 
 
 def test_no_activations_have_no_mean() -> None:
-    with pytest.raises(ValueError, match="no activations were added: they have no mean"):
+    with pytest.raises(ValueError, match="no activations were added, so they have no mean"):
         MomentSums().so_far()

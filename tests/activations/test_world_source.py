@@ -109,7 +109,9 @@ def test_a_world_has_one_hookpoint() -> None:
 
 
 def test_a_world_refuses_a_text() -> None:
-    with pytest.raises(ConfigError, match="=docstrings is a text; model=mine is a world") as error:
+    with pytest.raises(
+        ConfigError, match="=docstrings is a text, but model=mine is a world"
+    ) as error:
         replace(WORLD, label="mine").resolve(Path("unused")).data(DocstringsConfig(), Path("x"))
     assert "dataset=generated" in str(error.value)
 

@@ -226,14 +226,14 @@ def test_a_sample_of_several_blocks_is_a_function_of_the_generator(
 
 
 BAD = [
-    ({"num_features": 20}, "`num_features` (=20) must not exceed d_in (=16) where the dictionary"),
+    ({"num_features": 20}, "`num_features` (=20) must not exceed d_in (=16) if the dictionary"),
     ({"firing": (0.1,)}, "`firing` must have one entry for each of num_features (=4); got 1"),
     ({"firing": (0.1, 0.2, 1.5, 0)}, "`firing` must be probabilities, 0 to 1; got 1.5"),
     ({"zipf_min": 0.5}, "`zipf_min` must not exceed zipf_max (=0.4); got 0.5"),
     ({"parents": (None, 2, None, None)},
-     "`parents`: a parent must stand before its child; feature 1 has 2"),
+     "`parents`: a parent must have a smaller index than its child; feature 1 has parent 2"),
     ({"parents": (None,)}, "`parents` must have one entry for each of num_features (=4); got 1"),
-    ({"roots": 2, "parents": (None,) * 4}, "`roots` must be 0 where parents are listed; got 2"),
+    ({"roots": 2, "parents": (None,) * 4}, "`roots` must be 0 if parents are listed; got 2"),
     ({"roots": 2, "branching": 2, "depth": 1},
      "`num_features` (=4) must hold the forest of 6 features (roots=2, branching=2, depth=1)"),
     ({"firing": (0.1, 0.2, 0, 0), "parents": (None, 0, None, None), "child_firing": "marginal"},
@@ -243,9 +243,9 @@ BAD = [
     ({"correlations": ((0, 0, 0.1),)}, "got [0.0, 0.0, 0.1]"),
     ({"correlations": ((0, 1, 0.1), (1, 0, 0.2))}, "must list a pair once; got [0, 1] twice"),
     ({"correlations": ((0, 1, -0.9), (1, 2, -0.9), (0, 2, -0.9))},
-     "`correlations` must be those of a positive definite matrix; its least eigenvalue is -0.8"),
+     "`correlations` must form a positive definite matrix; its smallest eigenvalue is -0.8"),
     ({"correlations": ((0, 1, 0.1),), "copula_rank": 2},
-     "`copula_rank` must be 0 where correlations are listed; got 2"),
+     "`copula_rank` must be 0 if correlations are listed; got 2"),
     ({"groups": 1, "group_rank": 17}, "`group_rank` (=17) must not exceed d_in (=16)"),
     ({"magnitude_mean": 0.0}, "`magnitude_mean` must be a number, above 0; got 0.0"),
 ]  # fmt: skip

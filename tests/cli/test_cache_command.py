@@ -85,7 +85,7 @@ def test_a_damaged_chunk_does_not_change_a_run(
         gc.collect()
         assert train.main([*tiny_overrides, FOLDER, f"runtime.outputs={outputs}"]) == 0
         said = capsys.readouterr().out
-        assert ("is computed anew" in said) == (outputs == "two")
+        assert ("is computed again" in said) == (outputs == "two")
         chunk = next(Path("kept").glob("*order0*/000002-*"))
         if outputs == "one":
             chunk.write_bytes(chunk.read_bytes()[:-1] + b"\x7f")
@@ -146,8 +146,8 @@ def test_clear_removes_entries_by_name(
     [
         ([], "there is no activation cache: set its folder with runtime.activation_cache=FOLDER"),
         ([FOLDER], "`runtime.activation_cache`: there is no folder kept"),
-        ([FOLDER, "--clear="], "--clear= names nothing; --clear alone removes everything"),
-        (["--clear", "a", "--clear", "b"], "one --clear at a time; got 2"),
+        ([FOLDER, "--clear="], "--clear= needs a pattern; --clear alone removes everything"),
+        (["--clear", "a", "--clear", "b"], "give --clear only once; got 2"),
     ],
 )
 def test_errors_name_the_key_or_flag(

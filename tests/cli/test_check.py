@@ -68,7 +68,7 @@ def test_named_latents_are_checked_end_to_end(
     assert (
         "| latent | label | firing | shared with | reproducibility [95%] | alike | seed 1 |" in text
     )
-    assert "of 3 are shared with all of the other 2" in text
+    assert "of 3 latents are shared with all other runs (2)" in text
     assert "check.csv, check.md" in said
     # The cell has been compared, so it is not compared again.
     assert check.main([named, *line, "sae=topk"]) == 0
@@ -97,9 +97,9 @@ def test_a_list_may_name_runs_and_seeds(line: list[str]) -> None:
 
 
 WRONG = [
-    ([], "which latents? Give a csv file with a column `latent`, or --latents 3,17,250"),
+    ([], "no latents are given: give a csv file with a column `latent`, or --latents 3,17,250"),
     (["nowhere.csv"], "there is no file nowhere.csv"),
-    (["good.csv", "other.csv"], "one list of latents at a time; got good.csv, other.csv"),
+    (["good.csv", "other.csv"], "give one list of latents; got good.csv, other.csv"),
     (["good.csv", "--latents", "3"], "given twice: by good.csv and by --latents 3"),
     (["--latents"], "reseed check: argument --latents: expected one argument"),
     (["--latents", "3,,4"], "--latents: `latent` must be an integer, at least 0; got ''"),

@@ -123,8 +123,8 @@ CASES = [
     (["training.tokens=1"], "`training.tokens` must be at least one batch"),
     (["model.path=nowhere"], "`model.path` must be an existing folder; got nowhere"),
     (["runtime.device=tpu"], "`runtime.device` must be auto, cpu, cuda or cuda:N; got tpu"),
-    (["~sae.k"], "`sae.k` is required, and was removed"),
-    (["~layer"], "`layer` is required, and was removed"),
+    (["~sae.k"], "`sae.k` is required: do not remove it"),
+    (["~layer"], "`layer` is required: do not remove it"),
     (["sae=null"], "the configuration cannot be composed"),
     (["hookpoint=module"], "`hookpoint.module` is required: give it a value"),
     (["hookpoint=module", "hookpoint.module=model.rotary_emb"], "must give one vector per token"),
@@ -289,7 +289,7 @@ def test_runs_of_a_cell_with_the_same_error_share_a_line(tmp_path: Path) -> None
     jobs += [failed(store, "two", 0, CalibrationError("no weight"))]
     jobs += [failed(store, "two", seed, ValueError("a defect")) for seed in (1, 2)]
     jobs += [failed(store, "three", 0, behind)]
-    traceback = "  the whole traceback is in {}/run.json"
+    traceback = "  the full traceback is in {}/run.json"
     paths = [job.resolved.run(store).path for job in jobs]
     assert failure_lines([job.resolved for job in jobs], store) == [
         "failed: one (3 seeds): no weight",

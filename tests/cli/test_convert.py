@@ -65,7 +65,7 @@ def test_lost_settings_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     said = " ".join(capsys.readouterr().out.split())
     assert "params.npz does not store where the SAE comes from" in said
     assert "sae=batch_topk is stored as a JumpReLU, without its k" in said
-    assert "how it was trained is not kept: sae.unit_norm_decoder, sae.aux_alpha, sae.k, " in said
+    assert "no such settings: sae.unit_norm_decoder, sae.aux_alpha, sae.k, " in said
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,7 @@ def test_a_file_that_differs_from_the_sae_is_removed(
     right = base.state
     monkeypatch.setattr(base, "state", lambda sae: right(sae) | {"W_dec": -sae.W_dec})
     assert convert.main(["sae", "out", "--to", "sparsify"]) == 1
-    assert "cannot hold this SAE unchanged: what is written differs in recons" in (
-        capsys.readouterr().err
-    )
+    assert "cannot hold this SAE unchanged: the files differ in recons" in (capsys.readouterr().err)
     assert not Path("out").exists()
 
 
@@ -129,7 +127,7 @@ def test_a_push_writes_a_folder_with_a_card(
     format: str, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert.push([str(run.path), "me/saes", "--to", format, "--dry-run", "out"]) == 0
-    assert "out: what would be pushed to me/saes" in capsys.readouterr().out
+    assert "out: the files that would be pushed to me/saes" in capsys.readouterr().out
     assert differ(load_sae(run.path), reseed.load_sae("out")) == ""
     card = Path("out/README.md").read_text()
     assert 'sae = reseed.load_sae("hub:me/saes")' in card

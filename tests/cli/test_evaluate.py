@@ -148,7 +148,7 @@ def test_an_sae_that_is_not_a_run_gives_the_same_metrics(line: list[str], said: 
     said()
     on = [o for o in on if not o.startswith("layer")] + ["layer=0", "hookpoint=module"]
     assert evaluate.main(["mine", *on, "hookpoint.module=model.layers.*.mlp.up_proj", *BOTH]) == 1
-    assert "mine: its `d_in` (=16) must be that of model.layers.0.mlp.up_proj" in said()
+    assert "mine: its `d_in` (=16) must equal that of model.layers.0.mlp.up_proj" in said()
 
 
 @pytest.mark.slow
@@ -235,7 +235,7 @@ def test_unfinished_runs_are_reported_and_the_others_evaluated(line: list[str], 
     shutil.rmtree(gone.path)
     assert evaluate.main([*line, "evaluation=reconstruction", "evaluation.tokens=500"]) == 1
     shown = said()
-    assert "not evaluated, as not finished: 1 run" in shown
+    assert "not evaluated, because not finished: 1 run" in shown
     assert f"{gone.id}: not trained" in shown
     assert len(results()) == 3
 

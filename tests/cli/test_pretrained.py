@@ -65,7 +65,7 @@ def test_a_pretrained_run_has_the_metrics_of_the_trained_one(
     assert record["pretrained"]["format"] == "sparsify"
     assert record["pretrained"]["metadata"]["seed"] == 0
     assert (record["tokens"], record["experiment"]["sae"]["type"]) == (0, "topk")
-    with pytest.raises(RunError, match="was not trained here: its initial weights are unknown"):
+    with pytest.raises(RunError, match="is a pretrained SAE: its initial weights are unknown"):
         initial_sae(theirs)
     said = capsys.readouterr().out
     assert "measuring 1 SAE (topk 64 k=8) on" in said
@@ -171,8 +171,8 @@ def test_invalid_pretrained_runs_are_refused_before_training(
     save_sae(TopKConfig(num_latents=8, k=2).empty(9), "wide", {"layer": 7})
     refused(
         [*line, "source=wide"],
-        "`sae.source` takes activations of width 9, and those at the hookpoint have 16. Its files "
-        "say: layer: 7.",
+        "`sae.source` takes activations of width 9, but those at the hookpoint have width 16. "
+        "Its files say: layer: 7.",
     )
     refused(
         [*line, "comparison=seeds", "source=saelens"],

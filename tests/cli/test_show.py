@@ -98,7 +98,7 @@ def test_errors_say_why_nothing_is_shown(said: Callable[..., str]) -> None:
         "error: without has no contexts yet; make them with: reseed evaluate outputs/without "
         "evaluation=contexts"
     ) in said("without", "3", status=1)
-    assert "takes a run and latents of it, for example reseed show RUN 3,17; got " in said(
+    assert "takes a run and its latents, for example reseed show RUN 3,17; got " in said(
         first, status=1
     )
     assert "latent must be from 0 to 63 in" in said(first, "64", status=1)

@@ -131,10 +131,10 @@ def test_every_fraction_has_an_interval_within_its_range(partly_shared, settings
     ("change", "message"),
     [
         (lambda runs, make: ([runs[0]], []), "at least 2 runs in a cell; got 1"),
-        (lambda runs, make: ([runs[0], runs[0]], []), "every run may occur once in a cell; run-0"),
+        (lambda runs, make: ([runs[0], runs[0]], []), "each run must occur once in a cell; run-0"),
         (
             lambda runs, make: ([runs[0], dataclasses.replace(runs[1], seed="0")], []),
-            "every seed may occur once in a cell; 0 is there twice",
+            "each seed must occur once in a cell; 0 occurs twice",
         ),
         (lambda runs, make: (runs, runs[::-1]), "in the same order; the values of seed are 1, 0"),
         (lambda runs, make: (runs, runs[:1]), "in the same order; the values of seed are 0 and"),

@@ -22,7 +22,7 @@ def test_live_counts_held_out_firings(dictionary):
         ({"encoder": np.ones(3)}, "run-0: `encoder` must have shape [num_latents, d_in]; got [3]"),
         ({"decoder": np.ones((4, 2))}, "run-0: `decoder` must have the shape of `encoder` [4, 3]"),
         ({"firing": np.ones(4)}, "run-0: `firing` must be integers; got float64"),
-        ({"firing": np.full(4, 1001)}, "between 0 and `held_out_tokens` (=1000); it runs from"),
+        ({"firing": np.full(4, 1001)}, "between 0 and `held_out_tokens` (=1000); its values are"),
         ({"dead": np.zeros(3, bool)}, "run-0: `dead` must have one value per latent [4]; got [3]"),
         ({"dead": np.zeros(4)}, "run-0: `dead` must be true or false; got float64"),
         (

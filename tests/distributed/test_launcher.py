@@ -189,7 +189,7 @@ def test_a_killed_worker_fails_the_group_but_keeps_its_checkpoints(
     os.kill(follower, signal.SIGKILL)
     said, _ = leader.communicate(timeout=100)
     assert leader.returncode == 1, said
-    assert "rank 1 of the team ended by SIGKILL" in said
+    assert "rank 1 ended by SIGKILL" in said
     assert all(run.status == "failed" for run in RunStore(outputs).runs())
     assert begun(outputs)
     assert set(differences(trained(line, outputs), whole(strategy)).values()) == {0.0}
@@ -230,7 +230,7 @@ def test_only_the_diverging_runs_of_a_team_fail(
         ({"ranks": 2}, "`ranks` (=2) needs runtime=ddp or runtime=spread: with "
                        "runtime.strategy=single only one process trains"),
         ({"strategy": "ddp", "ranks": 3}, "`ranks` must divide 8 with runtime=ddp: each chunk is "
-         "dealt into 8 stripes, and every process reads whole stripes; got 3"),
+         "divided into 8 stripes, and every process reads whole stripes; got 3"),
         ({"strategy": "spread", "device": "cuda:1"}, "`device` must be auto, cpu or cuda with "
          "runtime=spread, where each process has its own device; got cuda:1"),
         ({"strategy": "dpp"}, "`strategy` must be one of single, ddp, spread; got 'dpp'. Did you "
@@ -261,10 +261,7 @@ def test_a_team_starts_no_process_before_it_is_needed() -> None:
 def test_the_error_of_a_lost_rank_says_how_it_ended() -> None:
     from reseed.system.devices import is_out_of_memory
 
-    assert (
-        str(lost_process_error(2, -9))
-        == "rank 2 of the team ended by SIGKILL; its own output is above"
-    )
-    assert str(lost_process_error(1, 1)).startswith("rank 1 of the team ended with status 1")
+    assert str(lost_process_error(2, -9)) == "rank 2 ended by SIGKILL; see its output above"
+    assert str(lost_process_error(1, 1)).startswith("rank 1 ended with status 1")
     assert is_out_of_memory(lost_process_error(1, OUT_OF_MEMORY))
-    assert not is_out_of_memory(ProcessLostError("another process of the team is gone"))
+    assert not is_out_of_memory(ProcessLostError("another process of the group has ended"))

@@ -292,7 +292,7 @@ def test_a_latent_equal_to_the_probe_has_its_f1_and_no_splits(
         ({"prompt_seeds": ()}, "`prompt_seeds` must be one or more distinct seeds"),
         ({"prompt_seeds": (1, 1)}, "`prompt_seeds` must be one or more distinct seeds"),
         ({"prompt_seeds": (-1,)}, "`prompt_seeds` must be at least 0; got -1"),
-        ({"line": "first letter of {word}: {answer}"}, "`line` must begin with {word} and hold"),
+        ({"line": "first letter of {word}: {answer}"}, "`line` must begin with {word} and contain"),
         ({"share": 0}, "`share` must be a number, above 0"),
     ],
 )

@@ -158,7 +158,9 @@ def test_gaussian_draws_and_worlds_are_refused() -> None:
     with pytest.raises(ConfigError, match="evaluation=faithfulness needs a language model; world_"):
         FaithfulnessConfig().check(RunSource(model, "world_easy", "none"))
     model.fingerprints = {"model": "x", "tokenizer": "y"}
-    with pytest.raises(ConfigError, match="activations of surrogate=gaussian are draws, without"):
+    with pytest.raises(
+        ConfigError, match="activations of surrogate=gaussian are random draws, without"
+    ):
         FaithfulnessConfig().check(RunSource(model, "embedded+gaussian", "gaussian"))
 
 

@@ -19,7 +19,7 @@ from reseed.cli import run, train
 from reseed.store.runs import RunStore
 from reseed.system.files import DiskFullError, atomic_write, atomic_write_bytes, atomic_write_json
 
-INTACT = "Results and checkpoints that were written earlier are intact: free some space"
+INTACT = "Results and checkpoints that were written earlier are intact. Free some space"
 
 
 @pytest.fixture

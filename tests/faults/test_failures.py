@@ -68,7 +68,7 @@ def test_an_error_in_one_run_does_not_stop_the_others(
     assert error["traceback"].startswith("Traceback (most recent call last)")
     summary = said[said.rindex("failed: ") :]
     assert summary.startswith(f"failed: {runs[1].id}: {error['message']}")
-    assert f"the whole traceback is in {runs[1].path / 'run.json'}" in summary
+    assert f"the full traceback is in {runs[1].path / 'run.json'}" in summary
     assert 'File "' in summary
     if where == "train":
         assert runs[1].record["failed_at_step"] == 7

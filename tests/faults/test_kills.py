@@ -24,10 +24,12 @@ from forks import Ended, Forks
 from reseed.store.runs import RESULTS, Run, RunStore
 from reseed.train.config import RuntimeConfig
 
-KILLS = {"single": 12, "fused": 14, "budgets": 14, "calibrated": 14, "cached": 14}
-"""Kills at random times in each case: more than 50 in one run of the slow tests."""
+KILLS = [4, pytest.param(14, marks=pytest.mark.audit)]
+"""Kills at random times in each case: 20 in a run of the slow tests, 70 in an audit."""
+EVERY = [5, pytest.param(1, marks=pytest.mark.audit)]
+"""A kill at every write of an audit; at each fifth, from a random one, in the slow tests."""
 SEED = int(os.environ.get("RESEED_KILL_SEED", time.time_ns()))
-"""Seed of these times. The message of a failing test names it."""
+"""Seed of these times and writes. The message of a failing test names it."""
 
 SMALL = [
     "training.tokens=4096", "dataset.chunk_tokens=512", "dataset.held_out_tokens=512",
@@ -104,9 +106,10 @@ class Case:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("most", KILLS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_sweep_killed_at_random_times_resumes_bit_identically(
-    name: str, forks: Forks, tiny_overrides: list[str]
+    name: str, most: int, forks: Forks, tiny_overrides: list[str]
 ) -> None:
     """Times between a chunk and a step, while a checkpoint is written and while a run finishes are
     among them."""
@@ -116,8 +119,8 @@ def test_a_sweep_killed_at_random_times_resumes_bit_identically(
     case = Case(forks, [*tiny_overrides, *SMALL, OFTEN, *CASES[name], *cache])
     chosen = random.Random(f"{SEED} {name}")
     kills = completed = 0
-    while kills < KILLS[name] or not completed:
-        last = kills >= KILLS[name]
+    while kills < most or not completed:
+        last = kills >= most
         ended = forks.run(case.command, after=None if last else chosen.uniform(0, case.seconds))
         if ended.killed:
             kills += 1
@@ -131,8 +134,9 @@ def test_a_sweep_killed_at_random_times_resumes_bit_identically(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("every", EVERY)
 def test_a_sweep_killed_before_any_write_resumes_bit_identically(
-    forks: Forks, tiny_overrides: list[str]
+    every: int, forks: Forks, tiny_overrides: list[str]
 ) -> None:
     """The file that is being written is also truncated."""
     case = Case(forks, [*tiny_overrides, *SHORT])
@@ -141,7 +145,7 @@ def test_a_sweep_killed_before_any_write_resumes_bit_identically(
     assert ended.status == 0, ended.said
     writes = int(counted.read_text())
     assert writes > 40
-    for at in range(1, writes + 1):
+    for at in range(random.Random(SEED).randint(1, every), writes + 1, every):
         case.clean()
         assert forks.run(case.command, {"kind": "kill", "at": at}).killed, at
         case.run()

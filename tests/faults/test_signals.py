@@ -75,7 +75,7 @@ def test_a_group_stopped_between_steps_resumes_bit_identically(
         assert train.main(line) == 128 + number
     said = capsys.readouterr()
     name = signal.Signals(number).name
-    assert f"stopped by {name}; saved. The same command goes on from here." in said.err
+    assert f"stopped by {name}; saved. The same command continues from here." in said.err
     assert "0 of 4 runs finished, 4 interrupted" in said.out
     assert [r.status for r in RunStore("outputs").runs()] == ["interrupted"] * 4
     assert "Traceback" not in said.err

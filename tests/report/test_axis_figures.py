@@ -60,7 +60,7 @@ def test_there_is_a_panel_per_architecture_and_a_line_per_arm(budgets):
         assert starts == [("--", 0), ("--", 0), ("--", 0), ("--", 1)]
         assert axes.get_ylim()[0] < 0 < 1 < axes.get_ylim()[1]
         assert axes.get_xlabel() == "optimiser steps of 8 tokens"
-    assert title(figure) == "Stable, or just not moved?"
+    assert title(figure) == "Some runs started from similar weights (dotted)"
     (legend,) = figure.legends
     said = [text.get_text() for text in legend.get_texts()]
     assert said == [

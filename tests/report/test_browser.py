@@ -137,7 +137,7 @@ def filtered_and_sorted(chromium: Chromium, report: Path) -> None:
     choose(chromium, "kind", "all")
     choose(chromium, "density", "dense")
     choose(chromium, "reproducible", "low")
-    tokens = float(chromium.evaluate("reseed.store.runs[0].tokens"))
+    tokens = float(chromium.evaluate("reseed.runs[0].tokens"))
     kept = (table["firing"] > 0.1 * tokens) & (table["reproducibility"] < 0.2)
     assert chromium.evaluate(count).split()[0] == f"{kept.sum():,}"
     choose(chromium, "density", "any")

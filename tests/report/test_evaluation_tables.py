@@ -136,7 +136,7 @@ def test_the_tables_of_evaluations_have_footnotes(evaluated) -> None:
         "How many latents stand for a letter?",
         "How much is hidden by absorption?",
         "How much is hidden by absorption? Among shared latents and orphans",
-        "Do they absorb the same words?",
+        "Do runs absorb the same words?",
     ]
     for words in evaluation_tables(evaluated[0]):
         notes = " ".join(words.footnotes)

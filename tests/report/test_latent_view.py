@@ -74,7 +74,7 @@ def test_everything_known_about_a_latent_is_printed(contexts: Contexts, sweep: P
     lines = printed(lambda console: print_latent(shown, console))
     assert lines[:7] == [
         "run0  latent 0",
-        "fires on 2 of 200 tokens (1.00%), at most 4, on average 3",
+        "fires on 2 of 200 tokens (1.00%), largest activation 4, mean 3",
         "reproducibility 0.50 [0.25, 0.75]",
         "shared with 1 of 2  seed 1: 7 (0.80 enc, 0.90 dec) *  seed 2: none",
         "promotes  ' cat' 1.50",
@@ -117,7 +117,7 @@ def test_colours_replace_brackets_on_a_terminal_with_colour(contexts: Contexts) 
 def test_silent_latents_and_runs_without_a_comparison_are_reported(contexts: Contexts) -> None:
     shown = LatentView("run0", contexts, contexts.latent(1))
     assert printed(lambda console: print_latent(shown, console)) == [
-        "run0  latent 1", "fires on none of 200 tokens", "in no comparison yet",
+        "run0  latent 1", "fires on none of 200 tokens", "not compared with other runs yet",
     ]  # fmt: skip
 
 

@@ -129,7 +129,7 @@ def test_warnings_state_their_rule_and_their_numbers(make_cell, tmp_path):
     )
     assert found[0] == "**Incomplete.** x."
     # Each point is 0.1 ** (1/39) of the one before, so the last four are that to the fourth.
-    assert f"`b`: {1 - 0.1 ** (4 / 39):.1%}" in found[1]
+    assert f"{1 - 0.1 ** (4 / 39):.1%} in `b`" in found[1]
     assert "In 1 of 1 runs the FVU of training fell by more than 2%" in found[1]
 
     (short,) = warnings([good], [Finished(tmp_path / "c", [1.0] * 5)])

@@ -120,8 +120,9 @@ def test_the_table_states_the_difference_that_it_could_detect(make_cell):
     (line,) = [note for note in main_table(cells).footnotes if "could detect" in note]
     # 5.3/√2 · √(.01² + .02²) = .084 and 5.3/√2 · √(.02² + .03²) = .135
     assert line == (
-        "Primary measure: **shared**. With n = 3 the smallest difference in it between two rows "
-        "that this design could detect is 0.08–0.14 (80% power, 95% level, depending on the rows)."
+        "Primary measure: **shared**. With n = 3 the smallest difference in this measure between "
+        "two rows that this design could detect is 0.08–0.14 (80% power, 95% level, depending on "
+        "the rows)."
     )
     assert line in summary_markdown(cells)
     frame = summary_frame(cells).set_index("sae")

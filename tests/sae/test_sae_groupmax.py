@@ -48,11 +48,14 @@ def test_gradients_are_those_of_the_dense_formulation(dtype):
     ("options", "message"),
     [
         ({"k": 5}, r"`k` \(=5\) must divide `num_latents` \(=12\) with `activation=groupmax`"),
-        ({"multi_topk": True}, "`multi_topk` is for `activation=topk` alone; got True"),
-        ({"k_anneal_fraction": 0.1}, "`k_anneal_fraction` is for `activation=topk` alone; got 0.1"),
+        ({"multi_topk": True}, "`multi_topk` applies only to `activation=topk`; got True"),
+        (
+            {"k_anneal_fraction": 0.1},
+            "`k_anneal_fraction` applies only to `activation=topk`; got 0.1",
+        ),
         (
             {"weigh_by_decoder_norm": True, "unit_norm_decoder": False},
-            "`weigh_by_decoder_norm` is for `activation=topk` alone",
+            "`weigh_by_decoder_norm` applies only to `activation=topk`",
         ),
     ],
 )

@@ -105,10 +105,10 @@ def test_the_threshold_is_folded_saved_and_loaded(tmp_path):
         ({"prefixes": (0.25, 0.5)}, "`prefixes` must ascend from above 0 to 1"),
         ({"prefixes": ()}, r"`prefixes` must ascend from above 0 to 1; got \[\]"),
         ({"prefixes": (0.0, 1.0)}, "`prefixes` must ascend from above 0 to 1"),
-        ({"prefixes": (0.01, 1.0)}, r"`prefixes` .* of 8 latents they take \[0, 8\]"),
-        ({**THREE, "multipliers": (1.0,)}, r"`multipliers` must be .* `prefixes` \(=3\); got 1"),
+        ({"prefixes": (0.01, 1.0)}, r"`prefixes` .* with 8 latents their sizes are \[0, 8\]"),
+        ({**THREE, "multipliers": (1.0,)}, r"`multipliers` must have .* `prefixes` \(=3\); got 1"),
         ({**THREE, "multipliers": (1.0, -1.0, 1.0)}, "`multipliers` must be at least 0"),
-        ({**THREE, "multipliers": (1.0, 1.0, 0.0)}, "and the last above 0"),
+        ({**THREE, "multipliers": (1.0, 1.0, 0.0)}, "and the last one above 0"),
         ({**THREE, "k": 9}, r"`k` \(=9\) must not exceed `num_latents` \(=8\)"),
     ],
 )
@@ -120,5 +120,5 @@ def test_invalid_options_are_refused(options, message):
 def test_prefixes_are_checked_once_the_activations_give_the_width():
     config = MatryoshkaConfig(expansion_factor=1, k=1, prefixes=(0.1, 1.0))
     config.check_d_in(10)
-    with pytest.raises(ConfigError, match=r"of 4 latents they take \[0, 4\]"):
+    with pytest.raises(ConfigError, match=r"with 4 latents their sizes are \[0, 4\]"):
         config.check_d_in(4)

@@ -123,7 +123,7 @@ def test_target_l0_sets_k(cls):
 def test_only_topk_refuses_a_fractional_target():
     assert BatchTopKConfig(num_latents=64, target_l0=1.8).k == 1.8
     with pytest.raises(
-        ConfigError, match=r"`target_l0` is `k` in sae=topk, a whole number; got 1\.8"
+        ConfigError, match=r"`target_l0` sets `k` in sae=topk and must be a whole number; got 1\.8"
     ):
         TopKConfig(num_latents=64, target_l0=1.8)
 

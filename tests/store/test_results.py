@@ -99,7 +99,7 @@ def test_a_damaged_result_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match=r"result\.json cannot be read .*: delete the folder"):
         StoredEvaluation.read(tmp_path)
     (tmp_path / "result.json").write_text('{"format": 99}')
-    with pytest.raises(EvaluationError, match="its format is 99, this version reads 1"):
+    with pytest.raises(EvaluationError, match="its format is 99; this version reads 1"):
         StoredEvaluation.read(tmp_path)
 
 

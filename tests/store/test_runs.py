@@ -80,7 +80,7 @@ def test_a_record_that_was_changed_is_an_error(tmp_path: Path) -> None:
     record["identity"]["sae"]["k"] = 4
     atomic_write_json(run.path / "run.json", record)
     other = digest(record["identity"])
-    with pytest.raises(RunError, match=f"signature {other}, the folder {SIGNATURE}"):
+    with pytest.raises(RunError, match=f"signature {other}, but the folder has {SIGNATURE}"):
         load_run(run.path)
 
 
@@ -88,7 +88,7 @@ def test_a_folder_that_was_renamed_is_an_error(tmp_path: Path) -> None:
     run = begun(tmp_path)
     moved = tmp_path / "x-0123456789ab"
     shutil.move(run.path, moved)
-    with pytest.raises(RunError, match="or the folder renamed"):
+    with pytest.raises(RunError, match="or the folder was renamed"):
         load_run(moved)
 
 
@@ -105,7 +105,7 @@ def test_a_folder_without_record_or_signature_is_no_run(tmp_path: Path) -> None:
         load_run(tmp_path / f"x-{SIGNATURE}")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "run.json").write_text(json.dumps(RECORD | {"status": "x"}))
-    with pytest.raises(RunError, match="its name ends in no signature"):
+    with pytest.raises(RunError, match="its name does not end in a signature"):
         load_run(tmp_path / "plain")
 
 

@@ -282,7 +282,7 @@ def test_the_plan_names_calibrations(jobs: Jobs, capsys: pytest.CaptureFixture[s
     plan = make_plan(specs(resolved), Machine.of(runtime))
     assert plan.calibrations == 2
     plan.print()
-    assert "before that, 2 penalty weights found by calibration runs" in capsys.readouterr().out
+    assert "before that, calibration runs find 2 penalty weights" in capsys.readouterr().out
 
 
 def test_durations_and_sizes_are_formatted() -> None:

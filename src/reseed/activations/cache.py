@@ -8,9 +8,10 @@
             .writer                    locked by the one process that writes chunks
             000003-<digest>.safetensors    a chunk and its checksum (`chunk_cache`)
 
-Files are whole or absent. When the budget is reached, the least recently used entry that no live
-process uses is shortened first, its last chunks before its first: a run reads from the front, so
-the remaining chunks stay useful. If this does not free enough space, the new chunk is not stored.
+Each file is either complete or absent. When the budget is reached, chunks are evicted from the
+least recently used entry that no live process uses, the last chunk first: runs read an entry from
+its first chunk on, so the remaining chunks stay useful. If this does not free enough space, the new
+chunk is not stored.
 (Dropping the run's own oldest chunk instead would drop each chunk shortly before its next use.)
 
 Imports only the standard library, so that `reseed cache` starts quickly.
@@ -46,8 +47,8 @@ class EntryInfo:
     """The state of one entry, read from its folder.
 
     Attributes:
-        chunks: size in bytes by file name, in the order of their numbers.
-        unfinished: bytes of temporary files, including those of processes that died.
+        chunks: size in bytes of each chunk by file name, in the order of chunk numbers.
+        unfinished: size in bytes of the temporary files, including those of processes that died.
         last_used: seconds since 1970.
     """
 
@@ -58,7 +59,7 @@ class EntryInfo:
 
     @property
     def size(self) -> int:
-        """Bytes of all chunks, finished or not."""
+        """Size of all chunks in bytes, finished or not."""
         return sum(self.chunks.values()) + self.unfinished
 
     @property
@@ -88,7 +89,7 @@ class ActivationCache:
         """Return the entry of ``key``, marked as in use until the object is garbage-collected.
 
         Args:
-            key: plain values, everything that decides the activations.
+            key: plain values that together determine the activations.
             readable: prefix of the folder's name.
 
         Returns:
@@ -116,7 +117,7 @@ class ActivationCache:
         return CacheEntry(self, path, use)
 
     def stored(self) -> list[EntryInfo]:
-        """Return all entries, the most recently used first."""
+        """Return all entries, from the most to the least recently used."""
         try:
             folders = [p for p in self.folder.iterdir() if _ENTRY.search(p.name) and p.is_dir()]
         except OSError:
@@ -148,7 +149,7 @@ class ActivationCache:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the folder's lock. Waits: every process holds it only briefly."""
+        """Hold the folder's lock in the context; wait for it, as each process holds it briefly."""
         handle = lock_file(self.folder / ".lock")
         try:
             yield
@@ -166,7 +167,7 @@ class ActivationCache:
 
         def shorten(entry: EntryInfo) -> None:
             nonlocal over
-            for file in entry.path.glob(f"{_UNFINISHED}*"):  # its process is dead
+            for file in entry.path.glob(f"{_UNFINISHED}*"):  # left by a process that died
                 over -= file.stat().st_size
                 file.unlink()
             for name, taken in reversed(list(entry.chunks.items())):
@@ -201,12 +202,12 @@ class CacheEntry:
         """Return the path of chunk ``c``, whether or not it exists.
 
         Args:
-            address: digest of everything that decides the chunk.
+            address: digest of everything that determines the chunk.
         """
         return self.path / f"{c:06d}-{address[:16]}.safetensors"
 
     def write(self, path: Path, size: int, write: Callable[[Path], object]) -> bool:
-        """Let ``write`` fill a temporary file of about ``size`` bytes, then rename it to ``path``.
+        """Call ``write`` on a temporary file of about ``size`` bytes, then rename it to ``path``.
 
         Returns:
             False if another process writes this entry, if the file exceeds the budget, or if the
@@ -245,7 +246,11 @@ class CacheEntry:
                 path.unlink()
 
     def _writes(self) -> bool:
-        """Become the entry's writer if there is none; stay it while the entry is in use."""
+        """Become the entry's writer, unless another process is, for as long as this object lives.
+
+        Returns:
+            True if this process is the writer.
+        """
         if self._writer is None:
             try:
                 handle = lock_file(self.path / ".writer", wait_s=0)
@@ -255,16 +260,16 @@ class CacheEntry:
                 return False
             self._writer = handle
             weakref.finalize(self, os.close, handle)
-            for file in self.path.glob(f"{_UNFINISHED}*"):  # of a process that died
+            for file in self.path.glob(f"{_UNFINISHED}*"):  # left by a process that died
                 file.unlink(missing_ok=True)
         return True
 
     def _reserved(self, size: int) -> Path | None:
-        """Create a sparse temporary file of ``size`` bytes; None if it exceeds the budget."""
+        """Return a new sparse temporary file of ``size`` bytes, or None if the budget is full."""
         with self.cache._locked():
             there = self.cache._make_room(size)
             if not there and not self.cache._collected:
-                # Reference cycles may keep entries that this process no longer uses locked.
+                # Because of reference cycles, entries that are no longer used may still be locked.
                 self.cache._collected = True
                 gc.collect()
                 there = self.cache._make_room(size)
@@ -293,7 +298,7 @@ def _if_idle(entry: EntryInfo, act: Callable[[EntryInfo], object]) -> bool:
 
 
 def _stored(folder: Path) -> EntryInfo | None:
-    """Read an entry's folder; None if it is gone or is not an entry."""
+    """Read an entry's folder; return None if the folder was removed or is not an entry."""
     chunks: dict[str, int] = {}
     unfinished = 0
     try:

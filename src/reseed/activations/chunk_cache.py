@@ -1,7 +1,7 @@
 """Chunks in the activation cache: read from disk if present, else computed and stored.
 
 A chunk is a safetensors file with a checksum over its address and its content. The address is a
-digest of everything that decides the chunk.
+digest of everything that determines the chunk.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _MARGIN = 512
 class ChunkCache:
     """Cache entries of the training or the held-out documents, one entry per hookpoint.
 
-    Files hold the model's output unchanged, in its own precision and in the order of the chunk.
+    Files hold the model's output unchanged, in the model's precision and the order of the chunk.
 
     Args:
         cache: the cache folder.
-        key: everything that decides the activations, except the hookpoint.
+        key: everything that determines the activations, except the hookpoint.
         readable: name of the entries, containing ``{hookpoint}``.
     """
 
@@ -57,7 +57,7 @@ class ChunkCache:
 
         Args:
             tokens: digest of the tokens that the model reads for the chunk.
-            compute: computes the chunk at given hookpoints; called for those not in the cache.
+            compute: computes the chunk at the hookpoints that the cache lacks.
             device: device of the result.
             ranks: processes that compute the chunk together if any of them does not find it.
         """
@@ -99,7 +99,7 @@ class ChunkCache:
         except FileNotFoundError:
             return None
         except (DamagedChunkError, OSError) as error:
-            say(f"a chunk of the activation cache is computed anew: {path}: {error}")
+            say(f"a chunk of the activation cache is computed again: {path}: {error}")
             entry.discard(path)
             return None
 
@@ -124,7 +124,7 @@ class ChunkCache:
 
 
 class DamagedChunkError(Exception):
-    """A chunk file that is truncated, corrupted or of another chunk; the message says which."""
+    """Error about a chunk file that is truncated, corrupted, or holds another chunk."""
 
 
 def write_chunk(path: Path, x: Tensor, address: str) -> None:

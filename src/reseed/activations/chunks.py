@@ -1,7 +1,7 @@
 """Activations of a language model on a text, chunk by chunk.
 
-chunk(c) = run the model on the sequences that hold activations [c·M, (c+1)·M) of the text in
-           its order, and put each activation at its row in the chunk's permutation
+chunk(c) = run the model on the sequences that hold activations [c·M, (c+1)·M) of the ordered text,
+           and put each activation in the row that the chunk's permutation assigns to it
 
 M chunk_tokens · B batch · D d_in · L context_length
 """
@@ -29,7 +29,7 @@ from reseed.activations.tokens import Packing, TokenStore
 from reseed.distributed.process_group import ALONE, ProcessGroup
 
 VERSION = 1
-"""Raise it when code changes the activations of a chunk; cached chunks then no longer match."""
+"""Increase it if a change of the code changes a chunk's activations; old chunks are then unused."""
 
 
 class ActivationStream(ChunkStream):
@@ -61,7 +61,7 @@ class ActivationStream(ChunkStream):
 
     @cached_property
     def num_activations(self) -> int:
-        """Activations per epoch; for a repeated text, the number that every epoch has at least."""
+        """Number of activations per epoch; for a repeated text, a lower bound for every epoch."""
         first = self._epoch(0)
         return first.guaranteed_activations if self.config.repeat else first.num_activations
 
@@ -76,7 +76,7 @@ class ActivationStream(ChunkStream):
         return Position(epoch * self._chunks_per_epoch + within.chunk, within.row)
 
     def rows(self, c: int) -> int:
-        """Return the activations per stripe of chunk ``c``: fewer in an epoch's last chunk."""
+        """Return the number of activations per stripe of ``c``; the last chunk may have fewer."""
         return self._extent(c)[2]
 
     def steps_before(self, c: int, batch_size: int) -> int:
@@ -124,7 +124,7 @@ class ActivationStream(ChunkStream):
         return {h: x.view(-1, rows, x.shape[-1]) for h, x in found.items()}
 
     def _places(self, c: int, rows: int, stripes: slice) -> Tensor:
-        """Return the row, within ``stripes``, of each of their activations in reading order."""
+        """Return the row of each activation of ``stripes``, in reading order, counted in them."""
         order = self._permutation(c, rows)[stripes.start * rows : stripes.stop * rows]
         order = order - stripes.start * rows
         place = torch.empty_like(order)
@@ -153,13 +153,13 @@ class ActivationStream(ChunkStream):
 
 @dataclass(frozen=True)
 class TokenWindow:
-    """Consecutive activations of a packed text, as the sequences that hold them.
+    """A range of consecutive activations of a packed text, with the sequences that hold them.
 
     Attributes:
         sequences: the tokens that the model reads.
-        kept: the positions that count as activations.
-        skip: activations of the first sequence that come before the window.
-        num_activations: activations in the window.
+        kept: mask of the positions that count as activations.
+        skip: number of activations of the first sequence that come before the window.
+        num_activations: number of activations in the window.
     """
 
     sequences: Int[np.ndarray, "sequences context"]
@@ -234,7 +234,7 @@ class TokenWindow:
         return buffers.done
 
     def _rows(self, place: Tensor | None) -> Int[Tensor, " positions"]:
-        """Return the row of each position's activation; positions left out share one last row."""
+        """Return the row of each position's activation; excluded positions share one last row."""
         number = np.cumsum(self.kept.reshape(-1)) - 1 - self.skip
         inside = self.kept.reshape(-1) & (number >= 0) & (number < self.num_activations)
         rows = np.full(len(number), self.num_activations, dtype=np.int64)
@@ -246,7 +246,7 @@ class _RowBuffers:
     """Buffers that collect activations at their rows.
 
     Args:
-        rows: row of each position that the model reads; `num_rows` for positions left out.
+        rows: row of each position that the model reads; `num_rows` for excluded positions.
         num_rows: number of rows.
     """
 
@@ -260,7 +260,7 @@ class _RowBuffers:
             x = x.flatten(0, -2)
             if hookpoint not in self._out:
                 self._out[hookpoint] = x.new_empty(self.num_rows + 1, x.shape[-1])
-            # A single copy per activation, straight from the model's output.
+            # This copies each activation only once, directly from the model's output.
             self._out[hookpoint].index_copy_(0, self.rows[begin : begin + len(x)], x)
 
     @property

@@ -1,4 +1,4 @@
-"""Configuration common to all data sets (``dataset=``), and how batches tile their chunks.
+"""Configuration common to all data sets (``dataset=``), and how chunks are divided into batches.
 
 A data set is read in chunks. The activations of a chunk are dealt into 8 stripes, and a batch takes
 the same number of tokens from every stripe (`stream`). This module does not import torch, so that
@@ -21,7 +21,7 @@ class DatasetConfig(Config, family="dataset"):
     """Base configuration of data sets: order and chunk size."""
 
     order_seed: int = setting(0, at_least=0)
-    """Seed of the order of documents and tokens, and of nothing else."""
+    """Seed that sets only the order of documents and tokens."""
     chunk_tokens: int = setting(65_536, at_least=STRIPES)
     """Number of activations that are computed and shuffled together."""
     held_out_tokens: int = setting(65_536, at_least=1)

@@ -1,7 +1,8 @@
 """Extraction of English prose from the docstrings of Python sources.
 
 This file imports only the standard library, because the worker processes of `docstrings.py` run it
-as a script: a JSON list of file names in, the paragraphs of each file out.
+as a script. It reads a JSON list of file names from stdin and writes each file's paragraphs to
+stdout.
 """
 
 import ast
@@ -16,7 +17,7 @@ from pathlib import Path
 
 MIN_PARAGRAPH_WORDS = 4
 MIN_LETTER_SHARE = 0.88
-"""Share of letters and spaces among the characters: prose lies above, tables and code below."""
+"""Minimum share of letters and spaces in a paragraph of prose; tables and code have fewer."""
 
 
 def source_docstrings(source: bytes) -> list[str]:
@@ -26,7 +27,7 @@ def source_docstrings(source: bytes) -> list[str]:
     not parse gives an empty list.
     """
     if b'"""' not in source and b"'''" not in source:
-        return []  # skips parsing, which is nearly all of the cost
+        return []  # saves the parsing, which takes nearly all of the time
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError, RecursionError):
@@ -57,7 +58,7 @@ def _attached_docstrings(call: ast.Call) -> Iterator[str]:
                 yield node.value
 
 
-# Patterns are matched at the first character of a line that is not a space.
+# The patterns for lines are matched from the first non-blank character of a line.
 _FENCE = ("```", "~~~")
 _DOCTEST = re.compile(r">>>|\.\.\. |In \[\d+\]:")
 _RULE = re.compile(r"[=\-~^+*#_\"'.`]{3,}[=\-~^+*#_ |]*\s*$|\|.*\|\s*$")
@@ -102,7 +103,7 @@ def _dedent_tail(docstring: str) -> str:
 
 def _without_code(lines: list[str]) -> Iterator[str]:
     """Yield the stripped lines outside of code, with an empty line for each omission."""
-    block_indent: int | None = None  # inside an indented block that hangs below this column
+    block_indent: int | None = None  # skipped are lines indented by more than this
     fenced = in_doctest = False
     for line in lines:
         text = line.strip()
@@ -149,7 +150,7 @@ def _blocks(lines: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _names_a_parameter(line: str) -> bool:
-    """Distinguish `axis : int or None, optional` from a sentence that contains a colon."""
+    """Return True for `axis : int or None, optional`, False for a sentence with a colon."""
     name, _, _ = line.partition(":")
     return line.startswith((":type", ":rtype")) or (
         len(name.split(",")) == len(name.split()) and not line.endswith(":")
@@ -157,7 +158,7 @@ def _names_a_parameter(line: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """Return one line of text without the marks of reStructuredText and Markdown."""
+    """Return the text on one line, without the markup of reStructuredText and Markdown."""
     if not _MARKUP_CHARS.isdisjoint(text):
         text = _ROLE.sub(r"\1", text)
         text = _LINK.sub(lambda match: match[1] or match[2] or "", text)
@@ -176,8 +177,8 @@ def _is_prose(paragraph: str) -> bool:
 
 
 def read_paragraphs(files: Iterable[str]) -> list[list[list[str]]]:
-    """Return, per file, the paragraphs of each docstring that has any and is not a repetition."""
-    warnings.simplefilter("ignore")  # the sources raise warnings, e.g. for invalid escapes
+    """Return each file's docstrings as paragraphs; skip repetitions and those without prose."""
+    warnings.simplefilter("ignore")  # parsing some sources warns, e.g. about invalid escapes
     gc.disable()  # syntax trees have no cycles; searching for them costs a quarter of the time
     seen: set[str] = set()
     results = []

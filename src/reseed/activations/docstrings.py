@@ -1,8 +1,8 @@
 """The embedded text: the docstrings of the packages that every installation of reseed has.
 
-A few megabytes of English that need no network. The sources of a fixed list of dependencies are
-parsed (never imported), their docstrings are reduced to prose, and duplicate paragraphs dropped.
-Imports nothing outside the standard library.
+It has a few megabytes of English and needs no network. The sources of a fixed list of dependencies
+are parsed (never imported), their docstrings are reduced to prose, and duplicate paragraphs are
+dropped. This module needs no package outside the standard library.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from reseed.system.console import say
 from reseed.system.files import atomic_write_text
 
 EXTRACTOR_VERSION = 1
-"""Raise it with every change that alters the documents: it is part of the cache file's name."""
+"""Increase it with every change that alters the documents: it is part of the cache file's name."""
 
 STANDARD_LIBRARY = "python"
 

@@ -91,7 +91,7 @@ def first_tensor(output: Any) -> Tensor:
 
 
 def blocks_path(model: nn.Module) -> str:
-    """Return the path of the transformer blocks: the outermost ModuleList of the right length."""
+    """Return the path of the blocks: the outermost ModuleList with one entry per layer."""
     count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
     lists = [
         name

@@ -23,13 +23,13 @@ Edit = Callable[[Tensor], Tensor]
 
 @contextmanager
 def intervene(model: nn.Module, hookpoint: Hookpoint, edit: Edit) -> Iterator[None]:
-    """Replace the activations at ``hookpoint`` by ``edit`` of them inside the context.
+    """Replace the activations at ``hookpoint`` by ``edit(activations)`` inside the context.
 
     The replacement is cast to the dtype of the original. Gradients pass through it.
 
     Raises:
         ConfigError: the model has no such module.
-        ValueError: the replacement has another shape.
+        ValueError: the shape of the replacement differs from that of the activations.
     """
 
     def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -70,9 +70,10 @@ def logits(
 def unembedding(model: LanguageModel) -> Float[Tensor, "vocabulary d_in"] | None:
     """Return the linear map from the end of the residual stream to logits, in float32.
 
-    It combines the final norm, with its divisor fixed at 1 to make it linear, and the unembedding,
-    centred over the vocabulary, because a constant added to all logits has no effect. Rows are the
-    tokenizer's tokens; a model may have more rows.
+    The map combines the final norm and the unembedding. The norm's divisor is fixed at 1, which
+    makes the norm linear. The map is centred over the vocabulary, because a constant added to all
+    logits has no effect. It has one row per token of the tokenizer; further rows of the model's
+    unembedding are left out.
 
     Returns:
         None for a model without an unembedding.
@@ -108,9 +109,9 @@ def _linear_part(
 ) -> tuple[Float[Tensor, " d_in"], bool]:
     """Return a norm's factor per dimension, and whether it subtracts the mean first.
 
-    Found by probing, because classes store the factor differently (some store weight − 1). The
-    probes are a vector of mean 0 and mean square 1, its opposite (a bias shifts both alike), and
-    the vector plus 1.
+    Both are found by probing, because classes store the factor differently (some store weight − 1).
+    The probes are a vector of mean 0 and mean square 1, its negative (half of the difference of
+    their outputs is free of any bias), and the vector plus 1.
     """
     signs = torch.ones(width, device=model.device)
     signs[1::2] = -1

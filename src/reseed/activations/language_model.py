@@ -1,4 +1,4 @@
-"""Language models that yield activations: any causal LM of transformers, stopped early.
+"""Language models that compute activations: any causal LM of transformers.
 
 `FoundModel` describes a model by its configuration and tokenizer alone, so that a wrong layer or
 context length is refused before the weights are loaded. `LanguageModel` loads the weights on first
@@ -32,9 +32,9 @@ class ModelConfig(SourceConfig):
     """Base configuration of the language models (`model_source`)."""
 
     dtype: str = setting("float32", choices=tuple(DTYPES))
-    """Precision of the forward pass and of the activations; signed."""
+    """Precision of the forward pass and of the activations; part of the signature."""
     batch_sequences: int = setting(16, at_least=1)
-    """Sequences in one forward pass; signed, because it can change the last bits."""
+    """Number of sequences in a forward pass; part of the signature, as it can change last bits."""
     attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))
 
     def check_attention(self) -> None:
@@ -107,7 +107,7 @@ class FoundModel(ResolvedSource):
 
     def d_in(self, hookpoint: Hookpoint) -> int:
         """Return the width of the activations at ``hookpoint``, from a meta forward pass."""
-        if hookpoint not in self._widths:  # every job of a sweep asks
+        if hookpoint not in self._widths:  # every job of a sweep calls this
             self._widths[hookpoint] = self._find_width(hookpoint)
         return self._widths[hookpoint]
 
@@ -118,7 +118,7 @@ class FoundModel(ResolvedSource):
     def _find_width(self, hookpoint: Hookpoint) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
         with torch.no_grad():
-            # Without an explicit mask, transformers would read token values, which meta has not.
+            # Without an explicit mask, transformers would read the tokens, but meta has no values.
             modules = _modules(self.skeleton, [hookpoint])
             found = _record(self.skeleton, tokens, modules, torch.ones_like(tokens))
         shape = tuple(found[hookpoint].shape)
@@ -132,11 +132,11 @@ class FoundModel(ResolvedSource):
 
 
 class LanguageModel:
-    """A causal LM that yields activations; loads its weights on first use.
+    """A causal LM that computes activations; its weights are loaded on first use.
 
     Args:
         resolved: the model to load.
-        device: device that it runs on.
+        device: device on which the model runs.
     """
 
     def __init__(self, resolved: FoundModel, device: torch.device | str = "cpu") -> None:
@@ -175,7 +175,7 @@ class LanguageModel:
 
 
 class _Stop(Exception):
-    """Signal of the deepest hook that ends the forward pass."""
+    """Exception by which the deepest hook ends the forward pass."""
 
 
 def _modules(model: nn.Module, hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, nn.Module]:
@@ -259,17 +259,17 @@ def _load_trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module
 def _build_untrained(config: Any, seed: int, dtype: torch.dtype, attention: str) -> nn.Module:
     """Build the model with its architecture's random initial weights, embeddings included.
 
-    The weights are drawn on the CPU in float32, so that they depend on neither device nor
-    precision. The process's random state is left unchanged.
+    The weights are sampled on the CPU in float32, so that they depend on neither device nor
+    precision. The process's random state does not change.
     """
     from transformers import AutoModelForCausalLM
 
     with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the only generator that is forked
+        torch.default_generator.manual_seed(seed)  # `fork_rng` forks only this generator
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention
         )
-    for weights in model.parameters():  # not buffers: rotary angles stay exact, as when loaded
+    for weights in model.parameters():  # not buffers: loading does not cast rotary angles either
         weights.data = weights.data.to(dtype)
     return model
 

@@ -1,7 +1,7 @@
 """Language models as sources (``model=``): configurations, files, and fingerprints of content.
 
-`resolve` of a configuration finds and identifies a model without loading its weights. On large
-models of the hub it reads only the configuration and the tokenizer.
+A configuration's `resolve` finds and identifies a model without loading its weights. From the hub
+it downloads only the configuration and the tokenizer.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from reseed.errors import ConfigError
 from reseed.system.files import atomic_write_json
 
 RANDOM_SEED = 1
-"""Seed of the weights of ``surrogate=random_weights``. All runs use the same one, so that they
-share a stream. It is part of the fingerprint, and so of the signature."""
+"""Seed of the weights of ``surrogate=random_weights``. It is the same for all runs, so that they
+share a stream, and it is part of the fingerprint, and so of the signature."""
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _LIGHT = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
@@ -35,7 +35,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "voc
 
 @dataclass(frozen=True)
 class ResolvedModel(FoundModel):
-    """A found language model that can read texts and can get random weights."""
+    """A resolved language model, which can be given a text and random weights."""
 
     def with_random_weights(self) -> ResolvedModel:
         fingerprint = random_fingerprint(self.folder, RANDOM_SEED)
@@ -160,7 +160,7 @@ def snapshot(repository: str, revision: str, weights: bool = False) -> Path:
 def weights_fingerprint(folder: Path, cache: Path) -> str:
     """Return the SHA-256 over architecture and weights.
 
-    For large weights (over 100 MB) it is cached by the files' paths, sizes and mtimes.
+    The digest of large weights (over 100 MB) is cached under the files' paths, sizes and mtimes.
     """
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
     stamp = json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths])
@@ -175,12 +175,12 @@ def weights_fingerprint(folder: Path, cache: Path) -> str:
 
 
 def random_fingerprint(folder: Path, seed: int) -> str:
-    """Return the fingerprint of weights drawn with ``seed``, from the architecture alone."""
+    """Return the fingerprint of random weights: the seed and a hash of the architecture."""
     return f"random_weights-seed{seed}-{hash_files([folder / 'config.json'])}"
 
 
 def hash_files(paths: Sequence[Path]) -> str:
-    """Return 32 hex digits of the SHA-256 over names and contents of the existing files."""
+    """Return 32 hex digits of the SHA-256 over names and contents of those files that exist."""
     sha = hashlib.sha256()
     for path in paths:
         if path.is_file():

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _BLOCK = 4_096
-"""Activations converted to float64 at once: a whole chunk would be large."""
+"""Number of activations that are converted to float64 at once; a whole chunk takes much memory."""
 TOLERANCE = 1e-6
 MAX_ROUNDS = 1_000
 
@@ -71,7 +71,7 @@ class MomentSums:
             ValueError: no activations were added.
         """
         if self.total is None or self.products is None:
-            raise ValueError("no activations were added: they have no mean")
+            raise ValueError("no activations were added, so they have no mean")
         mean = self.total / self.tokens
         return Moments(mean, self.products / self.tokens - torch.outer(mean, mean))
 
@@ -80,13 +80,13 @@ class MomentSums:
 def geometric_median(points: Float[Tensor, "points d_in"]) -> Float[Tensor, " d_in"]:
     """Return the y that minimises Σ ‖x_i − y‖, a robust centre, by Weiszfeld's iteration.
 
-    The variant of Vardi & Zhang (2000) also handles a y that meets a point. It ends when the mean
-    of the unit vectors from y to the points, which is 0 at the median, has a norm of at most
-    `TOLERANCE` (beyond what points at y itself may balance), or after `MAX_ROUNDS`.
+    The variant of Vardi & Zhang (2000) also handles a y that coincides with a point. The iteration
+    ends when the sum of the unit vectors from y to the other points has a norm of at most the
+    number of points at y, plus `TOLERANCE` per point, or after `MAX_ROUNDS`.
     """
     points = points.double()
     median = points.mean(0)
-    # A point nearer than this counts as met: distances are not resolved below rounding.
+    # A point nearer than this counts as coinciding with y: smaller distances are rounding errors.
     met_within = 1e-12 * float(torch.linalg.vector_norm(points - median, dim=1).mean())
     for _ in range(MAX_ROUNDS):
         offsets = points - median

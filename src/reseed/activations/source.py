@@ -31,7 +31,7 @@ from reseed.errors import ConfigError, ReseedError
 
 @dataclass(frozen=True)
 class SourceConfig(Config, ABC, family="model"):
-    """Base configuration of the options of ``model=``: language models and worlds."""
+    """Base configuration of the sources, the options of ``model=``: language models and worlds."""
 
     @abstractmethod
     def resolve(self, cache: Path) -> ResolvedSource:
@@ -87,8 +87,8 @@ class ResolvedSource(ABC):
         """Resolve the data set that ``config`` declares for this source.
 
         Raises:
-            ConfigError: with a key relative to ``dataset``: the data set does not exist or is not
-                for this kind of source.
+            ConfigError: the data set does not exist or is not for this kind of source. The error's
+                key is relative to ``dataset``.
         """
 
 
@@ -109,12 +109,12 @@ class ResolvedData(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """Description for use in a sentence: ``text docstrings``."""
+        """Description for use in a sentence, for example ``text docstrings``."""
 
     @property
     @abstractmethod
     def context_length(self) -> int | None:
-        """Tokens in a sequence; None if the data set has no sequences."""
+        """Number of tokens in a sequence; None if the data set has no sequences."""
 
     @property
     @abstractmethod
@@ -137,11 +137,11 @@ class ResolvedData(ABC):
 
     @abstractmethod
     def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """Estimate the floating-point operations per activation."""
+        """Estimate the number of floating-point operations per activation."""
 
     @abstractmethod
     def check_budget(self, steps: int, batch_size: int) -> None:
-        """Raise `ConfigError`, with the full key, if the data are known to be too few."""
+        """Raise `ConfigError`, with the full key, if the data set is known to be too small."""
 
     @abstractmethod
     def open(
@@ -151,8 +151,9 @@ class ResolvedData(ABC):
 
         Args:
             device: device of the activations.
-            needed: activations that training needs; a streamed text is read no further.
-            cache: stores a language model's activations on disk; a world's draws are not cached.
+            needed: number of activations that training needs; limits how much of a streamed text
+                is read.
+            cache: stores a language model's activations on disk; a world's are not cached.
         """
 
 
@@ -179,7 +180,7 @@ class ActivationSource(ABC):
 
     @property
     def held_out_available(self) -> int | None:
-        """Number of held-out activations, or None if they are endless."""
+        """Number of held-out activations, or None if there is no limit."""
         return None
 
     def held_out_samples(self, tokens: int) -> Iterator[Sample]:
@@ -193,7 +194,9 @@ class ActivationSource(ABC):
     def check_length(
         self, stream: ChunkStream, wanted: Sequence[tuple[int, int]], label: str
     ) -> None:
-        """Raise `ConfigError` if the data are too few; for streamed texts, the first such check.
+        """Raise `ConfigError` if the data set is too small.
+
+        For a streamed text, whose length is known only after reading, no earlier check exists.
 
         Args:
             stream: the training activations.

@@ -94,8 +94,8 @@ class ChunkStream(ABC):
     def share_computation(self, ranks: ProcessGroup) -> None:
         """Share the computation of each chunk among ranks; every rank gets the whole chunk.
 
-        All ranks must request the same chunks in the same order. Cheap sources ignore this: each
-        rank computes its own.
+        All ranks must request the same chunks in the same order. Cheap sources do not share: each
+        rank computes every chunk itself.
         """
         if ranks.several:
             self._compute_ranks = ranks.channel()
@@ -119,7 +119,7 @@ class ChunkStream(ABC):
         return c * (self.config.chunk_tokens // batch_size)
 
     def chunk(self, c: int) -> dict[Hookpoint, Float[Tensor, "stripes rows d_in"]]:
-        """Return chunk ``c``, dealt into stripes and permuted, in the source's dtype and device.
+        """Return chunk ``c``, dealt into stripes and permuted, in the source's dtype.
 
         After `divide`, returns only this rank's stripes. The latest chunk stays in memory, because
         most chunks are requested many times; it is freed before the next one is computed, except
@@ -142,7 +142,7 @@ class ChunkStream(ABC):
     ) -> Iterator[None]:
         """Compute the next chunk in a thread while the current one is used.
 
-        Results do not change; one more chunk is in memory.
+        Results do not change, but one more chunk is in memory.
 
         Args:
             stop: end of the last batch that will be read.
@@ -161,7 +161,7 @@ class ChunkStream(ABC):
             self._prefetch = None
 
     def batches(self, batch_size: int, start: int = 0) -> Iterator[Batch]:
-        """Yield batches from step ``start`` on; [B, D] for each hookpoint."""
+        """Yield the batches from step ``start`` on, each with a [B, D] for every hookpoint."""
         part = batch_size // STRIPES
         step, end = start, self.num_batches(batch_size)
         while end is None or step < end:
@@ -212,15 +212,15 @@ def generator(*key: int) -> torch.Generator:
 
 
 class Abandoned(Exception):
-    """Signal to the thread that its chunk is no longer wanted."""
+    """Exception that ends the computation of a chunk that is no longer wanted."""
 
 
 class Prefetch:
     """A thread that computes chunks, at most one ahead of the caller.
 
-    A chunk is a pure function of its number, so it does not matter which thread computes it, given
-    the same number of torch threads (a setting of each calling thread). On a GPU the thread uses
-    its own CUDA stream, concurrent with that of the training step.
+    A chunk is a pure function of its number, so any thread with the same number of torch threads
+    (which torch sets per calling thread) computes the same chunk. On a GPU the thread uses its own
+    CUDA stream, concurrent with that of the training step.
 
     The thread starts with the first chunk and ends with `close`.
 
@@ -289,7 +289,7 @@ class Prefetch:
         (_, future), self._ahead = self._ahead, None
         self._abandoned.set()
         try:
-            # The chunk is not needed, so its error is not either.
+            # An error of a chunk that is no longer needed is ignored.
             with suppress(Exception):
                 if not future.cancel():
                     future.result()

@@ -21,12 +21,12 @@ class TextConfig(DatasetConfig):
     """Base configuration of texts: how documents become sequences."""
 
     context_length: int = setting(256, at_least=2)
-    """Tokens in a sequence."""
+    """Number of tokens in a sequence."""
     exclude_first_position: bool = True
-    """Leave out first positions, whose activations are unlike all others."""
+    """Leave out each sequence's first position, whose activation differs from all others."""
     exclude_special_tokens: bool = True
     repeat: bool = False
-    """Read a text shorter than the budget again, in another order; false: refuse it."""
+    """True: read a text that is shorter than the budget again, in another order; false: fail."""
     held_out_fraction: float = setting(0.05, above=0, below=1)
     """Share of the documents, chosen by their hash, on which no SAE is trained."""
 
@@ -38,11 +38,11 @@ class DocstringsConfig(TextConfig, name="docstrings"):
 
 @dataclass(frozen=True, kw_only=True)
 class TextFilesConfig(TextConfig, name="text_files"):
-    """Local files: plain text (.txt, .md), .jsonl or .parquet; a file, a folder or a list."""
+    """Local files of plain text (.txt, .md), .jsonl or .parquet, given as file, folder or list."""
 
     path: str | tuple[str, ...] = setting(signed=False)
     separator: str | None = "<|endoftext|>"
-    """Separator of the documents of a plain text; null: each file is a document."""
+    """Separator of the documents in a plain text file; null: each file is a document."""
     field: str = "text"
     """Key (jsonl) or column (parquet) that holds the text."""
 
@@ -117,7 +117,7 @@ def resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
         sha = hashlib.sha256()
         for path in paths:
             _check_readable(path, config)
-            # The same bytes are other documents in another format.
+            # The format is hashed, because the same bytes give other documents in another format.
             sha.update(_READERS[path.suffix].__name__.encode())
             with path.open("rb") as file:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
@@ -238,7 +238,7 @@ def _dataset_commit(config: HubTextConfig) -> str:
 
 
 def _hub_documents(config: HubTextConfig, fingerprint: str, shuffled: bool) -> Iterator[str]:
-    """Yield the documents at the pinned commit; streaming shuffles shards and a buffer."""
+    """Yield the documents at the pinned commit; streaming can shuffle shards and in a buffer."""
     from datasets import load_dataset
 
     rows: Any = load_dataset(

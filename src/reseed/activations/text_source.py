@@ -58,7 +58,7 @@ class ResolvedModelText(ResolvedData):
         return {"text": self.text.fingerprint}
 
     def stores(self, needed: int) -> tuple[TokenStore, TokenStore]:
-        """Return training and held-out tokens; read a streamed text for ``needed`` activations."""
+        """Return the training and held-out tokens; for a streamed text, only as many as needed."""
         return token_stores(
             self.text, self.model.tokenizer, self.model.fingerprints["tokenizer"], needed
         )
@@ -126,7 +126,8 @@ class TextSource(ActivationSource):
     Args:
         found: resolved model and text.
         device: device of the model.
-        needed: activations that training needs; a streamed text is read no further.
+        needed: number of activations that training needs; limits how much of a streamed text is
+            read.
         cache: stores chunks on disk.
     """
 
@@ -157,7 +158,7 @@ class TextSource(ActivationSource):
     def held_out_sequences(
         self, tokens: int
     ) -> tuple[Int[Tensor, "sequences context"], Bool[Tensor, "sequences context"]]:
-        """Return the first held-out sequences with at least ``tokens`` activations in all.
+        """Return the first held-out sequences that have at least ``tokens`` activations in total.
 
         Returns:
             the sequences, and a mask of the positions that count (not first, not special tokens;
@@ -188,10 +189,10 @@ class TextSource(ActivationSource):
 
 
 def chunk_key(found: ResolvedModelText, part: str, device: torch.device) -> dict[str, Any]:
-    """Return everything that decides a text's activations, except hookpoint and chunk tokens.
+    """Return everything that determines a text's activations but hookpoint and chunk's tokens.
 
     Args:
-        part: ``train`` or ``held_out``, which has no order.
+        part: ``train`` or ``held_out``; held-out documents do not depend on the order's seed.
         device: device of the computation. On the CPU the key includes the number of torch threads,
             which can change the last bits.
     """
@@ -221,8 +222,8 @@ def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) ->
     """Find the text that ``model`` will read.
 
     Raises:
-        ConfigError: with a key relative to ``dataset``: the data set is no text, cannot be read, or
-            its sequences exceed the model's maximum length.
+        ConfigError: the data set is no text, cannot be read, or its sequences exceed the model's
+            maximum length. The error's key is relative to ``dataset``.
     """
     if not isinstance(config, TextConfig):
         raise ConfigError(

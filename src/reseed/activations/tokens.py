@@ -1,9 +1,9 @@
 """Tokenised documents, packed into sequences.
 
 `TokenStore` holds the tokens of all documents end to end, in a memory-mapped file, with the
-documents' boundaries. An order of the documents is a permutation on top of it: sequence s of epoch
-e is positions [s·L, (s+1)·L) of the documents end to end in that order. A text is tokenised once:
-stores are cached by a digest of everything that determines them.
+documents' boundaries. The order of an epoch is a permutation of the documents: sequence s of epoch
+e is positions [s·L, (s+1)·L) of the documents, end to end in that order. A text is tokenised once:
+stores are cached under a digest of everything that determines them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from reseed.system.console import say
 from reseed.system.files import atomic_write, atomic_write_json, room_for
 
 _VERSION = 1
-"""Raise it when code changes the tokens of a text."""
+"""Increase it if a change of the code changes the tokens of a text."""
 _BATCH = 512
 
 
@@ -120,7 +120,7 @@ class Packing:
 
     @property
     def guaranteed_activations(self) -> int:
-        """Lower bound of the activations over all orders, and so over all epochs of the text."""
+        """Lower bound of the number of activations of an epoch, valid for every order."""
         if not self.config.exclude_special_tokens:
             return self.num_activations
         special = int(np.isin(self.store.tokens, self.store.special).sum())
@@ -156,7 +156,8 @@ def token_stores(
         text: source of the documents.
         tokenizer: the model's tokenizer.
         tokenizer_fingerprint: identifies the tokenizer.
-        needed: activations that training needs; a streamed text is read no further.
+        needed: number of activations that training needs; limits how much of a streamed text is
+            read.
     """
     config = text.config
     key: dict[str, Any] = {
@@ -180,18 +181,18 @@ def token_stores(
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the ids without text, such as beginning and end of text or padding."""
+    """Return the ids of special tokens, such as beginning of text, end of text or padding."""
     return tuple(sorted(set(tokenizer.all_special_ids)))
 
 
 def is_held_out(document: str, fraction: float) -> bool:
-    """Decide by a document's hash, for all orders and budgets alike, whether it is held out."""
+    """Return True if a document's hash makes it held-out, whatever the order and the budget."""
     value = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big")
     return value < fraction * 2**64
 
 
 def _text_options(config: TextConfig) -> dict[str, Any]:
-    """Return the options that decide the documents, besides the content of the files."""
+    """Return the options that, with the content of the files, determine the documents."""
     names = ("separator", "field", "subset", "split", "shuffle_buffer", "streaming")
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
@@ -215,10 +216,11 @@ def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
 def _tokenised(
     text: ResolvedText, tokenizer: Any, key: dict[str, Any], enough: Mapping[str, int | None]
 ) -> Path:
-    """Return the folder with the parts named by ``enough``; tokenise the text if it is missing.
+    """Return the folder of the parts that ``enough`` names; tokenise the text if there is none.
 
     Args:
-        enough: activations after which a part needs no more documents; None: all documents.
+        enough: for each part the number of activations after which it needs no more documents;
+            None: all documents.
     """
     key = key | {"enough": dict(enough)}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
@@ -246,7 +248,7 @@ def _tokenised(
 
 
 class _StoreWriter:
-    """Writer of one store; renames its temporary file when everything is written."""
+    """Writer of one store; renames its temporary file after everything is written."""
 
     def __init__(self, folder: Path, part: str) -> None:
         self.folder, self.part = folder, part
@@ -283,7 +285,7 @@ class _StoreWriter:
 
 
 def _encode(tokenizer: Any, documents: list[str]) -> list[np.ndarray]:
-    """Return token ids; each document starts with the BOS token, or with EOS without a BOS."""
+    """Return token ids; each document starts with BOS, or with EOS if the tokenizer has no BOS."""
     opening = tokenizer.bos_token_id
     if opening is None:
         opening = tokenizer.eos_token_id

@@ -52,7 +52,7 @@ def push_parser() -> Parser:
     made.add_argument("run", help="a run's folder")
     made.add_argument("repo", help="OWNER/NAME on the hub; created if necessary")
     made.add_argument("--to", default="reseed", choices=SAE_FORMATS, help="the format to write")
-    made.add_argument("--path", default="", help="folder in the repository; by default its top")
+    made.add_argument("--path", default="", help="folder in the repository; by default its root")
     made.add_argument("--private", action="store_true", help="create a private repository")
     made.add_argument("--dry-run", metavar="OUT", help="write to the folder OUT, push nothing")
     return made
@@ -76,14 +76,14 @@ def check_parser() -> Parser:
 
 
 def runtime_of(line: CommandLine) -> RuntimeConfig:
-    """Build the runtime settings, whose folders hold the runs and sweeps that are named."""
+    """Build the runtime settings, which name the folders of runs and sweeps."""
     with line.composer() as composed:
         values = composed(line.overrides)
     return build(values["runtime"], "runtime", RuntimeConfig)
 
 
 def find_by_name(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
-    """Find a run, a sweep, or the folder of another SAE by its path, name, or start of the name.
+    """Find a run, a sweep, or the folder of another SAE by path, name, or the name's beginning.
 
     Raises:
         ReseedError: nothing matches, or several names do.
@@ -107,7 +107,7 @@ def find_by_name(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
 
 
 def find_sweep(word: str, root: Path) -> Sweep:
-    """Return the sweep that a word names: a folder, a name under ``root``, or the start of one.
+    """Return the sweep that a word names: a folder, a name under ``root``, or its beginning.
 
     Raises:
         ReseedError: no sweep matches, or several do.

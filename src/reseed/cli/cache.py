@@ -64,9 +64,9 @@ def _cleared(arguments: list[str]) -> tuple[str | None, list[str]]:
             patterns.append(str(after) if named else "*")
             rest += [after] if after is not None and not named else []
     if len(patterns) > 1:
-        raise ConfigError(f"one {CLEAR} at a time; got {len(patterns)}")
+        raise ConfigError(f"give {CLEAR} only once; got {len(patterns)}")
     if patterns == [""]:
-        raise ConfigError(f"{CLEAR}= names nothing; {CLEAR} alone removes everything")
+        raise ConfigError(f"{CLEAR}= needs a pattern; {CLEAR} alone removes everything")
     return (patterns[0] if patterns else None), rest
 
 

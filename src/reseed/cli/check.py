@@ -64,21 +64,21 @@ def _is_file(word: str) -> bool:
 def _named(files: Sequence[str], listed: str | None) -> list[Named]:
     """Read the latents from the file or from the command line."""
     if len(files) > 1:
-        raise ConfigError(f"one list of latents at a time; got {', '.join(files)}")
+        raise ConfigError(f"give one list of latents; got {', '.join(files)}")
     if files and listed is not None:
         raise ConfigError(f"the latents are given twice: by {files[0]} and by --latents {listed}")
     if files:
         return read_named(files[0])
     if listed is None:
         raise ConfigError(
-            "which latents? Give a csv file with a column `latent`, or --latents 3,17,250"
+            "no latents are given: give a csv file with a column `latent`, or --latents 3,17,250"
         )
     words = [word.strip() for word in listed.split(",")]
     return [Named(parse_index(word, "--latents"), "--latents") for word in words]
 
 
 def _folder(out: str | None, source: Path | None, plan: Plan) -> Path:
-    """Return the folder for results: --out, else that of the list, else the comparison's."""
+    """Return the folder for results: --out, else the list's folder, else the comparison's."""
     folder = Path(out) if out else source.parent if source else plan.sweep.path
     if out and folder.exists() and not folder.is_dir():
         raise ConfigError(f"{{key}} must be a folder; got {out}, which is a file", "--out")
@@ -143,7 +143,7 @@ def _cell(plan: Plan, named: Sequence[Named]) -> _Cell:
         if name and name not in runs:
             raise ReseedError(
                 f"{one.where}: there is no run {one.run} in the comparison."
-                f"{did_you_mean(name, runs)} `reseed status` lists the runs that there are"
+                f"{did_you_mean(name, runs)} `reseed status` lists the runs"
             )
         if name:
             wanted[id(runs[name])] = runs[name]

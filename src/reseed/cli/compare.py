@@ -1,8 +1,8 @@
 """``reseed compare``: match trained runs cell by cell, and write the tables of the comparison.
 
 ``reseed compare sources=[a,b,c]`` compares existing SAEs by their weights, without a model. With
-``model=``, ``dataset=``, ``layer=`` or ``hookpoint=`` they are also measured on activations: the
-command adds the missing runs of `sae=pretrained` and compares those.
+``model=``, ``dataset=``, ``layer=`` or ``hookpoint=`` it also measures the SAEs on activations: it
+adds the missing runs of `sae=pretrained` and compares the runs.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ from reseed.train.config import RuntimeConfig
 
 KEY = "sources"
 _ACTIVATIONS = ("model", "dataset", "layer", "hookpoint")
-"""Groups that declare activations; any of them requests the comparison on activations."""
+"""Config groups that declare activations; any of them requests the comparison on activations."""
 _MEASURED = ("fvu", "l0", "cosine", "dead_fraction")
-"""Metrics of runs on held-out tokens, which are unknown for weights alone."""
+"""Metrics of runs on held-out tokens, which are unknown if only weights are compared."""
 
 
 def task(config: DictConfig) -> None:
@@ -88,7 +88,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
 
 
 def compare_plan(line: CommandLine, plan: Plan) -> int:
-    """Launch the compare jobs of a plan, one per cell; then collect, draw and print the results.
+    """Launch the compare jobs of a plan, one per cell; then collect, plot and print the results.
 
     Returns:
         the exit status: 1 if a cell is incomplete or could not be compared.
@@ -116,7 +116,7 @@ def compare_sources(line: CommandLine) -> int:
         the exit status.
 
     Raises:
-        ConfigError: fewer than two SAEs, a repeated SAE, or keys that would change nothing.
+        ConfigError: fewer than two SAEs, a repeated SAE, or a key without effect.
     """
     with line.composer() as composed:
         parsed = list(zip(parse(line.overrides), line.overrides, strict=True))
@@ -195,7 +195,7 @@ def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
 
 
 def _dictionary(source: str) -> tuple[Dictionary, str]:
-    """Return the rows of an SAE, with unknown firing, and the name of its architecture."""
+    """Return an SAE's encoder and decoder rows, without firing counts, and its architecture."""
     try:
         sae = import_sae(fetch(source)).sae
     except CheckpointError as error:

@@ -1,9 +1,9 @@
-"""Hydra's configuration loader for many jobs: reads the files once for each choice of options.
+"""Configuration loader of Hydra that reads the files once for each choice of options.
 
 The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which names the files
 to compose, depends only on the choices of options (``sae=relu``), because its interpolations refer
-to choices. So the composition of each set of choices is kept, and Hydra's own function applies the
-values to a copy of it. `about_missing` says which options have a key that a command line misnamed.
+to choices. The composition of each set of choices is therefore kept, and Hydra's own function
+applies the values to a copy. `about_missing` returns the message about a key that does not exist.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _WRONG = (
 
 
 class OnceLoader(ConfigLoaderImpl):
-    """Loader that composes as ``loader`` does, but every choice of options only once.
+    """Loader that composes as ``loader`` does, but reads each choice of options only once.
 
-    Later changes of the files are not seen, so every command makes a new loader.
+    It does not see later changes of the files, so every command makes a new loader.
     """
 
     def __init__(self, loader: ConfigLoaderImpl) -> None:
@@ -60,7 +60,7 @@ class OnceLoader(ConfigLoaderImpl):
     ) -> DictConfig:
         """Compose as Hydra does, with the same errors."""
         if run_mode == RunMode.RUN:
-            # On any error Hydra composes again below, so that its message is the one raised.
+            # After an error, Hydra composes again below and raises its own message.
             with suppress(*_WRONG):
                 return self._quickly(config_name, overrides)
         return super().load_configuration(
@@ -68,7 +68,7 @@ class OnceLoader(ConfigLoaderImpl):
         )
 
     def base(self, config_name: str | None, overrides: Sequence[str]) -> DictConfig:
-        """Return the configuration without the values of a job; the caller must not change it."""
+        """Return the configuration without a job's values; the caller must not modify it."""
         parsed = [self._parse(text) for text in overrides]
         return self._base(config_name, self._split(config_name, parsed)[0])
 
@@ -155,7 +155,7 @@ def _has(files: IConfigRepository, path: str, key: str) -> bool:
 
 
 def load_once() -> OnceLoader:
-    """Make the initialised Hydra compose every choice of options once, and return its loader."""
+    """Replace the loader of the initialised Hydra by an `OnceLoader`, and return it."""
     hydra = GlobalHydra.instance().hydra
     assert hydra is not None
     assert isinstance(hydra.config_loader, ConfigLoaderImpl)
@@ -176,7 +176,7 @@ def about_missing(
     if not isinstance(parent, DictConfig):
         return str(missing)
     group, _, rest = missing.key.partition(".")
-    if "." in missing.parent and "_target_" not in parent:  # names are free: axes, arms
+    if "." in missing.parent and "_target_" not in parent:  # axes, arms: any name is allowed
         return _about_entry(missing)
     option = base.hydra.runtime.choices.get(group) if rest else None
     having = loader.options_with(missing.key, config_name, overrides) if option else []

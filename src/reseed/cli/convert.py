@@ -1,4 +1,4 @@
-"""``reseed convert`` and ``reseed push``: an SAE in another library's format, or on the hub."""
+"""``reseed convert`` and ``reseed push``: write an SAE in another format, or push it to the hub."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from reseed.system.files import atomic_write_json, atomic_write_text
 
 _METRICS = {
     "fvu": "fraction of variance unexplained",
-    "l0": "latents active per token",
+    "l0": "number of latents active per token",
     "cosine": "cosine of reconstruction and activation",
-    "live_fraction": "latents that fire at least 10 times",
-    "dead_fraction": "latents dead at the end of training",
+    "live_fraction": "fraction of latents that fire at least 10 times",
+    "dead_fraction": "fraction of latents that are dead at the end of training",
 }
 _USAGE = {
     "sparsify": (
@@ -64,7 +64,7 @@ def _main(arguments: Sequence[str]) -> None:
 
 
 def check_new(out: Path) -> None:
-    """Raise `ConfigError` if something would be overwritten."""
+    """Raise `ConfigError` if ``out`` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists already and is not overwritten: name a new folder")
 
@@ -73,7 +73,7 @@ def write_checked(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any])
     """Write an SAE in a format, and read it again to check that it is unchanged.
 
     Returns:
-        notes on what the format does not keep.
+        notes on the properties that the format does not hold.
 
     Raises:
         ReseedError: the format cannot hold the SAE unchanged; the new folder is removed.
@@ -85,7 +85,7 @@ def write_checked(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any])
         difference = differ(sae, again)
         if difference:
             raise ReseedError(
-                f"{format} cannot hold this SAE unchanged: what is written differs in {difference}"
+                f"{format} cannot hold this SAE unchanged: the files differ in {difference}"
             )
     except BaseException:
         if not there:
@@ -97,12 +97,12 @@ def write_checked(sae: SAE, out: Path, format: str, metadata: Mapping[str, Any])
 def _forgotten(sae: SAE, again: SAE) -> tuple[str, ...]:
     """Return a note on the settings that the new files do not hold."""
     before, after = sae.config.to_dict(), again.config.to_dict()
-    # Either of two keys may give the width; the exporter notes a changed architecture itself.
+    # Two keys can give the number of latents; the exporter notes a changed architecture itself.
     unsaid = ("type", "num_latents", "expansion_factor", "decoder_init_norm")
     lost = [key for key, value in before.items() if key not in unsaid and after.get(key) != value]
     if not lost:
         return ()
-    return (f"how it was trained is not kept: sae.{', sae.'.join(lost)}",)
+    return (f"not kept, as the format has no such settings: sae.{', sae.'.join(lost)}",)
 
 
 def model_card(run: Run, sae: SAE, place: str, format: str) -> str:
@@ -139,7 +139,7 @@ sae = reseed.load_sae("hub:{place}")
 out = sae(x)  # out.latents, out.reconstruction; x: [..., {sae.d_in}]
 ```{again}
 
-Another seed finds other latents: `reseed run comparison=seeds` measures how many of these it finds.
+Another seed finds other latents: `reseed run comparison=seeds` measures how many it has in common.
 
 ## On {run.metrics["tokens"]:,} held-out tokens
 
@@ -190,7 +190,7 @@ def _push(arguments: Sequence[str]) -> None:
         out = Path(given.dry_run)
         check_new(out)
         notes = make_folder(run, out, given.repo, given.path, given.to)
-        where = f"{out}: what would be pushed to {given.repo}"
+        where = f"{out}: the files that would be pushed to {given.repo}"
     else:
         with tempfile.TemporaryDirectory() as folder:
             notes = make_folder(run, Path(folder), given.repo, given.path, given.to)
@@ -204,7 +204,7 @@ def make_folder(run: Run, out: Path, repo: str, path: str, format: str) -> tuple
     """Write the files to push: the SAE, its metrics, and README.md.
 
     Returns:
-        notes on what the format does not keep.
+        notes on the properties that the format does not hold.
     """
 
     sae = load_sae(run.path)

@@ -32,7 +32,7 @@ def run_and_report(job: Callable[[], int | None]) -> int:
             return job() or 0
     except ReseedError as error:
         return _say(str(error))
-    except BrokenPipeError:  # the reader of a pipe (`| head`) has closed it
+    except BrokenPipeError:  # the program that reads the output (`| head`) has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (HydraException, OmegaConfBaseException) as error:
@@ -51,7 +51,7 @@ def run_and_report(job: Callable[[], int | None]) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Make SIGTERM end the command at once; files are written atomically, so none is left partial.
+    """Make SIGTERM end the command at once: files are written atomically, so none is incomplete.
 
     Training installs its own handler, which saves first.
     """

@@ -1,8 +1,8 @@
 """``reseed evaluate [RUN|SWEEP|SAE ...] evaluation=...``: evaluate trained SAEs.
 
-Each evaluation is a Hydra job. One job evaluates all SAEs, those of one language model together. It
-writes each result to the run's folder as soon as it is computed (`reseed.store.results`); the
-tables of the sweeps are rewritten at the end.
+Each evaluation is a Hydra job, which evaluates all SAEs; SAEs of the same language model are
+evaluated together. Each result is written to the run's folder as soon as it is computed
+(`reseed.store.results`); the tables of the sweeps are rewritten at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from reseed.train.config import RuntimeConfig
 
 GROUP = "evaluation"
 FOLDERS_KEY = "subjects"
-"""The key that passes the folders of its SAEs to a job; not an option for users."""
+"""The key that passes the folders of the SAEs to a job; users do not set it."""
 
 
 def task(config: DictConfig) -> None:
@@ -87,7 +87,7 @@ class RequestedEvaluations:
 
     @classmethod
     def split_off(cls, line: CommandLine) -> RequestedEvaluations:
-        """Move the overrides about evaluations out of ``line``, and build their evaluations.
+        """Remove the overrides of evaluations from ``line``, and build these evaluations.
 
         Raises:
             ReseedError: an evaluation or key does not exist, or a value is invalid.
@@ -121,7 +121,8 @@ class RequestedEvaluations:
         """
         names = [config.name for config in self.configs]
         for name in dict.fromkeys(name for name in names if names.count(name) > 1):
-            say(f"tables show {GROUP}={name} with its last settings; runs' folders have all")
+            say(f"tables show {GROUP}={name} with its last settings; the runs' folders hold all "
+                "results")  # fmt: skip
         for sweep in sweeps:
             sweep.add_evaluations({config.name: config for config in self.configs})
 
@@ -335,6 +336,6 @@ def unfinished_lines(lacking: Sequence[str]) -> list[str]:
     if not lacking:
         return []
     return [
-        f"not evaluated, as not finished: {counted(len(lacking), 'run')}",
+        f"not evaluated, because not finished: {counted(len(lacking), 'run')}",
         *(f"  {x}" for x in lacking),
     ]

@@ -37,7 +37,7 @@ Task = Callable[[DictConfig], Any]
 
 
 def conf_dir() -> str:
-    """Return the folder of the options: in the installed package, or beside ``src`` in a checkout.
+    """Return the folder of the options, in the installed package or beside ``src`` in a checkout.
 
     Raises:
         FileNotFoundError: neither folder exists.
@@ -73,8 +73,8 @@ class CommandLine:
     def composer(self) -> Iterator[Callable[[Sequence[str]], dict[str, Any]]]:
         """Yield a function from overrides to the composed configuration, as plain values.
 
-        The function raises `ReseedError`; its hints are about the options that the overrides
-        choose.
+        The function raises `ReseedError` if the configuration cannot be composed. The message
+        suggests keys of the options that the overrides choose.
         """
         extra = self._search_path()
         name = self.flags.config_name or CONFIG_NAME
@@ -94,7 +94,7 @@ class CommandLine:
                 # Hydra has no message for some wrong values (`sae=null`).
                 raise ConfigError(f"the configuration cannot be composed: {error}") from error
             assert isinstance(values, dict)
-            # An arm's overrides (`dataset.order_seed: ${seed}`) refer to its runs: not resolved.
+            # An arm's overrides (`dataset.order_seed: ${seed}`) are resolved in each of its runs.
             arms = OmegaConf.select(config, "comparison.arms")
             if OmegaConf.is_config(arms):
                 values["comparison"]["arms"] = OmegaConf.to_container(arms, resolve=False)
@@ -157,7 +157,7 @@ class CommandLine:
         arguments = [*self.config_flags, *(["-m"] if multirun else []), *overrides]
         GlobalHydra.instance().clear()
         full = os.environ.get("HYDRA_FULL_ERROR")
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors are printed once, by `errors.report`
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # only `errors.run_and_report` prints errors
         try:
             with _argv(self.command, arguments):
                 hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(
@@ -201,7 +201,7 @@ def asks_to_show(arguments: Sequence[str]) -> bool:
 
 
 def show(command: str, arguments: Sequence[str]) -> None:
-    """Let Hydra answer a command line that `asks_to_show`."""
+    """Let Hydra answer a command line for which `asks_to_show` is true."""
     flags, unknown = get_args_parser().parse_known_args(list(arguments))
     words = [o for o in flags.overrides if "=" not in o and not o.startswith(("~", "+"))]
     kept = [word for word in arguments if word not in unknown and word not in words]
@@ -212,7 +212,7 @@ def show(command: str, arguments: Sequence[str]) -> None:
 
 
 def _no_task(config: DictConfig) -> None:
-    """Stand for the task of a command line that only shows something."""
+    """Do nothing: Hydra needs a task even if the command line only shows something."""
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

@@ -1,4 +1,4 @@
-"""The command ``reseed``, which picks a sub-command. Heavy imports wait until they are needed."""
+"""The command ``reseed``, which runs a sub-command. Slow imports are delayed until needed."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    # Idle OpenMP threads that spin for long slow a shared machine down; threads that sleep at once
-    # slow a quiet machine down (measured: benchmarks/README.md).
+    # If idle OpenMP threads spin for long, a shared machine is slower; if they sleep at once, an
+    # idle machine is slower (measured: benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     sys.exit(_run(command, arguments[1:]))
 
@@ -83,7 +83,7 @@ _OWN_HELP = {"convert": convert_parser, "push": push_parser}  # the other comman
 
 
 def _dispatch(command: str, arguments: Sequence[str]) -> int:
-    """Answer what only asks to be shown; import the command's module for all else."""
+    """Print help, configuration or completion if requested; else run the command's module."""
     if command in _OWN_HELP and {"-h", "--help"} & set(arguments):
         _OWN_HELP[command]().print_help()
         return 0

@@ -36,7 +36,7 @@ class Job:
     resolved: Resolved
 
     def value(self, axis: str) -> str:
-        """Return the value that this job's overrides give for ``axis``, as a word."""
+        """Return the value that this job's overrides give for ``axis``, as text."""
         found = [o.partition("=")[2] for o in self.overrides if o.partition("=")[0] == axis]
         return found[-1]
 
@@ -79,7 +79,8 @@ def check_jobs(
         pick_device(runtime.device)
     if not runtime.wait and line.launcher[0] != SLURM:
         raise ConfigError(
-            f"{{key}}=false needs hydra/launcher={SLURM}: with others the command does the work",
+            f"{{key}}=false needs hydra/launcher={SLURM}: with other launchers the command itself "
+            "does the work",
             "wait",
         )
     return found, runtime
@@ -166,7 +167,7 @@ def make_plan(line: CommandLine) -> Plan:
         got = "nothing" if axes == "???" else repr(axes)
         rule = "must map axes to lists of values, as in {sae: [topk, relu], seed: [0, 1]}"
         raise ConfigError(f"{{key}} {rule}; got {got}", "comparison.grid")
-    # The user's values for an axis replace its own; a sweep over another key adds an axis.
+    # The user's values replace those of a declared axis; a sweep over another key adds an axis.
     said = single | swept
     grid = {str(axis): said.get(axis, _words(values)) for axis, values in axes.items()}
     arms = _arms(node.get("arms"), said)
@@ -197,7 +198,7 @@ def make_plan(line: CommandLine) -> Plan:
 
 
 def _without_repeats(arm: Arm, jobs: Sequence[Job]) -> list[Job]:
-    """Drop the repeats of a pretrained SAE in a cell: it has no seed, so all seeds give one run."""
+    """Drop repeats of a pretrained SAE in a cell: without a seed, it is the same run each time."""
     seen: set[tuple[str, ...]] = set()
     kept = []
     for job in jobs:
@@ -237,7 +238,7 @@ def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
 
 
 def _check_tokens(arm: Arm, first: Job, other: Job, settings: ComparisonConfig, key: str) -> None:
-    """Raise `ConfigError` if two runs of different `d_in` have no tokens in common either."""
+    """Raise `ConfigError` if two runs of different `d_in` cannot be compared on the same tokens."""
     reason = token_mismatch([first.resolved.identity, other.resolved.identity])
     if not reason and not settings.activation_tokens:
         reason = "comparison.activation_tokens=0 switches that off"
@@ -275,8 +276,8 @@ def _check_heeded(settings: ComparisonConfig, said: dict[str, list[str]]) -> Non
 def _arms(declared: Any, said: dict[str, list[str]]) -> Any:
     """Return the arms with their values as command-line words.
 
-    The user's values replace those of an arm's axis; a value that an arm fixes stays. Anything
-    that is not a mapping is returned as it is, for `build` to refuse.
+    The user's values replace those of an arm's axis, but not a value that an arm fixes. Anything
+    that is not a mapping is returned unchanged; `build` then raises the error.
     """
     if not isinstance(declared, dict):
         return declared

@@ -1,4 +1,4 @@
-"""``reseed report SWEEP``: write the report of a sweep to a folder, from its files alone."""
+"""``reseed report SWEEP``: write a report to a folder, computed only from the sweep's files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def drawn(sweep: Sweep, found: SweepResults) -> list[str]:
-    """Return the names of the sweep's figures; missing ones are drawn beside its tables."""
+    """Return the names of the sweep's figures, after plotting the missing ones into its folder."""
     made = figure_drawings(found.cells, found.runs)
     lacking = {name: draw for name, draw in made.items() if not _is_there(sweep.path, name)}
     save_figures(lacking, sweep.path)

@@ -41,7 +41,7 @@ def _main(line: CommandLine, arguments: Sequence[str]) -> int:
 
 
 def _train_and_compare(line: CommandLine, plan: Plan, asked: evaluate.RequestedEvaluations) -> int:
-    launches = [(run_on_cluster.overrides, run_on_cluster.jobs) for run_on_cluster in plan.launches]
+    launches = [(launch.overrides, launch.jobs) for launch in plan.launches]
     status = train.train_jobs(line, launches, plan.runtime, plan.sweep)
     if asked.configs:
         status = max(status, _evaluate(line, asked, plan))

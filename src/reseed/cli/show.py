@@ -1,5 +1,5 @@
-"""``reseed show RUN LATENT[,LATENT...]``: show what latents fire on, the tokens they promote, their
-neighbours, and their matches in other seeds.
+"""``reseed show RUN LATENT[,LATENT...]``: show the contexts in which latents fire, the tokens that
+they promote, their neighbours, and their matches in other seeds.
 
 The command reads files of ``evaluation=contexts`` and of comparisons; it loads no model.
 """
@@ -41,7 +41,7 @@ def _main(arguments: Sequence[str]) -> int:
     line = CommandLine("show", rest)
     if len(words) < 2:
         raise ConfigError(
-            "reseed show takes a run and latents of it, for example reseed show RUN 3,17; got "
+            "reseed show takes a run and its latents, for example reseed show RUN 3,17; got "
             f"{' '.join(words) or 'nothing'}"
         )
     runtime = runtime_of(line)
@@ -104,7 +104,7 @@ def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
 
 
 def _of_partner(partner: Partner, run: Path) -> LatentView | None:
-    """Return the partner of a latent of ``run`` with its contexts, or None if it has none."""
+    """Return a partner with its contexts, or None if there is no partner or no contexts."""
     contexts = Contexts.of(run.resolve().parent / partner.run)
     if contexts is None or partner.latent is None:
         return None

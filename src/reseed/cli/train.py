@@ -33,7 +33,7 @@ def task(config: DictConfig) -> None:
 
 
 def train_many(configs: Sequence[DictConfig]) -> list[Any]:
-    """Train several runs, those that read the same activations together.
+    """Train several runs; runs that read the same activations are trained together.
 
     Returns:
         for each configuration the run's folder, or the exception with which the run failed.
@@ -100,11 +100,11 @@ def train_jobs(
     runtime: RuntimeConfig,
     sweep: Sweep | None,
 ) -> int:
-    """Launch the training of checked jobs, and print how it ended.
+    """Launch the training of checked jobs, and print the outcome.
 
     Args:
         launches: pairs of Hydra's overrides and the checked jobs that they expand to, launched one
-            after the other. A run that several launches ask for is trained once.
+            after the other. A run that is in several launches is trained once.
         sweep: the folder of the sweep, or None for a single run.
 
     Returns:

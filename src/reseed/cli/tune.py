@@ -4,8 +4,8 @@
         'training.lr=tag(log, interval(1e-4, 1e-2))' hydra.sweeper.n_trials=20
 
 Intervals, ranges and choices are searched; a list of values stays an axis of the command. A trial
-is one such command at the values that Optuna proposes. Its value is the mean of the metric over the
-runs (`reseed train`) or the number in the summary (`reseed run`). Finished runs are found by their
+runs the command with the values that Optuna proposes. Its result is the mean of the metric over the
+runs (`reseed train`) or the value in the summary (`reseed run`). Finished runs are found by their
 signatures, so a restarted study trains nothing twice.
 """
 
@@ -105,7 +105,7 @@ def of_runs(metrics: Sequence[dict[str, Any]], names: Sequence[str]) -> list[flo
 
 
 def of_summary(row: dict[str, Any], names: Sequence[str]) -> list[float]:
-    """Return each objective from the summary of a comparison with one cell.
+    """Return the value of each objective in the summary of a comparison with one cell.
 
     Raises:
         ReseedError: the summary has no such number.
@@ -131,7 +131,7 @@ def _objectives(line: CommandLine) -> tuple[list[str], Path]:
         known += [*FRACTIONS, *COSINES]
     if not names:
         raise ConfigError(
-            f"{{key}} is required with {SWEEPER}=optuna: the metric to optimise, as fvu"
+            f"{{key}} is required with {SWEEPER}=optuna: the metric to optimise, for example fvu"
             + (" or shared_fraction" if line.command == "run" else ""),
             "objective",
         )
@@ -152,7 +152,7 @@ def _proposed(choices: Sequence[str]) -> list[str]:
 
 
 def _apart(work: Callable[[], list[float]]) -> list[float]:
-    """Run work that starts Hydra within a job of Hydra, and restore Hydra's global state."""
+    """Call ``work``, which starts Hydra inside a Hydra job, and restore Hydra's global state."""
     state = Singleton.get_state()
     try:
         return work()

@@ -1,4 +1,4 @@
-"""One cell of a comparison: runs that are equal in everything but what pairs them up.
+"""One cell of a comparison: runs that differ only in the axes whose values are compared.
 
 All pairs are measured, with their nulls and their initial weights. The resulting tables are written
 to a folder, from which later commands read them. `cell_settings` names a cell by its settings.
@@ -63,13 +63,13 @@ class CellResult:
     """Result of comparing a cell.
 
     Attributes:
-        settings: the comparison that the cell belongs to.
+        settings: settings of the comparison that the cell belongs to.
         runs: a row per run, see `tables.run_table`.
         pairs: a row per pair of runs: `PairResult.row`, then the columns ``null_…``,
             ``kappa``, ``untrained_…`` (NaN without untrained weights) and ``subspace_…``; and if
             some runs differ in ``d_in``, `WEIGHTS_NOTE`.
         latents: a row per latent of each run, see `tables.latent_table`.
-        strata: numbers of latents and of shared ones by firing, see `strata.strata_table`.
+        strata: numbers of latents and of shared latents by firing, see `strata.strata_table`.
         estimates: fractions and cosines over pairs of seeds, metrics over runs and cycles over
             triples, by name; if the truth is known, also those of `compare.truth` (``truth_…``).
         p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN if some runs differ
@@ -104,12 +104,12 @@ class CellResult:
 
     @property
     def held_out_tokens(self) -> int:
-        """Held-out tokens of the run with the fewest."""
+        """Minimum number of held-out tokens over the runs."""
         return int(self.runs["held_out_tokens"].to_numpy().min())
 
     @property
     def null_simulated_latents(self) -> int:
-        """Larger side of the simulated null; if below `num_latents`, the null is extrapolated."""
+        """Maximum size of a simulated side; if below `num_latents`, the null is extrapolated."""
         return int(self.pairs["null_simulated_latents"].fillna(0).to_numpy().max())
 
     def pair_mean(self, column: str) -> float:
@@ -120,7 +120,7 @@ class CellResult:
         """Write ``pairs.parquet``, ``strata.parquet``, ``latents.parquet`` and, last,
         ``cell.json``."""
         folder = Path(folder)
-        # Without its record a half-written cell cannot be read with tables of an older one.
+        # Without cell.json, a half-written cell cannot be read with tables of an older cell.
         (folder / "cell.json").unlink(missing_ok=True)
         atomic_write(folder / "strata.parquet", lambda p: self.strata.to_parquet(p, index=False))
         atomic_write(folder / "pairs.parquet", lambda p: self.pairs.to_parquet(p, index=False))
@@ -183,14 +183,14 @@ def compare_cell(
     columns are NaN (`reseed.compare.pair`).
 
     Args:
-        trained: the runs, in the order of the axis that pairs up.
+        trained: the runs, in the order of the values of the paired axis.
         untrained: the same runs with their initial weights, in the same order; their firing is
             ignored. If empty, the columns ``untrained_…`` are NaN.
-        matcher: makes every assignment of rows of two runs (the nulls use `match`).
+        matcher: computes every assignment of rows of two runs (the nulls use `match`).
         device: device of the passes over all pairs of latents.
 
     Raises:
-        ValueError: fewer than 2 runs, a run or a value of the axis twice.
+        ValueError: there are fewer than 2 runs, or a run or a value of the axis occurs twice.
         MemoryError: an exact matching of so many latents does not fit into memory.
     """
     _check(trained, untrained, settings)
@@ -294,7 +294,7 @@ def _check(
     ):
         repeated = [v for i, v in enumerate(values) if v in values[:i]]
         if repeated:
-            raise ValueError(f"every {name} may occur once in a cell; {repeated[0]} is there twice")
+            raise ValueError(f"each {name} must occur once in a cell; {repeated[0]} occurs twice")
     if untrained and [x.seed for x in untrained] != [x.seed for x in trained]:
         raise ValueError(
             "`untrained` must hold the initial weights of `trained` in the same order; the values "
@@ -311,14 +311,14 @@ def _interval(record: dict[str, Any]) -> Interval:
 def cell_settings(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
     """Return the settings that identify a cell, by their command-line names.
 
-    Values that differ between its runs are joined by ``|``.
+    Values that differ between the runs are joined by ``|``.
     """
     rows = [_run_settings(run.record) for run in runs]
     out: dict[str, Any] = {"arm": axes["arm"]} if "arm" in axes else {}
     for name in rows[0]:
         values = list(dict.fromkeys(row[name] for row in rows))
         out[name] = values[0] if len(values) == 1 else "|".join(map(str, values))
-    # An axis that is shown under another name already is not repeated.
+    # Omit axes that are already shown under another name.
     shown = {"sae.num_latents", "training.tokens", "sae.target_l0"}
     amount = str(out["sparsity"]).partition("=")[2]
     shown |= {axis for axis, value in axes.items() if axis.startswith("sae.") and value == amount}
@@ -328,7 +328,7 @@ def cell_settings(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:
 def unify_sparsity(
     cells: Sequence[tuple[Mapping[str, Any], Any]],
 ) -> list[tuple[Mapping[str, Any], Any]]:
-    """Write the sparsity of all cells alike: if some are calibrated to an L0, a k is one too."""
+    """Write the sparsity of all cells in one form: as an L0 if any cell is calibrated to one."""
     if not any(_ABOUT in str(settings["sparsity"]) for settings, _ in cells):
         return list(cells)
     alike: list[tuple[Mapping[str, Any], Any]] = []

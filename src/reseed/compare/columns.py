@@ -1,9 +1,10 @@
 """Names of the measures of pairs and runs, which are also the columns of the tables; intervals.
 
-This file loads nothing, so that a command can check a name without the libraries of a comparison.
+This file imports only the standard library, so that a command can check a name quickly.
 
-Columns of ``pairs.csv``. They are taken over both sides together, so that (A, B) and (B, A) give
-the same; ``…_live`` counts only live latents (both partners live), ``_a`` and ``_b`` one side.
+Columns of ``pairs.csv``. They are computed over both sides together, so that (A, B) and (B, A) give
+the same value; ``…_live`` counts only live latents (both partners live), ``_a`` and ``_b`` only one
+side.
 
 | column | is |
 | :-- | :-- |
@@ -34,7 +35,7 @@ the same; ``…_live`` counts only live latents (both partners live), ``_a`` and
 | `untrained_…` | measured on the initial weights |
 | `kappa`, `kappa_covariance`, `kappa_untrained` | (S − S₀)/(1 − S₀) against each of the three |
 | `subspace_overlap_…`, `subspace_angles_…` | overlap of the spans of the `orphan`, `shared`, `dense` latents (`compare.subspaces`) |
-| `null_subspace_overlap_…`, `null_subspace_angles_…` | equally many random live latents; random spans |
+| `null_subspace_overlap_…`, `null_subspace_angles_…` | overlap of equally many random live latents; angles of random spans |
 
 If runs of a cell differ in `d_in`, `weights_note` marks the pairs concerned, and their columns
 above are empty (`reseed.compare.pair`).
@@ -135,7 +136,7 @@ class Interval:
     Attributes:
         mean: the estimate.
         low, high: ends of the interval; None if there is none.
-        standard_error: on the scale of ``mean``; None if there is none.
+        standard_error: standard error on the scale of ``mean``; None if there is none.
         n: number of seeds.
         reason: why there is no interval; empty if there is one.
     """

@@ -11,18 +11,18 @@ from reseed.config import Config, make, setting
 from reseed.errors import ConfigError, did_you_mean
 
 REPLICATES = ("seed", "dataset.order_seed")
-"""Axes whose values are random draws: runs that differ only in one of them are a sample, which
-intervals can be taken over. The values of all other axes are chosen."""
+"""Axes whose values are random draws: runs that differ only in one of them are a sample, over which
+intervals can be computed. The user chooses the values of all other axes."""
 PairBy = str | tuple[str, ...]
 
 
 def pair_axes(pair_by: PairBy) -> tuple[str, ...]:
-    """Return the axis, or axes, whose values pair up."""
+    """Return the axes of ``pair_by`` as a tuple."""
     return (pair_by,) if isinstance(pair_by, str) else pair_by
 
 
 def value_axes(pair_by: PairBy) -> tuple[str, ...]:
-    """Return the paired axes whose values are chosen; tables distinguish these values."""
+    """Return the paired axes that are not in `REPLICATES`; tables distinguish their values."""
     return tuple(axis for axis in pair_axes(pair_by) if axis not in REPLICATES)
 
 
@@ -44,34 +44,34 @@ class Arm:
 
     @property
     def cell_axes(self) -> tuple[str, ...]:
-        """Axes whose values make the cells: all that do not pair up."""
+        """Axes whose values define the cells: all axes of the grid that are not paired."""
         return tuple(axis for axis in self.grid if axis not in pair_axes(self.pair_by))
 
 
 @dataclass(frozen=True)
 class ComparisonConfig(Config, family="comparison"):
-    """Grid of runs, the axis whose values pair up, and the settings of the measures.
+    """Grid of runs, the axis whose values are compared, and the settings of the measures.
 
     The numbers of a comparison depend on its runs, which have their own signatures, and on the
-    signed settings here. Its name and the listing of its runs are not signed.
+    signed settings here. ``name``, ``grid`` and ``primary`` are not signed.
 
     Attributes:
         name: the comparison's name in folders and tables.
         grid: override key → values, as in ``{"sae": ["topk", "relu"], "seed": [0, 1, 2]}``.
         pair_by: the axis of the grid whose values are compared, or several axes; then all runs that
-            differ in any of them are compared. The other axes make the cells.
+            differ in any of them are compared. The other axes define the cells.
         arms: name → overrides: variants of the grid with some keys replaced or added. A list is an
             axis of the arm. A single value holds for all runs of the arm and removes an axis of
-            that name. ``pair_by`` overrides that of the comparison. One table has the cells of all
-            arms.
+            that name. ``pair_by`` overrides that of the comparison. The cells of all arms are in
+            one table.
         threshold: a latent is shared if both cosines reach it (Paulo & Belrose: 0.7).
         live_at_least: a latent is live if it fires at least this often in the held-out tokens.
         confidence: level of the intervals over seeds.
-        primary: the main measure, one of `columns.FRACTIONS`: it is reported first, and tests of
-            differences are on it. It changes no number.
+        primary: the main measure, one of `columns.FRACTIONS`: it is reported first, and differences
+            in it are tested. It changes no number.
         null_seed, null_draws: seed and number of the simulated random dictionaries.
-        activation_tokens: held-out tokens on which activations of pairs are compared; at most those
-            on which every run was measured. 0 compares only the weights.
+        activation_tokens: number of held-out tokens on which activations of pairs are compared; at
+            most the number on which every run was measured. 0 compares only the weights.
     """
 
     name: str = setting(signed=False)
@@ -125,7 +125,7 @@ class ComparisonConfig(Config, family="comparison"):
 
     @property
     def pair_words(self) -> str:
-        """The paired axes in words: ``layer``, ``sae and seed``."""
+        """Names of the paired axes, joined by "and": ``layer``, ``sae and seed``."""
         return " and ".join(pair_axes(self.pair_by))
 
     def each_arm(self) -> tuple[Arm, ...]:
@@ -177,7 +177,7 @@ def _pair_by(value: PairBy, key: str) -> PairBy:
         raise ConfigError("{key} must name at least one axis; it is empty", key)
     twice = [axis for i, axis in enumerate(named) if axis in named[:i]]
     if twice:
-        raise ConfigError(f"{{key}} must name every axis once; {twice[0]} is there twice", key)
+        raise ConfigError(f"{{key}} must name every axis once; {twice[0]} occurs twice", key)
     return named[0] if len(named) == 1 else named
 
 
@@ -194,7 +194,7 @@ def _check_pairs(
             )
         if len(axes[axis]) < 2:
             raise ConfigError(
-                f"{{key}} is the axis that pairs up (`pair_by`) and must have at least 2 values; "
+                f"{{key}} is a paired axis (`pair_by`) and must have at least 2 values; "
                 f"got {list(axes[axis])}",
                 f"{grid_key}.{axis}",
             )
@@ -237,12 +237,12 @@ def _axis(key: str, values: Any) -> tuple[Any, ...]:
         raise ConfigError("{key} must have at least one value; it is empty", key)
     for i, value in enumerate(values):
         if _word(value) in map(_word, values[:i]):
-            raise ConfigError(f"{{key}} must not repeat a value; {value!r} is there twice", key)
+            raise ConfigError(f"{{key}} must not repeat a value; {value!r} occurs twice", key)
     return values
 
 
 def _word(value: Any) -> str:
-    """Write the value as an override: 1, 1.0 and "1" are the same word, 1 and true are not."""
+    """Write the value as an override: 1, 1.0 and "1" are the same text, 1 and true are not."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

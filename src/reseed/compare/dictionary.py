@@ -1,7 +1,7 @@
 """A trained dictionary as the input of a comparison: rows of weights and firing counts.
 
-`Dictionary` holds one run, `Rows` its rows that are compared, with exact cosines of chosen pairs of
-rows. `load_dictionaries` loads a stored run with its trained and with its initial weights.
+`Dictionary` holds one run, `Rows` those of its rows that are compared; `row_cosines` gives exact
+cosines of chosen pairs. `load_dictionaries` loads the trained and the initial weights of a run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from reseed.store.runs import INITIAL_FILE, Run, RunError, read_tensors
 LABELS = ("neither", "composite", "atom", "group")
 """Labels of latents where the true features are known; ``truth_label`` is an index into them."""
 _BLOCK_ENTRIES = 1 << 20
-"""Entries of a matrix that are converted to float64 at a time: 8 MB."""
+"""Number of matrix entries that are converted to float64 at a time: 8 MB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Dictionary:
 
     Attributes:
         id: run id, unique among the dictionaries compared.
-        seed: value of the axis that pairs up (`ComparisonConfig.pair_by`).
+        seed: value of the paired axis (`ComparisonConfig.pair_by`).
         encoder, decoder: a row per latent; a row may be zero or NaN (see `zero`).
         firing: number of times that each latent fired in ``held_out_tokens`` tokens.
         held_out_tokens: number of tokens counted; 0 without a count (untrained weights).
@@ -92,7 +92,7 @@ class Dictionary:
         if low < 0 or high > self.held_out_tokens:
             raise ValueError(
                 f"{self.id}: `firing` must lie between 0 and `held_out_tokens` "
-                f"(={self.held_out_tokens}); it runs from {low} to {high}"
+                f"(={self.held_out_tokens}); its values are {low} to {high}"
             )
 
     def _convert(self, name: str, dtype: Any) -> None:
@@ -154,12 +154,12 @@ def checked_labels(
 
 
 def incompatible(a: Dictionary, b: Dictionary) -> bool:
-    """Return True if the rows of both are vectors of different spaces."""
+    """Return True if the dictionaries differ in ``d_in``, so that their rows have no cosine."""
     return a.d_in != b.d_in
 
 
 def any_incompatible(trained: Sequence[Dictionary]) -> bool:
-    """Return True if some two of the dictionaries differ in ``d_in``."""
+    """Return True if any two of the dictionaries differ in ``d_in``."""
     return any(incompatible(trained[0], x) for x in trained)
 
 
@@ -271,13 +271,13 @@ def both_cosines(
 
 
 def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | None]:
-    """Load a finished run with its trained and with its initial weights.
+    """Load the trained and the initial weights of a finished run, each as a dictionary.
 
     A pretrained run has no initial weights; the second result is then None.
 
     Args:
         run: the run.
-        value: its value of the axis that pairs up.
+        value: the run's value of the paired axis.
     """
     record, metrics, latents, sae = run.record, run.metrics, run.latents(), load_sae(run.path)
     held_out = run.activations()
@@ -307,7 +307,7 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | No
 def _variance(
     latents: Mapping[str, np.ndarray], decoder: Float[np.ndarray, "num_latents d_in"], tokens: int
 ) -> Float[np.ndarray, " num_latents"] | None:
-    """Return Var(a_i)·‖W_i‖²; None for a run that is older than the sums it needs."""
+    """Return Var(a_i)·‖W_i‖²; None for an older run, which did not store the required sums."""
     if "activation_sum" not in latents or "activation_square_sum" not in latents or not tokens:
         return None
     mean = latents["activation_sum"] / tokens
@@ -329,12 +329,12 @@ def initial_sae(run: Run) -> SAE:
 
     Raises:
         RunError: the initial weights depend on more than the seed and their file is missing, or
-            the run was not trained here.
+            the run is pretrained.
     """
     load_all()
     record = run.record
     if record.get("pretrained"):
-        raise RunError(f"{run.path} was not trained here: its initial weights are unknown")
+        raise RunError(f"{run.path} is a pretrained SAE: its initial weights are unknown")
     config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
     sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
     stored = run.path / INITIAL_FILE

@@ -1,7 +1,7 @@
 """Functions that compute the measures of a pair; `reseed.compare.columns` describes each measure.
 
-They take the two sides of the pair (`PairSide`), which have a value per latent, and the result of
-the pass over all pairs of latents (`PairScan`).
+The functions take the two sides of the pair (`PairSide`), which have a value per latent, and the
+result of the pass over all pairs of latents (`PairScan`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class PairSide:
     """One side of a pair, with a value per latent.
 
     Attributes:
-        id, seed: the dictionary of these latents.
+        id, seed: id and seed of the dictionary.
         partner_encoder, partner_decoder: σ_enc and σ_dec; −1 where a latent is unmatched.
         cosine_encoder, cosine_decoder: cosines to these partners; 0 where unmatched.
-        agrees: σ_enc(i) = σ_dec(i), and there is a partner.
-        shared: agrees, and both cosines ≥ τ. The paper's strict rule.
+        agrees: true if there is a partner and σ_enc(i) = σ_dec(i).
+        shared: true if `agrees` and both cosines ≥ τ (the paper's strict rule).
         within: number of latents of the other side, matched elsewhere or not, with both cosines
             ≥ τ.
-        live_within: the number of live ones among them.
-        live: fires often enough in the held-out tokens.
+        live_within: the number of live latents among them.
+        live: true if the latent fires often enough in the held-out tokens.
     """
 
     id: str
@@ -69,7 +69,7 @@ class Subset(NamedTuple):
         return (partner >= 0) & self.a & self.b[partner]
 
     def fraction(self, holds: Bool[np.ndarray, " n"], partner: Int[np.ndarray, " n"]) -> float:
-        """Return 2·#/(|A| + |B|), # = matched pairs that hold with both partners counted."""
+        """Return 2·#/(|A| + |B|), # = number of counted matched pairs with ``holds`` true."""
         return _divided(2 * int((holds & self._counts(partner)).sum()), self.size)
 
     def mean(self, cosines: Float[np.ndarray, " n"], partner: Int[np.ndarray, " n"]) -> float:
@@ -77,7 +77,7 @@ class Subset(NamedTuple):
         return mean(cosines[self._counts(partner)])
 
     def of_pairs(self, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> float:
-        """Return 2·#/(|A| + |B|), # = given pairs (i, j) with both latents counted."""
+        """Return 2·#/(|A| + |B|), # = number of given pairs (i, j) with both latents counted."""
         return _divided(2 * int((self.a[i] & self.b[j]).sum()), self.size)
 
     def of_sides(self, a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
@@ -147,7 +147,7 @@ def correlation_measures(
     by_correlation: Matching | None,
     threshold: float,
 ) -> dict[str, float]:
-    """Apply the strict rule with correlations instead of encoder cosines; NaN without Σ."""
+    """Compute the strict rule with correlations instead of encoder cosines; NaN without Σ."""
     names = ("shared_fraction_correlation", "shared_fraction_correlation_live")
     if by_correlation is None:
         return dict.fromkeys((*names, "cosine_correlation"), float("nan"))
@@ -177,7 +177,7 @@ def threshold_measures(side_a: PairSide, side_b: PairSide) -> dict[str, float]:
 
 
 def similarity_measures(found: PairScan, side_a: PairSide, side_b: PairSide) -> dict[str, float]:
-    """Compute the measures without assignment: splitting, mutual nearest neighbours, MMCS."""
+    """Compute the measures that need no assignment: splitting, mutual nearest neighbours, MMCS."""
     live = Subset(side_a.live, side_b.live)
     every = Subset(np.ones_like(live.a), np.ones_like(live.b))
     split = found.within_a >= 2, found.within_b >= 2

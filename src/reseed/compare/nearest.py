@@ -31,7 +31,7 @@ from torch import Tensor
 from reseed.compare.dictionary import Rows, both_cosines, row_cosines, unit32
 
 BLOCK_ENTRIES = 1 << 22
-"""Pairs of latents in a block: three float32 matrices of 17 MB."""
+"""Number of pairs of latents in a block: three float32 matrices of 17 MB."""
 _MOST_COLUMNS = 2048
 
 
@@ -48,7 +48,7 @@ class Nearest(NamedTuple):
     of_a: Int[np.ndarray, " n"]
 
     def mutual(self) -> tuple[Int[np.ndarray, " pairs"], Int[np.ndarray, " pairs"]]:
-        """Return the pairs (i, j) that are each other's nearest; of equal rows only one pair."""
+        """Return the pairs (i, j) that are each other's nearest; equal rows give only one pair."""
         i = np.flatnonzero(self.a == self.b[self.of_a])
         j, first = np.unique(self.of_a[i], return_index=True)
         return i[first], j
@@ -60,7 +60,7 @@ class PairScan:
 
     Attributes:
         within_a, within_b: number of latents of the other side with both cosines ≥ τ.
-        live_within_a, live_within_b: number of live ones among them.
+        live_within_a, live_within_b: number of live latents among them.
         by_decoder, by_both: nearest by c_dec, and by min(c_enc, c_dec).
         mutual_decoder, mutual_both: mutual nearest neighbours with that cosine ≥ τ, as (i, j).
     """
@@ -205,7 +205,7 @@ class RunningMaxBothWays(RunningMax):
     def update(self, tile: Float[Tensor, "rows columns"], rows: slice, columns: slice) -> None:
         before = self.b[columns].clone()
         super().update(tile, rows, columns)
-        # Only columns whose maximum grew need an argmax: ever fewer from tile to tile.
+        # Only columns whose maximum grew need an argmax; their number falls from tile to tile.
         gained = (self.b[columns] > before).nonzero().squeeze(1)
         there = tile[:, gained] == self.b[columns][gained]
         self.of_b[columns.start + gained] = rows.start + there.to(torch.uint8).argmax(dim=0)
@@ -223,7 +223,7 @@ def tiles(n: int, m: int) -> list[tuple[slice, slice]]:
 
 
 def float32_error(d_in: int) -> float:
-    """Return the largest error of a cosine of float32 rows; rounding grows as √d_in."""
+    """Return the maximum error of a cosine of float32 rows; rounding grows as √d_in."""
     return 1e-6 + 4 * float(np.finfo(np.float32).eps) * d_in**0.5
 
 

@@ -8,9 +8,10 @@
 3. The untrained pair, measured by `reseed.compare.cell`, and SAEs trained on Gaussian activations
    of the same covariance, which are separate runs.
 
-In the first two, rows of A and B are independent, and so are encoder and decoder. The latter is a
-choice: with tied rows, as at initialisation, both matchings are the same and the index agrees by
-construction; the untrained pair shows that overlap. `null_measures` makes the columns of a pair.
+In the first two, rows of A and B are independent, and so are encoder and decoder. The independence
+of encoder and decoder is a choice: with tied rows, as at initialisation, both matchings are the
+same and agree by construction; the untrained pair shows that overlap. `null_measures` computes the
+columns of a pair.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ from reseed.compare.dictionary import Dictionary, incompatible, root, unit32
 from reseed.compare.matching import Matching, match
 
 MAX_SIMULATED_LATENTS = 4096
-"""Largest simulated side. At this size and d_in 768 the six matchings of the isotropic null take
-about 5 s of one core; with a covariance, which needs nearest rows too, 11 s. At 16,384 they would
-take about 40 and 65 s for each size and covariance (e.g. of every layer), only to improve a mean
-cosine that is right within .001 already, and with a covariance within 1% on average."""
+"""Maximum number of simulated latents per side. At this size and d_in 768 the six matchings of the
+isotropic null take about 5 s of one core; with a covariance, which needs nearest rows too, 11 s. At
+16,384 they would take about 40 and 65 s for each size and covariance (e.g. of every layer), only to
+improve a mean cosine that is already right within .001, and with a covariance within 1% on average.
+"""
 _ROWS = 2048
-"""Rows over which the mean best cosine of the covariance null is taken."""
+"""Number of rows over which the mean best cosine of the covariance null is computed."""
 _BLOCK, _LEAVES = 4096, 4096
-"""Others drawn at a time (the minimum in total); approximate limit of the parts whose maxima are
-stored."""
+"""Number of other rows drawn at a time (also the minimum in total); approximate maximum number of
+parts of them whose maxima are stored."""
 _SIZE_RATIO = 4
 """Size ratio of the two simulations from which the covariance null is extrapolated."""
 
@@ -49,11 +51,11 @@ class Null:
     """Expected values for two unrelated dictionaries.
 
     Attributes:
-        cosine: mean matched cosine. `√(2 ln F/D)` is not it: at 64 × 1,024 that gives .465, the
-            mean best cosine is .394 and the mean matched cosine .378.
+        cosine: mean matched cosine. The formula `√(2 ln F/D)` overestimates it: for D = 64 and
+            F = 1,024 it gives .465; the mean best cosine is .394, the mean matched cosine .378.
         best: mean cosine to the nearest row, over both sides; the expected MMCS.
         shared_fraction: the strict shared fraction in the simulation; often exactly 0, which means
-            less than one in the number of latents.
+            less than 1 / number of latents.
         coverage: the one-sided coverage, exact for the isotropic null. Every shared latent is
             covered, so it is an upper bound on the expected shared fraction.
         simulated_latents: the larger side in the simulation. If it is smaller than the number of
@@ -109,8 +111,10 @@ def _simulated(smaller: int, larger: int) -> tuple[int, int]:
 class _Drawn(NamedTuple):
     """Measures of one random pair, or their means over several pairs.
 
-    The mean matched cosine, the number of shared latents, and how much nearer the nearest row is
-    than the partner (0 without a covariance).
+    Attributes:
+        cosine: mean matched cosine.
+        shared: number of shared latents.
+        lost: mean cosine to the nearest row minus that to the partner; 0 without a covariance.
     """
 
     cosine: float
@@ -169,18 +173,18 @@ def covariance_null(
     seed: int = 0,
     draws: int = 3,
 ) -> Null:
-    """Simulate the matched null of rows from N(0, Σ); deterministic and symmetric as well.
+    """Simulate the matched null of rows from N(0, Σ); deterministic, same for (A, B) and (B, A).
 
     Above `MAX_SIMULATED_LATENTS` the mean matched cosine is extrapolated as in `isotropic_null`,
     ``matched(m) ≈ best(κ·m)``, with two differences: ``best`` is simulated, as there is no formula,
     and κ falls as a power of m, because rows compete more the more of them there are. The power is
-    fitted to two sizes a factor of 4 apart. (The loss of matching against ``best`` is measured
-    within a draw, where it varies less between draws than either.) In checks with spectra 1/k, 1/√k
-    and 1/k², d_in of 64 and 128, and 256 or 512 latents extrapolated to 1,536, the result was right
-    within 1% on average over draws and always within 2%; with a constant κ it was 3% off.
+    fitted to two sizes a factor of 4 apart. (The fit uses ``best − matched`` of each draw, which
+    varies less between draws than either term.) In checks with spectra 1/k, 1/√k and 1/k², d_in of
+    64 and 128, and 256 or 512 latents extrapolated to 1,536, the result was right within 1% on
+    average over draws and always within 2%; with a constant κ it was 3% off.
 
-    The coverage is E[1 − (1 − q_enc·q_dec)^F]; q is a row's chance that another row has a cosine
-    ≥ τ to it, estimated from the same draws.
+    The coverage is E[1 − (1 − q_enc·q_dec)^F]; q is the probability that another row has a cosine
+    ≥ τ to a given row, estimated from the same draws.
     """
     exact = np.ascontiguousarray(covariance, dtype=np.float64)
     sizes = sorted((num_latents_a, num_latents_b))
@@ -220,11 +224,12 @@ def _covariance_null(
 
 @dataclass(frozen=True, eq=False)
 class _Pool:
-    """Cosines of some rows drawn with a covariance to the nearest of many others.
+    """Cosines of some rows, drawn with a covariance, to the nearest of many other rows.
 
     Attributes:
-        counts: numbers of others, doubling up to all of them.
-        cosines: mean over the rows, and over parts of that size, of the largest cosine.
+        counts: numbers of other rows, doubling up to all of them.
+        cosines: for each number, the mean of the largest cosine over the rows and over parts of the
+            other rows of that size.
         near: for each row the fraction of the others with a cosine ≥ τ.
     """
 
@@ -262,11 +267,11 @@ class _Pool:
         return cls(np.array([*counts, others]), np.array([*cosines, whole]), near / others)
 
     def best(self, others: float) -> float:
-        """Return the mean cosine to the nearest of ``others``, linear between sizes in the log."""
+        """Return the mean cosine to the nearest of ``others`` rows, interpolated in log(others)."""
         return float(np.interp(log(others), np.log(self.counts), self.cosines))
 
     def rows_for(self, cosine: float) -> float:
-        """Return the number of others of which the nearest has this mean cosine."""
+        """Return the number of other rows at which `best` is this cosine."""
         return float(np.exp(np.interp(cosine, self.cosines, np.log(self.counts))))
 
     def covered(self, others: int) -> float:
@@ -322,8 +327,8 @@ def null_measures(
 ) -> dict[str, float]:
     """Return the null columns of a pair.
 
-    ``null_…`` for isotropic rows, ``null_covariance_…`` for rows with the activations' covariance,
-    ``untrained_…`` for the initial weights, and κ against each of them. NaN if not known.
+    They are ``null_…`` for isotropic rows, ``null_covariance_…`` for rows with the activations'
+    covariance, ``untrained_…`` for the initial weights, and κ against each. Unknown values are NaN.
 
     Args:
         start: the measures of the untrained pair; empty if there is none.

@@ -1,4 +1,4 @@
-"""Comparison of a pair of dictionaries: matching, and the latents that both have.
+"""Comparison of a pair of dictionaries: their matchings, and the latents that both share.
 
 Source: Paulo & Belrose, *Sparse Autoencoders Trained on the Same Data Learn Different Features*
 (arXiv 2501.16615), extended by dead latents, one-sided coverage and both sides of a pair.
@@ -39,7 +39,7 @@ from reseed.compare.measures import (
 from reseed.compare.nearest import Duplicates, scan_pairs
 
 NO_COMMON_SPACE = "runs of different `d_in` have no common space"
-"""Reason given where an estimate over such a cell is not known."""
+"""Reason shown for estimates that are unknown because runs of the cell differ in ``d_in``."""
 WEIGHTS_NOTE = "weights_note"
 """Column of the pairs of such a cell: `NO_COMMON_SPACE`; empty for pairs with a common space."""
 
@@ -84,8 +84,8 @@ def compare_pair(
     the matching, and so the count, is one of several equally good ones.
 
     Args:
-        matcher: makes every assignment. It gets the rows as trained, and for the joint assignment
-            unit rows in float32.
+        matcher: computes every assignment, from the rows as trained, and for the joint assignment
+            from unit rows in float32.
         brief: compute only `pair_measures` and `correlation_measures`, with two or three
             assignments instead of five.
         device: device of the pass over all pairs.
@@ -101,7 +101,7 @@ def compare_pair(
         )
     live = Subset(a.live(live_at_least), b.live(live_at_least))
     rows_a, rows_b = Rows.of(a), Rows.of(b)
-    tied = rows_a.tied and rows_b.tied  # as untrained weights are; one matching serves for both
+    tied = rows_a.tied and rows_b.tied  # true for untrained weights: one matching serves for both
     by_encoder = matcher(rows_a.encoder, rows_b.encoder)
     by_decoder = by_encoder if tied else matcher(rows_a.decoder, rows_b.decoder)
     found = scan_pairs(rows_a, rows_b, threshold, *live, device=device)

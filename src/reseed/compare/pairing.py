@@ -1,11 +1,11 @@
-"""Pairs of runs grouped by the axes in which they differ, with intervals over seeds alone.
+"""Pairs of runs grouped by the axes in which they differ, with intervals only over seeds.
 
-Seeds are a sample; layers and architectures are not. A mean over pairs of runs that differ in the
-seed alone has an interval over seeds (`statistics.seed_interval`). If the runs of pairs differ in a
-chosen value (layer, width, architecture), their mean over a cell has none: four layers are not a
-sample of layers. But each *pair of values*, such as layer 1 with layer 2, has an interval over the
-seeds that both were trained with. `pair_groups` makes these from the cells that differ in the seed
-alone.
+Seeds are a sample; layers and architectures are not. A mean over pairs of runs that differ only in
+the seed has an interval over seeds (`statistics.seed_interval`). If the runs of pairs differ in a
+chosen value (layer, width, architecture), their mean over a cell has no interval: four layers are
+not a sample of layers. But each *pair of values*, such as layer 1 with layer 2, has an interval
+over the seeds that both were trained with. For these intervals, `pair_groups` pools the cells that
+differ only in the seed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes, value
 from reseed.compare.statistics import leave_one_out_interval, run_interval
 
 AxisValues = Mapping[str, str]
-"""A run's coordinates: pairing axis → value."""
+"""Values of a run on the paired axes: axis → value."""
 SEPARATOR = ", "
 """Separator between the values of several axes."""
 DERIVED = ("shared_of_a", "shared_of_b", "shared_of_smaller")
@@ -31,14 +31,14 @@ _OTHER = {"a": "b", "b": "a"}
 
 
 def axis_label(place: AxisValues) -> str:
-    """Return the values of a place in one string, as in `Dictionary.seed`."""
+    """Join the axis values of a run into one string, as in `Dictionary.seed`."""
     return SEPARATOR.join(place.values())
 
 
 def seed_of_run(label: str, settings: ComparisonConfig, knobs: Mapping[str, Any]) -> str | None:
-    """Return the seed of the run with this label in a cell with these knobs, or None if unknown.
+    """Return the seed of the run with this label in a cell with these settings; None if unknown.
 
-    For runs that differ in the data order alone, it is the order seed.
+    For runs that differ only in the data order, this is the order seed.
     """
     axes, words = pair_axes(settings.pair_by), label.split(SEPARATOR)
     if "seed" in axes and len(words) == len(axes):
@@ -51,13 +51,13 @@ def seed_of_run(label: str, settings: ComparisonConfig, knobs: Mapping[str, Any]
 def add_axis_columns(
     pairs: pd.DataFrame, places: Mapping[str, AxisValues], settings: ComparisonConfig
 ) -> pd.DataFrame:
-    """Return the pairs with columns that say how their runs differ.
+    """Return the pairs with columns for the axes in which their runs differ.
 
     Adds ``differs_in``: the axes in which the two runs differ, joined by a comma. With several
-    pairing axes, or one whose values were chosen, it also adds ``<axis>_a`` and ``<axis>_b``.
+    paired axes, or one whose values the user chose, it also adds ``<axis>_a`` and ``<axis>_b``.
 
     Args:
-        places: run id → its place.
+        places: run id → axis values of the run.
     """
     axes, found = pair_axes(settings.pair_by), pairs.copy()
     sides = {letter: [places[run] for run in pairs[letter]] for letter in ("a", "b")}
@@ -71,7 +71,7 @@ def add_axis_columns(
         for axis in axes:
             for letter, side in sides.items():
                 name, values = f"{axis}_{letter}", [place[axis] for place in side]
-                if name in found:  # `seed_a` held the label of the whole place until here
+                if name in found:  # `seed_a` held the joined values of all axes until here
                     found[name] = values
                 else:
                     at += 1
@@ -97,13 +97,13 @@ class PairGroup:
     """The pairs of two values (layer 1 with layer 2) that differ in the same axes.
 
     Attributes:
-        knobs: the knobs that their cells have in common, without the seed.
-        first, second: the two values, in the order of the axis; equal if pairs differ in the seed
-            alone.
+        knobs: the settings that the cells of the pairs have in common, without the seed.
+        first, second: the two values, in the order of the axis; equal if the pairs differ only in
+            the seed.
         differs_in: the axes in which the runs of each pair differ, joined by a comma.
         pairs: rows of the pairs, oriented so that side a has the first value.
-        unit: the axis of draws that intervals are over, such as the seed; empty if there is none.
-        units: its value for sides a and b of each pair.
+        unit: the axis over which intervals are computed, such as the seed; empty if there is none.
+        units: values of `unit` for sides a and b of each pair.
     """
 
     knobs: Mapping[str, Any]
@@ -127,7 +127,7 @@ class PairGroup:
         return float(self._values(column).mean())
 
     def without(self, column: str) -> list[float]:
-        """Return, for each of `levels`, the mean over the pairs without it; NaN if none is left."""
+        """Return, for each of `levels`, the mean over pairs that lack it; NaN if there are none."""
         values = self._values(column)
         found = []
         for level in self.levels:
@@ -138,8 +138,8 @@ class PairGroup:
     def interval(self, column: str, confidence: float, *, fraction: bool = True) -> Interval:
         """Return the mean with its interval over seeds: leave all runs of one seed out, t(n−1).
 
-        If every seed makes one pair (pairs of layers), this is the t interval of n values. If it
-        makes several, this is the interval of a U-statistic; runs of one seed may depend on each
+        If every seed has one pair (pairs of layers), this is the t interval of n values. If a seed
+        has several, this is the interval of a U-statistic; runs of one seed may depend on each
         other (`seed_scope`).
         """
         if len(self.levels) < 2:
@@ -153,7 +153,7 @@ class PairGroup:
         """Return a column of the pairs, or one of `DERIVED`.
 
         In pairs within one value the sides are interchangeable: a one-sided column is the mean of
-        both sides. (Else the order of the seeds would decide, and the mean would be no
+        both sides. (Otherwise the mean would depend on the order of the seeds and would not be a
         U-statistic.)
         """
         stem, _, letter = column.rpartition("_")
@@ -173,7 +173,7 @@ class PairGroup:
 def across_minus_within(
     across: PairGroup, within: Sequence[PairGroup], column: str, confidence: float
 ) -> Interval:
-    """Return the difference between sharing across two values and within each over seeds.
+    """Return sharing across two values minus the mean of sharing within each value.
 
     The estimate is S(v, w) − (S(v, v) + S(w, w))/2; the interval leaves all runs of one seed out at
     a time.
@@ -192,7 +192,8 @@ def pair_groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGrou
     """Group the pairs of cells whose runs are not a sample by the two values compared.
 
     Args:
-        cells: knobs and `CellResult` of each cell; cells that differ in the seed alone are pooled.
+        cells: settings and `CellResult` of each cell; cells that differ only in the seed are
+            pooled.
     """
     found = []
     for knobs, family in _families(cells):
@@ -218,7 +219,7 @@ def pair_groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGrou
 def runs_by_value(
     cells: Sequence[tuple[Mapping[str, Any], Any]], confidence: float
 ) -> list[tuple[Mapping[str, Any], str, dict[str, Interval]]]:
-    """Return, for each value, knobs, value, and its runs' metrics (FVU, L0) over seeds."""
+    """Return, for each value: settings, value, and metrics (FVU, L0) of its runs over seeds."""
     found = []
     for knobs, family in _families(cells):
         runs = {}
@@ -239,9 +240,9 @@ def runs_by_value(
 def _families(
     cells: Sequence[tuple[Mapping[str, Any], Any]],
 ) -> list[tuple[dict[str, Any], list[tuple[Mapping[str, Any], Any]]]]:
-    """Group cells that are equal in all but the seed; return each group's common knobs with it."""
+    """Group cells that differ only in the seed; return each group with its common settings."""
     general = [(knobs, cell) for knobs, cell in cells if not cell.settings.pairs_are_a_sample]
-    # A knob that differs within a cell (`0|1|2`) is a pairing axis or follows from one; its text
+    # A setting that differs within a cell (`0|1|2`) is a paired axis or follows from one; its text
     # differs between cells if one of them lacks runs, so leave it out of the key.
     paired = {name for knobs, _ in general for name, v in knobs.items() if "|" in str(v)}
     found: dict[Any, tuple[dict[str, Any], list[tuple[Mapping[str, Any], Any]]]] = {}
@@ -293,8 +294,8 @@ def _oriented(pairs: pd.DataFrame, order: Mapping[str, int]) -> pd.DataFrame:
 
 
 def _unit(rows: pd.DataFrame, differs_in: str) -> str:
-    """Return the axis of draws for the interval: one in which the pairs differ, if any, with the
-    most values."""
+    """Return the axis for the interval: of the `REPLICATES` in which the pairs differ (else of
+    all), the one with the most values."""
     counts = {
         axis: len({*rows[f"at {axis}_a"], *rows[f"at {axis}_b"]} - {""}) for axis in REPLICATES
     }

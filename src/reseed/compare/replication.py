@@ -1,8 +1,8 @@
 """Replication of latents that the user names: whether other seeds have them.
 
-`replication_table` makes a row per named latent from the comparison of its cell: how many other
-seeds share it, how likely one more seed does, its partner in each, and baselines: latents of the
-same dictionary that fire as often, and random rows.
+`replication_table` makes a row per named latent from the comparison of its cell: the number of
+other seeds that share the latent, the probability that one more seed shares it, its partner in each
+seed, and baselines: latents of the same dictionary that fire as often, and random rows.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def read_named(path: Path | str) -> list[Named]:
     """Read latents from a csv file with a column ``latent`` and optionally others of `COLUMNS`.
 
     Raises:
-        ReseedError: the file is missing or empty, a column is unknown, or a latent is no index.
+        ReseedError: the file is missing or empty, a column is unknown, or an index is not valid.
     """
     path = Path(path)
     try:
@@ -93,7 +93,7 @@ def parse_index(word: str, where: str) -> int:
     """Parse an index.
 
     Raises:
-        ReseedError: the word is not an integer, at least 0.
+        ReseedError: the text is not an integer ≥ 0.
     """
     if not (word.isascii() and word.isdigit()):
         raise ReseedError(f"{where}: `latent` must be an integer, at least 0; got {word!r}")
@@ -109,7 +109,7 @@ def replication_table(
     ``zero``; ``shared_with`` of ``others``, and `REPRODUCIBILITY`; ``decile`` of firing among the
     live latents of its run (0 if not live); ``decile_shared`` and ``dictionary_shared``, the mean
     shared fraction of latents in that decile and of all; ``null_shared_fraction`` and
-    ``null_cosine`` of random rows. Then, for each other run with value v of the pairing axis:
+    ``null_cosine`` of random rows. Then, for each other run with value v of the paired axis:
     ``shared_v``; ``partner_v``, the decoder's match, with both cosines; ``partner_encoder_v``, the
     encoder's match; ``best_v``, the latent whose smaller cosine is largest, matched or not, with
     its cosines. A partner of −1 means none.
@@ -119,7 +119,7 @@ def replication_table(
         rows: run → its rows; called for one run at a time.
 
     Raises:
-        ReseedError: the run does not have a latent.
+        ReseedError: an index is not below the number of latents of its run.
     """
     seeds = dict(zip(result.runs["run"], result.runs["seed"].astype(str), strict=True))
     by_run: dict[str, list[int]] = {}
@@ -159,7 +159,7 @@ def _row(one: Named, seed: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expected(result: CellResult, table: pd.DataFrame, run: str) -> dict[str, np.ndarray]:
-    """Return, per latent of a run, the baselines: the means of its firing decile, all, the null."""
+    """Return, per latent of a run, the baselines: means of its decile and of all; the null."""
     fraction = table["shared_with"].to_numpy() / (result.n_seeds - 1)
     live, firing = table["live"].to_numpy(dtype=bool), table["firing"].to_numpy()
     decile = firing_decile(firing, live)

@@ -6,16 +6,16 @@ power law.
 
 *Cycle consistency*: agreement of the three matchings between three seeds. A latent i of A has a
 partner j in B, and j has a partner k in C. The cycle closes if k is also the partner of i in C:
-σ_AC(i) = σ_BC(σ_AB(i)). Partners assigned by chance, because nothing else was left, close one cycle
-in F.
+σ_AC(i) = σ_BC(σ_AB(i)). If partners are assigned by chance, because no similar latents are left,
+one cycle in F closes.
 
 *Reproducibility*: the estimated probability that one more seed shares a latent. Latent i is shared
 with m_i of n−1 other seeds. Model these as draws with the latent's own probability,
 beta-distributed over the latents of a run; m is then beta-binomial. With α and β fitted to the
 run's m_i (empirical Bayes; Efron & Morris 1973), the probability of latent i given m_i is beta
-again: Beta(m_i + α, n − 1 − m_i + β), with mean (m_i + α)/(n − 1 + α + β). The n−1 others are one
-sample of seeds, the same for all latents of a run. Intervals hold for single latents; errors of
-several latents are correlated.
+again: Beta(m_i + α, n − 1 − m_i + β), with mean (m_i + α)/(n − 1 + α + β). The n−1 other seeds are
+the same for all latents of a run. Intervals therefore hold for single latents; errors of several
+latents are correlated.
 """
 
 from __future__ import annotations
@@ -133,13 +133,14 @@ def cycle_estimates(
     """Return the fractions of cycles that close over the triples of n seeds.
 
     - ``cycle_encoder``, ``cycle_decoder``: the fraction of all latents, by the matching named. A
-      cycle is the same from each of its three latents, so a triple has 3·#/(F_A + F_B + F_C).
+      closed cycle counts for its three latents, so a triple has 3·#/(F_A + F_B + F_C).
     - ``cycle_encoder_shared``, ``cycle_decoder_shared``: the fraction of chains i, j, k (i shared
       with j, and j with k) in which the matching gives i the partner k.
     - ``cycle_shared``: the fraction of these chains in which i is shared with k too.
 
     Counts are summed over triples. This is a U-statistic of degree 3, for which leaving one seed
-    out gives an interval from 4 seeds on; three seeds make one triple, and the reason says so.
+    out gives an interval if there are at least 4 seeds. Three seeds make one triple, which has no
+    interval (`Interval.reason`).
 
     Args:
         sides: ordered pair (s, t) of seeds → the matches of s in t.
@@ -157,7 +158,7 @@ def cycle_estimates(
 def _counts(
     sides: Mapping[tuple[int, int], PairSide], triple: tuple[int, ...]
 ) -> dict[str, tuple[int, int]]:
-    """Return, for each estimate, how many cycles close and out of how many."""
+    """Return, for each estimate, the number of closed cycles and the number of all cycles."""
     found: dict[str, tuple[int, int]] = {}
     r, s, t = triple
     latents = sum(len(sides[pair].shared) for pair in ((r, s), (s, t), (t, r)))
@@ -179,8 +180,8 @@ def _counts(
 def _chains(
     sides: Mapping[tuple[int, int], PairSide], first: int, middle: int, last: int
 ) -> tuple[Bool[np.ndarray, " chains"], Bool[np.ndarray, " chains"], Bool[np.ndarray, " chains"]]:
-    """Take the latents of ``middle`` that both other seeds share. Return, for each, if its two
-    partners are shared with each other, are partners by encoder, are partners by decoder."""
+    """Take the latents of ``middle`` that both other seeds share. Return, for each, whether its two
+    partners are shared with each other, are partners by encoder, and are partners by decoder."""
     j = np.flatnonzero(sides[middle, first].shared & sides[middle, last].shared)
     i, k = sides[middle, first].partner_encoder[j], sides[middle, last].partner_encoder[j]
     side = sides[first, last]
@@ -273,8 +274,9 @@ def posterior(
 def fit_prior(counts: Int[np.ndarray, " n"]) -> Prior:
     """Fit α and β by maximum likelihood; fall back to Jeffreys' ½, ½ where there is no fit.
 
-    There is none with fewer than 2 others, or at the bounds: if all latents are shared with all or
-    none (α and β go to 0), or if m spreads no more than with one common probability (they diverge).
+    There is no fit with fewer than 2 other seeds, or at the bounds: if all latents are shared with
+    all or none (α and β go to 0), or if m spreads no more than with one common probability (α and β
+    diverge).
 
     Args:
         counts: the number of latents shared with m = 0 … n−1 others.
@@ -307,7 +309,7 @@ def run_reproducibilities(
     shared_with: Iterable[Int[np.ndarray, " num_latents"]],
     confidence: float,
 ) -> list[Reproducibility]:
-    """Return each run's `reproducibility` among the runs of the same ``d_in``; NaN without any."""
+    """Return each run's `reproducibility` among other runs of its ``d_in``; NaN without any."""
     found = []
     for s, (x, m) in enumerate(zip(trained, shared_with, strict=True)):
         others = sum(not incompatible(x, y) for t, y in enumerate(trained) if t != s)

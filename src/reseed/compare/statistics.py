@@ -1,8 +1,8 @@
 """Intervals over seeds.
 
 A mean over pairs of seeds is a U-statistic of degree 2: pairs with a common seed depend on each
-other. The spread of the pairs therefore underestimates the uncertainty; so does the bootstrap over
-seeds if they are few. Leaving one seed out at a time (the jackknife; Arvesen 1969) does not.
+other. The spread of the pairs therefore underestimates the uncertainty, and so does a bootstrap
+over few seeds. Leaving one seed out at a time (the jackknife; Arvesen 1969) does not.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from scipy import optimize, special, stats
 from reseed.compare.columns import Interval
 
 MIN_SEEDS = 3
-"""Minimum for leaving one seed out: two seeds make one pair."""
+"""Minimum number of seeds for leaving one out: two seeds make only one pair."""
 
 
 def seed_interval(
@@ -27,9 +27,9 @@ def seed_interval(
     """Return the mean over pairs of seeds with its leave-one-seed-out interval.
 
     SE² = (n−1)/n · Σ_s (θ₋s − θ̄)², where θ₋s is the mean over the pairs without seed s, and the
-    interval is θ ± t(n−1)·SE. With ``logit`` (for fractions) it is computed on the logit scale, SE
-    converted by the delta method, so that its ends stay within 0 and 1; an estimate of exactly 0 or
-    1 has no interval there, and the reason says so.
+    interval is θ ± t(n−1)·SE. With ``logit`` (for fractions) the interval is computed on the logit
+    scale, with SE converted by the delta method, so that its ends stay within 0 and 1; an estimate
+    of exactly 0 or 1 has no interval there (`Interval.reason`).
 
     Args:
         values: value of each pair; symmetric, the diagonal is not read.
@@ -121,10 +121,10 @@ def welch_difference(a: Interval, b: Interval, confidence: float = 0.95) -> Inte
 
 
 def detectable_difference(n: int, power: float = 0.8, confidence: float = 0.95) -> float:
-    """Return the smallest difference of two cells of n seeds detected with the given power.
+    """Return the smallest difference of two cells of n seeds that is detected with this power.
 
-    The unit is the standard error of one cell, assumed equal in both. The test is a two-sided t
-    test with 2(n−1) degrees of freedom, of a difference with √2 times that error.
+    The unit is the standard error of one cell, assumed equal in both; that of the difference is √2
+    times as large. The test is a two-sided t test with 2(n−1) degrees of freedom.
     """
     freedom = 2 * (n - 1)
     critical = _t(confidence, freedom)

@@ -39,7 +39,7 @@ def decile_edges(firing: Int[np.ndarray, " n"]) -> Float[np.ndarray, " edges"]:
 def decile_of(
     firing: Int[np.ndarray, " n"], edges: Float[np.ndarray, " edges"]
 ) -> Int[np.ndarray, " n"]:
-    """Return the decile of each count, from 0; equal counts are in the same one."""
+    """Return the decile of each count, from 0; equal counts are in the same decile."""
     return np.searchsorted(edges[1:-1], firing, side="right")
 
 
@@ -59,7 +59,7 @@ def strata_table(
     """Count the latents and the shared latents of each pair of runs and stratum.
 
     Columns: ``a``, ``b`` (run ids), ``kind``, ``stratum``, ``name``, ``low``, ``high``, ``latents``
-    and ``shared``. Counts sum both sides, by the strict rule, whatever the partner's stratum.
+    and ``shared`` (by the strict rule, whatever the partner's stratum), summed over both sides.
 
     - kind ``decile``: latents that never fired; that fired less often than ``live_at_least``; and
       ten deciles of the firing counts of the live latents of all runs together (equal counts stay
@@ -127,7 +127,7 @@ def shared_by_stratum(table: pd.DataFrame, kind: Kind, confidence: float = 0.95)
 
     Columns: ``stratum``, ``name``, ``low``, ``high``, ``latents`` (mean number in a run),
     ``shared_fraction``, ``shared_low``, ``shared_high``. Counts are summed over pairs. Intervals
-    leave one seed out; missing ones (fewer than 3 seeds, a fraction of 0 or 1) are NaN.
+    leave one seed out; missing intervals (fewer than 3 seeds, a fraction of 0 or 1) are NaN.
     """
     counts = _Counts.of(table, kind)
     columns = ["stratum", "name", "low", "high"]
@@ -148,8 +148,8 @@ class Standardised:
 
     Attributes:
         estimate: the fraction with its interval over seeds; the reference is treated as fixed.
-        kept: the fraction of the reference in bins where every cell has latents. The rest is left
-            out for all cells.
+        coverage: the fraction of the reference in bins where every cell has latents. The rest is
+            left out for all cells.
     """
 
     estimate: Interval
@@ -195,7 +195,7 @@ class _Counts:
         return cls(runs, pairs, latents, shared)
 
     def fraction(self, weights: Float[np.ndarray, " strata"], without: str | None = None) -> float:
-        """Return the weighted mean of the strata's fractions, over pairs without one run."""
+        """Return the weighted mean of the strata's fractions, leaving out pairs of one run."""
         kept = np.array([without not in pair for pair in self.pairs])
         used = weights > 0
         latents = self.latents[kept].sum(axis=0)[used]

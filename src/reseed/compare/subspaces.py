@@ -2,14 +2,15 @@
 
 A group of latents that describes a subspace without preferred directions can be rotated in every
 seed: no latent has a partner, yet together they span the same subspace. Groups are the orphan
-latents (live, shared with no other run), the shared (live, shared with at least one) and the dense.
+latents (live, shared with no other run), the shared latents (live, shared with at least one other
+run) and the dense latents.
 
-A group with more latents than dimensions spans everything, so the plain span is uninformative. The
+A group with more latents than dimensions spans the whole space, so its span is uninformative. The
 second moments of unit decoder rows, M = WᵀW/F, are compared instead. *Overlap* is ⟨M_A, M_B⟩ /
 (‖M_A‖·‖M_B‖): 1 for equal moments, 0 for orthogonal ones. It is high whenever both are close to a
 multiple of the identity; compare it with the overlap of equally many random live latents. *Angles*
 compares the spans of the leading eigenvectors that hold 90% of each moment: the mean squared cosine
-of the principal angles, about k/D for random spans, k the larger number of directions.
+of the principal angles, about k/D for random spans, where k is the larger number of directions.
 
 Each group of each run needs one decomposition of a D × D matrix: in float64 up to `EXACT_WIDTH`, in
 float32 above, which halves the memory. Above that width, a group of fewer than D latents is
@@ -33,7 +34,7 @@ from reseed.config import digest
 TRACE_FRACTION = 0.9
 """Fraction of a moment's trace that its leading directions hold."""
 EXACT_WIDTH = 1024
-"""Largest width computed in float64."""
+"""Maximum width ``d_in`` that is computed in float64."""
 _MEASURES = (
     "subspace_overlap",
     "null_subspace_overlap",

@@ -6,7 +6,7 @@ and by firing decile. Estimates use the counts summed over pairs; intervals leav
 
 Adjusted estimates compare only latents of the same firing decile (Mantel & Haenszel 1959; the risk
 difference of Greenland & Robins 1985). Frequent latents are both more often shared and more often
-true, which alone would associate sharing with truth.
+true features, which alone would associate sharing with truth.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from reseed.compare.statistics import leave_one_out_interval
 from reseed.compare.strata import DECILES, decile_edges, decile_of
 
 LABEL_COLUMN = "truth"
-"""The column of ``latents.parquet`` with the labels in words."""
+"""The column of ``latents.parquet`` with the names of the labels."""
 
 Table = Int[np.ndarray, "strata labels 2"]
 """Numbers of latents by firing decile, label and sharing (0 no, 1 yes)."""
@@ -52,7 +52,7 @@ def truth_estimates(
 
     - ``truth_atom_given_shared``, ``truth_atom_given_orphan``: P(atom | shared with the other
       seed) and P(atom | not shared); ``truth_difference``: the first minus the second;
-      ``truth_difference_adjusted``: over firing deciles.
+      ``truth_difference_adjusted``: the difference adjusted for firing deciles.
     - ``truth_likelihood_ratio``: P(shared | atom) / P(shared | no atom), and
       ``truth_likelihood_ratio_adjusted``.
     - ``truth_shared_given_atom``, ``…_composite``, ``…_group``, ``…_neither``: P(shared | label).
@@ -153,7 +153,7 @@ def _difference_adjusted(table: Table) -> float:
 
     Per decile: a atoms among n₁ shared latents, c atoms among n₀ orphans, T = n₁ + n₀.
     """
-    _difference(table)  # report its reasons first
+    _difference(table)  # raises the more basic reasons first
     m = _Margins.of(table)
     total, orphans = np.maximum(m.all, 1), m.all - m.shared
     orphan_atoms = m.atoms - m.shared_atoms
@@ -178,7 +178,7 @@ def _likelihood_ratio_adjusted(table: Table) -> float:
 
     Per decile: a shared among m₁ atoms, b shared among m₀ other latents, T = m₁ + m₀.
     """
-    _likelihood_ratio(table)  # report its reasons first
+    _likelihood_ratio(table)  # raises the more basic reasons first
     m = _Margins.of(table)
     total = np.maximum(m.all, 1)
     return _divided(
@@ -233,7 +233,7 @@ def cell_truth(
 
 
 def label_column(table: pa.Table, trained: Sequence[Dictionary]) -> pa.Table:
-    """Append the labels in words as the column ``truth``, if all runs have labels."""
+    """Append the names of the labels as the column ``truth``, if all runs have labels."""
     labels = _labels(trained)
     if labels is None:
         return table

@@ -34,9 +34,9 @@ ADDRESS = "RESEED_TEAM"
 OUT_OF_MEMORY = 77
 """Exit status of a worker whose memory did not suffice."""
 _GRACE_S = {"ddp": 0.0, "spread": 90.0}
-"""Seconds to save for workers that are terminated; with ddp only the leader saves."""
+"""Seconds that terminated workers have to save their runs; with ddp only the leader saves."""
 _END_S = 30.0
-"""Seconds to exit for workers that have nothing left to do."""
+"""Seconds that workers have to exit when no work is left."""
 
 
 class Processes(ABC):
@@ -167,7 +167,7 @@ class SlurmProcesses(Processes):
             say("the job ends because its processes lost their connection; run the same command "
                 "again to submit the remaining runs")  # fmt: skip
             sys.stdout.flush()
-            os._exit(1)  # only the end of a task makes SLURM end the others
+            os._exit(1)  # SLURM ends the other tasks only when a task exits
 
     def end(self, terminate: bool = False) -> None:
         # Tasks that cannot receive a message end with the job.
@@ -214,7 +214,7 @@ def local_count(runtime: RuntimeConfig, kind: str) -> int:
         ConfigError: see `open_processes`.
     """
     key = "runtime.ranks"
-    if runtime.ranks is not None and runtime.tflops is not None:  # a plan for another machine
+    if runtime.ranks is not None and runtime.tflops is not None:  # planning for another machine
         return runtime.ranks
     there = torch.cuda.device_count() if kind == "cuda" else None
     if runtime.ranks is None:
@@ -269,8 +269,9 @@ def join(
     """Connect to the other ranks.
 
     Args:
-        store: the key-value store through which they find each other.
-        local_index, local_count: of this node; by default there is one node.
+        store: the key-value store through which the ranks find each other.
+        local_index, local_count: index and number of the ranks on this node; by default all ranks
+            are on one node.
         check: raises `ProcessLostError` if a rank has ended.
     """
     local_index = index if local_index is None else local_index
@@ -330,4 +331,4 @@ def lost_process_error(index: int, status: int) -> ProcessLostError:
     if status == OUT_OF_MEMORY:
         return ProcessLostError(f"rank {index} ran out of memory", out_of_memory=True)
     how = f"with status {status}" if status >= 0 else f"by {signal.Signals(-status).name}"
-    return ProcessLostError(f"rank {index} of the team ended {how}; its own output is above")
+    return ProcessLostError(f"rank {index} ended {how}; see its output above")

@@ -1,19 +1,20 @@
 """A process's rank, its exchanges with the other ranks, and batches that several ranks share.
 
-`ProcessGroup` has the exchanges. All ranks make each of them in the same order. Waiting is a
-polling loop, so that signals are handled and the death of another rank's process is noticed.
+`ProcessGroup` has the exchanges. All ranks must make the same exchanges in the same order. Waiting
+is a polling loop, so that signals are handled and the death of another process is noticed.
 
 If ranks share each batch in equal portions (``runtime=ddp``), each computes the loss on its
 portion, such that the means over the ranks of loss and gradients are those of the whole batch. This
 holds by itself for a mean over tokens. Terms that depend on the batch in another way use these
 functions:
 
-    total variance         `shared_variance`: an equal share of the whole batch's
+    total variance         `shared_variance`: an equal share of the whole batch's variance
     a mean, squared        `batch_mean`
     smallest chosen value  `min_over_batch`
     the k·B largest        one cut for all ranks  (`reseed.sae.selection`)
 
-Like autocast, training declares it once (`batch_shared_by`); losses need no parameter for it.
+Training declares the sharing once, with a context like autocast (`batch_shared_by`), so losses need
+no parameter for it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _SMALL = 2**18
 
 
 class ProcessLostError(ReseedError):
-    """The loss of another of the processes that train together.
+    """The loss of another process of the group that trains together.
 
     Args:
         message: names the process and how it ended.
@@ -63,7 +64,7 @@ class ProcessGroup:
         index: this process's rank, from 0.
         count: number of ranks.
         device: device that this process trains on.
-        local_index, local_count: the same among the ranks of its node.
+        local_index, local_count: index and count among the ranks of its node.
         check: raises `ProcessLostError` if a rank is known to be lost; called while waiting.
     """
 
@@ -180,7 +181,7 @@ class ProcessGroup:
             work.wait()
         except RuntimeError as error:
             self.check()  # raises a more specific error if it can
-            raise ProcessLostError(f"another process of the team is gone ({error})") from error
+            raise ProcessLostError(f"another process of the group has ended ({error})") from error
 
 
 ALONE = ProcessGroup()
@@ -232,7 +233,7 @@ def shared_variance(x: Float[Tensor, "batch d_in"], own: Float[Tensor, ""]) -> F
     ranks = current_batch_group()
     if not ranks.several:
         return own
-    # Σ_r own_r + Σ_r n‖x̄_r − x̄‖², in float64 because the second is a difference of large sums.
+    # Σ_r own_r + Σ_r n‖x̄_r − x̄‖², in float64: the second term is a difference of large sums.
     mean = x.detach().double().mean(0)
     sums = torch.cat([mean, own.detach().double()[None], mean.square().sum()[None]])
     sums = ranks.sum_(sums) / ranks.count

@@ -63,7 +63,7 @@ class RunMessage:
         if found.signature != self.signature:
             raise ReseedError(
                 f"{found.label} has signature {found.signature} on this node, and "
-                f"{self.signature} on the first: code, model or text differ between the nodes"
+                f"{self.signature} on the leader's: code, model or text differ between the nodes"
             )
         return found
 

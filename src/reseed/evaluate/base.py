@@ -73,10 +73,10 @@ class RunSource:
 
     Attributes:
         model: the language model or world.
-        label: its name in tables and messages, with that of the surrogate
+        label: name of the model in tables and messages, followed by that of the surrogate
             (``embedded+random_weights``).
-        surrogate: replacement of its activations: ``none``, ``gaussian`` (draws with their moments)
-            or ``random_weights``.
+        surrogate: replacement of the model's activations: ``none``, ``gaussian`` (random draws with
+            the same moments) or ``random_weights``.
     """
 
     model: ResolvedSource
@@ -99,7 +99,7 @@ def needs_language_model(config: EvaluationConfig, source: RunSource) -> None:
     if source.surrogate == "gaussian":
         raise ConfigError(
             f"evaluation={config.name} needs a language model; activations of surrogate=gaussian "
-            "are draws, without tokens. Use evaluation=reconstruction"
+            "are random draws, without tokens. Use evaluation=reconstruction"
         )
 
 
@@ -197,7 +197,7 @@ class ModelCache:
         found = _read(path)
         if found is None:
             with _locked(path.with_suffix(".lock")):
-                found = _read(path)  # another process may have made it meanwhile
+                found = _read(path)  # another process may have written the file meanwhile
                 if found is None:
                     found = _write(path, key, compute())
         return found
@@ -209,7 +209,8 @@ class ModelCache:
     def put(self, what: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Store tensors that another computation produced, equal to those of `get`.
 
-        This takes no lock: its holder may be waiting for ours, and would write the same tensors.
+        This takes no lock: the holder of the lock may be waiting for a lock of this process, and
+        would write the same tensors.
         """
         _write(self._path(what, key), key, tensors)
 

@@ -6,8 +6,8 @@ rank of every latent, in memory that does not grow with the text; a `ContextGath
 ranked by activation and one at random. `lens` and `neighbours` give the tokens that decoder rows
 promote and their nearest rows; they hold nothing of size [F, F] or [F, V].
 
-F latents, D `d_in`, V tokens of the vocabulary, n firings in a block, m chosen firings, W = 2·reach
-+ 1 tokens of a window
+Shapes: F latents, D `d_in`, V tokens of the vocabulary, n firings in a block, m chosen firings,
+W = 2·reach + 1 tokens of a window.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Firings:
         place: index of the token in the block, counting first and special tokens.
         value: activation, above 0, in float32.
         first: position of the block's first token in the whole text.
-        context: tokens per sequence; a block is whole sequences.
+        context: number of tokens per sequence; a block consists of whole sequences.
     """
 
     latent: Int[Tensor, " n"]
@@ -75,7 +75,7 @@ class Firings:
         """Return the latents' activations around some firings; 0 beyond their sequences.
 
         Args:
-            reach: tokens on either side.
+            reach: number of tokens on either side.
         """
         latent, place = self.latent[chosen], self.place[chosen]
         begin = self.sequence[chosen] * self.context
@@ -105,7 +105,7 @@ _POSITIONS = (1 << 32) - 1
 
 
 def rank_by_activation(firings: Firings) -> Int[Tensor, " n"]:
-    """Rank larger activations higher, then earlier positions. No two of a latent are equal."""
+    """Rank larger activations higher, then earlier positions. Ranks within a latent are unique."""
     return _rank(firings.value, firings.position)
 
 
@@ -116,7 +116,7 @@ def _rank(value: Float[Tensor, "*n"], position: Int[Tensor, "*n"]) -> Int[Tensor
 
 def rank_randomly(firings: Firings, seed: int) -> Int[Tensor, " n"]:
     """Rank firings by a hash of seed, latent and position: the K highest of a latent are a uniform
-    draw of its firings. No two of a latent are equal, as `_mixed` is one to one."""
+    draw of its firings. Ranks within a latent are unique, because `_mixed` is one to one."""
     of_latent = _mixed(firings.latent + _mixed(torch.tensor(seed, device=firings.latent.device)))
     return _mixed(firings.position ^ of_latent)
 
@@ -140,13 +140,13 @@ class TopKReservoir:
     Args:
         num_latents: F.
         size: K.
-        reach: tokens of a window on either side.
+        reach: number of tokens of a window on either side.
         device: device of the firings.
 
     Attributes:
         rank: rank of each firing; `_NONE` in an empty slot.
-        position: position of its token.
-        window: activations around it.
+        position: position of the token of each firing.
+        window: activations around that token.
     """
 
     rank: Int[Tensor, "F K"]
@@ -218,14 +218,14 @@ class ContextGatherer:
 
     Args:
         sae: SAE for raw activations.
-        top, reservoir: contexts stored for each latent: sequences where it fires most, and firings
-            drawn uniformly.
-        reach: tokens of a context on either side.
+        top, reservoir: numbers of contexts stored for each latent: of sequences where it fires
+            most, and of firings drawn uniformly.
+        reach: number of tokens of a context on either side.
         seed: seed of the draw.
 
     Attributes:
         firing: number of tokens that each latent fired on.
-        total: sum of its activations on them.
+        total: sum of each latent's activations on these tokens.
     """
 
     def __init__(self, sae: SAE, top: int, reservoir: int, reach: int, seed: int) -> None:
@@ -275,7 +275,7 @@ def _sequence_peaks(
 
 
 _LOGITS = 1 << 25
-"""Logits in memory at once: 128 MiB."""
+"""Maximum number of logits in memory at once: 128 MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -319,7 +319,7 @@ def lens(
 def neighbours(W_dec: Float[Tensor, "F D"], count: int) -> Ranked:
     """Return the other latents whose decoder rows have the largest cosine with each latent's.
 
-    Only cosines above 0 count: a row of zeros has no neighbours and is none.
+    Only cosines above 0 count: a row of zeros has no neighbours and is not a neighbour.
     """
     rows = functional.normalize(W_dec.float(), dim=1)
     size = min(count + 1, len(rows))

@@ -2,7 +2,7 @@
 
 The result has the tables of `reseed.store.contexts`.
 
-K contexts stored for a latent, W tokens of a window, L context length
+Shapes: K contexts stored for a latent, W tokens of a window, L context length.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from reseed.store.results import RowGroups
 from reseed.system.console import counted, throttled_say
 
 _BYTES_PER_PASS = 4 << 30
-"""Memory for the contexts of one pass; SAEs that need more take several passes."""
+"""Maximum memory for the contexts of one pass; SAEs that need more take several passes."""
 _READ_OUT = "resid_post"
 """Site of the residual stream, the only one whose activations the unembedding can read."""
 _BLOCK = 4_096
-"""Number of tokens encoded at once, or one sequence if it is longer."""
+"""Number of tokens that are encoded at once; a longer sequence is encoded as a whole."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
     """Text that latents fire on, tokens that they promote, and their nearest latents.
 
     Args:
-        tokens: held-out activations, rounded up to whole sequences; the same for every SAE of one
-            model.
+        tokens: number of held-out activations, rounded up to whole sequences; the same for every
+            SAE of one model.
         top: number of contexts where a latent fires most, at most one per sequence.
         sampled: number of contexts at evenly spaced quantiles of activation, from uniformly drawn
             firings.
@@ -234,9 +234,9 @@ class _Chosen:
 
     Attributes:
         row: row of each context's latent.
-        quantile: quantile of a sampled context; NaN for a top one.
+        quantile: quantile of a sampled context; NaN for a top context.
         position: position of the firing token.
-        window: activations around it.
+        window: activations around that token.
     """
 
     row: Int[np.ndarray, " m"]
@@ -293,7 +293,7 @@ class _Chosen:
         offset = np.arange(-reach, reach + 1)
         place = self.position[:, None] % context + offset
         inside = (place >= 0) & (place < context)
-        before = np.minimum(self.position % context, reach)  # tokens of the window before the peak
+        before = np.minimum(self.position % context, reach)  # number of tokens before the peak
         fires = self.window != 0
         active = np.nonzero(fires)[1] - np.repeat(reach - before, fires.sum(1))
         token = (self.position[:, None] + offset)[inside]

@@ -1,11 +1,11 @@
 """Loss of a language model when an SAE's reconstruction replaces its activations.
 
-The reconstruction replaces the activations at every position that the SAE is trained on: all but
-the first of a sequence and special tokens, unless the dataset's options include them. Those keep
-the model's own activations. The losses count the next-token predictions at the replaced positions;
-the last position of a sequence has none.
+The reconstruction replaces the activations at every position that the SAE is trained on: all
+positions except the first of a sequence and special tokens, unless the dataset's options include
+these. Other positions keep the model's own activations. The losses count the next-token predictions
+at the replaced positions; the last position of a sequence has none.
 
-S sequences · L context · V vocabulary · n counted predictions
+Shapes: S sequences, L context length, V vocabulary, n counted predictions.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from reseed.evaluate.base import (
 from reseed.sae.base import SAE
 
 _RUNS_PER_PASS = 8
-"""SAEs that share a forward pass of the clean model."""
+"""Maximum number of SAEs that share a forward pass of the clean model."""
 _LOGITS = 2**26
-"""Most logits of one forward pass of more than one sequence: 256 MiB in float32."""
+"""Maximum number of logits of one forward pass with several sequences: 256 MiB in float32."""
 _MEAN, _ZERO = "mean", "zero"
 
 
@@ -50,7 +50,7 @@ class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
     with_untrained: ClassVar[bool] = False
 
     tokens: int = setting(16_384, at_least=1)
-    """Held-out activations; rounded up to whole sequences, the same for every SAE of one model."""
+    """Number of held-out activations, in whole sequences; the same for every SAE of one model."""
 
     def check(self, source: RunSource) -> None:
         needs_language_model(self, source)
@@ -151,7 +151,7 @@ class _HeldOutText:
 def _log_probabilities(
     said: Float[Tensor, "S L V"], kept: Bool[Tensor, "S L"]
 ) -> Float[Tensor, "n V"]:
-    """Return log-probabilities in float32, of the counted predictions alone."""
+    """Return log-probabilities of only the counted predictions, in float32."""
     return F.log_softmax(said[:, :-1][kept[:, :-1]].float(), dim=-1)
 
 
@@ -226,7 +226,7 @@ def _result(losses: _LossesByEdit, run: LoadedRun, text: _HeldOutText) -> Result
 def _recovered(value: float | int | None, clean: float, worst: float) -> float | None:
     """Return (worst − value)/(worst − clean): 1 without loss, 0 at the loss of the ablation.
 
-    None if the ablation does no harm: there is no loss to recover.
+    None if the ablation does not increase the loss: there is nothing to recover.
     """
     if value is None or worst <= clean:
         return None

@@ -1,14 +1,14 @@
-"""Linear probes: for activations, and for the few latents that predict a class best.
+"""Linear probes on activations, and on the few latents that predict a class best.
 
-`train_probe` (recipe of Chanin et al. 2024, public code): one against the rest, for all classes at
-once; one linear layer, binary cross-entropy with positives weighted n_neg/n_pos, Adam with a
-learning rate that falls geometrically by epoch. Float32 for any dtype of the model. Weights start
-at zero: the problem is convex, so only the batches' order is random.
+`train_probe` (recipe of Chanin et al. 2024, public code) trains one-versus-rest probes of all
+classes at once: one linear layer, binary cross-entropy with positives weighted n_neg/n_pos, Adam
+with a learning rate that falls geometrically by epoch. It computes in float32 for any dtype of the
+model. Weights start at zero: the problem is convex, so only the batches' order is random.
 
 `rank_latents` and `fit_nested` (Gurnee et al. 2023, as Chanin et al. 2024 use it): an L1-penalised
 probe ranks the latents, then a regression is fitted on the best k for every k.
 
-n words, D `d_in`, F latents, C classes
+Shapes: n words, D `d_in`, F latents, C classes.
 """
 
 from __future__ import annotations
@@ -171,9 +171,10 @@ class NestedProbe:
 def fit_nested(columns: Float[Tensor, "n K"], member: Bool[Tensor, " n"]) -> NestedProbe:
     """Fit balanced logistic regressions (classes of equal weight) with the penalty ½‖w‖².
 
-    Each minimises ½‖w‖² + Σ_i s_i·log(1 + exp(−y_i·(w·f_i + b))), s_i = n/(2·size of i's class),
-    as scikit-learn's ``LogisticRegression(class_weight="balanced")``. Newton's method solves all K
-    together, exactly. Words that activate none of the latents are merged into one row per class.
+    Each regression minimises ½‖w‖² + Σ_i s_i·log(1 + exp(−y_i·(w·f_i + b))), with
+    s_i = n/(2·size of i's class), as scikit-learn's ``LogisticRegression(class_weight="balanced")``
+    does. Newton's method solves all K together, exactly. Words that activate none of the latents
+    are merged into one row per class.
 
     Raises:
         ValueError: all words or no words are of the class.

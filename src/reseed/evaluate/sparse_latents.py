@@ -1,6 +1,6 @@
 """Sparse latents of many activations: only values that are not 0 are stored.
 
-n tokens, F latents; a pair is a token and a latent that is active on it.
+Letters: n tokens, F latents. A pair is a token and a latent that is active on it.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class SparseLatents:
     """Active pairs, sorted by token (CSR).
 
     Attributes:
-        starts: index of each token's first pair, and the number of pairs.
+        starts: index of each token's first pair; the last entry is the number of pairs.
         latent: latent of each pair; ascending within a token.
         value: activation of each pair, in float32.
-        num_latents: F.
+        num_latents: number of latents, F.
     """
 
     starts: Int[Tensor, " n_plus_1"]
@@ -43,7 +43,7 @@ class SparseLatents:
         return tokens.repeat_interleave(self.starts.diff())
 
     def rows(self, chosen: Int[Tensor | np.ndarray, " m"]) -> SparseLatents:
-        """Return the codes of some tokens, in the order given."""
+        """Return the latents of the chosen tokens, in the given order."""
         chosen = torch.as_tensor(chosen, device=self.starts.device)
         counts = self.starts.diff()[chosen]
         starts = _ends(counts)
@@ -53,7 +53,7 @@ class SparseLatents:
         return SparseLatents(starts, self.latent[pairs], self.value[pairs], self.num_latents)
 
     def columns(self, latents: Int[Tensor, " k"]) -> Float[Tensor, "n k"]:
-        """Return some latents as a dense matrix."""
+        """Return the given latents as the columns of a dense matrix."""
         latents = latents.to(self.latent.device)
         place = torch.full((self.num_latents,), -1, device=self.latent.device)
         place[latents] = torch.arange(len(latents), device=place.device)
@@ -70,7 +70,7 @@ class SparseLatents:
         return SparseLatents(_ends(counts), self.token[order], self.value[order], len(self))
 
     def matmul(self, matrix: Float[Tensor, "F C"]) -> Float[Tensor, "n C"]:
-        """Return the product of the codes and a matrix, from the active pairs alone."""
+        """Return the product of the latents and a matrix; only active pairs are read."""
         return functional.embedding_bag(
             self.latent, matrix, self.starts[:-1], mode="sum", per_sample_weights=self.value
         )
@@ -82,7 +82,7 @@ class SparseLatents:
 
         Args:
             value: a value for every pair.
-            among: consider these pairs only.
+            among: mask of the pairs to choose from; by default all.
         """
         order = value.argsort(descending=True, stable=True)
         order = order if among is None else order[among[order]]

@@ -1,8 +1,8 @@
 """Feature splitting: the number of latents for one concept (Chanin et al. 2024, section 4).
 
-k-sparse probing: an L1 probe ranks the latents, a logistic regression is fitted on the first k for
-every k, and the main latents S are those up to which F1 grows. C classes; each fold and prompt seed
-has its own S.
+k-sparse probing: an L1 probe ranks the latents, and for every k a logistic regression is fitted on
+the first k latents. The main latents S are the first ones, as long as each raises F1. There are C
+classes; each fold and prompt seed has its own S.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def find_splits(
 def find_all_splits(
     config: WordTaskConfig, probed: ProbedTask, codes: SparseLatents
 ) -> list[list[MainLatents | None]]:
-    """Find the splits in every fold of a repetition."""
+    """Find the main latents of every class in every fold of a repetition (one prompt seed)."""
     folds = range(len(probed.folds))
     return [find_fold_splits(config, probed, codes, fold, probed.members) for fold in folds]
 
@@ -96,10 +96,10 @@ def find_fold_splits(
     fold: int,
     member: Bool[Tensor, "n C"],
 ) -> list[MainLatents | None]:
-    """Find the splits in one fold.
+    """Find the main latents of every class in one fold.
 
     Args:
-        member: membership of the words in classes, which need not be the task's own.
+        member: classes of each word; they may differ from the task's (permuted labels).
     """
     return find_splits(
         codes,

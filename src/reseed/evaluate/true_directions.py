@@ -14,22 +14,22 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 _BLOCK = 1_024
-"""Latents fitted at once."""
+"""Number of latents that are fitted at once."""
 _DEPENDENT = 1e-4
 """A feature closer than this to the span of others counts as dependent on them."""
 
 
 @dataclass(frozen=True, eq=False)
 class DirectionMatch:
-    """Measures per latent; a row that is zero or not finite has cosine 0 with everything.
+    """Match of each latent with true features. A zero or non-finite row has cosine 0 with all.
 
     Attributes:
         feature: the feature with the largest |cos|, −1 for a row without direction.
         cosine: the (signed) cosine with that feature.
         composite: cosine with the best non-negative sum of at most 3 features.
         group: largest norm of the projection of w onto the subspace of one group, 0 without groups.
-        mcc: mean |cos| under the assignment of latents to features that maximises its sum, over
-            min(F, N) pairs.
+        mcc: mean |cos| over min(F, N) pairs of a latent and a feature, assigned so that the mean
+            is largest.
     """
 
     feature: Int[Tensor, " F"]
@@ -40,7 +40,7 @@ class DirectionMatch:
 
 
 MAX_MATCHED = 32_768
-"""Beyond this the mean matched cosine is NaN."""
+"""With more latents and more features than this, the mean matched cosine is NaN."""
 
 
 def match_directions(
@@ -74,7 +74,7 @@ def match_directions(
 
 
 def unit(rows: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
-    """Return the rows at length 1 in float64; a row that is zero or not finite becomes zero."""
+    """Scale the rows to length 1, in float64; a row that is zero or not finite becomes zero."""
     rows = rows.detach().cpu().double()
     rows = torch.where(rows.isfinite().all(dim=1, keepdim=True), rows, 0.0)
     length = rows.norm(dim=1, keepdim=True)
@@ -106,12 +106,12 @@ def nonnegative_cosine(
     counts if all its coefficients are positive, and the best of these is the non-negative fit
     (features outside the set have coefficient 0). The result is exact over all features if they are
     orthogonal or no more than the candidates. Otherwise a better fit may use another feature, so
-    the cosine is a lower bound: a composite can be missed, but never invented.
+    the cosine is a lower bound: a composite can be missed, but none is found wrongly.
 
     Args:
         rows: rows of length 1, or zero.
         dictionary: rows of length 1.
-        nearest: the candidates of each row: the features of largest cosine.
+        nearest: indices of each row's candidates, the features with the largest cosines.
     """
     fits = []
     for row, chosen in zip(rows.split(_BLOCK), nearest.split(_BLOCK), strict=True):

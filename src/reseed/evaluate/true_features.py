@@ -6,7 +6,7 @@ uniqueness, shrinkage (as in the synthetic benchmarks of SAEs; Chanin et al. 202
 copy of u0 (cos .7071), and it does not tell whether a latent that points along a feature fires with
 it.
 
-F latents, N true features
+Letters: F latents, N true features.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TruthRules:
         live_at_least: a latent is live if it fires at least this often in the samples.
         candidates: number of features tried for composites, see
             `true_directions.nonnegative_cosine`.
-        block: number of tokens encoded at once.
+        block: number of tokens that are encoded at once.
     """
 
     cosine: float = 0.9
@@ -98,7 +98,8 @@ def measure_truth(
         rules: thresholds.
 
     Raises:
-        ValueError: no true feature, no sample, pairs out of order, or an SAE of another `d_in`.
+        ValueError: there is no true feature or no sample, a sample's pairs are not sorted by
+            token, or an SAE has another `d_in`.
     """
     rules = rules or TruthRules()
     if len(world.dictionary) == 0:

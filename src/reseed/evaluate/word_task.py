@@ -62,7 +62,7 @@ class WordTaskConfig(EvaluationConfig):
         line: the text of a prompt line, with ``{word}`` and ``{answer}``; null uses the task's own
             (`LINES`).
         icl_words: number of example lines, each with its answer, before the word in question.
-        prompt_seeds: seeds that draw the example words; the whole measurement is repeated for each.
+        prompt_seeds: seeds for sampling the example words; everything is measured once per seed.
         split_seed: seed of the split of the words into fit, validation and test sets.
         folds: number of folds. With 1, a fifth of the words is tested. With more (use 5 for small
             vocabularies, of thousands of words), every word is tested in one of the folds, each of
@@ -104,7 +104,7 @@ class WordTaskConfig(EvaluationConfig):
         line = self.line
         if line is not None and not (line.startswith("{word}") and "{answer}" in line):
             raise ConfigError(
-                f"{{key}} must begin with {{word}} and hold {{answer}}; got {line!r}", "line"
+                f"{{key}} must begin with {{word}} and contain {{answer}}; got {line!r}", "line"
             )
 
     def check(self, source: RunSource) -> None:
@@ -134,7 +134,7 @@ class WordTaskConfig(EvaluationConfig):
         """Yield the task at a hookpoint, once for each prompt seed.
 
         Args:
-            hooks: hookpoints needed later, which the same pass of the model reads.
+            hooks: hookpoints needed later; the same pass of the model stores their activations.
         """
         words = self.words(inputs.tokenizer)
         labels = words.labels.numpy()
@@ -228,8 +228,8 @@ class ProbedTask:
         words: the words.
         template: the tokens between the words of a prompt.
         x: activation at each word's token, in float32.
-        part: each word's part of the split.
-        folds: the folds.
+        part: index of each word's part of the split (`split_words`).
+        folds: fit, validation and test words of each fold.
         prompt_seed: seed of the example words in the prompts.
         probes: ``weight`` [folds, C, D] and ``bias`` [folds, C]; ``permuted`` [folds, n], permuted
             labels, and their probes with the prefix ``permuted_``.

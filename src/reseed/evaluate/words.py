@@ -1,4 +1,4 @@
-"""The words of a task: their classes, their split, and prompts about them, made of token ids.
+"""The words of a task, their classes and split, and the prompts about them.
 
 First letters are one task (Chanin et al. 2024); a table of tokens and labels defines any other. The
 words are split into three sets: probes are fitted to the first (fit), latents are chosen on the
@@ -43,7 +43,7 @@ class Words:
         texts: the words as text, with a leading (or trailing) space if the token has one.
         labels: index of each word's class.
         classes: class names; a class may have no word (first letters are always all 26).
-        answers: the answer for each class in a prompt.
+        answers: for each class, the answer that prompts give.
     """
 
     tokens: Int[Tensor, " n"]
@@ -192,7 +192,7 @@ def split_words(labels: Int[np.ndarray, " n"], folds: int, seed: int) -> Int[np.
 
     Args:
         labels: class of every word.
-        seed: seed of the draw; the same seed, labels and number of folds give the same split.
+        seed: random seed; the same seed, labels and number of folds give the same split.
     """
     random = np.random.default_rng([0x70617274, seed])
     part = np.zeros(len(labels), dtype=np.int64)
@@ -210,7 +210,7 @@ def split_words(labels: Int[np.ndarray, " n"], folds: int, seed: int) -> Int[np.
 def make_folds(
     labels: Int[np.ndarray, " n"], part: Int[np.ndarray, " n"], folds: int, seed: int
 ) -> list[Fold]:
-    """Make every fold from the parts; validation words are drawn within each class."""
+    """Make every fold from the parts; validation words are sampled within each class."""
     made = []
     for number in range(folds):
         test = part == (1 if folds == 1 else number)
@@ -231,7 +231,9 @@ text. No tokenizer merges it with what follows."""
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """The tokens of a prompt between its words. Keys: whether the word before ends in a space.
+    """Tokens of a prompt between its words.
+
+    The keys of the dictionaries say whether the preceding word ends in a space.
 
     Attributes:
         opening: tokens at the start of a text.
@@ -309,12 +311,12 @@ def make_prompts(
     Args:
         chosen: indices of words.
         pools: every word's part of the split; examples come from the same part as the word in
-            question, and are never another spelling of it.
-        icl_words: number of examples in each prompt, drawn without replacement.
-        ask: whether the prompt goes on after the word, up to where the answer follows.
+            question, and are never another spelling of that word.
+        icl_words: number of examples in each prompt, sampled without replacement.
+        ask: whether the prompt continues after the word in question, up to the answer.
 
     Raises:
-        ConfigError: a part has too few words.
+        ConfigError: a part of the split has too few words.
     """
     spelling = np.unique(np.array(words.spellings), return_inverse=True)[1]
     members = {part: np.flatnonzero(pools == part) for part in np.unique(pools[chosen])}
@@ -352,7 +354,7 @@ def _draw(
     number: int,
     random: np.random.Generator,
 ) -> Int[np.ndarray, " number"]:
-    """Draw examples uniformly from the words of the pool that are not a spelling of ``word``."""
+    """Sample examples uniformly from the words of the pool that are not a spelling of ``word``."""
     found = pool[random.choice(len(pool), number, replace=False)]
     if (spelling[found] != spelling[word]).all():
         return found

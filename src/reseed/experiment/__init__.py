@@ -102,7 +102,7 @@ def experiment_from(values: Mapping[str, Any]) -> tuple[Experiment, RuntimeConfi
         )
     for key in _REQUIRED:
         if key not in values:
-            raise ConfigError("{key} is required, and was removed", key)
+            raise ConfigError("{key} is required: do not remove it", key)
     if values.get("objective") is not None:
         raise ConfigError("{key} is for hydra/sweeper=optuna, which optimises it", "objective")
     parts = {group: build(values[group], group, base) for group, base in _GROUPS.items()}

@@ -1,8 +1,8 @@
-"""Resolved experiments: source, data and shapes are found and checked; the run has its signature.
+"""Resolved experiments: their source, data and shapes are known and checked.
 
-`resolve_experiment` makes a `Resolved` from a declared `Experiment`. Its `identity` is everything
-that changes the result, and the digest of it is the run's `signature`. `Resolved.spec` is the part
-that training needs.
+`resolve_experiment` makes a `Resolved` from a declared `Experiment`. `Resolved.identity` is
+everything that changes the result, `signature` is the digest of the identity, and `spec` is the
+part that training needs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from reseed.train.optim import peak_lr
 from reseed.train.spec import RunSpec
 
 SIGNATURE_VERSION = 1
-"""Raise it when code changes the results of every run."""
+"""Increase this when a code change alters the results of every run."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Resolved:
     Created by `resolve_experiment`, which raises `ConfigError` if they are inconsistent.
 
     Attributes:
-        role: empty, or the role of a calibration run: ``steered``, ``calibration``.
-        penalty: the penalty weight if the experiment asks for an L0 (`sae.target_l0`). For a
-            compared run it is known once the cell is calibrated.
-        calibration: the search that found the penalty, for the record.
+        role: empty, or the role of a calibration run: ``steered`` or ``calibration``.
+        penalty: the penalty weight if the experiment asks for an L0 (`sae.target_l0`); None for a
+            compared run until its cell is calibrated.
+        calibration: the search that found the penalty weight, for run.json.
         pretrained: the SAE that is used instead of training one, if any.
     """
 
@@ -78,8 +78,8 @@ class Resolved:
     def without_seeds(self) -> Resolved:
         """Return the cell for its calibration, independent of the seeds of the compared runs.
 
-        It has its own initial weights. Its data are in the order of seed 0, so that it shares the
-        stream of the runs with that order.
+        The calibration has its own initial weights. Its data are in the order of seed 0, so that
+        it shares the stream of the runs with that order.
         """
         e = self.experiment
         dataset = replace(e.dataset, order_seed=0)
@@ -127,9 +127,9 @@ class Resolved:
         """Seed of the weights: the declared seed, salted with the cell.
 
         Two architectures, layers or data sets with the same ``seed`` must not start from the same
-        weights, or their agreement would be memory of the start. The salt leaves out the order of
-        the data, which has its own seed, and the held-out settings, which are not part of training.
-        The rounds of a calibration differ only in the penalty.
+        weights, because their agreement could then come from the start. The salt leaves out the
+        order of the data, which has its own seed, the held-out settings, which are not part of
+        training, and the penalty, so that all rounds of a calibration start from the same weights.
         """
         if self.experiment.seed_scope == "shared":
             salted: dict[str, Any] = {"seed": self.experiment.seed}
@@ -180,7 +180,7 @@ class Resolved:
 
     @property
     def label(self) -> str:
-        """Readable part of the folder's name."""
+        """Readable part of the name of the run's folder."""
         e = self.experiment
         sparsity = self.sparsity.replace("=", "").replace("λ", "l")
         what = (self.model_label, e.hook, self.data.label, self.sae.name, self.num_latents)
@@ -294,10 +294,10 @@ def resolved_from(values: Mapping[str, Any]) -> tuple[Resolved, RuntimeConfig]:
 def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolved:
     """Find source and data set, and check that everything is consistent.
 
-    Writes nothing except the cache of the text (its tokens).
+    The only file written is the cache of the tokenised text.
 
     Raises:
-        ConfigError: with the full key, the rule and the value.
+        ConfigError: a setting breaks a rule; the message has the full key, the rule and the value.
     """
     cache = cache_folder(runtime)
     found = None

@@ -1,4 +1,4 @@
-"""Differences between architectures at each budget, and the rule by which one is claimed.
+"""Differences between architectures at each budget, and the rule for claiming a difference.
 
 The ranking of two architectures can change with the number of optimiser steps. A difference is
 therefore claimed only if its interval excludes 0 at the last two budgets, on the same side. Each
@@ -23,7 +23,7 @@ MEASURES = {
     "shared, corr": "shared_fraction_correlation",
 }
 LISTED = 4
-"""Up to this many verdicts are printed one by one on the terminal."""
+"""Maximum number of verdicts that the terminal shows one by one."""
 BUDGETS = 2
 """Number of budgets, counted from the largest, that must agree for a claim."""
 
@@ -54,7 +54,7 @@ class Contrast:
 
     @property
     def claimed(self) -> int:
-        """1 if the first has more at each of the last `BUDGETS`, −1 if the second has, else 0."""
+        """1 if the first is larger at all of the last `BUDGETS`, −1 if the second is, else 0."""
         sides = {interval_sign(d) for d in self.differences[self.primary][-BUDGETS:]}
         return sides.pop() if len(sides) == 1 else 0
 
@@ -88,7 +88,7 @@ def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
         return []
     try:
         tokens = amounts(cells, "tokens")
-    except ValueError:  # runs of different budgets are paired up
+    except ValueError:  # pairs consist of runs of different budgets
         return []
     others = [name for name in names if name not in ("sae", "tokens")]
     by_place: dict[tuple[str, ...], dict[str, dict[float, Cell]]] = {}
@@ -155,7 +155,7 @@ def differences(cells: Sequence[Cell]) -> Table | None:
 
 
 def difference_lines(cells: Sequence[Cell]) -> list[str]:
-    """Return a line for each contrast; if there are many, a line for all contrasts of a place."""
+    """Return a line per contrast, or, if there are many, a line per place (other knobs' values)."""
     found = contrasts(cells)
     if len(found) <= LISTED:
         return [contrast.verdict() for contrast in found]

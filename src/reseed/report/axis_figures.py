@@ -108,7 +108,7 @@ def axis_figure(cells: Sequence[Cell], axis: str) -> Figure:
     grid[0].set_yticks(_TICKS)
     grid[0].set_ylim(-0.03, 1.03)
     if "arm" in distinguishing_knobs(cells) and _started_alike(cells):
-        figure.suptitle("Stable, or just not moved?", fontsize=10)
+        figure.suptitle("Some runs started from similar weights (dotted)", fontsize=10)
     legend_below(figure, handles, columns=_legend_columns(handles))
     return figure
 
@@ -229,7 +229,7 @@ def _amount(value: float) -> str:
 
 
 def _named(values: Sequence[float], log: bool, room: float) -> set[float]:
-    """Return the values whose numbers fit without touching; a larger value has precedence."""
+    """Return the values whose labels fit without overlap; a larger value has precedence."""
     at = np.log(values) if log else np.array(values)
     inches = (at - at[0]) / max(np.ptp(at), 1e-300) * room
     named, left = set(), inf

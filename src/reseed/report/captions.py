@@ -37,7 +37,7 @@ LLAMA = 0.30
 NEAR = 4.0
 """Reference values are drawn up to this factor beyond the ends of the sweep's own range."""
 FEWEST = 2
-"""Minimum number of reference values in range to draw any; one alone shows no trend."""
+"""Minimum number of reference values in range; fewer are not drawn, as one shows no trend."""
 
 
 def compares_seeds(cells: Sequence[Cell]) -> bool:
@@ -191,7 +191,7 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
         "Rings or bars: fraction of latents shared with exactly m of the other "
         f"{pair_axis_name(cells)}, darker for more. Lines: the fraction that none of k − 1 other "
         f"{pair_axis_name(cells)} has, against k; {count_text(cells)}, mean over all choices of "
-        "them, no interval."
+        "k, no interval."
     ),
     "cosines": lambda cells: (
         "A point for each latent and other run (a random sample if there are many); "
@@ -247,7 +247,7 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
     ),
     "absorption": lambda cells: (
         "Absorbed fraction against L0, and against width if it differs: a point for each run, "
-        "a dash with letters assigned to words at random, a cross with the untrained SAE; "
+        "a dash for letters assigned to words at random, a cross for the untrained SAE; "
         f"{count_text(cells)}, no interval. Lower is better."
     ),
     "absorption_letters": lambda cells: (

@@ -1,5 +1,5 @@
-"""Cells of a comparison in words: the knobs that distinguish them, their order, their short names,
-their numeric axes, and what their pairs of runs differ in."""
+"""Text about the cells of a comparison: the knobs that distinguish cells, their order, short names
+and numeric axes, and what the runs of a pair differ in."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Cell = tuple[Mapping[str, Any], CellResult]
 Knobbed = tuple[Mapping[str, Any], object]
 """The knobs of a cell, or of anything else."""
 FEW = 4
-"""Up to this many cells are named by all varying knobs."""
+"""Maximum number of cells that are named by all varying knobs."""
 _NUMBER = re.compile(r"(.*?)([-+]?\d[\d.]*(?:e[-+]?\d+)?)")
 
 
@@ -141,7 +141,7 @@ def amounts(cells: Sequence[Cell], axis: str) -> list[float]:
     """Return the value of a numeric axis for each cell.
 
     Raises:
-        ValueError: it is not a number in every cell.
+        ValueError: the axis is not a number in every cell.
     """
     values = _amounts(cells, axis)
     if values is None:
@@ -157,7 +157,7 @@ def other_knob_values(cells: Sequence[Cell], axis: str) -> list[tuple[str, ...]]
 
 
 def pair_axis_name(cells: Sequence[Cell], plural: bool = True) -> str:
-    """Return what the pairs differ in, in words: seeds, or values of another axis."""
+    """Return the name of what the runs of a pair differ in: seeds, or values of another axis."""
     axis, *others = {cell.settings.pair_by for _, cell in cells}
     if others or not isinstance(axis, str):  # arms, or several axes
         return "runs" if plural else "run"

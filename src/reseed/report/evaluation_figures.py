@@ -44,7 +44,7 @@ DENSITY = "reconstruction_density"
 _DENSITY_BINS = np.linspace(-7, 0, 29)
 LINES = ("-", "--", ":", "-.")
 _FEW_LETTERS = 40
-"""Maximum number of classes drawn as bars; more would be too narrow to read."""
+"""Maximum number of classes that are drawn; bars of more would be too narrow to read."""
 
 
 def write_evaluation_figures(cells: Sequence[Cell], runs: Runs, folder: Path | str) -> list[Path]:
@@ -88,7 +88,7 @@ def density_figure(cells: Sequence[Cell]) -> Figure:
         counts, _ = np.histogram(fires, _DENSITY_BINS)
         look: Any = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
         never = float((density == 0).mean())
-        name = f"{label(cells, knobs)} ({never:.1%} never)"
+        name = f"{label(cells, knobs)} ({never:.1%} never fire)"
         axes.stairs(counts / len(density), _DENSITY_BINS, label=name, linewidth=1.4, **look)
     axes.axvline(-1, color=GREY, linestyle="--", linewidth=0.8)
     axes.text(-0.97, 0.98, "dense", color=GREY, va="top", transform=axes.get_xaxis_transform())
@@ -186,8 +186,8 @@ def _letter_bars(axes: Axes, letters: pd.DataFrame) -> None:
 
 
 def absorbers_figure(cells: Sequence[Cell], runs: Runs) -> Figure:
-    """Draw, for every letter, the cosines with its probe: of latents that stand for it and of
-    latents that absorb its words, of all runs. The area of a dot grows with the number of words."""
+    """Draw, for every letter, the cosine of its probe with each latent of any run that stands for
+    the letter or absorbs its words. The area of a dot grows with the number of absorbed words."""
     figure = Figure(figsize=(WIDTH, 1.5 * len(cells) + 0.9))
     grid = panels(figure, len(cells), 1)
     for axes, (knobs, cell) in zip(grid, cells, strict=True):
@@ -203,7 +203,7 @@ def absorbers_figure(cells: Sequence[Cell], runs: Runs) -> Figure:
         Line2D([], [], color=BLUE, marker="o", linestyle="", alpha=0.5, markersize=3,
                label="absorbs a word"),
         Line2D([], [], color=BLUE, marker="o", linestyle="", alpha=0.5, markersize=8,
-               label="absorbs many"),
+               label="absorbs many words"),
     ], columns=3)  # fmt: skip
     return figure
 

@@ -32,7 +32,7 @@ OVERLAP = "absorbed_overlap"
 """Column of pairs: words absorbed in both over words absorbed in either
 (`reseed.study.absorbed_words`)."""
 SHARED, ORPHAN = "_shared", "_orphan"
-"""Suffixes of means over latents that other runs share, and over latents that none does."""
+"""Suffixes of means over latents that another run shares, and over latents that no run shares."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class EvaluatedRun:
     """A run with the results of its evaluations.
 
     Attributes:
-        about: its identity: its knobs, ``seed`` and ``run``.
+        about: identity of the run: its knobs, ``seed`` and ``run``.
         results: name of the evaluation → its result.
         quality: measures at the end of training: ``fvu``, ``l0``, ``dead_fraction``.
     """
@@ -51,7 +51,7 @@ class EvaluatedRun:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Column → value of all metrics; NaN where one cannot be evaluated."""
+        """Column → value of all metrics; NaN for a metric that could not be measured."""
         return {
             column(name, metric): float("nan") if value is None else float(value)
             for name, result in self.results.items()
@@ -137,8 +137,8 @@ def _with_latents(
 def _by_sharing(
     cell: CellResult, own: Sequence[EvaluatedRun], confidence: float
 ) -> dict[str, Interval]:
-    """Average the values of live latents over those that another run shares and over orphans: per
-    run, then over runs. Integer columns are identifiers and have no mean."""
+    """Average the values of live latents within each run, for shared latents and for orphans apart,
+    and then over runs. Integer columns are identifiers and have no mean."""
     found: dict[str, list[float]] = {}
     sizes = np.cumsum([0, *cell.runs["num_latents"].astype(int)])
     shared = cell.latents["shared_with"].to_numpy() > 0

@@ -27,11 +27,11 @@ class EvaluationTableSpec:
     """Specification of the table of one evaluation.
 
     Attributes:
-        title: the question that it answers.
+        title: the question that the table answers.
         heads: column heading → column of the runs.
         with_interval: headings shown with their interval; summary.csv has all intervals.
-        footnotes: how to read it.
-        counts: headings that are counts.
+        footnotes: how to read the table.
+        counts: headings of columns that hold counts.
         spare: headings that a narrow window can leave out, the least useful first.
         latents: heading → column of the latents, shown as means over shared latents and orphans.
         about_latents: footnote that explains ``latents``.
@@ -66,7 +66,8 @@ SPECS: dict[str, EvaluationTableSpec] = {
             "**FVU**: fraction of variance unexplained; **EV uncentred**: 1 − squared error / "
             "Σ‖x‖², which a large mean alone brings near 1. **cosine** of x and x̂. **L0**, **L1**: "
             "active latents per token, and the sum of their activations.",
-            "**never fired**, **dense** (on over a tenth of the tokens): fractions of latents.",
+            "**never fired**, **dense** (active on more than a tenth of the tokens): fractions of "
+            "latents.",
             "**‖x̂‖/‖x‖**: mean over tokens, below 1 if reconstructions are too short. "
             "**relative bias**: E‖x̂‖²/E[x̂·x], below 1 if x̂ should be longer (Rajamanoharan et "
             "al.).",
@@ -135,8 +136,8 @@ SPECS: dict[str, EvaluationTableSpec] = {
         footnotes=(
             "**fraction**: the part of a letter's probe projection, in words with that letter, "
             "that other latents carry instead of the letter's own; **full**: fraction of words on "
-            "which its own latents are silent and one other takes over. Chanin et al., with their "
-            "thresholds, over **letters** whose probe is good enough. Lower is better.",
+            "which its own latents are silent and one other takes over. Both follow Chanin et al. "
+            "and their thresholds, over **letters** whose probe is good enough. Lower is better.",
             "**permuted**: the same with letters assigned to words at random; **untrained**: the "
             "same for the untrained SAE. A value no higher than these is no sign of absorption. "
             "**derived**: with thresholds that meaningless directions do not reach in this "
@@ -150,8 +151,8 @@ SPECS: dict[str, EvaluationTableSpec] = {
         "What do latents fire on?",
         {"never\nfired": "contexts_silent_fraction"},
         footnotes=(
-            "**never fired**: fraction of latents that fired on no token that was read. To see the "
-            "contexts of the others: `reseed show RUN LATENT`.",
+            "**never fired**: fraction of latents that fired on none of the evaluated tokens. To "
+            "see the contexts of the other latents: `reseed show RUN LATENT`.",
         ),
     ),
 }
@@ -247,10 +248,10 @@ def _overlaps(cells: Sequence[Cell]) -> list[Table]:
         made,
         f"**same words**: words absorbed in both of two {pair_axis_name(cells)} / in either, over "
         "**letters** whose latents are matched by the decoder; mean over pairs. **by chance**: the "
-        "same after permuting words of one letter and similar frequency; **p**: p-value of a pair "
-        "in that permutation test.",
+        "same after permuting words with one letter and similar frequency; **p**: p-value of a "
+        "pair in that permutation test.",
     )
-    return [replace(table, caption="Do they absorb the same words?")]
+    return [replace(table, caption="Do runs absorb the same words?")]
 
 
 def _significant(cell: CellResult) -> str:

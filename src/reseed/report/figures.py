@@ -66,11 +66,12 @@ from reseed.system.files import atomic_write
 _UNDATED: Mapping[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 """No dates, so that equal data give equal files."""
 MAX_POINTS = 4000
-"""Most points drawn per cell in the figure of cosines."""
+"""Maximum number of points per cell in the figure of cosines."""
 MOST_RINGS = 8
-"""Most cells drawn as rings; more are drawn as bars."""
+"""Maximum number of cells that are drawn as rings; more are drawn as bars."""
 FEWEST_FOR_REFERENCE = 4
-"""Fewest seeds whose line of u_k is long enough to show the paper's beside it."""
+"""Minimum number of seeds to draw the paper's u_k; with fewer, the cells' own lines are too short
+to compare."""
 
 
 def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
@@ -78,8 +79,9 @@ def write_figures(cells: Sequence[Cell], folder: Path | str) -> list[Path]:
     ``firing_deciles``, each as png and svg.
 
     Also write ``shared_fraction_by_<axis>`` for each numeric axis with at least 3 values,
-    ``quality_coverage`` if cells were measured on activations, ``matrix`` if chosen values pair up,
-    and ``truth`` if the truth is known. Without held-out tokens the figures of firing are left out.
+    ``quality_coverage`` if cells were measured on activations, ``matrix`` if pairs differ in a
+    chosen value, and ``truth`` if the truth is known. Without held-out tokens the figures of firing
+    are left out.
 
     Returns:
         The files written, each atomically.
@@ -113,7 +115,7 @@ def comparison_drawings(cells: Sequence[Cell]) -> dict[str, Callable[[], Figure]
         drawings["matrix"] = matrix_figure
     if with_labels(cells):
         drawings["truth"] = truth_figure
-    if not all(cell.held_out_tokens for _, cell in cells):  # weights alone: nothing fires
+    if not all(cell.held_out_tokens for _, cell in cells):  # firing is unknown
         for name in ("firing", "firing_deciles"):
             del drawings[name]
     return {name: partial(draw, cells) for name, draw in drawings.items()}
@@ -242,7 +244,8 @@ def matched_cosines(
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"], Bool[np.ndarray, " n"]]:
     """Return encoder cosine, decoder cosine and index agreement of latents that have both matches.
 
-    Latents of all runs against all other runs, sampled uniformly down to ``at_most``.
+    All runs are compared with all other runs; of more than ``at_most`` latents, a uniform sample
+    is returned.
     """
 
     def flat(name: str) -> np.ndarray:
@@ -288,7 +291,7 @@ def _ring(axes: Axes, cell: CellResult, title: str, most: int) -> None:
         radius=1.2,
         wedgeprops={"width": 0.42, "edgecolor": "white", "linewidth": 0.6},
     )
-    axes.text(0, 0, f"{cell.p[0]:.0%}\nin none", ha="center", va="center", fontsize=7.5)
+    axes.text(0, 0, f"{cell.p[0]:.0%}\nunshared", ha="center", va="center", fontsize=7.5)
     axes.set_title(title, pad=6)
 
 
@@ -303,7 +306,7 @@ def _bars(cells: Sequence[Cell]) -> Figure:
         colours = [_shade(m, most) for m in range(cell.n_seeds)]
         axes.barh(row, cell.p, left=starts, height=0.72, color=colours)
         axes.text(1.02, row, f"{cell.p[0]:.0%}", va="center", fontsize=7)
-    axes.text(1.02, -1, "in none", va="center", fontsize=7)
+    axes.text(1.02, -1, "unshared", va="center", fontsize=7)
     axes.set_yticks(rows, names)
     axes.set_ylim(rows[-1] + 0.6, -1.5)
     axes.set_xlim(0, 1)
@@ -315,9 +318,9 @@ def _bars(cells: Sequence[Cell]) -> Figure:
 
 
 def _shades_below(figure: FigureBase, cells: Sequence[Cell], most: int, columns: int) -> None:
-    """Draw the legend of the shades: a number of others that share a latent, each."""
+    """Draw the legend of the shades; each shade is a number of others that share a latent."""
     handles = [Patch(facecolor=_shade(m, most), label=str(m)) for m in range(most)]
-    title = f"shared with so many others of {count_text(cells)}"
+    title = f"number of others that share a latent; {count_text(cells)}"
     legend_below(figure, handles, columns, title=title, handlelength=1, columnspacing=1)
 
 
@@ -351,6 +354,6 @@ def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
     axes.set_ylim(-0.02, 1.02)
     faint_grid(axes, "y")
     axes.set_xlabel(f"number k of {pair_axis_name(cells)}, of {count_text(cells)}")
-    axes.set_ylabel(f"fraction in one of k {pair_axis_name(cells)} only")
+    axes.set_ylabel(f"fraction in only one of k {pair_axis_name(cells)}")
     if any(fit_power_law(cell.u) for _, cell in cells):
         axes.set_title("lines: a·k$^{-b}$ + c fitted, limit c")

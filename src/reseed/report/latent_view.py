@@ -1,6 +1,6 @@
 """A latent on the terminal: its contexts, logits, neighbours and matches in other runs.
 
-The matches are read from a sweep's ``latents.parquet``, only the rows that are needed.
+Only the rows of the latent are read from a sweep's ``latents.parquet``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Partner:
         name: its name within the cell: ``seed 1``.
         latent: index of the match; None if there is none.
         cosine_encoder, cosine_decoder: cosines with the match; None if rows cannot be compared.
-        shared: whether it is shared by the strict rule.
+        shared: whether the other run shares the latent by the strict rule.
     """
 
     run: str
@@ -137,7 +137,7 @@ def print_partner(partner: Partner, view: LatentView | None, console: Console) -
     """Print the strongest contexts of a latent's partner in another run.
 
     Args:
-        view: the partner with its contexts; None if its run has none.
+        view: the partner with its contexts; None if its run has no contexts yet.
     """
     console.print(Text(f"in {partner.name}: {_in_words(partner)}", style="bold"))
     if partner.latent is None:
@@ -166,13 +166,13 @@ def _fires(view: LatentView) -> Text:
         return Text(f"fires on none of {view.contexts.tokens:,} tokens")
     return Text(
         f"fires on {latent.firing:,} of {view.contexts.tokens:,} tokens "
-        f"({latent.density:.2%}), at most {latent.largest:.3g}, on average {latent.mean:.3g}"
+        f"({latent.density:.2%}), largest activation {latent.largest:.3g}, mean {latent.mean:.3g}"
     )
 
 
 def _print_matches(matches: LatentMatches | None, console: Console) -> None:
     if matches is None:
-        console.print(Text("in no comparison yet"))
+        console.print(Text("not compared with other runs yet"))
         return
     if matches.reproducibility is not None:
         mean, low, high = matches.reproducibility

@@ -47,7 +47,7 @@ the knobs that name them."""
 
 @dataclass(frozen=True)
 class _LegendText:
-    """Extra text of the legend: ``of`` returns that of a cell, and ``title`` explains it."""
+    """Text added to the legend: ``of`` returns the text for a cell, ``title`` explains it."""
 
     of: Callable[[CellResult], str]
     title: str
@@ -131,7 +131,7 @@ def decile_figure(cells: Sequence[Cell]) -> Figure:
 def coverage_figure(cells: Sequence[Cell]) -> Figure:
     """Draw the mean substitution quality of the best matches, against their number.
 
-    Cells without measures on activations are left out.
+    The figure leaves out cells without measures on activations.
 
     Raises:
         ValueError: no cell has measures on activations.

@@ -1,4 +1,4 @@
-"""Output of ``reseed check``: a row per named latent, and what is expected of any other latent."""
+"""Output of ``reseed check``: a row per named latent, and the same measures of other latents."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def write_check(frame: pd.DataFrame, table: Table, folder: Path) -> list[Path]:
 
 
 def print_check(table: Table, console: Console | None = None) -> None:
-    """Print the table."""
+    """Print the table of ``reseed check``."""
     print_table(table, console or Console(), "Do these latents replicate?")
 
 
 def check_table(
     frame: pd.DataFrame, result: CellResult, knobs: Mapping[str, Any], lacking: Sequence[str] = ()
 ) -> Table:
-    """Return the table of `compare.replication.replication_table`.
+    """Return the numbers of `compare.replication.replication_table` as text, with footnotes.
 
     Args:
         knobs: the cell's knobs.
@@ -87,8 +87,8 @@ def _reproducibility(row: Mapping[str, Any]) -> Interval:
 
 
 def _partner(row: Mapping[str, Any], value: str) -> str:
-    """Return ``812 (0.93, 0.91)``: the matched partner with both cosines and a star if shared; then
-    the latent that is nearest by both cosines, if it is another."""
+    """Return ``812 (0.93, 0.91)``: the matched partner with both cosines, and a star if shared;
+    then the latent that is nearest by both cosines, if that is not the partner."""
     if pd.isna(row[f"partner_{value}"]):  # its own run
         return ""
     matched, best = int(row[f"partner_{value}"]), int(row[f"best_{value}"])
@@ -121,22 +121,22 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
     found = float((shared / others).mean())
     null = null_text(mean("null_shared_fraction"), result.null_simulated_latents)
     notes = [
-        f"**{every} of {n} are shared with all of the other {result.n_seeds - 1}, {none} with "
-        f"none.** On average they are shared with {format_number(found)} of the "
-        "others; for comparison, "
-        "latents of the same dictionary that fire as often are shared with "
-        f"{format_number(mean('decile_shared'))}, all its latents with "
+        f"**{every} of {n} latents are shared with all other runs ({result.n_seeds - 1}), {none} "
+        f"with none.** On average a latent is shared with {format_number(found)} of the other "
+        "runs; for comparison, latents of the same dictionary that fire as often are shared with "
+        f"{format_number(mean('decile_shared'))}, all latents of the dictionary with "
         f"{format_number(mean('dictionary_shared'))}, random rows with {null}. (Matched "
         f"random rows have a cosine of {format_number(mean('null_cosine'))}.)",
-        "**shared with**: number of the others in which the matchings by encoder and by decoder "
+        "**shared with**: number of other runs in which the matchings by encoder and by decoder "
         "give the latent the same partner, with both cosines at least "
         f"{settings.threshold:g}. **reproducibility**: probability that one more "
-        f"{settings.pair_words} has it, with the {settings.confidence:.0%} interval of a beta "
-        "distribution. **alike**: mean shared fraction of the latents in its decile of firing.",
+        f"{settings.pair_words} shares the latent, with the {settings.confidence:.0%} interval of "
+        "a beta distribution. **alike**: mean shared fraction of the latents in the same decile of "
+        "firing.",
         f"The column of each other {settings.pair_words} gives the match by decoder (cosine by "
-        "encoder, by decoder), with * if it is shared. If another latent is nearer, it follows: "
-        "the one with the largest minimum of both cosines, even if it is matched to another "
-        "latent.",
+        "encoder, by decoder), with * if the latent is shared. If another latent has a larger "
+        "minimum of both cosines, the one with the largest follows, even if it is matched to "
+        "another latent.",
     ]
     silent = _numbers(frame, "latent")[_numbers(frame, "live") == 0]
     if len(silent):

@@ -66,8 +66,8 @@ def sharing_by_decile_table(cells: Sequence[Cell]) -> Table:
 
 
 def sharing_at_equal_firing_table(cells: Sequence[Cell]) -> Table:
-    """Return the table of the shared fraction at equal firing, weighted, and of kinds of latents
-    (dense, duplicate, antipodal)."""
+    """Return the table of other shared fractions: at equal firing, with weighted latents, and of
+    kinds of latents (dense, duplicate, antipodal)."""
     made: dict[str, Column] = {}
     footnotes = []
     if len(cells) > 1:
@@ -119,12 +119,12 @@ def strata_frame(cells: Sequence[Cell]) -> pd.DataFrame:
 
 @dataclass(frozen=True, eq=False)
 class MatchedLatents:
-    """Latents of all runs against all other runs, where the decoder matching gives a match.
+    """Pairs of a latent and another run in which the decoder matching gives the latent a match.
 
     Attributes:
         rate: firings in ten million tokens (Paulo & Belrose's unit); 0 for never.
-        cosine: cosine of its decoder row with the match's.
-        shared: whether it is shared with that match, by the strict rule.
+        cosine: cosine of the latent's decoder row with that of its match.
+        shared: whether the run shares the latent by the strict rule.
     """
 
     rate: Float[np.ndarray, " n"]
@@ -172,7 +172,7 @@ def firing_figure(cells: Sequence[Cell]) -> Figure:
         title = wrapped(label(cells, knobs), round(11 * side))
         _margins(axes, own, never, most, low, title)
         axes.axhline(cell.settings.threshold, color="black", linestyle="--", linewidth=0.7)
-        if i + columns >= len(cells):  # nothing below
+        if i + columns >= len(cells):  # no panel is below
             axes.set_xlabel("firing in 10M tokens" if columns > 2 else _below(cell))
             axes.tick_params(labelbottom=True)
         if i % columns == 0:

@@ -6,7 +6,7 @@ table "What would chance share?" (`null_table`) has nulls that keep more and mor
     isotropic rows          the sizes only
     rows of the covariance  + the directions that vary
     untrained weights       + the SAE's initial weights
-    Gaussian activations    + training, on draws with the activations' mean and covariance
+    Gaussian activations    + training, on samples with the activations' mean and covariance
     random weights          + the text, through a language model with random weights
     trained model           everything
 
@@ -54,13 +54,13 @@ _WEIGHT_NULLS = {
 }
 """Null → its columns of the pairs."""
 _MOST = 6
-"""With more families of cells the table is too long to read and is left out; the summary has their
-rows."""
+"""Maximum number of families of cells in the table; with more it would be too long to read and is
+left out. The main table has a row for each of their cells."""
 
 
 def null_table(cells: Sequence[Cell]) -> Table | None:
-    """Return the table: a row per null of each family of cells, from the null that keeps least;
-    None if no null was trained."""
+    """Return the table with a row per null of each family of cells, from the null that keeps the
+    least of the experiment; None if no null was trained."""
     found = _families([(k, c) for k, c in cells if c.settings.pairs_are_a_sample])
     if not found or len(found) > _MOST:
         return None
@@ -147,10 +147,10 @@ def _cell_row(name: str, estimates: Mapping[str, Interval]) -> tuple[str, ...]:
 
 def _footnotes(confidence: float) -> tuple[str, ...]:
     return (
-        "The rows begin with the null that keeps least. **isotropic rows**: two random "
-        "dictionaries of these sizes; **rows of the covariance**: rows drawn with the covariance "
+        "The first null keeps the least of the experiment. **isotropic rows**: two random "
+        "dictionaries of these sizes; **rows of the covariance**: rows sampled with the covariance "
         "of the activations; **untrained weights**: the same pairs before training.",
-        "**Gaussian activations**: trained on draws with the activations' mean and covariance; "
+        "**Gaussian activations**: trained on samples with the activations' mean and covariance; "
         "**random weights**: trained on the activations of the same language model before any "
         "training, on the same text.",
         "**κ** = (S − S₀)/(1 − S₀), where S is the shared fraction of the trained model's SAEs and "
@@ -160,8 +160,8 @@ def _footnotes(confidence: float) -> tuple[str, ...]:
 
 
 def summary_tables(cells: Sequence[Cell]) -> list[tuple[str, list[Table]]]:
-    """Return titles with their tables, in the order of ``summary.md``, without what was not
-    measured.
+    """Return titles with their tables, in the order of ``summary.md``, without tables of measures
+    that were not taken.
 
     Differences between architectures are not included, because they concern several cells.
     """
@@ -208,13 +208,13 @@ def details(cells: Sequence[Cell]) -> Table:
         "the decoder alone.",
         "**corr**: the strict rule with encoders matched by the correlation of pre-activations on "
         "held-out activations, in which directions of low variance hardly count.",
-        "**joint**: one matching of encoder and decoder rows together, both cosines at the "
-        "threshold. **mutual**: each is the other's nearest, by the smaller of both cosines; "
-        "**mutual, dec**: by the decoder's cosine.",
-        "**split**: at least two latents of the other run have both cosines at the threshold. "
-        "**not dead**: the strict rule over latents that fired at the end of training, both "
-        "partners. **ceiling, live**: the largest live shared fraction that the numbers of live "
-        "latents allow.",
+        "**joint**: one matching of encoder and decoder rows together, with both cosines at least "
+        "at the threshold. **mutual**: each latent is the other's nearest, by the smaller of both "
+        "cosines; **mutual, dec**: by the decoder's cosine.",
+        "**split**: at least two latents of the other run have both cosines at least at the "
+        "threshold. **not dead**: the strict rule over latents that fired at the end of training, "
+        "as their partners did. **ceiling, live**: the largest live shared fraction that the "
+        "numbers of live latents allow.",
     )
 
 
@@ -255,8 +255,8 @@ def profiles(cells: Sequence[Cell]) -> Table:
     )
     footnotes = (
         f"**p_m**: fraction of latents shared with exactly m of the other {pair_axis_name(cells)}. "
-        f"**u_k**: fraction of latents that none of k−1 other {pair_axis_name(cells)}, drawn at "
-        "random, has.",
+        f"**u_k**: fraction of latents that none of k−1 other {pair_axis_name(cells)} has; mean "
+        "over all choices of k.",
     )
     return Table(header, rows, len(knobs), "", footnotes)
 
@@ -274,8 +274,8 @@ def by_threshold(cells: Sequence[Cell]) -> Table:
         for k, cell in cells
     ]
     note = (
-        "The strict rule with each threshold on both cosines; the matchings do not depend on it. "
-        "Over live latents: `shared_fraction_live_at_…` in summary.csv."
+        "The strict rule with each threshold on both cosines; the matchings do not depend on the "
+        "threshold. For live latents see `shared_fraction_live_at_…` in summary.csv."
     )
     other = (
         f"**{SOURCE}**: another model and budget (TopK, k=32, 32,768 latents, 8B tokens), for "
@@ -349,7 +349,7 @@ def _tokens(cell: CellResult) -> int:
 
 
 def _not_measured(cells: Sequence[Cell], lacking: Sequence[Cell]) -> list[Table]:
-    """Return the table of why some cells have no numbers."""
+    """Return the table of the reasons why some cells have no numbers."""
     rows = tuple((label(cells, knobs), str(cell.pairs[NOTE].iloc[0])) for knobs, cell in lacking)
     return [Table(("not measured", "why"), rows, 2, "", ())] if rows else []
 
@@ -369,7 +369,7 @@ def nulls(cells: Sequence[Cell]) -> Table:
         cells,
         made,
         "**κ** = (S − S₀)/(1 − S₀), where S is shared and S₀ is the shared fraction of two "
-        "dictionaries of random **isotropic** rows, of rows drawn with the **covariance** of the "
+        "dictionaries of random **isotropic** rows, of rows sampled with the **covariance** of the "
         "held-out activations, or of the **untrained** weights of the same pairs. The interval of "
         "κ is that of S, with S₀ taken as exact.",
         "**cos**, **covered**: mean matched cosine and coverage of these random dictionaries.",

@@ -48,8 +48,8 @@ class Table:
     """A table as text.
 
     Attributes:
-        header: column names; a line break where a column name may break.
-        rows: as many entries each as the header.
+        header: column names; a line break marks where a name may be wrapped.
+        rows: the rows, each with as many entries as the header.
         num_knobs: number of leading columns that name the cell; the others are numbers.
         caption: what all cells have in common.
         footnotes: explanations of the columns, and remarks about single cells.
@@ -126,7 +126,7 @@ def null_column(name: str, drawn: bool) -> Column:
     """Return a column of a shared fraction by chance.
 
     Args:
-        drawn: whether it comes from simulated dictionaries, so that a 0 has a limit of detection.
+        drawn: whether the fraction was simulated; a 0 is then shown as the limit of detection.
     """
 
     def column(cell: CellResult) -> str:
@@ -296,8 +296,8 @@ def detectable_note(
     between = "two rows" if len(estimates) > 1 else "this row and one like it"
     rows = ", depending on the rows" if size != least else ""
     return (
-        f"Primary measure: **{name}**. With n = {n} the smallest difference in it between "
-        f"{between} that this design could detect is {size} (80% power, {confidence:.0%} "
+        f"Primary measure: **{name}**. With n = {n} the smallest difference in this measure "
+        f"between {between} that this design could detect is {size} (80% power, {confidence:.0%} "
         f"level{rows}).",
     )
 

@@ -257,7 +257,8 @@ def markdown_table(table: Table) -> str:
 
 
 def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], pd.DataFrame]]:
-    """Return file name → function that makes the table."""
+    """Return file name → function that makes the table, for figures whose numbers are in no other
+    file."""
     made: dict[str, Callable[[], pd.DataFrame]] = {
         "seeds.csv": lambda: sharing_profile_frame(cells),
         "cosines.csv": lambda: matched_cosines_frame(cells),

@@ -20,11 +20,12 @@ from reseed.report.table_files import shown_tables
 def print_summary(
     cells: Sequence[Cell], *, title: str = "", console: Console | None = None
 ) -> None:
-    """Print the summary table with its footnotes and `difference_lines`, then `truth_tables`.
+    """Print the summary table with its footnotes and `difference_lines`, then the other tables of
+    `shown_tables`.
 
-    On a terminal it fits the window: if it is too wide, spare columns are left out; if that does
-    not suffice, cells are printed as paragraphs. In a file or pipe it has its full width and no
-    colour, so that nothing is cut off.
+    On a terminal a table fits the window: if it is too wide, spare columns are left out; if that
+    does not suffice, rows are printed as paragraphs. In a file or pipe a table has its full width
+    and no colour, so that nothing is cut off.
     """
     console = console or Console()
     first, *others = shown_tables(cells)
@@ -90,8 +91,8 @@ def _rich_table(table: Table, room: int = 10_000) -> RichTable:
     """Make the table; columns may wrap between words, never within a word or number.
 
     Args:
-        room: how much wider than the narrowest possible the table may be. (By default rich narrows
-            the widest column first, and breaks its words while others have room.)
+        room: number of characters by which the table may exceed its minimum width. (By default
+            rich narrows the widest column first, and breaks its words while others have room.)
     """
     made = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
     made.collapse_padding, made.pad_edge = True, False

@@ -95,11 +95,12 @@ def _sharing(cells: Sequence[Cell], labelled: Sequence[Cell], names: Sequence[st
     footnotes = (
         "**atom**: the decoder row has |cos| ≥ 0.9 with one true feature and fires with it (F1 ≥ "
         "0.8). **composite**: no atom, but a non-negative sum of at most 3 features has cos ≥ 0.9 "
-        "with it. **group**: neither, but at least 0.9 of it lies in one group's subspace.",
+        "with the row. **group**: neither, but the row's projection onto one group's subspace has "
+        "norm ≥ 0.9.",
         "**P(atom | shared)**, **P(atom | orphan)**: fraction of atoms among live latents that "
-        f"another {one} shares and among those that it does not, counted over all ordered pairs.",
-        "**difference**: the first minus the second. **adjusted**: the same among latents of equal "
-        f"firing ({DECILES} deciles, Mantel–Haenszel).",
+        f"another {one} shares and among the other live latents, over all ordered pairs.",
+        "**difference**: P(atom | shared) − P(atom | orphan). **adjusted**: the same among latents "
+        f"of equal firing ({DECILES} deciles, Mantel–Haenszel).",
         "**likelihood ratio**: P(shared | atom) / P(shared | no atom); 1 means that sharing says "
         f"nothing about truth. Intervals leave one {one} out at a time.",
         *_reasons(cells, labelled),

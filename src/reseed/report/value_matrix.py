@@ -33,7 +33,7 @@ MAX_FAMILIES = 6
 """Maximum number of families of cells (such as the layers of one model) for which matrices are
 shown; more are too many to read."""
 _WRITTEN = 12
-"""Up to this many values, the numbers are written into the squares."""
+"""Maximum number of values for which the squares contain numbers."""
 _LIGHT = 0.55
 """On squares darker than this fraction of the scale the number is white."""
 
@@ -154,7 +154,7 @@ def matrix_figure(cells: Sequence[Cell]) -> Figure:
     """Draw a heat map for each measure and family of cells, darker for more.
 
     Raises:
-        ValueError: no values pair up, or too few for a matrix.
+        ValueError: no pairs differ in a chosen value, or there are too few values for a matrix.
     """
     found = value_matrices(cells)
     if not found:
@@ -201,4 +201,4 @@ def _below(cells: Sequence[Cell], found: Sequence[Matrix]) -> str:
     over = value_pair_cells(cells)
     seeds = {len(group.levels) for group in pair_groups(over)}
     count = "–".join(str(n) for n in sorted({min(seeds), max(seeds)}))
-    return f"cosines ≥ {found[0].threshold:g}; mean over {count} seeds; – where no runs pair up"
+    return f"cosines ≥ {found[0].threshold:g}; mean over {count} seeds; – where there are no pairs"

@@ -1,7 +1,8 @@
 """Tables of pairs of runs that differ in a chosen value: a row for each pair of values.
 
-"How much of layer 3's SAE is in layer 6's?": the pairs of two values over the seeds, with one-sided
-coverage in both directions; `reseed.report.value_matrix` has them as a matrix.
+They answer questions such as "How much of layer 3's SAE is in layer 6's?". A row averages the pairs
+over seeds and has the coverage in both directions; `reseed.report.value_matrix` makes a matrix of
+the same pairs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ from reseed.report.format import (
 from reseed.report.table import Table, detectable_note
 
 MANY_ROWS = 30
-"""A longer table shows only the pairs that differ in most axes; pairings.csv has all."""
+"""Maximum number of rows. If there are more groups of pairs, the table shows, for each pair of
+values, only the group that differs in the largest number of axes; pairings.csv has all."""
 _ONE_SIDED = ("coverage_a", "coverage_b")
 SAME_TOKENS = {
     "CKA\ncodes": "cka_codes",
@@ -152,7 +154,7 @@ def shared_knobs(group: PairGroup) -> tuple[tuple[str, Any], ...]:
 
 
 def most_differing_groups(every: Sequence[PairGroup]) -> list[PairGroup]:
-    """Return, for each pair of values, the group that differs in most axes."""
+    """Return, for each pair of values, the group that differs in the largest number of axes."""
     found: dict[Any, PairGroup] = {}
     for group in every:
         key = (shared_knobs(group), group.first, group.second)
@@ -164,7 +166,7 @@ def most_differing_groups(every: Sequence[PairGroup]) -> list[PairGroup]:
 
 
 def value_name(cells: Sequence[Cell]) -> str:
-    """Return the axis of the values, ``layer``; empty if seeds and data orders pair up."""
+    """Return the axis of the values, ``layer``; empty if only seeds and data orders differ."""
     names = {SEPARATOR.join(value_axes(cell.settings.pair_by)) for _, cell in cells}
     return names.pop() if len(names) == 1 else "value"
 
@@ -198,8 +200,8 @@ def _footnotes(
     ]
     if _contrasts(shown, primary, confidence):
         notes.append(
-            "**− within**: the row's measure minus the mean of that of the two values, each with "
-            "itself over seeds; * if the interval excludes 0."
+            "**− within**: the row's measure minus the measure over pairs of seeds with the same "
+            "value (mean of the two values); * if the interval excludes 0."
         )
     if any(incompatible(group) for group in shown):
         notes.append(_on_same_tokens(shown, settings.threshold))
@@ -210,8 +212,8 @@ def _footnotes(
         )
     if len(shown) < len(every):
         notes.append(
-            "Only the pairs that differ in most axes are shown; all "
-            f"{len(every)} groups are in pairings.csv."
+            "For each pair of values, only the group that differs in the largest number of axes is "
+            f"shown; all {len(every)} groups are in pairings.csv."
         )
     notes += [f"**{reason}**" for reason in reasons]
     # Rows have runs in common, so the detectable difference between them is not known.

@@ -1,7 +1,7 @@
 """Base classes of sparse autoencoders.
 
-In this order: the results of `SAE.forward` and of a training loss; `SAEConfig`, whose `build` draws
-the initial weights; `SAE`, with its parameters, encode, decode and loss.
+The module has, in this order, the results of `SAE.forward` and of a training loss; `SAEConfig`,
+whose `build` makes the initial weights; and `SAE`, with its parameters, encode, decode and loss.
 
 Letters of this package: B batch (tokens), D ``d_in``, F ``num_latents``; x activations, π
 pre-activations, f latents, x̂ reconstruction, e = x − x̂. ``W_enc`` and ``W_dec`` are both [F, D]: a
@@ -27,7 +27,7 @@ from reseed.errors import ConfigError
 from reseed.sae.pairs import PairsByLatent, SparseLatents
 
 DENSE_BYTES = 1 << 27
-"""Size of the dense latents that `SAE.encode_sparse` holds at once."""
+"""Maximum number of bytes of dense latents that `SAE.encode_sparse` holds at once."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,17 @@ class SAEConfig(SAEOption, ABC):
     """Settings that all architectures share.
 
     Args:
-        num_latents: F.
+        num_latents: number of latents, F.
         expansion_factor: F as a multiple of D; ignored (and set to null) if `num_latents` is given.
         decoder_init_norm: initial norm of every decoder row.
         encoder_init_scale: initial norm of the encoder's rows over that of the decoder's.
         encoder_init: ``tied``: the encoder starts as the transpose of the decoder (scaled);
             ``untied``: it starts in random directions of its own.
-        unit_norm_decoder: hold decoder rows at norm 1 during training (the optimiser does it).
+        unit_norm_decoder: whether the optimiser keeps decoder rows at norm 1.
         target_l0: the L0 to reach, if the architecture supports it: k, the target of a penalty, or
             the L0 for which the weight of a penalty is searched (`needs_calibration`).
         aux_alpha: weight of the auxiliary loss of dead latents (`reseed.sae.losses`), in units of
-            the variance of the inputs; 0 leaves it out.
+            the variance of the inputs; 0 leaves this loss out.
         k_aux: number of dead latents per token that reconstruct the error; null is D/2.
     """
 
@@ -154,7 +154,7 @@ class SAEConfig(SAEOption, ABC):
         """Label of the sparsity for tables: ``k=32``, ``λ=5``, ``L0*=32``."""
 
     def _check_initial_weight(self) -> None:
-        """Refuse a weight of 0: the search runs on a logarithmic scale."""
+        """Raise `ConfigError` for a weight of 0: the search runs on a logarithmic scale."""
         if self.needs_calibration and getattr(self, self.penalty_field or "") == 0:
             raise ConfigError(
                 "{key} must be above 0 with `target_l0`: the search starts at this weight; got 0",
@@ -167,8 +167,8 @@ class SAEConfig(SAEOption, ABC):
         return self.target_l0 is not None and self.penalty_field is not None
 
     def calibrated(self, coefficient: float) -> Self:
-        """Return a copy with the penalty weight that the search found. `target_l0` stays as its
-        reason.
+        """Return a copy with the penalty weight that the search found. `target_l0` stays, to record
+        what the search aimed at.
 
         Raises:
             ValueError: the architecture has no penalty.
@@ -200,7 +200,7 @@ class SAEConfig(SAEOption, ABC):
         with torch.no_grad():
             sae.W_dec.copy_(directions * self.decoder_init_norm)
             if self.encoder_init == "untied":
-                # Drawn after the decoder's, so that those do not depend on `encoder_init`.
+                # Sampled after the decoder's rows, so that these do not depend on `encoder_init`.
                 directions = random_directions(self.width(d_in), d_in, generator)
                 sae.W_enc.copy_(directions * self.decoder_init_norm * self.encoder_init_scale)
             else:
@@ -211,9 +211,9 @@ class SAEConfig(SAEOption, ABC):
 def random_directions(
     num_latents: int, d_in: int, generator: Generator
 ) -> Float[Tensor, "num_latents d_in"]:
-    """Draw rows of norm 1, uniform on the sphere, in float32 on the CPU.
+    """Sample rows of norm 1, uniform on the sphere, in float32 on the CPU.
 
-    The CPU's generator draws the same numbers for every device on which the SAE is trained.
+    The CPU's generator gives the same numbers for every device on which the SAE is trained.
 
     Raises:
         ValueError: the generator is not on the CPU.
@@ -301,14 +301,14 @@ class SAE(nn.Module, ABC):
 
     def initialise_threshold(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Set a threshold that is a running statistic, not a parameter, from (scaled) activations.
-        Most architectures have none and do nothing."""
+        Most architectures have no such threshold and do nothing."""
 
     @torch.no_grad()
     def folded(self, scale: float) -> Self:
         """Return the SAE for raw activations x, given that this one was trained on ``scale``·x.
 
         Exact, because every architecture is homogeneous: with the biases (and thresholds) divided
-        by the scale, latents and reconstruction of x are those of ``scale``·x divided by it.
+        by the scale, latents and reconstruction of x are those of ``scale``·x divided by ``scale``.
         Weights do not change: unit rows stay unit, and latents are in units of raw activations.
         """
         if not scale > 0:

@@ -29,7 +29,8 @@ class BatchTopKConfig(KSparseConfig, name="batch_topk"):
 
     Args:
         k: active latents per token, on average; may be a fraction: k·B is rounded.
-        threshold_rate: θ moves by this share of the way to each batch's smallest chosen activation.
+        threshold_rate: in each batch θ moves by this fraction of its distance to the batch's
+            smallest chosen activation.
         threshold_window: if above 0, θ is a mean over about this fraction of the steps so far, and
             never over more than 1/`threshold_rate` steps: the rate of step t is at least
             1/(1 + window·t). Without it, the far larger activations of the first batches keep θ too
@@ -40,7 +41,7 @@ class BatchTopKConfig(KSparseConfig, name="batch_topk"):
     threshold_window: float = setting(0.0, at_least=0, at_most=1, neutral=0.0)
 
     def threshold_rate_at(self, step: Step, d_in: int) -> float:
-        """Return the share of the way by which θ moves at a training step."""
+        """Return the fraction of the distance by which θ moves at a training step."""
         if self.k_at(step, d_in) != self.k:
             return 1.0  # while k falls, θ of earlier steps is for another k
         if self.threshold_window == 0:

@@ -1,4 +1,4 @@
-"""The skeleton of losses that compute their own gradient: ReLU, gated and JumpReLU.
+"""Base classes of losses that compute their own gradient: those of ReLU, gated and JumpReLU.
 
 Autograd would keep up to ten [B, F] tensors of these architectures, and on a CPU a step would spend
 more time on fetching their pages than on products. The gradient flows only through latents that are
@@ -30,11 +30,11 @@ class Terms(NamedTuple):
     """Result of a forward pass."""
 
     differentiable: tuple[Float[Tensor, ""], ...]
-    """Terms of the loss, which `backward` gets the gradients of."""
+    """Terms of the loss; `backward` receives their gradients."""
     detached: tuple[Tensor, ...]
     """Further results, without a gradient."""
     saved: tuple[Tensor, ...]
-    """Tensors that `backward` gets."""
+    """Tensors that `backward` receives."""
 
 
 class OwnGradient(ABC):
@@ -42,7 +42,7 @@ class OwnGradient(ABC):
 
     @abstractmethod
     def forward(self, x: Float[Tensor, "batch d_in"], *parameters: Tensor) -> Terms:
-        """Compute the terms; autograd does not record it."""
+        """Compute the terms; autograd does not record the computation."""
 
     @abstractmethod
     def backward(self, saved: tuple[Tensor, ...], *grads: Float[Tensor, ""]) -> tuple[Tensor, ...]:
@@ -71,7 +71,7 @@ class _Function(torch.autograd.Function):
 
 
 def can_use_pairs(x: Float[Tensor, "batch d_in"], *parameters: Tensor) -> bool:
-    """Return True if compiled loops support these tensors, so that few pairs may be summed."""
+    """Return True if compiled loops support these tensors, so that `PairLoss` can be used."""
     return len(x) > 0 and kernels.supports(x, *parameters)
 
 
@@ -116,15 +116,15 @@ class PairLoss(OwnGradient):
 
 
 class BlockSums:
-    """Products of an SAE with blocks of tokens, and the sums that every loss takes over them.
+    """Products of an SAE with blocks of tokens, and the sums over blocks that every loss needs.
 
-    Gradients are those of Σ‖e‖² and what else the caller adds, as sums over the batch.
+    Gradients are sums over the batch: those of Σ‖e‖², and those that the caller adds.
 
     Args:
         rows: the encoder's inputs.
         targets: the reconstruction's targets.
-        W_enc, b_enc, W_dec, b_dec: of the pre-activations and of the reconstruction; the biases
-            may be zeros where the caller adds them itself.
+        W_enc, b_enc, W_dec, b_dec: parameters of the pre-activations and of the reconstruction;
+            the biases may be zeros if the caller adds them itself.
 
     Attributes:
         encode, decode, into_latents: the products of a block with W_enc, W_dec and W_decᵀ; the
@@ -164,7 +164,7 @@ class BlockSums:
     def reconstruct(
         self, block: slice, latents: Float[Tensor, "block num_latents"]
     ) -> Float[Tensor, "block num_latents"]:
-        """Add ‖e‖² and its gradients of the decoder; return its gradient of the latents."""
+        """Add ‖e‖² and its gradient with respect to the decoder; return that of the latents."""
         error = torch.sub(self.targets[block], self.decode(latents), out=self.errors[block])
         self.squared_error += error.square().sum()
         error = error * -2

@@ -1,7 +1,7 @@
 """Gated SAE (Rajamanoharan et al. 2024, *Improving Dictionary Learning with …*, 2404.16014).
 
-`gated_loss` computes the loss and its gradient (`reseed.sae.block_loss`): it flows only where the
-gate is open.
+`gated_loss` computes the loss and its gradient (`reseed.sae.block_loss`). The gradient flows only
+where the gate is open.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class GatedConfig(SAEConfig, name="gated"):
     """
 
     version: ClassVar[int] = 2
-    dense_products = 7  # the second reconstruction costs a product and one for its gradient
+    dense_products = 7  # the second reconstruction adds one product, and one for its gradient
 
     penalty_field: ClassVar[str | None] = "l1_coefficient"
 
@@ -153,7 +153,7 @@ def _open_pairs(x: Tensor, parameters: tuple[Tensor, ...]) -> Pairs | None:
 
 
 class _ByPairs(PairLoss):
-    """Sums over the pairs whose gate is open."""
+    """Loss as sums over the pairs whose gate is open."""
 
     def __init__(self, pairs: Pairs, batch: int, num_latents: int, l1_coefficient: float) -> None:
         super().__init__(pairs, batch, num_latents)
@@ -190,7 +190,8 @@ class _ByPairs(PairLoss):
 
 
 class _ByBlocks(OwnGradient):
-    """Products of blocks. `forward` computes the gradient too: the loss is a sum over tokens."""
+    """Loss by products of blocks. `forward` also computes the gradient, which is a sum over
+    tokens."""
 
     def __init__(self, l1_coefficient: float) -> None:
         self.l1_coefficient = l1_coefficient

@@ -6,7 +6,7 @@ on both sides of θ:
     ∂f/∂π = H(π − θ)    ∂f/∂θ = −(θ/ε) K    ∂H/∂θ = −(1/ε) K    ∂H/∂π = 0
 
 `jumprelu_terms` computes Σ‖e‖², L0 and this gradient (`reseed.sae.block_loss`). The tanh penalty is
-a function of f, and takes `_JumpReLUWithL0` and autograd.
+a function of f, and is computed by `_JumpReLUWithL0` and autograd.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class JumpReLUConfig(SAEConfig, name="jumprelu"):
         l0_warmup_fraction: λ rises linearly from 0 over this fraction of the steps.
         penalty: ``step``: L0. ``quadratic``: (L0/L0* − 1)², L0* being `target_l0`. ``tanh``:
             Σ_j tanh(c f_j‖d_j‖) (Anthropic, *Circuits Updates*, January 2025).
-        tanh_scale: c of the tanh penalty, for inputs with E‖x‖ = √D, as is Anthropic's 4.
+        tanh_scale: c of the tanh penalty, for inputs with E‖x‖ = √D; Anthropic uses 4.
         threshold_init: initial θ, for inputs with E‖x‖² = 1.
         bandwidth: ε, the width of the kernel that replaces the derivative of the jump, for inputs
             with E‖x‖² = 1.
@@ -53,7 +53,7 @@ class JumpReLUConfig(SAEConfig, name="jumprelu"):
     version: ClassVar[int] = 2
     penalty_field: ClassVar[str | None] = "l0_coefficient"
 
-    # Signed even when null, as it was before other architectures had this field.
+    # Enters the signature even when null, because it did so in earlier versions.
     target_l0: float | None = setting(None, above=0)
     l0_coefficient: float = setting(1e-3, at_least=0)
     l0_warmup_fraction: float = setting(0.05, at_least=0, at_most=1)
@@ -67,7 +67,7 @@ class JumpReLUConfig(SAEConfig, name="jumprelu"):
         super().validate()
         if self.penalty != "tanh" and self.tanh_scale != 4:
             raise ConfigError(
-                f"{{key}} is for `penalty=tanh` alone; got {self.tanh_scale:g}", "tanh_scale"
+                f"{{key}} applies only to `penalty=tanh`; got {self.tanh_scale:g}", "tanh_scale"
             )
         if self.penalty == "quadratic" and self.target_l0 is None:
             raise ConfigError(
@@ -159,7 +159,7 @@ class JumpReLU(SAE):
         width = self.config.bandwidth * self.d_in**0.5
         if self.config.penalty == "tanh":
             latents, l0 = _JumpReLUWithL0.apply(self._pre_activations(x), self.threshold, width)
-            # A function of f, because the pseudo-derivative of f reaches θ.
+            # The penalty is a function of f, through whose pseudo-derivative θ gets its gradient.
             scale = self.config.tanh_scale * self.W_dec.norm(dim=1)
             penalty = (latents * scale).tanh().sum() / len(latents)
             fired = latents.detach().sign().sum(0, dtype=torch.float32).long()
@@ -214,7 +214,7 @@ def jumprelu_terms(
 def _near_pairs(
     x: Tensor, parameters: tuple[Tensor, ...], width: float, subtract_b_dec: bool
 ) -> Pairs | None:
-    """Return all pairs that are active or near the threshold, and a few that are neither."""
+    """Return all pairs that are active or near the threshold, and possibly a few others."""
     if not can_use_pairs(x, *parameters):
         return None
     W_enc, b_enc, threshold, _, b_dec = (p.detach() for p in parameters)
@@ -225,7 +225,7 @@ def _near_pairs(
 
 
 class _ByPairs(PairLoss):
-    """Sums over the pairs that have a gradient."""
+    """Loss as sums over the pairs that have a gradient."""
 
     def __init__(
         self, pairs: Pairs, batch: int, num_latents: int, width: float, subtract_b_dec: bool
@@ -261,7 +261,8 @@ class _ByPairs(PairLoss):
 
 
 class _ByBlocks(OwnGradient):
-    """Products of blocks. `forward` computes the gradients too: all are sums over tokens."""
+    """Loss by products of blocks. `forward` also computes the gradients, which are sums over
+    tokens."""
 
     def __init__(self, width: float, subtract_b_dec: bool) -> None:
         self.width, self.centred = width, subtract_b_dec
@@ -300,7 +301,7 @@ class _ByBlocks(OwnGradient):
 
 
 class _JumpReLUWithL0(torch.autograd.Function):
-    """π·H(π − θ) and the mean L0, with the pseudo-derivatives."""
+    """Function that returns π·H(π − θ) and the mean L0, with the pseudo-derivatives."""
 
     @staticmethod
     def forward(

@@ -1,9 +1,9 @@
 """Terms and schedules that several losses share.
 
-First measures of error and the warm-up of a penalty. Then AuxK, by which dead latents learn to
-reconstruct the error of the others (Gao et al. 2024, 2406.04093). Last, `PenaltySteering`, a
-controller that steers a penalty weight towards a wanted L0 during training. A steered run gives the
-first guess of a calibration (`reseed.study.train`), from any initial weight. It is never
+The file defines measures of error and the warm-up of a penalty; AuxK, by which dead latents learn
+to reconstruct the error of the other latents (Gao et al. 2024, 2406.04093); and `PenaltySteering`,
+a controller that steers a penalty weight towards a target L0 during training. A steered run gives
+the first guess of a calibration (`reseed.study.calibrate`), from any initial weight. It is never
 compared with other runs, because its penalty weight changes.
 """
 
@@ -58,7 +58,8 @@ def warmup_factor(index: int, total: int, fraction: float) -> float:
 
 
 DENSE_UP_TO = 4
-"""Up to this many times k_aux dead latents, dense products are faster than sums over pairs."""
+"""Maximum number of dead latents, in units of k_aux, for which dense products are faster than sums
+over pairs."""
 
 
 def auxk_loss(
@@ -125,8 +126,8 @@ def auxk_term(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return α·AuxK for a loss whose reconstruction term is Σ‖e‖²/``per``, and AuxK itself.
 
-    AuxK and the rest of TopK's loss are fractions of variance. Multiplied by the batch's variance
-    in the units of this loss, AuxK is weighed by α against the reconstruction as in TopK.
+    In TopK, AuxK and the reconstruction term are both fractions of variance. Here AuxK is
+    multiplied by the batch's variance in the units of this loss, so that α has the same meaning.
     """
     aux = auxk_loss(sae, x, error.detach(), dead, centred=centred)
     return sae.config.aux_alpha * aux * (total_variance(x.detach()) / per), aux
@@ -142,13 +143,13 @@ GAIN = 8.0
 
 @dataclass
 class PenaltySteering:
-    """An integral controller on log L0, with a deviation of at most 1.
+    """An integral controller on log L0, whose deviation is clipped to ±1.
 
     Attributes:
-        target: the wanted L0.
+        target: the target L0.
         steps: length of the run.
-        log_weight: log λ now.
-        sum, count: of log λ over the averaged part.
+        log_weight: log λ of the next step.
+        sum, count: sum of log λ over the averaged steps, and their number.
     """
 
     target: float
@@ -163,7 +164,7 @@ class PenaltySteering:
         return math.exp(self.log_weight)
 
     def observe(self, index: int, l0: float) -> None:
-        """Update the weight by the L0 of step ``index`` (0-based), taken at the current weight."""
+        """Update the weight by the L0 of step ``index`` (0-based), made with the current weight."""
         begin, hold = round(BEGIN * self.steps), round(HOLD * self.steps)
         if not begin <= index < hold:
             return

@@ -20,11 +20,12 @@ from reseed.sae.sparse import sparse_decode
 
 @dataclass(frozen=True)
 class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
-    """BatchTopK whose nested prefixes m of the latents each reconstruct x: L = Σ_m β_m FVU_m.
+    """BatchTopK in which each nested prefix m of the latents reconstructs x: L = Σ_m β_m FVU_m.
 
     Args:
         prefixes: fractions of the latents, ascending; the last is 1 (all latents).
-        multipliers: β_m of each prefix; null is 1 for all. 0 for all but the last is BatchTopK.
+        multipliers: β_m of each prefix; null: 1 for all. With 0 for all but the last prefix, the
+            loss is that of BatchTopK.
     """
 
     prefixes: tuple[float, ...] = setting((0.0625, 0.125, 0.25, 0.5, 1.0))
@@ -40,13 +41,13 @@ class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
         beta = self.multipliers
         if beta is not None and len(beta) != len(self.prefixes):
             raise ConfigError(
-                f"{{key}} must be one per entry of `prefixes` (={len(self.prefixes)}); "
+                f"{{key}} must have as many entries as `prefixes` (={len(self.prefixes)}); "
                 f"got {len(beta)}",
                 "multipliers",
             )
         if beta is not None and (min(beta) < 0 or beta[-1] == 0):
             raise ConfigError(
-                f"{{key}} must be at least 0, and the last above 0; got {list(beta)}",
+                f"{{key}} must be at least 0, and the last one above 0; got {list(beta)}",
                 "multipliers",
             )
         if self.num_latents is not None:
@@ -60,8 +61,8 @@ class MatryoshkaConfig(BatchTopKConfig, name="matryoshka"):
         ends = self.prefix_sizes(num_latents)
         if any(a >= b for a, b in zip((0, *ends), ends, strict=False)):
             raise ConfigError(
-                f"{{key}} (={list(self.prefixes)}) must each add a latent; of {num_latents} "
-                f"latents they take {list(ends)}",
+                f"{{key}} (={list(self.prefixes)}) must each add a latent; with {num_latents} "
+                f"latents their sizes are {list(ends)}",
                 "prefixes",
             )
 
@@ -85,10 +86,10 @@ class Matryoshka(BatchSparseSAE):
         latents: SparseLatents,
         variance: Float[Tensor, ""],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch d_in"], Mapping[str, Tensor]]:
-        """Return the sum (not the mean) over the levels of β_m FVU_m, e, and the named terms."""
+        """Return the sum (not the mean) over the prefixes of β_m FVU_m, e, and the named terms."""
         ends = self.config.prefix_sizes(self.num_latents)
         beta = self.config.multipliers or (1.0,) * len(ends)
-        # The reconstruction of a prefix is the sum of those of its groups of latents.
+        # The reconstruction of a prefix is the sum of the reconstructions of its groups of latents.
         divided = latents.divided(torch.tensor(ends, device=x.device))
         added = sparse_decode(divided, self.W_dec).view(len(x), len(ends), self.d_in)
         error = x - self.b_dec

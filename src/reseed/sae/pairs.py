@@ -24,12 +24,13 @@ from reseed.sae import kernels
 from reseed.sae.kernels import GroupedPairs, Pairs
 
 CPU_ROWS = 256
-"""Rows per block on the CPU, so that a block stays in the cache until it is reduced."""
+"""Number of rows per block on the CPU; a block stays in the cache until it is reduced."""
 ACCELERATOR_ELEMENTS = 2**28
-"""Pre-activations per block on other devices: 1 GiB in float32, enough to keep them busy."""
+"""Number of pre-activations per block on other devices: 1 GiB in float32, enough to keep a device
+busy."""
 
 Product = Callable[[Tensor], Tensor]
-"""A function of rows [block, D] to W x + b [block, F]."""
+"""A function that maps rows [block, D] to W x + b [block, F]."""
 
 
 def block_rows(rows: Float[Tensor, "batch d_in"], num_latents: int) -> int:
@@ -62,7 +63,7 @@ def float32_product(size: int, W: Tensor, b: Tensor, repeats: int) -> Product:
 
 
 def thread_safe_product(size: int, W: Tensor, b: Tensor, repeats: int = 2) -> Product:
-    """Return `float32_product` for threads that call it at the same time."""
+    """Return a `float32_product` that several threads may call at the same time."""
     product = prepacked_product(size, W, b) if repeats >= 2 else None
     return product or (lambda block: torch.addmm(b, block, W.t()))
 
@@ -126,7 +127,8 @@ class SparseLatents:
         )
 
     def divided(self, ends: Int[Tensor, " groups"]) -> SparseLatents:
-        """Split each token of a flat list into groups of latents, as batch × groups shorter tokens.
+        """Split each token of a flat list by groups of latents; each part becomes a token of the
+        result, which has batch × groups tokens.
 
         Args:
             ends: end (exclusive) of each group of consecutive latents; the last is F.
@@ -160,7 +162,7 @@ class PairsByLatent:
 
     @cached_property
     def grouped(self) -> GroupedPairs:
-        """The pairs in the form that the compiled loops take."""
+        """The pairs in the form that the compiled loops need."""
         return kernels.group_pairs(self.indices, self.token_of_pair, self.batch, self.num_latents)
 
     @cached_property
@@ -208,7 +210,7 @@ class PairsByLatent:
         weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"],
         rows: Float[Tensor, "batch d_in"],
     ) -> tuple[Float[Tensor, "num_latents d_in"], Float[Tensor, " num_latents"]]:
-        """Return SᵀG, and for each latent Σ over its tokens of the weight."""
+        """Return SᵀG, and for each latent the sum of the weights over its tokens."""
         if kernels.supports(weights, rows):
             return self.grouped.per_latent(weights, rows)
         total = nn_functional.embedding_bag(
@@ -223,7 +225,7 @@ class PairsByLatent:
     def sum(
         self, weights: Float[Tensor, "batch k"] | Float[Tensor, " pairs"]
     ) -> Float[Tensor, " num_latents"]:
-        """Return for each latent Σ over its tokens of the weight."""
+        """Return for each latent the sum of the weights over its tokens."""
         return torch.bincount(
             self.indices.flatten(), weights=weights.flatten(), minlength=self.num_latents
         ).to(weights.dtype)

@@ -16,7 +16,7 @@ from reseed.sae.formats import FORMATS, detect_format
 from reseed.sae.formats.base import Imported
 from reseed.sae.formats.files import HubPlace, download, parse_source
 
-_FINGERPRINT = 32  # hexadecimal characters, as for language models
+_FINGERPRINT = 32  # number of hexadecimal characters, as for language models
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Pretrained:
     """An existing SAE that was located and read.
 
     Attributes:
-        source: the source as given; for the hub, with the commit.
+        source: the source as the user gave it; for the hub, with the commit.
         path: its local folder or file.
         format: name of its format.
         config: its architecture.
         d_in: width of the activations that it takes.
-        fingerprint: hash of what the SAE computes, and nothing else: the same SAE is the same run,
-            whatever its path and format.
+        fingerprint: hash of what the SAE computes, and nothing else: the same SAE gives the same
+            run, whatever its path and format.
         notes: remarks for the user.
         metadata: its origin, according to its files.
     """
@@ -45,13 +45,13 @@ class Pretrained:
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def check_d_in(self, d_in: int) -> None:
-        """Raise `ConfigError` if it takes activations of another width."""
+        """Raise `ConfigError` if the SAE takes activations of another width."""
         if d_in != self.d_in:
             said = ", ".join(f"{key}: {value}" for key, value in self._origin.items())
             hint = f" Its files say: {said}." if said else ""
             raise ConfigError(
-                f"{{key}} takes activations of width {self.d_in}, and those at the hookpoint have "
-                f"{d_in}.{hint}",
+                f"{{key}} takes activations of width {self.d_in}, but those at the hookpoint have "
+                f"width {d_in}.{hint}",
                 "source",
             )
 
@@ -69,7 +69,7 @@ class Pretrained:
         return sae
 
     def record(self) -> dict[str, Any]:
-        """Return its description for run.json."""
+        """Return the description of the SAE for run.json."""
         return {
             "source": self.source,
             "format": self.format,
@@ -87,7 +87,7 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class PretrainedConfig(SAEOption, name="pretrained"):
-    """Location of an existing SAE. No field is signed: the signature has the weights' fingerprint.
+    """Location of an existing SAE. No field enters the signature, which has the SAE's fingerprint.
 
     Args:
         source: a run folder, a folder (or file) of another library, or
@@ -143,8 +143,8 @@ def _found(source: str, format: str | None, revision: str | None) -> Pretrained:
 def _check_kind(read: Imported, source: str) -> None:
     if read.transcoder:
         raise CheckpointError(
-            f"{source} is a transcoder: it reconstructs activations of another hookpoint than it "
-            "reads, so it cannot be evaluated as an SAE"
+            f"{source} is a transcoder: it reconstructs the activations of a hookpoint other than "
+            "the one that it reads, so it cannot be evaluated as an SAE"
         )
 
 
@@ -165,6 +165,6 @@ _ORIGIN_KEYS = (
     "model", "model_name", "lm_name", "layer", "hookpoint", "hook_name", "hook_point",
     "submodule_name", "hf_hook_point_in",
 )  # fmt: skip
-"""Names that the formats give to the model, the layer and the hookpoint."""
+"""Metadata keys that the formats use for the model, the layer and the hookpoint."""
 _FINGERPRINTED_SETTINGS = ("k", "activation", "subtract_b_dec", "weigh_by_decoder_norm", "prefixes")
-"""The settings, of all architectures, that change the latents."""
+"""The settings of any architecture that change its latents."""

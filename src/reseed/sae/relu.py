@@ -29,8 +29,9 @@ class ReLUConfig(SAEConfig, name="relu"):
     Args:
         l1_coefficient: λ after the warm-up.
         l1_warmup_fraction: λ rises linearly from 0 over this fraction of the steps.
-        l1_weighted_by_decoder_norm: weigh each latent by its decoder row's norm. False is the plain
-            L1, which needs `unit_norm_decoder` (else small latents with large rows evade it).
+        l1_weighted_by_decoder_norm: weigh each latent by the norm of its decoder row. False gives
+            the plain L1, which needs `unit_norm_decoder`: otherwise small latents with large rows
+            evade the penalty.
         subtract_b_dec: encode x − b_dec, as before April 2024.
     """
 
@@ -169,7 +170,7 @@ def relu_loss(
 
 
 class _Options(NamedTuple):
-    """Constants of one loss, besides the parameters."""
+    """Constants of one loss."""
 
     rows: Float[Tensor, "batch d_in"]
     """The encoder's inputs."""
@@ -195,7 +196,7 @@ class _Options(NamedTuple):
 
 
 class _ByPairs(PairLoss):
-    """Sums over the active pairs, whose values are their pre-activations."""
+    """Loss as sums over the active pairs, whose values are their pre-activations."""
 
     def __init__(self, options: _Options, pairs: Pairs) -> None:
         super().__init__(pairs, len(options.rows), len(options.norms))
@@ -221,7 +222,8 @@ class _ByPairs(PairLoss):
 
 
 class _ByBlocks(OwnGradient):
-    """Products of blocks. `forward` computes the gradient too: the loss is a sum over tokens."""
+    """Loss by products of blocks. `forward` also computes the gradient, which is a sum over
+    tokens."""
 
     def __init__(self, options: _Options) -> None:
         self.options = options

@@ -13,13 +13,13 @@ from reseed.sae import kernels
 from reseed.sae.pairs import pre_activation_blocks
 
 _ARITY = 4
-"""Elements per group."""
+"""Number of elements per group."""
 
 
 def topk_select(
     rows: Shaped[Tensor, "batch width"], k: int, descending: bool = False
 ) -> tuple[Shaped[Tensor, "batch k"], Int[Tensor, "batch k"]]:
-    """Return the result of `torch.topk`; on the CPU by a tournament, which sorts fewer elements.
+    """Return the result of `torch.topk`, on the CPU by a tournament that compares fewer elements.
 
     The k largest lie in the k groups with the largest maxima: find those groups (recursively), then
     choose among their elements. A group is strided, so that maxima run over contiguous memory.
@@ -76,9 +76,9 @@ def select_in_groups(
 
 
 _FIRST_GUESS = 2
-"""Candidates that each row first sends to `select_in_batch`, in units of k."""
+"""Number of candidates that each row first sends to `select_in_batch`, in units of k."""
 _FIRST_SHARE = 1.25
-"""Candidates per row that each rank first sends, in units of k."""
+"""Number of candidates per row that each rank first sends, in units of k."""
 
 
 @torch.no_grad()
@@ -90,7 +90,8 @@ def select_in_batch(
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
     """Return the k·B (rounded, at least 1) largest positive pre-activations of the batch.
 
-    If ranks share the batch, return those of the whole batch that are in this rank's rows.
+    If several ranks share the batch, the largest are chosen over the whole batch; this rank gets
+    those in its own rows.
 
     Returns:
         Values, rows and latents of the pairs, sorted by row and then by latent.
@@ -117,11 +118,11 @@ def select_in_batch(
 
 
 def _cut(everyones: list[Tensor], count: int, index: int) -> tuple[Tensor, int, int]:
-    """Return the cut: the ``count``-th largest value of all ranks, or 0 if they have no more.
+    """Return the cut: the ``count``-th largest value of all ranks, or 0 if they have fewer values.
 
     Returns:
-        The cut; how many values equal to it the ranks before ``index`` have; how many values equal
-        to it to take over all ranks.
+        The cut; the number of values equal to the cut on the ranks before ``index``; the number of
+        values equal to the cut that are taken over all ranks.
     """
     values = torch.cat(everyones)
     if len(values) <= count:
@@ -139,9 +140,9 @@ def _largest_in_batch(
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"], Int[Tensor, " pairs"]]:
     """Return the ``count`` largest positive pre-activations of these rows.
 
-    Every row sends its largest few; the k·B-th largest of them is a lower bound of the k·B-th
-    largest of all. A row that sent nothing below that bound may hold more, and sends all that reach
-    it. The choice is therefore exact.
+    Every row sends its largest few; the ``count``-th largest of them is a lower bound of the
+    ``count``-th largest of all. A row that sent nothing below that bound may have more values above
+    it, and sends all that reach it. The choice is therefore exact.
     """
     num_latents = len(W_enc)
     if kernels.supports(rows, W_enc, b_enc):
@@ -162,7 +163,7 @@ def _largest_in_batch(
             sure = ~(lowest > bound)
             values = torch.cat([values[sure].flatten(), more])
             keys = torch.cat([keys[sure].flatten(), more_keys])
-    # A value computed a second time may round to below the bound; then there is one fewer.
+    # A value that is computed a second time may round to below the bound; then one is missing.
     values, places = values.flatten().topk(min(count, values.numel()), sorted=False)
     positive = ~(values <= 0)  # keeps NaN, so that it reaches the loss
     keys, order = keys.flatten()[places[positive]].sort()
@@ -175,7 +176,7 @@ def _at_least(
     W_enc: Float[Tensor, "num_latents d_in"],
     b_enc: Float[Tensor, " num_latents"],
 ) -> tuple[Float[Tensor, " pairs"], Int[Tensor, " pairs"]]:
-    """Return the pre-activations that reach the bound, and their places: row × F + latent."""
+    """Return the pre-activations that reach the bound, and their positions: row × F + latent."""
     values, keys = [], []
     for block, pre in pre_activation_blocks(rows, W_enc, b_enc):
         places = (pre.flatten() >= bound).nonzero().squeeze(1)

@@ -2,8 +2,8 @@
 
 Neither pass holds a full [B, F] tensor: the encoder's product is computed and reduced in blocks of
 rows, and the gradient of a weight, SᵀG with S [B, F] sparse, is a sum of the rows of G over the
-(token, latent) pairs sorted by latent. On the CPU every result repeats bit for bit: one thread
-takes each sum, in the order of the tokens. This file is plain PyTorch and defines the result; in
+(token, latent) pairs sorted by latent. On the CPU every result is bit-reproducible: one thread
+computes each sum, in the order of the tokens. This file is plain PyTorch and defines the result; in
 float32 on the CPU compiled loops replace it (`reseed.sae.kernels`).
 
 Letters: B batch, D d_in, F num_latents, k active latents per token; the layouts of pairs are those
@@ -38,11 +38,11 @@ def topk_encode(
     """Return the k largest of ReLU(W_enc (x − b_dec) + b_enc) of every token.
 
     Args:
-        k: at most the number of latents (or of candidates).
+        k: number of active latents, at most that of all latents (or candidates).
         b_dec: subtracted from x first, if given.
         among: choose among these latents only; indices are still those of all latents.
-        weights: constants ≥ 0: choose by weight × value. Values are not weighted, but are 0 where
-            the weight is 0.
+        weights: constants ≥ 0: choose by weight × value. The returned values are unweighted, but 0
+            where the weight is 0.
         descending: sort, the largest first (slightly slower); otherwise the order is arbitrary.
 
     Differentiable in x, b_dec and the parameters. Ties are broken arbitrarily, but in the same way
@@ -78,10 +78,10 @@ def batch_topk_encode(
 ) -> SparseLatents:
     """Return the k·B largest of ReLU(W_enc (x − b_dec) + b_enc) of the whole batch, as a flat list.
 
-    There are fewer if fewer are positive. Differentiable like `topk_encode`.
+    If fewer are positive, only those are returned. Differentiable like `topk_encode`.
 
     Args:
-        k: latents per token, on average: k·B is rounded (to even at a half), and is at least 1.
+        k: mean number of latents per token. k·B is rounded (half to even) and is at least 1.
         b_dec, weights: as in `topk_encode`.
     """
     if not 0 < k <= len(W_enc):
@@ -172,7 +172,7 @@ def sparse_error(
 
 
 class _EncoderGradient(torch.autograd.Function):
-    """The identity on the selected values, with the gradient of the encoder."""
+    """Identity on the selected values whose backward pass computes the gradient of the encoder."""
 
     @staticmethod
     def forward(
@@ -210,7 +210,7 @@ class _EncoderGradient(torch.autograd.Function):
 
 
 class _DecoderGradient(torch.autograd.Function):
-    """The identity on a reconstruction, with the gradient of the decoder's weight."""
+    """Identity on a reconstruction whose backward pass computes the gradient of W_dec."""
 
     @staticmethod
     def forward(
@@ -230,7 +230,7 @@ class _DecoderGradient(torch.autograd.Function):
 
 
 class _Decoder(torch.autograd.Function):
-    """`sparse_decode` by compiled loops."""
+    """Implementation of `sparse_decode` by compiled loops."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, by_latent: PairsByLatent) -> Tensor:
@@ -253,7 +253,8 @@ class _Decoder(torch.autograd.Function):
 
 
 class _SquaredError(torch.autograd.Function):
-    """`sparse_error` by compiled loops, which also return e · d_j for the values' gradient."""
+    """Implementation of `sparse_error` by compiled loops, which also return e · d_j for the
+    gradient of the values."""
 
     @staticmethod
     def forward(

@@ -22,11 +22,11 @@ from reseed.sae.sparse import group_max_encode, sparse_decode, sparse_error, top
 
 @dataclass(frozen=True)
 class KSparseConfig(SAEConfig, ABC):
-    """Settings of architectures with a number k of active latents.
+    """Settings of architectures with k active latents per token.
 
     Args:
-        target_l0: another name for k: k takes its value, and it becomes null.
-        k: active latents per token.
+        target_l0: another name for k: its value is moved to k, and it becomes null.
+        k: number of active latents per token.
         k_anneal_fraction: k falls linearly from min(D, F) over this first fraction of the steps
             (Llama Scope, 2410.20526, section 3).
         weigh_by_decoder_norm: choose latents by f_j‖d_j‖, with value f_j (Llama Scope). Replaces
@@ -34,9 +34,9 @@ class KSparseConfig(SAEConfig, ABC):
     """
 
     version: ClassVar[int] = 2
-    dense_products = 1  # the encoder's; the cost of all else follows the active latents
+    dense_products = 1  # the encoder's; the other costs are proportional to the active latents
 
-    # Not signed, because k holds its value: `target_l0=8` and `k=8` are the same run.
+    # Not in the signature, because k holds its value: `target_l0=8` and `k=8` give the same run.
     target_l0: float | None = setting(None, above=0, signed=False)
     aux_alpha: float = setting(1 / 32, at_least=0)
     k_aux: int | None = setting(None, at_least=1)
@@ -52,7 +52,7 @@ class KSparseConfig(SAEConfig, ABC):
             self._check_k(self.num_latents)
         if self.weigh_by_decoder_norm and self.unit_norm_decoder:
             raise ConfigError(
-                "{key} needs `unit_norm_decoder=false`: with all norms at 1 it changes nothing",
+                "{key} needs `unit_norm_decoder=false`: it has no effect if all norms are 1",
                 "weigh_by_decoder_norm",
             )
         object.__setattr__(self, "target_l0", None)  # either name gives the same configuration
@@ -71,7 +71,7 @@ class KSparseConfig(SAEConfig, ABC):
             )
 
     def k_at(self, step: Step, d_in: int) -> float:
-        """Return k of a training step, unrounded; the caller rounds k or k·B."""
+        """Return k at a training step, unrounded; the caller rounds k or k·B."""
         steps = self.k_anneal_fraction * step.total
         if step.index >= steps:
             return self.k
@@ -88,7 +88,7 @@ class KSparseConfig(SAEConfig, ABC):
 
 
 def choice_weights(sae: SAE) -> Float[Tensor, " num_latents"] | None:
-    """Return the weight of each latent in the choice of latents: ‖d_j‖, or None for 1.
+    """Return the weights by which latents are chosen: ‖d_j‖, or None if all are 1.
 
     The weights are detached: the choice has no gradient.
     """
@@ -118,7 +118,7 @@ class TopKConfig(KSparseConfig, name="topk"):
         for name in ("multi_topk", "weigh_by_decoder_norm", "k_anneal_fraction"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"{{key}} is for `activation=topk` alone; got {getattr(self, name)}", name
+                    f"{{key}} applies only to `activation=topk`; got {getattr(self, name)}", name
                 )
 
     def _check_k(self, num_latents: int) -> None:
@@ -133,7 +133,8 @@ class TopKConfig(KSparseConfig, name="topk"):
     def _apply_target(self, target: float) -> None:
         if not target.is_integer():
             raise ConfigError(
-                f"{{key}} is `k` in sae={self.name}, a whole number; got {target:g}", "target_l0"
+                f"{{key}} sets `k` in sae={self.name} and must be a whole number; got {target:g}",
+                "target_l0",
             )
         super()._apply_target(target)
 
@@ -198,7 +199,8 @@ class TopK(SAE):
     def _encode_for_loss(
         self, x: Float[Tensor, "batch d_in"], k: int
     ) -> tuple[SparseLatents, SparseLatents | None]:
-        """Return the k largest, and for Multi-TopK the 4k largest, from one pass of the encoder."""
+        """Return the k largest latents, and for Multi-TopK also the 4k largest, from one pass of
+        the encoder."""
         if not self.config.multi_topk:
             return self._largest(x, k), None
         more = self._largest(x, min(4 * k, self.num_latents), descending=True)

@@ -1,9 +1,9 @@
 """Contexts, lens and neighbours of latents, as ``evaluation=contexts`` stores them.
 
 <run>/evaluations/contexts-<digest>/
-    contexts.parquet   a row per latent, `SCHEMA`; `LATENTS_PER_GROUP` rows per row group, so that
-                       one latent is read without the whole file
-    texts.parquet      token, text: of every token in the result
+    contexts.parquet   a row per latent (`SCHEMA`), with `LATENTS_PER_GROUP` rows per row group, so
+                       that one latent can be read without the whole file
+    texts.parquet      id and text of every token in the result
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from reseed.store.results import FOLDER, StoredEvaluation, is_finished
 EVALUATION = "contexts"
 TOP, SAMPLED = "top", "sampled"
 LATENTS_PER_GROUP = 128
-"""Latents in a row group: about 100 KiB of contexts."""
+"""Number of latents in a row group, which has about 100 KiB of contexts."""
 
 
 def _pairs(first: str, second: str) -> pa.DataType:
@@ -61,13 +61,14 @@ class Context:
 
     Attributes:
         kind: ``top``: from a sequence where the latent fires most; ``sampled``: around a token
-            drawn uniformly from those that it fires on.
-        quantile: activation quantile of a sampled context among the drawn ones; 1 is the largest.
+            sampled uniformly from those that the latent fires on.
+        quantile: activation quantile of a sampled context among all sampled ones; 1 is the largest.
         tokens: token ids.
         active: indices of the tokens that the latent fires on.
         values: its activations on these tokens.
-        peak: index of the token that the passage was chosen for.
-        position: that token in the held-out text: sequence × context length + index in it.
+        peak: index in the passage of the token for which the passage was chosen.
+        position: position of that token in the held-out text: index of its sequence × context
+            length + index in the sequence.
     """
 
     kind: str
@@ -88,17 +89,18 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class LatentContexts:
-    """Description of one latent.
+    """Contexts, lens and neighbours of one latent.
 
     Attributes:
         latent: index of the latent.
         firing: number of tokens that it fired on.
         density: fraction of all tokens that it fired on.
-        largest, mean: its activation over those tokens; 0 if there are none.
+        largest, mean: its largest and mean activation over those tokens; 0 if there are none.
         contexts: top contexts, best first, then sampled contexts by descending quantile.
-        promoted, suppressed: tokens and logits of its direction through the unembedding, the most
-            extreme first; empty without a lens.
-        neighbours: latents, and cosines of their decoder rows with its own, the nearest first.
+        promoted, suppressed: tokens, with the logits that its decoder row gives through the
+            unembedding, the most extreme first; empty without a lens.
+        neighbours: other latents, with the cosines of their decoder rows and its own, the nearest
+            first.
     """
 
     latent: int
@@ -114,11 +116,11 @@ class LatentContexts:
 
 @dataclass(frozen=True, eq=False)
 class Contexts:
-    """The contexts of a run's latents, read a row group at a time.
+    """The contexts of a run's latents, read one row group at a time.
 
     Attributes:
         folder: folder of the result.
-        tokens: number of held-out activations read.
+        tokens: number of held-out activations that the evaluation read.
         settings: settings of the evaluation.
     """
 

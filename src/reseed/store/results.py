@@ -3,7 +3,7 @@
 <run>/evaluations/<name>-<digest of the signed settings>/
     result.json       evaluation, settings, metrics; written last
     <table>.parquet   long tables          latents.parquet   a row per latent
-    failed.json       instead of these: the error that prevented a result
+    failed.json       if there is no result: the error that prevented it
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RowGroups:
 
     Attributes:
         schema: the columns.
-        pieces: the rows, one row group per piece; iterated once.
+        pieces: the rows, one row group per piece; they can be iterated only once.
     """
 
     schema: pa.Schema
@@ -54,7 +54,7 @@ class RowGroups:
 
 
 Table = pd.DataFrame | RowGroups
-"""A long table to write. It is read as a frame, or by row groups from its file."""
+"""A long table to write. It can be read back as a frame, or from its file by row groups."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,10 +79,10 @@ class StoredEvaluation:
         """Write the result to ``folder``; result.json, written last, marks it as complete.
 
         Args:
-            entries: further entries of the record: the run, the duration.
+            entries: further entries of result.json, such as the run and the duration.
         """
         if _LATENTS in self.tables:
-            raise EvaluationError(f"no table may be called `{_LATENTS}`: the name is reserved")
+            raise EvaluationError(f"no table may have the name `{_LATENTS}`, which is reserved")
         # An older result must not be read with the new tables.
         (folder / "result.json").unlink(missing_ok=True)
         for name, table in self.tables.items():
@@ -116,7 +116,7 @@ class StoredEvaluation:
         try:
             record = json.loads(text)
             if record["format"] != FORMAT:
-                raise ValueError(f"its format is {record['format']}, this version reads {FORMAT}")
+                raise ValueError(f"its format is {record['format']}; this version reads {FORMAT}")
             tables = _LazyTables(folder, record["tables"])
             latents: dict[str, np.ndarray] = {}
             if record["latents"]:
@@ -133,7 +133,7 @@ class _LazyTables(Mapping[str, pd.DataFrame]):
     """The tables in a folder, each read on access.
 
     Raises:
-        OSError, ValueError: a file is missing or not parquet; only metadata is read to check.
+        OSError, ValueError: a file is missing or is not parquet. The check reads only metadata.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
@@ -164,7 +164,7 @@ def result_folder(run_folder: Path, evaluation: str, signed: Mapping[str, Any]) 
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether the folder holds a finished result."""
+    """Return True if the folder holds a finished result."""
     return (folder / "result.json").is_file()
 
 
@@ -193,7 +193,7 @@ def _write_table(path: Path, table: Table) -> None:
 
 
 def _plain(value: Any) -> float | int | None:
-    """Convert a number of numpy or torch to Python's own type."""
+    """Convert a numpy or torch number to a Python number."""
     return value.item() if hasattr(value, "item") else value
 
 

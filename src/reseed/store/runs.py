@@ -7,8 +7,8 @@
                           since it last fired
         activations.safetensors   mean and covariance of the held-out activations
         metrics.json      held-out metrics                    training.csv   the training curve
-        checkpoint.pt     while it trains     progress.json     its progress, updated periodically
-        initial.safetensors   the initial weights, if the seed alone does not give them
+        checkpoint.pt, progress.json   only while the run trains; both are updated periodically
+        initial.safetensors   the initial weights, if the seed alone does not determine them
 
 Only the store writes these folders. The process that holds a folder's lock is its only writer; the
 operating system releases the lock of a process that died.
@@ -49,7 +49,7 @@ Waiting = Callable[[str], None]
 
 
 class RunError(ReseedError):
-    """A run folder that is missing, damaged or inconsistent with its record."""
+    """Error for a run folder that is missing, damaged or inconsistent with its record."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Run:
     def signature(self) -> str:
         found = _FOLDER.search(self.path.name)
         if found is None:
-            raise RunError(f"{self.path} is not a run folder: its name ends in no signature")
+            raise RunError(f"{self.path} is not a run folder: its name does not end in a signature")
         return found[1]
 
     @property
@@ -75,7 +75,7 @@ class Run:
         """The contents of run.json.
 
         Raises:
-            RunError: it is missing, unreadable, or disagrees with the folder's name.
+            RunError: the file is missing or unreadable, or disagrees with the folder's name.
         """
         try:
             record = json.loads((self.path / "run.json").read_text())
@@ -88,8 +88,8 @@ class Run:
         signature = digest(record["identity"])
         if signature != self.signature:
             raise RunError(
-                f"{self.path}: the record's content has signature {signature}, the folder "
-                f"{self.signature}. The record was changed, or the folder renamed."
+                f"{self.path}: the record's content has signature {signature}, but the folder has "
+                f"{self.signature}. The record was changed, or the folder was renamed."
             )
         return record
 
@@ -114,7 +114,8 @@ class Run:
 
     @property
     def failure(self) -> dict[str, Any] | None:
-        """Error and time of a failed run; ``explained``: True if no traceback is needed."""
+        """Error and end time of a failed run; ``explained`` is True if the error message suffices
+        without a traceback."""
         if self.status != "failed":
             return None
         record = self.record
@@ -153,7 +154,7 @@ class Run:
         atomic_write_json(self.path / "run.json", {**self.record, **changes})
 
     def begin(self, record: Mapping[str, Any]) -> None:
-        """Write the record of a run that is about to be trained. The caller holds its lock."""
+        """Write the record of a run before it trains. The caller must hold the run's lock."""
         now = _now()
         started = self.record["started"] if self.status not in ("missing", "damaged") else now
         own = {
@@ -168,7 +169,7 @@ class Run:
         atomic_write_json(self.path / "run.json", {**record, **own})
 
     def finish(self, metrics: Mapping[str, Any], **entries: Any) -> None:
-        """Mark the run as finished. The caller has written all other results."""
+        """Mark the run as finished. The caller must have written all other results."""
         atomic_write_json(self.path / "metrics.json", dict(metrics))
         self.update(status="finished", ended=_now(), **entries)
         self.drop_checkpoint()
@@ -214,8 +215,8 @@ class Run:
         """Hold the run's lock.
 
         Args:
-            waiting: called with a message naming the owner before waiting for it; None: do not
-                wait.
+            waiting: function that is called, before waiting, with a message that names the lock's
+                owner; None: do not wait.
 
         Yields:
             True if the lock is held.
@@ -268,7 +269,7 @@ class RunStore:
             waiting: as for `Run.lock`.
 
         Yields:
-            the runs whose lock is held: all of them, unless ``waiting`` is None.
+            the runs whose lock is held; without ``waiting`` some may be missing.
         """
         with ExitStack() as stack:
             ordered = sorted(runs, key=lambda r: r.signature)
@@ -276,7 +277,7 @@ class RunStore:
 
 
 def read_tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Read the arrays of a safetensors file, a format that cannot contain code.
+    """Read the arrays of a safetensors file, which cannot contain executable code.
 
     Raises:
         RunError: the file cannot be read.

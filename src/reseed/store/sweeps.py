@@ -1,11 +1,11 @@
 """The folder of a sweep: its runs, settings and results.
 
 sweeps/<name>-<digest>/
-    manifest.jsonl    a line per run: its place in the grid, signature and folder
+    manifest.jsonl    a line per run: its values of the axes, signature and folder
     comparison.json   the settings of the comparison, with the requested grid
-    evaluations.json  the evaluations of its runs that its tables show
+    evaluations.json  the evaluations of the runs that the tables show
     multirun.yaml     Hydra's own record of the command
-    cells/            the results of compare jobs; then tables and figures
+    cells/            the results of compare jobs, from which tables and figures are made
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Sweep:
     def of(
         cls, root: Path | str, name: str, signatures: Sequence[str], settings: Any = None
     ) -> Sweep:
-        """Return the sweep of the runs with ``signatures``, in any order, under ``settings``."""
+        """Return the sweep of the runs with ``signatures`` (in any order) and ``settings``."""
         return cls(Path(root) / f"{name}-{digest([sorted(set(signatures)), settings])}")
 
     @property
@@ -53,7 +53,7 @@ class Sweep:
     def write_manifest(
         self, jobs: Sequence[Any], store: RunStore, places: Sequence[dict[str, str]] | None = None
     ) -> None:
-        """Write a line per job: its place in the grid (axis → value), overrides, signature, folder.
+        """Write a line per job: its values of the axes, overrides, signature and folder.
 
         If the comparison has arms, the arm is an axis called ``arm``.
         """
@@ -110,7 +110,7 @@ class Sweep:
         ]
 
     def cell_folder(self, axes: dict[str, str]) -> Path:
-        """Return the folder of results of the cell with these values."""
+        """Return the folder for the results of the cell with these values of axes."""
         readable = ",".join(f"{axis}={value}" for axis, value in axes.items()) or "all"
         if len(readable) > 80 or re.search(r"[^\w=,.+-]", readable):
             plain = re.sub(r"[^\w=,.+-]+", "_", readable)

@@ -1,4 +1,4 @@
-"""Overlap of the words that two SAEs absorb, by matched latents, against chance.
+"""Overlap of the words that two SAEs absorb, for matched latents, compared with chance.
 
 `absorbed_overlap` measures two SAEs; `with_overlaps` adds the measure to the pairs of each cell,
 from the stored results of the runs and the matchings of the cell.
@@ -32,12 +32,14 @@ class Overlap:
     """Agreement of two SAEs on the words they absorb, over the classes with matched main latents.
 
     Attributes:
-        classes: number of these classes.
-        words: number of their words that both probes get right.
-        jaccard: words absorbed in both over those absorbed in either; NaN if there are none.
+        classes: number of classes with matched main latents.
+        words: number of words in these classes that both probes classify correctly.
+        jaccard: number of words absorbed in both SAEs over the number absorbed in at least one;
+            NaN if there are none.
         expected: mean Jaccard index over permutations.
         p: share of permutations with at least as many words absorbed in both (one-sided).
-        by_class: ``class``, ``matched``, ``words``, ``first``, ``second``, ``both``.
+        by_class: a row per class: ``class``, ``matched``, ``words``, and the numbers of words
+            absorbed in the ``first``, the ``second`` and ``both``.
     """
 
     classes: int
@@ -59,13 +61,13 @@ def absorbed_overlap(
     """Compare the words absorbed in two SAEs of the same model and hookpoint.
 
     A class counts if a main latent of the first SAE has a main latent of the second as its partner.
-    A word is absorbed if its fraction is above 0 in at least half of its records. Null: permute the
-    words absorbed in the second among words of the same class and similar frequency (quarters of
-    the class), which amounts to a hypergeometric draw for each of these strata.
+    A word is absorbed if its fraction is above 0 in at least half of its records. The null permutes
+    the words absorbed in the second SAE among words of the same class and similar frequency
+    (quarters of the class), which is a hypergeometric draw in each of these strata.
 
     Args:
-        first, second: the tables ``letters`` and ``words`` of each SAE's absorption.
-        partner: partner of each latent of the first, −1 for none.
+        first, second: the tables ``letters`` and ``words`` of each SAE's absorption result.
+        partner: latent of the second SAE matched to each latent of the first, −1 for none.
         seed: seed of the permutations.
     """
     matched = _matched_classes(first[0], second[0], partner)
@@ -89,7 +91,7 @@ def absorbed_overlap(
 def _matched_classes(
     first: pd.DataFrame, second: pd.DataFrame, partner: Int[np.ndarray, " num_latents"]
 ) -> dict[str, bool]:
-    """Return for each class evaluable in both whether a pair of main latents is matched."""
+    """Return, for each class that both SAEs can be evaluated on, whether two main latents match."""
     mains = [dict(zip(t["class"], t["main"], strict=True)) for t in (first, second)]
     good = [set(t.loc[t["reason"] == "", "class"]) for t in (first, second)]
     return {
@@ -113,7 +115,8 @@ def _flags(words: pd.DataFrame) -> pd.DataFrame:
 def _by_chance(
     used: pd.DataFrame, permutations: int, random: np.random.Generator
 ) -> Int[np.ndarray, " permutations"]:
-    """Count the words absorbed in both, with the second's flags permuted within the strata."""
+    """Count the words absorbed in both, with the flags of the second SAE permuted in each
+    stratum."""
     total = np.zeros(permutations, dtype=np.int64)
     for _, some in used.groupby("class"):
         rank = some["frequency_1"].rank(method="average", pct=True)
@@ -142,7 +145,8 @@ def with_overlaps(cells: Sequence[Cell], runs: Runs) -> list[Cell]:
     """Add the overlap of absorbed words to the cells whose runs all have an absorption result.
 
     The pairs get the columns ``absorbed_overlap`` (Jaccard), ``…_expected`` (by chance),
-    ``absorbed_p`` and ``absorbed_classes``; the cell gets the estimate of the first over pairs.
+    ``absorbed_p`` and ``absorbed_classes``; the cell gets an estimate of ``absorbed_overlap`` over
+    its pairs.
     """
     return [(knobs, _with_overlaps(cell, runs)) for knobs, cell in cells]
 
@@ -183,7 +187,7 @@ def _columns(found: Sequence[Overlap]) -> dict[str, list[float]]:
 
 
 def _estimate(cell: CellResult, found: Mapping[tuple[str, str], Overlap]) -> Interval:
-    """Estimate the overlap over pairs of seeds; pairs that absorb nothing have none."""
+    """Estimate the overlap over pairs of seeds; pairs that absorb no word are left out."""
     place = {run: i for i, run in enumerate(cell.runs["run"])}
     values = np.zeros((len(place), len(place)))
     for (a, b), overlap in found.items():

@@ -3,13 +3,14 @@
 ReLU, Gated and JumpReLU SAEs have a penalty weight λ where a k-sparse one has k. To compare them at
 the same L0, ``sae.target_l0`` asks for the λ whose held-out L0 at inference is the target:
 
-1. One run is *steered*: λ moves while it trains (`reseed.sae.losses`), from the declared value.
-2. Rounds with a constant λ follow, a secant on log L0 over log λ, until one is within `ACCEPTED`.
-3. That λ is frozen for every seed of the cell. A penalty that differed between seeds would be a
+1. One run is *steered*: λ changes while it trains (`reseed.sae.losses`), from the declared value.
+2. Rounds with a constant λ follow, chosen by the secant method on log L0 against log λ, until the
+   L0 of one is within `ACCEPTED` of the target.
+3. That λ is used for every seed of the cell. A penalty that differed between seeds would be a
    confound.
 
-All of these are runs of the store, with initial weights that no compared run shares. They are found
-by their signatures, so that a cell is calibrated once and a killed calibration resumes.
+All of these are runs of the store, with initial weights that no compared run has. They are found by
+their signatures, so that a cell is calibrated only once and a killed calibration resumes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ BOUND = 0.05
 """Maximum relative deviation of the best round after `MAX_ROUNDS`."""
 MAX_ROUNDS = 8
 _ELASTICITY = (0.3, 1.0, 3.0)
-"""−d log L0 / d log λ: minimum, first guess, maximum."""
+"""Minimum, first guess and maximum of −d log L0 / d log λ."""
 
 Train = Callable[[Sequence[Resolved]], dict[str, BaseException]]
 
@@ -92,11 +93,11 @@ class PenaltySearch:
         """Record the result of the `candidate`, and choose the next λ.
 
         Args:
-            now: print the result; false if it comes from an earlier command.
+            now: whether the run was trained by this command; only then the result is printed.
         """
         if not self.steered:
             self.steered = True
-            told = f"steered to a weight of {weight:.4g}, which gave L0 {l0:.2f}"
+            told = f"steered to weight {weight:.4g}, which gives L0 {l0:.2f}"
         else:
             self.rounds.append((weight, l0, run))
             told = f"weight {weight:.4g} gives L0 {l0:.2f}"
@@ -124,14 +125,14 @@ class PenaltySearch:
         """Return log λ of the next round: from a bracket if there is one, else by the secant."""
         least, guess, most = _ELASTICITY
         points = sorted((math.log(w), self._deviation(x)) for w, x, _ in self.rounds)
-        below = [p for p in points if p[1] > 0]  # too small a weight: too large an L0
+        below = [p for p in points if p[1] > 0]  # the weight is too small, so the L0 too large
         above = [p for p in points if p[1] <= 0]
         if below and above:
             (u0, y0), (u1, y1) = below[-1], above[0]
             if u0 < u1:
-                # Deviations of distant ends are clipped, since they are unreliable. The deviation
-                # of an end that has stayed for two rounds is halved (the Illinois method), because
-                # otherwise the bracket can stop shrinking.
+                # Large deviations are unreliable and are clipped. The deviation of an end that has
+                # not moved for two rounds is halved (the Illinois method), because otherwise the
+                # bracket can stop shrinking.
                 y0, y1 = min(y0, 1.0), max(y1, -1.0)
                 sides = [self._deviation(x) > 0 for _, x, _ in self.rounds[-2:]]
                 if sides == [True, True]:
@@ -170,7 +171,7 @@ class PenaltySearch:
 def calibrate(
     experiments: Sequence[Resolved], store: RunStore, train: Train
 ) -> tuple[list[Resolved], dict[str, BaseException]]:
-    """Find the penalty weight of every experiment that asks for an L0.
+    """Find the penalty weight of every experiment that has a target L0.
 
     The searches of all cells advance together: each round trains one run per cell, so that cells on
     one stream share one pass of the language model.

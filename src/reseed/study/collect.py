@@ -70,7 +70,7 @@ def gather(sweep: Sweep, settings: ComparisonConfig) -> SweepResults:
             result = CellResult.read(sweep.cell_folder(axes))
         except FileNotFoundError:
             continue
-        # The primary measure may have changed since the cell was compared.
+        # The user may have changed the primary measure since the cell was compared.
         own = replace(result.settings, primary=settings.primary)
         cells.append((cell_settings(finished, axes), replace(result, settings=own)))
     if not cells:
@@ -85,7 +85,7 @@ def collect(sweep: Sweep, settings: ComparisonConfig, only_evaluations: bool = F
     """Read the cells of a sweep, write its tables, figures and report, and print the summary.
 
     Args:
-        only_evaluations: print only the tables of evaluations; all tables are written.
+        only_evaluations: print only the tables of evaluations. All tables are written anyway.
 
     Returns:
         True if every cell has all of its runs.
@@ -145,8 +145,8 @@ def collect_evaluated(
 ) -> None:
     """Write and print the results of evaluations.
 
-    They enter the tables of sweeps that have been compared; all others get tables of their own with
-    a row per run.
+    The results of sweeps that have been compared are added to the tables of these sweeps; all other
+    results get tables of their own, with a row per run.
 
     Args:
         saved: all SAEs that were evaluated.
@@ -180,7 +180,7 @@ def evaluated_runs(sweep: Sweep) -> dict[str, EvaluatedRun]:
     for name in [name for name, of in asked.items() if _is_outdated(name, of["signed"])]:
         say(
             f"{sweep.path}: the results of evaluation={name} are from another version of it and "
-            "are left out: `reseed evaluate` makes them again"
+            "are left out; `reseed evaluate` computes them again"
         )
         del asked[name]
     if not asked:
@@ -228,7 +228,7 @@ def _say_all(lines: Sequence[str]) -> None:
 
 
 def _why(runs: Sequence[Run]) -> str:
-    """Return the first sentence of the first failure, in brackets; "" if no run has failed."""
+    """Return the first sentence of the first failure, in parentheses; "" if no run has failed."""
     messages = [failure["message"] for run in runs if (failure := run.failure)]
     if not messages:
         return ""

@@ -47,13 +47,13 @@ from reseed.train.config import RuntimeConfig
 _DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints")
 """Entries of a run's identity that determine its held-out activations."""
 _ELSEWHERE = ("order_seed", "held_out_tokens")
-"""Settings of the data set that do not: the order is that of training, and a cell reads as many
-tokens as its run with the fewest."""
+"""Settings of the data set that do not determine them: the first is the order of training tokens,
+and a cell reads as many held-out tokens as the run that has the fewest."""
 Chunks = Iterator[Float[Tensor, "n d_in"]]
 
 
 class ActivationsUnavailable(ReseedError):
-    """Error that says why the SAEs of a cell cannot be compared on activations."""
+    """Error whose message is the reason why a cell's SAEs cannot be compared on activations."""
 
 
 def compare_cell_of(
@@ -82,7 +82,7 @@ def compare_cell_of(
     loaded = [load_dictionaries(run, axis_label(place)) for place, run in finished]
     trained, untrained = zip(*loaded, strict=True)
     device = str(pick_device(runtime.device))
-    # Matchings lie beside the sweeps, because several sweeps may share a pair.
+    # All sweeps share the folder of matchings, because several sweeps may have the same pair.
     store = MatchingCache(sweep.path.parent / "matchings", device=device, progress=throttled_say())
     # A pretrained SAE has no known initialisation, so its cell has no untrained comparison.
     started = [one for one in untrained if one is not None]
@@ -124,7 +124,7 @@ def _check_weights(runs: Sequence[tuple[dict[str, str], Run]], cell: str) -> Non
     """Raise `ReseedError` if seeds of one cell were trained with different penalty weights.
 
     Args:
-        runs: pairs of a run's values of the paired axes, and the run.
+        runs: each run, after its values of the paired axes.
     """
     alike: dict[tuple[str, ...], set[float | None]] = {}
     for place, run in runs:
@@ -147,9 +147,9 @@ def write_with_activations(
 ) -> None:
     """Write a cell into its folder, with the measures on activations if they can be computed.
 
-    The measures on weights are written first, so that a missing language model or a stopped
-    command does not lose them. A cell that lacks the requested measures on activations is tried
-    again.
+    The measures on weights are written first, so that they are not lost if the language model is
+    missing or the command is stopped. The next command retries a cell that lacks the requested
+    measures on activations.
     """
     wanted = cell.settings.activation_tokens
     if not wanted:
@@ -206,7 +206,8 @@ def held_out_streams(
         of tokens.
 
     Raises:
-        NotOffered: the runs read different tokens, or a model or text has changed since training.
+        ActivationsUnavailable: the runs read different tokens, or a model or text has changed since
+            training.
         ConfigError: a model or the data are not found.
     """
     records = [run.record for run in runs]
@@ -214,7 +215,7 @@ def held_out_streams(
     different = token_mismatch(identities)
     if different:
         raise ActivationsUnavailable(f"its runs do not read the same held-out tokens: {different}")
-    kinds: list[int] = []  # the first run of each stream
+    kinds: list[int] = []  # index of the first run of each stream
     reads = []
     for identity in identities:
         known = [
@@ -236,14 +237,14 @@ def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) ->
     """Open the first held-out activations that all runs of a cell were measured on.
 
     Args:
-        tokens: the number wanted; capped at the number that every run was measured on.
+        tokens: maximum number of tokens; fewer if some run was measured on fewer.
 
     Returns:
         the chunks, and the number of tokens in them.
 
     Raises:
-        NotOffered: the runs read different activations, or a model or text has changed since
-            training.
+        ActivationsUnavailable: the runs read different activations, or a model or text has changed
+            since training.
         ConfigError: the model or the data are not found.
     """
     records = [run.record for run in runs]
@@ -266,7 +267,7 @@ def resolve_record(record: Mapping[str, Any], runtime: RuntimeConfig) -> Resolve
     """Resolve the experiment of a run's record, and check that model and data are the same.
 
     Raises:
-        NotOffered: a fingerprint differs from the record.
+        ActivationsUnavailable: a fingerprint differs from the record.
         ConfigError: the model or the data are not found.
     """
     resolved = resolve_experiment(_experiment(record), runtime)
@@ -305,7 +306,8 @@ def held_out_settings(declared: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def activation_mismatch(identities: Sequence[Mapping[str, Any]]) -> str:
-    """Return the first entry that determines held-out activations and differs among runs, or ""."""
+    """Return the name of the first entry that determines held-out activations and differs among
+    runs, or ""."""
     for name in _DECLARED:
         values = [identity.get(name) for identity in identities]
         if name == "dataset":

@@ -30,12 +30,12 @@ from reseed.system.files import DiskFullError, lock_file, room_for
 from reseed.train.config import RuntimeConfig
 
 MOST_LOCKS = 256
-"""Most SAEs that a process locks at a time; each lock is an open file, and about 1,024 may be
-open."""
+"""Maximum number of SAEs that a process locks at a time. Each lock is an open file, and a process
+may have about 1,024 of them."""
 LOCK = ".lock"
 """File in a result's folder, locked by the process that computes the result."""
 BYTES_PER_PASS = 8 * 2**30
-"""Bytes of SAEs that are evaluated in one pass; more SAEs take several passes."""
+"""Maximum size of the SAEs that are evaluated in one pass; more SAEs take several passes."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class SavedRun:
     def result_folder(self, config: EvaluationConfig) -> Path:
         """Return the folder of an evaluation's result.
 
-        A run implies what it was trained on. For an SAE that is not a run, the digest in the
-        folder's name includes its weights and the activations it is evaluated on.
+        The record of a run contains its model and data. For an SAE that is not a run, the digest in
+        the folder's name includes its weights and the activations that it is evaluated on.
         """
         signed = config.signed()
         if not Run(self.folder).exists:
@@ -126,14 +126,14 @@ def saved_run(
     resolved, d_in = declared(), load_sae(folder).d_in
     if d_in != resolved.d_in:
         raise ReseedError(
-            f"{folder}: its `d_in` (={d_in}) must be that of {resolved.experiment.hook} of "
+            f"{folder}: its `d_in` (={d_in}) must equal that of {resolved.experiment.hook} of "
             f"{resolved.model_label} (={resolved.d_in})"
         )
     return SavedRun(folder, resolved)
 
 
 def _untrained(run: Run) -> SAE | None:
-    """Return the SAE as it was initialised, for raw activations; None if that is not known."""
+    """Return the SAE before training, for raw activations; None if its weights are not known."""
     if not run.exists:
         return None
     try:
@@ -151,7 +151,7 @@ def _untrained(run: Run) -> SAE | None:
 
 
 class Evaluator:
-    """SAEs with the activation sources that they read.
+    """Evaluator of SAEs, with the activation sources that they read.
 
     The first evaluation that needs a source opens it; the next ones reuse it.
 
@@ -173,7 +173,7 @@ class Evaluator:
         """Evaluate the SAEs without a result; a failure of one does not stop the others.
 
         Returns:
-            None, or the error.
+            None, or an error that describes the failures.
         """
         failed: dict[str, Exception] = {}
         for source, runs in self.groups.items():
@@ -192,7 +192,8 @@ class Evaluator:
     def _evaluate_some(
         self, source: str, runs: Sequence[SavedRun], config: EvaluationConfig
     ) -> dict[str, Exception]:
-        """Evaluate the SAEs that no other process holds, then what other processes left undone."""
+        """Evaluate the SAEs that no other process has locked, then those that the other processes
+        did not finish."""
         with _claimed(runs, config) as mine:
             failed = self._evaluate_all(source, mine, config) if mine else {}
         others = [t for t in runs if t.id not in failed and not t.has_result(config)]
@@ -214,7 +215,7 @@ class Evaluator:
         left = {run.id: run for run in runs}
         try:
             self._evaluate(source, left, config)
-        except DiskFullError:  # not a failure of the SAEs, and the next one would fail too
+        except DiskFullError:  # the SAEs are not at fault, and the next one would fail too
             raise
         except Exception as error:
             alone = len(left) == 1 or isinstance(error, ConfigError)
@@ -287,7 +288,8 @@ def _passes(runs: Sequence[SavedRun]) -> list[list[SavedRun]]:
 def _claimed(
     runs: Sequence[SavedRun], config: EvaluationConfig, wait: bool = False
 ) -> Iterator[list[SavedRun]]:
-    """Lock the runs without a result that no other process evaluates in this way; yield them.
+    """Lock and yield the runs without a result that no other process has locked for this
+    evaluation.
 
     Args:
         wait: wait for runs that another process has locked, instead of leaving them out.

@@ -78,8 +78,8 @@ def _train_groups(
     """Train the unfinished runs, group by group.
 
     Runs that another process has locked come last: by then that process may have finished them. If
-    it has not, this process waits for the lock. A group that runs out of memory is retried in
-    halves.
+    it has not, this process waits for the lock. If a group runs out of memory, its two halves are
+    trained separately.
     """
     by_signature = {r.signature: r for r in experiments}
     groups = make_plan([r.spec for r in experiments], machine).groups
@@ -144,7 +144,7 @@ def failure_lines(experiments: Sequence[Resolved], store: RunStore) -> list[str]
         lines.append(f"{status}: {who}: {message}")
         if run.failure and not run.failure["explained"]:
             lines += [f"  {line}" for line in _last_frame(run.failure["traceback"])]
-            lines.append(f"  the whole traceback is in {run.path / 'run.json'}")
+            lines.append(f"  the full traceback is in {run.path / 'run.json'}")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Compiled loops: numba's `njit`, and threads for the loops to run on.
+"""Compiled loops: numba's `njit`, and the threads on which the loops run.
 
 Signals are deferred until a compilation ends. An exception that a signal handler raises inside the
 compiler is lost in an LLVM callback, or leaves a function half compiled: the command would ignore
@@ -6,9 +6,9 @@ the signal, end with a spurious error, or crash. A compilation takes a second or
 function and machine.
 
 `in_ranges` and `in_blocks` use as many threads as torch may use (`torch.get_num_threads`). The
-threads are our own, because numba's do not survive a fork and OpenMP's spin. A task must release
-the GIL (numba's ``nogil``; torch's operators do) and must not write to the memory of another task;
-the result must not depend on which thread runs which task.
+threads are our own, because numba's do not survive a fork and OpenMP's busy-wait. A task must
+release the GIL (numba's ``nogil``; torch's operators do) and must not write to the memory of
+another task; the result must not depend on which thread runs which task.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ event.register("numba:compiler_lock", _Deferring())
 
 
 LEAST_WORK = 2**22
-"""Approximate number of multiplications that is worth waking another thread."""
+"""Approximate number of multiplications from which waking another thread saves time."""
 _CHUNKS = 8
-"""Ranges per thread, so that a delayed thread does not delay the others."""
+"""Number of ranges per thread; with several, a delayed thread does not delay the others."""
 
 _lock = Lock()
 _pool: ThreadPoolExecutor | None = None
@@ -84,8 +84,8 @@ def in_ranges(
     """Run ``task(start, stop)`` over ranges of 0 … ``count``.
 
     Args:
-        work: approximate number of multiplications per item; by default, 256 items are worth
-            waking another thread.
+        work: approximate number of multiplications per item; by default, another thread is used
+            from 256 items on.
     """
     threads = min(torch.get_num_threads(), count, 1 + count * work // LEAST_WORK)
     if threads <= 1:
@@ -144,8 +144,8 @@ def _workers(threads: int) -> ThreadPoolExecutor:
 
 
 def _alone(together: Barrier) -> None:
-    together.wait()  # makes each worker run this once
-    torch.get_num_threads()  # a thread's first call resets its number to the common one
+    together.wait()  # makes every worker run this function once
+    torch.get_num_threads()  # a thread's first call resets its number to the process's number
     torch.set_num_threads(1)
 
 

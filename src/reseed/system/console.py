@@ -11,7 +11,7 @@ from typing import Any
 @cache
 def console() -> Any:
     """Return the process's `rich.console.Console`."""
-    from rich.console import Console  # `reseed --help` starts without it
+    from rich.console import Console  # slow to import; `reseed --help` does not need it
 
     found = Console(highlight=False)
     # No wrapping in a file: a name broken over two lines can be neither searched nor copied.
@@ -29,7 +29,8 @@ def seconds_since(started: float) -> float:
 
 
 def throttled_say(every_s: float = 15.0) -> Callable[[str], None]:
-    """Return a throttled `say`: at most one line every ``every_s`` seconds, none before that."""
+    """Return a throttled `say`, which prints at most one line every ``every_s`` seconds, and the
+    first one after that time."""
     last = time.monotonic()
 
     def told(message: str) -> None:
@@ -55,11 +56,12 @@ def say(message: str) -> None:
 def print_rows(
     rows: Sequence[tuple[str, ...]], title: str, columns: Sequence[str], words: Collection[str]
 ) -> None:
-    """Print a table or, in a window too narrow for the names, a name and a line below it.
+    """Print a table or, in a window that is too narrow for it, two lines per row: the name, and the
+    values below it.
 
     Args:
-        columns: headings: of the name, of a word that needs no heading, and of the other values.
-        words: the columns that hold words, not numbers; they are left-aligned.
+        columns: headings of the name, of a text that needs no heading, and of the other values.
+        words: the columns that hold text, not numbers; they are left-aligned.
     """
     from rich.measure import Measurement
     from rich.table import Table

@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(f"{{key}} must be auto, cpu, cuda or cuda:N; got {name}", key)
     there = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= there:
-        raise ConfigError(f"{{key}}: there are {there} CUDA devices here; got {name}", key)
+        raise ConfigError(f"{{key}}: this machine has {there} CUDA devices; got {name}", key)
     return device
 
 
@@ -58,7 +58,7 @@ def free_memory() -> None:
 
 
 def available_memory(device: torch.device) -> int:
-    """Return the bytes free on ``device`` now; on the host, within its control group's limit."""
+    """Return the free bytes on ``device``; on the host, within the limit of the control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     left = [_host_memory()]
@@ -80,13 +80,13 @@ _CONTROL_GROUPS = (
         "total_inactive_file",
     ),
 )
-"""Linux's files of a container's memory limit and use, for cgroup versions 2 and 1."""
+"""Linux files that hold a container's memory limit and use, for cgroup versions 2 and 1."""
 
 
 def _host_memory() -> int:
     with suppress(OSError, ValueError):
         return _entry(Path("/proc/meminfo"), "MemAvailable:") * 1024
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # total, if not on Linux
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: the total memory
 
 
 def _entry(path: Path, name: str) -> int:

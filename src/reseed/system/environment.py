@@ -1,4 +1,5 @@
-"""The environment of a run: versions, machine, commit and command. Recorded, never compared."""
+"""The environment of a run: versions, machine, commit and command. It is recorded, but runs are not
+compared by it."""
 
 from __future__ import annotations
 
@@ -41,7 +42,7 @@ def _of_process() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the checkout that the code runs from, with ``+`` if files changed."""
+    """Return the commit of the checkout that contains the code, with ``+`` if files changed."""
     here = Path(__file__).parent
     try:
         arguments = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}

@@ -1,7 +1,7 @@
 """Atomic writes and file locks.
 
-A file that is written here is whole or absent, even if the process is killed or the disk is full.
-The operating system releases a lock when its process dies.
+A file that these functions write is complete or absent, even if the process is killed or the disk
+is full. The operating system releases a lock when its process dies.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _PROBE = b"\0" * 2**20
 
 
 class DiskFullError(ReseedError):
-    """A full disk; files written earlier are whole.
+    """Error for a full disk; files written earlier are complete.
 
-    The run does not count as failed: once there is space, the same command continues it.
+    The run does not count as failed: once there is free space, the same command continues it.
     """
 
 
@@ -62,13 +62,13 @@ def room_for(path: Path) -> Iterator[None]:
             raise
         raise DiskFullError(
             f"no room for {path.name} in {path.parent} ({os.strerror(error.errno)}). Results and "
-            "checkpoints that were written earlier are intact: free some space and run the same "
-            "command again; it continues from there."
+            "checkpoints that were written earlier are intact. Free some space and run the same "
+            "command again; it continues where it stopped."
         ) from error
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of killed writers. Only the folder's owner may call this."""
+    """Delete temporary files of killed writers. The caller must be the folder's only writer."""
     for path in folder.glob(f".*{_TEMPORARY}*"):
         path.unlink(missing_ok=True)
 
@@ -99,7 +99,7 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def _probe(temporary: Path) -> None:
-    """Raise `OSError` if a file that will be deleted cannot grow, because the disk is full."""
+    """Raise `OSError` if the disk is full: try to extend ``temporary``, which will be deleted."""
     with temporary.open("ab", buffering=0) as file:
         left = len(_PROBE)
         while left:
@@ -124,7 +124,7 @@ def atomic_write_json(path: PathLike, value: Any) -> None:
 
 
 def write_json_unsynced(path: PathLike, value: Any) -> None:
-    """Write JSON that every reader sees whole, without fsync: for files that are soon rewritten.
+    """Write JSON without fsync, for files that are soon rewritten; readers see complete files.
 
     Errors of the file system are ignored.
     """

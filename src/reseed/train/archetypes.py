@@ -5,27 +5,29 @@ centroids, W ≥ 0 with rows that sum to 1, and ‖Λ_j‖ ≤ δ. Then each row
 architecture has no unit-norm decoder, multiplied by its own positive scale (the authors use one
 scale for all rows).
 
-Three choices, since their setting differs from ours:
+Three choices differ from the paper's, because its setting differs from ours:
 
-- Their SAE has no b_dec, so their hull is that of the activations. Here the latents reconstruct
-  x − b_dec: the centroids are those of the first chunk minus the initial b_dec
-  (``b_dec_init=zeros`` gives the hull of the activations themselves).
+- Their SAE has no b_dec, so the convex hull of their centroids lies in that of the activations.
+  Here the latents reconstruct x − b_dec, so the centroids are those of the first chunk minus the
+  initial b_dec (with ``b_dec_init=zeros``, of the activations themselves).
 - They start from W = 1 with a random encoder. Here the encoder starts as the transpose of the
   decoder, and W is drawn from the seed of the weights: each row lies between two centroids, nearer
-  to its leading one, and every centroid leads equally often. With shared archetypes and W = 1 all
-  seeds would give the same run.
+  to the first of them, and every centroid is the first equally often. With shared archetypes and
+  W = 1 all seeds would give the same run.
 - W is projected back to the simplex after each step as in their code: negative weights are set to
   0, then rows are divided by their sum.
 
-The rows cost a product of F × K × D and its gradient in every step (aligned training needs the rows
-after the step too: another product). W and its moments take 16·F·K bytes: with as many archetypes K
-as latents F, more than all the rest of a wide SAE.
+The rows cost a product of F × K × D and its gradient in every step (aligned training also needs the
+rows after the step, which is another product). W and its moments take 16·F·K bytes: with as many
+archetypes K as latents F, more than the other state of a wide SAE.
 
-The centroids are found by Lloyd's k-means in float32, with a limit on rounds and the same result at
-every call. scipy's ``kmeans2`` is not used: it holds all points × k distances at once (with 20,000
-points in 16 dimensions and 8,000 centres its memory grew by 610 MiB) and runs on the CPU only.
+The centroids are found by Lloyd's k-means in float32, with a maximum number of rounds and the same
+result at every call. scipy's ``kmeans2`` is not used: it holds all points × k distances at once
+(with 20,000 points in 16 dimensions and 8,000 centres its memory grew by 610 MiB) and runs only on
+the CPU.
 
-The file has the parametrisation of W_dec, its start from the first activations, and the k-means.
+The file defines the parametrisation of W_dec, its initialisation from the first activations, and
+k-means.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from reseed.sae.base import SAE
 
 ROUNDS = 25
 BLOCK_DISTANCES = 2**24
-"""Distances held at a time: 64 MiB."""
+"""Maximum number of distances in memory at a time: 64 MiB."""
 _PREFIX = "parametrizations.W_dec"
 _RELAXATION, _WEIGHTS, _SCALE = f"{_PREFIX}.original", f"{_PREFIX}.0.weights", f"{_PREFIX}.0.scale"
 
@@ -59,7 +61,7 @@ class ArchetypalDecoder(nn.Module):
     Attributes:
         archetypes: C, fixed.
         weights: W.
-        scale: the logarithm of each row's scale; None with unit rows.
+        scale: the logarithm of each row's scale; None if rows have norm 1.
     """
 
     archetypes: Float[Tensor, "num_archetypes d_in"]
@@ -103,9 +105,9 @@ class ArchetypalDecoder(nn.Module):
 
 
 def make_archetypal(sae: SAE, num_archetypes: int, relaxation: float) -> None:
-    """Replace W_dec by a parametrisation.
+    """Replace W_dec by an `ArchetypalDecoder`.
 
-    It is zero until `initialise_archetypes` or a checkpoint fills it.
+    The decoder is zero until `initialise_archetypes` or a checkpoint fills it.
     """
     with torch.no_grad():
         sae.W_dec.zero_()
@@ -167,9 +169,9 @@ def start_weights(
 
 @torch.no_grad()
 def with_plain_decoder(sae: SAE, weights: Mapping[str, Tensor]) -> SAE:
-    """Return a copy with these weights in place of its own, and W_dec as a plain parameter.
+    """Return a copy of the SAE that has ``weights``, with W_dec as a plain parameter.
 
-    It is built anew because removing a parametrisation would change the class of all copies.
+    The copy is built anew because removing a parametrisation would change the class of all copies.
     """
     state = {**sae.state_dict(), **weights}
     decoder = archetypal_decoder(sae)
@@ -188,19 +190,19 @@ def kmeans(
 ) -> Float[Tensor, "k d_in"]:
     """Return the centroids after ``rounds`` rounds, or once no point changes its cluster.
 
-    It starts at k distinct points drawn at random. A cluster that has lost all its points restarts
-    at the point that is farthest from its centroid.
+    The initial centroids are k distinct points chosen at random. A cluster that has lost all its
+    points restarts at a point that is farthest from its own centroid.
 
     Args:
-        generator: on the CPU, so that the draw is the same for every device.
+        generator: a CPU generator, so that the choice is the same for every device.
 
     Raises:
         ConfigError: there are more clusters than points.
     """
     if not 1 <= k <= len(points):
         raise ConfigError(
-            f"{{key}} (={k:,}; null: num_latents) must not exceed the activations of the first "
-            f"chunk: {len(points):,}. Lower it, or raise dataset.chunk_tokens.",
+            f"{{key}} (={k:,}; null: num_latents) must not exceed the number of activations in the "
+            f"first chunk (={len(points):,}). Lower it, or raise dataset.chunk_tokens.",
             "training.archetypes",
         )
     chosen = torch.randperm(len(points), generator=generator)[:k]
@@ -230,7 +232,7 @@ def assign(
 
 def _means(points: Tensor, nearest: Tensor, distances: Tensor, k: int) -> Tensor:
     """Return each cluster's mean; for an empty one, a point farthest from its own centroid."""
-    # Sort, then sum by bags: a scattered sum is not deterministic on a GPU.
+    # Sort, then sum by bags, because a scattered sum is not deterministic on a GPU.
     counts = torch.bincount(nearest, minlength=k)
     order = torch.sort(nearest, stable=True).indices
     means = nn_functional.embedding_bag(order, points, counts.cumsum(0) - counts, mode="mean")

@@ -1,4 +1,4 @@
-"""Lightning callbacks of training: curves, checkpoints, progress, stopping without loss."""
+"""Lightning callbacks of training: curves, checkpoints, progress, and stopping on signals."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from reseed.train.trainer import GroupModule
 class CheckpointCallback(L.Callback):
     """A callback that closes curve rows and saves each run's state into its own folder.
 
-    A checkpoint belongs to a run, not to a group: a run resumes from its own however the next
-    command forms groups. Runs saved at different steps wait for the one furthest behind.
+    A checkpoint belongs to a run, not to a group: a run resumes from its own checkpoint, whatever
+    groups the next command forms. Runs that are ahead wait for the run that is furthest behind.
 
     Args:
-        folders: of the runs, by id.
+        folders: the folders of the runs, by id.
         writes: whether this process writes; if several ranks train the same SAEs, only one does.
-        reads_to_end: whether other ranks need this one to read the stream to its end.
+        reads_to_end: whether other ranks need this rank to read the stream to its end.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class CheckpointCallback(L.Callback):
         pl_module.after_step = self.after_step
 
     def after_step(self, run: RunState) -> None:
-        """Close a row of the curve if one is due; save a run that has made all its steps."""
+        """Close a row of the curve if one is due; save the run if it has made all its steps."""
         last = not run.active
         if last or run.step % self.log_every_steps == 0:
             self._log(run)
@@ -82,7 +82,7 @@ class CheckpointCallback(L.Callback):
 
     def _save(self, run: RunState) -> None:
         if run.failed or not self.writes:
-            return  # keep the last sound checkpoint
+            return  # keep the last checkpoint with finite values
         folder = self.folders[run.id]
         run.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
         run.write_curve(folder)
@@ -99,21 +99,21 @@ class CheckpointCallback(L.Callback):
 
 
 class StopSignal(BaseException):
-    """Exception that a signal raises if training can end at once.
+    """Exception that the signal handler raises if training can end at once.
 
-    It is not a KeyboardInterrupt, on which Lightning ends the process without a message.
+    It is not a KeyboardInterrupt, because Lightning would end the process without a message.
     """
 
 
 class StopOnSignal(L.Callback):
     """A callback that, on SIGINT or SIGTERM, ends training between two steps with a checkpoint.
 
-    While the next activations are computed, which may take long, training ends at once. A second
-    SIGINT ends it without another checkpoint; the last one stays valid.
+    A signal that comes while the next activations are computed, which may take long, ends training
+    at once. A second SIGINT ends training without another checkpoint; the last one stays valid.
 
     Args:
         synchronous: whether several ranks make each step together and so must end after the same
-            step. Then training ends only after the current activations are computed.
+            step. If true, training ends only after the current activations are computed.
     """
 
     def __init__(self, checkpoints: CheckpointCallback, synchronous: bool = False) -> None:
@@ -121,8 +121,8 @@ class StopOnSignal(L.Callback):
         self.signal: int | None = None
         self.stepping = False
         self.module: GroupModule | None = None
-        # Read before fit begins: then Lightning installs its own SIGTERM handler, which only notes
-        # the signal.
+        # Read them before fit begins, when Lightning installs its own SIGTERM handler, which only
+        # notes the signal.
         numbers = (signal.SIGINT, signal.SIGTERM)
         self._before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
@@ -137,7 +137,7 @@ class StopOnSignal(L.Callback):
         if self.signal is not None:
             name = signal.Signals(self.signal).name
             raise Interrupted(
-                f"stopped by {name}; saved. The same command goes on from here.", self.signal
+                f"stopped by {name}; saved. The same command continues from here.", self.signal
             )
 
     def restore(self) -> None:
@@ -214,8 +214,8 @@ class ProgressWriter(L.Callback):
 class GroupProgress(ProgressBar):
     """A progress line for the group: tokens/s, and mean FVU, L0 and dead fraction of its runs.
 
-    It counts the tokens of the run that has seen the most. On a terminal it is a bar, elsewhere a
-    line every ten seconds.
+    It shows the tokens of the run that has seen the most tokens. On a terminal it is a bar;
+    otherwise a line is printed every ten seconds.
     """
 
     def __init__(self, runs: Sequence[RunState], shown: bool) -> None:
@@ -228,7 +228,7 @@ class GroupProgress(ProgressBar):
 
     @property
     def tokens(self) -> int:
-        """Tokens of the stream that the run furthest ahead has seen."""
+        """Number of tokens that the run furthest ahead has seen."""
         return max(run.step * run.training.batch_size for run in self.runs)
 
     def disable(self) -> None:

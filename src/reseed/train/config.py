@@ -17,21 +17,21 @@ from reseed.errors import ConfigError
 class TrainingConfig(Config, family="training"):
     """Budget, optimiser and constraints; every field but ``recipe`` enters the signature.
 
-    For Adam each architecture has its published learning rate (`SAEConfig.published_lr`), which
-    may fall as 1/√F; ``lr_law=width`` takes that of the TopK family for every architecture. The
-    other optimisers have one law each, for every architecture. ``lr_scale`` multiplies any of
-    them; ``lr`` overrides all.
+    With Adam each architecture has its published learning rate (`SAEConfig.published_lr`), which
+    may decrease as 1/√F; ``lr_law=width`` takes that of the TopK family for every architecture.
+    Each of the other optimisers has one law for every architecture. ``lr_scale`` multiplies the
+    learning rate of any law; ``lr`` replaces it.
     """
 
     recipe: str = setting("standard", signed=False)
     """Name of the option set, for tables."""
     tokens: int = setting(1_000_000, at_least=1)
-    """Activations that each SAE sees; rounded down to whole batches."""
+    """Number of activations that each SAE sees; rounded down to whole batches."""
     batch_size: int = setting(4_096, at_least=1)
-    """Activations per step."""
+    """Number of activations per step."""
     optimizer: str = setting("adam", choices=("adam", "sign_sgd", "muon"), neutral="adam")
-    """sign_sgd is schedule-free (a mean of the weights replaces the decay); muon updates W_enc and
-    W_dec, and Adam the rest."""
+    """sign_sgd is schedule-free: a mean of the weights replaces the decay of the rate. With
+    muon, Muon updates W_enc and W_dec, and Adam updates the other parameters."""
     lr: float | None = setting(None, above=0)
     lr_law: str = setting("published", choices=("published", "width"))
     lr_scale: float = setting(1.0, above=0)
@@ -52,20 +52,21 @@ class TrainingConfig(Config, family="training"):
     b_dec: str = setting("learned", choices=("learned", "frozen"))
     start: str = setting("random", choices=("random", "truth"), neutral="random")
     """truth: latent i starts at feature i of a world (`model=world_*`), to test whether training
-    keeps the right answer."""
+    preserves the true features."""
     start_noise: float = setting(0.1, at_least=0, neutral=0.1)
     """Length of the noise added to the unit rows of ``start=truth``."""
     aligned: bool = setting(False, neutral=False)
-    """Hold E_j · d_j = 1 for every latent (2605.18629), from the first step: along d_j this
-    overrides ``sae.encoder_init_scale``."""
+    """Hold E_j · d_j = 1 for every latent (2605.18629), before the first step too: this overrides
+    ``sae.encoder_init_scale`` in the direction of d_j."""
     decoder: str = setting("free", choices=("free", "archetypal"), neutral="free")
     """archetypal: rows are mixtures of centroids of the first activations (2502.12892)."""
     archetypes: int | None = setting(None, at_least=2, neutral=None)
-    """Number of centroids; null: num_latents. Each step then costs F × archetypes × D more."""
+    """Number of centroids; null: num_latents. They add a product of F × archetypes × D to each
+    step."""
     archetype_seed: str = setting("shared", choices=("shared", "own"), neutral="shared")
     """shared: the runs of a cell have the same centroids; own: each run seeds its own k-means."""
     archetype_relaxation: float = setting(1.0, at_least=0, neutral=1.0)
-    """Largest distance of a row from its mixture, in units of the scaled activations."""
+    """Maximum distance of a row from its mixture, in units of the scaled activations."""
     dead_after_tokens: int | None = setting(None, at_least=1)
     """A latent that has not fired for this many tokens is dead; null: min(10M, budget/10)."""
     precision: str = setting("float32", choices=("float32", "bfloat16"))
@@ -89,7 +90,7 @@ class TrainingConfig(Config, family="training"):
         if self.optimizer == "sign_sgd" and self.decay_fraction != 0:
             raise ConfigError(
                 "{key} must be 0 with `optimizer=sign_sgd`, which averages weights instead; "
-                f"got {self.decay_fraction:g}. training=sign_sgd sets all options that it needs.",
+                f"got {self.decay_fraction:g}. training=sign_sgd sets all options for it.",
                 "decay_fraction",
             )
         if self.decoder == "archetypal" and self.start == "truth":
@@ -104,8 +105,8 @@ class TrainingConfig(Config, family="training"):
             )
 
     def _check_heeded(self) -> None:
-        """Refuse options that have no use here: as part of the cell they would change the initial
-        weights and so seem to have an effect."""
+        """Refuse options that have no effect here. They would enter the signature of the cell and
+        so change the initial weights, which would look like an effect."""
         rules = (
             ("momentum", self.optimizer != "adam", "optimizer=sign_sgd or muon"),
             ("start_noise", self.start == "truth", "start=truth"),
@@ -147,8 +148,8 @@ class RuntimeConfig(Config, family="runtime"):
     """CPU threads of torch in each process; null: torch's default, or an equal share of the CPUs
     if several processes train together on them."""
     strategy: str = setting("single", choices=STRATEGIES, signed=False, neutral="single")
-    """The division of a group among processes. ``ddp``: each trains on a share of every batch;
-    ``spread``: each trains some of the SAEs; ``single``: one process trains all."""
+    """The division of a group among processes. ``ddp``: each process trains all SAEs on a share of
+    every batch; ``spread``: each trains some of the SAEs; ``single``: one process trains all."""
     ranks: int | None = setting(None, at_least=1, signed=False, neutral=None)
     """Number of processes that train together on this machine; null: one per GPU."""
     outputs: str = setting("outputs", signed=False)
@@ -158,18 +159,18 @@ class RuntimeConfig(Config, family="runtime"):
     activation_cache: str | None = setting(None, signed=False, neutral=None)
     """Folder to cache the activations of language models; null: no cache."""
     activation_cache_gib: float = setting(50.0, above=0, signed=False, neutral=50.0)
-    """Largest size of that folder."""
+    """Maximum size of ``activation_cache``."""
     prefetch: bool | None = setting(None, signed=False, neutral=None)
-    """Compute the next chunk while SAEs train on this one; null: on a GPU, and if torch uses at
-    most half of the CPUs."""
+    """Compute the next chunk while SAEs train on the current one; null: true on a GPU, or if torch
+    uses at most half of the CPUs."""
     plan_only: bool = setting(False, signed=False)
-    """Print the runs to train, their groups and their cost; train nothing."""
+    """Print the runs that would be trained, their groups and their cost, and train nothing."""
     wait: bool = setting(True, signed=False, neutral=True)
     """With hydra/launcher=slurm, wait for the jobs that the command submitted."""
     memory_gib: float | None = setting(None, above=0, signed=False)
     """Memory that a group of runs may take; null: the device's free memory, less a reserve."""
     tflops: float | None = setting(None, above=0, signed=False)
-    """Speed of a plain product, to plan for another machine; null: measured on this one."""
+    """Speed of a float32 product, to plan for another machine; null: measured on this machine."""
     checkpoint_every_s: float = setting(30.0, above=0, signed=False)
     heartbeat_every_s: float = setting(5.0, above=0, signed=False, neutral=5.0)
     """Seconds between updates of a run's progress.json."""
@@ -194,7 +195,7 @@ class RuntimeConfig(Config, family="runtime"):
             )
         if self.strategy == "ddp" and self.ranks is not None and STRIPES % self.ranks:
             raise ConfigError(
-                f"{{key}} must divide {STRIPES} with runtime=ddp: each chunk is dealt into "
+                f"{{key}} must divide {STRIPES} with runtime=ddp: each chunk is divided into "
                 f"{STRIPES} stripes, and every process reads whole stripes; got {self.ranks}",
                 "ranks",
             )

@@ -21,7 +21,7 @@ class Curve:
     Attributes:
         rows: dicts of column name to number; a row may have columns that others lack.
         steps: number of steps in the sums.
-        sums: since the last row; kept as tensors to avoid waiting for the GPU.
+        sums: sums since the last row, kept as tensors to avoid waiting for the GPU.
     """
 
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -32,7 +32,8 @@ class Curve:
         """Add a step to the sums.
 
         Args:
-            squared_error, variance: of its batch; the row's FVU is the ratio of their sums.
+            squared_error, variance: those of the step's batch; the row's FVU is the ratio of their
+                sums.
             values: quantities whose means the row holds.
         """
         self.steps += 1
@@ -41,7 +42,7 @@ class Curve:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def close(self, step: int, tokens: int, **known: float) -> dict[str, float]:
-        """Close and return a row of the steps since the last one; there must be at least one.
+        """Close and return a row for the steps since the last row; there must be at least one step.
 
         Args:
             step, tokens, known: columns that are not sums.

@@ -54,8 +54,8 @@ def fit_group(
     SAEs that were trained elsewhere are only measured and recorded.
 
     Args:
-        processes: the processes that train; by default this one alone.
-        message: tells the other processes what to train (`reseed.distributed.worker`).
+        processes: the processes that train; by default only this one.
+        message: message that tells the other processes what to train (`reseed.distributed.worker`).
 
     Returns:
         the error of each run that failed, by run id. A failed run does not stop the others.
@@ -93,7 +93,7 @@ def fit_group(
             sound, took = len(runs) - len(failures), seconds_since(clock)
             say(f"  {sound} of {len(runs)} runs finished in {took:,.1f} s")
         return failures
-    # Outside of the handler, since the error references every frame and so the memory.
+    # Outside of the handler, because the error references every frame and so its tensors.
     _interrupt(runs)
     free_memory()
     raise OutOfMemory(f"out of memory with {counted(len(runs), 'SAE')} ({reason})")
@@ -102,18 +102,18 @@ def fit_group(
 def _interrupt(runs: Sequence[Run]) -> None:
     for run in runs:
         if run.record["status"] == "running":
-            with suppress(DiskFullError):  # it stays `running` without an owner, which is the same
+            with suppress(DiskFullError):  # `running` without an owner is read as interrupted
                 run.update(status="interrupted")
 
 
 def fit_on_process(
     group: Sequence[RunSpec], runs: Sequence[Run], runtime: RuntimeConfig, ranks: ProcessGroup
 ) -> dict[str, BaseException]:
-    """Do this process's share of a group: all of it if it is the only process.
+    """Train this process's share of a group, which is all of it if there is only one process.
 
     With ``runtime=ddp`` every rank trains all SAEs on its stripes of each chunk, and the first rank
-    records; with ``runtime=spread`` each rank trains and records its own SAEs, and all compute the
-    chunks together. All ranks call this function together.
+    records the runs; with ``runtime=spread`` each rank trains and records its own SAEs, and all
+    ranks compute the chunks together. All ranks call this function together.
 
     Returns:
         the error of each run of the group that failed, by run id.
@@ -159,8 +159,8 @@ class ProcessShare:
 
     Attributes:
         ranks: all ranks, as this one sees them.
-        own: the runs that it trains.
-        writes: whether it writes checkpoints and results.
+        own: the runs that this rank trains.
+        writes: whether this rank writes checkpoints and results.
         batch_ranks: the ranks that share each batch.
     """
 
@@ -185,14 +185,14 @@ class ProcessShare:
 
     @property
     def reads_to_end(self) -> bool:
-        """True if the other ranks need this one for every chunk, even after its own last step."""
+        """True if the other ranks need this rank for every chunk, even after its own last step."""
         return self.ranks.several and not self.batch_ranks.several
 
 
 def _run_state(
     spec: RunSpec, run: Run, source: ActivationSource, stream: ChunkStream, ranks: ProcessGroup
 ) -> GroupRun:
-    """Return the run's state: from its checkpoint, from the first chunk, or as imported."""
+    """Return the run's state, from its checkpoint, the first chunk, or an SAE trained elsewhere."""
     if spec.pretrained is not None:
         return PretrainedRun(run.id, spec.hookpoint, spec.pretrained, source.device)
     given = (run.id, spec.hookpoint, spec.sae, spec.training, spec.d_in, spec.init_seed)
@@ -291,7 +291,7 @@ def _end(stream: ChunkStream, size: int, steps: int) -> Position:
 
 
 def _loggers(runtime: RuntimeConfig) -> list[Any]:
-    """Make the loggers that the user asked for; training.csv is always written, without them."""
+    """Make the loggers that the user asked for; training.csv is always written without a logger."""
     made: list[Any] = []
     if "tensorboard" in runtime.loggers:
         made.append(loggers.TensorBoardLogger(Path(runtime.outputs) / "tensorboard", name=""))
@@ -302,7 +302,7 @@ def _loggers(runtime: RuntimeConfig) -> list[Any]:
 
 @contextmanager
 def _quiet_lightning():
-    """Silence Lightning's hints on devices and workers, which our own messages cover."""
+    """Silence Lightning's messages on devices and workers, which repeat our own messages."""
     found = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in found]
     for logger in found:

@@ -1,12 +1,12 @@
 """The plan of a command: groups of runs that train together, and their cost.
 
-It is made and printed before anything starts. Runs that read the same activations form one group,
-even if their hookpoints, architectures, budgets and batch sizes differ: one pass of the source
-feeds them all, down to the deepest hookpoint and as far as the largest budget. A group that would
-not fit into memory is split into as few groups as possible, since each needs its own pass.
+The plan is made and printed before training starts. Runs that read the same activations form one
+group, even if their hookpoints, architectures, budgets and batch sizes differ: one pass of the
+source serves all of them, up to the deepest hookpoint and the largest budget. A group that would
+not fit into memory is split into as few groups as possible, because each needs its own pass.
 
-The file has the cost of a group (time, memory and disk space, estimated from shapes alone), then
-groups, the machine and the plan, then how runs are divided and groups are described.
+The file defines the cost of a group (time, memory and disk space, estimated from shapes alone);
+groups, the machine and the plan; the division of runs; and the descriptions of groups.
 """
 
 from __future__ import annotations
@@ -27,12 +27,15 @@ from reseed.train.optim.muon import STEPS
 from reseed.train.spec import RunSpec
 
 MEMORY_SHARE = 0.85
-"""Fraction of the free memory that a group may take: estimates err, and other processes grow."""
+"""Fraction of the free memory that a group may take; the rest is a reserve for errors of the
+estimate and for other processes."""
 STEP_EFFICIENCY = 0.25
-"""Fraction of a plain product's speed that model and training step reach (small products, sparse
-operations, optimiser). It is rough: an announced time can be off by a factor of two."""
+"""Speed of the model and of training steps relative to a large product; they are slower because of
+small products, sparse operations and the optimiser. A planned time can be wrong by a factor of
+two."""
 _CHUNKS = 3
-"""Chunks in memory at most: one that a block still refers to, the next, and a prefetched one."""
+"""Maximum number of chunks in memory: one that a block still refers to, the next, and a prefetched
+one."""
 _FLOAT = 4.0  # bytes of a float32
 
 
@@ -43,7 +46,7 @@ class Cost:
     Attributes:
         flops: floating-point operations of the source and of all steps.
         memory: peak memory in bytes.
-        parameters: of all SAEs together.
+        parameters: number of parameters of all SAEs together.
     """
 
     flops: float
@@ -59,14 +62,14 @@ class Cost:
 def cost(group: Sequence[RunSpec], beside: Sequence[RunSpec] = ()) -> Cost:
     """Estimate the cost of a group that trains in one pass of its source.
 
-    Operations: the products of the source and of each SAE's step (with those that Muon or an
-    archetypal decoder adds), and 12 operations per weight for Adam. Bytes: the source's weights;
-    for each SAE its weights, two moments and the copy that is measured and stored; gradients of one
-    SAE, since they are freed before the next SAE's step; chunks; the work space of a step. An SAE
-    that was trained elsewhere counts only with its weights.
+    Operations are the products of the source and of each SAE's step (with those that Muon or an
+    archetypal decoder adds), and 12 operations per weight for Adam. Memory holds the source's
+    weights; for each SAE its weights, two moments and the copy that is measured and stored; the
+    gradients of one SAE, since they are freed before the next SAE's step; chunks; and the work
+    space of a step. For an SAE that was trained elsewhere only its weights count.
 
     Args:
-        beside: runs that other processes train and whose hookpoints are read too.
+        beside: runs that other processes train, whose hookpoints this process also reads.
     """
     read = [*group, *beside]
     hooks = [r.hookpoint for r in read]
@@ -110,7 +113,8 @@ def step_flops(spec: RunSpec) -> float:
 
 
 def _work_space(spec: RunSpec) -> float:
-    """Estimate a step's bytes apart from weights and gradients: dense products need all latents."""
+    """Estimate the bytes of a step besides weights and gradients; dense products hold all
+    latents."""
     latents = (spec.sae.dense_products - 1) * spec.num_latents
     return _FLOAT * spec.training.batch_size * (latents + 6 * spec.d_in)
 
@@ -129,7 +133,7 @@ def product_speed(device: torch.device) -> float:
 
 
 class OutOfMemory(ReseedError):
-    """Error of a group that did not fit into memory. Checkpoints of its runs stay valid."""
+    """Error for a group that did not fit into memory. Checkpoints of its runs stay valid."""
 
 
 @dataclass(frozen=True)
@@ -145,16 +149,16 @@ class Group:
 
     @property
     def description(self) -> str:
-        """The group in words, without the time, which depends on the machine."""
+        """Description of the group, without the time, which depends on the machine."""
         return f"{self.content}: {_tokens(self.runs)}, {format_bytes(self.cost.memory)}"
 
     @property
     def content(self) -> str:
-        """The SAEs and their source in words."""
+        """Description of the SAEs and their source."""
         return f"{counted(len(self.runs), 'SAE')} ({_kinds(self.runs)}) on {_where(self.runs)}"
 
     def needs(self, machine: Machine) -> float:
-        """Return the peak memory in bytes of any one process."""
+        """Return the peak memory, in bytes, of the process that needs the most."""
         return machine.needs(self.runs)
 
     def halves(self) -> tuple[Group, Group]:
@@ -168,9 +172,9 @@ class Machine:
     """The machine that trains.
 
     Attributes:
-        device: of the training.
+        device: the device on which SAEs train.
         memory: bytes that a group may take in each process that trains it.
-        speed: floating-point operations per second of a plain product in each process.
+        speed: floating-point operations per second of a float32 product in each process.
         strategy: how processes train a group (`RuntimeConfig.strategy`).
         ranks: number of processes.
     """
@@ -183,7 +187,7 @@ class Machine:
 
     @classmethod
     def of(cls, runtime: RuntimeConfig) -> Machine:
-        """Describe this machine, or the one that the runtime options describe."""
+        """Return this machine, with the memory and speed of the runtime options where given."""
         device = pick_device(runtime.device)
         ranks = process_count(runtime)
         shared = ranks if device.type == "cpu" else 1  # processes share the host, not a GPU
@@ -199,7 +203,7 @@ class Machine:
 
     @property
     def description(self) -> str:
-        """The device or the processes in words: ``cpu``, ``4 processes (ddp)``."""
+        """Description of the device or the processes: ``cpu``, ``4 processes (ddp)``."""
         return self.device.type if self.ranks == 1 else f"{self.ranks} processes ({self.strategy})"
 
     def seconds(self, cost: Cost) -> float:
@@ -219,9 +223,9 @@ class Plan:
     """The groups that a command will train.
 
     Attributes:
-        groups: trained one after the other.
-        calibrations: number of cells whose penalty weight is found first; their calibration runs
-            are not counted in the plan.
+        groups: the groups, which are trained one after the other.
+        calibrations: number of cells whose penalty weight must be found first; the plan does not
+            count their calibration runs.
     """
 
     machine: Machine
@@ -255,7 +259,7 @@ class Plan:
             say(f"  {number:>{len(str(len(costs)))}}  {self._line(group)}")
         if self.calibrations:
             cells = counted(self.calibrations, "penalty weight")
-            say(f"  before that, {cells} found by calibration runs (2 to 9 for each)")
+            say(f"  before that, calibration runs find {cells} (2 to 9 runs for each)")
 
     def _line(self, group: Group) -> str:
         crowded, needs = "", group.needs(self.machine)
@@ -289,8 +293,8 @@ def group_by_stream(runs: Sequence[RunSpec]) -> list[list[RunSpec]]:
 def divide_runs(runs: Sequence[RunSpec], ranks: int) -> list[list[int]]:
     """Divide the runs among processes, with about equal work; return their indices per process.
 
-    Runs are assigned from the costliest on, each to the process with the least work. The result is
-    the same on every rank.
+    Runs are assigned in order of decreasing cost, each to the process with the least work so far.
+    The result is the same on every rank.
     """
     work = [step_flops(r) * r.training.steps for r in runs]
     parts: list[list[int]] = [[] for _ in range(ranks)]
@@ -307,7 +311,7 @@ def split_to_fit(
     memory: float,
     needs: Callable[[Sequence[RunSpec]], float] = lambda runs: cost(runs).memory,
 ) -> list[list[RunSpec]]:
-    """Split runs into few groups of at most ``memory`` bytes; a run that does not fit is alone.
+    """Split runs into few groups of at most ``memory`` bytes; a larger run gets its own group.
 
     They are split by depth, and within a hookpoint by size, so that each group reads few
     hookpoints: chunks take memory, and the model runs only up to the deepest hookpoint.
@@ -325,7 +329,7 @@ def split_to_fit(
 
 
 def print_start(group: Group, machine: Machine, number: int = 1, of: int = 1) -> None:
-    """Print that a group starts; if there are several, briefly: the plan has its details."""
+    """Print that a group starts, without details if there are several: the plan has them."""
     if of > 1:
         say(f"group {number} of {of}: {counted(len(group.runs), 'SAE')} "
             f"on {_where(group.runs)}")  # fmt: skip

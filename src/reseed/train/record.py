@@ -1,4 +1,4 @@
-"""Writing of a run's results when it has ended; runs whose SAE was trained elsewhere."""
+"""Writing of a run's results after its training; runs whose SAE was trained elsewhere."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from reseed.train.run_state import RunState
 from reseed.train.spec import RunSpec
 
 CURVE = "step,tokens,fvu,dead_fraction,lr,seconds\n"
-"""The training.csv of a run without training: only its header."""
+"""The training.csv of a run that was not trained here: only its header."""
 
 
 @final
 class PretrainedRun:
-    """A run whose SAE was trained elsewhere: it is measured, through the interface of `RunState`.
+    """A run whose SAE was trained elsewhere and is only measured, with the interface of `RunState`.
 
     Args:
         id: the run's folder name.
@@ -104,8 +104,8 @@ def write_results(
 def _silent_latents(
     state: GroupRun, measured: Reconstruction
 ) -> tuple[Int[Tensor, " num_latents"], Bool[Tensor, " num_latents"]]:
-    """Return the tokens since each latent fired, and the mask of dead latents. For an SAE that was
-    trained elsewhere these are the latents that did not fire on the held-out tokens."""
+    """Return the number of tokens since each latent fired, and the mask of dead latents. For an SAE
+    that was trained elsewhere, latents that did not fire on the held-out tokens are dead."""
     if isinstance(state, RunState):
         return state.tokens_since_fired, state.dead
     silent = measured.firing == 0

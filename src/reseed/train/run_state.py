@@ -45,7 +45,7 @@ class NotFiniteError(ReseedError, ArithmeticError):
 
 
 def _generator(purpose: str, seed: int) -> torch.Generator:
-    """Return a separate generator per purpose, distinct from the one of the initial weights."""
+    """Return the generator for ``purpose``, which differs from that of the initial weights."""
     return torch.Generator().manual_seed(int(digest([purpose, seed]), 16))
 
 
@@ -111,13 +111,13 @@ class RunState:
 
     @contextmanager
     def catch_error(self) -> Iterator[None]:
-        """Keep an error inside the context as this run's `error`, so that the group continues."""
+        """Store an error that is raised in the context in `error`, so that the group continues."""
         try:
             yield
         except DiskFullError:
             raise
         except Exception as error:
-            if is_out_of_memory(error):  # concerns all runs on the machine, like a full disk
+            if is_out_of_memory(error):  # affects all runs on the machine, like a full disk
                 raise
             if self.ranks.several and not isinstance(error, ReseedError):
                 raise  # the other ranks may not have the error and would wait for this one
@@ -159,7 +159,8 @@ class RunState:
 
     @torch.no_grad()
     def _start_at(self, truth: Float[Tensor, "features d_in"]) -> None:
-        """Turn both rows of latent i to feature i plus noise (`start_noise`); keep their norms."""
+        """Set the directions of both rows of latent i to feature i plus noise (`start_noise`), and
+        keep their norms."""
         noise = torch.randn(self.sae.W_dec.shape, generator=_generator("start", self.init_seed)) * (
             self.training.start_noise / truth.shape[1] ** 0.5
         )
@@ -178,8 +179,8 @@ class RunState:
     def trained_sae(self) -> SAE:
         """Return the SAE to measure and store: for raw activations, with a plain W_dec.
 
-        With a schedule-free optimiser it has the mean weights. The curve and running thresholds
-        belong to the weights at which gradients are taken.
+        With a schedule-free optimiser it has the mean weights, but the curve and the running
+        thresholds are those of the weights at which gradients are taken.
         """
         weights = self.optimizer.evaluation_weights()
         if weights or self.training.decoder != "free":
@@ -251,7 +252,7 @@ class RunState:
                 )
 
     def close_curve_row(self, seconds: float) -> dict[str, float]:
-        """Close and return a row of the curve: means since the last one.
+        """Close and return a row of the curve, with means since the last row.
 
         Args:
             seconds: training time in this process.
@@ -305,13 +306,14 @@ class RunState:
             self.sae.penalty_weight = self.steering.weight
 
     def _precision(self) -> torch.autocast:
-        """Return the autocast context of one step. Each step needs a new one: it caches casts."""
+        """Return the autocast context of one step. Each step needs a new one, because a context
+        caches casts."""
         low = self.training.precision == "bfloat16"
         return torch.autocast(self.sae.b_dec.device.type, torch.bfloat16, enabled=low)
 
     @contextmanager
     def _decoder_made_once(self) -> Iterator[None]:
-        """Compute an archetypal decoder only once in the context, with its gradient."""
+        """Compute an archetypal decoder, and its gradient, only once in the context."""
         if self.training.decoder == "free":
             yield
             return

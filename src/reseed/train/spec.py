@@ -1,7 +1,7 @@
 """One run, as training, planning and recording see it.
 
-`reseed.experiment` resolves a declared experiment and describes it by a `RunSpec`. This package
-takes nothing else from an experiment.
+`reseed.experiment` resolves a declared experiment and describes it by a `RunSpec`. The package
+`reseed.train` uses nothing else of an experiment.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ class RunSpec:
     """Everything that training, planning and recording of one run need.
 
     Attributes:
-        signature: identifies the run; part of its folder's name.
+        signature: identifier of the run, and part of its folder's name.
         label: readable part of its folder's name.
         role: empty, or the role of a calibration run: ``steered``, ``calibration``.
         model: the source of the activations.
-        model_label: its name for tables, with that of a surrogate.
+        model_label: name of the source for tables, with that of a surrogate.
         data: the data set, bound to the source.
         surrogate: the replacement of the source's activations (`SURROGATES`).
         stream: digest of everything that determines the activations and their order; runs with
             equal digests can train together.
         hookpoint: the hookpoint whose activations the SAE reads.
-        d_in: their width.
+        d_in: width of these activations.
         sae: the architecture, with its calibrated penalty weight.
         num_latents: number of latents of the SAE.
-        sparsity: the setting of the sparsity, for tables (``k=32``).
+        sparsity: the setting that controls the sparsity, for tables (``k=32``).
         training: the training options.
         tokens: number of training activations, in whole batches; 0 for a pretrained SAE.
         init_seed: seed of the initial weights.
-        pretrained: the SAE that is measured instead of training one, if any.
-        waits_for: signature of the cell whose calibration must find the penalty weight first.
+        pretrained: the SAE that was trained elsewhere and is only measured, if any.
+        waits_for: signature of the cell whose penalty weight must first be found by calibration.
         record: entries of run.json that are known before training.
         metadata: origin of the SAE for sae.json, except its input scale.
     """
@@ -83,11 +83,11 @@ class RunSpec:
         Args:
             device: device of the activations.
             needed: number of training activations; a streamed text is read no further.
-            cache: stores activations on disk (`RuntimeConfig.open_cache`).
+            cache: cache of activations on disk (`RuntimeConfig.open_cache`).
         """
         return open_source(self.data, self.surrogate, device, needed, cache)
 
     def source_flops(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """Estimate the operations per activation at all of the hookpoints."""
+        """Estimate the source's operations per activation at all of the hookpoints together."""
         widths = [self.model.d_in(hookpoint) for hookpoint in hookpoints]
         return flops_per_token(self.data, self.surrogate, hookpoints, widths)

@@ -28,12 +28,13 @@ from reseed.distributed.process_group import ALONE, PATIENCE, ProcessGroup
 from reseed.train.run_state import RunState
 
 MAX_BLOCK_STEPS = 64
-"""Most batches of the smallest size in a block; it always holds one batch of every size."""
+"""Maximum number of batches of the smallest size in a block; a larger block is allowed if it needs
+to hold one batch of every size."""
 MAX_BLOCK_BYTES = 32 * 2**20
-"""Most bytes of activations in a block, with the same exception."""
+"""Maximum size of the activations in a block, with the same exception."""
 BLOCK_SECONDS = 0.5
 """Seconds that the group should take for a block: long enough that the work between blocks
-(checkpoints, progress) costs nothing, short enough that this work is not delayed."""
+(checkpoints, progress) costs little, and short enough that it is not delayed."""
 
 
 class Block(NamedTuple):
@@ -54,9 +55,9 @@ class StreamDataset(IterableDataset[Block]):
     The length of blocks changes no result.
 
     Args:
-        batch_sizes: of the runs.
-        start: where the first batch begins that any run lacks.
-        stop: where the last batch ends that any run needs.
+        batch_sizes: the batch sizes of the runs.
+        start: position at which the first batch begins that any run needs.
+        stop: position at which the last batch ends that any run needs.
         ranks: the processes that make each step together and so take the same blocks.
     """
 
@@ -97,7 +98,7 @@ class StreamDataset(IterableDataset[Block]):
             row = end
 
     def _choose_length(self, seconds: float) -> None:
-        """Choose the length of the next block by the time that the last one took."""
+        """Choose the length of the next block by the time that the last block took."""
         if self.ranks.several:
             seconds = float(self.ranks.max_(torch.tensor(seconds)))
         if seconds < BLOCK_SECONDS / 2:
@@ -114,22 +115,23 @@ class ActivationData(L.LightningDataModule):
         self.dataset = dataset
 
     def train_dataloader(self) -> DataLoader:
-        # The language model is in this process; data-loader workers would each need a copy.
+        # The language model is in this process; each data-loader worker would need its own copy.
         return DataLoader(self.dataset, batch_size=None, num_workers=0)
 
 
 class GroupModule(L.LightningModule):
     """A module that trains every run of a group on each block of activations.
 
-    Each run has its own optimiser and batch size. Runs share no sum and no random draw, so a run's
-    results equal those of the run trained alone. If one fails, the others continue.
+    Each run has its own optimiser and batch size. Runs share no sum and no random number, so a
+    run's results equal those of the run trained alone. If a run fails, the others continue.
 
     Args:
         ranks: the processes that share each batch and make each step together.
 
     Attributes:
-        after_step: called with a run after each of its steps; may set its `error`.
-        stopping: whether to leave the block unfinished after the current step.
+        after_step: function that is called with a run after each of its steps; it may set the run's
+            `error`.
+        stopping: whether to end the block after the current step.
         wants_to_stop: whether this rank wants to stop; ranks that share each batch stop together.
     """
 
@@ -180,7 +182,7 @@ class GroupModule(L.LightningModule):
 
 
 class ConnectedEnvironment(ClusterEnvironment):
-    """The environment of processes that are already started and connected."""
+    """Environment of processes that are already started and connected."""
 
     def __init__(self, ranks: ProcessGroup) -> None:
         self.ranks = ranks
@@ -221,7 +223,7 @@ class ConnectedEnvironment(ClusterEnvironment):
 
 
 class SharedBatchStrategy(DDPStrategy):
-    """The strategy of data-parallel training, without the wrapper `DistributedDataParallel`.
+    """Strategy of data-parallel training without the wrapper `DistributedDataParallel`.
 
     The wrapper averages the gradients of one backward pass over all parameters, but every SAE of a
     group makes its own backward passes and steps, as many as its budget and batch size need.
@@ -232,7 +234,7 @@ class SharedBatchStrategy(DDPStrategy):
         super().__init__(cluster_environment=ConnectedEnvironment(ranks), timeout=PATIENCE)
 
     def _configure_launcher(self) -> None:
-        """Launch nothing and leave the number of threads to us."""
+        """Launch no processes, and do not change the number of threads."""
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # pyright: ignore
         return model

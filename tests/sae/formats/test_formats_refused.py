@@ -165,7 +165,7 @@ def test_impossible_settings_of_saelens_are_refused(architecture, change, messag
         (None, {}, "`dataset_average_activation_norm` must be above 0 at blocks.9.hook_resid_post"),
         ({"blocks.9.hook_resid_post": 0.0}, {}, "got 0.0"),
         (None, {"norm_activation": "token-wise"}, "`norm_activation` is 'token-wise'"),
-        (None, {"norm_activation": "inference", "act_fn": "batchtopk"}, "no threshold is stored"),
+        (None, {"norm_activation": "inference", "act_fn": "batchtopk"}, "store no threshold"),
         (None, {"norm_activation": "inference", "use_glu_encoder": True}, "`use_glu_encoder`"),
         (None, {"sae_type": "crosscoder"}, "`sae_type` is 'crosscoder'"),
     ],

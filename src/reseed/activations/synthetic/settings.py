@@ -22,10 +22,11 @@ class WorldSettings(Config):
     Feature i *would* fire where z_i < Φ⁻¹(p_i); z is standard normal for each feature, correlated
     as declared (a Gaussian copula). A child fires where it would and its parent fires, so its p is
     *conditional* on the parent. With ``child_firing=marginal`` the declared p is over all tokens,
-    and is divided by the parent's. Both statements hold before mutual exclusion, which keeps one of
-    the siblings that would fire together, and if the copula does not also correlate parent and
-    child (common factors of scale 0.1 move a child's p of .01 to .009 … .012). A feature whose
-    drawn magnitude is below 0 does not fire, parents included: never at σ = .15 μ, often at σ ≈ μ.
+    and is divided by the parent's. Both statements hold only before mutual exclusion, which keeps
+    one of the siblings that would fire together, and only if the copula does not also correlate
+    parent and child (with common factors of scale 0.1, a child's p of .01 becomes .009 to .012).
+    A feature, or a parent, whose sampled magnitude is below 0 does not fire: this never happens at
+    σ = .15 μ, and often at σ ≈ μ.
     """
 
     label: str = setting("world", signed=False)
@@ -35,7 +36,7 @@ class WorldSettings(Config):
     seed: int = setting(0, at_least=0)
     """Seed of the directions, the groups and the factors; samples have their own seeds."""
     dictionary: str = setting("orthogonal", choices=("orthogonal", "random"))
-    """Rows: orthonormal (needs num_features ≤ d_in), or independent unit vectors."""
+    """Rows of the dictionary: orthonormal (num_features ≤ d_in), or independent unit vectors."""
     firing: tuple[float, ...] | None = None
     """Probability of each feature; null: the Zipf law."""
     zipf_max: float = setting(0.4, above=0, at_most=1)
@@ -47,31 +48,31 @@ class WorldSettings(Config):
     parents: tuple[int | None, ...] | None = None
     """Parent of each feature, which must have a smaller index; null for none."""
     roots: int = setting(0, at_least=0)
-    """Trees of a generated forest; 0: none. Features are numbered level by level: all roots, then
-    all their children, …; features beyond the forest have no parent."""
+    """Number of trees of a generated forest; 0: no forest. Features are numbered level by level:
+    all roots, then all their children, …; features beyond the forest have no parent."""
     branching: int = setting(1, at_least=1)
-    """Children of each feature of the forest that is not a leaf."""
+    """Number of children of each feature of the forest that is not a leaf."""
     depth: int = setting(0, at_least=0)
-    """Levels below the roots."""
+    """Number of levels below the roots."""
     mutually_exclusive_children: bool = False
-    """Let only one of the siblings that would fire together fire, drawn uniformly."""
+    """If several siblings would fire together, let only one fire, chosen uniformly."""
     magnitude_mean: float = setting(1.0, above=0)
     magnitude_std: float = setting(0.0, at_least=0)
     correlations: tuple[tuple[float, ...], ...] = ()
     """[i, j, ρ]: correlation of z_i and z_j; 0 for pairs that are not listed."""
     copula_rank: int = setting(0, at_least=0)
-    """Common factors of all z: z_i ∝ ε_i + f_i·u with f_i ~ N(0, copula_scale²)."""
+    """Number of common factors u of all z: z_i ∝ ε_i + f_i·u with f_i ~ N(0, copula_scale²)."""
     copula_scale: float = setting(0.0, at_least=0)
     groups: int = setting(0, at_least=0)
-    """Random subspaces. A group that fires adds a magnitude in a direction drawn uniformly within
-    it: real structure without features."""
+    """Number of random subspaces. A group that fires adds a vector of random magnitude, whose
+    direction is uniform within the subspace: structure without features."""
     group_rank: int = setting(1, at_least=1)
     group_probability: float = setting(0.0, at_least=0, at_most=1)
 
     def validate(self) -> None:
         if self.dictionary == "orthogonal" and self.num_features > self.d_in:
             raise ConfigError(
-                f"{{key}} (={self.num_features}) must not exceed d_in (={self.d_in}) where the "
+                f"{{key}} (={self.num_features}) must not exceed d_in (={self.d_in}) if the "
                 "dictionary is orthogonal; dictionary=random allows it",
                 "num_features",
             )
@@ -83,7 +84,7 @@ class WorldSettings(Config):
         self._check_parents()
         if self.correlations and self.copula_rank:
             raise ConfigError(
-                f"{{key}} must be 0 where correlations are listed; got {self.copula_rank}",
+                f"{{key}} must be 0 if correlations are listed; got {self.copula_rank}",
                 "copula_rank",
             )
         correlation_root(self)
@@ -103,9 +104,7 @@ class WorldSettings(Config):
 
     def _check_parents(self) -> None:
         if self.roots and self.parents is not None:
-            raise ConfigError(
-                f"{{key}} must be 0 where parents are listed; got {self.roots}", "roots"
-            )
+            raise ConfigError(f"{{key}} must be 0 if parents are listed; got {self.roots}", "roots")
         size = sum(self.roots * self.branching**level for level in range(self.depth + 1))
         if size > self.num_features:
             raise ConfigError(
@@ -118,7 +117,8 @@ class WorldSettings(Config):
             for i, parent in enumerate(self.parents):
                 if parent is not None and not 0 <= parent < i:
                     raise ConfigError(
-                        f"{{key}}: a parent must stand before its child; feature {i} has {parent}",
+                        f"{{key}}: a parent must have a smaller index than its child; feature {i} "
+                        f"has parent {parent}",
                         "parents",
                     )
         parent, p = parents_of(self), declared_firing(self)
@@ -215,8 +215,7 @@ def correlation_root(
     except np.linalg.LinAlgError:
         least = float(np.linalg.eigvalsh(matrix)[0])
         raise ConfigError(
-            "{key} must be those of a positive definite matrix; its least eigenvalue is "
-            f"{least:.3g}",
+            f"{{key}} must form a positive definite matrix; its smallest eigenvalue is {least:.3g}",
             "correlations",
         ) from None
     return np.array(involved, dtype=np.int64), root

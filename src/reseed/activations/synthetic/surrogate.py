@@ -1,6 +1,6 @@
-"""Surrogate activations: nulls of stability that preserve some properties of the real activations.
+"""Surrogate activations: null models of stability that keep some properties of the real ones.
 
-- ``gaussian``: draws with the mean and covariance of the real activations, without features. SAEs
+- ``gaussian``: samples with the mean and covariance of the real activations, without features. SAEs
   trained on them agree only because of the first two moments.
 - ``random_weights``: the activations of the same architecture on the same text, with random weights
   (`language_model`). SAEs trained on them agree because of the text and the architecture, not
@@ -26,7 +26,8 @@ from reseed.activations.stream import ChunkStream, deal_stripes, generator
 
 _TRAINING, _HELD_OUT = 0x6761757373, 0x6761757374  # first word of the seeds of each split
 _BLOCK = 4_096
-"""Activations drawn at once. Fixed, so that a longer request begins with the shorter one."""
+"""Number of activations sampled at once. It is fixed, so that a long sample begins with a short
+one."""
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,25 @@ class Gaussian:
 
     @classmethod
     def like(cls, x: Float[Tensor, "tokens d_in"]) -> Gaussian:
-        """Fit to the moments of ``x``; draws have its dtype."""
+        """Fit to the moments of ``x``; samples have its dtype."""
         moments = Moments.of(x)
         return cls(moments.mean.float(), moments.root().float(), x.dtype)
 
     def draw(self, tokens: int, random: torch.Generator) -> Float[Tensor, "tokens d_in"]:
-        """Draw independently. The noise is made on the CPU, so it is the same on every device."""
+        """Sample independent tokens, the same on every device: the noise comes from the CPU."""
         noise = torch.randn(tokens, len(self.mean), generator=random).to(self.mean.device)
         return torch.addmm(self.mean, noise, self.root).to(self.dtype)
 
 
 class GaussianSource(ActivationSource):
-    """Gaussian draws with the moments of the first training chunk of a real source.
+    """Gaussian samples with the moments of the first training chunk of a real source.
 
     The real source computes only that chunk.
 
     Args:
         real: the real source in the order of seed 0, so that the moments do not depend on
             ``order_seed``.
-        order_seed: seed of the draws.
+        order_seed: seed of the samples.
     """
 
     def __init__(self, real: ActivationSource, order_seed: int) -> None:
@@ -105,7 +106,7 @@ class GaussianStream(ChunkStream):
 def _drawn(
     gaussians: Mapping[Hookpoint, Gaussian], tokens: int, *key: int
 ) -> dict[Hookpoint, Float[Tensor, "tokens d_in"]]:
-    """Draw for each hookpoint separately, so that draws do not depend on the other hookpoints."""
+    """Sample each hookpoint separately, so that it does not depend on the other hookpoints."""
     return {h: g.draw(tokens, generator(*key, _number(h))) for h, g in gaussians.items()}
 
 
@@ -129,7 +130,7 @@ def open_source(
     needed: int,
     cache: ActivationCache | None = None,
 ) -> ActivationSource:
-    """Open the source, or Gaussian draws with its moments.
+    """Open the source or, for ``surrogate=gaussian``, Gaussian samples with its moments.
 
     Args:
         data: data of the source returned by `surrogate_source`.
@@ -142,7 +143,7 @@ def open_source(
 def flops_per_token(
     data: ResolvedData, surrogate: str, hookpoints: Sequence[Hookpoint], widths: Sequence[int]
 ) -> float:
-    """Estimate the operations per activation at all of the hookpoints.
+    """Estimate the number of operations per token, for all of the hookpoints together.
 
     Args:
         data: data of the source returned by `surrogate_source`.
@@ -154,5 +155,5 @@ def flops_per_token(
 
 
 def surrogate_label(label: str, surrogate: str) -> str:
-    """Return a source's name with that of the surrogate: ``embedded+gaussian``."""
+    """Return a source's name followed by that of the surrogate: ``embedded+gaussian``."""
     return label if surrogate == "none" else f"{label}+{surrogate}"

@@ -22,9 +22,10 @@ from reseed.errors import ConfigError
 
 _TRAINING, _HELD_OUT = 0x746F6B656E, 0x746F6B656F  # first word of the seeds of each split
 _HELD_OUT_BLOCK = 4_096
-"""Held-out tokens drawn at once. Fixed, so that a longer request begins with the shorter one."""
+"""Number of held-out tokens sampled at once. It is fixed, so that a long sample begins with a short
+one."""
 _NORMAL = 30.0
-"""Approximate number of operations per normal draw."""
+"""Approximate number of operations per sample of the normal distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class ResolvedWorld(ResolvedSource):
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        return {}  # the configuration is signed already
+        return {}  # the configuration is already part of the signature
 
     def check(self, hookpoint: Hookpoint) -> None:
         """Raise `ConfigError` unless ``hookpoint`` is the world's only one, resid_post.0."""
@@ -77,8 +78,8 @@ class ResolvedWorld(ResolvedSource):
     def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
         if not isinstance(config, GeneratedConfig):
             raise ConfigError(
-                f"{{key}}={config.name} is a text; model={self.label} is a world and makes its own "
-                "activations: dataset=generated"
+                f"{{key}}={config.name} is a text, but model={self.label} is a world and generates "
+                "its own activations: set dataset=generated"
             )
         return ResolvedWorldData(self.config, config)
 
@@ -115,7 +116,7 @@ class ResolvedWorldData(ResolvedData):
         return 4 * rows * self.world.d_in
 
     def flops_per_token(self, hookpoints: Sequence[Hookpoint]) -> float:
-        """Count a normal draw per feature, its factors, and the rows of the features that fire."""
+        """Count a normal sample and the factors of each feature, and the rows of firing ones."""
         config = self.world
         active = float(firing_given_parent(config).sum()) + config.groups * config.group_rank
         drawn = config.num_features * (_NORMAL + 2.0 * config.copula_rank)
@@ -131,7 +132,7 @@ class ResolvedWorldData(ResolvedData):
 
 
 class WorldSource(ActivationSource):
-    """Activations drawn from a world.
+    """Activations sampled from a world.
 
     Training chunks are seeded by (world's seed, order seed, c), held-out tokens by the world's seed
     alone.

@@ -3,8 +3,9 @@
     x = aG + groups      G dictionary [N, D], unit rows · a sparse [tokens, N]
 
 The sparse a is stored as (token, feature, value), and x is a sum of rows of G; no dense product
-over all features is computed. Draws are made in blocks of a fixed size, on the CPU, so that a
-sample is a pure function of the generator's seed, and memory does not grow with tokens · N.
+over all features is computed. Random numbers are generated in blocks of a fixed size, on the CPU,
+so that a sample is a pure function of the generator's seed, and memory does not grow with
+tokens · N.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from reseed.activations.synthetic.settings import (
 )
 
 _BLOCK = 1 << 22
-"""Draws (tokens · features) made at once; changing it changes the sample of a seed."""
+"""Number of random values (tokens · features) generated at once. A change of it changes the sample
+of a seed."""
 _DICTIONARY, _GROUPS, _FACTORS = 0x776F726C64, 0x776F726C65, 0x776F726C66
 
 
@@ -79,7 +81,7 @@ class World:
 
     Attributes:
         config: the declared configuration.
-        dictionary: a unit row per feature.
+        dictionary: a row of norm 1 per feature.
         groups: an orthonormal basis of each group's subspace.
     """
 
@@ -99,7 +101,7 @@ class World:
         self._factors, self._own = _factors(config)
 
     def sample(self, tokens: int, generator: torch.Generator) -> Sample:
-        """Draw independent tokens.
+        """Sample independent tokens.
 
         Args:
             generator: CPU generator, the only source of randomness.
@@ -112,7 +114,7 @@ class World:
         fire = self._fire(tokens, random)
         token, feature = fire.nonzero(as_tuple=True)
         value = self._magnitudes(len(token), random)
-        there = value > 0  # a magnitude may be drawn below 0
+        there = value > 0  # magnitudes sampled below 0 are set to 0
         token, feature, value = token[there], feature[there], value[there]
         counts = torch.bincount(token, minlength=tokens)
         begins = counts.cumsum(0) - counts
@@ -120,7 +122,7 @@ class World:
         return Sample(x, token, feature, value, self._add_groups(x, random))
 
     def _fire(self, tokens: int, random: torch.Generator) -> Bool[Tensor, "tokens features"]:
-        """Draw a mask of the features that fire."""
+        """Sample a mask of the features that fire."""
         z = torch.randn(tokens, self.config.num_features, generator=random)
         if len(self._correlated):
             z[:, self._correlated] = z[:, self._correlated] @ self._root.T
@@ -133,7 +135,7 @@ class World:
         return fire
 
     def _follow_parents(self, fire: Tensor, level: Tensor, random: torch.Generator) -> None:
-        """Silence, in place, children whose parent is silent, and exclusive siblings but one."""
+        """Clear, in place, children whose parent does not fire; keep one of exclusive siblings."""
         token, place = fire[:, level].nonzero(as_tuple=True)
         feature = level[place]
         on = fire[token, self._parent[feature]]
@@ -166,7 +168,7 @@ class World:
 def _draw_one_per_family(
     family: Int[Tensor, " some"], random: torch.Generator
 ) -> Int[Tensor, " kept"]:
-    """Return the index of one element of each family, drawn uniformly."""
+    """Return the index of one element of each family, chosen uniformly."""
     order = torch.rand(len(family), generator=random).argsort(stable=True)
     order = order[family[order].argsort(stable=True)]
     ordered = family[order]
@@ -186,17 +188,17 @@ def _directions(config: WorldSettings) -> Float[Tensor, "features d_in"]:
 def _orthonormal(
     count: int, rank: int, d_in: int, random: torch.Generator
 ) -> Float[Tensor, "count rank d_in"]:
-    """Draw uniformly distributed orthonormal rows, float64."""
+    """Sample uniformly distributed orthonormal rows, in float64."""
     columns = torch.randn(count, d_in, rank, generator=random, dtype=torch.float64)
     if not count:
         return columns.mT
     q, r = torch.linalg.qr(columns)
-    # The factorisation is unique, and q uniform, where the diagonal of r is positive.
+    # If the diagonal of r is positive, the factorisation is unique and q is uniform.
     return (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).mT.contiguous()
 
 
 def _factors(config: WorldSettings) -> tuple[Float[Tensor, "features rank"], Float[Tensor, " f"]]:
-    """Return the weights of the common factors and of the own noise; their squares sum to 1."""
+    """Return each feature's weights of the common factors and of its own noise, of norm 1."""
     random = generator(_FACTORS, config.seed)
     shape = (config.num_features, config.copula_rank)
     weights = config.copula_scale * torch.randn(*shape, generator=random, dtype=torch.float64)

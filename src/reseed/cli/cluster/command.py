@@ -1,5 +1,5 @@
 """Commands with hydra/launcher=slurm (train, evaluate, compare, run): submit jobs, wait for them,
-print the outcome."""
+and print the outcome."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run_on_cluster(
 
     Args:
         jobs: every run of the sweep, whose manifest is written already.
-        comparison: the comparison after training; None compares nothing.
+        comparison: the comparison after training; None: compare nothing.
         trains: train the missing runs.
         evaluations: evaluations of every run after its training.
 
@@ -104,7 +104,8 @@ def _carried_out(work: Work, complete: set[tuple[tuple[str, str], ...]]) -> bool
     """Submit the work, and wait for it unless wait=false.
 
     Returns:
-        True if there were jobs to wait for; None if they continue without the command.
+        True if there were jobs, and they have ended; False if there were none; None if the command
+        does not wait for them.
     """
     sweep = work.sweep
     try:
@@ -118,7 +119,10 @@ def _carried_out(work: Work, complete: set[tuple[tuple[str, str], ...]]) -> bool
         )
         return None
     if active:
-        say(f"waiting for {counted(len(active), 'job')}; Ctrl-C cancels them (wait=false: no wait)")
+        say(
+            f"waiting for {counted(len(active), 'job')}; Ctrl-C cancels them (with wait=false the "
+            "command does not wait)"
+        )
         try:
             _follow(sweep, work.settings.poll_s)
         except KeyboardInterrupt as stop:
@@ -139,7 +143,7 @@ def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) ->
     finished = len(distinct) - len(missing)
     done = f" ({finished:,} more already finished)" if finished else ""
     jobs_told = f"{counted(len(missing), 'run')} in {counted(len(plan.groups), 'job')}"
-    say(f"plan: {jobs_told}{done}; runtime.tflops=... would give hours")
+    say(f"plan: {jobs_told}{done}; set runtime.tflops to estimate the hours")
     for group in plan.groups:
         say(f"  {group.description}")
 
@@ -166,7 +170,8 @@ def _stopped(stop: KeyboardInterrupt, sweep: Sweep) -> Interrupted:
     number = stop.number if isinstance(stop, Interrupted) else signal.SIGINT
     if number != signal.SIGINT:  # for example, when the user is logged out
         return Interrupted(
-            f"stopped by {signal.Signals(number).name}; the jobs go on: reseed status {sweep.path}",
+            f"stopped by {signal.Signals(number).name}; the jobs continue: see `reseed status "
+            f"{sweep.path}`",
             number,
         )
     ids = cancel_sweep(sweep)

@@ -38,7 +38,7 @@ _ALIKE = ("nodes", "tasks_per_node", "gpus_per_node", "cpus_per_task", "mem_gb",
 
 @dataclass(frozen=True)
 class SlurmSettings(Config):
-    """Resources of every job, and the settings for requeueing and following jobs."""
+    """Resources of every job, and the settings for requeueing jobs and waiting for them."""
 
     partition: str | None = setting(None)
     account: str | None = setting(None)
@@ -46,10 +46,10 @@ class SlurmSettings(Config):
     constraint: str | None = setting(None)
     gres: str | None = setting(None)
     nodes: int = setting(1, at_least=1)
-    """Nodes of each training job. Several nodes or tasks need runtime=ddp or runtime=spread."""
+    """Number of nodes of a training job. Several nodes or tasks need runtime=ddp or spread."""
     tasks_per_node: int = setting(1, at_least=1)
-    """Processes that SLURM starts on each node of a training job: as many as it has GPUs. With one
-    node and one task, the job starts the other processes itself."""
+    """Number of processes that SLURM starts on each node of a training job: one per GPU of the
+    node. With one node and one task, the job starts the other processes itself."""
     gpus_per_node: int | None = setting(None, at_least=0)
     cpus_per_task: int = setting(4, at_least=1)
     mem_gb: float | None = setting(None, above=0)
@@ -59,17 +59,17 @@ class SlurmSettings(Config):
     array_parallelism: int = setting(64, at_least=1)
     """Maximum number of tasks of an array that run at once."""
     setup: tuple[str, ...] = setting(())
-    """Shell lines before Python starts: ``module load cuda``, exports."""
+    """Shell commands that run before Python starts, such as ``module load cuda`` and exports."""
     signal_delay_s: int = setting(120, at_least=1)
     """Seconds between SLURM's warning and the time limit: the time that a job has to save."""
     max_num_timeout: int = setting(10, at_least=0)
-    """Maximum requeues of a job that reached its time limit; pre-emption does not count."""
+    """Maximum number of requeues of a job at its time limit; pre-emptions do not count."""
     requeue: bool = setting(True)
-    """SLURM may restart a job whose node failed or was pre-empted."""
+    """Whether SLURM may restart a job that was pre-empted or whose node failed."""
     additional_parameters: dict[str, Any] | None = setting(None)  # noqa: RUF009
     """Further options of sbatch by their long names."""
     poll_s: float = setting(10.0, above=0)
-    """Seconds between two looks at the queue by a waiting command."""
+    """Seconds between two queries of the queue while a command waits."""
 
     def validate(self) -> None:
         # SLURM sends the signal up to a minute early.
@@ -178,8 +178,8 @@ def queue() -> dict[str, InQueue]:
 def last_states(jobs: Iterable[str]) -> dict[str, str]:
     """Return the final states of jobs that have left the queue, as far as SLURM knows them.
 
-    They come from the accounting if there is one, else from the controller, which forgets them
-    soon.
+    The states come from SLURM's accounting if there is one, else from the controller, which soon
+    forgets ended jobs.
     """
     wanted = set(jobs)
     if not wanted:
@@ -248,8 +248,8 @@ class Submitted:
         kind: train, evaluate, compare or collect.
         at: time of submission, ISO 8601.
         runs: signatures of the runs that the job trains or evaluates.
-        cell: the cell that it compares, in words; or the evaluation, by name and digest.
-        cancelled: reseed has cancelled the job.
+        cell: the cell that the job compares (`in_words`), or its evaluation, by name and digest.
+        cancelled: True if reseed has cancelled the job.
     """
 
     job: str

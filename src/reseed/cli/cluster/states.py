@@ -49,9 +49,9 @@ class RunState:
         id: the name of the run's folder.
         state: queued, starting, running, done, failed, cancelled, interrupted, not started.
         note: the reason why the run waits or failed; may be empty.
-        tokens, of: tokens trained so far, and the budget, if known.
+        tokens, of: number of tokens trained so far, and the budget, if known.
         rate: tokens per second, while the run is training.
-        traceback: traceback of an error that its message does not explain.
+        traceback: traceback of an error whose message does not explain it; else empty.
     """
 
     id: str
@@ -136,7 +136,7 @@ def _state(run: Run, jobs: list[Submitted], seen: QueueSnapshot) -> RunState:
     if last.cancelled:
         return RunState(run.id, "cancelled", "", tokens, of)
     ended = seen.ended.get(last.job, "")
-    if ended == "COMPLETED":  # the run was removed after its job
+    if ended == "COMPLETED":  # the run was removed after its job ended
         return RunState(run.id, _PLAIN.get(status, status), "", tokens, of)
     return RunState(run.id, FAILED, ended_message(last, seen), tokens, of)
 
@@ -158,7 +158,7 @@ def ended_message(job: Submitted, seen: QueueSnapshot) -> str:
 
 
 def other_jobs(seen: QueueSnapshot) -> list[str]:
-    """Return a line for each kind of job, other than training, that is queued or running."""
+    """Return a line for each kind of job, except training, of which jobs are queued or running."""
     told = []
     for kind, what in _OTHERS.items():
         jobs = [job for job in seen.active if job.kind == kind]
@@ -198,7 +198,7 @@ def _said(failure: Mapping[str, Any]) -> str:
 
 
 def _progress(run: Run) -> tuple[int | None, int | None, float | None]:
-    """Return the tokens trained so far, the budget, and the tokens per second."""
+    """Return the number of tokens trained so far, the budget, and the tokens per second."""
     of = run.record.get("tokens") if run.status not in ("missing", "damaged") else None
     try:
         found = json.loads((run.path / PROGRESS_FILE).read_text())

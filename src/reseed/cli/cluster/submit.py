@@ -49,10 +49,10 @@ class Work:
     Attributes:
         experiments: every run of the sweep.
         settings: the settings of the jobs.
-        cells: the cells to compare if necessary, as values of axes; None compares nothing.
-        trains: train the missing runs.
+        cells: the cells to compare if necessary, as values of axes; None: compare nothing.
+        trains: whether to train the missing runs.
         evaluations: evaluations of ``evaluated``; those with a result are left out.
-        evaluated: runs of the sweep, trained before they are evaluated.
+        evaluated: runs of the sweep that are evaluated after their training.
     """
 
     sweep: Sweep
@@ -70,7 +70,7 @@ class Work:
 
     @property
     def nodes_runtime(self) -> RuntimeConfig:
-        """The runtime for a job: with absolute paths, so that it does not depend on the folder."""
+        """The runtime for a job, with absolute paths: a job may start in another folder."""
         r = self.runtime
         kept = r.activation_cache
         return replace(
@@ -164,7 +164,7 @@ def planning(s: SlurmSettings, r: RuntimeConfig) -> RuntimeConfig:
     ranks = None
     if r.strategy != "single":
         ranks = s.tasks if s.tasks > 1 else r.ranks or s.gpus_per_node
-    # tflops is set so that nothing is measured on this machine, which says nothing about a node.
+    # tflops is set so that the speed of this machine is not measured: it says nothing about a node.
     return replace(r, device="cpu", memory_gib=memory, tflops=r.tflops or 1.0, ranks=ranks)
 
 

@@ -1,8 +1,8 @@
 """Tasks that run on a node: train a group, evaluate runs, compare a cell, make the tables.
 
 submitit pickles these objects and calls them in the job. SLURM sends a signal before a job's end,
-and submitit's handler of that signal requeues the job. The handler here first lets training save at
-the end of a step.
+and submitit's handler of that signal requeues the job. The handler of this module first lets
+training save at the end of a step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class JobFailed(ReseedError):
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A job.
+    """Base class of the jobs.
 
     Attributes:
         folder: the working directory of the command; paths are relative to it.
@@ -75,7 +75,7 @@ class Task(ABC):
         """Record that the job will not be requeued again; by default, do nothing."""
 
     def checkpoint(self) -> Any:
-        """Return the task that submitit starts next: this one, as all state is in runs' folders."""
+        """Return this task for submitit to start again: its state is in the runs' folders."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -88,7 +88,7 @@ class Stop:
     Attributes:
         number: the signal.
         handler: submitit's handler, which requeues the job.
-        requeue: the signal has arrived.
+        requeue: True after the signal has arrived.
     """
 
     number: int
@@ -164,7 +164,7 @@ class Train(Task):
             if found.signature != signature:
                 raise ReseedError(
                     f"{found.label} has signature {found.signature} here, and {signature} where it "
-                    "was submitted: code, model or text are not the same"
+                    "was submitted: code, model or text differ"
                 )
         failures = train_missing(resolved, self.runtime)
         if failures:
@@ -212,7 +212,7 @@ class Evaluate(Task):
             raise JobFailed(str(error)) from error
         lacking = len(self.runs) - len(there)
         if lacking:
-            raise JobFailed(f"not evaluated, as not finished: {counted(lacking, 'run')}")
+            raise JobFailed(f"not evaluated, because not finished: {counted(lacking, 'run')}")
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Collect(Task):
     """Tables and figures of a sweep.
 
     Attributes:
-        compared: the sweep has a comparison; otherwise only tables of evaluations are made.
+        compared: True if the sweep has a comparison; otherwise only tables of evaluations are made.
     """
 
     sweep: str
@@ -251,5 +251,5 @@ class Collect(Task):
 
 
 def in_words(axes: Sequence[tuple[str, str]]) -> str:
-    """Return the values of a cell as ``sae=topk, layer=2``."""
+    """Return the values of a cell as text: ``sae=topk, layer=2``."""
     return ", ".join(f"{axis}={value}" for axis, value in axes) or "all runs"

@@ -9,15 +9,15 @@ by their weights.
 SAEs of activations of different width have no cosines between rows. But their latents' activations
 on the same tokens are vectors in one space; their centred cosine is Pearson's correlation r.
 `ActivationMatcher` matches such latents without comparing weights. The first tokens give the exact
-matching that maximises Σr, the remaining tokens the reported numbers. Measured on the tokens that
-it was made from, a matching would look too good, as it picks the best of many.
+matching that maximises Σr, the remaining tokens the reported numbers: a matching measured on the
+tokens from which it was computed would look too good, because it picks the best of many pairs.
 
 `CKA` compares representations without matched latents: CKA(X, Y) = HSIC(K, L) / √(HSIC(K,
 K)·HSIC(L, L)) of the Gram matrices K = XXᵀ, L = YYᵀ over tokens (Kornblith et al. 2019). HSIC is
 estimated on each batch of tokens by the unbiased estimator of Song et al. 2012 and averaged over
 batches before the ratio is taken (Nguyen, Raghu & Kornblith 2021, arXiv 2010.15327). Unlike an
-average of CKAs, the result depends on the batch size by noise alone; unlike the plain estimator, it
-does not rise to 1 with the width. It may fall slightly below 0.
+average of CKAs, the result depends on the batch size only through noise; unlike with the biased
+estimator, it does not approach 1 as the width grows. It may be slightly below 0.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ from reseed.compare.statistics import known_mean
 log = logging.getLogger(__name__)
 
 MATCH_TOKENS = 4_096
-"""Number of tokens that give the matching; half of the tokens if there are fewer than twice it."""
+"""Number of tokens from which the matching is computed, at most half of all tokens."""
 MOST_BYTES = 1 << 31
-"""Limit on one SAE's activations [F, tokens] in float32; wider SAEs are matched on fewer tokens."""
+"""Maximum size in bytes of one SAE's activations [F, tokens] in float32. Wider SAEs are matched on
+fewer tokens."""
 
 
 @dataclass(eq=False)
 class FiringSums:
-    """Sums over tokens for each latent x of one SAE: its firing count, Σx and Σx²."""
+    """Sums over tokens for each latent x of one SAE: number of firings, Σx and Σx²."""
 
     count: Int[Tensor, " F"]
     total: Float[Tensor, " F"]
@@ -103,7 +104,7 @@ class Agreement(NamedTuple):
     Attributes:
         pearson: correlation of its activations with its partner's; undefined if either is constant,
             for example never fires.
-        jaccard: number of tokens at which both fire, over that at which at least one fires.
+        jaccard: number of tokens at which both fire, divided by the number at which either fires.
     """
 
     pearson: Float[np.ndarray, " F_A"]
@@ -131,11 +132,11 @@ def _ratio(part: Tensor, whole: Tensor, known: Tensor) -> Float[np.ndarray, " F_
 
 
 class MatchedAgreement(NamedTuple):
-    """Agreement of a pair's matched live latents, on tokens that the matching has not seen.
+    """Agreement of the matched live latents of two SAEs, on tokens not used for the matching.
 
     Attributes:
         pearson, jaccard: mean correlation, and mean overlap of the tokens at which they fire.
-        fraction: 2·#/(live A + live B), with # the matches whose r reaches the threshold.
+        fraction: 2·n/(live A + live B), where n is the number of matches with r ≥ threshold.
     """
 
     pearson: float
@@ -152,7 +153,7 @@ class ActivationMatcher:
     Args:
         live: live latents of each SAE; other latents are not matched.
         tokens: total number of tokens.
-        threshold: value of r from which a match counts as agreement.
+        threshold: minimum r at which a match counts as agreement.
     """
 
     def __init__(
@@ -210,7 +211,7 @@ class ActivationMatcher:
         self._held = []
 
     def _partners(self, s: int, t: int) -> Int[np.ndarray, " F_s"]:
-        """Return σ(i) of each latent of s; −1 if it is not live, constant, or unmatched."""
+        """Return each latent's partner in t; −1 if it is unmatched, constant, or not live."""
         (rows_a, kept_a), (rows_b, kept_b) = (self._rows(x) for x in (s, t))
         partner = np.full(len(self.live[s]), -1)
         if len(kept_a) and len(kept_b):
@@ -235,13 +236,13 @@ class ActivationMatcher:
 
 
 MIN_TOKENS = 4
-"""The estimator combines four tokens at a time."""
+"""Minimum number of tokens in a batch: the estimator combines four tokens at a time."""
 
 
 def centred_gram(x: Float[Tensor, "B D"]) -> Float[Tensor, "B B"]:
     """Return the scalar products of centred rows, in float64.
 
-    HSIC does not depend on the centre; centring reduces cancellation.
+    HSIC does not depend on the centre; centring reduces rounding errors.
     """
     exact = x.double()
     exact = exact - exact.mean(0)
@@ -249,7 +250,7 @@ def centred_gram(x: Float[Tensor, "B D"]) -> Float[Tensor, "B B"]:
 
 
 def hsic(grams: Sequence[Float[Tensor, "B B"]]) -> Float[Tensor, "n n"]:
-    """Return the unbiased HSIC of every two of n Gram matrices over the same B ≥ 4 tokens.
+    """Return the unbiased HSIC of every pair of n Gram matrices over the same B ≥ 4 tokens.
 
     For K and L with zeroed diagonals: [tr(KL) + 1ᵀK1·1ᵀL1 / ((B−1)(B−2)) − 2·1ᵀKL1 / (B−2)]
     / (B(B−3)) (Song et al. 2012, eq. 5).
@@ -268,21 +269,21 @@ def hsic(grams: Sequence[Float[Tensor, "B B"]]) -> Float[Tensor, "n n"]:
 
 
 class CKA:
-    """Linear CKA of every two of n representations, accumulated over batches.
+    """Linear CKA of every pair of n representations, accumulated over batches.
 
-    Batches are weighted by their tokens, so that a smaller last batch counts less.
+    Batches are weighted by their number of tokens, so that a smaller last batch counts less.
     """
 
     def __init__(self, n: int) -> None:
         self._sums = np.zeros((n, n))
 
     def add(self, grams: Sequence[Float[Tensor, "B B"]]) -> None:
-        """Add a batch, given its Gram matrix in each representation; skip fewer than 4 tokens."""
+        """Add a batch, given its Gram matrix in each representation; ignore one below 4 tokens."""
         if len(grams[0]) >= MIN_TOKENS:
             self._sums += len(grams[0]) * hsic(grams).cpu().numpy()
 
     def values(self) -> Float[np.ndarray, "n n"]:
-        """Return the CKA of every two; NaN for a representation without variance."""
+        """Return the CKA of every pair; NaN for a representation without variance."""
         own = self._sums.diagonal()
         scale = np.sqrt(np.where(own > 0, own, np.nan))
         return self._sums / np.outer(scale, scale)

@@ -19,16 +19,16 @@ from torch import Tensor
 from reseed.sae.base import SAE
 
 _DENSE_ENTRIES = 1 << 24
-"""Latents encoded at once: architectures return them dense, here at most 64 MB."""
+"""Maximum number of entries of the dense [tokens, F] that is encoded at once (64 MB in float32)."""
 _ROW_ENTRIES = 1 << 20
-"""Entries of decoder rows gathered at once; as many as fit a processor's cache."""
+"""Maximum number of entries of decoder rows gathered at once, so that they fit the CPU's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class BatchCodes:
     """The active latents of B tokens: latent ``latent[p]`` is ``value[p]`` at token ``token[p]``.
 
-    Sorted by token, then by latent; a latent that is not listed is 0.
+    Entries are sorted by token, then by latent; latents that are not listed are 0.
     """
 
     token: Int[Tensor, " P"]
@@ -38,11 +38,11 @@ class BatchCodes:
     num_latents: int
 
     def sum_by_latent(self, weights: Float[Tensor, " P"]) -> Float[Tensor, " F"]:
-        """Sum a weight per active latent over the tokens, by latent, in float64."""
+        """Return for each latent the sum, in float64, of the weights of its active entries."""
         return torch.bincount(self.latent, weights.double(), minlength=self.num_latents)
 
     def values_at(self, token: Int[Tensor, " n"], latent: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-        """Return the values of latents at tokens, 0 where they are not active."""
+        """Return the value of ``latent[i]`` at ``token[i]`` for each i; 0 if it is not active."""
         wanted = token * self.num_latents + latent
         if not len(self._keys):
             return self.value.new_zeros(len(wanted))
@@ -89,7 +89,7 @@ def encode_batch(sae: SAE, x: Float[Tensor, "B D"]) -> EncodedBatch:
 def project_on_rows(
     targets: Sequence[Float[Tensor, "B D"]], codes: BatchCodes, W: Float[Tensor, "F D"]
 ) -> list[Float[Tensor, " F"]]:
-    """Return, for each target r, Σ_t g_j(t) · (r(t) · W_j) for every latent j with value g.
+    """Return for each target r and latent j Σ_t g_j(t) · (r(t) · W_j), with g_j(t) its value.
 
     Computes only the products of active latents: P·D operations, not B·F·D.
     """

@@ -40,7 +40,7 @@ from reseed.compare.activations.substitution import (
 from reseed.sae.base import SAE
 
 BATCH = 1_024
-"""Tokens in a batch; Gram matrices are [batch, batch]."""
+"""Number of tokens in a batch; Gram matrices are [batch, batch]."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class WeightMatches:
     """The matches by weights of A's latents in B.
 
     Attributes:
-        partner: match by decoder; −1 for none.
+        partner: index of the latent of B that is matched by decoder; −1 for none.
         shared: true if shared by the strict rule, which requires this same partner.
         live: live latents of A.
         firing: firing counts of A's latents in A's own held-out tokens.
@@ -61,18 +61,19 @@ class WeightMatches:
 
 
 AllWeightMatches = Mapping[tuple[int, int], WeightMatches]
-"""Ordered pair (s, t) → the latents of s against t."""
+"""Ordered pair (s, t) → the matches of the latents of s in t."""
 
 
 @dataclass(frozen=True, eq=False)
 class LatentMeasures:
-    """A value per latent of A, against B; NaN without a partner or where undefined.
+    """Measures of each latent of A against B; NaN without a partner or where undefined.
 
     Attributes:
         agreement: agreement with the partner's activations.
         match_cosine: the smaller of the encoder's and the decoder's cosine with the partner.
-        substitution, second_best, random: substitution by the partner, and by hard negatives.
-        insertion: ΔL of putting the latent into B's reconstruction, as a fraction of B's error.
+        substitution, second_best, random: effect of replacing the latent by its partner, by the
+            second-best latent, and by a random one.
+        insertion: ΔL of adding the latent to B's reconstruction, as a fraction of B's error.
         both_live: true if the latent and its partner are live.
     """
 
@@ -91,8 +92,8 @@ class ActivationMeasures:
 
     Attributes:
         tokens: number of tokens measured.
-        latents: ordered pair (s, t) → the latents of s against t.
-        cka_codes, cka_reconstructions: CKA of every two SAEs.
+        latents: ordered pair (s, t) → measures of the latents of s against t.
+        cka_codes, cka_reconstructions: CKA of each pair of SAEs.
         matched: pair (s, t), s < t → agreement of latents matched by their activations; empty if
             all SAEs read the same activations and are therefore matched by their weights.
     """
@@ -140,12 +141,12 @@ def measure_same_tokens(
 ) -> ActivationMeasures:
     """Run SAEs of different activations once over the same tokens.
 
-    SAEs that read the same activations are measured as in `measure_same_activations`; other pairs
-    get CKA alone. Latents of every pair are matched by their activations too.
+    SAEs that read the same activations are measured as in `measure_same_activations`; for other
+    pairs, only CKA is measured. Latents of every pair are also matched by their activations.
 
     Args:
-        streams: one stream per kind of activations, in pieces of any size; rows are the same
-            tokens in each.
+        streams: one stream per kind of activations, in pieces of any size; row i is the same token
+            in each.
         reads: for each SAE, the index of its stream.
         tokens: number of tokens in each stream.
         threshold: correlation from which matched latents count as agreeing.
@@ -156,7 +157,7 @@ def measure_same_tokens(
     state = _Sums.empty(saes, sides, reads, seed)
     live = [next(side.live for (s, _), side in sides.items() if s == i) for i in range(len(saes))]
     state.by_activations = ActivationMatcher(live, tokens, threshold)
-    # With few tokens, use smaller batches: some must be left after those that give the matching.
+    # The first batches give the matching; smaller batches leave some after them if tokens are few.
     size = min(BATCH, max(MIN_TOKENS, tokens // 4))
     device = saes[0].W_dec.device
     for xs in zip(*(rebatch(chunks, size) for chunks in streams), strict=True):
@@ -227,7 +228,7 @@ class _Sums:
         )
 
     def add(self, activations: Sequence[Float[Tensor, "B D"]]) -> None:
-        """Add a batch of tokens, given as each kind of activations."""
+        """Add a batch of tokens; ``activations`` has one tensor per stream."""
         xs = [activations[which] for which in self.reads]
         made = [encode_batch(sae, x) for sae, x in zip(self.saes, xs, strict=True)]
         residuals = [x - m.reconstruction for x, m in zip(xs, made, strict=True)]
@@ -288,7 +289,7 @@ class _Sums:
         return row_products(a, b, pairs.partner)
 
     def _contribution(self, target: int, source: int) -> Contribution:
-        """Return what the source's latents contribute to the target's reconstruction."""
+        """Return the contributions of the source's latents to the target's reconstruction."""
         norms = self.saes[source].W_dec.double().square().sum(1)
         energy = self.firing[source].squares * norms
         return Contribution(self.along[target, source].cpu().numpy(), energy.cpu().numpy())

@@ -5,14 +5,14 @@ Letters: r = x − x̂_A the residual of A, f_i and w_i activation and decoder r
 and v_j those of latent j of B, L = Σ_t ‖r‖² over held-out tokens. The reconstruction, and so the
 residual, is linear in the latents; no SAE has to be run with a latent changed:
 
-    i taken out           r + f_i w_i                ΔL = 2 Σ f_i (r·w_i) + Σ f_i² ‖w_i‖²
-    i replaced by s·j     r + f_i w_i − s g_j v_j    ΔL less that of taking out = −2 s N + s² G
-    j put in              r − g_j v_j                ΔL = −2 Σ g_j (r·v_j) + Σ g_j² ‖v_j‖²
+    i taken out           r + f_i w_i                ΔL_out = 2 Σ f_i (r·w_i) + Σ f_i² ‖w_i‖²
+    i replaced by s·j     r + f_i w_i − s g_j v_j    ΔL_replaced = ΔL_out − 2 s N + s² G
+    j put in              r − g_j v_j                ΔL_in = −2 Σ g_j (r·v_j) + Σ g_j² ‖v_j‖²
 
-with N = Σ g_j (r·v_j) + (w_i·v_j) Σ f_i g_j and G = Σ g_j² ‖v_j‖². R is the fraction that j repairs
-of the damage of taking i out: 1 − ΔL_replaced / ΔL_out = (2sN − s²G) / ΔL_out. It is 1 for a latent
-that does the same, 0 for one that never fires, negative for one that does harm. The best scale is
-s = max(N, 0)/G, which gives R = max(N, 0)²/(G·ΔL_out).
+with N = Σ g_j (r·v_j) + (w_i·v_j) Σ f_i g_j and G = Σ g_j² ‖v_j‖². Taking i out does damage ΔL_out;
+R is the fraction of it that j repairs: 1 − ΔL_replaced / ΔL_out = (2sN − s²G) / ΔL_out. R is 1 if j
+contributes the same as i, 0 if j never fires, and negative if j increases the error further. The
+best scale is s = max(N, 0)/G, which gives R = max(N, 0)²/(G·ΔL_out).
 
 Source: model stitching and the insertion of latents by Leask et al. (*Sparse Autoencoders Do Not
 Find Canonical Units of Analysis*, arXiv 2502.04878). A latent of B is *novel* to A if putting it in
@@ -60,7 +60,7 @@ class Substitution(NamedTuple):
 
     Attributes:
         damage: ΔL of taking the latent out.
-        repaired: by how much the partner, with its own activations, lowers that ΔL.
+        repaired: reduction of that ΔL by the partner with its own activations.
         repaired_best: the same with the partner at its best scale.
     """
 
@@ -100,7 +100,7 @@ def substitution(
 
     Args:
         own: contributions of A's latents to A's reconstruction.
-        other: contributions of B's latents, against the same residual of A.
+        other: contributions of B's latents to A's reconstruction, with the same residual of A.
         partner: latent of B; −1 for none.
         products: Σ_t f_i g_j with the partner.
         scalar: w_i · v_j of the decoder rows.
@@ -178,8 +178,8 @@ def random_partners(
 ) -> Int[np.ndarray, " F_A"]:
     """Draw, for each latent of A, a random allowed latent of B that fires about as often.
 
-    The draw is from the same decile of B's firing counts, without the partner; −1 where there is no
-    other latent.
+    The latent comes from the same decile of B's firing counts and is never the partner; −1 where
+    the decile has no other latent.
     """
     kept = np.flatnonzero(allowed)
     if not len(kept):
@@ -190,8 +190,8 @@ def random_partners(
     kept, stratum_b = kept[order], stratum_b[order]
     stratum = decile_of(firing_a, edges)
     first, last = (np.searchsorted(stratum_b, stratum, side) for side in ("left", "right"))
-    # Skip a partner inside the stratum: draw from the latents after it, wrapping around to end
-    # before it.
+    # If the partner is in the stratum, count the other latents cyclically from the one after it, so
+    # that the partner cannot be drawn.
     place = np.full(len(firing_b), -1)
     place[kept] = np.arange(len(kept))
     at = np.where(partner >= 0, place[partner], -1)
@@ -207,7 +207,7 @@ def random_partners(
 def quality_by_coverage(
     quality: Float[np.ndarray, " n"], rank: Float[np.ndarray, " n"]
 ) -> Float[np.ndarray, " known"]:
-    """Return the mean quality of the r highest-ranking matches, for r = 1 … the number not NaN."""
+    """Return the mean quality of the r highest-ranking matches for each r; NaN are left out."""
     known = ~np.isnan(quality)
     order = np.argsort(-rank[known], kind="stable")
     return quality[known][order].cumsum() / np.arange(1, len(order) + 1)

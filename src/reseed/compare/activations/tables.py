@@ -24,7 +24,7 @@ from reseed.compare.statistics import known_mean, seed_interval
 from reseed.compare.tables import lists
 
 TOPS = (100, 2_000)
-"""For each number r, the tables show the mean R of the r highest-ranking matches."""
+"""Values of r for which the tables show the mean R of the r highest-ranking matches."""
 ESTIMATES = (
     "agreement_pearson_shared",
     "agreement_pearson_orphan",
@@ -86,14 +86,14 @@ def activation_measures(
     that the strict rule does not share.
 
     - ``agreement_…``: mean Pearson correlation and Jaccard index.
-    - ``agreement_…_matched``: the same for latents matched by their activations, in cells where
-      some runs share no space; ``agreement_fraction_matched``: the fraction with r at the
-      threshold.
+    - ``agreement_…_matched``: the same for latents matched by their activations, in cells whose
+      runs read different activations; ``agreement_fraction_matched``: the fraction whose
+      correlation reaches the threshold.
     - ``cka_…``: linear CKA of the latents and of the reconstructions.
-    - ``substitution…``: mean R, bounded to 0 … 1, of the match (``_shared``, ``_orphan``; with the
-      best scale), and of the same latents with the second-best or a random latent of equal firing.
-      ``_pooled_…`` is the unbounded Σ repaired / Σ damage, which weights latents by what they
-      explain.
+    - ``substitution…``: mean R, clipped to 0 … 1, of the match (``_shared``, ``_orphan``; with the
+      best scale), and of the same latents with the second-best latent, or with a random one that
+      fires about as often. ``_pooled_…`` is the unbounded Σ repaired / Σ damage, which weights
+      latents by what they explain.
     - ``substitution_area``: the mean over r of the mean R of the r matches that rank highest by
       the smaller of their cosines; ``substitution_top_…``: its value at one r.
     - ``novel_fraction_a``: the fraction of A's live latents that lower B's error when put in;
@@ -172,9 +172,9 @@ def with_activations(
     """Return the cell with `PAIR_COLUMNS`, `LATENT_COLUMNS` and their estimates added.
 
     Args:
-        measured: measures of the cell's runs, in their order; None if they could not be made: the
-            columns are then NaN.
-        note: the reason why they could not be made.
+        measured: measures of the cell's runs, in their order; None if they could not be computed;
+            the columns are then NaN.
+        note: the reason why they could not be computed.
     """
     n, sides = cell.n_seeds, weight_matches(cell)
     runs = cell.runs["run"].tolist()
@@ -239,5 +239,5 @@ def _others(s: int, n: int) -> Iterator[int]:
 
 
 def lacks_activations(cell: CellResult) -> bool:
-    """Return true if the cell was written without these measures, or they could not be made."""
+    """Return true if the cell lacks these measures, or if they could not be computed."""
     return NOTE not in cell.pairs or bool((cell.pairs[NOTE] != "").any())

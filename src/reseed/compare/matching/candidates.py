@@ -18,15 +18,15 @@ from reseed.compare.matching.rows import DistinctRows
 from reseed.system.compiling import in_ranges, njit
 
 CANDIDATES = 48
-"""Candidates listed for every row and every column. A smaller value leaves more pairs open, a
-larger one makes the graph larger; between 32 and 64 the time hardly changes."""
+"""Number of candidates that are listed for every row and every column. A smaller value leaves more
+pairs open, a larger one makes the graph larger; between 32 and 64 the time hardly changes."""
 _TILE = (2048, 4096)
-_CHUNK = 64  # entries of a tile that are compared together
+_CHUNK = 64  # number of entries of a tile that are compared together
 _COLUMNS_AT_ONCE = 256
 _NONE = np.int16(-32768)
 ROUNDING = 2.0**-8
-"""Largest relative error of storing a number in bfloat16."""
-_FLUSHED = 1e-30  # bounds the products that are too small for float32
+"""Maximum relative error of storing a number in bfloat16."""
+_FLUSHED = 1e-30  # upper bound on products that are too small for float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,7 +118,7 @@ def product_error(a: DistinctRows, b: DistinctRows) -> ProductError:
 
 
 class _Growing:
-    """Growing lists with twice the wanted length; a full list is cut to its better half."""
+    """Lists that grow to twice the required length; a full list is cut to its better half."""
 
     def __init__(self, rows: int, count: int) -> None:
         self.count = count
@@ -157,7 +157,7 @@ class _Growing:
 
 
 def _decoded(bits: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return the numbers of `_ordered` bits."""
+    """Return the bfloat16 numbers that `_ordered` mapped to these integers."""
     plain = bits ^ ((bits >> 15) & 0x7FFF)
     return torch.from_numpy(plain.astype(np.int16)).view(torch.bfloat16).double().numpy()
 

@@ -33,7 +33,7 @@ from reseed.config import digest
 from reseed.system.files import atomic_write
 
 VERSION = 1
-"""Version of the algorithm; raised when the same rows could get another result."""
+"""Version of the algorithm; increase it when the same rows could get another result."""
 TIE = 1e-9
 """A pair is tight if its cosine is within this distance of u_i + v_j."""
 
@@ -43,15 +43,15 @@ class Matching:
     """Partners of n rows among m others, with a proof that no other assignment is better.
 
     **Proof.** u_i + v_j ≥ S_ij for all pairs (to rounding, about 1e-12), and the prices of the side
-    with more rows are not negative; so no one-to-one assignment has a larger sum than Σu + Σv. This
-    one falls short of it by `gap`. Rows without direction are left out.
+    with more rows are not negative; so no one-to-one assignment has a larger sum than Σu + Σv. The
+    sum of this assignment is smaller by `gap`. Rows without direction are left out.
 
     Attributes:
         assignment: index of the partner, −1 where a row has none. No partner occurs twice.
         cosines: cosine to the partner (its absolute value, if that was matched), 0 where there is
             none.
         row_prices, column_prices: u [n] and v [m]; NaN for rows without direction.
-        gap: Σu + Σv − Σ cosines, the most by which another assignment could be better.
+        gap: Σu + Σv − Σ cosines, the maximum by which another assignment could be better.
         ambiguous: number of matched rows to which an equally good assignment (to 1e-9) gives
             another partner; the choice among them is arbitrary. Only listed pairs are counted: a
             lower bound where a row has more equally good partners than `candidates`.
@@ -86,7 +86,7 @@ class Matching:
 
 
 class Matcher(Protocol):
-    """Interface of `match`, also implemented by stores of matchings."""
+    """Interface of `match`, which `MatchingCache` implements too."""
 
     def __call__(
         self,
@@ -108,10 +108,10 @@ def match(
 ) -> Matching:
     """Find the exact assignment of rows of ``a`` to rows of ``b`` with the largest sum of cosines.
 
-    Cosines are about the origin (no mean is subtracted), of the rows as given, in float64. Rows
-    that are zero or not finite stay unmatched, and so does the surplus of the larger side. Every
-    other row is matched, whatever its cosine. The result does not depend on the order of the sides,
-    unless there are ties (`Matching.ambiguous`) and both sides consist of the same rows.
+    Cosines are computed in float64 from the rows as given (no mean is subtracted). Rows that are
+    zero or not finite stay unmatched, and so does the surplus of the larger side. Every other row
+    is matched, whatever its cosine. The result does not depend on the order of the sides, unless
+    there are ties (`Matching.ambiguous`) and both sides consist of the same rows.
 
     No n × m matrix is held: memory is that of the rows in bfloat16 and of about 80 candidates per
     row (131,072 × 768 twice: 2.4 GiB with the rows themselves). The time is that of one to two
@@ -119,8 +119,8 @@ def match(
 
     Args:
         absolute: match by |cosine| instead.
-        device: device of the products; the rest runs on the CPU.
-        candidates: pairs listed per row at first. The result does not depend on it.
+        device: device that computes the products; everything else runs on the CPU.
+        candidates: initial number of pairs that are listed per row. It does not change the result.
         progress: called periodically with a short description of the current step.
 
     Raises:
@@ -169,7 +169,7 @@ def _nothing(left: DistinctRows, right: DistinctRows) -> Matching:
 def _matching(short: DistinctRows, long: DistinctRows, optimum: Optimum) -> Matching:
     """Translate from distinct rows and their copies to the rows as given."""
     state, edges = optimum.state, optimum.edges
-    # The copies of a row, and the slots of a column, in the order of the input.
+    # Sort input rows by distinct row: this gives the copies of a row and the slots of a column.
     given_row, given_column = (
         np.argsort(np.where(side.group < 0, len(side.group), side.group), kind="stable")[
             : side.count
@@ -200,8 +200,8 @@ def exchangeable(optimum: Optimum) -> Bool[np.ndarray, " row_copies"]:
     """Return the copies of rows that an equally good assignment gives another column or copy.
 
     The graph has an arrow from a row to every tight column, and from a column to the rows matched
-    to it. The rows are those on a cycle longer than to their own column and back. One more node
-    stands for free slots, and for columns that may stay unused because their price is 0.
+    to it. A row is returned if it is on a longer cycle than the one to its own column and back. One
+    more node stands for free slots, and for columns that may stay unused because their price is 0.
     """
     state, edges = optimum.state, optimum.edges
     u, v = state.row_price, state.column_price
@@ -259,20 +259,20 @@ def free_memory() -> int | None:
         return None
 
 
-_BLOCK = 4096  # rows that are digested at a time
+_BLOCK = 4096  # number of rows that are hashed at a time
 
 
 class MatchingCache:
     """Store of matchings in one folder, called like `match`.
 
-    Each file, ``<digest>.safetensors``, is written atomically; one that cannot be read is computed
-    again. Deleting files costs only time.
+    Each file, ``<digest>.safetensors``, is written atomically. If a file cannot be read, its
+    matching is computed again. Deleting files costs only time.
 
     Args:
         folder: created when the first matching is written.
-        least: smaller matchings (product of the numbers of rows) are not stored, because computing
-            them is faster than finding them.
-        progress: passed to `match`.
+        least: minimum product of the numbers of rows; smaller matchings are not stored, because
+            computing them is faster than reading them.
+        device, progress: passed to `match`.
     """
 
     def __init__(
@@ -293,7 +293,7 @@ class MatchingCache:
         *,
         absolute: bool = False,
     ) -> Matching:
-        """Return the matching from the folder, or make it with `match`."""
+        """Return the matching from the folder, or compute it with `match`."""
         if len(a) * len(b) < self.least:
             return match(a, b, absolute=absolute, device=self.device, progress=self.progress)
         one, other = _fingerprint(a), _fingerprint(b)

@@ -43,7 +43,7 @@ class Edges:
 
     @cached_property
     def by_column(self) -> tuple[Int[np.ndarray, " m+1"], Int[np.ndarray, " edges"]]:
-        """``start`` per column, and the pairs of each column as places in `column`.
+        """``start`` per column, and the pairs of each column as indices into `column`.
 
         scipy's ``tocsc`` gives the same in twice the time (131,072 × 100 pairs), because it also
         moves the rows.
@@ -312,7 +312,7 @@ class Assignment:
         self.owner[slots] = copies
 
     def tighten(self, edges: Edges) -> None:
-        """Set row prices to their best profit; rows that are not at a best column leave it."""
+        """Set each row price to the row's best profit; unmatch rows whose column gives less."""
         _tighten(
             edges.start, edges.column, edges.cosine, self.row_price, self.column_price,
             self.row_of, self.slot_of, self.column_of, self.owner,

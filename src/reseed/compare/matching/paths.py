@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from reseed.compare.matching.graph import Assignment, Edges
 from reseed.system.compiling import njit
 
-_AT_A_TIME = 512  # searches per compiled call, between which Ctrl-C takes effect
+_AT_A_TIME = 512  # number of searches per compiled call; Ctrl-C takes effect between calls
 
 
 def augment(
@@ -32,7 +32,7 @@ def augment(
     """Give every copy of a row a column, as far as the graph has one for it.
 
     Returns:
-        copies that stay unmatched: other rows need every column that these can reach.
+        copies that stay unmatched: other rows need every column that these copies can reach.
     """
     todo = state.unmatched
     scratch = _Scratch.of(edges)
@@ -59,7 +59,8 @@ def release(edges: Edges, state: Assignment) -> None:
     start, place = edges.by_column
     scratch = _Scratch.of(edges)
     while True:
-        # One search fills one copy of a column, so columns of several copies need several.
+        # One search fills one copy of a column, so a column of several copies needs several
+        # searches.
         todo = np.flatnonzero(state.has_room & (state.column_price > 0))
         if not len(todo):
             return
@@ -105,7 +106,7 @@ def _augment(
     start, column, cosine, u, v, row_of, slot_of, column_of, first_slot, owner,
     todo, reached, distance, place, via, heap, seen, row_distance, rows_seen,
 ):  # pragma: no cover  # fmt: skip
-    # long: the steps of a search share its counters; each would take a dozen arguments.
+    # long: the steps of a search share counters; as functions, each would need a dozen arguments.
     for t in range(len(todo)):
         copy = todo[t]
         size, columns, rows = 0, 0, 0
@@ -151,7 +152,7 @@ def _augment(
                 for s in range(first_slot[j], first_slot[j + 1]):
                     i = row_of[owner[s]]
                     if row_distance[i] < 0:
-                        # A column of several copies goes back for its other rows.
+                        # A column of several copies goes back on the heap for its other rows.
                         row_distance[i] = distance[j]
                         rows_seen[rows] = i
                         rows += 1

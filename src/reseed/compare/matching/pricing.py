@@ -62,7 +62,7 @@ class OpenBlock:
     """Rows and columns that have open pairs with each other.
 
     Attributes:
-        row, column: their indices.
+        row, column: indices of these rows and columns.
         count: number of open pairs among them.
     """
 
@@ -146,9 +146,10 @@ class Pricer:
     device: torch.device
 
     def evaluate(self, block: OpenBlock, prices: Prices, count: int) -> PricedPairs:
-        """Find the ``count`` pairs of every row of a block that may exceed u_i + v_j most.
+        """Find, for every row of a block, the ``count`` pairs that may exceed u_i + v_j the most.
 
-        Only pairs that may exceed u_i + v_j − margin count. Two pairs of every column are added.
+        Only pairs that may exceed u_i + v_j − margin are considered. Two pairs of every column are
+        added.
         """
         rows = _Best(len(block.row), 2 * count, -prices.margin)
         found_row, found_column = [], []
@@ -299,8 +300,9 @@ def centre_prices(
     for the listed pairs, because its neighbours move at the same time.
 
     Args:
-        partner: the column of row i, where both are single; −1 elsewhere: these prices stay.
-        free_columns: there are more columns than rows; then prices v stay ≥ 0.
+        partner: the column of row i, where neither has copies; −1 elsewhere: these prices stay.
+        free_columns: true if there are more columns than rows; prices v then stay ≥ 0.
+        sweeps: number of times that all prices are shifted.
     """
     rows = np.flatnonzero(partner >= 0)
     columns = partner[rows]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reseed.system.compiling import in_ranges, njit
 
-_BLOCK = 4096  # rows that are normalised at a time
+_BLOCK = 4096  # number of rows that are normalised at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +80,7 @@ class Rounded:
 
 
 def distinct_rows(rows: Float[np.ndarray, "rows d_in"]) -> DistinctRows:
-    """Return the rows that have a direction, each once."""
+    """Return the distinct rows that have a direction."""
     rows = np.ascontiguousarray(rows)
     if rows.dtype != np.float32:
         rows = scaled_rows(rows)

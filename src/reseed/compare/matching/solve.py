@@ -2,9 +2,9 @@
 
 The first prices come from an auction with ε-scaling, a nearly optimal assignment on the graph. A
 row without a column bids for the column with the largest S_ij − v_j. It raises the price by the
-lead over its second best column plus ε, and the previous owner has to bid again. At the end every
-row is within ε of its best (Bertsekas 1988). A few rounds with a large ε find roughly the right
-prices; rounds with smaller ε refine them.
+lead over its second best column plus ε, and the previous owner has to bid again. At the end the
+column of every row is within ε of the row's best (Bertsekas 1988). A few rounds with a large ε find
+roughly the right prices; rounds with smaller ε refine them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def auction(
     Args:
         owner: row of each column, −1 where it is free.
         partner: column of each row, −1 where it has none.
-        least: a row does not bid, and stays unmatched, unless some column is worth this much to it.
+        least: minimum S_ij − v_j for a bid of each row; a row without such a column is unmatched.
         bids: maximum number of bids.
 
     Returns:
@@ -107,11 +107,11 @@ STEPS = (6e-3, 2e-3, 6e-4, 2e-4, 5e-5)
 UNMATCHED_FRACTION = 0.03
 """The first auction ends when at most this fraction of the rows has no column."""
 _LOWERED = 0.01, 8  # step, and maximum number of steps, by which the rows' reserve values fall
-_BIDS = 40  # per row and auction; limits the time where ties are many
+_BIDS = 40  # maximum number of bids per row and auction; limits the time if there are many ties
 _NEAR = 1e-3  # pairs this near to u_i + v_j become edges too, so that the next search is short
-_MOST_EDGES = 1 << 26  # that a round may add
+_MOST_EDGES = 1 << 26  # maximum number of edges that a round may add
 SPREAD = 4.0
-"""Largest difference between initial column prices. Optimal prices differ by at most 2, as cosines
+"""Maximum difference between initial column prices. Optimal prices differ by at most 2, as cosines
 do."""
 
 
@@ -123,7 +123,7 @@ class Optimum:
         state: every copy of a row has a slot; prices are exact.
         edges: the graph at the end. Pairs outside it have S_ij ≤ u_i + v_j (to 1e-12), and are
             below by a margin (0.001) unless a row has more such near pairs than its list holds;
-            the nearest are listed first. So the graph may lack some of very many ties.
+            the nearest are listed first. So if very many pairs tie, the graph may lack some.
     """
 
     state: Assignment
@@ -261,7 +261,7 @@ class _Solver:
         unclear, worst = self.price_open_pairs(prices)
         if worst > EXACT:
             return False
-        # Low precision does not settle rows with more pairs near u_i + v_j than were listed.
+        # Low precision cannot decide rows with more pairs near u_i + v_j than were listed.
         return not len(unclear) or self.price_open_pairs(prices, unclear)[1] <= EXACT
 
     def centre(self) -> None:
@@ -344,10 +344,10 @@ class _Solver:
 def _limit_prices(prices: Float[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
     """Limit the level and the spread of the auction's prices.
 
-    Rows that want fewer columns than there are rows (e.g. columns of many copies, of which the
-    auction sells one) outbid each other until no bids are left. At prices of a million, float64
-    lacks the 12 digits after the point that the proof needs. A common offset does not matter, and
-    any prices can be the start.
+    If rows compete for too few columns (e.g. columns of many copies, of which the auction sells
+    one), they outbid each other until no bids are left. At prices of a million, float64 lacks the
+    12 digits after the point that the proof needs. A common offset does not matter, and the
+    shortest paths can start from any prices.
     """
     prices = prices - max(0.0, float(prices.min()) - 1.0)
     return np.minimum(prices, prices.min() + SPREAD)

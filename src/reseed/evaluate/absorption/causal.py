@@ -169,8 +169,8 @@ def is_absorbed(
 ) -> Bool[Tensor, " n"]:
     """Return, per word, whether one latent alone carries the metric and points along the probe.
 
-    attr_j = −f_j·(d_j·gradient). With the most negative j₁ and the next j₂: attr_j₁ ≤ 0,
-    |attr_j₁| − |attr_j₂| ≥ `MARGIN`, and cos(d_j₁, p) ≥ ``cosine``.
+    attr_j = −f_j·(d_j·gradient); j₁ has the most negative attr and j₂ the next. The conditions are
+    attr_j₁ ≤ 0, |attr_j₁| − |attr_j₂| ≥ `MARGIN`, and cos(d_j₁, p) ≥ ``cosine``.
     """
     word, latent = codes.token, codes.latent
     gradient, rows = gradient.to(codes.value.device), W_dec.detach().float()

@@ -4,9 +4,9 @@ For a word with activation a and the unit direction p of its class: P = a·p, la
 proj_j = f_j·(d_j·p), cos_j = cos(d_j, p), S are the main latents of the class and
 M = Σ_{j∈S} proj_j. Chanin et al. 2024, App. A.9; SAEBench.
 
-The published cosine thresholds, .1 and .025, suit 2,304 dimensions; in 128, every eighth random
-pair is beyond .1. `null_cosines` measures the cosines of a decoder with random directions and with
-probes of permuted labels, from which thresholds for any width follow.
+The published cosine thresholds, .1 and .025, suit 2,304 dimensions; in 128 dimensions, one random
+pair in eight exceeds .1. `null_cosines` measures the cosines of a decoder with random directions
+and with probes of permuted labels, which give thresholds for any width.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class Thresholds:
     """Thresholds of absorption.
 
     Attributes:
-        cosine: least cosine of an absorbing latent, for the fraction.
-        full_cosine: least cosine of the top contributor, for full absorption.
-        share: least share of P that absorbing latents contribute.
-        absorbers: most latents that absorb a word together, those that contribute most.
+        cosine: minimum cosine of an absorbing latent, for the fraction.
+        full_cosine: minimum cosine of the top contributor, for full absorption.
+        share: minimum share of P that absorbing latents contribute.
+        absorbers: maximum number of latents that absorb a word together; the largest contributors
+            count.
     """
 
     cosine: float = 0.1
@@ -49,13 +50,13 @@ class Absorption:
 
     Attributes:
         fraction: share of the direction that absorbing latents took over, 0 to 1.
-        full: the main latents are silent and a single other latent contributes enough.
+        full: true if the main latents are silent and a single other latent contributes enough.
         projection: P.
         main: M.
         absorbing: A, the sum of the absorbing latents' contributions.
         absorbers: these latents, the largest contribution first; −1 if there are fewer. They absorb
             only if ``fraction`` is above 0.
-        contributions: contribution of each.
+        contributions: contribution of each of `absorbers`.
         top: the latent with the largest contribution of all, for `full`; −1 if none is active.
     """
 
@@ -104,10 +105,10 @@ def absorption(
 
     Args:
         codes: latents of the words.
-        x: their activations.
-        classes: their classes.
+        x: activations of the words.
+        classes: classes of the words.
         directions: probe of each class, of any length.
-        alignment: of the decoder with the directions.
+        alignment: alignment of the decoder with the directions.
         main: S of each class.
 
     Returns:
@@ -165,8 +166,8 @@ class NullCosines:
     """A high percentile of the cosines of decoder rows with null directions.
 
     Attributes:
-        random: with directions drawn with the covariance of the activations.
-        permuted: with probes of permuted labels.
+        random: percentile for directions drawn with the covariance of the activations.
+        permuted: percentile for probes of permuted labels.
     """
 
     random: float
@@ -195,6 +196,7 @@ def null_cosines(
         x: the words' activations.
         permuted: probes of permuted labels.
         directions: number of random directions.
+        quantile: the percentile, as a fraction.
         random: generator on the CPU.
     """
     rows = W_dec[live.to(W_dec.device)]
@@ -207,8 +209,8 @@ def null_cosines(
 def random_directions(
     x: Float[Tensor, "n D"], number: int, random: torch.Generator
 ) -> Float[Tensor, "number D"]:
-    """Draw from N(0, Σ), Σ the covariance of x: sums of the centred rows with normal weights need
-    no Σ."""
+    """Draw from N(0, Σ), where Σ is the covariance of x, as sums of the centred rows with normal
+    weights, without computing Σ."""
     weights = torch.randn(number, len(x), generator=random)
     return (weights @ (x - x.mean(0))) / len(x) ** 0.5
 

@@ -44,7 +44,7 @@ def word_records(
     ``absorbers``, ``contributions``, ``top``.
 
     Args:
-        codes: codes of all words.
+        codes: latents of all words.
         splits: main latents of every class in this fold.
         thresholds: suffix of the column names → thresholds.
         permuted: use permuted labels and their probes.
@@ -152,7 +152,7 @@ def mean_over_classes(
 def _by_word(
     word: Int[np.ndarray, " records"], value: Float[np.ndarray, " records"]
 ) -> Float[np.ndarray, "n 2"]:
-    """Return the sum and number of each word's records."""
+    """Return the sum and the number of the records of each word."""
     _, place = np.unique(word, return_inverse=True)
     return np.stack([np.bincount(place, weights=value), np.bincount(place)], axis=1)
 

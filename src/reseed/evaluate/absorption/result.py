@@ -32,7 +32,7 @@ class AbsorptionMeasurements:
         permuted: the same for permuted labels.
         splits: the main latents of each class, in each repetition and fold.
         null: cosines of the decoder with null directions.
-        l0: active latents per word.
+        l0: mean number of active latents per word.
     """
 
     records: pd.DataFrame
@@ -130,8 +130,8 @@ def _letter_table(
     reasons: list[str],
     cosine: np.ndarray,
 ) -> pd.DataFrame:
-    """Make a row for each class, evaluable or not; ``main_cosine`` is the mean cosine of its first
-    main latents with the probe."""
+    """Make a row for each class, evaluable or not; ``main_cosine`` is the mean cosine of the first
+    main latents of the class with its probe."""
     probed = repetitions[0]
     counts = np.bincount(probed.words.labels.numpy(), minlength=probed.num_classes)
     right = torch.stack([(p.test_scores > 0) & p.members for p in repetitions])

@@ -46,7 +46,7 @@ STILL_FALLING = 0.02
 NUM_PARTS = 10
 """Number of equal parts of training; the last is compared with the one before it."""
 FEWEST_ROWS = 2 * NUM_PARTS
-"""Fewest rows of a curve from which convergence can be judged."""
+"""Minimum number of rows of a curve; with fewer, convergence cannot be judged."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +174,8 @@ def _protocol() -> list[Block]:
             "one by an exact assignment, once by their encoders and once by their decoders "
             f"([Paulo & Belrose]({STABILITY})). Absorption is measured as by [Chanin et "
             f"al.]({ABSORPTION}). reseed's `docs/measures.md` defines nulls, intervals and every "
-            "other number; look it up by its column heading in this report or its column name in "
-            "the files of `data/`."
+            "other number, under its column heading in this report and its column name in the "
+            "files of `data/`."
         )
     ]
 
@@ -262,7 +262,7 @@ def _few(cells: Sequence[Cell]) -> list[str]:
 
 
 def _noted(cells: Sequence[Cell]) -> list[str]:
-    """Warn of the cells that the summary's footnotes mark as not shared or off their target L0."""
+    """Return warnings of cells that the summary marks as not shared or off their target L0."""
     found = []
     for note in (NOT_SHARED, OFF_TARGET):
         about = [
@@ -278,7 +278,7 @@ def _noted(cells: Sequence[Cell]) -> list[str]:
 
 
 def _not_converged(folders: Mapping[str, Path]) -> list[str]:
-    """Warn of runs whose FVU was still falling, and of runs whose curve is too short to tell."""
+    """Return warnings of runs whose FVU was still falling or whose curve is too short to tell."""
     curves = {
         name: pd.read_csv(path)
         for name, folder in folders.items()
@@ -292,15 +292,15 @@ def _not_converged(folders: Mapping[str, Path]) -> list[str]:
         found.append(
             f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell "
             f"by more than {STILL_FALLING:.0%} from the second-to-last tenth of the steps to the "
-            f"last (most in `{worst}`: {falling[worst]:.1%}). If the learning rate decays in these "
-            "steps, the decay causes a part of the fall. With more training tokens, the shared "
-            "fraction may grow."
+            f"last (largest fall: {falling[worst]:.1%} in `{worst}`). If the learning rate decays "
+            "in these steps, the decay causes part of the fall. With more training tokens, the "
+            "shared fraction may grow."
         )
     if unknown := list(falls.values()).count(None):
         found.append(
             f"**Convergence not known.** {counted(unknown, 'curve')} of {len(folders)} "
             f"{'has' if unknown == 1 else 'have'} fewer than {FEWEST_ROWS} points, too few to see "
-            "whether the FVU was still falling. Lower `runtime.log_every_steps` for more."
+            "whether the FVU was still falling. Lower `runtime.log_every_steps` for more points."
         )
     return found
 

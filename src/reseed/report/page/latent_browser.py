@@ -4,7 +4,7 @@ Each file is one call, ``reseed.data(key, value)``, and is loaded when it is fir
 
     latents/runs.js            list of the runs, with their metadata
     latents/<run>.js           arrays of one run, with an entry per latent
-    latents/<run>/<shard>.js   contexts of `SHARD` latents, where they were evaluated
+    latents/<run>/<shard>.js   contexts of `SHARD` latents, if contexts were evaluated
     latents/tokens-<i>.js      token texts of the runs with one tokenizer
 
 ``<run>`` is the run's index in ``runs.js``.
@@ -73,7 +73,7 @@ def write_browser(
     """Write the browser's data files under ``folder / "latents"``.
 
     Args:
-        contexts: run id → its contexts, where they were evaluated.
+        contexts: run id → its contexts, for the runs whose contexts were evaluated.
     """
     found = entries(cells)
     root = folder / "latents"
@@ -93,8 +93,8 @@ def write_browser(
 
 
 def latent_columns(rows: pa.Table) -> dict[str, Any]:
-    """Return the columns of a run: name → a value per latent, or, for what depends on the other
-    run (`_OF_OTHERS`), a list of such values per other run."""
+    """Return the columns of a run: name → a value per latent, or, for the columns in `_OF_OTHERS`,
+    a list of such values for each other run."""
     found: dict[str, Any] = {
         "firing": rows["firing"].to_pylist(),
         "shared_with": rows["shared_with"].to_pylist(),
@@ -222,8 +222,8 @@ def _packed(found: LatentContexts) -> dict[str, Any]:
 
 
 def _packed_context(context: Context) -> list[Any]:
-    """Return [quantile or null, index of the peak, position in the text, ids, activations]; the
-    nonzero activations only, flat: index, value, index, …"""
+    """Return [quantile or null, index of the peak, position in the text, ids, activations]. The
+    last is a flat list of the nonzero activations: index, value, index, …"""
     pairs = zip(context.active.tolist(), context.values.tolist(), strict=True)
     flat = [part for at, value in pairs for part in (at, _short(value))]
     quantile = None if context.quantile is None else _short(context.quantile)

@@ -15,7 +15,7 @@ from reseed.store.sweeps import Sweep
 
 _WITHOUT_EFFECT = ("runtime.", "hydra.", "hydra/")
 _MANY = 8
-"""Up to this many cells, the table has a column per cell; with more cells, a row per cell."""
+"""Maximum number of cells for a table with a column per cell; with more, it has a row per cell."""
 
 
 def provenance(sweep: Sweep, cells: Sequence[Cell]) -> list[Block]:
@@ -70,8 +70,8 @@ def split_common(
     none does).
 
     Args:
-        each: cell name → flat settings of its runs. Where a setting differs within a cell all its
-            values are listed: ``0, 1, 2``.
+        each: cell name → flat settings of its runs. If a setting differs within a cell, the table
+            lists all values: ``0, 1, 2``.
     """
     keys = dict.fromkeys(key for runs in each.values() for values in runs for key in values)
     texts = {

@@ -113,7 +113,7 @@ class Section:
     """Blocks under a heading.
 
     Attributes:
-        name: its anchor.
+        name: anchor of the heading.
     """
 
     name: str
@@ -243,7 +243,7 @@ def table_html(table: Table) -> Html:
                 aria_label=table.caption or "table")]  # fmt: skip
     if table.footnotes:
         notes = tag("ul", *(tag("li", inline(note)) for note in table.footnotes), class_="notes")
-        reading = tag("summary", "How to read it")
+        reading = tag("summary", "How to read the table")
         made.append(tag("details", reading, notes, open=True, class_="reading"))
     return joined(made)
 

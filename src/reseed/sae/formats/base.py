@@ -4,8 +4,8 @@ Letters as in `reseed.sae.base`: D ``d_in``, F ``num_latents``; our W_enc and W_
 format reads its files into one of our architectures so that latents and reconstructions equal those
 of its own formula; otherwise it raises `CheckpointError` with the reason.
 
-Conversions keep b_enc and thresholds as [F], b_dec as [D]; folds are computed in float64 and
-rounded once.
+Conversions keep b_enc and thresholds as [F], b_dec as [D]; changed biases are computed in float64
+and rounded once.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class Imported:
     """An SAE that was read from files of some format.
 
     Attributes:
-        sae: for raw activations, in float32; not to be trained.
+        sae: the SAE for raw activations, in float32, without gradients.
         metadata: the SAE's origin (model, hookpoint, ...) as far as the files give it.
         notes: caveats for the user: sentences without a full stop.
         reads: the files that were read.
-        transcoder: whether it reconstructs activations at another hookpoint than its input's.
+        transcoder: whether the SAE reconstructs activations at another hookpoint than its input's.
     """
 
     sae: SAE
@@ -102,7 +102,7 @@ class Format(ABC):
             notes for the user.
 
         Raises:
-            CheckpointError: the format has nothing equal to this SAE.
+            CheckpointError: the format cannot hold an SAE that equals this one.
         """
         raise CheckpointError(
             f"cannot write sae={sae.config.name} as {self.name}: reseed only reads this format"
@@ -127,7 +127,7 @@ class Exporting(Format):
 
     @abstractmethod
     def _save(self, sae: SAE, folder: Path, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-        """Do the work of `save` for an architecture in `exports`."""
+        """Write an SAE of an architecture in `exports`, as `save` does."""
 
 
 @final
@@ -157,7 +157,7 @@ def build_sae(config: SAEConfig, file: Path, tensors: Mapping[str, Tensor]) -> S
 
     Args:
         file: for messages.
-        tensors: the whole state, by our names.
+        tensors: all parameters and buffers, by reseed's names.
 
     Raises:
         CheckpointError: the parameters break a rule of the architecture.
@@ -224,9 +224,9 @@ def gated(file: Path, tensors: Mapping[str, Tensor], *, centred: bool = True) ->
 def exact_log(threshold: Float[Tensor, " F"]) -> Float[Tensor, " F"]:
     """Return ℓ in float64 such that π > exp(ℓ) is π > θ for every float32 π > 0 and float32 θ.
 
-    exp(ℓ) lies at or above θ and below the next float32. In float32 it could miss θ by several
-    units on either side, and latents near θ would flip. A θ of 0 or less holds back no latent that
-    ReLU lets through: ℓ = −∞.
+    exp(ℓ) lies at or above θ and below the next float32. In float32, exp(ℓ) could differ from θ by
+    several units in the last place, and latents near θ would change between active and inactive.
+    A θ of 0 or less sets no latent to 0 that ReLU does not: ℓ = −∞.
     """
     exact = threshold.detach().double().clamp_min(0)
     log = exact.log()
@@ -257,7 +257,7 @@ def is_centred(sae: SAE) -> bool:
 
 
 def state(sae: SAE) -> dict[str, Tensor]:
-    """Return the SAE's parameters in float32 on the CPU, by our names."""
+    """Return the SAE's parameters and buffers in float32 on the CPU, by reseed's names."""
     return {name: t.detach().to("cpu", torch.float32) for name, t in sae.state_dict().items()}
 
 

@@ -147,7 +147,7 @@ def _jumprelu(tensors: Tensors, trainer: Settings) -> _Read:
 
 def _topk(tensors: Tensors, trainer: Settings) -> _Read:
     taken = _linear(tensors, "encoder.bias", "b_dec")
-    if "threshold" in tensors:  # belongs to an alternative to k that the library has off by default
+    if "threshold" in tensors:  # for an alternative to k, which the library disables by default
         tensors.number("threshold")
     return base.topk(tensors.file, taken, _k(tensors, trainer)), ()
 

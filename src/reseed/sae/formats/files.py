@@ -1,7 +1,7 @@
-"""Files of saved SAEs: where they are, and what is in them.
+"""Sources of saved SAEs, and readers of their files.
 
-First sources: a folder, a file, or a place on the hub, which is downloaded. Then readers of other
-libraries' files: only data, never code. Errors name the file and the fault.
+A source is a folder, a file, or a place on the hub, which is downloaded. The readers of other
+libraries' files load data only and never run code. Errors name the file and the fault.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _top(place: HubPlace) -> list[str]:
     """Return the files at the top of a repository.
 
     Raises:
-        CheckpointError: none of them are weights; the message lists folders that have some.
+        CheckpointError: no file at the top has weights; the message lists folders with weights.
     """
     from huggingface_hub import HfApi
 
@@ -300,17 +300,17 @@ class Settings:
         return value
 
     def one_of(self, key: str, known: tuple[str, ...], default: str) -> str:
-        """Return one of the known words; any other would mean another SAE.
+        """Return a setting that has one of the known values; another could mean another SAE.
 
         Raises:
-            CheckpointError: the word is unknown.
+            CheckpointError: the value is unknown.
         """
         value = self.get(key, str, default)
         if value not in known:
             listed = ", ".join(known)
             raise CheckpointError(
-                f"{self.file}: `{key}` is {value!r}, which no architecture of reseed equals; it "
-                f"reads {listed}"
+                f"{self.file}: `{key}` is {value!r}, which no architecture of reseed equals; "
+                f"reseed reads {listed}"
             )
         return value
 

@@ -1,5 +1,5 @@
 """The formats of Gemma Scope (``params.npz`` without a configuration) and Gemma Scope 2
-(``params.safetensors`` with lower-case names, and mostly a ``config.json``)."""
+(``params.safetensors`` with lower-case names, and usually a ``config.json``)."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from reseed.sae.formats.files import Settings, Tensors, read_safetensors, read_s
 CONFIG, WEIGHTS = "config.json", "sae_weights.safetensors"
 FIRST_CONFIG, FIRST_WEIGHTS = "hyperparams.json", "checkpoints/final.safetensors"
 NORM = "dataset_average_activation_norm"
-_TOGETHER = {"batchtopk": "chooses latents within the batch, and no threshold is stored that would "
+_TOGETHER = {"batchtopk": "chooses latents within the batch, and the files store no threshold to "
              "choose them for a single token"}  # fmt: skip
 
 
@@ -28,7 +28,8 @@ class LlamaScope(Format):
     """The format of Llama Scope: f = π·1[π‖d‖ > θ] (or ReLU, TopK), π = (s x) W_E + b_E,
     x̂ = (f W_D + b_D) / s, s = √D / norm.
 
-    It is read for raw activations: biases, thresholds and so latents are divided by s.
+    It is converted for raw activations: biases and thresholds, and therefore latents, are divided
+    by s.
     """
 
     name = "llama_scope"
@@ -119,7 +120,7 @@ def _read(settings: Settings, tensors: Tensors, sizes: dict[str, int], gain: flo
 
 
 def _parameters(tensors: Tensors, sizes: dict[str, int]) -> dict[str, Tensor]:
-    """Return the parameters by our names, from the old or the new names of the library."""
+    """Return the parameters under our names; the library's own names have changed once."""
     if "W_E" in tensors:
         taken = {
             "W_enc": tensors.take("W_E", "d_in", "num_latents").T,

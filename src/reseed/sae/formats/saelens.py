@@ -111,7 +111,7 @@ class SAELens(Exporting):
 
 
 def _architecture(settings: Settings) -> str:
-    """Return the architecture; before version 6 the activation function could also give it."""
+    """Return the architecture; before version 6 it could depend on the activation function."""
     declared = settings.get("architecture", str, "standard")
     before = settings.get("activation_fn", str, settings.get("activation_fn_str", str, "relu"))
     if declared == "standard" and before == "topk":
@@ -126,7 +126,7 @@ def _architecture(settings: Settings) -> str:
 
 
 def _parameters(tensors: Tensors, settings: Settings, transcoder: bool) -> dict[str, Tensor]:
-    """Return W_enc, W_dec and b_dec by our names."""
+    """Return W_enc, W_dec and b_dec under our names."""
     if transcoder and (d_out := settings.size("d_out")) != (d_in := settings.size("d_in")):
         raise CheckpointError(
             f"{settings.file}: it maps {d_in} activations to {d_out}; reseed needs inputs and "
@@ -153,7 +153,7 @@ def _built(
     taken: dict[str, Tensor],
     centred: bool,
 ) -> tuple[SAE, tuple[str, ...]]:
-    """Build the SAE without the normalisation of its input; return it with notes."""
+    """Build the SAE for normalised inputs, and return it with notes."""
     file = tensors.file
     if architecture == "gated":
         taken |= {
@@ -170,7 +170,7 @@ def _built(
         return base.relu(file, taken, centred=centred), ()
     notes: tuple[str, ...] = ()
     if settings.get("rescale_acts_by_decoder_norm", bool, False):
-        # SAELens' latents are f‖d‖: chosen by that size, and divided by ‖d‖ before decoding.
+        # The latents of SAELens are f‖d‖; it chooses by f‖d‖ and divides by ‖d‖ before decoding.
         norms = taken["W_dec"].double().norm(dim=1)
         if bool((norms == 0).any()):
             raise CheckpointError(

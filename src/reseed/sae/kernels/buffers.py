@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 LEAST_BYTES = 2**20
-"""Smaller tensors are left to malloc, which reuses their memory."""
+"""Minimum size of a buffer. Smaller tensors are left to malloc, which reuses their memory."""
 MOST_IDLE_BYTES = 2**30
-"""Unused buffers beyond this are freed."""
+"""Maximum size of all idle buffers together; those beyond it are freed."""
 
 _lock = Lock()
 _buffers: list[np.ndarray] = []
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return an uninitialised tensor."""
+    """Return an uninitialised tensor, in an idle buffer of the same size if there is one."""
     size = math.prod(shape) * dtype.itemsize
     if size < LEAST_BYTES:
         return torch.empty(shape, dtype=dtype)
@@ -46,12 +46,12 @@ def empty_like(tensor: Tensor) -> Tensor:
 
 
 def _idle(place: int) -> bool:
-    """Return True if no tensor holds this buffer: a tensor's storage references the array."""
+    """Return True if no tensor uses this buffer; a tensor that does adds a reference to it."""
     return sys.getrefcount(_buffers[place]) <= _ALONE
 
 
 def _give_back() -> None:
-    """Free idle buffers beyond `MOST_IDLE_BYTES`, the longest unused first."""
+    """Free idle buffers beyond `MOST_IDLE_BYTES`, the least recently used first."""
     idle = sum(_buffers[place].nbytes for place in range(len(_buffers)) if _idle(place))
     place = 0
     while idle > MOST_IDLE_BYTES and place < len(_buffers):

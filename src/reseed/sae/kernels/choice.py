@@ -1,12 +1,12 @@
-"""The k largest of a row, and the vectorised comparisons that find them.
+"""The k largest numbers of a row, and the vectorised comparisons that find them.
 
-Numbers are compared as integers of the same order. The k-th largest is found by bisection between
-the smallest and the largest: a vectorised pass counts the numbers ≥ each midpoint. Rows are long,
-so the maxima of disjoint groups come first: the k-th largest of them is a lower bound of the k-th
-largest of all, and few numbers reach it.
+Numbers are compared as integers that have the same order. The k-th largest is found by bisection
+between the smallest and the largest: a vectorised pass counts the numbers ≥ each midpoint. Rows are
+long, so the maxima of disjoint groups come first: the k-th largest of them is a lower bound of the
+k-th largest of all, and few numbers reach it.
 
-The comparisons return bits; LLVM compiles them to the CPU's SIMD instructions. Beside them stand
-the flags with which LLVM vectorises sums, and a prefetch.
+The comparisons return bits; LLVM compiles them to the CPU's SIMD instructions. This file also
+defines the flags with which LLVM vectorises sums, and a prefetch.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from reseed.system.compiling import njit
 intrinsic: Any = _intrinsic
 
 LANES = 32
-"""Numbers per comparison."""
+"""Number of elements that one comparison compares."""
 REORDER = {"reassoc", "contract", "nsz"}
 """Flags that let sums be vectorised. NaN and infinities keep their meaning."""
 
 
 @intrinsic
 def compare_ge(typingctx: Any, row: Any, start: Any, bound: Any) -> Any:
-    """Return 32 bits: bit i is row[start + i] ≥ bound, for a contiguous array of integers."""
+    """Return 32 bits: bit i is set if row[start + i] ≥ bound; the row is contiguous integers."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array = context.make_array(signature.args[0])(context, builder, args[0])
@@ -51,7 +51,7 @@ def compare_ge(typingctx: Any, row: Any, start: Any, bound: Any) -> Any:
 
 @intrinsic
 def popcount(typingctx: Any, bits: Any) -> Any:
-    """Return how many of 32 bits are set."""
+    """Return the number of bits, of 32, that are set."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.zext(builder.ctpop(args[0]), ir.IntType(64))
@@ -61,7 +61,7 @@ def popcount(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def first_one(typingctx: Any, bits: Any) -> Any:
-    """Return the place of the lowest bit that is set."""
+    """Return the index of the lowest bit that is set."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         count = builder.cttz(args[0], ir.IntType(1)(1))
@@ -82,7 +82,7 @@ def without_first(typingctx: Any, bits: Any) -> Any:
 
 @intrinsic
 def prefetch(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
-    """Prefetch the cache line of array[i, j], of a contiguous matrix."""
+    """Prefetch the cache line of array[i, j]; the array is a contiguous matrix."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         matrix = context.make_array(signature.args[0])(context, builder, args[0])
@@ -102,7 +102,7 @@ def prefetch(typingctx: Any, array: Any, i: Any, j: Any) -> Any:
 
 @intrinsic
 def compare_gt(typingctx: Any, row: Any, start: Any, floors: Any) -> Any:
-    """Return 32 bits: bit i is row[start + i] > floors[start + i], or either is NaN, for floats."""
+    """Return 32 bits: bit i is set if row[start + i] > floors[start + i] or either float is NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = ir.VectorType(context.get_value_type(signature.args[0].dtype), LANES)
@@ -120,7 +120,7 @@ def compare_gt(typingctx: Any, row: Any, start: Any, floors: Any) -> Any:
 
 
 _WIDE = 16
-"""Least number of groups per chosen number."""
+"""Minimum number of groups per chosen number."""
 _LARGEST = np.int32(2**31 - 1)
 
 
@@ -139,7 +139,7 @@ def kth_largest(keys, count, k):  # pragma: no cover
         high = max(high, keys[i])
     for i in range(count, padded(count)):
         keys[i] = low
-    # The padding is the least key, so it counts only if the answer is the least key anyway.
+    # The padding is the smallest key, so it counts only if the result is the smallest key anyway.
     least, most = np.int64(low), np.int64(high)
     while least < most:
         middle = least + (most - least + 1) // 2
@@ -171,7 +171,7 @@ def group_maxima(row, width, k, maxima):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def reaching(row, width, bound, places, most):  # pragma: no cover
-    """Write the places of the numbers ≥ bound, ascending; return their count, −1 if > ``most``."""
+    """Write the indices of the numbers ≥ bound, ascending; return their count, −1 if > ``most``."""
     count = 0
     whole = width // LANES * LANES
     for start in range(0, whole, LANES):
@@ -193,7 +193,7 @@ def reaching(row, width, bound, places, most):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def as_keys(values, count, keys):  # pragma: no cover
-    """Write integers in the order of the float32 numbers; NaN is largest, as in `torch.topk`."""
+    """Write integers that order like the float32 numbers; NaN is largest, as in `torch.topk`."""
     bits = values.view(np.int32)
     for i in range(count):
         one = bits[i]
@@ -203,7 +203,7 @@ def as_keys(values, count, keys):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def keep_largest(scores, places, count, k, keys, values, indices, descending):  # pragma: no cover
-    """Write the k largest scores and their places; of equal scores the first."""
+    """Write the k largest scores and their places; among equal scores, take the first ones."""
     as_keys(scores, count, keys)
     bound = kth_largest(keys, count, k)
     above = 0
@@ -224,7 +224,7 @@ def keep_largest(scores, places, count, k, keys, values, indices, descending):  
 
 @njit(nogil=True, cache=True)
 def _sort(values, indices, k, keys):  # pragma: no cover
-    """Sort in place (Shellsort), the largest first; of equal values the first place first."""
+    """Sort in place (Shellsort) by descending value, and equal values by ascending place."""
     as_keys(values, k, keys)
     gap = 1
     while gap < k // 3:
@@ -245,7 +245,7 @@ def _sort(values, indices, k, keys):  # pragma: no cover
 
 @njit(nogil=True, cache=True)
 def choose(rows, k, values, indices, start, stop, descending):  # pragma: no cover
-    """Write the k largest float32 numbers of each of the rows ``start`` … ``stop``."""
+    """Write the k largest float32 numbers of each row from ``start`` to ``stop``."""
     width = rows.shape[1]
     keys = np.empty(padded(width), dtype=np.int32)
     scratch = np.empty(padded(width), dtype=np.int32)

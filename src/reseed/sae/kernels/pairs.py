@@ -1,8 +1,8 @@
 """Loss and gradient over the (token, latent) pairs of a batch.
 
-First JumpReLU and gates, pair by pair; their sums over tokens run over the pairs in order, in
-float64. Then the decoder, the error and the gradients of weights, as sums over pairs. Last, in
-`Grouped`, the same sums for tensors.
+The file defines JumpReLU and gates, pair by pair, with sums over the pairs in order and in float64;
+then the decoder, the error and the gradients of weights, as sums over pairs; last, `Grouped`, which
+computes the same sums for tensors.
 
 Pairs are sorted by token: those of token t are ``ends[t]`` … ``ends[t + 1]`` of the flat lists. A
 pair of weight 0 contributes nothing; `sums_by_latent` skips it.
@@ -40,7 +40,7 @@ def jump(half, pre, latents, threshold, out, near, fired, near_tokens):  # pragm
 
 @njit(nogil=True, cache=True)
 def jump_backward(grad, values, latents, near, out, into_threshold):  # pragma: no cover
-    """Write out = gradient where the value is > 0, else 0; sum the gradients near θ by latent."""
+    """Write out = gradient where the value is > 0, else 0; sum per latent the gradients near θ."""
     for p in range(len(grad)):
         out[p] = grad[p] if values[p] > 0 else np.float32(0.0)
         if near[p]:
@@ -82,7 +82,7 @@ def gate_backward(
         out[p] = by_gate[p] + magnitude * ratio[j]
 
 
-_AT_ONCE = 4  # rows added together, so that a sum is loaded and stored a quarter as often
+_AT_ONCE = 4  # number of rows added at once, so that a sum is loaded and stored less often
 
 
 @njit(nogil=True, cache=True)
@@ -158,7 +158,7 @@ def errors(
 ):  # pragma: no cover
     """Write e = x − (b_dec + Σ weight · row of W), e · row for each pair, and ‖e‖².
 
-    This covers the tokens ``start`` … ``stop``, while the k rows of each are in the cache.
+    For each of the tokens ``start`` … ``stop`` all are computed while its k rows are in the cache.
     """
     for t in range(start, stop):
         for c in range(x.shape[1]):
@@ -181,7 +181,8 @@ def sums_by_token(W, latents, weights, ends, out, start, stop):  # pragma: no co
 
 @njit(nogil=True, cache=True)
 def inner_products(rows, W, latents, ends, out, start, stop):  # pragma: no cover
-    """Write token's row · latent's row of W, for each pair of the tokens ``start`` … ``stop``."""
+    """Write the inner product of the token's row and the latent's row of W, for each pair of the
+    tokens ``start`` … ``stop``."""
     for t in range(start, stop):
         _inner(out, rows, t, W, latents, ends[t], ends[t + 1])
 
@@ -190,7 +191,8 @@ def inner_products(rows, W, latents, ends, out, start, stop):  # pragma: no cove
 def sums_by_latent(
     rows, owners, weights, order, ends, factor, out, totals, start, stop
 ):  # pragma: no cover
-    """Write factor · Σ weight · token's row, and factor · Σ weight, for latents start … stop."""
+    """Write factor · Σ weight · row of the token, and factor · Σ weight, for the latents ``start``
+    … ``stop``."""
     longest = 0
     for j in range(start, stop):
         longest = max(longest, ends[j + 1] - ends[j])
@@ -215,7 +217,7 @@ def _numbers(tensor: Tensor) -> np.ndarray:
 
 
 class Grouped(GroupedPairs):
-    """The result of `reseed.sae.kernels.group_pairs`, which documents the arguments."""
+    """Pairs with their compiled sums; `reseed.sae.kernels.group_pairs` documents the arguments."""
 
     def __init__(
         self, indices: Int[Tensor, "*pairs"], owners: Tensor | None, batch: int, num_latents: int

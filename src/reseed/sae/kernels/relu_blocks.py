@@ -1,9 +1,9 @@
 """Sums over a batch, and the loss and gradients of a ReLU SAE by products of blocks.
 
-Sums over rows are taken in portions that depend only on the shape. For the loss, blocks of tokens
-pass through the SAE one by one, on any thread. The latents and their gradients of several blocks
-are stored; then each thread adds them to the weight gradients of some latents. The order of every
-sum thus depends only on the shapes, and no full [B, F] matrix is in memory.
+Sums over rows are computed in portions that depend only on the shape. For the loss, blocks of
+tokens pass through the SAE one by one, on any thread. The latents of several blocks and their
+gradients are stored; then each thread adds them to the weight gradients of some latents. The order
+of every sum thus depends only on the shapes, and no full [B, F] matrix is in memory.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from reseed.sae.pairs import thread_safe_product
 from reseed.system.compiling import in_blocks, in_ranges, njit
 
 PART = 64
-"""Rows per portion; one thread adds them up."""
+"""Number of rows per portion; one thread adds them up."""
 
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def part_sums(rows, weights, parts, start, stop):  # pragma: no cover
-    """Write Σ weight · row of each of the portions ``start`` … ``stop``."""
+    """Write Σ weight · row for each of the portions ``start`` … ``stop``."""
     width = rows.shape[1]
     for part in range(start, stop):
         parts[part, :] = 0.0
@@ -114,11 +114,11 @@ def relu_backward(grad, latents, added, out, sums):  # pragma: no cover
 
 
 BLOCK_ROWS = 256
-"""Tokens that pass through the SAE together."""
+"""Number of tokens that pass through the SAE together."""
 STORED_ROWS = 1024
-"""Tokens whose latents are stored until they are added to the gradients."""
+"""Number of tokens whose latents are stored until they are added to the gradients."""
 TILE_LATENTS = 2048
-"""Latents whose gradients one thread adds up together."""
+"""Number of latents whose gradients one thread adds up together."""
 
 
 def relu_blocks(

@@ -1,24 +1,27 @@
-"""Exact float32 top k through a bfloat16 product: half the time on CPUs with native bfloat16.
+"""Exact float32 top k through a bfloat16 product, in half the time on CPUs with native bfloat16.
 
 The rough product p̃ (inputs, weight and bias rounded, accumulated in float32, stored in bfloat16)
-differs from the true pre-activation p by at most ε in sum and a relative u in storage:
+differs from the true pre-activation p by a summation error of at most ε and a relative storage
+error of at most u:
 
     ε = ‖x̂‖‖δe‖ + ‖δx‖(‖ê‖ + ‖δe‖) + γ(‖x̂‖ + ‖δx‖)(‖ê‖ + ‖δe‖) + |δb| + γ|b|
 
 with hats for rounded values, δ for the rounding residuals, and γ = 2(D + 2)2⁻²⁴ for both float32
-sums (Cauchy-Schwarz, with the largest norm over the latents for each of them). If t is a lower
+sums (Cauchy-Schwarz, with each norm replaced by its maximum over the latents). If t is a lower
 bound of the k-th largest p̃ of a row, k latents have p ≥ t/(1 + u) − ε, so every latent of the true
-top k has p̃ ≥ (1 − u)(t/(1 + u) − 2ε). Those are recomputed in float32, and the k largest chosen.
+top k has p̃ ≥ (1 − u)(t/(1 + u) − 2ε). The latents that reach this bound are recomputed in float32,
+and the k largest of them are chosen.
 
-For each row, while the rough product is in the cache:
+The steps for each row, while the rough product is in the cache:
 
-1. t, a lower bound of the k-th largest rough value, from maxima of groups;
-2. exact values of all that reach t: the k-th largest of them, τ, is a lower bound of the true one;
-3. exact values of all others whose rough value does not exclude that they reach τ;
-4. the k largest of all these.
+1. Find t, a lower bound of the k-th largest rough value, from maxima of groups.
+2. Compute the exact values of all latents whose rough value reaches t. The k-th largest of these
+   values, τ, is a lower bound of the true k-th largest.
+3. Compute the exact values of the other latents whose exact value may reach τ.
+4. Choose the k largest exact values.
 
-An exact value is a float32 dot product, always by the same loop, so that it is independent of the
-block.
+An exact value is a float32 dot product, always computed by the same loop, so that it does not
+depend on the block.
 """
 
 from __future__ import annotations
@@ -37,16 +40,17 @@ from reseed.sae.kernels.choice import (
 )
 from reseed.system.compiling import njit
 
-_AHEAD = 1  # rows that are prefetched
+_AHEAD = 1  # number of rows that are prefetched
 _SHRUNK = np.float32(1 - 2.0**-8)  # 1 − u
 _LEAST = np.float32(1e-30)  # below this, products may be flushed to 0
 
 
 @njit(nogil=True, cache=True, fastmath=REORDER, error_model="numpy")
 def rounded(exact, rough, norms, lost, start, stop):  # pragma: no cover
-    """Write rows as bfloat16 bits (nearest, ties to even), and the norms of these and of the loss.
+    """Write rows as bfloat16 bits (nearest, ties to even), their norms, and the norms of the
+    rounding errors.
 
-    NaN and infinities give norms that are not finite; the bits then do not matter.
+    NaN and infinities give norms that are not finite; the bits are then not used.
     """
     width = exact.shape[1]
     bits = exact.view(np.uint32)
@@ -96,8 +100,8 @@ def screen(
         bits: non-negative bfloat16 numbers as integers.
         error: ε of every row of the batch.
         first: index of the block's first row in the batch.
-        most: largest number of candidates. Rows with more, and rows whose bound is useless, are
-            marked ``unsure``; nothing else is written for them.
+        most: maximum number of candidates. Rows with more, and rows whose bound excludes nothing,
+            are marked ``unsure``; nothing else is written for them.
     """
     width = bits.shape[1]
     maxima = np.empty(padded(width), dtype=np.int16)
@@ -145,7 +149,8 @@ def screen(
 
 @njit(nogil=True, cache=True)
 def cuts(bound, error):  # pragma: no cover
-    """Return per row the least rough product, as bits, whose exact value may reach the bound."""
+    """Return for each row the smallest rough product, as bits, whose exact value may reach the
+    bound."""
     out = np.empty(len(error), dtype=np.int16)
     word = np.empty(1, dtype=np.int32)
     number = word.view(np.float32)

@@ -1,10 +1,11 @@
 """The largest pre-activations of every row or of a whole batch, and all that are above a floor.
 
-Takes and returns tensors. Rows are selected by `reseed.sae.kernels.screening` where that is faster,
-else by the float32 product. For a batch the method is that of `screening` with one bound for all
-rows. The first block gives a guess g of the bound; every row contributes the candidates that may
-reach g. The result is exact if at least ``count`` of them reach g. `active_pairs` gives the active
-(token, latent) pairs of a batch, if they are few.
+The functions take and return tensors. The latents of a row are selected by
+`reseed.sae.kernels.screening` where that is faster, otherwise by the float32 product. For a whole
+batch the method is that of `screening` with one bound for all rows. The first block gives a guess g
+of the bound; every row contributes the candidates that may reach g. The result is exact if at least
+``count`` of them reach g. `active_pairs` returns the active (token, latent) pairs of a batch if
+they are few.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from reseed.sae.pairs import Product, prepacked_product, thread_safe_product
 from reseed.system.compiling import in_blocks, in_ranges, njit
 
 BLOCK_ROWS = 128
-"""Rows of a block, so that a thread's product stays in its cache until it has been read."""
+"""Number of rows per block; a thread's product stays in its cache until it has been read."""
 LEAST_CANDIDATES, MOST_CANDIDATES = 64, 8
-"""A row with more candidates than the larger of these (the second in units of k) is selected by the
-float32 product."""
+"""A row with more candidates than the larger of these two limits (the second in units of k) is
+selected by the float32 product."""
 MIN_D_IN, MIN_LATENTS, MIN_ROWS = 64, 1024, 256
-"""Below these the float32 product is faster than the rough one with its overhead."""
+"""Minimum sizes for the rough product; below them the float32 product is faster."""
 
 Selected = tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]
 
@@ -43,7 +44,7 @@ def select(
     """Return the k largest pre-activations of every row, and their latents.
 
     Args:
-        screened: use the bfloat16 product; None: only where it is faster.
+        screened: whether to use the bfloat16 product; None: use it where it is faster.
     """
     if screened is None:
         screened = screen_pays(rows, W_enc)
@@ -94,7 +95,7 @@ def _exact(
 def _screened(
     rows: Tensor, W: Tensor, b: Tensor, k: int, descending: bool, values: Tensor, indices: Tensor
 ) -> Int[np.ndarray, " left"]:
-    """Select by the bfloat16 product, and return the rows that it cannot decide."""
+    """Select by the bfloat16 product, and return the indices of the rows that it cannot decide."""
     product, rough, error = rough_product(rows, W, b)
     unsure = np.empty(len(rows), dtype=np.bool_)
     given = rows.numpy(), W.numpy(), b.numpy()
@@ -142,9 +143,10 @@ def _rounded(exact: Tensor) -> tuple[Tensor, np.ndarray, np.ndarray]:
 
 
 _GUESS = 1.25
-"""Expected number per row above g, in units of k."""
+"""Expected number of pre-activations per row above g, in units of k."""
 _MOST = 16
-"""Limit on candidates per row, on average over a block, in units of k; above it, no result."""
+"""Maximum number of candidates per row, as a mean over a block, in units of k; with more of them
+there is no result."""
 
 _Block = tuple[np.ndarray, np.ndarray, np.ndarray, bool]
 
@@ -155,7 +157,8 @@ def select_in_batch(
     b_enc: Float[Tensor, " num_latents"],
     count: int,
 ) -> Pairs | None:
-    """Return values, rows, latents of the ``count`` largest positive ones, by row and latent.
+    """Return values, rows and latents of the ``count`` largest positive pre-activations, sorted by
+    row and latent.
 
     Return None if rough products do not decide: the guess was too high, or the error too large.
     """
@@ -201,7 +204,7 @@ def _largest(
     latents: np.ndarray,
     bits: np.ndarray,
 ) -> Pairs | None:
-    """Choose exactly among the candidates that may reach the guess."""
+    """Choose by exact values among the candidates that may reach the guess."""
     scores = np.empty(len(bits), dtype=np.float32)
     given = rows.numpy(), W.numpy(), b.numpy(), owners, latents
 
@@ -235,11 +238,11 @@ def collect(pre, floors, first, most):  # pragma: no cover
 
     Args:
         first: index of the block's first row in the batch.
-        most: largest number of pairs.
+        most: maximum number of pairs.
 
     Returns:
-        Three arrays of length ``most``, sorted by row and latent, and how many entries are used; −1
-        if there are more than ``most``.
+        Three arrays of length ``most``, sorted by row and latent, and the number of used entries;
+        −1 if there are more than ``most`` pairs.
     """
     rows, width = pre.shape
     owners = np.empty(most, dtype=np.int64)
@@ -268,11 +271,12 @@ def collect(pre, floors, first, most):  # pragma: no cover
 
 
 DENSEST = 1 / 8
-"""Above this share of active pairs, dense products are faster than sums over pairs."""
+"""Maximum share of active pairs; above it, dense products are faster than sums over pairs."""
 SCREENED, WIDE = 0.02, 128
-"""Up to this share of pairs, and from this d_in on, a rough product and a recheck are faster."""
+"""Maximum share of active pairs and minimum d_in for which a rough product with an exact recheck is
+faster."""
 _UNEVEN = 2
-"""A block may have this many times its share of the pairs."""
+"""Maximum number of pairs in a block, relative to an equal share of the pairs."""
 
 _PairBlock = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -285,7 +289,7 @@ def active_pairs(
 ) -> Pairs | None:
     """Return the pre-activations above their floor, or None if their share is above `DENSEST`.
 
-    It stops after the first block if the share is above `DENSEST` there already.
+    The search stops after the first block if the share there is above `DENSEST` already.
     """
     batch, num_latents = len(rows), len(W_enc)
     product = thread_safe_product(BLOCK_ROWS, W_enc.detach(), b_enc.detach().contiguous())
@@ -329,10 +333,10 @@ def screened(
     b_enc: Float[Tensor, " num_latents"],
     floors: Float[Tensor, " num_latents"],
 ) -> Pairs | None:
-    """Return `active_pairs` by a bfloat16 product whose candidates are rechecked in float32.
+    """Compute `active_pairs` by a bfloat16 product whose candidates are rechecked in float32.
 
     The product is relative to the floors, and shifted up by more than its error bound, so that its
-    ReLU clips no pair. Return None if this method does not apply.
+    ReLU clips no pair. Return None if this method is not applicable.
     """
     if not screen_pays(rows, W_enc):
         return None

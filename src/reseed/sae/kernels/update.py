@@ -29,7 +29,8 @@ def _parallel(grad, weight, i):  # pragma: no cover
 
 @njit(nogil=True, cache=True, fastmath=REORDER)
 def squared_norms(grad, weight, project, squares, start, stop):  # pragma: no cover
-    """Write ‖g‖² of every row; if ``project``, g without its component along the weight's row."""
+    """Write ‖g‖² of every row; with ``project``, g is taken without its component along the
+    weight's row."""
     for i in range(start, stop):
         along = _parallel(grad, weight, i) if project else np.float32(0.0)
         total = np.float32(0.0)
@@ -73,7 +74,7 @@ def adam(
 
 
 _COST = 8
-"""Cost of one number's Adam update, in multiplications."""
+"""Cost of the Adam update of one number, in multiplications."""
 
 
 def compiled_step(
@@ -122,7 +123,7 @@ def _adam(
     )
     weight, grad = _rows(parameter), _rows(parameter.grad)
     moments = _rows(state["exp_avg"]), _rows(state["exp_avg_sq"])
-    with np.errstate(over="ignore"):  # a rate beyond float32 fails the run's own finiteness check
+    with np.errstate(over="ignore"):  # a rate beyond float32 makes the weights fail a later check
         scalars = np.array(numbers, dtype=np.float32)
     given = weight, grad, *moments, renormalise, renormalise, scalars
     in_ranges(lambda start, stop: adam(*given, start, stop), len(weight), _COST * weight.shape[1])

@@ -77,7 +77,7 @@ class SAEAdam(SAEOptimizer):
                 [state["exp_avg"][rows]],
                 [state["exp_avg_sq"][rows]],
                 [],
-                [state["step"].clone()],  # `adam` increments it at every block
+                [state["step"].clone()],  # a copy, because `adam` increments it at every block
                 fused=True,
                 amsgrad=False,
                 beta1=beta1,

@@ -33,22 +33,23 @@ from reseed.sae.base import SAE
 from reseed.train.archetypes import archetypal_decoder
 
 BLOCK_BYTES = 4 * 2**20
-"""Bytes of rows that are projected, updated and renormalised together to stay in the cache."""
+"""Size of the blocks of rows that are projected, updated and renormalised together, so that they
+stay in the cache."""
 
 
 class SAEOptimizer(torch.optim.Optimizer, ABC):
-    """Base class of optimisers of one SAE: of all its parameters that require a gradient.
+    """Base class of optimisers of one SAE, for all its parameters that require a gradient.
 
-    On the CPU steps are bit-identical when repeated or resumed: `state_dict` is complete.
+    On the CPU repeated or resumed steps are bit-identical, because `state_dict` is complete.
 
     Args:
         sae: the module whose parameters are updated.
         lr: learning rate; `set_lr` changes it.
         defaults: further entries of every group.
         encoder_weight_decay, decoder_weight_decay: decoupled decay of W_enc and of W_dec.
-        max_grad_norm: bound of the global norm of the gradients; None does not clip.
-        unit_norm_decoder: hold decoder rows at norm 1; None takes the value of the SAE's config.
-        train_b_dec: False freezes the decoder's bias at its current value.
+        max_grad_norm: maximum global norm of the gradients; None: no clipping.
+        unit_norm_decoder: hold decoder rows at norm 1; None: as in the SAE's config.
+        train_b_dec: if False, b_dec keeps its current value.
         aligned: hold E_j · d_j = 1 for every latent.
 
     Attributes:
@@ -90,11 +91,11 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
         """Do points 3 and 4 of a step for these groups, one parameter each.
 
         Args:
-            factor: the factor of clipping for the gradients; None leaves them.
+            factor: clipping factor of the gradients; None: no clipping.
         """
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """Return, by name, weights to measure and store that differ from the parameters."""
+        """Return, by name, the weights that are measured and stored in place of the parameters."""
         return {}
 
     def set_lr(self, lr: float) -> None:
@@ -104,7 +105,7 @@ class SAEOptimizer(torch.optim.Optimizer, ABC):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore
-        """Take one step with the present gradients; parameters without one do not change."""
+        """Take one step with the present gradients; parameters without a gradient do not change."""
         result = None
         if closure is not None:
             with torch.enable_grad():
@@ -186,7 +187,7 @@ class Constraints:
 
 @torch.no_grad()
 def normalise_rows(rows: Float[Tensor, "rows d_in"]) -> None:
-    """Scale each row to norm 1, in place. A zero row stays."""
+    """Scale each row to norm 1, in place. A zero row does not change."""
     norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     rows.div_(norms.clamp_min_(torch.finfo(rows.dtype).tiny))
 
@@ -197,9 +198,9 @@ def align_rows(
 ) -> None:
     """Set E_j ← E_j + (1 − E_j·d_j) d_j/‖d_j‖², in place: the nearest E_j with E_j · d_j = 1.
 
-    Aligned training (Brzozowski & Chung 2026, 2605.18629) reparametrises the encoder to the same
-    surface; here each step is projected back onto it. The component of E_j orthogonal to d_j does
-    not change. If the decoder row is zero no such E_j exists, and E_j does not change.
+    In aligned training (Brzozowski & Chung 2026, 2605.18629) a parametrisation of the encoder gives
+    the same constraint; here the encoder is projected onto it after each step. The component of E_j
+    orthogonal to d_j does not change. If d_j is zero no such E_j exists, and E_j does not change.
     """
     squared = decoder.square().sum(1, keepdim=True)
     missing = 1 - torch.linalg.vecdot(encoder, decoder)[:, None]

@@ -3,7 +3,7 @@
 Muon updates W_enc and W_dec; Adam updates biases, thresholds and everything else. As in sparsify's
 trainer the update is orthogonalised Nesterov momentum times 0.2·√(longer side), which gives it the
 size of an Adam update (root mean square 0.2 per weight; Liu et al. 2025, 2502.16982), so that the
-learning rate does not depend on the width. Unlike there, the iteration runs in float32, not
+learning rate does not depend on the width. The iteration runs in float32; sparsify's runs in
 bfloat16.
 
 `torch.optim.Muon` has the same update (``adjust_lr_fn="match_rms_adamw"``) but is not used: its
@@ -33,8 +33,8 @@ class SAEMuon(SAEAdam):
 
     Args:
         lr: learning rate of the matrices.
-        adam_lr: learning rate of the rest; `set_lr` keeps their ratio.
-        momentum: of the matrices (an exponential mean with Nesterov's look-ahead).
+        adam_lr: learning rate of the other parameters; `set_lr` keeps the ratio of the two rates.
+        momentum: momentum of the matrices (an exponential mean with Nesterov's look-ahead).
         options: those of `SAEAdam`.
     """
 
@@ -54,7 +54,7 @@ class SAEMuon(SAEAdam):
         self.set_lr(lr)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of the matrices for the next steps; the rest keeps its ratio."""
+        """Set the learning rate of the matrices for the next steps, and Adam's in proportion."""
         for group in self.param_groups:
             group["lr"] = lr * group["lr_ratio"]
 
@@ -86,11 +86,11 @@ def orthogonalised(matrix: Float[Tensor, "rows columns"]) -> Float[Tensor, "rows
     """Return U S' Vᵀ for a matrix U S Vᵀ, with S' near 1, by five Newton–Schulz steps.
 
     The matrix is first divided by its Frobenius norm; each step then applies
-    p(s) = 3.4445 s − 4.775 s³ + 2.0315 s⁵ to the singular values. The coefficients are Jordan's:
-    steep at 0 rather than exact at 1, so five steps bring singular values above 1/500 of that norm
-    into 0.68 … 1.21. A zero matrix stays zero.
+    p(s) = 3.4445 s − 4.775 s³ + 2.0315 s⁵ to the singular values. With Jordan's coefficients p is
+    steep at 0 and not exact at 1: five steps bring singular values above 1/500 of that norm into
+    0.68 … 1.21. A zero matrix stays zero.
 
-    The products are taken on the shorter side: 2·short²·long + short³ multiplications per step.
+    The Gram matrix of the shorter side is used: 2·short²·long + short³ multiplications per step.
     """
     a, b, c = _COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]

@@ -1,8 +1,8 @@
 """Schedule-free sign descent, the optimiser of most public SAEs that have several seeds.
 
-sparsify's trainer calls it signum: SignSGD (Bernstein et al. 2018, 1802.04434) inside the wrapper
-of *The Road Less Scheduled* (Defazio et al. 2024, 2405.15682), momentum 0.95, no warm-up and no
-decay. Three sets of weights, equal at the start, move together:
+sparsify's trainer calls it signum. It is SignSGD (Bernstein et al. 2018, 1802.04434) inside the
+wrapper of *The Road Less Scheduled* (Defazio et al. 2024, 2405.15682), with momentum 0.95, no
+warm-up and no decay. Three sets of weights, equal at the start, are updated together:
 
     y = (1 − β) z + β x                     the parameters, at which the gradient is taken
     z ← z − η (sign(∂L/∂y) + λ y)           the fast weights; λ is the weight decay
@@ -10,10 +10,10 @@ decay. Three sets of weights, equal at the start, move together:
 
 η_max is the largest rate so far, so that after a warm-up every z has the same weight.
 
-Constraints hold for each of the three, because each must be an SAE of the declared kind: z after
-its step, x after its mean, y last. (sparsify renormalises the decoder of y, and through it x,
-before each batch; its z grows freely and its stored rows are not quite unit.) Clipping has no
-effect on the sign.
+Constraints are applied to each of the three sets, because each must be an SAE of the declared kind:
+to z after its step, to x after its mean, and to y last. (sparsify renormalises the decoder of y,
+and through it x, before each batch; the norms of z are not bounded, and the norms of stored rows
+are not exactly 1.) Clipping has no effect on the sign.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SAESignSGD(SAEOptimizer):
         )
 
     def evaluation_weights(self) -> dict[str, Tensor]:
-        """Return x of every parameter that has moved."""
+        """Return x, by name, for every parameter that has been updated."""
         return self._all("x", [g for g in self.param_groups if self.state[g["params"][0]]])
 
     def _update(self, groups: list[dict[str, Any]], factor: Tensor | None) -> None:
