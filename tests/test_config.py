@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from reseed import config
 from reseed.config import Config, build, digest, make, setting
 from reseed.errors import ConfigError
 
@@ -144,3 +145,11 @@ def test_missing_required_fields_are_refused() -> None:
 def test_configurations_are_immutable() -> None:
     with pytest.raises(AttributeError):
         Coloured().sides = 4  # type: ignore[misc]
+
+
+def test_classes_that_yaml_files_of_version_0_1_name_are_found() -> None:
+    assert len(config._MOVED) == 8
+    for target in config._MOVED:
+        values = {"_target_": target, "site": "resid_post", "module": None, "nonsense": 1}
+        with pytest.raises(ConfigError, match=r"is required|there is no key"):
+            build(values, "group")

@@ -1,14 +1,9 @@
 """Training and comparison of sparse autoencoders over random seeds."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 __version__ = "0.1.0"
-
-if TYPE_CHECKING:
-    from reseed.compare.matching import match
-    from reseed.sae.formats import load_sae
-    from reseed.store.runs import load_run
 
 # Imported on first use, so that `import reseed` and the command line start quickly.
 _LAZY = {

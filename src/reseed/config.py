@@ -153,6 +153,28 @@ def digest(values: Any, length: int = SIGNATURE_LENGTH) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
+# Classes that yaml files of version 0.1 name; users' copies of these files keep working.
+_MOVED = {
+    f"reseed.{old}": f"reseed.{new}"
+    for old, new in {
+        "activations.hookpoint.HookpointConfig": "activations.hookpoints.HookpointConfig",
+        "activations.language_model.EmbeddedModelConfig": (
+            "activations.model_source.EmbeddedModelConfig"
+        ),
+        "activations.language_model.PathModelConfig": "activations.model_source.PathModelConfig",
+        "activations.language_model.HubModelConfig": "activations.model_source.HubModelConfig",
+        "activations.world_config.WorldConfig": "activations.synthetic.world_source.WorldConfig",
+        "activations.world_config.GeneratedConfig": (
+            "activations.synthetic.world_source.GeneratedConfig"
+        ),
+        "evaluate.absorption.config.AbsorptionConfig": (
+            "evaluate.absorption.evaluation.AbsorptionConfig"
+        ),
+        "evaluate.contexts.config.ContextsConfig": "evaluate.contexts.ContextsConfig",
+    }.items()
+}
+
+
 def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any:
     """Build the object that a composed option group declares by its ``_target_``.
 
@@ -170,7 +192,7 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
     target = values.pop("_target_", None)
     if not isinstance(target, str) or "." not in target:
         raise ConfigError(f"{{key}} must name a class by `_target_`, got {target!r}", key)
-    module_name, _, class_name = target.rpartition(".")
+    module_name, _, class_name = _MOVED.get(target, target).rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:

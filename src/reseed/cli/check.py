@@ -6,20 +6,20 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reseed.cli import train
 from reseed.cli.arguments import check_parser
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import Launch, Plan, make_plan
-from reseed.compare.cell import CellResult, cell_settings
-from reseed.compare.replication import BothRows, Named, parse_index, read_named, replication_table
 from reseed.errors import ConfigError, ReseedError, did_you_mean
-from reseed.report.replication import CHECK_FILES, check_table, print_check, write_check
-from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run
-from reseed.study.compare import compare_cell_of
 from reseed.system.console import say
+
+if TYPE_CHECKING:
+    from reseed.compare.cell import CellResult
+    from reseed.compare.replication import BothRows, Named
 
 DEFAULT = "comparison=seeds"
 FIRST_SEED = "0"
@@ -63,6 +63,8 @@ def _is_file(word: str) -> bool:
 
 def _named(files: Sequence[str], listed: str | None) -> list[Named]:
     """Read the latents from the file or from the command line."""
+    from reseed.compare.replication import Named, parse_index, read_named
+
     if len(files) > 1:
         raise ConfigError(f"give one list of latents; got {', '.join(files)}")
     if files and listed is not None:
@@ -79,6 +81,8 @@ def _named(files: Sequence[str], listed: str | None) -> list[Named]:
 
 def _folder(out: str | None, source: Path | None, plan: Plan) -> Path:
     """Return the folder for results: --out, else the list's folder, else the comparison's."""
+    from reseed.report.replication import CHECK_FILES
+
     folder = Path(out) if out else source.parent if source else plan.sweep.path
     if out and folder.exists() and not folder.is_dir():
         raise ConfigError(f"{{key}} must be a folder; got {out}, which is a file", "--out")
@@ -193,6 +197,12 @@ def _check(
     plan: Plan, cell: _Cell, named: Sequence[Named], folder: Path, told: Sequence[str]
 ) -> None:
     """Compare the cell if necessary, look the latents up, and write and print the result."""
+    from reseed.compare.cell import CellResult, cell_settings
+    from reseed.compare.replication import replication_table
+    from reseed.report.replication import check_table, print_check, write_check
+    from reseed.sae.checkpoint import load_sae
+    from reseed.study.compare import compare_cell_of
+
     plan.write()
     settings = plan.settings.of_arm(cell.launch.arm.name)
     compare_cell_of(plan.sweep, cell.axes, settings, plan.runtime)

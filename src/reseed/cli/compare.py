@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,31 +18,21 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli import train
-from reseed.cli.cluster.command import run_on_cluster
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, override, parse
 from reseed.cli.plan import Plan, make_plan
-from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.config import ComparisonConfig, pair_axes
-from reseed.compare.dictionary import Dictionary
-from reseed.compare.matching import MatchingCache
-from reseed.compare.pairing import add_axis_columns
 from reseed.config import build
 from reseed.errors import ConfigError, ReseedError
-from reseed.report.figures import write_figures
-from reseed.report.table_files import write_tables
-from reseed.report.terminal import print_summary
-from reseed.sae.checkpoint import CheckpointError
-from reseed.sae.formats import import_sae
-from reseed.sae.formats.files import fetch
-from reseed.sae.pretrained import fingerprint_of
 from reseed.store.sweeps import Sweep
-from reseed.study.collect import collect
-from reseed.study.compare import compare_cell_of
 from reseed.system.console import counted, say, throttled_say
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from reseed.compare.cell import CellResult
+    from reseed.compare.dictionary import Dictionary
 
 KEY = "sources"
 _ACTIVATIONS = ("model", "dataset", "layer", "hookpoint")
@@ -53,6 +43,8 @@ _MEASURED = ("fvu", "l0", "cosine", "dead_fraction")
 
 def task(config: DictConfig) -> None:
     """Compare one cell, whose runs the sweep's manifest lists: the Hydra job."""
+    from reseed.study.compare import compare_cell_of
+
     own = HydraConfig.get()
     sweep = Sweep(Path(own.sweep.dir))
     settings = ComparisonConfig.from_dict(sweep.settings, "comparison")
@@ -71,6 +63,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(line: CommandLine, arguments: Sequence[str]) -> int:
+    from reseed.cli.cluster.command import run_on_cluster
+
     if any(word.partition("=")[0] == KEY for word in line.overrides):
         return compare_sources(line)
     plan = make_plan(line)
@@ -93,6 +87,8 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
     Returns:
         the exit status: 1 if a cell is incomplete or could not be compared.
     """
+    from reseed.study.collect import collect
+
     plan.write()
     # Even a single job is launched as a multirun, because it reads hydra.sweep.dir.
     folder = override("hydra.sweep.dir", plan.sweep.path)
@@ -105,8 +101,8 @@ def compare_plan(line: CommandLine, plan: Plan) -> int:
         errors += line.launch(task, [*cells, *which, folder], multirun=True)
     for error in errors:
         say(f"not compared: {error}")
-    write_with_activations = collect(plan.sweep, plan.settings)
-    return 0 if write_with_activations and not errors else 1
+    complete = collect(plan.sweep, plan.settings)
+    return 0 if complete and not errors else 1
 
 
 def compare_sources(line: CommandLine) -> int:
@@ -172,6 +168,10 @@ def _on_activations(line: CommandLine) -> int:
 
 
 def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
+    from reseed.report.figures import write_figures
+    from reseed.report.table_files import write_tables
+    from reseed.report.terminal import print_summary
+
     declared = values["comparison"] | {"activation_tokens": 0}
     settings = build(declared, "comparison", ComparisonConfig)
     runtime = build(values["runtime"], "runtime", RuntimeConfig)
@@ -196,6 +196,12 @@ def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
 
 def _dictionary(source: str) -> tuple[Dictionary, str]:
     """Return an SAE's encoder and decoder rows, without firing counts, and its architecture."""
+    from reseed.compare.dictionary import Dictionary
+    from reseed.sae.checkpoint import CheckpointError
+    from reseed.sae.formats import import_sae
+    from reseed.sae.formats.files import fetch
+    from reseed.sae.pretrained import fingerprint_of
+
     try:
         sae = import_sae(fetch(source)).sae
     except CheckpointError as error:
@@ -219,6 +225,10 @@ def _compared(
     found: Sequence[Dictionary], settings: ComparisonConfig, runtime: RuntimeConfig
 ) -> tuple[CellResult, Path]:
     """Match all pairs, and write the result into the sweep folder of these SAEs and settings."""
+    from reseed.compare.cell import compare_cell
+    from reseed.compare.matching import MatchingCache
+    from reseed.compare.pairing import add_axis_columns
+
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     sweep = Sweep.of(runtime.sweeps, "sources", [one.id for one in found], settings.signed())

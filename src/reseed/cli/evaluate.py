@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli.arguments import check_used, find_by_name, runtime_of
-from reseed.cli.cluster import command
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, expand, override, parse
@@ -29,10 +28,11 @@ from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.store.results import FOLDER
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
-from reseed.study.collect import collect_evaluated
-from reseed.study.evaluate import Evaluator, SavedRun, saved_run
 from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
+
+if TYPE_CHECKING:
+    from reseed.study.evaluate import SavedRun
 
 GROUP = "evaluation"
 FOLDERS_KEY = "subjects"
@@ -52,6 +52,8 @@ def evaluate_many(configs: Sequence[DictConfig]) -> list[Any]:
     Returns:
         for each configuration None, or the exception with which it failed.
     """
+    from reseed.study.evaluate import Evaluator
+
     each: list[dict[str, Any]] = [OmegaConf.to_container(c, resolve=True) for c in configs]  # type: ignore[misc]
     folders = [Path(folder) for folder in each[0].pop(FOLDERS_KEY)]
     runtime = build(each[0]["runtime"], "runtime", RuntimeConfig)
@@ -132,6 +134,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
+    from reseed.study.collect import collect_evaluated
+
     words, rest = own_words(arguments)
     line = CommandLine("evaluate", rest)
     asked = RequestedEvaluations.split_off(line)
@@ -160,11 +164,13 @@ def submit_all(
     """Submit the evaluations of a sweep's runs to SLURM, a task for each model and evaluation.
 
     Returns:
-        as `reseed.cli.cluster.command.evaluate`.
+        as `reseed.cli.cluster.command.evaluate_on_cluster`.
 
     Raises:
         ConfigError: the chosen SAEs are not the runs of exactly one sweep.
     """
+    from reseed.cli.cluster.command import evaluate_on_cluster
+
     own = {run.path.resolve() for sweep in chosen.sweeps for run in sweep.runs()}
     if len(chosen.sweeps) != 1 or not {folder.resolve() for folder in chosen.folders} <= own:
         raise ConfigError(
@@ -175,7 +181,7 @@ def submit_all(
         )
     asked.check({run.id: run.resolved for run in saved})
     asked.show_in(chosen.sweeps)
-    return command.evaluate(line, chosen.runtime, chosen.sweeps[0], saved, asked.configs)
+    return evaluate_on_cluster(line, chosen.runtime, chosen.sweeps[0], saved, asked.configs)
 
 
 def runs_of(line: CommandLine, chosen: SelectedRuns) -> list[SavedRun]:
@@ -232,6 +238,8 @@ def _saved_runs(
     folders: Sequence[Path], runtime: RuntimeConfig, values: Mapping[str, Any]
 ) -> list[SavedRun]:
     """Return the SAEs in folders; ``values`` declares the experiment of SAEs that are not runs."""
+
+    from reseed.study.evaluate import saved_run
 
     def declared() -> Resolved:
         return resolve_experiment(experiment_from({**values, GROUP: None})[0], runtime)

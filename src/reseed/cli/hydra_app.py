@@ -200,12 +200,19 @@ def asks_to_show(arguments: Sequence[str]) -> bool:
     return bool(f.help or f.hydra_help or f.cfg or f.info or f.shell_completion)
 
 
+_OWN_ARGUMENTS = ("cache", "cancel", "check", "evaluate", "report", "show", "status")
+"""Commands with flags or words of their own, which Hydra does not know (``--format md SWEEP``)."""
+
+
 def show(command: str, arguments: Sequence[str]) -> None:
     """Let Hydra answer a command line for which `asks_to_show` is true."""
-    flags, unknown = get_args_parser().parse_known_args(list(arguments))
-    words = [o for o in flags.overrides if "=" not in o and not o.startswith(("~", "+"))]
-    kept = [word for word in arguments if word not in unknown and word not in words]
-    if flags.help:
+    kept = list(arguments)
+    if command in _OWN_ARGUMENTS:
+        flags, unknown = get_args_parser().parse_known_args(kept)
+        words = [o for o in flags.overrides if "=" not in o and not o.startswith(("~", "+"))]
+        kept = [word for word in kept if word not in unknown and word not in words]
+    line = CommandLine(command, kept)  # refuses what reseed does not support
+    if line.flags.help:
         kept.append(override("hydra.help.header", f"reseed {command}: {COMMANDS[command]}"))
     with _argv(command, kept):
         hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(_no_task)()

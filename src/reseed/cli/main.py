@@ -10,7 +10,6 @@ from importlib import import_module
 
 from reseed import __version__
 from reseed.cli import COMMANDS
-from reseed.cli.arguments import convert_parser, push_parser
 from reseed.errors import did_you_mean
 
 _HELP = """\
@@ -79,17 +78,20 @@ complete -o nospace -o default -F _reseed_completion reseed
 """
 
 _ELSEWHERE = {"cancel": ("status", "cancel"), "push": ("convert", "push")}
-_OWN_HELP = {"convert": convert_parser, "push": push_parser}  # the other commands have Hydra's
+_WITHOUT_HYDRA = ("convert", "push")
 
 
 def _dispatch(command: str, arguments: Sequence[str]) -> int:
     """Print help, configuration or completion if requested; else run the command's module."""
-    if command in _OWN_HELP and {"-h", "--help"} & set(arguments):
-        _OWN_HELP[command]().print_help()
-        return 0
     if command == "completion":
         return _print_completion(arguments[0] if arguments else "bash")
-    if command not in _OWN_HELP:
+    if command in _WITHOUT_HYDRA:
+        if {"-h", "--help"} & set(arguments):
+            from reseed.cli import arguments as parsers
+
+            {"convert": parsers.convert_parser, "push": parsers.push_parser}[command]().print_help()
+            return 0
+    else:
         from reseed.cli import hydra_app
         from reseed.cli.errors import run_and_report
 

@@ -19,7 +19,6 @@ from reseed.errors import ConfigError
 from reseed.experiment.resolve import Resolved, resolved_from
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
-from reseed.study.compare import token_mismatch
 from reseed.system.console import say
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
@@ -239,6 +238,8 @@ def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
 
 def _check_tokens(arm: Arm, first: Job, other: Job, settings: ComparisonConfig, key: str) -> None:
     """Raise `ConfigError` if two runs of different `d_in` cannot be compared on the same tokens."""
+    from reseed.study.compare import token_mismatch
+
     reason = token_mismatch([first.resolved.identity, other.resolved.identity])
     if not reason and not settings.activation_tokens:
         reason = "comparison.activation_tokens=0 switches that off"

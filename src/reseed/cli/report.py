@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from reseed.cli.arguments import report_parser
 from reseed.cli.errors import run_and_report
@@ -11,11 +12,11 @@ from reseed.cli.hydra_app import CommandLine
 from reseed.cli.status import own_words, sweep_called
 from reseed.compare.config import ComparisonConfig
 from reseed.errors import ConfigError, ReseedError
-from reseed.report.figures import save_figures
-from reseed.report.page.write import figure_drawings
 from reseed.store.sweeps import Sweep
-from reseed.study.collect import REPORT, SweepResults, gather, report_of, write_numbers
 from reseed.system.console import say
+
+if TYPE_CHECKING:
+    from reseed.study.collect import SweepResults
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
+    from reseed.study.collect import REPORT, gather, report_of, write_numbers
+
     given, rest = report_parser().parse_known_args(list(arguments))
     words, rest = own_words(rest)
     line = CommandLine("report", rest)
@@ -46,6 +49,9 @@ def _main(arguments: Sequence[str]) -> int:
 
 def drawn(sweep: Sweep, found: SweepResults) -> list[str]:
     """Return the names of the sweep's figures, after plotting the missing ones into its folder."""
+    from reseed.report.figures import save_figures
+    from reseed.report.page.write import figure_drawings
+
     made = figure_drawings(found.cells, found.runs)
     lacking = {name: draw for name, draw in made.items() if not _is_there(sweep.path, name)}
     save_figures(lacking, sweep.path)

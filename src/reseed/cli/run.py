@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import pandas as pd
 
 from reseed.cli import compare, evaluate, train, tune
-from reseed.cli.cluster.command import run_on_cluster
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.evaluate import select_comparison_runs
@@ -22,6 +21,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(line: CommandLine, arguments: Sequence[str]) -> int:
+    from reseed.cli.cluster.command import run_on_cluster
+
     if tune.searches(line):
         return tune.tune(line, trial)
     asked = evaluate.RequestedEvaluations.split_off(line)

@@ -9,8 +9,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli import tune
-from reseed.cli.cluster import command
-from reseed.cli.cluster.command import run_on_cluster
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine, override
@@ -19,7 +17,6 @@ from reseed.errors import ReseedError
 from reseed.experiment.resolve import resolved_from
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
-from reseed.study.train import failure_lines, plan_missing, train_missing
 from reseed.system.console import counted, say
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
@@ -38,6 +35,8 @@ def train_many(configs: Sequence[DictConfig]) -> list[Any]:
     Returns:
         for each configuration the run's folder, or the exception with which the run failed.
     """
+    from reseed.study.train import train_missing
+
     plain = [OmegaConf.to_container(config, resolve=True) for config in configs]
     pairs = [resolved_from(values) for values in plain]  # type: ignore[arg-type]
     runtime = pairs[0][1]
@@ -88,8 +87,11 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
 
 def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
     """Print the runs that would be trained or, with hydra/launcher=slurm, submitted."""
+    from reseed.cli.cluster.command import show_cluster_plan
+    from reseed.study.train import plan_missing
+
     if line.launcher[0] == SLURM:
-        command.show_plan(line, jobs, runtime)
+        show_cluster_plan(line, jobs, runtime)
     else:
         plan_missing([job.resolved for job in jobs], runtime)
 
@@ -110,6 +112,9 @@ def train_jobs(
     Returns:
         the exit status: 1 if a run failed.
     """
+    from reseed.cli.cluster.command import run_on_cluster
+    from reseed.study.train import failure_lines
+
     if sweep is not None and line.launcher[0] == SLURM:
         return run_on_cluster(line, [job for _, jobs in launches for job in jobs], runtime, sweep)
     store = RunStore(runtime.outputs)

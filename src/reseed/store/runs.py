@@ -28,9 +28,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
-
 from reseed.config import SIGNATURE_LENGTH, digest
 from reseed.errors import ReseedError
 from reseed.system.environment import environment
@@ -137,6 +134,8 @@ class Run:
         Newer runs also have ``activation_sum`` and ``activation_square_sum`` over the held-out
         tokens, float64.
         """
+        from safetensors.numpy import load_file
+
         return read_tensors(self.path / "latents.safetensors", load_file)
 
     def activations(self) -> dict[str, Any] | None:
@@ -146,6 +145,8 @@ class Run:
             float32 arrays ``mean`` [d_in] and ``covariance`` [d_in, d_in]; None for an older run,
             which did not store them.
         """
+        from safetensors.numpy import load_file
+
         path = self.path / "activations.safetensors"
         return read_tensors(path, load_file) if path.is_file() else None
 
@@ -282,6 +283,8 @@ def read_tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dic
     Raises:
         RunError: the file cannot be read.
     """
+    from safetensors import SafetensorError
+
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

@@ -70,7 +70,7 @@ def run_on_cluster(
     return 0 if waited is None else _ended(jobs, runtime, sweep, comparison, waited)
 
 
-def evaluate(
+def evaluate_on_cluster(
     line: CommandLine,
     runtime: RuntimeConfig,
     sweep: Sweep,
@@ -130,7 +130,7 @@ def _carried_out(work: Work, complete: set[tuple[tuple[str, str], ...]]) -> bool
     return bool(active)
 
 
-def show_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
+def show_cluster_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
     """Print the jobs that would be submitted."""
     settings = _settings(line, runtime)
     store = RunStore(runtime.outputs)

@@ -18,18 +18,12 @@ from types import FrameType
 from typing import Any
 
 from reseed.compare.config import ComparisonConfig
-from reseed.distributed.launcher import join_slurm
-from reseed.distributed.worker import run_worker
 from reseed.errors import Interrupted, ReseedError
 from reseed.evaluate.base import EvaluationConfig
 from reseed.experiment import Experiment
 from reseed.experiment.resolve import resolve_experiment
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
-from reseed.study.collect import collect, collect_evaluated
-from reseed.study.compare import compare_cell_of
-from reseed.study.evaluate import Evaluator, saved_run
-from reseed.study.train import train_missing
 from reseed.system.console import counted
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
@@ -156,6 +150,10 @@ class Train(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
+        from reseed.distributed.launcher import join_slurm
+        from reseed.distributed.worker import run_worker
+        from reseed.study.train import train_missing
+
         if is_worker():
             run_worker(join_slurm(pick_device(self.runtime.device).type))
             return
@@ -205,6 +203,8 @@ class Evaluate(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
+        from reseed.study.evaluate import Evaluator, saved_run
+
         there = [Path(folder) for folder in self.runs if Run(Path(folder)).finished]
         evaluator = Evaluator([saved_run(folder, self.runtime) for folder in there], self.runtime)
         error = evaluator.outcome(self.config)
@@ -224,6 +224,8 @@ class Compare(Task):
     runtime: RuntimeConfig
 
     def work(self) -> None:
+        from reseed.study.compare import compare_cell_of
+
         sweep = Sweep(Path(self.sweep))
         axes = dict(self.axes)
         settings = ComparisonConfig.from_dict(sweep.settings, "comparison")
@@ -242,6 +244,8 @@ class Collect(Task):
     compared: bool
 
     def work(self) -> None:
+        from reseed.study.collect import collect, collect_evaluated
+
         sweep = Sweep(Path(self.sweep))
         if not self.compared:
             collect_evaluated((), (sweep,), ())
