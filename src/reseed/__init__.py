@@ -12,7 +12,7 @@ _LAZY = {
     "match": "reseed.compare.matching",
 }
 
-__all__ = ["__version__", "load_run", "load_sae", "match"]
+__all__ = ["__version__", "load_run", "load_sae", "match"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __dir__() -> list[str]:

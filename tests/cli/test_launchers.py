@@ -175,9 +175,9 @@ def test_the_plan_is_made_for_the_resources_of_a_node(
     """The node may have a device that this machine lacks; its memory is that requested."""
     line = ["-m", *tiny_overrides, "seed=0,1", "hydra/launcher=slurm", "plan_only=true"]
     assert train.main([*line, "runtime.device=cuda:7", "hydra.launcher.gpus_per_node=8"]) == 0
-    assert "plan: 2 runs in 1 job; runtime.tflops=" in capsys.readouterr().out
+    assert "plan: 2 runs in 1 job; set runtime.tflops" in capsys.readouterr().out
     assert train.main([*line, "hydra.launcher.mem_gb=0.0001"]) == 0
-    assert "plan: 2 runs in 2 jobs; runtime.tflops=" in capsys.readouterr().out
+    assert "plan: 2 runs in 2 jobs; set runtime.tflops" in capsys.readouterr().out
     assert train.main([*line, "runtime.tflops=400"]) == 0
     assert "plan: 2 runs in 1 group, on cpu about 1 s" in capsys.readouterr().out
 

@@ -102,7 +102,7 @@ def test_a_signal_interrupts_a_pass_of_the_language_model(
     # one if a thread prefetches.
     assert len(saved) == 1
     assert 0 < saved[0] <= 16
-    assert "saved. The same command goes on" in capsys.readouterr().err
+    assert "saved. The same command continues from here." in capsys.readouterr().err
     assert_goes_on(lambda: train.main(line))
 
 
@@ -130,7 +130,7 @@ def test_a_run_stopped_while_it_is_measured_is_not_trained_again(
         # Four chunks of training, then the held-out ones.
         sent_at(5, number, LanguageModel, "activations", patch)
         assert train.main(line) == 128 + number
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "The same command continues from here" in capsys.readouterr().err
     (found,) = RunStore("outputs").runs()
     assert found.status == "interrupted"
     monkeypatch.setattr(RunState, "train", lambda *_: pytest.fail("a step is made twice"))
@@ -146,7 +146,7 @@ def test_a_second_ctrl_c_ends_it_without_another_checkpoint(
         assert train.main(line) == 130
     said = capsys.readouterr()
     assert "Traceback" not in said.err
-    assert "the same command goes on" in said.err.lower()
+    assert "the same command continues from here" in said.err.lower()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert train.main(line) == 0
 
@@ -165,7 +165,10 @@ def test_a_stopped_comparison_starts_no_further_cell(
     monkeypatch.setattr(cell, "compare_pair", lambda *a, **o: Matching.compare_pair(*a, **o))
     assert run.main(line) == 143
     said = capsys.readouterr()
-    assert "stopped by SIGTERM; saved results are kept, and the same command goes on" in said.err
+    assert (
+        "stopped by SIGTERM; saved results are kept. The same command continues from here."
+        in said.err
+    )
     assert said.out.count("  comparing ") == 1, "the next cell does not start"
 
 
@@ -213,6 +216,6 @@ def test_a_calibration_ends_within_seconds(
     ended: Ended = forks.end(pid, 0.1, number)
     assert time.monotonic() - started < 10
     assert ended.status == 128 + number
-    assert "the same command goes on" in ended.said.lower()
+    assert "the same command continues from here" in ended.said.lower()
     assert "Traceback" not in ended.said
     assert forks.run(command).status == 0

@@ -58,7 +58,9 @@ def _terminable() -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        message = f"stopped by {name}; saved results are kept, and the same command goes on"
+        message = (
+            f"stopped by {name}; saved results are kept. The same command continues from here."
+        )
         raise Interrupted(message, number)
 
     if threading.current_thread() is not threading.main_thread():
@@ -73,7 +75,7 @@ def _terminable() -> Iterator[None]:
 
 def interrupted(stop: KeyboardInterrupt) -> int:
     """Print that a signal ended the command, and return its exit status (128 + signal)."""
-    what = str(stop) or "interrupted; saved results are kept, and the same command goes on"
+    what = str(stop) or "interrupted; saved results are kept. The same command continues from here."
     print(what, file=sys.stderr)
     return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
 

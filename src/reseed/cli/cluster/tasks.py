@@ -173,7 +173,7 @@ class Train(Task):
         """Mark the unfinished runs as failed, with the reason."""
         error = ReseedError(
             f"{OUT_OF_RETRIES}: its job reached the time limit more often than "
-            "hydra.launcher.max_num_timeout allows. The same command goes on from the last "
+            "hydra.launcher.max_num_timeout allows. The same command continues from the last "
             "checkpoint."
         )
         for experiment in self.experiments:
