@@ -65,7 +65,7 @@ class SlurmSettings(Config):
     max_num_timeout: int = setting(10, at_least=0)
     """Maximum number of requeues of a job at its time limit; pre-emptions do not count."""
     requeue: bool = setting(True)
-    """Whether SLURM may restart a job that was pre-empted or whose node failed."""
+    """Let SLURM restart a job that was pre-empted or whose node failed."""
     additional_parameters: dict[str, Any] | None = setting(None)  # noqa: RUF009
     """Further options of sbatch by their long names."""
     poll_s: float = setting(10.0, above=0)
