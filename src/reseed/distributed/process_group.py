@@ -39,6 +39,7 @@ PATIENCE = timedelta(days=30)
 """Timeout of an exchange: a rank may wait as long as another works. `ProcessGroup.check` detects
 the loss of a rank."""
 _SPINS, _PAUSE_S = 50, 1e-4
+_LAST_CHECKS, _LAST_CHECK_S = 20, 0.05
 _SMALL = 2**18
 """Number of elements below which copying a tensor costs less than a message of its own."""
 
@@ -180,7 +181,10 @@ class ProcessGroup:
         try:
             work.wait()
         except RuntimeError as error:
-            self.check()  # raises a more specific error if it can
+            # A killed process loses its connections a moment before its exit can be seen.
+            for _ in range(_LAST_CHECKS):
+                self.check()  # raises a more specific error if it can
+                time.sleep(_LAST_CHECK_S)
             raise ProcessLostError(f"another process of the group has ended ({error})") from error
 
 
