@@ -1,8 +1,8 @@
 """Reproduction of the papers' toy models: worlds, trained and measured as users would.
 
 Each test trains several seeds. The papers report signs and rough sizes, which set the tolerances.
-Every change is tested with few steps, often at a higher learning rate; `make audit` repeats the
-tests with the budgets of the papers. Comments give the values of 8 to 12 seeds with few steps.
+Every change is tested with few steps, often at a higher learning rate; `make audit` repeats most
+tests with the budgets of the papers. Comments give the values of 4 to 12 seeds with few steps.
 """
 
 from __future__ import annotations
@@ -81,19 +81,17 @@ SPARSITY = dict.fromkeys(["topk", "batch_topk", "matryoshka", "jumprelu", "gated
 SPARSITY |= {"relu": "l1_coefficient=2"}  # spare latents fire weakly: L0 is about 6
 
 
-@budgets(["training.tokens=128000", "training.batch_size=128"], ["training.tokens=256000"])
 @pytest.mark.parametrize("sae", SPARSITY)
-def test_every_architecture_finds_independent_features(
-    learned: Learned, sae: str, budget: list[str]
-) -> None:
+def test_every_architecture_finds_independent_features(learned: Learned, sae: str) -> None:
     """The world has 64 orthogonal features, 4 per token; the SAE has latents to spare."""
     _, runs = learned(
         "model=world_easy", f"sae={sae}", "sae.num_latents=128", f"sae.{SPARSITY[sae]}",
-        "training.lr=3e-3", *budget, seeds=(0, 1),
+        "training.lr=3e-3", "training.tokens=128000", "training.batch_size=128", seeds=(0, 1),
     )  # fmt: skip
     for run in runs:
-        assert mcc(run) > 0.95, run.id  # at least .992
-        assert sae == "relu" or run.metrics["l0"] == pytest.approx(4, rel=0.1)  # 3.97 to 4.06
+        # Of 4 seeds: at least .992, and 3.97 to 4.06; in batches of 256, JumpReLU has 4.29.
+        assert mcc(run) > 0.95, run.id
+        assert sae == "relu" or run.metrics["l0"] == pytest.approx(4, rel=0.1)
 
 
 TOY = ["training=world", "sae=relu", "sae.num_latents=4"]

@@ -73,7 +73,10 @@ def test_other_launchers_train_one_run_in_each_job(
     assert "not finite" in said or "NaN" in said or "infin" in said
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    "name",
+    [*LAUNCHERS[:2], pytest.param("submitit_local", marks=(pytest.mark.slow, pytest.mark.audit))],
+)
 def test_other_launchers_run_one_evaluation_in_each_job(
     name: str, tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,7 +167,7 @@ def laws(ranks: ProcessGroup) -> None:
         gradients(ranks, SAEConfig.from_dict(given))
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=(pytest.mark.slow, pytest.mark.audit))])
 def test_ranks_that_share_a_batch_equal_one_process(count: int) -> None:
     run_with(count, laws)
 

@@ -153,10 +153,11 @@ def test_a_sweep_killed_before_any_write_resumes_bit_identically(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("files", [2, pytest.param(1, marks=pytest.mark.audit)])
 def test_a_comparison_killed_at_its_writes_resumes_bit_identically(
-    forks: Forks, tiny_overrides: list[str]
+    files: int, forks: Forks, tiny_overrides: list[str]
 ) -> None:
-    """Each attempt writes one more file, until the cell has all its measures."""
+    """Each attempt writes ``files`` more files, until the cell has all its measures."""
     line = [*tiny_overrides, *SMALL, "training.tokens=512", "comparison=seeds", "sae=topk"]
     line += ["seed=0,1", "runtime.outputs=compared", "runtime.sweeps=tables"]
     folder = forks.folder / "tables"
@@ -167,7 +168,7 @@ def test_a_comparison_killed_at_its_writes_resumes_bit_identically(
         Path(name).name for name in expected
     }
     shutil.rmtree(folder)
-    for at in range(1, 28, 2):  # a file takes two writes: sync its contents, then rename it
+    for at in range(1, 28, 2 * files):  # a file takes two writes: sync its contents, then rename it
         assert forks.run(["compare", *line], {"kind": "kill", "at": at}).killed, at
     ended = forks.run(["compare", *line])
     assert ended.status == 0, ended.said

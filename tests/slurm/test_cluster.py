@@ -212,6 +212,7 @@ def test_tasks_of_a_job_train_as_local_processes_do(
     assert_same_weights()
 
 
+@pytest.mark.audit
 def test_tasks_of_a_requeued_job_continue_together(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
