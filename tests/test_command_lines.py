@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from reseed.cli.evaluate import RequestedEvaluations
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.plan import check_jobs, make_plan
-from reseed.cli.train import sweep_of
+from reseed.cli.plan import make_plan, plan_runs, take_evaluations
 from reseed.errors import ReseedError
 from test_signatures import RECORDS, with_records
 
@@ -25,23 +23,22 @@ def plan_of(words: list[str]) -> dict[str, Any]:
         line = CommandLine(command, rest)
         found: dict[str, Any] = {"launcher": line.launcher[0]}
         if command == "train":
-            jobs, runtime = check_jobs(line, line.overrides, line.multirun)
-            found["sweep"] = sweep_of(jobs, runtime).path.name if line.multirun else None
-            own = [" ".join(o for o in job.overrides if o not in rest) for job in jobs]
-            signatures = [job.resolved.signature for job in jobs]
+            plan = plan_runs(line)
+            found["sweep"] = plan.sweep.path.name if line.multirun else None
+            own = [" ".join(o for o in job.overrides if o not in rest) for job in plan.jobs]
+            signatures = [job.resolved.signature for job in plan.jobs]
             return found | {"jobs": [list(pair) for pair in zip(own, signatures, strict=True)]}
-        asked = RequestedEvaluations.split_off(line)
+        asked = take_evaluations(line)
         plan = make_plan(line)
     except ReseedError as error:
         return {"refused": type(error).__name__}
     except SystemExit:
         return {"refused": "SystemExit"}
     jobs = [
-        [" ".join(f"{axis}={value}" for axis, value in place.items()), job.resolved.signature]
-        for launch in plan.launches
-        for place, job in zip(launch.places, launch.jobs, strict=True)
+        [" ".join(f"{axis}={value}" for axis, value in job.axes.items()), job.resolved.signature]
+        for job in plan.jobs
     ]
-    evaluations = [config.signed() for config in asked.configs]
+    evaluations = [config.signed() for config in asked]
     return found | {"evaluations": evaluations, "sweep": plan.sweep.path.name, "jobs": jobs}
 
 

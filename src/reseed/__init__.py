@@ -3,16 +3,31 @@
 from importlib import import_module
 from typing import Any
 
+from reseed.errors import ConfigError, ReseedError
+
 __version__ = "0.1.0"
 
 # Imported on first use, so that `import reseed` and the command line start quickly.
 _LAZY = {
+    "compose": "reseed.api",
+    "load_run": "reseed.store.find",
     "load_sae": "reseed.sae.formats",
-    "load_run": "reseed.store.runs",
+    "load_sweep": "reseed.api",
     "match": "reseed.compare.matching",
+    "read_activations": "reseed.api",
 }
 
-__all__ = ["__version__", "load_run", "load_sae", "match"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "ConfigError",
+    "ReseedError",
+    "__version__",
+    "compose",
+    "load_run",
+    "load_sae",
+    "load_sweep",
+    "match",
+    "read_activations",
+]
 
 
 def __dir__() -> list[str]:

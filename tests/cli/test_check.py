@@ -21,7 +21,7 @@ def trained(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
     folder = tmp_path_factory.mktemp("project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("reseed.study.collect.write_figures", lambda cells, folder: [])
+        patch.setattr("reseed.study.result.figure_drawings", lambda cells, runs: {})
         line = [o for o in tiny_overrides if not o.startswith("training.tokens")] + [FEW]
         assert run.main(["comparison=seeds", *line, "sae=topk,relu"]) == 0
     return folder, line

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from reseed.cli import evaluate, status, train
-from reseed.cli.arguments import find_sweep
 from reseed.cli.cluster import states as states_module
 from reseed.cli.cluster.queue import (
     InQueue,
@@ -25,6 +24,7 @@ from reseed.cli.cluster.queue import (
 from reseed.cli.cluster.states import QueueSnapshot, RunState, cancel_sweep, counts, states
 from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError, ReseedError
+from reseed.store.find import find_sweep
 from reseed.store.runs import PROGRESS_FILE, Run, RunStore
 from reseed.store.sweeps import Sweep
 

@@ -206,7 +206,7 @@ def test_jobs_of_the_fused_launcher_see_their_own_overrides(
         told.append((job.num, list(own.overrides.task), job.override_dirname, choice, config.seed))
 
     axes = ["sae=topk,relu", "seed=1,2", "hydra.sweep.subdir=${hydra.job.num}"]
-    assert CommandLine("train", []).launch(task, axes, multirun=True) == []
+    CommandLine("train", []).launch(task, axes)
     assert told == [
         (0, ["sae=topk", "seed=1"], "sae=topk,seed=1", "topk", 1),
         (1, ["sae=topk", "seed=2"], "sae=topk,seed=2", "topk", 2),

@@ -24,7 +24,7 @@ FEW = "training.tokens=1024"
 @pytest.fixture
 def line(tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("reseed.study.collect.write_figures", lambda cells, folder: [])
+    monkeypatch.setattr("reseed.study.result.figure_drawings", lambda cells, runs: {})
     kept = [o for o in tiny_overrides if not o.startswith(("layer=", "training.tokens="))]
     return ["comparison=seeds", *kept]
 

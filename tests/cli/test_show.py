@@ -27,8 +27,7 @@ def project(tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory)
     line = [o for o in tiny_overrides if not o.startswith("training.tokens")]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for what in ("write_figures", "write_evaluation_figures"):
-            patch.setattr(f"reseed.study.collect.{what}", lambda *given: [])
+        patch.setattr("reseed.study.result.figure_drawings", lambda cells, runs: {})
         assert run.main(["comparison=seeds", *line, *few, "sae=topk", "seed=0,1", *SMALL]) == 0
         first = next(r.path for r in RunStore("outputs").runs())
         shutil.copytree(first, "outputs/without", ignore=shutil.ignore_patterns("evaluations"))

@@ -128,7 +128,7 @@ def _serve() -> None:
     import reseed.cli.check
     import reseed.cli.run
     import reseed.compare.cell
-    import reseed.study.collect
+    import reseed.study.result
     import reseed.train.group  # noqa: F401
 
     torch.set_num_threads(1)

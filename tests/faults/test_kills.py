@@ -184,5 +184,4 @@ def tables(folder: Path) -> dict[str, object]:
         if path.suffix == ".parquet"
         else path.read_bytes()
         for path in paths
-        if path.name != "multirun.yaml"
     }

@@ -1,23 +1,27 @@
-"""Arguments of the commands that are not Hydra's: parsers of flags, and look-up of named runs,
-sweeps and SAEs. Loads no torch, so that help and `reseed status` are fast."""
+"""Arguments of the commands that are not Hydra's: flags and words. Loads no torch, so that help and
+`reseed status` are fast."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from reseed.cli.hydra_app import CommandLine
 from reseed.config import build
-from reseed.errors import ConfigError, ReseedError, did_you_mean
-from reseed.store.runs import Run, RunStore
+from reseed.errors import ConfigError
+from reseed.store.find import find_sweep
 from reseed.store.sweeps import Sweep
 from reseed.train.config import RuntimeConfig
 
 SAE_FORMATS = ("reseed", "sparsify", "saelens", "dictionary_learning", "gemma_scope")
 REPORT_FORMATS = ("html", "md", "tex")
-_SAE_FILE = "sae.json"  # `reseed.sae.checkpoint.DESCRIPTION_FILE`, whose module loads torch
+
+
+_TAKE_A_WORD = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp",
+                "--package", "-p", "--info", "-i", "--cfg", "-c")  # fmt: skip
+"""Hydra's flags that take a value."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -82,61 +86,6 @@ def runtime_of(line: CommandLine) -> RuntimeConfig:
     return build(values["runtime"], "runtime", RuntimeConfig)
 
 
-def find_by_name(word: str, runtime: RuntimeConfig) -> Run | Sweep | Path:
-    """Find a run, a sweep, or the folder of another SAE by path, name, or the name's beginning.
-
-    Raises:
-        ReseedError: nothing matches, or several names do.
-    """
-    for folder in (Path(word), Path(runtime.outputs) / word, Path(runtime.sweeps) / word):
-        if Run(folder).exists:
-            return Run(folder)
-        if (folder / "manifest.jsonl").is_file():
-            return Sweep(folder)
-        if folder.is_dir() and _has_sae(folder):
-            return folder
-    known: dict[str, Run | Sweep] = {run.id: run for run in RunStore(runtime.outputs).runs()}
-    sweeps = Path(runtime.sweeps).glob("*/manifest.jsonl")
-    known |= {path.parent.name: Sweep(path.parent) for path in sorted(sweeps)}
-    if name := complete_name(word, known):
-        return known[name]
-    raise ReseedError(
-        f"there is no run, sweep or SAE {word}: no such folder, and nothing of that name in "
-        f"{runtime.outputs}/ and {runtime.sweeps}/.{did_you_mean(word, known)}"
-    )
-
-
-def find_sweep(word: str, root: Path) -> Sweep:
-    """Return the sweep that a word names: a folder, a name under ``root``, or its beginning.
-
-    Raises:
-        ReseedError: no sweep matches, or several do.
-    """
-    for folder in (Path(word), root / word):
-        if (folder / "manifest.jsonl").is_file():
-            return Sweep(folder)
-    names = sorted(p.parent.name for p in root.glob("*/manifest.jsonl"))
-    if name := complete_name(word, names):
-        return Sweep(root / name)
-    raise ReseedError(f"there is no sweep {word} in {root}/.{did_you_mean(word, names)}")
-
-
-def complete_name(word: str, names: Iterable[str]) -> str | None:
-    """Return the name that starts with ``word``, or None.
-
-    Raises:
-        ReseedError: several names start with it.
-    """
-    found = [name for name in names if name.startswith(word)]
-    if len(found) > 1:
-        raise ReseedError(f"{word} may be any of {', '.join(found)}: give more of the name")
-    return found[0] if found else None
-
-
-def _has_sae(folder: Path) -> bool:
-    return (folder / _SAE_FILE).is_file()
-
-
 def check_used(line: CommandLine, also: Sequence[str] = ()) -> None:
     """Raise `ConfigError` for overrides that a command on named runs would ignore.
 
@@ -151,3 +100,17 @@ def check_used(line: CommandLine, also: Sequence[str] = ()) -> None:
                 f"were trained on; got {text}",
                 key,
             )
+
+
+def own_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into words that are neither flags nor overrides, and the rest."""
+    words, rest = [], []
+    for before, word in zip(("", *arguments), arguments, strict=False):
+        plain = "=" not in word and not word.startswith(("-", "~", "+"))
+        (words if plain and before not in _TAKE_A_WORD else rest).append(word)
+    return words, rest
+
+
+def sweep_called(word: str, line: CommandLine) -> Sweep:
+    """Return the sweep under runtime.sweeps that a word names."""
+    return find_sweep(word, Path(runtime_of(line).sweeps))

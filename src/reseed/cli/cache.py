@@ -6,9 +6,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
 from reseed.activations.cache import ActivationCache
+from reseed.cli.arguments import runtime_of
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError, ReseedError
@@ -27,23 +26,18 @@ def _main(arguments: list[str]) -> int:
     pattern, rest = _cleared(arguments)
     line = CommandLine("cache", rest)
 
-    def task(config: DictConfig) -> None:
-        chosen = config.runtime.activation_cache
-        if not chosen:
-            raise ReseedError(
-                "there is no activation cache: set its folder with runtime.activation_cache=FOLDER"
-            )
-        folder = Path(chosen).expanduser()
-        if not folder.is_dir():
-            raise ConfigError(f"{{key}}: there is no folder {folder}", "runtime.activation_cache")
-        if pattern is None:
-            print_cache(folder, float(config.runtime.activation_cache_gib))
-        else:
-            clear(folder, pattern)
-
-    errors = line.launch(task, line.overrides, line.multirun)
-    if errors:
-        raise errors[0]
+    runtime = runtime_of(line)
+    if not runtime.activation_cache:
+        raise ReseedError(
+            "there is no activation cache: set its folder with runtime.activation_cache=FOLDER"
+        )
+    folder = Path(runtime.activation_cache).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"{{key}}: there is no folder {folder}", "runtime.activation_cache")
+    if pattern is None:
+        print_cache(folder, runtime.activation_cache_gib)
+    else:
+        clear(folder, pattern)
     return 0
 
 

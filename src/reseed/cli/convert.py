@@ -15,7 +15,8 @@ from reseed.sae.base import SAE
 from reseed.sae.checkpoint import load_sae, read_metadata
 from reseed.sae.formats import detect_format, differ, export_sae, import_sae
 from reseed.sae.formats.files import HubPlace, fetch
-from reseed.store.runs import Run, load_run
+from reseed.store.find import load_run
+from reseed.store.runs import Run
 from reseed.system.console import say
 from reseed.system.environment import VERSION
 from reseed.system.files import atomic_write_json, atomic_write_text

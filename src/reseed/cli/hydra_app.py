@@ -1,7 +1,9 @@
-"""Interface to Hydra: composing, expanding and launching the jobs of a sub-command.
+"""Interface to Hydra: composing and expanding the jobs of a sub-command, help, and launching.
 
 Every job is composed and checked before the first one starts and before anything is written, so
-errors appear at once and in reseed's own words (`errors`).
+errors appear at once and in reseed's own words (`errors`). The command then does the work itself,
+unless ``hydra/launcher=`` chooses one of Hydra's launchers, which composes each job again where it
+runs. This file and `config_loader` are the only ones that use Hydra's internals.
 """
 
 from __future__ import annotations
@@ -9,16 +11,17 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -33,6 +36,8 @@ from reseed.cli.errors import describe_error
 from reseed.errors import ConfigError, ReseedError
 
 CONFIG_NAME = "config"
+OURS = "fused"
+"""Name of the default launcher, with which the command does the work itself."""
 Task = Callable[[DictConfig], Any]
 
 
@@ -61,6 +66,13 @@ class CommandLine:
             raise ConfigError("--config-path is not supported: use --config-dir to add options")
         self.overrides: list[str] = list(self.flags.overrides)
         self.multirun = bool(self.flags.multirun)
+        self._given = tuple(self.overrides)
+
+    @property
+    def text(self) -> str:
+        """The command as typed."""
+        many = ["-m"] if self.multirun and self.command == "train" else []
+        return shlex.join(["reseed", self.command, *self.config_flags, *many, *self._given])
 
     @property
     def config_flags(self) -> list[str]:
@@ -100,8 +112,7 @@ class CommandLine:
                 values["comparison"]["arms"] = OmegaConf.to_container(arms, resolve=False)
             return {str(key): value for key, value in values.items()}
 
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        with _hydra():
             loader = load_once()
             yield composed
 
@@ -113,8 +124,7 @@ class CommandLine:
             ReseedError: the launcher or one of its settings does not exist.
         """
         own = [o for o in self.overrides if o.lstrip("+~").startswith("hydra")]
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        with _hydra():
             try:
                 config = compose(
                     config_name=self.flags.config_name or CONFIG_NAME,
@@ -139,22 +149,18 @@ class CommandLine:
             raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "--config-dir")
         return [f"hydra.searchpath=[{override('', f'file://{folder}')[1:]}]"]
 
-    def launch(self, task: Task, overrides: Sequence[str], multirun: bool) -> list[Exception]:
-        """Run ``task`` as Hydra jobs.
+    @property
+    def runs_here(self) -> bool:
+        """True if this process does the work itself, not the jobs of Hydra's launchers or SLURM."""
+        return self.launcher[0] == OURS
 
-        Returns:
-            the errors of the jobs that ran in this process (Hydra would raise the first and print
-            a line of its own). Errors of other launchers are raised.
+    def launch(self, task: Task, overrides: Sequence[str]) -> None:
+        """Run ``task`` as the jobs of a Hydra multirun: with Hydra's launchers or Optuna's sweeper.
+
+        Raises:
+            Exception: the error of the first failed job.
         """
-        errors: list[Exception] = []
-        elsewhere = [o for o in overrides if o.partition("=")[0] == "hydra/launcher"]
-        if not elsewhere or elsewhere[-1].endswith("=fused"):
-            task = _collecting(task, errors)
-        self._launch(task, overrides, multirun)
-        return errors
-
-    def _launch(self, task: Task, overrides: Sequence[str], multirun: bool) -> None:
-        arguments = [*self.config_flags, *(["-m"] if multirun else []), *overrides]
+        arguments = [*self.config_flags, "-m", *overrides]
         GlobalHydra.instance().clear()
         full = os.environ.get("HYDRA_FULL_ERROR")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # only `errors.run_and_report` prints errors
@@ -170,27 +176,16 @@ class CommandLine:
                 os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def _collecting(task: Task, errors: list[Exception]) -> Task:
-    """Wrap ``task`` so that its exceptions are appended to ``errors`` instead of raised."""
-
-    def collecting(config: DictConfig) -> Any:
-        try:
-            return task(config)
-        except Exception as error:
-            errors.append(error)
-            return None
-
-    many = getattr(task, "many", None)
-    if many is not None:
-
-        def collecting_many(configs: Sequence[DictConfig]) -> list[Any]:
-            outcomes = many(configs)
-            failed = [o for o in outcomes if isinstance(o, Exception)]
-            errors.extend(failed)
-            return [None if isinstance(o, Exception) else o for o in outcomes]
-
-        collecting.many = collecting_many  # type: ignore[attr-defined]
-    return collecting
+@contextmanager
+def _hydra() -> Iterator[None]:
+    """Initialise Hydra with the options of reseed; the caller's own Hydra is back afterwards."""
+    own = GlobalHydra.instance()
+    before, own.hydra = own.hydra, None
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+            yield
+    finally:
+        GlobalHydra.instance().hydra = before
 
 
 def asks_to_show(arguments: Sequence[str]) -> bool:
@@ -230,9 +225,35 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the jobs of a sweep, each as a list of overrides without sweeps."""
-    return BasicSweeper.split_arguments(parse(overrides), max_batch_size=None)[0]
+class ExpandedJob(NamedTuple):
+    """One job of a sweep: its overrides without sweeps, and the same as key → value."""
+
+    overrides: tuple[str, ...]
+    values: dict[str, str]
+
+
+def expand(overrides: Sequence[str]) -> list[ExpandedJob]:
+    """Return the jobs of a sweep: all combinations of the values, the last key varying fastest.
+
+    Raises:
+        ConfigError: a key is an interval, which has no list of values.
+    """
+    listed: dict[str, list[str]] = {}
+    for o in parse(overrides):
+        if o.is_sweep_override() and not o.is_discrete_sweep():
+            raise ConfigError(
+                f"{{key}} is an interval, which only hydra/sweeper=optuna searches; got "
+                f"{o.input_line}",
+                o.key_or_group,
+            )
+        swept = o.is_sweep_override()
+        values = o.sweep_string_iterator() if swept else [o.get_value_element_as_str()]
+        listed[o.get_key_element()] = list(values)
+    return [
+        ExpandedJob(tuple(f"{key}={value}" for key, value in job.items()), job)
+        for values in product(*listed.values())
+        for job in [dict(zip(listed, values, strict=True))]
+    ]
 
 
 def sweeps(overrides: Sequence[str]) -> list[str]:

@@ -1,49 +1,44 @@
-"""Checked jobs of a command line, and the plan of a comparison.
+"""From the overrides of a command line to a checked `Plan`.
 
 `check_jobs` composes and checks every job before the first one starts. `make_plan` does so for the
-grid of a comparison with the user's overrides.
+grid of a comparison with the user's overrides, and for the runs of ``reseed train``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from reseed.cli.cluster.queue import NAME as SLURM
-from reseed.cli.hydra_app import CommandLine, expand, override, parse, sweeps
-from reseed.compare.config import Arm, ComparisonConfig, pair_axes
+from reseed.cli.hydra_app import CommandLine, ExpandedJob, expand, override, parse, sweeps
+from reseed.cli.hydra_jobs import executor_of
+from reseed.compare.config import ComparisonConfig
 from reseed.config import build
 from reseed.errors import ConfigError
-from reseed.experiment.resolve import Resolved, resolved_from
-from reseed.store.runs import Run, RunStore
-from reseed.store.sweeps import Sweep
+from reseed.evaluate.base import EvaluationConfig
+from reseed.experiment.resolve import resolved_from
+from reseed.study.evaluate import check_evaluations
+from reseed.study.plan import Job, Launch, Plan, check_pairs, without_repeats
+from reseed.study.study import Study
+from reseed.study.train import plan_missing
 from reseed.system.console import say
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
 
+GROUP = "evaluation"
 _LOCAL = ("fused", "basic", "joblib", "submitit_local")
 _SILENT_JOBS, _SILENT_SECONDS = 20, 1.0  # beyond both, the check is announced
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job of a command: its overrides and the experiment that they declare."""
-
-    overrides: tuple[str, ...]
-    resolved: Resolved
-
-    def value(self, axis: str) -> str:
-        """Return the value that this job's overrides give for ``axis``, as text."""
-        found = [o.partition("=")[2] for o in self.overrides if o.partition("=")[0] == axis]
-        return found[-1]
 
 
 def check_jobs(
     line: CommandLine, overrides: Sequence[str], multirun: bool
 ) -> tuple[list[Job], RuntimeConfig]:
     """Compose and check every job before the first one starts.
+
+    Returns:
+        the jobs, whose `Job.axes` hold every key that is given, and the runtime that they share.
 
     Raises:
         ConfigError: a job is invalid; the message names the job if there are several.
@@ -57,19 +52,19 @@ def check_jobs(
     found: list[Job] = []
     runtime: RuntimeConfig | None = None
     with line.composer() as composed:
-        each = expand(overrides) if multirun else [list(overrides)]
+        each = expand(overrides) if multirun else [ExpandedJob(tuple(overrides), {})]
         said, start = len(each) <= _SILENT_JOBS, time.monotonic()
         for job in each:
             if not said and time.monotonic() - start > _SILENT_SECONDS:
                 say(f"checking {len(each)} jobs")
                 said = True
             try:
-                resolved, runtime = resolved_from(composed(job))
+                resolved, runtime = resolved_from(composed(job.overrides))
             except ConfigError as error:
-                own = [o for o in job if o.partition("=")[0] in swept]
+                own = [f"{key}={job.values[key]}" for key in swept]
                 where = f" (in the job {' '.join(own)})" if len(each) > 1 else ""
                 raise ConfigError(str(error) + where) from error
-            found.append(Job(tuple(job), resolved))
+            found.append(Job(job.overrides, resolved, job.values))
     assert runtime is not None
     given = [o for o in overrides if o.partition("=")[0] == "source"]
     if given and not any(job.resolved.pretrained for job in found):
@@ -85,65 +80,76 @@ def check_jobs(
     return found, runtime
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One arm of a comparison (or a whole comparison without arms), as Hydra launches it.
+def study_of(
+    line: CommandLine,
+    plan: Plan,
+    evaluations: Sequence[EvaluationConfig] = (),
+    progress: Callable[[str], None] | None = None,
+) -> Study:
+    """Return the study of a plan, to be worked on as ``hydra/launcher=`` says.
 
-    Attributes:
-        arm: the arm's axes and its paired axes.
-        overrides: the overrides given to Hydra with -m for all jobs.
-        jobs: one job per run.
+    Raises:
+        ConfigError: an evaluation does not apply to a run.
     """
-
-    arm: Arm
-    overrides: tuple[str, ...]
-    jobs: tuple[Job, ...]
-
-    @property
-    def places(self) -> list[dict[str, str]]:
-        """The values of the arm and its axes for each job."""
-        arm = {"arm": self.arm.name} if self.arm.name else {}
-        return [arm | {axis: job.value(axis) for axis in self.arm.grid} for job in self.jobs]
+    check_evaluations(evaluations, {one.label: one for one in plan.experiments})
+    return Study(
+        plan,
+        evaluations,
+        parse_evaluations=lambda words: evaluations_of(line, words),
+        executor=executor_of(line),
+        progress=progress,
+    )
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked comparison with all of its jobs.
+def take_evaluations(line: CommandLine) -> list[EvaluationConfig]:
+    """Remove the overrides of evaluations from ``line``, and build these evaluations.
 
-    Attributes:
-        settings: the comparison, with grid and arms after the user's overrides.
-        launches: one launch per arm.
+    Raises:
+        ReseedError: an evaluation or key does not exist, or a value is invalid.
     """
+    with line.composer():
+        keys = [o.key_or_group for o in parse(line.overrides)]
+    own = [key.partition(".")[0] == GROUP for key in keys]
+    overrides = [o for o, is_mine in zip(line.overrides, own, strict=True) if is_mine]
+    line.overrides = [o for o, is_mine in zip(line.overrides, own, strict=True) if not is_mine]
+    return evaluations_of(line, overrides)
 
-    settings: ComparisonConfig
-    launches: tuple[Launch, ...]
-    runtime: RuntimeConfig
 
-    @property
-    def jobs(self) -> list[Job]:
-        """All jobs, one per run and arm."""
-        return [job for launch in self.launches for job in launch.jobs]
+def evaluations_of(line: CommandLine, words: Sequence[str]) -> list[EvaluationConfig]:
+    """Build the evaluations that names and overrides declare: one for each value of a sweep.
 
-    @property
-    def store(self) -> RunStore:
-        return RunStore(self.runtime.outputs)
+    Raises: see `take_evaluations`.
+    """
+    names = [word for word in words if "=" not in word]
+    overrides = [*([f"{GROUP}={','.join(names)}"] if names else []),
+                 *(word for word in words if "=" in word)]  # fmt: skip
+    with line.composer() as composed:
+        each = [composed(job.overrides) for job in expand(overrides)] if overrides else []
+    return [_evaluation(values) for values in each]
 
-    @property
-    def runs(self) -> list[Run]:
-        """The distinct runs."""
-        found = {job.resolved.signature: job.resolved.run(self.store) for job in self.jobs}
-        return list(found.values())
 
-    def write(self) -> None:
-        """Write the manifest and the settings into the comparison's folder."""
-        places = [place for launch in self.launches for place in launch.places]
-        self.sweep.write_manifest(self.jobs, self.store, places)
-        self.sweep.write_settings(self.settings.to_dict())
+def _evaluation(values: Mapping[str, Any]) -> EvaluationConfig:
+    if values[GROUP] is None:
+        raise ConfigError(f"{{key}} is required, for example {GROUP}=reconstruction", GROUP)
+    return build(values[GROUP], GROUP, EvaluationConfig)
 
-    @property
-    def sweep(self) -> Sweep:
-        signatures = [job.resolved.signature for job in self.jobs]
-        return Sweep.of(self.runtime.sweeps, self.settings.name, signatures, self.settings.signed())
+
+def show_plan(line: CommandLine, plan: Plan) -> None:
+    """Print the runs that would be trained or, with hydra/launcher=slurm, submitted."""
+    from reseed.cli.cluster.command import show_cluster_plan
+
+    if line.launcher[0] == SLURM:
+        show_cluster_plan(line, plan)
+    else:
+        plan_missing(plan.experiments, plan.runtime)
+
+
+def plan_runs(line: CommandLine) -> Plan:
+    """Build the plan of runs that are trained and not compared."""
+    multirun = line.multirun or line.launcher[0] == SLURM
+    jobs, runtime = check_jobs(line, line.overrides, line.multirun)
+    launch = Launch(tuple(replace(job, axes={}) for job in jobs), tuple(line.overrides))
+    return Plan((launch,), runtime, multirun=multirun, command=line.text)
 
 
 def make_plan(line: CommandLine) -> Plan:
@@ -190,75 +196,14 @@ def make_plan(line: CommandLine) -> Plan:
         except ConfigError as error:
             where = f" (in the arm {arm.name!r})" if arm.name else ""
             raise ConfigError(str(error) + where) from error
-        launches.append(Launch(arm, tuple(overrides), tuple(_without_repeats(arm, jobs))))
-        _check_pairs(launches[-1], settings)
+        named = {"arm": arm.name} if arm.name else {}
+        placed = [
+            replace(job, axes=named | {axis: job.axes[axis] for axis in arm.grid}) for job in jobs
+        ]
+        launches.append(Launch(without_repeats(arm, placed), tuple(overrides), arm))
+        check_pairs(launches[-1], settings)
     assert runtime is not None
-    return Plan(settings, tuple(launches), runtime)
-
-
-def _without_repeats(arm: Arm, jobs: Sequence[Job]) -> list[Job]:
-    """Drop repeats of a pretrained SAE in a cell: without a seed, it is the same run each time."""
-    seen: set[tuple[str, ...]] = set()
-    kept = []
-    for job in jobs:
-        place = (*(job.value(axis) for axis in arm.cell_axes), job.resolved.signature)
-        if job.resolved.pretrained is None or place not in seen:
-            kept.append(job)
-        seen.add(place)
-    return kept
-
-
-def _check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
-    """Raise `ConfigError` if runs of a cell cannot be compared, or are the same run."""
-    arm = launch.arm
-    key = f"comparison.arms.{arm.name}.pair_by" if arm.name else "comparison.pair_by"
-    cells: dict[tuple[str, ...], list[Job]] = {}
-    for job in launch.jobs:
-        cells.setdefault(tuple(job.value(axis) for axis in arm.cell_axes), []).append(job)
-    for jobs in cells.values():
-        if len(jobs) == 1 and jobs[0].resolved.pretrained:
-            raise ConfigError(
-                f"{{key}} leaves sae=pretrained alone in its cell: it is one SAE, whatever the "
-                f"{' and '.join(pair_axes(arm.pair_by))}. Pair it with others by source, or by "
-                "[sae,seed]",
-                key,
-            )
-        seen: dict[str, Job] = {}
-        for i, job in enumerate(jobs):
-            for apart in (x for x in jobs[:i] if x.resolved.d_in != job.resolved.d_in):
-                _check_tokens(arm, apart, job, settings, key)
-            other = seen.setdefault(job.resolved.signature, job)
-            if other is not job:
-                raise ConfigError(
-                    f"{{key}} pairs a run with itself: {_place(arm, other)} and "
-                    f"{_place(arm, job)} are the same run",
-                    key,
-                )
-
-
-def _check_tokens(arm: Arm, first: Job, other: Job, settings: ComparisonConfig, key: str) -> None:
-    """Raise `ConfigError` if two runs of different `d_in` cannot be compared on the same tokens."""
-    from reseed.study.compare import token_mismatch
-
-    reason = token_mismatch([first.resolved.identity, other.resolved.identity])
-    if not reason and not settings.activation_tokens:
-        reason = "comparison.activation_tokens=0 switches that off"
-    if not reason:
-        return
-    said = [f"{_place(arm, job)} ({job.resolved.model_label})" for job in (first, other)]
-    raise ConfigError(
-        f"{{key}} pairs runs of different `d_in`: {said[0]} has {first.resolved.d_in}, {said[1]} "
-        f"has {other.resolved.d_in}. Their rows are vectors of different spaces and have no "
-        "cosine. Such runs can only be compared by their activations on the same tokens (CKA, "
-        f"agreement of activations), and here {reason}. Pair runs of equal `d_in` "
-        "(comparison.pair_by=seed)",
-        key,
-    )
-
-
-def _place(arm: Arm, job: Job) -> str:
-    """Return a job's values of the paired axes: ``sae=topk, seed=0``."""
-    return ", ".join(f"{axis}={job.value(axis)}" for axis in pair_axes(arm.pair_by))
+    return Plan(tuple(launches), runtime, settings, command=line.text)
 
 
 def _check_heeded(settings: ComparisonConfig, said: dict[str, list[str]]) -> None:

@@ -10,10 +10,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from reseed.cli.arguments import check_used, find_by_name, runtime_of
+from reseed.cli.arguments import check_used, own_words, runtime_of
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.status import own_words
 from reseed.errors import ConfigError, ReseedError
 from reseed.report.latent_view import (
     FILE,
@@ -24,6 +23,7 @@ from reseed.report.latent_view import (
     print_partner,
 )
 from reseed.store.contexts import Contexts
+from reseed.store.find import find_by_name
 from reseed.store.sweeps import Sweep
 from reseed.system.console import console
 from reseed.train.config import RuntimeConfig
@@ -68,7 +68,7 @@ def _index(word: str) -> int:
 
 def _run(word: str, runtime: RuntimeConfig) -> Path:
     """Return the folder of the run or SAE that a word names."""
-    meant = find_by_name(word, runtime)
+    meant = find_by_name(word, runtime.outputs, runtime.sweeps)
     if isinstance(meant, Sweep):
         names = ", ".join(dict.fromkeys(run.id for run in meant.runs()))
         raise ReseedError(f"{word} is a sweep, but latents belong to a run: name one of {names}")

@@ -10,9 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import DictConfig
-
-from reseed.cli.arguments import find_sweep
+from reseed.cli.arguments import own_words, runtime_of, sweep_called
 from reseed.cli.cluster.queue import Record
 from reseed.cli.cluster.states import (
     QueueSnapshot,
@@ -33,20 +31,7 @@ ALL = "--all"
 """A flag that is not Hydra's: also list the runs of calibrations."""
 WATCH = "--watch"
 """A flag that is not Hydra's: show a sweep repeatedly until it ends."""
-_TAKE_A_WORD = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp",
-                "--package", "-p", "--info", "-i", "--cfg", "-c")  # fmt: skip
-"""Hydra's flags that take a value."""
 COLUMNS = ("run", "status", "tokens", "FVU", "L0", "dead")
-
-
-def task(config: DictConfig) -> None:
-    """Print the runs and sweeps under runtime.outputs and runtime.sweeps."""
-    print_status(Path(config.runtime.outputs), Path(config.runtime.sweeps))
-
-
-def task_all(config: DictConfig) -> None:
-    """Print the runs and sweeps, including the runs of calibrations."""
-    print_status(Path(config.runtime.outputs), Path(config.runtime.sweeps), everything=True)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -60,14 +45,14 @@ def cancel(arguments: Sequence[str]) -> int:
 
 def _main(arguments: Sequence[str]) -> int:
     rest = [word for word in arguments if word not in (ALL, WATCH)]
-    which = task_all if ALL in arguments else task
     words, rest = own_words(rest)
     line = CommandLine("status", rest)
     if len(words) > 1 or (WATCH in arguments and not words):
         got = ", ".join(words) or "none"
         raise ConfigError(f"reseed status {WATCH} takes one sweep; got {got}")
     if not words:
-        line.launch(which, line.overrides, line.multirun)
+        runtime = runtime_of(line)
+        print_status(Path(runtime.outputs), Path(runtime.sweeps), everything=ALL in arguments)
         return 0
     (watch if WATCH in arguments else print_sweep)(sweep_called(words[0], line))
     return 0
@@ -86,22 +71,6 @@ def _cancel(arguments: Sequence[str]) -> int:
     else:
         say(f"{sweep.path}: no job is queued or running")
     return 0
-
-
-def own_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into words that are neither flags nor overrides, and the rest."""
-    words, rest = [], []
-    for before, word in zip(("", *arguments), arguments, strict=False):
-        plain = "=" not in word and not word.startswith(("-", "~", "+"))
-        (words if plain and before not in _TAKE_A_WORD else rest).append(word)
-    return words, rest
-
-
-def sweep_called(word: str, line: CommandLine) -> Sweep:
-    """Return the sweep under runtime.sweeps that a word names."""
-    with line.composer() as composed:
-        root = composed(line.overrides)["runtime"]["sweeps"]
-    return find_sweep(word, Path(str(root)))
 
 
 def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:

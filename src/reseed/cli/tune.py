@@ -21,9 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.singleton import Singleton
 from omegaconf import DictConfig
 
 from reseed.cli.hydra_app import CommandLine
@@ -88,13 +86,12 @@ def tune(line: CommandLine, trial: Callable[[Sequence[str], Sequence[str]], list
 
     def task(config: DictConfig) -> float | tuple[float, ...]:
         proposed = _proposed(choices)
-        found = _apart(lambda: trial([*fixed, *proposed], names))
+        found = trial([*fixed, *proposed], names)
         study.add(proposed, found)
         return found[0] if len(found) == 1 else tuple(found)
 
     # Optuna gets no other swept keys, because it would search them too.
-    for error in line.launch(task, [*hydras, *choices, *searched], multirun=True):
-        raise error
+    line.launch(task, [*hydras, *choices, *searched])
     study.say_best(values.get("hydra.sweeper.direction", defaults["hydra.sweeper.direction"]))
     return 0
 
@@ -149,16 +146,6 @@ def _objectives(line: CommandLine) -> tuple[list[str], Path]:
 def _proposed(choices: Sequence[str]) -> list[str]:
     """Return the overrides of this job that Optuna proposed."""
     return [o for o in HydraConfig.get().overrides.task if o not in choices]
-
-
-def _apart(work: Callable[[], list[float]]) -> list[float]:
-    """Call ``work``, which starts Hydra inside a Hydra job, and restore Hydra's global state."""
-    state = Singleton.get_state()
-    try:
-        return work()
-    finally:
-        GlobalHydra.instance().clear()
-        Singleton.set_state(state)
 
 
 @dataclass

@@ -307,11 +307,7 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
         except ConfigError as error:
             raise error.within("sae") from None
         experiment = experiment.of_pretrained(found)
-    try:
-        model = _resolve_source(experiment.model, cache)
-    except ConfigError as error:
-        raise error.within("model") from None
-    model = _standing_in(model, experiment.surrogate)
+    model = find_model(experiment, runtime)
     model.check(experiment.hook)
     try:
         data = model.data(experiment.dataset, cache)
@@ -328,6 +324,19 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     _check_start(experiment, model, architecture.width(d_in))
     data.check_budget(experiment.training.steps, experiment.training.batch_size)
     return Resolved(experiment, model, data, d_in, architecture.width(d_in), pretrained=found)
+
+
+def find_model(experiment: Experiment, runtime: RuntimeConfig) -> ResolvedSource:
+    """Find the source of an experiment's activations, without its data set.
+
+    Raises:
+        ConfigError: the source is not found, or the surrogate does not apply to it.
+    """
+    try:
+        model = _resolve_source(experiment.model, cache_folder(runtime))
+    except ConfigError as error:
+        raise error.within("model") from None
+    return _standing_in(model, experiment.surrogate)
 
 
 def cache_folder(runtime: RuntimeConfig) -> Path:

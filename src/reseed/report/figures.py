@@ -145,6 +145,12 @@ def save_figures(
     return written
 
 
+def draw_figure(draw: Callable[[], Figure]) -> Figure:
+    """Draw a figure in the common style."""
+    with mpl.rc_context(STYLE):
+        return draw()
+
+
 def shared_figure(cells: Sequence[Cell]) -> Figure:
     """Draw the shared fraction of each cell: interval, single pairs, live latents, untrained."""
     names, rows = row_labels(cells)

@@ -14,9 +14,10 @@ import copy
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from functools import wraps
+from typing import Any, ClassVar, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -234,6 +235,8 @@ class SAE(nn.Module, ABC):
         logarithmic: names of the parameters and buffers that hold the logarithm of such a number.
         penalty_weight: λ, if the architecture has a penalty (`SAEConfig.penalty_field`); may be
             set between steps.
+        origin: ``model``, ``layer`` and ``hookpoint`` of the activations that a loaded SAE was
+            trained on, as far as its files tell.
     """
 
     homogeneous: ClassVar[tuple[str, ...]] = ("b_enc", "b_dec")
@@ -245,8 +248,16 @@ class SAE(nn.Module, ABC):
     W_dec: Float[nn.Parameter, "num_latents d_in"]
     b_dec: Float[nn.Parameter, " d_in"]
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        """Let the methods that take activations refuse those of another width."""
+        super().__init_subclass__(**given)
+        for name in ("encode", "encode_sparse", "forward"):
+            if name in cls.__dict__:
+                setattr(cls, name, _of_width(cls.__dict__[name]))
+
     def __init__(self, config: SAEConfig, d_in: int) -> None:
         super().__init__()
+        self.origin: dict[str, Any] = {}
         self.config = config
         self.d_in = d_in
         self.num_latents = config.width(d_in)
@@ -321,4 +332,25 @@ class SAE(nn.Module, ABC):
         return sae
 
     def extra_repr(self) -> str:
-        return f"d_in={self.d_in}, num_latents={self.num_latents}"
+        sizes = {"d_in": self.d_in, "num_latents": self.num_latents}
+        return ", ".join(f"{name}={value}" for name, value in {**self.origin, **sizes}.items())
+
+
+def _of_width(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the method with a check of the activations' width, whose error names both widths."""
+
+    @wraps(encode)
+    def checked(sae: SAE, x: Tensor, *more: Any, **named: Any) -> Any:
+        if x.shape[-1] != sae.d_in:
+            raise ValueError(f"expected d_in {sae.d_in}, got {x.shape[-1]}")
+        return encode(sae, x, *more, **named)
+
+    return checked
+
+
+def origin_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `SAE.origin` from the metadata of a saved SAE."""
+    names = {"model": "model", "layer": "layer", "hookpoint": "hookpoint"}
+    if metadata.get("site") not in (None, "module"):
+        names["hookpoint"] = "site"
+    return {name: metadata[key] for name, key in names.items() if key in metadata}

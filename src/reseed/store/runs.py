@@ -291,16 +291,5 @@ def read_tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dic
         raise RunError(f"{path} cannot be read (truncated?): {error}") from error
 
 
-def load_run(path: str | Path) -> Run:
-    """Return the run in folder ``path`` after checking its record.
-
-    Raises:
-        RunError: there is no run, or its record is damaged or belongs to another signature.
-    """
-    run = Run(Path(path).resolve())
-    _ = run.record
-    return run
-
-
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

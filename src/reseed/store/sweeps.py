@@ -4,7 +4,6 @@ sweeps/<name>-<digest>/
     manifest.jsonl    a line per run: its values of the axes, signature and folder
     comparison.json   the settings of the comparison, with the requested grid
     evaluations.json  the evaluations of the runs that the tables show
-    multirun.yaml     Hydra's own record of the command
     cells/            the results of compare jobs, from which tables and figures are made
 """
 
@@ -50,18 +49,16 @@ class Sweep:
             raise ReseedError(f"{self.path} is not a sweep: there is no manifest.jsonl") from None
         return [json.loads(line) for line in lines]
 
-    def write_manifest(
-        self, jobs: Sequence[Any], store: RunStore, places: Sequence[dict[str, str]] | None = None
-    ) -> None:
+    def write_manifest(self, jobs: Sequence[Any], store: RunStore) -> None:
         """Write a line per job: its values of the axes, overrides, signature and folder.
 
         If the comparison has arms, the arm is an axis called ``arm``.
         """
         rows = []
-        for job, place in zip(jobs, places or [{}] * len(jobs), strict=True):
+        for job in jobs:
             run = job.resolved.run(store)
             row = {
-                "axes": place,
+                "axes": dict(job.axes),
                 "overrides": list(job.overrides),
                 "signature": run.signature,
                 "run": os.path.relpath(run.path, self.path),

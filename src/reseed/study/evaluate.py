@@ -23,6 +23,7 @@ from reseed.sae.base import SAE
 from reseed.sae.checkpoint import WEIGHTS_FILE, load_sae, read_metadata
 from reseed.store.results import EvaluationError, StoredEvaluation, result_folder, write_failure
 from reseed.store.runs import INITIAL_FILE, Run, RunError
+from reseed.store.sweeps import Sweep
 from reseed.study.compare import held_out_settings, resolve_record
 from reseed.system.console import counted, say, seconds_since
 from reseed.system.devices import free_memory, pick_device
@@ -53,6 +54,11 @@ class SavedRun:
     @property
     def id(self) -> str:
         return self.folder.name if Run(self.folder).exists else str(self.folder)
+
+    @property
+    def is_run(self) -> bool:
+        """True if the folder is a run, whose record says what it was trained on."""
+        return Run(self.folder).exists
 
     @property
     def trained(self) -> bool:
@@ -148,6 +154,70 @@ def _untrained(run: Run) -> SAE | None:
     if moments is not None and record["experiment"]["training"]["b_dec_init"] != "zeros":
         sae.initialise_b_dec(torch.from_numpy(moments["mean"]))
     return sae
+
+
+def check_evaluations(
+    configs: Sequence[EvaluationConfig], experiments: Mapping[str, Resolved]
+) -> None:
+    """Raise `ConfigError` if an evaluation does not apply to an SAE.
+
+    Args:
+        experiments: the experiments of the SAEs, by name.
+    """
+    for config in configs:
+        for name, resolved in experiments.items():
+            try:
+                config.check(resolved.source)
+            except ConfigError as error:
+                raise ConfigError(f"{error.within('evaluation')} ({name})") from error
+
+
+def show_evaluations(configs: Sequence[EvaluationConfig], sweeps: Sequence[Sweep]) -> None:
+    """Register evaluations for the tables of sweeps.
+
+    If several share a name, the last is used, with a notice.
+    """
+    names = [config.name for config in configs]
+    for name in dict.fromkeys(name for name in names if names.count(name) > 1):
+        say(
+            f"tables show evaluation={name} with its last settings; the runs' folders hold all "
+            "results"
+        )
+    for sweep in sweeps:
+        sweep.add_evaluations({config.name: config for config in configs})
+
+
+Evaluate = Callable[
+    [Sequence[SavedRun], Sequence[EvaluationConfig], RuntimeConfig], list[Exception]
+]
+
+
+def evaluate_saved(
+    saved: Sequence[SavedRun],
+    configs: Sequence[EvaluationConfig],
+    sweeps: Sequence[Sweep],
+    runtime: RuntimeConfig,
+    evaluate: Evaluate,
+) -> list[Exception]:
+    """Check evaluations, perform those without a result, and print the failures.
+
+    Args:
+        sweeps: the sweeps whose tables show the results.
+        evaluate: performs them, and returns the errors.
+
+    Raises:
+        ConfigError: none is given, or one does not apply to an SAE.
+    """
+    if not configs:
+        raise ConfigError(
+            "{key} is required, for example evaluation=reconstruction,faithfulness", "evaluation"
+        )
+    check_evaluations(configs, {one.id: one.resolved for one in saved})
+    show_evaluations(configs, sweeps)
+    errors = evaluate(saved, configs, runtime)
+    for error in errors:
+        say(f"failed: {error}")
+    return errors
 
 
 class Evaluator:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -49,8 +50,33 @@ def mute() -> None:
 
 
 def say(message: str) -> None:
-    """Print a line without interpreting markup, because names may contain brackets."""
-    console().print(message, markup=False, soft_wrap=True)
+    """Print a line, or give it to the function that `messages_to` chose."""
+    if _listener is not None:
+        _listener(message)
+    elif console().is_jupyter:  # rich would show each line as a block of its own
+        print(message)
+    else:  # names may contain brackets, which are no markup
+        console().print(message, markup=False, soft_wrap=True)
+
+
+def has_terminal() -> bool:
+    """Return True if lines are printed on a terminal, where a progress bar can be shown."""
+    return _listener is None and console().is_terminal
+
+
+_listener: Callable[[str], None] | None = None
+
+
+@contextmanager
+def messages_to(listener: Callable[[str], None] | None) -> Iterator[None]:
+    """Give the lines of `say` to a function instead of printing them; None changes nothing."""
+    global _listener
+    before = _listener
+    _listener = listener or before
+    try:
+        yield
+    finally:
+        _listener = before
 
 
 def print_rows(

@@ -6,9 +6,12 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,23 @@ _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy",
 
 def environment() -> dict[str, Any]:
     """Return the environment of the current command."""
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = _command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {**_of_process(), "command": command}  # one process may run several commands
+
+
+_command = ""
+
+
+@contextmanager
+def record_command(command: str) -> Iterator[None]:
+    """Let `environment` name this command instead of the process's arguments: one process may run
+    several commands, or none (a notebook)."""
+    global _command
+    before, _command = _command, command
+    try:
+        yield
+    finally:
+        _command = before
 
 
 @cache

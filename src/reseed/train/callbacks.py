@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from reseed.errors import Interrupted
 from reseed.store.runs import PROGRESS_FILE
-from reseed.system.console import console, say
+from reseed.system.console import console, has_terminal, say
 from reseed.system.files import write_json_unsynced
 from reseed.train.run_state import NotFiniteError, RunState
 from reseed.train.trainer import GroupModule
@@ -239,7 +239,7 @@ class GroupProgress(ProgressBar):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.last_printed = self.started = time.perf_counter()
-        if self.shown and console().is_terminal:
+        if self.shown and has_terminal():
             columns = (BarColumn(24), TextColumn("{task.percentage:3.0f}%"))
             columns += (TextColumn("{task.fields[text]}"), TimeElapsedColumn())
             self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(),

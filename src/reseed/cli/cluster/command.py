@@ -19,15 +19,15 @@ from reseed.cli.cluster.states import (
 )
 from reseed.cli.cluster.submit import Work, planning, submit
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.plan import Job
+from reseed.cli.print_results import print_result
 from reseed.compare.config import ComparisonConfig
 from reseed.errors import Interrupted
 from reseed.evaluate.base import EvaluationConfig
-from reseed.store.runs import RunStore
 from reseed.store.sweeps import Sweep
-from reseed.study.collect import cells_of, collect
 from reseed.study.compare import is_complete
 from reseed.study.evaluate import SavedRun
+from reseed.study.plan import Plan
+from reseed.study.result import cells_of, collect
 from reseed.study.train import failure_lines
 from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
@@ -38,36 +38,32 @@ _SPEAK_S = 30.0
 
 def run_on_cluster(
     line: CommandLine,
-    jobs: Sequence[Job],
-    runtime: RuntimeConfig,
-    sweep: Sweep,
-    comparison: ComparisonConfig | None = None,
-    trains: bool = True,
+    plan: Plan,
     evaluations: Sequence[EvaluationConfig] = (),
+    trains: bool = True,
 ) -> int:
     """Submit all work that is neither done nor submitted, and wait for it unless wait=false.
 
     Args:
-        jobs: every run of the sweep, whose manifest is written already.
-        comparison: the comparison after training; None: compare nothing.
-        trains: train the missing runs.
+        plan: the runs of the sweep, whose manifest is written already, and their comparison.
         evaluations: evaluations of every run after its training.
+        trains: train the missing runs.
 
     Returns:
         the exit status: 1 if a run failed or could not be evaluated, or a cell is incomplete.
     """
+    sweep, runtime = plan.sweep, plan.runtime
     cells, complete = None, set()
-    if comparison is not None:
-        cells = _cells(sweep, comparison)
-        complete = _complete(sweep, comparison, cells)
-    distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
-    store = RunStore(runtime.outputs)
+    if plan.settings is not None:
+        cells = _cells(sweep, plan.settings)
+        complete = _complete(sweep, plan.settings, cells)
+    experiments = tuple(plan.experiments)
     work = Work(
-        sweep, tuple(distinct), runtime, _settings(line, runtime), cells, trains,
-        tuple(evaluations), tuple(SavedRun(r.run(store).path, r) for r in distinct),
+        sweep, experiments, runtime, _settings(line, runtime), cells, trains,
+        tuple(evaluations), tuple(SavedRun(r.run(plan.store).path, r) for r in experiments),
     )  # fmt: skip
     waited = _carried_out(work, complete)
-    return 0 if waited is None else _ended(jobs, runtime, sweep, comparison, waited)
+    return 0 if waited is None else _ended(plan, waited)
 
 
 def evaluate_on_cluster(
@@ -130,21 +126,21 @@ def _carried_out(work: Work, complete: set[tuple[tuple[str, str], ...]]) -> bool
     return bool(active)
 
 
-def show_cluster_plan(line: CommandLine, jobs: Sequence[Job], runtime: RuntimeConfig) -> None:
+def show_cluster_plan(line: CommandLine, plan: Plan) -> None:
     """Print the jobs that would be submitted."""
+    runtime = plan.runtime
     settings = _settings(line, runtime)
-    store = RunStore(runtime.outputs)
-    distinct = {job.resolved.signature: job.resolved for job in jobs}.values()
-    missing = [r for r in distinct if not r.run(store).finished]
-    plan = make_plan([r.spec for r in missing], Machine.of(planning(settings, runtime)))
+    distinct = plan.experiments
+    missing = [r for r in distinct if not r.run(plan.store).finished]
+    groups = make_plan([r.spec for r in missing], Machine.of(planning(settings, runtime)))
     if runtime.tflops is not None or not missing:  # without tflops, times on a node are unknown
-        plan.print(finished=len(distinct) - len(missing))
+        groups.print(finished=len(distinct) - len(missing))
         return
     finished = len(distinct) - len(missing)
     done = f" ({finished:,} more already finished)" if finished else ""
-    jobs_told = f"{counted(len(missing), 'run')} in {counted(len(plan.groups), 'job')}"
+    jobs_told = f"{counted(len(missing), 'run')} in {counted(len(groups.groups), 'job')}"
     say(f"plan: {jobs_told}{done}; set runtime.tflops to estimate the hours")
-    for group in plan.groups:
+    for group in groups.groups:
         say(f"  {group.description}")
 
 
@@ -197,32 +193,26 @@ def _complete(
     return found
 
 
-def _ended(
-    jobs: Sequence[Job],
-    runtime: RuntimeConfig,
-    sweep: Sweep,
-    comparison: ComparisonConfig | None,
-    waited: bool,
-) -> int:
+def _ended(plan: Plan, waited: bool) -> int:
     """Print the failures and the tables, and return the exit status."""
+    sweep = plan.sweep
     seen = QueueSnapshot.now(sweep)
-    store = RunStore(runtime.outputs)
     lacking = [state for state in states(sweep, seen) if state.state != DONE]
     recorded = {run.id for run in sweep.runs() if run.failure}
-    failed = [job for job in jobs if job.resolved.run(store).id in recorded]
-    for message in failure_lines([job.resolved for job in failed], store):
+    failed = [r for r in plan.experiments if r.run(plan.store).id in recorded]
+    for message in failure_lines(failed, plan.store):
         say(message)
     for state in lacking:
         if state.id not in recorded:
             say(f"{state.state}: {state.id}{': ' if state.note else ''}{state.note}")
-    if comparison is None:
-        runs = len(sweep.runs())
+    if plan.settings is None:
         if not lacking:
             said = "" if waited else "nothing to train: "
-            say(f"{said}{counted(runs, 'run')} in {runtime.outputs}/")
+            say(f"{said}{counted(len(sweep.runs()), 'run')} in {plan.runtime.outputs}/")
         return 1 if lacking else 0
     not_done = failed_jobs(seen)
     for message in not_done:
         say(message)
-    complete = collect(sweep, comparison)
-    return 0 if complete and not lacking and not not_done else 1
+    result = collect(sweep, plan.settings)
+    print_result(result)
+    return 0 if result.complete and not lacking and not not_done else 1

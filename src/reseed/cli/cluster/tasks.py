@@ -244,13 +244,16 @@ class Collect(Task):
     compared: bool
 
     def work(self) -> None:
-        from reseed.study.collect import collect, collect_evaluated
+        from reseed.cli.print_results import print_evaluations, print_result
+        from reseed.study.result import collect
 
         sweep = Sweep(Path(self.sweep))
         if not self.compared:
-            collect_evaluated((), (sweep,), ())
+            print_evaluations((), (sweep,), ())
             return
-        if not collect(sweep, ComparisonConfig.from_dict(sweep.settings, "comparison")):
+        result = collect(sweep)
+        print_result(result)
+        if not result.complete:
             raise JobFailed(f"{sweep.path}: incomplete")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -140,12 +141,16 @@ def _origin(sweep: Sweep, records: Mapping[str, Mapping[str, Any]]) -> str:
 
 def command(record: Mapping[str, Any]) -> str:
     """Return the typed command without options that cannot change results: folders, threads, …"""
-    typed = str(record.get("environment", {}).get("command", "")).split(" ")
-    if typed[0] not in ("reseed", "__main__.py") or len(typed) < 2:
-        return " ".join(typed)
+    text = str(record.get("environment", {}).get("command", ""))
+    try:
+        typed = shlex.split(text)
+    except ValueError:  # version 0.1 recorded words without quotes
+        typed = text.split(" ")
+    if not typed or typed[0] not in ("reseed", "__main__.py") or len(typed) < 2:
+        return text
     multirun = ["-m"] if typed[1] == "train" and "-m" in typed else []
     kept = [w for w in typed[2:] if w != "-m" and not w.lstrip("+~").startswith(_WITHOUT_EFFECT)]
-    return " ".join(["reseed", typed[1], *multirun, *kept])
+    return shlex.join(["reseed", typed[1], *multirun, *kept])
 
 
 def _versions(records: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from reseed.errors import did_you_mean
-from reseed.sae.base import SAE
+from reseed.sae.base import SAE, origin_of
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats.base import Format, Imported, Reseed
 from reseed.sae.formats.dictionary_learning import DictionaryLearning
@@ -58,7 +58,9 @@ def load_sae(
         CheckpointError: the source does not exist, its format is unknown, or none of our
             architectures equals it; the message gives the reason.
     """
-    return import_sae(fetch(source, repo, revision, path), format).sae.to(device)
+    found = import_sae(fetch(source, repo, revision, path), format)
+    found.sae.origin = origin_of(found.metadata)
+    return found.sae.to(device)
 
 
 def import_sae(path: Path, format: str | None = None) -> Imported:

@@ -1,0 +1,139 @@
+"""The work of a study as jobs of Hydra's launchers: one run, evaluation or cell in each job.
+
+A job gets its description as JSON, in the key ``job``; a run is composed again from its overrides.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from reseed.cli.hydra_app import CommandLine, override
+from reseed.compare.config import ComparisonConfig
+from reseed.config import build
+from reseed.evaluate import load_all
+from reseed.evaluate.base import EvaluationConfig
+from reseed.experiment import Experiment
+from reseed.experiment.resolve import resolve_experiment, resolved_from
+from reseed.store.results import FOLDER
+from reseed.store.runs import Run
+from reseed.store.sweeps import Sweep
+from reseed.study.compare import compare_cell_of
+from reseed.study.evaluate import Evaluator, SavedRun, saved_run
+from reseed.study.plan import Plan
+from reseed.study.result import cells_of
+from reseed.study.study import Executor, LocalExecutor
+from reseed.study.train import train_missing
+from reseed.system.files import DiskFullError
+from reseed.train.config import RuntimeConfig
+
+
+def executor_of(line: CommandLine) -> Executor:
+    """Return the executor that ``hydra/launcher=`` chooses."""
+    return LocalExecutor() if line.runs_here else HydraExecutor(line)
+
+
+class HydraExecutor:
+    """Executor that launches jobs with Hydra's launchers (basic, joblib, submitit).
+
+    Args:
+        line: the command line, whose flags and settings of Hydra the jobs get.
+    """
+
+    def __init__(self, line: CommandLine) -> None:
+        self.line = line
+
+    def train(self, plan: Plan) -> None:
+        if not plan.multirun:  # a launcher is for the jobs of a sweep
+            LocalExecutor().train(plan)
+            return
+        before = {run.id: run.failure for run in plan.runs}
+        folder = override("hydra.sweep.dir", plan.sweep.path)
+        for launch in plan.launches:
+            if all(job.resolved.run(plan.store).finished for job in launch.jobs):
+                continue
+            try:
+                self.line.launch(train_one, [*launch.overrides, folder])
+            except DiskFullError:
+                raise
+            except Exception:  # failed runs have recorded their errors
+                if before == {run.id: run.failure for run in plan.runs}:
+                    raise
+
+    def evaluate(
+        self, saved: Sequence[SavedRun], configs: Sequence[EvaluationConfig], runtime: RuntimeConfig
+    ) -> list[Exception]:
+        saes = [
+            {"folder": str(one.folder.resolve()), "experiment": one.resolved.experiment.to_dict()}
+            for one in saved
+        ]
+        jobs = [{"evaluation": config.to_dict(), "saes": saes} for config in configs]
+        return self._launch(evaluate_one, jobs, saved[0].folder / FOLDER)
+
+    def compare(self, plan: Plan) -> list[Exception]:
+        sweep = plan.sweep
+        cells = cells_of(sweep, plan.comparison)
+        jobs = [{"sweep": str(sweep.path.resolve()), "axes": axes} for axes in cells]
+        return self._launch(compare_one, jobs, sweep.path)
+
+    def _launch(
+        self, task: Callable[[DictConfig], None], jobs: Sequence[Mapping[str, Any]], folder: Path
+    ) -> list[Exception]:
+        given = self.line.overrides
+        settings = [o for o in given if o.lstrip("+~").startswith(("runtime", "hydra"))]
+        listed = ",".join(override("", json.dumps(job))[1:] for job in jobs)
+        try:
+            self.line.launch(
+                task, [*settings, override("hydra.sweep.dir", folder), f"++job={listed}"]
+            )
+        except DiskFullError:
+            raise
+        except Exception as error:
+            return [error]
+        return []
+
+
+def train_one(config: DictConfig) -> None:
+    """Train one run: the Hydra job."""
+    resolved, runtime = resolved_from(_plain(config))
+    for error in train_missing([resolved], runtime).values():
+        raise error
+
+
+def evaluate_one(config: DictConfig) -> None:
+    """Perform one evaluation of all SAEs: the Hydra job."""
+    job, runtime = _job(config)
+    load_all()
+    evaluation = EvaluationConfig.from_dict(job["evaluation"], "evaluation")
+    saved = [_saved(sae, runtime) for sae in job["saes"]]
+    if error := Evaluator(saved, runtime).outcome(evaluation):
+        raise error
+
+
+def compare_one(config: DictConfig) -> None:
+    """Compare one cell of a sweep: the Hydra job."""
+    job, runtime = _job(config)
+    sweep = Sweep(Path(job["sweep"]))
+    settings = ComparisonConfig.from_dict(sweep.settings, "comparison")
+    axes = job["axes"]
+    compare_cell_of(sweep, axes, settings.of_arm(axes.get("arm", "")), runtime)
+
+
+def _saved(sae: Mapping[str, Any], runtime: RuntimeConfig) -> SavedRun:
+    folder = Path(sae["folder"])
+    if Run(folder).exists:
+        return saved_run(folder, runtime)
+    return SavedRun(folder, resolve_experiment(Experiment.from_dict(sae["experiment"]), runtime))
+
+
+def _job(config: DictConfig) -> tuple[dict[str, Any], RuntimeConfig]:
+    values = _plain(config)
+    return json.loads(values["job"]), build(values["runtime"], "runtime", RuntimeConfig)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
