@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 PEERS ?= .venv-peers
+DOCS ?= .venv-docs
 BIN := $(VENV)/bin
 # Two test processes of one thread each are faster than one of two. A process without work takes
 # over tests of the other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-slow test-peers audit check lint format bench clean
+.PHONY: help env quickstart test test-slow test-peers audit check lint format bench docs dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -47,6 +48,26 @@ $(PEERS)/.installed: $(VENV)/.installed
 	$(PEERS)/bin/pip install --quiet --disable-pip-version-check --no-deps dictionary-learning==0.1.0
 	@touch $@
 
+docs: $(DOCS)/.installed ## build the site of docs/ into site/; any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+dist: $(DOCS)/.installed ## build sdist and wheel into dist/, and check what an index would check
+	rm -rf dist
+	$(DOCS)/bin/python -m build --outdir dist .
+	$(DOCS)/bin/twine check --strict dist/*
+	@$(DOCS)/bin/python -m zipfile -l dist/*.whl > dist/contents
+	@for file in conf/config.yaml assets/model/model.safetensors report/page/assets/style.css; do \
+		grep -q "^reseed/$$file " dist/contents || { echo "the wheel lacks reseed/$$file"; exit 1; }; done
+	@rm dist/contents
+
+# The site and the checks of a release need none of the packages that reseed needs.
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", \
+		"rb"))["project"]["optional-dependencies"]["docs"])' \
+		| xargs $(DOCS)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt
+	@touch $@
+
 lint: env ## check formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -68,4 +89,4 @@ bench: env ## run the benchmarks against peers and limits (installs the peers)
 	$(BIN)/python benchmarks/contexts.py
 
 clean: ## remove the environment and caches; results stay
-	rm -rf $(VENV) $(PEERS) .pytest_cache .ruff_cache build dist
+	rm -rf $(VENV) $(PEERS) $(DOCS) .pytest_cache .ruff_cache build dist site

@@ -2,7 +2,7 @@
 
     python benchmarks/sweep.py                  # embedded model, and stories260K if available
     python benchmarks/sweep.py --model FOLDER --text FILE --tokens 4194304
-    python benchmarks/sweep.py --growth 1,2,4,8,16,32 --figure docs/sweep-growth.png
+    python benchmarks/sweep.py --growth 1,2,4,8,16,32 --figure docs/images/sweep-growth.png
     python benchmarks/sweep.py --dry            # smoke run of a minute or two
 
 12 SAEs: TopK and ReLU × 3 seeds × 2 layers, on the same tokens, with the same width, k, batch size,
