@@ -135,11 +135,15 @@ class MadeUpPackage:
         (about / "entry_points.txt").write_text(groups)
 
     def reseed(self, *words: str, succeeds: bool = True) -> str:
-        """Run a command in an interpreter that finds the package, and return its output."""
+        """Run a command of reseed, as `python`."""
+        return self.python("-m", "reseed", *words, succeeds=succeeds)
+
+    def python(self, *words: str, succeeds: bool = True) -> str:
+        """Run an interpreter that finds the package, and return its output."""
         # Prepended, because the tested package itself may be found through PYTHONPATH.
         path = os.pathsep.join(filter(None, (str(self.folder), os.environ.get("PYTHONPATH"))))
         found = subprocess.run(
-            [sys.executable, "-m", "reseed", *words],
+            [sys.executable, *words],
             cwd=self.folder,
             env=os.environ | {"PYTHONPATH": path},
             capture_output=True,

@@ -32,6 +32,8 @@ SIGNATURE_LENGTH = 12
 SAES, EVALUATIONS = "reseed.sae", "reseed.evaluations"
 DATASETS, MEASURES = "reseed.datasets", "reseed.measures"
 """Entry-point groups in which installed packages name their modules (`load_plugins`)."""
+CONF = "reseed.conf"
+"""Entry-point group in which they name the folders of their options, yaml files as in conf/."""
 
 C = TypeVar("C", bound="Config")
 _MISSING = dataclasses.MISSING
