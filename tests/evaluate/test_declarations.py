@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from reseed.cli.hydra_app import conf_dir
 from reseed.evaluate import load_all
 from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, Metric, Result
 from reseed.store.results import L0, EvaluationDeclaration, EvaluationError, declaration
+
+NAMES = sorted(path.stem for path in Path(conf_dir(), "evaluation").glob("*.yaml"))
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,12 @@ def test_a_contradictory_declaration_is_refused_at_its_definition(attributes, me
         type("Mine", (EvaluationDeclaration,), attributes | {"name": "mine"})
 
 
-@pytest.mark.parametrize(
-    "name", ["reconstruction", "faithfulness", "splitting", "absorption", "contexts"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_footnotes_explain_every_heading(name: str) -> None:
     load_all()
     declared = declaration(name, ())
+    assert declared.title.endswith("?")
+    assert declared.shown()
     notes = " ".join(declared.notes())
     for metric in declared.shown().values():
         words = metric.heading.replace("\n", " ").partition(",")[0].split()
