@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import subprocess
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,55 @@ def tiny_overrides(tiny_model: Path, tiny_text: Path) -> list[str]:
         "runtime.progress=false",
         "runtime.log_every_steps=10",
     ]
+
+
+class MadeUpPackage:
+    """A package of a user: files in a folder, and the metadata that an installation writes.
+
+    Args:
+        folder: the folder of the package, in which commands run, too.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, files: Mapping[str, str], entry_points: Mapping[str, str]) -> None:
+        """Write the package.
+
+        Args:
+            files: path within the folder → content.
+            entry_points: group → the line of its entry point.
+        """
+        about = self.folder / "made_up-1.0.dist-info"
+        metadata = "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n"
+        groups = "\n".join(f"[{group}]\n{line}\n" for group, line in entry_points.items())
+        for path, text in files.items():
+            (self.folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / path).write_text(text)
+        about.mkdir(exist_ok=True)
+        (about / "METADATA").write_text(metadata)
+        (about / "entry_points.txt").write_text(groups)
+
+    def reseed(self, *words: str, succeeds: bool = True) -> str:
+        """Run a command of reseed, as `python`."""
+        return self.python("-m", "reseed", *words, succeeds=succeeds)
+
+    def python(self, *words: str, succeeds: bool = True) -> str:
+        """Run an interpreter that finds the package, and return its output."""
+        # Prepended, because the tested package itself may be found through PYTHONPATH.
+        path = os.pathsep.join(filter(None, (str(self.folder), os.environ.get("PYTHONPATH"))))
+        found = subprocess.run(
+            [sys.executable, *words],
+            cwd=self.folder,
+            env=os.environ | {"PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (found.returncode == 0) == succeeds, found.stdout + found.stderr
+        return found.stdout + found.stderr
+
+
+@pytest.fixture
+def made_up_package(tmp_path: Path) -> MadeUpPackage:
+    return MadeUpPackage(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from reseed.activations import text as text_module
-from reseed.activations.text import HubTextConfig, resolve_text
+from reseed.activations.text import HubTextConfig
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs
 
@@ -31,7 +31,7 @@ def test_the_fingerprint_of_a_text_depends_on_its_revision(
 ) -> None:
     monkeypatch.setattr(text_module, "_dataset_commit", lambda config: f"sha-of-{config.revision}")
     found = [
-        resolve_text(HubTextConfig(repository="a/b", revision=revision), tmp_path).fingerprint
+        HubTextConfig(repository="a/b", revision=revision).resolve(tmp_path).fingerprint
         for revision in ("main", "v2", "main")
     ]
     assert found[0] == found[2] != found[1]

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import pytest
 
 from reseed import config
-from reseed.config import Config, build, digest, make, setting
-from reseed.errors import ConfigError
+from reseed.config import DATASETS, Config, build, digest, load_plugins, make, setting
+from reseed.errors import ConfigError, ReseedError
 
 
 @dataclass(frozen=True)
@@ -153,3 +154,32 @@ def test_classes_that_yaml_files_of_version_0_1_name_are_found() -> None:
         values = {"_target_": target, "site": "resid_post", "module": None, "nonsense": 1}
         with pytest.raises(ConfigError, match=r"is required|there is no key"):
             build(values, "group")
+
+
+@pytest.fixture
+def fresh_plugins(made_up_package, monkeypatch):
+    """Return a made-up package that this interpreter finds, with no plugin loaded before."""
+    monkeypatch.syspath_prepend(made_up_package.folder)
+    load_plugins.cache_clear()
+    yield made_up_package
+    load_plugins.cache_clear()
+    sys.modules.pop("made_up", None)
+
+
+def test_entry_points_of_an_installed_package_are_imported_once(fresh_plugins, capfd) -> None:
+    fresh_plugins.write({"made_up.py": "print('imported')"}, {DATASETS: "mine = made_up"})
+    for _ in range(2):
+        load_plugins(DATASETS, "reseed.activations")
+    assert capfd.readouterr().out == "imported\n"
+    assert "reseed.activations.synthetic.worlds" in sys.modules
+
+
+def test_a_package_that_cannot_be_imported_is_named_with_the_cause(fresh_plugins) -> None:
+    fresh_plugins.write({"made_up.py": "import no_such_module"}, {DATASETS: "mine = made_up"})
+    with pytest.raises(ReseedError) as caught:
+        load_plugins(DATASETS, "reseed.activations")
+    assert str(caught.value) == (
+        "the installed package made-up 1.0 cannot be used: its entry point `mine = made_up` in the "
+        "group reseed.datasets fails (ModuleNotFoundError: No module named 'no_such_module'). Mend "
+        "or uninstall the package"
+    )

@@ -14,18 +14,26 @@ import importlib
 import inspect
 import json
 import math
+import pkgutil
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Self, TypeVar
 
-from reseed.errors import ConfigError, did_you_mean
+from reseed.errors import ConfigError, ReseedError, did_you_mean
 
 SIGNATURE_LENGTH = 12
 """Number of hex characters of a signature; a million runs have a collision with probability 2e-3.
 """
+
+SAES, EVALUATIONS = "reseed.sae", "reseed.evaluations"
+DATASETS, MEASURES = "reseed.datasets", "reseed.measures"
+"""Entry-point groups in which installed packages name their modules (`load_plugins`)."""
+CONF = "reseed.conf"
+"""Entry-point group in which they name the folders of their options, yaml files as in conf/."""
 
 C = TypeVar("C", bound="Config")
 _MISSING = dataclasses.MISSING
@@ -145,6 +153,40 @@ class Config:
                 continue
             out[f.name] = value.signed() if isinstance(value, Config) else _plain(value)
         return out
+
+
+@cache
+def load_plugins(group: str, package: str, subpackages: bool = True) -> None:
+    """Import the modules that register something under a stable name, once per process.
+
+    Records hold stable names only, so whoever reads one calls this first.
+
+    Args:
+        group: entry-point group in which other installed packages name such modules.
+        package: our package; all of its modules are imported.
+        subpackages: whether to import the modules of its subpackages, too.
+
+    Raises:
+        ReseedError: a module of another package cannot be imported.
+    """
+    find = pkgutil.walk_packages if subpackages else pkgutil.iter_modules
+    for module in find(importlib.import_module(package).__path__, f"{package}."):
+        if subpackages or not module.ispkg:
+            importlib.import_module(module.name)
+    for entry in entry_points(group=group):
+        try:
+            entry.load()
+        except Exception as error:
+            raise plugin_error(entry, f"{type(error).__name__}: {error}") from error
+
+
+def plugin_error(entry: EntryPoint, cause: str) -> ReseedError:
+    """Return the error about an installed package whose entry point cannot be used."""
+    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "(unknown)"
+    return ReseedError(
+        f"the installed package {package} cannot be used: its entry point `{entry.name} = "
+        f"{entry.value}` in the group {entry.group} fails ({cause}). Mend or uninstall the package"
+    )
 
 
 def digest(values: Any, length: int = SIGNATURE_LENGTH) -> str:

@@ -14,7 +14,7 @@ from reseed.activations.dataset import STRIPES, batches_available, check_batch_s
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.model_source import PathModelConfig
-from reseed.activations.text import TextFilesConfig, resolve_text
+from reseed.activations.text import TextFilesConfig
 from reseed.activations.tokens import Packing, TokenStore, token_stores
 from reseed.errors import ConfigError
 
@@ -39,7 +39,7 @@ def stores(
 ) -> tuple[TokenStore, TokenStore]:
     cache = tmp_path_factory.mktemp("tokens")
     found = PathModelConfig(path=str(tiny_model)).resolve(cache)
-    return token_stores(resolve_text(config, cache), found.tokenizer, "t", 0)
+    return token_stores(config.resolve(cache), found.tokenizer, "t", 0)
 
 
 def stream(model: LanguageModel, stores, config, hooks=HOOKS) -> ActivationStream:

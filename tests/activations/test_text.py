@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from reseed.activations.text import TextFilesConfig, resolve_text
+from reseed.activations.text import TextFilesConfig
 from reseed.errors import ConfigError
 
 DOCUMENTS = ["one fish", "two\nfish", "red fish"]
@@ -27,7 +27,7 @@ def written(tmp_path: Path, kind: str) -> Path:
 def documents(path: Path | tuple[str, ...], cache: Path, **options: object) -> list[str]:
     given = str(path) if isinstance(path, Path) else path
     config = TextFilesConfig(path=given, **options)  # type: ignore[arg-type]
-    return list(resolve_text(config, cache).documents())
+    return list(config.resolve(cache).documents())
 
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl", "parquet"])
@@ -56,7 +56,7 @@ def test_the_fingerprint_depends_on_the_content_only(tmp_path: Path) -> None:
     one.write_text("same")
     two.write_text("same")
     three.write_text("other")
-    prints = [resolve_text(TextFilesConfig(path=str(p)), tmp_path).fingerprint
+    prints = [TextFilesConfig(path=str(p)).resolve(tmp_path).fingerprint
               for p in (one, two, three)]  # fmt: skip
     assert prints[0] == prints[1] != prints[2]
 
@@ -95,8 +95,5 @@ def test_the_fingerprint_depends_on_the_file_format(tmp_path: Path) -> None:
     line = json.dumps({"text": "one"})
     for name in ("a.jsonl", "a.txt"):
         (tmp_path / name).write_text(line)
-    a, b = (
-        resolve_text(TextFilesConfig(path=str(tmp_path / n)), tmp_path)
-        for n in ("a.jsonl", "a.txt")
-    )
+    a, b = (TextFilesConfig(path=str(tmp_path / n)).resolve(tmp_path) for n in ("a.jsonl", "a.txt"))
     assert a.fingerprint != b.fingerprint

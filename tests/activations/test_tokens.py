@@ -1,15 +1,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from reseed.activations.model_source import PathModelConfig
-from reseed.activations.text import TextFilesConfig, resolve_text
-from reseed.activations.tokens import Packing, TokenStore, is_held_out, token_stores
+from reseed.activations.text import (
+    DocstringsConfig,
+    HubTextConfig,
+    ResolvedText,
+    TextFilesConfig,
+)
+from reseed.activations.tokens import (
+    Packing,
+    TokenStore,
+    _text_options,
+    is_held_out,
+    token_stores,
+)
+from reseed.config import setting
 
 CONFIG = TextFilesConfig(path="unused", context_length=5, chunk_tokens=8)
 
@@ -93,7 +106,7 @@ def test_guaranteed_activations_hold_for_every_order() -> None:
 
 def test_stores_hold_every_document_once(tiny_model: Path, tiny_text: Path, tmp_path: Path) -> None:
     model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
-    text = resolve_text(TextFilesConfig(path=str(tiny_text)), tmp_path)
+    text = TextFilesConfig(path=str(tiny_text)).resolve(tmp_path)
     train, held_out = token_stores(text, model.tokenizer, "t", 0)
     documents = list(text.documents())
     expected = Counter(tuple(model.tokenizer(d)["input_ids"]) for d in documents)
@@ -111,7 +124,7 @@ def test_a_text_is_tokenised_once(
     tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
-    text = resolve_text(TextFilesConfig(path=str(tiny_text)), tmp_path)
+    text = TextFilesConfig(path=str(tiny_text)).resolve(tmp_path)
     first = token_stores(text, model.tokenizer, "t", 0)
 
     def broken(*_: object) -> None:
@@ -122,9 +135,46 @@ def test_a_text_is_tokenised_once(
     # Another tokenizer or split has another store.
     with pytest.raises(AssertionError, match="tokenised twice"):
         token_stores(text, model.tokenizer, "other", 0)
-    other = resolve_text(TextFilesConfig(path=str(tiny_text), held_out_fraction=0.1), tmp_path)
+    other = TextFilesConfig(path=str(tiny_text), held_out_fraction=0.1).resolve(tmp_path)
     with pytest.raises(AssertionError, match="tokenised twice"):
         token_stores(other, model.tokenizer, "t", 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FirstWords(TextFilesConfig, name="first-words"):
+    """The first words of the documents of files; the fingerprint is that of the files."""
+
+    words: int = setting(3, at_least=1)
+
+    def documents(self, text: ResolvedText, shuffled: bool) -> Iterator[str]:
+        for document in super().documents(text, shuffled):
+            yield " ".join(document.split()[: self.words])
+
+
+def test_a_kind_of_text_has_tokens_of_its_own(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path
+) -> None:
+    model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
+    texts = {
+        None: TextFilesConfig(path=str(tiny_text)),
+        3: FirstWords(path=str(tiny_text)),
+        4: FirstWords(path=str(tiny_text), words=4),
+    }
+    assert len({config.resolve(tmp_path).fingerprint for config in texts.values()}) == 1
+    for words, config in texts.items():
+        train, _ = token_stores(config.resolve(tmp_path), model.tokenizer, "t", 0)
+        lengths = set(np.diff(train.starts).tolist())
+        assert (lengths == {1 + words}) if words else (len(lengths) > 40)  # 1: the BOS token
+
+
+def test_stored_tokens_of_version_0_1_keep_their_keys() -> None:
+    """The options in the key are those that version 0.1 listed by name."""
+    assert _text_options(DocstringsConfig()) == {}
+    files = {"separator": "<|endoftext|>", "field": "text"}
+    assert _text_options(TextFilesConfig(path="x")) == files
+    hub = {"subset": None, "split": "train", "field": "text"}
+    hub |= {"streaming": True, "shuffle_buffer": 10_000}
+    assert _text_options(HubTextConfig(repository="a/b")) == hub
 
 
 def test_without_a_bos_token_documents_start_with_the_eos_token(tmp_path: Path) -> None:

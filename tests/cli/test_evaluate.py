@@ -226,6 +226,22 @@ def test_a_failing_sae_does_not_stop_the_others(
 
 
 @pytest.mark.slow
+def test_a_result_that_was_not_declared_is_refused(
+    line: list[str], said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    declared = ReconstructionConfig.metrics
+    monkeypatch.setattr(ReconstructionConfig, "metrics", declared[1:])
+    one = sorted(Path("outputs").iterdir())[0]
+    assert evaluate.main([str(one), "evaluation=reconstruction", "evaluation.tokens=500"]) == 1
+    assert (
+        "evaluation=reconstruction returned `fvu`, which `ReconstructionConfig.metrics` does not "
+        "declare: add a `Metric` for each"
+    ) in said()
+    assert results() == []
+    (failure,) = one.glob("evaluations/reconstruction-*/failed.json")
+    assert json.loads(failure.read_text())["type"] == "EvaluationError"
+
+
 def test_unfinished_runs_are_reported_and_the_others_evaluated(line: list[str], said: Said) -> None:
     gone = RunStore("outputs").runs()[0]
     shutil.rmtree(gone.path)

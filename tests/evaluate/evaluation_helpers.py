@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from reseed.evaluate.base import EvaluationConfig, Result
 from reseed.evaluate.sparse_latents import SparseLatents
 from reseed.sae.base import SAE
 from reseed.sae.topk import TopKConfig
@@ -25,3 +26,15 @@ def constant(value: Tensor) -> SAE:
         sae.W_enc.zero_()
         sae.b_dec.copy_(value)
     return sae
+
+
+def assert_declared(config: EvaluationConfig, result: Result, *lacking: str) -> None:
+    """Assert that a result has exactly what its evaluation declares, the optional part included.
+
+    Args:
+        lacking: optional metrics that this result does not have.
+    """
+    config.check_result(result)
+    assert {*result.metrics, *lacking} == {metric.name for metric in config.metrics}
+    assert {*result.latents} == {metric.name for metric in config.latents}
+    assert all(metric.help for metric in (*config.metrics, *config.latents))

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from evaluation_helpers import assert_declared
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
@@ -117,6 +118,7 @@ def test_metrics_are_numbers_or_none(result: Result) -> None:
         else:
             assert isinstance(value, int | float), name
             assert np.isfinite(value), name
+    assert_declared(AbsorptionConfig(), result)
     m = result.metrics
     assert m["absorption_fraction_excess"] == pytest.approx(
         m["absorption_fraction"] - m["absorption_fraction_null"]  # type: ignore[operator]
@@ -245,6 +247,8 @@ def test_a_second_evaluation_gives_equal_metrics(
 ) -> None:
     config = AbsorptionConfig(**settings, bootstrap=100)
     [(_, again)] = config.evaluate([LoadedRun("one", sae(0), HOOK, untrained=sae(1))], inputs)
+    causal = {name for name in result.metrics if name.startswith("absorption_causal")}
+    assert_declared(config, again, *causal)
     for name, value in again.metrics.items():
         assert value == result.metrics[name], name
 
@@ -275,6 +279,7 @@ def test_a_latent_equal_to_the_probe_has_its_f1_and_no_splits(
     assert row["f1"] > row["probe_f1"] - 0.1
     assert row["splits"] < 1
     assert row["main"][0][0] == 0
+    assert_declared(SplittingConfig(), found)
     assert found.latents["splitting_class"][0] == word
     curve = found.tables["f1_by_k"].query("`class` == 'word'")
     assert curve["k"].tolist() == list(range(1, 11))

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from evaluation_helpers import assert_declared
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.text_source import TextSource
@@ -60,6 +61,7 @@ def evaluated(
     runs = [LoadedRun(name, sae, hook) for name, (hook, sae) in saes.items()]
     found = {}
     for name, result in config.evaluate(runs, EvaluationInput(source, ModelCache(folder))):
+        assert_declared(config, result)
         place = result_folder(folder / name, EVALUATION, config.signed())
         StoredEvaluation(
             EVALUATION, config.to_dict(), result.metrics, result.tables, result.latents

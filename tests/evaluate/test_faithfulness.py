@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from evaluation_helpers import constant
+from evaluation_helpers import assert_declared, constant
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.intervention import intervene, logits
@@ -68,6 +68,7 @@ def test_the_identity_loses_nothing_and_constants_are_ablations(
             "mean": (hook, constant(mean_at(source, hook))),
         },
     )  # fmt: skip
+    assert_declared(FaithfulnessConfig(), found["identity"])
     exact, zero, mean = (found[name].metrics for name in ("identity", "zero", "mean"))
     assert exact["ce"] == pytest.approx(exact["ce_clean"], abs=1e-6)
     assert exact["kl"] == pytest.approx(0, abs=1e-6)

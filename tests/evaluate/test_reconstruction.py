@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from evaluation_helpers import constant
+from evaluation_helpers import assert_declared, constant
 from torch import Tensor
 
 from reseed.activations.hookpoints import Hookpoint
@@ -183,6 +183,7 @@ def test_the_evaluation_measures_the_given_number_of_tokens() -> None:
     )
     alone = measured(sae, x[:50])
     assert name == "a"
+    assert_declared(ReconstructionConfig(), result)
     assert result.metrics["fvu"] == pytest.approx(alone.metrics()["fvu"])
     assert result.metrics["tokens"] == 50
     fired = (sae.encode(x[:50]) != 0).float()

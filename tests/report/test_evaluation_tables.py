@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from reseed.evaluate import load_all
 from reseed.report.evaluation_figures import absorption_figure, write_evaluation_figures
 from reseed.report.evaluation_results import (
     EvaluatedRun,
@@ -23,7 +24,7 @@ from reseed.report.evaluation_tables import evaluation_tables, run_tables
 from reseed.report.latex import summary_latex
 from reseed.report.style import STYLE
 from reseed.report.table_files import latent_table, summary_frame, summary_markdown
-from reseed.store.results import StoredEvaluation
+from reseed.store.results import L0, EvaluationDeclaration, Metric, StoredEvaluation
 from reseed.study.absorbed_words import with_overlaps
 
 F = 48
@@ -76,6 +77,7 @@ def splitting(run: int) -> StoredEvaluation:
 @pytest.fixture(scope="module")
 def evaluated(cells):
     """Return the first cell with all evaluations, and the second with that of the loss only."""
+    load_all()
     (first, second) = cells[:2]
     runs = {}
     for i, run in enumerate(first[1].runs["run"]):
@@ -164,7 +166,43 @@ def test_without_evaluations_nothing_changes(cells) -> None:
     assert evaluation_tables(cells) == []
 
 
-def test_a_user_s_evaluation_shows_all_its_metrics(cells) -> None:
+def test_an_evaluation_of_a_user_has_the_table_that_it_declares(cells) -> None:
+    class Mine(EvaluationDeclaration, name="declared"):
+        title = "How uneven are latents?"
+        metrics = (
+            Metric("gini", "Gini", "Gini coefficient of the activations", interval=True),
+            Metric("tokens", help="tokens that were read"),
+            Metric("top_share", "top\nshare", "share of the largest activation"),
+        )
+        latents = (Metric("flat", "flat", "fraction of latents with one value"),)
+        run_metrics = (L0,)
+        spare = ("top_share",)
+
+    latents = {"flat": np.arange(F) < 24}
+    runs = {}
+    for i, run in enumerate(cells[0][1].runs["run"]):
+        metrics = {"gini": i, "tokens": 9, "top_share": 0.5}
+        found = StoredEvaluation("declared", {}, metrics, {}, latents)
+        runs[run] = EvaluatedRun({"run": run}, {"declared": found}, {"l0": 8.25})
+    own, by_sharing = evaluation_tables(joined(cells[:1], runs))
+    assert own.caption == "How uneven are latents?"
+    # t(2) at 97.5% is 4.3027, the standard error 1/√3.
+    assert own.header[own.num_knobs :] == ("Gini", "top\nshare", "L0")
+    assert own.rows[0][own.num_knobs :] == ("1.00 [-1.48, 3.48]", "0.50", "8.2")
+    assert own.spare == ("top\nshare",)
+    assert own.footnotes == (
+        "**Gini**: Gini coefficient of the activations.",
+        "**top share**: share of the largest activation.",
+        "**L0**: active latents per token at the end of training.",
+    )
+    assert by_sharing.header[own.num_knobs :] == ("flat,\nshared", "flat,\norphan")
+    assert by_sharing.footnotes[0].startswith("**flat**: fraction of latents with one value. Among")
+    (alone,) = run_tables(runs)
+    assert alone.header == ("run", "Gini", "top\nshare", "L0")
+    assert alone.footnotes == own.footnotes
+
+
+def test_an_evaluation_that_is_not_installed_shows_all_its_metrics(cells) -> None:
     knobs, cell = cells[0]
     runs = {
         run: EvaluatedRun(

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -67,27 +63,13 @@ k: 4
 
 
 @pytest.mark.slow
-def test_one_file_and_one_yaml_add_an_architecture(
-    tiny_overrides: list[str], tmp_path: Path
-) -> None:
-    (tmp_path / "my_architecture.py").write_text(MODULE)
-    (tmp_path / "my_conf" / "sae").mkdir(parents=True)
-    (tmp_path / "my_conf" / "sae" / "abstopk.yaml").write_text(YAML)
-    # The metadata of an installed package, so that records can be read.
-    about = tmp_path / "my_architecture-1.0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-architecture\nVersion: 1.0\n")
-    (about / "entry_points.txt").write_text("[reseed.sae]\nabstopk = my_architecture\n")
-    command = [sys.executable, "-m", "reseed", "run", "--config-dir", "my_conf"]
-    command += ["comparison=seeds", *tiny_overrides, "sae=abstopk", "seed=0,1"]
-    # Prepended, because the tested package itself may be found through PYTHONPATH.
-    path = os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | {"PYTHONPATH": path}
-    found = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stdout + found.stderr
-    records = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/*/run.json")]
+def test_one_file_and_one_yaml_add_an_architecture(tiny_overrides, made_up_package) -> None:
+    folder = made_up_package.folder
+    files = {"my_architecture.py": MODULE, "my_conf/sae/abstopk.yaml": YAML}
+    made_up_package.write(files, {"reseed.sae": "abstopk = my_architecture"})
+    own = ("comparison=seeds", *tiny_overrides, "sae=abstopk", "seed=0,1")
+    made_up_package.reseed("run", "--config-dir", "my_conf", *own)
+    records = [json.loads(p.read_text()) for p in folder.glob("outputs/*/run.json")]
     assert [r["experiment"]["sae"]["type"] for r in records] == ["abstopk"] * 2
-    metrics = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/*/metrics.json")]
+    metrics = [json.loads(p.read_text()) for p in folder.glob("outputs/*/metrics.json")]
     assert all(m["l0"] == 4 and m["fvu"] < 1 for m in metrics)

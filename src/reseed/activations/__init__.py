@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from reseed.config import DATASETS, load_plugins
 
 
 def load_all() -> None:
     """Import every kind of model and data set, so that records can name them."""
-    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
+    load_plugins(DATASETS, __name__)

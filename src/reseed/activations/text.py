@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,16 @@ from reseed.activations.docstrings import docstring_documents
 from reseed.config import setting
 from reseed.errors import ConfigError
 
+_DIGITS = 32
+"""Number of hex characters of a text's fingerprint."""
+
 
 @dataclass(frozen=True)
-class TextConfig(DatasetConfig):
-    """Base configuration of texts: how documents become sequences."""
+class TextConfig(DatasetConfig, ABC):
+    """Base configuration of texts: how documents become sequences.
+
+    A kind of text yields its `documents`; it may `resolve` in a way that reads less.
+    """
 
     context_length: int = setting(256, at_least=2)
     """Number of tokens in a sequence."""
@@ -30,35 +37,32 @@ class TextConfig(DatasetConfig):
     held_out_fraction: float = setting(0.05, above=0, below=1)
     """Share of the documents, chosen by their hash, on which no SAE is trained."""
 
+    @property
+    def streamed(self) -> bool:
+        """True if only the beginning of the text is read, in an already shuffled order."""
+        return False
 
-@dataclass(frozen=True)
-class DocstringsConfig(TextConfig, name="docstrings"):
-    """The docstrings of the packages that reseed depends on."""
+    @abstractmethod
+    def documents(self, text: ResolvedText, shuffled: bool) -> Iterator[str]:
+        """Yield all documents, in the same order each time.
 
+        Args:
+            text: the resolved text: its fingerprint, and a folder for derived data.
+            shuffled: for a streamed text, shuffle by the order seed instead of reading in order.
+        """
 
-@dataclass(frozen=True, kw_only=True)
-class TextFilesConfig(TextConfig, name="text_files"):
-    """Local files of plain text (.txt, .md), .jsonl or .parquet, given as file, folder or list."""
+    def resolve(self, cache: Path) -> ResolvedText:
+        """Find the text and identify it by its content; by default, by a hash of all documents.
 
-    path: str | tuple[str, ...] = setting(signed=False)
-    separator: str | None = "<|endoftext|>"
-    """Separator of the documents in a plain text file; null: each file is a document."""
-    field: str = "text"
-    """Key (jsonl) or column (parquet) that holds the text."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubTextConfig(TextConfig, name="hub"):
-    """A data set of the Hugging Face hub."""
-
-    repository: str = setting()
-    subset: str | None = None
-    split: str = "train"
-    revision: str = setting("main", signed=False)
-    field: str = "text"
-    streaming: bool = True
-    """Read only as much as the budget needs, shuffled by shards and within a buffer."""
-    shuffle_buffer: int = setting(10_000, at_least=1)
+        Raises:
+            ConfigError: a file is unreadable, empty or missing, or the hub is unreachable. The
+                error's key is relative to ``dataset``.
+        """
+        found = ResolvedText(self, "", self.name, cache)
+        sha = hashlib.sha256()
+        for document in self.documents(found, shuffled=False):
+            sha.update(hashlib.sha256(document.encode()).digest())
+        return replace(found, fingerprint=sha.hexdigest()[:_DIGITS])
 
 
 @dataclass(frozen=True)
@@ -77,57 +81,73 @@ class ResolvedText:
     label: str
     cache: Path
 
-    @property
-    def streamed(self) -> bool:
-        """True if only the beginning of the text is read, in an already shuffled order."""
-        return isinstance(self.config, HubTextConfig) and self.config.streaming
-
     def documents(self, shuffled: bool = True) -> Iterator[str]:
         """Yield the documents that are not blank.
 
         Args:
-            shuffled: for a streamed text, shuffle by the order seed instead of reading in order.
+            shuffled: as in `TextConfig.documents`.
         """
-        return (d for d in self._all_documents(shuffled) if d.strip())
-
-    def _all_documents(self, shuffled: bool) -> Iterator[str]:
-        config = self.config
-        if isinstance(config, DocstringsConfig):
-            yield from docstring_documents(self.cache)
-        elif isinstance(config, TextFilesConfig):
-            for path in text_paths(config):
-                yield from _file_documents(path, config)
-        elif isinstance(config, HubTextConfig):
-            yield from _hub_documents(config, self.fingerprint, shuffled)
+        return (d for d in self.config.documents(self, shuffled) if d.strip())
 
 
-def resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
-    """Find the text that ``config`` declares and identify it by its content.
+@dataclass(frozen=True)
+class DocstringsConfig(TextConfig, name="docstrings"):
+    """The docstrings of the packages that reseed depends on."""
 
-    Raises:
-        ConfigError: a file is unreadable, empty or missing, or the hub is unreachable.
-    """
-    if isinstance(config, DocstringsConfig):
-        sha = hashlib.sha256()
-        for document in docstring_documents(cache):
-            sha.update(hashlib.sha256(document.encode()).digest())
-        return ResolvedText(config, sha.hexdigest()[:32], "docstrings", cache)
-    if isinstance(config, TextFilesConfig):
-        paths = text_paths(config)
+    def documents(self, text: ResolvedText, shuffled: bool) -> Iterator[str]:
+        yield from docstring_documents(text.cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextFilesConfig(TextConfig, name="text_files"):
+    """Local files of plain text (.txt, .md), .jsonl or .parquet, given as file, folder or list."""
+
+    path: str | tuple[str, ...] = setting(signed=False)
+    separator: str | None = "<|endoftext|>"
+    """Separator of the documents in a plain text file; null: each file is a document."""
+    field: str = "text"
+    """Key (jsonl) or column (parquet) that holds the text."""
+
+    def documents(self, text: ResolvedText, shuffled: bool) -> Iterator[str]:
+        for path in text_paths(self):
+            yield from _file_documents(path, self)
+
+    def resolve(self, cache: Path) -> ResolvedText:
+        paths = text_paths(self)
         sha = hashlib.sha256()
         for path in paths:
-            _check_readable(path, config)
+            _check_readable(path, self)
             # The format is hashed, because the same bytes give other documents in another format.
             sha.update(_READERS[path.suffix].__name__.encode())
             with path.open("rb") as file:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
         label = paths[0].stem if len(paths) == 1 else paths[0].parent.name
-        return ResolvedText(config, sha.hexdigest()[:32], label, cache)
-    if isinstance(config, HubTextConfig):
-        commit = _dataset_commit(config)
-        label = config.repository.rpartition("/")[2].lower()
-        return ResolvedText(config, f"{config.repository}@{commit}", label, cache)
-    raise ConfigError(f"{{key}}: do not know how to read a {type(config).__name__}")
+        return ResolvedText(self, sha.hexdigest()[:_DIGITS], label, cache)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubTextConfig(TextConfig, name="hub"):
+    """A data set of the Hugging Face hub."""
+
+    repository: str = setting()
+    subset: str | None = None
+    split: str = "train"
+    revision: str = setting("main", signed=False)
+    field: str = "text"
+    streaming: bool = True
+    """Read only as much as the budget needs, shuffled by shards and within a buffer."""
+    shuffle_buffer: int = setting(10_000, at_least=1)
+
+    @property
+    def streamed(self) -> bool:
+        return self.streaming
+
+    def documents(self, text: ResolvedText, shuffled: bool) -> Iterator[str]:
+        yield from _hub_documents(self, text.fingerprint, shuffled)
+
+    def resolve(self, cache: Path) -> ResolvedText:
+        label = self.repository.rpartition("/")[2].lower()
+        return ResolvedText(self, f"{self.repository}@{_dataset_commit(self)}", label, cache)
 
 
 def text_paths(config: TextFilesConfig) -> list[Path]:

@@ -21,7 +21,7 @@ from reseed.activations.dataset import DatasetConfig, batches_available
 from reseed.activations.hookpoints import Hookpoint, module_path
 from reseed.activations.language_model import DTYPES, FoundModel, LanguageModel
 from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
-from reseed.activations.text import ResolvedText, TextConfig, resolve_text
+from reseed.activations.text import ResolvedText, TextConfig
 from reseed.activations.tokens import Packing, TokenStore, token_stores
 from reseed.errors import ConfigError
 
@@ -90,7 +90,7 @@ class ResolvedModelText(ResolvedData):
 
     def check_budget(self, steps: int, batch_size: int) -> None:
         """Raise `ConfigError` if the text is too short for the training or held-out tokens."""
-        if self.text.streamed:  # its length is known only after reading (`check_length`)
+        if self.config.streamed:  # its length is known only after reading (`check_length`)
             return
         try:
             train, held_out = self.stores(steps * batch_size)
@@ -241,7 +241,7 @@ def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) ->
 
 @lru_cache(maxsize=32)
 def _resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
-    return resolve_text(config, cache)
+    return config.resolve(cache)
 
 
 @lru_cache(maxsize=32)

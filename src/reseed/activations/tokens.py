@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -167,7 +167,7 @@ def token_stores(
         "tokenizer": tokenizer_fingerprint,
         "held_out": config.held_out_fraction,
     }
-    if not text.streamed:
+    if not text.config.streamed:
         folder = _tokenised(text, tokenizer, key, {"train": None, "held_out": None})
         return _read_store(folder, "train", False), _read_store(folder, "held_out", False)
     # The held-out documents must not depend on the training budget or order, so they are taken
@@ -192,9 +192,13 @@ def is_held_out(document: str, fraction: float) -> bool:
 
 
 def _text_options(config: TextConfig) -> dict[str, Any]:
-    """Return the options that, with the content of the files, determine the documents."""
-    names = ("separator", "field", "subset", "split", "shuffle_buffer", "streaming")
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+    """Return the options that, with the fingerprint, determine the documents: those of the kind."""
+    common = {field.name for field in fields(TextConfig)}
+    own = {name: value for name, value in config.signed().items() if name not in common}
+    if type(config).__module__ == TextConfig.__module__:
+        # The keys of these kinds are those of version 0.1, so that its caches stay valid.
+        own = {name: value for name, value in own.items() if name not in ("type", "repository")}
+    return own
 
 
 @lru_cache(maxsize=8)

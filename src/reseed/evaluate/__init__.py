@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
+from reseed.config import EVALUATIONS, load_plugins
 
 
 def load_all() -> None:
     """Import every evaluation, so that a record's stable name can be looked up."""
-    for module in pkgutil.walk_packages(__path__, f"{__name__}."):
-        importlib.import_module(module.name)
+    load_plugins(EVALUATIONS, __name__)

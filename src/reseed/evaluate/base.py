@@ -28,16 +28,20 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import FoundModel, LanguageModel
 from reseed.activations.source import ActivationSource, ResolvedSource
 from reseed.activations.text_source import TextSource
-from reseed.config import Config, digest
+from reseed.config import digest
 from reseed.errors import ConfigError
 from reseed.sae.base import SAE
-from reseed.store.results import Table
+from reseed.store.results import EvaluationDeclaration, EvaluationError, Table
+from reseed.store.results import Metric as Metric
 from reseed.system.files import atomic_write, room_for
 
 
 @dataclass(frozen=True)
-class EvaluationConfig(Config, ABC, family="evaluation"):
+class EvaluationConfig(EvaluationDeclaration, ABC):
     """Base class of the configurations that ``evaluation=`` selects.
+
+    A class declares its metrics and its table by `title`, `metrics` and the other attributes of
+    `EvaluationDeclaration`.
 
     Attributes:
         with_untrained: whether the evaluation needs each run's untrained SAE.
@@ -65,6 +69,30 @@ class EvaluationConfig(Config, ABC, family="evaluation"):
             runs: at least one run; runs may differ in hookpoint.
             inputs: the source that all of them were trained on.
         """
+
+    def check_result(self, result: Result) -> None:
+        """Raise `EvaluationError` unless a result has the metrics and latents that are declared."""
+        parts = (
+            ("metrics", self.metrics, result.metrics),
+            ("latents", self.latents, result.latents),
+        )
+        for kind, declared, returned in parts:
+            known = {metric.name: metric for metric in declared}
+            place = f"`{type(self).__name__}.{kind}`"
+            if extra := [name for name in returned if name not in known]:
+                raise EvaluationError(
+                    f"evaluation={self.name} returned {_listed(extra)}, which {place} does not "
+                    "declare: add a `Metric` for each"
+                )
+            lacking = [
+                n for n, metric in known.items() if n not in returned and not metric.optional
+            ]
+            if lacking:
+                raise EvaluationError(
+                    f"evaluation={self.name} did not return {_listed(lacking)}, which {place} "
+                    "declares: return None for a metric that cannot be evaluated, or declare it "
+                    "with `optional=True`"
+                )
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,14 +184,19 @@ class Result:
 
     Attributes:
         metrics: columns for the tables of sweeps, by name (``absorption_fraction``); None (not 0)
-            if the metric cannot be evaluated.
+            if the metric cannot be evaluated. `EvaluationConfig.metrics` declares them.
         tables: long tables by name (``letters``).
         latents: arrays [num_latents] by name, columns of ``latents.parquet``.
+            `EvaluationConfig.latents` declares them.
     """
 
     metrics: Mapping[str, float | int | None]
     tables: Mapping[str, Table] = field(default_factory=dict)
     latents: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 _DIGITS = 24

@@ -28,6 +28,7 @@ from reseed.evaluate.base import (
     EvaluationConfig,
     EvaluationInput,
     LoadedRun,
+    Metric,
     Result,
     RunSource,
     needs_language_model,
@@ -69,6 +70,16 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
     """
 
     with_untrained: ClassVar[bool] = False
+    title = "What do latents fire on?"
+    metrics = (
+        Metric("silent_fraction", "never\nfired", "fraction of latents that fire on no token"),
+        Metric("tokens", help="held-out tokens that were read"),
+    )
+    latents = (Metric("largest", help="the latent's largest activation"),)
+    footnotes = (
+        "**never fired**: fraction of latents that fired on none of the evaluated tokens. To "
+        "see the contexts of the other latents: `reseed show RUN LATENT`.",
+    )
 
     tokens: int = setting(65_536, at_least=1, at_most=2**31)
     top: int = setting(10, at_least=1)

@@ -30,6 +30,7 @@ from reseed.evaluate.base import (
     EvaluationConfig,
     EvaluationInput,
     LoadedRun,
+    Metric,
     Result,
     RunSource,
     needs_language_model,
@@ -48,6 +49,36 @@ class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
     """Cross-entropy and KL with the SAE in the model, and with the same activations ablated."""
 
     with_untrained: ClassVar[bool] = False
+    title = "What does the model lose?"
+    metrics = (
+        Metric("ce_clean", "CE\nclean", "cross-entropy of the next token, in nats, of the model"),
+        Metric("ce", "CE\nspliced", "cross-entropy with the SAE's reconstruction in place of the "
+               "activations"),
+        Metric("ce_increase", "increase", "CE spliced − CE clean", interval=True),
+        Metric("ce_recovered_zero", "recovered,\nzero", "(CE ablated − CE spliced) / (CE ablated − "
+               "CE clean), activations ablated to zero; empty if the ablation does no harm"),
+        Metric("ce_recovered_mean", "recovered,\nmean", "the same, activations ablated to their "
+               "mean, the harder test"),
+        Metric("kl", "KL", "KL(clean ‖ spliced) of the predictions, in nats"),
+        Metric("kl_recovered_zero", "KL recovered,\nzero", "1 − KL / KL of the model with "
+               "activations ablated to zero"),
+        Metric("kl_recovered_mean", "KL recovered,\nmean", "1 − KL / KL of the model with "
+               "activations ablated to their mean"),
+        Metric("ce_zero", help="cross-entropy with activations ablated to zero"),
+        Metric("ce_mean", help="cross-entropy with activations ablated to their mean"),
+        Metric("kl_zero", help="KL(clean ‖ ablated), activations ablated to zero"),
+        Metric("kl_mean", help="KL(clean ‖ ablated), activations ablated to their mean"),
+        Metric("tokens", help="held-out tokens at which activations were replaced"),
+    )  # fmt: skip
+    spare = ("kl_recovered_zero", "ce", "ce_recovered_zero")
+    footnotes = (
+        "**CE**: cross-entropy of the next token in nats, of the **clean** model and with the "
+        "SAE's reconstruction **spliced** in; **increase**: the difference. **KL**: KL(clean ‖ "
+        "spliced) of the predictions. The reconstruction is spliced in, and the loss counted, "
+        "at the positions that SAEs are trained on.",
+        "**recovered**: the fraction of the cost of ablating the activations that the SAE "
+        "recovers; ablated to **zero**, or to their **mean**, the harder test.",
+    )
 
     tokens: int = setting(16_384, at_least=1)
     """Number of held-out activations, in whole sequences; the same for every SAE of one model."""

@@ -21,7 +21,7 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.moments import MomentSums
 from reseed.activations.source import check_held_out
 from reseed.config import setting
-from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, Result
+from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, Metric, Result
 from reseed.sae.base import SAE
 
 DENSE = 0.1
@@ -159,6 +159,40 @@ class ReconstructionConfig(EvaluationConfig, name="reconstruction"):
     """Reconstruction quality of SAEs and firing of their latents."""
 
     with_untrained: ClassVar[bool] = False
+    title = "What is lost of the activations?"
+    metrics = (
+        Metric("fvu", "FVU", "fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖² with the "
+               "mean x̄ of all tokens", interval=True),
+        Metric("explained_variance_uncentred", "EV\nuncentred", "1 − Σ‖x − x̂‖² / Σ‖x‖², which a "
+               "large mean alone brings near 1"),
+        Metric("cosine", "cosine", "mean cosine of x and x̂"),
+        Metric("l0", "L0", "active latents per token", count=True),
+        Metric("l1", "L1", "sum of the activations of latents per token", count=True),
+        Metric("silent_fraction", "never\nfired", "fraction of latents that fire on no token"),
+        Metric("dense_fraction", "dense", "fraction of latents that fire on more than a tenth of "
+               "the tokens (Sun et al. 2025, 2506.15679)"),
+        Metric("shrinkage", "‖x̂‖/‖x‖", "mean over tokens with x ≠ 0, below 1 if reconstructions "
+               "are too short"),
+        Metric("relative_bias", "relative\nbias", "E‖x̂‖² / E[x̂·x], below 1 if x̂ should be longer "
+               "(Rajamanoharan et al. 2024, 2404.16014)"),
+        Metric("explained_variance", help="1 − FVU"),
+        Metric("tokens", help="held-out tokens that were measured"),
+    )  # fmt: skip
+    latents = (
+        Metric("density", help="fraction of the tokens on which the latent fires"),
+        Metric("mean_activation", help="mean activation over the tokens on which it fires"),
+    )
+    spare = ("l1", "relative_bias", "explained_variance_uncentred", "dense_fraction")
+    footnotes = (
+        "**FVU**: fraction of variance unexplained; **EV uncentred**: 1 − squared error / "
+        "Σ‖x‖², which a large mean alone brings near 1. **cosine** of x and x̂. **L0**, **L1**: "
+        "active latents per token, and the sum of their activations.",
+        "**never fired**, **dense** (active on more than a tenth of the tokens): fractions of "
+        "latents.",
+        "**‖x̂‖/‖x‖**: mean over tokens, below 1 if reconstructions are too short. "
+        "**relative bias**: E‖x̂‖²/E[x̂·x], below 1 if x̂ should be longer (Rajamanoharan et "
+        "al.).",
+    )
 
     tokens: int = setting(65_536, at_least=1)
     """Number of held-out activations to read; every SAE of one model reads the same ones."""

@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.activations.stream import generator
-from reseed.evaluate.base import EvaluationInput, LoadedRun, Result
+from reseed.evaluate.base import EvaluationInput, LoadedRun, Metric, Result
 from reseed.evaluate.probes import Scores, fit_nested, precision_recall_f1, rank_latents
 from reseed.evaluate.sparse_latents import SparseLatents, encode
 from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, probe_quality
 from reseed.evaluate.words import Fold
+from reseed.store.results import L0
 
 TOO_FEW_WORDS = "too few words to choose latents"
 """Reason why a class is not evaluated although its probe is good enough."""
@@ -115,6 +116,35 @@ def find_fold_splits(
 @dataclass(frozen=True)
 class SplittingConfig(WordTaskConfig, name="splitting"):
     """Evaluation of how many latents represent each class of words, and how well the first does."""
+
+    title = "How many latents stand for a letter?"
+    metrics = (
+        Metric("splitting_letters", "letters", "classes of words whose probe is good enough; all "
+               "means are over these", count=True),
+        Metric("splits", "splits", "number of latents that stand for a letter, minus one (k-sparse "
+               "probing)", interval=True),
+        Metric("splitting_probe_f1", "probe\nF1", "F1 of the probe on the model's activations"),
+        Metric("splitting_f1", "latent\nF1", "F1 of the firing of the letter's first latent on "
+               "words not used to choose it", interval=True),
+        Metric("splitting_precision", "precision", "precision of the firing of that latent"),
+        Metric("splitting_recall", "recall", "recall of the firing of that latent; low at high "
+               "precision is a sign of absorption"),
+    )  # fmt: skip
+    latents = (
+        Metric(
+            "splitting_class", help="the letter that the latent stands for most often; −1: none"
+        ),
+    )
+    run_metrics = (L0,)
+    spare = ("l0",)
+    footnotes = (
+        "**letters**: classes of words that a probe finds in the model's activations (its F1 "
+        "is above `probe_f1`); all means are over these. **splits**: number of latents that "
+        "stand for a letter, minus one (k-sparse probing).",
+        "**latent F1**, **precision**, **recall**: of the firing of the letter's first latent "
+        "on words not used to choose it; **probe**: on the activations themselves. Low recall "
+        "at high precision is a sign of absorption. Compare at equal **L0**.",
+    )
 
     def evaluate(
         self, runs: Sequence[LoadedRun], inputs: EvaluationInput

@@ -1,4 +1,6 @@
-"""Stored results of evaluations, in the run's folder; tables and figures read them.
+"""Stored results of evaluations, in the run's folder, and the declarations of what they hold.
+
+Tables and figures read both: a result by its folder, a declaration by the evaluation's name.
 
 <run>/evaluations/<name>-<digest of the signed settings>/
     result.json       evaluation, settings, metrics; written last
@@ -14,15 +16,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from reseed.config import digest
-from reseed.errors import ReseedError
+from reseed.config import Config, digest
+from reseed.errors import ConfigError, ReseedError
 from reseed.system.environment import environment
 from reseed.system.files import atomic_write, atomic_write_json
 
@@ -33,6 +35,114 @@ _LATENTS = "latents"
 
 class EvaluationError(ReseedError):
     """Error for results that cannot be read or written."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number that an evaluation measures for every SAE, or for every latent.
+
+    Attributes:
+        name: its name in the results. Its column in files has the name of the evaluation as prefix
+            (`column`).
+        heading: heading of its column in tables, with a line break where it may be wrapped. Empty:
+            files have the column, tables do not.
+        help: its definition: a phrase without a full stop, for footnotes and the documentation.
+        interval: tables show its mean over runs with the interval; summary.csv has all intervals.
+        count: tables show its mean over runs with one decimal.
+        optional: results have it only with some settings or for some SAEs.
+    """
+
+    name: str
+    heading: str = ""
+    help: str = ""
+    interval: bool = False
+    count: bool = False
+    optional: bool = False
+
+    @property
+    def note(self) -> str:
+        """Footnote that explains the column."""
+        heading = self.heading.replace("\n", " ")
+        return f"**{heading}**: {self.help}."
+
+
+FVU = Metric("fvu", "FVU", "fraction of variance unexplained at the end of training")
+L0 = Metric("l0", "L0", "active latents per token at the end of training", count=True)
+
+
+@dataclass(frozen=True)
+class EvaluationDeclaration(Config, family="evaluation"):
+    """Declaration of the metrics of an evaluation and of the table that shows them.
+
+    The base class of the evaluations' configurations; tables find them by their names.
+
+    Attributes:
+        title: the question that the table answers; by default the evaluation's name.
+        metrics: the metrics of an SAE, in the order of the columns.
+        latents: the values of a latent. Those with a heading, which are fractions or flags, are
+            shown as means over latents that other runs share and over orphans.
+        run_metrics: metrics from the end of training that the table shows after its own, for
+            example `FVU` and `L0`.
+        spare: names of metrics that a narrow window can leave out, the least useful first.
+        footnotes: how to read the table; by default the help of every metric that it shows.
+    """
+
+    title: ClassVar[str] = ""
+    metrics: ClassVar[tuple[Metric, ...]] = ()
+    latents: ClassVar[tuple[Metric, ...]] = ()
+    run_metrics: ClassVar[tuple[Metric, ...]] = ()
+    spare: ClassVar[tuple[str, ...]] = ()
+    footnotes: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the declaration, before anything is computed.
+
+        Raises:
+            TypeError: two names or headings are equal, or `spare` names no column.
+        """
+        super().__init_subclass__(**kwargs)
+        cls.title = cls.title or cls.name
+        shown = [*cls.shown().values()]
+        for kind, given in {
+            "name": [column(cls.name, metric.name) for metric in cls.metrics],
+            "name of latents": [column(cls.name, metric.name) for metric in cls.latents],
+            "heading": [metric.heading for metric in shown],
+        }.items():
+            if twice := sorted({one for one in given if given.count(one) > 1}):
+                raise TypeError(f"{cls.__name__}: several metrics have the {kind} {twice}")
+        if unknown := sorted({*cls.spare} - {metric.name for metric in shown}):
+            raise TypeError(f"{cls.__name__}.spare: the table has no metrics {unknown}")
+
+    @classmethod
+    def shown(cls) -> dict[str, Metric]:
+        """Return column → metric of all metrics that the table shows."""
+        own = {column(cls.name, m.name): m for m in cls.metrics if m.heading}
+        return own | {m.name: m for m in cls.run_metrics}
+
+    @classmethod
+    def notes(cls) -> tuple[str, ...]:
+        """Return the footnotes."""
+        return cls.footnotes or tuple(m.note for m in cls.shown().values() if m.help)
+
+
+def declaration(evaluation: str, columns: Iterable[str]) -> type[EvaluationDeclaration]:
+    """Return what an evaluation declares.
+
+    The evaluations must be imported already (`reseed.evaluate.load_all`).
+
+    Args:
+        columns: columns of its stored results. If the evaluation is not installed any more, all of
+            them are shown, without explanation.
+    """
+    try:
+        known = Config.registered(EvaluationDeclaration.family, evaluation)
+    except ConfigError:
+        names = [of.removeprefix(f"{evaluation}_") for of in columns]
+        metrics = tuple(Metric(name, name.replace("_", " ")) for name in names)
+        found = {"name": evaluation, "title": evaluation, "metrics": metrics}
+        return type("NotInstalled", (EvaluationDeclaration,), found)
+    assert issubclass(known, EvaluationDeclaration)
+    return known
 
 
 @dataclass(frozen=True, eq=False)

@@ -383,6 +383,7 @@ def _claimed(
 
 
 def _write(run: SavedRun, config: EvaluationConfig, result: Result, seconds: float) -> None:
+    config.check_result(result)
     stored = StoredEvaluation(
         config.name, config.to_dict(), result.metrics, result.tables, result.latents
     )

@@ -17,13 +17,20 @@ from reseed.config import setting
 from reseed.evaluate.absorption.causal import CausalRules, causal_absorption
 from reseed.evaluate.absorption.projection import Alignment, NullCosines, Thresholds, null_cosines
 from reseed.evaluate.absorption.records import main_latents, mean_over_classes, word_records
-from reseed.evaluate.absorption.result import DERIVED, AbsorptionMeasurements, make_result
+from reseed.evaluate.absorption.result import (
+    DERIVED,
+    LATENTS,
+    METRICS,
+    AbsorptionMeasurements,
+    make_result,
+)
 from reseed.evaluate.base import EvaluationInput, LoadedRun, Result, RunSource
 from reseed.evaluate.probes import Scores
 from reseed.evaluate.sparse_latents import SparseLatents, encode
 from reseed.evaluate.splitting import MainLatents, find_fold_splits, refusal_reasons
 from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, probe_quality
 from reseed.sae.base import SAE
+from reseed.store.results import FVU, L0
 
 _DIRECTIONS = 0x64697265
 _COUNTED = 10_000_000
@@ -48,6 +55,21 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
     """
 
     version: ClassVar[int] = 2
+    title = "How much is hidden by absorption?"
+    metrics = METRICS
+    latents = LATENTS
+    run_metrics = (FVU, L0)
+    spare = ("absorption_fraction_derived_null", "l0", "absorption_full", "fvu")
+    footnotes = (
+        "**fraction**: the part of a letter's probe projection, in words with that letter, "
+        "that other latents carry instead of the letter's own; **full**: fraction of words on "
+        "which its own latents are silent and one other takes over. Both follow Chanin et al. "
+        "and their thresholds, over **letters** whose probe is good enough. Lower is better.",
+        "**permuted**: the same with letters assigned to words at random; **untrained**: the "
+        "same for the untrained SAE. A value no higher than these is no sign of absorption. "
+        "**derived**: with thresholds that meaningless directions do not reach in this "
+        "dictionary. An SAE that reconstructs little can score well: check **FVU** and **L0**.",
+    )
 
     cosine: float = setting(0.1, at_least=-1, at_most=1)
     full_cosine: float = setting(0.025, at_least=-1, at_most=1)

@@ -12,7 +12,7 @@ import torch
 
 from reseed.evaluate.absorption.projection import Alignment, NullCosines
 from reseed.evaluate.absorption.records import Mean
-from reseed.evaluate.base import Result
+from reseed.evaluate.base import Metric, Result
 from reseed.evaluate.probes import Scores
 from reseed.evaluate.splitting import TOO_FEW_WORDS, MainLatents, main_classes
 from reseed.evaluate.word_task import ProbedTask
@@ -21,6 +21,58 @@ from reseed.sae.base import SAE
 DERIVED = "_derived"
 """Suffix of columns and metrics measured with thresholds derived from the null."""
 _EXAMPLES = 12
+_WITH_INTERVALS = ("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}", "causal")
+_WITH_NULL = _WITH_INTERVALS[:-1]
+
+METRICS = (
+    Metric("absorption_letters", "letters", "classes of words whose probe is good enough; all "
+           "means are over these", count=True),
+    Metric("absorption_fraction", "fraction", "part of a letter's probe projection, in words with "
+           "that letter, that other latents carry instead of the letter's own (Chanin et al. 2024, "
+           "2409.14507)", interval=True),
+    Metric("absorption_full", "full", "fraction of words on which the letter's own latents are "
+           "silent and one other takes over"),
+    Metric("absorption_fraction_null", "permuted", "`absorption_fraction` with letters assigned to "
+           "words at random"),
+    Metric("absorption_fraction_untrained", "untrained", "`absorption_fraction` of the untrained "
+           "SAE", optional=True),
+    Metric("absorption_fraction_derived", "derived", "`absorption_fraction` with thresholds that "
+           "meaningless directions do not reach in this dictionary", interval=True),
+    Metric("absorption_fraction_derived_null", "derived,\npermuted",
+           "`absorption_fraction_derived` with letters assigned to words at random"),
+    Metric("absorption_full_derived", help="`absorption_full` with the derived thresholds"),
+    Metric("absorption_full_null", help="`absorption_full` with permuted letters"),
+    Metric("absorption_full_derived_null", help="`absorption_full_derived` with permuted letters"),
+    Metric("absorption_full_untrained", help="`absorption_full` of the untrained SAE",
+           optional=True),
+    Metric("absorption_causal", help="fraction of words on which the letter's own latents are "
+           "silent and one other has by far the largest effect on the model's answer "
+           "(`evaluation.causal`)", optional=True),
+    *(
+        Metric(f"absorption_{name}_excess", help=f"`absorption_{name}` − that of permuted letters")
+        for name in _WITH_NULL
+    ),
+    *(
+        Metric(f"absorption_{name}_{end}", help=f"{side} end of the run's interval of "
+               f"`absorption_{name}` over {what}", optional=name == "causal")
+        for name in _WITH_INTERVALS
+        for over, what in (("", "words"), ("prompts_", "seeds of the prompts"))
+        for end, side in ((f"{over}low", "lower"), (f"{over}high", "upper"))
+    ),
+    Metric("absorption_cosine_derived", help="the derived threshold of the cosine"),
+    Metric("absorption_cosine_random", help="the cosine that latents reach with random directions"),
+    Metric("absorption_cosine_permuted", help="the cosine that latents reach with probes of "
+           "permuted letters"),
+    Metric("absorption_l0", help="active latents per word"),
+    Metric("absorption_l0_untrained", help="active latents per word of the untrained SAE",
+           optional=True),
+)  # fmt: skip
+LATENTS = (
+    Metric("absorption_is_absorber", "absorbers", "fraction of latents that take part in absorbing "
+           "some word"),
+    Metric("absorption_class", help="the letter that the latent stands for most often; −1: none"),
+    Metric("absorption_words", help="number of words that the latent helps to absorb"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,12 +160,12 @@ def _metrics(
     found: dict[str, float | int | None] = {"absorption_letters": letters}
     for name, mean in means.items():
         found[f"absorption_{name}"] = _known(mean.mean)
-        if name in ("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}", "causal"):
+        if name in _WITH_INTERVALS:
             found[f"absorption_{name}_low"] = _known(mean.low)
             found[f"absorption_{name}_high"] = _known(mean.high)
             found[f"absorption_{name}_prompts_low"] = _known(mean.seeds_low)
             found[f"absorption_{name}_prompts_high"] = _known(mean.seeds_high)
-    for name in ("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}"):
+    for name in _WITH_NULL:
         excess = means[name].mean - means[f"{name}_null"].mean
         found[f"absorption_{name}_excess"] = _known(excess)
     found["absorption_cosine_derived"] = _known(null.threshold)
