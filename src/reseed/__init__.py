@@ -1,5 +1,6 @@
 """Training and comparison of sparse autoencoders over random seeds."""
 
+# pyright: reportUnsupportedDunderAll=false
 from importlib import import_module
 from typing import Any
 
@@ -17,7 +18,7 @@ _LAZY = {
     "read_activations": "reseed.api",
 }
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [
     "ConfigError",
     "ReseedError",
     "__version__",

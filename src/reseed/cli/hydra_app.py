@@ -38,6 +38,8 @@ from reseed.errors import ConfigError, ReseedError
 CONFIG_NAME = "config"
 OURS = "fused"
 """Name of the default launcher, with which the command does the work itself."""
+_HEEDED = ("hydra/launcher", "hydra.launcher", "hydra.searchpath", "hydra.job.env_set")
+"""Settings of Hydra that have an effect although the command does the work itself."""
 Task = Callable[[DictConfig], Any]
 
 
@@ -121,24 +123,49 @@ class CommandLine:
         """The name of the chosen launcher, and its settings (empty unless it is slurm).
 
         Raises:
-            ReseedError: the launcher or one of its settings does not exist.
+            ReseedError: the launcher or one of its settings does not exist, or a setting of Hydra
+                has no effect with it.
         """
-        own = [o for o in self.overrides if o.lstrip("+~").startswith("hydra")]
+        config = self._hydra_config
+        name = str(config.runtime.choices["hydra/launcher"])
+        if name not in (OURS, "slurm"):  # settings of Hydra's launchers may depend on the sweep
+            return name, {}
+        for text in self._hydra_overrides:
+            key = text.lstrip("+~").partition("=")[0]
+            if not key.startswith(_HEEDED) and text != "hydra/sweeper=basic":
+                raise ConfigError(
+                    f"{{key}} has no effect with hydra/launcher={name}, which starts no jobs of "
+                    f"Hydra: use hydra/launcher=basic; got {text}",
+                    key,
+                )
+        try:
+            node = OmegaConf.to_container(config.launcher, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ReseedError(describe_error(error)) from error
+        assert isinstance(node, dict)
+        return name, {str(key): value for key, value in node.items()} if name == "slurm" else {}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Environment variables that ``hydra.job.env_set`` sets."""
+        return {str(k): str(v) for k, v in self._hydra_config.job.env_set.items()}
+
+    @property
+    def _hydra_overrides(self) -> list[str]:
+        return [o for o in self.overrides if o.lstrip("+~").startswith("hydra")]
+
+    @cached_property
+    def _hydra_config(self) -> DictConfig:
+        """Hydra's own part of the configuration."""
         with _hydra():
             try:
-                config = compose(
+                return compose(
                     config_name=self.flags.config_name or CONFIG_NAME,
-                    overrides=[*own, *self._search_path()],
+                    overrides=[*self._hydra_overrides, *self._search_path()],
                     return_hydra_config=True,
-                )
-                name = str(config.hydra.runtime.choices["hydra/launcher"])
-                if name != "slurm":  # settings of Hydra's launchers may depend on the sweep
-                    return name, {}
-                node = OmegaConf.to_container(config.hydra.launcher, resolve=True)
+                ).hydra
             except (HydraException, OmegaConfBaseException) as error:
                 raise ReseedError(describe_error(error)) from error
-        assert isinstance(node, dict)
-        return name, {str(key): value for key, value in node.items()}
 
     def _search_path(self) -> list[str]:
         """Return the overrides that add --config-dir to Hydra's search path."""

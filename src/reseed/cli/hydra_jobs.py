@@ -6,6 +6,7 @@ A job gets its description as JSON, in the key ``job``; a run is composed again 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,10 @@ from reseed.train.config import RuntimeConfig
 
 def executor_of(line: CommandLine) -> Executor:
     """Return the executor that ``hydra/launcher=`` chooses."""
-    return LocalExecutor() if line.runs_here else HydraExecutor(line)
+    if not line.runs_here:
+        return HydraExecutor(line)
+    os.environ.update(line.environment)
+    return LocalExecutor()
 
 
 class HydraExecutor:
