@@ -5,6 +5,7 @@ Load and write an SAE of any format, and compare (`differ`) what two SAEs comput
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reseed.errors import did_you_mean
+from reseed.errors import ReseedError, did_you_mean
 from reseed.sae.base import SAE, origin_of
 from reseed.sae.checkpoint import CheckpointError
 from reseed.sae.formats.base import Format, Imported, Reseed
@@ -111,6 +112,44 @@ def export_sae(
         CheckpointError: the format has nothing equal to this SAE.
     """
     return get_format(format).save(sae, folder, metadata or {})
+
+
+def export_checked(
+    sae: SAE, out: Path, format: str, metadata: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Write an SAE in a format, and read it again to check that it is unchanged.
+
+    Returns:
+        notes on the properties that the format does not hold.
+
+    Raises:
+        ReseedError: the format cannot hold the SAE unchanged; the new folder is removed.
+    """
+    there = out.exists()
+    try:
+        notes = export_sae(sae, out, format, metadata)
+        again = import_sae(out, format).sae
+        difference = differ(sae, again)
+        if difference:
+            raise ReseedError(
+                f"{format} cannot hold this SAE unchanged: the files differ in {difference}"
+            )
+    except BaseException:
+        if not there:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+    return (*notes, *_forgotten(sae, again))
+
+
+def _forgotten(sae: SAE, again: SAE) -> tuple[str, ...]:
+    """Return a note on the settings that the new files do not hold."""
+    before, after = sae.config.to_dict(), again.config.to_dict()
+    # Two keys can give the number of latents; the exporter notes a changed architecture itself.
+    unsaid = ("type", "num_latents", "expansion_factor", "decoder_init_norm")
+    lost = [key for key, value in before.items() if key not in unsaid and after.get(key) != value]
+    if not lost:
+        return ()
+    return (f"not kept, as the format has no such settings: sae.{', sae.'.join(lost)}",)
 
 
 def _wanted(one: Format) -> str:
