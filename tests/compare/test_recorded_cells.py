@@ -57,7 +57,7 @@ def made_run(seed: int, d_in: int = D_IN, trained: bool = True) -> Dictionary:
 
 def made_settings(**values: object) -> ComparisonConfig:
     grid = {"seed": [0, 1, 2, 3], "layer": [0, 1, 2, 3]}
-    return ComparisonConfig(**{"name": "trial", "grid": grid, "null_draws": 1} | values)
+    return ComparisonConfig(**{"name": "trial", "grid": grid, "null_draws": 1} | values)  # type: ignore[arg-type]
 
 
 def seeds() -> CellResult:

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval
 from reseed.report.cell_labels import varying_knobs
 from reseed.report.format import format_number, with_interval
 from reseed.report.table import NOT_SHARED, OFF_TARGET, cell_notes, main_table

@@ -173,7 +173,7 @@ def _by_weights(sources: Sequence[str], values: dict[str, Any]) -> int:
     from reseed.report.terminal import print_summary
 
     declared = values["comparison"] | {"activation_tokens": 0}
-    settings = build(declared, "comparison", ComparisonConfig)
+    settings = build(declared, "comparison", ComparisonConfig).check_primary()
     runtime = build(values["runtime"], "runtime", RuntimeConfig)
     read = [_dictionary(source) for source in sources]
     for i, (one, _) in enumerate(read):
