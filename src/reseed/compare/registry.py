@@ -16,7 +16,7 @@ A package declares measures of its own in a module that it names in the entry-po
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
@@ -339,8 +339,3 @@ def fractions() -> list[str]:
 def versions() -> dict[str, int]:
     """Return key → version of every declared measure."""
     return {m.key: m.version for m in declared()}
-
-
-def outdated(held: Mapping[str, int]) -> list[str]:
-    """Return the keys of the declared measures that are not ``held`` in their version."""
-    return [key for key, version in versions().items() if held.get(key) != version]
