@@ -1,5 +1,6 @@
 """Laws of declarations: columns of a family, headings, needs, order."""
 
+import re
 import subprocess
 import sys
 
@@ -96,6 +97,20 @@ def test_a_name_is_declared_once_in_a_level(declare):
     with pytest.raises(ValueError, match="declares mmcs_live, which is declared already"):
         measure("mmcs_{}", family=("dead", "live"), help="again")(len)
     measure("mmcs", level="latent", help="of a latent")(len)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"needs": ("weights", "covarianc")}, "`needs` must be one of weights, covariance, "),
+        ({"needs": "covarianc"}, "got 'covarianc'. Did you mean `covariance`?"),
+        ({"scale": "fractions"}, "`scale` must be one of fraction, cosine, number, count, mean; "),
+        ({"level": "pairs"}, "`level` must be one of pair, run, latent, cell; got 'pairs'."),
+    ],
+)
+def test_a_misspelt_option_is_refused(declare, option, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        measure("mine", help="m", **option)
 
 
 def test_a_pass_is_made_once_for_all_measures_of_a_view():

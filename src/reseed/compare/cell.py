@@ -99,7 +99,10 @@ class CellResult:
         return int(self.pairs["null_simulated_latents"].fillna(0).to_numpy().max())
 
     def pair_mean(self, column: str) -> float:
-        """Return the mean over pairs, for columns without interval (nulls, ceilings, untrained)."""
+        """Return the mean over pairs, for columns without interval (nulls, ceilings, untrained);
+        NaN if the cell was compared without this measure."""
+        if column not in self.pairs:
+            return nan
         return float(self.pairs[column].to_numpy(dtype=np.float64).mean())
 
     def write(self, folder: Path | str) -> None:

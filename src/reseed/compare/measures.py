@@ -287,11 +287,16 @@ def pw_mcc(pair: Pair, which: str) -> float:
     "much more means that the two matchings disagree among near ties.",
 )
 def shared_fraction_joint(pair: Pair, which: str) -> float:
+    return pair.latents(which).fraction(pair.once(_near_joint), pair.by_joint.assignment)
+
+
+def _near_joint(pair: Pair) -> Bool[np.ndarray, " n"]:
+    """Return true where both cosines with the joint match are at least the threshold."""
     found = pair.by_joint
     i = np.flatnonzero(found.matched)
     near = np.zeros(len(found.matched), dtype=bool)
     near[i] = both_cosines(*pair.rows, i, found.assignment[i]) >= pair.threshold
-    return pair.latents(which).fraction(near, found.assignment)
+    return near
 
 
 @measure(

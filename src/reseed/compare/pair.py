@@ -276,7 +276,7 @@ class Pair(View):
     def side(self, letter: str) -> PairSide:
         return self.a if letter == "a" else self.b
 
-    @property
+    @cached_property
     def duplicates(self) -> tuple[Duplicates, Duplicates]:
         """The repeated latents of each side."""
         if self.cell is not None:
@@ -285,10 +285,11 @@ class Pair(View):
         return a, b
 
     def release(self) -> None:
-        """Free the memory of all that was computed, except the sides."""
-        kept = {*self.__dataclass_fields__, "known", "a", "b"}
-        for name in set(self.__dict__) - kept:
-            del self.__dict__[name]
+        """Free the memory of all that was computed for this pair, except its sides."""
+        for pair, kept in ((self, {"known", "a", "b"}), (self.start, set())):
+            if pair is not None:
+                for name in set(pair.__dict__) - {*self.__dataclass_fields__} - kept:
+                    del pair.__dict__[name]
 
 
 def _empty_side(x: Dictionary, live_at_least: int) -> PairSide:

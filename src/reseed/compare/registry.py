@@ -10,17 +10,19 @@ the report, and `scripts/write_measures_page` adds it to ``docs/measures.md``. A
 records the versions of its measures, so that `reseed compare` computes new ones.
 
 A package declares measures of its own in a module that it names in the entry-point group
-`ENTRY_POINTS`. This file imports only the standard library until the measures are asked for.
+`ENTRY_POINTS`. This file imports no numerical library until the measures are asked for.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from reseed.errors import did_you_mean
 
 ENTRY_POINTS = "reseed.measures"
 """Entry-point group in which other packages name the modules of their measures."""
@@ -43,6 +45,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 Result = TypeVar("Result")
 Level = Literal["pair", "run", "latent", "cell"]
 Scale = Literal["fraction", "cosine", "number", "count", "mean"]
+LEVELS, SCALES = get_args(Level), get_args(Scale)
+NEEDS = (
+    "weights",
+    "covariance",
+    "variance",
+    "untrained",
+    "truth",
+    "cell",
+    "activations",
+    "matched",
+)
 ESTIMATED = ("fraction", "cosine", "number", "count")
 """Scales of columns that have an estimate; see `Column`."""
 LATER = ("cell", "activations")
@@ -218,8 +231,12 @@ def measures(
         level, family, needs, table, version: see `measure`.
     """
 
+    _check("level", [level], LEVELS)
+    _check("scale", [c.scale for c in columns if c.scale], SCALES)
+    needed = frozenset([needs] if isinstance(needs, str) else needs)
+    _check("needs", needed, NEEDS)
+
     def declare(compute: Function) -> Function:
-        needed = frozenset([needs] if isinstance(needs, str) else needs)
         named = columns
         if table == "own":  # shown in a table even if no heading is declared
             named = tuple(
@@ -237,6 +254,15 @@ def measures(
         return compute
 
     return declare
+
+
+def _check(option: str, given: Iterable[str], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(
+                f"`{option}` must be one of {', '.join(known)}; got {name!r}."
+                f"{did_you_mean(name, known)}"
+            )
 
 
 def measure(
@@ -270,7 +296,8 @@ def measure(
         needs: what must be known; where it is not, the column is empty. "weights": rows of one
             ``d_in``; "covariance", "variance", "untrained": of both runs; "truth": labels of all
             runs; "cell": all pairs of the cell; "activations": the pass over held-out tokens, in
-            which the function gets a `PairOnTokens`.
+            which the function gets a `PairOnTokens`, for a measure of pairs or of the latents of A;
+            "matched": latents matched by their activations.
         table: the table that shows it, named as in `reseed.report.summary_tables` and in
             ``docs/measures.md``. "own": a table of measures of other packages, in which the words
             of the name are the heading if none is declared.
@@ -278,7 +305,7 @@ def measure(
             version are computed again.
 
     Raises:
-        ValueError: a column of this name is declared already.
+        ValueError: a column of this name is declared already; an unknown level, scale or need.
     """
     column = Column(name, help, scale, heading, shown, null, formula, source, advice)
     return measures(column, level=level, family=family, needs=needs, table=table, version=version)

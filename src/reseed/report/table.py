@@ -146,7 +146,7 @@ def count_column(name: str) -> Column:
 
 def pair_column(name: str) -> Column:
     """Return a column of the mean of a pair measure, without interval."""
-    return lambda cell: format_number(cell.pair_mean(name)) if name in cell.pairs else MISSING
+    return lambda cell: format_number(cell.pair_mean(name))
 
 
 def mean_column(name: str) -> Column:

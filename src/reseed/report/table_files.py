@@ -195,7 +195,8 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
             column = pa.repeat(pa.scalar(values[name][i], values[name].type), len(table))
             table = table.add_column(position, name, column)
         tables.append(table)
-    return pa.concat_tables(with_labels_alike(tables))
+    # A cell that was compared without a measure has nulls in its column.
+    return pa.concat_tables(with_labels_alike(tables), promote_options="default")
 
 
 def _one_type(values: list[Any]) -> pa.Array:

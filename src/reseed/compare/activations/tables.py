@@ -78,14 +78,15 @@ class PairOnTokens(View):
         known = [column(found)[_mask(found, side, kind)] for found, side in self.both]
         return known_mean(np.concatenate(known))
 
-    def curves(self) -> list[Float[np.ndarray, " known"]]:
-        """Return, for each side, the mean R of the r matches that rank highest, for each r."""
-        found = []
-        for latents, _ in self.both:
-            kept = latents.both_live
-            quality = clip_quality(latents.substitution.quality[kept])
-            found.append(quality_by_coverage(quality, latents.match_cosine[kept]))
-        return found
+
+def _curves(pair: PairOnTokens) -> list[Float[np.ndarray, " known"]]:
+    """Return, for each side, the mean R of the r matches that rank highest, for each r."""
+    found = []
+    for latents, _ in pair.both:
+        kept = latents.both_live
+        quality = clip_quality(latents.substitution.quality[kept])
+        found.append(quality_by_coverage(quality, latents.match_cosine[kept]))
+    return found
 
 
 def _mask(found: LatentMeasures, side: WeightMatches, kind: str) -> Bool[np.ndarray, " F"]:
@@ -207,7 +208,7 @@ def substitution_by_others(pair: PairOnTokens) -> tuple[float, float, float]:
     advice="Does not depend on a threshold.",
 )
 def substitution_area(pair: PairOnTokens) -> float:
-    return known_mean(np.array([known_mean(curve) for curve in pair.curves()]))
+    return known_mean(np.array([known_mean(curve) for curve in pair.once(_curves)]))
 
 
 @measure(
@@ -221,7 +222,7 @@ def substitution_area(pair: PairOnTokens) -> float:
     advice="Empty if fewer latents have a match.",
 )
 def substitution_top(pair: PairOnTokens, top: int) -> float:
-    ends = [curve[top - 1] if len(curve) >= top else np.nan for curve in pair.curves()]
+    ends = [curve[top - 1] if len(curve) >= top else np.nan for curve in pair.once(_curves)]
     return known_mean(np.array(ends))
 
 
