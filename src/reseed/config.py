@@ -173,6 +173,15 @@ def load_plugins(group: str, package: str, subpackages: bool = True) -> None:
     for module in find(importlib.import_module(package).__path__, f"{package}."):
         if subpackages or not module.ispkg:
             importlib.import_module(module.name)
+    load_entry_points(group)
+
+
+def load_entry_points(group: str) -> None:
+    """Import the modules that other installed packages name in an entry-point group.
+
+    Raises:
+        ReseedError: a module cannot be imported.
+    """
     for entry in entry_points(group=group):
         try:
             entry.load()

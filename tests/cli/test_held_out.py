@@ -13,10 +13,11 @@ import torch
 
 from reseed.activations.language_model import LanguageModel
 from reseed.cli import compare, run
-from reseed.compare.activations.tables import LATENT_COLUMNS, NOTE, PAIR_COLUMNS, TOKENS
+from reseed.compare.activations.tables import NOTE, TOKENS
 from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import load_dictionaries
+from reseed.compare.registry import columns
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
 from reseed.study.compare import (
@@ -74,7 +75,7 @@ def test_pearson_equals_the_correlation_of_activations(folder: Path, runs: list[
     assert (tokens, len(x)) == (500, 500)
     f, g = (load_sae(r.path).encode(x).double().numpy() for r in (a, b))
     latents = pd.read_parquet(sweep / "latents.parquet")
-    assert set(LATENT_COLUMNS) <= set(latents.columns)
+    assert columns("latent", "activations").keys() <= set(latents.columns)
     of_a = latents[latents["run"] == row["a"]]
     pairs = zip(of_a["partner_decoder"], of_a["pearson"], strict=True)
     seen = 0
@@ -121,7 +122,12 @@ def test_a_missing_model_costs_only_measures_on_activations(
     assert told in capsys.readouterr().out
     assert cell.pairs[NOTE].tolist() == ["the hub cannot be reached"]
     assert cell.pairs["shared_fraction"].equals(weights.pairs["shared_fraction"])
-    assert cell.pairs[list(PAIR_COLUMNS)].isna().to_numpy().all()
+    assert (
+        cell.pairs[[n for n in columns("pair", "activations") if "matched" not in n]]
+        .isna()
+        .to_numpy()
+        .all()
+    )
     # With the model back, the measures on activations are added.
     cell = completed(cell, runs, tmp_path)
     assert "comparing 2 runs on 1,024 held-out activations" in capsys.readouterr().out

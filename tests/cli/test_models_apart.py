@@ -14,7 +14,7 @@ import torch
 from reseed.cli import compare, run
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import make_plan
-from reseed.compare.activations.tables import MATCHED_COLUMNS, NOTE, TOKENS
+from reseed.compare.activations.tables import NOTE, TOKENS
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.errors import ConfigError
 from reseed.sae.checkpoint import load_sae
@@ -23,6 +23,7 @@ from reseed.study.compare import held_out_chunks, token_mismatch
 from reseed.train.config import RuntimeConfig
 
 ROOT = Path(__file__).parents[2]
+MATCHED = [f"agreement_{name}_matched" for name in ("pearson", "jaccard", "fraction")]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_weights_are_compared_within_a_model_and_activations_across(compared: Pa
     assert (pairs.loc[across, WEIGHTS_NOTE] == NO_COMMON_SPACE).all()
     assert (pairs[TOKENS] == 1024).all()
     assert pairs[NOTE].isna().all()
-    for name in ("cka_codes", "cka_reconstructions", *MATCHED_COLUMNS):
+    for name in ("cka_codes", "cka_reconstructions", *MATCHED):
         assert pairs[name].between(-1, 1).all(), name
     for name in ("substitution", "agreement_pearson_orphan", "novel_fraction"):
         assert pairs.loc[~across, name].notna().all(), name

@@ -47,9 +47,6 @@ def test_settings_that_change_numbers_are_signed_and_name_and_grid_are_not():
         ({"pair_by": ["seed", "seed"]}, "`comparison.pair_by` must name every axis once; seed"),
         ({"pair_by": []}, "`comparison.pair_by` must name at least one axis; it is empty"),
         ({"pair_by": 3}, "`comparison.pair_by` must be a string or a list (a string each); got 3"),
-        ({"primary": "covrage"}, "`comparison.primary` must be one of the fractions shared_frac"),
-        ({"primary": "covrage"}, "got 'covrage'. Did you mean `coverage`?"),
-        ({"primary": "cosine_encoder"}, "`comparison.primary` must be one of the fractions"),
         ({"threshold": 1.0}, "above 0 and below 1; got 1.0"),
         ({"live_at_least": 0}, "at least 1; got 0"),
         ({"activation_tokens": -1}, "`comparison.activation_tokens` must be an integer, at least"),
@@ -62,6 +59,23 @@ def test_impossible_values_are_refused(values, message):
     with pytest.raises(ConfigError) as caught:
         make(ComparisonConfig, node, "comparison")
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("covrage", "`comparison.primary` must be one of the fractions shared_fraction, "),
+        ("covrage", "got 'covrage'. Did you mean `coverage`?"),
+        ("cosine_encoder", "`comparison.primary` must be one of the fractions"),
+        ("coverage_a", "`comparison.primary` must be one of the fractions"),
+        ("novel_fraction", "`comparison.primary` must be one of the fractions"),
+    ],
+)
+def test_the_primary_measure_must_be_a_declared_fraction_of_weights(name, message):
+    with pytest.raises(ConfigError) as caught:
+        config(primary=name).check_primary()
+    assert message in str(caught.value)
+    assert config(primary="coverage").check_primary() == config(primary="coverage")
 
 
 def test_several_axes_pair_up_and_the_others_make_cells():

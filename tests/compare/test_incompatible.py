@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from reseed.compare.cell import CellResult, compare_cell
-from reseed.compare.columns import COSINES, FRACTIONS
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.registry import columns
 
 COUNTS = {f"{word}_{x}" for word in ("num_latents", "live", "dead", "zero", "dense") for x in "ab"}
 
@@ -59,8 +59,9 @@ def test_latents_are_compared_only_with_runs_of_the_same_d_in(mixed, chosen):
     assert np.stack(lone["partner_decoder"]).tolist() == [[-1, -1]] * 30
     assert np.isnan(cell.p).all()
     assert np.isnan(cell.estimates["cycle_shared"].mean)
-    for name in (*FRACTIONS, *COSINES):
-        assert np.isnan(cell.estimates[name].mean), name
+    for name, column in columns("pair", "").items():
+        if column.scale in ("fraction", "cosine"):
+            assert np.isnan(cell.estimates[name].mean), name
     assert set(zip(cell.strata["a"], cell.strata["b"], strict=True)) == {("run-0", "run-1")}
 
 

@@ -40,7 +40,7 @@ def test_in_two_dimensions_random_dictionaries_share_as_much_as_the_null(diction
     def measured(seed, name):
         rng = np.random.default_rng(seed)
         a, b = (dictionary(*rng.standard_normal((2, 30, 2)), seed=s) for s in "ab")
-        return compare_pair(a, b).measures[name]
+        return compare_pair(a, b).value(name)
 
     null = isotropic_null(30, 30, 2, draws=200)
     shared = np.mean([measured(s, "shared_fraction") for s in range(200)])
@@ -159,8 +159,8 @@ def test_random_dictionaries_with_a_covariance_share_as_much_as_the_null(diction
     def measured(seed):
         rng = np.random.default_rng(seed)
         a, b = (dictionary(*(rng.standard_normal((2, 12, 3)) @ half), seed=s) for s in "ab")
-        found = compare_pair(a, b, threshold=0.9, brief=True).measures
-        return found["shared_fraction"], found["coverage"]
+        found = compare_pair(a, b, threshold=0.9)
+        return found.value("shared_fraction"), found.value("coverage")
 
     shared, covered = np.mean([measured(seed) for seed in range(400)], axis=0)
     null = covariance_null(12, 12, half**2, threshold=0.9, draws=400)

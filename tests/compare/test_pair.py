@@ -199,3 +199,12 @@ def test_dictionaries_of_one_latent_are_compared(dictionary):
 def test_different_d_in_is_refused(dictionary):
     with pytest.raises(ValueError, match="run-0 has 2, run-1 has 3"):
         compare_pair(dictionary(np.ones((2, 2))), dictionary(np.ones((2, 3)), seed="1"))
+
+
+def test_a_released_pair_keeps_its_sides_and_computes_the_rest_again(noisy_pair):
+    pair = compare_pair(*noisy_pair)
+    before, side = pair.measures, pair.a
+    pair.release()
+    assert not {"scan", "by_encoder", "rows", "measures"} & set(vars(pair))
+    assert pair.a is side
+    assert repr(pair.measures) == repr(before)  # NaN is not equal to itself

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 from scipy.special import expit
 
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval
 from reseed.compare.statistics import (
     detectable_difference,
     run_interval,

@@ -16,6 +16,7 @@ from forks import Ended, Forks
 
 from reseed.activations.language_model import LanguageModel
 from reseed.cli import run, train
+from reseed.compare.pair import Pair
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import RunStore
 from reseed.train.callbacks import CheckpointCallback
@@ -154,15 +155,9 @@ def test_a_second_ctrl_c_ends_it_without_another_checkpoint(
 def test_a_stopped_comparison_starts_no_further_cell(
     line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import reseed.compare.cell as cell
-
     line = ["comparison=seeds", *line, "seed=0,1", "training.tokens=64", "sae=topk,relu"]
 
-    class Matching:
-        compare_pair = staticmethod(cell.compare_pair)
-
-    sent_at(2, signal.SIGTERM, Matching, "compare_pair", monkeypatch)
-    monkeypatch.setattr(cell, "compare_pair", lambda *a, **o: Matching.compare_pair(*a, **o))
+    sent_at(1, signal.SIGTERM, Pair, "row", monkeypatch)
     assert run.main(line) == 143
     said = capsys.readouterr()
     assert (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval
 from reseed.report.architecture_contrasts import contrasts, difference_lines, differences
 from reseed.report.format import interval_sign, signed
 from reseed.report.table_files import summary_markdown

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 
-from reseed.compare.columns import THRESHOLDS
+from reseed.compare.measures import THRESHOLDS
 from reseed.report.axis_figures import axis_figure
 from reseed.report.captions import BY_LAYER, BY_THRESHOLD, SOURCE, UNSHARED
 from reseed.report.figures import sharing_profile_figure

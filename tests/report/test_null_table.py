@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from reseed.activations.synthetic import surrogate
-from reseed.compare.columns import SURROGATES
+from reseed.compare.nulls import SURROGATES
 from reseed.compare.statistics import welch_difference
 from reseed.report.format import format_number, signed, with_interval
 from reseed.report.summary_tables import TITLE, null_table

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reseed.compare.columns import Interval
 from reseed.compare.config import ComparisonConfig
+from reseed.compare.registry import Interval
 from reseed.report.architecture_contrasts import difference_lines, differences
 from reseed.report.format import measure_heading
 from reseed.report.table import cell_notes, detectable_difference_note, detectable_note, main_table

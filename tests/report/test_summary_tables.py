@@ -8,19 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from reseed.compare.activations.tables import (
-    ESTIMATES,
-    NOTE,
-    PAIR_COLUMNS,
-    TOKENS,
-    with_activations,
-)
-from reseed.compare.columns import COSINES, FRACTIONS
-from reseed.compare.sharing_profile import CYCLES
+from reseed.compare import registry
+from reseed.compare.activations.tables import NOTE, TOKENS, with_activations
+from reseed.compare.registry import Interval, columns, declared, measure
+from reseed.compare.tables import RUN_COLUMNS
 from reseed.report.line_figures import quality_by_rank
 from reseed.report.sharing_by_firing import matched_latents, strata_frame
-from reseed.report.summary_tables import by_threshold, on_activations, summary_tables
-from reseed.report.table import kappa_column
+from reseed.report.summary_tables import (
+    ELSEWHERE,
+    TABLES,
+    by_threshold,
+    on_activations,
+    summary_tables,
+)
+from reseed.report.table import kappa_column, measure_columns
 from reseed.report.table_files import summary_frame, summary_markdown, write_tables
 
 MEASURES = Path(__file__).parents[2] / "docs" / "measures.md"
@@ -51,14 +52,14 @@ def test_every_table_has_a_row_per_cell_and_as_many_entries_as_heads(cells):
 
 
 def test_other_rules_agree_on_a_cell_that_shares_its_first_half(cells):
-    rules, cosines = (entries(words, 0) for words in tables(cells, "More measures"))
+    rules, _, cycles = (entries(words, 0) for words in tables(cells, "More measures"))
     # 24 of 48 rows are equal in all runs; the others are random in 32 dimensions.
-    for name in ("covered", "dec", "joint", "mutual", "mutual, dec"):
+    for name in ("covered", "shared dec", "shared joint", "mutual", "mutual, dec"):
         assert rules[name].startswith("0.50"), name
     assert rules["split"] == "0"
     # Latents 0 and 1 are dead; 22 of the other 46 are shared.
-    assert rules["not dead"].startswith(f"{22 / 46:.2f}")
-    assert cosines["cycle, shared"] == "1.00"
+    assert rules["shared not dead"].startswith(f"{22 / 46:.2f}")
+    assert cycles["cycle, shared"] == "1.00"
     assert entries(tables(cells, "More measures")[0], 1)["covered"] == "0"
 
 
@@ -93,9 +94,9 @@ def test_the_shared_fraction_by_decile_of_firing_is_that_by_hand(cells):
 def test_the_shared_fraction_weighted_by_firing_is_that_by_hand(cells):
     kinds = entries(tables(cells, "By firing")[1], 0)
     total, first = sum(range(48)), sum(range(24))
-    assert kinds["by firing"].startswith(f"{first / total:.2f}")
-    assert kinds["dense"] == "–", "none fires on a tenth of 5,000 tokens"
-    assert kinds["by variance"] == "–"
+    assert kinds["shared by firing"].startswith(f"{first / total:.2f}")
+    assert kinds["shared dense"] == "–", "none fires on a tenth of 5,000 tokens"
+    assert kinds["shared by variance"] == "–"
     assert "at equal firing" not in tables(cells[:1], "By firing")[1].header
 
 
@@ -199,22 +200,40 @@ def test_matched_latents_have_their_firing_rate(make_cell):
     assert found.rate[found.shared].max() == pytest.approx(23 * 2000)
 
 
-def test_every_measure_is_explained():
-    """docs/measures.md has each column of a pair or estimate; for thresholds, the ends."""
-    told = set(re.findall(r"`([A-Za-z_0-9.]+)`", MEASURES.read_text()))
-    between = re.compile(r".*_at_0\.[4-8]")
-    columns = {*FRACTIONS, *COSINES, *CYCLES, *ESTIMATES, *PAIR_COLUMNS}
-    missing = {name for name in columns if not between.fullmatch(name)} - told
-    assert missing == set()
+def test_every_declared_measure_is_in_a_table(acting):
+    """A forgotten name of a table, or a table that nothing makes, would hide a measure."""
+    assert {own.table for own in declared()} <= {*TABLES, *ELSEWHERE}
+    headers = {
+        head for _, made in summary_tables([acting]) for table in made for head in table.header
+    }
+    headers |= {f"shared {head}" for head in headers if head.startswith("≥")}
+    for name in TABLES:
+        assert measure_columns(name).keys() <= headers, name
+
+
+def test_a_measure_of_another_package_has_a_table_of_its_own(cells, monkeypatch):
+    monkeypatch.setattr(registry, "_declared", [*registry._declared])
+    measure("zeta_{}", family=("x", "y"), scale="fraction", heading="ζ, {}", help="a made-up one")(
+        len
+    )
+    measure("eta", level="run", help="a run's")(len)
+    measure("theta", help="in no cell")(len)
+    one, two, three = cells
+    found = Interval(0.5, 0.4, 0.6, 0.05, 3)
+    cell = dataclasses.replace(
+        two[1], estimates=two[1].estimates | {"zeta_x": found, "zeta_y": found, "eta": found}
+    )
+    *_, own = tables([one, (two[0], cell), three], "More measures")
+    assert own.header == ("sae", "ζ, x", "ζ, y", "eta")
+    assert [row[1:] for row in own.rows] == [("–",) * 3, ("0.50 [0.40, 0.60]",) * 3, ("–",) * 3]
+    assert own.footnotes == ("**ζ**: a made-up one.", "**eta**: a run's.")
 
 
 def test_every_column_of_the_files_is_explained(acting):
     told = set(re.findall(r"`([A-Za-z_0-9.]+)`", MEASURES.read_text()))
-    counts = re.compile(r"(num_latents|live|dead|zero|dense|shared_latents|seed|cycle)_?.*|a|b")
-    pairs = {name for name in acting[1].pairs if name not in (NOTE, TOKENS)}
-    between = re.compile(r".*_at_0\.[4-8]")
-    kept = {n for n in pairs if not counts.fullmatch(n) and not between.fullmatch(n)}
-    assert kept - told == set()
+    named = {name for level in ("pair", "run") for name in columns(level)}
+    named |= {"a", "b", "seed_a", "seed_b", NOTE, TOKENS, *RUN_COLUMNS}
+    assert {*acting[1].pairs, *acting[1].runs} - named <= told, "others are explained by hand"
 
 
 def test_every_column_of_latents_is_explained(acting):

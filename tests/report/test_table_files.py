@@ -7,7 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval
+from reseed.errors import ReseedError
 from reseed.report.cell_labels import varying_knobs
 from reseed.report.format import format_number, with_interval
 from reseed.report.table import NOT_SHARED, OFF_TARGET, cell_notes, main_table
@@ -39,6 +40,32 @@ def test_summary_csv_has_the_knobs_and_the_promised_columns_first(folder):
     assert list(frame.columns[:17]) == ["model", "layer", "sae", *ISSUE_COLUMNS]
     assert list(SUMMARY_COLUMNS) == ISSUE_COLUMNS
     assert len(frame) == 3
+
+
+def test_a_cell_without_a_measure_has_empty_columns(cells, tmp_path):
+    """So it is until `reseed compare` has added a new measure to every cell."""
+    one, (knobs, cell), three = cells
+    estimates = {name: found for name, found in cell.estimates.items() if name != "mmcs"}
+    lacking = replace(
+        cell,
+        pairs=cell.pairs.drop(columns=["mmcs", "kappa"]),
+        latents=cell.latents.drop_columns(["within"]),
+        estimates=estimates,
+    )
+    write_tables([one, (knobs, lacking), three], tmp_path)
+    frame = pd.read_csv(tmp_path / "summary.csv")
+    assert frame[["mmcs", "kappa"]].isna().to_numpy().any(axis=1).tolist() == [False, True, False]
+    latents = pd.read_parquet(tmp_path / "latents.parquet").set_index("sae")
+    assert latents.loc["relu", "within"].isna().all()
+    assert latents.loc["topk", "within"].notna().all()
+
+
+def test_a_primary_measure_that_was_not_computed_is_an_error(cells, tmp_path):
+    knobs, cell = cells[0]
+    asked = replace(cell, settings=replace(cell.settings, primary="made_up"))
+    with pytest.raises(ReseedError, match=r"`comparison\.primary` is made_up, which this compar"):
+        write_tables([(knobs, asked)], tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_summary_csv_has_the_measures_of_each_cell(folder):

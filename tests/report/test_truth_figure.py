@@ -8,7 +8,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval
 from reseed.report.figures import write_figures
 from reseed.report.style import BLUE, GREY, ORANGE, STYLE
 from reseed.report.truth import truth_figure

@@ -87,7 +87,7 @@ def compare_sources(line: CommandLine) -> int:
             unheeded[0],
         )
     declared = values["comparison"] | {"activation_tokens": 0}
-    settings = build(declared, "comparison", ComparisonConfig)
+    settings = build(declared, "comparison", ComparisonConfig).check_primary()
     runtime = build(values["runtime"], "runtime", RuntimeConfig)
     cells, folder, drawn = compare_weights(sources, settings, runtime)
     print_summary(cells, title="sources")

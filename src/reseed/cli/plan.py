@@ -179,6 +179,7 @@ def make_plan(line: CommandLine) -> Plan:
     own = {axis for entries in _mappings(arms) for axis in entries}
     grid |= {axis: values for axis, values in swept.items() if axis not in own}
     settings = build({**node, "grid": grid, "arms": arms}, "comparison", ComparisonConfig)
+    settings.check_primary()
     _check_heeded(settings, said)
     launches, runtime = [], None
     for arm in settings.each_arm():

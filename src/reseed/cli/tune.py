@@ -25,7 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from reseed.cli.hydra_app import CommandLine
-from reseed.compare.columns import COSINES, FRACTIONS
+from reseed.compare.registry import columns
 from reseed.config import digest
 from reseed.errors import ConfigError, ReseedError, did_you_mean
 from reseed.system.console import say
@@ -125,7 +125,7 @@ def _objectives(line: CommandLine) -> tuple[list[str], Path]:
     names = [str(name) for name in (said if isinstance(said, list) else [said] if said else [])]
     known = list(_OF_RUNS)
     if line.command == "run":
-        known += [*FRACTIONS, *COSINES]
+        known += [n for n, c in columns("pair", "").items() if c.scale in ("fraction", "cosine")]
     if not names:
         raise ConfigError(
             f"{{key}} is required with {SWEEPER}=optuna: the metric to optimise, for example fvu"

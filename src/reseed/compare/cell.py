@@ -10,9 +10,8 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import combinations
-from math import isnan, nan
+from math import nan
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,32 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from reseed.compare.columns import Interval
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary, Rows, any_incompatible, incompatible
 from reseed.compare.matching import Matcher, match
-from reseed.compare.measures import PairSide
-from reseed.compare.nearest import Duplicates, find_duplicates
-from reseed.compare.nulls import null_measures
-from reseed.compare.pair import (
-    NO_COMMON_SPACE,
-    WEIGHTS_NOTE,
-    compare_pair,
-    duplicate_measures,
-    incompatible_pair,
-)
+from reseed.compare.nearest import find_duplicates
+from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE, CellRuns, Pair
 from reseed.compare.pairing import without_intervals
-from reseed.compare.sharing_profile import (
-    CYCLES,
-    cycle_estimates,
-    run_reproducibilities,
-    seed_profile,
-    unshared_fractions,
-)
+from reseed.compare.registry import Interval, columns, declared, evaluate, versions
+from reseed.compare.sharing_profile import seed_profile, unshared_fractions
 from reseed.compare.strata import strata_table
-from reseed.compare.subspaces import subspaces
-from reseed.compare.tables import latent_table, pair_estimates, run_table
-from reseed.compare.truth import cell_truth, label_column
+from reseed.compare.tables import latent_table, pair_estimates, run_estimates, run_table
+from reseed.compare.truth import label_column
 from reseed.store.runs import Run
 from reseed.system.files import atomic_write, atomic_write_json
 
@@ -65,8 +49,7 @@ class CellResult:
     Attributes:
         settings: settings of the comparison that the cell belongs to.
         runs: a row per run, see `tables.run_table`.
-        pairs: a row per pair of runs: `PairResult.row`, then the columns ``null_…``,
-            ``kappa``, ``untrained_…`` (NaN without untrained weights) and ``subspace_…``; and if
+        pairs: a row per pair of runs: `Pair.row`, then the measures that need all pairs; and if
             some runs differ in ``d_in``, `WEIGHTS_NOTE`.
         latents: a row per latent of each run, see `tables.latent_table`.
         strata: numbers of latents and of shared latents by firing, see `strata.strata_table`.
@@ -74,6 +57,8 @@ class CellResult:
             triples, by name; if the truth is known, also those of `compare.truth` (``truth_…``).
         p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN if some runs differ
             in ``d_in`` and cannot be compared (`reseed.compare.pair`).
+        measures: name → version of the declared measures when the cell was compared; None for a
+            cell that an older version compared, which recorded none.
         evaluated: evaluation → the columns that it added to ``runs`` and ``estimates``. They do not
             belong to the comparison and are not written with it
             (`reseed.report.evaluation_results`).
@@ -86,6 +71,7 @@ class CellResult:
     strata: pd.DataFrame
     estimates: dict[str, Interval]
     p: Float[np.ndarray, " n"]
+    measures: Mapping[str, int] | None = None
     evaluated: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -113,7 +99,10 @@ class CellResult:
         return int(self.pairs["null_simulated_latents"].fillna(0).to_numpy().max())
 
     def pair_mean(self, column: str) -> float:
-        """Return the mean over pairs, for columns without interval (nulls, ceilings, untrained)."""
+        """Return the mean over pairs, for columns without interval (nulls, ceilings, untrained);
+        NaN if the cell was compared without this measure."""
+        if column not in self.pairs:
+            return nan
         return float(self.pairs[column].to_numpy(dtype=np.float64).mean())
 
     def write(self, folder: Path | str) -> None:
@@ -131,6 +120,7 @@ class CellResult:
         record = {
             "format": _FORMAT,
             "settings": self.settings.to_dict(),
+            "measures": self.measures,
             "runs": self.runs.to_dict("records"),
             "estimates": {name: asdict(value) for name, value in self.estimates.items()},
             "shared_with_fraction": self.p.tolist(),
@@ -166,6 +156,7 @@ class CellResult:
             strata=pd.read_parquet(folder / "strata.parquet"),
             estimates={name: _interval(value) for name, value in record["estimates"].items()},
             p=np.array(record["shared_with_fraction"], dtype=np.float64),
+            measures=record.get("measures"),
         )
 
 
@@ -195,92 +186,65 @@ def compare_cell(
     """
     _check(trained, untrained, settings)
     repeated = [find_duplicates(Rows.of(x), settings.threshold, device) for x in trained]
-    rows, sides = _pairs(trained, untrained, repeated, settings, matcher, device)
-    against = [
-        {other.id: sides[s, t] for t, other in enumerate(trained) if t != s}
-        for s in range(len(trained))
-    ]
-    profile = seed_profile(
-        [np.stack([side.shared for side in row.values()], axis=1) for row in against]
-    )
-    likely = run_reproducibilities(trained, profile.shared_with, settings.confidence)
-    spanned = subspaces(trained, profile.shared_with, settings.live_at_least, settings.null_seed)
-    pairs = pd.DataFrame(rows).assign(**spanned.pairs)
-    if any_incompatible(trained):
-        pairs[WEIGHTS_NOTE] = [
-            NO_COMMON_SPACE if isnan(x) else "" for x in pairs["shared_fraction"]
-        ]
-    tables = [
-        latent_table(*values)
-        for values in zip(trained, against, profile.shared_with, repeated, likely, strict=True)
-    ]
+    cell = CellRuns(trained, settings, repeated)
+    pairs = _pair_table(cell, untrained, matcher, device)
     comparable = {
-        (s, t): side for (s, t), side in sides.items() if not incompatible(trained[s], trained[t])
+        (s, t): side
+        for (s, t), side in cell.sides.items()
+        if not incompatible(trained[s], trained[t])
     }
-    runs = run_table(trained, repeated, likely, spanned.runs, settings)
+    runs, p = run_table(cell), seed_profile(cell.shared).p
     return CellResult(
         settings=settings,
         runs=runs,
         pairs=pairs,
-        latents=label_column(pa.concat_tables(tables), trained),
+        latents=label_column(pa.concat_tables(map(latent_table, cell.runs)), trained),
         strata=strata_table(trained, comparable, settings.live_at_least),
-        estimates=_estimates(trained, sides, pairs, runs, settings),
-        p=np.full_like(profile.p, np.nan) if WEIGHTS_NOTE in pairs else profile.p,
+        estimates=_estimates(cell, pairs, runs),
+        p=np.full_like(p, np.nan) if WEIGHTS_NOTE in pairs else p,
+        measures=versions(),
     )
 
 
-def _pairs(
-    trained: Sequence[Dictionary],
-    untrained: Sequence[Dictionary],
-    repeated: Sequence[Duplicates],
-    settings: ComparisonConfig,
-    matcher: Matcher,
-    device: str,
-) -> tuple[list[dict[str, Any]], dict[tuple[int, int], PairSide]]:
-    """Return the row of every pair, and for each ordered pair (s, t) the side of s."""
-    against_each = partial(
-        compare_pair,
-        threshold=settings.threshold,
-        live_at_least=settings.live_at_least,
-        matcher=matcher,
-        device=device,
-    )
-    rows: list[dict[str, Any]] = []
-    sides: dict[tuple[int, int], PairSide] = {}
+def _pair_table(
+    cell: CellRuns, untrained: Sequence[Dictionary], matcher: Matcher, device: str
+) -> pd.DataFrame:
+    """Return the rows of all pairs, and put their sides into the cell."""
+    settings, trained = cell.settings, cell.trained
+    rule: dict[str, Any] = {"matcher": matcher, "device": device}
+    rule |= {"threshold": settings.threshold, "live_at_least": settings.live_at_least}
+    drawn: dict[str, Any] = {"null_seed": settings.null_seed, "null_draws": settings.null_draws}
+    rows, pairs = [], []
     for s, t in combinations(range(len(trained)), 2):
-        log.info("comparing %s with %s", trained[s].id, trained[t].id)
-        no_space = incompatible(trained[s], trained[t])
-        pair = (
-            incompatible_pair(trained[s], trained[t], settings.live_at_least)
-            if no_space
-            else against_each(trained[s], trained[t])
-        )
-        sides[s, t], sides[t, s] = pair.a, pair.b
-        started = untrained and not no_space
-        start = against_each(untrained[s], untrained[t], brief=True).measures if started else {}
-        more = null_measures(pair.measures, trained[s], trained[t], start, settings)
-        own = duplicate_measures(pair, repeated[s], repeated[t])
-        rows.append(pair.row() | own | more)
-    return rows, sides
+        a, b = trained[s], trained[t]
+        log.info("comparing %s with %s", a.id, b.id)
+        started = untrained and not incompatible(a, b)
+        start = Pair(untrained[s], untrained[t], **rule) if started else None
+        pair = Pair(a, b, **rule, **drawn, start=start, cell=cell, place=(s, t))
+        rows.append(pair.row())
+        cell.sides[s, t], cell.sides[t, s] = pair.a, pair.b
+        pair.release()
+        pairs.append(pair)
+    after = [evaluate(declared("pair", "cell"), pair) for pair in pairs]
+    table = pd.DataFrame([row | more for row, more in zip(rows, after, strict=True)])
+    if any_incompatible(trained):
+        noted = table["shared_fraction"].isna()
+        table[WEIGHTS_NOTE] = np.where(noted, NO_COMMON_SPACE, "")
+    return table
 
 
-def _estimates(
-    trained: Sequence[Dictionary],
-    sides: Mapping[tuple[int, int], PairSide],
-    pairs: pd.DataFrame,
-    runs: pd.DataFrame,
-    settings: ComparisonConfig,
-) -> dict[str, Interval]:
-    """Return the estimates over pairs, runs and triples; those over triples need one ``d_in``."""
-    found = pair_estimates(pairs, runs, settings)
-    if WEIGHTS_NOTE in pairs:
-        found |= dict.fromkeys(
-            CYCLES, Interval(nan, None, None, None, len(trained), NO_COMMON_SPACE)
-        )
-    else:
-        found |= cycle_estimates(sides, settings.confidence)
-        found |= cell_truth(trained, sides, settings)
-    return without_intervals(found, settings)
+def _estimates(cell: CellRuns, pairs: pd.DataFrame, runs: pd.DataFrame) -> dict[str, Interval]:
+    """Return the estimates over pairs, over runs and of the whole cell."""
+    named = columns("pair", "") | columns("pair", "cell")
+    found = pair_estimates(pairs, named, cell.settings, len(runs))
+    found |= run_estimates(runs, cell.settings)
+    unknown = Interval(nan, None, None, None, len(runs), NO_COMMON_SPACE)
+    for own in declared("cell"):
+        if own.needs <= cell.known:
+            found |= own.values(cell)
+        elif "truth" not in own.needs:  # only cells with labels have estimates of truth
+            found |= dict.fromkeys((c.name for c in own.own), unknown)
+    return without_intervals(found, cell.settings)
 
 
 def _check(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
-from reseed.compare.columns import FRACTIONS
+from reseed.compare.registry import fractions
 from reseed.config import Config, make, setting
 from reseed.errors import ConfigError, did_you_mean
 
@@ -67,8 +67,8 @@ class ComparisonConfig(Config, family="comparison"):
         threshold: a latent is shared if both cosines reach it (Paulo & Belrose: 0.7).
         live_at_least: a latent is live if it fires at least this often in the held-out tokens.
         confidence: level of the intervals over seeds.
-        primary: the main measure, one of `columns.FRACTIONS`: it is reported first, and differences
-            in it are tested. It changes no number.
+        primary: the main measure, one of `registry.fractions` (`check_primary`): it is reported
+            first, and differences in it are tested. It changes no number.
         null_seed, null_draws: seed and number of the simulated random dictionaries.
         activation_tokens: number of held-out tokens on which activations of pairs are compared; at
             most the number on which every run was measured. 0 compares only the weights.
@@ -97,7 +97,6 @@ class ComparisonConfig(Config, family="comparison"):
         object.__setattr__(self, "grid", axes)
         object.__setattr__(self, "pair_by", _pair_by(self.pair_by, "pair_by"))
         _check_pairs(axes, self.pair_by, "pair_by", "grid", "`grid`")
-        self._check_primary()
         if self.arms is not None:
             if not self.arms:
                 raise ConfigError(
@@ -109,13 +108,22 @@ class ComparisonConfig(Config, family="comparison"):
             own = f"arms.{arm.name}"
             _check_pairs(arm.grid, arm.pair_by, f"{own}.pair_by", own, "the arm's grid")
 
-    def _check_primary(self) -> None:
-        if self.primary not in FRACTIONS:
+    def check_primary(self) -> Self:
+        """Check that ``primary`` is a declared fraction, and return the settings.
+
+        This imports every measure, and with them PyTorch, so that `validate` does not do it.
+
+        Raises:
+            ConfigError: there is no such fraction.
+        """
+        known = fractions()
+        if self.primary not in known:
             raise ConfigError(
-                f"{{key}} must be one of the fractions {', '.join(FRACTIONS)}; got "
-                f"{self.primary!r}.{did_you_mean(self.primary, FRACTIONS)}",
-                "primary",
+                f"{{key}} must be one of the fractions {', '.join(known)}; got "
+                f"{self.primary!r}.{did_you_mean(self.primary, known)}",
+                "comparison.primary",
             )
+        return self
 
     @property
     def pairs_are_a_sample(self) -> bool:

@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 
-from reseed.compare.columns import TRUTH_PREFIX
 from reseed.compare.matching.rows import scaled_rows
 from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig
@@ -25,6 +24,8 @@ from reseed.store.runs import INITIAL_FILE, Run, RunError, read_tensors
 
 LABELS = ("neither", "composite", "atom", "group")
 """Labels of latents where the true features are known; ``truth_label`` is an index into them."""
+TRUTH_PREFIX = "truth_"
+"""Prefix of the names of estimates, and of metrics of runs, that need known true features."""
 _BLOCK_ENTRIES = 1 << 20
 """Number of matrix entries that are converted to float64 at a time: 8 MB."""
 

@@ -1,262 +1,362 @@
-"""Functions that compute the measures of a pair; `reseed.compare.columns` describes each measure.
+"""Measures of the weights of a pair. `reseed.compare.registry` describes the declarations.
 
-The functions take the two sides of the pair (`PairSide`), which have a value per latent, and the
-result of the pass over all pairs of latents (`PairScan`).
+Fractions are computed over both sides together, so that (A, B) and (B, A) give the same value;
+``…_live`` counts only live latents (both partners live), ``…_a`` and ``…_b`` one side.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
-
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool
 
-from reseed.compare.columns import LIVE_LIMITS, THRESHOLDS
-from reseed.compare.dictionary import Dictionary, Rows, both_cosines
-from reseed.compare.matching import Matching
-from reseed.compare.nearest import PairScan
+from reseed.compare.dictionary import both_cosines
+from reseed.compare.pair import Pair, Subset, mean
+from reseed.compare.registry import LIVE, SIDES, measure
 
-DENSE = 0.1
-"""A latent that fires on more than this fraction of the tokens is dense."""
-
-
-@dataclass(frozen=True, eq=False)
-class PairSide:
-    """One side of a pair, with a value per latent.
-
-    Attributes:
-        id, seed: id and seed of the dictionary.
-        partner_encoder, partner_decoder: σ_enc and σ_dec; −1 where a latent is unmatched.
-        cosine_encoder, cosine_decoder: cosines to these partners; 0 where unmatched.
-        agrees: true if there is a partner and σ_enc(i) = σ_dec(i).
-        shared: true if `agrees` and both cosines ≥ τ (the paper's strict rule).
-        within: number of latents of the other side, matched elsewhere or not, with both cosines
-            ≥ τ.
-        live_within: the number of live latents among them.
-        live: true if the latent fires often enough in the held-out tokens.
-    """
-
-    id: str
-    seed: str
-    partner_encoder: Int[np.ndarray, " num_latents"]
-    partner_decoder: Int[np.ndarray, " num_latents"]
-    cosine_encoder: Float[np.ndarray, " num_latents"]
-    cosine_decoder: Float[np.ndarray, " num_latents"]
-    agrees: Bool[np.ndarray, " num_latents"]
-    shared: Bool[np.ndarray, " num_latents"]
-    within: Int[np.ndarray, " num_latents"]
-    live_within: Int[np.ndarray, " num_latents"]
-    live: Bool[np.ndarray, " num_latents"]
-
-    @property
-    def covered(self) -> Bool[np.ndarray, " num_latents"]:
-        """Latents for which some latent of the other side has both cosines ≥ τ."""
-        return self.within > 0
+LIVE_LIMITS = (1, 100)
+"""Further values of `live_at_least` for which the live shared fraction is shown."""
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Thresholds for which the strict rule is shown, besides the comparison's own τ."""
+PAULO = "Paulo & Belrose, [2501.16615](https://arxiv.org/abs/2501.16615)"
 
 
-class Subset(NamedTuple):
-    """Masks of the latents of A and of B that are counted."""
-
-    a: Bool[np.ndarray, " n"]
-    b: Bool[np.ndarray, " m"]
-
-    @property
-    def size(self) -> int:
-        return int(self.a.sum() + self.b.sum())
-
-    def _counts(self, partner: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
-        return (partner >= 0) & self.a & self.b[partner]
-
-    def fraction(self, holds: Bool[np.ndarray, " n"], partner: Int[np.ndarray, " n"]) -> float:
-        """Return 2·#/(|A| + |B|), # = number of counted matched pairs with ``holds`` true."""
-        return _divided(2 * int((holds & self._counts(partner)).sum()), self.size)
-
-    def mean(self, cosines: Float[np.ndarray, " n"], partner: Int[np.ndarray, " n"]) -> float:
-        """Return the mean cosine of the matched pairs with both partners counted."""
-        return mean(cosines[self._counts(partner)])
-
-    def of_pairs(self, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> float:
-        """Return 2·#/(|A| + |B|), # = number of given pairs (i, j) with both latents counted."""
-        return _divided(2 * int((self.a[i] & self.b[j]).sum()), self.size)
-
-    def of_sides(self, a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
-        """Return the fraction of the counted latents of both sides whose flag is set."""
-        return _divided(int(a[self.a].sum() + b[self.b].sum()), self.size)
-
-    @property
-    def ceiling(self) -> float:
-        """Largest fraction that the sizes allow: 2·min/(|A| + |B|)."""
-        return _divided(2 * min(int(self.a.sum()), int(self.b.sum())), self.size)
+@measure("num_latents_{}", family="ab", needs=(), table="counts", help="latents of each run")
+def num_latents(pair: Pair, side: str) -> int:
+    return pair.side(side).dictionary.num_latents
 
 
-def pair_measures(
-    a: Dictionary, b: Dictionary, side_a: PairSide, side_b: PairSide, threshold: float
-) -> dict[str, float]:
-    """Compute the measures that follow from the two matchings and the coverage."""
-    every, live = _every(a, b), Subset(side_a.live, side_b.live)
-    encoder, decoder = side_a.partner_encoder, side_a.partner_decoder
-    near_decoder = (decoder >= 0) & (side_a.cosine_decoder >= threshold)
-    shared = side_a.shared
-    return {
-        "num_latents_a": a.num_latents,
-        "num_latents_b": b.num_latents,
-        "shared_latents": int(shared.sum()),
-        "shared_fraction": every.fraction(shared, encoder),
-        "shared_fraction_live": live.fraction(shared, encoder),
-        "ceiling_live": live.ceiling,
-        **{
-            f"shared_fraction_live_{limit}": Subset(a.live(limit), b.live(limit)).fraction(
-                shared, encoder
-            )
-            for limit in LIVE_LIMITS
-        },
-        "shared_fraction_not_dead": Subset(~a.dead, ~b.dead).fraction(shared, encoder),
-        "shared_fraction_decoder": every.fraction(near_decoder, decoder),
-        "shared_fraction_decoder_live": live.fraction(near_decoder, decoder),
-        "index_agreement": every.fraction(side_a.agrees, encoder),
-        "index_agreement_live": live.fraction(side_a.agrees, encoder),
-        "coverage": (mean(side_a.covered) + mean(side_b.covered)) / 2,
-        "coverage_a": mean(side_a.covered),
-        "coverage_b": mean(side_b.covered),
-        "coverage_live": (
-            mean(side_a.live_within[live.a] > 0) + mean(side_b.live_within[live.b] > 0)
-        )
-        / 2,
-        "cosine_encoder": every.mean(side_a.cosine_encoder, encoder),
-        "cosine_decoder": every.mean(side_a.cosine_decoder, decoder),
-        "cosine_encoder_live": live.mean(side_a.cosine_encoder, encoder),
-        "cosine_decoder_live": live.mean(side_a.cosine_decoder, decoder),
-        **{
-            f"{word}_{letter}": int(flags.sum())
-            for word, both in {
-                "live": live,
-                "dead": (a.dead, b.dead),
-                "zero": (a.zero, b.zero),
-            }.items()
-            for letter, flags in zip("ab", both, strict=True)
-        },
-    }
+@measure("shared_latents", table="counts", help="latents of each run that the other shares")
+def shared_latents(pair: Pair) -> int:
+    return int(pair.a.shared.sum())
 
 
-def correlation_measures(
-    a: Dictionary,
-    b: Dictionary,
-    side_a: PairSide,
-    side_b: PairSide,
-    by_correlation: Matching | None,
-    threshold: float,
-) -> dict[str, float]:
-    """Compute the strict rule with correlations instead of encoder cosines; NaN without Σ."""
-    names = ("shared_fraction_correlation", "shared_fraction_correlation_live")
-    if by_correlation is None:
-        return dict.fromkeys((*names, "cosine_correlation"), float("nan"))
-    partner = by_correlation.assignment
-    near = (by_correlation.cosines >= threshold) & (side_a.cosine_decoder >= threshold)
-    shared = near & by_correlation.matched & (partner == side_a.partner_decoder)
-    every, live = _every(a, b), Subset(side_a.live, side_b.live)
-    fractions = (subset.fraction(shared, partner) for subset in (every, live))
-    return {
-        **dict(zip(names, fractions, strict=True)),
-        "cosine_correlation": every.mean(by_correlation.cosines, partner),
-    }
+@measure(
+    "shared_fraction{}",
+    family=LIVE,
+    scale="fraction",
+    heading="shared",
+    shown=(),
+    table="shared",
+    help="the matchings by encoder and by decoder give the latent the same partner, and both "
+    "cosines are at least at the threshold (the strict rule); live: over live latents",
+    formula="σ_enc(i) = σ_dec(i) = j, c_enc(i, j) ≥ τ and c_dec(i, j) ≥ τ",
+    source=PAULO,
+    advice="The measure of the literature. It falls with dead latents, which share nothing, and "
+    "with splitting, because only one match counts. It rises with the budget: compare at equal "
+    "budgets, and at several. Use the live fraction for SAEs that differ in dead latents; it "
+    "depends on the number of held-out tokens.",
+)
+def shared_fraction(pair: Pair, which: str = "") -> float:
+    return pair.latents(which).fraction(pair.a.shared, pair.a.partner_encoder)
 
 
-def threshold_measures(side_a: PairSide, side_b: PairSide) -> dict[str, float]:
-    """Apply the strict rule at each of `THRESHOLDS`, with the same matchings."""
-    every = Subset(np.ones_like(side_a.live), np.ones_like(side_b.live))
-    live = Subset(side_a.live, side_b.live)
-    smaller = np.minimum(side_a.cosine_encoder, side_a.cosine_decoder)
-    return {
-        f"{name}_at_{tau}": subset.fraction(
-            side_a.agrees & (smaller >= tau), side_a.partner_encoder
-        )
-        for name, subset in (("shared_fraction", every), ("shared_fraction_live", live))
-        for tau in THRESHOLDS
-    }
+@measure(
+    "ceiling_live",
+    scale="mean",
+    heading="ceiling, live",
+    table="shared",
+    help="the largest live shared fraction that the numbers of live latents allow",
+    formula="2·min/(live_A + live_B)",
+    advice="Read it beside `shared_fraction_live` if one side has far fewer live latents.",
+)
+def ceiling_live(pair: Pair) -> float:
+    return pair.latents("_live").ceiling
 
 
-def similarity_measures(found: PairScan, side_a: PairSide, side_b: PairSide) -> dict[str, float]:
-    """Compute the measures that need no assignment: splitting, mutual nearest neighbours, MMCS."""
-    live = Subset(side_a.live, side_b.live)
-    every = Subset(np.ones_like(live.a), np.ones_like(live.b))
+@measure(
+    "shared_fraction_live_{}",
+    family=LIVE_LIMITS,
+    scale="fraction",
+    heading="shared live, {} firings",
+    shown=(),
+    table="shared",
+    help="the strict rule over latents that fire at least so often",
+    advice="They show whether the limit `comparison.live_at_least` matters.",
+)
+def shared_fraction_live_at_least(pair: Pair, limit: int) -> float:
+    live = Subset(pair.first.live(limit), pair.second.live(limit))
+    return live.fraction(pair.a.shared, pair.a.partner_encoder)
+
+
+@measure(
+    "shared_fraction_not_dead",
+    scale="fraction",
+    heading="shared not dead",
+    table="shared",
+    help="the strict rule over latents that fired at the end of training, as their partners did",
+    advice="As the live fraction, but by the tokens of training.",
+)
+def shared_fraction_not_dead(pair: Pair) -> float:
+    kept = Subset(~pair.first.dead, ~pair.second.dead)
+    return kept.fraction(pair.a.shared, pair.a.partner_encoder)
+
+
+@measure(
+    "shared_fraction_decoder{}",
+    family=LIVE,
+    scale="fraction",
+    heading="shared dec",
+    table="shared",
+    help="matched by the decoder alone, with a cosine at least at the threshold",
+    formula="c_dec(i, σ_dec(i)) ≥ τ",
+    advice="For questions in which the encoder does not matter. Always at least the strict "
+    "fraction.",
+)
+def shared_fraction_decoder(pair: Pair, which: str) -> float:
+    partner = pair.a.partner_decoder
+    near = (partner >= 0) & (pair.a.cosine_decoder >= pair.threshold)
+    return pair.latents(which).fraction(near, partner)
+
+
+@measure(
+    "index_agreement{}",
+    family=LIVE,
+    scale="fraction",
+    heading="index agreement",
+    shown=(),
+    table="shared",
+    help="the matchings by encoder and by decoder give the latent the same partner",
+    formula="σ_enc(i) = σ_dec(i)",
+    source="Paulo & Belrose",
+    advice="Proves nothing alone: encoders and decoders that start tied have 1 before training.",
+)
+def index_agreement(pair: Pair, which: str) -> float:
+    return pair.latents(which).fraction(pair.a.agrees, pair.a.partner_encoder)
+
+
+@measure(
+    "coverage{}",
+    family=SIDES,
+    scale="fraction",
+    heading="covered",
+    table="shared",
+    help="some latent of the other run has both cosines at least at the threshold, even if it is "
+    "the match of another latent; mean of both directions",
+    advice="Needs no assignment, and counts a latent that the other run has split. `coverage_a` is "
+    "the fraction of A's latents that B has. Rises with the other run's width.",
+)
+def coverage(pair: Pair, which: str) -> float:
+    if which == "_live":
+        return _of_both(pair.a.live_within > 0, pair.b.live_within > 0, which, pair)
+    return _of_both(pair.a.covered, pair.b.covered, which, pair)
+
+
+def _of_both(a: np.ndarray, b: np.ndarray, which: str, pair: Pair) -> float:
+    """Return a member of `SIDES`: the mean of one side's values, or of both sides' means."""
+    if which == "_live":
+        live = pair.latents("_live")
+        a, b = a[live.a], b[live.b]
+    means = {"_a": mean(a), "_b": mean(b)}
+    return means[which] if which in means else (means["_a"] + means["_b"]) / 2
+
+
+@measure(
+    "cosine_{}",
+    family=("encoder", "decoder", "encoder_live", "decoder_live"),
+    scale="cosine",
+    heading="cos {}",
+    shown=(),
+    table="alike",
+    help="mean cosine of all matched latents, by encoder and by decoder (cos enc, cos dec)",
+    source="Paulo & Belrose",
+    advice="Without a threshold. Compare it with `null_cosine`, which grows with the width.",
+)
+def matched_cosine(pair: Pair, which: str) -> float:
+    of, _, live = which.partition("_")
+    cosines, partner = getattr(pair.a, f"cosine_{of}"), getattr(pair.a, f"partner_{of}")
+    return pair.latents(live and "_live").mean(cosines, partner)
+
+
+@measure("live_{}", family="ab", needs=(), table="counts", help="live latents of each run")
+def live(pair: Pair, side: str) -> int:
+    return int(pair.side(side).live.sum())
+
+
+@measure("dead_{}", family="ab", needs=(), table="counts", help="dead latents of each run")
+def dead(pair: Pair, side: str) -> int:
+    return int(pair.side(side).dictionary.dead.sum())
+
+
+@measure(
+    "zero_{}",
+    family="ab",
+    needs=(),
+    table="counts",
+    help="latents of each run whose encoder or decoder row is zero or not finite",
+)
+def zero(pair: Pair, side: str) -> int:
+    return int(pair.side(side).dictionary.zero.sum())
+
+
+@measure(
+    "shared_fraction_correlation{}",
+    family=LIVE,
+    needs=("weights", "covariance"),
+    scale="fraction",
+    heading="shared corr",
+    table="shared",
+    help="the strict rule with encoders matched by the correlation of pre-activations on held-out "
+    "activations, in which directions of low variance hardly count",
+    formula="eᵀΣe′ / √(eᵀΣe · e′ᵀΣe′) in the place of c_enc, Σ the covariance",
+    advice="Training does not identify directions in which activations hardly vary, so that they "
+    "keep their start; this measure does not count them. The fairer measure of encoders, but not "
+    "that of the literature.",
+)
+def shared_fraction_correlation(pair: Pair, which: str) -> float:
+    found = pair.by_correlation
+    near = (found.cosines >= pair.threshold) & (pair.a.cosine_decoder >= pair.threshold)
+    shared = near & found.matched & (found.assignment == pair.a.partner_decoder)
+    return pair.latents(which).fraction(shared, found.assignment)
+
+
+@measure(
+    "cosine_correlation",
+    needs=("weights", "covariance"),
+    scale="cosine",
+    heading="cos corr",
+    table="alike",
+    help="mean matched correlation of pre-activations",
+    advice="As `shared_fraction_correlation`.",
+)
+def cosine_correlation(pair: Pair) -> float:
+    return pair.latents().mean(pair.by_correlation.cosines, pair.by_correlation.assignment)
+
+
+def _shared_at(pair: Pair, threshold: float) -> Bool[np.ndarray, " n"]:
+    return pair.a.agrees & (np.minimum(pair.a.cosine_encoder, pair.a.cosine_decoder) >= threshold)
+
+
+@measure(
+    "shared_fraction_at_{}",
+    family=THRESHOLDS,
+    scale="fraction",
+    heading="shared ≥ {}",
+    table="thresholds",
+    help="the strict rule with this threshold on both cosines; the matchings do not depend on it",
+    advice="They show whether a ranking depends on τ. Below the null's cosine everything is shared "
+    "by chance.",
+)
+def shared_fraction_at(pair: Pair, threshold: float) -> float:
+    shared = _shared_at(pair, threshold)
+    return pair.latents().fraction(shared, pair.a.partner_encoder)
+
+
+@measure(
+    "shared_fraction_live_at_{}",
+    family=THRESHOLDS,
+    scale="fraction",
+    heading="shared live ≥ {}",
+    shown=(),
+    table="thresholds",
+    help="the same over live latents",
+)
+def shared_fraction_live_at(pair: Pair, threshold: float) -> float:
+    shared = _shared_at(pair, threshold)
+    return pair.latents("_live").fraction(shared, pair.a.partner_encoder)
+
+
+@measure(
+    "pw_mcc_{}",
+    family=("signed", "absolute"),
+    scale="cosine",
+    heading="PW-MCC, {}",
+    table="alike",
+    help="mean matched decoder cosine over the smaller dictionary (Song et al.), signed as in "
+    "their code, absolute as in their paper; each with the matching that maximises it",
+    formula="Σ over the matching of c_dec or |c_dec|, divided by min(F_A, F_B)",
+    source="Song et al., [2505.20254](https://arxiv.org/abs/2505.20254)",
+    advice="To compare with their numbers. Considers the decoder alone; dead latents count as they "
+    "are, and the null is not 0. The signed one equals `cosine_decoder` if every latent has a "
+    "direction.",
+)
+def pw_mcc(pair: Pair, which: str) -> float:
+    found = pair.by_decoder if which == "signed" else pair.by_absolute
+    return float(found.cosines.sum()) / min(pair.first.num_latents, pair.second.num_latents)
+
+
+@measure(
+    "shared_fraction_joint{}",
+    family=LIVE,
+    scale="fraction",
+    heading="shared joint",
+    table="shared",
+    help="one matching of encoder and decoder rows together, with both cosines at least at the "
+    "threshold",
+    formula="the matching of the rows [E, W]/√2",
+    advice="The two matchings do not have to agree, so it is about the strict fraction or more; "
+    "much more means that the two matchings disagree among near ties.",
+)
+def shared_fraction_joint(pair: Pair, which: str) -> float:
+    return pair.latents(which).fraction(pair.once(_near_joint), pair.by_joint.assignment)
+
+
+def _near_joint(pair: Pair) -> Bool[np.ndarray, " n"]:
+    """Return true where both cosines with the joint match are at least the threshold."""
+    found = pair.by_joint
+    i = np.flatnonzero(found.matched)
+    near = np.zeros(len(found.matched), dtype=bool)
+    near[i] = both_cosines(*pair.rows, i, found.assignment[i]) >= pair.threshold
+    return near
+
+
+@measure(
+    "split_fraction{}",
+    family=SIDES,
+    scale="fraction",
+    heading="split",
+    table="shared",
+    help="at least two latents of the other run have both cosines at least at the threshold",
+    advice="Shows how much the one-to-one matching hides.",
+)
+def split_fraction(pair: Pair, which: str) -> float:
+    found = pair.scan
+    if which == "_live":
+        return pair.latents(which).of_sides(found.live_within_a >= 2, found.live_within_b >= 2)
     split = found.within_a >= 2, found.within_b >= 2
-    live_split = found.live_within_a >= 2, found.live_within_b >= 2
-    best = [np.clip(x.astype(np.float64), -1, 1) for x in found.by_decoder[:2]]
-    return {
-        "split_fraction": every.of_sides(*split),
-        "split_fraction_a": mean(split[0]),
-        "split_fraction_b": mean(split[1]),
-        "split_fraction_live": live.of_sides(*live_split),
-        "mutual_nearest": every.of_pairs(*found.mutual_both),
-        "mutual_nearest_live": live.of_pairs(*found.mutual_both),
-        "mutual_nearest_decoder": every.of_pairs(*found.mutual_decoder),
-        "mutual_nearest_decoder_live": live.of_pairs(*found.mutual_decoder),
-        "mmcs": (mean(best[0]) + mean(best[1])) / 2,
-        "mmcs_a": mean(best[0]),
-        "mmcs_b": mean(best[1]),
-        "mmcs_live": (mean(best[0][live.a]) + mean(best[1][live.b])) / 2,
-    }
+    return _of_both(*split, which, pair) if which else pair.latents().of_sides(*split)
 
 
-def matching_measures(
-    rows_a: Rows,
-    rows_b: Rows,
-    by_decoder: Matching,
-    by_absolute: Matching,
-    by_joint: Matching,
-    live: Subset,
-    threshold: float,
-) -> dict[str, float]:
-    """Compute PW-MCC, and the fractions shared by the joint matching of encoder and decoder."""
-    every = Subset(np.ones_like(live.a), np.ones_like(live.b))
-    smaller = min(len(rows_a), len(rows_b))
-    partner = by_joint.assignment
-    i = np.flatnonzero(by_joint.matched)
-    near = np.zeros(len(rows_a), dtype=bool)
-    near[i] = both_cosines(rows_a, rows_b, i, partner[i]) >= threshold
-    return {
-        "pw_mcc_signed": float(by_decoder.cosines.sum()) / smaller,
-        "pw_mcc_absolute": float(by_absolute.cosines.sum()) / smaller,
-        "shared_fraction_joint": every.fraction(near, partner),
-        "shared_fraction_joint_live": live.fraction(near, partner),
-    }
+@measure(
+    "mutual_nearest{}",
+    family=LIVE,
+    scale="fraction",
+    heading="mutual",
+    table="shared",
+    help="each latent is the other's nearest by the smaller of both cosines, which is at least at "
+    "the threshold",
+    advice="Latents do not compete for partners: a latent's neighbour does not depend on the rest "
+    "of the matching.",
+)
+def mutual_nearest(pair: Pair, which: str) -> float:
+    return pair.latents(which).of_pairs(*pair.scan.mutual_both)
 
 
-def weighted_measures(
-    a: Dictionary, b: Dictionary, side_a: PairSide, side_b: PairSide
-) -> dict[str, float]:
-    """Apply the strict rule with weights, and separately to dense and to sparse latents."""
-    shared = side_a.shared, side_b.shared
-    dense = Subset(a.density > DENSE, b.density > DENSE)
-    sparse = Subset((a.firing > 0) & ~dense.a, (b.firing > 0) & ~dense.b)
-    variances = (a.variance, b.variance)
-    return {
-        "shared_fraction_by_firing": _weighted(shared, (a.firing, b.firing)),
-        "shared_fraction_by_variance": float("nan")
-        if variances[0] is None or variances[1] is None
-        else _weighted(shared, (variances[0], variances[1])),
-        "shared_fraction_dense": dense.of_sides(*shared),
-        "shared_fraction_sparse": sparse.of_sides(*shared),
-        "dense_a": int(dense.a.sum()),
-        "dense_b": int(dense.b.sum()),
-    }
+@measure(
+    "mutual_nearest_decoder{}",
+    family=LIVE,
+    scale="fraction",
+    heading="mutual, dec",
+    table="shared",
+    help="the same by the decoder's cosine",
+    advice="As `mutual_nearest`.",
+)
+def mutual_nearest_decoder(pair: Pair, which: str) -> float:
+    return pair.latents(which).of_pairs(*pair.scan.mutual_decoder)
 
 
-def _weighted(flags: tuple[np.ndarray, np.ndarray], weights: tuple[np.ndarray, np.ndarray]):
-    total = sum(float(w.sum()) for w in weights)
-    part = sum(float(w[f].sum()) for f, w in zip(flags, weights, strict=True))
-    return _divided(min(part, total), total)  # rounding could make the fraction exceed 1
-
-
-def _every(a: Dictionary, b: Dictionary) -> Subset:
-    return Subset(np.ones(a.num_latents, dtype=bool), np.ones(b.num_latents, dtype=bool))
-
-
-def mean(values: np.ndarray) -> float:
-    """Return the mean; NaN if there are no values."""
-    return float(values.mean()) if values.size else float("nan")
-
-
-def _divided(part: float, whole: float) -> float:
-    return part / whole if whole else float("nan")
+@measure(
+    "mmcs{}",
+    family=SIDES,
+    scale="cosine",
+    heading="MMCS",
+    table="alike",
+    help="mean over latents of the largest decoder cosine, averaged over both directions; "
+    "pairs.csv has each",
+    formula="mean of max_j c_dec(i, j)",
+    source="Sharkey et al. 2022; Huben et al., [2309.08600](https://arxiv.org/abs/2309.08600)",
+    advice="Several latents may have the same nearest one: high for a dictionary that has "
+    "collapsed.",
+)
+def mmcs(pair: Pair, which: str) -> float:
+    a, b = (np.clip(x.astype(np.float64), -1, 1) for x in pair.scan.by_decoder[:2])
+    return _of_both(a, b, which, pair)

@@ -5,32 +5,34 @@
 2. *Covariance*: rows are drawn with the covariance of the activations. Dictionaries of one data set
    share it even without a common feature; rows concentrate on few directions and are nearer to each
    other.
-3. The untrained pair, measured by `reseed.compare.cell`, and SAEs trained on Gaussian activations
+3. The untrained pair, and SAEs trained on Gaussian activations
    of the same covariance, which are separate runs.
 
 In the first two, rows of A and B are independent, and so are encoder and decoder. The independence
 of encoder and decoder is a choice: with tied rows, as at initialisation, both matchings are the
-same and agree by construction; the untrained pair shows that overlap. `null_measures` computes the
-columns of a pair.
+same and agree by construction; the untrained pair shows that overlap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log, nan
+from math import log
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy import optimize, special
 
-from reseed.compare.columns import UNTRAINED
-from reseed.compare.config import ComparisonConfig
-from reseed.compare.dictionary import Dictionary, incompatible, root, unit32
+from reseed.compare.dictionary import root, unit32
 from reseed.compare.matching import Matching, match
+from reseed.compare.measures import shared_fraction
+from reseed.compare.pair import Pair
+from reseed.compare.registry import Column, measure, measures
 
+SURROGATES = {"gaussian": "Gaussian activations", "random_weights": "random weights"}
+"""Null models on which SAEs are trained: suffix of the model's label (``embedded+gaussian``) →
+name. The null that preserves least of the model comes first."""
 MAX_SIMULATED_LATENTS = 4096
 """Maximum number of simulated latents per side. At this size and d_in 768 the six matchings of the
 isotropic null take about 5 s of one core; with a covariance, which needs nearest rows too, 11 s. At
@@ -318,42 +320,79 @@ def kappa(shared: float, null: float) -> float:
     return (shared - null) / (1 - null) if null < 1 else float("nan")
 
 
-def null_measures(
-    measures: Mapping[str, float],
-    a: Dictionary,
-    b: Dictionary,
-    start: Mapping[str, float],
-    settings: ComparisonConfig,
-) -> dict[str, float]:
-    """Return the null columns of a pair.
+KAPPA = "(S − S₀)/(1 − S₀), S the shared fraction and S₀ that of {}"
+_OF_KAPPA = (
+    "0 at the null, 1 if everything is shared. Its interval is that of S, with S₀ taken as exact."
+)
 
-    They are ``null_…`` for isotropic rows, ``null_covariance_…`` for rows with the activations'
-    covariance, ``untrained_…`` for the initial weights, and κ against each. Unknown values are NaN.
 
-    Args:
-        start: the measures of the untrained pair; empty if there is none.
-    """
-    sizes = a.num_latents, b.num_latents
-    drawn = settings.threshold, settings.null_seed, settings.null_draws
-    shared = measures["shared_fraction"]
-    null, correlated = None, None
-    if not incompatible(a, b):
-        null = isotropic_null(*sizes, a.d_in, *drawn)
-        if a.covariance is not None and b.covariance is not None:
-            covariance = (a.covariance.astype(np.float64) + b.covariance) / 2
-            correlated = covariance_null(*sizes, covariance, *drawn)
-    return {
-        "null_cosine": null.cosine if null else nan,
-        "null_mmcs": null.best if null else nan,
-        "null_shared_fraction": null.shared_fraction if null else nan,
-        "null_coverage": null.coverage if null else nan,
-        "null_simulated_latents": null.simulated_latents if null else nan,
-        "kappa": kappa(shared, null.shared_fraction) if null else nan,
-        "null_covariance_cosine": correlated.cosine if correlated else nan,
-        "null_covariance_mmcs": correlated.best if correlated else nan,
-        "null_covariance_shared_fraction": correlated.shared_fraction if correlated else nan,
-        "null_covariance_coverage": correlated.coverage if correlated else nan,
-        "kappa_covariance": kappa(shared, correlated.shared_fraction) if correlated else nan,
-        "kappa_untrained": kappa(shared, start.get("shared_fraction", nan)),
-        **{f"untrained_{name}": start.get(name, nan) for name in UNTRAINED},
-    }
+@measures(
+    Column("null_cosine", "mean matched cosine of two dictionaries of random isotropic rows of the "
+           "same sizes", "mean", "cos, isotropic",
+           advice="`√(2 ln F/D)` is an upper bound on it. Above 4,096 latents it is extrapolated."),
+    Column("null_mmcs", "MMCS of the same random dictionaries", "mean"),
+    Column("null_shared_fraction", "strict shared fraction of the same random dictionaries",
+           "mean", "isotropic S₀", advice="The least that chance gives. 0 means less than one "
+           "latent. Above 4,096 latents it is that of the smaller problem."),
+    Column("null_coverage", "coverage of the same random dictionaries", "mean",
+           "covered, isotropic"),
+    Column("null_simulated_latents", "latents of the larger of the random dictionaries", "mean"),
+    Column("kappa", KAPPA.format("isotropic rows"), "mean", "κ, isotropic", advice=_OF_KAPPA),
+    table="nulls",
+)  # fmt: skip
+def isotropic(pair: Pair) -> tuple[float, ...]:
+    drawn = pair.threshold, pair.null_seed, pair.null_draws
+    sizes = pair.first.num_latents, pair.second.num_latents
+    null = isotropic_null(*sizes, pair.first.d_in, *drawn)
+    found = null.cosine, null.best, null.shared_fraction, null.coverage, null.simulated_latents
+    return (*found, kappa(shared_fraction(pair), null.shared_fraction))
+
+
+@measures(
+    Column("null_covariance_cosine", "mean matched cosine of rows that are sampled with the "
+           "covariance of the held-out activations", "mean", "cos, covariance",
+           advice="The chance that the data's shape alone gives: the harder null."),
+    Column("null_covariance_mmcs", "MMCS of such rows", "mean"),
+    Column("null_covariance_shared_fraction", "strict shared fraction of such rows", "mean",
+           "covariance S₀"),
+    Column("null_covariance_coverage", "coverage of such rows", "mean", "covered, covariance"),
+    Column("kappa_covariance", KAPPA.format("rows sampled with the covariance"), "mean",
+           "κ, covariance", advice=_OF_KAPPA),
+    needs=("weights", "covariance"),
+    table="nulls",
+)  # fmt: skip
+def of_covariance(pair: Pair) -> tuple[float, ...]:
+    drawn = pair.threshold, pair.null_seed, pair.null_draws
+    sizes = pair.first.num_latents, pair.second.num_latents
+    null = covariance_null(*sizes, pair.covariance, *drawn)
+    found = null.cosine, null.best, null.shared_fraction, null.coverage
+    return (*found, kappa(shared_fraction(pair), null.shared_fraction))
+
+
+@measures(
+    Column("kappa_untrained", KAPPA.format("the untrained weights of the same pairs"), "mean",
+           "κ, untrained", advice=_OF_KAPPA),
+    Column("untrained_shared_fraction", "strict shared fraction of the initial weights of the same "
+           "pairs", "mean", "untrained S₀", advice="Near 1 if the runs start alike: stability may "
+           "then be memory of the start. In summary.csv also as `shared_fraction_untrained`, its "
+           "former name."),
+    needs=("weights", "untrained"),
+    table="nulls",
+)  # fmt: skip
+def untrained_fraction(pair: Pair) -> tuple[float, float]:
+    assert pair.start is not None
+    by_start = shared_fraction(pair.start)
+    return kappa(shared_fraction(pair), by_start), by_start
+
+
+@measure(
+    "untrained_{}",
+    family=("index_agreement", "coverage", "cosine_encoder", "cosine_decoder"),
+    needs=("weights", "untrained"),
+    scale="mean",
+    table="nulls",
+    help="the measure of this name of the initial weights",
+)
+def untrained(pair: Pair, name: str) -> float:
+    assert pair.start is not None
+    return pair.start.value(name)

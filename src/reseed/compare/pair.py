@@ -1,42 +1,31 @@
-"""Comparison of a pair of dictionaries: their matchings, and the latents that both share.
+"""A pair of dictionaries, a run among the others of its cell, and a cell, as measures see them.
 
-Source: Paulo & Belrose, *Sparse Autoencoders Trained on the Same Data Learn Different Features*
-(arXiv 2501.16615), extended by dead latents, one-sided coverage and both sides of a pair.
+`Pair` matches two dictionaries; what its measures share is computed when it is first used. Source:
+Paulo & Belrose (arXiv 2501.16615), extended by dead latents, one-sided coverage and both sides.
 
-Letters: A and B are two dictionaries, c_enc and c_dec the signed cosines of their encoder and
-decoder rows, σ_enc and σ_dec the exact matchings under each, τ the threshold, Σ the covariance of
-the held-out activations. `reseed.compare.columns` lists the measures of a pair,
-`reseed.compare.sharing_profile` has those of several seeds.
+Letters: A and B are two dictionaries, c_enc and c_dec cosines of their encoder and decoder rows,
+σ_enc and σ_dec the exact matchings under each, τ the threshold, Σ the activations' covariance.
 
 The rows of dictionaries that differ in ``d_in`` have no cosine. The weights of such a pair are not
-compared: every column is NaN, and no latent has a partner (`incompatible_pair`). The pair is only
-compared by its activations on the same tokens (`reseed.compare.activations`).
+compared: its columns are NaN, and no latent has a partner. The pair is only compared by its
+activations on the same tokens (`reseed.compare.activations`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from math import isnan, nan
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
-from reseed.compare.dictionary import Dictionary, Rows, incompatible, root
+from reseed.compare.config import ComparisonConfig
+from reseed.compare.dictionary import Dictionary, Rows, any_incompatible, incompatible, root
 from reseed.compare.matching import Matcher, Matching, match
-from reseed.compare.measures import (
-    DENSE,
-    PairSide,
-    Subset,
-    correlation_measures,
-    matching_measures,
-    pair_measures,
-    similarity_measures,
-    threshold_measures,
-    weighted_measures,
-)
-from reseed.compare.nearest import Duplicates, scan_pairs
+from reseed.compare.nearest import Duplicates, PairScan, find_duplicates, scan_pairs
+from reseed.compare.registry import View, declared, evaluate, find
 
 NO_COMMON_SPACE = "runs of different `d_in` have no common space"
 """Reason shown for estimates that are unknown because runs of the cell differ in ``d_in``."""
@@ -45,22 +34,269 @@ WEIGHTS_NOTE = "weights_note"
 
 
 @dataclass(frozen=True, eq=False)
-class PairResult:
-    """Result of comparing one pair.
+class PairSide:
+    """One side of a pair, with a value per latent.
 
     Attributes:
-        a, b: the two sides, latent by latent.
-        measures: the measures of the pair by name; see `reseed.compare.columns`.
+        dictionary: the run.
+        partner_encoder, partner_decoder: σ_enc and σ_dec; −1 where a latent is unmatched.
+        cosine_encoder, cosine_decoder: cosines to these partners; 0 where unmatched.
+        agrees: true if there is a partner and σ_enc(i) = σ_dec(i).
+        shared: true if `agrees` and both cosines ≥ τ (the paper's strict rule).
+        within: number of latents of the other side, matched elsewhere or not, with both cosines
+            ≥ τ.
+        live_within: the number of live latents among them.
+        live: true if the latent fires often enough in the held-out tokens.
     """
 
-    a: PairSide
-    b: PairSide
-    measures: dict[str, float]
+    dictionary: Dictionary
+    partner_encoder: Int[np.ndarray, " num_latents"]
+    partner_decoder: Int[np.ndarray, " num_latents"]
+    cosine_encoder: Float[np.ndarray, " num_latents"]
+    cosine_decoder: Float[np.ndarray, " num_latents"]
+    agrees: Bool[np.ndarray, " num_latents"]
+    shared: Bool[np.ndarray, " num_latents"]
+    within: Int[np.ndarray, " num_latents"]
+    live_within: Int[np.ndarray, " num_latents"]
+    live: Bool[np.ndarray, " num_latents"]
+
+    @property
+    def covered(self) -> Bool[np.ndarray, " num_latents"]:
+        """Latents for which some latent of the other side has both cosines ≥ τ."""
+        return self.within > 0
+
+
+class Subset(NamedTuple):
+    """Masks of the latents of A and of B that are counted.
+
+    Fractions are over both sides together, 2·#/(|A| + |B|), so that (A, B) and (B, A) give the
+    same; for equally many latents that is the paper's #/F.
+    """
+
+    a: Bool[np.ndarray, " n"]
+    b: Bool[np.ndarray, " m"]
+
+    @property
+    def size(self) -> int:
+        return int(self.a.sum() + self.b.sum())
+
+    def _counts(self, partner: Int[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
+        return (partner >= 0) & self.a & self.b[partner]
+
+    def fraction(self, holds: Bool[np.ndarray, " n"], partner: Int[np.ndarray, " n"]) -> float:
+        """Return 2·#/(|A| + |B|), # = number of counted matched pairs with ``holds`` true."""
+        return divided(2 * int((holds & self._counts(partner)).sum()), self.size)
+
+    def mean(self, cosines: Float[np.ndarray, " n"], partner: Int[np.ndarray, " n"]) -> float:
+        """Return the mean cosine of the matched pairs with both partners counted."""
+        return mean(cosines[self._counts(partner)])
+
+    def of_pairs(self, i: Int[np.ndarray, " pairs"], j: Int[np.ndarray, " pairs"]) -> float:
+        """Return 2·#/(|A| + |B|), # = number of given pairs (i, j) with both latents counted."""
+        return divided(2 * int((self.a[i] & self.b[j]).sum()), self.size)
+
+    def of_sides(self, a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
+        """Return the fraction of the counted latents of both sides whose flag is set."""
+        return divided(int(a[self.a].sum() + b[self.b].sum()), self.size)
+
+    @property
+    def ceiling(self) -> float:
+        """Largest fraction that the sizes allow: 2·min/(|A| + |B|)."""
+        return divided(2 * min(int(self.a.sum()), int(self.b.sum())), self.size)
+
+
+def mean(values: np.ndarray) -> float:
+    """Return the mean; NaN if there are no values."""
+    return float(values.mean()) if values.size else float("nan")
+
+
+def divided(part: float, whole: float) -> float:
+    """Return the ratio; NaN if the second number is 0."""
+    return part / whole if whole else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class Pair(View):
+    """Two dictionaries A and B, and what their measures share.
+
+    A latent whose encoder or decoder row is zero or not finite is left out of all matchings, and so
+    never agrees. All other latents are matched; counts over live latents are filtered afterwards:
+    both partners have to be live. If a dictionary repeats a row exactly, the matching, and so the
+    count, is one of several equally good ones.
+
+    Attributes:
+        first, second: A and B.
+        threshold, live_at_least, null_seed, null_draws: see `ComparisonConfig`.
+        matcher: computes every assignment, from the rows as trained, and for the joint assignment
+            from unit rows in float32.
+        device: device of the pass over all pairs of latents.
+        start: the same runs with their initial weights; None if these are not known.
+        cell, place: the cell of the pair, or None, and the indices of the runs in it.
+    """
+
+    first: Dictionary
+    second: Dictionary
+    threshold: float = 0.7
+    live_at_least: int = 10
+    null_seed: int = 0
+    null_draws: int = 3
+    matcher: Matcher = match
+    device: str = "cpu"
+    start: Pair | None = None
+    cell: CellRuns | None = None
+    place: tuple[int, int] = (0, 1)
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        both = (self.first, self.second)
+        found = {
+            "weights": not incompatible(*both),
+            "covariance": all(x.covariance is not None for x in both),
+            "variance": all(x.variance is not None for x in both),
+            "untrained": self.start is not None,
+            "cell": self.cell is not None,
+        }
+        return frozenset(name for name, known in found.items() if known)
 
     def row(self) -> dict[str, Any]:
-        """Return the row of ``pairs.csv``."""
-        names = {"a": self.a.id, "b": self.b.id, "seed_a": self.a.seed, "seed_b": self.b.seed}
-        return {**names, **self.measures}
+        """Return the row of ``pairs.csv``, without columns that need all pairs of a cell."""
+        a, b = self.first, self.second
+        return {"a": a.id, "b": b.id, "seed_a": a.seed, "seed_b": b.seed, **self.measures}
+
+    @cached_property
+    def measures(self) -> dict[str, Any]:
+        """The measures of the pair by name, without those that need all pairs of a cell."""
+        return evaluate(declared("pair", ""), self)
+
+    def value(self, name: str) -> float:
+        """Return one measure of the pair.
+
+        Raises:
+            KeyError: there is no such measure.
+        """
+        found = find(name)
+        if found is None:
+            raise KeyError(name)
+        return found[0].values(self)[name]
+
+    @cached_property
+    def rows(self) -> tuple[Rows, Rows]:
+        return Rows.of(self.first), Rows.of(self.second)
+
+    @property
+    def tied(self) -> bool:
+        """True for untrained weights: one matching serves for encoder and decoder."""
+        return self.rows[0].tied and self.rows[1].tied
+
+    def latents(self, which: str = "") -> Subset:
+        """Return all latents, or with "_live" those that are live, as members of `LIVE`."""
+        least = self.live_at_least if which == "_live" else 0
+        return Subset(self.first.live(least), self.second.live(least))
+
+    @cached_property
+    def by_encoder(self) -> Matching:
+        return self.matcher(*(x.encoder for x in self.rows))
+
+    @cached_property
+    def by_decoder(self) -> Matching:
+        return self.by_encoder if self.tied else self.matcher(*(x.decoder for x in self.rows))
+
+    @cached_property
+    def by_absolute(self) -> Matching:
+        """The matching that maximises the sum of absolute decoder cosines."""
+        return self.matcher(*(x.decoder for x in self.rows), absolute=True)
+
+    @cached_property
+    def by_joint(self) -> Matching:
+        """The matching of the rows [E, W]/√2."""
+        return self.by_encoder if self.tied else self.matcher(*(x.joint() for x in self.rows))
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d_in d_in"]:
+        """Mean of the covariances of the activations that both runs read; both must be known."""
+        a, b = self.first.covariance, self.second.covariance
+        assert a is not None
+        assert b is not None
+        return (a.astype(np.float64) + b) / 2
+
+    @cached_property
+    def by_correlation(self) -> Matching:
+        """The matching by eᵀΣe' / √(eᵀΣe · e'ᵀΣe'), the correlation of pre-activations.
+
+        A direction of low variance hardly moves a pre-activation, so training does not identify it
+        and the encoder keeps its initial component there; in this metric that component hardly
+        counts. Implemented as a matching of rows multiplied by a root of Σ.
+        """
+        scale = root(self.covariance)
+        return self.matcher(*(x.encoder @ scale for x in self.rows))
+
+    @cached_property
+    def scan(self) -> PairScan:
+        """The pass over all pairs of latents."""
+        live = self.latents("_live")
+        return scan_pairs(*self.rows, self.threshold, *live, device=self.device)
+
+    @cached_property
+    def a(self) -> PairSide:
+        if "weights" not in self.known:
+            return _empty_side(self.first, self.live_at_least)
+        found = (self.scan.within_a, self.scan.live_within_a)
+        return self._side(self.first, self.by_encoder, self.by_decoder, *found)
+
+    @cached_property
+    def b(self) -> PairSide:
+        if "weights" not in self.known:
+            return _empty_side(self.second, self.live_at_least)
+        back = (self.by_encoder.inverse(), self.by_decoder.inverse())
+        return self._side(self.second, *back, self.scan.within_b, self.scan.live_within_b)
+
+    def _side(
+        self,
+        x: Dictionary,
+        by_encoder: Matching,
+        by_decoder: Matching,
+        within: Int[np.ndarray, " n"],
+        live_within: Int[np.ndarray, " n"],
+    ) -> PairSide:
+        agrees = by_encoder.matched & (by_encoder.assignment == by_decoder.assignment)
+        near = (by_encoder.cosines >= self.threshold) & (by_decoder.cosines >= self.threshold)
+        return PairSide(
+            dictionary=x,
+            partner_encoder=by_encoder.assignment,
+            partner_decoder=by_decoder.assignment,
+            cosine_encoder=by_encoder.cosines,
+            cosine_decoder=by_decoder.cosines,
+            agrees=agrees,
+            shared=agrees & near,
+            within=within,
+            live_within=live_within,
+            live=x.live(self.live_at_least),
+        )
+
+    def side(self, letter: str) -> PairSide:
+        return self.a if letter == "a" else self.b
+
+    @cached_property
+    def duplicates(self) -> tuple[Duplicates, Duplicates]:
+        """The repeated latents of each side."""
+        if self.cell is not None:
+            return self.cell.duplicates[self.place[0]], self.cell.duplicates[self.place[1]]
+        a, b = (find_duplicates(x, self.threshold, self.device) for x in self.rows)
+        return a, b
+
+    def release(self) -> None:
+        """Free the memory of all that was computed for this pair, except its sides."""
+        for pair, kept in ((self, {"known", "a", "b"}), (self.start, set())):
+            if pair is not None:
+                for name in set(pair.__dict__) - {*self.__dataclass_fields__} - kept:
+                    del pair.__dict__[name]
+
+
+def _empty_side(x: Dictionary, live_at_least: int) -> PairSide:
+    none, nothing = np.full(x.num_latents, -1), np.zeros(x.num_latents)
+    never, zero = np.zeros(x.num_latents, dtype=bool), np.zeros(x.num_latents, dtype=np.int64)
+    live = x.live(live_at_least)
+    return PairSide(x, none, none, nothing, nothing, never, never, zero, zero, live)
 
 
 def compare_pair(
@@ -70,156 +306,95 @@ def compare_pair(
     live_at_least: int = 10,
     *,
     matcher: Matcher = match,
-    brief: bool = False,
     device: str = "cpu",
-) -> PairResult:
-    """Match two dictionaries by encoder and by decoder, and measure what they share.
-
-    A latent whose encoder or decoder row is zero or not finite is left out of both matchings, and
-    so never agrees. All other latents are matched; counts over live latents are filtered
-    afterwards: both partners have to be live.
-
-    Fractions are over both sides together, 2·#/(|A| + |B|), so that (A, B) and (B, A) give the
-    same; for equally many latents that is the paper's #/F. If a dictionary repeats a row exactly,
-    the matching, and so the count, is one of several equally good ones.
-
-    Args:
-        matcher: computes every assignment, from the rows as trained, and for the joint assignment
-            from unit rows in float32.
-        brief: compute only `pair_measures` and `correlation_measures`, with two or three
-            assignments instead of five.
-        device: device of the pass over all pairs.
+) -> Pair:
+    """Compare two dictionaries that are not in a cell: ``compare_pair(a, b).measures``.
 
     Raises:
         ValueError: dictionaries with different ``d_in``.
-        MemoryError: an exact matching of so many latents does not fit into memory.
     """
     if incompatible(a, b):
         raise ValueError(
             f"only dictionaries of the same `d_in` can be compared; {a.id} has {a.d_in}, "
             f"{b.id} has {b.d_in}"
         )
-    live = Subset(a.live(live_at_least), b.live(live_at_least))
-    rows_a, rows_b = Rows.of(a), Rows.of(b)
-    tied = rows_a.tied and rows_b.tied  # true for untrained weights: one matching serves for both
-    by_encoder = matcher(rows_a.encoder, rows_b.encoder)
-    by_decoder = by_encoder if tied else matcher(rows_a.decoder, rows_b.decoder)
-    found = scan_pairs(rows_a, rows_b, threshold, *live, device=device)
-    within = (found.within_a, found.live_within_a), (found.within_b, found.live_within_b)
-    back = by_encoder.inverse(), by_decoder.inverse()
-    side_a = _side(a, by_encoder, by_decoder, threshold, *within[0], live.a)
-    side_b = _side(b, *back, threshold, *within[1], live.b)
-    correlated = _match_by_correlation(a, b, rows_a, rows_b, matcher)
-    measures = pair_measures(a, b, side_a, side_b, threshold)
-    measures |= correlation_measures(a, b, side_a, side_b, correlated, threshold)
-    if not brief:
-        by_absolute = matcher(rows_a.decoder, rows_b.decoder, absolute=True)
-        by_joint = by_encoder if tied else matcher(rows_a.joint(), rows_b.joint())
-        measures |= threshold_measures(side_a, side_b)
-        measures |= matching_measures(
-            rows_a, rows_b, by_decoder, by_absolute, by_joint, live, threshold
-        )
-        measures |= similarity_measures(found, side_a, side_b)
-        measures |= weighted_measures(a, b, side_a, side_b)
-    return PairResult(side_a, side_b, measures)
+    return Pair(a, b, threshold, live_at_least, matcher=matcher, device=device)
 
 
-def _match_by_correlation(
-    a: Dictionary, b: Dictionary, rows_a: Rows, rows_b: Rows, matcher: Matcher
-) -> Matching | None:
-    """Match by eᵀΣe' / √(eᵀΣe · e'ᵀΣe'), the correlation of pre-activations.
+@dataclass(frozen=True, eq=False)
+class CellRuns(View):
+    """The runs of a cell, and the sides of all of their pairs.
 
-    A direction of low variance hardly moves a pre-activation, so training does not identify it and
-    the encoder keeps its initial component there; in this metric that component hardly counts.
-    Implemented as a matching of rows multiplied by a root of Σ. Two covariances (SAEs of two data
-    sets) are averaged. None if a covariance is not known.
+    Attributes:
+        trained: the runs, in the order of the values of the paired axis.
+        settings: settings of the comparison.
+        duplicates: the repeated latents of each run.
+        sides: ordered pair (s, t) → the matches of s in t; filled pair by pair.
     """
-    if a.covariance is None or b.covariance is None:
-        return None
-    scale = root((a.covariance.astype(np.float64) + b.covariance) / 2)
-    return matcher(rows_a.encoder @ scale, rows_b.encoder @ scale)
 
+    trained: Sequence[Dictionary]
+    settings: ComparisonConfig
+    duplicates: Sequence[Duplicates]
+    sides: dict[tuple[int, int], PairSide] = field(default_factory=dict)
 
-def _side(
-    x: Dictionary,
-    by_encoder: Matching,
-    by_decoder: Matching,
-    threshold: float,
-    within: Int[np.ndarray, " n"],
-    live_within: Int[np.ndarray, " n"],
-    live: Bool[np.ndarray, " n"],
-) -> PairSide:
-    agrees = by_encoder.matched & (by_encoder.assignment == by_decoder.assignment)
-    near = (by_encoder.cosines >= threshold) & (by_decoder.cosines >= threshold)
-    return PairSide(
-        id=x.id,
-        seed=x.seed,
-        partner_encoder=by_encoder.assignment,
-        partner_decoder=by_decoder.assignment,
-        cosine_encoder=by_encoder.cosines,
-        cosine_decoder=by_decoder.cosines,
-        agrees=agrees,
-        shared=agrees & near,
-        within=within,
-        live_within=live_within,
-        live=live,
-    )
-
-
-def duplicate_measures(pair: PairResult, a: Duplicates, b: Duplicates) -> dict[str, float]:
-    """Return the shared fraction among duplicate latents, and among antipodal ones."""
-    if isnan(pair.measures["shared_fraction"]):  # no common space
-        return {f"shared_fraction_{word}": nan for word in ("duplicate", "antipodal")}
-    return {
-        f"shared_fraction_{word}": Subset(getattr(a, word), getattr(b, word)).of_sides(
-            pair.a.shared, pair.b.shared
-        )
-        for word in ("duplicate", "antipodal")
-    }
-
-
-def incompatible_pair(a: Dictionary, b: Dictionary, live_at_least: int) -> PairResult:
-    """Return a result in the form of `compare_pair`: sizes and counts, else NaN."""
-    measures: dict[str, float] = dict.fromkeys(_names(), float("nan"))
-    for letter, x in (("a", a), ("b", b)):
-        measures |= {
-            f"num_latents_{letter}": x.num_latents,
-            f"live_{letter}": int(x.live(live_at_least).sum()),
-            f"dead_{letter}": int(x.dead.sum()),
-            f"zero_{letter}": int(x.zero.sum()),
-            f"dense_{letter}": int((x.density > DENSE).sum()),
+    @cached_property
+    def known(self) -> frozenset[str]:
+        found = {
+            "weights": not any_incompatible(self.trained),
+            "truth": all(x.truth is not None for x in self.trained),
         }
-    return PairResult(_empty_side(a, live_at_least), _empty_side(b, live_at_least), measures)
+        return frozenset(name for name, known in found.items() if known)
+
+    @property
+    def runs(self) -> list[RunInCell]:
+        return [RunInCell(self, s) for s in range(len(self.trained))]
+
+    @cached_property
+    def shared(self) -> list[Bool[np.ndarray, "num_latents n-1"]]:
+        """For each run, true where each of its latents is shared with each of the others."""
+        return [
+            np.stack([side.shared for side in run.against.values()], axis=1) for run in self.runs
+        ]
+
+    @cached_property
+    def shared_with(self) -> list[Int[np.ndarray, " num_latents"]]:
+        """For each run, the number of other runs that share each of its latents."""
+        return [flags.sum(axis=1, dtype=np.int64) for flags in self.shared]
 
 
-def _empty_side(x: Dictionary, live_at_least: int) -> PairSide:
-    none, nothing = np.full(x.num_latents, -1), np.zeros(x.num_latents)
-    never, zero = np.zeros(x.num_latents, dtype=bool), np.zeros(x.num_latents, dtype=np.int64)
-    return PairSide(
-        id=x.id,
-        seed=x.seed,
-        partner_encoder=none,
-        partner_decoder=none,
-        cosine_encoder=nothing,
-        cosine_decoder=nothing,
-        agrees=never,
-        shared=never,
-        within=zero,
-        live_within=zero,
-        live=x.live(live_at_least),
-    )
+@dataclass(frozen=True, eq=False)
+class RunInCell(View):
+    """One run of a cell.
 
+    Attributes:
+        cell: the cell.
+        index: the run's place in it.
+    """
 
-@lru_cache(maxsize=1)
-def _names() -> tuple[str, ...]:
-    """Return the names of a pair's measures, from comparing a pair of single latents."""
-    one = Dictionary(
-        id="one",
-        seed="0",
-        encoder=np.ones((1, 1)),
-        decoder=np.ones((1, 1)),
-        firing=np.zeros(1, dtype=np.int64),
-        held_out_tokens=0,
-        dead=np.zeros(1, dtype=bool),
-    )
-    return tuple(compare_pair(one, one).measures)
+    cell: CellRuns
+    index: int
+
+    @property
+    def dictionary(self) -> Dictionary:
+        return self.cell.trained[self.index]
+
+    @property
+    def against(self) -> dict[str, PairSide]:
+        """Id of each other run → the matches of this run in it."""
+        return {
+            other.id: self.cell.sides[self.index, t]
+            for t, other in enumerate(self.cell.trained)
+            if t != self.index
+        }
+
+    @property
+    def live(self) -> Bool[np.ndarray, " num_latents"]:
+        return self.dictionary.live(self.cell.settings.live_at_least)
+
+    @property
+    def duplicates(self) -> Duplicates:
+        return self.cell.duplicates[self.index]
+
+    @property
+    def shared_with(self) -> Int[np.ndarray, " num_latents"]:
+        return self.cell.shared_with[self.index]

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from reseed.compare.columns import Interval
 from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes, value_axes
+from reseed.compare.registry import Interval
 from reseed.compare.statistics import leave_one_out_interval, run_interval
 
 AxisValues = Mapping[str, str]

@@ -29,9 +29,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import optimize, special
 
-from reseed.compare.columns import Interval
 from reseed.compare.dictionary import Dictionary, incompatible
-from reseed.compare.measures import PairSide
+from reseed.compare.pair import CellRuns, PairSide
+from reseed.compare.registry import Column, Interval, measures
 from reseed.compare.statistics import leave_one_out_interval
 
 Which = Literal["encoder", "decoder"]
@@ -153,6 +153,28 @@ def cycle_estimates(
     counted = [_counts(sides, triple) for triple in triples]
     return {name: _estimate(triples, [c[name] for c in counted], n, confidence)
             for name in CYCLES}  # fmt: skip
+
+
+_OF_CHAINS = "among chains in which i is shared with j and j with k, the fraction in which {}"
+
+
+@measures(
+    Column("cycle_encoder", "fraction of latents whose partner's partner in a third run is their "
+           "own partner there, by encoder", heading="cycle, enc", formula="σ_AC(i) = σ_BC(σ_AB(i))",
+           advice="Matches of latents that are merely left over close one cycle in F. An interval "
+           "needs 4 seeds."),
+    Column("cycle_decoder", "the same by decoder", heading="cycle, dec"),
+    Column("cycle_encoder_shared", _OF_CHAINS.format("the encoder matches i to k")),
+    Column("cycle_decoder_shared", _OF_CHAINS.format("the decoder matches i to k")),
+    Column("cycle_shared", _OF_CHAINS.format("i is shared with k"), heading="cycle, shared",
+           advice="Shows whether sharing is transitive: one latent found again, rather than a "
+           "chain of similar ones."),
+    level="cell",
+    table="cycles",
+)  # fmt: skip
+def cycles(cell: CellRuns) -> tuple[Interval, ...]:
+    found = cycle_estimates(cell.sides, cell.settings.confidence)
+    return tuple(found[name] for name in CYCLES)
 
 
 def _counts(

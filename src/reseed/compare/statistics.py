@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import optimize, special, stats
 
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval
 
 MIN_SEEDS = 3
 """Minimum number of seeds for leaving one out: two seeds make only one pair."""

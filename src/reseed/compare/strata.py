@@ -1,4 +1,4 @@
-"""Shared fractions by firing rate, and cells compared at equal firing rates.
+"""Shared fractions by firing: weighted, of kinds of latents, by stratum, at equal firing rates.
 
 The rarest latents are mostly orphans and the most frequent mostly shared (Paulo & Belrose, arXiv
 2501.16615), so the shared fractions of two cells may differ because their latents fire differently.
@@ -17,17 +17,128 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from reseed.compare.columns import Interval
 from reseed.compare.dictionary import Dictionary
-from reseed.compare.measures import PairSide
+from reseed.compare.pair import Pair, PairSide, RunInCell, Subset, divided
+from reseed.compare.registry import Interval, measure
 from reseed.compare.statistics import leave_one_out_interval
 
 Kind = Literal["decile", "density"]
+DENSE = 0.1
+"""A latent that fires on more than this fraction of the tokens is dense."""
 DECILES = 10
 """Number of quantile bins of firing, wherever latents of equal firing are compared."""
 DENSITY_EDGES = 10.0 ** np.arange(-6, -0.9, 0.5)
 """Half decades from 1e-6 to 0.1. A density at an edge belongs to the lower bin, so that the last
 bin holds the dense latents (> 0.1)."""
+
+
+@measure(
+    "shared_fraction_by_firing",
+    scale="fraction",
+    heading="shared by firing",
+    table="firing",
+    help="the strict rule with each latent weighted by how often it fires",
+    advice="The part of the SAE's activity that is shared. A few dense latents may carry it.",
+)
+def shared_fraction_by_firing(pair: Pair) -> float:
+    return _weighted(pair, pair.first.firing, pair.second.firing)
+
+
+@measure(
+    "shared_fraction_by_variance",
+    needs=("weights", "variance"),
+    scale="fraction",
+    heading="shared by variance",
+    table="firing",
+    help="the same, weighted by the variance of the latent's contribution to reconstructions",
+    advice="As `shared_fraction_by_firing`.",
+)
+def shared_fraction_by_variance(pair: Pair) -> float:
+    a, b = pair.first.variance, pair.second.variance
+    assert a is not None
+    assert b is not None
+    return _weighted(pair, a, b)
+
+
+def _weighted(pair: Pair, *weights: np.ndarray) -> float:
+    flags = pair.a.shared, pair.b.shared
+    total = sum(float(w.sum()) for w in weights)
+    part = sum(float(w[f].sum()) for f, w in zip(flags, weights, strict=True))
+    return divided(min(part, total), total)  # rounding could make the fraction exceed 1
+
+
+def _dense(pair: Pair) -> Subset:
+    return Subset(pair.first.density > DENSE, pair.second.density > DENSE)
+
+
+@measure(
+    "shared_fraction_dense",
+    scale="fraction",
+    heading="shared dense",
+    table="firing",
+    help="the strict rule over latents that fire on more than a tenth of the tokens",
+    advice="Dense latents alone, because they are few and count much in the weighted fractions.",
+)
+def shared_fraction_dense(pair: Pair) -> float:
+    return _dense(pair).of_sides(pair.a.shared, pair.b.shared)
+
+
+@measure(
+    "shared_fraction_sparse",
+    scale="fraction",
+    heading="shared other firing",
+    table="firing",
+    help="the strict rule over the other latents that fired",
+)
+def shared_fraction_sparse(pair: Pair) -> float:
+    dense = _dense(pair)
+    sparse = Subset((pair.first.firing > 0) & ~dense.a, (pair.second.firing > 0) & ~dense.b)
+    return sparse.of_sides(pair.a.shared, pair.b.shared)
+
+
+@measure("dense_{}", family="ab", needs=(), table="counts", help="dense latents of each run")
+def dense(pair: Pair, side: str) -> int:
+    return int((pair.side(side).dictionary.density > DENSE).sum())
+
+
+@measure(
+    "shared_fraction_{}",
+    family=("duplicate", "antipodal"),
+    scale="fraction",
+    heading="shared {}",
+    table="firing",
+    help="the strict rule over latents that their own dictionary has twice, with the same or the "
+    "opposite sign",
+    formula="latents i with another j of the same run with c_enc·c_dec ≥ τ², both cosines positive "
+    "(duplicate) or negative (antipodal)",
+    advice="A one-to-one matching takes any of several duplicates: their cosines are good, their "
+    "index is chance. `duplicate_fraction`, `antipodal_fraction`: the fraction of such latents.",
+)
+def shared_fraction_of_repeated(pair: Pair, kind: str) -> float:
+    repeated = Subset(*(getattr(x, kind) for x in pair.duplicates))
+    return repeated.of_sides(pair.a.shared, pair.b.shared)
+
+
+@measure(
+    "duplicate_fraction",
+    level="run",
+    scale="number",
+    table="firing",
+    help="fraction of the latents of a run that its dictionary has twice",
+)
+def duplicate_fraction(run: RunInCell) -> float:
+    return float(run.duplicates.duplicate.mean())
+
+
+@measure(
+    "antipodal_fraction",
+    level="run",
+    scale="number",
+    table="firing",
+    help="fraction of the latents of a run that its dictionary has with the opposite sign, too",
+)
+def antipodal_fraction(run: RunInCell) -> float:
+    return float(run.duplicates.antipodal.mean())
 
 
 def decile_edges(firing: Int[np.ndarray, " n"]) -> Float[np.ndarray, " edges"]:

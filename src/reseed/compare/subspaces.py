@@ -26,11 +26,14 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from reseed.compare.columns import GROUPS
 from reseed.compare.dictionary import Dictionary, unit_rows
-from reseed.compare.measures import DENSE
+from reseed.compare.pair import CellRuns, Pair, RunInCell
+from reseed.compare.registry import Column, measure, measures
+from reseed.compare.strata import DENSE
 from reseed.config import digest
 
+GROUPS = ("orphan", "shared", "dense")
+"""Sets of latents whose spans are compared."""
 TRACE_FRACTION = 0.9
 """Fraction of a moment's trace that its leading directions hold."""
 EXACT_WIDTH = 1024
@@ -96,6 +99,48 @@ def subspaces(
         columns = zip(_MEASURES, zip(*measured, strict=True), strict=True)
         pairs |= {f"{name}_{group}": list(values) for name, values in columns}
     return Subspaces(pairs, runs)
+
+
+def _of_cell(cell: CellRuns) -> Subspaces:
+    settings = cell.settings
+    return subspaces(cell.trained, cell.shared_with, settings.live_at_least, settings.null_seed)
+
+
+@measures(
+    Column("subspace_overlap_{}", "overlap of the second moments of the unit decoder rows of a "
+           "group / of as many random live latents", "cosine", "overlap, {}",
+           null="null_subspace_overlap_{}", formula="⟨M_A, M_B⟩/(‖M_A‖·‖M_B‖), M = WᵀW/F",
+           advice="High already if both are nearly a multiple of the identity: compare it with its "
+           "null."),
+    Column("null_subspace_overlap_{}", "the overlap of as many random live latents", "mean"),
+    Column("subspace_angles_{}", "mean squared cosine of the principal angles between the spans of "
+           "the leading directions that hold 90% of the second moment / of random spans", "cosine",
+           "angles, {}", null="null_subspace_angles_{}",
+           advice="Random spans of k directions have k/D. With k near D it is near 1 whatever the "
+           "data."),
+    Column("null_subspace_angles_{}", "the angles of random spans", "mean"),
+    family=GROUPS,
+    needs="cell",
+    table="subspaces",
+)  # fmt: skip
+def subspace_columns(pair: Pair, group: str) -> tuple[float, ...]:
+    assert pair.cell is not None
+    found = pair.cell.once(_of_cell).pairs
+    which = list(combinations(range(len(pair.cell.trained)), 2)).index(pair.place)
+    return tuple(found[f"{name}_{group}"][which] for name in _MEASURES)
+
+
+@measure(
+    "directions_{}",
+    level="run",
+    family=GROUPS,
+    scale="count",
+    heading="directions, {}",
+    table="subspaces",
+    help="number of these directions",
+)
+def directions(run: RunInCell, group: str) -> float:
+    return run.cell.once(_of_cell).runs[f"directions_{group}"][run.index]
 
 
 def _by_chance(a: _Span, b: _Span) -> float:

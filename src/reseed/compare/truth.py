@@ -18,10 +18,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int
 
-from reseed.compare.columns import TRUTH_PREFIX, Interval
-from reseed.compare.config import ComparisonConfig
-from reseed.compare.dictionary import LABELS, Dictionary
-from reseed.compare.measures import PairSide
+from reseed.compare.dictionary import LABELS, TRUTH_PREFIX, Dictionary
+from reseed.compare.pair import CellRuns
+from reseed.compare.registry import Column, Interval, measures
 from reseed.compare.statistics import leave_one_out_interval
 from reseed.compare.strata import DECILES, decile_edges, decile_of
 
@@ -209,27 +208,43 @@ STATISTICS: dict[str, _Statistic] = {
 }
 
 
-def cell_truth(
-    trained: Sequence[Dictionary],
-    sides: Mapping[tuple[int, int], PairSide],
-    settings: ComparisonConfig,
-) -> dict[str, Interval]:
-    """Return `truth_estimates` of a cell's runs; empty unless all of them have labels.
+_SHARED_GIVEN = "fraction of the live latents with the label {} that another run shares"
+_ADJUSTED = "the same adjusted for firing deciles"
+
+
+@measures(
+    Column("truth_atom_given_shared", "fraction of atoms among live latents that another run "
+           "shares", formula="P(atom | shared)"),
+    Column("truth_atom_given_orphan", "fraction of atoms among the other live latents",
+           formula="P(atom | not shared)"),
+    Column("truth_difference", "the first minus the second"),
+    Column("truth_difference_adjusted", _ADJUSTED, source="Greenland & Robins 1985",
+           advice="Frequent latents are both more often shared and more often true features, which "
+           "alone would associate sharing with truth."),
+    Column("truth_likelihood_ratio", "how much sharing is evidence of an atom",
+           formula="P(shared | atom)/P(shared | no atom)",
+           advice="1 means that sharing says nothing about truth."),
+    Column("truth_likelihood_ratio_adjusted", _ADJUSTED, source="Mantel & Haenszel 1959"),
+    *(Column(f"truth_shared_given_{label}", _SHARED_GIVEN.format(label)) for label in LABELS),
+    level="cell",
+    needs=("weights", "truth"),
+    table="truth",
+)  # fmt: skip
+def truth(cell: CellRuns) -> tuple[Interval, ...]:
+    """Return `truth_estimates` of a cell's runs.
 
     A latent counts as shared only if its partner is live too, as in ``shared_fraction_live``.
-
-    Args:
-        sides: ordered pair (s, t) → the matches of s in t.
     """
-    labels = _labels(trained)
-    if labels is None:
-        return {}
-    live = [x.live(settings.live_at_least) for x in trained]
+    labels = _labels(cell.trained)
+    assert labels is not None
+    live = [run.live for run in cell.runs]
     shared = {
         (s, t): side.shared & (side.partner_encoder >= 0) & live[t][side.partner_encoder]
-        for (s, t), side in sides.items()
+        for (s, t), side in cell.sides.items()
     }
-    return truth_estimates(labels, [x.firing for x in trained], live, shared, settings.confidence)
+    firing = [x.firing for x in cell.trained]
+    found = truth_estimates(labels, firing, live, shared, cell.settings.confidence)
+    return tuple(found[TRUTH_PREFIX + name] for name in STATISTICS)
 
 
 def label_column(table: pa.Table, trained: Sequence[Dictionary]) -> pa.Table:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval
 from reseed.compare.statistics import welch_difference
 from reseed.report.cell_labels import Cell, amounts, distinguishing_knobs, pair_axis_name
 from reseed.report.format import interval_sign, measure_name, signed

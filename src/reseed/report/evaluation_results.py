@@ -19,8 +19,8 @@ import pyarrow as pa
 from jaxtyping import Bool, Float
 
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import Interval
 from reseed.compare.pairing import without_intervals
+from reseed.compare.registry import Interval
 from reseed.compare.statistics import run_interval
 from reseed.report.cell_labels import Cell
 from reseed.store.results import StoredEvaluation, column

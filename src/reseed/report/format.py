@@ -7,7 +7,7 @@ from math import isnan
 
 import numpy as np
 
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval, find
 
 MISSING = "–"
 """Sign for a missing value."""
@@ -76,12 +76,11 @@ def null_text(null: float, simulated: int) -> str:
 
 
 def measure_heading(name: str) -> str:
-    """Return the column heading of a measure: ``shared\\nlive`` for `shared_fraction_live`."""
-    for long, short in (("shared_fraction", "shared"), ("decoder", "dec"), ("correlation", "corr"),
-                        ("coverage", "covered")):  # fmt: skip
-        name = name.replace(long, short)
-    first, _, rest = name.partition("_")
-    return f"{first}\n{rest.replace('_', ' ')}" if rest else first
+    """Return the heading of a measure, wrapped after its first word: ``shared\\nlive``."""
+    found = find(name)
+    words = found[1].heading if found and found[1].heading else name.replace("_", " ")
+    first, _, rest = words.partition(" ")
+    return f"{first}\n{rest}" if rest else first
 
 
 def measure_name(name: str) -> str:

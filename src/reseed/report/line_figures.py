@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from reseed.compare.activations.substitution import clip_quality, quality_by_coverage
 from reseed.compare.activations.tables import TOKENS
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import THRESHOLDS
+from reseed.compare.measures import THRESHOLDS
 from reseed.compare.strata import DECILES, shared_by_stratum
 from reseed.compare.tables import lists
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds

@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import Interval
+from reseed.compare.registry import Interval
 from reseed.report.format import format_number, null_text, with_interval
 from reseed.report.table import Table
 from reseed.report.table_files import markdown_table

@@ -30,7 +30,7 @@ from reseed.report.cell_labels import (
 )
 from reseed.report.format import format_number, with_interval
 from reseed.report.style import BLUE, ORANGE, WIDTH, legend_below, panels, scatter_of_two
-from reseed.report.table import Column, Table, cell_table, estimate_columns
+from reseed.report.table import Column, Table, cell_table, measure_columns, measure_notes
 
 TEN_MILLION = 10_000_000
 MAX_POINTS = 3000
@@ -81,25 +81,8 @@ def sharing_at_equal_firing_table(cells: Sequence[Cell]) -> Table:
             f"never fired; {alike[0].coverage:.0%} of that distribution lies in bins that all "
             "cells have)."
         )
-    made |= estimate_columns(
-        {
-            "by firing": "shared_fraction_by_firing",
-            "by variance": "shared_fraction_by_variance",
-            "dense": "shared_fraction_dense",
-            "other firing": "shared_fraction_sparse",
-            "duplicate": "shared_fraction_duplicate",
-            "antipodal": "shared_fraction_antipodal",
-        }
-    )
-    return cell_table(
-        cells,
-        made,
-        *footnotes,
-        "**by firing**, **by variance**: latents weighted by how often they fire, or by the "
-        "variance of their contribution. **dense**: latents that fire on more than a tenth of "
-        "the tokens; **other firing**: the others that fired. **duplicate**, **antipodal**: "
-        "latents that their own dictionary has twice, with the same or the opposite sign.",
-    )
+    made |= measure_columns("firing")
+    return cell_table(cells, made, *footnotes, *measure_notes("firing"))
 
 
 def strata_frame(cells: Sequence[Cell]) -> pd.DataFrame:

@@ -19,10 +19,11 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
-from reseed.compare.activations.tables import NOTE, TOKENS, TOPS
+from reseed.compare.activations.tables import NOTE, TOKENS
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import GROUPS, SURROGATES, THRESHOLDS, Interval
-from reseed.compare.nulls import kappa
+from reseed.compare.measures import THRESHOLDS
+from reseed.compare.nulls import SURROGATES, kappa
+from reseed.compare.registry import Interval, declared
 from reseed.compare.statistics import welch_difference
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.cell_labels import Cell, columns, knob_values, label, pair_axis_name
@@ -36,13 +37,12 @@ from reseed.report.table import (
     Column,
     Table,
     cell_table,
-    count_column,
-    estimate_columns,
-    estimate_null_column,
-    estimate_text,
+    column_of,
     kappa_column,
+    measure_columns,
+    measure_notes,
+    measure_table,
     null_column,
-    pair_column,
 )
 
 TITLE = "What would chance share?"
@@ -159,6 +159,13 @@ def _footnotes(confidence: float) -> tuple[str, ...]:
     )
 
 
+TABLES = ("shared", "alike", "cycles", "thresholds", "firing", "activations", "substitution",
+          "nulls", "subspaces")  # fmt: skip
+"""Names of the tables of measures here, as `registry.measure` has them."""
+ELSEWHERE = ("counts", "runs", "latents", "truth")
+"""Names of those that are shown only in files, or by `reseed.report.truth`."""
+
+
 def summary_tables(cells: Sequence[Cell]) -> list[tuple[str, list[Table]]]:
     """Return titles with their tables, in the order of ``summary.md``, without tables of measures
     that were not taken.
@@ -167,7 +174,7 @@ def summary_tables(cells: Sequence[Cell]) -> list[tuple[str, list[Table]]]:
     """
     firing = cells_with_strata(cells)
     found = [
-        ("More measures", [details(cells), cosines_and_cycles(cells)]),
+        ("More measures", [details(cells), *cosines_and_cycles(cells), *own_measures(cells)]),
         (f"Over {pair_axis_name(cells)}", [profiles(cells)]),
         ("By threshold", [by_threshold(cells)]),
         (
@@ -186,64 +193,32 @@ def summary_tables(cells: Sequence[Cell]) -> list[tuple[str, list[Table]]]:
 def details(cells: Sequence[Cell]) -> Table:
     """Return the table of other rules for what is shared."""
     made: dict[str, Column] = {pair_axis_name(cells): lambda cell: str(cell.n_seeds)}
-    made |= estimate_columns(
-        {
-            "covered": "coverage",
-            "dec": "shared_fraction_decoder",
-            "corr": "shared_fraction_correlation",
-            "joint": "shared_fraction_joint",
-            "mutual": "mutual_nearest",
-            "mutual, dec": "mutual_nearest_decoder",
-            "split": "split_fraction",
-            "not dead": "shared_fraction_not_dead",
-        }
-    )
-    made["ceiling, live"] = pair_column("ceiling_live")
-    return cell_table(
-        cells,
-        made,
-        "Fractions of latents by other rules than the strict one, at the same threshold.",
-        "**covered**: some latent of the other run has both cosines at least at the threshold, "
-        "even if it is the match of another latent; mean of both directions. **dec**: matched by "
-        "the decoder alone.",
-        "**corr**: the strict rule with encoders matched by the correlation of pre-activations on "
-        "held-out activations, in which directions of low variance hardly count.",
-        "**joint**: one matching of encoder and decoder rows together, with both cosines at least "
-        "at the threshold. **mutual**: each latent is the other's nearest, by the smaller of both "
-        "cosines; **mutual, dec**: by the decoder's cosine.",
-        "**split**: at least two latents of the other run have both cosines at least at the "
-        "threshold. **not dead**: the strict rule over latents that fired at the end of training, "
-        "as their partners did. **ceiling, live**: the largest live shared fraction that the "
-        "numbers of live latents allow.",
-    )
+    made |= measure_columns("shared")
+    first = "Fractions of latents by other rules than the strict one, at the same threshold."
+    return cell_table(cells, made, first, *measure_notes("shared"))
 
 
-def cosines_and_cycles(cells: Sequence[Cell]) -> Table:
-    """Return the table of mean cosines without a threshold, and of whether the matchings of three
-    runs form cycles."""
-    made = estimate_columns(
-        {
-            "PW-MCC, signed": "pw_mcc_signed",
-            "PW-MCC, absolute": "pw_mcc_absolute",
-            "MMCS": "mmcs",
-            "cos corr": "cosine_correlation",
-            "cycle, enc": "cycle_encoder",
-            "cycle, dec": "cycle_decoder",
-            "cycle, shared": "cycle_shared",
-        }
-    )
-    return cell_table(
-        cells,
-        made,
-        "**PW-MCC** (Song et al.): mean matched decoder cosine over the smaller dictionary, "
-        "**signed** as in their code, **absolute** as in their paper; each with the matching that "
-        "maximises it. **MMCS**: mean over latents of the largest decoder cosine, averaged over "
-        "both directions (pairs.csv has each). **cos corr**: mean matched correlation of "
-        "pre-activations.",
-        "**cycle**: fraction of latents whose partner's partner in a third run is their own "
-        "partner there, by encoder and by decoder; **shared**: among chains in which i is shared "
-        "with j and j with k, the fraction in which i is shared with k.",
-    )
+def cosines_and_cycles(cells: Sequence[Cell]) -> list[Table]:
+    """Return the table of mean cosines without a threshold, and that of whether the matchings of
+    three runs form cycles."""
+    return [measure_table(cells, "alike"), measure_table(cells, "cycles")]
+
+
+def own_measures(cells: Sequence[Cell]) -> list[Table]:
+    """Return the table of the measures of other packages that some cell has."""
+    made: dict[str, Column] = {}
+    notes: list[str] = []
+    for own in declared():
+        if own.level == "latent" or own.table in (*TABLES, *ELSEWHERE):
+            continue
+        there = [
+            column
+            for column in own.shown
+            if any(column.name in x for _, cell in cells for x in (cell.estimates, cell.pairs))
+        ]
+        made |= {column.heading: column_of(column.name, column.null) for column in there}
+        notes += own.notes if there else []
+    return [cell_table(cells, made, *notes)] if made else []
 
 
 def profiles(cells: Sequence[Cell]) -> Table:
@@ -264,13 +239,10 @@ def profiles(cells: Sequence[Cell]) -> Table:
 def by_threshold(cells: Sequence[Cell]) -> Table:
     """Return the table of the strict rule at every threshold; its last row is the paper's, for
     another model."""
-    knobs = columns(cells)
-    header = (*(knobs or ["cell"]), *(f"≥ {tau}" for tau in THRESHOLDS))
+    knobs, made = columns(cells), measure_columns("thresholds")
+    header = (*(knobs or ["cell"]), *(head.removeprefix("shared ") for head in made))
     rows = [
-        (
-            *(knob_values(knobs, k) or [label(cells, k)]),
-            *(estimate_text(cell, f"shared_fraction_at_{tau}") for tau in THRESHOLDS),
-        )
+        (*(knob_values(knobs, k) or [label(cells, k)]), *(column(cell) for column in made.values()))
         for k, cell in cells
     ]
     note = (
@@ -296,50 +268,13 @@ def on_activations(cells: Sequence[Cell]) -> list[Table]:
     if not known:
         return lacking
     count = range_text(_tokens(cell) for _, cell in known)
-    agree = estimate_columns(
-        {
-            "Pearson, shared": "agreement_pearson_shared",
-            "Pearson, orphan": "agreement_pearson_orphan",
-            "Jaccard, shared": "agreement_jaccard_shared",
-            "Jaccard, orphan": "agreement_jaccard_orphan",
-            "CKA, latents": "cka_codes",
-            "CKA, output": "cka_reconstructions",
-            "novel": "novel_fraction",
-        }
-    )
-    replaced = estimate_columns(
-        {
-            "R": "substitution",
-            "R, shared": "substitution_shared",
-            "R, orphan": "substitution_orphan",
-            "second best": "substitution_second_best",
-            "random": "substitution_random",
-            "best scale": "substitution_best_scale",
-            "area": "substitution_area",
-            **{f"top {top:,}": f"substitution_top_{top}" for top in TOPS},
-        }
+    intro = (
+        f"On {count} held-out tokens, over pairs matched by the decoder whose latents are both "
+        "live; **shared** pairs are those that the strict rule shares, **orphan** the other ones."
     )
     return [
-        cell_table(
-            known,
-            agree,
-            f"On {count} held-out tokens, over pairs matched by the decoder whose latents are both "
-            "live. **Pearson**, **Jaccard**: correlation of activations and overlap of the tokens "
-            "on which they fire, mean over **shared** pairs and over the other ones (**orphan**).",
-            "**CKA**: linear CKA of latents and of reconstructions, without any matching; it "
-            "hardly distinguishes SAEs. **novel**: fraction of live latents that lower the other "
-            "run's error when added to it.",
-        ),
-        cell_table(
-            known,
-            replaced,
-            "**R**: the fraction of the damage of ablating a latent that its match repairs in its "
-            "place, as a mean of R bounded to 0 … 1: over all these latents, over **shared** and "
-            "over **orphan** ones; over all with the **second best** match, with a **random** "
-            "latent of equal firing, and with the match at its **best scale**.",
-            "**area**: mean over r of the mean R of the r matches with the highest cosines; "
-            "**top**: that mean R at one r.",
-        ),
+        cell_table(known, measure_columns("activations"), intro, *measure_notes("activations")),
+        measure_table(known, "substitution"),
         *lacking,
     ]
 
@@ -356,43 +291,26 @@ def _not_measured(cells: Sequence[Cell], lacking: Sequence[Cell]) -> list[Table]
 
 def nulls(cells: Sequence[Cell]) -> Table:
     """Return the table of nulls: the shared fraction by chance, and κ against each null."""
-    prefixes = {"isotropic": "null_", "covariance": "null_covariance_", "untrained": "untrained_"}
-    made: dict[str, Column] = {"shared": lambda cell: estimate_text(cell, "shared_fraction")}
-    for name, prefix in prefixes.items():
-        made[f"{name} S₀"] = null_column(f"{prefix}shared_fraction", drawn=name != "untrained")
-        made[f"κ, {name}"] = kappa_column(name, f"{prefix}shared_fraction")
-    made["cos, isotropic"] = pair_column("null_cosine")
-    made["cos, covariance"] = pair_column("null_covariance_cosine")
-    made["covered, isotropic"] = pair_column("null_coverage")
-    made["covered, covariance"] = pair_column("null_covariance_coverage")
-    return cell_table(
-        cells,
-        made,
-        "**κ** = (S − S₀)/(1 − S₀), where S is shared and S₀ is the shared fraction of two "
-        "dictionaries of random **isotropic** rows, of rows sampled with the **covariance** of the "
-        "held-out activations, or of the **untrained** weights of the same pairs. The interval of "
-        "κ is that of S, with S₀ taken as exact.",
-        "**cos**, **covered**: mean matched cosine and coverage of these random dictionaries.",
-    )
+    made = {"shared": column_of("shared_fraction")}
+    for name, prefix in (
+        ("isotropic", "null_"),
+        ("covariance", "null_covariance_"),
+        ("untrained", "untrained_"),
+    ):
+        by_chance = f"{prefix}shared_fraction"
+        made[f"{name} S₀"] = null_column(by_chance, drawn=name != "untrained")
+        made[f"κ, {name}"] = kappa_column(name, by_chance)
+    made |= {head: own for head, own in measure_columns("nulls").items() if head not in made}
+    note = "The interval of **κ** is that of S, with S₀ taken as exact."
+    return cell_table(cells, made, *measure_notes("nulls"), note)
 
 
 def subspace_overlaps(cells: Sequence[Cell]) -> Table:
     """Return the table of whether groups of latents span the same space in two runs, each with its
     null."""
-    made: dict[str, Column] = {}
-    for measure in ("overlap", "angles"):
-        for group in GROUPS:
-            name = f"subspace_{measure}_{group}"
-            made[f"{measure}, {group}"] = estimate_null_column(name)
-    for group in GROUPS:
-        made[f"directions, {group}"] = count_column(f"directions_{group}")
-    return cell_table(
+    return measure_table(
         cells,
-        made,
-        "**overlap**: overlap of the second moments of the unit decoder rows of a group / of as "
-        "many random live latents. **angles**: mean squared cosine of the principal angles between "
-        "the spans of the leading directions that hold 90% of the second moment / of random spans. "
-        "**directions**: number of these directions.",
+        "subspaces",
         "**orphan**: live latents that no other run shares; **shared**: live latents that at least "
         "one shares; **dense**: latents that fire on more than a tenth of the tokens.",
     )

@@ -15,8 +15,8 @@ from math import hypot, isnan, sqrt
 from typing import Any
 
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import Interval
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.registry import Interval, Measure, declared
 from reseed.compare.statistics import detectable_difference
 from reseed.report.cell_labels import (
     FEW,
@@ -84,17 +84,64 @@ def cell_table(cells: Sequence[Cell], made: Mapping[str, Column], *footnotes: st
     return Table(header, rows, len(knobs), "", footnotes)
 
 
+def measure_columns(table: str) -> dict[str, Column]:
+    """Return heading → column of the declared measures that a table shows."""
+    return {
+        column.heading: count_column(column.name)
+        if column.scale == "count"
+        else column_of(column.name, column.null)
+        for own in _measures_of(table)
+        for column in own.shown
+    }
+
+
+def measure_notes(table: str) -> list[str]:
+    """Return the explanations of the measures that a table shows."""
+    return [note for own in _measures_of(table) if own.shown for note in own.notes]
+
+
+def _measures_of(table: str) -> list[Measure]:
+    own = [one for one in declared() if one.table == table]
+    return sorted(
+        own, key=lambda one: one.columns[0].scale == "mean"
+    )  # those without interval last
+
+
+def measure_table(cells: Sequence[Cell], table: str, *notes: str) -> Table:
+    """Make a table of declared measures with a row per cell; ``notes`` follow the explanations."""
+    return cell_table(cells, measure_columns(table), *measure_notes(table), *notes)
+
+
+def column_of(name: str, null: str = "") -> Column:
+    """Return a column: the estimate with its interval, or the mean over pairs without one, or
+    `MISSING`. The mean of ``null`` follows: ``0.80 [0.70, 0.90] / 0.50``."""
+
+    def column(cell: CellResult) -> str:
+        found = cell.estimates.get(name)
+        text = with_interval(found) if found else pair_column(name)(cell)
+        chance = pair_column(null)(cell) if null else MISSING
+        return text if chance == MISSING else f"{text} / {chance}"
+
+    return column
+
+
 def estimate_columns(measures: Mapping[str, str]) -> dict[str, Column]:
     """Return columns of estimates with their intervals.
 
     Args:
         measures: heading → name of the estimate.
     """
+    return {head: column_of(name) for head, name in measures.items()}
 
-    def column(name: str) -> Column:
-        return lambda cell: estimate_text(cell, name)
 
-    return {head: column(name) for head, name in measures.items()}
+def count_column(name: str) -> Column:
+    """Return a column of the mean over runs of a count, with one decimal."""
+
+    def column(cell: CellResult) -> str:
+        found = cell.estimates.get(name)
+        return MISSING if found is None or isnan(found.mean) else f"{found.mean:.1f}"
+
+    return column
 
 
 def pair_column(name: str) -> Column:
@@ -108,16 +155,6 @@ def mean_column(name: str) -> Column:
     def column(cell: CellResult) -> str:
         found = cell.estimates.get(name)
         return MISSING if found is None else format_number(found.mean)
-
-    return column
-
-
-def count_column(name: str) -> Column:
-    """Return a column of the mean over runs of a count, with one decimal."""
-
-    def column(cell: CellResult) -> str:
-        found = cell.estimates.get(name)
-        return MISSING if found is None or isnan(found.mean) else f"{found.mean:.1f}"
 
     return column
 
@@ -154,16 +191,6 @@ def kappa_column(null: str, shared: str) -> Column:
             return format_number(mean)
         ends = [(end - by_chance) / (1 - by_chance) for end in (trained.low, trained.high)]
         return f"{format_number(mean)} {format_bounds(*ends)}"
-
-    return column
-
-
-def estimate_null_column(name: str) -> Column:
-    """Return a column of an estimate, then its null: ``0.80 [0.70, 0.90] / 0.50``."""
-
-    def column(cell: CellResult) -> str:
-        own, null = estimate_text(cell, name), cell.pair_mean(f"null_{name}")
-        return own if isnan(null) else f"{own} / {format_number(null)}"
 
     return column
 

@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 
 from reseed.compare.cell import CellResult
 from reseed.compare.pairing import seed_of_run
+from reseed.compare.registry import columns as measure_columns
 from reseed.compare.strata import standardised
+from reseed.errors import ReseedError
 from reseed.report.architecture_contrasts import differences
 from reseed.report.cell_labels import Cell, label
 from reseed.report.evaluation_results import Runs
@@ -53,8 +55,6 @@ SUMMARY_COLUMNS = (
     "runs",
 )
 """Columns of ``summary.csv`` after the knobs of the cell; others follow."""
-_WITHOUT_INTERVALS = ("null_", "kappa", "untrained_", "ceiling_")
-"""Prefixes of the columns of pairs that are shown as means, without intervals."""
 
 
 def write_tables(
@@ -71,9 +71,18 @@ def write_tables(
 
     Returns:
         The files written, each atomically.
+
+    Raises:
+        ReseedError: a cell lacks the primary measure.
     """
     if not cells:
         raise ValueError("there are no cells to write tables of")
+    for _, cell in cells:
+        if (primary := cell.settings.primary) not in cell.estimates:
+            raise ReseedError(
+                f"`comparison.primary` is {primary}, which this comparison was not measured with: "
+                "compare again (reseed compare)"
+            )
     out = Path(folder)
     names = ["pairs.csv", "latents.parquet", "strata.csv"]
     names += ["summary.csv", "summary.md", "summary.tex"]
@@ -144,7 +153,8 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
     }
     for name, found in estimates.items():
         extra |= interval_row(name, found)
-    extra |= {n: cell.pair_mean(n) for n in cell.pairs if n.startswith(_WITHOUT_INTERVALS)}
+    means = {n for n, column in measure_columns("pair").items() if column.scale == "mean"}
+    extra |= {n: cell.pair_mean(n) for n in cell.pairs if n in means}
     return row | {name: value for name, value in extra.items() if name not in row}
 
 
@@ -185,7 +195,8 @@ def latent_table(cells: Sequence[Cell]) -> pa.Table:
             column = pa.repeat(pa.scalar(values[name][i], values[name].type), len(table))
             table = table.add_column(position, name, column)
         tables.append(table)
-    return pa.concat_tables(with_labels_alike(tables))
+    # A cell that was compared without a measure has nulls in its column.
+    return pa.concat_tables(with_labels_alike(tables), promote_options="default")
 
 
 def _one_type(values: list[Any]) -> pa.Array:

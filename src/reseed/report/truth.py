@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import TRUTH_PREFIX, Interval
+from reseed.compare.dictionary import TRUTH_PREFIX
+from reseed.compare.registry import Interval
 from reseed.compare.strata import DECILES
 from reseed.compare.truth import LABEL_COLUMN
 from reseed.report.cell_labels import (

@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 
 from reseed.compare.activations.tables import NOTE
-from reseed.compare.columns import FRACTIONS, Interval
 from reseed.compare.config import value_axes
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.compare.pairing import (
@@ -24,6 +23,7 @@ from reseed.compare.pairing import (
     pair_groups,
     runs_by_value,
 )
+from reseed.compare.registry import Interval, fractions
 from reseed.report.cell_labels import Cell, columns, knob_values, varying_knobs
 from reseed.report.format import (
     MISSING,
@@ -277,7 +277,7 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
             "n_seeds": len(group.levels), "interval_over": group.unit,
         }  # fmt: skip
         shares = ("shared_of_a", "shared_of_b", "shared_of_smaller")
-        for name in (*_one_sided(group, FRACTIONS), *shares):
+        for name in (*_one_sided(group, fractions()), *shares):
             row |= interval_row(name, group.interval(name, confidence))
         row |= interval_row("minus_within", contrasts.get(id(group)))
         on_tokens = (*SAME_TOKENS.values(), AGREE) if WEIGHTS_NOTE in group.pairs else ()

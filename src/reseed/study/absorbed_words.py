@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 from jaxtyping import Int
 
 from reseed.compare.cell import CellResult
-from reseed.compare.columns import Interval
 from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.pairing import without_intervals
+from reseed.compare.registry import Interval
 from reseed.compare.statistics import seed_interval
 from reseed.compare.tables import lists
 from reseed.report.cell_labels import Cell

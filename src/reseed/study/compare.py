@@ -33,6 +33,8 @@ from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes
 from reseed.compare.dictionary import load_dictionaries
 from reseed.compare.matching import MatchingCache
 from reseed.compare.pairing import add_axis_columns, axis_label
+from reseed.compare.registry import Measure, declared
+from reseed.compare.truth import LABEL_COLUMN
 from reseed.errors import ReseedError
 from reseed.experiment import Experiment
 from reseed.experiment.resolve import Resolved, resolve_experiment
@@ -73,9 +75,14 @@ def compare_cell_of(
         torch.set_num_threads(runtime.threads)
     runs = [run for _, run in finished]
     done = _done(folder, runs, settings)
-    if done is not None:
+    lacking = outdated_measures(done) if done else []
+    if done is not None and not lacking:
         write_with_activations(done, runs, folder, name, runtime)
         return
+    if lacking:
+        say(
+            f"  {name}: compared again, because these measures are new or newer: {_listed(lacking)}"
+        )
     _check_weights(finished, name)
     pairs_up = counted(math.comb(len(finished), 2), "pair")
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
@@ -98,6 +105,11 @@ def compare_cell_of(
     )
 
 
+def _listed(names: Sequence[str]) -> str:
+    few = ", ".join(names[:4])
+    return few if len(names) <= 4 else f"{few} and {len(names) - 4} more"
+
+
 def _done(folder: Path, runs: Sequence[Run], settings: ComparisonConfig) -> CellResult | None:
     """Return the stored result of a cell if it has these runs and settings, else None."""
     try:
@@ -108,14 +120,41 @@ def _done(folder: Path, runs: Sequence[Run], settings: ComparisonConfig) -> Cell
     return done if same_runs and done.settings.signed() == settings.signed() else None
 
 
+def outdated_measures(cell: CellResult) -> list[str]:
+    """Return the names of the declared measures that a cell lacks, or has of another version.
+
+    A cell that an older version of reseed compared has no record of its measures; it holds those
+    whose columns it has, in their first version.
+    """
+    if cell.measures is not None:
+        held = cell.measures
+        return [own.own[0].name for own in declared() if held.get(own.key) != own.version]
+    tables = {"pair": cell.pairs, "run": cell.runs, "latent": cell.latents.column_names}
+    return [
+        own.own[0].name
+        for own in declared()
+        if own.version > 1
+        or (_concerns(own, cell) and own.own[0].name not in tables.get(own.level, cell.estimates))
+    ]
+
+
+def _concerns(own: Measure, cell: CellResult) -> bool:
+    """Return whether a cell has columns of a measure; those of some needs only some cells have."""
+    if "truth" in own.needs:
+        return LABEL_COLUMN in cell.latents.column_names
+    return "matched" not in own.needs and ("activations" not in own.needs or NOTE in cell.pairs)
+
+
 def is_complete(sweep: Sweep, axes: dict[str, str], settings: ComparisonConfig) -> bool:
     """Return True if all runs of a cell are finished and compared."""
     runs = sweep.runs(**axes)
     if not all(run.finished for run in runs):
         return False
     done = _done(sweep.cell_folder(axes), runs, settings)
-    if done is None or not settings.activation_tokens:
-        return done is not None
+    if done is None or outdated_measures(done):
+        return False
+    if not settings.activation_tokens:
+        return True
     # The note is "interrupted" if a job was stopped; any other note is a final reason.
     return NOTE in done.pairs and "interrupted" not in set(done.pairs[NOTE])
 

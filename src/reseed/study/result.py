@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ from reseed.system.console import counted, say
 REPORT = "report"
 """The report's folder within the sweep's folder."""
 REPORT_FORMATS = ("html", "md", "tex")
+
+
+class NotebookFigure(Figure):
+    """Figure that shows itself in a notebook, which otherwise shows only figures of pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        written = BytesIO()
+        self.savefig(written, format="png", dpi=110, bbox_inches="tight")
+        return written.getvalue()
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +124,9 @@ class StudyResult:
             raise ReseedError(
                 f"there is no figure {name!r}.{did_you_mean(name, self.figures)} Figures: {names}"
             )
-        return draw_figure(self._drawings[name])
+        figure = draw_figure(self._drawings[name])
+        figure.__class__ = NotebookFigure
+        return figure
 
     def report(self, format: str = "html", out: Path | str | None = None) -> Path:
         """Write the report into a folder of its own, replacing an older one.

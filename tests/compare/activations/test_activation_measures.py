@@ -10,21 +10,28 @@ import torch
 
 from reseed.compare.activations.measures import WeightMatches, measure_same_activations
 from reseed.compare.activations.tables import (
-    ESTIMATES,
-    LATENT_COLUMNS,
     NOTE,
-    PAIR_COLUMNS,
+    PairOnTokens,
     activation_measures,
     lacks_activations,
+    substitution_top,
     weight_matches,
     with_activations,
 )
 from reseed.compare.cell import CellResult, compare_cell
+from reseed.compare.registry import columns, declared, evaluate
 from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 
 TOKENS, D = 300, 8
+OF_PAIRS = [name for name in columns("pair", "activations") if not name.endswith("_matched")]
+ESTIMATES = [name for name in OF_PAIRS if not name.endswith(("_a", "_b"))]
+
+
+def of_latents(measured, pair):
+    """Return column → values of the latents of the first SAE of an ordered pair."""
+    return evaluate(declared("latent", "activations"), PairOnTokens(measured, {}, *pair))
 
 
 def built(config, seed):
@@ -117,20 +124,20 @@ def test_the_result_does_not_depend_on_how_chunks_are_cut(saes, x, measured, cut
     again = measure_same_activations(saes, weight_matches(cell), x.split(cuts))
     assert again.tokens == TOKENS
     assert np.array_equal(again.cka_codes, whole.cka_codes)
-    for pair, latents in whole.latents.items():
-        for name, column in LATENT_COLUMNS.items():
-            assert np.array_equal(column(again.latents[pair]), column(latents), True), name
+    for pair in whole.latents:
+        values = of_latents(again, pair)
+        for name, value in of_latents(whole, pair).items():
+            assert np.array_equal(values[name], value, True), name
 
 
 def test_the_batch_size_changes_only_cka(saes, x, measured, monkeypatch):
     cell, whole = measured
     monkeypatch.setattr("reseed.compare.activations.measures.BATCH", 64)
     again = measure_same_activations(saes, weight_matches(cell), [x])
-    for pair, latents in whole.latents.items():
-        for name, column in LATENT_COLUMNS.items():
-            np.testing.assert_allclose(
-                column(again.latents[pair]), column(latents), rtol=1e-6, atol=1e-6, err_msg=name
-            )
+    for pair in whole.latents:
+        values = of_latents(again, pair)
+        for name, value in of_latents(whole, pair).items():
+            np.testing.assert_allclose(values[name], value, rtol=1e-6, atol=1e-6, err_msg=name)
     assert not np.array_equal(again.cka_codes, whole.cka_codes)
 
 
@@ -158,7 +165,7 @@ def test_pair_columns_are_means_over_live_matches_of_both_sides(measured):
     sides = weight_matches(cell)
     live = {s: cell.latents.to_pandas().query(f"run == 'run-{s}'")["live"].to_numpy()
             for s in range(3)}  # fmt: skip
-    row = activation_measures(found, sides, 0, 2)
+    row = activation_measures(PairOnTokens(found, sides, 0, 2))
     values = []
     for s, t in ((0, 2), (2, 0)):
         for i, j in enumerate(sides[s, t].partner):
@@ -178,7 +185,7 @@ def test_pair_columns_are_means_over_live_matches_of_both_sides(measured):
     assert np.isnan(row["substitution_top_100"]), "there are not that many"
 
 
-def test_the_coverage_curve_ranks_live_matches_by_their_smaller_cosine(measured, monkeypatch):
+def test_the_coverage_curve_ranks_live_matches_by_their_smaller_cosine(measured):
     cell, found = measured
     sides = weight_matches(cell)
     ranked = []
@@ -193,19 +200,20 @@ def test_the_coverage_curve_ranks_live_matches_by_their_smaller_cosine(measured,
         ranked.append([quality for _, quality in sorted(rows, reverse=True)])
     areas = [np.mean([np.mean(q[:r]) for r in range(1, len(q) + 1)]) for q in ranked]
     longest = max(map(len, ranked))
-    monkeypatch.setattr("reseed.compare.activations.tables.TOPS", (3, longest, longest + 1))
-    row = activation_measures(found, sides, 0, 2)
+    pair = PairOnTokens(found, sides, 0, 2)
+    row = activation_measures(pair)
+    tops = {top: substitution_top(pair, top) for top in (3, longest, longest + 1)}
     assert row["substitution_area"] == pytest.approx(np.mean(areas))
-    assert row["substitution_top_3"] == pytest.approx(np.mean([q[:3] for q in ranked]))
+    assert tops[3] == pytest.approx(np.mean([q[:3] for q in ranked]))
     whole = np.mean([np.mean(q) for q in ranked if len(q) == longest])
-    assert row[f"substitution_top_{longest}"] == pytest.approx(whole)
-    assert np.isnan(row[f"substitution_top_{longest + 1}"])
+    assert tops[longest] == pytest.approx(whole)
+    assert np.isnan(tops[longest + 1])
 
 
 def test_a_pair_is_the_same_from_either_side(measured):
     cell, found = measured
     sides = weight_matches(cell)
-    one, other = activation_measures(found, sides, 0, 1), activation_measures(found, sides, 1, 0)
+    one, other = (activation_measures(PairOnTokens(found, sides, *p)) for p in ((0, 1), (1, 0)))
     assert {n: one[n] for n in ESTIMATES} == pytest.approx(
         {n: other[n] for n in ESTIMATES}, nan_ok=True
     )
@@ -215,11 +223,11 @@ def test_a_pair_is_the_same_from_either_side(measured):
 def test_list_columns_are_in_the_order_of_the_other_runs(measured):
     cell, found = measured
     cell = with_activations(cell, found)
-    long = cell.latents.to_pandas().explode(["others", *LATENT_COLUMNS])
-    for (s, t), latents in found.latents.items():
+    long = cell.latents.to_pandas().explode(["others", *columns("latent", "activations")])
+    for s, t in found.latents:
         rows = long[(long["run"] == f"run-{s}") & (long["others"] == f"run-{t}")]
-        for name, column in LATENT_COLUMNS.items():
-            expected = column(latents).astype(np.float32)
+        for name, value in of_latents(found, (s, t)).items():
+            expected = value.astype(np.float32)
             assert np.array_equal(rows[name].to_numpy(dtype=np.float32), expected, True), name
 
 
@@ -240,7 +248,7 @@ def test_missing_measures_are_noted_and_can_be_added_later(measured):
     assert lacks_activations(cell)
     without = with_activations(cell, None, "the model is gone")
     assert lacks_activations(without)
-    assert without.pairs[list(PAIR_COLUMNS)].isna().to_numpy().all()
+    assert without.pairs[OF_PAIRS].isna().to_numpy().all()
     assert without.pairs[NOTE].tolist() == ["the model is gone"] * 3
     assert without.estimates["cka_codes"].reason == "undefined in at least one pair"
     later, at_once = with_activations(without, found), with_activations(cell, found)

@@ -14,17 +14,19 @@ from reseed.compare.activations.measures import (
     measure_same_activations,
     measure_same_tokens,
 )
-from reseed.compare.activations.tables import (
-    LATENT_COLUMNS,
-    MATCHED_COLUMNS,
-    PAIR_COLUMNS,
-    activation_measures,
-)
+from reseed.compare.activations.tables import PairOnTokens, activation_measures
+from reseed.compare.registry import columns, declared, evaluate
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 
 TOKENS, D, WIDE = 400, 8, 12
 HALF = TOKENS // 2
+MATCHED = [f"agreement_{name}_matched" for name in ("pearson", "jaccard", "fraction")]
+
+
+def of_latents(measured, pair):
+    """Return column → values of the latents of the first SAE of an ordered pair."""
+    return evaluate(declared("latent", "activations"), PairOnTokens(measured, {}, *pair))
 
 
 def built(config, seed, d_in=D):
@@ -74,14 +76,15 @@ def test_the_same_sae_in_another_space_agrees_completely(x, turn):
     two = [sae, other]
     sides = sides_between(two)
     found = measure_same_tokens(two, sides, [[x], [x @ turn]], [0, 1], TOKENS)
-    row = activation_measures(found, sides, 0, 1)
+    row = activation_measures(PairOnTokens(found, sides, 0, 1))
     assert row["cka_codes"] == pytest.approx(1, abs=1e-5)
     assert row["cka_reconstructions"] == pytest.approx(1, abs=1e-5)
-    assert [row[name] for name in MATCHED_COLUMNS] == pytest.approx([1, 1, 1], abs=1e-4)
-    known = {"cka_codes", "cka_reconstructions", *MATCHED_COLUMNS}
-    assert np.isnan([row[name] for name in PAIR_COLUMNS if name not in known]).all()
-    for latents in found.latents.values():
-        assert all(np.isnan(column(latents)).all() for column in LATENT_COLUMNS.values())
+    assert [row[name] for name in MATCHED] == pytest.approx([1, 1, 1], abs=1e-4)
+    known = {"cka_codes", "cka_reconstructions", *MATCHED}
+    unknown = columns("pair", "activations").keys() - known
+    assert np.isnan([row[name] for name in unknown]).all()
+    for pair in found.latents:
+        assert all(np.isnan(values).all() for values in of_latents(found, pair).values())
 
 
 def test_matched_agreement_and_cka_equal_those_of_dense_activations(x, turn):
@@ -127,11 +130,9 @@ def test_saes_of_one_space_are_measured_as_without_others(x, turn):
     three = [a, lifted(a, turn), c]
     found = measure_same_tokens(three, sides_between(three), [[x], [x @ turn]], [0, 1, 0], TOKENS)
     for pair, own in (((0, 2), (0, 1)), ((2, 0), (1, 0))):
-        for name, column in LATENT_COLUMNS.items():
-            np.testing.assert_allclose(
-                column(found.latents[pair]), column(alone.latents[own]), rtol=1e-5, atol=1e-6,
-                err_msg=name,
-            )  # fmt: skip
+        expected = of_latents(alone, own)
+        for name, values in of_latents(found, pair).items():
+            np.testing.assert_allclose(values, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert set(found.matched) == {(0, 1), (0, 2), (1, 2)}
 
 

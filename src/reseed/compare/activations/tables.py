@@ -1,16 +1,19 @@
-"""Measures on activations as columns of a cell's tables, added to the measures on weights."""
+"""Measures on activations as columns of a cell's tables, added to the measures on weights.
+
+Means are over matched latents that are both live, from both sides. *Orphan* latents are those that
+the strict rule does not share.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float
 
-from reseed.compare.activations.agreement import MatchedAgreement
 from reseed.compare.activations.measures import (
     ActivationMeasures,
     AllWeightMatches,
@@ -20,45 +23,265 @@ from reseed.compare.activations.measures import (
 from reseed.compare.activations.substitution import clip_quality, quality_by_coverage
 from reseed.compare.cell import CellResult
 from reseed.compare.pairing import without_intervals
-from reseed.compare.statistics import known_mean, seed_interval
-from reseed.compare.tables import lists
+from reseed.compare.registry import (
+    Column,
+    Measure,
+    View,
+    columns,
+    declared,
+    evaluate,
+    measure,
+    measures,
+)
+from reseed.compare.statistics import known_mean
+from reseed.compare.tables import lists, pair_estimates
 
 TOPS = (100, 2_000)
 """Values of r for which the tables show the mean R of the r highest-ranking matches."""
-ESTIMATES = (
-    "agreement_pearson_shared",
-    "agreement_pearson_orphan",
-    "agreement_jaccard_shared",
-    "agreement_jaccard_orphan",
-    "cka_codes",
-    "cka_reconstructions",
-    "substitution",
-    "substitution_shared",
-    "substitution_orphan",
-    "substitution_pooled_shared",
-    "substitution_pooled_orphan",
-    "substitution_best_scale",
-    "substitution_second_best",
-    "substitution_random",
-    "substitution_area",
-    *(f"substitution_top_{top}" for top in TOPS),
-    "novel_fraction",
-)
-"""Measures of a pair that are equal for (A, B) and (B, A); see `activation_measures`."""
-PAIR_COLUMNS = (*ESTIMATES, "novel_fraction_a", "novel_fraction_b")
-MATCHED_COLUMNS = tuple(f"agreement_{name}_matched" for name in MatchedAgreement._fields)
-"""Extra columns for latents matched by their activations; see `agreement.MatchedAgreement`."""
+KINDS = ("shared", "orphan")
 NOTE, TOKENS = "activation_note", "activation_tokens"
 """Extra columns of the pairs: why measures are missing (else empty), and the number of tokens."""
-LATENT_COLUMNS: dict[str, Callable[[LatentMeasures], Float[np.ndarray, " F"]]] = {
-    "pearson": lambda found: found.agreement.pearson,
-    "jaccard": lambda found: found.agreement.jaccard,
-    "match_cosine": lambda found: found.match_cosine,
-    "substitution": lambda found: found.substitution.quality,
-    "insertion": lambda found: found.insertion,
-}
-"""List columns (a value per other run) added to the latents of `cell`; see `LatentMeasures`.
-``substitution`` is the unbounded R."""
+
+
+@dataclass(frozen=True, eq=False)
+class PairOnTokens(View):
+    """The activations of a pair of runs on the same held-out tokens.
+
+    Attributes:
+        measured: the measures of all runs of the cell.
+        matches: the matches by weights of every ordered pair.
+        s, t: indices of A and B in the cell.
+    """
+
+    measured: ActivationMeasures
+    matches: AllWeightMatches
+    s: int
+    t: int
+
+    @property
+    def known(self) -> frozenset[str]:
+        return frozenset(["activations", *(["matched"] if self.measured.matched else [])])
+
+    @property
+    def latents(self) -> LatentMeasures:
+        """Measures of the latents of A against B."""
+        return self.measured.latents[self.s, self.t]
+
+    @property
+    def both(self) -> list[tuple[LatentMeasures, WeightMatches]]:
+        """Measures and matches of A's latents, and of B's."""
+        ordered = ((self.s, self.t), (self.t, self.s))
+        return [(self.measured.latents[p], self.matches[p]) for p in ordered]
+
+    def mean(self, column: Callable[[LatentMeasures], np.ndarray], kind: str = "") -> float:
+        """Return the mean of a value per latent; kind "shared" or "orphan" selects latents."""
+        known = [column(found)[_mask(found, side, kind)] for found, side in self.both]
+        return known_mean(np.concatenate(known))
+
+
+def _curves(pair: PairOnTokens) -> list[Float[np.ndarray, " known"]]:
+    """Return, for each side, the mean R of the r matches that rank highest, for each r."""
+    found = []
+    for latents, _ in pair.both:
+        kept = latents.both_live
+        quality = clip_quality(latents.substitution.quality[kept])
+        found.append(quality_by_coverage(quality, latents.match_cosine[kept]))
+    return found
+
+
+def _mask(found: LatentMeasures, side: WeightMatches, kind: str) -> Bool[np.ndarray, " F"]:
+    """Return a mask of latents live on both sides: all, the "shared", or the "orphan" ones."""
+    if not kind:
+        return found.both_live
+    return found.both_live & (side.shared if kind == "shared" else ~side.shared)
+
+
+@measure(
+    "agreement_pearson_{}",
+    family=KINDS,
+    needs="activations",
+    scale="number",
+    heading="Pearson, {}",
+    table="activations",
+    help="mean correlation of the activations of a latent and its match, over shared pairs and "
+    "over the other ones (orphan)",
+    advice="Shows whether both do the same on text. Noisy for a latent with few firings.",
+)
+def agreement_pearson(pair: PairOnTokens, kind: str) -> float:
+    return pair.mean(lambda found: found.agreement.pearson, kind)
+
+
+@measure(
+    "agreement_jaccard_{}",
+    family=KINDS,
+    needs="activations",
+    scale="number",
+    heading="Jaccard, {}",
+    table="activations",
+    help="mean overlap of the tokens on which a latent and its match fire",
+    formula="tokens on which both fire, divided by those on which one does",
+    advice="Strict: a threshold that is a little lower halves it.",
+)
+def agreement_jaccard(pair: PairOnTokens, kind: str) -> float:
+    return pair.mean(lambda found: found.agreement.jaccard, kind)
+
+
+@measures(
+    Column("cka_codes", "linear CKA of latents, without any matching; it hardly distinguishes SAEs",
+           "number", "CKA, latents", formula="unbiased, over minibatches",
+           source="Kornblith et al. 2019; Nguyen et al., "
+           "[2010.15327](https://arxiv.org/abs/2010.15327)",
+           advice="Two SAEs that reconstruct well are alike by it, whatever their latents."),
+    Column("cka_reconstructions", "linear CKA of reconstructions", "number", "CKA, output",
+           advice="As `cka_codes`."),
+    needs="activations",
+    table="activations",
+)  # fmt: skip
+def cka(pair: PairOnTokens) -> tuple[float, float]:
+    found = pair.measured.cka_codes, pair.measured.cka_reconstructions
+    return float(found[0][pair.s, pair.t]), float(found[1][pair.s, pair.t])
+
+
+@measure(
+    "substitution{}",
+    family=("", "_shared", "_orphan"),
+    needs="activations",
+    scale="number",
+    heading="R",
+    shown=("", "_shared", "_orphan"),
+    table="substitution",
+    help="the fraction of the damage of ablating a latent that its match repairs in its place, as "
+    "a mean of R bounded to 0 … 1: over all these latents, over shared and over orphan ones",
+    formula="R = 1 − ΔL(replaced by the match)/ΔL(taken out), L the squared error",
+    source="stitching: Leask et al., [2502.04878](https://arxiv.org/abs/2502.04878)",
+    advice="Shows whether the match can replace the latent. Without bounds the mean would be that "
+    "of the few latents whose damage is nearly 0; with them it is at least 0 even if matches do "
+    "harm.",
+)
+def substitution(pair: PairOnTokens, kind: str) -> float:
+    return pair.mean(lambda found: clip_quality(found.substitution.quality), kind.strip("_"))
+
+
+@measure(
+    "substitution_pooled_{}",
+    family=KINDS,
+    needs="activations",
+    scale="number",
+    table="substitution",
+    help="the same without bounds, summed over latents",
+    formula="Σ repaired / Σ damage",
+    advice="May be below 0 or above 1. Latents count by what they explain, so a few large ones "
+    "decide.",
+)
+def substitution_pooled(pair: PairOnTokens, kind: str) -> float:
+    sums = [found.substitution.pooled(_mask(found, side, kind)) for found, side in pair.both]
+    repaired, damage = np.sum(sums, axis=0)
+    return float(repaired / damage) if damage > 0 else float("nan")
+
+
+@measures(
+    Column("substitution_best_scale", "R with the match at its best scale", "number", "best scale",
+           advice="Shows how much of what is missing is size alone."),
+    Column("substitution_second_best", "R with the second best match", "number", "second best",
+           advice="A hard negative: R means something only above it."),
+    Column("substitution_random", "R with a random latent of equal firing", "number", "random",
+           advice="A hard negative, too."),
+    needs="activations",
+    table="substitution",
+)  # fmt: skip
+def substitution_by_others(pair: PairOnTokens) -> tuple[float, float, float]:
+    return (
+        pair.mean(lambda found: clip_quality(found.substitution.quality_best)),
+        pair.mean(lambda found: clip_quality(found.second_best.quality)),
+        pair.mean(lambda found: clip_quality(found.random.quality)),
+    )
+
+
+@measure(
+    "substitution_area",
+    needs="activations",
+    scale="number",
+    heading="area",
+    table="substitution",
+    help="mean over r of the mean R of the r matches with the highest cosines",
+    source="quality–coverage curve",
+    advice="Does not depend on a threshold.",
+)
+def substitution_area(pair: PairOnTokens) -> float:
+    return known_mean(np.array([known_mean(curve) for curve in pair.once(_curves)]))
+
+
+@measure(
+    "substitution_top_{}",
+    family=TOPS,
+    needs="activations",
+    scale="number",
+    heading="top {:,}",
+    table="substitution",
+    help="that mean R at one r",
+    advice="Empty if fewer latents have a match.",
+)
+def substitution_top(pair: PairOnTokens, top: int) -> float:
+    ends = [curve[top - 1] if len(curve) >= top else np.nan for curve in pair.once(_curves)]
+    return known_mean(np.array(ends))
+
+
+@measure(
+    "novel_fraction{}",
+    family=("", "_a", "_b"),
+    needs="activations",
+    scale="fraction",
+    heading="novel",
+    table="activations",
+    help="fraction of live latents that lower the other run's error when added to it",
+    source="Leask et al.",
+    advice="If SAEs shrink their reconstructions, as ReLU's do, any latent that points along them "
+    "lowers the error: it then reflects shrinkage. `novel_fraction_a`: A's latents, added to B.",
+)
+def novel_fraction(pair: PairOnTokens, which: str) -> float:
+    a, b = (known_mean(_below_zero(found.insertion[side.live])) for found, side in pair.both)
+    return {"_a": a, "_b": b}.get(which, (a + b) / 2)
+
+
+def _below_zero(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Return 1 for a negative value, 0 for another, NaN for NaN."""
+    return np.where(np.isnan(values), np.nan, values < 0)
+
+
+@measures(
+    Column("agreement_pearson_matched", "mean correlation of latents that are matched by their "
+           "activations, in cells whose runs read different activations", "number"),
+    Column("agreement_jaccard_matched", "mean overlap of the tokens on which these fire", "number"),
+    Column("agreement_fraction_matched", "live latents whose correlation is at least the threshold",
+           "number", formula="2·#/(live_A + live_B)"),
+    needs=("activations", "matched"),
+    table="activations",
+)  # fmt: skip
+def matched(pair: PairOnTokens) -> tuple[float, float, float]:
+    return pair.measured.matched[min(pair.s, pair.t), max(pair.s, pair.t)]
+
+
+@measures(
+    Column("pearson", "correlation with the activations of the match by decoder"),
+    Column("jaccard", "overlap of the tokens on which both fire"),
+    Column("match_cosine", "the smaller of both cosines with that match"),
+    Column("substitution", "R of that match, without bounds"),
+    Column("insertion", "change of the other run's error if the latent is added to it, as a "
+           "fraction of that error"),
+    level="latent",
+    needs="activations",
+    table="latents",
+)  # fmt: skip
+def latent_columns(pair: PairOnTokens) -> tuple[Float[np.ndarray, " F"], ...]:
+    found = pair.latents
+    agreement = found.agreement
+    return (
+        agreement.pearson,
+        agreement.jaccard,
+        found.match_cosine,
+        found.substitution.quality,
+        found.insertion,
+    )
 
 
 def weight_matches(cell: CellResult) -> AllWeightMatches:
@@ -77,99 +300,21 @@ def weight_matches(cell: CellResult) -> AllWeightMatches:
     return found
 
 
-def activation_measures(
-    measured: ActivationMeasures, sides: AllWeightMatches, s: int, t: int
-) -> dict[str, float | int]:
-    """Return the columns of one pair (`PAIR_COLUMNS`).
-
-    Means are over matched latents that are both live, from both sides. *Orphan* latents are those
-    that the strict rule does not share.
-
-    - ``agreement_…``: mean Pearson correlation and Jaccard index.
-    - ``agreement_…_matched``: the same for latents matched by their activations, in cells whose
-      runs read different activations; ``agreement_fraction_matched``: the fraction whose
-      correlation reaches the threshold.
-    - ``cka_…``: linear CKA of the latents and of the reconstructions.
-    - ``substitution…``: mean R, clipped to 0 … 1, of the match (``_shared``, ``_orphan``; with the
-      best scale), and of the same latents with the second-best latent, or with a random one that
-      fires about as often. ``_pooled_…`` is the unbounded Σ repaired / Σ damage, which weights
-      latents by what they explain.
-    - ``substitution_area``: the mean over r of the mean R of the r matches that rank highest by
-      the smaller of their cosines; ``substitution_top_…``: its value at one r.
-    - ``novel_fraction_a``: the fraction of A's live latents that lower B's error when put in;
-      ``_b``: the reverse; without a suffix: their mean. (If an SAE shrinks its reconstructions, as
-      L1 does, any latent that points along them lowers its error.)
-    """
-    two = [(measured.latents[p], sides[p]) for p in ((s, t), (t, s))]
-
-    def mean(column: Callable[[LatentMeasures], np.ndarray], of: str = "") -> float:
-        values = [column(found)[_mask(found, side, of)] for found, side in two]
-        return known_mean(np.concatenate(values))
-
-    def pooled(of: str) -> float:
-        sums = [found.substitution.pooled(_mask(found, side, of)) for found, side in two]
-        repaired, damage = np.sum(sums, axis=0)
-        return float(repaired / damage) if damage > 0 else float("nan")
-
-    novel = [known_mean(_below_zero(found.insertion[side.live])) for found, side in two]
-    curves = [_curve(found) for found, _ in two]
-    by_activations = measured.matched.get((min(s, t), max(s, t)))
-    matched = zip(MATCHED_COLUMNS, by_activations, strict=True) if by_activations else ()
-    return {
-        **dict(matched),
-        **{
-            f"agreement_{name}_{of}": mean(LATENT_COLUMNS[name], of)
-            for name in ("pearson", "jaccard")
-            for of in ("shared", "orphan")
-        },
-        "cka_codes": float(measured.cka_codes[s, t]),
-        "cka_reconstructions": float(measured.cka_reconstructions[s, t]),
-        "substitution": mean(lambda found: clip_quality(found.substitution.quality)),
-        "substitution_shared": mean(lambda f: clip_quality(f.substitution.quality), "shared"),
-        "substitution_orphan": mean(lambda f: clip_quality(f.substitution.quality), "orphan"),
-        "substitution_pooled_shared": pooled("shared"),
-        "substitution_pooled_orphan": pooled("orphan"),
-        "substitution_best_scale": mean(lambda f: clip_quality(f.substitution.quality_best)),
-        "substitution_second_best": mean(lambda f: clip_quality(f.second_best.quality)),
-        "substitution_random": mean(lambda f: clip_quality(f.random.quality)),
-        "substitution_area": known_mean(np.array([known_mean(curve) for curve in curves])),
-        **{
-            f"substitution_top_{top}": known_mean(np.array([_at(curve, top) for curve in curves]))
-            for top in TOPS
-        },
-        "novel_fraction": sum(novel) / 2,
-        "novel_fraction_a": novel[0],
-        "novel_fraction_b": novel[1],
-    }
+def activation_measures(pair: PairOnTokens) -> dict[str, float]:
+    """Return the columns of one pair."""
+    return evaluate(_of_pairs("matched" in pair.known), pair)
 
 
-def _below_zero(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return 1 for a negative value, 0 for another, NaN for NaN."""
-    return np.where(np.isnan(values), np.nan, values < 0)
-
-
-def _mask(found: LatentMeasures, side: WeightMatches, of: str) -> Bool[np.ndarray, " F"]:
-    """Return a mask of latents live on both sides: all, the "shared", or the "orphan" ones."""
-    if not of:
-        return found.both_live
-    return found.both_live & (side.shared if of == "shared" else ~side.shared)
-
-
-def _curve(found: LatentMeasures) -> Float[np.ndarray, " known"]:
-    kept = found.both_live
-    return quality_by_coverage(
-        clip_quality(found.substitution.quality[kept]), found.match_cosine[kept]
-    )
-
-
-def _at(curve: Float[np.ndarray, " known"], top: int) -> float:
-    return float(curve[top - 1]) if len(curve) >= top else float("nan")
+def _of_pairs(matched: bool) -> list[Measure]:
+    """Return the measures of pairs, those of latents matched by their activations last and only if
+    ``matched``."""
+    return [m for m in declared("pair", "activations") if matched or "matched" not in m.needs]
 
 
 def with_activations(
     cell: CellResult, measured: ActivationMeasures | None, note: str = ""
 ) -> CellResult:
-    """Return the cell with `PAIR_COLUMNS`, `LATENT_COLUMNS` and their estimates added.
+    """Return the cell with the measures on activations of pairs and latents, and their estimates.
 
     Args:
         measured: measures of the cell's runs, in their order; None if they could not be computed;
@@ -179,23 +324,19 @@ def with_activations(
     n, sides = cell.n_seeds, weight_matches(cell)
     runs = cell.runs["run"].tolist()
     pairs = cell.pairs.copy()
-    places = list(zip(map(runs.index, pairs["a"]), map(runs.index, pairs["b"]), strict=True))
-    nothing = dict.fromkeys(PAIR_COLUMNS, float("nan"))
-    rows = [activation_measures(measured, sides, *p) if measured else nothing for p in places]
-    more = MATCHED_COLUMNS if measured and measured.matched else ()
-    for name in (*PAIR_COLUMNS, *more):
-        pairs[name] = [float(row[name]) for row in rows]
+    places = zip(map(runs.index, pairs["a"]), map(runs.index, pairs["b"]), strict=True)
+    wanted = _of_pairs(measured is not None and bool(measured.matched))
+    named = {column.name: column for own in wanted for column in own.own}
+    rows = [
+        activation_measures(PairOnTokens(measured, sides, s, t)) if measured else {}
+        for s, t in places
+    ]
+    for name in named:
+        pairs[name] = [float(row.get(name, np.nan)) for row in rows]
     pairs[TOKENS] = measured.tokens if measured else 0
     pairs[NOTE] = note
-    estimates = {}
-    for name in (*ESTIMATES, *more):
-        values = np.zeros((n, n))
-        for (s, t), value in zip(places, pairs[name], strict=True):
-            values[s, t] = values[t, s] = value
-        estimates[name] = seed_interval(
-            values, cell.settings.confidence, logit=name == "novel_fraction"
-        )
-    if not cell.settings.pairs_are_a_sample and more:
+    estimates = pair_estimates(pairs, named, cell.settings, n)
+    if not cell.settings.pairs_are_a_sample and measured and measured.matched:
         estimates = without_intervals(estimates, cell.settings)
     return replace(
         cell,
@@ -209,33 +350,29 @@ def _with_lists(
     cell: CellResult, measured: ActivationMeasures | None, sides: AllWeightMatches
 ) -> pa.Table:
     n, table = cell.n_seeds, cell.latents
-    for name, column in reversed(LATENT_COLUMNS.items()):
-        flat = [
-            np.stack(
-                [
-                    column(measured.latents[s, t])
-                    if measured
-                    else np.full(len(sides[s, t].partner), np.nan)
-                    for t in _others(s, n)
-                ],
-                axis=1,
-            ).ravel()
-            for s in range(n)
-        ]
+    others = [[t for t in range(n) if t != s] for s in range(n)]
+    found = {
+        (s, t): evaluate(declared("latent", "activations"), PairOnTokens(measured, sides, s, t))
+        if measured
+        else {}
+        for s, t in sides
+    }
+    for name in reversed(columns("latent", "activations")):
+        flat = []
+        for s in range(n):
+            unknown = np.full(len(sides[s, others[s][0]].partner), np.nan)
+            values = [found[s, t].get(name, unknown) for t in others[s]]
+            flat.append(np.stack(values, axis=1).ravel())
         # Store unknown values (NaN) as null.
-        values = pa.array(np.concatenate(flat).astype(np.float32), from_pandas=True)
+        column = pa.array(np.concatenate(flat).astype(np.float32), from_pandas=True)
         offsets = pa.array(np.arange(len(table) + 1, dtype=np.int32) * (n - 1))
-        made = pa.ListArray.from_arrays(offsets, values)
+        made = pa.ListArray.from_arrays(offsets, column)
         if name in table.column_names:
             table = table.drop_columns([name])
         # Insert after "shared", before the columns that only some cells have: the tables of all
         # cells are concatenated.
         table = table.add_column(table.column_names.index("shared") + 1, name, made)
     return table
-
-
-def _others(s: int, n: int) -> Iterator[int]:
-    return (t for t in range(n) if t != s)
 
 
 def lacks_activations(cell: CellResult) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from reseed.compare.measures import DENSE
+from reseed.compare.strata import DENSE
 from reseed.errors import ReseedError
 from reseed.report.architecture_contrasts import differences
 from reseed.report.captions import caption, data_files, reference_table, title
