@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+EXTEND = Path(__file__).parents[1] / "docs" / "extend"
 WORDS = ("the cat sat on a mat and then one small dog ran home to tell its old friend why").split()  # noqa: SIM905
 
 
@@ -117,12 +120,33 @@ class MadeUpPackage:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def write_page(self, name: str, installed: bool = True) -> None:
+        """Write the package that a page in docs/extend describes.
+
+        Its files are the code blocks below a line that has only the file's name, its entry points
+        are those of the toml block.
+
+        Args:
+            installed: whether the package has entry points.
+        """
+        page = (EXTEND / name).read_text(encoding="utf-8")
+        blocks = re.findall(r"^`([\w./]+)`:\n\n```\w+\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        found = re.search(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+        assert blocks, f"{name} has no files"
+        assert found is not None, f"{name} has no entry points"
+        groups = tomllib.loads(found[1])["project"]["entry-points"] if installed else {}
+        lines = {
+            group: "\n".join(f"{name} = {value}" for name, value in entries.items())
+            for group, entries in groups.items()
+        }
+        self.write(dict(blocks), lines)
+
     def write(self, files: Mapping[str, str], entry_points: Mapping[str, str]) -> None:
         """Write the package.
 
         Args:
             files: path within the folder → content.
-            entry_points: group → the line of its entry point.
+            entry_points: group → the lines of its entry points.
         """
         about = self.folder / "made_up-1.0.dist-info"
         metadata = "Metadata-Version: 2.1\nName: made-up\nVersion: 1.0\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra import initialize_config_dir, version
 from matplotlib.figure import Figure
 
 import reseed
@@ -141,8 +142,15 @@ def test_steps_are_taken_one_by_one(
     assert sorted(zip(frame["sae"], frame["seed"], strict=True)) == [
         ("relu", 0), ("relu", 1), ("topk", 0), ("topk", 1),
     ]  # fmt: skip
+    with pytest.raises(reseed.ReseedError, match="its runs have not been compared"):
+        study.result()
     result = study.compare()
     assert "reconstruction_fvu_low" in result.summary  # evaluations are in the tables
+    study.evaluate("contexts", "evaluation.tokens=500")
+    for tables in (study.result().summary, pd.read_csv(result.path / "summary.csv")):
+        assert "contexts_silent_fraction" in tables  # also those made after the comparison
+    with pytest.raises(reseed.ConfigError, match="give names or `evaluation`=, not both"):
+        study.evaluate("contexts", "evaluation=reconstruction")
     assert "nothing to train: 4 runs already finished" not in said
     study.train()
     assert said[-2] == "nothing to train: 4 runs already finished"
@@ -180,6 +188,10 @@ def test_a_failed_run_is_an_error_after_the_others_were_trained(
         (["sae.k=-1"], "`sae.k` must be"),
         (["comparison=seeds", "evaluation=reconstructon"], "Did you mean `reconstruction`"),
         (["-m", "seed=0,1"], "overrides are KEY=VALUE; got the flag -m"),
+        (["seed=[1"], "seed=[1"),
+        (["plan_only=true"], "`plan_only` is for the command line: call Study.plan()"),
+        (["hydra/launcher=slurm"], "this works on the command line only, as `reseed train`"),
+        (["hydra/sweeper=optuna", "seed=0"], "this works on the command line only"),
     ],
 )
 def test_wrong_overrides_are_errors(overrides: list[str], message: str) -> None:
@@ -190,9 +202,62 @@ def test_wrong_overrides_are_errors(overrides: list[str], message: str) -> None:
 
 def test_composing_leaves_the_hydra_of_the_caller_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("value: 1\n")
-    with initialize_config_dir(version_base="1.3", config_dir=str(tmp_path)):
+    with initialize_config_dir(version_base="1.1", config_dir=str(tmp_path)):
         reseed.compose("model=world_easy", "seed=1")
         assert hydra_compose("mine").value == 1
+        assert str(version.getbase()) == "1.1"
+
+
+def test_a_failing_progress_function_fails_no_run(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its error is raised at the end; the runs are finished."""
+    monkeypatch.chdir(tmp_path)
+
+    def broken(message: str) -> None:
+        if message.startswith("training"):
+            raise RuntimeError("the widget is gone")
+
+    study = reseed.compose(*line, progress=broken)
+    with pytest.raises(RuntimeError, match="the widget is gone"):
+        study.train()
+    assert [run.status for run in study.runs] == ["finished"] * 4
+
+
+def test_studies_in_threads_keep_their_messages_apart(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said: dict[int, list[str]] = {0: [], 1: []}
+
+    def work(seed: int) -> str:
+        (run,) = reseed.compose(
+            *tiny_overrides, *SMALL[:2], f"seed={seed}", progress=said[seed].append
+        ).train()
+        return run.status
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(work, said)) == ["finished"] * 2
+    for seed, lines in said.items():
+        assert f"seed{seed}" in lines[-1]
+        assert not any(f"seed{1 - seed}" in line for line in lines)
+
+
+def test_reasons_are_told_if_nothing_could_be_compared(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = [o for o in line if not o.startswith("sae=")] + ["sae=topk"]
+    study = reseed.compose(*short)
+    for run in study.train():
+        weights = run.path / "sae.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(
+        reseed.ReseedError, match=r"not compared: .*sae\.safetensors cannot be read"
+    ):
+        study.compare()
+    with pytest.raises(reseed.ReseedError, match=r"0 of 2 runs \(the loss is not finite"):
+        reseed.compose(*short, "training.lr=1e30").run()
 
 
 def test_sweeps_and_runs_are_found_by_the_beginning_of_their_names(

@@ -19,10 +19,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reseed import activations, sae
-from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import FoundModel, LanguageModel
+from reseed.activations.synthetic.surrogate import surrogate_label
+from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.hydra_app import CommandLine, parse, sweeps
 from reseed.cli.plan import make_plan, plan_runs, study_of, take_evaluations
+from reseed.cli.tune import searches
 from reseed.errors import ConfigError, ReseedError
 from reseed.experiment import Experiment, experiment_from
 from reseed.experiment.resolve import find_model
@@ -30,6 +32,7 @@ from reseed.store.find import find_sweep
 from reseed.store.runs import Run
 from reseed.study.result import StudyResult, read_result
 from reseed.study.study import Study
+from reseed.system.console import messages_to
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
 
@@ -50,13 +53,17 @@ def compose(*overrides: str, progress: Callable[[str], None] | None = None) -> S
         ReseedError: a key or an option does not exist.
     """
     line = _line(overrides)
-    evaluations = take_evaluations(line)
-    with line.composer():
-        compares = any(o.key_or_group == "comparison" for o in parse(line.overrides))
-        line.multirun = compares or bool(sweeps(line.overrides))
-    line.command = "run" if compares else "train"
-    plan = make_plan(line) if compares else plan_runs(line)
-    return study_of(line, plan, evaluations, progress)
+    with messages_to(progress):
+        evaluations = take_evaluations(line)
+        with line.composer():
+            compares = any(o.key_or_group == "comparison" for o in parse(line.overrides))
+            line.multirun = compares or bool(sweeps(line.overrides))
+        line.command = "run" if compares else "train"
+        _check_is_for_python(line)
+        plan = make_plan(line) if compares else plan_runs(line)
+        if plan.runtime.plan_only:
+            raise ConfigError("{key} is for the command line: call Study.plan()", "plan_only")
+        return study_of(line, plan, evaluations, progress)
 
 
 def load_sweep(name: str | Path, sweeps: str | Path = "sweeps") -> StudyResult:
@@ -98,24 +105,35 @@ def read_activations(
     if any(isinstance(one, Run) for one in where):
         if len(where) != 1:
             raise ConfigError("read_activations takes one run, or overrides; got both")
-        found, hook, device = _model_of_run(where[0])  # type: ignore[arg-type]
+        experiment, runtime = _of_run(where[0]), RuntimeConfig()  # type: ignore[arg-type]
     else:
         line = _line([str(one) for one in where])
         with line.composer() as composed:
             experiment, runtime = experiment_from(composed(line.overrides))
-        found, hook = find_model(experiment, runtime), experiment.hook
-        device = str(pick_device(runtime.device))
-    if not isinstance(found, FoundModel):
-        raise ConfigError(f"read_activations needs a language model; {found.label} has no tokens")
+    found, hook = find_model(experiment, runtime), experiment.hook
+    for run in (one for one in where if isinstance(one, Run)):
+        for what, fingerprint in found.fingerprints.items():
+            if run.record["fingerprints"].get(what) != fingerprint:
+                raise ConfigError(f"{run.path}: the {what} is not that of the run's training")
+    if not isinstance(found, FoundModel) or experiment.surrogate == "gaussian":
+        label = surrogate_label(found.label, experiment.surrogate)
+        raise ConfigError(f"read_activations needs a language model; {label} has no tokens")
     found.check(hook)
     ids = _checked(tokens, found)
-    batches = _loaded(found, device).activations(ids, [hook])
+    batches = _loaded(found, str(pick_device(runtime.device))).activations(ids, [hook])
     return torch.cat([batch[hook].float().cpu() for batch in batches])
 
 
 @lru_cache(maxsize=1)
 def _loaded(found: FoundModel, device: str) -> LanguageModel:
     return LanguageModel(found, device)
+
+
+def _check_is_for_python(line: CommandLine) -> None:
+    if searches(line) or line.launcher[0] == SLURM:
+        (text,) = [o for o in line.overrides if o.startswith(("hydra/sweeper=", "hydra/launcher="))]
+        raise ConfigError(f"this works on the command line only, as `reseed {line.command}`; got "
+                          f"{text}")  # fmt: skip
 
 
 def _line(overrides: Sequence[str]) -> CommandLine:
@@ -125,19 +143,10 @@ def _line(overrides: Sequence[str]) -> CommandLine:
     return CommandLine("run", overrides)
 
 
-def _model_of_run(run: Run) -> tuple[Any, Hookpoint, str]:
-    record = run.record
+def _of_run(run: Run) -> Experiment:
     activations.load_all()
     sae.load_all()
-    experiment = Experiment.from_dict(record["experiment"])
-    runtime = RuntimeConfig()
-    found = find_model(experiment, runtime)
-    for what, fingerprint in found.fingerprints.items():
-        if record["fingerprints"].get(what) != fingerprint:
-            raise ConfigError(
-                f"{run.path}: the {what} is not the one that the run was trained with"
-            )
-    return found, experiment.hook, str(pick_device(runtime.device))
+    return Experiment.from_dict(run.record["experiment"])
 
 
 def _checked(tokens: Any, found: FoundModel) -> Int[Tensor, "sequences positions"]:

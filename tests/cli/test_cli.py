@@ -359,7 +359,23 @@ def test_completion_supports_bash_and_zsh_only(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    "value", ["a b", "x=y", "a,b", "it's", "[1]", "/ü b/c=d", "a\\b", "{layer}", "plain", "1e-3"]
+    "value",
+    [
+        "a b",
+        "x=y",
+        "a,b",
+        "it's",
+        "[1]",
+        "/ü b/c=d",
+        "a\\b",
+        "{layer}",
+        "plain",
+        "1e-3",
+        "end\\",
+        "\\'",
+        "\\\\'x",
+        '{"a": "it\'s \\\\ here\\\\"}',
+    ],
 )
 def test_any_value_reaches_hydra_unchanged(value: str) -> None:
     (parsed,) = parse([override("some.key", value)])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from omegaconf import DictConfig
 
-from reseed.cli import run, train
+from reseed.cli import evaluate, run, status, train
 from reseed.cli.hydra_app import CommandLine, ExpandedJob, expand
-from reseed.cli.plan import make_plan
+from reseed.cli.plan import check_jobs, make_plan
 from reseed.errors import ConfigError
 from reseed.experiment import resolve
 from reseed.store.runs import RunStore
@@ -25,7 +27,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("text", "key"),
     [
-        ("hydra.sweep.dir=/elsewhere", "hydra.sweep.dir"),
         ("hydra.job.chdir=true", "hydra.job.chdir"),
         ("+hydra.callbacks.mine._target_=a.B", "hydra.callbacks.mine._target_"),
         ("hydra.sweeper.max_batch_size=2", "hydra.sweeper.max_batch_size"),
@@ -36,19 +37,64 @@ def test_settings_of_hydra_without_effect_are_refused(
 ) -> None:
     assert train.main([*tiny_overrides, text]) == 1
     said = capsys.readouterr().err
-    assert f"`{key}` has no effect with hydra/launcher=fused" in said
-    assert "use hydra/launcher=basic" in said
+    assert f"`{key}` has no effect here, because the command starts no jobs of Hydra;" in said
+    assert train.main(["-m", *tiny_overrides, text]) == 1
+    assert "starts no jobs of Hydra: use hydra/launcher=basic; got" in capsys.readouterr().err
+    assert train.main([*tiny_overrides, text, "hydra/launcher=basic"]) == 1  # a single run
+    assert train.main(["-m", *tiny_overrides, "hydra.sweep.dir=x", "hydra/launcher=basic"]) == 1
+    assert "`hydra.sweep.dir` is the folder of the sweep" in capsys.readouterr().err
     assert not Path("outputs").exists()
 
 
-def test_env_set_holds_for_a_sweep(
+@pytest.mark.parametrize("word", ["hydra/launcher=basic", "-m", "hydra.job.chdir=true"])
+def test_commands_without_jobs_refuse_settings_of_jobs(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status.main([word]) == 1
+    assert capsys.readouterr().err == f"error: `reseed status` starts no jobs; got {word}\n"
+
+
+def test_a_search_path_of_hydra_adds_options(tiny_overrides: list[str], tmp_path: Path) -> None:
+    (tmp_path / "own" / "sae").mkdir(parents=True)
+    (tmp_path / "own" / "sae" / "mine.yaml").write_text("defaults: [topk, _self_]\nk: 3\n")
+    path = f"hydra.searchpath=[file://{tmp_path}/own]"
+    line = CommandLine("train", [*tiny_overrides, "sae=mine", path, "sae.target_l0=null"])
+    ((job,), _) = check_jobs(line, line.overrides, multirun=False)
+    assert job.resolved.sae.sparsity == "k=3"
+    both = CommandLine("train", ["--config-dir", str(tmp_path / "own"), path])
+    with pytest.raises(ConfigError, match=r"give --config-dir or `hydra\.searchpath`, not both"):
+        _ = both.launcher
+
+
+@pytest.mark.slow
+def test_folders_of_saes_are_evaluated_by_other_launchers(
     tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RESEED_TEST_VARIABLE", "before")  # restored after the test
+    """The jobs run in other processes, which get the declared experiment."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(os.path.abspath, sys.path)))
+    assert train.main([*tiny_overrides, "training.tokens=512"]) == 0
+    (own,) = RunStore("outputs").runs()
+    Path("alone").mkdir()
+    for name in ("sae.json", "sae.safetensors"):
+        shutil.copy(own.path / name, "alone")
+    asked = ["evaluation=reconstruction,faithfulness", "evaluation.tokens=500"]
+    line = ["alone", *tiny_overrides, *asked, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    assert evaluate.main(line) == 0
+    assert len(list(Path("alone").glob("evaluations/*/result.json"))) == 2
+
+
+def test_env_set_holds_during_the_work(
+    tiny_overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        "reseed.study.study.train_missing", lambda *a: seen.append(os.environ.get("RESEED_A"))
+    )
     line = ["-m", *tiny_overrides, "training.tokens=512", "seed=0,1"]
-    assert train.main([*line, "hydra.job.env_set.RESEED_TEST_VARIABLE=here"]) == 1  # a new key
-    assert train.main([*line, "+hydra.job.env_set.RESEED_TEST_VARIABLE=here"]) == 0
-    assert os.environ["RESEED_TEST_VARIABLE"] == "here"
+    train.main([*line, "+hydra.job.env_set.RESEED_A=here"])
+    assert seen == ["here"]
+    assert "RESEED_A" not in os.environ
 
 
 def test_each_job_is_composed_and_resolved_once(

@@ -1,4 +1,4 @@
-"""One module and one yaml add an evaluation, also from another package."""
+"""The example of docs/extend/evaluation.md: a package adds an evaluation by a module and a yaml."""
 
 from __future__ import annotations
 
@@ -7,57 +7,12 @@ import json
 import pandas as pd
 import pytest
 
-MODULE = '''
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-
-import torch
-
-from reseed.config import setting
-from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, Metric, Result
-
-
-@dataclass(frozen=True)
-class TopShareConfig(EvaluationConfig, name="top_share"):
-    """Evaluation of how much of a token's activation its strongest latent has."""
-
-    with_untrained = False
-    title = "How much does the strongest latent carry?"
-    metrics = (
-        Metric("share", "top\\nshare", "largest activation / sum of activations, mean over tokens",
-               interval=True),
-        Metric("tokens", help="held-out tokens that were read"),
-    )
-    latents = (Metric("first", "strongest", "fraction of latents that are the strongest once"),)
-
-    tokens: int = setting(1_000, at_least=1)
-
-    @torch.no_grad()
-    def evaluate(
-        self, runs: Sequence[LoadedRun], inputs: EvaluationInput
-    ) -> Iterator[tuple[str, Result]]:
-        for run in runs:
-            chunks = inputs.source.held_out([run.hook], self.tokens)
-            latents = torch.cat([run.sae.encode(chunk[run.hook]) for chunk in chunks])
-            share = latents.max(1).values / latents.sum(1)
-            first = latents.argmax(1).bincount(minlength=run.sae.num_latents) > 0
-            metrics = {"share": float(share.mean()), "tokens": len(latents)}
-            yield run.id, Result(metrics, latents={"first": first.numpy()})
-'''
-
-YAML = """
-_target_: my_evaluation.TopShareConfig
-tokens: 1000
-"""
 NOTE = "top share: largest activation / sum of activations, mean over tokens."
 
 
 @pytest.mark.slow
 def test_one_module_and_one_yaml_add_an_evaluation(tiny_overrides, made_up_package) -> None:
-    made_up_package.write(
-        {"my_evaluation.py": MODULE, "my_conf/evaluation/top_share.yaml": YAML},
-        {"reseed.evaluations": "top_share = my_evaluation", "reseed.conf": "top_share = my_conf"},
-    )
+    made_up_package.write_page("evaluation.md")
     folder = made_up_package.folder
     own = ("comparison=seeds", *tiny_overrides, "training.tokens=2048", "sae.k=1,4", "seed=0,1,2",
            "comparison.activation_tokens=0", "comparison.null_draws=1")  # fmt: skip

@@ -80,7 +80,15 @@ def check_parser() -> Parser:
 
 
 def runtime_of(line: CommandLine) -> RuntimeConfig:
-    """Build the runtime settings, which name the folders of runs and sweeps."""
+    """Build the runtime settings, which name the folders of runs and sweeps.
+
+    Raises:
+        ConfigError: a flag or setting of Hydra would change nothing.
+    """
+    hydras = [o for o in line.overrides if o.lstrip("+~").startswith(("hydra.", "hydra/"))]
+    if line.command != "evaluate" and (hydras or line.multirun):
+        given = "-m" if line.multirun else hydras[0]
+        raise ConfigError(f"`reseed {line.command}` starts no jobs; got {given}")
     with line.composer() as composed:
         values = composed(line.overrides)
     return build(values["runtime"], "runtime", RuntimeConfig)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from reseed.cli.arguments import check_parser
+from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import make_plan, study_of
@@ -27,12 +28,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
+    from reseed.cli.cluster.command import run_on_cluster
+
     own, rest = check_parser().parse_known_args(list(arguments))
     line = CommandLine("check", rest)
     files = [word for word in line.overrides if _is_file(word)]
     line.overrides = [word for word in line.overrides if word not in files]
     if not any(word.startswith("comparison=") for word in line.overrides):
         line.overrides.insert(0, DEFAULT)
+    line.typed = tuple(line.overrides)
     named = _named(files, own.latents)
     source = Path(files[0]) if files else None
     plan = make_plan(line)
@@ -40,7 +44,11 @@ def _main(arguments: Sequence[str]) -> int:
     cell = cell_of_latents(plan, named)
     named = [replace(one, run=cell.run_of(one).id) for one in named]
     lacking = cell.missing()
-    if lacking and own.train:
+    if lacking and own.train and line.launcher[0] == SLURM:
+        plan.write()
+        run_on_cluster(line, plan)
+        lacking = cell.missing()
+    elif lacking and own.train:
         study_of(line, plan).train(strict=False)
         lacking = cell.missing()
     told = [_missing_message(lacking, cell, line)] if lacking else []

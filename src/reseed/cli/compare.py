@@ -57,6 +57,8 @@ def compare_sources(line: CommandLine) -> int:
     Raises:
         ConfigError: fewer than two SAEs, a repeated SAE, or a key without effect.
     """
+    from reseed.cli.cluster.command import run_on_cluster
+
     with line.composer() as composed:
         parsed = list(zip(parse(line.overrides), line.overrides, strict=True))
         given = [o.value() for o, _ in parsed if o.key_or_group == KEY]
@@ -77,7 +79,11 @@ def compare_sources(line: CommandLine) -> int:
         values = {} if wanted & set(_ACTIVATIONS) else composed(own)
     if not values:
         line.overrides = own
-        result = study_of(line, make_plan(line)).run()
+        plan = make_plan(line)
+        if line.launcher[0] == SLURM:
+            plan.write()
+            return run_on_cluster(line, plan)
+        result = study_of(line, plan).run()
         print_result(result)
         return 0 if result.complete else 1
     unheeded = sorted(key for key in rest if key.partition(".")[0] not in ("comparison", "runtime"))

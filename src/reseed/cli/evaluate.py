@@ -47,6 +47,8 @@ def _main(arguments: Sequence[str]) -> int:
     else:
         execute = executor_of(line).evaluate
         errors = evaluate_saved(saved, evaluations, sweeps, selected.runtime, execute)
+        for error in errors:
+            say(f"failed: {error}")
         status = 1 if errors else 0
     print_evaluations(saved, sweeps, evaluations)
     return 1 if selected.lacking else status

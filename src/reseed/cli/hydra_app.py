@@ -18,15 +18,19 @@ from contextlib import contextmanager
 from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
+from threading import RLock
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,10 +40,10 @@ from reseed.cli.errors import describe_error
 from reseed.errors import ConfigError, ReseedError
 
 CONFIG_NAME = "config"
-OURS = "fused"
-"""Name of the default launcher, with which the command does the work itself."""
-_HEEDED = ("hydra/launcher", "hydra.launcher", "hydra.searchpath", "hydra.job.env_set")
-"""Settings of Hydra that have an effect although the command does the work itself."""
+LOCAL_LAUNCHER = "fused"
+"""The default launcher, with which the command does the work itself."""
+_LOCAL_SETTINGS = ("hydra/launcher", "hydra.launcher", "hydra.searchpath", "hydra.job.env_set")
+"""Settings of Hydra that have an effect although no job of Hydra is started."""
 Task = Callable[[DictConfig], Any]
 
 
@@ -68,13 +72,14 @@ class CommandLine:
             raise ConfigError("--config-path is not supported: use --config-dir to add options")
         self.overrides: list[str] = list(self.flags.overrides)
         self.multirun = bool(self.flags.multirun)
-        self._given = tuple(self.overrides)
+        self.typed = tuple(self.overrides)
 
     @property
-    def text(self) -> str:
-        """The command as typed."""
-        many = ["-m"] if self.multirun and self.command == "train" else []
-        return shlex.join(["reseed", self.command, *self.config_flags, *many, *self._given])
+    def command_text(self) -> str:
+        """The command line that trains the same runs, for their records."""
+        command = "run" if self.command == "check" else self.command
+        many = ["-m"] if self.multirun and command == "train" else []
+        return shlex.join(["reseed", command, *self.config_flags, *many, *self.typed])
 
     @property
     def config_flags(self) -> list[str]:
@@ -95,7 +100,7 @@ class CommandLine:
 
         def composed(overrides: Sequence[str]) -> dict[str, Any]:
             # Hydra's own settings (launcher, sweep folder) change nothing in a job.
-            own = [o for o in overrides if not o.lstrip("+~").startswith("hydra")]
+            own = [o for o in overrides if not _is_hydras(o)]
             try:
                 config = compose(config_name=name, overrides=[*own, *extra])
                 values = OmegaConf.to_container(config, resolve=True)
@@ -128,22 +133,34 @@ class CommandLine:
         """
         config = self._hydra_config
         name = str(config.runtime.choices["hydra/launcher"])
-        if name not in (OURS, "slurm"):  # settings of Hydra's launchers may depend on the sweep
+        self._check_settings(name)
+        if name != "slurm":  # settings of Hydra's launchers may depend on the sweep
             return name, {}
-        for text in self._hydra_overrides:
-            key = text.lstrip("+~").partition("=")[0]
-            if not key.startswith(_HEEDED) and text != "hydra/sweeper=basic":
-                raise ConfigError(
-                    f"{{key}} has no effect with hydra/launcher={name}, which starts no jobs of "
-                    f"Hydra: use hydra/launcher=basic; got {text}",
-                    key,
-                )
         try:
             node = OmegaConf.to_container(config.launcher, resolve=True)
         except OmegaConfBaseException as error:
             raise ReseedError(describe_error(error)) from error
         assert isinstance(node, dict)
-        return name, {str(key): value for key, value in node.items()} if name == "slurm" else {}
+        return name, {str(key): value for key, value in node.items()}
+
+    def _check_settings(self, launcher: str) -> None:
+        """Raise `ConfigError` for settings of Hydra that would change nothing."""
+        single = self.command == "train" and not self.multirun
+        starts_jobs = launcher not in (LOCAL_LAUNCHER, "slurm") and not single
+        for text in self._hydra_overrides:
+            key = text.lstrip("+~").partition("=")[0]
+            if key == "hydra.sweep.dir":
+                raise ConfigError(f"{{key}} is the folder of the sweep; got {text}", key)
+            if starts_jobs or (key.startswith(_LOCAL_SETTINGS) and launcher != "slurm"):
+                continue
+            if key.startswith(_LOCAL_SETTINGS[:3]) or text == "hydra/sweeper=basic":
+                continue
+            advice = "" if single or launcher == "slurm" else ": use hydra/launcher=basic"
+            raise ConfigError(
+                f"{{key}} has no effect here, because the command starts no jobs of Hydra{advice}; "
+                f"got {text}",
+                key,
+            )
 
     @property
     def environment(self) -> dict[str, str]:
@@ -152,7 +169,7 @@ class CommandLine:
 
     @property
     def _hydra_overrides(self) -> list[str]:
-        return [o for o in self.overrides if o.lstrip("+~").startswith("hydra")]
+        return [o for o in self.overrides if _is_hydras(o)]
 
     @cached_property
     def _hydra_config(self) -> DictConfig:
@@ -161,16 +178,20 @@ class CommandLine:
             try:
                 return compose(
                     config_name=self.flags.config_name or CONFIG_NAME,
-                    overrides=[*self._hydra_overrides, *self._search_path()],
+                    overrides=[*dict.fromkeys([*self._hydra_overrides, *self._search_path()])],
                     return_hydra_config=True,
                 ).hydra
             except (HydraException, OmegaConfBaseException) as error:
                 raise ReseedError(describe_error(error)) from error
 
     def _search_path(self) -> list[str]:
-        """Return the overrides that add --config-dir to Hydra's search path."""
+        """Return the override of Hydra's search path, or that which adds --config-dir to it."""
+        given = [o for o in self.overrides if o.lstrip("+~").startswith("hydra.searchpath")]
         if self.flags.config_dir is None:
-            return []
+            return given
+        if given:
+            raise ConfigError(f"give --config-dir or {{key}}, not both; got {given[0]}",
+                              "hydra.searchpath")  # fmt: skip
         folder = Path(self.flags.config_dir).resolve()
         if not folder.is_dir():
             raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "--config-dir")
@@ -179,7 +200,7 @@ class CommandLine:
     @property
     def runs_here(self) -> bool:
         """True if this process does the work itself, not the jobs of Hydra's launchers or SLURM."""
-        return self.launcher[0] == OURS
+        return self.launcher[0] == LOCAL_LAUNCHER
 
     def launch(self, task: Task, overrides: Sequence[str]) -> None:
         """Run ``task`` as the jobs of a Hydra multirun: with Hydra's launchers or Optuna's sweeper.
@@ -188,11 +209,10 @@ class CommandLine:
             Exception: the error of the first failed job.
         """
         arguments = [*self.config_flags, "-m", *overrides]
-        GlobalHydra.instance().clear()
         full = os.environ.get("HYDRA_FULL_ERROR")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # only `errors.run_and_report` prints errors
         try:
-            with _argv(self.command, arguments):
+            with _state_of_its_own(), _argv(self.command, arguments):
                 hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(
                     task
                 )()
@@ -203,16 +223,34 @@ class CommandLine:
                 os.environ["HYDRA_FULL_ERROR"] = full
 
 
+_lock = RLock()
+
+
+@contextmanager
+def _state_of_its_own() -> Iterator[None]:
+    """Give Hydra a state of its own: that of a caller that uses Hydra is back afterwards.
+
+    Hydra's state belongs to the process, so other threads wait.
+    """
+    with _lock:
+        found = Singleton._instances
+        before = {kind: found.pop(kind) for kind in _STATE if kind in found}
+        try:
+            yield
+        finally:
+            for kind in _STATE:
+                found.pop(kind, None)
+            found.update(before)
+
+
+_STATE = (GlobalHydra, HydraConfig, VersionBase)
+
+
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """Initialise Hydra with the options of reseed; the caller's own Hydra is back afterwards."""
-    own = GlobalHydra.instance()
-    before, own.hydra = own.hydra, None
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
-            yield
-    finally:
-        GlobalHydra.instance().hydra = before
+    """Initialise Hydra with the options of reseed."""
+    with _state_of_its_own(), initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+        yield
 
 
 def asks_to_show(arguments: Sequence[str]) -> bool:
@@ -245,11 +283,19 @@ def _no_task(config: DictConfig) -> None:
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:
-    """Parse overrides with Hydra's grammar."""
+    """Parse overrides with Hydra's grammar.
+
+    Raises:
+        ReseedError: an override is not written as the grammar requires.
+    """
     instance = GlobalHydra.instance()
     # `glob` needs the loader, which knows the options of a group.
     loader = instance.config_loader() if instance.is_initialized() else None
-    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    try:
+        return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+    except HydraException as error:
+        text = getattr(error, "override", None)
+        raise ReseedError(f"{text}: " * bool(text) + describe_error(error)) from error
 
 
 class ExpandedJob(NamedTuple):
@@ -283,6 +329,11 @@ def expand(overrides: Sequence[str]) -> list[ExpandedJob]:
     ]
 
 
+def _is_hydras(text: str) -> bool:
+    """Return True if an override is of Hydra's own settings."""
+    return text.lstrip("+~").startswith(("hydra.", "hydra/", "hydra="))
+
+
 def sweeps(overrides: Sequence[str]) -> list[str]:
     """Return the keys over which ``overrides`` sweep."""
     return [o.get_key_element() for o in parse(overrides) if o.is_sweep_override()]
@@ -292,7 +343,9 @@ def override(key: str, value: object) -> str:
     """Return ``key=value``, with the value quoted where Hydra's grammar requires it."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     if not re.fullmatch(r"[\w./+:%@?-]+", text):
-        text = "'" + text.replace("'", "\\'") + "'"
+        # A backslash is special only before a quote, and so at the end.
+        text = re.sub(r"(\\*)(')", r"\1\1\\\2", text)
+        text = "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
     return f"{key}={text}"
 
 

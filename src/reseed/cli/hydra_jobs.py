@@ -6,22 +6,18 @@ A job gets its description as JSON, in the key ``job``; a run is composed again 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from reseed import activations, evaluate, sae
 from reseed.cli.hydra_app import CommandLine, override
 from reseed.compare.config import ComparisonConfig
-from reseed.config import build
-from reseed.evaluate import load_all
 from reseed.evaluate.base import EvaluationConfig
 from reseed.experiment import Experiment
 from reseed.experiment.resolve import resolve_experiment, resolved_from
-from reseed.store.results import FOLDER
-from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
 from reseed.study.compare import compare_cell_of
 from reseed.study.evaluate import Evaluator, SavedRun, saved_run
@@ -35,10 +31,7 @@ from reseed.train.config import RuntimeConfig
 
 def executor_of(line: CommandLine) -> Executor:
     """Return the executor that ``hydra/launcher=`` chooses."""
-    if not line.runs_here:
-        return HydraExecutor(line)
-    os.environ.update(line.environment)
-    return LocalExecutor()
+    return LocalExecutor(line.environment) if line.runs_here else HydraExecutor(line)
 
 
 class HydraExecutor:
@@ -69,27 +62,35 @@ class HydraExecutor:
                     raise
 
     def evaluate(
-        self, saved: Sequence[SavedRun], configs: Sequence[EvaluationConfig], runtime: RuntimeConfig
+        self,
+        saved: Sequence[SavedRun],
+        configs: Sequence[EvaluationConfig],
+        runtime: RuntimeConfig,
+        folder: Path,
     ) -> list[Exception]:
-        saes = [
-            {"folder": str(one.folder.resolve()), "experiment": one.resolved.experiment.to_dict()}
+        saes = {
+            str(one.folder.resolve()): None if one.is_run else one.resolved.experiment.to_dict()
             for one in saved
-        ]
+        }
         jobs = [{"evaluation": config.to_dict(), "saes": saes} for config in configs]
-        return self._launch(evaluate_one, jobs, saved[0].folder / FOLDER)
+        return self._launch(evaluate_one, jobs, runtime, folder)
 
     def compare(self, plan: Plan) -> list[Exception]:
         sweep = plan.sweep
         cells = cells_of(sweep, plan.comparison)
         jobs = [{"sweep": str(sweep.path.resolve()), "axes": axes} for axes in cells]
-        return self._launch(compare_one, jobs, sweep.path)
+        return self._launch(compare_one, jobs, plan.runtime, sweep.path)
 
     def _launch(
-        self, task: Callable[[DictConfig], None], jobs: Sequence[Mapping[str, Any]], folder: Path
+        self,
+        task: Callable[[DictConfig], None],
+        jobs: Sequence[Mapping[str, Any]],
+        runtime: RuntimeConfig,
+        folder: Path,
     ) -> list[Exception]:
-        given = self.line.overrides
-        settings = [o for o in given if o.lstrip("+~").startswith(("runtime", "hydra"))]
-        listed = ",".join(override("", json.dumps(job))[1:] for job in jobs)
+        settings = [o for o in self.line.overrides if o.lstrip("+~").startswith("hydra")]
+        each = [{**job, "runtime": runtime.to_dict()} for job in jobs]
+        listed = ",".join(override("", json.dumps(job))[1:] for job in each)
         try:
             self.line.launch(
                 task, [*settings, override("hydra.sweep.dir", folder), f"++job={listed}"]
@@ -111,9 +112,10 @@ def train_one(config: DictConfig) -> None:
 def evaluate_one(config: DictConfig) -> None:
     """Perform one evaluation of all SAEs: the Hydra job."""
     job, runtime = _job(config)
-    load_all()
+    for package in (activations, evaluate, sae):
+        package.load_all()
     evaluation = EvaluationConfig.from_dict(job["evaluation"], "evaluation")
-    saved = [_saved(sae, runtime) for sae in job["saes"]]
+    saved = [_saved(Path(folder), declared, runtime) for folder, declared in job["saes"].items()]
     if error := Evaluator(saved, runtime).outcome(evaluation):
         raise error
 
@@ -127,16 +129,15 @@ def compare_one(config: DictConfig) -> None:
     compare_cell_of(sweep, axes, settings.of_arm(axes.get("arm", "")), runtime)
 
 
-def _saved(sae: Mapping[str, Any], runtime: RuntimeConfig) -> SavedRun:
-    folder = Path(sae["folder"])
-    if Run(folder).exists:
+def _saved(folder: Path, declared: Mapping[str, Any] | None, runtime: RuntimeConfig) -> SavedRun:
+    if declared is None:
         return saved_run(folder, runtime)
-    return SavedRun(folder, resolve_experiment(Experiment.from_dict(sae["experiment"]), runtime))
+    return SavedRun(folder, resolve_experiment(Experiment.from_dict(declared), runtime))
 
 
 def _job(config: DictConfig) -> tuple[dict[str, Any], RuntimeConfig]:
-    values = _plain(config)
-    return json.loads(values["job"]), build(values["runtime"], "runtime", RuntimeConfig)
+    job = json.loads(config.job)
+    return job, RuntimeConfig.from_dict(job["runtime"], "runtime")
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -121,6 +121,9 @@ def evaluations_of(line: CommandLine, words: Sequence[str]) -> list[EvaluationCo
     Raises: see `take_evaluations`.
     """
     names = [word for word in words if "=" not in word]
+    given = [word for word in words if word.startswith(f"{GROUP}=")]
+    if names and given:
+        raise ConfigError(f"give names or {{key}}=, not both; got {names[0]} and {given[0]}", GROUP)
     overrides = [*([f"{GROUP}={','.join(names)}"] if names else []),
                  *(word for word in words if "=" in word)]  # fmt: skip
     with line.composer() as composed:
@@ -149,7 +152,7 @@ def plan_runs(line: CommandLine) -> Plan:
     multirun = line.multirun or line.launcher[0] == SLURM
     jobs, runtime = check_jobs(line, line.overrides, line.multirun)
     launch = Launch(tuple(replace(job, axes={}) for job in jobs), tuple(line.overrides))
-    return Plan((launch,), runtime, multirun=multirun, command=line.text)
+    return Plan((launch,), runtime, multirun=multirun, command=line.command_text)
 
 
 def make_plan(line: CommandLine) -> Plan:
@@ -204,7 +207,7 @@ def make_plan(line: CommandLine) -> Plan:
         launches.append(Launch(without_repeats(arm, placed), tuple(overrides), arm))
         check_pairs(launches[-1], settings)
     assert runtime is not None
-    return Plan(tuple(launches), runtime, settings, command=line.text)
+    return Plan(tuple(launches), runtime, settings, command=line.command_text)
 
 
 def _check_heeded(settings: ComparisonConfig, said: dict[str, list[str]]) -> None:

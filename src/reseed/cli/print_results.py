@@ -35,7 +35,7 @@ def print_result(result: StudyResult, only_evaluations: bool = False) -> None:
     files.append("figures (png, svg)" if result.figures else "no figures")
     say(f"{result.path}/: {', '.join(files)}")
     say(f"report: {result.path / REPORT / 'index.html'}")
-    for line in result.lacking:  # last, so that they are not overlooked
+    for line in result.problems:  # last, so that they are not overlooked
         say(line)
 
 

@@ -85,7 +85,7 @@ def load_run(name: str | Path, outputs: str | Path = "outputs") -> Run:
         RunError: the record is damaged or belongs to another signature.
     """
     folders = (Path(name), Path(outputs) / name)
-    run = next((Run(folder.resolve()) for folder in folders if folder.is_dir()), None)
+    run = next((Run(folder.resolve()) for folder in folders if Run(folder).exists), None)
     if run is None:
         known = {run.id: run for run in RunStore(outputs).runs()}
         found = complete_name(str(name), known)

@@ -21,7 +21,13 @@ from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, M
 from reseed.experiment.resolve import Resolved, cache_folder
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import WEIGHTS_FILE, load_sae, read_metadata
-from reseed.store.results import EvaluationError, StoredEvaluation, result_folder, write_failure
+from reseed.store.results import (
+    FOLDER,
+    EvaluationError,
+    StoredEvaluation,
+    result_folder,
+    write_failure,
+)
 from reseed.store.runs import INITIAL_FILE, Run, RunError
 from reseed.store.sweeps import Sweep
 from reseed.study.compare import held_out_settings, resolve_record
@@ -188,7 +194,7 @@ def show_evaluations(configs: Sequence[EvaluationConfig], sweeps: Sequence[Sweep
 
 
 Evaluate = Callable[
-    [Sequence[SavedRun], Sequence[EvaluationConfig], RuntimeConfig], list[Exception]
+    [Sequence[SavedRun], Sequence[EvaluationConfig], RuntimeConfig, Path], list[Exception]
 ]
 
 
@@ -199,11 +205,14 @@ def evaluate_saved(
     runtime: RuntimeConfig,
     evaluate: Evaluate,
 ) -> list[Exception]:
-    """Check evaluations, perform those without a result, and print the failures.
+    """Check evaluations, and perform those without a result.
 
     Args:
         sweeps: the sweeps whose tables show the results.
         evaluate: performs them, and returns the errors.
+
+    Returns:
+        the errors.
 
     Raises:
         ConfigError: none is given, or one does not apply to an SAE.
@@ -214,10 +223,8 @@ def evaluate_saved(
         )
     check_evaluations(configs, {one.id: one.resolved for one in saved})
     show_evaluations(configs, sweeps)
-    errors = evaluate(saved, configs, runtime)
-    for error in errors:
-        say(f"failed: {error}")
-    return errors
+    folder = sweeps[0].path if sweeps else saved[0].folder
+    return evaluate(saved, configs, runtime, folder / FOLDER)
 
 
 class Evaluator:

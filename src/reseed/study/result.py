@@ -65,15 +65,15 @@ class StudyResult:
         settings: the settings of the comparison.
         cells: the compared cells, with the results of evaluations.
         runs: the evaluated runs, by id.
-        lacking: a message for each cell with missing runs, and for each cell that could not be
-            compared.
+        problems: a message for each cell with missing runs, and for each cell that could not be
+            compared or run that could not be evaluated.
     """
 
     sweep: Sweep
     settings: ComparisonConfig
     cells: list[Cell]
     runs: dict[str, EvaluatedRun]
-    lacking: list[str]
+    problems: list[str]
 
     @property
     def path(self) -> Path:
@@ -82,8 +82,8 @@ class StudyResult:
 
     @property
     def complete(self) -> bool:
-        """True if every cell has all of its runs."""
-        return not self.lacking
+        """True if every cell has all of its runs, and everything was compared and evaluated."""
+        return not self.problems
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -149,13 +149,13 @@ class StudyResult:
         data = data_file_names(self.path, self.cells, self.runs)
         contexts = {r.id: read for r in self.sweep.runs() if (read := Contexts.of(r.path))}
         of = ReportData(
-            self.sweep, self.cells, self.runs, self.lacking, tuple(self.figures), data, contexts
+            self.sweep, self.cells, self.runs, self.problems, tuple(self.figures), data, contexts
         )
         return write_report(of, Path(out) if out else self.path / own, format)
 
     def write_tables(self) -> list[str]:
         """Write the tables, and return the names of those that evaluations added."""
-        write_tables(self.cells, self.path, self.lacking)
+        write_tables(self.cells, self.path, self.problems)
         return write_evaluations(self.runs, self.path)
 
     def write_figures(self) -> list[str]:
@@ -169,32 +169,35 @@ class StudyResult:
 
     def __repr__(self) -> str:
         told = [f"{self.settings.name}: {counted(len(self.cells), 'cell')} in {self.path}/"]
-        return "\n".join([*told, *self.lacking])
+        return "\n".join([*told, *self.problems])
 
     def _repr_html_(self) -> str:
         """Return the tables of the summary for a notebook."""
-        return "".join(map(table_html, first_tables(self.cells, self.lacking)))
+        return "".join(map(table_html, first_tables(self.cells, self.problems)))
 
 
-def read_result(sweep: Sweep, settings: ComparisonConfig | None = None) -> StudyResult:
+def read_result(
+    sweep: Sweep, settings: ComparisonConfig | None = None, failed: Sequence[str] = ()
+) -> StudyResult:
     """Read the cells of a sweep and the evaluations of its runs.
 
     Args:
         settings: the comparison; by default that of the sweep's folder.
+        failed: messages about what could not be compared or evaluated, for `StudyResult.problems`.
 
     Raises:
         ReseedError: no cell has been compared yet.
     """
     settings = settings or ComparisonConfig.from_dict(sweep.settings, "comparison")
     cells: list[Cell] = []
-    lacking: list[str] = []
+    problems: list[str] = []
     for axes in cells_of(sweep, settings):
         rows = sweep.rows(axes)
         finished = [run for run in sweep.runs(**axes) if run.finished]
         if len(finished) < len(rows):
             name = ", ".join(f"{axis}={value}" for axis, value in axes.items()) or "all runs"
             count = f"{len(finished)} of {len(rows)} runs"
-            lacking.append(f"incomplete: {name}: {count}{_why(sweep.runs(**axes))}")
+            problems.append(f"incomplete: {name}: {count}{_why(sweep.runs(**axes))}")
         try:
             result = CellResult.read(sweep.cell_folder(axes))
         except FileNotFoundError:
@@ -202,12 +205,13 @@ def read_result(sweep: Sweep, settings: ComparisonConfig | None = None) -> Study
         # The user may have changed the primary measure since the cell was compared.
         own = replace(result.settings, primary=settings.primary)
         cells.append((cell_settings(finished, axes), replace(result, settings=own)))
+    problems += failed
     if not cells:
-        told = "".join(f"\n  {line}" for line in lacking)
+        told = "".join(f"\n  {line}" for line in problems)
         raise ReseedError(f"{sweep.path}: no cell has two finished runs to compare{told}")
     runs = evaluated_runs(sweep)
     cells = with_overlaps(joined(sort_cells(unify_sparsity(cells)), runs), runs)
-    return StudyResult(sweep, settings, cells, runs, lacking)
+    return StudyResult(sweep, settings, cells, runs, problems)
 
 
 def collect(
@@ -216,13 +220,12 @@ def collect(
     """Read the result of a sweep, and write its tables, figures and report.
 
     Args:
-        failed: messages about cells that could not be compared, for `StudyResult.lacking`.
+        failed: messages about what could not be compared or evaluated, for `StudyResult.problems`.
 
     Raises:
         ReseedError: no cell has been compared yet.
     """
-    result = read_result(sweep, settings)
-    result = replace(result, lacking=[*result.lacking, *failed])
+    result = read_result(sweep, settings, failed)
     result.write_tables()
     result.write_figures()
     result.report()

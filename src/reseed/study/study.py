@@ -7,8 +7,9 @@ step: here, in this process; the command line can replace it by jobs of Hydra's 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,7 @@ from reseed.study.plan import Plan
 from reseed.study.result import StudyResult, cells_of, collect, evaluated_saes, read_result
 from reseed.study.train import failure_lines, plan_missing, train_missing
 from reseed.system.console import counted, messages_to, say
-from reseed.system.environment import record_command
+from reseed.system.environment import environment_variables, record_command
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
 
@@ -39,9 +40,17 @@ class Executor(Protocol):
         ...
 
     def evaluate(
-        self, saved: Sequence[SavedRun], configs: Sequence[EvaluationConfig], runtime: RuntimeConfig
+        self,
+        saved: Sequence[SavedRun],
+        configs: Sequence[EvaluationConfig],
+        runtime: RuntimeConfig,
+        folder: Path,
     ) -> list[Exception]:
-        """Run the evaluations that have no result yet, and return the errors."""
+        """Run the evaluations that have no result yet, and return the errors.
+
+        Args:
+            folder: a folder for records of the work.
+        """
         ...
 
     def compare(self, plan: Plan) -> list[Exception]:
@@ -49,26 +58,42 @@ class Executor(Protocol):
         ...
 
 
+@dataclass(frozen=True)
 class LocalExecutor:
-    """Executor in this process; with ``runtime=ddp`` or ``spread``, several processes train."""
+    """Executor in this process; with ``runtime=ddp`` or ``spread``, several processes train.
+
+    Attributes:
+        environment: environment variables during the work.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def train(self, plan: Plan) -> None:
-        train_missing(plan.experiments, plan.runtime)
+        with environment_variables(self.environment):
+            train_missing(plan.experiments, plan.runtime)
 
     def evaluate(
-        self, saved: Sequence[SavedRun], configs: Sequence[EvaluationConfig], runtime: RuntimeConfig
+        self,
+        saved: Sequence[SavedRun],
+        configs: Sequence[EvaluationConfig],
+        runtime: RuntimeConfig,
+        folder: Path,
     ) -> list[Exception]:
-        evaluator = Evaluator(saved, runtime)
-        return [error for config in configs if (error := evaluator.outcome(config))]
+        with environment_variables(self.environment):
+            evaluator = Evaluator(saved, runtime)
+            return [error for config in configs if (error := evaluator.outcome(config))]
 
     def compare(self, plan: Plan) -> list[Exception]:
         errors: list[Exception] = []
-        for axes in cells_of(plan.sweep, plan.comparison):
-            settings = plan.comparison.of_arm(axes.get("arm", ""))
-            try:
-                compare_cell_of(plan.sweep, axes, settings, plan.runtime)
-            except Exception as error:  # the other cells are compared all the same
-                errors.append(error)
+        with environment_variables(self.environment):
+            for axes in cells_of(plan.sweep, plan.comparison):
+                settings = plan.comparison.of_arm(axes.get("arm", ""))
+                try:
+                    compare_cell_of(plan.sweep, axes, settings, plan.runtime)
+                except DiskFullError:  # the next cell would fail too
+                    raise
+                except Exception as error:  # the other cells are compared all the same
+                    errors.append(error)
         return errors
 
 
@@ -183,6 +208,8 @@ class Study:
             if not saved:
                 raise ReseedError("there is nothing to evaluate: no run is finished")
             errors = self._evaluate(saved, configs)
+            if self.settings is not None and self._plan.sweep.compared:
+                collect(self._plan.sweep, self.settings)  # the tables show the results
         if errors:
             raise ReseedError("\n".join(map(str, errors)))
         return run_frame(evaluated_saes(saved, configs))
@@ -197,26 +224,24 @@ class Study:
         _ = self._plan.comparison
         if not any(run.finished for run in self.runs):
             raise none_finished(self._plan)
-        with self._at_work():
-            self._plan.write()
-            errors = self._executor.compare(self._plan)
-            failed = [f"not compared: {error}" for error in errors]
-            return collect(self._plan.sweep, self._plan.settings, failed)
+        return self._compare()
 
     def run(self) -> StudyResult:
         """Train the runs that are not finished, evaluate them if the study asks for it, and compare
         them.
 
-        Failed runs are named by messages and by `StudyResult.lacking`; the others are compared.
+        Failed runs are named by messages and by `StudyResult.problems`; the others are compared.
+
+        Raises:
+            ConfigError: the study has no comparison.
+            ReseedError: no cell has two finished runs.
         """
         _ = self._plan.comparison
         self.train(strict=False)
         saved = self._finished() if self.evaluations else []
         with self._at_work():
-            failed = self._evaluate(saved, self.evaluations) if saved else []
-        result = self.compare()
-        result.lacking.extend(f"not evaluated: {error}" for error in failed)
-        return result
+            errors = self._evaluate(saved, self.evaluations) if saved else []
+        return self._compare([f"not evaluated: {error}" for error in errors])
 
     def result(self) -> StudyResult:
         """Read the result of the last `compare` or `run`, without computing anything.
@@ -224,7 +249,18 @@ class Study:
         Raises:
             ReseedError: nothing has been compared yet.
         """
-        return read_result(self._plan.sweep, self._plan.comparison)
+        sweep, settings = self._plan.sweep, self._plan.comparison
+        if not sweep.compared:
+            raise ReseedError(f"{sweep.path}: its runs have not been compared")
+        with self._at_work():
+            return read_result(sweep, settings)
+
+    def _compare(self, problems: Sequence[str] = ()) -> StudyResult:
+        with self._at_work():
+            self._plan.write()
+            errors = self._executor.compare(self._plan)
+            problems = [*problems, *(f"not compared: {error}" for error in errors)]
+            return collect(self._plan.sweep, self._plan.settings, problems)
 
     @contextmanager
     def _at_work(self) -> Iterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import Any
 
@@ -51,8 +52,9 @@ def mute() -> None:
 
 def say(message: str) -> None:
     """Print a line, or give it to the function that `messages_to` chose."""
-    if _listener is not None:
-        _listener(message)
+    listener = _listener.get()
+    if listener is not None:
+        listener(message)
     elif console().is_jupyter:  # rich would show each line as a block of its own
         print(message)
     else:  # names may contain brackets, which are no markup
@@ -61,22 +63,37 @@ def say(message: str) -> None:
 
 def has_terminal() -> bool:
     """Return True if lines are printed on a terminal, where a progress bar can be shown."""
-    return _listener is None and console().is_terminal
+    return _listener.get() is None and console().is_terminal
 
 
-_listener: Callable[[str], None] | None = None
+_listener: ContextVar[Callable[[str], None] | None] = ContextVar("listener", default=None)
 
 
 @contextmanager
 def messages_to(listener: Callable[[str], None] | None) -> Iterator[None]:
-    """Give the lines of `say` to a function instead of printing them; None changes nothing."""
-    global _listener
-    before = _listener
-    _listener = listener or before
+    """Give the lines of `say` to a function instead of printing them; None changes nothing.
+
+    An error of the function must not fail the work that prints: the lines that follow are printed,
+    and the error is raised at the end.
+    """
+    errors: list[Exception] = []
+
+    def told(message: str) -> None:
+        if not errors:
+            try:
+                listener(message)  # type: ignore[misc]
+                return
+            except Exception as error:
+                errors.append(error)
+        print(message)
+
+    token = _listener.set(_listener.get() if listener is None else told)
     try:
         yield
     finally:
-        _listener = before
+        _listener.reset(token)
+    if errors:
+        raise errors[0]
 
 
 def print_rows(

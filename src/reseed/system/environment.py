@@ -10,8 +10,9 @@ import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,37 @@ _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy",
 
 def environment() -> dict[str, Any]:
     """Return the environment of the current command."""
-    command = _command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = _command.get() or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {**_of_process(), "command": command}  # one process may run several commands
 
 
-_command = ""
+_command: ContextVar[str] = ContextVar("command", default="")
 
 
 @contextmanager
 def record_command(command: str) -> Iterator[None]:
     """Let `environment` name this command instead of the process's arguments: one process may run
     several commands, or none (a notebook)."""
-    global _command
-    before, _command = _command, command
+    token = _command.set(command)
     try:
         yield
     finally:
-        _command = before
+        _command.reset(token)
+
+
+@contextmanager
+def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables; the previous ones are back afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -123,7 +124,8 @@ class StopOnSignal(L.Callback):
         self.module: GroupModule | None = None
         # Read them before fit begins, when Lightning installs its own SIGTERM handler, which only
         # notes the signal.
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        main = threading.current_thread() is threading.main_thread()  # others get no signals
+        numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
         self._before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: GroupModule) -> None:
