@@ -60,6 +60,8 @@ def test_a_cell_is_the_same_after_writing_and_reading(cell, tmp_path):
     pd.testing.assert_frame_equal(again.strata, cell.strata)
     assert repr(again.estimates) == repr(cell.estimates)  # NaN is not equal to itself
     assert again.settings == cell.settings
+    assert again.measures == cell.measures
+    assert again.measures
     assert np.array_equal(again.p, cell.p)
     names = {"cell.json", "pairs.parquet", "latents.parquet", "strata.parquet"}
     assert {path.name for path in (tmp_path / "cell").iterdir()} == names

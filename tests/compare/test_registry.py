@@ -104,6 +104,8 @@ def test_a_name_is_declared_once_in_a_level(declare):
     [
         ({"needs": ("weights", "covarianc")}, "`needs` must be one of weights, covariance, "),
         ({"needs": "covarianc"}, "got 'covarianc'. Did you mean `covariance`?"),
+        ({"needs": "untrained", "level": "run"}, "`needs` must be one of weights, covariance, "),
+        ({"needs": ("activations", "weights")}, "`needs` must be one of activations, matched; "),
         ({"scale": "fractions"}, "`scale` must be one of fraction, cosine, number, count, mean; "),
         ({"level": "pairs"}, "`level` must be one of pair, run, latent, cell; got 'pairs'."),
     ],

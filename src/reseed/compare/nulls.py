@@ -332,8 +332,9 @@ _OF_KAPPA = (
            advice="`√(2 ln F/D)` is an upper bound on it. Above 4,096 latents it is extrapolated."),
     Column("null_mmcs", "MMCS of the same random dictionaries", "mean"),
     Column("null_shared_fraction", "strict shared fraction of the same random dictionaries",
-           "mean", "isotropic S₀", advice="The least that chance gives. 0 means less than one "
-           "latent. Above 4,096 latents it is that of the smaller problem."),
+           "mean", "isotropic S₀", advice="The least that chance gives. 0 means that no "
+           "latent was shared in the simulation. Above 4,096 latents it is that of the smaller "
+           "problem."),
     Column("null_coverage", "coverage of the same random dictionaries", "mean",
            "covered, isotropic"),
     Column("null_simulated_latents", "latents of the larger of the random dictionaries", "mean"),

@@ -6,9 +6,8 @@ Paulo & Belrose (arXiv 2501.16615), extended by dead latents, one-sided coverage
 Letters: A and B are two dictionaries, c_enc and c_dec cosines of their encoder and decoder rows,
 σ_enc and σ_dec the exact matchings under each, τ the threshold, Σ the activations' covariance.
 
-The rows of dictionaries that differ in ``d_in`` have no cosine. The weights of such a pair are not
-compared: its columns are NaN, and no latent has a partner. The pair is only compared by its
-activations on the same tokens (`reseed.compare.activations`).
+The rows of dictionaries that differ in ``d_in`` have no cosine: the columns of such a pair are NaN,
+and no latent has a partner. Only its activations are compared (`reseed.compare.activations`).
 """
 
 from __future__ import annotations
@@ -115,6 +114,13 @@ def divided(part: float, whole: float) -> float:
     return part / whole if whole else float("nan")
 
 
+def _known_of(runs: Sequence[Dictionary]) -> frozenset[str]:
+    """Return the names of what all of some runs have; "weights" are rows of one ``d_in``."""
+    optional = ("covariance", "variance", "truth")
+    found = [name for name in optional if all(getattr(x, name) is not None for x in runs)]
+    return frozenset([*found, *([] if any_incompatible(runs) else ["weights"])])
+
+
 @dataclass(frozen=True, eq=False)
 class Pair(View):
     """Two dictionaries A and B, and what their measures share.
@@ -148,15 +154,9 @@ class Pair(View):
 
     @cached_property
     def known(self) -> frozenset[str]:
-        both = (self.first, self.second)
-        found = {
-            "weights": not incompatible(*both),
-            "covariance": all(x.covariance is not None for x in both),
-            "variance": all(x.variance is not None for x in both),
-            "untrained": self.start is not None,
-            "cell": self.cell is not None,
-        }
-        return frozenset(name for name, known in found.items() if known)
+        more = {"untrained": self.start, "cell": self.cell}
+        given = {name for name, value in more.items() if value is not None}
+        return _known_of([self.first, self.second]) | given
 
     def row(self) -> dict[str, Any]:
         """Return the row of ``pairs.csv``, without columns that need all pairs of a cell."""
@@ -294,7 +294,7 @@ class Pair(View):
 
 def _empty_side(x: Dictionary, live_at_least: int) -> PairSide:
     none, nothing = np.full(x.num_latents, -1), np.zeros(x.num_latents)
-    never, zero = np.zeros(x.num_latents, dtype=bool), np.zeros(x.num_latents, dtype=np.int64)
+    never, zero = nothing.astype(bool), nothing.astype(np.int64)
     live = x.live(live_at_least)
     return PairSide(x, none, none, nothing, nothing, never, never, zero, zero, live)
 
@@ -339,11 +339,7 @@ class CellRuns(View):
 
     @cached_property
     def known(self) -> frozenset[str]:
-        found = {
-            "weights": not any_incompatible(self.trained),
-            "truth": all(x.truth is not None for x in self.trained),
-        }
-        return frozenset(name for name, known in found.items() if known)
+        return _known_of(self.trained)
 
     @property
     def runs(self) -> list[RunInCell]:
@@ -373,6 +369,10 @@ class RunInCell(View):
 
     cell: CellRuns
     index: int
+
+    @property
+    def known(self) -> frozenset[str]:
+        return _known_of([self.dictionary])
 
     @property
     def dictionary(self) -> Dictionary:

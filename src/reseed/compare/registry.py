@@ -44,16 +44,14 @@ Result = TypeVar("Result")
 Level = Literal["pair", "run", "latent", "cell"]
 Scale = Literal["fraction", "cosine", "number", "count", "mean"]
 LEVELS, SCALES = get_args(Level), get_args(Scale)
-NEEDS = (
-    "weights",
-    "covariance",
-    "variance",
-    "untrained",
-    "truth",
-    "cell",
-    "activations",
-    "matched",
-)
+_OF_RUNS = ("weights", "covariance", "variance", "truth")
+NEEDS = {
+    "pair": (*_OF_RUNS, "untrained", "cell", "activations"),
+    "run": _OF_RUNS,
+    "latent": (*_OF_RUNS, "activations"),
+    "cell": _OF_RUNS,
+}
+"""The needs that a measure of each level can have; "activations" alone or with "matched"."""
 ESTIMATED = ("fraction", "cosine", "number", "count")
 """Scales of columns that have an estimate; see `Column`."""
 LATER = ("cell", "activations")
@@ -232,7 +230,8 @@ def measures(
     _check("level", [level], LEVELS)
     _check("scale", [c.scale for c in columns if c.scale], SCALES)
     needed = frozenset([needs] if isinstance(needs, str) else needs)
-    _check("needs", needed, NEEDS)
+    possible = ["activations", "matched"] if "activations" in needed else NEEDS[level]
+    _check("needs", needed, possible)
 
     def declare(compute: Function) -> Function:
         named = columns
