@@ -52,6 +52,7 @@ def absorption(run: int) -> StoredEvaluation:
         "absorption",
         {"type": "absorption"},
         {"absorption_letters": 1, "absorption_fraction": fraction,
+         "absorption_fraction_low": fraction - 0.01, "absorption_fraction_high": fraction + 0.01,
          "absorption_fraction_null": 0.1, "absorption_fraction_untrained": None},
         {"letters": letters, "words": words, "absorbers": absorbers},
         {"absorption_is_absorber": np.arange(F) < 24, "absorption_words": np.arange(F)},
@@ -106,6 +107,10 @@ def test_metrics_are_columns_with_a_mean_over_runs(evaluated) -> None:
     frame = summary_frame(cells).set_index("sae")
     assert frame.loc["topk", "faithfulness_ce_increase"] == 1.5
     assert math.isnan(frame.loc["relu", "absorption_fraction"])
+    # The runs' own intervals (over words) have the names of the interval over runs, which wins.
+    assert frame.loc["topk", "absorption_fraction_high"] == pytest.approx(found.high)
+    assert frame.loc["topk", "absorption_fraction_low"] == pytest.approx(found.low)
+    assert "absorption_fraction_low_low" not in frame
 
 
 def test_latents_have_columns_of_one_type_in_all_cells(evaluated) -> None:

@@ -152,6 +152,10 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "shared_fraction_untrained": cell.pair_mean("untrained_shared_fraction"),
     }
     for name, found in estimates.items():
+        # `x_low` of an evaluation is the mean of the runs' own bounds (evaluations.csv), and would
+        # replace the lower bound over runs of `x`.
+        if name.removesuffix("_low").removesuffix("_high") in estimates.keys() - {name}:
+            continue
         extra |= interval_row(name, found)
     means = {n for n, column in measure_columns("pair").items() if column.scale == "mean"}
     extra |= {n: cell.pair_mean(n) for n in cell.pairs if n in means}
