@@ -73,6 +73,16 @@ def test_footnotes_explain_every_heading(name: str) -> None:
         assert any(word in notes for word in (" ".join(words), words[0], words[-1])), metric
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_metric_has_a_definition_without_full_stop_and_advice_in_sentences(name: str) -> None:
+    load_all()
+    declared = declaration(name, ())
+    for metric in (*declared.metrics, *declared.latents):
+        assert metric.help, metric
+        assert not metric.help.endswith("."), metric
+        assert not metric.advice or metric.advice.endswith("."), metric
+
+
 def test_an_evaluation_that_is_not_installed_shows_all_its_columns() -> None:
     found = declaration("gone", ["gone_score", "gone_mean_size"])
     assert {c: metric.heading for c, metric in found.shown().items()} == {

@@ -1,4 +1,4 @@
-"""The tables of docs/measures.md are those of the declared measures."""
+"""The tables of docs/measures.md are those of the declared measures and metrics."""
 
 import re
 import runpy
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from reseed.compare.registry import declared
+from reseed.evaluate import load_all
+from reseed.store.results import EvaluationDeclaration, Metric, column, declaration
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "measures.md"
@@ -28,6 +30,17 @@ def test_the_page_has_a_table_of_every_measure():
     assert {own.table for own in ours} == written
 
 
+def test_the_page_has_a_table_of_every_evaluation_with_all_of_its_metrics():
+    load_all()
+    tables = dict(re.findall(r"<!-- metrics: (\w+) -->\n(.*?)<!-- end -->", PAGE.read_text(), re.S))
+    assert tables.keys() == {path.stem for path in (ROOT / "conf" / "evaluation").glob("*.yaml")}
+    for name, table in tables.items():
+        declared_here = declaration(name, ())
+        for metric in (*declared_here.metrics, *declared_here.latents):
+            assert f"`{column(name, metric.name)}`" in table
+            assert metric.help in table
+
+
 def test_tables_are_written_between_their_markers(script):
     page = "before\n<!-- measures: cycles -->\nold\n<!-- end -->\nafter"
     found = script["written"](page)
@@ -38,9 +51,31 @@ def test_tables_are_written_between_their_markers(script):
     assert script["written"](found) == found
 
 
+def test_metrics_alike_but_for_their_names_share_a_row(script):
+    class Mine(EvaluationDeclaration, name="metrics_page"):
+        metrics = (
+            Metric("score_low", help="end of the interval"),
+            Metric("score_high", help="end of the interval"),
+            Metric("gini", "Gini\nindex", "unevenness", formula="1 − 2∫L", source="Gini 1912"),
+        )
+        latents = (Metric("gini", "Gini", "unevenness of the latent", advice="Needs firings."),)
+
+    found = script["written"]("<!-- metrics: metrics_page -->\n<!-- end -->")
+    assert found.splitlines()[2:-2] == [
+        "| metric | is | source | advice |",
+        "| :-- | :-- | :-- | :-- |",
+        "| `metrics_page_score_low`, `metrics_page_score_high` | end of the interval |  |  |",
+        "| `metrics_page_gini` (Gini index) | unevenness (1 − 2∫L) | Gini 1912 |  |",
+        "| `metrics_page_gini` (Gini), in `latents.parquet` | unevenness of the latent |  "
+        "| Needs firings. |",
+    ]
+
+
 def test_a_table_without_measures_and_an_unknown_kind_are_refused(script):
     with pytest.raises(ValueError, match="no measure declares table='cylces'"):
         script["written"]("<!-- measures: cylces -->\n<!-- end -->")
+    with pytest.raises(ValueError, match="no evaluation 'splittings' declares metrics"):
+        script["written"]("<!-- metrics: splittings -->\n<!-- end -->")
     with pytest.raises(KeyError, match="tables"):
         script["written"]("<!-- tables: cycles -->\n<!-- end -->")
 

@@ -72,10 +72,11 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
     with_untrained: ClassVar[bool] = False
     title = "What do latents fire on?"
     metrics = (
-        Metric("silent_fraction", "never\nfired", "fraction of latents that fire on no token"),
+        Metric("silent_fraction", "never\nfired", "fraction of latents that fire on no token",
+               advice="A latent that does not fire on a few tokens need not be dead."),
         Metric("tokens", help="held-out tokens that were read"),
-    )
-    latents = (Metric("largest", help="the latent's largest activation"),)
+    )  # fmt: skip
+    latents = (Metric("largest", help="the latent's largest activation; 0 if it never fires"),)
     footnotes = (
         "**never fired**: fraction of latents that fired on none of the evaluated tokens. To "
         "see the contexts of the other latents: `reseed show RUN LATENT`.",

@@ -53,21 +53,32 @@ class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
     metrics = (
         Metric("ce_clean", "CE\nclean", "cross-entropy of the next token, in nats, of the model"),
         Metric("ce", "CE\nspliced", "cross-entropy with the SAE's reconstruction in place of the "
-               "activations"),
-        Metric("ce_increase", "increase", "CE spliced − CE clean", interval=True),
-        Metric("ce_recovered_zero", "recovered,\nzero", "(CE ablated − CE spliced) / (CE ablated − "
-               "CE clean), activations ablated to zero; empty if the ablation does no harm"),
-        Metric("ce_recovered_mean", "recovered,\nmean", "the same, activations ablated to their "
-               "mean, the harder test"),
-        Metric("kl", "KL", "KL(clean ‖ spliced) of the predictions, in nats"),
-        Metric("kl_recovered_zero", "KL recovered,\nzero", "1 − KL / KL of the model with "
-               "activations ablated to zero"),
-        Metric("kl_recovered_mean", "KL recovered,\nmean", "1 − KL / KL of the model with "
-               "activations ablated to their mean"),
+               "activations", source="Bricken et al. 2023"),
+        Metric("ce_increase", "increase", "increase in cross-entropy caused by the SAE",
+               interval=True, formula="CE spliced − CE clean", source="Bricken et al. 2023",
+               advice="It shows what the SAE costs the model. Do not compare it with that of "
+               "another model or text."),
+        Metric("ce_recovered_zero", "recovered,\nzero", "fraction of the harm of an ablation to "
+               "zero that the SAE avoids; empty if the ablation does no harm",
+               formula="(CE ablated − CE spliced) / (CE ablated − CE clean)",
+               advice="The literature reports this one. In the residual stream it says little, "
+               "because poor SAEs reach 0.99."),
+        Metric("ce_recovered_mean", "recovered,\nmean", "fraction of the harm of an ablation to "
+               "the mean that the SAE avoids", advice="The harder test."),
+        Metric("kl", "KL", "divergence of the predictions with the SAE from those of the model, in "
+               "nats", formula="KL(clean ‖ spliced)", advice="It counts every change of the "
+               "predictions, not only of the probability of the right token."),
+        Metric("kl_recovered_zero", "KL recovered,\nzero", "fraction of the divergence caused by "
+               "an ablation to zero that the SAE avoids; empty if the ablation causes none",
+               formula="1 − KL / KL ablated"),
+        Metric("kl_recovered_mean", "KL recovered,\nmean", "fraction of the divergence caused by "
+               "an ablation to the mean that the SAE avoids"),
         Metric("ce_zero", help="cross-entropy with activations ablated to zero"),
         Metric("ce_mean", help="cross-entropy with activations ablated to their mean"),
-        Metric("kl_zero", help="KL(clean ‖ ablated), activations ablated to zero"),
-        Metric("kl_mean", help="KL(clean ‖ ablated), activations ablated to their mean"),
+        Metric("kl_zero", help="divergence of the predictions with activations ablated to zero",
+               formula="KL(clean ‖ ablated)"),
+        Metric("kl_mean", help="divergence of the predictions with activations ablated to their "
+               "mean"),
         Metric("tokens", help="held-out tokens at which activations were replaced"),
     )  # fmt: skip
     spare = ("kl_recovered_zero", "ce", "ce_recovered_zero")

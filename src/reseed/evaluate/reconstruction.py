@@ -161,27 +161,40 @@ class ReconstructionConfig(EvaluationConfig, name="reconstruction"):
     with_untrained: ClassVar[bool] = False
     title = "What is lost of the activations?"
     metrics = (
-        Metric("fvu", "FVU", "fraction of variance unexplained, Σ‖x − x̂‖² / Σ‖x − x̄‖² with the "
-               "mean x̄ of all tokens", interval=True),
-        Metric("explained_variance_uncentred", "EV\nuncentred", "1 − Σ‖x − x̂‖² / Σ‖x‖², which a "
-               "large mean alone brings near 1"),
-        Metric("cosine", "cosine", "mean cosine of x and x̂"),
+        Metric("fvu", "FVU", "fraction of variance unexplained", interval=True,
+               formula="Σ‖x − x̂‖² / Σ‖x − x̄‖², with the mean x̄ of all measured tokens",
+               advice="It is `fvu`, measured on `evaluation.tokens` tokens."),
+        Metric("explained_variance_uncentred", "EV\nuncentred",
+               "fraction of the squared length of activations that is explained",
+               formula="1 − Σ‖x − x̂‖² / Σ‖x‖²",
+               advice="Use it to compare with results that do not subtract the mean. If "
+               "activations have a large mean, it is near 1 for any SAE that reproduces the mean."),
+        Metric("cosine", "cosine", "cosine of x and x̂, mean over tokens"),
         Metric("l0", "L0", "active latents per token", count=True),
-        Metric("l1", "L1", "sum of the activations of latents per token", count=True),
-        Metric("silent_fraction", "never\nfired", "fraction of latents that fire on no token"),
+        Metric("l1", "L1", "sum of the latents' absolute activations, mean over tokens", count=True,
+               formula="Σ|f|", advice="It depends on the norms of the decoder rows."),
+        Metric("silent_fraction", "never\nfired", "fraction of latents that fire on no token",
+               advice="A latent that does not fire on a few tokens need not be dead."),
         Metric("dense_fraction", "dense", "fraction of latents that fire on more than a tenth of "
-               "the tokens (Sun et al. 2025, 2506.15679)"),
-        Metric("shrinkage", "‖x̂‖/‖x‖", "mean over tokens with x ≠ 0, below 1 if reconstructions "
-               "are too short"),
-        Metric("relative_bias", "relative\nbias", "E‖x̂‖² / E[x̂·x], below 1 if x̂ should be longer "
-               "(Rajamanoharan et al. 2024, 2404.16014)"),
-        Metric("explained_variance", help="1 − FVU"),
+               "the tokens", source="Sun et al., [2506.15679](https://arxiv.org/abs/2506.15679)"),
+        Metric("shrinkage", "‖x̂‖/‖x‖", "length of the reconstruction divided by that of the "
+               "activation, mean over tokens with x ≠ 0",
+               advice="It does not measure shrinkage alone. The less an SAE explains, the shorter "
+               "x̂ is, so it is below 1 for any SAE that leaves something out."),
+        Metric("relative_bias", "relative\nbias", "length of reconstructions divided by the best "
+               "length: x̂/γ is nearest to x among all multiples of x̂",
+               formula="γ = E‖x̂‖² / E[x̂·x]",
+               source="Rajamanoharan et al., [2404.16014](https://arxiv.org/abs/2404.16014)",
+               advice="Use it to measure shrinkage. It is 1 if reconstructions have the best "
+               "length, whatever they leave out, and below 1 if they are too short."),
+        Metric("explained_variance", help="fraction of variance explained", formula="1 − FVU"),
         Metric("tokens", help="held-out tokens that were measured"),
     )  # fmt: skip
     latents = (
         Metric("density", help="fraction of the tokens on which the latent fires"),
-        Metric("mean_activation", help="mean activation over the tokens on which it fires"),
-    )
+        Metric("mean_activation", help="mean activation over the tokens on which it fires; NaN if "
+               "there are none"),
+    )  # fmt: skip
     spare = ("l1", "relative_bias", "explained_variance_uncentred", "dense_fraction")
     footnotes = (
         "**FVU**: fraction of variance unexplained; **EV uncentred**: 1 − squared error / "

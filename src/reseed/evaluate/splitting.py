@@ -26,6 +26,18 @@ from reseed.store.results import L0
 
 TOO_FEW_WORDS = "too few words to choose latents"
 """Reason why a class is not evaluated although its probe is good enough."""
+LETTERS = Metric(
+    "splitting_letters",
+    "letters",
+    "number of classes of words that are evaluated, because the F1 of their probe is above "
+    "`evaluation.probe_f1` and they have enough words; all means are over these",
+    count=True,
+    advice="With few letters a mean says little about the others.",
+)
+CLASS = Metric(
+    "splitting_class",
+    help="index of the class that the latent stands for most often; −1 if there is none",
+)
 _RANKING = 0x72616E6B
 
 
@@ -119,22 +131,20 @@ class SplittingConfig(WordTaskConfig, name="splitting"):
 
     title = "How many latents stand for a letter?"
     metrics = (
-        Metric("splitting_letters", "letters", "classes of words whose probe is good enough; all "
-               "means are over these", count=True),
-        Metric("splits", "splits", "number of latents that stand for a letter, minus one (k-sparse "
-               "probing)", interval=True),
+        LETTERS,
+        Metric("splits", "splits", "number of latents that stand for a letter, minus one, by "
+               "k-sparse probing: a further latent counts if it raises F1 by more than "
+               "`evaluation.f1_step`", interval=True,
+               advice="The step is a choice: .01 to .05 are equally valid."),
         Metric("splitting_probe_f1", "probe\nF1", "F1 of the probe on the model's activations"),
         Metric("splitting_f1", "latent\nF1", "F1 of the firing of the letter's first latent on "
-               "words not used to choose it", interval=True),
+               "words not used to choose it", interval=True,
+               advice="Compare it with `splitting_probe_f1`."),
         Metric("splitting_precision", "precision", "precision of the firing of that latent"),
-        Metric("splitting_recall", "recall", "recall of the firing of that latent; low at high "
-               "precision is a sign of absorption"),
+        Metric("splitting_recall", "recall", "recall of the firing of that latent",
+               advice="Low recall at high precision is a sign of absorption."),
     )  # fmt: skip
-    latents = (
-        Metric(
-            "splitting_class", help="the letter that the latent stands for most often; −1: none"
-        ),
-    )
+    latents = (CLASS,)
     run_metrics = (L0,)
     spare = ("l0",)
     footnotes = (

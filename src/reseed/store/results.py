@@ -50,6 +50,8 @@ class Metric:
         interval: tables show its mean over runs with the interval; summary.csv has all intervals.
         count: tables show its mean over runs with one decimal.
         optional: results have it only with some settings or for some SAEs.
+        formula, source, advice: definition in letters, literature, and when to use the metric, for
+            the documentation.
     """
 
     name: str
@@ -58,6 +60,9 @@ class Metric:
     interval: bool = False
     count: bool = False
     optional: bool = False
+    formula: str = ""
+    source: str = ""
+    advice: str = ""
 
     @property
     def note(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,7 @@ from reseed.evaluate.absorption.projection import Alignment, NullCosines
 from reseed.evaluate.absorption.records import Mean
 from reseed.evaluate.base import Metric, Result
 from reseed.evaluate.probes import Scores
-from reseed.evaluate.splitting import TOO_FEW_WORDS, MainLatents, main_classes
+from reseed.evaluate.splitting import CLASS, LETTERS, TOO_FEW_WORDS, MainLatents, main_classes
 from reseed.evaluate.word_task import ProbedTask
 from reseed.sae.base import SAE
 
@@ -25,52 +25,61 @@ _WITH_INTERVALS = ("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}", "
 _WITH_NULL = _WITH_INTERVALS[:-1]
 
 METRICS = (
-    Metric("absorption_letters", "letters", "classes of words whose probe is good enough; all "
-           "means are over these", count=True),
+    replace(LETTERS, name="absorption_letters"),
     Metric("absorption_fraction", "fraction", "part of a letter's probe projection, in words with "
-           "that letter, that other latents carry instead of the letter's own (Chanin et al. 2024, "
-           "2409.14507)", interval=True),
+           "that letter, that other latents carry instead of the letter's own", interval=True,
+           advice="The published thresholds suit a d_in of some thousand. In narrower models "
+           "random directions exceed them: compare it with `absorption_fraction_null` and "
+           "`absorption_fraction_untrained`."),
     Metric("absorption_full", "full", "fraction of words on which the letter's own latents are "
-           "silent and one other takes over"),
+           "silent and one other latent carries the projection"),
     Metric("absorption_fraction_null", "permuted", "`absorption_fraction` with letters assigned to "
            "words at random"),
     Metric("absorption_fraction_untrained", "untrained", "`absorption_fraction` of the untrained "
            "SAE", optional=True),
-    Metric("absorption_fraction_derived", "derived", "`absorption_fraction` with thresholds that "
-           "meaningless directions do not reach in this dictionary", interval=True),
+    Metric("absorption_fraction_derived", "derived", "`absorption_fraction` with "
+           "`absorption_cosine_derived` as the threshold of cosines", interval=True,
+           advice="For narrow models. It can miss absorption."),
     Metric("absorption_fraction_derived_null", "derived,\npermuted",
            "`absorption_fraction_derived` with letters assigned to words at random"),
-    Metric("absorption_full_derived", help="`absorption_full` with the derived thresholds"),
+    Metric("absorption_full_derived", help="`absorption_full` with the derived threshold"),
     Metric("absorption_full_null", help="`absorption_full` with permuted letters"),
     Metric("absorption_full_derived_null", help="`absorption_full_derived` with permuted letters"),
     Metric("absorption_full_untrained", help="`absorption_full` of the untrained SAE",
            optional=True),
     Metric("absorption_causal", help="fraction of words on which the letter's own latents are "
-           "silent and one other has by far the largest effect on the model's answer "
-           "(`evaluation.causal`)", optional=True),
+           "silent and one other has by far the largest effect on the model's answer",
+           optional=True, advice="Only with `evaluation.causal=true`, at layers where the "
+           "information about the word is still at the word's token."),
     *(
-        Metric(f"absorption_{name}_excess", help=f"`absorption_{name}` − that of permuted letters")
+        Metric(f"absorption_{name}_excess", help="the metric before `_excess` minus its value with "
+               "permuted letters")
         for name in _WITH_NULL
     ),
     *(
-        Metric(f"absorption_{name}_{end}", help=f"{side} end of the run's interval of "
-               f"`absorption_{name}` over {what}", optional=name == "causal")
+        Metric(f"absorption_{name}_{over}{end}", help="ends of the run's intervals of "
+               f"`absorption_{name}`, over words and over seeds of the prompts (`prompts`)",
+               optional=name == "causal")
         for name in _WITH_INTERVALS
-        for over, what in (("", "words"), ("prompts_", "seeds of the prompts"))
-        for end, side in ((f"{over}low", "lower"), (f"{over}high", "upper"))
+        for over in ("", "prompts_")
+        for end in ("low", "high")
     ),
-    Metric("absorption_cosine_derived", help="the derived threshold of the cosine"),
-    Metric("absorption_cosine_random", help="the cosine that latents reach with random directions"),
-    Metric("absorption_cosine_permuted", help="the cosine that latents reach with probes of "
+    Metric("absorption_cosine_derived", help="the derived threshold, the larger of the next two: "
+           "directions without meaning do not reach it in this dictionary"),
+    Metric("absorption_cosine_random", help="quantile `evaluation.null_quantile` of the cosines of "
+           "latents with random directions that have the activations' covariance"),
+    Metric("absorption_cosine_permuted", help="the same quantile of their cosines with probes of "
            "permuted letters"),
-    Metric("absorption_l0", help="active latents per word"),
+    Metric("absorption_l0", help="active latents per word", advice="The more latents are active, "
+           "the more exceed a threshold by chance: compare an SAE with its untrained self only if "
+           "their values are similar."),
     Metric("absorption_l0_untrained", help="active latents per word of the untrained SAE",
            optional=True),
 )  # fmt: skip
 LATENTS = (
     Metric("absorption_is_absorber", "absorbers", "fraction of latents that take part in absorbing "
-           "some word"),
-    Metric("absorption_class", help="the letter that the latent stands for most often; −1: none"),
+           "some word", advice="True or false for each latent."),
+    replace(CLASS, name="absorption_class"),
     Metric("absorption_words", help="number of words that the latent helps to absorb"),
 )  # fmt: skip
 
