@@ -8,8 +8,11 @@ from reseed.cli import tune
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-from reseed.cli.plan import plan_runs, show_plan, study_of
+from reseed.cli.hydra_jobs import executor_of
+from reseed.cli.plan import plan_runs, show_plan
 from reseed.errors import ReseedError
+from reseed.study.train import train_plan
+from reseed.system.console import say
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -28,9 +31,10 @@ def _main(line: CommandLine) -> int:
     if line.launcher[0] == SLURM:
         plan.write()
         return run_on_cluster(line, plan)
-    study = study_of(line, plan)
-    study.train(strict=False)
-    return 1 if study.failures else 0
+    failures = train_plan(plan, executor_of(line).train)
+    for message in failures:
+        say(message)
+    return 1 if failures else 0
 
 
 def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
@@ -40,8 +44,7 @@ def trial(overrides: Sequence[str], names: Sequence[str]) -> list[float]:
         ReseedError: a run failed.
     """
     line = CommandLine("train", ["-m", *overrides])
-    study = study_of(line, plan_runs(line))
-    study.train(strict=False)
-    if study.failures:
-        raise ReseedError("a run of this trial failed, so the search stops")
-    return tune.of_runs([run.metrics for run in study.runs], names)
+    plan = plan_runs(line)
+    if failures := train_plan(plan, executor_of(line).train):
+        raise ReseedError("\n".join([*failures, "a run of this trial failed: the search stops"]))
+    return tune.of_runs([run.metrics for run in plan.runs], names)

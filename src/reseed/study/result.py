@@ -125,7 +125,7 @@ class StudyResult:
                 f"there is no figure {name!r}.{did_you_mean(name, self.figures)} Figures: {names}"
             )
         figure = draw_figure(self._drawings[name])
-        figure.__class__ = NotebookFigure
+        figure.__class__ = NotebookFigure  # the drawing functions make plain figures
         return figure
 
     def report(self, format: str = "html", out: Path | str | None = None) -> Path:

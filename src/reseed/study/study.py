@@ -6,7 +6,6 @@ step: here, in this process; the command line can replace it by jobs of Hydra's 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from reseed.study.compare import compare_cell_of
 from reseed.study.evaluate import Evaluator, SavedRun, evaluate_saved
 from reseed.study.plan import Plan
 from reseed.study.result import StudyResult, cells_of, collect, evaluated_saes, read_result
-from reseed.study.train import failure_lines, plan_missing, train_missing
+from reseed.study.train import failure_lines, plan_missing, train_missing, train_plan
 from reseed.system.console import counted, messages_to, say
 from reseed.system.environment import environment_variables, record_command
 from reseed.system.files import DiskFullError
@@ -106,13 +105,6 @@ class Study:
 
     `reseed.compose` makes one from the overrides of the command line. A step that was interrupted
     continues when it is called again: finished runs, results and cells are kept.
-
-    Args:
-        plan: the checked jobs.
-        evaluations: the evaluations that `run` performs and that `evaluate` performs by default.
-        parse_evaluations: makes evaluations from the overrides that `evaluate` is given.
-        executor: does the work.
-        progress: called with each message; by default messages are printed.
     """
 
     def __init__(
@@ -124,6 +116,15 @@ class Study:
         executor: Executor | None = None,
         progress: Callable[[str], None] | None = None,
     ) -> None:
+        """Make the study of a plan.
+
+        Args:
+            plan: the checked jobs.
+            evaluations: those that `run` performs, and `evaluate` by default.
+            parse_evaluations: makes evaluations from the overrides that `evaluate` is given.
+            executor: does the work.
+            progress: called with each message; by default messages are printed.
+        """
         self._plan = plan
         self.evaluations = tuple(evaluations)
         self._parse_evaluations = parse_evaluations
@@ -173,20 +174,13 @@ class Study:
         Raises:
             ReseedError: a run failed.
         """
-        plan, runs = self._plan, self.runs
         with self._at_work():
-            if plan.multirun:
-                plan.write()
-            self._train_missing()
-            failures = self.failures
-            if failures and strict:
+            failures = train_plan(self._plan, self._executor.train)
+            if strict and failures:
                 raise ReseedError("\n".join(failures))
             for message in failures:
                 say(message)
-            if not failures:
-                whole = f"{counted(len(runs), 'run')} in {plan.runtime.outputs}/"
-                say(whole if plan.multirun else str(runs[0].path))
-        return runs
+        return self.runs
 
     def evaluate(self, *evaluations: str | EvaluationConfig) -> pd.DataFrame:
         """Evaluate the finished runs.
@@ -268,22 +262,6 @@ class Study:
         with messages_to(self._progress), record_command(self._plan.command):
             yield
 
-    def _train_missing(self) -> None:
-        runs = self.runs
-        done = [run for run in runs if run.finished]
-        for run in done:
-            run.drop_checkpoint()  # left behind if its process was killed after finishing
-        if len(done) == len(runs):
-            say(f"nothing to train: {counted(len(runs), 'run')} already finished")
-            return
-        if done:
-            say(f"{len(done)} of {counted(len(runs), 'run')} already finished")
-        try:
-            self._executor.train(self._plan)
-        except (KeyboardInterrupt, DiskFullError):
-            say(_how_far(runs))
-            raise
-
     def _finished(self) -> list[SavedRun]:
         plan = self._plan
         both = [(resolved.run(plan.store), resolved) for resolved in plan.experiments]
@@ -319,14 +297,3 @@ def none_finished(plan: Plan) -> ReseedError:
         f"none of the {len(plan.runs)} runs is finished: `reseed run` with the same arguments "
         "trains them"
     )
-
-
-_STATES = {"missing": "not started", "running": "running in another process"}
-
-
-def _how_far(runs: Sequence[Run]) -> str:
-    """Summarise a stopped study: how many runs are finished, interrupted, not started."""
-    found = Counter(_STATES.get(run.status, run.status) for run in runs)
-    finished = found.pop("finished", 0)
-    others = [f"{count:,} {state}" for state, count in sorted(found.items())]
-    return ", ".join([f"{finished:,} of {counted(len(runs), 'run')} finished", *others])

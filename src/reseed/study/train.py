@@ -7,8 +7,8 @@ declared (`reseed.experiment`)  →  resolved  →  grouped (`reseed.train.plan`
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from reseed.distributed.launcher import Processes, open_processes
@@ -16,11 +16,57 @@ from reseed.distributed.worker import GroupMessage, RunMessage
 from reseed.experiment.resolve import Resolved
 from reseed.store.runs import Run, RunStore
 from reseed.study.calibrate import Train, calibrate
+from reseed.study.plan import Plan
 from reseed.system.console import counted, say
+from reseed.system.environment import record_command
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
 from reseed.train.group import fit_group
 from reseed.train.plan import Group, Machine, OutOfMemory, make_plan, print_start
+
+
+def train_plan(plan: Plan, train: Callable[[Plan], None]) -> list[str]:
+    """Train the unfinished runs of a plan, and print how many there are and where they are.
+
+    Args:
+        train: trains the unfinished runs; those that fail record their errors.
+
+    Returns:
+        the lines of `failure_lines`; empty if all runs are finished.
+    """
+    runs = plan.runs
+    if plan.multirun:
+        plan.write()
+    done = [run for run in runs if run.finished]
+    for run in done:
+        run.drop_checkpoint()  # left behind if its process was killed after finishing
+    if len(done) == len(runs):
+        say(f"nothing to train: {counted(len(runs), 'run')} already finished")
+    else:
+        if done:
+            say(f"{len(done)} of {counted(len(runs), 'run')} already finished")
+        try:
+            with record_command(plan.command):
+                train(plan)
+        except (KeyboardInterrupt, DiskFullError):
+            say(_how_far(runs))
+            raise
+    failures = failure_lines([job.resolved for job in plan.jobs], plan.store)
+    if not failures:
+        whole = f"{counted(len(runs), 'run')} in {plan.runtime.outputs}/"
+        say(whole if plan.multirun else str(runs[0].path))
+    return failures
+
+
+_STATES = {"missing": "not started", "running": "running in another process"}
+
+
+def _how_far(runs: Sequence[Run]) -> str:
+    """Summarise a stopped study: how many runs are finished, interrupted, not started."""
+    found = Counter(_STATES.get(run.status, run.status) for run in runs)
+    finished = found.pop("finished", 0)
+    others = [f"{count:,} {state}" for state, count in sorted(found.items())]
+    return ", ".join([f"{finished:,} of {counted(len(runs), 'run')} finished", *others])
 
 
 def train_missing(
