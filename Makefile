@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-slow test-peers audit check lint format bench docs dist clean
+.PHONY: help env quickstart test test-slow test-peers audit check lint format bench docs notebook dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -50,6 +50,9 @@ $(PEERS)/.installed: $(VENV)/.installed
 
 docs: $(DOCS)/.installed ## build the site of docs/ into site/; any warning is an error
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+notebook: env ## execute the notebook of docs/ again, and store its outputs
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/run_notebook docs/notebooks/quickstart.ipynb
 
 dist: $(DOCS)/.installed ## build sdist and wheel into dist/, and check what an index would check
 	rm -rf dist
