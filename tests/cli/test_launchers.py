@@ -351,7 +351,7 @@ def test_sweeps_are_found_by_name_and_start_of_name() -> None:
     )
     with pytest.raises(ReseedError, match="seeds may be any of seeds-aaa, seeds-bbb"):
         find_sweep("seeds", root)
-    with pytest.raises(ReseedError, match=r"there is no sweep trian.*Did you mean `train-ccc`"):
+    with pytest.raises(ReseedError, match=r"there is no sweep trian.*Did you mean `train`"):
         find_sweep("trian", root)
 
 

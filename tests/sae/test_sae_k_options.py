@@ -99,6 +99,8 @@ def test_with_choices_by_decoder_norm_a_latents_scale_has_no_effect(kind):
         for theta in sae.buffers():
             theta.zero_()  # the next step sets it again
         loss = sae.training_loss(x, STEP, first_dead(sae, 9))
+        for theta in sae.buffers():
+            theta *= 0.999  # θ is the smallest chosen value itself: rounding would decide about it
         out = sae(x)
         return loss.total, loss.fired, out.reconstruction, out.latents * c
 
