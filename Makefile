@@ -24,7 +24,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 quickstart: env ## train 2 architectures x 3 seeds on the embedded model, compare, write table and report
-	$(BIN)/reseed run comparison=quickstart evaluation=contexts
+	$(BIN)/reseed run comparison=quickstart evaluation=contexts runtime.threads=1
 	@echo "go on: source $(VENV)/bin/activate; reseed --help"
 
 test: env ## run the fast tests (under 8 minutes on 2 cores)
