@@ -349,7 +349,7 @@ def test_sweeps_are_found_by_name_and_start_of_name() -> None:
         == find_sweep("sweeps/train-ccc", root)
         == Sweep(root / "train-ccc")
     )
-    with pytest.raises(ReseedError, match="seeds may be any of seeds-aaa, seeds-bbb"):
+    with pytest.raises(ReseedError, match=r"give more of the name\n  seeds-aaa\n  seeds-bbb$"):
         find_sweep("seeds", root)
     with pytest.raises(ReseedError, match=r"there is no sweep trian.*Did you mean `train`"):
         find_sweep("trian", root)

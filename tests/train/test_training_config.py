@@ -1,12 +1,24 @@
 """Learning rates, rules between training options, and stable signatures."""
 
+import dataclasses
+
 import pytest
 
 from reseed.config import digest
 from reseed.errors import ConfigError
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
-from reseed.train.config import TrainingConfig
+from reseed.train.config import (
+    VARIANTS,
+    Adam,
+    ArchetypalDecoder,
+    FreeDecoder,
+    Muon,
+    RandomStart,
+    SignSGD,
+    TrainingConfig,
+    TruthStart,
+)
 from reseed.train.optim import make_optimizer, peak_lr
 
 TOPK, RELU = TopKConfig(num_latents=2**12), ReLUConfig(num_latents=2**12)
@@ -93,3 +105,29 @@ def test_options_are_accepted_where_they_have_a_use():
     TrainingConfig(optimizer="muon", momentum=0.5)
     TrainingConfig(start="truth", start_noise=0.2)
     TrainingConfig(decoder="archetypal", archetypes=16, archetype_seed="own")
+
+
+def test_the_chosen_variants_have_only_the_options_that_they_heed() -> None:
+    plain = TrainingConfig(beta1=0.5)
+    assert plain.optimizer_options == Adam(0.5, 0.999, 1e-8)
+    assert (plain.decoder_options, plain.start_options) == (FreeDecoder(), RandomStart())
+    muon = TrainingConfig(optimizer="muon", momentum=0.8)
+    assert muon.optimizer_options == Muon(0.8, Adam(0.9, 0.999, 1e-8))
+    signs = TrainingConfig(optimizer="sign_sgd", momentum=0.7, decay_fraction=0.0)
+    assert signs.optimizer_options == SignSGD(0.7)
+    mixed = TrainingConfig(decoder="archetypal", archetypes=16, archetype_seed="own")
+    assert mixed.decoder_options == ArchetypalDecoder(16, own_seed=True, relaxation=1.0)
+    assert mixed.decoder_options.count(64) == 16
+    assert ArchetypalDecoder(None, False, 0.0).count(64) == 64
+    true = TrainingConfig(start="truth", start_noise=0.3)
+    assert true.start_options == TruthStart(0.3)
+    assert not true.start_is_drawn
+
+
+def test_every_key_of_a_variant_is_a_flat_option_that_is_neutral_by_default() -> None:
+    """Otherwise a new variant would change the signatures of runs that do not choose it."""
+    fields = {f.name: f for f in dataclasses.fields(TrainingConfig)}
+    keys = [key for each in VARIANTS.values() for variant in each.values() for key in variant.keys]
+    assert len(keys) == 6
+    for key in keys:
+        assert fields[key].metadata["neutral"] == fields[key].default

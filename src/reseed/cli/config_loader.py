@@ -20,6 +20,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_d
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -186,10 +187,14 @@ def about_missing(
             f"{group}={', '.join(having)}."
         )
     known = [str(name) for name in parent if not str(name).startswith("_")]
+    if not missing.parent:  # a group without a choice, such as `comparison`, has no key
+        known += loader.repository.get_group_options("", results_filter=ObjectType.GROUP)
     # Only the name is compared, because all keys of a group share the rest.
     close = did_you_mean(missing.name, known)
     dotted = f"`{missing.parent}." if missing.parent else "`"
-    return f"{missing}{close.replace('`', dotted, 1)}"
+    _, _, after = missing.key.removeprefix(f"{missing.parent}.").partition(".")
+    whole = f".{after}`?" if after else "`?"
+    return f"{missing}{close.replace('`', dotted, 1).replace('`?', whole)}"
 
 
 def _about_entry(missing: MissingKey) -> str:

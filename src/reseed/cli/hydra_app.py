@@ -67,6 +67,9 @@ class CommandLine:
         self.command = command
         parser = get_args_parser()
         parser.prog = f"reseed {command}"
+        for word in arguments:
+            if re.match(r"--[a-z_]+[.=]", word) and "." in word.partition("=")[0]:
+                raise ConfigError(f"options have no dashes: {word.lstrip('-')}; got {word}")
         self.flags: argparse.Namespace = parser.parse_args(list(arguments))
         if self.flags.config_path is not None:
             raise ConfigError("--config-path is not supported: use --config-dir to add options")
@@ -294,7 +297,9 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     try:
         return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
     except HydraException as error:
-        text = getattr(error, "override", None)
+        text = str(getattr(error, "override", "") or "")
+        if text and "=" not in text and not text.startswith("~"):
+            raise ReseedError(f"overrides are KEY=VALUE; got {text}.{_group_with(text)}") from error
         raise ReseedError(f"{text}: " * bool(text) + describe_error(error)) from error
 
 
@@ -303,6 +308,12 @@ class ExpandedJob(NamedTuple):
 
     overrides: tuple[str, ...]
     values: dict[str, str]
+
+
+def _group_with(option: str) -> str:
+    """Suggest ``comparison=quickstart`` for ``quickstart``: the options of this name."""
+    found = sorted(Path(conf_dir()).glob(f"*/{option}.yaml"))
+    return f" Did you mean {found[0].parent.name}={option}?" if found else ""
 
 
 def expand(overrides: Sequence[str]) -> list[ExpandedJob]:

@@ -17,7 +17,7 @@ from reseed.config import Config, build, make, setting
 from reseed.errors import ConfigError, did_you_mean
 from reseed.sae.base import SAEConfig, SAEOption
 from reseed.sae.pretrained import Pretrained
-from reseed.train.config import RuntimeConfig, TrainingConfig
+from reseed.train.config import ArchetypalDecoder, RuntimeConfig, TrainingConfig, TruthStart
 
 _GROUPS = {
     "model": SourceConfig,
@@ -51,8 +51,9 @@ class Experiment(Config):
 
     def validate(self) -> None:
         check_batch_size(self.dataset, self.training.batch_size)
-        start = "decoder=archetypal" if self.training.decoder == "archetypal" else "start=truth"
-        made = self.training.decoder == "archetypal" or self.training.start == "truth"
+        archetypal = isinstance(self.training.decoder_options, ArchetypalDecoder)
+        start = "decoder=archetypal" if archetypal else "start=truth"
+        made = archetypal or isinstance(self.training.start_options, TruthStart)
         if made and isinstance(self.sae, SAEConfig) and self.sae.encoder_init == "untied":
             raise ConfigError(
                 f"{{key}} must be tied with training.{start}, which sets both rows of a latent; "

@@ -28,7 +28,7 @@ from reseed.experiment import Experiment, experiment_from
 from reseed.sae.base import SAEConfig
 from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.store.runs import Run, RunStore
-from reseed.train.config import RuntimeConfig
+from reseed.train.config import ArchetypalDecoder, RuntimeConfig, TruthStart
 from reseed.train.optim import peak_lr
 from reseed.train.spec import RunSpec
 
@@ -350,14 +350,14 @@ def cache_folder(runtime: RuntimeConfig) -> Path:
 
 def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int) -> None:
     training, there = experiment.training, experiment.dataset.chunk_tokens
-    wanted = training.archetypes or num_latents
-    if training.decoder == "archetypal" and wanted > there:
+    decoder = training.decoder_options
+    if isinstance(decoder, ArchetypalDecoder) and decoder.count(num_latents) > there:
         raise ConfigError(
-            f"{{key}} (={wanted:,}) must not exceed the activations of the first chunk "
-            f"(dataset.chunk_tokens={there:,}), because archetypes are their centroids",
+            f"{{key}} (={decoder.count(num_latents):,}) must not exceed the activations of the "
+            f"first chunk (dataset.chunk_tokens={there:,}), because archetypes are their centroids",
             "training.archetypes",
         )
-    if training.start != "truth":
+    if not isinstance(training.start_options, TruthStart):
         return
     features = None if experiment.surrogate != "none" else model.num_features
     if features is None:

@@ -9,6 +9,8 @@ from reseed.errors import ReseedError, did_you_mean
 from reseed.store.runs import Run, RunError, RunStore
 from reseed.store.sweeps import Sweep
 
+MOST_NAMES = 8
+"""Maximum number of names that a message lists."""
 _SAE_FILE = "sae.json"  # `reseed.sae.checkpoint.DESCRIPTION_FILE`, whose module loads torch
 
 
@@ -65,7 +67,9 @@ def complete_name(word: str, names: Iterable[str]) -> str | None:
     """
     found = [name for name in names if name.startswith(word)]
     if len(found) > 1:
-        raise ReseedError(f"{word} may be any of {', '.join(found)}: give more of the name")
+        listed = "".join(f"\n  {name}" for name in found[:MOST_NAMES])
+        more = f"\n  and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+        raise ReseedError(f"{word} may be any of these: give more of the name{listed}{more}")
     return found[0] if found else None
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
+from rich.console import Console
 
 from reseed.compare.cell import CellResult, cell_settings, unify_sparsity
 from reseed.compare.config import ComparisonConfig, pair_axes
@@ -34,6 +35,7 @@ from reseed.report.table_files import (
     summary_frame,
     write_tables,
 )
+from reseed.report.terminal import print_table
 from reseed.store.contexts import Contexts
 from reseed.store.results import StoredEvaluation, result_folder
 from reseed.store.runs import Run
@@ -170,6 +172,13 @@ class StudyResult:
     def __repr__(self) -> str:
         told = [f"{self.settings.name}: {counted(len(self.cells), 'cell')} in {self.path}/"]
         return "\n".join([*told, *self.problems])
+
+    def __str__(self) -> str:
+        """Return the main table, as text of at most 100 columns."""
+        text = StringIO()
+        first, *_ = first_tables(self.cells, self.problems)
+        print_table(first, Console(file=text, width=100), self.settings.name)
+        return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
         """Return the tables of the summary for a notebook."""

@@ -242,9 +242,10 @@ class GroupProgress(ProgressBar):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.last_printed = self.started = time.perf_counter()
         if self.shown and has_terminal():
-            columns = (BarColumn(24), TextColumn("{task.percentage:3.0f}%"))
-            columns += (TextColumn("{task.fields[text]}"), TimeElapsedColumn())
-            self.bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(),
+            # In a narrow window the end is cut off, so the measures are last.
+            columns = (BarColumn(12), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn())
+            columns += (TextColumn("left"), TimeRemainingColumn())
+            self.bar = Progress(*columns, TextColumn("{task.fields[text]}"),
                                 console=console(), transient=True)  # fmt: skip
             self.bar.start()
             self.task = self.bar.add_task("", total=self.total, completed=self.first, text="")

@@ -4,13 +4,154 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from typing import ClassVar, Self
 
 from reseed.activations.cache import ActivationCache
 from reseed.activations.dataset import STRIPES
 from reseed.config import Config, setting
 from reseed.errors import ConfigError
+
+
+class Variant:
+    """Base of the choices in the training options that have options of their own.
+
+    Users write flat keys (``training.optimizer=muon training.momentum=.9``). Code gets an object of
+    the chosen class, which has only the options that it heeds.
+
+    Attributes:
+        keys: the flat keys that are heeded only with some choices, this one included.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> Self:
+        """Take the options of this choice from the flat ones."""
+        return cls()
+
+    def check(self, training: TrainingConfig) -> None:
+        """Raise `ConfigError` if other options contradict this choice."""
+
+
+@dataclass(frozen=True)
+class Adam(Variant):
+    """``optimizer=adam``."""
+
+    beta1: float
+    beta2: float
+    eps: float
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> Self:
+        return cls(training.beta1, training.beta2, training.eps)
+
+
+@dataclass(frozen=True)
+class SignSGD(Variant):
+    """``optimizer=sign_sgd``, schedule-free: a mean of the weights replaces the rate's decay."""
+
+    keys: ClassVar[tuple[str, ...]] = ("momentum",)
+    momentum: float
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> Self:
+        return cls(training.momentum)
+
+    def check(self, training: TrainingConfig) -> None:
+        if training.decay_fraction != 0:
+            raise ConfigError(
+                "{key} must be 0 with `optimizer=sign_sgd`, which averages weights instead; "
+                f"got {training.decay_fraction:g}. training=sign_sgd sets all options for it.",
+                "decay_fraction",
+            )
+
+
+@dataclass(frozen=True)
+class Muon(Variant):
+    """``optimizer=muon``: Muon updates W_enc and W_dec, Adam the other parameters."""
+
+    keys: ClassVar[tuple[str, ...]] = ("momentum",)
+    momentum: float
+    adam: Adam
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> Self:
+        return cls(training.momentum, Adam.of(training))
+
+
+@dataclass(frozen=True)
+class FreeDecoder(Variant):
+    """``decoder=free``: the rows of W_dec are parameters."""
+
+
+@dataclass(frozen=True)
+class ArchetypalDecoder(Variant):
+    """``decoder=archetypal``: rows are mixtures of centroids of the first activations (2502.12892).
+
+    Attributes:
+        archetypes: number of centroids; None: one for each latent.
+        own_seed: each run seeds its own k-means; otherwise the runs of a cell share the centroids.
+        relaxation: maximum distance of a row from its mixture, in units of the scaled activations.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("archetypes", "archetype_seed", "archetype_relaxation")
+    archetypes: int | None
+    own_seed: bool
+    relaxation: float
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> Self:
+        own = training.archetype_seed == "own"
+        return cls(training.archetypes, own, training.archetype_relaxation)
+
+    def count(self, num_latents: int) -> int:
+        """Return the number of centroids."""
+        return self.archetypes or num_latents
+
+    def check(self, training: TrainingConfig) -> None:
+        mixed = "with `decoder=archetypal`, whose rows mix centroids"
+        if training.start == "truth":
+            raise ConfigError(f"{{key}} must be random {mixed}", "start")
+        if training.decoder_weight_decay != 0:
+            raise ConfigError(
+                f"{{key}} must be 0 {mixed}; got {training.decoder_weight_decay:g}",
+                "decoder_weight_decay",
+            )
+
+
+@dataclass(frozen=True)
+class RandomStart(Variant):
+    """``start=random``: the architecture draws the initial weights."""
+
+
+@dataclass(frozen=True)
+class TruthStart(Variant):
+    """``start=truth``: latent i starts at feature i of a world.
+
+    Attributes:
+        noise: length of the noise added to the unit rows.
+    """
+
+    keys: ClassVar[tuple[str, ...]] = ("start_noise",)
+    noise: float
+
+    @classmethod
+    def of(cls, training: TrainingConfig) -> Self:
+        return cls(training.start_noise)
+
+
+OPTIMIZERS = {"adam": Adam, "sign_sgd": SignSGD, "muon": Muon}
+DECODERS = {"free": FreeDecoder, "archetypal": ArchetypalDecoder}
+STARTS = {"random": RandomStart, "truth": TruthStart}
+VARIANTS: dict[str, dict[str, type[Variant]]] = {
+    "optimizer": {**OPTIMIZERS},
+    "decoder": {**DECODERS},
+    "start": {**STARTS},
+}
+"""Option → its choices."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +170,7 @@ class TrainingConfig(Config, family="training"):
     """Number of activations that each SAE sees; rounded down to whole batches."""
     batch_size: int = setting(4_096, at_least=1)
     """Number of activations per step."""
-    optimizer: str = setting("adam", choices=("adam", "sign_sgd", "muon"), neutral="adam")
-    """sign_sgd is schedule-free: a mean of the weights replaces the decay of the rate. With
-    muon, Muon updates W_enc and W_dec, and Adam updates the other parameters."""
+    optimizer: str = setting("adam", choices=tuple(OPTIMIZERS), neutral="adam")
     lr: float | None = setting(None, above=0)
     lr_law: str = setting("published", choices=("published", "width"))
     lr_scale: float = setting(1.0, above=0)
@@ -50,7 +189,7 @@ class TrainingConfig(Config, family="training"):
     b_dec_init: str = setting("mean", choices=("mean", "geometric_median", "zeros"))
     """The initial b_dec: the mean or geometric median of the first chunk of activations, or 0."""
     b_dec: str = setting("learned", choices=("learned", "frozen"))
-    start: str = setting("random", choices=("random", "truth"), neutral="random")
+    start: str = setting("random", choices=tuple(STARTS), neutral="random")
     """truth: latent i starts at feature i of a world (`model=world_*`), to test whether training
     preserves the true features."""
     start_noise: float = setting(0.1, at_least=0, neutral=0.1)
@@ -58,7 +197,7 @@ class TrainingConfig(Config, family="training"):
     aligned: bool = setting(False, neutral=False)
     """Hold E_j · d_j = 1 for every latent (2605.18629), before the first step too: this overrides
     ``sae.encoder_init_scale`` in the direction of d_j."""
-    decoder: str = setting("free", choices=("free", "archetypal"), neutral="free")
+    decoder: str = setting("free", choices=tuple(DECODERS), neutral="free")
     """archetypal: rows are mixtures of centroids of the first activations (2502.12892)."""
     archetypes: int | None = setting(None, at_least=2, neutral=None)
     """Number of centroids; null: num_latents. They add a product of F × archetypes × D to each
@@ -87,43 +226,44 @@ class TrainingConfig(Config, family="training"):
                 "warmup_fraction",
             )
         self._check_heeded()
-        if self.optimizer == "sign_sgd" and self.decay_fraction != 0:
-            raise ConfigError(
-                "{key} must be 0 with `optimizer=sign_sgd`, which averages weights instead; "
-                f"got {self.decay_fraction:g}. training=sign_sgd sets all options for it.",
-                "decay_fraction",
-            )
-        if self.decoder == "archetypal" and self.start == "truth":
-            raise ConfigError(
-                "{key} must be random with `decoder=archetypal`, whose rows mix centroids", "start"
-            )
-        if self.decoder == "archetypal" and self.decoder_weight_decay != 0:
-            raise ConfigError(
-                "{key} must be 0 with `decoder=archetypal`, whose rows mix centroids; "
-                f"got {self.decoder_weight_decay:g}",
-                "decoder_weight_decay",
-            )
+        for group in VARIANTS:
+            self._chosen(group).check(self)
 
     def _check_heeded(self) -> None:
         """Refuse options that have no effect here. They would enter the signature of the cell and
         so change the initial weights, which would look like an effect."""
-        rules = (
-            ("momentum", self.optimizer != "adam", "optimizer=sign_sgd or muon"),
-            ("start_noise", self.start == "truth", "start=truth"),
-            ("archetypes", self.decoder == "archetypal", "decoder=archetypal"),
-            ("archetype_seed", self.decoder == "archetypal", "decoder=archetypal"),
-            ("archetype_relaxation", self.decoder == "archetypal", "decoder=archetypal"),
-        )
         neutral = {f.name: f.metadata.get("neutral") for f in dataclasses.fields(self)}
-        for name, heeded, by in rules:
-            value = getattr(self, name)
-            if not heeded and value != neutral[name]:
-                raise ConfigError(f"{{key}} needs training.{by}; got {value!r}", name)
+        for group, choices in VARIANTS.items():
+            for key in dict.fromkeys(key for variant in choices.values() for key in variant.keys):
+                heeding = [name for name, variant in choices.items() if key in variant.keys]
+                value = getattr(self, key)
+                if getattr(self, group) not in heeding and value != neutral[key]:
+                    needed = f"training.{group}={' or '.join(heeding)}"
+                    raise ConfigError(f"{{key}} needs {needed}; got {value!r}", key)
+
+    def _chosen(self, group: str) -> Variant:
+        return VARIANTS[group][getattr(self, group)].of(self)
+
+    @cached_property
+    def optimizer_options(self) -> Adam | SignSGD | Muon:
+        """The chosen optimiser, with the options that it heeds."""
+        return OPTIMIZERS[self.optimizer].of(self)
+
+    @cached_property
+    def decoder_options(self) -> FreeDecoder | ArchetypalDecoder:
+        """The chosen decoder, with the options that it heeds."""
+        return DECODERS[self.decoder].of(self)
+
+    @cached_property
+    def start_options(self) -> RandomStart | TruthStart:
+        """The chosen start, with the options that it heeds."""
+        return STARTS[self.start].of(self)
 
     @property
     def start_is_drawn(self) -> bool:
         """True if the architecture draws the initial weights from its seed."""
-        return self.decoder == "free" and not self.aligned and self.start == "random"
+        drawn = isinstance(self.start_options, RandomStart)
+        return drawn and isinstance(self.decoder_options, FreeDecoder) and not self.aligned
 
     @property
     def steps(self) -> int:

@@ -22,7 +22,7 @@ from reseed.distributed.launcher import process_count
 from reseed.errors import ReseedError
 from reseed.system.console import counted, say
 from reseed.system.devices import available_memory, pick_device
-from reseed.train.config import RuntimeConfig
+from reseed.train.config import ArchetypalDecoder, Muon, RuntimeConfig
 from reseed.train.optim.muon import STEPS
 from reseed.train.spec import RunSpec
 
@@ -91,10 +91,10 @@ def cost(group: Sequence[RunSpec], beside: Sequence[RunSpec] = ()) -> Cost:
 
 def _weights(spec: RunSpec) -> int:
     """Count the trained weights; an archetypal decoder also has the weights of its mixtures."""
-    training, rows = spec.training, spec.num_latents
+    rows = spec.num_latents
     weights = 2 * rows * spec.d_in
-    if training.decoder == "archetypal":
-        weights += rows * (training.archetypes or rows)
+    if isinstance(decoder := spec.training.decoder_options, ArchetypalDecoder):
+        weights += rows * decoder.count(rows)
     return weights
 
 
@@ -103,12 +103,13 @@ def step_flops(spec: RunSpec) -> float:
     training, rows, columns = spec.training, spec.num_latents, spec.d_in
     product = 2.0 * rows * columns * training.batch_size
     flops = spec.sae.dense_products * product + 12.0 * _weights(spec)
-    if training.optimizer == "muon":
+    decoder = training.decoder_options
+    if isinstance(training.optimizer_options, Muon):
         short, long = min(rows, columns), max(rows, columns)
-        matrices = 1 if training.decoder == "archetypal" else 2
+        matrices = 1 if isinstance(decoder, ArchetypalDecoder) else 2
         flops += matrices * STEPS * 2.0 * (2 * short**2 * long + short**3)
-    if training.decoder == "archetypal":  # the rows, and their gradient
-        flops += 2 * 2.0 * rows * (training.archetypes or rows) * columns
+    if isinstance(decoder, ArchetypalDecoder):  # the rows, and their gradient
+        flops += 2 * 2.0 * rows * decoder.count(rows) * columns
     return flops
 
 

@@ -26,7 +26,7 @@ from reseed.system.console import say
 from reseed.system.devices import is_out_of_memory
 from reseed.system.files import DiskFullError, atomic_write, atomic_write_bytes
 from reseed.train.archetypes import initialise_archetypes, make_archetypal, with_plain_decoder
-from reseed.train.config import TrainingConfig
+from reseed.train.config import ArchetypalDecoder, FreeDecoder, TrainingConfig, TruthStart
 from reseed.train.curve import Curve
 from reseed.train.optim import learning_rate, make_optimizer, peak_lr
 
@@ -78,9 +78,8 @@ class RunState:
         generator = torch.Generator().manual_seed(init_seed)
         self.sae: SAE = config.build(d_in, generator).to(device)
         self.init_seed = init_seed
-        if training.decoder == "archetypal":
-            count = training.archetypes or self.sae.num_latents
-            make_archetypal(self.sae, count, training.archetype_relaxation)
+        if isinstance(decoder := training.decoder_options, ArchetypalDecoder):
+            make_archetypal(self.sae, decoder.count(self.sae.num_latents), decoder.relaxation)
         self.optimizer = make_optimizer(self.sae, training)
         self.peak_lr = peak_lr(training, config, self.sae.num_latents)
         self.tokens_since_fired: Int[Tensor, " num_latents"] = torch.zeros(
@@ -148,22 +147,21 @@ class RunState:
             self.sae.initialise_b_dec((x.double().mean(0) * self.scale).float())
         elif self.training.b_dec_init == "geometric_median":
             self.sae.initialise_b_dec((geometric_median(x) * self.scale).float())
-        if self.training.decoder == "archetypal":
-            own = self.init_seed if self.training.archetype_seed == "own" else 0
+        if isinstance(decoder := self.training.decoder_options, ArchetypalDecoder):
+            own = self.init_seed if decoder.own_seed else 0
             archetypes, weights = _generator("archetypes", own), _generator("W", self.init_seed)
             initialise_archetypes(self.sae, x * self.scale, archetypes=archetypes, weights=weights)
-        if self.training.start == "truth":
+        if isinstance(start := self.training.start_options, TruthStart):
             assert truth is not None
-            self._start_at(truth)
+            self._start_at(truth, start.noise)
         self.optimizer.constraints.project(dict(self.sae.named_parameters()))
 
     @torch.no_grad()
-    def _start_at(self, truth: Float[Tensor, "features d_in"]) -> None:
-        """Set the directions of both rows of latent i to feature i plus noise (`start_noise`), and
+    def _start_at(self, truth: Float[Tensor, "features d_in"], length: float) -> None:
+        """Set the directions of both rows of latent i to feature i plus noise of this length, and
         keep their norms."""
-        noise = torch.randn(self.sae.W_dec.shape, generator=_generator("start", self.init_seed)) * (
-            self.training.start_noise / truth.shape[1] ** 0.5
-        )
+        drawn = torch.randn(self.sae.W_dec.shape, generator=_generator("start", self.init_seed))
+        noise = drawn * (length / truth.shape[1] ** 0.5)
         rows = truth[: len(noise)] + noise
         rows = (rows / rows.norm(dim=1, keepdim=True)).to(self.sae.W_dec.device)
         for weights in (self.sae.W_dec, self.sae.W_enc):
@@ -183,7 +181,7 @@ class RunState:
         thresholds are those of the weights at which gradients are taken.
         """
         weights = self.optimizer.evaluation_weights()
-        if weights or self.training.decoder != "free":
+        if weights or not isinstance(self.training.decoder_options, FreeDecoder):
             return with_plain_decoder(self.sae, weights).folded(self.scale)
         return self.sae.folded(self.scale)
 
@@ -314,7 +312,7 @@ class RunState:
     @contextmanager
     def _decoder_made_once(self) -> Iterator[None]:
         """Compute an archetypal decoder, and its gradient, only once in the context."""
-        if self.training.decoder == "free":
+        if isinstance(self.training.decoder_options, FreeDecoder):
             yield
             return
         with parametrize.cached():

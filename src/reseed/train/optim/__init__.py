@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from reseed.sae.base import SAE, SAEConfig, Step
-from reseed.train.config import TrainingConfig
+from reseed.train.config import Adam, Muon, SignSGD, TrainingConfig
 from reseed.train.optim.adam import SAEAdam
 from reseed.train.optim.base import SAEOptimizer
 from reseed.train.optim.muon import SAEMuon
@@ -26,13 +26,20 @@ def make_optimizer(sae: SAE, training: TrainingConfig) -> SAEOptimizer:
         "train_b_dec": training.b_dec == "learned",
         "aligned": training.aligned,
     }
-    if training.optimizer == "sign_sgd":
-        return SAESignSGD(sae, lr, momentum=training.momentum, **options)
-    options |= {"betas": (training.beta1, training.beta2), "eps": training.eps}
-    if training.optimizer == "muon":
-        adam_lr = _adam_lr(training, sae.config, sae.num_latents)
-        return SAEMuon(sae, lr, adam_lr=adam_lr, momentum=training.momentum, **options)
-    return SAEAdam(sae, lr, **options)
+    match training.optimizer_options:
+        case SignSGD(momentum=momentum):
+            return SAESignSGD(sae, lr, momentum=momentum, **options)
+        case Muon(momentum=momentum, adam=adam):
+            adam_lr = _adam_lr(training, sae.config, sae.num_latents)
+            return SAEMuon(
+                sae, lr, adam_lr=adam_lr, momentum=momentum, **_adam_options(adam), **options
+            )
+        case Adam() as adam:
+            return SAEAdam(sae, lr, **_adam_options(adam), **options)
+
+
+def _adam_options(adam: Adam) -> dict[str, Any]:
+    return {"betas": (adam.beta1, adam.beta2), "eps": adam.eps}
 
 
 def peak_lr(training: TrainingConfig, sae: SAEConfig, num_latents: int) -> float:
@@ -42,11 +49,13 @@ def peak_lr(training: TrainingConfig, sae: SAEConfig, num_latents: int) -> float
     """
     if training.lr is not None:
         return training.lr
-    if training.optimizer == "sign_sgd":
-        return training.lr_scale * 5e-3 / math.sqrt(num_latents / 2**14)
-    if training.optimizer == "muon":
-        return training.lr_scale * 2e-3
-    return _adam_lr(training, sae, num_latents)
+    match training.optimizer_options:
+        case SignSGD():
+            return training.lr_scale * 5e-3 / math.sqrt(num_latents / 2**14)
+        case Muon():
+            return training.lr_scale * 2e-3
+        case Adam():
+            return _adam_lr(training, sae, num_latents)
 
 
 def _adam_lr(training: TrainingConfig, sae: SAEConfig, num_latents: int) -> float:
