@@ -82,8 +82,8 @@ def test_the_api_writes_the_files_of_the_command_line(
 def test_the_quickstart_is_the_same_from_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line = ["comparison=quickstart", "evaluation=contexts", "training.tokens=200_000",
-            "evaluation.tokens=20_000", "runtime.threads=1"]  # fmt: skip
+    line = ["comparison=quickstart", "evaluation=contexts", "training.tokens=50_000",
+            "evaluation.tokens=10_000", "runtime.threads=1"]  # fmt: skip
     for name in ("api", "cli"):
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)

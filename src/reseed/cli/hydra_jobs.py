@@ -6,6 +6,7 @@ A job gets its description as JSON, in the key ``job``; a run is composed again 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,12 +50,12 @@ class HydraExecutor:
             LocalExecutor().train(plan)
             return
         before = {run.id: run.failure for run in plan.runs}
-        folder = override("hydra.sweep.dir", plan.sweep.path)
+        own = [override("hydra.sweep.dir", plan.sweep.path), override("++job", json.dumps(_here()))]
         for launch in plan.launches:
             if all(job.resolved.run(plan.store).finished for job in launch.jobs):
                 continue
             try:
-                self.line.launch(train_one, [*launch.overrides, folder])
+                self.line.launch(train_one, [*launch.overrides, *own])
             except DiskFullError:
                 raise
             except Exception:  # failed runs have recorded their errors
@@ -89,7 +90,7 @@ class HydraExecutor:
         folder: Path,
     ) -> list[Exception]:
         settings = [o for o in self.line.overrides if o.lstrip("+~").startswith("hydra")]
-        each = [{**job, "runtime": runtime.to_dict()} for job in jobs]
+        each = [{**job, **_here(), "runtime": runtime.to_dict()} for job in jobs]
         listed = ",".join(override("", json.dumps(job))[1:] for job in each)
         try:
             self.line.launch(
@@ -104,7 +105,9 @@ class HydraExecutor:
 
 def train_one(config: DictConfig) -> None:
     """Train one run: the Hydra job."""
-    resolved, runtime = resolved_from(_plain(config))
+    values = _plain(config)
+    _enter(json.loads(values.pop("job")))
+    resolved, runtime = resolved_from(values)
     for error in train_missing([resolved], runtime).values():
         raise error
 
@@ -137,7 +140,17 @@ def _saved(folder: Path, declared: Mapping[str, Any] | None, runtime: RuntimeCon
 
 def _job(config: DictConfig) -> tuple[dict[str, Any], RuntimeConfig]:
     job = json.loads(config.job)
+    _enter(job)
     return job, RuntimeConfig.from_dict(job["runtime"], "runtime")
+
+
+def _here() -> dict[str, str]:
+    """Return the entry of a job for its working directory, which relative paths refer to."""
+    return {"folder": os.getcwd()}
+
+
+def _enter(job: Mapping[str, Any]) -> None:
+    os.chdir(job["folder"])  # joblib keeps processes that another command started elsewhere
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:
