@@ -12,7 +12,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from reseed.evaluate import load_all
-from reseed.report.evaluation_figures import absorption_figure, write_evaluation_figures
+from reseed.report.evaluation_figures import absorption_figure, evaluation_drawings
 from reseed.report.evaluation_results import (
     EvaluatedRun,
     joined,
@@ -21,6 +21,7 @@ from reseed.report.evaluation_results import (
     write_evaluations,
 )
 from reseed.report.evaluation_tables import evaluation_tables, run_tables
+from reseed.report.figures import save_figures
 from reseed.report.latex import summary_latex
 from reseed.report.style import STYLE
 from reseed.report.table_files import latent_table, summary_frame, summary_markdown
@@ -259,21 +260,18 @@ def test_absorbed_words_are_compared_where_main_latents_are_matched(evaluated) -
     assert "absorbed_overlap" not in evaluated[0][1][1].pairs, "that cell has no absorption"
 
 
-def test_figures_are_drawn_of_the_evaluations_that_exist(evaluated, tmp_path, monkeypatch) -> None:
+def test_figures_are_drawn_of_the_evaluations_that_exist(evaluated, tmp_path) -> None:
     cells, runs = evaluated
-    written = write_evaluation_figures(cells[1:], runs, tmp_path)
+    written = save_figures(evaluation_drawings(cells[1:], runs), tmp_path)
     assert written == [tmp_path / f"faithfulness.{kind}" for kind in ("png", "svg")]
     assert all(path.stat().st_size > 1000 for path in written)
 
-    def drawn(drawings, folder):
-        with mpl.rc_context(STYLE):
-            for draw in drawings.values():
-                FigureCanvasAgg(draw()).figure.draw_without_rendering()
-        return list(drawings)
-
-    monkeypatch.setattr("reseed.report.evaluation_figures.save_figures", drawn)
+    drawings = evaluation_drawings(cells, runs)
     names = ["density", "faithfulness", "probe_f1", "absorption", "absorption_letters", "absorbers"]
-    assert write_evaluation_figures(cells, runs, tmp_path) == names
+    assert list(drawings) == names
+    with mpl.rc_context(STYLE):
+        for draw in drawings.values():
+            FigureCanvasAgg(draw()).figure.draw_without_rendering()
 
 
 def test_absorption_is_drawn_against_l0_and_against_width_if_it_differs(evaluated) -> None:

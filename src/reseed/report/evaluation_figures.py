@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from reseed.report.cell_labels import (
     wrapped,
 )
 from reseed.report.evaluation_results import LETTERS, EvaluatedRun, Runs
-from reseed.report.figures import save_figures
 from reseed.report.style import (
     BLUE,
     COLOURS,
@@ -47,19 +45,8 @@ _FEW_LETTERS = 40
 """Maximum number of classes that are drawn; bars of more would be too narrow to read."""
 
 
-def write_evaluation_figures(cells: Sequence[Cell], runs: Runs, folder: Path | str) -> list[Path]:
-    """Write the figures of those evaluations that cells have results of, each as png and svg:
-    ``density``, ``faithfulness``, ``probe_f1``, ``absorption``, ``absorption_letters`` and
-    ``absorbers``.
-
-    Returns:
-        The files written, each atomically.
-    """
-    return save_figures(evaluation_drawings(cells, runs), folder)
-
-
 def evaluation_drawings(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], Figure]]:
-    """Return name → drawing function of the figures that `write_evaluation_figures` writes."""
+    """Return name → drawing function of the figures of the evaluations that cells have."""
     drawings: dict[str, Callable[[], Figure]] = {}
 
     def draw(name: str, evaluation: str, figure: Callable[[Sequence[Cell]], Figure]) -> None:
