@@ -34,7 +34,7 @@ def test_status_lists_old_runs_and_sweeps(
 ) -> None:
     assert reseed_exits_with("status") == 0
     printed = capsys.readouterr().out
-    for word in ("509fd704fc5e", "b1a9c7cbeb4a", "febc25c9bda3", "finished", SWEEP):
+    for word in ("509fd704fc5e", "b1a9c7cbeb4a", "febc25c9bda3", "unverified", SWEEP):
         assert word in printed
     assert "damaged" not in printed
 

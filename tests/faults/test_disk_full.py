@@ -109,7 +109,7 @@ def test_a_sweep_stops_at_a_full_disk_and_keeps_its_checkpoints(
     """The previous checkpoint stays valid, and no other group starts."""
     line = ["-m", *line, "dataset.order_seed=0,1"]
     with monkeypatch.context() as patch:
-        full_from(3, patch)  # the record, the first checkpoint, the second one
+        full_from(4, patch)  # record, checksum and checkpoint, the second checksum
         assert train.main(line) == 1
     said = capsys.readouterr()
     (first, *others) = RunStore("outputs").runs()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from reseed.activations import docstring_prose
 from reseed.system.console import say
-from reseed.system.files import atomic_write_text
+from reseed.system.integrity import is_intact, write_checked
 
 EXTRACTOR_VERSION = 1
 """Increase it with every change that alters the documents: it is part of the cache file's name."""
@@ -102,12 +102,13 @@ def docstring_documents(cache_dir: Path) -> list[str]:
         ModuleNotFoundError: if a package of `PACKAGES` is not installed.
     """
     path = cache_dir / f"docstrings-{_installation_digest()}.json"
-    if path.exists():
+    if is_intact(path):
         return json.loads(path.read_text(encoding="utf-8"))
     say("reading the docstrings of the installed packages (once, about half a minute)")
     files = [file for package in PACKAGES for file in source_files(package_root(package))]
     documents = unique_documents(_read_in_processes(files))
-    atomic_write_text(path, json.dumps(documents))
+    data = json.dumps(documents).encode()
+    write_checked(path, lambda temporary: temporary.write_bytes(data))
     return documents
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -22,7 +23,7 @@ from reseed.activations.source import ResolvedData
 from reseed.activations.text_source import resolve_model_text
 from reseed.config import setting
 from reseed.errors import ConfigError
-from reseed.system.files import atomic_write_json
+from reseed.system.integrity import DamagedFileError, read_record, write_record
 
 RANDOM_SEED = 1
 """Seed of the weights of ``surrogate=random_weights``. It is the same for all runs, so that they
@@ -166,11 +167,11 @@ def weights_fingerprint(folder: Path, cache: Path) -> str:
     stamp = json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths])
     key = hashlib.sha256(stamp.encode()).hexdigest()[:32]
     remembered = cache / "fingerprints" / f"{key}.json"
-    if remembered.is_file():
-        return json.loads(remembered.read_text())["sha256"]
+    with suppress(FileNotFoundError, DamagedFileError):
+        return read_record(remembered)["sha256"]
     fingerprint = hash_files(paths)
     if sum(p.stat().st_size for p in paths) > 100_000_000:
-        atomic_write_json(remembered, {"sha256": fingerprint, "files": [p.name for p in paths]})
+        write_record(remembered, {"sha256": fingerprint, "files": [p.name for p in paths]})
     return fingerprint
 
 

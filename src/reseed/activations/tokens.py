@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -26,7 +26,14 @@ from jaxtyping import Bool, Int
 from reseed.activations.text import ResolvedText, TextConfig
 from reseed.errors import ReseedError
 from reseed.system.console import say
-from reseed.system.files import atomic_write, atomic_write_json, room_for
+from reseed.system.files import atomic_write, room_for
+from reseed.system.integrity import (
+    DamagedFileError,
+    check_files,
+    describe_files,
+    read_record,
+    write_record,
+)
 
 _VERSION = 1
 """Increase it if a change of the code changes the tokens of a text."""
@@ -205,7 +212,7 @@ def _text_options(config: TextConfig) -> dict[str, Any]:
 def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
     path = folder / f"{part}.int32"
     try:
-        special = tuple(json.loads((folder / "store.json").read_text())["special"])
+        special = tuple(read_record(folder / "store.json")["special"])
         starts = np.load(folder / f"{part}-starts.npy", allow_pickle=False)
         size = int(starts[-1])
         tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)
@@ -229,7 +236,7 @@ def _tokenised(
     key = key | {"enough": dict(enough)}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     folder = text.cache / "tokens" / name
-    if (folder / "store.json").is_file():
+    if _is_stored(folder, tuple(enough)):
         return folder
     say(f"tokenising {text.label} (once)")
     with room_for(folder / "store.json"):
@@ -247,8 +254,30 @@ def _tokenised(
                     parts[part].add(tokens, int(np.isin(tokens, special).sum()))
             if all(n is not None and parts[p].activations >= n for p, n in enough.items()):
                 break
-    atomic_write_json(folder / "store.json", {"key": key, "special": list(special)})
+    _read_store.cache_clear()
+    files = describe_files(folder, (name for part in enough for name in _files(part)))
+    store = {"key": key, "special": list(special), "files": files}
+    write_record(folder / "store.json", store)
     return folder
+
+
+def _files(part: str) -> tuple[str, str]:
+    return f"{part}.int32", f"{part}-starts.npy"
+
+
+def _is_stored(folder: Path, parts: Sequence[str]) -> bool:
+    """Return True if the folder holds the parts, and they are as they were written."""
+    try:
+        files = read_record(folder / "store.json").get("files", {})
+        if not {name for part in parts for name in _files(part)} <= {*files}:
+            return False  # of version 0.1, without hashes
+        check_files(folder, files)
+    except FileNotFoundError:
+        return False
+    except DamagedFileError as error:
+        say(str(error))
+        return False
+    return True
 
 
 class _StoreWriter:

@@ -89,6 +89,8 @@ def _shown(
     """Return the latents, with their matches in the newest comparison that contains the run."""
     described = [contexts.latent(latent) for latent in latents]
     sweep, name = _newest_sweep(run, runtime), run.resolve().name
+    if sweep and (damage := Sweep(sweep).damaged_output(FILE)):
+        raise ReseedError(f"{damage}. `reseed report {sweep}` writes it again")
     matches = matches_of(sweep, name, latents) if sweep else {}
     return [LatentView(name, contexts, one, matches.get(one.latent)) for one in described]
 

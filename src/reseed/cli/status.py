@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from reseed.cli.arguments import own_words, runtime_of, sweep_called
 from reseed.cli.cluster.queue import Record
@@ -22,15 +23,18 @@ from reseed.cli.cluster.states import (
 )
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
-from reseed.errors import ConfigError
+from reseed.errors import ConfigError, ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.system.console import counted, print_rows, say
+from reseed.system.integrity import find_damaged
 
 ALL = "--all"
 """A flag that is not Hydra's: also list the runs of calibrations."""
 WATCH = "--watch"
 """A flag that is not Hydra's: show a sweep repeatedly until it ends."""
+VERIFY = "--verify"
+"""A flag that is not Hydra's: verify every file of the runs and sweeps."""
 COLUMNS = ("run", "status", "tokens", "FVU", "L0", "dead")
 
 
@@ -44,16 +48,22 @@ def cancel(arguments: Sequence[str]) -> int:
 
 
 def _main(arguments: Sequence[str]) -> int:
-    rest = [word for word in arguments if word not in (ALL, WATCH)]
+    rest = [word for word in arguments if word not in (ALL, WATCH, VERIFY)]
     words, rest = own_words(rest)
     line = CommandLine("status", rest)
     if len(words) > 1 or (WATCH in arguments and not words):
         got = ", ".join(words) or "none"
         raise ConfigError(f"reseed status {WATCH} takes one sweep; got {got}")
+    if VERIFY in arguments and words:
+        raise ConfigError(f"reseed status {VERIFY} verifies all runs and sweeps; got {words[0]}")
     if not words:
         runtime = runtime_of(line)
-        print_status(Path(runtime.outputs), Path(runtime.sweeps), everything=ALL in arguments)
-        return 0
+        folders = Path(runtime.outputs), Path(runtime.sweeps)
+        thorough = VERIFY in arguments
+        damaged = print_status(*folders, everything=ALL in arguments, thorough=thorough)
+        if thorough:
+            say(f"damaged: {counted(damaged, 'file')}" if damaged else "every file is as written")
+        return int(thorough and damaged > 0)
     (watch if WATCH in arguments else print_sweep)(sweep_called(words[0], line))
     return 0
 
@@ -73,24 +83,42 @@ def _cancel(arguments: Sequence[str]) -> int:
     return 0
 
 
-def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:
+def print_status(
+    outputs: Path, sweeps: Path, everything: bool = False, thorough: bool = False
+) -> int:
     """Print runs with their status and held-out metrics, and sweeps with their progress.
 
     Args:
         everything: list the runs of calibrations too, instead of only counting them.
+        thorough: verify every file, not only those whose size or time of change is in doubt.
+
+    Returns:
+        the number of damaged files.
     """
     rows: list[tuple[str, ...]] = []
     errors: list[str] = []
+    damages: list[str] = []
     calibrations: Counter[str] = Counter()
     for run in RunStore(outputs).runs():
-        status = run.status
-        record = {} if status in ("damaged", "missing") else run.record
+        status, record, damage = run.state(thorough=thorough)
+        row = (run.id, status, "", "", "", "")
+        try:
+            if record is not None and status != "damaged":
+                row = _row(run, status, record)
+        except ReseedError as error:
+            status, damage = "damaged", str(error)
+            row = (run.id, status, "", "", "", "")
         if record and record["identity"].get("role") and not everything:
             calibrations[status] += 1
-            continue
-        rows.append(_row(run, status))
-        if status == "failed":
+        else:
+            rows.append(row)
+        if record and status == "failed":
             errors.append(f"{run.id}: {record['error']['message']}")
+        found = [damage] if damage else []
+        if thorough:
+            found += map(str, find_damaged(run.path / "evaluations"))
+        damages += found
+        errors += found
     if rows:
         print_rows(rows, f"runs in {outputs}/", COLUMNS, ("run", "status"))
     elif not calibrations:
@@ -100,31 +128,49 @@ def print_status(outputs: Path, sweeps: Path, everything: bool = False) -> None:
         say(f"+ {counted(calibrations.total(), 'calibration run')}{states} ({ALL} lists them)")
     for line in errors:
         say(f"  {line}")
-    _print_sweeps(sweeps)
+    return len(damages) + _print_sweeps(sweeps, thorough)
 
 
-def _row(run: Run, status: str) -> tuple[str, ...]:
-    """Return the entries of `COLUMNS`; empty if unknown."""
-    if status in ("damaged", "missing"):
-        return run.id, status, "", "", "", ""
+def _row(run: Run, status: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the entries of `COLUMNS`; empty if unknown.
+
+    Raises:
+        RunError: the metrics of a finished run are damaged.
+    """
     cells = [""] * 3
-    if status == "finished":
-        m = run.metrics
-        shown = ((m["fvu"], ".3f"), (m["l0"], ".1f"), (m["dead_fraction"], ".1%"))
-        cells = ["-" if value is None else format(value, how) for value, how in shown]
-    return run.id, status, f"{run.record['tokens']:,}", *cells
+    if status in ("finished", "unverified"):
+        shown = ("fvu", ".3f"), ("l0", ".1f"), ("dead_fraction", ".1%")
+        metrics = run.metrics_of(record)
+        cells = [
+            "-" if metrics[name] is None else format(metrics[name], how) for name, how in shown
+        ]
+    return run.id, status, f"{record['tokens']:,}", *cells
 
 
-def _print_sweeps(sweeps: Path) -> None:
+def _print_sweeps(sweeps: Path, thorough: bool) -> int:
+    """Print a line per sweep; return the number of damaged files."""
+    damaged = 0
     for folder in sorted(p.parent for p in sweeps.glob("*/manifest.jsonl")):
-        sweep = Sweep(folder)
-        if Record(folder).jobs:
-            listed = counts(states(sweep, QueueSnapshot.now(sweep)))
-        else:
-            found = {run.path: run for run in sweep.runs()}
-            listed = _listed(Counter(run.status for run in found.values()))
-        tables = "summary.md" if (folder / "summary.md").is_file() else "not compared"
-        say(f"{folder}/: {listed}; {tables}")
+        try:
+            say(f"{folder}/: {_progress(Sweep(folder))}")
+            found = find_damaged(folder) if thorough else []
+        except ReseedError as error:
+            say(f"{folder}/: damaged")
+            found = [error]
+        for one in found:
+            say(f"  {one}")
+        damaged += len(found)
+    return damaged
+
+
+def _progress(sweep: Sweep) -> str:
+    if Record(sweep.path).jobs:
+        listed = counts(states(sweep, QueueSnapshot.now(sweep)))
+    else:
+        found = {run.path: run for run in sweep.runs()}
+        listed = _listed(Counter(run.status for run in found.values()))
+    there = (sweep.path / "summary.md").is_file()
+    return f"{listed}; {'summary.md' if there else 'not compared'}"
 
 
 def _listed(counts: Counter[str]) -> str:

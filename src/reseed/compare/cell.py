@@ -6,7 +6,6 @@ to a folder, from which later commands read them. `cell_settings` names a cell b
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,11 +32,13 @@ from reseed.compare.strata import strata_table
 from reseed.compare.tables import latent_table, pair_estimates, run_estimates, run_table
 from reseed.compare.truth import label_column
 from reseed.store.runs import Run
-from reseed.system.files import atomic_write, atomic_write_json
+from reseed.system.files import atomic_write
+from reseed.system.integrity import check_files, describe_files, read_record, write_record
 
 log = logging.getLogger(__name__)
 
 _FORMAT = 3
+_TABLES = ("pairs.parquet", "strata.parquet", "latents.parquet")
 _ABOUT = "L0≈"
 """Prefix of the sparsity of a cell that was calibrated to an L0."""
 
@@ -59,6 +60,7 @@ class CellResult:
             in ``d_in`` and cannot be compared (`reseed.compare.pair`).
         measures: name → version of the declared measures when the cell was compared; None for a
             cell that an older version compared, which recorded none.
+        inputs: run → file → SHA-256 of the files that were compared; None if they are not known.
         evaluated: evaluation → the columns that it added to ``runs`` and ``estimates``. They do not
             belong to the comparison and are not written with it
             (`reseed.report.evaluation_results`).
@@ -72,6 +74,7 @@ class CellResult:
     estimates: dict[str, Interval]
     p: Float[np.ndarray, " n"]
     measures: Mapping[str, int] | None = None
+    inputs: Mapping[str, Mapping[str, str]] | None = None
     evaluated: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
@@ -120,26 +123,33 @@ class CellResult:
         record = {
             "format": _FORMAT,
             "settings": self.settings.to_dict(),
+            "inputs": self.inputs,
+            "files": describe_files(folder, _TABLES),
             "measures": self.measures,
             "runs": self.runs.to_dict("records"),
             "estimates": {name: asdict(value) for name, value in self.estimates.items()},
             "shared_with_fraction": self.p.tolist(),
             "unshared_fraction": dict(zip(range(2, len(self.p) + 1), self.u.tolist(), strict=True)),
         }
-        atomic_write_json(folder / "cell.json", record)
+        write_record(folder / "cell.json", record)
 
     @classmethod
     def read(cls, folder: Path | str) -> Self:
-        """Read a cell that `write` wrote.
+        """Read a cell that `write` wrote, after verifying its files.
 
         Raises:
             FileNotFoundError: the folder holds no finished cell.
+            DamagedFileError: a file is damaged.
             ValueError: the cell has another format.
         """
         folder = Path(folder)
-        if not (folder / "cell.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no compared cell: there is no cell.json")
-        record = json.loads((folder / "cell.json").read_text(encoding="utf-8"))
+        try:
+            record = read_record(folder / "cell.json")
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{folder} holds no compared cell: there is no cell.json"
+            ) from None
+        check_files(folder, record.get("files") or {})
         if record.get("format") != _FORMAT:
             raise ValueError(
                 f"{folder / 'cell.json'} has format {record.get('format')}; this version reads "
@@ -157,6 +167,7 @@ class CellResult:
             estimates={name: _interval(value) for name, value in record["estimates"].items()},
             p=np.array(record["shared_with_fraction"], dtype=np.float64),
             measures=record.get("measures"),
+            inputs=record.get("inputs"),
         )
 
 

@@ -338,7 +338,7 @@ def initial_sae(run: Run) -> SAE:
         raise RunError(f"{run.path} is a pretrained SAE: its initial weights are unknown")
     config = SAEConfig.from_dict(record["experiment"]["sae"], "sae")
     sae = config.build(record["d_in"], torch.Generator().manual_seed(record["init_seed"]))
-    stored = run.path / INITIAL_FILE
+    stored = run.file(INITIAL_FILE)
     if stored.is_file():
         sae.load_state_dict(read_tensors(stored, load_file))
     elif not record.get("start_is_drawn", _was_drawn(record["experiment"]["training"])):

@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -33,7 +32,8 @@ from reseed.errors import ConfigError
 from reseed.sae.base import SAE
 from reseed.store.results import EvaluationDeclaration, EvaluationError, Table
 from reseed.store.results import Metric as Metric
-from reseed.system.files import atomic_write, room_for
+from reseed.system.files import room_for
+from reseed.system.integrity import is_intact, write_checked
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class ModelCache:
 
     def is_missing(self, what: str, key: Mapping[str, Any]) -> bool:
         """Return whether no tensors are stored under ``key``."""
-        return not self._path(what, key).is_file()
+        return not is_intact(self._path(what, key))
 
     def put(self, what: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Store tensors that another computation produced, equal to those of `get`.
@@ -254,16 +254,13 @@ class ModelCache:
 def _write(path: Path, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     about = {"key": json.dumps(dict(key), sort_keys=True)}
-    atomic_write(path, lambda part: save_file(found, part, about))
+    write_checked(path, lambda part: save_file(found, part, about))
     return found
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """Return the stored tensors; None if the file is missing or unreadable: it is recomputed."""
-    try:
-        return load_file(path)
-    except (FileNotFoundError, SafetensorError):
-        return None
+    """Return the stored tensors; None if the file is missing or damaged: it is recomputed."""
+    return load_file(path) if is_intact(path) else None
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """A trained SAE on disk: ``sae.safetensors`` (parameters) and ``sae.json`` (their description).
 
+The description has a checksum of its own and the SHA-256 of the parameters, which reading verifies.
 These files name no class to import: the architecture is looked up by its stable name among those
 that are registered.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from reseed.errors import ConfigError, ReseedError
 from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig
 from reseed.system.environment import VERSION
-from reseed.system.files import atomic_write_bytes, atomic_write_json
+from reseed.system.files import atomic_write_bytes
+from reseed.system.integrity import DamagedFileError, read_record, sha256_of, write_record
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "sae.safetensors"
@@ -51,21 +53,23 @@ def save_sae(sae: SAE, folder: str | Path, metadata: Mapping[str, Any] | None = 
         "metadata": dict(metadata or {}),
     }
     # The weights first: a folder with a description is then complete.
-    atomic_write_bytes(folder / WEIGHTS_FILE, to_safetensors(tensors))
-    atomic_write_json(folder / DESCRIPTION_FILE, description)
+    weights = to_safetensors(tensors)
+    atomic_write_bytes(folder / WEIGHTS_FILE, weights)
+    description["weights_sha256"] = sha256(weights).hexdigest()
+    write_record(folder / DESCRIPTION_FILE, description)
 
 
 def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     """Read the SAE saved in the folder ``path``: a run folder, or one that holds the two files.
 
     Raises:
-        CheckpointError: the folder or a file is missing or truncated, the files do not fit each
+        CheckpointError: the folder or a file is missing or damaged, the files do not fit each
             other, or the architecture is not registered.
     """
     folder = Path(path)
     description = _read_description(folder)
     sae = _empty(description, folder)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    tensors = _read_tensors(folder / WEIGHTS_FILE, description.get("weights_sha256"))
     expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
@@ -91,9 +95,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no trained SAE: {DESCRIPTION_FILE} is missing")
     try:
-        description = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON (truncated?): {error}") from error
+        description = read_record(file)
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from None
     missing = {"format_version", "type", "config", "d_in", "num_latents"} - set(description)
     if missing:
         raise CheckpointError(f"{file} lacks {', '.join(sorted(missing))}")
@@ -127,13 +131,16 @@ def _empty(description: Mapping[str, Any], folder: Path) -> SAE:
         return config.empty(d_in)
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
+def _read_tensors(file: Path, recorded: str | None) -> dict[str, Tensor]:
+    """Read the parameters after comparing their SHA-256 with the recorded one, if there is one."""
     if not file.is_file():
         raise CheckpointError(f"{file.parent} holds no trained SAE: {file.name} is missing")
     try:
+        if recorded is not None and sha256_of(file) != recorded:
+            raise CheckpointError(f"{file} is damaged: its content does not fit {DESCRIPTION_FILE}")
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read (truncated?): {error}") from error
+        raise CheckpointError(f"{file} is damaged: it cannot be read ({error})") from None
 
 
 def _difference(

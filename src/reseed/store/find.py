@@ -78,7 +78,7 @@ def _has_sae(folder: Path) -> bool:
 
 
 def load_run(name: str | Path, outputs: str | Path = "outputs") -> Run:
-    """Return a run after checking its record.
+    """Return a run after verifying its record and its files.
 
     Args:
         name: a folder, or a name in ``outputs``, or the beginning of one.
@@ -86,7 +86,7 @@ def load_run(name: str | Path, outputs: str | Path = "outputs") -> Run:
 
     Raises:
         ReseedError: nothing has this name, or several have.
-        RunError: the record is damaged or belongs to another signature.
+        RunError: the record or a file is damaged, or the record belongs to another signature.
     """
     folders = (Path(name), Path(outputs) / name)
     run = next((Run(folder.resolve()) for folder in folders if Run(folder).exists), None)
@@ -99,5 +99,5 @@ def load_run(name: str | Path, outputs: str | Path = "outputs") -> Run:
                 f"{did_you_mean(str(name), known)}"
             )
         run = Run(known[found].path.resolve())
-    _ = run.record
+    run.verify()
     return run

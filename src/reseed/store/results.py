@@ -3,14 +3,14 @@
 Tables and figures read both: a result by its folder, a declaration by the evaluation's name.
 
 <run>/evaluations/<name>-<digest of the signed settings>/
-    result.json       evaluation, settings, metrics; written last
+    result.json       evaluation, settings, metrics, and the SHA-256 of the other files and of the
+                      weights that were evaluated; written last
     <table>.parquet   long tables          latents.parquet   a row per latent
     failed.json       if there is no result: the error that prevented it
 """
 
 from __future__ import annotations
 
-import json
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +27,18 @@ from reseed.config import Config, digest
 from reseed.errors import ConfigError, ReseedError
 from reseed.system.environment import environment
 from reseed.system.files import atomic_write, atomic_write_json
+from reseed.system.integrity import (
+    DamagedFileError,
+    check_files,
+    describe_files,
+    read_record,
+    write_record,
+)
 
 FORMAT = 1
 FOLDER = "evaluations"
 _LATENTS = "latents"
+_REMEDY = "`reseed evaluate` makes it again"
 
 
 class EvaluationError(ReseedError):
@@ -194,7 +202,7 @@ class StoredEvaluation:
         """Write the result to ``folder``; result.json, written last, marks it as complete.
 
         Args:
-            entries: further entries of result.json, such as the run and the duration.
+            entries: further entries of result.json, such as the run, its weights and the duration.
         """
         if _LATENTS in self.tables:
             raise EvaluationError(f"no table may have the name `{_LATENTS}`, which is reserved")
@@ -202,8 +210,10 @@ class StoredEvaluation:
         (folder / "result.json").unlink(missing_ok=True)
         for name, table in self.tables.items():
             _write_table(folder / f"{name}.parquet", table)
+        names = [f"{name}.parquet" for name in self.tables]
         if self.latents:
-            _write_table(folder / f"{_LATENTS}.parquet", pd.DataFrame(dict(self.latents)))
+            names.append(f"{_LATENTS}.parquet")
+            _write_table(folder / names[-1], pd.DataFrame(dict(self.latents)))
         record = {
             "format": FORMAT,
             "evaluation": self.evaluation,
@@ -214,22 +224,31 @@ class StoredEvaluation:
             "ended": _now(),
             "environment": environment(),
             **entries,
+            "files": describe_files(folder, names),
         }
-        atomic_write_json(folder / "result.json", record)
+        write_record(folder / "result.json", record)
         (folder / "failed.json").unlink(missing_ok=True)
 
     @classmethod
-    def read(cls, folder: Path) -> StoredEvaluation:
-        """Read a result that `write` wrote.
+    def read(cls, folder: Path, weights: str | None = None) -> StoredEvaluation:
+        """Read a result that `write` wrote, after verifying its files.
+
+        Args:
+            weights: SHA-256 of the SAE's weights; None: unknown.
 
         Raises:
             FileNotFoundError: there is no result.
-            EvaluationError: the result is damaged, or of another format.
+            EvaluationError: the result is damaged, of another format, or of other weights.
         """
         path = folder / "result.json"
-        text = path.read_text()
         try:
-            record = json.loads(text)
+            record = read_record(path)
+            check_files(folder, record.get("files", {}))
+            if weights is not None and record.get("weights", weights) != weights:
+                raise EvaluationError(
+                    f"{path} is of earlier weights of this SAE, which has been trained again since"
+                    f": {_REMEDY}"
+                )
             if record["format"] != FORMAT:
                 raise ValueError(f"its format is {record['format']}; this version reads {FORMAT}")
             tables = _LazyTables(folder, record["tables"])
@@ -238,10 +257,14 @@ class StoredEvaluation:
                 frame = pd.read_parquet(folder / f"{_LATENTS}.parquet")
                 latents = {name: frame[name].to_numpy() for name in record["latents"]}
             return cls(record["evaluation"], record["settings"], record["metrics"], tables, latents)
+        except FileNotFoundError:
+            if not path.exists():
+                raise
+            raise EvaluationError(f"{path}: a table beside it is missing: {_REMEDY}") from None
+        except DamagedFileError as error:
+            raise EvaluationError(f"{error}: {_REMEDY}") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(
-                f"{path} cannot be read ({error}): delete the folder to evaluate again"
-            ) from error
+            raise EvaluationError(f"{path} cannot be read ({error}): {_REMEDY}") from error
 
 
 class _LazyTables(Mapping[str, pd.DataFrame]):

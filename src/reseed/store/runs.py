@@ -10,18 +10,20 @@
         checkpoint.pt, progress.json   only while the run trains; both are updated periodically
         initial.safetensors   the initial weights, if the seed alone does not determine them
 
+The record has a checksum, and the SHA-256 of every other file of a finished run; readers verify the
+files that they use (`reseed.system.integrity`).
+
 Only the store writes these folders. The process that holds a folder's lock is its only writer; the
 operating system releases the lock of a process that died.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -32,15 +34,28 @@ from reseed.config import SIGNATURE_LENGTH, digest
 from reseed.errors import ReseedError
 from reseed.system.environment import environment
 from reseed.system.files import atomic_write_json, lock_file, remove_leftovers, room_for
+from reseed.system.integrity import (
+    DamagedFileError,
+    check_file,
+    check_files,
+    checksum_file,
+    describe_files,
+    read_record,
+    remove_checked,
+    write_record,
+)
 
 FORMAT = 1
 RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json", "training.csv")
 """The files of a finished run, besides its record. ``activations.safetensors`` is not required,
 because older finished runs lack it."""
 INITIAL_FILE = "initial.safetensors"
+_OPTIONAL = ("activations.safetensors", INITIAL_FILE)
+CHECKPOINT_FILE = "checkpoint.pt"
 PROGRESS_FILE = "progress.json"
 _FOLDER = re.compile(rf"-([0-9a-f]{{{SIGNATURE_LENGTH}}})$")
 
+REMEDY = "`reseed train` with the arguments of the run makes it again"
 
 Waiting = Callable[[str], None]
 
@@ -75,12 +90,12 @@ class Run:
             RunError: the file is missing or unreadable, or disagrees with the folder's name.
         """
         try:
-            record = json.loads((self.path / "run.json").read_text())
+            record = read_record(self.path / "run.json")
         except FileNotFoundError:
             raise RunError(f"{self.path} holds no run: there is no run.json") from None
-        except ValueError as error:
-            raise RunError(f"{self.path / 'run.json'} is damaged: {error}") from None
-        if not isinstance(record, dict) or "identity" not in record or "status" not in record:
+        except DamagedFileError as error:
+            raise RunError(str(error)) from None
+        if "identity" not in record or "status" not in record:
             raise RunError(f"{self.path / 'run.json'} is damaged: it lacks `identity` or `status`")
         signature = digest(record["identity"])
         if signature != self.signature:
@@ -92,22 +107,63 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        return (self.path / "run.json").is_file()
+        return os.path.lexists(self.path / "run.json")
 
     @property
     def status(self) -> str:
-        """Status: missing, running, interrupted, failed, damaged or finished."""
+        """Status: missing, running, interrupted, failed, finished, unverified or damaged.
+
+        An unverified run is a finished one of version 0.1, whose record has no checksums.
+        """
+        return self.state()[0]
+
+    def state(self, *, thorough: bool = False) -> tuple[str, dict[str, Any] | None, str]:
+        """Return the status, the record, and what is damaged.
+
+        Args:
+            thorough: read every file of a finished run; otherwise only those whose size or time of
+                change is not the recorded one.
+
+        Returns:
+            the status; the record, or None if there is none or it is damaged; for a damaged run
+            the message that names the file, else "".
+        """
         if not self.exists:
-            return "missing"
+            return "missing", None, ""
         try:
-            status = self.record["status"]
-        except RunError:
-            return "damaged"
+            record = self.record
+        except RunError as error:
+            return "damaged", None, str(error)
+        status = record["status"]
         if status == "running" and not self.locked:
-            return "interrupted"  # its process died without recording it
-        if status == "finished" and not all((self.path / name).is_file() for name in RESULTS):
-            return "damaged"
-        return status
+            return "interrupted", record, ""  # its process died without recording it
+        if status != "finished":
+            return status, record, ""
+        files = record.get("files")
+        try:
+            if files is not None:
+                check_files(self.path, files, quick=not thorough)
+            elif lacking := [name for name in RESULTS if not (self.path / name).is_file()]:
+                raise DamagedFileError(self.path / lacking[0], "it is missing")
+        except DamagedFileError as error:
+            return "damaged", record, str(error)
+        return "unverified" if files is None else "finished", record, ""
+
+    def verify(self) -> None:
+        """Read every file of a finished run, and compare it with the record.
+
+        Raises:
+            RunError: the record or a file is damaged; the message names the file.
+        """
+        _, _, damage = self.state(thorough=True)
+        if damage:
+            raise RunError(f"{damage}. {REMEDY}")
+
+    def hashes(self) -> dict[str, str]:
+        """Return name → SHA-256 of the files that decide what is measured of a finished run; {} for
+        an unverified run."""
+        files: Mapping[str, Any] = self.record.get("files") or {}
+        return {name: about["sha256"] for name, about in files.items() if name != "training.csv"}
 
     @property
     def failure(self) -> dict[str, Any] | None:
@@ -121,12 +177,40 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.status == "finished"
+        return self.status in ("finished", "unverified")
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of the run after verifying its content.
+
+        Raises:
+            RunError: the file is damaged.
+        """
+        return self._verified(name, self.record)
+
+    def _verified(self, name: str, record: Mapping[str, Any]) -> Path:
+        files: Mapping[str, Any] = record.get("files") or {}
+        try:
+            if name in files:
+                check_file(self.path / name, files[name])
+        except DamagedFileError as error:
+            raise RunError(f"{error}. {REMEDY}") from None
+        return self.path / name
 
     @property
     def metrics(self) -> dict[str, Any]:
-        """Held-out metrics."""
-        return json.loads((self.path / "metrics.json").read_text())
+        """Held-out metrics.
+
+        Raises:
+            RunError: their file is damaged.
+        """
+        return self.metrics_of(self.record)
+
+    def metrics_of(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the metrics, given the record that says what their file must be."""
+        try:
+            return read_record(self._verified("metrics.json", record))
+        except (DamagedFileError, FileNotFoundError) as error:
+            raise RunError(str(error)) from None
 
     def latents(self) -> dict[str, Any]:
         """Load per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``.
@@ -136,7 +220,7 @@ class Run:
         """
         from safetensors.numpy import load_file
 
-        return read_tensors(self.path / "latents.safetensors", load_file)
+        return read_tensors(self.file("latents.safetensors"), load_file)
 
     def activations(self) -> dict[str, Any] | None:
         """Load the moments of the held-out activations.
@@ -147,17 +231,18 @@ class Run:
         """
         from safetensors.numpy import load_file
 
-        path = self.path / "activations.safetensors"
+        path = self.file("activations.safetensors")
         return read_tensors(path, load_file) if path.is_file() else None
 
     def update(self, **changes: Any) -> None:
         """Write the record with some entries changed."""
-        atomic_write_json(self.path / "run.json", {**self.record, **changes})
+        write_record(self.path / "run.json", {**self.record, **changes})
 
     def begin(self, record: Mapping[str, Any]) -> None:
         """Write the record of a run before it trains. The caller must hold the run's lock."""
         now = _now()
-        started = self.record["started"] if self.status not in ("missing", "damaged") else now
+        status, earlier, _ = self.state()
+        started = earlier["started"] if earlier and status != "damaged" else now
         own = {
             "format": FORMAT,
             "signature": self.signature,
@@ -167,19 +252,20 @@ class Run:
             "environment": environment(),
             "error": None,
         }
-        atomic_write_json(self.path / "run.json", {**record, **own})
+        write_record(self.path / "run.json", {**record, **own})
 
     def finish(self, metrics: Mapping[str, Any], **entries: Any) -> None:
         """Mark the run as finished. The caller must have written all other results."""
         atomic_write_json(self.path / "metrics.json", dict(metrics))
-        self.update(status="finished", ended=_now(), **entries)
+        files = describe_files(self.path, (*RESULTS, *_OPTIONAL), times=True)
+        self.update(status="finished", ended=_now(), files=files, **entries)
         self.drop_checkpoint()
 
     def drop_checkpoint(self) -> None:
         """Delete the checkpoint and the progress file of a finished run."""
-        (self.path / "checkpoint.pt").unlink(missing_ok=True)
-        if (self.path / PROGRESS_FILE).exists():
-            (self.path / PROGRESS_FILE).unlink(missing_ok=True)
+        remove_checked(self.path / CHECKPOINT_FILE)
+        checksum_file(self.path / INITIAL_FILE).unlink(missing_ok=True)  # the record has it now
+        (self.path / PROGRESS_FILE).unlink(missing_ok=True)
 
     def fail(self, error: BaseException, **entries: Any) -> None:
         """Mark the run as failed, with the error in its record."""
@@ -243,6 +329,17 @@ class Run:
             yield True
         finally:
             os.close(handle)
+
+
+def refuse_damaged(runs: Iterable[Run]) -> None:
+    """Check the runs as `Run.status` does.
+
+    Raises:
+        RunError: some are damaged; the message names the files.
+    """
+    found = dict.fromkeys(damage for run in runs if (damage := run.state()[2]))
+    if found:
+        raise RunError("\n".join([*found, REMEDY]))
 
 
 class RunStore:

@@ -4,6 +4,7 @@ sweeps/<name>-<digest>/
     manifest.jsonl    a line per run: its values of the axes, signature and folder
     comparison.json   the settings of the comparison, with the requested grid
     evaluations.json  the evaluations of the runs that the tables show
+    outputs.json      the SHA-256 of the tables and figures
     cells/            the results of compare jobs, from which tables and figures are made
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,20 @@ from typing import Any
 from reseed.config import Config, digest
 from reseed.errors import ReseedError
 from reseed.store.runs import Run, RunStore
-from reseed.system.files import atomic_write_json, atomic_write_text
+from reseed.system.console import say
+from reseed.system.files import atomic_write_text
+from reseed.system.integrity import (
+    DamagedFileError,
+    check_files,
+    describe_files,
+    read_bytes,
+    read_record,
+    seal,
+    unseal,
+    write_record,
+)
+
+_OUTPUTS = "outputs.json"
 
 
 @dataclass(frozen=True)
@@ -41,13 +55,19 @@ class Sweep:
         """Rows of manifest.jsonl.
 
         Raises:
-            ReseedError: the file does not exist.
+            ReseedError: the file does not exist, or is damaged.
         """
+        path = self.path / "manifest.jsonl"
         try:
-            lines = (self.path / "manifest.jsonl").read_text().splitlines()
+            rows = [unseal(line, path) for line in read_bytes(path).splitlines()]
         except FileNotFoundError:
             raise ReseedError(f"{self.path} is not a sweep: there is no manifest.jsonl") from None
-        return [json.loads(line) for line in lines]
+        except DamagedFileError as error:
+            raise damaged(error) from None
+        expected = {row.pop("rows", len(rows)) for row in rows}
+        if not rows or expected != {len(rows)} or not all("axes" in row for row in rows):
+            raise damaged(DamagedFileError(path, "rows are missing"))
+        return rows
 
     def write_manifest(self, jobs: Sequence[Any], store: RunStore) -> None:
         """Write a line per job: its values of the axes, overrides, signature and folder.
@@ -63,16 +83,29 @@ class Sweep:
                 "signature": run.signature,
                 "run": os.path.relpath(run.path, self.path),
             }
-            rows.append(json.dumps(row))
-        atomic_write_text(self.path / "manifest.jsonl", "\n".join(rows) + "\n")
+            rows.append(row)
+        lines = [seal(json.dumps({**row, "rows": len(rows)})) for row in rows]
+        atomic_write_text(self.path / "manifest.jsonl", "\n".join(lines) + "\n")
 
     def write_settings(self, settings: dict[str, Any]) -> None:
         """Write the settings that the comparison's jobs read: comparison.json."""
-        atomic_write_json(self.path / "comparison.json", settings)
+        write_record(self.path / "comparison.json", settings)
 
     @property
     def settings(self) -> dict[str, Any]:
-        return json.loads((self.path / "comparison.json").read_text())
+        """The settings of the comparison.
+
+        Raises:
+            ReseedError: the file is damaged, or does not exist.
+        """
+        try:
+            return read_record(self.path / "comparison.json")
+        except FileNotFoundError:
+            raise ReseedError(
+                f"{self.path} has no comparison: there is no comparison.json"
+            ) from None
+        except DamagedFileError as error:
+            raise damaged(error) from None
 
     def add_evaluations(self, evaluations: Mapping[str, Config]) -> None:
         """Add evaluations to those that the tables show; one of the same name is replaced."""
@@ -80,13 +113,52 @@ class Sweep:
             name: {"settings": config.to_dict(), "signed": config.signed()}
             for name, config in evaluations.items()
         }
-        atomic_write_json(self.path / "evaluations.json", self.evaluations | own)
+        try:
+            earlier = self.evaluations
+        except ReseedError as error:
+            say(f"{error}: it is written again, with {', '.join(own)}")
+            earlier = {}
+        write_record(self.path / "evaluations.json", earlier | own)
 
     @property
     def evaluations(self) -> dict[str, dict[str, Any]]:
-        """``settings`` and ``signed`` settings of each requested evaluation, by name."""
-        path = self.path / "evaluations.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        """``settings`` and ``signed`` settings of each requested evaluation, by name.
+
+        Raises:
+            ReseedError: the file is damaged.
+        """
+        try:
+            return read_record(self.path / "evaluations.json")
+        except FileNotFoundError:
+            return {}
+        except DamagedFileError as error:
+            raise ReseedError(
+                f"{error}: `reseed evaluate {self.path} evaluation=NAME,...` writes it again"
+            ) from None
+
+    def record_outputs(self, names: Iterable[str]) -> None:
+        """Record the SHA-256 of tables and figures that were just written into the folder."""
+        try:
+            earlier = read_record(self.path / _OUTPUTS)["files"]
+        except (FileNotFoundError, DamagedFileError):
+            earlier = {}
+        files = earlier | describe_files(self.path, names)
+        write_record(self.path / _OUTPUTS, {"files": dict(sorted(files.items()))})
+
+    def damaged_output(self, *names: str) -> DamagedFileError | None:
+        """Return the error for a table or figure that is not as it was written, or None.
+
+        Args:
+            names: the files to verify; by default all.
+        """
+        try:
+            files = read_record(self.path / _OUTPUTS)["files"]
+            check_files(self.path, {n: files[n] for n in names if n in files} if names else files)
+        except FileNotFoundError:  # of version 0.1, without hashes
+            return None
+        except DamagedFileError as error:
+            return error
+        return None
 
     @property
     def compared(self) -> bool:
@@ -113,3 +185,8 @@ class Sweep:
             plain = re.sub(r"[^\w=,.+-]+", "_", readable)
             readable = f"{plain[:60]}-{digest(axes)}"
         return self.path / "cells" / readable
+
+
+def damaged(error: DamagedFileError) -> ReseedError:
+    """Return the error for a damaged file of a sweep, with the remedy."""
+    return ReseedError(f"{error}. `reseed run` with the arguments of the sweep writes it again")

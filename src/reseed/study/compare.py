@@ -44,6 +44,7 @@ from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
 from reseed.system.console import counted, say, throttled_say
 from reseed.system.devices import pick_device
+from reseed.system.integrity import DamagedFileError
 from reseed.train.config import RuntimeConfig
 
 _DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints")
@@ -83,6 +84,8 @@ def compare_cell_of(
         say(
             f"  {name}: compared again, because these measures are new or newer: {_listed(lacking)}"
         )
+    for run in runs:
+        run.verify()
     _check_weights(finished, name)
     pairs_up = counted(math.comb(len(finished), 2), "pair")
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
@@ -97,7 +100,11 @@ def compare_cell_of(
     result = compare_cell(trained, started, settings, matcher=store, device=device)
     places = {run.id: place for place, run in finished}
     write_with_activations(
-        replace(result, pairs=add_axis_columns(result.pairs, places, settings)),
+        replace(
+            result,
+            pairs=add_axis_columns(result.pairs, places, settings),
+            inputs=_inputs(runs),
+        ),
         runs,
         folder,
         name,
@@ -116,8 +123,17 @@ def _done(folder: Path, runs: Sequence[Run], settings: ComparisonConfig) -> Cell
         done = CellResult.read(folder)
     except (FileNotFoundError, ValueError):
         return None
+    except DamagedFileError as error:
+        say(f"  {error}: compared again")
+        return None
     same_runs = done.runs["run"].tolist() == [run.id for run in runs]
-    return done if same_runs and done.settings.signed() == settings.signed() else None
+    same_files = done.inputs is None or done.inputs == _inputs(runs)
+    same = same_runs and same_files and done.settings.signed() == settings.signed()
+    return done if same else None
+
+
+def _inputs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
+    return {run.id: run.hashes() for run in runs}
 
 
 def outdated_measures(cell: CellResult) -> list[str]:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from reseed.study.compare import held_out_settings, resolve_record
 from reseed.system.console import counted, say, seconds_since
 from reseed.system.devices import free_memory, pick_device
 from reseed.system.files import DiskFullError, lock_file, room_for
+from reseed.system.integrity import sha256_of
 from reseed.train.config import RuntimeConfig
 
 MOST_LOCKS = 256
@@ -94,24 +94,35 @@ class SavedRun:
         signed = config.signed()
         if not Run(self.folder).exists:
             hook = str(self.resolved.experiment.hook)
-            weights = sha256((self.folder / WEIGHTS_FILE).read_bytes()).hexdigest()
+            weights = sha256_of(self.folder / WEIGHTS_FILE)
             signed |= {"source": self.source, "hookpoint": hook, "weights": weights}
         return result_folder(self.folder, config.name, signed)
 
     def has_result(self, config: EvaluationConfig) -> bool:
         """Return True if a readable result of the evaluation exists."""
         try:
-            StoredEvaluation.read(self.result_folder(config))
-        except (FileNotFoundError, EvaluationError):
+            StoredEvaluation.read(self.result_folder(config), self.weights)
+        except FileNotFoundError:
+            return False
+        except EvaluationError as error:
+            say(f"  {error}")
             return False
         return True
+
+    @property
+    def weights(self) -> str | None:
+        """SHA-256 of the weights of a run; None if its record does not have it. (The folder's name
+        of a result depends on the weights of an SAE that is not a run.)"""
+        return Run(self.folder).hashes().get(WEIGHTS_FILE) if self.is_run else None
 
     def load(self, device: str, with_untrained: bool) -> LoadedRun:
         """Load the SAE.
 
         Raises:
-            CheckpointError: the SAE cannot be loaded.
+            ReseedError: the SAE cannot be loaded.
         """
+        if self.is_run:
+            Run(self.folder).verify()
         sae = load_sae(self.folder, device)
         untrained = _untrained(Run(self.folder)) if with_untrained else None
         hook = self.resolved.experiment.hook
@@ -394,4 +405,5 @@ def _write(run: SavedRun, config: EvaluationConfig, result: Result, seconds: flo
     stored = StoredEvaluation(
         config.name, config.to_dict(), result.metrics, result.tables, result.latents
     )
-    stored.write(run.result_folder(config), subject=run.id, seconds=seconds)
+    own = {"subject": run.id, "weights": run.weights, "seconds": seconds}
+    stored.write(run.result_folder(config), **own)

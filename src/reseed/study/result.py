@@ -36,13 +36,15 @@ from reseed.report.table_files import (
     write_tables,
 )
 from reseed.report.terminal import print_table
+from reseed.sae.checkpoint import WEIGHTS_FILE
 from reseed.store.contexts import Contexts
 from reseed.store.results import StoredEvaluation, result_folder
-from reseed.store.runs import Run
-from reseed.store.sweeps import Sweep
+from reseed.store.runs import Run, refuse_damaged
+from reseed.store.sweeps import Sweep, damaged
 from reseed.study.absorbed_words import with_overlaps
 from reseed.study.evaluate import SavedRun
 from reseed.system.console import counted, say
+from reseed.system.integrity import DamagedFileError
 
 REPORT = "report"
 """The report's folder within the sweep's folder."""
@@ -143,11 +145,15 @@ class StudyResult:
         if format not in REPORT_FORMATS:
             raise ConfigError(f"{{key}} must be one of {', '.join(REPORT_FORMATS)}; got {format!r}",
                               "format")  # fmt: skip
-        if not (self.path / "summary.csv").is_file():  # compared but not collected yet
+        damage = self.sweep.damaged_output()
+        if damage is not None:
+            say(f"{damage}: tables and figures are written again")
+            self.write_figures()
+        if damage is not None or not (self.path / "summary.csv").is_file():
             self.write_tables()
         own = REPORT if format == "html" else f"{REPORT}-{format}"
         lacking = {n: d for n, d in self._drawings.items() if not _is_drawn(self.path, n)}
-        save_figures(lacking, self.path)
+        self._save(lacking)
         data = data_file_names(self.path, self.cells, self.runs)
         contexts = {r.id: read for r in self.sweep.runs() if (read := Contexts.of(r.path))}
         of = ReportData(
@@ -157,13 +163,19 @@ class StudyResult:
 
     def write_tables(self) -> list[str]:
         """Write the tables, and return the names of those that evaluations added."""
-        write_tables(self.cells, self.path, self.problems)
-        return write_evaluations(self.runs, self.path)
+        paths = write_tables(self.cells, self.path, self.problems)
+        names = write_evaluations(self.runs, self.path)
+        self.sweep.record_outputs([*(path.name for path in paths), *names])
+        return names
 
     def write_figures(self) -> list[str]:
         """Draw the figures into `path`, and return their names."""
-        save_figures(self._drawings, self.path)
+        self._save(self._drawings)
         return self.figures
+
+    def _save(self, drawings: Mapping[str, Callable[[], Figure]]) -> None:
+        paths = save_figures(drawings, self.path)
+        self.sweep.record_outputs(path.name for path in paths)
 
     @cached_property
     def _drawings(self) -> dict[str, Callable[[], Figure]]:
@@ -195,9 +207,10 @@ def read_result(
         failed: messages about what could not be compared or evaluated, for `StudyResult.problems`.
 
     Raises:
-        ReseedError: no cell has been compared yet.
+        ReseedError: no cell has been compared yet, or a file of a run or of a cell is damaged.
     """
     settings = settings or ComparisonConfig.from_dict(sweep.settings, "comparison")
+    refuse_damaged(sweep.runs())
     cells: list[Cell] = []
     problems: list[str] = []
     for axes in cells_of(sweep, settings):
@@ -211,6 +224,8 @@ def read_result(
             result = CellResult.read(sweep.cell_folder(axes))
         except FileNotFoundError:
             continue
+        except DamagedFileError as error:
+            raise damaged(error) from None
         # The user may have changed the primary measure since the cell was compared.
         own = replace(result.settings, primary=settings.primary)
         cells.append((cell_settings(finished, axes), replace(result, settings=own)))
@@ -287,15 +302,17 @@ def _is_outdated(name: str, signed: Mapping[str, Any]) -> bool:
 def _evaluated(folder: Path, results: Mapping[str, Path]) -> EvaluatedRun:
     """Read the existing results of some evaluations of a run, or of an SAE that is not a run."""
     run = Run(folder)
+    weights: str | None = None
     about: dict[str, Any] = {"run": str(folder)}
     quality: dict[str, float] = {}
     if run.exists:
         about = cell_settings([run], {}) | {"seed": run.record["experiment"]["seed"], "run": run.id}
-        quality = {name: run.metrics[name] for name in ("fvu", "l0", "dead_fraction")}
+        metrics, weights = run.metrics, run.hashes().get(WEIGHTS_FILE)
+        quality = {name: metrics[name] for name in ("fvu", "l0", "dead_fraction")}
     found = {}
     for name, path in results.items():
         with suppress(FileNotFoundError):
-            found[name] = StoredEvaluation.read(path)
+            found[name] = StoredEvaluation.read(path, weights)
     return EvaluatedRun(about, found, quality)
 
 

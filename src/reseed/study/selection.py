@@ -90,4 +90,5 @@ def _state(run: Run) -> str:
     failure = run.failure
     if failure:
         return f"failed ({failure['message']})"
-    return "not trained" if run.status == "missing" else run.status
+    status, _, damage = run.state()
+    return damage or ("not trained" if status == "missing" else status)

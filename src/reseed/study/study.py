@@ -19,7 +19,7 @@ from reseed.errors import ReseedError
 from reseed.evaluate.base import EvaluationConfig
 from reseed.experiment import Experiment
 from reseed.report.evaluation_results import run_frame
-from reseed.store.runs import Run
+from reseed.store.runs import Run, refuse_damaged
 from reseed.study.compare import compare_cell_of
 from reseed.study.evaluate import Evaluator, SavedRun, evaluate_saved
 from reseed.study.plan import Plan
@@ -252,6 +252,7 @@ class Study:
     def _compare(self, problems: Sequence[str] = ()) -> StudyResult:
         with self._at_work():
             self._plan.write()
+            refuse_damaged(self.runs)
             errors = self._executor.compare(self._plan)
             problems = [*problems, *(f"not compared: {error}" for error in errors)]
             return collect(self._plan.sweep, self._plan.settings, problems)

@@ -37,6 +37,10 @@ def train_plan(plan: Plan, train: Callable[[Plan], None]) -> list[str]:
     runs = plan.runs
     if plan.multirun:
         plan.write()
+    for run in runs:
+        _, _, damage = run.state(thorough=True)
+        if damage:
+            say(f"trained again: {damage}")
     done = [run for run in runs if run.finished]
     for run in done:
         run.drop_checkpoint()  # left behind if its process was killed after finishing

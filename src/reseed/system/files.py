@@ -92,8 +92,10 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         # mkstemp creates private files; results get the usual permissions.
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, IsADirectoryError):
+            raise ReseedError(f"{path} must be a file; it is a folder: remove it") from None
         raise
     _sync_folder(path.parent)
 
@@ -119,8 +121,12 @@ def atomic_write_text(path: PathLike, text: str) -> None:
 
 def atomic_write_json(path: PathLike, value: Any) -> None:
     """Write ``value`` as indented JSON with `atomic_write_bytes`; NaN and infinity become null."""
-    text = json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    atomic_write_bytes(path, text.encode())
+    atomic_write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """Return ``value`` as indented JSON; NaN and infinity become null."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def write_json_unsynced(path: PathLike, value: Any) -> None:

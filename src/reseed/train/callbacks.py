@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from reseed.errors import Interrupted
-from reseed.store.runs import PROGRESS_FILE
+from reseed.store.runs import CHECKPOINT_FILE, PROGRESS_FILE
 from reseed.system.console import console, has_terminal, say
 from reseed.system.files import write_json_unsynced
 from reseed.train.run_state import NotFiniteError, RunState
@@ -85,7 +85,7 @@ class CheckpointCallback(L.Callback):
         if run.failed or not self.writes:
             return  # keep the last checkpoint with finite values
         folder = self.folders[run.id]
-        run.save(folder / "checkpoint.pt", time.perf_counter() - self.started)
+        run.save(folder / CHECKPOINT_FILE, time.perf_counter() - self.started)
         run.write_curve(folder)
 
     def _log(self, run: RunState) -> None:

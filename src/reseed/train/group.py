@@ -23,10 +23,11 @@ from reseed.distributed.process_group import ALONE, ProcessGroup
 from reseed.errors import ReseedError
 from reseed.evaluate.reconstruction import Reconstruction, measure
 from reseed.evaluate.true_features import TruthResult, measure_truth
-from reseed.store.runs import INITIAL_FILE, Run, RunStore
+from reseed.store.runs import CHECKPOINT_FILE, INITIAL_FILE, Run, RunStore
 from reseed.system.console import counted, say, seconds_since
 from reseed.system.devices import cpus, free_memory, is_out_of_memory, pick_device
 from reseed.system.files import DiskFullError
+from reseed.system.integrity import is_damaged
 from reseed.train.callbacks import (
     CheckpointCallback,
     GroupProgress,
@@ -205,8 +206,10 @@ def _run_state(
 
 
 def _begin(state: RunState, run: Run, source: ActivationSource, stream: ChunkStream) -> None:
-    checkpoint = run.path / "checkpoint.pt"
-    if checkpoint.is_file():
+    checkpoint = run.path / CHECKPOINT_FILE
+    if checkpoint.exists() and is_damaged(checkpoint):
+        say(f"  {checkpoint} is damaged: training begins at the first step")
+    elif checkpoint.exists():
         try:
             state.load(checkpoint)
             return

@@ -24,7 +24,8 @@ from reseed.sae.base import SAE, Loss, SAEConfig, Step
 from reseed.sae.losses import PenaltySteering, total_variance
 from reseed.system.console import say
 from reseed.system.devices import is_out_of_memory
-from reseed.system.files import DiskFullError, atomic_write, atomic_write_bytes
+from reseed.system.files import DiskFullError
+from reseed.system.integrity import write_checked
 from reseed.train.archetypes import initialise_archetypes, make_archetypal, with_plain_decoder
 from reseed.train.config import ArchetypalDecoder, FreeDecoder, TrainingConfig, TruthStart
 from reseed.train.curve import Curve
@@ -172,7 +173,8 @@ class RunState:
         if not self.training.start_is_drawn:
             state = with_plain_decoder(self.sae, {}).folded(self.scale).state_dict()
             state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-            atomic_write_bytes(path, to_safetensors(state))
+            data = to_safetensors(state)
+            write_checked(path, lambda temporary: temporary.write_bytes(data))
 
     def trained_sae(self) -> SAE:
         """Return the SAE to measure and store: for raw activations, with a plain W_dec.
@@ -287,7 +289,7 @@ class RunState:
             **self.curve.state(),
             "steering": None if self.steering is None else asdict(self.steering),
         }
-        atomic_write(path, lambda temporary: torch.save(state, temporary))
+        write_checked(path, lambda temporary: torch.save(state, temporary))
 
     def load(self, path: Path) -> None:
         """Restore the state from a checkpoint of `save`."""

@@ -11,7 +11,6 @@ sweeps/<sweep>/slurm/
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -24,7 +23,8 @@ from typing import Any
 
 from reseed.config import Config, make, setting
 from reseed.errors import ConfigError, ReseedError
-from reseed.system.files import atomic_write_json, lock_file
+from reseed.system.files import lock_file
+from reseed.system.integrity import DamagedFileError, read_bytes, unseal, write_record
 
 NAME = "slurm"
 TARGET = "hydra_plugins.reseed_plugins.slurm.SlurmLauncher"
@@ -279,12 +279,16 @@ class Record:
     def jobs(self) -> list[Submitted]:
         """Every job ever submitted, in order of submission."""
         try:
-            listed = json.loads(self.path.read_text())
+            data = read_bytes(self.path)
         except FileNotFoundError:
             return []
-        except ValueError as error:
-            raise ReseedError(f"{self.path} is damaged: {error}") from None
-        return [Submitted(**{**entry, "runs": tuple(entry["runs"])}) for entry in listed]
+        if data.lstrip().startswith(b"["):  # of version 0.1, without a checksum
+            data = b'{"jobs": %s}' % data
+        try:
+            listed = unseal(data, self.path)["jobs"]
+            return [Submitted(**{**entry, "runs": tuple(entry["runs"])}) for entry in listed]
+        except (KeyError, TypeError) as error:
+            raise DamagedFileError(self.path, f"it lists no jobs ({error})") from None
 
     def add(self, jobs: Sequence[Submitted]) -> None:
         """Append new jobs. The caller holds the lock."""
@@ -295,7 +299,7 @@ class Record:
         self._write([replace(j, cancelled=j.cancelled or j.job in ids) for j in self.jobs])
 
     def _write(self, jobs: Sequence[Submitted]) -> None:
-        atomic_write_json(self.path, [asdict(job) for job in jobs])
+        write_record(self.path, {"jobs": [asdict(job) for job in jobs]})
 
     def active(self, queue: Mapping[str, InQueue]) -> list[Submitted]:
         """Return the jobs that are queued or running."""

@@ -47,8 +47,9 @@ class RunState:
 
     Attributes:
         id: the name of the run's folder.
-        state: queued, starting, running, done, failed, cancelled, interrupted, not started.
-        note: the reason why the run waits or failed; may be empty.
+        state: queued, starting, running, done, failed, cancelled, interrupted, damaged, not
+            started.
+        note: the reason why the run waits, or failed, or is damaged; may be empty.
         tokens, of: number of tokens trained so far, and the budget, if known.
         rate: tokens per second, while the run is training.
         traceback: traceback of an error whose message does not explain it; else empty.
@@ -111,11 +112,13 @@ def states(sweep: Sweep, seen: QueueSnapshot) -> list[RunState]:
 
 
 def _state(run: Run, jobs: list[Submitted], seen: QueueSnapshot) -> RunState:
-    status = run.status
+    status, _, damage = run.state()
     last = jobs[-1] if jobs else None
     waits = (seen.queue or {}).get(last.job) if last else None
     tokens, of, rate = _progress(run)
-    if status == "finished":
+    if status == "damaged":
+        return RunState(run.id, status, damage)
+    if run.finished:
         return RunState(run.id, DONE, tokens=of, of=of)
     failure = run.failure
     if failure is not None and (waits is None or last is None or failure["ended"] >= last.at):

@@ -193,7 +193,7 @@ def warnings(
         *(f"**Incomplete.** {line.removeprefix('incomplete: ')}." for line in incomplete),
         *_few(cells),
         *_noted(cells),
-        *_not_converged({run.id: run.path for run in runs if run.finished}),
+        *_not_converged({run.id: run.file("training.csv") for run in runs if run.finished}),
         *_many(
             "dead latents", "did not fire at the end of training", MANY_DEAD, dead_fraction(cells)
         ),
@@ -277,12 +277,12 @@ def _noted(cells: Sequence[Cell]) -> list[str]:
     return found
 
 
-def _not_converged(folders: Mapping[str, Path]) -> list[str]:
+def _not_converged(paths: Mapping[str, Path]) -> list[str]:
     """Return warnings of runs whose FVU was still falling or whose curve is too short to tell."""
     curves = {
         name: pd.read_csv(path)
-        for name, folder in folders.items()
-        if (path := folder / "training.csv").is_file() and path.stat().st_size
+        for name, path in paths.items()
+        if path.is_file() and path.stat().st_size
     }
     falls = {name: fvu_fall(curve) for name, curve in curves.items()}
     falling = {name: value for name, value in falls.items() if value and value > STILL_FALLING}
@@ -290,7 +290,7 @@ def _not_converged(folders: Mapping[str, Path]) -> list[str]:
     if falling:
         worst = max(falling, key=lambda name: falling[name])
         found.append(
-            f"**Not converged.** In {len(falling)} of {len(folders)} runs the FVU of training fell "
+            f"**Not converged.** In {len(falling)} of {len(paths)} runs the FVU of training fell "
             f"by more than {STILL_FALLING:.0%} from the second-to-last tenth of the steps to the "
             f"last (largest fall: {falling[worst]:.1%} in `{worst}`). If the learning rate decays "
             "in these steps, the decay causes part of the fall. With more training tokens, the "
@@ -298,7 +298,7 @@ def _not_converged(folders: Mapping[str, Path]) -> list[str]:
         )
     if unknown := list(falls.values()).count(None):
         found.append(
-            f"**Convergence not known.** {counted(unknown, 'curve')} of {len(folders)} "
+            f"**Convergence not known.** {counted(unknown, 'curve')} of {len(paths)} "
             f"{'has' if unknown == 1 else 'have'} fewer than {FEWEST_ROWS} points, too few to see "
             "whether the FVU was still falling. Lower `runtime.log_every_steps` for more points."
         )
