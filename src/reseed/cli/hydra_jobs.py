@@ -25,7 +25,7 @@ from reseed.study.evaluate import Evaluator, SavedRun, saved_run
 from reseed.study.plan import Plan
 from reseed.study.result import cells_of
 from reseed.study.study import Executor, LocalExecutor
-from reseed.study.train import train_missing
+from reseed.study.train import Failures, train_missing
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
 
@@ -45,10 +45,10 @@ class HydraExecutor:
     def __init__(self, line: CommandLine) -> None:
         self.line = line
 
-    def train(self, plan: Plan) -> None:
+    def train(self, plan: Plan) -> Failures:
         if not plan.multirun:  # a launcher is for the jobs of a sweep
-            LocalExecutor().train(plan)
-            return
+            return LocalExecutor().train(plan)
+        failures: dict[str, BaseException] = {}
         before = {run.id: run.failure for run in plan.runs}
         own = [override("hydra.sweep.dir", plan.sweep.path), override("++job", json.dumps(_here()))]
         for launch in plan.launches:
@@ -58,9 +58,11 @@ class HydraExecutor:
                 self.line.launch(train_one, [*launch.overrides, *own])
             except DiskFullError:
                 raise
-            except Exception:  # failed runs have recorded their errors
-                if before == {run.id: run.failure for run in plan.runs}:
-                    raise
+            except Exception as error:
+                runs = [job.resolved.run(plan.store) for job in launch.jobs]
+                if all(run.failure == before[run.id] for run in runs):  # an error of the launcher
+                    failures |= {run.id: error for run in runs if not run.finished}
+        return failures
 
     def evaluate(
         self,

@@ -24,7 +24,7 @@ from reseed.study.compare import compare_cell_of
 from reseed.study.evaluate import Evaluator, SavedRun, evaluate_saved
 from reseed.study.plan import Plan
 from reseed.study.result import StudyResult, cells_of, collect, evaluated_saes, read_result
-from reseed.study.train import failure_lines, plan_missing, train_missing, train_plan
+from reseed.study.train import Failures, failure_lines, plan_missing, train_missing, train_plan
 from reseed.system.console import counted, messages_to, say
 from reseed.system.environment import environment_variables, record_command
 from reseed.system.files import DiskFullError
@@ -34,8 +34,8 @@ from reseed.train.config import RuntimeConfig
 class Executor(Protocol):
     """The work of a study's steps. Each writes its results into the folders of runs and sweeps."""
 
-    def train(self, plan: Plan) -> None:
-        """Train the unfinished runs; a run that fails records its error."""
+    def train(self, plan: Plan) -> Failures:
+        """Train the unfinished runs, and return the errors of those that failed, by run id."""
         ...
 
     def evaluate(
@@ -67,9 +67,9 @@ class LocalExecutor:
 
     environment: Mapping[str, str] = field(default_factory=dict)
 
-    def train(self, plan: Plan) -> None:
+    def train(self, plan: Plan) -> Failures:
         with environment_variables(self.environment):
-            train_missing(plan.experiments, plan.runtime)
+            return train_missing(plan.experiments, plan.runtime)
 
     def evaluate(
         self,

@@ -7,12 +7,15 @@ declared (`reseed.experiment`)  →  resolved  →  grouped (`reseed.train.plan`
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from reseed.distributed.launcher import Processes, open_processes
 from reseed.distributed.worker import GroupMessage, RunMessage
+from reseed.errors import ConfigError, ReseedError
 from reseed.experiment.resolve import Resolved
 from reseed.store.runs import Run, RunStore
 from reseed.study.calibrate import Train, calibrate
@@ -24,23 +27,33 @@ from reseed.train.config import RuntimeConfig
 from reseed.train.group import fit_group
 from reseed.train.plan import Group, Machine, OutOfMemory, make_plan, print_start
 
+Failures = Mapping[str, BaseException]
+"""Run id → error."""
 
-def train_plan(plan: Plan, train: Callable[[Plan], None]) -> list[str]:
+
+def train_plan(plan: Plan, train: Callable[[Plan], Failures]) -> list[str]:
     """Train the unfinished runs of a plan, and print how many there are and where they are.
 
     Args:
-        train: trains the unfinished runs; those that fail record their errors.
+        train: trains the unfinished runs, and returns the errors of those that failed. Most of the
+            errors are recorded in the runs' folders; one that prevented this is not.
 
     Returns:
         the lines of `failure_lines`; empty if all runs are finished.
+
+    Raises:
+        ConfigError: a folder for the results cannot be written.
     """
     runs = plan.runs
+    _check_writable("runtime.outputs", plan.runtime.outputs)
     if plan.multirun:
+        _check_writable("runtime.sweeps", plan.runtime.sweeps)
         plan.write()
     for run in runs:
         _, _, damage = run.state(thorough=True)
         if damage:
             say(f"trained again: {damage}")
+    unrecorded: Failures = {}
     done = [run for run in runs if run.finished]
     for run in done:
         run.drop_checkpoint()  # left behind if its process was killed after finishing
@@ -49,17 +62,38 @@ def train_plan(plan: Plan, train: Callable[[Plan], None]) -> list[str]:
     else:
         if done:
             say(f"{len(done)} of {counted(len(runs), 'run')} already finished")
+        recorded = {run.id: run.failure for run in runs}
         try:
             with record_command(plan.command):
-                train(plan)
+                failed = train(plan)
         except (KeyboardInterrupt, DiskFullError):
             say(_how_far(runs))
             raise
-    failures = failure_lines([job.resolved for job in plan.jobs], plan.store)
+        unrecorded = {
+            run.id: failed[run.id]
+            for run in runs
+            if run.id in failed and run.failure == recorded[run.id]
+        }
+    failures = failure_lines([job.resolved for job in plan.jobs], plan.store, unrecorded)
     if not failures:
         whole = f"{counted(len(runs), 'run')} in {plan.runtime.outputs}/"
         say(whole if plan.multirun else str(runs[0].path))
     return failures
+
+
+def _check_writable(key: str, folder: str) -> None:
+    """Raise `ConfigError` unless files can be written into a folder, which is made if missing."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            reason = "it is a file"
+        else:
+            reason = error.strerror or str(error)
+        raise ConfigError(
+            f"{{key}} must be a folder that can be written; got {folder} ({reason})", key
+        ) from None
 
 
 _STATES = {"missing": "not started", "running": "running in another process"}
@@ -170,18 +204,25 @@ def _train_groups(
     return failures
 
 
-def failure_lines(experiments: Sequence[Resolved], store: RunStore) -> list[str]:
+def failure_lines(
+    experiments: Sequence[Resolved], store: RunStore, unrecorded: Failures | None = None
+) -> list[str]:
     """Describe the runs that are not finished; runs of a cell with the same error share a line.
 
     If the message does not explain the error, further lines give the source line that raised it and
     the path of the traceback.
+
+    Args:
+        unrecorded: errors that are not in the records of the runs.
     """
+    unrecorded = unrecorded or {}
     alike: dict[tuple[str, ...], dict[str, tuple[Run, int]]] = {}
     for resolved in experiments:
         run = resolved.run(store)
         if not run.finished:
-            error = run.failure
+            error, other = run.failure, unrecorded.get(run.id)
             message = error["message"] if error else "not trained"
+            message = message if other is None else describe(other)
             cell = resolved.label.removesuffix(f"-seed{resolved.experiment.seed}")
             found = alike.setdefault((run.status, cell, message), {})
             found[run.id] = run, resolved.experiment.seed
@@ -192,10 +233,16 @@ def failure_lines(experiments: Sequence[Resolved], store: RunStore) -> list[str]
         kind = "seed" if len(seeds) == len(found) else "run"
         who = run.id if len(found) == 1 else f"{cell} ({counted(len(found), kind)})"
         lines.append(f"{status}: {who}: {message}")
-        if run.failure and not run.failure["explained"]:
+        if run.id not in unrecorded and run.failure and not run.failure["explained"]:
             lines += [f"  {line}" for line in _last_frame(run.failure["traceback"])]
             lines.append(f"  the full traceback is in {run.path / 'run.json'}")
     return lines
+
+
+def describe(error: BaseException) -> str:
+    """Return the message of an error, with its type unless the message is for the user."""
+    text = str(error).strip()
+    return text if isinstance(error, ReseedError) else f"{type(error).__name__}: {text}"
 
 
 def _last_frame(traceback: str) -> list[str]:
