@@ -19,6 +19,7 @@ from reseed.evaluate.reconstruction import ReconstructionConfig
 from reseed.store.runs import RunStore
 from reseed.study.evaluate import LOCK
 from reseed.system.files import lock_file
+from reseed.system.integrity import read_record, write_record
 
 FEW = "training.tokens=1024"
 BOTH = ["evaluation=reconstruction,faithfulness", "evaluation.tokens=500"]
@@ -284,9 +285,9 @@ def test_results_of_another_version_are_left_out_until_renewed(line: list[str], 
     asked = ["seeds", "evaluation=reconstruction", "evaluation.tokens=500"]
     assert evaluate.main(asked) == 0
     path = the_sweep() / "evaluations.json"
-    record = json.loads(path.read_text())
+    record = read_record(path)
     record["reconstruction"]["signed"]["version"] = 0
-    path.write_text(json.dumps(record))
+    write_record(path, record)
     said()
     assert compare.main(line) == 0
     told = " ".join(said().split())

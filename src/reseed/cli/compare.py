@@ -19,6 +19,7 @@ from reseed.compare.config import ComparisonConfig
 from reseed.config import build
 from reseed.errors import ConfigError
 from reseed.report.terminal import print_summary
+from reseed.store.runs import refuse_damaged
 from reseed.study.sources import KEY, compare_weights
 from reseed.study.study import none_finished
 from reseed.system.console import say
@@ -39,6 +40,7 @@ def _main(line: CommandLine) -> int:
         return compare_sources(line)
     plan = make_plan(line)
     if line.launcher[0] == SLURM:
+        refuse_damaged(plan.runs)
         if not any(run.finished for run in plan.runs):
             raise none_finished(plan)
         plan.write()

@@ -108,7 +108,8 @@ def print_status(
         except ReseedError as error:
             status, damage = "damaged", str(error)
             row = (run.id, status, "", "", "", "")
-        if record and record["identity"].get("role") and not everything:
+        calibration = record is not None and record["identity"].get("role")
+        if calibration and status != "damaged" and not everything:
             calibrations[status] += 1
         else:
             rows.append(row)

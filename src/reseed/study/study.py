@@ -213,9 +213,10 @@ class Study:
 
         Raises:
             ConfigError: the study has no comparison.
-            ReseedError: no cell has two finished runs.
+            ReseedError: no cell has two finished runs, or a run is damaged.
         """
         _ = self._plan.comparison
+        refuse_damaged(self.runs)
         if not any(run.finished for run in self.runs):
             raise none_finished(self._plan)
         return self._compare()
