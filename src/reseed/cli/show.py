@@ -24,6 +24,7 @@ from reseed.report.latent_view import (
 )
 from reseed.store.contexts import Contexts
 from reseed.store.find import find_by_name
+from reseed.store.runs import Run, refuse_damaged
 from reseed.store.sweeps import Sweep
 from reseed.system.console import console
 from reseed.train.config import RuntimeConfig
@@ -69,6 +70,8 @@ def _index(word: str) -> int:
 def _run(word: str, runtime: RuntimeConfig) -> Path:
     """Return the folder of the run or SAE that a word names."""
     meant = find_by_name(word, runtime.outputs, runtime.sweeps)
+    if isinstance(meant, Run):
+        refuse_damaged([meant])
     if isinstance(meant, Sweep):
         names = ", ".join(dict.fromkeys(run.id for run in meant.runs()))
         raise ReseedError(f"{word} is a sweep, but latents belong to a run: name one of {names}")

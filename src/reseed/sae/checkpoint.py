@@ -23,7 +23,13 @@ from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig
 from reseed.system.environment import VERSION
 from reseed.system.files import atomic_write_bytes
-from reseed.system.integrity import DamagedFileError, read_record, sha256_of, write_record
+from reseed.system.integrity import (
+    DamagedFileError,
+    check_files,
+    read_record,
+    sha256_of,
+    write_record,
+)
 
 FORMAT_VERSION = 1
 WEIGHTS_FILE = "sae.safetensors"
@@ -68,6 +74,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     """
     folder = Path(path)
     description = _read_description(folder)
+    _check_run(folder)
     sae = _empty(description, folder)
     tensors = _read_tensors(folder / WEIGHTS_FILE, description.get("weights_sha256"))
     expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
@@ -81,6 +88,17 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
     sae.load_state_dict(tensors, assign=True)
     # A loaded SAE is for inference; a caller that trains it turns gradients on.
     return sae.to(device).requires_grad_(False)
+
+
+def _check_run(folder: Path) -> None:
+    """Raise `CheckpointError` if the folder is that of a run, one of whose files is damaged."""
+    try:
+        record = read_record(folder / "run.json")
+        check_files(folder, record.get("files") or {}, quick=True)
+    except FileNotFoundError:
+        return
+    except DamagedFileError as error:
+        raise CheckpointError(str(error)) from None
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
