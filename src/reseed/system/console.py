@@ -106,19 +106,21 @@ def print_rows(
         columns: headings of the name, of a text that needs no heading, and of the other values.
         words: the columns that hold text, not numbers; they are left-aligned.
     """
-    from rich.measure import Measurement
-    from rich.table import Table
-    from rich.text import Text
+    from rich.cells import cell_len, set_cell_size
 
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*map(Text, row))
+    table = [tuple(columns), *rows]
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
     say(title)
-    wide = console().options.update(width=10_000, max_width=10_000)
-    if Measurement.get(console(), wide, table).maximum <= console().width:
-        console().print(table)
+    # Written without rich's tables, which take seconds for thousands of rows.
+    if sum(widths) + 2 * (len(widths) - 1) <= console().width:
+        cells = [
+            [
+                set_cell_size(word, width) if name in words else word.rjust(width)
+                for name, word, width in zip(columns, row, widths, strict=True)
+            ]
+            for row in table
+        ]
+        say("\n".join("  ".join(row).rstrip() for row in cells))
         return
     for row in rows:
         told = [row[1]] + [f"{name} {word}" for name, word in zip(columns[2:], row[2:], strict=True)

@@ -26,8 +26,8 @@ from reseed.system.files import atomic_write, atomic_write_text, json_text
 
 CHECKSUM = "checksum"
 _SEAL = re.compile(rb',\s*"checksum": "([0-9a-f]{64})"\s*\}\s*\Z')
-_known: dict[tuple[str, int, int, int, int], str] = {}
-"""SHA-256 by path, inode, size and times of change, so that a process reads a file only once."""
+_known: dict[tuple[int, ...], str] = {}
+"""SHA-256 by device, inode, size and times of change, so that a process reads a file only once."""
 
 _RECORDS = ("run.json", "sae.json", "result.json", "cell.json", "comparison.json",
             "evaluations.json", "outputs.json")  # fmt: skip
@@ -142,10 +142,20 @@ def check_files(folder: Path, recorded: Mapping[str, FileRecord], *, quick: bool
         DamagedFileError: a file is missing, cannot be read, or has changed.
     """
     for name, about in recorded.items():
-        check_file(folder / name, about, quick=quick)
+        if not (quick and _looks_unchanged(os.path.join(folder, name), about)):
+            check_file(folder / name, about)
 
 
-def check_file(path: Path, recorded: FileRecord, *, quick: bool = False) -> None:
+def _looks_unchanged(path: str, recorded: FileRecord) -> bool:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    known = found.st_size, found.st_mtime_ns
+    return stat.S_ISREG(found.st_mode) and known == (recorded["size"], recorded.get("mtime_ns"))
+
+
+def check_file(path: Path, recorded: FileRecord) -> None:
     """Compare one file with its record; see `check_files`."""
     try:
         found = path.stat()
@@ -154,8 +164,6 @@ def check_file(path: Path, recorded: FileRecord, *, quick: bool = False) -> None
         if found.st_size != recorded["size"]:
             reason = f"it has {found.st_size:,} bytes instead of {recorded['size']:,}"
             raise DamagedFileError(path, reason)
-        if quick and found.st_mtime_ns == recorded.get("mtime_ns"):
-            return
         if sha256_of(path) != recorded["sha256"]:
             if found.st_mtime_ns == recorded.get("mtime_ns"):
                 with suppress(OSError):
@@ -224,8 +232,7 @@ def is_intact(path: Path) -> bool:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits."""
     about = path.stat()
-    times = about.st_mtime_ns, about.st_ctime_ns
-    key = (str(path.absolute()), about.st_ino, about.st_size, *times)
+    key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
     if key not in _known:
         with path.open("rb") as file:
             _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
