@@ -20,6 +20,7 @@ from typing import Any
 from reseed.config import Config, digest
 from reseed.errors import ReseedError
 from reseed.store.runs import Run, RunStore
+from reseed.system.environment import mask_words
 from reseed.system.files import atomic_write_json, atomic_write_text
 
 
@@ -50,7 +51,8 @@ class Sweep:
         return [json.loads(line) for line in lines]
 
     def write_manifest(self, jobs: Sequence[Any], store: RunStore) -> None:
-        """Write a line per job: its values of the axes, overrides, signature and folder.
+        """Write a line per job: its values of the axes, overrides without secrets, signature and
+        folder.
 
         If the comparison has arms, the arm is an axis called ``arm``.
         """
@@ -59,7 +61,7 @@ class Sweep:
             run = job.resolved.run(store)
             row = {
                 "axes": dict(job.axes),
-                "overrides": list(job.overrides),
+                "overrides": mask_words(job.overrides),
                 "signature": run.signature,
                 "run": os.path.relpath(run.path, self.path),
             }
