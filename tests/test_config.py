@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from reseed import config
 from reseed.config import DATASETS, Config, build, digest, load_plugins, make, setting
 from reseed.errors import ConfigError, ReseedError
+from reseed.sae.base import SAEConfig
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,33 @@ def test_build_calls_only_configurations() -> None:
     whole.pop("colour")
     with pytest.raises(ConfigError, match=r"`shape\.colour` is required"):
         build({"_target_": target, **whole}, "shape", Shape)
-    for hostile in ("os.system", "subprocess.run", "pickle.loads"):
-        with pytest.raises(ConfigError, match="is not a Shape"):
-            build({"_target_": hostile}, "shape", Shape)
-    with pytest.raises(ConfigError, match="cannot find `_target_`"):
-        build({"_target_": "no_such.Thing"}, "shape", Shape)
+    with pytest.raises(ConfigError, match="is not a Shape"):
+        build({"_target_": "reseed.sae.topk.TopKConfig"}, "shape", Shape)
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "subprocess.run", "pickle.loads", "no_such.Thing", "reseed.api.compose",
+     "reseed.__main__.main", "reseed.no_such.Thing", "reseed..x", "reseed.config.importlib",
+     "planted.Coloured", "reseed.config.Config"],
+)  # fmt: skip
+def test_a_target_is_looked_up_and_not_imported(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "planted.py").write_text(f"open({str(ran)!r}, 'w')\nclass Coloured: ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=f"`shape`: there is no `_target_` {target}: it must"):
+        build({"_target_": target}, "shape", Shape)
+    assert "planted" not in sys.modules
+    assert not ran.exists()
+
+
+def test_a_misspelt_target_suggests_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=f"Did you mean `{__name__}.Coloured`"):
+        build({"_target_": f"{__name__}.Colored"}, "shape", Shape)
+    with pytest.raises(ConfigError, match=r"Did you mean `reseed\.sae\.topk\.TopKConfig`"):
+        build({"_target_": "reseed.sae.topk.TopkConfig"}, "sae", SAEConfig)
 
 
 @pytest.mark.parametrize(

@@ -15,15 +15,17 @@ import inspect
 import json
 import math
 import pkgutil
+import re
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Any, ClassVar, Self, TypeVar
 
-from reseed.errors import ConfigError, ReseedError, did_you_mean
+from reseed.errors import ConfigError, did_you_mean, plugin_error
 
 SIGNATURE_LENGTH = 12
 """Number of hex characters of a signature; a million runs have a collision with probability 2e-3.
@@ -189,15 +191,6 @@ def load_entry_points(group: str) -> None:
             raise plugin_error(entry, f"{type(error).__name__}: {error}") from error
 
 
-def plugin_error(entry: EntryPoint, cause: str) -> ReseedError:
-    """Return the error about an installed package whose entry point cannot be used."""
-    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "(unknown)"
-    return ReseedError(
-        f"the installed package {package} cannot be used: its entry point `{entry.name} = "
-        f"{entry.value}` in the group {entry.group} fails ({cause}). Mend or uninstall the package"
-    )
-
-
 def digest(values: Any, length: int = SIGNATURE_LENGTH) -> str:
     """Return ``length`` hex characters of SHA-256 over canonical JSON (sorted, shortest floats)."""
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -206,23 +199,17 @@ def digest(values: Any, length: int = SIGNATURE_LENGTH) -> str:
 
 # Classes that yaml files of version 0.1 name; users' copies of these files keep working.
 _MOVED = {
-    f"reseed.{old}": f"reseed.{new}"
-    for old, new in {
-        "activations.hookpoint.HookpointConfig": "activations.hookpoints.HookpointConfig",
-        "activations.language_model.EmbeddedModelConfig": (
-            "activations.model_source.EmbeddedModelConfig"
-        ),
-        "activations.language_model.PathModelConfig": "activations.model_source.PathModelConfig",
-        "activations.language_model.HubModelConfig": "activations.model_source.HubModelConfig",
-        "activations.world_config.WorldConfig": "activations.synthetic.world_source.WorldConfig",
-        "activations.world_config.GeneratedConfig": (
-            "activations.synthetic.world_source.GeneratedConfig"
-        ),
-        "evaluate.absorption.config.AbsorptionConfig": (
-            "evaluate.absorption.evaluation.AbsorptionConfig"
-        ),
-        "evaluate.contexts.config.ContextsConfig": "evaluate.contexts.ContextsConfig",
-    }.items()
+    f"reseed.{old}.{name}": f"reseed.{new}.{name}"
+    for name, old, new in (
+        ("HookpointConfig", "activations.hookpoint", "activations.hookpoints"),
+        ("EmbeddedModelConfig", "activations.language_model", "activations.model_source"),
+        ("PathModelConfig", "activations.language_model", "activations.model_source"),
+        ("HubModelConfig", "activations.language_model", "activations.model_source"),
+        ("WorldConfig", "activations.world_config", "activations.synthetic.world_source"),
+        ("GeneratedConfig", "activations.world_config", "activations.synthetic.world_source"),
+        ("AbsorptionConfig", "evaluate.absorption.config", "evaluate.absorption.evaluation"),
+        ("ContextsConfig", "evaluate.contexts.config", "evaluate.contexts"),
+    )
 }
 
 
@@ -235,7 +222,7 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
         base: the class that the target must derive from.
 
     Raises:
-        ConfigError: an unknown key, a wrong type, or a value out of range; with the full key.
+        ConfigError: an unknown class or key, a wrong type or a value out of range; with the key.
     """
     if not isinstance(node, Mapping):
         raise ConfigError(f"{{key}} must be one of its options; got {node!r}", key)
@@ -243,13 +230,14 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
     target = values.pop("_target_", None)
     if not isinstance(target, str) or "." not in target:
         raise ConfigError(f"{{key}} must name a class by `_target_`, got {target!r}", key)
-    module_name, _, class_name = _MOVED.get(target, target).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{{key}}: cannot find `_target_` {target}: {error}", key) from error
-    # Only Config classes are called, so that a hostile `_target_` cannot run code.
-    if not (isinstance(found, type) and issubclass(found, base)):
+    found = _class_named(_MOVED.get(target, target))
+    if found is None:
+        raise ConfigError(
+            f"{{key}}: there is no `_target_` {target}: it must name a {base.__name__} of reseed "
+            f"or of a package's entry point.{did_you_mean(target, _imported(base))}",
+            key,
+        )
+    if not issubclass(found, base):
         raise ConfigError(f"{{key}}: `_target_` {target} is not a {base.__name__}", key)
     if inspect.isabstract(found):
         raise ConfigError(f"{{key}}: `_target_` {target} is abstract: name a subclass", key)
@@ -259,6 +247,27 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
         if f.name not in values and f.metadata.get("neutral", _MISSING) != f.default:
             raise ConfigError("{key} is required: do not remove it", _dotted(key, f.name))
     return make(found, values, key)
+
+
+def _class_named(path: str) -> type[Config] | None:
+    """Return the `Config` class of this path; None if there is none."""
+    # A yaml may come from anywhere: only reseed's modules and those of entry points are imported.
+    module = path.rpartition(".")[0]
+    if re.fullmatch(r"reseed(\.[a-z]\w*)+", module):  # not __main__
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(module)
+    elif path not in _imported(Config):
+        for group in (SAES, EVALUATIONS, DATASETS):
+            load_entry_points(group)
+    return _imported(Config).get(path)
+
+
+def _imported(base: type[Config]) -> dict[str, type[Config]]:
+    """Return path → class of all imported subclasses."""
+    found = {}
+    for one in base.__subclasses__():
+        found |= {f"{one.__module__}.{one.__qualname__}": one, **_imported(one)}
+    return found
 
 
 def make(target: type[C], values: Mapping[str, Any], key: str) -> C:
@@ -377,8 +386,8 @@ def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
 
 def _describe(hint: Any) -> str:
     """Describe a type for messages: ``an integer``, ``a number or null``."""
-    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
-    words[type(None)] = "null"
+    words = {int: "an integer", float: "a number", str: "a string", bool: "true or false",
+             type(None): "null"}  # fmt: skip
     if hint in words:
         return words[hint]
     origin = typing.get_origin(hint)

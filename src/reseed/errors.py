@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import signal
 from collections.abc import Iterable
+from importlib.metadata import EntryPoint
 
 
 class ReseedError(Exception):
@@ -36,6 +37,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean `x`?`` for the known name nearest to ``word``, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean `{found[0]}`?" if found else ""
+
+
+def plugin_error(entry: EntryPoint, cause: str) -> ReseedError:
+    """Return the error about an installed package whose entry point cannot be used."""
+    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "(unknown)"
+    return ReseedError(
+        f"the installed package {package} cannot be used: its entry point `{entry.name} = "
+        f"{entry.value}` in the group {entry.group} fails ({cause}). Mend or uninstall the package"
+    )
 
 
 class Interrupted(KeyboardInterrupt):

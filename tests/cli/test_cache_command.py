@@ -165,3 +165,47 @@ def test_a_file_as_cache_folder_is_refused(
     assert capsys.readouterr().err == (
         "error: `runtime.activation_cache` must be a folder; got kept, which is a file\n"
     )
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git", "gpt2", "link", f"link-{'0' * 24}"])
+def test_clear_refuses_a_folder_that_holds_anything_else(
+    name: str, entries: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / f"other-{'0' * 24}"
+    other.mkdir()
+    (other / "entry.json").write_text("{}")
+    if name.startswith("link"):
+        (tmp_path / "kept" / name).symlink_to(other)
+    else:
+        (tmp_path / "kept" / name).touch()
+    assert cache.main([FOLDER, "--clear"]) == 1
+    assert capsys.readouterr().err == (
+        "error: `runtime.activation_cache` (=kept) is not a cache of activations alone: it holds "
+        f"{name}. Nothing was removed\n"
+    )
+    assert sorted(os.listdir("kept")) == sorted([*entries, name, ".lock"])
+    assert [path.name for path in other.iterdir()] == ["entry.json"]
+
+
+def test_eviction_and_removal_do_not_follow_links(entries: list[str], tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "entry.json").write_text("{}")
+    (mine / "000000-0123456789abcdef.safetensors").write_bytes(b"mine")
+    (tmp_path / "kept" / f"link-{'0' * 24}").symlink_to(mine)
+    (tmp_path / "kept" / entries[0] / "within").symlink_to(mine)
+    full = ActivationCache(tmp_path / "kept", 1)
+    assert len(full.stored()) == 2
+    assert full.entry({"number": 3}, "new") is not None  # evicts everything else
+    gc.collect()
+    removed, kept = full.clear()
+    assert (len(removed), kept) == (1, [])
+    assert sorted(path.name for path in mine.iterdir()) == [
+        "000000-0123456789abcdef.safetensors", "entry.json",
+    ]  # fmt: skip
+
+
+def test_an_empty_folder_is_a_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kept").mkdir()
+    assert cache.main([FOLDER, "--clear"]) == 0
+    assert capsys.readouterr().out == "nothing to remove: no activations in kept/\n"

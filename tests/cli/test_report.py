@@ -209,9 +209,9 @@ def test_tex_compiles(sweep: Path, said: Said) -> None:
 def test_a_report_replaces_only_an_earlier_report(sweep: Path, said: Said, tmp_path: Path) -> None:
     out = tmp_path / "there"
     said([sweep.name, "--out", str(out)])
-    (out / "old").write_text("of an earlier report")
+    (out / "old.js").write_text("of an earlier report")
     said([sweep.name, "--out", str(out)])
-    assert not (out / "old").exists()
+    assert not (out / "old.js").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
     mine = tmp_path / "mine"

@@ -23,6 +23,7 @@ class Chromium:
     Attributes:
         troubles: messages of the console, and errors of the page.
         requests: addresses of everything that was loaded.
+        dialogs: texts of dialogs that the page opened, such as by ``alert``.
     """
 
     def __init__(self, profile: Path) -> None:
@@ -47,6 +48,7 @@ class Chromium:
         self._buffer, self._last, self._session = b"", 0, ""
         self.troubles: list[str] = []
         self.requests: list[str] = []
+        self.dialogs: list[str] = []
         targets = self.send("Target.getTargets")["targetInfos"]
         page = next(target["targetId"] for target in targets if target["type"] == "page")
         found = self.send("Target.attachToTarget", targetId=page, flatten=True)
@@ -86,6 +88,9 @@ class Chromium:
                 self.troubles.append(json.dumps(about["args"])[:2000])
             case "Log.entryAdded" if about["entry"]["level"] in ("error", "warning"):
                 self.troubles.append(about["entry"]["text"])
+            case "Page.javascriptDialogOpening":
+                self.dialogs.append(about["message"])
+                self.send("Page.handleJavaScriptDialog", accept=True)
             case "Network.requestWillBeSent":
                 self.requests.append(about["request"]["url"])
 

@@ -10,15 +10,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import hostile
 import numpy as np
 import pandas as pd
 import pytest
 from chromium import Chromium
+from hostile import hostile_report
 from large import hostile_contexts, large_cell
 
 from reseed.cli import run
 from reseed.report.page.content import ReportData
-from reseed.report.page.write import write_browser_page
+from reseed.report.page.render import document, tag
+from reseed.report.page.write import write_browser_page, write_report
 from reseed.store.sweeps import Sweep
 
 pytestmark = pytest.mark.slow
@@ -241,6 +244,69 @@ def contrast(chromium: Chromium) -> float:
 
     found = [sorted(map(luminance, pair)) for pair in pairs]
     return min((high + 0.05) / (low + 0.05) for low, high in found)
+
+
+def test_hostile_names_and_tokens_run_nothing_and_load_nothing(
+    chromium: Chromium, make_cell, tmp_path: Path
+) -> None:
+    write_report(hostile_report(make_cell, tmp_path, figures=True), tmp_path / "report")
+    report = tmp_path / "report"
+    name = hostile.NAMES[0]
+    chromium.troubles.clear()
+    chromium.requests.clear()
+    chromium.dialogs.clear()
+    chromium.window(1400, 900)
+    chromium.open(report / "index.html")
+    chromium.evaluate("for (const i of document.images) i.loading = 'eager'")
+    chromium.wait("document.images.length && [...document.images].every((i) => i.complete)")
+    assert chromium.evaluate("[...document.images].every((i) => i.naturalWidth)")
+    assert name in chromium.evaluate("document.body.textContent")
+    links = chromium.evaluate("[...document.links].map((a) => a.protocol)")
+    assert set(links) <= {"file:", "https:"}
+
+    listed(chromium, report)
+    assert name in chromium.evaluate("document.body.textContent")
+    chromium.press("Enter")
+    chromium.wait("document.querySelector('.columns')")
+    seen = chromium.evaluate("document.body.textContent")
+    assert name in seen
+    assert "</script>" in seen
+    by_keyboard(chromium, report)
+    assert chromium.dialogs == []
+    assert chromium.troubles == []  # a refusal of the security policy would be one
+    outside = [a for a in chromium.requests if not a.startswith((report.as_uri(), "about:"))]
+    assert outside == []
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "document.body.innerHTML += '<img src=x onerror=\"window.ran=1\">'",
+        "document.body.append(made('script', {text: 'window.ran=1'}))",
+        "document.body.append(made('script', {src: 'evil.js'}))",
+        "document.body.innerHTML += '<a id=evil href=\"javascript:window.ran=1\">x</a>';"
+        "document.getElementById('evil').click()",
+        "document.body.innerHTML += '<style>body { opacity: 0 }</style>';"
+        "window.ran = getComputedStyle(document.body).opacity === '0' || undefined",
+        "fetch('https://elsewhere.example').then(() => window.ran = 1, () => 0)",
+    ],
+)
+def test_the_policy_of_a_page_stops_markup_that_was_not_escaped(
+    chromium: Chromium, tmp_path: Path, attack: str
+) -> None:
+    page = document("page", [tag("main", "text")], ["page.js"])
+    (tmp_path / "index.html").write_text(page)
+    (tmp_path / "evil.js").write_text("window.ran = 1")
+    for name in ("style.css", "theme.js", "page.js"):
+        (tmp_path / name).touch()
+    chromium.open(tmp_path / "index.html")
+    chromium.troubles.clear()
+    make = "const made = (name, values) => Object.assign(document.createElement(name), values);"
+    chromium.evaluate(f"{{ {make} {attack} }}")
+    chromium.wait("new Promise((done) => setTimeout(() => done(true), 200))")
+    assert chromium.evaluate("window.ran") is None
+    assert any("Content Security Policy" in trouble for trouble in chromium.troubles)
+    chromium.troubles.clear()
 
 
 LATENTS, SEEDS = 4_096, 8

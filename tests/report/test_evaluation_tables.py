@@ -22,7 +22,7 @@ from reseed.report.evaluation_results import (
 )
 from reseed.report.evaluation_tables import evaluation_tables, run_tables
 from reseed.report.figures import save_figures
-from reseed.report.latex import summary_latex
+from reseed.report.markup import summary_latex
 from reseed.report.style import STYLE
 from reseed.report.table_files import latent_table, summary_frame, summary_markdown
 from reseed.store.results import L0, EvaluationDeclaration, Metric, StoredEvaluation

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from reseed.report.latex import PREAMBLE, escaped, latex_table, summary_latex
+from reseed.report.markup import PREAMBLE, latex_table, latex_text, summary_latex
 from reseed.report.table import Table, main_table
 from reseed.report.table_files import write_tables
 
@@ -56,7 +56,7 @@ PRINTABLE = "".join(map(chr, range(32, 127))).translate({ord(c): None for c in '
     [PRINTABLE, PRINTABLE[::-1], "λ=3.6, L0≈8", "κ ≥ τ ≤ σ ≠ Σ → ×·…", "–", "a_b{c}\\d", "{[}"],
 )
 def test_every_character_is_printed_as_itself(text):
-    assert typeset(escaped(text)) == text
+    assert typeset(latex_text(text)) == text
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_every_character_is_printed_as_itself(text):
     [("a|b", "a$|$b"), ('"x"', "''x''"), ("−0.5", "$-$0.5"), ("S₀", "S$_0$"), ("5%", r"5\%")],
 )
 def test_characters_without_a_glyph_are_replaced(text, source):
-    assert escaped(text) == source
+    assert latex_text(text) == source
 
 
 @pytest.mark.parametrize("first", ["[0.1, 0.2]", "*", "[x"])

@@ -15,6 +15,7 @@ import pytest
 from reseed.report.captions import UNSHARED, caption, data_files, reference_table, title
 from reseed.report.evaluation_results import EvaluatedRun, joined
 from reseed.report.figures import comparison_drawings
+from reseed.report.markup import Span, spans
 from reseed.report.page.content import fvu_fall, warnings
 from reseed.report.page.latent_browser import entries, latent_columns, write_browser
 from reseed.report.page.provenance import command, flatten_settings, split_common
@@ -24,9 +25,7 @@ from reseed.report.page.render import (
     Html,
     Paragraph,
     Section,
-    Span,
     inline,
-    spans,
     table_html,
     tag,
     tex,

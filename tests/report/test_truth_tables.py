@@ -10,6 +10,7 @@ from rich.console import Console
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import LABELS, Dictionary
+from reseed.report.markup import markdown_inline
 from reseed.report.table_files import summary_frame, summary_markdown, write_tables
 from reseed.report.terminal import print_summary
 from reseed.report.truth import TITLE, truth_tables
@@ -123,7 +124,7 @@ def test_markdown_has_both_tables_between_the_summary_and_more_measures(mixed):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
         assert len(lines) == 2 + 2
     for words in truth_tables(mixed):
-        assert all(note in text for note in words.footnotes)
+        assert all(markdown_inline(note) in text for note in words.footnotes)
 
 
 def test_at_120_columns_a_row_is_a_line(mixed):

@@ -36,7 +36,7 @@ def _folder(entry: EntryPoint) -> Path:
     Raises:
         ReseedError: there is no such folder.
     """
-    from reseed.config import plugin_error
+    from reseed.errors import plugin_error
 
     package, *below = entry.value.split(".")
     spec = find_spec(package)

@@ -119,11 +119,18 @@ class ActivationCache:
     def stored(self) -> list[EntryInfo]:
         """Return all entries, from the most to the least recently used."""
         try:
-            folders = [p for p in self.folder.iterdir() if _ENTRY.search(p.name) and p.is_dir()]
+            folders = [p for p in self.folder.iterdir() if _is_entry(p)]
         except OSError:
             return []
         found = [entry for folder in sorted(folders) if (entry := _stored(folder)) is not None]
         return sorted(found, key=lambda entry: -entry.last_used)
+
+    def foreign(self) -> list[str]:
+        """Return the names of what is in the folder although no cache writes it, sorted."""
+        if not self.folder.is_dir():
+            return []
+        found = [p.name for p in self.folder.iterdir() if p.name != ".lock" and not _is_entry(p)]
+        return sorted(found)
 
     def clear(self, pattern: str = "*") -> tuple[list[EntryInfo], list[EntryInfo]]:
         """Remove the entries whose name contains ``pattern``, which may hold wildcards.
@@ -295,6 +302,12 @@ def _if_idle(entry: EntryInfo, act: Callable[[EntryInfo], object]) -> bool:
     finally:
         os.close(handle)
     return True
+
+
+def _is_entry(path: Path) -> bool:
+    """Return True for a folder with the name of an entry; a link to one would lead out of the
+    cache."""
+    return bool(_ENTRY.search(path.name)) and path.is_dir() and not path.is_symlink()
 
 
 def _stored(folder: Path) -> EntryInfo | None:

@@ -86,8 +86,20 @@ def print_cache(folder: Path, gib: float) -> None:
 
 
 def clear(folder: Path, pattern: str) -> None:
-    """Remove the entries whose name matches, and print them."""
-    removed, kept = ActivationCache(folder, 0).clear(pattern)
+    """Remove the entries whose name matches, and print them.
+
+    Raises:
+        ConfigError: the folder holds something else, so it is not a cache.
+    """
+    cache = ActivationCache(folder, 0)
+    if foreign := cache.foreign():
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise ConfigError(
+            f"{{key}} (={folder}) is not a cache of activations alone: it holds {foreign[0]}{more}"
+            ". Nothing was removed",
+            "runtime.activation_cache",
+        )
+    removed, kept = cache.clear(pattern)
     for entry in removed:
         chunks = counted(len(entry.chunks), "chunk")
         say(f"removed {entry.path.name} ({chunks}, {_size(entry.size)})")

@@ -3,7 +3,8 @@
 The jobs of a sweep differ mostly in values (``seed=3``). The defaults list, which names the files
 to compose, depends only on the choices of options (``sae=relu``), because its interpolations refer
 to choices. The composition of each set of choices is therefore kept, and Hydra's own function
-applies the values to a copy. `about_missing` returns the message about a key that does not exist.
+applies the values to a copy. `about_missing` returns the message about a key that does not exist;
+`record_without_secrets` masks the configuration that Hydra writes.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import Any
 
@@ -23,13 +24,16 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reseed.cli.errors import MissingKey
 from reseed.errors import did_you_mean
+from reseed.system.environment import mask_values
 
 # Exceptions that a wrong override can raise; Hydra does not expect all of them (`sae=null`).
 _WRONG = (
@@ -202,3 +206,26 @@ def _about_entry(missing: MissingKey) -> str:
     simple = re.fullmatch(r"\w+", missing.name)
     entry = f".{missing.name}=..." if simple else f"={{{missing.name}: ...}}"
     return f"`{missing.parent}` has no entry `{missing.name}`: add one by +{missing.parent}{entry}"
+
+
+@contextmanager
+def record_without_secrets() -> Iterator[None]:
+    """Let Hydra's sweeper write multirun.yaml without secrets; jobs get the configuration as it is.
+
+    The sweeper of Optuna writes no configuration.
+    """
+    instantiate = Plugins.instantiate_sweeper
+
+    def masked(self: Plugins, *, config: DictConfig, **others: Any) -> Sweeper:
+        sweeper = instantiate(self, config=config, **others)
+        # Hydra imports plugins a second time, so the class itself cannot be compared.
+        if type(sweeper).__name__ == "BasicSweeper":
+            plain = OmegaConf.to_container(config)
+            sweeper.config = OmegaConf.create(mask_values(plain))  # type: ignore[attr-defined]
+        return sweeper
+
+    Plugins.instantiate_sweeper = masked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Plugins.instantiate_sweeper = instantiate  # type: ignore[method-assign]

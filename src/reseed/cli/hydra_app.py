@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reseed.cli import COMMANDS
-from reseed.cli.config_loader import about_missing, load_once
+from reseed.cli.config_loader import about_missing, load_once, record_without_secrets
 from reseed.cli.errors import describe_error
 from reseed.errors import ConfigError, ReseedError
 
@@ -137,6 +137,13 @@ class CommandLine:
         config = self._hydra_config
         name = str(config.runtime.choices["hydra/launcher"])
         self._check_settings(name)
+        if name not in (LOCAL_LAUNCHER, "slurm") and config.output_subdir is not None:
+            # Hydra would write the overrides there, with their secrets.
+            raise ConfigError(
+                f"{{key}} must be null, as run.json holds the record of a run; got "
+                f"{config.output_subdir}",
+                "hydra.output_subdir",
+            )
         if name != "slurm":  # settings of Hydra's launchers may depend on the sweep
             return name, {}
         try:
@@ -215,7 +222,7 @@ class CommandLine:
         full = os.environ.get("HYDRA_FULL_ERROR")
         os.environ["HYDRA_FULL_ERROR"] = "1"  # only `errors.run_and_report` prints errors
         try:
-            with _state_of_its_own(), _argv(self.command, arguments):
+            with _state_of_its_own(), _argv(self.command, arguments), record_without_secrets():
                 hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(
                     task
                 )()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reseed.compare.cell import CellResult
-from reseed.report.format import MISSING, range_text
+from reseed.report.format import MISSING, one_line, range_text
 
 Cell = tuple[Mapping[str, Any], CellResult]
 """The knobs of a cell (``{"sae": "topk", "layer": 2}``) and its measures."""
@@ -96,7 +96,9 @@ def label_knobs(cells: Sequence[Cell]) -> list[str]:
 
 def label(cells: Sequence[Cell], knobs: Mapping[str, Any]) -> str:
     """Return a short name of one cell among ``cells``."""
-    return ", ".join(knob_values(label_knobs(cells), knobs)) or str(knobs.get("sae", "all runs"))
+    return ", ".join(knob_values(label_knobs(cells), knobs)) or one_line(
+        str(knobs.get("sae", "all runs"))
+    )
 
 
 def knob_values(names: Sequence[str], knobs: Mapping[str, Any]) -> list[str]:
@@ -195,4 +197,4 @@ def _follows(cells: Sequence[Knobbed], name: str, other: str) -> bool:
 
 
 def _word(knobs: Mapping[str, Any], name: str) -> str:
-    return str(knobs.get(name, MISSING))
+    return one_line(str(knobs.get(name, MISSING)))

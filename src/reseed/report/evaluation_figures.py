@@ -25,6 +25,7 @@ from reseed.report.cell_labels import (
     wrapped,
 )
 from reseed.report.evaluation_results import LETTERS, EvaluatedRun, Runs
+from reseed.report.format import one_line
 from reseed.report.style import (
     BLUE,
     COLOURS,
@@ -80,7 +81,8 @@ def density_figure(cells: Sequence[Cell]) -> Figure:
     axes.axvline(-1, color=GREY, linestyle="--", linewidth=0.8)
     axes.text(-0.97, 0.98, "dense", color=GREY, va="top", transform=axes.get_xaxis_transform())
     powers = range(int(np.floor(least)), 1)
-    axes.set_xticks(list(powers), [f"10$^{{{p}}}$" if p else "1" for p in powers])
+    names = [f"10$^{{{p}}}$" if p else "1" for p in powers]
+    axes.set_xticks(list(powers), names, parse_math=True)
     axes.set_xlim(np.floor(least * 4) / 4, 0)
     axes.set_ylim(bottom=0)
     faint_grid(axes, "y")
@@ -271,7 +273,10 @@ def _kinds(cells: Sequence[Cell]) -> list[str]:
     """Return each cell's non-numeric knobs as text: usually its architecture."""
     numbers = numeric_axes(cells, at_least=2)
     names = [name for name in distinguishing_knobs(cells) if name not in numbers]
-    return [", ".join(knob_values(names, knobs)) or str(knobs.get("sae", "")) for knobs, _ in cells]
+    return [
+        ", ".join(knob_values(names, knobs)) or one_line(str(knobs.get("sae", "")))
+        for knobs, _ in cells
+    ]
 
 
 def _look(kinds: Sequence[str], kind: str) -> dict[str, Any]:

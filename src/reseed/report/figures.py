@@ -362,4 +362,4 @@ def _unshared_lines(axes: Axes, cells: Sequence[Cell]) -> None:
     axes.set_xlabel(f"number k of {pair_axis_name(cells)}, of {count_text(cells)}")
     axes.set_ylabel(f"fraction in only one of k {pair_axis_name(cells)}")
     if any(fit_power_law(cell.u) for _, cell in cells):
-        axes.set_title("lines: a·k$^{-b}$ + c fitted, limit c")
+        axes.set_title("lines: a·k$^{-b}$ + c fitted, limit c", parse_math=True)

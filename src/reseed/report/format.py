@@ -1,7 +1,8 @@
-"""Numbers and intervals as text, for tables, the terminal and figures."""
+"""Numbers, intervals and names as text, for tables, the terminal and figures."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from math import isnan
 
@@ -13,6 +14,16 @@ MISSING = "–"
 """Sign for a missing value."""
 LEAST = 0.001
 """Positive numbers smaller than this are shown as ``< 0.001``."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def one_line(text: str) -> str:
+    """Replace line breaks and control characters by spaces.
+
+    A line break in a name could begin a new paragraph. A control character could command the
+    terminal, end an SVG or LaTeX file, or reverse the text that follows it.
+    """
+    return _CONTROL.sub(" ", text)
 
 
 def format_number(value: float) -> str:

@@ -24,7 +24,7 @@ from reseed.compare.strata import DECILES, shared_by_stratum
 from reseed.compare.tables import lists
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.cell_labels import Cell, count_text, label, label_knobs, pair_axis_name, wrapped
-from reseed.report.format import range_text, with_interval
+from reseed.report.format import one_line, range_text, with_interval
 from reseed.report.style import (
     COLOURS,
     GREY,
@@ -251,8 +251,8 @@ def _panels(cells: Sequence[Cell]) -> dict[str, list[tuple[str, Cell]]]:
     *first, last = label_knobs(cells)
     found: dict[str, list[tuple[str, Cell]]] = {}
     for knobs, cell in cells:
-        title = ", ".join(_named(name, str(knobs.get(name))) for name in first)
-        found.setdefault(title, []).append((str(knobs.get(last)), (knobs, cell)))
+        title = ", ".join(_named(name, one_line(str(knobs.get(name)))) for name in first)
+        found.setdefault(title, []).append((one_line(str(knobs.get(last))), (knobs, cell)))
     return found
 
 

@@ -13,8 +13,8 @@ from rich.console import Console
 from reseed.compare.cell import CellResult
 from reseed.compare.registry import Interval
 from reseed.report.format import format_number, null_text, with_interval
+from reseed.report.markup import markdown_inline, markdown_table
 from reseed.report.table import Table
-from reseed.report.table_files import markdown_table
 from reseed.report.terminal import print_table
 from reseed.system.files import atomic_write, atomic_write_text
 
@@ -25,7 +25,11 @@ def write_check(frame: pd.DataFrame, table: Table, folder: Path) -> list[Path]:
     """Write `CHECK_FILES` into ``folder``, each atomically."""
     csv, md = (folder / name for name in CHECK_FILES)
     atomic_write(csv, lambda p: frame.to_csv(p, index=False))
-    parts = ("# Do these latents replicate?", table.caption, markdown_table(table))
+    parts = (
+        "# Do these latents replicate?",
+        markdown_inline(table.caption),
+        markdown_table(table),
+    )
     atomic_write_text(md, "\n\n".join(parts) + "\n")
     return [csv, md]
 

@@ -194,7 +194,7 @@ def _ticks(axes: Axes, never: float, least: float, most: float) -> None:
         powers = powers[len(powers) % 2 :: 2] if len(powers) % 2 else powers[1::2]
     axes.xaxis.set_major_locator(FixedLocator([never, *powers]))
     names = [f"10$^{{{round(float(np.log10(p)))}}}$" for p in powers]
-    axes.set_xticks([never, *powers], ["0", *names])
+    axes.set_xticks([never, *powers], ["0", *names], parse_math=True)
     axes.xaxis.set_minor_locator(NullLocator())
 
 

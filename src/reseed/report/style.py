@@ -42,6 +42,7 @@ STYLE: Any = {
     "savefig.dpi": 200,
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.05,
+    "text.parse_math": False,  # a dollar sign in a name is a character
     "svg.fonttype": "path",
     "svg.hashsalt": "reseed",
 }

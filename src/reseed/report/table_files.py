@@ -24,7 +24,13 @@ from reseed.report.evaluation_results import Runs
 from reseed.report.evaluation_tables import evaluation_tables
 from reseed.report.figures import matched_cosines
 from reseed.report.format import interval_row
-from reseed.report.latex import summary_latex
+from reseed.report.markup import (
+    markdown_code,
+    markdown_inline,
+    markdown_table,
+    markdown_text,
+    summary_latex,
+)
 from reseed.report.sharing_by_firing import cells_with_strata, strata_frame
 from reseed.report.summary_tables import null_table, summary_tables
 from reseed.report.table import Table, cell_notes, detectable_difference_note, main_table
@@ -218,11 +224,11 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
     ``incomplete`` is added to the footnotes of the first table.
     """
     first, *others = first_tables(cells, incomplete)
-    parts = ["# Summary", first.caption, markdown_table(first)]
+    parts = ["# Summary", markdown_inline(first.caption), markdown_table(first)]
     for table in others:
-        parts += ["## Other pairs", table.caption, markdown_table(table)]
+        parts += ["## Other pairs", markdown_inline(table.caption), markdown_table(table)]
     for table in optional_tables(cells):
-        parts += [f"## {table.caption}", markdown_table(table)]
+        parts += [f"## {markdown_text(table.caption)}", markdown_table(table)]
     alone = runs_by_value_table(cells)
     if alone:
         parts += ["## Runs of each value", markdown_table(alone)]
@@ -233,8 +239,8 @@ def summary_markdown(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> s
         parts += [f"## {title}", *map(markdown_table, tables)]
     parts.append("## Runs")
     for knobs, cell in cells:
-        runs = ", ".join(f"`{run}`" for run in cell.runs["run"])
-        parts.append(f"- {label(cells, knobs)}: {runs}")
+        runs = ", ".join(map(markdown_code, cell.runs["run"]))
+        parts.append(f"- {markdown_text(label(cells, knobs))}: {runs}")
     return re.sub(r"(\n- .*)\n(?=\n- )", r"\1", "\n\n".join(parts)) + "\n"
 
 
@@ -257,18 +263,6 @@ def optional_tables(cells: Sequence[Cell]) -> list[Table]:
     nulls = null_table(cells)
     others = [*value_matrix_tables(cells), *truth_tables(cells), *evaluation_tables(cells)]
     return [*([nulls] if nulls else []), *others]
-
-
-def markdown_table(table: Table) -> str:
-    """Return the table and its footnotes as markdown."""
-
-    def line(entries: Sequence[str]) -> str:
-        escaped = (entry.replace("\n", " ").replace("|", "\\|") for entry in entries)
-        return "| " + " | ".join(escaped) + " |"
-
-    rule = [":--"] * table.num_knobs + ["--:"] * (len(table.header) - table.num_knobs)
-    lines = [line(table.header), line(rule), *map(line, table.rows)]
-    return ("\n".join(lines) + "\n\n" + "\n".join(f"- {n}" for n in table.footnotes)).strip()
 
 
 def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], pd.DataFrame]]:

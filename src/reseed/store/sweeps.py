@@ -22,6 +22,7 @@ from reseed.config import Config, digest
 from reseed.errors import ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.system.console import say
+from reseed.system.environment import mask_words
 from reseed.system.files import atomic_write_text
 from reseed.system.integrity import (
     DamagedFileError,
@@ -70,7 +71,8 @@ class Sweep:
         return rows
 
     def write_manifest(self, jobs: Sequence[Any], store: RunStore) -> None:
-        """Write a line per job: its values of the axes, overrides, signature and folder.
+        """Write a line per job: its values of the axes, overrides without secrets, signature and
+        folder.
 
         If the comparison has arms, the arm is an axis called ``arm``.
         """
@@ -79,7 +81,7 @@ class Sweep:
             run = job.resolved.run(store)
             row = {
                 "axes": dict(job.axes),
-                "overrides": list(job.overrides),
+                "overrides": mask_words(job.overrides),
                 "signature": run.signature,
                 "run": os.path.relpath(run.path, self.path),
             }

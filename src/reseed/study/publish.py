@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from reseed.errors import ConfigError, ReseedError
+from reseed.report.markup import markdown_block, markdown_code, markdown_text
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import load_sae, read_metadata
 from reseed.sae.formats import export_checked
@@ -80,9 +82,17 @@ def model_card(run: Run, sae: SAE, place: str, format: str) -> str:
     e, labels = record["experiment"], record["labels"]
     repo, _, path = place.partition("/")[2].partition("/")
     repo = f"{place.partition('/')[0]}/{repo}"
-    own = _USAGE[format].format(repo=repo, path=f', hookpoint="{path}"' if path else "")
-    again = f"\n\nIn the format of {format}:\n\n```python\n{own}\n```" if own else ""
-    hook = e["hookpoint"]["module"] or e["hookpoint"]["site"]
+    own = _USAGE[format].format(repo=repo, path=f", hookpoint={json.dumps(path)}" if path else "")
+    again = f"\n\nIn the format of {format}:\n\n{markdown_block(own, 'python')}" if own else ""
+    loading = (
+        f"import reseed\n\nsae = reseed.load_sae({json.dumps(f'hub:{place}')})\n"
+        f"out = sae(x)  # out.latents, out.reconstruction; x: [..., {sae.d_in}]"
+    )
+    hook = markdown_text(e["hookpoint"]["module"] or e["hookpoint"]["site"])
+    model, dataset, sparsity = (
+        markdown_text(str(name))
+        for name in (labels["model"], labels["dataset"], record["sparsity"])
+    )
     return f"""\
 ---
 library_name: reseed
@@ -90,18 +100,13 @@ tags:
 - sparse-autoencoder
 - interpretability
 ---
-# {sae.config.name} on {labels["model"]}, {hook} of layer {e["layer"]}
+# {sae.config.name} on {model}, {hook} of layer {e["layer"]}
 
 A sparse autoencoder with {sae.num_latents:,} latents for activations of width {sae.d_in:,} \
-({record["sparsity"]}), trained on {record["tokens"]:,} tokens of {labels["dataset"]} with seed \
-{e["seed"]}. It takes raw activations. The signature of its run is `{run.signature}`.
+({sparsity}), trained on {record["tokens"]:,} tokens of {dataset} with seed {e["seed"]}. It takes \
+raw activations. The signature of its run is {markdown_code(run.signature)}.
 
-```python
-import reseed
-
-sae = reseed.load_sae("hub:{place}")
-out = sae(x)  # out.latents, out.reconstruction; x: [..., {sae.d_in}]
-```{again}
+{markdown_block(loading, "python")}{again}
 
 Another seed finds other latents: `reseed run comparison=seeds` measures how many it has in common.
 
@@ -115,7 +120,7 @@ Another seed finds other latents: `reseed run comparison=seeds` measures how man
 | :-- | :-- |
 {_settings("sae", record["identity"]["sae"])}
 {_settings("training", record["identity"]["training"])}
-| dataset.context_length | {e["dataset"].get("context_length", "–")} |
+| dataset.context_length | {markdown_text(str(e["dataset"].get("context_length", "–")))} |
 
 Made with reseed {VERSION}.
 """
@@ -133,4 +138,6 @@ def _table(names: Mapping[str, str], metrics: Mapping[str, Any]) -> str:
 def _settings(group: str, values: Mapping[str, Any]) -> str:
     """Return a row for each setting that enters the signature and has a value."""
     shown = {key: value for key, value in values.items() if value is not None and key != "type"}
-    return "\n".join(f"| {group}.{key} | {value} |" for key, value in shown.items())
+    return "\n".join(
+        f"| {group}.{key} | {markdown_text(str(value))} |" for key, value in shown.items()
+    )

@@ -1,16 +1,21 @@
 """The environment of a run: versions, machine, commit and command. It is recorded, but runs are not
-compared by it."""
+compared by it.
+
+No record holds a secret: `mask_words` and `mask_command` replace it by ``***`` in what is recorded,
+while the command itself keeps it.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -20,12 +25,82 @@ from typing import Any
 from reseed import __version__ as VERSION
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
+MASK = "***"
+_SECRET = r"key|secret|passw|credential|token(?!s|i[sz])"
+# `training.tokens` is a number of reseed's, `HF_TOKENS` a variable of the environment.
+_NAME = re.compile(rf"(?i:{_SECRET})|TOKEN")
+_PAIR = re.compile(
+    r"""([\w.-]+)(["']?\s*[:=]\s*)("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""
+    r"""|\[[^\]]*\]|[^\s,;&"'{}\[\]]+)"""
+)
+_VALUES = re.compile(
+    r"(?<=://)[^\s/@:]*:[^\s/@]+(?=@)"  # user and password of an address
+    r"|(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{12,}"
+    r"|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"
+    r"|(?<=Bearer )\S+"
+)
+"""Values that are secret by their form: tokens of the usual services, and JSON web tokens."""
+
+
+def mask_words(words: Sequence[str]) -> list[str]:
+    """Replace secrets among the words of a command, such as overrides, by `MASK`.
+
+    Masked are values whose key contains KEY, TOKEN, SECRET or PASSWORD, those of
+    ``hydra.job.env_set``, the word after a flag with such a name, and values that have the form of
+    a token or hold a password (``https://user:password@host``).
+    """
+    found = []
+    follows = False
+    for word in words:
+        found.append(MASK if follows and not word.startswith("-") else _mask_word(word))
+        follows = word.startswith("-") and "=" not in word and is_secret(word)
+    return found
+
+
+def mask_command(command: str) -> str:
+    """Replace secrets in a command line by `MASK`."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # version 0.1 recorded words without quotes
+        return " ".join(mask_words(command.split(" ")))
+    masked = mask_words(words)
+    return command if masked == words else shlex.join(masked)
+
+
+def mask_values(value: Any, key: str = "") -> Any:
+    """Replace secrets in nested values of a configuration by `MASK`."""
+    if isinstance(value, Mapping):
+        return {name: mask_values(inner, f"{key}.{name}") for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [mask_values(inner, key) for inner in value]
+    if value is None or isinstance(value, bool):
+        return value
+    if is_secret(key):
+        return MASK
+    return _mask_word(value) if isinstance(value, str) else value
+
+
+def is_secret(key: str) -> bool:
+    """Return True if the name of a setting or variable says that its value is secret."""
+    return "env_set" in key or _NAME.search(key) is not None
+
+
+def _mask_word(word: str) -> str:
+    key, equals, value = word.partition("=")
+    if equals and (is_secret(key) or "env_set" in value):
+        return f"{key}={MASK}"
+
+    def masked(found: re.Match[str]) -> str:
+        return f"{found[1]}{found[2]}{MASK}" if is_secret(found[1]) else found[0]
+
+    return _VALUES.sub(MASK, key + equals + _PAIR.sub(masked, value) if equals else word)
 
 
 def environment() -> dict[str, Any]:
-    """Return the environment of the current command."""
+    """Return the environment of the current command, without its secrets."""
     command = _command.get() or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {**_of_process(), "command": command}  # one process may run several commands
+    return {**_of_process(), "command": mask_command(command)}  # a process may run several
 
 
 _command: ContextVar[str] = ContextVar("command", default="")

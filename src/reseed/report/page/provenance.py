@@ -13,6 +13,7 @@ from reseed.report.page.render import Block, BulletList, Code, Folded, Paragraph
 from reseed.report.table import Table
 from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
+from reseed.system.environment import mask_command
 
 _WITHOUT_EFFECT = ("runtime.", "hydra.", "hydra/")
 _MANY = 8
@@ -140,8 +141,11 @@ def _origin(sweep: Sweep, records: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def command(record: Mapping[str, Any]) -> str:
-    """Return the typed command without options that cannot change results: folders, threads, …"""
-    text = str(record.get("environment", {}).get("command", ""))
+    """Return the typed command without options that cannot change results: folders, threads, …
+
+    Runs of before have secrets in their records; they are masked here.
+    """
+    text = mask_command(str(record.get("environment", {}).get("command", "")))
     try:
         typed = shlex.split(text)
     except ValueError:  # version 0.1 recorded words without quotes

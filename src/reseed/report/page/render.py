@@ -1,30 +1,44 @@
 """Blocks of a report, independent of its format, and their rendering as HTML, markdown and LaTeX.
 
-Text is plain except for ``**bold**``, ```code``` and ``[words](target)``; every other character is
-literal, so that renderers can escape it. In HTML everything from outside is escaped: `tag` escapes
-its children unless they are `Html`, which only this module makes. The markdown file shows the
-images in ``figures/``; the LaTeX document compiles as it is, with pdf figures in ``figures/``.
+Text has the inline marks of `report.markup`; every other character is literal. In HTML, `tag`
+escapes its children unless they are `Html`, which only this module makes, and leaves out a link
+that is not `is_link_target`. A page loads only scripts and styles with the nonce in its security
+policy, so that nothing in a name or token would run even if it were not escaped. The markdown file
+shows the images in ``figures/``; the LaTeX document compiles as it is, with pdf figures in
+``figures/``.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from html import escape
 from itertools import count
-from typing import Any, Literal
+from typing import Any
 
-from reseed.report.latex import escaped, latex_table
-from reseed.report.table import Table
-from reseed.report.table_files import markdown_table
-
-_SPAN = re.compile(
-    r"\*\*(?P<bold>.+?)\*\*|`(?P<code>[^`]+)`|\[(?P<link>[^\]\n]+)\]\((?P<target>\S+?)\)"
+from reseed.report.markup import (
+    is_link_target,
+    latex_code,
+    latex_inline,
+    latex_table,
+    latex_text,
+    markdown_block,
+    markdown_inline,
+    markdown_table,
+    markdown_text,
+    spans,
 )
+from reseed.report.table import Table
+
 _SCALE = 1.15
 """Pixels per point: makes a figure's 8 pt letters as large as those of the footnotes."""
 _VOID = {"img", "input", "link", "meta"}
+_POLICY = (
+    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; img-src 'self' file:; "
+    "base-uri 'none'; form-action 'none'"
+)
+"""Content-Security-Policy of a page. Some browsers do not count files on disk as ``'self'``."""
 _PREAMBLE = r"""\documentclass[11pt]{article}
 \usepackage[utf8]{inputenc}
 \usepackage[margin=2.5cm]{geometry}
@@ -32,19 +46,6 @@ _PREAMBLE = r"""\documentclass[11pt]{article}
 \setlength{\parindent}{0pt}
 \setlength{\parskip}{0.6em}
 """
-
-
-@dataclass(frozen=True)
-class Span:
-    """A piece of text of one kind.
-
-    Attributes:
-        target: target of a link: a path in the report or a URL.
-    """
-
-    kind: Literal["plain", "bold", "code", "link"]
-    text: str
-    target: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,23 +122,6 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-def spans(text: str) -> list[Span]:
-    """Return the pieces of a text, in order; none is empty."""
-    found: list[Span] = []
-    at = 0
-    for match in _SPAN.finditer(text):
-        found.append(Span("plain", text[at : match.start()]))
-        if match["bold"]:
-            found.append(Span("bold", match["bold"]))
-        elif match["code"]:
-            found.append(Span("code", match["code"]))
-        else:
-            found.append(Span("link", match["link"], match["target"]))
-        at = match.end()
-    found.append(Span("plain", text[at:]))
-    return [span for span in found if span.text]
-
-
 class Html(str):
     """Text that is HTML already."""
 
@@ -148,7 +132,8 @@ def tag(name: str, /, *children: str, **attributes: Any) -> Html:
     Args:
         children: text, which is escaped, or `Html`.
         attributes: ``class_`` becomes ``class``, ``data_sort`` becomes ``data-sort``; None and
-            False are left out, True is an attribute without a value.
+            False are left out, and so are links that are not `is_link_target`; True is an attribute
+            without a value.
     """
     text = "".join(_attribute(key, value) for key, value in attributes.items())
     if name in _VOID:
@@ -165,6 +150,8 @@ def _attribute(key: str, value: Any) -> str:
     if value is None or value is False:
         return ""
     name = key.rstrip("_").replace("_", "-")
+    if name in ("href", "src") and not is_link_target(str(value)):
+        return ""
     return f" {name}" if value is True else f' {name}="{escape(str(value))}"'
 
 
@@ -174,17 +161,22 @@ def document(title: str, body: Sequence[Html], scripts: Sequence[str]) -> Html:
     Args:
         scripts: scripts of the report to load, in order.
     """
+    made = tag("body", *body)
+    # Text from outside is part of what is hashed, so it cannot contain the nonce.
+    nonce = sha256(f"{title}\n{made}".encode()).hexdigest()[:32]
     head = [
         tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY.format(nonce)),
+        tag("meta", name="referrer", content="no-referrer"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", title),
-        tag("link", rel="stylesheet", href="style.css"),
+        tag("link", rel="stylesheet", href="style.css", nonce=nonce),
         # Not deferred: a chosen theme must apply before the first paint.
-        tag("script", src="theme.js"),
+        tag("script", src="theme.js", nonce=nonce),
     ]
-    scripted = [tag("script", src=name, defer=True) for name in scripts]
-    whole = tag("html", tag("head", *head, *scripted), tag("body", *body), lang="en")
+    scripted = [tag("script", src=name, defer=True, nonce=nonce) for name in scripts]
+    whole = tag("html", tag("head", *head, *scripted), made, lang="en")
     return Html(f"<!doctype html>\n{whole}\n")
 
 
@@ -283,31 +275,36 @@ def _picture(picture: Picture) -> Html:
 
 def markdown(title: str, sections: Sequence[Section]) -> str:
     """Return a report as markdown."""
-    parts = [f"# {title}"]
+    parts = [f"# {markdown_text(title)}"]
     for section in sections:
-        parts += [f"## {section.title}", *(_markdown_block(block, 3) for block in section.blocks)]
+        parts.append(f"## {markdown_text(section.title)}")
+        parts += [_markdown_block(block, 3) for block in section.blocks]
     return "\n\n".join(parts) + "\n"
 
 
 def _markdown_block(block: Block, level: int) -> str:
     match block:
         case Paragraph(text):
-            return text
+            return markdown_inline(text)
         case BulletList(texts):
-            return "\n".join(f"- {text}" for text in texts)
+            return "\n".join(f"- {markdown_inline(text)}" for text in texts)
         case TableBlock(table):
-            caption = f"*{table.caption}*\n\n" if table.caption else ""
+            caption = f"*{markdown_text(table.caption)}*\n\n" if table.caption else ""
             return caption + markdown_table(table)
         case Picture(name, title, caption, data):
-            files = ", ".join(f"[{file}](data/{file})" for file in data)
-            image = f"![{title}](figures/{name}.png)"
-            return f"{image}\n\n**{title}.** {caption} Data: {files}."
+            files = ", ".join(_markdown_link(file, f"data/{file}") for file in data)
+            image = "!" + _markdown_link(title, f"figures/{name}.png")
+            about = f"**{markdown_text(title)}.** {markdown_inline(caption)}"
+            return f"{image}\n\n{about} Data: {files}."
         case Code(text):
-            return f"```\n{text}\n```"
+            return markdown_block(text)
         case Folded(title, blocks):
-            return "\n\n".join(
-                [f"{'#' * level} {title}", *(_markdown_block(b, level + 1) for b in blocks)]
-            )
+            head = f"{'#' * level} {markdown_text(title)}"
+            return "\n\n".join([head, *(_markdown_block(b, level + 1) for b in blocks)])
+
+
+def _markdown_link(text: str, target: str) -> str:
+    return f"[{markdown_text(text)}]({target})" if is_link_target(target) else markdown_text(text)
 
 
 def tex(title: str, sections: Sequence[Section]) -> str:
@@ -315,10 +312,10 @@ def tex(title: str, sections: Sequence[Section]) -> str:
     numbers = count(1)
     body: list[str] = []
     for section in sections:
-        body.append(rf"\section{{{escaped(section.title)}}}")
+        body.append(rf"\section{{{latex_text(section.title)}}}")
         body += [_tex_block(block, numbers) for block in section.blocks]
         body.append(r"\clearpage")  # LaTeX fails if too many figures wait to be placed
-    head = rf"\title{{{escaped(title)}}}" + "\n" + r"\date{}"
+    head = rf"\title{{{latex_text(title)}}}" + "\n" + r"\date{}"
     return "\n\n".join(
         [_PREAMBLE + head, r"\begin{document}", r"\maketitle", *body, r"\end{document}"]
     ) + "\n"  # fmt: skip
@@ -327,57 +324,32 @@ def tex(title: str, sections: Sequence[Section]) -> str:
 def _tex_block(block: Block, numbers: count[int]) -> str:
     match block:
         case Paragraph(text):
-            return _inline(text)
+            return latex_inline(text, breakable=True)
         case BulletList(texts):
-            items = "\n".join(rf"\item {_inline(text)}" for text in texts)
+            items = "\n".join(rf"\item {latex_inline(text, breakable=True)}" for text in texts)
             return f"\\begin{{itemize}}\n{items}\n\\end{{itemize}}"
         case TableBlock(table):
             return latex_table(table, "", f"tab:{next(numbers)}")
         case Picture():
             return _figure(block)
         case Code(text):
-            lines = [rf"\texttt{{{_breakable(line)}}}" for line in text.splitlines() if line]
+            lines = [latex_code(line) for line in text.splitlines() if line]
             return "{\\small\\raggedright\n" + "\\\\\n".join(lines) + "\\par}"
         case Folded(title, blocks):
             inside = [_tex_block(inner, numbers) for inner in blocks]
-            return "\n\n".join([rf"\subsection{{{escaped(title)}}}", *inside])
+            return "\n\n".join([rf"\subsection{{{latex_text(title)}}}", *inside])
 
 
 def _figure(picture: Picture) -> str:
+    caption = latex_inline(picture.caption, breakable=True)
     return "\n".join(
         [
             r"\begin{figure}[htbp]",
             r"\centering",
             rf"\includegraphics[width=\linewidth,height=0.8\textheight,keepaspectratio]"
             rf"{{figures/{picture.name}.pdf}}",
-            rf"\caption{{{escaped(picture.title)}. {_inline(picture.caption)}}}",
+            rf"\caption{{{latex_text(picture.title)}. {caption}}}",
             rf"\label{{fig:{picture.name}}}",
             r"\end{figure}",
         ]
     )
-
-
-def _inline(text: str) -> str:
-    made = []
-    for span in spans(text):
-        if span.kind == "bold":
-            made.append(rf"\textbf{{{escaped(span.text)}}}")
-        elif span.kind == "code":
-            made.append(rf"\texttt{{{_breakable(span.text)}}}")
-        elif span.kind == "link" and span.target.startswith("https://"):
-            made.append(rf"\href{{{_address(span.target)}}}{{{escaped(span.text)}}}")
-        else:
-            made.append(escaped(span.text))
-    return "".join(made)
-
-
-def _breakable(text: str) -> str:
-    """Escape ``text`` and allow line breaks after ``_ / . - =``, for long names."""
-    made = escaped(text)
-    for sign in (r"\_", "/", ".", "-", "="):
-        made = made.replace(sign, sign + r"\allowbreak{}")
-    return made
-
-
-def _address(url: str) -> str:
-    return url.replace("%", r"\%").replace("#", r"\#")

@@ -45,6 +45,9 @@ _SCRIPTS = ("page.js", "dom.js", "latents/runs.js", "list.js", "latent.js", "bro
 _NUMBERS = ("summary.csv", "pairs.csv", "latents.parquet", "strata.csv", "pairings.csv",
             "matrix.csv", "evaluations.csv", "letters.csv")  # fmt: skip
 """Files of a sweep's folder that a report copies."""
+_NAMES = ("figures", "data", "latents", ".DS_Store")
+_SUFFIXES = (".html", ".js", ".css")
+"""Contents of a report's folder, beside ``report.*``, of which LaTeX writes more."""
 
 
 def write_report(report: ReportData, out: Path, format: str = "html") -> Path:
@@ -68,7 +71,8 @@ def write_report(report: ReportData, out: Path, format: str = "html") -> Path:
         record = {"sweep": report.sweep.path.name, "format": format}
         (folder / RECORD).write_text(json.dumps(record) + "\n")
 
-    atomic_folder(out, fill)
+    # The folder behind a link is replaced, not the link.
+    atomic_folder(out.resolve() if out.is_symlink() else out, fill)
     return out / {"html": "index.html", "md": "report.md", "tex": "report.tex"}[format]
 
 
@@ -136,13 +140,30 @@ def data_file_names(folder: Path, cells: Sequence[Cell], runs: Runs) -> tuple[st
 
 
 def _check_replaceable(out: Path) -> None:
-    if out.is_dir() and any(out.iterdir()) and not (out / RECORD).is_file():
+    """Raise `ReseedError` unless ``out`` is missing, empty, or holds a report and nothing else."""
+    if out.exists() and not out.is_dir():
+        raise ReseedError(f"{out} is a file, but a report is a folder: choose another path")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not _is_report(out):
         raise ReseedError(
             f"{out} has no {RECORD}, so it is not a report and is not overwritten. Choose another "
             "folder, or remove this one"
         )
-    if out.exists() and not out.is_dir():
-        raise ReseedError(f"{out} is a file, but a report is a folder: choose another path")
+    for path in sorted(out.iterdir()):
+        if path.name not in _NAMES and path.suffix not in _SUFFIXES and path.stem != "report":
+            raise ReseedError(
+                f"{path} is not part of the report in {out}, which is replaced as a whole. Move "
+                "it, or choose another folder"
+            )
+
+
+def _is_report(folder: Path) -> bool:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and set(record) == {"sweep", "format"}
 
 
 def _title(report: ReportData) -> str:

@@ -8,7 +8,7 @@ const latent = (() => {
   /** Return a latent's address. A run in two cells has two entries; the second has its index added. */
   function address(r, i) {
     const first = runs().findIndex((run) => run.id === runs()[r].id);
-    return `#latent/${runs()[r].id}${first === r ? "" : `~${r}`}/${i}`;
+    return `#latent/${encodeURI(runs()[r].id)}${first === r ? "" : `~${r}`}/${i}`;
   }
 
   function place(name) {

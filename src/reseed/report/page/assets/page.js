@@ -2,6 +2,7 @@
 "use strict";
 
 const reseed = (() => {
+  const { nonce } = document.currentScript; // the page's policy loads no script without it
   const values = new Map();
   const waiting = new Map();
 
@@ -19,6 +20,7 @@ const reseed = (() => {
         new Promise((resolve, reject) => {
           const script = document.createElement("script");
           script.src = file;
+          script.nonce = nonce;
           script.onload = () => resolve(values.get(key));
           script.onerror = () => reject(new Error(`${file} is missing from the report's folder`));
           document.head.append(script);
