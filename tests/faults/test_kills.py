@@ -41,6 +41,8 @@ CASES = {
     "fused": ["sae=topk,batch_topk,matryoshka,jumprelu,gated,relu"],
     "budgets": ["sae=topk,batch_topk", "training.tokens=1024,2048", "layer=0,2"],
     "calibrated": ["sae=relu", "sae.target_l0=6", "seed=0,1", "training.tokens=2048"],
+    "optimizers": ["sae=topk", "training.optimizer=muon,sign_sgd", "training.decay_fraction=0"],
+    "archetypal": ["sae=topk,relu", "training.decoder=archetypal"],
     "cached": ["sae=topk,batch_topk", "seed=0,1"],
 }
 # Two runs, of one and of two steps, with a checkpoint after each step.
@@ -55,7 +57,8 @@ def contents(run: Run) -> dict[str, object]:
         path.name: path.read_bytes()
         for path in run.path.iterdir()
         # The next command deletes a finished run's checkpoint.
-        if path.name not in (".lock", "run.json", "training.csv", "checkpoint.pt")
+        if path.name not in (".lock", "run.json", "training.csv")
+        and not path.name.startswith("checkpoint.pt")
     }
     assert set(RESULTS) <= {*found, "training.csv"}
     rows = list(csv.DictReader(io.StringIO((run.path / "training.csv").read_text())))
