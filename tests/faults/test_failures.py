@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from reseed.cli import run, train
-from reseed.store.runs import RunStore
+from reseed.cli.hydra_app import CommandLine
+from reseed.store.runs import Run, RunStore
 from reseed.train.run_state import RunState
 
 
@@ -134,3 +135,45 @@ def test_a_finished_run_keeps_no_checkpoint(line: list[str]) -> None:
     (found.path / "checkpoint.pt").write_bytes(b"old")
     assert train.main(line) == 0
     assert not (found.path / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("key", ["runtime.outputs", "runtime.sweeps"])
+def test_a_folder_that_cannot_be_written_is_named_before_training(
+    line: list[str], key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("taken").write_text("")
+    for value, reason in (("taken", "it is a file"), ("taken/below", "Not a directory")):
+        assert train.main(["-m", *line, "seed=0,1", f"{key}={value}"]) == 1
+        said = capsys.readouterr()
+        told = f"error: `{key}` must be a folder that can be written; got {value} ({reason})"
+        assert told in said.err
+        assert "training" not in said.out
+
+
+def test_an_error_that_no_record_holds_is_told(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin = Run.begin
+
+    def refused(self: Run, record: dict[str, object]) -> None:
+        if "seed1" in self.id:
+            raise PermissionError(13, "Permission denied", str(self.path / "run.json"))
+        begin(self, record)
+
+    monkeypatch.setattr(Run, "begin", refused)
+    assert train.main(["-m", *line, "seed=0,1"]) == 1
+    said = capsys.readouterr().out
+    assert "seed1" in said
+    assert "PermissionError: [Errno 13] Permission denied: " in said
+    assert "not trained" not in said
+
+
+def test_an_error_of_a_launcher_is_told(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(self: CommandLine, *given: object) -> None:
+        raise RuntimeError("the queue is closed")
+
+    monkeypatch.setattr(CommandLine, "launch", fails)
+    assert train.main(["-m", *line, "seed=0,1", "hydra/launcher=basic"]) == 1
+    assert "(2 seeds): RuntimeError: the queue is closed" in capsys.readouterr().out
