@@ -27,7 +27,7 @@ from reseed.errors import ConfigError, ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.system.console import counted, print_rows, say
-from reseed.system.integrity import find_damaged
+from reseed.system.integrity import find_damaged, read_record
 
 ALL = "--all"
 """A flag that is not Hydra's: also list the runs of calibrations."""
@@ -99,6 +99,7 @@ def print_status(
     errors: list[str] = []
     damages: list[str] = []
     calibrations: Counter[str] = Counter()
+    known: dict[Path, str] = {}
     for run in RunStore(outputs).runs():
         status, record, damage = run.state(thorough=thorough)
         row = (run.id, status, "", "", "", "")
@@ -108,6 +109,7 @@ def print_status(
         except ReseedError as error:
             status, damage = "damaged", str(error)
             row = (run.id, status, "", "", "", "")
+        known[run.path] = status
         calibration = record is not None and record["identity"].get("role")
         if calibration and status != "damaged" and not everything:
             calibrations[status] += 1
@@ -129,31 +131,35 @@ def print_status(
         say(f"+ {counted(calibrations.total(), 'calibration run')}{states} ({ALL} lists them)")
     for line in errors:
         say(f"  {line}")
-    return len(damages) + _print_sweeps(sweeps, thorough)
+    return len(damages) + _print_sweeps(sweeps, known, thorough)
 
 
 def _row(run: Run, status: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     """Return the entries of `COLUMNS`; empty if unknown.
 
     Raises:
-        RunError: the metrics of a finished run are damaged.
+        DamagedFileError: the metrics of a finished run are damaged.
     """
     cells = [""] * 3
     if status in ("finished", "unverified"):
         shown = ("fvu", ".3f"), ("l0", ".1f"), ("dead_fraction", ".1%")
-        metrics = run.metrics_of(record)
+        metrics = read_record(run.path / "metrics.json")
         cells = [
             "-" if metrics[name] is None else format(metrics[name], how) for name, how in shown
         ]
     return run.id, status, f"{record['tokens']:,}", *cells
 
 
-def _print_sweeps(sweeps: Path, thorough: bool) -> int:
-    """Print a line per sweep; return the number of damaged files."""
+def _print_sweeps(sweeps: Path, known: Mapping[Path, str], thorough: bool) -> int:
+    """Print a line per sweep; return the number of damaged files.
+
+    Args:
+        known: the status of each run in the folder of runs.
+    """
     damaged = 0
     for folder in sorted(p.parent for p in sweeps.glob("*/manifest.jsonl")):
         try:
-            say(f"{folder}/: {_progress(Sweep(folder))}")
+            say(f"{folder}/: {_progress(Sweep(folder), known)}")
             found = find_damaged(folder) if thorough else []
         except ReseedError as error:
             say(f"{folder}/: damaged")
@@ -164,12 +170,12 @@ def _print_sweeps(sweeps: Path, thorough: bool) -> int:
     return damaged
 
 
-def _progress(sweep: Sweep) -> str:
+def _progress(sweep: Sweep, known: Mapping[Path, str]) -> str:
     if Record(sweep.path).jobs:
         listed = counts(states(sweep, QueueSnapshot.now(sweep)))
     else:
         found = {run.path: run for run in sweep.runs()}
-        listed = _listed(Counter(run.status for run in found.values()))
+        listed = _listed(Counter(known.get(path) or run.status for path, run in found.items()))
     there = (sweep.path / "summary.md").is_file()
     return f"{listed}; {'summary.md' if there else 'not compared'}"
 

@@ -185,10 +185,7 @@ class Run:
         Raises:
             RunError: the file is damaged.
         """
-        return self._verified(name, self.record)
-
-    def _verified(self, name: str, record: Mapping[str, Any]) -> Path:
-        files: Mapping[str, Any] = record.get("files") or {}
+        files: Mapping[str, Any] = self.record.get("files") or {}
         try:
             if name in files:
                 check_file(self.path / name, files[name])
@@ -203,12 +200,8 @@ class Run:
         Raises:
             RunError: their file is damaged.
         """
-        return self.metrics_of(self.record)
-
-    def metrics_of(self, record: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the metrics, given the record that says what their file must be."""
         try:
-            return read_record(self._verified("metrics.json", record))
+            return read_record(self.file("metrics.json"))
         except (DamagedFileError, FileNotFoundError) as error:
             raise RunError(str(error)) from None
 

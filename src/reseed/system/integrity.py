@@ -26,6 +26,8 @@ from reseed.system.files import atomic_write, atomic_write_text, json_text
 
 CHECKSUM = "checksum"
 _SEAL = re.compile(rb',\s*"checksum": "([0-9a-f]{64})"\s*\}\s*\Z')
+_SEAL_LENGTH = 120
+"""Number of bytes at the end of a record in which its checksum is looked for."""
 _known: dict[tuple[int, ...], str] = {}
 """SHA-256 by device, inode, size and times of change, so that a process reads a file only once."""
 
@@ -65,7 +67,7 @@ def unseal(data: bytes, path: Path) -> dict[str, Any]:
     Raises:
         DamagedFileError: it is not a JSON object, or does not have the checksum.
     """
-    found = _SEAL.search(data)
+    found = _SEAL.search(data, max(0, len(data) - _SEAL_LENGTH))
     if found is not None and _sha256(data[: found.start()]) != found[1].decode():
         raise DamagedFileError(path, "its checksum does not fit its content")
     try:
