@@ -111,7 +111,7 @@ def compare_loading(mib: int, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="What checksums cost.")
     parser.add_argument("--runs", type=int, default=2_000)
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
