@@ -19,6 +19,7 @@ Imports only the standard library, so that `reseed cache` starts quickly.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
@@ -109,7 +110,7 @@ class ActivationCache:
                     atomic_write_json(path / "entry.json", dict(key))
                 self._make_room(0)
         except OSError as error:
-            self.warn_once(f"the activation cache {self.folder} cannot be used: {error.strerror}")
+            self.warn_once(f"the activation cache {self.folder} cannot be used: {_reason(error)}")
             if use is not None:
                 os.close(use)
             return None
@@ -231,7 +232,7 @@ class CacheEntry:
         except OSError as error:
             self._full_disk = True
             self.cache.warn_once(
-                f"cannot write to the activation cache {self.cache.folder} ({error.strerror}): "
+                f"cannot write to the activation cache {self.cache.folder} ({_reason(error)}): "
                 "further chunks are not stored"
             )
             return False
@@ -283,6 +284,10 @@ class CacheEntry:
                 path.unlink()
                 raise
             return path
+
+
+def _reason(error: OSError) -> str:
+    return f"{error.filename}: {error.strerror}" if error.errno == errno.ELOOP else error.strerror
 
 
 def _if_idle(entry: EntryInfo, act: Callable[[EntryInfo], object]) -> bool:

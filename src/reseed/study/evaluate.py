@@ -33,6 +33,7 @@ from reseed.store.sweeps import Sweep
 from reseed.study.compare import held_out_settings, resolve_record
 from reseed.system.console import counted, say, seconds_since
 from reseed.system.devices import free_memory, pick_device
+from reseed.system.environment import allow_open_files
 from reseed.system.files import DiskFullError, lock_file, room_for
 from reseed.train.config import RuntimeConfig
 
@@ -372,6 +373,7 @@ def _claimed(
         wait: wait for runs that another process has locked, instead of leaving them out.
     """
     handles: list[int] = []
+    allow_open_files(len(runs), f"an evaluation of {len(runs):,} runs")
     try:
         mine = []
         for run in runs:
