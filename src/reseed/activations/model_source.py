@@ -116,7 +116,7 @@ def check_folder(folder: Path) -> None:
     for file in weights:
         _check_weights(file)
     try:
-        json.loads((folder / "config.json").read_text())
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(
             f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"
@@ -167,7 +167,7 @@ def weights_fingerprint(folder: Path, cache: Path) -> str:
     key = hashlib.sha256(stamp.encode()).hexdigest()[:32]
     remembered = cache / "fingerprints" / f"{key}.json"
     if remembered.is_file():
-        return json.loads(remembered.read_text())["sha256"]
+        return json.loads(remembered.read_text(encoding="utf-8"))["sha256"]
     fingerprint = hash_files(paths)
     if sum(p.stat().st_size for p in paths) > 100_000_000:
         atomic_write_json(remembered, {"sha256": fingerprint, "files": [p.name for p in paths]})

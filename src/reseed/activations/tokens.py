@@ -204,7 +204,7 @@ def _text_options(config: TextConfig) -> dict[str, Any]:
 def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
     path = folder / f"{part}.int32"
     try:
-        special = tuple(json.loads((folder / "store.json").read_text())["special"])
+        special = tuple(json.loads((folder / "store.json").read_text(encoding="utf-8"))["special"])
         starts = np.load(folder / f"{part}-starts.npy", allow_pickle=False)
         size = int(starts[-1])
         tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)

@@ -91,7 +91,7 @@ def _read_description(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no trained SAE: {DESCRIPTION_FILE} is missing")
     try:
-        description = json.loads(file.read_text())
+        description = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON (truncated?): {error}") from error
     missing = {"format_version", "type", "config", "d_in", "num_latents"} - set(description)

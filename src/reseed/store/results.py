@@ -227,7 +227,7 @@ class StoredEvaluation:
             EvaluationError: the result is damaged, or of another format.
         """
         path = folder / "result.json"
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         try:
             record = json.loads(text)
             if record["format"] != FORMAT:

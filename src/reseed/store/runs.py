@@ -82,7 +82,7 @@ class Run:
             RunError: the file is missing or unreadable, or disagrees with the folder's name.
         """
         try:
-            record = json.loads((self.path / "run.json").read_text())
+            record = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise RunError(f"{self.path} holds no run: there is no run.json") from None
         except ValueError as error:
@@ -136,7 +136,7 @@ class Run:
     @property
     def metrics(self) -> dict[str, Any]:
         """Held-out metrics."""
-        return json.loads((self.path / "metrics.json").read_text())
+        return json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
 
     def latents(self) -> dict[str, Any]:
         """Load per-latent arrays [num_latents]: ``firing``, ``tokens_since_fired``.

@@ -44,7 +44,7 @@ class Sweep:
             ReseedError: the file does not exist.
         """
         try:
-            lines = (self.path / "manifest.jsonl").read_text().splitlines()
+            lines = (self.path / "manifest.jsonl").read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
             raise ReseedError(f"{self.path} is not a sweep: there is no manifest.jsonl") from None
         return [json.loads(line) for line in lines]
@@ -72,7 +72,7 @@ class Sweep:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return json.loads((self.path / "comparison.json").read_text())
+        return json.loads((self.path / "comparison.json").read_text(encoding="utf-8"))
 
     def add_evaluations(self, evaluations: Mapping[str, Config]) -> None:
         """Add evaluations to those that the tables show; one of the same name is replaced."""
@@ -86,7 +86,7 @@ class Sweep:
     def evaluations(self) -> dict[str, dict[str, Any]]:
         """``settings`` and ``signed`` settings of each requested evaluation, by name."""
         path = self.path / "evaluations.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     @property
     def compared(self) -> bool:

@@ -66,7 +66,7 @@ def write_report(report: ReportData, out: Path, format: str = "html") -> Path:
         _write_data(report, folder / "data")
         writer(report, folder)
         record = {"sweep": report.sweep.path.name, "format": format}
-        (folder / RECORD).write_text(json.dumps(record) + "\n")
+        (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     atomic_folder(out, fill)
     return out / {"html": "index.html", "md": "report.md", "tex": "report.tex"}[format]
