@@ -196,7 +196,7 @@ class CacheEntry:
     def __init__(self, cache: ActivationCache, path: Path, use: int) -> None:
         self.cache, self.path = cache, path
         self._writer: int | None = None
-        self._full_disk = False
+        self._unwritable = False
         weakref.finalize(self, os.close, use)
 
     def file(self, c: int, address: str) -> Path:
@@ -214,7 +214,7 @@ class CacheEntry:
             False if another process writes this entry, if the file exceeds the budget, or if the
             disk is full.
         """
-        if self._full_disk or not self._writes():
+        if self._unwritable or not self._writes():
             return False
         temporary = None
         try:
@@ -230,15 +230,18 @@ class CacheEntry:
             os.replace(temporary, path)
             return True
         except OSError as error:
-            self._full_disk = True
-            self.cache.warn_once(
-                f"cannot write to the activation cache {self.cache.folder} ({_reason(error)}): "
-                "further chunks are not stored"
-            )
+            self._give_up(error)
             return False
         finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
+
+    def _give_up(self, error: OSError) -> None:
+        self._unwritable = True
+        self.cache.warn_once(
+            f"cannot write to the activation cache {self.cache.folder} ({_reason(error)}): further "
+            "chunks are not stored"
+        )
 
     def discard(self, path: Path) -> None:
         """Remove a damaged file, if this process is the writer of the entry."""
@@ -255,7 +258,8 @@ class CacheEntry:
         if self._writer is None:
             try:
                 handle = lock_file(self.path / ".writer", wait_s=0)
-            except OSError:
+            except OSError as error:
+                self._give_up(error)
                 return False
             if handle is None:
                 return False

@@ -39,7 +39,11 @@ def open_streams() -> None:
         raw = Stream(number, "w", closefd=False)
         buffer: Any = raw if through else io.BufferedWriter(raw)
         made = io.TextIOWrapper(
-            buffer, encoding, errors="replace", line_buffering=lines, write_through=through
+            buffer,
+            encoding=encoding,
+            errors="replace",
+            line_buffering=lines,
+            write_through=through,
         )
         setattr(sys, name, made)
 

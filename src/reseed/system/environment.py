@@ -120,6 +120,7 @@ def allow_open_files(count: int, what: str) -> None:
     if hard != unlimited and needed > hard:
         raise ReseedError(
             f"{what} needs {needed:,} open files, but the system allows this process {hard:,}: "
-            f"raise the limit (`ulimit -n {needed}`; the hard limit, as root or in limits.conf)"
+            f"raise the limit with `ulimit -n {needed}` (as root, or in limits.conf), or request "
+            "fewer runs at a time"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == unlimited else hard, hard))
