@@ -66,7 +66,7 @@ class Project:
             "report": ["report", sweep.name],
             "report md": ["report", sweep.name, "--format", "md", "--out", "markdown"],
             "check": ["check", "--latents", "3,17", *self.comparison],
-            "convert": ["convert", run, "--to", "sparsify", "converted"],
+            "convert": ["convert", f"outputs/{run}", "--to", "sparsify", "converted"],
             "help": ["train", "--help"],
             "cfg": ["train", "--cfg", "job"],
             "completion": ["completion", "bash"],
@@ -141,8 +141,9 @@ def latin_1(folder: Path) -> dict[str, str]:
     return C | {"PYTHONIOENCODING": "latin-1"}
 
 
-@pytest.mark.parametrize("locale", ["C", "latin-1"])
-@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize(
+    ("name", "locale"), [*((name, "C") for name in READERS), ("status", "latin-1")]
+)
 def test_every_locale_reads_a_comparison(name: str, locale: str, project: Project) -> None:
     """The files are the same, and the names of the runs appear as far as the encoding has them."""
     environment = C if locale == "C" else latin_1(project.folder)

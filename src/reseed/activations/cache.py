@@ -291,7 +291,8 @@ class CacheEntry:
 
 
 def _reason(error: OSError) -> str:
-    return f"{error.filename}: {error.strerror}" if error.errno == errno.ELOOP else error.strerror
+    refused = error.errno == errno.ELOOP  # by `lock_file`, which says what to do with the file
+    return f"{error.filename}: {error.strerror}" if refused else str(error.strerror)
 
 
 def _if_idle(entry: EntryInfo, act: Callable[[EntryInfo], object]) -> bool:
