@@ -43,6 +43,7 @@ ONLY = {
     "transformers": {"activations"},
     "datasets": {"activations"},
     "numba": {"system", "sae"},
+    "fcntl": {"system"},  # `reseed.system.files` opens locks safely
 }
 # Imported inside functions, as one path of several needs them: optional packages, and packages that
 # take seconds to load or reach for the network.
@@ -163,6 +164,32 @@ def test_the_tree_stays_small() -> None:
     assert {m: n for m, n in lines.items() if n > MAX_LINES} == {}
 
 
+TEXT = {"read_text", "write_text", "fdopen", "TextIOWrapper", "NamedTemporaryFile"}
+
+
+def without_encoding(tree: ast.AST) -> Iterator[int]:
+    """Yield the lines of calls that read or write text in the encoding of the locale."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        function = ast.unparse(node.func)
+        name = function.rpartition(".")[2]
+        words = {keyword.arg for keyword in node.keywords}
+        constants = [a.value for a in node.args if isinstance(a, ast.Constant)]
+        modes = [m for m in constants if isinstance(m, str) and re.fullmatch(r"[rwaxbt+]{1,3}", m)]
+        # A source of activations is opened with several arguments and no mode.
+        opens = name == "open" and function != "os.open" and (len(node.args) < 2 or modes)
+        text = (opens or name in TEXT) and not any("b" in mode for mode in modes)
+        runs = name in ("run", "Popen") and words & {"text", "universal_newlines"}
+        if (text or runs) and "encoding" not in words:
+            yield node.lineno
+
+
+def test_text_is_read_and_written_as_utf8() -> None:
+    found = {module: list(without_encoding(tree)) for module, tree in TREES.items()}
+    assert {module: lines for module, lines in found.items() if lines} == {}
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_functions_can_be_seen_whole(module: str) -> None:
     """A longer function says why in a comment that contains the words `long:`."""
@@ -198,5 +225,11 @@ def test_the_rules_can_fail() -> None:
     assert wrong_imports("reseed.cli.x", found) == []
     assert wrong_imports("reseed.experiment.x", found) == ["hydra.core"]
     assert late_imports(tree) == {"reseed.train.group", "hydra.core"}
+    tree_of_files = ast.parse(
+        "open(p)\nopen(p, 'rb')\np.open()\np.open('a')\np.open('ab')\np.read_text()\n"
+        "p.write_text(x, encoding='utf-8')\nos.fdopen(h, 'w')\nos.open(p, 0)\n"
+        "run(c, text=True)\nrun(c, text=True, encoding='utf-8')\ndata.open(device, 3, cache)\n"
+    )
+    assert list(without_encoding(tree_of_files)) == [1, 3, 4, 6, 8, 10]
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     assert [text for text in documented(tree) if QUESTION.match(text)] == ["What it does."]

@@ -241,7 +241,7 @@ def _outcome(command: Callable[[], object]) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: exit status, output, and the results afterwards, by path."""
+    """The exit status and output of a command, and the results after it, by path."""
 
     status: int
     text: str

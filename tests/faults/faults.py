@@ -27,8 +27,10 @@ def _at_write(act: Callable[[int, str, tuple[Any, ...]], None]) -> None:
 
         def called(*arguments: Any, **options: Any) -> Any:
             nonlocal number
-            # Syncs of folders do not count: they matter only if the machine loses power.
-            if name != "fsync" or os.path.isfile(f"/proc/self/fd/{arguments[0]}"):
+            # Syncs of folders do not count: they matter only if the machine loses power. Neither do
+            # the files that `shutil.rmtree` deletes in temporary folders.
+            synced = name != "fsync" or os.path.isfile(f"/proc/self/fd/{arguments[0]}")
+            if synced and "dir_fd" not in options:
                 number += 1
                 act(number, name, arguments)
             return original(*arguments, **options)

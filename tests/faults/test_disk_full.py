@@ -55,7 +55,8 @@ def full_from(content: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def leftovers(folder: Path) -> list[str]:
-    return [str(p) for p in folder.rglob(".*") if p.name != ".lock" and p.is_file()]
+    hidden = (p for p in folder.rglob(".*") if p.name != ".lock")
+    return [str(p) for p in hidden if p.is_file() or ".part-" in p.name]
 
 
 def of_torch(path: Path) -> None:

@@ -180,7 +180,8 @@ def test_a_comparison_killed_at_its_writes_resumes_bit_identically(
 
 
 def tables(folder: Path) -> dict[str, object]:
-    """Return the files of a comparison, without those of Hydra and of killed writers."""
+    """Return the files of a comparison, without those of Hydra; killed writers left none."""
+    assert [path for path in folder.rglob("*") if ".part-" in path.name] == []
     paths = [path for path in folder.rglob("*") if path.is_file() and path.name[0] != "."]
     return {
         str(path.relative_to(folder)): repr(pq.read_table(path).to_pydict())

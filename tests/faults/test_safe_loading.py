@@ -153,6 +153,7 @@ def test_a_class_named_in_a_record_is_not_imported(
     shutil.copytree(trained, path)
     description = read_record(path / "sae.json")
     write_record(path / "sae.json", description | {"type": "planted.Thing"})
+    forge(path)
     with pytest.raises(CheckpointError, match=r"planted\.Thing"):
         reseed.load_sae(path)
 

@@ -19,6 +19,7 @@ Imports only the standard library, so that `reseed cache` starts quickly.
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
@@ -109,7 +110,7 @@ class ActivationCache:
                     atomic_write_json(path / "entry.json", dict(key))
                 self._make_room(0)
         except OSError as error:
-            self.warn_once(f"the activation cache {self.folder} cannot be used: {error.strerror}")
+            self.warn_once(f"the activation cache {self.folder} cannot be used: {_reason(error)}")
             if use is not None:
                 os.close(use)
             return None
@@ -202,7 +203,7 @@ class CacheEntry:
     def __init__(self, cache: ActivationCache, path: Path, use: int) -> None:
         self.cache, self.path = cache, path
         self._writer: int | None = None
-        self._full_disk = False
+        self._unwritable = False
         weakref.finalize(self, os.close, use)
 
     def file(self, c: int, address: str) -> Path:
@@ -220,7 +221,7 @@ class CacheEntry:
             False if another process writes this entry, if the file exceeds the budget, or if the
             disk is full.
         """
-        if self._full_disk or not self._writes():
+        if self._unwritable or not self._writes():
             return False
         temporary = None
         try:
@@ -236,15 +237,18 @@ class CacheEntry:
             os.replace(temporary, path)
             return True
         except OSError as error:
-            self._full_disk = True
-            self.cache.warn_once(
-                f"cannot write to the activation cache {self.cache.folder} ({error.strerror}): "
-                "further chunks are not stored"
-            )
+            self._give_up(error)
             return False
         finally:
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
+
+    def _give_up(self, error: OSError) -> None:
+        self._unwritable = True
+        self.cache.warn_once(
+            f"cannot write to the activation cache {self.cache.folder} ({_reason(error)}): further "
+            "chunks are not stored"
+        )
 
     def discard(self, path: Path) -> None:
         """Remove a damaged file, if this process is the writer of the entry."""
@@ -261,7 +265,8 @@ class CacheEntry:
         if self._writer is None:
             try:
                 handle = lock_file(self.path / ".writer", wait_s=0)
-            except OSError:
+            except OSError as error:
+                self._give_up(error)
                 return False
             if handle is None:
                 return False
@@ -290,6 +295,11 @@ class CacheEntry:
                 path.unlink()
                 raise
             return path
+
+
+def _reason(error: OSError) -> str:
+    refused = error.errno == errno.ELOOP  # by `lock_file`, which says what to do with the file
+    return f"{error.filename}: {error.strerror}" if refused else str(error.strerror)
 
 
 def _if_idle(entry: EntryInfo, act: Callable[[EntryInfo], object]) -> bool:

@@ -8,6 +8,7 @@ stdout.
 import ast
 import gc
 import json
+import os
 import re
 import sys
 import textwrap
@@ -192,4 +193,8 @@ def read_paragraphs(files: Iterable[str]) -> list[list[list[str]]]:
 
 
 if __name__ == "__main__":
-    json.dump(read_paragraphs(json.load(sys.stdin)), sys.stdout)
+    try:
+        json.dump(read_paragraphs(json.load(sys.stdin)), sys.stdout)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the command that reads the output was killed
+        os._exit(1)

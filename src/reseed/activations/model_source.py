@@ -117,7 +117,7 @@ def check_folder(folder: Path) -> None:
     for file in weights:
         _check_weights(file)
     try:
-        json.loads((folder / "config.json").read_text())
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(
             f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"

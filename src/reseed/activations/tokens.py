@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields
@@ -26,7 +25,7 @@ from jaxtyping import Bool, Int
 from reseed.activations.text import ResolvedText, TextConfig
 from reseed.errors import ReseedError
 from reseed.system.console import say
-from reseed.system.files import atomic_write, room_for
+from reseed.system.files import atomic_write, room_for, temporary_folder
 from reseed.system.integrity import (
     DamagedFileError,
     check_files,
@@ -289,9 +288,11 @@ class _StoreWriter:
         self.activations = 0
 
     def __enter__(self) -> _StoreWriter:
-        with room_for(self.folder / f"{self.part}.int32"):
-            handle, self.temporary = tempfile.mkstemp(prefix=f".{self.part}-", dir=self.folder)
-        self.file = os.fdopen(handle, "wb")
+        path = self.folder / f"{self.part}.int32"
+        with room_for(path), ExitStack() as stack:
+            self.temporary = stack.enter_context(temporary_folder(path)) / path.name
+            self.file = self.temporary.open("wb")
+            self.cleanup = stack.pop_all()
         return self
 
     def add(self, ids: np.ndarray, special: int) -> None:
@@ -306,11 +307,11 @@ class _StoreWriter:
             with room_for(path):
                 self.file.close()  # flushes, which fails if the disk is full
                 if error is None:
-                    with open(self.temporary, "rb") as file:
+                    with self.temporary.open("rb") as file:
                         os.fsync(file.fileno())
                     os.replace(self.temporary, path)
         finally:
-            Path(self.temporary).unlink(missing_ok=True)
+            self.cleanup.close()
         if error is not None:
             return
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import sys
@@ -32,9 +31,6 @@ def run_and_report(job: Callable[[], int | None]) -> int:
             return job() or 0
     except ReseedError as error:
         return _say(str(error))
-    except BrokenPipeError:  # the program that reads the output (`| head`) has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except (HydraException, OmegaConfBaseException) as error:
         return _say(describe_error(error))
     except OSError as error:

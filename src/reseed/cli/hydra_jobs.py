@@ -26,6 +26,7 @@ from reseed.study.plan import Plan
 from reseed.study.result import cells_of
 from reseed.study.study import Executor, LocalExecutor
 from reseed.study.train import Failures, train_missing
+from reseed.system.console import open_streams
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
 
@@ -152,6 +153,7 @@ def _here() -> dict[str, str]:
 
 
 def _enter(job: Mapping[str, Any]) -> None:
+    open_streams()
     os.chdir(job["folder"])  # joblib keeps processes that another command started elsewhere
 
 

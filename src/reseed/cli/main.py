@@ -11,6 +11,7 @@ from importlib import import_module
 from reseed import __version__
 from reseed.cli import COMMANDS
 from reseed.errors import did_you_mean
+from reseed.system.console import STREAMS, open_streams
 
 _HELP = """\
 reseed - would I have found these features with another seed?
@@ -34,17 +35,50 @@ See also `reseed COMMAND --help`. Version {version}.
 """
 
 
+def _use_utf8() -> None:
+    """Restart the interpreter in its UTF-8 mode unless the locale has this encoding.
+
+    Runs are named and listed in UTF-8, so that a folder can be used under every locale. Only the
+    streams keep the locale's encoding.
+    """
+    if sys.flags.utf8_mode or sys.getfilesystemencoding() == "utf-8" or not sys.executable:
+        return
+    if "PYTHONIOENCODING" not in os.environ and sys.stdout is not None:
+        os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:replace"
+    os.environ["PYTHONUTF8"] = "1"  # for the processes that this one starts
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a sub-command and exit with its status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        _use_utf8()
+        open_streams()
+    try:
+        status = _status(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except OSError as error:
+        if error.filename not in STREAMS:
+            raise
+        print(f"error: cannot write to {error.filename}: {error.strerror}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def _status(arguments: Sequence[str]) -> int:
+    """Run a sub-command and return its status."""
+    for word in arguments:
+        if not word.isascii() and word != word.encode(errors="replace").decode():
+            print(f"error: an argument is not UTF-8 text: {word!a}", file=sys.stderr)
+            return 2
     command = arguments[0] if arguments else "--help"
     if command in ("--help", "-h", "help"):
         listed = "\n".join(f"  {name:11s} {text}" for name, text in COMMANDS.items())
         print(_HELP.format(commands=listed, version=__version__))
-        sys.exit(0)
+        return 0
     if command in ("--version", "-V"):
         print(f"reseed {__version__}")
-        sys.exit(0)
+        return 0
     if command not in COMMANDS:
         names = ", ".join(COMMANDS)
         print(
@@ -52,11 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"The commands are {names}.",
             file=sys.stderr,
         )
-        sys.exit(2)
+        return 2
     # If idle OpenMP threads spin for long, a shared machine is slower; if they sleep at once, an
     # idle machine is slower (measured: benchmarks/README.md).
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    sys.exit(_run(command, arguments[1:]))
+    return _run(command, arguments[1:])
 
 
 # Hydra completes the words after the sub-command, so the script cuts the sub-command off first.

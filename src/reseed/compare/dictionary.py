@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from reseed.compare.matching.rows import scaled_rows
 from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig
-from reseed.sae.checkpoint import load_sae
+from reseed.sae.checkpoint import load_sae, read_metadata
 from reseed.store.runs import INITIAL_FILE, Run, RunError, read_tensors
 
 LABELS = ("neither", "composite", "atom", "group")
@@ -346,6 +346,24 @@ def initial_sae(run: Run) -> SAE:
             f"{run.path}: {INITIAL_FILE} is missing, and the seed alone does not give the weights "
             "that this run started from"
         )
+    return sae
+
+
+def untrained_sae(run: Run) -> SAE | None:
+    """Return the SAE before training, for raw activations; None if its weights are not known."""
+    if not run.exists:
+        return None
+    try:
+        sae = initial_sae(run)
+    except RunError:
+        return None
+    if (run.path / INITIAL_FILE).is_file():  # stored weights are for raw activations already
+        return sae
+    record, moments = run.record, run.activations()
+    scale: Mapping[str, Any] = read_metadata(run.path)
+    sae = sae.folded(scale["input_scale"])
+    if moments is not None and record["experiment"]["training"]["b_dec_init"] != "zeros":
+        sae.initialise_b_dec(torch.from_numpy(moments["mean"]))
     return sae
 
 

@@ -24,7 +24,7 @@ from reseed.experiment import Experiment
 from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.sae.pretrained import Pretrained
 from reseed.store.runs import RunStore
-from reseed.system.console import mute
+from reseed.system.console import mute, open_streams
 from reseed.system.devices import is_out_of_memory
 from reseed.train.config import RuntimeConfig
 from reseed.train.group import fit_on_process
@@ -88,6 +88,7 @@ def run_worker(ranks: ProcessGroup) -> None:
 
 def main() -> None:
     """Run the worker until the leader ends it, then exit with its status."""
+    open_streams()
     # Ctrl-C on a terminal reaches all processes; the leader decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_leader, args=(os.getppid(),), daemon=True).start()

@@ -9,8 +9,8 @@ are computed once for all SAEs and stored in a `ModelCache`.
 
 from __future__ import annotations
 
-import fcntl
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ from reseed.errors import ConfigError
 from reseed.sae.base import SAE
 from reseed.store.results import EvaluationDeclaration, EvaluationError, Table
 from reseed.store.results import Metric as Metric
-from reseed.system.files import room_for
+from reseed.system.files import lock_file, room_for
 from reseed.system.integrity import is_intact, write_checked
 
 
@@ -268,7 +268,9 @@ def _locked(path: Path) -> Iterator[None]:
     """Lock out other processes. The system frees the lock of a process that dies."""
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        handle = lock_file(path)
+    assert handle is not None
+    try:
         yield
+    finally:
+        os.close(handle)

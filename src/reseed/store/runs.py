@@ -24,7 +24,7 @@ import re
 import socket
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,8 +32,15 @@ from typing import Any
 
 from reseed.config import SIGNATURE_LENGTH, digest
 from reseed.errors import ReseedError
-from reseed.system.environment import environment
-from reseed.system.files import atomic_write_json, lock_file, remove_leftovers, room_for
+from reseed.system.environment import allow_open_files, environment
+from reseed.system.files import (
+    atomic_write_json,
+    lock_file,
+    lock_owner,
+    remove_leftovers,
+    room_for,
+    sign_lock,
+)
 from reseed.system.integrity import (
     DamagedFileError,
     check_file,
@@ -135,8 +142,12 @@ class Run:
         except RunError as error:
             return "damaged", None, str(error)
         status = record["status"]
-        if status == "running" and not self.locked:
-            return "interrupted", record, ""  # its process died without recording it
+        try:
+            if status == "running" and not self.locked:
+                return "interrupted", record, ""  # its process died without recording it
+        except OSError as error:  # its lock cannot be opened, e.g. because it is a symbolic link
+            reason = f"it cannot be opened ({error.strerror})"
+            return "damaged", record, str(DamagedFileError(self.path / ".lock", reason))
         if status != "finished":
             return status, record, ""
         files = record.get("files")
@@ -273,9 +284,13 @@ class Run:
 
     @property
     def locked(self) -> bool:
-        """True if a live process holds the run's lock."""
+        """True if a live process holds the run's lock.
+
+        Raises:
+            OSError: the lock cannot be opened.
+        """
         path = self.path / ".lock"
-        if not path.exists():
+        if not os.path.lexists(path):
             return False
         handle = lock_file(path, shared=True, wait_s=0)
         if handle is not None:
@@ -285,10 +300,7 @@ class Run:
     @property
     def owner(self) -> str:
         """Description of the process that holds, or last held, the lock."""
-        try:
-            return (self.path / ".lock").read_text().strip() or "another process"
-        except OSError:
-            return "another process"
+        return lock_owner(self.path / ".lock") or "another process"
 
     @contextmanager
     def lock(self, waiting: Waiting | None = lambda message: None) -> Iterator[bool]:
@@ -314,11 +326,9 @@ class Run:
             handle = lock_file(path)
             assert handle is not None
         try:
-            with suppress(OSError):  # the owner's name is only informative; the disk may be full
-                os.truncate(handle, 0)
-                own = f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n"
-                os.write(handle, own.encode())
-            remove_leftovers(self.path)
+            own = f"process {os.getpid()} on {socket.gethostname()} since {_now()}"
+            sign_lock(handle, own)
+            remove_leftovers(self.path, sole_writer=True)
             yield True
         finally:
             os.close(handle)
@@ -361,7 +371,11 @@ class RunStore:
 
         Yields:
             the runs whose lock is held; without ``waiting`` some may be missing.
+
+        Raises:
+            ReseedError: the system allows too few open files.
         """
+        allow_open_files(len(runs), f"a group of {len(runs):,} runs")
         with ExitStack() as stack:
             ordered = sorted(runs, key=lambda r: r.signature)
             yield {run for run in ordered if stack.enter_context(run.lock(waiting))}

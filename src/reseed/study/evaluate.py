@@ -8,18 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from reseed.activations.source import ActivationSource
-from reseed.compare.dictionary import initial_sae
+from reseed.compare.dictionary import untrained_sae
 from reseed.config import digest
 from reseed.errors import ConfigError, ReseedError
 from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, ModelCache, Result
 from reseed.experiment.resolve import Resolved, cache_folder
-from reseed.sae.base import SAE
-from reseed.sae.checkpoint import WEIGHTS_FILE, load_sae, read_metadata
+from reseed.sae.checkpoint import WEIGHTS_FILE, load_sae
 from reseed.store.results import (
     FOLDER,
     EvaluationError,
@@ -27,11 +25,12 @@ from reseed.store.results import (
     result_folder,
     write_failure,
 )
-from reseed.store.runs import INITIAL_FILE, Run, RunError
+from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
 from reseed.study.compare import held_out_settings, resolve_record
 from reseed.system.console import counted, say, seconds_since
 from reseed.system.devices import free_memory, pick_device
+from reseed.system.environment import allow_open_files
 from reseed.system.files import DiskFullError, lock_file, room_for
 from reseed.system.integrity import sha256_of
 from reseed.train.config import RuntimeConfig
@@ -124,7 +123,7 @@ class SavedRun:
         if self.is_run:
             Run(self.folder).verify()
         sae = load_sae(self.folder, device)
-        untrained = _untrained(Run(self.folder)) if with_untrained else None
+        untrained = untrained_sae(Run(self.folder)) if with_untrained else None
         hook = self.resolved.experiment.hook
         return LoadedRun(self.id, sae, hook, untrained.to(device) if untrained else None)
 
@@ -153,24 +152,6 @@ def saved_run(
             f"{resolved.model_label} (={resolved.d_in})"
         )
     return SavedRun(folder, resolved)
-
-
-def _untrained(run: Run) -> SAE | None:
-    """Return the SAE before training, for raw activations; None if its weights are not known."""
-    if not run.exists:
-        return None
-    try:
-        sae = initial_sae(run)
-    except RunError:
-        return None
-    if (run.path / INITIAL_FILE).is_file():  # stored weights are for raw activations already
-        return sae
-    record, moments = run.record, run.activations()
-    scale: Mapping[str, Any] = read_metadata(run.path)
-    sae = sae.folded(scale["input_scale"])
-    if moments is not None and record["experiment"]["training"]["b_dec_init"] != "zeros":
-        sae.initialise_b_dec(torch.from_numpy(moments["mean"]))
-    return sae
 
 
 def check_evaluations(
@@ -383,6 +364,7 @@ def _claimed(
         wait: wait for runs that another process has locked, instead of leaving them out.
     """
     handles: list[int] = []
+    allow_open_files(len(runs), f"an evaluation of {len(runs):,} runs")
     try:
         mine = []
         for run in runs:

@@ -21,7 +21,7 @@ from reseed.store.runs import Run, RunStore
 from reseed.study.calibrate import Train, calibrate
 from reseed.study.plan import Plan
 from reseed.system.console import counted, say
-from reseed.system.environment import record_command
+from reseed.system.environment import allow_open_files, record_command
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
 from reseed.train.group import fit_group
@@ -120,6 +120,8 @@ def train_missing(
     store, machine = RunStore(runtime.outputs), Machine.of(runtime)
     missing = [r for r in experiments if not r.run(store).finished]
     plan = make_plan([r.spec for r in missing], machine)
+    largest = max((len(group.runs) for group in plan.groups), default=0)
+    allow_open_files(largest, f"a group of {largest:,} runs")
     if len(plan.groups) > 1:
         plan.print(finished=len({r.signature for r in experiments}) - plan.num_runs)
     with open_processes(runtime) as processes:

@@ -2,12 +2,68 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from typing import Any
+
+STREAMS = ("stdin", "stdout", "stderr")
+
+
+def open_streams() -> None:
+    """Make stdout and stderr streams whose errors end no command.
+
+    If the reader of a pipe or terminal has gone, output is dropped (`Stream`). Characters that the
+    encoding lacks are replaced. A closed stream is opened on /dev/null, because the next file to be
+    opened would get its number and the output of libraries.
+    """
+    for number, name in enumerate(STREAMS):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # opens the lowest free number
+        stream, original = getattr(sys, name), getattr(sys, f"__{name}__")
+        if number == 0 or stream is not original:
+            continue  # replaced already, by this function or by a test or a notebook
+        encoding, lines, through = "utf-8", False, False
+        if stream is not None:
+            stream.flush()
+            encoding, lines = stream.encoding, stream.line_buffering
+            through = stream.write_through
+        raw = Stream(number, "w", closefd=False)
+        buffer: Any = raw if through else io.BufferedWriter(raw)
+        made = io.TextIOWrapper(
+            buffer,
+            encoding=encoding,
+            errors="replace",
+            line_buffering=lines,
+            write_through=through,
+        )
+        setattr(sys, name, made)
+
+
+class Stream(io.FileIO):
+    """A file that drops what is written after its reader has gone.
+
+    Another error, such as a full disk, is raised once.
+    """
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if error.errno in (errno.EPIPE, errno.EIO):  # EIO: the terminal was closed
+                return len(data)
+            raise OSError(error.errno, error.strerror, STREAMS[self.fileno()]) from None
 
 
 @cache

@@ -66,7 +66,9 @@ def available_memory(device: torch.device) -> int:
         with suppress(OSError, ValueError):  # no such group, or no limit ("max")
             cached = _entry(folder / "memory.stat", reclaimable)
             left.append(
-                int((folder / limit).read_text()) - int((folder / used).read_text()) + cached
+                int((folder / limit).read_text(encoding="utf-8"))
+                - int((folder / used).read_text(encoding="utf-8"))
+                + cached
             )
     return max(0, min(left))
 
@@ -91,7 +93,7 @@ def _host_memory() -> int:
 
 def _entry(path: Path, name: str) -> int:
     """Return the number after ``name`` in a file. Raises `ValueError` if there is none."""
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         words = line.split()
         if words[0] == name:
             return int(words[1])

@@ -1,5 +1,5 @@
-"""The environment of a run: versions, machine, commit and command. It is recorded, but runs are not
-compared by it.
+"""The environment of a run: versions, machine, commit and command, which are recorded, but do not
+distinguish runs; environment variables and the limit of open files.
 
 No record holds a secret: `mask_words` and `mask_command` replace it by ``***`` in what is recorded,
 while the command itself keeps it.
@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import shlex
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from reseed import __version__ as VERSION
+from reseed.errors import ReseedError
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 MASK = "***"
@@ -154,7 +156,8 @@ def _git_commit() -> str | None:
     """Return the commit of the checkout that contains the code, with ``+`` if files changed."""
     here = Path(__file__).parent
     try:
-        arguments = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+        arguments = {"cwd": here, "capture_output": True, "timeout": 10, "encoding": "utf-8",
+                     "errors": "replace"}  # fmt: skip
         # An installation may lie inside another repository, whose commit is unrelated.
         tracked = ["git", "ls-files", "--error-unmatch", Path(__file__).name]
         subprocess.run(tracked, check=True, **arguments)
@@ -165,3 +168,34 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.strip() + ("+" if changed.strip() else "")
+
+
+_SPARE_FILES = 24
+"""Number of files that a command may open in addition to its locks and the files open already."""
+
+
+def allow_open_files(count: int, what: str) -> None:
+    """Raise this process's limit of open files if ``count`` more may not fit.
+
+    Args:
+        what: the reason for the message, for example ``a group of 60 runs``.
+
+    Raises:
+        ReseedError: the hard limit, which only the system's administrator can raise, is too low.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        now = len(os.listdir("/proc/self/fd"))
+    except OSError:  # not Linux
+        now = 32
+    needed = now + count + _SPARE_FILES
+    unlimited = resource.RLIM_INFINITY
+    if soft == unlimited or needed <= soft:
+        return
+    if hard != unlimited and needed > hard:
+        raise ReseedError(
+            f"{what} needs {needed:,} open files, but the system allows this process {hard:,}: "
+            f"raise the limit with `ulimit -n {needed}` (as root, or in limits.conf), or request "
+            "fewer runs at a time"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard == unlimited else hard, hard))

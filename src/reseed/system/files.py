@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
+import socket
+import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +27,12 @@ from reseed.errors import ReseedError
 PathLike = str | os.PathLike[str]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _TEMPORARY = ".part-"
+_HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+_DAY_S = 86_400
+_SAFE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+"""Flags to open a file whose name others can predict: a symbolic link is an error, and a pipe does
+not block."""
+_LOCK, _EARLIER = ".lock", ".earlier"
 _PROBE = b"\0" * 2**20
 
 
@@ -35,7 +44,7 @@ class DiskFullError(ReseedError):
 
 
 def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``.
+    """Let ``write`` write a temporary file, then rename it to ``path``.
 
     The content is fsynced before the rename, the folder after it. Missing folders are created.
 
@@ -67,37 +76,88 @@ def room_for(path: Path) -> Iterator[None]:
         ) from error
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Delete temporary files of killed writers. The caller must be the folder's only writer."""
+def remove_leftovers(folder: Path, *, sole_writer: bool = False) -> None:
+    """Delete the temporary folders of killed writers.
+
+    A writer locks its temporary folder, and the system releases the locks of a process that dies:
+    what can be locked is left over. Because some network file systems do not show the locks of
+    other machines, what another machine wrote counts as left over only after a day.
+
+    Args:
+        sole_writer: no other process, on any machine, writes into the folder.
+    """
     for path in folder.glob(f".*{_TEMPORARY}*"):
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or cannot be locked or deleted
+            about = path.lstat()
+            here = sole_writer or f"{_TEMPORARY}{_HOST}" in path.name
+            if not here and time.time() - about.st_mtime < _DAY_S:
+                continue
+            if not stat.S_ISDIR(about.st_mode):  # version 0.1 wrote temporary files
+                path.unlink()
+            elif (handle := lock_file(path / _LOCK, wait_s=0)) is not None:
+                try:
+                    _restore(path)
+                    shutil.rmtree(path)
+                finally:
+                    os.close(handle)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    # The temporary file has the same suffix, because some writers choose the format by it.
-    handle, name = tempfile.mkstemp(
-        prefix=f".{path.stem}{_TEMPORARY}", suffix=path.suffix, dir=path.parent
-    )
-    os.close(handle)
-    temporary = Path(name)
+_cleaned: set[str] = set()
+"""The folders from which this process has removed leftovers, before it first wrote into them."""
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield a new, private folder with a random name beside ``path``, and delete it at the end.
+
+    What is written into it can be renamed to ``path``. `remove_leftovers` deletes it if the process
+    is killed: the next process that writes beside ``path`` does so first.
+    """
+    if (parent := os.path.abspath(path.parent)) not in _cleaned:
+        remove_leftovers(path.parent)
+        _cleaned.add(parent)
+    while True:
+        folder = tempfile.mkdtemp(prefix=f".{path.stem[:40]}{_TEMPORARY}{_HOST}-", dir=path.parent)
+        temporary, handle = Path(folder), None
+        try:
+            handle = lock_file(temporary / _LOCK)
+        except FileNotFoundError:
+            continue
+        except OSError:  # a file system without locks
+            break
+        assert handle is not None
+        if (temporary / _LOCK).exists():
+            break
+        os.close(handle)  # before it was locked, another process took it for a leftover
     try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _write(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:
+    with temporary_folder(path) as folder:
+        # The temporary file has the same name, because some writers choose the format by it.
+        temporary = folder / path.name
         try:
             write(temporary)
         except Exception:
             # Writers in C++ and Rust raise their own errors for a full disk.
             _probe(temporary)
             raise
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        # mkstemp creates private files; results get the usual permissions.
+        if sync:
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        # Some writers create private files; results get the usual permissions.
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, IsADirectoryError):
+        try:
+            os.replace(temporary, path)
+        except IsADirectoryError:
             raise ReseedError(f"{path} must be a file; it is a folder: remove it") from None
-        raise
-    _sync_folder(path.parent)
+    if sync:
+        _sync_folder(path.parent)
 
 
 def _probe(temporary: Path) -> None:
@@ -134,11 +194,9 @@ def write_json_unsynced(path: PathLike, value: Any) -> None:
 
     Errors of the file system are ignored.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}{_TEMPORARY}{os.getpid()}{path.suffix}")
+    data = (json.dumps(_finite(value)) + "\n").encode()
     with suppress(OSError):
-        temporary.write_text(json.dumps(_finite(value)) + "\n")
-        os.replace(temporary, path)
+        _write(Path(path), lambda temporary: temporary.write_bytes(data), sync=False)
 
 
 def atomic_folder(path: PathLike, fill: Callable[[Path], object]) -> None:
@@ -152,20 +210,25 @@ def atomic_folder(path: PathLike, fill: Callable[[Path], object]) -> None:
     path = Path(path)
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}{_TEMPORARY}", dir=path.parent))
-        earlier = temporary.with_name(f"{temporary.name}-earlier")
-        try:
-            fill(temporary)
-            temporary.chmod(0o777 & ~_umask())
-            if path.exists():
-                os.replace(path, earlier)
-            os.replace(temporary, path)
-        finally:
-            if earlier.exists() and not path.exists():  # the new folder could not be renamed
-                os.replace(earlier, path)
-            for left_over in (temporary, earlier):
-                shutil.rmtree(left_over, ignore_errors=True)
+        with temporary_folder(path) as temporary:
+            new, earlier = temporary / path.name, temporary / _EARLIER
+            new.mkdir()
+            fill(new)
+            try:
+                if os.path.lexists(path):
+                    earlier.mkdir()
+                    os.replace(path, earlier / path.name)
+                os.replace(new, path)
+            finally:
+                _restore(temporary)
         _sync_folder(path.parent)
+
+
+def _restore(temporary: Path) -> None:
+    """Put the earlier folder back unless a new one is in its place."""
+    for earlier in temporary.glob(f"{_EARLIER}/*"):
+        if not os.path.lexists(path := temporary.parent / earlier.name):
+            os.replace(earlier, path)
 
 
 def _finite(value: Any) -> Any:
@@ -179,7 +242,8 @@ def _finite(value: Any) -> Any:
 def _umask() -> int:
     # Linux reports it in /proc; elsewhere the only way is to set it and restore it.
     try:
-        return int(Path("/proc/self/status").read_text().split("Umask:")[1].split()[0], 8)
+        status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
+        return int(status.split("Umask:")[1].split()[0], 8)
     except (OSError, IndexError, ValueError):
         mask = os.umask(0o022)
         os.umask(mask)
@@ -205,11 +269,11 @@ def lock_file(path: Path, *, shared: bool = False, wait_s: float | None = None) 
 
     Returns:
         the handle, or None if another process holds the lock.
+
+    Raises:
+        OSError: the file cannot be opened, or it is a symbolic link or not a regular file.
     """
-    try:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:
-        handle = os.open(path, os.O_RDONLY)  # another user's file
+    handle = _open_lock(path)
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         if wait_s is None:
@@ -225,6 +289,44 @@ def lock_file(path: Path, *, shared: bool = False, wait_s: float | None = None) 
         raise
     os.close(handle)
     return None
+
+
+def _open_lock(path: Path) -> int:
+    try:
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o666)
+        except PermissionError:
+            handle = os.open(path, os.O_RDONLY | _SAFE)  # another user's file
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise _no_lock(path) from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise _no_lock(path)
+    return handle
+
+
+def _no_lock(path: Path) -> OSError:
+    reason = "it is a symbolic link or a special file, but a lock must be a regular file: remove it"
+    return OSError(errno.ELOOP, reason, str(path))
+
+
+def sign_lock(handle: int, owner: str) -> None:
+    """Write the owner of a lock into its file. The text is only informative; errors are ignored."""
+    with suppress(OSError):  # e.g. the disk is full
+        if os.fstat(handle).st_nlink == 1:  # a hard link may give the file another purpose
+            os.truncate(handle, 0)
+            os.write(handle, f"{owner}\n".encode())
+
+
+def lock_owner(path: Path) -> str:
+    """Return the owner that `sign_lock` wrote, or ""."""
+    try:
+        with open(os.open(path, os.O_RDONLY | _SAFE), encoding="utf-8", errors="replace") as file:
+            return file.read(200).strip()
+    except OSError:
+        return ""
 
 
 def _taken(handle: int, how: int) -> bool:

@@ -225,7 +225,9 @@ def _controller(job: str) -> dict[str, str]:
 
 def _asked(*command: str) -> str:
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S)
+        ended = subprocess.run(
+            command, capture_output=True, timeout=_PATIENCE_S, encoding="utf-8", errors="replace"
+        )
     except subprocess.TimeoutExpired:
         raise QueueError(
             f"SLURM does not answer: `{command[0]}` took over {_PATIENCE_S} s"

@@ -204,7 +204,7 @@ def _progress(run: Run) -> tuple[int | None, int | None, float | None]:
     """Return the number of tokens trained so far, the budget, and the tokens per second."""
     of = run.record.get("tokens") if run.status not in ("missing", "damaged") else None
     try:
-        found = json.loads((run.path / PROGRESS_FILE).read_text())
+        found = json.loads((run.path / PROGRESS_FILE).read_text(encoding="utf-8"))
         return int(found["tokens"]), of, float(found["tokens_per_s"])
     except (OSError, ValueError, KeyError, TypeError):
         return None, of, None

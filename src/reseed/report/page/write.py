@@ -69,7 +69,7 @@ def write_report(report: ReportData, out: Path, format: str = "html") -> Path:
         _write_data(report, folder / "data")
         writer(report, folder)
         record = {"sweep": report.sweep.path.name, "format": format}
-        (folder / RECORD).write_text(json.dumps(record) + "\n")
+        (folder / RECORD).write_text(json.dumps(record) + "\n", encoding="utf-8")
 
     # The folder behind a link is replaced, not the link.
     atomic_folder(out.resolve() if out.is_symlink() else out, fill)

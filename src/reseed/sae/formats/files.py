@@ -327,7 +327,7 @@ def read_settings(file: Path) -> Settings:
         CheckpointError: it cannot be read or holds something else.
     """
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON (truncated?): {error}") from error
     if not isinstance(values, dict):
