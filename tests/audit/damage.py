@@ -296,10 +296,8 @@ def results_in(folder: Path) -> dict[str, Any]:
         elif path.suffix == ".csv":
             rows = list(csv.DictReader(io.StringIO(data.decode("utf-8", "replace"))))
             found[name] = [_timeless(row) for row in rows]
-        elif path.suffix not in (".pt", ".sha256"):
-            found[name] = data
         else:
-            found[name] = True
+            found[name] = data
     return found
 
 

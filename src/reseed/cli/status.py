@@ -119,9 +119,9 @@ def print_status(
             errors.append(f"{run.id}: {record['error']['message']}")
         found = [damage] if damage else []
         if thorough:
-            found += map(str, find_damaged(run.path / "evaluations"))
-        damages += found
-        errors += found
+            found += map(str, find_damaged(run.path))
+        damages += dict.fromkeys(found)
+        errors += dict.fromkeys(found)
     if rows:
         print_rows(rows, f"runs in {outputs}/", COLUMNS, ("run", "status"))
     elif not calibrations:

@@ -11,6 +11,7 @@ Tables and figures read both: a result by its folder, a declaration by the evalu
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -302,8 +303,8 @@ def result_folder(run_folder: Path, evaluation: str, signed: Mapping[str, Any]) 
 
 
 def is_finished(folder: Path) -> bool:
-    """Return True if the folder holds a finished result."""
-    return (folder / "result.json").is_file()
+    """Return True if the folder holds a finished result, damaged or not."""
+    return os.path.lexists(folder / "result.json")
 
 
 def write_failure(folder: Path, error: BaseException) -> None:
