@@ -206,8 +206,8 @@ class ProcessGroup:
 
     def _refusal(self, sender: int) -> ReseedError:
         return ReseedError(
-            f"rank {self.index} refuses a message: rank {sender} of this training did not send it "
-            "(wrong HMAC or length)"
+            f"refused a message that rank {sender} of this training did not send (its HMAC or its "
+            "length is wrong)"
         )
 
     def _reduced(self, x: Tensor, how: Any) -> Tensor:
