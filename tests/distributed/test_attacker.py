@@ -168,9 +168,9 @@ def listening(pid: int) -> set[tuple[str, int]]:
     return found
 
 
-def addresses() -> list[str]:
-    """Return the IPv4 addresses of this machine."""
-    found = []
+def addresses() -> dict[str, str]:
+    """Return the IPv4 address of each interface of this machine that has one."""
+    found = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         for _, name in socket.if_nameindex():
             request = struct.pack("256s", name.encode())
@@ -178,7 +178,7 @@ def addresses() -> list[str]:
                 reply = fcntl.ioctl(one.fileno(), 0x8915, request)  # SIOCGIFADDR
             except OSError:
                 continue
-            found.append(socket.inet_ntoa(reply[20:24]))
+            found[name] = socket.inet_ntoa(reply[20:24])
     return found
 
 
@@ -207,7 +207,7 @@ def attack_ports(ports: list[int], payload: bytes) -> dict[str, Any]:
     """Send payloads to every port on every address; return the addresses that answered."""
     frames = [payload, struct.pack("<q", len(payload)) + payload, struct.pack("<q", 0) + payload]
     reached = set()
-    for address in addresses():
+    for address in addresses().values():
         for port in ports:
             for frame in frames:
                 try:
@@ -251,7 +251,7 @@ def test_other_users_reach_no_process_of_a_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The processes are halted during the attack and must then finish as if there was none."""
-    others = [name for _, name in socket.if_nameindex() if name != "lo"]
+    others = [name for name in addresses() if name != "lo"]
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", (others or ["lo"])[0])
     place = tmp_path / "temporary"
     place.mkdir()
