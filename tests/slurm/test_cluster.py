@@ -226,7 +226,7 @@ def test_tasks_of_a_requeued_job_continue_together(
     desk.cluster.start_now(job.job)
     desk.cluster.wait_for(lambda: desk.states[0].state == "done")
     assert "resuming after" in desk.printed(job)
-    assert not list(Path("sweeps").glob("*/slurm/.ranks-*"))
+    desk.cluster.wait_for(lambda: not list(Path("sweeps").glob("*/slurm/.ranks-*")))
     own = ["runtime=ddp", "runtime.ranks=2", "runtime.device=cpu"]
     assert local(["-m", *desk.line, "seed=0", *own], monkeypatch, train) == 0
     assert_same_weights()
