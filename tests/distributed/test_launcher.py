@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from commands import (
+    SLOW,
+    at_work,
+    begin,
+    command,
+    curve,
+    differences,
+    followers,
+    trained,
+    wait_for,
+)
 
 from reseed.distributed.launcher import (
     OUT_OF_MEMORY,
@@ -22,46 +34,10 @@ from reseed.distributed.launcher import (
 )
 from reseed.distributed.process_group import ProcessLostError
 from reseed.errors import ConfigError
-from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
 from reseed.train.config import RuntimeConfig
 
-SMALL = ["runtime.device=cpu", "runtime.threads=1"]
 MIXED = ["sae=topk,relu", "seed=0", "training.tokens=4096"]
-
-
-def command(line: Sequence[str], outputs: Path) -> list[str]:
-    own = [f"runtime.outputs={outputs}", f"runtime.sweeps={outputs.parent}/sweeps"]
-    return [sys.executable, "-m", "reseed", "train", "-m", *SMALL, *line, *own]
-
-
-def begin(line: Sequence[str], outputs: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(line, outputs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def trained(line: Sequence[str], outputs: Path) -> dict[str, Run]:
-    done = subprocess.run(command(line, outputs), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return {run.signature: run for run in RunStore(outputs).runs()}
-
-
-def differences(found: dict[str, Run], expected: dict[str, Run]) -> dict[str, float]:
-    """Return each run's largest difference of weights, relative to the largest weight."""
-    assert found.keys() == expected.keys()
-    off = {}
-    for signature, run in found.items():
-        mine, its = load_sae(run.path).state_dict(), load_sae(expected[signature].path).state_dict()
-        scale = {name: float(its[name].abs().max()) + 1e-6 for name in its}
-        off[run.id] = max(float((mine[n] - its[n]).abs().max()) / scale[n] for n in its)
-    return off
-
-
-def curve(run: Run) -> list[str]:
-    rows = (run.path / "training.csv").read_text().splitlines()
-    place = rows[0].split(",").index("seconds")
-    return [",".join(r.split(",")[:place] + r.split(",")[place + 1 :]) for r in rows]
 
 
 @pytest.mark.slow
@@ -105,48 +81,6 @@ def test_ddp_runs_equal_those_of_one_process_up_to_rounding(
                 assert numbers == pytest.approx(others, rel=1e-3, abs=1e-6)
 
 
-def wait_for(true: Callable[[], object], seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, "waited in vain"
-        time.sleep(0.05)
-
-
-def followers(leader: int) -> list[int]:
-    told = subprocess.run(["pgrep", "-P", str(leader)], capture_output=True, text=True)
-    return [int(pid) for pid in told.stdout.split()]
-
-
-def at_work(line: Sequence[str], outputs: Path) -> tuple[subprocess.Popen[str], list[int]]:
-    """Start a command; once a checkpoint exists, return it and the ids of its workers."""
-    leader = begin(line, outputs)
-    wait_for(lambda: begun(outputs))
-    return leader, followers(leader.pid)
-
-
-def begun(outputs: Path) -> bool:
-    return any(outputs.glob("*/checkpoint.pt"))
-
-
-SLOW = ["sae=topk,batch_topk", "seed=0", "training.tokens=8192", "runtime.checkpoint_every_s=0.1"]
-
-
-@pytest.fixture(scope="module")
-def whole(
-    tiny_overrides: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], dict[str, Run]]:
-    """Return a function that gives the runs of an undisturbed team, by strategy."""
-    made: dict[str, dict[str, Run]] = {}
-
-    def of(strategy: str) -> dict[str, Run]:
-        if strategy not in made:
-            line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
-            made[strategy] = trained(line, tmp_path_factory.mktemp(strategy) / "outputs")
-        return made[strategy]
-
-    return of
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "number"),
@@ -179,35 +113,72 @@ def test_a_stopped_team_resumes_bit_identically(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["spread"])
-def test_a_killed_worker_fails_the_group_but_keeps_its_checkpoints(
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.audit)])
+@pytest.mark.parametrize("strategy", ["ddp", "spread"])
+def test_after_workers_killed_at_any_moment_the_same_command_ends_bit_identically(
     strategy: str,
-    whole: Callable[[str], dict[str, Run]],
+    kills: int,
     tiny_overrides: list[str],
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A killed worker fails its group, which keeps its checkpoints."""
+    temporary, outputs = tmp_path / "temporary", tmp_path / "outputs"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     line = [*tiny_overrides, *SLOW, f"runtime={strategy}", "runtime.ranks=2"]
-    outputs = tmp_path / "outputs"
-    leader, (follower,) = at_work(line, outputs)
-    os.kill(follower, signal.SIGKILL)
-    said, _ = leader.communicate(timeout=100)
-    assert leader.returncode == 1, said
-    assert "rank 1 ended by SIGKILL" in said, said[-1500:]
-    assert all(run.status == "failed" for run in RunStore(outputs).runs())
-    assert begun(outputs)
-    assert set(differences(trained(line, outputs), whole(strategy)).values()) == {0.0}
+    leader, _ = with_workers(line, tmp_path / "undisturbed" / "outputs")
+    started = time.monotonic()
+    said, _ = leader.communicate(timeout=300)
+    assert leader.returncode == 0, said
+    longest = time.monotonic() - started
+    seed = time.time_ns()
+    print(f"seed of the moments: {seed}")  # pytest prints it if the test fails
+    moments = random.Random(seed)
+    for _ in range(kills):
+        leader, workers = with_workers(line, outputs)
+        with suppress(subprocess.TimeoutExpired):
+            leader.wait(moments.uniform(0, longest))
+        saved = list(outputs.glob("*/checkpoint.pt"))
+        for worker in workers:
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(worker, signal.SIGKILL)
+        said, _ = leader.communicate(timeout=100)
+        assert leader.returncode == 0 or "rank 1 ended by SIGKILL" in said, said
+        assert {run.status for run in RunStore(outputs).runs()} <= {"failed", "finished"}
+        assert all(path.exists() or Run(path.parent).finished for path in saved)
+    found = trained(line, outputs)
+    expected = {run.signature: run for run in RunStore(tmp_path / "undisturbed/outputs").runs()}
+    assert set(differences(found, expected).values()) == {0.0}
+    assert [curve(run) for run in found.values()] == [curve(expected[s]) for s in found]
+    assert [run.metrics for run in found.values()] == [expected[s].metrics for s in found]
+    assert list(temporary.glob("reseed-*")) == []
+
+
+def with_workers(line: Sequence[str], outputs: Path) -> tuple[subprocess.Popen[str], Sequence[int]]:
+    """Start a command; once it has workers or has ended, return it and their process ids."""
+    leader = begin(line, outputs)
+    wait_for(lambda: followers(leader.pid) or leader.poll() is not None)
+    return leader, followers(leader.pid)
 
 
 @pytest.mark.slow
-def test_workers_end_when_their_leader_is_killed(tiny_overrides: list[str], tmp_path: Path) -> None:
+def test_workers_end_when_their_leader_is_killed(
+    tiny_overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The leader's locks are free then, so its workers must not write into the folders."""
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     outputs = tmp_path / "outputs"
     line = [*tiny_overrides, *SLOW, "runtime=spread", "runtime.ranks=3"]
     leader, theirs = at_work(line, outputs)
     assert len(theirs) == 2
+    assert list(temporary.glob("reseed-*"))
     leader.kill()
     leader.wait()
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in theirs), 10)
+    assert list(temporary.glob("reseed-*")) == []
 
 
 @pytest.mark.slow

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
-import socket
+import tempfile
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,24 +39,19 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 def run_with(count: int, law: Callable[..., None], *given: Any) -> None:
     """Call ``law(ranks, …)`` in each of ``count`` connected processes."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    processes.spawn(_one, (count, port, law, *given), nprocs=count)  # pyright: ignore
+    with tempfile.TemporaryDirectory() as folder:
+        processes.spawn(_one, (count, folder, law, *given), nprocs=count)  # pyright: ignore
 
 
-def _one(index: int, count: int, port: int, law: Callable[..., None], *given: Any) -> None:
+def _one(index: int, count: int, folder: str, law: Callable[..., None], *given: Any) -> None:
     # A process that waits too long fails the test.
     limit = threading.Timer(LONGEST_S, os._exit, (1,))
     limit.daemon = True
     limit.start()
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    from reseed.distributed.launcher import join, leave
+    from reseed.distributed.launcher import join, leave, open_store
 
     torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", port, is_master=index == 0, wait_for_workers=False)
-    law(join(store, index, count, "cpu"), *given)
+    law(join(open_store(Path(folder)), index, count, "cpu"), *given)
     leave()
 
 
@@ -70,9 +67,11 @@ def exchanges(ranks: ProcessGroup) -> None:
     lengths = [len(x) for x in ranks.gather(torch.arange(i))]  # rank 0 gives nothing
     assert lengths == list(range(n))
     assert ranks.gather(torch.arange(i))[-1].tolist() == list(range(n - 1))
-    told = {"what": ["anything", 3.5]}
-    assert ranks.broadcast_object(told if ranks.leads else None) == told
-    assert ranks.gather_objects(f"rank {i}") == [f"rank {j}" for j in range(n)]
+    told = {"text": ["λ", "\udc80", ""], "ints": [-(2**63), 10**40], "none": None}
+    told |= {"floats": [0.1, -0.0, 5e-324, 1e308, math.inf, -math.inf, math.nan]}
+    assert repr(ranks.broadcast_json(told if ranks.leads else None)) == repr(told)
+    assert ranks.gather_json(f"rank {i}") == [f"rank {j}" for j in range(n)]
+    assert ranks.gather_json([] if i else None) == [None] + [[]] * (n - 1)
     apart = ranks.channel()
     assert int(apart.sum_(torch.tensor(1))) == n
 
@@ -81,8 +80,8 @@ def test_one_process_exchanges_nothing() -> None:
     x = torch.tensor([3.0, 4.0])
     assert ALONE.sum_(x) is x
     assert ALONE.max_(x) is x
-    assert ALONE.broadcast_object("said") == "said"
-    assert ALONE.gather_objects("had") == ["had"]
+    assert ALONE.broadcast_json("said") == "said"
+    assert ALONE.gather_json("had") == ["had"]
     assert ALONE.gather(x) == [x]
     assert ALONE.channel() is ALONE
 
@@ -119,7 +118,7 @@ def variance_and_choice(ranks: ProcessGroup) -> None:
             values, rows, latents = select_in_batch(part(x, ranks), W, b, k)
         own[rows, latents] = values
         assert (rows * F + latents).diff().gt(0).all()
-        counts = ranks.gather_objects(int((own > 0).sum()))
+        counts = ranks.gather_json(int((own > 0).sum()))
         assert sum(counts) == int((alone > 0).sum())
         found = torch.cat(ranks.gather(own.flatten())).sort().values
         torch.testing.assert_close(found, alone.flatten().sort().values, rtol=1e-5, atol=1e-5)

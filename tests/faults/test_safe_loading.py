@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +225,61 @@ def test_python_files_of_a_language_model_are_not_executed(
     assert status == (0 if known else 1), said
     if not known:
         assert "needs python code of its own, which reseed does not run" in said.err
+
+
+SOURCE = Path(reseed.__file__).parents[1]
+EXECUTES = {
+    "eval", "exec", "compile", "__import__", "os.system", "read_pickle", "to_pickle",
+    "unsafe_load", "full_load", "broadcast_object_list", "all_gather_object", "gather_object",
+    "scatter_object_list", "send_object_list", "recv_object_list",
+}  # fmt: skip
+"""Functions that execute, or read pickles, whatever their arguments."""
+PICKLERS = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+SAFE_ONLY_WITH = {
+    "torch.load": ("weights_only", True),
+    "np.load": ("allow_pickle", False),
+}
+NEVER = {"trust_remote_code": True, "shell": True, "allow_pickle": True, "weights_only": False}
+
+
+def executing(tree: ast.AST) -> Iterator[str]:
+    """Yield the calls and imports of a module that could execute what it reads."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ({alias.name.partition(".")[0] for alias in node.names} & PICKLERS)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PICKLERS:
+            names = {alias.name for alias in node.names} - {"UnpicklingError"}
+            yield from (f"{node.module}.{name}" for name in names)
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            given = {
+                k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)
+            }
+            name, value = SAFE_ONLY_WITH.get(called, ("", None))
+            known = called in EXECUTES or called.rpartition(".")[2] in EXECUTES - {
+                "compile",
+                "eval",
+            }
+            if known or (name and given.get(name) is not value) or called == "yaml.load":
+                yield f"{called}, line {node.lineno}"
+            yield from (f"{k}={v}" for k, v in NEVER.items() if given.get(k, not v) is v)
+
+
+def test_no_module_executes_what_it_reads() -> None:
+    paths = [path for folder in SOURCE.iterdir() for path in folder.rglob("*.py")]
+    found = {p.relative_to(SOURCE): [*executing(ast.parse(p.read_text()))] for p in paths}
+    assert {path: calls for path, calls in found.items() if calls} == {}
+    assert len(found) > 200
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle", "from pickle import loads", "import numpy, cloudpickle", "eval('1')",
+        "torch.load(path)", "torch.load(path, weights_only=False)", "np.load(path)", "yaml.load(x)",
+        "dist.all_gather_object(a, b)", "f(trust_remote_code=True)", "pd.read_pickle(path)",
+    ],
+)  # fmt: skip
+def test_the_check_of_modules_finds_what_executes(line: str) -> None:
+    assert len(list(executing(ast.parse(line)))) >= 1
+    assert list(executing(ast.parse("torch.load(p, weights_only=True); model.eval()"))) == []

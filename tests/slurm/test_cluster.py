@@ -208,6 +208,7 @@ def test_tasks_of_a_job_train_as_local_processes_do(
     assert train.main([*line, *TOGETHER]) == 0
     (job,) = desk.jobs
     assert "2 of 2 runs finished" in desk.printed(job)
+    assert not list(Path("sweeps").glob("*/slurm/.ranks-*"))
     assert local([*line, "runtime.device=cpu", "runtime.ranks=2"], monkeypatch, train) == 0
     assert_same_weights()
 
@@ -225,6 +226,7 @@ def test_tasks_of_a_requeued_job_continue_together(
     desk.cluster.start_now(job.job)
     desk.cluster.wait_for(lambda: desk.states[0].state == "done")
     assert "resuming after" in desk.printed(job)
+    desk.cluster.wait_for(lambda: not list(Path("sweeps").glob("*/slurm/.ranks-*")))
     own = ["runtime=ddp", "runtime.ranks=2", "runtime.device=cpu"]
     assert local(["-m", *desk.line, "seed=0", *own], monkeypatch, train) == 0
     assert_same_weights()

@@ -8,7 +8,8 @@ Files:
 
     process_group   a process's rank, and its exchanges with the others; what losses must know about
                     a batch that several ranks share
-    launcher        starts or joins the processes: on this machine, or as the tasks of a SLURM job
+    launcher        starts or joins the processes: on this machine, or as the tasks of a SLURM job;
+                    the folder in which they meet
     worker          the program of every process but the first
 
 **Roles.** Rank 0 is the leader: the command that the user gave. It holds the locks of the runs,
@@ -17,10 +18,23 @@ start for the first group and train all groups of the command:
 
     leader                                        worker
     launcher.open_processes(runtime)
-    processes.ranks  ── starts, or joins ──►      worker.main: joins through the same TCPStore
-    fit_group: broadcast_object(GroupMessage) ─►  resolves the runs anew; signatures must be equal
+    processes.ranks  ── starts, or joins ──►      worker.main: joins through the same FileStore
+    fit_group: broadcast_json(group_message) ──►  resolves the runs anew; signatures must be equal
     fit_on_process  ◄──── exchanges ────►         fit_on_process
-    processes.end: broadcast_object(None) ─────►  ends
+    processes.end: broadcast_json(None) ───────►  ends
+
+**Rendezvous.** The ranks meet through a `FileStore` in a folder with mode 0700: a temporary folder
+on one machine, and ``sweeps/<sweep>/slurm/.ranks-<job>-<step>-<restart>`` in a SLURM job, whose
+file system must support flock, as the locks of runs do. A rank refuses a folder that is not its
+user's own or that others can enter. The leader removes the folder at the end; if a local leader is
+killed, its workers do. Ranks of one machine listen on the loopback interface only.
+
+**Trust.** The leader puts a random key into the folder. Ranks exchange tensors and JSON, never
+pickles, and each JSON message has an HMAC under this key (`ProcessGroup.broadcast_json`), so only a
+process that could read the folder can give an order. A rank that receives another message ends
+with one line. Messages name classes by the names of the registry and never import one. The
+traffic of gloo and NCCL is neither authenticated nor encrypted: whoever can reach their ports can
+disturb a training or change tensors, but cannot give orders.
 
 **Strategies** (``runtime=``). Both give the runs that one process gives.
 
@@ -42,6 +56,7 @@ SIGTERM, or if the leader stops, ranks that share batches end after the same ste
 on it after each step), with spread each rank ends by itself and saves its own runs.
 
 **Loss of a process.** The leader polls its workers while it waits (`ProcessGroup.check`) and raises
-`ProcessLostError`, which says whether memory ran out; then the group is retried in halves by new
-processes. A worker ends when its parent process is gone. Tasks of a SLURM job are ended by SLURM.
+`ProcessLostError`. If memory ran out, the group is retried in halves by new processes; otherwise
+its runs fail, and the same command continues from their checkpoints. A worker ends when its parent
+process is gone. Tasks of a SLURM job are ended by SLURM.
 """

@@ -3,40 +3,50 @@
 They start for the first group and train all groups. Workers receive their work by messages, never
 by a command line (`reseed.distributed.worker`). After an error workers may be in the middle of a
 group, so the next group gets new processes.
+
+The processes find each other through a file (torch's `FileStore`) in a folder that only the user
+can enter, in which they also find the key that authenticates their messages.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from reseed.distributed.process_group import PATIENCE, ProcessGroup, ProcessLostError
-from reseed.errors import ConfigError
+from reseed.errors import ConfigError, ReseedError
 from reseed.system.console import say
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
 
 ADDRESS = "RESEED_TEAM"
-"""Environment variable of a worker: host:port:index:count:device."""
+"""Environment variable of a worker: leader's process id:index:count:device:rendezvous folder."""
 OUT_OF_MEMORY = 77
 """Exit status of a worker whose memory did not suffice."""
 _GRACE_S = {"ddp": 0.0, "spread": 90.0}
 """Seconds that terminated workers have to save their runs; with ddp only the leader saves."""
 _END_S = 30.0
 """Seconds that workers have to exit when no work is left."""
+_MEETING_S = 300.0
+"""Seconds that the tasks of a SLURM job wait for the folder that the first one makes."""
 
 
 class Processes(ABC):
@@ -100,6 +110,7 @@ class LocalProcesses(Processes):
     def __init__(self, strategy: str, count: int, kind: str) -> None:
         self.strategy, self.count, self.kind = strategy, count, kind
         self._ranks: ProcessGroup | None = None
+        self._folder: Path | None = None
         self._workers: list[subprocess.Popen[bytes]] = []
 
     @property
@@ -109,10 +120,9 @@ class LocalProcesses(Processes):
         return self._ranks
 
     def _start(self) -> ProcessGroup:
-        host = "127.0.0.1"
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        self._folder = Path(tempfile.mkdtemp(prefix="reseed-"))  # with mode 0700
         for index in range(1, self.count):
-            address = f"{host}:{store.port}:{index}:{self.count}:{self.kind}"
+            address = f"{os.getpid()}:{index}:{self.count}:{self.kind}:{self._folder}"
             self._workers.append(
                 subprocess.Popen(
                     [sys.executable, "-m", "reseed.distributed.worker"],
@@ -120,6 +130,7 @@ class LocalProcesses(Processes):
                     stdin=subprocess.DEVNULL,
                 )
             )
+        store = open_store(self._folder)
         return join(store, 0, self.count, self.kind, check=self._check_workers)
 
     def _check_workers(self) -> None:
@@ -131,7 +142,7 @@ class LocalProcesses(Processes):
     def end(self, terminate: bool = False) -> None:
         if self._ranks is not None and not terminate:
             with suppress(ProcessLostError):
-                self._ranks.broadcast_object(None)
+                self._ranks.broadcast_json(None)
         try:
             if terminate:
                 for process in self._workers:
@@ -144,9 +155,10 @@ class LocalProcesses(Processes):
             for process in self._workers:
                 process.kill()
                 process.wait()
-            if self._ranks is not None:
+            if self._folder is not None:
                 leave()
-            self._workers, self._ranks = [], None
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self._workers, self._ranks, self._folder = [], None, None
 
 
 class SlurmProcesses(Processes):
@@ -167,14 +179,18 @@ class SlurmProcesses(Processes):
             say("the job ends because its processes lost their connection; run the same command "
                 "again to submit the remaining runs")  # fmt: skip
             sys.stdout.flush()
+            shutil.rmtree(_slurm_folder(), ignore_errors=True)
             os._exit(1)  # SLURM ends the other tasks only when a task exits
 
     def end(self, terminate: bool = False) -> None:
         # Tasks that cannot receive a message end with the job.
-        if self._ranks is not None and not terminate:
-            self._ranks.broadcast_object(None)
+        if self._ranks is None:
+            return
+        if not terminate:
+            self._ranks.broadcast_json(None)
             leave()
             self._ranks = None
+        shutil.rmtree(_slurm_folder(), ignore_errors=True)
 
 
 def open_processes(runtime: RuntimeConfig) -> Processes:
@@ -244,17 +260,58 @@ def slurm_tasks() -> int:
 
 
 def join_slurm(kind: str) -> ProcessGroup:
-    """Connect to the other tasks of this job's step, which Lightning finds."""
+    """Connect to the other tasks of this job's step, which Lightning finds.
+
+    Raises:
+        ReseedError: reseed did not submit the job, or this rank cannot use the tasks' folder.
+    """
     place = SLURMEnvironment(auto_requeue=False)  # our launcher requeues
     index, count = place.global_rank(), place.world_size()
-    store = TCPStore(
-        place.main_address,
-        place.main_port,
-        is_master=index == 0,
-        wait_for_workers=False,
-    )
+    folder = _slurm_folder()
+    until = time.monotonic() + _MEETING_S
+    while index and not folder.exists():
+        if time.monotonic() > until:
+            raise ReseedError(f"rank {index} waited {_MEETING_S:.0f} s for {folder}, which rank 0 "
+                              "makes: all nodes must see runtime.sweeps")  # fmt: skip
+        time.sleep(0.1)
     nodes = int(os.environ.get("SLURM_NNODES", "1"))
+    store = open_store(folder, make=index == 0)
     return join(store, index, count, kind, place.local_rank(), count // nodes)
+
+
+def _slurm_folder() -> Path:
+    """Return the folder, in that of the sweep, in which the tasks of this start of the job meet."""
+    found = os.environ
+    if "SUBMITIT_FOLDER" not in found:
+        raise ReseedError(
+            "the tasks of a SLURM step train together only in jobs that reseed submits: add "
+            "hydra/launcher=slurm, or start one task"
+        )
+    names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    start = "-".join(found.get(name, "0") for name in names)
+    return Path(found["SUBMITIT_FOLDER"]) / f".ranks-{start}"
+
+
+def open_store(folder: Path, make: bool = False) -> FileStore:
+    """Return the key-value store of ``folder``, through which ranks find each other.
+
+    Args:
+        make: make the folder, which must not exist yet.
+
+    Raises:
+        ReseedError: other users can enter the folder, or this process cannot.
+    """
+    try:
+        if make:
+            folder.mkdir(0o700)
+        there = folder.lstat()
+        if there.st_uid != os.geteuid() or stat.S_IMODE(there.st_mode) != 0o700:
+            raise PermissionError("it must be a folder of this user with mode 0700")
+        (folder / "store").touch(0o600)
+        return FileStore(str(folder / "store"), -1)
+    except OSError as error:
+        why = error.strerror or error
+        raise ReseedError(f"cannot use {folder}, in which the ranks meet: {why}") from error
 
 
 def join(
@@ -269,7 +326,8 @@ def join(
     """Connect to the other ranks.
 
     Args:
-        store: the key-value store through which the ranks find each other.
+        store: the key-value store through which the ranks find each other (`open_store`). Rank 0
+            puts the key of the group into it.
         local_index, local_count: index and number of the ranks on this node; by default all ranks
             are on one node.
         check: raises `ProcessLostError` if a rank has ended.
@@ -281,45 +339,52 @@ def join(
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    if index == 0:
+        store.set("key", secrets.token_hex(32))
     # Wait here until all are ready: `init_process_group` would wait without calling `check`.
     store.set(f"ready-{index}", "")
     while not store.check([f"ready-{other}" for other in range(count)]):
         check()
         time.sleep(0.02)
-    with _loopback(local_count == count):
-        dist.init_process_group(
-            "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
-            store=store,
-            rank=index,
-            world_size=count,
-            timeout=PATIENCE,
-        )
-    return ProcessGroup(index, count, device, local_index, local_count, check)
+    if local_count == count:
+        _use_loopback()
+    dist.init_process_group(
+        "gloo" if kind == "cpu" else "cpu:gloo,cuda:nccl",
+        store=store,
+        rank=index,
+        world_size=count,
+        timeout=PATIENCE,
+    )
+    key = bytes.fromhex(store.get("key").decode())
+    return ProcessGroup(index, count, device, local_index, local_count, check, key)
 
 
 def leave() -> None:
     """Undo `join`."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    for name, value in _interfaces.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+    _interfaces.clear()
 
 
-class _loopback:
-    """A context in which gloo uses the loopback device if all processes are on one machine, whose
-    host name may not resolve to its own address."""
+_interfaces: dict[str, str | None] = {}
+"""The user's values of the variables that `_use_loopback` sets."""
 
-    _KEY = "GLOO_SOCKET_IFNAME"
 
-    def __init__(self, one_machine: bool) -> None:
-        names = [name for _, name in socket.if_nameindex()]
-        self.sets = one_machine and "lo" in names and self._KEY not in os.environ
+def _use_loopback() -> None:
+    """Let gloo and NCCL listen on the loopback interface alone until `leave`.
 
-    def __enter__(self) -> None:
-        if self.sets:
-            os.environ[self._KEY] = "lo"
-
-    def __exit__(self, *_: object) -> None:
-        if self.sets:
-            del os.environ[self._KEY]
+    Each channel opens sockets of its own, so the variables stay set.
+    """
+    found = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if not found:
+        raise ReseedError("processes of one machine need its loopback interface (lo): it has none")
+    for name, value in (("GLOO_SOCKET_IFNAME", found[0]), ("NCCL_SOCKET_IFNAME", f"={found[0]}")):
+        _interfaces[name] = os.environ.get(name)
+        os.environ[name] = value
 
 
 def lost_process_error(index: int, status: int) -> ProcessLostError:

@@ -3,6 +3,11 @@
 `ProcessGroup` has the exchanges. All ranks must make the same exchanges in the same order. Waiting
 is a polling loop, so that signals are handled and the death of another process is noticed.
 
+Ranks exchange tensors and JSON, never pickles. Each JSON message begins with an HMAC-SHA256 under
+the key of the group, over the number of the exchange, the sender's rank and the text. The receiver
+verifies it before it parses the text, so a process without the key can neither give an order nor
+repeat an earlier one.
+
 If ranks share each batch in equal portions (``runtime=ddp``), each computes the loss on its
 portion, such that the means over the ranks of loss and gradients are those of the whole batch. This
 holds by itself for a mean over tokens. Terms that depend on the batch in another way use these
@@ -19,7 +24,9 @@ no parameter for it.
 
 from __future__ import annotations
 
-import pickle
+import hashlib
+import hmac
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +49,9 @@ _SPINS, _PAUSE_S = 50, 1e-4
 _LAST_CHECKS, _LAST_CHECK_S = 20, 0.05
 _SMALL = 2**18
 """Number of elements below which copying a tensor costs less than a message of its own."""
+_MAC = hashlib.sha256().digest_size
+_LONGEST = 2**30
+"""Longest JSON message in bytes, so that no announced length can exhaust memory."""
 
 
 class ProcessLostError(ReseedError):
@@ -67,6 +77,7 @@ class ProcessGroup:
         device: device that this process trains on.
         local_index, local_count: index and count among the ranks of its node.
         check: raises `ProcessLostError` if a rank is known to be lost; called while waiting.
+        key: key that all ranks share and nobody else knows; it authenticates JSON messages.
     """
 
     index: int = 0
@@ -75,7 +86,9 @@ class ProcessGroup:
     local_index: int = 0
     local_count: int = 1
     check: Callable[[], None] = lambda: None
+    key: bytes = field(default=b"", repr=False)
     _group: Any = None
+    _messages: int = 0
 
     @property
     def several(self) -> bool:
@@ -143,21 +156,59 @@ class ProcessGroup:
         self._wait(work, x.device)
         return [one[:n] for one, n in zip(found, lengths.tolist(), strict=True)]
 
-    def broadcast_object(self, value: Any = None) -> Any:
-        """Send an object of rank 0 to all ranks, and return it."""
+    def broadcast_json(self, value: Any = None) -> Any:
+        """Send a value of rank 0, in JSON, to all ranks, and return it.
+
+        Numbers keep their value, also NaN and infinities; tuples become lists.
+
+        Raises:
+            ReseedError: the message was not made by rank 0.
+        """
         if not self.several:
             return value
-        sent = pickle.dumps(value) if self.leads else b""
-        length = self.broadcast_(torch.tensor([len(sent)], dtype=torch.int64), 0)
-        buffer = torch.empty(int(length), dtype=torch.uint8)
-        if self.leads:
-            buffer.copy_(torch.frombuffer(bytearray(sent), dtype=torch.uint8))
-        return pickle.loads(self.broadcast_(buffer, 0).numpy().tobytes())
+        sent = self._seal(value) if self.leads else torch.empty(0, dtype=torch.uint8)
+        length = int(self.broadcast_(torch.tensor([len(sent)], dtype=torch.int64), 0))
+        if not _MAC < length <= _LONGEST:
+            raise self._refusal(0)
+        buffer = sent if self.leads else torch.empty(length, dtype=torch.uint8)
+        return self._open([self.broadcast_(buffer, 0)])[0]
 
-    def gather_objects(self, value: Any) -> list[Any]:
-        """Return the objects of all ranks, on every rank."""
-        own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        return [pickle.loads(sent.numpy().tobytes()) for sent in self.gather(own)]
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, sent in JSON, on every rank.
+
+        Numbers keep their value, also NaN and infinities; tuples become lists.
+
+        Raises:
+            ReseedError: a message was not made by its rank.
+        """
+        return self._open(self.gather(self._seal(value))) if self.several else [value]
+
+    def _seal(self, value: Any) -> Tensor:
+        """Return the message with ``value``, in bytes."""
+        text = json.dumps(value).encode()
+        mac = self._mac(self.index, text)
+        return torch.frombuffer(bytearray(mac + text), dtype=torch.uint8)
+
+    def _open(self, messages: Sequence[Tensor]) -> list[Any]:
+        """Return the values of the messages of ranks 0, 1, ..., after verifying the senders."""
+        values = []
+        for sender, message in enumerate(messages):
+            sent = message.numpy().tobytes()
+            mac, text = sent[:_MAC], sent[_MAC:]
+            if not hmac.compare_digest(mac, self._mac(sender, text)):
+                raise self._refusal(sender)
+            values.append(json.loads(text))
+        self._messages += 1
+        return values
+
+    def _mac(self, sender: int, text: bytes) -> bytes:
+        return hmac.digest(self.key, b"%d %d " % (self._messages, sender) + text, "sha256")
+
+    def _refusal(self, sender: int) -> ReseedError:
+        return ReseedError(
+            f"refused a message that rank {sender} of this training did not send (its HMAC or its "
+            "length is wrong)"
+        )
 
     def _reduced(self, x: Tensor, how: Any) -> Tensor:
         if self.several:

@@ -7,19 +7,22 @@ as a task of a job.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-from reseed.distributed.launcher import ADDRESS, OUT_OF_MEMORY, join
+from reseed import activations, sae
+from reseed.config import Config
+from reseed.distributed.launcher import ADDRESS, OUT_OF_MEMORY, join, open_store
 from reseed.distributed.process_group import ProcessGroup
-from reseed.errors import Interrupted, ReseedError
+from reseed.errors import ConfigError, Interrupted, ReseedError
 from reseed.experiment import Experiment
 from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.sae.pretrained import Pretrained
@@ -31,20 +34,21 @@ from reseed.train.group import fit_on_process
 
 
 @dataclass(frozen=True)
-class RunMessage:
+class RunMessage(Config):
     """One run of a group, in the form that is sent to workers."""
 
     experiment: Experiment
     role: str
     penalty: float | None
     calibration: dict[str, Any] | None
-    pretrained: Pretrained | None
+    pretrained: dict[str, Any] | None
     signature: str
 
     @classmethod
     def of(cls, resolved: Resolved) -> RunMessage:
         r = resolved
-        return cls(r.experiment, r.role, r.penalty, r.calibration, r.pretrained, r.signature)
+        pretrained = None if r.pretrained is None else r.pretrained.to_dict()
+        return cls(r.experiment, r.role, r.penalty, r.calibration, pretrained, r.signature)
 
     def resolve(self, runtime: RuntimeConfig) -> Resolved:
         """Resolve the run on this node.
@@ -52,13 +56,14 @@ class RunMessage:
         Raises:
             ReseedError: its signature differs from that on the leader's node.
         """
+        pretrained = None if self.pretrained is None else Pretrained.from_dict(self.pretrained)
         found = resolve_experiment(self.experiment, runtime)
         found = replace(
             found,
             role=self.role,
             penalty=self.penalty,
             calibration=self.calibration,
-            pretrained=self.pretrained,
+            pretrained=pretrained,
         )
         if found.signature != self.signature:
             raise ReseedError(
@@ -68,22 +73,42 @@ class RunMessage:
         return found
 
 
-@dataclass(frozen=True)
-class GroupMessage:
-    """A group to train, as sent to the workers."""
+def group_message(group: Sequence[Resolved], runtime: RuntimeConfig) -> dict[str, Any]:
+    """Return the message, in plain values, that tells workers to train a group."""
+    return {"runs": [RunMessage.of(r).to_dict() for r in group], "runtime": runtime.to_dict()}
 
-    runs: tuple[RunMessage, ...]
-    runtime: RuntimeConfig
+
+def read_group(message: Any) -> tuple[list[RunMessage], RuntimeConfig]:
+    """Return the runs and the runtime options of a message of `group_message`.
+
+    Classes have stable names in it, which are looked up in the registry and never imported.
+
+    Raises:
+        ReseedError: it has an unknown key or name, or a value of a wrong type.
+    """
+    activations.load_all()
+    sae.load_all()
+    try:
+        if not isinstance(message, dict) or message.keys() != {"runs", "runtime"}:
+            raise ConfigError("{key} must have `runs` and `runtime`", "message")
+        runs = [RunMessage.from_dict(run, f"runs[{i}]") for i, run in enumerate(message["runs"])]
+        return runs, RuntimeConfig.from_dict(message["runtime"], "runtime")
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ReseedError(
+            f"cannot read the message of rank 0: {error}. Install the same version of reseed on "
+            "all nodes"
+        ) from error
 
 
 def run_worker(ranks: ProcessGroup) -> None:
     """Train this rank's share of every group that rank 0 sends, until it sends None."""
-    while (message := ranks.broadcast_object()) is not None:
-        if message.runtime.strategy == "ddp":
+    while (message := ranks.broadcast_json()) is not None:
+        runs, runtime = read_group(message)
+        if runtime.strategy == "ddp":
             mute()  # all ranks would print the same
-        group = [run.resolve(message.runtime).spec for run in message.runs]
-        runs = [spec.run(RunStore(message.runtime.outputs)) for spec in group]
-        fit_on_process(group, runs, message.runtime, ranks)
+        group = [run.resolve(runtime).spec for run in runs]
+        store = RunStore(runtime.outputs)
+        fit_on_process(group, [spec.run(store) for spec in group], runtime, ranks)
 
 
 def main() -> None:
@@ -91,33 +116,38 @@ def main() -> None:
     open_streams()
     # Ctrl-C on a terminal reaches all processes; the leader decides how to end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_exit_with_leader, args=(os.getppid(),), daemon=True).start()
-    status = _exit_status(*os.environ[ADDRESS].split(":"))
+    leader, index, count, kind, name = os.environ[ADDRESS].split(":", 4)
+    folder = Path(name)
+    threading.Thread(target=_exit_with_leader, args=(int(leader), folder), daemon=True).start()
+    status = _exit_status(folder, int(index), int(count), kind)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)  # does not wait for an exchange that no other rank will complete
 
 
-def _exit_status(host: str, port: str, index: str, count: str, kind: str) -> int:
+def _exit_status(folder: Path, index: int, count: int, kind: str) -> int:
     """Join the leader, train until it sends None, and return the exit status."""
     try:
-        store = TCPStore(host, int(port), is_master=False)
-        run_worker(join(store, int(index), int(count), kind))
+        run_worker(join(open_store(folder), index, count, kind))
     except Interrupted as stop:
         return 128 + stop.number
     except Exception as error:
         if is_out_of_memory(error):
             print(f"rank {index}: {error}", file=sys.stderr)
             return OUT_OF_MEMORY
-        traceback.print_exc()
+        if isinstance(error, ReseedError):
+            print(f"rank {index}: {error}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         return 1
     return 0
 
 
-def _exit_with_leader(leader: int) -> None:
+def _exit_with_leader(leader: int, folder: Path) -> None:
     """Exit once the leader is gone: its locks are free, so another process may take the runs."""
     while os.getppid() == leader:
         time.sleep(0.3)
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,21 @@ class Pretrained:
     fingerprint: str
     notes: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field in plain values."""
+        plain = {"path": str(self.path), "config": self.config.to_dict(), "notes": list(self.notes)}
+        return {f.name: getattr(self, f.name) for f in fields(self)} | plain
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Pretrained:
+        """Build the object from the output of `to_dict`. Unknown keys and formats are refused."""
+        known = values.keys() == {f.name for f in fields(cls)}
+        if not known or str(values["format"]) not in FORMATS:
+            raise ConfigError(f"{{key}} does not describe an SAE: got {dict(values)}", "pretrained")
+        config = SAEConfig.from_dict(values["config"], "pretrained.config")
+        typed = {"path": Path(values["path"]), "config": config, "notes": tuple(values["notes"])}
+        return cls(**{**values, **typed})
 
     def check_d_in(self, d_in: int) -> None:
         """Raise `ConfigError` if the SAE takes activations of another width."""

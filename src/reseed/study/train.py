@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from reseed.distributed.launcher import Processes, open_processes
-from reseed.distributed.worker import GroupMessage, RunMessage
+from reseed.distributed.worker import group_message
 from reseed.errors import ConfigError, ReseedError
 from reseed.experiment.resolve import Resolved
 from reseed.store.runs import Run, RunStore
@@ -186,8 +186,7 @@ def _train_groups(
             if not any(spec.role for spec in missing):  # calibration prints its own messages
                 print_start(mine, machine, number, of=number + len(waiting))
             try:
-                runs = tuple(RunMessage.of(by_signature[spec.signature]) for spec in missing)
-                message = GroupMessage(runs, runtime)
+                message = group_message([by_signature[s.signature] for s in missing], runtime)
                 failures |= fit_group(missing, store, runtime, processes, message)
             except OutOfMemory as error:
                 processes.discard()

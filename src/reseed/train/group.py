@@ -56,7 +56,8 @@ def fit_group(
 
     Args:
         processes: the processes that train; by default only this one.
-        message: message that tells the other processes what to train (`reseed.distributed.worker`).
+        message: plain values that tell the other processes what to train
+            (`reseed.distributed.worker.group_message`).
 
     Returns:
         the error of each run that failed, by run id. A failed run does not stop the others.
@@ -76,7 +77,7 @@ def fit_group(
             if processes is None
             else processes.ranks
         )
-        ranks.broadcast_object(message)
+        ranks.broadcast_json(message)
         failures = fit_on_process(group, runs, runtime, ranks)
     except (KeyboardInterrupt, DiskFullError):
         _interrupt(runs)
@@ -149,8 +150,7 @@ def fit_on_process(
         failures = _finish(states, share.own, source, timings)
     if not ranks.several:
         return failures
-    # Send errors as text: not every exception can be pickled.
-    texts = ranks.gather_objects({run: str(error) for run, error in failures.items()})
+    texts = ranks.gather_json({run: str(error) for run, error in failures.items()})
     return {run: ReseedError(text) for each in texts for run, text in each.items()} | failures
 
 
@@ -237,7 +237,8 @@ def _train(
         wanted: batch size and number of steps of each run of the group.
     """
     begin = [stream.position(s.step, s.training.batch_size) for s in states if s.active]
-    starts = [at for at in share.ranks.gather_objects(min(begin, default=None)) if at is not None]
+    first = [(at.chunk, at.row) for at in sorted(begin)[:1]]
+    starts = [Position(*at) for each in share.ranks.gather_json(first) for at in each]
     if not starts:
         return
     module = GroupModule(states, stream, share.batch_ranks)

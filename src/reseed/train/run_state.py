@@ -245,7 +245,7 @@ class RunState:
             raise NotFiniteError("the weights are", self.step)
         if self.ranks.several:
             own = [float(p.detach().double().sum()) for p in weights]
-            if any(other != own for other in self.ranks.gather_objects(own)):
+            if any(other != own for other in self.ranks.gather_json(own)):
                 raise ReseedError(
                     f"{self.id}: the ranks that trained it together have different weights; check "
                     "that their devices and library versions are the same"

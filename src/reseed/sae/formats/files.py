@@ -7,12 +7,12 @@ libraries' files load data only and never run code. Errors name the file and the
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -371,7 +371,7 @@ def read_pt(file: Path) -> Any:
     def saved(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
-    kinds = (OSError, ValueError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError)
+    kinds = (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError)
     return _read(file, saved, (*kinds, AttributeError, IndexError, TypeError))
 
 
