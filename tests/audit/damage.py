@@ -35,7 +35,8 @@ NOBODY = 65534
 LINE = ["model=embedded", "dataset=text_files", "dataset.context_length=32",
         "dataset.chunk_tokens=2048", "dataset.held_out_tokens=1024", "sae=topk",
         "sae.num_latents=64", "sae.k=8", "training.batch_size=128", "training.tokens=4096",
-        "runtime.progress=false", "runtime.cache=cache", "runtime.threads=1"]  # fmt: skip
+        "runtime.progress=false", "runtime.cache=cache", "runtime.threads=1",
+        "runtime.activation_cache=activations"]  # fmt: skip
 FEW = ["comparison=seeds", "comparison.null_draws=1", "comparison.activation_tokens=512"]
 EVALUATIONS = ["evaluation=contexts,faithfulness", "evaluation.tokens=512"]
 SEEDS = "seed=0,1"
@@ -70,7 +71,7 @@ FILES = {
     "train.int32": "cache/tokens/*/train.int32",
     "held_out.int32": "cache/tokens/*/held_out.int32",
     "train-starts.npy": "cache/tokens/*/train-starts.npy",
-    "cached activations": "cache/activations/*/000000-*.safetensors",
+    "cached activations": "activations/*/000000-*.safetensors",
 }
 
 
@@ -246,23 +247,34 @@ class Outcome:
     status: int
     text: str
     results: dict[str, Any]
+    rewritten: bool = False
+    """True if the damaged file was written again."""
 
 
 def run_on_copy(
-    project: Path, name: str, damage: Callable[[Path], object] = lambda copy: None
+    project: Path, name: str, path: str = "", damage: Callable[[Path, bytes], object] | None = None
 ) -> Outcome:
-    """Copy the project, damage the copy, run a command in it, and delete it."""
+    """Copy the project, damage a file of the copy, run a command in it, and delete it."""
     copy = _copied(project)
     try:
-        damage(copy)
+        if damage is not None:
+            damage(copy / path, (copy / path).read_bytes())
+        damaged = _state(copy / path)
         with _at_work(copy), _unprivileged(copy):
             status, text = _outcome(commands(project)[name])
-        return Outcome(status, _undated(text), results_in(copy))
+        rewritten = _state(copy / path) != damaged
+        return Outcome(status, _undated(text), results_in(copy), rewritten)
     finally:
         for path in copy.rglob("*"):
             if not path.is_symlink():
                 path.chmod(stat.S_IRWXU)
         shutil.rmtree(copy)
+
+
+def _state(path: Path) -> tuple[int, bytes]:
+    if not path.is_file():
+        return 0, b""
+    return path.stat().st_mode, path.read_bytes()
 
 
 def _copied(project: Path) -> Path:
@@ -329,7 +341,7 @@ def judge(sound: Outcome, found: Outcome, path: str) -> str:
     same = {k: v for k, v in found.results.items() if k != path}
     expected = {k: v for k, v in sound.results.items() if k != path}
     if found.status == sound.status and same == expected:
-        if found.results.get(path) == sound.results.get(path):
+        if found.rewritten and found.results.get(path) == sound.results.get(path):
             return "R"
         if found.text == sound.text:
             return "."
@@ -369,11 +381,7 @@ def audit(project: Path, chosen: Sequence[str] = (), sample: int = 1) -> list[tu
                 if not fits or number % sample:
                     letters.append("")
                     continue
-
-                def damaged(copy: Path, path: str = path, apply: Any = apply) -> None:
-                    apply(copy / path, (copy / path).read_bytes())
-
-                found = run_on_copy(project, name, damaged)
+                found = run_on_copy(project, name, path, apply)
                 letters.append(judge(sound[name], found, path))
                 if letters[-1] == "S":
                     last = found.text.strip()[-600:].replace("\n", "\n        ")

@@ -6,6 +6,7 @@ The command reads files of ``evaluation=contexts`` and of comparisons; it loads 
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,10 +103,10 @@ def _newest_sweep(run: Path, runtime: RuntimeConfig) -> Path | None:
     tables = [
         path.parent / FILE
         for path in Path(runtime.sweeps).glob("*/manifest.jsonl")
-        if (path.parent / FILE).is_file()
+        if os.path.lexists(path.parent / FILE)
         and any(own.path.resolve() == run.resolve() for own in Sweep(path.parent).runs())
     ]
-    return max(tables, key=lambda path: path.stat().st_mtime_ns).parent if tables else None
+    return max(tables, key=lambda path: path.lstat().st_mtime_ns).parent if tables else None
 
 
 def _of_partner(partner: Partner, run: Path) -> LatentView | None:
