@@ -23,7 +23,7 @@ from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, ClassVar, Self, TypeVar
 
-from reseed.errors import ConfigError, ReseedError, did_you_mean
+from reseed.errors import ConfigError, ReseedError, check_plain, did_you_mean, shown
 
 SIGNATURE_LENGTH = 12
 """Number of hex characters of a signature; a million runs have a collision with probability 2e-3.
@@ -246,7 +246,7 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
     module_name, _, class_name = _MOVED.get(target, target).rpartition(".")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"{{key}}: cannot find `_target_` {target}: {error}", key) from error
     # Only Config classes are called, so that a hostile `_target_` cannot run code.
     if not (isinstance(found, type) and issubclass(found, base)):
@@ -327,7 +327,8 @@ def _checked(value: Any, hint: Any, f: dataclasses.Field) -> Any:
     )
     rule = ", ".join(part for part in (_describe(hint), limits) if part)
     if not ok or (converted is not None and not _within(converted, bounds)):
-        raise ConfigError(f"{{key}} must be {rule}; got {value!r}", f.name)
+        raise ConfigError(f"{{key}} must be {rule}; got {shown(value)}", f.name)
+    check_plain(converted, f.name)
     return converted
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import signal
 from collections.abc import Iterable
+from typing import Any
 
 
 class ReseedError(Exception):
@@ -36,6 +38,38 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` Did you mean `x`?`` for the known name nearest to ``word``, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean `{found[0]}`?" if found else ""
+
+
+def check_plain(value: Any, key: str) -> None:
+    """Raise `ConfigError` for integers and strings that files, tensors or paths cannot hold."""
+    if isinstance(value, int) and not -_INTEGERS <= value < _INTEGERS:
+        raise ConfigError(f"{{key}} must be an integer of 64 bits; got {shown(value)}", key)
+    if isinstance(value, str) and ("\0" in value or not is_unicode(value)):
+        raise ConfigError(
+            f"{{key}} must be Unicode text without null characters; got {value!a}", key
+        )
+    if isinstance(value, tuple | list):
+        for item in value:
+            check_plain(item, key)
+
+
+_INTEGERS = 2**63  # integers of 64 bits are below
+
+
+def is_unicode(text: str) -> bool:
+    """Return False for a text with lone surrogates: bytes of the command line that no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it; Python refuses to write integers of many digits."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"an integer of about {int(abs(value).bit_length() * math.log10(2)) + 1:,} digits"
+    return repr(value)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -24,6 +24,7 @@ from reseed.activations.source import ResolvedSource, SourceConfig
 from reseed.config import setting
 from reseed.errors import ConfigError
 
+_MOST_LAYERS = 10_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,18 +83,26 @@ class FoundModel(ResolvedSource):
     @cached_property
     def skeleton(self) -> nn.Module:
         """The model on the meta device: module names and shapes, without weights."""
-        return _build_skeleton(self.transformers_config)
+        assert self.num_layers  # many layers take long to build, even without weights
+        with _foreign(self.folder, "transformers cannot build the model of its config.json"):
+            return _build_skeleton(self.transformers_config)
 
     @property
     def num_layers(self) -> int:
         """Number of transformer blocks."""
-        return int(self.transformers_config.get_text_config().num_hidden_layers)
+        with _foreign(self.folder, "its config.json has no usable `num_hidden_layers`"):
+            count = int(self.transformers_config.get_text_config().num_hidden_layers)
+            if not 0 < count <= _MOST_LAYERS:
+                raise ValueError(f"it must be from 1 to {_MOST_LAYERS:,}; got {count}")
+            return count
 
     @property
     def context_length(self) -> int:
         """Maximum length of a sequence, in tokens."""
-        limit = getattr(self.transformers_config.get_text_config(), "max_position_embeddings", None)
-        return int(limit) if limit else 1 << 62
+        with _foreign(self.folder, "its config.json has no usable `max_position_embeddings`"):
+            text = self.transformers_config.get_text_config()
+            limit = getattr(text, "max_position_embeddings", None)
+            return int(limit) if limit else 1 << 62
 
     def check(self, hookpoint: Hookpoint) -> None:
         """Raise `ConfigError` if the model has no such layer or module."""
@@ -117,7 +126,8 @@ class FoundModel(ResolvedSource):
 
     def _find_width(self, hookpoint: Hookpoint) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
-        with torch.no_grad():
+        what = "its model cannot compute activations"
+        with torch.no_grad(), _foreign(self.folder, what):
             # Without an explicit mask, transformers would read the tokens, but meta has no values.
             modules = _modules(self.skeleton, [hookpoint])
             found = _record(self.skeleton, tokens, modules, torch.ones_like(tokens))
@@ -221,14 +231,32 @@ def _without_its_code(what: Any, folder: Path) -> Any:
     Raises:
         ConfigError: the model requires its own code.
     """
+    name = "tokenizer" if "Tokenizer" in what.__name__ else "configuration"
+    with _foreign(folder, f"transformers cannot read its {name}"), _quiet():
+        try:
+            return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ConfigError(
+                f"{{key}}: {folder} needs python code of its own, which reseed does not run; the "
+                "architecture must be one of transformers",
+                "model",
+            ) from error
+
+
+@contextmanager
+def _foreign(folder: Path, what: str) -> Iterator[None]:
+    """Raise `ConfigError` for any error that a model's files cause in transformers."""
     try:
-        return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ConfigError(
-            f"{{key}}: {folder} needs python code of its own, which reseed does not run; the "
-            "architecture must be one of transformers",
+            f"{{key}}: the model in {folder} cannot be used: {what} ({type(error).__name__}: "
+            f"{reason.strip()})",
             "model",
         ) from error
 

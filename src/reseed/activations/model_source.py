@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from reseed.activations.dataset import DatasetConfig
 from reseed.activations.language_model import FoundModel, ModelConfig
@@ -22,7 +24,7 @@ from reseed.activations.source import ResolvedData
 from reseed.activations.text_source import resolve_model_text
 from reseed.config import setting
 from reseed.errors import ConfigError
-from reseed.system.files import atomic_write_json
+from reseed.system.files import atomic_write_json, user_path
 
 RANDOM_SEED = 1
 """Seed of the weights of ``surrogate=random_weights``. It is the same for all runs, so that they
@@ -73,10 +75,12 @@ class PathModelConfig(ModelConfig, name="path"):
             ConfigError: the folder does not exist or holds no transformers model.
         """
         self.check_attention()
-        folder = Path(self.path).expanduser()
+        folder = user_path(self.path)
         check_folder(folder)
         label = folder.resolve().name
-        return ResolvedModel(self, folder, weights_fingerprint(folder, cache), label)
+        found = ResolvedModel(self, folder, weights_fingerprint(folder, cache), label)
+        check_fit(found.skeleton, folder)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +120,46 @@ def check_folder(folder: Path) -> None:
     for file in weights:
         _check_weights(file)
     try:
-        json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"
         ) from None
+
+
+def check_fit(skeleton: nn.Module, folder: Path) -> None:
+    """Check that a folder's weights fit its config.json: transformers would draw missing ones.
+
+    Names may differ, because transformers converts weights of many families. So only weights whose
+    neighbours in another layer have the model's own names count as missing.
+
+    Raises:
+        ConfigError: a weight has another shape than the model's, or a layer lacks it.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in skeleton.named_parameters()}
+    found: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in wanted.keys() & set(tensors.keys()):
+                found.add(name)
+                there = tensors.get_slice(name)
+                if there.get_dtype() in _FLOATS and there.get_shape() != wanted[name]:
+                    raise ConfigError(
+                        f"{{key}}: {file} does not fit config.json: `{name}` has shape "
+                        f"{there.get_shape()}, expected {wanted[name]}",
+                        "path",
+                    )
+    kinds = {_NUMBER.sub(".*.", name) for name in found}
+    missing = [name for name in wanted if name not in found and _NUMBER.sub(".*.", name) in kinds]
+    if missing:
+        raise ConfigError(
+            f"{{key}}: the weights in {folder} do not fit config.json: `{missing[0]}` is missing",
+            "path",
+        )
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")  # quantised weights have other shapes
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 def _check_weights(file: Path) -> None:

@@ -31,7 +31,7 @@ def _main(arguments: list[str]) -> int:
         raise ReseedError(
             "there is no activation cache: set its folder with runtime.activation_cache=FOLDER"
         )
-    folder = Path(runtime.activation_cache).expanduser()
+    folder = user_path(runtime.activation_cache)
     if not folder.is_dir():
         raise ConfigError(f"{{key}}: there is no folder {folder}", "runtime.activation_cache")
     if pattern is None:

@@ -8,7 +8,6 @@ part that training needs.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,10 +27,14 @@ from reseed.experiment import Experiment, experiment_from
 from reseed.sae.base import SAEConfig
 from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.store.runs import Run, RunStore
+from reseed.system.environment import derived_data, derived_folder
+from reseed.system.files import shorten
 from reseed.train.config import ArchetypalDecoder, RuntimeConfig, TruthStart
 from reseed.train.optim import peak_lr
 from reseed.train.spec import RunSpec
 
+_LABEL = 60
+"""Number of bytes of a model's and of a text's name in a folder's name that would be too long."""
 SIGNATURE_VERSION = 1
 """Increase this when a code change alters the results of every run."""
 
@@ -183,9 +186,16 @@ class Resolved:
         """Readable part of the name of the run's folder."""
         e = self.experiment
         sparsity = self.sparsity.replace("=", "").replace("λ", "l")
-        what = (self.model_label, e.hook, self.data.label, self.sae.name, self.num_latents)
         last = self.role or ("pretrained" if self.pretrained else f"seed{e.seed}")
-        return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, sparsity, last))))
+
+        def named(model: str, data: str) -> str:
+            what = (model, e.hook, data, self.sae.name, self.num_latents, sparsity, last)
+            return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, what)))
+
+        whole = named(self.model_label, self.data.label)
+        if whole == shorten(whole):
+            return whole
+        return named(shorten(self.model_label, _LABEL), shorten(self.data.label, _LABEL))
 
     def run(self, store: RunStore) -> Run:
         """Return the run of this experiment in ``store``."""
@@ -299,7 +309,6 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     Raises:
         ConfigError: a setting breaks a rule; the message has the full key, the rule and the value.
     """
-    cache = cache_folder(runtime)
     found = None
     if isinstance(experiment.sae, PretrainedConfig):
         try:
@@ -310,7 +319,8 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     model = find_model(experiment, runtime)
     model.check(experiment.hook)
     try:
-        data = model.data(experiment.dataset, cache)
+        with derived_data(cache_folder(runtime)) as cache:
+            data = model.data(experiment.dataset, cache)
     except ConfigError as error:
         raise error.within("dataset") from None
     d_in = model.d_in(experiment.hook)
@@ -322,7 +332,8 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     except ConfigError as error:
         raise error.within("sae") from None
     _check_start(experiment, model, architecture.width(d_in))
-    data.check_budget(experiment.training.steps, experiment.training.batch_size)
+    with derived_data(cache_folder(runtime)):
+        data.check_budget(experiment.training.steps, experiment.training.batch_size)
     return Resolved(experiment, model, data, d_in, architecture.width(d_in), pretrained=found)
 
 
@@ -333,19 +344,20 @@ def find_model(experiment: Experiment, runtime: RuntimeConfig) -> ResolvedSource
         ConfigError: the source is not found, or the surrogate does not apply to it.
     """
     try:
-        model = _resolve_source(experiment.model, cache_folder(runtime))
+        with derived_data(cache_folder(runtime)) as cache:
+            model = _resolve_source(experiment.model, cache)
     except ConfigError as error:
         raise error.within("model") from None
     return _standing_in(model, experiment.surrogate)
 
 
 def cache_folder(runtime: RuntimeConfig) -> Path:
-    """Return the folder of derived data: tokens, extracted text, fingerprints."""
-    chosen = runtime.cache or os.environ.get("RESEED_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "reseed"
+    """Return the folder of derived data: tokens, extracted text, fingerprints.
+
+    Raises:
+        ConfigError: it is in the home folder, which is unknown.
+    """
+    return derived_folder(runtime.cache)
 
 
 def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int) -> None:

@@ -31,7 +31,7 @@ from typing import Any
 from reseed.config import SIGNATURE_LENGTH, digest
 from reseed.errors import ReseedError
 from reseed.system.environment import environment
-from reseed.system.files import atomic_write_json, lock_file, remove_leftovers, room_for
+from reseed.system.files import atomic_write_json, lock_file, remove_leftovers, room_for, shorten
 
 FORMAT = 1
 RESULTS = ("sae.safetensors", "sae.json", "latents.safetensors", "metrics.json", "training.csv")
@@ -254,7 +254,7 @@ class RunStore:
     def run(self, signature: str, readable: str) -> Run:
         """Return the run with ``signature``; an existing folder may have another readable part."""
         found = sorted(self.root.glob(f"*-{signature}")) if self.root.is_dir() else []
-        return Run(found[0] if found else self.root / f"{readable}-{signature}")
+        return Run(found[0] if found else self.root / f"{shorten(readable)}-{signature}")
 
     def runs(self) -> list[Run]:
         """Return all runs, sorted by name."""
