@@ -171,9 +171,8 @@ def import_all() -> None:
         if importlib.util.find_spec(f"reseed.cli.{name}") is not None:
             importlib.import_module(f"reseed.cli.{name}")
     for name in (
-        "transformers",
-        "pyarrow.parquet",
         "transformers.models.gpt_neox.modeling_gpt_neox",
+        "pyarrow.parquet",
         "reseed.cli.cluster.command",
     ):
         importlib.import_module(name)

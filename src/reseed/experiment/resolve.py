@@ -33,8 +33,6 @@ from reseed.train.config import ArchetypalDecoder, RuntimeConfig, TruthStart
 from reseed.train.optim import peak_lr
 from reseed.train.spec import RunSpec
 
-_LABEL = 60
-"""Number of bytes of a model's and of a text's name in a folder's name that would be too long."""
 SIGNATURE_VERSION = 1
 """Increase this when a code change alters the results of every run."""
 
@@ -175,6 +173,12 @@ class Resolved:
         return RunSource(self.model, self.model_label, self.experiment.surrogate)
 
     @property
+    def warning(self) -> str:
+        """A warning if a pretrained SAE reads activations of another place than its own, or ""."""
+        e = self.experiment
+        return self.pretrained.misplaced(e.layer, e.hookpoint.site) if self.pretrained else ""
+
+    @property
     def sparsity(self) -> str:
         """The setting of the sparsity, for tables (``k=32``)."""
         declared = self.experiment.architecture
@@ -192,10 +196,8 @@ class Resolved:
             what = (model, e.hook, data, self.sae.name, self.num_latents, sparsity, last)
             return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, what)))
 
-        whole = named(self.model_label, self.data.label)
-        if whole == shorten(whole):
-            return whole
-        return named(shorten(self.model_label, _LABEL), shorten(self.data.label, _LABEL))
+        whole = named(model := self.model_label, data := self.data.label)
+        return whole if whole == shorten(whole) else named(shorten(model, 60), shorten(data, 60))
 
     def run(self, store: RunStore) -> Run:
         """Return the run of this experiment in ``store``."""
