@@ -320,11 +320,11 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
         experiment = experiment.of_pretrained(found)
     model = find_model(experiment, runtime)
     model.check(experiment.hook)
-    try:
-        with derived_data(cache_folder(runtime)) as cache:
+    with derived_data(cache_folder(runtime)) as cache:
+        try:
             data = model.data(experiment.dataset, cache)
-    except ConfigError as error:
-        raise error.within("dataset") from None
+        except ConfigError as error:
+            raise error.within("dataset") from None
     d_in = model.d_in(experiment.hook)
     architecture = experiment.architecture
     try:
@@ -345,11 +345,11 @@ def find_model(experiment: Experiment, runtime: RuntimeConfig) -> ResolvedSource
     Raises:
         ConfigError: the source is not found, or the surrogate does not apply to it.
     """
-    try:
-        with derived_data(cache_folder(runtime)) as cache:
+    with derived_data(cache_folder(runtime)) as cache:
+        try:
             model = _resolve_source(experiment.model, cache)
-    except ConfigError as error:
-        raise error.within("model") from None
+        except ConfigError as error:
+            raise error.within("model") from None
     return _standing_in(model, experiment.surrogate)
 
 
