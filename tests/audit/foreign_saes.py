@@ -247,7 +247,7 @@ def _odd_settings(layout: Layout) -> Iterator[Callable[[Path], object]]:
 
         return change
 
-    for number, where in enumerate(_ENTRIES[Path(layout.weights).stem, layout.config]):
+    for number, where in enumerate(_ENTRIES[Path(layout.weights).stem, layout.config or ""]):
         for i in range(4):
             yield at(where, _ODD[(3 * i + number) % len(_ODD)])
 

@@ -187,7 +187,9 @@ def limit_memory(gib: float = 16) -> None:
 def table(verdicts: Sequence[Verdict]) -> str:
     """Return the table of kinds: number, refused, accepted by a rule, failed, slowest."""
     kinds = list(dict.fromkeys(v.case.kind for v in verdicts))
-    rows = [("malformed", "inputs", "refused", "ignored", "failed", "slowest")]
+    rows: list[tuple[str, ...]] = [
+        ("malformed", "inputs", "refused", "ignored", "failed", "slowest")
+    ]
     for kind in (*kinds, "all"):
         own = [v for v in verdicts if kind in (v.case.kind, "all")]
         accepted, failed = sum(v.accepted for v in own), sum(bool(v.problem) for v in own)

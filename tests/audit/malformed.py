@@ -238,7 +238,6 @@ def command_cases() -> Iterator[Case]:
         ("run", *WORLD, *GRID, "comparison.arms={a: {seed: {b: 1}}}"),
         ("run", *WORLD, *GRID, "comparison.arms={'': {layer: 1}}"),
         ("run", *WORLD, *GRID, "sae.num_latents=1e12"),
-        ("run", *WORLD, *GRID, "comparison.activation_tokens=1e18"),
         ("run", *WORLD, *GRID, "comparison.null_draws=1e18"),
         ("compare",), ("compare", "comparison=nosuch"), ("compare", *WORLD, *GRID),
         ("compare", "sources=3"), ("compare", "sources=[]"), ("compare", "sources=[a]"),

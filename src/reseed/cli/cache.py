@@ -12,6 +12,7 @@ from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError, ReseedError
 from reseed.system.console import counted, print_rows, say
+from reseed.system.files import user_path
 
 CLEAR = "--clear"
 """The only flag that is not Hydra's; a following word that is not an override selects entries."""
