@@ -69,6 +69,7 @@ def judge(case: Case, root: Path) -> Verdict:
     here.mkdir()
     try:
         with _in(here, root):
+            _forget()
             if case.make is not None:
                 case.make(here)
             before = _files(root)
@@ -176,6 +177,15 @@ def import_all() -> None:
         "reseed.cli.cluster.command",
     ):
         importlib.import_module(name)
+
+
+def _forget() -> None:
+    """Clear what commands remember of models, texts and SAEs: each case has others of a name."""
+    for name in ("experiment.resolve", "sae.pretrained", "activations.text_source",
+                 "activations.tokens"):  # fmt: skip
+        for value in vars(importlib.import_module(f"reseed.{name}")).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
 
 
 def limit_memory(gib: float = 16) -> None:

@@ -78,7 +78,15 @@ class FoundModel(ResolvedSource):
         """The model's own tokenizer."""
         from transformers import AutoTokenizer
 
-        return _without_its_code(AutoTokenizer, self.folder)
+        found = _without_its_code(AutoTokenizer, self.folder)
+        # Without usable files, transformers makes a tokenizer that knows special tokens only.
+        if not set(found.get_vocab().values()) - set(found.all_special_ids):
+            raise ConfigError(
+                f"{{key}}: the tokenizer in {self.folder} has no tokens: its files are missing, or "
+                "transformers cannot read them",
+                "model",
+            )
+        return found
 
     @cached_property
     def skeleton(self) -> nn.Module:
@@ -273,15 +281,24 @@ def _load_trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module
     """Load the model with the weights of its folder, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
-        return AutoModelForCausalLM.from_pretrained(
+    with _quiet(), _foreign(folder, "transformers cannot load its weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,  # a pickled checkpoint could run code
             trust_remote_code=False,  # so could Python files in the folder
+            output_loading_info=True,
         )
+        model, about = loaded
+        # No hookpoint needs the unembedding; transformers draws other weights at random, too.
+        last = model.get_output_embeddings()
+        names = {name for name, module in model.named_modules() if module is last}
+        missing = [key for key in about["missing_keys"] if key.rpartition(".")[0] not in names]
+        if missing:
+            raise ValueError(f"the files lack {len(missing)} of its weights: {min(missing)}, ...")
+        return model
 
 
 def _build_untrained(config: Any, seed: int, dtype: torch.dtype, attention: str) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
@@ -119,6 +119,8 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"{{key}} must hold weights as *.safetensors: none in {folder}", "path")
     for file in weights:
         _check_weights(file)
+    for file in folder.glob("*.safetensors.index.json"):
+        _check_index(file)
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -138,8 +140,10 @@ def check_fit(skeleton: nn.Module, folder: Path) -> None:
     """
     wanted = {name: list(tensor.shape) for name, tensor in skeleton.named_parameters()}
     found: set[str] = set()
+    names: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
+            names.update(tensors.keys())
             for name in wanted.keys() & set(tensors.keys()):
                 found.add(name)
                 there = tensors.get_slice(name)
@@ -149,6 +153,12 @@ def check_fit(skeleton: nn.Module, folder: Path) -> None:
                         f"{there.get_shape()}, expected {wanted[name]}",
                         "path",
                     )
+    if not found and not _ends_of(wanted) & names:
+        raise ConfigError(
+            f"{{key}}: the weights in {folder} have no name of the model of config.json, such as "
+            f"{next(iter(wanted))}",
+            "path",
+        )
     kinds = {_NUMBER.sub(".*.", name) for name in found}
     missing = [name for name in wanted if name not in found and _NUMBER.sub(".*.", name) in kinds]
     if missing:
@@ -158,8 +168,24 @@ def check_fit(skeleton: nn.Module, folder: Path) -> None:
         )
 
 
+def _ends_of(names: Iterable[str]) -> set[str]:
+    """Return the names without their first parts: a checkpoint may lack the model's prefix."""
+    return {name.split(".", count)[-1] for name in names for count in range(name.count(".") + 1)}
+
+
 _FLOATS = ("F64", "F32", "F16", "BF16")  # quantised weights have other shapes
 _NUMBER = re.compile(r"\.\d+\.")
+
+
+def _check_index(file: Path) -> None:
+    """Raise `ConfigError` unless an index maps weights to files of its own folder."""
+    try:
+        places = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        lost = [p for p in places if Path(p).name != p or not (file.parent / p).is_file()]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{{key}}: {file} is not an index of weights: {error}", "path") from None
+    if lost:
+        raise ConfigError(f"{{key}}: {file} names {min(lost)}, no file of its folder", "path")
 
 
 def _check_weights(file: Path) -> None:
