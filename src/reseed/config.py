@@ -25,7 +25,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Self, TypeVar
 
-from reseed.errors import ConfigError, did_you_mean, plugin_error
+from reseed.errors import ConfigError, check_plain, did_you_mean, plugin_error, shown
 
 SIGNATURE_LENGTH = 12
 """Number of hex characters of a signature; a million runs have a collision with probability 2e-3.
@@ -336,7 +336,8 @@ def _checked(value: Any, hint: Any, f: dataclasses.Field) -> Any:
     )
     rule = ", ".join(part for part in (_describe(hint), limits) if part)
     if not ok or (converted is not None and not _within(converted, bounds)):
-        raise ConfigError(f"{{key}} must be {rule}; got {value!r}", f.name)
+        raise ConfigError(f"{{key}} must be {rule}; got {shown(value)}", f.name)
+    check_plain(converted, f.name)
     return converted
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import math
 import signal
 from collections.abc import Iterable
 from importlib.metadata import EntryPoint
+from typing import Any
 
 
 class ReseedError(Exception):
@@ -46,6 +48,38 @@ def plugin_error(entry: EntryPoint, cause: str) -> ReseedError:
         f"the installed package {package} cannot be used: its entry point `{entry.name} = "
         f"{entry.value}` in the group {entry.group} fails ({cause}). Mend or uninstall the package"
     )
+
+
+def check_plain(value: Any, key: str) -> None:
+    """Raise `ConfigError` for integers and strings that files, tensors or paths cannot hold."""
+    if isinstance(value, int) and not -_INTEGERS <= value < _INTEGERS:
+        raise ConfigError(f"{{key}} must be an integer of 64 bits; got {shown(value)}", key)
+    if isinstance(value, str) and ("\0" in value or not is_unicode(value)):
+        raise ConfigError(
+            f"{{key}} must be Unicode text without null characters; got {value!a}", key
+        )
+    if isinstance(value, tuple | list):
+        for item in value:
+            check_plain(item, key)
+
+
+_INTEGERS = 2**63  # integers of 64 bits are below
+
+
+def is_unicode(text: str) -> bool:
+    """Return False for a text with lone surrogates: bytes of the command line that no text has."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """Return a value as messages show it; Python refuses to write integers of many digits."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
+        return f"an integer of about {int(abs(value).bit_length() * math.log10(2)) + 1:,} digits"
+    return repr(value)
 
 
 class Interrupted(KeyboardInterrupt):

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -159,3 +163,83 @@ def test_real_models_give_their_own_logits(
         logits = model.model.lm_head(model.model.model.norm(batch[hook]))
         expected = model.model(tokens).logits
     assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def changed(tiny_model: Path, folder: Path, **config: object) -> Path:
+    """Copy the tiny model, and change its configuration."""
+    shutil.copytree(tiny_model, folder)
+    values = json.loads((folder / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"num_hidden_layers": 4}, "`model.layers.3.self_attn.q_proj.weight` is missing"),
+        ({"intermediate_size": 33}, "has shape [32, 16], expected [33, 16]"),
+        ({"vocab_size": 7}, "expected [7, 16]"),
+        ({"model_type": "nosuch"}, "transformers cannot read its configuration"),
+        ({"model_type": None}, "the model in"),
+        ({"num_hidden_layers": 10**9}, "it must be from 1 to 10,000; got 1000000000"),
+        ({"num_attention_heads": 0}, "cannot be used"),
+    ],
+)
+def test_a_model_whose_files_do_not_fit_is_refused(
+    config: dict[str, object], told: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = changed(tiny_model, tmp_path / "model", **config)
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        PathModelConfig(path=str(folder)).resolve(tmp_path)
+
+
+def test_weights_that_are_missing_are_not_drawn_at_random(tiny_model: Path, tmp_path: Path) -> None:
+    folder = changed(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    found = PathModelConfig(path=str(folder)).resolve(tmp_path)
+    save_file({n: t for n, t in weights.items() if "norm" not in n}, folder / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"the files lack 7 of its weights: model\.layers\.0\.input"
+    ):
+        _ = LanguageModel(found).model
+    save_file({"other": weights["model.norm.weight"]}, folder / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"no name of the model of config\.json"):
+        PathModelConfig(path=str(folder)).resolve(tmp_path)
+
+
+def test_a_checkpoint_without_unembedding_or_prefix_is_read(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = changed(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    kept = {n.removeprefix("model."): t for n, t in weights.items() if n != "lm_head.weight"}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    found = PathModelConfig(path=str(folder)).resolve(tmp_path)
+    read = LanguageModel(found).model.state_dict()
+    assert torch.equal(read["model.norm.weight"], weights["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    ("index", "told"),
+    [
+        ({"weight_map": {"a": "../outside.safetensors"}}, "names ../outside.safetensors, no file"),
+        ({"weight_map": {"a": "nosuch.safetensors"}}, "names nosuch.safetensors, no file"),
+        ([], "is not an index of weights"),
+        ({"weight_map": 3}, "is not an index of weights"),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(
+    index: object, told: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = changed(tiny_model, tmp_path / "model")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=told):
+        PathModelConfig(path=str(folder)).resolve(tmp_path)
+
+
+def test_a_model_without_tokenizer_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    folder = changed(tiny_model, tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    found = PathModelConfig(path=str(folder)).resolve(tmp_path)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        _ = found.tokenizer

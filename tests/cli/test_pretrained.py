@@ -85,6 +85,21 @@ def test_one_sae_is_one_run_in_any_format_seed_and_training(overrides: list[str]
     assert len([one for one in RunStore("outputs").runs() if "pretrained" in one.id]) == 2
 
 
+def test_another_layer_than_the_saes_own_gets_a_warning(
+    overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [*overrides, "sae=pretrained", "source=saelens", "plan_only=true"]
+    assert train.main(line) == 0
+    assert "warning" not in capsys.readouterr().out
+    for own, told in (("layer=0", "layer=0 hookpoint=resid_post"),
+                      ("hookpoint=mlp_out", "layer=1 hookpoint=mlp_out")):  # fmt: skip
+        assert train.main([*line, own]) == 0
+        said = capsys.readouterr().out
+        assert "warning: saelens was trained on the activations of layer=1 hookpoint=" in said
+        assert f"and now reads those of {told}" in said
+        assert said.count("warning") == 1
+
+
 @pytest.mark.slow
 def test_pretrained_and_trained_runs_share_a_comparison(
     overrides: list[str], capsys: pytest.CaptureFixture[str]

@@ -35,7 +35,7 @@ from typing import Any
 
 from reseed.config import digest
 from reseed.system.console import say
-from reseed.system.files import atomic_write_json, lock_file
+from reseed.system.files import atomic_write_json, lock_file, shorten
 
 DIGITS = 24
 _ENTRY = re.compile(rf"-[0-9a-f]{{{DIGITS}}}$")
@@ -97,7 +97,7 @@ class ActivationCache:
             None if the folder cannot be used.
         """
         name = re.sub(r"[^\w.+-]+", "_", readable)
-        path = self.folder / f"{name}-{digest(dict(key), DIGITS)}"
+        path = self.folder / f"{shorten(name, 150)}-{digest(dict(key), DIGITS)}"
         use = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

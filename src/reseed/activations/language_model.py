@@ -24,6 +24,7 @@ from reseed.activations.source import ResolvedSource, SourceConfig
 from reseed.config import setting
 from reseed.errors import ConfigError
 
+_MOST_LAYERS = 10_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -77,23 +78,39 @@ class FoundModel(ResolvedSource):
         """The model's own tokenizer."""
         from transformers import AutoTokenizer
 
-        return _without_its_code(AutoTokenizer, self.folder)
+        found = _without_its_code(AutoTokenizer, self.folder)
+        # Without usable files, transformers makes a tokenizer that knows special tokens only.
+        if not set(found.get_vocab().values()) - set(found.all_special_ids):
+            raise ConfigError(
+                f"{{key}}: the tokenizer in {self.folder} has no tokens: its files are missing, or "
+                "transformers cannot read them",
+                "model",
+            )
+        return found
 
     @cached_property
     def skeleton(self) -> nn.Module:
         """The model on the meta device: module names and shapes, without weights."""
-        return _build_skeleton(self.transformers_config)
+        assert self.num_layers  # many layers take long to build, even without weights
+        with _foreign(self.folder, "transformers cannot build the model of its config.json"):
+            return _build_skeleton(self.transformers_config)
 
     @property
     def num_layers(self) -> int:
         """Number of transformer blocks."""
-        return int(self.transformers_config.get_text_config().num_hidden_layers)
+        with _foreign(self.folder, "its config.json has no usable `num_hidden_layers`"):
+            count = int(self.transformers_config.get_text_config().num_hidden_layers)
+            if not 0 < count <= _MOST_LAYERS:
+                raise ValueError(f"it must be from 1 to {_MOST_LAYERS:,}; got {count}")
+            return count
 
     @property
     def context_length(self) -> int:
         """Maximum length of a sequence, in tokens."""
-        limit = getattr(self.transformers_config.get_text_config(), "max_position_embeddings", None)
-        return int(limit) if limit else 1 << 62
+        with _foreign(self.folder, "its config.json has no usable `max_position_embeddings`"):
+            text = self.transformers_config.get_text_config()
+            limit = getattr(text, "max_position_embeddings", None)
+            return int(limit) if limit else 1 << 62
 
     def check(self, hookpoint: Hookpoint) -> None:
         """Raise `ConfigError` if the model has no such layer or module."""
@@ -117,7 +134,8 @@ class FoundModel(ResolvedSource):
 
     def _find_width(self, hookpoint: Hookpoint) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
-        with torch.no_grad():
+        what = "its model cannot compute activations"
+        with torch.no_grad(), _foreign(self.folder, what):
             # Without an explicit mask, transformers would read the tokens, but meta has no values.
             modules = _modules(self.skeleton, [hookpoint])
             found = _record(self.skeleton, tokens, modules, torch.ones_like(tokens))
@@ -221,14 +239,32 @@ def _without_its_code(what: Any, folder: Path) -> Any:
     Raises:
         ConfigError: the model requires its own code.
     """
+    name = "tokenizer" if "Tokenizer" in what.__name__ else "configuration"
+    with _foreign(folder, f"transformers cannot read its {name}"), _quiet():
+        try:
+            return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ConfigError(
+                f"{{key}}: {folder} needs python code of its own, which reseed does not run; the "
+                "architecture must be one of transformers",
+                "model",
+            ) from error
+
+
+@contextmanager
+def _foreign(folder: Path, what: str) -> Iterator[None]:
+    """Raise `ConfigError` for any error that a model's files cause in transformers."""
     try:
-        return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
         raise ConfigError(
-            f"{{key}}: {folder} needs python code of its own, which reseed does not run; the "
-            "architecture must be one of transformers",
+            f"{{key}}: the model in {folder} cannot be used: {what} ({type(error).__name__}: "
+            f"{reason.strip()})",
             "model",
         ) from error
 
@@ -245,15 +281,24 @@ def _load_trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module
     """Load the model with the weights of its folder, on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
-        return AutoModelForCausalLM.from_pretrained(
+    with _quiet(), _foreign(folder, "transformers cannot load its weights"):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
             local_files_only=True,
             use_safetensors=True,  # a pickled checkpoint could run code
             trust_remote_code=False,  # so could Python files in the folder
+            output_loading_info=True,
         )
+        model, about = loaded
+        # No hookpoint needs the unembedding; transformers draws other weights at random, too.
+        last = model.get_output_embeddings()
+        names = {name for name, module in model.named_modules() if module is last}
+        missing = [key for key in about["missing_keys"] if key.rpartition(".")[0] not in names]
+        if missing:
+            raise ValueError(f"the files lack {len(missing)} of its weights: {min(missing)}, ...")
+        return model
 
 
 def _build_untrained(config: Any, seed: int, dtype: torch.dtype, attention: str) -> nn.Module:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from reseed.activations.dataset import DatasetConfig
 from reseed.activations.language_model import FoundModel, ModelConfig
@@ -23,6 +25,7 @@ from reseed.activations.source import ResolvedData
 from reseed.activations.text_source import resolve_model_text
 from reseed.config import setting
 from reseed.errors import ConfigError
+from reseed.system.files import user_path
 from reseed.system.integrity import DamagedFileError, read_record, write_record
 
 RANDOM_SEED = 1
@@ -74,10 +77,12 @@ class PathModelConfig(ModelConfig, name="path"):
             ConfigError: the folder does not exist or holds no transformers model.
         """
         self.check_attention()
-        folder = Path(self.path).expanduser()
+        folder = user_path(self.path)
         check_folder(folder)
         label = folder.resolve().name
-        return ResolvedModel(self, folder, weights_fingerprint(folder, cache), label)
+        found = ResolvedModel(self, folder, weights_fingerprint(folder, cache), label)
+        check_fit(found.skeleton, folder)
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +121,73 @@ def check_folder(folder: Path) -> None:
         raise ConfigError(f"{{key}} must hold weights as *.safetensors: none in {folder}", "path")
     for file in weights:
         _check_weights(file)
+    for file in folder.glob("*.safetensors.index.json"):
+        _check_index(file)
     try:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"
         ) from None
+
+
+def check_fit(skeleton: nn.Module, folder: Path) -> None:
+    """Check that a folder's weights fit its config.json: transformers would draw missing ones.
+
+    Names may differ, because transformers converts weights of many families. So only weights whose
+    neighbours in another layer have the model's own names count as missing.
+
+    Raises:
+        ConfigError: a weight has another shape than the model's, or a layer lacks it.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in skeleton.named_parameters()}
+    found: set[str] = set()
+    names: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            names.update(tensors.keys())
+            for name in wanted.keys() & set(tensors.keys()):
+                found.add(name)
+                there = tensors.get_slice(name)
+                if there.get_dtype() in _FLOATS and there.get_shape() != wanted[name]:
+                    raise ConfigError(
+                        f"{{key}}: {file} does not fit config.json: `{name}` has shape "
+                        f"{there.get_shape()}, expected {wanted[name]}",
+                        "path",
+                    )
+    if not found and not _ends_of(wanted) & names:
+        raise ConfigError(
+            f"{{key}}: the weights in {folder} have no name of the model of config.json, such as "
+            f"{next(iter(wanted))}",
+            "path",
+        )
+    kinds = {_NUMBER.sub(".*.", name) for name in found}
+    missing = [name for name in wanted if name not in found and _NUMBER.sub(".*.", name) in kinds]
+    if missing:
+        raise ConfigError(
+            f"{{key}}: the weights in {folder} do not fit config.json: `{missing[0]}` is missing",
+            "path",
+        )
+
+
+def _ends_of(names: Iterable[str]) -> set[str]:
+    """Return the names without their first parts: a checkpoint may lack the model's prefix."""
+    return {name.split(".", count)[-1] for name in names for count in range(name.count(".") + 1)}
+
+
+_FLOATS = ("F64", "F32", "F16", "BF16")  # quantised weights have other shapes
+_NUMBER = re.compile(r"\.\d+\.")
+
+
+def _check_index(file: Path) -> None:
+    """Raise `ConfigError` unless an index maps weights to files of its own folder."""
+    try:
+        places = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        lost = [p for p in places if Path(p).name != p or not (file.parent / p).is_file()]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{{key}}: {file} is not an index of weights: {error}", "path") from None
+    if lost:
+        raise ConfigError(f"{{key}}: {file} names {min(lost)}, no file of its folder", "path")
 
 
 def _check_weights(file: Path) -> None:

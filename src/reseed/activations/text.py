@@ -14,7 +14,8 @@ from typing import Any
 from reseed.activations.dataset import DatasetConfig
 from reseed.activations.docstrings import docstring_documents
 from reseed.config import setting
-from reseed.errors import ConfigError
+from reseed.errors import ConfigError, is_unicode
+from reseed.system.files import user_path
 
 _DIGITS = 32
 """Number of hex characters of a text's fingerprint."""
@@ -87,7 +88,8 @@ class ResolvedText:
         Args:
             shuffled: as in `TextConfig.documents`.
         """
-        return (d for d in self.config.documents(self, shuffled) if d.strip())
+        documents = self.config.documents(self, shuffled)
+        return (d for d in _checked(documents, f"the text {self.label}") if d.strip())
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def text_paths(config: TextFilesConfig) -> list[Path]:
     named = [config.path] if isinstance(config.path, str) else list(config.path)
     paths: list[Path] = []
     for name in named:
-        path = Path(name).expanduser()
+        path = user_path(name)
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*")) if p.suffix in _READERS and p.is_file()]
             if not found:
@@ -179,18 +181,32 @@ def _check_readable(path: Path, config: TextFilesConfig) -> None:
             f"{{key}}: cannot read {path.name}; the formats are {', '.join(sorted(_READERS))}",
             "path",
         )
-    try:
-        first = next((d for d in _file_documents(path, config) if d.strip()), None)
-    except ConfigError:
-        raise
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ConfigError(f"{{key}}: cannot read {path}: {error}", "path") from error
+    first = next((d for d in _file_documents(path, config) if d.strip()), None)
     if first is None:
         raise ConfigError(f"{{key}}: the text in {path} is empty", "path")
 
 
 def _file_documents(path: Path, config: TextFilesConfig) -> Iterator[str]:
-    yield from _READERS[path.suffix](path, config)
+    """Yield the documents of a file.
+
+    Raises:
+        ConfigError: the file cannot be read to its end, or a document is no text.
+    """
+    try:
+        yield from _checked(_READERS[path.suffix](path, config), str(path))
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:  # of pyarrow, too
+        raise ConfigError(f"{{key}}: cannot read {path}: {error}", "path") from error
+
+
+def _checked(documents: Iterator[str], where: str) -> Iterator[str]:
+    """Yield the documents; raise `ConfigError` for one that is not Unicode text."""
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, str) or not is_unicode(document):
+            got = "lone surrogates" if isinstance(document, str) else type(document).__name__
+            raise ConfigError(f"{{key}}: document {number} of {where} is not text: {got}", "path")
+        yield document
 
 
 def _plain(path: Path, config: TextFilesConfig) -> Iterator[str]:
@@ -228,7 +244,7 @@ def _parquet(path: Path, config: TextFilesConfig) -> Iterator[str]:
             "field",
         )
     for batch in table.iter_batches(columns=[config.field]):
-        yield from (text or "" for text in batch.column(0).to_pylist())
+        yield from ("" if text is None else text for text in batch.column(0).to_pylist())
 
 
 _READERS = {".txt": _plain, ".md": _plain, ".jsonl": _jsonl, ".parquet": _parquet}

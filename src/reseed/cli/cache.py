@@ -12,6 +12,7 @@ from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError, ReseedError
 from reseed.system.console import counted, print_rows, say
+from reseed.system.files import user_path
 
 CLEAR = "--clear"
 """The only flag that is not Hydra's; a following word that is not an override selects entries."""
@@ -31,7 +32,7 @@ def _main(arguments: list[str]) -> int:
         raise ReseedError(
             "there is no activation cache: set its folder with runtime.activation_cache=FOLDER"
         )
-    folder = Path(runtime.activation_cache).expanduser()
+    folder = user_path(runtime.activation_cache)
     if not folder.is_dir():
         raise ConfigError(f"{{key}}: there is no folder {folder}", "runtime.activation_cache")
     if pattern is None:

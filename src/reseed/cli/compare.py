@@ -7,12 +7,13 @@ adds the missing runs of `sae=pretrained` and compares the runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.errors import run_and_report
-from reseed.cli.hydra_app import CommandLine, override, parse
+from reseed.cli.hydra_app import CommandLine, Override, override, parse
 from reseed.cli.plan import make_plan, study_of
 from reseed.cli.print_results import print_result
 from reseed.compare.config import ComparisonConfig
@@ -63,7 +64,7 @@ def compare_sources(line: CommandLine) -> int:
 
     with line.composer() as composed:
         parsed = list(zip(parse(line.overrides), line.overrides, strict=True))
-        given = [o.value() for o, _ in parsed if o.key_or_group == KEY]
+        given = [_listed(o, text) for o, text in parsed if o.key_or_group == KEY]
         rest = {o.key_or_group: text for o, text in parsed if o.key_or_group != KEY}
         sources = _checked(given)
         for key in ("comparison", "sae", "source", "seed"):
@@ -104,13 +105,37 @@ def compare_sources(line: CommandLine) -> int:
     return 0
 
 
+def _listed(parsed: Override, text: str) -> Any:
+    """Return the value of ``sources=``, with unquoted words as they are written.
+
+    Hydra reads the folder ``1e3`` as 1000.0, and ``true`` as a truth value.
+    """
+    value = parsed.value()
+    if not isinstance(value, list) or all(isinstance(source, str) for source in value):
+        return value
+    words = _WORD.findall(text.partition("=")[2].strip()[1:-1])
+    if len(words) != len(value):  # nested lists
+        return value
+    return [
+        word.strip() if isinstance(source, int | float | None) else source
+        for source, word in zip(value, words, strict=True)
+    ]
+
+
+_WORD = re.compile(r"""(?:'(?:\\.|[^'])*'|"(?:\\.|[^"])*"|[^,'"])+""")
+"""An element of a list: quoted strings and other characters up to a comma."""
+
+
 def _checked(given: Sequence[Any]) -> list[str]:
     if len(given) != 1 or not isinstance(given[0], list):
         got = given[0] if len(given) == 1 else given
         raise ConfigError(
             f"{{key}} must be one list, as in {KEY}=[FOLDER,hub:OWNER/NAME]; got {got}", KEY
         )
-    sources = [str(source) for source in given[0]]
+    for source in given[0]:
+        if not isinstance(source, str) or not source.strip():
+            raise ConfigError(f"{{key}} must list folders, files or hub:…; got {source!r}", KEY)
+    sources: list[str] = given[0]
     if len(sources) < 2:
         raise ConfigError(f"{{key}} must list at least 2 SAEs; got {len(sources)}", KEY)
     if twice := [s for i, s in enumerate(sources) if s in sources[:i]]:

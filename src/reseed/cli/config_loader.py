@@ -10,13 +10,16 @@ applies the values to a copy. `about_missing` returns the message about a key th
 from __future__ import annotations
 
 import copy
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.default_element import ConfigDefault
@@ -32,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from reseed.cli.errors import MissingKey
-from reseed.errors import did_you_mean
+from reseed.errors import ConfigError, did_you_mean
 from reseed.system.environment import mask_values
 
 # Exceptions that a wrong override can raise; Hydra does not expect all of them (`sae=null`).
@@ -157,6 +160,53 @@ def _has(files: IConfigRepository, path: str, key: str) -> bool:
         if isinstance(d, ConfigDefault) and d.path not in (None, "_self_")
     ]
     return any(_has(files, path.removeprefix("/"), key) for path in inherited)
+
+
+_MOST_VALUES = 100_000
+"""Number of values of a yaml file, with those of its aliases; conf/ has at most 60 in a file."""
+
+
+def check_folders(places: Any, key: str) -> None:
+    """Check the folders of the user's options.
+
+    Raises:
+        ConfigError: a folder does not exist, which Hydra would ignore, or a file in it has aliases
+            of aliases that would fill the memory.
+    """
+    if not isinstance(places, list):
+        raise ConfigError(f"{{key}} must be a list of folders; got {places!r}", key)
+    for place in map(str, places):
+        scheme, _, path = place.rpartition("://")
+        if scheme not in ("", "file"):
+            continue
+        if not Path(path).is_dir():
+            raise ConfigError(f"{{key}} must be an existing folder; got {place}", key)
+        for file in Path(path).rglob("*.yaml"):
+            if file.is_file() and _expanded_size(file.read_bytes()) > _MOST_VALUES:
+                raise ConfigError(f"{file}: its aliases make more than {_MOST_VALUES:,} values")
+
+
+def _expanded_size(text: bytes) -> float:
+    """Return the number of values of a yaml file; 0 without aliases, or if it cannot be read."""
+    if b"*" not in text or b"&" not in text:
+        return 0
+    sizes: dict[int, float] = {}
+
+    def size(node: yaml.Node) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # of a node that contains itself
+            inner = list(node.value) if isinstance(node, yaml.CollectionNode) else []
+            pairs = [
+                one for item in inner for one in (item if isinstance(item, tuple) else (item,))
+            ]
+            sizes[id(node)] = 1 + sum(map(size, pairs))
+        return sizes[id(node)]
+
+    try:
+        root = yaml.compose(text, yaml.SafeLoader)
+        return 0 if root is None else size(root)
+    except (yaml.YAMLError, UnicodeError, RecursionError):  # Hydra has the message
+        return 0
 
 
 def load_once() -> OnceLoader:

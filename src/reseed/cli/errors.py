@@ -14,8 +14,9 @@ from types import FrameType
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from reseed.errors import Interrupted, ReseedError, did_you_mean
+from reseed.errors import ConfigError, Interrupted, ReseedError, did_you_mean
 
 
 def run_and_report(job: Callable[[], int | None]) -> int:
@@ -76,9 +77,20 @@ def interrupted(stop: KeyboardInterrupt) -> int:
     return 128 + (stop.number if isinstance(stop, Interrupted) else signal.SIGINT)
 
 
+_LONGEST = 1_500
+"""Number of characters of a message; a value in it may be longer."""
+
+
 def _say(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    if len(message) > _LONGEST:
+        message = f"{message[: _LONGEST - 300]} [...] {message[-300:]}"
+    print(f"error: {printable(message)}", file=sys.stderr)
     return 1
+
+
+def printable(text: str) -> str:
+    """Return the text with control characters and lone surrogates escaped; newlines stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def describe_error(error: Exception, about: Callable[[MissingKey], str] = str) -> str:
@@ -104,7 +116,33 @@ def describe_error(error: Exception, about: Callable[[MissingKey], str] = str) -
     mandatory = re.search(r"Missing mandatory value: (\S+)", text)
     if mandatory:
         return f"`{mandatory[1]}` is required: give it a value"
-    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return one_line(text)
+
+
+def one_line(error: object) -> str:
+    """Return a text of several lines as one line."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+@contextmanager
+def hydra_errors(what: str, about: Callable[[MissingKey], str] = str) -> Iterator[None]:
+    """Raise `ReseedError` for the errors that a wrong override or yaml file causes in Hydra.
+
+    Hydra and its yaml reader have no message for some of them: ``sae=null``, an integer of 5,000
+    digits, lists that are nested too deeply, a binary file.
+    """
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ReseedError(describe_error(error, about)) from error
+    except RecursionError as error:
+        raise ConfigError(f"{what}: a value is nested too deeply") from error
+    except YAMLError as error:
+        raise ConfigError(f"{what}: {one_line(error)}") from error
+    except OSError as error:
+        raise ConfigError(f"{what}: {error.filename}: {error.strerror}") from error
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"{what}: {one_line(error) or type(error).__name__}") from error
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,10 @@ def select(words: Sequence[str], line: CommandLine) -> Selection:
 def _declared(line: CommandLine) -> Resolved:
     """Return the experiment that the overrides declare, for SAEs that are not runs."""
     with line.composer() as composed:
-        return resolved_from(composed(line.overrides))[0]
+        resolved, _ = resolved_from(composed(line.overrides))
+    if resolved.warning:
+        say(resolved.warning)
+    return resolved
 
 
 def _submit(

@@ -9,17 +9,17 @@ runs. This file and `config_loader` are the only ones that use Hydra's internals
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cached_property, partial
-from itertools import product
+from contextlib import contextmanager, suppress
+from functools import cache, cached_property, partial
+from itertools import islice, product
 from pathlib import Path
 from threading import RLock
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
@@ -32,12 +32,17 @@ from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from reseed.cli import COMMANDS
-from reseed.cli.config_loader import about_missing, load_once, record_without_secrets
-from reseed.cli.errors import describe_error
+from reseed.cli.config_loader import (
+    about_missing,
+    check_folders,
+    load_once,
+    record_without_secrets,
+)
+from reseed.cli.errors import hydra_errors
 from reseed.errors import ConfigError, ReseedError
+from reseed.system.environment import environment_variables
 
 CONFIG_NAME = "config"
 LOCAL_LAUNCHER = "fused"
@@ -60,17 +65,26 @@ def conf_dir() -> str:
     raise FileNotFoundError(f"the configuration is missing beside {package}: reinstall reseed")
 
 
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Return the parser of Hydra's flags, which raises `ConfigError` instead of exiting."""
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{parser.prog}: {message}")
+
+    parser = get_args_parser()
+    parser.prog, parser.error = f"reseed {command}", refuse
+    return parser
+
+
 class CommandLine:
     """The arguments of a sub-command: Hydra's flags and overrides."""
 
     def __init__(self, command: str, arguments: Sequence[str]) -> None:
         self.command = command
-        parser = get_args_parser()
-        parser.prog = f"reseed {command}"
         for word in arguments:
             if re.match(r"--[a-z_]+[.=]", word) and "." in word.partition("=")[0]:
                 raise ConfigError(f"options have no dashes: {word.lstrip('-')}; got {word}")
-        self.flags: argparse.Namespace = parser.parse_args(list(arguments))
+        self.flags: argparse.Namespace = _parser(command).parse_args(list(arguments))
         if self.flags.config_path is not None:
             raise ConfigError("--config-path is not supported: use --config-dir to add options")
         self.overrides: list[str] = list(self.flags.overrides)
@@ -104,17 +118,12 @@ class CommandLine:
         def composed(overrides: Sequence[str]) -> dict[str, Any]:
             # Hydra's own settings (launcher, sweep folder) change nothing in a job.
             own = [o for o in overrides if not _is_hydras(o)]
-            try:
+            about = partial(
+                about_missing, loader=loader, config_name=name, overrides=[*own, *extra]
+            )
+            with hydra_errors("the configuration cannot be composed", about):
                 config = compose(config_name=name, overrides=[*own, *extra])
                 values = OmegaConf.to_container(config, resolve=True)
-            except (HydraException, OmegaConfBaseException) as error:
-                about = partial(
-                    about_missing, loader=loader, config_name=name, overrides=[*own, *extra]
-                )
-                raise ReseedError(describe_error(error, about)) from error
-            except (AttributeError, TypeError, ValueError) as error:
-                # Hydra has no message for some wrong values (`sae=null`).
-                raise ConfigError(f"the configuration cannot be composed: {error}") from error
             assert isinstance(values, dict)
             # An arm's overrides (`dataset.order_seed: ${seed}`) are resolved in each of its runs.
             arms = OmegaConf.select(config, "comparison.arms")
@@ -146,10 +155,8 @@ class CommandLine:
             )
         if name != "slurm":  # settings of Hydra's launchers may depend on the sweep
             return name, {}
-        try:
+        with hydra_errors("the launcher's settings cannot be read"):
             node = OmegaConf.to_container(config.launcher, resolve=True)
-        except OmegaConfBaseException as error:
-            raise ReseedError(describe_error(error)) from error
         assert isinstance(node, dict)
         return name, {str(key): value for key, value in node.items()}
 
@@ -161,6 +168,13 @@ class CommandLine:
             key = text.lstrip("+~").partition("=")[0]
             if key == "hydra.sweep.dir":
                 raise ConfigError(f"{{key}} is the folder of the sweep; got {text}", key)
+            of_launcher = key == "hydra.launcher" or key.startswith("hydra.launcher.")
+            if of_launcher and (launcher == LOCAL_LAUNCHER or key.endswith("._target_")):
+                raise ConfigError(
+                    f"{{key}} has no effect: choose a launcher by hydra/launcher=..., and set its "
+                    f"own settings; got {text}",
+                    key,
+                )
             if starts_jobs or (key.startswith(_LOCAL_SETTINGS) and launcher != "slurm"):
                 continue
             if key.startswith(_LOCAL_SETTINGS[:3]) or text == "hydra/sweeper=basic":
@@ -184,27 +198,25 @@ class CommandLine:
     @cached_property
     def _hydra_config(self) -> DictConfig:
         """Hydra's own part of the configuration."""
-        with _hydra():
-            try:
-                return compose(
-                    config_name=self.flags.config_name or CONFIG_NAME,
-                    overrides=[*dict.fromkeys([*self._hydra_overrides, *self._search_path()])],
-                    return_hydra_config=True,
-                ).hydra
-            except (HydraException, OmegaConfBaseException) as error:
-                raise ReseedError(describe_error(error)) from error
+        with _hydra(), hydra_errors("Hydra's settings cannot be composed"):
+            return compose(
+                config_name=self.flags.config_name or CONFIG_NAME,
+                overrides=[*dict.fromkeys([*self._hydra_overrides, *self._search_path()])],
+                return_hydra_config=True,
+            ).hydra
 
     def _search_path(self) -> list[str]:
         """Return the override of Hydra's search path, or that which adds --config-dir to it."""
         given = [o for o in self.overrides if o.lstrip("+~").startswith("hydra.searchpath")]
         if self.flags.config_dir is None:
+            for o in parse(given):
+                check_folders(o.value(), o.key_or_group)
             return given
         if given:
             raise ConfigError(f"give --config-dir or {{key}}, not both; got {given[0]}",
                               "hydra.searchpath")  # fmt: skip
         folder = Path(self.flags.config_dir).resolve()
-        if not folder.is_dir():
-            raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "--config-dir")
+        check_folders([str(folder)], "--config-dir")
         return [f"hydra.searchpath=[{override('', f'file://{folder}')[1:]}]"]
 
     @property
@@ -219,18 +231,14 @@ class CommandLine:
             Exception: the error of the first failed job.
         """
         arguments = [*self.config_flags, "-m", *overrides]
-        full = os.environ.get("HYDRA_FULL_ERROR")
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # only `errors.run_and_report` prints errors
-        try:
-            with _state_of_its_own(), _argv(self.command, arguments), record_without_secrets():
-                hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(
-                    task
-                )()
-        finally:
-            if full is None:
-                del os.environ["HYDRA_FULL_ERROR"]
-            else:
-                os.environ["HYDRA_FULL_ERROR"] = full
+        # Only `errors.run_and_report` prints errors.
+        with (
+            environment_variables({"HYDRA_FULL_ERROR": "1"}),
+            _state_of_its_own(),
+            _argv(self.command, arguments),
+            record_without_secrets(),
+        ):
+            hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(task)()
 
 
 _lock = RLock()
@@ -266,8 +274,10 @@ def _hydra() -> Iterator[None]:
 def asks_to_show(arguments: Sequence[str]) -> bool:
     """Return True if a command line only asks for help, configuration or completion."""
     # Flags and words of the command itself (``--format md SWEEP``) are unknown to Hydra.
-    f, _ = get_args_parser().parse_known_args(list(arguments))
-    return bool(f.help or f.hydra_help or f.cfg or f.info or f.shell_completion)
+    with suppress(ConfigError):  # the command itself says what is wrong
+        f, _ = _parser("").parse_known_args(list(arguments))
+        return bool(f.help or f.hydra_help or f.cfg or f.info or f.shell_completion)
+    return False
 
 
 _OWN_ARGUMENTS = ("cache", "cancel", "check", "evaluate", "report", "show", "status")
@@ -301,13 +311,24 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     instance = GlobalHydra.instance()
     # `glob` needs the loader, which knows the options of a group.
     loader = instance.config_loader() if instance.is_initialized() else None
-    try:
-        return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-    except HydraException as error:
-        text = str(getattr(error, "override", "") or "")
-        if text and "=" not in text and not text.startswith("~"):
-            raise ReseedError(f"overrides are KEY=VALUE; got {text}.{_group_with(text)}") from error
-        raise ReseedError(f"{text}: " * bool(text) + describe_error(error)) from error
+    parser, found = OverridesParser.create(config_loader=loader), []
+    for text in overrides:
+        try:
+            with hydra_errors("the value cannot be read"):
+                found += parser.parse_overrides([text])
+        except ReseedError as error:
+            if "=" not in text and not text.startswith("~"):
+                told = f"overrides are KEY=VALUE; got {text}.{_group_with(text)}"
+                raise ReseedError(told) from error
+            shown = ascii(text)[1:-1] if "\n" in text or "\r" in text else text
+            shown = f"{shown[:_SHOWN]}[...]" if len(shown) > _SHOWN else shown
+            raise ReseedError(f"{shown}: {error}") from error
+    return found
+
+
+_MOST_JOBS = 100_000
+_SHOWN = 200
+"""Number of characters of a malformed override that a message repeats."""
 
 
 class ExpandedJob(NamedTuple):
@@ -339,7 +360,11 @@ def expand(overrides: Sequence[str]) -> list[ExpandedJob]:
             )
         swept = o.is_sweep_override()
         values = o.sweep_string_iterator() if swept else [o.get_value_element_as_str()]
-        listed[o.get_key_element()] = list(values)
+        listed[o.get_key_element()] = few = list(islice(values, _MOST_JOBS + 1))
+        if not few:
+            raise ConfigError(f"{{key}} lists no values; got {o.input_line}", o.key_or_group)
+    if (count := math.prod(map(len, listed.values()))) > _MOST_JOBS:
+        raise ConfigError(f"the values make {count:,} jobs; a sweep has at most {_MOST_JOBS:,}")
     return [
         ExpandedJob(tuple(f"{key}={value}" for key, value in job.items()), job)
         for values in product(*listed.values())
@@ -360,11 +385,20 @@ def sweeps(overrides: Sequence[str]) -> list[str]:
 def override(key: str, value: object) -> str:
     """Return ``key=value``, with the value quoted where Hydra's grammar requires it."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
-    if not re.fullmatch(r"[\w./+:%@?-]+", text):
+    if not re.fullmatch(r"[\w./+:%@?-]+", text) or (isinstance(value, str) and _is_no_string(text)):
         # A backslash is special only before a quote, and so at the end.
         text = re.sub(r"(\\*)(')", r"\1\1\\\2", text)
         text = "'" + re.sub(r"(\\+)$", r"\1\1", text) + "'"
     return f"{key}={text}"
+
+
+@cache
+def _is_no_string(word: str) -> bool:
+    """Return True if Hydra reads an unquoted word as another value: ``10``, ``null``, ``1e3``."""
+    try:
+        return OverridesParser.create().parse_override(f"key={word}").value() != word
+    except (HydraException, ValueError):
+        return True
 
 
 @contextmanager

@@ -46,6 +46,10 @@ class HydraExecutor:
     def __init__(self, line: CommandLine) -> None:
         self.line = line
 
+    def check(self, plan: Plan) -> None:
+        if self.line.launcher[0] != "submitit_slurm":  # the jobs run on this machine
+            LocalExecutor().check(plan)
+
     def train(self, plan: Plan) -> Failures:
         if not plan.multirun:  # a launcher is for the jobs of a sweep
             return LocalExecutor().train(plan)

@@ -66,6 +66,8 @@ def check_jobs(
                 raise ConfigError(str(error) + where) from error
             found.append(Job(job.overrides, resolved, job.values))
     assert runtime is not None
+    for warning in dict.fromkeys(filter(None, (job.resolved.warning for job in found))):
+        say(warning)
     given = [o for o in overrides if o.partition("=")[0] == "source"]
     if given and not any(job.resolved.pretrained for job in found):
         raise ConfigError(f"{{key}} needs sae=pretrained; got {given[0]}", "source")

@@ -30,6 +30,7 @@ from reseed.store.sweeps import Sweep
 from reseed.system.console import console
 from reseed.train.config import RuntimeConfig
 
+_DIGITS = 18
 PARTNERS = "--partners"
 """A flag that is not Hydra's: also show the matched latents of the other runs."""
 
@@ -63,8 +64,8 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _index(word: str) -> int:
-    if not (word.isascii() and word.isdigit()):
-        raise ConfigError(f"reseed show: a latent is an integer, at least 0; got {word!r}")
+    if not (word.isascii() and word.isdigit() and len(word) < _DIGITS):
+        raise ConfigError(f"reseed show: a latent is an integer, at least 0; got {word[:80]!r}")
     return int(word)
 
 

@@ -31,7 +31,9 @@ def _main(line: CommandLine) -> int:
     if line.launcher[0] == SLURM:
         plan.write()
         return run_on_cluster(line, plan)
-    failures = train_plan(plan, executor_of(line).train)
+    executor = executor_of(line)
+    executor.check(plan)
+    failures = train_plan(plan, executor.train)
     for message in failures:
         say(message)
     return 1 if failures else 0

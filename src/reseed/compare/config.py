@@ -83,7 +83,7 @@ class ComparisonConfig(Config, family="comparison"):
     confidence: float = setting(0.95, above=0, below=1)
     primary: str = setting("shared_fraction", signed=False, neutral="shared_fraction")
     null_seed: int = setting(0, at_least=0)
-    null_draws: int = setting(3, at_least=1)
+    null_draws: int = setting(3, at_least=1, at_most=10_000)
     activation_tokens: int = setting(32_768, at_least=0, neutral=32_768)
 
     def validate(self) -> None:

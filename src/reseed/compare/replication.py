@@ -89,14 +89,17 @@ def _named(row: dict[str, Any], where: str) -> Named:
     return Named(latent, where, **words)
 
 
+_DIGITS = 18  # a number of fewer digits fits any integer type
+
+
 def parse_index(word: str, where: str) -> int:
     """Parse an index.
 
     Raises:
         ReseedError: the text is not an integer ≥ 0.
     """
-    if not (word.isascii() and word.isdigit()):
-        raise ReseedError(f"{where}: `latent` must be an integer, at least 0; got {word!r}")
+    if not (word.isascii() and word.isdigit() and len(word) < _DIGITS):
+        raise ReseedError(f"{where}: `latent` must be an integer, at least 0; got {word[:80]!r}")
     return int(word)
 
 

@@ -28,6 +28,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from reseed.errors import ConfigError
+from reseed.system.files import user_path
 
 _SHOWN = 5
 _STARTS, _ENDS = ("▁", "Ġ"), ("▁", "</w>")
@@ -81,7 +82,7 @@ def labelled_words(tokenizer: Any, file: str) -> Words:
         ConfigError: the file is missing, has other columns, or lists a text that is not a token, or
             a token twice.
     """
-    rows = _read(Path(file).expanduser())
+    rows = _read(user_path(file))
     known = {text: i for i, text in reversed(_vocabulary(tokenizer).items())}
     chosen = {text: next((t for t in (text, f" {text}") if t in known), None) for text, _ in rows}
     unknown = [text for text, token in chosen.items() if token is None]

@@ -8,7 +8,6 @@ part that training needs.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +27,8 @@ from reseed.experiment import Experiment, experiment_from
 from reseed.sae.base import SAEConfig
 from reseed.sae.pretrained import Pretrained, PretrainedConfig
 from reseed.store.runs import Run, RunStore
+from reseed.system.environment import derived_data, derived_folder
+from reseed.system.files import shorten
 from reseed.train.config import ArchetypalDecoder, RuntimeConfig, TruthStart
 from reseed.train.optim import peak_lr
 from reseed.train.spec import RunSpec
@@ -172,6 +173,12 @@ class Resolved:
         return RunSource(self.model, self.model_label, self.experiment.surrogate)
 
     @property
+    def warning(self) -> str:
+        """A warning if a pretrained SAE reads activations of another place than its own, or ""."""
+        e = self.experiment
+        return self.pretrained.misplaced(e.layer, e.hookpoint.site) if self.pretrained else ""
+
+    @property
     def sparsity(self) -> str:
         """The setting of the sparsity, for tables (``k=32``)."""
         declared = self.experiment.architecture
@@ -183,9 +190,14 @@ class Resolved:
         """Readable part of the name of the run's folder."""
         e = self.experiment
         sparsity = self.sparsity.replace("=", "").replace("λ", "l")
-        what = (self.model_label, e.hook, self.data.label, self.sae.name, self.num_latents)
         last = self.role or ("pretrained" if self.pretrained else f"seed{e.seed}")
-        return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, (*what, sparsity, last))))
+
+        def named(model: str, data: str) -> str:
+            what = (model, e.hook, data, self.sae.name, self.num_latents, sparsity, last)
+            return re.sub(r"[^\w.+-]+", "_", "-".join(map(str, what)))
+
+        whole = named(model := self.model_label, data := self.data.label)
+        return whole if whole == shorten(whole) else named(shorten(model, 60), shorten(data, 60))
 
     def run(self, store: RunStore) -> Run:
         """Return the run of this experiment in ``store``."""
@@ -299,7 +311,6 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     Raises:
         ConfigError: a setting breaks a rule; the message has the full key, the rule and the value.
     """
-    cache = cache_folder(runtime)
     found = None
     if isinstance(experiment.sae, PretrainedConfig):
         try:
@@ -309,10 +320,11 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
         experiment = experiment.of_pretrained(found)
     model = find_model(experiment, runtime)
     model.check(experiment.hook)
-    try:
-        data = model.data(experiment.dataset, cache)
-    except ConfigError as error:
-        raise error.within("dataset") from None
+    with derived_data(cache_folder(runtime)) as cache:
+        try:
+            data = model.data(experiment.dataset, cache)
+        except ConfigError as error:
+            raise error.within("dataset") from None
     d_in = model.d_in(experiment.hook)
     architecture = experiment.architecture
     try:
@@ -322,7 +334,8 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
     except ConfigError as error:
         raise error.within("sae") from None
     _check_start(experiment, model, architecture.width(d_in))
-    data.check_budget(experiment.training.steps, experiment.training.batch_size)
+    with derived_data(cache_folder(runtime)):
+        data.check_budget(experiment.training.steps, experiment.training.batch_size)
     return Resolved(experiment, model, data, d_in, architecture.width(d_in), pretrained=found)
 
 
@@ -332,20 +345,21 @@ def find_model(experiment: Experiment, runtime: RuntimeConfig) -> ResolvedSource
     Raises:
         ConfigError: the source is not found, or the surrogate does not apply to it.
     """
-    try:
-        model = _resolve_source(experiment.model, cache_folder(runtime))
-    except ConfigError as error:
-        raise error.within("model") from None
+    with derived_data(cache_folder(runtime)) as cache:
+        try:
+            model = _resolve_source(experiment.model, cache)
+        except ConfigError as error:
+            raise error.within("model") from None
     return _standing_in(model, experiment.surrogate)
 
 
 def cache_folder(runtime: RuntimeConfig) -> Path:
-    """Return the folder of derived data: tokens, extracted text, fingerprints."""
-    chosen = runtime.cache or os.environ.get("RESEED_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "reseed"
+    """Return the folder of derived data: tokens, extracted text, fingerprints.
+
+    Raises:
+        ConfigError: it is in the home folder, which is unknown.
+    """
+    return derived_folder(runtime.cache)
 
 
 def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int) -> None:

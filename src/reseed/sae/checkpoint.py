@@ -84,6 +84,19 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
         raise CheckpointError(
             f"{folder / WEIGHTS_FILE} does not fit {DESCRIPTION_FILE}: {difference}"
         )
+    for name, tensor in sae.state_dict().items():
+        if tensors[name].is_floating_point() != tensor.is_floating_point():
+            wanted = "floats" if tensor.is_floating_point() else "integers"
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE}: `{name}` must hold {wanted}; got {tensors[name].dtype}"
+            )
+        wrong = ~tensors[name].isfinite()
+        if name in sae.logarithmic:  # the logarithm of a threshold of 0
+            wrong &= tensors[name] != -torch.inf
+        if bool(wrong.any()):
+            raise CheckpointError(
+                f"{folder / WEIGHTS_FILE}: `{name}` holds values that are not finite"
+            )
     # `assign` keeps the dtype that was saved, so that the round trip is exact.
     sae.load_state_dict(tensors, assign=True)
     # A loaded SAE is for inference; a caller that trains it turns gradients on.
@@ -134,6 +147,10 @@ def _empty(description: Mapping[str, Any], folder: Path) -> SAE:
     try:
         if not isinstance(d_in, int) or d_in < 1:
             raise ConfigError(f"{{key}} must be a whole number of at least 1; got {d_in!r}", "d_in")
+        for key, kind in (("config", dict), ("type", str), ("metadata", dict)):
+            if not isinstance(found := description.get(key, {}), kind):
+                wanted = {dict: "a mapping", str: "text"}[kind]
+                raise ConfigError(f"{{key}} must be {wanted}; got {found!r}", key)
         config = SAEConfig.from_dict(
             {**description["config"], "type": description["type"]}, "config"
         )
@@ -156,9 +173,58 @@ def _read_tensors(file: Path, recorded: str | None) -> dict[str, Tensor]:
     try:
         if recorded is not None and sha256_of(file) != recorded:
             raise CheckpointError(f"{file} is damaged: its content does not fit {DESCRIPTION_FILE}")
-        return load_file(file)
+        found = load_file(file)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} is damaged: it cannot be read ({error})") from None
+    return plain_tensors(file, found)
+
+
+_DTYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn,
+    torch.float8_e5m2, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64,
+)  # fmt: skip
+"""The dtypes that any code of SAEs can convert to float32."""
+
+
+def plain_tensors(file: Path, found: Any) -> dict[str, Tensor]:
+    """Return the tensors of a file, contiguous and on the CPU, after checking that all are plain.
+
+    Every file of every format passes here, because later code assumes plain tensors: a tensor
+    without values (meta), a sparse or nested one, or one of few values that is expanded to a large
+    shape would fail there, or fill the memory.
+
+    Args:
+        found: the content of the file.
+
+    Raises:
+        CheckpointError: it is not a mapping from names to plain tensors.
+    """
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        got = type(found).__name__
+        if isinstance(found, dict):
+            got = f"the key {next(name for name in found if not isinstance(name, str))!r}"
+        raise CheckpointError(f"{file} must hold tensors by name; got {got}")
+    for name, tensor in found.items():
+        if odd := _oddity(tensor):
+            raise CheckpointError(f"{file}: `{name}` must be a plain tensor; it is {odd}")
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def _oddity(tensor: Any) -> str:
+    """Say in words what makes a tensor unusable; "" for a plain one."""
+    if not isinstance(tensor, Tensor):
+        return f"of the type {type(tensor).__name__}"
+    if tensor.is_nested:
+        return "nested"
+    if tensor.layout != torch.strided:
+        return "sparse"
+    if tensor.is_quantized or tensor.dtype not in _DTYPES:
+        return f"of the dtype {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor.is_meta:
+        return "without values (on the device meta)"
+    if tensor.untyped_storage().nbytes() < tensor.numel() * tensor.itemsize:
+        return f"expanded: its shape {list(tensor.shape)} has more values than the file"
+    return ""
 
 
 def _difference(

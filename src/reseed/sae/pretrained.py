@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -63,13 +64,24 @@ class Pretrained:
     def check_d_in(self, d_in: int) -> None:
         """Raise `ConfigError` if the SAE takes activations of another width."""
         if d_in != self.d_in:
-            said = ", ".join(f"{key}: {value}" for key, value in self._origin.items())
-            hint = f" Its files say: {said}." if said else ""
+            hint = f" Its files say: {self._said}." if self._said else ""
             raise ConfigError(
                 f"{{key}} takes activations of width {self.d_in}, but those at the hookpoint have "
                 f"width {d_in}.{hint}",
                 "source",
             )
+
+    def misplaced(self, layer: int, site: str) -> str:
+        """Return a warning if the SAE's files name another place than this one, else ""."""
+        own_layer, own_site = place_of(self.metadata)
+        wrong_layer = own_layer is not None and own_layer != layer
+        if not wrong_layer and (own_site is None or own_site == site or site == "module"):
+            return ""
+        own = f"layer={'?' if own_layer is None else own_layer} hookpoint={own_site or '?'}"
+        return (
+            f"warning: {self.source} was trained on the activations of {own}, according to its "
+            f"files ({self._said}), and now reads those of layer={layer} hookpoint={site}"
+        )
 
     def load(self) -> SAE:
         """Load the SAE.
@@ -95,10 +107,12 @@ class Pretrained:
         }
 
     @property
-    def _origin(self) -> dict[str, Any]:
-        return {
-            k: v for k, v in self.metadata.items() if k in _ORIGIN_KEYS and isinstance(v, str | int)
-        }
+    def _said(self) -> str:
+        """The SAE's origin in the words of its files."""
+        said = self.metadata.items()
+        return ", ".join(
+            f"{k}: {v}" for k, v in said if k in _ORIGIN_KEYS and isinstance(v, str | int)
+        )
 
 
 @dataclass(frozen=True)
@@ -164,6 +178,30 @@ def _check_kind(read: Imported, source: str) -> None:
         )
 
 
+def place_of(metadata: Mapping[str, Any]) -> tuple[int | None, str | None]:
+    """Return the layer and the site of the activations that an SAE was trained on.
+
+    Args:
+        metadata: as the formats give it; either value is None if no entry tells it.
+    """
+    keys = (key for key in _ORIGIN_KEYS if key not in ("model", "model_name", "lm_name"))
+    names = [str(metadata[key]) for key in keys if isinstance(metadata.get(key), str)]
+    site = metadata.get("site")
+    site = site if isinstance(site, str) and site != "module" else None
+    found = (_BLOCK.search(name) for name in names)
+    layer = next((int(match[1]) for match in found if match), None)
+    given = str(metadata.get("layer", ""))
+    if given.isascii() and given.isdigit() and len(given) < 6:
+        layer = int(given)
+    for name in names:
+        for own, words in _SITES.items():
+            if site is None and any(word in name for word in words):
+                site = own
+    if layer is not None and any("resid_pre" in name for name in names):
+        layer, site = layer - 1, "resid_post"  # what enters a block leaves the one before
+    return layer, site
+
+
 def fingerprint_of(sae: SAE) -> str:
     """Return a SHA-256 over the SAE's architecture, `_FINGERPRINTED_SETTINGS` and parameters."""
     said = (
@@ -182,5 +220,13 @@ _ORIGIN_KEYS = (
     "submodule_name", "hf_hook_point_in",
 )  # fmt: skip
 """Metadata keys that the formats use for the model, the layer and the hookpoint."""
+_BLOCK = re.compile(r"(?<![a-zA-Z])(?:blocks|layers|layer|h)[._](\d{1,5})(?!\d)")
+"""The layer in a hookpoint's name: ``blocks.3.hook_resid_post``, ``layers.3.mlp``."""
+_SITES = {
+    "mlp_out": ("hook_mlp_out", "mlp_out", ".mlp"),
+    "attn_out": ("hook_attn_out", "attn_out", ".attn", ".self_attn", ".attention"),
+    "resid_post": ("resid_post", ".output"),
+}
+"""Site → what the name of such a hookpoint contains."""
 _FINGERPRINTED_SETTINGS = ("k", "activation", "subtract_b_dec", "weigh_by_decoder_norm", "prefixes")
 """The settings of any architecture that change its latents."""

@@ -39,6 +39,7 @@ from reseed.system.files import (
     lock_owner,
     remove_leftovers,
     room_for,
+    shorten,
     sign_lock,
 )
 from reseed.system.integrity import (
@@ -354,7 +355,7 @@ class RunStore:
     def run(self, signature: str, readable: str) -> Run:
         """Return the run with ``signature``; an existing folder may have another readable part."""
         found = sorted(self.root.glob(f"*-{signature}")) if self.root.is_dir() else []
-        return Run(found[0] if found else self.root / f"{readable}-{signature}")
+        return Run(found[0] if found else self.root / f"{shorten(readable)}-{signature}")
 
     def runs(self) -> list[Run]:
         """Return all runs, sorted by name."""

@@ -23,7 +23,7 @@ from reseed.errors import ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.system.console import say
 from reseed.system.environment import mask_words
-from reseed.system.files import atomic_write_text
+from reseed.system.files import atomic_write_text, shorten
 from reseed.system.integrity import (
     DamagedFileError,
     check_files,
@@ -49,7 +49,7 @@ class Sweep:
         cls, root: Path | str, name: str, signatures: Sequence[str], settings: Any = None
     ) -> Sweep:
         """Return the sweep of the runs with ``signatures`` (in any order) and ``settings``."""
-        return cls(Path(root) / f"{name}-{digest([sorted(set(signatures)), settings])}")
+        return cls(Path(root) / f"{shorten(name)}-{digest([sorted(set(signatures)), settings])}")
 
     @property
     def manifest(self) -> list[dict[str, Any]]:
@@ -183,9 +183,9 @@ class Sweep:
     def cell_folder(self, axes: dict[str, str]) -> Path:
         """Return the folder for the results of the cell with these values of axes."""
         readable = ",".join(f"{axis}={value}" for axis, value in axes.items()) or "all"
-        if len(readable) > 80 or re.search(r"[^\w=,.+-]", readable):
+        if len(readable.encode()) > 180 or len(readable) > 80 or re.search(r"[^\w=,.+-]", readable):
             plain = re.sub(r"[^\w=,.+-]+", "_", readable)
-            readable = f"{plain[:60]}-{digest(axes)}"
+            readable = f"{shorten(plain[:60])}-{digest(axes)}"
         return self.path / "cells" / readable
 
 

@@ -24,7 +24,14 @@ from reseed.study.compare import compare_cell_of
 from reseed.study.evaluate import Evaluator, SavedRun, evaluate_saved
 from reseed.study.plan import Plan
 from reseed.study.result import StudyResult, cells_of, collect, evaluated_saes, read_result
-from reseed.study.train import Failures, failure_lines, plan_missing, train_missing, train_plan
+from reseed.study.train import (
+    Failures,
+    check_size,
+    failure_lines,
+    plan_missing,
+    train_missing,
+    train_plan,
+)
 from reseed.system.console import counted, messages_to, say
 from reseed.system.environment import environment_variables, record_command
 from reseed.system.files import DiskFullError
@@ -33,6 +40,10 @@ from reseed.train.config import RuntimeConfig
 
 class Executor(Protocol):
     """The work of a study's steps. Each writes its results into the folders of runs and sweeps."""
+
+    def check(self, plan: Plan) -> None:
+        """Raise `ConfigError` for runs that the machine can never train."""
+        ...
 
     def train(self, plan: Plan) -> Failures:
         """Train the unfinished runs, and return the errors of those that failed, by run id."""
@@ -66,6 +77,9 @@ class LocalExecutor:
     """
 
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    def check(self, plan: Plan) -> None:
+        check_size(plan.experiments, plan.runtime)
 
     def train(self, plan: Plan) -> Failures:
         with environment_variables(self.environment):
@@ -175,6 +189,7 @@ class Study:
             ReseedError: a run failed.
         """
         with self._at_work():
+            self._executor.check(self._plan)
             failures = train_plan(self._plan, self._executor.train)
             if strict and failures:
                 raise ReseedError("\n".join(failures))

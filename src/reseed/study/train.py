@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from reseed.distributed.launcher import Processes, open_processes
+from reseed.distributed.launcher import Processes, open_processes, slurm_tasks
 from reseed.distributed.worker import group_message
 from reseed.errors import ConfigError, ReseedError
 from reseed.experiment.resolve import Resolved
@@ -21,11 +21,22 @@ from reseed.store.runs import Run, RunStore
 from reseed.study.calibrate import Train, calibrate
 from reseed.study.plan import Plan
 from reseed.system.console import counted, say
+from reseed.system.devices import cpus, total_memory
 from reseed.system.environment import allow_open_files, record_command
 from reseed.system.files import DiskFullError
 from reseed.train.config import RuntimeConfig
 from reseed.train.group import fit_group
-from reseed.train.plan import Group, Machine, OutOfMemory, make_plan, print_start
+from reseed.train.plan import (
+    Cost,
+    Group,
+    Machine,
+    OutOfMemory,
+    cost,
+    format_bytes,
+    format_duration,
+    make_plan,
+    print_start,
+)
 
 Failures = Mapping[str, BaseException]
 """Run id → error."""
@@ -107,6 +118,45 @@ def _how_far(runs: Sequence[Run]) -> str:
     return ", ".join([f"{finished:,} of {counted(len(runs), 'run')} finished", *others])
 
 
+LONGEST_S = 100 * 365 * 86_400.0
+"""Estimated seconds from which on a plan is refused: such a budget is a mistake."""
+
+
+def check_size(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> None:
+    """Refuse runs that this machine can never train, before anything is computed or written.
+
+    The bound is all memory of the device, or ``runtime.memory_gib`` if it is larger. Less may be
+    free; then the run fails when it trains, since the free memory changes.
+
+    Raises:
+        ConfigError: a run needs more memory than the machine has, or more time than `LONGEST_S`.
+    """
+    store = RunStore(runtime.outputs)
+    missing = [r.spec for r in experiments if not r.run(store).finished]
+    if not missing:
+        return
+    machine = Machine.of(runtime)
+    there = max(total_memory(machine.device), (runtime.memory_gib or 0) * 2**30)
+    for spec in missing:
+        own = cost([spec])
+        if own.memory > there:
+            raise ConfigError(
+                f"{spec.label} needs about {format_bytes(own.memory)} of memory "
+                f"({spec.num_latents:,} latents of width {spec.d_in:,}, batches of "
+                f"{spec.training.batch_size:,} and chunks of {spec.data.config.chunk_tokens:,} "
+                f"tokens); the {machine.device.type} of this machine has {format_bytes(there)}. "
+                "Lower sae.num_latents, training.batch_size or dataset.chunk_tokens"
+            )
+        measured = spec.data.config.held_out_tokens * spec.source_flops([spec.hookpoint])
+        seconds = machine.seconds(own) + machine.seconds(Cost(measured, 0, 0))
+        if seconds > LONGEST_S:
+            raise ConfigError(
+                f"{spec.label} would take about {format_duration(seconds)}: training.tokens is "
+                f"{spec.tokens:,}, and dataset.held_out_tokens is "
+                f"{spec.data.config.held_out_tokens:,}"
+            )
+
+
 def train_missing(
     experiments: Sequence[Resolved], runtime: RuntimeConfig
 ) -> dict[str, BaseException]:
@@ -118,6 +168,11 @@ def train_missing(
         the error of each failed run, by run id.
     """
     store, machine = RunStore(runtime.outputs), Machine.of(runtime)
+    if machine.device.type == "cpu" and slurm_tasks() == 1 and machine.ranks > cpus():
+        say(
+            f"warning: runtime.ranks={machine.ranks} is more than the {cpus()} CPUs of this "
+            "process: the processes will wait for each other"
+        )
     missing = [r for r in experiments if not r.run(store).finished]
     plan = make_plan([r.spec for r in missing], machine)
     largest = max((len(group.runs) for group in plan.groups), default=0)

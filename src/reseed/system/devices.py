@@ -25,7 +25,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if device is None or device.type not in ("cpu", "cuda") or name.startswith("cpu:"):
         raise ConfigError(f"{{key}} must be auto, cpu, cuda or cuda:N; got {name}", key)
     there = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= there:
@@ -71,6 +71,17 @@ def available_memory(device: torch.device) -> int:
                 + cached
             )
     return max(0, min(left))
+
+
+def total_memory(device: torch.device) -> int:
+    """Return all bytes of ``device``; on the host, within the limit of the control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for folder, limit, _, _ in _CONTROL_GROUPS:
+        with suppress(OSError, ValueError):
+            found.append(int((folder / limit).read_text()))
+    return min(found)
 
 
 _CONTROL_GROUPS = (

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from reseed import __version__ as VERSION
-from reseed.errors import ReseedError
+from reseed.errors import ConfigError, ReseedError
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 MASK = "***"
@@ -132,6 +132,47 @@ def environment_variables(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+CACHE_VARIABLE = "RESEED_CACHE"
+"""Environment variable that names the folder of derived data, unless runtime.cache does."""
+
+
+def derived_folder(chosen: str | None) -> Path:
+    """Return the folder of derived data: the chosen one, that of the environment, or ~/.cache.
+
+    Raises:
+        ConfigError: it is in a home folder, which is unknown.
+    """
+    named = chosen or os.environ.get(CACHE_VARIABLE)
+    folder = (
+        Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "reseed")
+    )
+    try:
+        return folder.expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            f"{{key}} is needed, because the home folder of {folder} is unknown: set it, or "
+            f"{CACHE_VARIABLE}, to a folder for derived data",
+            "runtime.cache",
+        ) from None
+
+
+@contextmanager
+def derived_data(folder: Path) -> Iterator[Path]:
+    """Yield the folder of derived data; an error of reading or writing there names the remedy."""
+    try:
+        yield folder
+    except OSError as error:
+        where = Path(os.path.abspath(error.filename)) if isinstance(error.filename, str) else None
+        own = Path(os.path.abspath(folder))
+        if where is None or not (where.is_relative_to(own) or own.is_relative_to(where)):
+            raise
+        raise ConfigError(
+            f"{{key}}: the folder of derived data, {folder}, cannot be used ({where}: "
+            f"{error.strerror}). Set it, or {CACHE_VARIABLE}, to a folder that can be written",
+            "runtime.cache",
+        ) from error
 
 
 @cache

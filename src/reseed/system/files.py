@@ -43,6 +43,28 @@ class DiskFullError(ReseedError):
     """
 
 
+def user_path(path: PathLike) -> Path:
+    """Return a path with ``~`` replaced by the user's home folder.
+
+    Raises:
+        ReseedError: the home folder is unknown.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ReseedError(
+            f"the home folder of {path} is unknown: name the folder without ~, or set HOME"
+        ) from None
+
+
+def shorten(name: str, most: int = 180) -> str:
+    """Return the beginning of a name, in whole characters, of at most ``most`` bytes.
+
+    File systems allow 255 bytes; a signature and the marks of temporary files need some of them.
+    """
+    return name.encode()[:most].decode(errors="ignore")
+
+
 def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
     """Let ``write`` write a temporary file, then rename it to ``path``.
 

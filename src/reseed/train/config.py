@@ -13,6 +13,7 @@ from reseed.activations.cache import ActivationCache
 from reseed.activations.dataset import STRIPES
 from reseed.config import Config, setting
 from reseed.errors import ConfigError
+from reseed.system.files import user_path
 
 
 class Variant:
@@ -284,13 +285,13 @@ class RuntimeConfig(Config, family="runtime"):
 
     device: str = setting("auto", signed=False)
     """auto, cpu, cuda or cuda:N."""
-    threads: int | None = setting(None, at_least=1, signed=False)
+    threads: int | None = setting(None, at_least=1, at_most=1_024, signed=False)
     """CPU threads of torch in each process; null: torch's default, or an equal share of the CPUs
     if several processes train together on them."""
     strategy: str = setting("single", choices=STRATEGIES, signed=False, neutral="single")
     """The division of a group among processes. ``ddp``: each process trains all SAEs on a share of
     every batch; ``spread``: each trains some of the SAEs; ``single``: one process trains all."""
-    ranks: int | None = setting(None, at_least=1, signed=False, neutral=None)
+    ranks: int | None = setting(None, at_least=1, at_most=64, signed=False, neutral=None)
     """Number of processes that train together on this machine; null: one per GPU."""
     outputs: str = setting("outputs", signed=False)
     sweeps: str = setting("sweeps", signed=False)
@@ -323,10 +324,13 @@ class RuntimeConfig(Config, family="runtime"):
         """Open the folder of cached activations; return None if none is declared."""
         if self.activation_cache is None:
             return None
-        folder = Path(self.activation_cache).expanduser()
+        folder = user_path(self.activation_cache)
         return ActivationCache(folder, int(self.activation_cache_gib * 2**30))
 
     def validate(self) -> None:
+        for name in ("outputs", "sweeps"):
+            if not getattr(self, name).strip():
+                raise ConfigError("{key} must name a folder; it is empty", name)
         if self.strategy == "single" and self.ranks not in (None, 1):
             raise ConfigError(
                 f"{{key}} (={self.ranks}) needs runtime=ddp or runtime=spread: with "
@@ -345,10 +349,10 @@ class RuntimeConfig(Config, family="runtime"):
                 f"process has its own device; got {self.device}",
                 "device",
             )
-        if self.activation_cache is not None and Path(self.activation_cache).is_file():
+        folder = self.activation_cache
+        if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
             raise ConfigError(
-                f"{{key}} must be a folder; got {self.activation_cache}, which is a file",
-                "activation_cache",
+                f"{{key}} must be a folder; got {folder}, which is a file", "activation_cache"
             )
         for logger in self.loggers:
             if logger not in ("tensorboard", "wandb"):

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from foreign import D, F, K, draws
+from safetensors.torch import load_file, save_file
 
 import reseed
-from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.checkpoint import CheckpointError, plain_tensors, save_sae
 from reseed.sae.formats import import_sae
+from reseed.sae.pretrained import place_of
+from reseed.sae.topk import TopKConfig
 
 
 def refused(source, message, **options):
@@ -242,3 +245,77 @@ def test_the_files_that_were_read_are_listed(tmp_path):
     values = json.loads((folder / "cfg.json").read_text())
     assert import_sae(folder).reads == (folder / "cfg.json", folder / "sae.safetensors")
     assert values["k"] == K
+
+
+ODD = {
+    "sparse": lambda t: t.to_sparse(),
+    "nested": lambda t: torch.nested.nested_tensor([t, t[:1]], layout=torch.jagged),
+    "without values (on the device meta)": lambda t: t.to("meta"),
+    "expanded: its shape [1000000, 1000000] has more values than the file": lambda t: torch.zeros(
+        1
+    ).expand(10**6, 10**6),
+    "of the dtype complex64": lambda t: torch.complex(t, t),
+    "of the type list": lambda t: t.tolist(),
+    "of the type NoneType": lambda t: None,
+}
+
+
+@pytest.mark.parametrize("oddity", ODD)
+def test_a_tensor_that_is_not_plain_is_refused(oddity, tmp_path):
+    folder = dictionary(tmp_path)
+    tensors = torch.load(folder / "ae.pt", weights_only=True)
+    tensors["encoder.weight"] = ODD[oddity](tensors["encoder.weight"])
+    torch.save(tensors, folder / "ae.pt")
+    refused(folder, f"ae.pt: `encoder.weight` must be a plain tensor; it is {oddity}")
+
+
+def test_names_must_be_text(tmp_path):
+    folder = dictionary(tmp_path)
+    tensors = torch.load(folder / "ae.pt", weights_only=True)
+    torch.save(tensors | {3: torch.ones(1)}, folder / "ae.pt")
+    refused(folder, "ae.pt must hold tensors by name; got the key 3")
+
+
+def test_a_transposed_tensor_is_plain(tmp_path):
+    p = draws()
+    found = plain_tensors(tmp_path, {"W": p["W_enc"].T})["W"]
+    assert found.is_contiguous()
+    assert torch.equal(found, p["W_enc"].T)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_our_own_weights_must_be_finite(value, tmp_path):
+    save_sae(TopKConfig(num_latents=F, k=K).build(D, torch.Generator()), tmp_path)
+    tensors = load_file(tmp_path / "sae.safetensors")
+    tensors["b_enc"][3] = value
+    save_file(tensors, tmp_path / "sae.safetensors")
+    refused(tmp_path, "`b_enc` holds values that are not finite")
+
+
+def test_a_threshold_of_zero_is_finite_although_its_logarithm_is_not(tmp_path):
+    p = draws()
+    p["threshold"][:5] = 0
+    sae = import_sae(foreign.gemma_scope(tmp_path / "theirs", p)).sae
+    save_sae(sae, tmp_path / "ours")
+    again = import_sae(tmp_path / "ours").sae
+    x = foreign.tokens()
+    assert torch.equal(sae.encode(x), again.encode(x))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "place"),
+    [
+        ({}, (None, None)),
+        ({"layer": 3, "site": "mlp_out", "hookpoint": "mlp_out.3"}, (3, "mlp_out")),
+        ({"hook_name": "blocks.3.hook_resid_post"}, (3, "resid_post")),
+        ({"hook_name": "blocks.3.hook_resid_pre"}, (2, "resid_post")),
+        ({"hookpoint": "layers.11.mlp"}, (11, "mlp_out")),
+        ({"hookpoint": "layers.7"}, (7, None)),
+        ({"submodule_name": "resid_post_layer_4", "layer": 4}, (4, "resid_post")),
+        ({"layer": "12", "width": "16k"}, (12, None)),
+        ({"hf_hook_point_in": "model.layers.7.output"}, (7, "resid_post")),
+        ({"model": "h.3/mlp_out", "layer": [3], "site": 4}, (None, None)),
+    ],
+)
+def test_the_place_of_an_sae_is_read_from_its_metadata(metadata, place):
+    assert place_of(metadata) == place

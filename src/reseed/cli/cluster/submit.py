@@ -33,6 +33,7 @@ from reseed.store.runs import RunStore
 from reseed.store.sweeps import Sweep
 from reseed.study.evaluate import SavedRun
 from reseed.system.console import counted, say
+from reseed.system.files import user_path
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import MEMORY_SHARE, Group, Machine, make_plan
 
@@ -78,7 +79,7 @@ class Work:
             outputs=str(Path(r.outputs).resolve()),
             sweeps=str(Path(r.sweeps).resolve()),
             cache=str(cache_folder(r).resolve()),
-            activation_cache=str(Path(kept).expanduser().resolve()) if kept else None,
+            activation_cache=str(user_path(kept).resolve()) if kept else None,
             wait=True,
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from reseed.sae.base import SAE
 from reseed.sae.batch_topk import BatchSparseSAE, BatchTopKConfig
-from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.checkpoint import CheckpointError, plain_tensors
 from reseed.sae.formats import base
 from reseed.sae.formats.base import Exporting, Imported
 from reseed.sae.formats.files import Settings, Tensors, read_pt, read_settings
@@ -92,9 +92,7 @@ def _state(file: Path) -> dict[str, Tensor]:
             f"{file} is the state of a training that was interrupted at step {saved['step']} "
             f"(it holds {others}), not a finished SAE: finish the training, or save only its `ae`"
         )
-    if not isinstance(saved, dict) or not all(isinstance(t, Tensor) for t in saved.values()):
-        raise CheckpointError(f"{file} must hold tensors by name; got {type(saved).__name__}")
-    return saved
+    return plain_tensors(file, saved)
 
 
 def _linear(tensors: Tensors, bias: str | None, centre: str) -> dict[str, Tensor]:
@@ -195,16 +193,18 @@ def _with_threshold(
 def _k(tensors: Tensors, trainer: Settings) -> int:
     """Return k: from the weights, or from the configuration where older weights lack it."""
     declared = trainer.size("k", None)
-    stored = int(tensors.number("k")) if "k" in tensors else declared
+    stored = tensors.number("k") if "k" in tensors else declared
+    if stored is not None and stored != int(stored):
+        raise CheckpointError(f"{tensors.file}: `k` must be a whole number; got {stored}")
     if stored is None:
         raise CheckpointError(
             f"{tensors.file}: `k` is missing; {trainer.file.name} does not give it either"
         )
     if declared is not None and declared != stored:
         raise CheckpointError(
-            f"{tensors.file}: `k` is {stored}, but {trainer.file.name} says {declared}"
+            f"{tensors.file}: `k` is {stored:g}, but {trainer.file.name} says {declared}"
         )
-    return stored
+    return int(stored)
 
 
 _READERS: dict[str, Callable[[Tensors, Settings], _Read]] = {

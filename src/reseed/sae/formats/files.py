@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from reseed.sae.checkpoint import CheckpointError
+from reseed.sae.checkpoint import CheckpointError, plain_tensors
+from reseed.system.files import user_path
 
 HUB = "hub:"
 MAIN = "main"
@@ -107,7 +109,7 @@ def parse_source(
         raise CheckpointError(
             f"`revision` and `path` apply to the hub only; got the folder {source}"
         )
-    return Path(str(source)).expanduser()
+    return user_path(str(source))
 
 
 def download(place: HubPlace) -> tuple[Path, str]:
@@ -174,6 +176,7 @@ def _hint(source: str) -> str:
     return ""
 
 
+_LARGEST = 2**31
 MISSING: Any = object()
 """Marks a setting without a default."""
 
@@ -183,7 +186,7 @@ class Tensors:
 
     Args:
         file: for messages.
-        tensors: all tensors of the file.
+        tensors: all tensors of the file, after `plain_tensors`.
         sizes: the named sizes (``d_in``, ``num_latents``) that are known beforehand.
     """
 
@@ -254,6 +257,8 @@ class Tensors:
             raise CheckpointError(
                 f"{self.file}: `{name}` must be one number; it has shape {list(tensor.shape)}"
             )
+        if not bool(tensor.isfinite()):
+            raise CheckpointError(f"{self.file}: `{name}` must be finite; got {float(tensor):g}")
         return float(tensor)
 
     def finish(self) -> None:
@@ -295,8 +300,9 @@ class Settings:
     def size(self, key: str, default: Any = MISSING) -> Any:
         """Return a whole number of at least 1, or the default."""
         value = self.get(key, int, default)
-        if value is not None and value < 1:
-            raise CheckpointError(f"{self.file}: `{key}` must be at least 1; got {value}")
+        if value is not None and not 1 <= value < _LARGEST:
+            bound = "at least 1" if value < 1 else f"below {_LARGEST:,}"
+            raise CheckpointError(f"{self.file}: `{key}` must be {bound}; got {value}")
         return value
 
     def one_of(self, key: str, known: tuple[str, ...], default: str) -> str:
@@ -341,7 +347,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    return _read(file, load_file, (SafetensorError, OSError, ValueError))
+    return plain_tensors(file, _read(file, load_file, (SafetensorError, OSError, ValueError)))
 
 
 def read_npz(file: Path) -> dict[str, Tensor]:
@@ -358,7 +364,7 @@ def read_npz(file: Path) -> dict[str, Tensor]:
             return {name: torch.from_numpy(found[name]) for name in found.files}
 
     kinds = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, MemoryError)
-    return _read(file, arrays, kinds)
+    return plain_tensors(file, _read(file, arrays, kinds))
 
 
 def read_pt(file: Path) -> Any:
@@ -369,7 +375,9 @@ def read_pt(file: Path) -> Any:
     """
 
     def saved(file: Path) -> Any:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # torch deprecates kinds of tensors, which are refused
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
 
     kinds = (OSError, ValueError, RuntimeError, EOFError, KeyError, UnpicklingError)
     return _read(file, saved, (*kinds, AttributeError, IndexError, TypeError))

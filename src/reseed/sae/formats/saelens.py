@@ -195,7 +195,9 @@ def _normalized(sae: SAE, settings: Settings, folder: Path) -> tuple[SAE, tuple[
     kind = settings.values.get("normalize_activations")
     if isinstance(kind, bool):  # before version 6
         kind = "expected_average_only_in" if kind else "none"
-    if kind in (None, "none"):
+    else:
+        kind = settings.get("normalize_activations", str, "none")
+    if kind == "none":
         return sae, ()
     if kind in _NORMALIZED:
         raise CheckpointError(
