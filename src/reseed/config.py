@@ -2,8 +2,7 @@
 
 Every option group of ``conf/`` is described by a frozen dataclass that derives from `Config`, next
 to the class that it configures. Types and ranges are declared once, on the field, and checked when
-the object is created, so that a wrong value is refused before anything is computed. This module
-imports neither hydra nor torch.
+the object is created, so that a wrong value is refused before anything is computed.
 """
 
 from __future__ import annotations
@@ -251,7 +250,7 @@ def build(node: Mapping[str, Any], key: str, base: type[Config] = Config) -> Any
 
 def _class_named(path: str) -> type[Config] | None:
     """Return the `Config` class of this path; None if there is none."""
-    # A yaml may come from anywhere: only reseed's modules and those of entry points are imported.
+    # Only reseed's modules and those of entry points are imported: a yaml may come from anywhere.
     module = path.rpartition(".")[0]
     if re.fullmatch(r"reseed(\.[a-z]\w*)+", module):  # not __main__
         with suppress(ModuleNotFoundError):

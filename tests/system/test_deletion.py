@@ -9,6 +9,8 @@ import reseed
 
 PLACES = {
     "activations/cache.py": "entries: folders with a digest in the name, and no links",
+    "distributed/launcher.py": "the private folder in which it lets processes meet",
+    "distributed/worker.py": "the same folder, if the leader was killed",
     "sae/formats/__init__.py": "a folder that the same call created",
     "system/files.py": "its temporary folders; callers of `atomic_folder` check the earlier one",
 }

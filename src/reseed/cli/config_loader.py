@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 import yaml
@@ -24,13 +25,16 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_d
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.default_element import ConfigDefault
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import RunMode
+from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -279,3 +283,26 @@ def record_without_secrets() -> Iterator[None]:
         yield
     finally:
         Plugins.instantiate_sweeper = instantiate  # type: ignore[method-assign]
+
+
+_lock = RLock()
+
+
+@contextmanager
+def own_hydra_state() -> Iterator[None]:
+    """Give Hydra a state of its own: that of a caller that uses Hydra is back afterwards.
+
+    Hydra's state belongs to the process, so other threads wait.
+    """
+    with _lock:
+        found = Singleton._instances
+        before = {kind: found.pop(kind) for kind in _STATE if kind in found}
+        try:
+            yield
+        finally:
+            for kind in _STATE:
+                found.pop(kind, None)
+            found.update(before)
+
+
+_STATE = (GlobalHydra, HydraConfig, VersionBase)

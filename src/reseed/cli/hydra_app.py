@@ -18,19 +18,15 @@ from contextlib import contextmanager, suppress
 from functools import cache, cached_property, partial
 from itertools import islice, product
 from pathlib import Path
-from threading import RLock
 from typing import Any, NamedTuple, NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra import main as hydra_main
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.core.singleton import Singleton
 from hydra.errors import HydraException
-from hydra.version import VersionBase
 from omegaconf import DictConfig, OmegaConf
 
 from reseed.cli import COMMANDS
@@ -38,6 +34,7 @@ from reseed.cli.config_loader import (
     about_missing,
     check_folders,
     load_once,
+    own_hydra_state,
     record_without_secrets,
 )
 from reseed.cli.errors import hydra_errors
@@ -234,40 +231,17 @@ class CommandLine:
         # Only `errors.run_and_report` prints errors.
         with (
             environment_variables({"HYDRA_FULL_ERROR": "1"}),
-            _state_of_its_own(),
+            own_hydra_state(),
             _argv(self.command, arguments),
             record_without_secrets(),
         ):
             hydra_main(version_base="1.3", config_path=conf_dir(), config_name=CONFIG_NAME)(task)()
 
 
-_lock = RLock()
-
-
-@contextmanager
-def _state_of_its_own() -> Iterator[None]:
-    """Give Hydra a state of its own: that of a caller that uses Hydra is back afterwards.
-
-    Hydra's state belongs to the process, so other threads wait.
-    """
-    with _lock:
-        found = Singleton._instances
-        before = {kind: found.pop(kind) for kind in _STATE if kind in found}
-        try:
-            yield
-        finally:
-            for kind in _STATE:
-                found.pop(kind, None)
-            found.update(before)
-
-
-_STATE = (GlobalHydra, HydraConfig, VersionBase)
-
-
 @contextmanager
 def _hydra() -> Iterator[None]:
     """Initialise Hydra with the options of reseed."""
-    with _state_of_its_own(), initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
+    with own_hydra_state(), initialize_config_dir(version_base="1.3", config_dir=conf_dir()):
         yield
 
 

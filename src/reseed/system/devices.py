@@ -80,7 +80,7 @@ def total_memory(device: torch.device) -> int:
     found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for folder, limit, _, _ in _CONTROL_GROUPS:
         with suppress(OSError, ValueError):
-            found.append(int((folder / limit).read_text()))
+            found.append(int((folder / limit).read_text(encoding="utf-8")))
     return min(found)
 
 
