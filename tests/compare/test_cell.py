@@ -9,6 +9,7 @@ import pytest
 from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.pair import compare_pair
 from reseed.compare.registry import fractions
+from reseed.system.integrity import read_record, write_record
 
 
 @pytest.fixture
@@ -157,7 +158,6 @@ def test_reading_a_folder_without_a_cell_is_refused(tmp_path):
 
 def test_a_cell_of_another_format_is_refused(cell, tmp_path):
     cell.write(tmp_path)
-    record = json.loads((tmp_path / "cell.json").read_text())
-    (tmp_path / "cell.json").write_text(json.dumps(record | {"format": 0}))
+    write_record(tmp_path / "cell.json", read_record(tmp_path / "cell.json") | {"format": 0})
     with pytest.raises(ValueError, match="has format 0; this version reads 3"):
         CellResult.read(tmp_path)

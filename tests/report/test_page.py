@@ -117,6 +117,9 @@ class Finished:
         path.mkdir()
         curve(values).to_csv(path / "training.csv")
 
+    def file(self, name: str) -> Path:
+        return self.path / name
+
 
 def test_warnings_state_their_rule_and_their_numbers(make_cell, tmp_path):
     good = make_cell(n=3, shared=24)

@@ -12,6 +12,7 @@ from reseed.sae.checkpoint import CheckpointError, load_sae, read_metadata, save
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 from reseed.system.files import atomic_write_bytes, atomic_write_json
+from reseed.system.integrity import read_record, sha256_of, write_record
 
 CONFIGS = [TopKConfig(num_latents=32, k=3, aux_alpha=0.5), ReLUConfig(expansion_factor=4)]
 
@@ -24,8 +25,10 @@ def saved(tmp_path):
 
 
 def edit(folder, **changes):
+    """Change entries of the description, and let its checksums fit."""
+    weights = {"weights_sha256": sha256_of(folder / "sae.safetensors")}
     file = folder / "sae.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    write_record(file, {**read_record(file), **weights, **changes})
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
@@ -89,13 +92,15 @@ def test_a_missing_folder_or_file_is_refused(saved, tmp_path):
 def test_truncated_weights_are_refused(saved, keep):
     file = saved / "sae.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    refused(saved, r"sae.safetensors cannot be read \(truncated\?\)")
+    refused(saved, "sae.safetensors is damaged: its content does not fit sae.json")
+    edit(saved)
+    refused(saved, "sae.safetensors is damaged: it cannot be read")
 
 
 def test_a_truncated_description_is_refused(saved):
     file = saved / "sae.json"
     file.write_text(file.read_text()[:-9])
-    refused(saved, r"sae.json is not valid JSON \(truncated\?\)")
+    refused(saved, r"sae.json is damaged: it is not JSON \(")
 
 
 def test_an_unknown_architecture_is_refused(saved):
@@ -131,6 +136,7 @@ def test_a_transposed_decoder_is_refused(saved):
     tensors = load_file(saved / "sae.safetensors")
     tensors["W_dec"] = tensors["W_dec"].T.contiguous()
     save_file(tensors, saved / "sae.safetensors")
+    edit(saved)
     refused(saved, r"`W_dec` has shape \[6, 32\], expected \[32, 6\]")
 
 

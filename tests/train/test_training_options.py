@@ -116,7 +116,7 @@ def test_initial_weights_that_the_seed_does_not_determine_are_stored_and_read(
         of_old = {k: v for k, v in run.record.items() if k != "start_is_drawn"}
         for record in (run.record, of_old):
             atomic_write_json(run.path / "run.json", record)
-            with pytest.raises(RunError, match=r"initial.safetensors is missing, and the seed "):
+            with pytest.raises(RunError, match=r"initial.safetensors is damaged: it is missing"):
                 initial_sae(run)
 
 

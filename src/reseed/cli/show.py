@@ -25,9 +25,10 @@ from reseed.report.latent_view import (
 )
 from reseed.store.contexts import Contexts
 from reseed.store.find import find_by_name
-from reseed.store.runs import Run, refuse_damaged
+from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
 from reseed.system.console import console
+from reseed.system.integrity import check_record
 from reseed.train.config import RuntimeConfig
 
 _DIGITS = 18
@@ -73,7 +74,7 @@ def _run(word: str, runtime: RuntimeConfig) -> Path:
     """Return the folder of the run or SAE that a word names."""
     meant = find_by_name(word, runtime.outputs, runtime.sweeps)
     if isinstance(meant, Run):
-        refuse_damaged([meant])
+        check_record(meant.path / "run.json", quick=True)
     if isinstance(meant, Sweep):
         names = ", ".join(dict.fromkeys(run.id for run in meant.runs()))
         raise ReseedError(f"{word} is a sweep, but latents belong to a run: name one of {names}")

@@ -25,7 +25,6 @@ from reseed.system.environment import VERSION
 from reseed.system.files import atomic_write_bytes
 from reseed.system.integrity import (
     DamagedFileError,
-    check_files,
     read_record,
     sha256_of,
     write_record,
@@ -106,8 +105,7 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
 def _check_run(folder: Path) -> None:
     """Raise `CheckpointError` if the folder is that of a run, one of whose files is damaged."""
     try:
-        record = read_record(folder / "run.json")
-        check_files(folder, record.get("files") or {}, quick=True)
+        check_record(folder / "run.json", quick=True)
     except FileNotFoundError:
         return
     except DamagedFileError as error:

@@ -157,6 +157,11 @@ def _looks_unchanged(path: str, recorded: FileRecord) -> bool:
     return stat.S_ISREG(found.st_mode) and known == (recorded["size"], recorded.get("mtime_ns"))
 
 
+def check_record(path: Path, *, quick: bool = False) -> None:
+    """Verify a record and the files that it lists; see `read_record` and `check_files`."""
+    check_files(path.parent, read_record(path).get("files") or {}, quick=quick)
+
+
 def check_file(path: Path, recorded: FileRecord) -> None:
     """Compare one file with its record; see `check_files`."""
     try:
@@ -183,7 +188,7 @@ def find_damaged(folder: Path) -> list[DamagedFileError]:
     for path in sorted(folder.rglob("*")):
         try:
             if path.name in _RECORDS:
-                check_files(path.parent, read_record(path).get("files") or {})
+                check_record(path)
             elif path.name == "manifest.jsonl":
                 for line in read_bytes(path).splitlines():
                     unseal(line, path)

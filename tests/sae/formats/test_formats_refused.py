@@ -16,6 +16,7 @@ from reseed.sae.checkpoint import CheckpointError, plain_tensors, save_sae
 from reseed.sae.formats import import_sae
 from reseed.sae.pretrained import place_of
 from reseed.sae.topk import TopKConfig
+from reseed.system.integrity import read_record, sha256_of, write_record
 
 
 def refused(source, message, **options):
@@ -289,6 +290,8 @@ def test_our_own_weights_must_be_finite(value, tmp_path):
     tensors = load_file(tmp_path / "sae.safetensors")
     tensors["b_enc"][3] = value
     save_file(tensors, tmp_path / "sae.safetensors")
+    own = {"weights_sha256": sha256_of(tmp_path / "sae.safetensors")}
+    write_record(tmp_path / "sae.json", read_record(tmp_path / "sae.json") | own)
     refused(tmp_path, "`b_enc` holds values that are not finite")
 
 
