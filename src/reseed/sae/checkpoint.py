@@ -25,6 +25,7 @@ from reseed.system.environment import VERSION
 from reseed.system.files import atomic_write_bytes
 from reseed.system.integrity import (
     DamagedFileError,
+    check_record,
     read_record,
     sha256_of,
     write_record,
