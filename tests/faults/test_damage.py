@@ -171,14 +171,18 @@ def test_a_damaged_cell_is_compared_again(
     assert contents() == before
 
 
-def test_a_cell_of_other_files_is_compared_again(
-    project: Path, line: list[str], said: Said
+@pytest.mark.parametrize("known", [True, False])
+def test_a_cell_of_other_files_is_refused_and_compared_again(
+    project: Path, line: list[str], said: Said, known: bool
 ) -> None:
+    """The run was trained again; a cell without hashes is one of version 0.1."""
     path = the("sweeps/*/cells/*/cell.json")
     record = read_record(path)
     assert {*record["inputs"]} == {one.id for one in RunStore("outputs").runs()}
     next(iter(record["inputs"].values()))["sae.safetensors"] = "0" * 64
-    write_record(path, record)
+    write_record(path, record if known else record | {"inputs": None})
+    assert report.main(["seeds"]) == 1
+    assert "was trained again: `reseed compare` with the arguments of the sweep" in said()
     assert compare.main([o for o in line if not o.startswith("evaluation")]) == 0
     assert "comparing all runs: 2 runs, 1 pair" in said()
 
@@ -256,6 +260,44 @@ def test_training_from_a_damaged_checkpoint_begins_at_the_first_step(
     for name in ("sae.safetensors", "latents.safetensors", "metrics.json"):
         assert the(f"outputs/*/{name}").read_bytes() == the(f"undisturbed/*/{name}").read_bytes()
     assert list(Path().glob("outputs/*/*.sha256")) == []
+
+
+def test_files_are_hashed_before_they_are_compared(
+    project: Path, line: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is trained again during a long comparison makes the cell stale."""
+    from reseed.study import compare as module
+
+    load = module.load_dictionaries
+
+    def slowly(run: Run, *given: Any) -> Any:
+        found = load(run, *given)
+        record = read_record(run.path / "run.json")
+        record["files"]["sae.json"]["sha256"] = "1" * 64
+        write_record(run.path / "run.json", record)
+        return found
+
+    flip(the("sweeps/*/cells/*/cell.json"))
+    monkeypatch.setattr(module, "load_dictionaries", slowly)
+    assert compare.main([o for o in line if not o.startswith("evaluation")]) == 1
+    inputs = read_record(the("sweeps/*/cells/*/cell.json"))["inputs"]
+    assert all(of["sae.json"] != "1" * 64 for of in inputs.values())
+
+
+@pytest.mark.parametrize("content", ["{}", '{"fvu": "x", "l0": 1, "dead_fraction": 0}', "["])
+def test_status_lists_everything_beside_a_damaged_run_of_version_0_1(
+    project: Path, said: Said, content: str
+) -> None:
+    path = the("outputs/*/metrics.json")
+    record = read_record(path.parent / "run.json")
+    del record["files"]
+    write_record(path.parent / "run.json", record)
+    path.write_text(content)
+    assert status.main([]) == 0
+    told = said()
+    assert f"{path} is damaged: it " in told
+    assert all(run.id in told for run in RunStore("outputs").runs())
+    assert "sweeps/" in told
 
 
 @pytest.mark.slow

@@ -130,8 +130,8 @@ class ActivationCache:
         """Return the names of what is in the folder although no cache writes it, sorted."""
         if not self.folder.is_dir():
             return []
-        found = [p.name for p in self.folder.iterdir() if p.name != ".lock" and not _is_entry(p)]
-        return sorted(found)
+        found = [p.name for p in self.folder.iterdir() if not _is_entry(p)]
+        return sorted(set(found) - {".lock", ".DS_Store"})
 
     def clear(self, pattern: str = "*") -> tuple[list[EntryInfo], list[EntryInfo]]:
         """Remove the entries whose name contains ``pattern``, which may hold wildcards.

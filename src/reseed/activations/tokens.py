@@ -267,10 +267,12 @@ def _files(part: str) -> tuple[str, str]:
 def _is_stored(folder: Path, parts: Sequence[str]) -> bool:
     """Return True if the folder holds the parts, and they are as they were written."""
     try:
-        files = read_record(folder / "store.json").get("files", {})
-        if not {name for part in parts for name in _files(part)} <= {*files}:
-            return False  # of version 0.1, without hashes
-        check_files(folder, files)
+        record = read_record(folder / "store.json")
+        if "files" not in record:  # of version 0.1: hashed now, as it is
+            names = (name for part in parts for name in _files(part))
+            record["files"] = describe_files(folder, names)
+            write_record(folder / "store.json", record)
+        check_files(folder, record["files"])
     except FileNotFoundError:
         return False
     except DamagedFileError as error:

@@ -27,7 +27,7 @@ from reseed.errors import ConfigError, ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
 from reseed.system.console import counted, print_rows, say
-from reseed.system.integrity import find_damaged, read_record
+from reseed.system.integrity import DamagedFileError, find_damaged, read_record
 
 ALL = "--all"
 """A flag that is not Hydra's: also list the runs of calibrations."""
@@ -143,10 +143,12 @@ def _row(run: Run, status: str, record: Mapping[str, Any]) -> tuple[str, ...]:
     cells = [""] * 3
     if status in ("finished", "unverified"):
         shown = ("fvu", ".3f"), ("l0", ".1f"), ("dead_fraction", ".1%")
-        metrics = read_record(run.path / "metrics.json")
-        cells = [
-            "-" if metrics[name] is None else format(metrics[name], how) for name, how in shown
-        ]
+        metrics = read_record(path := run.path / "metrics.json")
+        try:
+            values = [(metrics[name], how) for name, how in shown]
+            cells = ["-" if value is None else format(value, how) for value, how in values]
+        except (KeyError, TypeError, ValueError) as error:  # of version 0.1, without a checksum
+            raise DamagedFileError(path, f"it lacks a metric ({error})") from None
     return run.id, status, f"{record['tokens']:,}", *cells
 
 
@@ -157,8 +159,10 @@ def _print_sweeps(sweeps: Path, known: Mapping[Path, str], thorough: bool) -> in
         known: the status of each run in the folder of runs.
     """
     damaged = 0
-    for folder in sorted(p.parent for p in sweeps.glob("*/manifest.jsonl")):
+    for folder in sorted(sweeps.iterdir()) if sweeps.is_dir() else ():
         try:
+            if not Sweep(folder).exists:
+                continue
             say(f"{folder}/: {_progress(Sweep(folder), known)}")
             found = find_damaged(folder) if thorough else []
         except ReseedError as error:

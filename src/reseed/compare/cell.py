@@ -33,7 +33,13 @@ from reseed.compare.tables import latent_table, pair_estimates, run_estimates, r
 from reseed.compare.truth import label_column
 from reseed.store.runs import Run
 from reseed.system.files import atomic_write
-from reseed.system.integrity import check_files, describe_files, read_record, write_record
+from reseed.system.integrity import (
+    DamagedFileError,
+    check_files,
+    describe_files,
+    read_record,
+    write_record,
+)
 
 log = logging.getLogger(__name__)
 
@@ -155,6 +161,20 @@ class CellResult:
                 f"{folder / 'cell.json'} has format {record.get('format')}; this version reads "
                 f"{_FORMAT}. Compare again."
             )
+        try:
+            return cls._from_record(record, folder)
+        except (
+            OSError,
+            KeyError,
+            TypeError,
+            ValueError,
+        ) as error:  # of version 0.1
+            raise DamagedFileError(
+                folder / "cell.json", f"it or a table beside it cannot be read ({error})"
+            ) from None
+
+    @classmethod
+    def _from_record(cls, record: dict[str, Any], folder: Path) -> Self:
         runs = pd.DataFrame(record["runs"])
         numbers = [c for c in runs.columns if c not in ("run", "seed")]
         runs[numbers] = runs[numbers].apply(pd.to_numeric)

@@ -305,7 +305,8 @@ def open_store(folder: Path, make: bool = False) -> FileStore:
         if make:
             folder.mkdir(0o700)
         there = folder.lstat()
-        if there.st_uid != os.geteuid() or stat.S_IMODE(there.st_mode) != 0o700:
+        private = stat.S_ISDIR(there.st_mode) and not there.st_mode & 0o077  # setgid is harmless
+        if there.st_uid != os.geteuid() or not private:
             raise PermissionError("it must be a folder of this user with mode 0700")
         (folder / "store").touch(0o600)
         return FileStore(str(folder / "store"), -1)

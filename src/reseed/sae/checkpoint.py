@@ -106,7 +106,8 @@ def load_sae(path: str | Path, device: str | torch.device = "cpu") -> SAE:
 def _check_run(folder: Path) -> None:
     """Raise `CheckpointError` if the folder is that of a run, one of whose files is damaged."""
     try:
-        check_record(folder / "run.json", quick=True)
+        if "identity" in read_record(folder / "run.json"):  # reseed's, not that of other programs
+            check_record(folder / "run.json", quick=True)
     except FileNotFoundError:
         return
     except DamagedFileError as error:

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from reseed.errors import ReseedError
 from reseed.store.results import FOLDER, StoredEvaluation, is_finished
+from reseed.store.runs import Run
 
 EVALUATION = "contexts"
 TOP, SAMPLED = "top", "sampled"
@@ -133,21 +134,25 @@ class Contexts:
         """Read the contexts of a run: its newest result, or None without a result.
 
         Raises:
-            EvaluationError: the result is damaged.
+            EvaluationError: the result is damaged, or is of other weights than the run's.
         """
         found = [f for f in (run_folder / FOLDER).glob(f"{EVALUATION}-*") if is_finished(f)]
         if not found:
             return None
-        return cls.read(max(found, key=lambda f: (f / "result.json").stat().st_mtime_ns))
+        newest = max(found, key=lambda f: (f / "result.json").stat().st_mtime_ns)
+        return cls.read(newest, Run(run_folder).hashes().get("sae.safetensors"))
 
     @classmethod
-    def read(cls, folder: Path) -> Contexts:
+    def read(cls, folder: Path, weights: str | None = None) -> Contexts:
         """Read the contexts in the folder of a result.
+
+        Args:
+            weights: SHA-256 of the SAE's weights; None: unknown.
 
         Raises:
             EvaluationError: the result is damaged.
         """
-        stored = StoredEvaluation.read(folder)
+        stored = StoredEvaluation.read(folder, weights)
         tokens = stored.metrics["tokens"]
         assert isinstance(tokens, int)
         return cls(folder, tokens, stored.settings)

@@ -11,7 +11,6 @@ Tables and figures read both: a result by its folder, a declaration by the evalu
 
 from __future__ import annotations
 
-import os
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from reseed.system.integrity import (
     DamagedFileError,
     check_files,
     describe_files,
+    is_there,
     read_record,
     write_record,
 )
@@ -245,7 +245,7 @@ class StoredEvaluation:
         try:
             record = read_record(path)
             check_files(folder, record.get("files", {}))
-            if weights is not None and record.get("weights", weights) != weights:
+            if weights is not None and record.get("weights") != weights:
                 raise EvaluationError(
                     f"{path} is of earlier weights of this SAE, which has been trained again since"
                     f": {_REMEDY}"
@@ -304,7 +304,7 @@ def result_folder(run_folder: Path, evaluation: str, signed: Mapping[str, Any]) 
 
 def is_finished(folder: Path) -> bool:
     """Return True if the folder holds a finished result, damaged or not."""
-    return os.path.lexists(folder / "result.json")
+    return is_there(folder / "result.json")
 
 
 def write_failure(folder: Path, error: BaseException) -> None:

@@ -48,7 +48,9 @@ from reseed.system.integrity import (
     check_files,
     checksum_file,
     describe_files,
+    is_there,
     read_record,
+    recorded_files,
     remove_checked,
     write_record,
 )
@@ -115,14 +117,12 @@ class Run:
 
     @property
     def exists(self) -> bool:
-        return os.path.lexists(self.path / "run.json")
+        return is_there(self.path / "run.json")
 
     @property
     def status(self) -> str:
-        """Status: missing, running, interrupted, failed, finished, unverified or damaged.
-
-        An unverified run is a finished one of version 0.1, whose record has no checksums.
-        """
+        """Status: missing, running, interrupted, failed, finished, unverified (finished by version
+        0.1, which wrote no checksums) or damaged."""
         return self.state()[0]
 
     def state(self, *, thorough: bool = False) -> tuple[str, dict[str, Any] | None, str]:
@@ -147,8 +147,7 @@ class Run:
             if status == "running" and not self.locked:
                 return "interrupted", record, ""  # its process died without recording it
         except OSError as error:  # its lock cannot be opened, e.g. because it is a symbolic link
-            reason = f"it cannot be opened ({error.strerror})"
-            return "damaged", record, str(DamagedFileError(self.path / ".lock", reason))
+            return "damaged", record, f"{self.path / '.lock'} is damaged: {error.strerror}"
         if status != "finished":
             return status, record, ""
         files = record.get("files")
@@ -172,15 +171,16 @@ class Run:
             raise RunError(f"{damage}. {REMEDY}")
 
     def hashes(self) -> dict[str, str]:
-        """Return name → SHA-256 of the files that decide what is measured of a finished run; {} for
-        an unverified run."""
-        files: Mapping[str, Any] = self.record.get("files") or {}
+        """Return name → SHA-256 of the files that decide what is measured; {} without a record."""
+        try:
+            files = recorded_files(self.path / "run.json")
+        except FileNotFoundError:
+            return {}
         return {name: about["sha256"] for name, about in files.items() if name != "training.csv"}
 
     @property
     def failure(self) -> dict[str, Any] | None:
-        """Error and end time of a failed run; ``explained`` is True if the error message suffices
-        without a traceback."""
+        """Error and end time of a failed run; ``explained``: the message suffices."""
         if self.status != "failed":
             return None
         record = self.record

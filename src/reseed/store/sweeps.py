@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ from reseed.errors import ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.system.console import say
 from reseed.system.environment import mask_words
-from reseed.system.files import atomic_write_text, shorten
+from reseed.system.files import atomic_write_text, lock_file, shorten
 from reseed.system.integrity import (
     DamagedFileError,
     check_files,
     describe_files,
+    is_there,
     read_bytes,
     read_record,
+    recorded_files,
     seal,
     unseal,
     write_record,
@@ -52,6 +55,11 @@ class Sweep:
         return cls(Path(root) / f"{shorten(name)}-{digest([sorted(set(signatures)), settings])}")
 
     @property
+    def exists(self) -> bool:
+        """True if the folder is a sweep, damaged or not."""
+        return is_there(self.path / "manifest.jsonl")
+
+    @property
     def manifest(self) -> list[dict[str, Any]]:
         """Rows of manifest.jsonl.
 
@@ -64,10 +72,10 @@ class Sweep:
         except FileNotFoundError:
             raise ReseedError(f"{self.path} is not a sweep: there is no manifest.jsonl") from None
         except DamagedFileError as error:
-            raise damaged(error) from None
+            raise sweep_error(error) from None
         expected = {row.pop("rows", len(rows)) for row in rows}
         if not rows or expected != {len(rows)} or not all("axes" in row for row in rows):
-            raise damaged(DamagedFileError(path, "rows are missing"))
+            raise sweep_error(DamagedFileError(path, "rows are missing"))
         return rows
 
     def write_manifest(self, jobs: Sequence[Any], store: RunStore) -> None:
@@ -107,7 +115,7 @@ class Sweep:
                 f"{self.path} has no comparison: there is no comparison.json"
             ) from None
         except DamagedFileError as error:
-            raise damaged(error) from None
+            raise sweep_error(error) from None
 
     def add_evaluations(self, evaluations: Mapping[str, Config]) -> None:
         """Add evaluations to those that the tables show; one of the same name is replaced."""
@@ -115,12 +123,13 @@ class Sweep:
             name: {"settings": config.to_dict(), "signed": config.signed()}
             for name, config in evaluations.items()
         }
-        try:
-            earlier = self.evaluations
-        except ReseedError as error:
-            say(f"{error}: it is written again, with {', '.join(own)}")
-            earlier = {}
-        write_record(self.path / "evaluations.json", earlier | own)
+        with self._lock():
+            try:
+                earlier = self.evaluations
+            except ReseedError as error:
+                say(f"{error}: it is written again, with {', '.join(own)}")
+                earlier = {}
+            write_record(self.path / "evaluations.json", earlier | own)
 
     @property
     def evaluations(self) -> dict[str, dict[str, Any]]:
@@ -140,12 +149,14 @@ class Sweep:
 
     def record_outputs(self, names: Iterable[str]) -> None:
         """Record the SHA-256 of tables and figures that were just written into the folder."""
-        try:
-            earlier = read_record(self.path / _OUTPUTS)["files"]
-        except (FileNotFoundError, DamagedFileError):
-            earlier = {}
-        files = earlier | describe_files(self.path, names)
-        write_record(self.path / _OUTPUTS, {"files": dict(sorted(files.items()))})
+        with self._lock():
+            try:
+                earlier = recorded_files(self.path / _OUTPUTS)
+            except (FileNotFoundError, DamagedFileError):
+                earlier = {}
+            there = {name: of for name, of in earlier.items() if (self.path / name).exists()}
+            files = there | describe_files(self.path, names)
+            write_record(self.path / _OUTPUTS, {"files": dict(sorted(files.items()))})
 
     def damaged_output(self, *names: str) -> DamagedFileError | None:
         """Return the error for a table or figure that is not as it was written, or None.
@@ -154,13 +165,24 @@ class Sweep:
             names: the files to verify; by default all.
         """
         try:
-            files = read_record(self.path / _OUTPUTS)["files"]
+            files = recorded_files(self.path / _OUTPUTS)
             check_files(self.path, {n: files[n] for n in names if n in files} if names else files)
         except FileNotFoundError:  # of version 0.1, without hashes
             return None
         except DamagedFileError as error:
             return error
         return None
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        """Keep other processes from changing the same record of the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        handle = lock_file(self.path / ".lock")
+        assert handle is not None
+        try:
+            yield
+        finally:
+            os.close(handle)
 
     @property
     def compared(self) -> bool:
@@ -189,6 +211,6 @@ class Sweep:
         return self.path / "cells" / readable
 
 
-def damaged(error: DamagedFileError) -> ReseedError:
+def sweep_error(error: DamagedFileError) -> ReseedError:
     """Return the error for a damaged file of a sweep, with the remedy."""
     return ReseedError(f"{error}. `reseed run` with the arguments of the sweep writes it again")

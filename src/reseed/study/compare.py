@@ -7,7 +7,7 @@ held-out activations of a cell are then read once for all of its SAEs (`write_wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ def compare_cell_of(
         )
     for run in runs:
         run.verify()
+    inputs = _inputs(runs)  # before they are read: another process may train a run again meanwhile
     _check_weights(finished, name)
     pairs_up = counted(math.comb(len(finished), 2), "pair")
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
@@ -103,7 +104,7 @@ def compare_cell_of(
         replace(
             result,
             pairs=add_axis_columns(result.pairs, places, settings),
-            inputs=_inputs(runs),
+            inputs=inputs,
         ),
         runs,
         folder,
@@ -127,9 +128,18 @@ def _done(folder: Path, runs: Sequence[Run], settings: ComparisonConfig) -> Cell
         say(f"  {error}: compared again")
         return None
     same_runs = done.runs["run"].tolist() == [run.id for run in runs]
-    same_files = done.inputs is None or done.inputs == _inputs(runs)
-    same = same_runs and same_files and done.settings.signed() == settings.signed()
+    same = same_runs and not stale_runs(done, runs) and done.settings.signed() == settings.signed()
     return done if same else None
+
+
+def stale_runs(cell: CellResult, runs: Iterable[Run]) -> list[Run]:
+    """Return those runs of a cell whose files are not those that were compared.
+
+    A cell of version 0.1 records no files; it was compared from runs without hashes.
+    """
+    compared = cell.inputs or {}
+    own = set(cell.runs["run"])
+    return [run for run in runs if run.id in own and run.hashes() != compared.get(run.id, {})]
 
 
 def _inputs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:

@@ -321,10 +321,11 @@ class Evaluator:
             self._open(source), cache, lambda message: say(f"    {message}")
         )
         for part in _passes(list(left.values())):
+            weights = {t.id: t.weights for t in part}  # a run may be trained again meanwhile
             loaded = [t.load(str(self.device), config.with_untrained) for t in part]
             start = time.perf_counter()
             for name, result in config.evaluate(loaded, evaluated):
-                _write(left[name], config, result, seconds_since(start))
+                _write(left[name], config, result, weights[name], seconds_since(start))
                 del left[name]
                 start = time.perf_counter()
 
@@ -382,10 +383,12 @@ def _claimed(
             os.close(handle)
 
 
-def _write(run: SavedRun, config: EvaluationConfig, result: Result, seconds: float) -> None:
+def _write(
+    run: SavedRun, config: EvaluationConfig, result: Result, weights: str | None, seconds: float
+) -> None:
     config.check_result(result)
     stored = StoredEvaluation(
         config.name, config.to_dict(), result.metrics, result.tables, result.latents
     )
-    own = {"subject": run.id, "weights": run.weights, "seconds": seconds}
+    own = {"subject": run.id, "weights": weights, "seconds": seconds}
     stored.write(run.result_folder(config), **own)

@@ -40,8 +40,9 @@ from reseed.sae.checkpoint import WEIGHTS_FILE
 from reseed.store.contexts import Contexts
 from reseed.store.results import StoredEvaluation, result_folder
 from reseed.store.runs import Run, refuse_damaged
-from reseed.store.sweeps import Sweep, damaged
+from reseed.store.sweeps import Sweep, sweep_error
 from reseed.study.absorbed_words import with_overlaps
+from reseed.study.compare import stale_runs
 from reseed.study.evaluate import SavedRun
 from reseed.system.console import counted, say
 from reseed.system.integrity import DamagedFileError
@@ -174,8 +175,9 @@ class StudyResult:
         return self.figures
 
     def _save(self, drawings: Mapping[str, Callable[[], Figure]]) -> None:
-        paths = save_figures(drawings, self.path)
-        self.sweep.record_outputs(path.name for path in paths)
+        if drawings:
+            paths = save_figures(drawings, self.path)
+            self.sweep.record_outputs(path.name for path in paths)
 
     @cached_property
     def _drawings(self) -> dict[str, Callable[[], Figure]]:
@@ -225,7 +227,14 @@ def read_result(
         except FileNotFoundError:
             continue
         except DamagedFileError as error:
-            raise damaged(error) from None
+            raise sweep_error(error) from None
+        except ValueError as error:  # of another format
+            raise ReseedError(str(error)) from None
+        if stale := stale_runs(result, finished):
+            raise ReseedError(
+                f"{sweep.cell_folder(axes)} was compared before {stale[0].id} was trained again: "
+                "`reseed compare` with the arguments of the sweep compares it again"
+            )
         # The user may have changed the primary measure since the cell was compared.
         own = replace(result.settings, primary=settings.primary)
         cells.append((cell_settings(finished, axes), replace(result, settings=own)))

@@ -112,7 +112,8 @@ _STATES = {"missing": "not started", "running": "running in another process"}
 
 def _how_far(runs: Sequence[Run]) -> str:
     """Summarise a stopped study: how many runs are finished, interrupted, not started."""
-    found = Counter(_STATES.get(run.status, run.status) for run in runs)
+    states = ("finished" if run.finished else run.status for run in runs)
+    found = Counter(_STATES.get(state, state) for state in states)
     finished = found.pop("finished", 0)
     others = [f"{count:,} {state}" for state, count in sorted(found.items())]
     return ", ".join([f"{finished:,} of {counted(len(runs), 'run')} finished", *others])

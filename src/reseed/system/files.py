@@ -317,8 +317,10 @@ def _open_lock(path: Path) -> int:
     try:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | _SAFE, 0o666)
-        except PermissionError:
-            handle = os.open(path, os.O_RDONLY | _SAFE)  # another user's file
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            handle = os.open(path, os.O_RDONLY | _SAFE)  # another user's file, an archive
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise

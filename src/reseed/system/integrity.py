@@ -26,6 +26,7 @@ from reseed.system.files import atomic_write, atomic_write_text, json_text
 
 CHECKSUM = "checksum"
 _SEAL = re.compile(rb',\s*"checksum": "([0-9a-f]{64})"\s*\}\s*\Z')
+_SHA256_LENGTH = 64
 _SEAL_LENGTH = 120
 """Number of bytes at the end of a record in which its checksum is looked for."""
 _known: dict[tuple[int, ...], str] = {}
@@ -33,6 +34,7 @@ _known: dict[tuple[int, ...], str] = {}
 
 _RECORDS = ("run.json", "sae.json", "result.json", "cell.json", "comparison.json",
             "evaluations.json", "outputs.json")  # fmt: skip
+_CHECKED = ("checkpoint.pt", "initial.safetensors")
 
 FileRecord = Mapping[str, Any]
 """``size`` in bytes and ``sha256`` of a file when it was written; of a run's files ``mtime_ns``."""
@@ -77,8 +79,16 @@ def unseal(data: bytes, path: Path) -> dict[str, Any]:
         raise DamagedFileError(path, reason) from None
     if not isinstance(value, dict):
         raise DamagedFileError(path, f"it must hold a JSON object; it holds a {_kind(value)}")
+    if found is None and _had_seal(value):
+        raise DamagedFileError(path, "its checksum cannot be read")
     value.pop(CHECKSUM, None)
     return value
+
+
+def _had_seal(value: Mapping[str, Any]) -> bool:
+    """Return True for the content of a sealed object whose last entry was changed."""
+    last = [*value.values()][-1] if value else None
+    return CHECKSUM in value or (isinstance(last, str) and len(last.encode()) == _SHA256_LENGTH)
 
 
 def write_record(path: Path, value: Mapping[str, Any]) -> None:
@@ -94,6 +104,18 @@ def read_record(path: Path) -> dict[str, Any]:
         DamagedFileError: it cannot be read, or its content has changed.
     """
     return unseal(read_bytes(path), path)
+
+
+def is_there(path: Path) -> bool:
+    """Return False only if there is nothing at ``path``; a folder that cannot be read may have it,
+    and whoever reads it gets the reason."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def read_bytes(path: Path) -> bytes:
@@ -153,13 +175,29 @@ def _looks_unchanged(path: str, recorded: FileRecord) -> bool:
         found = os.stat(path)
     except OSError:
         return False
-    known = found.st_size, found.st_mtime_ns
-    return stat.S_ISREG(found.st_mode) and known == (recorded["size"], recorded.get("mtime_ns"))
+    same = found.st_size, found.st_mtime_ns
+    if not stat.S_ISREG(found.st_mode) or same != (recorded["size"], recorded.get("mtime_ns")):
+        return False
+    # This process may have read the file, and found that only its size and time are the same.
+    return _known.get(_key(found), recorded["sha256"]) == recorded["sha256"]
 
 
 def check_record(path: Path, *, quick: bool = False) -> None:
     """Verify a record and the files that it lists; see `read_record` and `check_files`."""
-    check_files(path.parent, read_record(path).get("files") or {}, quick=quick)
+    check_files(path.parent, recorded_files(path), quick=quick)
+
+
+def recorded_files(path: Path) -> dict[str, FileRecord]:
+    """Return the files that the record in ``path`` lists, by name; {} if it lists none.
+
+    Raises: see `read_record`.
+    """
+    files = read_record(path).get("files") or {}
+    if not isinstance(files, dict) or not all(
+        isinstance(about, dict) and {"size", "sha256"} <= about.keys() for about in files.values()
+    ):
+        raise DamagedFileError(path, "its list of files cannot be read")
+    return files
 
 
 def check_file(path: Path, recorded: FileRecord) -> None:
@@ -176,6 +214,9 @@ def check_file(path: Path, recorded: FileRecord) -> None:
                 with suppress(OSError):
                     os.utime(path)  # so that quick checks of other processes notice it too
             raise DamagedFileError(path, "its content has changed since it was written")
+        if found.st_mtime_ns != recorded.get("mtime_ns", found.st_mtime_ns):
+            with suppress(OSError):  # a copy: the next quick check need not read it
+                os.utime(path, ns=(found.st_atime_ns, recorded["mtime_ns"]))
     except FileNotFoundError:
         raise DamagedFileError(path, "it is missing") from None
     except OSError as error:
@@ -185,19 +226,24 @@ def check_file(path: Path, recorded: FileRecord) -> None:
 def find_damaged(folder: Path) -> list[DamagedFileError]:
     """Verify all records, recorded files and checked files below a folder."""
     found: list[DamagedFileError] = []
-    for path in sorted(folder.rglob("*")):
-        try:
-            if path.name in _RECORDS:
-                check_record(path)
-            elif path.name == "manifest.jsonl":
-                for line in read_bytes(path).splitlines():
-                    unseal(line, path)
-            elif path.suffix == ".sha256" and is_damaged(path.with_suffix("")):
-                raise DamagedFileError(path.with_suffix(""), "it does not have its SHA-256")
-        except DamagedFileError as error:
-            found.append(error)
-        except FileNotFoundError:  # deleted meanwhile
-            continue
+
+    def unreadable(error: OSError) -> None:
+        found.append(DamagedFileError(Path(error.filename), _cannot_be_read(error)))
+
+    for parent, _, names in os.walk(folder, onerror=unreadable):
+        for path in (Path(parent, name) for name in sorted(names)):
+            try:
+                if path.name in _RECORDS:
+                    check_record(path)
+                elif path.name == "manifest.jsonl":
+                    for line in read_bytes(path).splitlines():
+                        unseal(line, path)
+                elif path.name in _CHECKED and is_damaged(path):
+                    raise DamagedFileError(path, "it does not have its SHA-256")
+            except DamagedFileError as error:
+                found.append(error)
+            except FileNotFoundError:  # deleted meanwhile
+                continue
     return found
 
 
@@ -238,12 +284,15 @@ def is_intact(path: Path) -> bool:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits."""
-    about = path.stat()
-    key = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+    key = _key(path.stat())
     if key not in _known:
         with path.open("rb") as file:
             _known[key] = hashlib.file_digest(file, "sha256").hexdigest()
     return _known[key]
+
+
+def _key(about: os.stat_result) -> tuple[int, ...]:
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def checksum_file(path: Path) -> Path:

@@ -179,10 +179,10 @@ class Train(Task):
         for experiment in self.experiments:
             resolved = resolve_experiment(experiment, self.runtime)
             run = resolved.run(RunStore(self.runtime.outputs))
-            if run.status not in ("missing", "interrupted"):
+            if run.status not in ("missing", "interrupted", "damaged"):
                 continue
             with run.lock(None) as owned:
-                if owned and run.status == "missing":
+                if owned and run.status in ("missing", "damaged"):
                     run.begin(resolved.record())
                 if owned:
                     run.fail(error)

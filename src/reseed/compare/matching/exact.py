@@ -30,7 +30,7 @@ from reseed.compare.matching.candidates import CANDIDATES
 from reseed.compare.matching.rows import DistinctRows, distinct_rows
 from reseed.compare.matching.solve import Optimum, solve
 from reseed.config import digest
-from reseed.system.integrity import is_intact, write_checked
+from reseed.system.integrity import is_damaged, write_checked
 
 VERSION = 1
 """Version of the algorithm; increase it when the same rows could get another result."""
@@ -301,7 +301,7 @@ class MatchingCache:
         turned = one > other
         name = digest([*sorted((one, other)), absolute, VERSION], length=32)
         path = self.folder / f"{name}.safetensors"
-        found = _read(path) if is_intact(path) else None
+        found = None if is_damaged(path) else _read(path)
         if found is not None:
             return found.inverse() if turned else found
         made = match(a, b, absolute=absolute, device=self.device, progress=self.progress)

@@ -143,7 +143,7 @@ def _origin(sweep: Sweep, records: Mapping[str, Mapping[str, Any]]) -> str:
 def command(record: Mapping[str, Any]) -> str:
     """Return the typed command without options that cannot change results: folders, threads, …
 
-    Runs of before have secrets in their records; they are masked here.
+    Runs of version 0.1 have secrets in their records; they are masked here.
     """
     text = mask_command(str(record.get("environment", {}).get("command", "")))
     try:

@@ -151,7 +151,8 @@ def _check_replaceable(out: Path) -> None:
             "folder, or remove this one"
         )
     for path in sorted(out.iterdir()):
-        if path.name not in _NAMES and path.suffix not in _SUFFIXES and path.stem != "report":
+        own = path.name in _NAMES or path.suffix in _SUFFIXES or path.name.startswith("report.")
+        if not own:
             raise ReseedError(
                 f"{path} is not part of the report in {out}, which is replaced as a whole. Move "
                 "it, or choose another folder"
