@@ -75,6 +75,8 @@ class Project:
         return listed[name]
 
 
+AUDIT = pytest.mark.audit
+"""Marks cases that differ little from others: `make audit` runs them."""
 READERS = ("status", "status SWEEP", "show", "compare", "report", "report md")
 COMMANDS = (*READERS, "help", "cfg", "completion", "nothing to train", "convert")
 
@@ -89,7 +91,11 @@ def project(
     return Project(tmp_path_factory.mktemp("project"), tiny_overrides, tiny_model, tiny_text)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    ["status", "compare", "cfg", *(pytest.param(name, marks=AUDIT) for name in COMMANDS
+                                   if name not in ("status", "compare", "cfg"))],
+)  # fmt: skip
 def test_a_query_whose_reader_has_gone_ends_silently(name: str, project: Project) -> None:
     ended = project.reseed(*project.words(name), reads=False)
     assert (ended.returncode, ended.stderr) == (0, b"")
@@ -99,10 +105,12 @@ def test_a_query_whose_reader_has_gone_ends_silently(name: str, project: Project
     ("seeds", "how"),
     [
         ("7", []),
-        ("8,9", ["-m"]),
-        ("10", ["runtime=ddp", "runtime.ranks=2"]),
+        pytest.param("8,9", ["-m"], marks=AUDIT),
+        pytest.param("10", ["runtime=ddp", "runtime.ranks=2"], marks=AUDIT),
         ("11,12", ["-m", "runtime=spread", "runtime.ranks=2"]),
-        ("13,14", ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]),
+        pytest.param(
+            "13,14", ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"], marks=AUDIT
+        ),
     ],
     ids=["one", "sweep", "ddp", "spread", "joblib"],
 )
@@ -142,7 +150,13 @@ def latin_1(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "locale"), [*((name, "C") for name in READERS), ("status", "latin-1")]
+    ("name", "locale"),
+    [
+        ("status", "C"),
+        ("report", "C"),
+        *(pytest.param(name, "C", marks=AUDIT) for name in READERS[1:] if name != "report"),
+        ("status", "latin-1"),
+    ],
 )
 def test_every_locale_reads_a_comparison(name: str, locale: str, project: Project) -> None:
     """The files are the same, and the names of the runs appear as far as the encoding has them."""
@@ -155,7 +169,7 @@ def test_every_locale_reads_a_comparison(name: str, locale: str, project: Projec
         assert b"damaged" not in ended.stdout
 
 
-@pytest.mark.parametrize("locale", ["C", "latin-1"])
+@pytest.mark.parametrize("locale", ["C", pytest.param("latin-1", marks=AUDIT)])
 def test_every_locale_makes_the_same_run(locale: str, project: Project) -> None:
     """Nothing is left to train after a run under another locale, and its record is UTF-8."""
     environment = C if locale == "C" else latin_1(project.folder)
@@ -168,7 +182,7 @@ def test_every_locale_makes_the_same_run(locale: str, project: Project) -> None:
     assert b"nothing to train" in project.reseed(*line).stdout
 
 
-@pytest.mark.parametrize("hard", [64, 4096])
+@pytest.mark.parametrize("hard", [64, pytest.param(4096, marks=AUDIT)])
 def test_sixty_runs_train_with_a_soft_limit_of_64_files(hard: int, project: Project) -> None:
     """If the system forbids to raise it, nothing is trained, and the message names the remedy."""
     line = [*project.tiny, "training.tokens=256", "seed=range(60)", f"runtime.outputs=limit-{hard}"]
