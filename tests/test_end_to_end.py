@@ -18,6 +18,7 @@ from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import Dictionary, load_dictionaries
 from reseed.sae.topk import TopKConfig
 from reseed.store.runs import RunStore
+from reseed.system.integrity import write_record
 
 COLUMNS = [
     "n_seeds", "shared_fraction", "shared_fraction_low", "shared_fraction_high",
@@ -106,6 +107,9 @@ def test_a_permuted_copy_shares_everything(line: list[str]) -> None:
     assert result.pairs["cosine_encoder"].iloc[0] == pytest.approx(1)
     assert result.pairs["shared_fraction_correlation"].tolist() == [1.0]
     # Runs from before activations were described still count as finished and can be compared.
+    record = found.record
+    del record["files"]
+    write_record(found.path / "run.json", record)
     (found.path / "activations.safetensors").unlink()
     assert found.finished
     assert load_dictionaries(found, "0")[0].covariance is None

@@ -14,6 +14,7 @@ from reseed.cli import run, show
 from reseed.cli.main import COMMANDS, main
 from reseed.store.contexts import Contexts
 from reseed.store.runs import RunStore
+from reseed.system.integrity import read_record, write_record
 
 SMALL = ["evaluation=contexts", "evaluation.tokens=500", "evaluation.top=2", "evaluation.sampled=2",
          "evaluation.reservoir=4", "evaluation.lens=3", "evaluation.neighbours=2"]  # fmt: skip
@@ -117,3 +118,20 @@ def test_show_is_listed_and_has_help(capsys: pytest.CaptureFixture[str]) -> None
         main(["show", "--help"])
     assert ended.value.code == 0
     assert "reseed show: show what a latent fires on" in capsys.readouterr().out
+
+
+def test_matches_and_contexts_of_earlier_weights_are_refused(
+    said: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run was trained again with another outcome."""
+    shutil.copytree(Path(), tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    first, _ = runs("topk")
+    path = next(Path("sweeps").glob("*/cells/*/cell.json"))
+    record = read_record(path)
+    record["inputs"][first]["sae.json"] = "0" * 64
+    write_record(path, record)
+    assert f"was compared before {first} was trained again" in said(first, "3", status=1)
+    path = next(Path("outputs", first).glob("evaluations/contexts-*/result.json"))
+    write_record(path, read_record(path) | {"weights": "0" * 64})
+    assert "result.json is of earlier weights of this SAE" in said(first, "3", status=1)

@@ -97,6 +97,11 @@ def _shown(
     sweep, name = _newest_sweep(run, runtime), run.resolve().name
     if sweep and (damage := Sweep(sweep).damaged_output(FILE)):
         raise ReseedError(f"{damage}. `reseed report {sweep}` writes it again")
+    if sweep and (stale := Sweep(sweep).stale_cell(Run(run))):
+        raise ReseedError(
+            f"{stale} was compared before {name} was trained again: `reseed compare` with the "
+            "arguments of the sweep compares it again"
+        )
     matches = matches_of(sweep, name, latents) if sweep else {}
     return [LatentView(name, contexts, one, matches.get(one.latent)) for one in described]
 

@@ -173,6 +173,16 @@ class Sweep:
             return error
         return None
 
+    def stale_cell(self, run: Run) -> Path | None:
+        """Return a cell that was compared before a run was trained again with another outcome, or
+        None."""
+        hashes = run.hashes()
+        for path in sorted(self.path.glob("cells/*/cell.json")):
+            compared = (read_record(path).get("inputs") or {}).get(run.id, hashes)
+            if compared != hashes:
+                return path.parent
+        return None
+
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """Keep other processes from changing the same record of the folder."""
