@@ -54,6 +54,14 @@ def test_no_flipped_bit_of_a_record_changes_its_value(indent: int | None) -> Non
     assert harmless <= 16
 
 
+@pytest.mark.parametrize("value", [{}, {"a": 1}, {"a": {}}, {"a": "}"}, {"checksums": []}])
+def test_every_object_is_read_as_it_was_written(tmp_path: Path, value: dict[str, object]) -> None:
+    write_record(tmp_path / "record.json", value)
+    assert json.loads((tmp_path / "record.json").read_text()).keys() == {*value, "checksum"}
+    assert read_record(tmp_path / "record.json") == value
+    assert unseal(seal(json.dumps(value)).encode(), tmp_path) == value
+
+
 @pytest.mark.parametrize("length", [0, 1, 40, -2])
 def test_a_truncated_record_is_noticed(tmp_path: Path, length: int) -> None:
     path = tmp_path / "record.json"

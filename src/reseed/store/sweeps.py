@@ -119,6 +119,8 @@ class Sweep:
 
     def add_evaluations(self, evaluations: Mapping[str, Config]) -> None:
         """Add evaluations to those that the tables show; one of the same name is replaced."""
+        if not evaluations:
+            return
         own = {
             name: {"settings": config.to_dict(), "signed": config.signed()}
             for name, config in evaluations.items()

@@ -25,7 +25,7 @@ from reseed.errors import ReseedError
 from reseed.system.files import atomic_write, atomic_write_text, json_text
 
 CHECKSUM = "checksum"
-_SEAL = re.compile(rb',\s*"checksum": "([0-9a-f]{64})"\s*\}\s*\Z')
+_SEAL = re.compile(rb',?\s*"checksum": "([0-9a-f]{64})"\s*\}\s*\Z')
 _SHA256_LENGTH = 64
 _SEAL_LENGTH = 120
 """Number of bytes at the end of a record in which its checksum is looked for."""
@@ -54,9 +54,10 @@ class DamagedFileError(ReseedError):
 
 
 def seal(text: str) -> str:
-    """Add a checksum as the last entry of the text of a JSON object with at least one entry."""
+    """Add a checksum as the last entry of the text of a JSON object."""
     body = text.rstrip().removesuffix("}").rstrip()
     between, end = (",\n  ", "\n}\n") if "\n" in body else (", ", "}")
+    between = between if body != "{" else ""
     return f'{body}{between}"{CHECKSUM}": "{_sha256(body.encode())}"{end}'
 
 
