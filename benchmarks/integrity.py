@@ -1,4 +1,4 @@
-"""What checksums cost: `reseed status` of many runs, and the verification of an SAE's file.
+"""The cost of checksums: `reseed status` of many runs, and the verification of an SAE's file.
 
     python benchmarks/integrity.py
     python benchmarks/integrity.py --runs 2000 --mib 256
@@ -111,7 +111,7 @@ def compare_loading(mib: int, rounds: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What checksums cost.")
+    parser = argparse.ArgumentParser(description="The cost of checksums.")
     parser.add_argument("--runs", type=int, default=2_000)
     parser.add_argument("--mib", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
