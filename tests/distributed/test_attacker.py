@@ -241,7 +241,7 @@ def attack_folder(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "spread"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("spread", marks=pytest.mark.audit)])
 def test_other_users_reach_no_process_of_a_training(
     strategy: str,
     whole: Callable[[str], dict[str, Run]],

@@ -114,7 +114,7 @@ def test_a_stopped_team_resumes_bit_identically(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.audit)])
-@pytest.mark.parametrize("strategy", ["ddp", "spread"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.audit), "spread"])
 def test_after_workers_killed_at_any_moment_the_same_command_ends_bit_identically(
     strategy: str,
     kills: int,
