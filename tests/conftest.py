@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -108,6 +108,14 @@ def tiny_overrides(tiny_model: Path, tiny_text: Path) -> list[str]:
         "runtime.progress=false",
         "runtime.log_every_steps=10",
     ]
+
+
+@pytest.fixture
+def sign(tmp_path: Path) -> Iterator[Path]:
+    """Give the folder that an executed `Payload` makes; assert that it does not exist."""
+    sign = tmp_path / "executed"
+    yield sign
+    assert not sign.exists(), "the payload was executed"
 
 
 class MadeUpPackage:

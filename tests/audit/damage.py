@@ -165,10 +165,9 @@ def _main(words: Sequence[str]) -> None:
 @contextmanager
 def _interrupting(wanted: bool) -> Iterator[None]:
     """Let training end like after Ctrl-C, once it has written a few checkpoints."""
-    from reseed.train.callbacks import CheckpointCallback
     from reseed.train.run_state import RunState
 
-    save, train = CheckpointCallback.save, RunState.train
+    train = RunState.train
     if wanted:
 
         def interrupted(self: RunState, *given: Any) -> None:
@@ -180,7 +179,7 @@ def _interrupting(wanted: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        CheckpointCallback.save, RunState.train = save, train  # type: ignore[method-assign]
+        RunState.train = train  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -286,7 +285,7 @@ def _copied(project: Path) -> Path:
 
 
 _TIMES = {"started", "ended", "resumed", "seconds", "timings", "environment", "checksum", "files",
-          "mtime_ns", "training_s", "group", "at", "runs_s", "weights_sha256", "error"}  # fmt: skip
+          "group"}  # fmt: skip
 
 
 def results_in(folder: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import pytest
 import torch
 from commands import SLOW, at_work, differences, wait_for
 
+from payload import Payload
 from reseed.distributed.launcher import ADDRESS, join, join_slurm, leave, open_store
 from reseed.distributed.process_group import ProcessGroup
 from reseed.distributed.worker import read_group
@@ -32,26 +33,6 @@ from reseed.train.config import RuntimeConfig
 NOBODY = 65534
 REFUSED = r"^refused a message that rank 0 of this training did not send \(its HMAC or its length"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-
-
-class Payload:
-    """An object whose unpickling makes a folder."""
-
-    def __init__(self, sign: Path) -> None:
-        self.sign = sign
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.sign),)
-
-
-@pytest.fixture
-def sign(tmp_path: Path):
-    """Give the folder that an executed payload makes; assert that it does not exist."""
-    sign = tmp_path / "executed"
-    pickle.loads(pickle.dumps(Payload(sign)))
-    sign.rmdir()  # the payload works
-    yield sign
-    assert not sign.exists(), "the payload was executed"
 
 
 def test_only_messages_of_the_group_are_read(sign: Path) -> None:

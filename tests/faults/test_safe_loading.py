@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import io
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -16,30 +15,19 @@ import pytest
 import torch
 
 import reseed
+from payload import Payload
 from reseed.cli import train
 from reseed.compare.dictionary import initial_sae
 from reseed.compare.matching import MatchingCache
 from reseed.sae.checkpoint import CheckpointError
 from reseed.store.runs import Run, RunError, RunStore
-from reseed.system.integrity import describe_files, read_record, sha256_of, write_record
-
-
-class Payload:
-    """An object whose unpickling makes a folder."""
-
-    def __init__(self, sign: Path) -> None:
-        self.sign = sign
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.sign),)
-
-
-@pytest.fixture
-def sign(tmp_path: Path):
-    """Give the folder that an executed payload makes; assert that it does not exist."""
-    sign = tmp_path / "executed"
-    yield sign
-    assert not sign.exists(), "the payload was executed"
+from reseed.system.integrity import (
+    DamagedFileError,
+    describe_files,
+    read_record,
+    sha256_of,
+    write_record,
+)
 
 
 @pytest.fixture
@@ -132,9 +120,9 @@ def test_payloads_in_a_run_folder_are_not_executed(
     found = reseed.load_run(path)
     for name, error, read in (
         ("sae.safetensors", CheckpointError, lambda: reseed.load_sae(path)),
-        ("latents.safetensors", RunError, found.latents),
-        ("activations.safetensors", RunError, found.activations),
-        ("initial.safetensors", RunError, lambda: initial_sae(found)),
+        ("latents.safetensors", DamagedFileError, found.latents),
+        ("activations.safetensors", DamagedFileError, found.activations),
+        ("initial.safetensors", DamagedFileError, lambda: initial_sae(found)),
     ):
         (path / name).write_bytes(payload(sign))
         forge(path)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import islice
@@ -268,10 +268,13 @@ def _is_stored(folder: Path, parts: Sequence[str]) -> bool:
     """Return True if the folder holds the parts, and they are as they were written."""
     try:
         record = read_record(folder / "store.json")
+        names = [name for part in parts for name in _files(part)]
         if "files" not in record:  # of version 0.1: hashed now, as it is
-            names = (name for part in parts for name in _files(part))
             record["files"] = describe_files(folder, names)
-            write_record(folder / "store.json", record)
+            with suppress(OSError):  # a cache that only others may write
+                write_record(folder / "store.json", record)
+        if lacking := [name for name in names if name not in record["files"]]:
+            raise DamagedFileError(folder / lacking[0], "it is missing")
         check_files(folder, record["files"])
     except FileNotFoundError:
         return False

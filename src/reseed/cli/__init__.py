@@ -14,7 +14,7 @@ COMMANDS = {
     "check": "check whether latents replicate: LATENTS.csv or --latents 3,17; --train, --out",
     "convert": "convert an SAE to another library's format: SOURCE --to FORMAT OUT",
     "push": "push a run's SAE to the hub, with a card: RUN OWNER/NAME; --dry-run OUT",
-    "status": "list runs and sweeps, or the runs of a SWEEP (--watch: refresh until it ends)",
+    "status": "list runs and sweeps; --verify reads every file; SWEEP, --watch: its progress",
     "cancel": "cancel the SLURM jobs of a SWEEP",
     "cache": "list the activations in runtime.activation_cache; --clear [NAME] removes them",
     "completion": "print the shell code for tab completion (bash, zsh)",

@@ -99,7 +99,7 @@ def _folder(out: str | None, source: Path | None, plan: Plan) -> Path:
 
 def _missing_message(lacking: Sequence[Run], cell: ReplicationCell, line: CommandLine) -> str:
     """Return the message that names the missing runs and the command that trains them."""
-    names = ", ".join(f"{run.id} ({run.state()[2] or run.status})" for run in lacking)
+    names = ", ".join(f"{run.id} ({run.damage or run.status})" for run in lacking)
     command = shlex.join(["reseed", "run", *line.config_flags, *line.overrides])
     return (
         f"{len(lacking)} of {len(cell.runs)} runs are not finished: {names}. Train them with "

@@ -116,10 +116,10 @@ def describe_error(error: Exception, about: Callable[[MissingKey], str] = str) -
     mandatory = re.search(r"Missing mandatory value: (\S+)", text)
     if mandatory:
         return f"`{mandatory[1]}` is required: give it a value"
-    return one_line(text)
+    return join_lines(text)
 
 
-def one_line(error: object) -> str:
+def join_lines(error: object) -> str:
     """Return a text of several lines as one line."""
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
@@ -138,11 +138,11 @@ def hydra_errors(what: str, about: Callable[[MissingKey], str] = str) -> Iterato
     except RecursionError as error:
         raise ConfigError(f"{what}: a value is nested too deeply") from error
     except YAMLError as error:
-        raise ConfigError(f"{what}: {one_line(error)}") from error
+        raise ConfigError(f"{what}: {join_lines(error)}") from error
     except OSError as error:
         raise ConfigError(f"{what}: {error.filename}: {error.strerror}") from error
     except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f"{what}: {one_line(error) or type(error).__name__}") from error
+        raise ConfigError(f"{what}: {join_lines(error) or type(error).__name__}") from error
 
 
 @dataclass(frozen=True)

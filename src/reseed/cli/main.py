@@ -10,7 +10,7 @@ from importlib import import_module
 
 from reseed import __version__
 from reseed.cli import COMMANDS
-from reseed.errors import did_you_mean
+from reseed.errors import did_you_mean, is_unicode
 from reseed.system.console import STREAMS, open_streams
 
 _HELP = """\
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _status(arguments: Sequence[str]) -> int:
     """Run a sub-command and return its status."""
     for word in arguments:
-        if not word.isascii() and word != word.encode(errors="replace").decode():
+        if not is_unicode(word):
             print(f"error: an argument is not UTF-8 text: {word!a}", file=sys.stderr)
             return 2
     command = arguments[0] if arguments else "--help"

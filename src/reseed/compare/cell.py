@@ -163,12 +163,7 @@ class CellResult:
             )
         try:
             return cls._from_record(record, folder)
-        except (
-            OSError,
-            KeyError,
-            TypeError,
-            ValueError,
-        ) as error:  # of version 0.1
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise DamagedFileError(
                 folder / "cell.json", f"it or a table beside it cannot be read ({error})"
             ) from None

@@ -20,7 +20,8 @@ from reseed.compare.matching.rows import scaled_rows
 from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig
 from reseed.sae.checkpoint import load_sae, read_metadata
-from reseed.store.runs import INITIAL_FILE, Run, RunError, read_tensors
+from reseed.store.runs import INITIAL_FILE, Run, RunError
+from reseed.system.integrity import read_tensors
 
 LABELS = ("neither", "composite", "atom", "group")
 """Labels of latents where the true features are known; ``truth_label`` is an index into them."""

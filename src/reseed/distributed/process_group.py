@@ -99,7 +99,8 @@ class ProcessGroup:
         return self.index == 0
 
     def channel(self) -> ProcessGroup:
-        """Return a separate channel for another thread. All ranks must call this together."""
+        """Return a separate channel for another thread, which exchanges tensors only: JSON messages
+        are numbered on the main channel. All ranks must call this together."""
         if not self.several:
             return self
         return replace(self, _group=dist.new_group(timeout=PATIENCE))

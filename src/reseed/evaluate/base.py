@@ -10,10 +10,8 @@ are computed once for all SAEs and stored in a `ModelCache`.
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +30,7 @@ from reseed.errors import ConfigError
 from reseed.sae.base import SAE
 from reseed.store.results import EvaluationDeclaration, EvaluationError, Table
 from reseed.store.results import Metric as Metric
-from reseed.system.files import lock_file, room_for
+from reseed.system.files import hold_lock
 from reseed.system.integrity import is_intact, write_checked
 
 
@@ -229,7 +227,7 @@ class ModelCache:
         path = self._path(what, key)
         found = _read(path)
         if found is None:
-            with _locked(path.with_suffix(".lock")):
+            with hold_lock(path.with_suffix(".lock")):
                 found = _read(path)  # another process may have written the file meanwhile
                 if found is None:
                     found = _write(path, key, compute())
@@ -261,16 +259,3 @@ def _write(path: Path, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
 def _read(path: Path) -> dict[str, Tensor] | None:
     """Return the stored tensors; None if the file is missing or damaged: it is recomputed."""
     return load_file(path) if is_intact(path) else None
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Lock out other processes. The system frees the lock of a process that dies."""
-    with room_for(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle = lock_file(path)
-    assert handle is not None
-    try:
-        yield
-    finally:
-        os.close(handle)

@@ -50,6 +50,7 @@ from reseed.system.integrity import (
     describe_files,
     is_there,
     read_record,
+    read_tensors,
     recorded_files,
     remove_checked,
     write_record,
@@ -186,6 +187,11 @@ class Run:
         record = self.record
         # Older records lack `explained`; show their traceback.
         return {"explained": False, **record["error"], "ended": record["ended"]}
+
+    @property
+    def damage(self) -> str:
+        """The message that names what is damaged, or ""."""
+        return self.state()[2]
 
     @property
     def finished(self) -> bool:
@@ -341,7 +347,7 @@ def refuse_damaged(runs: Iterable[Run]) -> None:
     Raises:
         RunError: some are damaged; the message names the files.
     """
-    found = dict.fromkeys(damage for run in runs if (damage := run.state()[2]))
+    found = dict.fromkeys(damage for run in runs if (damage := run.damage))
     if found:
         raise RunError("\n".join([*found, REMEDY]))
 
@@ -380,20 +386,6 @@ class RunStore:
         with ExitStack() as stack:
             ordered = sorted(runs, key=lambda r: r.signature)
             yield {run for run in ordered if stack.enter_context(run.lock(waiting))}
-
-
-def read_tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-    """Read the arrays of a safetensors file, which cannot contain executable code.
-
-    Raises:
-        RunError: the file cannot be read.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise RunError(f"{path} cannot be read (truncated?): {error}") from error
 
 
 def _now() -> str:

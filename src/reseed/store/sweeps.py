@@ -13,8 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from reseed.errors import ReseedError
 from reseed.store.runs import Run, RunStore
 from reseed.system.console import say
 from reseed.system.environment import mask_words
-from reseed.system.files import atomic_write_text, lock_file, shorten
+from reseed.system.files import atomic_write_text, hold_lock, shorten
 from reseed.system.integrity import (
     DamagedFileError,
     check_files,
@@ -125,7 +124,7 @@ class Sweep:
             name: {"settings": config.to_dict(), "signed": config.signed()}
             for name, config in evaluations.items()
         }
-        with self._lock():
+        with hold_lock(self.path / ".lock"):
             try:
                 earlier = self.evaluations
             except ReseedError as error:
@@ -151,7 +150,7 @@ class Sweep:
 
     def record_outputs(self, names: Iterable[str]) -> None:
         """Record the SHA-256 of tables and figures that were just written into the folder."""
-        with self._lock():
+        with hold_lock(self.path / ".lock"):
             try:
                 earlier = recorded_files(self.path / _OUTPUTS)
             except (FileNotFoundError, DamagedFileError):
@@ -177,24 +176,14 @@ class Sweep:
 
     def stale_cell(self, run: Run) -> Path | None:
         """Return a cell that was compared before a run was trained again with another outcome, or
-        None."""
+        None. A cell of version 0.1 records no files: it was compared from runs without hashes."""
         hashes = run.hashes()
         for path in sorted(self.path.glob("cells/*/cell.json")):
-            compared = (read_record(path).get("inputs") or {}).get(run.id, hashes)
-            if compared != hashes:
+            cell = read_record(path)
+            holds = any(row["run"] == run.id for row in cell["runs"])
+            if holds and (cell.get("inputs") or {}).get(run.id, {}) != hashes:
                 return path.parent
         return None
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        """Keep other processes from changing the same record of the folder."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        handle = lock_file(self.path / ".lock")
-        assert handle is not None
-        try:
-            yield
-        finally:
-            os.close(handle)
 
     @property
     def compared(self) -> bool:

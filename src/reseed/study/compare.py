@@ -86,7 +86,8 @@ def compare_cell_of(
         )
     for run in runs:
         run.verify()
-    inputs = _inputs(runs)  # before they are read: another process may train a run again meanwhile
+    # Before they are read, because another process may train a run again meanwhile.
+    inputs = {run.id: run.hashes() for run in runs}
     _check_weights(finished, name)
     pairs_up = counted(math.comb(len(finished), 2), "pair")
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
@@ -140,10 +141,6 @@ def stale_runs(cell: CellResult, runs: Iterable[Run]) -> list[Run]:
     compared = cell.inputs or {}
     own = set(cell.runs["run"])
     return [run for run in runs if run.id in own and run.hashes() != compared.get(run.id, {})]
-
-
-def _inputs(runs: Sequence[Run]) -> dict[str, dict[str, str]]:
-    return {run.id: run.hashes() for run in runs}
 
 
 def outdated_measures(cell: CellResult) -> list[str]:

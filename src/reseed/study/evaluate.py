@@ -99,14 +99,17 @@ class SavedRun:
 
     def has_result(self, config: EvaluationConfig) -> bool:
         """Return True if a readable result of the evaluation exists."""
+        return self.lack(config) is None
+
+    def lack(self, config: EvaluationConfig) -> str | None:
+        """Return None if a readable result exists, "" if there is none, else what is wrong."""
         try:
             StoredEvaluation.read(self.result_folder(config), self.weights)
         except FileNotFoundError:
-            return False
+            return ""
         except EvaluationError as error:
-            say(f"  {error}")
-            return False
-        return True
+            return str(error)
+        return None
 
     @property
     def weights(self) -> str | None:
@@ -246,7 +249,10 @@ class Evaluator:
         """
         failed: dict[str, Exception] = {}
         for source, runs in self.groups.items():
-            missing = [t for t in runs if not t.has_result(config)]
+            lacks = [(run, run.lack(config)) for run in runs]
+            missing = [run for run, lack in lacks if lack is not None]
+            for damage in (lack for _, lack in lacks if lack):
+                say(f"  {damage}")
             done = len(runs) - len(missing)
             if done:
                 say(f"  {config.name}: {counted(done, 'SAE')} already evaluated")

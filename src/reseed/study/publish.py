@@ -43,7 +43,6 @@ def write_published(run: Run, out: Path, repo: str, path: str, format: str) -> t
     Returns:
         notes on the properties that the format does not hold.
     """
-    run.verify()
     sae = load_sae(run.path)
     notes = export_checked(sae, out, format, read_metadata(run.path))
     atomic_write_json(out / "metrics.json", run.metrics)

@@ -149,12 +149,12 @@ class StudyResult:
         damage = self.sweep.damaged_output()
         if damage is not None:
             say(f"{damage}: tables and figures are written again")
-            self.write_figures()
         if damage is not None or not (self.path / "summary.csv").is_file():
             self.write_tables()
         own = REPORT if format == "html" else f"{REPORT}-{format}"
-        lacking = {n: d for n, d in self._drawings.items() if not _is_drawn(self.path, n)}
-        self._save(lacking)
+        self._save(
+            {n: d for n, d in self._drawings.items() if damage or not _is_drawn(self.path, n)}
+        )
         data = data_file_names(self.path, self.cells, self.runs)
         contexts = {r.id: read for r in self.sweep.runs() if (read := Contexts.of(r.path))}
         of = ReportData(

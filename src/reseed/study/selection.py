@@ -90,5 +90,4 @@ def _state(run: Run) -> str:
     failure = run.failure
     if failure:
         return f"failed ({failure['message']})"
-    status, _, damage = run.state()
-    return damage or ("not trained" if status == "missing" else status)
+    return run.damage or ("not trained" if run.status == "missing" else run.status)

@@ -248,6 +248,7 @@ class Study:
         """
         _ = self._plan.comparison
         self.train(strict=False)
+        refuse_damaged(self.runs)
         saved = self._finished() if self.evaluations else []
         with self._at_work():
             errors = self._evaluate(saved, self.evaluations) if saved else []
@@ -268,7 +269,6 @@ class Study:
     def _compare(self, problems: Sequence[str] = ()) -> StudyResult:
         with self._at_work():
             self._plan.write()
-            refuse_damaged(self.runs)
             errors = self._executor.compare(self._plan)
             problems = [*problems, *(f"not compared: {error}" for error in errors)]
             return collect(self._plan.sweep, self._plan.settings, problems)

@@ -56,7 +56,6 @@ def train_plan(plan: Plan, train: Callable[[Plan], Failures]) -> list[str]:
         ConfigError: a folder for the results cannot be written.
     """
     runs = plan.runs
-    _check_writable("runtime.outputs", plan.runtime.outputs)
     if plan.multirun:
         _check_writable("runtime.sweeps", plan.runtime.sweeps)
         plan.write()
@@ -71,6 +70,7 @@ def train_plan(plan: Plan, train: Callable[[Plan], Failures]) -> list[str]:
     if len(done) == len(runs):
         say(f"nothing to train: {counted(len(runs), 'run')} already finished")
     else:
+        _check_writable("runtime.outputs", plan.runtime.outputs)
         if done:
             say(f"{len(done)} of {counted(len(runs), 'run')} already finished")
         recorded = {run.id: run.failure for run in runs}
@@ -279,7 +279,7 @@ def failure_lines(
         if not run.finished:
             error, other = run.failure, unrecorded.get(run.id)
             message = error["message"] if error else "not trained"
-            message = message if other is None else describe(other)
+            message = message if other is None else _described(other)
             cell = resolved.label.removesuffix(f"-seed{resolved.experiment.seed}")
             found = alike.setdefault((run.status, cell, message), {})
             found[run.id] = run, resolved.experiment.seed
@@ -296,7 +296,7 @@ def failure_lines(
     return lines
 
 
-def describe(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     """Return the message of an error, with its type unless the message is for the user."""
     text = str(error).strip()
     return text if isinstance(error, ReseedError) else f"{type(error).__name__}: {text}"

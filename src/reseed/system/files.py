@@ -313,6 +313,22 @@ def lock_file(path: Path, *, shared: bool = False, wait_s: float | None = None) 
     return None
 
 
+@contextmanager
+def hold_lock(path: Path) -> Iterator[None]:
+    """Lock a file in the context, after waiting for it; its folder is created.
+
+    Raises: see `lock_file`.
+    """
+    with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = lock_file(path)
+    assert handle is not None
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
 def _open_lock(path: Path) -> int:
     try:
         try:

@@ -283,6 +283,23 @@ def is_intact(path: Path) -> bool:
         return False
 
 
+def read_tensors(path: Path, load_file: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Read the arrays of a safetensors file, which cannot contain executable code.
+
+    Args:
+        load_file: safetensors' function for numpy or torch.
+
+    Raises:
+        DamagedFileError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DamagedFileError(path, f"it cannot be read ({error})") from None
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal digits."""
     key = _key(path.stat())

@@ -15,15 +15,15 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from reseed.config import Config, make, setting
 from reseed.errors import ConfigError, ReseedError
-from reseed.system.files import lock_file
+from reseed.system.files import hold_lock
 from reseed.system.integrity import DamagedFileError, read_bytes, unseal, write_record
 
 NAME = "slurm"
@@ -312,13 +312,6 @@ class Record:
         name = job if isinstance(job, str) else job.job
         return self.folder / f"{name}_0_log.err"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Keep other processes from submitting or cancelling jobs of this sweep."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = lock_file(self.folder / ".lock")
-        assert handle is not None
-        try:
-            yield
-        finally:
-            os.close(handle)
+        return hold_lock(self.folder / ".lock")
