@@ -47,9 +47,8 @@ def test_hydra_reads_a_quoted_string_as_the_same_string() -> None:
     parser = OverridesParser.create()
     for text in [*LIKE_OTHERS, *drawn]:
         assert parser.parse_override(override("key", text)).value() == text, text
-    for number in (10, 1.5, None, True):
-        read = parser.parse_override(override("key", "null" if number is None else number)).value()
-        assert read == number or number is None
+    for value in (10, 1.5, True):
+        assert parser.parse_override(override("key", value)).value() == value
 
 
 def saved(folder: str, seed: int) -> None:
@@ -131,8 +130,7 @@ def test_a_run_that_can_never_fit_is_refused_before_anything_is_written(
     line = [o for o in WORLD if "num_latents" not in o]
     assert train.main(["-m", *line, "sae.num_latents=64,1000000000000", "seed=0,1"]) == 1
     told = capsys.readouterr().err
-    # 2 F D weights, with two moments, a copy and a gradient, of 4 bytes: F = 1e12, D = 50.
-    assert "needs about 1819.0 TiB of memory" in told or "TiB of memory (1,000,000,000,000" in told
+    assert "TiB of memory (1,000,000,000,000 latents of width 50" in told
     assert "Lower sae.num_latents" in told
     assert not Path("outputs").exists()
     assert not Path("sweeps").exists()

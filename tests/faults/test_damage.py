@@ -146,7 +146,9 @@ def test_a_damaged_evaluation_is_made_again(project: Path, line: list[str], said
     assert "result.json is damaged: its checksum does not fit its content: `res" in said()
     asked = ["seeds", "evaluation=reconstruction", "evaluation.tokens=500", "runtime.cache=cache"]
     assert evaluate.main(asked) == 0
-    assert "evaluating 1 SAE" in said()
+    told = said()
+    assert "evaluating 1 SAE" in told
+    assert told.count("result.json is damaged") == 1
     assert report.main(["seeds"]) == 0
     assert contents() == before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -148,6 +149,22 @@ def test_a_folder_that_cannot_be_written_is_named_before_training(
         told = f"error: `{key}` must be a folder that can be written; got {value} ({reason})"
         assert told in said.err
         assert "training" not in said.out
+
+
+def test_a_finished_sweep_needs_no_writable_folder(
+    line: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An archive of runs may be read-only."""
+    assert train.main(line) == 0
+
+    def refused(**given: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    assert train.main(line) == 0
+    assert "nothing to train: 1 run already finished" in capsys.readouterr().out
+    assert train.main([*line, "seed=1"]) == 1
+    assert "`runtime.outputs` must be a folder that can be written" in capsys.readouterr().err
 
 
 def test_an_error_that_no_record_holds_is_told(
