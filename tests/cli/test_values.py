@@ -130,7 +130,9 @@ def test_a_run_that_can_never_fit_is_refused_before_anything_is_written(
     line = [o for o in WORLD if "num_latents" not in o]
     assert train.main(["-m", *line, "sae.num_latents=64,1000000000000", "seed=0,1"]) == 1
     told = capsys.readouterr().err
-    assert "TiB of memory (1,000,000,000,000 latents of width 50" in told
+    # 2 F D parameters of 4 bytes, each with a gradient, two moments of Adam and a copy:
+    # 5 x 2 x 1e12 x 64 x 4 bytes are 2,328.3 TiB; b_enc, states and chunks are below 0.1%.
+    assert "needs about 2328.3 TiB of memory (1,000,000,000,000 latents of width 64" in told
     assert "Lower sae.num_latents" in told
     assert not Path("outputs").exists()
     assert not Path("sweeps").exists()
