@@ -2,7 +2,7 @@
 
 Every option group of ``conf/`` is described by a frozen dataclass that derives from `Config`, next
 to the class that it configures. Types and ranges are declared once, on the field, and checked when
-the object is created, so that a wrong value is refused before anything is computed.
+the object is created, before anything is computed. This module imports neither hydra nor torch.
 """
 
 from __future__ import annotations
