@@ -145,8 +145,9 @@ def check_fit(skeleton: nn.Module, folder: Path) -> None:
     names: set[str] = set()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            names.update(tensors.keys())
-            for name in wanted.keys() & set(tensors.keys()):
+            here = set(tensors.keys())
+            names |= here
+            for name in (name for name in wanted if name in here):
                 found.add(name)
                 there = tensors.get_slice(name)
                 if there.get_dtype() in _FLOATS and there.get_shape() != wanted[name]:
