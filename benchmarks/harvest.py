@@ -101,9 +101,8 @@ class Harvest:
     def _bare(self) -> Callable[[], object]:
         import torch
 
-        from reseed.activations.hookpoints import module_path
-
         model, length = self.source.model.model, self.stream.config.context_length
+        module = model.get_submodule(self.source.model.place(self.hook).module)
         rows = self.source.model.batch_sequences
         packing = self.stream._packing
         sequences = torch.from_numpy(packing.sequences(0, self.tokens // length).astype("int64"))
@@ -116,7 +115,7 @@ class Harvest:
             raise Stop
 
         def turn() -> None:
-            handle = model.get_submodule(module_path(model, self.hook)).register_forward_hook(stop)
+            handle = module.register_forward_hook(stop)
             with torch.inference_mode():
                 for batch in batches:
                     with contextlib.suppress(Stop):

@@ -8,18 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from reseed.activations import language_model
-from reseed.activations.hookpoints import Hookpoint, HookpointConfig, module_path
+from reseed.activations.hookpoints import Hookpoint, HookpointConfig
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.model_source import PathModelConfig
+from reseed.activations.places import Place, read
 from reseed.errors import ConfigError
 
 
@@ -58,38 +53,19 @@ def test_nothing_runs_after_the_deepest_hookpoint(resolved) -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("build", "blocks"),
-    [
-        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=11)),
-         {"resid_post": "transformer.h.1", "mlp_out": "transformer.h.1.mlp",
-          "attn_out": "transformer.h.1.attn"}),
-        (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(num_hidden_layers=2, hidden_size=8,
-            num_attention_heads=2, intermediate_size=16, vocab_size=11)),
-         {"resid_post": "gpt_neox.layers.1", "mlp_out": "gpt_neox.layers.1.mlp",
-          "attn_out": "gpt_neox.layers.1.attention"}),
-    ],
-)  # fmt: skip
-def test_sites_resolve_to_modules_in_other_model_families(build, blocks: dict[str, str]) -> None:
-    model = build()
-    for site, path in blocks.items():
-        assert module_path(model, Hookpoint(site, 1)) == path
-
-
 def test_each_width_is_computed_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
     """Every job of a sweep asks for it."""
     found = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
-    asked: list[list[Hookpoint]] = []
-    record = language_model._record
+    asked: list[list[Place]] = []
 
-    def counting(model, tokens, hookpoints, mask=None):
-        asked.append(list(hookpoints))
-        return record(model, tokens, hookpoints, mask)
+    def counting(model, places, **inputs):
+        asked.append(list(places))
+        return read(model, places, **inputs)
 
-    monkeypatch.setattr(language_model, "_record", counting)
+    monkeypatch.setattr(language_model, "read", counting)
     hooks = [Hookpoint("module", 2, "model.layers.2.mlp.up_proj"), Hookpoint("attn_out", 0)]
     assert [found.d_in(hook) for hook in hooks * 3] == [32, 16] * 3
-    assert asked == [[hooks[0]], [hooks[1]]]
+    assert asked == [[found.place(hook)] for hook in hooks]
 
 
 def test_a_module_pattern_takes_the_layer_and_typos_are_named(resolved) -> None:

@@ -11,6 +11,7 @@ from evaluation_helpers import codes_of
 from torch import Tensor, nn
 
 from reseed.activations.hookpoints import Hookpoint
+from reseed.activations.places import Place
 from reseed.evaluate.absorption.causal import (
     MARGIN,
     STEPS,
@@ -50,6 +51,10 @@ def asked() -> tuple[Prompts, Tensor, Tensor]:
     return prompts, answers, torch.tensor([0, 2, 1])
 
 
+def loaded(model: Small) -> Any:
+    return SimpleNamespace(model=model, place=lambda hook: Place(hook.module))
+
+
 def head_gradient(model: Small, answers: Tensor, labels: Tensor) -> Tensor:
     """Return the right answer's row minus the mean of the others'."""
     rows = model.head.weight[answers]
@@ -61,7 +66,7 @@ def head_gradient(model: Small, answers: Tensor, labels: Tensor) -> Tensor:
 def test_a_linear_models_integrated_gradient_is_its_gradient(batch: int) -> None:
     model, (prompts, answers, labels) = Small(), asked()
     z = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
-    found = integrated_gradient(model, HOOK, prompts, answers, labels, z, batch)
+    found = integrated_gradient(loaded(model), HOOK, prompts, answers, labels, z, batch)
     assert torch.allclose(found, head_gradient(model, answers, labels), atol=1e-6)
 
 
@@ -74,16 +79,16 @@ def test_the_path_removes_the_latents_and_keeps_the_error() -> None:
     mean_point = torch.stack([x - (1 - share) * z for share in shares]).mean(0)
     wanted = 2 * mean_point * head_gradient(model, answers, labels)
     assert len(shares) == STEPS
-    found = integrated_gradient(model, HOOK, prompts, answers, labels, z, 2)
+    found = integrated_gradient(loaded(model), HOOK, prompts, answers, labels, z, 2)
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_gradients_are_computed_under_no_grad() -> None:
     model, (prompts, answers, labels) = Small(), asked()
     z = torch.ones(3, D)
-    found = integrated_gradient(model, HOOK, prompts, answers, labels, z, 2)
+    found = integrated_gradient(loaded(model), HOOK, prompts, answers, labels, z, 2)
     with torch.no_grad():
-        again = integrated_gradient(model, HOOK, prompts, answers, labels, z, 2)
+        again = integrated_gradient(loaded(model), HOOK, prompts, answers, labels, z, 2)
     assert found.equal(again)
 
 

@@ -145,11 +145,13 @@ def test_an_ablation_that_does_no_harm_recovers_nothing() -> None:
 
 def test_an_edit_of_another_shape_is_refused_and_the_hook_is_removed(source: TextSource) -> None:
     tokens = source.held_out_sequences(300)[0][:1]
-    with pytest.raises(ValueError, match=r"resid_post\.1: the replacement of activations of"):
+    with pytest.raises(
+        ValueError, match=r"the replacement of the output of model\.layers\.1, a tensor of shape"
+    ):
         logits(source.model, tokens, {HOOKS[0]: lambda x: x[:, :1]})
     model: LanguageModel = source.model
     before = logits(model, tokens)
-    with intervene(model.model, HOOKS[0], torch.zeros_like):
+    with intervene(model, {HOOKS[0]: torch.zeros_like}):
         assert not torch.equal(logits(model, tokens), before)
     assert torch.equal(logits(model, tokens), before), "the hook must be removed"
 

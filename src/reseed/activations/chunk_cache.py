@@ -117,7 +117,7 @@ class ChunkCache:
         return self._entries[hookpoint]
 
     def _key(self, hookpoint: Hookpoint) -> dict[str, Any]:
-        return {**self.key, "hookpoint": [hookpoint.site, hookpoint.layer, hookpoint.module]}
+        return {**self.key, "hookpoint": hookpoint.key}
 
     def _address(self, hookpoint: Hookpoint, c: int, tokens: str) -> str:
         return digest([self._key(hookpoint), c, tokens], 64)

@@ -1,33 +1,33 @@
-"""Hookpoints: the places in a language model where activations are read."""
+"""Hookpoints: the activations of a language model that an SAE reads."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-from torch import Tensor, nn
 
 from reseed.config import Config, setting
-from reseed.errors import ConfigError, did_you_mean
+from reseed.errors import ConfigError
 
-SITES = ("resid_post", "mlp_out", "attn_out", "module")
-_CHILDREN = {
-    "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
-    "attn_out": ("self_attn", "attention", "attn", "self_attention"),
-}
+SITES = (
+    "resid_post", "resid_pre", "resid_mid", "mlp_out", "attn_out", "attn_z", "embed", "module"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class HookpointConfig(Config, family="hookpoint"):
     """The site within a layer.
 
-    ``resid_post`` is the residual stream after the block, ``mlp_out`` and ``attn_out`` the outputs
-    of the block's MLP and attention, ``module`` the output of any module, given by its path.
+    ``resid_pre``, ``resid_mid`` and ``resid_post`` are the residual stream before the block,
+    between attention and MLP, and after the block. ``attn_out`` and ``mlp_out`` are what attention
+    and MLP add to it, ``attn_z`` is the input of attention's output projection (the heads
+    concatenated), ``embed`` the token embeddings, ``module`` the output or input of any module,
+    given by its path.
     """
 
     site: str = setting("resid_post", choices=SITES)
     module: str | None = None
     """The module's path if ``site=module``, with ``*`` in place of the layer's number."""
+    side: str = setting("output", choices=("output", "input"), neutral="output")
+    """Whether the module's output or its input is read."""
 
     def validate(self) -> None:
         if (self.site == "module") != (self.module is not None):
@@ -35,6 +35,10 @@ class HookpointConfig(Config, family="hookpoint"):
             raise ConfigError(
                 f"{{key}} {rule} hookpoint.site=module; got {self.module!r} with site={self.site}",
                 "module",
+            )
+        if self.side == "input" and self.site != "module":
+            raise ConfigError(
+                f"{{key}}=input is only for hookpoint.site=module; got site={self.site}", "side"
             )
 
 
@@ -45,63 +49,22 @@ class Hookpoint:
     site: str
     layer: int
     module: str | None = None
+    side: str = "output"
 
     @classmethod
     def of(cls, config: HookpointConfig, layer: int) -> Hookpoint:
-        return cls(config.site, layer, config.module)
+        return cls(config.site, layer, config.module, config.side)
 
     def __str__(self) -> str:
         if self.module is not None:
-            return self.module.replace("*", str(self.layer))
+            path = self.module.replace("*", str(self.layer))
+            return f"{path}.input" if self.side == "input" else path
         return f"{self.site}.{self.layer}"
 
-
-def module_path(model: nn.Module, hookpoint: Hookpoint) -> str:
-    """Return the path of the module whose output ``hookpoint`` reads.
-
-    Raises:
-        ConfigError: the model has no such module; the message names the nearest one.
-    """
-    if hookpoint.module is not None:
-        path = str(hookpoint)
-        names = [name for name, _ in model.named_modules() if name]
-        if path not in names:
-            raise ConfigError(
-                f"{{key}}: the model has no module `{path}`.{did_you_mean(path, names)}",
-                "hookpoint.module",
-            )
-        return path
-    block = f"{blocks_path(model)}.{hookpoint.layer}"
-    if hookpoint.site == "resid_post":
-        return block
-    children = [name for name, _ in model.get_submodule(block).named_children()]
-    for name in _CHILDREN[hookpoint.site]:
-        if name in children:
-            return f"{block}.{name}"
-    raise ConfigError(
-        f"{{key}}: cannot tell which module of {block} is {hookpoint.site}; its modules are "
-        f"{', '.join(children)}. Name it with hookpoint=module hookpoint.module=...",
-        "hookpoint.site",
-    )
-
-
-def first_tensor(output: Any) -> Tensor:
-    """Return the hidden states from a module's output: a tensor, or the first of a tuple."""
-    return output if isinstance(output, Tensor) else output[0]
-
-
-def blocks_path(model: nn.Module) -> str:
-    """Return the path of the blocks: the outermost ModuleList with one entry per layer."""
-    count = model.config.get_text_config().num_hidden_layers  # type: ignore[union-attr]
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count
-    ]
-    if not lists:
-        raise ConfigError(
-            "{key}: cannot find the model's blocks; name the module with hookpoint=module "
-            "hookpoint.module=...",
-            "hookpoint.site",
-        )
-    return min(lists, key=lambda name: name.count("."))
+    @property
+    def key(self) -> list[str | int | None]:
+        """The hookpoint in keys of caches."""
+        # Until version 0.1, these were the outputs of the modules, which can be something else.
+        added = ["added"] if self.site in ("mlp_out", "attn_out") else []
+        side = ["input"] if self.side == "input" else []
+        return [self.site, self.layer, self.module, *added, *side]

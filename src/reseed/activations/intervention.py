@@ -6,47 +6,34 @@ the logit lens: a linear map from the end of the residual stream to next-token l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reseed.activations.hookpoints import Hookpoint, blocks_path, first_tensor, module_path
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
+from reseed.activations.places import watch
+from reseed.activations.sites import blocks_path
 
 Edit = Callable[[Tensor], Tensor]
 """Maps activations [sequences, context, d_in] at a hookpoint to their replacement."""
 
 
-@contextmanager
-def intervene(model: nn.Module, hookpoint: Hookpoint, edit: Edit) -> Iterator[None]:
-    """Replace the activations at ``hookpoint`` by ``edit(activations)`` inside the context.
+def intervene(
+    model: LanguageModel, edits: Mapping[Hookpoint, Edit]
+) -> AbstractContextManager[None]:
+    """Replace the activations at hookpoints by ``edit(activations)`` inside the context.
 
     The replacement is cast to the dtype of the original. Gradients pass through it.
 
     Raises:
-        ConfigError: the model has no such module.
-        ValueError: the shape of the replacement differs from that of the activations.
+        ConfigError: the model has no such site or module.
+        ValueError: the shape of a replacement differs from that of the activations.
     """
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        there = first_tensor(output)
-        given = edit(there).to(there.dtype)
-        if given.shape != there.shape:
-            raise ValueError(
-                f"{hookpoint}: the replacement of activations of shape {tuple(there.shape)} "
-                f"must have the same shape; got {tuple(given.shape)}"
-            )
-        return given if isinstance(output, Tensor) else (given, *output[1:])
-
-    handle = model.get_submodule(module_path(model, hookpoint)).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return watch(model.model, {model.place(hook): edit for hook, edit in edits.items()})
 
 
 @torch.inference_mode()
@@ -60,9 +47,7 @@ def logits(
     Args:
         edits: replacements of the activations at some hookpoints.
     """
-    with ExitStack() as stack:
-        for hookpoint, edit in (edits or {}).items():
-            stack.enter_context(intervene(model.model, hookpoint, edit))
+    with intervene(model, edits or {}):
         return model.model(input_ids=tokens.to(model.device), use_cache=False).logits
 
 

@@ -7,22 +7,31 @@ use, and never if all activations are on disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from reseed.activations.hookpoints import Hookpoint, first_tensor, module_path
+from reseed.activations.hookpoints import Hookpoint
+from reseed.activations.places import Place, read
+from reseed.activations.sites import (
+    SUBLAYER_SITES,
+    Sites,
+    WithoutValues,
+    blocks_path,
+    check_sums,
+    find_sites,
+)
 from reseed.activations.source import ResolvedSource, SourceConfig
 from reseed.config import setting
-from reseed.errors import ConfigError
+from reseed.errors import ConfigError, did_you_mean
 
 _MOST_LAYERS = 10_000
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,12 +45,32 @@ class ModelConfig(SourceConfig):
     """Precision of the forward pass and of the activations; part of the signature."""
     batch_sequences: int = setting(16, at_least=1)
     """Number of sequences in a forward pass; part of the signature, as it can change last bits."""
-    attention: str = setting("sdpa", choices=("sdpa", "eager", "flash_attention_2"))
+    attention: str = setting("auto", choices=("auto", "sdpa", "eager", "flash_attention_2"))
+    """Implementation of attention; ``auto``: sdpa if the architecture has it, else eager."""
 
     def check_attention(self) -> None:
         """Raise `ConfigError` if the implementation of attention is not installed."""
         if self.attention == "flash_attention_2" and find_spec("flash_attn") is None:
             raise ConfigError("{key}=flash_attention_2 needs the package flash-attn", "attention")
+
+    def with_attention(self, skeleton: nn.Module) -> Self:
+        """Return the configuration with an implementation of attention that the model has.
+
+        Raises:
+            ConfigError: it lacks the one that is asked for.
+        """
+        kind: Any = type(skeleton)
+        if self.attention == "auto":
+            return replace(self, attention="sdpa" if kind._supports_sdpa else "eager")
+        supported = {
+            "sdpa": kind._supports_sdpa, "flash_attention_2": kind._supports_flash_attn
+        }  # fmt: skip
+        if not supported.get(self.attention, True):
+            raise ConfigError(
+                f"{{key}} must be auto or eager: {kind.__name__} does not support {self.attention}",
+                "attention",
+            )
+        return self
 
     def weights_folder(self, folder: Path) -> Path:
         """Return the folder of the weights of the model whose other files are in ``folder``."""
@@ -113,17 +142,80 @@ class FoundModel(ResolvedSource):
             return int(limit) if limit else 1 << 62
 
     def check(self, hookpoint: Hookpoint) -> None:
-        """Raise `ConfigError` if the model has no such layer or module."""
+        """Raise `ConfigError` if the model has no such layer, site or module."""
         if not 0 <= hookpoint.layer < self.num_layers:
             raise ConfigError(
                 f"{{key}} must be from 0 to {self.num_layers - 1}: {self.label} has "
                 f"{self.num_layers} layers; got {hookpoint.layer}",
                 "layer",
             )
-        module_path(self.skeleton, hookpoint)
+        self.place(hookpoint)
+
+    def place(self, hookpoint: Hookpoint) -> Place:
+        """Return the tensor of the forward pass that a hookpoint reads.
+
+        Raises:
+            ConfigError: the model has no such site or module.
+        """
+        if hookpoint.site == "module":
+            path = str(replace(hookpoint, side="output"))
+            names = [name for name, _ in self.skeleton.named_modules() if name]
+            if path not in names:
+                raise ConfigError(
+                    f"{{key}}: the model has no module `{path}`.{did_you_mean(path, names)}",
+                    "hookpoint.module",
+                )
+            return Place(path, hookpoint.side)
+        if hookpoint.site == "embed":
+            return self._embedding(hookpoint.layer)
+        try:
+            return self.sites(hookpoint.layer).place(hookpoint.site)
+        except LookupError as error:
+            raise self.no_site(hookpoint, str(error)) from None
+
+    def _embedding(self, layer: int) -> Place:
+        if layer != 0:
+            raise ConfigError(
+                f"{{key}} must be 0 with hookpoint=embed, which precedes layer 0; got {layer}",
+                "layer",
+            )
+        table = self.skeleton.get_input_embeddings()  # type: ignore[operator]
+        return Place(next(n for n, module in self.skeleton.named_modules() if module is table))
+
+    def no_site(self, hookpoint: Hookpoint, reason: str) -> ConfigError:
+        """Return the error about a site that a layer does not have."""
+        return ConfigError(
+            f"{{key}}={hookpoint.site}: layer {hookpoint.layer} of {self.label} has no such site: "
+            f"{reason}. Name a module with hookpoint=module hookpoint.module=...",
+            "hookpoint.site",
+        )
+
+    def site_identity(self, hookpoint: Hookpoint) -> dict[str, str]:
+        """Return what a signature needs to know of a site besides its name."""
+        # Until version 0.1, these sites were the outputs of the modules with these names.
+        if hookpoint.site not in _FORMER:
+            return {}
+        place = self.place(hookpoint)
+        block = f"{blocks_path(self.skeleton)}.{hookpoint.layer}"
+        children = [name for name, _ in self.skeleton.get_submodule(block).named_children()]
+        former = next((name for name in _FORMER[hookpoint.site] if name in children), "")
+        return {} if place == Place(f"{block}.{former}") else {"place": str(place)}
+
+    def sites(self, layer: int) -> Sites:
+        """Return the sites of a layer, found in a forward pass without weights if possible."""
+        if layer not in self._sites:
+            block = f"{blocks_path(self.skeleton)}.{layer}"
+            self._sites[layer] = self._without_weights(
+                lambda model, tokens: find_sites(model, block, tokens)
+            )
+        return self._sites[layer]
+
+    @cached_property
+    def _sites(self) -> dict[int, Sites]:
+        return {}
 
     def d_in(self, hookpoint: Hookpoint) -> int:
-        """Return the width of the activations at ``hookpoint``, from a meta forward pass."""
+        """Return the width of the activations at ``hookpoint``, from a forward pass."""
         if hookpoint not in self._widths:  # every job of a sweep calls this
             self._widths[hookpoint] = self._find_width(hookpoint)
         return self._widths[hookpoint]
@@ -133,20 +225,43 @@ class FoundModel(ResolvedSource):
         return {}
 
     def _find_width(self, hookpoint: Hookpoint) -> int:
-        tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
-        what = "its model cannot compute activations"
-        with torch.no_grad(), _foreign(self.folder, what):
-            # Without an explicit mask, transformers would read the tokens, but meta has no values.
-            modules = _modules(self.skeleton, [hookpoint])
-            found = _record(self.skeleton, tokens, modules, torch.ones_like(tokens))
-        shape = tuple(found[hookpoint].shape)
+        place = self.place(hookpoint)
+
+        def find(model: nn.Module, tokens: Tensor) -> torch.Size:
+            # Without an explicit mask, transformers would read the tokens.
+            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            return read(model, [place], **inputs)[place].shape
+
+        shape = self._without_weights(find)
         if len(shape) != 3 or shape[:2] != (2, 3):
             raise ConfigError(
-                f"{{key}}: {hookpoint} must give one vector per token; for 2 sequences of 3 tokens "
-                f"it returned a tensor of shape {shape}",
+                f"{{key}}: {place} must be one vector per token; for 2 sequences of 3 tokens it "
+                f"has the shape {list(shape)}",
                 "hookpoint.module",
             )
         return int(shape[-1])
+
+    def _without_weights(self, use: Callable[[nn.Module, Tensor], T]) -> T:
+        """Call ``use`` with the skeleton and 2 sequences of 3 tokens.
+
+        A few architectures compute shapes from values. They get the weights.
+        """
+        tokens = torch.zeros(2, 3, dtype=torch.long)
+        try:
+            with torch.no_grad(), WithoutValues():
+                return use(self.skeleton, tokens.to("meta"))
+        except LookupError as error:
+            raise ConfigError(f"{{key}}: {error}", "hookpoint") from None
+        except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+            with torch.no_grad(), _foreign(self.folder, "its model cannot compute activations"):
+                return use(LanguageModel(self).model, tokens)
+
+
+T = TypeVar("T")
+_FORMER = {
+    "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
+    "attn_out": ("self_attn", "attention", "attn", "self_attention"),
+}
 
 
 class LanguageModel:
@@ -185,52 +300,44 @@ class LanguageModel:
 
         The forward pass stops at the deepest hookpoint; later blocks and the unembedding do not
         run.
+
+        Raises:
+            ConfigError: see `place`.
         """
-        modules = _modules(self.model, hookpoints)
+        places = {hookpoint: self.place(hookpoint) for hookpoint in dict.fromkeys(hookpoints)}
         for start in range(0, len(tokens), self.batch_sequences):
             batch = tokens[start : start + self.batch_sequences].to(self.device)
-            yield _record(self.model, batch, modules)
+            found = read(self.model, list(places.values()), input_ids=batch)
+            yield {hookpoint: found[place] for hookpoint, place in places.items()}
+
+    def place(self, hookpoint: Hookpoint) -> Place:
+        """Return the tensor that a hookpoint reads, after a check with the weights.
+
+        Raises:
+            ConfigError: the model has no such site, or the sums of the sites do not hold.
+        """
+        found = self.resolved
+        place = found.place(hookpoint)
+        if hookpoint.site in SUBLAYER_SITES:
+            if hookpoint.layer not in self._wrong:
+                self._wrong[hookpoint.layer] = self._check_layer(hookpoint.layer)
+            if hookpoint.site in self._wrong[hookpoint.layer]:
+                raise found.no_site(hookpoint, self._wrong[hookpoint.layer][hookpoint.site])
+        return place
+
+    @cached_property
+    def _wrong(self) -> dict[int, dict[str, str]]:
+        return {}
+
+    @torch.inference_mode()
+    def _check_layer(self, layer: int) -> dict[str, str]:
+        table: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        tokens = torch.arange(_CHECKED, device=self.device)[None] % len(table.weight)
+        return check_sums(self.model, self.resolved.sites(layer), tokens)
 
 
-class _Stop(Exception):
-    """Exception by which the deepest hook ends the forward pass."""
-
-
-def _modules(model: nn.Module, hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, nn.Module]:
-    """Return the modules at the hookpoints. Slow: searches all modules of the model."""
-    return {h: model.get_submodule(module_path(model, h)) for h in dict.fromkeys(hookpoints)}
-
-
-def _record(
-    model: nn.Module,
-    tokens: Int[Tensor, "batch context"],
-    modules: Mapping[Hookpoint, nn.Module],
-    mask: Tensor | None = None,
-) -> dict[Hookpoint, Tensor]:
-    found: dict[Hookpoint, Tensor] = {}
-    waiting = set(modules)
-
-    def hook_for(hookpoint: Hookpoint):
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            found[hookpoint] = first_tensor(output)
-            waiting.discard(hookpoint)
-            if not waiting:
-                raise _Stop
-
-        return hook
-
-    handles = [module.register_forward_hook(hook_for(h)) for h, module in modules.items()]
-    try:
-        model(input_ids=tokens, attention_mask=mask, use_cache=False)
-    except _Stop:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
-    if waiting:
-        missed = ", ".join(str(h) for h in waiting)
-        raise ConfigError(f"{{key}}: the forward pass never reached {missed}", "hookpoint")
-    return found
+_CHECKED = 8
+"""Number of tokens with which the sums of the sites are checked."""
 
 
 def _without_its_code(what: Any, folder: Path) -> Any:
@@ -274,7 +381,11 @@ def _build_skeleton(config: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"), _quiet():
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+        return AutoModelForCausalLM.from_config(
+            config,
+            attn_implementation="eager",
+            experts_implementation="batched_mm",  # shapes that depend on no values
+        ).eval()
 
 
 def _load_trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:

@@ -50,6 +50,14 @@ class ResolvedModel(FoundModel):
         tokenizer = hash_files([self.folder / name for name in _TOKENIZER])
         return {"model": self.fingerprint, "tokenizer": tokenizer}
 
+    def with_attention(self) -> ResolvedModel:
+        """Return the same model with `ModelConfig.attention` settled.
+
+        Raises:
+            ConfigError: the architecture lacks the implementation that is asked for.
+        """
+        return replace(self, config=self.config.with_attention(self.skeleton))
+
     def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
         return resolve_model_text(self, config, cache)
 
@@ -61,7 +69,8 @@ class EmbeddedModelConfig(ModelConfig, name="embedded"):
     def resolve(self, cache: Path) -> ResolvedModel:
         self.check_attention()
         folder = Path(str(files("reseed") / "assets" / "model"))
-        return ResolvedModel(self, folder, weights_fingerprint(folder, cache), "embedded")
+        fingerprint = weights_fingerprint(folder, cache)
+        return ResolvedModel(self, folder, fingerprint, "embedded").with_attention()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,7 @@ class PathModelConfig(ModelConfig, name="path"):
         label = folder.resolve().name
         found = ResolvedModel(self, folder, weights_fingerprint(folder, cache), label)
         check_fit(found.skeleton, folder)
-        return found
+        return found.with_attention()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +110,8 @@ class HubModelConfig(ModelConfig, name="hub"):
         self.check_attention()
         folder = snapshot(self.repository, self.revision)
         label = self.repository.rpartition("/")[2].lower()
-        return ResolvedModel(self, folder, f"{self.repository}@{folder.name}", label)
+        fingerprint = f"{self.repository}@{folder.name}"
+        return ResolvedModel(self, folder, fingerprint, label).with_attention()
 
     def weights_folder(self, folder: Path) -> Path:
         # The folder's name is the resolved commit; the branch may have moved since.

@@ -46,10 +46,12 @@ class ResolvedSource(ABC):
     """A language model or a world, found but not loaded.
 
     Attributes:
+        config: the configuration, with what depends on the source settled.
         label: short name for folders and tables.
         fingerprint: identifies the source by its content.
     """
 
+    config: SourceConfig
     label: str
     fingerprint: str
 
@@ -77,6 +79,10 @@ class ResolvedSource(ABC):
     @abstractmethod
     def check(self, hookpoint: Hookpoint) -> None:
         """Raise `ConfigError` if the source has no such layer or module."""
+
+    def site_identity(self, hookpoint: Hookpoint) -> Mapping[str, str]:
+        """Return what enters a run's signature about a site, besides its name."""
+        return {}
 
     @abstractmethod
     def d_in(self, hookpoint: Hookpoint) -> int:

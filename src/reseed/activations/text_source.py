@@ -18,8 +18,9 @@ from reseed.activations.cache import ActivationCache
 from reseed.activations.chunk_cache import ChunkCache
 from reseed.activations.chunks import VERSION, ActivationStream, held_out_chunks, held_out_packing
 from reseed.activations.dataset import DatasetConfig, batches_available
-from reseed.activations.hookpoints import Hookpoint, module_path
+from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import DTYPES, FoundModel, LanguageModel
+from reseed.activations.sites import blocks_path
 from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
 from reseed.activations.text import ResolvedText, TextConfig
 from reseed.activations.tokens import Packing, TokenStore, token_stores
@@ -75,12 +76,13 @@ class ResolvedModelText(ResolvedData):
 
     def _weights_used(self, hookpoint: Hookpoint) -> int:
         """Return the number of weights applied per token up to ``hookpoint`` (no embeddings)."""
-        model = self.model.skeleton
-        path = module_path(model, hookpoint)
-        blocks, _, rest = path.partition(f".{hookpoint.layer}")
-        if not rest and not path.endswith(f".{hookpoint.layer}"):  # outside the blocks
-            return sum(p.numel() for p in model.parameters())
-        layers = list(model.get_submodule(blocks).children())[: hookpoint.layer + 1]
+        if hookpoint.site == "embed":
+            return 0
+        model, blocks = self.model.skeleton, blocks_path(self.model.skeleton)
+        if not self.model.place(hookpoint).module.startswith(f"{blocks}.{hookpoint.layer}"):
+            return sum(p.numel() for p in model.parameters())  # any module outside of the layer
+        count = hookpoint.layer + (hookpoint.site != "resid_pre")
+        layers = list(model.get_submodule(blocks).children())[:count]
         return sum(p.numel() for layer in layers for p in layer.parameters())
 
     def open(

@@ -210,7 +210,7 @@ class WordTaskConfig(EvaluationConfig):
             "version": VERSION,
             "fingerprints": dict(found.fingerprints),
             "model": found.config.signed(),
-            "hookpoint": [hook.site, hook.layer, hook.module],
+            "hookpoint": hook.key,
             "words": digest([words.tokens.tolist(), words.labels.tolist(), words.texts], 32),
             "classes": len(words.classes),
             "template": digest(texts, 32),

@@ -104,6 +104,7 @@ class Resolved:
             **signed,
             "sae": signed["sae"] | width,
             "training": signed["training"] | {"tokens": self.tokens},
+            **self.model.site_identity(self.experiment.hook),
             "fingerprints": {**self.model.fingerprints, **self.data.fingerprints},
         }
 
@@ -116,6 +117,7 @@ class Resolved:
             "reseed": SIGNATURE_VERSION,
             **signed,
             "sae": {"type": PretrainedConfig.name, "fingerprint": found.fingerprint},
+            **self.model.site_identity(self.experiment.hook),
             "fingerprints": {**self.model.fingerprints, **self.data.fingerprints},
         }
 
@@ -319,6 +321,7 @@ def resolve_experiment(experiment: Experiment, runtime: RuntimeConfig) -> Resolv
             raise error.within("sae") from None
         experiment = experiment.of_pretrained(found)
     model = find_model(experiment, runtime)
+    experiment = replace(experiment, model=model.config)
     model.check(experiment.hook)
     with derived_data(cache_folder(runtime)) as cache:
         try:

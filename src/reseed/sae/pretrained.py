@@ -74,8 +74,9 @@ class Pretrained:
     def misplaced(self, layer: int, site: str) -> str:
         """Return a warning if the SAE's files name another place than this one, else ""."""
         own_layer, own_site = place_of(self.metadata)
-        wrong_layer = own_layer is not None and own_layer != layer
-        if not wrong_layer and (own_site is None or own_site == site or site == "module"):
+        known, there = (_stream_after(*place) for place in ((own_layer, own_site), (layer, site)))
+        wrong_layer = own_layer is not None and known[0] != there[0]
+        if not wrong_layer and (own_site is None or known[1] == there[1] or site == "module"):
             return ""
         own = f"layer={'?' if own_layer is None else own_layer} hookpoint={own_site or '?'}"
         return (
@@ -197,8 +198,13 @@ def place_of(metadata: Mapping[str, Any]) -> tuple[int | None, str | None]:
         for own, words in _SITES.items():
             if site is None and any(word in name for word in words):
                 site = own
-    if layer is not None and any("resid_pre" in name for name in names):
-        layer, site = layer - 1, "resid_post"  # what enters a block leaves the one before
+    return layer, site
+
+
+def _stream_after(layer: int | None, site: str | None) -> tuple[int | None, str | None]:
+    """Return the place under the name that it has as the output of a layer, if there is one."""
+    if site == "resid_pre" and layer:
+        return layer - 1, "resid_post"
     return layer, site
 
 
@@ -223,6 +229,10 @@ _ORIGIN_KEYS = (
 _BLOCK = re.compile(r"(?<![a-zA-Z])(?:blocks|layers|layer|h)[._](\d{1,5})(?!\d)")
 """The layer in a hookpoint's name: ``blocks.3.hook_resid_post``, ``layers.3.mlp``."""
 _SITES = {
+    "embed": ("hook_embed",),
+    "resid_pre": ("resid_pre",),
+    "resid_mid": ("resid_mid",),
+    "attn_z": ("hook_z", "attn_z"),
     "mlp_out": ("hook_mlp_out", "mlp_out", ".mlp"),
     "attn_out": ("hook_attn_out", "attn_out", ".attn", ".self_attn", ".attention"),
     "resid_post": ("resid_post", ".output"),

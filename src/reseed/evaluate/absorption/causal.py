@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.intervention import intervene
@@ -85,7 +85,7 @@ def causal_absorption(
     answers = _answers(probed, candidates[kept.numpy()])
     asked = prompts.rows(kept)
     gradient = integrated_gradient(
-        model.model, hook, asked, answers, labels[kept],
+        model, hook, asked, answers, labels[kept],
         codes.matmul(sae.W_dec.detach().float()), model.batch_sequences,
     )  # fmt: skip
     absorbed = is_absorbed(codes, gradient, sae.W_dec, labels[kept], alignment, rules.cosine)
@@ -95,7 +95,7 @@ def causal_absorption(
 
 
 def integrated_gradient(
-    model: nn.Module,
+    model: LanguageModel,
     hook: Hookpoint,
     prompts: Prompts,
     answers: Int[Tensor, "n C"],
@@ -124,7 +124,7 @@ def integrated_gradient(
 
 
 def _gradient(
-    model: nn.Module,
+    model: LanguageModel,
     hook: Hookpoint,
     prompts: Prompts,
     answers: Int[Tensor, "b C"],
@@ -142,8 +142,8 @@ def _gradient(
         return there.detach().index_put((rows, at), point)
 
     ends, place = prompts.last_position.unique(return_inverse=True)
-    with torch.enable_grad(), intervene(model, hook, edit):
-        logits = model(
+    with torch.enable_grad(), intervene(model, {hook: edit}):
+        logits = model.model(
             input_ids=prompts.tokens.to(device),
             use_cache=False,
             logits_to_keep=ends.to(device),

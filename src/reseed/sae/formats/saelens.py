@@ -27,7 +27,17 @@ _TRANSCODERS = {
     "jumprelu_transcoder": "jumprelu",
     "jumprelu_skip_transcoder": "jumprelu",
 }
-_SITES = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "hook_attn_out"}
+_SITES = {
+    "embed": "hook_embed",
+    "resid_pre": "blocks.{}.hook_resid_pre",
+    "attn_z": "blocks.{}.attn.hook_z",
+    "attn_out": "blocks.{}.hook_attn_out",
+    "resid_mid": "blocks.{}.hook_resid_mid",
+    "mlp_out": "blocks.{}.hook_mlp_out",
+    "resid_post": "blocks.{}.hook_resid_post",
+}
+"""Site → the hook of TransformerLens with the same meaning: its attn_out and mlp_out, too, are what
+is added to the residual stream, after any norm."""
 _PER_TOKEN = "it rescales each token by its own norm, which cannot be folded into weights"
 _NORMALIZED = {
     "constant_norm_rescale": _PER_TOKEN,
@@ -84,7 +94,7 @@ class SAELens(Exporting):
             "device": "cpu",
             "apply_b_dec_to_input": base.is_centred(sae),
             "normalize_activations": "none",
-            "reshape_activations": "none",
+            "reshape_activations": "hook_z" if metadata.get("site") == "attn_z" else "none",
             "metadata": {**_hook(metadata), "sae_lens_version": VERSION, "reseed": dict(metadata)},
         }
         notes: tuple[str, ...] = ()
@@ -229,7 +239,7 @@ def _hook(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if "model" in metadata:
         found["model_name"] = metadata["model"]
     if metadata.get("site") in _SITES and "layer" in metadata:
-        found["hook_name"] = f"blocks.{metadata['layer']}.{_SITES[metadata['site']]}"
+        found["hook_name"] = _SITES[metadata["site"]].format(metadata["layer"])
     elif "hookpoint" in metadata:
         found["hook_name"] = metadata["hookpoint"]
     if "context_length" in metadata:
