@@ -101,9 +101,9 @@ def save_tiny(kind: str, tokenizer: Path, folder: Path) -> ResolvedModel:
     return PathModelConfig(path=str(folder)).resolve(folder.parent / "cache")
 
 
-def outcome(found: ResolvedModel, site: str, layer: int) -> str:
+def outcome(model: LanguageModel, site: str, layer: int) -> str:
     """Return ``exact``, or the reason for which the site is refused."""
-    model = LanguageModel(found)
+    found = model.resolved
     hook = Hookpoint(site, layer)
     tokens = torch.arange(3, 17).reshape(2, 7)
     try:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from tiny_tokenizer import WORDS, save_tokenizer
+
 EXTEND = Path(__file__).parents[1] / "docs" / "extend"
-WORDS = ("the cat sat on a mat and then one small dog ran home to tell its old friend why").split()  # noqa: SIM905
 
 
 def pytest_configure() -> None:
@@ -51,23 +52,13 @@ def real_data() -> Path:
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Save a random 3-layer Llama of width 16 and a word tokenizer with a BOS token in a folder."""
     import torch
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from tokenizers.processors import TemplateProcessing
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("model") / "tiny-llama"
-    vocabulary = {"<s>": 0, "<unk>": 1} | {word: i + 2 for i, word in enumerate(WORDS)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>"
-    ).save_pretrained(folder)
+    save_tokenizer(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(WORDS) + 2,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=3,

@@ -36,9 +36,9 @@ SLOW = (
 def test_a_site_is_exact_or_refused(
     kind: str, sites: tuple[str, ...], tiny_model: Path, tmp_path: Path
 ) -> None:
-    found = save_tiny(kind, tiny_model, tmp_path / "model")
+    model = LanguageModel(save_tiny(kind, tiny_model, tmp_path / "model"))
     for site in sites:
-        said = outcome(found, site, 0 if site == "embed" else 1)
+        said = outcome(model, site, 0 if site == "embed" else 1)
         assert said == "exact" or "has no such site: " in said, said
 
 
@@ -181,7 +181,7 @@ def test_the_input_of_a_module_is_read_and_replaced(tiny_model: Path, tmp_path: 
         with intervene(model, {hook: torch.zeros_like}):
             without = logits(model, tokens)
     assert torch.equal(without, logits(model, tokens, {hooks[1]: torch.zeros_like}))
-    with pytest.raises(ConfigError, match="`side`=input is only for hookpoint.site=module; got"):
+    with pytest.raises(ConfigError, match=r"`side`=input is only for hookpoint\.site=module; got"):
         HookpointConfig(site="mlp_out", side="input")
 
 

@@ -27,7 +27,7 @@ class HookpointConfig(Config, family="hookpoint"):
     module: str | None = None
     """The module's path if ``site=module``, with ``*`` in place of the layer's number."""
     side: str = setting("output", choices=("output", "input"), neutral="output")
-    """Whether the module's output or its input is read."""
+    """The module's output or its input."""
 
     def validate(self) -> None:
         if (self.site == "module") != (self.module is not None):

@@ -71,7 +71,7 @@ def find_sites(model: nn.Module, block: str, tokens: Tensor) -> Sites:
 
 @dataclass(frozen=True)
 class _Term:
-    """What an addition adds to the stream.
+    """A term that an addition adds to the stream.
 
     Attributes:
         value: the term.

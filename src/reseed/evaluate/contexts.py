@@ -46,8 +46,8 @@ from reseed.system.console import counted, throttled_say
 
 _BYTES_PER_PASS = 4 << 30
 """Maximum memory for the contexts of one pass; SAEs that need more take several passes."""
-_READ_OUT = "resid_post"
-"""Site of the residual stream, the only one whose activations the unembedding can read."""
+_STREAM = ("resid_pre", "resid_mid", "resid_post")
+"""Sites of the residual stream, the only ones whose activations the unembedding can read."""
 _BLOCK = 4_096
 """Number of tokens that are encoded at once; a longer sequence is encoded as a whole."""
 
@@ -108,7 +108,7 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
         source = inputs.source
         assert isinstance(source, TextSource)
         sequences, kept = source.held_out_sequences(self.tokens)
-        with_lens = self.lens > 0 and any(s.hook.site == _READ_OUT for s in runs)
+        with_lens = self.lens > 0 and any(s.hook.site in _STREAM for s in runs)
         matrix = unembedding(source.model) if with_lens else None
         for some in self._groups(runs):
             inputs.progress(f"{sequences.numel():,} tokens for {counted(len(some), 'SAE')}")
@@ -160,7 +160,7 @@ class ContextsConfig(EvaluationConfig, name="contexts"):
     ) -> LatentDescriptions:
         rows = run.sae.W_dec.detach()
         promoted = suppressed = Ranked.empty(len(rows))
-        if matrix is not None and run.hook.site == _READ_OUT:
+        if matrix is not None and run.hook.site in _STREAM:
             promoted, suppressed = lens(rows, matrix, self.lens)
         near = neighbours(rows, self.neighbours) if self.neighbours else Ranked.empty(len(rows))
         return LatentDescriptions(gathered, self.sampled, promoted, suppressed, near, sequences)
