@@ -8,7 +8,6 @@ use, and never if all activations are on disk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -20,6 +19,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reseed.activations.hookpoints import Hookpoint, first_tensor, module_path
+from reseed.activations.model_files import (
+    check_architecture,
+    check_tokenizer,
+    foreign,
+    load_trained,
+    quiet,
+    read_light,
+    report_unused,
+)
 from reseed.activations.source import ResolvedSource, SourceConfig
 from reseed.config import setting
 from reseed.errors import ConfigError
@@ -43,8 +51,8 @@ class ModelConfig(SourceConfig):
         if self.attention == "flash_attention_2" and find_spec("flash_attn") is None:
             raise ConfigError("{key}=flash_attention_2 needs the package flash-attn", "attention")
 
-    def weights_folder(self, folder: Path) -> Path:
-        """Return the folder of the weights of the model whose other files are in ``folder``."""
+    def weights_path(self, folder: Path) -> Path:
+        """Return the folder or file of the weights; ``folder`` has the model's other files."""
         return folder
 
 
@@ -58,6 +66,8 @@ class FoundModel(ResolvedSource):
         fingerprint: identifies weights and architecture, independently of the folder's name.
         label: short name for folders and tables.
         random_seed: seed of random weights that replace the trained ones; None for trained ones.
+        origin: the file from which ``folder`` was made, for messages; None if the user named it.
+        has_unembedding: False if the files are known to lack the unembedding.
     """
 
     config: ModelConfig
@@ -65,40 +75,44 @@ class FoundModel(ResolvedSource):
     fingerprint: str
     label: str
     random_seed: int | None = None
+    origin: Path | None = None
+    has_unembedding: bool = True
+
+    @property
+    def place(self) -> Path:
+        """The folder or file of the model that the user knows."""
+        return self.origin or self.folder
 
     @cached_property
     def transformers_config(self) -> Any:
         """The transformers configuration of the architecture."""
         from transformers import AutoConfig
 
-        return _without_its_code(AutoConfig, self.folder)
+        found = read_light(AutoConfig, self.folder)
+        check_architecture(found, self.place)
+        return found
 
     @cached_property
     def tokenizer(self) -> Any:
         """The model's own tokenizer."""
         from transformers import AutoTokenizer
 
-        found = _without_its_code(AutoTokenizer, self.folder)
-        # Without usable files, transformers makes a tokenizer that knows special tokens only.
-        if not set(found.get_vocab().values()) - set(found.all_special_ids):
-            raise ConfigError(
-                f"{{key}}: the tokenizer in {self.folder} has no tokens: its files are missing, or "
-                "transformers cannot read them",
-                "model",
-            )
+        found = read_light(AutoTokenizer, self.folder)
+        rows = self.skeleton.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        check_tokenizer(found, rows, self.place)
         return found
 
     @cached_property
     def skeleton(self) -> nn.Module:
         """The model on the meta device: module names and shapes, without weights."""
         assert self.num_layers  # many layers take long to build, even without weights
-        with _foreign(self.folder, "transformers cannot build the model of its config.json"):
+        with foreign(self.place, "transformers cannot build the model of its config.json"):
             return _build_skeleton(self.transformers_config)
 
     @property
     def num_layers(self) -> int:
         """Number of transformer blocks."""
-        with _foreign(self.folder, "its config.json has no usable `num_hidden_layers`"):
+        with foreign(self.place, "its config.json has no usable `num_hidden_layers`"):
             count = int(self.transformers_config.get_text_config().num_hidden_layers)
             if not 0 < count <= _MOST_LAYERS:
                 raise ValueError(f"it must be from 1 to {_MOST_LAYERS:,}; got {count}")
@@ -107,7 +121,7 @@ class FoundModel(ResolvedSource):
     @property
     def context_length(self) -> int:
         """Maximum length of a sequence, in tokens."""
-        with _foreign(self.folder, "its config.json has no usable `max_position_embeddings`"):
+        with foreign(self.place, "its config.json has no usable `max_position_embeddings`"):
             text = self.transformers_config.get_text_config()
             limit = getattr(text, "max_position_embeddings", None)
             return int(limit) if limit else 1 << 62
@@ -135,7 +149,7 @@ class FoundModel(ResolvedSource):
     def _find_width(self, hookpoint: Hookpoint) -> int:
         tokens = torch.zeros(2, 3, dtype=torch.long, device="meta")
         what = "its model cannot compute activations"
-        with torch.no_grad(), _foreign(self.folder, what):
+        with torch.no_grad(), foreign(self.place, what):
             # Without an explicit mask, transformers would read the tokens, but meta has no values.
             modules = _modules(self.skeleton, [hookpoint])
             found = _record(self.skeleton, tokens, modules, torch.ones_like(tokens))
@@ -174,7 +188,11 @@ class LanguageModel:
         found = self.resolved
         dtype, attention = self.dtype, found.config.attention
         if found.random_seed is None:
-            return _load_trained(found.config.weights_folder(found.folder), dtype, attention)
+            weights = found.config.weights_path(found.folder)
+            config = found.transformers_config if found.origin else None
+            model, fit = load_trained(weights, dtype, attention, config)
+            report_unused(fit, found.place, found.fingerprint)
+            return model
         return _build_untrained(found.transformers_config, found.random_seed, dtype, attention)
 
     @torch.inference_mode()
@@ -233,72 +251,12 @@ def _record(
     return found
 
 
-def _without_its_code(what: Any, folder: Path) -> Any:
-    """Load a configuration or tokenizer without running Python files of the model folder.
-
-    Raises:
-        ConfigError: the model requires its own code.
-    """
-    name = "tokenizer" if "Tokenizer" in what.__name__ else "configuration"
-    with _foreign(folder, f"transformers cannot read its {name}"), _quiet():
-        try:
-            return what.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-            raise ConfigError(
-                f"{{key}}: {folder} needs python code of its own, which reseed does not run; the "
-                "architecture must be one of transformers",
-                "model",
-            ) from error
-
-
-@contextmanager
-def _foreign(folder: Path, what: str) -> Iterator[None]:
-    """Raise `ConfigError` for any error that a model's files cause in transformers."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ConfigError(
-            f"{{key}}: the model in {folder} cannot be used: {what} ({type(error).__name__}: "
-            f"{reason.strip()})",
-            "model",
-        ) from error
-
-
 def _build_skeleton(config: Any) -> nn.Module:
     """Build the model of a transformers configuration on the meta device, without weights."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"), _quiet():
+    with torch.device("meta"), quiet():
         return AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-
-
-def _load_trained(folder: Path, dtype: torch.dtype, attention: str) -> nn.Module:
-    """Load the model with the weights of its folder, on the CPU."""
-    from transformers import AutoModelForCausalLM
-
-    with _quiet(), _foreign(folder, "transformers cannot load its weights"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            local_files_only=True,
-            use_safetensors=True,  # a pickled checkpoint could run code
-            trust_remote_code=False,  # so could Python files in the folder
-            output_loading_info=True,
-        )
-        model, about = loaded
-        # No hookpoint needs the unembedding; transformers draws other weights at random, too.
-        last = model.get_output_embeddings()
-        names = {name for name, module in model.named_modules() if module is last}
-        missing = [key for key in about["missing_keys"] if key.rpartition(".")[0] not in names]
-        if missing:
-            raise ValueError(f"the files lack {len(missing)} of its weights: {min(missing)}, ...")
-        return model
 
 
 def _build_untrained(config: Any, seed: int, dtype: torch.dtype, attention: str) -> nn.Module:
@@ -309,7 +267,7 @@ def _build_untrained(config: Any, seed: int, dtype: torch.dtype, attention: str)
     """
     from transformers import AutoModelForCausalLM
 
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # `fork_rng` forks only this generator
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation=attention
@@ -317,17 +275,3 @@ def _build_untrained(config: Any, seed: int, dtype: torch.dtype, attention: str)
     for weights in model.parameters():  # not buffers: loading does not cast rotary angles either
         weights.data = weights.data.to(dtype)
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide transformers' progress bars, which would disturb the command's own display."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
