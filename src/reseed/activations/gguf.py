@@ -8,6 +8,7 @@ in the cache, because reading them takes seconds; their record says that the fil
 
 from __future__ import annotations
 
+import json
 import mmap
 import struct
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ from reseed.activations.model_files import (
     check_tokenizer,
     foreign,
     load_trained,
+    quiet,
     read_light,
 )
 from reseed.config import digest
@@ -81,6 +83,11 @@ class Header:
     def architecture(self) -> str:
         return str(self.values.get("general.architecture"))
 
+    @property
+    def size(self) -> int:
+        """Number of weights of all tensors."""
+        return sum(map(prod, self.tensors.values()))
+
 
 def read_gguf(file: Path, fingerprint: str, cache: Path) -> tuple[Path, bool]:
     """Check a GGUF file on its first use, and read its configuration and tokenizer.
@@ -108,17 +115,18 @@ def read_gguf(file: Path, fingerprint: str, cache: Path) -> tuple[Path, bool]:
         check_record(folder / _RECORD, quick=True)
         return folder, read_record(folder / _RECORD)["has_unembedding"]
     header = read_header(file)
-    _check_positions(header, file)
+    _check_values(header, file)
     from transformers import AutoConfig, AutoTokenizer
 
     config = read_light(AutoConfig, file)
     check_architecture(config, file)
+    _check_size(config, header, file)
     tokenizer = read_light(AutoTokenizer, file)
     _split_digits(tokenizer, header, file)
     # The widest exponent: a weight that is not finite here is not finite in the file.
     model, fit = load_trained(file, torch.bfloat16, "eager", config)
-    check_tokenizer(tokenizer, model.get_input_embeddings().weight.shape[0], file)  # type: ignore[operator]
-    there = sum(map(prod, header.tensors.values()))
+    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    there = header.size
     used = sum(weights.numel() for weights in model.state_dict(keep_vars=True).values())
     if there > used:
         say(f"{file}: the model does not use {there - used:,} of its {there:,} weights")
@@ -126,6 +134,8 @@ def read_gguf(file: Path, fingerprint: str, cache: Path) -> tuple[Path, bool]:
     def fill(new: Path) -> None:
         config.save_pretrained(new)
         tokenizer.save_pretrained(new)
+        _drop_additions(new / "tokenizer.json", header)
+        check_tokenizer(read_light(AutoTokenizer, new), rows, file)
         written = describe_files(new, sorted(path.name for path in new.iterdir()))
         write_record(new / _RECORD, {"has_unembedding": fit.unembedding, "files": written})
 
@@ -134,9 +144,20 @@ def read_gguf(file: Path, fingerprint: str, cache: Path) -> tuple[Path, bool]:
     return folder, fit.unembedding
 
 
-def _check_positions(header: Header, file: Path) -> None:
-    """Raise `ConfigError` for rotary positions or attention that transformers reads wrongly."""
+def _check_values(header: Header, file: Path) -> None:
+    """Raise `ConfigError` for values that transformers leaves out, or replaces by its own."""
     name, values = header.architecture, header.values
+    epsilon = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
+    for keys in (("block_count",), ("embedding_length",), epsilon):
+        if not any(f"{name}.{key}" in values for key in keys):
+            raise ConfigError(
+                f"{{key}}: the model in {file} cannot be used: it does not give {name}.{keys[0]}",
+                "path",
+            )
+    if not 0 < int(values[f"{name}.block_count"]) <= len(header.tensors):
+        raise _unlike(
+            f"{values[f'{name}.block_count']} blocks", f"{len(header.tensors)} tensors", file
+        )
     scaling = values.get(f"{name}.rope.scaling.type", "none")
     factor = values.get(f"{name}.rope.scaling.factor", 0)
     scaled = scaling != "none" and not (scaling == "linear" and factor == 1)
@@ -145,13 +166,34 @@ def _check_positions(header: Header, file: Path) -> None:
     if (scaled and name != "gpt-oss") or rope:
         wrong = f"its rotary positions are scaled ({rope[0] if rope else scaling})"
     elif name == "llama" and "llama.attention.head_count_kv" not in values:
-        wrong = "it does not say how many key heads it has (llama.attention.head_count_kv)"
+        # llama.cpp stores the rows of keys in another order, which depends on it.
+        wrong = "it does not give the number of key heads (llama.attention.head_count_kv)"
     if wrong:
         raise ConfigError(
-            f"{{key}}: the model in {file} cannot be used: {wrong}, which transformers does not "
-            "read from a GGUF file. Use the model's safetensors",
+            f"{{key}}: the model in {file} cannot be used: {wrong}, and transformers would read it "
+            "wrongly. Use the model's safetensors",
             "path",
         )
+
+
+def _check_size(config: Any, header: Header, file: Path) -> None:
+    """Raise `ConfigError` before a model is built that is far larger than its file."""
+    from transformers import AutoModelForCausalLM
+
+    with foreign(file, "transformers cannot build the model of its metadata"), quiet():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        wanted = sum(weights.numel() for weights in model.parameters())
+    if wanted > 2 * header.size:  # if only some are missing, loading names them
+        raise _unlike(f"{wanted:,} weights", f"{header.size:,}", file)
+
+
+def _unlike(wanted: str, found: str, file: Path) -> ConfigError:
+    return ConfigError(
+        f"{{key}}: the model in {file} cannot be used: its metadata describe {wanted}; the file "
+        f"has {found}",
+        "path",
+    )
 
 
 def _split_digits(tokenizer: Any, header: Header, file: Path) -> None:
@@ -175,6 +217,14 @@ def _split_digits(tokenizer: Any, header: Header, file: Path) -> None:
     elif way not in (*GGUF_PRE_TOKENIZER_SPLITS, *_GPT2):
         say(f"{file}: some tokens may differ from the model's own, because text is split as by "
             f"GPT-2, and not as the file says (tokenizer.ggml.pre={way})")  # fmt: skip
+
+
+def _drop_additions(tokenizer: Path, header: Header) -> None:
+    """Remove tokens that transformers adds to those of the file: they have no embedding."""
+    values = json.loads(tokenizer.read_text(encoding="utf-8"))
+    number = header.values.get("tokenizer.ggml.tokens", 0)
+    values["added_tokens"] = [one for one in values["added_tokens"] if one["id"] < number]
+    tokenizer.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
 def read_header(file: Path) -> Header:

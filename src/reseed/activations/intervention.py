@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from reseed.activations.hookpoints import Hookpoint, blocks_path, first_tensor, module_path
 from reseed.activations.language_model import LanguageModel
+from reseed.activations.model_files import NoUnembedding
 
 Edit = Callable[[Tensor], Tensor]
 """Maps activations [sequences, context, d_in] at a hookpoint to their replacement."""
@@ -59,6 +60,9 @@ def logits(
 
     Args:
         edits: replacements of the activations at some hookpoints.
+
+    Raises:
+        ConfigError: the model's files lack its unembedding.
     """
     with ExitStack() as stack:
         for hookpoint, edit in (edits or {}).items():
@@ -79,7 +83,7 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocabulary d_in"] | None
         None for a model without an unembedding.
     """
     output = model.model.get_output_embeddings()  # type: ignore[operator]
-    if output is None:
+    if output is None or isinstance(output, NoUnembedding):
         return None
     weight = output.weight[: len(model.resolved.tokenizer)]
     matrix = weight.to(torch.float32, copy=True)  # changed in place, as it may be large

@@ -245,10 +245,33 @@ def report_unused(fit: Fit, place: Path, fingerprint: str) -> None:
             f"files: {names}{more}")  # fmt: skip
 
 
+class NoUnembedding(nn.Module):
+    """A module in place of the unembedding that a model's files lack.
+
+    Args:
+        path: the model's folder or file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, *inputs: Any) -> Any:
+        raise ConfigError(f"{{key}}: {no_logits(self.path)}", "model")
+
+
+def no_logits(path: Path) -> str:
+    """Return the reason for which a model without unembedding does not predict tokens."""
+    return (
+        f"{path} holds no unembedding. Its activations are exact, but it cannot predict tokens: "
+        "use the files of the whole causal language model"
+    )
+
+
 def load_trained(
     path: Path, dtype: torch.dtype, attention: str, config: Any = None
 ) -> tuple[nn.Module, Fit]:
-    """Load a model with its weights, on the CPU. Without its unembedding if the files lack it.
+    """Load a model with its weights, on the CPU; an unembedding that the files lack stays away.
 
     Args:
         path: the model's folder, or its GGUF file.
@@ -269,7 +292,7 @@ def load_trained(
             number, first = len(fit.missing), fit.missing[0]
             raise ValueError(f"the files lack {number} of its weights: {first}, ...")
         if not fit.unembedding:
-            model.set_output_embeddings(None)  # transformers drew it at random
+            model.set_output_embeddings(NoUnembedding(path))  # transformers drew it at random
         for name, weights in model.named_parameters():
             if weights.is_floating_point() and not _is_finite(weights):
                 kind = str(dtype).removeprefix("torch.")
@@ -278,10 +301,12 @@ def load_trained(
 
 
 def _from_pretrained(path: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     if path.suffix.lower() == GGUF:
-        path, options = path.parent, options | {"gguf_file": path.name}
+        # Weights that stay packed would be rounded in another way, which depends on the machine.
+        options |= {"gguf_file": path.name, "quantization_config": GgufConfig(dequantize=True)}
+        path = path.parent
     found: Any = AutoModelForCausalLM.from_pretrained(
         path,
         local_files_only=True,
