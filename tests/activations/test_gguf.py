@@ -341,7 +341,7 @@ def test_without_the_extra_the_pip_line_is_printed(
     with pytest.raises(ConfigError) as caught:
         resolved(tiny_gguf, tmp_path)
     assert str(caught.value) == (
-        f"`path`: to read {tiny_gguf}, install {lacking}: pip install 'reseed[gguf]'"
+        "`path`: a GGUF file is read with the packages gguf and accelerate: pip install " + lacking
     )
 
 
