@@ -15,13 +15,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from reseed.activations import model_source
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.intervention import logits, unembedding
 from reseed.activations.language_model import LanguageModel
-from reseed.activations.model_files import check_architecture, check_tokenizer
+from reseed.activations.model_files import (
+    Fit,
+    NoUnembedding,
+    check_architecture,
+    check_fit,
+    check_folder,
+    check_tokenizer,
+    load_trained,
+    read_light,
+)
 from reseed.activations.model_source import PathModelConfig, ResolvedModel
 from reseed.errors import ConfigError
 from reseed.evaluate.base import RunSource
@@ -150,6 +159,46 @@ def test_only_causal_language_models_pass(
         return
     with pytest.raises(ConfigError, match=re.escape(CAUSAL + told)):
         check_architecture(config, Path("FOLDER"))
+
+
+FAMILIES = (
+    "gpt2", "gptj", "gpt_neox", "opt", "bloom", "mistral", "mixtral", "qwen3_moe", "gemma2", "phi",
+    "stablelm", "starcoder2", "mpt", "mamba", "rwkv", "cohere", "deepseek_v3", "jamba", "gpt_oss",
+)  # fmt: skip
+SMALL = {
+    "hidden_size": 32, "n_embd": 32, "d_model": 32, "intermediate_size": 64, "ffn_dim": 64,
+    "num_hidden_layers": 2, "n_layer": 2, "n_layers": 2, "num_attention_heads": 4, "n_head": 4,
+    "n_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_local_experts": 4,
+    "n_routed_experts": 4, "moe_intermediate_size": 32, "vocab_size": 64, "word_embed_proj_dim": 32,
+    "max_position_embeddings": 64, "n_positions": 64, "q_lora_rank": None, "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "rotary_dim": 4, "n_group": 1,
+    "topk_group": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "expand": 2,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_many_families_pass_with_and_without_unembedding(
+    family: str, tmp_path: Path
+) -> None:
+    default = AutoConfig.for_model(family)
+    config = AutoConfig.for_model(
+        family, **{name: value for name, value in SMALL.items() if hasattr(default, name)}
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "whole")
+    model.base_model.save_pretrained(tmp_path / "base")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for name, unembedding_there in (("whole", True), ("base", tied)):
+        check_folder(tmp_path / name)
+        check_architecture(read_light(AutoConfig, tmp_path / name), tmp_path / name)
+        fit = check_fit(tmp_path / name)
+        loaded, again = load_trained(tmp_path / name, torch.float32, "eager")
+        assert fit == again == Fit([], {}, [], unembedding_there)
+        assert isinstance(loaded.get_output_embeddings(), NoUnembedding) != unembedding_there
+        for weight, tensor in loaded.named_parameters():
+            assert torch.equal(tensor, model.get_parameter(weight)), weight
 
 
 class Vocabulary:

@@ -106,8 +106,8 @@ def read_gguf(file: Path, fingerprint: str, cache: Path) -> tuple[Path, bool]:
     lacking = [name for name in _PACKAGES if find_spec(name) is None]
     if lacking:
         raise ConfigError(
-            f"{{key}}: a GGUF file is read with the packages {' and '.join(_PACKAGES)}: pip install "
-            f"{' '.join(lacking)}",
+            f"{{key}}: a GGUF file is read with the packages {' and '.join(_PACKAGES)}: "
+            f"pip install {' '.join(lacking)}",
             "path",
         )
     read_by = {name: metadata.version(name) for name in ("transformers", "tokenizers", "gguf")}

@@ -289,14 +289,15 @@ def load_trained(
         )
         fit = Fit.of(model, report)
         if fit.missing:
-            number, first = len(fit.missing), fit.missing[0]
-            raise ValueError(f"the files lack {number} of its weights: {first}, ...")
+            raise _unusable(
+                path, f"the files lack {len(fit.missing)} of its weights: {fit.missing[0]}, ..."
+            )
         if not fit.unembedding:
             model.set_output_embeddings(NoUnembedding(path))  # transformers drew it at random
         for name, weights in model.named_parameters():
             if weights.is_floating_point() and not _is_finite(weights):
                 kind = str(dtype).removeprefix("torch.")
-                raise ValueError(f"its weight `{name}` has NaN or infinite values in {kind}")
+                raise _unusable(path, f"its weight `{name}` has NaN or infinite values in {kind}")
     return model, fit
 
 
@@ -365,11 +366,11 @@ def foreign(place: Path, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise ConfigError(
-            f"{{key}}: the model in {place} cannot be used: {what} ({type(error).__name__}: "
-            f"{reason.strip()})",
-            "model",
-        ) from error
+        raise _unusable(place, f"{what} ({type(error).__name__}: {reason.strip()})") from error
+
+
+def _unusable(place: Path, reason: str) -> ConfigError:
+    return ConfigError(f"{{key}}: the model in {place} cannot be used: {reason}", "model")
 
 
 @contextmanager
