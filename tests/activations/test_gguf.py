@@ -186,7 +186,9 @@ def test_activations_are_those_of_the_dequantised_weights_bit_for_bit(
     assert same(found, folder)
     assert (found.num_layers, found.context_length, found.label) == (2, 48, "tiny")
     assert [found.d_in(hook) for hook in HOOKS] == [64, 64]
-    assert LanguageModel(found).model.dtype == LanguageModel(folder).model.dtype
+    loaded: Any = LanguageModel(found).model
+    assert loaded.dtype == LanguageModel(folder).model.dtype
+    assert not hasattr(loaded, "hf_quantizer")  # plain, also where kernels for blocks are installed
     assert [path.name for path in file.parent.iterdir()] == ["tiny.gguf"]
 
 

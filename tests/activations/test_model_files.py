@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import struct
@@ -138,6 +139,7 @@ LATER = ", whose tokens attend to later ones"
         ("t5", {"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration"),
         ("bart", {}, "bart (model_type bart)"),
         ("bart", {"architectures": ["BartForConditionalGeneration"]}, "BartForConditional"),
+        ("pegasus", {}, "pegasus (model_type pegasus)"),
         ("vit", {"architectures": ["ViTModel"]}, "ViTModel (model_type vit)"),
         ("clip", {}, "clip (model_type clip)"),
         ("whisper", {"architectures": ["WhisperForConditionalGeneration"]}, "WhisperForCond"),
@@ -385,6 +387,13 @@ def test_the_reports_of_transformers_stay_silent(
 ) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     with_weights(lambda weights: weights.pop("lm_head.weight"))(folder)
-    _ = LanguageModel(resolved(folder, tmp_path)).model
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        _ = LanguageModel(resolved(folder, tmp_path)).model
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
     captured = capfd.readouterr()
-    assert (captured.out, captured.err) == ("", "")
+    assert (captured.out, captured.err, logged) == ("", "", [])

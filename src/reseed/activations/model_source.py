@@ -309,11 +309,6 @@ def _scan(path: Path) -> tuple[bytes, list[str]]:
     return sha.digest(), wrong
 
 
-def random_fingerprint(folder: Path, seed: int) -> str:
-    """Return the fingerprint of random weights: the seed and a hash of the architecture."""
-    return f"random_weights-seed{seed}-{hash_files([folder / 'config.json'])}"
-
-
 def hash_files(paths: Iterable[Path], known: Mapping[Path, bytes] | None = None) -> str:
     """Return 32 hex digits of the SHA-256 over names and contents of those files that exist.
 
