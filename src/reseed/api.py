@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from reseed import activations, sae
-from reseed.activations.language_model import FoundModel, LanguageModel
+from reseed.activations.found_model import FoundModel
+from reseed.activations.language_model import LanguageModel
 from reseed.activations.synthetic.surrogate import surrogate_label
 from reseed.cli.cluster.queue import NAME as SLURM
 from reseed.cli.hydra_app import CommandLine, parse, sweeps

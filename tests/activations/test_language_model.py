@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from reseed.activations import language_model
+from reseed.activations import found_model
 from reseed.activations.hookpoints import Hookpoint, HookpointConfig
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.model_source import PathModelConfig
@@ -62,7 +62,7 @@ def test_each_width_is_computed_once(tiny_model: Path, tmp_path: Path, monkeypat
         asked.append(list(places))
         return read(model, places, **inputs)
 
-    monkeypatch.setattr(language_model, "read", counting)
+    monkeypatch.setattr(found_model, "read", counting)
     hooks = [Hookpoint("module", 2, "model.layers.2.mlp.up_proj"), Hookpoint("attn_out", 0)]
     assert [found.d_in(hook) for hook in hooks * 3] == [32, 16] * 3
     assert asked == [[found.place(hook)] for hook in hooks]

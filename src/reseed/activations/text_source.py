@@ -18,8 +18,9 @@ from reseed.activations.cache import ActivationCache
 from reseed.activations.chunk_cache import ChunkCache
 from reseed.activations.chunks import VERSION, ActivationStream, held_out_chunks, held_out_packing
 from reseed.activations.dataset import DatasetConfig, batches_available
+from reseed.activations.found_model import DTYPES, FoundModel
 from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.language_model import DTYPES, FoundModel, LanguageModel
+from reseed.activations.language_model import LanguageModel
 from reseed.activations.sites import blocks_path
 from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
 from reseed.activations.text import ResolvedText, TextConfig

@@ -21,8 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from reseed.activations.found_model import FoundModel
 from reseed.activations.hookpoints import Hookpoint
-from reseed.activations.language_model import FoundModel, LanguageModel
+from reseed.activations.language_model import LanguageModel
+from reseed.activations.model_files import no_logits
 from reseed.activations.source import ActivationSource, ResolvedSource
 from reseed.activations.text_source import TextSource
 from reseed.config import digest
@@ -126,6 +128,15 @@ def needs_language_model(config: EvaluationConfig, source: RunSource) -> None:
         raise ConfigError(
             f"evaluation={config.name} needs a language model; activations of surrogate=gaussian "
             "are random draws, without tokens. Use evaluation=reconstruction"
+        )
+
+
+def needs_unembedding(config: EvaluationConfig, source: RunSource) -> None:
+    """Raise `ConfigError` if the language model is known to lack its unembedding."""
+    if isinstance(source.model, FoundModel) and not source.model.has_unembedding:
+        raise ConfigError(
+            f"evaluation={config.name} needs the model's predictions; "
+            f"{no_logits(source.model.location)}"
         )
 
 

@@ -34,6 +34,7 @@ from reseed.evaluate.base import (
     Result,
     RunSource,
     needs_language_model,
+    needs_unembedding,
 )
 from reseed.sae.base import SAE
 
@@ -96,6 +97,7 @@ class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
 
     def check(self, source: RunSource) -> None:
         needs_language_model(self, source)
+        needs_unembedding(self, source)
 
     def evaluate(
         self, runs: Sequence[LoadedRun], inputs: EvaluationInput

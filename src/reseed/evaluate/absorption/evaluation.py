@@ -24,7 +24,13 @@ from reseed.evaluate.absorption.result import (
     AbsorptionMeasurements,
     make_result,
 )
-from reseed.evaluate.base import EvaluationInput, LoadedRun, Result, RunSource
+from reseed.evaluate.base import (
+    EvaluationInput,
+    LoadedRun,
+    Result,
+    RunSource,
+    needs_unembedding,
+)
 from reseed.evaluate.probes import Scores
 from reseed.evaluate.sparse_latents import SparseLatents, encode
 from reseed.evaluate.splitting import MainLatents, find_fold_splits, refusal_reasons
@@ -86,6 +92,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
     def check(self, source: RunSource) -> None:
         super().check(source)
         if self.causal:
+            needs_unembedding(self, source)
             tokenizer = source.tokenizer
             self.template(tokenizer, self.words(tokenizer)).check_answers()
 
