@@ -11,7 +11,8 @@ import pytest
 
 from reseed.activations import text as text_module
 from reseed.activations.text import HubTextConfig, ResolvedText
-from reseed.activations.tokens import TokenStore, token_stores
+from reseed.activations.token_store import TokenStore
+from reseed.activations.tokens import token_stores
 
 CONFIG = HubTextConfig(
     repository="none",

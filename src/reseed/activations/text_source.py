@@ -22,7 +22,8 @@ from reseed.activations.hookpoints import Hookpoint, module_path
 from reseed.activations.language_model import DTYPES, FoundModel, LanguageModel
 from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
 from reseed.activations.text import ResolvedText, TextConfig
-from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.activations.token_store import Packing, TokenStore
+from reseed.activations.tokens import describe, hash_chat_template, overlap_counts, token_stores
 from reseed.errors import ConfigError
 
 
@@ -45,6 +46,21 @@ class ResolvedModelText(ResolvedData):
         config = replace(self.config, order_seed=order_seed)
         return replace(self, text=replace(self.text, config=config))
 
+    def at_first_seeds(self) -> Self:
+        config = self.config.at_first_seeds()
+        return replace(self, text=replace(self.text, config=config))
+
+    @property
+    def depends_on_budget(self) -> bool:
+        return self.config.subset_seed is not None
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        if self.config.streamed:  # unknown before it is read
+            return ()
+        told = describe(*self.stores(0), self.model.tokenizer)
+        return (f"{self.description}: {told[0]}", *told[1:], *self.text.origin)
+
     @property
     def description(self) -> str:
         return f"text {self.text.label}"
@@ -55,13 +71,17 @@ class ResolvedModelText(ResolvedData):
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        return {"text": self.text.fingerprint}
+        found = {"text": self.text.fingerprint}
+        if self.config.content == "messages":  # the template decides the tokens, too
+            found["chat_template"] = hash_chat_template(self.model.tokenizer)
+        return found
 
     def stores(self, needed: int) -> tuple[TokenStore, TokenStore]:
         """Return the training and held-out tokens; for a streamed text, only as many as needed."""
-        return token_stores(
-            self.text, self.model.tokenizer, self.model.fingerprints["tokenizer"], needed
-        )
+        size = self.model.transformers_config.get_text_config().vocab_size
+        tokenizer = self.model.tokenizer
+        fingerprint = self.model.fingerprints["tokenizer"]
+        return token_stores(self.text, tokenizer, fingerprint, needed, int(size))
 
     @property
     def weight_bytes(self) -> int:
@@ -140,12 +160,15 @@ class TextSource(ActivationSource):
     ) -> None:
         self.config, self.cache = found.config, cache
         self.train_store, self.held_out_store = found.stores(needed)
+        self.needed = needed
         self.found, self.model = found, LanguageModel(found.model, device)
         self.device = self.model.device
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> ActivationStream:
         chunk_cache = self._chunk_cache("train")
-        return ActivationStream(self.model, self.train_store, self.config, hookpoints, chunk_cache)
+        return ActivationStream(
+            self.model, self.train_store, self.config, hookpoints, chunk_cache, self.needed
+        )
 
     def held_out(
         self, hookpoints: Sequence[Hookpoint], tokens: int
@@ -183,6 +206,16 @@ class TextSource(ActivationSource):
         order = f"order{self.config.order_seed}" if part == "train" else part
         return ChunkCache(self.cache, key, f"{name}-{order}")
 
+    def record(self) -> dict[str, Any]:
+        counts = overlap_counts(self.train_store, self.held_out_store, self.found.text.cache)
+        return {
+            "documents": self.train_store.num_documents,
+            "tokens": len(self.train_store),
+            "held_out_documents": self.held_out_store.num_documents,
+            "held_out_tokens": len(self.held_out_store),
+            **counts,
+        }
+
     @property
     def held_out_available(self) -> int:
         return held_out_packing(self.held_out_store, self.config).num_activations
@@ -197,7 +230,8 @@ def chunk_key(found: ResolvedModelText, part: str, device: torch.device) -> dict
             which can change the last bits.
     """
     model, config = found.model, found.config
-    left_out = {"held_out_tokens"} | (set() if part == "train" else {"order_seed", "repeat"})
+    seeds = {"order_seed", "subset_seed", "repeat"}
+    left_out = {"held_out_tokens"} | ({"held_out_dedup"} if part == "train" else seeds)
     where: dict[str, Any] = {
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
@@ -222,8 +256,9 @@ def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) ->
     """Find the text that ``model`` will read.
 
     Raises:
-        ConfigError: the data set is no text, cannot be read, or its sequences exceed the model's
-            maximum length. The error's key is relative to ``dataset``.
+        ConfigError: the data set is no text, cannot be read, its sequences exceed the model's
+            maximum length, or the tokenizer lacks the chat template that it needs. The error's key
+            is relative to ``dataset``.
     """
     if not isinstance(config, TextConfig):
         raise ConfigError(
@@ -236,6 +271,8 @@ def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) ->
             f"got {config.context_length}",
             "context_length",
         )
+    if config.content == "messages":
+        hash_chat_template(model.tokenizer)
     return ResolvedModelText(model, _resolve_text(config, cache))
 
 

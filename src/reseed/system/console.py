@@ -81,6 +81,17 @@ def counted(number: int, one: str) -> str:
     return f"{number:,} {one}{'' if number == 1 else 's'}"
 
 
+def cropped(text: str, columns: int) -> str:
+    """Return the beginning of a text in one line, with control characters escaped."""
+    from rich.cells import cell_len, set_cell_size
+
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text[: columns + 1]
+    )
+    return shown if cell_len(shown) <= columns else set_cell_size(shown, columns - 1) + "…"
+
+
 def seconds_since(started: float) -> float:
     """Return the seconds since ``started`` (time.perf_counter), rounded to the millisecond."""
     return round(time.perf_counter() - started, 3)
