@@ -192,6 +192,11 @@ class ActivationSource(ABC):
     ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
         """Yield the first ``tokens`` held-out activations in pieces."""
 
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Lines that say what the data are, if that is known only now that they are read."""
+        return ()
+
     def record(self) -> dict[str, Any]:
         """Return numbers of the data for the record of a run; they are not part of its identity."""
         return {}

@@ -163,7 +163,7 @@ def _jsonl(path: Path, rows: RowFormat) -> Rows:
         except RecursionError:
             raise unreadable(path, f"line {number}: its JSON is nested too deeply") from None
         except json.JSONDecodeError as error:
-            reason = f"{error.msg}, column {error.colno}"
+            reason = f"{error.msg.removesuffix(' at')}, column {error.colno}"
             raise unreadable(path, f"line {number} is not JSON: {reason}") from None
         except ValueError:  # of int()
             reason = "it has a number of more digits than Python reads"

@@ -58,8 +58,13 @@ class ResolvedModelText(ResolvedData):
     def summary(self) -> tuple[str, ...]:
         if self.config.streamed:  # unknown before it is read
             return ()
-        told = describe(*self.stores(0), self.model.tokenizer)
-        return (f"{self.description}: {told[0]}", *told[1:], *self.text.origin)
+        return self.summary_of(*self.stores(0))
+
+    def summary_of(self, train: TokenStore, held_out: TokenStore) -> tuple[str, ...]:
+        """Return the lines of `summary`, given the tokens."""
+        first, *others = describe(train, held_out, self.model.tokenizer)
+        origin = (f"  {line}" for line in self.text.origin)
+        return (f"{self.description}: {first}", *others, *origin)
 
     @property
     def description(self) -> str:
@@ -205,6 +210,12 @@ class TextSource(ActivationSource):
         name = f"{self.found.model.label}-{{hookpoint}}-{self.found.label}"
         order = f"order{self.config.order_seed}" if part == "train" else part
         return ChunkCache(self.cache, key, f"{name}-{order}")
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        if not self.config.streamed:  # known before (`ResolvedModelText.summary`)
+            return ()
+        return self.found.summary_of(self.train_store, self.held_out_store)
 
     def record(self) -> dict[str, Any]:
         counts = overlap_counts(self.train_store, self.held_out_store, self.found.text.cache)

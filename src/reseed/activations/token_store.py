@@ -18,7 +18,7 @@ from reseed.activations.text import TextConfig
 WINDOW = 13
 """Number of tokens in a row by which a held-out document overlaps with the training text, as in the
 analysis of GPT-3's test sets (Brown et al. 2020)."""
-_BLOCK = 2**20
+_BLOCK = 2**16
 """Number of windows hashed at once."""
 _MOST = 2**24
 """Number of held-out windows that are looked for at once, in one pass of the training text. They

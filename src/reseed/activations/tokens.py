@@ -161,7 +161,7 @@ def describe(train: TokenStore, held_out: TokenStore, tokenizer: Any) -> list[st
         ids = train.tokens[begin : min(begin + _SHOWN_WIDTH, int(train.starts[d + 1]))].tolist()
         if ids[:1] and ids[0] in train.special:
             ids = ids[1:]
-        lines.append(f"  {cropped(tokenizer.decode(ids), _SHOWN_WIDTH)}")
+        lines.append(f'  "{cropped(tokenizer.decode(ids), _SHOWN_WIDTH)}"')
     return lines
 
 

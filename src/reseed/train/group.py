@@ -133,6 +133,8 @@ def fit_on_process(
     wanted = [(options.batch_size, options.steps) for options in training]
     source.check_length(stream, wanted, first.data.label)
     about_data = source.record() if share.writes else {}
+    for line in source.summary:
+        say(line)
 
     states = [_run_state(spec, run, source, stream, share.batch_ranks) for spec, run in share.own]
     if runtime.strategy == "ddp":
