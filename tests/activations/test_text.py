@@ -79,7 +79,9 @@ def test_unreadable_files_are_refused(
 def test_missing_files_and_columns_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`path` must be an existing file or folder"):
         documents(tmp_path / "nowhere", tmp_path)
-    with pytest.raises(ConfigError, match=r"`path`: no \.csv, \.jsonl, \.md, \.parquet, \.txt"):
+    with pytest.raises(
+        ConfigError, match=r"`path`: the folder .* has no text; the formats are \.csv"
+    ):
         documents(tmp_path, tmp_path)
     with pytest.raises(ConfigError, match="`field` must be a column of"):
         documents(written(tmp_path, "parquet"), tmp_path, field="body")

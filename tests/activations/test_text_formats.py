@@ -208,7 +208,7 @@ BAD_LINES = {
     b'{"text": 3}': r"`dataset\.field`: .*line 600: `text` must hold text; it holds a number",
     b'{"text": ["a"]}': r"`dataset\.field`: .*line 600: `text` must hold text; it holds a list",
     b'{"body": "a"}': r"`dataset\.field`: .*line 600 has no key `text`: its keys are body",
-    b'["a"]': r"line 600 has no key `text`: a list",
+    b'["a"]': r"line 600 has no key `text`: it is a list",
 }
 
 

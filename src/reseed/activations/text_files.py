@@ -77,7 +77,11 @@ def find_files(named: str | Sequence[str]) -> FoundFiles:
             except OSError as error:
                 raise unreadable(path, str(error.strerror)) from None
             if not read:
-                raise ConfigError(f"{{key}}: no {FORMATS} file in the folder {path}", "path")
+                there = f" (it has {_counted(others)})" if others else ""
+                raise ConfigError(
+                    f"{{key}}: the folder {path} has no text{there}; the formats are {FORMATS}",
+                    "path",
+                )
             paths += read
             passed_over += others
         elif not path.is_file():
@@ -175,9 +179,11 @@ def _saved_split(folder: Path) -> Path | None:
     splits = sorted(path.parent for path in folder.glob(f"*/{STATE}"))
     if len(splits) == 1:
         return splits[0]
+    if not splits:
+        raise unreadable(folder, "it has no folder of a split")
     raise ConfigError(
         f"{{key}}: {folder} has {len(splits)} splits ({list_names(p.name for p in splits)}): name "
-        f"the folder of one, such as {splits[0] if splits else folder / 'train'}",
+        f"the folder of one, such as {splits[0]}",
         "path",
     )
 

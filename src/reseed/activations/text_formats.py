@@ -169,7 +169,8 @@ def _jsonl(path: Path, rows: RowFormat) -> Rows:
             reason = "it has a number of more digits than Python reads"
             raise unreadable(path, f"line {number}: {reason}") from None
         if not isinstance(row, dict) or rows.field not in row:
-            there = f"its keys are {list_names(row)}" if isinstance(row, dict) else _kind(row)
+            keys = isinstance(row, dict) and f"its keys are {list_names(row)}"
+            there = keys or f"it is {_kind(row)}"
             raise ConfigError(
                 f"{{key}}: {path}, line {number} has no key `{rows.field}`: {there}",
                 _field_key(rows),
