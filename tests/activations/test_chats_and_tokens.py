@@ -77,6 +77,15 @@ def test_token_ids_are_read_as_they_are(tiny_model: Path, tmp_path: Path) -> Non
         path = str(tmp_path / name)
         found = resolved(tiny_model, tmp_path, path=path, token_field="ids")
         assert sorted(stored(found)) == [[0, 0], [0, 5, 6], [7, 8]]
+    size = found.model.transformers_config.vocab_size
+    for largest in (size - 1, size):
+        path = tmp_path / f"{largest}.jsonl"
+        path.write_text(json.dumps({"ids": [5, largest]}))
+        found = resolved(tiny_model, tmp_path, path=str(path), token_field="ids")
+        if largest < size:
+            assert stored(found) == [[5, largest]]
+    with pytest.raises(ConfigError, match=f"token id {size} is not in the voc.* 0 to {size - 1}"):
+        found.stores(0)
 
 
 BAD_ROWS = [

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from reseed.activations.model_source import PathModelConfig
@@ -105,6 +105,7 @@ TEXTS = st.lists(
 
 
 @few(max_examples=30)
+@example(texts=["\ud800 cat", "a\udfff", "cat \udc00\ud800"])
 @given(texts=TEXTS)
 def test_every_text_is_read_as_it_was_written(tmp_path: Path, texts: list[str]) -> None:
     """Only JSON can hold lone surrogates, which become U+FFFD, and pairs, which it joins."""
@@ -116,6 +117,17 @@ def test_every_text_is_read_as_it_was_written(tmp_path: Path, texts: list[str]) 
     for name in ("a.csv", "a.Parquet", "a.csv.zst"):
         MAKES[name](tmp_path / name, expected)
         assert documents(tmp_path / name) == [t for t in expected if t.strip()]
+
+
+@few(max_examples=40)
+@given(text=st.text("ab-\n", max_size=25), separator=st.sampled_from(["-", "--", "\n\n", "\n-\n"]))
+def test_a_separator_divides_plain_text_wherever_it_is(
+    tmp_path: Path, text: str, separator: str
+) -> None:
+    (tmp_path / "a.txt").write_text(f"{text}a")
+    parts = [part.strip("\n") for part in f"{text}a".split(separator)]
+    found = documents(tmp_path / "a.txt", separator=separator)
+    assert found == [part for part in parts if part.strip()]
 
 
 def test_line_ends_of_fields_are_kept_and_those_of_lines_are_not(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ class TextFilesConfig(TextConfig, name="text_files"):
 
     def resolve(self, cache: Path) -> ResolvedText:
         found = find_files(self.path)
-        fingerprint = hash_texts(found.paths)[:_DIGITS]
+        fingerprint = hash_texts(found.paths, self.separator)[:_DIGITS]
         text = ResolvedText(self, fingerprint, found.label, cache, tuple(found.description))
         if next(text.documents(), None) is None:
             where = str(found.paths[0]) if len(found.paths) == 1 else f"{len(found.paths)} files"

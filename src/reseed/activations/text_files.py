@@ -107,8 +107,11 @@ def find_files(named: str | Sequence[str]) -> FoundFiles:
     return FoundFiles(tuple(paths), tuple(passed_over))
 
 
-def hash_texts(paths: Sequence[Path]) -> str:
+def hash_texts(paths: Sequence[Path], separator: str | None) -> str:
     """Return the SHA-256 over the contents and formats of files and saved data sets.
+
+    Args:
+        separator: separator of the documents of plain text.
 
     Raises:
         ConfigError: a file cannot be read.
@@ -116,6 +119,8 @@ def hash_texts(paths: Sequence[Path]) -> str:
     sha = hashlib.sha256()
     for path in paths:
         sha.update(_format_key(path))
+        if "\n" in (separator or "") and reader_of(path).__name__ == "_plain":
+            sha.update(b"across lines")  # version 0.1 looked for the separator in each line
         for content in _content_files(path):
             try:
                 with content.open("rb") as file:

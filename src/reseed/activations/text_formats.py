@@ -143,15 +143,16 @@ def _plain(path: Path, rows: RowFormat) -> Rows:
             f"datasets.save_to_disk); {path} is plain text",
             option,
         )
-    separator, number, held = rows.separator, 1, []
+    separator, number, text, searched = rows.separator, 1, "", 0
     for line in _lines(path, rows.encoding):
-        while separator and separator in line:
-            before, _, line = line.partition(separator)
-            yield "".join([*held, before]).strip("\n"), number
-            number, held = number + 1, []
-        held.append(line)
-    whole = "".join(held)
-    yield whole.strip("\n") if separator else whole, number
+        text += line
+        if separator and text.find(separator, searched) >= 0:
+            *whole, text = text.split(separator)
+            for document in whole:
+                yield document.strip("\n"), number
+                number += 1
+        searched = max(0, len(text) - len(separator or ""))  # a separator may go across lines
+    yield text.strip("\n") if separator else text, number
 
 
 def _jsonl(path: Path, rows: RowFormat) -> Rows:
