@@ -160,4 +160,11 @@ def test_the_first_documents_are_shown_in_lines_of_80_columns(
     assert lines[1] == '  "the cat ran"'
     assert lines[2] == f'  "{("dog " * 50)[:59]}…"'
     assert lines[3] == "  read a.txt"
+    name = "long" * 50
+    (tmp_path / name).mkdir()
+    for number in range(3):
+        (tmp_path / name / f"{number}{name}.txt").write_text("a 猫 " * 50)
+        (tmp_path / name / f"{number}{name}\n.pdf").write_text("a")
+    lines += resolved(tiny_model, tmp_path, path=str(tmp_path / name)).summary
     assert max(map(len, lines)) <= 80
+    assert not any(character < " " for line in lines for character in line)

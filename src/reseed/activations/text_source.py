@@ -25,6 +25,7 @@ from reseed.activations.text import ResolvedText, TextConfig
 from reseed.activations.token_store import Packing, TokenStore
 from reseed.activations.tokens import describe, hash_chat_template, overlap_counts, token_stores
 from reseed.errors import ConfigError
+from reseed.system.console import COLUMNS, cropped
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ class ResolvedModelText(ResolvedData):
         """Return the lines of `summary`, given the tokens."""
         first, *others = describe(train, held_out, self.model.tokenizer)
         origin = (f"  {line}" for line in self.text.origin)
-        return (f"{self.description}: {first}", *others, *origin)
+        lines = (f"{self.description}: {first}", *others, *origin)
+        return tuple(cropped(line, COLUMNS) for line in lines)
 
     @property
     def description(self) -> str:

@@ -149,10 +149,7 @@ def overlap_counts(train: TokenStore, held_out: TokenStore, cache: Path) -> dict
 
 
 def describe(train: TokenStore, held_out: TokenStore, tokenizer: Any) -> list[str]:
-    """Return lines for the user to check a text: its size, and the first documents to train on.
-
-    Each has at most 80 columns.
-    """
+    """Return lines for the user to check a text: its size, and the first documents to train on."""
     documents = train.num_documents + held_out.num_documents
     count = f"{documents:,} document{'' if documents == 1 else 's'}"
     lines = [f"{count}, {len(train) + len(held_out):,} tokens; the first begin"]

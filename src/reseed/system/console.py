@@ -14,6 +14,8 @@ from functools import cache
 from typing import Any
 
 STREAMS = ("stdin", "stdout", "stderr")
+COLUMNS = 80
+"""Number of columns of a terminal that is not enlarged."""
 
 
 def open_streams() -> None:

@@ -353,7 +353,7 @@ def _finish(
             run.fail(state.error, failed_at_step=step)
         else:
             truth = truths.get(state.id)
-            entries = {"timings": timings, "data": about_data}
+            entries = {"timings": timings} | ({"data": about_data} if about_data else {})
             write_results(state, spec, run, measured[state.id], truth, entries)
     return failures
 
