@@ -34,7 +34,7 @@ def prepare(plan: Plan) -> dict[str, Any]:
 
     from reseed.activations.model_source import EmbeddedModelConfig, PathModelConfig
     from reseed.activations.text import DocstringsConfig, TextFilesConfig
-    from reseed.activations.tokens import Packing
+    from reseed.activations.token_store import Packing
     from reseed.experiment.resolve import cache_folder
     from reseed.train.config import RuntimeConfig
 

@@ -15,7 +15,8 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.model_source import PathModelConfig
 from reseed.activations.text import TextFilesConfig
-from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.activations.token_store import Packing, TokenStore
+from reseed.activations.tokens import token_stores
 from reseed.errors import ConfigError
 
 HOOKS = [Hookpoint("resid_post", 0), Hookpoint("mlp_out", 2)]

@@ -11,7 +11,9 @@ import pytest
 
 from reseed.activations import text as text_module
 from reseed.activations.text import HubTextConfig, ResolvedText
-from reseed.activations.tokens import TokenStore, token_stores
+from reseed.activations.token_store import Packing, TokenStore
+from reseed.activations.tokens import token_stores
+from reseed.errors import ConfigError
 
 CONFIG = HubTextConfig(
     repository="none",
@@ -79,6 +81,24 @@ def test_asking_for_more_held_out_tokens_reads_more(tmp_path: Path) -> None:
     more = stores(replace(CONFIG, held_out_tokens=2_000), tmp_path, 1_000)[1]
     assert len(more) > 2_000 > len(few)
     assert more.tokens[: len(few)].tolist() == few.tokens.tolist()
+
+
+def test_a_subset_seed_decides_alone_which_documents_are_read(tmp_path: Path) -> None:
+    """They are those that an order seed of the same value reads."""
+    first, other, same = (
+        stores(replace(CONFIG, subset_seed=subset, order_seed=order), tmp_path, 1_000)
+        for subset, order in ((3, 0), (3, 1), (None, 3))
+    )
+    assert first == other == same
+    packings = [
+        Packing(first[0], replace(CONFIG, subset_seed=3, order_seed=order), 0, 1_000)
+        for order in (0, 1)
+    ]
+    a, b = (p.sequences(0, p.num_sequences) for p in packings)
+    assert not np.array_equal(a, b)
+    assert sorted(a.tolist()) == sorted(b.tolist())
+    with pytest.raises(ConfigError, match="`held_out_dedup`=true needs the whole text"):
+        replace(CONFIG, held_out_dedup=True)
 
 
 def test_the_order_seed_changes_the_training_text(tmp_path: Path) -> None:

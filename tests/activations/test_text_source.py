@@ -133,16 +133,18 @@ def with_text(found: ResolvedModelText, **changes: Any) -> ResolvedModelText:
 OTHER_TEXT = {
     "order_seed": 1, "chunk_tokens": 2048, "context_length": 16, "held_out_fraction": 0.5,
     "exclude_first_position": False, "exclude_special_tokens": False, "repeat": True,
-    "separator": "\n\n", "field": "body",
+    "separator": "\n\n", "field": "body", "subset_seed": 0, "encoding": "latin-1", "chat": True,
+    "token_field": "ids",
 }  # fmt: skip
 OTHER_MODEL = {"dtype": "bfloat16", "batch_sequences": 4, "attention": "eager"}
-NO_MATTER = {"path", "held_out_tokens"}
+NO_MATTER = {"path", "held_out_tokens", "held_out_dedup"}
 
 
 def test_the_key_changes_with_every_declared_setting(found: ResolvedModelText) -> None:
     names = {f.name for f in dataclasses.fields(found.config)}
     assert names == set(OTHER_TEXT) | NO_MATTER, "a new option: does it change activations?"
     assert {f.name for f in dataclasses.fields(found.model.config)} == set(OTHER_MODEL) | {"path"}
+    found.model.tokenizer.chat_template = "{{ messages }}"
     seen = [named(found)]
     seen += [named(with_text(found, **{name: value})) for name, value in OTHER_TEXT.items()]
     for name, value in OTHER_MODEL.items():
@@ -150,9 +152,10 @@ def test_the_key_changes_with_every_declared_setting(found: ResolvedModelText) -
         seen.append(named(replace(found, model=replace(found.model, config=config))))
     seen.append(named(found, "held_out"))
     assert len(set(seen)) == len(seen)
-    assert named(with_text(found, held_out_tokens=5)) == seen[0]
+    assert named(with_text(found, held_out_tokens=5, held_out_dedup=True)) == seen[0]
+    assert named(with_text(found, held_out_dedup=True), "held_out") not in seen
     # Held-out documents have no order.
-    for name in ("order_seed", "repeat", "held_out_tokens"):
+    for name in ("order_seed", "subset_seed", "repeat", "held_out_tokens"):
         other = with_text(found, **{name: {**OTHER_TEXT, "held_out_tokens": 5}[name]})
         assert named(other, "held_out") == seen[-1]
 

@@ -15,13 +15,8 @@ from reseed.activations.text import (
     ResolvedText,
     TextFilesConfig,
 )
-from reseed.activations.tokens import (
-    Packing,
-    TokenStore,
-    _text_options,
-    is_held_out,
-    token_stores,
-)
+from reseed.activations.token_store import Packing, TokenStore
+from reseed.activations.tokens import _text_options, is_held_out, token_stores
 from reseed.config import setting
 
 CONFIG = TextFilesConfig(path="unused", context_length=5, chunk_tokens=8)
@@ -127,7 +122,7 @@ def test_a_text_is_tokenised_once(
     text = TextFilesConfig(path=str(tiny_text)).resolve(tmp_path)
     first = token_stores(text, model.tokenizer, "t", 0)
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise AssertionError("tokenised twice")
 
     monkeypatch.setattr("reseed.activations.tokens._encode", broken)

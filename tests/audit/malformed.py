@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+import zstandard
 from foreign_saes import foreign_cases
 from judge import Case
 
@@ -404,6 +406,17 @@ def text_cases() -> Iterator[Case]:
         "surrogate.jsonl": b'{"text": "\\ud800 cat"}\n' * 2_000, "nul.jsonl": b"\x00" * 100,
         "empty.parquet": b"", "word.parquet": b"word", "magic.parquet": b"PAR1" * 10,
         "binary.parquet": bytes(range(256)) * 10,
+        "nul.txt": b"the cat\x00 sat " * 900, "utf16le.txt": ("the cat sat " * 400).encode("utf-16-le"),
+        "quote.csv": b'text,n\n"the cat,1\nsat,2\n', "twice.csv": b"text,text\na,b\n",
+        "cells.csv": b"text,n\na,1\nb\n", "late.csv": b"text\n" + b"the cat\n" * 3_000 + b"caf\xe9\n",
+        "empty.csv": b"", "header.csv": b"text\n", "nul.csv": b"text\na\x00b\n",
+        "binary.csv": bytes(range(256)), "deep_key.jsonl": b'{"text": "a", "n": ' + b"[" * 50_000 + b"\n",
+        "digits_key.jsonl": b'{"text": "a", "n": ' + b"9" * 10_000 + b"}\n",
+        "empty.txt.gz": b"", "word.txt.gz": b"word", "cut.jsonl.gz": gzip.compress(whole.encode() * 90)[:-9],
+        "flipped.txt.gz": b"\x1f\x8b" + bytes(range(200)), "empty.jsonl.zst": b"", "word.txt.zst": b"word",
+        "cut.txt.zst": zstandard.compress(bytes(range(256)) * 900)[:-5], "word.parquet.gz": b"word",
+        "binary.txt.zst": zstandard.compress(bytes(range(256)) * 40),
+        "broken.csv.zst": zstandard.compress(b'text\n"a'), "text.gz": b"word", "x.tar.gz": b"word",
     }  # fmt: skip
     given = tuple(o for o in TEXT if not o.startswith("dataset.path="))
     for name, content in broken.items():
@@ -423,6 +436,38 @@ def text_cases() -> Iterator[Case]:
         "dangling.txt": lambda path: path.symlink_to("nosuch"),
         "circle.txt": lambda path: path.symlink_to(path),
         "pipe.txt": os.mkfifo,
+        "readme_only": partial(_folder, files={"README.md": b"the cat", ".a.txt": b"the cat"}),
+        "all_empty": partial(_folder, files={"a.txt": b"", "b.jsonl": b"", "c.csv": b""}),
+        "state_only": partial(_folder, files={"state.json": b"{}", "dataset_info.json": b"{}"}),
+        "state_outside": partial(
+            _folder,
+            files={
+                "dataset_info.json": b"{}",
+                "state.json": b'{"_data_files": [{"filename": "../x.arrow"}]}',
+            },
+        ),
+        "state_binary": partial(
+            _folder,
+            files={
+                "dataset_info.json": b"{}",
+                "x.arrow": bytes(range(99)),
+                "state.json": b'{"_data_files": [{"filename": "x.arrow"}]}',
+            },
+        ),
+        "state_deep": partial(
+            _folder, files={"dataset_info.json": b"{}", "state.json": b"[" * 50_000}
+        ),
+        "no_split": partial(_folder, files={"dataset_dict.json": b'{"splits": []}'}),
+        "linked": lambda path: [
+            path.mkdir(),
+            (path / "a.txt").write_text("the cat " * 9),
+            (path / "b.txt").symlink_to("a.txt"),
+        ],
+        "hard_linked": lambda path: [
+            path.mkdir(),
+            (path / "a.txt").write_text("the cat " * 9),
+            (path / "b.txt").hardlink_to(path / "a.txt"),
+        ],
     }.items():
         words = ("train", *given, f"dataset.path={name}")
         yield Case("texts", words, lambda folder, make=make, name=name: make(folder / name))
@@ -438,8 +483,32 @@ def text_cases() -> Iterator[Case]:
                 "runtime.cache=/proc/x", "runtime.cache=~nosuch/x"):  # fmt: skip
         kept = [o for o in TEXT if o.partition("=")[0] != own.partition("=")[0]]
         yield Case("texts", ("train", *kept, own))
+    rows: dict[str, bytes] = {
+        "chat": b'{"m": [{"role": "user", "content": "the cat"}]}\n', "half": b'{"m": [{"role": "user"}]}\n',
+        "word": b'{"m": "the cat"}\n', "mixed": b'{"m": [1, "a"]}\n', "large": b'{"m": [99999999]}\n',
+        "float": b'{"m": [1.5]}\n', "negative": b'{"m": [-1]}\n', "huge": b'{"m": [' + b"9" * 400 + b"]}\n",
+        "true": b'{"m": [true]}\n', "empty": b'{"m": []}\n', "null": b'{"m": null}\n', "key": b'{"n": 1}\n',
+    }  # fmt: skip
+    for name, row in rows.items():
+        for kind in (("dataset.chat=true", "dataset.field=m"), ("dataset.token_field=m",)):
+            words = ("train", *given, f"dataset.path={name}.jsonl", *kind)
+            yield Case("texts", words, _writes(f"{name}.jsonl", row * 5))
+    for own in ("dataset.encoding=utf9", "dataset.encoding=hex", "dataset.encoding=''",
+                "dataset.encoding=undefined", "dataset.encoding=utf-16", "dataset.encoding=utf-32",
+                "dataset.token_field=ids", "dataset.chat=true", "dataset.token_field=''"):  # fmt: skip
+        yield Case("texts", ("train", *TEXT, own))
+    both = ("dataset.chat=true", "dataset.token_field=ids")
+    yield Case("texts", ("train", *TEXT, *both), message="dataset.token_field")
+    twice = "dataset.path=[{shared}/text.txt,{shared}/text.txt]"
+    yield Case("texts", ("train", *given, twice), message="twice")
     for own in ("dataset.path=[]", "dataset=generated", "dataset=pile"):
         yield Case("texts", ("train", *given, own))
+
+
+def _folder(path: Path, files: Mapping[str, bytes]) -> None:
+    path.mkdir()
+    for name, content in files.items():
+        (path / name).write_bytes(content)
 
 
 def _parquet(path: Path, columns: Mapping[str, Sequence[Any]], cut: float = 1.0) -> None:

@@ -108,6 +108,24 @@ def test_each_seed_changes_only_its_own_draws(jobs: Jobs) -> None:
     assert len({r.init_seed for r in jobs("layer=0,1,2")[0]}) == 3
 
 
+def test_a_subset_seed_is_a_seed_of_the_data_alone(jobs: Jobs) -> None:
+    seeds = ("dataset.subset_seed=0,1", "dataset.order_seed=0,1")
+    found, runtime = jobs(*seeds, "training.tokens=1000")
+    assert len({r.signature for r in found}) == len({r.stream for r in found}) == 4
+    assert len({r.init_seed for r in [*found, *jobs("training.tokens=1000")[0]]}) == 1
+    assert len({r.without_seeds().signature for r in found}) == 1
+    # The budget decides what is read, so runs of several budgets do not share a stream.
+    for options, streams in ((seeds[:1], 4), ((), 1)):
+        both, _ = jobs(*options, "training.tokens=1000,1100")
+        assert len({r.stream for r in both}) == streams
+    assert {r.spec.needed for r in found} == {960}  # in whole batches of 64
+    assert train_missing(found[:2], runtime) == {}
+    a, b = (run_of(r, runtime).record["data"] for r in found[:2])
+    assert a == b
+    assert a["documents"] + a["held_out_documents"] == 1_500
+    assert a["held_out_windows_in_training"] == 0  # of random words
+
+
 def test_finished_runs_are_not_trained_again(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     first, runtime = jobs("seed=0,1")
     train_missing(first, runtime)

@@ -258,6 +258,7 @@ def test_plan_only_prints_and_trains_nothing(
     said = capsys.readouterr().out
     assert re.search(r"plan: 4 runs in 4 groups, on cpu about \d+ s, at most \d+ KiB", said), said
     assert "(more than the 105 KiB available)" in said
+    assert said.count("text words: 1,500 documents, ") == said.count("  read words.txt\n") == 1
     assert not (tmp_path / "outputs").exists()
     assert not (tmp_path / "sweeps").exists()
     with pytest.raises(SystemExit):

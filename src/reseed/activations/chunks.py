@@ -25,7 +25,7 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.stream import ChunkStream
 from reseed.activations.text import TextConfig
-from reseed.activations.tokens import Packing, TokenStore
+from reseed.activations.token_store import Packing, TokenStore
 from reseed.distributed.process_group import ALONE, ProcessGroup
 
 VERSION = 1
@@ -41,6 +41,7 @@ class ActivationStream(ChunkStream):
         config: packing, order, chunk size, repetition.
         hookpoints: where activations are read, all in one forward pass.
         chunk_cache: the cached chunks of the training documents; None: no cache.
+        needed: number of activations to choose with ``config.subset_seed`` (`Packing`).
     """
 
     config: TextConfig
@@ -52,12 +53,13 @@ class ActivationStream(ChunkStream):
         config: TextConfig,
         hookpoints: Sequence[Hookpoint],
         chunk_cache: ChunkCache | None = None,
+        needed: int | None = None,
     ) -> None:
         super().__init__(config, hookpoints, model.device)
         self.model = model
         self.store = store
         self.chunk_cache = chunk_cache
-        self._packing = Packing(store, config)
+        self._packing = Packing(store, config, needed=needed)
 
     @cached_property
     def num_activations(self) -> int:
@@ -147,7 +149,7 @@ class ActivationStream(ChunkStream):
 
     def _epoch(self, epoch: int) -> Packing:
         if epoch != self._packing.epoch:
-            self._packing = Packing(self.store, self.config, epoch)
+            self._packing = replace(self._packing, epoch=epoch)
         return self._packing
 
 
@@ -298,4 +300,4 @@ def held_out_chunks(
 
 def held_out_packing(store: TokenStore, config: TextConfig) -> Packing:
     """Return the held-out documents in an order independent of the experiment's seeds."""
-    return Packing(store, replace(config, order_seed=0))
+    return Packing(store, replace(config, order_seed=0, subset_seed=None))

@@ -7,7 +7,8 @@ commands that only read the configuration start quickly.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from reseed.config import Config, setting
 from reseed.errors import ConfigError
@@ -32,6 +33,10 @@ class DatasetConfig(Config, family="dataset"):
             raise ConfigError(
                 f"{{key}} must be a multiple of {STRIPES}; got {self.chunk_tokens}", "chunk_tokens"
             )
+
+    def at_first_seeds(self) -> Self:
+        """Return the configuration with each of its seeds at the first value."""
+        return replace(self, order_seed=0)
 
 
 @dataclass(frozen=True, order=True)

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -136,6 +136,20 @@ class ResolvedData(ABC):
     def in_order(self, order_seed: int) -> Self:
         """Return the same data in the order of another seed."""
 
+    def at_first_seeds(self) -> Self:
+        """Return the data of `DatasetConfig.at_first_seeds`."""
+        return self.in_order(self.config.at_first_seeds().order_seed)
+
+    @property
+    def depends_on_budget(self) -> bool:
+        """True if the budget decides which activations are read, and not only how many."""
+        return False
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Lines that say what the data are, for the user to check before training."""
+        return ()
+
     @property
     @abstractmethod
     def weight_bytes(self) -> int:
@@ -183,6 +197,15 @@ class ActivationSource(ABC):
         self, hookpoints: Sequence[Hookpoint], tokens: int
     ) -> Iterator[dict[Hookpoint, Float[Tensor, "activations d_in"]]]:
         """Yield the first ``tokens`` held-out activations in pieces."""
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        """Lines that say what the data are, if that is known only now that they are read."""
+        return ()
+
+    def record(self) -> dict[str, Any]:
+        """Return numbers of the data for the record of a run; they are not part of its identity."""
+        return {}
 
     @property
     def held_out_available(self) -> int | None:

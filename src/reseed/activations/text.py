@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from reseed.activations.dataset import DatasetConfig
 from reseed.activations.docstrings import docstring_documents
+from reseed.activations.text_files import checked_encoding, find_files, hash_texts
+from reseed.activations.text_formats import (
+    RowFormat,
+    clean,
+    document_of,
+    file_documents,
+    list_names,
+)
 from reseed.config import setting
-from reseed.errors import ConfigError, is_unicode
-from reseed.system.files import user_path
+from reseed.errors import ConfigError, did_you_mean
 
 _DIGITS = 32
 """Number of hex characters of a text's fingerprint."""
@@ -37,6 +43,34 @@ class TextConfig(DatasetConfig, ABC):
     """True: read a text that is shorter than the budget again, in another order; false: fail."""
     held_out_fraction: float = setting(0.05, above=0, below=1)
     """Share of the documents, chosen by their hash, on which no SAE is trained."""
+    held_out_dedup: bool = setting(False, neutral=False)
+    """Leave out held-out documents of which a window of 13 tokens is in a training document."""
+    subset_seed: int | None = setting(None, at_least=0, neutral=None)
+    """Seed of the choice of sequences for a budget below one epoch, which then does not depend on
+    ``order_seed``; null: the first sequences in the order of ``order_seed`` (`tokens.Packing`)."""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.streamed and self.held_out_dedup:
+            raise ConfigError(
+                "{key}=true needs the whole text: the held-out documents must not depend on how "
+                "much of a streamed text is read. Set dataset.streaming=false",
+                "held_out_dedup",
+            )
+
+    def at_first_seeds(self) -> Self:
+        first = None if self.subset_seed is None else 0
+        return replace(super().at_first_seeds(), subset_seed=first)
+
+    @property
+    def content(self) -> str:
+        """Kind of the documents: ``text``, ``messages`` or ``token ids`` (`RowFormat.content`)."""
+        return "text"
+
+    @property
+    def packing_seed(self) -> int:
+        """Seed of the order in which documents are packed into sequences."""
+        return self.order_seed if self.subset_seed is None else self.subset_seed
 
     @property
     def streamed(self) -> bool:
@@ -61,7 +95,7 @@ class TextConfig(DatasetConfig, ABC):
         """
         found = ResolvedText(self, "", self.name, cache)
         sha = hashlib.sha256()
-        for document in self.documents(found, shuffled=False):
+        for document in _checked(self.documents(found, shuffled=False), self.name):
             sha.update(hashlib.sha256(document.encode()).digest())
         return replace(found, fingerprint=sha.hexdigest()[:_DIGITS])
 
@@ -75,12 +109,14 @@ class ResolvedText:
         fingerprint: identifies the documents and their natural order.
         label: short name for folders and tables.
         cache: folder for derived data.
+        origin: lines that say which files are read, and which are not.
     """
 
     config: TextConfig
     fingerprint: str
     label: str
     cache: Path
+    origin: tuple[str, ...] = ()
 
     def documents(self, shuffled: bool = True) -> Iterator[str]:
         """Yield the documents that are not blank.
@@ -89,7 +125,18 @@ class ResolvedText:
             shuffled: as in `TextConfig.documents`.
         """
         documents = self.config.documents(self, shuffled)
-        return (d for d in _checked(documents, f"the text {self.label}") if d.strip())
+        return (d for d in _checked(documents, self.label) if d.strip())
+
+
+def _checked(documents: Iterator[str], label: str) -> Iterator[str]:
+    """Yield the documents without lone surrogates; raise `ConfigError` for one that is no text."""
+    for number, document in enumerate(documents, 1):
+        if not isinstance(document, str):
+            got = type(document).__name__
+            raise ConfigError(
+                f"{{key}}: document {number} of the text {label} is not text: {got}", "path"
+            )
+        yield clean(document)
 
 
 @dataclass(frozen=True)
@@ -102,29 +149,51 @@ class DocstringsConfig(TextConfig, name="docstrings"):
 
 @dataclass(frozen=True, kw_only=True)
 class TextFilesConfig(TextConfig, name="text_files"):
-    """Local files of plain text (.txt, .md), .jsonl or .parquet, given as file, folder or list."""
+    """Local files, given as file, folder or list (`text_files`)."""
 
     path: str | tuple[str, ...] = setting(signed=False)
     separator: str | None = "<|endoftext|>"
     """Separator of the documents in a plain text file; null: each file is a document."""
     field: str = "text"
-    """Key (jsonl) or column (parquet) that holds the text."""
+    """Key (jsonl) or column (csv, parquet, saved data set) that holds the text."""
+    encoding: str = setting("utf-8", neutral="utf-8")
+    """Encoding of plain text, jsonl and csv."""
+    chat: bool = setting(False, neutral=False)
+    """The field holds messages, which the tokenizer's chat template makes a text of."""
+    token_field: str | None = setting(None, neutral=None)
+    """Key or column that holds token ids, which are read instead of a text."""
+
+    def validate(self) -> None:
+        super().validate()
+        object.__setattr__(self, "encoding", checked_encoding(self.encoding))
+        if self.chat and self.token_field is not None:
+            raise ConfigError(
+                f"{{key}} (={self.token_field}) is for documents that are tokens already, "
+                "dataset.chat=true for messages: set only one",
+                "token_field",
+            )
+
+    @property
+    def content(self) -> str:
+        return "messages" if self.chat else "text" if self.token_field is None else "token ids"
+
+    @property
+    def _rows(self) -> RowFormat:
+        field = self.field if self.token_field is None else self.token_field
+        return RowFormat(self.separator, field, self.encoding, self.content)
 
     def documents(self, text: ResolvedText, shuffled: bool) -> Iterator[str]:
-        for path in text_paths(self):
-            yield from _file_documents(path, self)
+        for path in find_files(self.path).paths:
+            yield from file_documents(path, self._rows)
 
     def resolve(self, cache: Path) -> ResolvedText:
-        paths = text_paths(self)
-        sha = hashlib.sha256()
-        for path in paths:
-            _check_readable(path, self)
-            # The format is hashed, because the same bytes give other documents in another format.
-            sha.update(_READERS[path.suffix].__name__.encode())
-            with path.open("rb") as file:
-                sha.update(hashlib.file_digest(file, "sha256").digest())
-        label = paths[0].stem if len(paths) == 1 else paths[0].parent.name
-        return ResolvedText(self, sha.hexdigest()[:_DIGITS], label, cache)
+        found = find_files(self.path)
+        fingerprint = hash_texts(found.paths, self.separator)[:_DIGITS]
+        text = ResolvedText(self, fingerprint, found.label, cache, tuple(found.description))
+        if next(text.documents(), None) is None:
+            where = str(found.paths[0]) if len(found.paths) == 1 else f"{len(found.paths)} files"
+            raise ConfigError(f"{{key}}: the text in {where} is empty", "path")
+        return text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,110 +219,6 @@ class HubTextConfig(TextConfig, name="hub"):
     def resolve(self, cache: Path) -> ResolvedText:
         label = self.repository.rpartition("/")[2].lower()
         return ResolvedText(self, f"{self.repository}@{_dataset_commit(self)}", label, cache)
-
-
-def text_paths(config: TextFilesConfig) -> list[Path]:
-    """Return the files that ``config.path`` names, with folders expanded in sorted order."""
-    named = [config.path] if isinstance(config.path, str) else list(config.path)
-    paths: list[Path] = []
-    for name in named:
-        path = user_path(name)
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.suffix in _READERS and p.is_file()]
-            if not found:
-                raise ConfigError(
-                    f"{{key}}: no {', '.join(sorted(_READERS))} file in the folder {path}", "path"
-                )
-            paths += found
-        elif path.is_file():
-            paths.append(path)
-        else:
-            raise ConfigError(f"{{key}} must be an existing file or folder; got {path}", "path")
-    if not paths:
-        raise ConfigError("{key} must name at least one file", "path")
-    return paths
-
-
-def _check_readable(path: Path, config: TextFilesConfig) -> None:
-    """Raise `ConfigError` if a file has no readable document."""
-    if path.suffix not in _READERS:
-        raise ConfigError(
-            f"{{key}}: cannot read {path.name}; the formats are {', '.join(sorted(_READERS))}",
-            "path",
-        )
-    first = next((d for d in _file_documents(path, config) if d.strip()), None)
-    if first is None:
-        raise ConfigError(f"{{key}}: the text in {path} is empty", "path")
-
-
-def _file_documents(path: Path, config: TextFilesConfig) -> Iterator[str]:
-    """Yield the documents of a file.
-
-    Raises:
-        ConfigError: the file cannot be read to its end, or a document is no text.
-    """
-    try:
-        yield from _checked(_READERS[path.suffix](path, config), str(path))
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:  # of pyarrow, too
-        raise ConfigError(f"{{key}}: cannot read {path}: {error}", "path") from error
-
-
-def _checked(documents: Iterator[str], where: str) -> Iterator[str]:
-    """Yield the documents; raise `ConfigError` for one that is not Unicode text."""
-    for number, document in enumerate(documents, 1):
-        if not isinstance(document, str) or not is_unicode(document):
-            got = "lone surrogates" if isinstance(document, str) else type(document).__name__
-            raise ConfigError(f"{{key}}: document {number} of {where} is not text: {got}", "path")
-        yield document
-
-
-def _plain(path: Path, config: TextFilesConfig) -> Iterator[str]:
-    """Yield a plain text's documents, line by line so that memory does not grow with the file."""
-    separator = config.separator
-    with path.open(encoding="utf-8") as file:
-        if not separator:
-            yield file.read()
-            return
-        held: list[str] = []
-        for line in file:
-            while separator in line:
-                before, _, line = line.partition(separator)
-                yield "".join([*held, before]).strip("\n")
-                held = []
-            held.append(line)
-        yield "".join(held).strip("\n")
-
-
-def _jsonl(path: Path, config: TextFilesConfig) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield _field_of(json.loads(line), config.field, f"{path.name}, line {number}")
-
-
-def _parquet(path: Path, config: TextFilesConfig) -> Iterator[str]:
-    import pyarrow.parquet as pq
-
-    table = pq.ParquetFile(path)
-    if config.field not in table.schema_arrow.names:
-        raise ConfigError(
-            f"{{key}} must be a column of {path.name}: {', '.join(table.schema_arrow.names)}; "
-            f"got {config.field}",
-            "field",
-        )
-    for batch in table.iter_batches(columns=[config.field]):
-        yield from ("" if text is None else text for text in batch.column(0).to_pylist())
-
-
-_READERS = {".txt": _plain, ".md": _plain, ".jsonl": _jsonl, ".parquet": _parquet}
-
-
-def _field_of(row: Any, field: str, where: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(field), str):
-        raise ConfigError(f"{{key}}: {where} has no text under `{field}`", "field")
-    return row[field]
 
 
 def _dataset_commit(config: HubTextConfig) -> str:
@@ -285,6 +250,14 @@ def _hub_documents(config: HubTextConfig, fingerprint: str, shuffled: bool) -> I
         streaming=config.streaming,
     )
     if config.streaming and shuffled:
-        rows = rows.shuffle(seed=config.order_seed, buffer_size=config.shuffle_buffer)
+        rows = rows.shuffle(seed=config.packing_seed, buffer_size=config.shuffle_buffer)
     for row in rows:
-        yield _field_of(row, config.field, config.repository)
+        if config.field not in row:
+            raise ConfigError(
+                f"{{key}} must be a column of {config.repository}: {list_names(row)}; got "
+                f"{config.field}.{did_you_mean(config.field, row)}",
+                "field",
+            )
+        document = document_of(row[config.field], config.repository, RowFormat(field=config.field))
+        if document is not None:
+            yield document

@@ -24,8 +24,10 @@ from reseed.activations.language_model import LanguageModel
 from reseed.activations.sites import blocks_path
 from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
 from reseed.activations.text import ResolvedText, TextConfig
-from reseed.activations.tokens import Packing, TokenStore, token_stores
+from reseed.activations.token_store import Packing, TokenStore
+from reseed.activations.tokens import describe, hash_chat_template, overlap_counts, token_stores
 from reseed.errors import ConfigError
+from reseed.system.console import COLUMNS, cropped
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,27 @@ class ResolvedModelText(ResolvedData):
         config = replace(self.config, order_seed=order_seed)
         return replace(self, text=replace(self.text, config=config))
 
+    def at_first_seeds(self) -> Self:
+        config = self.config.at_first_seeds()
+        return replace(self, text=replace(self.text, config=config))
+
+    @property
+    def depends_on_budget(self) -> bool:
+        return self.config.subset_seed is not None
+
+    @property
+    def summary(self) -> tuple[str, ...]:
+        if self.config.streamed:  # unknown before it is read
+            return ()
+        return self.summary_of(*self.stores(0))
+
+    def summary_of(self, train: TokenStore, held_out: TokenStore) -> tuple[str, ...]:
+        """Return the lines of `summary`, given the tokens."""
+        first, *others = describe(train, held_out, self.model.tokenizer)
+        origin = (f"  {line}" for line in self.text.origin)
+        lines = (f"{self.description}: {first}", *others, *origin)
+        return tuple(cropped(line, COLUMNS) for line in lines)
+
     @property
     def description(self) -> str:
         return f"text {self.text.label}"
@@ -57,13 +80,17 @@ class ResolvedModelText(ResolvedData):
 
     @property
     def fingerprints(self) -> dict[str, str]:
-        return {"text": self.text.fingerprint}
+        found = {"text": self.text.fingerprint}
+        if self.config.content == "messages":  # the template decides the tokens, too
+            found["chat_template"] = hash_chat_template(self.model.tokenizer)
+        return found
 
     def stores(self, needed: int) -> tuple[TokenStore, TokenStore]:
         """Return the training and held-out tokens; for a streamed text, only as many as needed."""
-        return token_stores(
-            self.text, self.model.tokenizer, self.model.fingerprints["tokenizer"], needed
-        )
+        size = self.model.transformers_config.get_text_config().vocab_size
+        tokenizer = self.model.tokenizer
+        fingerprint = self.model.fingerprints["tokenizer"]
+        return token_stores(self.text, tokenizer, fingerprint, needed, int(size))
 
     @property
     def weight_bytes(self) -> int:
@@ -143,12 +170,15 @@ class TextSource(ActivationSource):
     ) -> None:
         self.config, self.cache = found.config, cache
         self.train_store, self.held_out_store = found.stores(needed)
+        self.needed = needed
         self.found, self.model = found, LanguageModel(found.model, device)
         self.device = self.model.device
 
     def stream(self, hookpoints: Sequence[Hookpoint]) -> ActivationStream:
         chunk_cache = self._chunk_cache("train")
-        return ActivationStream(self.model, self.train_store, self.config, hookpoints, chunk_cache)
+        return ActivationStream(
+            self.model, self.train_store, self.config, hookpoints, chunk_cache, self.needed
+        )
 
     def held_out(
         self, hookpoints: Sequence[Hookpoint], tokens: int
@@ -187,6 +217,22 @@ class TextSource(ActivationSource):
         return ChunkCache(self.cache, key, f"{name}-{order}")
 
     @property
+    def summary(self) -> tuple[str, ...]:
+        if not self.config.streamed:  # known before (`ResolvedModelText.summary`)
+            return ()
+        return self.found.summary_of(self.train_store, self.held_out_store)
+
+    def record(self) -> dict[str, Any]:
+        counts = overlap_counts(self.train_store, self.held_out_store, self.found.text.cache)
+        return {
+            "documents": self.train_store.num_documents,
+            "tokens": len(self.train_store),
+            "held_out_documents": self.held_out_store.num_documents,
+            "held_out_tokens": len(self.held_out_store),
+            **counts,
+        }
+
+    @property
     def held_out_available(self) -> int:
         return held_out_packing(self.held_out_store, self.config).num_activations
 
@@ -200,7 +246,8 @@ def chunk_key(found: ResolvedModelText, part: str, device: torch.device) -> dict
             which can change the last bits.
     """
     model, config = found.model, found.config
-    left_out = {"held_out_tokens"} | (set() if part == "train" else {"order_seed", "repeat"})
+    seeds = {"order_seed", "subset_seed", "repeat"}
+    left_out = {"held_out_tokens"} | ({"held_out_dedup"} if part == "train" else seeds)
     where: dict[str, Any] = {
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
@@ -225,8 +272,9 @@ def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) ->
     """Find the text that ``model`` will read.
 
     Raises:
-        ConfigError: the data set is no text, cannot be read, or its sequences exceed the model's
-            maximum length. The error's key is relative to ``dataset``.
+        ConfigError: the data set is no text, cannot be read, its sequences exceed the model's
+            maximum length, or the tokenizer lacks the chat template that it needs. The error's key
+            is relative to ``dataset``.
     """
     if not isinstance(config, TextConfig):
         raise ConfigError(
@@ -239,6 +287,8 @@ def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) ->
             f"got {config.context_length}",
             "context_length",
         )
+    if config.content == "messages":
+        hash_chat_template(model.tokenizer)
     return ResolvedModelText(model, _resolve_text(config, cache))
 
 

@@ -1,9 +1,8 @@
-"""Tokenised documents, packed into sequences.
+"""Tokenised documents, cached on disk.
 
-`TokenStore` holds the tokens of all documents end to end, in a memory-mapped file, with the
-documents' boundaries. The order of an epoch is a permutation of the documents: sequence s of epoch
-e is positions [s·L, (s+1)·L) of the documents, end to end in that order. A text is tokenised once:
-stores are cached under a digest of everything that determines them.
+A text is tokenised once: its `TokenStore`s are memory-mapped files, cached under a digest of
+everything that determines them. They are written into a temporary folder first, so that a text that
+is refused in the middle leaves nothing.
 """
 
 from __future__ import annotations
@@ -11,21 +10,22 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields
-from functools import lru_cache
+from dataclasses import fields
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Int
 
 from reseed.activations.text import ResolvedText, TextConfig
-from reseed.errors import ReseedError
-from reseed.system.console import say
-from reseed.system.files import atomic_write, room_for, temporary_folder
+from reseed.activations.text_formats import Conversation, TokenIds, clean
+from reseed.activations.token_store import WINDOW, TokenStore, overlap
+from reseed.errors import ConfigError, ReseedError, shown
+from reseed.system.console import cropped, say
+from reseed.system.files import atomic_folder, room_for, temporary_folder
 from reseed.system.integrity import (
     DamagedFileError,
     check_files,
@@ -37,124 +37,15 @@ from reseed.system.integrity import (
 _VERSION = 1
 """Increase it if a change of the code changes the tokens of a text."""
 _BATCH = 512
-
-
-@dataclass(frozen=True, eq=False)  # comparison by identity keeps a store hashable
-class TokenStore:
-    """The tokens of documents, end to end.
-
-    Attributes:
-        tokens: int32 [total].
-        starts: int64 [documents + 1], the start of each document, then the end of the last.
-        special: sorted ids of the special tokens.
-        natural_order: True if epoch 0 reads the documents in stored order (already shuffled).
-    """
-
-    tokens: Int[np.ndarray, " total"]
-    starts: Int[np.ndarray, " documents_plus_one"]
-    special: tuple[int, ...]
-    natural_order: bool = False
-
-    @property
-    def num_documents(self) -> int:
-        return len(self.starts) - 1
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-
-@dataclass(frozen=True)
-class Packing:
-    """One order of the documents of a store, cut into sequences of equal length.
-
-    Args:
-        store: the tokens.
-        config: context length, excluded positions, seed of the order.
-        epoch: number of earlier passes over the text; each epoch has its own order.
-    """
-
-    store: TokenStore
-    config: TextConfig
-    epoch: int = 0
-
-    def __post_init__(self) -> None:
-        order = self._order()
-        lengths = np.diff(self.store.starts)[order]
-        object.__setattr__(self, "_documents", order)
-        object.__setattr__(self, "_ends", np.cumsum(lengths))
-        kept = np.empty(self.num_sequences + 1, dtype=np.int64)
-        kept[0] = 0
-        step = max(1, 500_000 // self.config.context_length)
-        for first in range(0, self.num_sequences, step):
-            last = min(first + step, self.num_sequences)
-            kept[first + 1 : last + 1] = self.keep(self.sequences(first, last)).sum(1)
-        object.__setattr__(self, "_kept", np.cumsum(kept))
-
-    @property
-    def num_sequences(self) -> int:
-        """Number of whole sequences; leftover tokens at the end are not used."""
-        return len(self.store) // self.config.context_length
-
-    @property
-    def num_activations(self) -> int:
-        """Number of positions that count as activations (`keep`)."""
-        return int(self._kept[-1])  # type: ignore[attr-defined]
-
-    def sequences(self, first: int, last: int) -> Int[np.ndarray, "sequences context"]:
-        """Return the tokens of sequences ``first`` to ``last`` (exclusive)."""
-        length = self.config.context_length
-        positions = np.arange(first * length, last * length)
-        ends = self._ends  # type: ignore[attr-defined]
-        rank = np.searchsorted(ends, positions, side="right")
-        order = self._documents  # type: ignore[attr-defined]
-        begins = self.store.starts[:-1][order[rank]]
-        lengths = self.store.starts[1:][order[rank]] - begins
-        inside = positions - (ends[rank] - lengths)
-        return self.store.tokens[begins + inside].reshape(last - first, length)
-
-    def keep(self, tokens: Int[np.ndarray, "sequences context"]) -> Bool[np.ndarray, "s c"]:
-        """Return a mask of the positions that count as activations.
-
-        By default these are neither first in their sequence nor special tokens.
-        """
-        kept = np.ones(tokens.shape, dtype=bool)
-        if self.config.exclude_first_position:
-            kept[:, 0] = False
-        if self.config.exclude_special_tokens:
-            kept &= ~np.isin(tokens, self.store.special)
-        return kept
-
-    @property
-    def guaranteed_activations(self) -> int:
-        """Lower bound of the number of activations of an epoch, valid for every order."""
-        if not self.config.exclude_special_tokens:
-            return self.num_activations
-        special = int(np.isin(self.store.tokens, self.store.special).sum())
-        left_over = len(self.store) % self.config.context_length
-        lost = self.num_sequences * self.config.exclude_first_position
-        return max(0, len(self.store) - left_over - special - lost)
-
-    def covering(self, first: int, last: int) -> tuple[int, int, int]:
-        """Find the sequences that hold activations ``first`` to ``last`` (exclusive), in order.
-
-        Returns:
-            the first and the last (exclusive) sequence, and the number of activations of the
-            first sequence that come before ``first``.
-        """
-        kept = self._kept  # type: ignore[attr-defined]
-        begin = int(np.searchsorted(kept, first, side="right")) - 1
-        end = int(np.searchsorted(kept, last, side="left"))
-        return begin, end, first - int(kept[begin])
-
-    def _order(self) -> Int[np.ndarray, " documents"]:
-        if self.store.natural_order and self.epoch == 0:
-            return np.arange(self.store.num_documents)
-        seed = np.random.SeedSequence([self.config.order_seed, self.epoch])
-        return np.random.Generator(np.random.PCG64(seed)).permutation(self.store.num_documents)
+_SHOWN, _SHOWN_WIDTH = 3, 60
+"""Number of documents whose beginnings are shown, and the number of columns of each."""
+_DIGITS = 32
+_TODAY = "26 Jul 2024"
+"""The date that a chat template may write; Llama's template writes this one by default."""
 
 
 def token_stores(
-    text: ResolvedText, tokenizer: Any, tokenizer_fingerprint: str, needed: int
+    text: ResolvedText, tokenizer: Any, tokenizer_fingerprint: str, needed: int, vocabulary: int = 0
 ) -> tuple[TokenStore, TokenStore]:
     """Tokenise a text's training and held-out documents, or read them from the cache.
 
@@ -164,6 +55,10 @@ def token_stores(
         tokenizer_fingerprint: identifies the tokenizer.
         needed: number of activations that training needs; limits how much of a streamed text is
             read.
+        vocabulary: number of token ids of the model, for documents that are token ids.
+
+    Raises:
+        ConfigError: a document cannot be read, rendered or used; nothing is left in the cache.
     """
     config = text.config
     key: dict[str, Any] = {
@@ -173,17 +68,98 @@ def token_stores(
         "tokenizer": tokenizer_fingerprint,
         "held_out": config.held_out_fraction,
     }
+    if config.content == "messages":
+        key["chat_template"] = hash_chat_template(tokenizer)
+    elif config.content == "token ids":
+        key["vocabulary"] = vocabulary
+    encode = partial(_encode, tokenizer, vocabulary=vocabulary)
+    special = special_ids(tokenizer)
     if not text.config.streamed:
-        folder = _tokenised(text, tokenizer, key, {"train": None, "held_out": None})
-        return _read_store(folder, "train", False), _read_store(folder, "held_out", False)
+        folder = _tokenised(text, encode, special, key, {"train": None, "held_out": None})
+        stores = _read_store(folder, "train", False), _read_store(folder, "held_out", False)
+        return _without_overlap(*stores, text, key) if config.held_out_dedup else stores
     # The held-out documents must not depend on the training budget or order, so they are taken
     # from the beginning of the unshuffled text.
     lost = 1 + 2 / config.context_length  # first positions, and a margin of the same size
     enough = {"train": int(needed * lost) + 2 * config.chunk_tokens}
-    train = _tokenised(text, tokenizer, key | {"order_seed": config.order_seed}, enough)
+    own = key | {"order_seed": config.packing_seed}
+    train = _tokenised(text, encode, special, own, enough)
     enough = {"held_out": int(config.held_out_tokens * lost) + config.context_length}
-    held_out = _tokenised(text, tokenizer, key, enough)
+    held_out = _tokenised(text, encode, special, key, enough)
     return _read_store(train, "train", True), _read_store(held_out, "held_out", True)
+
+
+def _without_overlap(
+    train: TokenStore, held_out: TokenStore, text: ResolvedText, key: Mapping[str, Any]
+) -> tuple[TokenStore, TokenStore]:
+    """Leave out the held-out documents that share a window with a training document."""
+
+    def fill(folder: Path) -> None:
+        with _StoreWriter(folder, "held_out") as writer:
+            shared = overlap(train, held_out).documents
+            for d in np.flatnonzero(~shared):
+                writer.add(held_out.tokens[held_out.starts[d] : held_out.starts[d + 1]], 0)
+        if not writer.lengths:
+            raise ConfigError(
+                "{key}=true leaves no held-out document: each of the "
+                f"{held_out.num_documents:,} shares {WINDOW} tokens in a row with a training "
+                "document",
+                "held_out_dedup",
+            )
+
+    own = {**key, "held_out_dedup": True}
+    folder = _stored(text, own, held_out.special, ("held_out",), fill)
+    return train, _read_store(folder, "held_out", False)
+
+
+def hash_chat_template(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's chat template.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    try:
+        return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()[:_DIGITS]
+    except ValueError:
+        raise ConfigError(
+            "{key}=true needs a chat template, and the model's tokenizer has none: use the model's "
+            "instruct variant, or render the messages yourself and give them as text",
+            "chat",
+        ) from None
+
+
+def overlap_counts(train: TokenStore, held_out: TokenStore, cache: Path) -> dict[str, int | float]:
+    """Return how many held-out windows are training windows, counted once and then cached.
+
+    Returns:
+        the number of held-out windows, and the fraction of them that are in a training document.
+    """
+    stores = [train, held_out]
+    names = [Path(s.tokens.filename).parent.name if len(s) else "none" for s in stores]  # type: ignore[attr-defined]
+    path = cache / "tokens" / names[1] / f"overlap-{names[0]}.json"
+    try:
+        counts = read_record(path)
+    except (FileNotFoundError, DamagedFileError):
+        found = overlap(train, held_out)
+        counts = {"windows": found.windows, "shared": found.shared}
+        with suppress(OSError):  # a cache that only others may write
+            write_record(path, counts)
+    share = counts["shared"] / max(1, counts["windows"])
+    return {"held_out_windows": counts["windows"], "held_out_windows_in_training": share}
+
+
+def describe(train: TokenStore, held_out: TokenStore, tokenizer: Any) -> list[str]:
+    """Return lines for the user to check a text: its size, and the first documents to train on."""
+    documents = train.num_documents + held_out.num_documents
+    count = f"{documents:,} document{'' if documents == 1 else 's'}"
+    lines = [f"{count}, {len(train) + len(held_out):,} tokens; the first begin"]
+    for d in range(min(_SHOWN, train.num_documents)):
+        begin = int(train.starts[d])
+        ids = train.tokens[begin : min(begin + _SHOWN_WIDTH, int(train.starts[d + 1]))].tolist()
+        if ids[:1] and ids[0] in train.special:
+            ids = ids[1:]
+        lines.append(f'  "{cropped(tokenizer.decode(ids), _SHOWN_WIDTH)}"')
+    return lines
 
 
 def special_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -224,7 +200,11 @@ def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
 
 
 def _tokenised(
-    text: ResolvedText, tokenizer: Any, key: dict[str, Any], enough: Mapping[str, int | None]
+    text: ResolvedText,
+    encode: Callable[[list[str]], list[np.ndarray]],
+    special: tuple[int, ...],
+    key: Mapping[str, Any],
+    enough: Mapping[str, int | None],
 ) -> Path:
     """Return the folder of the parts that ``enough`` names; tokenise the text if there is none.
 
@@ -232,31 +212,53 @@ def _tokenised(
         enough: for each part the number of activations after which it needs no more documents;
             None: all documents.
     """
-    key = key | {"enough": dict(enough)}
+    fraction = text.config.held_out_fraction
+
+    def fill(folder: Path) -> None:
+        say(f"tokenising {text.label} (once)")
+        with ExitStack() as stack:
+            parts = {part: stack.enter_context(_StoreWriter(folder, part)) for part in enough}
+            for documents in _batches(text.documents(shuffled="train" in enough), _BATCH):
+                held = ("held_out" if is_held_out(d, fraction) else "train" for d in documents)
+                wanted = [(d, p) for d, p in zip(documents, held, strict=True) if p in parts]
+                ids = encode([d for d, _ in wanted]) if wanted else []
+                for (_, part), tokens in zip(wanted, ids, strict=True):
+                    limit = enough[part]
+                    if limit is None or parts[part].activations < limit:
+                        parts[part].add(tokens, int(np.isin(tokens, special).sum()))
+                if all(n is not None and parts[p].activations >= n for p, n in enough.items()):
+                    break
+
+    return _stored(text, {**key, "enough": dict(enough)}, special, tuple(enough), fill)
+
+
+def _stored(
+    text: ResolvedText,
+    key: Mapping[str, Any],
+    special: tuple[int, ...],
+    parts: Sequence[str],
+    fill: Callable[[Path], None],
+) -> Path:
+    """Return the folder of a key; if there is none, let ``fill`` write the parts into a temporary
+    folder, which takes its place when it is complete."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     folder = text.cache / "tokens" / name
-    if _is_stored(folder, tuple(enough)):
+    if _is_stored(folder, parts):
         return folder
-    say(f"tokenising {text.label} (once)")
-    with room_for(folder / "store.json"):
-        folder.mkdir(parents=True, exist_ok=True)
-    special, fraction = special_ids(tokenizer), text.config.held_out_fraction
-    with ExitStack() as stack:
-        parts = {part: stack.enter_context(_StoreWriter(folder, part)) for part in enough}
-        for documents in _batches(text.documents(shuffled="train" in enough), _BATCH):
-            chosen = [(d, "held_out" if is_held_out(d, fraction) else "train") for d in documents]
-            wanted = [(d, part) for d, part in chosen if part in parts]
-            ids = _encode(tokenizer, [d for d, _ in wanted]) if wanted else []
-            for (_, part), tokens in zip(wanted, ids, strict=True):
-                limit = enough[part]
-                if limit is None or parts[part].activations < limit:
-                    parts[part].add(tokens, int(np.isin(tokens, special).sum()))
-            if all(n is not None and parts[p].activations >= n for p, n in enough.items()):
-                break
+    with room_for(folder / f"{parts[0]}.int32"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder) as temporary:
+            fill(temporary)
+            names = [name for part in parts for name in _files(part)]
+            files = describe_files(temporary, names)
+            store = {"key": dict(key), "special": list(special), "files": files}
+            write_record(temporary / "store.json", store)
+            if not _is_stored(folder, parts, quiet=True):  # by another process, meanwhile
+                names.append("store.json")
+                atomic_folder(
+                    folder, lambda new: [os.replace(temporary / n, new / n) for n in names]
+                )
     _read_store.cache_clear()
-    files = describe_files(folder, (name for part in enough for name in _files(part)))
-    store = {"key": key, "special": list(special), "files": files}
-    write_record(folder / "store.json", store)
     return folder
 
 
@@ -264,8 +266,12 @@ def _files(part: str) -> tuple[str, str]:
     return f"{part}.int32", f"{part}-starts.npy"
 
 
-def _is_stored(folder: Path, parts: Sequence[str]) -> bool:
-    """Return True if the folder holds the parts, and they are as they were written."""
+def _is_stored(folder: Path, parts: Sequence[str], quiet: bool = False) -> bool:
+    """Return True if the folder holds the parts, and they are as they were written.
+
+    Args:
+        quiet: print no message about damaged files.
+    """
     try:
         record = read_record(folder / "store.json")
         names = [name for part in parts for name in _files(part)]
@@ -279,13 +285,14 @@ def _is_stored(folder: Path, parts: Sequence[str]) -> bool:
     except FileNotFoundError:
         return False
     except DamagedFileError as error:
-        say(str(error))
+        if not quiet:
+            say(str(error))
         return False
     return True
 
 
 class _StoreWriter:
-    """Writer of one store; renames its temporary file after everything is written."""
+    """Writer of one part of a store."""
 
     def __init__(self, folder: Path, part: str) -> None:
         self.folder, self.part = folder, part
@@ -293,47 +300,77 @@ class _StoreWriter:
         self.activations = 0
 
     def __enter__(self) -> _StoreWriter:
-        path = self.folder / f"{self.part}.int32"
-        with room_for(path), ExitStack() as stack:
-            self.temporary = stack.enter_context(temporary_folder(path)) / path.name
-            self.file = self.temporary.open("wb")
-            self.cleanup = stack.pop_all()
+        self.file = (self.folder / f"{self.part}.int32").open("wb")
         return self
 
     def add(self, ids: np.ndarray, special: int) -> None:
-        with room_for(self.folder / f"{self.part}.int32"):
-            self.file.write(ids.tobytes())
+        self.file.write(ids.tobytes())
         self.lengths.append(len(ids))
         self.activations += len(ids) - special
 
     def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
-        path = self.folder / f"{self.part}.int32"
-        try:
-            with room_for(path):
-                self.file.close()  # flushes, which fails if the disk is full
-                if error is None:
-                    with self.temporary.open("rb") as file:
-                        os.fsync(file.fileno())
-                    os.replace(self.temporary, path)
-        finally:
-            self.cleanup.close()
-        if error is not None:
-            return
-        starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths, dtype=np.int64)])
-        atomic_write(self.folder / f"{self.part}-starts.npy", lambda path: np.save(path, starts))
+        with self.file:
+            if error is None:
+                self.file.flush()  # fails if the disk is full
+                os.fsync(self.file.fileno())
+        if error is None:
+            starts = np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+            np.save(self.folder / f"{self.part}-starts.npy", starts.astype(np.int64))
 
 
-def _encode(tokenizer: Any, documents: list[str]) -> list[np.ndarray]:
-    """Return token ids; each document starts with BOS, or with EOS if the tokenizer has no BOS."""
+def _encode(tokenizer: Any, documents: list[str], vocabulary: int = 0) -> list[np.ndarray]:
+    """Return token ids; each document starts with BOS, or with EOS if the tokenizer has no BOS.
+
+    Documents that are token ids are returned as they are.
+
+    Args:
+        vocabulary: number of ids that documents of token ids may have.
+    """
+    if documents and isinstance(documents[0], TokenIds):
+        return [_ids_of(document, vocabulary) for document in documents]
+    options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
+    if documents and isinstance(documents[0], Conversation):
+        documents = [_rendered(tokenizer, document) for document in documents]
+        options["add_special_tokens"] = False  # the template writes them
     opening = tokenizer.bos_token_id
     if opening is None:
         opening = tokenizer.eos_token_id
     encoded = []
-    for ids in tokenizer(documents, return_attention_mask=False, verbose=False)["input_ids"]:
+    for ids in tokenizer(documents, **options)["input_ids"]:
         if opening is not None and ids[:1] != [opening]:
             ids = [opening, *ids]
         encoded.append(np.asarray(ids, dtype=np.int32))
     return encoded
+
+
+def _ids_of(document: Any, vocabulary: int) -> np.ndarray:
+    ids = json.loads(document)
+    if (largest := max(ids)) >= vocabulary:
+        raise ConfigError(
+            f"{{key}}: {document.where}: the token id {shown(largest)} is not in the vocabulary of "
+            f"the model, 0 to {vocabulary - 1}",
+            "token_field",
+        )
+    return np.asarray(ids, dtype=np.int32)
+
+
+def _rendered(tokenizer: Any, document: Any) -> str:
+    """Return the text that the chat template makes of a document's messages."""
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:  # the date would change the documents every day
+        template = f"{{%- macro strftime_now(format) -%}}{_TODAY}{{%- endmacro -%}}{template}"
+    try:
+        return clean(
+            tokenizer.apply_chat_template(
+                json.loads(document), chat_template=template, tokenize=False
+            )
+        )
+    except Exception as error:  # a template can raise anything
+        raise ConfigError(
+            f"{{key}}: {document.where}: the chat template of the tokenizer refuses the messages: "
+            f"{str(error)[:200]!r}",
+            "chat",
+        ) from error
 
 
 def _batches(items: Iterator[str], size: int) -> Iterator[list[str]]:

@@ -10,7 +10,7 @@ from reseed.compare.registry import fractions
 from reseed.config import Config, make, setting
 from reseed.errors import ConfigError, did_you_mean
 
-REPLICATES = ("seed", "dataset.order_seed")
+REPLICATES = ("seed", "dataset.order_seed", "dataset.subset_seed")
 """Axes whose values are random draws: runs that differ only in one of them are a sample, over which
 intervals can be computed. The user chooses the values of all other axes."""
 PairBy = str | tuple[str, ...]

@@ -81,7 +81,7 @@ class Experiment(Config):
             self,
             sae=found.config,
             training=TrainingConfig(recipe="none", tokens=size, batch_size=size),
-            dataset=replace(self.dataset, order_seed=0),
+            dataset=self.dataset.at_first_seeds(),
             seed=0,
             seed_scope="cell",
         )

@@ -83,9 +83,8 @@ class Resolved:
         it shares the stream of the runs with that order.
         """
         e = self.experiment
-        dataset = replace(e.dataset, order_seed=0)
-        cell = replace(e, seed=0, seed_scope="cell", dataset=dataset)
-        data = self.data.in_order(dataset.order_seed)
+        cell = replace(e, seed=0, seed_scope="cell", dataset=e.dataset.at_first_seeds())
+        data = self.data.at_first_seeds()
         return replace(self, experiment=cell, data=data, penalty=None, calibration=None)
 
     @cached_property
@@ -130,14 +129,15 @@ class Resolved:
         """Seed of the weights: the declared seed, salted with the cell.
 
         Two architectures, layers or data sets with the same ``seed`` must not start from the same
-        weights, because their agreement could then come from the start. The salt leaves out the
-        order of the data, which has its own seed, the held-out settings, which are not part of
-        training, and the penalty, so that all rounds of a calibration start from the same weights.
+        weights, because their agreement could then come from the start. The salt leaves out order
+        and subset of the data, which have their own seeds, the held-out settings, which are not
+        part of training, and the penalty, so that all rounds of a calibration start from the same
+        weights.
         """
         if self.experiment.seed_scope == "shared":
             salted: dict[str, Any] = {"seed": self.experiment.seed}
         else:
-            unsalted = ("order_seed", "held_out_tokens")
+            unsalted = ("order_seed", "subset_seed", "held_out_tokens", "held_out_dedup")
             dataset = {k: v for k, v in self.identity["dataset"].items() if k not in unsalted}
             salted = {k: v for k, v in self.identity.items() if k != "penalty"}
             salted["dataset"] = dataset
@@ -152,7 +152,9 @@ class Resolved:
         batch sizes differ.
         """
         e = self.experiment
-        parts = [e.model.signed(), e.dataset.signed(), e.surrogate]
+        parts: list[Any] = [e.model.signed(), e.dataset.signed(), e.surrogate]
+        if self.data.depends_on_budget:
+            parts.append(self.tokens)
         return digest([*parts, self.identity["fingerprints"]])
 
     @property
@@ -219,7 +221,7 @@ class Resolved:
                 no further.
             cache: stores activations on disk (`RuntimeConfig.open_cache`).
         """
-        needed = needed or self.experiment.training.tokens
+        needed = needed or self.spec.needed
         return open_source(
             self.data, self.experiment.surrogate, torch.device(device), needed, cache
         )

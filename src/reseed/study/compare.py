@@ -49,8 +49,8 @@ from reseed.train.config import RuntimeConfig
 
 _DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints")
 """Entries of a run's identity that determine its held-out activations."""
-_ELSEWHERE = ("order_seed", "held_out_tokens")
-"""Settings of the data set that do not determine them: the first is the order of training tokens,
+_ELSEWHERE = ("order_seed", "subset_seed", "held_out_tokens")
+"""Settings of the data set that do not determine them: the seeds are those of the training tokens,
 and a cell reads as many held-out tokens as the run that has the fewest."""
 Chunks = Iterator[Float[Tensor, "n d_in"]]
 

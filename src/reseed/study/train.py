@@ -180,6 +180,7 @@ def train_missing(
     allow_open_files(largest, f"a group of {largest:,} runs")
     if len(plan.groups) > 1:
         plan.print(finished=len({r.signature for r in experiments}) - plan.num_runs)
+    say_data(missing)
     with open_processes(runtime) as processes:
         train = partial(_train_groups, store, runtime, machine, processes)
         return _calibrate_and_train(missing, store, train)
@@ -208,6 +209,14 @@ def plan_missing(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> Non
     missing = [r for r in distinct if not r.run(store).finished]
     plan = make_plan([r.spec for r in missing], Machine.of(runtime))
     plan.print(finished=len(distinct) - len(missing))
+    say_data(missing)
+
+
+def say_data(experiments: Sequence[Resolved]) -> None:
+    """Print what is known of the data of experiments, once for each data set."""
+    for lines in dict.fromkeys(resolved.data.summary for resolved in experiments):
+        for line in lines:
+            say(line)
 
 
 def _train_groups(

@@ -14,6 +14,8 @@ from functools import cache
 from typing import Any
 
 STREAMS = ("stdin", "stdout", "stderr")
+COLUMNS = 80
+"""Number of columns of a terminal that is not enlarged."""
 
 
 def open_streams() -> None:
@@ -79,6 +81,17 @@ def console() -> Any:
 def counted(number: int, one: str) -> str:
     """Format a count with its noun: ``1 run``, ``2 runs``."""
     return f"{number:,} {one}{'' if number == 1 else 's'}"
+
+
+def cropped(text: str, columns: int) -> str:
+    """Return the beginning of a text in one line, with control characters escaped."""
+    from rich.cells import cell_len, set_cell_size
+
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text[: columns + 1]
+    )
+    return shown if cell_len(shown) <= columns else set_cell_size(shown, columns - 1) + "…"
 
 
 def seconds_since(started: float) -> float:

@@ -126,12 +126,15 @@ def fit_on_process(
         torch.set_num_threads(max(1, cpus() // ranks.local_count))
     share = ProcessShare.of(group, runs, runtime, ranks)
     first = group[0]
-    needed = max(spec.training.tokens for spec in group)
+    needed = max(spec.needed for spec in group)
     source = first.open(ranks.device, needed, runtime.open_cache())
     stream = source.stream([spec.hookpoint for spec in group])
     training = [spec.training for spec in group if spec.pretrained is None]
     wanted = [(options.batch_size, options.steps) for options in training]
     source.check_length(stream, wanted, first.data.label)
+    about_data = source.record() if share.writes else {}
+    for line in source.summary:
+        say(line)
 
     states = [_run_state(spec, run, source, stream, share.batch_ranks) for spec, run in share.own]
     if runtime.strategy == "ddp":
@@ -147,7 +150,7 @@ def fit_on_process(
     failures: dict[str, BaseException] = {}
     if share.writes:
         timings = {"training_s": training_s, "group_runs": len(group)}
-        failures = _finish(states, share.own, source, timings)
+        failures = _finish(states, share.own, source, timings, about_data)
     if not ranks.several:
         return failures
     texts = ranks.gather_json({run: str(error) for run, error in failures.items()})
@@ -333,6 +336,7 @@ def _finish(
     own: Sequence[tuple[RunSpec, Run]],
     source: ActivationSource,
     timings: dict[str, Any],
+    about_data: dict[str, Any],
 ) -> dict[str, BaseException]:
     """Measure and record the runs; return the errors of those that failed, by run id."""
     started = time.perf_counter()
@@ -349,7 +353,8 @@ def _finish(
             run.fail(state.error, failed_at_step=step)
         else:
             truth = truths.get(state.id)
-            write_results(state, spec, run, measured[state.id], truth, timings)
+            entries = {"timings": timings} | ({"data": about_data} if about_data else {})
+            write_results(state, spec, run, measured[state.id], truth, entries)
     return failures
 
 

@@ -74,9 +74,13 @@ def write_results(
     run: Run,
     measured: Reconstruction,
     truth: TruthResult | None,
-    timings: dict[str, Any],
+    entries: dict[str, Any],
 ) -> None:
-    """Write the results of a run, and the record's status last."""
+    """Write the results of a run, and the record's status last.
+
+    Args:
+        entries: more entries of the record: ``timings``, ``data`` (`ActivationSource.record`).
+    """
     save_sae(measured.sae, run.path, spec.metadata | {"input_scale": state.scale})
     since, dead = _silent_latents(state, measured)
     latents = {
@@ -98,7 +102,8 @@ def write_results(
     if truth is not None:
         metrics["truth"] = truth.metrics
     seconds = state.curve.rows[-1]["seconds"] if isinstance(state, RunState) else 0.0
-    run.finish(metrics, timings=timings | {"seconds": seconds})
+    timings = entries["timings"] | {"seconds": seconds}
+    run.finish(metrics, **{**entries, "timings": timings})
 
 
 def _silent_latents(

@@ -71,6 +71,13 @@ class RunSpec:
     record: dict[str, Any] = field(compare=False, repr=False)
     metadata: dict[str, Any] = field(compare=False, repr=False)
 
+    @property
+    def needed(self) -> int:
+        """Number of training activations for which the source is opened."""
+        # Without an influence on the data, the budget stays as declared: the names of cached tokens
+        # of streamed texts depend on it.
+        return self.tokens if self.data.depends_on_budget else self.training.tokens
+
     def run(self, store: RunStore) -> Run:
         """Return the folder of this run in ``store``."""
         return store.run(self.signature, self.label)

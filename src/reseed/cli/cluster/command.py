@@ -28,7 +28,7 @@ from reseed.study.compare import is_complete
 from reseed.study.evaluate import SavedRun
 from reseed.study.plan import Plan
 from reseed.study.result import cells_of, collect
-from reseed.study.train import failure_lines
+from reseed.study.train import failure_lines, say_data
 from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 from reseed.train.plan import Machine, make_plan
@@ -135,6 +135,7 @@ def show_cluster_plan(line: CommandLine, plan: Plan) -> None:
     groups = make_plan([r.spec for r in missing], Machine.of(planning(settings, runtime)))
     if runtime.tflops is not None or not missing:  # without tflops, times on a node are unknown
         groups.print(finished=len(distinct) - len(missing))
+        say_data(missing)
         return
     finished = len(distinct) - len(missing)
     done = f" ({finished:,} more already finished)" if finished else ""
@@ -142,6 +143,7 @@ def show_cluster_plan(line: CommandLine, plan: Plan) -> None:
     say(f"plan: {jobs_told}{done}; set runtime.tflops to estimate the hours")
     for group in groups.groups:
         say(f"  {group.description}")
+    say_data(missing)
 
 
 def _follow(sweep: Sweep, poll_s: float) -> None:
