@@ -48,7 +48,7 @@ ONLY = {
 # Imported inside functions, as one path of several needs them: optional packages, and packages that
 # take seconds to load or reach for the network.
 LATE = {"transformers", "datasets", "huggingface_hub", "pyarrow", "safetensors", "submitit", "rich"}
-MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES = 211, 400, 60
+MAX_FILES, MAX_LINES, MAX_FUNCTION_LINES = 213, 400, 60
 QUESTION = re.compile(r"(What|Which|Who|Whose|Whom|Where|How|Whether|When|Why|Of|For whom)\b")
 
 

@@ -8,6 +8,10 @@ commands that only read the configuration start quickly.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Bool
 
 from reseed.config import Config, setting
 from reseed.errors import ConfigError
@@ -20,6 +24,8 @@ STRIPES = 8
 class DatasetConfig(Config, family="dataset"):
     """Base configuration of data sets: order and chunk size."""
 
+    belongs: ClassVar[str] = "is a text"
+    """End of a sentence about the data set, for messages: what it is, or which models it is for."""
     order_seed: int = setting(0, at_least=0)
     """Seed that sets only the order of documents and tokens."""
     chunk_tokens: int = setting(65_536, at_least=STRIPES)
@@ -60,3 +66,14 @@ def batches_available(activations: int, config: DatasetConfig, batch_size: int) 
     full, rest = divmod(activations, config.chunk_tokens)
     last = (rest // STRIPES) // (batch_size // STRIPES)
     return full * (config.chunk_tokens // batch_size) + last
+
+
+def held_out_units(count: int, fraction: float) -> Bool[np.ndarray, " count"]:
+    """Return a mask of about this fraction of the units, by a hash of each unit's number.
+
+    The hash is the output function of SplitMix64 (Steele et al. 2014).
+    """
+    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (x ^ (x >> np.uint64(31))) < np.uint64(fraction * 2**64)

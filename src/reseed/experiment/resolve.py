@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -347,7 +347,7 @@ def find_model(experiment: Experiment, runtime: RuntimeConfig) -> ResolvedSource
     """
     with derived_data(cache_folder(runtime)) as cache:
         try:
-            model = _resolve_source(experiment.model, cache)
+            model = _resolve_source(experiment.model, cache, experiment.model.stamp())
         except ConfigError as error:
             raise error.within("model") from None
     return _standing_in(model, experiment.surrogate)
@@ -388,7 +388,7 @@ def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int
 
 
 @lru_cache(maxsize=32)
-def _resolve_source(config: SourceConfig, cache: Path) -> ResolvedSource:
+def _resolve_source(config: SourceConfig, cache: Path, stamp: Hashable) -> ResolvedSource:
     return config.resolve(cache)
 
 
