@@ -46,7 +46,7 @@ from reseed.system.integrity import DamagedFileError, read_record, write_record
 
 _UNIT = 64
 """Number of rows of a unit if the files have no sequences."""
-_PIECE = 1 << 24
+_PIECE = 1 << 22
 """Number of bytes that are hashed or copied at once."""
 _SMALL = 100_000_000
 """The fingerprint of more bytes is remembered under the files' paths, sizes and times of change."""
@@ -169,14 +169,12 @@ class Shards:
         return self.positions if self.tensors[0].ndim == 3 else _UNIT
 
     def read(self, first: int, last: int) -> Float[Tensor, "rows d_in"]:
-        """Return rows ``first`` to ``last`` (exclusive); a sequence has a row for each position."""
+        """Return rows ``first`` to ``last`` (exclusive): whole sequences, if there are some."""
         each, shard, parts = self.positions, bisect_right(self.bounds, first) - 1, []
         while first < last:
             begin, end = self.bounds[shard], min(last, self.bounds[shard + 1])
-            item = (first - begin) // each
-            items = self.tensors[shard][item : -(-(end - begin) // each)]
-            skip = first - begin - item * each
-            parts.append(items.reshape(-1, self.d_in)[skip : skip + end - first])
+            items = self.tensors[shard][(first - begin) // each : (end - begin) // each]
+            parts.append(items.reshape(-1, self.d_in))
             first, shard = end, shard + 1
         return torch.cat(parts)
 
@@ -300,8 +298,8 @@ class StoredData(ResolvedData):
         self, device: torch.device, needed: int, cache: ActivationCache | None = None
     ) -> StoredSource:
         if stamp(self.found.files) != self.found.stamped:
-            raise ReseedError(f"the files of {self.found.label} have changed since they were "
-                              "checked: run the command again")  # fmt: skip
+            raise ReseedError(f"the files of {self.found.label} have changed, or are gone, since "
+                              "they were checked: run the command again")  # fmt: skip
         return StoredSource(self, device)
 
 

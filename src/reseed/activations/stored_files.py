@@ -136,7 +136,7 @@ def stamp(files: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
     """Return path, size and time of change of files, which change if a content does; () if one is
     missing."""
     try:
-        abouts = [(str(file.resolve()), file.stat()) for file in files]
+        abouts = [(str(file.absolute()), file.stat()) for file in files]
     except OSError:
         return ()
     return tuple((path, about.st_size, about.st_mtime_ns) for path, about in abouts)
@@ -206,6 +206,8 @@ def _read(file: Path, read: Callable[[Path], Any]) -> Any:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, LookupError, EOFError, SafetensorError,
             pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.filename not in (None, str(file)):
+            raise  # about the folder of derived data
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{{key}}: {file} cannot be read: {reason}", "path") from error
 
@@ -215,6 +217,8 @@ def _map_npy(path: Path) -> Tensor:
     x = np.lib.format.open_memmap(path, mode="c")
     if not is_float(x.dtype):
         raise wrong_dtype(str(path), x.dtype)
+    if (left := path.stat().st_size - x.offset - x.nbytes) > 0:
+        raise ValueError(f"{left:,} bytes follow the array; a file must hold one array")
     return torch.from_numpy(x)
 
 
@@ -282,8 +286,9 @@ def _columns(schema: Any, field: str | None, path: Path) -> list[str]:
 
     names = list(schema.names)
     if field is not None and names.count(field) != 1:
+        number = "several columns" if field in names else "no column"
         raise ConfigError(
-            f"{{key}}: {path} has {names.count(field) or 'no'} columns `{field}`."
+            f"{{key}}: {path} has {number} `{field}`."
             f"{did_you_mean(field, names)} It has {', '.join(names[:8])}",
             "field",
         )
