@@ -240,7 +240,6 @@ def check_held_out(source: ActivationSource, tokens: int, key: str = "tokens") -
     there = source.held_out_available
     if there is not None and there < tokens:
         raise ConfigError(
-            f"{{key}} (={tokens:,}) must not exceed the activations of the held-out documents: "
-            f"{there:,}",
+            f"{{key}} (={tokens:,}) must not exceed the held-out activations: {there:,}",
             key,
         )
