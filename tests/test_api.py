@@ -94,6 +94,43 @@ def test_the_quickstart_is_the_same_from_python(
     assert len(same_files(tmp_path / "api", tmp_path / "cli")) > 60
 
 
+def test_activations_from_memory_are_stored_once_and_found_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    x = torch.randn(120, 20, 8, generator=torch.Generator().manual_seed(0))
+    small = ["sae.num_latents=16", "sae.k=4", "training.tokens=1024", "training.batch_size=64",
+             "dataset.chunk_tokens=512", "dataset.held_out_tokens=64", "runtime.threads=1",
+             "runtime.progress=false", "runtime.cache=derived"]  # fmt: skip
+    (run,) = reseed.compose(*small, activations=x, progress=lambda message: None).train()
+    (copy,) = Path("derived/activations").iterdir()
+    assert run.record["fingerprints"] == {"activations": copy.stem}
+    assert run.record["experiment"]["model"]["origin"] == "memory"
+    assert str(copy) in run.record["environment"]["command"]
+    # The same activations in parts: nothing is trained or written.
+    again = reseed.compose(*small, "model.label=mine", activations=[x[:50], x[50:].numpy()])
+    assert again.runs[0].signature == run.signature
+    assert again.runs[0].finished
+    assert list(Path("derived/activations").iterdir()) == [copy]
+    for given, message in (
+        (x.long(), r"`activations`: activations must be one of .*; item 0 is int64"),
+        ([x, x[:, :3]], r"item 0 is float32 \[120, 20, 8\], item 1 is float32 \[120, 3, 8\]"),
+        ([1.0, 2.0], "must be a tensor, an array or a list of them; item 0 is a float"),
+        (x / 0, "must be finite in float32; position 0 of sequence 0 of item 0"),
+        (np.array([{}], dtype=object), "item 0 is object"),
+    ):
+        with pytest.raises(reseed.ConfigError, match=message):
+            reseed.compose(*small, activations=given)  # type: ignore[arg-type]
+    with pytest.raises(reseed.ConfigError, match=r"give activations= or `model.path`=, not both"):
+        reseed.compose(*small, "model.path=x", activations=x)
+    copy.unlink()
+    with pytest.raises(reseed.ReseedError, match="have changed, or are gone, since they were"):
+        again.evaluate("reconstruction", "evaluation.tokens=64")
+    line = ["model=activations", f"model.path={copy}", "model.origin=memory"]
+    with pytest.raises(reseed.ConfigError, match=r"from memory, .* is gone: call reseed.compose"):
+        reseed.compose(*small, *line)
+
+
 def test_a_result_has_the_tables_of_its_folder(study: Study) -> None:
     result = study.result()
     pd.testing.assert_frame_equal(

@@ -8,6 +8,7 @@ Overrides are those of the command line, and so are the options, defaults and er
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +22,11 @@ from torch import Tensor
 from reseed import activations, sae
 from reseed.activations.found_model import FoundModel
 from reseed.activations.language_model import LanguageModel
+from reseed.activations.stored import Shards
+from reseed.activations.stored_files import COPIES, is_float, write_tensor, wrong_dtype
 from reseed.activations.synthetic.surrogate import surrogate_label
 from reseed.cli.cluster.queue import NAME as SLURM
-from reseed.cli.hydra_app import CommandLine, parse, sweeps
+from reseed.cli.hydra_app import CommandLine, override, parse, sweeps
 from reseed.cli.plan import make_plan, plan_runs, study_of, take_evaluations
 from reseed.cli.tune import searches
 from reseed.errors import ConfigError, ReseedError
@@ -35,10 +38,17 @@ from reseed.study.result import StudyResult, read_result
 from reseed.study.study import Study
 from reseed.system.console import messages_to
 from reseed.system.devices import pick_device
+from reseed.system.environment import derived_data, derived_folder
 from reseed.train.config import RuntimeConfig
 
+Activations = Tensor | np.ndarray
 
-def compose(*overrides: str, progress: Callable[[str], None] | None = None) -> Study:
+
+def compose(
+    *overrides: str,
+    activations: Activations | Sequence[Activations] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Study:
     """Compose and check a study from the overrides of the command line.
 
     With ``comparison=`` the study is that of ``reseed run``; otherwise its runs are trained and not
@@ -47,6 +57,10 @@ def compose(*overrides: str, progress: Callable[[str], None] | None = None) -> S
 
     Args:
         overrides: for example ``"comparison=seeds"``, ``"sae=topk,relu"``, ``"seed=0,1,2"``.
+        activations: activations to train on, in place of ``model=``: [rows, d_in] or [sequences,
+            positions, d_in], or a list of these. They are copied once into the folder of derived
+            data (``runtime.cache``), under a hash of their content, and must stay there until the
+            study is done.
         progress: called with each message; by default messages are printed.
 
     Raises:
@@ -55,6 +69,8 @@ def compose(*overrides: str, progress: Callable[[str], None] | None = None) -> S
     """
     line = _line(overrides)
     with messages_to(progress):
+        if activations is not None:
+            line = _line([*overrides, *_from_memory(line, activations)])
         evaluations = take_evaluations(line)
         with line.composer():
             compares = any(o.key_or_group == "comparison" for o in parse(line.overrides))
@@ -123,6 +139,47 @@ def read_activations(
     ids = _checked(tokens, found)
     batches = _loaded(found, str(pick_device(runtime.device))).activations(ids, [hook])
     return torch.cat([batch[hook].float().cpu() for batch in batches])
+
+
+def _from_memory(line: CommandLine, activations: Any) -> list[str]:
+    """Copy activations into the folder of derived data, and return the overrides that read them."""
+    with line.composer() as composed:
+        keys = [o.key_or_group for o in parse(line.overrides)]
+        given = dict(zip(keys, line.overrides, strict=True))
+        for key, text in given.items():
+            if key.partition(".")[0] == "model" and key != "model.label":
+                raise ConfigError(f"give activations= or {{key}}=, not both; got {text}", key)
+        runtime = [text for key, text in given.items() if key.partition(".")[0] == "runtime"]
+        chosen = composed(runtime)["runtime"].get("cache")
+    try:
+        with derived_data(derived_folder(chosen)) as folder:
+            file = _stored(activations, folder)
+    except ConfigError as error:
+        raise ConfigError(error.message, error.key.replace("path", "activations")) from None
+    label = [] if "model.label" in given else ["model.label=memory"]
+    return ["model=activations", override("model.path", file), "model.origin=memory", *label]
+
+
+def _stored(given: Any, folder: Path) -> Path:
+    """Return the file of derived data that holds these activations; write it if it is missing."""
+    each = given if isinstance(given, list | tuple) else [given]
+    tensors = []
+    for i, x in enumerate(each):
+        if not isinstance(x, Tensor | np.ndarray):
+            rule = "must be a tensor, an array or a list of them"
+            raise ConfigError(f"{{key}} {rule}; item {i} is a {type(x).__name__}", "path")
+        if isinstance(x, np.ndarray) and not is_float(x.dtype):
+            raise wrong_dtype(f"item {i}", x.dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # arrays that are not writable
+            tensors.append((f"item {i}", torch.as_tensor(x)))
+    shards = Shards.of(tensors)
+    file = folder / COPIES / f"{shards.fingerprint()}.safetensors"
+    if not file.is_file():
+        like = shards.tensors[0]
+        shape = [sum(len(x) for x in shards.tensors), *like.shape[1:]]
+        write_tensor(file, shape, like.dtype, (block for _, _, block in shards.blocks()))
+    return file
 
 
 @lru_cache(maxsize=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import importlib
+import io
 import json
 import os
 import random
@@ -18,10 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
 import zstandard
 from foreign_saes import foreign_cases
 from judge import Case
+from safetensors.torch import save
 
 from reseed.cli.hydra_app import conf_dir
 from reseed.config import Config
@@ -54,6 +58,7 @@ def cases() -> list[Case]:
         *command_cases(),
         *yaml_cases(),
         *text_cases(),
+        *activation_cases(),
         *model_cases(),
         *foreign_cases(WORLD),
     ]
@@ -518,6 +523,137 @@ def _parquet(path: Path, columns: Mapping[str, Sequence[Any]], cut: float = 1.0)
     pq.write_table(pa.table(columns), path)
     content = path.read_bytes()
     path.write_bytes(content[: int(cut * len(content))])
+
+
+# Activations in files.
+
+
+def activation_cases() -> Iterator[Case]:
+    """Yield files and folders that hold no activations, or other activations than they must."""
+    given = ("model=activations", "dataset.chunk_tokens=256", "dataset.held_out_tokens=64",
+             "dataset.held_out_fraction=0.3", "training.tokens=256", *WORLD[1:2], *WORLD[3:])  # fmt: skip
+    x = np.random.default_rng(0).standard_normal((1_024, 8), dtype=np.float32)
+    whole = {ending: _saved(ending, x) for ending in ("npy", "pt", "safetensors", "parquet")}
+    files: dict[str, bytes] = {
+        "x.npz": b"x",
+        "x.csv": b"1,2\n",
+        "x.txt": b"1 2\n",
+        "x": b"1",
+        "x.h5": b"1",
+    }
+    for ending, content in whole.items():
+        files |= {f"empty.{ending}": b"", f"word.{ending}": b"word", f"text.{ending}": b"1.0 2.0\n" * 99,
+                  f"binary.{ending}": bytes(range(256)) * 20, f"cut.{ending}": content[:-999],
+                  f"begun.{ending}": content[:40], f"nuls.{ending}": bytes(9_999),
+                  f"headless.{ending}": content[7:], f"late.{ending}": content[:-8] + b"\xff" * 8}  # fmt: skip
+        if ending == "pt":  # its last bytes are not used
+            del files["late.pt"]
+        for other in whole:
+            if other != ending:
+                files[f"{other}_as.{ending}"] = whole[other]
+    bad = x.copy()
+    for name, value in (("nan", np.nan), ("inf", np.inf), ("minus", -np.inf)):
+        bad[1_000, 3] = value
+        files |= {f"{name}.{ending}": _saved(ending, bad) for ending in whole}
+    for name, y in (
+        ("int", x.astype(np.int32)), ("uint8", x.astype(np.uint8)), ("bool", x > 0), ("row", x[0]),
+        ("four", x.reshape(2, 2, 256, 8)), ("none", x[:0]), ("thin", x[:, :0]), ("few", x[:5]),
+        ("scalar", x[0, 0]), ("double", x.astype(np.float64) * 1e300),
+    ):  # fmt: skip
+        files |= {f"{name}.{ending}": _saved(ending, y) for ending in ("npy", "pt", "safetensors")}
+    for name, y in (("complex", x + 1j), ("long", x.astype(np.longdouble)), ("object", x.astype(object)),
+                    ("words", np.array(["a", "b"])), ("big", x.astype(">f4")),
+                    ("struct", np.zeros(9, dtype=[("a", "f4")])), ("dates", x.astype("M8[s]"))):  # fmt: skip
+        files[f"{name}.npy"] = _saved("npy", y)
+    deep: list[Any] = []
+    for _ in range(300):
+        deep = [deep]
+    tensor = torch.from_numpy(x)
+    for name, value in (("code", {"x": os.system}), ("list", [tensor]), ("number", 3), ("none", None), ("deep", deep),
+                        ("sparse", tensor.to_sparse()), ("two", {"a": tensor, "b": tensor}), ("empty", {}),
+                        ("meta", tensor.to("meta")), ("words", {"a": "b"}), ("module", torch.nn.Linear(2, 2))):  # fmt: skip
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        files[f"{name}.pt"] = buffer.getvalue()
+    files["header.safetensors"] = (2**62).to_bytes(8, "little") + b"{}"
+    files["offsets.safetensors"] = _safetensors(
+        b'{"x": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 8]}}'
+    )
+    files["huge.safetensors"] = _safetensors(
+        b'{"x": {"dtype": "F32", "shape": [4611686018427387904, 9], "data_offsets": [0, 8]}}'
+    )
+    files["kind.safetensors"] = _safetensors(
+        b'{"x": {"dtype": "I4", "shape": [1, 2], "data_offsets": [0, 8]}}'
+    )
+    for name, content in files.items():
+        yield Case("activations", ("train", *given, f"model.path={name}"), _writes(name, content))
+    for name, columns in {
+        "ints": {"x": [1, 2]}, "words": {"x": ["a", "b"]}, "nulls": {"x": [None, None]}, "one_null": {"x": [[1.0], None]},
+        "inner_null": {"x": [[1.0, None]]}, "ragged": {"x": [[1.0], [1.0, 2.0]]}, "lists_of_ints": {"x": [[1], [2]]},
+        "structs": {"x": [{"a": 1.0}]}, "nested": {"x": [[[1.0]]]}, "two": {"x": [[1.0]], "y": [[1.0]]},
+        "index": {"i": [1], "y": [1.0]}, "none": {}, "no_rows": {"x": []}, "no_numbers": {"x": [[], []]},
+        "nan": {"x": [[1.0, float("nan")]] * 999}, "few": {"x": [[1.0, 2.0]] * 99},
+    }.items():  # fmt: skip
+        words = ("train", *given, f"model.path={name}.parquet")
+        yield Case(
+            "activations", words, partial(_parquet_in, name=f"{name}.parquet", columns=columns)
+        )
+    good, other = whole["npy"], _saved("npy", x[:, :5])
+    for name, inside in {
+        "nothing": {}, "unknown": {"a.txt": b"x", "README.md": b"x"}, "hidden": {".a.npy": good},
+        "mixed": {"a.npy": good, "b.pt": whole["pt"]}, "widths": {"a.npy": good, "b.npy": other},
+        "kinds": {"a.npy": good, "b.npy": _saved("npy", x.astype(np.float16))},
+        "dimensions": {"a.npy": good, "b.npy": _saved("npy", x.reshape(128, 8, 8))},
+        "below": {"inner/a.npy": good}, "empties": {"a.npy": _saved("npy", x[:0])},
+        "twice": {"a.npy": good + good}, "late": {"a.npy": good, "b.npy": _saved("npy", bad)}, "cut": {"a.npy": good, "b.npy": good[:-1]},
+    }.items():  # fmt: skip
+        yield Case(
+            "activations",
+            ("train", *given, f"model.path={name}"),
+            partial(_folder, name=name, files=inside),
+        )
+    for value in ("nosuch", "''", "[]", "[a]", "3", "null", "a" * 300 + ".npy", "/dev/zero", "/dev/null",
+                  "~nosuch/x.npy", "/proc/self/mem", "\"a\x00b\""):  # fmt: skip
+        yield Case("activations", ("train", *given, f"model.path={value}"))
+    for own in ("layer=1", "hookpoint=mlp_out", "surrogate=random_weights", "model.tensor=x", "model.field=x",
+                "model.origin=nosuch", "dataset=docstrings", "dataset=generated", "training.start=truth",
+                "training.tokens=1e6", "dataset.held_out_tokens=1e6", "dataset.held_out_fraction=1",
+                "dataset.held_out_fraction=1e-9", "dataset.held_out_fraction=0.999", "model.nosuch=1"):  # fmt: skip
+        kept = [o for o in given if o.partition("=")[0] != own.partition("=")[0]]
+        yield Case("activations", ("train", *kept, "model.path=x.npy", own), _writes("x.npy", good))
+    yield Case("activations", ("train", *given))
+    yield Case("activations", ("train", *WORLD, "dataset=stored"))
+
+
+def _saved(ending: str, x: Any) -> bytes:
+    """Return an array as the bytes of a file."""
+    buffer = io.BytesIO()
+    if ending == "npy":
+        np.save(buffer, x, allow_pickle=True)
+    elif ending == "pt":
+        torch.save(torch.as_tensor(x), buffer)
+    elif ending == "safetensors":
+        return save({"x": torch.as_tensor(x).contiguous()})
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.table({"x": x.tolist()}), buffer)
+    return buffer.getvalue()
+
+
+def _safetensors(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header + bytes(8)
+
+
+def _parquet_in(folder: Path, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
+    _parquet(folder / name, columns)
+
+
+def _folder(folder: Path, name: str, files: Mapping[str, bytes]) -> None:
+    (folder / name).mkdir()
+    for path, content in files.items():
+        _writes(f"{name}/{path}", content)(folder)
 
 
 # Folders of language models.

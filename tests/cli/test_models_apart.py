@@ -215,6 +215,7 @@ IDENTITY = {"dataset": DATA, "fingerprints": {"text": "x", "tokenizer": "y", "mo
         ({"dataset": DATA | {"context_length": 64}}, "they differ in dataset.context_length"),
         ({"fingerprints": IDENTITY["fingerprints"] | {"text": "other"}}, "their texts differ"),
         ({"fingerprints": {}}, "the activations of a world are random draws without tokens"),
+        ({"fingerprints": {"activations": "x"}}, "stored activations have no tokens"),
     ],
 )
 def test_other_tokens_gives_the_reason(change: dict, reason: str) -> None:

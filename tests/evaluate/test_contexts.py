@@ -256,5 +256,5 @@ def test_impossible_settings_are_refused(source: TextSource, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"`sampled` \(=9\) must not exceed `reservoir` \(=8\)"):
         ContextsConfig(sampled=9, reservoir=8)
     many = {"a": (HOOKS[0], sae_of("topk"))}
-    with pytest.raises(ConfigError, match="must not exceed the activations of the held-out"):
+    with pytest.raises(ConfigError, match="must not exceed the held-out activations"):
         evaluated(source, tmp_path, many, replace(SMALL, tokens=10**7))

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from forks import Ended, Forks
@@ -44,6 +45,7 @@ CASES = {
     "optimizers": ["sae=topk", "training.optimizer=muon,sign_sgd", "training.decay_fraction=0"],
     "archetypal": ["sae=topk,relu", "training.decoder=archetypal"],
     "cached": ["sae=topk,batch_topk", "seed=0,1"],
+    "stored": ["sae=topk,batch_topk", "dataset.repeat=true"],
 }
 # Two runs, of one and of two steps, with a checkpoint after each step.
 SHORT = [*SMALL, "runtime.checkpoint_every_s=1e-9", "training.tokens=64,128", "sae=topk"]
@@ -86,6 +88,16 @@ def differences(found: dict[str, dict[str, object]], expected: dict[str, dict[st
     ]
 
 
+def stored(folder: Path) -> list[str]:
+    """Write shards of activations; return overrides that train on them, for about two epochs."""
+    (folder / "acts").mkdir(exist_ok=True)
+    x = np.random.default_rng(0).standard_normal((3_000, 16), dtype=np.float32)
+    for i, shard in enumerate(np.split(x, 3)):
+        np.save(folder / "acts" / f"{i}.npy", shard)
+    return ["model=activations", f"model.path={folder / 'acts'}", "training.batch_size=64",
+            "dataset.held_out_fraction=0.3", "runtime.progress=false"]  # fmt: skip
+
+
 class Case:
     """A sweep, with its results when nothing kills it."""
 
@@ -119,7 +131,8 @@ def test_a_sweep_killed_at_random_times_resumes_bit_identically(
     if name == "cached" and not CAN_CACHE:
         pytest.skip("activations are not cached on disk yet")
     cache = [f"runtime.{CACHE}=activations"] if name == "cached" else []
-    case = Case(forks, [*tiny_overrides, *SMALL, OFTEN, *CASES[name], *cache])
+    source = stored(forks.folder) if name == "stored" else tiny_overrides
+    case = Case(forks, [*source, *SMALL, OFTEN, *CASES[name], *cache])
     chosen = random.Random(f"{SEED} {name}")
     kills = completed = 0
     while kills < most or not completed:

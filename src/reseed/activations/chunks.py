@@ -20,10 +20,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.activations.chunk_cache import ChunkCache
-from reseed.activations.dataset import STRIPES, Position, batches_available
+from reseed.activations.dataset import STRIPES
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
-from reseed.activations.stream import ChunkStream
+from reseed.activations.stream import EpochStream
 from reseed.activations.text import TextConfig
 from reseed.activations.token_store import Packing, TokenStore
 from reseed.distributed.process_group import ALONE, ProcessGroup
@@ -32,7 +32,7 @@ VERSION = 1
 """Increase it if a change of the code changes a chunk's activations; old chunks are then unused."""
 
 
-class ActivationStream(ChunkStream):
+class ActivationStream(EpochStream):
     """The endless or finite sequence of chunks of one model's activations on one text.
 
     Args:
@@ -55,7 +55,7 @@ class ActivationStream(ChunkStream):
         chunk_cache: ChunkCache | None = None,
         needed: int | None = None,
     ) -> None:
-        super().__init__(config, hookpoints, model.device)
+        super().__init__(config, config.repeat, hookpoints, model.device)
         self.model = model
         self.store = store
         self.chunk_cache = chunk_cache
@@ -67,29 +67,8 @@ class ActivationStream(ChunkStream):
         first = self._epoch(0)
         return first.guaranteed_activations if self.config.repeat else first.num_activations
 
-    def num_batches(self, batch_size: int) -> int | None:
-        """Return the number of batches in the text, or None if the text is repeated."""
-        return None if self.config.repeat else self._batches_per_epoch(batch_size)
-
-    def position(self, step: int, batch_size: int) -> Position:
-        """Return the position where batch ``step`` (0-based) begins."""
-        epoch, step = divmod(step, self._batches_per_epoch(batch_size))
-        within = super().position(step, batch_size)
-        return Position(epoch * self._chunks_per_epoch + within.chunk, within.row)
-
-    def rows(self, c: int) -> int:
-        """Return the number of activations per stripe of ``c``; the last chunk may have fewer."""
-        return self._extent(c)[2]
-
-    def steps_before(self, c: int, batch_size: int) -> int:
-        """Return the number of batches before the first batch of chunk ``c``."""
-        epoch, within = divmod(c, self._chunks_per_epoch)
-        return epoch * self._batches_per_epoch(batch_size) + super().steps_before(
-            within, batch_size
-        )
-
     def _compute_chunk(self, c: int) -> dict[Hookpoint, Tensor]:
-        epoch, first, rows = self._extent(c)
+        epoch, first, rows = self.extent(c)
         window = TokenWindow.of(self._epoch(epoch), first, first + rows * STRIPES)
 
         def computed(hookpoints: Sequence[Hookpoint]) -> dict[Hookpoint, Tensor]:
@@ -110,7 +89,7 @@ class ActivationStream(ChunkStream):
         """Run the model on this rank's stripes only, unless the cache has the chunk."""
         if self.stripes == slice(0, STRIPES):
             return self._compute_chunk(c)
-        epoch, first, rows = self._extent(c)
+        epoch, first, rows = self.extent(c)
         packing = self._epoch(epoch)
         found = None
         if self.chunk_cache is not None:
@@ -132,20 +111,6 @@ class ActivationStream(ChunkStream):
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order))
         return place
-
-    def _extent(self, c: int) -> tuple[int, int, int]:
-        """Return the epoch of chunk ``c``, its first activation there, and its rows per stripe."""
-        epoch, within = divmod(c, self._chunks_per_epoch)
-        first = within * self.config.chunk_tokens
-        length = min(self.config.chunk_tokens, self.num_activations - first)
-        return epoch, first, length // STRIPES
-
-    @property
-    def _chunks_per_epoch(self) -> int:
-        return -(-self.num_activations // self.config.chunk_tokens)
-
-    def _batches_per_epoch(self, batch_size: int) -> int:
-        return batches_available(self.num_activations, self.config, batch_size)
 
     def _epoch(self, epoch: int) -> Packing:
         if epoch != self._packing.epoch:

@@ -8,7 +8,7 @@ commands that only read the configuration start quickly.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import ClassVar, Self
 
 from reseed.config import Config, setting
 from reseed.errors import ConfigError
@@ -21,6 +21,8 @@ STRIPES = 8
 class DatasetConfig(Config, family="dataset"):
     """Base configuration of data sets: order and chunk size."""
 
+    belongs: ClassVar[str] = "is a text"
+    """End of a sentence about the data set, for messages: what it is, or which models it is for."""
     order_seed: int = setting(0, at_least=0)
     """Seed that sets only the order of documents and tokens."""
     chunk_tokens: int = setting(65_536, at_least=STRIPES)

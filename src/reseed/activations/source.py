@@ -1,4 +1,4 @@
-"""Interfaces of activation sources: language models on a text, and worlds of known features.
+"""Interfaces of activation sources: language models on a text, worlds, stored activations.
 
     SourceConfig (model=)  ──resolve──►  ResolvedSource ──data(dataset=)──►  ResolvedData
                                                                   │ open: weights are loaded
@@ -11,7 +11,7 @@ Code outside this folder uses only these interfaces and does not depend on the k
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -31,7 +31,7 @@ from reseed.errors import ConfigError, ReseedError
 
 @dataclass(frozen=True)
 class SourceConfig(Config, ABC, family="model"):
-    """Base configuration of the sources, the options of ``model=``: language models and worlds."""
+    """Base configuration of the sources, the options of ``model=``."""
 
     @abstractmethod
     def resolve(self, cache: Path) -> ResolvedSource:
@@ -41,19 +41,25 @@ class SourceConfig(Config, ABC, family="model"):
             ConfigError: the source does not exist or is invalid.
         """
 
+    def stamp(self) -> Hashable:
+        """Return a value that changes if the source's files do, so that they are read again."""
+        return None
+
 
 class ResolvedSource(ABC):
-    """A language model or a world, found but not loaded.
+    """A language model, a world or stored activations, found but not loaded.
 
     Attributes:
         config: the configuration, with what depends on the source settled.
         label: short name for folders and tables.
         fingerprint: identifies the source by its content.
+        kind: kind of the source, for messages.
     """
 
     config: SourceConfig
     label: str
     fingerprint: str
+    kind: str = "a language model"
 
     @property
     def num_features(self) -> int | None:
@@ -83,6 +89,21 @@ class ResolvedSource(ABC):
     def site_identity(self, hookpoint: Hookpoint) -> Mapping[str, str]:
         """Return what enters a run's signature about a site, besides its name."""
         return {}
+
+    def check_single_place(self, hookpoint: Hookpoint) -> None:
+        """Raise `ConfigError` unless ``hookpoint`` is resid_post.0, for sources without layers."""
+        if hookpoint.layer != 0:
+            raise ConfigError(
+                f"{{key}} must be 0: {self.label} is {self.kind} and has one layer; "
+                f"got {hookpoint.layer}",
+                "layer",
+            )
+        if hookpoint.site != "resid_post":
+            raise ConfigError(
+                f"{{key}} must be resid_post: {self.label} is {self.kind} and has one site; "
+                f"got {hookpoint.site}",
+                "hookpoint.site",
+            )
 
     @abstractmethod
     def d_in(self, hookpoint: Hookpoint) -> int:
@@ -173,7 +194,7 @@ class ResolvedData(ABC):
             device: device of the activations.
             needed: number of activations that training needs; limits how much of a streamed text
                 is read.
-            cache: stores a language model's activations on disk; a world's are not cached.
+            cache: stores a language model's activations on disk; others are not cached.
         """
 
 
@@ -182,7 +203,7 @@ class ActivationSource(ABC):
 
     Attributes:
         device: device of the activations.
-        world: the world that generates the activations; None for a language model.
+        world: the world that generates the activations; None for other sources.
     """
 
     device: torch.device
@@ -248,7 +269,6 @@ def check_held_out(source: ActivationSource, tokens: int, key: str = "tokens") -
     there = source.held_out_available
     if there is not None and there < tokens:
         raise ConfigError(
-            f"{{key}} (={tokens:,}) must not exceed the activations of the held-out documents: "
-            f"{there:,}",
+            f"{{key}} (={tokens:,}) must not exceed the held-out activations: {there:,}",
             key,
         )

@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from reseed.activations.dataset import STRIPES, DatasetConfig, Position
+from reseed.activations.dataset import STRIPES, DatasetConfig, Position, batches_available
 from reseed.activations.hookpoints import Hookpoint
 from reseed.distributed.process_group import ALONE, ProcessGroup
 from reseed.system.devices import cpus
@@ -198,6 +198,66 @@ class ChunkStream(ABC):
             order = np.random.Generator(np.random.PCG64(seed)).permutation(rows)
             parts.append(stripe * rows + order)
         return torch.from_numpy(np.concatenate(parts))
+
+
+class EpochStream(ChunkStream):
+    """The chunks of a finite source: one epoch, or endless ones.
+
+    The last chunk of an epoch may be shorter. Activations that fill no whole batch are left out.
+
+    Args:
+        repeat: whether to read the source again after an epoch.
+    """
+
+    def __init__(
+        self,
+        config: DatasetConfig,
+        repeat: bool,
+        hookpoints: Sequence[Hookpoint],
+        device: torch.device,
+    ) -> None:
+        super().__init__(config, hookpoints, device)
+        self.repeat = repeat
+
+    @property
+    @abstractmethod
+    def num_activations(self) -> int:
+        """Number of activations per epoch, or a lower bound that holds for every epoch."""
+
+    def num_batches(self, batch_size: int) -> int | None:
+        """Return the number of batches of the epoch, or None if epochs are repeated."""
+        return None if self.repeat else self._batches_per_epoch(batch_size)
+
+    def position(self, step: int, batch_size: int) -> Position:
+        """Return the position where batch ``step`` (0-based) begins."""
+        epoch, step = divmod(step, self._batches_per_epoch(batch_size))
+        within = super().position(step, batch_size)
+        return Position(epoch * self._chunks_per_epoch + within.chunk, within.row)
+
+    def rows(self, c: int) -> int:
+        """Return the number of activations per stripe of ``c``; the last chunk may have fewer."""
+        return self.extent(c)[2]
+
+    def steps_before(self, c: int, batch_size: int) -> int:
+        """Return the number of batches before the first batch of chunk ``c``."""
+        epoch, within = divmod(c, self._chunks_per_epoch)
+        return epoch * self._batches_per_epoch(batch_size) + super().steps_before(
+            within, batch_size
+        )
+
+    def extent(self, c: int) -> tuple[int, int, int]:
+        """Return the epoch of chunk ``c``, its first activation there, and its rows per stripe."""
+        epoch, within = divmod(c, self._chunks_per_epoch)
+        first = within * self.config.chunk_tokens
+        length = min(self.config.chunk_tokens, self.num_activations - first)
+        return epoch, first, length // STRIPES
+
+    @property
+    def _chunks_per_epoch(self) -> int:
+        return -(-self.num_activations // self.config.chunk_tokens)
+
+    def _batches_per_epoch(self, batch_size: int) -> int:
+        return batches_available(self.num_activations, self.config, batch_size)
 
 
 def deal_stripes(x: Float[Tensor, "rows d_in"], order: Tensor) -> Float[Tensor, "stripes r d_in"]:

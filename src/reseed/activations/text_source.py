@@ -278,7 +278,7 @@ def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) ->
     """
     if not isinstance(config, TextConfig):
         raise ConfigError(
-            f"{{key}}={config.name} is for model=world_*; model={model.label} is a language "
+            f"{{key}}={config.name} {config.belongs}; model={model.label} is a language "
             "model and reads a text, for example dataset=docstrings"
         )
     if config.context_length > model.context_length:

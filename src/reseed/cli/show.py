@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from reseed.cli.arguments import check_used, own_words, runtime_of
@@ -28,7 +29,7 @@ from reseed.store.find import find_by_name
 from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
 from reseed.system.console import console
-from reseed.system.integrity import check_record
+from reseed.system.integrity import check_record, read_record
 from reseed.train.config import RuntimeConfig
 
 _DIGITS = 18
@@ -84,6 +85,10 @@ def _run(word: str, runtime: RuntimeConfig) -> Path:
 def _contexts(run: Path, line: CommandLine) -> Contexts:
     contexts = Contexts.of(run)
     if contexts is None:
+        with suppress(FileNotFoundError):  # a folder that is not a run's
+            if "tokenizer" not in (read_record(run / "run.json").get("fingerprints") or {}):
+                raise ReseedError(f"{run.name} has no contexts, because its activations are not "
+                                  "those of a language model on a text")  # fmt: skip
         command = ["reseed", "evaluate", str(run), "evaluation=contexts", *line.overrides]
         raise ReseedError(f"{run.name} has no contexts yet; make them with: {shlex.join(command)}")
     return contexts

@@ -100,7 +100,7 @@ class RunSource:
     """The source of a run's activations, found but not opened.
 
     Attributes:
-        model: the language model or world.
+        model: the language model, the world or the stored activations.
         label: name of the model in tables and messages, followed by that of the surrogate
             (``embedded+random_weights``).
         surrogate: replacement of the model's activations: ``none``, ``gaussian`` (random draws with
@@ -113,7 +113,7 @@ class RunSource:
 
     @property
     def tokenizer(self) -> Any:
-        """The language model's tokenizer; None for a world."""
+        """The language model's tokenizer; None if there is no language model."""
         return self.model.tokenizer if isinstance(self.model, FoundModel) else None
 
 
@@ -121,8 +121,8 @@ def needs_language_model(config: EvaluationConfig, source: RunSource) -> None:
     """Raise `ConfigError` if the activations are not those of a language model."""
     if not source.model.fingerprints.keys() >= {"model", "tokenizer"}:
         raise ConfigError(
-            f"evaluation={config.name} needs a language model; {source.label} is a world "
-            "of known features, without tokens. Use evaluation=reconstruction"
+            f"evaluation={config.name} needs a language model; {source.label} is "
+            f"{source.model.kind}, without tokens. Use evaluation=reconstruction"
         )
     if source.surrogate == "gaussian":
         raise ConfigError(
@@ -177,8 +177,8 @@ class EvaluationInput:
 
     @property
     def model(self) -> LanguageModel | None:
-        """The language model, which loads its weights on first use; None for a world and for
-        Gaussian draws."""
+        """The language model, which loads its weights on first use; None for other sources and
+        for Gaussian draws."""
         return self.source.model if isinstance(self.source, TextSource) else None
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -90,7 +90,7 @@ class Resolved:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that changes the result, in plain values: the content of the signature."""
-        if self.pretrained is not None:
+        if self.pretrained:
             return self._pretrained_identity(self.pretrained)
         signed = self.experiment.signed()
         # Width and budget can be given in several ways; only the resolved values count.
@@ -110,8 +110,7 @@ class Resolved:
     def _pretrained_identity(self, found: Pretrained) -> dict[str, Any]:
         """Return the identity of a pretrained SAE: its weights and the data it is measured on."""
         signed = self.experiment.signed()
-        for name in ("training", "seed"):
-            del signed[name]
+        del signed["training"], signed["seed"]
         return {
             "reseed": SIGNATURE_VERSION,
             **signed,
@@ -222,9 +221,8 @@ class Resolved:
             cache: stores activations on disk (`RuntimeConfig.open_cache`).
         """
         needed = needed or self.spec.needed
-        return open_source(
-            self.data, self.experiment.surrogate, torch.device(device), needed, cache
-        )
+        where = torch.device(device)
+        return open_source(self.data, self.experiment.surrogate, where, needed, cache)
 
     def record(self) -> dict[str, Any]:
         """Return the entries of run.json that are known before training."""
@@ -352,7 +350,7 @@ def find_model(experiment: Experiment, runtime: RuntimeConfig) -> ResolvedSource
     """
     with derived_data(cache_folder(runtime)) as cache:
         try:
-            model = _resolve_source(experiment.model, cache)
+            model = _resolve_source(experiment.model, cache, experiment.model.stamp())
         except ConfigError as error:
             raise error.within("model") from None
     return _standing_in(model, experiment.surrogate)
@@ -393,7 +391,7 @@ def _check_start(experiment: Experiment, model: ResolvedSource, num_latents: int
 
 
 @lru_cache(maxsize=32)
-def _resolve_source(config: SourceConfig, cache: Path) -> ResolvedSource:
+def _resolve_source(config: SourceConfig, cache: Path, stamp: Hashable) -> ResolvedSource:
     return config.resolve(cache)
 
 

@@ -344,6 +344,8 @@ def resolve_record(record: Mapping[str, Any], runtime: RuntimeConfig) -> Resolve
 def token_mismatch(identities: Sequence[Mapping[str, Any]]) -> str:
     """Return the reason why runs do not read the same held-out tokens, or ""."""
     prints = [identity["fingerprints"] for identity in identities]
+    if any("activations" in own for own in prints):
+        return "stored activations have no tokens"
     if any("text" not in own for own in prints):
         return "the activations of a world are random draws without tokens"
     if any(identity.get("surrogate") == "gaussian" for identity in identities):

@@ -40,6 +40,8 @@ class WorldConfig(WorldSettings, SourceConfig, name="world"):
 class GeneratedConfig(DatasetConfig, name="generated"):
     """The endless activations of a world."""
 
+    belongs = "is for model=world_*"
+
 
 @dataclass(frozen=True)
 class ResolvedWorld(ResolvedSource):
@@ -48,6 +50,7 @@ class ResolvedWorld(ResolvedSource):
     config: WorldConfig
     label: str
     fingerprint: str
+    kind = "a world"
 
     @property
     def num_features(self) -> int:
@@ -59,18 +62,7 @@ class ResolvedWorld(ResolvedSource):
 
     def check(self, hookpoint: Hookpoint) -> None:
         """Raise `ConfigError` unless ``hookpoint`` is the world's only one, resid_post.0."""
-        if hookpoint.layer != 0:
-            raise ConfigError(
-                f"{{key}} must be 0: {self.label} is a world and has one layer; "
-                f"got {hookpoint.layer}",
-                "layer",
-            )
-        if hookpoint.site != "resid_post":
-            raise ConfigError(
-                f"{{key}} must be resid_post: {self.label} is a world and has one site; "
-                f"got {hookpoint.site}",
-                "hookpoint.site",
-            )
+        self.check_single_place(hookpoint)
 
     def d_in(self, hookpoint: Hookpoint) -> int:
         return self.config.d_in
@@ -78,8 +70,8 @@ class ResolvedWorld(ResolvedSource):
     def data(self, config: DatasetConfig, cache: Path) -> ResolvedData:
         if not isinstance(config, GeneratedConfig):
             raise ConfigError(
-                f"{{key}}={config.name} is a text, but model={self.label} is a world and generates "
-                "its own activations: set dataset=generated"
+                f"{{key}}={config.name} {config.belongs}, but model={self.label} is a world and "
+                "generates its own activations: set dataset=generated"
             )
         return ResolvedWorldData(self.config, config)
 
