@@ -127,11 +127,14 @@ def check(model: LanguageModel, hook: Hookpoint, there: Tensor, tokens: Tensor) 
     with torch.inference_mode():
         assert torch.equal(logits(model, tokens, same), logits(model, tokens))
         own = model.model(input_ids=tokens, use_cache=False, output_hidden_states=True)
-    states = own.hidden_states
-    if hook.site == "resid_pre":
-        assert torch.equal(there, states[hook.layer])
-    elif hook.site == "resid_post" and hook.layer + 1 < model.resolved.num_layers:
-        assert torch.equal(there, states[hook.layer + 1])
+    if hook.site in ("resid_pre", "resid_post"):
+        states = list(own.hidden_states)
+        start, _ = _edited(model, 0, tokens)
+        if not torch.equal(states[0], start):  # Mamba and RWKV: states[layer] is after the layer
+            states.insert(0, start)
+        at = hook.layer + (hook.site == "resid_post")
+        # The last one, resid_post of the last layer, is after the final norm.
+        assert at == model.resolved.num_layers or torch.equal(there, states[at])
     elif hook.site == "embed":
         table = model.model.get_input_embeddings()
         with torch.inference_mode():

@@ -284,7 +284,9 @@ BAD_FILES: list[tuple[str, Make, str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "make", "message"), BAD_FILES, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    ("name", "make", "message"), BAD_FILES, ids=lambda x: "" if callable(x) else str(x)[:30]
+)
 def test_malformed_files_are_refused_and_nothing_is_left(
     tmp_path: Path, tiny_model: Path, name: str, make: Make, message: str
 ) -> None:
