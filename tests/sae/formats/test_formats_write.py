@@ -1,11 +1,14 @@
 """Exported SAEs read back the same, bit for bit where nothing is folded; others are refused."""
 
+import json
+
 import foreign
 import pytest
 import torch
 from foreign import D, F, K, assert_same, draws, tokens
 
 import reseed
+from reseed.activations.hookpoints import SITES
 from reseed.sae.base import SAEConfig
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.checkpoint import CheckpointError
@@ -15,6 +18,7 @@ from reseed.sae.formats.files import read_npz
 from reseed.sae.gated import GatedConfig
 from reseed.sae.jumprelu import JumpReLUConfig
 from reseed.sae.matryoshka import MatryoshkaConfig
+from reseed.sae.pretrained import place_of
 from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 
@@ -99,6 +103,17 @@ def test_the_origin_is_exported_with_the_sae(tmp_path):
         "params.npz does not store where the SAE comes from",
         "sae=batch_topk is stored as a JumpReLU, without its k",
     )
+
+
+@pytest.mark.parametrize("site", [site for site in SITES if site != "module"])
+def test_saelens_gets_the_hook_with_the_meaning_of_the_site(site, tmp_path):
+    metadata = {"site": site, "layer": 3, "hookpoint": f"{site}.3"}
+    export_sae(trained(CONFIGS["topk"]), tmp_path, "saelens", metadata)
+    found = json.loads((tmp_path / "cfg.json").read_text())
+    name = {"embed": "hook_embed", "attn_z": "blocks.3.attn.hook_z"}
+    assert found["metadata"]["hook_name"] == name.get(site, f"blocks.3.hook_{site}")
+    assert found["reshape_activations"] == ("hook_z" if site == "attn_z" else "none")
+    assert place_of(found["metadata"]) == (None if site == "embed" else 3, site)
 
 
 def test_a_threshold_is_kept_to_the_last_bit():
