@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +185,16 @@ def test_the_input_of_a_module_is_read_and_replaced(tiny_model: Path, tmp_path: 
     assert torch.equal(without, logits(model, tokens, {hooks[1]: torch.zeros_like}))
     with pytest.raises(ConfigError, match=r"`side`=input is only for hookpoint\.site=module; got"):
         HookpointConfig(site="mlp_out", side="input")
+
+
+def test_threads_that_share_a_model_find_the_same_sites(tiny_model: Path, tmp_path: Path) -> None:
+    alone = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
+    expected = [alone.sites(layer) for layer in range(3)]
+    for _ in range(5):
+        shared = replace(alone)  # without what `alone` has found
+        with ThreadPoolExecutor(6) as pool:
+            found = list(pool.map(shared.sites, [0, 1, 2] * 2))
+        assert found == expected * 2
 
 
 def test_embeddings_precede_layer_0(tiny_model: Path, tmp_path: Path) -> None:

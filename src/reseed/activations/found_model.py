@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
+from threading import RLock
 from typing import Any, Self, TypeVar
 
 import torch
@@ -274,7 +275,8 @@ class FoundModel(ResolvedSource):
         """
         tokens = torch.zeros(2, 3, dtype=torch.long)
         try:
-            with torch.no_grad(), WithoutValues():
+            # Hooks on a skeleton that threads share would see the pass of another thread, too.
+            with _ONE_PASS, torch.no_grad(), WithoutValues():
                 return use(self.skeleton, tokens.to("meta"))
         except LookupError as error:
             raise ConfigError(f"{{key}}: {error}", "hookpoint") from None
@@ -284,6 +286,7 @@ class FoundModel(ResolvedSource):
 
 
 T = TypeVar("T")
+_ONE_PASS = RLock()
 _FORMER = {
     "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
     "attn_out": ("self_attn", "attention", "attn", "self_attention"),
