@@ -51,6 +51,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("mamba2", {"expand": 2, "num_heads": 8, "state_size": 8, "n_groups": 1}),
     "minicpm3": ("minicpm3", LATENT),
     "opt (norm after)": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": WIDTH}),
+    "qwen3_moe (one expert)": ("qwen3_moe", {"num_experts_per_tok": 1}),
     "stablelm (parallel)": ("stablelm", {"use_parallel_residual": True}),
 }  # fmt: skip
 """Variants that need settings of their own."""
@@ -113,6 +114,10 @@ def outcome(model: LanguageModel, site: str, layer: int) -> str:
     except ConfigError as error:
         return str(error)
     assert there[hook].shape == (2, 7, width)
+    # Models change tensors in place: the value must not depend on what else is read.
+    end = Hookpoint("resid_post", found.num_layers - 1)
+    (together,) = model.activations(tokens, [hook, end])
+    assert torch.equal(together[hook], there[hook])
     check(model, hook, there[hook], tokens)
     return "exact"
 
@@ -179,14 +184,27 @@ def _has(model: LanguageModel, site: str, layer: int) -> bool:
 
 def _mixes(model: LanguageModel, layer: int, tokens: Tensor, *zeroed: str) -> bool:
     """Return whether what the block adds at a position depends on what it reads at others."""
-    added = []
+
+    def added() -> Tensor:
+        start, end = _edited(model, layer, tokens, *zeroed)
+        return end - start
+
+    return _depends(added, model, Hookpoint("resid_pre", layer))
+
+
+def _reading(model: LanguageModel, hook: Hookpoint, tokens: Tensor) -> Tensor:
+    (there,) = model.activations(tokens, [hook])
+    return there[hook]
+
+
+def _depends(read: Callable[[], Tensor], model: LanguageModel, hook: Hookpoint) -> bool:
+    """Return whether the last position of a tensor depends on others of the activations."""
+    found = []
     for scale in (0.0, 1.0):
-        edit = {Hookpoint("resid_pre", layer): partial(_moved, scale)}
-        with torch.inference_mode(), intervene(model, edit):
-            start, end = _edited(model, layer, tokens, *zeroed)
-        added.append((end - start)[:, -1])
+        with torch.inference_mode(), intervene(model, {hook: partial(_moved, scale)}):
+            found.append(read()[:, -1])
     # Experts receive the tokens of all positions at once, which changes the rounding.
-    return bool((added[0] - added[1]).abs().max() > 1e-4 * added[0].abs().max())
+    return bool((found[0] - found[1]).abs().max() > 1e-4 * found[0].abs().max())
 
 
 def _moved(scale: float, x: Tensor) -> Tensor:
@@ -201,8 +219,16 @@ def _added_by_both(model: LanguageModel, layer: int, tokens: Tensor) -> None:
     if len(both) == 2:
         start, end = _edited(model, layer, tokens, *both)
         assert torch.equal(start, end)
-        assert _mixes(model, layer, tokens, "mlp_out")
         assert not _mixes(model, layer, tokens, "attn_out")
+    if "mlp_out" in both:
+        hook = Hookpoint("mlp_out", layer)
+        added = partial(_reading, model, hook, tokens)
+        sited = _has(model, "resid_mid", layer)
+        before = Hookpoint("resid_mid" if sited else "resid_pre", layer)
+        assert not _depends(added, model, before), "the MLP works on each position by itself"
+    if "attn_out" in both:
+        added = partial(_reading, model, Hookpoint("attn_out", layer), tokens)
+        assert _depends(added, model, Hookpoint("resid_pre", layer))
 
 
 def _between(model: LanguageModel, layer: int, tokens: Tensor) -> None:

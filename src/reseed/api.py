@@ -132,6 +132,8 @@ def read_activations(
         for what, fingerprint in found.fingerprints.items():
             if run.record["fingerprints"].get(what) != fingerprint:
                 raise ConfigError(f"{run.path}: the {what} is not that of the run's training")
+        if run.record["identity"].get("place") != found.site_identity(hook).get("place"):
+            raise ConfigError(f"{run.path}: version 0.1 read another tensor as {hook}")
     if not isinstance(found, FoundModel) or experiment.surrogate == "gaussian":
         label = surrogate_label(found.label, experiment.surrogate)
         raise ConfigError(f"read_activations needs a language model; {label} has no tokens")

@@ -10,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from reseed.activations import found_model
+from reseed.activations.found_model import FoundModel
 from reseed.activations.hookpoints import Hookpoint, HookpointConfig
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.model_source import PathModelConfig
-from reseed.activations.places import Place, read
 from reseed.errors import ConfigError
 
 
@@ -56,16 +55,17 @@ def test_nothing_runs_after_the_deepest_hookpoint(resolved) -> None:
 def test_each_width_is_computed_once(tiny_model: Path, tmp_path: Path, monkeypatch) -> None:
     """Every job of a sweep asks for it."""
     found = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
-    asked: list[list[Place]] = []
+    asked: list[Hookpoint] = []
+    find = FoundModel._find_width
 
-    def counting(model, places, **inputs):
-        asked.append(list(places))
-        return read(model, places, **inputs)
+    def counting(model: FoundModel, hook: Hookpoint) -> int:
+        asked.append(hook)
+        return find(model, hook)
 
-    monkeypatch.setattr(found_model, "read", counting)
+    monkeypatch.setattr(FoundModel, "_find_width", counting)
     hooks = [Hookpoint("module", 2, "model.layers.2.mlp.up_proj"), Hookpoint("attn_out", 0)]
     assert [found.d_in(hook) for hook in hooks * 3] == [32, 16] * 3
-    assert asked == [[found.place(hook)] for hook in hooks]
+    assert asked == hooks
 
 
 def test_a_module_pattern_takes_the_layer_and_typos_are_named(resolved) -> None:

@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from reseed.activations.intervention import intervene, logits
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.model_source import PathModelConfig
 from reseed.activations.places import Place, read, watch
-from reseed.activations.sites import Sites, check_sums, find_sites
+from reseed.activations.sites import Sites, blocks_path, check_sites, find_sites
 from reseed.errors import ConfigError
 
 FAST = ("gemma2", "bloom", "granite", "falcon (parallel)")
@@ -134,7 +135,7 @@ def test_a_scaled_or_overwritten_term_is_read_and_replaced_by_hand(in_place: boo
         with watch(model, {sites.places["mlp_out"]: lambda x: ones}):
             assert torch.equal(model(tokens), middle + 1)
         assert torch.equal(ones, torch.ones_like(ones)), "the replacement must not be changed"
-    assert check_sums(model, sites, tokens) == {}
+    assert check_sites(model, sites, tokens) == {}
 
 
 def test_a_sum_that_does_not_hold_is_told_with_its_error() -> None:
@@ -145,7 +146,7 @@ def test_a_sum_that_does_not_hold_is_told_with_its_error() -> None:
     wrong = Sites({**sites.places, "mlp_out": raw}, {}, sites.sums)
     with torch.no_grad():
         found = read(model, [raw], input_ids=tokens)[raw]
-        told = check_sums(model, wrong, tokens)
+        told = check_sites(model, wrong, tokens)
     assert set(told) == {"resid_mid", "mlp_out"}
     rule, error = told["mlp_out"].rsplit(" ", 1)
     assert rule == "resid_mid + mlp_out must be resid_post, and differs by up to"
@@ -167,6 +168,128 @@ def test_a_site_whose_sum_does_not_hold_is_refused(
     ):
         next(iter(model.activations(tokens, [Hookpoint("mlp_out", 1)])))
     next(iter(model.activations(tokens, [Hookpoint("attn_out", 1)])))
+
+
+class _Attention(nn.Module):
+    """Attention whose output, after a norm, is scaled by a gate of two matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.o, self.norm = nn.Linear(4, 12), nn.Linear(4, 4), nn.LayerNorm(4)
+        self.gate_in, self.gate_out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        weights = (q @ k.transpose(-1, -2)).softmax(-1).tril()
+        return self.norm(self.norm(self.o(weights @ v))) * self.gate_out(self.gate_in(x))
+
+
+def test_a_tensor_that_mixes_no_positions_is_not_taken_for_z() -> None:
+    torch.manual_seed(0)
+    model, tokens = _Model(False), torch.arange(4).view(1, 4)
+    model.blocks[0].attn = _Attention()
+    with torch.no_grad():
+        sites = find_sites(model, "blocks.0", tokens)
+        assert sites.places["attn_z"] == Place("blocks.0.attn.gate_out", "input")
+        told = check_sites(model, sites, tokens)
+    assert told == {
+        "attn_z": "the input of blocks.0.attn.gate_out does not depend on other positions"
+    }
+
+
+@pytest.mark.parametrize(
+    "change", [lambda y: y.mul_(2), lambda y: nn.functional.silu(y, inplace=True)]
+)
+def test_a_tensor_is_read_as_it_was_at_its_place_whatever_else_is_read(change) -> None:
+    """Models that scale embeddings, or activate, in place change a tensor that was read before."""
+
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+            return self.second(change(self.first(input_ids)))
+
+    torch.manual_seed(0)
+    model, x = Changing(), torch.randn(2, 3, 4)
+    first, second = Place("first"), Place("second")
+    with torch.no_grad():
+        alone = read(model, [first], input_ids=x)[first]
+        assert torch.equal(read(model, [first, second], input_ids=x)[first], alone)
+        assert torch.equal(alone, model.first(x))
+        ones = torch.ones(())
+        with watch(model, {first: lambda y: ones.expand_as(y)}):
+            model(input_ids=x)
+    assert float(ones) == 1, "the replacement must not be changed"
+
+
+def test_edits_of_one_place_are_applied_in_order_and_passes_that_end_early_leave_nothing(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = LanguageModel(PathModelConfig(path=str(tiny_model)).resolve(tmp_path))
+    tokens = torch.arange(6).view(1, 6)
+    out, same = Hookpoint("mlp_out", 1), Hookpoint("module", 1, "model.layers.1.mlp")
+    zeroed = logits(model, tokens, {out: torch.zeros_like})
+    assert torch.equal(logits(model, tokens, {out: torch.zeros_like, same: lambda x: x}), zeroed)
+    middle, after = Hookpoint("resid_mid", 1), Hookpoint("mlp_out", 1)
+    with intervene(model, {middle: torch.zeros_like}):
+        found = [next(model.activations(tokens, [after]))[after] for _ in range(3)]
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], next(model.activations(tokens, [after]))[after])
+
+
+def test_a_layer_is_checked_without_the_interventions_around(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    model = LanguageModel(PathModelConfig(path=str(tiny_model)).resolve(tmp_path))
+    tokens, stored = torch.arange(6).view(1, 6), torch.full((1, 6, 16), torch.nan)
+    hook = Hookpoint("attn_out", 1)
+    with intervene(model, {Hookpoint("resid_pre", 0): lambda x: stored}):
+        assert bool(next(model.activations(tokens, [hook]))[hook].isnan().all())
+    assert not bool(next(model.activations(tokens, [hook]))[hook].isnan().any())
+
+
+def test_threads_that_share_a_loaded_model_read_the_same(tiny_model: Path, tmp_path: Path) -> None:
+    model = LanguageModel(PathModelConfig(path=str(tiny_model)).resolve(tmp_path))
+    tokens, hooks = torch.arange(6).view(1, 6), [Hookpoint("mlp_out", layer) for layer in range(3)]
+    alone = [next(model.activations(tokens, [hook]))[hook] for hook in hooks]
+    with ThreadPoolExecutor(6) as pool:
+        found = pool.map(lambda hook: next(model.activations(tokens, [hook]))[hook], hooks * 10)
+        assert all(torch.equal(x, y) for x, y in zip(found, alone * 10, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "told"),
+    [
+        ("phi", "model.layers.*.resid_dropout", "must be computed once; in one forward pass it is "
+         "computed 2 times"),
+        ("qwen3_moe (one expert)", "model.layers.*.mlp.experts.act_fn", "the rows of the output of "
+         r"model\.layers\.1\.mlp\.experts\.act_fn do not follow the sequences of the batch"),
+    ],
+)  # fmt: skip
+def test_a_module_without_one_vector_for_each_token_is_refused(
+    kind: str, module: str, told: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    found = save_tiny(kind, tiny_model, tmp_path / "model")
+    hook = Hookpoint("module", 1, module)
+
+    def use() -> None:
+        found.d_in(hook)
+        list(LanguageModel(found).activations(torch.arange(6).view(1, 6), [hook]))
+
+    with pytest.raises(ConfigError, match=told):
+        use()
+
+
+def test_blocks_that_cannot_be_told_apart_are_refused() -> None:
+    model = _Model(False)
+    model.others = nn.ModuleList([nn.Linear(4, 4)])
+    text = SimpleNamespace(num_hidden_layers=1)
+    model.config = SimpleNamespace(get_text_config=lambda: text)  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match=r"cannot tell which modules .* blocks: blocks, others"):
+        blocks_path(model)
 
 
 def test_the_input_of_a_module_is_read_and_replaced(tiny_model: Path, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ CASES = [
     (["~layer"], "`layer` is required: do not remove it"),
     (["sae=null"], "the configuration cannot be composed"),
     (["hookpoint=module"], "`hookpoint.module` is required: give it a value"),
-    (["hookpoint=module", "hookpoint.module=model.rotary_emb"], "must give one vector per token"),
+    (["hookpoint=module", "hookpoint.module=model.rotary_emb"], "must be one vector per token"),
     (["model.attention=flash_attention_2"], "`model.attention`=flash_attention_2 needs the pack"),
     (["runtime.loggers=[wandb]"], "wandb is not installed (pip install 'reseed[wandb]')"),
     (["dataset.separator=null"], "set dataset.separator to split it"),

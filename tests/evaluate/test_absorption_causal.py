@@ -52,7 +52,7 @@ def asked() -> tuple[Prompts, Tensor, Tensor]:
 
 
 def loaded(model: Small) -> Any:
-    return SimpleNamespace(model=model, place=lambda hook: Place(hook.module))
+    return SimpleNamespace(model=model, place=lambda hook: Place(hook.module), is_checking=False)
 
 
 def head_gradient(model: Small, answers: Tensor, labels: Tensor) -> Tensor:

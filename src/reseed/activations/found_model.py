@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from threading import RLock
 from typing import Any, Self, TypeVar
 
 import torch
@@ -27,7 +26,7 @@ from reseed.activations.model_files import (
     read_light,
     report_unused,
 )
-from reseed.activations.places import Place, read
+from reseed.activations.places import Place, read, watch
 from reseed.activations.sites import (
     Sites,
     WithoutValues,
@@ -227,6 +226,8 @@ class FoundModel(ResolvedSource):
 
     def load(self) -> nn.Module:
         """Load the model with its weights, or with random ones, on the CPU."""
+        if "_loaded_early" in vars(self):
+            return vars(self).pop("_loaded_early")
         # The first use may be inside `inference_mode`, whose tensors do not support gradients.
         with torch.inference_mode(False):
             return self._loaded().eval().requires_grad_(False)
@@ -253,13 +254,26 @@ class FoundModel(ResolvedSource):
 
     def _find_width(self, hookpoint: Hookpoint) -> int:
         place = self.place(hookpoint)
+        shapes: list[torch.Size] = []
 
-        def find(model: nn.Module, tokens: Tensor) -> torch.Size:
+        def find(model: nn.Module, tokens: Tensor) -> None:
             # Without an explicit mask, transformers would read the tokens.
             inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            return read(model, [place], **inputs)[place].shape
+            shapes.clear()
+            if hookpoint.site != "module":
+                shapes.append(read(model, [place], **inputs)[place].shape)
+                return
+            with watch(model, {place: lambda x: shapes.append(x.shape)}):
+                model(**inputs, use_cache=False)
 
-        shape = self._without_weights(find)
+        self._without_weights(find)
+        if len(shapes) != 1:
+            raise ConfigError(
+                f"{{key}}: {place} must be computed once; in one forward pass it is computed "
+                f"{len(shapes)} times",
+                "hookpoint.module",
+            )
+        (shape,) = shapes
         if len(shape) != 3 or shape[:2] != (2, 3):
             raise ConfigError(
                 f"{{key}}: {place} must be one vector per token; for 2 sequences of 3 tokens it "
@@ -275,18 +289,20 @@ class FoundModel(ResolvedSource):
         """
         tokens = torch.zeros(2, 3, dtype=torch.long)
         try:
-            # Hooks on a skeleton that threads share would see the pass of another thread, too.
-            with _ONE_PASS, torch.no_grad(), WithoutValues():
+            with torch.no_grad(), WithoutValues():
                 return use(self.skeleton, tokens.to("meta"))
         except LookupError as error:
             raise ConfigError(f"{{key}}: {error}", "hookpoint") from None
         except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
             with torch.no_grad(), foreign(self.location, "its model cannot compute activations"):
-                return use(self.load(), tokens)
+                return use(self._loaded_early, tokens)
+
+    @cached_property
+    def _loaded_early(self) -> nn.Module:
+        return self.load()
 
 
 T = TypeVar("T")
-_ONE_PASS = RLock()
 _FORMER = {
     "mlp_out": ("mlp", "feed_forward", "ffn", "block_sparse_moe"),
     "attn_out": ("self_attn", "attention", "attn", "self_attention"),

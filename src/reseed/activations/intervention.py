@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.language_model import LanguageModel
 from reseed.activations.model_files import NoUnembedding
-from reseed.activations.places import watch
+from reseed.activations.places import Place, watch
 from reseed.activations.sites import blocks_path
 
 Edit = Callable[[Tensor], Tensor]
@@ -34,7 +35,18 @@ def intervene(
         ConfigError: the model has no such site or module.
         ValueError: the shape of a replacement differs from that of the activations.
     """
-    return watch(model.model, {model.place(hook): edit for hook, edit in edits.items()})
+    actions: dict[Place, list[Edit]] = {}
+    for hook, edit in edits.items():
+        actions.setdefault(model.place(hook), []).append(edit)
+
+    def act(place: Place, there: Tensor) -> Tensor | None:
+        if model.is_checking:
+            return None
+        for edit in actions[place]:
+            there = edit(there)
+        return there
+
+    return watch(model.model, {place: partial(act, place) for place in actions})
 
 
 @torch.inference_mode()

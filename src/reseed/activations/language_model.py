@@ -6,6 +6,7 @@ The weights are loaded on first use, and never if all activations are on disk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from reseed.activations.found_model import DTYPES, FoundModel
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.places import Place, read
-from reseed.activations.sites import SUBLAYER_SITES, check_sums
+from reseed.activations.sites import SUBLAYER_SITES, check_sites
+from reseed.errors import ConfigError
 
 
 class LanguageModel:
@@ -32,6 +34,7 @@ class LanguageModel:
         self.device = torch.device(device)
         self.batch_sequences = resolved.config.batch_sequences
         self.dtype = DTYPES[resolved.config.dtype]
+        self.is_checking = False
 
     @cached_property
     def model(self) -> nn.Module:
@@ -64,6 +67,9 @@ class LanguageModel:
         """
         found = self.resolved
         place = found.place(hookpoint)
+        if hookpoint.site == "module" and place not in self._checked_modules:
+            self._check_rows(place)
+            self._checked_modules.add(place)
         if hookpoint.site in SUBLAYER_SITES:
             if hookpoint.layer not in self._wrong:
                 self._wrong[hookpoint.layer] = self._check_layer(hookpoint.layer)
@@ -75,12 +81,37 @@ class LanguageModel:
     def _wrong(self) -> dict[int, dict[str, str]]:
         return {}
 
-    @torch.inference_mode()
+    @cached_property
+    def _checked_modules(self) -> set[Place]:
+        return set()
+
     def _check_layer(self, layer: int) -> dict[str, str]:
+        with self._checking() as tokens:
+            return check_sites(self.model, self.resolved.sites(layer), tokens)
+
+    def _check_rows(self, place: Place) -> None:
+        """Raise `ConfigError` unless a module's rows follow the sequences, as experts' do not."""
+        with self._checking() as tokens:
+            both = torch.stack([tokens[0], tokens[0].flip(0)])
+            x, y = (read(self.model, [place], input_ids=t)[place] for t in (both, both.flip(0)))
+        x, y = x.float(), y.flip(0).float()
+        if x.shape != y.shape or not bool(((x - y).abs() <= 0.05 * x.abs().max()).all()):
+            raise ConfigError(
+                f"{{key}}: the rows of {place} do not follow the sequences of the batch",
+                "hookpoint.module",
+            )
+
+    @contextmanager
+    def _checking(self) -> Iterator[Int[Tensor, "1 context"]]:
+        """Give a few tokens for a pass in which no intervention acts."""
+        self.is_checking = True
         table: Any = self.model.get_input_embeddings()  # type: ignore[operator]
-        tokens = torch.arange(_CHECKED, device=self.device)[None] % len(table.weight)
-        return check_sums(self.model, self.resolved.sites(layer), tokens)
+        try:
+            with torch.inference_mode():
+                yield torch.arange(_CHECKED, device=self.device)[None] % len(table.weight)
+        finally:
+            self.is_checking = False
 
 
 _CHECKED = 8
-"""Number of tokens with which the sums of the sites are checked."""
+"""Number of tokens with which places are checked."""

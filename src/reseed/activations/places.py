@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from threading import Lock, RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -31,14 +33,12 @@ class Place:
         number: number of the addition in the module's own code, from 0. The code of its submodules
             does not count.
         term: 0 for the first term of the addition, 1 for the second.
-        overwritten: the model changes the tensor in place afterwards, so readers get a copy.
     """
 
     module: str
     kind: str = OUTPUT
     number: int = 0
     term: int = 0
-    overwritten: bool = False
 
     def __str__(self) -> str:
         if self.kind in (OUTPUT, INPUT):
@@ -66,7 +66,7 @@ def watch(model: nn.Module, actions: Mapping[Place, Action]) -> Iterator[None]:
     def act(place: Place, found: Tensor) -> Tensor:
         flattened = found.dim() == 2 and len(found) == size.numel()
         there = found.reshape(*size, -1) if flattened else found
-        given = actions[place](there.clone() if place.overwritten else there)
+        given = actions[place](there)
         if given is None:
             return found
         if given.shape != there.shape:
@@ -74,10 +74,10 @@ def watch(model: nn.Module, actions: Mapping[Place, Action]) -> Iterator[None]:
                 f"the replacement of {place}, a tensor of shape {tuple(there.shape)}, must have "
                 f"the same shape; got {tuple(given.shape)}"
             )
-        given = given.to(found.dtype).reshape(found.shape)
-        return given.clone() if place.overwritten else given
+        # A copy, because the model may change the tensor in place.
+        return given.to(found.dtype).reshape(found.shape).clone()
 
-    with ExitStack() as stack:
+    with one_pass(model), ExitStack() as stack:
 
         def hook(handle: Any) -> None:
             stack.callback(handle.remove)
@@ -111,6 +111,7 @@ def read(model: nn.Module, places: Sequence[Place], **inputs: Any) -> dict[Place
             found[place] = tensor
             if len(found) == len(wanted):
                 raise _Stop
+            found[place] = tensor.clone()  # the model may change the tensor in place
 
         return action
 
@@ -124,6 +125,22 @@ def read(model: nn.Module, places: Sequence[Place], **inputs: Any) -> dict[Place
     if missed:
         raise LookupError(f"the forward pass never computes {missed[0]}")
     return found
+
+
+@contextmanager
+def one_pass(model: nn.Module) -> Iterator[None]:
+    """Keep other threads from running a model whose hooks are watched: hooks see their passes, too.
+
+    The thread itself may enter again.
+    """
+    with _LOCKS_LOCK:
+        lock = _LOCKS.setdefault(model, RLock())
+    with lock:
+        yield
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+_LOCKS_LOCK = Lock()
 
 
 class _Stop(Exception):
@@ -162,6 +179,9 @@ class Additions(TorchFunctionMode):
         self._handles: list[Any] = []
 
     def __enter__(self) -> Any:
+        # A pass that ended early left its modules behind.
+        clear = self.model.register_forward_pre_hook(lambda *_: self._running.clear())
+        self._handles.append(clear)
         inside = tuple(f"{module}." for module in self.modules)
         for name, module in self.model.named_modules():
             if name in self.modules or name.startswith(inside):
@@ -253,7 +273,11 @@ def _output_hook(place: Place, act: _Act) -> Callable[..., Any]:
         given = act(place, found)
         if given is found:
             return None
-        return given if isinstance(output, Tensor) else (given, *output[1:])
+        if isinstance(output, Tensor):
+            return given
+        if isinstance(output, Mapping):  # an output of transformers
+            return type(output)(**{**output, next(iter(output)): given})
+        return type(output)((given, *output[1:]))
 
     return hook
 

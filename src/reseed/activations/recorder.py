@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,11 @@ class Value:
         parents: the values that it was computed from.
         module: path of the module whose own code computed it.
         addition: number of the addition that computed it (see `Place`); None for other functions.
-        overwritten: whether it was changed in place afterwards; the result is another value.
     """
 
     parents: tuple[Value, ...]
     module: str
     addition: int | None = None
-    overwritten: bool = False
 
 
 class BlockDone(Exception):
@@ -72,14 +71,13 @@ class Recorder(Additions):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         parents = tuple(self.value_of(x) for x in given)
         result = func(*args, **kwargs)
-        changed = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        plain = addition is not None and kwargs.get("alpha", 1) == 1 and len(parents) == 2
+        in_place = kwargs.get("inplace") is True or kwargs.get("out") is not None
+        changed = in_place or name in _IN_PLACE or re.fullmatch(r"\w*[^_]_", name)
+        plain = addition is not None and not kwargs and len(parents) == 2
         made = [args[0]] if name == "__setitem__" else tree_leaves(result)
         for tensor in (x for x in made if isinstance(x, Tensor)):
             there = self._values.get(_storage(tensor))
-            if there is not None and changed:
-                there.overwritten = True
-            if there is None or changed:
+            if there is None or changed:  # what is changed in place becomes another value
                 self._new(tensor, parents, self.running or "", addition if plain else None)
         return result
 

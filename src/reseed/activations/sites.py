@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from reseed.activations.places import INPUT, SUM, TERM, Place, read
+from reseed.activations.places import INPUT, SUM, TERM, Place, one_pass, read, watch
 from reseed.activations.recorder import BlockDone, Recorder, Value, WithoutValues
 from reseed.errors import ConfigError
 
@@ -62,7 +62,7 @@ def find_sites(model: nn.Module, block: str, tokens: Tensor) -> Sites:
     """
     recorder = Recorder(model, block)
     try:
-        with WithoutValues(), recorder:
+        with one_pass(model), WithoutValues(), recorder:
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except BlockDone:
         pass
@@ -211,10 +211,9 @@ class _Sum:
         ]
         if found:
             outermost = min(found, key=lambda name: name.count("."))
-            return Place(outermost, overwritten=term.value.overwritten)
+            return Place(outermost)
         self._check_once(term.addition)
-        number, overwritten = term.addition.addition or 0, term.value.overwritten
-        return Place(term.addition.module, TERM, number, term.index, overwritten)
+        return Place(term.addition.module, TERM, term.addition.addition or 0, term.index)
 
     def middle_place(self) -> Place:
         """Return the place of the stream between attention and MLP.
@@ -226,7 +225,7 @@ class _Sum:
             raise LookupError("attention and MLP do not follow each other in the block")
         value = self.steps[self.middle]
         self._check_once(value)
-        return Place(value.module, SUM, value.addition or 0, overwritten=value.overwritten)
+        return Place(value.module, SUM, value.addition or 0)
 
     def _check_once(self, addition: Value) -> None:
         calls = len(self.recorder.outputs[addition.module])
@@ -250,7 +249,7 @@ class _Sum:
         if nearest is not None:
             (read,) = self.recorder.inputs[matrices[nearest]]
             if any(value in matrices for value in _before(read)):  # not queries, keys or values
-                return Place(matrices[nearest], INPUT, overwritten=read.overwritten)
+                return Place(matrices[nearest], INPUT)
         raise LookupError("attention does not end in the projection of one tensor")
 
 
@@ -273,11 +272,7 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|moe|expert|^fc\d?$|^ff$", re.IGNORECAS
 def _sites(recorder: Recorder) -> Sites:
     """Name the tensors of a recorded block."""
     block = recorder.block
-    overwritten = recorder.inputs[block][0].overwritten
-    places = {
-        "resid_pre": Place(block, INPUT, overwritten=overwritten),
-        "resid_post": Place(block, overwritten=overwritten),  # the next block's input
-    }
+    places = {"resid_pre": Place(block, INPUT), "resid_post": Place(block)}
     try:
         found = _Sum(recorder)
     except LookupError as error:
@@ -303,13 +298,33 @@ def _sites(recorder: Recorder) -> Sites:
     return Sites(places, reasons, sums)
 
 
-def check_sums(model: nn.Module, sites: Sites, tokens: Tensor) -> dict[str, str]:
-    """Compute the sums of a block's sites, in the model's own dtype.
+def check_sites(model: nn.Module, sites: Sites, tokens: Tensor) -> dict[str, str]:
+    """Check the sites of a block with the weights, in the model's own dtype.
 
     Returns:
-        site → reason, for the sites whose sum is wrong: a sum of two terms must be equal bit for
-        bit, one of three up to `ULPS` units in the last place of its largest term.
+        site → reason, for the sites that are wrong. A sum of two terms must be equal bit for bit,
+        one of three up to `ULPS` units in the last place of its largest term. ``attn_z`` must
+        depend on other positions of the stream.
     """
+    wrong = _check_sums(model, sites, tokens)
+    if "attn_z" in sites.places:
+        place, start = sites.places["attn_z"], sites.places["resid_pre"]
+        before = read(model, [place], input_ids=tokens)[place]
+        with watch(model, {start: _moved_before_the_end}):
+            after = read(model, [place], input_ids=tokens)[place]
+        if torch.equal(before[:, -1], after[:, -1]):
+            wrong["attn_z"] = f"{place} does not depend on other positions"
+    return wrong
+
+
+def _moved_before_the_end(x: Tensor) -> Tensor:
+    """Return activations [sequences, context, width] that differ but for the last position."""
+    moved = x.clone()
+    moved[:, :-1] += torch.linspace(-1, 1, x.shape[-1], device=x.device).to(x.dtype)
+    return moved
+
+
+def _check_sums(model: nn.Module, sites: Sites, tokens: Tensor) -> dict[str, str]:
     wrong: dict[str, str] = {}
     wanted = {sites.places[site]: site for names in sites.sums for site in names}
     found = {
@@ -346,4 +361,12 @@ def blocks_path(model: nn.Module) -> str:
             "hookpoint.module=...",
             "hookpoint.site",
         )
-    return min(lists, key=lambda name: name.count("."))
+    depth = min(name.count(".") for name in lists)
+    outermost = [name for name in lists if name.count(".") == depth]
+    if len(outermost) > 1:
+        raise ConfigError(
+            f"{{key}}: cannot tell which modules are the model's blocks: {', '.join(outermost)}; "
+            "name the module with hookpoint=module hookpoint.module=...",
+            "hookpoint.site",
+        )
+    return outermost[0]

@@ -130,8 +130,7 @@ class Resolved:
         Two architectures, layers or data sets with the same ``seed`` must not start from the same
         weights, because their agreement could then come from the start. The salt leaves out order
         and subset of the data, which have their own seeds, the held-out settings, which are not
-        part of training, and the penalty, so that all rounds of a calibration start from the same
-        weights.
+        part of training, and the penalty, so that all rounds of a calibration start alike.
         """
         if self.experiment.seed_scope == "shared":
             salted: dict[str, Any] = {"seed": self.experiment.seed}
@@ -178,8 +177,9 @@ class Resolved:
     @property
     def warning(self) -> str:
         """A warning if a pretrained SAE reads activations of another place than its own, or ""."""
-        e = self.experiment
-        return self.pretrained.misplaced(e.layer, e.hookpoint.site) if self.pretrained else ""
+        e, found = self.experiment, self.pretrained
+        is_module = not self.model.site_identity(e.hook)
+        return found.misplaced(e.layer, e.hookpoint.site, is_module) if found else ""
 
     @property
     def sparsity(self) -> str:

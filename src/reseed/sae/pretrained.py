@@ -71,14 +71,22 @@ class Pretrained:
                 "source",
             )
 
-    def misplaced(self, layer: int, site: str) -> str:
-        """Return a warning if the SAE's files name another place than this one, else ""."""
+    def misplaced(self, layer: int, site: str, is_module: bool = True) -> str:
+        """Return a warning if the SAE's files name another place than this one, else "".
+
+        Args:
+            is_module: whether the site is the output of the model's module with this name.
+        """
         own_layer, own_site = place_of(self.metadata)
         known, there = (_stream_after(*place) for place in ((own_layer, own_site), (layer, site)))
         wrong_layer = own_layer is not None and known[0] != there[0]
-        if not wrong_layer and (own_site is None or known[1] == there[1] or site == "module"):
+        raw = not is_module and any(name.endswith(_MODULES) for name in _names(self.metadata))
+        right_site = own_site is None or known[1] == there[1] or site == "module"
+        if not wrong_layer and right_site and not raw:
             return ""
         own = f"layer={'?' if own_layer is None else own_layer} hookpoint={own_site or '?'}"
+        if raw:
+            own = f"layer={layer} hookpoint=module"
         return (
             f"warning: {self.source} was trained on the activations of {own}, according to its "
             f"files ({self._said}), and now reads those of layer={layer} hookpoint={site}"
@@ -185,8 +193,7 @@ def place_of(metadata: Mapping[str, Any]) -> tuple[int | None, str | None]:
     Args:
         metadata: as the formats give it; either value is None if no entry tells it.
     """
-    keys = (key for key in _ORIGIN_KEYS if key not in ("model", "model_name", "lm_name"))
-    names = [str(metadata[key]) for key in keys if isinstance(metadata.get(key), str)]
+    names = _names(metadata)
     site = metadata.get("site")
     site = site if isinstance(site, str) and site != "module" else None
     found = (_BLOCK.search(name) for name in names)
@@ -196,9 +203,17 @@ def place_of(metadata: Mapping[str, Any]) -> tuple[int | None, str | None]:
         layer = int(given)
     for name in names:
         for own, words in _SITES.items():
-            if site is None and any(word in name for word in words):
+            ends = tuple(word for word in words if word.startswith("."))
+            inside = (word in name for word in words if not word.startswith("."))
+            if site is None and (any(inside) or name.endswith(ends)):
                 site = own
     return layer, site
+
+
+def _names(metadata: Mapping[str, Any]) -> list[str]:
+    """Return the entries that may name a hookpoint."""
+    keys = (key for key in _ORIGIN_KEYS if key not in ("model", "model_name", "lm_name"))
+    return [metadata[key] for key in keys if isinstance(metadata.get(key), str)]
 
 
 def _stream_after(layer: int | None, site: str | None) -> tuple[int | None, str | None]:
@@ -228,6 +243,8 @@ _ORIGIN_KEYS = (
 """Metadata keys that the formats use for the model, the layer and the hookpoint."""
 _BLOCK = re.compile(r"(?<![a-zA-Z])(?:blocks|layers|layer|h)[._](\d{1,5})(?!\d)")
 """The layer in a hookpoint's name: ``blocks.3.hook_resid_post``, ``layers.3.mlp``."""
+_MODULES = (".mlp", ".attn", ".self_attn", ".attention")
+"""Ends of names that mean the output of a module."""
 _SITES = {
     "embed": ("hook_embed",),
     "resid_pre": ("resid_pre",),

@@ -47,7 +47,7 @@ from reseed.system.devices import pick_device
 from reseed.system.integrity import DamagedFileError
 from reseed.train.config import RuntimeConfig
 
-_DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints")
+_DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints", "place")
 """Entries of a run's identity that determine its held-out activations."""
 _ELSEWHERE = ("order_seed", "subset_seed", "held_out_tokens")
 """Settings of the data set that do not determine them: the seeds are those of the training tokens,
@@ -338,6 +338,11 @@ def resolve_record(record: Mapping[str, Any], runtime: RuntimeConfig) -> Resolve
             raise ActivationsUnavailable(
                 f"the {what} is not the one that the runs were trained with"
             )
+    if record["identity"].get("place") != resolved.identity.get("place"):
+        raise ActivationsUnavailable(
+            f"version 0.1 read another tensor as {resolved.experiment.hook} of this model (see "
+            "docs/models.md); train again"
+        )
     return resolved
 
 

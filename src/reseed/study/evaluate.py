@@ -92,9 +92,10 @@ class SavedRun:
         """
         signed = config.signed()
         if not Run(self.folder).exists:
-            hook = str(self.resolved.experiment.hook)
+            hook = self.resolved.experiment.hook
             weights = sha256_of(self.folder / WEIGHTS_FILE)
-            signed |= {"source": self.source, "hookpoint": hook, "weights": weights}
+            signed |= {"source": self.source, "hookpoint": str(hook), "weights": weights}
+            signed |= self.resolved.model.site_identity(hook)
         return result_folder(self.folder, config.name, signed)
 
     def has_result(self, config: EvaluationConfig) -> bool:
@@ -113,8 +114,7 @@ class SavedRun:
 
     @property
     def weights(self) -> str | None:
-        """SHA-256 of the weights of a run; None if its record does not have it. (The folder's name
-        of a result depends on the weights of an SAE that is not a run.)"""
+        """SHA-256 of the weights of a run; None if its record lacks it, and for other SAEs."""
         return Run(self.folder).hashes().get(WEIGHTS_FILE) if self.is_run else None
 
     def load(self, device: str, with_untrained: bool) -> LoadedRun:
