@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 
+import reseed
+from reseed.activations.found_model import FoundModel
 from reseed.activations.language_model import LanguageModel
 from reseed.cli import compare, run
 from reseed.compare.activations.tables import NOTE, TOKENS
@@ -18,6 +20,7 @@ from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import load_dictionaries
 from reseed.compare.registry import columns
+from reseed.errors import ConfigError
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
 from reseed.study.compare import (
@@ -161,6 +164,21 @@ def test_a_changed_text_is_refused(runs: list[Run]) -> None:
         ActivationsUnavailable, match="the text is not the one that the runs were trained with"
     ):
         held_out_chunks([changed(r, fingerprints=other) for r in runs], 100, RuntimeConfig())
+
+
+def test_runs_that_version_01_trained_on_another_tensor_are_refused(
+    runs: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of Gemma-2 at mlp_out: the record has no place, and the model now has one."""
+    place = {"place": "the output of model.layers.1.norm"}
+    monkeypatch.setattr(FoundModel, "site_identity", lambda self, hook: place)
+    told = r"version 0\.1 read another tensor as resid_post\.1 of this model"
+    with pytest.raises(ActivationsUnavailable, match=told):
+        held_out_chunks(runs, 100, RuntimeConfig())
+    with pytest.raises(ConfigError, match=r"version 0\.1 read another tensor as resid_post\.1"):
+        reseed.read_activations([[1, 2]], runs[0])
+    both = [runs[0].record["identity"], runs[1].record["identity"] | place]
+    assert activation_mismatch(both) == "place"
 
 
 def test_runs_on_different_activations_are_refused(runs: list[Run]) -> None:

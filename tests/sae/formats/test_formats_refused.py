@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+from types import SimpleNamespace
 
 import foreign
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import reseed
 from reseed.sae.checkpoint import CheckpointError, plain_tensors, save_sae
 from reseed.sae.formats import import_sae
-from reseed.sae.pretrained import place_of
+from reseed.sae.pretrained import Pretrained, place_of
 from reseed.sae.topk import TopKConfig
 from reseed.system.integrity import read_record, sha256_of, write_record
 
@@ -314,6 +315,7 @@ def test_a_threshold_of_zero_is_finite_although_its_logarithm_is_not(tmp_path):
         ({"hook_name": "blocks.3.hook_resid_pre"}, (3, "resid_pre")),
         ({"hook_name": "blocks.3.attn.hook_z"}, (3, "attn_z")),
         ({"hook_name": "hook_embed"}, (None, "embed")),
+        ({"hook_name": "blocks.3.mlp.hook_post"}, (3, None)),
         ({"hookpoint": "layers.11.mlp"}, (11, "mlp_out")),
         ({"hookpoint": "layers.7"}, (7, None)),
         ({"submodule_name": "resid_post_layer_4", "layer": 4}, (4, "resid_post")),
@@ -324,3 +326,12 @@ def test_a_threshold_of_zero_is_finite_although_its_logarithm_is_not(tmp_path):
 )
 def test_the_place_of_an_sae_is_read_from_its_metadata(metadata, place):
     assert place_of(metadata) == place
+
+
+def test_an_sae_of_a_modules_output_is_not_taken_for_one_of_what_the_module_adds():
+    """In Gemma-2, a norm follows the MLP: its output is not what is added to the stream."""
+    for name, warned in (("layers.3.mlp", True), ("blocks.3.hook_mlp_out", False)):
+        found = SimpleNamespace(metadata={"hookpoint": name}, source="x", _said=name)
+        assert Pretrained.misplaced(found, 3, "mlp_out") == ""  # type: ignore[arg-type]
+        told = Pretrained.misplaced(found, 3, "mlp_out", is_module=False)  # type: ignore[arg-type]
+        assert ("was trained on the activations of layer=3 hookpoint=module, " in told) == warned
