@@ -40,6 +40,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "codegen": ("codegen", OLD),
     "deepseek_v2": ("deepseek_v2", LATENT | {"first_k_dense_replace": 1, "n_shared_experts": 1}),
     "deepseek_v3": ("deepseek_v3", LATENT | {"first_k_dense_replace": 1, "n_shared_experts": 1}),
+    "falcon_h1": (
+        "falcon_h1", {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8,
+                      "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    ),
     "falcon (alibi)": ("falcon", {"head_dim": None, "parallel_attn": False, "alibi": True}),
     "falcon (new decoder)": (
         "falcon", {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2}
@@ -58,11 +62,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 KINDS = (
     "afmoe", "apertus", "arcee", "aria_text", "bailing_hybrid", "biogpt", "bitnet", "bloom",
     "cohere", "cohere2", "cohere2_moe", "ctrl", "cwm", "diffllama", "doge", "ernie4_5",
-    "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_h1", "falcon_mamba", "flex_olmo", "gemma",
+    "ernie4_5_moe", "exaone4", "exaone_moe", "falcon_mamba", "flex_olmo", "gemma",
     "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt-sw3", "gpt2", "gpt_bigcode",
     "gpt_neox", "gpt_neox_japanese", "gpt_oss", "granite", "granitemoe", "granitemoeshared",
     "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hyperclovax", "internlm3", "jais2", "jamba",
-    "jetmoe", "kimi_linear", "laguna", "lfm2", "llama", "llama4_text", "mamba", "mimo_v2_flash",
+    "jetmoe", "laguna", "lfm2", "llama", "llama4_text", "mamba", "mimo_v2_flash",
     "minimax", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral",
     "modernbert-decoder", "moshi", "mpt", "nanochat", "nemotron", "nemotron_h", "olmo", "olmo2",
     "olmo3", "olmo_hybrid", "olmoe", "openai-gpt", "opt", "persimmon", "phi", "phi3", "phimoe",
