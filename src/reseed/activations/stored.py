@@ -95,7 +95,7 @@ class StoredActivationsConfig(SourceConfig, name="activations"):
         stamped = stamp(mapped)
         shards = Shards.of((str(f), x) for f, (_, x) in zip(files, found, strict=True))
         fingerprint = _fingerprint(shards, stamped, label, cache)
-        return ResolvedActivations(label, fingerprint, shards, mapped, stamped)
+        return ResolvedActivations(self, label, fingerprint, shards, mapped, stamped)
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ class Shards:
 class ResolvedActivations(ResolvedSource):
     """Checked activations in mapped files."""
 
+    config: StoredActivationsConfig
     label: str
     fingerprint: str
     shards: Shards

@@ -9,13 +9,13 @@ Nothing that a file holds is executed: pickled arrays and classes are refused.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -206,7 +206,7 @@ def _read(file: Path, read: Callable[[Path], Any]) -> Any:
     except ConfigError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, LookupError, EOFError, SafetensorError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
+            UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
         if isinstance(error, OSError) and error.filename not in (None, str(file)):
             raise  # about the folder of derived data
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -234,7 +234,7 @@ def _map_pt(path: Path, name: str | None) -> Tensor:
             raise ValueError("it is compressed; save it with torch.save")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise ValueError("it holds other things than tensors, which are not loaded") from error
     if isinstance(found, dict):
         named = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
