@@ -612,6 +612,17 @@ def activation_cases() -> Iterator[Case]:
             ("train", *given, f"model.path={name}"),
             lambda folder, name=name, files=inside: _folder(folder / name, files),
         )
+    for link in (Path.symlink_to, Path.hardlink_to):
+        words = ("train", *given, "model.path=linked")
+        yield Case(
+            "activations",
+            words,
+            lambda folder, link=link: [
+                _folder(folder / "linked", {"a.npy": good}),
+                link(folder / "linked" / "b.npy", folder / "linked" / "a.npy"),
+            ],
+            message="twice",
+        )
     for value in ("nosuch", "''", "[]", "[a]", "3", "null", "a" * 300 + ".npy", "/dev/zero", "/dev/null",
                   "~nosuch/x.npy", "/proc/self/mem", "\"a\x00b\""):  # fmt: skip
         yield Case("activations", ("train", *given, f"model.path={value}"))
