@@ -253,6 +253,44 @@ def test_large_files_are_mapped_and_checked_once(
     assert resolve(path).fingerprint == "read again"
 
 
+@pytest.mark.parametrize("ending", ["safetensors", "pt", "parquet"])
+def test_the_tensors_of_a_large_file_are_told_apart(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reseed.activations.stored._SMALL", 0)
+    path, option = tmp_path / f"x.{ending}", "field" if ending == "parquet" else "tensor"
+    three = {"a": X, "b": X + 1, "c": with_bad(X, (5, 0), float("nan"))}
+    if ending == "safetensors":
+        save_file(three, path)
+    elif ending == "pt":
+        torch.save(three, path)
+    else:
+        pq.write_table(pa.table({name: x.tolist() for name, x in three.items()}), path)
+    prints = [resolve(path, tmp_path, **{option: name}).fingerprint for name in "abab"]
+    assert prints[:2] == prints[2:]
+    assert prints[0] != prints[1]
+    with pytest.raises(ConfigError, match=r"row 5 of .* has nan at index 0"):
+        resolve(path, tmp_path, **{option: "c"})
+
+
+def test_a_parquet_file_has_one_copy_which_is_renewed(tmp_path: Path) -> None:
+    copies = tmp_path / "cache" / "activations"
+    path = write(tmp_path / "x.parquet", numbered(128))
+    before = resolve(path)
+    (copy,) = copies.iterdir()
+    made = copy.stat().st_mtime_ns
+    assert resolve(path).fingerprint == before.fingerprint
+    assert copy.stat().st_mtime_ns == made
+    with copy.open("r+b") as file:
+        file.truncate(200)
+    assert resolve(path).fingerprint == before.fingerprint
+    kept = resolve(path)
+    write(path, numbered(256))
+    assert torch.equal(resolve(path).shards.tensors[0], numbered(256))
+    assert torch.equal(kept.shards.tensors[0], numbered(128)), "a mapped copy must not change"
+    assert [*copies.iterdir()] == [copy]
+
+
 def test_files_that_change_after_the_check_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "x.npy", numbered(128))
     config = StoredActivationsConfig(path=str(path))
@@ -312,6 +350,8 @@ def test_a_wrong_folder_or_option_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "kinds" / "a.npy", X)
     write(tmp_path / "kinds" / "b.npy", X.double())
     write(tmp_path / "named.safetensors", X)
+    for name, link in (("linked", Path.symlink_to), ("hard", Path.hardlink_to)):
+        link(tmp_path / name / "b.npy", write(tmp_path / name / "a.npy", X))
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "x.npz").write_bytes(b"x")
     (tmp_path / "none" / ".hidden.npy").write_bytes(b"x")
@@ -327,6 +367,8 @@ def test_a_wrong_folder_or_option_is_refused(tmp_path: Path) -> None:
         ("mixed", {}, "all shards must have one format; .*mixed holds a.npy and b.pt"),
         ("widths", {}, r"a.npy is float32 \[64, 6\], .*b.npy is float32 \[64, 5\]"),
         ("kinds", {}, r"one dtype.*b.npy is float64 \[64, 6\]"),
+        ("linked", {}, "must not hold a file twice, .*: .*linked/a.npy and .*linked/b.npy are the"),
+        ("hard", {}, "must not hold a file twice, .*: .*hard/a.npy and .*hard/b.npy are the same"),
         ("objects.npy", {}, "objects.npy cannot be read: Array can't be memory-mapped"),
         ("twice.npy", {}, "twice.npy cannot be read: 1,664 bytes follow the array; a file must"),
         (x, {"tensor": "y"}, r"named.safetensors has no tensor `y`.* It has x"),

@@ -74,7 +74,7 @@ def test_a_streams_chunks_hold_the_chosen_activations(monkeypatch: pytest.Monkey
         assert stream.num_batches(16) == 208 // 16
         tokens: Counter[int] = Counter()
         for c in range(stream._chunks_per_epoch):
-            epoch, first, rows = stream._extent(c)
+            epoch, first, rows = stream.extent(c)
             window = TokenWindow.of(stream._epoch(epoch), first, first + rows * STRIPES)
             flat = window.sequences[window.kept].tolist()
             tokens.update(flat[window.skip : window.skip + window.num_activations])

@@ -513,7 +513,7 @@ def text_cases() -> Iterator[Case]:
 def _folder(path: Path, files: Mapping[str, bytes]) -> None:
     path.mkdir()
     for name, content in files.items():
-        (path / name).write_bytes(content)
+        _writes(name, content)(path)
 
 
 def _parquet(path: Path, columns: Mapping[str, Sequence[Any]], cut: float = 1.0) -> None:
@@ -610,7 +610,18 @@ def activation_cases() -> Iterator[Case]:
         yield Case(
             "activations",
             ("train", *given, f"model.path={name}"),
-            partial(_folder, name=name, files=inside),
+            lambda folder, name=name, files=inside: _folder(folder / name, files),
+        )
+    for link in (Path.symlink_to, Path.hardlink_to):
+        words = ("train", *given, "model.path=linked")
+        yield Case(
+            "activations",
+            words,
+            lambda folder, link=link: [
+                _folder(folder / "linked", {"a.npy": good}),
+                link(folder / "linked" / "b.npy", folder / "linked" / "a.npy"),
+            ],
+            message="twice",
         )
     for value in ("nosuch", "''", "[]", "[a]", "3", "null", "a" * 300 + ".npy", "/dev/zero", "/dev/null",
                   "~nosuch/x.npy", "/proc/self/mem", "\"a\x00b\""):  # fmt: skip
@@ -648,12 +659,6 @@ def _safetensors(header: bytes) -> bytes:
 
 def _parquet_in(folder: Path, name: str, columns: Mapping[str, Sequence[Any]]) -> None:
     _parquet(folder / name, columns)
-
-
-def _folder(folder: Path, name: str, files: Mapping[str, bytes]) -> None:
-    (folder / name).mkdir()
-    for path, content in files.items():
-        _writes(f"{name}/{path}", content)(folder)
 
 
 # Folders of language models.

@@ -134,7 +134,7 @@ def test_losses_do_not_depend_on_batches_or_other_saes(source: TextSource, tmp_p
 
 def test_more_tokens_than_there_are_is_refused(source: TextSource, tmp_path: Path) -> None:
     config = FaithfulnessConfig(tokens=10**6)
-    with pytest.raises(ConfigError, match=r"`tokens` \(=1,000,000\) must not exceed the activatio"):
+    with pytest.raises(ConfigError, match=r"`tokens` \(=1,000,000\) must not exceed the held-out"):
         next(iter(config.evaluate([], inputs(source, tmp_path))))
 
 
@@ -157,7 +157,7 @@ def test_an_edit_of_another_shape_is_refused_and_the_hook_is_removed(source: Tex
 
 
 def test_gaussian_draws_and_worlds_are_refused() -> None:
-    model: Any = SimpleNamespace(fingerprints={"world": "x"})
+    model: Any = SimpleNamespace(fingerprints={"world": "x"}, kind="a world")
     with pytest.raises(ConfigError, match="evaluation=faithfulness needs a language model; world_"):
         FaithfulnessConfig().check(RunSource(model, "world_easy", "none"))
     model.fingerprints = {"model": "x", "tokenizer": "y"}

@@ -190,5 +190,7 @@ def test_the_evaluation_measures_the_given_number_of_tokens() -> None:
     assert result.latents["density"] == pytest.approx(fired.mean(0).numpy())
     mean = sae.encode(x[:50]).sum(0) / fired.sum(0)
     assert result.latents["mean_activation"] == pytest.approx(mean.detach().numpy(), nan_ok=True)
-    with pytest.raises(ConfigError, match=r"`tokens` \(=65,536\) must not exceed .* documents: 64"):
+    with pytest.raises(
+        ConfigError, match=r"`tokens` \(=65,536\) must not exceed .* activations: 64"
+    ):
         next(ReconstructionConfig().evaluate([LoadedRun("a", sae, hook)], inputs))

@@ -68,7 +68,8 @@ def test_secrets_are_masked(word: str, masked: str) -> None:
      "model.path=EleutherAI/pythia-160m", "dataset.path=https://host:8080/a@b", "seed=0,1,2",
      "comparison.grid={training.tokens:[1,2],seed:[0,1]}", "sae=topk", "~recipe@_global_",
      "runtime.outputs=s3://bucket/x", "model.revision=0123456789abcdef0123456789abcdef01234567",
-     "dataset.exclude_special_tokens=true", "comparison.arms={a:{sae.k:3}}", "-m"],
+     "dataset.exclude_special_tokens=true", "dataset.token_field=ids",
+     "comparison.arms={a:{sae.k:3}}", "-m"],
 )  # fmt: skip
 def test_other_words_are_not_masked(word: str) -> None:
     assert mask_words([word]) == [word]

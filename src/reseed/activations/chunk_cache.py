@@ -23,8 +23,9 @@ from reseed.system.console import say
 
 _NAME = "activations"
 _LONGEST_HEADER = 1 << 20
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+"""The dtypes that activations may have, with their names in safetensors."""
+_DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 _MARGIN = 512
 """Maximum number of bytes that a file has besides the activations."""
 
@@ -137,21 +138,10 @@ def write_chunk(path: Path, x: Tensor, address: str) -> None:
         path: an existing file, at least as long as the content.
     """
     x = x.detach().cpu().contiguous()
-    payload = _bytes(x)
-    about = {
-        "__metadata__": {"address": address, "sha256": _checksum(x, address)},
-        _NAME: {
-            "dtype": _NAMES[x.dtype],
-            "shape": list(x.shape),
-            "data_offsets": [0, payload.nbytes],
-        },
-    }
-    header = json.dumps(about).encode()
-    header += b" " * (-len(header) % 8)  # aligns the payload
+    header = file_header(x.dtype, x.shape, {"address": address, "sha256": _checksum(x, address)})
     with path.open("r+b") as file:
-        file.write(len(header).to_bytes(8, "little"))
         file.write(header)
-        file.write(payload)
+        file.write(data_of(x))
         file.truncate()
 
 
@@ -170,7 +160,7 @@ def read_chunk(path: Path, address: str) -> Tensor:
         try:
             header = json.loads(file.read(length))
             metadata, about = header["__metadata__"], header[_NAME]
-            shape, dtype = [int(n) for n in about["shape"]], _DTYPES[about["dtype"]]
+            shape, dtype = [int(n) for n in about["shape"]], _DTYPES_BY_NAME[about["dtype"]]
             begin, end = (int(n) for n in about["data_offsets"])
             address_there, checksum = metadata["address"], metadata["sha256"]
         except (ValueError, KeyError, TypeError):
@@ -184,7 +174,7 @@ def read_chunk(path: Path, address: str) -> Tensor:
         if torch.Size(shape).numel() * dtype.itemsize != size:
             raise DamagedChunkError("its header cannot be read")
         x = torch.empty(shape, dtype=dtype)
-        if file.readinto(_bytes(x)) != size:
+        if file.readinto(data_of(x)) != size:
             raise DamagedChunkError("its length is wrong")
     if _checksum(x, address) != checksum:
         raise DamagedChunkError("its checksum is wrong")
@@ -193,9 +183,21 @@ def read_chunk(path: Path, address: str) -> Tensor:
 
 def _checksum(x: Tensor, address: str) -> str:
     sha = hashlib.sha256(json.dumps([address, str(x.dtype), list(x.shape)]).encode())
-    sha.update(_bytes(x))
+    sha.update(data_of(x))
     return sha.hexdigest()
 
 
-def _bytes(x: Tensor) -> memoryview:
+def file_header(
+    dtype: torch.dtype, shape: Sequence[int], metadata: Mapping[str, str] | None = None
+) -> bytes:
+    """Return the bytes of a .safetensors file of activations before the activations."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    about = {_NAME: {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [0, size]}}
+    text = json.dumps({"__metadata__": metadata, **about} if metadata else about).encode()
+    text += b" " * (-len(text) % 8)  # aligns the activations
+    return len(text).to_bytes(8, "little") + text
+
+
+def data_of(x: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor on the CPU."""
     return x.reshape(-1).view(torch.uint8).numpy().data

@@ -24,14 +24,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reseed.activations.cache import ActivationCache
+from reseed.activations.chunk_cache import DTYPES, data_of
 from reseed.activations.dataset import STRIPES, DatasetConfig, batches_available
 from reseed.activations.hookpoints import Hookpoint
 from reseed.activations.source import ActivationSource, ResolvedData, ResolvedSource, SourceConfig
 from reseed.activations.stored_files import (
-    DTYPES,
     check_finite,
     check_kind,
-    data_of,
     described,
     find_files,
     held_out_units,
@@ -50,7 +49,7 @@ _UNIT = 64
 _PIECE = 1 << 22
 """Number of bytes that are hashed or copied at once."""
 _SMALL = 100_000_000
-"""The fingerprint of more bytes is remembered under the files' paths, sizes and times of change."""
+"""Above this number of bytes, the fingerprint is stored in the folder of derived data."""
 _HELD_OUT_BLOCK = 4_096
 """Number of held-out activations that are read at once."""
 
@@ -94,8 +93,9 @@ class StoredActivationsConfig(SourceConfig, name="activations"):
         mapped = tuple(file for file, _ in found)
         stamped = stamp(mapped)
         shards = Shards.of((str(f), x) for f, (_, x) in zip(files, found, strict=True))
-        fingerprint = _fingerprint(shards, stamped, label, cache)
-        return ResolvedActivations(label, fingerprint, shards, mapped, stamped)
+        origin = [stamped, self.tensor, self.field]
+        fingerprint = _fingerprint(shards, origin, label, cache)
+        return ResolvedActivations(self, label, fingerprint, shards, mapped, stamped)
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ class Shards:
 class ResolvedActivations(ResolvedSource):
     """Checked activations in mapped files."""
 
+    config: StoredActivationsConfig
     label: str
     fingerprint: str
     shards: Shards
@@ -321,7 +322,7 @@ class OrderedRows:
         self._ends: Int[np.ndarray, " units"] = np.cumsum(self._lengths)
 
     def __len__(self) -> int:
-        return int(self._lengths.sum())
+        return int(self._ends[-1]) if len(self._ends) else 0
 
     def read(self, first: int, last: int) -> Float[Tensor, "rows d_in"]:
         """Return rows ``first`` to ``last`` (exclusive); float64 becomes float32."""
@@ -386,12 +387,11 @@ class StoredStream(EpochStream):
         return dict.fromkeys(self.hookpoints, x)
 
 
-def _fingerprint(shards: Shards, stamped: Any, label: str, cache: Path) -> str:
+def _fingerprint(shards: Shards, origin: list[Any], label: str, cache: Path) -> str:
     """Return the fingerprint; that of large files is remembered, with the check of their values."""
     if sum(x.numel() * x.element_size() for x in shards.tensors) <= _SMALL:
         return shards.fingerprint()
-    what = [stamped, [list(x.shape) for x in shards.tensors], DTYPES[shards.tensors[0].dtype]]
-    remembered = cache / "fingerprints" / f"{digest(what, 32)}.json"
+    remembered = cache / "fingerprints" / f"{digest(origin, 32)}.json"
     with suppress(FileNotFoundError, DamagedFileError):
         return read_record(remembered)["sha256"]
     say(f"checking the activations of {label} (once)")

@@ -9,13 +9,14 @@ Nothing that a file holds is executed: pickled arrays and classes are refused.
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -24,17 +25,16 @@ from jaxtyping import Bool
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from reseed.activations.chunk_cache import DTYPES, data_of, file_header
+from reseed.activations.token_store import mix_bits
 from reseed.config import digest
 from reseed.errors import ConfigError, did_you_mean
 from reseed.system.environment import allow_open_files
-from reseed.system.files import atomic_write
+from reseed.system.files import atomic_write, find_same_files
 
 ENDINGS = (".npy", ".safetensors", ".parquet", ".pt")
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
-"""The dtypes that activations may have, with their names in safetensors."""
 COPIES = "activations"
 """Folder of derived data that holds copies of parquet columns and of activations from memory."""
-_NAME = "activations"
 _PER_CALL = 8_192
 """Number of rows of a parquet file that are decoded at once."""
 
@@ -46,7 +46,7 @@ def find_files(path: Path) -> tuple[list[Path], list[str]]:
     are passed over silently.
 
     Raises:
-        ConfigError: there is none, or they have several formats.
+        ConfigError: there is none, they have several formats, or two are the same file.
     """
     listed = ", ".join(ENDINGS)
     if path.is_file():
@@ -68,6 +68,12 @@ def find_files(path: Path) -> tuple[list[Path], list[str]]:
         raise ConfigError(
             f"{{key}}: all shards must have one format; {path} holds {files[0].name} and "
             f"{other[0].name}",
+            "path",
+        )
+    if same := find_same_files(files):
+        raise ConfigError(
+            f"{{key}}: a folder must not hold a file twice, because its rows would count twice: "
+            f"{same[0]} and {same[1]} are the same",
             "path",
         )
     return files, [p.name for p in inside if p not in files]
@@ -107,30 +113,25 @@ def map_files(
 
 
 def write_tensor(
-    path: Path, shape: Sequence[int], dtype: torch.dtype, blocks: Iterable[Tensor]
+    path: Path,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    blocks: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write the blocks of one tensor as a .safetensors file, with the memory of one block.
 
     Args:
         blocks: consecutive items, contiguous and on the CPU.
     """
-    size = torch.Size(shape).numel() * dtype.itemsize
-    about = {_NAME: {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [0, size]}}
-    header = json.dumps(about).encode()
-    header += b" " * (-len(header) % 8)  # aligns the payload
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
+            file.write(file_header(dtype, shape, metadata))
             for block in blocks:
                 file.write(data_of(block))
 
     atomic_write(path, write)
-
-
-def data_of(block: Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor on the CPU."""
-    return block.reshape(-1).view(torch.uint8).numpy().data
 
 
 def stamp(files: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
@@ -206,7 +207,7 @@ def _read(file: Path, read: Callable[[Path], Any]) -> Any:
     except ConfigError:
         raise
     except (OSError, ValueError, TypeError, RuntimeError, LookupError, EOFError, SafetensorError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
+            UnpicklingError, zipfile.BadZipFile) as error:  # fmt: skip
         if isinstance(error, OSError) and error.filename not in (None, str(file)):
             raise  # about the folder of derived data
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -234,7 +235,7 @@ def _map_pt(path: Path, name: str | None) -> Tensor:
             raise ValueError("it is compressed; save it with torch.save")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise ValueError("it holds other things than tensors, which are not loaded") from error
     if isinstance(found, dict):
         named = {str(k): v for k, v in found.items() if isinstance(v, Tensor)}
@@ -262,14 +263,20 @@ def _named(names: Sequence[str], wanted: str | None, path: Path) -> str:
 
 
 def _copy_parquet(path: Path, field: str | None, cache: Path) -> Path:
-    """Write a parquet file's activations as a .safetensors file, and return it."""
-    copy = cache / COPIES / f"{digest([stamp([path]), field], 32)}.safetensors"
-    if not copy.is_file():
-        _read(path, partial(_write_copy, field=field, copy=copy))
+    """Return a copy of a parquet file's activations as a .safetensors file.
+
+    There is one for each file and field; it is written again if the file has changed.
+    """
+    copy = cache / COPIES / f"{digest([str(path.absolute()), field], 32)}.safetensors"
+    stamped = json.dumps(stamp([path]))
+    with suppress(FileNotFoundError, SafetensorError), safe_open(copy, "pt") as file:
+        if (file.metadata() or {}).get("stamp") == stamped:
+            return copy
+    _read(path, partial(_write_copy, field=field, copy=copy, stamped=stamped))
     return copy
 
 
-def _write_copy(path: Path, field: str | None, copy: Path) -> None:
+def _write_copy(path: Path, field: str | None, copy: Path, stamped: str) -> None:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
@@ -278,7 +285,7 @@ def _write_copy(path: Path, field: str | None, copy: Path) -> None:
         matrices = _matrices((batch for batch in batches if len(batch)), path)
         like = next(matrices, torch.zeros(0, 1))
         shape = [file.metadata.num_rows, like.shape[1]]
-        write_tensor(copy, shape, like.dtype, chain([like], matrices))
+        write_tensor(copy, shape, like.dtype, chain([like], matrices), {"stamp": stamped})
 
 
 def _columns(schema: Any, field: str | None, path: Path) -> list[str]:
@@ -351,9 +358,7 @@ def _ragged(path: Path, row: int, length: int, before: int) -> ConfigError:
 def held_out_units(count: int, fraction: float) -> Bool[np.ndarray, " count"]:
     """Return a mask of about this fraction of the units, by a hash of each unit's number.
 
-    The hash is the output function of SplitMix64 (Steele et al. 2014).
+    The hashes are the numbers that SplitMix64 draws with the seed 0 (Steele et al. 2014).
     """
-    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (x ^ (x >> np.uint64(31))) < np.uint64(fraction * 2**64)
+    states = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return mix_bits(states) < np.uint64(fraction * 2**64)

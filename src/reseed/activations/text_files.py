@@ -24,7 +24,7 @@ from reseed.activations.text_formats import (
     unreadable,
 )
 from reseed.errors import ConfigError, did_you_mean
-from reseed.system.files import user_path
+from reseed.system.files import find_same_files, user_path
 
 _NAMES = 3
 """Number of files up to which a message names them instead of counting them."""
@@ -94,16 +94,12 @@ def find_files(named: str | Sequence[str]) -> FoundFiles:
             paths.append(path)
     if not paths:
         raise ConfigError("{key} must name at least one file", "path")
-    seen: dict[tuple[int, int], Path] = {}
-    for path in paths:
-        about = path.stat()
-        other = seen.setdefault((about.st_dev, about.st_ino), path)
-        if other is not path:
-            raise ConfigError(
-                f"{{key}} names a file twice, which would count its documents twice: {other} and "
-                f"{path} are the same",
-                "path",
-            )
+    if same := find_same_files(paths):
+        raise ConfigError(
+            f"{{key}} names a file twice, which would count its documents twice: {same[0]} and "
+            f"{same[1]} are the same",
+            "path",
+        )
     return FoundFiles(tuple(paths), tuple(passed_over))
 
 

@@ -237,7 +237,7 @@ def _windows(
     if count <= 0:
         return np.zeros(0, np.uint64), np.zeros(0, np.int64)
     # Hashes of 2, 4 and 8 tokens are combined to one of 13 = 8 + 4 + 1 (arithmetic modulo 2^64).
-    one = _mixed(np.asarray(store.tokens[first:end]).astype(np.uint64))
+    one = mix_bits(np.asarray(store.tokens[first:end]).astype(np.uint64))
     two = one[:-1] * _FACTOR + one[1:]
     four = two[:-2] * _power(2) + two[2:]
     eight = four[:-4] * _power(4) + four[4:]
@@ -247,15 +247,16 @@ def _windows(
     for back in range(1, WINDOW):
         crossing = store.starts[begin:stop] - back - first
         whole[crossing[(crossing >= 0) & (crossing < count)]] = False
-    return _mixed(hashes[whole]), first + np.flatnonzero(whole)
+    return mix_bits(hashes[whole]), first + np.flatnonzero(whole)
 
 
 def _power(n: int) -> np.uint64:
     return np.uint64(pow(int(_FACTOR), n, 2**64))
 
 
-def _mixed(x: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-    """Mix the bits of 64-bit integers, one to one (the finaliser of SplitMix64)."""
+def mix_bits(x: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """Mix the bits of 64-bit integers, one to one (the finaliser of SplitMix64,
+    Steele et al. 2014)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -28,8 +28,12 @@ from reseed.errors import ConfigError, ReseedError
 
 _PACKAGES = ("torch", "lightning", "transformers", "datasets", "numpy", "scipy", "hydra-core")
 MASK = "***"
-_SECRET = r"key|secret|passw|passphrase|(?<![a-z])(?:pass|pwd)(?![a-z])|credential|token(?!s|i[sz])"
-# `training.tokens` is a number of reseed's, `HF_TOKENS` a variable of the environment.
+_SECRET = (
+    r"key|secret|passw|passphrase|(?<![a-z])(?:pass|pwd)(?![a-z])|credential"
+    r"|token(?!s|i[sz]|_field)"
+)
+# `training.tokens` is a number, `dataset.token_field` names a column; `HF_TOKENS` is a variable of
+# the environment.
 _NAME = re.compile(rf"(?i:{_SECRET})|TOKEN")
 _PAIR = re.compile(
     r"""([\w.-]+)(["']?\s*[:=]\s*)("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'"""

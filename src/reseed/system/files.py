@@ -17,7 +17,7 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,17 @@ def shorten(name: str, most: int = 180) -> str:
     File systems allow 255 bytes; a signature and the marks of temporary files need some of them.
     """
     return name.encode()[:most].decode(errors="ignore")
+
+
+def find_same_files(paths: Iterable[Path]) -> tuple[Path, Path] | None:
+    """Return the first two paths that lead to one file, for example through a link."""
+    seen: dict[tuple[int, int], Path] = {}
+    for path in paths:
+        about = path.stat()
+        other = seen.setdefault((about.st_dev, about.st_ino), path)
+        if other is not path:
+            return other, path
+    return None
 
 
 def atomic_write(path: PathLike, write: Callable[[Path], object]) -> None:
