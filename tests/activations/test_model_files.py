@@ -8,6 +8,7 @@ import re
 import shutil
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,13 @@ from reseed.activations.model_files import (
     read_light,
 )
 from reseed.activations.model_source import PathModelConfig, ResolvedModel
+from reseed.activations.source import ResolvedSource
+from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError
 from reseed.evaluate.base import RunSource
 from reseed.evaluate.faithfulness import FaithfulnessConfig
+from reseed.experiment import experiment_from
+from reseed.experiment.resolve import find_model
 
 TOKENS = torch.randint(2, 15, (3, 9), generator=torch.Generator().manual_seed(0))
 HOOK = Hookpoint("resid_post", 1)
@@ -298,6 +303,32 @@ def test_large_weights_are_read_once(
     model_source.write_record(record, {"sha256": "0" * 32, "files": []})
     assert resolved(tiny_model, tmp_path).fingerprint in prints
     assert len(read) == 2
+
+
+def test_files_that_change_within_a_process_are_read_again(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    line = ["model=path", f"model.path={folder}", "dataset.context_length=16"]
+    with CommandLine("run", line).composer() as composed:
+        experiment, runtime = experiment_from(composed(line))
+
+    def find(surrogate: str = "none") -> ResolvedSource:
+        return find_model(replace(experiment, surrogate=surrogate), runtime)
+
+    first, random = find(), find("random_weights")
+    assert find() is first
+    first_value(NORM, 0.5)(folder)
+    second = find()
+    assert second.fingerprint != first.fingerprint
+    assert find() is second
+    known = {"none": second.fingerprints, "random_weights": random.fingerprints}
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": "x"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    for surrogate, prints in known.items():
+        again = find(surrogate).fingerprints
+        assert again["model"] == prints["model"]
+        assert again["tokenizer"] != prints["tokenizer"]
 
 
 @pytest.mark.parametrize(

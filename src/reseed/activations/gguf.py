@@ -2,26 +2,27 @@
 
 transformers reads a GGUF file leniently: it leaves out what it does not know, and takes its own
 values where the file has none. So a file is checked when it is first used: its weights are loaded
-once, and what could change activations unseen is refused. Configuration and tokenizer are then kept
-in the cache, because reading them takes seconds; their record says that the file has passed.
+once, and every value of its metadata is compared with the model that transformers builds.
+Configuration and tokenizer are then kept in the cache, because reading them takes seconds; their
+record says that the file has passed.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-import struct
+import math
+import reprlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from reseed.activations.gguf_header import Header, Length, read_header
 from reseed.activations.model_files import (
     check_architecture,
     check_tokenizer,
@@ -42,51 +43,41 @@ from reseed.system.integrity import (
     write_record,
 )
 
-VERSION = 1
+VERSION = 2
 """Increase this when a GGUF file is checked or its tokenizer read in another way."""
 _PACKAGES = ("gguf", "accelerate")
 _RECORD = "gguf.json"
-_NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_STRING, _ARRAY = 8, 9
-_VERSIONS = (2, 3)
-_ALIGNMENT = 32
 _DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone")
 """Tokenizers (``tokenizer.ggml.pre``) that split text as GPT-2's does, and every digit off."""
 _GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
-
-
-@dataclass(frozen=True)
-class Header:
-    """The beginning of a GGUF file.
-
-    Attributes:
-        values: the metadata; of an array, its length.
-        tensors: name → shape.
-    """
-
-    values: Mapping[str, Any]
-    tensors: Mapping[str, tuple[int, ...]]
-
-    @property
-    def architecture(self) -> str:
-        return str(self.values.get("general.architecture"))
-
-    @property
-    def size(self) -> int:
-        """Number of weights of all tensors."""
-        return sum(map(prod, self.tensors.values()))
+_HARMLESS = (
+    "context_length",  # limits the length of sequences
+    "pooling_type",  # of the last layer's output
+    "tensor_data_layout", "rope.scaling.finetuned",  # about the model's history
+    "feed_forward_length", "expert_feed_forward_length", "expert_shared_feed_forward_length",
+    "vocab_size",  # weights of another shape do not load
+)  # fmt: skip
+"""Keys, after the architecture's name, that change no activation."""
+_OFF = {
+    "rope.scale_linear": (0, 1), "embedding_scale": (0, 1), "residual_scale": (0, 1),
+    "logit_scale": (0, 1), "expert_weights_scale": (0, 1), "attention.scale": (0,),
+    "attention.output_scale": (0, 1), "attention.clamp_kqv": (0,), "attention.head_count_kv": (0,),
+    "attention.max_alibi_bias": (0,), "attention.head_count": (0,), "expert_count": (0,),
+    "expert_used_count": (0,), "expert_shared_count": (0,), "leading_dense_block_count": (0,),
+    "ssm.dt_b_c_rms": (0,), "nextn_predict_layers": (0,),
+}  # fmt: skip
+"""Key → values with which llama.cpp does nothing; state space models have no heads."""
+_ABSENT = {"rope.freq_base": 10_000, "rope.scaling.type": "none", "attention.sliding_window": 0}
+"""Key → llama.cpp's value for files without it."""
+_EPSILON = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
+_REAL = ("epsilon", "freq_base", "freq_base_swa", "scale", "softcapping", "factor")
+_ARRAYS = (
+    "lfm2.attention.head_count_kv", "qwen35.rope.dimension_sections",
+    "qwen35moe.rope.dimension_sections",
+)  # fmt: skip
+"""Arrays that transformers reads; all other values that it reads are numbers."""
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+"""Architecture → number of blocks of the size whose queries are scaled by the mean head width."""
 
 
 def read_gguf(file: Path, fingerprint: str, cache: Path) -> tuple[Path, bool]:
@@ -116,11 +107,13 @@ def read_gguf(file: Path, fingerprint: str, cache: Path) -> tuple[Path, bool]:
         check_record(folder / _RECORD, quick=True)
         return folder, read_record(folder / _RECORD)["has_unembedding"]
     header = read_header(file)
-    _check_values(header, file)
+    used_keys = _used_keys(header.architecture, file)
+    _check_values(header, used_keys, file)
     from transformers import AutoConfig, AutoTokenizer
 
     config = read_light(AutoConfig, file)
     check_architecture(config, file)
+    _check_meaning(config, header, used_keys, file)
     _check_size(config, header, file)
     tokenizer = read_light(AutoTokenizer, file)
     _split_digits(tokenizer, header, file)
@@ -145,36 +138,164 @@ def read_gguf(file: Path, fingerprint: str, cache: Path) -> tuple[Path, bool]:
     return folder, fit.unembedding
 
 
-def _check_values(header: Header, file: Path) -> None:
-    """Raise `ConfigError` for values that transformers leaves out, or replaces by its own."""
+def _used_keys(name: str, file: Path) -> set[str]:
+    """Return the keys that transformers reads, without the architecture's name."""
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
+    from transformers.integrations.gguf.reader import read_gguf_metadata
+
+    if name not in GGUF_CONFIG_ARCHS:
+        plain = name.replace("-", "")
+        kinds = {kind.replace("_", ""): keys for kind, keys in GGUF_CONFIG_MAPPING.items()}
+        return {key for key, renamed in kinds.get(plain, {}).items() if renamed is not None}
+    read: set[str] = set()
+
+    class Recorded(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            read.add(key.removeprefix(f"{name}."))
+            return super().__getitem__(key)
+
+        def get(self, key: str, default: Any = None) -> Any:
+            read.add(key.removeprefix(f"{name}."))
+            return super().get(key, default)
+
+    with foreign(file, "transformers cannot read its configuration"):
+        values, tensors = read_gguf_metadata(str(file))
+        GGUF_CONFIG_ARCHS[name](Recorded(values), tensors)
+    return read
+
+
+def _check_values(header: Header, used: set[str], file: Path) -> None:
+    """Raise `ConfigError` for values that are missing or have a wrong type."""
     name, values = header.architecture, header.values
     epsilon = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-    for keys in (("block_count",), ("embedding_length",), epsilon):
+    for keys in (("block_count",), ("embedding_length",), ("attention.head_count",), epsilon):
         if not any(f"{name}.{key}" in values for key in keys):
-            raise ConfigError(
-                f"{{key}}: the model in {file} cannot be used: it does not give {name}.{keys[0]}",
-                "path",
-            )
-    if not 0 < int(values[f"{name}.block_count"]) <= len(header.tensors):
-        raise _unlike(
-            f"{values[f'{name}.block_count']} blocks", f"{len(header.tensors)} tensors", file
-        )
-    scaling = values.get(f"{name}.rope.scaling.type", "none")
-    factor = values.get(f"{name}.rope.scaling.factor", 0)
-    scaled = scaling != "none" and not (scaling == "linear" and factor == 1)
-    rope = [tensor for tensor in header.tensors if tensor.startswith("rope_")]
-    wrong = ""
-    if (scaled and name != "gpt-oss") or rope:
-        wrong = f"its rotary positions are scaled ({rope[0] if rope else scaling})"
-    elif name == "llama" and "llama.attention.head_count_kv" not in values:
+            raise _unusable(file, f"it does not give {name}.{keys[0]}")
+    for key in sorted(used | {"block_count"}):
+        value = values.get(f"{name}.{key}")
+        if value is None or (isinstance(value, Length) and f"{name}.{key}" in _ARRAYS):
+            continue
+        real = key.endswith(_REAL)
+        right = isinstance(value, int) and not isinstance(value, bool | Length)
+        if not right and not (real and isinstance(value, float) and math.isfinite(value)):
+            wanted = "finite" if real else "whole"
+            raise _unusable(file, f"{name}.{key} must be a {wanted} number; got {_shown(value)}")
+    blocks, tensors = values[f"{name}.block_count"], len(header.tensors)
+    if not 0 < blocks <= tensors:
+        raise _unlike(f"{blocks} blocks", f"{tensors} tensors", file)
+    if rope := [tensor for tensor in header.tensors if tensor.startswith("rope_")]:
+        raise _misread(file, f"its rotary positions are scaled ({rope[0]})")
+    if name == "llama" and "llama.attention.head_count_kv" not in values:
         # llama.cpp stores the rows of keys in another order, which depends on it.
-        wrong = "it does not give the number of key heads (llama.attention.head_count_kv)"
-    if wrong:
-        raise ConfigError(
-            f"{{key}}: the model in {file} cannot be used: {wrong}, and transformers would read it "
-            "wrongly. Use the model's safetensors",
-            "path",
+        raise _misread(
+            file, "it does not give the number of key heads (llama.attention.head_count_kv)"
         )
+
+
+def _check_meaning(config: Any, header: Header, used: set[str], file: Path) -> None:
+    """Raise `ConfigError` for values that transformers leaves out, or replaces by its own."""
+    name = header.architecture
+    start = f"{name}."
+    there = {k.removeprefix(start): v for k, v in header.values.items() if k.startswith(start)}
+    if there.get("rope.scaling.type") == "linear" and there.get("rope.scaling.factor") == 1:
+        there["rope.scaling.type"] = "none"
+    window = there.get("attention.sliding_window")
+    if isinstance(window, int) and window >= getattr(config, "max_position_embeddings", math.inf):
+        there["attention.sliding_window"] = 0  # it hides nothing
+    with foreign(file, "its metadata cannot be compared with the model of transformers"), quiet():
+        own = _own_values(config)
+    for key, value in there.items():
+        known = key in _HARMLESS or _is_off(key, value, there)
+        same = _equal(value, own[key]) if key in own else key in used
+        if known or same or (isinstance(value, Length) and key in used):
+            continue
+        instead = f"use {own[key]}" if own.get(key) is not None else "leave it out"
+        raise _misread(file, f"it has {start}{key}={_shown(value)}", instead)
+    for key, value in _ABSENT.items():
+        if key in own and key not in there and not _equal(value, own[key]):
+            raise _misread(file, f"it does not give {start}{key}", f"use {own[key]}")
+    if name in _LARGEST_GEMMA:
+        largest = config.num_hidden_layers == _LARGEST_GEMMA[name]
+        mean = config.hidden_size // config.num_attention_heads
+        wanted, scalar = mean if largest else config.head_dim, config.query_pre_attn_scalar
+        if wanted != scalar:
+            reason = f"a {name} of its size multiplies queries by 1/sqrt({wanted})"
+            raise _misread(file, reason, f"use 1/sqrt({scalar})")
+
+
+def _is_off(key: str, value: Any, there: Mapping[str, Any]) -> bool:
+    """Tell whether llama.cpp ignores a value."""
+    if isinstance(value, str | Length):
+        return False
+    kind = there.get("rope.scaling.type")  # with a factor and without a type it is linear
+    if key.startswith("rope.scaling.") and kind in (None, "none"):
+        works = key.endswith("attn_factor") or (kind is None and key.endswith(".factor"))
+        return not works or value in (0, 1)
+    return value in _OFF.get(key, ())
+
+
+def _own_values(config: Any) -> dict[str, Any]:
+    """Return the values that a model of ``config`` uses, by llama.cpp's keys."""
+    get = partial(getattr, config)
+    default = type(config)()
+    epsilon = next((get(name) for name in _EPSILON if hasattr(default, name)), None)
+    window, context = get("sliding_window", None) or 0, get("max_position_embeddings", math.inf)
+    own = {
+        "attention.causal": True,
+        "attention.layer_norm_epsilon": epsilon,
+        "attention.layer_norm_rms_epsilon": epsilon,
+        "attention.sliding_window": window if window < context else 0,
+        "attn_logit_softcapping": get("attn_logit_softcapping", None) or 0,
+        "final_logit_softcapping": get("final_logit_softcapping", None) or 0,
+        "use_parallel_residual": get("use_parallel_residual", None),
+        "expert_weights_norm": get("norm_topk_prob", None),
+    }
+    if not (heads := get("num_attention_heads", 0)):
+        return own
+    width = get("head_dim", None) or config.hidden_size // heads
+    own |= {
+        "attention.head_count_kv": get("num_key_value_heads", None) or heads,
+        "attention.key_length": width,
+        "attention.value_length": width,
+        "attention.scale": get("query_pre_attn_scalar", width) ** -0.5,
+    }
+    if not (rope := get("rope_parameters", None)):
+        return own
+    rope, local = rope.get("full_attention", rope), rope.get("sliding_attention", rope)
+    kind = rope.get("rope_type", "default")
+    return own | {
+        "rope.dimension_count": round(width * rope.get("partial_rotary_factor", 1)),
+        "rope.freq_base": rope["rope_theta"],
+        "rope.freq_base_swa": local["rope_theta"],
+        "rope.scaling.type": "none" if kind == "default" else kind,
+        "rope.scaling.factor": rope.get("factor", 1),
+        "rope.scaling.original_context_length": rope.get("original_max_position_embeddings"),
+        "rope.scaling.yarn_beta_fast": rope.get("beta_fast"),
+        "rope.scaling.yarn_beta_slow": rope.get("beta_slow"),
+    }
+
+
+def _equal(value: Any, own: Any) -> bool:
+    """Compare two values; numbers up to the precision of those in the file."""
+    numbers = isinstance(value, int | float) and isinstance(own, int | float)
+    if numbers and not isinstance(value, Length):
+        return math.isclose(value, own, rel_tol=1e-6)
+    return type(value) is type(own) and value == own
+
+
+def _unusable(file: Path, reason: str) -> ConfigError:
+    return ConfigError(f"{{key}}: the model in {file} cannot be used: {reason}", "path")
+
+
+def _misread(file: Path, reason: str, instead: str = "read it wrongly") -> ConfigError:
+    return _unusable(
+        file, f"{reason}, and transformers would {instead}. Use the model's safetensors"
+    )
+
+
+def _shown(value: Any) -> str:
+    return "an array" if isinstance(value, Length) else reprlib.repr(value)
 
 
 def _check_size(config: Any, header: Header, file: Path) -> None:
@@ -190,11 +311,7 @@ def _check_size(config: Any, header: Header, file: Path) -> None:
 
 
 def _unlike(wanted: str, found: str, file: Path) -> ConfigError:
-    return ConfigError(
-        f"{{key}}: the model in {file} cannot be used: its metadata describe {wanted}; the file "
-        f"has {found}",
-        "path",
-    )
+    return _unusable(file, f"its metadata describe {wanted}; the file has {found}")
 
 
 def _split_digits(tokenizer: Any, header: Header, file: Path) -> None:
@@ -226,85 +343,3 @@ def _drop_additions(tokenizer: Path, header: Header) -> None:
     number = header.values.get("tokenizer.ggml.tokens", 0)
     values["added_tokens"] = [one for one in values["added_tokens"] if one["id"] < number]
     tokenizer.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
-
-
-def read_header(file: Path) -> Header:
-    """Read the metadata and the list of tensors of a GGUF file, and check that it is whole.
-
-    Raises:
-        ConfigError: it is no GGUF file, or is damaged.
-    """
-    from gguf import GGML_QUANT_SIZES  # type: ignore[import-not-found]
-
-    try:
-        with (
-            file.open("rb") as opened,
-            mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            at = _Cursor(data)
-            if at.take(4) != b"GGUF":
-                raise ValueError("it does not begin with the letters GGUF")
-            if (version := at.number("I")) not in _VERSIONS:
-                raise ValueError(f"it has version {version}; 2 and 3 are known")
-            number, keys = at.number("Q"), at.number("Q")
-            values = {}
-            for _ in range(keys):
-                name = at.text()
-                values[name] = at.value(at.number("I"))
-            tensors, end = {}, 0
-            for _ in range(number):
-                name, dimensions = at.text(), at.number("I")
-                shape = tuple(at.number("Q") for _ in range(dimensions))
-                block, size = GGML_QUANT_SIZES[at.number("I")]
-                tensors[name] = shape
-                end = max(end, at.number("Q") + prod(shape) // block * size)
-            alignment = int(values.get("general.alignment", _ALIGNMENT))
-            start = -(-at.at // alignment) * alignment
-            if start + end > len(data):
-                raise ValueError(f"it has {len(data):,} bytes, and needs {start + end:,}")
-    except KeyError as error:
-        raise _damaged(file, f"a tensor has the unknown type {error}") from None
-    except (OSError, ValueError, ArithmeticError) as error:
-        raise _damaged(file, str(error)) from None
-    return Header(values, tensors)
-
-
-def _damaged(file: Path, reason: str) -> ConfigError:
-    return ConfigError(f"{{key}}: {file} is no sound GGUF file: {reason}", "path")
-
-
-class _Cursor:
-    """A position in a file, beyond whose end nothing is read."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise ValueError("it ends too early")
-        self.at += count
-        return self.data[self.at - count : self.at]
-
-    def number(self, kind: str) -> Any:
-        return struct.unpack(f"<{kind}", self.take(struct.calcsize(kind)))[0]
-
-    def text(self) -> str:
-        return self.take(self.number("Q")).decode("utf-8")
-
-    def value(self, kind: int) -> Any:
-        """Read a value of the metadata; of an array, only its length."""
-        if kind in _NUMBERS:
-            return self.number(_NUMBERS[kind])
-        if kind == _STRING:
-            return self.text()
-        if kind != _ARRAY:
-            raise ValueError(f"its metadata has a value of the unknown type {kind}")
-        inner, count = self.number("I"), self.number("Q")
-        if inner in _NUMBERS:
-            self.take(count * struct.calcsize(_NUMBERS[inner]))
-        elif inner == _STRING:
-            for _ in range(count):
-                self.take(self.number("Q"))
-        else:
-            raise ValueError(f"its metadata has an array of the unknown type {inner}")
-        return count

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,7 +33,7 @@ from reseed.activations.model_files import (
 from reseed.activations.source import ResolvedData
 from reseed.activations.text_source import resolve_model_text
 from reseed.config import setting
-from reseed.errors import ConfigError
+from reseed.errors import ConfigError, ReseedError
 from reseed.system.files import user_path
 from reseed.system.integrity import DamagedFileError, read_record, write_record
 
@@ -54,7 +54,14 @@ _LARGE = 100_000_000
 
 @dataclass(frozen=True)
 class ResolvedModel(FoundModel):
-    """A resolved language model, which can be given a text and random weights."""
+    """A resolved language model, which can be given a text and random weights.
+
+    Attributes:
+        stamped: `ModelConfig.stamp` of its files. Models of changed files differ, also if only the
+            tokenizer did.
+    """
+
+    stamped: Hashable = None
 
     def with_random_weights(self) -> ResolvedModel:
         fingerprint = f"random_weights-seed{RANDOM_SEED}-{self._architecture}"
@@ -100,6 +107,11 @@ class PathModelConfig(ModelConfig, name="path"):
 
     path: str = setting(signed=False)
 
+    def stamp(self) -> Hashable:
+        with suppress(ReseedError, OSError):
+            return _stamp(user_path(self.path))
+        return None
+
     def resolve(self, cache: Path) -> ResolvedModel:
         """Find the model.
 
@@ -114,7 +126,7 @@ class PathModelConfig(ModelConfig, name="path"):
                 return _resolve_gguf(self, path, cache)
             check_folder(path)
             fingerprint, label = read_weights(path, cache), path.resolve().name
-            found = ResolvedModel(self, path, fingerprint, label)
+            found = ResolvedModel(self, path, fingerprint, label, stamped=self.stamp())
             found.skeleton  # noqa: B018 (config.json is checked before the weights)
             fit = check_fit(path)
         report_unused(fit, path, fingerprint)
@@ -130,6 +142,11 @@ class PackagedModelConfig(ModelConfig, name="packaged"):
     """The GGUF file that an installed python package ships; the package is not imported."""
 
     package: str = setting(signed=False)
+
+    def stamp(self) -> Hashable:
+        with suppress(ReseedError, OSError):
+            return _stamp(self._file())
+        return None
 
     def resolve(self, cache: Path) -> ResolvedModel:
         """Find the model.
@@ -189,7 +206,13 @@ def _resolve_gguf(config: ModelConfig, file: Path, cache: Path) -> ResolvedModel
     fingerprint = remembered([file], cache, read)["sha256"][:32]
     folder, unembedding = read_gguf(file, fingerprint, cache)
     return _ResolvedGguf(
-        config, folder, fingerprint, file.stem, origin=file, has_unembedding=unembedding
+        config,
+        folder,
+        fingerprint,
+        file.stem,
+        origin=file,
+        has_unembedding=unembedding,
+        stamped=config.stamp(),
     ).with_attention()
 
 
@@ -281,8 +304,7 @@ def remembered(
 
     That of large files (over 100 MB) is cached under the files' paths, sizes and mtimes.
     """
-    stamp = json.dumps([[str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns] for p in paths])
-    key = hashlib.sha256(stamp.encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(_stamp(*paths)).encode()).hexdigest()[:32]
     record = cache / "fingerprints" / f"{key}.json"
     with suppress(FileNotFoundError, DamagedFileError):
         known = read_record(record)
@@ -292,6 +314,18 @@ def remembered(
     if sum(p.stat().st_size for p in paths) > _LARGE:
         write_record(record, {**found, "files": [p.name for p in paths]})
     return found
+
+
+def _stamp(*paths: Path) -> tuple[tuple[str, int, int], ...]:
+    """Return path, size and time of change of files, and of the files of a model's folder."""
+    names = ("config.json", *_TOKENIZER, *_WEIGHTS)
+    files = [
+        p
+        for one in paths
+        for p in (sorted(found for n in names for found in one.glob(n)) if one.is_dir() else [one])
+    ]
+    abouts = [(str(file.resolve()), file.stat()) for file in files]
+    return tuple((path, about.st_size, about.st_mtime_ns) for path, about in abouts)
 
 
 def _scan(path: Path) -> tuple[bytes, list[str]]:
