@@ -220,11 +220,13 @@ def _moved(scale: float, x: Tensor) -> Tensor:
 def _added_by_both(model: LanguageModel, layer: int, tokens: Tensor) -> None:
     """Without both, a block returns its input; of the two, only attention mixes positions."""
     both = [site for site in ("attn_out", "mlp_out") if _has(model, site, layer)]
+    # RWKV's MLP reads the position before, too.
+    alone = model.model.config.model_type != "rwkv"
     if len(both) == 2:
         start, end = _edited(model, layer, tokens, *both)
         assert torch.equal(start, end)
-        assert not _mixes(model, layer, tokens, "attn_out")
-    if "mlp_out" in both:
+        assert not alone or not _mixes(model, layer, tokens, "attn_out")
+    if "mlp_out" in both and alone:
         hook = Hookpoint("mlp_out", layer)
         added = partial(_reading, model, hook, tokens)
         sited = _has(model, "resid_mid", layer)
