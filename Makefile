@@ -39,9 +39,10 @@ test-slow: env ## run the slow tests: kills, the wheel, the report in Chromium, 
 test-peers: $(PEERS)/.installed ## compare saved SAEs with the libraries that save them (installs these)
 	OMP_NUM_THREADS=1 $(PEERS)/bin/python -m pytest -q tests/peers
 
-audit: env ## malformed inputs, damaged files, and the tests that take minutes each: before a release
+audit: env ## malformed inputs, damaged files, the sites of 104 architectures, and the tests that take minutes each: before a release
 	OMP_NUM_THREADS=1 $(BIN)/python tests/audit
 	OMP_NUM_THREADS=1 $(BIN)/python tests/audit/damage.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/audit/all_architectures.py
 	$(PYTEST) -m audit --durations=15
 
 # An environment of their own on top of .venv's, which stays as it is.
