@@ -182,7 +182,7 @@ def test_a_text_is_resolved_again_if_its_files_change(tiny_model: Path, tmp_path
     assert first is second, "files that do not change are hashed once"
 
 
-def test_of_two_commands_that_need_a_store_one_waits(
+def test_one_of_two_commands_that_need_a_store_waits(
     tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
