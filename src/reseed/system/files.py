@@ -172,11 +172,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def wait_for_writer(path: Path, waiting: Callable[[], object]) -> None:
-    """Wait while another process fills a `temporary_folder` beside ``path``.
-
-    Args:
-        waiting: called if there is such a process.
-    """
+    """Call ``waiting`` and wait if another process fills a `temporary_folder` beside ``path``."""
     for folder in path.parent.glob(f".{escape(path.stem[:40])}{_TEMPORARY}*"):
         with suppress(OSError):  # it is gone, or the file system has no locks
             handle = lock_file(folder / _LOCK, wait_s=0)
