@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.cells import cell_len
 
 from reseed.activations.model_source import PathModelConfig
 from reseed.activations.text import TextFilesConfig
@@ -67,6 +69,21 @@ def test_messages_are_rendered_by_the_template_with_one_opening_token(
     assert other.stores(0) != found.stores(0), "the template is part of the key of the tokens"
     assert other.fingerprints != found.fingerprints
     assert "user the cat" in "\n".join(found.summary)
+
+
+def test_chats_that_a_template_makes_equal_are_on_one_side(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """Templates trim, so that lists of messages that differ are one document."""
+    given = [said(f"cat {'mat ' * n}{space}", "ran") for n in range(1, 40) for space in ("", " \n")]
+    path = chats(tmp_path / "a.jsonl", [*given, said(" ")])
+    template = "{% for m in messages %}{{ m.content | trim }} {% endfor %}"
+    options = {"path": path, "field": "messages", "chat": True, "held_out_fraction": 0.5}
+    found = resolved(tiny_model, tmp_path, template, **options)
+    train, held_out = map(documents, found.stores(0))
+    assert not set(train) & set(held_out)
+    assert len(set(train)) + len(set(held_out)) == 39
+    assert len(train) + len(held_out) == len(given), "a chat that is rendered blank is none"
 
 
 def test_token_ids_are_read_as_they_are(tiny_model: Path, tmp_path: Path) -> None:
@@ -133,6 +150,11 @@ def test_held_out_documents_that_repeat_the_training_text_can_be_left_out(
              if not any(d[i : i + 13] in windows for i in range(len(d) - 12))]  # fmt: skip
     assert documents(fewer) == alone
     assert 0 < len(alone) < held_out.num_documents / 2
+    left_out = held_out.num_documents - len(alone)
+    told = f"  {left_out} held-out documents left out (they repeat training text)"
+    assert told in dedup.summary
+    record = dedup.open("cpu", 0).record()  # type: ignore[arg-type]
+    assert record["held_out_documents_left_out"] == left_out
     # The files record the share, which the counts of windows above give, too.
     counted = [d[i : i + 13] in windows for d in documents(held_out) for i in range(len(d) - 12)]
     record = plain.open("cpu", 0).record()  # type: ignore[arg-type]
@@ -160,11 +182,12 @@ def test_the_first_documents_are_shown_in_lines_of_80_columns(
     assert lines[1] == '  "the cat ran"'
     assert lines[2] == f'  "{("dog " * 50)[:59]}…"'
     assert lines[3] == "  read a.txt"
-    name = "long" * 50
+    name = "猫" * 50
     (tmp_path / name).mkdir()
     for number in range(3):
         (tmp_path / name / f"{number}{name}.txt").write_text("a 猫 " * 50)
         (tmp_path / name / f"{number}{name}\n.pdf").write_text("a")
     lines += resolved(tiny_model, tmp_path, path=str(tmp_path / name)).summary
-    assert max(map(len, lines)) <= 80
+    assert max(map(cell_len, lines)) <= 80
+    assert re.fullmatch(r"text 猫+ ?…: 3 documents, 303 tokens; the first begin", lines[4])
     assert not any(character < " " for line in lines for character in line)

@@ -185,19 +185,63 @@ def test_what_datasets_saves_is_read(tmp_path: Path) -> None:
 
 
 def test_a_folder_says_what_is_passed_over(tmp_path: Path) -> None:
-    for name in ("b.txt", "a.JSONL", "empty.txt", "README.md", "licence.txt", ".hidden.txt",
-                 "notes.pdf", "sub/c.txt", "sub/.git/x.txt"):  # fmt: skip
+    passed_over = ("README.md", "licence.txt", "License.MIT.txt", ".hidden.txt", "notes.pdf",
+                   "sub/.git/x.txt")  # fmt: skip
+    for name in ("b.txt", "a.JSONL", "empty.txt", "readmes.md", "README.jsonl", "sub/c.txt",
+                 "sub/license_texts.txt", *passed_over):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text("" if name == "empty.txt" else json.dumps({"text": name}))
-    saved(tmp_path / "sub" / "z", ["saved"])
+    for name in ("y", "z"):
+        saved(tmp_path / "sub" / name, ["saved"])
     (tmp_path / "linked").symlink_to(tmp_path / "sub")
     found = TextFilesConfig(path=str(tmp_path)).resolve(tmp_path)
     texts = [json.loads(d)["text"] if d.startswith("{") else d for d in found.documents()]
-    assert texts == ["a.JSONL", "b.txt", "sub/c.txt", "saved"]
-    assert found.origin[0] == "read 5 files (3 .txt, 1 .jsonl, 1 z)"
-    assert found.origin[1].startswith("passed over 6 files (")
+    assert texts == ["README.jsonl", "a.JSONL", "b.txt", "readmes.md", "sub/c.txt",
+                     "sub/license_texts.txt", "saved", "saved"]  # fmt: skip
+    kinds = "4 .txt, 2 .jsonl, 2 saved data sets, 1 .md"
+    assert found.origin[0] == f"read 9 files ({kinds})"
+    assert found.origin[1] == "passed over 7 files (3 .txt, 2 folders, 1 .md, 1 .pdf)"
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "README.md").write_text("a")
+    with pytest.raises(ConfigError, match=r"has no text \(it has README\.md\).* README and LICEN"):
+        documents(tmp_path / "only")
     assert documents((str(tmp_path / "README.md"),)) == ['{"text": "README.md"}']
+
+
+def test_the_label_is_a_name_wherever_the_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.txt", "b.txt", "sub/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("a cat")
+    monkeypatch.chdir(tmp_path / "sub")
+    for paths, label in (
+        (("../a.txt", "../b.txt"), tmp_path.name),
+        (("c.txt", "../b.txt"), "sub"),
+        (("..",), tmp_path.name),
+        ((".",), "c"),
+    ):
+        assert TextFilesConfig(path=paths).resolve(tmp_path).label == label
+    for nothing in ("", ("c.txt", "")):
+        with pytest.raises(ConfigError, match=r"`path` must name a file or a folder; got .*''"):
+            TextFilesConfig(path=nothing).resolve(tmp_path)
+
+
+def test_long_rows_of_parquet_are_read_in_small_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parquet(tmp_path / "a.parquet", [f"{i} cats" for i in range(1_500)])
+    largest, batches = [0], pq.ParquetFile.iter_batches
+
+    def seen(*given: Any, **options: Any) -> Any:
+        for batch in batches(*given, **options):
+            largest.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", seen)
+    assert documents(tmp_path / "a.parquet") == [f"{i} cats" for i in range(1_500)]
+    assert 0 < max(largest) <= 512
 
 
 def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
@@ -331,6 +375,8 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, tiny_model: Path) -
     for options, message in (
         ({"encoding": "utf9"}, r"`encoding` must be a text encoding .*Did you mean `utf-8`\?"),
         ({"encoding": "hex"}, "`encoding` must be a text encoding"),
+        ({"encoding": "idna"}, "`encoding` must be a text encoding"),
+        ({"encoding": "rot13"}, r"`encoding` must be a text encoding .*got 'rot13'\.$"),
         ({"chat": True, "token_field": "ids"}, r"`token_field` \(=ids\) .* set only one"),
         ({"token_field": "ids"}, "`token_field` needs rows with fields"),
         ({"chat": True}, "`chat`=true needs a chat template, and the model's tokenizer has none"),

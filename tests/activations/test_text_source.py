@@ -28,6 +28,7 @@ from reseed.activations.text_source import (
     resolve_model_text,
 )
 from reseed.config import digest
+from reseed.errors import ConfigError
 
 HOOKS = [Hookpoint("resid_post", 0), Hookpoint("mlp_out", 1)]
 CPU = torch.device("cpu")
@@ -128,6 +129,20 @@ def named(found: ResolvedModelText, part: str = "train") -> str:
 
 def with_text(found: ResolvedModelText, **changes: Any) -> ResolvedModelText:
     return replace(found, text=replace(found.text, config=replace(found.config, **changes)))
+
+
+def test_a_text_without_any_activations_gets_advice_that_helps(found: ResolvedModelText) -> None:
+    """dataset.repeat=true would not help."""
+    few, batch = "Give more text, or lower ", 1 << 20
+    for options, key, advice in (
+        ({"held_out_fraction": 1 - 1e-9}, "training.tokens", few + "dataset.context_length"),
+        ({"chunk_tokens": batch}, "training.tokens", few + "training.batch_size"),
+        ({"held_out_fraction": 1e-9}, "dataset.held_out_tokens",
+         "Give more text, lower dataset.context_length, or raise dataset.held_out_fraction"),
+    ):  # fmt: skip
+        size = options.get("chunk_tokens", 64)
+        with pytest.raises(ConfigError, match=rf"`{key}` .*: 0\. {advice}\.$"):
+            with_text(found, **options).check_budget(1, int(size))
 
 
 OTHER_TEXT = {

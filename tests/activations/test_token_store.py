@@ -12,7 +12,13 @@ from reseed.activations import token_store
 from reseed.activations.chunks import ActivationStream, TokenWindow, held_out_packing
 from reseed.activations.dataset import STRIPES
 from reseed.activations.text import TextFilesConfig
-from reseed.activations.token_store import WINDOW, Packing, TokenStore, overlap
+from reseed.activations.token_store import (
+    WINDOW,
+    Packing,
+    TokenStore,
+    overlap,
+    overlap_of_sample,
+)
 
 CONFIG = TextFilesConfig(path="unused", context_length=5, chunk_tokens=64)
 
@@ -112,13 +118,47 @@ def test_shared_windows_are_those_of_two_sets(
     held_out = TokenStore(both, np.append(held_out.starts, len(both)), (0,))
     there = {window for document in windows(train) for window in document}
     expected = [[window in there for window in document] for document in windows(held_out)]
+    told: list[str] = []
+    monkeypatch.setattr(token_store, "throttled_say", lambda: told.append)
     found = overlap(train, held_out)
+    assert told[0] == "looking for held-out text in the training text: 0%"
     assert found.windows == sum(map(len, expected))
     assert found.shared == sum(map(sum, expected)) > 0
     assert found.documents.tolist() == [any(each) for each in expected]
+
+
+def joined(documents: list[np.ndarray]) -> TokenStore:
+    starts = np.concatenate([[0], np.cumsum([len(tokens) for tokens in documents])])
+    return TokenStore(np.concatenate(documents), starts.astype(np.int64), (0,))
+
+
+@pytest.mark.parametrize("size", [1, 40, 10**6])
+def test_the_sample_is_the_same_whatever_the_order_and_the_training_text(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_store, "SAMPLE", size)
+    monkeypatch.setattr(token_store, "_BLOCK", 50)
+    made = store(2, 60, 10)
+    each = np.split(made.tokens, made.starts[1:-1]) * 3  # with repeated windows
+    held_out = joined(each)
+    shuffled = joined([each[d] for d in np.random.default_rng(0).permutation(len(each))])
+    asked: list[list[int]] = []
+    looked_for = token_store._are_in
+    monkeypatch.setattr(
+        token_store, "_are_in", lambda hashes, train: asked.append(sorted(hashes.tolist()))
+        or looked_for(hashes, train),
+    )  # fmt: skip
+    total = sum(map(len, windows(held_out)))
+    every = sorted(token_store._windows(held_out, 0, len(held_out))[0].tolist())
+    for given in (held_out, shuffled):
+        for train, share in ((held_out, 1), (store(5, 30), 0)):
+            sampled = min(size, total)
+            assert overlap_of_sample(train, given) == (total, sampled, sampled * share)
+    assert all(each == every[:size] for each in asked)
 
 
 def test_texts_without_windows_share_none() -> None:
     empty = TokenStore(np.zeros(0, np.int32), np.zeros(1, np.int64), ())
     for train, held_out in ((empty, empty), (store(1, 5), empty), (empty, store(1, 5))):
         assert overlap(train, held_out).shared == 0
+        assert overlap_of_sample(train, held_out)[2] == 0

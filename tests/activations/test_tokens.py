@@ -2,12 +2,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
+from typing import Any
 
 import numpy as np
 import pytest
 
+from reseed.activations import tokens
 from reseed.activations.model_source import PathModelConfig
 from reseed.activations.text import (
     DocstringsConfig,
@@ -15,9 +19,11 @@ from reseed.activations.text import (
     ResolvedText,
     TextFilesConfig,
 )
+from reseed.activations.text_source import resolve_model_text
 from reseed.activations.token_store import Packing, TokenStore
 from reseed.activations.tokens import _text_options, is_held_out, token_stores
 from reseed.config import setting
+from reseed.errors import ReseedError
 
 CONFIG = TextFilesConfig(path="unused", context_length=5, chunk_tokens=8)
 
@@ -133,6 +139,77 @@ def test_a_text_is_tokenised_once(
     other = TextFilesConfig(path=str(tiny_text), held_out_fraction=0.1).resolve(tmp_path)
     with pytest.raises(AssertionError, match="tokenised twice"):
         token_stores(other, model.tokenizer, "t", 0)
+
+
+def test_a_text_that_changes_while_it_is_read_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """Its tokens would be stored as those of the text that was hashed."""
+    model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path / "fingerprints")
+    folder, cache = tmp_path / "texts", tmp_path / "cache"
+    folder.mkdir()
+    for change in ({"a.txt": "the dog ran"}, {"b.txt": "a mat"}):
+        (folder / "a.txt").write_text("the cat ran home")
+        text = TextFilesConfig(path=str(folder)).resolve(cache)
+        for name, content in change.items():
+            (folder / name).write_text(content)
+        with pytest.raises(ReseedError, match=r"the files of the text \w+ changed while"):
+            token_stores(text, model.tokenizer, "t", 0)
+        assert [path for path in cache.rglob("*") if not path.is_dir()] == []
+    (folder / "b.txt").unlink()
+    again = TextFilesConfig(path=str(folder)).resolve(cache)
+    assert again.fingerprint == text.fingerprint
+    stores = token_stores(again, model.tokenizer, "t", 0)
+    assert (
+        np.concatenate([part.tokens for part in stores]).tolist()
+        == model.tokenizer("the cat ran home")["input_ids"]
+    )
+
+
+def test_a_text_is_resolved_again_if_its_files_change(tiny_model: Path, tmp_path: Path) -> None:
+    model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    config = TextFilesConfig(path=str(folder), context_length=8)
+
+    def fingerprint(**files: str) -> str:
+        for name, content in files.items():
+            (folder / f"{name}.txt").write_text(content)
+        return resolve_model_text(model, config, tmp_path).text.fingerprint
+
+    found = [fingerprint(a="a cat"), fingerprint(a="the dog"), fingerprint(b="a mat")]
+    assert len(set(found)) == 3
+    assert fingerprint() == found[-1]
+    first, second = (resolve_model_text(model, config, tmp_path).text for _ in range(2))
+    assert first is second, "files that do not change are hashed once"
+
+
+def test_one_of_two_commands_that_need_a_store_waits(
+    tiny_model: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = PathModelConfig(path=str(tiny_model)).resolve(tmp_path)
+    text = TextFilesConfig(path=str(tiny_text)).resolve(tmp_path)
+    begun, waiting = Event(), Event()
+    encode, counted = tokens._encode, []
+
+    def slow(tokenizer: Any, documents: list[str], vocabulary: int) -> Any:
+        begun.set()
+        assert waiting.wait(60)
+        counted.extend(documents)
+        return encode(tokenizer, documents, vocabulary)
+
+    def heard(message: str) -> None:
+        if "waiting for another process, which tokenises words" in message:
+            waiting.set()
+
+    monkeypatch.setattr(tokens, "_encode", slow)
+    monkeypatch.setattr(tokens, "say", heard)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(token_stores, text, model.tokenizer, "t", 0)
+        assert begun.wait(60)
+        second = pool.submit(token_stores, text, model.tokenizer, "t", 0)
+        stores = [*first.result(), *second.result()]
+    assert sorted(counted) == sorted(text.documents())
+    assert [len(store) for store in stores[:2]] == [len(store) for store in stores[2:]]
+    assert [p.name for p in (tmp_path / "tokens").iterdir() if p.name.startswith(".")] == []
 
 
 @dataclass(frozen=True, kw_only=True)

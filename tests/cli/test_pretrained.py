@@ -76,6 +76,7 @@ def test_a_pretrained_run_has_the_metrics_of_the_trained_one(
 def test_one_sae_is_one_run_in_any_format_seed_and_training(overrides: list[str]) -> None:
     line = [*overrides, "sae=pretrained", "source=sparsify,saelens", "seed=0,1"]
     assert train.main(["-m", *line, "training.lr=1e-3,2e-3"]) == 0
+    assert train.main(["-m", *line, "dataset.subset_seed=0,1"]) == 0
     assert len([one for one in RunStore("outputs").runs() if "pretrained" in one.id]) == 1
     before = of("pretrained").record["ended"]
     assert train.main([*overrides, "sae=pretrained", "source=saelens"]) == 0

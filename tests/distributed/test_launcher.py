@@ -52,6 +52,7 @@ def test_spread_runs_equal_those_of_one_process(tiny_overrides: list[str], tmp_p
     for found in (spread, again):
         assert set(differences(found, one).values()) == {0.0}
         for signature, run in found.items():
+            assert run.record["data"] == one[signature].record["data"]
             assert run.metrics == one[signature].metrics
             assert curve(run) == curve(one[signature])
 

@@ -126,6 +126,21 @@ def test_a_subset_seed_is_a_seed_of_the_data_alone(jobs: Jobs) -> None:
     assert a["held_out_windows_in_training"] == 0  # of random words
 
 
+def test_gaussian_draws_depend_on_neither_subset_nor_budget(jobs: Jobs) -> None:
+    """The evaluations open the source with the largest budget of a cell."""
+    gaussian = ("surrogate=gaussian", "training.tokens=1000,1100")
+    (plain, more), _ = jobs(*gaussian)
+    others, _ = jobs(*gaussian, "dataset.subset_seed=0,1")
+    assert {r.signature for r in others} == {plain.signature, more.signature}
+    assert {r.stream for r in others} == {plain.stream} == {more.stream}
+    drawn = [
+        resolved.open("cpu", needed).stream([plain.experiment.hook]).chunk(0)
+        for resolved in (plain, *others) for needed in (1_000, 5_000)
+    ]  # fmt: skip
+    for other in drawn[1:]:
+        assert torch.equal(other[plain.experiment.hook], drawn[0][plain.experiment.hook])
+
+
 def test_finished_runs_are_not_trained_again(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     first, runtime = jobs("seed=0,1")
     train_missing(first, runtime)

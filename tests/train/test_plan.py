@@ -267,6 +267,11 @@ def test_plan_only_prints_and_trains_nothing(
     with pytest.raises(SystemExit):
         main([*line, "plan_only=true"])
     assert "plan: 2 runs in 2 groups (2 more already finished)" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # the text is shown even if all runs are finished
+        main([*line, "seed=0", "plan_only=true"])
+    said = capsys.readouterr().out
+    assert said.startswith("plan: nothing to train; 2 runs finished\n")
+    assert said.count("text words: 1,500 documents, ") == 1
 
 
 def test_a_plan_uses_the_described_machine(jobs: Jobs) -> None:

@@ -7,6 +7,7 @@ commands that only read the configuration start quickly.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
@@ -36,9 +37,22 @@ class DatasetConfig(Config, family="dataset"):
                 f"{{key}} must be a multiple of {STRIPES}; got {self.chunk_tokens}", "chunk_tokens"
             )
 
+    def stamp(self) -> Hashable:
+        """Return a value that changes if the data set's files do, so that they are read again.
+
+        Raises:
+            ConfigError: a file is missing.
+        """
+        return None
+
     def at_first_seeds(self) -> Self:
         """Return the configuration with each of its seeds at the first value."""
         return replace(self, order_seed=0)
+
+    def without_subset(self) -> Self:
+        """Return the configuration that reads the data from the beginning of their order, without
+        a subset of their own for each budget."""
+        return self
 
 
 @dataclass(frozen=True, order=True)

@@ -35,14 +35,13 @@ from reseed.activations.stored_files import (
     find_files,
     held_out_units,
     map_files,
-    stamp,
 )
 from reseed.activations.stream import EpochStream
 from reseed.config import digest, setting
 from reseed.errors import ConfigError, ReseedError
 from reseed.system.console import say
 from reseed.system.files import user_path
-from reseed.system.integrity import DamagedFileError, read_record, write_record
+from reseed.system.integrity import DamagedFileError, read_record, stamp, write_record
 
 _UNIT = 64
 """Number of rows of a unit if the files have no sequences."""

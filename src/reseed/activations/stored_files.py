@@ -31,6 +31,7 @@ from reseed.config import digest
 from reseed.errors import ConfigError, did_you_mean
 from reseed.system.environment import allow_open_files
 from reseed.system.files import atomic_write, find_same_files
+from reseed.system.integrity import stamp
 
 ENDINGS = (".npy", ".safetensors", ".parquet", ".pt")
 COPIES = "activations"
@@ -132,16 +133,6 @@ def write_tensor(
                 file.write(data_of(block))
 
     atomic_write(path, write)
-
-
-def stamp(files: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
-    """Return path, size and time of change of files, which change if a content does; () if one is
-    missing."""
-    try:
-        abouts = [(str(file.absolute()), file.stat()) for file in files]
-    except OSError:
-        return ()
-    return tuple((path, about.st_size, about.st_mtime_ns) for path, about in abouts)
 
 
 def _natural(path: Path) -> tuple[list[Any], str]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from reseed.activations.text_formats import (
     list_names,
 )
 from reseed.config import setting
-from reseed.errors import ConfigError, did_you_mean
+from reseed.errors import ConfigError, ReseedError, did_you_mean
 
 _DIGITS = 32
 """Number of hex characters of a text's fingerprint."""
@@ -62,6 +62,9 @@ class TextConfig(DatasetConfig, ABC):
         first = None if self.subset_seed is None else 0
         return replace(super().at_first_seeds(), subset_seed=first)
 
+    def without_subset(self) -> Self:
+        return replace(self, subset_seed=None)
+
     @property
     def content(self) -> str:
         """Kind of the documents: ``text``, ``messages`` or ``token ids`` (`RowFormat.content`)."""
@@ -93,7 +96,7 @@ class TextConfig(DatasetConfig, ABC):
             ConfigError: a file is unreadable, empty or missing, or the hub is unreachable. The
                 error's key is relative to ``dataset``.
         """
-        found = ResolvedText(self, "", self.name, cache)
+        found = ResolvedText(self, "", self.name, cache, stamp=self.stamp())
         sha = hashlib.sha256()
         for document in _checked(self.documents(found, shuffled=False), self.name):
             sha.update(hashlib.sha256(document.encode()).digest())
@@ -110,6 +113,7 @@ class ResolvedText:
         label: short name for folders and tables.
         cache: folder for derived data.
         origin: lines that say which files are read, and which are not.
+        stamp: `TextConfig.stamp` before the fingerprint was computed; None: unknown.
     """
 
     config: TextConfig
@@ -117,6 +121,15 @@ class ResolvedText:
     label: str
     cache: Path
     origin: tuple[str, ...] = ()
+    stamp: Hashable = field(default=None, compare=False)
+
+    def check_unchanged(self) -> None:
+        """Raise `ReseedError` if the files are not those that the fingerprint identifies."""
+        if self.stamp is not None and self.config.stamp() != self.stamp:
+            raise ReseedError(
+                f"the files of the text {self.label} changed while they were read: run the command "
+                "again when they are complete"
+            )
 
     def documents(self, shuffled: bool = True) -> Iterator[str]:
         """Yield the documents that are not blank.
@@ -186,10 +199,14 @@ class TextFilesConfig(TextConfig, name="text_files"):
         for path in find_files(self.path).paths:
             yield from file_documents(path, self._rows)
 
+    def stamp(self) -> Hashable:
+        return find_files(self.path).stamp
+
     def resolve(self, cache: Path) -> ResolvedText:
         found = find_files(self.path)
+        stamp, origin = found.stamp, tuple(found.description)
         fingerprint = hash_texts(found.paths, self.separator)[:_DIGITS]
-        text = ResolvedText(self, fingerprint, found.label, cache, tuple(found.description))
+        text = ResolvedText(self, fingerprint, found.label, cache, origin, stamp)
         if next(text.documents(), None) is None:
             where = str(found.paths[0]) if len(found.paths) == 1 else f"{len(found.paths)} files"
             raise ConfigError(f"{{key}}: the text in {where} is empty", "path")

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from encodings import aliases
 from pathlib import Path
@@ -17,6 +17,7 @@ from reseed.activations.text_formats import (
     INFO,
     SPLITS,
     STATE,
+    UNDECODABLE,
     arrow_files,
     ending_of,
     list_names,
@@ -24,8 +25,12 @@ from reseed.activations.text_formats import (
     unreadable,
 )
 from reseed.errors import ConfigError, did_you_mean
+from reseed.system.console import counted
 from reseed.system.files import find_same_files, user_path
+from reseed.system.integrity import stamp
 
+_ABOUT = ("README", "LICENSE", "LICENCE")
+_FOLDERS = ("saved data set", "folder")
 _NAMES = 3
 """Number of files up to which a message names them instead of counting them."""
 
@@ -45,13 +50,18 @@ class FoundFiles:
     @property
     def label(self) -> str:
         """Short name of the text, for folders and tables."""
-        first = self.paths[0]
+        first = Path(os.path.abspath(self.paths[0]))  # `.` and `..` have no name
         if len(self.paths) > 1:
-            return first.parent.name
+            return first.parent.name or "text"
         if not first.is_dir():
             return Path(first.name[: -len(ending_of(first))]).name
         whole = f"{first.parent.name}-" if (first.parent / SPLITS).is_file() else ""
         return f"{whole}{first.name}"
+
+    @property
+    def stamp(self) -> Hashable:
+        """Value that changes if the files do."""
+        return stamp(file for path in self.paths for file in _content_files(path))
 
     @property
     def description(self) -> list[str]:
@@ -70,7 +80,10 @@ def find_files(named: str | Sequence[str]) -> FoundFiles:
     """
     paths: list[Path] = []
     passed_over: list[Path] = []
-    for path in map(user_path, [named] if isinstance(named, str) else named):
+    for name in [named] if isinstance(named, str) else named:
+        if not name:
+            raise ConfigError(f"{{key}} must name a file or a folder; got {named!r}", "path")
+        path = user_path(name)
         if path.is_dir():
             try:
                 read, others = _of_folder(path)
@@ -79,7 +92,9 @@ def find_files(named: str | Sequence[str]) -> FoundFiles:
             if not read:
                 there = f" (it has {_counted(others)})" if others else ""
                 raise ConfigError(
-                    f"{{key}}: the folder {path} has no text{there}; the formats are {FORMATS}",
+                    f"{{key}}: the folder {path} has no text{there}; the formats are {FORMATS}. "
+                    "Names that begin with a dot are passed over, and README and LICENSE in .txt "
+                    "or .md",
                     "path",
                 )
             paths += read
@@ -162,9 +177,16 @@ def _of_folder(folder: Path) -> tuple[list[Path], list[Path]]:
                 continue
             folders.remove(name)
         for path in (Path(place, name) for name in names):
-            about = path.name.upper().startswith((".", "README", "LICENSE", "LICENCE"))
-            (read if not about and ending_of(path) and path.is_file() else others).append(path)
+            whether = ending_of(path) and path.is_file() and not _is_about(path.name)
+            (read if whether else others).append(path)
     return sorted(read), sorted(others)
+
+
+def _is_about(name: str) -> bool:
+    """Return True if a file is hidden or, by its name, describes the others: ``README.md``,
+    ``LICENSE.MIT.txt``, but not ``readmes.txt`` or ``README.jsonl``."""
+    parts = name.upper().split(".")
+    return not parts[0] or (parts[0] in _ABOUT and parts[-1] in ("TXT", "MD"))
 
 
 def _saved_split(folder: Path) -> Path | None:
@@ -192,12 +214,22 @@ def _saved_split(folder: Path) -> Path | None:
 def _counted(paths: Sequence[Path]) -> str:
     """Describe files: by name if they are few, and otherwise by their endings."""
     if len(paths) <= _NAMES:
-        return ", ".join(list_names([path.name]) for path in paths)
-    endings = Counter(ending_of(path) or path.suffix.lower() or path.name for path in paths)
-    kinds = [f"{count:,} {ending[:20]}" for ending, count in endings.most_common(5)]
+        return list_names(path.name or path.absolute().name for path in paths)
+    endings = Counter(map(_kind, paths))
+    kinds = [
+        counted(count, ending) if ending in _FOLDERS else f"{count:,} {ending[:20]}"
+        for ending, count in endings.most_common(5)
+    ]
     more = len(endings) - len(kinds)
     others = f" and {more:,} other kinds" if more else ""
     return f"{len(paths):,} files ({', '.join(kinds)}{others})"
+
+
+def _kind(path: Path) -> str:
+    """Return the ending of a file, or the kind of a folder."""
+    if path.is_dir():
+        return _FOLDERS[not (path / STATE).is_file()]
+    return ending_of(path) or path.suffix.lower() or path.name
 
 
 def checked_encoding(encoding: str) -> str:
@@ -206,15 +238,21 @@ def checked_encoding(encoding: str) -> str:
     Raises:
         ConfigError: Python has no text encoding of this name.
     """
-    try:
-        io.TextIOWrapper(io.BytesIO("a".encode(encoding)), encoding=encoding).read()
-        name = codecs.lookup(encoding).name
-    except (LookupError, ValueError, TypeError):  # some codecs are from bytes to bytes
-        names = (name.replace("_", "-") for name in aliases.aliases.values())
-        known = {name for name in names if not name.endswith("-codec")}
+    if not _decodes(encoding):
+        names = {name.replace("_", "-") for name in aliases.aliases.values()}
         raise ConfigError(
             f"{{key}} must be a text encoding of Python, such as utf-8, utf-16 or latin-1; got "
-            f"{encoding!r}.{did_you_mean(encoding.lower(), known)}",
+            f"{encoding!r}.{did_you_mean(encoding.lower(), filter(_decodes, names))}",
             "encoding",
-        ) from None
+        )
+    name = codecs.lookup(encoding).name
     return "utf-8" if name == "utf-8-sig" else name  # the byte order mark is dropped in either
+
+
+def _decodes(encoding: str) -> bool:
+    """Return True if files can be read in an encoding, which some codecs of Python cannot."""
+    try:
+        raw = io.BytesIO("a\n".encode(encoding))
+        return io.TextIOWrapper(raw, encoding=encoding, errors=UNDECODABLE).read() == "a\n"
+    except (LookupError, ValueError, TypeError):
+        return False

@@ -31,9 +31,10 @@ from reseed.system.console import counted
 
 _MARK = "\ufeff"
 """The byte order mark, which some editors write at the beginning of a file."""
-_UNDECODABLE = "reseed.undecodable"
-codecs.register_error(_UNDECODABLE, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+UNDECODABLE = "reseed.undecodable"
+codecs.register_error(UNDECODABLE, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
 _LARGEST_WINDOW = 2**31  # of zstd --long=31
+_BATCH = 512  # rows of parquet in memory at once, which may be long
 INFO, STATE, SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 
 
@@ -205,7 +206,7 @@ def _parquet(path: Path, rows: RowFormat) -> Rows:
 
     with pq.ParquetFile(path) as table:
         _column(table.schema_arrow.names, path, rows)
-        yield from _values(table.iter_batches(columns=[rows.field]), path, rows)
+        yield from _values(table.iter_batches(_BATCH, columns=[rows.field]), path, rows)
 
 
 def _saved_dataset(path: Path, rows: RowFormat) -> Rows:
@@ -276,7 +277,7 @@ def _lines(path: Path, encoding: str, newline: str | None = None) -> Iterator[st
     """
     with (
         _opened(path) as raw,
-        io.TextIOWrapper(raw, encoding=encoding, errors=_UNDECODABLE, newline=newline) as file,
+        io.TextIOWrapper(raw, encoding=encoding, errors=UNDECODABLE, newline=newline) as file,
     ):
         for number, line in enumerate(file, 1):
             if not line.isascii():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
@@ -24,10 +24,12 @@ from reseed.activations.language_model import LanguageModel
 from reseed.activations.sites import blocks_path
 from reseed.activations.source import ActivationSource, ResolvedData, check_held_out
 from reseed.activations.text import ResolvedText, TextConfig
-from reseed.activations.token_store import Packing, TokenStore
-from reseed.activations.tokens import describe, hash_chat_template, overlap_counts, token_stores
+from reseed.activations.token_store import Packing, TokenStore, overlap_counts
+from reseed.activations.tokens import describe, hash_chat_template, token_stores
 from reseed.errors import ConfigError
 from reseed.system.console import COLUMNS, cropped
+
+_LABEL_COLUMNS = 30
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class ResolvedModelText(ResolvedData):
         """Return the lines of `summary`, given the tokens."""
         first, *others = describe(train, held_out, self.model.tokenizer)
         origin = (f"  {line}" for line in self.text.origin)
-        lines = (f"{self.description}: {first}", *others, *origin)
+        label = cropped(self.text.label, _LABEL_COLUMNS)  # so that the numbers are seen
+        lines = (f"text {label}: {first}", *others, *origin)
         return tuple(cropped(line, COLUMNS) for line in lines)
 
     @property
@@ -128,7 +131,8 @@ class ResolvedModelText(ResolvedData):
             raise error.within("dataset") from None
         repeat = "Lower it, give more text, or set dataset.repeat=true."
         less = "Lower it, give more text, or raise dataset.held_out_fraction."
-        if train.num_documents + held_out.num_documents < 2:
+        one_document = train.num_documents + held_out.num_documents < 2
+        if one_document:
             repeat = less = "The whole text is one document: set dataset.separator to split it."
         for part, wanted, key, remedy in (
             (train, steps * batch_size, "training.tokens", repeat),
@@ -141,6 +145,8 @@ class ResolvedModelText(ResolvedData):
                 enough = (self.config.repeat and usable > 0) or batches >= steps
             else:
                 usable, enough = there, there >= wanted
+            if not usable:
+                remedy = remedy if one_document else _remedy_of_none(part is train, there)
             if not enough:
                 name = "training documents" if part is train else "held-out documents"
                 raise ConfigError(
@@ -148,6 +154,15 @@ class ResolvedModelText(ResolvedData):
                     f"{part.num_documents:,} {name} of {self.label}: {usable:,}. {remedy}",
                     key,
                 )
+
+
+def _remedy_of_none(training: bool, activations: int) -> str:
+    """Return what to do about a text of no whole batch of training or held-out activations."""
+    if activations:
+        return "Give more text, or lower training.batch_size."
+    if training:
+        return "Give more text, or lower dataset.context_length."
+    return "Give more text, lower dataset.context_length, or raise dataset.held_out_fraction."
 
 
 class TextSource(ActivationSource):
@@ -224,11 +239,13 @@ class TextSource(ActivationSource):
 
     def record(self) -> dict[str, Any]:
         counts = overlap_counts(self.train_store, self.held_out_store, self.found.text.cache)
+        left_out = self.held_out_store.left_out
         return {
             "documents": self.train_store.num_documents,
             "tokens": len(self.train_store),
             "held_out_documents": self.held_out_store.num_documents,
             "held_out_tokens": len(self.held_out_store),
+            **({} if left_out is None else {"held_out_documents_left_out": left_out}),
             **counts,
         }
 
@@ -289,11 +306,11 @@ def resolve_model_text(model: FoundModel, config: DatasetConfig, cache: Path) ->
         )
     if config.content == "messages":
         hash_chat_template(model.tokenizer)
-    return ResolvedModelText(model, _resolve_text(config, cache))
+    return ResolvedModelText(model, _resolve_text(config, cache, config.stamp()))
 
 
 @lru_cache(maxsize=32)
-def _resolve_text(config: TextConfig, cache: Path) -> ResolvedText:
+def _resolve_text(config: TextConfig, cache: Path, stamp: Hashable) -> ResolvedText:
     return config.resolve(cache)
 
 

@@ -8,16 +8,24 @@ that are chosen first (`Packing`).
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from reseed.activations.text import TextConfig
+from reseed.system.console import throttled_say
+from reseed.system.integrity import DamagedFileError, read_record, write_record
 
 WINDOW = 13
 """Number of tokens in a row by which a held-out document overlaps with the training text, as in the
 analysis of GPT-3's test sets (Brown et al. 2020)."""
+SAMPLE = 2**20
+"""Largest number of held-out windows that are looked for to estimate the shared fraction."""
+_VERSION = 1
+"""Increase it if a change of the code changes the counts of windows."""
 _BLOCK = 2**16
 """Number of windows hashed at once."""
 _MOST = 2**24
@@ -39,12 +47,14 @@ class TokenStore:
         starts: int64 [documents + 1], the start of each document, then the end of the last.
         special: sorted ids of the special tokens.
         natural_order: True if epoch 0 reads the documents in stored order (already shuffled).
+        left_out: number of held-out documents left out by ``dataset.held_out_dedup``, if it is set.
     """
 
     tokens: Int[np.ndarray, " total"]
     starts: Int[np.ndarray, " documents_plus_one"]
     special: tuple[int, ...]
     natural_order: bool = False
+    left_out: int | None = None
 
     @property
     def num_documents(self) -> int:
@@ -204,6 +214,47 @@ def overlap(train: TokenStore, held_out: TokenStore) -> Overlap:
     return Overlap(total, number, documents)
 
 
+def overlap_counts(train: TokenStore, held_out: TokenStore, cache: Path) -> dict[str, int | float]:
+    """Return how many held-out windows are training windows, counted once and then cached.
+
+    Returns:
+        the number of held-out windows, and the fraction of them that are in a training document,
+        estimated from a sample of at most `SAMPLE` windows if there are more.
+    """
+    stores = [train, held_out]
+    names = [Path(s.tokens.filename).parent.name if len(s) else "none" for s in stores]  # type: ignore[attr-defined]
+    version = f"{_VERSION}-{WINDOW}-{SAMPLE}"
+    path = cache / "tokens" / names[1] / f"overlap-{version}-{names[0]}.json"
+    try:
+        counts = read_record(path)
+    except (FileNotFoundError, DamagedFileError):
+        windows, sampled, shared = overlap_of_sample(train, held_out)
+        counts = {"windows": windows, "sampled": sampled, "shared": shared}
+        with suppress(OSError):  # a cache that only others may write
+            write_record(path, counts)
+    share = counts["shared"] / max(1, counts["sampled"])
+    return {"held_out_windows": counts["windows"], "held_out_windows_in_training": share}
+
+
+def overlap_of_sample(train: TokenStore, held_out: TokenStore) -> tuple[int, int, int]:
+    """Count the windows of the held-out documents, those of a sample, and those of the sample that
+    are windows of a training document.
+
+    The sample is the `SAMPLE` windows with the smallest hashes, or all if they are fewer: it is
+    the same whatever the order of the documents and whatever the training text.
+    """
+    total, smallest, limit = 0, np.zeros(0, np.uint64), np.uint64(2**64 - 1)
+    for first, last in _pieces(held_out, _BLOCK):
+        hashes, _ = _windows(held_out, first, last)
+        total += len(hashes)
+        smallest = np.concatenate([smallest, hashes[hashes <= limit]])
+        if len(smallest) > 2 * SAMPLE:
+            smallest = np.partition(smallest, SAMPLE - 1)[:SAMPLE]
+            limit = smallest.max()
+    smallest = np.sort(smallest)[:SAMPLE]
+    return total, len(smallest), int(_are_in(smallest, train).sum())
+
+
 def _are_in(hashes: Int[np.ndarray, " windows"], train: TokenStore) -> Bool[np.ndarray, " windows"]:
     """Return the mask of the hashes that are hashes of windows of ``train``."""
     distinct, inverse = np.unique(hashes, return_inverse=True)
@@ -214,7 +265,9 @@ def _are_in(hashes: Int[np.ndarray, " windows"], train: TokenStore) -> Bool[np.n
     shift = np.uint64(64 - bits)
     coarse = np.zeros(2**bits, dtype=bool)
     coarse[distinct >> shift] = True
+    told = throttled_say()
     for first, last in _pieces(train, _BLOCK):
+        told(f"looking for held-out text in the training text: {first / len(train):.0%}")
         own, _ = _windows(train, first, last)
         own = own[coarse[own >> shift]]
         at = np.minimum(np.searchsorted(distinct, own), len(distinct) - 1)

@@ -24,8 +24,8 @@ from reseed.activations.text import ResolvedText, TextConfig
 from reseed.activations.text_formats import Conversation, TokenIds, clean
 from reseed.activations.token_store import WINDOW, TokenStore, overlap
 from reseed.errors import ConfigError, ReseedError, shown
-from reseed.system.console import cropped, say
-from reseed.system.files import atomic_folder, room_for, temporary_folder
+from reseed.system.console import counted, cropped, say
+from reseed.system.files import atomic_folder, room_for, temporary_folder, wait_for_writer
 from reseed.system.integrity import (
     DamagedFileError,
     check_files,
@@ -59,6 +59,7 @@ def token_stores(
 
     Raises:
         ConfigError: a document cannot be read, rendered or used; nothing is left in the cache.
+        ReseedError: the files changed after they were hashed; likewise.
     """
     config = text.config
     key: dict[str, Any] = {
@@ -69,13 +70,13 @@ def token_stores(
         "held_out": config.held_out_fraction,
     }
     if config.content == "messages":
-        key["chat_template"] = hash_chat_template(tokenizer)
+        key["rendered_by"] = hash_chat_template(tokenizer)
     elif config.content == "token ids":
         key["vocabulary"] = vocabulary
-    encode = partial(_encode, tokenizer, vocabulary=vocabulary)
     special = special_ids(tokenizer)
-    if not text.config.streamed:
-        folder = _tokenised(text, encode, special, key, {"train": None, "held_out": None})
+    tokenised = partial(_tokenised, text, tokenizer, vocabulary, special)
+    if not config.streamed:
+        folder = tokenised(key, {"train": None, "held_out": None})
         stores = _read_store(folder, "train", False), _read_store(folder, "held_out", False)
         return _without_overlap(*stores, text, key) if config.held_out_dedup else stores
     # The held-out documents must not depend on the training budget or order, so they are taken
@@ -83,9 +84,9 @@ def token_stores(
     lost = 1 + 2 / config.context_length  # first positions, and a margin of the same size
     enough = {"train": int(needed * lost) + 2 * config.chunk_tokens}
     own = key | {"order_seed": config.packing_seed}
-    train = _tokenised(text, encode, special, own, enough)
+    train = tokenised(own, enough)
     enough = {"held_out": int(config.held_out_tokens * lost) + config.context_length}
-    held_out = _tokenised(text, encode, special, key, enough)
+    held_out = tokenised(key, enough)
     return _read_store(train, "train", True), _read_store(held_out, "held_out", True)
 
 
@@ -94,7 +95,7 @@ def _without_overlap(
 ) -> tuple[TokenStore, TokenStore]:
     """Leave out the held-out documents that share a window with a training document."""
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> dict[str, int]:
         with _StoreWriter(folder, "held_out") as writer:
             shared = overlap(train, held_out).documents
             for d in np.flatnonzero(~shared):
@@ -106,6 +107,7 @@ def _without_overlap(
                 "document",
                 "held_out_dedup",
             )
+        return {"left_out": int(shared.sum())}
 
     own = {**key, "held_out_dedup": True}
     folder = _stored(text, own, held_out.special, ("held_out",), fill)
@@ -128,37 +130,22 @@ def hash_chat_template(tokenizer: Any) -> str:
         ) from None
 
 
-def overlap_counts(train: TokenStore, held_out: TokenStore, cache: Path) -> dict[str, int | float]:
-    """Return how many held-out windows are training windows, counted once and then cached.
-
-    Returns:
-        the number of held-out windows, and the fraction of them that are in a training document.
-    """
-    stores = [train, held_out]
-    names = [Path(s.tokens.filename).parent.name if len(s) else "none" for s in stores]  # type: ignore[attr-defined]
-    path = cache / "tokens" / names[1] / f"overlap-{names[0]}.json"
-    try:
-        counts = read_record(path)
-    except (FileNotFoundError, DamagedFileError):
-        found = overlap(train, held_out)
-        counts = {"windows": found.windows, "shared": found.shared}
-        with suppress(OSError):  # a cache that only others may write
-            write_record(path, counts)
-    share = counts["shared"] / max(1, counts["windows"])
-    return {"held_out_windows": counts["windows"], "held_out_windows_in_training": share}
-
-
 def describe(train: TokenStore, held_out: TokenStore, tokenizer: Any) -> list[str]:
     """Return lines for the user to check a text: its size, and the first documents to train on."""
     documents = train.num_documents + held_out.num_documents
-    count = f"{documents:,} document{'' if documents == 1 else 's'}"
-    lines = [f"{count}, {len(train) + len(held_out):,} tokens; the first begin"]
+    lines = [
+        f"{counted(documents, 'document')}, {len(train) + len(held_out):,} tokens; the first begin"
+    ]
     for d in range(min(_SHOWN, train.num_documents)):
         begin = int(train.starts[d])
         ids = train.tokens[begin : min(begin + _SHOWN_WIDTH, int(train.starts[d + 1]))].tolist()
         if ids[:1] and ids[0] in train.special:
             ids = ids[1:]
         lines.append(f'  "{cropped(tokenizer.decode(ids), _SHOWN_WIDTH)}"')
+    if held_out.left_out is not None:
+        left_out = counted(held_out.left_out, "held-out document")
+        why = "it repeats" if held_out.left_out == 1 else "they repeat"
+        lines.append(f"  {left_out} left out ({why} training text)")
     return lines
 
 
@@ -187,7 +174,8 @@ def _text_options(config: TextConfig) -> dict[str, Any]:
 def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
     path = folder / f"{part}.int32"
     try:
-        special = tuple(read_record(folder / "store.json")["special"])
+        record = read_record(folder / "store.json")
+        special = tuple(record["special"])
         starts = np.load(folder / f"{part}-starts.npy", allow_pickle=False)
         size = int(starts[-1])
         tokens = np.memmap(path, np.int32, "r", shape=(size,)) if size else np.zeros(0, np.int32)
@@ -196,12 +184,13 @@ def _read_store(folder: Path, part: str, natural_order: bool) -> TokenStore:
             f"{folder}: cannot read the stored tokens ({error}). Delete the folder; the next run "
             "tokenises the text again"
         ) from error
-    return TokenStore(tokens, starts, special, natural_order)
+    return TokenStore(tokens, starts, special, natural_order, record.get("left_out"))
 
 
 def _tokenised(
     text: ResolvedText,
-    encode: Callable[[list[str]], list[np.ndarray]],
+    tokenizer: Any,
+    vocabulary: int,
     special: tuple[int, ...],
     key: Mapping[str, Any],
     enough: Mapping[str, int | None],
@@ -214,20 +203,23 @@ def _tokenised(
     """
     fraction = text.config.held_out_fraction
 
-    def fill(folder: Path) -> None:
+    def fill(folder: Path) -> dict[str, int]:
         say(f"tokenising {text.label} (once)")
         with ExitStack() as stack:
             parts = {part: stack.enter_context(_StoreWriter(folder, part)) for part in enough}
-            for documents in _batches(text.documents(shuffled="train" in enough), _BATCH):
+            whole = _written(text.documents(shuffled="train" in enough), tokenizer)
+            for documents in _batches(whole, _BATCH):
                 held = ("held_out" if is_held_out(d, fraction) else "train" for d in documents)
                 wanted = [(d, p) for d, p in zip(documents, held, strict=True) if p in parts]
-                ids = encode([d for d, _ in wanted]) if wanted else []
+                ids = _encode(tokenizer, [d for d, _ in wanted], vocabulary) if wanted else []
                 for (_, part), tokens in zip(wanted, ids, strict=True):
                     limit = enough[part]
                     if limit is None or parts[part].activations < limit:
                         parts[part].add(tokens, int(np.isin(tokens, special).sum()))
                 if all(n is not None and parts[p].activations >= n for p, n in enough.items()):
                     break
+        text.check_unchanged()
+        return {}
 
     return _stored(text, {**key, "enough": dict(enough)}, special, tuple(enough), fill)
 
@@ -237,23 +229,31 @@ def _stored(
     key: Mapping[str, Any],
     special: tuple[int, ...],
     parts: Sequence[str],
-    fill: Callable[[Path], None],
+    fill: Callable[[Path], Mapping[str, int]],
 ) -> Path:
     """Return the folder of a key; if there is none, let ``fill`` write the parts into a temporary
-    folder, which takes its place when it is complete."""
+    folder, which takes its place when it is complete.
+
+    Args:
+        fill: returns numbers for the record. If another process has called it, this one waits.
+    """
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     folder = text.cache / "tokens" / name
     if _is_stored(folder, parts):
         return folder
+    waiting = partial(say, f"waiting for another process, which tokenises {text.label}")
+    wait_for_writer(folder, waiting)
+    if _is_stored(folder, parts, quiet=True):  # by another process, meanwhile
+        return folder
     with room_for(folder / f"{parts[0]}.int32"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(folder) as temporary:
-            fill(temporary)
+            numbers = fill(temporary)
             names = [name for part in parts for name in _files(part)]
             files = describe_files(temporary, names)
-            store = {"key": dict(key), "special": list(special), "files": files}
+            store = {"key": dict(key), "special": list(special), "files": files, **numbers}
             write_record(temporary / "store.json", store)
-            if not _is_stored(folder, parts, quiet=True):  # by another process, meanwhile
+            if not _is_stored(folder, parts, quiet=True):  # by one that began at the same time
                 names.append("store.json")
                 atomic_folder(
                     folder, lambda new: [os.replace(temporary / n, new / n) for n in names]
@@ -329,8 +329,7 @@ def _encode(tokenizer: Any, documents: list[str], vocabulary: int = 0) -> list[n
     if documents and isinstance(documents[0], TokenIds):
         return [_ids_of(document, vocabulary) for document in documents]
     options: dict[str, Any] = {"return_attention_mask": False, "verbose": False}
-    if documents and isinstance(documents[0], Conversation):
-        documents = [_rendered(tokenizer, document) for document in documents]
+    if documents and isinstance(documents[0], _Rendered):
         options["add_special_tokens"] = False  # the template writes them
     opening = tokenizer.bos_token_id
     if opening is None:
@@ -352,6 +351,21 @@ def _ids_of(document: Any, vocabulary: int) -> np.ndarray:
             "token_field",
         )
     return np.asarray(ids, dtype=np.int32)
+
+
+class _Rendered(str):
+    """A text that a chat template wrote, with its special tokens."""
+
+
+def _written(documents: Iterator[str], tokenizer: Any) -> Iterator[str]:
+    """Yield documents with messages rendered, as they are tokenised and divided into training and
+    held-out documents: two lists of messages can be one text."""
+    for document in documents:
+        if isinstance(document, Conversation):
+            document = _Rendered(_rendered(tokenizer, document))
+            if not document.strip():
+                continue
+        yield document
 
 
 def _rendered(tokenizer: Any, document: Any) -> str:

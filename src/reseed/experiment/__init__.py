@@ -50,6 +50,8 @@ class Experiment(Config):
     ``random_weights``, those of the same language model before any training."""
 
     def validate(self) -> None:
+        if self.surrogate == "gaussian":  # the moments do not depend on a subset or a budget
+            object.__setattr__(self, "dataset", self.dataset.without_subset())
         check_batch_size(self.dataset, self.training.batch_size)
         archetypal = isinstance(self.training.decoder_options, ArchetypalDecoder)
         start = "decoder=archetypal" if archetypal else "start=truth"
@@ -81,7 +83,7 @@ class Experiment(Config):
             self,
             sae=found.config,
             training=TrainingConfig(recipe="none", tokens=size, batch_size=size),
-            dataset=self.dataset.at_first_seeds(),
+            dataset=self.dataset.at_first_seeds().without_subset(),
             seed=0,
             seed_scope="cell",
         )

@@ -209,7 +209,7 @@ def plan_missing(experiments: Sequence[Resolved], runtime: RuntimeConfig) -> Non
     missing = [r for r in distinct if not r.run(store).finished]
     plan = make_plan([r.spec for r in missing], Machine.of(runtime))
     plan.print(finished=len(distinct) - len(missing))
-    say_data(missing)
+    say_data(list(distinct))
 
 
 def say_data(experiments: Sequence[Resolved]) -> None:

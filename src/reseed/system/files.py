@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,17 @@ def temporary_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if handle is not None:
             os.close(handle)
+
+
+def wait_for_writer(path: Path, waiting: Callable[[], object]) -> None:
+    """Call ``waiting`` and wait if another process fills a `temporary_folder` beside ``path``."""
+    for folder in path.parent.glob(f".{escape(path.stem[:40])}{_TEMPORARY}*"):
+        with suppress(OSError):  # it is gone, or the file system has no locks
+            handle = lock_file(folder / _LOCK, wait_s=0)
+            if handle is None:
+                waiting()
+                handle = lock_file(folder / _LOCK)
+            os.close(handle)  # type: ignore[arg-type]
 
 
 def _write(path: Path, write: Callable[[Path], object], *, sync: bool = True) -> None:

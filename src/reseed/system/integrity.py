@@ -134,6 +134,16 @@ def read_bytes(path: Path) -> bytes:
         raise DamagedFileError(path, _cannot_be_read(error)) from None
 
 
+def stamp(files: Iterable[Path]) -> tuple[tuple[str, int, int], ...]:
+    """Return path, size and time of change of files, which change if a content does; () if one is
+    missing."""
+    try:
+        abouts = [(str(file.absolute()), file.stat()) for file in files]
+    except OSError:
+        return ()
+    return tuple((path, about.st_size, about.st_mtime_ns) for path, about in abouts)
+
+
 def describe_files(
     folder: Path, names: Iterable[str], *, times: bool = False
 ) -> dict[str, dict[str, Any]]:

@@ -132,7 +132,7 @@ def fit_on_process(
     training = [spec.training for spec in group if spec.pretrained is None]
     wanted = [(options.batch_size, options.steps) for options in training]
     source.check_length(stream, wanted, first.data.label)
-    about_data = source.record() if share.writes else {}
+    about_data = ranks.broadcast_json(source.record() if ranks.leads else None)
     for line in source.summary:
         say(line)
 
