@@ -224,3 +224,10 @@ def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
         write_record(tmp_path / "record.json", VALUE)
     with pytest.raises(DamagedFileError, match=r"record\.json is damaged: it cannot be read"):
         read_record(tmp_path / "record.json")
+
+
+def test_nothing_is_at_a_path_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert integrity.is_there(tmp_path / "file")
+    assert not integrity.is_there(tmp_path / "file" / "inside")
+    assert not integrity.is_there(tmp_path / "a\0b")

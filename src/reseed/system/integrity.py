@@ -112,7 +112,7 @@ def is_there(path: Path) -> bool:
     and whoever reads it gets the reason."""
     try:
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a name cannot have a NUL
         return False
     except OSError:
         pass
