@@ -86,7 +86,7 @@ class FoundModel(ResolvedSource):
     """A language model whose files are found and whose weights are not loaded.
 
     Attributes:
-        config: the declared configuration.
+        config: the declared configuration, with the implementation of attention settled.
         folder: folder of its files.
         fingerprint: identifies weights and architecture, independently of the folder's name.
         label: short name for folders and tables.
@@ -285,7 +285,8 @@ class FoundModel(ResolvedSource):
     def _without_weights(self, use: Callable[[nn.Module, Tensor], T]) -> T:
         """Call ``use`` with the skeleton and 2 sequences of 3 tokens.
 
-        A few architectures compute shapes from values. They get the weights.
+        A few architectures compute shapes from values, which the skeleton has not. The errors differ
+        between them; they get the model with its weights instead.
         """
         tokens = torch.zeros(2, 3, dtype=torch.long)
         try:
