@@ -285,8 +285,8 @@ class FoundModel(ResolvedSource):
     def _without_weights(self, use: Callable[[nn.Module, Tensor], T]) -> T:
         """Call ``use`` with the skeleton and 2 sequences of 3 tokens.
 
-        A few architectures compute shapes from values, which the skeleton has not. The errors differ
-        between them; they get the model with its weights instead.
+        A few architectures compute shapes from values, which the skeleton lacks, and raise one
+        error or another. They get the model with its weights.
         """
         tokens = torch.zeros(2, 3, dtype=torch.long)
         try:
