@@ -27,6 +27,19 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    """Fail a test that leaves other signal handlers: a later one may send the signal."""
+    both = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in both]
+    yield
+    after = [signal.getsignal(number) for number in both]
+    if after != before:
+        for number, handler in zip(both, before, strict=True):
+            signal.signal(number, handler)
+    assert after == before, "the test left other signal handlers"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Point the cache to a temporary folder, so that tests do not use the user's.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,20 @@ print("HEAVY", sorted(heavy & set(sys.modules)))
         env=os.environ | {"COMP_LINE": "reseed sae="},
     )  # fmt: skip
     assert found.stdout.splitlines()[-1] == "HEAVY []"
+
+
+def test_an_interrupted_command_leaves_the_signal_handlers_of_its_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(arguments: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "main", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as end:
+        main(["train"])
+    assert end.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

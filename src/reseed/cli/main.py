@@ -50,7 +50,12 @@ def _use_utf8() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a sub-command and exit with its status."""
+    """Run a sub-command and exit with its status.
+
+    Args:
+        arguments: given by a caller in Python, whose process goes on: its signal handlers stay.
+            None: those of the command line.
+    """
     if arguments is None:
         _use_utf8()
         open_streams()
@@ -62,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         print(f"error: cannot write to {error.filename}: {error.strerror}", file=sys.stderr)
         status = 1
+    if arguments is None and status > 128:
+        # The message is printed already; a second Ctrl-C ends the process without a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.exit(status)
 
 
@@ -148,11 +156,7 @@ def _print_completion(shell: str) -> int:
 
 def _run(command: str, arguments: Sequence[str]) -> int:
     try:
-        status = _dispatch(command, arguments)
+        return _dispatch(command, arguments)
     except KeyboardInterrupt:  # during the imports, before the command has its own handler
         print("interrupted; nothing was started", file=sys.stderr)
-        status = 128 + signal.SIGINT
-    if status > 128:
-        # The message is printed already; a second Ctrl-C ends the process without a traceback.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return status
+        return 128 + signal.SIGINT
