@@ -78,7 +78,7 @@ def test_the_api_writes_the_files_of_the_command_line(
         assert a["identity"] == b["identity"]
 
 
-@pytest.mark.slow
+@pytest.mark.audit
 def test_the_quickstart_is_the_same_from_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

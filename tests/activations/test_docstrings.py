@@ -252,7 +252,7 @@ print(json.dumps({
 """
 
 
-@pytest.mark.slow
+@pytest.mark.audit
 def test_the_text_of_this_installation_is_large_unique_and_reproducible(tmp_path: Path) -> None:
     # Other tests need them too.
     documents = docstrings.docstring_documents(Path(os.environ["RESEED_CACHE"]))

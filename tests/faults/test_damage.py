@@ -311,8 +311,8 @@ def test_no_damage_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     damage = __import__("damage")
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
         Path(folder).chmod(0o755)
-        rows = damage.audit(damage.make_project(Path(folder)), sample=29)
+        rows = damage.audit(damage.make_project(Path(folder)), sample=47)
     letters = [letter for row in rows for letter in row[2:] if letter]
-    assert len(letters) > 60
+    assert len(letters) > 40
     assert "S" not in letters
     assert sys.modules.pop("damage")
