@@ -79,7 +79,8 @@ def test_families_are_named_by_the_knobs_that_vary(over_seeds):
     assert words is not None
     assert words.header[:3] == ("sae", "layer", "and")
     assert [row[0] for row in words.rows] == ["topk", "relu"]
-    assert words.rows[1][4] == "0.12 [0.12, 0.12]"
+    assert words.rows[1][4] == "0.12", "three equal pairs have no interval"
+    assert any(note.startswith("**the same without any one of the seeds") for note in notes(words))
 
 
 def test_the_matrix_has_the_numbers_of_the_table(over_seeds):
@@ -114,7 +115,7 @@ def test_pairs_across_values_are_compared_with_pairs_within_a_value(made):
         ("relu", "relu", "seed"),
     ]  # fmt: skip
     column = words.header.index("− within")
-    assert [row[column] for row in words.rows] == ["", "0 [0, 0]", "0 [0, 0]", ""]
+    assert [row[column] for row in words.rows] == ["", "0", "0", ""]
     assert any(note.startswith("**− within**") for note in words.footnotes)
     (shared, _) = value_matrix_tables(cells)
     assert shared.rows == (("topk", "0.50", "0.50"), ("relu", "0.50", "0.50"))
@@ -169,7 +170,7 @@ def test_each_value_has_a_row_with_the_quality_of_its_runs(over_seeds):
     assert words is not None
     assert words.header == ("layer", "runs", "latents", "FVU", "L0", "dead", "live")
     assert [row[:3] for row in words.rows] == [("1", "3", "48"), ("2", "3", "48")]
-    assert words.rows[0][4] == "8.25 [8.25, 8.25]"
+    assert words.rows[0][4] == "8.25", "three equal runs have no interval"
 
 
 def test_the_matrix_is_drawn_as_a_heat_map(over_seeds):
