@@ -1,6 +1,5 @@
 """Table of nulls that keep more and more of the experiment, a row each."""
 
-import dataclasses
 import io
 
 import pytest
@@ -15,24 +14,19 @@ from reseed.report.table_files import summary_markdown
 from reseed.report.terminal import print_summary
 
 
-def spread(made, by):
-    """Return the cell with pairs that differ, so that it has an interval."""
-    knobs, cell = made
-    found = cell.estimates["shared_fraction"]
-    other = dataclasses.replace(
-        found, low=found.mean - by, high=found.mean + by, standard_error=by / 2
-    )
-    return knobs, dataclasses.replace(cell, estimates=cell.estimates | {"shared_fraction": other})
-
-
 @pytest.fixture(scope="module")
-def rungs(make_cell):
+def rungs(make_cell, spread):
     """Return both surrogates of one architecture, not in the table's order, and one of another
     architecture."""
+
+    def wide(made):
+        knobs, cell = made
+        return knobs, spread(cell, 0.1)
+
     return [
-        spread(make_cell(shared=36, arm="trained model"), 0.1),
-        spread(_of(make_cell(shared=12), "random_weights"), 0.1),
-        spread(_of(make_cell(shared=0), "gaussian"), 0.0),
+        wide(make_cell(shared=36, arm="trained model")),
+        wide(_of(make_cell(shared=12), "random_weights")),
+        _of(make_cell(shared=0), "gaussian"),
         make_cell("relu", shared=24, arm="trained model"),
         _of(make_cell("relu", shared=6), "gaussian"),
     ]

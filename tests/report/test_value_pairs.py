@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from itertools import product
 
 import matplotlib as mpl
 import pandas as pd
@@ -119,6 +120,38 @@ def test_pairs_across_values_are_compared_with_pairs_within_a_value(made):
     assert any(note.startswith("**− within**") for note in words.footnotes)
     (shared, _) = value_matrix_tables(cells)
     assert shared.rows == (("topk", "0.50", "0.50"), ("relu", "0.50", "0.50"))
+
+
+@pytest.mark.parametrize(
+    ("axes", "seeds", "said", "not_said"),
+    [
+        (["sae", "seed"], "3", ["over seeds: all runs of one seed are left out at a time, t",
+                           "which were chosen", "different values start differently"],
+         ["same initial weights", "variances"]),
+        (["seed", "dataset.order_seed"], "3 × 3",
+         ["over seeds and values of dataset.order_seed: all runs of one value of seed or of "
+          "dataset.order_seed are left out at a time, and the variances of the axes are added",
+          "differ only in dataset.order_seed have the same initial weights."],
+         ["which were chosen", "start differently"]),
+        (["sae", "seed", "dataset.order_seed"], "3 × 3",
+         ["variances of the axes are added", "which were chosen", "start differently even",
+          "differ only in dataset.order_seed have the same initial weights."], []),
+    ],
+)  # fmt: skip
+def test_footnotes_say_what_holds_for_the_paired_axes(made, axes, seeds, said, not_said):
+    every = {
+        "sae": ["topk", "relu"],
+        "seed": ["0", "1", "2"],
+        "dataset.order_seed": ["0", "1", "2"],
+    }
+    grid = {axis: every[axis] for axis in axes}
+    places = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    table = value_pair_table([({}, made(places[:9] if len(axes) == 3 else places, axes, grid))])
+    text = " ".join(notes(table))
+    assert [words for words in said if words not in text] == []
+    assert [words for words in not_said if words in text] == []
+    assert table is not None
+    assert table.rows[0][table.header.index("seeds")] == seeds
 
 
 def test_a_long_table_shows_only_the_pairs_that_differ_in_most_axes(made, monkeypatch):

@@ -85,8 +85,8 @@ def holm_note(counts: Iterable[int], confidence: float) -> str:
     )
     return (
         f"* if the interval excludes 0. {corrected if tested not in ('0', '1') else ''}"
-        "An interval that includes 0 excludes only differences beyond its ends, not that there is "
-        "one."
+        "An interval that includes 0 does not show that there is no difference: it excludes only "
+        "differences beyond its ends."
     )
 
 
