@@ -41,7 +41,7 @@ def test_a_difference_at_the_last_two_budgets_is_claimed(at):
     (line,) = difference_lines(sweep(at, -0.3, 0.2, 0.3))
     assert line.startswith("topk − relu: **topk shares more than relu** (+0.20 [")
     assert "at 2,000 and +0.30 [" in line
-    assert line.endswith("at 3,000 tokens)")
+    assert line.endswith("at 3,000 tokens; corrected for 3 differences)")
     (line,) = difference_lines(sweep(at, 0.3, -0.2, -0.3))
     assert "**relu shares more than topk**" in line
 
@@ -185,4 +185,7 @@ def test_many_pairs_are_summarised_in_one_line_as_a_ranking(at):
         "**a** shares more than b, c, d; **b** shares more than d; **c** shares more than d "
         "(5 of 6 pairs; the others may differ by up to 0.10)"  # t(.9875, 4) · √2 · .02
     )
-    assert "summary.md" in rule
+    assert rule == (
+        "Claims are based on the last two budgets, with intervals corrected for 12 differences; "
+        "summary.md has every difference."
+    )

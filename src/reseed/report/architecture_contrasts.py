@@ -41,6 +41,7 @@ class Contrast:
         differences: measure → interval of first − second, for each budget.
         primary: the measure on which a difference is claimed.
         paired: whether the cells of some budget have the same random draws (`share_draws`).
+        tested: number of differences of the primary measure for which intervals are corrected.
     """
 
     first: str
@@ -50,6 +51,7 @@ class Contrast:
     differences: dict[str, tuple[Interval, ...]]
     primary: str = "shared_fraction"
     paired: bool = False
+    tested: int = 1
 
     @property
     def name(self) -> str:
@@ -67,6 +69,7 @@ class Contrast:
         found = self.differences[self.primary]
         last = list(zip(self.budgets, found, strict=True))[-BUDGETS:]
         intervals = " and ".join(f"{signed(d)} at {b:,.0f}" for b, d in last) + " tokens"
+        intervals += f"; corrected for {self.tested} differences" if self.tested > 1 else ""
         without = next((d.reason for _, d in last if d.low is None), "")
         sides = {interval_sign(d) for _, d in last}
         if without:
@@ -127,7 +130,11 @@ def _corrected(found: Sequence[Contrast], confidence: float) -> list[Contrast]:
         for own, contrast in zip(corrected, found, strict=True):
             count = len(contrast.budgets)
             own[name], each = tuple(each[:count]), each[count:]
-    return [replace(c, differences=own) for c, own in zip(found, corrected, strict=True)]
+    tested = sum(d.low is not None for own in found for d in own.differences[own.primary])
+    return [
+        replace(contrast, differences=own, tested=tested)
+        for contrast, own in zip(found, corrected, strict=True)
+    ]
 
 
 def measures(primary: str) -> dict[str, str]:
@@ -193,7 +200,11 @@ def difference_lines(cells: Sequence[Cell]) -> list[str]:
     for contrast in found:
         places.setdefault(contrast.place, []).append(contrast)
     lines = [_order(place, pairs) for place, pairs in places.items()]
-    return [*lines, "Claims are based on the last two budgets; summary.md has every difference."]
+    return [
+        *lines,
+        f"Claims are based on the last two budgets, with intervals corrected for {found[0].tested} "
+        "differences; summary.md has every difference.",
+    ]
 
 
 def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
