@@ -131,8 +131,9 @@ def test_pairs_across_values_are_compared_with_pairs_within_a_value(made):
         (["seed", "dataset.order_seed"], "3 × 3",
          ["over seeds and values of dataset.order_seed: all runs of one value of seed or of "
           "dataset.order_seed are left out at a time, and the variances of the axes are added",
-          "differ only in dataset.order_seed have the same initial weights."],
-         ["which were chosen", "start differently"]),
+          "differ only in dataset.order_seed have the same initial weights.",
+          "pairs of runs that differ in these axes and agree in the others."],
+         ["which were chosen", "start differently", "with these two values"]),
         (["sae", "seed", "dataset.order_seed"], "3 × 3",
          ["variances of the axes are added", "which were chosen", "start differently even",
           "differ only in dataset.order_seed have the same initial weights."], []),

@@ -194,9 +194,12 @@ def _footnotes(
     contrasts = _contrasts(shown, primary, confidence)
     estimates = [group.interval(primary, confidence) for group in shown if not incompatible(group)]
     reasons = dict.fromkeys(e.reason for e in [*estimates, *contrasts.values()] if e.reason)
+    rows = "with these two values; the 1st is the run with the first value"
+    if not value_name(cells):
+        rows = "that differ in these axes and agree in the others"
     notes = [
-        f"Each row shows the pairs of runs with these two values; the 1st is the run with the "
-        f"first value. **shared**: the strict rule at {settings.threshold:g} (Paulo & Belrose), "
+        f"Each row shows the pairs of runs {rows}. **shared**: the strict rule at "
+        f"{settings.threshold:g} (Paulo & Belrose), "
         "2·#/(F₁ + F₂). **1st in 2nd**: fraction of the first's latents for which one latent of "
         "the second, even if matched to another, has both cosines at least at the threshold; "
         "**2nd in 1st**: the reverse (for a value with itself, where no run is the first, the mean "
@@ -236,7 +239,7 @@ def _interval_note(cells: Sequence[Cell], shown: Sequence[PairGroup], confidence
     if len(axes) > 1:
         how = (
             f"all runs of one value of {' or of '.join(axes)} are left out at a time, and the "
-            "variances of the axes are added (**seeds**: the numbers of values)"
+            "variances of the axes are added (column **seeds**: numbers of values)"
         )
     chosen = "" if value_name(cells) == "" else " They are not over the values, which were chosen."
     return (
