@@ -5,6 +5,7 @@ import io
 from itertools import product
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,8 +13,10 @@ from rich.console import Console
 
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.pairing import add_axis_columns, axis_label
+from reseed.compare.pairing import across_minus_within, add_axis_columns, axis_label, pair_groups
+from reseed.compare.statistics import holm_intervals
 from reseed.report import value_pairs as module
+from reseed.report.format import signed
 from reseed.report.style import STYLE
 from reseed.report.table_files import summary_markdown, write_tables
 from reseed.report.terminal import print_summary
@@ -153,6 +156,27 @@ def test_footnotes_say_what_holds_for_the_paired_axes(made, axes, seeds, said, n
     assert [words for words in not_said if words in text] == []
     assert table is not None
     assert table.rows[0][table.header.index("seeds")] == seeds
+
+
+def test_differences_from_within_are_corrected_for_their_number(made):
+    """The table and pairings.csv have the intervals that Holm's steps give to the two rows."""
+    cell = made(PLACES, ["sae", "seed"], BOTH)
+    rng = np.random.default_rng(0)
+    pairs = cell.pairs.assign(shared_fraction=rng.uniform(0.4, 0.5, len(cell.pairs)))
+    across = pairs["sae_a"] != pairs["sae_b"]
+    pairs.loc[across, "shared_fraction"] -= 0.3
+    cells = [({"sae": "topk|relu"}, dataclasses.replace(cell, pairs=pairs))]
+    topk, same, other, relu = pair_groups(cells)
+    raw = [across_minus_within(g, (topk, relu), "shared_fraction", 0.95) for g in (same, other)]
+    corrected = holm_intervals(raw)
+    assert [one.low for one in corrected] != [one.low for one in raw]
+    table = value_pair_table(cells)
+    assert table is not None
+    column = table.header.index("− within")
+    assert [row[column] for row in table.rows[1:3]] == [signed(one) for one in corrected]
+    assert any("corrected for the m = 2 differences" in note for note in table.footnotes)
+    frame = pairing_frame(cells)
+    assert frame["minus_within_low"][1:3].tolist() == [one.low for one in corrected]
 
 
 def test_a_long_table_shows_only_the_pairs_that_differ_in_most_axes(made, monkeypatch):
