@@ -103,9 +103,9 @@ def crossed_interval(
     Every axis has a variance V = (n−1)/n · Σ (θ₋s − θ̄)² of its own, from the values of the estimate
     without each of its n levels. The squared standard error is their sum, with Satterthwaite's
     degrees of freedom (ΣV)² / Σ V²/(n−1). What two levels of different axes do only together is
-    counted in both variances: the interval is then too wide, never too narrow. (Subtracting it, as
-    Cameron, Gelbach & Miller 2011 do with many clusters, covers 0.1 to 0.9 with 3 × 3 runs.) With
-    one axis this is the jackknife of `leave_one_out_interval`.
+    counted in both variances: the interval is then too wide rather than too narrow. (Subtracting
+    it, as Cameron, Gelbach & Miller 2011 do for many clusters, covers too rarely with 3 × 3 runs.)
+    With one axis this is the jackknife of `leave_one_out_interval`.
 
     Args:
         without: axis → value of the estimate without each level of the axis.
