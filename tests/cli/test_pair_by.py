@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
+from scipy.special import expit, logit
 
 from reseed.cli import compare, run
 from reseed.cli.hydra_app import CommandLine
@@ -153,19 +155,50 @@ def test_datasets_are_paired_over_seeds(line: list[str], datasets: list[str]) ->
 
 
 def test_seed_and_data_order_are_paired_together(line: list[str]) -> None:
-    line = [*line, FEW, "seed=0,1", "dataset.order_seed=0,1,2",
-            "comparison.pair_by=[seed,dataset.order_seed]"]  # fmt: skip
+    both = "seed, dataset.order_seed"
+    line = [*line, FEW, "seed=0,1,2", "dataset.order_seed=0,1,2", f"comparison.pair_by=[{both}]"]
     assert run.main(line) == 0
     found = pd.read_csv(results() / "pairings.csv").set_index("differs_in")
-    assert found["n_pairs"].to_dict() == {
-        "seed": 3, "dataset.order_seed": 6, "seed, dataset.order_seed": 6
-    }  # fmt: skip
-    same = found.loc["dataset.order_seed"]
-    assert same["untrained_shared_fraction"] == 1, "one initialisation"
-    assert (same["interval_over"], same["n_seeds"]) == ("dataset.order_seed", 3)
-    assert found.loc["seed", "interval_over"] == "seed"
-    text = (results() / "summary.md").read_text()
+    assert found["n_pairs"].to_dict() == {"seed": 9, "dataset.order_seed": 9, both: 18}
+    assert found.loc["dataset.order_seed", "untrained_shared_fraction"] == 1, "one initialisation"
+    assert (found["interval_over"] == both).all()
+    assert (found["n_seeds"] == 3).all()
+    # Recompute an interval from the pairs that are left without each seed and each order.
+    pairs = pd.read_csv(results() / "pairs.csv")
+    pairs = pairs[pairs["differs_in"] == both]
+    variances = []
+    for axis in ("seed", "dataset.order_seed"):
+        left = [pairs[(pairs[f"{axis}_a"] != x) & (pairs[f"{axis}_b"] != x)] for x in range(3)]
+        without = [own["coverage_a"].mean() / 2 + own["coverage_b"].mean() / 2 for own in left]
+        variances.append(2 / 3 * np.square(without - np.mean(without)).sum())
+    freedom = sum(variances) ** 2 / sum(v**2 / 2 for v in variances)
+    row = found.loc[both]
+    mean = row["coverage_a"]
+    reach = stats.t.ppf(0.975, freedom) * np.sqrt(sum(variances)) / (mean * (1 - mean))
+    assert row["coverage_a_high"] == pytest.approx(expit(logit(mean) + reach))
+    text = " ".join((results() / "summary.md").read_text().split())
     assert "| differs in | seeds | shared [95%] |" in text
+    assert "| seed | 3 × 3 |" in text
+    assert (
+        "are over seeds and values of dataset.order_seed: all runs of one value of seed or" in text
+    )
+    assert "runs that differ only in dataset.order_seed have the same initial weights." in text
+    assert "different values start differently" not in text
+    assert "which were chosen" not in text
+
+
+@pytest.mark.slow
+def test_differences_are_paired_if_cells_have_the_same_draws(line: list[str]) -> None:
+    """Compare two architectures at two budgets, with initial weights of their own or the same."""
+    kept = [o for o in line if not o.startswith("comparison=")]
+    kept += ["comparison=tokens", "sae=topk,relu", "sae.target_l0=null", "training.tokens=512,1024"]
+    said = []
+    for scope in ("cell", "shared"):
+        assert run.main([*kept, f"seed_scope={scope}"]) == 0
+        folder = max(Path("sweeps").glob("*/summary.md"), key=lambda path: path.stat().st_mtime)
+        said.append(" ".join(folder.read_text().partition("## Differences")[2].split()))
+    assert "interval over seeds (Welch); * if" in said[0]
+    assert "(the same draw is left out of both cells at a time, because" in said[1]
 
 
 def test_different_widths_of_activations_are_refused_before_training(

@@ -8,7 +8,7 @@ import pytest
 
 from reseed.compare.cell import CellResult, compare_cell
 from reseed.compare.pair import compare_pair
-from reseed.compare.registry import fractions
+from reseed.compare.registry import Interval, fractions
 from reseed.system.integrity import read_record, write_record
 
 
@@ -66,6 +66,16 @@ def test_a_cell_is_the_same_after_writing_and_reading(cell, tmp_path):
     assert np.array_equal(again.p, cell.p)
     names = {"cell.json", "pairs.parquet", "latents.parquet", "strata.parquet"}
     assert {path.name for path in (tmp_path / "cell").iterdir()} == names
+
+
+def test_an_interval_of_width_zero_in_an_older_file_is_not_shown(cell, tmp_path):
+    """Version 0.1 wrote one if all pairs or runs were equal."""
+    old = Interval(0.3, 0.3, 0.3, 0.0, 4)
+    estimates = cell.estimates | {"shared_fraction": old}
+    dataclasses.replace(cell, estimates=estimates).write(tmp_path)
+    found = CellResult.read(tmp_path).estimates["shared_fraction"]
+    assert (found.mean, found.low, found.high, found.standard_error) == (0.3, None, None, None)
+    assert found.reason.startswith("all values are equal: no interval")
 
 
 def test_unknown_numbers_survive_writing_and_reading(partly_shared, settings, tmp_path):

@@ -60,7 +60,7 @@ def test_a_pair_of_chosen_values_has_the_t_interval_over_seeds():
     values = [0.2, 0.3, 0.45]
     (group,) = pair_groups(layer_cells(values))
     assert (group.first, group.second, group.differs_in) == ("2", "0", "layer")
-    assert (group.unit, group.levels) == ("seed", ["0", "1", "2"])
+    assert group.levels == {"seed": ["0", "1", "2"]}
     assert group.knobs == {"sae": "topk", "layer": "2|0"}
     found = group.interval("shared_fraction", 0.9, fraction=False)
     wanted = stats.ttest_1samp(values, 0).confidence_interval(0.9)
@@ -176,7 +176,8 @@ def test_across_minus_within_leaves_one_seed_out_at_a_time(both):
 
 def test_across_minus_within_needs_the_same_seeds(both):
     topk, _, across, relu = pair_groups([({}, both)])
-    fewer = PairGroup({}, "relu", "relu", "seed", relu.pairs.head(1), "seed", relu.units[:1])
+    units = {"seed": relu.units["seed"][:1]}
+    fewer = PairGroup({}, "relu", "relu", "seed", relu.pairs.head(1), units)
     found = across_minus_within(across, (topk, fewer), "shared_fraction", 0.95)
     assert found.reason == "not every seed was run for both values"
 
@@ -191,7 +192,7 @@ def test_the_interval_across_two_values_covers_the_truth(n):
         x, y = rng.normal(0, 0.05, (2, n))
         pairs = 0.5 + x[at[:, 0]] + y[at[:, 1]] + rng.normal(0, 0.02, len(at))
         frame = pd.DataFrame({"shared_fraction": pairs})
-        group = PairGroup({}, "topk", "relu", "sae, seed", frame, "seed", units)
+        group = PairGroup({}, "topk", "relu", "sae, seed", frame, {"seed": units})
         found = group.interval("shared_fraction", 0.95, fraction=False)
         assert found.low is not None
         assert found.high is not None
@@ -199,16 +200,116 @@ def test_the_interval_across_two_values_covers_the_truth(n):
     assert 0.91 <= hits / trials <= 1.0
 
 
-def test_intervals_are_over_the_draws_in_which_pairs_differ():
-    grid = {"seed": ["0", "1"], "dataset.order_seed": ["0", "1", "2"]}
-    runs = [{"seed": s, "dataset.order_seed": o} for s in grid["seed"] for o in ("0", "1", "2")]
-    made = cell(runs, lambda a, b: 0.3, ["seed", "dataset.order_seed"], grid)
-    found = {g.differs_in: (g.unit, len(g.levels)) for g in pair_groups([({}, made)])}
-    assert found == {
-        "seed": ("seed", 2),
-        "dataset.order_seed": ("dataset.order_seed", 3),
-        "seed, dataset.order_seed": ("dataset.order_seed", 3),
-    }
+CROSSED = {"seed": ["0", "1", "2"], "dataset.order_seed": ["0", "1", "2"]}
+PLACES = [{"seed": s, "dataset.order_seed": o} for s in CROSSED["seed"] for o in CROSSED["seed"]]
+BOTH_AXES = "seed and dataset.order_seed"
+
+
+def crossed_value(a, b):
+    """Return a number that depends on both runs, equal for (a, b) and (b, a)."""
+    rng = np.random.default_rng(sorted([PLACES.index(a), PLACES.index(b)]))
+    return float(rng.uniform(0.2, 0.6))
+
+
+def test_crossed_runs_leave_out_a_value_of_each_axis_at_a_time():
+    """Recompute the intervals of each kind of pairs from the runs that are left."""
+    made = cell(PLACES, crossed_value, [*CROSSED], CROSSED)
+    groups = pair_groups([({}, made)])
+    assert {g.differs_in for g in groups} == {*CROSSED, ", ".join(CROSSED)}
+    for group in groups:
+        differing = set(group.differs_in.split(", "))
+
+        def mean(runs, differing=differing):
+            return np.mean([
+                crossed_value(a, b) for a, b in combinations(runs, 2)
+                if {axis for axis in CROSSED if a[axis] != b[axis]} == differing
+            ])  # fmt: skip
+
+        variances = []
+        for axis, levels in CROSSED.items():
+            without = [mean([run for run in PLACES if run[axis] != out]) for out in levels]
+            variances.append(2 / 3 * np.square(without - np.mean(without)).sum())
+        freedom = sum(variances) ** 2 / sum(v**2 / 2 for v in variances)
+        reach = stats.t.ppf(0.975, freedom) * np.sqrt(sum(variances))
+        found = group.interval("shared_fraction", 0.95, fraction=False)
+        assert (found.mean, found.high) == pytest.approx((mean(PLACES), mean(PLACES) + reach))
+        assert (group.counts, group.n) == ("3 × 3", 3)
+
+
+def test_crossed_runs_need_every_combination_and_three_values_of_each_axis():
+    lacking = cell(PLACES[:-1], crossed_value, [*CROSSED], CROSSED)
+    for group in pair_groups([({}, lacking)]):
+        found = group.interval("shared_fraction", 0.95)
+        reason = f"not every combination of {BOTH_AXES} was run: no interval over them"
+        assert (found.low, found.reason) == (None, reason)
+    few = [run for run in PLACES if run["seed"] != "2"]
+    for group in pair_groups([({}, cell(few, crossed_value, [*CROSSED], CROSSED))]):
+        found = group.interval("shared_fraction", 0.95)
+        reason = f"fewer than 3 seeds: no interval over {BOTH_AXES}"
+        assert (found.low, found.reason, group.counts) == (None, reason, "2 × 3")
+
+
+def layers_over_both_axes():
+    """Return a cell per seed and order, in which two layers pair up; the shared fraction is .1 for
+    every seed and .01 for every order."""
+    grid = {"layer": ["2", "0"], **CROSSED}
+    runs = [{"layer": layer} for layer in grid["layer"]]
+    found = []
+    for place in PLACES:
+        value = 0.1 + 0.1 * int(place["seed"]) + 0.01 * int(place["dataset.order_seed"])
+        made = cell(runs, lambda a, b, v=value: v, "layer", grid)
+        made.runs = made.runs.assign(fvu=value, run=[f"{len(found)}-{x}" for x in made.runs["run"]])
+        made.pairs[["a", "b"]] = f"{len(found)}-" + made.pairs[["a", "b"]]
+        found.append(({"layer": "2|0", **place}, made))
+    return found
+
+
+def test_chosen_values_over_seeds_and_orders_have_an_interval_over_both():
+    """Means without a seed: .26, .21, .16; without an order: .215, .21, .205."""
+    cells = layers_over_both_axes()
+    (group,) = pair_groups(cells)
+    found = group.interval("shared_fraction", 0.95, fraction=False)
+    of_seeds, of_orders = 2 / 3 * 2 * 0.05**2, 2 / 3 * 2 * 0.005**2
+    assert found.mean == pytest.approx(0.21)
+    assert found.standard_error == pytest.approx(np.sqrt(of_seeds + of_orders))
+    (_, _, runs), _ = runs_by_value(cells, 0.95)
+    assert runs["fvu"].standard_error == pytest.approx(found.standard_error)
+    assert (runs["fvu"].n, runs["fvu"].low) == (9, pytest.approx(found.low))
+    (_, _, runs), _ = runs_by_value(cells[:-1], 0.95)
+    assert (
+        runs["fvu"].reason == f"not every combination of {BOTH_AXES} was run: no interval over them"
+    )
+
+
+def test_architectures_over_seeds_and_orders_are_compared_over_both():
+    """S(topk, relu) − (S(topk, topk) + S(relu, relu))/2 leaves one seed or one order out."""
+    grid = {"sae": ["topk", "relu"], **CROSSED}
+    runs = [{"sae": sae, **place} for sae in grid["sae"] for place in PLACES]
+
+    def shared(a, b):
+        rng = np.random.default_rng(sorted([runs.index(a), runs.index(b)]))
+        return float(rng.uniform(0.2, 0.6))
+
+    groups = pair_groups([({}, cell(runs, shared, [*grid], grid))])
+    topk, across, relu = [g for g in groups if g.differs_in.endswith(", ".join(CROSSED))]
+
+    def difference(kept):
+        def mean(x, y):
+            pairs = [
+                shared({"sae": x, **p}, {"sae": y, **q}) for i, p in enumerate(kept)
+                for j, q in enumerate(kept) if (i < j or x != y) and all(p[k] != q[k] for k in p)
+            ]  # fmt: skip
+            return np.mean(pairs)
+
+        return mean("topk", "relu") - (mean("topk", "topk") + mean("relu", "relu")) / 2
+
+    variance = 0
+    for axis, levels in CROSSED.items():
+        without = [difference([p for p in PLACES if p[axis] != out]) for out in levels]
+        variance += 2 / 3 * np.square(without - np.mean(without)).sum()
+    found = across_minus_within(across, (topk, relu), "shared_fraction", 0.95)
+    assert found.mean == pytest.approx(difference(PLACES))
+    assert found.standard_error == pytest.approx(np.sqrt(variance))
 
 
 def test_runs_by_value_averages_the_metrics_over_each_values_runs(both):

@@ -201,7 +201,13 @@ def test_a_cell_has_the_recorded_columns_and_values(name: str) -> None:
     for table in ("pairs", "runs", "estimates", "latents", "strata"):
         assert recorded[table].keys() <= found[table].keys(), table
         for column, expected in recorded[table].items():
-            assert same(found[table][column], expected), f"{table}: {column}"
+            values = found[table][column]
+            if table == "estimates":  # version 0.1 wrote intervals of width 0; now there is none
+                mean, low, high, _, n, _ = expected
+                if low is not None and low == high:
+                    assert "a spread of 0 is no estimate of the error" in values.pop()
+                    expected = [mean, None, None, None, n]
+            assert same(values, expected), f"{table}: {column}"
     assert same(found["p"], recorded["p"])
 
 

@@ -49,6 +49,21 @@ def make_cell():
     return make
 
 
+def with_spread(cell, by):
+    """Return a cell whose shared fraction has an interval of ± ``by``; those of `run` share equally
+    often in every pair and have none."""
+    found = cell.estimates["shared_fraction"]
+    other = dataclasses.replace(
+        found, low=found.mean - by, high=found.mean + by, standard_error=by / 2, reason=""
+    )
+    return dataclasses.replace(cell, estimates=cell.estimates | {"shared_fraction": other})
+
+
+@pytest.fixture(scope="session")
+def spread():
+    return with_spread
+
+
 @pytest.fixture(scope="session")
 def cells(make_cell):
     """Return a cell that shares half, one that shares nothing, and one of two seeds."""
@@ -63,6 +78,7 @@ def budgets(make_cell):
     for sae in ("topk", "relu"):
         for tokens, shared in ((800, 4), (1600, 12), (3200, 20), (12800, 30)):
             knobs, cell = make_cell(sae, shared=shared)
+            cell = with_spread(cell, 0.05)
             cell.runs["steps"] = tokens / 8
             alike = dataclasses.replace(
                 cell, pairs=cell.pairs.assign(untrained_shared_fraction=1.0)

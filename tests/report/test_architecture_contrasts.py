@@ -41,7 +41,7 @@ def test_a_difference_at_the_last_two_budgets_is_claimed(at):
     (line,) = difference_lines(sweep(at, -0.3, 0.2, 0.3))
     assert line.startswith("topk − relu: **topk shares more than relu** (+0.20 [")
     assert "at 2,000 and +0.30 [" in line
-    assert line.endswith("at 3,000 tokens)")
+    assert line.endswith("at 3,000 tokens; corrected for 3 differences)")
     (line,) = difference_lines(sweep(at, 0.3, -0.2, -0.3))
     assert "**relu shares more than topk**" in line
 
@@ -64,10 +64,11 @@ def test_a_difference_that_does_not_hold_at_both_budgets_is_not_claimed(at, foun
 
 def test_the_interval_of_a_difference_is_welch_s(at):
     a, b = at("topk", 1000, 0.5, se=0.03), at("relu", 1000, 0.4, se=0.01, n=5)
-    cells = [a, b, at("topk", 2000, 0.5), at("relu", 2000, 0.4)]
+    cells = [a, b, at("topk", 2000, 0.5), at("relu", 2000, 0.2)]
     (contrast,) = contrasts(cells)
     assert contrast.budgets == (1000, 2000)
-    found = contrast.differences["shared_fraction"][0]
+    found, other = contrast.differences["shared_fraction"]
+    assert other.low > 0, "so the first, which has the larger p-value, is tested at 5%"
     # Recompute it from raw values whose means have these standard errors.
     rng = np.random.default_rng(0)
     samples = []
@@ -76,6 +77,60 @@ def test_the_interval_of_a_difference_is_welch_s(at):
         samples.append(mean + (z - z.mean()) / z.std(ddof=1) * se * np.sqrt(n))
     wanted = stats.ttest_ind(*samples, equal_var=False).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx(tuple(wanted))
+
+
+def test_a_table_corrects_its_differences_for_their_number(at):
+    """Every cell has SE .02 and n = 3, so a difference has SE .028 and 4 degrees of freedom.
+
+    The differences of the shared fraction are .3, .2, .1 and .05, with p-values .0004, .0021,
+    .0242 and .15: the steps .05/4 and .05/3 reject the first two, .05/2 the third, and .05 not the
+    last.
+    """
+    cells = sweep(at, 0.3, 0.05, 0.1, 0.2)
+    (contrast,) = contrasts(cells)
+    found = contrast.differences["shared_fraction"]
+    error = 0.02 * np.sqrt(2)
+    for one, steps in zip(found, (4, 1, 2, 3), strict=True):
+        reach = stats.t.isf(0.05 / steps / 2, 4) * error
+        assert (one.low, one.high) == pytest.approx((one.mean - reach, one.mean + reach))
+    assert [interval_sign(one) for one in found] == [1, 0, 1, 1]
+    table = differences(cells)
+    assert table is not None
+    assert [row[2].endswith("*") for row in table.rows] == [True, False, True, True]
+    assert "corrected for the m = 4 differences of a measure" in table.footnotes[-1]
+    assert "probability of at most .05" in table.footnotes[-1]
+    assert "(Welch)" in table.footnotes[-1]
+
+
+def test_a_claim_holds_for_the_corrected_intervals(at):
+    """Alone, .1 at both of the last budgets excludes 0 (p = .024), but not among twelve."""
+    two = sweep(at, 0.1, 0.1)
+    assert "**topk shares more than relu**" in difference_lines(two)[0]
+    many = [
+        *two,
+        *(at(sae, tokens, 0.45) for sae in ("gated", "jumprelu") for tokens in (1000, 2000)),
+    ]
+    (line, _) = difference_lines(many)
+    assert line.startswith("no difference claimed (0 of 6 pairs; the others may differ by up to 0.")
+
+
+def test_cells_with_the_same_draws_are_compared_by_the_same_seeds(at):
+    def drawn(cell, order):
+        knobs, made = cell
+        runs = made.runs["run"]
+        own = {
+            r: {"seed": hash(r), "dataset.order_seed": o} for r, o in zip(runs, order, strict=True)
+        }
+        return knobs, replace(made, draws=own)
+
+    cells = [drawn(cell, (0, 1, 2)) for cell in sweep(at, 0.1, 0.2)]
+    table = differences(cells)
+    assert table is not None
+    assert "the same draw is left out of both cells at a time" in table.footnotes[-1]
+    assert "Welch" not in table.footnotes[-1]
+    mixed = differences([*cells[:2], *(drawn(cell, (0, 0, 0)) for cell in cells[2:])])
+    assert mixed is not None
+    assert "(the same draw is left out" in mixed.footnotes[-1], "some budget has the same draws"
 
 
 def test_every_pair_is_compared_in_every_arm_at_common_budgets(at):
@@ -128,6 +183,9 @@ def test_many_pairs_are_summarised_in_one_line_as_a_ranking(at):
     order, rule = difference_lines(cells)
     assert order == (
         "**a** shares more than b, c, d; **b** shares more than d; **c** shares more than d "
-        "(5 of 6 pairs)"
+        "(5 of 6 pairs; the others may differ by up to 0.10)"  # t(.9875, 4) · √2 · .02
     )
-    assert "summary.md" in rule
+    assert rule == (
+        "Claims are based on the last two budgets, with intervals corrected for 12 differences; "
+        "summary.md has every difference."
+    )

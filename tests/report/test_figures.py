@@ -84,8 +84,9 @@ def test_panels_do_not_overlap_and_text_stays_inside(twelve, figure_of, count):
         assert box.x1 < figure.bbox.x1 + 1
 
 
-def test_shared_figure_shows_every_pair_and_the_interval(make_cell):
+def test_shared_figure_shows_every_pair_and_the_interval(make_cell, spread):
     knobs, cell = make_cell(n=4, shared=24)
+    cell = spread(cell, 0.1)
     axes = draw(shared_figure, [(knobs, cell)]).axes[0]
     marks = [line for line in axes.lines if line.get_marker() == "|"]
     assert np.allclose(marks[0].get_xdata(), cell.pairs["shared_fraction"])

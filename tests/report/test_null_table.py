@@ -1,6 +1,5 @@
 """Table of nulls that keep more and more of the experiment, a row each."""
 
-import dataclasses
 import io
 
 import pytest
@@ -8,31 +7,26 @@ from rich.console import Console
 
 from reseed.activations.synthetic import surrogate
 from reseed.compare.nulls import SURROGATES
-from reseed.compare.statistics import welch_difference
+from reseed.compare.statistics import holm_intervals, welch_difference
 from reseed.report.format import format_number, signed, with_interval
 from reseed.report.summary_tables import TITLE, null_table
 from reseed.report.table_files import summary_markdown
 from reseed.report.terminal import print_summary
 
 
-def spread(made, by):
-    """Return the cell with pairs that differ, so that it has an interval."""
-    knobs, cell = made
-    found = cell.estimates["shared_fraction"]
-    other = dataclasses.replace(
-        found, low=found.mean - by, high=found.mean + by, standard_error=by / 2
-    )
-    return knobs, dataclasses.replace(cell, estimates=cell.estimates | {"shared_fraction": other})
-
-
 @pytest.fixture(scope="module")
-def rungs(make_cell):
+def rungs(make_cell, spread):
     """Return both surrogates of one architecture, not in the table's order, and one of another
     architecture."""
+
+    def wide(made):
+        knobs, cell = made
+        return knobs, spread(cell, 0.1)
+
     return [
-        spread(make_cell(shared=36, arm="trained model"), 0.1),
-        spread(_of(make_cell(shared=12), "random_weights"), 0.1),
-        spread(_of(make_cell(shared=0), "gaussian"), 0.0),
+        wide(make_cell(shared=36, arm="trained model")),
+        wide(_of(make_cell(shared=12), "random_weights")),
+        _of(make_cell(shared=0), "gaussian"),
         make_cell("relu", shared=24, arm="trained model"),
         _of(make_cell("relu", shared=6), "gaussian"),
     ]
@@ -78,8 +72,19 @@ def test_the_numbers_are_those_of_the_cells(rungs):
     shared, _, _, kappa, less = rows["topk", "random weights"]
     assert shared.startswith("0.25 [")
     assert kappa == "0.67"
-    found = welch_difference(trained["shared_fraction"], random["shared_fraction"], 0.95)
+    # Two of the three differences have an interval; relu's pairs are all equal.
+    gaussian = rungs[2][1].estimates["shared_fraction"]
+    found, _ = holm_intervals(
+        [
+            welch_difference(trained["shared_fraction"], x)
+            for x in (random["shared_fraction"], gaussian)
+        ]
+    )
     assert less == signed(found)
+    assert "m = 2 differences" in words.footnotes[2]
+    assert "seeds (Welch)" in words.footnotes[2]
+    assert words.footnotes[3].startswith("**all pairs are equal: no interval")
+    assert rows["relu", "Gaussian activations"][4] == "+0.38"
     assert less.startswith("+0.50 [")
     assert rows["topk", "Gaussian activations"][3] == "0.75"
     cell = rungs[0][1]

@@ -2,8 +2,10 @@
 
 import dataclasses
 import io
+from itertools import product
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -11,8 +13,10 @@ from rich.console import Console
 
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.pairing import add_axis_columns, axis_label
+from reseed.compare.pairing import across_minus_within, add_axis_columns, axis_label, pair_groups
+from reseed.compare.statistics import holm_intervals
 from reseed.report import value_pairs as module
+from reseed.report.format import signed
 from reseed.report.style import STYLE
 from reseed.report.table_files import summary_markdown, write_tables
 from reseed.report.terminal import print_summary
@@ -79,7 +83,8 @@ def test_families_are_named_by_the_knobs_that_vary(over_seeds):
     assert words is not None
     assert words.header[:3] == ("sae", "layer", "and")
     assert [row[0] for row in words.rows] == ["topk", "relu"]
-    assert words.rows[1][4] == "0.12 [0.12, 0.12]"
+    assert words.rows[1][4] == "0.12", "three equal pairs have no interval"
+    assert any(note.startswith("**the same without any one of the seeds") for note in notes(words))
 
 
 def test_the_matrix_has_the_numbers_of_the_table(over_seeds):
@@ -114,10 +119,64 @@ def test_pairs_across_values_are_compared_with_pairs_within_a_value(made):
         ("relu", "relu", "seed"),
     ]  # fmt: skip
     column = words.header.index("− within")
-    assert [row[column] for row in words.rows] == ["", "0 [0, 0]", "0 [0, 0]", ""]
+    assert [row[column] for row in words.rows] == ["", "0", "0", ""]
     assert any(note.startswith("**− within**") for note in words.footnotes)
     (shared, _) = value_matrix_tables(cells)
     assert shared.rows == (("topk", "0.50", "0.50"), ("relu", "0.50", "0.50"))
+
+
+@pytest.mark.parametrize(
+    ("axes", "seeds", "said", "not_said"),
+    [
+        (["sae", "seed"], "3", ["over seeds: all runs of one seed are left out at a time, t",
+                           "which were chosen", "different values start differently"],
+         ["same initial weights", "variances"]),
+        (["seed", "dataset.order_seed"], "3 × 3",
+         ["over seeds and values of dataset.order_seed: all runs of one value of seed or of "
+          "dataset.order_seed are left out at a time, and the variances of the axes are added",
+          "differ only in dataset.order_seed have the same initial weights.",
+          "pairs of runs that differ in these axes and agree in the others."],
+         ["which were chosen", "start differently", "with these two values"]),
+        (["sae", "seed", "dataset.order_seed"], "3 × 3",
+         ["variances of the axes are added", "which were chosen", "start differently even",
+          "differ only in dataset.order_seed have the same initial weights."], []),
+    ],
+)  # fmt: skip
+def test_footnotes_say_what_holds_for_the_paired_axes(made, axes, seeds, said, not_said):
+    every = {
+        "sae": ["topk", "relu"],
+        "seed": ["0", "1", "2"],
+        "dataset.order_seed": ["0", "1", "2"],
+    }
+    grid = {axis: every[axis] for axis in axes}
+    places = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    table = value_pair_table([({}, made(places[:9] if len(axes) == 3 else places, axes, grid))])
+    text = " ".join(notes(table))
+    assert [words for words in said if words not in text] == []
+    assert [words for words in not_said if words in text] == []
+    assert table is not None
+    assert table.rows[0][table.header.index("seeds")] == seeds
+
+
+def test_differences_from_within_are_corrected_for_their_number(made):
+    """The table and pairings.csv have the intervals that Holm's steps give to the two rows."""
+    cell = made(PLACES, ["sae", "seed"], BOTH)
+    rng = np.random.default_rng(0)
+    pairs = cell.pairs.assign(shared_fraction=rng.uniform(0.4, 0.5, len(cell.pairs)))
+    across = pairs["sae_a"] != pairs["sae_b"]
+    pairs.loc[across, "shared_fraction"] -= 0.3
+    cells = [({"sae": "topk|relu"}, dataclasses.replace(cell, pairs=pairs))]
+    topk, same, other, relu = pair_groups(cells)
+    raw = [across_minus_within(g, (topk, relu), "shared_fraction", 0.95) for g in (same, other)]
+    corrected = holm_intervals(raw)
+    assert [one.low for one in corrected] != [one.low for one in raw]
+    table = value_pair_table(cells)
+    assert table is not None
+    column = table.header.index("− within")
+    assert [row[column] for row in table.rows[1:3]] == [signed(one) for one in corrected]
+    assert any("corrected for the m = 2 differences" in note for note in table.footnotes)
+    frame = pairing_frame(cells)
+    assert frame["minus_within_low"][1:3].tolist() == [one.low for one in corrected]
 
 
 def test_a_long_table_shows_only_the_pairs_that_differ_in_most_axes(made, monkeypatch):
@@ -169,7 +228,7 @@ def test_each_value_has_a_row_with_the_quality_of_its_runs(over_seeds):
     assert words is not None
     assert words.header == ("layer", "runs", "latents", "FVU", "L0", "dead", "live")
     assert [row[:3] for row in words.rows] == [("1", "3", "48"), ("2", "3", "48")]
-    assert words.rows[0][4] == "8.25 [8.25, 8.25]"
+    assert words.rows[0][4] == "8.25", "three equal runs have no interval"
 
 
 def test_the_matrix_is_drawn_as_a_heat_map(over_seeds):

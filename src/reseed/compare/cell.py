@@ -28,6 +28,7 @@ from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE, CellRuns, Pair
 from reseed.compare.pairing import without_intervals
 from reseed.compare.registry import Interval, columns, declared, evaluate, versions
 from reseed.compare.sharing_profile import seed_profile, unshared_fractions
+from reseed.compare.statistics import with_width
 from reseed.compare.strata import strata_table
 from reseed.compare.tables import latent_table, pair_estimates, run_estimates, run_table
 from reseed.compare.truth import label_column
@@ -70,6 +71,8 @@ class CellResult:
         evaluated: evaluation → the columns that it added to ``runs`` and ``estimates``. They do not
             belong to the comparison and are not written with it
             (`reseed.report.evaluation_results`).
+        draws: run → its random draws (`difference.run_draws`), from the records of the runs; empty
+            if these are not known. Not written, either.
     """
 
     settings: ComparisonConfig
@@ -82,6 +85,7 @@ class CellResult:
     measures: Mapping[str, int] | None = None
     inputs: Mapping[str, Mapping[str, str]] | None = None
     evaluated: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    draws: Mapping[str, Mapping[str, int | None]] = field(default_factory=dict)
 
     @property
     def u(self) -> Float[np.ndarray, " n-1"]:
@@ -295,7 +299,7 @@ def _check(
 
 def _interval(record: dict[str, Any]) -> Interval:
     mean = record.pop("mean")
-    return Interval(nan if mean is None else mean, **record)
+    return with_width(Interval(nan if mean is None else mean, **record))
 
 
 def cell_settings(runs: list[Run], axes: dict[str, str]) -> dict[str, Any]:

@@ -5,13 +5,15 @@ the seed has an interval over seeds (`statistics.seed_interval`). If the runs of
 chosen value (layer, width, architecture), their mean over a cell has no interval: four layers are
 not a sample of layers. But each *pair of values*, such as layer 1 with layer 2, has an interval
 over the seeds that both were trained with. For these intervals, `pair_groups` pools the cells that
-differ only in the seed.
+differ only in the seed. If both the seed and the data order vary, the intervals are over both, and
+need every combination (`statistics.crossed_interval`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ import pandas as pd
 
 from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes, value_axes
 from reseed.compare.registry import Interval
-from reseed.compare.statistics import leave_one_out_interval, run_interval
+from reseed.compare.statistics import MIN_SEEDS, crossed_interval, run_interval
 
 AxisValues = Mapping[str, str]
 """Values of a run on the paired axes: axis → value."""
@@ -86,6 +88,11 @@ def without_intervals(
     if settings.pairs_are_a_sample:
         return dict(estimates)
     reason = f"runs that differ in {settings.pair_words} are not a sample: no interval over them"
+    if not value_axes(settings.pair_by):
+        reason = (
+            f"pairs that differ in {' or '.join(pair_axes(settings.pair_by))} or in both are of "
+            "several kinds: an interval for each kind, none for all of them"
+        )
     return {
         name: replace(found, low=None, high=None, standard_error=None, reason=reason)
         for name, found in estimates.items()
@@ -102,8 +109,8 @@ class PairGroup:
             the seed.
         differs_in: the axes in which the runs of each pair differ, joined by a comma.
         pairs: rows of the pairs, oriented so that side a has the first value.
-        unit: the axis over which intervals are computed, such as the seed; empty if there is none.
-        units: values of `unit` for sides a and b of each pair.
+        units: random axis, such as the seed → its values for sides a and b of each pair. Intervals
+            are over these axes; without any, there is none.
     """
 
     knobs: Mapping[str, Any]
@@ -111,27 +118,49 @@ class PairGroup:
     second: str
     differs_in: str
     pairs: pd.DataFrame
-    unit: str
-    units: tuple[tuple[str, str], ...]
+    units: Mapping[str, tuple[tuple[str, str], ...]]
 
     @property
     def within(self) -> bool:
         return self.first == self.second
 
     @property
-    def levels(self) -> list[str]:
-        """The distinct values of the unit: usually seeds."""
-        return list(dict.fromkeys(unit for pair in self.units for unit in pair if unit))
+    def levels(self) -> dict[str, list[str]]:
+        """The distinct values of each random axis: usually seeds."""
+        return {
+            axis: list(dict.fromkeys(value for pair in each for value in pair))
+            for axis, each in self.units.items()
+        }
+
+    @property
+    def n(self) -> int:
+        """Number of values of the random axis, or of the one that has the fewest."""
+        return min(map(len, self.levels.values()), default=0)
+
+    @property
+    def counts(self) -> str:
+        """Numbers of values of the random axes: ``3``, or ``3 × 3`` for two axes."""
+        return " × ".join(str(len(each)) for each in self.levels.values()) or "1"
+
+    @property
+    def crossed(self) -> bool:
+        """True if the pairs have runs of every combination of the random axes, for both values."""
+        rows = list(zip(*self.units.values(), strict=True))
+        sides = [{tuple(pair[side] for pair in row) for row in rows} for side in (0, 1)]
+        if self.within:
+            sides = [sides[0] | sides[1]]
+        return all(side == set(product(*self.levels.values())) for side in sides)
 
     def mean(self, column: str) -> float:
         return float(self._values(column).mean())
 
-    def without(self, column: str) -> list[float]:
-        """Return, for each of `levels`, the mean over pairs that lack it; NaN if there are none."""
+    def without(self, column: str, axis: str) -> list[float]:
+        """Return, for each of the `levels` of a random axis, the mean over pairs that lack it; NaN
+        if there are none."""
         values = self._values(column)
         found = []
-        for level in self.levels:
-            kept = [level not in pair for pair in self.units]
+        for level in self.levels[axis]:
+            kept = [level not in pair for pair in self.units[axis]]
             found.append(float(values[kept].mean()) if any(kept) else float("nan"))
         return found
 
@@ -140,14 +169,24 @@ class PairGroup:
 
         If every seed has one pair (pairs of layers), this is the t interval of n values. If a seed
         has several, this is the interval of a U-statistic; runs of one seed may depend on each
-        other (`seed_scope`).
+        other (`seed_scope`). With several random axes, see `statistics.crossed_interval`.
         """
-        if len(self.levels) < 2:
-            mean = self.mean(column)
-            reason = "one seed: chosen values are not a sample, so there is no interval"
-            return Interval(mean, None, None, None, len(self.levels), reason)
-        scale = "logit" if fraction else "linear"
-        return leave_one_out_interval(self.mean(column), self.without(column), confidence, scale)
+        mean = self.mean(column)
+        reason = self.reason
+        if reason:
+            return Interval(mean, None, None, None, self.n, reason)
+        without = {axis: self.without(column, axis) for axis in self.units}
+        return crossed_interval(mean, without, confidence, "logit" if fraction else "linear")
+
+    @property
+    def reason(self) -> str:
+        """The reason why the runs allow no interval; empty if they do."""
+        if self.n < 2 and len(self.units) < 2:
+            return "one seed: chosen values are not a sample, so there is no interval"
+        if len(self.units) > 1 and self.n >= MIN_SEEDS and not self.crossed:
+            words = " and ".join(self.units)
+            return f"not every combination of {words} was run: no interval over them"
+        return ""
 
     def _values(self, column: str) -> np.ndarray:
         """Return a column of the pairs, or one of `DERIVED`.
@@ -178,14 +217,23 @@ def across_minus_within(
     The estimate is S(v, w) − (S(v, v) + S(w, w))/2; the interval leaves all runs of one seed out at
     a time.
     """
-    first, second = within
-    mean = across.mean(column) - (first.mean(column) + second.mean(column)) / 2
-    common = set(across.levels) == set(first.levels) == set(second.levels)
-    if not common:
+    groups = (across, *within)
+    first, second = (group.mean(column) for group in within)
+    mean = across.mean(column) - (first + second) / 2
+    levels = [{axis: set(each) for axis, each in group.levels.items()} for group in groups]
+    if not levels[0] == levels[1] == levels[2]:
         return Interval(mean, None, None, None, 0, "not every seed was run for both values")
-    lacking = [dict(zip(g.levels, g.without(column), strict=True)) for g in (across, *within)]
-    without = [lacking[0][s] - (lacking[1][s] + lacking[2][s]) / 2 for s in across.levels]
-    return leave_one_out_interval(mean, without, confidence)
+    reason = next((group.reason for group in groups if group.reason), "")
+    if reason:
+        return Interval(mean, None, None, None, 0, reason)
+    without = {}
+    for axis, own in across.levels.items():
+        lacking = [
+            dict(zip(group.levels[axis], group.without(column, axis), strict=True))
+            for group in groups
+        ]
+        without[axis] = [lacking[0][s] - (lacking[1][s] + lacking[2][s]) / 2 for s in own]
+    return crossed_interval(mean, without, confidence)
 
 
 def pair_groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGroup]:
@@ -208,11 +256,13 @@ def pair_groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGrou
             grouped.setdefault((a, b, axes), []).append(i)
         for key in sorted(grouped, key=lambda k: (order[k[0]], order[k[1]], k[2].count(SEPARATOR))):
             rows = pairs.iloc[grouped[key]].reset_index(drop=True)
-            unit = _unit(rows, key[2])
-            units = zip(*(rows[f"at {unit}_{x}"] for x in "ab"), strict=True) if unit else ()
+            units = {
+                axis: tuple(zip(*(rows[f"at {axis}_{x}"] for x in "ab"), strict=True))
+                for axis in _units(rows)
+            }
             kept = rows.drop(columns=[c for c in rows if c.startswith(("at ", "value_"))])
             a, b, axes = key
-            found.append(PairGroup(knobs, a, b, axes, kept, unit, tuple(units)))
+            found.append(PairGroup(knobs, a, b, axes, kept, units))
     return found
 
 
@@ -222,19 +272,41 @@ def runs_by_value(
     """Return, for each value: settings, value, and metrics (FVU, L0) of its runs over seeds."""
     found = []
     for knobs, family in _families(cells):
-        runs = {}
+        runs: dict[str, dict[str, Any]] = {}
+        places: dict[str, list[str]] = {}
         for own, cell in family:
             placed = _placed(own, cell.pairs, cell.settings)
-            value = {
-                run: v for x in "ab" for run, v in zip(placed[x], placed[f"value_{x}"], strict=True)
-            }
+            for x in "ab":
+                names = [x, f"value_{x}", *(f"at {axis}_{x}" for axis in REPLICATES)]
+                places |= {run: place for run, *place in zip(*map(placed.get, names), strict=True)}
             for row in cell.runs.to_dict("records"):
-                runs.setdefault(value[row["run"]], {})[row["run"]] = row
+                runs.setdefault(places[row["run"]][0], {})[row["run"]] = row
         for value in sorted(runs, key=_order(family[0][1].settings, list(runs)).__getitem__):
             frame = pd.DataFrame(runs[value].values()).drop(columns=["run", "seed"])
-            estimates = {name: run_interval(frame[name].to_numpy(), confidence) for name in frame}
+            draws = pd.DataFrame([places[run][1:] for run in runs[value]], columns=[*REPLICATES])
+            estimates = {n: _over_runs(frame[n].to_numpy(), draws, confidence) for n in frame}
             found.append((knobs, value, estimates))
     return found
+
+
+def _over_runs(values: np.ndarray, draws: pd.DataFrame, confidence: float) -> Interval:
+    """Return the mean of a metric over runs, with its interval over the random axes.
+
+    Args:
+        draws: a row per run, a column per axis of `REPLICATES`.
+    """
+    axes = _varying(draws)
+    if len(axes) < 2:
+        return run_interval(values, confidence)
+    mean, levels = float(values.mean()), [dict.fromkeys(draws[axis]) for axis in axes]
+    if len(values) != np.prod([len(each) for each in levels]):
+        reason = f"not every combination of {' and '.join(axes)} was run: no interval over them"
+        return Interval(mean, None, None, None, len(values), reason)
+    without = {
+        axis: [float(values[(draws[axis] != level).to_numpy()].mean()) for level in each]
+        for axis, each in zip(axes, levels, strict=True)
+    }
+    return replace(crossed_interval(mean, without, confidence), n=len(values))
 
 
 def _families(
@@ -293,12 +365,13 @@ def _oriented(pairs: pd.DataFrame, order: Mapping[str, int]) -> pd.DataFrame:
     return pd.concat([pairs.loc[np.logical_not(turned)], backwards]).sort_index()
 
 
-def _unit(rows: pd.DataFrame, differs_in: str) -> str:
-    """Return the axis for the interval: of the `REPLICATES` in which the pairs differ (else of
-    all), the one with the most values."""
-    counts = {
-        axis: len({*rows[f"at {axis}_a"], *rows[f"at {axis}_b"]} - {""}) for axis in REPLICATES
-    }
-    differing = [axis for axis in REPLICATES if axis in differs_in.split(SEPARATOR)]
-    candidates = differing or [axis for axis in REPLICATES if counts[axis]]
-    return max(candidates, key=lambda axis: counts[axis], default="")
+def _units(rows: pd.DataFrame) -> list[str]:
+    """Return the axes for intervals over pairs: those of `REPLICATES` with several values, else the
+    first one with a known value."""
+    sides = [rows[[f"at {axis}_{x}" for axis in REPLICATES]].to_numpy() for x in "ab"]
+    draws = pd.DataFrame(np.concatenate(sides), columns=[*REPLICATES])
+    return _varying(draws) or [axis for axis in REPLICATES if {*draws[axis]} - {""}][:1]
+
+
+def _varying(draws: pd.DataFrame) -> list[str]:
+    return [axis for axis in REPLICATES if len({*draws[axis]}) > 1]

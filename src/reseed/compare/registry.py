@@ -72,6 +72,7 @@ class Interval:
         standard_error: standard error on the scale of ``mean``; None if there is none.
         n: number of seeds.
         reason: why there is no interval; empty if there is one.
+        freedom: degrees of freedom of the standard error; None for n − 1.
     """
 
     mean: float
@@ -80,6 +81,11 @@ class Interval:
     standard_error: float | None
     n: int
     reason: str = ""
+    freedom: float | None = None
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        return self.n - 1 if self.freedom is None else self.freedom
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,21 @@
 
 The ranking of two architectures can change with the number of optimiser steps. A difference is
 therefore claimed only if its interval excludes 0 at the last two budgets, on the same side. Each
-budget is a run of its own whose learning rate has decayed to zero.
+budget is a run of its own whose learning rate has decayed to zero. The intervals are corrected for
+all differences of a measure, of every pair of architectures at every budget (Holm).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
+from reseed.compare.difference import cell_difference, share_draws
 from reseed.compare.registry import Interval
-from reseed.compare.statistics import welch_difference
+from reseed.compare.statistics import holm_intervals
 from reseed.report.cell_labels import Cell, amounts, distinguishing_knobs, pair_axis_name
-from reseed.report.format import interval_sign, measure_name, signed
+from reseed.report.format import format_number, holm_note, interval_sign, measure_name, signed
 from reseed.report.table import Table
 
 MEASURES = {
@@ -38,6 +40,8 @@ class Contrast:
         budgets: tokens, ascending.
         differences: measure → interval of first − second, for each budget.
         primary: the measure on which a difference is claimed.
+        paired: whether the cells of some budget have the same random draws (`share_draws`).
+        tested: number of differences of the primary measure for which intervals are corrected.
     """
 
     first: str
@@ -46,6 +50,8 @@ class Contrast:
     budgets: tuple[float, ...]
     differences: dict[str, tuple[Interval, ...]]
     primary: str = "shared_fraction"
+    paired: bool = False
+    tested: int = 1
 
     @property
     def name(self) -> str:
@@ -63,6 +69,7 @@ class Contrast:
         found = self.differences[self.primary]
         last = list(zip(self.budgets, found, strict=True))[-BUDGETS:]
         intervals = " and ".join(f"{signed(d)} at {b:,.0f}" for b, d in last) + " tokens"
+        intervals += f"; corrected for {self.tested} differences" if self.tested > 1 else ""
         without = next((d.reason for _, d in last if d.low is None), "")
         sides = {interval_sign(d) for _, d in last}
         if without:
@@ -80,6 +87,7 @@ class Contrast:
 def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
     """Return every pair of architectures at two budgets or more, everything else equal.
 
+    The intervals of each measure are corrected for the number of its differences (`_corrected`).
     Only cells whose pairs are a sample are used, because the others have no intervals.
     """
     cells = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
@@ -95,24 +103,38 @@ def contrasts(cells: Sequence[Cell]) -> list[Contrast]:
     for cell, budget in zip(cells, tokens, strict=True):
         place = tuple(str(cell[0].get(name)) for name in others)
         by_place.setdefault(place, {}).setdefault(str(cell[0]["sae"]), {})[budget] = cell
-    found = []
+    settings, found = cells[0][1].settings, []
     for place, by_sae in by_place.items():
         for first, second in combinations(by_sae, 2):
             budgets = sorted(by_sae[first].keys() & by_sae[second].keys())
             if len(budgets) >= BUDGETS:
                 pairs = [(by_sae[first][b][1], by_sae[second][b][1]) for b in budgets]
-                settings = cells[0][1].settings
                 differences = {
-                    name: tuple(
-                        welch_difference(a.estimates[name], b.estimates[name], settings.confidence)
-                        for a, b in pairs
-                    )
+                    name: tuple(cell_difference(*two, name, settings.confidence) for two in pairs)
                     for name in measures(settings.primary).values()
                 }
+                paired = any(share_draws(*two) for two in pairs)
                 found.append(
-                    Contrast(first, second, place, tuple(budgets), differences, settings.primary)
+                    Contrast(
+                        first, second, place, tuple(budgets), differences, settings.primary, paired
+                    )
                 )
-    return found
+    return _corrected(found, settings.confidence)
+
+
+def _corrected(found: Sequence[Contrast], confidence: float) -> list[Contrast]:
+    """Correct the intervals of each measure for the number of its differences."""
+    corrected: list[dict[str, tuple[Interval, ...]]] = [{} for _ in found]
+    for name in found[0].differences if found else ():
+        each = holm_intervals([d for own in found for d in own.differences[name]], confidence)
+        for own, contrast in zip(corrected, found, strict=True):
+            count = len(contrast.budgets)
+            own[name], each = tuple(each[:count]), each[count:]
+    tested = sum(d.low is not None for own in found for d in own.differences[own.primary])
+    return [
+        replace(contrast, differences=own, tested=tested)
+        for contrast, own in zip(found, corrected, strict=True)
+    ]
 
 
 def measures(primary: str) -> dict[str, str]:
@@ -142,16 +164,31 @@ def differences(cells: Sequence[Cell]) -> Table | None:
         for i, budget in enumerate(contrast.budgets)
     ]  # fmt: skip
     confidence = cells[0][1].settings.confidence
+    counts = [
+        sum(d.low is not None for contrast in found for d in contrast.differences[name])
+        for name in shown.values()
+    ]
     footnotes = (
         *(contrast.verdict() for contrast in found),
         f"Differences of cell means with the {confidence:.0%} interval over "
-        f"{pair_axis_name(cells)} (Welch); * if it excludes 0. A difference is claimed, on the "
-        "first measure, only if its interval excludes 0 at the last two budgets, on the same side, "
-        "because the ranking can change with the budget. The intervals are not corrected for "
-        "multiple comparisons.",
+        f"{pair_axis_name(cells)} ({difference_method([c.paired for c in found])}); "
+        f"{holm_note(counts, confidence)} A difference is claimed, on the first measure, only if "
+        "its interval excludes 0 at the last two budgets, on the same side, because the ranking "
+        "can change with the budget.",
     )
     header = ("difference", "tokens", *shown)
     return Table(header, tuple(rows), 1, "", footnotes)
+
+
+def difference_method(paired: Sequence[bool]) -> str:
+    """Return how the intervals of differences were computed, from `share_draws` of each."""
+    same = (
+        "the same draw is left out of both cells at a time, because both have the same initial "
+        "weights or data orders"
+    )
+    if all(paired):
+        return same
+    return f"Welch; where the cells have the same draws, {same}" if any(paired) else "Welch"
 
 
 def difference_lines(cells: Sequence[Cell]) -> list[str]:
@@ -163,7 +200,11 @@ def difference_lines(cells: Sequence[Cell]) -> list[str]:
     for contrast in found:
         places.setdefault(contrast.place, []).append(contrast)
     lines = [_order(place, pairs) for place, pairs in places.items()]
-    return [*lines, "Claims are based on the last two budgets; summary.md has every difference."]
+    return [
+        *lines,
+        f"Claims are based on the last two budgets, with intervals corrected for {found[0].tested} "
+        "differences; summary.md has every difference.",
+    ]
 
 
 def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
@@ -178,4 +219,18 @@ def _order(place: tuple[str, ...], pairs: Sequence[Contrast]) -> str:
     lines = [f"**{winner}** {ahead} than {', '.join(lost)}" for winner, lost in ranked]
     where = f"{', '.join(place)}: " if place else ""
     claims = sum(len(lost) for lost in below.values())
-    return f"{where}{'; '.join(lines) or 'no difference claimed'} ({claims} of {len(pairs)} pairs)"
+    told = f"{claims} of {len(pairs)} pairs{_not_excluded(pairs)}"
+    return f"{where}{'; '.join(lines) or 'no difference claimed'} ({told})"
+
+
+def _not_excluded(pairs: Sequence[Contrast]) -> str:
+    """Say how large the differences may be that are not claimed; empty if all are."""
+    last = [
+        d for pair in pairs if not pair.claimed for d in pair.differences[pair.primary][-BUDGETS:]
+    ]
+    if not last:
+        return ""
+    ends = [abs(end) for d in last for end in (d.low, d.high) if end is not None]
+    if len(ends) < 2 * len(last):
+        return "; of the others some have no interval"
+    return f"; the others may differ by up to {format_number(max(ends))}"

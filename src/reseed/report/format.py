@@ -71,6 +71,25 @@ def signed(difference: Interval) -> str:
     return f"{text} {format_bounds(difference.low, difference.high)}{star}"
 
 
+def holm_note(counts: Iterable[int], confidence: float) -> str:
+    """Explain the stars of a table whose differences were corrected by `holm_intervals`.
+
+    Args:
+        counts: number of tested differences of each measure.
+    """
+    tested = range_text([count for count in counts if count] or [0])
+    level = f"{1 - confidence:.3g}".removeprefix("0")
+    corrected = (
+        f"Intervals and stars are corrected for the m = {tested} differences of a measure in this "
+        f"table (Holm 1979): any false star among them has a probability of at most {level}. "
+    )
+    return (
+        f"* if the interval excludes 0. {corrected if tested not in ('0', '1') else ''}"
+        "An interval that includes 0 does not show that there is no difference: it excludes only "
+        "differences beyond its ends."
+    )
+
+
 def interval_sign(difference: Interval) -> int:
     """Return 1 or −1 if the interval lies above or below 0, else 0."""
     if difference.low is None or difference.high is None:

@@ -21,13 +21,23 @@ from typing import Any
 
 from reseed.compare.activations.tables import NOTE, TOKENS
 from reseed.compare.cell import CellResult
+from reseed.compare.difference import cell_difference, share_draws
 from reseed.compare.measures import THRESHOLDS
 from reseed.compare.nulls import SURROGATES, kappa
 from reseed.compare.registry import Interval, declared
-from reseed.compare.statistics import welch_difference
+from reseed.compare.statistics import holm_intervals
+from reseed.report.architecture_contrasts import difference_method
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.cell_labels import Cell, columns, knob_values, label, pair_axis_name
-from reseed.report.format import format_number, null_text, padded, range_text, signed, with_interval
+from reseed.report.format import (
+    format_number,
+    holm_note,
+    null_text,
+    padded,
+    range_text,
+    signed,
+    with_interval,
+)
 from reseed.report.sharing_by_firing import (
     cells_with_strata,
     sharing_at_equal_firing_table,
@@ -71,12 +81,33 @@ def null_table(cells: Sequence[Cell]) -> Table | None:
         *names, "what is shared by", f"shared\n{percent}", "cos\nenc", "cos\ndec", "κ",
         f"trained − it\n{percent}",
     )  # fmt: skip
+    less = _differences([by_null for _, by_null in found], confidence)
     rows = [
         (*knob_values(names, knobs), *row)
-        for knobs, by_null in found
-        for row in _rows(by_null, confidence)
+        for (knobs, by_null), own in zip(found, less, strict=True)
+        for row in _rows(by_null, own)
     ]
-    return Table(header, tuple(rows), len(names) + 1, TITLE, _footnotes(confidence))
+    paired = [share_draws(own[""], null) for _, own in found for name, null in own.items() if name]
+    tested = sum(one.low is not None for own in less for one in own.values())
+    notes = _footnotes(confidence, difference_method(paired), holm_note([tested], confidence))
+    reasons = dict.fromkeys(one.reason for own in less for one in own.values() if one.reason)
+    notes += tuple(f"**{reason}**" for reason in reasons)
+    return Table(header, tuple(rows), len(names) + 1, TITLE, notes)
+
+
+def _differences(
+    families: Sequence[Mapping[str, CellResult]], confidence: float
+) -> list[dict[str, Interval]]:
+    """Return, per family, surrogate → interval of the trained model's shared fraction minus the
+    surrogate's, corrected for the number of these differences in all families."""
+    found = [
+        cell_difference(by_null[""], null, "shared_fraction", confidence)
+        for by_null in families
+        for surrogate, null in by_null.items()
+        if surrogate
+    ]
+    corrected = iter(holm_intervals(found, confidence))
+    return [{name: next(corrected) for name in by_null if name} for by_null in families]
 
 
 def _families(cells: Sequence[Cell]) -> list[tuple[dict[str, Any], dict[str, CellResult]]]:
@@ -105,7 +136,7 @@ def _split_surrogate(label: str) -> tuple[str, str]:
     return label, ""
 
 
-def _rows(by_null: Mapping[str, CellResult], confidence: float) -> list[tuple[str, ...]]:
+def _rows(by_null: Mapping[str, CellResult], less: Mapping[str, Interval]) -> list[tuple[str, ...]]:
     trained = by_null[""]
     shared = trained.estimates["shared_fraction"]
     rows = [_weights_row(trained, null, shared) for null in _WEIGHT_NULLS]
@@ -113,10 +144,8 @@ def _rows(by_null: Mapping[str, CellResult], confidence: float) -> list[tuple[st
         if surrogate in by_null:
             own = by_null[surrogate].estimates
             null = own["shared_fraction"]
-            difference = signed(welch_difference(shared, null, confidence))
-            rows.append(
-                (*_cell_row(name, own), format_number(kappa(shared.mean, null.mean)), difference)
-            )
+            excess = format_number(kappa(shared.mean, null.mean))
+            rows.append((*_cell_row(name, own), excess, signed(less[surrogate])))
     return [*rows, (*_cell_row(TRAINED, trained.estimates), "", "")]
 
 
@@ -145,7 +174,7 @@ def _cell_row(name: str, estimates: Mapping[str, Interval]) -> tuple[str, ...]:
     return (name, with_interval(estimates["shared_fraction"]), *cosines)
 
 
-def _footnotes(confidence: float) -> tuple[str, ...]:
+def _footnotes(confidence: float, method: str, stars: str) -> tuple[str, ...]:
     return (
         "The first null keeps the least of the experiment. **isotropic rows**: two random "
         "dictionaries of these sizes; **rows of the covariance**: rows sampled with the covariance "
@@ -155,7 +184,7 @@ def _footnotes(confidence: float) -> tuple[str, ...]:
         "training, on the same text.",
         "**κ** = (S − S₀)/(1 − S₀), where S is the shared fraction of the trained model's SAEs and "
         f"S₀ that of the row. **trained − it**: S − S₀ with the {confidence:.0%} interval over "
-        "seeds (Welch); * if it excludes 0.",
+        f"seeds ({method}); {stars}",
     )
 
 

@@ -199,6 +199,7 @@ def _squares(axes: Axes, matrix: Matrix, letters: int, top: float) -> AxesImage:
 
 def _below(cells: Sequence[Cell], found: Sequence[Matrix]) -> str:
     over = value_pair_cells(cells)
-    seeds = {len(group.levels) for group in pair_groups(over)}
-    count = "–".join(str(n) for n in sorted({min(seeds), max(seeds)}))
+    counts = {group.counts: group.n for group in pair_groups(over)}
+    named = sorted(counts, key=lambda text: (counts[text], text))
+    count = "–".join(dict.fromkeys((named[0], named[-1])))
     return f"cosines ≥ {found[0].threshold:g}; mean over {count} seeds; – where there are no pairs"

@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from reseed.compare.activations.tables import NOTE
-from reseed.compare.config import value_axes
+from reseed.compare.config import REPLICATES, pair_axes, value_axes
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.compare.pairing import (
     SEPARATOR,
@@ -24,10 +24,12 @@ from reseed.compare.pairing import (
     runs_by_value,
 )
 from reseed.compare.registry import Interval, fractions
+from reseed.compare.statistics import holm_intervals
 from reseed.report.cell_labels import Cell, columns, knob_values, varying_knobs
 from reseed.report.format import (
     MISSING,
     format_number,
+    holm_note,
     interval_row,
     measure_name,
     null_text,
@@ -61,7 +63,7 @@ def value_pair_table(cells: Sequence[Cell]) -> Table | None:
     if not cells:
         return None
     every, settings = pair_groups(cells), cells[0][1].settings
-    shown = every if len(every) <= MANY_ROWS else most_differing_groups(every)
+    shown = _shown(every)
     knobs = columns([(group.knobs, None) for group in every])
     several = len({group.differs_in for group in every}) > 1
     primary, confidence = settings.primary, settings.confidence
@@ -83,6 +85,11 @@ def value_pair_table(cells: Sequence[Cell]) -> Table | None:
     return Table(header, rows, names, _caption(cells, every), footnotes, ("cos\nenc", "cos\ndec"))
 
 
+def _shown(every: Sequence[PairGroup]) -> list[PairGroup]:
+    """Return the groups that have a row in the table; see `MANY_ROWS`."""
+    return [*every] if len(every) <= MANY_ROWS else most_differing_groups(every)
+
+
 def _columns(
     shown: Sequence[PairGroup], primary: str, confidence: float
 ) -> dict[str, Callable[[PairGroup], str]]:
@@ -96,7 +103,7 @@ def _columns(
 
     percent = f"[{confidence:.0%}]"
     made: dict[str, Callable[[PairGroup], str]] = {
-        "seeds": lambda group: str(max(1, len(group.levels))),
+        "seeds": lambda group: group.counts,
         f"{measure_name(primary)}\n{percent}": estimate(primary),
     }
     if primary != "shared_fraction":
@@ -137,7 +144,8 @@ def incompatible(group: PairGroup) -> bool:
 
 
 def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> dict[int, Interval]:
-    """Return id of a group across values → its interval of across minus within."""
+    """Return id of a group across values → its interval of across minus within, corrected for the
+    number of these differences (`holm_intervals`)."""
     own = {(shared_knobs(g), g.first): g for g in shown if g.within and g.first}
     found = {}
     for group in shown:
@@ -145,7 +153,7 @@ def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> di
         if not group.within and all(both):
             within = [g for g in both if g is not None]
             found[id(group)] = across_minus_within(group, within, column, confidence)
-    return found
+    return dict(zip(found, holm_intervals([*found.values()], confidence), strict=True))
 
 
 def shared_knobs(group: PairGroup) -> tuple[tuple[str, Any], ...]:
@@ -183,25 +191,28 @@ def _footnotes(
 ) -> tuple[str, ...]:
     settings = cells[0][1].settings
     primary, confidence = settings.primary, settings.confidence
+    contrasts = _contrasts(shown, primary, confidence)
     estimates = [group.interval(primary, confidence) for group in shown if not incompatible(group)]
-    reasons = list(dict.fromkeys(e.reason for e in estimates if e.reason))
+    reasons = dict.fromkeys(e.reason for e in [*estimates, *contrasts.values()] if e.reason)
+    rows = "with these two values; the 1st is the run with the first value"
+    if not value_name(cells):
+        rows = "that differ in these axes and agree in the others"
     notes = [
-        f"Each row shows the pairs of runs with these two values; the 1st is the run with the "
-        f"first value. **shared**: the strict rule at {settings.threshold:g} (Paulo & Belrose), "
+        f"Each row shows the pairs of runs {rows}. **shared**: the strict rule at "
+        f"{settings.threshold:g} (Paulo & Belrose), "
         "2·#/(F₁ + F₂). **1st in 2nd**: fraction of the first's latents for which one latent of "
         "the second, even if matched to another, has both cosines at least at the threshold; "
         "**2nd in 1st**: the reverse (for a value with itself, where no run is the first, the mean "
         "of both). **of the smaller**: shared latents as a fraction of the smaller dictionary.",
-        f"Intervals ({confidence:.0%}) are over seeds: all runs of one seed are left out at a "
-        "time, t distribution on the logit scale. They are not over the values, which were chosen.",
+        _interval_note(cells, shown, confidence),
         "**null**: two random dictionaries of these sizes. **untrained**: the initial weights of "
-        "the same pairs; runs with different values start differently even at the same seed, "
-        "unless seed_scope=shared.",
+        f"the same pairs{_start_note(cells)}.",
     ]
-    if _contrasts(shown, primary, confidence):
+    if contrasts:
+        tested = sum(one.low is not None for one in contrasts.values())
         notes.append(
             "**− within**: the row's measure minus the measure over pairs of seeds with the same "
-            "value (mean of the two values); * if the interval excludes 0."
+            f"value (mean of the two values). {holm_note([tested], confidence)}"
         )
     if any(incompatible(group) for group in shown):
         notes.append(_on_same_tokens(shown, settings.threshold))
@@ -218,6 +229,38 @@ def _footnotes(
     notes += [f"**{reason}**" for reason in reasons]
     # Rows have runs in common, so the detectable difference between them is not known.
     return (*notes, *detectable_note((), primary, confidence))
+
+
+def _interval_note(cells: Sequence[Cell], shown: Sequence[PairGroup], confidence: float) -> str:
+    """Explain over what the intervals are."""
+    axes = list(dict.fromkeys(axis for group in shown for axis in group.units)) or ["seed"]
+    over = " and ".join("seeds" if axis == "seed" else f"values of {axis}" for axis in axes)
+    how = f"all runs of one {axes[0]} are left out at a time"
+    if len(axes) > 1:
+        how = (
+            f"all runs of one value of {' or of '.join(axes)} are left out at a time, and the "
+            "variances of the axes are added (column **seeds**: numbers of values)"
+        )
+    chosen = "" if value_name(cells) == "" else " They are not over the values, which were chosen."
+    return (
+        f"Intervals ({confidence:.0%}) are over {over}: {how}, t distribution on the logit scale."
+        + chosen
+    )
+
+
+def _start_note(cells: Sequence[Cell]) -> str:
+    """Say which runs of the pairs have the same initial weights."""
+    paired = [pair_axes(cell.settings.pair_by) for _, cell in cells]
+    notes = []
+    if any(value_axes(axes) for axes in paired):
+        notes.append(
+            "runs with different values start differently even at the same seed, unless "
+            "seed_scope=shared"
+        )
+    data = [axis for axis in REPLICATES[1:] if any(axis in axes for axes in paired)]
+    if data:
+        notes.append(f"runs that differ only in {' or '.join(data)} have the same initial weights")
+    return "".join(f"; {note}" for note in notes)
 
 
 def _on_same_tokens(shown: Sequence[PairGroup], threshold: float) -> str:
@@ -268,13 +311,13 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     cells = value_pair_cells(cells)
     confidence = cells[0][1].settings.confidence
     every = pair_groups(cells)
-    contrasts = _contrasts(most_differing_groups(every), cells[0][1].settings.primary, confidence)
+    contrasts = _contrasts(_shown(every), cells[0][1].settings.primary, confidence)
     rows = []
     for group in every:
         row: dict[str, Any] = {
             **group.knobs, "first": group.first, "second": group.second,
             "differs_in": group.differs_in, "n_pairs": len(group.pairs),
-            "n_seeds": len(group.levels), "interval_over": group.unit,
+            "n_seeds": group.n, "interval_over": SEPARATOR.join(group.units),
         }  # fmt: skip
         shares = ("shared_of_a", "shared_of_b", "shared_of_smaller")
         for name in (*_one_sided(group, fractions()), *shares):

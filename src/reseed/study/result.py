@@ -18,6 +18,7 @@ from rich.console import Console
 
 from reseed.compare.cell import CellResult, cell_settings, unify_sparsity
 from reseed.compare.config import ComparisonConfig, pair_axes
+from reseed.compare.difference import run_draws
 from reseed.config import Config
 from reseed.errors import ConfigError, ReseedError, did_you_mean
 from reseed.evaluate import load_all
@@ -237,7 +238,8 @@ def read_result(
             )
         # The user may have changed the primary measure since the cell was compared.
         own = replace(result.settings, primary=settings.primary)
-        cells.append((cell_settings(finished, axes), replace(result, settings=own)))
+        draws = {run.id: run_draws(run) for run in finished}
+        cells.append((cell_settings(finished, axes), replace(result, settings=own, draws=draws)))
     problems += failed
     if not cells:
         told = "".join(f"\n  {line}" for line in problems)
