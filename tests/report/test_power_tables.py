@@ -23,13 +23,13 @@ SHARED = Question("shared_fraction")
 
 
 @pytest.fixture
-def pilot(make_cell):
+def pilot(cells):
     """Return ``pilot(budgets, n, error)``: makes the cells of TopK and ReLU, whose sharing follows
     logit S = a + 0.7 log tokens exactly, with these standard errors."""
-    _, made = make_cell()
+    _, made = cells[0]
 
     def pilot(budgets=BUDGETS, n=3, error=0.012):
-        cells = []
+        found = []
         for sae, start in (("topk", -9.5), ("relu", -8)):
             for tokens in budgets:
                 mean = float(special.expit(start + 0.7 * log(tokens)))
@@ -40,8 +40,8 @@ def pilot(make_cell):
                     run=[f"{sae}-{tokens}-{i}" for i in range(min(n, 3))]
                 )
                 cell = replace(made, runs=runs, estimates=made.estimates | {"shared_fraction": own})
-                cells.append(({"model": "embedded", "sae": sae, "tokens": tokens}, cell))
-        return cells
+                found.append(({"model": "embedded", "sae": sae, "tokens": tokens}, cell))
+        return found
 
     return pilot
 
@@ -65,17 +65,18 @@ def test_a_cell_needs_the_seeds_of_its_spread_with_the_interval_of_the_spread(pi
     assert wanted[0] == 9
 
 
-def test_sharing_on_a_straight_line_is_predicted_exactly(pilot):
+def test_sharing_on_a_curve_is_predicted_exactly(pilot):
+    """Up to the sampling errors, here 1e-6."""
     question = replace(SHARED, tokens=(10_000_000,))
-    found = power_result(pilot(), {}, question).budgets
+    found = power_result(pilot(error=1e-6), {}, question).budgets
     assert found["tokens"].tolist() == [499_968, 10_000_000] * 2
     assert found["fitted"].tolist() == [3, 4] * 2
     check = found[found["tokens"] == BUDGETS[-1]]
-    assert check["predicted"].to_numpy() == pytest.approx(check["measured"].to_numpy())
+    assert check["predicted"].to_numpy() == pytest.approx(check["measured"].to_numpy(), abs=1e-3)
     assert check["within"].tolist() == [True, True]
     further = found[found["tokens"] == 10_000_000].set_index("sae")["predicted"]
-    assert further["topk"] == pytest.approx(special.expit(-9.5 + 0.7 * log(1e7)))
-    assert further["relu"] == pytest.approx(special.expit(-8 + 0.7 * log(1e7)))
+    assert further["topk"] == pytest.approx(special.expit(-9.5 + 0.7 * log(1e7)), abs=1e-3)
+    assert further["relu"] == pytest.approx(special.expit(-8 + 0.7 * log(1e7)), abs=1e-3)
 
 
 def test_the_check_does_not_see_the_largest_budget(pilot):
@@ -130,7 +131,8 @@ def test_the_tables_fit_into_80_columns_and_state_what_they_assume(pilot):
     assert "not shown" not in shown
     words = " ".join(shown.split())
     for part in ("Welch's test (two-sided, 95% level)", "0.16 to 1.92 times the true one",
-                 "the standard error falls with 1/√n", "It does not contain a bend",
+                 "the standard error falls with 1/√n",
+                 "It does not contain curves of another shape",
                  "predict the largest within the interval in 2 of 2 curves"):  # fmt: skip
         assert part in words
     assert "<table" in found._repr_html_()
@@ -139,8 +141,8 @@ def test_the_tables_fit_into_80_columns_and_state_what_they_assume(pilot):
 def test_three_budgets_are_checked_from_two_and_say_what_that_means(pilot):
     found = power_result(pilot(BUDGETS[:3]), {}, SHARED)
     assert found.budgets["fitted"].tolist() == [2, 3, 3] * 2
-    assert "Two budgets lie on any line" in str(found)
-    assert "Two budgets lie on any line" not in str(power_result(pilot(), {}, SHARED))
+    assert "Two budgets fit all of these curves" in str(found)
+    assert "Two budgets fit all of these curves" not in str(power_result(pilot(), {}, SHARED))
 
 
 def test_with_fewer_budgets_there_is_no_curve(pilot):

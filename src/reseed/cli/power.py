@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from reseed.cli.arguments import own_words, power_parser, sweep_called
+from reseed.cli.arguments import check_used, own_words, power_parser, sweep_called
 from reseed.cli.errors import run_and_report
 from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError, ReseedError
@@ -24,6 +24,7 @@ def _main(arguments: Sequence[str]) -> int:
     if len(words) != 1:
         got = ", ".join(words) or "none"
         raise ConfigError(f"reseed power takes one sweep, the pilot; got {got}")
+    check_used(line)
     sweep = sweep_called(words[0], line)
     if not sweep.compared:
         raise ReseedError(

@@ -13,6 +13,7 @@ from functools import lru_cache
 from math import hypot, sqrt
 
 import numpy as np
+from jaxtyping import Float, Int
 from scipy import optimize, special
 
 from reseed.compare.registry import Interval
@@ -20,6 +21,8 @@ from reseed.compare.statistics import MIN_SEEDS
 
 _NODES = 32
 """Nodes of each quadrature: the smallest visible difference is then right to 1e-4 of itself."""
+_BENDS = np.linspace(-1, 0, 21)
+"""Powers λ of the tokens in the curves over budgets; see `predict_budget`."""
 MOST_SEEDS = 100_000
 """The largest number of seeds that is looked for."""
 
@@ -128,17 +131,23 @@ def predict_budget(
 ) -> Interval:
     """Predict the mean that a cell with another budget would have.
 
-    A straight line is fitted to logit S over log tokens, with equal weight for every budget.
-    (Weights from standard errors of 3 seeds follow the errors of these estimates: the interval then
-    covers .89 instead of .95.) The variance of the prediction is the sum of
+    A curve logit S = a + b·(t^λ − 1)/λ over tokens t is fitted by least squares for each λ of
+    `_BENDS`: from a straight line in log t (λ = 0, sharing grows with every doubling) to one in 1/t
+    (λ = −1, sharing levels off). Every budget has the same weight. (Weights from standard errors of
+    3 seeds follow the errors of these estimates: the interval then covers .89 instead of .95.)
+    The prediction of each λ has a t distribution with Satterthwaite's degrees of freedom, whose
+    variance is the sum of
 
     - the sampling variance of each budget, from its own standard error by the delta method;
     - the sampling variance of the predicted mean, which is taken to be their mean;
-    - with three budgets or more, the variance of the budgets about the line beyond their sampling
+    - with three budgets or more, the variance of the budgets about the curve beyond their sampling
       errors (method of moments, at least 0), for the fitted budgets and for the predicted one.
 
-    The interval is that of t with Satterthwaite's degrees of freedom. It does not contain a bend of
-    the curve. Cells of different budgets are taken to be independent.
+    These distributions are mixed with the likelihood of λ as weight, given the residuals and the
+    sampling errors; two budgets fit every λ equally well. The result is the median of the mixture
+    with its central interval. The interval holds for curves of this family. Cells of different
+    budgets are taken to be independent; a common effect of the seed (seed_scope=shared) makes the
+    interval too wide.
 
     Args:
         tokens: budgets of the fitted cells, at least two of them distinct.
@@ -146,35 +155,72 @@ def predict_budget(
         at: the budget to predict.
 
     Returns:
-        the fraction with its interval and its standard error by the delta method; ``n`` is the
-        smallest number of seeds of the fitted cells.
+        the fraction with its interval and without a standard error; ``n`` is the smallest number of
+        seeds of the fitted cells.
     """
-    k = len(tokens)
     mean = np.array([e.mean for e in estimates])
     errors = np.array([e.standard_error for e in estimates], dtype=np.float64)
     value, sampling = special.logit(mean), np.square(errors / (mean * (1 - mean)))
-    seeds = np.array([e.n for e in estimates])
-    design = np.stack([np.ones(k), np.log(tokens)], axis=1)
+    freedom = np.array([e.n - 1 for e in estimates])
+    # Relative to the geometric mean, so that all powers of the tokens are of moderate size.
+    scale = np.exp(np.log(tokens).mean())
+    budgets, target = np.asarray(tokens) / scale, at / scale
+    fits = [_fitted(power, budgets, value, sampling, freedom, target) for power in _BENDS]
+    centre, error, degrees, weight = (np.array(column) for column in zip(*fits, strict=True))
+    weight = weight / weight.sum()
+
+    def quantile(level: float) -> float:
+        reach = error * special.stdtrit(degrees, max(level, 1 - level))
+        ends = float((centre - reach).min()) - 1, float((centre + reach).max()) + 1
+        return optimize.root_scalar(
+            lambda x: float(weight @ special.stdtr(degrees, (x - centre) / error)) - level,
+            bracket=ends,
+        ).root
+
+    levels = (0.5 - confidence / 2, 0.5, 0.5 + confidence / 2)
+    low, middle, high = (float(special.expit(quantile(level))) for level in levels)
+    return Interval(middle, low, high, None, int(freedom.min()) + 1)
+
+
+def _fitted(
+    power: float,
+    tokens: Float[np.ndarray, " budgets"],
+    value: Float[np.ndarray, " budgets"],
+    sampling: Float[np.ndarray, " budgets"],
+    freedom: Int[np.ndarray, " budgets"],
+    at: float,
+) -> tuple[float, float, float, float]:
+    """Fit the curve of one λ; see `predict_budget`.
+
+    Args:
+        value: logit of the means; ``sampling``: their variances, with ``freedom`` degrees each.
+
+    Returns:
+        centre, standard error and degrees of freedom of the prediction, and the likelihood of λ up
+        to a common factor.
+    """
+    k = len(tokens)
+    grown = special.boxcox([*tokens, at], power)
+    design = np.stack([np.ones(k), grown[:-1]], axis=1)
     solve = np.linalg.pinv(design)
-    weights = np.array([1.0, np.log(at)]) @ solve
-    centre = float(weights @ value)
+    weights = np.array([1.0, grown[-1]]) @ solve
+    outside = np.eye(k) - design @ solve
+    squares = float(np.square(outside @ value).sum())
 
     shares = np.square(weights) + 1 / k
     variance = float(shares @ sampling)
     scatter = 0.0  # squared term of the residuals in Satterthwaite's denominator
     if k > 2:
-        outside = np.eye(k) - design @ solve
-        residual = float(np.square(outside @ value).sum()) / (k - 2)
-        expected = np.diag(outside) / (k - 2)
+        residual, expected = squares / (k - 2), np.diag(outside) / (k - 2)
         excess = residual - float(expected @ sampling)
         if excess > 0:
             factor = 1 + float(weights @ weights)
             variance += factor * excess
             shares = shares - factor * expected
             scatter = (factor * residual) ** 2 / (k - 2)
-    parts = float((np.square(shares * sampling) / (seeds - 1)).sum()) + scatter
-    freedom = max(1.0, variance**2 / parts)
-    reach = float(special.stdtrit(freedom, 0.5 + confidence / 2)) * sqrt(variance)
-    low, middle, high = (float(x) for x in special.expit([centre - reach, centre, centre + reach]))
-    error = middle * (1 - middle) * sqrt(variance)
-    return Interval(middle, low, high, error, int(seeds.min()))
+    parts = float((np.square(shares * sampling) / freedom).sum()) + scatter
+    degrees = max(1.0, variance**2 / parts)
+    # Residuals of normal data, whose variance is known only from the pooled sampling variances.
+    known = float(freedom @ sampling)
+    likelihood = (1 + squares / known) ** (-(float(freedom.sum()) + k - 2) / 2)
+    return float(weights @ value), sqrt(variance), degrees, likelihood

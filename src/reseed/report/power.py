@@ -89,7 +89,7 @@ class PowerResult:
             that the uncertain spread gives, ``seconds_per_run``, and ``note``, the reason where
             there is no answer.
         budgets: a row per prediction: the settings of the curve, ``tokens``, ``fitted`` (number of
-            budgets that the line was fitted to), ``predicted`` with its interval,
+            budgets that the curve was fitted to), ``predicted`` with its interval,
             ``seconds_per_run``; for the check, the largest budget predicted from the smaller ones,
             also ``measured`` and ``within``. Empty if no curve has `MIN_BUDGETS` budgets.
         tables: both as text, with what they assume.
@@ -343,16 +343,16 @@ def _budgets_table(
     footnotes = [
         f"**Check**: the smaller budgets predict the largest within the interval in "
         f"{sum(checks)} of {len(checks)} curves. A wide interval holds much: this does not show "
-        "that the line is right.",
-        f"**predicted**: mean over n = {counts} seeds at this budget, by a straight line of logit "
-        "S over log tokens. Its interval contains the sampling errors of the fitted budgets and "
-        "of the predicted one, and, from three fitted budgets on, their scatter about the line. "
-        "It does not contain a bend: beyond the largest budget, sharing may level off.",
+        "that the curve is right.",
+        f"**predicted**: mean over n = {counts} seeds at this budget. Logit S is taken to be a "
+        "line in log tokens (it grows with every doubling), in 1/tokens (it levels off) or "
+        "between, weighted by how well each fits. The interval contains this choice, the sampling "
+        "errors of the fitted budgets and of the predicted one, and, from three fitted budgets "
+        "on, their scatter about the curve. It does not contain curves of another shape.",
     ]
     if any(row["fitted"] == 2 for row in rows):
         footnotes.append(
-            "Two budgets lie on any line, so an interval **from 2 budgets** says nothing about "
-            "whether the curve is straight."
+            "Two budgets fit all of these curves, so **from 2 budgets** all have the same weight."
         )
     short = [", ".join(place) for place, curve in curves.items() if len(curve) < MIN_BUDGETS]
     if short:
