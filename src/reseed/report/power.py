@@ -281,7 +281,7 @@ def _seeds_table(
     header = (*knobs, "n", f"{name}\n[{level}]", "spread", f"seeds needed\n[{level}]", "time")
     entries = tuple(
         (*knob_values(knobs, own), str(row["n_seeds"]), with_interval(estimate),
-         format_number(row["spread"]), _seeds_text(row), _time(row, row["seeds_needed"]))
+         _spread_text(row["spread"]), _seeds_text(row), _time(row, row["seeds_needed"]))
         for (own, _), estimate, row in zip(cells, found, rows, strict=True)
     )  # fmt: skip
     n = min((row["n_seeds"] for row in rows if not isnan(row["spread"])), default=MIN_SEEDS)
@@ -304,6 +304,11 @@ def _seeds_table(
     )
     caption = f"seeds needed to see a difference of {question.difference:g} in {name}"
     return Table(header, entries, len(knobs), caption, footnotes, ("spread",))
+
+
+def _spread_text(spread: float) -> str:
+    """Return ``0.013``: most spreads are small, so that two decimals would not do."""
+    return f"{spread:.3f}" if 0.001 <= spread < 1 else format_number(spread)
 
 
 def _seeds_text(row: Mapping[str, Any]) -> str:
