@@ -167,8 +167,9 @@ def power_result(
 def run_seconds(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return each run's share of the seconds that its group trained, in proportion to its tokens.
 
-    Runs of one group have recorded the same seconds and number of runs. Runs that were not trained
-    here are left out.
+    Runs of one group have recorded the same seconds and number of runs. Those of the group that are
+    not among the records are taken to have as many tokens, on average, as those that are. Runs that
+    were not trained here are left out.
     """
     groups: dict[tuple[float, int], dict[str, int]] = {}
     for run, record in records.items():
