@@ -8,7 +8,6 @@ from scipy.special import expit
 from reseed.compare.registry import Interval
 from reseed.compare.statistics import (
     crossed_interval,
-    detectable_difference,
     holm_intervals,
     leave_one_out_interval,
     p_value,
@@ -133,10 +132,6 @@ def test_the_welch_difference_equals_that_of_scipy():
 def test_the_welch_difference_needs_both_standard_errors():
     few, many = run_interval([0.1, 0.2]), run_interval([0.3, 0.4, 0.6])
     assert welch_difference(many, few).reason == "fewer than 3 seeds: no interval"
-
-
-def test_visible_differences_equal_those_of_the_methods_page():
-    assert [round(detectable_difference(n), 1) for n in (3, 5, 9)] == [5.3, 4.5, 4.2]
 
 
 def test_two_crossed_axes_add_their_variances():

@@ -16,6 +16,7 @@ from reseed.experiment.resolve import Resolved
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
 from reseed.study.train import train_missing
+from reseed.system.console import format_duration
 from reseed.system.devices import available_memory, is_out_of_memory
 from reseed.train.config import RuntimeConfig, TrainingConfig
 from reseed.train.plan import (
@@ -24,7 +25,6 @@ from reseed.train.plan import (
     _weights,
     cost,
     format_bytes,
-    format_duration,
     group_by_stream,
     make_plan,
     split_to_fit,

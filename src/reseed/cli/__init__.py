@@ -10,6 +10,7 @@ COMMANDS = {
     "compare": "compare the trained runs of a comparison, without training",
     "evaluate": "evaluate SAEs: RUN, SWEEP or SAE folders, evaluation=reconstruction,...",
     "show": "show what a latent fires on, and its matches: RUN 3,17; --partners",
+    "power": "tell how many seeds and tokens a difference needs: SWEEP --difference 0.05",
     "report": "write the report of a SWEEP: --format html|md|tex, --out FOLDER",
     "check": "check whether latents replicate: LATENTS.csv or --latents 3,17; --train, --out",
     "convert": "convert an SAE to another library's format: SOURCE --to FORMAT OUT",

@@ -70,6 +70,48 @@ def report_parser() -> Parser:
     return made
 
 
+def power_parser() -> Parser:
+    """Return the parser of the flags of ``reseed power``."""
+    made = Parser(
+        "reseed power",
+        usage="reseed power SWEEP [FLAG VALUE ...] [runtime.sweeps=FOLDER]",
+        description="Tell from a pilot how many seeds and tokens a difference needs.",
+        allow_abbrev=False,
+    )
+    made.add_argument(
+        "--difference", type=float, default=0.05, help="true difference of two rows; 0.05"
+    )
+    made.add_argument(
+        "--power", type=float, default=0.8, help="probability of seeing this difference; 0.8"
+    )
+    made.add_argument(
+        "--confidence", type=float, help="level of test and intervals; the comparison's, 0.95"
+    )
+    made.add_argument(
+        "--measure", default="", help="a fraction of docs/measures.md; the primary measure"
+    )
+    made.add_argument(
+        "--tokens",
+        type=_integers,
+        default=(),
+        help="budgets to predict, as in 4_000_000,8e6; 2 and 4 times the largest",
+    )
+    return made
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    """Read ``4_000_000,8e6``."""
+    try:
+        values = [float(word) for word in text.split(",")]
+        if not all(value.is_integer() for value in values):
+            raise ValueError
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be integers, as in 4_000_000,8e6; got {text!r}"
+        ) from None
+    return tuple(map(int, values))
+
+
 def check_parser() -> Parser:
     """Return the parser of the flags of ``reseed check``."""
     made = Parser("reseed check", add_help=False, allow_abbrev=False)

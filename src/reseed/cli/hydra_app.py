@@ -254,7 +254,7 @@ def asks_to_show(arguments: Sequence[str]) -> bool:
     return False
 
 
-_OWN_ARGUMENTS = ("cache", "cancel", "check", "evaluate", "report", "show", "status")
+_OWN_ARGUMENTS = ("cache", "cancel", "check", "evaluate", "power", "report", "show", "status")
 """Commands with flags or words of their own, which Hydra does not know (``--format md SWEEP``)."""
 
 

@@ -120,6 +120,7 @@ complete -o nospace -o default -F _reseed_completion reseed
 """
 
 _ELSEWHERE = {"cancel": ("status", "cancel"), "push": ("convert", "push")}
+_OWN_HELP = ("convert", "power", "push")
 _WITHOUT_HYDRA = ("convert", "push")
 
 
@@ -127,13 +128,12 @@ def _dispatch(command: str, arguments: Sequence[str]) -> int:
     """Print help, configuration or completion if requested; else run the command's module."""
     if command == "completion":
         return _print_completion(arguments[0] if arguments else "bash")
-    if command in _WITHOUT_HYDRA:
-        if {"-h", "--help"} & set(arguments):
-            from reseed.cli import arguments as parsers
+    if command in _OWN_HELP and {"-h", "--help"} & set(arguments):
+        from reseed.cli import arguments as parsers
 
-            {"convert": parsers.convert_parser, "push": parsers.push_parser}[command]().print_help()
-            return 0
-    else:
+        getattr(parsers, f"{command}_parser")().print_help()
+        return 0
+    if command not in _WITHOUT_HYDRA:
         from reseed.cli import hydra_app
         from reseed.cli.errors import run_and_report
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from scipy import optimize, special, stats
+from scipy import special
 
 from reseed.compare.registry import Interval
 
@@ -263,21 +263,6 @@ def _is_constant(values: Float[np.ndarray, " n"]) -> bool:
 
 def _plural(axis: str) -> str:
     return "seeds" if axis == "seed" else f"values of {axis}"
-
-
-def detectable_difference(n: int, power: float = 0.8, confidence: float = 0.95) -> float:
-    """Return the smallest difference of two cells of n seeds that is detected with this power.
-
-    The unit is the standard error of one cell, assumed equal in both; that of the difference is √2
-    times as large. The test is a two-sided t test with 2(n−1) degrees of freedom.
-    """
-    freedom = 2 * (n - 1)
-    critical = _t(confidence, freedom)
-
-    def missing(shift: float) -> float:
-        return float(stats.nct.sf(critical, freedom, shift)) - power
-
-    return sqrt(2) * optimize.root_scalar(missing, bracket=(0.0, 100.0)).root
 
 
 def known_mean(values: Float[np.ndarray, " n"]) -> float:

@@ -11,13 +11,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from math import hypot, isnan, sqrt
+from math import isnan
 from typing import Any
 
 from reseed.compare.cell import CellResult
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.power import error_ratios, visible_difference
 from reseed.compare.registry import Interval, Measure, declared
-from reseed.compare.statistics import detectable_difference
 from reseed.report.cell_labels import (
     FEW,
     Cell,
@@ -298,12 +298,12 @@ def _legend(cells: Sequence[Cell]) -> list[str]:
 
 
 def detectable_difference_note(a: Interval, b: Interval, confidence: float) -> float | None:
-    """Return the smallest difference between two estimates that is detected with 80% power
-    (`statistics.detectable_difference`), on their scale; None if one has no standard error."""
+    """Return the smallest difference between two estimates that Welch's test finds with 80% power
+    (`power.visible_difference`), on their scale; None if one has no standard error. It is rough,
+    because the estimated standard errors stand for the true ones."""
     if not a.standard_error or not b.standard_error:
         return None
-    units = detectable_difference(min(a.n, b.n), confidence=confidence)
-    return units * hypot(a.standard_error, b.standard_error) / sqrt(2)
+    return visible_difference(a.n, b.n, a.standard_error, b.standard_error, confidence=confidence)
 
 
 def detectable_note(
@@ -316,16 +316,17 @@ def detectable_note(
     seen = [x for a, b in pairs if (x := detectable_difference_note(a, b, confidence)) is not None]
     if not seen:
         return (f"Primary measure: **{name}**.",)
-    counts = sorted({e.n for e in estimates if e.standard_error})
-    n = str(counts[0]) if len(counts) == 1 else f"{counts[0]}–{counts[-1]}"
     least, most = format_number(min(seen)), format_number(max(seen))
     size = least if least == most else f"{least}–{most}"
     between = "two rows" if len(estimates) > 1 else "this row and one like it"
     rows = ", depending on the rows" if size != least else ""
+    n = min(e.n for e in estimates if e.standard_error)
+    low, high = error_ratios(n, confidence)
     return (
-        f"Primary measure: **{name}**. With n = {n} the smallest difference in this measure "
-        f"between {between} that this design could detect is {size} (80% power, {confidence:.0%} "
-        f"level{rows}).",
+        f"Primary measure: **{name}**. The smallest difference in this measure between {between} "
+        f"that this design could detect is roughly {size} (80% power of Welch's test, "
+        f"{confidence:.0%} level{rows}). Roughly, because a standard error that is estimated from "
+        f"{n} seeds lies between {low:.2f} and {high:.2f} of the true one ({confidence:.0%}).",
     )
 
 

@@ -29,6 +29,7 @@ from reseed.report.figures import draw_figure, save_figures
 from reseed.report.page.content import ReportData
 from reseed.report.page.render import table_html
 from reseed.report.page.write import data_file_names, figure_drawings, write_report
+from reseed.report.power import PowerResult, Question, power_result
 from reseed.report.table_files import (
     first_tables,
     latent_table,
@@ -133,6 +134,43 @@ class StudyResult:
         figure = draw_figure(self._drawings[name])
         figure.__class__ = NotebookFigure  # the drawing functions make plain figures
         return figure
+
+    def power(
+        self,
+        difference: float = 0.05,
+        power: float = 0.8,
+        confidence: float | None = None,
+        measure: str = "",
+        tokens: Sequence[int] = (),
+    ) -> PowerResult:
+        """Compute the seeds and tokens that a larger comparison needs; this one is the pilot.
+
+        Args:
+            difference: true difference of two cells that Welch's test is to find.
+            power: probability with which it finds this difference.
+            confidence: level of the test and of all intervals; by default the comparison's.
+            measure: a fraction of docs/measures.md; by default the primary measure.
+            tokens: budgets at which the measure is predicted; by default twice and four times the
+                largest. Predictions need at least three budgets.
+
+        Raises:
+            ConfigError: a value is out of range, or there is no such measure.
+            ReseedError: runs are missing, or no cell has three seeds.
+        """
+        question = Question(
+            measure or self.settings.primary,
+            difference,
+            power,
+            self.settings.confidence if confidence is None else confidence,
+            tuple(tokens),
+        )
+        if self.problems:
+            raise ReseedError(
+                f"{self.path} is not finished ({self.problems[0]}): `reseed run` with the "
+                "arguments of the sweep trains and compares what is missing"
+            )
+        records = {run.id: run.record for run in self.sweep.runs()}
+        return power_result(self.cells, records, question)
 
     def report(self, format: str = "html", out: Path | str | None = None) -> Path:
         """Write the report into a folder of its own, replacing an older one.

@@ -20,7 +20,7 @@ from reseed.experiment.resolve import Resolved
 from reseed.store.runs import Run, RunStore
 from reseed.study.calibrate import Train, calibrate
 from reseed.study.plan import Plan
-from reseed.system.console import counted, say
+from reseed.system.console import counted, format_duration, say
 from reseed.system.devices import cpus, total_memory
 from reseed.system.environment import allow_open_files, record_command
 from reseed.system.files import DiskFullError
@@ -33,7 +33,6 @@ from reseed.train.plan import (
     OutOfMemory,
     cost,
     format_bytes,
-    format_duration,
     make_plan,
     print_start,
 )

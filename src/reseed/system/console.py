@@ -78,6 +78,17 @@ def console() -> Any:
     return found if found.is_terminal else Console(highlight=False, width=250)
 
 
+def format_duration(seconds: float) -> str:
+    """Format a duration: ``40 s``, ``12 min``, ``3.1 h``, ``5.0 days``."""
+    if seconds < 90:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 5_400:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds / 3_600:.1f} h"
+    return f"{seconds / 86_400:.1f} days"
+
+
 def counted(number: int, one: str) -> str:
     """Format a count with its noun: ``1 run``, ``2 runs``."""
     return f"{number:,} {one}{'' if number == 1 else 's'}"

@@ -20,7 +20,7 @@ import torch
 
 from reseed.distributed.launcher import process_count
 from reseed.errors import ReseedError
-from reseed.system.console import counted, say
+from reseed.system.console import counted, format_duration, say
 from reseed.system.devices import available_memory, pick_device
 from reseed.train.config import ArchetypalDecoder, Muon, RuntimeConfig
 from reseed.train.optim.muon import STEPS
@@ -362,17 +362,6 @@ def _tokens(runs: Sequence[RunSpec]) -> str:
     budgets = sorted({r.tokens for r in runs if r.pretrained is None} or {0})
     told = " to ".join(f"{budget:,}" for budget in dict.fromkeys((budgets[0], budgets[-1])))
     return f"{told} tokens each"
-
-
-def format_duration(seconds: float) -> str:
-    """Format a duration: ``40 s``, ``12 min``, ``3.1 h``, ``5.0 days``."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    if seconds < 5_400:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 172_800:
-        return f"{seconds / 3_600:.1f} h"
-    return f"{seconds / 86_400:.1f} days"
 
 
 def format_bytes(count: float) -> str:
