@@ -108,11 +108,11 @@ def test_models_of_equal_width_are_refused_with_the_choices(line: list[str]) -> 
         "are different models. Their bases are unrelated even though both have `d_in`=16, so "
         "cosines of their rows mean nothing. Choose one, or compare runs within each model "
         "(comparison.pair_by=seed):\n"
-        "  `comparison.align`=procrustes: rows of one are mapped into the basis of the other by an "
+        "  comparison.align=procrustes: rows of one are mapped into the basis of the other by an "
         "orthogonal map, fitted on the activations of the same tokens\n"
-        "  `comparison.align`=identity: you say that their bases are the same, as those of "
+        "  comparison.align=identity: you say that their bases are the same, as those of "
         "checkpoints or fine-tunes of one model are\n"
-        "  `comparison.align`=activations: weights are not compared, only what the latents do on "
+        "  comparison.align=activations: weights are not compared, only what the latents do on "
         "the same tokens"
     )
 
@@ -401,6 +401,7 @@ def test_a_basis_belongs_to_weights_or_directions(first: dict, other: dict, same
         ({"model_fingerprint": "x", "model": "a"}, {"model_fingerprint": "y", "model": "a"}, False),
         ({"model_fingerprint": "x", "model": "gpt2"}, {"model_name": "openai/GPT2"}, True),
         ({"lm_name": "EleutherAI/pythia-70m"}, {"model_name": "gpt2"}, False),
+        ({"model": "gpt2+gaussian"}, {"model_name": "gpt2"}, True),
         ({"lm_name": "unknown"}, {"model_name": "gpt2"}, None),
         ({}, {"model_name": "gpt2"}, None),
         ({"dataset": "stored", "model_fingerprint": "x", "model": "a"}, {"model": "b"}, None),

@@ -294,3 +294,16 @@ def test_maps_between_models_have_a_table_beside_their_nulls(make_run, over_seed
     (row,) = pairing_frame(cells).to_dict("records")
     assert (row["map_r2"], row["map_tokens"]) == (0.75, 20_480)
     assert map_table(over_seeds(["1", "2"])) is None
+
+
+@pytest.mark.parametrize("align", [None, "identity", "procrustes", "activations"])
+def test_each_alignment_has_its_note(over_seeds, align):
+    """The runs of these cells have one basis, whatever the setting."""
+    cells = [
+        (knobs, dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, align=align)))
+        for knobs, cell in over_seeds(["one", "two"], axis="model")
+    ]
+    said = " ".join(notes(value_pair_table(cells)))
+    assert ("compared without alignment" in said) == (align is None)
+    assert ("nothing has checked it" in said) == (align == "identity")
+    assert ("in the table of the maps" in said) == (align == "procrustes")

@@ -375,7 +375,7 @@ def mmcs(pair: Pair, which: str) -> float:
     Column("map_tokens", "tokens of the fit", "mean", "tokens to fit"),
     Column("map_held_out", "tokens on which R² is measured", "mean", "to measure"),
     Column("map_massive", "tokens left out, as their norm in either model exceeds 10 times the "
-           "median", "mean", "left out"),
+           "median of the first 4,096", "mean", "left out"),
     Column("map_shuffled_shared_fraction", "strict shared fraction with the map fitted on shuffled "
            "tokens", "mean", "shared, shuffled map"),
     needs=("weights", "map"),

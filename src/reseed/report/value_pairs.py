@@ -213,7 +213,7 @@ def _footnotes(
     if any(incompatible(group) for group in shown):
         notes.append(_on_same_tokens(shown, settings.threshold))
     elif settings.align or any("model" in value_axes(c.settings.pair_by) for _, c in cells):
-        notes.append(_OF_MODELS[settings.align])
+        notes += _OF_MODELS.get(settings.align, ())
     if len(shown) < len(every):
         notes.append(
             "For each pair of values, only the group that differs in the largest number of axes is "
@@ -224,14 +224,20 @@ def _footnotes(
     return (*notes, *detectable_note((), primary, confidence))
 
 
-_OF_MODELS: dict[str | None, str] = {
-    None: "Dictionaries of two models are compared without alignment: a cosine between them is "
-    "meaningful only if the models have the same space, as checkpoints of one training do.",
-    "identity": "Runs of different models are compared as they are, because the user said that "
-    "their bases are the same (comparison.align=identity); nothing has checked it.",
-    "procrustes": "Rows of different models are compared after an orthogonal map from the basis of "
-    "the first into that of the second (comparison.align=procrustes). What it explains is in the "
-    "table of the maps.",
+_OF_MODELS: dict[str | None, tuple[str]] = {
+    None: (
+        "Dictionaries of two models are compared without alignment: a cosine between them is "
+        "meaningful only if the models have the same space, as checkpoints of one training do.",
+    ),
+    "identity": (
+        "Runs of different models are compared as they are, because the user said that their bases "
+        "are the same (comparison.align=identity); nothing has checked it.",
+    ),
+    "procrustes": (
+        "Rows of different models are compared after an orthogonal map from the basis of the first "
+        "into that of the second (comparison.align=procrustes). What it explains is in the table "
+        "of the maps.",
+    ),
 }
 """Setting ``align`` → note on the weights of runs of different models."""
 

@@ -68,7 +68,8 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool | None:
     names = [next((str(x[key]) for key in _NAMES if x.get(key)), "unknown") for x in (a, b)]
     if not all(known) or "unknown" in names:
         return None
-    short = [name.rpartition("/")[2].lower() for name in names]
+    # Gaussian draws with a model's moments have its basis.
+    short = [name.rpartition("/")[2].lower().removesuffix("+gaussian") for name in names]
     return short[0] == short[1]
 
 
@@ -106,9 +107,9 @@ def check_bases(
         return ""
     if settings.align is None and same is None:
         return (
-            f"notice: stored activations do not name their model, so that nothing can check that "
-            f"{named[0]} and {named[1]} are of one. SAEs of different models have no common basis, "
-            f"and cosines of their rows mean nothing ({KEY})"
+            "notice: stored activations do not name their model, so that nothing can check that "
+            f"those of {named[0]} and {named[1]} are of one model. SAEs of different models have "
+            f"no common basis, and cosines of their rows mean nothing ({KEY})"
         )
     if settings.align is None:
         raise ConfigError(_unset(named, first.d_in, reason), KEY)
@@ -141,7 +142,7 @@ def _check_number(fewest: Resolved, named: Sequence[str]) -> None:
 
 
 def _unset(named: Sequence[str], d_in: int, reason: str) -> str:
-    choices = "".join(f"\n  {{key}}={name}: {meaning}" for name, meaning in ALIGN.items())
+    choices = "".join(f"\n  {KEY}={name}: {meaning}" for name, meaning in ALIGN.items())
     lacking = f"\nHere only identity is possible, because {reason}." if reason else ""
     return (
         f"{{key}} is required: {named[0]} and {named[1]} are different models. Their bases are "
