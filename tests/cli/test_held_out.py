@@ -23,12 +23,8 @@ from reseed.compare.registry import columns
 from reseed.errors import ConfigError
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
-from reseed.study.compare import (
-    ActivationsUnavailable,
-    activation_mismatch,
-    held_out_chunks,
-    write_with_activations,
-)
+from reseed.study.compare import write_with_activations
+from reseed.study.held_out import ActivationsUnavailable, activation_mismatch, held_out_chunks
 from reseed.train.config import RuntimeConfig
 
 

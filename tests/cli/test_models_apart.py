@@ -15,11 +15,12 @@ from reseed.cli import compare, run
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import make_plan
 from reseed.compare.activations.tables import NOTE, TOKENS
-from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.dictionary import DIFFERENT_WIDTHS as NO_COMMON_SPACE
+from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.errors import ConfigError
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run, RunStore
-from reseed.study.compare import held_out_chunks, token_mismatch
+from reseed.study.held_out import held_out_chunks, token_mismatch
 from reseed.train.config import RuntimeConfig
 
 ROOT = Path(__file__).parents[2]
@@ -113,7 +114,7 @@ def _hsic(k: np.ndarray, m: np.ndarray) -> float:
 def test_the_tables_say_why_columns_are_empty(compared: Path) -> None:
     text = (compared / "summary.md").read_text()
     assert "CKA codes | CKA rec | r of matched | agree [95%] |" in text
-    assert "the activations differ in width (`d_in`)" in text
+    assert "where no cosine is defined: runs of different `d_in` have no common space" in text
     rows = pd.read_csv(compared / "pairings.csv").set_index(["first", "second", "differs_in"])
     row = rows.loc[("narrow", "wide", "model, seed")]
     assert np.isnan(row["shared_fraction"])
@@ -195,6 +196,15 @@ def test_different_tokenizers_are_refused_before_training(
 )
 def test_runs_without_common_tokens_are_refused(line: list[str], more: str, reason: str) -> None:
     assert f"and here {reason}" in refused([*line, "seed=0,1", "comparison.pair_by=model", more])
+
+
+def test_a_map_needs_one_width(line: list[str]) -> None:
+    told = refused([*line, "seed=0,1", "comparison.pair_by=model", "comparison.align=procrustes"])
+    assert told == (
+        "`comparison.align`=procrustes needs models of one width, as an orthogonal map has; "
+        "model=narrow (tiny-llama) has `d_in`=16, model=wide (wide-llama) has 24. With "
+        "`comparison.align`=activations their weights are not compared"
+    )
 
 
 def test_random_weights_read_the_same_tokens(line: list[str]) -> None:

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 from reseed.compare.cell import CellResult, compare_cell
-from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.dictionary import DIFFERENT_WIDTHS as NO_COMMON_SPACE
+from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.registry import columns
 
 COUNTS = {f"{word}_{x}" for word in ("num_latents", "live", "dead", "zero", "dense") for x in "ab"}

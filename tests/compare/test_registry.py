@@ -152,7 +152,7 @@ def test_a_new_measure_is_in_the_rows_of_pairs_at_the_end(declare, dictionary):
 
 def test_measures_after_the_pass_over_pairs_are_apart():
     every = set(columns("pair"))
-    parts = [set(columns("pair", later)) for later in ("", "cell", "activations")]
+    parts = [set(columns("pair", later)) for later in ("", "cell", "map", "activations")]
     assert set.union(*parts) == every
     assert sum(map(len, parts)) == len(every)
     assert evaluate([], View()) == {}

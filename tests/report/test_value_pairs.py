@@ -11,6 +11,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
+from reseed.compare.alignment import Alignment
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.pairing import across_minus_within, add_axis_columns, axis_label, pair_groups
@@ -21,7 +22,12 @@ from reseed.report.style import STYLE
 from reseed.report.table_files import summary_markdown, write_tables
 from reseed.report.terminal import print_summary
 from reseed.report.value_matrix import matrix_figure, value_matrix_tables
-from reseed.report.value_pairs import pairing_frame, runs_by_value_table, value_pair_table
+from reseed.report.value_pairs import (
+    map_table,
+    pairing_frame,
+    runs_by_value_table,
+    value_pair_table,
+)
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +311,7 @@ def test_without_a_common_space_the_table_says_why_and_shows_the_other_measures(
     (row,) = words.rows
     assert row[:4] == ("one", "two", "1", "–")
     said = " ".join(words.footnotes)
-    assert "the activations differ in width (`d_in`)" in said
+    assert "where no cosine is defined: runs of different `d_in` have no common space." in said
     assert said.count("was not measured: the hub is gone") == 1
     assert "undefined" not in said
     assert "cosine between them is meaningful" not in said, "there is none"
@@ -321,3 +327,41 @@ def test_without_a_common_space_the_table_says_why_and_shows_the_other_measures(
     assert [shown[h] for h in ("CKA\ncodes", "CKA\nrec", "r of\nmatched", "agree\n[95%]")] == [
         "0.50", "0.25", "0.12", "0.75"
     ]  # fmt: skip
+
+
+def test_maps_between_models_have_a_table_beside_their_nulls(make_run, over_seeds):
+    config = ComparisonConfig(
+        name="t", grid={"model": ["one", "two"]}, pair_by="model", null_draws=1, align="procrustes"
+    )
+    runs = [dataclasses.replace(make_run("x", i, 24), seed=v) for i, v in enumerate(("one", "two"))]
+    same = np.eye(runs[0].d_in)
+    fitted = Alignment(same, same, 0.75, -0.25, float("nan"), 20_480, 5_120, 3)
+    cell = compare_cell(runs, [], config, alignments={(0, 1): fitted})
+    places = {run.id: {"model": run.seed} for run in runs}
+    cell = dataclasses.replace(cell, pairs=add_axis_columns(cell.pairs, places, config))
+    cells = [({"sae": "x", "model": "one|two"}, cell)]
+    words = map_table(cells)
+    assert words is not None
+    assert words.header[:3] == ("model", "and", "R² of map")
+    assert words.rows == (("one", "two", "0.75", "-0.25", "–", "20,480", "5,120", "3", "0.50"),), (
+        "a map that changes nothing shares 24 of 48"
+    )
+    assert words.footnotes[-1] == "**–**: a model of the pair has random weights itself."
+    said = " ".join(notes(value_pair_table(cells)))
+    assert "after an orthogonal map from the basis of the first into that of the second" in said
+    (row,) = pairing_frame(cells).to_dict("records")
+    assert (row["map_r2"], row["map_tokens"]) == (0.75, 20_480)
+    assert map_table(over_seeds(["1", "2"])) is None
+
+
+@pytest.mark.parametrize("align", [None, "identity", "procrustes", "activations"])
+def test_each_alignment_has_its_note(over_seeds, align):
+    """The runs of these cells have one basis, whatever the setting."""
+    cells = [
+        (knobs, dataclasses.replace(cell, settings=dataclasses.replace(cell.settings, align=align)))
+        for knobs, cell in over_seeds(["one", "two"], axis="model")
+    ]
+    said = " ".join(notes(value_pair_table(cells)))
+    assert ("compared without alignment" in said) == (align is None)
+    assert ("nothing has checked it" in said) == (align == "identity")
+    assert ("in the table of the maps" in said) == (align == "procrustes")

@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
+from reseed.compare.alignment import Alignment
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.dictionary import Dictionary, Rows, any_incompatible, incompatible
+from reseed.compare.dictionary import Dictionary, Rows, incompatible, no_common_space
 from reseed.compare.matching import Matcher, match
 from reseed.compare.nearest import find_duplicates
-from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE, CellRuns, Pair
+from reseed.compare.pair import WEIGHTS_NOTE, CellRuns, Pair
 from reseed.compare.pairing import without_intervals
 from reseed.compare.registry import Interval, columns, declared, evaluate, versions
 from reseed.compare.sharing_profile import seed_profile, unshared_fractions
@@ -57,14 +58,14 @@ class CellResult:
     Attributes:
         settings: settings of the comparison that the cell belongs to.
         runs: a row per run, see `tables.run_table`.
-        pairs: a row per pair of runs: `Pair.row`, then the measures that need all pairs; and if
-            some runs differ in ``d_in``, `WEIGHTS_NOTE`.
+        pairs: a row per pair of runs: `Pair.row`, then the measures that need all pairs; those of
+            the map, if some pair has one; and `WEIGHTS_NOTE`, if some pair has no common space.
         latents: a row per latent of each run, see `tables.latent_table`.
         strata: numbers of latents and of shared latents by firing, see `strata.strata_table`.
         estimates: fractions and cosines over pairs of seeds, metrics over runs and cycles over
             triples, by name; if the truth is known, also those of `compare.truth` (``truth_…``).
-        p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN if some runs differ
-            in ``d_in`` and cannot be compared (`reseed.compare.pair`).
+        p: p_m, the fraction of latents shared with m = 0 … n−1 other runs; NaN if some pair has no
+            common space.
         measures: name → version of the declared measures when the cell was compared; None for a
             cell that an older version compared, which recorded none.
         inputs: run → file → SHA-256 of the files that were compared; None if they are not known.
@@ -195,18 +196,19 @@ def compare_cell(
     untrained: Sequence[Dictionary],
     settings: ComparisonConfig,
     *,
+    alignments: Mapping[tuple[int, int], Alignment] | None = None,
     matcher: Matcher = match,
     device: str = "cpu",
 ) -> CellResult:
     """Compare all pairs of the runs of a cell.
 
-    Two runs of different ``d_in`` have no common space: their weights are not compared, and their
-    columns are NaN (`reseed.compare.pair`).
+    Weights of runs without a common space (`incompatible`) are not compared; their columns are NaN.
 
     Args:
         trained: the runs, in the order of the values of the paired axis.
         untrained: the same runs with their initial weights, in the same order; their firing is
             ignored. If empty, the columns ``untrained_…`` are NaN.
+        alignments: pair (s, t), s < t, of runs of two models → the map between their bases.
         matcher: computes every assignment of rows of two runs (the nulls use `match`).
         device: device of the passes over all pairs of latents.
 
@@ -216,7 +218,7 @@ def compare_cell(
     """
     _check(trained, untrained, settings)
     repeated = [find_duplicates(Rows.of(x), settings.threshold, device) for x in trained]
-    cell = CellRuns(trained, settings, repeated)
+    cell = CellRuns(trained, settings, repeated, alignments or {})
     pairs = _pair_table(cell, untrained, matcher, device)
     comparable = {
         (s, t): side
@@ -248,18 +250,20 @@ def _pair_table(
     for s, t in combinations(range(len(trained)), 2):
         a, b = trained[s], trained[t]
         log.info("comparing %s with %s", a.id, b.id)
+        rule["alignment"] = cell.alignments.get((s, t))
         started = untrained and not incompatible(a, b)
         start = Pair(untrained[s], untrained[t], **rule) if started else None
         pair = Pair(a, b, **rule, **drawn, start=start, cell=cell, place=(s, t))
-        rows.append(pair.row())
+        of_map = declared("pair", "map") if cell.alignments else ()
+        rows.append(pair.row() | evaluate(of_map, pair))
         cell.sides[s, t], cell.sides[t, s] = pair.a, pair.b
         pair.release()
         pairs.append(pair)
     after = [evaluate(declared("pair", "cell"), pair) for pair in pairs]
     table = pd.DataFrame([row | more for row, more in zip(rows, after, strict=True)])
-    if any_incompatible(trained):
-        noted = table["shared_fraction"].isna()
-        table[WEIGHTS_NOTE] = np.where(noted, NO_COMMON_SPACE, "")
+    if no_common_space(trained):
+        both = combinations(trained, 2)
+        table[WEIGHTS_NOTE] = [no_common_space(two) for two in both]
     return table
 
 
@@ -268,7 +272,7 @@ def _estimates(cell: CellRuns, pairs: pd.DataFrame, runs: pd.DataFrame) -> dict[
     named = columns("pair", "") | columns("pair", "cell")
     found = pair_estimates(pairs, named, cell.settings, len(runs))
     found |= run_estimates(runs, cell.settings)
-    unknown = Interval(nan, None, None, None, len(runs), NO_COMMON_SPACE)
+    unknown = Interval(nan, None, None, None, len(runs), no_common_space(cell.trained))
     for own in declared("cell"):
         if own.needs <= cell.known:
             found |= own.values(cell)

@@ -13,6 +13,14 @@ from reseed.errors import ConfigError, did_you_mean
 REPLICATES = ("seed", "dataset.order_seed", "dataset.subset_seed")
 """Axes whose values are random draws: runs that differ only in one of them are a sample, over which
 intervals can be computed. The user chooses the values of all other axes."""
+ALIGN = {
+    "procrustes": "rows of one are mapped into the basis of the other by an orthogonal map, fitted "
+    "on the activations of the same tokens",
+    "identity": "you say that their bases are the same, as those of checkpoints or fine-tunes of "
+    "one model are",
+    "activations": "weights are not compared, only what the latents do on the same tokens",
+}
+"""Values of ``comparison.align``, each with its meaning."""
 PairBy = str | tuple[str, ...]
 
 
@@ -72,6 +80,8 @@ class ComparisonConfig(Config, family="comparison"):
         null_seed, null_draws: seed and number of the simulated random dictionaries.
         activation_tokens: number of held-out tokens on which activations of pairs are compared; at
             most the number on which every run was measured. 0 compares only the weights.
+        align: what is done with pairs of runs of different language models, whose bases differ even
+            at equal ``d_in``; one of `ALIGN`. None: such pairs are refused.
     """
 
     name: str = setting(signed=False)
@@ -85,6 +95,7 @@ class ComparisonConfig(Config, family="comparison"):
     null_seed: int = setting(0, at_least=0)
     null_draws: int = setting(3, at_least=1, at_most=10_000)
     activation_tokens: int = setting(32_768, at_least=0, neutral=32_768)
+    align: str | None = setting(None, choices=(None, *ALIGN), neutral=None)
 
     def validate(self) -> None:
         if not self.name or "/" in self.name:

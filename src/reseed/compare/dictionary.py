@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file
 
+from reseed.compare.alignment import mapped_rows
 from reseed.compare.matching.rows import scaled_rows
 from reseed.sae import load_all
 from reseed.sae.base import SAE, SAEConfig
@@ -48,6 +49,8 @@ class Dictionary:
         covariance: covariance of the held-out activations; None if it was not stored.
         variance: variance of each latent's contribution to reconstructions, Var(a_i)·‖W_i‖² over
             the held-out tokens; None if it was not stored.
+        basis: names the space of the rows: rows of two bases have no cosine, even if ``d_in`` is
+            equal. By default all dictionaries have one basis.
 
     Raises:
         ValueError: shapes that disagree, counts out of range.
@@ -64,6 +67,7 @@ class Dictionary:
     truth: Int[np.ndarray, " num_latents"] | None = None
     covariance: Float[np.ndarray, "d_in d_in"] | None = None
     variance: Float[np.ndarray, " num_latents"] | None = None
+    basis: str = ""
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -156,13 +160,24 @@ def checked_labels(
 
 
 def incompatible(a: Dictionary, b: Dictionary) -> bool:
-    """Return True if the dictionaries differ in ``d_in``, so that their rows have no cosine."""
-    return a.d_in != b.d_in
+    """Return True if the dictionaries differ in ``d_in`` or basis: their rows have no cosine."""
+    return (a.d_in, a.basis) != (b.d_in, b.basis)
 
 
 def any_incompatible(trained: Sequence[Dictionary]) -> bool:
-    """Return True if any two of the dictionaries differ in ``d_in``."""
+    """Return True if any two of the dictionaries are incompatible."""
     return any(incompatible(trained[0], x) for x in trained)
+
+
+DIFFERENT_WIDTHS = "runs of different `d_in` have no common space"
+DIFFERENT_MODELS = "runs of different language models have no common basis"
+
+
+def no_common_space(trained: Sequence[Dictionary]) -> str:
+    """Return the reason why the weights of some of the runs are not compared; "" if they are."""
+    if not any_incompatible(trained):
+        return ""
+    return DIFFERENT_WIDTHS if len({x.d_in for x in trained}) > 1 else DIFFERENT_MODELS
 
 
 def root(covariance: Float[np.ndarray, "d_in d_in"]) -> Float[np.ndarray, "d_in d_in"]:
@@ -218,6 +233,11 @@ class Rows:
     def tied(self) -> bool:
         """True if encoder and decoder are the same rows; then one matching serves for both."""
         return self.encoder is self.decoder
+
+    def mapped(self, rotation: Float[np.ndarray, "d_in d_in"]) -> Rows:
+        """Return the rows in the basis to which an orthogonal matrix maps them."""
+        encoder = mapped_rows(self.encoder, rotation)
+        return Rows(encoder, encoder if self.tied else mapped_rows(self.decoder, rotation))
 
     def joint(self) -> Float[np.ndarray, "n 2*d_in"]:
         """Return [E, W]/√2 of unit rows, float32; their cosine is the mean of both cosines."""

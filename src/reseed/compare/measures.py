@@ -6,12 +6,14 @@ Fractions are computed over both sides together, so that (A, B) and (B, A) give 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from jaxtyping import Bool
 
 from reseed.compare.dictionary import both_cosines
 from reseed.compare.pair import Pair, Subset, mean
-from reseed.compare.registry import LIVE, SIDES, measure
+from reseed.compare.registry import LIVE, SIDES, Column, measure, measures
 
 LIVE_LIMITS = (1, 100)
 """Further values of `live_at_least` for which the live shared fraction is shown."""
@@ -360,3 +362,28 @@ def mutual_nearest_decoder(pair: Pair, which: str) -> float:
 def mmcs(pair: Pair, which: str) -> float:
     a, b = (np.clip(x.astype(np.float64), -1, 1) for x in pair.scan.by_decoder[:2])
     return _of_both(a, b, which, pair)
+
+
+@measures(
+    Column("map_r2", "fraction of the variance of held-out activations that an orthogonal map from "
+           "one model to the other explains", "mean", "R² of map", formula="‖x₀R − y₀‖ minimal",
+           source="Schönemann 1966", advice="A shared fraction across models means something only "
+           "if it is well above its nulls."),
+    Column("map_r2_shuffled", "R² of the map fitted on shuffled tokens", "mean", "R², shuffled"),
+    Column("map_r2_random", "R² of maps between either model and the other with random weights",
+           "mean", "R², random weights", advice="What the tokens alone give."),
+    Column("map_tokens", "tokens of the fit", "mean", "tokens to fit"),
+    Column("map_held_out", "tokens on which R² is measured", "mean", "to measure"),
+    Column("map_massive", "tokens left out, as their norm in either model exceeds 10 times the "
+           "median of the first 4,096", "mean", "left out"),
+    Column("map_shuffled_shared_fraction", "strict shared fraction with the map fitted on shuffled "
+           "tokens", "mean", "shared, shuffled map"),
+    needs=("weights", "map"),
+    table="alignment",
+)  # fmt: skip
+def of_map(pair: Pair) -> tuple[float, ...]:
+    found = pair.alignment
+    assert found is not None
+    by_chance = replace(pair, alignment=found.by_chance(), start=None, cell=None)
+    quality = found.r2, found.r2_shuffled, found.r2_random
+    return *quality, found.tokens, found.held_out, found.massive, shared_fraction(by_chance)

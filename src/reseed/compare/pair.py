@@ -6,13 +6,13 @@ Paulo & Belrose (arXiv 2501.16615), extended by dead latents, one-sided coverage
 Letters: A and B are two dictionaries, c_enc and c_dec cosines of their encoder and decoder rows,
 σ_enc and σ_dec the exact matchings under each, τ the threshold, Σ the activations' covariance.
 
-The rows of dictionaries that differ in ``d_in`` have no cosine: the columns of such a pair are NaN,
-and no latent has a partner. Only its activations are compared (`reseed.compare.activations`).
+Dictionaries without a common space (`incompatible`) have no cosines: their columns are NaN, and no
+latent has a partner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,16 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from reseed.compare.alignment import Alignment
 from reseed.compare.config import ComparisonConfig
-from reseed.compare.dictionary import Dictionary, Rows, any_incompatible, incompatible, root
+from reseed.compare.dictionary import Dictionary, Rows, any_incompatible, root
 from reseed.compare.matching import Matcher, Matching, match
 from reseed.compare.nearest import Duplicates, PairScan, find_duplicates, scan_pairs
 from reseed.compare.registry import View, declared, evaluate, find
 
-NO_COMMON_SPACE = "runs of different `d_in` have no common space"
-"""Reason shown for estimates that are unknown because runs of the cell differ in ``d_in``."""
 WEIGHTS_NOTE = "weights_note"
-"""Column of the pairs of such a cell: `NO_COMMON_SPACE`; empty for pairs with a common space."""
+"""Column of the pairs of a cell with such pairs: `no_common_space`; empty for the other pairs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +41,7 @@ class PairSide:
         cosine_encoder, cosine_decoder: cosines to these partners; 0 where unmatched.
         agrees: true if there is a partner and σ_enc(i) = σ_dec(i).
         shared: true if `agrees` and both cosines ≥ τ (the paper's strict rule).
-        within: number of latents of the other side, matched elsewhere or not, with both cosines
-            ≥ τ.
+        within: number of latents of the other side, matched or not, with both cosines ≥ τ.
         live_within: the number of live latents among them.
         live: true if the latent fires often enough in the held-out tokens.
     """
@@ -115,7 +113,7 @@ def divided(part: float, whole: float) -> float:
 
 
 def _known_of(runs: Sequence[Dictionary]) -> frozenset[str]:
-    """Return the names of what all of some runs have; "weights" are rows of one ``d_in``."""
+    """Return the names of what all of some runs have; "weights" are rows of one space."""
     optional = ("covariance", "variance", "truth")
     found = [name for name in optional if all(getattr(x, name) is not None for x in runs)]
     return frozenset([*found, *([] if any_incompatible(runs) else ["weights"])])
@@ -126,9 +124,8 @@ class Pair(View):
     """Two dictionaries A and B, and what their measures share.
 
     A latent whose encoder or decoder row is zero or not finite is left out of all matchings, and so
-    never agrees. All other latents are matched; counts over live latents are filtered afterwards:
-    both partners have to be live. If a dictionary repeats a row exactly, the matching, and so the
-    count, is one of several equally good ones.
+    never agrees. All others are matched; counts over live latents need both partners to be live. If
+    a dictionary repeats a row exactly, the matching is one of several equally good ones.
 
     Attributes:
         first, second: A and B.
@@ -137,6 +134,7 @@ class Pair(View):
             from unit rows in float32.
         device: device of the pass over all pairs of latents.
         start: the same runs with their initial weights; None if these are not known.
+        alignment: map of A's rows into the basis of B; None if both have one basis.
         cell, place: the cell of the pair, or None, and the indices of the runs in it.
     """
 
@@ -149,12 +147,13 @@ class Pair(View):
     matcher: Matcher = match
     device: str = "cpu"
     start: Pair | None = None
+    alignment: Alignment | None = None
     cell: CellRuns | None = None
     place: tuple[int, int] = (0, 1)
 
     @cached_property
     def known(self) -> frozenset[str]:
-        more = {"untrained": self.start, "cell": self.cell}
+        more = {"untrained": self.start, "cell": self.cell, "map": self.alignment}
         given = {name for name, value in more.items() if value is not None}
         return _known_of([self.first, self.second]) | given
 
@@ -181,7 +180,8 @@ class Pair(View):
 
     @cached_property
     def rows(self) -> tuple[Rows, Rows]:
-        return Rows.of(self.first), Rows.of(self.second)
+        a = Rows.of(self.first)
+        return (a.mapped(self.alignment.rotation) if self.alignment else a), Rows.of(self.second)
 
     @property
     def tied(self) -> bool:
@@ -217,15 +217,16 @@ class Pair(View):
         a, b = self.first.covariance, self.second.covariance
         assert a is not None
         assert b is not None
+        if self.alignment:
+            a = self.alignment.of_covariance(a)
         return (a.astype(np.float64) + b) / 2
 
     @cached_property
     def by_correlation(self) -> Matching:
         """The matching by eᵀΣe' / √(eᵀΣe · e'ᵀΣe'), the correlation of pre-activations.
 
-        A direction of low variance hardly moves a pre-activation, so training does not identify it
-        and the encoder keeps its initial component there; in this metric that component hardly
-        counts. Implemented as a matching of rows multiplied by a root of Σ.
+        Directions of low variance, in which encoders keep their start, hardly count. Implemented as
+        a matching of rows multiplied by a root of Σ.
         """
         scale = root(self.covariance)
         return self.matcher(*(x.encoder @ scale for x in self.rows))
@@ -310,14 +311,11 @@ def compare_pair(
 ) -> Pair:
     """Compare two dictionaries that are not in a cell: ``compare_pair(a, b).measures``.
 
-    Raises:
-        ValueError: dictionaries with different ``d_in``.
+    Raises ValueError for dictionaries with different ``d_in``.
     """
-    if incompatible(a, b):
-        raise ValueError(
-            f"only dictionaries of the same `d_in` can be compared; {a.id} has {a.d_in}, "
-            f"{b.id} has {b.d_in}"
-        )
+    if a.d_in != b.d_in:
+        rule = "only dictionaries of the same `d_in` can be compared"
+        raise ValueError(f"{rule}; {a.id} has {a.d_in}, {b.id} has {b.d_in}")
     return Pair(a, b, threshold, live_at_least, matcher=matcher, device=device)
 
 
@@ -329,12 +327,14 @@ class CellRuns(View):
         trained: the runs, in the order of the values of the paired axis.
         settings: settings of the comparison.
         duplicates: the repeated latents of each run.
+        alignments: pair (s, t), s < t, of runs of two models → the map between their bases.
         sides: ordered pair (s, t) → the matches of s in t; filled pair by pair.
     """
 
     trained: Sequence[Dictionary]
     settings: ComparisonConfig
     duplicates: Sequence[Duplicates]
+    alignments: Mapping[tuple[int, int], Alignment] = field(default_factory=dict)
     sides: dict[tuple[int, int], PairSide] = field(default_factory=dict)
 
     @cached_property

@@ -46,7 +46,7 @@ Scale = Literal["fraction", "cosine", "number", "count", "mean"]
 LEVELS, SCALES = get_args(Level), get_args(Scale)
 _OF_RUNS = ("weights", "covariance", "variance", "truth")
 NEEDS = {
-    "pair": (*_OF_RUNS, "untrained", "cell", "activations"),
+    "pair": (*_OF_RUNS, "untrained", "cell", "map", "activations"),
     "run": _OF_RUNS,
     "latent": (*_OF_RUNS, "activations"),
     "cell": _OF_RUNS,
@@ -54,8 +54,9 @@ NEEDS = {
 """The needs that a measure of each level can have; "activations" alone or with "matched"."""
 ESTIMATED = ("fraction", "cosine", "number", "count")
 """Scales of columns that have an estimate; see `Column`."""
-LATER = ("cell", "activations")
-"""Needs that are met only after all pairs of a cell have been matched; see `measure`."""
+LATER = ("cell", "map", "activations")
+"""Needs of measures that are taken apart from the others: after all pairs of a cell have been
+matched, or only in some cells; see `measure`."""
 LIVE = ("", "_live")
 """Family of a measure over all latents and over live latents (`Pair.latents`)."""
 SIDES = ("", "_a", "_b", "_live")
@@ -297,8 +298,9 @@ def measure(
         family: values (thresholds, groups of latents) of which each has a column. The function gets
             the value as its second argument.
         needs: what must be known; where it is not, the column is empty. "weights": rows of one
-            ``d_in``; "covariance", "variance", "untrained": of both runs; "truth": labels of all
-            runs; "cell": all pairs of the cell; "activations": the pass over held-out tokens, in
+            space; "covariance", "variance", "untrained": of both runs; "truth": labels of all
+            runs; "cell": all pairs of the cell; "map": an orthogonal map between the models of the
+            pair (``comparison.align=procrustes``); "activations": the pass over held-out tokens, in
             which the function gets a `PairOnTokens`, for a measure of pairs or of the latents of A;
             "matched": latents matched by their activations.
         table: the table that shows it, named as in `reseed.report.summary_tables` and in

@@ -26,7 +26,8 @@ from itertools import combinations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from reseed.compare.dictionary import Dictionary, unit_rows
+from reseed.compare.alignment import Alignment
+from reseed.compare.dictionary import Dictionary, incompatible, unit_rows
 from reseed.compare.pair import CellRuns, Pair, RunInCell
 from reseed.compare.registry import Column, measure, measures
 from reseed.compare.strata import DENSE
@@ -55,7 +56,7 @@ class Subspaces:
         pairs: columns of the table of pairs, a value per pair (s, t), s < t, in order:
             ``subspace_overlap_<group>``, ``null_subspace_overlap_<group>``,
             ``subspace_angles_<group>``, ``null_subspace_angles_<group>``. NaN if a group is empty
-            or the runs differ in ``d_in``.
+            or the runs have no common space.
         runs: columns of the table of runs: ``directions_<group>``, the number of eigenvectors that
             hold 90% of the group's moment.
     """
@@ -69,8 +70,13 @@ def subspaces(
     shared_with: Sequence[Int[np.ndarray, " num_latents"]],
     live_at_least: int,
     seed: int = 0,
+    maps: Mapping[tuple[int, int], Alignment] | None = None,
 ) -> Subspaces:
-    """Compare the groups of every pair of runs, holding the moments of one group at a time."""
+    """Compare the groups of every pair of runs, holding the moments of one group at a time.
+
+    Args:
+        maps: pair of runs → the map into the basis of the second, where their bases differ.
+    """
     pairs: dict[str, list[float]] = {}
     runs: dict[str, list[float]] = {}
     which = list(combinations(range(len(trained)), 2))
@@ -86,13 +92,8 @@ def subspaces(
             nulls.append(moment(x.decoder[np.sort(drawn)]))
         runs[f"directions_{group}"] = [span.directions for span in spans]
         measured = [
-            (
-                overlap(spans[s].moment, spans[t].moment),
-                overlap(nulls[s], nulls[t]),
-                mean_squared_principal_cosine(spans[s].basis, spans[t].basis),
-                _by_chance(spans[s], spans[t]),
-            )
-            if trained[s].d_in == trained[t].d_in
+            _compared((spans[s], nulls[s]), (spans[t], nulls[t]), (maps or {}).get((s, t)))
+            if not incompatible(trained[s], trained[t])
             else (float("nan"),) * len(_MEASURES)
             for s, t in which
         ]
@@ -103,7 +104,8 @@ def subspaces(
 
 def _of_cell(cell: CellRuns) -> Subspaces:
     settings = cell.settings
-    return subspaces(cell.trained, cell.shared_with, settings.live_at_least, settings.null_seed)
+    drawn = settings.live_at_least, settings.null_seed
+    return subspaces(cell.trained, cell.shared_with, *drawn, cell.alignments)
 
 
 @measures(
@@ -141,6 +143,23 @@ def subspace_columns(pair: Pair, group: str) -> tuple[float, ...]:
 )
 def directions(run: RunInCell, group: str) -> float:
     return run.cell.once(_of_cell).runs[f"directions_{group}"][run.index]
+
+
+def _compared(
+    first: tuple[_Span, np.ndarray], second: tuple[_Span, np.ndarray], found: Alignment | None
+) -> tuple[float, ...]:
+    """Return the values of `_MEASURES` for two groups, each with the moment of random latents."""
+    (a, null_a), (b, null_b) = first, second
+    by_chance = _by_chance(a, b)
+    if found is not None:
+        a = _Span(found.of_covariance(a.moment), found.rotation.T @ a.basis)
+        null_a = found.of_covariance(null_a)
+    return (
+        overlap(a.moment, b.moment),
+        overlap(null_a, null_b),
+        mean_squared_principal_cosine(a.basis, b.basis),
+        by_chance,
+    )
 
 
 def _by_chance(a: _Span, b: _Span) -> float:

@@ -191,8 +191,8 @@ def _footnotes(confidence: float, method: str, stars: str) -> tuple[str, ...]:
 TABLES = ("shared", "alike", "cycles", "thresholds", "firing", "activations", "substitution",
           "nulls", "subspaces")  # fmt: skip
 """Names of the tables of measures here, as `registry.measure` has them."""
-ELSEWHERE = ("counts", "runs", "latents", "truth")
-"""Names of those that are shown only in files, or by `reseed.report.truth`."""
+ELSEWHERE = ("counts", "runs", "latents", "truth", "alignment")
+"""Names of those that are shown only in files, by `reseed.report.truth`, or by `value_pairs`."""
 
 
 def summary_tables(cells: Sequence[Cell]) -> list[tuple[str, list[Table]]]:

@@ -15,7 +15,7 @@ from math import isnan
 from typing import Any
 
 from reseed.compare.cell import CellResult
-from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.power import error_ratios, visible_difference
 from reseed.compare.registry import Interval, Measure, declared
 from reseed.report.cell_labels import (
@@ -343,7 +343,7 @@ def cell_notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list
         l0 = cell.estimates["l0"].mean
         found += [OFF_TARGET] if abs(l0 / float(target[1]) - 1) > L0_BOUND else []
     if WEIGHTS_NOTE in cell.pairs:
-        found.append(NO_COMMON_SPACE)
+        found += [reason for reason in cell.pairs[WEIGHTS_NOTE].unique() if reason]
     elif simulated < cell.num_latents:
         found.append(f"null simulated with {simulated:,} latents, its cosine extrapolated")
     reason = cell.estimates[cell.settings.primary].reason

@@ -37,6 +37,7 @@ from reseed.report.table import Table, cell_notes, detectable_difference_note, m
 from reseed.report.truth import truth_tables, with_labels_alike
 from reseed.report.value_matrix import matrix_frame, value_matrix_tables
 from reseed.report.value_pairs import (
+    map_table,
     pairing_frame,
     runs_by_value_table,
     value_pair_cells,
@@ -260,9 +261,9 @@ def shown_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
 
 def optional_tables(cells: Sequence[Cell]) -> list[Table]:
     """Return the tables that only some comparisons have."""
-    nulls = null_table(cells)
+    found = [table for table in (map_table(cells), null_table(cells)) if table]
     others = [*value_matrix_tables(cells), *truth_tables(cells), *evaluation_tables(cells)]
-    return [*([nulls] if nulls else []), *others]
+    return [*found, *others]
 
 
 def figure_tables(cells: Sequence[Cell], runs: Runs) -> dict[str, Callable[[], pd.DataFrame]]:

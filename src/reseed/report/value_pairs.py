@@ -15,7 +15,7 @@ import pandas as pd
 
 from reseed.compare.activations.tables import NOTE
 from reseed.compare.config import REPLICATES, pair_axes, value_axes
-from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
+from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.pairing import (
     SEPARATOR,
     PairGroup,
@@ -23,9 +23,10 @@ from reseed.compare.pairing import (
     pair_groups,
     runs_by_value,
 )
-from reseed.compare.registry import Interval, fractions
+from reseed.compare.registry import Interval, columns, declared, fractions
 from reseed.compare.statistics import holm_intervals
-from reseed.report.cell_labels import Cell, columns, knob_values, varying_knobs
+from reseed.report.cell_labels import Cell, knob_values, varying_knobs
+from reseed.report.cell_labels import columns as cell_columns
 from reseed.report.format import (
     MISSING,
     format_number,
@@ -64,7 +65,7 @@ def value_pair_table(cells: Sequence[Cell]) -> Table | None:
         return None
     every, settings = pair_groups(cells), cells[0][1].settings
     shown = _shown(every)
-    knobs = columns([(group.knobs, None) for group in every])
+    knobs = cell_columns([(group.knobs, None) for group in every])
     several = len({group.differs_in for group in every}) > 1
     primary, confidence = settings.primary, settings.confidence
     value = value_name(cells)
@@ -138,9 +139,15 @@ def _null(group: PairGroup) -> str:
     return null_text(null, int(group.mean("null_simulated_latents")))
 
 
+def no_common_space(group: PairGroup) -> str:
+    """Return the reason why the group's runs have no common space; "" if they have one."""
+    notes = group.pairs[WEIGHTS_NOTE].fillna("") if WEIGHTS_NOTE in group.pairs else [""]
+    return next(filter(None, notes), "")
+
+
 def incompatible(group: PairGroup) -> bool:
-    """Return whether the group's runs have no common space (`compare.pair.incompatible_pair`)."""
-    return WEIGHTS_NOTE in group.pairs and bool((group.pairs[WEIGHTS_NOTE].fillna("") != "").any())
+    """Return whether the group's runs have no common space."""
+    return bool(no_common_space(group))
 
 
 def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> dict[int, Interval]:
@@ -216,11 +223,8 @@ def _footnotes(
         )
     if any(incompatible(group) for group in shown):
         notes.append(_on_same_tokens(shown, settings.threshold))
-    elif any("model" in value_axes(cell.settings.pair_by) for _, cell in cells):
-        notes.append(
-            "Dictionaries of two models are compared without alignment: a cosine between them is "
-            "meaningful only if the models have the same space, as checkpoints of one training do."
-        )
+    elif settings.align or any("model" in value_axes(c.settings.pair_by) for _, c in cells):
+        notes += _OF_MODELS.get(settings.align, ())
     if len(shown) < len(every):
         notes.append(
             "For each pair of values, only the group that differs in the largest number of axes is "
@@ -263,11 +267,30 @@ def _start_note(cells: Sequence[Cell]) -> str:
     return "".join(f"; {note}" for note in notes)
 
 
+_OF_MODELS: dict[str | None, tuple[str]] = {
+    None: (
+        "Dictionaries of two models are compared without alignment: a cosine between them is "
+        "meaningful only if the models have the same space, as checkpoints of one training do.",
+    ),
+    "identity": (
+        "Runs of different models are compared as they are, because the user said that their bases "
+        "are the same (comparison.align=identity); nothing has checked it.",
+    ),
+    "procrustes": (
+        "Rows of different models are compared after an orthogonal map from the basis of the first "
+        "into that of the second (comparison.align=procrustes). What it explains is in the table "
+        "of the maps.",
+    ),
+}
+"""Setting ``align`` → note on the weights of runs of different models."""
+
+
 def _on_same_tokens(shown: Sequence[PairGroup], threshold: float) -> str:
     """Explain why columns are empty, and the columns of measures on the same tokens."""
+    reasons = dict.fromkeys(filter(None, map(no_common_space, shown)))
     why = (
-        f"Columns of weights are empty (**{MISSING}**) where the activations differ in width "
-        "(`d_in`): such dictionaries have no common space, so that no cosine is defined. "
+        f"Columns of weights are empty (**{MISSING}**) where no cosine is defined: "
+        f"{'; '.join(reasons)}. "
     )
     if not all("agreement_pearson_matched" in group.pairs for group in shown):
         notes = [group.pairs[NOTE] for group in shown if NOTE in group.pairs]
@@ -281,6 +304,44 @@ def _on_same_tokens(shown: Sequence[PairGroup], threshold: float) -> str:
     )
 
 
+def map_table(cells: Sequence[Cell]) -> Table | None:
+    """Return the table of the maps between models: a row for each pair of places; None if no cell
+    has a map."""
+    fitted = [cell for cell in value_pair_cells(cells) if "map_r2" in cell[1].pairs]
+    if not fitted:
+        return None
+    groups = most_differing_groups(pair_groups(fitted))
+    groups = [group for group in groups if not isnan(group.mean("map_r2"))]
+    knobs = cell_columns([(group.knobs, None) for group in groups])
+    shown = columns("pair", "map")
+    rows = tuple(
+        (
+            *knob_values(knobs, group.knobs),
+            group.first,
+            group.second,
+            *(
+                f"{group.mean(name):,.0f}" if name in _COUNTS else format_number(group.mean(name))
+                for name in shown
+            ),
+        )
+        for group in groups
+    )
+    notes = [note for own in declared("pair", "map") for note in own.notes]
+    notes.append(
+        "If R² is low, a low shared fraction of the two models may come from the map, not from the "
+        "SAEs. The map does not depend on the seeds of SAEs, so that it has no interval over them."
+    )
+    if any(isnan(group.mean("map_r2_random")) for group in groups):
+        notes.append(f"**{MISSING}**: a model of the pair has random weights itself.")
+    header = (*knobs, value_name(fitted), "and", *(column.heading for column in shown.values()))
+    spare = tuple(shown[name].heading for name in _COUNTS)
+    return Table(header, rows, len(knobs) + 2, "Maps between the models", tuple(notes), spare)
+
+
+_COUNTS = ("map_massive", "map_held_out", "map_tokens")
+"""Columns of the maps that are numbers of tokens; a narrow window leaves them out in this order."""
+
+
 def runs_by_value_table(cells: Sequence[Cell]) -> Table | None:
     """Return the table of the quality of the runs of each value."""
     cells = value_pair_cells(cells)
@@ -288,7 +349,7 @@ def runs_by_value_table(cells: Sequence[Cell]) -> Table | None:
         return None
     confidence = cells[0][1].settings.confidence
     found = runs_by_value(cells, confidence)
-    knobs = columns([(own, None) for own, _, _ in found])
+    knobs = cell_columns([(own, None) for own, _, _ in found])
     shown = {"FVU": "fvu", "L0": "l0", "dead": "dead_fraction", "live": "live_fraction"}
     rows = tuple(
         (
@@ -325,11 +386,11 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
         row |= interval_row("minus_within", contrasts.get(id(group)))
         on_tokens = (*SAME_TOKENS.values(), AGREE) if WEIGHTS_NOTE in group.pairs else ()
         for name in ("null_shared_fraction", "untrained_shared_fraction", "cosine_encoder",
-                     "cosine_decoder", "num_latents_a", "num_latents_b", *on_tokens):  # fmt: skip
+                     "cosine_decoder", "num_latents_a", "num_latents_b", *on_tokens,
+                     *(c for c in columns("pair", "map") if c in group.pairs)):  # fmt: skip
             row[name] = group.mean(name) if name in group.pairs else None
         reason = group.interval("shared_fraction", confidence).reason
-        reason = NO_COMMON_SPACE if incompatible(group) else reason
-        rows.append(row | {"note": reason})
+        rows.append(row | {"note": no_common_space(group) or reason})
     return pd.DataFrame(rows)
 
 

@@ -7,16 +7,12 @@ held-out activations of a cell are then read once for all of its SAEs (`write_wi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from reseed import activations, sae
 from reseed.compare.activations.measures import (
     ActivationMeasures,
     measure_same_activations,
@@ -36,27 +32,20 @@ from reseed.compare.pairing import add_axis_columns, axis_label
 from reseed.compare.registry import Measure, declared
 from reseed.compare.truth import LABEL_COLUMN
 from reseed.errors import ReseedError
-from reseed.experiment import Experiment
-from reseed.experiment.resolve import Resolved, resolve_experiment
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import load_sae
 from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
+from reseed.study.alignment import aligned
+from reseed.study.held_out import (
+    activation_mismatch,
+    held_out_chunks,
+    held_out_streams,
+)
 from reseed.system.console import counted, say, throttled_say
 from reseed.system.devices import pick_device
 from reseed.system.integrity import DamagedFileError
 from reseed.train.config import RuntimeConfig
-
-_DECLARED = ("model", "layer", "hookpoint", "dataset", "surrogate", "fingerprints", "place")
-"""Entries of a run's identity that determine its held-out activations."""
-_ELSEWHERE = ("order_seed", "subset_seed", "held_out_tokens")
-"""Settings of the data set that do not determine them: the seeds are those of the training tokens,
-and a cell reads as many held-out tokens as the run that has the fewest."""
-Chunks = Iterator[Float[Tensor, "n d_in"]]
-
-
-class ActivationsUnavailable(ReseedError):
-    """Error whose message is the reason why a cell's SAEs cannot be compared on activations."""
 
 
 def compare_cell_of(
@@ -93,13 +82,16 @@ def compare_cell_of(
     say(f"  comparing {name}: {len(finished)} runs, {pairs_up}")
     loaded = [load_dictionaries(run, axis_label(place)) for place, run in finished]
     trained, untrained = zip(*loaded, strict=True)
+    trained, alignments = aligned(runs, trained, settings, runtime)
     device = str(pick_device(runtime.device))
     # All sweeps share the folder of matchings, because several sweeps may have the same pair.
     store = MatchingCache(sweep.path.parent / "matchings", device=device, progress=throttled_say())
     # A pretrained SAE has no known initialisation, so its cell has no untrained comparison.
     started = [one for one in untrained if one is not None]
     started = started if len(started) == len(trained) else []
-    result = compare_cell(trained, started, settings, matcher=store, device=device)
+    result = compare_cell(
+        trained, started, settings, alignments=alignments, matcher=store, device=device
+    )
     places = {run.id: place for place, run in finished}
     write_with_activations(
         replace(
@@ -151,7 +143,12 @@ def outdated_measures(cell: CellResult) -> list[str]:
     """
     if cell.measures is not None:
         held = cell.measures
-        return [own.own[0].name for own in declared() if held.get(own.key) != own.version]
+        return [
+            own.own[0].name
+            for own in declared()
+            if held.get(own.key) != own.version
+            and ("map" not in own.needs or cell.settings.align == "procrustes")
+        ]
     tables = {"pair": cell.pairs, "run": cell.runs, "latent": cell.latents.column_names}
     return [
         own.own[0].name
@@ -165,7 +162,9 @@ def _concerns(own: Measure, cell: CellResult) -> bool:
     """Return whether a cell has columns of a measure; those of some needs only some cells have."""
     if "truth" in own.needs:
         return LABEL_COLUMN in cell.latents.column_names
-    return "matched" not in own.needs and ("activations" not in own.needs or NOTE in cell.pairs)
+    if not own.needs.isdisjoint(("matched", "map")):
+        return False
+    return "activations" not in own.needs or NOTE in cell.pairs
 
 
 def is_complete(sweep: Sweep, axes: dict[str, str], settings: ComparisonConfig) -> bool:
@@ -243,7 +242,9 @@ def _measurement(
     def saes() -> list[SAE]:
         return [load_sae(run.path, device) for run in runs]
 
-    if len(set(cell.runs["d_in"])) == 1:
+    identities = [run.record["identity"] for run in runs]
+    several = activation_mismatch(identities) and cell.settings.align is not None
+    if len(set(cell.runs["d_in"])) == 1 and not several:
         chunks, tokens = held_out_chunks(runs, wanted, runtime)
         return tokens, lambda: measure_same_activations(saes(), weight_matches(cell), chunks, seed)
     streams, reads, tokens = held_out_streams(runs, wanted, runtime)
@@ -256,138 +257,3 @@ def _measurement(
         seed=seed,
         threshold=cell.settings.threshold,
     )
-
-
-def held_out_streams(
-    runs: Sequence[Run], tokens: int, runtime: RuntimeConfig
-) -> tuple[list[Chunks], list[int], int]:
-    """Open the activations of all models (or layers) of a cell on the same held-out tokens.
-
-    Returns:
-        one stream of chunks per model, the index of the stream that each run reads, and the number
-        of tokens.
-
-    Raises:
-        ActivationsUnavailable: the runs read different tokens, or a model or text has changed since
-            training.
-        ConfigError: a model or the data are not found.
-    """
-    records = [run.record for run in runs]
-    identities = [record["identity"] for record in records]
-    different = token_mismatch(identities)
-    if different:
-        raise ActivationsUnavailable(f"its runs do not read the same held-out tokens: {different}")
-    kinds: list[int] = []  # index of the first run of each stream
-    reads = []
-    for identity in identities:
-        known = [
-            k for k, i in enumerate(kinds) if not activation_mismatch([identities[i], identity])
-        ]
-        reads.append(known[0] if known else len(kinds))
-        if not known:
-            kinds.append(len(reads) - 1)
-    # No run may be compared on tokens that it was not measured on.
-    tokens = min([tokens, *(r["experiment"]["dataset"]["held_out_tokens"] for r in records)])
-    streams = []
-    for kind in range(len(kinds)):
-        own = [run for run, which in zip(runs, reads, strict=True) if which == kind]
-        streams.append(held_out_chunks(own, tokens, runtime)[0])
-    return streams, reads, tokens
-
-
-def held_out_chunks(runs: Sequence[Run], tokens: int, runtime: RuntimeConfig) -> tuple[Chunks, int]:
-    """Open the first held-out activations that all runs of a cell were measured on.
-
-    Args:
-        tokens: maximum number of tokens; fewer if some run was measured on fewer.
-
-    Returns:
-        the chunks, and the number of tokens in them.
-
-    Raises:
-        ActivationsUnavailable: the runs read different activations, or a model or text has changed
-            since training.
-        ConfigError: the model or the data are not found.
-    """
-    records = [run.record for run in runs]
-    different = activation_mismatch([record["identity"] for record in records])
-    if different:
-        raise ActivationsUnavailable(
-            f"its runs do not read the same held-out activations: they differ in {different}"
-        )
-    fewest = min(records, key=lambda r: r["experiment"]["dataset"]["held_out_tokens"])
-    resolved = resolve_record(fewest, runtime)
-    experiment = resolved.experiment
-    needed = max(record["tokens"] for record in records)
-    source = resolved.open(pick_device(runtime.device), needed, runtime.open_cache())
-    tokens = min(tokens, experiment.dataset.held_out_tokens)
-    chunks = source.held_out([experiment.hook], tokens)
-    return (chunk[experiment.hook] for chunk in chunks), tokens
-
-
-def resolve_record(record: Mapping[str, Any], runtime: RuntimeConfig) -> Resolved:
-    """Resolve the experiment of a run's record, and check that model and data are the same.
-
-    Raises:
-        ActivationsUnavailable: a fingerprint differs from the record.
-        ConfigError: the model or the data are not found.
-    """
-    resolved = resolve_experiment(_experiment(record), runtime)
-    for what, fingerprint in resolved.identity["fingerprints"].items():
-        if record["fingerprints"].get(what) != fingerprint:
-            raise ActivationsUnavailable(
-                f"the {what} is not the one that the runs were trained with"
-            )
-    if record["identity"].get("place") != resolved.identity.get("place"):
-        raise ActivationsUnavailable(
-            f"version 0.1 read another tensor as {resolved.experiment.hook} of this model (see "
-            "docs/models.md); train again"
-        )
-    return resolved
-
-
-def token_mismatch(identities: Sequence[Mapping[str, Any]]) -> str:
-    """Return the reason why runs do not read the same held-out tokens, or ""."""
-    prints = [identity["fingerprints"] for identity in identities]
-    if any("activations" in own for own in prints):
-        return "stored activations have no tokens"
-    if any("text" not in own for own in prints):
-        return "the activations of a world are random draws without tokens"
-    if any(identity.get("surrogate") == "gaussian" for identity in identities):
-        return "the activations of surrogate=gaussian are random draws without tokens"
-    for what, reason in (
-        ("text", "their texts differ"),
-        ("tokenizer", "their models have different tokenizers"),
-    ):
-        if len({own[what] for own in prints}) > 1:
-            return reason
-    first, *others = (held_out_settings(identity["dataset"]) for identity in identities)
-    for other in others:
-        keys = [key for key in {**first, **other} if first.get(key) != other.get(key)]
-        if keys:
-            return f"they differ in dataset.{keys[0]}"
-    return ""
-
-
-def held_out_settings(declared: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a data set that determine the held-out activations."""
-    return {k: v for k, v in declared.items() if k not in _ELSEWHERE}
-
-
-def activation_mismatch(identities: Sequence[Mapping[str, Any]]) -> str:
-    """Return the name of the first entry that determines held-out activations and differs among
-    runs, or ""."""
-    for name in _DECLARED:
-        values = [identity.get(name) for identity in identities]
-        if name == "dataset":
-            values = [held_out_settings(d) for d in values if d]
-        if any(value != values[0] for value in values):
-            return name
-    return ""
-
-
-def _experiment(record: Mapping[str, Any]) -> Experiment:
-    """Read the experiment of a record."""
-    activations.load_all()
-    sae.load_all()
-    return Experiment.from_dict(record["experiment"])

@@ -27,7 +27,7 @@ from reseed.store.results import (
 )
 from reseed.store.runs import Run
 from reseed.store.sweeps import Sweep
-from reseed.study.compare import held_out_settings, resolve_record
+from reseed.study.held_out import held_out_settings, resolve_record
 from reseed.system.console import counted, say, seconds_since
 from reseed.system.devices import free_memory, pick_device
 from reseed.system.environment import allow_open_files

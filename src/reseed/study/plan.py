@@ -10,7 +10,9 @@ from reseed.errors import ConfigError
 from reseed.experiment.resolve import Resolved
 from reseed.store.runs import Run, RunStore
 from reseed.store.sweeps import Sweep
-from reseed.study.compare import token_mismatch
+from reseed.study.alignment import check_bases
+from reseed.study.held_out import token_mismatch
+from reseed.system.console import say
 from reseed.train.config import RuntimeConfig
 
 
@@ -134,6 +136,7 @@ def check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
     arm = launch.arm
     assert arm is not None
     key = f"comparison.arms.{arm.name}.pair_by" if arm.name else "comparison.pair_by"
+    notices: list[str] = []
     for jobs in cells_of_arm(launch):
         if len(jobs) == 1 and jobs[0].resolved.pretrained:
             raise ConfigError(
@@ -144,8 +147,12 @@ def check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
             )
         seen: dict[str, Job] = {}
         for i, job in enumerate(jobs):
-            for apart in (x for x in jobs[:i] if x.resolved.d_in != job.resolved.d_in):
-                _check_tokens(arm, apart, job, settings, key)
+            for apart in jobs[:i]:
+                both = apart.resolved, job.resolved
+                places = _place(arm, apart), _place(arm, job)
+                notices.append(check_bases(*both, places, settings))
+                if both[0].d_in != both[1].d_in:
+                    _check_tokens(arm, apart, job, settings, key)
             other = seen.setdefault(job.resolved.signature, job)
             if other is not job:
                 raise ConfigError(
@@ -153,6 +160,8 @@ def check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
                     f"{_place(arm, job)} are the same run",
                     key,
                 )
+    for notice in [*filter(None, notices)][:1]:
+        say(notice)
 
 
 def _check_tokens(arm: Arm, first: Job, other: Job, settings: ComparisonConfig, key: str) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from reseed.sae.formats import import_sae
 from reseed.sae.formats.files import fetch
 from reseed.sae.pretrained import fingerprint_of
 from reseed.store.sweeps import Sweep
+from reseed.study.alignment import check_named_models
 from reseed.system.console import counted, say, throttled_say
 from reseed.system.devices import pick_device
 from reseed.train.config import RuntimeConfig
@@ -44,14 +46,16 @@ def compare_weights(
         the cell, the folder, and whether figures were drawn.
 
     Raises:
-        ConfigError: a source cannot be read, or two are the same SAE.
+        ConfigError: a source cannot be read, two are the same SAE, or two are of different models.
     """
     read = [_dictionary(source) for source in sources]
-    for i, (one, _) in enumerate(read):
-        same = [sources[k] for k, (other, _) in enumerate(read[:i]) if other.id == one.id]
+    for i, (one, *_) in enumerate(read):
+        same = [sources[k] for k, (other, *_) in enumerate(read[:i]) if other.id == one.id]
         if same:
             raise ConfigError(f"{{key}}: {same[0]} and {sources[i]} are the same SAE", KEY)
-    found = [one for one, _ in read]
+    found = [one for one, *_ in read]
+    if notice := check_named_models([said for *_, said in read], sources, settings):
+        say(notice)
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     sweep = Sweep.of(runtime.sweeps, "sources", [one.id for one in found], settings.signed())
@@ -63,7 +67,7 @@ def compare_weights(
     result = replace(result, pairs=add_axis_columns(result.pairs, places, settings))
     result.write(sweep.cell_folder({}))
     knobs = {
-        "sae": "|".join(dict.fromkeys(kind for _, kind in read)),
+        "sae": "|".join(dict.fromkeys(kind for _, kind, _ in read)),
         "num_latents": "|".join(dict.fromkeys(f"{one.num_latents}" for one in found)),
     }
     cells: list[Cell] = [(knobs, result)]
@@ -71,14 +75,15 @@ def compare_weights(
     return cells, sweep.path, bool(write_figures(cells, sweep.path))
 
 
-def _dictionary(source: str) -> tuple[Dictionary, str]:
-    """Return an SAE's encoder and decoder rows, without firing counts, and its architecture."""
+def _dictionary(source: str) -> tuple[Dictionary, str, Mapping[str, Any]]:
+    """Return an SAE's encoder and decoder rows, without firing counts, its architecture, and what
+    its files say of its origin."""
     try:
-        sae = import_sae(fetch(source)).sae
+        found = import_sae(fetch(source))
     except CheckpointError as error:
         raise ConfigError(f"{{key}}: {error}", KEY) from error
+    sae = found.sae
     nothing = np.zeros(sae.num_latents, dtype=np.int64)
-    rows = {"encoder": sae.W_enc.detach().numpy(), "decoder": sae.W_dec.detach().numpy()}
     unknown: dict[str, float] = {name: float("nan") for name in _MEASURED}
     made = Dictionary(
         id=f"{sae.config.name}-{sae.num_latents}-{fingerprint_of(sae)}",
@@ -87,6 +92,7 @@ def _dictionary(source: str) -> tuple[Dictionary, str]:
         held_out_tokens=0,
         dead=nothing.astype(bool),
         metrics=unknown,
-        **rows,
+        encoder=sae.W_enc.detach().numpy(),
+        decoder=sae.W_dec.detach().numpy(),
     )
-    return made, sae.config.name
+    return made, sae.config.name, found.metadata
