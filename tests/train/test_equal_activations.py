@@ -13,6 +13,7 @@ from reseed.activations.hookpoints import Hookpoint
 from reseed.cli import train
 from reseed.compare.activations.agreement import CKA, FiringSums, PairSums, agreement, centred_gram
 from reseed.compare.activations.batch_codes import BatchCodes
+from reseed.compare.dictionary import load_dictionaries
 from reseed.errors import ReseedError
 from reseed.evaluate.reconstruction import Reconstruction
 from reseed.sae import kernels
@@ -229,4 +230,6 @@ def test_a_world_without_variance_ends_topk_with_the_cause_and_not_relu(
     assert {name: run.status for name, run in found.items()} == {
         "topk": "failed", "relu": "finished",
     }  # fmt: skip
-    assert found["relu"].metrics["fvu"] is None or np.isnan(found["relu"].metrics["fvu"])
+    assert found["relu"].metrics["fvu"] is None
+    dictionary, _ = load_dictionaries(found["relu"], "0")
+    assert np.isnan(dictionary.metrics["fvu"])
