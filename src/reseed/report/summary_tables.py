@@ -19,11 +19,10 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
-from reseed.compare.activations.tables import NOTE, TOKENS
 from reseed.compare.cell import CellResult
 from reseed.compare.measures import THRESHOLDS
 from reseed.compare.nulls import SURROGATES, kappa
-from reseed.compare.registry import Interval, declared
+from reseed.compare.registry import NOTE, TOKENS, Interval, declared
 from reseed.compare.statistics import welch_difference
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds
 from reseed.report.cell_labels import Cell, columns, knob_values, label, pair_axis_name

@@ -13,7 +13,6 @@ from typing import Any
 
 import pandas as pd
 
-from reseed.compare.activations.tables import NOTE
 from reseed.compare.config import value_axes
 from reseed.compare.pair import NO_COMMON_SPACE, WEIGHTS_NOTE
 from reseed.compare.pairing import (
@@ -23,7 +22,7 @@ from reseed.compare.pairing import (
     pair_groups,
     runs_by_value,
 )
-from reseed.compare.registry import Interval, fractions
+from reseed.compare.registry import NOTE, Interval, fractions
 from reseed.report.cell_labels import Cell, columns, knob_values, varying_knobs
 from reseed.report.format import (
     MISSING,
