@@ -143,9 +143,7 @@ def test_partners_are_printed_or_reported_to_have_no_contexts(
     there, none = matches_of(sweep, "run0", [0])[0].partners
     shown = LatentView("run1", contexts, contexts.latent(0))
     lines = printed(lambda console: print_partner(there, shown, console))
-    assert lines[0] == (
-        "in seed 1: 7 (0.80 enc, 0.90 dec, Pearson 0.31, Jaccard 0.20) * not alike"
-    )
+    assert lines[0] == ("in seed 1: 7 (0.80 enc, 0.90 dec, Pearson 0.31, Jaccard 0.20) * not alike")
     assert "«cat·4»" in lines[3]
     assert "quantile" not in "".join(lines), "only what it fires on most"
     assert printed(lambda console: print_partner(there, None, console))[1] == (
