@@ -69,7 +69,8 @@ def test_named_latents_are_checked_end_to_end(
     text = Path("check.md").read_text()
     assert text.startswith("# Do these latents replicate?\n\nmodel=tiny-llama · layer=1 · ")
     assert (
-        "| latent | label | firing | shared with | reproducibility [95%] | alike | seed 1 |" in text
+        "| latent | label | firing | shared with | reproducibility [95%] | same firing | seed 1 |"
+        in text
     )
     assert "of 3 latents are shared with all other runs (2)" in text
     assert " shared matches " in text

@@ -12,7 +12,7 @@ from scipy import stats
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import unit_rows
-from reseed.compare.registry import NOTE, TOKENS
+from reseed.compare.registry import NOT_ASKED, NOTE, TOKENS
 from reseed.compare.replication import (
     Named,
     firing_decile,
@@ -22,7 +22,6 @@ from reseed.compare.replication import (
 )
 from reseed.compare.sharing_profile import JEFFREYS, posterior
 from reseed.errors import ReseedError
-from reseed.report.latent_view import NOT_ASKED
 from reseed.report.replication import check_table
 
 N, D = 40, 64
@@ -209,7 +208,7 @@ def test_the_agreement_of_activations_stands_beside_the_cosines(result, runs, r,
     assert f"**Of 24 shared matches {alike} fire alike** (r at least 0.5)" in table.footnotes[0]
     assert "on 4,096 held-out tokens" in table.footnotes[2]
     words = "–" if r is None else f"{r:.2f}"
-    assert all(f"; r {words}, J 0.50)" in row[-1] for row in table.rows)
+    assert all(f"; r={words}, J=0.50)" in row[-1] for row in table.rows)
 
 
 @pytest.mark.parametrize(
@@ -220,6 +219,6 @@ def test_activations_that_were_not_compared_are_dashes_with_the_reason(
 ):
     result = replace(result, pairs=result.pairs.assign(**columns))
     table = check_table(looked_up(result, runs, 0, 1), result, {})
-    assert all("; r –, J –)" in row[-1] for row in table.rows)
+    assert all("; r=–, J=–)" in row[-1] for row in table.rows)
     assert f"of activations are –: they were not compared: {reason}" in table.footnotes[2]
     assert "fire alike" not in table.footnotes[0]

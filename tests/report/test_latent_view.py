@@ -11,9 +11,9 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from reseed.compare.registry import NOT_ASKED
 from reseed.report.latent_view import (
     FILE,
-    NOT_ASKED,
     PAIRS,
     LatentView,
     matches_of,
@@ -91,8 +91,8 @@ def test_everything_known_about_a_latent_is_printed(contexts: Contexts, sweep: P
         "shared with 1 of 2",
         "  seed 1: 7 (0.80 enc, 0.90 dec, Pearson 0.31, Jaccard 0.20) * not alike",
         "  seed 2: none",
-        "*: shared by its weights. not alike: Pearson below 0.5, so it fires differently.",
-        "Pearson, Jaccard: of the activations on 4,096 held-out tokens.",
+        "*: shared by weights. not alike: Pearson below 0.5: they fire differently. ",
+        "Pearson, Jaccard: activations on 4,096 held-out tokens.",
         "promotes  ' cat' 1.50",
         "suppresses  '↵' -0.25",
         "neighbours  1 (0.50)",
@@ -171,7 +171,7 @@ def test_a_match_without_activations_has_dashes_and_the_reason(
         "shared with 1 of 2  seed 1: 7 (0.80 enc, 0.90 dec, Pearson –, Jaccard –) *  seed 2: none"
     )
     assert lines[4] == (
-        "*: shared by its weights. Pearson, Jaccard: activations were not compared: " + reason + "."
+        "*: shared by weights. Pearson, Jaccard: activations were not compared: " + reason + "."
     )
 
 

@@ -66,6 +66,8 @@ ALIKE = 0.5
 NOTE, TOKENS = "activation_note", "activation_tokens"
 """Extra columns of the pairs of a cell whose activations were to be compared: why they were not
 (else empty), and the number of tokens."""
+NOT_ASKED = "the comparison had comparison.activation_tokens=0"
+"""Reason why the activations of a cell without these columns were not compared."""
 
 
 @dataclass(frozen=True)

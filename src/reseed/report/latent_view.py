@@ -18,13 +18,11 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from reseed.compare.registry import ALIKE, NOTE, TOKENS
+from reseed.compare.registry import ALIKE, NOT_ASKED, NOTE, TOKENS
 from reseed.report.format import MISSING, format_bounds, format_number
 from reseed.store.contexts import TOP, Context, Contexts, LatentContexts
 
 FILE, PAIRS = "latents.parquet", "pairs.csv"
-NOT_ASKED = "the comparison had comparison.activation_tokens=0"
-"""Reason why the activations of a cell without a note were not compared."""
 _OWN = ("run", "seed", "latent", "shared_with", "others", "partner_decoder", "shared")
 _OF_MATCHES = ("cosine_encoder", "cosine_decoder", "pearson", "jaccard")
 _CHANCE = ("reproducibility", "reproducibility_low", "reproducibility_high")
@@ -230,13 +228,13 @@ def _legend(matches: LatentMatches) -> Iterator[str]:
     """Yield sentences that explain the matches."""
     there = [p for p in matches.partners if p.latent is not None]
     if any(p.shared for p in there):
-        yield "*: shared by its weights."
+        yield "*: shared by weights."
     if any(map(_is_unlike, there)):
-        yield f"not alike: Pearson below {ALIKE:g}, so it fires differently."
+        yield f"not alike: Pearson below {ALIKE:g}: they fire differently."
     if matches.reason:
         yield f"Pearson, Jaccard: activations were not compared: {matches.reason}."
         return
-    yield f"Pearson, Jaccard: of the activations on {matches.tokens:,} held-out tokens."
+    yield f"Pearson, Jaccard: activations on {matches.tokens:,} held-out tokens."
     if any(None in (p.pearson, p.jaccard) for p in there):
         yield f"{MISSING}: undefined, because the latent or its match is constant on them."
 

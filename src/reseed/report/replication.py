@@ -11,9 +11,9 @@ import pandas as pd
 from rich.console import Console
 
 from reseed.compare.cell import CellResult
-from reseed.compare.registry import ALIKE, NOTE, TOKENS, Interval
+from reseed.compare.registry import ALIKE, Interval
+from reseed.report.cell_labels import activations_of
 from reseed.report.format import MISSING, format_number, null_text, with_interval
-from reseed.report.latent_view import NOT_ASKED
 from reseed.report.markup import markdown_inline, markdown_table
 from reseed.report.table import Table
 from reseed.report.terminal import print_table
@@ -63,7 +63,7 @@ def check_table(
         "firing",
         "shared\nwith",
         f"reproducibility\n[{percent}]",
-        "alike",
+        "same\nfiring",
         *(f"{axis} {value}" for value in shown),
     )
     entries = tuple(
@@ -92,7 +92,7 @@ def _reproducibility(row: Mapping[str, Any]) -> Interval:
 
 
 def _partner(row: Mapping[str, Any], value: str) -> str:
-    """Return ``812 (0.93, 0.91; r 0.88, J 0.70)``: the matched partner with both cosines and the
+    """Return ``812 (0.93, 0.91; r=0.88, J=0.70)``: the matched partner with both cosines and the
     agreement of the activations, and a star if shared; then the latent that is nearest by both
     cosines, if that is not the partner."""
     if pd.isna(row[f"partner_{value}"]):  # its own run
@@ -101,7 +101,7 @@ def _partner(row: Mapping[str, Any], value: str) -> str:
     if matched < 0 and best < 0:
         return "none"
     agreement = ", ".join(
-        f"{letter} {format_number(row[f'{name}_{value}'])}"
+        f"{letter}={format_number(row[f'{name}_{value}']).replace(' ', '')}"
         for letter, name in (("r", "pearson"), ("J", "jaccard"))
     )
     words = (
@@ -123,10 +123,9 @@ def _with_cosines(
 def _alike(frame: pd.DataFrame, result: CellResult) -> tuple[str, str]:
     """Return a sentence with the number of shared matches that fire alike, and one that explains r
     and J, or why there are none."""
-    tokens = int(result.pairs[TOKENS].max()) if TOKENS in result.pairs else 0
-    if not tokens:
-        why = str(result.pairs[NOTE].iloc[0]) if NOTE in result.pairs else NOT_ASKED
-        return "", f"r and J of activations are {MISSING}: they were not compared: {why}."
+    tokens, reason = activations_of(result)
+    if reason:
+        return "", f"r and J of activations are {MISSING}: they were not compared: {reason}."
     seeds = [v for v in result.runs["seed"].astype(str) if f"pearson_{v}" in frame]
     # A latent of that run itself has no entry.
     shared = np.array([frame[f"shared_{v}"].eq(True).to_numpy() for v in seeds])
@@ -166,8 +165,8 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
         "give the latent the same partner, with both cosines at least "
         f"{settings.threshold:g}. **reproducibility**: probability that one more "
         f"{settings.pair_words} shares the latent, with the {settings.confidence:.0%} interval of "
-        "a beta distribution. **alike**: mean shared fraction of the latents in the same decile of "
-        "firing.",
+        "a beta distribution. **same firing**: mean shared fraction of the latents in the same "
+        "decile of firing.",
         f"The column of each other {settings.pair_words} gives the match by decoder (cosine by "
         f"encoder, by decoder; r, J), with * if the latent is shared. {of_activations} If another "
         "latent has a larger minimum of both cosines, the one with the largest follows, even if it "
@@ -178,7 +177,7 @@ def _notes(frame: pd.DataFrame, result: CellResult) -> list[str]:
         listed = ", ".join(f"{latent:.0f}" for latent in silent)
         notes.append(
             f"**not live**: {listed}: fewer than {settings.live_at_least} firings in "
-            f"{result.held_out_tokens:,} held-out tokens; **alike** is then the mean over latents "
-            "that are not live."
+            f"{result.held_out_tokens:,} held-out tokens; **same firing** is then the mean over "
+            "latents that are not live."
         )
     return notes
