@@ -63,12 +63,17 @@ def test_named_latents_are_checked_end_to_end(
     assert found["firing"].tolist() == own["firing"].tolist()
     assert found["shared_with"].tolist() == own["shared_with"].tolist()
     assert found["partner_2"].tolist() == [p[1] for p in own["partner_decoder"]]
+    for name in ("pearson", "jaccard"):
+        expected = [float("nan") if values[1] is None else values[1] for values in own[name]]
+        assert found[f"{name}_2"].to_numpy() == pytest.approx(expected, nan_ok=True, abs=1e-6)
     text = Path("check.md").read_text()
     assert text.startswith("# Do these latents replicate?\n\nmodel=tiny-llama · layer=1 · ")
     assert (
-        "| latent | label | firing | shared with | reproducibility [95%] | alike | seed 1 |" in text
+        "| latent | label | firing | shared with | reproducibility [95%] | same firing | seed 1 |"
+        in text
     )
     assert "of 3 latents are shared with all other runs (2)" in text
+    assert " shared matches " in text
     assert "check.csv, check.md" in said
     # The cell has been compared, so it is not compared again.
     assert check.main([named, *line, "sae=topk"]) == 0

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from scipy import stats
 
 from reseed.compare.cell import compare_cell
 from reseed.compare.config import ComparisonConfig
 from reseed.compare.dictionary import unit_rows
+from reseed.compare.registry import NOT_ASKED, NOTE, TOKENS
 from reseed.compare.replication import (
     Named,
     firing_decile,
@@ -18,6 +22,7 @@ from reseed.compare.replication import (
 )
 from reseed.compare.sharing_profile import JEFFREYS, posterior
 from reseed.errors import ReseedError
+from reseed.report.replication import check_table
 
 N, D = 40, 64
 
@@ -109,8 +114,6 @@ def test_shared_and_best_latents_equal_those_of_a_plain_loop(result, runs):
 
 
 def test_latents_may_be_of_several_runs_and_one_may_be_zero(result, runs):
-    from dataclasses import replace
-
     encoder = runs[1].encoder.copy()
     encoder[5] = 0
     runs = [runs[0], replace(runs[1], encoder=encoder), runs[2]]
@@ -151,8 +154,6 @@ def test_firing_deciles_are_among_live_latents():
 
 def test_the_decile_baseline_is_that_of_latents_that_fire_as_often(runs):
     """Shared latents fire rarely here, the others often."""
-    from dataclasses import replace
-
     base = compare_cell(runs, [], ComparisonConfig(name="t", grid={"seed": [0, 1, 2]}))
     table = base.latents.to_pandas()
     shared = {x.id: table[table["run"] == x.id]["shared_with"].to_numpy() == 2 for x in runs}
@@ -175,8 +176,6 @@ def test_reproducibility_is_jeffreys(m, n):
 
 def test_reproducibility_in_the_table_of_latents_is_used(result, runs):
     """Without it, the table gets Jeffreys' estimate."""
-    from dataclasses import replace
-
     import pyarrow as pa
 
     table = result.latents
@@ -187,3 +186,39 @@ def test_reproducibility_in_the_table_of_latents_is_used(result, runs):
     names = ["reproducibility", "reproducibility_low", "reproducibility_high"]
     assert frame[names].to_numpy().tolist() == [[0.4, 0.3, 0.5]]
     assert looked_up(result, runs, 3)["reproducibility"].item() in (2.5 / 3, 1.5 / 3, 0.5 / 3)
+
+
+def with_lists(result, tokens, **values):
+    """Return a cell whose latents have these values with every other run."""
+    latents = result.latents
+    for name, value in values.items():
+        column = pa.array([[value] * 2] * len(latents), type=pa.list_(pa.float32()))
+        latents = latents.append_column(name, column)
+    return replace(result, latents=latents, pairs=result.pairs.assign(**{TOKENS: tokens, NOTE: ""}))
+
+
+@pytest.mark.parametrize(("r", "alike"), [(0.25, 0), (0.75, 24), (None, 0)])
+def test_the_agreement_of_activations_stands_beside_the_cosines(result, runs, r, alike):
+    """12 latents are shared with both other runs: 24 matches."""
+    compared = with_lists(result, 4096, pearson=r, jaccard=0.5)
+    frame = looked_up(compared, runs, *range(N))
+    np.testing.assert_array_equal(frame["pearson_1"], np.full(N, np.nan if r is None else r))
+    assert frame["jaccard_2"].tolist() == [0.5] * N
+    table = check_table(frame, compared, {})
+    assert f"**Of 24 shared matches {alike} fire alike** (r at least 0.5)" in table.footnotes[0]
+    assert "on 4,096 held-out tokens" in table.footnotes[2]
+    words = "–" if r is None else f"{r:.2f}"
+    assert all(f"; r={words}, J=0.50)" in row[-1] for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"), [({}, NOT_ASKED), ({NOTE: "the model is gone", TOKENS: 0}, "the model")]
+)
+def test_activations_that_were_not_compared_are_dashes_with_the_reason(
+    result, runs, columns, reason
+):
+    result = replace(result, pairs=result.pairs.assign(**columns))
+    table = check_table(looked_up(result, runs, 0, 1), result, {})
+    assert all("; r=–, J=–)" in row[-1] for row in table.rows)
+    assert f"of activations are –: they were not compared: {reason}" in table.footnotes[2]
+    assert "fire alike" not in table.footnotes[0]

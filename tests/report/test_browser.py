@@ -165,6 +165,10 @@ def filtered_and_sorted(chromium: Chromium, report: Path) -> None:
     assert all(word.lower() in passage.lower() for passage in found)
 
 
+def shown_number(value: float) -> str:
+    return f"{value:.2f}" if abs(value) >= 0.00995 else f"{value:.1g}"
+
+
 def opened_with_its_partner(chromium: Chromium, report: Path) -> None:
     table = pd.read_parquet(report / "data" / "latents.parquet")
     own = table[table["shared_with"] == table["shared_with"].max()].iloc[0]
@@ -178,6 +182,9 @@ def opened_with_its_partner(chromium: Chromium, report: Path) -> None:
     ):
         assert head.removesuffix(" *").endswith(f": {partner}")
         assert head.endswith(" *") == is_shared
+    told = "[...document.querySelectorAll('.column > .match')].map((p) => p.textContent)"
+    for match, r in zip(chromium.evaluate(told)[1:], own["pearson"], strict=True):
+        assert ("Pearson –" if np.isnan(r) else f"Pearson {shown_number(r)}, Jaccard ") in match
     assert chromium.evaluate("document.querySelectorAll('.context mark.peak').length") > 2
     chromium.evaluate("document.querySelector('.column > h3 a').click()")
     partner = own["partner_decoder"][0]

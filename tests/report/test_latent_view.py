@@ -11,8 +11,10 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
+from reseed.compare.registry import NOT_ASKED
 from reseed.report.latent_view import (
     FILE,
+    PAIRS,
     LatentView,
     matches_of,
     one_line,
@@ -54,11 +56,21 @@ def sweep(tmp_path: Path) -> Path:
          "reproducibility": 0.5, "reproducibility_low": 0.25, "reproducibility_high": 0.75,
          "others": [f"run{j}" for j in range(3) if j != i],
          "partner_decoder": [7, -1], "cosine_encoder": [0.8, float("nan")],
-         "cosine_decoder": [0.9, float("nan")], "shared": [latent == 0, False]}
+         "cosine_decoder": [0.9, float("nan")], "shared": [latent == 0, False],
+         "pearson": [0.31, None], "jaccard": [0.2, None]}
         for i in range(3) for latent in range(2)
     ]  # fmt: skip
     pd.DataFrame(rows).to_parquet(tmp_path / FILE)
+    write_pairs(tmp_path, activation_tokens=4096, activation_note="")
     return tmp_path
+
+
+def write_pairs(sweep: Path, **columns: object) -> None:
+    """Write pairs.csv with the pairs of another cell, then those of the runs."""
+    pairs = [("x0", "x1"), ("run0", "run1"), ("run0", "run2"), ("run1", "run2")]
+    table = pd.DataFrame(pairs, columns=["a", "b"]).assign(**columns)
+    table.iloc[0, 2:] = None
+    table.to_csv(sweep / PAIRS, index=False)
 
 
 def printed(show, width: int = 80, **options) -> list[str]:
@@ -72,19 +84,23 @@ def printed(show, width: int = 80, **options) -> list[str]:
 def test_everything_known_about_a_latent_is_printed(contexts: Contexts, sweep: Path) -> None:
     shown = LatentView("run0", contexts, contexts.latent(0), matches_of(sweep, "run0", [0])[0])
     lines = printed(lambda console: print_latent(shown, console))
-    assert lines[:7] == [
+    assert lines[:11] == [
         "run0  latent 0",
         "fires on 2 of 200 tokens (1.00%), largest activation 4, mean 3",
         "reproducibility 0.50 [0.25, 0.75]",
-        "shared with 1 of 2  seed 1: 7 (0.80 enc, 0.90 dec) *  seed 2: none",
+        "shared with 1 of 2",
+        "  seed 1: 7 (0.80 enc, 0.90 dec, Pearson 0.31, Jaccard 0.20) * not alike",
+        "  seed 2: none",
+        "*: shared by weights. not alike: Pearson below 0.5: they fire differently. ",
+        "Pearson, Jaccard: activations on 4,096 held-out tokens.",
         "promotes  ' cat' 1.50",
         "suppresses  '↵' -0.25",
         "neighbours  1 (0.50)",
     ]
-    heads = [lines[7], lines[9]]
+    heads = [lines[11], lines[13]]
     assert heads == ["fires most", "sampled, by quantile of activation"]
-    assert lines[8].split(maxsplit=1) == ["4", "The «cat·4» «sat·0.5»↵ on�"]
-    assert lines[10].split(maxsplit=2) == ["0.25", "2", "«sat·2» on"]
+    assert lines[12].split(maxsplit=1) == ["4", "The «cat·4» «sat·0.5»↵ on�"]
+    assert lines[14].split(maxsplit=2) == ["0.25", "2", "«sat·2» on"]
 
 
 def test_peaks_are_aligned_and_no_line_is_wider_than_the_window(
@@ -127,13 +143,45 @@ def test_partners_are_printed_or_reported_to_have_no_contexts(
     there, none = matches_of(sweep, "run0", [0])[0].partners
     shown = LatentView("run1", contexts, contexts.latent(0))
     lines = printed(lambda console: print_partner(there, shown, console))
-    assert lines[0] == "in seed 1: 7 (0.80 enc, 0.90 dec) *"
+    assert lines[0] == ("in seed 1: 7 (0.80 enc, 0.90 dec, Pearson 0.31, Jaccard 0.20) * not alike")
     assert "«cat·4»" in lines[3]
     assert "quantile" not in "".join(lines), "only what it fires on most"
     assert printed(lambda console: print_partner(there, None, console))[1] == (
         "no contexts yet: reseed evaluate run1 evaluation=contexts"
     )
     assert printed(lambda console: print_partner(none, None, console)) == ["in seed 2: none"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({}, NOT_ASKED),
+        ({"activation_tokens": 0, "activation_note": "the model is gone"}, "the model is gone"),
+    ],
+)
+def test_a_match_without_activations_has_dashes_and_the_reason(
+    contexts: Contexts, sweep: Path, columns: dict[str, object], reason: str
+) -> None:
+    write_pairs(sweep, **columns)
+    table = pd.read_parquet(sweep / FILE)
+    table.assign(pearson=[[None] * 2] * 6, jaccard=[[None] * 2] * 6).to_parquet(sweep / FILE)
+    shown = LatentView("run0", contexts, contexts.latent(0), matches_of(sweep, "run0", [0])[0])
+    lines = printed(lambda console: print_latent(shown, console), width=200)
+    assert lines[3] == (
+        "shared with 1 of 2  seed 1: 7 (0.80 enc, 0.90 dec, Pearson –, Jaccard –) *  seed 2: none"
+    )
+    assert lines[4] == (
+        "*: shared by weights. Pearson, Jaccard: activations were not compared: " + reason + "."
+    )
+
+
+def test_a_correlation_that_is_undefined_is_explained(contexts: Contexts, sweep: Path) -> None:
+    table = pd.read_parquet(sweep / FILE)
+    table.assign(pearson=[[None] * 2] * 6).to_parquet(sweep / FILE)
+    shown = LatentView("run0", contexts, contexts.latent(0), matches_of(sweep, "run0", [0])[0])
+    text = "\n".join(printed(lambda console: print_latent(shown, console), width=200))
+    assert "7 (0.80 enc, 0.90 dec, Pearson –, Jaccard 0.20) *  seed 2" in text
+    assert "–: undefined, because the latent or its match is constant on them." in text
 
 
 def test_only_the_requested_latents_are_read(sweep: Path) -> None:

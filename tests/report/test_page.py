@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
+from reseed.compare.registry import NOT_ASKED, NOTE, TOKENS
 from reseed.report.captions import UNSHARED, caption, data_files, reference_table, title
 from reseed.report.evaluation_results import EvaluatedRun, joined
 from reseed.report.figures import comparison_drawings
@@ -234,6 +236,28 @@ def test_columns_of_the_browser_equal_the_cell_s(cells):
     best = np.maximum(*(np.array(values) for values in own["cosine_decoder"]))
     assert np.allclose(own["best_cosine_decoder"], best)
     assert all(isinstance(value, int) for value in own["shared"][0])
+    assert "pearson" not in own
+    assert found[0].activations == (0, NOT_ASKED)
+
+
+def test_the_browser_has_the_agreement_of_activations_or_the_reason(cells):
+    knobs, cell = cells[0]
+    others = cell.n_seeds - 1
+    pearson = pa.array([[0.25, None][:others]] * len(cell.latents), type=pa.list_(pa.float32()))
+    compared = dataclasses.replace(
+        cell,
+        latents=cell.latents.append_column("pearson", pearson),
+        pairs=cell.pairs.assign(**{TOKENS: 4096, NOTE: ""}),
+    )
+    (entry, *_) = entries([(knobs, compared)])
+    own = latent_columns(entry.rows)
+    assert own["pearson"] == [[0.25] * 48, [None] * 48]
+    assert own["best_pearson"] == [0.25] * 48
+    assert entry.activations == (4096, "")
+    gone = dataclasses.replace(
+        cell, pairs=cell.pairs.assign(**{TOKENS: 0, NOTE: "the model is gone"})
+    )
+    assert entries([(knobs, gone)])[0].activations == (0, "the model is gone")
 
 
 def test_files_of_the_browser_are_javascript_calls(cells, tmp_path):

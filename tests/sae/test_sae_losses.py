@@ -4,6 +4,7 @@ import pytest
 import torch
 from sae_examples import batch_of, first_dead, perturbed
 
+from reseed.sae import kernels
 from reseed.sae.base import Step
 from reseed.sae.batch_topk import BatchTopKConfig
 from reseed.sae.gated import GatedConfig
@@ -34,38 +35,93 @@ def make(name, num_latents=24, d_in=6, **options):
     return perturbed(cls(num_latents=num_latents, **{**more, **options}), d_in, noise=0.2)
 
 
-def dense_term(sae, x, dead, centred):
+def reconstruction(name, sae, x):
+    """Reconstruct x as in training: BatchTopK keeps the k·B largest latents of the batch."""
+    if name not in ("batch_topk", "matryoshka"):
+        return sae(x).reconstruction
+    latents = ((x - sae.b_dec) @ sae.W_enc.T + sae.b_enc).relu()
+    least = latents.flatten().topk(sae.config.k * len(x)).values[-1]
+    return torch.where(latents >= least, latents, 0.0) @ sae.W_dec + sae.b_dec
+
+
+def dense_term(name, sae, x, dead, centred):
     """Return α · AuxK · variance per token, in the units of the loss."""
     c = sae.config
     k_aux = c.k_aux or sae.d_in // 2
-    e = (x - sae(x).reconstruction).detach()
+    e = (x - reconstruction(name, sae, x)).detach()
     pre = (x - sae.b_dec.detach() * centred) @ sae.W_enc.T + sae.b_enc
     chosen = torch.where(dead, pre, -torch.inf).topk(min(k_aux, int(dead.sum())), dim=1).indices
     e_hat = (torch.zeros_like(pre).scatter(1, chosen, 1.0) * pre.relu()) @ sae.W_dec
-    aux = (e_hat - e).square().sum() / (e - e.mean(0)).square().sum()
-    per_token = (x - x.mean(0)).square().sum(1).mean()
+    base = {"residual": e, "input": x}[c.aux_denominator]
+    aux = (e_hat - e).square().sum() / (base - base.mean(0)).square().sum()
+    per_token = 1.0  # the k-sparse losses are fractions of variance
+    if name in SUMS:
+        per_token = (x - x.mean(0)).square().sum(1).mean()
     if isinstance(c, JumpReLUConfig):
         per_token = per_token / sae.d_in
-    return c.aux_alpha * min(int(dead.sum()) / k_aux, 1.0) * aux * per_token
+    factor = {"none": 1.0, "dead_fraction": min(int(dead.sum()) / k_aux, 1.0)}[c.aux_scale]
+    return c.aux_alpha * factor * aux * per_token
 
 
 @pytest.mark.parametrize("k_aux", [None, 5])
 @pytest.mark.parametrize("num_dead", [2, 9])
-@pytest.mark.parametrize("name", SUMS)
-def test_the_auxk_term_equals_the_dense_formulation(name, num_dead, k_aux):
-    sae, x = make(name, aux_alpha=0.3, k_aux=k_aux), batch_of(32)
+@pytest.mark.parametrize("scale", ["dead_fraction", "none"])
+@pytest.mark.parametrize("denominator", ["residual", "input"])
+@pytest.mark.parametrize("name", ALL)
+def test_the_auxk_term_equals_the_dense_formulation(name, num_dead, k_aux, scale, denominator):
+    options = {"aux_scale": scale, "aux_denominator": denominator}
+    sae, x = make(name, aux_alpha=0.3, k_aux=k_aux, **options), batch_of(32)
     dead = first_dead(sae, num_dead)
     with_aux, without = (sae.training_loss(x, STEP, d) for d in (dead, first_dead(sae, 0)))
     centred = name not in ("relu", "jumprelu")
-    theirs = dense_term(sae, x, dead, centred)
+    theirs = dense_term(name, sae, x, dead, centred)
     torch.testing.assert_close(with_aux.total - without.total, theirs)
-    assert with_aux.parts["auxk"] > 0 == without.parts["auxk"]
+    part = "auxk" if name in SUMS else "aux"
+    assert with_aux.parts[part] > 0 == without.parts[part]
     parameters = dict(sae.named_parameters())
     ours = torch.autograd.grad(with_aux.total - without.total, parameters.values())
     expected = torch.autograd.grad(theirs, parameters.values(), allow_unused=True)
     for n, a, b in zip(parameters, ours, expected, strict=True):
         b = torch.zeros_like(a) if b is None else b
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11, msg=lambda m, n=n: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(
+    ("scale", "denominator", "expected"),
+    [
+        ("dead_fraction", "residual", 1 / 8),
+        ("none", "residual", 1 / 2),
+        ("dead_fraction", "input", 1 / 32),
+        ("none", "input", 1 / 8),
+    ],
+)
+def test_auxk_of_one_dead_latent_worked_by_hand(scale, denominator, expected):
+    """x is 4 and 0, e is 2 and 0, ê is 1 and 0. ‖ê − e‖² is 1, the variance of e 2 and that of x 8;
+    one latent of k_aux = 4 is dead."""
+    sae = make("topk", num_latents=4, d_in=1, k=1, k_aux=4, aux_scale=scale,
+               aux_denominator=denominator)  # fmt: skip
+    with torch.no_grad():
+        sae.W_enc[0], sae.W_dec[0], sae.b_enc[0], sae.b_dec[0] = 1.0, 0.25, 0.0, 0.0
+    x, error = (torch.tensor([[a], [0.0]], dtype=torch.float64) for a in (4, 2))
+    loss = auxk_loss(sae, x, error, first_dead(sae, 1))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    (grad,) = torch.autograd.grad(loss, sae.W_dec)  # d/dw (4w − 2)² = 8 (4w − 2) = −8 at w = 1/4
+    assert grad[0].item() == pytest.approx(-8 * expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", ["dead_fraction", "none"])
+@pytest.mark.parametrize("denominator", ["residual", "input"])
+@pytest.mark.parametrize("name", ALL)
+def test_the_options_of_auxk_give_the_same_in_compiled_loops(name, scale, denominator):
+    options = {"aux_scale": scale, "aux_denominator": denominator}
+    sae, x = make(name, aux_alpha=0.3, k_aux=5, **options).float(), batch_of(32).float()
+    found = []
+    for on in (False, True):
+        with kernels.override_enabled(on):
+            loss = sae.training_loss(x, STEP, first_dead(sae, 4)).total
+            found.append([loss, *torch.autograd.grad(loss, list(sae.parameters()))])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)

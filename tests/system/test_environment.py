@@ -1,4 +1,4 @@
-"""The limit of open files is raised where the system allows it, and named where it does not."""
+"""The record of the machine; the limit of open files is raised, or named where it cannot be."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from reseed.errors import ReseedError
-from reseed.system.environment import allow_open_files
+from reseed.system.environment import allow_open_files, environment
 
 LIMIT = """
 import resource, sys
@@ -45,3 +46,29 @@ def test_a_sufficient_limit_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (20, 20))
     with pytest.raises(ReseedError, match=r"a group of 10 runs needs [\d,]+ open files"):
         allow_open_files(10, "a group of 10 runs")
+
+
+def test_the_record_has_what_decides_how_sums_are_rounded() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found = environment()
+            assert found["threads"] == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found["vector_instructions"] == torch.backends.cpu.get_cpu_capability()
+    assert found["cpu"]
+    if (info := Path("/proc/cpuinfo")).exists() and "model name" in (text := info.read_text()):
+        assert f"model name\t: {found['cpu']}\n" in text
+
+
+def test_a_command_that_computes_nothing_does_not_load_torch_for_its_record() -> None:
+    code = """
+import sys
+from reseed.system.environment import environment
+assert environment()["threads"] is None
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

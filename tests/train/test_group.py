@@ -189,6 +189,7 @@ def test_the_record_holds_what_was_done(jobs: Jobs) -> None:
     assert 0 < record["timings"]["seconds"] <= record["timings"]["training_s"]
     assert record["experiment"]["sae"]["type"] == "topk"
     assert record["environment"]["packages"]["torch"] == torch.__version__
+    assert record["environment"]["threads"] == torch.get_num_threads()
     assert set(record["fingerprints"]) == {"model", "tokenizer", "text"}
     # The curve has steps 10, 20, … 120, and the last one.
     lines = (run_of(resolved, runtime).path / "training.csv").read_text().splitlines()

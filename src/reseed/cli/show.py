@@ -18,6 +18,7 @@ from reseed.cli.hydra_app import CommandLine
 from reseed.errors import ConfigError, ReseedError
 from reseed.report.latent_view import (
     FILE,
+    PAIRS,
     LatentView,
     Partner,
     matches_of,
@@ -100,7 +101,7 @@ def _shown(
     """Return the latents, with their matches in the newest comparison that contains the run."""
     described = [contexts.latent(latent) for latent in latents]
     sweep, name = _newest_sweep(run, runtime), run.resolve().name
-    if sweep and (damage := Sweep(sweep).damaged_output(FILE)):
+    if sweep and (damage := Sweep(sweep).damaged_output(FILE, PAIRS)):
         raise ReseedError(f"{damage}. `reseed report {sweep}` writes it again")
     if sweep and (stale := Sweep(sweep).stale_cell(Run(run))):
         raise ReseedError(

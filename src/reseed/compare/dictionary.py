@@ -311,7 +311,7 @@ def load_dictionaries(run: Run, value: str) -> tuple[Dictionary, Dictionary | No
         firing=latents["firing"],
         held_out_tokens=metrics["tokens"],
         dead=latents["tokens_since_fired"] >= record["dead_after_tokens"],
-        metrics={name: metrics[name] for name in ("fvu", "l0", "cosine", "dead_fraction")}
+        metrics=numbers({name: metrics[name] for name in ("fvu", "l0", "cosine", "dead_fraction")})
         | {"steps": record["steps"]}
         | truth_metrics(metrics),
         truth=latents.get("truth_label"),
@@ -337,10 +337,14 @@ def _variance(
     return variance * np.linalg.norm(decoder, axis=1).astype(np.float64) ** 2
 
 
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics with null (undefined) as NaN."""
+    return {name: float("nan") if value is None else value for name, value in metrics.items()}
+
+
 def truth_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     """Return the numbers of a run's ``truth`` entry, named ``truth_…``; null (undefined) as NaN."""
-    truth = metrics.get("truth") or {}
-    return {TRUTH_PREFIX + k: float("nan") if v is None else v for k, v in truth.items()}
+    return numbers({TRUTH_PREFIX + k: v for k, v in (metrics.get("truth") or {}).items()})
 
 
 def initial_sae(run: Run) -> SAE:

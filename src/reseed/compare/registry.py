@@ -62,6 +62,14 @@ LIVE = ("", "_live")
 SIDES = ("", "_a", "_b", "_live")
 """Family of a measure that is also shown for each side of a pair."""
 
+ALIKE = 0.5
+"""Correlation of activations from which a latent and its match count as alike on text."""
+NOTE, TOKENS = "activation_note", "activation_tokens"
+"""Extra columns of the pairs of a cell whose activations were to be compared: why they were not
+(else empty), and the number of tokens."""
+NOT_ASKED = "the comparison had comparison.activation_tokens=0"
+"""Reason why the activations of a cell without these columns were not compared."""
+
 
 @dataclass(frozen=True)
 class Interval:

@@ -113,7 +113,8 @@ def replication_table(
     live latents of its run (0 if not live); ``decile_shared`` and ``dictionary_shared``, the mean
     shared fraction of latents in that decile and of all; ``null_shared_fraction`` and
     ``null_cosine`` of random rows. Then, for each other run with value v of the paired axis:
-    ``shared_v``; ``partner_v``, the decoder's match, with both cosines; ``partner_encoder_v``, the
+    ``shared_v``; ``partner_v``, the decoder's match, with both cosines, and ``pearson_v`` and
+    ``jaccard_v`` of the activations, NaN if not compared or undefined; ``partner_encoder_v``, the
     encoder's match; ``best_v``, the latent whose smaller cosine is largest, matched or not, with
     its cosines. A partner of −1 means none.
 
@@ -248,6 +249,13 @@ def _partner(
         f"partner_{value}": matched,
         f"partner_encoder_{value}": lists["partner_encoder"][at],
         **cosines("cosine", matched),
+        **{f"{name}_{value}": _number(lists.get(name), at) for name in ("pearson", "jaccard")},
         f"best_{value}": best,
         **cosines("best_cosine", best),
     }
+
+
+def _number(values: Sequence[float | None] | None, at: int) -> float:
+    """Return an entry of a list column; NaN for null, or if the cell has no such column."""
+    found = None if values is None else values[at]
+    return np.nan if found is None else found

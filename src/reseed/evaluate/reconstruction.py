@@ -23,6 +23,7 @@ from reseed.activations.source import check_held_out
 from reseed.config import setting
 from reseed.evaluate.base import EvaluationConfig, EvaluationInput, LoadedRun, Metric, Result
 from reseed.sae.base import SAE
+from reseed.system.rounding import above_rounding
 
 DENSE = 0.1
 """A latent that fires on a larger fraction of the tokens is dense."""
@@ -100,7 +101,8 @@ class Reconstruction:
     def metrics(self, live_at_least: int = 10) -> dict[str, Any]:
         """Return the measures over everything that was added.
 
-        - ``fvu``: squared error / variance; ``explained_variance``: 1 − FVU;
+        - ``fvu``: squared error / variance, NaN if the activations are equal up to rounding;
+          ``explained_variance``: 1 − FVU;
           ``explained_variance_uncentred``: 1 − squared error / Σ‖x‖², nearly 1 if the activations
           have a large mean;
         - ``cosine`` of x and x̂, ``l0`` latents and ``l1`` Σ|f| per token;
@@ -113,6 +115,8 @@ class Reconstruction:
         if self.tokens == 0 or self.total is None:
             raise ValueError("no activations were added: there is nothing to measure")
         variance = self.squared_norm - float(self.total.square().sum()) / self.tokens
+        if not above_rounding(variance, self.squared_norm):
+            variance = 0.0
         fired = self.firing
         return {
             "tokens": self.tokens,

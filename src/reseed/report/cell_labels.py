@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reseed.compare.cell import CellResult
+from reseed.compare.registry import NOT_ASKED, NOTE, TOKENS
 from reseed.report.format import MISSING, one_line, range_text
 
 Cell = tuple[Mapping[str, Any], CellResult]
@@ -198,3 +199,12 @@ def _follows(cells: Sequence[Knobbed], name: str, other: str) -> bool:
 
 def _word(knobs: Mapping[str, Any], name: str) -> str:
     return one_line(str(knobs.get(name, MISSING)))
+
+
+def activations_of(cell: CellResult) -> tuple[int, str]:
+    """Return the number of tokens on which the activations of a cell's latents were compared, and
+    the reason why they were not; empty if they were."""
+    tokens = int(cell.pairs[TOKENS].to_numpy().max()) if TOKENS in cell.pairs else 0
+    if tokens:
+        return tokens, ""
+    return 0, str(cell.pairs[NOTE].iloc[0]) if NOTE in cell.pairs else NOT_ASKED

@@ -1,11 +1,13 @@
 """A latent on the terminal: its contexts, logits, neighbours and matches in other runs.
 
-Only the rows of the latent are read from a sweep's ``latents.parquet``.
+Only the rows of the latent are read from a sweep's ``latents.parquet``, and from ``pairs.csv``
+whether the activations of its run were compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from reseed.report.format import format_bounds, format_number
+from reseed.compare.registry import ALIKE, NOT_ASKED, NOTE, TOKENS
+from reseed.report.format import MISSING, format_bounds, format_number
 from reseed.store.contexts import TOP, Context, Contexts, LatentContexts
 
-FILE = "latents.parquet"
+FILE, PAIRS = "latents.parquet", "pairs.csv"
 _OWN = ("run", "seed", "latent", "shared_with", "others", "partner_decoder", "shared")
-_BY_WEIGHTS = ("cosine_encoder", "cosine_decoder")
+_OF_MATCHES = ("cosine_encoder", "cosine_decoder", "pearson", "jaccard")
 _CHANCE = ("reproducibility", "reproducibility_low", "reproducibility_high")
 
 
@@ -42,6 +45,8 @@ class Partner:
         name: its name within the cell: ``seed 1``.
         latent: index of the match; None if there is none.
         cosine_encoder, cosine_decoder: cosines with the match; None if rows cannot be compared.
+        pearson, jaccard: correlation of the activations of both, and overlap of the tokens on which
+            they fire; None if activations were not compared, or if it is undefined.
         shared: whether the other run shares the latent by the strict rule.
     """
 
@@ -50,6 +55,8 @@ class Partner:
     latent: int | None
     cosine_encoder: float | None
     cosine_decoder: float | None
+    pearson: float | None
+    jaccard: float | None
     shared: bool
 
 
@@ -62,11 +69,15 @@ class LatentMatches:
         reproducibility: probability that one more run shares it, and the bounds of its interval;
             None if the runs differ in more than the seed.
         partners: a match per other run.
+        tokens: number of held-out tokens on which activations were compared.
+        reason: why they were not compared; empty if they were.
     """
 
     shared_with: int
     reproducibility: tuple[float, float, float] | None
     partners: tuple[Partner, ...]
+    tokens: int
+    reason: str
 
 
 def matches_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, LatentMatches]:
@@ -74,7 +85,7 @@ def matches_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, Laten
     their rows are read."""
     path = sweep / FILE
     there = pq.read_schema(path).names
-    wanted = [name for name in (*_OWN, *_BY_WEIGHTS, *_CHANCE) if name in there]
+    wanted = [name for name in (*_OWN, *_OF_MATCHES, *_CHANCE) if name in there]
     rows = pq.read_table(
         path, columns=wanted, filters=[("run", "==", run), ("latent", "in", list(latents))]
     ).to_pylist()
@@ -85,22 +96,35 @@ def matches_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, Laten
     cell = [run, *rows[0]["others"]]
     distinct = len({seeds[each] for each in cell}) == len(cell)
     names = {each: f"seed {seeds[each]}" if distinct else each for each in cell}
-    return {row["latent"]: _matches(row, names) for row in rows}
+    on_tokens = _on_tokens(sweep, cell)
+    return {row["latent"]: _matches(row, names, *on_tokens) for row in rows}
 
 
-def _matches(row: Mapping[str, Any], names: Mapping[str, str]) -> LatentMatches:
+def _on_tokens(sweep: Path, cell: Sequence[str]) -> tuple[int, str]:
+    """Return the number of tokens on which the activations of a cell were compared, and the reason
+    why they were not."""
+    with (sweep / PAIRS).open(newline="", encoding="utf-8") as file:
+        pairs = (row for row in csv.DictReader(file) if {row["a"], row["b"]} <= set(cell))
+        first = next(pairs, {})
+    # The column is also there, but empty, if another cell of the sweep has it.
+    tokens = int(float(first.get(TOKENS) or 0))
+    return tokens, "" if tokens else first.get(NOTE) or NOT_ASKED
+
+
+def _matches(
+    row: Mapping[str, Any], names: Mapping[str, str], tokens: int, reason: str
+) -> LatentMatches:
     others = row["others"]
     partners = []
     for i, other in enumerate(others):
         latent = row["partner_decoder"][i]
         there = latent is not None and latent >= 0
-        encoder, decoder = (row[n][i] if there and n in row else None for n in _BY_WEIGHTS)
-        match = latent if there else None
-        shared = bool(row["shared"][i])
-        partners.append(Partner(other, names[other], match, encoder, decoder, shared))
+        numbers = {n: row[n][i] if there and n in row else None for n in _OF_MATCHES}
+        match, shared = latent if there else None, bool(row["shared"][i])
+        partners.append(Partner(other, names[other], match, shared=shared, **numbers))
     mean, low, high = _CHANCE
     chance = (row[mean], row[low], row[high]) if row.get(mean) is not None else None
-    return LatentMatches(row["shared_with"], chance, tuple(partners))
+    return LatentMatches(row["shared_with"], chance, tuple(partners), tokens, reason)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,18 +203,40 @@ def _print_matches(matches: LatentMatches | None, console: Console) -> None:
         console.print(Text(f"reproducibility {format_number(mean)} {format_bounds(low, high)}"))
     count = f"shared with {matches.shared_with} of {len(matches.partners)}"
     _print_list(count, [f"{p.name}: {_in_words(p)}" for p in matches.partners], console)
+    if any(p.latent is not None for p in matches.partners):
+        console.print(Text(" ".join(_legend(matches)), style="dim"))
 
 
 def _in_words(partner: Partner) -> str:
-    """Return ``471 (0.82 enc, 0.85 dec) *``, with a star if it is shared."""
+    """Return ``471 (0.82 enc, 0.85 dec, Pearson 0.93, Jaccard 0.71) *``, with a star if it is
+    shared."""
     if partner.latent is None:
         return "none"
     both = ((partner.cosine_encoder, "enc"), (partner.cosine_decoder, "dec"))
-    cosines = ", ".join(
-        f"{format_number(cosine)} {of}" for cosine, of in both if cosine is not None
-    )
-    words = f"{partner.latent} ({cosines})" if cosines else str(partner.latent)
-    return f"{words} *" if partner.shared else words
+    numbers = [f"{format_number(cosine)} {of}" for cosine, of in both if cosine is not None]
+    for name, value in (("Pearson", partner.pearson), ("Jaccard", partner.jaccard)):
+        numbers.append(f"{name} {MISSING if value is None else format_number(value)}")
+    unlike = " not alike" * _is_unlike(partner)
+    return f"{partner.latent} ({', '.join(numbers)})" + f" *{unlike}" * partner.shared
+
+
+def _is_unlike(partner: Partner) -> bool:
+    return partner.shared and partner.pearson is not None and partner.pearson < ALIKE
+
+
+def _legend(matches: LatentMatches) -> Iterator[str]:
+    """Yield sentences that explain the matches."""
+    there = [p for p in matches.partners if p.latent is not None]
+    if any(p.shared for p in there):
+        yield "*: shared by weights."
+    if any(map(_is_unlike, there)):
+        yield f"not alike: Pearson below {ALIKE:g}: they fire differently."
+    if matches.reason:
+        yield f"Pearson, Jaccard: activations were not compared: {matches.reason}."
+        return
+    yield f"Pearson, Jaccard: activations on {matches.tokens:,} held-out tokens."
+    if any(None in (p.pearson, p.jaccard) for p in there):
+        yield f"{MISSING}: undefined, because the latent or its match is constant on them."
 
 
 def _print_list(name: str, items: Sequence[str], console: Console) -> None:

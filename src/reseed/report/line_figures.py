@@ -17,9 +17,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from reseed.compare.activations.substitution import clip_quality, quality_by_coverage
-from reseed.compare.activations.tables import TOKENS
 from reseed.compare.cell import CellResult
 from reseed.compare.measures import THRESHOLDS
+from reseed.compare.registry import TOKENS
 from reseed.compare.strata import DECILES, shared_by_stratum
 from reseed.compare.tables import lists
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds

@@ -19,12 +19,11 @@ from collections.abc import Mapping, Sequence
 from math import isnan
 from typing import Any
 
-from reseed.compare.activations.tables import NOTE, TOKENS
 from reseed.compare.cell import CellResult
 from reseed.compare.difference import cell_difference, share_draws
 from reseed.compare.measures import THRESHOLDS
 from reseed.compare.nulls import SURROGATES, kappa
-from reseed.compare.registry import Interval, declared
+from reseed.compare.registry import NOTE, TOKENS, Interval, declared
 from reseed.compare.statistics import holm_intervals
 from reseed.report.architecture_contrasts import difference_method
 from reseed.report.captions import BY_THRESHOLD, SOURCE, compares_seeds

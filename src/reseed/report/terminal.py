@@ -93,15 +93,22 @@ def _rich_table(table: Table, room: int = 10_000) -> RichTable:
     Args:
         room: number of characters by which the table may exceed its minimum width. (By default
             rich narrows the widest column first, and breaks its words while others have room.)
+            Columns that need little get it; the others share the rest equally.
     """
     made = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
     made.collapse_padding, made.pad_edge = True, False
-    for i, name in enumerate(table.header):
-        entries = [name, *(row[i] for row in table.rows)]
-        least = max(cell_len(word) for entry in entries for word in (entry.split() or [""]))
-        full = max(cell_len(line) for entry in entries for line in (entry.splitlines() or [""]))
-        width = min(full, least + room)
-        room -= width - least
+    columns = [[name, *(row[i] for row in table.rows)] for i, name in enumerate(table.header)]
+    widths = [max(cell_len(word) for e in own for word in (e.split() or [""])) for own in columns]
+    full = [
+        max(cell_len(line) for e in own for line in (e.splitlines() or [""])) for own in columns
+    ]
+    wanted = [most - least for least, most in zip(widths, full, strict=True)]
+    order = sorted(range(len(columns)), key=wanted.__getitem__)
+    for place, i in enumerate(order):
+        given = max(0, min(wanted[i], room // (len(order) - place)))
+        widths[i] += given
+        room -= given
+    for i, (name, width) in enumerate(zip(table.header, widths, strict=True)):
         justify = "left" if i < table.num_knobs else "right"
         made.add_column(name, justify=justify, overflow="fold", width=width)
     first = [row[:1] for row in table.rows]

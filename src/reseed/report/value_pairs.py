@@ -13,7 +13,6 @@ from typing import Any
 
 import pandas as pd
 
-from reseed.compare.activations.tables import NOTE
 from reseed.compare.config import REPLICATES, pair_axes, value_axes
 from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.pairing import (
@@ -23,7 +22,7 @@ from reseed.compare.pairing import (
     pair_groups,
     runs_by_value,
 )
-from reseed.compare.registry import Interval, columns, declared, fractions
+from reseed.compare.registry import NOTE, Interval, columns, declared, fractions
 from reseed.compare.statistics import holm_intervals
 from reseed.report.cell_labels import Cell, knob_values, varying_knobs
 from reseed.report.cell_labels import columns as cell_columns

@@ -93,6 +93,11 @@ class SAEConfig(SAEOption, ABC):
         aux_alpha: weight of the auxiliary loss of dead latents (`reseed.sae.losses`), in units of
             the variance of the inputs; 0 leaves this loss out.
         k_aux: number of dead latents per token that reconstruct the error; null is D/2.
+        aux_scale: ``dead_fraction``: the auxiliary loss is multiplied by min(dead latents / k_aux,
+            1), as in sparsify; ``none``: it is not, as in Gao et al. 2024.
+        aux_denominator: ``residual``: the auxiliary loss is relative to the variance of the error
+            that the dead latents reconstruct (Gao et al. 2024); ``input``: to that of the inputs,
+            as in sparsify, so that it becomes smaller while the SAE improves.
     """
 
     dense_products: ClassVar[int] = 5
@@ -110,6 +115,10 @@ class SAEConfig(SAEOption, ABC):
     target_l0: float | None = setting(None, above=0, neutral=None)
     aux_alpha: float = setting(0.0, at_least=0, neutral=0.0)
     k_aux: int | None = setting(None, at_least=1, neutral=None)
+    aux_scale: str = setting(
+        "dead_fraction", choices=("dead_fraction", "none"), neutral="dead_fraction"
+    )
+    aux_denominator: str = setting("residual", choices=("residual", "input"), neutral="residual")
 
     def validate(self) -> None:
         if self.num_latents is None and self.expansion_factor is None:

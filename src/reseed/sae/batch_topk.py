@@ -15,7 +15,7 @@ from torch.nn import functional as nn_functional
 from reseed.config import setting
 from reseed.distributed.process_group import min_over_batch
 from reseed.sae.base import SAE, Loss, Step
-from reseed.sae.losses import auxk_loss, fvu, total_variance
+from reseed.sae.losses import auxk_loss, fvu, variance_or_nan
 from reseed.sae.pairs import SparseLatents
 from reseed.sae.selection import select_in_batch
 from reseed.sae.sparse import batch_topk_encode, sparse_error, weighted_encoder
@@ -98,7 +98,7 @@ class BatchSparseSAE(SAE):
         if weights is not None:
             kept = kept * weights[latents.indices]
         self._update_threshold(kept, self.config.threshold_rate_at(step, self.d_in))
-        total, error, parts = self._reconstruction_loss(x, latents, total_variance(x))
+        total, error, parts = self._reconstruction_loss(x, latents, variance_or_nan(x))
         if self.config.aux_alpha > 0:
             aux = auxk_loss(self, x, error.detach(), dead, weights=weights)
             total, parts = total + self.config.aux_alpha * aux, {**parts, "aux": aux}

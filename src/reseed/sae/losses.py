@@ -21,6 +21,7 @@ from reseed.distributed.process_group import shared_variance
 from reseed.sae import kernels
 from reseed.sae.base import SAE
 from reseed.sae.sparse import sparse_decode, topk_encode
+from reseed.system.rounding import above_rounding
 
 
 def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
@@ -34,6 +35,20 @@ def total_variance(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
     else:
         own = (x - x.mean(0)).square_().sum()
     return shared_variance(x, own)
+
+
+def has_variance(x: Float[Tensor, "batch d_in"], variance: Float[Tensor, ""]) -> Bool[Tensor, ""]:
+    """Return whether a variance of the size of ``variance`` is above the rounding of ``x``."""
+    return above_rounding(variance, torch.linalg.vector_norm(x.detach()) ** 2, x.dtype)
+
+
+def variance_or_nan(x: Float[Tensor, "batch d_in"]) -> Float[Tensor, ""]:
+    """Return `total_variance`, or NaN if the rows are equal up to rounding.
+
+    A loss relative to it is then NaN, so that the run ends (`reseed.train.run_state`).
+    """
+    variance = total_variance(x)
+    return torch.where(has_variance(x, variance), variance, torch.nan)
 
 
 def fvu(squared_error: Float[Tensor, ""], variance: Float[Tensor, ""]) -> Float[Tensor, ""]:
@@ -73,6 +88,10 @@ def auxk_loss(
 ) -> Float[Tensor, ""]:
     """Return ‖ê − e‖² over the variance of e, ê from the k_aux largest *dead* latents (App. A.2).
 
+    With `aux_denominator=input` the denominator is the variance of x. The loss is 0 if the
+    denominator is not above the rounding of x. By default the loss is multiplied by
+    min(dead / k_aux, 1) (`aux_scale`).
+
     The error is a constant here. Only dead rows (of encoder and decoder) get a gradient, and only
     where ReLU(W_enc (x − b_dec) + b_enc) is above 0.
 
@@ -95,8 +114,11 @@ def auxk_loss(
         )
         found = sparse_decode(latents, sae.W_dec)
     miss = (found - error).square().sum()
-    scale = min(len(candidates) / k_aux, 1.0)
-    return scale * ratio_or_zero(miss, total_variance(error))
+    variance = total_variance(x.detach() if sae.config.aux_denominator == "input" else error)
+    # The error of a reconstruction that is right up to rounding is rounding of x.
+    variance = torch.where(has_variance(x, variance), variance, 0.0)
+    scale = min(len(candidates) / k_aux, 1.0) if sae.config.aux_scale == "dead_fraction" else 1.0
+    return scale * ratio_or_zero(miss, variance)
 
 
 def _dense(
@@ -126,7 +148,7 @@ def auxk_term(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return α·AuxK for a loss whose reconstruction term is Σ‖e‖²/``per``, and AuxK itself.
 
-    In TopK, AuxK and the reconstruction term are both fractions of variance. Here AuxK is
+    In TopK, AuxK and the reconstruction term are both relative to a variance. Here AuxK is
     multiplied by the batch's variance in the units of this loss, so that α has the same meaning.
     """
     aux = auxk_loss(sae, x, error.detach(), dead, centred=centred)

@@ -15,7 +15,7 @@ from torch import Tensor
 from reseed.config import setting
 from reseed.errors import ConfigError
 from reseed.sae.base import SAE, Loss, SAEConfig, SAEOutput, Step
-from reseed.sae.losses import auxk_loss, fvu, total_variance
+from reseed.sae.losses import auxk_loss, fvu, variance_or_nan
 from reseed.sae.pairs import SparseLatents
 from reseed.sae.sparse import group_max_encode, sparse_decode, sparse_error, topk_encode
 
@@ -168,10 +168,11 @@ class TopK(SAE):
     ) -> Loss:
         """Return FVU + α·AuxK [+ FVU(4k)/8], with FVU relative to the batch's total variance.
 
-        A batch without variance (a single token) has no finite loss.
+        The loss is NaN for a batch without variance: a single token, or tokens that are all equal
+        up to rounding.
         """
         x = x.to(self.W_enc.dtype)
-        variance = total_variance(x)
+        variance = variance_or_nan(x)
         latents, more = self._encode_for_loss(x, round(self.config.k_at(step, self.d_in)))
         squared_error, error = sparse_error(x, latents, self.W_dec, self.b_dec)
         parts = {"fvu": fvu(squared_error, variance)}

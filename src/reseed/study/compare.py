@@ -19,7 +19,6 @@ from reseed.compare.activations.measures import (
     measure_same_tokens,
 )
 from reseed.compare.activations.tables import (
-    NOTE,
     lacks_activations,
     weight_matches,
     with_activations,
@@ -29,7 +28,7 @@ from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes
 from reseed.compare.dictionary import load_dictionaries
 from reseed.compare.matching import MatchingCache
 from reseed.compare.pairing import add_axis_columns, axis_label
-from reseed.compare.registry import Measure, declared
+from reseed.compare.registry import NOTE, Measure, declared
 from reseed.compare.truth import LABEL_COLUMN
 from reseed.errors import ReseedError
 from reseed.sae.base import SAE

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from reseed.compare.cell import CellResult, cell_settings, unify_sparsity
 from reseed.compare.config import ComparisonConfig, pair_axes
+from reseed.compare.dictionary import numbers
 from reseed.compare.difference import run_draws
 from reseed.config import Config
 from reseed.errors import ConfigError, ReseedError, did_you_mean
@@ -357,7 +358,7 @@ def _evaluated(folder: Path, results: Mapping[str, Path]) -> EvaluatedRun:
     if run.exists:
         about = cell_settings([run], {}) | {"seed": run.record["experiment"]["seed"], "run": run.id}
         metrics, weights = run.metrics, run.hashes().get(WEIGHTS_FILE)
-        quality = {name: metrics[name] for name in ("fvu", "l0", "dead_fraction")}
+        quality = numbers({name: metrics[name] for name in ("fvu", "l0", "dead_fraction")})
     found = {}
     for name, path in results.items():
         with suppress(FileNotFoundError):

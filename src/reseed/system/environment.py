@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -106,7 +106,28 @@ def _mask_word(word: str) -> str:
 def environment() -> dict[str, Any]:
     """Return the environment of the current command, without its secrets."""
     command = _command.get() or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {**_of_process(), "command": mask_command(command)}  # a process may run several
+    # A process may run several commands, with different numbers of threads.
+    return {**_of_process(), **_arithmetic(), "command": mask_command(command)}
+
+
+def _arithmetic() -> dict[str, Any]:
+    """Return what decides how sums are rounded on the CPU, besides the versions: torch's number of
+    threads and its vector instructions; None for a process that has not loaded torch."""
+    torch: Any = sys.modules.get("torch")  # loading it here would delay commands that only read
+    if torch is None:
+        return {"threads": None, "vector_instructions": None}
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"threads": torch.get_num_threads(), "vector_instructions": instructions}
+
+
+def cpu_name() -> str:
+    """Return the name of the CPU's type, as far as the system tells."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 _command: ContextVar[str] = ContextVar("command", default="")
@@ -191,6 +212,7 @@ def _of_process() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "packages": versions,
         "git_commit": _git_commit(),

@@ -33,7 +33,7 @@ class Curve:
 
         Args:
             squared_error, variance: those of the step's batch; the row's FVU is the ratio of their
-                sums.
+                sums, NaN if no batch had a variance.
             values: quantities whose means the row holds.
         """
         self.steps += 1
@@ -48,7 +48,8 @@ class Curve:
             step, tokens, known: columns that are not sums.
         """
         sums = {name: float(value) for name, value in self.sums.items()}
-        fvu = sums.pop("squared_error") / max(sums.pop("variance"), 1e-30)
+        error, variance = sums.pop("squared_error"), sums.pop("variance")
+        fvu = error / variance if variance > 0 else float("nan")
         means = {name: value / self.steps for name, value in sums.items()}
         row = {"step": step, "tokens": tokens, "fvu": fvu, **known, **means}
         self.rows.append(row)

@@ -103,7 +103,9 @@ def write_results(
         metrics["truth"] = truth.metrics
     seconds = state.curve.rows[-1]["seconds"] if isinstance(state, RunState) else 0.0
     timings = entries["timings"] | {"seconds": seconds}
-    run.finish(metrics, **{**entries, "timings": timings})
+    # The threads of the process that trained it, which it set after the record was begun.
+    environment = run.record["environment"] | {"threads": torch.get_num_threads()}
+    run.finish(metrics, **{**entries, "timings": timings, "environment": environment})
 
 
 def _silent_latents(

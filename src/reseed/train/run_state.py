@@ -21,7 +21,7 @@ from reseed.config import digest
 from reseed.distributed.process_group import ALONE, ProcessGroup, batch_shared_by
 from reseed.errors import ReseedError
 from reseed.sae.base import SAE, Loss, SAEConfig, Step
-from reseed.sae.losses import PenaltySteering, total_variance
+from reseed.sae.losses import PenaltySteering, has_variance, total_variance
 from reseed.system.console import say
 from reseed.system.devices import is_out_of_memory
 from reseed.system.files import DiskFullError
@@ -38,10 +38,11 @@ class NotFiniteError(ReseedError, ArithmeticError):
     Args:
         what: the quantity, with its verb ("the loss is").
         step: the first step at which it was not finite.
+        cause: the cause, if it is known.
     """
 
-    def __init__(self, what: str, step: int) -> None:
-        super().__init__(f"{what} not finite at step {step}")
+    def __init__(self, what: str, step: int, cause: str = "") -> None:
+        super().__init__(f"{what} not finite at step {step}" + (f": {cause}" if cause else ""))
         self.step = step
 
 
@@ -93,6 +94,7 @@ class RunState:
         self.error: BaseException | None = None
         self.steering: PenaltySteering | None = None
         self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._without_variance = torch.zeros((), dtype=torch.bool, device=device)
 
     @property
     def active(self) -> bool:
@@ -136,13 +138,20 @@ class RunState:
             truth: unit directions of a world's features, for ``training.start=truth``.
 
         Raises:
-            ReseedError: all activations are zero.
+            ReseedError: the activations are zero or not finite, or their squares are in float32.
         """
         x = x.to(self.sae.b_dec.device, torch.float32)
         if self.training.normalize_activations:
             norm = float(torch.linalg.vector_norm(x, dim=1).double().mean())
-            if not norm > 0:
-                raise ReseedError(f"{self.id}: all activations are zero, so no SAE can be trained")
+            if not 0 < norm < math.inf:
+                why = (
+                    "all zero, or so small that float32 rounds their squares to 0"
+                    if norm == 0
+                    else "not finite, or so large that float32 cannot hold their squares"
+                )
+                raise ReseedError(
+                    f"{self.id}: activations at {self.hookpoint} are {why}; no SAE can be trained"
+                )
             self.scale = x.shape[1] ** 0.5 / norm
         if self.training.b_dec_init == "mean":
             self.sae.initialise_b_dec((x.double().mean(0) * self.scale).float())
@@ -262,7 +271,11 @@ class RunState:
         """
         bad = int(self._first_bad)
         if bad >= 0:
-            raise NotFiniteError("the loss is", bad)
+            cause = (
+                f"all {self.training.batch_size:,} activations of the batch at {self.hookpoint} "
+                "are equal up to rounding, so the loss has no variance to be relative to"
+            )
+            raise NotFiniteError("the loss is", bad, cause if self._without_variance else "")
         step = Step(max(self.step - 1, 0), self.training.steps)
         return self.curve.close(
             step=self.step,
@@ -336,7 +349,11 @@ class RunState:
         is_first = ~torch.isfinite(loss.total.detach()) & (self._first_bad < 0)
         self._first_bad = torch.where(is_first, now, self._first_bad)
         with batch_shared_by(self.ranks):
-            variance = total_variance(x) * self.ranks.count
+            share = total_variance(x)
+        varies = has_variance(x, share)
+        equal = ~varies & torch.isfinite(share)
+        self._without_variance = torch.where(is_first, equal, self._without_variance)
+        variance = torch.where(varies, share, 0.0) * self.ranks.count
         self.curve.count(
             loss=loss.total,
             squared_error=loss.squared_error,

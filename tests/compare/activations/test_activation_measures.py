@@ -274,6 +274,57 @@ def test_latents_that_are_not_live_do_not_count(saes, x, dictionary, settings):
     assert np.isnan(found.latents[1, 0].substitution.quality[:8]).all(), "there is no damage"
 
 
+@pytest.fixture
+def alike_by_rows():
+    """Two SAEs of four latents, and four tokens. Latents 0 to 2 have matches with both cosines at
+    least .8: 0 fires on token 0 in A but on token 1 in B, 1 on tokens 0 and 2 in both, and 2 on
+    none. Latent 3 has a match of cosine 0 that fires on the same token, 3."""
+    rows_a, rows_b = torch.zeros(4, 6), torch.zeros(4, 6)
+    rows_a[0, 0], rows_b[0, 0], rows_b[0, 1] = 1, 0.8, 0.6
+    rows_a[1, 2] = rows_b[1, 2] = rows_a[2, 3] = rows_b[2, 3] = rows_a[3, 4] = rows_b[3, 5] = 1
+    tokens = torch.zeros(4, 6)
+    tokens[0, :3] = torch.tensor([1.0, -2.0, 1.0])
+    tokens[1, :2] = torch.tensor([-1.0, 3.0])
+    tokens[2, 2], tokens[3, 4], tokens[3, 5] = 1, 1, 1
+    saes = []
+    for rows in (rows_a, rows_b):
+        sae = ReLUConfig(num_latents=4).build(6, torch.Generator()).requires_grad_(False)
+        sae.W_enc.copy_(rows)
+        sae.W_dec.copy_(rows)
+        saes.append(sae)
+    return saes, tokens
+
+
+@pytest.mark.parametrize(
+    ("live_at_least", "shared", "alike"),
+    [
+        (1, {"": 3 / 4, "_live": 2 / 3}, {"": 1 / 4, "_live": 1 / 3}),
+        (2, {"": 3 / 4, "_live": 1}, {"": 1 / 4, "_live": 1}),
+    ],
+)
+def test_a_latent_shared_by_weights_that_fires_elsewhere_is_not_alike(
+    alike_by_rows, dictionary, settings, live_at_least, shared, alike
+):
+    """r of latent 0 is (0 − 1/16)/(3/16) = −1/3, that of latent 1 is 1, latent 2 has none."""
+    saes, x = alike_by_rows
+    cell = cell_of(dictionary, saes, x, replace(settings, live_at_least=live_at_least))
+    cell = with_activations(cell, measure_same_activations(saes, weight_matches(cell), [x]))
+    (row,) = cell.pairs.to_dict("records")
+    assert {k: row[f"shared_fraction{k}"] for k in shared} == pytest.approx(shared)
+    assert {k: row[f"shared_and_alike{k}"] for k in alike} == pytest.approx(alike)
+    assert cell.estimates["shared_and_alike"].mean == pytest.approx(1 / 4)
+    found = np.array(cell.latents["pearson"].to_pylist()[:4], dtype=float)[:, 0]
+    np.testing.assert_allclose(found, [-1 / 3, 1, np.nan, 1], atol=1e-6)
+
+
+def test_without_activations_nothing_is_known_to_be_alike(alike_by_rows, dictionary, settings):
+    saes, x = alike_by_rows
+    cell = with_activations(cell_of(dictionary, saes, x, settings), None, "the model is gone")
+    assert cell.pairs[["shared_and_alike", "shared_and_alike_live"]].isna().to_numpy().all()
+    assert np.isnan(cell.estimates["shared_and_alike"].mean)
+    assert cell.pairs["shared_fraction"].tolist() == [3 / 4]
+
+
 def test_measuring_without_tokens_is_refused(saes):
     nothing = WeightMatches(*(np.full(20, value) for value in (-1, False, False, 0)))
     with pytest.raises(ValueError, match="no activations were given: there is nothing to measure"):

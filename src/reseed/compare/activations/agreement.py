@@ -36,6 +36,7 @@ from torch import Tensor
 from reseed.compare.activations.batch_codes import BatchCodes
 from reseed.compare.matching import match
 from reseed.compare.statistics import known_mean
+from reseed.system.rounding import above_rounding
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,11 @@ class FiringSums:
         self.total += codes.sum_by_latent(exact)
         self.squares += codes.sum_by_latent(exact.square())
         self.tokens += codes.tokens
+
+    def spread(self) -> Float[Tensor, " num_latents"]:
+        """Return n²·variance of each latent; 0 if its activations are equal up to rounding."""
+        spread = self.tokens * self.squares - self.total.square()
+        return torch.where(above_rounding(spread, self.tokens * self.squares), spread, 0.0)
 
 
 @dataclass(eq=False)
@@ -116,7 +122,7 @@ def agreement(a: FiringSums, b: FiringSums, together: PairSums) -> Agreement:
     matched = together.partner >= 0
     other = together.partner.clamp(min=0)
     covariance = a.tokens * together.products - a.total * b.total[other]
-    spread_a, spread_b = (x.tokens * x.squares - x.total.square() for x in (a, b))
+    spread_a, spread_b = (x.spread() for x in (a, b))
     scale = (spread_a * spread_b[other]).clamp(min=0).sqrt()
     either = a.count + b.count[other] - together.both
     return Agreement(
@@ -229,10 +235,11 @@ class ActivationMatcher:
             )
             rows[latent, start + token] = value
             start += codes[s].tokens
-        kept = np.flatnonzero(self.live[s] & (rows != rows[:, :1]).any(axis=1))
-        rows = rows[kept]
+        squares = np.einsum("ij,ij->i", rows, rows)
         rows -= rows.mean(axis=1, keepdims=True)
-        return rows, kept
+        varies = above_rounding(np.einsum("ij,ij->i", rows, rows), squares)
+        kept = np.flatnonzero(self.live[s] & varies)
+        return rows[kept], kept
 
 
 MIN_TOKENS = 4
@@ -242,10 +249,14 @@ MIN_TOKENS = 4
 def centred_gram(x: Float[Tensor, "B D"]) -> Float[Tensor, "B B"]:
     """Return the scalar products of centred rows, in float64.
 
-    HSIC does not depend on the centre; centring reduces rounding errors.
+    HSIC does not depend on the centre; centring reduces rounding errors. Rows that are equal up to
+    rounding count as equal.
     """
     exact = x.double()
+    square = exact.square().sum()
     exact = exact - exact.mean(0)
+    if not above_rounding(exact.square().sum(), square):
+        exact = torch.zeros_like(exact)
     return exact @ exact.T
 
 

@@ -22,8 +22,13 @@ from reseed.compare.activations.measures import (
 )
 from reseed.compare.activations.substitution import clip_quality, quality_by_coverage
 from reseed.compare.cell import CellResult
+from reseed.compare.pair import Subset
 from reseed.compare.pairing import without_intervals
 from reseed.compare.registry import (
+    ALIKE,
+    LIVE,
+    NOTE,
+    TOKENS,
     Column,
     Measure,
     View,
@@ -39,8 +44,6 @@ from reseed.compare.tables import lists, pair_estimates
 TOPS = (100, 2_000)
 """Values of r for which the tables show the mean R of the r highest-ranking matches."""
 KINDS = ("shared", "orphan")
-NOTE, TOKENS = "activation_note", "activation_tokens"
-"""Extra columns of the pairs: why measures are missing (else empty), and the number of tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,28 @@ def _mask(found: LatentMeasures, side: WeightMatches, kind: str) -> Bool[np.ndar
     if not kind:
         return found.both_live
     return found.both_live & (side.shared if kind == "shared" else ~side.shared)
+
+
+@measure(
+    "shared_and_alike{}",
+    family=LIVE,
+    needs="activations",
+    scale="fraction",
+    heading="shared and alike",
+    table="activations",
+    help="shared by the strict rule, and the activations of both latents have a correlation of at "
+    f"least {ALIKE:g}; over the same latents as `shared_fraction`",
+    advice="Latents with similar rows can fire on other text: shows how much of `shared_fraction` "
+    "does not. A latent that never fires on these tokens has no correlation and does not count, "
+    "so it falls with rare latents and with fewer `comparison.activation_tokens`.",
+)
+def shared_and_alike(pair: PairOnTokens, which: str) -> float:
+    sides = [side for _, side in pair.both]
+    if not (sides[0].partner >= 0).any():  # rows without a common space have no matches
+        return float("nan")
+    kept = (side.live | (not which) for side in sides)
+    alike = pair.latents.agreement.pearson >= ALIKE
+    return Subset(*kept).fraction(sides[0].shared & alike, sides[0].partner)
 
 
 @measure(
@@ -274,14 +299,8 @@ def matched(pair: PairOnTokens) -> tuple[float, float, float]:
 )  # fmt: skip
 def latent_columns(pair: PairOnTokens) -> tuple[Float[np.ndarray, " F"], ...]:
     found = pair.latents
-    agreement = found.agreement
-    return (
-        agreement.pearson,
-        agreement.jaccard,
-        found.match_cosine,
-        found.substitution.quality,
-        found.insertion,
-    )
+    more = found.match_cosine, found.substitution.quality, found.insertion
+    return found.agreement.pearson, found.agreement.jaccard, *more
 
 
 def weight_matches(cell: CellResult) -> AllWeightMatches:

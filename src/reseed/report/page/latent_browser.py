@@ -23,8 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reseed.compare.cell import CellResult
+from reseed.compare.registry import ALIKE
 from reseed.compare.tables import lists
-from reseed.report.cell_labels import Cell, label, pair_axis_name
+from reseed.report.cell_labels import Cell, activations_of, label, pair_axis_name
 from reseed.report.evaluation_results import LETTERS, EvaluatedRun, Runs
 from reseed.store.contexts import LATENTS_PER_GROUP, Context, Contexts, LatentContexts
 
@@ -34,6 +35,7 @@ CONTEXT_TOKENS = 8
 """Number of tokens that the list shows on each side of a latent's peak token."""
 _DIGITS = 4
 _OF_OTHERS = ("partner_encoder", "partner_decoder", "cosine_encoder", "cosine_decoder", "shared")
+_ON_TOKENS = ("pearson", "jaccard")
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +46,7 @@ class Entry:
         name: its display name, unique among all entries.
         cell: index of the cell.
         tokens: number of held-out tokens.
+        activations: number of tokens on which activations were compared, and why they were not.
         rows: the run's rows of the cell's latent table.
     """
 
@@ -51,6 +54,7 @@ class Entry:
     name: str
     cell: int
     tokens: int
+    activations: tuple[int, str]
     rows: pa.Table
 
 
@@ -63,7 +67,7 @@ def entries(cells: Sequence[Cell]) -> list[Entry]:
             what = label(cells, knobs)
             name = f"{what}, {_place(cell, str(run['seed']), cells)}"
             tokens = int(run["held_out_tokens"])
-            found.append(Entry(run["run"], name, number, tokens, rows))
+            found.append(Entry(run["run"], name, number, tokens, activations_of(cell), rows))
     return found
 
 
@@ -93,8 +97,8 @@ def write_browser(
 
 
 def latent_columns(rows: pa.Table) -> dict[str, Any]:
-    """Return the columns of a run: name → a value per latent, or, for the columns in `_OF_OTHERS`,
-    a list of such values for each other run."""
+    """Return the columns of a run: name → a value per latent, or, for the columns in `_OF_OTHERS`
+    and `_ON_TOKENS`, a list of such values for each other run."""
     found: dict[str, Any] = {
         "firing": rows["firing"].to_pylist(),
         "shared_with": rows["shared_with"].to_pylist(),
@@ -103,9 +107,10 @@ def latent_columns(rows: pa.Table) -> dict[str, Any]:
     }
     for name in ("reproducibility", "reproducibility_low", "reproducibility_high"):
         found[name] = rounded(rows[name])
-    for name in _OF_OTHERS:
+    there = [name for name in _ON_TOKENS if name in rows.column_names]
+    for name in (*_OF_OTHERS, *there):
         found[name] = [_numbers(own) for own in lists(rows, name).T]
-    for name in ("cosine_encoder", "cosine_decoder"):
+    for name in ("cosine_encoder", "cosine_decoder", *there):
         found[f"best_{name}"] = _numbers(_best(lists(rows, name)))
     for name in _evaluated(rows):
         found[name] = rounded(rows[name])
@@ -117,12 +122,14 @@ def _about(entry: Entry, among: Sequence[Entry]) -> dict[str, Any]:
     with."""
     place = {(e.cell, e.run): i for i, e in enumerate(among)}
     others = entry.rows["others"][0].as_py() if len(entry.rows) else []
+    tokens, reason = entry.activations
     return {
         "id": entry.run,
         "name": entry.name,
         "tokens": entry.tokens,
         "latents": len(entry.rows),
         "others": [place[entry.cell, other] for other in others],
+        "activations": {"tokens": tokens, "reason": reason, "alike": ALIKE},
     }
 
 

@@ -169,11 +169,21 @@ def _versions(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
             packages,
             f"commit `{commit}`" if commit else "",
             f"{own.get('platform', MISSING)}, {own.get('cpus', MISSING)} CPUs",
+            _rounding(own),
             f"device {record['device']}" if record.get("device") else "",
         ]
         line = "; ".join(part for part in parts if part)
         found[line] = found.get(line, 0) + 1
     return [f"**{count} of {len(records)} runs**: {line}" for line, count in found.items()]
+
+
+def _rounding(own: Mapping[str, Any]) -> str:
+    """Return what decides how sums are rounded; empty for a run of an earlier version."""
+    if not own.get("cpu"):
+        return ""
+    threads, vectors = own.get("threads"), own.get("vector_instructions")
+    used = f" with {vectors}, {threads} thread{'s' * (threads != 1)}" if threads else ""
+    return f"{own['cpu']}{used}"
 
 
 def _word(value: Any) -> str:

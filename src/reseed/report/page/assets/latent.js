@@ -52,6 +52,8 @@ const latent = (() => {
       encoder: c.cosine_encoder[k][i],
       byEncoder: c.partner_encoder[k][i],
       shared: Boolean(c.shared[k][i]),
+      pearson: c.pearson?.[k][i],
+      jaccard: c.jaccard?.[k][i],
       contexts: match >= 0 ? await contextsOf(other, match) : null,
     };
   }
@@ -117,7 +119,16 @@ const latent = (() => {
     return element("div", { class: "columns" }, mine, partners.map(column));
   }
 
-  function column({ other, match, decoder, encoder, byEncoder, shared, contexts }) {
+  /** Return how alike the activations of a latent and its match are, or why this is not known. */
+  function agreement(run, pearson, jaccard) {
+    const { tokens, reason } = run.activations;
+    const unknown = (pearson ?? null) === null;
+    const why = reason ? ` (activations were not compared: ${reason})` : unknown ? " (constant on these tokens)" : "";
+    const title = `Pearson: correlation of both latents' activations; Jaccard: overlap of the tokens on which they fire; on ${words.count(tokens)} held-out tokens`;
+    return element("span", { title }, `Pearson ${words.number(pearson)}, Jaccard ${words.number(jaccard)}${why}`);
+  }
+
+  function column({ other, match, decoder, encoder, byEncoder, shared, pearson, jaccard, contexts }) {
     const run = runs()[other];
     if (match < 0) {
       return element("section", { class: "column" }, element("h3", {}, run.name),
@@ -127,8 +138,10 @@ const latent = (() => {
     const cosines = [`cosine decoder ${words.number(decoder)}, encoder ${words.number(encoder)}`,
       same ? null : [" with ", element("a", { href: address(other, byEncoder) }, String(byEncoder))]];
     const title = [`${run.name}: `, element("a", { href: address(other, match) }, String(match)), shared ? " *" : ""];
+    const unlike = shared && (pearson ?? null) !== null && pearson < run.activations.alike;
+    const state = shared ? (unlike ? "shared by weights, not alike" : "shared") : "not shared";
     return element("section", { class: "column" }, element("h3", { title: shared ? "shared" : null }, title),
-      element("p", { class: "match" }, shared ? "shared · " : "not shared · ", cosines), passages(other, contexts));
+      element("p", { class: "match" }, state, element("br"), cosines, element("br"), agreement(run, pearson, jaccard)), passages(other, contexts));
   }
 
   function passages(r, own) {

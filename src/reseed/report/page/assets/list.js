@@ -45,6 +45,7 @@ const list = (() => {
     { key: "shared", head: "shared", width: "5rem", of: (c, i) => c.shared_with[i], down: true },
     { key: "encoder", head: "cos enc", width: "5rem", of: (c, i) => c.best_cosine_encoder[i], down: true },
     { key: "decoder", head: "cos dec", width: "5rem", of: (c, i) => c.best_cosine_decoder[i], down: true },
+    { key: "pearson", head: "Pearson", width: "5rem", of: (c, i) => c.best_pearson?.[i], down: true },
     { key: "absorption", head: "absorption", width: "10rem", of: (c, i) => c.absorption_words?.[i] ?? null, down: true, named: true },
   ];
 
@@ -194,6 +195,7 @@ const list = (() => {
       shared: () => (c.dead[i] && !c.live[i] ? element("span", { class: "state" }, "dead") : `${c.shared_with[i]} of ${run.others.length}`),
       encoder: () => words.number(c.best_cosine_encoder[i]),
       decoder: () => words.number(c.best_cosine_decoder[i]),
+      pearson: () => words.number(c.best_pearson?.[i]),
       absorption: () => absorbed(run, c, i),
     };
     const made = shown.map((column) => element("td", { class: column.named ? "name" : null }, cells[column.key]()));
