@@ -65,6 +65,28 @@ def test_an_interval_over_prompt_seeds_by_hand() -> None:
     assert np.isnan([two.prompts_low, two.prompts_high]).all(), "two seeds are too few"
 
 
+def test_the_draws_of_permuted_labels_widen_an_interval_by_hand() -> None:
+    """Two draws of two words each, with the values .2 and .6: the variance over words is 4·(.2/4)²
+    · 4/3 = 1/75, over draws 2·(2·.2/4)² · 2 = 1/25, with 3 degrees of freedom and 1."""
+    rows = [(0, w, 0, 0.2 + 0.4 * (w > 1)) for w in range(4)]
+    number, word, seed, value = (np.array(each) for each in zip(*rows, strict=True))
+    draw, shape = word // 2, (1, 1, 4)
+    null = Ratios.of(number, word, seed, value, np.ones(4), shape, draw)
+    found = mean_over_classes(null, equal(0))
+    variance = 1 / 75 + 1 / 25
+    freedom = variance**2 / ((1 / 75) ** 2 / 3 + (1 / 25) ** 2 / 1)
+    reach = stats.t.ppf(0.975, freedom) * sqrt(variance) / (0.4 * 0.6)
+    ends = [log(p / (1 - p)) for p in (found.low, found.high)]
+    assert ends == pytest.approx([log(2 / 3) - reach, log(2 / 3) + reach])
+    assert found.classes.loc[0, "low"] == pytest.approx(found.low)
+    # The draws of a baseline widen the interval of a difference as much.
+    same = Ratios.of(number, word, seed, np.full(4, 0.5), np.ones(4), shape)
+    difference = mean_over_classes(same, equal(0), null)
+    assert difference.high - difference.mean == pytest.approx(
+        stats.t.ppf(0.975, freedom) * sqrt(variance)
+    )
+
+
 def test_prompt_seeds_are_compared_over_the_same_classes() -> None:
     """Class 1 has no record under seed 2; the means of the seeds are those of class 0."""
     rows = [(0, w, s, 0.2 + 0.1 * s) for w in range(3) for s in range(3)]
@@ -197,3 +219,26 @@ def test_intervals_over_words_cover_the_truth(case: str) -> None:
     coverage = inside / draws
     assert coverage[:2].min() > 0.93 - 2 * sqrt(0.93 * 0.07 / draws), coverage
     assert coverage[2] < 0.85, coverage
+
+
+def test_intervals_of_a_null_cover_the_mean_over_permutations() -> None:
+    """Fifteen draws, each with an effect on every letter that its words share (its own main
+    latents), and words with an effect of their own."""
+    random, draws, mean = np.random.default_rng(2), 400, 0.4
+    inside = words_alone = 0
+    number, word, draw = (each.ravel() for each in np.indices((4, 60, 3)))
+    draw = 5 * draw + (word // 12)  # each word is tested in one of five folds
+    unit, shape = 60 * number + word, (3, 4, 240)
+    for _ in range(draws):
+        effect = random.normal(0, 0.1, (4, 15))[number, draw] + random.normal(0, 0.2, 240)[unit]
+        value = mean + effect
+        for with_draws in (True, False):
+            null = Ratios.of(
+                number, unit, draw // 5, value, np.ones(len(value)), shape,
+                draw if with_draws else None,
+            )  # fmt: skip
+            found = mean_over_classes(null, equal(*range(4)))
+            inside += with_draws and found.low <= mean <= found.high
+            words_alone += not with_draws and found.low <= mean <= found.high
+    assert inside / draws > 0.93 - 2 * sqrt(0.93 * 0.07 / draws)
+    assert words_alone < inside

@@ -10,14 +10,18 @@ the error of the ratio r_c of class c, which has n_c words. With the classes' we
 Var(mean) = Σ_w (Σ_c v_c e_cw)²: a word may be of several classes (permuted labels). The quantile is
 that of t with Satterthwaite's degrees of freedom over classes. Classes, probes and folds are fixed.
 
-Letters: C classes, W different words, S prompt seeds.
+Permuted labels are drawn at random for each fold and prompt seed. The variance over these draws,
+computed as that over words, is added; what a word and a draw have in common counts twice, so the
+interval is rather too wide.
+
+Letters: C classes, W different words, S prompt seeds, G draws.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite, isnan, sqrt
+from math import isfinite, isnan, nan, sqrt
 
 import numpy as np
 import pandas as pd
@@ -38,11 +42,13 @@ class Ratios:
     Attributes:
         top, bottom: sums over the word's records in a class; 0 where it has none.
         by_seed: the ratio under each prompt seed; NaN for a class without a record there.
+        draws: ``top`` and ``bottom`` of each draw of permuted labels; None for true labels.
     """
 
     top: Float[np.ndarray, "C W"]
     bottom: Float[np.ndarray, "C W"]
     by_seed: Float[np.ndarray, "S C"]
+    draws: tuple[Float[np.ndarray, "C G"], Float[np.ndarray, "C G"]] | None = None
 
     @classmethod
     def of(
@@ -53,21 +59,27 @@ class Ratios:
         top: Float[np.ndarray, " n"],
         bottom: Float[np.ndarray, " n"],
         shape: tuple[int, int, int],
+        draw: Int[np.ndarray, " n"] | None = None,
     ) -> Ratios:
         """Sum n records.
 
         Args:
             number, word, seed: class, word and prompt seed of each record, numbered from 0.
             shape: S, C and W.
+            draw: draw of permuted labels of each record, numbered from 0.
         """
-        _, classes, words = shape
-        sums = np.zeros((2, classes, words))
-        seeds = np.zeros((2, *shape[:2]))
-        for i, values in enumerate((top, bottom)):
-            np.add.at(sums[i], (number, word), values)
-            np.add.at(seeds[i], (seed, number), values)
+        seeds, classes, words = shape
+
+        def sums(unit: Int[np.ndarray, " n"], size: int) -> tuple[np.ndarray, np.ndarray]:
+            found = np.zeros((2, classes, size))
+            for i, values in enumerate((top, bottom)):
+                np.add.at(found[i], (number, unit), values)
+            return found[0], found[1]
+
+        of_seeds = sums(seed, seeds)
+        of_draws = None if draw is None else sums(draw, int(draw.max(initial=0)) + 1)
         with np.errstate(invalid="ignore"):
-            return cls(sums[0], sums[1], seeds[0] / seeds[1])
+            return cls(*sums(word, words), (of_seeds[0] / of_seeds[1]).T, of_draws)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,22 +144,29 @@ def mean_over_classes(
     if not used:
         empty = pd.DataFrame(columns=["mean", "low", "high", "words"], dtype=np.float64)
         return Mean(*[float("nan")] * 5, classes=empty)
-    means, errors, counts = _linearised(found, used)
+    means, errors, counts = _linearised(found.top[used], found.bottom[used])
     by_seed = found.by_seed[:, used]
     if minus is not None:
-        others, their_errors, their_counts = _linearised(minus, used)
+        others, their_errors, theirs = _linearised(minus.top[used], minus.bottom[used])
         means, errors = means - others, errors - their_errors
-        counts, by_seed = np.minimum(counts, their_counts), by_seed - minus.by_seed[:, used]
+        counts, by_seed = np.minimum(counts, theirs), by_seed - minus.by_seed[:, used]
     weights = np.array([kept[c] for c in used], dtype=np.float64)
     weights /= weights.sum()
-    bounded, mean, variances = minus is None, float(weights @ means), np.square(errors).sum(1)
-    variance = float(np.square(weights @ errors).sum())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        freedom = variance**2 / (np.square(weights**2 * variances) / (counts - 1)).sum()
-    low, high = _interval(mean, sqrt(variance), freedom, confidence, bounded)
+    parts = [(errors, counts)]
+    for of in each:
+        if of.draws is not None:
+            parts.append(_linearised(*(sums[used] for sums in of.draws))[1:])
+    bounded, mean = minus is None, float(weights @ means)
+    low, high = _interval(mean, *_error(parts, weights), confidence, bounded)
     rows = {
-        c: (m, *_interval(m, sqrt(v), n - 1, confidence, bounded), n)
-        for c, m, v, n in zip(used, means.tolist(), variances, counts.tolist(), strict=True)
+        c: (
+            m,
+            *_interval(m, *_error([(e[[i]], n[[i]]) for e, n in parts], one), confidence, bounded),
+            counts[i],
+        )
+        for i, (c, m, one) in enumerate(
+            zip(used, means.tolist(), np.ones((len(used), 1)), strict=True)
+        )
     }
     # A prompt seed under which some class has no record would be a mean over other classes.
     complete, seeds = ~np.isnan(by_seed).any(0), len(by_seed)
@@ -162,16 +181,34 @@ def mean_over_classes(
 
 
 def _linearised(
-    found: Ratios, used: Sequence[int]
-) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, "C W"], Int[np.ndarray, " C"]]:
-    """Return the ratio of each class, each word's part of its error, and the number of words."""
-    top, bottom = found.top[used], found.bottom[used]
+    top: Float[np.ndarray, "C U"], bottom: Float[np.ndarray, "C U"]
+) -> tuple[Float[np.ndarray, " C"], Float[np.ndarray, "C U"], Int[np.ndarray, " C"]]:
+    """Return the ratio of each class, each unit's part of its error, and the number of units."""
     whole, counts = bottom.sum(1, keepdims=True), (bottom > 0).sum(1)
     ratios = top.sum(1, keepdims=True) / whole
     with np.errstate(divide="ignore", invalid="ignore"):
         factor = np.sqrt(counts / (counts - 1))[:, None]
         errors = factor * (top - ratios * bottom) / whole
     return ratios[:, 0], errors, counts
+
+
+def _error(
+    parts: Sequence[tuple[Float[np.ndarray, "C U"], Int[np.ndarray, " C"]]],
+    weights: Float[np.ndarray, " C"],
+) -> tuple[float, float]:
+    """Return the standard error of the weighted mean and its degrees of freedom.
+
+    Args:
+        parts: for each kind of unit (words, draws), the units' parts of the errors of the classes,
+            and the number of units of each class.
+    """
+    total = lost = 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        for errors, counts in parts:
+            variance = float(np.square(weights @ errors).sum())
+            each = np.square(weights**2 * np.square(errors).sum(1)) / (counts - 1)
+            total, lost = total + variance, lost + each.sum()
+        return sqrt(total) if total >= 0 else nan, float(np.float64(total) ** 2 / lost)
 
 
 def _interval(

@@ -79,16 +79,25 @@ def _columns(found: Absorption, name: str) -> dict[str, object]:
     }
 
 
-def record_ratios(records: pd.DataFrame, column: str, repetitions: Sequence[ProbedTask]) -> Ratios:
-    """Sum a column of the records over each word: its ratio is the mean over records."""
+def record_ratios(
+    records: pd.DataFrame, column: str, repetitions: Sequence[ProbedTask], permuted: bool = False
+) -> Ratios:
+    """Sum a column of the records over each word: its ratio is the mean over records.
+
+    Args:
+        permuted: whether the records are of permuted labels, drawn for each fold and repetition.
+    """
     words, seeds = repetitions[0].words, [probed.prompt_seed for probed in repetitions]
+    seed = np.array([seeds.index(one) for one in records["prompt_seed"]], dtype=np.int64)
+    draw = seed * len(repetitions[0].folds) + records["fold"].to_numpy(dtype=np.int64)
     return Ratios.of(
-        number=records["class"].to_numpy(),
-        word=words.spelling_ids[records["word"].to_numpy()],
-        seed=np.array([seeds.index(seed) for seed in records["prompt_seed"]], dtype=np.int64),
+        number=records["class"].to_numpy(dtype=np.int64),
+        word=words.spelling_ids[records["word"].to_numpy(dtype=np.int64)],
+        seed=seed,
         top=records[column].to_numpy(dtype=np.float64),
         bottom=np.ones(len(records)),
         shape=(len(repetitions), len(words.classes), words.num_spellings),
+        draw=draw if permuted else None,
     )
 
 

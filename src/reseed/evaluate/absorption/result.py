@@ -182,7 +182,10 @@ def _means(
     assert measured.permuted is not None
 
     def ratios(of: pd.DataFrame, *columns: str) -> dict[str, Ratios]:
-        return {name: record_ratios(of, name, repetitions) for name in columns if name in of}
+        permuted = of is measured.permuted
+        return {
+            name: record_ratios(of, name, repetitions, permuted) for name in columns if name in of
+        }
 
     def means(of: dict[str, Ratios], end: str = "") -> dict[str, Mean]:
         return {
