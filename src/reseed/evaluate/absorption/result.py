@@ -241,7 +241,8 @@ def _letter_table(
     main = defaultdict(list)
     for _, _, splits in measured.splits:
         for number, split in enumerate(splits):
-            main[number].append([] if split is None else split.main.tolist())
+            if split is not None:
+                main[number].append(split.main.tolist())
     rows = []
     for number, name in enumerate(probed.words.classes):
         row: dict[str, object] = {
