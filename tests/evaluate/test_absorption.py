@@ -204,7 +204,8 @@ def test_letters_with_too_few_words_are_listed_with_the_reason(
     numbers = {name: float(value) for name, value in found.metrics.items() if value is not None}
     assert config.remark(numbers) == (
         "no letter can be evaluated: the F1 of the probe is not above `probe_f1` for 0, and fewer "
-        "than `min_test_words` words are measured for 3; letters.csv has each letter's reason"
+        "than `min_test_words` words are measured for 3; the table `letters` has each "
+        "letter's reason"
     )
     assert config.remark({f"{kind.name}_letters": 1.0}) == ""
 

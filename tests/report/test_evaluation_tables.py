@@ -191,8 +191,8 @@ def test_a_table_without_an_evaluable_letter_says_so_and_why(evaluated) -> None:
                "absorption_fraction": None}  # fmt: skip
     wanted = (
         "**no letter can be evaluated: the F1 of the probe is not above `probe_f1` for 19, and "
-        "fewer than `min_test_words` words are measured for 7; letters.csv has each letter's "
-        "reason**"
+        "fewer than `min_test_words` words are measured for 7; the table `letters` has each "
+        "letter's reason**"
     )
     empty = {
         name: dataclasses.replace(

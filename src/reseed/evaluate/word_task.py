@@ -120,8 +120,8 @@ class WordTaskConfig(EvaluationConfig):
         )
         return (
             f"no letter can be evaluated: the F1 of the probe is not above `probe_f1` for {weak}, "
-            f"and fewer than `min_test_words` words are measured for {few}; letters.csv has each "
-            "letter's reason"
+            f"and fewer than `min_test_words` words are measured for {few}; the table `letters` "
+            "has each letter's reason"
         )
 
     def check(self, source: RunSource) -> None:
