@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from reseed.evaluate.absorption.evaluation import AbsorptionConfig
-from reseed.evaluate.probes import train_probe
-from reseed.evaluate.word_task import ProbedTask
-from reseed.evaluate.words import Template, Words, make_folds, split_words
+from reseed.evaluate.word_split import make_folds, split_words
+from reseed.evaluate.word_task import ProbedTask, train_probes
+from reseed.evaluate.words import Template, Words
 from reseed.sae.base import SAE
 from reseed.sae.topk import TopKConfig
 
@@ -51,7 +51,7 @@ def main() -> None:
     probed = made_up(given.words, given.d_in)
     config = TopKConfig(num_latents=given.latents, k=given.k)
     sae = config.build(given.d_in, torch.Generator().manual_seed(0))
-    measure, every = AbsorptionConfig(prompt_seeds=(0,)), range(LETTERS)
+    measure, every = AbsorptionConfig(prompt_seeds=(0,), folds=1), [range(LETTERS)]
     alone = seconds(lambda: measure.measured(sae, [probed], every, null=False))
     print(f"reseed: {alone:.1f} s per SAE", flush=True)
     with_null = seconds(lambda: measure.measured(sae, [probed], every))
@@ -82,17 +82,11 @@ def made_up(n: int, d_in: int) -> ProbedTask:
     labels = torch.multinomial(share, n, replacement=True, generator=random)
     directions = torch.randn(LETTERS, d_in, generator=random)
     x = 0.3 * directions[labels] + torch.randn(n, d_in, generator=random)
-    array = labels.numpy()
-    part = split_words(array, 1, 0)
-    folds = make_folds(array, part, 1, 0)
     names = tuple("abcdefghijklmnopqrstuvwxyz")
-    words = Words(torch.arange(n), ("",) * n, labels, names, names)
-    permuted = labels[torch.randperm(n, generator=random)]
-    probes = {"permuted": permuted[None]}
-    for prefix, each in (("", labels), ("permuted_", permuted)):
-        member = torch.nn.functional.one_hot(each, LETTERS).bool()[folds[0].train]
-        weight, bias = train_probe(x[folds[0].train], member, random)
-        probes |= {f"{prefix}weight": weight[None], f"{prefix}bias": bias[None]}
+    words = Words(torch.arange(n), tuple(map(str, range(n))), labels, names, names)
+    part = split_words(words, 1, 0)
+    folds = make_folds(words, part, 1, 0)
+    probes = train_probes(words, x, folds, 0)
     return ProbedTask(words, Template((), {}, {}, {}), x, part, folds, 0, probes)
 
 

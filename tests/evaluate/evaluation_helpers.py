@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from reseed.evaluate.base import EvaluationConfig, Result
 from reseed.evaluate.sparse_latents import SparseLatents
+from reseed.evaluate.words import Words
 from reseed.sae.base import SAE
 from reseed.sae.topk import TopKConfig
 
@@ -17,6 +20,13 @@ def codes_of(dense: Tensor) -> SparseLatents:
     token, latent = dense.nonzero(as_tuple=True)
     starts = F.pad((dense != 0).sum(1).cumsum(0), (1, 0))
     return SparseLatents(starts, latent, dense[token, latent], dense.shape[1])
+
+
+def words_of(labels: Sequence[int], texts: Sequence[str] = ()) -> Words:
+    """Make words of the given classes; by default each has its own spelling."""
+    texts = texts or [f"w{i}" for i in range(len(labels))]
+    names = tuple(f"class {i}" for i in range(max(labels) + 1))
+    return Words(torch.arange(len(labels)), tuple(texts), torch.tensor(labels), names, names)
 
 
 def constant(value: Tensor) -> SAE:

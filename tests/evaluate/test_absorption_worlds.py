@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from evaluation_helpers import words_of
 from torch import Tensor
 
 from reseed.activations.synthetic.worlds import World
@@ -19,7 +20,7 @@ from reseed.cli.plan import check_jobs
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
 from reseed.evaluate.sparse_latents import encode
 from reseed.evaluate.splitting import find_splits
-from reseed.evaluate.words import make_folds, split_words
+from reseed.evaluate.word_split import make_folds, split_words
 from reseed.sae.base import SAE
 from reseed.sae.checkpoint import load_sae
 from reseed.sae.relu import ReLUConfig
@@ -47,8 +48,8 @@ def measured(sae: SAE, world: World) -> tuple[Absorption, Tensor]:
     fires = torch.zeros(TOKENS, len(world.dictionary), dtype=torch.bool)
     fires[sample.token, sample.feature] = True
     member = torch.stack([fires[:, 0], ~fires[:, 0]], dim=1)
-    labels = np.where(fires[:, 0], 0, 1)
-    fold = make_folds(labels, split_words(labels, 1, 0), 1, 0)[0]
+    words = words_of(np.where(fires[:, 0], 0, 1).tolist())
+    fold = make_folds(words, split_words(words, 1, 0), 1, 0)[0]
     codes = encode(sae, sample.x)
     # The parent is one concept: its first latent represents it.
     split = find_splits(codes, member, fold, most=1, random=torch.Generator().manual_seed(0))[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from evaluation_helpers import codes_of
+from evaluation_helpers import codes_of, words_of
 from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,7 +22,7 @@ from reseed.evaluate.probes import (
 )
 from reseed.evaluate.sparse_latents import encode
 from reseed.evaluate.splitting import choose_main, find_splits
-from reseed.evaluate.words import Fold, make_folds, split_words
+from reseed.evaluate.word_split import Fold, make_folds, split_words
 from reseed.sae import base
 from reseed.sae.relu import ReLUConfig
 
@@ -238,8 +238,8 @@ def split_world(children: int) -> tuple[Tensor, Tensor]:
 
 
 def folds_of(labels: Tensor) -> Fold:
-    array = labels.numpy()
-    return make_folds(array, split_words(array, 1, 0), 1, 0)[0]
+    words = words_of(labels.tolist())
+    return make_folds(words, split_words(words, 1, 0), 1, 0)[0]
 
 
 @pytest.mark.parametrize("children", [1, 2, 3])

@@ -1,15 +1,12 @@
-"""Words of a vocabulary, their split, and prompts made of their tokens."""
+"""Words of a vocabulary, and prompts made of their tokens."""
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
@@ -20,9 +17,7 @@ from reseed.evaluate.words import (
     Words,
     first_letter_words,
     labelled_words,
-    make_folds,
     make_prompts,
-    split_words,
 )
 
 LINE = "{word} has the first letter: {answer}"
@@ -136,40 +131,6 @@ def test_an_invalid_table_of_words_is_refused(tmp_path: Path, text: str, message
 def test_a_missing_table_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"cannot read nowhere\.csv: No such file"):
         labelled_words(byte_level(), "nowhere.csv")
-
-
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=200), st.integers(1, 6), st.integers(0, 9))
-def test_the_split_is_a_partition_with_equal_shares(
-    labels: list[int], folds: int, seed: int
-) -> None:
-    array = np.array(labels)
-    part = split_words(array, folds, seed)
-    made = make_folds(array, part, folds, seed)
-    assert (split_words(array, folds, seed) == part).all()
-    assert len(made) == folds
-    for fold in made:
-        both = np.concatenate([fold.fit, fold.validation, fold.test])
-        assert sorted(both) == list(range(len(array)))
-        assert (fold.train == np.sort(np.concatenate([fold.fit, fold.validation]))).all()
-    tested = Counter(i for fold in made for i in fold.test)
-    for label in set(labels):
-        n = labels.count(label)
-        sizes = [int((array[fold.test] == label).sum()) for fold in made]
-        if folds == 1:
-            assert sizes == [round(0.2 * n)]
-        else:
-            assert max(sizes) - min(sizes) <= 1
-    if folds > 1:
-        assert set(tested.values()) == {1}
-        assert len(tested) == len(labels)
-
-
-def test_another_seed_gives_another_split() -> None:
-    labels = np.arange(300) % 3
-    assert (split_words(labels, 1, 0) != split_words(labels, 1, 1)).any()
-    first, second = (make_folds(labels, split_words(labels, 1, 0), 1, s)[0] for s in (0, 1))
-    assert (first.test == second.test).all()
-    assert set(first.validation) != set(second.validation)
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ def absorption(run: int) -> StoredEvaluation:
         "absorption",
         {"type": "absorption"},
         {"absorption_letters": 1, "absorption_fraction": fraction,
-         "absorption_fraction_low": fraction - 0.01, "absorption_fraction_high": fraction + 0.01,
+         "absorption_fraction_words_low": fraction - 0.01,
+         "absorption_fraction_words_high": fraction + 0.01,
          "absorption_fraction_null": 0.1, "absorption_fraction_untrained": None},
         {"letters": letters, "words": words, "absorbers": absorbers},
         {"absorption_is_absorber": np.arange(F) < 24, "absorption_words": np.arange(F)},
@@ -108,10 +109,10 @@ def test_metrics_are_columns_with_a_mean_over_runs(evaluated) -> None:
     frame = summary_frame(cells).set_index("sae")
     assert frame.loc["topk", "faithfulness_ce_increase"] == 1.5
     assert math.isnan(frame.loc["relu", "absorption_fraction"])
-    # The runs' own intervals (over words) have the names of the interval over runs, which wins.
+    # The interval over runs, and the mean ends of the runs' intervals over words.
     assert frame.loc["topk", "absorption_fraction_high"] == pytest.approx(found.high)
     assert frame.loc["topk", "absorption_fraction_low"] == pytest.approx(found.low)
-    assert "absorption_fraction_low_low" not in frame
+    assert frame.loc["topk", "absorption_fraction_words_low"] == pytest.approx(0.49)
 
 
 def test_latents_have_columns_of_one_type_in_all_cells(evaluated) -> None:
@@ -170,6 +171,43 @@ def test_every_character_of_the_tables_has_a_form_in_latex(evaluated) -> None:
 def test_without_evaluations_nothing_changes(cells) -> None:
     assert joined(cells, {}) == list(cells)
     assert evaluation_tables(cells) == []
+
+
+def test_tables_show_the_interval_over_words_beside_that_over_runs(evaluated) -> None:
+    cells, runs = evaluated
+    table = next(t for t in evaluation_tables(cells) if t.caption.startswith("How much is hidden"))
+    entry = dict(zip(table.header, table.rows[0], strict=True))["fraction"]
+    assert entry.replace("\u00a0", " ") == "0.50 [-0.12, 1.12] / [0.49, 0.51]"
+    assert any(note.startswith("The interval after **/**") for note in table.footnotes)
+    alone = next(t for t in run_tables(runs) if t.caption.startswith("How much is hidden"))
+    entries = [dict(zip(alone.header, row, strict=True))["fraction"] for row in alone.rows]
+    assert entries[0] == "0.25 [0.24, 0.26]"
+    assert any(note.startswith("Intervals are over words") for note in alone.footnotes)
+
+
+def test_a_table_without_an_evaluable_letter_says_so_and_why(evaluated) -> None:
+    cells, runs = evaluated
+    nothing = {"absorption_letters": 0, "absorption_weak_probes": 19, "absorption_few_words": 7,
+               "absorption_fraction": None}  # fmt: skip
+    wanted = (
+        "**no letter can be evaluated: the F1 of the probe is not above `probe_f1` for 19, and "
+        "fewer than `min_test_words` words are measured for 7; the table `letters` has each "
+        "letter's reason**"
+    )
+    empty = {
+        name: dataclasses.replace(
+            run, results={"absorption": StoredEvaluation("absorption", {}, nothing)}
+        )
+        for name, run in runs.items()
+    }
+    bare = [(knobs, dataclasses.replace(cell, evaluated={})) for knobs, cell in cells]
+    (table,) = [t for t in evaluation_tables(joined(bare, empty)) if "hidden" in t.caption][:1]
+    assert wanted in table.footnotes
+    (alone,) = run_tables(empty)
+    assert wanted in alone.footnotes
+    mixed = {**runs, next(iter(runs)): empty[next(iter(runs))]}
+    (some,) = [t for t in run_tables(mixed) if t.caption.startswith("How much is hidden")]
+    assert [n for n in some.footnotes if n.startswith(wanted)] == [f"{wanted}: 0"]
 
 
 def test_an_evaluation_of_a_user_has_the_table_that_it_declares(cells) -> None:

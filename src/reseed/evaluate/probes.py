@@ -103,8 +103,20 @@ def precision_recall_f1(
     predicted: Bool[Tensor, "words ..."], member: Bool[Tensor, "words ..."]
 ) -> Scores:
     """Compute precision, recall and F1 of predictions, over words."""
-    right = (predicted & member).sum(0).double()
-    said, there = predicted.sum(0), member.sum(0)
+    return scores_of((predicted & member).sum(0), predicted.sum(0), member.sum(0))
+
+
+def scores_of(
+    right: Int[Tensor, "*classes"], said: Int[Tensor, "*classes"], there: Int[Tensor, "*classes"]
+) -> Scores:
+    """Compute the scores from numbers of words.
+
+    Args:
+        right: words predicted to be of the class that are.
+        said: words predicted to be of the class.
+        there: words of the class.
+    """
+    right = right.double()
     return Scores(
         precision=right / said.clamp(min=1),
         recall=right / there.clamp(min=1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -18,27 +19,29 @@ from torch import Tensor
 
 from reseed.activations.stream import generator
 from reseed.evaluate.base import EvaluationInput, LoadedRun, Metric, Result
-from reseed.evaluate.probes import Scores, fit_nested, precision_recall_f1, rank_latents
+from reseed.evaluate.probes import fit_nested, precision_recall_f1, rank_latents
 from reseed.evaluate.sparse_latents import SparseLatents, encode
-from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, probe_quality
-from reseed.evaluate.words import Fold
+from reseed.evaluate.word_classes import (
+    ProbeQuality,
+    class_counts,
+    count_metrics,
+    kept_classes,
+    probe_quality,
+    refusal_reasons,
+)
+from reseed.evaluate.word_means import Ratios, interval_metrics, mean_over_classes
+from reseed.evaluate.word_split import Fold
+from reseed.evaluate.word_task import ProbedTask, WordTaskConfig
 from reseed.store.results import L0
 
 TOO_FEW_WORDS = "too few words to choose latents"
 """Reason why a class is not evaluated although its probe is good enough."""
-LETTERS = Metric(
-    "splitting_letters",
-    "letters",
-    "number of classes of words that are evaluated, because the F1 of their probe is above "
-    "`evaluation.probe_f1` and they have enough words; all means are over these",
-    count=True,
-    advice="With few letters a mean says little about the others.",
-)
 CLASS = Metric(
     "splitting_class",
     help="index of the class that the latent stands for most often; −1 if there is none",
 )
 _RANKING = 0x72616E6B
+_SCORES = ("f1", "precision", "recall", "probe_f1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,63 +97,67 @@ def find_splits(
     return splits
 
 
-def find_all_splits(
-    config: WordTaskConfig, probed: ProbedTask, codes: SparseLatents
-) -> list[list[MainLatents | None]]:
-    """Find the main latents of every class in every fold of a repetition (one prompt seed)."""
-    folds = range(len(probed.folds))
-    return [find_fold_splits(config, probed, codes, fold, probed.members) for fold in folds]
-
-
 def find_fold_splits(
     config: WordTaskConfig,
     probed: ProbedTask,
     codes: SparseLatents,
     fold: int,
-    member: Bool[Tensor, "n C"],
-) -> list[MainLatents | None]:
-    """Find the main latents of every class in one fold.
+    kept: Sequence[int],
+    *members: Bool[Tensor, "n C"],
+) -> list[list[MainLatents | None]]:
+    """Find the main latents of some classes in one fold; None for the other classes.
 
     Args:
-        member: classes of each word; they may differ from the task's (permuted labels).
+        kept: these classes.
+        members: classes of each word, by the true labels and by others (permuted ones); all are
+            fitted together, and each has its own list.
     """
-    return find_splits(
+    lists: list[list[MainLatents | None]] = [[None] * probed.num_classes for _ in members]
+    if not kept:
+        return lists
+    found = find_splits(
         codes,
-        member,
+        torch.cat([member[:, kept] for member in members], dim=1),
         probed.folds[fold],
         most=config.max_latents,
         step=config.f1_step,
         l1=config.l1,
         random=generator(_RANKING, probed.prompt_seed, fold),
     )
+    for i, split in enumerate(found):
+        lists[i // len(kept)][kept[i % len(kept)]] = split
+    return lists
 
 
 @dataclass(frozen=True)
 class SplittingConfig(WordTaskConfig, name="splitting"):
     """Evaluation of how many latents represent each class of words, and how well the first does."""
 
+    version: ClassVar[int] = 2
     title = "How many latents stand for a letter?"
     metrics = (
-        LETTERS,
+        *count_metrics("splitting"),
         Metric("splits", "splits", "number of latents that stand for a letter, minus one, by "
                "k-sparse probing: a further latent counts if it raises F1 by more than "
                "`evaluation.f1_step`", interval=True,
                advice="The step is a choice: .01 to .05 are equally valid."),
-        Metric("splitting_probe_f1", "probe\nF1", "F1 of the probe on the model's activations"),
+        Metric("splitting_probe_f1", "probe\nF1", "F1 of the probe on the model's activations, on "
+               "words not used to choose the letters"),
         Metric("splitting_f1", "latent\nF1", "F1 of the firing of the letter's first latent on "
                "words not used to choose it", interval=True,
                advice="Compare it with `splitting_probe_f1`."),
         Metric("splitting_precision", "precision", "precision of the firing of that latent"),
         Metric("splitting_recall", "recall", "recall of the firing of that latent",
                advice="Low recall at high precision is a sign of absorption."),
+        *(m for name in _SCORES for m in interval_metrics(f"splitting_{name}")),
     )  # fmt: skip
     latents = (CLASS,)
     run_metrics = (L0,)
     spare = ("l0",)
     footnotes = (
         "**letters**: classes of words that a probe finds in the model's activations (its F1 "
-        "is above `probe_f1`); all means are over these. **splits**: number of latents that "
-        "stand for a letter, minus one (k-sparse probing).",
+        "is above `probe_f1`) and that have enough words; all means are over these. **splits**: "
+        "number of latents that stand for a letter, minus one (k-sparse probing).",
         "**latent F1**, **precision**, **recall**: of the firing of the letter's first latent "
         "on words not used to choose it; **probe**: on the activations themselves. Low recall "
         "at high precision is a sign of absorption. Compare at equal **L0**.",
@@ -164,46 +171,38 @@ class SplittingConfig(WordTaskConfig, name="splitting"):
                 yield run.id, self.measured(run, repetitions)
 
     def measured(self, run: LoadedRun, repetitions: list[ProbedTask]) -> Result:
+        quality = probe_quality(repetitions, self.probe_f1)
+        reasons = refusal_reasons(repetitions[0], quality, self)
+        kept = kept_classes(quality, reasons)
         found = []
         for probed in repetitions:
             codes = encode(run.sae, probed.x)
-            found.append((probed, codes, find_all_splits(self, probed, codes)))
-        return _result(found, self)
-
-
-def refusal_reasons(repetitions: list[ProbedTask], quality: Scores, gate: float) -> list[str]:
-    """Return the reason why each class cannot be evaluated; empty if it can."""
-    words = repetitions[0].words
-    counts = np.bincount(words.labels.numpy(), minlength=len(words.classes))
-    reasons = []
-    for count, f1 in zip(counts, quality.f1.tolist(), strict=True):
-        if not count:
-            reasons.append("no word")
-        elif f1 <= gate:
-            reasons.append(f"F1 of the probe {f1:.2f}, not above {gate:g}")
-        else:
-            reasons.append("")
-    return reasons
+            splits = [
+                find_fold_splits(self, probed, codes, fold, classes, probed.members)[0]
+                for fold, classes in enumerate(kept)
+            ]
+            found.append((probed, codes, splits))
+        return _result(found, quality, reasons, self.confidence)
 
 
 RepetitionSplits = list[tuple[ProbedTask, SparseLatents, list[list[MainLatents | None]]]]
 
 
-def _result(found: RepetitionSplits, config: WordTaskConfig) -> Result:
-    repetitions = [probed for probed, _, _ in found]
-    quality = probe_quality(repetitions)
-    letters = letter_table(found, quality, refusal_reasons(repetitions, quality, config.probe_f1))
+def _result(
+    found: RepetitionSplits, quality: ProbeQuality, reasons: list[str], confidence: float
+) -> Result:
+    letters = letter_table(found, quality, reasons)
     kept = letters.loc[letters["reason"] == ""]
-    columns = {
-        "splits": "splits",
-        "splitting_f1": "f1",
-        "splitting_precision": "precision",
-        "splitting_recall": "recall",
-        "splitting_probe_f1": "probe_f1",
-    }
-    metrics: dict[str, float | int | None] = {
-        name: float(kept[column].mean()) if len(kept) else None for name, column in columns.items()
-    }
+    metrics: dict[str, float | int | None] = class_counts("splitting", letters["reason"].tolist())
+    weights = quality.weights(kept.index.tolist())
+    metrics["splits"] = (
+        float(np.average(kept["splits"], weights=list(weights.values()))) if weights else None
+    )
+    for name, ratios in _score_ratios(found).items():
+        mean = mean_over_classes(ratios, weights, confidence=confidence)
+        metrics |= mean.metrics(f"splitting_{name}")
+        for end in ("low", "high"):
+            letters[f"{name}_{end}"] = mean.classes[end]
     curves = pd.DataFrame(
         [
             {"class": row["class"], "k": k + 1, "f1": f1}
@@ -213,13 +212,15 @@ def _result(found: RepetitionSplits, config: WordTaskConfig) -> Result:
         columns=["class", "k", "f1"],
     )
     tables = {"letters": letters.drop(columns="f1_by_k"), "f1_by_k": curves}
-    num_latents, num_classes = found[0][1].num_latents, repetitions[0].num_classes
+    num_latents, num_classes = found[0][1].num_latents, len(letters)
     each = [split for _, _, splits in found for split in splits]
     main = main_classes(each, kept.index.tolist(), num_latents, num_classes)
-    return Result({"splitting_letters": len(kept), **metrics}, tables, {"splitting_class": main})
+    return Result(metrics, tables, {"splitting_class": main})
 
 
-def letter_table(found: RepetitionSplits, quality: Scores, reasons: list[str]) -> pd.DataFrame:
+def letter_table(
+    found: RepetitionSplits, quality: ProbeQuality, reasons: list[str]
+) -> pd.DataFrame:
     """Return a row for each class: its splits, and the scores of its first main latent and probe.
 
     ``precision``, ``recall`` and ``f1`` score the firing of the first main latent on test words,
@@ -231,10 +232,10 @@ def letter_table(found: RepetitionSplits, quality: Scores, reasons: list[str]) -
         row: dict[str, object] = {
             "class": name,
             "words": int((words.labels == number).sum()),
+            **quality.columns(number),
             "reason": reasons[number],
-            "probe_precision": float(quality.precision[number]),
-            "probe_recall": float(quality.recall[number]),
-            "probe_f1": float(quality.f1[number]),
+            "probe_precision": float(quality.scores.precision[number]),
+            "probe_recall": float(quality.scores.recall[number]),
         }
         rows.append(row | _of_latents(found, number))
         if not reasons[number] and np.isnan(rows[-1]["splits"]):
@@ -267,6 +268,37 @@ def _of_latents(found: RepetitionSplits, number: int) -> dict[str, object]:
         "f1": float(scores.f1),
         "main": mains,
         "f1_by_k": precision_recall_f1(curve, there[:, None].expand_as(curve)).f1.tolist(),
+    }
+
+
+def _score_ratios(found: RepetitionSplits) -> dict[str, Ratios]:
+    """Return the scores `_SCORES` as ratios over test words, of the classes that are fitted."""
+    parts: list[tuple[np.ndarray, ...]] = []
+    for seed, (probed, codes, splits) in enumerate(found):
+        for fold, each in zip(probed.folds, splits, strict=True):
+            test, number = torch.from_numpy(fold.test), [c for c, s in enumerate(each) if s]
+            first = torch.tensor([s.main[0] for s in each if s], dtype=torch.long)
+            there = probed.members[test][:, number]
+            fired = codes.rows(test).columns(first).cpu() > 0
+            scored = probed.test_scores[test][:, number] > 0
+            row, column = (there | fired | scored).nonzero(as_tuple=True)
+            word = probed.words.spelling_ids[fold.test[row.numpy()]]
+            flags = (flag[row, column].numpy() for flag in (there, fired, scored))
+            classes = np.array(number, dtype=np.int64)[column.numpy()]
+            parts.append((classes, word, np.full(len(row), seed), *flags))
+    number, word, seed, there, fired, scored = map(np.concatenate, zip(*parts, strict=True))
+    words = found[0][0].words
+    shape = (len(found), len(words.classes), words.num_spellings)
+
+    def ratio(top: np.ndarray, *bottom: np.ndarray) -> Ratios:
+        whole = np.stack(bottom).sum(0, dtype=np.float64)
+        return Ratios.of(number, word, seed, len(bottom) * (top & there), whole, shape)
+
+    return {
+        "f1": ratio(fired, fired, there),
+        "precision": ratio(fired, fired),
+        "recall": ratio(fired, there),
+        "probe_f1": ratio(scored, scored, there),
     }
 
 

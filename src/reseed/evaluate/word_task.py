@@ -6,7 +6,7 @@ prompt seed the activations at the words' tokens, and the probes of every fold.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -29,27 +29,25 @@ from reseed.evaluate.base import (
     RunSource,
     needs_language_model,
 )
-from reseed.evaluate.probes import Scores, precision_recall_f1, train_probe
+from reseed.evaluate.probes import train_probe
+from reseed.evaluate.word_split import Fold, make_folds, permute_words, split_words
 from reseed.evaluate.words import (
-    Fold,
     Prompts,
     Template,
     Words,
     first_letter_words,
     labelled_words,
-    make_folds,
     make_prompts,
-    split_words,
 )
 
-VERSION = 1
+VERSION = 2
 """Version of the stored results. Increase it when a code change alters them."""
 LINES = {
     "first_letter": "{word} has the first letter: {answer}",
     "labelled": "{word} is of the class: {answer}",
 }
 _ACTIVATIONS = "word-activations"
-_PROMPTS, _PROBES, _PERMUTED = 0x70726F6D, 0x70726F62, 0x7065726D
+_PROMPTS, _PROBES, _PERMUTED, _GATE = 0x70726F6D, 0x70726F62, 0x7065726D, 0x67617465
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,18 @@ class WordTaskConfig(EvaluationConfig):
         icl_words: number of example lines, each with its answer, before the word in question.
         prompt_seeds: seeds for sampling the example words; everything is measured once per seed.
         split_seed: seed of the split of the words into fit, validation and test sets.
-        folds: number of folds. With 1, a fifth of the words is tested. With more (use 5 for small
-            vocabularies, of thousands of words), every word is tested in one of the folds, each of
-            which has its own probes.
-        probe_f1: a class is evaluated if its probe's test F1 is above this.
+        folds: number of folds, each with its own probes; every word is tested in one of them. With
+            1, only a fifth of the words is tested: enough for vocabularies of tens of thousands of
+            words, and faster.
+        probe_f1: a class is evaluated if the F1 of its probe is above this, measured on other words
+            than those that are then reported (`probe_quality`).
+        min_test_words: a class is evaluated if at least this many words of it are measured; the
+            spellings of a word ("dog", " Dog") count as one.
         max_latents: maximum number of latents that represent a class: k = 1 … ``max_latents`` are
             tried.
         f1_step: a further latent must raise F1 by more than this; .01 to .05 are equally valid.
         l1: weight of the L1 penalty of the probe that ranks the latents.
+        confidence: confidence level of the intervals.
     """
 
     task: str = setting("first_letter", choices=tuple(LINES))
@@ -80,11 +82,13 @@ class WordTaskConfig(EvaluationConfig):
     icl_words: int = setting(10, at_least=0)
     prompt_seeds: tuple[int, ...] = (0, 1, 2)
     split_seed: int = setting(0, at_least=0)
-    folds: int = setting(1, at_least=1)
+    folds: int = setting(5, at_least=1)
     probe_f1: float = setting(0.6, at_least=0, below=1)
+    min_test_words: int = setting(20, at_least=2)
     max_latents: int = setting(10, at_least=1)
     f1_step: float = setting(0.03, at_least=0, below=1)
     l1: float = setting(0.01, at_least=0)
+    confidence: float = setting(0.95, above=0, below=1)
 
     def validate(self) -> None:
         if (self.task == "labelled") != (self.task_file is not None):
@@ -106,6 +110,19 @@ class WordTaskConfig(EvaluationConfig):
             raise ConfigError(
                 f"{{key}} must begin with {{word}} and contain {{answer}}; got {line!r}", "line"
             )
+
+    @classmethod
+    def remark(cls, values: Mapping[str, float]) -> str:
+        if values.get(f"{cls.name}_letters") != 0:
+            return ""
+        weak, few = (
+            f"{values.get(f'{cls.name}_{what}', 0):.0f}" for what in ("weak_probes", "few_words")
+        )
+        return (
+            f"no letter can be evaluated: the F1 of the probe is not above `probe_f1` for {weak}, "
+            f"and fewer than `min_test_words` words are measured for {few}; the table `letters` "
+            "has each letter's reason"
+        )
 
     def check(self, source: RunSource) -> None:
         needs_language_model(self, source)
@@ -137,9 +154,8 @@ class WordTaskConfig(EvaluationConfig):
             hooks: hookpoints needed later; the same pass of the model stores their activations.
         """
         words = self.words(inputs.tokenizer)
-        labels = words.labels.numpy()
-        part = split_words(labels, self.folds, self.split_seed)
-        folds = make_folds(labels, part, self.folds, self.split_seed)
+        part = split_words(words, self.folds, self.split_seed)
+        folds = make_folds(words, part, self.folds, self.split_seed)
         for seed in self.prompt_seeds:
             yield self._probed(inputs, hook, hooks, words, part, folds, seed)
 
@@ -180,23 +196,7 @@ class WordTaskConfig(EvaluationConfig):
 
         def probes() -> dict[str, Tensor]:
             inputs.progress(f"training probes at {hook}, prompt seed {seed}")
-            found: dict[str, list[Tensor]] = {}
-            for fold, each in enumerate(folds):
-                random = generator(_PROBES, seed, fold)
-                permuted = words.labels.clone()
-                # Labels are permuted within the train and within the test words, so that the size
-                # of every class is the same in both.
-                for some in (each.train, each.test):
-                    order = torch.randperm(len(some), generator=generator(_PERMUTED, seed, fold))
-                    permuted[some] = words.labels[some[order.numpy()]]
-                found.setdefault("permuted", []).append(permuted)
-                for name, labels in (("", words.labels), ("permuted_", permuted)):
-                    member = F.one_hot(labels, len(words.classes)).bool()[each.train]
-                    there = x[each.train].to(inputs.device)
-                    weight, bias = train_probe(there, member, random)
-                    found.setdefault(f"{name}weight", []).append(weight.cpu())
-                    found.setdefault(f"{name}bias", []).append(bias.cpu())
-            return {name: torch.stack(each) for name, each in found.items()}
+            return train_probes(words, x.to(inputs.device), folds, seed)
 
         made = inputs.model_cache.get("word-probes", key, probes)
         return ProbedTask(words, template, x, part, folds, seed, made)
@@ -220,6 +220,36 @@ class WordTaskConfig(EvaluationConfig):
         }
 
 
+def train_probes(
+    words: Words, x: Float[Tensor, "n D"], folds: Sequence[Fold], seed: int
+) -> dict[str, Tensor]:
+    """Train the probes of every fold, by true and by permuted labels (`ProbedTask.probes`).
+
+    Labels are permuted within the train and within the test words, so that the size of every class
+    is the same in both.
+    """
+    found: dict[str, list[Tensor]] = {}
+
+    def train(name: str, some: Int[np.ndarray, " m"], labels: Tensor, random: torch.Generator):
+        member = F.one_hot(labels, len(words.classes)).bool()[some]
+        weight, bias = train_probe(x[some], member, random)
+        found.setdefault(f"{name}weight", []).append(weight.cpu())
+        found.setdefault(f"{name}bias", []).append(bias.cpu())
+
+    for number, fold in enumerate(folds):
+        shuffler = np.random.default_rng([_PERMUTED, seed, number])
+        permuted = words.labels.clone()
+        for some in (fold.train, fold.test):
+            permuted[some] = words.labels[permute_words(words, some, shuffler)]
+        found.setdefault("permuted", []).append(permuted)
+        random = generator(_PROBES, seed, number)
+        train("", fold.train, words.labels, random)
+        train("permuted_", fold.train, permuted, random)
+    if len(folds) == 1:
+        train("gate_", folds[0].fit, words.labels, generator(_GATE, seed))
+    return {name: torch.stack(each) for name, each in found.items()}
+
+
 @dataclass(frozen=True, eq=False)
 class ProbedTask:
     """A task at a hookpoint for one prompt seed. All tensors are on the CPU.
@@ -232,7 +262,8 @@ class ProbedTask:
         folds: fit, validation and test words of each fold.
         prompt_seed: seed of the example words in the prompts.
         probes: ``weight`` [folds, C, D] and ``bias`` [folds, C]; ``permuted`` [folds, n], permuted
-            labels, and their probes with the prefix ``permuted_``.
+            labels, and their probes with the prefix ``permuted_``; with one fold, also probes that
+            were fitted to the fit words alone, with the prefix ``gate_``.
     """
 
     words: Words
@@ -268,22 +299,13 @@ class ProbedTask:
     def _scores(self, prefix: str) -> Float[Tensor, "n C"]:
         scores = torch.full((len(self.x), self.num_classes), torch.nan)
         for number, fold in enumerate(self.folds):
-            weight, bias = (self.probes[f"{prefix}{n}"][number] for n in ("weight", "bias"))
-            scores[fold.test] = self.x[fold.test] @ weight.T + bias
+            scores[fold.test] = self.score(prefix, number, fold.test)
         return scores
 
-    @cached_property
-    def tested(self) -> Bool[Tensor, " n"]:
-        """Mask of the words that some fold tests."""
-        return ~self.test_scores[:, 0].isnan()
-
-
-def probe_quality(repetitions: list[ProbedTask]) -> Scores:
-    """Score the probes on test words of all folds and prompt seeds: [C]."""
-    tested = [p.tested for p in repetitions]
-    scores = torch.cat([p.test_scores[t] for p, t in zip(repetitions, tested, strict=True)])
-    members = torch.cat([p.members[t] for p, t in zip(repetitions, tested, strict=True)])
-    return precision_recall_f1(scores > 0, members)
+    def score(self, prefix: str, fold: int, some: Int[np.ndarray, " m"]) -> Float[Tensor, "m C"]:
+        """Score some words by the probes of a fold; ``prefix`` says which (`probes`)."""
+        weight, bias = (self.probes[f"{prefix}{name}"][fold] for name in ("weight", "bias"))
+        return self.x[some] @ weight.T + bias
 
 
 def word_activations(

@@ -1,8 +1,6 @@
-"""The words of a task, their classes and split, and the prompts about them.
+"""The words of a task, their classes, and the prompts about them.
 
-First letters are one task (Chanin et al. 2024); a table of tokens and labels defines any other. The
-words are split into three sets: probes are fitted to the first (fit), latents are chosen on the
-second (validation), and measured on the third (test).
+First letters are one task (Chanin et al. 2024); a table of tokens and labels defines any other.
 
 The prompt about a word:
 
@@ -60,6 +58,21 @@ class Words:
     def spellings(self) -> tuple[str, ...]:
         """The words in lower case without spaces; no example is spelt like the word in question."""
         return tuple(text.strip().lower() for text in self.texts)
+
+    @cached_property
+    def spelling_ids(self) -> Int[np.ndarray, " n"]:
+        """A number for each of the `spellings`; equal for the spellings of one word."""
+        return np.unique(np.array(self.spellings), return_inverse=True)[1]
+
+    @property
+    def num_spellings(self) -> int:
+        """The number of different words."""
+        return int(self.spelling_ids.max(initial=-1)) + 1
+
+    def distinct(self, some: Int[np.ndarray, " m"]) -> list[int]:
+        """Count the words of each class among some; the spellings of a word count as one."""
+        pairs = np.unique(np.stack([self.labels.numpy()[some], self.spelling_ids[some]]), axis=1)
+        return np.bincount(pairs[0], minlength=len(self.classes)).tolist()
 
 
 def first_letter_words(tokenizer: Any) -> Words:
@@ -160,71 +173,6 @@ def _columns(
     return torch.tensor([i for i, _ in found]), tuple(t for _, t in found), torch.tensor(labels)
 
 
-TEST_FRACTION = 0.2
-VALIDATION_FRACTION = 0.2
-"""Fraction of the training words."""
-
-
-@dataclass(frozen=True, eq=False)
-class Fold:
-    """Indices of words, sorted.
-
-    Attributes:
-        fit: words that probes on latents are fitted to.
-        validation: words on which latents are chosen.
-        test: words on which latents and probes are measured.
-    """
-
-    fit: Int[np.ndarray, " some"]
-    validation: Int[np.ndarray, " some"]
-    test: Int[np.ndarray, " some"]
-
-    @property
-    def train(self) -> Int[np.ndarray, " more"]:
-        """All words outside the test set; probes on activations are fitted to these words."""
-        return np.sort(np.concatenate([self.fit, self.validation]))
-
-
-def split_words(labels: Int[np.ndarray, " n"], folds: int, seed: int) -> Int[np.ndarray, " n"]:
-    """Assign every word to a part of the split, stratified by class.
-
-    With one fold, part 0 is for training and part 1, a fifth of the words of each class, for
-    testing. With more folds, the parts are equally large, and each fold tests on one of them.
-
-    Args:
-        labels: class of every word.
-        seed: random seed; the same seed, labels and number of folds give the same split.
-    """
-    random = np.random.default_rng([0x70617274, seed])
-    part = np.zeros(len(labels), dtype=np.int64)
-    start = 0
-    for label in np.unique(labels):
-        members = random.permutation(np.flatnonzero(labels == label))
-        if folds == 1:
-            part[members[: round(TEST_FRACTION * len(members))]] = 1
-        else:
-            part[members] = (start + np.arange(len(members))) % folds
-            start += len(members)  # else all small classes would favour the first parts
-    return part
-
-
-def make_folds(
-    labels: Int[np.ndarray, " n"], part: Int[np.ndarray, " n"], folds: int, seed: int
-) -> list[Fold]:
-    """Make every fold from the parts; validation words are sampled within each class."""
-    made = []
-    for number in range(folds):
-        test = part == (1 if folds == 1 else number)
-        random = np.random.default_rng([0x76616C, seed, number])
-        validation = np.zeros(len(labels), dtype=bool)
-        for label in np.unique(labels):
-            members = random.permutation(np.flatnonzero((labels == label) & ~test))
-            validation[members[: round(VALIDATION_FRACTION * len(members))]] = True
-        fit = ~(test | validation)
-        made.append(Fold(*(np.flatnonzero(which) for which in (fit, validation, test))))
-    return made
-
-
 _CARRIER = ":"
 """Prefix of a piece while it is tokenised, because some tokenizers insert a space at the start of a
 text. No tokenizer merges it with what follows."""
@@ -319,7 +267,7 @@ def make_prompts(
     Raises:
         ConfigError: a part of the split has too few words.
     """
-    spelling = np.unique(np.array(words.spellings), return_inverse=True)[1]
+    spelling = words.spelling_ids
     members = {part: np.flatnonzero(pools == part) for part in np.unique(pools[chosen])}
     for pool in members.values():
         _, sizes = np.unique(spelling[pool], return_counts=True)

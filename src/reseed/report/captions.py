@@ -252,7 +252,7 @@ _CAPTIONS: dict[str, Callable[[Sequence[Cell]], str]] = {
     ),
     "absorption_letters": lambda cells: (
         "Absorption of each letter: bars are means over runs, dashes single runs; "
-        f"{count_text(cells)}, no interval. Crosses: letters whose probe is not good enough."
+        f"{count_text(cells)}, no interval. Crosses: letters that cannot be evaluated."
     ),
     "absorbers": lambda cells: (
         "Cosine with the probe of a letter: latents that stand for the letter (diamonds), and "

@@ -104,7 +104,9 @@ def _joined(cell: CellResult, runs: Runs, types: Mapping[str, pa.DataType]) -> C
     estimates |= _by_sharing(cell, own, level)
     return replace(
         cell,
-        runs=cell.runs.assign(**columns),
+        runs=pd.concat(
+            [cell.runs.drop(columns=[*columns], errors="ignore"), pd.DataFrame(columns)], axis=1
+        ),
         latents=_with_latents(cell, own, types),
         estimates=cell.estimates | without_intervals(estimates, cell.settings),
         evaluated={name: tuple(of) for name, of in names.items()},

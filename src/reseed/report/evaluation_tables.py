@@ -4,23 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isnan, nan
 from typing import Any
 
 import numpy as np
 
 from reseed.compare.cell import CellResult
-from reseed.report.cell_labels import Cell, pair_axis_name
+from reseed.report.cell_labels import Cell, label, pair_axis_name
 from reseed.report.evaluation_results import ORPHAN, OVERLAP, SHARED, Runs
-from reseed.report.format import format_number
+from reseed.report.format import format_bounds, format_number
 from reseed.report.table import (
     Column,
     Table,
     cell_table,
+    column_of,
     count_column,
     estimate_columns,
     mean_column,
 )
-from reseed.store.results import EvaluationDeclaration, column, declaration
+from reseed.store.results import EvaluationDeclaration, Metric, column, declaration
 
 ORDER = ("reconstruction", "faithfulness", "splitting", "absorption", "contexts")
 """Order of the tables; those of other evaluations follow."""
@@ -50,16 +52,20 @@ def run_tables(runs: Runs) -> list[Table]:
         declared = declaration(name, columns)
         shown = declared.shown()
         knobs = _distinguishing_knobs([run.about for run in own])
-        rows = tuple(
-            (
-                *(str(run.about.get(knob, "")) for knob in knobs),
-                *(format_number(run.numbers.get(name, float("nan"))) for name in shown),
-            )
+        titles = [tuple(str(run.about.get(knob, "")) for knob in knobs) for run in own]
+        numbers = [
+            tuple(_with_words(run.numbers, name, metric) for name, metric in shown.items())
             for run in own
-        )
+        ]
+        rows = tuple((*title, *found) for title, found in zip(titles, numbers, strict=True))
         header = (*knobs, *(metric.heading for metric in shown.values()))
-        notes, spare = declared.notes(), _spare(declared)
-        made.append(Table(header, rows, len(knobs), declared.title, notes, spare))
+        remarks = _remarks(
+            declared, [(" ".join(t), run.numbers) for t, run in zip(titles, own, strict=True)]
+        )
+        known = any(_words_bounds(run.numbers, name) for run in own for name in shown)
+        words = [_OVER_WORDS.format("Intervals are")] if known else []
+        notes = (*declared.notes(), *words, *remarks)
+        made.append(Table(header, rows, len(knobs), declared.title, notes, _spare(declared)))
     return made
 
 
@@ -75,15 +81,63 @@ def _spare(declared: Declaration) -> tuple[str, ...]:
     return tuple(headings[name] for name in declared.spare)
 
 
+_OVER_WORDS = (
+    "{} over words: those of each letter are a sample of its words, and the letters are fixed."
+)
+
+
 def _table(cells: Sequence[Cell], declared: Declaration) -> Table:
     made: dict[str, Column] = {}
     for name, metric in declared.shown().items():
         if metric.interval:
-            made |= estimate_columns({metric.heading: name})
+            made[metric.heading] = _interval_column(name)
         else:
             made[metric.heading] = count_column(name) if metric.count else mean_column(name)
-    table = cell_table(cells, made, *declared.notes())
+    means = [{name: of.mean for name, of in cell.estimates.items()} for _, cell in cells]
+    names = [label(cells, knobs) for knobs, _ in cells]
+    remarks = _remarks(declared, list(zip(names, means, strict=True)))
+    words = [
+        _OVER_WORDS.format("The interval after **/** is the mean of the runs' intervals")
+        for name in declared.shown()
+        if any(_words_bounds(row, name) for row in means)
+    ]
+    table = cell_table(cells, made, *declared.notes(), *words[:1], *remarks)
     return replace(table, caption=declared.title, spare=_spare(declared))
+
+
+def _interval_column(name: str) -> Column:
+    """Return a column of an estimate: its interval over runs, and the mean one over words."""
+    over_runs = column_of(name)
+
+    def column(cell: CellResult) -> str:
+        words = _words_bounds({n: of.mean for n, of in cell.estimates.items()}, name)
+        return f"{over_runs(cell)} / {words}" if words else over_runs(cell)
+
+    return column
+
+
+def _with_words(numbers: Mapping[str, float], name: str, metric: Metric) -> str:
+    """Format a run's number with its interval over words, if it has one."""
+    value = numbers.get(name, nan)
+    text = f"{value:.1f}" if metric.count and not isnan(value) else format_number(value)
+    return f"{text} {_words_bounds(numbers, name)}".rstrip()
+
+
+def _words_bounds(numbers: Mapping[str, float], name: str) -> str:
+    low, high = (numbers.get(f"{name}_words_{end}", nan) for end in ("low", "high"))
+    return "" if isnan(low) or isnan(high) else format_bounds(low, high)
+
+
+def _remarks(declared: Declaration, rows: Sequence[tuple[str, Mapping[str, float]]]) -> list[str]:
+    """Return each remark once, with the rows that it is about unless it is about all."""
+    about: dict[str, list[str]] = {}
+    for name, values in rows:
+        if remark := declared.remark(values):
+            about.setdefault(remark, []).append(name)
+    return [
+        f"**{remark}**" + ("" if len(names) == len(rows) else f": {'; '.join(names)}")
+        for remark, names in about.items()
+    ]
 
 
 def _sharing_table(cells: Sequence[Cell], declared: Declaration) -> Table:
@@ -110,9 +164,10 @@ def _overlaps(cells: Sequence[Cell]) -> list[Table]:
     own = [(knobs, cell) for knobs, cell in cells if OVERLAP in cell.estimates]
     if not own:
         return []
-    made: dict[str, Column] = estimate_columns({"same words": OVERLAP})
+    made: dict[str, Column] = estimate_columns(
+        {"same words": OVERLAP, "by chance": f"{OVERLAP}_expected"}
+    )
     made |= {
-        "by\nchance": lambda cell: format_number(cell.pair_mean(f"{OVERLAP}_expected")),
         "pairs\np < .05": _significant,
         "letters": lambda cell: f"{cell.pair_mean('absorbed_classes'):.1f}",
     }

@@ -134,6 +134,15 @@ class EvaluationDeclaration(Config, family="evaluation"):
         return own | {m.name: m for m in cls.run_metrics}
 
     @classmethod
+    def remark(cls, values: Mapping[str, float]) -> str:
+        """Return why a row of the table is empty, for a footnote; "" if it is not.
+
+        Args:
+            values: column → value of the row.
+        """
+        return ""
+
+    @classmethod
     def notes(cls) -> tuple[str, ...]:
         """Return the footnotes."""
         return cls.footnotes or tuple(m.note for m in cls.shown().values() if m.help)

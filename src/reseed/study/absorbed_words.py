@@ -145,8 +145,8 @@ def with_overlaps(cells: Sequence[Cell], runs: Runs) -> list[Cell]:
     """Add the overlap of absorbed words to the cells whose runs all have an absorption result.
 
     The pairs get the columns ``absorbed_overlap`` (Jaccard), ``…_expected`` (by chance),
-    ``absorbed_p`` and ``absorbed_classes``; the cell gets an estimate of ``absorbed_overlap`` over
-    its pairs.
+    ``absorbed_p`` and ``absorbed_classes``; the cell gets estimates of the first two over its
+    pairs.
     """
     return [(knobs, _with_overlaps(cell, runs)) for knobs, cell in cells]
 
@@ -167,7 +167,13 @@ def _with_overlaps(cell: CellResult, runs: Runs) -> CellResult:
         cell,
         pairs=cell.pairs.assign(**_columns(list(found.values()))),
         estimates=cell.estimates
-        | without_intervals({OVERLAP: _estimate(cell, found)}, cell.settings),
+        | without_intervals(
+            {
+                OVERLAP: _estimate(cell, found, "jaccard"),
+                f"{OVERLAP}_expected": _estimate(cell, found, "expected"),
+            },
+            cell.settings,
+        ),
     )
 
 
@@ -186,10 +192,10 @@ def _columns(found: Sequence[Overlap]) -> dict[str, list[float]]:
     }
 
 
-def _estimate(cell: CellResult, found: Mapping[tuple[str, str], Overlap]) -> Interval:
-    """Estimate the overlap over pairs of seeds; pairs that absorb no word are left out."""
+def _estimate(cell: CellResult, found: Mapping[tuple[str, str], Overlap], name: str) -> Interval:
+    """Estimate an attribute of the overlaps over pairs of seeds; NaN if it is NaN for a pair."""
     place = {run: i for i, run in enumerate(cell.runs["run"])}
     values = np.zeros((len(place), len(place)))
     for (a, b), overlap in found.items():
-        values[place[a], place[b]] = values[place[b], place[a]] = overlap.jaccard
+        values[place[a], place[b]] = values[place[b], place[a]] = getattr(overlap, name)
     return seed_interval(values, cell.settings.confidence)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from reseed.activations.text_source import TextSource
 from reseed.config import setting
 from reseed.evaluate.absorption.causal import CausalRules, causal_absorption
 from reseed.evaluate.absorption.projection import Alignment, NullCosines, Thresholds, null_cosines
-from reseed.evaluate.absorption.records import main_latents, mean_over_classes, word_records
+from reseed.evaluate.absorption.records import main_latents, word_records
 from reseed.evaluate.absorption.result import (
     DERIVED,
     LATENTS,
@@ -31,10 +30,15 @@ from reseed.evaluate.base import (
     RunSource,
     needs_unembedding,
 )
-from reseed.evaluate.probes import Scores
 from reseed.evaluate.sparse_latents import SparseLatents, encode
-from reseed.evaluate.splitting import MainLatents, find_fold_splits, refusal_reasons
-from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, probe_quality
+from reseed.evaluate.splitting import MainLatents, find_fold_splits
+from reseed.evaluate.word_classes import (
+    ProbeQuality,
+    kept_classes,
+    probe_quality,
+    refusal_reasons,
+)
+from reseed.evaluate.word_task import ProbedTask, WordTaskConfig
 from reseed.sae.base import SAE
 from reseed.store.results import FVU, L0
 
@@ -55,24 +59,33 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         null_quantile: the null cosine is this quantile of the latents' cosines.
         causal: also measure the effect on the model's answer; this runs the whole model.
         causal_sample: maximum number of words of each class on which the effect is measured.
-        bootstrap: number of bootstrap draws of words for the intervals.
-        confidence: confidence level of the intervals.
-        seed: seed of the bootstrap and of the random directions.
+        seed: seed of the random directions.
     """
 
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     title = "How much is hidden by absorption?"
     metrics = METRICS
     latents = LATENTS
     run_metrics = (FVU, L0)
-    spare = ("absorption_fraction_derived_null", "l0", "absorption_full", "fvu")
+    spare = (
+        "absorption_fraction_derived_excess",
+        "l0",
+        "absorption_excess_letters",
+        "absorption_fraction_untrained",
+        "absorption_fraction_null",
+        "absorption_full",
+        "absorption_test_words",
+        "fvu",
+    )
     footnotes = (
         "**fraction**: the part of a letter's probe projection, in words with that letter, "
         "that other latents carry instead of the letter's own; **full**: fraction of words on "
         "which its own latents are silent and one other takes over. Both follow Chanin et al. "
-        "and their thresholds, over **letters** whose probe is good enough. Lower is better.",
+        "and their thresholds, over **letters** whose probe is good enough and that have enough "
+        "**words**. Lower is better.",
         "**permuted**: the same with letters assigned to words at random; **untrained**: the "
-        "same for the untrained SAE. A value no higher than these is no sign of absorption. "
+        "same for the untrained SAE. **excess**: fraction minus permuted, mean over the **excess "
+        "letters** that have both. A value no higher than these is no sign of absorption. "
         "**derived**: with thresholds that meaningless directions do not reach in this "
         "dictionary. An SAE that reconstructs little can score well: check **FVU** and **L0**.",
     )
@@ -85,8 +98,6 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
     null_quantile: float = setting(0.999, above=0, below=1)
     causal: bool = False
     causal_sample: int = setting(200, at_least=1)
-    bootstrap: int = setting(1_000, at_least=1)
-    confidence: float = setting(0.95, above=0, below=1)
     seed: int = setting(0, at_least=0)
 
     def check(self, source: RunSource) -> None:
@@ -105,7 +116,7 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
     ) -> Iterator[tuple[str, Result]]:
         frequency = word_frequency(inputs, self.words(inputs.tokenizer).tokens.numpy())
         for repetitions, some in self.by_hookpoint(runs, inputs):
-            quality = probe_quality(repetitions)
+            quality = probe_quality(repetitions, self.probe_f1)
             for run in some:
                 inputs.progress(f"absorption of {run.id}")
                 yield run.id, self._evaluated(run, inputs, repetitions, quality, frequency)
@@ -115,11 +126,11 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         run: LoadedRun,
         inputs: EvaluationInput,
         repetitions: list[ProbedTask],
-        quality: Scores,
+        quality: ProbeQuality,
         frequency: np.ndarray,
     ) -> Result:
-        reasons = refusal_reasons(repetitions, quality, self.probe_f1)
-        kept = [number for number, reason in enumerate(reasons) if not reason]
+        reasons = refusal_reasons(repetitions[0], quality, self)
+        kept = kept_classes(quality, reasons)
         measured = self.measured(run.sae, repetitions, kept)
         untrained = None
         if run.untrained is not None:
@@ -128,22 +139,21 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
             untrained = self.measured(run.untrained, repetitions, kept, null=False)
         if self.causal:
             self._add_causal(measured, run, inputs, repetitions)
-        mean = partial(
-            mean_over_classes,
-            bootstrap=self.bootstrap,
-            confidence=self.confidence,
-            seed=self.seed,
-        )
         return make_result(
-            mean, repetitions, measured, untrained, run.sae, quality, reasons, frequency
+            self, repetitions, measured, untrained, run.sae, quality, reasons, frequency
         )
 
     def measured(
-        self, sae: SAE, repetitions: list[ProbedTask], kept: Sequence[int], null: bool = True
+        self,
+        sae: SAE,
+        repetitions: list[ProbedTask],
+        kept: Sequence[Sequence[int]],
+        null: bool = True,
     ) -> AbsorptionMeasurements:
-        """Measure every word of the ``kept`` classes in every repetition, encoded once.
+        """Measure every word of the kept classes in every repetition, encoded once.
 
         Args:
+            kept: the classes that count in each fold.
             null: also measure with permuted labels, and with thresholds derived from the null.
         """
         codes = [encode(sae, probed.x) for probed in repetitions]
@@ -155,37 +165,21 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
             thresholds[DERIVED] = Thresholds(level, level, self.share, self.absorbers)
         records, permuted, splits = [], [], []
         for probed, code in zip(repetitions, codes, strict=True):
-            for fold in range(len(probed.folds)):
-                mine, others = self._splits(code, probed, fold, kept, null)
+            for fold, classes in enumerate(kept):
+                members = (probed.members, *([probed.permuted_members(fold)] if null else []))
+                mine, *others = find_fold_splits(self, probed, code, fold, classes, *members)
                 splits.append((probed, fold, mine))
                 records.append(word_records(sae, probed, fold, code, mine, thresholds))
-                if null:
-                    permuted.append(
-                        word_records(sae, probed, fold, code, others, thresholds, permuted=True)
-                    )
+                permuted += [
+                    word_records(sae, probed, fold, code, each, thresholds, permuted=True)
+                    for each in others
+                ]
         return AbsorptionMeasurements(
             records=pd.concat(records, ignore_index=True),
             permuted=pd.concat(permuted, ignore_index=True) if null else None,
             splits=splits,
             null=cosines,
             l0=sum(len(code.value) for code in codes) / sum(len(code) for code in codes),
-        )
-
-    def _splits(
-        self, codes: SparseLatents, probed: ProbedTask, fold: int, kept: Sequence[int], null: bool
-    ) -> tuple[list[MainLatents | None], list[MainLatents | None]]:
-        """Find the main latents of the kept classes, by true and permuted labels, in one fit; None
-        for other classes."""
-        if not kept:
-            return [None] * probed.num_classes, [None] * probed.num_classes
-        member = probed.members[:, kept]
-        if null:
-            member = torch.cat([member, probed.permuted_members(fold)[:, kept]], dim=1)
-        found = find_fold_splits(self, probed, codes, fold, member)
-        mine, others = found[: len(kept)], found[len(kept) :]
-        return (
-            _at_classes(mine, kept, probed.num_classes),
-            _at_classes(others, kept, probed.num_classes),
         )
 
     def _null_cosines(
@@ -226,14 +220,6 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
             words = records.loc[here, "word"]
             records.loc[here, "causal"] = words.map(found).fillna(0.0)
             records.loc[here, "candidate"] = words.isin(list(found))
-
-
-def _at_classes(
-    splits: Sequence[MainLatents | None], kept: Sequence[int], num_classes: int
-) -> list[MainLatents | None]:
-    """List the splits over all classes; None for classes that are not kept."""
-    found = dict(zip(kept, splits, strict=bool(splits)))
-    return [found.get(number) for number in range(num_classes)]
 
 
 def _missed(

@@ -1,30 +1,23 @@
-"""Measurements of each word, and their means over classes with intervals.
+"""Measurements of each word.
 
-A record is one word that the probe gets right, in one repetition (a prompt seed). Intervals over
-words (a bootstrap) and over prompt seeds are separate; the spread over SAEs is not computed here.
+A record is one word that the probe gets right, in one repetition (a prompt seed).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from math import sqrt
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
-from scipy.special import stdtrit
 from torch import Tensor
 
 from reseed.evaluate.absorption.projection import Absorption, Alignment, Thresholds, absorption
 from reseed.evaluate.sparse_latents import SparseLatents
 from reseed.evaluate.splitting import MainLatents
+from reseed.evaluate.word_means import Ratios
 from reseed.evaluate.word_task import ProbedTask
 from reseed.sae.base import SAE
-
-MIN_SEEDS = 3
-"""Minimum number of prompt seeds for an interval over them."""
 
 
 def word_records(
@@ -86,96 +79,26 @@ def _columns(found: Absorption, name: str) -> dict[str, object]:
     }
 
 
-@dataclass(frozen=True, eq=False)
-class Mean:
-    """The mean of one column of records.
-
-    Attributes:
-        mean: mean over classes of their means over records; NaN without a class.
-        low, high: ends of the interval over words.
-        seeds_low, seeds_high: ends of the interval over prompt seeds, NaN with fewer than
-            `MIN_SEEDS`.
-        classes: ``mean``, ``low`` and ``high`` of each class, by class.
-    """
-
-    mean: float
-    low: float
-    high: float
-    seeds_low: float
-    seeds_high: float
-    classes: pd.DataFrame = field(repr=False)
-
-
-def mean_over_classes(
-    records: pd.DataFrame,
-    column: str,
-    kept: Sequence[int],
-    *,
-    bootstrap: int = 1_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Mean:
-    """Compute the mean over the kept classes that have a record.
-
-    The bootstrap draws words within each class, with all their records; classes are fixed.
+def record_ratios(
+    records: pd.DataFrame, column: str, repetitions: Sequence[ProbedTask], permuted: bool = False
+) -> Ratios:
+    """Sum a column of the records over each word: its ratio is the mean over records.
 
     Args:
-        bootstrap: number of draws.
-        seed: seed of the draws.
+        permuted: whether the records are of permuted labels, drawn for each fold and repetition.
     """
-    number, word, prompt_seed = (
-        records[name].to_numpy() for name in ("class", "word", "prompt_seed")
+    words, seeds = repetitions[0].words, [probed.prompt_seed for probed in repetitions]
+    seed = np.array([seeds.index(one) for one in records["prompt_seed"]], dtype=np.int64)
+    draw = seed * len(repetitions[0].folds) + records["fold"].to_numpy(dtype=np.int64)
+    return Ratios.of(
+        number=records["class"].to_numpy(dtype=np.int64),
+        word=words.spelling_ids[records["word"].to_numpy(dtype=np.int64)],
+        seed=seed,
+        top=records[column].to_numpy(dtype=np.float64),
+        bottom=np.ones(len(records)),
+        shape=(len(repetitions), len(words.classes), words.num_spellings),
+        draw=draw if permuted else None,
     )
-    value = records[column].to_numpy(dtype=np.float64)
-    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
-    random = np.random.default_rng([0x626F6F74, seed])
-    rows: dict[int, tuple[float, float, float]] = {}
-    draws, by_seed = [], []
-    for each in kept:
-        here = number == each
-        if not here.any():
-            continue
-        drawn = _drawn_means(_by_word(word[here], value[here]), bootstrap, random)
-        low, high = np.quantile(drawn, ends)
-        rows[each] = (float(value[here].mean()), float(low), float(high))
-        draws.append(drawn)
-        by_seed.append([_mean(value[here & (prompt_seed == s)]) for s in np.unique(prompt_seed)])
-    classes = pd.DataFrame.from_dict(rows, orient="index", columns=["mean", "low", "high"])
-    if not rows:
-        return Mean(*[float("nan")] * 5, classes=classes)
-    mean = float(np.mean([row[0] for row in rows.values()]))
-    low, high = np.quantile(np.mean(draws, axis=0), ends)
-    reach = _reach(np.nanmean(by_seed, axis=0), confidence)
-    return Mean(mean, float(low), float(high), mean - reach, mean + reach, classes)
-
-
-def _by_word(
-    word: Int[np.ndarray, " records"], value: Float[np.ndarray, " records"]
-) -> Float[np.ndarray, "n 2"]:
-    """Return the sum and the number of the records of each word."""
-    _, place = np.unique(word, return_inverse=True)
-    return np.stack([np.bincount(place, weights=value), np.bincount(place)], axis=1)
-
-
-def _mean(values: Float[np.ndarray, " n"]) -> float:
-    return float(values.mean()) if len(values) else float("nan")
-
-
-def _drawn_means(
-    by_word: Float[np.ndarray, "n 2"], number: int, random: np.random.Generator
-) -> Float[np.ndarray, " number"]:
-    n = len(by_word)
-    counts = random.multinomial(n, np.full(n, 1 / n), size=number)
-    return (counts @ by_word[:, 0]) / (counts @ by_word[:, 1])
-
-
-def _reach(values: Float[np.ndarray, " n"], confidence: float) -> float:
-    """Return half the width of the t interval of a mean."""
-    n = len(values)
-    if n < MIN_SEEDS:
-        return float("nan")
-    quantile = float(stdtrit(n - 1, 0.5 + confidence / 2))
-    return quantile * float(values.std(ddof=1)) / sqrt(n)
 
 
 def main_latents(splits: Sequence[MainLatents | None]) -> list[Tensor]:

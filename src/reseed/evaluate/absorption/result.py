@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,58 +10,71 @@ import pandas as pd
 import torch
 
 from reseed.evaluate.absorption.projection import Alignment, NullCosines
-from reseed.evaluate.absorption.records import Mean
+from reseed.evaluate.absorption.records import record_ratios
 from reseed.evaluate.base import Metric, Result
-from reseed.evaluate.probes import Scores
-from reseed.evaluate.splitting import CLASS, LETTERS, TOO_FEW_WORDS, MainLatents, main_classes
-from reseed.evaluate.word_task import ProbedTask
+from reseed.evaluate.splitting import CLASS, TOO_FEW_WORDS, MainLatents, main_classes
+from reseed.evaluate.word_classes import ProbeQuality, class_counts, count_metrics, few_words
+from reseed.evaluate.word_means import Mean, Ratios, interval_metrics, mean_over_classes
+from reseed.evaluate.word_task import ProbedTask, WordTaskConfig
 from reseed.sae.base import SAE
 
 DERIVED = "_derived"
 """Suffix of columns and metrics measured with thresholds derived from the null."""
 _EXAMPLES = 12
-_WITH_INTERVALS = ("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}", "causal")
-_WITH_NULL = _WITH_INTERVALS[:-1]
+_OPTIONAL = ("causal", "fraction_untrained", "full_untrained", "fraction_untrained_excess",
+             "full_untrained_excess")  # fmt: skip
+_MEANS = (
+    *("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}", "fraction_null"),
+    *(f"fraction{DERIVED}_null", "fraction_excess", f"fraction{DERIVED}_excess", *_OPTIONAL),
+)
+_PAIRED = "mean over the letters that have both values, paired by letter and word"
 
 METRICS = (
-    replace(LETTERS, name="absorption_letters"),
+    *count_metrics("absorption"),
+    Metric("absorption_test_words", "words", "number of test words of these letters that the probe "
+           "gets right; the spellings of a word count as one", count=True),
     Metric("absorption_fraction", "fraction", "part of a letter's probe projection, in words with "
            "that letter, that other latents carry instead of the letter's own", interval=True,
            advice="The published thresholds suit a d_in of some thousand. In narrower models "
-           "random directions exceed them: compare it with `absorption_fraction_null` and "
-           "`absorption_fraction_untrained`."),
-    Metric("absorption_full", "full", "fraction of words on which the letter's own latents are "
-           "silent and one other latent carries the projection"),
+           "random directions exceed them: read it with `absorption_fraction_excess` and "
+           "`absorption_fraction_untrained_excess`."),
     Metric("absorption_fraction_null", "permuted", "`absorption_fraction` with letters assigned to "
-           "words at random"),
+           "words at random", interval=True),
+    Metric("absorption_fraction_excess", "excess", "`absorption_fraction` minus its value with "
+           f"permuted letters; {_PAIRED}", interval=True),
+    Metric("absorption_excess_letters", "excess,\nletters", "number of letters in "
+           "`absorption_fraction_excess` and `absorption_fraction_derived_excess`", count=True),
+    Metric("absorption_full", "full", "fraction of words on which the letter's own latents are "
+           "silent and one other latent carries the projection", advice="It has no value with "
+           "permuted letters beside it: their latents hardly fire on test words, so nearly every "
+           "word would count, whatever the SAE."),
     Metric("absorption_fraction_untrained", "untrained", "`absorption_fraction` of the untrained "
-           "SAE", optional=True),
+           "SAE", interval=True, optional=True),
+    Metric("absorption_fraction_untrained_excess", help="`absorption_fraction` minus that of the "
+           f"untrained SAE; {_PAIRED}", optional=True),
+    Metric("absorption_untrained_excess_letters", help="number of letters in "
+           "`absorption_fraction_untrained_excess`", optional=True),
     Metric("absorption_fraction_derived", "derived", "`absorption_fraction` with "
            "`absorption_cosine_derived` as the threshold of cosines", interval=True,
            advice="For narrow models. It can miss absorption."),
-    Metric("absorption_fraction_derived_null", "derived,\npermuted",
-           "`absorption_fraction_derived` with letters assigned to words at random"),
+    Metric("absorption_fraction_derived_null", help="`absorption_fraction_derived` with letters "
+           "assigned to words at random"),
+    Metric("absorption_fraction_derived_excess", "derived,\nexcess",
+           "`absorption_fraction_derived` minus its value with permuted letters; " + _PAIRED,
+           interval=True),
     Metric("absorption_full_derived", help="`absorption_full` with the derived threshold"),
-    Metric("absorption_full_null", help="`absorption_full` with permuted letters"),
-    Metric("absorption_full_derived_null", help="`absorption_full_derived` with permuted letters"),
     Metric("absorption_full_untrained", help="`absorption_full` of the untrained SAE",
            optional=True),
+    Metric("absorption_full_untrained_excess", help="`absorption_full` minus that of the untrained "
+           f"SAE; {_PAIRED}", optional=True),
     Metric("absorption_causal", help="fraction of words on which the letter's own latents are "
            "silent and one other has by far the largest effect on the model's answer",
            optional=True, advice="Only with `evaluation.causal=true`, at layers where the "
            "information about the word is still at the word's token."),
     *(
-        Metric(f"absorption_{name}_excess", help="the metric before `_excess` minus its value with "
-               "permuted letters")
-        for name in _WITH_NULL
-    ),
-    *(
-        Metric(f"absorption_{name}_{over}{end}", help="ends of the run's intervals of "
-               f"`absorption_{name}`, over words and over seeds of the prompts (`prompts`)",
-               optional=name == "causal")
-        for name in _WITH_INTERVALS
-        for over in ("", "prompts_")
-        for end in ("low", "high")
+        metric
+        for name in _MEANS
+        for metric in interval_metrics(f"absorption_{name}", name in _OPTIONAL)
     ),
     Metric("absorption_cosine_derived", help="the derived threshold, the larger of the next two: "
            "directions without meaning do not reach it in this dictionary"),
@@ -104,79 +116,108 @@ class AbsorptionMeasurements:
 
 
 def make_result(
-    mean_over_classes: Callable[[pd.DataFrame, str, Sequence[int]], Mean],
+    config: WordTaskConfig,
     repetitions: list[ProbedTask],
     measured: AbsorptionMeasurements,
     untrained: AbsorptionMeasurements | None,
     sae: SAE,
-    quality: Scores,
+    quality: ProbeQuality,
     reasons: list[str],
     frequency: np.ndarray,
 ) -> Result:
     """Make the result of one SAE.
 
     Args:
-        mean_over_classes: computes the mean of a column over some classes, with intervals.
         untrained: measurements of the SAE at initialisation.
         reasons: why each class cannot be evaluated; empty if it can.
         frequency: count of each word in the text.
     """
-    records, permuted, null = measured.records, measured.permuted, measured.null
-    assert permuted is not None
+    records, null = measured.records, measured.null
     assert null is not None
-    with_records = set(records["class"])
-    reasons = [
-        reason or ("" if number in with_records else TOO_FEW_WORDS)
-        for number, reason in enumerate(reasons)
+    probed = repetitions[0]
+    numbers = [
+        records.loc[records["class"] == c, "word"].to_numpy() for c in range(probed.num_classes)
     ]
+    words = np.array([len(np.unique(probed.words.spelling_ids[n])) for n in numbers])
+    reasons = [reason or _lack(there, config) for reason, there in zip(reasons, words, strict=True)]
     kept = [number for number, reason in enumerate(reasons) if not reason]
-
-    def mean(of: pd.DataFrame, column: str) -> Mean:
-        return mean_over_classes(of, column, kept)
-
-    means = {
-        f"{what}{rule}{whose}": mean(table, f"{what}{rule}")
-        for whose, table in (("", records), ("_null", permuted))
-        for rule in ("", DERIVED)
-        for what in ("fraction", "full")
-    }
-    if untrained is not None:
-        means |= {
-            f"{what}_untrained": mean(untrained.records, what) for what in ("fraction", "full")
-        }
-    if "causal" in records:
-        means["causal"] = mean(records, "causal")
-    words = _word_table(records, repetitions[0], frequency)
+    means = _means(measured, untrained, repetitions, quality.weights(kept), config.confidence)
     cosine = _cosines(repetitions, sae)
     absorbers = absorber_table(records, repetitions, cosine, kept)
-    l0 = {"absorption_l0": measured.l0}
+    metrics = class_counts("absorption", reasons) | {
+        "absorption_test_words": int(words[kept].sum())
+    }
+    metrics |= _metrics(means, null) | {"absorption_l0": measured.l0}
     if untrained is not None:
-        l0["absorption_l0_untrained"] = untrained.l0
+        metrics["absorption_l0_untrained"] = untrained.l0
+    letters = _letter_table(means, measured, repetitions, quality, reasons, cosine)
+    letters.insert(3, "right_words", words)
     return Result(
-        _metrics(means, null, len(kept)) | l0,
+        metrics,
         {
-            "letters": _letter_table(means, measured, repetitions, quality, reasons, cosine),
-            "words": words,
+            "letters": letters,
+            "words": _word_table(records, probed, frequency),
             "absorbers": absorbers,
         },
-        _latent_columns(measured, absorbers, kept, sae.num_latents, repetitions[0].num_classes),
+        _latent_columns(measured, absorbers, kept, sae.num_latents, probed.num_classes),
     )
 
 
-def _metrics(
-    means: dict[str, Mean], null: NullCosines, letters: int
-) -> dict[str, float | int | None]:
-    found: dict[str, float | int | None] = {"absorption_letters": letters}
+def _lack(words: int, config: WordTaskConfig) -> str:
+    """Return the reason why a class with so many different words in its records is refused."""
+    if not words:
+        return TOO_FEW_WORDS
+    which = " that the probe gets right"
+    return few_words(words, which, config) if words < config.min_test_words else ""
+
+
+def _means(
+    measured: AbsorptionMeasurements,
+    untrained: AbsorptionMeasurements | None,
+    repetitions: list[ProbedTask],
+    kept: dict[int, float],
+    confidence: float,
+) -> dict[str, Mean]:
+    """Compute the means `_MEANS` over the kept classes, which have weights."""
+    assert measured.permuted is not None
+
+    def ratios(of: pd.DataFrame, *columns: str) -> dict[str, Ratios]:
+        permuted = of is measured.permuted
+        return {
+            name: record_ratios(of, name, repetitions, permuted) for name in columns if name in of
+        }
+
+    def means(of: dict[str, Ratios], end: str = "") -> dict[str, Mean]:
+        return {
+            f"{name}{end}": mean_over_classes(each, kept, confidence=confidence)
+            for name, each in of.items()
+        }
+
+    def excess(over: dict[str, Ratios], end: str) -> dict[str, Mean]:
+        return {
+            f"{name}{end}": mean_over_classes(own[name], kept, each, confidence)
+            for name, each in over.items()
+        }
+
+    own = ratios(
+        measured.records, "fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}", "causal"
+    )
+    null = ratios(measured.permuted, "fraction", f"fraction{DERIVED}")
+    found = means(own) | means(null, "_null") | excess(null, "_excess")
+    if untrained is not None:
+        start = ratios(untrained.records, "fraction", "full")
+        found |= means(start, "_untrained") | excess(start, "_untrained_excess")
+    return found
+
+
+def _metrics(means: dict[str, Mean], null: NullCosines) -> dict[str, float | int | None]:
+    found: dict[str, float | int | None] = {}
     for name, mean in means.items():
-        found[f"absorption_{name}"] = _known(mean.mean)
-        if name in _WITH_INTERVALS:
-            found[f"absorption_{name}_low"] = _known(mean.low)
-            found[f"absorption_{name}_high"] = _known(mean.high)
-            found[f"absorption_{name}_prompts_low"] = _known(mean.seeds_low)
-            found[f"absorption_{name}_prompts_high"] = _known(mean.seeds_high)
-    for name in _WITH_NULL:
-        excess = means[name].mean - means[f"{name}_null"].mean
-        found[f"absorption_{name}_excess"] = _known(excess)
+        found |= mean.metrics(f"absorption_{name}")
+    for whose in ("", "_untrained"):
+        if f"fraction{whose}_excess" in means:
+            letters = len(means[f"fraction{whose}_excess"].classes)
+            found[f"absorption{whose}_excess_letters"] = letters
     found["absorption_cosine_derived"] = _known(null.threshold)
     found["absorption_cosine_random"] = _known(null.random)
     found["absorption_cosine_permuted"] = _known(null.permuted)
@@ -187,7 +228,7 @@ def _letter_table(
     means: dict[str, Mean],
     measured: AbsorptionMeasurements,
     repetitions: list[ProbedTask],
-    quality: Scores,
+    quality: ProbeQuality,
     reasons: list[str],
     cosine: np.ndarray,
 ) -> pd.DataFrame:
@@ -200,14 +241,15 @@ def _letter_table(
     main = defaultdict(list)
     for _, _, splits in measured.splits:
         for number, split in enumerate(splits):
-            main[number].append([] if split is None else split.main.tolist())
+            if split is not None:
+                main[number].append(split.main.tolist())
     rows = []
     for number, name in enumerate(probed.words.classes):
         row: dict[str, object] = {
             "class": name,
             "words": int(counts[number]),
+            **quality.columns(number),
             "reason": reasons[number],
-            "probe_f1": float(quality.f1[number]),
             "right": int(rights[number]),
             "main": main[number],
             "main_cosine": _mean_cosine(cosine[number], main[number]),
@@ -215,8 +257,7 @@ def _letter_table(
         for what, mean in means.items():
             known = mean.classes.to_dict("index").get(number, {})
             row[what] = known.get("mean", np.nan)
-            if what in ("fraction", "full", "causal"):
-                row |= {f"{what}_{end}": known.get(end, np.nan) for end in ("low", "high")}
+            row |= {f"{what}_{end}": known.get(end, np.nan) for end in ("low", "high")}
         rows.append(row)
     return pd.DataFrame(rows)
 
