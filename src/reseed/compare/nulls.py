@@ -36,8 +36,8 @@ name. The null that preserves least of the model comes first."""
 MAX_SIMULATED_LATENTS = 4096
 """Maximum number of simulated latents per side. At this size and d_in 768 the six matchings of the
 isotropic null take about 5 s of one core; with a covariance, which needs nearest rows too, 11 s. At
-16,384 they would take about 40 and 65 s for each size and covariance (e.g. of every layer), only to
-improve a mean cosine that is already right within .001, and with a covariance within 1% on average.
+16,384 they would take about 40 and 65 s (single readings) for each size and covariance, e.g. of
+every layer, only to improve a mean cosine that was right within .001, with a covariance within 1%.
 """
 _ROWS = 2048
 """Number of rows over which the mean best cosine of the covariance null is computed."""
@@ -86,7 +86,8 @@ def isotropic_null(
     Above `MAX_SIMULATED_LATENTS` both sides are scaled down together, and the mean matched cosine
     is extrapolated to the full size: the mean cosine to the best of m random rows, ``best(m)``, is
     an integral, and matching is about as good as the best of fewer rows, ``matched(m) ≈
-    best(κ·m)`` with κ independent of m. In a check with equal sides of 128 to 8,192 latents and
+    best(κ·m)`` with κ independent of m. In one check (``tests/compare/test_nulls.py`` repeats 256 →
+    1,024 of 64 dimensions, within .002) with equal sides of 128 to 8,192 latents and
     d_in of 64 to 768, κ stayed within .62 and .66; a κ fixed at .63 was right within .001
     everywhere, and at d_in = 128 extrapolating 4,096 → 8,192 by the κ of 4,096 was within .001.
     """
@@ -181,9 +182,9 @@ def covariance_null(
     ``matched(m) ≈ best(κ·m)``, with two differences: ``best`` is simulated, as there is no formula,
     and κ falls as a power of m, because rows compete more the more of them there are. The power is
     fitted to two sizes a factor of 4 apart. (The fit uses ``best − matched`` of each draw, which
-    varies less between draws than either term.) In checks with spectra 1/k, 1/√k and 1/k², d_in of
-    64 and 128, and 256 or 512 latents extrapolated to 1,536, the result was right within 1% on
-    average over draws and always within 2%; with a constant κ it was 3% off.
+    varies less between draws than either term.) In checks made once, with spectra 1/k, 1/√k and
+    1/k², d_in of 64 and 128, and 256 or 512 latents extrapolated to 1,536, the result was right
+    within 1% on average over draws and within 2% in each; with a constant κ it was 3% off.
 
     The coverage is E[1 − (1 − q_enc·q_dec)^F]; q is the probability that another row has a cosine
     ≥ τ to a given row, estimated from the same draws.

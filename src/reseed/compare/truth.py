@@ -5,8 +5,8 @@ every ordered pair of seeds (s, t), the live latents of s are counted by label, 
 and by firing decile. Estimates use the counts summed over pairs; intervals leave one seed out.
 
 Adjusted estimates compare only latents of the same firing decile (Mantel & Haenszel 1959; the risk
-difference of Greenland & Robins 1985). Frequent latents are both more often shared and more often
-true features, which alone would associate sharing with truth.
+difference of Greenland & Robins 1985). Frequent latents may be both more often shared and more
+often true features, which alone would associate sharing with truth.
 """
 
 from __future__ import annotations
@@ -219,8 +219,8 @@ _ADJUSTED = "the same adjusted for firing deciles"
            formula="P(atom | not shared)"),
     Column("truth_difference", "the first minus the second"),
     Column("truth_difference_adjusted", _ADJUSTED, source="Greenland & Robins 1985",
-           advice="Frequent latents are both more often shared and more often true features, which "
-           "alone would associate sharing with truth."),
+           advice="Frequent latents may be both more often shared and more often true features, "
+           "which alone would associate sharing with truth."),
     Column("truth_likelihood_ratio", "how much sharing is evidence of an atom",
            formula="P(shared | atom)/P(shared | no atom)",
            advice="1 means that sharing says nothing about truth."),

@@ -63,7 +63,7 @@ class FaithfulnessConfig(EvaluationConfig, name="faithfulness"):
                "zero that the SAE avoids; empty if the ablation does no harm",
                formula="(CE ablated − CE spliced) / (CE ablated − CE clean)",
                advice="The literature reports this one. In the residual stream it says little, "
-               "because poor SAEs reach 0.99."),
+               "because zeros do great harm there, so that poor SAEs can come close to 1."),
         Metric("ce_recovered_mean", "recovered,\nmean", "fraction of the harm of an ablation to "
                "the mean that the SAE avoids", advice="The harder test."),
         Metric("kl", "KL", "divergence of the predictions with the SAE from those of the model, in "

@@ -116,7 +116,7 @@ class ReLU(SAE):
             weights = weights * self.W_dec.norm(dim=1)
         l1 = weights.sum()
         with torch.no_grad():
-            # Exact below 2²⁴ tokens, and three times as fast as a sum of booleans.
+            # Exact below 2²⁴ tokens, and faster than a sum of booleans.
             fired = latents.sign().sum(0, dtype=torch.float32).long()
         return ReLUTerms(mse + l1_coefficient * l1, squared_error, l1, fired, error)
 

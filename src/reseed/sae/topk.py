@@ -155,7 +155,7 @@ class TopK(SAE):
         return self._encode(x)
 
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> SAEOutput:
-        # The sparse decoder equals `decode(encode(x))` up to rounding and is many times faster.
+        # The sparse decoder equals `decode(encode(x))` up to rounding, and reads active rows only.
         latents = self._encode(x)
         reconstruction = sparse_decode(latents, self.W_dec) + self.b_dec
         return SAEOutput(

@@ -145,18 +145,18 @@ def agreement_pearson(pair: PairOnTokens, kind: str) -> float:
     table="activations",
     help="mean overlap of the tokens on which a latent and its match fire",
     formula="tokens on which both fire, divided by those on which one does",
-    advice="Strict: a threshold that is a little lower halves it.",
+    advice="Strict: it falls if one of the two has a lower threshold.",
 )
 def agreement_jaccard(pair: PairOnTokens, kind: str) -> float:
     return pair.mean(lambda found: found.agreement.jaccard, kind)
 
 
 @measures(
-    Column("cka_codes", "linear CKA of latents, without any matching; it hardly distinguishes SAEs",
+    Column("cka_codes", "linear CKA of latents, without any matching",
            "number", "CKA, latents", formula="unbiased, over minibatches",
            source="Kornblith et al. 2019; Nguyen et al., "
            "[2010.15327](https://arxiv.org/abs/2010.15327)",
-           advice="Two SAEs that reconstruct well are alike by it, whatever their latents."),
+           advice="Two SAEs that reconstruct well can be alike by it, whatever their latents."),
     Column("cka_reconstructions", "linear CKA of reconstructions", "number", "CKA, output",
            advice="As `cka_codes`."),
     needs="activations",

@@ -19,7 +19,7 @@ from reseed.system.compiling import in_ranges, njit
 
 CANDIDATES = 48
 """Number of candidates that are listed for every row and every column. A smaller value leaves more
-pairs open, a larger one makes the graph larger; between 32 and 64 the time hardly changes."""
+pairs open, a larger one makes the graph larger."""
 _TILE = (2048, 4096)
 _CHUNK = 64  # number of entries of a tile that are compared together
 _COLUMNS_AT_ONCE = 256

@@ -45,8 +45,7 @@ class Edges:
     def by_column(self) -> tuple[Int[np.ndarray, " m+1"], Int[np.ndarray, " edges"]]:
         """``start`` per column, and the pairs of each column as indices into `column`.
 
-        scipy's ``tocsc`` gives the same in twice the time (131,072 × 100 pairs), because it also
-        moves the rows.
+        scipy's ``tocsc`` gives the same, but also moves the rows.
         """
         start = np.zeros(self.columns + 1, dtype=np.int64)
         np.cumsum(np.bincount(self.column, minlength=self.columns), out=start[1:])

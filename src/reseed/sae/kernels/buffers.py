@@ -1,7 +1,7 @@
 """Reuse of an earlier step's memory for large results.
 
-Fresh memory costs a page fault for every 4 KiB, which for the gradients of a large SAE takes as
-long as computing them. A buffer is reused once no tensor uses it any more.
+Fresh memory costs a page fault for every 4 KiB, which the gradients of a large SAE would pay in
+every step. A buffer is reused once no tensor uses it any more.
 """
 
 from __future__ import annotations

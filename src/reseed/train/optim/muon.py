@@ -7,7 +7,7 @@ learning rate does not depend on the width. The iteration runs in float32; spars
 bfloat16.
 
 `torch.optim.Muon` has the same update (``adjust_lr_fn="match_rms_adamw"``) but is not used: its
-iteration is always in bfloat16, which changes an update by about 1% of its length. It also takes
+iteration is always in bfloat16, which has 8 significant bits. It also takes
 only matrices, so Adam would be a second optimiser with its own clipping and schedule.
 """
 
