@@ -85,6 +85,13 @@ def test_cells_share_draws_if_these_vary_in_both(first, second, shared):
     assert share_draws(cell(FIRST, *first), cell(SECOND, *second)) == shared
 
 
+def test_among_many_cells_two_with_the_same_draws_suffice():
+    own = [cell(FIRST, [3 * i, 3 * i + 1, 3 * i + 2], [0] * 3) for i in range(4)]
+    assert not share_draws(*own)
+    assert share_draws(*own, cell(FIRST, [50, 51, 4], [0] * 3))
+    assert not share_draws(*own, cell(FIRST, [4, 4, 4], [0, 1, 2])), "one draw does not vary"
+
+
 def test_cells_with_the_same_draws_need_all_of_them_in_both():
     four = np.full((4, 4), 0.4)
     four[:3, :3] = SECOND
@@ -101,7 +108,17 @@ def test_without_an_estimate_there_is_no_paired_interval_and_the_reason():
     unknown = np.array(FIRST)
     unknown[0, 1] = unknown[1, 0] = np.nan
     found = difference(cell(unknown, [7, 8, 9], [0] * 3), cell(SECOND, [7, 8, 9], [0] * 3))
-    assert (found.low, found.reason) == (None, "undefined in at least one pair")
+    assert (found.low, found.reason) == (
+        None, "in the first cell, undefined in at least one pair"
+    )  # fmt: skip
+
+
+def test_a_cell_that_shares_nothing_leaves_no_paired_interval_either():
+    """The draws move the other cell alone: a spread of 0 does not say how they move this one."""
+    nothing = cell(np.zeros((3, 3)), [7, 8, 9], [0] * 3)
+    found = difference(cell(FIRST, [7, 8, 9], [0] * 3), nothing)
+    assert (found.mean, found.low) == (pytest.approx(0.42), None)
+    assert found.reason.startswith("in the second cell, every pair is 0: no interval, because")
 
 
 @pytest.mark.parametrize("sign", [1, -1], ids=["alike", "opposite"])

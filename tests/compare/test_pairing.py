@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 
@@ -180,6 +181,25 @@ def test_across_minus_within_needs_the_same_seeds(both):
     fewer = PairGroup({}, "relu", "relu", "seed", relu.pairs.head(1), units)
     found = across_minus_within(across, (topk, fewer), "shared_fraction", 0.95)
     assert found.reason == "not every seed was run for both values"
+
+
+@pytest.mark.parametrize(
+    ("constant", "where"),
+    [(0, "within the first value is 0"), (1, "across the values is 0"),
+     (2, "within the second value is 0")],
+)  # fmt: skip
+def test_across_minus_within_has_no_interval_if_all_pairs_of_one_side_are_equal(
+    both, constant, where
+):
+    topk, _, across, relu = pair_groups([({}, both)])
+    groups = [topk, across, relu]
+    pairs = groups[constant].pairs.assign(shared_fraction=0.0)
+    groups[constant] = replace(groups[constant], pairs=pairs)
+    found = across_minus_within(groups[1], groups[::2], "shared_fraction", 0.95)
+    assert (found.low, found.standard_error) == (None, None)
+    assert found.reason == (
+        f"every pair {where}: no interval, because a spread of 0 is no estimate of the error"
+    )
 
 
 @pytest.mark.parametrize("n", [3, 5])

@@ -131,7 +131,10 @@ def test_the_welch_difference_equals_that_of_scipy():
 
 def test_the_welch_difference_needs_both_standard_errors():
     few, many = run_interval([0.1, 0.2]), run_interval([0.3, 0.4, 0.6])
-    assert welch_difference(many, few).reason == "fewer than 3 seeds: no interval"
+    assert welch_difference(many, few).reason == (
+        "in the second cell, fewer than 3 seeds: no interval"
+    )
+    assert welch_difference(few, few).reason == "fewer than 3 seeds: no interval"
 
 
 def test_two_crossed_axes_add_their_variances():
@@ -229,18 +232,28 @@ def test_equal_pairs_have_no_interval_and_the_reason():
         assert found.reason == f"all pairs {reason}"
     assert run_interval([0.1] * 6).reason == f"all runs {reason}"
     other = run_interval([0.2, 0.3, 0.5])
-    assert welch_difference(seed_interval(values), other).reason == f"all pairs {reason}"
+    found = welch_difference(seed_interval(values), other)
+    assert (found.low, found.reason) == (None, f"in the first cell, all pairs {reason}")
     # Pairs that differ may have the same mean without each seed: ab and cd .5, the others .4.
     values = np.full((4, 4), 0.4)
     values[[0, 1, 2, 3], [1, 0, 3, 2]] = 0.5
     assert seed_interval(values).reason.startswith("the same without any one of the seeds: ")
 
 
-def test_a_null_that_shares_nothing_in_any_pair_leaves_the_other_cells_interval():
-    nothing, other = seed_interval(np.zeros((3, 3))), run_interval([0.2, 0.3, 0.5])
+def test_a_cell_whose_pairs_are_all_0_or_all_1_leaves_no_interval_of_the_difference():
+    """The error of the other cell alone is not that of the difference."""
+    nothing, every = seed_interval(np.zeros((3, 3))), seed_interval(np.ones((3, 3)))
+    other = run_interval([0.2, 0.3, 0.4])
+    why = "no interval, because a spread of 0 is no estimate of the error"
     found = welch_difference(other, nothing)
-    assert (found.low, found.high) == pytest.approx((other.low, other.high))
-    assert welch_difference(nothing, nothing).reason.startswith("all pairs are equal")
+    assert (found.mean, found.low, found.standard_error) == (other.mean, None, None)
+    assert found.reason == f"in the second cell, every pair is 0: {why}"
+    assert welch_difference(nothing, other).reason == f"in the first cell, every pair is 0: {why}"
+    assert welch_difference(nothing, nothing).reason == f"every pair is 0: {why}"
+    assert welch_difference(nothing, every).reason == (
+        f"in the first cell, every pair is 0: {why}; in the second cell, every pair is 1: {why}"
+    )
+    assert holm_intervals([found])[0] is found, "no star, and not counted"
 
 
 def test_an_interval_of_width_zero_in_an_old_file_is_dropped():

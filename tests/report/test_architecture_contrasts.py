@@ -79,6 +79,17 @@ def test_the_interval_of_a_difference_is_welch_s(at):
     assert (found.low, found.high) == pytest.approx(tuple(wanted))
 
 
+def test_a_cell_that_shares_nothing_in_any_pair_leaves_no_star_and_the_reason(at):
+    """ReLU's interval alone, .3 ± .09, would exclude 0."""
+    cells = [at("topk", 1000, 0.0, se=0.0), at("relu", 1000, 0.3), *sweep(at, 0.3, 0.2)[2:]]
+    table = differences(cells)
+    assert table is not None
+    assert table.rows[0][2] == "-0.30"
+    reason = "**in the first cell, every pair is 0: no interval, because a spread of 0 is no"
+    assert any(note.startswith(reason) for note in table.footnotes)
+    assert contrasts(cells)[0].tested == 1
+
+
 def test_a_table_corrects_its_differences_for_their_number(at):
     """Every cell has SE .02 and n = 3, so a difference has SE .028 and 4 degrees of freedom.
 

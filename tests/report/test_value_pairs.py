@@ -185,6 +185,63 @@ def test_differences_from_within_are_corrected_for_their_number(made):
     assert frame["minus_within_low"][1:3].tolist() == [one.low for one in corrected]
 
 
+RANDOM = ("seed", "dataset.order_seed")
+
+
+def test_pairs_within_a_value_differ_in_the_same_random_axes(made):
+    """Within TopK pairs share .5, .6 or .7 if they differ in the seed, the order or both; within
+    ReLU .3, .4 or .5. Their means are .4, .5 and .6."""
+    grid = {"sae": ["topk", "relu"]} | {axis: ["0", "1", "2"] for axis in RANDOM}
+    places = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    cell = made(places, [*grid], grid)
+    within = {"seed": 0.5, "dataset.order_seed": 0.6, "seed, dataset.order_seed": 0.7}
+    across = {"sae": 0.2, "sae, seed": 0.21, "sae, dataset.order_seed": 0.22,
+              "sae, seed, dataset.order_seed": 0.23}  # fmt: skip
+    shared = [
+        across[kind] if kind in across else within[kind] - 0.2 * (sae == "relu")
+        for kind, sae in zip(cell.pairs["differs_in"], cell.pairs["sae_a"], strict=True)
+    ]
+    pairs = cell.pairs.assign(shared_fraction=shared)
+    cells = [({}, dataclasses.replace(cell, pairs=pairs))]
+    table = value_pair_table(cells)
+    assert table is not None
+    column = table.header.index("− within")
+    found = {row[2]: row[column] for row in table.rows if row[0] != row[1]}
+    assert found == {
+        "sae": "",  # no two runs of one value have equal seeds and orders
+        "sae, seed": "-0.19",
+        "sae, dataset.order_seed": "-0.28",
+        "sae, seed, dataset.order_seed": "-0.37",
+    }
+    said = " ".join(notes(table))
+    assert (
+        "differ in the same random axes as the row's pairs: dataset.order_seed; seed; seed and "
+        "dataset.order_seed (mean of the two values). Rows without such pairs have no entry."
+    ) in said
+    assert "pairs of seeds with the same value" not in said
+    frame = pairing_frame(cells).set_index("differs_in")["minus_within"]
+    assert frame["sae, seed"] == pytest.approx(-0.19)
+    (runs,) = notes(runs_by_value_table(cells))
+    assert "values of dataset.order_seed" in runs
+    assert "the variances of the axes are added" in runs
+    assert "t interval over them" not in runs
+
+
+@pytest.mark.parametrize(
+    ("axis", "words"),
+    [("seed", "over pairs of seeds with the same value (mean of the two values). *"),
+     ("dataset.order_seed", "over pairs with the same value that differ in dataset.order_seed (")],
+)  # fmt: skip
+def test_the_footnote_names_the_pairs_within_a_value(made, axis, words):
+    places = [{"sae": sae, axis: draw} for sae in BOTH["sae"] for draw in BOTH["seed"]]
+    grid = {"sae": BOTH["sae"], axis: BOTH["seed"]}
+    cells = [({}, made(places, [*grid], grid))]
+    (note,) = [note for note in notes(value_pair_table(cells)) if note.startswith("**− within")]
+    assert words in note
+    (runs,) = notes(runs_by_value_table(cells))
+    assert "with the 95% t interval over them" in runs
+
+
 def test_a_long_table_shows_only_the_pairs_that_differ_in_most_axes(made, monkeypatch):
     monkeypatch.setattr(module, "MANY_ROWS", 3)
     cells = [({"sae": "topk|relu"}, made(PLACES, ["sae", "seed"], BOTH))]

@@ -16,9 +16,9 @@ from reseed.compare.cell import CellResult
 from reseed.compare.config import REPLICATES
 from reseed.compare.registry import Interval
 from reseed.compare.statistics import (
-    MIN_SEEDS,
     leave_one_out_interval,
     means_without_each,
+    unknown_error,
     welch_difference,
 )
 from reseed.store.runs import Run
@@ -39,7 +39,7 @@ def cell_difference(
 
     If the runs of both cells have the same draws (`share_draws`), the interval leaves the same draw
     out of both cells at a time, because their means then depend on each other. Otherwise it is
-    Welch's.
+    Welch's. There is none if the error of either cell is not known (`statistics.unknown_error`).
 
     Args:
         first, second: cells whose pairs are a sample.
@@ -52,8 +52,9 @@ def cell_difference(
     if set(labels[0]) != set(labels[1]):
         reason = "the cells have the same draws, but not every one was run for both: no interval"
         return Interval(mean, None, None, None, n, reason)
-    if n < MIN_SEEDS or np.isnan(mean):
-        return Interval(mean, None, None, None, n, a.reason or b.reason)
+    reason = unknown_error(a, b)
+    if reason:
+        return Interval(mean, None, None, None, n, reason)
     lacking = [
         dict(zip(own, means_without_each(_pair_matrix(cell, column)), strict=True))
         for own, cell in zip(labels, cells, strict=True)
@@ -63,16 +64,20 @@ def cell_difference(
     )
 
 
-def share_draws(first: CellResult, second: CellResult) -> bool:
-    """Return whether draws that vary within both cells occur in both: the same initial weights
-    (`seed_scope=shared`), or the same orders or subsets of the data.
+def share_draws(*cells: CellResult) -> bool:
+    """Return whether draws that vary within two of the cells occur in both: the same initial
+    weights (`seed_scope=shared`), or the same orders or subsets of the data.
 
     Cells whose draws are not known (`CellResult.draws`) count as independent.
     """
     for axis in REPLICATES:
-        drawn = [{own.get(axis) for own in cell.draws.values()} for cell in (first, second)]
-        if min(map(len, drawn)) > 1 and (drawn[0] & drawn[1]) - {None}:
-            return True
+        seen: set[Any] = set()
+        for cell in cells:
+            drawn = {own.get(axis) for own in cell.draws.values()}
+            if len(drawn) > 1:
+                if (drawn & seen) - {None}:
+                    return True
+                seen |= drawn
     return False
 
 

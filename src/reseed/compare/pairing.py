@@ -21,7 +21,13 @@ import pandas as pd
 
 from reseed.compare.config import REPLICATES, ComparisonConfig, pair_axes, value_axes
 from reseed.compare.registry import Interval
-from reseed.compare.statistics import MIN_SEEDS, crossed_interval, run_interval
+from reseed.compare.statistics import (
+    MIN_SEEDS,
+    NO_SPREAD,
+    crossed_interval,
+    is_constant,
+    run_interval,
+)
 
 AxisValues = Mapping[str, str]
 """Values of a run on the paired axes: axis → value."""
@@ -152,12 +158,12 @@ class PairGroup:
         return all(side == set(product(*self.levels.values())) for side in sides)
 
     def mean(self, column: str) -> float:
-        return float(self._values(column).mean())
+        return float(self.values(column).mean())
 
     def without(self, column: str, axis: str) -> list[float]:
         """Return, for each of the `levels` of a random axis, the mean over pairs that lack it; NaN
         if there are none."""
-        values = self._values(column)
+        values = self.values(column)
         found = []
         for level in self.levels[axis]:
             kept = [level not in pair for pair in self.units[axis]]
@@ -188,7 +194,7 @@ class PairGroup:
             return f"not every combination of {words} was run: no interval over them"
         return ""
 
-    def _values(self, column: str) -> np.ndarray:
+    def values(self, column: str) -> np.ndarray:
         """Return a column of the pairs, or one of `DERIVED`.
 
         In pairs within one value the sides are interchangeable: a one-sided column is the mean of
@@ -215,7 +221,7 @@ def across_minus_within(
     """Return sharing across two values minus the mean of sharing within each value.
 
     The estimate is S(v, w) − (S(v, v) + S(w, w))/2; the interval leaves all runs of one seed out at
-    a time.
+    a time. There is none if all pairs of one of the three are equal.
     """
     groups = (across, *within)
     first, second = (group.mean(column) for group in within)
@@ -233,7 +239,13 @@ def across_minus_within(
             for group in groups
         ]
         without[axis] = [lacking[0][s] - (lacking[1][s] + lacking[2][s]) / 2 for s in own]
-    return crossed_interval(mean, without, confidence)
+    found = crossed_interval(mean, without, confidence)
+    places = ("across the values", "within the first value", "within the second value")
+    for where, group in zip(places, groups, strict=True):
+        if found.low is not None and is_constant(group.values(column)):
+            reason = f"every pair {where} is {group.mean(column):.3g}: {NO_SPREAD}"
+            return Interval(mean, None, None, None, found.n, reason)
+    return found
 
 
 def pair_groups(cells: Sequence[tuple[Mapping[str, Any], Any]]) -> list[PairGroup]:

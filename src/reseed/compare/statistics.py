@@ -28,7 +28,8 @@ MIN_SEEDS = 3
 Scale = Literal["linear", "logit", "log"]
 _ROUNDING = 1e-12
 """Values whose relative spread is at most this differ by rounding alone."""
-_NO_SPREAD = "no interval, because a spread of 0 is no estimate of the error"
+NO_SPREAD = "no interval, because a spread of 0 is no estimate of the error"
+"""Reason for estimates whose values are all equal."""
 
 
 def seed_interval(
@@ -60,8 +61,8 @@ def seed_interval(
     found = leave_one_out_interval(
         mean, means_without_each(values), confidence, "logit" if logit else "linear"
     )
-    if found.standard_error is None and _is_constant(pairs):
-        return replace(found, reason=f"all pairs are equal: {_NO_SPREAD}")
+    if found.standard_error is None and is_constant(pairs):
+        return replace(found, reason=f"all pairs are equal: {NO_SPREAD}")
     return found
 
 
@@ -133,9 +134,9 @@ def crossed_interval(
     if scale == "logit" and mean in (0.0, 1.0):
         reason = f"every pair is {mean:g}: no interval on the logit scale"
         return replace(none(reason), standard_error=0.0)
-    if all(map(_is_constant, values.values())):
+    if all(map(is_constant, values.values())):
         words = " and ".join(map(_plural, values))
-        return none(f"the same without any one of the {words}: {_NO_SPREAD}")
+        return none(f"the same without any one of the {words}: {NO_SPREAD}")
     variances, freedoms = zip(*map(_jackknife, values.values()), strict=True)
     freedom = _satterthwaite(variances, freedoms) if len(values) > 1 else None
     found = Interval(mean, None, None, sqrt(sum(variances)), n, "", freedom)
@@ -165,8 +166,8 @@ def run_interval(
         return Interval(mean, None, None, None, n, "unknown for at least one run")
     if n < MIN_SEEDS:
         return Interval(mean, None, None, None, n, f"fewer than {MIN_SEEDS} seeds: no interval")
-    if _is_constant(array):
-        return Interval(mean, None, None, None, n, f"all runs are equal: {_NO_SPREAD}")
+    if is_constant(array):
+        return Interval(mean, None, None, None, n, f"all runs are equal: {NO_SPREAD}")
     error = float(array.std(ddof=1)) / sqrt(n)
     return _bounded(Interval(mean, None, None, error, n), confidence)
 
@@ -174,17 +175,37 @@ def run_interval(
 def welch_difference(a: Interval, b: Interval, confidence: float = 0.95) -> Interval:
     """Return the interval of ``a.mean − b.mean`` for cells with independent seeds (Welch 1947).
 
-    A cell in which every pair is 0, or every pair is 1, has a standard error of 0; the interval is
-    then that of the other cell.
+    There is none if the error of either cell is not known (`unknown_error`).
     """
     mean, n = a.mean - b.mean, min(a.n, b.n)
-    if a.standard_error is None or b.standard_error is None:
-        return Interval(mean, None, None, None, n, a.reason or b.reason)
+    reason = unknown_error(a, b)
+    if reason:
+        return Interval(mean, None, None, None, n, reason)
+    assert a.standard_error
+    assert b.standard_error
     variances = [a.standard_error**2, b.standard_error**2]
-    if not sum(variances):
-        return Interval(mean, None, None, None, n, f"all pairs are equal: {_NO_SPREAD}")
     freedom = _satterthwaite(variances, [a.degrees_of_freedom, b.degrees_of_freedom])
     return _bounded(Interval(mean, None, None, sqrt(sum(variances)), n, "", freedom), confidence)
+
+
+def unknown_error(a: Interval, b: Interval) -> str:
+    """Return why the difference of two cells has no interval; empty if both errors are known.
+
+    A cell in which every pair is 0, or every pair is 1, has a standard error of 0. Three such pairs
+    are a coincidence of rounded numbers, so that the error of the other cell is not that of the
+    difference.
+    """
+    reasons = ["" if e.standard_error else _no_error(e) for e in (a, b)]
+    if reasons[0] == reasons[1]:
+        return reasons[0]
+    sides = zip(("first", "second"), reasons, strict=True)
+    return "; ".join(f"in the {side} cell, {reason}" for side, reason in sides if reason)
+
+
+def _no_error(estimate: Interval) -> str:
+    if estimate.standard_error == 0:
+        return f"every pair is {estimate.mean:g}: {NO_SPREAD}"
+    return estimate.reason or "no standard error"
 
 
 def holm_intervals(differences: Sequence[Interval], confidence: float = 0.95) -> list[Interval]:
@@ -239,7 +260,7 @@ def _bounded(estimate: Interval, confidence: float, scale: Scale = "linear") -> 
         centre, slope = special.logit(mean), 1 / (mean * (1 - mean))
         low, high = special.expit([centre - reach * slope, centre + reach * slope])
     if not low < high:
-        return replace(estimate, low=None, high=None, standard_error=None, reason=_NO_SPREAD)
+        return replace(estimate, low=None, high=None, standard_error=None, reason=NO_SPREAD)
     return replace(estimate, low=float(low), high=float(high), standard_error=error)
 
 
@@ -248,13 +269,13 @@ def with_width(estimate: Interval) -> Interval:
     versions wrote intervals of width 0."""
     if estimate.low is None or estimate.high is None:
         return estimate
-    if not _is_constant(np.array([estimate.low, estimate.high])):
+    if not is_constant(np.array([estimate.low, estimate.high])):
         return estimate
-    reason = f"all values are equal: {_NO_SPREAD}"
+    reason = f"all values are equal: {NO_SPREAD}"
     return replace(estimate, low=None, high=None, standard_error=None, reason=reason)
 
 
-def _is_constant(values: Float[np.ndarray, " n"]) -> bool:
+def is_constant(values: Float[np.ndarray, " n"]) -> bool:
     """Return whether values differ by rounding at most."""
     # The second bound is for differences of fractions, whose rounding is not relative to them.
     spread = float(np.ptp(values))

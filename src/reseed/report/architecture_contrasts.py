@@ -137,6 +137,12 @@ def _corrected(found: Sequence[Contrast], confidence: float) -> list[Contrast]:
     ]
 
 
+def tested_differences(cells: Sequence[Cell]) -> int:
+    """Return the number of differences of the primary measure that are corrected together; 1 if
+    there are fewer."""
+    return max([1, *(contrast.tested for contrast in contrasts(cells))])
+
+
 def measures(primary: str) -> dict[str, str]:
     """Return name in the table → measure, the primary one first."""
     own = {name: measure for name, measure in MEASURES.items() if measure == primary}
@@ -170,6 +176,7 @@ def differences(cells: Sequence[Cell]) -> Table | None:
     ]
     footnotes = (
         *(contrast.verdict() for contrast in found),
+        *(f"**{reason}**" for reason in _reasons(found)),
         f"Differences of cell means with the {confidence:.0%} interval over "
         f"{pair_axis_name(cells)} ({difference_method([c.paired for c in found])}); "
         f"{holm_note(counts, confidence)} A difference is claimed, on the first measure, only if "
@@ -178,6 +185,12 @@ def differences(cells: Sequence[Cell]) -> Table | None:
     )
     header = ("difference", "tokens", *shown)
     return Table(header, tuple(rows), 1, "", footnotes)
+
+
+def _reasons(found: Sequence[Contrast]) -> list[str]:
+    """Return why some differences have no interval."""
+    each = (d.reason for own in found for ds in own.differences.values() for d in ds)
+    return list(dict.fromkeys(filter(None, each)))
 
 
 def difference_method(paired: Sequence[bool]) -> str:

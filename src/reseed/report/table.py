@@ -10,14 +10,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
 from math import isnan
 from typing import Any
 
 from reseed.compare.cell import CellResult
+from reseed.compare.difference import share_draws
 from reseed.compare.pair import WEIGHTS_NOTE
-from reseed.compare.power import error_ratios, visible_difference
-from reseed.compare.registry import Interval, Measure, declared
+from reseed.compare.registry import Measure, declared
 from reseed.report.cell_labels import (
     FEW,
     Cell,
@@ -28,6 +27,7 @@ from reseed.report.cell_labels import (
     pair_axis_name,
     varying_knobs,
 )
+from reseed.report.detectable import detectable_note
 from reseed.report.format import (
     MISSING,
     format_bounds,
@@ -209,8 +209,13 @@ L0_BOUND = 0.05
 OFF_TARGET = f"L0 off its target by more than {L0_BOUND:.0%}"
 
 
-def main_table(cells: Sequence[Cell]) -> Table:
-    """Return the main table of a comparison."""
+def main_table(cells: Sequence[Cell], tested: int = 1) -> Table:
+    """Return the main table of a comparison.
+
+    Args:
+        tested: number of differences of the primary measure between its rows that are corrected
+            together (`architecture_contrasts.tested_differences`).
+    """
     knobs = columns(cells)
     seeds = (pair_axis_name(cells),) if len({cell.n_seeds for _, cell in cells}) > 1 else ()
     percent = f"[{_range(cells, lambda c: round(100 * c.settings.confidence))}%]"
@@ -223,7 +228,10 @@ def main_table(cells: Sequence[Cell]) -> Table:
     arms = arm_note(cells)
     settings = cells[0][1].settings
     estimates = [cell.estimates[settings.primary] for _, cell in cells]
-    seen = detectable_note(estimates, settings.primary, settings.confidence)
+    paired = share_draws(*(cell for _, cell in cells))
+    seen = detectable_note(
+        estimates, settings.primary, settings.confidence, tested, share_draws=paired
+    )
     footnotes = (*([arms] if arms else []), *_legend(cells), *seen, *_remarks(cells))
     spare = ("cos\nnull", "shared\nnull", "shared\ndec")
     return Table(header, rows, len(knobs), _caption(cells), footnotes, spare)
@@ -295,39 +303,6 @@ def _legend(cells: Sequence[Cell]) -> list[str]:
         "**FVU**: fraction of variance unexplained; **L0**: active latents per token; both on "
         "held-out tokens. **dead**: fraction of latents that did not fire at the end of training.",
     ]
-
-
-def detectable_difference_note(a: Interval, b: Interval, confidence: float) -> float | None:
-    """Return the smallest difference between two estimates that Welch's test finds with 80% power
-    (`power.visible_difference`), on their scale; None if one has no standard error. It is rough,
-    because the estimated standard errors stand for the true ones."""
-    if not a.standard_error or not b.standard_error:
-        return None
-    return visible_difference(a.n, b.n, a.standard_error, b.standard_error, confidence=confidence)
-
-
-def detectable_note(
-    estimates: Sequence[Interval], primary: str, confidence: float
-) -> tuple[str, ...]:
-    """Return a footnote: the primary measure, and, if there are intervals, the smallest difference
-    between rows that the design could detect."""
-    name = measure_name(primary)
-    pairs = list(combinations(estimates, 2)) or [(e, e) for e in estimates]
-    seen = [x for a, b in pairs if (x := detectable_difference_note(a, b, confidence)) is not None]
-    if not seen:
-        return (f"Primary measure: **{name}**.",)
-    least, most = format_number(min(seen)), format_number(max(seen))
-    size = least if least == most else f"{least}–{most}"
-    between = "two rows" if len(estimates) > 1 else "this row and one like it"
-    rows = ", depending on the rows" if size != least else ""
-    n = min(e.n for e in estimates if e.standard_error)
-    low, high = error_ratios(n, confidence)
-    return (
-        f"Primary measure: **{name}**. The smallest difference in this measure between {between} "
-        f"that this design could detect is roughly {size} (80% power of Welch's test, "
-        f"{confidence:.0%} level{rows}). Roughly, because a standard error that is estimated from "
-        f"{n} seeds lies between {low:.2f} and {high:.2f} of the true one ({confidence:.0%}).",
-    )
 
 
 def cell_notes(cell: CellResult, knobs: Mapping[str, Any] | None = None) -> list[str]:

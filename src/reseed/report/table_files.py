@@ -18,8 +18,9 @@ from reseed.compare.pairing import seed_of_run
 from reseed.compare.registry import columns as measure_columns
 from reseed.compare.strata import standardised
 from reseed.errors import ReseedError
-from reseed.report.architecture_contrasts import differences
+from reseed.report.architecture_contrasts import differences, tested_differences
 from reseed.report.cell_labels import Cell, label
+from reseed.report.detectable import detectable_difference
 from reseed.report.evaluation_results import Runs
 from reseed.report.evaluation_tables import evaluation_tables
 from reseed.report.figures import matched_cosines
@@ -33,7 +34,7 @@ from reseed.report.markup import (
 )
 from reseed.report.sharing_by_firing import cells_with_strata, strata_frame
 from reseed.report.summary_tables import null_table, summary_tables
-from reseed.report.table import Table, cell_notes, detectable_difference_note, main_table
+from reseed.report.table import Table, cell_notes, main_table
 from reseed.report.truth import truth_tables, with_labels_alike
 from reseed.report.value_matrix import matrix_frame, value_matrix_tables
 from reseed.report.value_pairs import (
@@ -122,14 +123,18 @@ def summary_frame(cells: Sequence[Cell]) -> pd.DataFrame:
         | {"standardised_kept": one.coverage}
         for (_, cell), one in zip(with_space, alike, strict=True)
     }
+    tested = tested_differences(cells)
     return pd.DataFrame(
-        [_summary_row(knobs, cell) | extra.get(id(cell), {}) for knobs, cell in cells]
+        [_summary_row(knobs, cell, tested) | extra.get(id(cell), {}) for knobs, cell in cells]
     )
 
 
-def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
+def _summary_row(knobs: Mapping[str, Any], cell: CellResult, tested: int) -> dict[str, Any]:
     """Return the row of a cell: fractions as means over pairs, metrics as means over runs; None if
-    not known."""
+    not known.
+
+    ``tested`` is the number of differences for which ``visible_difference`` is corrected.
+    """
     estimates, settings = cell.estimates, cell.settings
     row = dict(knobs)
     for name in SUMMARY_COLUMNS:
@@ -151,8 +156,8 @@ def _summary_row(knobs: Mapping[str, Any], cell: CellResult) -> dict[str, Any]:
         "live_at_least": settings.live_at_least,
         "confidence": settings.confidence,
         "primary": settings.primary,
-        "visible_difference": detectable_difference_note(
-            estimates[settings.primary], estimates[settings.primary], settings.confidence
+        "visible_difference": detectable_difference(
+            estimates[settings.primary], estimates[settings.primary], settings.confidence, tested
         ),
         "note": "; ".join(cell_notes(cell, knobs)),
         # The former name of `untrained_shared_fraction`.
@@ -250,7 +255,8 @@ def first_tables(cells: Sequence[Cell], incomplete: Sequence[str] = ()) -> list[
     are any. ``incomplete`` is added to the footnotes of the first."""
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
     others = value_pair_table(cells)
-    first, *rest = [*([main_table(sample)] if sample else []), *([others] if others else [])]
+    main = [main_table(sample, tested_differences(sample))] if sample else []
+    first, *rest = [*main, *([others] if others else [])]
     return [replace(first, footnotes=(*first.footnotes, *incomplete)), *rest]
 
 

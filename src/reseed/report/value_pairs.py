@@ -18,25 +18,24 @@ from reseed.compare.pair import WEIGHTS_NOTE
 from reseed.compare.pairing import (
     SEPARATOR,
     PairGroup,
-    across_minus_within,
     pair_groups,
     runs_by_value,
 )
-from reseed.compare.registry import NOTE, Interval, columns, declared, fractions
-from reseed.compare.statistics import holm_intervals
+from reseed.compare.registry import NOTE, columns, declared, fractions
 from reseed.report.cell_labels import Cell, knob_values, varying_knobs
 from reseed.report.cell_labels import columns as cell_columns
+from reseed.report.detectable import detectable_note
 from reseed.report.format import (
     MISSING,
     format_number,
-    holm_note,
     interval_row,
     measure_name,
     null_text,
     signed,
     with_interval,
 )
-from reseed.report.table import Table, detectable_note
+from reseed.report.minus_within import minus_within, minus_within_note
+from reseed.report.table import Table
 
 MANY_ROWS = 30
 """Maximum number of rows. If there are more groups of pairs, the table shows, for each pair of
@@ -112,7 +111,7 @@ def _columns(
         made[f"of the smaller\n{percent}"] = estimate("shared_of_smaller")
     made[f"1st in 2nd\n{percent}"] = estimate("coverage_a")
     made[f"2nd in 1st\n{percent}"] = estimate("coverage_b")
-    contrasts = _contrasts(shown, primary, confidence)
+    contrasts = minus_within(shown, primary, confidence)
     if contrasts:
         made["− within"] = lambda group: (
             signed(contrasts[id(group)]) if id(group) in contrasts else ""
@@ -147,19 +146,6 @@ def no_common_space(group: PairGroup) -> str:
 def incompatible(group: PairGroup) -> bool:
     """Return whether the group's runs have no common space."""
     return bool(no_common_space(group))
-
-
-def _contrasts(shown: Sequence[PairGroup], column: str, confidence: float) -> dict[int, Interval]:
-    """Return id of a group across values → its interval of across minus within, corrected for the
-    number of these differences (`holm_intervals`)."""
-    own = {(shared_knobs(g), g.first): g for g in shown if g.within and g.first}
-    found = {}
-    for group in shown:
-        both = [own.get((shared_knobs(group), value)) for value in (group.first, group.second)]
-        if not group.within and all(both):
-            within = [g for g in both if g is not None]
-            found[id(group)] = across_minus_within(group, within, column, confidence)
-    return dict(zip(found, holm_intervals([*found.values()], confidence), strict=True))
 
 
 def shared_knobs(group: PairGroup) -> tuple[tuple[str, Any], ...]:
@@ -197,7 +183,7 @@ def _footnotes(
 ) -> tuple[str, ...]:
     settings = cells[0][1].settings
     primary, confidence = settings.primary, settings.confidence
-    contrasts = _contrasts(shown, primary, confidence)
+    contrasts = minus_within(shown, primary, confidence)
     estimates = [group.interval(primary, confidence) for group in shown if not incompatible(group)]
     reasons = dict.fromkeys(e.reason for e in [*estimates, *contrasts.values()] if e.reason)
     rows = "with these two values; the 1st is the run with the first value"
@@ -215,11 +201,7 @@ def _footnotes(
         f"the same pairs{_start_note(cells)}.",
     ]
     if contrasts:
-        tested = sum(one.low is not None for one in contrasts.values())
-        notes.append(
-            "**− within**: the row's measure minus the measure over pairs of seeds with the same "
-            f"value (mean of the two values). {holm_note([tested], confidence)}"
-        )
+        notes.append(minus_within_note(shown, primary, confidence))
     if any(incompatible(group) for group in shown):
         notes.append(_on_same_tokens(shown, settings.threshold))
     elif settings.align or any("model" in value_axes(c.settings.pair_by) for _, c in cells):
@@ -236,19 +218,29 @@ def _footnotes(
 
 def _interval_note(cells: Sequence[Cell], shown: Sequence[PairGroup], confidence: float) -> str:
     """Explain over what the intervals are."""
-    axes = list(dict.fromkeys(axis for group in shown for axis in group.units)) or ["seed"]
+    counts = " (column **seeds**: numbers of values)" if len(_random_axes(shown)) > 1 else ""
+    chosen = "" if value_name(cells) == "" else " They are not over the values, which were chosen."
+    return (
+        f"Intervals ({confidence:.0%}) are over {_left_out(shown)}{counts}, t distribution on the "
+        f"logit scale.{chosen}"
+    )
+
+
+def _left_out(groups: Sequence[PairGroup]) -> str:
+    """Return over which axes intervals are, and what is left out for them."""
+    axes = _random_axes(groups)
     over = " and ".join("seeds" if axis == "seed" else f"values of {axis}" for axis in axes)
     how = f"all runs of one {axes[0]} are left out at a time"
     if len(axes) > 1:
         how = (
             f"all runs of one value of {' or of '.join(axes)} are left out at a time, and the "
-            "variances of the axes are added (column **seeds**: numbers of values)"
+            "variances of the axes are added"
         )
-    chosen = "" if value_name(cells) == "" else " They are not over the values, which were chosen."
-    return (
-        f"Intervals ({confidence:.0%}) are over {over}: {how}, t distribution on the logit scale."
-        + chosen
-    )
+    return f"{over}: {how}"
+
+
+def _random_axes(groups: Sequence[PairGroup]) -> list[str]:
+    return list(dict.fromkeys(axis for group in groups for axis in group.units)) or ["seed"]
 
 
 def _start_note(cells: Sequence[Cell]) -> str:
@@ -361,7 +353,15 @@ def runs_by_value_table(cells: Sequence[Cell]) -> Table | None:
         for own, value, estimates in found
     )
     header = (*knobs, value_name(cells), "runs", "latents", *shown)
+    # Intervals over two random axes have degrees of freedom of their own.
+    known = [own[x] for _, _, own in found for x in shown.values() if x in own]
+    crossed = {one.freedom is not None for one in known if one.low is not None}
     note = f"Means over the runs of each value, with the {confidence:.0%} t interval over them."
+    if crossed == {True}:
+        note = (
+            f"Means over the runs of each value. Intervals ({confidence:.0%}) are over "
+            f"{_left_out(pair_groups(cells))}, t distribution."
+        )
     return Table(header, rows, len(knobs) + 1, "", (note,))
 
 
@@ -371,7 +371,7 @@ def pairing_frame(cells: Sequence[Cell]) -> pd.DataFrame:
     cells = value_pair_cells(cells)
     confidence = cells[0][1].settings.confidence
     every = pair_groups(cells)
-    contrasts = _contrasts(_shown(every), cells[0][1].settings.primary, confidence)
+    contrasts = minus_within(_shown(every), cells[0][1].settings.primary, confidence)
     rows = []
     for group in every:
         row: dict[str, Any] = {
